@@ -7,10 +7,10 @@ an ``Engine`` does.
 from engine.async_engine import AsyncEngine
 from engine.config import ConfigError, EngineConfig
 from engine.engine import Engine
+from engine.errors import QueueFull
 from engine.guided.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
-from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import RequestOutput
 
 __all__ = [

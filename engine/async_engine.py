@@ -14,11 +14,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from engine.config import EngineConfig
-from engine.engine_loop import Ending, EngineLoop, EngineStopped, RequestRefused, StepFailed, failed
+from engine.engine_loop import EngineLoop, failed
+from engine.errors import EngineStopped, QueueFull, RequestError, StepFailed
 from engine.guided.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
-from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import RequestOutput
 from engine.watch import Watch
 
@@ -33,7 +33,7 @@ __all__ = [
     "EngineStopped",
     "NoSingleEngine",
     "QueueFull",
-    "RequestRefused",
+    "RequestError",
     "RequestStream",
     "ServedEngine",
     "StepFailed",
@@ -56,7 +56,7 @@ class RequestStream:
         self.request_id = request_id
         self.loop = asyncio.get_running_loop()
         self._on_abort = on_abort
-        self._outputs: asyncio.Queue[RequestOutput | Ending] = asyncio.Queue()
+        self._outputs: asyncio.Queue[RequestOutput | RequestError] = asyncio.Queue()
         self._has_all = self._has_ended = self._was_aborted = False
         """``_has_all``: nothing more will be put; ``_has_ended``: nothing more will be read."""
 
@@ -64,12 +64,12 @@ class RequestStream:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        """The next output; the last one has a ``finish_reason``. EngineStopped, StepFailed: there
-        will be none."""
+        """The next output; the last one has a ``finish_reason``. RequestError: there will be
+        none."""
         if self._has_ended:
             raise StopAsyncIteration
         output = await self._outputs.get()
-        if isinstance(output, Ending):
+        if isinstance(output, RequestError):
             self._has_ended = True
             raise output
         self._has_ended = output.is_finished
@@ -82,9 +82,9 @@ class RequestStream:
             self._was_aborted = True
             self._on_abort(self.request_id)
 
-    def put(self, output: RequestOutput | Ending) -> None:
+    def put(self, output: RequestOutput | RequestError) -> None:
         """Hand ``output`` to the reader; called in the stream's event loop."""
-        self._has_all = isinstance(output, Ending) or output.is_finished
+        self._has_all = isinstance(output, RequestError) or output.is_finished
         self._outputs.put_nowait(output)
 
 
@@ -122,12 +122,13 @@ class ServedEngine(Protocol):
     async def report(self) -> CacheReport: ...
     async def cache_view(self) -> dict[str, Any]: ...
     async def reset_prefix_cache(self) -> None: ...
+    async def stop_accepting(self) -> None: ...
     async def watch(self) -> Watching: ...
     async def drain(self) -> None: ...
     def stop(self) -> None: ...
 
 
-Letter = tuple[RequestStream, RequestOutput | Ending]
+Letter = tuple[RequestStream, RequestOutput | RequestError]
 
 
 class AsyncEngine(EngineLoop[RequestStream]):
@@ -172,7 +173,7 @@ class AsyncEngine(EngineLoop[RequestStream]):
         **options: Any,
     ) -> RequestStream:
         """Queue a prompt; see ``Engine.submit``. Returns at once; raises before anything is queued:
-        ValueError, QueueFull, or EngineStopped where the engine is stopping."""
+        RequestError, QueueFull or EngineStopped among them, or a ValueError."""
         request = self._engine.prepare(RequestSpec.of(prompt, sampling, options))
         stream = RequestStream(request.request_id, self.abort)
         self.enqueue(request, stream)
@@ -229,6 +230,10 @@ class AsyncEngine(EngineLoop[RequestStream]):
     async def reset_prefix_cache(self) -> None:
         await self.call(lambda engine: engine.reset_prefix_cache())
 
+    async def stop_accepting(self) -> None:
+        """See ``Engine.stop_accepting``."""
+        await self.call(lambda engine: engine.stop_accepting())
+
     async def watch(self) -> Watching:
         """Follow the cache and its requests. ValueError: the tree is too large to show."""
         return _ThreadWatch(self, await self.call(Watch))
@@ -248,6 +253,7 @@ class AsyncEngine(EngineLoop[RequestStream]):
         if self._thread.ident is not None:
             self._thread.join()
         else:  # It never started, so nobody else tells those who wait.
+            self._engine.disconnect()
             self._close()
 
 

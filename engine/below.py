@@ -20,11 +20,10 @@ from engine.schedule.memory import MemorySizes
 from engine.schedule.plan import Plan
 from engine.schedule.report import FolderReport, LowerReport, TierReport
 from engine.schedule.staging import Staging
-from engine.store.disk import Disk, largest_record
-from engine.store.known_files import remember
+from engine.store.disk import Disk
 from engine.store.prefixes import Piece, covering
-from engine.store.store import SegmentStore
-from engine.store.whose import claim
+from engine.store.records import RecordStore
+from engine.store.weights_digest import save_digest
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy
 from hybridcache.allocators.pages import MAX_ROWS
@@ -38,6 +37,8 @@ if TYPE_CHECKING:
 USUAL_DISK = 2.5
 """Bytes of a folder for one of device and host memory: all that these hold is kept there too, and
 as much again has room below them."""
+ROWS_SHARE = 0.875
+"""Part of a folder that rows may take: the rest is for tokens, heads and partly filled blocks."""
 REMEMBERED, MAX_REMEMBERED_BYTES = 32, 1 << 25
 """One part in so many of a folder, and at most so much, is for a file of what is remembered."""
 
@@ -50,7 +51,7 @@ class LowerSizes(NamedTuple):
     host: int = 0
     disk: int = 0
     store: int = 0
-    """Of all segments."""
+    """Of all records."""
     memory: int = 0
     """Of the file of what cache and policies remember, of which there may be two for a moment."""
 
@@ -74,7 +75,7 @@ class LowerSizes(NamedTuple):
         folder = int(above * USUAL_DISK if config.disk_gib is None else config.disk_gib * GIB)
         remembered = min(folder // REMEMBERED, MAX_REMEMBERED_BYTES)
         store = folder - 2 * remembered
-        usable = SegmentStore.usable_bytes_of(store, largest_record(memory.row_bytes, state_rows))
+        usable = int(store * ROWS_SHARE)
         disk = max(0, usable // 2, usable - above)
         _check_tier("disk_gib", config.disk_gib, disk, least, memory.row_bytes)
         return cls(host, disk, store, remembered)
@@ -91,7 +92,7 @@ class LowerMemory:
         runner: Runner,
         tokenizer: Tokenizer | None,
     ) -> None:
-        """StoreError, in one sentence: the folder is another's, or can not be used."""
+        """StoreError, in one sentence: the folder has another fingerprint, or cannot be used."""
         self._cache = cache
         self.folder = None if config.state_dir is None else Path(config.state_dir)
         rows = {tier.word: tier.pages.capacity for tier in cache.lower.tiers}
@@ -100,20 +101,15 @@ class LowerMemory:
         if self.folder is not None:
             memory = runner.memory
             state = memory.row_bytes, slab_rows_of(memory)
-            words = words_of(config, runner, tokenizer)
-            digest = claim(self.folder, words)
-            if config.load_format != "dummy" and "weights" in words:
-                remember(self.folder, config.model_dir, words["weights"])
-            self.disk = Disk(
-                SegmentStore.open(self.folder, digest, sizes.store, largest_record(*state)),
-                row_bytes=state[0],
-                state_rows=state[1],
-                num_rows=rows[DISK],
-            )
+            fields = fingerprint_of(config, runner, tokenizer)
+            store = RecordStore.open(self.folder, fields, sizes.store)
+            if config.load_format != "dummy" and "weights" in fields:
+                save_digest(self.folder, config.model_dir, fields["weights"])
+            self.disk = Disk(store, row_bytes=state[0], state_rows=state[1], num_rows=rows[DISK])
             self.remembering = Remembering(cache, self.disk, self.folder, sizes.memory)
             self.remembering.recall_tree()
             self.adopt()
-            if self.disk.is_broken:
+            if self.disk.is_read_only:
                 cache.lower.close(DISK)
                 logger.warning(
                     "Another engine writes to %s, or nobody may: what is there is read, and "
@@ -135,6 +131,7 @@ class LowerMemory:
     def rest(self) -> float | None:
         """There is nothing to compute: seconds until this is to be called again, if nothing comes;
         None: not before."""
+        self._follow_disk()
         return None if self.remembering is None else self.remembering.rest(is_idle=True)
 
     def fetcher(self, manager: CacheManager) -> Fetcher | None:
@@ -151,13 +148,34 @@ class LowerMemory:
     def step_done(self, plan: Plan, seconds: float) -> None:
         """A step was computed in ``seconds``."""
         self.exchange.learn(plan, seconds)
-        if self.disk is not None:
-            self.disk.settle()
-            if self.disk.is_broken:
-                self._cache.lower.close(DISK)
+        self._follow_disk()
         if self.remembering is not None and plan.tasks:
             self.remembering.has_news = True
             self.remembering.rest(is_idle=False)
+
+    def _follow_disk(self) -> None:
+        """Bring the cache's disk tier in line with the state of the disk.
+
+        The tier is closed while nothing can be written, and rows that cannot be read are dropped
+        from the tree. While the file system hangs, all of them are; what is on disk is adopted
+        again when it responds.
+        """
+        disk, lower = self.disk, self._cache.lower
+        if disk is None:
+            return
+        disk.settle()
+        if disk.is_writable:
+            lower.open(DISK)
+        else:
+            lower.close(DISK)
+        if len(lower.orders):
+            return  # rows that orders are about to fill are not lost
+        if disk.has_lost_rows:
+            self._cache.drop_lost(DISK, disk.is_lost)
+            disk.has_lost_rows = False
+        elif disk.is_detached and not disk.is_hung:
+            disk.is_detached = False
+            logger.warning("%s responds again: it holds %d states.", self.folder, self.adopt())
 
     def report(self) -> LowerReport:
         """What lies where, in bytes. O(tiers)."""
@@ -176,7 +194,12 @@ class LowerMemory:
         folder = None
         if disk is not None:
             folder = FolderReport(
-                disk.max_bytes, disk.num_bytes, not disk.is_broken, disk.num_skipped
+                disk.max_bytes,
+                disk.num_bytes,
+                disk.is_writable,
+                disk.num_skipped,
+                disk.num_errors,
+                disk.problem,
             )
         return LowerReport(tuple(tiers), folder)
 
@@ -184,7 +207,7 @@ class LowerMemory:
         """Let the cache, which has nothing of it, know what the disk holds, the newest at most that
         its tier has room for; states adopted. O(records)."""
         disk, cache = self.disk, self._cache
-        if disk is None:
+        if disk is None or disk.is_detached:
             return 0
         prefixes, tier = disk.prefixes, cache.lower.tiers[cache.lower.words.index(DISK)]
         newest = prefixes.newest_states(tier.pages.num_free, disk.state_rows)
@@ -217,6 +240,7 @@ class LowerMemory:
         known again."""
         self._cache.lower.orders.take()
         if self.disk is not None:
+            self.disk.settle()
             self.disk.unbind_all()
             logger.warning("The cache begins anew with %d states from disk.", self.adopt())
 
@@ -250,8 +274,10 @@ def _check_tier(name: str, gib: float | None, size: int, least: int, row_bytes: 
         )
 
 
-def words_of(config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None) -> dict[str, str]:
-    """All that the bits of KV and states, and the tokens that name them, depend on."""
+def fingerprint_of(
+    config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None
+) -> dict[str, str]:
+    """Everything that the bytes of KV and states, and the tokens that name them, depend on."""
     template = None if tokenizer is None else tokenizer.chat_template
     return {
         **runner.identity(),

@@ -172,7 +172,7 @@ def make_manager(
     words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
     return CacheManager(
         cache,
-        lambda: parse_placement(words),
+        parse_placement(words),
         num_rows=config.max_running,
         stateful=memory.is_stateful,
         exact=config.exact,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from engine.build import load, make_parts, prefill_server, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.drafts.drafting import Drafting
-from engine.engine_loop import taken
+from engine.errors import DuplicateId, QueueFull
 from engine.generate import follow, generate
 from engine.guided.grammar import Grammar
 from engine.interfaces import Runner, TokenSampler
@@ -28,7 +28,6 @@ from engine.schedule.fetching import Fetcher, Outside
 from engine.schedule.observed import Observer, StepReport
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
-from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import RequestOutput
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_log import LeaseLog
@@ -149,8 +148,8 @@ class Engine:
         spec = RequestSpec.of(prompt, sampling, options)
         if not self.has_room:
             raise QueueFull(self.config.max_queue)
-        if spec.request_id in self._requests:
-            raise ValueError(taken(spec.request_id))
+        if spec.request_id is not None and spec.request_id in self._requests:
+            raise DuplicateId(spec.request_id)
         request = self.prepare(spec)
         self.enqueue(request)
         return request.request_id
@@ -224,8 +223,14 @@ class Engine:
             self.check()
         return None if self._lower is None else self._lower.rest()
 
+    def stop_accepting(self) -> None:
+        """Take no more work from other engines, and finish what is in progress for them: for an
+        engine that is to end. Requests of one's own can still be submitted."""
+        for part in self._outside:
+            part.stop_accepting()
+
     def disconnect(self) -> None:
-        """End what is done for and by other processes."""
+        """End at once what is done for and by other engines."""
         for part in self._outside:
             part.close()
 
@@ -418,10 +423,11 @@ class Engine:
         return self.cache_report() | {"tree": self.outline().splitlines()}
 
     def close(self) -> None:
-        """End all requests and write what is still to be kept. Without lower tiers nothing needs
-        it."""
+        """End all requests, those of other engines too, and write what is still to be kept. Only
+        engines with a role or with lower tiers need it."""
         for request_id in tuple(self._requests):
             self.abort(request_id)
+        self.disconnect()
         while self.has_work():
             self.step()
         if self._lower is not None:

@@ -17,8 +17,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from engine.errors import (
+    DuplicateId,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+    RequestError,
+    StepFailed,
+)
 from engine.interfaces import Losable, RunnerLost
-from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import RequestOutput
 
 if TYPE_CHECKING:
@@ -33,30 +40,10 @@ FAILED = "The engine has failed, its log says why: restart it."
 logger = logging.getLogger(__name__)
 
 
-def taken(request_id: str) -> str:
-    """What is said of a request whose id another has."""
-    return f"there is a request {request_id!r} already; give each its own id."
-
-
-class EngineStopped(RuntimeError):
-    """The engine takes no more requests, or ended before this one was done."""
-
-
-class StepFailed(RuntimeError):
-    """What computed this request broke off; others may go on."""
-
-
-class RequestRefused(StepFailed):
-    """What this request asked for could not be followed to its end: another try fails as well."""
-
-
-Ending = EngineStopped | StepFailed
-
-
-def failed(output: RequestOutput) -> StepFailed:
-    """Why ``output``, which has an ``error``, is the last of its request."""
+def failed(output: RequestOutput) -> RequestError:
+    """Return the ``error`` of ``output``, the last one of its request."""
     assert output.error is not None
-    return (RequestRefused if output.is_refused else StepFailed)(output.error)
+    return (InvalidRequest if output.is_refused else StepFailed)(output.error)
 
 
 class EngineLoop(Generic[Reader]):
@@ -66,7 +53,7 @@ class EngineLoop(Generic[Reader]):
     def __init__(
         self,
         engine: Engine,
-        deliver: Callable[[Sequence[tuple[Reader, RequestOutput | Ending]]], None],
+        deliver: Callable[[Sequence[tuple[Reader, RequestOutput | RequestError]]], None],
     ) -> None:
         """``deliver`` is called in the engine's thread after every step, also with nothing."""
         self._engine = engine
@@ -91,7 +78,7 @@ class EngineLoop(Generic[Reader]):
 
     def enqueue(self, request: Request, reader: Reader) -> None:
         """Have a prepared request queued before the next step. From any thread; raises before
-        anything is queued: QueueFull, EngineStopped where the engine is stopping, or ValueError
+        anything is queued: QueueFull, EngineStopped where the engine is stopping, or DuplicateId
         where a request of the same id goes on."""
         request_id = request.request_id
 
@@ -108,7 +95,7 @@ class EngineLoop(Generic[Reader]):
             if not self._is_open:
                 raise EngineStopped(STOPPING)
             if request_id in self._streams or request_id in self._arriving:
-                raise ValueError(taken(request_id))
+                raise DuplicateId(request_id)
             if self._engine.num_waiting + len(self._arriving) >= self._engine.config.max_queue:
                 raise QueueFull(self._engine.config.max_queue)
             self._arriving.add(request_id)
@@ -169,8 +156,10 @@ class EngineLoop(Generic[Reader]):
             self._has_failed = True
             logger.exception("The engine failed; it answers nothing from here on.")
         finally:
-            self._engine.disconnect()
-            self._close()
+            try:
+                self._engine.disconnect()
+            finally:
+                self._close()
 
     def _step(self) -> None:
         """One step, or what one that failed leaves to do. Raises where the one before it failed
@@ -210,6 +199,8 @@ class EngineLoop(Generic[Reader]):
                     self._wake.wait(rest_s)
                 num_orders = len(self._orders)
                 is_open, must_stop = self._is_open, self._must_stop
+            if not is_open:
+                engine.stop_accepting()
             for _ in range(num_orders):
                 self._orders.popleft()()  # If it raises, those after it are left to _close.
             if must_stop:
@@ -220,7 +211,7 @@ class EngineLoop(Generic[Reader]):
                 return False
 
     def _hand_out(self, outputs: Sequence[RequestOutput]) -> None:
-        mail: list[tuple[Reader, RequestOutput | Ending]] = []
+        mail: list[tuple[Reader, RequestOutput | RequestError]] = []
         for output in outputs:
             reader = self._streams.get(output.request_id)
             if reader is not None:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.store.disk import Disk
-from engine.store.whole_file import write_whole
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.remembered import Memory, pack, unpack, write_memory
 from hybridcache.tiered import TieredRadixCache
@@ -78,7 +77,7 @@ class Remembering:
     def rest(self, *, is_idle: bool) -> float | None:
         """Between two steps: write what is new, if it is time; else the seconds until then. None:
         nothing is new. O(1), or O(tree)."""
-        if not self.has_news or self._disk.is_broken:
+        if not (self.has_news and self._disk.is_writable):
             return None
         every = max(IDLE_EVERY_S if is_idle else BUSY_EVERY_S, self._took_s / SHARE)
         left = self._saved_at + every - self._clock()
@@ -89,29 +88,30 @@ class Remembering:
 
     def save(self) -> None:
         """Write what is new. O(tree)."""
-        if not self.has_news or self._disk.is_broken:
+        if not (self.has_news and self._disk.is_writable):
             return
         start = self._clock()
         body = write_memory(self._cache, self._placement)
         self.has_news, self._saved_at = False, self._clock()
         self._took_s = self._saved_at - start
-        self._disk.aside(lambda: self._write(body))
+        self._disk.write_file(NAME, lambda: self._packed(body))
 
-    def _write(self, body: bytes) -> None:
-        """On the disk thread."""
-        try:
-            data = pack(body)
-            if len(data) <= self._max_bytes:
-                write_whole(self._path, data)
-                return
-            why = f"it would take {len(data):,} of at most {self._max_bytes:,} bytes"
-        except OSError as error:
-            why = str(error.strerror)
+    def _packed(self, body: bytes) -> bytes | None:
+        """The content of the file, made in the disk thread. None if it would be too large."""
+        data = pack(body)
+        if len(data) <= self._max_bytes:
+            return data
         if not self._has_warned:
             self._has_warned = True
-            logger.warning("What is learnt is not written to %s: %s.", self._path, why)
+            logger.warning(
+                "What is learnt is not written to %s: it would take %s of at most %s bytes.",
+                self._path,
+                f"{len(data):,}",
+                f"{self._max_bytes:,}",
+            )
+        return None
 
     def forget(self) -> None:
         """The cache was emptied because somebody wanted it."""
-        if not self._disk.is_broken:
-            self._disk.aside(lambda: self._path.unlink(missing_ok=True))
+        if not self._disk.is_read_only:
+            self._disk.remove_file(NAME)

@@ -23,7 +23,7 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from time import process_time, process_time_ns
@@ -39,7 +39,6 @@ from hybridcache import (
     LeaseTarget,
     ModelGeometry,
     Placed,
-    PlacementPolicy,
     Prefill,
     PrefixCache,
     Roofline,
@@ -53,6 +52,7 @@ from hybridcache import (
     serve,
 )
 from hybridcache.lab.simulation.sweep import collect_seldom
+from hybridcache.policies.placement.rules import Placement
 from hybridcache.units import GIB
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
@@ -99,30 +99,25 @@ class Work(NamedTuple):
     """The last grid position of ``everything``: where decode saves, if it lies past the prompt."""
 
 
-class Noted:
-    """A placement that notes what another decides: on the grid, each position once."""
+class Noted(Placement):
+    """A placement that notes what it decides: on the grid, each position once."""
 
-    def __init__(self, inner: PlacementPolicy) -> None:
-        self._inner = inner
+    def __init__(self, inner: Placement) -> None:
+        super().__init__(inner.rules, inner.cap)
         self.decided: list[tuple[Placed, ...]] = []
 
-    def positions(self, prefill: Prefill) -> Iterable[Placed]:
-        found: dict[int, Placed] = {}
-        for position, label in self._inner.positions(prefill):
-            floored = position - position % prefill.grid
-            if prefill.cached_len < floored <= prefill.prompt_len:
-                found.setdefault(floored, Placed(floored, label))
-        self.decided.append(tuple(found.values()))
-        return self.decided[-1]
-
-    def decode_interval(self) -> int | None:
-        return self._inner.decode_interval()
+    def plan(self, prefill: Prefill) -> list[Placed]:
+        """As ``Placement``, noted."""
+        found = prefill.on_grid(super().plan(prefill))
+        wanted = [Placed(position, label) for position, label in found.items()]
+        self.decided.append(tuple(wanted))
+        return wanted
 
 
 def worked_out(kept: Sequence[TraceRequest], config: RunConfig) -> tuple[list[Work], int]:
     """What a simulation of ``kept`` decides, and the tokens that it finds cached."""
     target = lease_target(config)
-    noted = Noted(target.placement)
+    noted = Noted(config.placement(1))
     target.placement = noted
     log = serve(target, kept, 1, SERVING)
     assert log.num_bypassed == 0

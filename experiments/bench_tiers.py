@@ -6,6 +6,9 @@
 - ``spilling``: tokens a second of prompts that are all new, so that every eviction spills, with a
   host tier and without, in turns: the median ratio of a turn, by the clock and by CPU time (of all
   threads of the process).
+- ``records``: a folder with as many records as ``--records``, of 4 KiB of KV and 16 tokens each:
+  records written a second (until all files are there), seconds to open it (the index of all
+  prefixes included), records read a second, and records removed a second.
 - ``memory``: what the process's resident memory grew by while host tiers of two sizes were
   filled, over those sizes; the part that grows with the tier, and the part that does not.
 
@@ -20,12 +23,16 @@ import json
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from engine import Engine, EngineConfig, SamplingParams
+from engine.store.disk import Disk
+from engine.store.records import RecordStore
 from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.tokens import Tokens
 from hybridcache.units import GIB
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
@@ -117,6 +124,61 @@ def spilling(rounds: int, num_tokens: int) -> dict[str, float]:
     }
 
 
+def records(count: int) -> dict[str, float]:
+    row_bytes, num_tokens = 256, 16
+    rows = np.arange(num_tokens * row_bytes, dtype=np.uint8).reshape(num_tokens, row_bytes)
+
+    def path(number: int) -> tuple[None, Tokens]:
+        return None, np.arange(number, number + num_tokens, dtype=np.int32)
+
+    def opened(folder: str) -> Disk:
+        store = RecordStore.open(Path(folder), {"writer": "experiments.bench_tiers"}, 1 << 40)
+        return Disk(store, row_bytes=row_bytes, state_rows=1, num_rows=num_tokens)
+
+    def per_s(work: Callable[[], object], number: int) -> float:
+        start = time.perf_counter()
+        work()
+        return number / (time.perf_counter() - start)
+
+    with tempfile.TemporaryDirectory() as name:
+        disk = opened(name)
+
+        def write() -> None:
+            for number in range(count):
+                disk.write_through("kv", path(number), num_tokens, lambda a, b: lambda: rows[a:b])
+                if number % 10_000 == 0:
+                    disk.flush()
+            disk.flush()
+
+        written_per_s = per_s(write, count)
+        assert len(disk.prefixes) == count and not disk.num_skipped
+        disk.close()
+        start = time.perf_counter()
+        disk = opened(name)
+        open_s = time.perf_counter() - start
+        assert len(disk.prefixes) == count
+        asked = np.random.default_rng(0).permutation(count)[:10_000].tolist()
+        indices = np.arange(num_tokens, dtype=np.int32)
+
+        def read() -> None:
+            for number in asked:
+                disk.bind(indices, disk.prefixes.find(*path(number)))
+                [(_, found)] = disk.load(indices) or [(0, rows[:0])]
+                assert np.array_equal(found, rows)
+
+        read_per_s = per_s(read, len(asked))
+        disk.clear()
+        removed_per_s = per_s(lambda: disk.flush(float("inf")), count)
+        disk.close()
+    return {
+        "records": count,
+        "records_written_per_s": written_per_s,
+        "records_open_s": open_s,
+        "records_read_per_s": read_per_s,
+        "records_removed_per_s": removed_per_s,
+    }
+
+
 def memory(sizes: list[float], num_tokens: int) -> dict[str, float]:
     grown = {host_gib: grown_bytes(host_gib, num_tokens) for host_gib in sizes}
     found = {f"grown_over_asked_{gib:g}_gib": size / (gib * GIB) for gib, size in grown.items()}
@@ -160,7 +222,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1000, help="of a conversation")
     parser.add_argument("--rounds", type=int, default=24)
     parser.add_argument("--host-gib", default="0.1,1", help="sizes of the tier whose use is told")
-    parser.add_argument("--parts", default="restart,spilling,memory")
+    parser.add_argument("--records", type=int, default=100_000, help="in one folder")
+    parser.add_argument("--parts", default="restart,spilling,records,memory")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_tiers.jsonl")
     arguments = parser.parse_args()
     found: dict[str, float] = {}
@@ -169,6 +232,8 @@ def main() -> None:
         found |= restart(arguments.count, arguments.tokens)
     if "spilling" in parts:
         found |= spilling(arguments.rounds, arguments.tokens)
+    if "records" in parts:
+        found |= records(arguments.records)
     if "memory" in parts:
         sizes = [float(size) for size in arguments.host_gib.split(",")]
         found |= memory(sizes, arguments.tokens)

@@ -25,8 +25,9 @@ from typing import Any
 from experiments.provenance import RESULTS, write_json_lines
 
 REASONS = (
-    "do not fit the",
-    "shorten the prompt",
+    "maximum context length is",
+    "A salt must not hold",
+    "names different salts",
     "token ids from 0 to",
     "must be ids from 0 to",
     "token ids must be from",

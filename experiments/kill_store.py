@@ -2,9 +2,9 @@
 
 A child writes records as fast as it can, drops some, and says after each what it did; it is killed
 (SIGKILL) at a random moment, two hundred times over the same folder, which is small enough for
-segments to be cleaned and deleted all the time. After each kill the store is opened: a start that
-is refused counts, and so does every byte of every record that is not what was written, and every
-record that the child had said was written and is not there.
+records to be removed all the time. After each kill the store is opened: a start that is refused
+counts, and so does every byte of every record that is not what was written, and every record that
+the child had said was written and is not there.
 
     python -m experiments.kill_store --kills 200
 """
@@ -24,32 +24,34 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.store.store import SegmentStore, StoreError
+from engine.store.fingerprint import StoreError
+from engine.store.records import RecordStore, record_bytes
 from experiments.provenance import RESULTS, write_json_lines
 
-DIGEST = b"k" * 32
-MAX_BYTES = 1 << 24
+FIELDS = {"writer": "experiments.kill_store"}
+MAX_BYTES, MAX_PAYLOAD_BYTES = 1 << 24, 1 << 18
 
 
 def payload_of(number: int) -> bytes:
-    """What record ``number`` has: any length up to 256 KiB, any bytes."""
+    """The payload of a record: any length up to 256 KiB, any bytes."""
     random_bytes = np.random.default_rng(number)
-    return random_bytes.bytes(int(random_bytes.integers(0, 1 << 18)))
+    return random_bytes.bytes(int(random_bytes.integers(0, MAX_PAYLOAD_BYTES)))
 
 
 def write_until_killed(folder: Path, seed: int) -> None:
     """The child: a line for each record written (``+``) or dropped (``-``)."""
-    store = SegmentStore.open(folder, DIGEST, MAX_BYTES)
+    store = RecordStore.open(folder, FIELDS, MAX_BYTES)
     choose = random.Random(seed)
-    living = [record.id for record in store.records()]
+    living = [record.id for record in store.scan()]
     print("open", flush=True)
+    room = record_bytes(20, MAX_PAYLOAD_BYTES)
     while True:
-        while store.live_bytes > store.usable_bytes // 2 or (living and choose.random() < 0.3):
+        while store.num_bytes + room > MAX_BYTES or (living and choose.random() < 0.3):
             gone = living.pop(choose.randrange(len(living)))
             print("-", gone, flush=True)
-            store.drop(gone)
+            store.remove(gone)
         number = store.next_id
-        store.append(number, 1, str(number).encode(), [payload_of(number)])
+        store.write(number, 1, str(number).encode(), payload_of(number))
         living.append(number)
         print("+", number, flush=True)
 
@@ -75,14 +77,16 @@ def kill_once(folder: Path, seed: int, delay_s: float) -> tuple[set[int], set[in
 
 def count_wrong(folder: Path, expected: set[int]) -> tuple[int, int, set[int]]:
     """(wrong records, lost ones, found) of the store that a kill left."""
-    store = SegmentStore.open(folder, DIGEST, MAX_BYTES)
-    wrong, found = 0, {record.id for record in store.records()}
-    for record in list(store.records()):
+    store = RecordStore.open(folder, FIELDS, MAX_BYTES)
+    records = list(store.scan())
+    wrong, found = 0, {record.id for record in records}
+    for record in records:
         out = bytearray(record.payload_bytes)
         is_right = store.read(record.id, memoryview(out)) and out == payload_of(record.id)
         wrong += not (is_right and record.meta == str(record.id).encode())
-    on_disk = sum(path.stat().st_size for path in folder.glob("*.segment"))
+    on_disk = sum(path.stat().st_blocks * 512 for path in folder.glob("*.record"))
     assert on_disk <= MAX_BYTES, "more bytes than the store may have"
+    assert not list(folder.glob("*.part")), "an unfinished file was left"
     store.close()
     return wrong, len(expected - found), found
 

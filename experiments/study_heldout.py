@@ -10,12 +10,13 @@ memory, as it is for every cache of this project: where two or three states fit,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from experiments.lab import QWEN3_NEXT, figure_path, keep, slim
-from hybridcache import PlacementPolicy, Prefill, RunResult, open_trace, simulate
+from hybridcache import Placed, Prefill, RunResult, open_trace, simulate
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.sweep import collect_seldom
@@ -25,16 +26,16 @@ from hybridcache.policies.placement.learned import Learned
 PEERS = ("sglang-plus", "sglang-plus-counted", "lightllm-counted", "marconi-counted")
 
 
-class Before(Learned, PlacementPolicy):
+class Before(Learned):
     """The rule as it was: a prompt goes on where the deepest evicted checkpoint stood, if that is
     no fork's."""
 
-    def positions(self, prefill: Prefill) -> Any:
+    def plan(self, prefill: Prefill) -> Iterator[Placed]:
         """As ``Learned``, told otherwise."""
         missed = prefill.missed
         goes_on = missed is not None and missed.label != "branch"
         goes_on = goes_on and missed.position + prefill.grid > prefill.branch_len
-        return super().positions(prefill._replace(forks=not goes_on))
+        return super().plan(prefill._replace(forks=not goes_on))
 
 
 PLACEMENTS = {

@@ -1,11 +1,12 @@
-"""The wheels as they are published: the cache and its laboratory in one, the engine in another.
+"""Build the two published wheels: the cache with its laboratory, and the engine.
 
 python -m experiments.wheels [--out dist]
 
-``hybridcache`` holds neither ``engine`` nor ``kernels``: SGLang depends on a distribution of
-Hugging Face whose package is called ``kernels`` too, and ``pip install hybridcache[sglang]`` must
-leave it alone. ``hybridcache-engine`` holds both, and is what ``hybridcache[engine]`` asks for. A
-clone installs everything at once (``pip install -e .``).
+The cache's wheel (``hybrid-radix-cache``) holds neither ``engine`` nor ``kernels``: SGLang depends
+on a Hugging Face distribution whose package is also called ``kernels``, and ``pip install
+'hybrid-radix-cache[sglang]'`` must not replace it. The engine's wheel (``hybrid-radix-engine``)
+holds both, and the extra ``hybrid-radix-cache[engine]`` asks for it. A clone installs everything
+at once (``pip install -e .``).
 """
 
 from __future__ import annotations
@@ -21,26 +22,29 @@ from pathlib import Path
 from typing import Any
 
 from experiments.provenance import ROOT
+from hybridcache.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION
 
-ENGINE = "hybridcache-engine"
-PACKAGES = {"hybridcache": ("hybridcache",), ENGINE: ("engine", "kernels")}
+PACKAGES = {
+    CACHE_DISTRIBUTION: ("hybridcache",),
+    ENGINE_DISTRIBUTION: ("engine", "kernels"),
+}
 
 
 def described(name: str) -> dict[str, Any]:
-    """The ``[project]`` table of one of the two, from pyproject.toml's."""
+    """Return the ``[project]`` table of one of the two, made from pyproject.toml's."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras, version = project["optional-dependencies"], project["version"]
-    command = {"hybridcache": "hybridcache", ENGINE: "engine"}[name]
+    command = PACKAGES[name][0]
     project["scripts"] = {command: project["scripts"][command]}
-    if name == ENGINE:
+    if name == ENGINE_DISTRIBUTION:
         project |= {
-            "name": ENGINE,
+            "name": name,
             "description": "The engine that serves hybrid LLMs with hybridcache",
-            "dependencies": [f"hybridcache=={version}", *extras["engine"]],
+            "dependencies": [f"{CACHE_DISTRIBUTION}=={version}", *extras["engine"]],
         }
         del project["optional-dependencies"], project["entry-points"]
     else:
-        extras["engine"] = [f"{ENGINE}=={version}"]
+        extras["engine"] = [f"{ENGINE_DISTRIBUTION}=={version}"]
     return dict(project)
 
 

@@ -44,7 +44,6 @@ if TYPE_CHECKING:
         Placed,
         PlacementPolicy,
         Prefill,
-        PrefillRule,
     )
     from hybridcache.policies.words import EVICTION, make_eviction, parse_placement
 
@@ -112,7 +111,6 @@ _LAZY = {
         "Placed",
         "PlacementPolicy",
         "Prefill",
-        "PrefillRule",
     ),
 }
 """Modules that are imported when one of their names is first asked for."""
@@ -159,7 +157,6 @@ __all__ = [
     "PlacementPolicy",
     "Poisson",
     "Prefill",
-    "PrefillRule",
     "PrefixCache",
     "PrefixMatch",
     "RadixCache",

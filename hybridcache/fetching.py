@@ -1,4 +1,4 @@
-"""Fetch or recompute: which of what lies in lower tiers a request brings to the device."""
+"""Load or compute: which checkpoint in lower tiers a request loads to the device."""
 
 from __future__ import annotations
 
@@ -17,24 +17,20 @@ def bring_up(
     tokens: Tokens,
     exchange: FetchRule | None,
 ) -> tuple[PrefixMatch, Any]:
-    """Fetch what of ``match.lower`` saves the most time; without an ``exchange`` nothing does.
+    """Load the checkpoint of ``match.lower`` that saves the most time, if one saves any.
 
-    ``receipt`` is a lock on ``match.node``. Returns the match of ``tokens`` then and a lock on its
-    node; what is left below is a loss with a cause. O(len(tokens)).
+    ``receipt`` is a lock on ``match.node``. Returns a match of ``tokens`` after the load and a lock
+    on its node; both are the ones given if nothing was loaded. O(len(tokens)).
     """
-    if exchange is not None and _fetch_best(cache, match, exchange):
-        cache.unlock(receipt)
-        match = cache.match(tokens, match.namespace)
-        receipt = cache.lock(match.node)
-    if match.lower:
-        num_left = match.lower[-1].position - match.cached_len
-        losses = match.losses.reached(num_left)._replace(not_fetched=num_left)
-        match = match._replace(losses=losses)
-    return match, receipt
+    if exchange is None or not _fetch_best(cache, match, exchange):
+        return match, receipt
+    cache.unlock(receipt)
+    match = cache.match(tokens, match.namespace)
+    return match, cache.lock(match.node)
 
 
 def _fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> bool:
-    """False: nothing saves time, or there is no room for it."""
+    """Return False if no load saves time, or the device has no room for it."""
     lower = cache.lower
     assert lower is not None
     best, most = None, 0.0

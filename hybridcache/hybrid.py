@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from math import lcm
+from typing import Any
 
 import numpy as np
 
@@ -106,7 +107,7 @@ class HybridRadixCache:
         if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         num_tokens = len(tokens)
-        root = self._tree.roots.get(namespace)
+        root = self._tree.find_root(namespace)
         if root is None:
             losses = Losses(num_tokens, 0, 0, 0, 0)
             return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)
@@ -169,7 +170,7 @@ class HybridRadixCache:
         >>> cache.continuation(np.arange(4, dtype=np.int32), 3).tolist()
         [4, 5, 6]
         """
-        node = after if after is not None else self._tree.roots.get(namespace)
+        node = after if after is not None else self._tree.find_root(namespace)
         while node is not None and node.end > len(tokens):
             node = node.parent
         if node is None:
@@ -202,10 +203,12 @@ class HybridRadixCache:
         if match.node is not None:
             residency.use(match.node)
         if match.missed is not None:
-            residency.policy.missed(match.missed)
-            if residency.missed_above is not None:
+            policy = residency.policy
+            policy.missed(match.missed)
+            # Most policies ignore further ghost hits: then the path is not searched for them.
+            if type(policy).missed_above is not EvictionPolicy.missed_above:
                 for ghost in ghosts_above(match.missed.node):
-                    residency.missed_above(ghost)
+                    policy.missed_above(ghost)
 
     def lock(self, node: RadixNode | None) -> Receipt:
         """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1).
@@ -215,6 +218,19 @@ class HybridRadixCache:
                 raise ValueError(EVICTED)
             self._residency.lock(node)
         return Receipt(node)
+
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, Receipt]:
+        """Protect the cached KV of ``tokens`` without counting a use; see ``PrefixCache.lock_kv``.
+        An edge that ``tokens`` leave is split. O(n)."""
+        root = self._tree.find_root(namespace)
+        if root is None:
+            return None, Receipt(None)
+        node, inside, kv_len = self._tree.walk(root, tokens)
+        if inside is not None and kv_len > node.end:
+            node = self._residency.split(inside, kv_len)
+        if node is root:
+            return None, Receipt(None)
+        return node, self.lock(node)
 
     def unlock(self, receipt: Receipt) -> None:
         """Give a lock back; a receipt given twice unlocks once. O(1). ValueError: another cache

@@ -48,7 +48,8 @@ class LowerMemory(Protocol):
 class PrefixCache(Protocol):
     """A prefix cache as HybridRadixCache, RadixCache, NullCache and PlainCache implement it.
 
-    ``tokens`` is int32[n]. ``namespace`` is any hashable: requests in different namespaces never
+    ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these
+    (``hybridcache.namespaces``; ValueError for others): requests in different namespaces never
     share.
     """
 
@@ -115,6 +116,14 @@ class PrefixCache(Protocol):
     def lock(self, node: Any) -> Any:
         """Protect ``node``, its checkpoint and its path's KV from eviction; returns the receipt
         ``unlock`` takes. ValueError: ``node`` was evicted."""
+        ...
+
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, Any]:
+        """Protect the cached KV of ``tokens``, whether or not a checkpoint stands at its end.
+
+        Returns (the node that ends where the cached KV does, a receipt for ``unlock``); the node is
+        None if nothing is cached. Not a use: no recency changes. O(n).
+        """
         ...
 
     def unlock(self, receipt: Any) -> None:

@@ -47,7 +47,7 @@ class RadixCache(HybridRadixCache):
         if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         num_tokens = len(tokens)
-        root = self._tree.roots.get(namespace)
+        root = self._tree.find_root(namespace)
         if root is None:
             losses = Losses(num_tokens, 0, 0, 0, 0)
             return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)

@@ -20,7 +20,7 @@ from hybridcache.fetching import bring_up
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_rows import LeaseRows
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
-from hybridcache.results import Losses, PrefixMatch
+from hybridcache.results import Losses, PrefixMatch, losses_of
 from hybridcache.saving import Saved, Saving
 from hybridcache.tokens import Indices, Tokens
 
@@ -124,7 +124,7 @@ class Lease:
         self._rows = LeaseRows(match.cached_len, self.prompt_len + cache.page_size)
         self._is_counted = False
         self._step = lcm(cache.grid, cache.page_size)
-        self._saving = Saving(cache, self._step, self.prompt_len)
+        self._saving = Saving(cache, placement, self._step, self.prompt_len)
         if cache.arena is not None:
             cache.arena.holders[self._rows] = None
 
@@ -136,13 +136,13 @@ class Lease:
         request: LeaseRequest,
         exchange: FetchRule | None = None,
     ) -> Lease | None:
-        """Match, lock, take a state slot; bring up what is worth it. None: no slot is available;
-        nothing is held.
+        """Match, lock, take a state slot, and load from lower tiers what saves time. None if no
+        slot is available; nothing is held then.
 
-        Where the only available slot is the checkpoint the request would resume from, the request
-        starts further up without it, and ``losses.refused`` counts the tokens; with ``reuse=False``
-        it counts all that was not read. What is fetched is the cache's from then on, and resumed
-        from like all else; without an ``exchange`` nothing is. O(len(tokens)).
+        If the only available slot is that of the checkpoint found, the request resumes from the
+        next shallower one, and ``losses.refused`` counts the difference. With ``reuse=False`` it
+        counts everything that was found. A loaded checkpoint belongs to the cache like any other.
+        Without an ``exchange`` nothing is loaded. O(len(tokens)).
         """
         readable = request.tokens if request.reuse else request.tokens[:1]
         found = cache.match(request.tokens, request.namespace)
@@ -160,39 +160,49 @@ class Lease:
                 cache.unlock(receipt)
                 return None
         if match is not found:
-            refused = found.cached_len - match.cached_len
+            # The rest of ``found`` says what the request met before it took memory itself.
             match = found._replace(
                 cached_len=match.cached_len,
                 checkpoint=match.checkpoint,
-                losses=found.losses._replace(refused=refused),
                 node=match.node,
                 resumed=match.resumed,
+                lower=match.lower if request.reuse else (),
             )
         if match.lower and request.reuse:
             match, receipt = bring_up(cache, match, receipt, readable, exchange)
+        if match is not found or match.lower:
+            loadable_len = match.lower[-1].position if match.lower else 0
+            match = match._replace(losses=losses_of(found, match.cached_len, loadable_len))
         return cls(cache, placement, request, match, receipt, slot)
 
     def _count(self) -> None:
-        """The lease has its first memory: it is going to compute, so it counts as a use, and the
-        placement is asked."""
+        """Count the lease as a use and plan its checkpoints: it has its first memory, so it is
+        going to compute."""
         self._is_counted = True
-        if self._request.reuse:
-            self._cache.touch(self.match)
-        if self._request.stateful:
-            request, match = self._request, self.match
-            prefill = Prefill(
-                self.prompt_len,
-                match.cached_len,
-                match.kv_len,
-                match.branch_len,
-                request.boundaries,
-                self._step,
-                match.resumed,
-                match.missed,
-                match.forks,
-            )
-            decodes = request.answer_survives and not request.exact
-            self._saving.ask(self._placement, prefill, decodes)
+        request, match, placement = self._request, self.match, self._placement
+        if request.reuse:
+            self._cache.touch(match)
+        if not request.stateful:
+            return
+        if request.reuse:
+            if match.resumed is not None:
+                placement.on_hit(match.resumed)
+            if match.missed is not None:
+                placement.on_ghost_hit(match.missed, match.missed_tokens)
+        prefill = Prefill(
+            self.prompt_len,
+            match.cached_len,
+            match.kv_len,
+            match.branch_len,
+            request.boundaries,
+            self._step,
+            match.resumed,
+            match.missed,
+            match.forks,
+            request.answer_survives and not request.exact,
+        )
+        placement.on_prefill(prefill)
+        self._saving.ask(prefill)
 
     @property
     def cached_len(self) -> int:
@@ -201,7 +211,7 @@ class Lease:
 
     @property
     def losses(self) -> Losses:
-        """Why the tokens that are not reused are not; sums with ``cached_len`` to the prompt."""
+        """Prompt tokens to compute, by cause; sums with ``cached_len`` to the prompt's length."""
         return self.match.losses
 
     @property
@@ -359,12 +369,12 @@ class Lease:
             tuple(saved.values()),
             self._node,
         )
-        for slot in rejected_slots:
-            cache.free_slot(slot)
         num_duplicates = len(duplicates)
         self._rows.publish(inserted_len, num_duplicates)
         if num_duplicates:
             cache.free_kv(duplicates)
+        if saved:
+            self._saving.settle(saved, rejected_slots)
         return node, num_duplicates
 
     def finish(self, tokens: Tokens, computed_len: int, donate: bool = True) -> None:
@@ -380,14 +390,16 @@ class Lease:
     def _end(self, tokens: Tokens, computed_len: int, donate: bool) -> None:
         cache = self._cache
         published_len = self._publishable(computed_len)
-        own_slot, label = self._cached_slot, self._saving.label(computed_len)
+        own_slot = self._cached_slot
         donate &= computed_len == published_len and computed_len % self._step == 0
         donate &= computed_len > self.match.cached_len
-        if own_slot is not None and not donate:
-            cache.free_slot(own_slot)
-        saved = self._saving.end(published_len)
-        if own_slot is not None and donate:
-            saved[computed_len, own_slot] = label
+        donated = None
+        if own_slot is not None:
+            if donate:
+                donated = computed_len, own_slot
+            else:
+                cache.free_slot(own_slot)
+        saved = self._saving.end(published_len, donated)
         first_held = self.published_len
         if saved or published_len > first_held:
             self._insert(tokens, published_len, saved)

@@ -1,17 +1,46 @@
-"""A namespace as text in files, and back; no code is run for it."""
+"""Namespaces of a cache: the values that may name one, and their text in files.
+
+A namespace is None, a str, bytes, an int that is no bool, or a tuple of these. Other values are
+refused, because Python takes some of them for equal (``1 == True == 1.0``) and equal namespaces
+share their tokens.
+"""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Hashable
 
+PLAIN = frozenset({type(None), str, bytes, int})
+"""Types that need no closer look."""
+
+
+def require_namespace(namespace: object) -> None:
+    """Raise ValueError unless ``namespace`` may name one. O(its size).
+
+    >>> require_namespace(("tenant", 7))
+    >>> require_namespace(True)
+    Traceback (most recent call last):
+        ...
+    ValueError: namespace True is a bool; use None, a str, bytes, an int, or a tuple of these
+    """
+    if type(namespace) is tuple:
+        for part in namespace:
+            require_namespace(part)
+    elif type(namespace) not in PLAIN and (
+        isinstance(namespace, bool) or not isinstance(namespace, str | bytes | int)
+    ):
+        raise ValueError(
+            f"namespace {namespace!r} is a {type(namespace).__name__}; use None, a str, bytes, an "
+            "int, or a tuple of these"
+        )
+
 
 def read_namespace(text: str) -> Hashable:
-    """The namespace that ``write_namespace`` wrote. ValueError: it wrote no such text."""
+    """Return the namespace that ``write_namespace`` wrote. ValueError: it wrote no such text. No
+    code of the text is run."""
     try:
         namespace: Hashable = ast.literal_eval(text)
         if write_namespace(namespace) == text:
-            hash(namespace)
             return namespace
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         pass
@@ -19,8 +48,9 @@ def read_namespace(text: str) -> Hashable:
 
 
 def write_namespace(namespace: Hashable) -> str:
-    """As text that ``read_namespace`` reads. ValueError: it is not made of None, numbers, texts,
-    bytes and tuples of them."""
+    """Return ``namespace`` as text that ``read_namespace`` reads. ValueError: it cannot be
+    written, because it is a subclass of those types or nested too deeply."""
+    require_namespace(namespace)
     text = repr(namespace)
     try:
         same = ast.literal_eval(text) == namespace

@@ -75,6 +75,10 @@ class NullCache(PrefixCache):
         """There is nothing to protect; the receipt is None."""
         return None
 
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[None, None]:
+        """Return (None, None): nothing is cached."""
+        return None, None
+
     def unlock(self, receipt: None) -> None:
         return None
 

@@ -28,29 +28,42 @@ import numpy as np
 from hybridcache.allocators.orders import DEVICE
 from hybridcache.namespaces import read_namespace, write_namespace
 from hybridcache.policies.memory import Reader, Writer, remembers, take_over
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, policy_below
+from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.node import Checkpoint, RadixNode
 from hybridcache.radix.stored import StoredState
 from hybridcache.radix.tree import RadixTree
 from hybridcache.tiered import TieredRadixCache
-from hybridcache.tokens import Indices
+from hybridcache.tokens import Indices, require_int32
 
 FORM = "hybridcache memory 1"
 HEAD, CRC = struct.Struct("<8sQI"), struct.Struct("<I")
 MAGIC = b"HCMEMRY1"
 MAX_BYTES = 1 << 28
-"""Of a body that is unpacked."""
-UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError)
-"""What comes of plain data that this version did not write."""
+"""Largest body that is written, and that is unpacked when it is read."""
+UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
+"""Errors that plain data can cause that this version did not write."""
 NO_ROWS: Indices = np.empty(0, np.int32)
 NOTHING = (-1, 0, 0, 0, 0, -1)
 
 
 def write_memory(cache: TieredRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
-    """All that ``cache`` and ``placement``'s rules remember, as far as it takes no more than the
-    cache's ghosts may, the latest first. O(tree)."""
-    residency = cache._residency
+    """Return all that ``cache`` and ``placement``'s rules remember, the latest nodes first, within
+    what the cache's ghosts may take and ``MAX_BYTES``. O(tree)."""
     nodes = _latest(cache)
+    body = _body(cache, nodes, placement)
+    while len(body) > MAX_BYTES and nodes:
+        nodes = nodes[: len(nodes) // 2]  # Parents come before children, so no node is cut off.
+        body = _body(cache, nodes, placement)
+    return body if len(body) <= MAX_BYTES else _body(cache, [], (), with_policies=False)
+
+
+def _body(
+    cache: TieredRadixCache,
+    nodes: list[RadixNode],
+    placement: Sequence[PlacementPolicy],
+    with_policies: bool = True,
+) -> bytes:
+    residency = cache._residency
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
     rows, labels, tokens = [], [], [np.empty(0, np.int32)]
@@ -68,7 +81,7 @@ def write_memory(cache: TieredRadixCache, placement: Sequence[PlacementPolicy] =
         tokens.append(node.tokens)
     policies, memos, writer = {}, {}, Writer()
     for word, policy in _policies(cache):
-        if remembers(policy):
+        if with_policies and remembers(policy):
             policies[word] = writer.write(policy)
             memos[word] = [
                 [item.serial, writer.write(item.memo)]
@@ -112,7 +125,10 @@ def unpack(data: bytes) -> Memory:
     if len(packed) != size or zlib.crc32(packed) != crc:
         raise ValueError("it is damaged")
     inflated = zlib.decompressobj()
-    plain = json.loads(inflated.decompress(packed, MAX_BYTES))
+    body = inflated.decompress(packed, MAX_BYTES)
+    if not inflated.eof:
+        raise ValueError(f"it unpacks to more than {MAX_BYTES:,} bytes")
+    plain = json.loads(body)
     if not isinstance(plain, dict) or plain.get("form") != FORM:
         raise ValueError("it is of another version")
     return Memory(plain)
@@ -132,7 +148,8 @@ class Memory:
         ``recall_policies``. ValueError, and the cache as it was: another page size or grid, or
         something that is no memory. O(nodes)."""
         plain, residency = self._plain, cache._residency
-        assert not cache.num_nodes, "the cache is empty"
+        if cache.num_nodes:
+            raise ValueError("the cache holds something: recall a memory into an empty one")
         if (plain.get("page_size"), plain.get("grid")) != (cache.page_size, cache.grid):
             raise ValueError("it is of another page size or grid")
         try:
@@ -152,6 +169,7 @@ class Memory:
         tree, nodes = RadixTree(cache.page_size), list[RadixNode]()
         roots = [tree.root(read_namespace(text)) for text in plain["namespaces"]]
         rows, tokens = reader.read(plain["nodes"]).tolist(), reader.read(plain["tokens"])
+        require_int32(tokens, "tokens")
         item_bytes, at, words = cache._residency.item_bytes, 0, cache.lower.words
         tiers = [words.index(word) if word in words else None for word in plain["tiers"]]
         for row, label in zip(rows, plain["labels"], strict=True):
@@ -159,7 +177,10 @@ class Memory:
             parent = nodes[above] if above >= 0 else roots[-1 - above]
             length = end - parent.end
             edge = tokens[at : at + length]
-            assert len(edge) == length > 0 and not length % cache.page_size, "another length"
+            if not len(edge) == length > 0 or length % cache.page_size:
+                raise ValueError("a node's tokens have another length")
+            if tree.walk(parent, edge, ghosts=True)[2] > parent.end:
+                raise ValueError("two nodes begin alike")
             node = tree.grow(parent, edge)
             tree.fade(node)
             nodes.append(node)
@@ -242,7 +263,7 @@ def _share_anew(cache: TieredRadixCache, word: str) -> None:
     now on. O(tree)."""
     policies, number = dict(_policies(cache)), cache.lower.words.index(word)
     above = policies[cache.lower.words[number - 1] if number else DEVICE]
-    take_over(policies[word], policy_below(above))
+    take_over(policies[word], above.below())
     for state in _states(cache, word).values():
         state.memo = None
         policies[word].add(state)

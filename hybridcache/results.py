@@ -1,4 +1,4 @@
-"""What the verbs of a prefix cache answer: frozen, built whole."""
+"""Results of a prefix cache's verbs, and the loss causes of a request."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from hybridcache.tokens import Indices
 
 
 class Losses(NamedTuple):
-    """Why the prompt tokens that were not reused were not, by cause; tokens. Sums with
-    ``cached_len`` to the prompt."""
+    """Prompt tokens that were computed, by cause. They sum with ``cached_len`` to the prompt's
+    length. ``match`` fills in all but the last two; ``losses_of`` adds those."""
 
     never_seen: int
     """Past ``branch_len``: no request ever brought these tokens in this position."""
@@ -26,17 +26,8 @@ class Losses(NamedTuple):
     refused: int = 0
     """A checkpoint was there, but no memory was available to resume from it."""
     not_fetched: int = 0
-    """A state and all KV are there, in lower tiers in part, and were not fetched: computing anew
-    was quicker, or no memory was available on the device."""
-
-    def reached(self, num_tokens: int) -> Losses:
-        """These, had ``num_tokens`` more tokens been reused: what lies nearest goes first."""
-        found = list(self)
-        for cause in (2, 3, 4, 1, 0):
-            less = min(num_tokens, found[cause])
-            found[cause] -= less
-            num_tokens -= less
-        return Losses(*found)
+    """State and KV were stored, partly in lower tiers, and were not loaded: computing was faster,
+    or the device had no free memory."""
 
 
 class Resumable(NamedTuple):
@@ -71,8 +62,8 @@ class PrefixMatch(NamedTuple):
     namespace: Hashable
     missed: Any = None
     """The deepest evicted checkpoint (a policy ``Item``) in (cached_len, num_tokens - 1] whose node
-    or ghost is on the path: had it and its KV been kept, ``missed.position - cached_len`` more
-    tokens would have been reused."""
+    or ghost is on the path: had it and its KV been kept, ``missed_tokens`` more tokens would have
+    been reused."""
     resumed: Any = None
     """The checkpoint (a policy ``Item``) at ``cached_len``; None at 0 and in attention-only
     caches."""
@@ -81,6 +72,41 @@ class PrefixMatch(NamedTuple):
     forks: bool = True
     """Whether other tokens were seen to follow at ``branch_len``; False: all that was seen ends
     there. True where it is not known."""
+
+    @property
+    def missed_tokens(self) -> int:
+        """Tokens that ``missed`` would have saved beyond the checkpoint that was found; 0 if
+        nothing was missed. A refused checkpoint was found, so its tokens do not count."""
+        if self.missed is None:
+            return 0
+        return max(int(self.missed.position) - self.cached_len - self.losses.refused, 0)
+
+
+NEAREST_FIRST = (2, 3, 4, 1, 0)
+"""Fields of ``Losses`` in the order in which their tokens follow ``cached_len``."""
+
+
+def losses_of(found: PrefixMatch, cached_len: int, loadable_len: int = 0) -> Losses:
+    """Attribute each prompt token that a request computes to exactly one cause.
+
+    ``found`` is the match before any memory was taken for the request, ``cached_len`` the position
+    that it resumes from after refusals and loads, and ``loadable_len`` the deepest position that it
+    could have loaded from lower tiers and did not (0 if there is none). The sum of the result and
+    ``cached_len`` is ``found.num_tokens``. O(1).
+
+    Tokens up to ``found.cached_len`` that are not reused were refused; those after it up to
+    ``loadable_len`` were not fetched; all others keep the cause that ``found`` gives them.
+    """
+    refused = max(found.cached_len - cached_len, 0)
+    reached_len = max(found.cached_len, cached_len)
+    not_fetched = max(loadable_len - reached_len, 0)
+    counts = list(found.losses)
+    explained = reached_len + not_fetched - found.cached_len
+    for cause in NEAREST_FIRST:
+        taken = min(explained, counts[cause])
+        counts[cause] -= taken
+        explained -= taken
+    return Losses._make((*counts[:5], refused, not_fetched))
 
 
 class InsertResult(NamedTuple):

@@ -1,53 +1,61 @@
-"""The checkpoints that one lease saves: where, in which slot, and until when."""
+"""Checkpoints that one lease saves: their positions, their slots, and what becomes of them."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from hybridcache.interface import PrefixCache
 from hybridcache.policies.protocol import PlacementPolicy, Prefill
 
 Saved = tuple[int, int]
-"""(position, slot) of a checkpoint that was, or is being, written to a slot we hold."""
+"""(position, slot) of a checkpoint that is, or is being, written to a held slot."""
 
 
 class Saving:
-    """Positions are planned, get a slot when they are about to be computed, and wait with it for
-    the ``publish`` that covers them. In decode one slot rolls: it is written again at each
-    crossing, and published only at the end."""
+    """Checkpoint plan of one lease.
+
+    A position is planned, gets a slot when it is about to be computed, and keeps it until the
+    ``publish`` that covers the position. In decode one slot rolls: it is written again at each
+    crossing and published only at the end. The placement learns of each planned checkpoint whether
+    it was saved or dropped.
+    """
 
     __slots__ = (
         "_cache",
         "_interval",
         "_overwritten",
         "_pending",
+        "_placement",
         "_plan",
         "_prompt_len",
         "_rolling",
         "_step",
     )
 
-    def __init__(self, cache: PrefixCache, step: int, prompt_len: int) -> None:
+    def __init__(
+        self, cache: PrefixCache, placement: PlacementPolicy, step: int, prompt_len: int
+    ) -> None:
         """``step``: checkpoints sit on its multiples."""
         self._cache = cache
+        self._placement = placement
         self._step = step
         self._prompt_len = prompt_len
         self._plan: dict[int, str] = {}
         self._pending: dict[Saved, str] = {}
         self._rolling: Saved | None = None
         self._overwritten: Saved | None = None
-        """What the rolling slot held before, as long as it may still hold that."""
+        """Earlier contents of the rolling slot, for as long as it may still hold them."""
         self._interval: int | None = None
 
-    def ask(self, placement: PlacementPolicy, prefill: Prefill, decodes: bool) -> None:
-        """Plan what ``placement`` wants of ``prefill``, and of the answer if it ``decodes``
-        something worth keeping."""
+    def ask(self, prefill: Prefill) -> None:
+        """Plan what the placement wants of ``prefill``, and of its answer."""
         plan, step = self._plan, self._step
-        for position, label in placement.positions(prefill):
-            floored = prefill.floor(position)
-            if floored is not None:
-                plan.setdefault(floored, label)
-        interval = placement.decode_interval()
-        if interval is not None and decodes:
-            self._interval = -(-interval // step) * step
+        for position, label in prefill.on_grid(self._placement.plan(prefill)).items():
+            plan.setdefault(position, label)
+        if prefill.answer_survives:
+            interval = self._placement.decode_interval()
+            if interval is not None:
+                self._interval = -(-interval // step) * step
 
     @property
     def planned(self) -> tuple[int, ...]:
@@ -56,28 +64,25 @@ class Saving:
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Those held."""
+        """Slots held."""
         rolling = (self._rolling[1],) if self._rolling is not None else ()
         return (*(slot for _, slot in self._pending), *rolling)
 
     def plan(self, position: int, label: str) -> None:
-        """Plan a checkpoint, but where one has its slot already."""
+        """Plan a checkpoint, unless one at ``position`` has its slot already."""
         if not self.is_pending(position):
             self._plan.setdefault(position, label)
 
     def is_pending(self, position: int) -> bool:
-        """Whether a checkpoint at ``position`` has its slot and waits for its ``publish``."""
+        """Return whether a checkpoint at ``position`` has its slot and waits for its
+        ``publish``."""
         return any(saved == position for saved, _ in self._pending)
 
     def wants(self, position: int) -> bool:
-        """Whether a state at ``position``, where the request ends, is one to keep."""
+        """Return whether a state at ``position``, where the request ends, is one to keep."""
         if position > self._prompt_len:
             return self._interval is not None
         return position in self._plan
-
-    def label(self, position: int) -> str:
-        """Of the state that a request which ends at ``position`` leaves there."""
-        return "decode" if position > self._prompt_len else self._plan.get(position, "preempt")
 
     def take(self, start: int, end: int) -> tuple[Saved, ...]:
         """See ``Lease.take_checkpoint_slots``."""
@@ -101,8 +106,8 @@ class Saving:
         return sum(start < position <= end for position in self._plan)
 
     def _save(self, start: int, end: int, max_slots: int) -> bool:
-        """Take slots for planned positions in (start, end]. False: none is available for the
-        next."""
+        """Take slots for planned positions in (start, end]. Return False if none is available for
+        the next one."""
         plan, num_taken = self._plan, 0
         for position, label in tuple(plan.items()):
             if start < position <= end and num_taken < max_slots:
@@ -134,16 +139,15 @@ class Saving:
         self._rolling = self._overwritten
 
     def _crossing(self, start: int, end: int) -> int | None:
-        """The last position in (start, end] at which decoding saves a state; None: there is
-        none."""
+        """Return the last position in (start, end] at which decode saves a state, or None."""
         interval = self._interval
         if interval is None or end // interval * interval <= start:
             return None
         return end // interval * interval
 
     def done(self, computed_len: int) -> dict[Saved, str]:
-        """Give out those of a prefill whose positions are computed, with their labels: they are
-        the caller's from here on."""
+        """Hand over the checkpoints of a prefill whose positions are computed, with their labels.
+        ``settle`` is owed for them."""
         done = self._pending
         if not done:
             return done
@@ -154,24 +158,43 @@ class Saving:
         self._pending = later
         return done
 
-    def end(self, published_len: int) -> dict[Saved, str]:
-        """Give out all that have a slot, the rolling one too, but those past ``published_len``,
-        whose slots are freed."""
+    def end(self, published_len: int, donated: Saved | None = None) -> dict[Saved, str]:
+        """Hand over all checkpoints up to ``published_len`` that have a slot, with the rolling one
+        and ``donated``, and drop the others. ``settle`` is owed."""
         saved = self._pending
         if self._rolling is not None:
             saved[self._rolling] = "decode"
         if saved and max(saved)[0] > published_len:
             for unfinished in [one for one in saved if one[0] > published_len]:
                 self._cache.free_slot(unfinished[1])
-                del saved[unfinished]
-        self._forget()
+                self._placement.on_dropped(unfinished[0], saved.pop(unfinished))
+        if donated is not None:
+            position = donated[0]
+            in_decode = position > self._prompt_len
+            saved[donated] = "decode" if in_decode else self._plan.pop(position, "preempt")
+        self._drop_plan()
         return saved
 
-    def abort(self) -> None:
-        """Free every slot."""
-        for slot in self.slots:
-            self._cache.free_slot(slot)
-        self._forget()
+    def settle(self, saved: dict[Saved, str], rejected_slots: Sequence[int]) -> None:
+        """Note the result of publishing ``saved``; free the slots that the cache did not take."""
+        placement = self._placement
+        for (position, slot), label in saved.items():
+            if slot in rejected_slots:
+                self._cache.free_slot(slot)
+                placement.on_dropped(position, label)
+            else:
+                placement.on_saved(position, label)
 
-    def _forget(self) -> None:
+    def abort(self) -> None:
+        """Free every slot and drop every plan."""
+        if self._rolling is not None:
+            self._pending[self._rolling] = "decode"
+        for (position, slot), label in self._pending.items():
+            self._cache.free_slot(slot)
+            self._placement.on_dropped(position, label)
+        self._drop_plan()
+
+    def _drop_plan(self) -> None:
+        for position, label in self._plan.items():
+            self._placement.on_dropped(position, label)
         self._plan, self._pending, self._rolling = {}, {}, None

@@ -70,7 +70,7 @@ class Usage:
         self.not_fetched += losses[6]
         if match.missed is not None:
             self.missed += 1
-            self.missed_tokens += match.missed.position - cached_len
+            self.missed_tokens += match.missed_tokens
 
     def merge(self, other: Usage) -> None:
         for name in self.__slots__:

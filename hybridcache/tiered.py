@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 
 from hybridcache.core.fetch import adopt, fetch
 from hybridcache.core.lower import LowerTiers, Tier
@@ -60,7 +60,7 @@ class TieredRadixCache(HybridRadixCache):
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """As ``HybridRadixCache.match``, with what lower tiers could bring. O(n)."""
         found = super().match(tokens, namespace)
-        root = self._tree.roots.get(namespace)
+        root = self._tree.find_root(namespace)
         if root is None:
             return found
         node, inside, _ = self._tree.walk(root, tokens)
@@ -116,6 +116,17 @@ class TieredRadixCache(HybridRadixCache):
             raise ValueError(f"a state after {len(tokens)} tokens: not a multiple of {self._step}")
         number = self.lower.words.index(tier)
         return adopt(self._residency, self.lower, tokens, namespace, number)
+
+    def drop_lost(self, tier: str, is_lost: Callable[[Indices], bool]) -> None:
+        """Forget what ``tier`` cannot give back.
+
+        ``is_lost`` gets the rows of one state, or of the KV of one node. What cannot be resumed
+        without them is freed too, in this tier and in those after it. Call it when no orders are
+        pending: rows that an order is about to fill are not lost. O(tree).
+        """
+        nodes = list(self._tree.nodes())
+        self.lower.lose(nodes, self.lower.words.index(tier), is_lost)
+        self._residency.ghosts.trim()
 
     def touch(self, match: PrefixMatch) -> None:
         """As ``HybridRadixCache.touch``; the tier that let go of what was missed is told."""

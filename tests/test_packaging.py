@@ -1,4 +1,4 @@
-"""The wheel, built and looked into; and that constraints.txt pins what pyproject.toml asks for."""
+"""Contents of the wheels, install hints, and pins of constraints.txt and requirements.lock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,13 @@ from pathlib import Path
 import pytest
 
 from experiments import wheels
-from hybridcache.extras import EXTRAS
+from hybridcache.extras import (
+    CACHE_DISTRIBUTION,
+    ENGINE_DISTRIBUTION,
+    EXTRAS,
+    how_to_install,
+    install_command,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "engine", "kernels")
@@ -26,7 +32,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 def _requirements() -> list[str]:
     extras = PROJECT["optional-dependencies"].values()
     named = [*PROJECT["dependencies"], *(name for extra in extras for name in extra)]
-    return [name for name in named if not name.startswith("hybridcache[")]
+    return [name for name in named if not name.startswith(f"{CACHE_DISTRIBUTION}[")]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.full
 def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     wanted = {
@@ -61,9 +68,10 @@ def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: zipfile
     } <= held
 
 
+@pytest.mark.full
 def test_the_wheel_gives_both_commands_and_its_licence(wheel: zipfile.ZipFile) -> None:
     [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
-    assert info.startswith("hybridcache-"), "not a distribution called kernels"
+    assert info.startswith("hybrid_radix_cache-"), "not a distribution called kernels"
     entry_points = wheel.read(f"{info}/entry_points.txt").decode()
     assert "engine = engine.command.cli:main" in entry_points
     assert "hybridcache = hybridcache.lab.cli:main" in entry_points
@@ -77,27 +85,27 @@ def test_the_wheel_gives_both_commands_and_its_licence(wheel: zipfile.ZipFile) -
 
 def test_what_is_published_for_sglang_leaves_the_name_kernels_alone(tmp_path: Path) -> None:
     """Its dependency of that name lives beside it; the engine is another distribution."""
-    cache = zipfile.ZipFile(wheels.build("hybridcache", tmp_path))
+    cache = zipfile.ZipFile(wheels.build(CACHE_DISTRIBUTION, tmp_path))
     held = {name.split("/")[0] for name in cache.namelist()}
-    assert held == {"hybridcache", "hybridcache-0.1.0.dist-info"}
-    entry_points = cache.read("hybridcache-0.1.0.dist-info/entry_points.txt").decode()
+    assert held == {"hybridcache", "hybrid_radix_cache-0.1.0.dist-info"}
+    entry_points = cache.read("hybrid_radix_cache-0.1.0.dist-info/entry_points.txt").decode()
     assert "[sglang.srt.plugins]\nhybridcache = hybridcache.export.sglang:plug_in" in entry_points
     assert "engine" not in entry_points
-    metadata = message_from_bytes(cache.read("hybridcache-0.1.0.dist-info/METADATA"))
+    metadata = message_from_bytes(cache.read("hybrid_radix_cache-0.1.0.dist-info/METADATA"))
     asked = metadata.get_all("Requires-Dist", [])
     assert 'sglang==0.5.23; extra == "sglang"' in asked
     assert [one for one in asked if one.endswith('extra == "engine"')] == [
-        'hybridcache-engine==0.1.0; extra == "engine"'
+        'hybrid-radix-engine==0.1.0; extra == "engine"'
     ]
 
 
 def test_the_engine_is_published_apart(tmp_path: Path) -> None:
-    engine = zipfile.ZipFile(wheels.build(wheels.ENGINE, tmp_path))
+    engine = zipfile.ZipFile(wheels.build(ENGINE_DISTRIBUTION, tmp_path))
     held = {name.split("/")[0] for name in engine.namelist()}
-    assert held == {"engine", "kernels", "hybridcache_engine-0.1.0.dist-info"}
-    metadata = message_from_bytes(engine.read("hybridcache_engine-0.1.0.dist-info/METADATA"))
+    assert held == {"engine", "kernels", "hybrid_radix_engine-0.1.0.dist-info"}
+    metadata = message_from_bytes(engine.read("hybrid_radix_engine-0.1.0.dist-info/METADATA"))
     asked = metadata.get_all("Requires-Dist", [])
-    assert "hybridcache==0.1.0" in asked and any(one.startswith("torch") for one in asked)
+    assert "hybrid-radix-cache==0.1.0" in asked and any(one.startswith("torch") for one in asked)
 
 
 def test_every_direct_dependency_is_pinned_within_its_range() -> None:
@@ -133,13 +141,106 @@ def _names(node: ast.AST) -> list[str]:
     return [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
 
 
-def test_an_extra_brings_what_it_is_said_to_bring() -> None:
+def _normalized(name: str) -> str:
+    return name.replace("-", "_").lower()
+
+
+def test_extras_of_hints_are_those_of_the_project() -> None:
+    """Every package of an extra has a hint, and every hint names an extra that installs it."""
     of_distribution = metadata.packages_distributions()
+    declared = PROJECT["optional-dependencies"]
+    assert set(EXTRAS) == set(declared) - {"all", "dev"}
     for extra, packages in EXTRAS.items():
-        brought = " ".join(PROJECT["optional-dependencies"][extra]).replace("-", "_")
-        for package in packages:
-            names = [n.replace("-", "_").lower() for n in of_distribution.get(package, [package])]
-            assert any(name in brought for name in names), f"{package} is not in {extra}"
+        required = {_normalized(re.split(r"[^\w.-]", name)[0]) for name in declared[extra]}
+        hinted = {
+            _normalized(name)
+            for package in packages
+            for name in of_distribution.get(package, [package])
+        }
+        # A package that is not installed here has no known distribution: its own name stands in.
+        assert required == hinted, extra
+
+
+def test_a_hint_names_the_extra_of_the_caller() -> None:
+    missing = ModuleNotFoundError("No module named 'jinja2'", name="jinja2.sandbox")
+    assert how_to_install(missing).endswith(install_command("lab"))
+    assert how_to_install(missing, "engine").endswith(install_command("engine"))
+    unknown = ModuleNotFoundError("No module named 'mine'", name="mine")
+    assert how_to_install(unknown, "engine") == "No module named 'mine'"
+    with pytest.raises(KeyError, match="no extra 'labb'"):
+        install_command("labb")
+
+
+OTHERS = {"pytest", "lm-eval[api]", "playwright", "schemathesis"}
+"""Requirements of other projects that a page or an error tells to install."""
+HINT = re.compile(r"pip install (?:-[\w-]+ )*['\"`]?([A-Za-z.][\w.-]*(?:\[[^\]]*\])?)")
+NAME = re.compile(r"\b((?:hybridcache|hybrid-radix-\w+)\[[a-z][\w, -]*\])")
+
+
+def _texts(path: Path) -> list[str]:
+    """Return the string constants of Python code, or the whole text of a page."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        return [text]
+    constants = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant)]
+    return [node.value for node in constants if isinstance(node.value, str)]
+
+
+def hints(root: Path) -> dict[str, set[str]]:
+    """Map each file below ``root`` to the requirements that it tells a reader to install."""
+    pages = [path for path in root.glob("*") if path.suffix in (".md", ".toml") and path.is_file()]
+    folders = [root / name for name in (*PACKAGES, "experiments", "docs", "examples")]
+    files = pages + [path for folder in folders for path in folder.rglob("*")]
+    found: dict[str, set[str]] = {}
+    for path in files:
+        # The two logs also tell of earlier names.
+        if path.suffix not in (".py", ".md", ".toml", ".html", ".js") or path.name in (
+            "CHANGELOG.md",
+            "LOG.md",
+        ):
+            continue
+        for text in _texts(path):
+            flat = re.sub(r"\s+", " ", text)
+            if named := {*HINT.findall(flat), *NAME.findall(flat)}:
+                found.setdefault(path.relative_to(root).as_posix(), set()).update(named)
+    return found
+
+
+def _wrong(requirement: str) -> bool:
+    name, _, extras = requirement.removesuffix("]").partition("[")
+    extras_here = set(PROJECT["optional-dependencies"])
+    known = {".": extras_here, CACHE_DISTRIBUTION: extras_here, ENGINE_DISTRIBUTION: set()}
+    asked = {extra.strip() for extra in extras.split(",")} - {""}
+    return requirement not in OTHERS and (name not in known or not asked <= known[name])
+
+
+def test_every_install_hint_names_a_real_distribution_and_extra() -> None:
+    found = hints(ROOT)
+    assert {"README.md", "engine/README.md", "hybridcache/extras.py"} <= set(found)
+    wrong = {file: sorted(filter(_wrong, named)) for file, named in found.items()}
+    assert {file: named for file, named in wrong.items() if named} == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("README.md", "`pip install hybridcache` gives the cache"),
+        ("README.md", "`pip install -U 'hybrid-radix-cache[labs]'`"),
+        ("engine/a.py", 'raise ValueError("pip install "\n"hybridcache[lab]")'),
+        ("hybridcache/a.py", "x = f\"pip install 'hybridcache[{extra}]'\""),
+        ("docs/a.md", "needs `hybridcache[top]`"),
+    ],
+)
+def test_a_wrong_hint_is_found(tmp_path: Path, file: str, text: str) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    assert any(map(_wrong, hints(tmp_path).get(file, set())))
+
+
+def test_the_project_is_named_as_its_hints_say() -> None:
+    assert PROJECT["name"] == CACHE_DISTRIBUTION
+    assert set(wheels.PACKAGES) == {CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION}
+    assert {package for packages in wheels.PACKAGES.values() for package in packages} == {*PACKAGES}
 
 
 def test_what_is_imported_is_declared() -> None:

@@ -8,6 +8,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,10 @@ SKIPPED = ("seed", "stop", "logit_bias")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
+    if arguments is None:
+        # Shells without job control start background commands with SIGINT ignored, and Python then
+        # installs no handler for it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parsed = _parser().parse_args(arguments)
     command: Command = parsed.command
     try:
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"engine {parsed.verb}: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"engine {parsed.verb}: {how_to_install(error)}", file=sys.stderr)
+        print(f"engine {parsed.verb}: {how_to_install(error, 'engine')}", file=sys.stderr)
         return 2
     except RunnerLost as error:
         print(f"engine {parsed.verb}: {error}", file=sys.stderr)

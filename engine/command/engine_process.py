@@ -19,6 +19,7 @@ import msgspec
 
 from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
+from engine.exit_codes import describe_exit
 from engine.interfaces import RunnerLost
 from engine.process.channel import Channel, make_folder, remove_folder
 from engine.process.front import ProcessEngine
@@ -83,7 +84,7 @@ def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) ->
                 raise ValueError(message.reason)
         if has_ended:
             raise ValueError(
-                f"the engine's process ended with code {process.returncode} before it had loaded; "
+                f"the engine's process {describe_exit(process.returncode)} before it had loaded; "
                 "what it printed says why."
             )
 
@@ -105,7 +106,7 @@ def main(folder: str, config: str, address: str, trace: str) -> int:
         written = start_trace(engine, trace) if trace else None
         screen = start_screen(engine, address)
     except ModuleNotFoundError as error:
-        host.refuse(how_to_install(error))
+        host.refuse(how_to_install(error, "engine"))
         return 2
     except (ValueError, FileNotFoundError, RunnerLost) as error:
         host.refuse(str(error))

@@ -28,8 +28,9 @@ def news_of(output: RequestOutput) -> RequestOutput:
 class Answer:
     """What has come of one request's answer."""
 
-    def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
-        self._prompt = prompt
+    def __init__(self, request_id: str, prompt: npt.NDArray[np.int32]) -> None:
+        self._request_id, self._prompt = request_id, prompt
+        self._last: RequestOutput | None = None
         self._tokens = GrowingTokens()
         self._text: list[str] = []
         self._logprobs: list[SampledToken] = []
@@ -51,11 +52,24 @@ class Answer:
         if output.new_text:
             self._text.append(output.new_text)
         self._logprobs.extend(output.new_logprobs)
-        return structs.replace(
+        self._last = structs.replace(
             output,
+            request_id=self._request_id,
             prompt_token_ids=self._prompt,
             output=self._tokens.extended(output.new_token_ids),
             all_text=self._text,
             num_pieces=len(self._text),
             all_logprobs=self._logprobs,
+        )
+        return self._last
+
+    def aborted(self, first: RequestOutput) -> RequestOutput:
+        """Return the last output of an answer that its reader ended; ``first`` stands for it where
+        none has come."""
+        return structs.replace(
+            self._last or first,
+            new_token_ids=(),
+            new_text="",
+            new_logprobs=(),
+            finish_reason="abort",
         )

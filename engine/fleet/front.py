@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections import Counter
@@ -11,8 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from engine.async_engine import (
     EngineStopped,
     NoSingleEngine,
@@ -20,10 +19,10 @@ from engine.async_engine import (
     RequestStream,
     StepFailed,
     Watching,
-    failed,
 )
 from engine.build import load_tokenizer_of, sampling_defaults
 from engine.config import EngineConfig
+from engine.errors import DuplicateId, RequestError, WireError
 from engine.fleet.answer import Answer
 from engine.fleet.fleet import Fleet
 from engine.fleet.order import Order, ReplicaFacts
@@ -32,6 +31,7 @@ from engine.guided.grammar import Grammar
 from engine.requests.intake import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport
+from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import Tokenizer
 from hybridcache.routing.outbox import EventsLost
 from hybridcache.routing.protocol import RouteRequest
@@ -75,6 +75,7 @@ class FleetEngine:
             clock=time.perf_counter,
         )
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._numbers = itertools.count()
         self._waiting: set[str] = set()
         self._reports: dict[str, CacheReport] = {}
         self._gone: Counter[str] = Counter()
@@ -147,17 +148,30 @@ class FleetEngine:
         if len(self._waiting) >= self.config.max_queue:
             raise QueueFull(self.config.max_queue)
         request_id = request.request_id
+        if request_id in self._tasks:
+            raise DuplicateId(request_id)
         stream = RequestStream(request_id, self._abort)
+        first = request.report()
+        tokens = first.prompt_token_ids.copy()
+        # A replica may still end an earlier request of this id.
+        unique_id = f"{request_id}#{next(self._numbers)}"
         spec = replace(
             asked,
-            prompt=request.report().prompt_token_ids.copy(),
+            prompt=tokens,
             sampling=replace(request.params, seed=request.seed),
             boundaries=request.boundaries,
-            request_id=request_id,
+            request_id=unique_id,
         )
-        self._waiting.add(request_id)
-        task = asyncio.ensure_future(self._answer(request_id, spec, stream))
+        route = RouteRequest(
+            unique_id, tuple(tokens.tolist()), spec.namespace, boundaries=tuple(spec.boundaries)
+        )
+        order, answer = Order(unique_id, spec, route), Answer(request_id, tokens)
+        self._waiting.add(unique_id)
+        task = asyncio.ensure_future(self._follow_answer(order, answer, stream))
         self._tasks[request_id] = task
+        task.add_done_callback(
+            lambda task: self._settle(task, order, answer.aborted(first), stream)
+        )
         return stream
 
     def _abort(self, request_id: str) -> None:
@@ -165,48 +179,63 @@ class FleetEngine:
         if task is not None:
             task.cancel()
 
-    async def _answer(self, request_id: str, spec: RequestSpec, stream: RequestStream) -> None:
-        tokens = np.asarray(spec.prompt)
-        answer = Answer(tokens)
-        route = RouteRequest(
-            request_id,
-            tuple(tokens.tolist()),
-            spec.namespace,
-            boundaries=tuple(spec.boundaries),
-        )
-        order = Order(request_id, spec, route)
+    async def _follow_answer(self, order: Order, answer: Answer, stream: RequestStream) -> None:
+        """Hand the outputs of one request to ``stream``, from another replica where the first one
+        died before the first token."""
         generate = self._handle.options(method_name="generate", stream=True)
         num_deaths = 0
-        try:
-            while True:
-                outputs = generate.remote(order)
-                try:
-                    async for output in outputs:
-                        if not answer.num_tokens and output.new_token_ids:
-                            self._waiting.discard(request_id)
-                            self._fleet.prefilled(request_id)
-                        stream.put(failed(output) if output.error else answer.whole(output))
+        while True:
+            outputs = generate.remote(order)
+            try:
+                async for output in outputs:
+                    if isinstance(output, WireError):
+                        self._end(order, stream, RequestError.from_wire(output))
+                        return
+                    if not answer.num_tokens and output.new_token_ids:
+                        self._waiting.discard(order.request_id)
+                        self._fleet.prefilled(order.request_id)
+                    whole = answer.whole(output)
+                    if not output.is_finished:
+                        stream.put(whole)
+                    else:
+                        self._end(order, stream, whole)
+                return
+            except asyncio.CancelledError:
+                outputs.cancel()
+                raise
+            except Exception as error:
+                if not self._is_death(error):
+                    self._end(order, stream, StepFailed(_cause(error)))
                     return
-                except asyncio.CancelledError:
-                    outputs.cancel()
-                    raise
-                except Exception as error:
-                    if not self._is_death(error):
-                        stream.put(StepFailed(_cause(error)))
-                        return
-                    num_deaths += 1
-                    if answer.num_tokens or num_deaths == MAX_DEATHS:
-                        stream.put(StepFailed(answer.broken_off))
-                        return
-                    logger.warning("request %s lost its replica and begins anew", request_id)
-                    self._fleet.ended(request_id)
-        except asyncio.CancelledError:
-            if not self._is_open:
-                stream.put(EngineStopped("The engine stopped before the answer was done."))
-        finally:
-            self._fleet.ended(request_id)
-            self._waiting.discard(request_id)
-            del self._tasks[request_id]
+                num_deaths += 1
+                if answer.num_tokens or num_deaths == MAX_DEATHS:
+                    self._end(order, stream, StepFailed(answer.broken_off))
+                    return
+                logger.warning("request %s lost its replica and begins anew", stream.request_id)
+                self._fleet.ended(order.request_id)
+
+    def _settle(
+        self, task: asyncio.Task[None], order: Order, aborted: RequestOutput, stream: RequestStream
+    ) -> None:
+        """End a request that its ``task`` has not: it was cancelled, maybe before it began, or
+        broke off."""
+        if self._tasks.get(stream.request_id) is not task:
+            return
+        last: RequestOutput | RequestError = aborted
+        if not task.cancelled():
+            last = StepFailed("its replica ended before the answer was done")
+            if task.exception() is not None:
+                logger.error("A request broke off.", exc_info=task.exception())
+        elif not self._is_open:
+            last = EngineStopped("The engine stopped before the answer was done.")
+        self._end(order, stream, last)
+
+    def _end(self, order: Order, stream: RequestStream, last: RequestOutput | RequestError) -> None:
+        """Hand out the last of a request, whose id is free from here on."""
+        del self._tasks[stream.request_id]
+        self._fleet.ended(order.request_id)
+        self._waiting.discard(order.request_id)
+        stream.put(last)
 
     async def _each(self, method: str) -> dict[str, Any]:
         """What a method says on each replica that is up and answers."""
@@ -250,6 +279,9 @@ class FleetEngine:
     async def reset_prefix_cache(self) -> None:
         """On every replica."""
         await self._each("reset")
+
+    async def stop_accepting(self) -> None:
+        """Do nothing: replicas have no role, and serve no other engines."""
 
     async def drain(self) -> None:
         """Take no more requests, finish those there are, and end the replicas."""

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import numpy as np
 
-from engine.async_engine import AsyncEngine
+from engine.async_engine import AsyncEngine, RequestStream
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import RequestError, WireError
 from engine.fleet.answer import news_of
 from engine.fleet.order import Order, ReplicaFacts
 from engine.requests.sampling_params import SamplingParams
@@ -20,6 +22,7 @@ from engine.schedule.report import CacheReport
 from engine.text.outputs import RequestOutput
 from hybridcache.routing.outbox import EventBatch, Outbox
 
+logger = logging.getLogger(__name__)
 TRIAL_TOKENS = 512
 """Prompt whose prefill is timed at the start."""
 
@@ -93,20 +96,26 @@ class EngineReplica:
             prefill_tokens_per_s=self._tokens_per_s,
         )
 
-    async def generate(self, order: Order) -> AsyncIterator[RequestOutput]:
-        """Outputs without what the other side knows: the prompt, and all tokens so far. Left early,
-        the request ends."""
+    async def generate(self, order: Order) -> AsyncIterator[RequestOutput | WireError]:
+        """Yield outputs without what the server knows already: the prompt, and earlier tokens. An
+        error of the request comes last. Left early, the request ends."""
         assert order.spec is not None
-        stream = self._async.submit(order.spec)
+        stream: RequestStream | None = None
         is_covered = False
         try:
+            stream = self._async.submit(order.spec)
             async for output in stream:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
                     await self._cover(order.request_id)
                 yield news_of(output)
+        except Exception as error:
+            if not isinstance(error, ValueError | RequestError):
+                logger.exception("The request %s failed.", order.request_id)
+            yield RequestError.of(error).to_wire()
         finally:
-            stream.abort()
+            if stream is not None:
+                stream.abort()
 
     async def _cover(self, request_id: str) -> None:
         self._outbox.cover(request_id)

@@ -13,6 +13,8 @@ from decimal import Decimal
 from math import prod
 from typing import Any, Literal
 
+from engine.text.json_text import JSONValueError, read_json
+
 MAX_CHARS = 256 * 1024
 """Of a schema, an expression or all choices."""
 MAX_GRAMMAR_CHARS = 16 * 1024
@@ -70,8 +72,10 @@ class Grammar:
         """JSON that a schema (an object, or its text) allows. GrammarError: it is none."""
         if isinstance(schema, str):
             try:
-                schema = json.loads(schema)
-            except (ValueError, RecursionError):
+                schema = read_json(schema)
+            except JSONValueError as error:
+                raise GrammarError(f"a JSON schema cannot be read: {error}.") from None
+            except ValueError:
                 schema = ""
         if not isinstance(schema, bool | Mapping):
             raise GrammarError("a JSON schema must be an object, or the text of one.")

@@ -24,6 +24,7 @@ MAX_ALIKE = 8
 class _Entry:
     place: int
     turn: SampledTurn
+    chat: bytes | None
 
     @property
     def num_bytes(self) -> int:
@@ -36,20 +37,23 @@ class AnswerMemory:
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._known: OrderedDict[tuple[Hashable, bytes], list[_Entry]] = OrderedDict()
+        """By tenant and digest of what was said."""
         self._lock = threading.Lock()
         self.num_bytes = 0
 
     def put(
         self,
-        namespace: Hashable,
+        tenant: Hashable,
         place: int,
         message: Mapping[str, Any],
         turn: SampledTurn,
+        chat: bytes | None = None,
     ) -> None:
         """Remember an answer to a chat of ``place`` messages, which was given as ``message``.
+        ``chat``: digest of that chat, if its reasoning is for nobody who does not send it all.
         O(its size)."""
         turn = SampledTurn(turn.header, array("i", turn.token_ids), turn.reasoning)
-        key, entry = (namespace, _digest(message)), _Entry(place, turn)
+        key, entry = (tenant, _digest(message)), _Entry(place, turn, chat)
         if entry.num_bytes > self._limit_bytes:
             return
         with self._lock:
@@ -69,14 +73,19 @@ class AnswerMemory:
             del self._known[key]
 
     def find(
-        self, namespace: Hashable, place: int, message: Mapping[str, Any], keeps_thinking: bool
+        self,
+        tenant: Hashable,
+        place: int,
+        message: Mapping[str, Any],
+        keeps_thinking: bool,
+        chat: bytes | None = None,
     ) -> SampledTurn | None:
         """What was sampled for ``message``, the one with the index ``place``, as a template takes
-        it. Its reasoning must be what was sampled; ``keeps_thinking``: or left out. Of several the
-        one that stood at the same place, else the latest. O(its size)."""
+        it. Its reasoning must be what was sampled; ``keeps_thinking``: or left out, behind the same
+        ``chat``. Of several the one that stood at the same place, else the latest. O(its size)."""
         if message.get("role") != "assistant":
             return None
-        key = namespace, _digest(message)
+        key = tenant, _digest(message)
         given = str(message.get("reasoning_content") or "").strip()
         with self._lock:
             alike = list(self._known.get(key, ()))
@@ -85,7 +94,8 @@ class AnswerMemory:
         fits = [
             entry
             for entry in alike
-            if entry.turn.reasoning.strip() == given or (keeps_thinking and not given)
+            if entry.turn.reasoning.strip() == given
+            or (keeps_thinking and not given and entry.chat == chat)
         ]
         best = max(
             enumerate(fits), key=lambda pair: (pair[1].place == place, pair[0]), default=None

@@ -35,6 +35,8 @@ CAUSES = (
 """Why shared tokens were computed again, in the order of their positions: as ``Losses``, and
 ``forgotten``: the cache does not even remember that it saw them."""
 
+USUAL_FIELDS = ("content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+"""Names of a message's fields that tell nothing of who wrote it."""
 _USUAL = ("never_checkpointed", "below_grid")
 Decode = Callable[[Sequence[int]], str]
 Locate = Callable[[int], "str | None"]
@@ -60,6 +62,7 @@ class Parting:
     before: str | None
     """The last tokens that both share, as text; None: a namespace's are not shown."""
     was: str | None
+    """Tokens of the earlier request, as text; None if they may be another client's."""
     now: str | None
 
 
@@ -163,10 +166,13 @@ def explain(
     decode: Decode | None = None,
     locate: Locate | None = None,
     tools_first: bool = True,
+    shows_earlier: bool = True,
 ) -> Explanation:
     """Why ``later`` was computed as far as it was, though ``earlier`` had been.
 
-    Both are of one namespace. ``decode`` shows ids as text; ``locate`` names the part of the later
+    Both are of one namespace. Unless ``shows_earlier``, no text or name of ``earlier`` is in the
+    explanation that ``later`` does not have: they may be of clients that do not know each other.
+    ``decode`` shows ids as text; ``locate`` names the part of the later
     request that a position of its prompt lies in, and is asked only where the template alone is the
     cause; ``tools_first``: the template writes tools before the system message. O(tokens).
     """
@@ -179,13 +185,14 @@ def explain(
     shared_len = min(at, max(len(left) - 1, 0), limit - 1)
     parting = None
     if earlier.model != later.model or at < min(len(left), limit):
-        change, how, path = _change(earlier, later, at, tools_first)
+        change, how, path = _change(earlier, later, at, tools_first, shows_earlier)
         if path is None and locate is not None and not later.is_hashed:
             path = locate(at)
         shown: tuple[str | None, ...] = (None, None, None)
         if decode is not None and not later.is_hashed and earlier.model == later.model:
-            spans = (right[max(at - SHOWN, 0) : at], left[at : at + SHOWN], right[at : at + SHOWN])
-            shown = tuple(decode(span.tolist()) for span in spans)
+            was = left[at : at + SHOWN] if shows_earlier else None
+            spans = (right[max(at - SHOWN, 0) : at], was, right[at : at + SHOWN])
+            shown = tuple(None if span is None else decode(span.tolist()) for span in spans)
         parting = Parting(at, change, how, path, *shown)
     lost = _lost(found, shared_len)
     return Explanation(
@@ -205,7 +212,7 @@ def _lost(found: Found, shared_len: int) -> dict[str, int]:
 
 
 def _change(
-    earlier: Outline, later: Outline, at: int, tools_first: bool
+    earlier: Outline, later: Outline, at: int, tools_first: bool, shows_earlier: bool
 ) -> tuple[Change, How, str | None]:
     """(what differs, how, which part of the later request) of two prompts that part ``at``."""
     if earlier.model != later.model:
@@ -218,18 +225,20 @@ def _change(
     for change, old, new, name in sides if tools_first else reversed(sides):
         if list(old) != list(new):
             index, how = _first_difference(old, new)
-            return change, how, _path(name, index, how, old, new)
+            return change, how, _path(name, index, how, old, new, shows_earlier)
     shift = len(after[0])
     old, new = before[1], after[1]
     if list(new[: len(old)]) != list(old):
         index, how = _first_difference(old, new)
-        return "messages", how, _path("messages", index, how, old, new, shift)
+        path = _path("messages", index, how, old, new, shows_earlier, shift)
+        return "messages", how, path
     if earlier.variables != later.variables:
         names = [name for name, _ in set(earlier.variables) ^ set(later.variables)]
         known = dict(earlier.variables).keys()
         how = "changed" if min(names) in known else "added"
         how = how if min(names) in dict(later.variables) else "removed"
-        return "variables", how, f"chat_template_kwargs.{min(names)}"
+        is_shown = shows_earlier or how != "removed"
+        return "variables", how, f"chat_template_kwargs.{min(names)}" if is_shown else None
     if at < earlier.turn_start:
         return "template", "changed", None
     index = len(earlier.messages)
@@ -261,7 +270,13 @@ def _first_difference(old: Sequence[Any], new: Sequence[Any]) -> tuple[int, How]
 
 
 def _path(
-    name: str, index: int, how: How, old: Sequence[Any], new: Sequence[Any], shift: int = 0
+    name: str,
+    index: int,
+    how: How,
+    old: Sequence[Any],
+    new: Sequence[Any],
+    shows_earlier: bool,
+    shift: int = 0,
 ) -> str:
     path = f"{name}[{index + shift}]"
     if how != "changed" or not isinstance(old[index], MessageOutline):
@@ -271,4 +286,6 @@ def _path(
         return f"{path}.role"
     names = [field for field, _ in (*b.fields, *a.fields)]
     differs = (field for field in names if dict(a.fields).get(field) != dict(b.fields).get(field))
-    return f"{path}.{next(differs, 'content')}"
+    field = next(differs, "content")
+    is_shown = shows_earlier or field in dict(b.fields) or field.partition("[")[0] in USUAL_FIELDS
+    return f"{path}.{field}" if is_shown else path

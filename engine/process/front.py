@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import signal
+import logging
 import subprocess
 import threading
 import time
@@ -17,15 +17,9 @@ import numpy as np
 from engine.async_engine import RequestStream
 from engine.build import sampling_defaults
 from engine.config import EngineConfig
-from engine.engine_loop import (
-    FAILED,
-    STOPPED,
-    STOPPING,
-    EngineStopped,
-    RequestRefused,
-    StepFailed,
-    taken,
-)
+from engine.engine_loop import FAILED, STOPPED, STOPPING
+from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError
+from engine.exit_codes import describe_exit
 from engine.guided.grammar import Grammar
 from engine.process.answer import Answer
 from engine.process.channel import Channel
@@ -43,16 +37,18 @@ from engine.process.messages import (
 from engine.requests.intake import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport
-from engine.schedule.scheduler import QueueFull
 
 if TYPE_CHECKING:
     from engine.async_engine import Watching
     from engine.text.tokenizer import Tokenizer
     from hybridcache.watch.recorder import Record
 
+logger = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 """How long a process may take to end after it was told to stop; then it is killed."""
-Question = Literal["report", "view", "reset", "watch", "take", "whole", "node", "unwatch"]
+Question = Literal[
+    "report", "view", "reset", "stop accepting", "watch", "take", "whole", "node", "unwatch"
+]
 
 
 class ProcessEngine:
@@ -117,7 +113,7 @@ class ProcessEngine:
             raise EngineStopped(STOPPING)
         request_id = spec.request_id or f"request-{self._num_sent}"
         if request_id in self._streams:
-            raise ValueError(taken(request_id))
+            raise DuplicateId(request_id)
         if self._num_waiting + self._num_sent - self._num_received >= self.config.max_queue:
             raise QueueFull(self.config.max_queue)
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
@@ -147,8 +143,7 @@ class ProcessEngine:
         asyncio.run_coroutine_threadsafe(compiled, self._loop).result()
 
     async def _question(self, message: Ask | Compile) -> Any:
-        """The value of its reply. ValueError: it is refused; EngineStopped: the engine has
-        ended."""
+        """Return the value of the reply, or raise the RequestError that it holds."""
         if self._ended.is_set():
             raise EngineStopped(self.failure or "The engine has stopped.")
         assert self._loop is not None
@@ -173,6 +168,10 @@ class ProcessEngine:
 
     async def reset_prefix_cache(self) -> None:
         await self._ask("reset")
+
+    async def stop_accepting(self) -> None:
+        """See ``Engine.stop_accepting``."""
+        await self._ask("stop accepting")
 
     async def watch(self) -> Watching:
         """See ``AsyncEngine.watch``."""
@@ -231,7 +230,10 @@ class ProcessEngine:
 
     def _close(self, code: int) -> None:
         """The process has ended: whoever still waits is told."""
-        self._read()
+        try:
+            self._read()
+        except Exception:
+            logger.exception("The last messages of the engine's process can not be read.")
         if code and not self._was_killed:
             self.failure = _death(code)
         self._is_open = False
@@ -265,18 +267,14 @@ class ProcessEngine:
         for ended in outputs.ended:
             followed = self._streams.pop(ended.request_id, None)
             if followed is not None:
-                kind = RequestRefused if ended.is_refused else StepFailed
-                followed[0].put((EngineStopped if ended.is_stop else kind)(ended.why))
+                followed[0].put(RequestError.from_wire(ended.error))
 
     def _answered(self, said: Reply) -> None:
         reply = self._replies.get(said.number)
         if reply is None or reply.done():
             return
-        if said.refusal is not None:
-            reply.set_exception(ValueError(said.refusal))
-        elif said.failure is not None:
-            kind = EngineStopped if said.is_stop else RuntimeError
-            reply.set_exception(kind(said.failure))
+        if said.error is not None:
+            reply.set_exception(RequestError.from_wire(said.error))
         else:
             reply.set_result(said.value)
 
@@ -320,9 +318,7 @@ def _submission(spec: RequestSpec, request_id: str, tokens: np.ndarray) -> Submi
 
 
 def _death(code: int) -> str:
-    """What is said of a process that ended by itself with ``code``."""
-    if code >= 0:
-        return FAILED
-    name = signal.Signals(-code).name
-    why = ", as the system does where memory runs out" if -code == signal.SIGKILL else ""
-    return f"The engine's process was ended by {name}{why}: restart the server."
+    """Return why an engine whose process ended with exit code ``code``, not 0, serves nobody."""
+    if code > 0:
+        return FAILED  # The process has logged why.
+    return f"The engine's process {describe_exit(code)}: restart the server."

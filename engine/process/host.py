@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from engine.engine import Engine
-from engine.engine_loop import EngineLoop, EngineStopped, RequestRefused
+from engine.engine_loop import EngineLoop
+from engine.errors import EngineStopped, RequestError
 from engine.process.channel import Channel, ChannelClosed
 from engine.process.messages import (
     Abort,
@@ -31,7 +32,6 @@ from engine.process.messages import (
     ToEngine,
 )
 from engine.requests.spec import RequestSpec
-from engine.schedule.scheduler import QueueFull
 from engine.text.outputs import DraftCounts, RequestOutput
 from engine.watch import Watch
 
@@ -114,10 +114,10 @@ class Host:
             request.arrival_s = asked.arrival_s
             loop.enqueue(request, asked.request_id)
         except Exception as error:
-            if not isinstance(error, ValueError | QueueFull | EngineStopped):
+            if not isinstance(error, ValueError | RequestError):
                 logger.exception("The request %s could not be begun.", asked.request_id)
             self._num_refused += 1
-            ended = Ended(asked.request_id, str(error), isinstance(error, EngineStopped))
+            ended = Ended(asked.request_id, RequestError.of(error).to_wire())
             self._send_outputs((), (ended,))
 
     def _answer(self, asked: Ask, engine: Engine, loop: EngineLoop[str]) -> None:
@@ -129,7 +129,7 @@ class Host:
         try:
             loop.order(answer)
         except EngineStopped as error:
-            self._channel.send(Reply(number, failure=str(error), is_stop=True))
+            self._channel.send(Reply(number, error=error.to_wire()))
 
     def _value(self, asked: Ask, engine: Engine) -> Any:
         match asked.what:
@@ -139,6 +139,8 @@ class Host:
                 return engine.cache_view()
             case "reset":
                 return engine.reset_prefix_cache()
+            case "stop accepting":
+                return engine.stop_accepting()
             case "watch":
                 self._watches[asked.number] = Watch(engine)
                 return asked.number
@@ -162,11 +164,10 @@ class Host:
     def _reply(self, number: int, work: Callable[[], Any]) -> None:
         try:
             self._channel.send(Reply(number, work()))
-        except ValueError as error:
-            self._channel.send(Reply(number, refusal=str(error)))
         except Exception as error:
-            logger.exception("A question to the engine failed.")
-            self._channel.send(Reply(number, failure=f"{type(error).__name__}: {error}"))
+            if not isinstance(error, ValueError | RequestError):
+                logger.exception("A question to the engine failed.")
+            self._channel.send(Reply(number, error=RequestError.of(error).to_wire()))
 
     def _deliver(self, letters: Sequence[tuple[str, Any]]) -> None:
         """In the engine's thread, after each step."""
@@ -175,9 +176,7 @@ class Host:
             if isinstance(letter, RequestOutput):
                 news.append(news_of(letter))
             else:
-                is_stop = isinstance(letter, EngineStopped)
-                is_refused = isinstance(letter, RequestRefused)
-                ended.append(Ended(request_id, str(letter), is_stop, is_refused))
+                ended.append(Ended(request_id, letter.to_wire()))
         self._send_outputs(tuple(news), tuple(ended))
 
     def _send_outputs(self, news: tuple[News, ...], ended: tuple[Ended, ...]) -> None:

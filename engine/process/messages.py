@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from engine.errors import WireError
 from engine.guided.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 from engine.text.outputs import FinishReason, SampledToken, Timings, Transferred
@@ -46,7 +47,9 @@ class Ask(Message, frozen=True):
 
     number: int
     """Of its reply."""
-    what: Literal["report", "view", "reset", "watch", "take", "whole", "node", "unwatch"]
+    what: Literal[
+        "report", "view", "reset", "stop accepting", "watch", "take", "whole", "node", "unwatch"
+    ]
     argument: int = 0
     """Which watch is asked; of ``node``: see ``node``."""
     node: int = 0
@@ -113,14 +116,10 @@ class News(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True):
-    """A request that will have no more news."""
+    """A request that gets no more news."""
 
     request_id: str
-    why: str
-    is_stop: bool
-    """Of the whole engine; else of the step that computed it."""
-    is_refused: bool = False
-    """Of what was asked for."""
+    error: WireError
 
 
 class Outputs(Message, frozen=True):
@@ -138,11 +137,7 @@ class Reply(Message, frozen=True):
 
     number: int
     value: Any = None
-    refusal: str | None = None
-    """What is wrong with the question."""
-    failure: str | None = None
-    """What broke off, or that the engine has ended."""
-    is_stop: bool = False
+    error: WireError | None = None
 
 
 FromEngine = Ready | Refused | Outputs | Reply

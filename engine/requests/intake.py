@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.errors import ContextOverflow
 from engine.guided.guides import BUDGET_S, Guides
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
@@ -18,8 +19,8 @@ from engine.requests.token_rules import NO_RULES, TokenRules, packed
 from engine.text.outputs import TextStream
 from engine.text.token_ids import IdTokenizer
 from engine.text.tokenizer import EncodeOptions
+from hybridcache.namespaces import require_namespace
 from hybridcache.tokens import Tokens
-from hybridcache.units import counted
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
@@ -88,6 +89,7 @@ class Intake:
             raise ValueError(
                 f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {num_scores}."
             )
+        require_namespace(spec.namespace)
         max_len = self._max_len(len(tokens), sampling, num_scores)
         if spec.grammar is not None and sampling.allowed_token_ids is not None:
             raise ValueError("a grammar and allowed_token_ids can not go together: drop one.")
@@ -105,7 +107,7 @@ class Intake:
                 raise ValueError("there is no tokenizer here: give the prompt as token ids.")
             prompt = self._tokenizer.encode(prompt)
         if isinstance(prompt, Sequence) and len(prompt) > self._max_model_len:
-            raise ValueError(self._too_long(len(prompt), None))
+            raise ContextOverflow(len(prompt), 1, self._max_model_len)
         try:
             tokens = np.asarray(prompt)
         except ValueError:
@@ -129,21 +131,10 @@ class Intake:
         limit = self._max_model_len
         if sampling.max_tokens == 0 and prompt_logprobs is None:
             raise ValueError("max_tokens must be at least 1, but for prompt log-probabilities.")
-        if sampling.max_tokens is None:
-            max_len = max(limit, prompt_len + 1)
-        else:
-            max_len = prompt_len + sampling.max_tokens
-        if max_len > limit:
-            raise ValueError(self._too_long(prompt_len, sampling.max_tokens))
-        return max_len
-
-    def _too_long(self, prompt_len: int, max_tokens: int | None) -> str:
-        wanted = f"{max_tokens} more" if max_tokens else "an answer"
-        return (
-            f"a prompt of {counted(prompt_len, 'token')} and {wanted} do not fit the "
-            f"{self._max_model_len} tokens that a "
-            "request may have here: shorten the prompt or lower max_tokens."
-        )
+        max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if prompt_len + max_tokens > limit:
+            raise ContextOverflow(prompt_len, max_tokens, limit)
+        return limit if sampling.max_tokens is None else prompt_len + max_tokens
 
     def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
         own = frozenset(sampling.stop_token_ids)

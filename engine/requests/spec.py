@@ -24,7 +24,8 @@ class RequestSpec:
     sampling: SamplingParams | None = None
     """None: as the model recommends."""
     namespace: Hashable = None
-    """Requests of different namespaces share nothing of the cache."""
+    """Requests of different namespaces share nothing of the cache. None, a str, bytes, an int, or a
+    tuple of these."""
     boundaries: Sequence[int] = ()
     """Positions known to survive into later prompts; those outside the prompt are left out."""
     answer_survives: bool = True

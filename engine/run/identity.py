@@ -11,7 +11,7 @@ import torch
 from engine.config import EngineConfig
 from engine.run.backends import Kernels
 from engine.run.tensor_files import find_files
-from engine.store.known_files import recall
+from engine.store.weights_digest import load_digest
 
 CHUNK_BYTES = 1 << 24
 
@@ -56,7 +56,7 @@ def _weights(config: EngineConfig) -> str:
         return f"dummy, seed {config.seed}"
     known = None
     if config.state_dir is not None:
-        known = recall(Path(config.state_dir), config.model_dir)
+        known = load_digest(Path(config.state_dir), config.model_dir)
     return known or weights_digest(config.model_dir, config.load_workers or 1)
 
 

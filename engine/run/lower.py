@@ -24,7 +24,7 @@ from engine.run.memory import allocate
 from engine.run.model_config import ModelError
 from engine.schedule.batch import KEPT, BytesLost
 from engine.schedule.memory import MemorySizes
-from engine.store.disk import Coming, Disk, Rows
+from engine.store.disk import Disk, FutureRows, Rows
 from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.tokens import Indices
 from kernels import huge_pages
@@ -71,7 +71,7 @@ class LowerRows:
         """Make one order. BytesLost: what was to be fetched is not whole on disk."""
         if isinstance(order, Drop):
             if self.disk is not None and order.tier == DISK:
-                self.disk.forget(order.rows)
+                self.disk.drop(order.rows)
             return
         src = self._rows_of(order, order.src_tier, order.src)
         if order.dst_tier in (DISK, KEPT):
@@ -80,9 +80,9 @@ class LowerRows:
         dst = self._rows_of(order, order.dst_tier, order.dst)
         if order.src_tier == DISK:
             assert self.disk is not None
-            pieces = self.disk.take(src)
+            pieces = self.disk.load(src)
             if pieces is None:
-                raise BytesLost("what was to be fetched is damaged on disk, and is computed again")
+                raise BytesLost("records on disk cannot be read: they are computed again")
             for first, piece in pieces:
                 self._write(order.dst_tier, dst[first : first + len(piece)], piece)
         elif self._device.is_cpu:
@@ -113,15 +113,15 @@ class LowerRows:
     def _to_disk(self, order: Copy, src: Indices) -> None:
         assert self.disk is not None and order.path is not None
 
-        def read(first: int, end: int) -> Coming:
-            return self._coming(order.src_tier, src[first:end])
+        def read(first: int, end: int) -> FutureRows:
+            return self._future_rows(order.src_tier, src[first:end])
 
         if order.dst_tier == KEPT:
-            self.disk.keep(order.kind, order.path, len(src), read)
+            self.disk.write_through(order.kind, order.path, len(src), read)
         else:
-            self.disk.put(order.kind, order.path, order.dst, read)
+            self.disk.offload(order.kind, order.path, order.dst, read)
 
-    def _coming(self, tier: str, src: Indices) -> Coming:
+    def _future_rows(self, tier: str, src: Indices) -> FutureRows:
         """The bytes of ``src`` as they are now, in memory of their own once they have come."""
         if tier == HOST or self._device.is_cpu:
             self._wait()

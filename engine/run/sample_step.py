@@ -114,5 +114,8 @@ class LateDraws:
     def give_up(self) -> None:
         """A step broke off: the scheduler has let go of all leases, and of the logits."""
 
+    def stop_accepting(self) -> None:
+        """Do nothing: the draws are of requests of this engine."""
+
     def close(self) -> None:
         """The engine ends."""

@@ -52,7 +52,7 @@ class CacheManager:
     def __init__(
         self,
         cache: PrefixCache,
-        make_placement: Callable[[], Placement],
+        placement: Placement,
         *,
         num_rows: int,
         stateful: bool,
@@ -66,8 +66,7 @@ class CacheManager:
         memory. ``exchange``: what of lower tiers is fetched; ``keeping`` has what is published
         kept."""
         self.cache = cache
-        self._make_placement = make_placement
-        self.placement = make_placement()
+        self.placement = placement
         self._stateful = stateful
         self._exact = exact
         self._owns_states = owns_states
@@ -306,14 +305,10 @@ class CacheManager:
         return lost
 
     def checkpoint_positions(self, request: Request, branch_len: int) -> Iterable[int]:
-        """Where ``request`` would save its state if the cache knew its first ``branch_len`` tokens,
-        but no checkpoint.
-
-        Asks a placement made for the question, because one that learns is asked once for each
-        request it serves.
-        """
+        """Return where ``request`` would save its state if the cache knew its first ``branch_len``
+        tokens, but no checkpoint."""
         if not self._stateful:
-            return (branch_len,)
+            return (branch_len - branch_len % self.checkpoint_grid,)
         prefill = Prefill(
             prompt_len=request.num_tokens,
             cached_len=0,
@@ -322,7 +317,7 @@ class CacheManager:
             boundaries=request.boundaries,
             grid=self.checkpoint_grid,
         )
-        return (position for position, _ in self._make_placement().positions(prefill))
+        return tuple(prefill.on_grid(self.placement.plan(prefill)))
 
     def held(self) -> tuple[int, int]:
         """(KV rows, slots) that running requests hold, and prefixes that are on their way."""

@@ -1,11 +1,13 @@
-"""Requests that wait because their prefix is being fetched: from another engine, host memory or a
-disk.
+"""Waiting requests whose prefix is loaded from another engine, host memory or a disk.
 
-A request that waits for its turn is looked at before it is let in. Where a ``Fetcher`` has more of
-its prompt than the cache does, the fetch begins, the request goes on waiting, and those behind it
-are let in as they would be; whoever runs is not held up. When the fetch has ended, well or not, the
-request is let in like any other: it finds in the cache what came, and computes the rest. A request
-is fetched for once. One whose beginning is on its way for another waits for that first.
+Each waiting request is checked once before it is admitted. If a ``Fetcher`` can load more of its
+prompt than the cache holds, the request is held until that load has ended, successfully or not.
+Then it is admitted like any other and computes the rest. A request is held for one of three
+reasons: its own load is in progress, another request's load brings the same prefix, or all load
+slots are taken.
+
+A request that loads nothing is never held, whatever the slots do: requests behind a held one are
+admitted as if it were not there, and running requests do not wait.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from typing import Protocol
 from engine.requests.request import Request
 from engine.schedule.cache_manager import CacheManager
 from engine.text.outputs import Transferred
+from hybridcache.results import PrefixMatch
 from hybridcache.tokens import common_prefix_len
 
 
@@ -35,11 +38,17 @@ class Outside(Protocol):
         ...
 
     def give_up(self) -> None:
-        """A step broke off, and what it computed is not known."""
+        """End the work in progress: a step broke off, and what it computed is not known."""
+        ...
+
+    def stop_accepting(self) -> None:
+        """Take no more work from other processes, and finish what is in progress: the engine
+        drains. May be called again."""
         ...
 
     def close(self) -> None:
-        """The engine ends."""
+        """End the work in progress and let go of everything: the engine ends. May be called
+        again."""
         ...
 
 
@@ -88,9 +97,15 @@ class Fetcher(Protocol):
         """Whether another fetch may begin."""
         ...
 
-    def begin(self, request: Request, cached_len: int) -> Fetch | None:
-        """Fetch what ``request``, which could resume at ``cached_len``, lacks. None: there is
-        nothing, or it would not pay. May take memory, at the cost of what is cached."""
+    def wants(self, request: Request, match: PrefixMatch) -> bool:
+        """Return whether ``begin`` would load anything for ``request``, whose prefix in the cache
+        is ``match``. Takes no memory and does not depend on ``has_room``."""
+        ...
+
+    def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
+        """Load what ``request``, whose prefix in the cache is ``match``, lacks: called right after
+        ``wants`` was True and ``has_room``. None if there is no memory. May evict cached
+        entries."""
         ...
 
     def advance(self) -> None:
@@ -108,55 +123,79 @@ class Fetcher(Protocol):
 
 
 class Fetching:
-    """Knows which waiting requests have a fetch under way."""
+    """Loads in progress and the waiting requests that are held for them."""
 
     def __init__(self, manager: CacheManager, fetcher: Fetcher) -> None:
         self._manager, self._fetcher = manager, fetcher
         self._pending: dict[Request, Fetch] = {}
+        self._held: dict[Request, Request | None] = {}
+        """Requests without a load of their own, each with the request whose load brings its prefix;
+        None if it waits for a load slot."""
 
     @property
     def has_work(self) -> bool:
         """See ``Outside``: its requests wait."""
         return False
 
-    def is_pending(self, request: Request) -> bool:
-        """Whether its fetch is under way. O(1)."""
-        return request in self._pending
+    @property
+    def requests(self) -> set[Request]:
+        """Waiting requests that are held or have a load in progress."""
+        return {*self._pending, *self._held}
 
-    def holds(self, request: Request) -> bool:
-        """Whether waiting ``request`` goes on waiting for its prefix; begins its fetch. O(1) where
-        that is under way, else O(its length)."""
+    def is_holding(self, request: Request) -> bool:
+        """Return whether ``holds`` would be True again without looking at the tokens of waiting
+        ``request``. O(1)."""
         fetch = self._pending.get(request)
         if fetch is not None:
-            if not fetch.has_ended:
-                return True
+            return not fetch.has_ended
+        if request not in self._held:
+            return False
+        other = self._held[request]
+        if other is None:
+            return not self._fetcher.has_room
+        return other in self._pending and not self._pending[other].has_ended
+
+    def holds(self, request: Request) -> bool:
+        """Return whether waiting ``request`` must wait for a load; begins its own load if there is
+        one to begin and a free slot. O(1) while nothing changed for it, else O(its length)."""
+        if self.is_holding(request):
+            return True
+        self._held.pop(request, None)
+        fetch = self._pending.pop(request, None)
+        if fetch is not None:
             request.fetched_len, request.transferred = fetch.num_fetched, fetch.transferred
-            del self._pending[request]
         if request.fetched_len is not None or request.wants_scores:
             return False
         match = self._manager.match(request)
-        if not self._fetcher.has_room or self._comes_for_another(request, match.kv_len):
+        other = self._loading_for_another(request, match.kv_len)
+        must_load = other is not None or self._fetcher.wants(request, match)
+        if other is not None or (must_load and not self._fetcher.has_room):
+            self._held[request] = other
             return True
-        fetch = self._fetcher.begin(request, match.cached_len)
+        fetch = self._fetcher.begin(request, match) if must_load else None
         if fetch is None:
             request.fetched_len = 0
             return False
         self._pending[request] = fetch
         return True
 
-    def _comes_for_another(self, request: Request, kv_len: int) -> bool:
-        """Whether some fetch brings KV of ``request`` past the ``kv_len`` that is here."""
+    def _loading_for_another(self, request: Request, kv_len: int) -> Request | None:
+        """Return a request whose load brings KV of ``request`` past ``kv_len``, the length that is
+        cached; None if there is none."""
         least = kv_len + self._manager.checkpoint_grid
-        return any(
-            other.namespace == request.namespace
-            and not fetch.has_ended
-            and fetch.end >= least
-            and common_prefix_len(request.tokens, other.tokens[: fetch.end]) >= least
-            for other, fetch in self._pending.items()
-        )
+        for other, fetch in self._pending.items():
+            if (
+                other.namespace == request.namespace
+                and not fetch.has_ended
+                and fetch.end >= least
+                and common_prefix_len(request.tokens, other.tokens[: fetch.end]) >= least
+            ):
+                return other
+        return None
 
     def forget(self, request: Request) -> None:
-        """``request`` waits no more."""
+        """End the load of ``request``, which no longer waits."""
+        self._held.pop(request, None)
         fetch = self._pending.pop(request, None)
         if fetch is not None:
             fetch.cancel()
@@ -176,6 +215,9 @@ class Fetching:
         if self._pending:
             self._fetcher.wait(IDLE_S)
 
+    def stop_accepting(self) -> None:
+        """See ``Outside``: nothing is done for other processes."""
+
     def close(self) -> None:
-        """The engine ends."""
+        """See ``Outside``."""
         self._fetcher.close()

@@ -51,9 +51,13 @@ class FolderReport:
     kept: int
     """Of what can be read: what lies in a nearer memory too is counted with the rest."""
     is_written: bool
-    """Not where another engine writes to it, or the disk takes no more."""
+    """False if another engine writes to it, or while ``problem`` says why not."""
     skipped: int
-    """Things not kept since the start, for want of room or time."""
+    """Runs and states not written since the start, for lack of room or time."""
+    errors: int = 0
+    """Operations that the file system refused since the start."""
+    problem: str | None = None
+    """Why the folder cannot be written, or not be used at all, at present. None if it can."""
 
 
 @dataclass(frozen=True, slots=True)

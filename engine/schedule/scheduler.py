@@ -27,6 +27,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from engine.config import TILE
 from engine.drafts.drafter import Draft
 from engine.drafts.drafting import Drafting
+from engine.errors import QueueFull as QueueFull  # its name before it moved
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.budget import Budget
@@ -38,13 +39,6 @@ from engine.text.outputs import SampledToken
 
 Exports = tuple[tuple[int, int], ...]
 logger = logging.getLogger(__name__)
-
-
-class QueueFull(RuntimeError):
-    """As many requests wait as may wait."""
-
-    def __init__(self, max_queue: int) -> None:
-        super().__init__(f"{max_queue} requests are waiting already; try again later.")
 
 
 class Scheduler:
@@ -287,18 +281,24 @@ class Scheduler:
         self._is_full = True
 
     def _candidates(self) -> Iterator[Request]:
-        """The oldest that wait, as many as could run twice over beside those that follow a prefill
-        ahead of them; of all together no more than a step has time to look at."""
-        num_unled = 0
-        for request in self._waiting[: 8 * self._max_running]:
+        """Yield the oldest waiting requests, as many as one step has time for.
+
+        At most ``2 * max_running`` that wait for nothing but their turn, and ``8 * max_running`` in
+        all. Requests that are held for a load cost O(1) each and count for neither limit, so that
+        no number of them hides the requests behind them.
+        """
+        num_looked_at = num_unled = 0
+        for request in tuple(self._waiting):
+            is_held = self._fetching is not None and self._fetching.is_holding(request)
             yield request
+            num_looked_at += not is_held
             num_unled += not self._is_led(request)
-            if num_unled == 2 * self._max_running:
+            if num_unled == 2 * self._max_running or num_looked_at == 8 * self._max_running:
                 return
 
     def _is_led(self, request: Request) -> bool:
-        """Whether waiting ``request`` was found to wait for another, or for its prefix."""
-        if self._fetching is not None and self._fetching.is_pending(request):
+        """Return whether waiting ``request`` is known to wait for another request or a load."""
+        if self._fetching is not None and self._fetching.is_holding(request):
             return True
         return self._sharing is not None and self._sharing.follows(request)
 
@@ -476,6 +476,7 @@ class Scheduler:
         assert len(self._running) <= self._max_running
         assert self._num_in_flight in (0, 1)
         assert self._sharing is None or self._sharing.followers <= set(self._waiting)
+        assert self._fetching is None or self._fetching.requests <= set(self._waiting)
         known = set(self._waiting) | set(self._running)
         assert self._drafting is None or self._drafting.requests <= known
 

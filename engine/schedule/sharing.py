@@ -120,8 +120,8 @@ class Sharing:
         usable = min(shared, request.num_tokens - 1) // grid * grid
         if usable <= leader.computed_len:
             return ()
-        floored = {p // grid * grid for p in self._manager.checkpoint_positions(request, shared)}
-        return tuple(sorted(p for p in floored if 0 < p <= usable))
+        positions = self._manager.checkpoint_positions(request, shared)
+        return tuple(sorted(position for position in positions if position <= usable))
 
 
 def _goes_on_as(leader: Request, request: Request) -> bool:

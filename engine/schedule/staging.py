@@ -61,11 +61,12 @@ class Staging(Fetcher):
     def has_room(self) -> bool:
         return sum(not read.has_ended for read in self._reads) < MAX_READS
 
-    def begin(self, request: Request, cached_len: int) -> Fetch | None:
-        match = self._manager.match(request)
+    def wants(self, request: Request, match: PrefixMatch) -> bool:
+        return self._best(match) is not None
+
+    def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
         best = self._best(match)
-        if best is None:
-            return None
+        assert best is not None, "a load is begun only if it is wanted"
         records = self._disk.stage(_disk_rows(best.node, self._tier))
         read = Read(request, best.position, best.position - match.cached_len, records)
         self._reads.append(read)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hmac
 import os
 import re
@@ -13,7 +14,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.server.config import API_KEY_VARIABLE, ServerConfig
+from engine.server.config import API_KEY_VARIABLE, ServerConfig, flag
 from engine.server.errors import ANTHROPIC, APIError
 
 OPEN = ("/", "/health", "/metrics")
@@ -27,7 +28,7 @@ def install(app: FastAPI, config: ServerConfig) -> None:
     empty."""
     keys = api_keys(config, os.environ)
     if keys:
-        app.add_middleware(Keys, keys=keys)
+        app.add_middleware(Keys, keys=list(dict.fromkeys(keys)))
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -44,33 +45,49 @@ def api_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes
     named = environment.get(API_KEY_VARIABLE, "").strip().encode()
     keys = [named] if named else []
     if config.api_key_file is not None:
-        keys.append(read_key("api_key_file", config.api_key_file))
+        keys += read_keys("api_key_file", config.api_key_file)
     if keys and config.admin_key_file is not None:
         keys.append(read_key("admin_key_file", config.admin_key_file))
     return keys
 
 
-def read_key(setting: str, file: str) -> bytes:
-    """ValueError: the ``file`` of this ``setting`` is not there, or empty."""
-    name = "--" + setting.replace("_", "-")
+def read_keys(setting: str, file: str) -> list[bytes]:
+    """Read the keys in the ``file`` of this ``setting``, one per line. ValueError: it cannot be
+    read, or has none."""
     try:
-        key = Path(file).read_bytes().strip()
+        text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise ValueError(f"{name} {file} can not be read ({error.strerror}).") from error
-    if not key:
-        raise ValueError(f"{name} {file} is empty: put a key there.")
-    return key
+        raise ValueError(f"{flag(setting)} {file} can not be read ({error.strerror}).") from error
+    keys = [line.strip() for line in text.splitlines() if line.strip()]
+    if not keys:
+        raise ValueError(f"{flag(setting)} {file} is empty: put a key there.")
+    return keys
+
+
+def read_key(setting: str, file: str) -> bytes:
+    """Read the only key in the ``file`` of this ``setting``. ValueError: it cannot be read, or has
+    no key or several."""
+    keys = read_keys(setting, file)
+    if len(keys) > 1:
+        raise ValueError(f"{flag(setting)} {file} has {len(keys)} lines: put a single key there.")
+    return keys[0]
 
 
 class Keys:
-    """ASGI middleware: answers 401 to whoever brings none of ``keys``."""
+    """ASGI middleware: answers 401 to requests that bring none of ``keys``, and notes which one
+    the others bring."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[bytes]) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN or self._is_right(scope):
+        if scope["type"] != "http" or scope["path"] in OPEN:
+            await self._app(scope, receive, send)
+            return
+        place = self._place(scope)
+        if place is not None:
+            scope.setdefault("state", {})["api_key"] = place
             await self._app(scope, receive, send)
             return
         refusal = APIError(
@@ -81,14 +98,16 @@ class Keys:
         )
         await refusal.response(scope)(scope, receive, send)
 
-    def _is_right(self, scope: Scope) -> bool:
-        """In time that says nothing of the keys."""
+    def _place(self, scope: Scope) -> int | None:
+        """Return the place of the key that a request brings, in time that says nothing of the
+        keys; None if it is none of them."""
         headers = dict(scope["headers"])
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer":
             given = headers.get(b"x-api-key", b"")  # as Anthropic's clients send it
         # All are compared, whichever fits.
-        return sum(hmac.compare_digest(given.strip(), key) for key in self._keys) > 0
+        fits = [hmac.compare_digest(given.strip(), key) for key in self._keys]
+        return fits.index(True) if any(fits) else None
 
 
 class RequestNames:

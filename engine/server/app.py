@@ -10,14 +10,15 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
 
-from engine.async_engine import ServedEngine
+from engine.async_engine import EngineStopped, ServedEngine
 from engine.server import access, errors, openapi
 from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
@@ -32,7 +33,7 @@ from engine.server.connections import (
 from engine.server.dialects.exchange import render
 from engine.server.dialects.response_store import ResponseStore
 from engine.server.dialects.routes import add_messages, add_responses
-from engine.server.errors import APIError
+from engine.server.errors import APIError, PlainJSON
 from engine.server.feed import Feed
 from engine.server.front import ServingContext
 from engine.server.heap import TRIM_S, trim
@@ -52,6 +53,8 @@ from engine.server.streaming import ClientGone
 from engine.server.workers import SWITCH_S, Workers
 from engine.text.tokenizer import EncodeOptions
 
+HEALTH_WAIT_S = 0.2
+"""Most time that ``/health`` waits for the engine to finish a step."""
 FAREWELL_S = 5
 """How long clients may take to read, after the drain, that their answer was cut short."""
 
@@ -69,7 +72,7 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         await engine.drain()
         workers.close()
 
-    app = FastAPI(title="hybridcache engine", lifespan=lifespan)
+    app = FastAPI(title="hybridcache engine", lifespan=lifespan, default_response_class=PlainJSON)
     app.state.feed = feed = Feed(engine, workers)
     app.state.metrics = front.metrics
     errors.install(app)
@@ -130,12 +133,16 @@ def _add_tokens(
         front.check_model(body.model)
         answer: dict[str, Any] = {"max_model_len": front.engine.max_model_len}
         if body.messages:
-            prompt = await render(front, body, len(await request.body()))
+            size = len(await request.body())
+            prompt, _ = await render(front, body, size, front.tenant_of(request))
             token_ids = prompt.token_ids
             answer["boundaries"] = list(prompt.boundaries)
         else:
             [token_ids] = await front.encode(
-                [body.prompt or ""], EncodeOptions(body.add_special_tokens)
+                [body.prompt or ""],
+                EncodeOptions(
+                    body.add_special_tokens, namespace=front.tenant_of(request).namespace
+                ),
             )
         if len(token_ids) > config.max_prompt_ids:
             raise APIError(
@@ -163,12 +170,43 @@ def _add_tokens(
         return {"prompt": await front.workers.run(len(body.tokens), work)}
 
 
+class Health:
+    """The answer of ``/health`` for an engine that runs."""
+
+    def __init__(self, engine: ServedEngine) -> None:
+        self._engine = engine
+        self._asking: asyncio.Task[None] | None = None
+        self._problem: str | None = None
+
+    async def check(self) -> dict[str, str]:
+        """``ok``, or ``degraded`` with the problem of the state directory.
+
+        Reports are made between two steps. During a long one the answer is that of the last report,
+        so that a probe need not wait for it.
+        """
+        if self._engine.config.state_dir is not None:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._ask())
+            await asyncio.wait({self._asking}, timeout=HEALTH_WAIT_S)
+        if self._problem is None:
+            return {"status": "ok"}
+        return {"status": "degraded", "state_dir": self._problem}
+
+    async def _ask(self) -> None:
+        with suppress(EngineStopped, ValueError):  # ended, or no replica is up
+            lower = (await self._engine.report()).lower
+            folder = None if lower is None else lower.folder
+            self._problem = None if folder is None else folder.problem
+
+
 def _add_watching(app: FastAPI, front: ServingContext) -> None:
+    state = Health(front.engine)
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not front.engine.is_alive:
             raise APIError(503, "The engine has stopped; the server's log says why.")
-        return {"status": "ok"}
+        return await state.check()
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -252,7 +290,11 @@ class Server(uvicorn.Server):
         ending.cancel()
 
     async def _end(self) -> None:
-        await asyncio.sleep(self._drain_s)
+        """Stop serving other engines at once, and everybody after ``drain_s``."""
+        deadline_s = time.monotonic() + self._drain_s
+        with suppress(EngineStopped, TimeoutError):
+            await asyncio.wait_for(self._engine.stop_accepting(), self._drain_s)
+        await asyncio.sleep(max(0.0, deadline_s - time.monotonic()))
         await asyncio.to_thread(self._engine.stop)
 
 

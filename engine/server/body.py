@@ -16,11 +16,14 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from engine.server.config import ServerConfig, flag
 from engine.server.errors import APIError, of_validation
+from engine.server.streaming import ClientGone
 from engine.server.strict import Strict
 from engine.server.workers import Workers, give_way
+from engine.text.json_text import JSONValueError, read_json, write_json
 
 SLICE = 256
 """Entries of a list that are written as JSON at a time."""
@@ -33,10 +36,7 @@ times as much."""
 
 Body = TypeVar("Body", bound=Strict)
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.?){0,%d}+' % PIECE, re.DOTALL)
-_NOT_JSON = (
-    "The body is not valid UTF-8 JSON, or nested too deep, or has too long a number: "
-    "send one JSON object."
-)
+_NOT_JSON = "The body is not valid UTF-8 JSON, or has too long a number: send one JSON object."
 _NO_OBJECT = "The body must be one JSON object, with names and values between { and }."
 _NO_HEADER = "The body came without the header Content-Type: application/json: send it along."
 
@@ -55,6 +55,8 @@ class BodyReader:
             raw = await asyncio.wait_for(request.body(), self._config.body_timeout_s)
         except TimeoutError:
             raise APIError(408, "The body did not arrive in time: send it again.") from None
+        except ClientDisconnect:
+            raise ClientGone from None
         content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
         is_json = content_type == "application/json" or (
             content_type.startswith("application/") and content_type.endswith("+json")
@@ -70,11 +72,13 @@ class BodyReader:
             raise APIError(400, _NO_HEADER)
         self._check_marks(raw, kind)
         try:
-            body = json.loads(raw.decode())
+            body = read_json(raw.decode(), give_way)
         except json.JSONDecodeError as error:
             reason = f"The body is not valid JSON ({error.msg}): send one JSON object."
             raise APIError(400, reason) from None
-        except (ValueError, RecursionError):
+        except JSONValueError as error:
+            raise APIError(400, f"The body cannot be read: {error}.") from None
+        except ValueError:
             raise APIError(400, _NOT_JSON) from None
         if not isinstance(body, dict):
             raise APIError(400, _NO_OBJECT)
@@ -82,7 +86,7 @@ class BodyReader:
         try:
             return kind.model_validate(body)
         except ValidationError as error:
-            raise of_validation(error) from None
+            raise of_validation(error, body) from None
 
     def _check_marks(self, raw: bytes, kind: type[Body]) -> None:
         """Refuse what would be long to parse. Where there are no token ids, a long list of values
@@ -223,4 +227,4 @@ def _pieces(value: Any) -> Iterator[str]:
 
 
 def _dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return write_json(value, compact=True)

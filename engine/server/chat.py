@@ -11,11 +11,11 @@ from fastapi import Request, Response
 from engine import RequestOutput
 from engine.server import logprobs, reported
 from engine.server.dialects.exchange import Answer, Exchange, News, ask
-from engine.server.errors import of_failure
 from engine.server.explanations import Inquiry
-from engine.server.front import ServingContext, new_id, usage
+from engine.server.front import ServingContext, usage
 from engine.server.schemas import ChatRequest
-from engine.server.streaming import DONE, EventStream, event, unless_gone
+from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
+from engine.server.tenants import new_id
 from engine.text.answers.events import (
     CallArguments,
     CallBegin,
@@ -28,11 +28,15 @@ from engine.text.outputs import SampledToken
 
 async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:
     """Answer one chat request."""
-    exchange = await ask(front, body, len(await request.body()))
+    front.check_limit(body.max_tokens, "max_tokens")
+    front.check_limit(body.max_completion_tokens, "max_completion_tokens")
+    tenant = front.tenant_of(request, body.cache_salt)
+    with front.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
+        exchange = await ask(front, body, len(await request.body()), tenant, answer_id)
     inquiry = exchange.inquiry
     writer = _Writer(front, body, inquiry)
     if body.stream:
-        return EventStream(writer.events(exchange), inquiry.headers)
+        return EventStream(writer.events(exchange), inquiry.headers, as_event)
     answers = await unless_gone(request, exchange.answers())
     outputs = [answer.output for answer in answers]
     headers = inquiry.headers()
@@ -86,20 +90,16 @@ class _Writer:
         back."""
         last: dict[int, RequestOutput] = {}
         deltas = [_Deltas() for _ in range(exchange.num_answers)]
-        try:
-            async for news in exchange.news():
-                is_first = not last
-                if is_first:
-                    for index in range(exchange.num_answers):
-                        yield self._event([_choice(index, {"role": "assistant", "content": ""})])
-                last[news.index] = news.output
-                more = self._of_prompt(news.output) if is_first else {}
-                if self._body.repeats_usage:
-                    more["usage"] = usage(list(last.values()), len(last))
-                yield self._event([self._delta(deltas[news.index], news)], **more)
-        except Exception as error:
-            yield event(of_failure(error).body())
-            return
+        async for news in exchange.news():
+            is_first = not last
+            if is_first:
+                for index in range(exchange.num_answers):
+                    yield self._event([_choice(index, {"role": "assistant", "content": ""})])
+            last[news.index] = news.output
+            more = self._of_prompt(news.output) if is_first else {}
+            if self._body.repeats_usage:
+                more["usage"] = usage(list(last.values()), len(last))
+            yield self._event([self._delta(deltas[news.index], news)], **more)
         outputs = [last[index] for index in range(exchange.num_answers)]
         if details := reported.cache_details(self._body, outputs):
             yield self._event([], **details)

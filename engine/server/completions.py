@@ -12,11 +12,11 @@ from fastapi import Request, Response
 from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
 from engine.server import logprobs, reported
-from engine.server.errors import of_failure
 from engine.server.explanations import cache_headers
-from engine.server.front import ServingContext, new_id, usage
+from engine.server.front import ServingContext, usage
 from engine.server.schemas import CompletionRequest
-from engine.server.streaming import DONE, EventStream, event, unless_gone
+from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
+from engine.server.tenants import AnswerId, Tenant
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import EncodeOptions
 
@@ -26,32 +26,13 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     front.check_model(body.model)
     prompts = body.prompts
     front.check_number(len(prompts) * body.n)
-    namespace = front.namespace_of(body.cache_salt)
-    how = EncodeOptions(body.add_special_tokens, namespace=namespace)
-    token_ids = await front.encode(prompts, how)
-    scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
-    num_scores = (body.logprobs or 0) if scores_prompt else body.prompt_logprobs
-    if scores_prompt and body.prompt_logprobs is not None:
-        num_scores = max(body.logprobs or 0, body.prompt_logprobs)
-    samplings = body.samplings(body.max_tokens, body.logprobs, front.engine.sampling_defaults)
-    grammar = await front.grammar_of(body)
-    answer = _Answer(front, body)
-    choices = (
-        (prompt, sampling) for prompt in await front.as_arrays(token_ids) for sampling in samplings
-    )
-    streams = await front.submit(
-        RequestSpec(
-            prompt,
-            sampling,
-            namespace=namespace,
-            prompt_logprobs=num_scores,
-            request_id=answer.id_of(number),
-            grammar=grammar,
-        )
-        for number, (prompt, sampling) in enumerate(choices)
-    )
+    front.check_limit(body.max_tokens, "max_tokens")
+    tenant = front.tenant_of(request, body.cache_salt)
+    with front.ids.claimed("cmpl", tenant, body.request_id) as answer_id:
+        streams = await _submit(front, body, tenant, answer_id)
+    answer = _Answer(front, body, answer_id)
     if body.stream:
-        return EventStream(answer.events(streams), answer.headers)
+        return EventStream(answer.events(streams), answer.headers, as_event)
     outputs = await unless_gone(request, front.finals(streams))
     shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
     return await front.answer(
@@ -62,23 +43,55 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
     )
 
 
+async def _submit(
+    front: ServingContext, body: CompletionRequest, tenant: Tenant, answer_id: AnswerId
+) -> list[RequestStream]:
+    """Submit all prompts and choices of ``body``. APIError, RequestError: one is refused."""
+    how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
+    token_ids = await front.encode(body.prompts, how)
+    for prompt in token_ids:
+        front.check_length(len(prompt), "prompt", min(body.max_tokens, 1))
+    scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
+    num_scores = (body.logprobs or 0) if scores_prompt else body.prompt_logprobs
+    if scores_prompt and body.prompt_logprobs is not None:
+        num_scores = max(body.logprobs or 0, body.prompt_logprobs)
+    limits = [front.answer_limit(len(prompt), body.max_tokens) for prompt in token_ids]
+    samplings = {
+        limit: body.samplings(limit, body.logprobs, front.engine.sampling_defaults)
+        for limit in set(limits)
+    }
+    grammar = await front.grammar_of(body)
+    choices = (
+        (prompt, sampling)
+        for prompt, limit in zip(await front.as_arrays(token_ids), limits, strict=True)
+        for sampling in samplings[limit]
+    )
+    return await front.submit(
+        RequestSpec(
+            prompt,
+            sampling,
+            namespace=tenant.namespace,
+            prompt_logprobs=num_scores,
+            request_id=answer_id.request_id(number),
+            grammar=grammar,
+        )
+        for number, (prompt, sampling) in enumerate(choices)
+    )
+
+
 class _Answer:
     """One completion's answer, whole or in events."""
 
-    def __init__(self, front: ServingContext, body: CompletionRequest) -> None:
+    def __init__(self, front: ServingContext, body: CompletionRequest, answer_id: AnswerId) -> None:
         self._front = front
         self._body = body
         self._first: RequestOutput | None = None
         self._head = {
-            "id": new_id("cmpl", name=body.request_id),
+            "id": answer_id.public,
             "object": "text_completion",
             "created": int(time.time()),
             "model": front.model_name,
         }
-
-    def id_of(self, number: int) -> str:
-        """Of the request for the choice of this ``number``."""
-        return f"{self._head['id']}-{number}" if number else str(self._head["id"])
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = [
@@ -102,16 +115,12 @@ class _Answer:
         """One event an output. Text that was sent is never taken back."""
         choices = [_Choice(self._front, self._body, index) for index in range(len(streams))]
         last: dict[int, RequestOutput] = {}
-        try:
-            async for index, output in self._front.outputs(streams):
-                is_first = index not in last
-                self._first = self._first or output
-                last[index] = output
-                so_far = list(last.values()) if self._body.repeats_usage else []
-                yield await self._event(choices[index], output, is_first, so_far)
-        except Exception as error:
-            yield event(of_failure(error).body())
-            return
+        async for index, output in self._front.outputs(streams):
+            is_first = index not in last
+            self._first = self._first or output
+            last[index] = output
+            so_far = list(last.values()) if self._body.repeats_usage else []
+            yield await self._event(choices[index], output, is_first, so_far)
         outputs = [last[index] for index in range(len(streams))]
         if details := reported.cache_details(self._body, outputs):
             yield event({**self._head, "choices": [], **details})

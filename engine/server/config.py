@@ -186,8 +186,9 @@ class ServerConfig:
     api_key_file: str | None = field(
         default=None,
         metadata={
-            "help": "file with the key that clients then need (Authorization: Bearer KEY, or "
-            f"x-api-key), but for /, /health and /metrics; also by {API_KEY_VARIABLE}"
+            "help": "file with the keys of clients, one per line: each then needs one of them "
+            "(Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; "
+            f"{API_KEY_VARIABLE} may name one more"
         },
     )
     cors_origin: tuple[str, ...] = field(

@@ -1,21 +1,34 @@
-"""Whatever goes wrong, in OpenAI's shape and one sentence that says what to do."""
+"""Whatever goes wrong, in the shape of each dialect and one sentence that says what to do."""
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.async_engine import EngineStopped, RequestRefused, StepFailed
+from engine.errors import (
+    ContextOverflow,
+    DuplicateId,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+    RequestError,
+)
+from engine.text.json_text import whole_text, write_json
+from hybridcache.units import counted
 
+logger = logging.getLogger(__name__)
 MAX_QUOTED, MAX_MESSAGE = 60, 280
 """Characters of what a client sent that an answer quotes, and of the whole message."""
 ANTHROPIC = "/v1/messages"
@@ -30,8 +43,33 @@ ANTHROPIC_KINDS = {
     500: "api_error",
     503: "overloaded_error",
 }
-FORMS = ("str", "constrained-str", "NamedTool", "NamedFunction")
-"""What pydantic calls forms of a value, in between the names of a body."""
+REFUSALS: dict[str, tuple[int, str | None]] = {
+    InvalidRequest.kind: (400, None),
+    ContextOverflow.kind: (400, "context_length_exceeded"),
+    DuplicateId.kind: (409, "duplicate_request_id"),
+    QueueFull.kind: (429, "queue_full"),
+    EngineStopped.kind: (503, "stopped"),
+}
+"""Status and code of each kind of ``RequestError``; any other kind is a failure of the engine."""
+RETRY_AFTER_S = {QueueFull.kind: 1, EngineStopped.kind: 10}
+EXPECTED = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_from_float": "a whole number",
+    "int_parsing_size": "a smaller number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "model_attributes_type": "an object",
+    "model_type": "an object",
+    "string_pattern_mismatch": "a token id",
+    "string_too_short": "text that is not empty",
+    "string_type": "text",
+    "string_unicode": "text that has a UTF-8 form",
+    "union_tag_not_found": "an object with a 'type'",
+}
+"""What a value must be, by the type of pydantic's error."""
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
@@ -52,8 +90,11 @@ class APIError(Exception):
         param: str | None = None,
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
+        for_anthropic: str | None = None,
     ) -> None:
+        """``for_anthropic``: the sentence of Anthropic's dialect, if its clients look for one."""
         super().__init__(_short(message, MAX_MESSAGE))
+        self._for_anthropic = for_anthropic or str(self)
         self.status = status
         self.param = None if param is None else _short(param, MAX_QUOTED)
         self.code = code
@@ -63,39 +104,45 @@ class APIError(Exception):
         """The answer of ``path``, in the shape that its clients read."""
         if path.startswith(ANTHROPIC):
             kind = ANTHROPIC_KINDS.get(self.status, "invalid_request_error")
-            error = {"type": kind, "message": str(self)}
+            error = {"type": kind, "message": self._for_anthropic}
             return {"type": "error", "error": error, "request_id": request_name}
         kind = KINDS.get(self.status, "invalid_request_error")
         return {
             "error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}
         }
 
-    def response(self, scope: Scope) -> JSONResponse:
+    def response(self, scope: Scope) -> Response:
         """To the request of ``scope``."""
         body = self.body(scope["path"], request_name(scope))
-        return JSONResponse(body, self.status, headers=self.headers)
+        return PlainJSON(body, self.status, headers=self.headers)
+
+
+class PlainJSON(JSONResponse):
+    """JSON that every client can read."""
+
+    def render(self, content: Any) -> bytes:
+        return write_json(content, compact=True).encode()
 
 
 def install(app: FastAPI) -> None:
     """Make every failure of ``app`` answer as an ``APIError``."""
 
     @app.exception_handler(APIError)
-    async def _api_error(request: Request, error: APIError) -> JSONResponse:
+    async def _api_error(request: Request, error: APIError) -> Response:
         return error.response(request.scope)
 
-    @app.exception_handler(EngineStopped)
-    @app.exception_handler(StepFailed)
-    async def _ended(request: Request, error: EngineStopped | StepFailed) -> JSONResponse:
+    @app.exception_handler(RequestError)
+    async def _request_error(request: Request, error: RequestError) -> Response:
         return of_failure(error).response(request.scope)
 
     @app.exception_handler(RequestValidationError)
-    async def _path(request: Request, error: RequestValidationError) -> JSONResponse:
+    async def _path(request: Request, error: RequestValidationError) -> Response:
         field = str(error.errors()[0]["loc"][-1])
         refusal = APIError(400, f"{quoted(field)} in the address is not of its kind.", param=field)
         return refusal.response(request.scope)
 
     @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+    async def _http(request: Request, error: HTTPException) -> Response:
         message = {
             404: f"There is no {request.url.path} here: see /docs for what there is.",
             405: f"{request.url.path} does not answer {request.method}: see /docs for what does.",
@@ -106,7 +153,7 @@ def install(app: FastAPI) -> None:
         return APIError(error.status_code, message, headers=headers).response(request.scope)
 
     @app.exception_handler(Exception)
-    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    async def _unexpected(request: Request, error: Exception) -> Response:
         failed = APIError(500, "The server failed on this request; its log says why.")
         return failed.response(request.scope)
 
@@ -120,12 +167,12 @@ def _methods(app: FastAPI, request: Request) -> list[str]:
     return sorted(found)
 
 
-def of_validation(error: ValidationError) -> APIError:
-    """What is wrong with a body, in one sentence: the first of the errors that lie deepest, since
-    those above them say only that one of several forms does not fit."""
-    first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-    parts = [str(part) for part in first["loc"] if str(part) not in FORMS]
-    param = ".".join(part for part in parts if not part.startswith(("list[", "function-"))) or None
+def of_validation(error: ValidationError, body: Any) -> APIError:
+    """Return what is wrong with ``body`` in one sentence. Errors that lie deepest come first: those
+    above them say only that one of several forms does not fit."""
+    errors = error.errors(include_url=False)
+    first = max(errors, key=lambda one: len(one["loc"]))
+    param = _param(first, body)
     where = "A name in the body" if param is None else quoted(param)
     match first["type"]:
         case "missing":
@@ -135,8 +182,64 @@ def of_validation(error: ValidationError) -> APIError:
             return APIError(400, message, param=param, code="unknown_parameter")
         case "value_error":
             return APIError(400, str(first["ctx"]["error"]), param=param)
+    # Each form that a value may have makes an error of its own. Where it has the form of one, the
+    # others say nothing.
+    here = [one for one in errors if _param(one, body) == param]
+    of_form = [one for one in here if not one["type"].endswith("_type")]
+    forms = dict.fromkeys(_expected(one) for one in of_form or here)
+    expected = " or ".join(forms).replace(" or be ", " or ")
     shown = _shown(first.get("input"))
-    return APIError(400, f"{where} can not be {shown}: {first['msg']}.", param=param)
+    return APIError(400, f"{where} must {expected} (got {shown}).", param=param)
+
+
+def _param(error: ErrorDetails, body: Any) -> str | None:
+    """Return the names that lead to the value of ``error`` in ``body``, without pydantic's own
+    between them; None if the value is a name itself."""
+    names, value = [], body
+    for part, following in zip_longest(error["loc"], error["loc"][1:]):
+        places: Any = value if isinstance(value, dict) else ()
+        if isinstance(value, list):
+            places = range(len(value))
+        is_tag = isinstance(value, dict) and value.get("type") == part and following in value
+        if part in places and not is_tag:
+            value = value[part]
+        elif error["type"] != "missing" or following is not None:
+            continue
+        names.append(str(part))
+    return ".".join(names) or None
+
+
+def _expected(error: ErrorDetails) -> str:
+    """Return what a value must be or have, to follow "must"."""
+    limits = error.get("ctx", {})
+    match error["type"]:
+        case "greater_than_equal":
+            return f"be at least {_number(limits['ge'])}"
+        case "greater_than":
+            return f"be above {_number(limits['gt'])}"
+        case "less_than_equal":
+            return f"be at most {_number(limits['le'])}"
+        case "less_than":
+            return f"be below {_number(limits['lt'])}"
+        case "literal_error":
+            return f"be {limits['expected']}"
+        case "union_tag_invalid":
+            return f"be of the type {str(limits['expected_tags']).replace(', ', ' or ')}"
+        case "string_too_long":
+            return f"have at most {counted(limits['max_length'], 'character')}"
+        case "too_short":
+            return f"have {_entries('at least', limits['min_length'])}"
+        case "too_long":
+            return f"have {_entries('at most', limits['max_length'])}"
+    return f"be {EXPECTED.get(error['type'], 'of another form')}"
+
+
+def _entries(limit: str, number: int) -> str:
+    return f"{limit} {number:,} {'entry' if number == 1 else 'entries'}"
+
+
+def _number(value: float) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def quoted(text: str) -> str:
@@ -153,21 +256,37 @@ def _shown(value: Any) -> str:
 
 
 def _short(text: str, most: int) -> str:
-    """``text`` on one line, cut at ``most`` characters, without the lone surrogates (JSON's
-    "\ud800") that have no UTF-8."""
+    """Return ``text`` on one line, cut at ``most`` characters."""
     cut = text if len(text) <= most else text[: most - 3] + "..."
-    return " ".join(cut.splitlines()).encode("utf-8", "replace").decode()
+    return whole_text(" ".join(cut.splitlines()))
 
 
-def of_failure(error: Exception) -> APIError:
-    """What an answer says that fails under way; a stream, after its 200 was sent."""
+def of_failure(error: Exception, param: str | None = None) -> APIError:
+    """Return ``error`` as its clients are told of it, wherever it was raised: here, in the engine's
+    process or in a replica. ``param`` names the part of the body that is at fault."""
     if isinstance(error, APIError):
         return error
-    if isinstance(error, EngineStopped):
-        return APIError(503, str(error), code="stopped", headers={"Retry-After": "10"})
-    if isinstance(error, RequestRefused):
-        return APIError(400, str(error))
-    return APIError(500, f"The engine failed on this request: {error}.")
+    if not isinstance(error, RequestError):
+        logger.error("A request failed.", exc_info=error)
+        return APIError(500, "The server failed on this request; its log says why.")
+    if error.kind not in REFUSALS:
+        return APIError(500, f"The engine failed on this request: {str(error).rstrip('.')}.")
+    status, code = REFUSALS[error.kind]
+    retry_after_s = RETRY_AFTER_S.get(error.kind)
+    return APIError(
+        status,
+        str(error),
+        param=param,
+        code=code,
+        headers=None if retry_after_s is None else {"Retry-After": str(retry_after_s)},
+        for_anthropic=_too_long(error) if isinstance(error, ContextOverflow) else None,
+    )
+
+
+def _too_long(error: ContextOverflow) -> str:
+    """Return the sentence that Anthropic's clients recognise."""
+    room = error.max_model_len - min(error.max_tokens, 1)
+    return f"prompt is too long: {error.prompt_len} tokens > {room} maximum"
 
 
 class BodyLimit:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from engine.history.explain import Explanation, Found, explain
 from engine.history.locate import locate, writes_tools_first
 from engine.history.memory import ChatParts, Remembered, RequestMemory
 from engine.history.outline import Outline, Outliner
+from engine.server.tenants import Tenant
 from engine.server.workers import Workers
 from engine.text.tokenizer import Tokenizer
 from hybridcache.tokens import Tokens
@@ -26,11 +27,21 @@ from hybridcache.tokens import Tokens
 class AskedChat:
     """A chat that is being answered, and will be remembered."""
 
+    tenant: Tenant
     answer_id: str
+    request_id: str | None
+    """The engine's id of the request."""
     outline: Outline
     chat: ChatParts | None
     """None: a namespace's is not kept."""
     found: Found | None = None
+
+    @property
+    def remembered(self) -> Remembered | None:
+        """What is known of it; None before its first output."""
+        if self.found is None:
+            return None
+        return Remembered(self.outline, self.found, self.chat, self.request_id)
 
 
 class Explanations:
@@ -47,8 +58,9 @@ class Explanations:
         answer_id: str,
         token_ids: Tokens,
         *,
+        request_id: str | None = None,
         model: str,
-        namespace: str | None,
+        tenant: Tenant,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any] | None,
@@ -58,23 +70,24 @@ class Explanations:
         outline = self._outliner.outline(
             token_ids,
             model=model,
-            namespace=namespace,
+            namespace=tenant.namespace,
             messages=messages,
             tools=tools or (),
             variables=variables,
         )
-        chat = ChatParts(messages, tools, variables, size) if namespace is None else None
-        return AskedChat(answer_id, outline, chat)
+        chat = ChatParts(messages, tools, variables, size) if tenant.namespace is None else None
+        return AskedChat(tenant, answer_id, request_id, outline, chat)
 
     def end(
         self, asked: AskedChat, output: RequestOutput, message: Mapping[str, Any] | None = None
     ) -> None:
         """Remember ``asked`` with its answer, which was given as ``message``. O(its tokens)."""
         self.saw(asked, output)
-        if asked.found is not None:
+        if asked.remembered is not None:
             answer = np.asarray(output.output, np.int32)
             outline = self._outliner.answered(asked.outline, answer, message)
-            self.memory.put(asked.answer_id, Remembered(outline, asked.found, asked.chat))
+            remembered = replace(asked.remembered, outline=outline)
+            self.memory.put(asked.tenant, asked.answer_id, remembered)
 
     def saw(self, asked: AskedChat, output: RequestOutput) -> None:
         """An output of ``asked``, which says what the cache had."""
@@ -82,27 +95,33 @@ class Explanations:
             asked.found = Found(output.cached_len, output.losses)
 
     def compare(self, asked: AskedChat, earlier_id: str) -> Explanation | None:
-        """Why ``asked`` was computed as far as it was, beside an earlier request of the same
-        namespace. None: that is not known here, or nothing was computed yet."""
-        earlier = self.memory.get(earlier_id, asked.outline.namespace)
-        if earlier is None or asked.found is None:
+        """Why ``asked`` was computed as far as it was, compared with an earlier request of the same
+        tenant, whose text is shown only if a secret tells the tenant from others. None: that
+        request is not known here, or nothing was computed yet."""
+        earlier, later = self.memory.get(asked.tenant, earlier_id), asked.remembered
+        if earlier is None or later is None:
             return None
-        return self._explain(earlier, Remembered(asked.outline, asked.found, asked.chat))
+        return self._explain(earlier, later, shows_earlier=asked.tenant.is_known)
 
     def look_up(self, answer_id: str, earlier_id: str | None) -> dict[str, Any] | None:
         """For the operator: the same for a request that ended, by default beside the one before it
         that shares most. None: a request is not known."""
-        later = self.memory.find(answer_id)
-        if later is None:
+        found = self.memory.find(answer_id)
+        if found is None:
             return None
-        earlier_id = earlier_id or self.memory.nearest(answer_id)
-        head: dict[str, Any] = {"id": answer_id, "compared_with": earlier_id}
-        if earlier_id is None:
-            return head | {"lost": later.found.losses._asdict()}
-        earlier = self.memory.get(earlier_id, later.outline.namespace)
-        return None if earlier is None else head | self._explain(earlier, later).as_dict()
+        head: dict[str, Any] = {"id": found[0], "compared_with": None}
+        later = found[1]
+        other = self.memory.find(earlier_id) if earlier_id else self.memory.nearest(later)
+        if other is None:
+            return None if earlier_id else head | {"lost": later.found.losses._asdict()}
+        head["compared_with"], earlier = other
+        if earlier.outline.namespace != later.outline.namespace:
+            return None
+        return head | self._explain(earlier, later, shows_earlier=True).as_dict()
 
-    def _explain(self, earlier: Remembered, later: Remembered) -> Explanation:
+    def _explain(
+        self, earlier: Remembered, later: Remembered, *, shows_earlier: bool
+    ) -> Explanation:
         tokenizer, chat = self._tokenizer, later.chat
 
         def decode(token_ids: Sequence[int]) -> str:
@@ -122,6 +141,7 @@ class Explanations:
             decode=decode,
             locate=where,
             tools_first=self._tools_first,
+            shows_earlier=shows_earlier,
         )
 
     @cached_property

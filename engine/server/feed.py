@@ -8,7 +8,6 @@ with a ``Last-Event-ID`` from before, gets the whole state anew instead of what 
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 from engine.async_engine import EngineStopped, NoSingleEngine, ServedEngine, Watching
 from engine.server.errors import APIError
 from engine.server.workers import Workers
+from engine.text.json_text import write_json
 from hybridcache.watch.recorder import Record
 
 EVERY_S = 0.05
@@ -184,7 +184,7 @@ class Feed:
 
 
 def _dump(data: object) -> bytes:
-    return json.dumps(data, separators=(",", ":")).encode()
+    return write_json(data, compact=True).encode()
 
 
 def _event(name: str, id_: str | None, data: bytes) -> bytes:

@@ -4,18 +4,16 @@ numbers."""
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import secrets
+import logging
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
 import numpy as np
-from fastapi import Response
+from fastapi import Request, Response
 
 from engine import Grammar, RequestOutput, RequestSpec
-from engine.async_engine import EngineStopped, QueueFull, RequestStream, ServedEngine
+from engine.async_engine import RequestStream, ServedEngine
+from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.server.body import to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
@@ -24,11 +22,14 @@ from engine.server.guided import Guided
 from engine.server.metrics import Metrics
 from engine.server.replays import Replays
 from engine.server.streaming import interleave
+from engine.server.tenants import AnswerIds, Tenant, Tenants
 from engine.server.workers import Workers
 from engine.text.answers.reasoning import CLOSE
 from engine.text.outputs import DraftCounts, Transferred
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.results import Losses
+
+logger = logging.getLogger(__name__)
 
 
 class ServingContext:
@@ -39,7 +40,8 @@ class ServingContext:
         self.model_name = config.served_model_name or engine.model_name
         self.special_in_content = config.special_in_content
         self.workers = workers
-        self._salt_key = secrets.token_bytes(32)
+        self._tenants = Tenants()
+        self.ids = AnswerIds()
         self.metrics = Metrics()
         self.replays = Replays(self.tokenizer, config)
         self.explanations = Explanations(self.tokenizer, int(config.explain_mib * 2**20))
@@ -120,29 +122,49 @@ class ServingContext:
         except ValueError as error:
             raise APIError(400, str(error), param=param) from error
 
-    def namespace_of(self, salt: str | None) -> str | None:
-        """The namespace of requests with one ``cache_salt``: a hash of it, since namespaces are
-        shown and a salt is a secret, with a key that is made at the start, so that nobody can try
-        salts against it."""
-        if salt is None:
-            return None
-        # JSON's "\ud800" is no UTF-8 and still a salt of its own.
-        secret = salt.encode("utf-8", "surrogatepass")
-        return hmac.new(self._salt_key, secret, hashlib.sha256).hexdigest()[:32]
+    def tenant_of(self, request: Request, salt: str | None = None) -> Tenant:
+        """Return the tenant of a ``request`` whose body names ``salt``. APIError 400: its salts
+        differ, or one is not text."""
+        return self._tenants.of(request.scope, salt)
+
+    def check_length(self, num_tokens: int, param: str, min_answer: int = 1) -> None:
+        """Raise APIError 400 unless a prompt of ``num_tokens`` leaves room for an answer of
+        ``min_answer`` tokens. ``param`` names the prompt in the body."""
+        limit = self.engine.max_model_len
+        if num_tokens + min_answer > limit:
+            raise of_failure(ContextOverflow(num_tokens, min_answer, limit), param=param)
+
+    def check_limit(self, limit: int | None, param: str) -> None:
+        """Raise APIError 400 if no context holds an answer of ``limit`` tokens, which ``param`` of
+        the body asks for. It is no fault of the prompt, so it has no code that asks for a shorter
+        one."""
+        most = self.engine.max_model_len
+        if limit is not None and limit > most:
+            raise APIError(
+                400,
+                f"'{param}' must be at most {most}, this model's context length (got {limit}): "
+                f"lower {param}.",
+                param=param,
+                for_anthropic=f"{param}: {limit} > {most}, which is the maximum allowed number of "
+                f"output tokens for {self.model_name}",
+            )
+
+    def answer_limit(self, num_tokens: int, limit: int | None) -> int | None:
+        """Return how long an answer to a prompt of ``num_tokens`` may be where ``limit`` is asked
+        for; None: as long as the context allows."""
+        fits = limit is not None and num_tokens + limit <= self.engine.max_model_len
+        return limit if fits else None
 
     async def as_arrays(self, prompts: Sequence[list[int]]) -> list[list[int] | np.ndarray]:
         """The prompts as the engine keeps them, made once for all their choices; as they are where
         the engine will refuse them."""
-        max_len = self.engine.max_model_len
         return await self.workers.run(
-            sum(map(len, prompts)), lambda: [_as_array(prompt, max_len) for prompt in prompts]
+            sum(map(len, prompts)), lambda: [_as_array(prompt) for prompt in prompts]
         )
 
     async def submit(self, specs: Iterable[RequestSpec]) -> list[RequestStream]:
-        """A stream for each of ``specs``, in order; all of them or none.
-
-        APIError 429: the queue is full; 503: the engine stops; 400: the engine refuses a request.
-        """
+        """A stream for each of ``specs``, in order; all of them or none. RequestError: the engine
+        refuses one."""
         streams: list[RequestStream] = []
         try:
             for spec in specs:
@@ -151,32 +173,39 @@ class ServingContext:
         except BaseException as error:
             for stream in streams:
                 stream.abort()
-            raise self._refusal(error) from error
+            if not isinstance(error, Exception):
+                raise
+            if not isinstance(error, ValueError | RequestError):
+                logger.exception("A request could not be begun.")
+            self._count_refusal(error)
+            raise RequestError.of(error) from error
         return streams
 
-    def _refusal(self, error: BaseException) -> BaseException:
-        if isinstance(error, QueueFull):
-            self.metrics.rejected.inc()
-            return APIError(429, str(error), code="queue_full", headers={"Retry-After": "1"})
-        if isinstance(error, EngineStopped):
-            return of_failure(error)
-        return APIError(400, str(error)) if isinstance(error, ValueError) else error
+    def _count_refusal(self, error: Exception) -> bool:
+        """Count a request that was refused before it was queued; return whether it was."""
+        is_full = isinstance(error, QueueFull)
+        self.metrics.rejected.inc(is_full)
+        return is_full or isinstance(error, ValueError)
 
     async def outputs(
         self, streams: Sequence[RequestStream]
     ) -> AsyncIterator[tuple[int, RequestOutput]]:
         """The streams' outputs as they come, each counted when it is the last. Left early, the rest
-        counts as aborted."""
-        num_finished = 0
+        counts as aborted. RequestError: one ended without an answer; an engine in another process
+        refuses requests here."""
+        num_left = len(streams)
         merged = interleave(streams)
         try:
             async for index, output in merged:
                 if output.finish_reason is not None:
                     self.metrics.observe(output)
-                    num_finished += 1
+                    num_left -= 1
                 yield index, output
+        except RequestError as error:
+            num_left -= self._count_refusal(error)
+            raise
         finally:
-            self.metrics.count_aborted(len(streams) - num_finished)
+            self.metrics.count_aborted(num_left)
             await merged.aclose()
 
     async def finals(self, streams: Sequence[RequestStream]) -> list[RequestOutput]:
@@ -201,19 +230,12 @@ class ServingContext:
         return Response(content, media_type="application/json", headers=headers)
 
 
-def _as_array(prompt: list[int], max_len: int) -> list[int] | np.ndarray:
-    if len(prompt) > max_len:
-        return prompt
+def _as_array(prompt: list[int]) -> list[int] | np.ndarray:
     try:
         tokens = np.asarray(prompt, np.int32)
     except (OverflowError, ValueError):
         return prompt
     return tokens
-
-
-def new_id(kind: str, joint: str = "-", name: str | None = None) -> str:
-    """An id for an answer; by the ``name`` that the client has for its request."""
-    return f"{kind}{joint}{name or uuid.uuid4().hex}"
 
 
 def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:

@@ -10,8 +10,15 @@ from engine.server.workers import give_way
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import Tokenizer
 
+LEAST = -9999.0
+"""Stands for a token that has no chance at all, as at OpenAI: JSON has no infinity."""
 PIECE = 32
 """Tokens whose scores are written at a time: with their rivals a quarter of a millisecond."""
+
+
+def finite(logprob: float | None) -> float | None:
+    """Return ``logprob`` as JSON can hold it."""
+    return None if logprob is None else max(logprob, LEAST)
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
@@ -46,15 +53,15 @@ class CompletionScores:
             if number % PIECE == PIECE - 1:
                 give_way()
             written["tokens"].append(token_text(self._tokenizer, token_id))
-            written["token_logprobs"].append(None if score is None else score.logprob)
+            written["token_logprobs"].append(None if score is None else finite(score.logprob))
             written["top_logprobs"].append(None if score is None else self._top(score))
             written["text_offset"].append(self._offset)
             self._offset += len(self._decoder.push(token_id))
         return written
 
-    def _top(self, score: SampledToken) -> dict[str, float]:
+    def _top(self, score: SampledToken) -> dict[str, float | None]:
         return {
-            token_text(self._tokenizer, token_id): logprob
+            token_text(self._tokenizer, token_id): finite(logprob)
             for token_id, logprob in score.top_logprobs[: self._num_top]
         }
 
@@ -67,7 +74,7 @@ def for_chat(
     def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
         return {
             "token": token_text(tokenizer, token_id),
-            "logprob": logprob,
+            "logprob": finite(logprob),
             "bytes": list(tokenizer.token_bytes(token_id)),
         }
 

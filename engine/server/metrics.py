@@ -177,3 +177,8 @@ def _lower_metrics(lower: LowerReport) -> Iterator[Metric]:
         yield CounterMetricFamily(
             "engine_state_dir_skipped", "Things not kept there, for want of room.", folder.skipped
         )
+        yield CounterMetricFamily(
+            "engine_state_dir_errors",
+            "Operations that the file system of --state-dir refused.",
+            folder.errors,
+        )

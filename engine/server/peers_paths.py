@@ -9,12 +9,21 @@ from fastapi import FastAPI, Request
 
 from engine.server.front import ServingContext
 from engine.server.operator import Operator
+from hybridcache.extras import CACHE_DISTRIBUTION
+
+
+def _version() -> str:
+    """Return the version of the installed distribution; "unknown" if it runs uninstalled."""
+    try:
+        return metadata.version(CACHE_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def add_peers_paths(app: FastAPI, front: ServingContext, operator: Operator) -> None:
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": metadata.version("hybridcache")}
+        return {"version": _version()}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

@@ -3,6 +3,8 @@ and lines that change with every request out of the way."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -10,8 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from engine import RequestOutput
-from engine.history.answers import AnswerMemory
+from engine.history.answers import AnswerMemory, said_by
+from engine.history.outline import SYSTEM_ROLES
 from engine.server.config import ServerConfig
+from engine.server.tenants import Tenant
 from engine.text.answers.events import (
     CallArguments,
     CallBegin,
@@ -31,6 +35,18 @@ Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a chat."""
+
+    tenant: Tenant
+    index: int
+    """Messages before it."""
+    chat: bytes | None
+    """Digest of what is before it. None if a secret tells the tenant from others: it may have the
+    reasoning of its answers back, wherever they stand."""
+
+
+@dataclass(frozen=True, slots=True)
 class ChatInput:
     """A chat as it is rendered."""
 
@@ -39,6 +55,8 @@ class ChatInput:
     sampled: Mapping[int, SampledTurn]
     """What was sampled for the messages that are answers of ours, by their index."""
     keeps_thinking: bool
+    place: Place
+    """The place of its answer."""
 
 
 class Replays:
@@ -55,27 +73,32 @@ class Replays:
     def prepare(
         self,
         messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any] | None,
-        namespace: str | None,
+        tenant: Tenant,
     ) -> ChatInput:
         """A chat as it is to be rendered. O(its size)."""
         keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
         if keeps:
             variables = {**(variables or {}), KEEPS_THINKING: True}
         chat, sampled = self._volatile.settle(messages), {}
+        seen = None if tenant.is_known else hashlib.blake2b(digest_size=16)
+        _see(seen, tools)
         for index, message in enumerate(chat):
-            turn = self.answers.find(namespace, index, message, keeps)
+            before = None if seen is None else seen.digest()
+            _see(seen, [message.get("role"), *said_by(self._volatile.without(message))[:2]])
+            turn = self.answers.find(tenant, index, message, keeps, before)
             if turn is not None:
                 sampled[index] = turn
                 if turn.reasoning and not message.get("reasoning_content"):
                     chat[index] = {**message, "reasoning_content": turn.reasoning}
-        return ChatInput(chat, variables, sampled, keeps)
+        place = Place(tenant, len(chat), None if seen is None else seen.digest())
+        return ChatInput(chat, variables, sampled, keeps, place)
 
     def remember(
         self,
         prompt: ChatPrompt,
-        num_messages: int,
-        namespace: str | None,
+        place: Place,
         message: Message,
         output: RequestOutput,
     ) -> None:
@@ -89,7 +112,13 @@ class Replays:
         if not prompt.header or not self._control_ids.isdisjoint(token_ids):
             return
         turn = SampledTurn(prompt.header, token_ids, message["reasoning_content"])
-        self.answers.put(namespace, num_messages, message, turn)
+        self.answers.put(place.tenant, place.index, message, turn, place.chat)
+
+
+def _see(seen: Any, value: Any) -> None:
+    """Add ``value`` to a running digest, if there is one."""
+    if seen is not None:
+        seen.update(json.dumps(value, default=repr).encode())
 
 
 def as_message(events: Sequence[Event]) -> Message:
@@ -135,6 +164,13 @@ class VolatileLines:
             done = "dropped from" if self._drops else "moved to the end of"
             logger.warning("Lines that match %r are %s the system message.", pattern, done)
 
+    def without(self, message: Message) -> Message:
+        """Return ``message`` without these lines, if it is a system message. O(its size)."""
+        if self._pattern is None or message.get("role") not in SYSTEM_ROLES:
+            return message
+        lines = str(message.get("content") or "").split("\n")
+        return {**message, "content": "\n".join(x for x in lines if not self._pattern.search(x))}
+
     def settle(self, messages: Sequence[Message]) -> list[Message]:
         """``messages`` with these lines at the end of the system message that has them, or without
         them. O(its size)."""
@@ -142,7 +178,7 @@ class VolatileLines:
         if self._pattern is None:
             return chat
         for index, message in enumerate(chat):
-            if message.get("role") not in ("system", "developer"):
+            if message.get("role") not in SYSTEM_ROLES:
                 break
             lines = str(message.get("content") or "").split("\n")
             moved = [line for line in lines if self._pattern.search(line)]

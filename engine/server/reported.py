@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine import RequestOutput
-from engine.server.logprobs import PIECE, token_text
+from engine.server.logprobs import PIECE, finite, token_text
 from engine.server.token_options import TokenOptions
 from engine.server.workers import give_way
 from engine.text.outputs import SampledToken
@@ -47,7 +47,7 @@ def _entry(tokenizer: Tokenizer, score: SampledToken, num_top: int) -> dict[str,
         best.append((score.token_id, score.logprob or 0.0))
     return {
         str(token): {
-            "logprob": logprob,
+            "logprob": finite(logprob),
             # Of a token below those that were asked for it is not known.
             "rank": ranks.get(token),
             "decoded_token": token_text(tokenizer, token),

@@ -7,7 +7,6 @@ A parameter that would change the answer and is not served is refused by name; o
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -38,6 +37,7 @@ from engine.server.strict import (
     without_what_asks_for_nothing,
 )
 from engine.server.token_options import Text, Texts, TokenIds, TokenOptions, seed_of
+from engine.text.json_text import read_json
 from engine.text.templates import Cut
 
 IGNORED = frozenset(
@@ -73,6 +73,13 @@ TEXTS = {"type": "array", "minItems": 1, "items": {"type": "string"}}
 PROMPT = {"anyOf": [{"type": "string"}, TEXTS, IDS, {"type": "array", "minItems": 1, "items": IDS}]}
 BROKEN = "INVALID_JSON"
 """Where the arguments of a call stand that are no JSON object: Anthropic's own word for it."""
+MAX_TEMPERATURE = 2
+"""As of OpenAI's."""
+AnswerLimit = Annotated[
+    int, Field(ge=1), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MAX_COUNT})
+]
+"""Tokens of an answer. ``ServingContext.check_limit`` refuses more than the context holds, in words
+that name that length."""
 MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
 
@@ -82,7 +89,7 @@ class Sampling(TokenOptions, Streamed):
 
     model: str | None = None
     n: int = Field(default=1, ge=1, le=128)
-    temperature: float | None = Field(default=None, ge=0, le=100)
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
@@ -142,7 +149,7 @@ class CompletionRequest(Sampling):
 
     prompt: Annotated[Any, WithJsonSchema(PROMPT)]
     """A text, a list of texts, a list of token ids, or a list of such lists."""
-    max_tokens: int = Field(default=16, ge=0, le=MAX_COUNT)
+    max_tokens: int = Field(default=16, ge=0, json_schema_extra={"maximum": MAX_COUNT})
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     add_special_tokens: bool = True
@@ -284,8 +291,8 @@ def parsed_arguments(text: str) -> dict[str, Any]:
     """The arguments of a call that a model wrote, whether or not they are JSON: an answer may have
     been cut in them, and the conversation goes on."""
     try:
-        value = json.loads(text or "{}")
-    except (ValueError, RecursionError):
+        value = read_json(text or "{}")
+    except ValueError:
         value = None
     return value if isinstance(value, dict) else {BROKEN: text}
 
@@ -347,8 +354,8 @@ class ChatRequest(Sampling, Rendering):
     """POST /v1/chat/completions."""
 
     messages: Listed[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    max_tokens: AnswerLimit | None = None
+    max_completion_tokens: AnswerLimit | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Tools | None = None

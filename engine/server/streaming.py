@@ -4,7 +4,6 @@ clients that hang up."""
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import (
     AsyncGenerator,
     AsyncIterator,
@@ -22,6 +21,8 @@ from starlette.types import Receive, Scope, Send
 
 from engine import RequestOutput
 from engine.async_engine import RequestStream
+from engine.server.errors import APIError, of_failure
+from engine.text.json_text import write_json
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -34,7 +35,12 @@ class ClientGone(Exception):
 
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False).encode() + b"\n\n"
+    return b"data: " + write_json(data).encode() + b"\n\n"
+
+
+def as_event(failure: APIError) -> bytes:
+    """Write a failure as OpenAI's clients read it in the middle of a stream."""
+    return event(failure.body())
 
 
 def named_event(data: dict[str, Any]) -> bytes:
@@ -127,20 +133,24 @@ class EventStream(StreamingResponse):
         self,
         events: AsyncIterator[bytes],
         late_headers: Callable[[], Mapping[str, str]] | None = None,
+        on_error: Callable[[APIError], bytes] | None = None,
     ) -> None:
-        """``late_headers`` are asked for when the first event is there."""
-        self._late_headers = late_headers
+        """With ``on_error`` the answer begins with its first event: an error before it is raised
+        and has a status of its own, and one after it is written by ``on_error`` as the last event.
+        ``late_headers`` are asked for when the first event is there."""
+        self._late_headers, self._on_error = late_headers, on_error
         super().__init__(
             _one_at_a_time(events), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
         self._events = events
 
     async def stream_response(self, send: Send) -> None:
-        if self._late_headers is not None:
+        if self._on_error is not None:
             rest = aiter(self.body_iterator)
             first = [one async for one in _head(rest)]
-            self.headers.update(self._late_headers())
-            self.body_iterator = _joined(first, rest)
+            if self._late_headers is not None:
+                self.headers.update(self._late_headers())
+            self.body_iterator = _joined(first, rest, self._on_error)
         await super().stream_response(send)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -154,7 +164,7 @@ class EventStream(StreamingResponse):
         finally:
             leaving.cancel()
             sending.cancel()
-            with suppress(asyncio.CancelledError, OSError):
+            with suppress(asyncio.CancelledError, Exception):  # it was raised above
                 await sending
             close: Callable[[], Awaitable[None]] | None = getattr(self._events, "aclose", None)
             if close is not None:
@@ -176,11 +186,16 @@ async def _head(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
         return
 
 
-async def _joined(first: Sequence[Any], rest: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _joined(
+    first: Sequence[Any], rest: AsyncIterator[Any], on_error: Callable[[APIError], bytes]
+) -> AsyncIterator[Any]:
     for one in first:
         yield one
-    async for one in rest:
-        yield one
+    try:
+        async for one in rest:
+            yield one
+    except Exception as error:
+        yield on_error(of_failure(error))
 
 
 async def _hang_up(receive: Receive) -> None:

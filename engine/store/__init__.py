@@ -1,1 +1,1 @@
-"""Bytes on disk that outlive the process: segments of records, and whose they are."""
+"""Disk tier: KV and states in files that outlive the process, and their fingerprint."""

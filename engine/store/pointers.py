@@ -1,4 +1,4 @@
-"""Which part of which record each row of a tier stands for."""
+"""Pointers from the rows of a tier into records."""
 
 from __future__ import annotations
 
@@ -12,34 +12,36 @@ from hybridcache.tokens import Indices
 
 
 class Part(NamedTuple):
-    """Rows of those asked for that stand for consecutive rows of one record."""
+    """Consecutive rows of a request that point to consecutive rows of one record."""
 
     first: int
-    """Place of the first among those asked for."""
+    """Place of the first one in the request."""
     num_rows: int
     record: int
-    """0: they point nowhere."""
+    """Id of the record. 0 if the rows point nowhere."""
     offset: int
-    """In the record, of the first."""
+    """Row of the record that the first one points to."""
 
 
 class Pointers:
-    """By row of a tier, a record and a place in it. What lies together in a record is asked for
-    together, so all verbs go by runs."""
+    """A record id and a row of that record for each row of a tier.
+
+    Rows that are together in a record are requested together, so all methods work on runs of rows.
+    """
 
     def __init__(self, num_rows: int) -> None:
         self._records = np.zeros(num_rows, np.int64)
-        """0: none."""
+        """0 for a row that points nowhere."""
         self._offsets = np.zeros(num_rows, np.int32)
         self._counts: dict[int, int] = {}
-        """Rows that point into a record."""
+        """Number of rows that point into each record."""
 
     def __contains__(self, record: int) -> bool:
-        """Whether a row points into ``record``. O(1)."""
+        """True if a row points into ``record``. O(1)."""
         return record in self._counts
 
     def bind(self, rows: Indices, pieces: list[Piece]) -> None:
-        """Let ``rows`` point into ``pieces``; those past their end, nowhere. O(rows)."""
+        """Let ``rows`` point into ``pieces``; those past their end point nowhere. O(rows)."""
         self.unbind(rows)
         first = 0
         for piece in pieces:
@@ -52,7 +54,7 @@ class Pointers:
             first += piece.num_tokens
 
     def unbind(self, rows: Indices) -> Collection[int]:
-        """Let ``rows`` point nowhere; the records into which they pointed. O(rows)."""
+        """Let ``rows`` point nowhere; returns the records they pointed into. O(rows)."""
         found: dict[int, None] = {}
         for part in self.parts(rows):
             if part.record:
@@ -64,7 +66,7 @@ class Pointers:
         return found
 
     def parts(self, rows: Indices) -> list[Part]:
-        """What ``rows`` stand for, in their order. O(rows)."""
+        """The parts of records that ``rows`` point to, in the order of ``rows``. O(rows)."""
         if not len(rows):
             return []
         records, offsets = self._records[rows], self._offsets[rows]
@@ -86,7 +88,7 @@ class Pointers:
         self._counts.clear()
 
     def check(self) -> None:
-        """AssertionError unless each record's rows are counted. O(rows of the tier)."""
+        """AssertionError unless the rows of each record are counted. O(rows of the tier)."""
         records, counts = np.unique(self._records[self._records != 0], return_counts=True)
         found = dict(zip(records.tolist(), counts.tolist(), strict=True))
         assert found == self._counts, f"rows point into {found}, counted {self._counts}"

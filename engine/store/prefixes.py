@@ -1,7 +1,8 @@
-"""Which records hold the KV of a prefix, and a state at its end: a tree of runs of tokens.
+"""Index of the records by prefix: a tree of runs of tokens, with states on them.
 
-A run is a record's tokens, which follow those of its parent's up to ``start``, a position anywhere
-in the parent. Runs are never cut: a path that leaves one in its middle has its next run there.
+A run has the tokens of one KV record. They follow the tokens of its parent up to ``start``, which
+is any position in the parent. Runs are never split: a path that leaves a run in its middle
+continues with a run that starts there.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ class Run(NamedTuple):
     """The tokens of one record of KV."""
 
     parent: int
-    """Id of the record that it goes on from; 0: none, it begins a prompt."""
+    """Id of the run that it continues. 0 if it begins a prompt."""
     start: int
     """Position of its first token."""
     tokens: Tokens
@@ -31,10 +32,10 @@ class Run(NamedTuple):
 
 
 class State(NamedTuple):
-    """The place of one record of a state."""
+    """The position of one state record."""
 
     parent: int
-    """Id of the run that has its position, behind its first token."""
+    """Id of the run that contains its position, after the first token of the run."""
     position: int
 
 
@@ -43,22 +44,21 @@ class Piece(NamedTuple):
 
     id: int
     offset: int
-    """Of its first token in the run."""
+    """Place of its first token in the run."""
     num_tokens: int
 
 
 class Prefixes:
-    """Runs and states by their ids, and in the order of their last use."""
+    """Runs and states by id, and in the order of their last use."""
 
     def __init__(self) -> None:
         self._children: dict[tuple[Hashable, int, int], int] = {}
-        """By (parent, or the namespace of a prompt that begins; position; next token)."""
+        """Runs by (parent, or the namespace for the first run of a prompt; position; token)."""
         self._states: dict[State, int] = {}
-        self._num_below: dict[int, int] = {}
-        """Runs and states that have it as their parent."""
+        self._num_children: dict[int, int] = {}
+        """Number of children of each run."""
         self.used: OrderedDict[int, Run | State] = OrderedDict()
-        """All that there is by id, the one to go first in front. A parent is never before what
-        hangs on it."""
+        """All items by id, the least recently used first. A parent comes after its children."""
 
     def __len__(self) -> int:
         return len(self.used)
@@ -66,54 +66,54 @@ class Prefixes:
     def __contains__(self, number: int) -> bool:
         return number in self.used
 
-    def add(self, number: int, what: Run | State) -> bool:
-        """Take ``what`` in as the last used. False: its parent is not known, or its place is
+    def add(self, number: int, item: Run | State) -> bool:
+        """Add an item as the last used. False if its parent is not known, or its place is
         taken."""
-        if not self._fits(what):
+        if not self._fits(item):
             return False
-        if isinstance(what, Run):
-            self._children[self._key(what)] = number
+        if isinstance(item, Run):
+            self._children[self._key(item)] = number
         else:
-            self._states[what] = number
-        if what.parent:
-            self._num_below[what.parent] += 1
-        self._num_below[number] = 0
-        self.used[number] = what
+            self._states[item] = number
+        if item.parent:
+            self._num_children[item.parent] += 1
+        self._num_children[number] = 0
+        self.used[number] = item
         self.refresh(number)
         return True
 
-    def _fits(self, what: Run | State) -> bool:
-        above = self.used.get(what.parent)
-        if isinstance(what, State):
-            if not isinstance(above, Run) or what in self._states:
+    def _fits(self, item: Run | State) -> bool:
+        above = self.used.get(item.parent)
+        if isinstance(item, State):
+            if not isinstance(above, Run) or item in self._states:
                 return False
-            return above.start < what.position <= above.end
-        if not len(what.tokens) or self._key(what) in self._children:
+            return above.start < item.position <= above.end
+        if not len(item.tokens) or self._key(item) in self._children:
             return False
-        if not what.parent:
-            return what.start == 0
-        if not isinstance(above, Run) or not above.start < what.start <= above.end:
+        if not item.parent:
+            return item.start == 0
+        if not isinstance(above, Run) or not above.start < item.start <= above.end:
             return False
-        same = what.start < above.end and above.tokens[what.start - above.start] == what.tokens[0]
-        return above.namespace == what.namespace and not same
+        same = item.start < above.end and above.tokens[item.start - above.start] == item.tokens[0]
+        return above.namespace == item.namespace and not same
 
     def remove(self, number: int) -> None:
-        """``number``, on which nothing hangs, is no more."""
-        what = self.used.pop(number)
-        assert not self._num_below.pop(number), "something hangs on it"
-        if isinstance(what, Run):
-            del self._children[self._key(what)]
+        """Remove an item without children."""
+        item = self.used.pop(number)
+        assert not self._num_children.pop(number), "the item has children"
+        if isinstance(item, Run):
+            del self._children[self._key(item)]
         else:
-            del self._states[what]
-        if what.parent:
-            self._num_below[what.parent] -= 1
+            del self._states[item]
+        if item.parent:
+            self._num_children[item.parent] -= 1
 
     def is_leaf(self, number: int) -> bool:
-        """Whether nothing hangs on it."""
-        return not self._num_below[number]
+        """True if the item has no children."""
+        return not self._num_children[number]
 
-    def below(self, number: int) -> list[int]:
-        """It and all that hangs on it, parents first. O(all)."""
+    def descendants(self, number: int) -> list[int]:
+        """The item and everything that continues it, parents first. O(all items)."""
         found = {number}
         for other in sorted(self.used):
             if self.used[other].parent in found:
@@ -121,7 +121,8 @@ class Prefixes:
         return sorted(found)
 
     def find(self, namespace: Hashable, tokens: Tokens) -> list[Piece]:
-        """Whose KV the longest known prefix of ``tokens`` is, in order. O(len(tokens))."""
+        """The pieces of runs that make up the longest known prefix of ``tokens``, in order.
+        O(len(tokens))."""
         pieces: list[Piece] = []
         above: Hashable = ("", namespace)
         at = 0
@@ -138,7 +139,7 @@ class Prefixes:
         return pieces
 
     def state(self, pieces: list[Piece], position: int) -> int | None:
-        """The state at ``position`` on a path that ``find`` found."""
+        """The id of the state at ``position`` on a path from ``find``. None if there is none."""
         at = 0
         for piece in pieces:
             if at < position <= at + piece.num_tokens:
@@ -147,7 +148,7 @@ class Prefixes:
         return None
 
     def touch(self, pieces: list[Piece], position: int) -> None:
-        """A path that ``find`` found, and the state at ``position``, were used."""
+        """Mark a path from ``find``, and the state at ``position``, as used."""
         state = self.state(pieces, position)
         if state is not None:
             self.used.move_to_end(state)
@@ -155,15 +156,15 @@ class Prefixes:
             self.used.move_to_end(piece.id)
 
     def newest_states(self, room: int, state_rows: int) -> list[int]:
-        """The states used last, the newest first, as many as ``room`` rows hold with all KV under
-        them. O(states + runs on their paths)."""
+        """The last used states, the newest first: as many as fit into ``room`` rows together with
+        their KV. O(states + runs on their paths)."""
         covered: dict[int, int] = {}
         found = []
-        for number, what in reversed(self.used.items()):
-            if not isinstance(what, State):
+        for number, item in reversed(self.used.items()):
+            if not isinstance(item, State):
                 continue
             room -= state_rows
-            above, end = what.parent, what.position
+            above, end = item.parent, item.position
             while above:
                 run = self.used[above]
                 assert isinstance(run, Run)
@@ -178,10 +179,10 @@ class Prefixes:
         return found
 
     def path(self, number: int) -> tuple[Hashable, Tokens]:
-        """(namespace, tokens from the first to its end). O(position)."""
-        what = self.used[number]
-        end = what.position if isinstance(what, State) else what.end
-        run = self.used[what.parent] if isinstance(what, State) else what
+        """(namespace, all tokens up to the end of the item). O(position)."""
+        item = self.used[number]
+        end = item.position if isinstance(item, State) else item.end
+        run = self.used[item.parent] if isinstance(item, State) else item
         parts: list[Tokens] = []
         while True:
             assert isinstance(run, Run)
@@ -195,14 +196,14 @@ class Prefixes:
         return above, run.start, int(run.tokens[0])
 
     def refresh(self, number: int) -> None:
-        """It was used, and so was all that it hangs on."""
+        """Mark an item and its ancestors as used."""
         while number:
             self.used.move_to_end(number)
             number = self.used[number].parent
 
 
 def covering(pieces: list[Piece], first: int, end: int) -> list[Piece]:
-    """The parts of ``pieces``, which begin at 0, that cover [first, end)."""
+    """The parts of ``pieces``, a path from position 0, that cover [first, end)."""
     found, at = [], 0
     for piece in pieces:
         low, high = max(first, at), min(end, at + piece.num_tokens)

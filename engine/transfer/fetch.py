@@ -14,19 +14,22 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import msgspec
 import torch
 
+from engine.errors import InvalidRequest, RequestError, WireError
 from engine.requests.request import Request
 from engine.run.unit import Unit
 from engine.schedule.cache_manager import CacheManager
 from engine.text.outputs import Transferred
 from engine.transfer.counts import TransferCounts
-from engine.transfer.link import Rendezvous, Transfer
-from engine.transfer.wire import TransferError, Wire
+from engine.transfer.link import Transfer, link
+from engine.transfer.wire import TransferError, Wire, join
 from hybridcache.arrival import Arrival
+from hybridcache.results import PrefixMatch
 from hybridcache.tokens import Tokens
 from hybridcache.units import counted
 
@@ -37,8 +40,8 @@ MAX_PIECES = 32
 """Received and not yet copied, of one prefix; the sender waits."""
 MAX_COPIED_BYTES = 32 << 20
 """Between two steps."""
-CLOSE_S = 2.0
-"""For the thread of a fetch to end in."""
+CLOSE_S = 1.0
+"""For the threads of all fetches to end in, together."""
 REST_S = 5.0
 """For which a prefill engine that failed is not asked again."""
 
@@ -63,6 +66,11 @@ class Linked(NamedTuple):
     wire: Wire
     transfer: Transfer
 
+    def close(self) -> None:
+        """Use it no more."""
+        self.wire.close()
+        self.transfer.close()
+
 
 class Peer:
     """One prefill engine, and the connections to it that nobody uses."""
@@ -74,23 +82,25 @@ class Peer:
         self.rests_until = 0.0
         """By ``time.monotonic``."""
 
-    def take(self) -> Linked:
-        """A connection. TransferError: nobody answers, or it is another model."""
+    def take(self, on_wire: Callable[[Wire], None]) -> Linked:
+        """Return a connection; ``on_wire`` is called as soon as there is one to break off.
+        TransferError if nobody answers, or it is another model."""
         with self._lock:
             while self._idle:
                 linked = self._idle.pop()
                 if linked.wire.is_quiet:
+                    on_wire(linked.wire)
                     return linked
-                linked.wire.close()
+                linked.close()
         wire = Wire.connect(self.address, self._timeout_s)
+        on_wire(wire)
         try:
             wire.send({"hello": self._own})
             answer, _ = wire.receive()
-            if "port" not in answer:
+            if "welcome" not in answer:
                 raise TransferError(str(answer.get("refused", "it gives no reason")))
-            found = Rendezvous.find(self.address[0], int(answer["port"]), self._timeout_s)
-            return Linked(wire, found.link(str(answer["name"]), 1, wire.own_host))
-        except TransferError:
+            return Linked(wire, link(wire, 1, self._timeout_s))
+        except BaseException:
             wire.close()
             raise
 
@@ -104,8 +114,7 @@ class Peer:
         with self._lock:
             idle, self._idle = self._idle, []
         for linked in idle:
-            linked.wire.close()
-            linked.transfer.close()
+            linked.close()
 
 
 class PeerFetch:
@@ -124,6 +133,9 @@ class PeerFetch:
         """How its thread ended: empty, or what went wrong."""
         self.is_cancelled = False
         self.has_ended = False
+        self._lock = threading.Lock()
+        self._wire: Wire | None = None
+        """The connection that its thread uses; None before and after."""
         self.num_fetched = self.wire_bytes = 0
         self._num_bytes = 0
 
@@ -168,10 +180,26 @@ class PeerFetch:
         self._num_bytes += piece.num_bytes
 
     def cancel(self) -> None:
-        """See ``Fetch``."""
-        self.is_cancelled = True
+        """See ``Fetch``. Its thread ends soon, whatever the other side does."""
+        with self._lock:
+            self.is_cancelled = True
+            if self._wire is not None:
+                self._wire.break_off()
         if not self.has_ended:
             self._fetcher.end(self, False)
+
+    def uses(self, wire: Wire) -> None:
+        """Called by the thread: ``wire`` is its connection from now on."""
+        with self._lock:
+            self._wire = wire
+            if self.is_cancelled:
+                wire.break_off()
+
+    def lets_go(self) -> bool:
+        """Called by the thread when it has finished: True if its connection can be used again."""
+        with self._lock:
+            self._wire = None
+            return not self.is_cancelled
 
     def hand_over(self, piece: Piece) -> None:
         """Called by the thread: wait until there is room for ``piece``. TransferError: nobody wants
@@ -208,15 +236,19 @@ class PeerFetcher:
     def has_room(self) -> bool:
         return len(self._active) < MAX_FETCHES
 
-    def begin(self, request: Request, cached_len: int) -> PeerFetch | None:
-        """See ``Fetcher``. Nothing of a namespace that is no text: it could not be said."""
-        grid = self._manager.checkpoint_grid
-        end = (request.num_tokens - 1) // grid * grid
+    def wants(self, request: Request, match: PrefixMatch) -> bool:
+        """See ``Fetcher``. Namespaces that are not text are never asked for: they have no wire
+        form."""
+        is_worth_it = self._end(request) - match.cached_len >= self._fetch_above
+        is_sayable = isinstance(request.namespace, str | None)
+        return is_worth_it and is_sayable and self._choose() is not None
+
+    def begin(self, request: Request, match: PrefixMatch) -> PeerFetch | None:
+        """See ``Fetcher``."""
         peer = self._choose()
-        if end - cached_len < self._fetch_above or peer is None:
+        if peer is None:
             return None
-        if not isinstance(request.namespace, str | None):
-            return None
+        end = self._end(request)
         tokens = request.tokens[: end + 1].copy()
         arrival = self._manager.begin_arrival(tokens[:end], request.namespace)
         if arrival is None:
@@ -228,6 +260,11 @@ class PeerFetcher:
         thread.start()
         return fetch
 
+    def _end(self, request: Request) -> int:
+        """Return the last grid position below the end of ``request``."""
+        grid = self._manager.checkpoint_grid
+        return (request.num_tokens - 1) // grid * grid
+
     def _choose(self) -> Peer | None:
         """The one with least to do, of those that do not rest."""
         now = time.monotonic()
@@ -237,25 +274,28 @@ class PeerFetcher:
 
     def _follow(self, fetch: PeerFetch) -> None:
         """What the thread of one prefix does."""
-        linked, outcome = None, ""
+        linked, outcome, is_refused = None, "", False
         try:
-            linked = fetch.peer.take()
+            linked = fetch.peer.take(fetch.uses)
             _receive(fetch, linked, self._news)
         except TransferError as error:
             outcome = str(error)
+        except RequestError as error:
+            # A prompt that the other engine cannot serve says nothing of those to come.
+            outcome, is_refused = str(error).rstrip("."), isinstance(error, InvalidRequest)
         except Exception as error:
             logger.exception("A transfer failed.")
             outcome = repr(error)
         if linked is not None:
             fetch.wire_bytes = linked.wire.take_num_bytes()
             self.counts.add(wire_bytes=fetch.wire_bytes)
-            if outcome:
-                linked.wire.close()
-                linked.transfer.close()
-            else:
+            if fetch.lets_go() and (not outcome or is_refused):
                 fetch.peer.give_back(linked)
+            else:
+                linked.close()
         if outcome and not fetch.is_cancelled:
-            fetch.peer.rests_until = time.monotonic() + REST_S
+            if not is_refused:
+                fetch.peer.rests_until = time.monotonic() + REST_S
             logger.warning(
                 "A prefix of %s did not come from %s:%d, and is computed here: %s.",
                 counted(fetch.end, "token"),
@@ -300,14 +340,23 @@ class PeerFetcher:
         atexit.unregister(self.close)
         for fetch in tuple(self._active):
             fetch.cancel()
-        for thread in self._threads:
-            thread.join(CLOSE_S)
+        threads, self._threads = self._threads, set()
+        join(threads, CLOSE_S)
         for peer in self._peers:
             peer.close()
 
 
+def _failure(said: object) -> RequestError:
+    """Return the error that the prefill engine sent. TransferError: it is not one."""
+    try:
+        return RequestError.from_wire(msgspec.convert(said, WireError))
+    except msgspec.ValidationError as error:
+        raise TransferError(f"it failed without a readable reason ({error})") from None
+
+
 def _receive(fetch: PeerFetch, linked: Linked, news: threading.Event) -> None:
-    """Ask for the prefix and take its pieces, up to the last. TransferError: it does not come."""
+    """Ask for the prefix and take its pieces, up to the last. TransferError: it does not come;
+    RequestError: the prefill engine says why."""
     wire, transfer = linked
     ask = {
         "start": fetch.start,
@@ -320,7 +369,7 @@ def _receive(fetch: PeerFetch, linked: Linked, news: threading.Event) -> None:
         if fetch.is_cancelled:
             raise TransferError("the request has gone")
         if "failed" in message:
-            raise TransferError(str(message["failed"]))
+            raise _failure(message["failed"])
         if "done" in message:
             return
         if "piece" in message:

@@ -8,10 +8,14 @@ from engine.config import EngineConfig
 from engine.run.identity import digest_of
 from engine.run.model_runner import ModelRunner
 
+PROTOCOL = "2"
+"""Version of the messages between two engines; changes with them."""
+
 
 def identity(config: EngineConfig, runner: ModelRunner) -> dict[str, str]:
     """By what may differ. O(bytes of the weights)."""
     return {
+        "transfer protocol": PROTOCOL,
         **runner.identity(),
         "layout of memory": digest_of(runner.unit.layout.encode()),
         "page size": str(config.page_size),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Protocol
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
+from torch._C._distributed_c10d import ProcessGroupGloo, Store
 
-from engine.transfer.wire import TransferError
+from engine.transfer.wire import TransferError, Wire
 
 
 class Transfer(Protocol):
@@ -30,59 +31,63 @@ class Transfer(Protocol):
         ...
 
 
-class Rendezvous:
-    """Where the ends of links find each other: a store of torch.distributed that one side keeps.
-    Each link is a process group of its own with two members, so that one that breaks takes no
-    other along."""
+class WireStore(Store):
+    """The store through which the two ends of one link learn each other's address.
 
-    def __init__(self, store: TCPStore, timeout_s: float) -> None:
-        self._store, self._timeout = store, timedelta(seconds=timeout_s)
+    It is the ``Wire`` between them: nothing listens for it, and nothing of it outlives the link.
+    """
 
-    @classmethod
-    def keep(cls, timeout_s: float) -> Rendezvous:
-        """A new one, on a free port of this machine."""
-        store = TCPStore(
-            "localhost",
-            0,
-            is_master=True,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
-        return cls(store, timeout_s)
+    def __init__(self, wire: Wire) -> None:
+        super().__init__()
+        self._wire = wire
+        self._values: dict[str, bytes] = {}
 
-    @classmethod
-    def find(cls, host: str, port: int, timeout_s: float) -> Rendezvous:
-        """The one that another keeps. TransferError: there is none."""
-        try:
-            wait = timedelta(seconds=timeout_s)
-            return cls(TCPStore(host, port, timeout=wait, wait_for_workers=False), timeout_s)
-        except RuntimeError as error:
-            raise TransferError(f"its rendezvous does not answer ({_first(error)})") from error
+    def set(self, key: str, value: str | bytes) -> None:
+        """Keep ``value`` and send it to the other end."""
+        self._values[key] = value.encode() if isinstance(value, str) else bytes(value)
+        self._wire.send({"address": key}, self._values[key])
 
-    @property
-    def port(self) -> int:
-        return int(self._store.port)
+    def get(self, key: str) -> bytes:
+        """Return the value of ``key``; waits until the other end has sent it. TransferError if it
+        sends anything else, or nothing in time."""
+        while key not in self._values:
+            said, data = self._wire.receive()
+            if not isinstance(said.get("address"), str):
+                raise TransferError(f"an address was expected, not {said!r:.80}")
+            self._values[said["address"]] = data
+        return self._values[key]
 
-    def link(self, name: str, rank: int, own_host: str) -> GroupTransfer:
-        """One end (``rank`` 0 or 1) of the link ``name``; returns when both are there.
-        TransferError: the other is not."""
-        options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = self._timeout
-        options._threads = 1
-        try:
-            options._devices = [ProcessGroupGloo.create_device(hostname=own_host)]
-            store = PrefixStore(name, self._store)
-            return GroupTransfer(ProcessGroupGloo(store, rank, 2, options), 1 - rank)
-        except RuntimeError as error:
-            raise TransferError(f"no link came about ({_first(error)})") from error
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        """Wait until every one of ``keys`` has a value."""
+        for key in keys:
+            self.get(key)
+
+
+def link(wire: Wire, rank: int, timeout_s: float) -> GroupTransfer:
+    """Make one end of a link: rank 0 at the prefill engine, 1 at the decode engine.
+
+    A process group of its own with two members, so that a link that breaks takes no other along.
+    Both ends must be called at the same time, while nothing else uses ``wire``. TransferError if
+    the other end does not answer.
+    """
+    options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+    options._timeout = timedelta(seconds=timeout_s)
+    options._threads = 1
+    store = WireStore(wire)
+    try:
+        options._devices = [ProcessGroupGloo.create_device(hostname=wire.own_host)]
+        return GroupTransfer(ProcessGroupGloo(store, rank, 2, options), 1 - rank, store)
+    except RuntimeError as error:
+        raise TransferError(f"no link was made ({_first(error)})") from error
 
 
 class GroupTransfer:
     """Point to point over a gloo process group of two."""
 
-    def __init__(self, group: ProcessGroupGloo, other: int) -> None:
+    def __init__(self, group: ProcessGroupGloo, other: int, store: Store) -> None:
         self._group: ProcessGroupGloo | None = group
         self._other = other
+        self._store = store  # The group calls it, and does not keep its Python half alive.
 
     def send(self, data: torch.Tensor) -> None:
         """See ``Transfer``."""

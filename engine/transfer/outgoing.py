@@ -9,8 +9,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
+from engine.errors import RequestError, StepFailed
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
@@ -82,6 +84,10 @@ class Outgoing:
         self.messages.put(Message(said))
         self.has_ended = True
 
+    def fail(self, error: RequestError) -> None:
+        """Say ``error`` as the last message."""
+        self.say({"failed": msgspec.to_builtins(error.to_wire())})
+
     def send_layer(self, unit: Unit, part: int) -> None:
         """The step that is being computed has written ``part``: send what is there of it."""
         request = self.request
@@ -122,7 +128,7 @@ class Outgoing:
         match = cache.match(self.tokens, self.namespace)
         if match.cached_len < self.end:
             why = "it was aborted" if request is None else request.error or "memory is short"
-            self.say({"failed": f"the prefill engine could not keep it: {why}"})
+            self.fail(StepFailed(f"the prefill engine could not keep it: {why}"))
             return False
         self._receipt = cache.lock(match.node)
         return True
@@ -134,7 +140,7 @@ class Outgoing:
             self._receipt = None
         if self.request is not None and self.request.finish_reason is None:
             abort(self.request.request_id)
-        self.say({"failed": why})
+        self.fail(StepFailed(why))
 
     def _send_rows(self, unit: Unit, part: int, rows: Indices, known: int) -> None:
         self._sent = self._sent or [self.start] * len(unit.part_bytes)

@@ -20,22 +20,29 @@ from typing import Any
 
 import numpy as np
 
+from engine.errors import RequestError
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.run.unit import Unit
 from engine.schedule.cache_manager import CacheManager
 from engine.transfer.counts import TransferCounts
 from engine.transfer.identity import difference
-from engine.transfer.link import Rendezvous, Transfer
+from engine.transfer.link import Transfer, link
 from engine.transfer.outgoing import Outgoing
-from engine.transfer.wire import TransferError, Wire
+from engine.transfer.wire import TransferError, Wire, join
 
 logger = logging.getLogger(__name__)
 ALIVE_S = 1.0
 """An asker is told so often that its prefix is being computed."""
 IDLE_S = 0.01
-CLOSE_S = 2.0
-"""For a connection to end in."""
+REST_S = 0.5
+"""Between two tries to accept a connection, and for a connection that is refused to say hello."""
+CLOSE_S = 1.0
+"""For all connections to end in by themselves, and again after they are broken off."""
+MAX_CONNECTIONS = 256
+"""At the same time: a thread, a socket and a process group each. A decode engine makes up to
+``fetch.MAX_FETCHES``."""
+STOPPING = "the prefill engine is stopping"
 
 
 class PrefillServer:
@@ -66,57 +73,96 @@ class PrefillServer:
         self._numbers = itertools.count()
         self._news = threading.Event()
         self._advanced_s = time.monotonic()
-        self._wires: set[Wire] = set()
-        self._threads: set[threading.Thread] = set()
+        self._lock = threading.Lock()
+        """Guards the next four, which threads of connections change."""
+        self._is_accepting = True
         self._is_closed = False
-        self._rendezvous = Rendezvous.keep(timeout_s)
+        self._wires: set[Wire] = set()
+        self._answering: set[Wire] = set()
+        self._threads: set[threading.Thread] = set()
         self._listener = socket.create_server(address)
         self.address: tuple[str, int] = self._listener.getsockname()[:2]
         threading.Thread(target=self._listen, name="transfers", daemon=True).start()
-        atexit.register(self.close)
+        atexit.register(self._hang_up)
 
     def _listen(self) -> None:
         while True:
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:
+                if not self._is_accepting:
+                    return
+                # For want of descriptors, say: others may close theirs.
+                logger.warning("A decode engine could not be accepted (%s).", error)
+                time.sleep(REST_S)
+                continue
+            self._receive_connection(connection)
+
+    def _receive_connection(self, connection: socket.socket) -> None:
+        """Have a thread serve ``connection``, or turn it away."""
+        try:
             wire = Wire(connection, self._timeout_s)
-            thread = threading.Thread(target=self._talk, args=(wire,), name="transfer", daemon=True)
-            self._threads = {one for one in self._threads if one.is_alive()} | {thread}
-            thread.start()
+        except OSError:  # It has gone already.
+            connection.close()
+            return
+        thread = threading.Thread(target=self._talk, args=(wire,), name="transfer", daemon=True)
+        has_room = False
+        with self._lock, contextlib.suppress(RuntimeError):  # no room for a thread
+            if self._is_accepting and len(self._wires) < MAX_CONNECTIONS:
+                thread.start()
+                self._wires.add(wire)
+                self._threads = {one for one in self._threads if one.is_alive()} | {thread}
+                has_room = True
+        if not has_room:
+            _turn_away(wire)
 
     def _talk(self, wire: Wire) -> None:
-        """What the thread of one connection does."""
+        """Serve one connection, in a thread of its own."""
         transfer: Transfer | None = None
-        self._wires.add(wire)
         try:
             hello, _ = wire.receive()
             unlike = difference(self._own, hello.get("hello"))
             if unlike is not None:
                 wire.send({"refused": f"it differs in {unlike}"})
                 return
-            name = str(next(self._numbers))
-            wire.send({"port": self._rendezvous.port, "name": name})
-            transfer = self._rendezvous.link(name, 0, wire.own_host)
-            while not self._is_closed:
+            wire.send({"welcome": True})
+            transfer = link(wire, 0, self._timeout_s)
+            while True:
                 said, data = wire.receive(idles=True)
-                self._answer(_read_ask(said, data), wire, transfer)
+                outgoing = _read_ask(said, data)
+                if not self._accept(wire, outgoing):
+                    wire.send({"failed": STOPPING})
+                    return
+                try:
+                    self._answer(outgoing, wire, transfer)
+                finally:
+                    with self._lock:
+                        self._answering.discard(wire)
+                    self._news.set()
         except TransferError as error:
             logger.debug("A connection ended: %s.", error)
         except Exception:
             logger.exception("A connection failed.")
         finally:
-            self._wires.discard(wire)
+            with self._lock:
+                self._wires.discard(wire)
             self.counts.add(wire_bytes=wire.take_num_bytes())
             wire.close()
             if transfer is not None:
                 transfer.close()
 
-    def _answer(self, outgoing: Outgoing, wire: Wire, transfer: Transfer) -> None:
-        """Send one prefix as it comes. TransferError: the asker has gone."""
-        self._asked.put(outgoing)
+    def _accept(self, wire: Wire, outgoing: Outgoing) -> bool:
+        """Hand ``outgoing`` to the engine's thread; False if the engine is stopping."""
+        with self._lock:
+            if not self._is_accepting:
+                return False
+            self._answering.add(wire)
+            self._asked.put(outgoing)
         self.wake()
+        return True
+
+    def _answer(self, outgoing: Outgoing, wire: Wire, transfer: Transfer) -> None:
+        """Send one accepted prefix as it comes. TransferError: the asker has gone."""
         try:
             while True:
                 try:
@@ -143,8 +189,11 @@ class PrefillServer:
 
     @property
     def has_work(self) -> bool:
-        """Whether ``advance`` has something to do."""
-        return bool(self._active) or not self._asked.empty()
+        """See ``Outside``. While the engine drains, prefixes that are still being sent count."""
+        if self._is_closed:
+            return False
+        is_sending = not self._is_accepting and bool(self._answering)
+        return bool(self._active) or not self._asked.empty() or is_sending
 
     def send_layer(self, rank: int) -> None:
         """Mixer ``rank`` of the step that is being computed has written its KV."""
@@ -175,7 +224,7 @@ class PrefillServer:
                 request_id = f"transfer-{next(self._numbers)}"
                 outgoing.request = self._prepare(outgoing.spec(request_id))
             except ValueError as error:
-                outgoing.say({"failed": str(error).rstrip(".")})
+                outgoing.fail(RequestError.of(error))
                 return
             self._enqueue(outgoing.request)
         self._active.append(outgoing)
@@ -192,29 +241,63 @@ class PrefillServer:
             self.counts.add(failed=1)
 
     def wait(self) -> None:
-        """Nothing can be computed: sleep a little, or until something was sent."""
-        if self._active:
+        """See ``Outside``."""
+        if self.has_work:
             self._news.wait(IDLE_S)
 
     def give_up(self) -> None:
-        """A step broke off: nobody knows what was sent of it."""
+        """See ``Outside``: nobody knows what was sent of the step that broke off."""
+        self._end_all("a step of the prefill engine broke off")
+
+    def _end_all(self, why: str) -> None:
+        """End every prefix in progress without the rest."""
         for outgoing in self._active:
-            self._give_up(outgoing, "a step of the prefill engine broke off")
+            self._give_up(outgoing, why)
             self._count(outgoing)
         self._active = []
 
-    def close(self) -> None:
-        """Listen no more, and break all connections off: groups of torch.distributed must not be
-        alive when the process ends."""
-        self._is_closed = True
-        atexit.unregister(self.close)
+    def stop_accepting(self) -> None:
+        """See ``Outside``. Decode engines whose prefix is in progress get it; all others find the
+        connection closed, and compute for themselves or ask elsewhere."""
+        with self._lock:
+            self._is_accepting = False
+            idle = self._wires - self._answering
         with contextlib.suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        for wire in tuple(self._wires):
-            wire.close()
-        for thread in self._threads:
-            thread.join(CLOSE_S)
+        for wire in idle:
+            wire.break_off()
+
+    def close(self) -> None:
+        """See ``Outside``: ends what is in progress, and all connections."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self.stop_accepting()
+        while not self._asked.empty():
+            self._asked.get_nowait().say({"failed": STOPPING})
+        self._end_all(STOPPING)
+        self._hang_up()
+
+    def _hang_up(self) -> None:
+        """End all connections: groups of torch.distributed must not be alive when the process ends.
+        Those that have little left to send finish; the others are broken off."""
+        atexit.unregister(self._hang_up)
+        self.stop_accepting()
+        join(self._threads, CLOSE_S)
+        with self._lock:
+            wires = tuple(self._wires)
+        for wire in wires:
+            wire.break_off()
+        join(self._threads, CLOSE_S)
+
+
+def _turn_away(wire: Wire) -> None:
+    """Refuse a connection that has just been made."""
+    with contextlib.suppress(TransferError):
+        wire.receive(timeout_s=REST_S)  # Unread bytes would destroy the refusal on its way.
+        wire.send({"refused": "it has too many connections already, or is stopping"})
+    wire.close()
 
 
 def _read_ask(said: dict[str, Any], data: bytes) -> Outgoing:

@@ -13,10 +13,16 @@ import json
 import select
 import socket
 import struct
+import threading
+import time
+from collections.abc import Iterable
 from typing import Any
 
 FRAME = struct.Struct("!II")
 MAX_JSON, MAX_BYTES = 1 << 20, 1 << 28
+KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
+"""Seconds of silence before the system probes the other side, seconds between probes, and probes
+without an answer after which the connection is gone. Idle connections have no other time limit."""
 
 
 class TransferError(RuntimeError):
@@ -30,6 +36,10 @@ class Wire:
         self._socket = connection
         connection.settimeout(timeout_s)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):  # not on every system
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.num_bytes = 0
         """Sent and received; whoever moves tensors beside adds theirs."""
 
@@ -66,20 +76,26 @@ class Wire:
             raise TransferError(f"the other side takes nothing ({error})") from error
         self.num_bytes += len(frame)
 
-    def receive(self, *, idles: bool = False) -> tuple[dict[str, Any], bytes]:
-        """The next message. ``idles``: it may be long in coming. TransferError: the other side has
-        gone, or is silent for too long."""
-        timeout_s = self._socket.gettimeout()
+    def receive(
+        self, *, idles: bool = False, timeout_s: float | None = None
+    ) -> tuple[dict[str, Any], bytes]:
+        """Return the next message and the bytes behind it.
+
+        ``idles``: it may be long in coming. ``timeout_s``: of silence, in place of the connection's
+        own. TransferError if the other side has gone, is silent for too long, or sends anything
+        else."""
+        usual_s = self._socket.gettimeout()
+        rest_s = usual_s if timeout_s is None else timeout_s
         try:
-            if idles:
-                self._socket.settimeout(None)
+            self._socket.settimeout(None if idles else rest_s)
             head = self._read(FRAME.size)
-            self._socket.settimeout(timeout_s)
+            self._socket.settimeout(rest_s)
             num_text, num_data = FRAME.unpack(head)
             if num_text > MAX_JSON or num_data > MAX_BYTES:
                 raise TransferError("what came is no message of this protocol")
             message, data = json.loads(self._read(num_text)), self._read(num_data)
-        except (OSError, ValueError) as error:
+            self._socket.settimeout(usual_s)
+        except (OSError, ValueError, RecursionError) as error:
             raise TransferError(f"the other side is silent or unclear ({error})") from error
         self.num_bytes += FRAME.size + num_text + num_data
         if not isinstance(message, dict):
@@ -95,8 +111,19 @@ class Wire:
             data += piece
         return bytes(data)
 
-    def close(self) -> None:
-        """Whoever waits in ``receive`` is told."""
+    def break_off(self) -> None:
+        """Make the thread that sends or receives stop: for any other thread."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection: for the thread that uses it."""
+        self.break_off()
         self._socket.close()
+
+
+def join(threads: Iterable[threading.Thread], timeout_s: float) -> None:
+    """Wait until all ``threads`` have ended, for ``timeout_s`` seconds in all."""
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))

@@ -18,7 +18,7 @@ import numpy as np
 from hybridcache import EVICTION, CacheConfig, build_prefix_cache
 from hybridcache.interface import PrefixCache
 
-NAMESPACES: tuple[Hashable, ...] = (None, "a", ("a", 1), 2.5, b"x", frozenset({1}))
+NAMESPACES: tuple[Hashable, ...] = (None, "a", ("a", 1), 7, b"x", (None,))
 
 
 def prefixes(tokens: list[int], namespace: Hashable) -> list[int]:

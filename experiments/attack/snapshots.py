@@ -23,7 +23,7 @@ from hybridcache.interface import PrefixCache
 
 Arrays = dict[str, np.ndarray]
 Change = Callable[[random.Random, dict[str, Any], Arrays], None]
-NAMESPACES: tuple[Any, ...] = (None, "tenant", ("a", 1), 2.5, b"x")
+NAMESPACES: tuple[Any, ...] = (None, "tenant", ("a", 1), 7, b"x")
 ODD_NUMBERS = (0, 1, -1, -2, 7, 2**31 - 1, 2**31, 2**32, 2**32 + 1, -(2**31), 2**62, -(2**62))
 ODD_VALUES: tuple[Any, ...] = (
     None,

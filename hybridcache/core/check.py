@@ -6,7 +6,6 @@ import numpy as np
 
 from hybridcache.core.check_lower import check_lower
 from hybridcache.core.residency import Residency
-from hybridcache.policies.protocol import candidates_of
 from hybridcache.radix.check import check_tree
 from hybridcache.radix.node import Checkpoint, RadixNode, members
 from hybridcache.tokens import Indices
@@ -54,7 +53,7 @@ def _path_rows(node: RadixNode) -> Indices:
 
 
 def _check_candidates(residency: Residency) -> None:
-    listed = candidates_of(residency.policy)
+    listed = residency.policy.candidates()
     if listed is None:
         return
     held, due = list(listed), set(residency.candidates())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from hybridcache.core.lower import LowerTiers, Tier
-from hybridcache.policies.protocol import candidates_of
 from hybridcache.radix.node import RadixNode, members
 from hybridcache.radix.stored import StoredState
 
@@ -24,7 +23,7 @@ def check_lower(lower: LowerTiers, nodes: list[RadixNode], roots: list[RadixNode
         states = [node.below.state for node in nodes if node.below is not None]
         held = [state for state in states if state is not None and state.tier == number]
         _check_rows(tier, number, nodes, held, lower.state_rows)
-        listed = candidates_of(tier.policy)
+        listed = tier.policy.candidates()
         if listed is not None:
             known = list(listed)
             assert len(known) == len(held), f"{tier.word} orders {len(known)} of {len(held)} states"

@@ -94,7 +94,9 @@ def adopt(
     if inside is not None and known is node:
         is_there = inside.kv is not None or lower.is_stored(inside)
         start, known = (length, inside) if is_there else (start, known)
-    too_low = known.below is not None and known.below.kv_tier > number
+    # A resident node may have a ``below`` for its children's sake, whose ``kv_tier`` means nothing.
+    below = known.below
+    too_low = below is not None and below.kv is not None and below.kv_tier > number
     is_whole = inside is None and length == len(tokens)
     has_state = is_whole and (node.checkpoint is not None or _has_state(node))
     num_rows = len(tokens) - start + lower.state_rows

@@ -17,6 +17,7 @@ bytes, anywhere. Rules:
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,7 +42,7 @@ class Tier(NamedTuple):
     policy: EvictionPolicy
     """Orders the states that it holds, and them alone."""
     is_shared: bool = False
-    """The policy learns what the device's does (``policy_below``), which alone is told of
+    """The policy learns what the device's does (``EvictionPolicy.below``), which alone is told of
     uses and misses; memos go down with their items."""
 
 
@@ -77,9 +78,12 @@ class LowerTiers:
         self._ghosts = ghosts
 
     def close(self, word: str) -> None:
-        """Nothing more goes into the tier ``word``, which can not be written; what is there can be
-        fetched."""
+        """Offload nothing more to the tier ``word``, which cannot be written; it can be read."""
         self._closed.add(self.words.index(word))
+
+    def open(self, word: str) -> None:
+        """Offload to the tier ``word`` again."""
+        self._closed.discard(self.words.index(word))
 
     def spill_state(self, node: RadixNode, checkpoint: Checkpoint) -> None:
         """``checkpoint`` is about to leave the device: offer it to the nearest tier, and so on."""
@@ -325,6 +329,27 @@ class LowerTiers:
         below = state.node.below
         if below is None or below.state is not state:
             self.tiers[state.tier].policy.missed(state)
+
+    def lose(
+        self, nodes: Iterable[RadixNode], number: int, is_lost: Callable[[Indices], bool]
+    ) -> None:
+        """Free the states and KV of tier ``number`` whose rows ``is_lost``, and everything that
+        cannot be resumed without them. ``nodes``: parents first. O(nodes)."""
+        for node in nodes:
+            below = node.below
+            if below is None:
+                continue
+            state, rows = below.state, below.kv
+            if rows is not None and below.kv_tier == number and is_lost(rows):
+                self._let_go_of_kv(node)
+                self._prune(node)
+                self._forget(node)
+                self._release(number, rows)
+                assert node.parent is not None
+                self._sink(node.parent, number)
+            elif state is not None and state.tier == number and is_lost(state.rows):
+                self.drop_state(node)
+                self._sink(node, number)
 
     def clear(self) -> None:
         """Free everything. O(stored)."""

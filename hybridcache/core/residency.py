@@ -32,7 +32,7 @@ from hybridcache.core.locks import NEW, LockedPaths
 from hybridcache.core.lower import LowerTiers
 from hybridcache.core.owners import RowOwners
 from hybridcache.listener import Listener
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, misses_above
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.compact import compact_rows
 from hybridcache.radix.forks import Link, is_last_above, last_above, last_at, link
 from hybridcache.radix.ghosts import GhostList
@@ -67,7 +67,6 @@ class Residency:
             pages.arena.holders[self.owners] = None
         self.slots = slots
         self.policy = policy
-        self.missed_above = misses_above(policy)
         self.item_bytes = item_bytes
         self.stats = stats
         self.lower: LowerTiers | None = None

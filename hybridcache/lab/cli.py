@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -19,6 +20,10 @@ Command = Callable[[argparse.Namespace], int]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it did its work, 2 when it was asked for something impossible, 130
     when it was stopped."""
+    if arguments is None:
+        # Shells without job control start background commands with SIGINT ignored, and Python then
+        # installs no handler for it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     options = _parser().parse_args(arguments)
     run: Command = options.run
     try:

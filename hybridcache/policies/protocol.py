@@ -1,4 +1,4 @@
-"""What a policy sees and what it is asked: the narrow view of the cache, and the two protocols.
+"""Base classes of eviction and placement policies, and the view of the cache that they get.
 
 An *item* is something that can be evicted: one checkpoint, or the KV of one node. A policy never
 sees the tree.
@@ -6,7 +6,8 @@ sees the tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
 
 Kind = Literal["kv", "checkpoint"]
@@ -92,75 +93,72 @@ class Item(Protocol):
         ...
 
 
-class EvictionPolicy(Protocol):
-    """Orders the evictable items of one cache. It is made once for a cache and sees all items,
-    unless it says ``orders_tiers = False``.
+class EvictionPolicy(ABC):
+    """Eviction order over the items of one cache.
 
-    The cache calls ``add`` when an item becomes a candidate (a checkpoint; KV of a leaf),
-    ``discard`` when it stops being one (its node got a child, it was evicted), ``touch`` after a
-    use of a candidate (``last_used`` and ``uses`` already count it; what was used while it was none
-    shows in them at ``add``), and ``victim`` to choose. A lock discards nothing by itself: a victim
-    that turns out to be locked is discarded then (``evicted`` False) and added again when it is
-    unlocked. An item that changes its tier (``policies.tiers``) moves to another instance of the
-    same policy, its ``memo`` with it. ``victim`` returns a candidate without removing it: the cache
-    then calls ``discard``. ``missed`` is how a ghost speaks: a request came that would have resumed
-    from this evicted checkpoint. Each in O(log n) or better. One that has a method ``candidates``
-    too, all items it holds, is compared with the tree by ``check``; it need not.
+    A policy is made once per cache and sees all items, unless ``orders_tiers`` is False. Subclasses
+    implement ``add``, ``discard`` and ``victim``; all other methods have a default that does
+    nothing. A policy that derives from another one without changes behaves exactly like it.
+
+    An item becomes a candidate by ``add`` (every checkpoint; KV of a leaf) and stops being one by
+    ``discard`` (its node got a child, or it was evicted). A lock discards nothing by itself: a
+    victim that turns out to be locked is discarded then and added again when it is unlocked. An
+    item that changes its tier (``policies.tiers``) moves to another instance of the same policy and
+    keeps its ``memo``. Each call should take O(log n) or less.
     """
 
     orders_tiers: bool = True
-    """A class attribute. True: it sees all items and orders dead KV and superseded checkpoints
-    itself. False: it leaves that to the cache, which makes three of it, for dead KV, superseded
-    checkpoints and the rest, asked in this order (``CacheConfig.dead_first``,
+    """A class attribute. True: the policy sees all items and orders dead KV and superseded
+    checkpoints itself. False: the cache makes three instances, for dead KV, superseded checkpoints
+    and the rest, and asks them in this order (``CacheConfig.dead_first``,
     ``demote_superseded``)."""
 
+    @abstractmethod
     def add(self, item: Item) -> None:
-        """``item`` is a candidate from now on."""
-        ...
+        """Accept ``item`` as a candidate. Uses that happened while it was none show in its
+        ``last_used`` and ``uses``."""
 
+    @abstractmethod
     def discard(self, item: Item, evicted: bool) -> None:
-        """``item`` is a candidate no more. ``evicted``: it leaves the cache, as a victim or with
-        one; else it stays: it is locked, its node got a child, or it changes its tier."""
-        ...
+        """Remove ``item`` from the candidates. ``evicted`` is True if it leaves the cache, as a
+        victim or together with one; False if it stays: it is locked, its node got a child, or it
+        changes its tier."""
 
-    def touch(self, item: Item) -> None:
-        """``item``, a candidate, was just used: its ``last_used`` and ``uses`` are new."""
-        ...
-
-    def missed(self, item: Item) -> None:
-        """A request would have resumed from ``item``, a checkpoint that was evicted, had it been
-        kept. The deepest such ghost of the request's path, once a request; ``item`` is as it was
-        when evicted, ``memo`` included, which is None where a snapshot brought it: no policy of
-        this process has seen it."""
-        ...
-
+    @abstractmethod
     def victim(self, kind: Kind | None) -> Item | None:
-        """The candidate that should go first: of ``kind``, or of either where both share one budget
-        (None)."""
-        ...
+        """Return the candidate that should go first: of ``kind``, or of either kind if both share
+        one budget (None). The candidate stays one; the cache calls ``discard`` afterwards."""
 
+    def touch(self, item: Item) -> None:  # noqa: B027
+        """Note a use of ``item``, a candidate. Its ``last_used`` and ``uses`` already count it."""
 
-def candidates_of(policy: EvictionPolicy) -> Iterable[Item] | None:
-    """What ``policy`` says that it holds; None where it can not tell."""
-    tell: Callable[[], Iterable[Item] | None] | None = getattr(policy, "candidates", None)
-    return None if tell is None else tell()
+    def missed(self, item: Item) -> None:  # noqa: B027
+        """Note a ghost hit: a request would have resumed from ``item``, an evicted checkpoint.
 
+        Called at most once per request, with the deepest such checkpoint on its path. ``item`` is
+        as it was when evicted, ``memo`` included; ``memo`` is None if a snapshot brought it.
+        """
 
-def policy_below(policy: EvictionPolicy) -> EvictionPolicy | None:
-    """What ``policy``'s method ``below``, if it has one, gives: a policy that orders the states of
-    the next lower memory by what this one learns. What goes down keeps its ``memo``, and the
-    device's policy alone is told what was used there (``missed``). None: another instance is made,
-    which learns by itself from what it is offered."""
-    make: Callable[[], EvictionPolicy | None] | None = getattr(policy, "below", None)
-    return None if make is None else make()
+    def missed_above(self, item: Item) -> None:  # noqa: B027
+        """Note a further ghost hit of the same request, above the one given to ``missed``.
 
+        Called once for each evicted checkpoint between that one and the position where the request
+        resumed, the deepest first. The request would have resumed from any of them if that one
+        alone had been kept.
+        """
 
-def misses_above(policy: EvictionPolicy) -> Callable[[Item], None] | None:
-    """``policy``'s method ``missed_above``, if it has one: called after ``missed`` with each
-    evicted checkpoint between that ghost and where the request resumed, the deepest first. The
-    request would have resumed from any of them, had that one alone been kept."""
-    tell: Callable[[Item], None] | None = getattr(policy, "missed_above", None)
-    return tell
+    def below(self) -> EvictionPolicy | None:
+        """Return a policy for the next lower tier that shares what this one learns, or None.
+
+        With None the tier gets an instance of its own, which learns from what it is offered. A
+        shared policy keeps the ``memo`` of items that move down, and only the device's policy is
+        told of uses and ghost hits there.
+        """
+        return None
+
+    def candidates(self) -> Iterable[Item] | None:
+        """List all candidates in any order for consistency checks, or return None. O(n)."""
+        return None
 
 
 class FetchRule(Protocol):
@@ -176,59 +174,97 @@ class FetchRule(Protocol):
         ...
 
 
-class Prefill(NamedTuple):
-    """What a placement policy knows about a prompt that is about to be computed."""
-
-    prompt_len: int
-    cached_len: int
-    """Resumed from here; positions at or before it need no checkpoint."""
-    kv_len: int
-    branch_len: int
-    """How deep the tokens were seen before, ghosts included (0: never)."""
-    boundaries: tuple[int, ...]
-    """Positions known to survive into later prompts (end of the system segment, last stable
-    boundary), ascending."""
-    grid: int
-    """Positions are multiples of it."""
-    resumed: Item | None = None
-    """The checkpoint it resumes from; its ``label`` and ``span`` say which word earned what."""
-    missed: Item | None = None
-    """The evicted checkpoint it would have resumed from."""
-    forks: bool = True
-    """Whether other tokens were seen to follow at ``branch_len``. False: the prompt goes on where
-    an earlier request ended."""
-
-    def floor(self, position: int) -> int | None:
-        """The deepest grid position at or before ``position``; None: nothing can be saved there."""
-        floored = position - position % self.grid
-        return floored if self.cached_len < floored <= self.prompt_len else None
-
-
 class Placed(NamedTuple):
-    """One checkpoint that a placement asks for, and the word that asked (what ``Item.label`` will
-    say)."""
+    """One checkpoint position with the label of the rule that wants it (``Item.label``)."""
 
     position: int
     label: str
 
 
-class PlacementPolicy(Protocol):
-    """Where a prefill saves checkpoints, and whether decode does."""
+class Prefill(NamedTuple):
+    """Facts that a placement policy knows about a prompt before it is computed. Positions and
+    lengths are in tokens."""
 
-    def positions(self, prefill: Prefill) -> Iterable[Placed]:
-        """Positions in (cached_len, prompt_len] to save at, most wanted first; the caller floors
-        them to the grid and keeps the first of a repeat."""
-        ...
+    prompt_len: int
+    cached_len: int
+    """Resumed from here; positions at or before it need no checkpoint."""
+    kv_len: int
+    """Length of the matching KV; at least ``cached_len``."""
+    branch_len: int
+    """Length of the tokens seen before, ghosts included; 0 if none was."""
+    boundaries: tuple[int, ...]
+    """Positions known to survive into later prompts (end of the system segment, last stable
+    boundary), ascending."""
+    grid: int
+    """Checkpoints are saved at multiples of it."""
+    resumed: Item | None = None
+    """Checkpoint that the request resumes from, or None."""
+    missed: Item | None = None
+    """Deepest evicted checkpoint that the request would have resumed from, or None."""
+    forks: bool = True
+    """Whether other tokens were seen to follow at ``branch_len``. False if the prompt continues
+    where an earlier request ended."""
+    answer_survives: bool = True
+    """False if no checkpoint of the answer will be saved: later prompts leave it out, or its rows
+    are never published."""
+
+    def floor(self, position: int) -> int | None:
+        """Return the deepest grid position at or before ``position``, or None if no checkpoint can
+        be saved there."""
+        floored = position - position % self.grid
+        return floored if self.cached_len < floored <= self.prompt_len else None
+
+    def on_grid(self, wanted: Iterable[Placed]) -> dict[int, str]:
+        """Floor ``wanted`` to the grid: label by position, the most wanted first.
+
+        Positions at which nothing can be saved are left out; the first of a repeat wins.
+
+        >>> prefill = Prefill(200, 64, 64, 64, (), 64)
+        >>> prefill.on_grid([Placed(199, "end"), Placed(192, "again"), Placed(70, "low")])
+        {192: 'end'}
+        """
+        found: dict[int, str] = {}
+        for position, label in wanted:
+            floored = self.floor(position)
+            if floored is not None:
+                found.setdefault(floored, label)
+        return found
+
+
+class PlacementPolicy(ABC):
+    """Choice of the positions at which requests save checkpoints.
+
+    ``plan`` and ``decode_interval`` change nothing: routers and schedulers call them for requests
+    that may never be computed. A policy that learns does so in the ``on_`` methods; their defaults
+    do nothing. For every request that is computed a lease calls, in this order: ``on_hit`` and
+    ``on_ghost_hit`` if they apply, ``on_prefill``, ``plan``, ``decode_interval``; and later exactly
+    one of ``on_saved`` and ``on_dropped`` for each checkpoint that it planned.
+    """
+
+    @abstractmethod
+    def plan(self, prefill: Prefill) -> Iterable[Placed]:
+        """Return positions in (cached_len, prompt_len] to save at, the most wanted first. The
+        caller floors them to the grid and keeps the first of a repeat (``Prefill.on_grid``)."""
 
     def decode_interval(self) -> int | None:
-        """Tokens between checkpoints while decoding; the last one is kept at the end. None: no
-        checkpoint in decode."""
-        ...
-
-
-class PrefillRule(PlacementPolicy):
-    """A rule that saves nothing in decode."""
-
-    def decode_interval(self) -> int | None:
-        """None, whatever the prompt."""
+        """Return the tokens between checkpoints in decode, or None for no checkpoint. Only the last
+        one is kept when the answer ends."""
         return None
+
+    def on_prefill(self, prefill: Prefill) -> None:  # noqa: B027
+        """Note that a request begins to compute ``prefill``; ``plan`` is called next."""
+
+    def on_hit(self, item: Item) -> None:  # noqa: B027
+        """Note that a request resumes from ``item``."""
+
+    def on_ghost_hit(self, item: Item, num_tokens: int) -> None:  # noqa: B027
+        """Note that ``item``, an evicted checkpoint, would have saved a request ``num_tokens``
+        more."""
+
+    def on_saved(self, position: int, label: str) -> None:  # noqa: B027
+        """Note that a checkpoint was published. ``label`` may be one that this policy did not give:
+        "decode", "preempt" or "asked", or another policy's."""
+
+    def on_dropped(self, position: int, label: str) -> None:  # noqa: B027
+        """Note that a planned checkpoint was not published: there was no slot, the request ended
+        before, or the cache had one there already."""

@@ -13,7 +13,7 @@ import inspect
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -88,6 +88,8 @@ def eviction_of(given: object) -> Callable[[], EvictionPolicy]:
 def placement_of(given: object) -> Callable[[], PlacementPolicy]:
     """What makes the placement policy that ``given`` is or makes, watched over."""
     own = own_policy(given)
+    if isinstance(own.make, type):
+        _refuse_unfit(own, own.make, PlacementPolicy)
     return lambda: GuardedPlacement(own.label, _made(own, PlacementPolicy))
 
 
@@ -107,12 +109,15 @@ class _Guarded:
 
 
 class GuardedEviction(_Guarded, EvictionPolicy):
-    """Also where ``victim`` gives what it was never offered. O(1) beside the policy's own work."""
+    """A user's eviction policy. It gets every call that a built-in policy gets.
 
-    def __init__(self, label: str, policy: Any) -> None:
+    Also refuses a victim that was never offered. O(1) besides the policy's own work.
+    """
+
+    def __init__(self, label: str, policy: EvictionPolicy) -> None:
         super().__init__(label, policy)
         self._held: set[Item] = set()
-        self.orders_tiers = bool(getattr(policy, "orders_tiers", True))
+        self.orders_tiers = bool(policy.orders_tiers)
 
     def add(self, item: Item) -> None:
         self._held.add(item)
@@ -128,8 +133,22 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def missed(self, item: Item) -> None:
         self._call(self._policy.missed, item)
 
+    def missed_above(self, item: Item) -> None:
+        self._call(self._policy.missed_above, item)
+
+    def below(self) -> EvictionPolicy | None:
+        """Return the policy's own answer, guarded as well."""
+        lower = self._call(self._policy.below)
+        if lower is None:
+            return None
+        if not isinstance(lower, EvictionPolicy):
+            raise PolicyError(
+                f"{self._label!r}: below returned {lower!r}; return an EvictionPolicy, or None"
+            )
+        return GuardedEviction(self._label, lower)
+
     def candidates(self) -> Iterable[Item]:
-        """All it was offered, in no order."""
+        """List all items that the policy was offered, in any order."""
         return self._held
 
     def victim(self, kind: Kind | None) -> Item | None:
@@ -143,33 +162,37 @@ class GuardedEviction(_Guarded, EvictionPolicy):
         )
 
     def _victim(self, kind: Kind | None) -> tuple[Item | None, bool]:
-        """(what it gave, whether that may be given)."""
+        """Return (the policy's choice, whether it is a candidate of ``kind``)."""
         victim = self._policy.victim(kind)
         is_fit = victim is None or (victim in self._held and kind in (None, victim.kind))
         return victim, is_fit
 
 
 class GuardedPlacement(_Guarded, PlacementPolicy):
-    """Also where it gives no ``Placed``, or positions that are of no use."""
+    """A user's placement policy. It gets every call that a built-in policy gets.
 
-    def __init__(self, label: str, policy: Any) -> None:
+    Also refuses malformed positions, and warns once if all of them lie outside the prompt.
+    """
+
+    def __init__(self, label: str, policy: PlacementPolicy) -> None:
         super().__init__(label, policy)
         self._num_outside: int | None = 0
-        """Positions given of which none was of use; None once one was, or it was said."""
+        """Positions so far, none of which was usable; None after the first usable one or the
+        warning."""
 
-    def positions(self, prefill: Prefill) -> Iterator[Placed]:
-        for placed in self._call(self._positions, prefill):
-            checked = self._checked(placed)
+    def plan(self, prefill: Prefill) -> list[Placed]:
+        return self._call(self._plan, prefill)
+
+    def _plan(self, prefill: Prefill) -> list[Placed]:
+        wanted = []
+        for placed in self._policy.plan(prefill):
+            wanted.append(self._checked(placed))
             if self._num_outside is not None:
-                self._watch(checked.position, prefill)
-            yield checked
-
-    def _positions(self, prefill: Prefill) -> list[Any]:
-        return list(self._policy.positions(prefill))
+                self._watch(wanted[-1].position, prefill)
+        return wanted
 
     def _watch(self, position: int, prefill: Prefill) -> None:
-        """Warn once where the first ``MAX_OUTSIDE`` positions all lie where nothing can be
-        saved."""
+        """Warn once if the first ``MAX_OUTSIDE`` positions all lie where nothing can be saved."""
         assert self._num_outside is not None
         if prefill.floor(position) is not None:
             self._num_outside = None
@@ -191,7 +214,7 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
             if hasattr(position, "__index__") and isinstance(label, str):
                 return Placed(int(position), label)
         raise PolicyError(
-            f"{self._label!r}: positions gave {placed!r}; "
+            f"{self._label!r}: plan gave {placed!r}; "
             "give Placed(position, label) with a whole position and a word for a label"
         )
 
@@ -203,6 +226,21 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
             f"{self._label!r}: decode_interval gave {interval!r}; give tokens between checkpoints, "
             "or None"
         )
+
+    def on_prefill(self, prefill: Prefill) -> None:
+        self._call(self._policy.on_prefill, prefill)
+
+    def on_hit(self, item: Item) -> None:
+        self._call(self._policy.on_hit, item)
+
+    def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
+        self._call(self._policy.on_ghost_hit, item, num_tokens)
+
+    def on_saved(self, position: int, label: str) -> None:
+        self._call(self._policy.on_saved, position, label)
+
+    def on_dropped(self, position: int, label: str) -> None:
+        self._call(self._policy.on_dropped, position, label)
 
 
 def word_of(own: type[Any]) -> str | None:
@@ -264,12 +302,14 @@ def _arguments(word: str, call: str) -> tuple[str, list[Any], dict[str, Any]]:
 
 
 def _refuse_unfit(own: OwnPolicy, found: type[Any], protocol: type[Any]) -> None:
-    """ValueError for a class, of the policy itself, that lacks methods of ``protocol``."""
-    methods = [name for name, part in vars(protocol).items() if name[0] != "_" and callable(part)]
-    missing = [
-        name for name in methods if getattr(found, name, None) in (None, getattr(protocol, name))
-    ]
-    missing += sorted(getattr(found, "__abstractmethods__", frozenset()))
+    """Raise ValueError if ``found``, the class of ``own``, does not implement ``protocol``."""
+    if not issubclass(found, protocol):
+        home = "hybridcache" if protocol.__module__.startswith(OURS) else protocol.__module__
+        raise ValueError(
+            f"{own.label!r}: it is no {protocol.__name__}: derive {found.__name__} from "
+            f"{home}.{protocol.__name__}"
+        )
+    missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
         raise ValueError(
             f"{own.label!r}: it is no {protocol.__name__}, it has no {', '.join(missing)}"

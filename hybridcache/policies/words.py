@@ -2,11 +2,8 @@
 
 >>> from hybridcache.policies.protocol import Prefill
 >>> prefill = Prefill(1000, cached_len=0, kv_len=0, branch_len=300, boundaries=(996,), grid=64)
->>> for placed in parse_placement("branch,boundary,backoff,every:512").plan(prefill):
-...     print(*placed)
-256 branch
-512 every
-960 boundary
+>>> prefill.on_grid(parse_placement("branch,boundary,backoff,every:512").plan(prefill))
+{256: 'branch', 960: 'boundary', 512: 'every'}
 """
 
 from __future__ import annotations

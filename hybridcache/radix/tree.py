@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator
 
+from hybridcache.namespaces import PLAIN, require_namespace
 from hybridcache.radix.key import TOKEN_BYTES, child_key, edge_tokens, first_page
 from hybridcache.radix.node import RadixNode, members, with_child, without_child
 from hybridcache.tokens import Tokens, common_prefix_len
@@ -33,17 +34,19 @@ class RadixTree:
         """Resident and ghost nodes, roots not counted."""
 
     def root(self, namespace: Hashable) -> RadixNode:
-        """The root of ``namespace``, made if it is not there. O(1). ValueError: it does not equal
-        itself (NaN)."""
-        node = self.roots.get(namespace)
+        """Return the root of ``namespace``, made if it is not there. O(1). ValueError: no value
+        for a namespace (``hybridcache.namespaces``)."""
+        node = self.find_root(namespace)
         if node is None:
-            if namespace != namespace:
-                raise ValueError(
-                    f"namespace {namespace!r} does not equal itself: nothing under it could be "
-                    "found"
-                )
             node = self.roots[namespace] = RadixNode(None, namespace, b"", 0)
         return node
+
+    def find_root(self, namespace: Hashable) -> RadixNode | None:
+        """Return the root of ``namespace``, or None if nothing is known of it. O(1). ValueError: no
+        value for a namespace."""
+        if type(namespace) not in PLAIN:
+            require_namespace(namespace)
+        return self.roots.get(namespace)
 
     def walk(self, node: RadixNode, tokens: Tokens, ghosts: bool = False) -> Walk:
         """Follow ``tokens``, which start at ``node``'s end, through resident edges, or through

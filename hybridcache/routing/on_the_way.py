@@ -28,6 +28,10 @@ class OnTheWay:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def requests(self) -> Iterable[Hashable]:
+        """Return the ids of the requests, the oldest first."""
+        return tuple(self._prompts)
+
     def sent(self, request: RouteRequest, positions: Iterable[int], num_new: int) -> None:
         """``request`` goes here, and will leave a checkpoint at each of ``positions``. O(n log n)
         in them."""

@@ -8,7 +8,7 @@ import random
 from collections.abc import Hashable, Iterable
 from typing import ClassVar
 
-from hybridcache.export.events import Event
+from hybridcache.export.events import CheckpointStored, Event
 from hybridcache.export.mirror import Mirror, MirrorMatch
 from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.hashing import rendezvous
@@ -18,6 +18,40 @@ from hybridcache.routing.turnover import Turnover
 
 MOST_BUSY = 0.95
 """Estimates of work are no better than that: past it every queue grows."""
+
+
+EVIDENCE = 4.0
+"""Checkpoints of a label that are taken for saved before any event says so."""
+RECENT = 64.0
+"""Planned checkpoints of a label after which half of what was counted is forgotten."""
+
+
+class SavedShares:
+    """Share of the planned checkpoints that replicas save, by label, learnt from their events.
+
+    A router's copy of a placement that learns has seen no request, so it plans whatever such a
+    placement may ever save. The events tell which labels the replicas' own copies still save.
+    """
+
+    def __init__(self) -> None:
+        self._planned: dict[str, float] = {}
+        self._saved: dict[str, float] = {}
+
+    def plan(self, label: str) -> None:
+        """Count a checkpoint that was planned for a request which events cover now."""
+        self._planned[label] = self._planned.get(label, 0.0) + 1.0
+        if self._planned[label] > RECENT:
+            self._planned[label] *= 0.5
+            self._saved[label] = self._saved.get(label, 0.0) * 0.5
+
+    def save(self, label: str) -> None:
+        """Count a checkpoint that was saved."""
+        self._saved[label] = self._saved.get(label, 0.0) + 1.0
+
+    def is_saved(self, label: str) -> bool:
+        """Return whether at least half of the planned checkpoints of ``label`` are saved."""
+        saved = self._saved.get(label, 0.0) + EVIDENCE
+        return 2 * saved >= self._planned.get(label, 0.0) + EVIDENCE
 
 
 class MirrorRouter(Router):
@@ -132,6 +166,9 @@ class CheckpointSeconds(MirrorRouter):
         self.on_the_way: dict[ReplicaId, OnTheWay] = {}
         self.turnovers: dict[ReplicaId, Turnover] = {}
         self._without_first_token: set[Hashable] = set()
+        self._planned: dict[Hashable, tuple[str, ...]] = {}
+        """Labels planned for each request that events do not cover yet."""
+        self.shares = SavedShares()
 
     def joined(self, replica: ReplicaId, now: float) -> None:
         super().joined(replica, now)
@@ -139,7 +176,9 @@ class CheckpointSeconds(MirrorRouter):
         self.turnovers[replica] = Turnover(self.spec.capacity_bytes, now)
 
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
-        self.on_the_way.pop(replica, None)
+        gone = self.on_the_way.pop(replica, None)
+        for request in () if gone is None else gone.requests():
+            self._planned.pop(request, None)
         self.turnovers.pop(replica, None)
         lost = super().left(replica, now)
         self._without_first_token.difference_update(lost)
@@ -213,16 +252,25 @@ class CheckpointSeconds(MirrorRouter):
         work_s = self.seconds(choice.expected_len, len(request.tokens))
         self.turnovers[choice.replica].sent(new_bytes, work_s, now)
         self._without_first_token.add(request.id)
+        planned = self._plan(request, choice.expected_len, found.kv_len)
+        self._planned[request.id] = tuple(planned.values())
 
     def forecast(self, request: RouteRequest, cached_len: int, kv_len: int) -> list[int]:
-        """Where computing a prompt from ``cached_len`` leaves checkpoints."""
+        """Return the positions at which computing a prompt from ``cached_len`` leaves
+        checkpoints. O(positions)."""
+        if self.spec.placement is None or not self.spec.stateful:
+            return [len(request.tokens)]
+        planned = self._plan(request, cached_len, kv_len)
+        return [position for position, label in planned.items() if self.shares.is_saved(label)]
+
+    def _plan(self, request: RouteRequest, cached_len: int, kv_len: int) -> dict[int, str]:
+        """Return the labels of all positions at which the placement may save, by position."""
         placement, step = self.spec.placement, math.lcm(self.spec.grid, self.spec.page_size)
         if placement is None or not self.spec.stateful:
-            return [len(request.tokens)]
+            return {}
         known = max(cached_len, kv_len)
         prefill = Prefill(len(request.tokens), cached_len, known, known, request.boundaries, step)
-        floored = (prefill.floor(placed.position) for placed in placement.positions(prefill))
-        return [position for position in floored if position is not None]
+        return prefill.on_grid(placement.plan(prefill))
 
     def prefilled(self, request: Hashable, now: float) -> None:
         super().prefilled(request, now)
@@ -233,6 +281,7 @@ class CheckpointSeconds(MirrorRouter):
         super().ended(request, now)
         if request in self._without_first_token and where is not None:
             self._without_first_token.discard(request)
+            self._planned.pop(request, None)
             self.on_the_way[where].over(request)
 
     def on_events(
@@ -242,9 +291,21 @@ class CheckpointSeconds(MirrorRouter):
         events: Iterable[Event],
         covered: Iterable[Hashable] = (),
     ) -> None:
+        events = tuple(events)
         super().on_events(replica, sequence, events)
-        for request in covered if replica in self.on_the_way else ():
+        if replica not in self.on_the_way:
+            return
+        # Batch 0 may repeat checkpoints that were counted before.
+        counts = self.follows_events and sequence > 0
+        if counts:
+            for event in events:
+                if isinstance(event, CheckpointStored):
+                    self.shares.save(event.label)
+        for request in covered:
             self.on_the_way[replica].over(request)
+            for label in self._planned.pop(request, ()):
+                if counts:
+                    self.shares.plan(label)
 
     def check(self) -> None:
         super().check()
@@ -252,6 +313,8 @@ class CheckpointSeconds(MirrorRouter):
         for turnover in self.turnovers.values():
             turnover.check()
         assert self._without_first_token <= self._where.keys()
+        underway = [each for way in self.on_the_way.values() for each in way.requests()]
+        assert sorted(map(repr, self._planned)) == sorted(map(repr, underway))
         for way in self.on_the_way.values():
             way.check()
 

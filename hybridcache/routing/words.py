@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import cast
 
 from hybridcache.policies.user import load
@@ -30,15 +29,4 @@ def find_router(word: str) -> Callable[[ReplicaSpec], Router]:
         return ROUTERS[word]
     if ":" not in word:
         raise ValueError(f"no router {word!r}; known: {', '.join(ROUTERS)}, or module:Class")
-    own = load(word, _Rule)
-    made = own.make.func if isinstance(own.make, partial) else own.make
-    if not (isinstance(made, type) and issubclass(made, Router)):
-        raise ValueError(f"{word!r}: a router is a subclass of hybridcache.routing.protocol.Router")
-    return cast(Callable[[ReplicaSpec], Router], own.make)
-
-
-class _Rule:
-    """What a router of one's own has beside its base class."""
-
-    def choose(self, *arguments: object) -> object:
-        """See ``Router.choose``."""
+    return cast(Callable[[ReplicaSpec], Router], load(word, Router).make)

@@ -8,6 +8,7 @@ import pytest
 from hybridcache.allocators.moves import PendingMoves
 from hybridcache.arrival import Arrival
 from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.policies.words import EVICTION
 from tests.cache.test_lease import begin, make_cache, prefill, tokens
 
 
@@ -78,6 +79,40 @@ def test_given_up_or_refused_it_leaves_nothing() -> None:
     arrival.abort()
     check(cache)
     assert (cache.free_tokens, cache.free_slots) == (256, 2)
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "radix"])
+@pytest.mark.parametrize("eviction", sorted(EVICTION))
+def test_an_arrival_that_is_given_up_changes_no_order_of_eviction(kind: str, eviction: str) -> None:
+    """Three prompts, a part of the oldest is expected and given up: evicting goes on as before."""
+
+    def survivors(aborted_len: int) -> list[list[int]]:
+        stateful = kind == "hybrid"
+        sizes = {"num_kv_tokens": 600, "num_slots": 8, "grid": 10}
+        weights = {"kv_bytes_per_token": 1, "state_bytes": 20}
+        cache = build_prefix_cache(
+            CacheConfig(prefix_cache=kind, eviction=eviction, dead_first=False, **sizes, **weights)
+        )
+        prompts = [tokens(100, 1000 * number) for number in range(3)]
+        for prompt in prompts:
+            lease = begin(cache, prompt, "prompt", stateful=stateful)
+            prefill(lease, prompt)
+            lease.finish(prompt, 100)
+        if aborted_len:
+            arrival = Arrival.begin(cache, prompts[0][:aborted_len], stateful=stateful)
+            assert arrival is not None
+            arrival.abort()
+        check(cache)
+        found = []
+        while cache.cached_tokens:
+            cache.evict(num_tokens=1)
+            found.append([cache.match(np.append(p, 9).astype(np.int32)).kv_len for p in prompts])
+        return found
+
+    untouched = survivors(0)
+    assert len(untouched) == 3 and survivors(100) == untouched
+    if kind == "hybrid":  # without states a part of an edge is an item of its own
+        assert survivors(50) == untouched
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.policies.protocol import Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from tests.cache.serving import serve, traffic
 
 TOKEN_BYTES, STATE_BYTES = 3, 1000
 
 
-class NextVictim:
+class NextVictim(EvictionPolicy):
     """A policy that gives up what it is told to."""
 
     def __init__(self) -> None:
@@ -23,8 +23,6 @@ class NextVictim:
 
     def add(self, item: Item) -> None: ...
     def discard(self, item: Item, evicted: bool) -> None: ...
-    def touch(self, item: Item) -> None: ...
-    def missed(self, item: Item) -> None: ...
 
     def victim(self, kind: Kind | None) -> Item | None:
         return self.next

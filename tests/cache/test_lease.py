@@ -9,7 +9,7 @@ from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.interface import PrefixCache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.lease_log import LeaseLog, replay
-from hybridcache.policies.protocol import Placed, Prefill, PrefillRule
+from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.policies.words import parse_placement
 from hybridcache.tokens import Tokens
 
@@ -263,21 +263,20 @@ def test_a_lease_that_gets_no_kv_is_counted_when_it_gets_some() -> None:
     check(cache, lease)
 
 
-class Counting:
-    """A placement that learns: it must be asked once for each request that is computed."""
+class Counting(PlacementPolicy):
+    """A placement that learns: it is notified once of each request that is computed."""
 
     def __init__(self) -> None:
         self.asked = 0
 
-    def positions(self, prefill: Prefill) -> list[Placed]:
-        self.asked += 1
+    def plan(self, prefill: Prefill) -> list[Placed]:
         return []
 
-    def decode_interval(self) -> None:
-        return None
+    def on_prefill(self, prefill: Prefill) -> None:
+        self.asked += 1
 
 
-def test_a_placement_is_asked_once_however_often_a_request_was_refused() -> None:
+def test_a_placement_is_notified_once_however_often_a_request_was_refused() -> None:
     cache, placement = make_cache(kv_tokens=128), Counting()
     hog = begin(cache, tokens(100, first=900))
     assert hog.extend(100)
@@ -368,13 +367,13 @@ def test_a_log_replays_on_a_fresh_cache_to_the_same_decisions() -> None:
     assert smaller.events[-1] != log.events[len(smaller.events) - 1]
 
 
-class Resumed(PrefillRule):
+class Resumed(PlacementPolicy):
     """Saves nothing, and remembers what it was told."""
 
     def __init__(self) -> None:
         self.told: list[Prefill] = []
 
-    def positions(self, prefill: Prefill) -> tuple[Placed, ...]:
+    def plan(self, prefill: Prefill) -> tuple[Placed, ...]:
         self.told.append(prefill)
         return ()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.results import Losses
+from hybridcache.results import Losses, PrefixMatch, losses_of
 from hybridcache.stats import MAX_NAMESPACES
 from tests.cache.serving import (
     hybrid,
@@ -76,10 +76,41 @@ def test_tokens_that_memory_was_refused_for_are_what_the_caller_says():
     serve(cache, ids("hello"), [5])
     match = cache.match(ids("hello!"))
     refused = match._replace(
-        cached_len=0, checkpoint=None, node=None, losses=match.losses._replace(refused=5)
+        cached_len=0, checkpoint=None, node=None, losses=losses_of(match, 0), resumed=None
     )
     cache.touch(refused)
     assert cache.stats.total.refused == 5
+
+
+def test_a_refused_checkpoint_is_not_a_missed_one():
+    """The deeper checkpoint was evicted, the shallower one refused: only the tokens between them
+    were missed."""
+    cache = hybrid(demote_superseded=False, eviction="lru")
+    serve(cache, ids("abcd"), [2, 4])
+    cache.touch(cache.match(ids("abX")))
+    cache.evict(num_slots=1)
+    cache.stats.clear()
+    match = cache.match(ids("abcdX"))
+    assert (match.cached_len, match.missed.position) == (2, 4)
+    cache.touch(match._replace(cached_len=0, node=None, losses=losses_of(match, 0)))
+    assert (cache.stats.total.missed_tokens, cache.stats.total.refused) == (2, 2)
+
+
+def test_each_token_has_one_cause_wherever_the_request_resumes():
+    """Every split of a prompt of ten tokens, every refusal and every load."""
+    for cached_len in range(9):
+        rest = 10 - cached_len
+        for seen in range(rest + 1):
+            for placed in range(seen + 1):
+                losses = Losses(rest - seen, seen - placed, placed // 2, 0, placed - placed // 2)
+                found = PrefixMatch(10, cached_len, 0, 0, None, losses, None, None)
+                for resumed_len in range(10):
+                    for loadable_len in range(10):
+                        what = losses_of(found, resumed_len, loadable_len)
+                        assert sum(what) + resumed_len == 10 and min(what) >= 0
+                        assert what.refused == max(cached_len - resumed_len, 0)
+                        deepest = max(cached_len, resumed_len)
+                        assert what.not_fetched == max(loadable_len - deepest, 0)
 
 
 @pytest.mark.parametrize("page_size", [1, 16])

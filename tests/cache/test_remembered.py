@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import zlib
 from collections import OrderedDict, defaultdict
 
@@ -94,6 +96,7 @@ def empty_the_device(target):
     target.cache.lower.copied_rows.clear()
 
 
+@pytest.mark.full("0.6-agent", "2.0-chat")
 @pytest.mark.parametrize("name", TRACES)
 @pytest.mark.parametrize("gib", [0.6, 2.0])
 def test_a_run_that_is_cut_in_two_decides_as_one_that_never_stopped(name, gib):
@@ -177,6 +180,7 @@ def test_a_file_is_whole_or_refused_whatever_byte_it_ends_at_and_whatever_is_fli
     assert unpack(data + b"more of something").recall_tree(make(trace).cache) is None
 
 
+@pytest.mark.full("change0", "change3")
 @pytest.mark.parametrize(
     "change",
     [
@@ -197,6 +201,77 @@ def test_what_no_cache_has_written_changes_none(change):
         unpack(pack(body)).recall_tree(fresh.cache)
     assert fresh.cache.num_nodes == 0 and fresh.cache._residency.now == 0
     fresh.cache.check(0, 0)
+
+
+def test_what_is_written_can_be_read_however_much_is_remembered(monkeypatch):
+    """Past the limit the oldest is left out, and in the end the policies' memory too."""
+    trace = TRACES["chat"]
+    target = make(trace)
+    serve(target, list(trace))
+    whole = len(write_memory(target.cache, target.placement.rules))
+    known = []
+    for limit in (whole, whole // 2, whole // 20, 1000):
+        monkeypatch.setattr("hybridcache.remembered.MAX_BYTES", limit)
+        body = write_memory(target.cache, target.placement.rules)
+        assert len(body) <= limit
+        fresh = make(trace)
+        unpack(pack(body)).recall_tree(fresh.cache)
+        last = list(trace)[-1]
+        known.append((fresh.cache.num_nodes, fresh.cache.match(last.tokens).branch_len > 0))
+        fresh.cache.check(0, 0)
+    assert known == sorted(known, reverse=True) and known[1][1] and known[-1] == (0, False)
+    with pytest.raises(ValueError, match="unpacks to more than 1,000 bytes"):
+        unpack(pack(b" " * 1001))
+
+
+def test_damaged_data_is_refused_where_python_drops_assertions():
+    """Run with ``python -O``: nodes without tokens, tokens that are no ids, another namespace."""
+    script = """
+import json, sys
+from tests.cache.test_remembered import TRACES, make, pack, serve, unpack, write_memory
+target = make(TRACES["agent"])
+serve(target, list(TRACES["agent"])[:20])
+body = json.loads(write_memory(target.cache))
+for change in (
+    {"tokens": {"array": "<i4", "shape": [0], "data": ""}},
+    {"tokens": body["tokens"] | {"array": "<f4"}},
+    {"namespaces": ["1.5"] * len(body["namespaces"])},
+):
+    fresh = make(TRACES["agent"])
+    try:
+        unpack(pack(json.dumps(body | change).encode())).recall_tree(fresh.cache)
+    except ValueError as error:
+        if "damaged" in str(error) and not fresh.cache.num_nodes:
+            continue
+    sys.exit(f"{list(change)} was taken")
+try:
+    unpack(pack(json.dumps(body).encode())).recall_tree(target.cache)
+except ValueError as error:
+    sys.exit(0 if "empty" in str(error) else str(error))
+sys.exit("a cache that is not empty was changed")
+"""
+    command = [sys.executable, "-O", "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_node_that_stands_twice_is_refused():
+    trace = TRACES["agent"]
+    target, fresh = make(trace), make(trace)
+    serve(target, list(trace)[:20])
+    body = json.loads(write_memory(target.cache))
+    reader = Reader(lambda _: None)
+    rows, tokens = reader.read(body["nodes"]), reader.read(body["tokens"])
+    first = int(rows[0][1])
+    for name, value in (
+        ("nodes", np.concatenate([rows, rows[:1]])),
+        ("tokens", np.concatenate([tokens, tokens[:first]])),
+    ):
+        body[name] = Writer().write(value)
+    body["labels"].append("")
+    with pytest.raises(ValueError, match="damaged"):
+        unpack(pack(json.dumps(body).encode())).recall_tree(fresh.cache)
+    assert fresh.cache.num_nodes == 0
 
 
 VALUES = st.recursive(

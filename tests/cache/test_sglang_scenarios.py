@@ -69,9 +69,7 @@ def test_3_the_same_prompt_again_needs_a_state_before_its_end():
     assert cache.match(PATH).cached_len == 0
     publish(cache, PATH, [11])
     assert cache.match(PATH).cached_len == 11
-    placed = parse_placement("branch,boundary,backoff,end").positions(
-        Prefill(12, 0, 0, 0, (), grid=1)
-    )
+    placed = parse_placement("branch,boundary,backoff,end").plan(Prefill(12, 0, 0, 0, (), grid=1))
     assert 11 in {place.position for place in placed}
 
 
@@ -91,7 +89,7 @@ def test_4_and_5_a_fork_inside_a_node_finds_no_state_and_a_look_changes_nothing(
 def test_6_the_state_for_a_fork_is_on_the_grid_below_it():
     for grid, shared, expected in ((3, 4, 3), (6, 9, 6), (4, 3, None), (64, 256 + 1, 256)):
         prefill = Prefill(300, 0, shared, shared, (), grid)
-        places = parse_placement("branch").positions(prefill)
+        places = parse_placement("branch").plan(prefill)
         floored = [place.position // grid * grid for place in places]
         assert [position for position in floored if position] == ([expected] if expected else [])
 
@@ -188,7 +186,7 @@ def test_14_a_cap_of_states_is_the_placements_and_not_the_trees():
     publish(cache, PATH, [3, 6, 9, 12])
     assert cache.num_checkpoints == 4
     prefill = Prefill(12, 0, 0, 0, (3, 6, 9), grid=1)
-    assert len(list(parse_placement("cap:1,boundary,end").positions(prefill))) == 1
+    assert len(list(parse_placement("cap:1,boundary,end").plan(prefill))) == 1
 
 
 def test_15_kv_goes_a_leaf_at_a_time_the_oldest_use_first():

@@ -208,6 +208,55 @@ def test_a_lease_fetches_what_saves_time_and_says_what_it_left(
     cache.check(held_tokens=0, held_slots=0)
 
 
+def without_a_free_slot(num_slots: int = 2) -> TieredRadixCache:
+    """One checkpoint on the device at 2, a deeper one on the host at 4; other slots are held."""
+    cache = tiered(num_slots=num_slots, demote_superseded=False, eviction="lru")
+    serve(cache, ids("abcd"), [2, 4])
+    cache.touch(cache.match(ids("abX")))
+    cache.evict(num_slots=1)
+    while cache.free_slots:
+        cache.allocate_slot()
+    match = cache.match(ids("abcdX"))
+    assert match.cached_len == 2 and [one.position for one in match.lower] == [4]
+    return cache
+
+
+@pytest.mark.parametrize("rate", [0.01, 1.0, None])
+def test_a_refusal_and_a_load_that_failed_are_counted_once_each(rate: float | None):
+    """The request takes the slot of the checkpoint that it found, so nothing can be loaded into
+    it: two tokens were refused, two not fetched."""
+    cache = without_a_free_slot()
+    rule = None if rate is None else Rate(rate)
+    lease = Lease.begin(cache, parse_placement("end"), LeaseRequest(ids("abcdX")), rule)
+    assert lease is not None and lease.cached_len == 0
+    assert (lease.losses.refused, lease.losses.not_fetched) == (2, 2)
+    assert sum(lease.losses) == 5
+    lease.abort()
+    cache.check(held_tokens=0, held_slots=1)
+
+
+def test_the_checkpoint_that_made_room_can_be_loaded_again():
+    """It went to the host when the request took its slot, and is offered with what else lies
+    there."""
+    cache = without_a_free_slot(num_slots=3)
+    cache.free_slot(2)
+    serve(cache, ids("xy"), [2])
+    receipt = cache.lock(cache.match(ids("xyX")).node)
+    offered: list[tuple[int, int]] = []
+
+    class Noting(Rate):
+        def seconds_saved(self, cached_len, position, prompt_len, num_bytes):
+            offered.append((cached_len, position))
+            return 0.0
+
+    lease = Lease.begin(cache, parse_placement("end"), LeaseRequest(ids("abcdX")), Noting(0))
+    assert lease is not None and lease.cached_len == 0
+    assert offered == [(0, 2), (0, 4)]
+    assert (lease.losses.refused, lease.losses.not_fetched, sum(lease.losses)) == (2, 2, 5)
+    lease.abort()
+    cache.unlock(receipt)
+
+
 class Linear:
     """A second for four tokens."""
 
@@ -249,6 +298,44 @@ def test_what_an_earlier_process_left_is_adopted_and_fetched():
         memory.cache.adopt(ids("ab"), None, "host")
     with pytest.raises(ValueError, match="multiple of 2"):
         memory.cache.adopt(ids("abc"), None, "disk")
+
+
+def test_what_hangs_on_a_node_that_came_back_to_the_device_is_adopted():
+    """The node's KV was on disk before; a part of it below is there still."""
+    cache = tiered(host_bytes=2 * 9, disk_bytes=400)
+    serve(cache, ids("abcd"), [2, 4])
+    cache.evict(num_tokens=4)
+    for other in ("efgh", "ijkl"):
+        serve(cache, ids(other), [4])
+    cache.evict(num_tokens=8)
+    near, _ = cache.match(ids("abcdX")).lower
+    assert near.rows[0] == 0 < near.rows[1], "on disk"
+    assert cache.fetch(near) and cache.match(ids("abcdX")).cached_len == 2
+    assert cache.fetch(cache.match(ids("ijklX")).lower[0]), "the host is empty now"
+    taken = cache.adopt(ids("abxy"), None, "host")
+    assert taken is not None and taken[0] == 2
+
+
+def test_a_state_is_adopted_on_kv_that_was_on_disk_before_it_was_fetched():
+    """KV on the device refuses nothing in the host tier, wherever it was before."""
+    memory = TieredMemory(
+        CacheConfig(
+            num_kv_tokens=20,
+            num_slots=2,
+            grid=2,
+            kv_bytes_per_token=2,
+            state_bytes=10,
+            host_bytes=100,
+            disk_bytes=100,
+        )
+    )
+    memory.adopt(ids("ab"), None, "disk")
+    memory.adopt(ids("abcd"), None, "disk")
+    memory.serve(ids("abX"), None, [], 0)
+    assert memory.cache.match(ids("abX")).cached_len == 2, "and 'abcd' is on disk still"
+    memory.adopt(ids("abxy"), None, "host")
+    memory.check()
+    assert lower(memory.cache, ids("abxyX")) == [(4, (7, 0))]
 
 
 @pytest.mark.parametrize(

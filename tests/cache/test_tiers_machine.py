@@ -88,6 +88,13 @@ class TieredMachine(RuleBasedStateMachine):
         tier = data.draw(st.sampled_from(self.memory.cache.lower.words))
         self.memory.adopt(whole, namespace, tier)
 
+    @rule(data=st.data(), every=st.integers(1, 5))
+    def lose(self, data: st.DataObject, every: int) -> None:
+        """Some rows of a tier cannot be read any more."""
+        self.memory.carry_out()
+        tier = data.draw(st.sampled_from(self.memory.cache.lower.words))
+        self.memory.lose(tier, every)
+
     @rule()
     def reset(self) -> None:
         self.memory.cache.reset()

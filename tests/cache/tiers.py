@@ -18,7 +18,7 @@ from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.radix.node import RadixNode
 from hybridcache.results import PrefixMatch
 from hybridcache.tiered import TieredRadixCache
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import Indices, Tokens
 from tests.cache.twins import prefix_of
 
 Content = tuple[Hashable, tuple[int, ...]]
@@ -152,6 +152,37 @@ class TieredMemory:
                 self.rows[tier][row] = namespace, ids[: start + place + 1]
             for piece, row in enumerate(state_rows.tolist()):
                 self.rows[tier][row] = (namespace, ids), piece
+
+    def lose(self, tier: str, every: int) -> None:
+        """Forget what lies in one row of ``every`` so many of ``tier``. Nothing else goes but what
+        cannot be resumed without it."""
+        number = self.cache.lower.words.index(tier)
+
+        def is_lost(rows: Indices) -> bool:
+            return bool((rows % every == 0).any())
+
+        def stored() -> dict[int, list[Indices]]:
+            found: dict[int, list[Indices]] = {}
+            for node in self.cache._tree.nodes():
+                below = node.below
+                if below is not None and below.state is not None:
+                    kept = found[id(node)] = [below.state.rows] * (below.state.tier == number)
+                    above: RadixNode | None = node
+                    while above is not None and above.kv is None and above.below is not None:
+                        if above.below.kv is not None and above.below.kv_tier == number:
+                            kept.append(above.below.kv)
+                        above = above.parent
+            return found
+
+        before = stored()
+        self.cache.drop_lost(tier, is_lost)
+        after = stored()
+        whole = {node for node, rows in before.items() if not any(map(is_lost, rows))}
+        assert set(after) == whole, "states that can be resumed, and no others, are left"
+        for node in self.cache._tree.nodes():
+            below = node.below
+            if below is not None and below.kv is not None and below.kv_tier == number:
+                assert not is_lost(below.kv)
 
     def check(self) -> None:
         """The tree's invariants, and the bytes behind every number."""

@@ -14,14 +14,14 @@ from hybridcache.allocators.moves import Move
 from hybridcache.build import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.plain import PlainCache, Victim
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates_of
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.policies.words import make_eviction
 from hybridcache.radix.node import RadixNode
 from hybridcache.results import PrefixMatch
 from hybridcache.tokens import Tokens
 
 
-class CandidateLedger:
+class CandidateLedger(EvictionPolicy):
     """An eviction policy that passes everything on and keeps book: nothing is added or discarded
     twice."""
 
@@ -49,8 +49,11 @@ class CandidateLedger:
         self.told.append(item)
         self.inner.missed(item)
 
+    def missed_above(self, item: Item) -> None:
+        self.inner.missed_above(item)
+
     def candidates(self) -> Iterable[Item] | None:
-        return candidates_of(self.inner)
+        return self.inner.candidates()
 
     def victim(self, kind: Kind | None) -> Item | None:
         item = self.inner.victim(kind)

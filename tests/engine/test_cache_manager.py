@@ -16,7 +16,7 @@ from hybridcache.policies.words import parse_placement
 
 def make_manager(page_size: int = 1) -> CacheManager:
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=512, num_slots=4, page_size=page_size))
-    return CacheManager(cache, lambda: parse_placement("backoff"), num_rows=2, stateful=True)
+    return CacheManager(cache, parse_placement("backoff"), num_rows=2, stateful=True)
 
 
 def make_request(arrival: int, length: int = 100) -> Request:
@@ -156,7 +156,7 @@ def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_ge
         memory="arena", total_bytes=192, kv_bytes_per_token=1, state_bytes=64, page_size=8
     )
     cache = build_prefix_cache(config)
-    manager = CacheManager(cache, lambda: parse_placement("none"), num_rows=2, stateful=True)
+    manager = CacheManager(cache, parse_placement("none"), num_rows=2, stateful=True)
     request = make_request(0, length=10)
     request.max_len = 20
     assert manager.begin(request) and manager.extend(request, 20)

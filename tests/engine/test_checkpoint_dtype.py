@@ -70,6 +70,7 @@ def test_a_hit_is_the_same_alone_and_in_company(tmp_path: Path, word: str) -> No
     assert sum(output.cached_len for output in alone) > 1000
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("draft", ["none", "mtp:2"])
 def test_a_step_with_many_checkpoints_is_computed_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draft: str

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -359,3 +361,22 @@ def test_as_many_threads_load_as_the_machine_has_cores_for(monkeypatch: pytest.M
         assert EngineConfig(load_workers=3).settled(on_cpu=True).load_workers == 3
     with pytest.raises(ConfigError, match="load_workers must be an integer of 1 or more, not 0"):
         EngineConfig(load_workers=0)
+
+
+@pytest.mark.parametrize("command", ["engine.command.cli", "hybridcache.lab.cli"])
+def test_a_command_can_be_interrupted_though_its_shell_ignores_sigint(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in ``command &`` of a script, nohup, and some CI runners."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        monkeypatch.setattr(sys, "argv", ["command", "--help"])
+        with pytest.raises(SystemExit):
+            importlib.import_module(command).main()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with pytest.raises(SystemExit):
+            importlib.import_module(command).main(["--help"])
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a caller's handler is its own"
+    finally:
+        signal.signal(signal.SIGINT, before)

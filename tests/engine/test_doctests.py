@@ -7,14 +7,27 @@ from types import ModuleType
 
 import pytest
 
+from engine import exit_codes
 from engine.command import flags, inspect
 from engine.drafts import pace, suffix
 from engine.requests import conversations
-from engine.text import templates, tokenizer
+from engine.text import json_text, templates, tokenizer
 from engine.text.answers import marks
 from hybridcache import units
 
-MODULES = [conversations, flags, inspect, marks, pace, suffix, templates, tokenizer, units]
+MODULES = [
+    conversations,
+    exit_codes,
+    flags,
+    inspect,
+    json_text,
+    marks,
+    pace,
+    suffix,
+    templates,
+    tokenizer,
+    units,
+]
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -8,13 +8,18 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.requests.request import Request
 from engine.run.oracle import OracleRunner, State, fingerprint
 from engine.run.oracle_sampler import OracleSampler
 from hybridcache.arrival import Arrival
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.results import PrefixMatch
+from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
 
 GREEDY = SamplingParams(max_tokens=5)
@@ -53,10 +58,12 @@ class SlowFetcher:
     def has_room(self) -> bool:
         return len(self.pending) < self.most
 
-    def begin(self, request: Request, cached_len: int) -> SlowFetch | None:
+    def wants(self, request: Request, match: PrefixMatch) -> bool:
+        return (request.num_tokens - 1) // 64 * 64 - match.cached_len >= 64
+
+    def begin(self, request: Request, match: PrefixMatch) -> SlowFetch | None:
+        assert self.has_room and self.wants(request, match)
         end = (request.num_tokens - 1) // 64 * 64
-        if end - cached_len < 64:
-            return None
         arrival = self.engine._manager.begin_arrival(request.tokens[:end], request.namespace)
         if arrival is None:
             return None
@@ -139,8 +146,8 @@ def test_who_shares_what_is_on_its_way_waits_for_it_and_asks_for_the_rest_alone(
     begun: list[tuple[int, int]] = []
     begin = fetcher.begin
 
-    def noting(request: Request, cached_len: int) -> SlowFetch | None:
-        fetch = begin(request, cached_len)
+    def noting(request: Request, match: PrefixMatch) -> SlowFetch | None:
+        fetch = begin(request, match)
         if fetch is not None:
             begun.append((fetch.arrival.start, fetch.end))
         return fetch
@@ -196,3 +203,150 @@ def test_rows_that_nobody_can_trust_end_every_fetch(monkeypatch: pytest.MonkeyPa
         finals |= {output.request_id: output for output in engine.step() if output.is_finished}
     assert finals[name].output.tolist() == answer(prompt, GREEDY, True)[0]
     assert finals[name].cached_len == 0
+
+
+NEVER = 10**9
+
+
+def last_outputs(engine: Engine, wanted: set[str]) -> dict[str, RequestOutput]:
+    """Step until all of ``wanted`` have finished, and return their last outputs."""
+    finals: dict[str, RequestOutput] = {}
+    for _ in range(2000):
+        if wanted <= finals.keys():
+            return finals
+        finals |= {output.request_id: output for output in engine.step() if output.is_finished}
+    raise AssertionError(f"{wanted - finals.keys()} never finished")
+
+
+@pytest.mark.parametrize(("most", "num_long"), [(1, 1), (4, 4), (4, 12), (2, 300)])
+def test_full_load_slots_delay_no_request_that_loads_nothing(most: int, num_long: int) -> None:
+    """Short prompts come behind any number of long ones whose loads never end, and finish in the
+    steps in which they finish alone."""
+
+    def finished_in(num_long: int) -> list[int]:
+        engine = make(SlowFetcher(delay=NEVER, most=most), kv=65536, slots=400, max_running=4)
+        for k in range(num_long):
+            engine.submit(pattern(10 + k, 300), GREEDY)
+        order: dict[str, int] = {}
+        short = []
+        for step in range(60):
+            if step % 3 == 0 and len(short) < 8:
+                short.append(engine.submit(pattern(1, 20 + len(short)), GREEDY))
+            for output in engine.step():
+                if output.is_finished:
+                    order[output.request_id] = step
+        assert len(engine.requests) == num_long
+        return [order[name] for name in short]
+
+    # Behind many new requests a step looks at no more than eight times as many as may run.
+    delay = num_long // (8 * 4)
+    assert all(
+        late <= alone + delay
+        for late, alone in zip(finished_in(num_long), finished_in(0), strict=True)
+    )
+
+
+def test_a_request_held_for_a_slot_loads_as_soon_as_one_is_free_the_oldest_first() -> None:
+    fetcher = SlowFetcher(delay=5, most=2)
+    engine = make(fetcher)
+    names = [engine.submit(pattern(10 + k, 200), GREEDY) for k in range(6)]
+    finals = last_outputs(engine, set(names))
+    assert fetcher.num_begun == 6 and list(finals) == names
+    assert {output.cached_len for output in finals.values()} == {192}
+
+
+def test_a_held_request_goes_on_when_the_one_it_waits_for_leaves() -> None:
+    fetcher = SlowFetcher(delay=NEVER, most=1)
+    engine = make(fetcher)
+    loads = engine.submit(pattern(0, 300), GREEDY)
+    shares = engine.submit(pattern(0, 250) + pattern(1, 60), GREEDY)
+    other = engine.submit(pattern(2, 300), GREEDY)
+    engine.step()
+    assert [fetch.request.request_id for fetch in fetcher.pending] == [loads]
+    engine.abort(loads)
+    engine.step()
+    assert [fetch.request.request_id for fetch in fetcher.pending] == [shares]
+    engine.abort(shares)
+    engine.step()
+    assert [fetch.request.request_id for fetch in fetcher.pending] == [other]
+
+
+class FetchMachine(RuleBasedStateMachine):
+    """Loads against admission: any order of requests, steps, loads that end or fail, and aborts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetcher = SlowFetcher(delay=NEVER, most=2)
+        self.engine = make(self.fetcher, kv=2048, slots=12, max_running=3)
+        self.prompts: dict[str, list[int]] = {}
+        self.finals: dict[str, RequestOutput] = {}
+
+    @rule(kind=st.integers(0, 2), shared=st.integers(0, 200), own=st.integers(1, 120))
+    def submit(self, kind: int, shared: int, own: int) -> None:
+        prompt = pattern(kind, shared) + pattern(20 + own % 3, own)
+        self.prompts[self.engine.submit(prompt, GREEDY)] = prompt
+
+    @rule(times=st.integers(1, 8))
+    def step(self, times: int) -> None:
+        for _ in range(times):
+            outputs = self.engine.step()
+            self.finals |= {o.request_id: o for o in outputs if o.is_finished}
+
+    @precondition(lambda self: self.fetcher.pending)
+    @rule(place=st.integers(0, 1), is_whole=st.booleans())
+    def load_ends(self, place: int, is_whole: bool) -> None:
+        if self.engine._manager.has_moves:
+            self.step(1)
+        fetch = self.fetcher.pending[place % len(self.fetcher.pending)]
+        if is_whole:
+            write(self.engine.runner, fetch.arrival, fetch.request)
+        fetch.settle(is_whole)
+
+    @precondition(lambda self: self.engine.requests)
+    @rule(place=st.integers(0, 100))
+    def abort(self, place: int) -> None:
+        names = sorted(request.request_id for request in self.engine.requests)
+        name = names[place % len(names)]
+        self.engine.abort(name)
+        del self.prompts[name]
+
+    @rule()
+    def whoever_loads_nothing_finishes(self) -> None:
+        """Whatever is held: loads end in no step of this rule."""
+        for _ in range(400):
+            self.step(1)
+            if not self.engine._scheduler.num_running:
+                break
+        waiting = [r for r in self.engine.requests if r.lease is None]
+        loading = [fetch.request for fetch in self.fetcher.pending]
+        for request in waiting:
+            match = self.engine._manager.match(request)
+            is_behind = any(
+                common_prefix_len(request.tokens, other.tokens) > match.kv_len for other in loading
+            )
+            assert request in loading or is_behind or self.fetcher.wants(request, match)
+        assert not waiting or len(loading) > 0
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.engine.check()
+        assert len(self.fetcher.pending) <= self.fetcher.most
+
+    def teardown(self) -> None:
+        self.fetcher.delay = 2
+        for fetch in self.fetcher.pending:
+            fetch.steps_left = 1
+        self.step(1)
+        open_ = {request.request_id for request in self.engine.requests}
+        self.finals |= last_outputs(self.engine, open_)
+        self.engine.check()
+        assert not self.fetcher.pending
+        for name, prompt in self.prompts.items():
+            assert self.finals[name].output.tolist() == answer(prompt, GREEDY, True)[0]
+
+
+TestFetchMachine = FetchMachine.TestCase
+TestFetchMachine.settings = settings(
+    max_examples=settings.default.max_examples // 2,
+    stateful_step_count=settings.default.stateful_step_count // 2,
+)

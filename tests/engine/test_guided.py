@@ -28,6 +28,7 @@ from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
+from hybridcache.extras import install_command
 
 pytest.importorskip("llguidance")
 
@@ -685,7 +686,7 @@ def test_without_the_library_a_sentence_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(GrammarError, match=r"pip install 'hybridcache\[guided\]'"):
+    with pytest.raises(GrammarError, match=re.escape(install_command("guided"))):
         Guides(ByteTokenizer(), 320).compile(Grammar.of_object())
 
 

@@ -36,11 +36,13 @@ def test_requests_beyond_the_queue_are_refused_and_generate_feeds_them_in() -> N
         ([1.5], GREEDY, {}, "flat list of token ids"),
         ("text", GREEDY, {}, "there is no tokenizer here"),
         ([1], SamplingParams(stop="x"), {}, "stop strings can not be found"),
-        ([1] * 5000, GREEDY, {}, "do not fit the 4096 tokens"),
-        ([1] * 4096, SamplingParams(max_tokens=None), {}, "do not fit the 4096 tokens"),
-        ([1] * 4090, SamplingParams(max_tokens=7), {}, "and 7 more do not fit the 4096"),
+        ([1] * 5000, GREEDY, {}, "maximum context length is 4096 tokens"),
+        ([1] * 4096, SamplingParams(max_tokens=None), {}, "maximum context length is 4096 tokens"),
+        ([1] * 4090, SamplingParams(max_tokens=7), {}, "4090 tokens and its answer needs 7 more"),
         ([1], SamplingParams(max_tokens=0), {}, "max_tokens must be at least 1"),
         ([1], GREEDY, {"prompt_logprobs": -1}, "prompt_logprobs must be"),
+        ([1], GREEDY, {"namespace": True}, "namespace True is a bool; use None"),
+        ([1], GREEDY, {"namespace": [1]}, "is a list; use None, a str, bytes, an int"),
     ],
 )
 def test_a_request_that_can_not_be_served_is_refused_in_one_sentence(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
+import os
 import shutil
-import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,7 @@ def test_other_words_leave_it_out_and_say_so_once(
     again.close()
 
 
+@pytest.mark.full("30")
 @pytest.mark.parametrize("cut", [0, 10, 30, -1])
 def test_a_file_that_is_not_whole_is_left_out(
     make_engine: MakeEngine,  # noqa: F811
@@ -162,6 +165,27 @@ def test_too_little_room_for_it_is_said_and_the_engine_goes_on(
     assert "is not written" in caplog.text and not (tmp_path / "state" / NAME).exists()
 
 
+def test_a_file_system_that_refuses_it_is_reported_once_and_the_engine_goes_on(
+    make_engine: MakeEngine,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
+    monkeypatch.setattr("engine.store.disk.write_atomically", refuse)
+    for number in range(2):
+        serve(engine, prompts(3)[number:])
+        engine._lower.remembering.save()
+        engine._lower.disk.flush()
+        assert engine.report().lower.folder.errors == number + 1
+    assert caplog.text.count(os.strerror(errno.EDQUOT)) == 1
+    engine.check()
+    engine.close()
+
+
 def test_it_is_written_when_there_is_nothing_to_compute_and_seldom_else(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
@@ -191,16 +215,7 @@ def test_an_engine_that_waits_for_requests_writes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("engine.remembering.IDLE_EVERY_S", 0.05)
-    written = threading.Event()
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    remembering = engine._lower.remembering
-    write = remembering._write
-
-    def tell(body: bytes) -> None:
-        write(body)
-        written.set()
-
-    monkeypatch.setattr(remembering, "_write", tell)
     loop = AsyncEngine(engine)
     loop.start()
 
@@ -210,6 +225,10 @@ def test_an_engine_that_waits_for_requests_writes_it(
 
     asyncio.run(ask())
     try:
-        assert written.wait(20), "it waits for a request, and wrote nothing"
+        for _ in range(400):
+            if (tmp_path / "state" / NAME).exists():
+                return
+            time.sleep(0.05)
+        raise AssertionError("it waits for a request, and wrote nothing")
     finally:
         loop.stop()

@@ -3,23 +3,32 @@ there after every end."""
 
 from __future__ import annotations
 
+import errno
+import itertools
+import os
 import shutil
 import threading
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 
-from engine import Engine, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams
 from engine.command.screen import start_screen
 from engine.config import ConfigError
 from engine.fleet.reports import summed
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.exchange import MeasuredExchange
 from engine.schedule.plan import Plan, Task
+from engine.schedule.staging import MAX_READS
 from engine.server.metrics import Metrics
-from engine.store.segment import SUFFIX
-from engine.store.store import SegmentStore, StoreError
+from engine.store.disk import RETRY_S
+from engine.store.fingerprint import StoreError
+from engine.store.records import SUFFIX, RecordStore
+from experiments.served import serving
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB
 from tests.engine.test_hits_change_nothing import (
@@ -57,6 +66,7 @@ def host_gib(engine: Engine, tokens: int) -> float:
     return tokens * engine.runner.memory.row_bytes / GIB
 
 
+@pytest.mark.full("host and disk-bfloat16")
 @pytest.mark.usefixtures("always_fetches")
 @pytest.mark.parametrize(
     ("tiers", "dtype"),
@@ -85,6 +95,7 @@ def test_a_hit_through_any_tier_is_a_cold_run_bit_for_bit(
     warm.close()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("always_fetches")
 def test_the_next_start_has_it_wherever_the_folder_is(
     make_engine: MakeEngine,  # noqa: F811
@@ -123,6 +134,7 @@ def test_another_engine_is_refused_in_a_sentence_and_nothing_is_touched(
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("always_fetches")
 def test_a_second_engine_reads_what_the_first_has_kept(
     make_engine: MakeEngine,  # noqa: F811
@@ -141,6 +153,7 @@ def test_a_second_engine_reads_what_the_first_has_kept(
     first.close()
 
 
+@pytest.mark.full("0.3")
 @pytest.mark.usefixtures("always_fetches")
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_damaged_records_are_computed_again(
@@ -162,28 +175,215 @@ def test_damaged_records_are_computed_again(
         path.write_bytes(raw)
     assert_same(expected, one_by_one(again, asked))
     again.check()
+    again._lower.disk.check()
     again.close()
 
 
-def test_a_slow_disk_holds_up_nobody_who_runs(
+@pytest.mark.usefixtures("always_fetches")
+def test_a_damaged_record_costs_what_it_held_and_nothing_else(
+    make_engine: MakeEngine,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A request waits for its records. If they cannot be read it computes them again, and the rest
+    of the cache stays."""
+    damaged, other = prompts(2)[0] + [1] * 100, [5] * 200
+    first = make_engine(state_dir=str(tmp_path / "state"))
+    before = one_by_one(first, [damaged])
+    first._lower.disk.flush()
+    paths = set((tmp_path / "state").glob(f"*{SUFFIX}"))
+    one_by_one(first, [other])
+    first.close()
+    again = make_engine(state_dir=str(tmp_path / "state"))
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    [hit] = one_by_one(again, [other])
+    assert hit.cached_len > 0 and lower(again)["disk", "device"] > 0
+    assert_same(before, one_by_one(again, [damaged]))
+    assert "is damaged" in caplog.text and "The cache begins anew" not in caplog.text
+    assert one_by_one(again, [other])[0].cached_len == hit.cached_len
+    again.check()
+    again._lower.disk.check()
+    again.close()
+
+
+class Faults:
+    """Lets calls of the system fail in the thread of the disk, and heals them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.call, self.number, self.count = "", 0, 0
+        self.now_s = 0.0
+        self.responds = threading.Event()
+        self.responds.set()
+        for name in ("open", "writev", "rename", "unlink", "preadv"):
+            monkeypatch.setattr(os, name, self._wrapped(name, getattr(os, name)))
+
+    def _wrapped(self, name: str, real: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            if threading.current_thread().name == "disk":
+                assert self.responds.wait(60)
+                if name == self.call:
+                    self.count += 1
+                    raise OSError(self.number, os.strerror(self.number))
+            return real(*args, **options)
+
+        return call
+
+    def heal(self) -> None:
+        self.call = ""
+        self.responds.set()
+        self.now_s += RETRY_S
+
+
+@pytest.mark.usefixtures("always_fetches")
+def test_whatever_the_file_system_refuses_the_engine_serves_on(
     make_engine: MakeEngine,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    kept, other = prompts(2)[0] + [1] * 100, [5] * 70
+    """One engine with a folder that is always full, and one fault after the other."""
+    cold = make_engine(prefix_cache="none")
+    rounds, expected = itertools.count(1), dict[int, list[object]]()
+
+    def ask(engine: Engine, shift: int) -> list[object]:
+        """Some prompts, others for another ``shift``."""
+        asked = [[(token + shift) % 160 for token in prompt[:150]] for prompt in prompts(4)]
+        if shift not in expected:
+            expected[shift] = [cold.generate([prompt], ONE)[0] for prompt in asked]
+        answers = [engine.generate([prompt], ONE)[0] for prompt in asked]
+        assert_same(expected[shift], answers)
+        return answers
+
+    settings = {
+        "state_dir": str(tmp_path / "state"),
+        "disk_gib": 3e-4,
+        "kv_tokens": 400,
+        "slots": 4,
+    }
+    faults = Faults(monkeypatch)
+    engine = make_engine(**settings)
+    disk = engine._lower.disk
+    disk._clock = lambda: faults.now_s
+
+    def serves() -> None:
+        shift = next(rounds)
+        for each in (shift, shift - 1, shift):
+            ask(engine, each)
+            disk.flush()
+        engine.check()
+        disk.check()
+        folder = tmp_path / "state"
+        if folder.exists():
+            kept = sum(path.stat().st_blocks for path in folder.glob(f"*{SUFFIX}")) * 512
+            assert kept <= engine.report().lower.folder.total
+
+    for _ in range(3):
+        serves()
+    assert disk.num_bytes > 0.7 * disk.max_bytes and lower(engine)["disk", "device"] > 0
+    for call, number in (
+        ("writev", errno.ENOSPC),
+        ("open", errno.EMFILE),
+        ("rename", errno.EIO),
+        ("unlink", errno.EIO),
+        ("preadv", errno.EIO),
+        ("open", errno.EACCES),
+    ):
+        errors = engine.report().lower.folder.errors
+        faults.call, faults.number, faults.count = call, number, 0
+        serves()
+        folder = engine.report().lower.folder
+        assert folder.errors == errors + faults.count > errors, call
+        assert folder.is_written == (call == "preadv")
+        if call != "preadv":
+            assert os.strerror(number) in folder.problem
+        faults.heal()
+        serves()
+        folder = engine.report().lower.folder
+        assert folder.is_written and folder.problem is None, call
+    monkeypatch.setattr("engine.store.disk.DEADLINE_S", 0.05)
+    faults.responds.clear()
+    while not disk.is_detached:
+        ask(engine, next(rounds))
+    assert "has not responded" in engine.report().lower.folder.problem
+    assert engine.report().lower.tiers[-1].cached == 0, "what cannot be read is in no tree"
+    engine.check()
+    monkeypatch.setattr("engine.store.disk.DEADLINE_S", 60)
+    faults.heal()
+    disk.flush()
+    serves()
+    assert engine.report().lower.folder.problem is None and not disk.is_detached
+    engine.close()
+    again = make_engine(**settings)
+    ask(again, next(rounds) - 1)
+    assert lower(again)["disk", "device"] > 0
+    shutil.rmtree(tmp_path / "state")
+    for _ in range(2):
+        ask(again, next(rounds))
+        again._lower.disk.flush()
+    ask(again, 0)
+    again.check()
+    again._lower.disk.check()
+    assert not again.report().lower.folder.is_written and not (tmp_path / "state").exists()
+    again.close()
+    last = make_engine(**settings)
+    ask(last, 0)
+    last.close()
+
+
+@pytest.mark.usefixtures("always_fetches")
+def test_health_tells_of_a_disk_that_does_not_respond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = Faults(monkeypatch)
+    engine = Engine(EngineConfig(cache_gib=0.02, state_dir=str(tmp_path / "state")))
+    with serving(engine) as (_, port):
+
+        def health() -> dict[str, str]:
+            answer = httpx.get(f"http://127.0.0.1:{port}/health", timeout=60)
+            assert answer.status_code == 200
+            return answer.json()
+
+        def ask() -> None:
+            body = {"model": engine.model_name, "prompt": [7] * 70, "max_tokens": 2}
+            answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60)
+            assert answer.status_code == 200
+
+        ask()
+        assert health() == {"status": "ok"}
+        monkeypatch.setattr("engine.store.disk.DEADLINE_S", 0.05)
+        faults.responds.clear()
+        while (found := health())["status"] == "ok":
+            engine._lower.disk.remove_file("nothing")
+        assert found["status"] == "degraded" and "has not responded" in found["state_dir"]
+        ask()
+        monkeypatch.setattr("engine.store.disk.DEADLINE_S", 60)
+        faults.heal()
+        while health()["status"] != "ok":
+            pass
+        ask()
+
+
+@pytest.mark.parametrize("num_kept", [1, MAX_READS + 2], ids=["one read", "more than may read"])
+def test_a_slow_disk_holds_up_nobody_who_reads_nothing(
+    make_engine: MakeEngine,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    num_kept: int,
+) -> None:
+    kept, other = [[100 + number] * 170 for number in range(num_kept)], [5] * 70
     folder = str(tmp_path / "state")
     first = make_engine(state_dir=folder)
-    [before] = first.generate([kept], ONE)
+    before = first.generate(kept, ONE)
     first.close()
     engine = make_engine(state_dir=folder)
-    may_read, read = threading.Event(), SegmentStore.read
+    may_read, read = threading.Event(), RecordStore.read
 
-    def slow(store: SegmentStore, number: int, out: memoryview) -> bool:
+    def slow(store: RecordStore, number: int, out: memoryview) -> bool:
         assert may_read.wait(60)
         return read(store, number, out)
 
-    monkeypatch.setattr(SegmentStore, "read", slow)
-    waits = engine.submit(kept, ONE)
+    monkeypatch.setattr(RecordStore, "read", slow)
+    waiting = [engine.submit(prompt, ONE) for prompt in kept]
     runs = engine.submit(other, SamplingParams(max_tokens=9, temperature=0))
     finished = {}
     while engine.has_work():
@@ -191,10 +391,11 @@ def test_a_slow_disk_holds_up_nobody_who_runs(
             if output.is_finished:
                 finished[output.request_id] = output
         if runs in finished and not may_read.is_set():
-            assert waits not in finished, "it did not wait for the disk"
+            assert list(finished) == [runs], "one did not wait for the disk"
             may_read.set()
-    assert list(finished) == [runs, waits] and finished[waits].cached_len > 0
-    assert finished[waits].logprobs == before.logprobs
+    assert finished.keys() == {runs, *waiting}
+    for name, cold in zip(waiting, before, strict=True):
+        assert finished[name].cached_len > 0 and finished[name].logprobs == cold.logprobs
     engine.close()
 
 
@@ -244,12 +445,17 @@ def test_the_report_the_metrics_and_the_screen_say_what_lies_where(
         assert tier.free + tier.cached == tier.total
         assert tier.cached <= tier.taken_in and tier.fetched <= tier.taken_in
     kept = sum(path.stat().st_size for path in (tmp_path / "state").glob(f"*{SUFFIX}"))
-    assert report.lower.tiers[0].cached and 0 < report.lower.folder.kept <= kept
+    folder = report.lower.folder
+    assert report.lower.tiers[0].cached and 0 < kept <= folder.kept <= folder.total
+    assert folder.errors == 0 and folder.problem is None
     assert any("v below" in line for line in first.outline().splitlines())
     metrics = Metrics().render(report).decode()
     assert f"engine_state_dir_bytes {float(report.lower.folder.kept)}" in metrics
     assert 'engine_tier_bytes{owner="cached",tier="host"}' in metrics
     assert summed([report, report], {}).lower.tiers[0].total == 2 * report.lower.tiers[0].total
+    broken = replace(folder, problem="No space left on device")
+    other = replace(report, lower=replace(report.lower, folder=broken))
+    assert summed([report, other], {}).lower.folder == broken, "one replica's problem is told"
     second = make_engine(**settings)
     assert not second.report().lower.folder.is_written
     screen = start_screen(second, "http://here/v1")

@@ -179,12 +179,18 @@ def test_the_figure_is_there_whoever_stops_reading(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_control_c_is_one_sentence_that_says_what_is_kept(tmp_path: Path, processes: int) -> None:
+    """Even if the shell starts the command with SIGINT ignored, as for ``command &`` and nohup."""
     output = tmp_path / "runs.jsonl"
     command = [sys.executable, "-m", "hybridcache", "simulate", "--trace"]
-    command += ["conversations?live=8", "--gib", "1,2,3,4,5,6,7,8", "--output", str(output)]
-    command += ["--processes", str(processes)]
+    command += ["conversations?live=8&head=400", "--gib", "0.5:8:60", "--output", str(output)]
+    command += ["--processes", str(processes), "--no-bound"]
+    ignoring = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True
+        ignoring,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     ) as run_:
         while not (output.exists() and output.read_text()):
             assert run_.poll() is None

@@ -31,6 +31,7 @@ from hybridcache.lab.simulation.target import (
 )
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace
+from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.words import EVICTION
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -211,7 +212,7 @@ def test_a_trace_file_that_changed_is_simulated_again(tmp_path: Path) -> None:
     assert [requests(lines, head) for head in ("", "?head=9")] == [3, 3]
 
 
-class Deepest:
+class Deepest(EvictionPolicy):
     """A policy of one's own: the deepest candidate goes first."""
 
     def __init__(self) -> None:
@@ -222,10 +223,6 @@ class Deepest:
 
     def discard(self, item: object, evicted: bool) -> None:
         self.items.remove(item)
-
-    def touch(self, item: object) -> None: ...
-
-    def missed(self, item: object) -> None: ...
 
     def victim(self, kind: str | None):
         fitting = [item for item in self.items if kind in (None, item.kind)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.hybrid import HybridRadixCache
+from hybridcache.policies.eviction.lru import LRU
+from hybridcache.policies.protocol import Item
 from tests.cache.serving import hybrid, ids, serve
 
 PROMPTS = st.lists(
@@ -15,19 +16,23 @@ PROMPTS = st.lists(
 )
 
 
-def listen(cache: HybridRadixCache) -> list[int]:
-    """Positions of what ``cache`` tells its policy of, from now on."""
-    told: list[int] = []
-    residency = cache._residency
-    residency.missed_above = lambda item: told.append(item.position)
-    known = residency.policy.missed
+class Told(LRU):
+    """LRU over all items that notes the positions of the ghosts that it is told of."""
 
-    def missed(item):
-        told.append(item.position)
-        known(item)
+    orders_tiers = True
 
-    residency.policy.missed = missed  # type: ignore[method-assign]
-    return told
+    def __init__(self) -> None:
+        super().__init__()
+        TOLD.clear()
+
+    def missed(self, item: Item) -> None:
+        TOLD.append(item.position)
+
+    def missed_above(self, item: Item) -> None:
+        TOLD.append(item.position)
+
+
+TOLD: list[int] = []
 
 
 @settings(max_examples=150, deadline=None)
@@ -35,25 +40,23 @@ def listen(cache: HybridRadixCache) -> list[int]:
 def test_all_evicted_prefixes_past_where_it_resumes_speak_the_deepest_first(
     asked: list[tuple[str, set[int]]], num_slots: int
 ) -> None:
-    cache = hybrid(num_slots=num_slots, ghost_bytes=1 << 20)
-    told = listen(cache)
+    cache = hybrid(num_slots=num_slots, ghost_bytes=1 << 20, eviction=Told)
     saved: set[str] = set()
     for words, where in asked:
-        told.clear()
+        TOLD.clear()
         match = serve(cache, ids(words), sorted(p for p in where if p <= len(words)))
         past = range(len(words) - 1, match.cached_len, -1)
-        assert told == [length for length in past if words[:length] in saved]
+        assert [length for length in past if words[:length] in saved] == TOLD
         saved |= {words[:p] for p in where if p <= len(words)}
 
 
 def test_one_that_is_there_ends_the_line() -> None:
-    cache = hybrid(ghost_bytes=1 << 20, demote_superseded=False)
-    told = listen(cache)
+    cache = hybrid(ghost_bytes=1 << 20, demote_superseded=False, eviction=Told)
     serve(cache, ids("abcdefgh"), [2, 4, 6])
     serve(cache, ids("abcdx"))
     cache.evict(num_slots=2)
     assert serve(cache, ids("abcdefgh")).cached_len == 4
-    assert told == [6], "2 is gone too, and 4 would have served"
+    assert TOLD == [6], "2 is gone too, and 4 would have served"
     cache.evict(num_slots=1)
     serve(cache, ids("abcdefgh"))
-    assert told == [6, 6, 4, 2]
+    assert TOLD == [6, 6, 4, 2]

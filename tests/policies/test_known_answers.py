@@ -127,6 +127,22 @@ def test_a_ghost_is_asked_back_soon_or_not_at_all() -> None:
     assert survivor(created=200) == "fresh"
 
 
+def test_the_age_of_lfu_never_falls_where_kinds_are_evicted_apart() -> None:
+    """A checkpoint of worth 10 goes, then KV of worth 1: what comes next still starts at 10."""
+    policy = LFU()
+    famous, known = FakeItem("famous", uses=9), FakeItem("known", uses=7)
+    cold = FakeItem("cold", kind="kv")
+    for item in (known, famous, cold):
+        policy.add(item)
+    policy.discard(known, evicted=False)
+    for kind, expected in (("checkpoint", famous), ("kv", cold)):
+        assert policy.victim(kind) is expected  # type: ignore[arg-type]
+        policy.discard(expected, evicted=True)
+    assert policy.age == 10
+    policy.add(known)
+    assert offer(policy, FakeItem("new")) == ["known", "new"]
+
+
 def test_w_tiny_lfu_admits_only_the_more_frequent() -> None:
     # at the first eviction all wait in the window: the oldest, a, moves nowhere: no incumbent, it
     # goes

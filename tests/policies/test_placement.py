@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from itertools import combinations
 
 import pytest
@@ -10,15 +11,16 @@ from hypothesis import strategies as st
 
 from hybridcache.policies.placement.planned import Planned, plan
 from hybridcache.policies.placement.rules import Backoff
-from hybridcache.policies.protocol import Prefill
+from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.policies.words import PLACEMENT_WORDS, parse_placement, placement_words
+from tests.policies.items import FakeItem
 
 
 def where(words: str, **facts: object) -> list[int]:
     """Positions that ``words`` ask for, for a cold prompt of 1,000 on a grid of 64 unless said
     otherwise."""
     prefill = Prefill(1000, 0, 0, 0, (), 64)._replace(**facts)  # type: ignore[arg-type]
-    return [position for position, _ in parse_placement(words).plan(prefill)]
+    return sorted(prefill.on_grid(parse_placement(words).plan(prefill)))
 
 
 @pytest.mark.parametrize(
@@ -66,11 +68,15 @@ def test_thinned_and_chunks_start_where_the_prompt_resumes() -> None:
     assert where("chunks:300", cached_len=512) == [768, 960]
 
 
-def test_a_class_of_the_users_own_needs_both_methods() -> None:
-    with pytest.raises(
-        ValueError, match="no PlacementPolicy, it has no positions, decode_interval"
-    ):
+class Nowhere(PlacementPolicy):
+    """A placement without its one abstract method."""
+
+
+def test_a_class_of_the_users_own_derives_from_the_base_class() -> None:
+    with pytest.raises(ValueError, match="derive JSONDecoder from hybridcache"):
         parse_placement("branch,json:JSONDecoder")
+    with pytest.raises(ValueError, match="it is no PlacementPolicy, it has no plan"):
+        parse_placement(Nowhere)  # type: ignore[type-abstract]
 
 
 @pytest.mark.parametrize(
@@ -94,8 +100,45 @@ def test_every_word_stays_inside_the_prompt_and_on_the_grid(
         f"{name}:{numbers[word.counts]}" for name, word in PLACEMENT_WORDS.items() if word.counts
     ]
     for word in [*words, "backoff,cap:3"]:
-        for position, label in parse_placement(word).plan(prefill):
+        for position, label in prefill.on_grid(parse_placement(word).plan(prefill)).items():
             assert cached < position <= length and position % 64 == 0 and label
+
+
+def words_with_numbers() -> list[str]:
+    """Every registered placement, with a number where one is needed."""
+    return [
+        f"{name}:{word.example}" if word.example else name for name, word in PLACEMENT_WORDS.items()
+    ]
+
+
+@pytest.mark.parametrize("words", [*words_with_numbers(), "regret,planned:2,cap:3"])
+def test_planning_changes_nothing(words: str) -> None:
+    """A placement that is also asked by a router, for requests that never come, plans as one that
+    is not, whatever both learn."""
+    rng = random.Random(7)
+    asked, alone = parse_placement(words), parse_placement(words)
+    label = next(iter(alone.plan(Prefill(1000, 0, 500, 500, (300,), 64))), Placed(0, "end")).label
+    for number in range(300):
+        length = rng.randint(100, 4000)
+        cached = rng.choice([0, 64, 512]) if length > 600 else 0
+        seen = rng.randint(cached, length)
+        facts = Prefill(length, cached, seen, seen, (length // 2,), 64)
+        for _ in range(3):
+            list(asked.plan(facts._replace(prompt_len=rng.randint(600, 4000))))
+            asked.decode_interval()
+        item = FakeItem("x", label=label, position=max(cached, 64), span=64)
+        for placement in (asked, alone):
+            if number % 3 == 0:
+                placement.on_hit(item)
+            elif number % 5 == 0:
+                placement.on_ghost_hit(item, 200)
+            placement.on_prefill(facts)
+        planned = facts.on_grid(alone.plan(facts))
+        assert facts.on_grid(asked.plan(facts)) == planned
+        assert asked.decode_interval() == alone.decode_interval()
+        for placement in (asked, alone):
+            for position, wanted in planned.items():
+                placement.on_saved(position, wanted)
 
 
 def expected_loss(depths: list[int], weights: list[float], positions: tuple[int, ...]) -> float:
@@ -144,15 +187,16 @@ def test_dyadic_gives_back_half_of_what_is_shared(length: int, data: st.DataObje
 def test_planned_follows_the_overlaps_and_forgets() -> None:
     rule = Planned(1)
     prompt = Prefill(1000, 0, 0, 0, (), 1)
-    for _ in range(30):
-        list(rule.positions(prompt._replace(branch_len=300)))
-    assert [p for p, _ in rule.positions(prompt)] == [300]
-    for _ in range(170):
-        list(rule.positions(prompt._replace(branch_len=300)))
+
+    def overlap(branch_len: int, times: int) -> list[int]:
+        for _ in range(times):
+            rule.on_prefill(prompt._replace(branch_len=branch_len))
+        return [position for position, _ in rule.plan(prompt)]
+
+    assert overlap(300, 30) == [300]
+    overlap(300, 170)
     # 300 was seen 200 times, 700 then 60 times: 300 would save more if nothing faded
-    for _ in range(60):
-        list(rule.positions(prompt._replace(branch_len=700)))
-    assert [p for p, _ in rule.positions(prompt)] == [700]
+    assert overlap(700, 60) == [700]
 
 
 def test_a_cap_of_nothing_is_refused() -> None:

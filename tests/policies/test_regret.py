@@ -209,9 +209,22 @@ def prefill(number: int, **facts: object) -> Prefill:
     return base._replace(**facts)  # type: ignore[arg-type]
 
 
+def labels_of(placement: Learned, prefill: Prefill) -> set[str]:
+    """Labels that ``placement`` plans for a request, all of which are then saved."""
+    if prefill.resumed is not None:
+        placement.on_hit(prefill.resumed)
+    if prefill.missed is not None:
+        placement.on_ghost_hit(prefill.missed, prefill.missed.position - prefill.cached_len)
+    placement.on_prefill(prefill)
+    wanted = list(placement.plan(prefill))
+    for position, label in wanted:
+        placement.on_saved(position, label)
+    return {label for _, label in wanted}
+
+
 def test_words_that_never_earn_are_dropped_and_tried_again() -> None:
     placement = Learned()
-    asked = [{label for _, label in placement.positions(prefill(n))} for n in range(400)]
+    asked = [labels_of(placement, prefill(n)) for n in range(400)]
     assert asked[0] == {"back:1", "back:4", "back:16", "back:64", "back:256"}
     late = asked[100:]
     assert 1 <= sum("back:64" in labels for labels in late) <= 4, "it is tried more and more seldom"
@@ -222,12 +235,12 @@ def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
     won = FakeItem("won", label="back:64", span=900, position=900)
     for number in range(300):
         used = won if number % 3 == 0 else None
-        labels = {label for _, label in placement.positions(prefill(number, resumed=used))}
+        labels = labels_of(placement, prefill(number, resumed=used))
     assert "back:64" in labels
     end = FakeItem("end", label="back:1", span=900, position=999)
     for number in range(300):
         found = {"missed": end} if number % 4 == 0 else {"resumed": end}
-        labels = {label for _, label in placement.positions(prefill(number, **found))}
+        labels = labels_of(placement, prefill(number, **found))
     assert placement.price_tokens > 50
     assert "back:1" in labels
     assert "back:64" not in labels
@@ -236,9 +249,7 @@ def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
 def test_where_everything_is_lost_before_it_is_used_few_checkpoints_are_placed() -> None:
     placement = Learned()
     lost = FakeItem("lost", label="back:1", span=900, position=999)
-    asked = [
-        {label for _, label in placement.positions(prefill(n, missed=lost))} for n in range(400)
-    ]
+    asked = [labels_of(placement, prefill(n, missed=lost)) for n in range(400)]
     assert any("back:1" in labels for labels in asked[150:]), "now and then it is tried again"
     assert sum(map(len, asked[150:])) < 40, "what is kept longer has a chance to be used"
 
@@ -251,20 +262,69 @@ def test_back_offs_do_not_take_an_end_s_earnings() -> None:
     guess = FakeItem("guess", label="back:4", position=996, above=old)
     end = FakeItem("end", label="back:1", span=3, position=999, above=guess)
     for number in range(400):
-        labels = {label for _, label in placement.positions(prefill(number, resumed=end))}
+        labels = labels_of(placement, prefill(number, resumed=end))
     assert labels == {"back:1"}
     assert placement._account("back:1").yield_tokens > 400
 
 
 def test_branches_and_boundaries_are_always_placed_but_going_on_is_no_fork() -> None:
     placement = Learned()
-    placed = dict(placement.positions(prefill(0, branch_len=300, boundaries=(200, 950))))
+    placed = dict(placement.plan(prefill(0, branch_len=300, boundaries=(200, 950))))
     assert placed[300] == "branch" and placed[200] == placed[950] == "boundary"
     tip = FakeItem("tip", label="decode", position=300)
-    placed = dict(placement.positions(prefill(1, branch_len=300, missed=tip, forks=False)))
+    placed = dict(placement.plan(prefill(1, branch_len=300, missed=tip, forks=False)))
     assert 300 not in placed
-    placed = dict(placement.positions(prefill(2, branch_len=300, missed=tip)))
+    placed = dict(placement.plan(prefill(2, branch_len=300, missed=tip)))
     assert placed[300] == "branch", "others went elsewhere from where the evicted tip stood"
+
+
+def test_a_label_that_is_planned_and_never_saved_is_not_charged() -> None:
+    """Decode saves nothing for these requests: its account stays as it was."""
+    placement = Learned()
+    for number in range(300):
+        labels_of(placement, prefill(number, answer_survives=False))
+    assert placement.num_saved().get("decode", 0.0) == 0.0
+    assert placement.decode_interval() == 1, "it was never offered, so it was never a loss"
+
+
+@pytest.mark.parametrize(
+    ("options", "num_slots", "words"),
+    [
+        ({"answer_survives": False}, 1000, "regret"),
+        ({"exact": True}, 1000, "regret"),
+        ({"boundaries": (30,)}, 1000, "regret"),
+        ({"boundaries": (300, 310, 450)}, 1000, "regret"),
+        ({}, 3, "regret"),
+        ({"boundaries": (100, 200, 300)}, 1000, "regret,cap:2"),
+        ({}, 1000, "backoff,every:128,regret"),
+    ],
+)
+def test_the_placement_believes_in_what_was_saved_and_nothing_else(
+    options: dict[str, object], num_slots: int, words: str
+) -> None:
+    """Wanted and not saved: the answer is dropped, below the grid, twice at one place, past the
+    cap, no slot, the request is given up."""
+    config = CacheConfig(num_kv_tokens=100_000, num_slots=num_slots, grid=64, eviction="lru")
+    cache, placement = build_prefix_cache(config), parse_placement(words)
+    [learned] = [rule for rule in placement.rules if isinstance(rule, Learned)]
+    rng = np.random.default_rng(0)
+    for number in range(100):
+        prompt = rng.integers(0, 1000, 500, dtype=np.int32)
+        lease = Lease.begin(cache, placement, LeaseRequest(prompt, **options))  # type: ignore[arg-type]
+        assert lease is not None and lease.extend(500)
+        lease.take_checkpoint_slots(0, 500)
+        if number % 7 == 0:
+            lease.abort()
+            continue
+        lease.publish(prompt, 500)
+        answer = np.concatenate([prompt, rng.integers(0, 1000, 200, dtype=np.int32)])
+        if number % 2:
+            assert lease.extend(700)
+            lease.take_checkpoint_slots(500, 700)
+            lease.finish(answer, 700)
+        else:
+            lease.finish(prompt, 500)
+    assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
 
 
 def test_a_match_says_whether_others_went_on_elsewhere() -> None:
@@ -287,14 +347,20 @@ def test_a_match_says_whether_others_went_on_elsewhere() -> None:
     assert forks(5, 3) and forks(10, 3) and not forks(20, 3), "ghosts say so too"
 
 
+@pytest.mark.full
 def test_the_pair_reaches_the_bound_where_memory_is_ample() -> None:
     assert hit_rate(chat().head(120), "regret", "regret", total_bytes=40 << 30) > 0.8
 
 
 def test_what_lies_below_is_ordered_by_what_the_device_has_learnt() -> None:
-    gib = 1 << 30
+    size = 1 << 22
     config = CacheConfig(
-        total_bytes=gib, host_bytes=gib, disk_bytes=gib, eviction="regret", state_bytes=STATE_BYTES
+        total_bytes=size,
+        host_bytes=size,
+        disk_bytes=size,
+        eviction="regret",
+        kv_bytes_per_token=KV_BYTES,
+        state_bytes=1 << 16,
     )
     cache = build_prefix_cache(config)
     assert isinstance(cache, TieredRadixCache)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +17,8 @@ import pytest
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.lab.cli import main
 from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.trace import Trace
+from hybridcache.lab.traces import open_trace
 from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.scored import ScorePolicy
@@ -27,15 +29,21 @@ from hybridcache.policies.protocol import (
     PlacementPolicy,
     PolicyError,
     Prefill,
-    PrefillRule,
 )
 from hybridcache.policies.user import MAX_OUTSIDE
-from hybridcache.policies.words import EVICTION, make_eviction, parse_placement
-from tests.cache.serving import ids, serve
+from hybridcache.policies.words import (
+    EVICTION,
+    PLACEMENT_WORDS,
+    make_eviction,
+    parse_placement,
+)
+from hybridcache.tiered import TieredRadixCache
+from tests.cache.serving import ids, serve, traffic
+from tests.cache.twins import VictimLog
 from tests.policies.items import FakeItem, offer
 
 MODULE = """
-from hybridcache.policies.protocol import EvictionPolicy, Placed
+from hybridcache.policies.protocol import EvictionPolicy, Placed, PlacementPolicy
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 
 
@@ -87,8 +95,6 @@ class NoSuper(CheapestFirst):
 class Inherits(EvictionPolicy):
     def add(self, item): ...
     def discard(self, item, evicted): ...
-    def touch(self, item): ...
-    def missed(self, item): ...
 
 
 class Foreign(Inherits):
@@ -99,27 +105,24 @@ class Foreign(Inherits):
         return self.item
 
 
-class Thirds:
-    def positions(self, prefill):
+class Thirds(PlacementPolicy):
+    def plan(self, prefill):
         for part in (3, 2, 1):
             yield Placed(prefill.prompt_len * part // 3, "third")
 
-    def decode_interval(self):
-        return None
-
 
 class Bare(Thirds):
-    def positions(self, prefill):
+    def plan(self, prefill):
         return [prefill.prompt_len]
 
 
 class Half(Thirds):
-    def positions(self, prefill):
+    def plan(self, prefill):
         yield Placed(prefill.prompt_len / 2, "half")
 
 
 class Lost(Thirds):
-    def positions(self, prefill):
+    def plan(self, prefill):
         raise RuntimeError("no idea")
 
 
@@ -186,9 +189,9 @@ def test_what_is_wrong_with_a_policy_is_one_sentence(
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("Bare", r"positions gave \d+; give Placed\(position, label\)"),
-        ("Half", r"positions gave Placed\(position=\d+.\d+, label='half'\); give Placed"),
-        ("Lost", "positions raised RuntimeError: no idea .strangers.py, line"),
+        ("Bare", r"plan gave \d+; give Placed\(position, label\)"),
+        ("Half", r"plan gave Placed\(position=\d+.\d+, label='half'\); give Placed"),
+        ("Lost", "plan raised RuntimeError: no idea .strangers.py, line"),
         ("Often", "decode_interval gave 'often'; give tokens between checkpoints, or None"),
     ],
 )
@@ -227,22 +230,19 @@ class Deepest(ScorePolicy):
 class Within(PlacementPolicy):
     offset = 0
 
-    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+    def plan(self, prefill: Prefill) -> Iterable[Placed]:
         yield Placed(self.offset + prefill.prompt_len, "mine")
-
-    def decode_interval(self) -> None:
-        return None
 
 
 class Beyond(Within):
     offset = 64
 
 
-class Spaced(PrefillRule):
+class Spaced(PlacementPolicy):
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
-    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+    def plan(self, prefill: Prefill) -> Iterable[Placed]:
         for position in range(prefill.prompt_len, 0, -1):
             if position % self.interval == 0:
                 yield Placed(position, "mine")
@@ -342,6 +342,135 @@ def test_a_class_of_ours_is_as_good_as_its_word(policy: type[EvictionPolicy]) ->
     mine = simulate("short?head=60", gib=0.3, policy=policy, bound=False).runs[0]
     theirs = simulate("short?head=60", gib=0.3, policy=word, bound=False).runs[0]
     assert mine.cached_tokens == theirs.cached_tokens
+
+
+def same(found: type[object]) -> type[object]:
+    """A policy of the user's own that changes nothing of ours."""
+    return type(f"Same{found.__name__}", (found,), {"__module__": __name__})
+
+
+def outcomes(trace: Trace, **options: object) -> list[dict[str, object]]:
+    """All that a simulation measures but the processor's time."""
+    records = []
+    for run in simulate(trace, bound=False, **options).runs:
+        record = run.as_record()
+        records.append({name: record[name] for name in record if name not in RUN_IDENTITY})
+    return records
+
+
+RUN_IDENTITY = ("config", "control_us")
+PRESSURED = {
+    "short": ("short?head=60", {"gib": 0.3}),
+    "searches": ("tree-search?head=80", {"gib": 0.35}),
+    "host": ("few-shot?head=60", {"gib": 0.35, "host_gib": 0.4}),
+    "pools": ("short?head=60", {"gib": 0.5, "memory": "pools", "kv_share": 0.5}),
+    "ample": ("chat?head=25", {"gib": 12}),
+}
+
+
+@pytest.mark.parametrize("cell", list(PRESSURED))
+def test_a_subclass_of_any_policy_evicts_as_the_policy_does(cell: str) -> None:
+    spec, options = PRESSURED[cell]
+    trace, names = open_trace(spec).kept(), sorted(EVICTION)
+    checkpoints = "branch,boundary,backoff:2,end"
+    theirs = outcomes(trace, policy=names, checkpoints=checkpoints, **options)
+    mine = outcomes(
+        trace, policy=[same(EVICTION[name]) for name in names], checkpoints=checkpoints, **options
+    )
+    assert dict(zip(names, mine, strict=True)) == dict(zip(names, theirs, strict=True))
+    assert (cell == "ample") == (not any(run["evicted_checkpoints"] for run in theirs))
+
+
+class Chosen(VictimLog):
+    """A listener that notes every victim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items: list[tuple[object, ...]] = []
+
+    def chosen(self, item: Item) -> None:
+        self.items.append((item.kind, item.position, item.serial, item.uses, item.last_used))
+
+
+@pytest.mark.parametrize("name", sorted(EVICTION))
+@pytest.mark.parametrize("kind", ["hybrid", "radix"])
+def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -> None:
+    """Item by item, with locks that stand in the way."""
+    found: list[list[tuple[object, ...]]] = []
+    for eviction in (name, same(EVICTION[name])):
+        config = CacheConfig(
+            prefix_cache=kind,
+            num_kv_tokens=300,
+            num_slots=6,
+            kv_bytes_per_token=3,
+            state_bytes=60,
+            grid=4,
+            eviction=eviction,
+        )
+        log, cache = Chosen(), build_prefix_cache(config)
+        cache.subscribe(log)
+        for number, tokens in enumerate(traffic(3, 60)):
+            whole = len(tokens) // 4 * 4
+            positions = sorted({whole, whole // 2 // 4 * 4} - {0}) if kind == "hybrid" else ()
+            match = cache.match(tokens)
+            receipt = cache.lock(match.node)
+            serve(cache, tokens, positions, number % 2)
+            cache.unlock(receipt)
+        found.append(log.items)
+    assert found[0] == found[1] and found[0]
+
+
+PLACEMENTS = [
+    f"{name}:{word.example}" if word.example else name for name, word in PLACEMENT_WORDS.items()
+]
+
+
+@pytest.mark.parametrize("cell", ["searches", "host", "ample"])
+def test_a_subclass_of_any_placement_saves_as_the_placement_does(cell: str) -> None:
+    spec, options = PRESSURED[cell]
+    trace = open_trace(spec).kept()
+
+    def subclass(words: str) -> Callable[[], PlacementPolicy]:
+        name, _, number = words.partition(":")
+        made = same(PLACEMENT_WORDS[name].make)
+        return partial(made, int(number)) if number else made  # type: ignore[return-value]
+
+    theirs = outcomes(trace, checkpoints=PLACEMENTS, policy="regret", **options)
+    mine = outcomes(
+        trace, checkpoints=[subclass(words) for words in PLACEMENTS], policy="regret", **options
+    )
+    assert dict(zip(PLACEMENTS, mine, strict=True)) == dict(zip(PLACEMENTS, theirs, strict=True))
+
+
+class Shared(Weighted):
+    """A policy of three classes, each of which shares what it learns with its like below."""
+
+    orders_tiers = False
+    heard: ClassVar[list[tuple[str, int]]] = []
+
+    def missed(self, item: Item) -> None:
+        self.heard.append(("deepest", item.position))
+
+    def missed_above(self, item: Item) -> None:
+        self.heard.append(("above", item.position))
+
+    def below(self) -> Shared:
+        return Shared()
+
+
+def test_all_classes_of_a_policy_hear_of_ghosts_and_are_asked_below() -> None:
+    Shared.heard.clear()
+    config = CacheConfig(
+        num_kv_tokens=100, num_slots=9, state_bytes=9, host_bytes=12, grid=1, eviction=Shared
+    )
+    cache = build_prefix_cache(config)
+    assert isinstance(cache, TieredRadixCache)
+    assert all(tier.is_shared for tier in cache.lower.tiers)
+    serve(cache, ids("abcdefgh"), [2, 4, 6])
+    cache.evict(num_tokens=100)
+    serve(cache, ids("abcdefgh"))
+    told = [("deepest", 6), ("above", 4), ("above", 2)]
+    assert sorted(Shared.heard) == sorted(told * 2), "the superseded ones, and the rest"
 
 
 @pytest.mark.parametrize("word", sorted(EVICTION))

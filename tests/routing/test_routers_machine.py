@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from hybridcache.export.events import EventStream
+from hybridcache.export.events import CheckpointStored, EventStream
 from hybridcache.export.mirror import EventsLost
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.words import parse_placement
@@ -34,17 +34,18 @@ class PerToken:
         return max(end - start, 0) / 4
 
 
-def spec(**more):
+def spec(placement=PLACEMENT, **more):
     facts = {"times": PerToken(), "grid": GRID, "kv_bytes": KV_BYTES, "state_bytes": STATE_BYTES}
     facts |= {"capacity_bytes": 96 * KV_BYTES + 8 * STATE_BYTES}
-    return ReplicaSpec(placement=parse_placement(PLACEMENT), **facts | more)
+    return ReplicaSpec(placement=parse_placement(placement), **facts | more)
 
 
 class Replica:
     """A cache that publishes what changes in it."""
 
-    def __init__(self):
-        self.cache = hybrid(num_kv_tokens=96, num_slots=8, grid=GRID)
+    def __init__(self, placement=PLACEMENT, **sizes):
+        self.cache = hybrid(**{"num_kv_tokens": 96, "num_slots": 8, "grid": GRID} | sizes)
+        self.placement = parse_placement(placement)
         self.events, self.covered, self.batches, self.num_batches = [], [], [], 0
         self.cache.subscribe(EventStream(self.events.append))
 
@@ -52,7 +53,7 @@ class Replica:
         """Prefill a prompt and end."""
         tokens = np.array(request.tokens, np.int32)
         asked = LeaseRequest(tokens, request.namespace, request.boundaries)
-        lease = Lease.begin(self.cache, parse_placement(PLACEMENT), asked)
+        lease = Lease.begin(self.cache, self.placement, asked)
         if lease is not None and lease.extend(len(tokens)):
             lease.take_checkpoint_slots(lease.cached_len, len(tokens))
             lease.finish(tokens, len(tokens))
@@ -181,7 +182,9 @@ def plain_choice(router, request, now):
         depth = max(found.cached_len, router.on_the_way[replica].depth(request))
         held = sum(len(segment[4]) for segment in mirror.segments())
         known = max(depth, found.kv_len)
-        saved = [p for p in ((num_ids - 1) // GRID * GRID, known // GRID * GRID) if p > depth]
+        wanted = {known // GRID * GRID: "branch"}
+        wanted.setdefault((num_ids - 1) // GRID * GRID, "backoff")
+        saved = [p for p in wanted if p > depth and router.shares.is_saved(wanted[p])]
         new = (num_ids - known) * KV_BYTES + len(saved) * STATE_BYTES
         pressure = (rates[replica] / mean) ** 0.5 if mean else 1.0
         lost = pressure * new * held / router.spec.capacity_bytes
@@ -275,6 +278,53 @@ def test_what_is_sent_takes_the_place_of_its_ids_and_its_states() -> None:
     assert router.turnovers[0].rate(1.0) == sent
 
 
+def test_a_forecast_changes_no_placement() -> None:
+    """However many requests are routed, each replica's copies learn from their own requests."""
+    for placement in ("branch,boundary,backoff", "regret", "planned:2"):
+        router = fleet("checkpoint", 4, placement=placement)
+        assert isinstance(router, CheckpointSeconds)
+        found = []
+        for number in range(300):
+            request = RouteRequest(number, tuple(range(number * 100, number * 100 + 90)))
+            found.append(router.forecast(request, 0, 0))
+            replica = router.route(request, float(number)).replica
+            assert router.on_the_way[replica]._prompts[number][1] == tuple(sorted(found[-1]))
+            router.prefilled(number, number + 0.2)
+            router.ended(number, number + 0.5)
+        assert found[0] and all(positions == found[0] for positions in found)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_forecast_follows_what_the_replicas_placement_has_learnt(goes_on: bool) -> None:
+    """Conversations resume at the last prompt's end, so the replica drops all other back-offs;
+    prompts that never come again teach it to save next to nothing."""
+    replica = Replica("regret", num_kv_tokens=60_000, num_slots=300)
+    router = fleet("checkpoint", 1, placement="regret", capacity_bytes=None)
+    assert isinstance(router, CheckpointSeconds)
+    wrong = saved_in_all = 0
+    turns, rng = [(), (), (), ()], np.random.default_rng(0)
+    for number in range(400):
+        before = turns[number % 4] if goes_on and len(turns[number % 4]) < 600 else ()
+        tokens = (*before, *rng.integers(0, 50_000, 60).tolist())
+        turns[number % 4] = tokens
+        request = RouteRequest(number, tokens)
+        found = router.find(0, request)
+        forecast = set(router.forecast(request, found.cached_len, found.kv_len))
+        router.route(request, float(number))
+        replica.compute(request)
+        router.prefilled(number, number + 0.2)
+        router.ended(number, number + 0.5)
+        [(sequence, events, covered)] = replica.batches
+        replica.batches.clear()
+        router.on_events(0, sequence, events, covered)
+        saved = {event.position for event in events if isinstance(event, CheckpointStored)}
+        if number >= 200:
+            wrong += len(saved ^ forecast)
+            saved_in_all += len(saved)
+    assert (saved_in_all > 180) == goes_on
+    assert wrong <= 20
+
+
 def test_the_busier_the_fleet_the_more_a_hit_is_worth() -> None:
     """A prefix of 16 saves four seconds: behind a queue of five it is worth it when that work would
     keep others waiting."""
@@ -359,7 +409,7 @@ def test_a_router_of_ones_own() -> None:
     assert router.route(RouteRequest(1, (1,)), 0).replica == 1
     with pytest.raises(ValueError, match="no router 'best'; known: round_robin, "):
         find_router("best")
-    with pytest.raises(ValueError, match="subclass of"):
+    with pytest.raises(ValueError, match="it is no Router: derive NoRouter from"):
         find_router(f"{here}:NoRouter")
     with pytest.raises(ValueError, match="joined already"):
         router.joined(0, 0)

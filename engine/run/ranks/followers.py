@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
+from engine.exit_codes import describe_exit
 from engine.interfaces import RunnerLost
 from engine.run.model_config import ModelError
 from engine.run.ranks.group import START_TIMEOUT_S, TIMEOUT_S
@@ -117,7 +117,7 @@ class Followers:
             with suppress(subprocess.TimeoutExpired):
                 one.process.wait(0.2)
             if one.process.returncode is not None:
-                how = _ending(one.process.returncode)
+                how = describe_exit(one.process.returncode)
                 return f"rank {one.number} of {self._count} {how}; start the engine again."
         names = " and ".join(f"rank {one.number}" for one in silent) or "a rank"
         return f"{names} of {self._count} did not answer in time ({error}); start the engine again."
@@ -173,14 +173,6 @@ def _await(
     if found is not None and give is not None:
         with suppress(RuntimeError):  # Whoever takes orders has stopped.
             give(found)
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"ended with exit code {code}"
-    with suppress(ValueError):
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"was ended by signal {-code}"
 
 
 def _end(

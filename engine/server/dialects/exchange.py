@@ -14,9 +14,10 @@ from engine.async_engine import RequestStream
 from engine.server.dialects.tools import callable_tools
 from engine.server.errors import APIError
 from engine.server.explanations import Inquiry
-from engine.server.front import ServingContext, new_id
-from engine.server.replays import as_message
+from engine.server.front import ServingContext
+from engine.server.replays import Place, as_message
 from engine.server.schemas import ChatRequest, TokenizeRequest, cuts_of
+from engine.server.tenants import AnswerId, Tenant
 from engine.text.answers.events import BrokenCall, CallBegin, CallEnd, Event, joined
 from engine.text.answers.forms import AnswerForm, AnswerReader
 from engine.text.templates import ChatPrompt, TemplateError, render_chat
@@ -54,30 +55,29 @@ class Answer:
 
 
 async def render(
-    front: ServingContext,
-    body: ChatRequest | TokenizeRequest,
-    size: int,
-    namespace: str | None = None,
-) -> ChatPrompt:
-    """The chat of a ``body`` of ``size`` bytes as the model reads it. APIError 400: the template
-    refuses it."""
+    front: ServingContext, body: ChatRequest | TokenizeRequest, size: int, tenant: Tenant
+) -> tuple[ChatPrompt, Place]:
+    """Return the chat of a ``body`` of ``size`` bytes as the model reads it, and the place of its
+    answer. APIError 400: the template refuses it."""
 
-    def work() -> ChatPrompt:
+    def work() -> tuple[ChatPrompt, Place]:
         messages = [message.as_template_input() for message in body.messages or ()]
-        chat = front.replays.prepare(messages, body.chat_template_kwargs, namespace)
-        return render_chat(
+        tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
+        chat = front.replays.prepare(messages, tools, body.chat_template_kwargs, tenant)
+        prompt = render_chat(
             front.tokenizer,
             chat.messages,
-            tools=None if body.tools is None else [_plain(tool) for tool in body.tools] or None,
+            tools=tools,
             add_generation_prompt=body.begins_answer,
             continues_last=body.continue_final_message,
             variables=chat.variables,
             special_in_content=front.special_in_content,
-            namespace=namespace,
+            namespace=tenant.namespace,
             cuts=cuts_of(body.messages, body.tools),
             sampled=chat.sampled,
             keeps_thinking=chat.keeps_thinking,
         )
+        return prompt, chat.place
 
     try:
         return await front.workers.run(size, work)
@@ -115,44 +115,38 @@ async def ask(
     front: ServingContext,
     body: ChatRequest,
     size: int,
-    fits_context: bool = False,
-    answer_id: str | None = None,
+    tenant: Tenant,
+    answer_id: AnswerId,
+    prompt_name: str = "messages",
 ) -> Exchange:
-    """Submit a chat of ``size`` bytes; with ``fits_context`` an answer may be shorter than its
-    limit, where the context holds no more. ``answer_id``: how clients know it; None: as one of
-    /v1/chat/completions. APIError: it is refused."""
+    """Submit a chat of ``size`` bytes. An answer ends where the context does, if not before.
+    ``prompt_name``: the prompt as the dialect calls it. APIError, RequestError: it is refused."""
     front.check_model(body.model)
     front.check_number(body.n)
     template = front.tokenizer.chat_template
     form = AnswerForm.of("" if template is None else template.source)
     tools = None if template is None else callable_tools(body, form)
-    namespace = front.namespace_of(body.cache_salt)
-    prompt = await render(front, body, size, namespace)
-    limit = body.limit
-    if fits_context and limit is not None:
-        has_room = len(prompt.token_ids) + limit <= front.engine.max_model_len
-        limit = limit if has_room else None
+    prompt, place = await render(front, body, size, tenant)
+    front.check_length(len(prompt.token_ids), prompt_name)
+    limit = front.answer_limit(len(prompt.token_ids), body.limit)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     [token_ids] = await front.as_arrays([prompt.token_ids])
     samplings = body.samplings(limit, num_top, front.engine.sampling_defaults)
-    if isinstance(token_ids, list):  # too long: nobody reads four million ids to say why it missed
-        await front.submit([RequestSpec(token_ids, samplings[0])])
 
     def call_grammar() -> Grammar | None:
         written = "hermes" if form.calls is None else form.calls.FORM
         return body.call_grammar(written, may_think=form.thinks)
 
     grammar = await front.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
-    answer_id = answer_id or new_id("chatcmpl", name=body.request_id)
-    inquiry = await _inquire(front, body, np.asarray(token_ids), namespace, size, answer_id)
+    inquiry = await _inquire(front, body, np.asarray(token_ids), tenant, size, answer_id)
     streams = await front.submit(
         RequestSpec(
             token_ids,
             sampling,
-            namespace=namespace,
+            namespace=tenant.namespace,
             boundaries=prompt.boundaries,
             answer_survives=prompt.answer_survives,
-            request_id=answer_id if not choice else f"{answer_id}-{choice}",
+            request_id=answer_id.request_id(choice),
             grammar=grammar,
             prompt_logprobs=body.prompt_logprobs,
         )
@@ -161,7 +155,6 @@ async def ask(
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
     is_single, ends = not body.parallel_tool_calls, front.tokenizer.eos_token_ids
     readings = [_Reading(each, is_single, ends) for each in readers]
-    place = len(body.messages), namespace
     return Exchange(front, prompt, streams, readings, inquiry, place)
 
 
@@ -169,16 +162,17 @@ async def _inquire(
     front: ServingContext,
     body: ChatRequest,
     token_ids: np.ndarray,
-    namespace: str | None,
+    tenant: Tenant,
     size: int,
-    answer_id: str,
+    answer_id: AnswerId,
 ) -> Inquiry:
     def work() -> Inquiry:
         asked = front.explanations.begin(
-            answer_id,
+            answer_id.public,
             token_ids.astype(np.int32, copy=False),
+            request_id=answer_id.request_id(0),
             model=front.model_name,
-            namespace=namespace,
+            tenant=tenant,
             messages=[message.as_template_input() for message in body.messages],
             tools=body.tools,
             variables=body.chat_template_kwargs,
@@ -200,9 +194,8 @@ class Exchange:
         streams: Sequence[RequestStream],
         readings: Sequence[_Reading],
         inquiry: Inquiry,
-        place: tuple[int, str | None],
+        place: Place,
     ) -> None:
-        """``place``: (messages of the chat, its namespace)."""
         self._front = front
         self._place = place
         self.inquiry = inquiry
@@ -231,7 +224,7 @@ class Exchange:
             if finish is not None:
                 message = as_message(reading.events)
                 if not reading.is_over:
-                    self._front.replays.remember(self.prompt, *self._place, message, output)
+                    self._front.replays.remember(self.prompt, self._place, message, output)
                 if index == 0:
                     self.inquiry.end(output, message)
             yield News(index, events, output, finish, reading.warning if finish else None)

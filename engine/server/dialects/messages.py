@@ -12,10 +12,11 @@ from engine import RequestOutput
 from engine.server.body import to_json
 from engine.server.dialects.exchange import Answer, Exchange, Finish, ask, render, settle_system
 from engine.server.dialects.messages_body import CountRequest, MessagesRequest
-from engine.server.errors import ANTHROPIC, of_failure, request_name
-from engine.server.front import ServingContext, new_id
+from engine.server.errors import ANTHROPIC, APIError, request_name
+from engine.server.front import ServingContext
 from engine.server.schemas import parsed_arguments
 from engine.server.streaming import EventStream, named_event, unless_gone, with_pauses
+from engine.server.tenants import AnswerId, new_id
 from engine.text.answers.events import (
     CallArguments,
     CallBegin,
@@ -32,14 +33,20 @@ REASONS: dict[Finish, str] = {"stop": "end_turn", "length": "max_tokens", "tool_
 
 async def messages(front: ServingContext, request: Request, body: MessagesRequest) -> Response:
     """Answer one request."""
+    front.check_limit(body.max_tokens, "max_tokens")
     size = len(await request.body())
     chat = await front.workers.run(size, body.as_chat)
-    answer_id = new_id("msg", "_")
     chat = settle_system(front, chat)
-    exchange = await ask(front, chat, size, fits_context=True, answer_id=answer_id)
-    writer = _Writer(front, body, exchange, request_name(request.scope))
+    tenant = front.tenant_of(request, body.cache_salt)
+    exchange = await ask(front, chat, size, tenant, AnswerId.random("msg", "_"))
+    writer = _Writer(front, body, exchange)
     if body.stream:
-        return EventStream(writer.events(), exchange.inquiry.headers)
+        name = request_name(request.scope)
+
+        def as_event(failure: APIError) -> bytes:
+            return named_event(failure.body(ANTHROPIC, name))
+
+        return EventStream(writer.events(), exchange.inquiry.headers, as_event)
     [answer] = await unless_gone(request, exchange.answers())
     content = await front.workers.run(
         len(answer.output.output), lambda: to_json(writer.whole(answer))
@@ -53,23 +60,16 @@ async def count_tokens(front: ServingContext, request: Request, body: CountReque
     front.check_model(body.model)
     size = len(await request.body())
     chat = await front.workers.run(size, body.as_chat)
-    namespace = front.namespace_of(body.cache_salt)
-    prompt = await render(front, settle_system(front, chat), size, namespace)
+    tenant = front.tenant_of(request, body.cache_salt)
+    prompt, _ = await render(front, settle_system(front, chat), size, tenant)
     return Response(to_json({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
 
 
 class _Writer:
     """Writes one answer, whole or in events."""
 
-    def __init__(
-        self,
-        front: ServingContext,
-        body: MessagesRequest,
-        exchange: Exchange,
-        request_name: str | None,
-    ) -> None:
+    def __init__(self, front: ServingContext, body: MessagesRequest, exchange: Exchange) -> None:
         self._front = front
-        self._request_name = request_name
         self._body = body
         self._exchange = exchange
 
@@ -84,30 +84,27 @@ class _Writer:
         time; ``ping`` where nothing comes."""
         blocks = _Blocks()
         has_begun = False
-        try:
-            async for news in with_pauses(self._exchange.news(), PING_S):
-                if news is None:
-                    if has_begun:
-                        yield named_event({"type": "ping"})
-                    continue
-                if not has_begun:
-                    has_begun = True
-                    message = self._message([], _NO_ENDING, self._usage(news.output))
-                    yield named_event({"type": "message_start", "message": message})
+        async for news in with_pauses(self._exchange.news(), PING_S):
+            if news is None:
+                if has_begun:
                     yield named_event({"type": "ping"})
-                said = b"".join(map(named_event, blocks.write(news.events)))
-                if said:
-                    yield said
-                if news.finish is not None:
-                    ending = self._ending(news.finish, news.output)
-                    if news.warning is not None:
-                        ending["warning"] = news.warning
-                    usage = self._usage(news.output)
-                    last = {"type": "message_delta", "delta": ending, "usage": usage}
-                    closing = [*blocks.close(), last, {"type": "message_stop"}]
-                    yield b"".join(map(named_event, closing))
-        except Exception as error:
-            yield named_event(of_failure(error).body(ANTHROPIC, self._request_name))
+                continue
+            if not has_begun:
+                has_begun = True
+                message = self._message([], _NO_ENDING, self._usage(news.output))
+                yield named_event({"type": "message_start", "message": message})
+                yield named_event({"type": "ping"})
+            said = b"".join(map(named_event, blocks.write(news.events)))
+            if said:
+                yield said
+            if news.finish is not None:
+                ending = self._ending(news.finish, news.output)
+                if news.warning is not None:
+                    ending["warning"] = news.warning
+                usage = self._usage(news.output)
+                last = {"type": "message_delta", "delta": ending, "usage": usage}
+                closing = [*blocks.close(), last, {"type": "message_stop"}]
+                yield b"".join(map(named_event, closing))
 
     def _message(
         self, content: list[dict[str, Any]], ending: dict[str, Any], usage: dict[str, Any]

@@ -14,7 +14,13 @@ from pydantic import BeforeValidator, Field, model_validator
 from engine.requests.sampling_params import MAX_COUNT
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, quoted
-from engine.server.schemas import CacheControl, ChatRequest, Diagnostics
+from engine.server.schemas import (
+    MAX_TEMPERATURE,
+    AnswerLimit,
+    CacheControl,
+    ChatRequest,
+    Diagnostics,
+)
 from engine.server.strict import Listed, Name, Strict
 from engine.server.token_options import Texts
 
@@ -297,9 +303,9 @@ def _format(asked: JSONFormat) -> dict[str, Any]:
 class MessagesRequest(CountRequest):
     """POST /v1/messages."""
 
-    max_tokens: int = Field(ge=1, le=MAX_COUNT)
+    max_tokens: AnswerLimit
     stream: bool = False
-    temperature: float | None = Field(default=None, ge=0, le=100)
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
     stop_sequences: Texts | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from engine.server.front import new_id
+from engine.server.tenants import new_id
 from engine.text.answers.events import (
     CallArguments,
     CallBegin,

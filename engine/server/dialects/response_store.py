@@ -67,27 +67,27 @@ class ResponseStore:
     def __len__(self) -> int:
         return len(self._stored)
 
-    def put(self, namespace: Hashable, response_id: str, stored: StoredResponse) -> None:
+    def put(self, tenant: Hashable, response_id: str, stored: StoredResponse) -> None:
         """Keep ``stored``, and forget what was not used for longest; one that is larger than all
         there is room for is not kept. O(1) a response."""
         if stored.num_bytes > self._limit_bytes:
             return
-        self.delete(namespace, response_id)
-        self._stored[namespace, response_id] = stored
+        self.delete(tenant, response_id)
+        self._stored[tenant, response_id] = stored
         self.num_bytes += stored.num_bytes
         while self.num_bytes > self._limit_bytes or len(self._stored) > MAX_RESPONSES:
             _, oldest = self._stored.popitem(last=False)
             self.num_bytes -= oldest.num_bytes
 
-    def get(self, namespace: Hashable, response_id: str) -> StoredResponse | None:
-        """A response, to requests of its own namespace alone. O(1)."""
-        stored = self._stored.get((namespace, response_id))
+    def get(self, tenant: Hashable, response_id: str) -> StoredResponse | None:
+        """A response, to requests of its own tenant alone. O(1)."""
+        stored = self._stored.get((tenant, response_id))
         if stored is not None:
-            self._stored.move_to_end((namespace, response_id))
+            self._stored.move_to_end((tenant, response_id))
         return stored
 
-    def delete(self, namespace: Hashable, response_id: str) -> bool:
+    def delete(self, tenant: Hashable, response_id: str) -> bool:
         """Forget a response; those that went on from it stay whole. False: there is none. O(1)."""
-        stored = self._stored.pop((namespace, response_id), None)
+        stored = self._stored.pop((tenant, response_id), None)
         self.num_bytes -= 0 if stored is None else stored.num_bytes
         return stored is not None

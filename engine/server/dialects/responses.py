@@ -14,13 +14,11 @@ from engine.server.dialects.exchange import Exchange, Finish, ask, settle_system
 from engine.server.dialects.response_items import ResponseItems
 from engine.server.dialects.response_store import ResponseStore, StoredResponse, held_bytes
 from engine.server.dialects.responses_body import ResponsesRequest, TextConfig
-from engine.server.errors import APIError, of_failure, quoted
-from engine.server.front import ServingContext, new_id
+from engine.server.errors import APIError, quoted
+from engine.server.front import ServingContext
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import EventStream, named_event, unless_gone
-
-SALT = "x-cache-salt"
-"""The header that names a tenant where there is no body to do so."""
+from engine.server.tenants import AnswerId
 
 
 class Responses:
@@ -33,10 +31,11 @@ class Responses:
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
         """Answer one request. APIError 400: the response that it goes on from is not held."""
         front, size = self._front, len(await request.body())
-        namespace = front.namespace_of(body.cache_salt)
+        front.check_limit(body.max_output_tokens, "max_output_tokens")
+        tenant = front.tenant_of(request, body.cache_salt)
         before = None
         if body.previous_response_id is not None:
-            before = self._store.get(namespace, body.previous_response_id)
+            before = self._store.get(tenant, body.previous_response_id)
             if before is None:
                 raise APIError(
                     400,
@@ -55,7 +54,8 @@ class Responses:
 
         chat, new, items_bytes = await front.workers.run(size, read)
         chat = settle_system(front, chat)
-        exchange = await ask(front, chat, size, answer_id=new_id("resp", "_"))
+        answer_id = AnswerId.random("resp", "_")
+        exchange = await ask(front, chat, size, tenant, answer_id, prompt_name="input")
         writer = _Writer(front, body, exchange)
 
         def keep(response: dict[str, Any]) -> None:
@@ -64,10 +64,10 @@ class Responses:
                 stored = StoredResponse.of(
                     [*earlier, *new, *output], response, items_bytes + held_bytes(output)
                 )
-                self._store.put(namespace, response["id"], stored)
+                self._store.put(tenant, response["id"], stored)
 
         if body.stream:
-            return EventStream(writer.events(keep), exchange.inquiry.headers)
+            return EventStream(writer.events(keep), exchange.inquiry.headers, writer.failed)
         [answer] = await unless_gone(request, exchange.answers())
         num_tokens = len(answer.output.output)
 
@@ -86,7 +86,7 @@ class Responses:
         """A stored response. APIError 404: there is none, or it is another tenant's."""
         if request.query_params.get("stream", "false").lower() == "true":
             raise APIError(400, "'stream' is not served here: leave it out.", param="stream")
-        stored = self._store.get(self._namespace(request), response_id)
+        stored = self._store.get(self._front.tenant_of(request), response_id)
         if stored is None:
             raise self._unknown(response_id)
         content = await self._front.workers.run(stored.num_bytes, lambda: to_json(stored.response))
@@ -94,12 +94,9 @@ class Responses:
 
     def delete(self, request: Request, response_id: str) -> dict[str, Any]:
         """Forget a stored response. APIError as ``retrieve``."""
-        if not self._store.delete(self._namespace(request), response_id):
+        if not self._store.delete(self._front.tenant_of(request), response_id):
             raise self._unknown(response_id)
         return {"id": response_id, "object": "response", "deleted": True}
-
-    def _namespace(self, request: Request) -> str | None:
-        return self._front.namespace_of(request.headers.get(SALT))
 
     def _unknown(self, response_id: str) -> APIError:
         return APIError(
@@ -146,27 +143,25 @@ class _Writer:
         """``response.created`` with the first output, whose headers say what the cache had, the
         items as they come, and the whole response at the end."""
         has_begun = False
-        try:
-            async for news in self._exchange.news():
-                if not has_begun:
-                    has_begun = True
-                    yield self._started()
-                said = b"".join(map(self._event, self.items.write(news.events)))
-                if said:
-                    yield said
-                if news.finish is not None:
-                    closing = self._close(news.finish)
-                    response = self.ended(news.finish, news.output, news.warning)
-                    keep(response)
-                    last = {"type": f"response.{response['status']}", "response": response}
-                    yield b"".join(map(self._event, [*closing, last]))
-        except Exception as error:
+        async for news in self._exchange.news():
             if not has_begun:
+                has_begun = True
                 yield self._started()
-            failure = of_failure(error)
-            said_so = {"code": failure.code or "server_error", "message": str(failure)}
-            failed = self._response("failed", self.items.output, None) | {"error": said_so}
-            yield self._event({"type": "response.failed", "response": failed})
+            said = b"".join(map(self._event, self.items.write(news.events)))
+            if said:
+                yield said
+            if news.finish is not None:
+                closing = self._close(news.finish)
+                response = self.ended(news.finish, news.output, news.warning)
+                keep(response)
+                last = {"type": f"response.{response['status']}", "response": response}
+                yield b"".join(map(self._event, [*closing, last]))
+
+    def failed(self, failure: APIError) -> bytes:
+        """Write the event of a failure in the middle of a stream."""
+        error = {"code": failure.code or "server_error", "message": str(failure)}
+        response = self._response("failed", self.items.output, None) | {"error": error}
+        return self._event({"type": "response.failed", "response": response})
 
     def _started(self) -> bytes:
         response = self._response("in_progress", [], None)

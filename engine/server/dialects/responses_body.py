@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from engine.requests.sampling_params import MAX_COUNT
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, of_validation, quoted
 from engine.server.guided import NamedSchema
 from engine.server.schemas import (
+    MAX_TEMPERATURE,
+    AnswerLimit,
     CacheOptions,
     ChatRequest,
     parsed_arguments,
@@ -217,8 +218,8 @@ class ResponsesRequest(Streamed):
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool = True
-    max_output_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    temperature: float | None = Field(default=None, ge=0, le=100)
+    max_output_tokens: AnswerLimit | None = None
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
     tools: Listed[Annotated[FunctionTool, BeforeValidator(_is_function)]] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
@@ -246,10 +247,11 @@ class ResponsesRequest(Streamed):
     def as_chat(self, before: Sequence[dict[str, Any]]) -> ChatRequest:
         """The chat that it is, after the items of earlier responses. APIError 400: it asks for what
         is not served. O(all items)."""
+        conversation = [*before, *self.items]
         try:
-            items = _ITEMS.validate_python([*before, *self.items])
+            items = _ITEMS.validate_python(conversation)
         except ValidationError as error:
-            raise of_validation(error) from None
+            raise of_validation(error, conversation) from None
         messages = _messages(self.instructions, items)
         if not messages:
             raise APIError(

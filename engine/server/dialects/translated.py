@@ -17,4 +17,4 @@ def chat_request(fields: dict[str, Any], format_name: str) -> ChatRequest:
     try:
         return ChatRequest.model_validate(given).with_format_name(format_name)
     except ValidationError as error:
-        raise of_validation(error) from None
+        raise of_validation(error, given) from None

@@ -6,8 +6,6 @@ offered, or that breaks off, cannot be made: it is text, with a ``BrokenCall`` t
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from engine.text.answers.events import (
     TextDelta,
 )
 from engine.text.answers.marks import MarkSearch, Space
+from engine.text.json_text import read_json, write_json
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_NAME = 256
@@ -106,7 +105,10 @@ class CallReader:
             self._events.append(TextDelta(text))
 
     def _make(self, name: str, arguments: str) -> None:
-        """Give out a whole call; its closing mark may follow."""
+        """Give out a whole call; its closing mark may follow. ``arguments``: a JSON object, which
+        is given out as the model wrote it, unless it escapes half a character."""
+        if r"\ud" in arguments.lower():
+            arguments = write_json(read_json(arguments))
         self._space.take()
         self._is_first = False
         self._events += [CallBegin(name), CallArguments(arguments), CallEnd()]
@@ -151,25 +153,6 @@ class CallReader:
 def not_offered(name: str) -> str:
     """Say that no tool of this ``name`` was offered."""
     return f"no tool {name[:MAX_NAME]!r} was offered"
-
-
-def parsed_json(text: str) -> Any:
-    """Parse JSON. Raises ValueError also for NaN, infinities and what is nested too deep."""
-    try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
-    except RecursionError:
-        raise ValueError("nested too deep") from None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"{text} is too large")
-    return value
 
 
 def _name_of(tool: Mapping[str, Any]) -> Any:

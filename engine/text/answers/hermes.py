@@ -14,8 +14,8 @@ from engine.text.answers.calls import (
     CallReader,
     State,
     not_offered,
-    parsed_json,
 )
+from engine.text.json_text import read_json
 
 _BEFORE_ARGUMENTS = re.compile(
     r'\s*\{\s*"name"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
@@ -47,7 +47,7 @@ class HermesReader(CallReader):
         left = text[end:]
         written = "".join(self._pieces)
         try:
-            call = parsed_json(written)
+            call = read_json(written)
         except ValueError:
             return self._fail(NOT_JSON, left)
         name, arguments = _call_of(call, written)
@@ -124,13 +124,13 @@ def _call_of(call: Any, written: str) -> tuple[str | None, str | None]:
     end = None if found is None else Nesting().end(written[found.end() :])
     if found is not None and end is not None:
         as_written = written[found.end() : found.end() + end]
-        if parsed_json(as_written) == arguments:
+        if read_json(as_written) == arguments:
             return name, as_written
     return name, json.dumps(arguments, ensure_ascii=False)
 
 
 def _is_object(text: str) -> bool:
     try:
-        return isinstance(parsed_json(text), dict)
+        return isinstance(read_json(text), dict)
     except ValueError:
         return False

@@ -15,9 +15,9 @@ from engine.text.answers.calls import (
     CallReader,
     State,
     not_offered,
-    parsed_json,
 )
 from engine.text.answers.marks import MarkSearch
+from engine.text.json_text import read_json
 
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
@@ -181,7 +181,7 @@ def _as_json(text: str, types: frozenset[str]) -> str:
     ):
         return "null" if lowered in ("null", "none") else lowered
     try:
-        value = parsed_json(plain)
+        value = read_json(plain)
     except ValueError:
         return json.dumps(text, ensure_ascii=False)
     if "string" in types and not _kinds(value) & types:

@@ -36,7 +36,6 @@ from hybridcache.export.sglang.states import Offer, RequestStates
 from hybridcache.export.sglang.views import RowView, to_host
 from hybridcache.hybrid import HybridRadixCache, Receipt
 from hybridcache.kv_only import PathPart
-from hybridcache.results import PrefixMatch
 from hybridcache.tokens import Indices, Tokens
 
 
@@ -96,10 +95,10 @@ class HybridRadixBackend(BasePrefixCache):
         found = self._cache.match(prompt, namespace_of(key.extra_key, key.cache_salt))
         branch = None
         if self._states is not None:
+            if params.cow_mamba and found.checkpoint is not None:
+                found = self._states.resume(self._cache, req, prompt, found)
             if self._states.extra_buffer:
                 branch = branch_position(self._cache, prompt, found, self._grid)
-            if params.cow_mamba and found.checkpoint is not None:
-                found = self._copy_on_write(self._states, req, found, found.checkpoint)
         if req is None:
             self._cache.touch(found)
         else:
@@ -112,23 +111,6 @@ class HybridRadixBackend(BasePrefixCache):
             best_match_node=handle,
             mamba_branching_seqlen=branch,
             full_kv_hit_length=min(found.kv_len, len(prompt) - 1),
-        )
-
-    def _copy_on_write(
-        self, states: RequestStates, req: Any, found: PrefixMatch, checkpoint: int
-    ) -> PrefixMatch:
-        """``found`` with a slot of the request's own for its state, or nothing found."""
-        receipt = self._cache.lock(found.node)
-        copied = states.copy_on_write(self._cache, req, checkpoint)
-        self._cache.unlock(receipt)
-        if copied:
-            return found
-        return found._replace(
-            cached_len=0,
-            checkpoint=None,
-            losses=found.losses._replace(refused=found.cached_len),
-            node=None,
-            resumed=None,
         )
 
     def touch_prefix(self, key: Any) -> None:

@@ -33,7 +33,7 @@ def is_fork(cache: HybridRadixCache, prompt: Tokens, match: PrefixMatch) -> bool
     """Whether others went on where ``prompt`` leaves what was seen. O(tokens below
     ``match.node``)."""
     tree = cache._tree
-    node = match.node or tree.roots.get(match.namespace)
+    node = match.node or tree.find_root(match.namespace)
     if node is None:
         return False
     node, inside, end = tree.walk(node, prompt[node.end :])

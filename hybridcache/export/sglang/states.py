@@ -18,6 +18,8 @@ import torch
 from hybridcache.core.make_room import make_room_for_slot
 from hybridcache.export.sglang.views import RowView, SlotView
 from hybridcache.hybrid import HybridRadixCache
+from hybridcache.results import PrefixMatch, losses_of
+from hybridcache.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +53,43 @@ class RequestStates:
             slot = allocator.alloc(1)
         return slot
 
-    def copy_on_write(self, cache: HybridRadixCache, req: Any, checkpoint: int) -> bool:
-        """Give ``req`` a live slot, to be written with ``checkpoint``'s state before its forward.
-        False: there is none. The checkpoint's node is locked."""
-        if not req.kv.holds_mamba:
+    def resume(
+        self, cache: HybridRadixCache, req: Any, prompt: Tokens, found: PrefixMatch
+    ) -> PrefixMatch:
+        """Give ``req`` a live slot and have the state it resumes from copied there before its
+        forward. Returns the match to resume from.
+
+        That is ``found``, a match of ``prompt`` with a checkpoint. If the only slot to be had is
+        that of ``found.checkpoint``, the request takes it and resumes from the next shallower
+        checkpoint; without any slot it starts from zero. ``losses.refused`` counts the difference.
+        O(len(prompt)).
+        """
+        receipt = cache.lock(found.node)
+        slot = None if req.kv.holds_mamba else self.take_slot(cache)
+        cache.unlock(receipt)
+        match = found
+        if slot is None and not req.kv.holds_mamba:
             slot = self.take_slot(cache)
-            if slot is None:
-                return False
+            now = cache.match(prompt, found.namespace)
+            if slot is None or now.checkpoint is None:
+                now = now._replace(cached_len=0, checkpoint=None, node=None, resumed=None)
+            match = found._replace(
+                cached_len=now.cached_len,
+                kv_len=now.kv_len,
+                checkpoint=now.checkpoint,
+                losses=losses_of(found, now.cached_len),
+                node=now.node,
+                resumed=now.resumed,
+            )
+        if match.checkpoint is None:
+            if slot is not None:
+                self._pool.mamba_allocator.free(slot)
+            return match
+        if slot is not None:
             req.kv.mamba_pool_idx = slot[0]
-        req.kv.mamba_cow_src_index = self._slots.tensor(checkpoint)
+        req.kv.mamba_cow_src_index = self._slots.tensor(match.checkpoint)
         req.kv.mamba_needs_clear = False
-        return True
+        return match
 
     def offer_running(self, cache: HybridRadixCache, req: Any, num_tokens: int) -> Offer | None:
         """The state that a running request parts with after a chunk; None: there is none, or no

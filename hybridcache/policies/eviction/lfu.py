@@ -31,4 +31,4 @@ class LFU(ScorePolicy):
 
     def evicted(self, item: Item, score: Score) -> None:
         assert isinstance(score, float)
-        self.age = score
+        self.age = max(self.age, score)

@@ -1,4 +1,4 @@
-"""Least recently used first: the default, and the base line of every study."""
+"""Least recently used first: the base line of every study."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 
-from hybridcache.policies.protocol import Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 Entry = tuple[int, int, Item]
 """(last use when entered, serial, item): what candidates are ordered by."""
 
 
-class LRU:
+class LRU(EvictionPolicy):
     """Least recently used first, over both kinds; ties go in order of creation.
 
     ``touch`` does nothing: an item only ever grows younger, so an entry that has become too old is
     put in its place when it comes to the front. ``discard`` only unmarks. Amortised O(log n) each,
     O(1) in order of use.
 
-    Any class with these five methods is a policy; ``CacheConfig(eviction=Class)`` uses one of your
-    own. This one is the default and called ten times a request, so it keeps the tiers of
-    ``policies.tiers`` itself.
+    Called ten times a request, so it keeps the priority classes of ``policies.tiers`` itself.
     """
 
     orders_tiers = False
@@ -53,12 +51,6 @@ class LRU:
 
     def discard(self, item: Item, evicted: bool) -> None:
         item.memo = None
-
-    def touch(self, item: Item) -> None:
-        """Nothing to do: see above."""
-
-    def missed(self, item: Item) -> None:
-        """Recency does not learn from ghosts."""
 
     def candidates(self) -> Iterator[Item]:
         """All it holds, in no order. O(n)."""

@@ -52,9 +52,6 @@ class Marconi(EvictionPolicy):
         if item not in self._dead:
             self._columns[item.kind].put(item, 0, item.last_used, self.worth(item))
 
-    def missed(self, item: Item) -> None:
-        """Marconi does not listen to ghosts."""
-
     def victim(self, kind: Kind | None) -> Item | None:
         """Dead KV, else the least of the checkpoints, else of leaf KV. O(candidates)."""
         if kind != "checkpoint" and self._dead:

@@ -13,7 +13,7 @@ A policy of your own, in a file of your own, named on the command line as ``modu
 from __future__ import annotations
 
 import random
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterable
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
@@ -27,7 +27,7 @@ Score = float | tuple[float, ...]
 _Entry = tuple[Score, int, Item]
 
 
-class ScorePolicy(EvictionPolicy, ABC):
+class ScorePolicy(EvictionPolicy):
     """The candidate of least ``score`` goes first; ties go in order of creation. Both kinds compare
     by the same score.
 
@@ -51,10 +51,6 @@ class ScorePolicy(EvictionPolicy, ABC):
     def evicted(self, item: Item, score: Score) -> None:
         """``item`` was this policy's victim and is gone; ``score`` was its last. For policies that
         age by it."""
-
-    def missed(self, item: Item) -> None:
-        """Called when a request would have resumed from an evicted checkpoint. Ignored by
-        default."""
 
     def add(self, item: Item) -> None:
         """Asks its score. O(log n) amortised."""
@@ -116,7 +112,7 @@ class ScorePolicy(EvictionPolicy, ABC):
         return None
 
 
-class SampledPolicy(EvictionPolicy, ABC):
+class SampledPolicy(EvictionPolicy):
     """The candidate of least ``score`` among ``sample`` drawn at random goes first: for scores that
     drift with time.
 
@@ -140,10 +136,6 @@ class SampledPolicy(EvictionPolicy, ABC):
 
     def evicted(self, item: Item) -> None:
         """``item`` was this policy's victim and is gone."""
-
-    def missed(self, item: Item) -> None:
-        """Called when a request would have resumed from an evicted checkpoint. Ignored by
-        default."""
 
     def add(self, item: Item) -> None:
         """Into the bag of its kind. O(1)."""

@@ -1,17 +1,16 @@
-"""What the structure says goes first, whatever the policy: dead KV, then superseded checkpoints,
-then the rest."""
+"""Priority classes in front of a policy: dead KV, then superseded checkpoints, then the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, candidates_of
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 
 class Tiers(EvictionPolicy):
     """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``.
-    ``rest`` is one of them, ``make`` makes the others.
+    ``dead`` and ``superseded`` may be ``rest`` itself: then they are no class of their own.
 
     - *dead*: leaf KV without a checkpoint at its end. Nothing can resume from it, so it is worth
       nothing;
@@ -24,15 +23,11 @@ class Tiers(EvictionPolicy):
     """
 
     def __init__(
-        self,
-        rest: EvictionPolicy,
-        make: Callable[[], EvictionPolicy],
-        dead_first: bool,
-        demote_superseded: bool,
+        self, rest: EvictionPolicy, dead: EvictionPolicy, superseded: EvictionPolicy
     ) -> None:
         self._rest = rest
-        self._dead = make() if dead_first else self._rest
-        self._superseded = make() if demote_superseded else self._rest
+        self._dead = dead
+        self._superseded = superseded
 
     def add(self, item: Item) -> None:
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
@@ -47,23 +42,38 @@ class Tiers(EvictionPolicy):
         tier.touch(item)
 
     def missed(self, item: Item) -> None:
-        """Both tiers are notified that hold checkpoints: the ghost may have been of either."""
+        """Notify both classes that hold checkpoints: the ghost may have been of either."""
         self._rest.missed(item)
         if self._superseded is not self._rest:
             self._superseded.missed(item)
 
+    def missed_above(self, item: Item) -> None:
+        """Notify both classes that hold checkpoints."""
+        self._rest.missed_above(item)
+        if self._superseded is not self._rest:
+            self._superseded.missed_above(item)
+
+    def below(self) -> EvictionPolicy | None:
+        """Return the same classes over the shared policies of ``rest`` and ``superseded``. Only
+        checkpoints lie in lower tiers, so dead KV needs no class."""
+        rest = self._rest.below()
+        if rest is None or self._superseded is self._rest:
+            return rest
+        superseded = self._superseded.below()
+        return None if superseded is None else Tiers(rest, rest, superseded)
+
     def candidates(self) -> Iterable[Item] | None:
-        """All that its tiers hold; None where they can not tell."""
+        """List all items of its classes, or return None if one of them cannot list its own."""
         held: list[Item] = []
         for tier in {self._rest, self._dead, self._superseded}:
-            listed = candidates_of(tier)
+            listed = tier.candidates()
             if listed is None:
                 return None
             held += listed
         return held
 
     def victim(self, kind: Kind | None) -> Item | None:
-        """Of the first tier that has one of ``kind``."""
+        """Return the victim of the first class that has one of ``kind``."""
         first: Item | None = None
         if kind != "checkpoint" and self._dead is not self._rest:
             first = self._dead.victim("kv")
@@ -73,6 +83,6 @@ class Tiers(EvictionPolicy):
 
 
 def in_tiers(policy: object) -> bool:
-    """Whether dead KV or superseded checkpoints go before what ``policy`` orders by its own
-    rule."""
+    """Return whether dead KV or superseded checkpoints go before anything that ``policy`` orders by
+    its own rule."""
     return isinstance(policy, Tiers) or (isinstance(policy, LRU) and policy.has_tiers)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from hybridcache.policies.protocol import Placed, Prefill, PrefillRule
+from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 
 DECAY = 0.99
 """Of the histogram, per prompt."""
@@ -91,7 +91,7 @@ def _needless(
     )
 
 
-class Planned(PrefillRule):
+class Planned(PlacementPolicy):
     """``count`` positions where an exact plan over the overlaps seen so far puts them.
 
     Source: Shirokikh, Nikolenko, "Sparse prefix caching" (2605.05219): a histogram of overlap
@@ -109,11 +109,14 @@ class Planned(PrefillRule):
         self._plan: tuple[int, ...] = ()
         self._gain = 1.0
 
-    def positions(self, prefill: Prefill) -> Iterator[Placed]:
-        self._observe(min(prefill.branch_len, prefill.prompt_len - 1), prefill.grid)
+    def plan(self, prefill: Prefill) -> Iterator[Placed]:
         deepest_first = [p for p in reversed(self._plan) if p <= prefill.prompt_len]
         for position in deepest_first or [prefill.prompt_len]:
             yield Placed(position, "planned")
+
+    def on_prefill(self, prefill: Prefill) -> None:
+        """Count how deep the prompt overlaps with earlier ones."""
+        self._observe(min(prefill.branch_len, prefill.prompt_len - 1), prefill.grid)
 
     def _observe(self, overlap: int, grid: int) -> None:
         depth = overlap - overlap % grid

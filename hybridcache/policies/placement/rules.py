@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill, PrefillRule
+from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill
 
 
-class Branch(PrefillRule):
+class Branch(PlacementPolicy):
     """Where this prompt leaves what was seen before: the fork that the next prompt of its kind will
     share."""
 
-    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+    def plan(self, prefill: Prefill) -> Iterable[Placed]:
         return (Placed(prefill.branch_len, "branch"),)
 
 
-class Boundary(PrefillRule):
+class Boundary(PlacementPolicy):
     """Every known boundary: ends of message parts that survive into later prompts, the deepest
     first."""
 
-    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+    def plan(self, prefill: Prefill) -> Iterable[Placed]:
         return [Placed(boundary, "boundary") for boundary in reversed(prefill.boundaries)]
 
 
-class Backoff(PrefillRule):
+class Backoff(PlacementPolicy):
     """The last ``count`` grid positions before the prompt's last token, the deepest first.
 
     One, so that the same prompt sent again hits. Each further one for a prompt cut short by up to
@@ -36,21 +36,21 @@ class Backoff(PrefillRule):
             raise ValueError(f"backoff:K needs K of at least 1 position, got {count}")
         self.count = count
 
-    def positions(self, prefill: Prefill) -> Iterator[Placed]:
+    def plan(self, prefill: Prefill) -> Iterator[Placed]:
         last = prefill.prompt_len - 1
         first = max(prefill.cached_len, last - self.count * prefill.grid)
         for position in range(last, first, -prefill.grid):
             yield Placed(position, "backoff")
 
 
-class Prompt(PrefillRule):
+class Prompt(PlacementPolicy):
     """The prompt's end, so that a prompt which goes on from it hits."""
 
-    def positions(self, prefill: Prefill) -> Iterable[Placed]:
+    def plan(self, prefill: Prefill) -> Iterable[Placed]:
         return (Placed(prefill.prompt_len, "prompt"),)
 
 
-class Every(PrefillRule):
+class Every(PlacementPolicy):
     """Each multiple of ``interval`` tokens, absolute, the deepest first."""
 
     def __init__(self, interval: int) -> None:
@@ -58,7 +58,7 @@ class Every(PrefillRule):
             raise ValueError(f"every:N needs N of at least 1 token, got {interval}")
         self.interval = interval
 
-    def positions(self, prefill: Prefill) -> Iterator[Placed]:
+    def plan(self, prefill: Prefill) -> Iterator[Placed]:
         last = prefill.prompt_len // self.interval * self.interval
         for position in range(last, prefill.cached_len, -self.interval):
             yield Placed(position, "every")
@@ -67,8 +67,8 @@ class Every(PrefillRule):
 class End(PlacementPolicy):
     """The last grid position of the finished answer, so that the next turn resumes there."""
 
-    def positions(self, prefill: Prefill) -> Iterable[Placed]:
-        """None: the prefill saves nothing."""
+    def plan(self, prefill: Prefill) -> Iterable[Placed]:
+        """Return no position: the prefill saves nothing."""
         return ()
 
     def decode_interval(self) -> int | None:
@@ -77,19 +77,20 @@ class End(PlacementPolicy):
 
 
 class Placement(PlacementPolicy):
-    """Several placement rules at once, the first most wanted; no rule: nothing is saved.
+    """Several placement rules combined, the first most wanted; without rules nothing is saved.
 
-    ``cap``: one prefill saves at most so many, the most wanted; None: all.
+    ``cap``: maximum number of checkpoints that one prefill saves, the most wanted first; None for
+    no limit. Every rule is notified of every checkpoint, whichever rule wanted it.
     """
 
     def __init__(self, rules: tuple[PlacementPolicy, ...], cap: int | None = None) -> None:
         self.rules = rules
         self.cap = cap
 
-    def positions(self, prefill: Prefill) -> list[Placed]:
+    def plan(self, prefill: Prefill) -> list[Placed]:
         placed: list[Placed] = []
         for rule in self.rules:
-            placed += rule.positions(prefill)
+            placed += rule.plan(prefill)
         return placed if self.cap is None else list(self._capped(placed, prefill, self.cap))
 
     def _capped(self, asked: list[Placed], prefill: Prefill, cap: int) -> Iterator[Placed]:
@@ -102,7 +103,7 @@ class Placement(PlacementPolicy):
                 yield placed
 
     def decode_interval(self) -> int | None:
-        """The shortest that any rule asks for; the caller rounds it up to the grid."""
+        """Return the shortest interval of any rule; the caller rounds it up to the grid."""
         shortest: int | None = None
         for rule in self.rules:
             interval = rule.decode_interval()
@@ -110,12 +111,22 @@ class Placement(PlacementPolicy):
                 shortest = interval
         return shortest
 
-    def plan(self, prefill: Prefill) -> tuple[Placed, ...]:
-        """What a caller makes of ``positions``: on the grid, in (cached_len, prompt_len], each
-        once, ascending."""
-        planned: dict[int, Placed] = {}
-        for position, label in self.positions(prefill):
-            floored = prefill.floor(position)
-            if floored is not None:
-                planned.setdefault(floored, Placed(floored, label))
-        return tuple(planned[position] for position in sorted(planned))
+    def on_prefill(self, prefill: Prefill) -> None:
+        for rule in self.rules:
+            rule.on_prefill(prefill)
+
+    def on_hit(self, item: Item) -> None:
+        for rule in self.rules:
+            rule.on_hit(item)
+
+    def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
+        for rule in self.rules:
+            rule.on_ghost_hit(item, num_tokens)
+
+    def on_saved(self, position: int, label: str) -> None:
+        for rule in self.rules:
+            rule.on_saved(position, label)
+
+    def on_dropped(self, position: int, label: str) -> None:
+        for rule in self.rules:
+            rule.on_dropped(position, label)

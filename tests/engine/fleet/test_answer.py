@@ -25,11 +25,11 @@ def test_an_answer_is_whole_on_the_other_side_and_a_step_sends_its_news() -> Non
     for output in engine.stream(RequestSpec([*range(300)], sampling)):
         sent.append(pickle.dumps(news_of(output)))
         outputs.append(output)
-    answer = Answer(outputs[0].prompt_token_ids)
+    answer = Answer("mine", outputs[0].prompt_token_ids)
     arrived = [answer.whole(pickle.loads(one)) for one in sent]
     for ours, theirs in zip(arrived, outputs, strict=True):
         assert (ours.text, ours.logprobs) == (theirs.text, theirs.logprobs)
-        assert ours.token_ids == theirs.token_ids
+        assert ours.token_ids == theirs.token_ids and ours.request_id == "mine"
         assert np.array_equal(ours.prompt_token_ids, theirs.prompt_token_ids)
     assert len(arrived[-1].text) > 100
     assert max(map(len, sent[1:])) < len(sent[0]) + 64

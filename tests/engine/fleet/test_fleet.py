@@ -215,7 +215,7 @@ def test_aborts_limits_and_bad_requests() -> None:
                 break
             await asyncio.sleep(0.02)
         assert (await replica.report(Order())).num_running == 0
-        with pytest.raises(ValueError, match="do not fit"):
+        with pytest.raises(ValueError, match="maximum context length"):
             engine.submit(asked(max_tokens=100_000))
         waiting = [engine.submit(asked(max_tokens=700)) for _ in range(2)]
         engine._waiting.update(map(str, range(CONFIG.max_queue)))

@@ -13,8 +13,8 @@ import pytest
 from engine import RequestSpec
 from engine.history.dialects import for_anthropic, for_openai
 from engine.history.explain import CAUSES, Change, Explanation, Found, How
-from engine.history.memory import Remembered
 from engine.server.explanations import Explanations
+from engine.server.tenants import Tenant
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.templates import ChatTemplate, render_chat
 from experiments.agents.scripted import ScriptedEngine
@@ -277,7 +277,9 @@ PAIRS = [
 ]  # fmt: skip
 
 
-def run(pair: Pair, namespace: str | None = None) -> tuple[Explanation | None, Explanations]:
+def run(
+    pair: Pair, namespace: str | None = None, key: int | None = 0
+) -> tuple[Explanation | None, Explanations]:
     """The second request of a pair beside the first."""
     tokenizer = ByteTokenizer()
     if pair.template is not None:
@@ -304,7 +306,7 @@ def run(pair: Pair, namespace: str | None = None) -> tuple[Explanation | None, E
             name,
             output.prompt_token_ids,
             model=model,
-            namespace=namespace,
+            tenant=Tenant(key, namespace),
             messages=body["messages"],
             size=100,
             **parts,
@@ -358,16 +360,44 @@ def test_of_a_namespace_only_hashes_are_compared_and_no_text_is_shown(pair: Pair
         getattr(open_one.parting, name) for name in ("at", "change", "how")
     )
     assert found.before is found.was is found.now is None
-    kept = explanations.memory.find("first")
+    kept = explanations.memory.get(Tenant(0, "tenant"), "first")
     assert kept is not None and kept.chat is None
     ids = set(ByteTokenizer().encode(ANSWER))
     assert not ids & set(kept.outline.tokens.tolist())
-    assert explanations.memory.get("first", "tenant") is kept
-    assert (
-        explanations.memory.get("first", "another")
-        is explanations.memory.get("first", None)
-        is None
-    )
+    assert explanations.memory.find("first") == ("first", kept)
+    others = Tenant(0, "another"), Tenant(1, "tenant"), Tenant(None, "tenant"), Tenant(0), Tenant()
+    assert all(explanations.memory.get(other, "first") is None for other in others)
+
+
+def field_left_out(chat: Chat) -> None:
+    del chat["messages"][1]["private_field"]
+
+
+PRIVATE: Chat = {
+    **BASE,
+    "messages": [BASE["messages"][0], {**BASE["messages"][1], "private_field": "x"}],
+    "variables": {"shout": True},
+}
+NAMED = [
+    messages("private field", "changed", "messages[1].private_field", field_left_out),
+    variables("left out", "removed", "shout", {"shout": True}, {}, "unavailable"),
+]
+NAMED[0].base, NAMED[0].template = PRIVATE, "{{ messages }}"
+
+
+@pytest.mark.parametrize("pair", [*PAIRS[::7], *NAMED], ids=lambda pair: pair.name)
+def test_without_a_key_nothing_is_told_that_the_later_request_does_not_say(pair: Pair) -> None:
+    """Neither text nor names; the rest is as it is with one."""
+    mine, _ = run(pair)
+    told, _ = run(pair, key=None)
+    assert mine is not None and told is not None
+    assert (told.cause, told.lost, told.shared_len) == (mine.cause, mine.lost, mine.shared_len)
+    if mine.parting is not None:
+        assert told.parting is not None and told.parting.was is None
+        assert (told.parting.at, told.parting.now) == (mine.parting.at, mine.parting.now)
+    assert not any(name in told.text for name in ("private_field", "shout"))
+    if pair in NAMED:
+        assert any(name in mine.text for name in ("private_field", "shout"))
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
@@ -376,15 +406,21 @@ def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
     none = {"messages": (), "tools": None, "variables": None}
     for number in range(10):
         asked = explanations.begin(
-            str(number), tokens[number:], model="m", namespace=None, size=100, **none
+            str(number), tokens[number:], model="m", tenant=Tenant(), size=100, **none
         )
         asked.found = Found(0, Losses(1000, 0, 0, 0, 0))
-        explanations.memory.put(asked.answer_id, Remembered(asked.outline, asked.found, asked.chat))
+        assert asked.remembered is not None
+        explanations.memory.put(asked.tenant, asked.answer_id, asked.remembered)
         explanations.memory.check()
     memory = explanations.memory
-    assert memory.find("9") is not None and memory.find("0") is None
+    last = memory.get(Tenant(), "9")
+    assert last is not None and memory.find("0") is None
     assert memory.num_bytes > 15_000
-    assert memory.nearest("9") is None, "no two of them begin the same"
+    assert memory.nearest(last) is None, "no two of them begin the same"
+    num_bytes = memory.num_bytes
+    memory.put(Tenant(), "9", last)
+    memory.check()
+    assert memory.num_bytes == num_bytes, "an id that is used again is one request"
 
 
 def test_an_answer_that_is_not_known_is_said_to_be_none() -> None:

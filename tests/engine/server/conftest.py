@@ -8,7 +8,8 @@ import json
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import httpx
@@ -37,10 +38,18 @@ class Live:
     port: int
     engine: Engine
     server: Server
+    headers: dict[str, str] = field(default_factory=dict)
+    """Sent with every request of ``post`` and ``get``."""
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @cached_property
+    def http(self) -> httpx.Client:
+        """Connections that are kept; making a client anew for each request takes longer than the
+        request."""
+        return httpx.Client(base_url=self.url, timeout=60, verify=False)
 
     @property
     def client(self) -> openai.OpenAI:
@@ -50,11 +59,16 @@ class Live:
     def async_client(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
-    def post(self, path: str, body: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=60)
+    def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
+        return self.http.post(path, json=body, headers=self.headers | headers)
 
-    def get(self, path: str) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=60)
+    def post_raw(self, path: str, payload: str) -> httpx.Response:
+        """Send JSON that ``json`` here would not write as it is."""
+        headers = self.headers | {"Content-Type": "application/json"}
+        return self.http.post(path, content=payload, headers=headers)
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return self.http.get(path, headers=self.headers | headers)
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
@@ -111,7 +125,9 @@ def serving(
 ) -> Iterator[Live]:
     """``engine`` behind a server of its own, in a thread."""
     with served.serving(engine, server_config, port) as (server, port):
-        yield Live(port, engine, server)
+        live = Live(port, engine, server)
+        yield live
+        live.http.close()
 
 
 def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any) -> Engine:

@@ -3,6 +3,7 @@ nothing is lost."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,41 +39,46 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": [-1]}, "ids must be from 0 to 319"),
     ({"prompt": [2**80]}, "ids must be from 0 to 319|flat list of token ids"),
     ({"prompt": "x" * 5000}, "shorten the prompt"),
-    ({"prompt": "x", "max_tokens": 10**9}, "lower max_tokens"),
     ({"prompt": "x", "max_tokens": 0}, "at least 1"),
-    ({"prompt": "x", "max_tokens": -5}, "'max_tokens' can not be -5"),
-    ({"prompt": "x", "max_tokens": "5"}, "'max_tokens' can not be \"5\""),
-    ({"prompt": "x", "max_tokens": 1.5}, "'max_tokens' can not be 1.5"),
-    ({"prompt": "x", "max_tokens": True}, "'max_tokens' can not be true"),
-    ({"prompt": "x", "temperature": -1}, "'temperature' can not be -1"),
-    ({"prompt": "x", "temperature": "hot"}, "'temperature' can not be \"hot\""),
-    ({"prompt": "x", "top_p": 0}, "'top_p' can not be 0"),
-    ({"prompt": "x", "top_k": -2}, "'top_k' can not be -2"),
-    ({"prompt": "x", "n": 0}, "'n' can not be 0"),
-    ({"prompt": "x", "n": 10**6}, "'n' can not be 1000000"),
-    ({"prompt": "x", "seed": "7"}, "'seed' can not be \"7\""),
+    ({"prompt": "x", "max_tokens": -5}, "'max_tokens' must be at least 0 (got -5)."),
+    ({"prompt": "x", "max_tokens": "5"}, "'max_tokens' must be a whole number (got \"5\")."),
+    ({"prompt": "x", "max_tokens": 1.5}, "'max_tokens' must be a whole number (got 1.5)."),
+    ({"prompt": "x", "max_tokens": True}, "'max_tokens' must be a whole number (got true)."),
+    ({"prompt": "x", "temperature": -1}, "'temperature' must be at least 0 (got -1)."),
+    ({"prompt": "x", "temperature": 2.1}, "'temperature' must be at most 2 (got 2.1)."),
+    ({"prompt": "x", "temperature": "hot"}, "'temperature' must be a number (got \"hot\")."),
+    ({"prompt": "x", "top_p": 0}, "'top_p' must be above 0 (got 0)."),
+    ({"prompt": "x", "top_k": -2}, "'top_k' must be at least -1 (got -2)."),
+    ({"prompt": "x", "n": 0}, "'n' must be at least 1 (got 0)."),
+    ({"prompt": "x", "n": 10**6}, "'n' must be at most 128 (got 1000000)."),
+    ({"prompt": "x", "seed": "7"}, "'seed' must be a whole number (got \"7\")."),
     ({"prompt": ["x"] * 100_000, "n": 128}, "12800000 answers at once are more than the 1024"),
-    ({"prompt": "x", "logprobs": 1000}, "'logprobs' can not be 1000"),
-    ({"prompt": "x", "stop": [""]}, "'stop.0' can not be"),
-    ({"prompt": "x", "stop": 3}, "'stop' can not be 3"),
-    ({"prompt": "x", "frequency_penalty": 9}, "'frequency_penalty' can not be 9"),
-    ({"prompt": "x", "stop_token_ids": [-1]}, "'stop_token_ids.0' can not be -1"),
+    ({"prompt": "x", "logprobs": 1000}, "'logprobs' must be at most 20 (got 1000)."),
+    ({"prompt": "x", "stop": [""]}, "'stop.0' must be text that is not empty"),
+    ({"prompt": "x", "stop": 3}, "'stop' must be text or a list (got 3)."),
+    ({"prompt": "x", "stop": ["y"] * 65}, "'stop' has 65 of them, more than 64"),
+    ({"prompt": "x", "bad_words": ["y"] * 65}, "'bad_words' must have at most 64 entries"),
+    ({"prompt": "x", "frequency_penalty": 9}, "'frequency_penalty' must be at most 2 (got 9)."),
+    ({"prompt": "x", "stop_token_ids": [-1]}, "'stop_token_ids.0' must be at least 0 (got -1)."),
     ({"prompt": "x", "max_token": 3}, "'max_token' is not a parameter of this endpoint"),
-    ({"prompt": "x", "logit_bias": {"x": 1}}, "'logit_bias.x"),
-    ({"prompt": "x", "logit_bias": {"5": 101}}, "'logit_bias.5' can not be 101"),
+    ({"prompt": "x", "logit_bias": {"x": 1}}, "'logit_bias.x' must be a token id"),
+    ({"prompt": "x", "logit_bias": {"5": 101}}, "'logit_bias.5' must be at most 100 (got 101)."),
     ({"prompt": "x", "logit_bias": {"320": 1}}, "logit_bias must hold token ids from 0 to 319"),
-    ({"prompt": "x", "allowed_token_ids": []}, "'allowed_token_ids' can not be []"),
+    ({"prompt": "x", "allowed_token_ids": []}, "'allowed_token_ids' must have at least 1 entry"),
     ({"prompt": "x", "allowed_token_ids": [9999]}, "token ids from 0 to 319"),
     (
         {"prompt": "x", "allowed_token_ids": [1], "guided_regex": "a"},
         "allowed_token_ids can not go together",
     ),
-    ({"prompt": "x", "bad_words": [""]}, "'bad_words.0' can not be"),
+    ({"prompt": "x", "bad_words": [""]}, "'bad_words.0' must be text that is not empty"),
     ({"prompt": "x", "min_tokens": 17}, "min_tokens must not be above max_tokens"),
-    ({"prompt": "x", "priority": 1}, "'priority' can not be 1"),
+    ({"prompt": "x", "priority": 1}, "'priority' must be at most 0 (got 1)."),
     ({"prompt": "x", "chat_template": "{{ x }}"}, "'chat_template' is not served here"),
-    ({"prompt": "x", "thinking_token_budget": 2**31}, "'thinking_token_budget' can not be 2147"),
-    ({"prompt": "x", "prompt_logprobs": 99}, "'prompt_logprobs' can not be 99"),
+    (
+        {"prompt": "x", "thinking_token_budget": 2**31},
+        "'thinking_token_budget' must be at most 2147483647",
+    ),
+    ({"prompt": "x", "prompt_logprobs": 99}, "'prompt_logprobs' must be at most 20 (got 99)."),
     ({"prompt": "x", "best_of": 4}, "'best_of' is not served here"),
     (
         {"prompt": "x", "stream_options": {"include": 1}},
@@ -81,12 +87,12 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
 ]
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({}, "'messages' is missing: add it."),
-    ({"messages": []}, "'messages' can not be"),
-    ({"messages": "hi"}, "'messages' can not be"),
+    ({"messages": []}, "'messages' must have at least 1 entry (got [])."),
+    ({"messages": "hi"}, "'messages' must be a list (got \"hi\")."),
     ({"messages": [{"content": "x"}]}, "'messages.0.role' is missing"),
     ({"messages": [{"role": "wizard", "content": "x"}]}, "Unexpected message role: wizard"),
     ({"messages": [{"role": "a\nb\rc", "content": "x"}]}, "Unexpected message role: a b c"),
-    ({"messages": [{"role": "user", "content": 5}]}, "'messages.0.content"),
+    ({"messages": [{"role": "user", "content": 5}]}, "'messages.0.content' must be text or a list"),
     (
         {
             "messages": [
@@ -96,15 +102,14 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         "reads text only: drop the 'image_url' part",
     ),
     ({"messages": CHAT, "top_logprobs": 3}, "'top_logprobs' needs 'logprobs'"),
-    ({"messages": CHAT, "max_tokens": 0}, "'max_tokens' can not be 0"),
-    ({"messages": CHAT, "max_completion_tokens": 10**7}, "lower max_tokens"),
+    ({"messages": CHAT, "max_tokens": 0}, "'max_tokens' must be at least 1 (got 0)."),
     (
         {"messages": CHAT, "max_tokens": 5, "max_completion_tokens": 6},
         "'max_tokens' 5 and 'max_completion_tokens' 6 are two limits of one answer: send one",
     ),
     (
         {"messages": CHAT, "response_format": {"type": "structural_tag"}},
-        "'response_format.type' can not be",
+        "'response_format.type' must be 'text', 'json_object' or 'json_schema'",
     ),
     ({"messages": CHAT, "tool_choice": "required"}, "'tool_choice' needs 'tools'"),
     (
@@ -120,7 +125,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": CHAT, "tool_choice": {"type": "function"}}, "'tool_choice.function' is missing"),
     (
         {"messages": CHAT, "tool_choice": {"type": "allowed_tools"}},
-        "'tool_choice.type' can not be \"allowed_tools\"",
+        "'tool_choice.type' must be 'function' (got \"allowed_tools\").",
     ),
     (
         {
@@ -132,7 +137,10 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"messages": CHAT, "tools": [{"type": "web_search"}]}, "of the type 'web_search' are not"),
     ({"messages": CHAT, "tools": [{"type": "function"}]}, "a 'function' with a 'name'"),
-    ({"messages": CHAT, "parallel_tool_calls": "no"}, "'parallel_tool_calls' can not be"),
+    (
+        {"messages": CHAT, "parallel_tool_calls": "no"},
+        "'parallel_tool_calls' must be true or false",
+    ),
     (
         {"messages": [{"role": "user", "content": "x", "cache_control": EPHEMERAL}] * 6},
         "in 6 places of this chat, more than 4",
@@ -231,14 +239,13 @@ def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
         (b"null", "The body"),
         (b'{"prompt": "\xff\xfe"}', "not valid UTF-8 JSON"),
         (b"\x00\x01\x02", "The body is not valid"),
-        (b"[" * 60_000, "The body is not valid"),
-        (b'{"prompt": "x", "\\ud800": 1}', 'A name in the body can not be "\\ud800"'),
-        (b'{"prompt": "x", "temperature": NaN}', "'temperature' can not be NaN"),
-        (b'{"prompt": "x", "temperature": 1e999}', "'temperature' can not be Infinity"),
-        (
-            b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}",
-            "The body is not valid|lower max_tokens",
-        ),
+        (b"[" * 60_000, "may be nested 200 deep, not deeper"),
+        (b'{"prompt": "x", "user": ' + b"[" * 200 + b"]" * 200 + b"}", "may be nested 200 deep"),
+        (b'{"prompt": "x", "\\ud800": 1}', "'\N{REPLACEMENT CHARACTER}' is not a parameter"),
+        (b'{"prompt": "x", "temperature": NaN}', "cannot be read: NaN is not a number of JSON."),
+        (b'{"prompt": "x", "user": -Infinity}', "cannot be read: -Infinity is not a number"),
+        (b'{"prompt": "x", "user": [{"a": 1e999}]}', "the number 1e999 is too large."),
+        (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "has too long a number"),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -246,9 +253,9 @@ def test_broken_bodies(live: Live, payload: bytes, message: str) -> None:
     check_error(_send(live, payload, "application/json"), 400, message)
 
 
-def test_half_a_character_is_quoted_as_a_question_mark(live: Live) -> None:
+def test_half_a_character_is_quoted_as_unreadable(live: Live) -> None:
     answer = _send(live, b'{"prompt": "x", "model": "\\ud800"}', "application/json")
-    check_error(answer, 404, "The model '?' is not served here")
+    check_error(answer, 404, "The model '\N{REPLACEMENT CHARACTER}' is not served here")
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])
@@ -294,6 +301,88 @@ def test_three_megabytes_of_prompt(live: Live, serve_oracle: Callable[..., Live]
         httpx.post(small.url + "/v1/completions", content=unannounced(), timeout=60), 413, error
     )
     small.check_conserved()
+
+
+TOO_LONG = "x" * 5000
+OVERFLOWS: list[tuple[str, dict[str, Any], str]] = [
+    ("/v1/completions", {"prompt": TOO_LONG, "max_tokens": 1}, "prompt"),
+    ("/v1/completions", {"prompt": [[65], [65] * 4096], "max_tokens": 1}, "prompt"),
+    ("/v1/completions", {"prompt": TOO_LONG, "max_tokens": 0, "echo": True}, "prompt"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": TOO_LONG}]}, "messages"),
+    ("/v1/responses", {"input": TOO_LONG}, "input"),
+    (
+        "/v1/messages",
+        {
+            "model": "builtin",
+            "max_tokens": 1,
+            "messages": [{"role": "user", "content": TOO_LONG}],
+        },
+        "messages",
+    ),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("path", "body", "param"), OVERFLOWS)
+def test_a_prompt_beyond_the_context_is_refused_as_its_clients_know_it(
+    live: Live, path: str, body: dict[str, Any], param: str, stream: bool
+) -> None:
+    """Agents shorten their history by these words, and by no others. Nothing is submitted."""
+    before = live.report()["usage"]["requests"]
+    answer = live.post(path, body | {"stream": stream})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    if path == "/v1/messages":
+        assert error["type"] == "invalid_request_error"
+        found = re.fullmatch(r"prompt is too long: (\d+) tokens > (\d+) maximum", error["message"])
+        assert found is not None and int(found[1]) > 5000 and int(found[2]) == 4095
+    else:
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert error["message"].startswith("This model's maximum context length is 4096 tokens. ")
+    assert live.report()["usage"]["requests"] == before
+
+
+LIMITS = [
+    ("/v1/completions", "max_tokens", '"finish_reason":"length"'),
+    ("/v1/chat/completions", "max_tokens", '"finish_reason":"length"'),
+    ("/v1/chat/completions", "max_completion_tokens", '"finish_reason":"length"'),
+    ("/v1/messages", "max_tokens", '"model_context_window_exceeded"'),
+    ("/v1/responses", "max_output_tokens", '"status":"incomplete"'),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("path", "name", "cut"), LIMITS)
+def test_limits_and_the_context_are_the_same_in_every_dialect(
+    say: Callable[..., Live], path: str, name: str, cut: str, stream: bool
+) -> None:
+    """What no context holds is refused; an answer whose prompt leaves it less room is cut there,
+    and says so."""
+    live = say("<think>Hm.</think>" + "x" * 5000)
+    body: dict[str, Any] = {"model": "builtin", "messages": CHAT, "stream": stream}
+    if path == "/v1/completions":
+        body = {"prompt": "x", "stream": stream}
+    elif path == "/v1/responses":
+        body = {"input": "x", "stream": stream}
+    answer = live.post(path, body | {name: 4096})
+    assert answer.status_code == 200
+    assert cut in answer.text.replace(": ", ":") and answer.text.count("x") > 3900
+    for limit in (4097, 10**6, 2**63, 10**40):
+        answer = live.post(path, body | {name: limit})
+        error = answer.json()["error"]
+        assert answer.status_code == 400
+        if path == "/v1/messages":
+            assert error["message"].startswith(f"max_tokens: {limit} > 4096, which is the maximum")
+        else:
+            assert error["message"].startswith(f"'{name}' must be at most 4096")
+            assert (error["param"], error["code"]) == (name, None)
+
+
+def test_each_prompt_of_a_batch_has_room_of_its_own(say: Callable[..., Live]) -> None:
+    live = say("x" * 5000)
+    two = {"prompt": ["x" * 4000, "x"], "max_tokens": 100}
+    lengths = live.post("/v1/completions", two).json()["usage"]["completion_tokens"]
+    assert lengths == 96 + 100
 
 
 def test_a_bad_prompt_in_a_batch_stops_all_of_it(live: Live) -> None:

@@ -98,7 +98,7 @@ NESTED: list[tuple[tuple[str, dict[str, Any]], str, Any]] = [
     (CHATS, "response_format", lambda more: {"type": "text"} | more),
     (
         MESSAGES,
-        "messages.0.content.0.text",
+        "messages.0.content.0",
         lambda more: [{"role": "user", "content": [BLOCK | more]}],
     ),
     (MESSAGES, "messages.0", lambda more: [{"role": "user", "content": "x"} | more]),
@@ -108,12 +108,14 @@ NESTED: list[tuple[tuple[str, dict[str, Any]], str, Any]] = [
         lambda more: [BLOCK | {"cache_control": {"type": "ephemeral"} | more}],
     ),
     (MESSAGES, "thinking", lambda more: {"type": "disabled"} | more),
-    (RESPONSES, "input.0.message", lambda more: [{"role": "user", "content": "x"} | more]),
+    (RESPONSES, "input.0", lambda more: [{"role": "user", "content": "x"} | more]),
     (RESPONSES, "text.format", lambda more: {"format": {"type": "text"} | more}),
 ]
 
 
-@pytest.mark.parametrize(("ask", "place", "made"), NESTED, ids=[place for _, place, _ in NESTED])
+@pytest.mark.parametrize(
+    ("ask", "place", "made"), NESTED, ids=[f"{ask[0]} {place}" for ask, place, _ in NESTED]
+)
 def test_a_null_asks_for_nothing_at_every_depth(say: Say, ask: Any, place: str, made: Any) -> None:
     """And what it does not know stays refused by its name."""
     path, body = ask
@@ -124,7 +126,7 @@ def test_a_null_asks_for_nothing_at_every_depth(say: Say, ask: Any, place: str, 
     refused = live.post(path, body | {name: made({"toolset_name": "x"})} | stream)
     assert refused.status_code == 400
     said = refused.json()["error"]["message"]
-    assert "toolset_name' is not a parameter of this endpoint" in said and place in said
+    assert f"'{place}.toolset_name' is not a parameter of this endpoint" in said
 
 
 def test_a_null_is_the_default_of_every_name(say: Say) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import socket
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,7 @@ from engine.server.logprobs import CompletionScores, for_chat
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 from engine.server.workers import LONG, Workers, give_way
 from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.json_text import read_json, write_json
 from engine.text.outputs import SampledToken
 
 from .conftest import Live
@@ -336,6 +338,238 @@ def test_whatever_is_nested_deep_is_served_or_refused(live: Live, depth: int) ->
     ):
         answer = live.post("/v1/chat/completions", body | {"max_tokens": 1})
         assert answer.status_code in (200, 400), answer.text
+
+
+WORDS = {"name": "weather", "description": "Tells it."}
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "title": "City"}}}
+EXTRA = {"a": "b", "c": [{"d": "e"}]}
+USER = {"role": "user", "content": [{"type": "text", "text": "Rain in Bonn?"}], "name": "me"}
+SAID = {"name": "weather", "arguments": '{"city": "Bonn", "days": 2.5}'}
+CALLED = {"id": "call_1", "type": "function", "function": SAID}
+RESULT = {"type": "tool_result", "tool_use_id": "t", "content": "dry"}
+EVERY_FIELD: dict[str, dict[str, Any]] = {
+    "/v1/completions": {
+        "model": "builtin",
+        "prompt": ["one", "two"],
+        "echo": True,
+        "stop": ["never", "ever"],
+        "bad_words": ["bad"],
+        "request_id": "mine",
+        "user": "me",
+        "logit_bias": {"65": 1.5},
+        "temperature": 0.5,
+    },
+    "/v1/chat/completions": {
+        "model": "builtin",
+        "messages": [
+            {"role": "system", "content": "Be brief.", "extra": EXTRA},
+            USER,
+            {"role": "assistant", "content": "Hm.", "reasoning_content": "So."},
+            {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "dry"},
+        ],
+        "tools": [{"type": "function", "function": WORDS | {"parameters": PARAMETERS}}],
+        "chat_template_kwargs": {"enable_thinking": True, "note": "x", "deep": EXTRA},
+        "metadata": {"k": "v"},
+        "stop": "never",
+        "request_id": "mine",
+        "prompt_cache_options": {"comparison_response_id": "chatcmpl-none"},
+        "top_p": 0.5,
+    },
+    "/v1/messages": {
+        "model": "builtin",
+        "system": [{"type": "text", "text": "Be brief."}],
+        "messages": [
+            {"role": "user", "content": "Rain in Bonn?"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "So.", "signature": "s"},
+                    {"type": "tool_use", "id": "t", "name": "weather", "input": EXTRA},
+                ],
+            },
+            {"role": "user", "content": [RESULT]},
+        ],
+        "tools": [WORDS | {"input_schema": PARAMETERS}],
+        "stop_sequences": ["never"],
+        "metadata": {"user_id": "me"},
+        "output_config": {"effort": "low"},
+        "diagnostics": {"previous_message_id": "msg_none"},
+        "temperature": 0.5,
+    },
+    "/v1/responses": {
+        "model": "builtin",
+        "instructions": "Be brief.",
+        "input": [
+            {"role": "user", "content": "Rain in Bonn?"},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "So."}]},
+            {"type": "function_call", "call_id": "c", **SAID},
+            {"type": "function_call_output", "call_id": "c", "output": "dry"},
+        ],
+        "tools": [{"type": "function", **WORDS, "parameters": PARAMETERS}],
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "text": {"format": {"type": "text"}, "verbosity": "low"},
+        "metadata": {"k": "v"},
+        "user": "me",
+        "prompt_cache_options": {"comparison_response_id": "resp_none"},
+        "top_p": 0.5,
+    },
+    "/tokenize": {"messages": [USER], "chat_template_kwargs": EXTRA},
+}  # fmt: skip
+"""A body of each dialect with text in every kind of place."""
+
+
+def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every text, number and name in ``value``, by the way to it; a name ends in None."""
+    if isinstance(value, dict):
+        for name, entry in value.items():
+            yield (*at, name, None), name
+            yield from places(entry, (*at, name))
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from places(entry, (*at, index))
+    elif isinstance(value, str | float):
+        yield at, value
+
+
+def changed(value: Any, at: tuple[Any, ...], new: str) -> Any:
+    """``value`` with ``new`` in this place."""
+    if not at:
+        return new
+    if at[1:] == (None,):
+        return {(new if name == at[0] else name): entry for name, entry in value.items()}
+    copy = value.copy()
+    copy[at[0]] = changed(value[at[0]], at[1:], new)
+    return copy
+
+
+def strict_json(text: str) -> list[Any]:
+    """Every JSON object of an answer; refused where a client would refuse it."""
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} in {text[:200]}")
+
+    lines = [line[6:] for line in text.splitlines() if line.startswith("data: {")]
+    found = [json.loads(line, parse_constant=refuse) for line in lines or [text]]
+    json.dumps(found, ensure_ascii=False).encode()  # no half characters
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", EVERY_FIELD)
+def test_half_a_character_is_harmless_wherever_it_stands(
+    say: Callable[..., Live], path: str, stream: bool
+) -> None:
+    """Served as U+FFFD or refused before anything is computed, and never an error of the server's;
+    what is stored can be read."""
+    live = say("Dry.")
+    body = EVERY_FIELD[path] | ({"stream": stream} if path != "/tokenize" else {})
+    body |= {"max_tokens": 2} if path in ("/v1/messages", "/v1/completions") else {}
+    assert live.post(path, body).status_code == 200
+    num_served = 0
+    for at, was in places(EVERY_FIELD[path]):
+        if isinstance(was, float):
+            continue
+        payload = json.dumps(changed(body, at, was + "\ud83d"))
+        assert r"\ud83d" in payload
+        before = live.report()["usage"]["requests"]
+        answer = live.post_raw(path, payload)
+        assert answer.status_code in (200, 400, 404), (at, answer.text)
+        [*_, last] = strict_json(answer.text)
+        assert r"\ud83d" not in answer.text
+        if answer.status_code != 200:
+            assert live.report()["usage"]["requests"] == before, at
+            continue
+        num_served += 1
+        assert '"error":{' not in answer.text.replace(" ", ""), at
+        if path == "/v1/responses":
+            stored = live.get(f"/v1/responses/{last.get('response', last)['id']}")
+            assert stored.status_code == 200 and len(strict_json(stored.text)) == 1
+    assert num_served >= 4
+
+
+@pytest.mark.parametrize("path", EVERY_FIELD)
+def test_a_number_that_no_answer_could_repeat_is_refused_at_the_door(
+    say: Callable[..., Live], path: str
+) -> None:
+    live = say("Dry.")
+    before = live.report()["usage"]["requests"]
+    for number in ("1e400", "-1e400", "NaN", "Infinity", "-Infinity"):
+        for at, _ in places(EVERY_FIELD[path]):
+            if at[-1] is not None:
+                payload = json.dumps(changed(EVERY_FIELD[path], at, "@")).replace('"@"', number)
+                answer = live.post_raw(path, payload)
+                assert answer.status_code == 400 and number in answer.text, (at, answer.text)
+    assert live.report()["usage"]["requests"] == before
+
+
+WRITTEN = r'{"city": "Bo\ud83dnn", "days": 1e400, "deep": [NaN, "\udfff"]}'
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        f'{{"name": "weather", "arguments": {WRITTEN}}}',
+        f'{{"arguments": {WRITTEN}, "name": "weather"}}',
+        f'{{"name": "we\\ud800ather", "arguments": {WRITTEN}}}',
+        r'{"arguments": {"city": "\ud800"}, "name": "\ud800"}',
+    ],
+)
+def test_what_a_model_writes_is_no_reason_for_broken_json(
+    say: Callable[..., Live], path: str, call: str, stream: bool
+) -> None:
+    live = say(f"<think>Hm.</think>\n<tool_call>\n{call}\n</tool_call>")
+    body = EVERY_FIELD[path] | {"stream": stream}
+    body |= {"max_tokens": 500} if path == "/v1/messages" else {}
+    answer = live.post(path, body)
+    assert answer.status_code == 200, answer.text
+    [*_, last] = strict_json(answer.text)
+    assert '"error":{' not in answer.text.replace(" ", "")
+    if path == "/v1/responses":
+        stored = live.get(f"/v1/responses/{last.get('response', last)['id']}")
+        assert stored.status_code == 200 and len(strict_json(stored.text)) == 1
+
+
+@pytest.mark.parametrize("depth", [50, 150, 199, 400, 700])
+def test_what_is_stored_can_be_read_however_deep_it_is(live: Live, depth: int) -> None:
+    parameters = {"type": "object", "properties": _nested(depth)}
+    tool = {"type": "function", "name": "f", "parameters": parameters}
+    for stream in (False, True):
+        body = {"input": "x", "max_output_tokens": 2, "tools": [tool], "stream": stream}
+        answer = live.post("/v1/responses", body)
+        assert answer.status_code == (200 if depth < 190 else 400), answer.text
+        if answer.status_code == 200:
+            [*_, last] = strict_json(answer.text)
+            stored = live.get(f"/v1/responses/{last.get('response', last)['id']}")
+            assert stored.json()["tools"][0]["parameters"] == parameters
+
+
+def test_a_token_without_any_chance_is_a_number() -> None:
+    score = SampledToken(65, float("-inf"), ((65, float("-inf")), (66, -1.0)))
+    for written in (
+        CompletionScores(ByteTokenizer(), 2).write([65], [score]),
+        for_chat(ByteTokenizer(), [score], 2),
+    ):
+        assert "-9999.0" in to_json(written).decode() and strict_json(to_json(written).decode())
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(st.characters(), max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner),
+)
+
+
+@given(anything)
+def test_whatever_is_written_can_be_read(value: Any) -> None:
+    """By this server and by clients, whether they take escapes or not."""
+    for text in (write_json(value), to_json(value).decode()):
+        [read] = strict_json(text)
+        assert read_json(text) == read
+        text.encode()
+    if all(isinstance(one, str) or math.isfinite(one) for _, one in places(value)):
+        assert read_json(json.dumps(value)) == read
 
 
 def test_a_body_that_never_ends_is_given_up(serve_oracle: Callable[..., Live]) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -78,6 +79,28 @@ def test_a_client_that_hangs_up_frees_what_it_held(
     assert _metrics(live)["engine_requests_total.abort"] == 1
 
 
+def test_a_client_that_hangs_up_while_it_sends_leaves_no_traceback(
+    serve_oracle: Callable[..., Live],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    live = serve_oracle()
+    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+    head = "POST {} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    framings = "Content-Length: 9999\r\n\r\n{", "Transfer-Encoding: chunked\r\n\r\n1\r\n{"
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses"):
+        for framing in framings:
+            connection = live.connect()
+            connection.sendall((head.format(path) + framing).encode())
+            while not live.server.server_state.tasks:
+                time.sleep(0.005)
+            connection.close()
+            while live.server.server_state.tasks:
+                time.sleep(0.005)
+    assert [record for record in caplog.records if record.levelname == "ERROR"] == []
+    live.check_conserved()
+
+
 def test_a_client_that_waits_in_the_queue_may_leave_too(serve_oracle: Callable[..., Live]) -> None:
     """Nothing is due to it for long, and still its place is free at once."""
     live = serve_oracle(step_s=0.005, max_running=1)
@@ -131,6 +154,7 @@ def test_a_full_queue_answers_429_and_when_to_come_back(serve_oracle: Callable[.
     live.check_conserved()
 
 
+@pytest.mark.full
 def test_a_thousand_requests_at_once(serve_oracle: Callable[..., Live]) -> None:
     """Each is answered or told to come back, some hang up, and nothing is lost."""
     live = serve_oracle(max_queue=256, num_kv_tokens=2048)

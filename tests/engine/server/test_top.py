@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("rich", reason="pip install 'hybridcache[top]' brings rich")
+pytest.importorskip("rich", reason="rich is not installed")
 
 from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""What a store must be, as plainly as it can be said: a list of what was written."""
+"""Reference of a record store: a dictionary of what was written."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ class ReferenceStore:
     """Records by id, in memory."""
 
     written: dict[int, tuple[int, bytes, bytes]] = field(default_factory=dict)
-    """All that were ever accepted: kind, meta, payload. An id may be given again only if nothing of
-    its former record can be found."""
+    """Kind, meta and payload of every record that was ever written."""
     living: set[int] = field(default_factory=set)
 
-    def append(self, number: int, kind: int, meta: bytes, payload: bytes) -> None:
-        self.written[number] = kind, meta, payload
-        self.living.add(number)
+    def write(self, record_id: int, kind: int, meta: bytes, payload: bytes) -> None:
+        assert record_id not in self.written, "an id was given twice"
+        self.written[record_id] = kind, meta, payload
+        self.living.add(record_id)
 
-    def drop(self, number: int) -> None:
-        self.living.discard(number)
+    def remove(self, record_id: int) -> None:
+        self.living.discard(record_id)
 
-    def restart(self, found: set[int], whole: set[int]) -> None:
-        """``found`` after a start; ``whole``: those that no damage touched."""
-        assert found <= set(self.written), "a record that nobody wrote"
-        assert self.living & whole <= found, "a whole record was lost"
+    def restart(self, found: set[int], damaged: set[int]) -> None:
+        """Compare with the ids ``found`` by a start, after damage to some files."""
+        assert found <= self.living, "a record that was removed, or never written"
+        assert self.living - damaged <= found, "a complete record was lost"
         self.living = set(found)

@@ -1,25 +1,39 @@
-"""What is kept on disk is found by its tokens, in this life and the next, never another's."""
+"""The disk tier: what is on disk is found by its tokens, in this life and the next, and a file
+system that fails costs what it has and nothing else."""
 
 from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections.abc import Callable, Hashable
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from engine.store.disk import Disk
+from engine.store import disk as disk_module
+from engine.store import records
+from engine.store.disk import Disk, FutureRows, Rows
 from engine.store.prefixes import Prefixes, Run, State, covering
-from engine.store.segment import SUFFIX
-from engine.store.store import SegmentStore, StoreFull
+from engine.store.records import RecordStore
+from hybridcache.tokens import Indices, Tokens
 
 ROW_BYTES, STATE_ROWS, NUM_ROWS = 16, 5, 400
-WHOSE = b"d" * 32
+FIELDS = {"weights": "ours"}
+
+Path_ = tuple[Hashable, Tokens]
 
 
-def open_disk(folder, max_bytes=1 << 20):
-    store = SegmentStore.open(folder, WHOSE, max_bytes)
-    return Disk(store, row_bytes=ROW_BYTES, state_rows=STATE_ROWS, num_rows=NUM_ROWS)
+def open_disk(
+    folder: Path, max_bytes: int = 1 << 22, clock: Callable[[], float] = lambda: 0.0
+) -> Disk:
+    store = RecordStore.open(folder, FIELDS, max_bytes)
+    return Disk(store, row_bytes=ROW_BYTES, state_rows=STATE_ROWS, num_rows=NUM_ROWS, clock=clock)
 
 
-def rows_of(path, kind="kv"):
+def rows_of(path: Path_, kind: str = "kv") -> Rows:
     """The bytes that stand for ``path``: of each token, or of the state at its end."""
     namespace, tokens = path
     marks, mark = [], hash(("n", namespace)) & 0xFFFFFF
@@ -31,31 +45,71 @@ def rows_of(path, kind="kv"):
     return np.array(marks, np.int64).view(np.uint8).reshape(-1, ROW_BYTES)
 
 
-def reader(path, num_rows, kind="kv"):
+def reader(path: Path_, num_rows: int, kind: str = "kv") -> Callable[[int, int], FutureRows]:
     data = rows_of(path, kind)[-num_rows:]
     return lambda first, end: lambda: data[first:end].copy()
 
 
-def taken(disk, rows):
+def loaded(disk: Disk, rows: Indices) -> Rows | None:
     """The bytes of ``rows``, put together."""
-    pieces = disk.take(rows)
+    pieces = disk.load(rows)
     if pieces is None:
         return None
     assert [first for first, _ in pieces] == sorted({first for first, _ in pieces})
     return np.concatenate([data for _, data in pieces])
 
 
-def random_path(choose):
+def prompt(first: int, length: int = 30) -> Path_:
+    """A prompt that shares nothing with those of another ``first``."""
+    return None, np.arange(first * 1000, first * 1000 + length, dtype=np.int32)
+
+
+def write(disk: Disk, *paths: Path_) -> None:
+    for path in paths:
+        disk.write_through("kv", path, len(path[1]), reader(path, len(path[1])))
+
+
+def on_disk(folder: Path) -> int:
+    """Bytes of all files of records, as the file system counts them."""
+    return sum(path.stat().st_blocks * 512 for path in folder.glob("*.record"))
+
+
+def settled(disk: Disk) -> Disk:
+    """``disk`` after all queued work; every count is compared with the others."""
+    disk.flush()
+    disk.check()
+    assert disk.num_bytes == disk._store.num_bytes - disk._store.other_bytes
+    return disk
+
+
+def readable(disk: Disk, *paths: Path_) -> list[bool]:
+    """Whether all of each path is on disk, with the right bytes."""
+    found = []
+    for path in paths:
+        pieces = disk.prefixes.find(*path)
+        rows = np.arange(sum(piece.num_tokens for piece in pieces), dtype=np.int32)
+        disk.bind(rows, pieces)
+        data = loaded(disk, rows) if len(rows) else None
+        assert data is None or np.array_equal(data, rows_of(path)[: len(rows)])
+        found.append(data is not None and len(rows) == len(path[1]))
+    return found
+
+
+def random_path(choose: np.random.Generator) -> Path_:
     tokens = choose.integers(0, 2, choose.integers(1, 40)).astype(np.int32)
     return (None, "tenant", ("salt", 1))[choose.integers(3)], tokens
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_are_what_was_put_whatever_was_kept_before(tmp_path, seed, monkeypatch):
-    """Random paths, kept and put, taken and forgotten, over several lives and small records."""
-    monkeypatch.setattr("engine.store.disk.MAX_RECORD_BYTES", 7 * ROW_BYTES)
+def test_rows_are_what_was_offloaded_whatever_was_written_before(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random paths, written through and offloaded, loaded and dropped, over several lives and in
+    small records."""
+    monkeypatch.setattr(disk_module, "MAX_RECORD_BYTES", 7 * ROW_BYTES)
     choose = np.random.default_rng(seed)
-    disk, free, stored = open_disk(tmp_path), list(range(NUM_ROWS)), []
+    disk, free = open_disk(tmp_path), list(range(NUM_ROWS))
+    stored: list[tuple[Indices, Rows]] = []
     for step in range(250):
         path = random_path(choose)
         known = sum(piece.num_tokens for piece in disk.prefixes.find(*path))
@@ -63,13 +117,14 @@ def test_rows_are_what_was_put_whatever_was_kept_before(tmp_path, seed, monkeypa
         action = choose.integers(6)
         if action == 0 or not stored:
             num_rows = missing + int(choose.integers(0, known + 1))
-            disk.keep("kv", path, num_rows, reader(path, num_rows))
-            disk.keep("checkpoint", path, STATE_ROWS, reader(path, STATE_ROWS, "checkpoint"))
+            disk.write_through("kv", path, num_rows, reader(path, num_rows))
+            read = reader(path, STATE_ROWS, "checkpoint")
+            disk.write_through("checkpoint", path, STATE_ROWS, read)
         if action in (1, 2) and len(free) > 60:
             kind = "kv" if action == 1 or missing else "checkpoint"
             num_rows = max(missing, 1) if kind == "kv" else STATE_ROWS
             rows = np.array([free.pop() for _ in range(num_rows)], np.int32)
-            disk.put(kind, path, rows, reader(path, num_rows, kind))
+            disk.offload(kind, path, rows, reader(path, num_rows, kind))  # type: ignore[arg-type]
             stored.append((rows, rows_of(path, kind)[-num_rows:]))
         if action in (3, 4) and stored:
             rows, data = stored.pop(int(choose.integers(len(stored))))
@@ -77,81 +132,87 @@ def test_rows_are_what_was_put_whatever_was_kept_before(tmp_path, seed, monkeypa
                 names = disk.stage(rows)
                 disk.wait(names, 10)
                 assert disk.is_staged(names) or len(names) > 1
-                assert np.array_equal(taken(disk, rows), data)
+                assert np.array_equal(loaded(disk, rows), data)
             else:
-                disk.forget(rows)
+                disk.drop(rows)
             free += rows.tolist()
         if step % 50 == 49:
-            before = dict(disk.prefixes.used)
+            before = dict(settled(disk).prefixes.used)
             disk.close()
             disk = open_disk(tmp_path)
-            assert set(before) <= set(disk.prefixes.used), "what was kept is found"
+            assert set(before) <= set(disk.prefixes.used), "what was written is found"
             for number in list(disk.prefixes.used):
                 path = disk.prefixes.path(number)
                 kind = "checkpoint" if isinstance(disk.prefixes.used[number], State) else "kv"
-                pieces = disk.keep(kind, path, 1, lambda *_: pytest.fail("it was kept already"))
+                pieces = disk.write_through(kind, path, 1, lambda *_: pytest.fail("it was there"))
                 rows = np.arange(sum(piece.num_tokens for piece in pieces), dtype=np.int32)
                 disk.bind(rows, pieces)
-                assert np.array_equal(taken(disk, rows), rows_of(path, kind)[-len(rows) :])
+                assert np.array_equal(loaded(disk, rows), rows_of(path, kind)[-len(rows) :])
             stored, free = [], list(range(NUM_ROWS))
     disk.close()
 
 
-def test_what_no_row_points_into_makes_room_the_oldest_first(tmp_path):
+def test_records_without_rows_make_room_the_oldest_first(tmp_path: Path) -> None:
     disk = open_disk(tmp_path, max_bytes=1 << 16)
-    paths = [(None, np.full(200, number, np.int32)) for number in range(16)]
+    paths = [prompt(number, 200) for number in range(16)]
     pinned = np.arange(200, dtype=np.int32)
-    disk.put("kv", paths[0], pinned, reader(paths[0], 200))
+    disk.offload("kv", paths[0], pinned, reader(paths[0], 200))
     for path in paths[1:]:
-        disk.keep("kv", path, 200, reader(path, 200))
+        write(disk, path)
         disk.touch(*paths[1])
     found = [bool(disk.prefixes.find(*path)) for path in paths]
     assert found[0] and found[1] and found[15], "pinned, used, newest"
     assert not all(found) and disk.num_skipped == 0
-    assert np.array_equal(taken(disk, pinned), rows_of(paths[0]))
+    disk = settled(disk)
+    assert on_disk(tmp_path) <= disk.num_bytes <= 1 << 16
+    assert np.array_equal(loaded(disk, pinned), rows_of(paths[0]))
     disk.close()
 
 
-def test_a_disk_that_takes_no_more_is_no_disk(tmp_path, monkeypatch):
-    disk = open_disk(tmp_path)
-    path = (None, np.arange(30, dtype=np.int32))
-
-    def full(*_):
-        raise StoreFull("no space")
-
-    monkeypatch.setattr(disk._store, "append", full)
-    rows = np.arange(30, dtype=np.int32)
-    disk.put("kv", path, rows, reader(path, 30))
-    disk.flush()
-    assert taken(disk, rows) is None and not len(disk.prefixes) and disk.num_bytes == 0
-    assert disk.keep("kv", path, 30, reader(path, 30)) == []
+@pytest.mark.parametrize("rows", [7, 60, 3000])
+def test_never_more_bytes_than_given_whatever_the_records_are(tmp_path: Path, rows: int) -> None:
+    """Also while records come and go: a removal is carried out before the write it makes room
+    for."""
+    disk, choose = open_disk(tmp_path, max_bytes=1 << 18), np.random.default_rng(rows)
+    for number in range(120):
+        write(disk, prompt(number, int(choose.integers(1, rows + 1))))
+        if number % 10 == 0:
+            disk.flush()
+            assert on_disk(tmp_path) <= 1 << 18
+    assert disk.num_skipped == 0 and disk.num_errors == 0
+    disk = settled(disk)
+    assert on_disk(tmp_path) <= disk.num_bytes <= 1 << 18
+    assert on_disk(tmp_path) > 1 << 17 or rows == 7
     disk.close()
 
 
-def test_a_damaged_record_is_not_read_and_takes_what_hangs_on_it_along(tmp_path):
+def test_a_damaged_record_is_not_read_and_takes_its_descendants_along(tmp_path: Path) -> None:
     disk = open_disk(tmp_path)
     path = (None, np.arange(30, dtype=np.int32))
-    first = (None, path[1][:20])
-    disk.keep("kv", first, 20, reader(first, 20))
+    first, other = (None, path[1][:20]), prompt(7)
+    write(disk, first, other)
     rows = np.arange(10, dtype=np.int32)
-    disk.put("kv", path, rows, reader(path, 10))
+    disk.offload("kv", path, rows, reader(path, 10))
     disk.flush()
-    for file in tmp_path.glob(f"*{SUFFIX}"):
+    for file in tmp_path.glob("*.record"):
         raw = bytearray(file.read_bytes())
-        place = raw.index(rows_of(first)[7].tobytes())
-        raw[place] ^= 1
-        file.write_bytes(raw)
+        place = raw.find(rows_of(first)[7].tobytes())
+        if place >= 0:
+            raw[place] ^= 1
+            file.write_bytes(raw)
     upper = np.arange(50, 70, dtype=np.int32)
     disk.bind(upper, covering(disk.prefixes.find(*first), 0, 20))
-    assert taken(disk, upper) is None and taken(disk, rows) is None and not len(disk.prefixes)
+    assert loaded(disk, upper) is None and loaded(disk, rows) is None
+    assert readable(settled(disk), first, path, other) == [False, False, True]
+    assert len(list(tmp_path.glob("*.record"))) == 1
     disk.close()
 
 
-def test_a_run_hangs_where_its_parent_leaves_it():
+def test_a_run_starts_where_it_leaves_its_parent() -> None:
     prefixes = Prefixes()
     upper = Run(0, 0, np.array([1, 2, 3, 4], np.int32), "n")
     assert prefixes.add(1, upper) and not prefixes.add(2, upper)
-    assert not prefixes.add(2, Run(1, 2, np.array([3], np.int32), "n")), "the run itself goes on so"
+    assert not prefixes.add(2, Run(1, 2, np.array([3], np.int32), "n")), "the parent's own token"
     assert not prefixes.add(2, Run(1, 5, np.array([3], np.int32), "n")), "past its end"
     assert not prefixes.add(2, Run(1, 2, np.array([9], np.int32), "m")), "another namespace"
     assert prefixes.add(2, Run(1, 2, np.array([9, 8], np.int32), "n"))
@@ -160,22 +221,288 @@ def test_a_run_hangs_where_its_parent_leaves_it():
     pieces = prefixes.find(*path)
     assert pieces == [(1, 0, 2), (2, 0, 2)] and prefixes.state(pieces, 4) == 3
     assert covering(pieces, 1, 3) == [(1, 1, 1), (2, 0, 1)]
-    assert prefixes.path(3)[1].tolist() == [1, 2, 9, 8] and prefixes.below(1) == [1, 2, 3]
+    assert prefixes.path(3)[1].tolist() == [1, 2, 9, 8] and prefixes.descendants(1) == [1, 2, 3]
     assert list(prefixes.used) == [3, 2, 1] and prefixes.is_leaf(3) and not prefixes.is_leaf(2)
 
 
-def test_a_folder_that_may_take_less_than_before_is_cut_down_at_the_start(tmp_path):
+def test_a_folder_that_may_take_less_than_before_is_cut_down_at_the_start(tmp_path: Path) -> None:
     disk = open_disk(tmp_path, max_bytes=1 << 18)
-    for number in range(40):
-        path = (None, np.full(200, number, np.int32))
-        disk.keep("kv", path, 200, reader(path, 200))
+    write(disk, *(prompt(number, 200) for number in range(40)))
     disk.close()
-    disk = open_disk(tmp_path, max_bytes=1 << 16)
+    disk = settled(open_disk(tmp_path, max_bytes=1 << 16))
+    assert on_disk(tmp_path) <= disk.num_bytes <= 1 << 16
+    assert readable(disk, prompt(39, 200), prompt(0, 200)) == [True, False]
+    disk.close()
+
+
+class FailingSystem:
+    """Lets a call of the disk thread fail while ``number`` is set, and counts how often."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, call: str, where: object = os) -> None:
+        self.number: int | None = None
+        self.count = 0
+        real = getattr(where, call)
+
+        def attempt(*args: object, **options: object) -> object:
+            if self.number is None or threading.current_thread().name != "disk":
+                return real(*args, **options)
+            self.count += 1
+            raise OSError(self.number, os.strerror(self.number))
+
+        monkeypatch.setattr(where, call, attempt)
+
+
+@pytest.mark.parametrize(
+    ("call", "number"),
+    [
+        ("writev", errno.ENOSPC),
+        ("writev", errno.EIO),
+        ("rename", errno.EIO),
+        ("open", errno.EMFILE),
+        ("open", errno.EACCES),
+        ("open", errno.EROFS),
+    ],
+)
+def test_a_record_that_cannot_be_written_is_not_believed_and_writing_resumes_later(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    call: str,
+    number: int,
+) -> None:
+    now = [0.0]
+    disk = open_disk(tmp_path, clock=lambda: now[0])
+    before, lost, skipped, later = (prompt(place) for place in range(4))
+    write(disk, before)
     disk.flush()
-    assert sum(file.stat().st_size for file in tmp_path.glob(f"*{SUFFIX}")) <= 1 << 16
-    newest = (None, np.full(200, 39, np.int32))
-    assert disk.prefixes.find(*newest) and not disk.prefixes.find(None, np.zeros(200, np.int32))
-    rows = np.arange(200, dtype=np.int32)
-    disk.put("kv", newest, rows, lambda *_: pytest.fail("it was kept"))
-    assert np.array_equal(taken(disk, rows), rows_of(newest))
+    system = FailingSystem(monkeypatch, call)
+    system.number = number
+    rows = np.arange(30, dtype=np.int32)
+    disk.offload("kv", lost, rows, reader(lost, 30))
+    settled(disk)
+    assert disk.has_lost_rows and disk.is_lost(rows) and not disk.prefixes.find(*lost)
+    assert not disk.is_writable and disk.num_errors == 1 and os.strerror(number) in disk.problem
+    assert os.strerror(number) in caplog.text
+    write(disk, skipped)
+    assert disk.num_skipped == 1 and system.count == 1, "the disk is left alone for a while"
+    now[0] = disk_module.RETRY_S
+    assert disk.is_writable and disk.problem is not None, "it is to be tried again"
+    write(disk, skipped)
+    assert settled(disk).num_errors == 2 and not disk.is_writable
+    now[0] *= 2
+    system.number = None
+    write(disk, later)
+    assert settled(disk).problem is None and disk.is_writable
+    assert readable(disk, before, lost, skipped, later) == [True, False, False, True]
+    disk.close()
+    disk = open_disk(tmp_path)
+    assert readable(disk, before, lost, skipped, later) == [True, False, False, True]
+    disk.close()
+
+
+def test_a_payload_that_never_comes_from_the_device_is_not_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lost() -> Rows:
+        raise RuntimeError("the device is gone")
+
+    disk = open_disk(tmp_path)
+    disk.write_through("kv", prompt(0), 30, lambda *_: lost)
+    write(settled(disk), prompt(1))
+    assert readable(disk, prompt(0), prompt(1)) == [False, True]
+    assert "the device is gone" in caplog.text
+    disk.close()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPERM, errno.EROFS])
+def test_files_that_cannot_be_removed_count_and_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    now, limit = [0.0], 1 << 16
+    disk = open_disk(tmp_path, limit, clock=lambda: now[0])
+    system = FailingSystem(monkeypatch, "unlink")
+    system.number = number
+    for place in range(60):
+        write(disk, prompt(place, 200))
+        now[0] += disk_module.RETRY_S / 5
+        settled(disk)
+        assert on_disk(tmp_path) <= disk.num_bytes <= limit, "more bytes than given"
+    assert 0 < system.count == disk.num_errors and os.strerror(number) in caplog.text
+    assert "remove a record" in disk.problem
+    system.number = None
+    now[0] += disk_module.RETRY_S
+    write(disk, prompt(99, 200))
+    assert settled(disk).problem is None and readable(disk, prompt(99, 200)) == [True]
+    known = len(disk.prefixes)
+    write(disk, *(prompt(place, 200) for place in range(100, 120)))
+    settled(disk)
+    assert not disk._unwanted, "the files that stayed are the first to make room"
+    assert len(disk.prefixes) >= known
+    disk.close()
+    disk = open_disk(tmp_path, limit)
+    assert readable(disk, prompt(119, 200)) == [True]
+    settled(disk).close()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ESTALE])
+def test_a_record_that_cannot_be_read_is_not_believed_and_is_left_for_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    disk = open_disk(tmp_path)
+    path, longer, other = (None, prompt(0)[1][:20]), prompt(0), prompt(1)
+    write(disk, path, longer, other)
+    settled(disk)
+    system = FailingSystem(monkeypatch, "open")
+    system.number = number
+    rows = np.arange(30, dtype=np.int32)
+    disk.bind(rows, disk.prefixes.find(*longer))
+    staged = disk.stage(rows)
+    disk.wait(staged, 10)
+    assert not disk.is_staged(staged), "a loss is handled first"
+    disk.settle()
+    assert disk.has_lost_rows and disk.is_lost(rows) and loaded(disk, rows) is None
+    assert disk.num_errors >= 1 and os.strerror(number) in caplog.text and disk.is_writable
+    system.number = None
+    assert readable(settled(disk), path, longer, other) == [False, False, True]
+    assert len(list(tmp_path.glob("*.record"))) == 3
+    disk.close()
+    disk = open_disk(tmp_path)
+    assert readable(settled(disk), path, longer, other) == [True, True, True]
+    disk.close()
+
+
+def test_a_folder_that_is_deleted_costs_its_records(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    disk = open_disk(folder)
+    write(disk, prompt(0), prompt(1))
+    settled(disk)
+    shutil.rmtree(folder)
+    assert readable(disk, prompt(0)) == [False]
+    write(disk, prompt(2))
+    assert readable(settled(disk), prompt(2)) == [False] and not disk.is_writable
+    successor = open_disk(folder)
+    write(successor, prompt(3))
+    assert not disk.is_writable
+    assert settled(successor).num_bytes == sum(successor._sizes.values())
+    disk.close()
+    assert readable(successor, prompt(3)) == [True]
+    successor.close()
+
+
+def test_a_sync_that_fails_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = open_disk(tmp_path)
+    write(disk, prompt(0))
+    system = FailingSystem(monkeypatch, "sync_file_system", records)
+    system.number = errno.EIO
+    disk.close()
+    assert disk.num_errors == 1
+    assert "sync the folder" in caplog.text and "Input/output error" in caplog.text
+
+
+def test_nothing_that_was_cleared_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = open_disk(tmp_path)
+    write(disk, prompt(0), prompt(1))
+    disk.flush()
+    order: list[str] = []
+    unlink, sync = os.unlink, records.sync_file_system
+    monkeypatch.setattr(os, "unlink", lambda *a, **k: (order.append("unlink"), unlink(*a, **k)))
+    monkeypatch.setattr(
+        records, "sync_file_system", lambda file: (order.append("sync"), sync(file))
+    )
+    disk.clear()
+    settled(disk)
+    assert order[:3] == ["unlink", "unlink", "sync"] and not list(tmp_path.glob("*.record"))
+    disk.close()
+
+
+class HungReads:
+    """The file system does not answer reads until ``responds`` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.responds = threading.Event()
+        read = RecordStore.read
+
+        def hang(store: RecordStore, record_id: int, out: memoryview) -> bool:
+            assert self.responds.wait(60)
+            return read(store, record_id, out)
+
+        monkeypatch.setattr(RecordStore, "read", hang)
+        monkeypatch.setattr(disk_module, "DEADLINE_S", 0.02)
+        monkeypatch.setattr(disk_module, "CLOSE_DEADLINE_S", 0.05)
+        self._monkeypatch = monkeypatch
+
+    def heal(self) -> None:
+        self._monkeypatch.setattr(disk_module, "DEADLINE_S", 60)
+        self._monkeypatch.setattr(disk_module, "CLOSE_DEADLINE_S", 60)
+        self.responds.set()
+
+
+def test_nobody_waits_for_a_file_system_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = open_disk(tmp_path)
+    write(disk, prompt(0), prompt(1))
+    settled(disk)
+    system = HungReads(monkeypatch)
+    monkeypatch.setattr(disk_module, "MAX_PENDING_BYTES", 600)
+    rows = np.arange(30, dtype=np.int32)
+    disk.bind(rows, disk.prefixes.find(*prompt(0)))
+    assert loaded(disk, rows) is None, "not staged, and given up"
+    assert disk.is_hung and disk.is_detached and "has not responded" in disk.problem
+    assert not disk.is_writable and "does not respond" not in caplog.text
+    disk.bind(rows, disk.prefixes.find(*prompt(1)))
+    assert disk.is_lost(rows) and disk.is_staged(disk.stage(rows)) is False
+    disk.has_lost_rows = False
+    assert disk.is_staged(disk.stage(rows)) and loaded(disk, rows) is None
+    more = np.arange(30, 60, dtype=np.int32)
+    disk.offload("kv", prompt(2), more, reader(prompt(2), 30))
+    assert disk.num_skipped == 1 and not disk.flush(), "told, and not waited for"
+    system.heal()
+    assert disk.flush() and not disk.is_hung
+    disk.is_detached = False
+    assert readable(settled(disk), prompt(0), prompt(1)) == [True, True]
+    disk.close()
+
+
+def test_an_offload_waits_for_a_slow_disk_and_not_for_one_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = open_disk(tmp_path)
+    monkeypatch.setattr(disk_module, "MAX_PENDING_BYTES", 2000)
+    monkeypatch.setattr(disk_module, "DEADLINE_S", 0.02)
+    responds, write_record = threading.Event(), RecordStore.write
+
+    def hang(store: RecordStore, *args: object) -> None:
+        assert responds.wait(60)
+        write_record(store, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RecordStore, "write", hang)
+    for place in range(8):
+        rows = np.arange(30 * place, 30 * place + 30, dtype=np.int32)
+        disk.offload("kv", prompt(place), rows, reader(prompt(place), 30))
+    assert disk.num_skipped > 0 and disk.is_hung
+    monkeypatch.setattr(disk_module, "DEADLINE_S", 60)
+    responds.set()
+    assert disk.flush()
+    assert sum(readable(settled(disk), *(prompt(place) for place in range(8)))) >= 2
+    disk.close()
+
+
+def test_a_file_system_that_hangs_does_not_keep_the_engine_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    disk = open_disk(tmp_path)
+    write(disk, prompt(0))
+    settled(disk)
+    system = HungReads(monkeypatch)
+    rows = np.arange(30, dtype=np.int32)
+    disk.bind(rows, disk.prefixes.find(*prompt(0)))
+    disk.stage(rows)
+    disk.close()
+    assert "does not respond" in caplog.text
+    system.heal()
     disk.close()

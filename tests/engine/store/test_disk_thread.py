@@ -11,32 +11,48 @@ from engine.store.disk_thread import DiskThread
 
 def test_what_somebody_waits_for_goes_first_and_idle_work_last() -> None:
     thread, begin, done = DiskThread(), Event(), list[str]()
-    thread.do(begin.wait)
+    thread.run_later(begin.wait)
     thread.when_idle(lambda: done.append("idle"))
-    thread.do(lambda: done.append("written"))
-    urgent = thread.do(lambda: done.append("read"), urgent=True)
+    thread.run_later(lambda: done.append("written"))
+    urgent = thread.submit(lambda: done.append("read"), urgent=True)
     begin.set()
     urgent.result()
-    thread.do(lambda: None).result()
+    thread.submit(lambda: None).result()
     while len(done) < 3:
-        thread.do(lambda: None).result()
+        thread.submit(lambda: None).result()
     assert done == ["read", "written", "idle"]
-    thread.close()
+    assert thread.close(10)
 
 
 def test_an_end_does_what_is_left_and_leaves_idle_work_out() -> None:
     thread, begin, done = DiskThread(), Event(), list[str]()
-    thread.do(begin.wait)
+    thread.run_later(begin.wait)
     thread.when_idle(lambda: done.append("idle"))
-    thread.do(lambda: done.append("written"))
+    thread.run_later(lambda: done.append("written"))
     begin.set()
-    thread.close()
+    assert thread.close(10)
     assert done == ["written"]
 
 
 def test_what_goes_wrong_is_raised_where_it_is_waited_for() -> None:
     thread = DiskThread()
     with pytest.raises(ZeroDivisionError):
-        thread.do(lambda: 1 // 0).result()
-    assert thread.do(lambda: 1).result() == 1
-    thread.close()
+        thread.submit(lambda: 1 // 0).result()
+    assert thread.submit(lambda: 1).result() == 1
+    assert thread.close(10)
+
+
+def test_what_goes_wrong_where_nobody_waits_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    thread = DiskThread()
+    thread.run_later(lambda: 1 // 0)
+    assert thread.submit(lambda: 1).result() == 1 and "ZeroDivisionError" in caplog.text
+    assert thread.close(10)
+
+
+def test_a_job_that_hangs_is_seen_and_left_behind() -> None:
+    thread, responds = DiskThread(), Event()
+    assert thread.busy_s == 0
+    thread.run_later(responds.wait)
+    assert not thread.close(0.01) and thread.busy_s > 0.01
+    responds.set()
+    assert thread.close(10) and thread.busy_s == 0

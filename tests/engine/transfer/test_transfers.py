@@ -194,7 +194,19 @@ def test_what_breaks_on_the_other_side_is_said_and_computed_here(
     monkeypatch.setattr(far._intake, "_max_model_len", 200)
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(51, 300)])
-    assert "do not fit the 200 tokens" in caplog.text
+    assert "maximum context length is 200 tokens" in caplog.text
+    settled(far)
+
+
+def test_a_prompt_that_is_refused_there_says_nothing_of_the_next(
+    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An engine that fails is left alone for a while; one that refuses a prompt is not."""
+    engine = decode_engine(port_of(far))
+    monkeypatch.setattr(far._intake, "_max_model_len", 200)
+    for number, length in ((52, 300), (53, 150)):
+        assert_same(plain, engine, [text(number, length)])
+    assert (counts_of(engine)["failed"], counts_of(engine)["prefixes"]) == (1, 1)
     settled(far)
 
 
@@ -227,7 +239,8 @@ def test_what_is_no_message_ends_the_connection_and_nothing_else(far: Engine) ->
         wire.receive()
 
 
-def test_bytes_are_reported(far: Engine) -> None:
+def test_bytes_are_reported(far: Engine, plain: Engine) -> None:
+    assert_same(plain, decode_engine(port_of(far)), [text(70, 300)])
     shown = Metrics().render(far.report()).decode()
     assert f"engine_transferred_prefixes_total {far.report().transfers['prefixes']}.0" in shown
     assert far.cache_report()["transfers"]["needed_bytes"] > 0

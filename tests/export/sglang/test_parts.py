@@ -196,14 +196,75 @@ def test_adapters_and_salts_share_nothing():
     assert names[0] is None and len(set(names)) == 4
 
 
+def waiting():
+    """A request that holds no slot yet."""
+    kv = SimpleNamespace(
+        holds_mamba=False,
+        mamba_pool_idx=None,
+        mamba_cow_src_index=None,
+        mamba_needs_clear=True,
+    )
+    return SimpleNamespace(kv=kv)
+
+
+def resume(cache, states, req, length=12):
+    """(what a prompt of ``length`` tokens found, what it resumes from)."""
+    prompt = np.arange(length, dtype=np.int32)
+    found = cache.match(prompt)
+    return found, states.resume(cache, req, prompt, found)
+
+
 def test_a_hit_gets_a_slot_of_its_own_to_be_copied_to():
     cache, _, _, states = world()
     node = publish(cache, range(10))
-    req = request(states)
-    req.kv.holds_mamba, req.kv.mamba_pool_idx = False, None
-    assert states.copy_on_write(cache, req, node.checkpoint.slot)
+    req = waiting()
+    found, resumed = resume(cache, states, req)
+    assert resumed is found and resumed.cached_len == 10
     assert int(req.kv.mamba_cow_src_index) == node.checkpoint.slot != int(req.kv.mamba_pool_idx)
     assert req.kv.mamba_needs_clear is False
+
+
+def test_a_request_with_a_slot_of_its_own_keeps_it():
+    cache, _, _, states = world()
+    publish(cache, range(10))
+    req = request(states)
+    own = int(req.kv.mamba_pool_idx)
+    found, resumed = resume(cache, states, req)
+    assert resumed is found and int(req.kv.mamba_pool_idx) == own
+
+
+@pytest.mark.parametrize("shallower", [4, None])
+def test_without_a_free_slot_a_hit_resumes_from_the_next_shallower_checkpoint(shallower):
+    """All slots are in use, and the request takes that of the checkpoint it found. Another request
+    is reading the shallower one, so that one stays."""
+    cache, _, slots, states = world(num_slots=3, extra_buffer=False)
+    other = publish(cache, range(4)) if shallower else None
+    receipt = cache.lock(other)
+    publish(cache, range(10))
+    held = [cache.allocate_slot() for _ in range(slots.num_free)]
+    req = waiting()
+    found, resumed = resume(cache, states, req)
+    assert (found.cached_len, resumed.cached_len) == (10, shallower or 0)
+    assert resumed.losses.refused == 10 - (shallower or 0)
+    assert resumed.cached_len + sum(resumed.losses) == 12
+    if shallower:
+        assert int(req.kv.mamba_cow_src_index) == resumed.checkpoint == other.checkpoint.slot
+        assert int(req.kv.mamba_pool_idx) == found.checkpoint
+    else:
+        assert resumed.checkpoint is None and req.kv.mamba_pool_idx is None
+    live = [] if req.kv.mamba_pool_idx is None else [int(req.kv.mamba_pool_idx)]
+    cache.unlock(receipt)
+    cache.check(held_tokens=0, held_slots=len(held) + len(live))
+
+
+def test_where_every_state_is_read_a_hit_starts_from_zero_and_takes_nothing():
+    cache, _, _, states = world(num_slots=1, extra_buffer=False)
+    receipt = cache.lock(publish(cache, range(10)))
+    req = waiting()
+    found, resumed = resume(cache, states, req)
+    assert (found.cached_len, resumed.cached_len, resumed.losses.refused) == (10, 0, 10)
+    assert req.kv.mamba_pool_idx is None and cache.match(np.arange(12, dtype=np.int32)) == found
+    cache.unlock(receipt)
 
 
 def test_where_every_state_is_locked_nothing_is_asserted_and_nothing_donated():
@@ -211,8 +272,7 @@ def test_where_every_state_is_locked_nothing_is_asserted_and_nothing_donated():
     req = request(states)
     node = publish(cache, range(10))
     receipt = cache.lock(node)
-    other = SimpleNamespace(kv=SimpleNamespace(holds_mamba=False))
-    assert not states.copy_on_write(cache, other, node.checkpoint.slot)
+    assert states.take_slot(cache) is None
     req.kv.mamba_last_track_seqlen = 64
     assert states.offer_running(cache, req, 70) is None
     assert req.kv.mamba_last_track_seqlen == 64, "it can still be given when the request ends"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.store import known_files
-from engine.store.known_files import NAME, recall, remember
+from engine.store import weights_digest
+from engine.store.weights_digest import NAME, load_digest, save_digest
 
 
 @pytest.fixture
@@ -17,40 +17,42 @@ def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder.mkdir()
     for name in ("a", "b"):
         (folder / f"{name}.safetensors").write_bytes(name.encode() * 100)
-    monkeypatch.setattr(known_files, "STARTED_NS", known_files.STARTED_NS + 10**15)
+    monkeypatch.setattr(weights_digest, "STARTED_NS", weights_digest.STARTED_NS + 10**15)
     return folder
 
 
 def test_it_is_known_until_something_is_touched(tmp_path: Path, weights: Path) -> None:
-    assert recall(tmp_path, weights) is None
-    remember(tmp_path, weights, "digest")
-    assert recall(tmp_path, weights) == "digest"
-    assert recall(tmp_path, tmp_path) is None, "other files"
+    assert load_digest(tmp_path, weights) is None
+    save_digest(tmp_path, weights, "digest")
+    assert load_digest(tmp_path, weights) == "digest"
+    assert load_digest(tmp_path, tmp_path) is None, "other files"
     first = weights / "a.safetensors"
     stat = first.stat()
     first.write_bytes(b"c" * 100)
     os.utime(first, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if it were the same
-    assert recall(tmp_path, weights) is None
-    remember(tmp_path, weights, "another")
-    assert recall(tmp_path, weights) == "another"
+    assert load_digest(tmp_path, weights) is None
+    save_digest(tmp_path, weights, "another")
+    assert load_digest(tmp_path, weights) == "another"
     (weights / "c.safetensors").write_bytes(b"")
-    assert recall(tmp_path, weights) is None
+    assert load_digest(tmp_path, weights) is None
 
 
 def test_what_changed_while_this_process_ran_is_not_believed(
     tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(known_files, "STARTED_NS", (weights / "a.safetensors").stat().st_mtime_ns)
-    remember(tmp_path, weights, "digest")
+    monkeypatch.setattr(
+        weights_digest, "STARTED_NS", (weights / "a.safetensors").stat().st_mtime_ns
+    )
+    save_digest(tmp_path, weights, "digest")
     assert not (tmp_path / NAME).exists()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"digest": 3}', '{"files": [], "digest": 3}'])
 def test_a_damaged_file_knows_nothing(tmp_path: Path, weights: Path, text: str) -> None:
     (tmp_path / NAME).write_text(text)
-    assert recall(tmp_path, weights) is None and recall(tmp_path, tmp_path) is None
+    assert load_digest(tmp_path, weights) is None and load_digest(tmp_path, tmp_path) is None
 
 
 def test_a_folder_that_takes_nothing_is_left(tmp_path: Path, weights: Path) -> None:
-    remember(tmp_path / "none", weights, "digest")
-    assert recall(tmp_path / "none", weights) is None
+    save_digest(tmp_path / "none", weights, "digest")
+    assert load_digest(tmp_path / "none", weights) is None

@@ -1,0 +1,125 @@
+"""Reasons why a request gets no answer, and the form in which they cross between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import msgspec
+
+
+class WireError(msgspec.Struct, frozen=True, array_like=True):
+    """A ``RequestError`` as plain data: MessagePack, JSON and pickle carry it."""
+
+    kind: str
+    message: str
+    numbers: dict[str, int] = {}
+
+
+class RequestError(RuntimeError):
+    """Base of every reason why a request gets no answer.
+
+    ``to_wire`` and ``from_wire`` keep the class, the sentence and the numbers of an error, so that
+    a client gets the same status wherever its request was refused.
+    """
+
+    kind: ClassVar[str] = "failed"
+    numbers: ClassVar[tuple[str, ...]] = ()
+    """Attributes that cross with the message."""
+
+    @staticmethod
+    def of(error: BaseException) -> RequestError:
+        """Return ``error`` as a request error: a ValueError is a request that cannot be served,
+        anything else a failure of the engine."""
+        if isinstance(error, RequestError):
+            return error
+        if isinstance(error, ValueError):
+            return InvalidRequest(str(error))
+        return StepFailed(f"{type(error).__name__}: {error}")
+
+    @staticmethod
+    def from_wire(wire: WireError) -> RequestError:
+        """Rebuild the error that ``to_wire`` described; an unknown kind becomes a failure."""
+        kind = KINDS.get(wire.kind, StepFailed)
+        error = kind.__new__(kind, wire.message)
+        vars(error).update((name, wire.numbers.get(name, 0)) for name in kind.numbers)
+        return error
+
+    def to_wire(self) -> WireError:
+        """Return the error as plain data."""
+        numbers = {name: getattr(self, name) for name in self.numbers}
+        return WireError(self.kind, str(self), numbers)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return RequestError.from_wire, (self.to_wire(),)
+
+
+class InvalidRequest(RequestError, ValueError):
+    """The request cannot be served as it is: the same request would fail again."""
+
+    kind = "invalid"
+
+
+class ContextOverflow(InvalidRequest):
+    """The prompt, or the prompt and its answer, do not fit into the context."""
+
+    kind = "context_overflow"
+    numbers = ("prompt_len", "max_tokens", "max_model_len")
+
+    def __init__(self, prompt_len: int, max_tokens: int, max_model_len: int) -> None:
+        """``max_tokens``: tokens asked for in the answer, at least 1 unless it may be empty."""
+        self.prompt_len, self.max_tokens = prompt_len, max_tokens
+        self.max_model_len = max_model_len
+        is_prompt = prompt_len + min(max_tokens, 1) > max_model_len
+        advice = "shorten the prompt" if is_prompt else "shorten the prompt or lower max_tokens"
+        answer = f" and its answer needs {max_tokens} more" if max_tokens else ""
+        super().__init__(
+            f"This model's maximum context length is {max_model_len} tokens. However, the prompt "
+            f"has {prompt_len} tokens{answer}: {advice}."
+        )
+
+
+class DuplicateId(InvalidRequest):
+    """A request with this id is still being answered."""
+
+    kind = "duplicate_id"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(
+            f"A request with the id {request_id!r} is being answered already: give each request "
+            "its own id."
+        )
+
+
+class QueueFull(RequestError):
+    """As many requests wait as may wait."""
+
+    kind = "queue_full"
+
+    def __init__(self, max_queue: int) -> None:
+        super().__init__(f"{max_queue} requests are waiting already; try again later.")
+
+
+class EngineStopped(RequestError):
+    """The engine takes no more requests, or ended before this one was done."""
+
+    kind = "stopped"
+
+
+class StepFailed(RequestError):
+    """The computation of this request broke off; others may go on."""
+
+    kind = "failed"
+
+
+KINDS: dict[str, type[RequestError]] = {
+    error.kind: error
+    for error in (
+        InvalidRequest,
+        ContextOverflow,
+        DuplicateId,
+        QueueFull,
+        EngineStopped,
+        StepFailed,
+    )
+}

@@ -1,0 +1,131 @@
+"""JSON that every reader can read: no NaN, no Infinity, no half characters, bounded nesting.
+
+Python's own module reads and writes all of these. Text that comes from a client or a model is read
+here, and answers are written here, so neither end needs to know which fields could hold them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+MAX_DEPTH = 200
+"""Lists and objects inside each other. Python's own limit depends on who calls."""
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+PIECE = 1024
+"""Lists and objects that are looked through between two pauses."""
+_HALVES = re.compile("[\ud800-\udfff]")
+_HALF_ESCAPES = (r"\ud", r"\uD")
+_OPENING = ("[", "{")
+
+
+class JSONValueError(ValueError):
+    """JSON in form, with a value that no answer could repeat; the message says which."""
+
+
+def read_json(text: str, pause: Callable[[], None] = lambda: None) -> Any:
+    """Parse ``text``. Half characters (lone surrogates, ``"\\ud800"``) become U+FFFD, in names too.
+
+    ``pause`` is called now and then while a large value is looked through. ValueError: not JSON;
+    JSONValueError: a number that is not finite, or more than ``MAX_DEPTH`` levels. O(len(text)).
+
+    >>> read_json('{"cut": "\\\\ud83d", "whole": "\\\\ud83d\\\\ude00"}')
+    {'cut': '\ufffd', 'whole': '😀'}
+    """
+    try:
+        value = json.loads(text, parse_float=_read_float, parse_constant=_refuse)
+    except RecursionError:
+        raise _too_deep() from None
+    may_have_halves = any(escape in text for escape in _HALF_ESCAPES) or has_half_characters(text)
+    if may_have_halves or sum(map(text.count, _OPENING)) > MAX_DEPTH:
+        value = _settled(value, pause)
+    return value
+
+
+def write_json(value: Any, *, compact: bool = False) -> str:
+    """Write ``value`` as JSON, whatever is in it: null for a number that is not finite, U+FFFD for
+    half a character. O(its size).
+
+    >>> write_json({"logprob": float("-inf"), "text": "\\ud800"})
+    '{"logprob": null, "text": "\ufffd"}'
+    """
+    separators = (",", ":") if compact else None
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=separators)
+    except ValueError:
+        value = _finite(value)
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=separators)
+    return whole_text(text)
+
+
+def whole_text(text: str) -> str:
+    """Return ``text`` with U+FFFD in place of half characters. O(len(text))."""
+    return text if text.isascii() else _HALVES.sub(REPLACEMENT, text)
+
+
+def has_half_characters(text: str) -> bool:
+    """Return whether ``text`` has no UTF-8 form. O(len(text))."""
+    return not text.isascii() and _HALVES.search(text) is not None
+
+
+def _read_float(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise JSONValueError(f"the number {_short(text)} is too large")
+    return value
+
+
+def _refuse(name: str) -> Any:
+    raise JSONValueError(f"{name} is not a number of JSON")
+
+
+def _too_deep() -> JSONValueError:
+    return JSONValueError(f"lists and objects may be nested {MAX_DEPTH} deep, not deeper")
+
+
+def _settled(root: Any, pause: Callable[[], None]) -> Any:
+    """Return ``root`` with half characters replaced, in place where it is a list or an object.
+    JSONValueError: it is nested too deep."""
+    holder = [root]
+    left: list[tuple[Any, int]] = [(holder, 0)]
+    num_seen = 0
+    while left:
+        value, depth = left.pop()
+        if depth > MAX_DEPTH:
+            raise _too_deep()
+        num_seen += 1
+        if num_seen % PIECE == 0:
+            pause()
+        if isinstance(value, dict):
+            if any(map(has_half_characters, value)):
+                entries = [(whole_text(name), entry) for name, entry in value.items()]
+                value.clear()
+                value.update(entries)
+            places: Any = value.items()
+        else:
+            places = enumerate(value)
+        for place, entry in places:
+            if isinstance(entry, str):
+                if not entry.isascii():
+                    value[place] = whole_text(entry)
+            elif isinstance(entry, dict | list):
+                left.append((entry, depth + 1))
+    return holder[0]
+
+
+def _finite(value: Any) -> Any:
+    """Return ``value`` with None in place of numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return value
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 20 else text[:17] + "..."

@@ -1,0 +1,394 @@
+"""Leases with everything around them: tiers, short pools, a learned placement, a router that reads
+events, arrivals, drafts, preemptions and aborts. Nothing is lost, every prompt token has one cause,
+and every planned checkpoint is either saved or dropped."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
+
+from hybridcache.arrival import Arrival
+from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.lease import Lease, LeaseRequest
+from hybridcache.policies.eviction.regret import Regret
+from hybridcache.policies.placement.learned import Learned
+from hybridcache.policies.placement.rules import Placement
+from hybridcache.policies.protocol import Placed, Prefill
+from hybridcache.policies.words import parse_placement
+from hybridcache.routing.outbox import Outbox
+from hybridcache.routing.precise import CheckpointSeconds
+from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
+from hybridcache.tokens import Tokens
+from tests.cache.test_machine import at_least
+
+ROW_BYTES = 2
+PLACEMENTS = (
+    "regret",
+    "regret",
+    "regret,every:8,cap:2",
+    "branch,boundary,backoff,end",
+    "planned:2,end",
+    "every:8",
+    "none",
+)
+ENDS = ("finish", "finish", "preempt", "abort")
+OWN_LABELS = ("decode", "preempt")
+"""Labels of checkpoints that a lease saves without a plan."""
+
+
+class Mine(Regret):
+    """A policy of the user's own."""
+
+
+class PerToken:
+    """A second for four tokens."""
+
+    def seconds(self, start: int, end: int) -> float:
+        return max(end - start, 0) / 4
+
+
+@dataclass
+class Rate:
+    """Loading saves time if a byte takes less than this."""
+
+    seconds_a_byte: float
+
+    def seconds_saved(self, cached_len, position, prompt_len, num_bytes):
+        return (position - cached_len) / 4 - self.seconds_a_byte * sum(num_bytes.values())
+
+
+class Ledger(Placement):
+    """A placement that notes what it planned and what became of it."""
+
+    def __init__(self, words: str) -> None:
+        inner = parse_placement(words)
+        super().__init__(inner.rules, inner.cap)
+        self.planned: dict[int, str] = {}
+        self.prefills = 0
+        self.saved: list[Placed] = []
+        self.dropped: list[Placed] = []
+
+    def plan(self, prefill: Prefill) -> list[Placed]:
+        wanted = super().plan(prefill)
+        self.planned = prefill.on_grid(wanted)
+        return wanted
+
+    def on_prefill(self, prefill: Prefill) -> None:
+        self.prefills += 1
+        super().on_prefill(prefill)
+
+    def on_saved(self, position: int, label: str) -> None:
+        self.saved.append(Placed(position, label))
+        super().on_saved(position, label)
+
+    def on_dropped(self, position: int, label: str) -> None:
+        self.dropped.append(Placed(position, label))
+        super().on_dropped(position, label)
+
+
+@dataclass(eq=False)
+class Running:
+    """A request with its lease, and the checkpoints that the lease planned."""
+
+    id: int
+    tokens: Tokens
+    prompt_len: int
+    lease: Lease
+    computed_len: int
+    is_counted: bool = False
+    planned: Counter[Placed] = field(default_factory=Counter)
+    settled: Counter[Placed] = field(default_factory=Counter)
+    """Planned checkpoints of which the placement has heard."""
+
+
+class LeaseMachine(RuleBasedStateMachine):
+    """Any order of verbs that an engine could have."""
+
+    @initialize(seed=st.integers(0, 10**6), words=st.sampled_from(PLACEMENTS))
+    def make(self, seed, words):
+        rng = random.Random(seed)
+        page_size, grid = rng.choice([(1, 1), (1, 4), (2, 4), (4, 4)])
+        self.step = step = max(page_size, grid)
+        self.is_hybrid = rng.random() < 0.9
+        state_bytes = rng.choice([3, 5, 8]) * step * ROW_BYTES
+        num_rows, num_slots = step * rng.randint(10, 24), rng.randint(2, 6)
+        sizes = {"num_kv_tokens": num_rows, "num_slots": num_slots}
+        if rng.random() < 0.4:
+            memory = rng.choice(["arena", "budget"])
+            sizes = {"total_bytes": num_rows * ROW_BYTES + 3 * state_bytes, "memory": memory}
+        if self.is_hybrid:
+            for tier in ("host_bytes", "disk_bytes"):
+                if rng.random() < 0.6:
+                    sizes[tier] = 2 * state_bytes + rng.randint(1, 12) * step * ROW_BYTES
+        config = CacheConfig(
+            prefix_cache="hybrid" if self.is_hybrid else "radix",
+            kv_bytes_per_token=ROW_BYTES,
+            state_bytes=state_bytes,
+            page_size=page_size,
+            grid=grid,
+            eviction=rng.choice(["lru", "regret", "regret", Mine, "lfu"]),
+            ghost_bytes=rng.choice([0, 4000, 1 << 20]),
+            **sizes,
+        )
+        self.cache = build_prefix_cache(config)
+        self.ledger = Ledger(words)
+        self.own_slots = 1000 if rng.random() < 0.3 else None
+        self.outbox, self.router = Outbox(self.cache), self._router(config, words)
+        self.running: list[Running] = []
+        self.arrivals: list[Arrival] = []
+        self.num_requests = self.num_batches = self.num_saved = 0
+        draw = np.random.default_rng(seed)
+        self.stems = [draw.integers(0, 9, 40 * step, dtype=np.int32) for _ in range(2)]
+
+    def _router(self, config: CacheConfig, words: str) -> CheckpointSeconds:
+        spec = ReplicaSpec(
+            PerToken(),
+            page_size=config.page_size,
+            grid=config.grid,
+            kv_bytes=ROW_BYTES,
+            state_bytes=config.state_bytes,
+            stateful=self.is_hybrid,
+            placement=parse_placement(words),
+        )
+        router = CheckpointSeconds(spec)
+        router.joined(0, 0.0)
+        return router
+
+    @rule(seed=st.integers(0, 10**6), num_operations=st.integers(1, 40))
+    def much(self, seed, num_operations):
+        """Fill the memory, and go on: a short list of drawn operations seldom does."""
+        rng = random.Random(seed)
+        for _ in range(num_operations):
+            dice, which = rng.random(), rng.randrange(4)
+            if dice < 0.2:
+                self.begin(rng.randrange(10**6))
+            elif dice < 0.5:
+                self.prefill(which, rng.randint(1, 24))
+            elif dice < 0.7:
+                self.decode(which, rng.randint(1, 6), rng.randint(1, 6))
+            elif dice < 0.75:
+                self.plan(which, rng.randrange(60))
+            elif dice < 0.88:
+                self.end(which, rng.choice(ENDS))
+            elif dice < 0.94:
+                self.arrive(rng.randrange(10**6), rng.randrange(3))
+            else:
+                self.evict(rng.randint(0, 20), rng.randrange(2))
+            self.holds()
+
+    def text(self, rng: random.Random) -> Tokens:
+        """A prompt that shares a beginning with others, and an answer."""
+        kept = rng.randint(0, 6) * self.step + rng.choice([0, 0, rng.randint(0, self.step)])
+        fresh = np.random.default_rng(rng.randrange(40)).integers(0, 9, 30, dtype=np.int32)
+        return np.concatenate([rng.choice(self.stems)[:kept], fresh])
+
+    @rule(seed=st.integers(0, 10**6))
+    def begin(self, seed):
+        """Route a request, and give it a lease."""
+        if len(self.running) >= 4:
+            return
+        rng = random.Random(seed)
+        tokens = self.text(rng)
+        prompt_len = rng.randint(1, len(tokens) - 8)
+        namespace = rng.choice([None, None, "tenant"])
+        boundaries = tuple(sorted(rng.sample(range(1, prompt_len + 1), min(prompt_len, 2))))
+        self.num_requests += 1
+        routed = RouteRequest(
+            self.num_requests, tuple(tokens[:prompt_len].tolist()), namespace, None, boundaries
+        )
+        forecast = self.router.forecast(routed, 0, 0)
+        assert self.router.forecast(routed, 0, 0) == forecast
+        self.router.route(routed, float(self.num_requests))
+        asked = LeaseRequest(
+            tokens[:prompt_len],
+            namespace,
+            boundaries,
+            reuse=rng.random() < 0.9,
+            exact=rng.random() < 0.1,
+            stateful=self.is_hybrid,
+            answer_survives=rng.random() < 0.8,
+            own_slot=self.own_slots,
+        )
+        exchange = rng.choice([None, Rate(0.0), Rate(0.05), Rate(9.0)])
+        lease = Lease.begin(self.cache, self.ledger, asked, exchange)
+        assert not self.ledger.saved and not self.ledger.dropped
+        if lease is None:
+            self.router.ended(self.num_requests, float(self.num_requests))
+            return
+        assert sum(lease.losses) + lease.cached_len == prompt_len and min(lease.losses) >= 0
+        assert asked.reuse or not lease.cached_len
+        one = Running(self.num_requests, tokens, prompt_len, lease, lease.cached_len)
+        self.running.append(one)
+
+    def one(self, which: int) -> Running | None:
+        return self.running[which % len(self.running)] if self.running else None
+
+    def extend(self, one: Running, to_len: int) -> bool:
+        """Rows for ``one``; the first that succeed make it count."""
+        prefills = self.ledger.prefills
+        requests = self.cache.stats.total.requests
+        extended = one.lease.extend(to_len)
+        counts = extended and to_len > one.lease.cached_len and not one.is_counted
+        assert self.ledger.prefills - prefills == int(counts and self.is_hybrid)
+        assert self.cache.stats.total.requests - requests in (0, int(counts))
+        if counts:
+            one.is_counted = True
+            if self.is_hybrid:
+                asked = {position for position, _ in one.planned}
+                wanted = [Placed(*placed) for placed in self.ledger.planned.items()]
+                one.planned.update(placed for placed in wanted if placed.position not in asked)
+                assert one.lease.planned == tuple(sorted(at for at, _ in one.planned))
+        return extended
+
+    def settle(self, one: Running, inserted: int) -> None:
+        """What the placement heard of is what the cache took, and what it did not."""
+        saved, dropped = self.ledger.saved, self.ledger.dropped
+        assert len(saved) == self.cache.stats.inserted_slots - inserted
+        self.num_saved += len(saved)
+        one.settled.update(
+            placed for placed in (*saved, *dropped) if placed.label not in OWN_LABELS
+        )
+        saved.clear()
+        dropped.clear()
+
+    @rule(which=st.integers(0, 3), size=st.integers(1, 24))
+    def prefill(self, which, size):
+        """Compute and publish a piece of a prompt."""
+        one = self.one(which)
+        if one is None or one.computed_len >= one.prompt_len:
+            return
+        start, end = one.computed_len, min(one.computed_len + size, one.prompt_len)
+        if not self.extend(one, end):
+            return
+        if size % 3 == 0:
+            one.lease.reserve_checkpoint_slots(start, end, 1)
+        one.lease.take_checkpoint_slots(start, end)
+        inserted = self.cache.stats.inserted_slots
+        one.lease.publish(one.tokens, end)
+        self.settle(one, inserted)
+        one.computed_len = end
+        if end == one.prompt_len:
+            self.router.prefilled(one.id, float(self.num_requests))
+            self.outbox.cover(one.id)
+
+    @rule(which=st.integers(0, 3), drafted=st.integers(1, 6), accepted=st.integers(1, 6))
+    def decode(self, which, drafted, accepted):
+        """A step of several tokens, of which the first few are right."""
+        one = self.one(which)
+        if one is None or one.computed_len < one.prompt_len:
+            return
+        start = one.computed_len
+        end = min(start + drafted, len(one.tokens))
+        if end == start or not self.extend(one, end):
+            return
+        one.lease.take_checkpoint_slots(start, end)
+        one.computed_len = min(start + accepted, end)
+        one.lease.roll_back(one.computed_len)
+        if accepted == 3:
+            inserted = self.cache.stats.inserted_slots
+            one.lease.publish(one.tokens, one.computed_len)
+            self.settle(one, inserted)
+
+    @rule(which=st.integers(0, 3), position=st.integers(1, 60))
+    def plan(self, which, position):
+        """Another request wants a checkpoint of this one."""
+        one = self.one(which)
+        if one is None or not self.is_hybrid or one.computed_len >= one.prompt_len:
+            return
+        before = one.lease.planned
+        one.lease.plan_checkpoint(position, "asked")
+        added = set(one.lease.planned) - set(before)
+        assert added <= {position - position % self.step}
+        one.planned.update(Placed(floored, "asked") for floored in added)
+
+    @rule(which=st.integers(0, 3), how=st.sampled_from(ENDS))
+    def end(self, which, how):
+        one = self.one(which)
+        if one is None:
+            return
+        self.running.remove(one)
+        inserted = self.cache.stats.inserted_slots
+        if how == "abort":
+            one.lease.abort()
+        elif how == "finish":
+            one.lease.finish(one.tokens, one.computed_len)
+        else:
+            one.lease.preempt(one.tokens, one.computed_len)
+        self.settle(one, inserted)
+        assert one.settled == one.planned, "neither saved nor dropped, or both"
+        self.router.ended(one.id, float(self.num_requests))
+
+    @rule(seed=st.integers(0, 10**6), how=st.integers(0, 2))
+    def arrive(self, seed, how):
+        """A prefix is brought from elsewhere."""
+        rng = random.Random(seed)
+        if how and self.arrivals:
+            arrival = self.arrivals.pop(seed % len(self.arrivals))
+            arrival.publish() if how == 1 else arrival.abort()
+            return
+        tokens = self.text(rng)
+        whole = tokens[: len(tokens) // self.step * self.step]
+        if len(whole) and len(self.arrivals) < 2:
+            arrival = Arrival.begin(self.cache, whole, None, stateful=self.is_hybrid)
+            if arrival is not None:
+                self.arrivals.append(arrival)
+
+    @rule(num_tokens=st.integers(0, 20), num_slots=st.integers(0, 2))
+    def evict(self, num_tokens, num_slots):
+        self.cache.evict(num_tokens, num_slots)
+
+    @rule()
+    def deliver(self):
+        """The router reads what happened."""
+        self.outbox.flush()
+        for batch in self.outbox.since(self.num_batches):
+            self.router.on_events(0, *batch)
+            self.num_batches += 1
+        assert self.router.num_held(0) == self.cache.cached_tokens
+        assert self.router.mirrors[0].num_checkpoints == self.cache.num_checkpoints
+        self.router.check()
+
+    @invariant()
+    def holds(self):
+        if not hasattr(self, "cache"):
+            return
+        holders = [*(one.lease for one in self.running), *self.arrivals]
+        self.cache.check(
+            sum(holder.held_tokens for holder in holders),
+            sum(holder.held_slots for holder in holders),
+        )
+        for rule_ in self.ledger.rules:
+            if isinstance(rule_, Learned):
+                assert sum(rule_.num_saved().values()) == self.num_saved
+
+    def teardown(self):
+        if not hasattr(self, "cache"):
+            return
+        while self.running:
+            self.end(0, "abort")
+        while self.arrivals:
+            self.arrivals.pop().abort()
+        self.holds()
+        self.deliver()
+        usage = self.cache.stats.total
+        lost = usage.never_seen + usage.kv_evicted + usage.checkpoint_evicted
+        lost += usage.never_checkpointed + usage.below_grid + usage.refused + usage.not_fetched
+        assert usage.prompt_tokens == usage.cached_tokens + lost
+
+
+def test_nothing_is_lost_between_leases_and_what_is_around_them():
+    # Not shrunk: ``much`` is a seed and a length, so smaller draws are not simpler runs.
+    phases = (Phase.explicit, Phase.reuse, Phase.generate)
+    run_state_machine_as_test(LeaseMachine, settings=settings(at_least(40), phases=phases))

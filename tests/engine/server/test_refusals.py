@@ -1,0 +1,301 @@
+"""A request that is refused gets the same status and body wherever that happens: in the server's
+process, in the engine's own or in a replica; in every dialect, streamed or not."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from engine import AsyncEngine, Engine, EngineConfig, RequestSpec, SamplingParams
+from engine.async_engine import ServedEngine
+from engine.command.engine_process import start_engine
+from engine.errors import (
+    ContextOverflow,
+    DuplicateId,
+    EngineStopped,
+    InvalidRequest,
+    QueueFull,
+    RequestError,
+    StepFailed,
+)
+from engine.fleet import replica
+from engine.fleet.fleet import Fleet
+from engine.fleet.front import FleetEngine
+from engine.fleet.order import Order
+from engine.fleet.replica import EngineReplica
+from engine.fleet.start import spec_of
+from engine.requests.request import Request
+from engine.run.oracle_sampler import OracleSampler
+from engine.server.app import create_app
+from engine.server.config import ServerConfig
+from engine.text.answers.forms import AnswerReader
+from engine.text.byte_tokenizer import ByteTokenizer
+from hybridcache.routing.words import find_router
+from tests.engine.fleet.test_fleet import Handle
+
+from .conftest import SlowRunner
+
+ERRORS: dict[str, tuple[Exception, int, str | None]] = {
+    "invalid": (InvalidRequest("This cannot be served: ask for less."), 400, None),
+    "a value error": (ValueError("This is out of range: ask for less."), 400, None),
+    "too long": (ContextOverflow(900, 16, 800), 400, "context_length_exceeded"),
+    "the same id": (DuplicateId("mine"), 409, "duplicate_request_id"),
+    "a full queue": (QueueFull(7), 429, "queue_full"),
+    "the end": (EngineStopped("The engine has failed: restart it."), 503, "stopped"),
+    "a failed step": (StepFailed("the step broke off"), 500, None),
+    "a surprise": (KeyError("what"), 500, None),
+}
+"""By a word in the prompt: what the engine raises, and the status and code that a client gets."""
+ANTHROPIC = {400: "invalid_request_error", 409: "invalid_request_error", 429: "rate_limit_error"}
+ANTHROPIC |= {500: "api_error", 503: "overloaded_error"}
+DIALECTS: dict[str, Callable[[str], dict[str, Any]]] = {
+    "/v1/completions": lambda text: {"prompt": text, "max_tokens": 3},
+    "/v1/chat/completions": lambda text: {"messages": [{"role": "user", "content": text}]},
+    "/v1/messages": lambda text: {
+        "model": "builtin",
+        "max_tokens": 3,
+        "messages": [{"role": "user", "content": text}],
+    },
+    "/v1/responses": lambda text: {"input": text, "max_output_tokens": 3},
+}
+
+
+class Refusing(Engine):
+    """Raises what the prompt asks for."""
+
+    def prepare(self, spec: RequestSpec) -> Request:
+        text = "".join(map(chr, spec.prompt))
+        for word, (error, _, _) in ERRORS.items():
+            if f"raise {word}." in text:
+                raise error
+        return super().prepare(spec)
+
+
+def make_engine(config: EngineConfig, **options: Any) -> Engine:
+    """An engine on the oracle, slow enough to be kept busy."""
+    runner = SlowRunner(8192, 16, max_model_len=1024)
+    runner.step_s = 0.002
+    return Refusing(
+        config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer(), **options
+    )
+
+
+BOOT = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+import engine.command.screen, engine.engine
+from engine.command.engine_process import main
+from tests.engine.server.test_refusals import make_engine
+engine.engine.Engine = make_engine
+engine.command.screen.start_screen = lambda made, address: "oracle at " + address
+sys.exit(main(*sys.argv[2:]))
+"""
+
+
+class PickledStream:
+    """Outputs that cross as Ray sends them."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __aiter__(self) -> PickledStream:
+        return self
+
+    async def __anext__(self) -> Any:
+        return pickle.loads(pickle.dumps(await anext(self._stream)))
+
+    def cancel(self) -> None:
+        self._stream.cancel()
+
+
+class PickledHandle(Handle):
+    def options(self, method_name: str, stream: bool = False) -> Handle:
+        bound = PickledHandle()
+        bound.__dict__.update(self.__dict__ | {"method": method_name, "streams": stream})
+        return bound
+
+    def remote(self, order: Order) -> Any:
+        called = super().remote(order)
+        return PickledStream(called) if self.streams else called
+
+
+async def fleet_of_one(config: EngineConfig) -> FleetEngine:
+    handle = PickledHandle()
+    handle.replicas["r0"] = EngineReplica(config, "r0")
+    handle.dead["r0"] = asyncio.Event()
+    facts = await handle.replicas["r0"].facts(Order())
+    fleet = handle.fleet = Fleet(lambda: find_router("text")(spec_of(facts, config)), lambda: None)
+    fleet.set_members(handle.replicas)
+    fleet.begin()
+    stop = handle.replicas["r0"]._async.stop
+    return FleetEngine(config, handle, fleet, facts, "builtin", stop, lambda error: False)
+
+
+@asynccontextmanager
+async def serving(kind: str, config: EngineConfig) -> AsyncIterator[tuple[Any, httpx.AsyncClient]]:
+    """An engine of this ``kind`` behind the server's application, and a client of it."""
+    engine: ServedEngine
+    if kind == "thread":
+        engine = AsyncEngine(make_engine(config))
+    elif kind == "process":
+        engine, _ = await asyncio.to_thread(start_engine, config, "here", boot=BOOT)
+    else:
+        engine = await fleet_of_one(config)
+    app = create_app(engine, ServerConfig())
+    engine.start()
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            yield engine, client
+    finally:
+        await asyncio.to_thread(engine.stop)
+        await engine.drain()
+
+
+async def metric(client: httpx.AsyncClient, name: str) -> float:
+    lines = (await client.get("/metrics")).text.splitlines()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+
+async def until_idle(engine: ServedEngine) -> None:
+    """A replica ends a request some time after its reader did."""
+    while (report := await engine.report()).num_running + report.num_waiting:
+        await asyncio.sleep(0.01)
+    assert report.kv.held == 0
+
+
+async def a_refusal_keeps_its_status_and_its_body(
+    engine: ServedEngine, client: httpx.AsyncClient, kind: str
+) -> None:
+    for word, (error, status, code) in ERRORS.items():
+        for path, make in DIALECTS.items():
+            for stream in (False, True):
+                body = make(f"raise {word}.") | {"stream": stream}
+                answer = await client.post(path, json=body)
+                assert answer.status_code == status, (kind, path, stream, word)
+                assert answer.headers["content-type"] == "application/json"
+                assert ("retry-after" in answer.headers) == (status in (429, 503))
+                said = answer.json()["error"]
+                if path == "/v1/messages":
+                    assert said["type"] == ANTHROPIC[status]
+                else:
+                    assert said["code"] == code
+                if word == "a surprise":
+                    assert said["message"].endswith(": KeyError: 'what'.")
+                elif word == "too long" and path == "/v1/messages":
+                    assert said["message"] == "prompt is too long: 900 tokens > 799 maximum"
+                else:
+                    assert str(error) in said["message"]
+    asked = len(DIALECTS) * 2
+    assert await metric(client, "engine_rejected_requests_total") == asked
+    failed = sum(status >= 500 for _, status, _ in ERRORS.values())
+    num_aborted = await metric(client, 'engine_requests_total{finish_reason="abort"}')
+    assert num_aborted == (0 if kind == "thread" else failed * asked)
+
+
+async def a_queue_that_fills_behind_the_server_is_answered_429(
+    engine: Any, client: httpx.AsyncClient, kind: str
+) -> None:
+    """Preemptions lengthen it between two reports, so the server may not know."""
+    before = await metric(client, "engine_rejected_requests_total")
+    config = engine.config
+    if kind != "thread":
+        engine.config = replace(config, max_queue=100)
+    streams = []
+    for token in (1, 2):
+        streams.append(engine.submit(RequestSpec([token], ENDLESS)))
+        await anext(streams[0])
+    answers = []
+    for path, make in DIALECTS.items():
+        for stream in (False, True):
+            body = make("one too many") | {"stream": stream}
+            answers.append(await client.post(path, json=body))
+    assert {answer.status_code for answer in answers} == {429}
+    assert all("1 requests are waiting already" in answer.text for answer in answers)
+    assert {answer.headers["retry-after"] for answer in answers} == {"1"}
+    assert await metric(client, "engine_rejected_requests_total") == before + len(answers)
+    for stream in streams:
+        stream.abort()
+        finals = [output.finish_reason async for output in stream]
+        assert finals[-1] == "abort", "who ends a request is told so"
+    if kind != "thread":
+        engine.config = config
+
+
+async def an_id_that_goes_on_is_refused_and_its_request_goes_on(
+    engine: ServedEngine, client: httpx.AsyncClient, kind: str
+) -> None:
+    """By the engine too, for callers of their own. A request ends by its own reader's hand."""
+    few = SamplingParams(max_tokens=9, ignore_eos=True)
+    left = engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))
+    left.abort()  # before it began
+    assert [one.finish_reason async for one in left][-1] == "abort"
+    await until_idle(engine)
+    first = engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))
+    await anext(first)
+    for _ in range(2):
+        with pytest.raises(DuplicateId, match="'mine' is being answered already"):
+            engine.submit(RequestSpec([2], few, request_id="mine"))
+    assert (await anext(first)).finish_reason is None
+    first.abort()
+    assert [one.finish_reason async for one in first][-1] == "abort"
+    await until_idle(engine)
+    for _ in range(2):
+        again = engine.submit(RequestSpec([2], few, request_id="mine"))
+        first.abort()
+        assert len([one async for one in again][-1].output) == 9
+
+
+async def an_answer_may_end_behind_its_first_call(
+    engine: ServedEngine, client: httpx.AsyncClient, kind: str
+) -> None:
+    """The server ends its request and waits for the last output."""
+    body = DIALECTS["/v1/chat/completions"]("call f") | {"max_tokens": 900, "ignore_eos": True}
+    body |= {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
+    body |= {"parallel_tool_calls": False, "chat_template_kwargs": {"enable_thinking": False}}
+    with pytest.MonkeyPatch.context() as patch:
+        push = AnswerReader.push
+        patch.setattr(AnswerReader, "push", lambda self, text: push(self, CALL))
+        [choice] = (await client.post("/v1/chat/completions", json=body)).json()["choices"]
+    assert choice["finish_reason"] == "tool_calls" and len(choice["message"]["tool_calls"]) == 1
+
+
+ENDLESS = SamplingParams(max_tokens=900, ignore_eos=True)
+CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
+SCENARIOS = (
+    a_refusal_keeps_its_status_and_its_body,
+    a_queue_that_fills_behind_the_server_is_answered_429,
+    an_id_that_goes_on_is_refused_and_its_request_goes_on,
+    an_answer_may_end_behind_its_first_call,
+)
+
+
+@pytest.mark.parametrize("kind", ["thread", "process", "replicas"])
+def test_refusals_by_an_engine_of_every_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One scenario after the other: a process takes its time to start."""
+    monkeypatch.setattr(replica, "Engine", make_engine)
+
+    async def main() -> None:
+        async with serving(kind, EngineConfig(max_running=1, max_queue=1)) as (engine, client):
+            for scenario in SCENARIOS:
+                await asyncio.wait_for(scenario(engine, client, kind), 60)
+                await until_idle(engine)
+                answer = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3})
+                assert answer.status_code == 200
+
+    asyncio.run(main())
+
+
+def test_every_kind_of_error_crosses_as_it_is() -> None:
+    for error, _, _ in ERRORS.values():
+        mine = RequestError.of(error)
+        for there in (RequestError.from_wire(mine.to_wire()), pickle.loads(pickle.dumps(mine))):
+            assert (type(there), str(there), vars(there)) == (type(mine), str(mine), vars(mine))
+            assert isinstance(there, ValueError) == isinstance(error, ValueError)
