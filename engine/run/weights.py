@@ -86,9 +86,27 @@ class WeightFiles:
         """Whether all experts of a layer come as one tensor, in the model and in its head."""
         return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
 
-    def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
-        """Every parameter has its tensor and every tensor its parameter. Raises WeightsError naming
-        all that have not."""
+    def ties(self, embedding: str) -> bool:
+        """Whether the head has the weights of the tensor ``embedding``, of a model that ties them
+        unless its files have others. Files that have the head alone have it for both."""
+        head, own = self.tensors.get(TIED_HEAD), self.tensors.get(embedding)
+        if head is None:
+            return True
+        if own is None:
+            self.tensors[embedding] = self.tensors.pop(TIED_HEAD)
+            return True
+        if (own.dtype, own.shape) != (head.dtype, head.shape):
+            return False
+        size, width = math.prod(own.shape), CHUNK_BYTES // 8
+        parts = ((first, (min(width, size - first),)) for first in range(0, size, width))
+        return all(torch.equal(own.read_part(*part), head.read_part(*part)) for part in parts)
+
+    def check(
+        self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool, sizes: str = ""
+    ) -> None:
+        """Check that every parameter has its tensor and every tensor its parameter. ``sizes``: the
+        keys of config.json that shapes follow from. Raises WeightsError naming all that do not
+        fit."""
         wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
         schemes: dict[str, Scheme | None] = {}
         for name, parameter in parameters:
@@ -119,7 +137,8 @@ class WeightFiles:
         ]
         if complaints:
             raise WeightsError(
-                f"the checkpoint's tensors do not fit its config.json: {'; '.join(complaints)}."
+                f"the checkpoint's tensors do not fit its config.json: {'; '.join(complaints)}"
+                + (f"; sizes there are {sizes}." if sizes else ".")
             )
 
     def _check_dtypes(self, schemes: Mapping[str, Scheme | None]) -> None:
