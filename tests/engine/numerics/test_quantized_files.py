@@ -328,10 +328,62 @@ def test_what_is_not_served_is_named(section, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_weights_alone_in_eight_bits(dtype, checkpoint, driver_class, random_tokens):
+    """Without ``input_activations`` none are rounded: the logits of the weights as they stand."""
+    path, tokens = checkpoint("qwen3_next"), random_tokens(90, seed=9)
+    kind = "int" if dtype is torch.int8 else "float"
+
+    def section(left):
+        made = eight_bit.compressed_section(left, kind=kind)
+        made["config_groups"]["group_0"]["input_activations"] = None
+        return made
+
+    code = partial(eight_bit.channels, dtype=dtype)
+    plain = eight_bit.rewrite(path, code, "weight_scale", section)
+    runner = load(path)
+    assert "output channel, weights only, widened to float32" in runner.weights_note
+    cold, hit = cold_and_hit(driver_class, runner, tokens)
+    assert torch.equal(cold, cold_and_hit(driver_class, load(plain), tokens)[0])
+    assert torch.equal(hit, cold[64:])
+
+
+HADAMARD = {"config_groups": {"u": {"type": "hadamard", "apply": [{"location": "weight_input"}]}}}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"transform_config": HADAMARD}, "transform_config of compressed-tensors is not served"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme of compressed-tensors is not"),
+        ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config of compressed-tensors"),
+        ({"sparsity_config": {"format": "dense"}, "transform_config": {}}, None),
+    ],
+)
+def test_parts_of_the_format_that_change_numbers_are_refused(more, message):
+    section = {"quantization_config": COMPRESSED | more}
+    if message is None:
+        assert read_quantization(section) is not None
+        return
+    with pytest.raises(ModelError, match=message):
+        read_quantization(section)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("num_bits", 4), ("type", "float"), ("symmetric", False), ("strategy", "tensor")],
+)
+def test_activations_of_another_kind_are_refused(key, value):
+    section = eight_bit.compressed_section(["lm_head"])
+    section["config_groups"]["group_0"]["input_activations"][key] = value
+    with pytest.raises(ModelError, match=f"input_activations with {key} {value!r}"):
+        read_quantization({"quantization_config": section})
+
+
 def test_static_activations_are_refused(tmp_path):
     group = COMPRESSED["config_groups"]["group_0"]
     static = {**group, "input_activations": {"num_bits": 8, "dynamic": False}}
-    with pytest.raises(ModelError, match="quantises activations by scales of its own"):
+    with pytest.raises(ModelError, match="input_activations with dynamic False"):
         read_quantization(
             {"quantization_config": {**COMPRESSED, "config_groups": {"group_0": static}}}
         )
