@@ -34,7 +34,7 @@ from engine.schedule.cache_manager import CacheManager
 from engine.schedule.fetching import Fetching
 from engine.schedule.plan import EMPTY, Plan, Task
 from engine.schedule.sharing import Sharing
-from engine.text.outputs import SampledToken
+from engine.text.outputs import NO_TOKEN, SampledToken
 
 Exports = tuple[tuple[int, int], ...]
 logger = logging.getLogger(__name__)
@@ -376,7 +376,7 @@ class Scheduler:
 
         ``sampled`` has one token for each task that samples and each token of its draft, ``scored``
         the log-probabilities for each that scores, both in the step's order. A request whose token
-        can not be taken ends alone, with its ``error``.
+        can not be taken, or whose logits are NaN, ends alone, with its ``error``.
         """
         self._num_in_flight -= bool(plan.tasks)
         taken: list[int] = []
@@ -384,30 +384,38 @@ class Scheduler:
         for task in plan.tasks:
             run = task.run_of(tokens)
             request = task.request
-            if task.scores:
-                request.scores.extend(next(scores))
+            scored_now = next(scores) if task.scores else ()
             if request.lease is not task.lease:
                 taken += [0] * (task.draft is not None)
                 continue
             request.computed_len = task.end
             request.num_drawn -= task.samples
-            if not task.is_decode:
+            has_logits = all(one.token_id != NO_TOKEN for one in (*run, *scored_now))
+            if has_logits:
+                request.scores.extend(scored_now)
+            if has_logits and not task.is_decode:
                 self._manager.publish(request)
             is_scored_through = request.computed_len >= request.max_len
-            if not run and not is_scored_through:
+            if not run and not is_scored_through and has_logits:
                 continue
             self._progressed.append(request)
             try:
-                if run:
+                if not has_logits:
+                    request.accept_before_no_logits(run, now_s)
+                elif run:
                     request.accept_run(run, now_s)
                 else:
                     request.finish("length", now_s)
             except Exception as error:
                 self._fail(request, error)
             if task.draft is not None:
-                taken.append(self._settle(task, task.draft, len(run) - 1))
+                accepted = len(run) - 1
+                taken.append(self._settle(task, task.draft, accepted) if has_logits else 0)
             if request.finish_reason is not None:
-                self._manager.finish(request)
+                if has_logits:
+                    self._manager.finish(request)
+                else:  # What it computed in this step may be no numbers either.
+                    self._manager.abort(request)
                 self._forget_drafts(request)
                 self._running.remove(request)
                 self._is_full = False
@@ -427,7 +435,7 @@ class Scheduler:
         """What was raised for ``request`` (by the decoder of its text, say) ends it and nobody
         else."""
         request.fail(error, self._clock())
-        if request.is_refused:
+        if request.is_refused or isinstance(error, FloatingPointError):
             logger.warning("Request %s ends: %s", request.request_id, error)
         else:
             logger.exception("Request %s failed; the others go on.", request.request_id)
