@@ -141,9 +141,6 @@ def common(config: Config, sizes: ModelSizes, *, eps: str = "rms_norm_eps") -> C
     """Read what all families share. ``eps``: the key of the norms' epsilon. Raises ModelError."""
     check_only(config, hidden_act=ACTIVATIONS, is_causal=(True,), per_layer_config=(None, {}))
     check_only(config, transformers_weights=(None,), fusion_config=(None,))
-    if not sizes.row_size:
-        keys = ", ".join(name for name in LAYER_SORTS if name in config)
-        raise ModelError(f"models without a layer of attention are not supported ({keys}).")
     for name in CONVOLUTIONS:
         if name in config and config[name] < 2:
             raise ModelError(
@@ -167,6 +164,13 @@ def common(config: Config, sizes: ModelSizes, *, eps: str = "rms_norm_eps") -> C
         "described_sizes": config.describe_sizes(),
         "unknown_keys": config.unknown,
     }
+
+
+def check_attends(config: Config, sizes: ModelSizes) -> None:
+    """Raises ModelError for a model of which no layer attends."""
+    if not sizes.row_size:
+        keys = ", ".join(name for name in LAYER_SORTS if name in config)
+        raise ModelError(f"models without a layer of attention are not supported ({keys}).")
 
 
 def mixer_of(sizes: ModelSizes, kind: type[M]) -> M:

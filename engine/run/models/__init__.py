@@ -8,7 +8,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from engine.run.model_config import ModelConfig, ModelError, check_all_read
+from engine.run.model_config import ModelConfig, ModelError, check_all_read, check_attends
 from engine.run.models.decoder import Decoder
 from hybridcache.geometry.families import COMPOSITES, Fields, read, text_part
 from hybridcache.geometry.sizes import SizesError
@@ -36,6 +36,7 @@ def _read(family: type[Decoder], text: Fields) -> ModelConfig:
     try:
         sizes, config = read(text)
         assert config is not None
+        check_attends(config, sizes)
         made = family.read(config, sizes)
         check_all_read(config)
         return made

@@ -16,7 +16,7 @@ BAND_ELEMENTS = 2**20
 """Weights are widened so many at a time: the float32 copy never matters beside the weights."""
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
-"""Scales in one byte are exponents (ue8m0)."""
+"""Dtypes that scales may have in files. Those in one byte are exponents (ue8m0)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -439,6 +439,59 @@ def test_files_that_do_not_fit_their_section(change, match, checkpoint):
     broken(path, change, match)
 
 
+SCALES = {
+    "NaN": lambda scale: scale[0].fill_(torch.nan),
+    "infinite": lambda scale: scale[-1].fill_(torch.inf),
+    "negative": lambda scale: scale[0].neg_(),
+    "of zero": lambda scale: scale[0].zero_(),
+}
+
+
+@pytest.mark.parametrize("code", [fp8, int8], ids=["fp8", "int8"])
+@pytest.mark.parametrize("kind", SCALES)
+def test_scales_that_make_no_weights_are_refused(code, kind, checkpoint):
+    path = checkpoint("qwen3")
+    code(path)
+    own = f"{UP}_scale" + ("_inv" if code is fp8 else "")
+    broken(
+        path,
+        lambda tensors, _: SCALES[kind](tensors[own]),
+        rf"up_proj\.weight_scale\w* holds .*{kind}",
+    )
+
+
+def test_scales_in_integers_are_refused(checkpoint):
+    path = checkpoint("qwen3")
+    fp8(path)
+    own = f"{UP}_scale_inv"
+    broken(
+        path,
+        lambda tensors, _: tensors.update({own: tensors[own].int()}),
+        r"up_proj\.weight_scale_inv holds int32 numbers: scales are float32",
+    )
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_codes_that_are_no_numbers_are_refused(code, checkpoint):
+    path = checkpoint("qwen3")
+    fp8(path)
+    broken(
+        path,
+        lambda tensors, _: tensors[UP].view(torch.uint8)[-1, -1:].fill_(code),
+        r"up_proj\.weight holds NaN or infinite numbers",
+    )
+
+
+def test_a_scale_of_zero_is_one_of_weights_that_are_zero(checkpoint):
+    path = checkpoint("qwen3")
+    int8(path)
+    tensors = load_file(path / "model.safetensors")
+    tensors[UP][3] = 0
+    tensors[f"{UP}_scale"][3] = 0
+    save_file(tensors, path / "model.safetensors")
+    load(path)
+
+
 def test_truncated_shard(checkpoint):
     path = checkpoint("qwen3")
     int8(path)

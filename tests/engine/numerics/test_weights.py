@@ -41,7 +41,7 @@ def checkpoint(oracles, tmp_path):
 
 def load(path, **options):
     config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
-    return ModelRunner(EngineConfig(model=str(path), **config, **options))
+    return ModelRunner(EngineConfig(model=str(path), **(config | options)))
 
 
 def same_as_whole(path, model, drivers, random_tokens):
@@ -253,6 +253,21 @@ def test_a_file_that_is_cut_off_while_it_is_read(checkpoint):
     with pytest.raises(WeightsError, match=rf"cut off within {re.escape(tensors[-1].name)}"):
         tensors[-1].read()
     assert torch.equal(tensors[0].read(), expected[tensors[0].name])
+
+
+NAMES = ["model.embed_tokens.weight", "model.layers.3.self_attn.q_proj.weight", "model.norm.weight"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_that_are_no_numbers_are_refused(name, bad, dtype, checkpoint):
+    """Wherever they stand: read into place, in another order, or in another dtype."""
+    path, tensors = checkpoint("qwen3_next")
+    tensors[name].view(-1)[-1] = bad
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(WeightsError, match=rf"{re.escape(name)} holds NaN or infinite numbers"):
+        load(path, dtype=dtype)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, 20_000])
