@@ -113,6 +113,21 @@ def test_a_slot_is_as_large_as_the_geometry_says(tmp_path: Path, memory: str, wo
     assert runner.memory.num_slots == pytest.approx(total, abs=2)
 
 
+@pytest.mark.parametrize("word", ["int8", "fp8"])
+@pytest.mark.parametrize("shape", [(4, 16, 32), (1, 16, 512)], ids=["heads", "mamba-1"])
+def test_a_small_channel_survives_beside_a_large_one(word: str, shape: tuple[int, ...]) -> None:
+    """Where no scale is asked for: channels of a state may differ a thousandfold, as Mamba-1's
+    do."""
+    format = CheckpointFormat.parse(word)
+    assert format is not None and format.word == f"{word}:column"
+    torch.manual_seed(0)
+    x = torch.randn(1, *shape) * torch.logspace(-3, 0, shape[-1])
+    dims = (0, *(1 + dim for dim in format.kept_dims(len(shape))))
+    near = widen(*narrow(x, {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[word], dims))
+    error = ((near - x).square().sum((0, 1, 2)) / x.square().sum((0, 1, 2))).sqrt()
+    assert error.max() < (0.01 if word == "int8" else 0.04)
+
+
 @pytest.mark.parametrize("dtype", LARGEST)
 @pytest.mark.parametrize("per", SCALINGS)
 def test_codes_are_near_and_their_own(dtype: torch.dtype, per: str) -> None:

@@ -21,11 +21,11 @@ from engine.requests.token_counts import TokenCounts
 from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleSampler
 from engine.schedule.batch import Batch
-from engine.store.store import SegmentStore
+from engine.store.records import RecordStore
 from hybridcache.allocators.moves import Move
 from hybridcache.lease import Lease
 from tests.engine import test_drafters, test_engine
-from tests.engine.store.test_store import StoreMachine
+from tests.engine.store.test_records import StoreMachine
 from tests.engine.test_scheduler_machine import SchedulerMachine
 from tests.engine.test_token_counts import TokenCountsMachine
 from tests.faults.injection import Check, Faults, Patch, assert_noticed, machine
@@ -270,7 +270,7 @@ def a_requests_namespace_is_forgotten(patch: Patch) -> None:
 
 @FAULTS.noticed_by(machine(StoreMachine))
 def a_damaged_record_is_believed(patch: Patch) -> None:
-    @patch(SegmentStore, "read")
+    @patch(RecordStore, "read")
     def read(original: Any, self: Any, number: int, out: memoryview) -> bool:
         original(self, number, out)
         return True
@@ -278,8 +278,8 @@ def a_damaged_record_is_believed(patch: Patch) -> None:
 
 @FAULTS.noticed_by(machine(StoreMachine))
 def a_dropped_record_lives_on(patch: Patch) -> None:
-    @patch(SegmentStore, "drop")
-    def drop(original: Any, self: Any, number: int) -> None:
+    @patch(RecordStore, "remove")
+    def remove(original: Any, self: Any, number: int) -> None:
         pass
 
 
