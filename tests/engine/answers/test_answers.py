@@ -106,6 +106,13 @@ def xml(name: str, **values: str) -> str:
         ),
         (HERMES, hermes("f", "{}") + "\n\nDone. ", ("", "\n\nDone.", [("f", "{}")])),
         (HERMES, hermes("f", r'{"a": "\"}\\"}'), ("", "", [("f", r'{"a": "\"}\\"}')])),
+        (HERMES, hermes("f", r'{"a": "\ud800"}'), ("", "", [("f", '{"a": "\ufffd"}')])),
+        (HERMES, hermes("f", r'"{\"a\": \"\\uDFFF\"}"'), ("", "", [("f", '{"a": "\ufffd"}')])),
+        (
+            XML,
+            xml("weather", deep=r'{"a": "\ud800"}'),
+            ("", "", [("weather", '{"deep": {"a": "\ufffd"}}')]),
+        ),
         (
             HERMES,
             '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>',
