@@ -300,6 +300,23 @@ def test_what_an_earlier_process_left_is_adopted_and_fetched():
         memory.cache.adopt(ids("abc"), None, "disk")
 
 
+def test_a_fetch_that_finds_no_room_leaves_kv_where_something_needs_it():
+    """Making room for a state on disk drives a deeper one from the host. When the fetch fails for
+    want of rows, the KV above goes down after it instead of staying on the host for nothing."""
+    cache = tiered(host_bytes=2 * 13, disk_bytes=400, eviction="lru")
+    serve(cache, ids("abcdefgh"), [4, 8])
+    cache.evict(num_tokens=8, num_slots=2)
+    near, far = cache.match(ids("abcdefghX")).lower
+    assert (near.rows, far.rows) == ((4, 5), (13, 0)), "the shallow state is on disk"
+    serve(cache, ids("xy"), [2])
+    held = cache.allocate_kv(17)
+    assert held is not None and cache.allocate_slot() is not None
+    assert not cache.fetch(near)
+    cache.check(held_tokens=17, held_slots=1)
+    near, far = cache.match(ids("abcdefghX")).lower
+    assert (near.rows, far.rows) == ((0, 9), (0, 13)), "all of the path is on disk now"
+
+
 def test_what_hangs_on_a_node_that_came_back_to_the_device_is_adopted():
     """The node's KV was on disk before; a part of it below is there still."""
     cache = tiered(host_bytes=2 * 9, disk_bytes=400)
