@@ -235,6 +235,19 @@ def test_a_refusal_and_a_load_that_failed_are_counted_once_each(rate: float | No
     cache.check(held_tokens=0, held_slots=1)
 
 
+def test_a_request_that_reuses_nothing_was_not_short_of_a_load():
+    """Its causes are those of the match: tokens that the host has are no failed load."""
+    cache = tiered(host_bytes=400)
+    serve(cache, ids("abcdefgh"), [8])
+    cache.evict(num_slots=1)
+    found = cache.match(ids("abcdefghX"))
+    assert [at.position for at in found.lower] == [8]
+    asked = LeaseRequest(ids("abcdefghX"), reuse=False)
+    lease = Lease.begin(cache, parse_placement("none"), asked)
+    assert lease.match.lower == () and lease.losses == found.losses
+    lease.abort()
+
+
 def test_the_checkpoint_that_made_room_can_be_loaded_again():
     """It went to the host when the request took its slot, and is offered with what else lies
     there."""
