@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.lab import WORKLOADS, figure_path, keep, rounded
+from experiments.lab import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
 from experiments.provenance import read_json_lines, write_json_lines
 from experiments.study_tiers import DEVICE_GIB, GOAL, Table, by_cell, fetch_whatever, run, servable
 from hybridcache.geometry.exchange import tokens_per_byte
@@ -53,6 +53,8 @@ def measure(word: str, bar: tqdm[Any]) -> list[dict[str, Any]]:
         budget_bytes=DEVICE_GIB * GIB,
         grid=max(workload.grid, trace.unit),
         host_bytes=GOAL[0] * GIB,
+        policy="lru",
+        checkpoints=STATIC_PLACEMENT,
     )
     ours = replace(common, policy="regret", checkpoints="regret")
     cells: dict[str, Any] = {

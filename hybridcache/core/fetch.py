@@ -38,6 +38,7 @@ def fetch(residency: Residency, lower: LowerTiers, target: RadixNode) -> bool:
             residency.slots.free(slot)
         lower.unused(taken.state)
         lower.put_back(taken)
+        residency.ghosts.trim()
     else:
         _revive(residency, taken.nodes, rows)
         lower.give(taken, rows, slot)

@@ -286,10 +286,14 @@ class LowerTiers:
         return Taken(tuple(reversed(nodes)), tuple(reversed(pieces)), state)
 
     def put_back(self, taken: Taken) -> None:
-        """There was no room on the device: all is where it was. O(path)."""
+        """Undo ``take``: the device had no room. O(path)."""
         for node, (number, rows) in zip(taken.nodes, taken.pieces, strict=True):
             self.hold_kv(node, number, rows)
         self.hold_state(taken.state)
+        # What was evicted meanwhile may have been all that needed some of this KV where it was.
+        for node in reversed(taken.nodes):
+            if node.below is not None and node.below.kv is not None:
+                self._sink(node, node.below.kv_tier)
 
     def give(self, taken: Taken, rows: Indices, slot: int) -> None:
         """What was taken goes to ``rows``, the KV of all its nodes one after the other, and to

@@ -63,6 +63,13 @@ itself, of which every cache gets a copy."""
 PlacementSpec = str | OwnPolicy | PlacementPolicy | Callable[[], PlacementPolicy]
 
 
+DEFAULT_EVICTION = "regret"
+"""Eviction policy if none is named. Compared with ``lru`` and ``branch,boundary,backoff,end`` it
+takes more processor time per request (``hybridcache/README.md``) and hits more."""
+DEFAULT_PLACEMENT = "regret"
+"""Checkpoint placement if none is named."""
+
+
 class Word(NamedTuple):
     """One entry of a table."""
 

@@ -229,6 +229,9 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         assert sum(lease.losses) + lease.cached_len == prompt_len and min(lease.losses) >= 0
         assert asked.reuse or not lease.cached_len
+        loadable_len = lease.match.lower[-1].position if lease.match.lower else 0
+        assert lease.losses.not_fetched == max(loadable_len - lease.cached_len, 0)
+        assert asked.reuse or not (lease.losses.not_fetched or lease.match.lower)
         one = Running(self.num_requests, tokens, prompt_len, lease, lease.cached_len)
         self.running.append(one)
 

@@ -1,9 +1,9 @@
 """Replay a trace through caches: who wins, at which size, and why each token was lost.
 
 >>> from hybridcache.lab.simulation.simulate import simulate
->>> result = simulate("short", gib="1:8:3", policy=("lru", "fifo"))
+>>> result = simulate("short", gib="1:8:3", policy=("regret", "lru"))
 >>> [run.label for run in result.runs]
-['lru', 'lru', 'lru', 'fifo', 'fifo', 'fifo']
+['regret', 'regret', 'regret', 'lru', 'lru', 'lru']
 >>> all(run.token_hit_rate <= result.bound_rate for run in result.runs)
 True
 """
@@ -28,11 +28,16 @@ from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
-from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
+from hybridcache.lab.simulation.target import RunConfig, check_words
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.user import OwnPolicy, own_policy, word_of
-from hybridcache.policies.words import EvictionSpec, PlacementSpec
+from hybridcache.policies.words import (
+    DEFAULT_EVICTION,
+    DEFAULT_PLACEMENT,
+    EvictionSpec,
+    PlacementSpec,
+)
 from hybridcache.units import GIB
 
 if TYPE_CHECKING:
@@ -143,9 +148,9 @@ class Sweep:
     """A preset's name, the path of a config.json, or a geometry."""
     gib: str | float | Sequence[float] = GIB_SPEC
     """``low:high:points``, a list, or one number."""
-    policy: Policies = "lru"
+    policy: Policies = DEFAULT_EVICTION
     """Words, ``module:Class(alpha=2)``, classes, functions that make a policy, or policies."""
-    checkpoints: Policies = DEFAULT_CHECKPOINTS
+    checkpoints: Policies = DEFAULT_PLACEMENT
     """One placement (words with commas, or your own) or a sequence of them."""
     baseline: Words = ()
     tiers: bool = True
@@ -164,7 +169,8 @@ class Sweep:
     bytes count; ``pools``, two, of which KV has ``kv_share``. Peers have their own."""
     kv_share: float | None = None
     host_gib: float = 0.0
-    """Host memory below the device's ``gib``; 0: none. Peers keep nothing there."""
+    """GiB of host memory next to the device's ``gib``; 0 for none. Rebuilt peers that offload to
+    the host (``baselines.HOST_TIERS``) get the same; others have none, and no peer has disk."""
     disk_gib: float = 0.0
     host_gb_s: float = PCIE_BYTES_PER_S / 1e9
     """From host memory to the device, GB/s."""
