@@ -14,6 +14,7 @@ from engine.requests.spec import RequestSpec
 from engine.requests.token_counts import TokenCounts
 from engine.requests.token_rules import NO_RULES, TokenRules
 from engine.text.outputs import (
+    NO_TOKEN,
     DraftCounts,
     FinishReason,
     RequestOutput,
@@ -271,7 +272,10 @@ class Request:
         masks: list[Mask | None] = [None] * num_rows
         if self.guide is not None:
             if drawn is not None:
-                answer = np.append(answer, np.int32(drawn()))
+                token = drawn()
+                if token == NO_TOKEN:  # The request ends when this step is committed.
+                    return [(None, None)] * num_rows
+                answer = np.append(answer, np.int32(token))
             allowed = self.guide.masks(answer, drafts, may_be_over=drawn is not None)
             if allowed is None:
                 return None
@@ -297,6 +301,18 @@ class Request:
             self.accept(sampled, now_s)
             if self.finish_reason is not None:
                 return
+
+    def accept_before_no_logits(self, run: Sequence[SampledToken], now_s: float) -> None:
+        """Take the tokens that were drawn before the logits were NaN or infinite. Raises
+        FloatingPointError unless one of them ends the answer."""
+        self.accept_run([one for one in run if one.token_id != NO_TOKEN], now_s)
+        if self.finish_reason is None:
+            place = self.num_tokens - self.prompt_len + 1
+            where = f"token {place} of the answer" if run else "the prompt"
+            raise FloatingPointError(
+                f"the model's logits for {where} are NaN or infinite, so no token was drawn: check "
+                "the weights and the number format (--dtype)."
+            )
 
     def accept(self, sampled: SampledToken, now_s: float) -> None:
         """Take the next token; sets ``finish_reason`` where it is the last."""
