@@ -25,7 +25,7 @@ from hybridcache.tiered import TieredRadixCache
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine
-from tests.cache import test_scenarios
+from tests.cache import test_scenarios, test_tiers
 from tests.cache.test_arena_machine import ArenaLeaseMachine, arena_twins, serve_twins
 from tests.cache.test_machine import CacheMachine
 from tests.cache.test_tiers_machine import TieredMachine
@@ -352,7 +352,9 @@ def the_last_copy_between_tiers_is_not_made(patch: Patch) -> None:
         return original(self)[:-1]
 
 
-@FAULTS.noticed_by(TIERS)
+@FAULTS.noticed_by(
+    test_tiers.test_a_state_is_superseded_below_only_as_long_as_something_supersedes_it
+)
 def a_match_offers_the_nearest_offloaded_state_alone(patch: Patch) -> None:
     @patch(TieredRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
