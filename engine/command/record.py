@@ -37,10 +37,6 @@ def record(
             writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=loaded)
             proxy = create_proxy(upstream.rstrip("/").removesuffix("/v1"), writer)
             port = listener.getsockname()[1]
-            print(f"http://{host}:{port}/v1 passes on to {upstream} and writes {out}", flush=True)
-            # uvicorn raises the signal again once it has shut down: the summary is still to come.
-            for each in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(each, lambda *_: None)
             config = uvicorn.Config(
                 proxy,
                 log_level="warning",
@@ -49,8 +45,14 @@ def record(
                 date_header=False,
                 ws="none",
             )
+            server = uvicorn.Server(config)
+            # uvicorn does the same while it runs, and raises the signal again once it has shut
+            # down: the summary is still to come.
+            for each in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(each, server.handle_exit)
+            print(f"http://{host}:{port}/v1 passes on to {upstream} and writes {out}", flush=True)
             try:
-                uvicorn.Server(config).run(sockets=[listener])
+                server.run(sockets=[listener])
             finally:
                 proxy.recorder.finish()  # A second signal skips the end of the application.
     for why, number in writer.skipped.items():

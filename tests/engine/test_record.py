@@ -500,21 +500,26 @@ def test_more_than_a_hundred_streams_pass_at_once(setup: Setup) -> None:
     assert {stream.result().status_code for stream in streams} == {200}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
-def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: int) -> None:
-    """With a stream in progress, and where the shell ignores SIGINT."""
-    upstream, path = Upstream(), tmp_path / "trace.jsonl"
-    behind = Serving(upstream, lifespan="off")
+@contextlib.contextmanager
+def recording(to: str, out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """(a process that records, its address), started as by a shell that ignores SIGINT."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
         "import engine.command.record as r; r.GRACE_S = 1; from engine.command.cli import main;"
-        f"sys.exit(main(['record', '--to', {behind.url!r}, '--out', {str(path)!r}, '--port', '0']))"
+        f"sys.exit(main(['record', '--to', {to!r}, '--out', {str(out)!r}, '--port', '0']))"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    ) as process:
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
         assert process.stdout is not None
-        url = process.stdout.readline().split()[0]
+        yield process, process.stdout.readline().split()[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: int) -> None:
+    """With a stream in progress."""
+    upstream, path = Upstream(), tmp_path / "trace.jsonl"
+    behind = Serving(upstream, lifespan="off")
+    with recording(behind.url, path) as (process, url):
         body = {"prompt": "abcdefgh", "wait": "never", "stream": True}
         httpx.post(f"{url}/completions", json={"prompt": "first"}, timeout=30)
         with httpx.stream("POST", f"{url}/completions", json=body, timeout=30) as stream:
@@ -525,6 +530,15 @@ def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: in
     behind.stop()
     assert f"2 requests; hybridcache simulate --trace {path}" in said
     assert [len(request.tokens) for request in open_trace(str(path))] == [2, 2]
+
+
+def test_a_signal_that_comes_before_the_first_request_ends_the_recording(tmp_path: Path) -> None:
+    """Even before the proxy listens to signals."""
+    with recording("http://127.0.0.1:9", tmp_path / "trace.jsonl") as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert process.stdout is not None
+        assert "0 requests; hybridcache simulate" in process.stdout.read()
+        assert process.wait(30) == 0
 
 
 def test_a_port_in_use_leaves_no_file(tmp_path: Path) -> None:

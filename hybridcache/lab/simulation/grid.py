@@ -6,8 +6,10 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -257,8 +259,17 @@ def _start_worker(trace: Trace, run: Run[Any, Any]) -> None:
     global _worker
     # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed ends nobody.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     collect_seldom()
     _worker = _Worker(trace, run)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is a process of its own"
+    parent.join()
+    os._exit(1)
 
 
 def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], Warnings]:
