@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ContextOverflow
-from engine.guided.guide import BUDGET_S, Guides
+from engine.guided.guides import BUDGET_S, Guides
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec

@@ -27,7 +27,7 @@ from hybridcache.results import Losses
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.guided.guide import Guide
+    from engine.guided.guides import AnswerGuide
     from engine.guided.library import Mask
     from engine.requests.token_rules import Additions
     from hybridcache.lease import Lease
@@ -100,7 +100,7 @@ class Request:
         end_token_ids: frozenset[int] = frozenset(),
         text_stream: TextStream | None = None,
         rules: TokenRules = NO_RULES,
-        guide: Guide | None = None,
+        guide: AnswerGuide | None = None,
     ) -> None:
         """``spec`` was checked: its prompt is token ids, its boundaries are ascending."""
         prompt = np.asarray(spec.prompt, np.int32)
