@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Shells without job control start background commands with SIGINT ignored, and Python then
         # installs no handler for it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminate)
     parsed = _parser().parse_args(arguments)
     command: Command = parsed.command
     try:
@@ -66,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
+
+
+def _terminate(number: int, _: object) -> None:
+    """End as after Ctrl-C: other processes are ended and temporary files removed."""
+    sys.exit(128 + number)
 
 
 def _parser() -> Parser:

@@ -138,7 +138,8 @@ class Device:
             work()
             self.synchronize()
             graph = getattr(self.module, graph_class)()
-            with self.module.graph(graph, pool=pool):
+            # Threads of tiers and transfers may call the device meanwhile.
+            with self.module.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 work()
             return cast(Callable[[], None], graph.replay)
 

@@ -27,6 +27,11 @@ MAX_QUEUED_BYTES = 64 << 20
 """Copied and not sent, of one prefix; what follows waits in the cache."""
 
 
+def failure(error: RequestError) -> dict[str, Any]:
+    """Return the message that a prefix does not come because of ``error``."""
+    return {"failed": msgspec.to_builtins(error.to_wire())}
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One message for the asker, and the bytes that follow it."""
@@ -86,7 +91,7 @@ class Outgoing:
 
     def fail(self, error: RequestError) -> None:
         """Say ``error`` as the last message."""
-        self.say({"failed": msgspec.to_builtins(error.to_wire())})
+        self.say(failure(error))
 
     def send_layer(self, unit: Unit, part: int) -> None:
         """The step that is being computed has written ``part``: send what is there of it."""

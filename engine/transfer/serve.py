@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import RequestError
+from engine.errors import EngineStopped, RequestError
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.run.unit import Unit
@@ -28,7 +28,7 @@ from engine.schedule.cache_manager import CacheManager
 from engine.transfer.counts import TransferCounts
 from engine.transfer.identity import difference
 from engine.transfer.link import Transfer, link
-from engine.transfer.outgoing import Outgoing
+from engine.transfer.outgoing import Outgoing, failure
 from engine.transfer.wire import TransferError, Wire, join
 
 logger = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class PrefillServer:
                 said, data = wire.receive(idles=True)
                 outgoing = _read_ask(said, data)
                 if not self._accept(wire, outgoing):
-                    wire.send({"failed": STOPPING})
+                    wire.send(failure(EngineStopped(STOPPING)))
                     return
                 try:
                     self._answer(outgoing, wire, transfer)
@@ -275,7 +275,7 @@ class PrefillServer:
         self._is_closed = True
         self.stop_accepting()
         while not self._asked.empty():
-            self._asked.get_nowait().say({"failed": STOPPING})
+            self._asked.get_nowait().fail(EngineStopped(STOPPING))
         self._end_all(STOPPING)
         self._hang_up()
 
