@@ -254,7 +254,7 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
         server = Server(gated.running, ServerConfig(drain_s=60))
         serving = threading.Thread(target=server.run, args=([listener],), daemon=True)
         serving.start()
-        body = {"model": "builtin", "prompt": "a" * 100, "max_tokens": 3, "ignore_eos": True}
+        body = {"model": "builtin", "prompt": "a" * 100, "max_tokens": 1000, "ignore_eos": True}
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
         answers: list[httpx.Response] = []
         client = threading.Thread(
@@ -263,13 +263,17 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
         client.start()
         until(lambda: gated.engine.requests, "the client is served")
         server.should_exit = True
-        gated.permits.release()  # The step that was being computed ends.
-        until(lambda: not gated.accepts(), "it serves no other engine")
+
+        def refuses_after_a_step() -> bool:
+            gated.permits.release()
+            return not gated.accepts()
+
+        until(refuses_after_a_step, "it serves no other engine")
         assert not answers and gated.running.is_alive
         gated.open()
         client.join(60)
         serving.join(60)
-        assert answers[0].json()["usage"]["completion_tokens"] == 3
+        assert answers[0].json()["usage"]["completion_tokens"] == 1000
     assert not serving.is_alive() and not gated.running.is_alive
 
 
