@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hybridcache.allocators.base import BaseAllocator
-from hybridcache.allocators.budget import ByteBudget
+from hybridcache.allocators.base import BaseAllocator, ByteBudget
 from hybridcache.tokens import Indices
 
 if TYPE_CHECKING:

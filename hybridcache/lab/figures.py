@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridcache.api import Losses
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.report import (
     LOSSES_NOTE,
     METRICS,
@@ -18,8 +20,6 @@ from hybridcache.lab.report import (
     size_label,
 )
 from hybridcache.lab.simulation.result import RunResult
-from hybridcache.results import Losses
-from hybridcache.units import GIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

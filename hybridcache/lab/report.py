@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybridcache.api import Losses
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.identity import SIZES
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.trace_stats import Summary, TraceStats
-from hybridcache.results import Losses
-from hybridcache.units import GIB
 
 if TYPE_CHECKING:
     from hybridcache.lab.optimum import Optimum

@@ -13,7 +13,7 @@ from engine.drafts import pace, suffix
 from engine.requests import conversations
 from engine.text import json_text, templates, tokenizer
 from engine.text.answers import marks
-from hybridcache import units
+from hybridcache.geometry import units
 
 MODULES = [
     conversations,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hybridcache.results import Losses, PrefixMatch
+from hybridcache.api import Losses, PrefixMatch
 
 logger = logging.getLogger("hybridcache.sglang")
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.api import Losses
 from hybridcache.geometry.times import prefill_seconds
 from hybridcache.lab.simulation.identity import RunIdentity, identify
 from hybridcache.lab.simulation.log import RequestLog
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.target import RunConfig, Target
-from hybridcache.results import Losses
 
 PERCENTILES = (5, 50, 95, 99)
 

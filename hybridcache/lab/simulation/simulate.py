@@ -16,10 +16,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybridcache.build import GRID
+from hybridcache.config import GRID
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import HOST_TIERS
 from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL
 from hybridcache.lab.infinite import InfiniteCache
@@ -38,7 +39,6 @@ from hybridcache.policies.words import (
     EvictionSpec,
     PlacementSpec,
 )
-from hybridcache.units import GIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -18,10 +18,10 @@ import numpy as np
 from hybridcache.allocators.moves import Move
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.api import Losses
 from hybridcache.policies.protocol import Kind
 from hybridcache.radix.ghosts import GHOST_NODE_BYTES
-from hybridcache.radix.key import TOKEN_BYTES
-from hybridcache.results import Losses
+from hybridcache.radix.tree import TOKEN_BYTES
 from hybridcache.tokens import Indices, Tokens
 
 Ids = tuple[int, ...]
