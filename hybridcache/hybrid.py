@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.allocators.arena import arena_of
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.api import (
@@ -96,7 +97,7 @@ class HybridRadixCache:
         self.grid = grid
         self.stats = CacheStats()
         self._step = lcm(grid, pages.page_size)
-        self.arena = pages.arena
+        self.arena = arena_of(pages)
         self.lower: LowerMemory | None = None
         self._pages = pages
         self._slots = slots

@@ -39,6 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hybridcache.allocators.arena import arena_of
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.api import CacheStats, Listener
@@ -165,11 +166,12 @@ class Residency:
         self.ghosts = GhostList(self.tree, ghost_bytes)
         self.gathered = GatherCache()
         self.pages = pages
+        self.arena = arena_of(pages)
         self.owners: RowOwners | None = None
-        """Where rows can move: who owns each."""
-        if pages.arena is not None:
+        """The owner of each row, where rows can move."""
+        if self.arena is not None:
             self.owners = RowOwners(pages.capacity, self.gathered)
-            pages.arena.holders[self.owners] = None
+            self.arena.holders[self.owners] = None
         self.slots = slots
         self.policy = policy
         self.item_bytes = item_bytes
@@ -761,10 +763,10 @@ def _check_rows(residency: Residency, resident: list[RadixNode]) -> None:
     )
     both = np.concatenate([cached, pages.free_rows()])
     assert len(np.unique(both)) == len(both), "a KV row is cached twice, or cached and free"
-    if residency.owners is not None and pages.arena is not None:
+    if residency.owners is not None and residency.arena is not None:
         residency.owners.check(parts)
-        pages.arena.check_taken(cached)
-        assert residency.owners in pages.arena.holders, "the tree is not notified of moves"
+        residency.arena.check_taken(cached)
+        assert residency.owners in residency.arena.holders, "the tree is not notified of moves"
     if pages.budget is not None:
         taken = pages.num_taken * pages.unit_bytes
         taken += residency.slots.num_taken * residency.slots.unit_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
+from hybridcache.allocators.arena import arena_of
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.api import (
@@ -404,7 +405,7 @@ class NullCache(PrefixCache):
         self.page_size = pages.page_size
         self.grid = grid
         self.stats = CacheStats()
-        self.arena = pages.arena
+        self.arena = arena_of(pages)
         self.lower = None
         self._pages = pages
         self._slots = slots

@@ -246,6 +246,11 @@ def slab_rows(state_bytes: int, row_bytes: int, page_size: int = 1) -> int:
     return -(-rows // page_size) * page_size
 
 
+def arena_of(pages: PageAllocator) -> ArenaAllocator | None:
+    """Return the arena that ``pages`` belong to, in which rows can move; None for a fixed pool."""
+    return pages.arena if isinstance(pages, ArenaPages) else None
+
+
 class ArenaPages(PageAllocator):
     """The arena's KV rows. ``capacity`` is all of the arena; what states take of it is neither
     unused nor free."""
