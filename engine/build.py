@@ -18,11 +18,11 @@ from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.memory import MemorySizes
 from engine.schedule.scheduler import Scheduler
 from engine.transfer.counts import TransferCounts
-from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.interface import PrefixCache
-from hybridcache.lease_log import LeaseLog
+from hybridcache.api import PrefixCache
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.lease import LeaseLog
 from hybridcache.policies.words import parse_placement
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.variants import TieredRadixCache
 
 if TYPE_CHECKING:
     from engine.engine import Engine

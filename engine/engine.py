@@ -29,8 +29,8 @@ from engine.schedule.observed import Observer, StepReport
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
 from engine.text.outputs import RequestOutput
-from hybridcache.interface import PrefixCache
-from hybridcache.lease_log import LeaseLog
+from hybridcache.api import PrefixCache
+from hybridcache.lease import LeaseLog
 from hybridcache.policies.words import parse_placement
 
 if TYPE_CHECKING:

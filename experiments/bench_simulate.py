@@ -57,9 +57,9 @@ from hybridcache import (
     build_target,
     serve,
 )
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.policies.placement.rules import Placement
-from hybridcache.units import GIB
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 CONFIG = RunConfig(GEOMETRY, policy="lru", checkpoints=STATIC_PLACEMENT)

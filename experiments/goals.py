@@ -22,8 +22,8 @@ from hybridcache import (
     open_trace,
     run_sweep,
 )
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.sizes import budget_bytes
-from hybridcache.units import GIB
 
 OURS = "regret"
 """Eviction and placement."""

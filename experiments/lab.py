@@ -27,8 +27,8 @@ from hybridcache import (
     simulate,
     sizes,
 )
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.units import GIB
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from hybridcache import Losses, ModelGeometry, RunConfig, TraceRequest, build_target
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 
 CAUSES = Losses._fields
 DEFAULT_CHECKPOINTS = ",".join(EngineConfig().checkpoints)

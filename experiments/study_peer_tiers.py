@@ -31,10 +31,10 @@ from experiments.provenance import read_json_lines, write_json_lines
 from experiments.study_tiers import DEVICE_GIB, GOAL, Table, by_cell, fetch_whatever, run, servable
 from hybridcache.geometry.exchange import tokens_per_byte
 from hybridcache.geometry.times import Roofline
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.target import RunConfig
-from hybridcache.units import GIB
 
 PEERS = ("sglang", "vllm", "lightllm", "llama-server", "ollama")
 RATES = (0.5e9, 1e9, 2e9, 4e9, 8e9, 16e9, 50e9)

@@ -35,7 +35,7 @@ from hybridcache import (
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.simulation.sweep import Job
-from hybridcache.radix.node import RadixNode, Segment, checkpoint_above, tail_bytes
+from hybridcache.radix.tree import RadixNode, Segment, checkpoint_above, tail_bytes
 
 POLICIES = (
     "gdsf",

@@ -38,20 +38,20 @@ from tqdm import tqdm
 
 from experiments.lab import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
 from experiments.provenance import read_json_lines, write_json_lines
-from hybridcache.core.lower import LowerTiers
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.lab.trace import Trace
-from hybridcache.radix.node import Checkpoint, RadixNode
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.offload import LowerTiers
+from hybridcache.radix.tree import Checkpoint, RadixNode
 from hybridcache.tokens import Indices
-from hybridcache.units import GIB
+from hybridcache.variants import TieredRadixCache
 
 DEVICE_GIB = 4
 CURVE = (4, 5, 6, 8, 10, 14, 20, 36, 68)

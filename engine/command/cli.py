@@ -27,8 +27,8 @@ from engine.interfaces import RunnerLost
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.server.config import ServerConfig
-from hybridcache.extras import how_to_install
-from hybridcache.units import counted, format_seconds
+from hybridcache.geometry.units import counted, format_seconds
+from hybridcache.lab.extras import how_to_install
 
 if TYPE_CHECKING:
     from engine.async_engine import ServedEngine

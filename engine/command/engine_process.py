@@ -24,7 +24,7 @@ from engine.interfaces import RunnerLost
 from engine.process.channel import Channel, make_folder, remove_folder
 from engine.process.front import ProcessEngine
 from engine.process.messages import FromEngine, Ready, Refused
-from hybridcache.extras import how_to_install
+from hybridcache.lab.extras import how_to_install
 
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "

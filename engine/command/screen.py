@@ -10,8 +10,8 @@ from engine.engine import Engine
 from engine.schedule.memory import MemorySizes
 from engine.schedule.report import CacheReport, LowerReport
 from engine.text.token_ids import IdTokenizer
-from hybridcache.allocators.orders import HOST
-from hybridcache.units import counted, format_bytes
+from hybridcache.allocators.moves import HOST
+from hybridcache.geometry.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from engine.run.model_runner import ModelRunner

@@ -19,8 +19,7 @@ from engine.requests.token_rules import NO_RULES, TokenRules, packed
 from engine.text.outputs import TextStream
 from engine.text.token_ids import IdTokenizer
 from engine.text.tokenizer import EncodeOptions
-from hybridcache.namespaces import require_namespace
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import Tokens, require_namespace
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer

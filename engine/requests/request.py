@@ -23,7 +23,7 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
-from hybridcache.results import Losses
+from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:

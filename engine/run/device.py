@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from engine.run.model_config import ModelError
-from hybridcache.units import counted
+from hybridcache.geometry.units import counted
 
 
 @dataclass(frozen=True, slots=True)

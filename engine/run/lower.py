@@ -25,7 +25,7 @@ from engine.run.model_config import ModelError
 from engine.schedule.batch import KEPT, BytesLost
 from engine.schedule.memory import MemorySizes
 from engine.store.disk import Disk, FutureRows, Rows
-from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy, Drop
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.tokens import Indices
 from kernels import huge_pages
 from kernels.upload import upload

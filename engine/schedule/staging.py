@@ -12,10 +12,10 @@ from engine.requests.request import Request
 from engine.schedule.cache_manager import CacheManager
 from engine.schedule.fetching import Fetch, Fetcher
 from engine.store.disk import Disk
-from hybridcache.allocators.orders import DISK
+from hybridcache.allocators.moves import DISK
+from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.policies.protocol import FetchRule
-from hybridcache.radix.node import RadixNode
-from hybridcache.results import PrefixMatch, Resumable
+from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Indices
 
 MAX_READS = 4

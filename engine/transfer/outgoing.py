@@ -18,7 +18,7 @@ from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.run.unit import Copied, Unit
 from engine.schedule.cache_manager import CacheManager
-from hybridcache.interface import PrefixCache
+from hybridcache.api import PrefixCache
 from hybridcache.tokens import Indices, Tokens
 
 PIECE_BYTES = 4 << 20

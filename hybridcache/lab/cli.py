@@ -9,11 +9,11 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from hybridcache.extras import how_to_install
 from hybridcache.lab.command.advise import add_advise
 from hybridcache.lab.command.optimum import add_optimum
 from hybridcache.lab.command.simulate import add_simulate
 from hybridcache.lab.command.trace import add_trace
+from hybridcache.lab.extras import how_to_install
 
 Command = Callable[[argparse.Namespace], int]
 

@@ -7,9 +7,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 import numpy as np
 
 from hybridcache import CacheConfig, PrefixMatch, build_prefix_cache
+from hybridcache.api import InsertResult, PrefixCache
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.interface import PrefixCache
-from hybridcache.results import InsertResult
 from hybridcache.tokens import Tokens
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hybridcache.allocators.moves import Move
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.events import EventStream
 from hybridcache.export.snapshot import load_snapshot, save_snapshot
 from hybridcache.lease import Lease, LeaseRequest

@@ -19,8 +19,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.arrival import Arrival
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.regret import Regret
 from hybridcache.policies.placement.learned import Learned

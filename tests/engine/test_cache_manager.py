@@ -9,8 +9,8 @@ from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.schedule.cache_manager import CacheManager
 from hybridcache.allocators.moves import Move
-from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.interface import PrefixCache
+from hybridcache.api import PrefixCache
+from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.words import parse_placement
 
 

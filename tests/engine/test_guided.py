@@ -28,7 +28,7 @@ from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
-from hybridcache.extras import install_command
+from hybridcache.lab.extras import install_command
 
 pytest.importorskip("llguidance")
 

@@ -30,7 +30,7 @@ from engine.store.fingerprint import StoreError
 from engine.store.records import SUFFIX, RecordStore
 from experiments.served import serving
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 from tests.engine.test_hits_change_nothing import (
     REPORT,
     MakeEngine,

@@ -15,21 +15,21 @@ from engine.requests.sampling_params import SamplingParams
 from engine.run.model_config import read_config
 from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleSampler
-from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.core.residency import Residency
+from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.simulate import Sweep
 from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.lease_log import LeaseLog, replay
+from hybridcache.lease import LeaseLog, replay
 from hybridcache.policies.words import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
     EVICTION,
     parse_placement,
 )
+from hybridcache.residency import Residency
 from tests.cache.twins import VictimLog
 
 POLICIES = sorted(EVICTION)

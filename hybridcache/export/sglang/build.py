@@ -15,7 +15,7 @@ from sglang.srt.runtime_context import (
 )
 
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.build import PREFIX_CACHES, CacheConfig
+from hybridcache.config import PREFIX_CACHES, CacheConfig
 from hybridcache.export.sglang import eviction_name
 from hybridcache.export.sglang.cache import HybridRadixBackend
 from hybridcache.export.sglang.refuse import why_not

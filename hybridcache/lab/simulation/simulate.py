@@ -12,19 +12,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybridcache.build import GRID
+from hybridcache.config import GRID
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import HOST_TIERS
 from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.simulation.identity import RunIdentity, names, without_size
-from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.simulation.result import RunResult, SweepRuns
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
@@ -38,7 +38,6 @@ from hybridcache.policies.words import (
     EvictionSpec,
     PlacementSpec,
 )
-from hybridcache.units import GIB
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,58 +52,8 @@ OptimumMethod = Literal["greedy", "lp", "milp"]
 
 
 @dataclass(frozen=True, slots=True)
-class SimulationResult:
-    """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt
-    peers."""
-
-    trace: str
-    geometry: ModelGeometry
-    runs: tuple[RunResult, ...]
-    bound_rate: float | None
-    """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
-    plan_bounds: Mapping[float, float] = field(default_factory=dict)
-    """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved
-    one."""
-    times: str = ""
-    """What the prefill times stand for: the machine assumed or the file measured; empty where a
-    model of the user's own gives them."""
-    plans_by: Mapping[float, str] = field(default_factory=dict)
-    """Whose the best plan is at each size in GiB, ``greedy`` or ``milp``, where one was asked
-    for."""
-
-    def beside(self, other: SimulationResult) -> SimulationResult:
-        """These runs and those of another sweep over the same trace, measured with the same
-        yardsticks. Competitors of one label that differ get names that say how. ValueError: another
-        trace."""
-        traces = {run.config.trace for run in (*self.runs, *other.runs)}
-        if len(traces) > 1:
-            raise ValueError(
-                "runs over different traces have no place in one table: "
-                f"{', '.join(sorted(traces))}"
-            )
-        yardsticks = {run.gib: run for run in self.runs}
-        added = []
-        for run in other.runs:
-            known = yardsticks.get(run.gib, run)
-            added.append(
-                replace(run, bound_tokens=known.bound_tokens, optimum_tokens=known.optimum_tokens)
-            )
-        return replace(self, runs=(*self.runs, *added))
-
-    def by_label(self) -> dict[str, list[RunResult]]:
-        """Runs of each competitor, by size; one that was run twice, as it was run last."""
-        known = names(run.config for run in self.runs)
-        found: dict[str, dict[RunIdentity, RunResult]] = {name: {} for name in known.values()}
-        for run in self.runs:
-            found[known[without_size(run.config)]][run.config] = run
-        return {name: list(runs.values()) for name, runs in found.items()}
-
-    def best(self, gib: float) -> RunResult:
-        """The run of highest token hit rate at the size nearest to ``gib``."""
-        nearest = min((run.gib or 0.0 for run in self.runs), key=lambda size: abs(size - gib))
-        return max(
-            (run for run in self.runs if run.gib == nearest), key=lambda run: run.token_hit_rate
-        )
+class SimulationResult(SweepRuns):
+    """All runs of one sweep over one trace, with their tables and figures."""
 
     def table(self, metric: str = "hit") -> str:
         """A table of one metric: a row a competitor, a column a size. See

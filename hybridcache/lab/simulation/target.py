@@ -8,12 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from hybridcache.allocators.orders import DEVICE, DISK, HOST
-from hybridcache.build import GRID, CacheConfig, build_prefix_cache
+from hybridcache.allocators.moves import DEVICE, DISK, HOST
+from hybridcache.api import Losses, PrefixCache
+from hybridcache.config import GRID, CacheConfig, build_prefix_cache
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
-from hybridcache.interface import PrefixCache
+from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.lab.baselines import (
     BASELINES,
     HOST_TIERS,
@@ -34,8 +35,6 @@ from hybridcache.policies.words import (
     make_eviction,
     parse_placement,
 )
-from hybridcache.results import Losses
-from hybridcache.units import GIB, format_bytes
 
 MEMORIES = ("arena", "budget", "pools")
 """Words for ``RunConfig.memory``."""

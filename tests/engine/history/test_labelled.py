@@ -18,7 +18,7 @@ from engine.server.tenants import Tenant
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.templates import ChatTemplate, render_chat
 from experiments.agents.scripted import ScriptedEngine
-from hybridcache.results import Losses
+from hybridcache.api import Losses
 
 THINKING = """\
 {%- set ns = namespace(last=-1) %}

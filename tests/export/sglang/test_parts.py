@@ -13,7 +13,8 @@ import torch
 from prometheus_client import REGISTRY
 
 from hybridcache import CacheConfig
-from hybridcache.build import PREFIX_CACHES
+from hybridcache.api import Losses, PrefixMatch
+from hybridcache.config import PREFIX_CACHES
 from hybridcache.export.sglang import eviction_name
 from hybridcache.export.sglang.keys import NO_TOKEN, namespace_of, prompt_of, tokens_of
 from hybridcache.export.sglang.metrics import LossMeter, describe, on_grid
@@ -21,7 +22,6 @@ from hybridcache.export.sglang.placement import branch_position
 from hybridcache.export.sglang.refuse import why_not
 from hybridcache.export.sglang.states import RequestStates
 from hybridcache.export.sglang.views import RowView, SlotView
-from hybridcache.results import Losses, PrefixMatch
 
 
 class FakeRows:

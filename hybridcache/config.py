@@ -1,4 +1,4 @@
-"""From words and numbers to a cache: ``CacheConfig`` and ``build_prefix_cache``."""
+"""Configuration and construction of a cache."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
-from hybridcache.allocators.budget import ByteBudget
-from hybridcache.allocators.orders import DISK, HOST
+from hybridcache.allocators.base import ByteBudget
+from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.core.lower import Tier
+from hybridcache.api import PrefixCache
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.interface import PrefixCache
-from hybridcache.kv_only import RadixCache
-from hybridcache.null import NullCache
+from hybridcache.offload import Tier
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.tiers import Tiers
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.policies.words import DEFAULT_EVICTION, EvictionSpec, make_eviction
-from hybridcache.radix.node import ItemBytes
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.radix.tree import ItemBytes
+from hybridcache.variants import NullCache, RadixCache, TieredRadixCache
 
 GRID = 64
 """Positions a checkpoint may take are its multiples, unless set otherwise: the kernels' chunk."""
