@@ -4,6 +4,7 @@ does meanwhile, and no token of anybody else's changes."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import random
 import re
@@ -413,6 +414,15 @@ def test_a_budget_of_grammar_time_ends_its_request_alone(
     # A budget is a request's own, and a sane one is enough for all of them.
     again = oracle().generate([spec(GRAMMARS["regex"][0])] * 4)
     assert {output.finish_reason for output in again} == {"stop"}
+
+
+def test_time_in_which_other_processes_had_the_processor_is_not_charged(
+    monkeypatch: pytest.MonkeyPatch, in_background: None
+) -> None:
+    clock = itertools.count(0.0, 60.0)
+    monkeypatch.setattr(background.time, "perf_counter", lambda: next(clock))
+    [output] = oracle(grammar_budget_s=5.0).generate([spec(GRAMMARS["regex"][0])])
+    assert output.finish_reason == "stop", output.error
 
 
 def test_the_budget_grows_with_the_answer() -> None:
