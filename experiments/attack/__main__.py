@@ -47,16 +47,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=sorted(PARTS), help="one part")
     options = parser.parse_args(arguments)
     parts = {options.only: (PARTS[options.only][0], 1.0)} if options.only else PARTS
+    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # steps fail on purpose
-    records = []
-    for name, (attack, share) in parts.items():
-        try:
-            found = attack(options.seed, 60 * options.minutes * share)
-        except AssertionError as failure:
-            print(f"{name}: does not hold: {failure}")
-            return 1
-        print(f"{name}: held; " + ", ".join(f"{number:,} {what}" for what, number in found.items()))
-        records.append({"part": name, **found})
+    try:
+        records = []
+        for name, (attack, share) in parts.items():
+            try:
+                found = attack(options.seed, 60 * options.minutes * share)
+            except AssertionError as failure:
+                print(f"{name}: does not hold: {failure}")
+                return 1
+            counts = ", ".join(f"{number:,} {what}" for what, number in found.items())
+            print(f"{name}: held; {counts}")
+            records.append({"part": name, **found})
+    finally:
+        logging.disable(before)
     if not options.only:
         write_json_lines(RESULTS / "attack.jsonl", records, vars(options))
     return 0

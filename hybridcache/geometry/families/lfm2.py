@@ -57,6 +57,10 @@ def _intermediate(values: Values) -> int:
     multiple = fields.check_size("block_multiple_of", values.pop("block_multiple_of"))
     if not values.pop("block_auto_adjust_ff_dim"):
         return size
+    if multiplier <= 0:
+        raise SizesError(
+            f"block_ffn_dim_multiplier must be greater than 0 in config.json (got {multiplier})."
+        )
     return -(-int(multiplier * int(2 * size / 3)) // multiple) * multiple
 
 
