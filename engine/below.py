@@ -12,7 +12,6 @@ from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Below, Runner
 from engine.remembering import Remembering
 from engine.schedule.batch import KEPT
-from engine.schedule.cache_manager import CacheManager
 from engine.schedule.exchange import MeasuredExchange
 from engine.schedule.fetching import Fetcher
 from engine.schedule.keeping import Keeping
@@ -28,6 +27,7 @@ from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy
 from hybridcache.allocators.pages import MAX_ROWS
 from hybridcache.policies.placement.rules import Placement
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tiered import TieredRadixCache
 from hybridcache.units import GIB, format_bytes
 

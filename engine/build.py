@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,7 +14,6 @@ from engine.drafts.drafting import Drafting
 from engine.drafts.suffix import IndexMemory
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.sampling_defaults import read_sampling_defaults
-from engine.schedule.cache_manager import CacheManager
 from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.memory import MemorySizes
 from engine.schedule.scheduler import Scheduler
@@ -22,6 +22,7 @@ from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_log import LeaseLog
 from hybridcache.policies.words import parse_placement
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tiered import TieredRadixCache
 
 if TYPE_CHECKING:
@@ -170,6 +171,8 @@ def make_manager(
 ) -> CacheManager:
     """What gives requests their leases on ``cache``."""
     words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
+    exchange = None if lower is None else lower.exchange
+    keeping = None if lower is None else lower.keeping
     return CacheManager(
         cache,
         parse_placement(words),
@@ -178,8 +181,9 @@ def make_manager(
         exact=config.exact,
         log=log,
         owns_states=memory.owns_states,
-        exchange=None if lower is None else lower.exchange,
-        keeping=None if lower is None else lower.keeping,
+        exchange=exchange,
+        after_reading=None if exchange is None else exchange.after_reading,
+        publishing=nullcontext if keeping is None else keeping.publishing,
     )
 
 

@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hybridcache.geometry.checkpoints import CheckpointFormat
+from hybridcache.scheduling.budget import MAX_SCORED as MAX_SCORED
+from hybridcache.scheduling.budget import TILE as TILE
 
-TILE = 64
-"""Tokens per tile of every kernel, unless the grid is finer: prefill chunks end on absolute
-multiples of it."""
 SMALL_TILES = (16, 32)
 """Smaller ones that the kernels can be run with, so that checkpoints may lie on multiples of
 them."""
-
-MAX_SCORED = 1024
-"""Prompt positions of a step whose logits are wanted: for those of a whole step on a device,
-gigabytes would be kept from the pools."""
 
 CPU_BUDGET, DEVICE_BUDGET = 1024, 8192
 """Tokens of a step. A step of a large mixture reads nearly all its experts whether it has 1,024

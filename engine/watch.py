@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from engine.requests.conversations import Conversations
 from engine.requests.recent import Ended, stable_len
 from engine.requests.request import Request
+from hybridcache.scheduling.conversations import Conversations
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, node_id
 from hybridcache.watch.records import RequestShown, slabs_record

@@ -85,12 +85,14 @@ MAY_IMPORT = {
     "hybridcache/lease.py": "fetching interface lease_rows policies results saving tokens",
     "hybridcache/lease_log.py": "interface lease policies",
     "hybridcache/arrival.py": "allocators interface tokens",
+    "hybridcache/scheduling": "allocators arrival interface lease lease_log policies results "
+    "tokens",
     "hybridcache/geometry": "units",
     "hybridcache/watch": "allocators listener policies radix results",
     "hybridcache/export": "allocators build core hybrid kv_only listener namespaces policies radix "
     "results tokens",
     "hybridcache/lab": "allocators build export extras geometry interface lease policies results "
-    "routing tokens units watch",
+    "routing scheduling tokens units watch",
     "hybridcache/routing": "export interface policies tokens",
     "engine/config.py": "",
     "engine/errors.py": "",

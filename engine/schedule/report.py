@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.schedule.cache_manager import CacheManager
 from engine.schedule.memory import MemorySizes
+from hybridcache.scheduling.cache_manager import CacheManager
 
 
 @dataclass(frozen=True, slots=True)

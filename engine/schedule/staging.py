@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.requests.request import Request
-from engine.schedule.cache_manager import CacheManager
 from engine.schedule.fetching import Fetch, Fetcher
 from engine.store.disk import Disk
 from hybridcache.allocators.orders import DISK
 from hybridcache.policies.protocol import FetchRule
 from hybridcache.radix.node import RadixNode
 from hybridcache.results import PrefixMatch, Resumable
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices
 
 MAX_READS = 4

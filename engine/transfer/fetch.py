@@ -23,13 +23,13 @@ import torch
 from engine.errors import InvalidRequest, RequestError, WireError
 from engine.requests.request import Request
 from engine.run.unit import Unit
-from engine.schedule.cache_manager import CacheManager
 from engine.text.outputs import Transferred
 from engine.transfer.counts import TransferCounts
 from engine.transfer.link import Transfer, link
 from engine.transfer.wire import TransferError, Wire, join
 from hybridcache.arrival import Arrival
 from hybridcache.results import PrefixMatch
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Tokens
 from hybridcache.units import counted
 
