@@ -15,7 +15,6 @@ from engine.schedule.batch import KEPT
 from engine.schedule.exchange import MeasuredExchange
 from engine.schedule.fetching import Fetcher
 from engine.schedule.keeping import Keeping
-from engine.schedule.memory import MemorySizes
 from engine.schedule.plan import Plan
 from engine.schedule.report import FolderReport, LowerReport, TierReport
 from engine.schedule.staging import Staging
@@ -28,6 +27,7 @@ from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy
 from hybridcache.allocators.pages import MAX_ROWS
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.tiered import TieredRadixCache
 from hybridcache.units import GIB, format_bytes
 

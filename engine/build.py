@@ -15,14 +15,14 @@ from engine.drafts.suffix import IndexMemory
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.sampling_defaults import read_sampling_defaults
 from engine.schedule.fetching import Fetcher, Fetching
-from engine.schedule.memory import MemorySizes
 from engine.schedule.scheduler import Scheduler
 from engine.transfer.counts import TransferCounts
 from hybridcache.build import CacheConfig, build_prefix_cache
 from hybridcache.interface import PrefixCache
 from hybridcache.lease_log import LeaseLog
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.words import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.tiered import TieredRadixCache
 
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ def make_parts(
         manager,
         max_running=config.max_running,
         token_budget=config.token_budget,
+        memory=runner.memory,
+        admission=make_admission(config.admission),
         shares=shares,
         drafting=drafting,
         fetching=fetching,

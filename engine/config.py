@@ -199,6 +199,11 @@ class EngineConfig:
         "many decode; none: 1024 on "
         "a CPU, 8192 elsewhere",
     )
+    admission: str = _setting(
+        "oldest",
+        "which waiting request is admitted first, and which must wait: oldest, cached-first, "
+        "longest-match, window:N, live:N, sessions, or module:Class",
+    )
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
     grammar_budget_s: float = _setting(
         10.0,

@@ -313,6 +313,12 @@ class Lease:
         """
         return self._saving.take(start, end)
 
+    def num_quiet_tokens(self, computed_len: int) -> int:
+        """How many tokens after ``computed_len`` decode may compute one by one while ``extend`` and
+        ``take_checkpoint_slots`` change nothing. O(1)."""
+        rows = self._rows.num_rows - computed_len
+        return min(rows, self._saving.num_before_crossing(computed_len))
+
     def roll_back(self, computed_len: int) -> None:
         """Of what the last step was to compute only the tokens below ``computed_len`` count (the
         others were guesses, and wrong): a rolling checkpoint past it was not written, and its slot

@@ -145,6 +145,11 @@ class Saving:
             return None
         return end // interval * interval
 
+    def num_before_crossing(self, computed_len: int) -> int:
+        """Tokens after ``computed_len`` before decode saves its next state."""
+        interval = self._interval
+        return 1 << 30 if interval is None else interval - 1 - computed_len % interval
+
     def done(self, computed_len: int) -> dict[Saved, str]:
         """Hand over the checkpoints of a prefill whose positions are computed, with their labels.
         ``settle`` is owed for them."""

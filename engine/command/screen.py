@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, cast
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.schedule.memory import MemorySizes
 from engine.schedule.report import CacheReport, LowerReport
 from engine.text.token_ids import IdTokenizer
 from hybridcache.allocators.orders import HOST
+from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.units import counted, format_bytes
 
 if TYPE_CHECKING:

@@ -18,10 +18,10 @@ from engine.run.checkpoints import Checkpoints
 from engine.run.device import Device
 from engine.run.model_config import ModelError
 from engine.run.ranks.rank import Rank
-from engine.schedule.memory import SLOTS_OF_ONE, MemorySizes
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import KVSpec, ModelSizes, Spec
+from hybridcache.scheduling.memory import SLOTS_OF_ONE, MemorySizes
 from hybridcache.units import GIB
 from kernels.upload import upload
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.schedule.memory import MemorySizes
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
 
 
 @dataclass(frozen=True, slots=True)

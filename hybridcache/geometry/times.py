@@ -25,6 +25,40 @@ class PrefillTimes(Protocol):
         ...
 
 
+class StepTimes(Protocol):
+    """Seconds of one step of an engine."""
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """To compute the tokens [start, end) of each prefill, and one token for each of
+        ``num_decodes`` requests, which have ``context`` tokens together, the new ones included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSteps:
+    """Seconds that grow with the tokens alone."""
+
+    step_s: float = 0.006
+    prefill_token_s: float = 1 / 8000
+    decode_token_s: float = 0.0004
+
+    def describe(self) -> str:
+        """The three numbers, in a line."""
+        return (
+            f"{1e3 * self.step_s:g} ms a step, {1e3 * self.prefill_token_s:g} ms a prompt token, "
+            f"{1e3 * self.decode_token_s:g} ms a decoded one"
+        )
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``."""
+        num_tokens = sum(end - start for start, end in prefills)
+        return self.step_s + num_tokens * self.prefill_token_s + num_decodes * self.decode_token_s
+
+
 def describe_times(times: PrefillTimes) -> str:
     """What gives the seconds, in a line: the machine assumed, the file measured, or a class's
     name."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
+from hybridcache.policies.admission.base import AdmissionPolicy
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 from hybridcache.policies.protocol import (
     EvictionPolicy,
@@ -91,6 +92,13 @@ def placement_of(given: object) -> Callable[[], PlacementPolicy]:
     if isinstance(own.make, type):
         _refuse_unfit(own, own.make, PlacementPolicy)
     return lambda: GuardedPlacement(own.label, _made(own, PlacementPolicy))
+
+
+def admission_of(given: object) -> AdmissionPolicy:
+    """The admission policy that ``given`` is or makes, guarded."""
+    own = own_policy(given)
+    policy: AdmissionPolicy = _made(own, AdmissionPolicy)
+    return policy
 
 
 class _Guarded:

@@ -13,6 +13,9 @@ from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple
 
+from hybridcache.policies.admission.base import AdmissionPolicy
+from hybridcache.policies.admission.live import Live
+from hybridcache.policies.admission.oldest import Oldest
 from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.class_age import ClassAge
 from hybridcache.policies.eviction.clock import Clock
@@ -55,11 +58,12 @@ from hybridcache.policies.placement.rules import (
     Prompt,
 )
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.policies.user import OwnPolicy, eviction_of, load, placement_of
+from hybridcache.policies.user import OwnPolicy, admission_of, eviction_of, load, placement_of
 
 EvictionSpec = str | OwnPolicy | EvictionPolicy | Callable[[], EvictionPolicy]
 """A word, ``module:Class``, ``module:Class(alpha=2)``; a class or function that makes one; or one
 itself, of which every cache gets a copy."""
+AdmissionSpec = str | OwnPolicy | AdmissionPolicy | Callable[[], AdmissionPolicy]
 PlacementSpec = str | OwnPolicy | PlacementPolicy | Callable[[], PlacementPolicy]
 
 
@@ -122,6 +126,12 @@ PLACEMENT_WORDS: dict[str, Word] = {
 }
 """Words for checkpoint placement, put together with commas."""
 
+ADMISSION_WORDS: dict[str, Word] = {
+    "oldest": Word(Oldest),
+    "live": Word(Live, "sessions", "16"),
+}
+"""Words for the order in which waiting requests are admitted."""
+
 _CAP = Word(int, "checkpoints", "2")
 _PLACEMENT_AND_CAP = PLACEMENT_WORDS | {"cap": _CAP}
 
@@ -177,6 +187,16 @@ def parse_placement(spec: PlacementSpec) -> Placement:
             f"{spec!r} saves nothing: cap limits other words, as in branch,every:512,cap:2"
         )
     return Placement(tuple(rules), cap)
+
+
+def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
+    """A fresh policy that ``spec`` names, makes or is. ValueError lists the words that exist, or
+    the methods that a class lacks."""
+    if not isinstance(spec, str):
+        return admission_of(spec)
+    make = _maker("admission policy", ADMISSION_WORDS, spec)
+    policy: AdmissionPolicy = make() if make else admission_of(load(spec, AdmissionPolicy))
+    return policy
 
 
 def split_words(text: str) -> list[str]:

@@ -20,12 +20,15 @@ states need another slab sit the step out, and the others go on.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar, cast
 
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
 from hybridcache.scheduling.budget import TILE, Budget
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.scheduling.sessions import Sessions
 from hybridcache.scheduling.sharing import Sharing
 
 R = TypeVar("R", bound=ScheduledRequest)
@@ -62,6 +65,8 @@ class StepPlanner(Generic[R]):
         *,
         max_running: int,
         token_budget: int,
+        memory: MemorySizes,
+        admission: AdmissionPolicy,
         shares: bool = True,
         fetching: Holding[R] | None = None,
         clock: Callable[[], float],
@@ -69,7 +74,12 @@ class StepPlanner(Generic[R]):
         """``shares``: the cache keeps what is published, so that it can pay to wait for another
         request's prefix. ``fetching`` loads prefixes of waiting requests from elsewhere."""
         self._manager = manager
-        self._max_running = max_running
+        self._admission = admission
+        self._sessions = Sessions()
+        self.max_running = max_running
+        self.now_s = clock()
+        """Time of the newest step, arrival or departure."""
+        self._load = _Load(self, manager, memory)
         self._token_budget = token_budget
         self._sharing = Sharing(manager) if shares else None
         self._holding = fetching
@@ -79,7 +89,7 @@ class StepPlanner(Generic[R]):
         self._is_full = False
         self._num_in_flight = 0
         """Planned steps that are not committed."""
-        self._must_wait = False
+        self._must_wait = self._withholds_all = False
 
     @property
     def num_waiting(self) -> int:
@@ -92,9 +102,21 @@ class StepPlanner(Generic[R]):
     def has_work(self) -> bool:
         return bool(self._waiting or self._running)
 
+    @property
+    def sessions(self) -> Sessions:
+        """Sessions of waiting and running requests, and idle ones."""
+        return self._sessions
+
+    @property
+    def admission(self) -> AdmissionPolicy:
+        return self._admission
+
     def add(self, request: R) -> None:
         """Let ``request`` wait for its turn."""
+        self.now_s = self._clock()
+        request.session = self._sessions.arrived(request, self.now_s)
         insort(self._waiting, request, key=_age)
+        self._admission.arrived(request, self._load)
 
     def remove(self, request: R) -> None:
         """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards."""
@@ -104,15 +126,18 @@ class StepPlanner(Generic[R]):
             self._is_full = False
         else:
             self._waiting.remove(request)
+            self._load.forget(request)
             if self._sharing is not None:
                 self._sharing.forget(request)
             if self._holding is not None:
                 self._holding.forget(request)
+        self._has_left(request)
 
     def choose(self) -> dict[R, int]:
         """Choose which requests compute in the next step, and claim the memory for it. Returns
         where each stops: its ``scheduled_len`` after the step."""
         self._must_wait = False
+        self.now_s = self._clock()
         budget = self._budget()
         ends: dict[R, int] = {}
         for request in tuple(self._running):
@@ -121,11 +146,13 @@ class StepPlanner(Generic[R]):
             end = self._end(request, request.scheduled_len, budget)
             if end > request.scheduled_len and self._claim(request, end):
                 self._take(ends, request, end, budget)
-        passed = self._admit(self._candidates(), ends, budget)
+        passed = self._admit(self._candidates(), ends, budget) if self._waiting else []
         if budget.num_for_short and budget.tokens:
             budget.num_for_short = 0
             self._grow(ends, budget)
             self._admit(passed, ends, budget)
+        if self._waiting and not self._running and self._admission.wakes_at_s() is None:
+            self._admit(self._waiting[:1], ends, budget)
         return ends
 
     def advance(self, request: R, end: int) -> None:
@@ -140,6 +167,25 @@ class StepPlanner(Generic[R]):
         self._manager.finish(request)
         self._running.remove(request)
         self._is_full = False
+        self._has_left(request)
+
+    def end_session(self, session: Session) -> None:
+        """No request of ``session`` follows, as its client said."""
+        self._sessions.end(session)
+        self._admission.session_ended(session, self._load)
+
+    @property
+    def is_stuck(self) -> bool:
+        """True if no waiting request can be admitted before one leaves, one arrives, or the
+        policy's ``wakes_at_s``: there is none, no place to run, no memory, or the last step
+        withheld all."""
+        is_full = self._is_full or self.num_running == self.max_running
+        return not self._waiting or is_full or self._withholds_all
+
+    def _has_left(self, request: R) -> None:
+        self.now_s = self._clock()
+        self._sessions.left(request, self.now_s)
+        self._admission.left(request, self._load)
 
     def _decoding(self) -> list[R]:
         return [r for r in self._running if r.scheduled_len >= r.prefill_len and not r.awaits_draw]
@@ -198,19 +244,22 @@ class StepPlanner(Generic[R]):
         insort(self._waiting, request, key=_age)
 
     def _candidates(self) -> Iterator[R]:
-        """Yield the oldest waiting requests, as many as one step has time for.
+        """Yield waiting requests in the policy's order, as many as one step has time for.
 
         At most ``2 * max_running`` that wait for nothing but their turn, and ``8 * max_running`` in
         all. Requests that are held for a load cost O(1) each and count for neither limit, so that
         no number of them hides the requests behind them.
         """
+        waiting = self._admission.order(tuple(self._waiting), self._load)
+        candidates = cast("tuple[R, ...]", tuple(waiting))
+        self._withholds_all = not candidates
         num_looked_at = num_unled = 0
-        for request in tuple(self._waiting):
+        for request in candidates:
             is_held = self._holding is not None and self._holding.is_holding(request)
             yield request
             num_looked_at += not is_held
             num_unled += not self._is_led(request)
-            if num_unled == 2 * self._max_running or num_looked_at == 8 * self._max_running:
+            if num_unled == 2 * self.max_running or num_looked_at == 8 * self.max_running:
                 return
 
     def _is_led(self, request: R) -> bool:
@@ -231,7 +280,7 @@ class StepPlanner(Generic[R]):
         for request in candidates:
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             num_taken = len(self._running) + len(passed)
-            has_turn = not budget.is_spent and num_taken < self._max_running
+            has_turn = not budget.is_spent and num_taken < self.max_running
             may_begin = has_turn or self._holding is not None
             if self._is_full or not may_begin or self._manager.must_wait_for_slab:
                 continue
@@ -270,14 +319,21 @@ class StepPlanner(Generic[R]):
             self._manager.abort(request)
             self._is_full = fits
             return False
-        self._waiting.remove(request)
+        place = self._waiting.index(request)
+        for older in self._waiting[:place]:
+            older.num_passes += 1
+        del self._waiting[place]
+        self._load.forget(request)
         insort(self._running, request, key=_age)
         if self._sharing is not None:
             self._sharing.let_in(request)
+        lease, _ = request.claims
         if request.scheduled_s is None:
-            lease, _ = request.claims
-            request.scheduled_s = self._clock()
+            request.scheduled_s = self.now_s
             request.cached_len, request.losses = lease.cached_len, lease.losses
+            if request.session.num_requests == 1:
+                request.session.shared_len = min(lease.match.kv_len, request.prompt_len)
+        self._admission.admitted(request, self._load)
         return True
 
     def check(self) -> None:
@@ -287,10 +343,58 @@ class StepPlanner(Generic[R]):
             ages = [_age(request) for request in requests]
             assert ages == sorted(set(ages)), "requests out of order"
             assert all((request.lease is not None) == have_leases for request in requests)
-        assert len(self._running) <= self._max_running
+        assert len(self._running) <= self.max_running
         assert self._num_in_flight in (0, 1)
         assert self._sharing is None or self._sharing.followers <= set(self._waiting)
         assert self._holding is None or self._holding.requests <= set(self._waiting)
+
+
+class _Load(Load):
+    """What an admission policy sees of a planner."""
+
+    def __init__(
+        self, planner: StepPlanner[Any], manager: CacheManager, sizes: MemorySizes
+    ) -> None:
+        self._planner, self._manager, self._sizes = planner, manager, sizes
+        self._matches: dict[WaitingRequest, tuple[int, int]] = {}
+        """Of waiting requests: (version of the cache, what was cached then)."""
+
+    @property
+    def now_s(self) -> float:
+        return self._planner.now_s
+
+    @property
+    def num_running(self) -> int:
+        return self._planner.num_running
+
+    @property
+    def max_running(self) -> int:
+        return self._planner.max_running
+
+    @property
+    def open_sessions(self) -> Collection[Session]:
+        return self._planner.sessions.open
+
+    @property
+    def idle_sessions(self) -> Collection[Session]:
+        return self._planner.sessions.idle
+
+    def cached_len(self, request: WaitingRequest) -> int:
+        """See ``Load``."""
+        version = self._manager.cache.stats.num_changes
+        known = self._matches.get(request)
+        if known is None or known[0] != version:
+            found = self._manager.cached_len(cast("ScheduledRequest", request))
+            known = self._matches[request] = version, found
+        return known[1]
+
+    def footprint(self, session: Session) -> float:
+        """See ``Load``."""
+        return self._sizes.share(session.num_tokens - session.shared_len, 1)
+
+    def forget(self, request: WaitingRequest) -> None:
+        """``request`` no longer waits."""
+        self._matches.pop(request, None)
 
 
 def _age(request: ScheduledRequest) -> int:

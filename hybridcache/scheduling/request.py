@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 from hybridcache.lease import Lease
+from hybridcache.policies.admission.base import Session
 from hybridcache.results import Losses
 from hybridcache.tokens import Tokens
 
@@ -30,6 +31,7 @@ class ScheduledRequest:
         "max_len",
         "namespace",
         "num_drawn",
+        "num_passes",
         "num_preemptions",
         "num_tokens",
         "prefill_len",
@@ -39,6 +41,7 @@ class ScheduledRequest:
         "save_at",
         "scheduled_len",
         "scheduled_s",
+        "session",
     )
 
     def __init__(
@@ -85,6 +88,10 @@ class ScheduledRequest:
         self.scheduled_s: float | None = None
         """Time of its first admission."""
         self.num_preemptions = 0
+        self.num_passes = 0
+        """Requests that arrived later and were admitted before this one."""
+        self.session: Session
+        """Set when it is queued."""
 
     @property
     def tokens(self) -> Tokens:
@@ -94,6 +101,16 @@ class ScheduledRequest:
     @property
     def is_prefilling(self) -> bool:
         return self.computed_len < self.prefill_len
+
+    @property
+    def lost_len(self) -> int:
+        """Prompt tokens that the lease must compute again because they, or a checkpoint after them,
+        were evicted: those of which the cache knows it, and those of the session's previous prompt
+        that even the cache has forgotten."""
+        lease, _ = self.claims
+        losses = lease.losses
+        forgotten = self.session.known_len - (lease.prompt_len - losses.never_seen)
+        return losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
 
     @property
     def claims(self) -> tuple[Lease, int]:

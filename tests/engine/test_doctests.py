@@ -10,19 +10,19 @@ import pytest
 from engine import exit_codes
 from engine.command import flags, inspect
 from engine.drafts import pace, suffix
-from engine.requests import conversations
 from engine.text import json_text, templates, tokenizer
 from engine.text.answers import marks
 from hybridcache import units
+from hybridcache.scheduling import sessions
 
 MODULES = [
-    conversations,
     exit_codes,
     flags,
     inspect,
     json_text,
     marks,
     pace,
+    sessions,
     suffix,
     templates,
     tokenizer,
