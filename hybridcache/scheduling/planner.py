@@ -90,6 +90,9 @@ class StepPlanner(Generic[R]):
         self._num_in_flight = 0
         """Planned steps that are not committed."""
         self._must_wait = self._withholds_all = False
+        self._num_prefilling = 0
+        """Prompt tokens of the last step."""
+        self._step_began_s = 0.0
 
     @property
     def num_waiting(self) -> int:
@@ -138,6 +141,7 @@ class StepPlanner(Generic[R]):
         where each stops: its ``scheduled_len`` after the step."""
         self._must_wait = False
         self.now_s = self._clock()
+        self._account()
         budget = self._budget()
         ends: dict[R, int] = {}
         for request in tuple(self._running):
@@ -153,7 +157,19 @@ class StepPlanner(Generic[R]):
             self._admit(passed, ends, budget)
         if self._waiting and not self._running and self._admission.wakes_at_s() is None:
             self._admit(self._waiting[:1], ends, budget)
+        self._num_prefilling = sum(
+            end - request.scheduled_len
+            for request, end in ends.items()
+            if request.scheduled_len < request.prefill_len
+        )
+        self._step_began_s = self.now_s
         return ends
+
+    def _account(self) -> None:
+        """Tell the policy how long the prefills of the last step took, which ends now."""
+        if self._num_prefilling:
+            self._admission.computed(self._num_prefilling, self.now_s - self._step_began_s)
+            self._num_prefilling = 0
 
     def advance(self, request: R, end: int) -> None:
         """``request`` has computed its tokens below ``end``: publish those of a prefill."""
@@ -184,6 +200,8 @@ class StepPlanner(Generic[R]):
 
     def _has_left(self, request: R) -> None:
         self.now_s = self._clock()
+        if not self.has_work():
+            self._account()
         self._sessions.left(request, self.now_s)
         self._admission.left(request, self._load)
 

@@ -25,7 +25,7 @@ from hybridcache.geometry.times import StepTimes
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy
-from hybridcache.policies.words import AdmissionSpec, make_admission, parse_placement
+from hybridcache.policies.words import AdmissionSpec, make_admission
 from hybridcache.results import Losses
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
@@ -168,7 +168,7 @@ class _Run:
         self.memory = memory = memory_sizes(config)
         self.manager = CacheManager(
             cache,
-            lambda: parse_placement(config.checkpoints),
+            config.placement(unit=1),
             num_rows=loop.max_running,
             stateful=stateful,
             owns_states=geometry.checkpoint_bytes is not None,

@@ -154,6 +154,9 @@ class AdmissionPolicy:
     def admitted(self, request: AdmittedRequest, load: Load) -> None:
         """``request`` was admitted, for the first time or after a preemption."""
 
+    def computed(self, num_tokens: int, seconds: float) -> None:
+        """A step with so many prompt tokens took so long."""
+
     def left(self, request: WaitingRequest, load: Load) -> None:
         """``request`` was answered or aborted."""
 

@@ -6,26 +6,45 @@ from collections.abc import Iterable, Sequence
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
 
+KEPT_S = 300.0
+"""An idle session's place is given to another after so many seconds."""
+
 
 class Live(AdmissionPolicy):
     """Serve at most ``limit`` sessions at a time; requests of others wait for one of them to end.
 
-    A live session that is idle keeps its place until it is known to have ended. Source: the fixed
-    form of CONCUR's limit on live agents (arXiv 2601.22705).
+    A live session that is idle keeps its place until it is known to have ended, for ``KEPT_S`` at
+    most. Source: the fixed form of CONCUR's limit on live agents (arXiv 2601.22705).
     """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._live: dict[Session, None] = {}
+        self._wakes_at_s: float | None = None
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        self._wakes_at_s = None
         for request in waiting:
             session = request.session
-            if session not in self._live:
-                if len(self._live) >= self._limit:
-                    continue
+            if session in self._live or self._has_place(load.now_s):
                 self._live[session] = None
-            yield request
+                yield request
+
+    def _has_place(self, now_s: float) -> bool:
+        if len(self._live) < self._limit:
+            return True
+        idle = [session for session in self._live if not session.num_open]
+        if not idle:
+            return False
+        oldest = min(idle, key=lambda session: session.idle_since_s)
+        if oldest.idle_since_s + KEPT_S <= now_s:
+            del self._live[oldest]
+            return True
+        self._wakes_at_s = oldest.idle_since_s + KEPT_S
+        return False
+
+    def wakes_at_s(self) -> float | None:
+        return self._wakes_at_s
 
     def session_ended(self, session: Session, load: Load) -> None:
         self._live.pop(session, None)
