@@ -4,9 +4,12 @@ PIP_FLAGS ?=
 # Made on Linux with Python 3.11; where a package more is wanted: make LOCK= ..., without hashes.
 LOCK ?= requirements.lock
 BIN := .venv/bin
+JOBS ?= 2
+# Without bytecode each process of the tests compiles all that it imports again.
+TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test lint bench tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas page wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas page wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,8 +37,18 @@ demo: install  ## conversations through the engine, with and without the cache: 
 serve: install  ## the built-in model behind http://127.0.0.1:8000/v1
 	$(BIN)/engine serve
 
-test: install  ## all tests; those for a GPU run where there is one
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+# Which tests these are: tests/selection.py. JOBS: processes side by side.
+test: install  ## a representative part of the tests, in four minutes on two cores
+	$(TESTING) $(BIN)/pytest -n $(JOBS) --dist loadscope
+
+test-all: install  ## every test with long profiles, attack, soak, browser and mutation, part by part (hours)
+	$(TESTING) $(BIN)/python -m tests.run all
+
+test-changed: install  ## the tests that the changes since main can affect, by imports
+	$(TESTING) $(BIN)/python -m tests.run changed
+
+test-environments: install  ## the suite in background shells, without a terminal, under load, as another user ...
+	$(TESTING) $(BIN)/python -m tests.run environments
 
 lint: install  ## ruff, format, types, known faults of what is installed
 	$(BIN)/ruff check .
@@ -85,8 +98,13 @@ soak: install  ## 200,000 requests with everything on (hours): nothing grows, ev
 hostile: install  ## how long another client waits for a token, whatever body somebody sends
 	$(BIN)/python -m experiments.hostile
 
-mutate: install  ## break cache and engine in small ways, one at a time, and see that the tests notice
-	$(BIN)/python -m experiments.mutate
+# Beside .venv and not in it: nothing else needs it.
+out/mutation/.installed: Makefile
+	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/mutation/site -c constraints.txt mutmut==3.8.1
+	@touch $@
+
+mutate: install out/mutation/.installed  ## nightly: mutate cache, scheduler and lease; fails if an unlisted mutant survives (hours)
+	PYTHONPATH=out/mutation/site $(BIN)/python -m tests.mutation $(MUTANTS)
 
 rivals:  ## flash-linear-attention's kernels, for the kernel benchmark alone to find
 	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/rivals 'fla-core>=0.6,<0.7' einops

@@ -80,7 +80,7 @@ class EngineConfig:
     checkpoint_dtype: str = _setting(
         "auto",
         "number format of recurrent states in checkpoints: bfloat16, int8 or fp8, the last two "
-        "with a scale per head, or as in int8:row; auto: as they are, exact",
+        "with a scale per channel, or as in int8:head; auto: as they are, exact",
     )
     quantization: Literal["int8", "fp8"] | None = _setting(
         None, "8-bit weights, made while loading"

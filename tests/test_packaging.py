@@ -51,6 +51,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
+@pytest.mark.full
 def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     held = {name for name in wheel.namelist() if ".dist-info/" not in name}
     wanted = {
@@ -67,6 +68,7 @@ def test_the_wheel_holds_the_packages_their_data_and_nothing_else(wheel: zipfile
     } <= held
 
 
+@pytest.mark.full
 def test_the_wheel_gives_both_commands_and_its_licence(wheel: zipfile.ZipFile) -> None:
     [info] = {name.split("/")[0] for name in wheel.namelist() if ".dist-info/" in name}
     assert info.startswith("hybrid_radix_cache-"), "not a distribution called kernels"

@@ -3,12 +3,20 @@ by the simulator."""
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import io
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from engine.command.cli import main as engine
+from hybridcache.lab.cli import main as hybridcache
+
+COMMANDS = {"engine": engine, "hybridcache": hybridcache}
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -39,7 +47,7 @@ def test_a_policy_of_ones_own_is_simulated(tmp_path: Path) -> None:
 
 
 def test_the_commands_parse() -> None:
-    """Every `hybridcache` and `engine` command of the README is one that its parser knows."""
+    """Each `hybridcache` and `engine` command of the README has the flags that it shows."""
     for line in re.findall(r"^(?:hybridcache|engine) .*$", README, re.MULTILINE):
         words = line.split("  ")[0].split("#")[0].split()
         assert words[1] in (
@@ -48,6 +56,16 @@ def test_the_commands_parse() -> None:
         ), line
         flags = {word for word in words if word.startswith("--")}
         depth = 3 if words[:2] == ["hybridcache", "trace"] else 2
-        command = [sys.executable, "-m", words[0], *words[1:depth], "--help"]
-        shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        assert flags <= set(re.findall(r"--[a-z0-9-]+", shown)), line
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+            COMMANDS[words[0]]([*words[1:depth], "--help"])
+        assert ended.value.code == 0
+        assert flags <= set(re.findall(r"--[a-z0-9-]+", shown.getvalue())), line
+
+
+@pytest.mark.parametrize("command", ["hybridcache", "engine"])
+def test_a_command_runs_as_a_module(command: str) -> None:
+    shown = subprocess.run(
+        [sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=True
+    )
+    assert f"usage: {command}" in shown.stdout

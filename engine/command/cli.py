@@ -207,7 +207,7 @@ def _add_inspect(inspect: Parser) -> None:
     inspect.add_argument(
         "--checkpoint-dtype",
         metavar="WORD",
-        help="number format of recurrent states in checkpoints: bfloat16, int8, fp8, int8:row ...",
+        help="number format of recurrent states in checkpoints: bfloat16, int8, fp8, int8:head ...",
     )
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from engine.config import BUILTIN_DIR
 from engine.run.quantization.names import MODEL_OPT_FILE, MODEL_SLIM_FILE
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.geometry.families import model_types, text_part
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.units import GIB, format_bytes, format_count
 
@@ -73,15 +72,19 @@ def describe_files(word: str | None) -> str | None:
 
 
 def describe_refusal(word: str | None) -> str | None:
-    """Why ``engine serve`` refuses the model of a directory or a config.json though its sizes can
-    be read; None: it serves the type, or there is none to ask about."""
+    """Say why ``engine serve`` refuses the model of a directory or a config.json though its sizes
+    can be read. None if it serves the model, or if ``word`` names no file."""
     config = _config_file(word)
     if config is None:
         return None
-    model_type = text_part(json.loads(config.read_text(encoding="utf-8"))).get("model_type")
-    if model_type in model_types():
-        return None
-    return f"models of type {model_type!r} are not supported"
+    from engine.run.model_config import ModelError
+    from engine.run.models import read_model
+
+    try:
+        read_model(json.loads(config.read_text(encoding="utf-8")))
+    except ModelError as error:
+        return str(error)
+    return None
 
 
 def _config_file(word: str | None) -> Path | None:

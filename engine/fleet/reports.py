@@ -39,7 +39,8 @@ def _pool(pools: Sequence[PoolReport]) -> PoolReport:
 
 
 def _lower(reports: Sequence[LowerReport]) -> LowerReport | None:
-    """Tiers added up; the folder, which replicas of one machine share, as the first sees it."""
+    """Tiers added up; the folder, which replicas of one machine share, as the first one sees it
+    that has a problem with it, or the first of all."""
     if not reports:
         return None
     names = [field.name for field in fields(TierReport) if field.name != "tier"]
@@ -47,7 +48,9 @@ def _lower(reports: Sequence[LowerReport]) -> LowerReport | None:
         replace(same[0], **{name: sum(getattr(tier, name) for tier in same) for name in names})
         for same in zip(*(report.tiers for report in reports), strict=True)
     )
-    return LowerReport(tiers, reports[0].folder)
+    folders = [report.folder for report in reports if report.folder is not None]
+    folders.sort(key=lambda folder: folder.problem is None)
+    return LowerReport(tiers, folders[0] if folders else None)
 
 
 def _rate(part: int, whole: int) -> float:

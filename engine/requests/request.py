@@ -14,6 +14,7 @@ from engine.requests.spec import RequestSpec
 from engine.requests.token_counts import TokenCounts
 from engine.requests.token_rules import NO_RULES, TokenRules
 from engine.text.outputs import (
+    NO_TOKEN,
     DraftCounts,
     FinishReason,
     RequestOutput,
@@ -50,7 +51,6 @@ class Request(ScheduledRequest):
         "finished_s",
         "first_token_s",
         "guide",
-        "held_logits",
         "is_refused",
         "logprobs",
         "params",
@@ -98,8 +98,6 @@ class Request(ScheduledRequest):
         self._rules = rules
         self.guide = guide
         """Follows the answer in its grammar; None if it has none."""
-        self.held_logits: Any = None
-        """Logits of the newest token, whose draw waits for the grammar; None if none does."""
         self._is_plain = guide is None and rules is NO_RULES and not self.params.has_penalties
         self.text_stream = text_stream
         self.logprobs: list[SampledToken] = []
@@ -150,11 +148,6 @@ class Request(ScheduledRequest):
         if self.guide is None or not len(drafts):
             return drafts
         return self.guide.cut(self.output, drafts)
-
-    @property
-    def awaits_draw(self) -> bool:
-        """Whether its newest token is computed, or about to be, and its next one is not drawn."""
-        return self.held_logits is not None
 
     def sampling_inputs(
         self, drafts: Tokens, drawn: Callable[[], int] | None = None
@@ -212,7 +205,10 @@ class Request(ScheduledRequest):
         masks: list[Mask | None] = [None] * num_rows
         if self.guide is not None:
             if drawn is not None:
-                answer = np.append(answer, np.int32(drawn()))
+                token = drawn()
+                if token == NO_TOKEN:  # The request ends when this step is committed.
+                    return [(None, None)] * num_rows
+                answer = np.append(answer, np.int32(token))
             allowed = self.guide.masks(answer, drafts, may_be_over=drawn is not None)
             if allowed is None:
                 return None
@@ -238,6 +234,18 @@ class Request(ScheduledRequest):
             self.accept(sampled, now_s)
             if self.finish_reason is not None:
                 return
+
+    def accept_before_no_logits(self, run: Sequence[SampledToken], now_s: float) -> None:
+        """Take the tokens that were drawn before the logits were NaN or infinite. Raises
+        FloatingPointError unless one of them ends the answer."""
+        self.accept_run([one for one in run if one.token_id != NO_TOKEN], now_s)
+        if self.finish_reason is None:
+            place = self.num_tokens - self.prompt_len + 1
+            where = f"token {place} of the answer" if run else "the prompt"
+            raise FloatingPointError(
+                f"the model's logits for {where} are NaN or infinite, so no token was drawn: check "
+                "the weights and the number format (--dtype)."
+            )
 
     def accept(self, sampled: SampledToken, now_s: float) -> None:
         """Take the next token; sets ``finish_reason`` where it is the last."""

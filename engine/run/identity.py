@@ -12,6 +12,7 @@ from engine.config import EngineConfig
 from engine.run.backends import Kernels
 from engine.run.tensor_files import find_files
 from engine.store.weights_digest import load_digest
+from hybridcache.geometry.checkpoints import CheckpointFormat
 
 CHUNK_BYTES = 1 << 24
 
@@ -37,12 +38,13 @@ def identity_of(
 ) -> dict[str, str]:
     """In words, for a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of
     the weights), or of their names where the folder of ``config.state_dir`` knows their digest."""
+    checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
     return {
         "weights": _weights(config),
         "config": digest_of((config.model_dir / "config.json").read_bytes()),
         "dtype": str(dtype).removeprefix("torch."),
         "state dtype": config.state_dtype,
-        "checkpoint dtype": config.checkpoint_dtype,
+        "checkpoint dtype": "auto" if checkpoints is None else checkpoints.word,
         "quantization": config.quantization or "none",
         "multi-token head": str("mtp" in config.drafters),
         "tile": str(config.tile_size),

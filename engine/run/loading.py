@@ -15,6 +15,7 @@ from engine.run.layers.parameters import Build
 from engine.run.layers.prediction import PredictionHead
 from engine.run.model_config import ModelConfig, ModelError
 from engine.run.models.decoder import Decoder, Fill
+from engine.run.tensor_files import enumerated
 from engine.run.weights import Dummy, WeightFiles
 from hybridcache.units import format_count
 
@@ -55,15 +56,20 @@ def load_model(
         head = _head(model, dummy.fill) if with_head else None
         return Loaded(model, head, f"{counted}; seeded (seed {seed}), untrained")
     files = WeightFiles(model_dir, num_workers, build.weights.files, with_head=with_head)
+    files.tensors = family.published(files.tensors)
+    if config.tie_embeddings:
+        config = replace(config, tie_embeddings=files.ties(f"{family.embedding_name}.weight"))
     is_stacked = files.has_stacked_experts
     plan = family(config, outline, stacked_experts=is_stacked)
     parameters = plan.parameters()
     if with_head:
         parameters = chain(parameters, _head(plan).parameters())
-    files.check(parameters, tied=config.tie_embeddings)
+    files.check(parameters, tied=config.tie_embeddings, sizes=config.described_sizes)
     model = family(config, build, files.fill, stacked_experts=is_stacked)
     head = _head(model, files.fill) if with_head else None
     note = files.close() + build.weights.note()
+    if config.unknown_keys:
+        note += f"; ignored keys of config.json: {enumerated(sorted(config.unknown_keys))}"
     return Loaded(model, head, f"{_counted(plan, with_head)}; {note}")
 
 

@@ -1,23 +1,73 @@
-"""What the engine reads of a Hugging Face ``config.json`` beside the sizes, which are
-``hybridcache.geometry``'s. A family adds its own numbers in a subclass."""
+"""Read what the engine needs from a ``config.json``, besides the sizes, which
+``hybridcache.geometry`` reads. A family adds its own numbers in a subclass of ``ModelConfig``."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
-from hybridcache.geometry.families import sizes_of
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.sizes import MixerSizes, ModelSizes
 
-Fields = Mapping[str, Any]
 M = TypeVar("M", bound=MixerSizes)
+ACTIVATIONS = ("silu", "swish")
+"""Names of the activation that is served."""
+LAYER_SORTS = (
+    "layer_types",
+    "layers_block_type",
+    "attn_layer_period",
+    "attn_layer_offset",
+    "num_hidden_layers",
+)
+"""Keys that say which layers attend."""
+CONVOLUTIONS = ("conv_L_cache", "conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv")
+"""Keys of a causal convolution's number of taps."""
+DEFAULT_ROPE_THETA = 10_000.0
 
 
 class ModelError(ValueError):
     """A model that can not be served, in one sentence that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Every frequency divided by ``factor``."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Low frequencies divided by ``factor``, high ones kept, those between interpolated."""
+
+    factor: float
+    low: float
+    """Rotations within ``original_len`` below which a frequency is low."""
+    high: float
+    original_len: float
+
+
+@dataclass(frozen=True, slots=True)
+class YarnScaling:
+    """As ``Llama3Scaling``, interpolated over the indices of frequencies; cos and sin are scaled
+    too."""
+
+    factor: float
+    slow: float
+    """Rotations within ``original_len`` below which a frequency is low."""
+    fast: float
+    original_len: float
+    truncates: bool
+    """Whether the interpolation begins and ends at whole indices."""
+    attention_factor: float
+    """Factor of cos and sin."""
+
+
+Scaling = LinearScaling | Llama3Scaling | YarnScaling
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +77,15 @@ class Rope:
     theta: float
     dim: int
     """Leading dimensions of a head that are rotated."""
+    scaling: Scaling | None = None
+    """Change of the frequencies for contexts longer than those of the first training."""
+
+    @property
+    def extended_len(self) -> int:
+        """Positions that YaRN extends the context to; 0 for other scalings, with which
+        ``max_position_embeddings`` is the extended length."""
+        scaling = self.scaling
+        return int(scaling.factor * scaling.original_len) if isinstance(scaling, YarnScaling) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +96,7 @@ class ModelConfig:
     norm_eps: float
     rope: Rope | None
     tie_embeddings: bool
+    """Whether the head has the weights of the embedding, unless the files have others for it."""
     max_position: int
     dtype: str
     """The checkpoint's own: float32, bfloat16 ..."""
@@ -45,6 +105,10 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     """Of the embeddings, where they enter the residual stream."""
     logit_multiplier: float = 1.0
+    described_sizes: str = field(default="", compare=False)
+    """The keys of config.json that shapes of tensors follow from: for errors."""
+    unknown_keys: tuple[str, ...] = field(default=(), compare=False)
+    """Keys of config.json that neither the engine nor transformers looks at."""
 
     @property
     def vocab_size(self) -> int:
@@ -53,6 +117,11 @@ class ModelConfig:
     @property
     def hidden_size(self) -> int:
         return self.sizes.hidden
+
+    @property
+    def max_len(self) -> int:
+        """Longest context that the model was made for, in tokens."""
+        return max(self.max_position, 0 if self.rope is None else self.rope.extended_len)
 
 
 class Common(TypedDict):
@@ -64,28 +133,44 @@ class Common(TypedDict):
     max_position: int
     dtype: str
     attention_bias: bool
+    described_sizes: str
+    unknown_keys: tuple[str, ...]
 
 
-def common(text: Fields) -> Common:
-    """What is read alike for all families. Raises what ``sizes_of`` does, and ModelError."""
-    check_only(text, hidden_act="silu")
-    sizes = sizes_of(text)
-    if any(getattr(mixer, "conv_width", 2) < 2 for mixer in sizes.mixers):
-        raise ModelError("convolutions of one tap, which keep no input, are not supported.")
-    longest = int(text.get("max_position_embeddings", 32768))
+def common(config: Config, sizes: ModelSizes, *, eps: str = "rms_norm_eps") -> Common:
+    """Read what all families share. ``eps``: the key of the norms' epsilon. Raises ModelError."""
+    check_only(config, hidden_act=ACTIVATIONS, is_causal=(True,), per_layer_config=(None, {}))
+    check_only(config, transformers_weights=(None,), fusion_config=(None,))
+    for name in CONVOLUTIONS:
+        if name in config and config[name] < 2:
+            raise ModelError(
+                f"convolutions of one tap, which keep no input, are not supported: {name} must be "
+                f"at least 2 in config.json (got {config[name]})."
+            )
+    longest = config["max_position_embeddings"]
     for name, size in (("vocab_size", sizes.vocab), ("max_position_embeddings", longest)):
         if size < 1:
-            raise ModelError(f"{name} must be at least 1 in config.json, not {size}.")
+            raise ModelError(f"{name} must be at least 1 in config.json (got {size}).")
+    if config[eps] < 0:
+        raise ModelError(f"{eps} must be 0 or more in config.json (got {config[eps]}).")
+    dtype, older = config.get("dtype"), config.get("torch_dtype")
     return {
         "sizes": sizes,
-        "norm_eps": float(text.get("rms_norm_eps", 1e-6)),
-        "tie_embeddings": bool(text.get("tie_word_embeddings")),
+        "norm_eps": config[eps],
+        "tie_embeddings": bool(config.get("tie_word_embeddings")),
         "max_position": longest,
-        "dtype": str(text.get("dtype") or text.get("torch_dtype") or "float32").removeprefix(
-            "torch."
-        ),
-        "attention_bias": bool(text.get("attention_bias")),
+        "dtype": (dtype or older or "float32").removeprefix("torch."),
+        "attention_bias": bool(config.get("attention_bias")),
+        "described_sizes": config.describe_sizes(),
+        "unknown_keys": config.unknown,
     }
+
+
+def check_attends(config: Config, sizes: ModelSizes) -> None:
+    """Raises ModelError for a model of which no layer attends."""
+    if not sizes.row_size:
+        keys = ", ".join(name for name in LAYER_SORTS if name in config)
+        raise ModelError(f"models without a layer of attention are not supported ({keys}).")
 
 
 def mixer_of(sizes: ModelSizes, kind: type[M]) -> M:
@@ -99,39 +184,152 @@ def mixer_of(sizes: ModelSizes, kind: type[M]) -> M:
     return found.pop()
 
 
-def rope(text: Fields, head_dim: int, *, fraction: float = 1.0) -> Rope | None:
-    """A rotary embedding over ``fraction`` of a head, or over what the config says; None where its
-    base is null. Text positions are the same on all axes of a multimodal one. Raises ModelError."""
-    fields: Fields = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    kind = fields.get("rope_type", fields.get("type", "default"))
-    if kind not in ("default", "mrope"):
-        raise ModelError(f"rotary embeddings of type {kind!r} are not supported; default is.")
-    theta = fields.get("rope_theta", text.get("rope_theta", 10000.0))
-    if theta is None:
+def read_rope(
+    config: Config,
+    head_dim: int,
+    *,
+    theta: float = DEFAULT_ROPE_THETA,
+    fraction: float | None = None,
+    is_optional: bool = False,
+) -> Rope | None:
+    """Read a rotary embedding; None where nothing is rotated.
+
+    ``rope_scaling`` wins over ``rope_parameters``, and ``rope_theta`` and ``partial_rotary_factor``
+    inside of these over the same keys beside them. Keys that a type of embedding does not use have
+    no effect.
+
+    Args:
+        theta: The base where the file says nothing.
+        fraction: Part of a head that is rotated where the file says nothing; None for a family that
+            always rotates whole heads.
+        is_optional: Whether a base of null stands for no rotation.
+
+    Raises ModelError for types that are not served and values that make no sense.
+    """
+    section = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    found = config.get(section) or {}
+    config.ignore("rope_scaling", "rope_parameters", "original_max_position_embeddings")
+    if any(isinstance(value, Mapping) for value in found.values()):
+        raise ModelError(f"{section} for each sort of layer in config.json is not supported.")
+    kind = found.get("rope_type", found.get("type", "default"))
+    part = config.get("partial_rotary_factor")
+    part = (1.0 if fraction is None else fraction) if part is None else part
+    part = found.get("partial_rotary_factor", part)
+    base = found.get("rope_theta", config.get("rope_theta", theta))
+    if is_optional and base is None:
         return None
-    part = fields.get("partial_rotary_factor", text.get("partial_rotary_factor", fraction))
-    dim = int(head_dim * float(part))
-    if dim % 2:
-        raise ModelError(f"{dim} dimensions of a head are rotated: head_dim must make it even.")
-    return Rope(float(theta), dim)
+    base = _positive("rope_theta", base)
+    if fraction is None and kind == "default":
+        part = 1.0
+    dim = int(head_dim * _number("partial_rotary_factor", part))
+    if dim % 2 or not 0 <= dim <= head_dim or (fraction is None and dim != head_dim):
+        wanted = "all" if fraction is None else "some"
+        raise ModelError(
+            f"{dim} of {head_dim} dimensions of a head would be rotated: head_dim (or else "
+            f"hidden_size / num_attention_heads) and partial_rotary_factor must make it {wanted} "
+            "of them, and an even number."
+        )
+    return Rope(base, dim, _scaling(kind, base, found, section, config)) if dim else None
 
 
-def time_limits(text: Fields) -> tuple[float, float]:
-    """Between which Mamba-2's time steps are kept: ``time_step_limit``, whose infinity is JSON's
-    or an object that names it."""
-    low, high = (
-        float(limit["__float__"] if isinstance(limit, Mapping) else limit)
-        for limit in text.get("time_step_limit") or (0.0, "inf")
+def _scaling(
+    kind: object, base: float, found: Mapping[str, Any], section: str, config: Config
+) -> Scaling | None:
+    if kind == "default":
+        return None
+    longest = config["max_position_embeddings"]
+    original = found.get("original_max_position_embeddings", longest)
+    original = config.get("original_max_position_embeddings", original)
+    if kind == "linear":
+        return LinearScaling(_positive("factor", found.get("factor")))
+    if kind == "llama3":
+        low, high = (
+            _positive(name, found.get(name)) for name in ("low_freq_factor", "high_freq_factor")
+        )
+        if low >= high:
+            raise ModelError(
+                f"high_freq_factor of rotary embeddings must be greater than low_freq_factor in "
+                f"config.json (got {high} and {low})."
+            )
+        factor = _positive("factor", found.get("factor"))
+        original = _positive("original_max_position_embeddings", original)
+        return Llama3Scaling(factor, low, high, original)
+    if kind == "yarn" and base == 1:
+        raise ModelError("rope_theta 1.0 in config.json is not supported with type 'yarn'.")
+    if kind == "yarn":
+        return _yarn(found, longest, _positive("original_max_position_embeddings", original))
+    raise ModelError(
+        f"rotary embeddings of type {kind!r} ({section}) are not supported; default, linear, "
+        "llama3 and yarn are."
     )
-    return low, high
 
 
-def check_only(text: Fields, **values: object) -> None:
-    """Raises ModelError where the config has another value than the one that is served."""
-    for name, value in values.items():
-        found = text.get(name, value)
-        if found != value:
-            raise ModelError(f"{name} {found!r} is not supported; {value!r} is.")
+def _yarn(found: Mapping[str, Any], longest: int, original: float) -> YarnScaling:
+    """Scaling after https://arxiv.org/abs/2309.00071."""
+    if "factor" not in found:
+        raise ModelError("factor is missing in the rope_parameters of type 'yarn' in config.json.")
+    factor = longest / original if found["factor"] is None else found["factor"]
+    factor = _positive("factor", factor)
+    attention_factor = found.get("attention_factor")
+    if attention_factor is None:
+        over, under = (found.get(name) for name in ("mscale", "mscale_all_dim"))
+        attention_factor = _yarn_scale(factor, 1.0)
+        if over and under:
+            over, under = _number("mscale", over), _number("mscale_all_dim", under)
+            attention_factor = _yarn_scale(factor, over) / _yarn_scale(factor, under)
+    return YarnScaling(
+        factor,
+        slow=_positive("beta_slow", found.get("beta_slow") or 1),
+        fast=_positive("beta_fast", found.get("beta_fast") or 32),
+        original_len=original,
+        truncates=bool(found.get("truncate", True)),
+        attention_factor=_number("attention_factor", attention_factor),
+    )
+
+
+def _yarn_scale(factor: float, weight: float) -> float:
+    """Factor by which attention is sharpened in a context that is ``factor`` times longer."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def _number(name: str, value: object) -> float:
+    """Raises ModelError for what is no finite number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
+        raise ModelError(
+            f"{name} of rotary embeddings must be a number in config.json (got {value!r})."
+        )
+    return float(value)  # type: ignore[arg-type]
+
+
+def _positive(name: str, value: object) -> float:
+    """Raises ModelError for what is no number greater than zero."""
+    number = _number(name, value)
+    if number <= 0:
+        raise ModelError(f"{name} must be greater than 0 in config.json (got {number}).")
+    return number
+
+
+def time_limits(config: Config) -> tuple[float, float]:
+    """Bounds of Mamba-2's time steps. Raises ModelError."""
+    limits = config["time_step_limit"]
+    if len(limits) != 2:
+        raise ModelError(f"time_step_limit must be two numbers in config.json (got {limits}).")
+    return float(limits[0]), float(limits[1])
+
+
+def check_only(config: Config, **served: tuple[object, ...]) -> None:
+    """Raises ModelError where a key has another value than those ``served``, of which the first is
+    named; a key that is not there has none."""
+    for name, values in served.items():
+        if name in config and config[name] not in values:
+            raise ModelError(f"{name} {config[name]!r} is not supported; {values[0]!r} is.")
+
+
+def check_all_read(config: Config) -> None:
+    """Raises ModelError for a key that no reader looked at, though its value is not the default."""
+    for name, value in config.unread().items():
+        raise ModelError(f"{name} {value!r} in config.json is not supported; leave it out.")
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:

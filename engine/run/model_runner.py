@@ -151,7 +151,7 @@ class ModelRunner:
     def _rehearse(self, config: EngineConfig) -> int:
         """Bytes to keep free beside the pools for tables, graphs and the largest step, found out
         with the smallest pools."""
-        longest = config.max_model_len or self.config.max_position
+        longest = config.max_model_len or self.config.max_len
         free_bytes = self.device.unused_bytes()
         smallest = MemoryPlan.smallest(self.sizes, self.dtype, self.state_dtype, self.checkpoints)
         self._allocate(smallest, longest, config.graphs)
@@ -421,7 +421,7 @@ class ModelRunner:
     def _max_model_len(self, plan: MemoryPlan, asked: int | None) -> int:
         longest = plan.max_request_len
         if asked is None:
-            return min(self.config.max_position, longest)
+            return min(self.config.max_len, longest)
         if asked > longest:
             need = (asked + plan.num_kv_tokens - longest) * plan.row_bytes / GIB
             what = "its KV and states" if plan.slab_rows else "KV"

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.requests.sampling_params import SamplingInput, SamplingParams
-from engine.text.outputs import SampledToken
+from engine.text.outputs import NO_TOKEN, SampledToken
 from kernels.upload import upload
 
 MASK = 2**64 - 1
@@ -28,23 +28,26 @@ class Drawn:
     def __init__(
         self,
         tokens: torch.Tensor,
+        sound: torch.Tensor,
         wanted: Sequence[int | None],
         scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """``wanted``: alternatives to report for each row; None: not even its own log-probability.
-        ``scores`` of the rows that want any: own ``[rows]``, the most likely ones' ``[rows, n]``
-        and their ids ``[rows, n]``."""
+        """``sound``: bool ``[rows]``, whether a row's logits are numbers. ``wanted``: alternatives
+        to report for each row; None: not even its own log-probability. ``scores`` of the rows that
+        want any: own ``[rows]``, the most likely ones' ``[rows, n]`` and their ids."""
         self.tokens = tokens
-        """int64 ``[rows]``, on the device."""
+        """int64 ``[rows]``, on the device: ids of tokens, whatever the logits."""
         self._wanted = wanted
-        self._copies = [_to_host(tensor) for tensor in (tokens, *(scores or ()))]
+        known = tokens.where(sound, NO_TOKEN)
+        self._copies = [_to_host(tensor) for tensor in (known, *(scores or ()))]
         self._event = None
         if tokens.device.type != "cpu":
             self._event = torch.get_device_module(tokens.device).Event()
             self._event.record()
 
     def wait(self) -> list[SampledToken]:
-        """One token per row, as soon as the device has got so far."""
+        """One token per row, as soon as the device has got so far; ``NO_TOKEN`` where there are no
+        logits to draw from."""
         if self._event is not None:
             self._event.synchronize()
         tokens, *scores = (copy.tolist() for copy in self._copies)
@@ -79,14 +82,14 @@ class Sampler:
         """Begin to draw a token for each request, from its row of ``logits [N, vocab]``; ``rows``
         ascend. Waits for nothing the device does."""
         logits = _pick(logits, rows)
-        tokens = self._choose(logits, requests)
+        tokens, sound = self._choose(logits, requests), _are_numbers(logits)
         wanted = [request.params.logprobs for request in requests]
         told = [row for row, num_top in enumerate(wanted) if num_top is not None]
         if not told:
-            return Drawn(tokens, wanted)
+            return Drawn(tokens, sound, wanted)
         most = max(num_top or 0 for num_top in wanted)
         scores = _score(_pick(logits, told), _pick(tokens, told), most)
-        return Drawn(tokens, wanted, scores)
+        return Drawn(tokens, sound, wanted, scores)
 
     @torch.inference_mode()
     def keep(self, logits: torch.Tensor, row: int) -> torch.Tensor:
@@ -98,7 +101,8 @@ class Sampler:
         """Log-probabilities of given tokens, one per row, with the ``num_top`` most likely ones
         beside each."""
         index = upload(token_ids, torch.int64, logits.device)
-        return Drawn(index, [num_top] * len(token_ids), _score(logits, index, num_top))
+        wanted = [num_top] * len(token_ids)
+        return Drawn(index, _are_numbers(logits), wanted, _score(logits, index, num_top))
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
         scores = _masked(_penalised(_added(logits, requests), requests), requests)
@@ -120,6 +124,12 @@ class Sampler:
                 found = _draw_filtered(picked, chosen, width)
             tokens[_index(rows, logits.device)] = found
         return tokens
+
+
+def _are_numbers(logits: torch.Tensor) -> torch.Tensor:
+    """Whether a token can be drawn from each row: bool ``[rows]``, False where a logit is NaN or
+    infinity, or all are minus infinity. The largest of a row is NaN if one of them is."""
+    return logits.amax(dim=-1).isfinite()
 
 
 def uniform(seed: int, draw: int) -> float:

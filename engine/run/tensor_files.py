@@ -111,6 +111,35 @@ class Tensor:
         return target.nbytes
 
 
+@dataclass(frozen=True, slots=True)
+class Joined(Tensor):
+    """Rows of several tensors that lie one behind the other, as one tensor."""
+
+    parts: tuple[Tensor, ...] = ()
+    """All of one dtype and of one shape behind the first dimension."""
+    skip: int = 0
+    """Numbers of ``parts`` before its first."""
+
+    @classmethod
+    def of(cls, name: str, parts: tuple[Tensor, ...], rows: range) -> Joined:
+        """``rows`` of ``parts``, counted over all of them."""
+        first, width = parts[0], math.prod(parts[0].shape[1:])
+        shape = len(rows), *first.shape[1:]
+        start = rows.start * width
+        return cls(name, first.path, first.file, first.start, shape, first.dtype, parts, start)
+
+    def read_into(self, target: torch.Tensor, first: int = 0) -> int:
+        flat, done, first = target.reshape(-1), 0, self.skip + first
+        for part in self.parts:
+            size = math.prod(part.shape)
+            count = min(size - first, len(flat) - done)
+            if count > 0:
+                part.read_into(flat[done : done + count], first)
+                done += count
+            first = max(0, first - size)
+        return target.nbytes
+
+
 def open_file(path: Path) -> list[Tensor]:
     """The tensors of one file. Raises WeightsError for a truncated or corrupted one."""
     try:

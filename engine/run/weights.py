@@ -16,7 +16,7 @@ import torch
 
 from engine.run.layers.parameters import Layer, Parameter
 from engine.run.quantization.names import model_name
-from engine.run.quantization.scheme import Quantization, Scheme
+from engine.run.quantization.scheme import SCALE_DTYPES, Quantization, Scheme
 from engine.run.ranks.rank import Cut
 from engine.run.tensor_files import (
     FILE_DTYPES,
@@ -86,9 +86,27 @@ class WeightFiles:
         """Whether all experts of a layer come as one tensor, in the model and in its head."""
         return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
 
-    def check(self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool) -> None:
-        """Every parameter has its tensor and every tensor its parameter. Raises WeightsError naming
-        all that have not."""
+    def ties(self, embedding: str) -> bool:
+        """Whether the head has the weights of the tensor ``embedding``, of a model that ties them
+        unless its files have others. Files that have the head alone have it for both."""
+        head, own = self.tensors.get(TIED_HEAD), self.tensors.get(embedding)
+        if head is None:
+            return True
+        if own is None:
+            self.tensors[embedding] = self.tensors.pop(TIED_HEAD)
+            return True
+        if (own.dtype, own.shape) != (head.dtype, head.shape):
+            return False
+        size, width = math.prod(own.shape), CHUNK_BYTES // 8
+        parts = ((first, (min(width, size - first),)) for first in range(0, size, width))
+        return all(torch.equal(own.read_part(*part), head.read_part(*part)) for part in parts)
+
+    def check(
+        self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool, sizes: str = ""
+    ) -> None:
+        """Check that every parameter has its tensor and every tensor its parameter. ``sizes``: the
+        keys of config.json that shapes follow from. Raises WeightsError naming all that do not
+        fit."""
         wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
         schemes: dict[str, Scheme | None] = {}
         for name, parameter in parameters:
@@ -119,7 +137,8 @@ class WeightFiles:
         ]
         if complaints:
             raise WeightsError(
-                f"the checkpoint's tensors do not fit its config.json: {'; '.join(complaints)}."
+                f"the checkpoint's tensors do not fit its config.json: {'; '.join(complaints)}"
+                + (f"; sizes there are {sizes}." if sizes else ".")
             )
 
     def _check_dtypes(self, schemes: Mapping[str, Scheme | None]) -> None:
@@ -173,12 +192,14 @@ class WeightFiles:
         for row, source_row, num_rows in runs:
             for first in range(0, num_rows * width, size):
                 part = slice(row * width + first, row * width + min(first + size, num_rows * width))
-                yield partial(source.read_into, flat[part], source_row * width + first)
+                yield partial(_read, source, flat[part], source_row * width + first)
 
     def _convert(self, name: str, parameter: Parameter) -> int:
         tensor, scale = self.tensors[name].read(), None
+        check_numbers(name, tensor)
         if parameter.scheme is not None:
             scale = self.tensors[scale_name(name, parameter.scheme)].read()
+            check_scale(name, tensor, scale, parameter.scheme)
             offset = self.tensors.get(offset_name(name))
             if offset is not None and offset.read().count_nonzero():
                 raise WeightsError(f"{offset.name} is not zero: only symmetric weights are served.")
@@ -200,13 +221,61 @@ class WeightFiles:
         return line
 
 
+def check_numbers(name: str, tensor: torch.Tensor) -> None:
+    """Raises WeightsError where one of the tensor's numbers is NaN or infinite. One pass over it,
+    as fast as memory is read."""
+    if not tensor.numel():
+        return
+    if tensor.dtype is torch.float8_e4m3fn:  # NaN is 0x7f, or 0xff.
+        codes = tensor.view(torch.uint8), tensor.view(torch.int8)
+        is_sound = int(codes[0].max()) < 0xFF and int(codes[1].max()) < 0x7F
+    elif tensor.dtype.is_floating_point:
+        is_sound = all(bound.isfinite() for bound in tensor.aminmax())
+    else:
+        is_sound = True
+    if not is_sound:
+        raise WeightsError(
+            f"{name} holds NaN or infinite numbers: the file is damaged, or what wrote it failed; "
+            "fetch it again."
+        )
+
+
+def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> None:
+    """Raises WeightsError where a scale of the weight ``name`` is no positive number. A scale of
+    zero is one of weights that are all zero."""
+    own = scale_name(name, scheme)
+    if scale.dtype not in SCALE_DTYPES:
+        dtype = str(scale.dtype).removeprefix("torch.")
+        raise WeightsError(f"{own} holds {dtype} numbers: scales are float32, bfloat16 or float16.")
+    rows = scheme.row_scales(scale, *stored.shape)
+    if not (rows.isfinite() & (rows >= 0)).all():
+        raise WeightsError(
+            f"{own} holds scales that are NaN, infinite or negative: the file is damaged, or what "
+            "wrote it failed; fetch it again."
+        )
+    for row, block in (rows == 0).nonzero().tolist():
+        columns = scheme.block[1] or stored.shape[1]
+        if stored[row, block * columns : (block + 1) * columns].float().count_nonzero():
+            raise WeightsError(
+                f"{own} holds a scale of zero for weights that are not: the file is damaged, or "
+                "what wrote it failed; fetch it again."
+            )
+
+
+def _read(source: Tensor, target: torch.Tensor, first: int) -> int:
+    """Read into ``target`` and check what came; the bytes read. Raises WeightsError."""
+    num_bytes = source.read_into(target, first)
+    check_numbers(source.name, target)
+    return num_bytes
+
+
 def _read_rows(source: Tensor, parameter: Parameter) -> int:
     """The rows that a rank has of a tensor that is not wanted as it lies in the file."""
     assert source.torch_dtype is not None
     staged = torch.empty(parameter.target.shape, dtype=source.torch_dtype)
     flat, width = staged.view(-1), parameter.row_size
     for row, source_row, num_rows in parameter.runs():
-        source.read_into(flat[row * width : (row + num_rows) * width], source_row * width)
+        _read(source, flat[row * width : (row + num_rows) * width], source_row * width)
     parameter.target.copy_(staged)
     return staged.nbytes
 
@@ -215,6 +284,7 @@ def _read_columns(source: Tensor, cut: Cut, target: torch.Tensor, rows: range) -
     """The columns that a rank has, of some rows, which are read whole."""
     shape = len(rows), *source.shape[1:]
     found = source.read_part(rows.start * math.prod(shape[1:]), shape)
+    check_numbers(source.name, found)
     target[rows.start : rows.stop].copy_(cut.of(found))
     return found.nbytes
 

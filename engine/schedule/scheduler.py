@@ -15,7 +15,7 @@ from engine.errors import QueueFull as QueueFull  # its name before it moved
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.plan import EMPTY, Plan, Task
-from engine.text.outputs import SampledToken
+from engine.text.outputs import NO_TOKEN, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 
@@ -168,29 +168,31 @@ class Scheduler(StepPlanner[Request]):
         ``sampled`` has one token for each task that samples and each token of its draft, ``scored``
         the log-probabilities for each that scores, both in the step's order. The tokens of the
         tasks whose places are ``late`` are not drawn yet: see ``take_late``. A request whose token
-        can not be taken ends alone, with its ``error``.
+        can not be taken, or whose logits are NaN, ends alone, with its ``error``.
         """
         self._num_in_flight -= bool(plan.tasks)
         taken: list[int] = []
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
         for place, task in enumerate(plan.tasks):
             run = task.run_of(tokens)
-            if place in late:
-                run = []
+            if place in late:  # Its tokens keep its place only.
+                run = [one for one in run if one.token_id == NO_TOKEN]
             request = task.request
-            if task.scores:
-                request.scores.extend(next(scores))
+            scored_now = next(scores) if task.scores else ()
             if request.lease is not task.lease:
                 taken += [0] * (task.draft is not None)
                 continue
             request.num_drawn -= task.samples
-            self.advance(request, task.end)
+            has_logits = all(one.token_id != NO_TOKEN for one in (*run, *scored_now))
+            if has_logits:
+                request.scores.extend(scored_now)
+            self.advance(request, task.end, publishes=has_logits)
             is_scored_through = request.computed_len >= request.max_len
-            if run or is_scored_through:
-                self._accept(request, run, now_s)
+            if run or is_scored_through or not has_logits:
+                self._accept(request, run, now_s, has_logits)
             if task.draft is not None:
-                taken.append(self._settle(task, task.draft, len(run) - 1))
-            self._end_if_finished(request)
+                taken.append(self._settle(task, task.draft, len(run) - 1) if has_logits else 0)
+            self._end_if_finished(request, has_logits)
         return tuple(taken)
 
     @property
@@ -214,21 +216,30 @@ class Scheduler(StepPlanner[Request]):
                 self._progressed.append(request)
         self._end_if_finished(request)
 
-    def _accept(self, request: Request, run: Sequence[SampledToken], now_s: float) -> None:
+    def _accept(
+        self,
+        request: Request,
+        run: Sequence[SampledToken],
+        now_s: float,
+        has_logits: bool = True,
+    ) -> None:
         """Append tokens; without any, the prompt was to be scored only."""
         self._progressed.append(request)
         try:
-            if run:
+            if not has_logits:
+                request.accept_before_no_logits(run, now_s)
+            elif run:
                 request.accept_run(run, now_s)
             else:
                 request.finish("length", now_s)
         except Exception as error:
             self._fail(request, error)
 
-    def _end_if_finished(self, request: Request) -> None:
+    def _end_if_finished(self, request: Request, has_logits: bool = True) -> None:
         """Take back what a request held that is done."""
         if request.finish_reason is not None:
-            self.leave(request)
+            # Without logits the KV and states of this step may be NaN too.
+            self.leave(request, publishes=has_logits)
             self._forget_drafts(request)
 
     def _settle(self, task: Task, draft: Draft, num_accepted: int) -> int:
@@ -247,7 +258,7 @@ class Scheduler(StepPlanner[Request]):
         """What was raised for ``request`` (by the decoder of its text, say) ends it and nobody
         else."""
         request.fail(error, self._clock())
-        if request.is_refused:
+        if request.is_refused or isinstance(error, FloatingPointError):
             logger.warning("Request %s ends: %s", request.request_id, error)
         else:
             logger.exception("Request %s failed; the others go on.", request.request_id)

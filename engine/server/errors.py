@@ -12,7 +12,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -192,7 +191,7 @@ def of_validation(error: ValidationError, body: Any) -> APIError:
     return APIError(400, f"{where} must {expected} (got {shown}).", param=param)
 
 
-def _param(error: ErrorDetails, body: Any) -> str | None:
+def _param(error: Mapping[str, Any], body: Any) -> str | None:
     """Return the names that lead to the value of ``error`` in ``body``, without pydantic's own
     between them; None if the value is a name itself."""
     names, value = [], body
@@ -209,7 +208,7 @@ def _param(error: ErrorDetails, body: Any) -> str | None:
     return ".".join(names) or None
 
 
-def _expected(error: ErrorDetails) -> str:
+def _expected(error: Mapping[str, Any]) -> str:
     """Return what a value must be or have, to follow "must"."""
     limits = error.get("ctx", {})
     match error["type"]:

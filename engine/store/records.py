@@ -187,9 +187,9 @@ class RecordStore:
                 self._remove_leftover(name)
         if num_damaged:
             logger.warning(
-                "%d damaged records in %s were left out: their contents are computed again.",
-                num_damaged,
+                "Damaged records left out of %s: %d. Their contents are computed again.",
                 self.folder,
+                num_damaged,
             )
 
     def write(self, record_id: int, kind: int, meta: bytes, payload: Bytes) -> None:

@@ -19,10 +19,14 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 
+NO_TOKEN = -1
+
+
 class SampledToken(NamedTuple):
     """One chosen token, and what the model thought of it."""
 
     token_id: int
+    """``NO_TOKEN`` where the logits were NaN or infinite."""
     logprob: float | None
     """Natural logarithm of its probability, before penalties and temperature; None: not asked
     for."""

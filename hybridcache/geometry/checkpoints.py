@@ -15,6 +15,9 @@ from hybridcache.geometry.sizes import ModelSizes, StateSpec
 CODE_BYTES = {"bfloat16": 2, "int8": 1, "fp8": 1}
 SCALE_BYTES = 4
 SCALINGS = ("head", "row", "column")
+DEFAULT_SCALING = "column"
+"""The most exact for every kind of state, and no larger than ``row`` (engine/README.md has the
+figures). A state is ``[heads, keys or state, values or channels]``: a column is one channel."""
 ALIGNMENT = 16
 """Bytes. Each of the three parts of a checkpoint begins at a multiple of it."""
 
@@ -31,8 +34,9 @@ class CheckpointFormat:
 
     @classmethod
     def parse(cls, word: str) -> CheckpointFormat | None:
-        """``bfloat16``, ``int8``, ``fp8``, these two with ``:head``, ``:row`` or ``:column``;
-        ``auto``: None, the running states' own. ValueError."""
+        """``bfloat16``, ``int8``, ``fp8``, these two with ``:head``, ``:row`` or ``:column``
+        (which is meant where nothing is said); ``auto``: None, the running states' own.
+        ValueError."""
         if word == "auto":
             return None
         dtype, colon, per = word.partition(":")
@@ -42,16 +46,23 @@ class CheckpointFormat:
                 "checkpoint_dtype must be auto, bfloat16, int8 or fp8, the last two with :head, "
                 f":row or :column, as in int8:row; not {word!r}."
             )
-        return cls(dtype, (per or SCALINGS[0]) if scaled else None)
+        return cls(dtype, (per or DEFAULT_SCALING) if scaled else None)
+
+    @property
+    def word(self) -> str:
+        """The format in full, as in ``int8:column``: what the layout of the bytes depends on."""
+        return self.dtype if self.per is None else f"{self.dtype}:{self.per}"
 
     def kept_dims(self, num_dims: int) -> tuple[int, ...]:
-        """Dimensions of a state in which scales differ."""
+        """Dimensions of a state in which scales differ; none of one whose layout is not known."""
         last = num_dims - 1
+        if last == 0:
+            return ()
         return {
             "head": (0,),
             "row": tuple(range(last)),
             "column": (*range(last - 1), last),
-        }[self.per or "head"]
+        }[self.per or DEFAULT_SCALING]
 
     def num_scales(self, shape: tuple[int, ...]) -> int:
         """Of one state."""

@@ -171,16 +171,19 @@ class StepPlanner(Generic[R]):
             self._admission.computed(self._num_prefilling, self.now_s - self._step_began_s)
             self._num_prefilling = 0
 
-    def advance(self, request: R, end: int) -> None:
+    def advance(self, request: R, end: int, publishes: bool = True) -> None:
         """``request`` has computed its tokens below ``end``: publish those of a prefill."""
         is_decode = request.computed_len >= request.prefill_len
         request.computed_len = end
-        if not is_decode:
+        if publishes and not is_decode:
             self._manager.publish(request)
 
-    def leave(self, request: R) -> None:
+    def leave(self, request: R, publishes: bool = True) -> None:
         """Running ``request`` has its last token: publish all, and free its claims."""
-        self._manager.finish(request)
+        if publishes:
+            self._manager.finish(request)
+        else:
+            self._manager.abort(request)
         self._running.remove(request)
         self._is_full = False
         self._has_left(request)

@@ -26,6 +26,7 @@ class ScheduledRequest:
         "cached_len",
         "computed_len",
         "fetched_len",
+        "held_logits",
         "lease",
         "losses",
         "max_len",
@@ -75,6 +76,8 @@ class ScheduledRequest:
         committed."""
         self.num_drawn = 0
         """Tokens sampled in steps that are not committed yet: unknown to the host."""
+        self.held_logits: object = None
+        """Logits of the newest token, if its draw waits for a grammar."""
         self.lease: Lease | None = None
         """Its claims on the cache: None while it waits."""
         self.row: int | None = None
@@ -136,8 +139,9 @@ class ScheduledRequest:
 
     @property
     def awaits_draw(self) -> bool:
-        """True if its newest token is computed, and its next one is not sampled yet."""
-        return False
+        """True if its newest token is computed, or about to be, and its next one waits for a
+        grammar."""
+        return self.held_logits is not None
 
     def restart(self) -> None:
         """Forget partial results of the prompt: its computation begins, for the first time or

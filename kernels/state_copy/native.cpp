@@ -85,6 +85,38 @@ static void widen_run(const Code* codes, int64_t count, const float* scale, S* x
     for (int64_t i = 0; i < count; i++) x[i] = narrow<S>(decode(codes[i]) * by);
 }
 
+// Numbers [rows, columns], of which each column has a scale.
+template <class S, class Code>
+static void narrow_columns(const S* x, int64_t rows, int64_t columns, Code* codes, float* scales) {
+    std::vector<float> by(columns, 0.0f);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++) {
+            float magnitude = fabsf(widen(x[r * columns + c]));
+            by[c] = magnitude > by[c] ? magnitude : by[c];
+        }
+    for (float& scale : by) {
+        scale = scale / Code::LARGEST;
+        scale = scale < 1e-30f ? 1e-30f : scale;
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++) {
+            float ratio = widen(x[r * columns + c]) / by[c];
+            ratio = ratio < -Code::LARGEST ? -Code::LARGEST : ratio;
+            codes[r * columns + c] = encode(ratio > Code::LARGEST ? Code::LARGEST : ratio, Code{});
+        }
+    memcpy(scales, by.data(), columns * 4);
+}
+
+template <class S, class Code>
+static void widen_columns(
+    const Code* codes, int64_t rows, int64_t columns, const float* scales, S* x) {
+    std::vector<float> by(columns);
+    memcpy(by.data(), scales, columns * 4);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c++)
+            x[r * columns + c] = narrow<S>(decode(codes[r * columns + c]) * by[c]);
+}
+
 // Where one layer of one state lies in its pool, and in its checkpoint.
 struct Places {
     char *pool, *slots;
@@ -137,6 +169,25 @@ EXPORT void unpack_states(PLACES, int64_t bytes, int threads) {
             for (int64_t i = 0; i < runs; i++)                                                  \
                 widen_run((const Code*)codes + i * run, run, (const float*)scales + i,          \
                           (S*)state + i * run);                                                 \
+        });                                                                                     \
+    }                                                                                           \
+    EXPORT void narrow_columns_##name(                                                          \
+        PLACES, int64_t heads, int64_t rows, int64_t columns, int threads) {                    \
+        GIVEN.each(heads * rows * columns, 1, heads * columns,                                  \
+                   [&](char* state, char* codes, char* scales) {                                \
+            for (int64_t i = 0; i < heads; i++)                                                 \
+                narrow_columns((const S*)state + i * rows * columns, rows, columns,             \
+                               (Code*)codes + i * rows * columns, (float*)scales + i * columns);\
+        });                                                                                     \
+    }                                                                                           \
+    EXPORT void widen_columns_##name(                                                           \
+        PLACES, int64_t heads, int64_t rows, int64_t columns, int threads) {                    \
+        GIVEN.each(heads * rows * columns, 1, heads * columns,                                  \
+                   [&](char* state, char* codes, char* scales) {                                \
+            for (int64_t i = 0; i < heads; i++)                                                 \
+                widen_columns((const Code*)codes + i * rows * columns, rows, columns,           \
+                              (const float*)scales + i * columns,                               \
+                              (S*)state + i * rows * columns);                                  \
         });                                                                                     \
     }
 

@@ -41,8 +41,8 @@ def narrow_states(
     targets: torch.Tensor,
     form: Form,
 ) -> None:
-    """As ``reference.narrow_states``, with the same bits where states are finite. Scales of columns
-    and unscaled numbers of another dtype are the reference's."""
+    """As ``reference.narrow_states``, with the same bits where states are finite. Unscaled numbers
+    of another dtype are the reference's."""
     if not _move("pack", "narrow", pool, sources, slots, targets, form):
         reference.narrow_states(pool, sources, slots, targets, form)
 
@@ -84,10 +84,17 @@ def _move(
             return False
         function(f"{plain}_states", f"{PLACES}it")(*given, math.prod(shape) * size, threads)
         return True
-    are_runs = form.dims == tuple(range(len(form.dims)))
-    if not are_runs or pool.dtype not in DTYPES or form.dtype not in CODES:
+    if pool.dtype not in DTYPES or form.dtype not in CODES:
         return False
-    num_runs = math.prod(shape[: len(form.dims) - 2])
-    name = f"{coded}_states_{DTYPES[pool.dtype]}_{CODES[form.dtype]}"
-    function(name, f"{PLACES}iit")(*given, num_runs, math.prod(shape) // num_runs, threads)
+    formats = f"{DTYPES[pool.dtype]}_{CODES[form.dtype]}"
+    if form.dims == tuple(range(len(form.dims))):
+        num_runs = math.prod(shape[: len(form.dims) - 2])
+        run = math.prod(shape) // num_runs
+        function(f"{coded}_states_{formats}", f"{PLACES}iit")(*given, num_runs, run, threads)
+        return True
+    last = pool.dim() - 1
+    if form.dims != (*range(last - 1), last):
+        return False
+    sizes = math.prod(shape[:-2]), *shape[-2:]
+    function(f"{coded}_columns_{formats}", f"{PLACES}iiit")(*given, *sizes, threads)
     return True

@@ -17,6 +17,7 @@ from hypothesis.stateful import (
 
 from hybridcache.build import MEMORIES, CacheConfig
 from hybridcache.policies.words import EVICTION
+from tests import selection
 from tests.cache.twins import Twins
 
 NAMESPACES = st.sampled_from([None, "tenant", 7, ("model", "adapter")])
@@ -162,8 +163,9 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 def at_least(num_examples: int) -> settings:
-    """The profile's settings, with no fewer examples than that."""
-    return settings(max_examples=max(num_examples, settings().max_examples))
+    """Return the profile's settings with at least that many examples (fewer in `make test`)."""
+    asked = selection.num_examples(num_examples)
+    return settings(max_examples=max(asked, settings().max_examples))
 
 
 def test_lru_does_what_the_plain_twin_does():

@@ -12,6 +12,7 @@ import pytest
 
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.radix.node import RadixNode
+from tests import selection
 from tests.cache.serving import hybrid, ids, publish
 
 STEP = 16
@@ -247,7 +248,7 @@ def test_what_was_gathered_is_forgotten_with_its_node() -> None:
 
 def test_what_was_gathered_is_weighed_with_its_heads() -> None:
     cache = hybrid(8000, 1000)
-    for index in range(800):
+    for index in range(selection.num_examples(800)):
         result = publish(cache, ids(range(10 * index, 10 * index + 10)), [10])
         cache.gather(result.node)
         cache.check()
@@ -255,6 +256,7 @@ def test_what_was_gathered_is_weighed_with_its_heads() -> None:
     assert 0 < len(gathered) <= cache.cached_tokens // 64
 
 
+@pytest.mark.full("lru")
 @pytest.mark.parametrize("eviction", ["lru", "coverage", "lfu"])
 def test_tokens_and_rows_go_though_a_queue_still_lists_their_node(eviction: str) -> None:
     cache = hybrid(400_000, 200, ghost_bytes=0, eviction=eviction)

@@ -29,7 +29,9 @@ def attention_only(**options):
 
 
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix", "none"])
-@pytest.mark.parametrize("bad", NO_IDS, ids=str)
+@pytest.mark.parametrize(
+    "bad", NO_IDS, ids=["list", "int64", "float32", "two axes", "scalar", "big-endian"]
+)
 def test_ids_and_rows_that_are_not_int32_are_refused_by_every_cache(prefix_cache, bad):
     cache = build_prefix_cache(
         CacheConfig(prefix_cache=prefix_cache, num_kv_tokens=100, num_slots=2, grid=1)

@@ -96,6 +96,7 @@ def empty_the_device(target):
     target.cache.lower.copied_rows.clear()
 
 
+@pytest.mark.full("0.6-agent", "2.0-chat")
 @pytest.mark.parametrize("name", TRACES)
 @pytest.mark.parametrize("gib", [0.6, 2.0])
 def test_a_run_that_is_cut_in_two_decides_as_one_that_never_stopped(name, gib):
@@ -179,6 +180,7 @@ def test_a_file_is_whole_or_refused_whatever_byte_it_ends_at_and_whatever_is_fli
     assert unpack(data + b"more of something").recall_tree(make(trace).cache) is None
 
 
+@pytest.mark.full("change0", "change3")
 @pytest.mark.parametrize(
     "change",
     [

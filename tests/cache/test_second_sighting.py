@@ -26,7 +26,7 @@ class Server:
     """A cache that serves one request after another."""
 
     def __init__(self, placement, grid=GRID, num_slots=500):
-        config = CacheConfig(num_kv_tokens=100_000, num_slots=num_slots, grid=grid)
+        config = CacheConfig(num_kv_tokens=30_000, num_slots=num_slots, grid=grid)
         self.cache = build_prefix_cache(config)
         self.placement = parse_placement(placement)
 
@@ -89,6 +89,7 @@ def test_a_prompt_cut_back_over_a_grid_point_pays_by_one_more_state(length, rese
     assert double.serve(prompt[:resent]) == two
 
 
+@pytest.mark.full
 def test_the_price_of_one_more_position_back_is_one_more_state_a_prompt():
     for count in (1, 2, 3):
         server = Server(f"backoff:{count}")

@@ -70,6 +70,7 @@ def test_a_hit_is_the_same_alone_and_in_company(tmp_path: Path, word: str) -> No
     assert sum(output.cached_len for output in alone) > 1000
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("draft", ["none", "mtp:2"])
 def test_a_step_with_many_checkpoints_is_computed_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draft: str
@@ -110,6 +111,21 @@ def test_a_slot_is_as_large_as_the_geometry_says(tmp_path: Path, memory: str, wo
     assert native.memory.num_slots < runner.memory.num_slots or memory == "arena"
     total = (GIB // 1000 if memory == "pools" else 2 * GIB // 1000) / runner.memory.slot_bytes
     assert runner.memory.num_slots == pytest.approx(total, abs=2)
+
+
+@pytest.mark.parametrize("word", ["int8", "fp8"])
+@pytest.mark.parametrize("shape", [(4, 16, 32), (1, 16, 512)], ids=["heads", "mamba-1"])
+def test_a_small_channel_survives_beside_a_large_one(word: str, shape: tuple[int, ...]) -> None:
+    """Where no scale is asked for: channels of a state may differ a thousandfold, as Mamba-1's
+    do."""
+    format = CheckpointFormat.parse(word)
+    assert format is not None and format.word == f"{word}:column"
+    torch.manual_seed(0)
+    x = torch.randn(1, *shape) * torch.logspace(-3, 0, shape[-1])
+    dims = (0, *(1 + dim for dim in format.kept_dims(len(shape))))
+    near = widen(*narrow(x, {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[word], dims))
+    error = ((near - x).square().sum((0, 1, 2)) / x.square().sum((0, 1, 2))).sqrt()
+    assert error.max() < (0.01 if word == "int8" else 0.04)
 
 
 @pytest.mark.parametrize("dtype", LARGEST)

@@ -115,7 +115,10 @@ TINY = {
             {"config.json": json.dumps(TINY | {"model_type": "bert"}).encode()},
             "'bert' are not supported",
         ),
-        ({"config.json": json.dumps({"model_type": "qwen3"}).encode()}, "config.json has no"),
+        (
+            {"config.json": json.dumps(TINY | {"num_hidden_layers": "4"}).encode()},
+            "num_hidden_layers in config.json must be an integer",
+        ),
         ({"config.json": json.dumps(TINY).encode()}, "safetensors"),
         (
             {"config.json": json.dumps(TINY).encode(), "model.safetensors": b"\x10\0\0"},
@@ -292,7 +295,8 @@ def test_inspect_says_what_serve_refuses(
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run("inspect", str(tmp_path)) == 0
-    assert "served       no: models of type 'mistral9' are not supported" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "served       no: models of model_type 'mistral9' are not supported" in shown
     (tmp_path / "hf_quant_config.json").write_text("{}")
     assert run("inspect", str(tmp_path), "--json") == 0
     record = json.loads(capsys.readouterr().out)

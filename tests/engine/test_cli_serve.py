@@ -46,6 +46,7 @@ def _address(server: subprocess.Popen[str]) -> tuple[str, str]:
     raise AssertionError(server.stderr.read() if server.stderr else "")
 
 
+@pytest.mark.full("--volatile-line-(")
 @pytest.mark.parametrize(
     ("flag", "value"), [("--api-key-file", "/nowhere/key"), ("--volatile-line", "(")]
 )

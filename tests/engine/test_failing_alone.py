@@ -4,16 +4,23 @@ for ever."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
 from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
+from engine.guided.grammar import Grammar
 from engine.requests.request import Request
+from engine.requests.spec import RequestSpec
 from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleSampler
+from engine.schedule.batch import Batch
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.stream_decoders import StreamDecoder
+from tests.engine.drafted import Guesses, assert_same, guessing_engine, prompts
 
 ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)
 
@@ -77,6 +84,92 @@ def test_a_request_whose_text_can_not_be_made_fails_alone(fails_on: str, overlap
             assert output.finish_reason == "length" and output.error is None
     assert not engine.has_work()
     engine.check()
+
+
+def poison(engine: Engine, from_len: int) -> Callable[[], None]:
+    """Logits of requests in the namespace "bad" are NaN from ``from_len`` tokens on, until the
+    function that comes back is called."""
+    forward = engine.runner.forward
+
+    @torch.inference_mode()
+    def poisoned(batch: Batch, *drawn: object) -> torch.Tensor:
+        logits, first = forward(batch, *drawn).clone(), 0
+        for segment in batch.segments:
+            rows = range(first, first := first + segment.num_logits)
+            lens = range(segment.end - len(rows) + 1, segment.end + 1)
+            for row, length in zip(rows, lens, strict=True):
+                if segment.namespace == "bad" and length >= from_len:
+                    logits[row, 3] = torch.nan
+        return logits
+
+    engine.runner.forward = poisoned
+
+    def undo() -> None:
+        engine.runner.forward = forward
+
+    return undo
+
+
+KINDS: dict[str, dict[str, object]] = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"seed": 5, "logprobs": 2},
+    "penalised": {"temperature": 0.0, "repetition_penalty": 1.3},
+    "guided": {"temperature": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "num_good"),
+    [
+        *((how, "greedy", num) for how in ("overlap", "in turn", "drafts") for num in (0, 4)),
+        *((how, "guided", 4) for how in ("overlap", "drafts")),
+        *(("overlap", kind, 4) for kind in ("sampled", "penalised")),
+    ],
+)
+def test_logits_that_are_nan_fail_their_request_alone(
+    how: str, kind: str, num_good: int, tmp_path: Path
+) -> None:
+    """With the tokens before them, whatever else is in the step; what that step computed of the
+    request is not cached."""
+    grammar = Grammar.of_regex("[a-z ]{30}") if kind == "guided" else None
+    params = SamplingParams(max_tokens=12, ignore_eos=grammar is None, **KINDS[kind])
+    specs = [RequestSpec(prompt, params, grammar=grammar) for prompt in prompts()]
+    bad = RequestSpec([*range(100)], params, namespace="bad", grammar=grammar)
+    specs.insert(2, bad)
+    guesses = Guesses(lambda done, most: most) if how == "drafts" else None
+    clean = guessing_engine(tmp_path, overlap="on" if how == "overlap" else "off")
+    expected = clean.generate(specs)
+    if guesses is not None:
+        guesses.learn(expected)
+    engine = guessing_engine(tmp_path, guesses, overlap="on" if how == "overlap" else "off")
+    undo = poison(engine, len(bad.prompt) + num_good)
+    outputs = engine.generate(specs)
+    for output, alone in zip(outputs, expected, strict=True):
+        if output.request_id == outputs[2].request_id:
+            assert output.finish_reason == "error"
+            assert output.token_ids == alone.token_ids[:num_good]
+            assert f"token {num_good + 1} of the answer are NaN" in (output.error or "")
+        else:
+            assert_same([output], [alone])
+    assert not engine.has_work()
+    undo()
+    [again] = engine.generate([bad])
+    assert again.cached_len == (64 if num_good else 0)
+    if guesses is None:
+        assert again.token_ids == expected[2].token_ids
+
+
+def test_scores_of_a_prompt_that_are_nan_fail_its_request(tmp_path: Path) -> None:
+    engine = guessing_engine(tmp_path)
+    poison(engine, 50)
+    nothing = SamplingParams(max_tokens=0)
+    specs = [
+        RequestSpec([*range(100)], nothing, prompt_logprobs=1, namespace=namespace)
+        for namespace in ("bad", None)
+    ]
+    failed, scored = engine.generate(specs)
+    assert failed.finish_reason == "error" and "for the prompt are NaN" in (failed.error or "")
+    assert scored.finish_reason == "length" and len(scored.prompt_logprobs or ()) == 100
 
 
 def test_a_request_can_be_aborted_whose_last_text_can_not_be_made() -> None:

@@ -60,6 +60,7 @@ def tokens(count: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, 320, count).tolist()
 
 
+@pytest.mark.full
 def test_a_short_prompt_behind_forty_followers_of_a_long_one_waits_for_none_of_them() -> None:
     load, long = Load(token_budget=1024), tokens(20_000, 0)
     load.add("leader", long)

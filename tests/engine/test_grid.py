@@ -99,6 +99,7 @@ def test_a_folder_is_of_one_grid(make_engine: MakeEngine, tmp_path: Path) -> Non
         make_engine(state_dir=str(folder), exact=True, grid=128)
 
 
+@pytest.mark.full
 def test_two_ranks_have_one_grid() -> None:
     settings = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02, "grid": 16, "check": True}
     asked = "A short prompt, once and again."

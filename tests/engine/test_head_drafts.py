@@ -133,6 +133,7 @@ def test_drafts_of_a_head_change_nothing(
     assert len(guesses) > 20
 
 
+@pytest.mark.full("bfloat16")
 @pytest.mark.parametrize(
     "numbers",
     [

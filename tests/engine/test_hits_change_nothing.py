@@ -181,6 +181,7 @@ def test_steps_without_memory_change_nothing(make_engine: MakeEngine) -> None:
     assert_same(*runs)
 
 
+@pytest.mark.full("bfloat16-states16")
 @formats
 def test_in_exact_mode_turns_and_preemptions_change_nothing_either(
     make_engine: MakeEngine, numbers: dict[str, str]

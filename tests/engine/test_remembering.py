@@ -119,6 +119,7 @@ def test_other_words_leave_it_out_and_say_so_once(
     again.close()
 
 
+@pytest.mark.full("30")
 @pytest.mark.parametrize("cut", [0, 10, 30, -1])
 def test_a_file_that_is_not_whole_is_left_out(
     make_engine: MakeEngine,  # noqa: F811

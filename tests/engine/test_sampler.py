@@ -16,6 +16,7 @@ from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.requests.token_counts import TokenCounts
 from engine.run import sampler
 from engine.run.sampler import Sampler, uniform
+from engine.text.outputs import NO_TOKEN
 from kernels.upload import upload
 
 VOCAB = 67
@@ -49,6 +50,32 @@ def test_greedy_is_argmax_in_any_dtype():
     for dtype in (torch.float32, torch.bfloat16):
         rows = logits.to(dtype)
         assert drawn(rows, *[request(temperature=0)] * 5) == rows.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_logits_that_are_no_numbers_give_no_token(bad):
+    """The rows beside them draw as ever, and every id on the device is one of the vocabulary's."""
+    requests = [
+        request(temperature=0),
+        request(temperature=0, logprobs=2),
+        request(1),
+        request(2, top_k=5, min_p=0.1),
+        request(3, top_p=0.8, logprobs=1),
+        request(4, repetition_penalty=1.2, output=np.array([3, 5], np.int32)),
+    ]
+    logits = random_logits(2 * len(requests))
+    sound = Sampler(VOCAB).sample(logits[::2], requests)
+    if bad == -np.inf:
+        logits[1::2] = bad
+    else:
+        logits[1::2, 7] = bad
+    both = [one for one in requests for _ in range(2)]
+    drawn = Sampler(VOCAB).launch(logits, both, range(len(both)))
+    assert [token.token_id for token in drawn.wait()[1::2]] == [NO_TOKEN] * len(requests)
+    assert drawn.wait()[::2] == sound
+    assert ((drawn.tokens >= 0) & (drawn.tokens < VOCAB)).all()
+    scored = Sampler(VOCAB).score(logits[:2], [3, 4], 2).wait()
+    assert [token.token_id for token in scored] == [3, NO_TOKEN]
 
 
 def test_draws_follow_the_distribution():

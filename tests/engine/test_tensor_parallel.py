@@ -63,6 +63,7 @@ def test_two_ranks_hold_as_much_as_one(engine: Engine) -> None:
     assert 2 * memory.state_bytes == alone.state_bytes
 
 
+@pytest.mark.full
 def test_gloo_computes_the_same_bits(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """It serves where there is no compiler."""
     assert isinstance(engine.runner, LeadingRunner)
@@ -88,6 +89,7 @@ while True:
 """
 
 
+@pytest.mark.full
 def test_nothing_is_left_of_an_engine_that_is_killed() -> None:
     """Its ranks end, and the memory they share has no name."""
     command = [sys.executable, "-c", KILLED]
@@ -114,6 +116,7 @@ def is_running(process: int) -> bool:
     return not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.full
 def test_a_rank_that_dies_within_a_step_ends_the_engine(engine: Engine) -> None:
     assert isinstance(engine.runner, LeadingRunner)
     (process,) = engine.runner.processes
@@ -148,6 +151,7 @@ def test_drafts_change_no_token_and_a_rank_that_is_stuck_is_named(
         os.kill(process, 0)
 
 
+@pytest.mark.full
 def test_a_rank_that_dies_while_nothing_runs_ends_the_engine(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

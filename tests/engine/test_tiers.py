@@ -9,6 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -65,6 +66,7 @@ def host_gib(engine: Engine, tokens: int) -> float:
     return tokens * engine.runner.memory.row_bytes / GIB
 
 
+@pytest.mark.full("host and disk-bfloat16")
 @pytest.mark.usefixtures("always_fetches")
 @pytest.mark.parametrize(
     ("tiers", "dtype"),
@@ -93,6 +95,7 @@ def test_a_hit_through_any_tier_is_a_cold_run_bit_for_bit(
     warm.close()
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("always_fetches")
 def test_the_next_start_has_it_wherever_the_folder_is(
     make_engine: MakeEngine,  # noqa: F811
@@ -131,6 +134,7 @@ def test_another_engine_is_refused_in_a_sentence_and_nothing_is_touched(
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("always_fetches")
 def test_a_second_engine_reads_what_the_first_has_kept(
     make_engine: MakeEngine,  # noqa: F811
@@ -149,6 +153,7 @@ def test_a_second_engine_reads_what_the_first_has_kept(
     first.close()
 
 
+@pytest.mark.full("0.3")
 @pytest.mark.usefixtures("always_fetches")
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_damaged_records_are_computed_again(
@@ -448,6 +453,9 @@ def test_the_report_the_metrics_and_the_screen_say_what_lies_where(
     assert f"engine_state_dir_bytes {float(report.lower.folder.kept)}" in metrics
     assert 'engine_tier_bytes{owner="cached",tier="host"}' in metrics
     assert summed([report, report], {}).lower.tiers[0].total == 2 * report.lower.tiers[0].total
+    broken = replace(folder, problem="No space left on device")
+    other = replace(report, lower=replace(report.lower, folder=broken))
+    assert summed([report, other], {}).lower.folder == broken, "one replica's problem is told"
     second = make_engine(**settings)
     assert not second.report().lower.folder.is_written
     screen = start_screen(second, "http://here/v1")

@@ -145,6 +145,8 @@ def test_without_a_device_nothing_is_measured() -> None:
     assert row(record).endswith("not measured")
 
 
+@pytest.mark.full
+@pytest.mark.sources("kernels")
 def test_every_case_runs_dry(tmp_path) -> None:
     """And every rival that is installed is right."""
     pytest.importorskip("triton")
@@ -161,6 +163,8 @@ def test_every_case_runs_dry(tmp_path) -> None:
     assert counts == {"right": num_cases, "wrong": 0, "failed rivals": 0}
 
 
+@pytest.mark.full
+@pytest.mark.sources("kernels")
 def test_candidates_are_right_dry(tmp_path) -> None:
     """Of the kernels whose choices hang on the number of tokens: and no bit differs. Each folder's
     by hand, with --tune."""

@@ -179,6 +179,8 @@ def test_all_parts_together_take_25_minutes_at_most_and_each_under_8():
     assert sum(gpu.LIMITS_S.values()) <= 25 * 60 and max(gpu.LIMITS_S.values()) < 8 * 60
 
 
+@pytest.mark.full
+@pytest.mark.sources("kernels", "engine/run")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_speeds_are_taken_with_graphs_and_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -200,6 +202,8 @@ def test_speeds_are_taken_with_graphs_and_without(
     assert fast["token_hit_rate"] > exact["token_hit_rate"] and "ttft_ratio_median" in ratio
 
 
+@pytest.mark.full
+@pytest.mark.sources("kernels", "engine/run")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_steps_with_drafts_are_taken_with_a_graph_and_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -214,6 +218,8 @@ def test_steps_with_drafts_are_taken_with_a_graph_and_without(
     assert list(gpu_serving.drafted(path, False, scale, records)) == records
 
 
+@pytest.mark.full
+@pytest.mark.sources("kernels", "engine/run")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_what_this_code_has_measured_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

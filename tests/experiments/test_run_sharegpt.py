@@ -125,6 +125,7 @@ def test_made_up_conversations_are_announced(
     assert "Made-up conversations with the lengths of ShareGPT's" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_made_up_conversations_have_the_lengths_that_were_measured() -> None:
     """Medians over ShareGPT's first 2,000: 110 and 80 characters a question, 1,236 an answer, 3
     questions."""

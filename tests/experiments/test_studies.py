@@ -26,6 +26,7 @@ STUDIES = {
 }
 
 
+@pytest.mark.full("study_capacity")
 @pytest.mark.parametrize("study", list(STUDIES))
 def test_a_study_runs(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)

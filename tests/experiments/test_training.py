@@ -124,6 +124,7 @@ def test_answers_are_what_the_text_before_them_tells() -> None:
         assert any(re.fullmatch(form, answer, re.DOTALL) for answer in answers), form
 
 
+@pytest.mark.full
 def test_what_a_task_draws_hardly_counts() -> None:
     token_ids, weights = train_builtin.Data(8, 128, seed=0).batch(0)
     assert token_ids.shape == weights.shape
@@ -146,6 +147,7 @@ def test_held_out_sources_are_never_trained_on() -> None:
     assert held_out and trained and not held_out & trained
 
 
+@pytest.mark.full
 def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(train_builtin, "CONFIG", TINY)
     data = train_builtin.Data(2, 64, seed=0)

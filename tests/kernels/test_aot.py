@@ -37,7 +37,14 @@ MAY_SPILL = {"large_state": 128, "tiles_of_32": 32}
 """Bytes of a thread, by launch: a state of 256 rows; the scan of Gated DeltaNet in tiles of 32."""
 
 
-@pytest.mark.parametrize("launches", sorted((HERE / "launches").glob("*.py")), ids=lambda p: p.stem)
+LAUNCHES = [
+    pytest.param(path, id=path.stem, marks=pytest.mark.sources("kernels", of=path))
+    for path in sorted((HERE / "launches").glob("*.py"))
+]
+
+
+@pytest.mark.full("state_copy")
+@pytest.mark.parametrize("launches", LAUNCHES)
 def test_compiles_ahead_of_time(launches: Path) -> None:
     run = subprocess.run(
         [sys.executable, HERE / "aot.py", launches], capture_output=True, text=True, check=False

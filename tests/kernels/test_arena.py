@@ -218,6 +218,7 @@ def test_a_slab_is_emptied_and_copied(backend, device, monkeypatch) -> None:
     assert torch.equal(arena.rows[3 * count :], before[3 * count :])
 
 
+@pytest.mark.full("reference")
 @BACKENDS
 def test_offsets_past_32_bits(backend, device) -> None:
     """The last slabs of an arena of more than 2**31 elements; its other pages are never touched."""

@@ -169,6 +169,7 @@ def test_reference_resumes_bit_for_bit(heads, kv_heads, size, dtype, num_threads
         torch.set_num_threads(before)
 
 
+@pytest.mark.full("fp32")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_fused_resumes_bit_for_bit(dtype, device) -> None:
     cache = Cache.filled([150, 90], 2, 1, 32, dtype, device)
@@ -193,6 +194,7 @@ def test_decoding_ignores_batch_mates(backend, dtype, device) -> None:
     assert torch.equal(cache.decode(backend, ends[::-1]), together.flip(0))
 
 
+@pytest.mark.full("4-2-fp32-fused", "20-1-bf16-native", "20-1-fp32-reference")
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("heads, kv_heads", [(4, 2), (20, 1)])
@@ -214,6 +216,7 @@ SPANS = [(b % 3, 5 * b, 5 * b + 1 + b * 7 % 5) for b in range(11)]
 """Of 11 sequences, 1 to 5 tokens each and 31 together."""
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("most", [1, 8, 20, 30, 31])
 def test_chunks_are_cut_by_tokens(most, device, monkeypatch) -> None:
     """In fours, as many as fit; whatever the cut, the bits are those of one chunk."""
@@ -232,6 +235,7 @@ def test_chunks_are_cut_by_tokens(most, device, monkeypatch) -> None:
     assert torch.equal(cache.verify(fused, SPANS), out)
 
 
+@pytest.mark.full
 def test_host_lengths_only_bound_a_verification(device, monkeypatch) -> None:
     """In one chunk: the lengths that count are the device's, of fewer sequences or more, as long as
     none is longer."""
@@ -288,6 +292,7 @@ def test_host_lengths_only_bound_a_decode(device) -> None:
     assert torch.equal(bounded, exact)
 
 
+@pytest.mark.full
 def test_many_splits_are_joined_in_one_order(device, monkeypatch, assert_close) -> None:
     """Whatever the longest sequence of a step may be, and whoever is in it."""
     monkeypatch.setattr(decode, "SPLIT", 32)

@@ -232,6 +232,7 @@ def test_hardest_tiles(gdn, dtype, decay, noise, device) -> None:
     close(states[4], path[-1], tolerance)
 
 
+@pytest.mark.full
 @DTYPES
 def test_value_heads_of_a_key_share_a_program_or_not(dtype, device) -> None:
     """Which share one says the table of what is fast, if it divides them: the bits do not."""

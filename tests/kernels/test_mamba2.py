@@ -240,6 +240,7 @@ def test_both_ends_of_the_gate(mamba2, decay, device) -> None:
     close(states[4], path[-1], 2e-5)
 
 
+@pytest.mark.full
 @DTYPES
 def test_heads_of_a_group_share_a_program_or_not(dtype, device) -> None:
     """Which share one says the table of what is fast, if it divides them: the bits do not."""

@@ -134,6 +134,7 @@ def test_reference_resumes_bit_for_bit(sizes, num_threads, dtype) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.full
 @DTYPES
 def test_fused_resumes_bit_for_bit(dtype, device) -> None:
     cache = Cache.filled([130, 70], 3, 32, 16, 16, dtype, device)

@@ -174,6 +174,7 @@ def test_tokens_ignore_their_batch_mates(backend, dtype, device) -> None:
         assert torch.equal(output(slice(first, last)), together[first:last])
 
 
+@pytest.mark.full
 @settings(max_examples=12)
 @given(
     num_tokens=st.integers(17, 60),

@@ -125,6 +125,12 @@ def draw(case: Case, dtype: torch.dtype, state_dtype: torch.dtype, device: Any) 
     return inputs, case.constants(device), states
 
 
+@pytest.mark.full(
+    "16-fp32-gdn-native",
+    "32-bf16-mamba2-native",
+    "16-bf16-mamba1-reference",
+    "32-fp32-kda-reference",
+)
 @CASES
 @DTYPES
 @pytest.mark.parametrize("tile_size", [16, 32])
@@ -140,6 +146,12 @@ def test_the_size_of_tiles_changes_little(case, dtype, tile_size, device) -> Non
         assert error <= tolerance * theirs.float().abs().max()
 
 
+@pytest.mark.full(
+    "s32-16-fp32-gdn-native",
+    "s16-32-bf16-mamba2-native",
+    "s32-64-bf16-mamba1-reference",
+    "s16-16-fp32-kda-reference",
+)
 @CASES
 @DTYPES
 @SIZES

@@ -63,6 +63,7 @@ def test_at_most_so_many_conversations_are_live() -> None:
         assert sum(first[s] <= number <= last[s] for s in first) <= 8
 
 
+@pytest.mark.full("chat", "short", "agent-tree")
 @pytest.mark.parametrize("word", list(GENERATORS))
 def test_a_generator_repeats_itself_and_travels_between_processes(word: str) -> None:
     trace = small(word)

@@ -347,19 +347,20 @@ def test_a_match_says_whether_others_went_on_elsewhere() -> None:
     assert forks(5, 3) and forks(10, 3) and not forks(20, 3), "ghosts say so too"
 
 
+@pytest.mark.full
 def test_the_pair_reaches_the_bound_where_memory_is_ample() -> None:
     assert hit_rate(chat().head(120), "regret", "regret", total_bytes=40 << 30) > 0.8
 
 
 def test_what_lies_below_is_ordered_by_what_the_device_has_learnt() -> None:
-    gib = 1 << 30
+    size = 1 << 22
     config = CacheConfig(
-        total_bytes=gib,
-        host_bytes=gib,
-        disk_bytes=gib,
+        total_bytes=size,
+        host_bytes=size,
+        disk_bytes=size,
         eviction="regret",
         kv_bytes_per_token=KV_BYTES,
-        state_bytes=STATE_BYTES,
+        state_bytes=1 << 16,
     )
     cache = build_prefix_cache(config)
     assert isinstance(cache, TieredRadixCache)

@@ -23,6 +23,7 @@ def long_tails(cache, num_prompts):
         cache.evict(num_tokens=1)
 
 
+@pytest.mark.full("100000")
 @pytest.mark.parametrize("ghost_bytes", [0, 100_000])
 def test_short_survivors_do_not_keep_their_long_tails_alive(ghost_bytes):
     cache = hybrid(num_kv_tokens=9_500, num_slots=600, ghost_bytes=ghost_bytes)

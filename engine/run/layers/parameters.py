@@ -33,6 +33,7 @@ FULL_PRECISION = (
     "a_proj",
     "x_proj",
     "dt_proj",
+    "kv_b_proj",
 )
 """Parts of a dotted name whose weights stay as they are: where few numbers decide much."""
 
@@ -178,9 +179,15 @@ class WeightSpec:
         if scheme is None or wanted not in (None, scheme.format):
             return Storage(wanted)
         columns = scheme.block[1]
-        if (scheme.format, columns) in self.products:
+        if self._multiplies(scheme):
             return Storage(scheme.format, scheme.dtype, columns)
         return Storage(None)
+
+    def _multiplies(self, scheme: Scheme) -> bool:
+        """Whether weights are multiplied as they lie in the files. On a CPU such a product rounds
+        activations too, which is not what weights alone in 8 bits stand for."""
+        rounds = self.device.type == "cpu" and scheme.is_weight_only
+        return not rounds and (scheme.format, scheme.block[1]) in self.products
 
     def scheme(self, name: str) -> Scheme | None:
         """Of the module ``name`` in the files."""
@@ -194,8 +201,8 @@ class WeightSpec:
             done = "multiplied as they are"
             if self.quantization not in (None, scheme.format):
                 done = f"brought into {self.quantization}"
-            elif (scheme.format, scheme.block[1]) not in self.products:
-                done = f"widened to {dtype}: no product here takes them"
+            elif not self._multiplies(scheme):
+                done = f"widened to {dtype}: no product here computes that"
             notes.append(f"; {scheme.describe()}, {done}")
         return "".join(notes)
 

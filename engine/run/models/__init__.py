@@ -8,9 +8,9 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from engine.run.model_config import Fields, ModelConfig, ModelError
+from engine.run.model_config import ModelConfig, ModelError, check_all_read, check_attends
 from engine.run.models.decoder import Decoder
-from hybridcache.geometry.families import text_part
+from hybridcache.geometry.families import COMPOSITES, Fields, read, text_part
 from hybridcache.geometry.sizes import SizesError
 
 
@@ -22,9 +22,11 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
         raise ModelError(str(error)) from None
     model_type = text.get("model_type")
     family = families().get(str(model_type))
+    if text is not raw and raw.get("model_type") not in (*COMPOSITES, model_type, None):
+        model_type, family = raw["model_type"], None  # Its class may do more than the text part's.
     if family is None:
         raise ModelError(
-            f"models of type {model_type!r} are not supported; supported are "
+            f"models of model_type {model_type!r} are not supported; supported are "
             f"{', '.join(sorted(families()))}."
         )
     return family, _read(family, text)
@@ -32,17 +34,14 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
 
 def _read(family: type[Decoder], text: Fields) -> ModelConfig:
     try:
-        return family.read(text)
-    except KeyError as error:
-        raise ModelError(f"the model's config.json has no {error.args[0]!r}.") from None
+        sizes, config = read(text)
+        assert config is not None
+        check_attends(config, sizes)
+        made = family.read(config, sizes)
+        check_all_read(config)
+        return made
     except SizesError as error:
         raise ModelError(str(error)) from None
-    except ModelError:
-        raise
-    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise ModelError(
-            f"the model's config.json has a value of the wrong type: {error}."
-        ) from None
 
 
 @cache

@@ -4,7 +4,7 @@ what its layers are made of."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -21,10 +21,12 @@ from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, Mixe
 from engine.run.layers.sealing import Sealing
 from engine.run.layers.stepwise import mix
 from engine.run.memory import Pools
-from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
+from engine.run.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.run.ranks.rank import Cut
+from engine.run.tensor_files import Tensor
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
 from kernels.recording import repeated
 
 T = TypeVar("T", bound=Layer)
@@ -75,11 +77,16 @@ class Decoder(ABC):
         self._sealing.wait()
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
-        """The config of a model of this family. Raises KeyError, TypeError, ValueError."""
-        shared = common(text)
-        attention = mixer_of(shared["sizes"], AttentionSizes)
-        return ModelConfig(**shared, rope=rope(text, attention.head_dim))
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        """Read the config of a model of this family. Raises ModelError."""
+        attention = mixer_of(sizes, AttentionSizes)
+        return ModelConfig(**common(config, sizes), rope=read_rope(config, attention.head_dim))
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint under the names, and in the shapes, of the published files,
+        where transformers' ``save_pretrained`` writes others. Here it writes the same."""
+        return dict(tensors)
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
         """The layer called ``name``: here a mixer and an MLP, each behind a norm."""

@@ -11,17 +11,17 @@ from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForwardStep, Mixer, MixerStep, Parallel
 from engine.run.layers.scaled import Scaled
 from engine.run.model_config import (
-    Fields,
     ModelConfig,
     ModelError,
     common,
     mixer_of,
-    rope,
+    read_rope,
     time_limits,
 )
 from engine.run.models.decoder import Decoder, Step
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
-from hybridcache.geometry.sizes import LayerSizes, MixerSizes
+from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,40 +54,32 @@ class FalconH1(Decoder):
     config: FalconH1Config
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
-        shared = common(text)
-
-        def number(name: str) -> float:
-            return float(text.get(name, 1.0))
-
-        def numbers(name: str, count: int) -> tuple[float, ...]:
-            values = tuple(float(value) for value in text.get(name) or [1.0] * count)
-            if len(values) != count:
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        """Raises ModelError for another number of multipliers."""
+        for name, count in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
+            if len(config[name]) != count:
                 raise ModelError(f"{name} must be {count} numbers in config.json.")
-            return values
-
-        gate, down = numbers("mlp_multipliers", 2)
-        norm = GatedNorm(
-            shared["norm_eps"], gate_first=not text.get("mamba_norm_before_gate", True)
-        )
+        gate, down = config["mlp_multipliers"]
+        shared = common(config, sizes)
+        norm = GatedNorm(shared["norm_eps"], gate_first=not config["mamba_norm_before_gate"])
         return FalconH1Config(
             **shared,
-            rope=rope(text, mixer_of(shared["sizes"], AttentionSizes).head_dim),
-            embedding_multiplier=number("embedding_multiplier"),
-            logit_multiplier=number("lm_head_multiplier"),
-            norm=norm if text.get("mamba_rms_norm") else None,
-            time_limits=time_limits(text),
-            mlp_bias=bool(text.get("mlp_bias")),
-            mamba_bias=bool(text.get("mamba_proj_bias")),
-            mamba_output_bias=bool(text.get("projectors_bias")),
-            conv_bias=bool(text.get("mamba_conv_bias", True)),
+            rope=read_rope(config, mixer_of(sizes, AttentionSizes).head_dim),
+            embedding_multiplier=config["embedding_multiplier"],
+            logit_multiplier=config["lm_head_multiplier"],
+            norm=norm if config["mamba_rms_norm"] else None,
+            time_limits=time_limits(config),
+            mlp_bias=config["mlp_bias"],
+            mamba_bias=config["mamba_proj_bias"],
+            mamba_output_bias=config["projectors_bias"],
+            conv_bias=config["mamba_conv_bias"],
             attention_multipliers=(
-                number("attention_in_multiplier"),
-                number("attention_out_multiplier"),
+                config["attention_in_multiplier"],
+                config["attention_out_multiplier"],
             ),
-            key_multiplier=number("key_multiplier"),
-            mamba_multipliers=(number("ssm_in_multiplier"), number("ssm_out_multiplier")),
-            state_multipliers=numbers("ssm_multipliers", 5),
+            key_multiplier=config["key_multiplier"],
+            mamba_multipliers=(config["ssm_in_multiplier"], config["ssm_out_multiplier"]),
+            state_multipliers=tuple(config["ssm_multipliers"]),
             mlp_multipliers=(gate, down),
         )
 

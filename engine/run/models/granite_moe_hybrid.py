@@ -12,16 +12,17 @@ from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.run.layers.routed import Beside, RoutedExperts, SoftmaxRouter
 from engine.run.model_config import (
-    Fields,
     ModelConfig,
+    ModelError,
     common,
     mixer_of,
-    rope,
+    read_rope,
     time_limits,
 )
 from engine.run.models.decoder import Decoder, Step
+from hybridcache.geometry.config_format import ROPE_KEYS, Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,20 +46,29 @@ class GraniteMoeHybrid(Decoder):
     config: GraniteMoeHybridConfig
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
-        shared = common(text)
-        rotates = text.get("position_embedding_type") == "rope"
-        head_dim = mixer_of(shared["sizes"], AttentionSizes).head_dim
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        """Raises ModelError for scales of which logits would be no numbers."""
+        if not config["logits_scaling"]:
+            raise ModelError("logits_scaling must not be 0 in config.json.")
+        if config["attention_multiplier"] <= 0:
+            raise ModelError(
+                f"attention_multiplier must be greater than 0 in config.json (got "
+                f"{config['attention_multiplier']})."
+            )
+        rope = None
+        if config["position_embedding_type"] == "rope":
+            rope = read_rope(config, mixer_of(sizes, AttentionSizes).head_dim)
+        config.ignore(*ROPE_KEYS, "intermediate_size", "num_experts_per_tok")
         return GraniteMoeHybridConfig(
-            **shared,
-            rope=rope(text, head_dim) if rotates else None,
-            embedding_multiplier=float(text.get("embedding_multiplier", 1.0)),
-            logit_multiplier=1.0 / float(text.get("logits_scaling", 1.0)),
-            mamba_bias=bool(text.get("mamba_proj_bias")),
-            conv_bias=bool(text.get("mamba_conv_bias", True)),
-            attention_scale=float(text.get("attention_multiplier", 1.0)),
-            residual_multiplier=float(text.get("residual_multiplier", 1.0)),
-            time_limits=time_limits(text),
+            **common(config, sizes),
+            rope=rope,
+            embedding_multiplier=config["embedding_multiplier"],
+            logit_multiplier=1.0 / config["logits_scaling"],
+            mamba_bias=config["mamba_proj_bias"],
+            conv_bias=config["mamba_conv_bias"],
+            attention_scale=config["attention_multiplier"],
+            residual_multiplier=config["residual_multiplier"],
+            time_limits=time_limits(config),
         )
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,10 +10,11 @@ from engine.run.layers.mamba1 import Mamba1
 from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.run.layers.routed import RoutedExperts, SoftmaxRouter
-from engine.run.model_config import Fields, ModelConfig, common
+from engine.run.model_config import ModelConfig, ModelError, common
 from engine.run.models.decoder import Decoder, Step
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,15 +35,19 @@ class Jamba(Decoder):
     config: JambaConfig
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
-        shared = common(text)
-        rank = text.get("mamba_dt_rank", "auto")
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        """Raises ModelError for time steps of rank zero."""
+        rank = config["mamba_dt_rank"]
+        if not isinstance(rank, int) or rank < 1:
+            raise ModelError(
+                f"mamba_dt_rank must be auto or 1 or more in config.json (got {rank})."
+            )
         return JambaConfig(
-            **shared,
+            **common(config, sizes),
             rope=None,
-            mamba_bias=bool(text.get("mamba_proj_bias")),
-            conv_bias=bool(text.get("mamba_conv_bias", True)),
-            step_rank=math.ceil(shared["sizes"].hidden / 16) if rank == "auto" else int(rank),
+            mamba_bias=config["mamba_proj_bias"],
+            conv_bias=config["mamba_conv_bias"],
+            step_rank=rank,
         )
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:

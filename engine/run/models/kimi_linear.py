@@ -3,6 +3,8 @@ experts with a shared one."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engine.run.layers.experts import ExpertNames
@@ -12,11 +14,14 @@ from engine.run.layers.mlp import MLP
 from engine.run.layers.norm import RMSNorm
 from engine.run.layers.residual import FeedForward, Mixer
 from engine.run.layers.routed import Beside, RoutedExperts, SigmoidRouter
-from engine.run.model_config import Fields, ModelConfig, ModelError, check_only, common
+from engine.run.model_config import ModelConfig, ModelError, check_only, common
 from engine.run.models.decoder import Decoder
+from engine.run.tensor_files import Tensor
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes
-from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes
+from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
 
+DENSE_MLP = re.compile(r"\.block_sparse_moe\.((gate|up|down)_proj\.)")
 LATENT_NORM_EPS = 1e-6
 """Whatever the config says of the other norms."""
 
@@ -38,24 +43,36 @@ class KimiLinear(Decoder):
     config: KimiLinearConfig
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
         """Raises ModelError for what no published model of the family has."""
-        if text.get("q_lora_rank"):
-            raise ModelError("latent attention with q_lora_rank is not supported: it must be null.")
-        check_only(text, moe_router_activation_func="sigmoid", moe_layer_freq=1)
-        if int(text.get("num_expert_group") or text.get("n_group") or 1) > 1:
-            raise ModelError("experts in groups are not supported: num_expert_group must be 1.")
-        if text.get("mla_use_nope", True) is False:
+        check_only(config, moe_router_activation_func=("sigmoid",), moe_layer_freq=(1,))
+        check_only(config, q_lora_rank=(None,), mla_use_nope=(True,), topk_group=(1,))
+        if config["linear_attn_config"]:
             raise ModelError(
-                "rotated latent attention is not supported: mla_use_nope must be true."
+                f"linear_attn_config in config.json has keys that are not supported: "
+                f"{', '.join(sorted(config['linear_attn_config']))}."
             )
-        longest = text.get("model_max_length") or text.get("max_position_embeddings") or 1048576
+        if config["n_group"] != 1:
+            raise ModelError(
+                f"experts in groups are not supported: num_expert_group (n_group) must be 1 in "
+                f"config.json (got {config['n_group']})."
+            )
+        if config["num_key_value_heads"] != config["num_attention_heads"]:
+            raise ModelError(
+                "num_key_value_heads must be num_attention_heads in config.json: latent attention "
+                "has no groups of heads."
+            )
         return KimiLinearConfig(
-            **common({**text, "max_position_embeddings": longest}),
+            **common(config, sizes),
             rope=None,
-            renormalises=bool(text.get("moe_renormalize", True)),
-            expert_scale=float(text.get("routed_scaling_factor", 1.0)),
+            renormalises=config["norm_topk_prob"],
+            expert_scale=config["routed_scaling_factor"],
         )
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """transformers writes the MLP of dense layers under the name of the experts."""
+        return {DENSE_MLP.sub(r".mlp.\1", name): tensor for name, tensor in tensors.items()}
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         config, build, attention = self.config, self.build, f"{name}.self_attn"

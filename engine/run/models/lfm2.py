@@ -10,10 +10,11 @@ from engine.run.layers.mlp import MLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.run.layers.routed import RoutedExperts, SigmoidRouter
 from engine.run.layers.shortconv import ShortConv
-from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
+from engine.run.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.run.models.decoder import Decoder, Step
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, ShortConvSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
 
 ROPE_THETA = 1e6
 
@@ -39,19 +40,15 @@ class Lfm2(Decoder):
     config: Lfm2Config
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
-        shared = common(text)
-        shared["norm_eps"] = float(text.get("norm_eps", 1e-5))
-        tied = text.get("tie_embedding", text.get("tie_word_embeddings"))
-        shared["tie_embeddings"] = True if tied is None else bool(tied)
-        head_dim = mixer_of(shared["sizes"], AttentionSizes).head_dim
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        head_dim = mixer_of(sizes, AttentionSizes).head_dim
         return Lfm2Config(
-            **shared,
-            rope=rope({"rope_theta": ROPE_THETA, **text}, head_dim),
-            conv_bias=bool(text.get("conv_bias")),
-            expert_bias=bool(text.get("use_expert_bias", True)),
-            renormalises=bool(text.get("norm_topk_prob", True)),
-            expert_scale=float(text.get("routed_scaling_factor", 1.0)),
+            **common(config, sizes, eps="norm_eps"),
+            rope=read_rope(config, head_dim, theta=ROPE_THETA),
+            conv_bias=config["conv_bias"],
+            expert_bias=config.get("use_expert_bias", False),
+            renormalises=config.get("norm_topk_prob", False),
+            expert_scale=config.get("routed_scaling_factor", 1.0),
         )
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:

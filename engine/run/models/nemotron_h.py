@@ -11,10 +11,11 @@ from engine.run.layers.mamba2 import GatedNorm, Mamba2
 from engine.run.layers.mlp import SquaredReluMLP
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.run.layers.routed import Beside, RoutedExperts, SigmoidRouter
-from engine.run.model_config import Fields, ModelConfig, check_only, common, time_limits
+from engine.run.model_config import ACTIVATIONS, ModelConfig, check_only, common, time_limits
 from engine.run.models.decoder import Decoder, Step
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,21 +42,19 @@ class NemotronH(Decoder):
     config: NemotronHConfig
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
         """Raises ModelError for what no published model of the family has."""
-        check_only(text, mlp_hidden_act="relu2", mamba_hidden_act="silu", sliding_window=None)
-        check_only(text, n_group=1)
-        shared = common(text)
-        shared["norm_eps"] = float(text.get("layer_norm_epsilon", 1e-5))
+        check_only(config, mlp_hidden_act=("relu2",), mamba_hidden_act=ACTIVATIONS)
+        check_only(config, sliding_window=(None,), n_group=(1,), topk_group=(1,))
         return NemotronHConfig(
-            **shared,
+            **common(config, sizes, eps="layer_norm_epsilon"),
             rope=None,
-            mamba_bias=bool(text.get("use_bias")),
-            conv_bias=bool(text.get("use_conv_bias", True)),
-            mlp_bias=bool(text.get("mlp_bias")),
-            time_limits=time_limits(text),
-            renormalises=bool(text.get("norm_topk_prob", True)),
-            expert_scale=float(text.get("routed_scaling_factor", 1.0)),
+            mamba_bias=config["use_bias"],
+            conv_bias=config["use_conv_bias"],
+            mlp_bias=config["mlp_bias"],
+            time_limits=time_limits(config),
+            renormalises=config["norm_topk_prob"],
+            expert_scale=config["routed_scaling_factor"],
         )
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:

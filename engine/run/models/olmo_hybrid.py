@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 from engine.run.layers.gated_delta_net import GatedDeltaNet
 from engine.run.layers.linear import Part
 from engine.run.layers.residual import FeedForwardStep, Mixer, MixerStep
-from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
+from engine.run.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.run.models.decoder import Decoder, Step
+from engine.run.tensor_files import Joined, Tensor
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
-from hybridcache.geometry.sizes import LayerSizes, MixerSizes
+from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
 
 OUTPUT_EPS = 1e-5
 """Of the norm behind the scan, whatever the config says of the others."""
@@ -32,14 +35,35 @@ class OlmoHybrid(Decoder):
     config: OlmoHybridConfig
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
-        shared = common(text)
-        attention = mixer_of(shared["sizes"], AttentionSizes)
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        head_dim = mixer_of(sizes, AttentionSizes).head_dim
         return OlmoHybridConfig(
-            **shared,
-            rope=rope(text, attention.head_dim),
-            max_beta=2.0 if text.get("linear_allow_neg_eigval", True) else 1.0,
+            **common(config, sizes),
+            rope=read_rope(config, head_dim, is_optional=True),
+            max_beta=2.0 if config["linear_allow_neg_eigval"] else 1.0,
         )
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """transformers cuts the convolution over queries, keys and values into thirds, and calls
+        the norm behind attention as the one before the MLP of a linear layer."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            layer, _, word = name.partition(".feedforward_layer_norm.")
+            attends = bool(word) and f"{layer}.self_attn.q_proj.weight" in tensors
+            found[f"{layer}.post_attention_layernorm.{word}" if attends else name] = tensor
+        for name in [name for name in found if name.endswith(".linear_attn.q_conv1d.weight")]:
+            stem = name.removesuffix("q_conv1d.weight")
+            convs = [f"{stem}{word}_conv1d.weight" for word in "qkv"]
+            products = [f"{stem}{word}_proj.weight" for word in "qkv"]
+            if not all(other in found for other in (*convs, *products)):
+                continue
+            parts = tuple(found[conv] for conv in convs)
+            ends = list(accumulate(found[product].shape[0] for product in products))
+            if ends[-1] == sum(part.shape[0] for part in parts):
+                for conv, rows in zip(convs, pairwise([0, *ends]), strict=True):
+                    found[conv] = Joined.of(conv, parts, range(*rows))
+        return found
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
         assert sizes.mlp is not None

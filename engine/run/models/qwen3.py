@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from engine.run.layers.residual import Mixer
-from engine.run.model_config import Fields, ModelConfig, ModelError
+from engine.run.model_config import ModelConfig, ModelError
 from engine.run.models.decoder import Decoder
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes
-from hybridcache.geometry.sizes import MixerSizes
+from hybridcache.geometry.sizes import MixerSizes, ModelSizes
 
 
 class Qwen3(Decoder):
@@ -15,12 +16,14 @@ class Qwen3(Decoder):
     model_types = ("qwen3",)
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
         """Raises ModelError for sliding windows."""
-        sorts = text.get("layer_types") or ()
-        if text.get("use_sliding_window") or "sliding_attention" in sorts:
-            raise ModelError("sliding-window attention is not supported.")
-        return super().read(text)
+        if "sliding_attention" in config["layer_types"]:
+            raise ModelError(
+                "sliding-window attention is not supported: use_sliding_window must be false in "
+                "config.json, and layer_types must name none."
+            )
+        return super().read(config, sizes)
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
         assert isinstance(sizes, AttentionSizes)

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from engine.run.layers.linear import Part
-from engine.run.model_config import Fields, ModelConfig
+from engine.run.model_config import ModelConfig, check_only
 from engine.run.models.qwen3_next import Qwen3Next
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import DeltaSizes
+from hybridcache.geometry.sizes import ModelSizes
 
 
 class Qwen3_5(Qwen3Next):
@@ -18,8 +20,9 @@ class Qwen3_5(Qwen3Next):
     model_types = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
-        return super().read({**text, "norm_topk_prob": True})
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        check_only(config, mlp_only_layers=([], None))
+        return super().read(config, sizes)
 
     def inputs(self, name: str, sizes: DeltaSizes) -> Sequence[Part]:
         heads = sizes.num_value_heads

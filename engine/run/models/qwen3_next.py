@@ -14,10 +14,11 @@ from engine.run.layers.linear import Part
 from engine.run.layers.mlp import ExpertsMLP
 from engine.run.layers.prediction import PredictionHead
 from engine.run.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.run.model_config import Fields, ModelConfig, common, mixer_of, rope
+from engine.run.model_config import ModelConfig, check_only, common, mixer_of, read_rope
 from engine.run.models.decoder import Decoder
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,13 +36,13 @@ class Qwen3Next(Decoder):
     config: Qwen3NextConfig
 
     @classmethod
-    def read(cls, text: Fields) -> ModelConfig:
-        shared = common(text)
-        attention = mixer_of(shared["sizes"], AttentionSizes)
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        check_only(config, attn_output_gate=(True,))
+        attention = mixer_of(sizes, AttentionSizes)
         return Qwen3NextConfig(
-            **shared,
-            rope=rope(text, attention.head_dim, fraction=0.25),
-            renormalises=bool(text.get("norm_topk_prob", True)),
+            **common(config, sizes),
+            rope=read_rope(config, attention.head_dim, fraction=0.25),
+            renormalises=config.get("norm_topk_prob", True),
         )
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:

@@ -10,6 +10,7 @@ from typing import Any
 from engine.run.model_config import ModelError
 from engine.run.quantization.names import MODEL_OPT_FILE, MODEL_SLIM_FILE, Names
 from engine.run.quantization.scheme import Group, Quantization, Scheme
+from kernels.linear.reference import Format
 
 REMEDY = (
     "served are fp8 in blocks, compressed-tensors with int8 or float8 weights, ModelSlim's "
@@ -92,25 +93,38 @@ def _block(size: Any, name: str) -> tuple[int, int]:
 
 
 def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
+    """Raises ModelError for every part of the format that changes numbers and is not served."""
+    _refuse(section, "transform_config", "sparsity_config", "kv_cache_scheme")
     groups = section.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise ModelError("quantization_config in config.json has no config_groups.")
     parsed = []
     for name, group in groups.items():
+        _refuse(group, "output_activations")
         layout = group.get("format") or section.get("format")
-        scheme = _group_scheme(name, group.get("weights"), layout)
-        _check_activations(name, group.get("input_activations"), scheme)
+        scheme = _group_scheme(name, group, layout)
         targets = group.get("targets") or ()
         parsed.append(Group(scheme, None if "Linear" in targets else Names.of(targets)))
     ignored = Names.of(section.get("ignore") or ())
     return Quantization("compressed-tensors", tuple(parsed), ignored, "ignore")
 
 
-def _group_scheme(name: str, weights: Any, layout: Any) -> Scheme:
+def _refuse(section: Mapping[str, Any], *keys: str) -> None:
+    """Raises ModelError where one of the keys has a value; an empty one, and a sparsity that leaves
+    all weights in place, are none."""
+    for key in keys:
+        value = section.get(key)
+        is_dense = isinstance(value, Mapping) and value.get("format") == "dense"
+        if value and not is_dense:
+            raise ModelError(f"{key} of compressed-tensors is not served; {REMEDY}.")
+
+
+def _group_scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
+    weights = group.get("weights")
     if not isinstance(weights, Mapping):
         raise ModelError(f"{name} of compressed-tensors says nothing about weights; {REMEDY}.")
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
-    if bits != 8 or layout not in FORMATS:
+    if bits != 8 or kind not in ("int", "float") or layout not in FORMATS:
         raise ModelError(
             f"{name} of compressed-tensors has {kind}{bits} weights as {layout}, which is not "
             f"served; {REMEDY}."
@@ -127,19 +141,28 @@ def _group_scheme(name: str, weights: Any, layout: Any) -> Scheme:
             f"{name} of compressed-tensors has a scale per {strategy}: per channel, tensor or "
             "block is served."
         )
-    return Scheme("int8" if kind == "int" else "fp8", block, "weight_scale")
+    activations = group.get("input_activations")
+    if activations is not None:
+        _check_activations(name, activations, kind)
+    format: Format = "int8" if kind == "int" else "fp8"
+    return Scheme(format, block, "weight_scale", is_weight_only=activations is None)
 
 
-def _check_activations(name: str, activations: Any, scheme: Scheme) -> None:
-    """Ours are quantised per token and as they come, or (fp8) not at all: scales that were measured
-    beforehand would go unused."""
-    if activations is None:
-        return
-    if not activations.get("dynamic") or activations.get("num_bits") != 8:
-        raise ModelError(
-            f"{name} of compressed-tensors quantises activations by scales of its own: dynamic "
-            f"8-bit ones, per token, are served with {scheme.format} weights."
-        )
+def _check_activations(name: str, activations: Mapping[str, Any], kind: str) -> None:
+    """Raises ModelError for activations that are not rounded as ours: to 8 bits of the weights'
+    kind, symmetric, by a scale for each token that is found as it comes. With float8 weights ours
+    are not rounded at all, so any scale that is found as tokens come will do."""
+    strategies = ("token", None) if kind == "int" else ("token", "group", "tensor", None)
+    defaults = {"type": kind, "symmetric": True, "dynamic": False, "strategy": None}
+    found = {**defaults, **activations}
+    served = {"num_bits": (8,), "type": (kind,), "symmetric": (True,), "dynamic": (True,)}
+    for key, values in {**served, "strategy": strategies}.items():
+        if found.get(key) not in values:
+            raise ModelError(
+                f"{name} of compressed-tensors has input_activations with {key} "
+                f"{found.get(key)!r}, which is not served: dynamic ones of 8 bits, a scale for "
+                "each token, are."
+            )
 
 
 def _model_slim(path: Path) -> Quantization | None:

@@ -16,7 +16,7 @@ BAND_ELEMENTS = 2**20
 """Weights are widened so many at a time: the float32 copy never matters beside the weights."""
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
-"""Scales in one byte are exponents (ue8m0)."""
+"""Dtypes that scales may have in files. Those in one byte are exponents (ue8m0)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,8 @@ class Scheme:
     one scale per output channel."""
     scale_name: str
     """Of the scale's tensor, beside ``weight``."""
+    is_weight_only: bool = False
+    """Whether activations stay in full precision."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -45,8 +47,12 @@ class Scheme:
         """``fp8 in blocks of 128 x 128``."""
         rows, columns = self.block
         if columns is not None:
-            return f"{self.format} in blocks of {rows or 'all'} x {columns}"
-        return f"{self.format} with a scale per {'tensor' if rows is None else 'output channel'}"
+            said = f"{self.format} in blocks of {rows or 'all'} x {columns}"
+        else:
+            said = (
+                f"{self.format} with a scale per {'tensor' if rows is None else 'output channel'}"
+            )
+        return f"{said}, weights only" if self.is_weight_only else said
 
     def scale_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
         """Of the scales of a weight ``[num_rows, num_columns]``: blocks at the ends count in

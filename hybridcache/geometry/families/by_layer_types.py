@@ -7,9 +7,7 @@ from collections.abc import Callable
 
 from hybridcache.geometry.families import fields
 from hybridcache.geometry.families.fields import Fields
-from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
-
-MODEL_TYPES = ("",)
+from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes, SizesError
 
 
 def attention(text: Fields) -> MixerSizes:
@@ -27,7 +25,24 @@ READERS: dict[str, Callable[[Fields], MixerSizes]] = {
 def sizes(text: Fields) -> ModelSizes:
     """Raises SizesError for a layer of a sort that is not known."""
     attention(text)
-    types = fields.layer_types(text, READERS)
+    types = layer_types(text)
     mlp = fields.experts(text) or fields.dense(text)
     mixers = {sort: READERS[sort](text) for sort in set(types)}
     return fields.model(text, tuple(LayerSizes((mixers[sort],), mlp) for sort in types))
+
+
+def layer_types(text: Fields) -> list[str]:
+    """One word a layer; where none are named every ``full_attention_interval``-th attends. Raises
+    SizesError for a word that is not known."""
+    count, words = fields.num_layers(text), text.get("layer_types")
+    if not words:
+        interval = int(text.get("full_attention_interval") or 1)
+        return [
+            ("full_attention", "linear_attention")[(n + 1) % interval > 0] for n in range(count)
+        ]
+    unknown = set(words) - set(READERS)
+    if unknown:
+        raise SizesError(f"layers of unknown sort in layer_types: {', '.join(sorted(unknown))}.")
+    if len(words) != count:
+        raise SizesError(f"layer_types in config.json must name {count} layers (got {len(words)}).")
+    return list(words)

@@ -2,13 +2,67 @@
 
 from __future__ import annotations
 
+import math
+
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes
 
-MODEL_TYPES = ("falcon_h1",)
+
+def complete(values: Values) -> None:
+    fields.fill_kv_heads(values)
+    inner = values.pop("mamba_d_ssm")
+    fields.fill_mamba_head_dim(values, inner, "mamba_d_ssm")
+    for name, count in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
+        if values[name] is None:
+            values[name] = [1.0] * count
 
 
-def sizes(text: Fields) -> ModelSizes:
-    layer = LayerSizes((fields.mamba2(text), fields.attention(text)), fields.dense(text))
-    return fields.model(text, (layer,) * fields.num_layers(text))
+FORMATS = {
+    "falcon_h1": Format(
+        table(
+            vocab_size=128000,
+            tie_word_embeddings=False,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=Field(int | None, 8),
+            hidden_act="silu",
+            rms_norm_eps=1e-5,
+            max_position_embeddings=8192,
+            mamba_d_ssm=Field(int | None, 1024),
+            mamba_n_heads=128,
+            mamba_d_head=Field(int | str, "auto"),
+            mamba_n_groups=1,
+            mamba_d_state=256,
+            mamba_d_conv=4,
+            mamba_expand=2,
+            mamba_conv_bias=True,
+            mamba_proj_bias=False,
+            mamba_norm_before_gate=True,
+            mamba_rms_norm=False,
+            time_step_limit=Field(list[float], [0.0, math.inf]),
+            projectors_bias=False,
+            lm_head_multiplier=1.0,
+            embedding_multiplier=1.0,
+            mlp_multipliers=Field(list[float] | None),
+            key_multiplier=1.0,
+            attention_out_multiplier=1.0,
+            attention_in_multiplier=1.0,
+            ssm_multipliers=Field(list[float] | None),
+            ssm_in_multiplier=1.0,
+            ssm_out_multiplier=1.0,
+            attention_bias=False,
+            mlp_bias=False,
+        ),
+        extras={**ROPE_KEYS, "head_dim": int},
+        unused=keys("mamba_chunk_size mamba_use_mlp"),
+        complete=complete,
+    )
+}
+
+
+def sizes(config: Config) -> ModelSizes:
+    layer = LayerSizes((fields.mamba2(config), fields.attention(config)), fields.dense(config))
+    return fields.model(config, (layer,) * fields.num_layers(config))

@@ -22,6 +22,8 @@ from hybridcache.geometry.sizes import (
 
 Fields = Mapping[str, Any]
 
+LEGACY_LAYER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
+
 
 def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
     """A model of these layers. Raises SizesError where one keeps nothing or less, or has an MLP
@@ -49,63 +51,93 @@ def num_layers(text: Fields) -> int:
     """Raises SizesError for a number that no model has."""
     count = check_size("num_hidden_layers", int(text["num_hidden_layers"]))
     if count > MOST_LAYERS:
-        raise SizesError(f"num_hidden_layers can not be {count} in config.json.")
+        raise SizesError(
+            f"num_hidden_layers must be at most {MOST_LAYERS} in config.json (got {count})."
+        )
     return count
 
 
-def layer_types(text: Fields, known: Collection[str], *, default_interval: int = 1) -> list[str]:
-    """One word a layer; where none are named every ``full_attention_interval``-th attends. Raises
-    SizesError for a word that is not ``known``."""
-    count = num_layers(text)
-    types = text.get("layer_types")
-    if not types:
-        interval = int(text.get("full_attention_interval") or default_interval)
-        words = "full_attention", "linear_attention"
-        return [words[(layer + 1) % interval > 0] for layer in range(count)]
-    unknown = set(types) - set(known)
+def sorts(text: Fields, known: Collection[str], name: str = "layer_types") -> list[str]:
+    """One word a layer, older words replaced. Raises SizesError for a word that is not ``known``
+    and for another number of words than there are layers."""
+    given = text[name] or ()
+    words = [LEGACY_LAYER_TYPES.get(word, word) for word in given]
+    unknown = {spelled for spelled, word in zip(given, words, strict=True) if word not in known}
     if unknown:
-        raise SizesError(f"layers of unknown sort: {', '.join(sorted(unknown))}")
-    if len(types) != count:
-        raise SizesError(f"layer_types in config.json must name {count} layers.")
-    return list(types)
+        raise SizesError(f"layers of unknown sort in {name}: {', '.join(sorted(unknown))}.")
+    if len(words) != num_layers(text):
+        raise SizesError(
+            f"{name} in config.json must name {num_layers(text)} layers, as num_hidden_layers "
+            f"says (got {len(words)})."
+        )
+    return words
+
+
+def fill_kv_heads(values: dict[str, Any]) -> None:
+    """Where nothing is said there are as many heads of keys as of queries."""
+    if values["num_key_value_heads"] is None:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+
+
+def fill_mamba_head_dim(values: dict[str, Any], inner: int | None, name: str) -> None:
+    """Compute ``mamba_d_head`` where it is ``auto``. ``inner``: channels of all heads, which
+    ``name`` says; None: as many as ``mamba_expand`` times the width. Raises SizesError where heads
+    and channels do not agree."""
+    expand = values.pop("mamba_expand")
+    inner = expand * values["hidden_size"] if inner is None else inner
+    heads = check_size("mamba_n_heads", values["mamba_n_heads"])
+    check_multiple(name, inner, "mamba_n_heads", heads)
+    if values["mamba_d_head"] == "auto":
+        values["mamba_d_head"] = inner // heads
+    if values["mamba_d_head"] != inner // heads:
+        raise SizesError(
+            f"mamba_d_head times mamba_n_heads must be {name} in config.json, {inner} (got "
+            f"{values['mamba_d_head']} x {heads})."
+        )
+
+
+def every_nth_attends(values: dict[str, Any]) -> None:
+    """Where ``layer_types`` names no layers, one of ``full_attention_interval`` attends."""
+    interval = check_size("full_attention_interval", values.pop("full_attention_interval", 4))
+    if values["layer_types"] is None:
+        words = "full_attention", "linear_attention"
+        values["layer_types"] = [
+            words[(layer + 1) % interval > 0] for layer in range(num_layers(values))
+        ]
 
 
 def attention(text: Fields, *, gated: bool = False) -> AttentionSizes:
     """Grouped queries."""
-    heads = int(text["num_attention_heads"])
-    dim = text.get("head_dim") or text.get("attention_head_dim") or hidden(text) // heads
-    kv_heads = int(text.get("num_key_value_heads") or heads)
-    for name, size in (
-        ("num_attention_heads", heads),
-        ("num_key_value_heads", kv_heads),
-        ("head_dim", int(dim)),
-    ):
-        check_size(name, size)
+    heads = size_of(text, "num_attention_heads")
+    kv_heads = size_of(text, "num_key_value_heads", heads)
     check_multiple("num_attention_heads", heads, "num_key_value_heads", kv_heads)
-    return AttentionSizes(heads, kv_heads, int(dim), gated)
+    if text.get("head_dim") is None and text.get("attention_head_dim") is None:
+        dim = check_size("hidden_size / num_attention_heads", hidden(text) // heads)
+    else:
+        dim = size_of(text, "attention_head_dim" if text.get("head_dim") is None else "head_dim")
+    return AttentionSizes(heads, kv_heads, dim, gated)
 
 
 def latent_attention(text: Fields) -> LatentAttentionSizes:
     """As DeepSeek names it."""
     return LatentAttentionSizes(
-        num_heads=check_size("num_attention_heads", int(text["num_attention_heads"])),
-        rank=check_size("kv_lora_rank", int(text["kv_lora_rank"])),
-        rope_dim=check_size("qk_rope_head_dim", int(text["qk_rope_head_dim"])),
-        nope_dim=int(text.get("qk_nope_head_dim") or 128),
-        value_dim=int(text.get("v_head_dim") or 128),
+        num_heads=size_of(text, "num_attention_heads"),
+        rank=size_of(text, "kv_lora_rank"),
+        rope_dim=size_of(text, "qk_rope_head_dim"),
+        nope_dim=size_of(text, "qk_nope_head_dim", 128),
+        value_dim=size_of(text, "v_head_dim", 128),
     )
 
 
 def gated_delta_net(text: Fields) -> DeltaSizes:
     """As Qwen3-Next names it."""
     made = DeltaSizes(
-        num_key_heads=int(text["linear_num_key_heads"]),
-        num_value_heads=int(text["linear_num_value_heads"]),
-        key_dim=int(text["linear_key_head_dim"]),
-        value_dim=int(text["linear_value_head_dim"]),
-        conv_width=int(text["linear_conv_kernel_dim"]),
+        num_key_heads=size_of(text, "linear_num_key_heads"),
+        num_value_heads=size_of(text, "linear_num_value_heads"),
+        key_dim=size_of(text, "linear_key_head_dim"),
+        value_dim=size_of(text, "linear_value_head_dim"),
+        conv_width=size_of(text, "linear_conv_kernel_dim"),
     )
-    check_size("linear_num_key_heads", made.num_key_heads)
     check_multiple(
         "linear_num_value_heads", made.num_value_heads, "linear_num_key_heads", made.num_key_heads
     )
@@ -114,20 +146,20 @@ def gated_delta_net(text: Fields) -> DeltaSizes:
 
 def mamba2(text: Fields) -> MambaSizes:
     """As Bamba names it, and Granite and Falcon after it."""
-    heads = check_size("mamba_n_heads", int(text["mamba_n_heads"]))
-    groups = check_size("mamba_n_groups", int(text["mamba_n_groups"]))
+    heads, groups = size_of(text, "mamba_n_heads"), size_of(text, "mamba_n_groups")
     check_multiple("mamba_n_heads", heads, "mamba_n_groups", groups)
-    dim = text.get("mamba_d_head") or "auto"
-    if dim == "auto":
-        inner = int(text.get("mamba_d_ssm") or int(text.get("mamba_expand") or 2) * hidden(text))
-        check_multiple("mamba_d_ssm", inner, "mamba_n_heads", heads)
+    if text.get("mamba_d_head", "auto") == "auto":
+        inner = int(text.get("mamba_expand") or 2) * hidden(text)
+        check_multiple("mamba_expand * hidden_size", inner, "mamba_n_heads", heads)
         dim = inner // heads
+    else:
+        dim = size_of(text, "mamba_d_head")
     return MambaSizes(
         num_heads=heads,
-        head_dim=int(dim),
-        state_dim=int(text["mamba_d_state"]),
+        head_dim=dim,
+        state_dim=size_of(text, "mamba_d_state"),
         num_groups=groups,
-        conv_width=int(text["mamba_d_conv"]),
+        conv_width=size_of(text, "mamba_d_conv"),
     )
 
 
@@ -138,39 +170,69 @@ def dense(text: Fields, *, matrices: int = 3) -> MLPSizes:
 
 def experts(text: Fields, *, matrices: int = 3) -> ExpertsSizes | None:
     """None for a model without."""
-    count = _first(text, "num_experts", "n_routed_experts", "num_local_experts")
-    if not count:
+    name = _first(text, "num_experts", "n_routed_experts", "num_local_experts")
+    count = int(text[name]) if name else 0
+    if count == 0:
         return None
-    per_token = _first(text, "num_experts_per_tok", "num_experts_per_token") or 1
-    size = _first(text, "moe_intermediate_size", "intermediate_size")
-    shared = _first(
-        text, "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"
-    ) or size * _first(text, "num_shared_experts", "n_shared_experts")
+    check_size(name, count)
+    per_token = int(text[_first(text, "num_experts_per_tok", "num_experts_per_token")])
     if not 1 <= per_token <= count:
-        raise SizesError("num_experts_per_tok must be from 1 to num_experts in config.json.")
+        raise SizesError(
+            f"num_experts_per_tok must be from 1 to {name} in config.json (got {per_token} of "
+            f"{count})."
+        )
+    size = size_of(text, _first(text, "moe_intermediate_size", "intermediate_size"))
+    width = _first(text, "moe_latent_size", "routed_expert_hidden_size")
     return ExpertsSizes(
         num_experts=count,
         experts_per_token=per_token,
         intermediate=size,
-        shared_intermediate=shared,
-        width=_first(text, "moe_latent_size", "routed_expert_hidden_size") or None,
+        shared_intermediate=_shared_intermediate(text, size),
+        width=size_of(text, width) if width else None,
         matrices=matrices,
     )
 
 
-def _first(text: Fields, *names: str) -> int:
-    """The first of the fields that is set; 0 where none is."""
-    return next((int(text[name]) for name in names if text.get(name)), 0)
+def _shared_intermediate(text: Fields, size: int) -> int:
+    """Units of what every token meets; of shared experts that are each ``size`` wide, all units."""
+    name = _first(text, "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
+    if name:
+        return size_of(text, name)
+    count = _first(text, "num_shared_experts", "n_shared_experts")
+    if count and int(text[count]) < 0:
+        raise SizesError(f"{count} must be at least 0 in config.json (got {text[count]}).")
+    return size * int(text[count]) if count else 0
+
+
+def _first(text: Fields, *names: str) -> str:
+    """The first of the names that has a value; an empty one where none has."""
+    return next((name for name in names if text.get(name) is not None), "")
+
+
+def size_of(text: Fields, name: str, default: int | None = None) -> int:
+    """A size of at least one; ``default`` where the file has none. Raises SizesError for less, and
+    KeyError where there is no default either."""
+    value = text[name] if default is None else text.get(name)
+    return check_size(name, int(default if value is None else value))  # type: ignore[arg-type]
+
+
+def check_integer(name: str, value: object) -> int:
+    """Raises SizesError for anything else."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise SizesError(f"{name} in config.json must be an integer (got {value!r}).")
+    return value
 
 
 def check_size(name: str, size: int) -> int:
     """Raises SizesError for less than one."""
     if size < 1:
-        raise SizesError(f"{name} must be at least 1 in config.json, not {size}.")
+        raise SizesError(f"{name} must be at least 1 in config.json (got {size}).")
     return size
 
 
 def check_multiple(name: str, size: int, of_name: str, of: int) -> None:
     """Raises SizesError where it is none."""
     if size % of:
-        raise SizesError(f"{name} must be a multiple of {of_name} in config.json.")
+        raise SizesError(
+            f"{name} must be a multiple of {of_name} in config.json (got {size} and {of})."
+        )

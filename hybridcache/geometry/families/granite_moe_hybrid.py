@@ -3,29 +3,71 @@ models, experts beside it."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.sizes import LayerSizes, MixerSizes, MLPSizes, ModelSizes
 
-MODEL_TYPES = ("granitemoehybrid",)
-SORTS = {
-    "attention": "attention",
-    "full_attention": "attention",
-    "mamba": "mamba",
-    "linear_attention": "mamba",
+SORTS = "linear_attention", "full_attention"
+
+
+def complete(values: Values) -> None:
+    fields.fill_kv_heads(values)
+    fields.fill_mamba_head_dim(values, None, "mamba_expand * hidden_size")
+    if values["layer_types"] is None:
+        values["layer_types"] = ["linear_attention"] * fields.num_layers(values)
+
+
+FORMATS = {
+    "granitemoehybrid": Format(
+        table(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=Field(int | None),
+            hidden_act="silu",
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+            attention_bias=False,
+            embedding_multiplier=1.0,
+            logits_scaling=1.0,
+            residual_multiplier=1.0,
+            attention_multiplier=1.0,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            shared_intermediate_size=1024,
+            position_embedding_type=Field(str | None),
+            layer_types=Field(list[str] | None),
+            mamba_n_heads=128,
+            mamba_n_groups=1,
+            mamba_d_state=256,
+            mamba_d_head=Field(int | str, "auto"),
+            mamba_d_conv=4,
+            mamba_expand=2,
+            mamba_conv_bias=True,
+            mamba_proj_bias=False,
+            time_step_limit=Field(list[float], [0.0, math.inf]),
+        ),
+        aliases={"layers_block_type": "layer_types"},
+        extras={**ROPE_KEYS, "head_dim": int},
+        unused=keys("mamba_chunk_size"),
+        complete=complete,
+    )
 }
 
 
-def sizes(text: Fields) -> ModelSizes:
+def sizes(config: Config) -> ModelSizes:
     """Raises SizesError for a layer of a sort that is not known."""
-    count = fields.num_layers(text)
-    types = fields.layer_types({"layer_types": ["mamba"] * count} | dict(text), SORTS)
-    shared = int(text["shared_intermediate_size"])
-    experts = fields.experts(text)
+    types = fields.sorts(config, SORTS)
+    shared, experts = fields.size_of(config, "shared_intermediate_size"), fields.experts(config)
     mlp = MLPSizes(shared) if experts is None else replace(experts, shared_intermediate=shared)
-    made: dict[str, MixerSizes] = {"attention": fields.attention(text)}
-    if "mamba" in map(SORTS.get, types):
-        made["mamba"] = fields.mamba2(text)
-    return fields.model(text, tuple(LayerSizes((made[SORTS[sort]],), mlp) for sort in types))
+    made: dict[str, MixerSizes] = {
+        "full_attention": fields.attention(config),
+        "linear_attention": fields.mamba2(config),
+    }
+    return fields.model(config, tuple(LayerSizes((made[sort],), mlp) for sort in types))

@@ -2,38 +2,85 @@
 
 from __future__ import annotations
 
+import math
+
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.mixers import MambaSizes
-from hybridcache.geometry.sizes import LayerSizes, ModelSizes
-
-MODEL_TYPES = ("jamba",)
+from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
 
 
-def sizes(text: Fields) -> ModelSizes:
+def complete(values: Values) -> None:
+    if values["mamba_dt_rank"] == "auto":
+        values["mamba_dt_rank"] = math.ceil(values["hidden_size"] / 16)
+    for word in ("attn", "expert"):
+        period, offset = (values[f"{word}_layer_{part}"] for part in ("period", "offset"))
+        if not 0 <= offset < period:
+            raise SizesError(
+                f"{word}_layer_offset must be from 0 to {word}_layer_period - 1 in config.json "
+                f"(got {offset} of {period})."
+            )
+
+
+FORMATS = {
+    "jamba": Format(
+        table(
+            vocab_size=65536,
+            tie_word_embeddings=False,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            hidden_act="silu",
+            rms_norm_eps=1e-6,
+            max_position_embeddings=262144,
+            num_experts_per_tok=2,
+            num_experts=16,
+            expert_layer_period=2,
+            expert_layer_offset=1,
+            attn_layer_period=8,
+            attn_layer_offset=4,
+            mamba_d_state=16,
+            mamba_d_conv=4,
+            mamba_expand=2,
+            mamba_dt_rank=Field(int | str, "auto"),
+            mamba_conv_bias=True,
+            mamba_proj_bias=False,
+        ),
+        aliases={"num_local_experts": "num_experts"},
+        extras={"head_dim": int},
+        unused=keys("use_mamba_kernels use_mambapy use_associative_scan").union(ROPE_KEYS),
+        complete=complete,
+    )
+}
+
+
+def sizes(config: Config) -> ModelSizes:
     """A layer attends, or has experts, where its number leaves the offset over a period. All
     channels are one head here: nothing but their number means something."""
     mamba = MambaSizes(
         num_heads=1,
-        head_dim=int(text.get("mamba_expand") or 2) * fields.hidden(text),
-        state_dim=int(text.get("mamba_d_state") or 16),
+        head_dim=fields.size_of(config, "mamba_expand") * fields.hidden(config),
+        state_dim=fields.size_of(config, "mamba_d_state"),
         num_groups=0,
-        conv_width=int(text.get("mamba_d_conv") or 4),
+        conv_width=fields.size_of(config, "mamba_d_conv"),
     )
-    attention, dense = fields.attention(text), fields.dense(text)
-    experts = fields.experts(text) if int(text.get("num_experts") or 1) > 1 else None
+    attention, dense = fields.attention(config), fields.dense(config)
+    experts = fields.experts(config) if config["num_experts"] > 1 else None
 
-    def is_due(word: str, layer: int, period: int, offset: int) -> bool:
-        period = int(text.get(f"{word}_layer_period") or period)
-        return layer % period == int(text.get(f"{word}_layer_offset", offset))
+    def is_due(word: str, layer: int) -> bool:
+        period: int = config[f"{word}_layer_period"]
+        offset: int = config[f"{word}_layer_offset"]
+        return layer % period == offset
 
     return fields.model(
-        text,
+        config,
         tuple(
             LayerSizes(
-                (attention if is_due("attn", layer, 8, 4) else mamba,),
-                experts if experts is not None and is_due("expert", layer, 2, 1) else dense,
+                (attention if is_due("attn", layer) else mamba,),
+                experts if experts is not None and is_due("expert", layer) else dense,
             )
-            for layer in range(fields.num_layers(text))
+            for layer in range(fields.num_layers(config))
         ),
     )

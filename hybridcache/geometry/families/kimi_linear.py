@@ -2,55 +2,129 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.mixers import DeltaSizes
-from hybridcache.geometry.sizes import (
-    ExpertsSizes,
-    LayerSizes,
-    MLPSizes,
-    ModelSizes,
-    SizesError,
-)
+from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
 
-MODEL_TYPES = ("kimi_linear",)
 MARK = "linear_attn_config"
+SORTS = "linear_attention", "full_attention"
+LINEAR_KEYS = {
+    "head_dim": "linear_head_dim",
+    "num_heads": "linear_num_heads",
+    "short_conv_kernel_size": "linear_conv_kernel_dim",
+}
+"""Keys of ``linear_attn_config``, and the fields that they win over."""
+LISTS = "full_attn_layers", "kda_layers"
 
 
-def sizes(text: Fields) -> ModelSizes:
-    """``linear_attn_config`` lists the layers of each sort, counted from one."""
-    linear = text.get("linear_attn_config") or _as_published(text)
-    heads, dim = int(linear["num_heads"]), int(linear["head_dim"])
-    fields.check_size("num_heads of linear_attn_config", heads)
-    kda = DeltaSizes(heads, heads, dim, dim, int(linear.get("short_conv_kernel_size", 4)))
-    mla = fields.latent_attention(text)
-    full = set(linear["full_attn_layers"])
+def complete(values: Values) -> None:
+    """``linear_attn_config`` of the published checkpoints says what transformers has fields for.
+    Keys of it that are not known stay."""
+    fields.fill_kv_heads(values)
+    count, linear = fields.num_layers(values), dict(values.get("linear_attn_config", {}))
+    for key, name in LINEAR_KEYS.items():
+        if key in linear:
+            values[name] = fields.check_integer(f"{key} of linear_attn_config", linear.pop(key))
+    full, kda = (linear.pop(key, None) for key in LISTS)
+    values["linear_attn_config"] = linear
+    if values["layer_types"] is None and full is not None and kda is not None:
+        values["layer_types"] = _named(count, full, kda)
+    elif values["layer_types"] is None:
+        values["layer_types"] = [SORTS[bool(layer) and layer % 4 == 0] for layer in range(count)]
+    num_dense = values.pop("first_k_dense_replace", 1)
+    if values["mlp_layer_types"] is None:
+        kinds = "sparse", "dense"
+        values["mlp_layer_types"] = [kinds[layer < num_dense] for layer in range(count)]
+
+
+def _named(count: int, full: Any, kda: Any) -> list[str]:
+    """A word for each layer from two lists of layers, counted from one. Raises SizesError."""
+    words: dict[int, str] = {}
+    for layers, word in ((full, SORTS[1]), (kda, SORTS[0])):
+        if not isinstance(layers, list):
+            raise SizesError(f"{LISTS[word == SORTS[0]]} of linear_attn_config must be a list.")
+        words |= dict.fromkeys(layers, word)
+    if set(words) != set(range(1, count + 1)):
+        raise SizesError(
+            f"full_attn_layers and kda_layers of linear_attn_config must name the layers 1 to "
+            f"{count}, as num_hidden_layers says."
+        )
+    return [words[layer] for layer in range(1, count + 1)]
+
+
+FORMATS = {
+    "kimi_linear": Format(
+        table(
+            vocab_size=163840,
+            hidden_size=2304,
+            intermediate_size=9216,
+            moe_intermediate_size=1024,
+            num_hidden_layers=27,
+            num_attention_heads=32,
+            num_key_value_heads=Field(int | None, 32),
+            n_shared_experts=1,
+            routed_scaling_factor=2.446,
+            kv_lora_rank=512,
+            q_lora_rank=Field(int | None),
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            qk_nope_head_dim=128,
+            n_group=1,
+            topk_group=1,
+            num_experts_per_tok=8,
+            norm_topk_prob=True,
+            hidden_act="silu",
+            max_position_embeddings=1048576,
+            rms_norm_eps=1e-5,
+            attention_bias=False,
+            num_local_experts=256,
+            mlp_layer_types=Field(list[str] | None),
+            layer_types=Field(list[str] | None),
+            linear_head_dim=128,
+            linear_num_heads=32,
+            linear_conv_kernel_dim=4,
+        ),
+        aliases={
+            "model_max_length": "max_position_embeddings",
+            "moe_renormalize": "norm_topk_prob",
+            "num_expert_group": "n_group",
+            "num_experts": "num_local_experts",
+            "num_experts_per_token": "num_experts_per_tok",
+            "num_shared_experts": "n_shared_experts",
+        },
+        extras={
+            "linear_attn_config": dict,
+            "first_k_dense_replace": int,
+            "mla_use_nope": bool,
+            "moe_layer_freq": int,
+            "moe_router_activation_func": str,
+        },
+        unused=keys(
+            "head_dim num_nextn_predict_layers qk_head_dim tie_word_embeddings use_grouped_topk"
+        ).union(ROPE_KEYS),
+        complete=complete,
+    )
+}
+
+
+def sizes(config: Config) -> ModelSizes:
+    heads, dim, width = (
+        fields.size_of(config, f"linear_{word}")
+        for word in ("num_heads", "head_dim", "conv_kernel_dim")
+    )
+    kda = DeltaSizes(heads, heads, dim, dim, width)
+    mla = fields.latent_attention(config)
+    experts, dense = fields.experts(config), fields.dense(config)
+    kinds = fields.sorts(config, ("dense", "sparse"), "mlp_layer_types")
+    if experts is None and "sparse" in kinds:
+        raise SizesError("num_experts must be at least 1 in config.json: layers are sparse.")
     layers = [
-        LayerSizes((mla if layer in full else kda,), mlp)
-        for layer, mlp in enumerate(mlps(text), start=1)
+        LayerSizes(
+            (mla if sort == "full_attention" else kda,), dense if kind == "dense" else experts
+        )
+        for sort, kind in zip(fields.sorts(config, SORTS), kinds, strict=True)
     ]
-    return fields.model(text, tuple(layers))
-
-
-def mlps(text: Fields) -> list[MLPSizes | ExpertsSizes]:
-    """Of every layer: the first few, as many as the config says or lists, have no experts."""
-    count, experts, dense = fields.num_layers(text), fields.experts(text), fields.dense(text)
-    kinds = text.get("mlp_layer_types")
-    if kinds is None:
-        num_dense = int(text.get("first_k_dense_replace", 1))
-        kinds = ["dense"] * num_dense + ["sparse"] * (count - num_dense)
-    if len(kinds) < count:
-        raise SizesError(f"mlp_layer_types in config.json must name {count} layers.")
-    return [experts if experts and kind == "sparse" else dense for kind in kinds[:count]]
-
-
-def _as_published(text: Fields) -> Fields:
-    """``linear_attn_config`` of a config that transformers has written, which says the same in
-    other words."""
-    types = fields.layer_types(text, ("full_attention", "linear_attention"))
-    return {
-        "num_heads": text["linear_num_heads"],
-        "head_dim": text["linear_head_dim"],
-        "short_conv_kernel_size": text["linear_conv_kernel_dim"],
-        "full_attn_layers": [rank for rank, sort in enumerate(types, start=1) if "full" in sort],
-    }
+    return fields.model(config, tuple(layers))

@@ -2,53 +2,117 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.mixers import ShortConvSizes
-from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+from hybridcache.geometry.sizes import (
+    ExpertsSizes,
+    LayerSizes,
+    MixerSizes,
+    MLPSizes,
+    ModelSizes,
+    SizesError,
+)
 
-MODEL_TYPES = ("lfm2", "lfm2_moe")
-KINDS = ("conv", "full_attention")
-
-
-def sizes(text: Fields) -> ModelSizes:
-    """Raises SizesError for a layer of a sort that is not known."""
-    width = fields.check_size("conv_L_cache", int(text.get("conv_L_cache", 3)))
-    mixers: dict[str, MixerSizes] = {
-        "conv": ShortConvSizes(fields.hidden(text), width),
-        "full_attention": fields.attention(text),
-    }
-    layers = [
-        LayerSizes((mixers[kind],), mlp) for kind, mlp in zip(kinds(text), mlps(text), strict=True)
-    ]
-    return fields.model(text, tuple(layers))
-
-
-def kinds(text: Fields) -> list[str]:
-    """A word a layer; the first configs of the family number those that attend."""
-    if text.get("layer_types") or text.get("full_attn_idxs") is None:
-        return fields.layer_types(text, KINDS)
-    attending = set(text["full_attn_idxs"])
-    return [KINDS[layer in attending] for layer in range(fields.num_layers(text))]
-
-
-def mlps(text: Fields) -> list[MLPSizes | ExpertsSizes]:
-    """Of every layer: the first ``num_dense_layers`` have no experts."""
-    count, experts = fields.num_layers(text), fields.experts(text)
-    if experts is None:
-        return [MLPSizes(intermediate(text))] * count
-    num_dense = min(int(text.get("num_dense_layers", 2)), count)
-    return [fields.dense(text)] * num_dense + [experts] * (count - num_dense)
+SORTS = ("conv", "full_attention")
+SHARED: dict[str, Any] = {
+    "vocab_size": 65536,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 128000,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "conv_bias": False,
+    "conv_L_cache": 3,
+    "layer_types": Field(list[str] | None),
+}
+EXTRAS = {**ROPE_KEYS, "head_dim": int, "hidden_act": str}
+UNUSED = keys(
+    """
+    block_dim block_mlp_init_scale block_norm_eps block_out_init_scale block_use_swiglu
+    block_use_xavier_init conv_dim conv_dim_out conv_use_xavier_init num_heads theta use_pos_enc
+    """
+)
+"""Keys of the first published configs that repeat others, and that transformers does not read."""
 
 
-def intermediate(text: Fields) -> int:
+def complete(values: Values) -> None:
+    """The first configs of the family number the layers that attend."""
+    attending = values.pop("full_attn_idxs")
+    if values["layer_types"] is None:
+        values["layer_types"] = [
+            SORTS[attending is None or layer in attending]
+            for layer in range(fields.num_layers(values))
+        ]
+    values["intermediate_size"] = _intermediate(values)
+
+
+def _intermediate(values: Values) -> int:
     """Two thirds of the number in the config, up to the next multiple, where the config says so."""
-    size = int(text.get("block_ff_dim") or text["intermediate_size"])
-    if not text.get("block_auto_adjust_ff_dim", True):
+    size = int(values["intermediate_size"])
+    multiplier = values.pop("block_ffn_dim_multiplier")
+    multiple = fields.check_size("block_multiple_of", values.pop("block_multiple_of"))
+    if not values.pop("block_auto_adjust_ff_dim"):
         return size
-    size = int(2 * size / 3)
-    multiplier = text.get("block_ffn_dim_multiplier", 1.0)
-    if multiplier is not None:
-        multiple = int(text.get("block_multiple_of", 256))
-        size = -(-int(multiplier * size) // multiple) * multiple
-    return size
+    return -(-int(multiplier * int(2 * size / 3)) // multiple) * multiple
+
+
+FORMATS = {
+    "lfm2": Format(
+        table(
+            **SHARED,
+            hidden_size=2560,
+            intermediate_size=12288,
+            block_multiple_of=256,
+            block_ffn_dim_multiplier=1.0,
+            block_auto_adjust_ff_dim=True,
+            full_attn_idxs=Field(list[int] | None),
+        ),
+        aliases={"tie_embedding": "tie_word_embeddings", "block_ff_dim": "intermediate_size"},
+        extras=EXTRAS,
+        unused=UNUSED,
+        complete=complete,
+    ),
+    "lfm2_moe": Format(
+        table(
+            **SHARED,
+            hidden_size=2048,
+            intermediate_size=7168,
+            moe_intermediate_size=1792,
+            num_dense_layers=2,
+            num_experts_per_tok=4,
+            num_experts=32,
+            use_expert_bias=True,
+            routed_scaling_factor=1.0,
+            norm_topk_prob=True,
+        ),
+        aliases={"tie_embedding": "tie_word_embeddings"},
+        extras=EXTRAS,
+        unused=UNUSED,
+    ),
+}
+
+
+def sizes(config: Config) -> ModelSizes:
+    """Raises SizesError for a layer of a sort that is not known."""
+    width = fields.size_of(config, "conv_L_cache")
+    mixers: dict[str, MixerSizes] = {
+        "conv": ShortConvSizes(fields.hidden(config), width),
+        "full_attention": fields.attention(config),
+    }
+    layers = zip(fields.sorts(config, SORTS), mlps(config), strict=True)
+    return fields.model(config, tuple(LayerSizes((mixers[sort],), mlp) for sort, mlp in layers))
+
+
+def mlps(config: Config) -> list[MLPSizes | ExpertsSizes]:
+    """Of every layer: the first ``num_dense_layers`` have no experts."""
+    count, dense, experts = fields.num_layers(config), fields.dense(config), fields.experts(config)
+    if "num_experts" not in config:
+        return [dense] * count
+    num_dense = min(max(0, config["num_dense_layers"]), count)
+    if experts is None:
+        raise SizesError("num_experts must be at least 1 in config.json (got 0).")
+    return [dense] * num_dense + [experts] * (count - num_dense)

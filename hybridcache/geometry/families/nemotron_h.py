@@ -2,48 +2,107 @@
 
 from __future__ import annotations
 
+import math
+
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
 
-MODEL_TYPES = ("nemotron_h",)
 MARK = "mamba_num_heads"
-WORDS = {
-    "M": "mamba",
-    "*": "attention",
-    "-": "mlp",
-    "E": "moe",
-    "linear_attention": "mamba",
-    "full_attention": "attention",
+LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+"""Letters of ``hybrid_override_pattern`` to words of ``layers_block_type``."""
+
+
+def complete(values: Values) -> None:
+    """The number of layers is that of the words, whatever ``num_hidden_layers`` says."""
+    pattern = values.pop("hybrid_override_pattern", None)
+    if values["layers_block_type"] is None and pattern is not None:
+        values["layers_block_type"] = [LETTERS.get(letter, letter) for letter in pattern]
+    elif values["layers_block_type"] is None:
+        values["layers_block_type"] = ["linear_attention", "moe", "full_attention", "mlp"]
+    count = fields.check_size("layers_block_type", len(values["layers_block_type"]))
+    values["num_hidden_layers"] = count
+    if values["moe_shared_expert_intermediate_size"] == 0:
+        values["moe_shared_expert_intermediate_size"] = values["intermediate_size"]
+
+
+FORMATS = {
+    "nemotron_h": Format(
+        table(
+            vocab_size=131072,
+            hidden_size=4096,
+            layers_block_type=Field(list[str] | None),
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            max_position_embeddings=4096,
+            sliding_window=Field(int | None),
+            intermediate_size=21504,
+            mlp_hidden_act="relu2",
+            mlp_bias=False,
+            ssm_state_size=128,
+            mamba_num_heads=128,
+            mamba_head_dim=64,
+            mamba_hidden_act="silu",
+            n_groups=8,
+            conv_kernel=4,
+            time_step_limit=Field(list[float], [0.0, math.inf]),
+            use_conv_bias=True,
+            n_routed_experts=8,
+            moe_intermediate_size=7688,
+            moe_shared_expert_intermediate_size=7688,
+            moe_latent_size=Field(int | None),
+            num_experts_per_tok=2,
+            routed_scaling_factor=1.0,
+            n_group=1,
+            topk_group=1,
+            norm_topk_prob=True,
+            use_bias=False,
+            layer_norm_epsilon=1e-5,
+        ),
+        aliases={
+            "layer_types": "layers_block_type",
+            "num_local_experts": "n_routed_experts",
+            "mamba_n_groups": "n_groups",
+            "mamba_d_conv": "conv_kernel",
+            "mamba_dt_limit": "time_step_limit",
+            "mamba_conv_bias": "use_conv_bias",
+        },
+        extras={"hybrid_override_pattern": str},
+        unused=keys(
+            """
+            attention_bias attention_head_dim chunk_size expand mamba_chunk_size mamba_dt_init_floor
+            mamba_dt_max mamba_dt_min mamba_expand mamba_proj_bias mamba_ssm_cache_dtype
+            moe_shared_expert_overlap mtp_hybrid_override_pattern mtp_layers_block_type
+            n_shared_experts norm_eps num_hidden_layers num_nextn_predict_layers
+            rescale_prenorm_residual residual_in_fp32 rms_norm_eps tie_word_embeddings
+            time_step_floor time_step_max time_step_min time_step_rank use_mamba_kernels
+            """
+        ).union(ROPE_KEYS),
+        complete=complete,
+    )
 }
-"""Letters of ``hybrid_override_pattern``, and later words, to the first words of
-``layers_block_type``."""
 
 
-def sizes(text: Fields) -> ModelSizes:
-    """One letter or one word a layer. Raises SizesError for a sort that is not known."""
-    sorts = text.get("layers_block_type") or text["hybrid_override_pattern"]
-    heads = fields.check_size("mamba_num_heads", int(text["mamba_num_heads"]))
-    groups = fields.check_size("n_groups", int(text["n_groups"]))
+def sizes(config: Config) -> ModelSizes:
+    """One word a layer. Raises SizesError for a sort that is not known."""
+    heads, groups = fields.size_of(config, "mamba_num_heads"), fields.size_of(config, "n_groups")
     fields.check_multiple("mamba_num_heads", heads, "n_groups", groups)
     mamba = MambaSizes(
         num_heads=heads,
-        head_dim=int(text["mamba_head_dim"]),
-        state_dim=int(text["ssm_state_size"]),
+        head_dim=fields.size_of(config, "mamba_head_dim"),
+        state_dim=fields.size_of(config, "ssm_state_size"),
         num_groups=groups,
-        conv_width=int(text["conv_kernel"]),
+        conv_width=fields.size_of(config, "conv_kernel"),
     )
     made = {
-        "mamba": LayerSizes((mamba,)),
-        "attention": LayerSizes((fields.attention(text),)),
-        "mlp": LayerSizes(mlp=fields.dense(text, matrices=2)),
-        "moe": LayerSizes(mlp=fields.experts(text, matrices=2)),
+        "linear_attention": LayerSizes((mamba,)),
+        "full_attention": LayerSizes((fields.attention(config),)),
+        "mlp": LayerSizes(mlp=fields.dense(config, matrices=2)),
+        "moe": LayerSizes(mlp=fields.experts(config, matrices=2)),
     }
-    words = [WORDS.get(sort, sort) for sort in sorts]
-    unknown = set(words) - set(made)
-    if unknown:
-        raise SizesError(f"layers of unknown sort: {', '.join(sorted(unknown))}")
+    words = fields.sorts(config, made, "layers_block_type")
     if "moe" in words and made["moe"].mlp is None:
         raise SizesError("n_routed_experts must be at least 1 in config.json: layers are moe.")
-    return fields.model(text, tuple(made[word] for word in words))
+    return fields.model(config, tuple(made[word] for word in words))

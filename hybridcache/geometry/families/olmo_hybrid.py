@@ -2,28 +2,65 @@
 
 from __future__ import annotations
 
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
 
-MODEL_TYPES = ("olmo_hybrid",)
 SORTS = "linear_attention", "full_attention"
 
 
-def sizes(text: Fields) -> ModelSizes:
+def complete(values: Values) -> None:
     """Heads of the linear layers are as many as the others where nothing is said, keys three
     quarters of the width and values twice as wide."""
-    attention, mlp = fields.attention(text), fields.dense(text)
-    heads = int(text.get("linear_num_key_heads") or attention.num_heads)
-    key_dim = int(text.get("linear_key_head_dim") or 0.75 * fields.hidden(text) / heads)
-    said = {
-        "linear_num_key_heads": heads,
-        "linear_num_value_heads": text.get("linear_num_value_heads") or attention.num_heads,
-        "linear_key_head_dim": key_dim,
-        "linear_value_head_dim": text.get("linear_value_head_dim") or 2 * key_dim,
-        "linear_conv_kernel_dim": text.get("linear_conv_kernel_dim") or 4,
-    }
-    linear = fields.gated_delta_net(said)
-    types = fields.layer_types(text, SORTS, default_interval=4)
+    fields.fill_kv_heads(values)
+    count = fields.num_layers(values)
+    if values["layer_types"] is None:
+        words = [SORTS[layer % 4 == 3] for layer in range(count)]
+        values["layer_types"] = words if SORTS[1] in words else [*words[:-1], SORTS[1]]
+    for name in ("linear_num_key_heads", "linear_num_value_heads"):
+        if values[name] is None:
+            values[name] = values["num_attention_heads"]
+    if values["linear_key_head_dim"] is None:
+        heads = fields.check_size("linear_num_key_heads", values["linear_num_key_heads"])
+        values["linear_key_head_dim"] = int(0.75 * values["hidden_size"] / heads)
+    if values["linear_value_head_dim"] is None:
+        values["linear_value_head_dim"] = 2 * values["linear_key_head_dim"]
+
+
+FORMATS = {
+    "olmo_hybrid": Format(
+        table(
+            vocab_size=100352,
+            hidden_size=3840,
+            intermediate_size=11008,
+            num_hidden_layers=32,
+            num_attention_heads=30,
+            num_key_value_heads=Field(int | None),
+            hidden_act="silu",
+            max_position_embeddings=65536,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+            attention_bias=False,
+            layer_types=Field(list[str] | None),
+            linear_num_key_heads=Field(int | None),
+            linear_num_value_heads=Field(int | None),
+            linear_key_head_dim=Field(int | None),
+            linear_value_head_dim=Field(int | None),
+            linear_conv_kernel_dim=4,
+            linear_allow_neg_eigval=True,
+        ),
+        extras={**ROPE_KEYS, "head_dim": int},
+        unused=keys(
+            "linear_a_log_min linear_a_log_max linear_dt_min linear_dt_max linear_dt_init_floor"
+        ),
+        complete=complete,
+    )
+}
+
+
+def sizes(config: Config) -> ModelSizes:
+    attention, mlp = fields.attention(config), fields.dense(config)
+    linear = fields.gated_delta_net(config)
     mixers: dict[str, MixerSizes] = {"linear_attention": linear, "full_attention": attention}
-    return fields.model(text, tuple(LayerSizes((mixers[sort],), mlp) for sort in types))
+    types = fields.sorts(config, SORTS)
+    return fields.model(config, tuple(LayerSizes((mixers[sort],), mlp) for sort in types))

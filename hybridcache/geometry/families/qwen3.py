@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, table
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes
 
-MODEL_TYPES = ("qwen3",)
+
+def complete(values: Values) -> None:
+    """The last layers attend to a window where ``use_sliding_window`` says so."""
+    fields.fill_kv_heads(values)
+    window, first = values.pop("sliding_window"), values.pop("max_window_layers")
+    has_windows = values.pop("use_sliding_window") and window is not None
+    if values["layer_types"] is None:
+        values["layer_types"] = [
+            "sliding_attention" if has_windows and layer >= first else "full_attention"
+            for layer in range(fields.num_layers(values))
+        ]
 
 
-def sizes(text: Fields) -> ModelSizes:
-    layer = LayerSizes((fields.attention(text),), fields.dense(text))
-    return fields.model(text, (layer,) * fields.num_layers(text))
+FORMATS = {
+    "qwen3": Format(
+        table(
+            vocab_size=151936,
+            hidden_size=4096,
+            intermediate_size=22016,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=Field(int | None, 32),
+            head_dim=128,
+            hidden_act="silu",
+            max_position_embeddings=32768,
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+            attention_bias=False,
+            use_sliding_window=False,
+            sliding_window=Field(int | None, 4096),
+            max_window_layers=28,
+            layer_types=Field(list[str] | None),
+        ),
+        extras=ROPE_KEYS,
+        complete=complete,
+    )
+}
+
+
+def sizes(config: Config) -> ModelSizes:
+    layer = LayerSizes((fields.attention(config),), fields.dense(config))
+    kinds = fields.sorts(config, ("full_attention", "sliding_attention"))
+    return fields.model(config, (layer,) * len(kinds))

@@ -2,26 +2,101 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from hybridcache.geometry.config_format import ROPE_KEYS, Config, Field, Format, Values, keys, table
 from hybridcache.geometry.families import fields
-from hybridcache.geometry.families.fields import Fields
 from hybridcache.geometry.sizes import LayerSizes, ModelSizes
 
-MODEL_TYPES = ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 SORTS = "linear_attention", "full_attention"
+SHARED: dict[str, Any] = {
+    "num_attention_heads": 16,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "layer_types": Field(list[str] | None),
+}
+EXPERTS: dict[str, Any] = {
+    "hidden_size": 2048,
+    "num_key_value_heads": 2,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+EXTRAS: dict[str, Any] = {
+    **ROPE_KEYS,
+    "full_attention_interval": int,
+    "attn_output_gate": bool,
+    "mlp_only_layers": list | None,
+}
+UNUSED = keys(
+    "mamba_ssm_dtype mtp_num_hidden_layers mtp_use_dedicated_embeddings num_nextn_predict_layers"
+)
 
 
-def sizes(text: Fields) -> ModelSizes:
+def complete(values: Values) -> None:
+    fields.every_nth_attends(values)
+    if values.get("mlp_only_layers", ()) is None:
+        values["mlp_only_layers"] = []
+
+
+def _format(**own: Any) -> Format:
+    return Format(table(**SHARED, **own), extras=EXTRAS, unused=UNUSED, complete=complete)
+
+
+NEXT = _format(
+    **EXPERTS,
+    vocab_size=151936,
+    intermediate_size=5632,
+    num_hidden_layers=48,
+    decoder_sparse_step=1,
+    num_experts_per_tok=10,
+    num_experts=512,
+    norm_topk_prob=True,
+    mlp_only_layers=Field(list[int] | None),
+)
+DENSE = _format(
+    vocab_size=248320,
+    hidden_size=4096,
+    intermediate_size=12288,
+    num_hidden_layers=32,
+    num_key_value_heads=4,
+)
+MOE = _format(
+    **EXPERTS,
+    vocab_size=248320,
+    num_hidden_layers=40,
+    num_experts_per_tok=8,
+    num_experts=256,
+)
+FORMATS = {
+    "qwen3_next": NEXT,
+    "qwen3_5": DENSE,
+    "qwen3_5_text": DENSE,
+    "qwen3_5_moe": MOE,
+    "qwen3_5_moe_text": MOE,
+}
+
+
+def sizes(config: Config) -> ModelSizes:
     """Raises SizesError for a layer of a sort that is not known."""
-    attention = fields.attention(text, gated=True)
-    types = fields.layer_types(text, SORTS, default_interval=4)
-    linear = fields.gated_delta_net(text) if "linear_attention" in types else None
-    dense, experts = fields.dense(text), fields.experts(text)
-    always_dense = set(text.get("mlp_only_layers") or ())
-    step = int(text.get("decoder_sparse_step") or 1)
+    attention = fields.attention(config, gated=True)
+    types = fields.sorts(config, SORTS)
+    linear = fields.gated_delta_net(config)
+    dense, experts = fields.dense(config), fields.experts(config)
+    always_dense = set(config.get("mlp_only_layers", ()))
+    step = fields.check_size("decoder_sparse_step", config.get("decoder_sparse_step", 1))
     layers = []
     for layer, sort in enumerate(types):
-        mixer = linear if linear is not None and sort == "linear_attention" else attention
+        mixer = linear if sort == "linear_attention" else attention
         sparse = layer not in always_dense and (layer + 1) % step == 0
         mlp = experts if experts is not None and sparse else dense
         layers.append(LayerSizes((mixer,), mlp))
-    return fields.model(text, tuple(layers))
+    return fields.model(config, tuple(layers))

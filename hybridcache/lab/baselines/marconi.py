@@ -12,7 +12,7 @@ The paper and its artifact (0801661, 2025-03-05) differ, and results depend on i
 directions. Three readings:
 
 =====================  ==========================  ===========================================
-=================== \                      ``paper``                   ``artifact``
+=================== \\                     ``paper``                   ``artifact``
 ``repaired`` =====================  ==========================
 ===========================================  =================== MLP saved              less the
 parent's MLP       less the *attention* of the parent's prefix  as the paper

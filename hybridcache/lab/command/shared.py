@@ -36,7 +36,8 @@ SHARED: dict[str, dict[str, Any]] = {
     "--checkpoint-dtype": {
         "default": "auto",
         "help": "of checkpoints alone: bfloat16, int8 or fp8, the last two with :head, :row or "
-        ":column; running states then lie beside the memory (default: as states are)",
+        ":column (meant where none is said); running states then lie beside the memory (default: "
+        "as states are)",
     },
     "--servers": {"type": int, "default": 1, "help": "prefills at the same time, for the TTFT"},
     "--times": {"help": "file of measured prefill times; default: a roofline of H100s"},

@@ -52,16 +52,12 @@ def widened(path):
     return plain
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ["qwen3_next", "qwen3_5", "qwen3_5_moe", "lfm2_moe", "nemotron_h", "granite_moe_hybrid"],
-)
-def test_int8_files_are_what_loading_makes(kind, oracles, driver_class, random_tokens, tmp_path):
-    """The same bits as ``--quantization int8`` of the full-precision directory; experts that come
-    stacked are written one by one."""
+def test_int8_files_are_what_loading_makes(model, oracles, driver_class, random_tokens, tmp_path):
+    """The same bits as ``--quantization int8`` of the full-precision directory, in every family;
+    experts that come stacked are written one by one."""
     source, tokens = tmp_path / "source", random_tokens(70, seed=1)
-    shutil.copytree(oracles(kind).path, source)
-    if kind == "qwen3_5_moe":
+    shutil.copytree(oracles(model).path, source)
+    if model == "qwen3_5_moe":
         tensors = eight_bit.stacked(load_file(source / "model.safetensors"))
         save_file(tensors, source / "model.safetensors")
     done = convert(source, tmp_path / "out", "int8", show_progress=False)

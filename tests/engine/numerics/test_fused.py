@@ -16,6 +16,7 @@ from engine.schedule.batch import Batch
 from experiments import interpreter
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.sources("kernels", "engine/run")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -44,6 +45,7 @@ def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.T
     return cold, runner.forward(Batch(segments, ((checkpoint, resumed.slot),), (write,)))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear", "nemotron_h"])
 def test_every_kernel_in_one_engine(name, oracles, driver_class, random_tokens) -> None:
     interpreter.repair()

@@ -21,6 +21,7 @@ from engine.schedule.batch import Batch, Segment
 from experiments.gpu_models import write_geometry
 from kernels.attention import fused, splits
 
+pytestmark = pytest.mark.sources("kernels", "engine/run")
 WORDS = "attention=fused,gdn=fused,conv1d=fused,cache_write=fused"
 
 
@@ -71,6 +72,7 @@ def test_prefill_pieces(model, drivers, random_tokens):
         assert torch.equal(expected, found)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "memory", [{"kv_gib": 0.001, "state_gib": 0.002}, {"cache_gib": 0.003}], ids=["pools", "arena"]
 )
@@ -219,6 +221,7 @@ def verifying(tmp_path, driver_class):
 PROMPTS = ((3, 5, 8, 1), (7, 4), (9, 2, 6), (1, 1, 2), (5,))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "options",
     [
@@ -250,6 +253,7 @@ def test_verify_graphs(options, verifying, within_bounds, monkeypatch):
     assert recorder.num_recorded == 2 * (len(used) + 1)
 
 
+@pytest.mark.full
 def test_what_is_more_than_one_chunk_is_no_graph(verifying, within_bounds, monkeypatch):
     driver = verifying()
     expected = verify(driver, PROMPTS, STEPS)

@@ -3,10 +3,14 @@ logits within 1e-4."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from engine.config import EngineConfig
+from engine.run.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 
 LENGTHS = (1, 63, 64, 65, 777)
@@ -75,3 +79,60 @@ def test_scattered_kv_rows(drivers, oracles, random_tokens):
     tokens = random_tokens(300, seed=5)
     assert np.any(np.diff(driver.order[:300]) != 1)
     assert_close(driver.cold(tokens, logits="all"), oracles("qwen3_next").logits(tokens))
+
+
+SCALINGS = {
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+    "yarn_as_deepseek": {
+        "rope_type": "yarn",
+        "factor": 8,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 16,
+        "beta_slow": 2,
+        "mscale": 1.0,
+        "mscale_all_dim": 0.7,
+        "truncate": False,
+    },
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "linear": {"factor": 2.5},
+}
+ROTARY: dict[str, dict[str, float]] = {
+    "falcon_h1": {"key_multiplier": 20.0},
+    "granite_moe_hybrid_dense": {"attention_multiplier": 4.0},
+    **{kind: {} for kind in ("lfm2", "lfm2_moe", "olmo_hybrid", "qwen3", "qwen3_5")},
+    **{kind: {} for kind in ("qwen3_5_moe", "qwen3_next")},
+}
+"""With what makes the attention of some sharp enough to tell positions apart."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "scaling"),
+    [*((kind, "yarn") for kind in ROTARY), *(("qwen3_next", word) for word in SCALINGS)],
+)
+def test_scaled_rotation_beyond_the_first_context(
+    kind, scaling, oracles, driver_class, random_tokens, tmp_path
+):
+    """As model cards say: ``rope_scaling`` beside what transformers wrote under
+    ``rope_parameters``, over which it wins."""
+    oracle, tokens, path = oracles(kind), random_tokens(300, seed=9), tmp_path / kind
+    oracle.model.save_pretrained(path)
+    file = path / "config.json"
+    plain = json.loads(file.read_text()) | ROTARY[kind]
+
+    def reference(config):
+        file.write_text(json.dumps(config))
+        model = type(oracle.model).from_pretrained(path, dtype=torch.float32)
+        with torch.inference_mode():
+            return model(torch.tensor([tokens]), use_cache=False).logits[0]
+
+    unscaled = reference(plain)
+    scaled = reference(plain | {"rope_scaling": {"rope_type": scaling} | SCALINGS[scaling]})
+    assert (scaled - unscaled).abs().max() > 0.01
+    options = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
+    runner = ModelRunner(EngineConfig(model=str(path), **options))
+    assert_close(driver_class(runner).cold(tokens, logits="all"), scaled)

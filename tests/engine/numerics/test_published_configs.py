@@ -3,10 +3,16 @@ their like is refused, in one sentence."""
 
 from __future__ import annotations
 
-import pytest
+import dataclasses
 
-from engine.run.model_config import ModelError
-from engine.run.models import read_model
+import pytest
+from huggingface_hub.dataclasses import type_validator
+from transformers import CONFIG_MAPPING
+
+from engine.run.model_config import ModelError, check_all_read
+from engine.run.models import families, read_model
+from hybridcache.geometry.config_format import COMMON, ROPE_KEYS, WITHOUT_EFFECT, fits
+from hybridcache.geometry.families import COMPOSITES, format_of
 from hybridcache.geometry.model import ModelGeometry
 from tests.engine.numerics.families import qwen3
 
@@ -100,25 +106,80 @@ def test_fields_that_a_family_names_for_itself() -> None:
     assert dense == [9216] + [1024] * 26
 
 
+@pytest.mark.parametrize("model_type", sorted(families()))
+def test_fields_have_the_names_types_and_defaults_of_transformers(model_type) -> None:
+    """Every field of transformers' class is read or known to have no effect."""
+    text_type = model_type if model_type not in COMPOSITES else f"{model_type}_text"
+    text_class = CONFIG_MAPPING[text_type]
+    theirs = {field.name: field for field in dataclasses.fields(text_class)}
+    ours = format_of(model_type)
+    ignored = WITHOUT_EFFECT | ours.unused | set(COMMON) | set(ROPE_KEYS)
+    assert set(theirs) - set(ours.fields) <= ignored
+    assert set(ours.fields) <= set(theirs)
+    for name, field in ours.fields.items():
+        default = theirs[name].default
+        assert field.default == (list(default) if isinstance(default, tuple) else default), name
+        for value in (7, 0.5, True, "auto", None, ["x"], [7], [0.5], {}):
+            if fits(value, field.kind):
+                takes_floats = "float" in str(field.kind)  # There transformers wants no integer.
+                whole = {str(7): 7.0, str([7]): [7.0]} if takes_floats else {}
+                type_validator(name, whole.get(str(value), value), theirs[name].type)
+    pairs = {frozenset(pair) for pair in text_class.attribute_map.items()}
+    known = {frozenset(pair) for pair in ours.aliases.items()}
+    assert {pair for pair in pairs if pair & set(ours.fields)} <= known
+
+
+def test_a_key_that_nobody_looked_at_is_refused() -> None:
+    """Whatever a family forgets to read is not served with the default instead."""
+    config = format_of("qwen3").read({"vocab_size": 9, "hidden_act": "gelu", "head_dim": 128})
+    assert config["vocab_size"] == 9
+    with pytest.raises(ModelError, match=r"hidden_act 'gelu' .* is not supported; leave it out"):
+        check_all_read(config)
+    config.ignore("hidden_act")
+    check_all_read(config)
+    assert format_of("qwen3").read({"colour": 1, "bos_token_id": 2}).unknown == ("colour",)
+
+
+def test_yarn_extends_the_context() -> None:
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+    _, config = read_model(QWEN3 | {"rope_scaling": scaling})
+    assert (config.max_position, config.max_len) == (4096, 4096)
+    _, config = read_model(QWEN3 | {"rope_scaling": scaling | {"factor": 8}})
+    assert config.max_len == 8192
+    assert read_model(QWEN3 | {"rope_scaling": None})[1].max_len == 4096
+
+
 @pytest.mark.parametrize(
     ("raw", "changes", "message"),
     [
         (LFM2, {"conv_L_cache": 0}, "conv_L_cache must be at least 1"),
-        (LFM2, {"layer_types": ["conv"] * 15 + ["mamba"]}, "layers of unknown sort: mamba"),
-        (LFM2, {"rope_parameters": {"rope_type": "yarn"}}, "'yarn' are not supported"),
-        (KIMI_LINEAR, {"q_lora_rank": 1536}, "q_lora_rank is not supported"),
-        (KIMI_LINEAR, {"num_expert_group": 8}, "num_expert_group must be 1"),
-        (KIMI_LINEAR, {"num_expert_group": None, "n_group": 8}, "num_expert_group must be 1"),
-        (QWEN3, {"use_sliding_window": True}, "sliding-window attention is not supported"),
+        (LFM2, {"layer_types": ["conv"] * 15 + ["mamba"]}, "unknown sort in layer_types: mamba"),
+        (LFM2, {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' .* not supported"),
+        (KIMI_LINEAR, {"q_lora_rank": 1536}, "q_lora_rank 1536 is not supported; None is"),
+        (KIMI_LINEAR, {"num_expert_group": 8}, r"num_expert_group \(n_group\) must be 1"),
+        (
+            KIMI_LINEAR,
+            {"num_expert_group": None},
+            "num_expert_group in config.json must be an integer",
+        ),
+        (QWEN3, {"use_sliding_window": True, "max_window_layers": 2}, "use_sliding_window must be"),
         (QWEN3, {"layer_types": ["sliding_attention"] * 4}, "sliding-window attention is not"),
         (LFM2, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported; 'silu' is"),
         (KIMI_LINEAR, {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         (KIMI_LINEAR, {"moe_router_activation_func": "softmax"}, "'softmax' is not supported"),
         (KIMI_LINEAR, {"moe_layer_freq": 2}, "moe_layer_freq 2 is not supported; 1 is"),
-        (KIMI_LINEAR, {"mla_use_nope": False}, "rotated latent attention is not supported"),
+        (KIMI_LINEAR, {"mla_use_nope": False}, "mla_use_nope False is not supported"),
         (KIMI_LINEAR, {"mlp_layer_types": ["dense"]}, "mlp_layer_types .* must name 27 layers"),
-        (KIMI_LINEAR, {"linear_attn_config": None}, "has no 'linear_num_heads'"),
-        (KIMI_LINEAR, {"linear_attn_config": 5}, "value of the wrong type"),
+        (
+            KIMI_LINEAR,
+            {"linear_attn_config": None},
+            "linear_attn_config in config.json must be an object",
+        ),
+        (
+            KIMI_LINEAR,
+            {"linear_attn_config": 5},
+            "linear_attn_config in config.json must be an object",
+        ),
     ],
 )
 def test_what_is_refused(raw, changes, message) -> None:

@@ -328,10 +328,62 @@ def test_what_is_not_served_is_named(section, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+def test_weights_alone_in_eight_bits(dtype, checkpoint, driver_class, random_tokens):
+    """Without ``input_activations`` none are rounded: the logits of the weights as they stand."""
+    path, tokens = checkpoint("qwen3_next"), random_tokens(90, seed=9)
+    kind = "int" if dtype is torch.int8 else "float"
+
+    def section(left):
+        made = eight_bit.compressed_section(left, kind=kind)
+        made["config_groups"]["group_0"]["input_activations"] = None
+        return made
+
+    code = partial(eight_bit.channels, dtype=dtype)
+    plain = eight_bit.rewrite(path, code, "weight_scale", section)
+    runner = load(path)
+    assert "output channel, weights only, widened to float32" in runner.weights_note
+    cold, hit = cold_and_hit(driver_class, runner, tokens)
+    assert torch.equal(cold, cold_and_hit(driver_class, load(plain), tokens)[0])
+    assert torch.equal(hit, cold[64:])
+
+
+HADAMARD = {"config_groups": {"u": {"type": "hadamard", "apply": [{"location": "weight_input"}]}}}
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"transform_config": HADAMARD}, "transform_config of compressed-tensors is not served"),
+        ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme of compressed-tensors is not"),
+        ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config of compressed-tensors"),
+        ({"sparsity_config": {"format": "dense"}, "transform_config": {}}, None),
+    ],
+)
+def test_parts_of_the_format_that_change_numbers_are_refused(more, message):
+    section = {"quantization_config": COMPRESSED | more}
+    if message is None:
+        assert read_quantization(section) is not None
+        return
+    with pytest.raises(ModelError, match=message):
+        read_quantization(section)
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [("num_bits", 4), ("type", "float"), ("symmetric", False), ("strategy", "tensor")],
+)
+def test_activations_of_another_kind_are_refused(key, value):
+    section = eight_bit.compressed_section(["lm_head"])
+    section["config_groups"]["group_0"]["input_activations"][key] = value
+    with pytest.raises(ModelError, match=f"input_activations with {key} {value!r}"):
+        read_quantization({"quantization_config": section})
+
+
 def test_static_activations_are_refused(tmp_path):
     group = COMPRESSED["config_groups"]["group_0"]
     static = {**group, "input_activations": {"num_bits": 8, "dynamic": False}}
-    with pytest.raises(ModelError, match="quantises activations by scales of its own"):
+    with pytest.raises(ModelError, match="input_activations with dynamic False"):
         read_quantization(
             {"quantization_config": {**COMPRESSED, "config_groups": {"group_0": static}}}
         )
@@ -385,6 +437,59 @@ def test_files_that_do_not_fit_their_section(change, match, checkpoint):
     path = checkpoint("qwen3")
     fp8(path)
     broken(path, change, match)
+
+
+SCALES = {
+    "NaN": lambda scale: scale[0].fill_(torch.nan),
+    "infinite": lambda scale: scale[-1].fill_(torch.inf),
+    "negative": lambda scale: scale[0].neg_(),
+    "of zero": lambda scale: scale[0].zero_(),
+}
+
+
+@pytest.mark.parametrize("code", [fp8, int8], ids=["fp8", "int8"])
+@pytest.mark.parametrize("kind", SCALES)
+def test_scales_that_make_no_weights_are_refused(code, kind, checkpoint):
+    path = checkpoint("qwen3")
+    code(path)
+    own = f"{UP}_scale" + ("_inv" if code is fp8 else "")
+    broken(
+        path,
+        lambda tensors, _: SCALES[kind](tensors[own]),
+        rf"up_proj\.weight_scale\w* holds .*{kind}",
+    )
+
+
+def test_scales_in_integers_are_refused(checkpoint):
+    path = checkpoint("qwen3")
+    fp8(path)
+    own = f"{UP}_scale_inv"
+    broken(
+        path,
+        lambda tensors, _: tensors.update({own: tensors[own].int()}),
+        r"up_proj\.weight_scale_inv holds int32 numbers: scales are float32",
+    )
+
+
+@pytest.mark.parametrize("code", [0x7F, 0xFF])
+def test_codes_that_are_no_numbers_are_refused(code, checkpoint):
+    path = checkpoint("qwen3")
+    fp8(path)
+    broken(
+        path,
+        lambda tensors, _: tensors[UP].view(torch.uint8)[-1, -1:].fill_(code),
+        r"up_proj\.weight holds NaN or infinite numbers",
+    )
+
+
+def test_a_scale_of_zero_is_one_of_weights_that_are_zero(checkpoint):
+    path = checkpoint("qwen3")
+    int8(path)
+    tensors = load_file(path / "model.safetensors")
+    tensors[UP][3] = 0
+    tensors[f"{UP}_scale"][3] = 0
+    save_file(tensors, path / "model.safetensors")
+    load(path)
 
 
 def test_truncated_shard(checkpoint):

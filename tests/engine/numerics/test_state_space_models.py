@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from engine.run.model_config import ModelError, time_limits
+from engine.run.model_config import ModelError
 from engine.run.models import read_model
 from tests.engine.numerics.families import falcon_h1, granite_moe_hybrid, jamba, nemotron_h
 
@@ -24,18 +24,26 @@ CONFIGS = {
         ("nemotron_h", {"mlp_hidden_act": "gelu"}, "mlp_hidden_act 'gelu' .* 'relu2' is"),
         ("nemotron_h", {"n_group": 4}, "n_group 4 is not supported; 1 is"),
         ("nemotron_h", {"sliding_window": 64}, "sliding_window 64 is not supported; None is"),
-        ("nemotron_h", {"layers_block_type": ["mamba", "rnn"]}, "layers of unknown sort: rnn"),
-        ("nemotron_h", {"layers_block_type": None}, "no 'hybrid_override_pattern'"),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mamba", "rnn"]},
+            "layers of unknown sort in layers_block_type: rnn",
+        ),
+        ("nemotron_h", {"layers_block_type": ["mamba"]}, "without a layer of attention"),
         ("nemotron_h", {"n_routed_experts": 0}, "n_routed_experts must be at least 1"),
         ("nemotron_h", {"conv_kernel": 1}, "convolutions of one tap"),
-        ("granitemoehybrid", {"layer_types": ["mamba"] * 3}, "0 sorts of attention layers"),
+        (
+            "granitemoehybrid",
+            {"layer_types": ["mamba"] * 3},
+            r"without a layer of attention .*layer_types",
+        ),
         ("granitemoehybrid", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ("granitemoehybrid", {"logits_scaling": 0}, "a value of the wrong type"),
-        ("granitemoehybrid", {"time_step_limit": [0.1]}, "a value of the wrong type"),
+        ("granitemoehybrid", {"logits_scaling": 0}, "logits_scaling must not be 0"),
+        ("granitemoehybrid", {"time_step_limit": [0.1]}, "time_step_limit must be two numbers"),
         ("falcon_h1", {"mlp_multipliers": [1.0]}, "mlp_multipliers must be 2 numbers"),
         ("falcon_h1", {"ssm_multipliers": [1.0] * 4}, "ssm_multipliers must be 5 numbers"),
         ("falcon_h1", {"mamba_d_head": "auto", "mamba_d_ssm": 95}, "a multiple of mamba_n_heads"),
-        ("jamba", {"mamba_dt_rank": "few"}, "a value of the wrong type"),
+        ("jamba", {"mamba_dt_rank": "few"}, "mamba_dt_rank must be auto or 1 or more"),
         ("jamba", {"num_experts_per_tok": 5}, "must be from 1 to num_experts"),
     ],
 )
@@ -45,11 +53,15 @@ def test_what_is_not_served_is_named(model_type, field, message) -> None:
 
 
 def test_limits_of_time_steps_as_they_are_written() -> None:
+    def limits(**field) -> tuple[float, float]:
+        config = {name: CONFIGS["falcon_h1"][name] for name in CONFIGS["falcon_h1"]}
+        del config["time_step_limit"]
+        return read_model({"model_type": "falcon_h1", **config, **field})[1].time_limits
+
     free = 0.0, math.inf
-    assert time_limits({}) == time_limits({"time_step_limit": None}) == free
-    assert time_limits({"time_step_limit": [0.0, math.inf]}) == free
-    assert time_limits({"time_step_limit": [0.0, {"__float__": "Infinity"}]}) == free
-    assert time_limits({"time_step_limit": [0.1, 2]}) == (0.1, 2.0)
+    assert limits() == limits(time_step_limit=[0.0, math.inf]) == free
+    assert limits(time_step_limit=[0.0, {"__float__": "Infinity"}]) == free
+    assert limits(time_step_limit=[0.1, 2]) == (0.1, 2.0)
 
 
 def test_letters_are_read_as_words() -> None:

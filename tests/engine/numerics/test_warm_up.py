@@ -25,11 +25,16 @@ from engine.run.sampler import Drawn, Sampler
 from engine.run.warm_up import captures, lengths, rehearsals
 from experiments.gpu_models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
+from tests.selection import is_quick
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="launches are intercepted in the interpreter"
-)
+pytestmark = [
+    pytest.mark.sources("kernels", "engine/run"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1",
+        reason="launches are intercepted in the interpreter",
+    ),
+]
 SHAPES = {
     "tiny": TINY,
     "large": QWEN3_NEXT_80B
@@ -77,6 +82,7 @@ def guesses(monkeypatch) -> None:
     monkeypatch.setattr(Drafting, "learn", lambda *draft: None)
 
 
+@pytest.mark.full("tree:4-all-tiny")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("graphs", ["all", "decode", "off"])
 @pytest.mark.parametrize("draft", ["none", "tree:4"])
@@ -93,7 +99,7 @@ def test_no_request_waits_for_a_capture_or_a_compiler(
         monkeypatch.setattr(
             engine.runner, "commit", lambda b, taken: (steps.append(b), commit(b, taken))[1]
         )
-        for seed in range(3):
+        for seed in range(1 if is_quick() else 3):
             serve(engine, seed)
             engine.reset_prefix_cache()
         drafted = [b for b in steps if any(s.num_drafts for s in b.segments)]
@@ -114,6 +120,7 @@ def test_without_a_warm_up_requests_wait(monkeypatch, tmp_path) -> None:
         assert engine.runner.warmed is None
 
 
+@pytest.mark.full
 def test_the_largest_is_captured_first_and_nothing_beyond_the_budget(monkeypatch, tmp_path) -> None:
     with stubbed(monkeypatch):
         runner = make_engine(tmp_path, kv_gib=0.02, state_gib=0.02).runner
@@ -125,6 +132,7 @@ def test_the_largest_is_captured_first_and_nothing_beyond_the_budget(monkeypatch
         assert few.runner.graphs[1].buckets == [164, 128, 64]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("cached_mib, draft", [(0, "none"), (100, "none"), (0, "tree:4")])
 def test_what_graphs_take_is_kept_free_before_pools_are_sized(
     monkeypatch, tmp_path, cached_mib, draft
@@ -145,6 +153,7 @@ def test_what_graphs_take_is_kept_free_before_pools_are_sized(
         assert 0 <= budget - runner.memory.total_bytes < runner.memory.row_bytes
 
 
+@pytest.mark.full
 def test_pools_that_leave_no_room_for_graphs_are_told(monkeypatch, tmp_path) -> None:
     def full(self, bucket):
         raise torch.OutOfMemoryError
@@ -161,6 +170,7 @@ def test_pools_that_leave_no_room_for_graphs_are_told(monkeypatch, tmp_path) -> 
             make_engine(tmp_path, kv_gib=0.02, state_gib=0.02)
 
 
+@pytest.mark.full
 def test_steps_stay_within_the_budget_decodes_included(monkeypatch, tmp_path) -> None:
     with stubbed(monkeypatch):
         engine = make_engine(tmp_path, kv_gib=0.02, state_gib=0.02)
@@ -282,6 +292,7 @@ class HiddenWaits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("graphs, draft", [("all", "none"), ("off", "none"), ("all", "tree:4")])
 def test_a_step_waits_for_nothing_but_the_tokens(
     monkeypatch, tmp_path, guesses, graphs, draft
@@ -302,6 +313,7 @@ def test_a_step_waits_for_nothing_but_the_tokens(
         assert device.counts["waits"] == num_waits
 
 
+@pytest.mark.full("none")
 @pytest.mark.parametrize("draft", ["none", "tree:4", "mtp:2"])
 def test_what_is_captured_takes_nothing_from_the_host(monkeypatch, tmp_path, draft) -> None:
     """Or a replay would repeat it."""

@@ -136,6 +136,7 @@ def test_a_process_answers_as_a_thread_does() -> None:
     run(scenario, **settings)
 
 
+@pytest.mark.full
 def test_256_streams_at_once_lose_no_token() -> None:
     async def scenario(engine: ProcessEngine) -> None:
         sampling = SamplingParams(max_tokens=40, ignore_eos=True)

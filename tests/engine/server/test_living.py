@@ -154,6 +154,7 @@ def test_a_full_queue_answers_429_and_when_to_come_back(serve_oracle: Callable[.
     live.check_conserved()
 
 
+@pytest.mark.full
 def test_a_thousand_requests_at_once(serve_oracle: Callable[..., Live]) -> None:
     """Each is answered or told to come back, some hang up, and nothing is lost."""
     live = serve_oracle(max_queue=256, num_kv_tokens=2048)

@@ -88,6 +88,7 @@ def test_a_request_says_what_went_over_for_it(far: tuple[int, int]) -> None:
     assert "transferred" not in usage([hit], 1)["prompt_tokens_details"]
 
 
+@pytest.mark.full
 def test_a_prefill_engine_killed_in_the_middle_costs_no_token(
     far: tuple[int, int], plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: object
 ) -> None:

@@ -1,8 +1,9 @@
 """A small model of every family, as transformers makes it: the oracle. A file a family.
 
 A file names transformers' classes in ``CLASSES`` and the fields of a small config in ``CONFIG``.
-Where it needs them: ``VARIANTS``, more configs by name; ``official``, from the tensors that
-transformers writes to those of the official checkpoints, where it names them otherwise.
+Where it needs them: ``VARIANTS``, more configs by name; ``VARIANT_CLASSES``, their classes where
+these are others; ``official``, from the tensors that transformers writes to those of the official
+checkpoints, where it names them otherwise.
 """
 
 from __future__ import annotations
@@ -63,5 +64,6 @@ def find() -> dict[str, Family]:
         configs = {file.name: module.CONFIG} | getattr(module, "VARIANTS", {})
         for name, config in configs.items():
             official = getattr(module, "official", None)
-            found[name] = Family(module.CLASSES, config, name != file.name, official)
+            classes = getattr(module, "VARIANT_CLASSES", {}).get(name, module.CLASSES)
+            found[name] = Family(classes, config, name != file.name, official)
     return found

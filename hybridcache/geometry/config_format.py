@@ -1,0 +1,241 @@
+"""Read a ``config.json`` the way transformers does: names, types, defaults and older names.
+
+A ``Format`` lists the fields of one ``model_type``. Reading gives a ``Config`` in which every field
+has a value, so that no reader needs a default of its own, and which records the keys that were
+read. What was given and never read is then refused or named; nothing is dropped silently.
+
+>>> format = Format(table(hidden_size=64, rms_norm_eps=1e-6), aliases={"d_model": "hidden_size"})
+>>> config = format.read({"d_model": 32, "colour": "red"})
+>>> config["hidden_size"], config["rms_norm_eps"], config.unknown
+(32, 1e-06, ('colour',))
+>>> format.read({"hidden_size": "64"})
+Traceback (most recent call last):
+    ...
+hybridcache.geometry.sizes.SizesError: hidden_size in config.json must be an integer (got "64").
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from hybridcache.geometry.sizes import SizesError
+
+Values = dict[str, Any]
+
+ROPE_KEYS: Mapping[str, Any] = {
+    "rope_parameters": dict | None,
+    "rope_scaling": dict | None,
+    "rope_theta": float | None,
+    "partial_rotary_factor": float | None,
+    "original_max_position_embeddings": int | None,
+}
+"""Keys of rotary embeddings, which may stand inside each other; see ``rope`` in the engine."""
+
+FLOATS = ("Infinity", "-Infinity", "NaN")
+COMMON: Mapping[str, Any] = {
+    "dtype": str | None,
+    "torch_dtype": str | None,
+    "is_causal": object,
+    "per_layer_config": object,
+    "transformers_weights": object,
+    "fusion_config": object,
+}
+"""Keys of any model that are no fields of transformers' class and that its code looks up."""
+
+
+def keys(words: str) -> frozenset[str]:
+    """Split a list of keys at blanks."""
+    return frozenset(words.split())
+
+
+WITHOUT_EFFECT = keys(
+    """
+    _attn_implementation _commit_hash _experts_implementation _name_or_path add_cross_attention
+    architectures attention_dropout attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id chunk_size_feed_forward classifier_dropout
+    cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size eos_token_id experts_implementation
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    gradient_checkpointing hidden_dropout id2label initializer_range is_decoder is_encoder_decoder
+    label2id language_model_only length_penalty max_length max_new_tokens min_length model_type
+    name_or_path no_repeat_ngram_size num_beam_groups num_beams num_labels num_logits_to_keep
+    num_return_sequences output_attentions output_hidden_states output_router_logits output_scores
+    pad_token_id prefix pretraining_tp problem_type pruned_heads quantization_config
+    remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+    router_aux_loss_coef sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torchscript transformers_version
+    typical_p use_bfloat16 use_cache
+    """
+)
+"""Keys of any model that change no logits, or that something else reads (``quantization_config``).
+Most are settings of generation or training that older files carry."""
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """The type of one value and, for a field of transformers' class, its default."""
+
+    kind: Any
+    """``int``, ``list[str]``, ``int | None`` ... An integer is a valid ``float``."""
+    default: Any = None
+
+
+def table(**defaults: Any) -> Mapping[str, Field]:
+    """Make a table of fields from ``name=default``, or ``name=Field(...)`` where the type of the
+    default does not say what else is allowed."""
+    return {
+        name: default if isinstance(default, Field) else Field(type(default), default)
+        for name, default in defaults.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """The keys of one ``model_type``."""
+
+    fields: Mapping[str, Field]
+    """Fields that change logits or sizes. Present in every ``Config``."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Other names of fields. A value under such a name wins over the field's own."""
+    extras: Mapping[str, Any] = field(default_factory=dict)
+    """Type of keys that are no fields: present in a ``Config`` only if the file has them."""
+    unused: frozenset[str] = frozenset()
+    """Fields of transformers' class that change no logits, besides ``WITHOUT_EFFECT``."""
+    complete: Callable[[Values], None] = lambda values: None
+    """Fills in fields that are computed from others, and removes what it has used up."""
+
+    def read(self, raw: Mapping[str, Any]) -> Config:
+        """Read the text part of a ``config.json``. Raises SizesError for a value of the wrong
+        type."""
+        defaults = {name: own.default for name, own in self.fields.items()}
+        kinds = {**COMMON, **self.extras}
+        kinds |= {name: own.kind for name, own in self.fields.items()}
+        values, given, unknown = defaults.copy(), set[str](), []
+        for key in sorted(raw, key=self.aliases.__contains__):
+            name = self.aliases.get(key, key)
+            if name in kinds:
+                values[name] = _checked(key, _decoded(raw[key]), kinds[name])
+                given.add(name)
+            elif key not in WITHOUT_EFFECT and key not in self.unused:
+                unknown.append(key)
+        stated = values.copy()
+        self.complete(values)
+        missing = tuple(n for n, kind in self.extras.items() if kind is int and n not in given)
+        return Config(values, stated, defaults, frozenset(given), tuple(unknown), missing)
+
+
+class Config(Mapping[str, Any]):
+    """The values of one model, every field among them. Records the names that were looked up."""
+
+    def __init__(
+        self,
+        values: Values,
+        stated: Values,
+        defaults: Mapping[str, Any],
+        given: frozenset[str],
+        unknown: tuple[str, ...],
+        missing: tuple[str, ...],
+    ) -> None:
+        self._values, self._stated, self._defaults = values, stated, defaults
+        self._missing, self._read = missing, set[str]()
+        self.given = given
+        """Names of fields and extras that the file has, under whatever alias."""
+        self.unknown = unknown
+        """Keys of the file that no reader knows, and that transformers does not know either."""
+
+    def __getitem__(self, name: str) -> Any:
+        self._read.add(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def ignore(self, *names: str) -> None:
+        """Mark names as read: in this model they have no effect."""
+        self._read.update(names)
+
+    def describe_sizes(self) -> str:
+        """The values that the shapes of a model's tensors follow from, as the file states them or,
+        where it does not, transformers: lists and objects by name alone."""
+        parts = []
+        for name, value in sorted(self._stated.items()):
+            if name in COMMON:
+                continue
+            is_used_up = name not in self._values
+            if isinstance(value, list | dict):
+                parts.append(name)
+            elif not isinstance(value, float) or is_used_up:
+                default = "" if name in self.given else " (default)"
+                parts.append(f"{name} {json.dumps(value)}{default}")
+        return ", ".join((*parts, *(f"{name} (missing)" for name in self._missing)))
+
+    def unread(self) -> dict[str, Any]:
+        """Values of the file that were never read and differ from transformers' default."""
+        return {
+            name: value
+            for name, value in self._values.items()
+            if name not in self._read
+            and name in self.given
+            and not (name in self._defaults and value == self._defaults[name])
+        }
+
+
+def _decoded(value: Any) -> Any:
+    """Read ``{"__float__": "Infinity"}``, by which transformers writes infinities, at any depth."""
+    if isinstance(value, Mapping):
+        if value.keys() == {"__float__"} and value["__float__"] in FLOATS:
+            return float(value["__float__"])
+        return {name: _decoded(part) for name, part in value.items()}
+    return [_decoded(part) for part in value] if isinstance(value, list) else value
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """``value`` if it is of ``kind``, an integer as a float where one is asked for. Raises
+    SizesError."""
+    if not fits(value, kind):
+        raise SizesError(
+            f"{name} in config.json must be {_described(kind)} (got {json.dumps(value)})."
+        )
+    return float(value) if kind is float else value
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value of a JSON file is of ``kind``, as ``Field`` spells it."""
+    if isinstance(kind, UnionType):
+        return any(fits(value, part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(part, get_args(kind)[0]) for part in value)
+    if kind in (int, float):
+        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
+        return is_number and not math.isnan(value)
+    return isinstance(value, kind)
+
+
+WORDS = {
+    int: "an integer",
+    float: "a number",
+    bool: "true or false",
+    str: "a string",
+    dict: "an object",
+    NoneType: "null",
+    list: "a list",
+    list[str]: "a list of strings",
+    list[int]: "a list of integers",
+    list[float]: "a list of numbers",
+}
+
+
+def _described(kind: Any) -> str:
+    parts = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return " or ".join(WORDS[part] for part in parts)

@@ -1,0 +1,450 @@
+"""Faults of the cache, its allocators, leases, tiers, policies and events: a check notices each."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hybridcache.allocators.budget import ByteBudget
+from hybridcache.allocators.moves import Move, PendingMoves
+from hybridcache.allocators.orders import Orders
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.export.events import EventStream
+from hybridcache.hybrid import HybridRadixCache
+from hybridcache.lease import Lease
+from hybridcache.policies.eviction.regret import Regret
+from hybridcache.policies.words import EVICTION
+from hybridcache.routing.outbox import Outbox
+from hybridcache.routing.text_tree import TextTree
+from hybridcache.tiered import TieredRadixCache
+from tests.allocators import test_arena
+from tests.allocators.test_allocators import AllocatorMachine
+from tests.allocators.test_arena import ArenaMachine
+from tests.cache import test_scenarios, test_tiers
+from tests.cache.test_arena_machine import ArenaLeaseMachine, arena_twins, serve_twins
+from tests.cache.test_machine import CacheMachine
+from tests.cache.test_tiers_machine import TieredMachine
+from tests.export.test_events_machine import EventsMachine
+from tests.faults.injection import Check, Fault, Faults, Patch, assert_noticed, machine
+from tests.policies import test_regret, textbook
+from tests.policies.items import Shelf
+from tests.routing.test_outbox_machine import OutboxMachine
+from tests.routing.test_text_tree_machine import TextTreeMachine
+
+FAULTS = Faults()
+CACHE = machine(CacheMachine)
+TIERS = machine(TieredMachine)
+
+
+def arena() -> None:
+    """Random requests on small arenas, next to the plain cache."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        serve_twins(arena_twins(rng), rng, num_operations=100)
+
+
+def leases() -> None:
+    """Random pieces of work of a few leases on a small arena."""
+    for seed in range(12):
+        served = ArenaLeaseMachine()
+        served.make(page_size=1, state_rows=4, num_rows=60, seed=seed % 10)
+        served.much(seed, 120)
+
+
+# --- The cache's verbs --------------------------------------------------------------------------
+
+
+@FAULTS.noticed_by(arena)
+def a_lock_protects_nothing(patch: Patch) -> None:
+    @patch(HybridRadixCache, "lock")
+    def lock(original: Any, self: Any, node: Any) -> Any:
+        receipt = original(self, node)
+        self.unlock(receipt)
+        return receipt
+
+
+@FAULTS.noticed_by(CACHE)
+def a_lock_is_never_given_back(patch: Patch) -> None:
+    @patch(HybridRadixCache, "unlock")
+    def unlock(original: Any, self: Any, receipt: Any) -> None:
+        pass
+
+
+@FAULTS.noticed_by(CACHE)
+def a_match_reads_every_namespace_as_one(patch: Patch) -> None:
+    @patch(HybridRadixCache, "match")
+    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
+        return original(self, tokens)
+
+
+@FAULTS.noticed_by(CACHE)
+def a_checkpoint_at_the_very_end_of_a_prompt_is_resumed_from(patch: Patch) -> None:
+    @patch(HybridRadixCache, "match")
+    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
+        return original(self, np.append(tokens, np.int32(5)), namespace)
+
+
+@FAULTS.noticed_by(test_scenarios.test_a_match_changes_nothing)
+def a_match_counts_as_a_use(patch: Patch) -> None:
+    @patch(HybridRadixCache, "match")
+    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
+        found = original(self, tokens, namespace)
+        self.touch(found)
+        return found
+
+
+@FAULTS.noticed_by(CACHE)
+def evicted_prefixes_are_reported_as_never_seen(patch: Patch) -> None:
+    @patch(HybridRadixCache, "match")
+    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
+        found = original(self, tokens, namespace)
+        losses = found.losses
+        seen = losses._replace(never_seen=losses.never_seen + losses.kv_evicted, kv_evicted=0)
+        return found._replace(losses=seen)
+
+
+@FAULTS.noticed_by(CACHE)
+def ghosts_are_not_read(patch: Patch) -> None:
+    @patch(HybridRadixCache, "match")
+    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
+        found = original(self, tokens, namespace)
+        return found._replace(branch_len=found.kv_len, missed=None)
+
+
+@FAULTS.noticed_by(arena)
+def a_use_is_not_counted(patch: Patch) -> None:
+    @patch(HybridRadixCache, "touch")
+    def touch(original: Any, self: Any, match: Any) -> None:
+        pass
+
+
+@FAULTS.noticed_by(arena)
+def a_policy_is_not_told_of_misses(patch: Patch) -> None:
+    @patch(HybridRadixCache, "touch")
+    def touch(original: Any, self: Any, match: Any) -> None:
+        original(self, match._replace(missed=None))
+
+
+@FAULTS.noticed_by(CACHE)
+def checkpoints_are_dropped_in_silence(patch: Patch) -> None:
+    @patch(HybridRadixCache, "insert")
+    def insert(
+        original: Any, self: Any, tokens: Any, rows: Any, saved: Any = (), *rest: Any, **more: Any
+    ) -> Any:
+        return original(self, tokens, rows, (), *rest, **more)
+
+
+@FAULTS.noticed_by(CACHE)
+def a_checkpoint_is_stored_one_step_too_early(patch: Patch) -> None:
+    @patch(HybridRadixCache, "insert")
+    def insert(
+        original: Any, self: Any, tokens: Any, rows: Any, saved: Any = (), *rest: Any, **more: Any
+    ) -> Any:
+        step = max(self.grid, self.page_size)
+        early = [
+            (position - step if position > step else position, slot) for position, slot in saved
+        ]
+        return original(self, tokens, rows, early, *rest, **more)
+
+
+@FAULTS.noticed_by(arena)
+def duplicate_rows_are_not_handed_back(patch: Patch) -> None:
+    @patch(HybridRadixCache, "insert")
+    def insert(original: Any, self: Any, *args: Any, **more: Any) -> Any:
+        result = original(self, *args, **more)
+        return result._replace(duplicates=result.duplicates[:0])
+
+
+@FAULTS.noticed_by(arena)
+def rejected_slots_are_not_handed_back(patch: Patch) -> None:
+    @patch(HybridRadixCache, "insert")
+    def insert(original: Any, self: Any, *args: Any, **more: Any) -> Any:
+        return original(self, *args, **more)._replace(rejected_slots=())
+
+
+@FAULTS.noticed_by(CACHE)
+def an_eviction_takes_more_than_it_was_asked_for(patch: Patch) -> None:
+    @patch(HybridRadixCache, "evict")
+    def evict(original: Any, self: Any, num_tokens: int = 0, num_slots: int = 0) -> Any:
+        return original(self, num_tokens + self.page_size, num_slots)
+
+
+@FAULTS.noticed_by(arena)
+def a_refused_allocation_evicts_all_the_same(patch: Patch) -> None:
+    @patch(HybridRadixCache, "allocate_kv")
+    def allocate_kv(original: Any, self: Any, num_tokens: int) -> Any:
+        rows = original(self, num_tokens)
+        if rows is None:
+            self.evict(num_tokens)
+        return rows
+
+
+@FAULTS.noticed_by(CACHE)
+def rows_of_a_path_are_gathered_in_reverse(patch: Patch) -> None:
+    @patch(HybridRadixCache, "gather")
+    def gather(original: Any, self: Any, node: Any) -> Any:
+        return original(self, node)[::-1]
+
+
+@FAULTS.noticed_by(CACHE)
+def a_reset_drops_nothing(patch: Patch) -> None:
+    @patch(HybridRadixCache, "reset")
+    def reset(original: Any, self: Any) -> None:
+        pass
+
+
+@FAULTS.noticed_by(CACHE)
+def lru_chooses_the_item_that_it_was_given_last(patch: Patch) -> None:
+    last: list[Any] = []
+
+    @patch(EVICTION["lru"], "add")
+    def add(original: Any, self: Any, item: Any) -> None:
+        original(self, item)
+        last[:] = [item]
+
+    @patch(EVICTION["lru"], "victim")
+    def victim(original: Any, self: Any, kind: Any) -> Any:
+        chosen = original(self, kind)
+        return last[0] if chosen is not None and last and last[0].kind == chosen.kind else chosen
+
+
+# --- Allocators ---------------------------------------------------------------------------------
+
+
+@FAULTS.noticed_by(machine(AllocatorMachine))
+def the_last_page_given_back_is_lost(patch: Patch) -> None:
+    @patch(PageAllocator, "free")
+    def free(original: Any, self: Any, rows: Any) -> None:
+        original(self, rows[: max(0, len(rows) - self.page_size)])
+
+
+@FAULTS.noticed_by(machine(AllocatorMachine))
+def a_page_is_handed_out_twice(patch: Patch) -> None:
+    @patch(PageAllocator, "allocate")
+    def allocate(original: Any, self: Any, num_tokens: int) -> Any:
+        rows = original(self, num_tokens)
+        if rows is not None and len(rows):
+            self.free(rows[-self.page_size :])
+        return rows
+
+
+@FAULTS.noticed_by(machine(AllocatorMachine))
+def a_slot_given_back_is_lost(patch: Patch) -> None:
+    @patch(SlotAllocator, "free")
+    def free(original: Any, self: Any, slot: int) -> None:
+        pass
+
+
+@FAULTS.noticed_by(machine(AllocatorMachine))
+def bytes_given_back_are_not_free(patch: Patch) -> None:
+    @patch(ByteBudget, "give_back")
+    def give_back(original: Any, self: Any, num_bytes: int) -> None:
+        original(self, num_bytes - 1)
+
+
+@FAULTS.noticed_by(machine(ArenaMachine))
+def moved_rows_keep_their_old_numbers(patch: Patch) -> None:
+    @patch(Move, "rename")
+    def rename(original: Any, self: Any, rows: Any) -> Any:
+        return original(self, rows.copy())
+
+
+@FAULTS.noticed_by(test_arena.test_moves_are_given_out_once_in_their_order)
+def moves_are_made_in_reverse(patch: Patch) -> None:
+    @patch(PendingMoves, "take")
+    def take(original: Any, self: Any) -> Any:
+        return original(self)[::-1]
+
+
+@FAULTS.noticed_by(machine(ArenaMachine))
+def moves_are_made_twice(patch: Patch) -> None:
+    @patch(PendingMoves, "take")
+    def take(original: Any, self: Any) -> Any:
+        moves = original(self)
+        for move in moves[:1]:
+            self.rows_moved(move)
+        return moves
+
+
+@FAULTS.noticed_by(arena)
+def rows_that_the_tree_moved_are_gathered_from_where_they_were(patch: Patch) -> None:
+    last: dict[int, Any] = {}
+
+    @patch(HybridRadixCache, "gather")
+    def gather(original: Any, self: Any, node: Any) -> Any:
+        return last.setdefault(id(node), original(self, node).copy())
+
+
+# --- Leases -------------------------------------------------------------------------------------
+
+
+@FAULTS.noticed_by(leases)
+def a_lease_does_not_tell_which_rows_have_moved(patch: Patch) -> None:
+    @patch(Lease, "take_moved")
+    def take_moved(original: Any, self: Any) -> None:
+        return None
+
+
+@FAULTS.noticed_by(leases)
+def a_lease_does_not_tell_that_its_rows_are_the_trees_now(patch: Patch) -> None:
+    @patch(Lease, "publish")
+    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> None:
+        original(self, tokens, computed_len)
+
+
+@FAULTS.noticed_by(leases)
+def an_aborted_lease_keeps_what_it_holds(patch: Patch) -> None:
+    @patch(Lease, "abort")
+    def abort(original: Any, self: Any) -> None:
+        pass
+
+
+@FAULTS.noticed_by(leases)
+def a_state_is_resumed_from_without_a_copy(patch: Patch) -> None:
+    @patch(Lease, "begin")
+    def begin(original: Any, cls: Any, *args: Any) -> Any:
+        lease = original(cls, *args)
+        if lease is not None and lease.match.checkpoint is not None:
+            lease.match = lease.match._replace(checkpoint=None)
+        return lease
+
+
+@FAULTS.noticed_by(leases)
+def a_checkpoint_is_published_that_was_never_written(patch: Patch) -> None:
+    @patch(Lease, "take_checkpoint_slots")
+    def take_checkpoint_slots(original: Any, self: Any, start: int, end: int) -> Any:
+        return original(self, start, end)[:0]
+
+
+@FAULTS.noticed_by(leases)
+def a_request_publishes_what_it_has_not_computed(patch: Patch) -> None:
+    @patch(Lease, "publish")
+    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> Any:
+        return original(self, tokens, min(computed_len + 4, len(tokens), self.extended_len))
+
+
+# --- Tiers --------------------------------------------------------------------------------------
+
+
+@FAULTS.noticed_by(TIERS)
+def a_fetch_says_that_it_was_made(patch: Patch) -> None:
+    @patch(TieredRadixCache, "fetch")
+    def fetch(original: Any, self: Any, resumable: Any) -> bool:
+        return True
+
+
+@FAULTS.noticed_by(TIERS)
+def copies_between_tiers_are_made_in_reverse(patch: Patch) -> None:
+    @patch(Orders, "take")
+    def take(original: Any, self: Any) -> Any:
+        return original(self)[::-1]
+
+
+@FAULTS.noticed_by(TIERS)
+def the_last_copy_between_tiers_is_not_made(patch: Patch) -> None:
+    @patch(Orders, "take")
+    def take(original: Any, self: Any) -> Any:
+        return original(self)[:-1]
+
+
+@FAULTS.noticed_by(
+    test_tiers.test_a_state_is_superseded_below_only_as_long_as_something_supersedes_it
+)
+def a_match_offers_the_nearest_offloaded_state_alone(patch: Patch) -> None:
+    @patch(TieredRadixCache, "match")
+    def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
+        found = original(self, tokens, namespace)
+        return found._replace(lower=found.lower[:1])
+
+
+# --- Policies -----------------------------------------------------------------------------------
+
+
+def shelf(word: str) -> Check:
+    """Return the check that compares a policy with its paper's pseudocode."""
+
+    def check() -> None:
+        rng, plain = random.Random(0), PLAIN[word]
+        for _ in range(300):
+            pages, capacity = "".join(rng.choices("abcdef", k=60)), rng.randint(1, 6)
+            assert Shelf(EVICTION[word](), capacity).ask(pages).gone == plain(pages, capacity)
+
+    check.__name__ = f"{word} against its paper"
+    return check
+
+
+PLAIN: dict[str, Any] = {"lfu": textbook.lfu_da, "clock": textbook.clock, "arc": textbook.arc}
+LFU, CLOCK, ARC = map(shelf, PLAIN)
+
+
+def uses_are_not_seen(word: str, patch: Patch) -> None:
+    @patch(EVICTION[word], "touch")
+    def touch(original: Any, self: Any, item: Any) -> None:
+        pass
+
+
+def misses_are_not_seen(word: str, patch: Patch) -> None:
+    @patch(EVICTION[word], "missed")
+    def missed(original: Any, self: Any, item: Any) -> None:
+        pass
+
+
+FAULTS["lfu does not see uses"] = Fault(partial(uses_are_not_seen, "lfu"), LFU)
+FAULTS["clock does not see uses"] = Fault(partial(uses_are_not_seen, "clock"), CLOCK)
+FAULTS["arc does not learn from ghosts"] = Fault(partial(misses_are_not_seen, "arc"), ARC)
+
+
+@FAULTS.noticed_by(
+    test_regret.test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_one
+)
+def ghosts_above_the_missed_one_teach_nothing(patch: Patch) -> None:
+    @patch(Regret, "missed_above")
+    def missed_above(original: Any, self: Any, item: Any) -> None:
+        pass
+
+
+# --- Events and routing -------------------------------------------------------------------------
+
+
+@FAULTS.noticed_by(machine(EventsMachine))
+def followers_are_not_told_of_evicted_checkpoints(patch: Patch) -> None:
+    @patch(EventStream, "checkpoint_removed")
+    def checkpoint_removed(original: Any, self: Any, node: Any) -> None:
+        pass
+
+
+@FAULTS.noticed_by(machine(EventsMachine))
+def followers_are_not_told_of_splits(patch: Patch) -> None:
+    @patch(EventStream, "kv_split")
+    def kv_split(original: Any, self: Any, upper: Any, lower: Any) -> None:
+        pass
+
+
+@FAULTS.noticed_by(machine(OutboxMachine))
+def the_oldest_missing_batch_is_not_sent_again(patch: Patch) -> None:
+    @patch(Outbox, "since")
+    def since(original: Any, self: Any, sequence: int) -> Any:
+        return original(self, sequence + 1) or []
+
+
+@FAULTS.noticed_by(machine(TextTreeMachine))
+def texts_of_a_replica_that_left_are_kept(patch: Patch) -> None:
+    @patch(TextTree, "forget")
+    def forget(original: Any, self: Any, replica: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_noticed(FAULTS[name], monkeypatch)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("check", FAULTS.checks, ids=lambda check: check.__name__)
+def test_without_a_fault_the_check_passes(check: Check) -> None:
+    check()

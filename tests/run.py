@@ -1,0 +1,387 @@
+"""Run the suite in other ways than `make test`.
+
+python -m tests.run all [PART ...]          everything, part by part (`make test-all`)
+python -m tests.run changed [--base REV]    what a change can affect (`make test-changed`)
+python -m tests.run environments [NAME ...] the suite under awkward circumstances
+
+Each part or environment writes its output to a file below ``out/`` and one line to the screen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.selection import ROOT, closure, has_torch_fixtures
+
+PYTEST = (sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadscope")
+OUT = ROOT / "out"
+LAST_LINES = 25
+"""Lines of a failed part that are shown."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command that passes or fails."""
+
+    name: str
+    command: Sequence[str | Path]
+    env: dict[str, str] = field(default_factory=dict)
+    missing: str | None = None
+    """Reason why it cannot run here; None if it can."""
+    cwd: Path = ROOT
+
+
+def run(parts: Sequence[Part], folder: Path) -> int:
+    """Run parts one after another; 0 if all passed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    failed, width = [], max(len(part.name) for part in parts)
+    for number, part in enumerate(parts, 1):
+        head = f"{number:2}/{len(parts)}  {part.name:{width}}  "
+        print(head, end="", flush=True)
+        if part.missing is not None:
+            print(f"not run: {part.missing}")
+            continue
+        log = folder / f"{re.sub(r'[^a-z0-9.]+', '-', part.name.lower())}.txt"
+        begin, before = time.monotonic(), os.times()
+        with log.open("w") as file:
+            done = subprocess.run(
+                [str(word) for word in part.command],
+                cwd=part.cwd,
+                env=os.environ | {"OMP_NUM_THREADS": "1"} | part.env,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        seconds, after = time.monotonic() - begin, os.times()
+        cpu = after.children_user + after.children_system
+        cpu -= before.children_user + before.children_system
+        lines = log.read_text(errors="replace").splitlines()
+        verdict = "passed" if done.returncode == 0 else f"FAILED ({done.returncode})"
+        print(f"{verdict}  {seconds:6.0f} s, {cpu:6.0f} s of CPU  {_last_line(lines)}", flush=True)
+        if done.returncode != 0:
+            failed.append(part.name)
+            print("\n".join(f"    {line}" for line in lines[-LAST_LINES:]), flush=True)
+    ran = sum(part.missing is None for part in parts)
+    outcome = f"failed: {', '.join(failed)}" if failed else "all passed"
+    print(f"{ran} of {len(parts)} ran, {outcome}. Output is in {folder.relative_to(ROOT)}.")
+    return 1 if failed else 0
+
+
+def _last_line(lines: Sequence[str]) -> str:
+    """Return pytest's counts, or the last line."""
+    counts = [line for line in lines if re.search(r"\d+ (passed|failed|error).* in [\d.]+s", line)]
+    return (counts or [line for line in lines if line.strip()] or [""])[-1].strip("= ")[:100]
+
+
+# --- make test-all ------------------------------------------------------------------------------
+
+
+def test_parts() -> dict[str, list[Path]]:
+    """Return every test file once, by the folder that it lies in."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted((ROOT / "tests").rglob("test_*.py")):
+        folder = file.relative_to(ROOT / "tests").parent.as_posix()
+        found.setdefault("whole project" if folder == "." else folder, []).append(file)
+    return found
+
+
+def all_parts() -> list[Part]:
+    """Return everything that `make test-all` runs."""
+    everything = {"HYBRIDCACHE_TESTS": "all"}
+    parts = [
+        Part(name, [*PYTEST, *(file.relative_to(ROOT) for file in files)], everything)
+        for name, files in test_parts().items()
+    ]
+    python, out = (sys.executable, "-m"), OUT / "test-all"
+    browser = None if importlib.util.find_spec("playwright") else "playwright is not installed"
+    return [
+        *parts,
+        Part("page in a browser", [*python, "experiments.bench_page"], missing=browser),
+        Part("system: attack", [*python, "experiments.attack"]),
+        Part(
+            "system: soak",
+            [*python, "experiments.soak", "--requests", "5000", "--out", out / "soak"],
+        ),
+        Part("system: faults", [*python, "experiments.faults", "--out", out / "faults"]),
+        Part(
+            "hostile", [*python, "experiments.hostile", "--rounds", "1", "--out", out / "hostile"]
+        ),
+        Part(
+            "killed stores",
+            [*python, "experiments.kill_store", "--kills", "50", "--out", out / "k"],
+        ),
+        Part("mutation", ["make", "mutate"]),
+    ]
+
+
+def run_all(names: Sequence[str]) -> int:
+    """Run all parts, or those whose name begins with one of ``names``."""
+    parts = [part for part in all_parts() if not names or part.name.startswith(tuple(names))]
+    if not parts:
+        known = ", ".join(part.name for part in all_parts())
+        print(f"tests.run all: no part is called {', '.join(names)}; there are {known}.")
+        return 2
+    return run(parts, OUT / "test-all")
+
+
+# --- make test-changed --------------------------------------------------------------------------
+
+
+def _git(*arguments: str) -> list[str]:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def changed_files(base: str | None) -> list[str]:
+    """Return the files that differ from where this branch left ``base``, untracked ones included.
+
+    ``base`` is the remote's main branch, or main, by default; on main itself the commit before.
+    """
+    if base is None:
+        known = set(_git("for-each-ref", "--format=%(refname:short)", "refs"))
+        base = next((name for name in ("origin/main", "main") if name in known), "HEAD~1")
+        if _git("rev-parse", base) == _git("rev-parse", "HEAD"):
+            base = "HEAD~1"
+    [fork] = _git("merge-base", base, "HEAD")
+    untracked = _git("ls-files", "--others", "--exclude-standard")
+    return sorted({*_git("diff", "--name-only", fork), *untracked})
+
+
+def affected(changed: Sequence[str], tests: Sequence[Path] | None = None) -> list[Path]:
+    """Return the test files, of ``tests`` or of all, that changed files can affect, by imports.
+
+    Tests of the whole project (those directly in ``tests/``) read files of any kind and always
+    count. Data (JSON, C++, JavaScript ...) affects whatever imports a module of its folder; a page
+    affects the tests that name it; the configuration of the tests affects all.
+    """
+    if tests is None:
+        tests = [file for files in test_parts().values() for file in files]
+    if {"tests/conftest.py", "tests/selection.py", "pyproject.toml"} & set(changed):
+        return list(tests)
+    paths = {ROOT / name for name in changed}
+    pages = {path.name for path in paths if path.suffix == ".md"}
+    data = {path.parent for path in paths if path.suffix not in (".py", ".md")} - {ROOT}
+    found = []
+    for test in tests:
+        needed = closure(test)
+        text = test.read_text(encoding="utf-8")
+        if (
+            test.parent == ROOT / "tests"
+            or paths & needed
+            or any(page in text for page in pages)
+            or any(file.parent in data for file in needed)
+        ):
+            found.append(test)
+    return found
+
+
+def run_changed(base: str | None) -> int:
+    """Run the tests that a change can affect."""
+    changed = changed_files(base)
+    if not changed:
+        print("Nothing has changed.")
+        return 0
+    tests = affected(changed)
+    print(f"{len(changed)} files changed; {len(tests)} test files can be affected.", flush=True)
+    command = [*PYTEST, *(str(test.relative_to(ROOT)) for test in tests)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+
+
+# --- make test-environments ---------------------------------------------------------------------
+
+TOUCHY = re.compile(
+    r"^\s*(?:import|from) (?:subprocess|signal|socket|multiprocessing|tempfile|httpx|shutil)\b",
+    re.M,
+)
+"""Imports of tests that can depend on the environment."""
+
+
+def touchy_tests() -> list[Path]:
+    """Return the test files that start processes, open sockets or write files of their own."""
+    found = []
+    for files in test_parts().values():
+        for file in files:
+            fixtures = [file, *file.parent.glob("conftest.py")]
+            if any(TOUCHY.search(one.read_text(encoding="utf-8")) for one in fixtures):
+                found.append(file.relative_to(ROOT))
+    return found
+
+
+def _sh(script: str, command: Sequence[str | Path]) -> list[str]:
+    """Return a shell command that runs ``script`` with ``command`` as its arguments."""
+    return ["sh", "-c", script, "sh", *map(str, command)]
+
+
+def _needs(*programs: str, root: bool = False) -> str | None:
+    """Return what is missing to simulate an environment; None if nothing is."""
+    missing = [program for program in programs if shutil.which(program) is None]
+    if missing:
+        return f"{', '.join(missing)} not found"
+    return "needs root rights" if root and os.geteuid() != 0 else None
+
+
+def as_nobody(command: Sequence[str | Path], folder: Path) -> list[str]:
+    """Return a command that runs as the user nobody, in a copy of the tree that is its own.
+
+    Where a folder on the way to the interpreter is closed to others (``/root``), it is covered, in
+    a mount namespace of its own, by an empty one that shows what is needed alone.
+    """
+    for name in _git("ls-files", "--cached", "--others", "--exclude-standard"):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    subprocess.run(["chown", "-R", "65534:65534", str(folder)], check=True)
+    script = ["set -e"]
+    needed = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve()}
+    for path in sorted(needed):
+        closed = [parent for parent in path.parents if not parent.stat().st_mode & 0o001]
+        if closed:
+            hold = shlex.quote(f"/tmp/.hold-{path.name}")
+            at, cover = shlex.quote(str(path)), shlex.quote(str(closed[-1]))
+            script.append(f"mkdir -p {hold}; mount --bind {at} {hold}")
+            script.append(f"mount -t tmpfs -o mode=755 none {cover}")
+            script.append(f"mkdir -p {at}; mount --bind {hold} {at}")
+    rights = "--reuid=65534 --regid=65534 --clear-groups --inh-caps=-all --no-new-privs"
+    script.append(f'exec setpriv {rights} -- "$@"')
+    return ["unshare", "--mount", *_sh("\n".join(script), command)]
+
+
+@contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Keep ``count`` processes computing meanwhile."""
+    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for process in spin:
+            process.kill()
+            process.wait()
+
+
+def requirements_without_torch() -> list[str]:
+    """Return what the tests ask for, but for torch: not every Python has a build of it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    named = [*project["dependencies"], *extras["dev"]]
+    for extra in ("engine", "events", "figures", "guided", "lab", "top"):
+        named += extras[extra]
+    return [one for one in named if not one.startswith(("torch", "triton"))]
+
+
+def find_python(version: str) -> str | None:
+    """Return an interpreter of that version, on the PATH or of pyenv."""
+    pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    found = [shutil.which(f"python{version}"), *pyenv.glob(f"versions/{version}.*/bin/python")]
+    runs = (p for p in found if p and not subprocess.run([p, "-V"], capture_output=True).returncode)
+    return next(map(str, runs), None)
+
+
+def python_part(version: str, command: Sequence[str | Path]) -> Part:
+    """Return the suite under another Python, in an environment made for it, without torch."""
+    name, python = f"Python {version}", find_python(version)
+    if python is None:
+        return Part(name, (), missing=f"python{version} not found")
+    home = OUT / "environments" / f"python{version}"
+    pip = [home / "bin" / "pip", "install", "-q"]
+    steps = [
+        [python, "-m", "venv", home],
+        [*pip, "-c", "constraints.txt", *requirements_without_torch()],
+        [*pip, "--no-build-isolation", "--no-deps", "-e", "."],
+        ["touch", home / ".made"],
+    ]
+    make = " && ".join(shlex.join(map(str, step)) for step in steps)
+    usable = [word for word in command[1:] if not has_torch_fixtures(ROOT / word)]
+    own = [home / "bin" / "python", *usable]
+    return Part(name, _sh(f'test -e {home}/.made || {{ {make}; }} && exec "$@"', own))
+
+
+def environments(tests: Sequence[Path]) -> Iterator[Part]:
+    """Yield the suite in each environment; what it needs is there until the next is asked for."""
+    command = [*PYTEST, "-p", "no:cacheprovider", *tests]
+    home = {"HOME": "/proc", "XDG_CACHE_HOME": "/proc/none", "TRITON_HOME": "/proc"}
+    yield Part("SIGINT ignored", _sh("trap '' INT; exec \"$@\" < /dev/null", command))
+    yield Part("nohup", ["nohup", *command], missing=_needs("nohup"))
+    yield Part("no terminal", ["setsid", "--wait", *command], {"TERM": ""}, _needs("setsid"))
+    yield Part("closed stdin", _sh('exec "$@" <&-', command))
+    with busy(8):
+        yield Part("load of 8", command)
+    yield _on_tmpfs(command)
+    yield Part("read-only HOME", command, home)
+    yield Part("LANG=C", command, {"LANG": "C", "LC_ALL": "C"})
+    net = 'ip link set lo up && sysctl -qw net.ipv6.conf.all.disable_ipv6=1 && exec "$@"'
+    missing = _needs("unshare", "ip", "sysctl", root=True)
+    yield Part("no IPv6", ["unshare", "--net", *_sh(net, command)], missing=missing)
+    missing = _needs("unshare", "setpriv", root=True)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        env = {"HOME": folder, "TMPDIR": folder, "PYTHONPATH": str(copy)}
+        if missing is None:
+            Path(folder).chmod(0o777)
+            nobody = as_nobody(command, copy)
+            yield Part("user without root rights", nobody, env, cwd=copy)
+        elif os.geteuid() != 0:
+            yield Part("user without root rights", command)
+        else:
+            yield Part("user without root rights", (), missing=missing)
+    for version in ("3.11", "3.12", "3.13"):
+        if sys.version.startswith(f"{version}."):
+            yield Part(f"Python {version}", command)
+        else:
+            yield python_part(version, command)
+
+
+def _on_tmpfs(command: Sequence[str | Path]) -> Part:
+    """Return the suite with its temporary files in memory."""
+    memory = Path("/dev/shm")
+    missing = None if os.access(memory, os.W_OK) else "no /dev/shm"
+    return Part("TMPDIR on tmpfs", command, {"TMPDIR": str(memory)}, missing)
+
+
+def run_environments(names: Sequence[str], tests: Sequence[Path]) -> int:
+    """Run tests in each environment, or in those whose name begins with one of ``names``."""
+    codes = []
+    for part in environments(tests):
+        if not names or part.name.lower().startswith(tuple(name.lower() for name in names)):
+            codes.append(run([part], OUT / "test-environments"))
+    return max(codes, default=2)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="tests.run", description=__doc__.splitlines()[0])
+    ways = parser.add_subparsers(dest="way", required=True)
+    ways.add_parser("all").add_argument("parts", nargs="*", metavar="PART")
+    ways.add_parser("changed").add_argument("--base", metavar="REV")
+    environment = ways.add_parser("environments")
+    environment.add_argument("names", nargs="*", metavar="NAME")
+    environment.add_argument(
+        "--tests",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="tests: all of `make test`; default: those that start processes, use sockets or files",
+    )
+    options = parser.parse_args(arguments)
+    runs: dict[str, Callable[[], int]] = {
+        "all": lambda: run_all(options.parts),
+        "changed": lambda: run_changed(options.base),
+        "environments": lambda: run_environments(options.names, options.tests or touchy_tests()),
+    }
+    return runs[options.way]()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
