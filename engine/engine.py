@@ -36,6 +36,9 @@ from hybridcache.policies.words import parse_placement
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
+WITHHELD_S = 0.002
+"""Pause between two looks at requests that the admission policy withholds while nothing runs."""
+
 
 class Engine:
     """Serves one model with one prefix cache.
@@ -280,6 +283,8 @@ class Engine:
         if plan is EMPTY and self._in_flight is None:
             for part in self._outside:
                 part.wait()
+            if self._scheduler.withholds_all:
+                time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
         return plan
 

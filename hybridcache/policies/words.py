@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 from hybridcache.policies.admission.base import AdmissionPolicy
 from hybridcache.policies.admission.live import Live
+from hybridcache.policies.admission.matched import CachedFirst, LongestMatch, Window
 from hybridcache.policies.admission.oldest import Oldest
+from hybridcache.policies.admission.session_gate import SessionGate
 from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.class_age import ClassAge
 from hybridcache.policies.eviction.clock import Clock
@@ -128,6 +130,10 @@ PLACEMENT_WORDS: dict[str, Word] = {
 
 ADMISSION_WORDS: dict[str, Word] = {
     "oldest": Word(Oldest),
+    "cached-first": Word(CachedFirst),
+    "longest-match": Word(LongestMatch),
+    "sessions": Word(SessionGate),
+    "window": Word(Window, "requests", "32"),
     "live": Word(Live, "sessions", "16"),
 }
 """Words for the order in which waiting requests are admitted."""
@@ -150,6 +156,11 @@ def eviction_words() -> list[str]:
 def placement_words() -> list[str]:
     """What ``parse_placement`` puts together, beside ``none`` and ``module:Class``."""
     return known_words(_PLACEMENT_AND_CAP)
+
+
+def admission_words() -> list[str]:
+    """Names that ``make_admission`` knows beside ``module:Class``."""
+    return known_words(ADMISSION_WORDS)
 
 
 def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:

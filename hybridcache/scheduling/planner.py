@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable, Collection, Iterable, Iterator
+from math import inf
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
@@ -155,7 +156,7 @@ class StepPlanner(Generic[R]):
             budget.num_for_short = 0
             self._grow(ends, budget)
             self._admit(passed, ends, budget)
-        if self._waiting and not self._running and self._admission.wakes_at_s() is None:
+        if self._waiting and not self._running and self.wakes_at_s is None:
             self._admit(self._waiting[:1], ends, budget)
         self._num_prefilling = sum(
             end - request.scheduled_len
@@ -168,7 +169,8 @@ class StepPlanner(Generic[R]):
     def _account(self) -> None:
         """Tell the policy how long the prefills of the last step took, which ends now."""
         if self._num_prefilling:
-            self._admission.computed(self._num_prefilling, self.now_s - self._step_began_s)
+            seconds = self.now_s - self._step_began_s
+            self._admission.computed(self._num_prefilling, seconds, self._load)
             self._num_prefilling = 0
 
     def advance(self, request: R, end: int, publishes: bool = True) -> None:
@@ -192,6 +194,17 @@ class StepPlanner(Generic[R]):
         """No request of ``session`` follows, as its client said."""
         self._sessions.end(session)
         self._admission.session_ended(session, self._load)
+
+    @property
+    def wakes_at_s(self) -> float | None:
+        """Time at which the policy withholds less; None if it names none that is still to come."""
+        time_s = self._admission.wakes_at_s()
+        return time_s if time_s is not None and self.now_s < time_s < inf else None
+
+    @property
+    def withholds_all(self) -> bool:
+        """True if nothing runs and the policy withheld all waiting requests from the last step."""
+        return self._withholds_all and bool(self._waiting) and not self._running
 
     @property
     def is_stuck(self) -> bool:

@@ -102,6 +102,10 @@ class ScheduledRequest:
         return self._buffer[: self.num_tokens]
 
     @property
+    def is_running(self) -> bool:
+        return self.lease is not None
+
+    @property
     def is_prefilling(self) -> bool:
         return self.computed_len < self.prefill_len
 

@@ -297,7 +297,7 @@ class _Run:
     def _coast(self, requests: Sequence[SimulatedRequest], context: int) -> None:
         """Take the steps in which ``requests`` decode and nothing else happens."""
         num_steps = min(request.num_quiet_steps for request in requests)
-        until_s = self.planner.admission.wakes_at_s() if self.planner.num_waiting else None
+        until_s = self.planner.wakes_at_s if self.planner.num_waiting else None
         if self.events:
             until_s = min(self.events[0][0], until_s or self.events[0][0])
         count, num_decodes = 0, len(requests)
@@ -312,7 +312,7 @@ class _Run:
 
     def _idle(self) -> None:
         """Nothing can be computed now: wait for the next event."""
-        wake_s = self.planner.admission.wakes_at_s()
+        wake_s = self.planner.wakes_at_s
         times = [
             time_s for time_s in (wake_s, self.events[0][0] if self.events else None) if time_s
         ]

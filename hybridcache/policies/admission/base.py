@@ -98,6 +98,16 @@ class AdmittedRequest(WaitingRequest, Protocol):
         evicted."""
         ...
 
+    @property
+    def is_running(self) -> bool:
+        """False before admission, while it waits after a preemption, and once it is answered."""
+        ...
+
+    @property
+    def is_prefilling(self) -> bool:
+        """True while a part of its prompt is not computed."""
+        ...
+
 
 class Load(Protocol):
     """The state of the server as a policy sees it. Read-only."""
@@ -154,8 +164,8 @@ class AdmissionPolicy:
     def admitted(self, request: AdmittedRequest, load: Load) -> None:
         """``request`` was admitted, for the first time or after a preemption."""
 
-    def computed(self, num_tokens: int, seconds: float) -> None:
-        """A step with so many prompt tokens took so long."""
+    def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
+        """The last step, which has just ended, computed so many prompt tokens and took so long."""
 
     def left(self, request: WaitingRequest, load: Load) -> None:
         """``request`` was answered or aborted."""
