@@ -200,9 +200,15 @@ class EngineConfig:
         "a CPU, 8192 elsewhere",
     )
     admission: str = _setting(
-        "oldest",
-        "which waiting request is admitted first, and which must wait: oldest, cached-first, "
-        "longest-match, window:N, live:N, sessions, or module:Class",
+        "sessions",
+        "which waiting request is admitted first, and which must wait: sessions (resident ones "
+        "first, others as the cache can bear), oldest, cached-first, longest-match, window:N, "
+        "live:N (sessions at a time), or module:Class",
+    )
+    max_share: float | None = _setting(
+        None,
+        "most of the running places and of the memory that the requests of one tenant take while "
+        "another tenant waits, 0 to 1; none: no limit",
     )
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
     grammar_budget_s: float = _setting(
@@ -311,6 +317,8 @@ class EngineConfig:
             raise ConfigError(
                 f"draft_index_mib must be a number of MiB of 0 or more, not {self.draft_index_mib}."
             )
+        if self.max_share is not None and not 0 < self.max_share <= 1:
+            raise ConfigError(f"max_share must be above 0 and at most 1 (got {self.max_share}).")
         if not 0 < self.grammar_budget_s < 1e6:
             raise ConfigError(
                 f"grammar_budget_s must be above 0 and below 1e6, not {self.grammar_budget_s}."

@@ -409,6 +409,7 @@ class Engine:
             self.runner.memory,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            queue=self._scheduler.admission_report(),
             transfers=None if self.transfers is None else self.transfers.as_dict(),
             lower=None if self._lower is None else self._lower.report(),
             draft_index_bytes=self._draft_memory.used_bytes,

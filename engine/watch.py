@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.requests.recent import Ended
 from engine.requests.request import Request
+from engine.schedule.report import CacheReport
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, node_id
 from hybridcache.watch.records import RequestShown, slabs_record
@@ -195,12 +196,22 @@ def _memory_record(engine: Engine) -> Record:
         | {
             "running": report.num_running,
             "waiting": report.num_waiting,
+            "sessions": [report.queue.live_sessions, report.queue.waiting_sessions],
+            "admission": _admission_text(report),
             "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": usage["cached_tokens"],
             "evicted_tokens": usage["evicted_tokens"],
             "evicted_checkpoints": usage["evicted_slots"],
         },
     ]
+
+
+def _admission_text(report: CacheReport) -> str:
+    """Return policy, limit and reason in a line."""
+    figures = report.queue.figures
+    reason = figures.get("reason", "")
+    numbers = [f"{name} {value:g}" for name, value in figures.items() if not isinstance(value, str)]
+    return "; ".join(filter(None, [report.admission, str(reason), ", ".join(numbers)]))
 
 
 def _num_nodes(engine: Engine) -> int:

@@ -20,7 +20,9 @@ states need another slab sit the step out, and the others go on.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
 from math import inf
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -31,6 +33,9 @@ from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.scheduling.sessions import Sessions
 from hybridcache.scheduling.sharing import Sharing
+
+LIVE_S = 300.0
+"""An idle session counts as live for so many seconds."""
 
 R = TypeVar("R", bound=ScheduledRequest)
 Q = TypeVar("Q", bound=ScheduledRequest)
@@ -57,6 +62,20 @@ class Holding(Protocol[Q]):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class AdmissionReport:
+    """State of the queue and of the policy that orders it."""
+
+    live_sessions: int
+    """Sessions with an open request, or idle for ``LIVE_S`` at most."""
+    waiting_sessions: int
+    """Sessions with a waiting request."""
+    oldest_wait_s: float
+    """Age of the oldest waiting request."""
+    figures: Mapping[str, float | str]
+    """Figures of the policy by name: its limit, and why it last moved."""
+
+
 class StepPlanner(Generic[R]):
     """Waiting and running requests, and the rules between them."""
 
@@ -68,12 +87,15 @@ class StepPlanner(Generic[R]):
         token_budget: int,
         memory: MemorySizes,
         admission: AdmissionPolicy,
+        max_share: float | None = None,
         shares: bool = True,
         fetching: Holding[R] | None = None,
         clock: Callable[[], float],
     ) -> None:
-        """``shares``: the cache keeps what is published, so that it can pay to wait for another
-        request's prefix. ``fetching`` loads prefixes of waiting requests from elsewhere."""
+        """``max_share``: most of the running places and of the memory, 0 to 1, that the requests of
+        one tenant take while requests of another wait; None for no limit. ``shares``: the cache
+        keeps what is published, so that it can pay to wait for another request's prefix.
+        ``fetching`` loads prefixes of waiting requests from elsewhere."""
         self._manager = manager
         self._admission = admission
         self._sessions = Sessions()
@@ -81,6 +103,8 @@ class StepPlanner(Generic[R]):
         self.now_s = clock()
         """Time of the newest step, arrival or departure."""
         self._load = _Load(self, manager, memory)
+        self._memory, self._max_share = memory, max_share
+        self._waiting_tenants: set[Hashable] = set()
         self._token_budget = token_budget
         self._sharing = Sharing(manager) if shares else None
         self._holding = fetching
@@ -144,6 +168,8 @@ class StepPlanner(Generic[R]):
         self.now_s = self._clock()
         self._account()
         budget = self._budget()
+        if self._max_share is not None:
+            self._waiting_tenants = {request.namespace for request in self._waiting}
         ends: dict[R, int] = {}
         for request in tuple(self._running):
             if request.lease is None or request.must_see_its_token or request.awaits_draw:
@@ -213,6 +239,21 @@ class StepPlanner(Generic[R]):
         withheld all."""
         is_full = self._is_full or self.num_running == self.max_running
         return not self._waiting or is_full or self._withholds_all
+
+    def admission_report(self) -> AdmissionReport:
+        """Return the state of queue and policy. O(waiting + live sessions)."""
+        now_s = self._clock()
+        since_s = now_s - LIVE_S
+        newest = reversed(tuple(self._sessions.idle))
+        idle = takewhile(lambda session: session.idle_since_s >= since_s, newest)
+        return AdmissionReport(
+            live_sessions=len(self._sessions.open) + sum(1 for _ in idle),
+            waiting_sessions=len({request.session for request in self._waiting}),
+            oldest_wait_s=max(
+                (now_s - request.arrival_s for request in self._waiting), default=0.0
+            ),
+            figures=dict(self._admission.report()),
+        )
 
     def _has_left(self, request: R) -> None:
         self.now_s = self._clock()
@@ -289,6 +330,8 @@ class StepPlanner(Generic[R]):
         self._withholds_all = not candidates
         num_looked_at = num_unled = 0
         for request in candidates:
+            if self._has_its_share(request):
+                continue
             is_held = self._holding is not None and self._holding.is_holding(request)
             yield request
             num_looked_at += not is_held
@@ -312,6 +355,8 @@ class StepPlanner(Generic[R]):
         self._is_full &= bool(self._running)
         passed: list[R] = []
         for request in candidates:
+            if self._has_its_share(request):
+                continue
             goal = self._sharing.goal(request) if self._sharing is not None else 0
             num_taken = len(self._running) + len(passed)
             has_turn = not budget.is_spent and num_taken < self.max_running
@@ -330,6 +375,18 @@ class StepPlanner(Generic[R]):
                 end = self._end(request, request.scheduled_len, budget)
                 self._take(ends, request, end, budget)
         return passed
+
+    def _has_its_share(self, request: R) -> bool:
+        """Return whether the tenant of waiting ``request`` has all that it may have while another
+        tenant waits: one running request at least. O(running)."""
+        tenant = request.namespace
+        if self._max_share is None or self._waiting_tenants <= {tenant}:
+            return False
+        own = [running for running in self._running if running.namespace == tenant]
+        if not own or len(own) + 1 > self._max_share * self.max_running:
+            return bool(own)
+        num_tokens = request.num_tokens + sum(running.num_tokens for running in own)
+        return self._memory.share(num_tokens, len(own) + 1) > self._max_share
 
     def _fits(self, request: R, budget: Budget) -> bool:
         """Whether waiting ``request`` could compute something. O(its length) where only a short one

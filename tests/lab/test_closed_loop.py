@@ -26,6 +26,7 @@ from hybridcache.lab.simulation.closed_loop import (
     ClosedLoop,
     RequestTable,
     SimulatedRequest,
+    run_closed_loop,
     simulate_closed_loop,
 )
 from hybridcache.lab.simulation.target import RunConfig
@@ -341,7 +342,7 @@ def lines_of(table: RequestTable) -> Iterator[Line]:
         ("window:4", 2600, 4),
         ("live:3", 2600, 4),
         ("sessions", 2500, 6),
-        ("hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.1, 0.0)", 2600, 4),
+        ("hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, -1.0, -0.5)", 2600, 4),
     ],
 )
 def test_simulator_and_engine_agree_on_every_admission_eviction_and_hit(
@@ -385,3 +386,97 @@ def test_simulator_and_engine_agree_on_every_admission_eviction_and_hit(
         assert found[:3] == expected[:3]
         assert found[3] == pytest.approx(expected[3], abs=1e-6)
         assert found[4] == expected[4]
+
+
+# --- figures of runs ------------------------------------------------------------------------------
+
+
+def small_load(
+    num_sessions: int = 12, tenant_of_each: int = 0, turns: int = 6, pause_s: float = 0.2
+) -> Trace:
+    """Sessions of 900 tokens and 60 more a turn; every ``tenant_of_each``-th is of tenant b."""
+    rng, requests = np.random.default_rng(7), []
+    for session in range(num_sessions):
+        text = rng.integers(0, 1000, 900, dtype=np.int32)
+        tenant = "b" if tenant_of_each and session % tenant_of_each == 0 else "a"
+        for turn in range(turns):
+            text = np.concatenate((text, rng.integers(0, 1000, 40, dtype=np.int32)))
+            answer = rng.integers(0, 1000, 20, dtype=np.int32)
+            requests.append(TraceRequest(pause_s * turn, session, tenant, text, answer))
+            text = np.concatenate((text, answer))
+    return Trace("small", 1, tuple(requests).__iter__)
+
+
+def small_run(num_sessions_that_fit: int) -> RunConfig:
+    geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
+    rows = num_sessions_that_fit * 2200
+    return RunConfig(geometry, budget_bytes=rows * geometry.kv_bytes_per_token)
+
+
+@pytest.mark.parametrize(("pause_s", "rate"), [(0.5, 1.0), (1.0, 1.0), (1.0, 0.5)])
+def test_a_fixed_limit_and_the_controller_keep_the_hits_that_oldest_first_loses(
+    pause_s: float, rate: float
+) -> None:
+    """A quarter of the sessions fits."""
+    slow = LinearSteps(prefill_token_s=1 / 2000)
+    trace = small_load(24, turns=15, pause_s=pause_s)
+    oldest, fixed, gate = (
+        run_closed_loop(
+            trace, small_run(6), ClosedLoop(slow, rate, admission=word, tells_ends=True)
+        )
+        for word in ("oldest", "live:4", "sessions")
+    )
+    assert {run.num_requests for run in (oldest, fixed, gate)} == {360}
+    assert oldest.token_hit_rate < 0.3
+    assert fixed.token_hit_rate > 0.8
+    assert gate.token_hit_rate > 0.55
+    assert max(fixed.makespan_s, gate.makespan_s) < 0.7 * oldest.makespan_s
+    assert gate.ttft_mean_s < 0.6 * oldest.ttft_mean_s
+    assert gate.oldest_wait_s < gate.makespan_s
+
+
+def test_where_all_sessions_fit_the_controller_changes_nothing() -> None:
+    tables = [
+        simulate_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 2.0, admission=word))
+        for word in ("oldest", "sessions")
+    ]
+    assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
+
+
+def test_live_sessions_and_makespan_are_those_of_the_clock() -> None:
+    run = run_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 100.0))
+    assert run.live_most == 12
+    assert 1 < run.live_mean <= 12
+    assert run.makespan_s > 5 * 0.2  # five pauses
+    assert run.goodput == pytest.approx(run.num_requests / run.makespan_s)
+    assert run.jain == 1.0
+
+
+def test_max_share_keeps_places_for_other_tenants() -> None:
+    """Tenant a sends three quarters of the sessions, which fill all places; b waits behind."""
+    waits = {}
+    for max_share in (None, 0.5):
+        loop = ClosedLoop(TIMES, 1000.0, max_running=2, max_share=max_share)
+        table = simulate_closed_loop(small_load(16, tenant_of_each=8), small_run(60), loop)
+        assert len(table.session) == 96
+        waits[max_share] = [
+            admitted_s - asked_s
+            for tenant, admitted_s, asked_s in zip(
+                table.tenant, table.admitted_s, table.asked_s, strict=True
+            )
+            if tenant == "b"
+        ]
+    assert sum(waits[0.5]) < 0.5 * sum(waits[None])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0.0}, "rate must be above 0"),
+        ({"max_share": 1.5}, "max_share must be above 0"),
+        ({"token_budget": 10}, "token_budget at least 64"),
+    ],
+)
+def test_loads_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClosedLoop(TIMES, **{"rate": 1.0} | options)

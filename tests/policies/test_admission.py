@@ -44,6 +44,8 @@ class FakeLoad:
     max_running: int = 16
     open_sessions: Sequence[Session] = ()
     idle_sessions: Sequence[Session] = ()
+    session_share: float = 0.0
+    """Part of the memory that each session takes."""
     looked_at: list[WaitingRequest] = field(default_factory=list)
 
     def cached_len(self, request: FakeRequest) -> int:
@@ -51,7 +53,7 @@ class FakeLoad:
         return request.cached
 
     def footprint(self, session: Session) -> float:
-        return 0.0
+        return self.session_share
 
 
 def session(number: int, num_requests: int = 2, known_len: int = 1000) -> Session:
@@ -132,6 +134,7 @@ def test_a_cold_request_is_passed_a_bounded_number_of_times(word: str) -> None:
 def test_no_step_looks_up_more_than_a_bounded_number_of_prompts(word: str) -> None:
     policy, load = make_admission(word), FakeLoad()
     congest(policy, load)
+    load.now_s += 1.0
     requests = waiting([0] * 1000)
     for _ in range(3):
         load.looked_at.clear()
@@ -199,10 +202,17 @@ def test_resident_sessions_go_first_and_others_enter_one_by_one_when_the_debt_is
     assert arrivals(policy.order(requests, load)) == [0, 1, 3], "all is repaid: oldest first"
 
 
-def test_an_idle_server_withholds_nothing() -> None:
-    policy, load = make_admission("sessions"), FakeLoad(num_running=0)
+def test_a_server_idles_no_longer_than_the_prompt_would_take() -> None:
+    policy, load = make_admission("sessions"), FakeLoad(num_running=0, session_share=0.4)
     congest(policy, load)
-    assert arrivals(policy.order(waiting([0, 0]), load)) == [0]
+    requests = waiting([0, 0], num_tokens=4000)
+    assert arrivals(policy.order(requests, load)) == [0], "there is room"
+    load.open_sessions = [session(7), session(8)]
+    assert arrivals(policy.order(requests, load)) == []
+    wakes_at_s = policy.wakes_at_s()
+    assert wakes_at_s == pytest.approx(load.now_s + 4000 / 8000, rel=0.01)
+    load.now_s = wakes_at_s
+    assert arrivals(policy.order(requests, load)) == [0]
 
 
 def test_a_preempted_request_goes_on_whatever_it_lost() -> None:
@@ -235,7 +245,8 @@ def test_the_report_says_what_is_withheld_and_why() -> None:
     report = policy.report()
     assert report["withheld_requests"] == 2
     assert report["debt_s"] == pytest.approx(80_000 / 8000 - CREDIT_S, rel=0.05)
-    assert "80000" in str(report["reason"])
+    assert report["last_lost_tokens"] == 80_000
+    assert report["reason"] == "lost text is being repaid"
 
 
 def test_memory_of_left_requests_is_let_go() -> None:

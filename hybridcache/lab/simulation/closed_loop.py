@@ -32,6 +32,7 @@ from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
+from hybridcache.units import GIB
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +46,17 @@ class ClosedLoop:
     """Of the arrivals."""
     max_running: int = 16
     token_budget: int = 8192
-    admission: AdmissionSpec = "oldest"
+    admission: AdmissionSpec = "sessions"
+    max_share: float | None = None
+    """Most of the running places and of the memory that one tenant takes while others wait."""
     tells_ends: bool = False
     """The client says when a session has ended."""
 
     def __post_init__(self) -> None:
         if not self.rate > 0:
             raise ValueError(f"rate must be above 0 sessions per second (got {self.rate}).")
+        if self.max_share is not None and not 0 < self.max_share <= 1:
+            raise ValueError(f"max_share must be above 0 and at most 1 (got {self.max_share}).")
         if self.max_running < 1 or self.token_budget < 64:
             raise ValueError(
                 f"max_running must be at least 1 and token_budget at least 64 (got "
@@ -181,6 +186,7 @@ class _Run:
             token_budget=loop.token_budget,
             memory=memory,
             admission=self.admission,
+            max_share=loop.max_share,
             clock=lambda: self.now_s,
         )
         self.loop, self.times = loop, loop.times
@@ -341,6 +347,107 @@ class _Run:
         table.cached_tokens.append(request.cached_len)
         table.preemptions.append(request.num_preemptions)
         table.lost = [a + b for a, b in zip(table.lost, losses, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedLoopRun:
+    """Figures of one run in closed loop. Times in seconds."""
+
+    trace: str
+    label: str
+    """The cache's policies."""
+    admission: str
+    rate: float
+    """Sessions that arrived in a second."""
+    seed: int
+    gib: float | None
+    num_requests: int
+    num_refused: int
+    """Requests longer than the memory."""
+    prompt_tokens: int
+    cached_tokens: int
+    lost_tokens: int
+    """Prompt tokens computed again because they, or a checkpoint after them, were evicted."""
+    ttft_mean_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    oldest_wait_s: float
+    """Longest time from arrival to admission."""
+    limit_s: float
+    """Time to first token up to which an answer counts for ``goodput``."""
+    goodput: float
+    """Requests a second that were answered in time."""
+    makespan_s: float
+    live_mean: float
+    """Sessions between their first request and their last answer, over time."""
+    live_most: int
+    num_preemptions: int
+    jain: float
+    """Jain's index of the tenants' shares of requests answered in time; 1: all alike."""
+    worst_tenant: str
+    """Tenant with the highest mean time to first token."""
+    worst_ttft_s: float
+
+    @property
+    def token_hit_rate(self) -> float:
+        return self.cached_tokens / max(1, self.prompt_tokens)
+
+
+def run_closed_loop(
+    trace: Trace, config: RunConfig, loop: ClosedLoop, limit_s: float = 2.0
+) -> ClosedLoopRun:
+    """Serve ``trace`` as ``loop`` says, and return the figures. ValueError if no request fits."""
+    table = simulate_closed_loop(trace, config, loop)
+    if not table.session:
+        raise ValueError(f"{trace.name}: no request fits in the memory ({table.num_refused} tried)")
+    asked_s = np.array(table.asked_s)
+    ttft_s = np.array(table.first_token_s) - asked_s
+    tenants: dict[Hashable, list[float]] = {}
+    for tenant, seconds in zip(table.tenant, ttft_s.tolist(), strict=True):
+        tenants.setdefault(tenant, []).append(seconds)
+    in_time = [sum(one <= limit_s for one in each) / len(each) for each in tenants.values()]
+    means = {tenant: sum(each) / len(each) for tenant, each in tenants.items()}
+    worst = max(means, key=lambda tenant: means[tenant])
+    losses = Losses(*table.lost)
+    p50_s, p99_s = np.percentile(ttft_s, (50, 99)).tolist()
+    budget = config.budget_bytes
+    return ClosedLoopRun(
+        trace=trace.name,
+        label=config.label,
+        admission=str(loop.admission),
+        rate=loop.rate,
+        seed=loop.seed,
+        gib=None if budget is None else budget / GIB,
+        num_requests=len(ttft_s),
+        num_refused=table.num_refused,
+        prompt_tokens=sum(table.prompt_tokens),
+        cached_tokens=sum(table.cached_tokens),
+        lost_tokens=losses.kv_evicted + losses.checkpoint_evicted,
+        ttft_mean_s=float(ttft_s.mean()),
+        ttft_p50_s=p50_s,
+        ttft_p99_s=p99_s,
+        oldest_wait_s=float((np.array(table.admitted_s) - asked_s).max()),
+        limit_s=limit_s,
+        goodput=float((ttft_s <= limit_s).sum()) / table.end_s,
+        makespan_s=table.end_s,
+        live_mean=table.live_s / table.end_s,
+        live_most=table.max_live,
+        num_preemptions=sum(table.preemptions),
+        jain=jain_index(in_time),
+        worst_tenant="-" if worst is None else str(worst),
+        worst_ttft_s=means[worst],
+    )
+
+
+def jain_index(shares: Sequence[float]) -> float:
+    """Return Jain's fairness index of non-negative ``shares``: 1 if they are equal, 1/n if one has
+    all.
+
+    >>> jain_index([3.0, 3.0]), jain_index([1.0, 0.0]), jain_index([0.0, 0.0])
+    (1.0, 0.5, 1.0)
+    """
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
 
 
 def memory_sizes(config: RunConfig) -> MemorySizes:

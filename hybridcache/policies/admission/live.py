@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
 
@@ -48,3 +48,6 @@ class Live(AdmissionPolicy):
 
     def session_ended(self, session: Session, load: Load) -> None:
         self._live.pop(session, None)
+
+    def report(self) -> Mapping[str, float | str]:
+        return {"limit_sessions": self._limit, "admitted_sessions": len(self._live)}
