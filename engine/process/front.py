@@ -311,6 +311,7 @@ def _submission(spec: RequestSpec, request_id: str, tokens: np.ndarray) -> Submi
         spec.namespace,
         tuple(spec.boundaries),
         spec.answer_survives,
+        spec.ends_session,
         spec.prompt_logprobs,
         spec.grammar,
         time.perf_counter(),

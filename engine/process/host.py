@@ -105,6 +105,7 @@ class Host:
             namespace=asked.namespace,
             boundaries=asked.boundaries,
             answer_survives=asked.answer_survives,
+            ends_session=asked.ends_session,
             prompt_logprobs=asked.prompt_logprobs,
             request_id=asked.request_id,
             grammar=asked.grammar,

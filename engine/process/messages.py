@@ -30,6 +30,7 @@ class Submit(Message, frozen=True):
     namespace: str | None
     boundaries: tuple[int, ...]
     answer_survives: bool
+    ends_session: bool
     prompt_logprobs: int | None
     grammar: Grammar | None
     arrival_s: float

@@ -82,6 +82,7 @@ class Request(ScheduledRequest):
             namespace=spec.namespace,
             boundaries=tuple(spec.boundaries),
             answer_survives=spec.answer_survives,
+            ends_session=spec.ends_session,
             save_at=tuple(spec.save_at),
             arrival=arrival,
             arrival_s=arrival_s,

@@ -261,6 +261,8 @@ class StepPlanner(Generic[R]):
             self._account()
         self._sessions.left(request, self.now_s)
         self._admission.left(request, self._load)
+        if request.ends_session:
+            self.end_session(request.session)
 
     def _decoding(self) -> list[R]:
         return [r for r in self._running if r.scheduled_len >= r.prefill_len and not r.awaits_draw]

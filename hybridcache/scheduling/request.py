@@ -25,6 +25,7 @@ class ScheduledRequest:
         "boundaries",
         "cached_len",
         "computed_len",
+        "ends_session",
         "fetched_len",
         "held_logits",
         "lease",
@@ -53,6 +54,7 @@ class ScheduledRequest:
         namespace: Hashable = None,
         boundaries: tuple[int, ...] = (),
         answer_survives: bool = True,
+        ends_session: bool = False,
         save_at: tuple[int, ...] = (),
         arrival: int,
         arrival_s: float,
@@ -63,6 +65,8 @@ class ScheduledRequest:
         self.namespace = namespace
         self.boundaries = boundaries
         self.answer_survives = answer_survives
+        self.ends_session = ends_session
+        """True if no request of its session follows."""
         self.save_at = save_at
         self.arrival = arrival
         """Rank among all requests: older is smaller."""
