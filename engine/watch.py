@@ -4,11 +4,11 @@ it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from engine.requests.recent import Ended
 from engine.requests.request import Request
-from engine.schedule.report import CacheReport
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, node_id
 from hybridcache.watch.records import RequestShown, slabs_record
@@ -197,7 +197,7 @@ def _memory_record(engine: Engine) -> Record:
             "running": report.num_running,
             "waiting": report.num_waiting,
             "sessions": [report.queue.live_sessions, report.queue.waiting_sessions],
-            "admission": _admission_text(report),
+            "admission": _admission_text(report.admission, report.queue.figures),
             "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": usage["cached_tokens"],
             "evicted_tokens": usage["evicted_tokens"],
@@ -206,12 +206,11 @@ def _memory_record(engine: Engine) -> Record:
     ]
 
 
-def _admission_text(report: CacheReport) -> str:
+def _admission_text(policy: str, figures: Mapping[str, float | str]) -> str:
     """Return policy, limit and reason in a line."""
-    figures = report.queue.figures
     reason = figures.get("reason", "")
     numbers = [f"{name} {value:g}" for name, value in figures.items() if not isinstance(value, str)]
-    return "; ".join(filter(None, [report.admission, str(reason), ", ".join(numbers)]))
+    return "; ".join(filter(None, [policy, str(reason), ", ".join(numbers)]))
 
 
 def _num_nodes(engine: Engine) -> int:

@@ -4,15 +4,16 @@
 
 Sessions arrive openly, each waits for its answers and pauses between them; the memory holds a third
 of them. Step times are measured first, on the same engine (``measure_prefill``). The simulator then
-serves the very same requests. Results go to ``results/closed_loop.json``. The times mean something
-only on a machine that does nothing else.
+serves the very same requests. Results go to ``results/closed_loop.json``. The model computes, but
+the clock counts the processor time of this process, and pauses are skipped: other work on the
+machine changes little. Set OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
+import heapq
 import json
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import AsyncEngine, Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.run.model_config import read_config
 from experiments.measure_prefill import measured
@@ -58,39 +59,57 @@ def agents(num_sessions: int, seed: int) -> list[list[Turn]]:
     return [[turn(place) for place in range(rng.integers(5, 13))] for _ in range(num_sessions)]
 
 
-async def serve(
-    engine: AsyncEngine, sessions: list[list[Turn]], rate: float, seed: int
+class CpuClock:
+    """Processor time of this process, and the time that was skipped while nothing was to do."""
+
+    def __init__(self) -> None:
+        self.skipped_s = 0.0
+
+    def __call__(self) -> float:
+        return time.process_time() + self.skipped_s
+
+
+def serve(
+    engine: Engine, clock: CpuClock, sessions: list[list[Turn]], rate: float, seed: int
 ) -> tuple[dict[str, float], Trace]:
     """Serve ``sessions``. Returns hits and times, and the trace of what was said and answered."""
-    starts = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(sessions)))
-    began_s, requests, ttfts = time.perf_counter(), {}, []
-    prompt_tokens = cached_tokens = 0
-
-    async def session(number: int) -> None:
-        nonlocal prompt_tokens, cached_tokens
-        await asyncio.sleep(max(0.0, began_s + starts[number] - time.perf_counter()))
-        text, at_s = np.zeros(0, np.int32), 0.0
-        for place, turn in enumerate(sessions[number]):
-            if place:
-                await asyncio.sleep(turn.pause_s)
-                at_s += turn.pause_s
-            text = np.concatenate((text, turn.said))
+    began_s = clock()
+    starts = began_s + np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(sessions)))
+    events = [(start_s, number, 0) for number, start_s in enumerate(starts.tolist())]
+    texts = [np.zeros(0, np.int32) for _ in sessions]
+    requests: dict[tuple[int, int], TraceRequest] = {}
+    live: dict[str, tuple[int, int, float]] = {}
+    ttfts, prompt_tokens, cached_tokens = [], 0, 0
+    while events or live:
+        if not live:
+            clock.skipped_s += max(0.0, events[0][0] - clock())
+        while events and events[0][0] <= clock():
+            asked_s, number, place = heapq.heappop(events)
+            turn = sessions[number][place]
+            texts[number] = np.concatenate((texts[number], turn.said))
             rule = SamplingParams(max_tokens=turn.answer_len, temperature=0.0, ignore_eos=True)
-            async for output in engine.submit(text, rule):
-                last = output
-            ttfts.append(last.timings.ttft_s)
-            prompt_tokens += len(text)
-            cached_tokens += last.cached_len
-            answer = np.asarray(last.token_ids, np.int32)
-            requests[number, place] = TraceRequest(at_s, number, None, text, answer)
-            text = np.concatenate((text, answer))
-
-    await asyncio.gather(*(session(number) for number in range(len(sessions))))
+            live[engine.submit(texts[number], rule)] = number, place, clock() - asked_s
+        for output in engine.step():
+            if output.finish_reason is None:
+                continue
+            number, place, late_s = live.pop(output.request_id)
+            assert output.timings.ttft_s is not None
+            ttfts.append(output.timings.ttft_s + late_s)
+            prompt_tokens += len(texts[number])
+            cached_tokens += output.cached_len
+            answer = np.asarray(output.token_ids, np.int32)
+            before = requests.get((number, place - 1))
+            at_s = before.timestamp_s + sessions[number][place].pause_s if before else 0.0
+            requests[number, place] = TraceRequest(at_s, number, None, texts[number], answer)
+            texts[number] = np.concatenate((texts[number], answer))
+            if place + 1 < len(sessions[number]):
+                pause_s = sessions[number][place + 1].pause_s
+                heapq.heappush(events, (clock() + pause_s, number, place + 1))
     figures = {
         "hit": 100 * cached_tokens / prompt_tokens,
         "ttft_mean_s": float(np.mean(ttfts)),
         "ttft_p99_s": float(np.percentile(ttfts, 99)),
-        "makespan_s": time.perf_counter() - began_s,
+        "makespan_s": clock() - began_s,
     }
     ordered = tuple(requests[key] for key in sorted(requests))
     return figures, Trace("agents on the built-in model", 1, ordered.__iter__)
@@ -107,7 +126,7 @@ def geometry_of(engine: Engine) -> ModelGeometry:
     )
 
 
-def engine_of(admission: str, num_bytes: float, max_running: int) -> Engine:
+def engine_of(admission: str, num_bytes: float, max_running: int, clock: CpuClock) -> Engine:
     return Engine(
         EngineConfig(
             admission=admission,
@@ -116,13 +135,15 @@ def engine_of(admission: str, num_bytes: float, max_running: int) -> Engine:
             cache_gib=num_bytes / 2**30,
             eviction=POLICY,
             checkpoints=(POLICY,),
-        )
+        ),
+        clock=clock,
     )
 
 
 def compare(admission: str, options: argparse.Namespace, num_bytes: float) -> dict[str, Any]:
     """Serve and simulate with one policy."""
-    engine = engine_of(admission, num_bytes, options.max_running)
+    clock = CpuClock()
+    engine = engine_of(admission, num_bytes, options.max_running, clock)
     tables = measured(engine, 2048, options.repeats)
     times = MeasuredTimes(
         tuple(tables["starts"]),
@@ -134,10 +155,7 @@ def compare(admission: str, options: argparse.Namespace, num_bytes: float) -> di
     )
     engine.reset_prefix_cache()
     sessions = agents(options.sessions, options.seed)
-    served = AsyncEngine(engine)
-    served.start()
-    found, trace = asyncio.run(serve(served, sessions, options.rate, options.seed))
-    served.stop()
+    found, trace = serve(engine, clock, sessions, options.rate, options.seed)
     memory, geometry = engine.runner.memory, geometry_of(engine)
     config = RunConfig(geometry, budget_bytes=memory.total_bytes, policy=POLICY, checkpoints=POLICY)
     sizes = memory_sizes(config)
@@ -170,7 +188,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--admission", nargs="+", default=["oldest", "sessions"])
     options = parser.parse_args()
-    memory = engine_of("oldest", 2**27, options.max_running).runner.memory
+    memory = engine_of("oldest", 2**27, options.max_running, CpuClock()).runner.memory
     lengths = [
         sum(len(turn.said) + turn.answer_len for turn in session)
         for session in agents(options.sessions, options.seed)

@@ -23,12 +23,15 @@ class Live(AdmissionPolicy):
         self._wakes_at_s: float | None = None
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
-        self._wakes_at_s = None
+        self._wakes_at_s, has_place = None, True
         for request in waiting:
             session = request.session
-            if session in self._live or self._has_place(load.now_s):
+            if session not in self._live:
+                has_place = has_place and self._has_place(load.now_s)
+                if not has_place:
+                    continue
                 self._live[session] = None
-                yield request
+            yield request
 
     def _has_place(self, now_s: float) -> bool:
         if len(self._live) < self._limit:
