@@ -387,6 +387,11 @@ class Engine:
         request_id = self.submit(prompt, sampling, **options)
         return follow(self, self._mailboxes, request_id)
 
+    def end_session(self, request_id: str) -> None:
+        """End the session whose newest request is ``request_id``: no request follows it. Does
+        nothing if another one has. O(sessions)."""
+        self._scheduler.end_session_of(request_id)
+
     def reset_prefix_cache(self) -> None:
         """Forget every prefix that no running request stands on, wherever it is kept."""
         self._forget()

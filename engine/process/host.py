@@ -140,6 +140,8 @@ class Host:
                 return engine.cache_view()
             case "reset":
                 return engine.reset_prefix_cache()
+            case "end session":
+                return engine.end_session(asked.request_id)
             case "stop accepting":
                 return engine.stop_accepting()
             case "watch":

@@ -221,6 +221,13 @@ class StepPlanner(Generic[R]):
         self._sessions.end(session)
         self._admission.session_ended(session, self._load)
 
+    def end_session_of(self, request_id: str) -> None:
+        """End the idle session whose newest request is ``request_id``, if there is one.
+        O(sessions)."""
+        for session in self._sessions.idle:
+            if session.newest_id == request_id:
+                return self.end_session(session)
+
     @property
     def wakes_at_s(self) -> float | None:
         """Time at which the policy withholds less; None if it names none that is still to come."""

@@ -70,6 +70,7 @@ class Sessions:
         else:
             anchors.remove(session)
             self._idle.pop(session, None)
+        session.newest_id = request.request_id
         session.num_requests += 1
         session.num_open += 1
         session.known_len = known_len

@@ -443,6 +443,28 @@ def test_where_all_sessions_fit_the_controller_changes_nothing() -> None:
     assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
 
 
+class LooksAround(AdmissionPolicy):
+    """Oldest first, after looking up every waiting request twice."""
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        once = [load.cached_len(request) for request in waiting]
+        assert once == [load.cached_len(request) for request in waiting]
+        return waiting
+
+
+def test_lookups_count_no_use_of_the_cache() -> None:
+    """Evictions and hits are the same."""
+    slow = LinearSteps(prefill_token_s=1 / 2000)
+    tables = [
+        simulate_closed_loop(
+            small_load(16), small_run(6), ClosedLoop(slow, 5.0, max_running=2, admission=admission)
+        )
+        for admission in ("oldest", LooksAround)
+    ]
+    assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
+    assert tables[0].lost == tables[1].lost and sum(tables[0].lost) > 0
+
+
 def test_live_sessions_and_makespan_are_those_of_the_clock() -> None:
     run = run_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 100.0))
     assert run.live_most == 12

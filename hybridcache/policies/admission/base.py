@@ -15,6 +15,7 @@ class Session:
         "ended",
         "idle_since_s",
         "known_len",
+        "newest_id",
         "num_open",
         "num_requests",
         "num_tokens",
@@ -28,6 +29,8 @@ class Session:
         """Rank among all sessions, by the arrival of the first request."""
         self.tenant = tenant
         self.began_s = began_s
+        self.newest_id = ""
+        """Id of the newest request."""
         self.num_requests = 0
         self.num_open = 0
         """Requests that wait or run."""

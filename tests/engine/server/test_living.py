@@ -421,3 +421,16 @@ def test_a_client_says_that_its_session_ends(
     assert "engine_waiting_sessions 0.0" in metrics
     assert 'engine_admission{figure="debt_s"} -5.0' in metrics
     assert 'policy="sessions",reason="little was lost: oldest first"' in metrics
+
+
+def test_deleting_the_newest_response_of_a_chain_ends_its_session(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    live = serve_oracle()
+    body = {"input": "hello", "max_output_tokens": 4}
+    first = live.post("/v1/responses", body).json()["id"]
+    second = live.post("/v1/responses", body | {"previous_response_id": first}).json()["id"]
+    for response_id, num_live in ((first, 1), (second, 0)):
+        live.wait_for(lambda report: report["queue"]["live_sessions"] == 1)
+        assert live.http.delete(f"/v1/responses/{response_id}").json()["deleted"]
+        assert live.report()["queue"]["live_sessions"] == num_live
