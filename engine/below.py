@@ -23,13 +23,13 @@ from engine.store.prefixes import Piece, covering
 from engine.store.records import RecordStore
 from engine.store.weights_digest import save_digest
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
 from hybridcache.allocators.pages import MAX_ROWS
+from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
-from hybridcache.tiered import TieredRadixCache
-from hybridcache.units import GIB, format_bytes
+from hybridcache.variants import TieredRadixCache
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer

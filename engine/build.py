@@ -17,13 +17,13 @@ from engine.requests.sampling_defaults import read_sampling_defaults
 from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.scheduler import Scheduler
 from engine.transfer.counts import TransferCounts
-from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.interface import PrefixCache
-from hybridcache.lease_log import LeaseLog
+from hybridcache.api import PrefixCache
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.lease import LeaseLog
 from hybridcache.policies.words import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.variants import TieredRadixCache
 
 if TYPE_CHECKING:
     from engine.engine import Engine

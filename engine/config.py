@@ -113,13 +113,13 @@ class EngineConfig:
         "hybrid", "hybrid: KV and state checkpoints; radix: KV alone, attention-only models"
     )
     checkpoints: tuple[str, ...] = _setting(
-        ("branch", "boundary", "backoff", "end"),
-        "where states are saved: words joined by commas (branch, boundary, backoff, end, "
-        "every:1024, ...)",
+        ("regret",),
+        "where states are saved: placement names joined by commas (regret, branch, boundary, "
+        "backoff, end, every:1024, ...)",
     )
     eviction: str = _setting(
-        "lru",
-        "what leaves the cache first: lru, regret, gdsf, s3-fifo, ...; a wrong word lists all",
+        "regret",
+        "eviction policy: regret, lru, gdsf, s3-fifo, ...; an unknown name lists all",
     )
     grid: int = _setting(
         TILE,

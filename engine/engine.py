@@ -29,8 +29,8 @@ from engine.schedule.observed import Observer, StepReport
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
 from engine.text.outputs import RequestOutput
-from hybridcache.interface import PrefixCache
-from hybridcache.lease_log import LeaseLog
+from hybridcache.api import PrefixCache
+from hybridcache.lease import LeaseLog
 from hybridcache.policies.words import parse_placement
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Engine:
         )
         self.prefill_server = prefill_server(self, self._manager, self.transfers)
         """What computes prefixes for other engines; None: it is none of its roles."""
-        late_draws = LateDraws(self._scheduler, sampler, self._intake.guides.news)
+        late_draws = LateDraws(self._scheduler, sampler, self._intake.guides.shared.news)
         outside: tuple[Outside | None, ...] = late_draws, self._fetching, self.prefill_server
         self._outside = tuple(part for part in outside if part is not None)
 
@@ -171,7 +171,7 @@ class Engine:
     def prepare_grammars(self) -> None:
         """Build what the first grammar needs. It takes a second for a large vocabulary, in which
         no other thread of the process runs. Does nothing if answers cannot be guided here."""
-        self._intake.guides.prepare()
+        self._intake.guides.load()
 
     def enqueue(self, request: Request) -> None:
         """The second half of ``submit``."""

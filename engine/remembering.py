@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from engine.store.disk import Disk
+from hybridcache.export.warm_state import Memory, pack, unpack, write_memory
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.remembered import Memory, pack, unpack, write_memory
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.variants import TieredRadixCache
 
 NAME = "memory"
 IDLE_EVERY_S, BUSY_EVERY_S = 1.0, 30.0

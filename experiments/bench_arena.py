@@ -31,7 +31,7 @@ from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 from kernels.cache_write.reference import move_rows
 
 LENGTH = 1024

@@ -16,9 +16,9 @@ from tqdm import tqdm
 from experiments.lab import GB, MARCONI_7B, QWEN3_NEXT, WORKLOADS
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import ModelGeometry, Trace, optimum
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import sharegpt_like
 from hybridcache.lab.optimum import Method
-from hybridcache.units import GIB
 
 Case = tuple[Trace, ModelGeometry, float, Method]
 

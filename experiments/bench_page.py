@@ -58,7 +58,8 @@ PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ??
 
 def large_recording(num_nodes: int) -> Recording:
     """A tree of at least so many nodes: conversations over shared beginnings."""
-    cache = build_prefix_cache(CacheConfig(num_kv_tokens=1 << 23, num_slots=num_nodes, grid=64))
+    config = CacheConfig(num_kv_tokens=1 << 23, num_slots=num_nodes, eviction="lru")
+    cache = build_prefix_cache(config)
     recorder, random = Recorder(), np.random.default_rng(0)
     cache.subscribe(recorder)
     seen = [np.empty(0, np.int32)]

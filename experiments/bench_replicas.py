@@ -21,7 +21,7 @@ from engine.command.inspect import load_geometry
 from engine.fleet.front import FleetEngine
 from engine.fleet.start import FleetSize, PerToken, start_fleet
 from engine.requests.spec import RequestSpec
-from experiments.lab import keep, rounded
+from experiments.lab import STATIC_PLACEMENT, keep, rounded
 from hybridcache import RunConfig, Trace, TraceRequest
 from hybridcache.lab.replicas.fleet import FleetConfig
 from hybridcache.lab.replicas.runs import FleetJob, run_fleet
@@ -43,7 +43,12 @@ def main() -> None:
     options = parser.parse_args()
     records = []
     for router in options.routers.split(","):
-        config = EngineConfig(cache_gib=options.cache_gib, max_model_len=2048)
+        config = EngineConfig(
+            cache_gib=options.cache_gib,
+            max_model_len=2048,
+            eviction="lru",
+            checkpoints=tuple(STATIC_PLACEMENT.split(",")),
+        )
         fleet = start_fleet(config, FleetSize(options.replicas), router, f"bench-{router}")
         records.append(asyncio.run(_measure(fleet, router, options)))
         print(records[-1], flush=True)
@@ -89,7 +94,12 @@ async def _measure(fleet: FleetEngine, router: str, options: argparse.Namespace)
     forecast = run_fleet(
         Trace("bench_replicas", 1, tuple(asked).__iter__),
         FleetJob(
-            RunConfig(load_geometry(None), budget_bytes=facts.capacity_bytes),
+            RunConfig(
+                load_geometry(None),
+                budget_bytes=facts.capacity_bytes,
+                policy="lru",
+                checkpoints=STATIC_PLACEMENT,
+            ),
             FleetConfig(options.replicas, router, tpot_s=tpot_s),
             times,
         ),

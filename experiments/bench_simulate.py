@@ -3,11 +3,16 @@ core.
 
     python -m experiments.bench_simulate            # every policy, some minutes
     python -m experiments.bench_simulate --quick    # LRU and regret
+    python -m experiments.bench_simulate --default  # the default pair against LRU, a minute
 
-Chat-like traces at 12 GiB with the default placement: 320 requests of 3,700 tokens, 120 of 500, 320
-of 2,200, 320 of 11,000, and 10,000 of 2,100 with 64 conversations live. The median of the runs is
-quoted, generating the trace excluded; the garbage collector is left as it is, but what an earlier
-run left is collected before the clock starts.
+Chat-like traces at 12 GiB with the placement ``branch,boundary,backoff,end``: 320 requests of 3,700
+tokens, 120 of 500, 320 of 2,200, 320 of 11,000, and 10,000 of 2,100 with 64 conversations live. The
+median of the runs is quoted, generating the trace excluded; the garbage collector is left as it is,
+but what an earlier run left is collected before the clock starts.
+
+``--default`` times the default policies, and LRU with the placement above, in alternated runs at
+sizes at which both evict. A request's time is all that a simulated request takes: lease, tree,
+policies and the simulator's own loop.
 
 For LRU also the floor: the same requests, the same slots, checkpoints and evictions in the same
 order, as a bare loop over the tree's verbs with all that leases, placement, serving and records do
@@ -32,6 +37,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from experiments.lab import STATIC_PLACEMENT
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import (
     EVICTION,
@@ -51,14 +57,17 @@ from hybridcache import (
     build_target,
     serve,
 )
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.policies.placement.rules import Placement
-from hybridcache.units import GIB
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
+CONFIG = RunConfig(GEOMETRY, policy="lru", checkpoints=STATIC_PLACEMENT)
 SERVING = Serving(Roofline.fitting(GEOMETRY))
 TRACES = ("chat", "short", "few-shot", "agent", "conversations")
 REPEATS = 5
+PRESSED_GIB = {"chat": 6, "agent": 3, "short": 1.5, "conversations": 12, "tree-search": 0.75}
+"""Sizes at which both evict, GiB."""
 VERBS = ("match", "touch", "lock", "unlock", "allocate_slot", "allocate_kv", "insert")
 """Those that cost; ``free_kv`` and ``free_slot`` are counted with what is around the tree."""
 
@@ -238,11 +247,37 @@ def parts(kept: Sequence[TraceRequest], config: RunConfig) -> dict[str, Any]:
     }
 
 
+def compare_default() -> list[dict[str, Any]]:
+    """Time the default policies against LRU with ``STATIC_PLACEMENT``, in alternated runs."""
+    records = []
+    for word, gib in tqdm(PRESSED_GIB.items(), unit=" traces", disable=None):
+        kept = tuple(GENERATORS[word]())
+        configs = {
+            "lru": replace(CONFIG, budget_bytes=int(gib * GIB)),
+            "default": RunConfig(GEOMETRY, budget_bytes=int(gib * GIB)),
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in configs}
+        hit_rates = {}
+        for _ in range(2 * REPEATS):
+            for name, config in configs.items():
+                target = lease_target(config)
+                seconds[name].append(seconds_served(kept, target))
+                total = target.cache.stats.total
+                hit_rates[name] = total.cached_tokens / total.prompt_tokens
+        us = {name: statistics.median(runs) / len(kept) * 1e6 for name, runs in seconds.items()}
+        record: dict[str, Any] = {"trace": word, "gib": gib, "requests": len(kept)}
+        for name in configs:
+            record[f"{name}_us"] = round(us[name])
+            record[f"{name}_token_hit_rate"] = round(hit_rates[name], 3)
+        records.append(record | {"ratio": round(us["default"] / us["lru"], 2)})
+    return records
+
+
 def many_requests(count: int) -> None:
     """Serve ``count`` requests of three-turn chats and print (requests/s, peak MiB); run in a
     process of its own."""
     trace: Trace = GENERATORS["conversations"](num_conversations=count // 3, turns=3)
-    config = RunConfig(GEOMETRY, budget_bytes=40 * GIB)
+    config = replace(CONFIG, budget_bytes=40 * GIB)
     start = process_time()
     log = serve(build_target(config, 1), trace, 1, SERVING)
     seconds = process_time() - start
@@ -254,17 +289,25 @@ def main() -> None:
     collect_seldom()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two policies")
+    parser.add_argument("--default", action="store_true", help="the default pair against LRU")
     parser.add_argument("--million", type=int, default=1_000_000, help="requests of the memory run")
     parser.add_argument("--only-million", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    records: list[dict[str, Any]]
     if options.only_million:
         many_requests(options.million)
         return
+    if options.default:
+        records = compare_default()
+        write_json_lines(RESULTS / "bench_simulate_default.jsonl", records)
+        for record in records:
+            print(record)
+        return
     policies = ["lru", "regret"] if options.quick else sorted(EVICTION)
-    records: list[dict[str, Any]] = []
+    records = []
     jobs = [(policy, word) for policy in policies for word in TRACES]
     for policy, word in tqdm(jobs, unit=" runs", disable=None):
-        config = RunConfig(GEOMETRY, budget_bytes=12 * GIB, policy=policy)
+        config = replace(CONFIG, budget_bytes=12 * GIB, policy=policy)
         kept = tuple(GENERATORS[word]())
         record: dict[str, Any] = {"policy": policy, "trace": word}
         record["requests_per_s"] = round(requests_per_s(kept, config))

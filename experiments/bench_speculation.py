@@ -36,8 +36,8 @@ from engine.text.byte_tokenizer import ByteTokenizer
 from experiments.lab import figure_path
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.training import corpus, tasks
+from hybridcache.geometry.units import counted
 from hybridcache.lab.figures import COLOURS, panels, save
-from hybridcache.units import counted
 
 DRAFTS = ("none", "tree", "mtp", "tree,mtp")
 Thread = list[str]

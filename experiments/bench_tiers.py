@@ -32,8 +32,8 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.store.disk import Disk
 from engine.store.records import RecordStore
 from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.geometry.units import GIB
 from hybridcache.tokens import Tokens
-from hybridcache.units import GIB
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
 

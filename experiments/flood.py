@@ -30,7 +30,7 @@ from tqdm import tqdm
 from engine.command.flags import Parser
 from engine.command.inspect import load_geometry
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 
 TIGHT_TOKENS, TIGHT_SLOTS = 384, 6
 Answers = dict[int, set[str]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.hindsight import Hindsights
-from experiments.lab import GB, MARCONI_7B, QWEN3_NEXT
+from experiments.lab import GB, MARCONI_7B, QWEN3_NEXT, STATIC_PLACEMENT
 from hybridcache import (
     BASELINES,
     InfiniteCache,
@@ -22,14 +22,13 @@ from hybridcache import (
     open_trace,
     run_sweep,
 )
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.sizes import budget_bytes
-from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
-from hybridcache.units import GIB
 
 OURS = "regret"
 """Eviction and placement."""
 LRU_PLACEMENTS = (
-    DEFAULT_CHECKPOINTS,
+    STATIC_PLACEMENT,
     "regret",
     "backoff",
     "end",

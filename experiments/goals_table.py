@@ -39,11 +39,11 @@ from experiments.goals import (
     measure,
     wanted,
 )
-from experiments.lab import QWEN3_NEXT, keep
+from experiments.lab import QWEN3_NEXT, STATIC_PLACEMENT, keep
 from experiments.provenance import RESULTS, ROOT, read_json_lines
 from hybridcache import RunConfig
 from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, check_words
+from hybridcache.lab.simulation.target import check_words
 
 
 def table(rows: list[dict[str, Any]], name: str = OURS) -> Iterator[str]:
@@ -112,7 +112,7 @@ def token_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
         plan = f"{row['plan']:.3f}" + (f" ({proven:.3f})" if proven else "")
         yield (
             f"| {row['goal']} | {row['bound']:.3f} | {plan} | "
-            f"{row['lru'][DEFAULT_CHECKPOINTS]:.3f} | {best_lru(row['lru'])} "
+            f"{row['lru'][STATIC_PLACEMENT]:.3f} | {best_lru(row['lru'])} "
             f"| {row['ours']:.3f} | {100 * row['share_of_plan']:.1f} | "
             f"{verdict(row, 'ours', 'bound')} |"
         )
@@ -120,7 +120,7 @@ def token_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
     yield (
         "The best plan with hindsight is the clairvoyant greedy's, in the same memory; up to 700 "
         "requests the LP proves what no plan passes "
-        f"(ShareGPT-like: the MILP's plan). LRU alone places `{DEFAULT_CHECKPOINTS}`; its best "
+        f"(ShareGPT-like: the MILP's plan). LRU alone places `{STATIC_PLACEMENT}`; its best "
         "placement is chosen with hindsight "
         f"among that and {', '.join(f'`{words}`' for words in LRU_PLACEMENTS[1:])}."
     )
@@ -170,7 +170,7 @@ def engine_table(rows: list[dict[str, Any]], name: str) -> Iterator[str]:
 
 def best_lru(rates: dict[str, float]) -> str:
     words, rate = max(rates.items(), key=lambda item: item[1])
-    return f"{rate:.3f} {'default' if words == DEFAULT_CHECKPOINTS else words}"
+    return f"{rate:.3f} {'default' if words == STATIC_PLACEMENT else words}"
 
 
 def _beside(ours: float, peers: dict[str, float]) -> tuple[str, str, str]:

@@ -43,7 +43,7 @@ from experiments.exact_price import Talk
 from experiments.gpu_models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
 from experiments.provenance import code_hash, read_json_lines, write_json_lines
 from experiments.serving_load import Client, EngineClient, Load, Targets
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 
 MAX_RUNNING = 64
 MAX_DRAFTED = 4

@@ -1,9 +1,15 @@
-"""How long does another client wait for its next token, whatever body somebody sends?
+"""Measure what one client can do to another: how long it waits for a token, how much it slows down.
 
-Starts ``engine serve`` with the built-in model, streams an answer to one client and meanwhile posts
-bodies that were made to be slow, one after another: each as large as the limits let it be, or
-larger. Printed: the longest time between two tokens of the first client while each body was read,
-refused or answered, and the longest without any. Loopback only.
+Starts ``engine serve`` with the built-in model, streams an answer to one client, and attacks the
+server meanwhile, one attack after another: bodies as large as the limits let them be, or larger;
+grammars of up to 1 kB that are slow to follow; connections that never end their headers; long
+prompts that are drafted for. Printed for each: the longest time between two tokens of the first
+client, its tokens a second, and the loss against a control. The control of a grammar is the same
+request without it, of a drafted prompt the same without drafts, of other attacks the time before.
+
+Other processes of the machine take their share of both. So each figure is printed, too, without the
+time in which the threads that a token passes waited for a processor (Linux says how long), and the
+limits are for those. Loss is judged where the control is the same work. Loopback only.
 
     python -m experiments.hostile
 """
@@ -12,12 +18,16 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import random
+import socket
 import statistics
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,20 +35,26 @@ from engine.command.flags import Parser
 from experiments.flood import server_port
 from experiments.provenance import RESULTS, write_json_lines
 
-LIMIT_S = 0.1
-"""No body may delay another client's token by more."""
+LIMIT_S, LIMIT_LOSS = 0.1, 0.1
+"""No attack may delay another client's token by more, or take a larger share of its speed."""
+MAX_CONNECTIONS = 100
+"""Of the server that is attacked."""
+ATTACK_S = 10.0
+"""An attacker hangs up after so long."""
 
 
 class Hostile(NamedTuple):
-    """One body: what it is, where it goes, and its bytes."""
+    """One attack by a body."""
 
     name: str
     path: str
     make: Callable[[], bytes]
+    control: Callable[[], bytes] | None = None
+    """Makes the body that the speed of the other client is compared with; None: no body."""
 
 
 class Outcome(NamedTuple):
-    """What a body did to its sender and to another client."""
+    """Effect of an attack on its sender and on another client."""
 
     name: str
     mib: float
@@ -47,6 +63,19 @@ class Outcome(NamedTuple):
     median_ms: float
     """Of the times between two tokens of the other client meanwhile."""
     worst_ms: float
+    net_ms: float
+    """The worst without waiting for a processor."""
+    tokens_per_s: float
+    """Of the other client meanwhile, net."""
+    control_per_s: float
+    """Of the other client beside the control, net."""
+    is_judged: bool
+    """The control is the same work, so that there should be no loss."""
+
+    @property
+    def loss(self) -> float:
+        """Share of its speed that the other client lost."""
+        return 1 - self.tokens_per_s / self.control_per_s
 
 
 def _body(**fields: Any) -> Callable[[], bytes]:
@@ -112,6 +141,78 @@ BODIES: tuple[Hostile, ...] = (
     Hostile("4 MiB of brackets", COMPLETIONS, lambda: b"[" * 4_190_000),
     Hostile("5 MiB", COMPLETIONS, lambda: b"x" * (5 << 20)),
 )
+AMBIGUOUS = 'start: e\ne: e e | /[a-z]/ | e "+" e | e e e e | '
+WIDE = (
+    f"start: /[a-z]{{5}}/ {'a ' * 60}\na: {' | '.join(f'b{i}' for i in range(30))} |\n"
+    + "\n".join(f'b{i}: a a | "x" |' for i in range(30))
+)
+OPTIONAL = {
+    "type": "object",
+    "properties": {f"p{i}": {"anyOf": [{"type": "array"}, {"type": "string"}]} for i in range(14)},
+}
+SLOW_TEXT = {"type": "string", "pattern": "^(.|\\n)*e(.|\\n){14}e(.|\\n)*$"}
+HOSTILE_TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": SLOW_TEXT}}}
+GRAMMARS: dict[str, dict[str, Any]] = {
+    "ambiguous": {"guided_grammar": AMBIGUOUS},
+    "ambiguous, n=4": {"guided_grammar": AMBIGUOUS, "n": 4},
+    "ambiguous, eight at once": {"guided_grammar": "start: e\ne: e e e e e e e e | /[a-z]/ | "},
+    "ambiguous behind text": {"guided_grammar": AMBIGUOUS.replace("start:", "start: /[a-z]{50}/")},
+    "empty rules": {
+        "guided_grammar": 'start: (a? b? c?)*\na: "a"?\nb: "b"*\nc: ("a"|"b")*',
+        "n": 4,
+    },
+    "60 x 30 empty rules": {"guided_grammar": WIDE},
+    "palindromes, n=4": {
+        "guided_grammar": "start: p\np: /[a-z]/ p /[a-z]/ | /[a-z]/ |",
+        "n": 4,
+    },
+    "GBNF": {"guided_grammar": "root ::= e\ne ::= e e | [a-z] | e e e e"},
+    "2^16 states": {"guided_regex": r"(.|\n)*e(.|\n){16}e(.|\n)*"},
+    "words": {"guided_regex": r"(\w+\s?){60}\p{L}{50}"},
+    "14 optional names": {"guided_json": OPTIONAL, "n": 4},
+}
+"""At most 1 kB each."""
+
+
+def _guided(fields: dict[str, Any]) -> Hostile:
+    name = next(name for name, known in GRAMMARS.items() if known is fields)
+    plain = {"prompt": "import os\n" * 10, "max_tokens": 400, "temperature": 1, "seed": 3}
+    plain |= {"ignore_eos": True, "n": fields.get("n", 1)}
+    return Hostile(f"grammar: {name}", COMPLETIONS, _body(**plain | fields), _body(**plain))
+
+
+def _called(name: str, strict: bool, **fields: Any) -> Hostile:
+    """A call of a tool whose schema is slow to follow."""
+    function = HOSTILE_TOOL | {"strict": strict}
+    chat = {"messages": [USER], "max_tokens": 400, "temperature": 1, "ignore_eos": True}
+    tools = {"tools": [{"type": "function", "function": function}]}
+    return Hostile(f"grammar: {name}", CHAT, _body(**chat | tools | fields), _body(**chat))
+
+
+SLOW_TO_FOLLOW = (
+    *map(_guided, GRAMMARS.values()),
+    _called("a demanded call", False, tool_choice="required", n=4),
+    _called("a strict call", True),
+    Hostile(
+        "grammar: ambiguous, behind reasoning",
+        CHAT,
+        _body(
+            messages=[USER], max_tokens=400, guided_grammar=AMBIGUOUS, ignore_eos=True, n=4,
+            chat_template_kwargs={"enable_thinking": True}, thinking_token_budget=8,
+        ),
+        _body(messages=[USER], max_tokens=400, ignore_eos=True, n=4),
+    ),
+)  # fmt: skip
+LONG_PROMPT = random.Random(1).choices(range(250), k=30_000)
+DRAFTED = tuple(
+    Hostile(
+        f"30,000 cached ids and {number} more, drafted for",
+        COMPLETIONS,
+        _body(prompt=[*LONG_PROMPT, *range(number)], max_tokens=200, ignore_eos=True),
+    )
+    for number in (0, 1, 2)
+)
+"""The first computes the prompt, the others find it in the cache."""
 
 
 def _tools(entry: str, number: int) -> bytes:
@@ -148,67 +249,186 @@ def _stops(number: int, length: int) -> bytes:
     return json.dumps({"prompt": "a" * 500, "stop": stops, "max_tokens": 64}).encode()
 
 
+class Piece(NamedTuple):
+    """When a piece of an answer came, and how long threads had waited for a processor by then."""
+
+    at_s: float
+    engine_s: float
+    all_s: float
+    """The engine's thread, the server's and the reader's together."""
+
+
 class Reader(threading.Thread):
     """A client that reads an endless answer, and notes when each piece of it came."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, server: int) -> None:
+        """``server``: its process id."""
         super().__init__(daemon=True)
         self._port = port
+        self._server, self._engine = server, _child_of(server)
         self._ends = False
-        self.gaps: list[tuple[float, float]] = []
-        """When two neighbouring pieces of one answer came."""
+        self.gaps: list[tuple[Piece, Piece]] = []
+        """Two neighbouring pieces of one answer."""
 
     def run(self) -> None:
         fields = {"prompt": "Tell me more.", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+        threads = [(self._server, self._server), (os.getpid(), threading.get_native_id())]
         while not self._ends:
             connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
             headers = {"Content-Type": "application/json"}
             connection.request("POST", COMPLETIONS, json.dumps(fields), headers)
             answer = connection.getresponse()
-            before_s: float | None = None
+            before: Piece | None = None
             while not self._ends and (line := answer.readline()):
                 if line.startswith(b"data: {"):
-                    now_s = time.perf_counter()
-                    if before_s is not None:
-                        self.gaps.append((before_s, now_s))
-                    before_s = now_s
+                    engine_s = _waited_s(self._engine, self._engine)
+                    others_s = sum(_waited_s(*thread) for thread in threads)
+                    piece = Piece(time.perf_counter(), engine_s, engine_s + others_s)
+                    if before is not None:
+                        self.gaps.append((before, piece))
+                    before = piece
             connection.close()
 
     def end(self) -> None:
         self._ends = True
         self.join()
 
-    def gaps_s(self, start_s: float, end_s: float) -> list[float]:
+    def tokens_per_s(self, start_s: float, end_s: float) -> float:
+        """Pieces a second that came between two times, without the time in which the engine's
+        thread waited for a processor."""
+        found = [after for _, after in self.gaps if start_s < after.at_s <= end_s]
+        if len(found) < 2:
+            return 1 / (end_s - start_s)
+        waited_s = found[-1].engine_s - found[0].engine_s
+        return len(found) / max(found[-1].at_s - found[0].at_s - waited_s, 1e-3)
+
+    def gaps_s(self, start_s: float, end_s: float) -> list[tuple[float, float]]:
         """Times between two pieces, of those that were not over at ``start_s`` and had begun at
-        ``end_s``."""
-        return [after - before for before, after in self.gaps if after > start_s and before < end_s]
+        ``end_s``, gross and net of waiting for a processor."""
+        return [
+            (gross_s := after.at_s - before.at_s, max(gross_s - (after.all_s - before.all_s), 0.0))
+            for before, after in self.gaps
+            if after.at_s > start_s and before.at_s < end_s
+        ]
 
 
-def attack(port: int, reader: Reader, hostile: Hostile) -> Outcome:
-    """Send one body and wait for its answer, and a moment longer."""
+def _child_of(pid: int) -> int:
+    """The engine's process; the server's own where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="utf-8") as children:
+            return int(children.read().split()[0])
+    except (OSError, IndexError):
+        return pid
+
+
+def _waited_s(pid: int, thread: int) -> float:
+    """How long a thread was ready to run, and did not; 0 where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/task/{thread}/schedstat", encoding="utf-8") as figures:
+            return int(figures.read().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
+def attack(
+    port: int, reader: Reader, hostile: Hostile, control_per_s: float | None = None
+) -> Outcome:
+    """Send one body and wait for its answer, and a moment longer; its control before, unless its
+    outcome is known."""
     payload = hostile.make()
     time.sleep(0.2)  # what making it cost the reader, which is of this process, is over
+    is_judged = control_per_s is not None or hostile.control is not None
     start_s = time.perf_counter()
-    status = 200
-    if payload:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-        headers = {"Content-Type": "application/json"}
-        try:
-            connection.request("POST", hostile.path, payload, headers)
-            answer = connection.getresponse()
-            status = answer.status
-            answer.read()
-        except (BrokenPipeError, ConnectionResetError):
-            status = 413  # refused before all of it was sent
-        connection.close()
+    if hostile.control is not None:
+        _post(port, hostile.path, hostile.control())
+    elif control_per_s is None:
+        time.sleep(1.0)
+    control_per_s = control_per_s or reader.tokens_per_s(start_s, time.perf_counter())
+    start_s = time.perf_counter()
+    status = _post(port, hostile.path, payload) if payload else 200
+    sent = f"{hostile.path} {hostile.name}", len(payload) / 2**20, status
+    return _outcome(reader, sent, start_s, control_per_s, is_judged)
+
+
+def _outcome(
+    reader: Reader,
+    sent: tuple[str, float, int],
+    start_s: float,
+    control_per_s: float,
+    is_judged: bool,
+) -> Outcome:
+    """What the reader saw of an attack (name, MiB, status), for a second at least."""
     end_s = time.perf_counter()
     time.sleep(1.0)
-    gaps = reader.gaps_s(start_s, max(end_s, start_s + 1.0))
-    name = f"{hostile.path} {hostile.name}"
-    middle_ms, worst_ms = (round(1e3 * f(gaps), 1) for f in (statistics.median, max))
-    return Outcome(
-        name, round(len(payload) / 2**20, 2), status, round(end_s - start_s, 2), middle_ms, worst_ms
-    )
+    last_s = max(end_s, start_s + 1.0)
+    gross, net = zip(*reader.gaps_s(start_s, last_s), strict=True)
+    figures = statistics.median(gross), max(gross), max(net)
+    middle_ms, worst_ms, net_ms = (round(1e3 * one, 1) for one in figures)
+    speeds = (round(one) for one in (reader.tokens_per_s(start_s, last_s), control_per_s))
+    name, mib, status = sent
+    seconds = round(end_s - start_s, 2)
+    told = name, round(mib, 2), status, seconds, middle_ms, worst_ms, net_ms
+    return Outcome(*told, *speeds, is_judged)
+
+
+def _post(port: int, path: str, payload: bytes) -> int:
+    """Post a body and read its answer, for at most ``ATTACK_S``; returns its status, 0 if there was
+    none by then."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ATTACK_S)
+    status = 0
+    try:
+        connection.request("POST", path, payload, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        status = answer.status
+        answer.read()
+    except (BrokenPipeError, ConnectionResetError):
+        status = 413  # refused before all of it was sent
+    except TimeoutError:
+        pass
+    finally:
+        connection.close()
+    return status
+
+
+def hold_connections(port: int, reader: Reader) -> Outcome:
+    """Open more connections than there may be, with headers that never end, and see whether the
+    server still answers; the status is that of the last /health."""
+    start_s = time.perf_counter()
+    time.sleep(1.0)
+    control_per_s = reader.tokens_per_s(start_s, time.perf_counter())
+    start_s, status, held = time.perf_counter(), 0, []
+    for _ in range(5):
+        for _ in range(MAX_CONNECTIONS):
+            held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+            with suppress(OSError):
+                held[-1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Half: ")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+        connection.close()
+    sent = f"{len(held)} connections whose headers never end", 0.0, status
+    outcome = _outcome(reader, sent, start_s, control_per_s, False)
+    for one in held:
+        one.close()
+    return outcome
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[int, Reader, subprocess.Popen[str]]]:
+    """A server of its own, its port, and a client that reads from it."""
+    command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.25"]
+    # What is computed for others takes its share of every step; here the smallest there is.
+    command += ["--token-budget", "64", "--max-connections", str(MAX_CONNECTIONS), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            port = server_port(server)
+            reader = Reader(port, server.pid)
+            reader.start()
+            time.sleep(2)
+            yield port, reader, server
+            reader.end()
+        finally:
+            server.terminate()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -216,49 +436,62 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.hostile", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--only", default="", metavar="TEXT", help="bodies whose name has it")
+    parser.add_argument("--only", default="", metavar="TEXT", help="attacks whose name has it")
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "hostile.jsonl", help="default: %(default)s"
     )
     options = parser.parse_args(arguments)
-    bodies = [body for body in BODIES if options.only in f"{body.path} {body.name}"]
-    command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.25"]
-    # What is computed for others takes its share of every step; here the smallest there is.
-    command += ["--token-budget", "64"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        try:
-            port = server_port(server)
-            reader = Reader(port)
-            reader.start()
-            time.sleep(2)
-            outcomes = [
-                [attack(port, reader, body) for body in bodies] for _ in range(options.rounds)
-            ]
-            reader.end()
-            peak_mib = _peak_mib(server.pid)
-        finally:
-            server.terminate()
-    rows = [_middle(rounds) for rounds in zip(*outcomes, strict=True)]
-    print(f"{'MiB':>5} {'answer':>6} {'s':>6} {'token ms':>9} {'worst ms':>9}  body")
+
+    def chosen(attacks: Sequence[Hostile]) -> list[Hostile]:
+        return [one for one in attacks if options.only in f"{one.path} {one.name}"]
+
+    bodies, drafted = chosen((*BODIES, *SLOW_TO_FOLLOW)), chosen(DRAFTED)
+    rounds: list[list[Outcome]] = [[] for _ in range(options.rounds)]
+    undrafted: list[list[Outcome]] = []
+    with serving() as (port, reader, server):
+        for outcomes in rounds:
+            outcomes += [attack(port, reader, body) for body in bodies]
+            if options.only in "connections":
+                outcomes.append(hold_connections(port, reader))
+            undrafted.append([attack(port, reader, body) for body in drafted])
+        peak_mib = _peak_mib(server.pid)
+    if drafted:
+        with serving("--draft", "tree:8") as (port, reader, _):
+            for outcomes, controls in zip(rounds, undrafted, strict=True):
+                for body, control in zip(drafted, controls, strict=True):
+                    outcomes.append(attack(port, reader, body, control.tokens_per_s))
+    rows = [_middle(one) for one in zip(*rounds, strict=True)]
+    heads = f"{'token ms':>9} {'worst ms':>9} {'net ms':>7} {'tokens/s':>9} {'loss':>6}"
+    print(f"{'MiB':>5} {'answer':>6} {'s':>6} {heads}  attack")
     for row in rows:
+        loss = f"{row.loss:6.0%}" if row.is_judged else " " * 6
         print(
             f"{row.mib:5.2f} {row.status:6} {row.seconds:6.2f} {row.median_ms:9.1f} "
-            f"{row.worst_ms:9.1f}  {row.name}"
+            f"{row.worst_ms:9.1f} {row.net_ms:7.1f} {row.tokens_per_s:9.0f} {loss}  {row.name}"
         )
-    worst = max(row.worst_ms for row in rows)
-    print(f"longest wait for a token {worst:.0f} ms; peak memory of the server {peak_mib:.0f} MiB")
-    record = {"rounds": options.rounds, "worst_ms": worst, "peak_mib": round(peak_mib)}
-    write_json_lines(options.out, [record, *(row._asdict() for row in rows)])
-    return 0 if worst <= 1e3 * LIMIT_S else 1
+    worst_ms, net_ms = max(row.worst_ms for row in rows), max(row.net_ms for row in rows)
+    loss_most = max((row.loss for row in rows if row.is_judged), default=0.0)
+    print(
+        f"longest wait for a token {worst_ms:.0f} ms, {net_ms:.0f} net; largest loss of speed "
+        f"{loss_most:.0%}; peak memory of the server {peak_mib:.0f} MiB"
+    )
+    record = {"rounds": options.rounds, "worst_ms": worst_ms, "worst_net_ms": net_ms}
+    record |= {"worst_loss": round(loss_most, 3), "peak_mib": round(peak_mib)}
+    write_json_lines(
+        options.out, [record, *(row._asdict() | {"loss": round(row.loss, 3)} for row in rows)]
+    )
+    return 0 if net_ms <= 1e3 * LIMIT_S and loss_most <= LIMIT_LOSS else 1
+
+
+FIGURES = ("seconds", "median_ms", "worst_ms", "net_ms", "tokens_per_s", "control_per_s")
 
 
 def _middle(rounds: Sequence[Outcome]) -> Outcome:
-    """Of several rounds with one body: the median of each figure, since the machine stalls now and
-    then by itself."""
+    """Return the median of each figure over several rounds of one attack: the machine stalls now
+    and then by itself."""
     first = rounds[0]
     figures = {
-        name: statistics.median(getattr(outcome, name) for outcome in rounds)
-        for name in ("seconds", "median_ms", "worst_ms")
+        name: statistics.median(getattr(outcome, name) for outcome in rounds) for name in FIGURES
     }
     return first._replace(**figures)
 

@@ -27,8 +27,8 @@ from hybridcache import (
     simulate,
     sizes,
 )
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.units import GIB
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")
@@ -156,6 +156,10 @@ def arguments(
     return options
 
 
+STATIC_PLACEMENT = "branch,boundary,backoff,end"
+"""Checkpoints by rules that learn nothing: held fixed where studies compare evictions."""
+
+
 def _split(words: str) -> tuple[str, ...]:
     return tuple(filter(None, words.split(",")))
 
@@ -169,11 +173,13 @@ def sweep(
     proven: bool = False,
     **settings: Any,
 ) -> SimulationResult:
-    """``simulate`` over the sizes of a workload, each run beside the best plan with hindsight;
-    ``settings`` go to it and win over the workload's. ``plan_grid``: another grid for the plan than
-    for the runs. ``proven``: with the bound on all plans, on short traces."""
+    """``simulate`` over the sizes of a workload, each run next to the best plan with hindsight.
+    ``settings`` go to it and win over the workload's, LRU and ``STATIC_PLACEMENT``. ``plan_grid``:
+    another grid for the plan than for the runs. ``proven``: with the bound on all plans, on short
+    traces."""
     workload = WORKLOADS[word]
     defaults: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
+    defaults |= {"policy": "lru", "checkpoints": STATIC_PLACEMENT}
     settings = defaults | {"gib": workload.sizes(options.points)} | settings
     bar.set_description(word)
 
@@ -251,6 +257,18 @@ KEPT = (
     "copied_bytes",
     "bypassed",
 )
+
+
+def by_competitor(result: SimulationResult) -> dict[str, list[RunResult]]:
+    """Return the runs of each competitor by name: that of the eviction alone where the placement is
+    ``STATIC_PLACEMENT``, else ``eviction @ placement``."""
+    found: dict[str, list[RunResult]] = {}
+    for label, runs in result.by_label().items():
+        config = runs[0].config
+        is_static = config.checkpoints == STATIC_PLACEMENT
+        name = str(config.policy) if is_static else f"{config.policy} @ {config.checkpoints}"
+        found[name if config.baseline is None else label] = list(runs)
+    return found
 
 
 def slim(trace: str, run: RunResult, **more: Any) -> dict[str, Any]:

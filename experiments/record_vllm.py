@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from hybridcache import GENERATORS, TraceRequest
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 
 RECORD = Path(__file__).parents[1] / "tests" / "lab" / "baselines" / "vllm_hits.json"
 KV_BYTES = 24_576

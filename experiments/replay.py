@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from hybridcache import Losses, ModelGeometry, RunConfig, TraceRequest, build_target
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 
 CAUSES = Losses._fields
 DEFAULT_CHECKPOINTS = ",".join(EngineConfig().checkpoints)
+DEFAULT_EVICTION = EngineConfig().eviction
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Setting:
     cache_gib: float
     checkpoints: str = ""
     """Placement words joined by commas; empty where the cache keeps no states."""
-    eviction: str = "lru"
+    eviction: str = DEFAULT_EVICTION
 
     @property
     def label(self) -> str:
@@ -34,7 +35,7 @@ class Setting:
         words: list[str] = [self.cache]
         if self.checkpoints not in ("", DEFAULT_CHECKPOINTS):
             words.append(self.checkpoints.replace(",", ", "))
-        if self.eviction != "lru":
+        if self.eviction != DEFAULT_EVICTION:
             words.append(self.eviction)
         return " · ".join(words)
 

@@ -43,12 +43,19 @@ from experiments.conversations import (
     synthetic_conversations,
 )
 from experiments.provenance import RESULTS, provenance, write_json_lines
-from experiments.replay import DEFAULT_CHECKPOINTS, Result, Setting, replay, replay_dry
+from experiments.replay import (
+    DEFAULT_CHECKPOINTS,
+    DEFAULT_EVICTION,
+    Result,
+    Setting,
+    replay,
+    replay_dry,
+)
 from experiments.sharegpt_figures import CAUSES, describe, draw
 from hybridcache import ModelGeometry, Trace, TraceRequest, make_eviction, optimum, parse_placement
+from hybridcache.geometry.units import GIB, format_seconds
 from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.lab.traces.text import ChatText, load_chat_text
-from hybridcache.units import GIB, format_seconds
 
 GRID = 64
 """Positions of checkpoints, tokens: for the best plan with hindsight."""
@@ -146,9 +153,9 @@ def _add_caches(parser: Parser) -> None:
     caches(
         "--eviction",
         nargs="+",
-        default=["lru"],
+        default=[DEFAULT_EVICTION],
         metavar="WORD",
-        help="evictions to compare (default: lru)",
+        help="evictions to compare (default: the engine's)",
     )
 
 

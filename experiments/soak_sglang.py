@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=10_000, help="of all strategies together")
     parser.add_argument("--strategy", choices=list(STRATEGIES), help="only this one, here")
-    parser.add_argument("--eviction", default="lru", help="SGLang's --radix-eviction-policy")
+    parser.add_argument("--eviction", default="plain-lru", help="SGLang's --radix-eviction-policy")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--no-record", action="store_true", help="write no results")
     options = parser.parse_args()

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import EVICTION, CacheConfig, Tokens, build_prefix_cache
 from hybridcache.allocators.moves import Move
-from hybridcache.build import MEMORIES
+from hybridcache.config import MEMORIES
 
 EVERY_STEP_SHARE = 200
 """One operation in so many is done in the run that checks after each."""

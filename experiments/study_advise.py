@@ -180,7 +180,7 @@ def _try(
         processes=options.processes,
     )
     serving = Serving(Roofline.fitting(geometry))
-    plain = RunConfig(geometry, budget_bytes=budget_bytes(gib))
+    plain = RunConfig(geometry, budget_bytes=budget_bytes(gib), policy="lru")
     placed = next(a.option for a in advice.answers if a.chosen).partition(" @ ")[2]
     chosen = replace(plain, policy=advice.policy, checkpoints=placed)
     periodic = replace(chosen, checkpoints=advice.checkpoints)

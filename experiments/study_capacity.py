@@ -17,6 +17,7 @@ from typing import Any
 from experiments.lab import (
     WORKLOADS,
     arguments,
+    by_competitor,
     figure_path,
     keep,
     rounded,
@@ -33,7 +34,7 @@ from hybridcache.lab.figures import (
 )
 
 OURS = "regret @ regret"
-"""Eviction and placement both by regret; all other policies with the default placement."""
+"""Eviction and placement both by regret; all other policies with ``STATIC_PLACEMENT``."""
 PEERS = ("vllm", "sglang", "lightllm", "marconi")
 LONG = ("conversations", "mooncake", "coding-agent", "tau-bench", "sharegpt")
 FEW_PEERS = (*PEERS[:-1], "marconi-static")
@@ -78,7 +79,7 @@ def main() -> None:
 
 def records(result: SimulationResult) -> list[dict[str, Any]]:
     """A record a competitor, with a number a size; last the best plan with hindsight."""
-    by_label = result.by_label()
+    by_label = by_competitor(result)
     first = next(iter(by_label.values()))
     common = {
         "trace": result.trace,

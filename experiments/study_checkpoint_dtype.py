@@ -32,6 +32,7 @@ from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from engine.text.byte_tokenizer import ByteTokenizer
+from experiments.lab import STATIC_PLACEMENT
 from experiments.provenance import FIGURES, RESULTS, write_json_lines
 from experiments.training import corpus, tasks
 from hybridcache import ModelGeometry, SimulationResult, simulate
@@ -250,6 +251,7 @@ def gains(trace: str, gib: str) -> dict[str, SimulationResult]:
             model=ModelGeometry.preset("qwen3-next", checkpoint_dtype=word),
             gib=gib,
             policy=["lru"],
+            checkpoints=STATIC_PLACEMENT,
         )
         for word in SIMULATED
     }

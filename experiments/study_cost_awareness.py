@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 
 from experiments.lab import (
+    STATIC_PLACEMENT,
     WORKLOADS,
     arguments,
+    by_competitor,
     figure_path,
     keep,
     measured,
@@ -49,6 +51,7 @@ def main() -> None:
             model=workload.geometry,
             grid=workload.grid,
             policy=(*BLIND, *AWARE, *options.policy),
+            checkpoints=STATIC_PLACEMENT,
             processes=options.processes,
         )
         result = measured(result, word, options.full)
@@ -79,7 +82,7 @@ def draw(results: list[SimulationResult], options: argparse.Namespace) -> None:
     share of the best plan, and the change of the median and of the P99 from LRU's."""
     figure, axes = panels(3 * len(results), width=4.9, height=3.1, columns=3)
     for number, result in enumerate(results):
-        by_label = result.by_label()
+        by_label = by_competitor(result)
         pressed = round(PRESSED * (len(by_label["lru"]) - 1))
         runs = {label: runs[pressed] for label, runs in by_label.items()}
         hit, median, tail = axes[3 * number : 3 * number + 3]

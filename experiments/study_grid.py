@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from experiments.lab import WORKLOADS, Workload, arguments, figure_path, keep, slim, workloads
+from experiments.lab import (
+    STATIC_PLACEMENT,
+    WORKLOADS,
+    Workload,
+    arguments,
+    figure_path,
+    keep,
+    slim,
+    workloads,
+)
 from hybridcache import simulate
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
@@ -19,10 +28,10 @@ GRIDS = (64, 32, 16, 1)
 WORKLOADS.setdefault("tree-of-thoughts", Workload("tree-of-thoughts", "0.5:16:15"))
 TRACES = ("tree-of-thoughts", "short", "few-shot", "branch", "chat")
 POLICIES: dict[str, dict[str, Any]] = {
-    "lru": {},
+    "lru": {"policy": "lru", "checkpoints": STATIC_PLACEMENT},
     "regret": {"policy": "regret", "checkpoints": "regret"},
 }
-"""The defaults, and the policy with its own placement."""
+"""LRU with rules that learn nothing, and the learned pair."""
 POINTS = 5
 
 

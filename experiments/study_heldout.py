@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from experiments.lab import QWEN3_NEXT, figure_path, keep, slim
+from experiments.lab import QWEN3_NEXT, STATIC_PLACEMENT, figure_path, keep, slim
 from hybridcache import Placed, Prefill, RunResult, open_trace, simulate
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
 from hybridcache.policies.placement.learned import Learned
 
 PEERS = ("sglang-plus", "sglang-plus-counted", "lightllm-counted", "marconi-counted")
@@ -39,7 +38,7 @@ class Before(Learned):
 
 
 PLACEMENTS = {
-    DEFAULT_CHECKPOINTS: "default words",
+    STATIC_PLACEMENT: "default words",
     "experiments.study_heldout:Before": "its own, before",
     "regret": "its own",
 }

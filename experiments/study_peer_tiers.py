@@ -26,15 +26,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.lab import WORKLOADS, figure_path, keep, rounded
+from experiments.lab import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
 from experiments.provenance import read_json_lines, write_json_lines
 from experiments.study_tiers import DEVICE_GIB, GOAL, Table, by_cell, fetch_whatever, run, servable
 from hybridcache.geometry.exchange import tokens_per_byte
 from hybridcache.geometry.times import Roofline
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.target import RunConfig
-from hybridcache.units import GIB
 
 PEERS = ("sglang", "vllm", "lightllm", "llama-server", "ollama")
 RATES = (0.5e9, 1e9, 2e9, 4e9, 8e9, 16e9, 50e9)
@@ -53,6 +53,8 @@ def measure(word: str, bar: tqdm[Any]) -> list[dict[str, Any]]:
         budget_bytes=DEVICE_GIB * GIB,
         grid=max(workload.grid, trace.unit),
         host_bytes=GOAL[0] * GIB,
+        policy="lru",
+        checkpoints=STATIC_PLACEMENT,
     )
     ours = replace(common, policy="regret", checkpoints="regret")
     cells: dict[str, Any] = {

@@ -70,6 +70,7 @@ def _simulate(
         model=geometry,
         gib=[scale * gib for gib in sizes],
         grid=workload.grid,
+        policy="lru",
         checkpoints=words,
         processes=options.processes,
     )

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from experiments.lab import WORKLOADS, figure_path, keep, rounded
+from experiments.lab import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.replicas.fleet import FleetConfig
@@ -101,7 +101,9 @@ def _cell(
         REPLICAS, load=LOAD, delay_s=condition.delay_s, failures=condition.failures, seed=seed
     )
     jobs = fleet_jobs(
-        RunConfig(workload.geometry, grid=workload.grid),
+        RunConfig(
+            workload.geometry, grid=workload.grid, policy="lru", checkpoints=STATIC_PLACEMENT
+        ),
         fleet,
         Roofline.fitting(workload.geometry),
         options.routers.split(","),

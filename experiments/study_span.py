@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.lab import QWEN3_NEXT, keep, rounded
+from experiments.lab import QWEN3_NEXT, STATIC_PLACEMENT, keep, rounded
 from hybridcache import (
     Item,
     Roofline,
@@ -35,7 +35,7 @@ from hybridcache import (
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.simulation.sweep import Job
-from hybridcache.radix.node import RadixNode, Segment, checkpoint_above, tail_bytes
+from hybridcache.radix.tree import RadixNode, Segment, checkpoint_above, tail_bytes
 
 POLICIES = (
     "gdsf",
@@ -110,7 +110,9 @@ class Cell:
 def cells(trace: str) -> Iterator[Cell]:
     """All memories and grids that ``trace`` is replayed with."""
     for grid in GRIDS:
-        common = RunConfig(QWEN3_NEXT, memory="budget", grid=grid)
+        common = RunConfig(
+            QWEN3_NEXT, memory="budget", grid=grid, policy="lru", checkpoints=STATIC_PLACEMENT
+        )
         if trace.startswith("conversations"):
             tokens, slots = GOAL_POOLS
             yield Cell(trace, "pools", replace(common, num_kv_tokens=tokens, num_slots=slots))

@@ -11,7 +11,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
+from experiments.lab import (
+    arguments,
+    by_competitor,
+    figure_path,
+    keep,
+    slim,
+    sweep,
+    title,
+    workloads,
+)
 from hybridcache import METRICS, SimulationResult
 from hybridcache.lab.figures import (
     COLOURS,
@@ -55,7 +64,8 @@ def draw(results: list[list[SimulationResult]], options: argparse.Namespace) -> 
         for axis, word in zip(axes[2 * number :], ("hit", "optimum"), strict=False):
             metric = METRICS[word]
             for precision, colour, result in zip(PRECISIONS, COLOURS, found, strict=False):
-                for dashes, (policy, runs) in zip(DASHES, result.by_label().items(), strict=False):
+                competitors = by_competitor(result).items()
+                for dashes, (policy, runs) in zip(DASHES, competitors, strict=False):
                     state_mib = result.geometry.state_bytes / 2**20
                     axis.plot(
                         [run.gib for run in runs],

@@ -36,22 +36,22 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from experiments.lab import WORKLOADS, figure_path, keep, rounded
+from experiments.lab import STATIC_PLACEMENT, WORKLOADS, figure_path, keep, rounded
 from experiments.provenance import read_json_lines, write_json_lines
-from hybridcache.core.lower import LowerTiers
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.lab.trace import Trace
-from hybridcache.radix.node import Checkpoint, RadixNode
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.offload import LowerTiers
+from hybridcache.radix.tree import Checkpoint, RadixNode
 from hybridcache.tokens import Indices
-from hybridcache.units import GIB
+from hybridcache.variants import TieredRadixCache
 
 DEVICE_GIB = 4
 CURVE = (4, 5, 6, 8, 10, 14, 20, 36, 68)
@@ -179,9 +179,12 @@ def measure(word: str, policy: str, few: bool, bar: tqdm[Any]) -> list[dict[str,
     trace = servable(trace, workload.geometry)
     alone = Roofline.fitting(workload.geometry)
     clocks = {"alone": alone, "shared": replace(alone, bytes_per_s=1e30, overhead_s=0.0)}
-    config = RunConfig(workload.geometry, policy=policy, grid=max(workload.grid, trace.unit))
-    if policy == ALL_CELLS:
-        config = replace(config, checkpoints="regret")
+    config = RunConfig(
+        workload.geometry,
+        policy=policy,
+        checkpoints="regret" if policy == ALL_CELLS else STATIC_PLACEMENT,
+        grid=max(workload.grid, trace.unit),
+    )
     records = []
     for name, (cell, clock, change) in cells(config).items():
         bar.set_postfix_str(name)

@@ -93,7 +93,7 @@ def new_cache(num_kv_tokens: int, num_slots: int, memory: str = "pools") -> Hybr
             "kv_bytes_per_token": ROW_BYTES,
             "state_bytes": slab_bytes,
         }
-    cache = build_prefix_cache(CacheConfig(grid=1, **shares))
+    cache = build_prefix_cache(CacheConfig(grid=1, eviction="lru", **shares))
     assert isinstance(cache, HybridRadixCache)
     return cache
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.provenance import ROOT
-from hybridcache.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION
+from hybridcache.lab.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION
 
 PACKAGES = {
     CACHE_DISTRIBUTION: ("hybridcache",),

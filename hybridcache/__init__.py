@@ -9,15 +9,12 @@ and so is what a policy of your own is made from.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.api import Losses, PrefixCache, PrefixMatch
+from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.interface import PrefixCache
-from hybridcache.kv_only import RadixCache
-from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.lease_log import LeaseLog
-from hybridcache.null import NullCache
-from hybridcache.results import Losses, PrefixMatch
+from hybridcache.lease import Lease, LeaseLog, LeaseRequest
 from hybridcache.tokens import Tokens
+from hybridcache.variants import NullCache, RadixCache
 
 if TYPE_CHECKING:
     from hybridcache.geometry.model import ModelGeometry

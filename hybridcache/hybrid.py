@@ -8,26 +8,36 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.allocators.arena import arena_of
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.core.check import check_cache
-from hybridcache.core.insertion import append, place, refresh, refuse_bad_insert
-from hybridcache.core.make_room import make_room_for_kv, make_room_for_slot
-from hybridcache.core.residency import Residency
-from hybridcache.interface import LowerMemory
-from hybridcache.listener import Listener, introduce, joined, members_of
+from hybridcache.api import (
+    CacheStats,
+    Eviction,
+    InsertResult,
+    Listener,
+    Losses,
+    LowerMemory,
+    PrefixMatch,
+    Resumable,
+    introduce,
+    joined,
+    members_of,
+)
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.continuation import NOTHING, continuation
 from hybridcache.radix.ghosts import read_ghosts
-from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, ghosts_above
-from hybridcache.results import (
-    Eviction,
-    InsertResult,
-    Losses,
-    PrefixMatch,
-    Resumable,
+from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, ghosts_above
+from hybridcache.residency import (
+    Residency,
+    append,
+    check_cache,
+    make_room_for_kv,
+    make_room_for_slot,
+    place,
+    refresh,
+    refuse_bad_insert,
 )
-from hybridcache.stats import CacheStats
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 NO_INDICES: Indices = np.empty(0, np.int32)
@@ -87,7 +97,7 @@ class HybridRadixCache:
         self.grid = grid
         self.stats = CacheStats()
         self._step = lcm(grid, pages.page_size)
-        self.arena = pages.arena
+        self.arena = arena_of(pages)
         self.lower: LowerMemory | None = None
         self._pages = pages
         self._slots = slots
@@ -393,8 +403,7 @@ class HybridRadixCache:
         if form not in FORMS:
             raise ValueError(f"a tree is drawn as {', '.join(FORMS)}, not {form!r}")
         # Not at the top: few processes ever draw, and all import this file.
-        from hybridcache.radix.svg import render_svg
-        from hybridcache.radix.text import render_graphviz, render_text
+        from hybridcache.radix.render import render_graphviz, render_svg, render_text
 
         draw = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}[form]
         return draw(self._tree, max_nodes)

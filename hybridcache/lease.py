@@ -1,4 +1,6 @@
-"""One request's claims on a prefix cache, from its match to its release: integers only.
+"""A request's claim on the cache, from its match to its last token.
+
+One request's claims on a prefix cache, from its match to its release: integers only.
 
 The engine's cache manager and the simulator drive this same class, so a policy that was studied is
 the policy that is served. The tensors' side (copying a state, writing KV, filling a request table)
@@ -8,21 +10,351 @@ Life of a lease: ``begin`` (match, lock, own state slot), then per piece of work
 it), ``take_checkpoint_slots`` (checkpoint slots for planned positions in it), the computation,
 ``publish`` (what was computed goes to the tree), and in the end exactly one of ``finish``,
 ``preempt`` and ``abort``, after which nothing is held.
+
+A record of everything that leases did to one cache, in order, and its replay on another.
+
+The engine can keep one while it serves; replaying it on a fresh cache of the same sizes and
+policies takes the very same decisions, hit for hit and eviction for eviction, without a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from math import lcm
 from typing import Any, NamedTuple
 
-from hybridcache.fetching import bring_up
-from hybridcache.interface import PrefixCache
-from hybridcache.lease_rows import LeaseRows
+import numpy as np
+
+from hybridcache.allocators.moves import Move
+from hybridcache.api import Losses, PrefixCache, PrefixMatch, losses_of
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
-from hybridcache.results import Losses, PrefixMatch, losses_of
-from hybridcache.saving import Saved, Saving
 from hybridcache.tokens import Indices, Tokens
+
+SPARE_ROWS = 512
+"""Room for the rows of a short answer, so that they need no second array."""
+
+
+class LeaseRows:
+    """Rows of one lease: the tree's in [0, ``published_len``), held ones in [``published_len``,
+    ``num_rows``). A holder of an arena (``RowHolder``)."""
+
+    __slots__ = (
+        "_moved",
+        "_rows",
+        "_unread_end",
+        "_unread_start",
+        "num_rows",
+        "published_len",
+    )
+
+    def __init__(self, cached_len: int, num_expected: int) -> None:
+        """The tree's for ``cached_len`` positions, and room for ``num_expected``."""
+        self.num_rows = cached_len
+        self.published_len = cached_len
+        # Rows in [_unread_start, _unread_end) are the tree's and stand in it alone: a caller that
+        # moves no tensors never asks for them. All others are here, up to date.
+        self._unread_start, self._unread_end = 0, cached_len
+        self._rows: Indices = np.empty(num_expected + SPARE_ROWS, np.int32)
+        self._moved: tuple[int, int] | None = None
+
+    @property
+    def unread_len(self) -> int:
+        """How far the tree's rows must be known for ``view``; 0: all are. O(1)."""
+        return self._unread_end if self._unread_start < self._unread_end else 0
+
+    def read(self, gathered: Indices) -> None:
+        """Take from ``gathered``, the tree's from the first position on, those that were not read.
+        O(``unread_len``)."""
+        start, end = self._unread_start, self._unread_end
+        self._rows[start:end] = gathered[start:end]
+        self._unread_start = end
+
+    def view(self, start: int, end: int) -> Indices:
+        """Of positions [start, end): int32, a view; what was not read is undefined. O(1)."""
+        return self._rows[start:end]
+
+    def append(self, rows: Indices) -> None:
+        """Hold ``rows``, int32[k], for the next k positions. O(k), and amortised what is there."""
+        end = self.num_rows + len(rows)
+        if end > len(self._rows):
+            larger = np.empty(max(end, 2 * len(self._rows)), np.int32)
+            for known in (
+                slice(0, self._unread_start),
+                slice(self._unread_end, self.num_rows),
+            ):
+                larger[known] = self._rows[known]
+            self._rows = larger
+        self._rows[self.num_rows : end] = rows
+        self.num_rows = end
+
+    def publish(self, to_len: int, num_duplicates: int) -> None:
+        """The rows below ``to_len`` are the tree's, and the first ``num_duplicates`` of those that
+        were held are others now than were here. O(1)."""
+        first = self.published_len
+        self.published_len = to_len
+        if num_duplicates:
+            if self._unread_start == self._unread_end:
+                self._unread_start = first
+            self._unread_end = first + num_duplicates
+
+    def rows_moved(self, move: Move) -> int:
+        """A slab of the arena was emptied (``RowHolder``): rename what is here of its rows; how
+        many are held. O(``num_rows``), a nanosecond each."""
+        first_known = self._unread_end
+        moved = move.rename(self._rows[first_known : self.num_rows]) + first_known
+        num_held = len(moved) - int(np.searchsorted(moved, self.published_len))
+        if self._unread_start:
+            moved = np.concatenate((move.rename(self._rows[: self._unread_start]), moved))
+        if len(moved):
+            start, end = int(moved[0]), int(moved[-1]) + 1
+            if self._moved is not None:
+                start, end = min(start, self._moved[0]), max(end, self._moved[1])
+            self._moved = start, end
+        return num_held
+
+    def take_moved(self) -> tuple[int, int] | None:
+        """(start, end) of the positions that ``rows_moved`` changed since the last time; None:
+        none. O(1)."""
+        moved, self._moved = self._moved, None
+        return moved
+
+    def clear(self) -> None:
+        """Forget them all: the lease has ended. O(1)."""
+        self.num_rows = self.published_len = self._unread_start = self._unread_end = 0
+        self._moved = None
+
+
+Saved = tuple[int, int]
+"""(position, slot) of a checkpoint that is, or is being, written to a held slot."""
+
+
+class Saving:
+    """Checkpoint plan of one lease.
+
+    A position is planned, gets a slot when it is about to be computed, and keeps it until the
+    ``publish`` that covers the position. In decode one slot rolls: it is written again at each
+    crossing and published only at the end. The placement learns of each planned checkpoint whether
+    it was saved or dropped.
+    """
+
+    __slots__ = (
+        "_cache",
+        "_interval",
+        "_overwritten",
+        "_pending",
+        "_placement",
+        "_plan",
+        "_prompt_len",
+        "_rolling",
+        "_step",
+    )
+
+    def __init__(
+        self, cache: PrefixCache, placement: PlacementPolicy, step: int, prompt_len: int
+    ) -> None:
+        """``step``: checkpoints sit on its multiples."""
+        self._cache = cache
+        self._placement = placement
+        self._step = step
+        self._prompt_len = prompt_len
+        self._plan: dict[int, str] = {}
+        self._pending: dict[Saved, str] = {}
+        self._rolling: Saved | None = None
+        self._overwritten: Saved | None = None
+        """Earlier contents of the rolling slot, for as long as it may still hold them."""
+        self._interval: int | None = None
+
+    def ask(self, prefill: Prefill) -> None:
+        """Plan what the placement wants of ``prefill``, and of its answer."""
+        plan, step = self._plan, self._step
+        for position, label in prefill.on_grid(self._placement.plan(prefill)).items():
+            plan.setdefault(position, label)
+        if prefill.answer_survives:
+            interval = self._placement.decode_interval()
+            if interval is not None:
+                self._interval = -(-interval // step) * step
+
+    @property
+    def planned(self) -> tuple[int, ...]:
+        """Positions that have no slot yet, ascending."""
+        return tuple(sorted(self._plan))
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Slots held."""
+        rolling = (self._rolling[1],) if self._rolling is not None else ()
+        return (*(slot for _, slot in self._pending), *rolling)
+
+    def plan(self, position: int, label: str) -> None:
+        """Plan a checkpoint, unless one at ``position`` has its slot already."""
+        if not self.is_pending(position):
+            self._plan.setdefault(position, label)
+
+    def is_pending(self, position: int) -> bool:
+        """Return whether a checkpoint at ``position`` has its slot and waits for its
+        ``publish``."""
+        return any(saved == position for saved, _ in self._pending)
+
+    def wants(self, position: int) -> bool:
+        """Return whether a state at ``position``, where the request ends, is one to keep."""
+        if position > self._prompt_len:
+            return self._interval is not None
+        return position in self._plan
+
+    def take(self, start: int, end: int) -> tuple[Saved, ...]:
+        """See ``Lease.take_checkpoint_slots``."""
+        if start >= self._prompt_len:
+            return self._roll(start, end)
+        if not self._plan and not self._pending:
+            return ()
+        self._save(start, end, len(self._plan))
+        return tuple(sorted(saved for saved in self._pending if start < saved[0] <= end))
+
+    def reserve(self, start: int, end: int, max_slots: int) -> int:
+        """See ``Lease.reserve_checkpoint_slots``."""
+        if start >= self._prompt_len:
+            rolls = self._rolling is None and bool(self._crossing(start, end))
+            if rolls and max_slots:
+                self._roll(start, end)
+                return 0
+            return int(rolls)
+        if not self._save(start, end, max_slots):
+            return 0
+        return sum(start < position <= end for position in self._plan)
+
+    def _save(self, start: int, end: int, max_slots: int) -> bool:
+        """Take slots for planned positions in (start, end]. Return False if none is available for
+        the next one."""
+        plan, num_taken = self._plan, 0
+        for position, label in tuple(plan.items()):
+            if start < position <= end and num_taken < max_slots:
+                slot = self._cache.allocate_slot()
+                if slot is None:
+                    return False
+                del plan[position]
+                self._pending[position, slot] = label
+                num_taken += 1
+        return True
+
+    def _roll(self, start: int, end: int) -> tuple[Saved, ...]:
+        position = self._crossing(start, end)
+        if position is None:
+            return ()
+        slot = self._rolling[1] if self._rolling else self._cache.allocate_slot()
+        if slot is None:
+            return ()
+        if self._rolling is None or self._rolling[0] != position:
+            self._overwritten, self._rolling = self._rolling, (position, slot)
+        return ((position, slot),)
+
+    def roll_back(self, computed_len: int) -> None:
+        """See ``Lease.roll_back``."""
+        if self._rolling is None or self._rolling[0] <= computed_len:
+            return
+        if self._overwritten is None:
+            self._cache.free_slot(self._rolling[1])
+        self._rolling = self._overwritten
+
+    def _crossing(self, start: int, end: int) -> int | None:
+        """Return the last position in (start, end] at which decode saves a state, or None."""
+        interval = self._interval
+        if interval is None or end // interval * interval <= start:
+            return None
+        return end // interval * interval
+
+    def num_before_crossing(self, computed_len: int) -> int:
+        """Tokens after ``computed_len`` before decode saves its next state."""
+        interval = self._interval
+        return 1 << 30 if interval is None else interval - 1 - computed_len % interval
+
+    def done(self, computed_len: int) -> dict[Saved, str]:
+        """Hand over the checkpoints of a prefill whose positions are computed, with their labels.
+        ``settle`` is owed for them."""
+        done = self._pending
+        if not done:
+            return done
+        later: dict[Saved, str] = {}
+        if max(done)[0] > computed_len:
+            later = {saved: label for saved, label in done.items() if saved[0] > computed_len}
+            done = {saved: label for saved, label in done.items() if saved[0] <= computed_len}
+        self._pending = later
+        return done
+
+    def end(self, published_len: int, donated: Saved | None = None) -> dict[Saved, str]:
+        """Hand over all checkpoints up to ``published_len`` that have a slot, with the rolling one
+        and ``donated``, and drop the others. ``settle`` is owed."""
+        saved = self._pending
+        if self._rolling is not None:
+            saved[self._rolling] = "decode"
+        if saved and max(saved)[0] > published_len:
+            for unfinished in [one for one in saved if one[0] > published_len]:
+                self._cache.free_slot(unfinished[1])
+                self._placement.on_dropped(unfinished[0], saved.pop(unfinished))
+        if donated is not None:
+            position = donated[0]
+            in_decode = position > self._prompt_len
+            saved[donated] = "decode" if in_decode else self._plan.pop(position, "preempt")
+        self._drop_plan()
+        return saved
+
+    def settle(self, saved: dict[Saved, str], rejected_slots: Sequence[int]) -> None:
+        """Note the result of publishing ``saved``; free the slots that the cache did not take."""
+        placement = self._placement
+        for (position, slot), label in saved.items():
+            if slot in rejected_slots:
+                self._cache.free_slot(slot)
+                placement.on_dropped(position, label)
+            else:
+                placement.on_saved(position, label)
+
+    def abort(self) -> None:
+        """Free every slot and drop every plan."""
+        if self._rolling is not None:
+            self._pending[self._rolling] = "decode"
+        for (position, slot), label in self._pending.items():
+            self._cache.free_slot(slot)
+            self._placement.on_dropped(position, label)
+        self._drop_plan()
+
+    def _drop_plan(self) -> None:
+        for position, label in self._plan.items():
+            self._placement.on_dropped(position, label)
+        self._plan, self._pending, self._rolling = {}, {}, None
+
+
+def bring_up(
+    cache: PrefixCache,
+    match: PrefixMatch,
+    receipt: Any,
+    tokens: Tokens,
+    exchange: FetchRule | None,
+) -> tuple[PrefixMatch, Any]:
+    """Load the checkpoint of ``match.lower`` that saves the most time, if one saves any.
+
+    ``receipt`` is a lock on ``match.node``. Returns a match of ``tokens`` after the load and a lock
+    on its node; both are the ones given if nothing was loaded. O(len(tokens)).
+    """
+    if exchange is None or not _fetch_best(cache, match, exchange):
+        return match, receipt
+    cache.unlock(receipt)
+    match = cache.match(tokens, match.namespace)
+    return match, cache.lock(match.node)
+
+
+def _fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> bool:
+    """Return False if no load saves time, or the device has no room for it."""
+    lower = cache.lower
+    assert lower is not None
+    best, most = None, 0.0
+    for one in match.lower:
+        num_bytes = {
+            word: rows * lower.row_bytes for word, rows in zip(lower.words, one.rows, strict=True)
+        }
+        saved = exchange.seconds_saved(match.cached_len, one.position, match.num_tokens, num_bytes)
+        if saved > most:
+            best, most = one, saved
+    return best is not None and cache.fetch(best)
+
 
 # Who owns which tokens' KV rows, and when it changes hands (P: page_size, all borders multiples of
 # it but computed_len):
@@ -427,3 +759,77 @@ class Lease:
         self._cache.unlock(self._receipt)
         self._node = self._receipt = self.state_slot = None
         self._rows.clear()
+
+
+class LeaseEvent(NamedTuple):
+    """One verb of one lease, or of the cache itself."""
+
+    verb: str
+    """begin, extend, reserve_checkpoint_slots, take_checkpoint_slots, roll_back, plan_checkpoint,
+    publish, finish, preempt, abort: the lease's; reset: the cache's."""
+    lease: int | None
+    """Number of the lease, counted from 0; None: ``begin`` was refused, or the verb is the
+    cache's."""
+    arguments: tuple[Any, ...]
+    result: Any
+    """What it gave: begin (cached_len or None), extend (bool), reserve_checkpoint_slots (how many
+    are still wanted), take_checkpoint_slots ((position, slot), ...); else None."""
+
+
+class LeaseLog:
+    """Events, appended as they happen. Holds every request's tokens: for tests and studies."""
+
+    def __init__(self) -> None:
+        self.events: list[LeaseEvent] = []
+        self._numbers: dict[int, int] = {}
+        self._num_begun = 0
+
+    def begin(self, lease: Lease | None, request: LeaseRequest) -> None:
+        """A lease began, or (None) was refused."""
+        if lease is None:
+            self.events.append(LeaseEvent("begin", None, (request,), None))
+            return
+        self._numbers[id(lease)] = self._num_begun
+        self._num_begun += 1
+        self.record("begin", lease, (request,), lease.cached_len)
+
+    def record(
+        self, verb: str, lease: Lease, arguments: tuple[Any, ...] = (), result: Any = None
+    ) -> None:
+        """``lease`` did ``verb``; see ``LeaseEvent`` for what ``result`` is."""
+        self.events.append(LeaseEvent(verb, self._numbers[id(lease)], arguments, result))
+        if verb in ("finish", "preempt", "abort"):
+            del self._numbers[id(lease)]
+
+    def reset(self) -> None:
+        """The cache was reset."""
+        self.events.append(LeaseEvent("reset", None, (), None))
+
+
+def replay(cache: PrefixCache, placement: PlacementPolicy, log: LeaseLog) -> LeaseLog:
+    """Do to ``cache`` what was recorded; returns the record of that, which equals ``log`` where
+    both decided alike.
+
+    Stops at the first ``begin`` or ``extend`` whose outcome differs, since what follows would have
+    been different.
+    """
+    again = LeaseLog()
+    leases: dict[int, Lease] = {}
+    for event in log.events:
+        if event.verb == "reset":
+            cache.reset()
+            again.reset()
+        elif event.verb == "begin":
+            begun = Lease.begin(cache, placement, *event.arguments)
+            again.begin(begun, *event.arguments)
+            if begun is not None and event.lease is not None:
+                leases[event.lease] = begun
+        elif event.lease is not None:
+            lease = leases[event.lease]
+            result = getattr(lease, event.verb)(*event.arguments)
+            again.record(
+                event.verb, lease, event.arguments, None if event.result is None else result
+            )
+        if again.events[-1].lease != event.lease or again.events[-1].result != event.result:
+            break
+    return again

@@ -42,7 +42,7 @@ GROUPS = {
             "hybridcache/allocators/*",
             "hybridcache/core/*",
             "hybridcache/hybrid.py",
-            "hybridcache/tiered.py",
+            "hybridcache/variants.py",
         ),
         (
             *("tests/allocators", "tests/radix", "tests/cache"),
@@ -53,8 +53,8 @@ GROUPS = {
     "requests": Group(
         (
             "hybridcache/lease.py",
-            "hybridcache/lease_rows.py",
-            "hybridcache/saving.py",
+            "hybridcache/lease.py",
+            "hybridcache/lease.py",
             "engine/schedule/scheduler.py",
         ),
         (

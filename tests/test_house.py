@@ -7,6 +7,7 @@ Where code moves, MAY_IMPORT and SHARED are the two tables to update.
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.util
 import subprocess
 import sys
@@ -84,40 +85,23 @@ def test_every_version_of_python_compiles_every_file(room: str) -> None:
 
 MAY_IMPORT = {
     "hybridcache/tokens.py": "",
-    "hybridcache/extras.py": "",
-    "hybridcache/units.py": "",
-    "hybridcache/namespaces.py": "",
-    "hybridcache/results.py": "tokens",
-    "hybridcache/radix": "namespaces tokens",
     "hybridcache/allocators": "tokens",
+    "hybridcache/radix": "allocators tokens",
     "hybridcache/policies": "tokens",
-    "hybridcache/listener.py": "policies radix",
-    "hybridcache/stats.py": "results",
-    "hybridcache/interface.py": "allocators listener results stats tokens",
-    "hybridcache/core": "allocators listener policies radix stats tokens",
-    "hybridcache/hybrid.py": "allocators core interface listener policies radix results stats "
-    "tokens",
-    "hybridcache/kv_only.py": "hybrid radix results tokens",
-    "hybridcache/tiered.py": "core hybrid radix results tokens",
-    "hybridcache/remembered.py": "allocators namespaces policies radix tiered tokens",
-    "hybridcache/fetching.py": "interface policies results tokens",
-    "hybridcache/null.py": "allocators interface listener results stats tokens",
-    "hybridcache/plain.py": "allocators policies radix results tokens",
-    "hybridcache/build.py": "allocators core hybrid interface kv_only null policies radix tiered",
-    "hybridcache/saving.py": "interface policies",
-    "hybridcache/lease_rows.py": "allocators tokens",
-    "hybridcache/lease.py": "fetching interface lease_rows policies results saving tokens",
-    "hybridcache/lease_log.py": "interface lease policies",
-    "hybridcache/arrival.py": "allocators interface tokens",
-    "hybridcache/scheduling": "allocators arrival interface lease lease_log policies results "
-    "tokens",
-    "hybridcache/geometry": "units",
-    "hybridcache/watch": "allocators listener policies radix results",
-    "hybridcache/export": "allocators build core hybrid kv_only listener namespaces policies radix "
-    "results tokens",
-    "hybridcache/lab": "allocators build export extras geometry interface lease policies results "
-    "routing scheduling tokens units watch",
-    "hybridcache/routing": "export interface policies tokens",
+    "hybridcache/api.py": "allocators policies radix tokens",
+    "hybridcache/offload.py": "allocators policies radix tokens",
+    "hybridcache/residency.py": "allocators api offload policies radix tokens",
+    "hybridcache/hybrid.py": "allocators api policies radix residency tokens",
+    "hybridcache/variants.py": "allocators api hybrid offload radix residency tokens",
+    "hybridcache/config.py": "allocators api hybrid offload policies radix variants",
+    "hybridcache/lease.py": "allocators api policies tokens",
+    "hybridcache/geometry": "",
+    "hybridcache/watch": "allocators api policies radix",
+    "hybridcache/export": "allocators api config hybrid policies radix residency tokens variants",
+    "hybridcache/scheduling": "allocators api export lease policies tokens",
+    "hybridcache/lab": "allocators api config export geometry lease policies routing scheduling "
+    "tokens watch",
+    "hybridcache/routing": "api export policies tokens",
     "engine/config.py": "",
     "engine/errors.py": "",
     "engine/store": "",
@@ -168,13 +152,26 @@ def test_every_room_of_the_cache_is_in_the_list() -> None:
     assert not missing, f"give {', '.join(sorted(missing))} a row in MAY_IMPORT"
 
 
-def test_the_engine_imports_neither_the_laboratory_nor_the_caches_core() -> None:
+def test_the_engine_imports_neither_the_laboratory_nor_the_caches_state() -> None:
+    """Except the names of packages, which are nobody's alone."""
     wrong = [
         (file, module)
         for file, module in imports_of("engine")
-        if module.startswith(("hybridcache.lab", "hybridcache.export", "hybridcache.core"))
+        if module.startswith(("hybridcache.lab", "hybridcache.residency"))
+        and module != "hybridcache.lab.extras"
     ]
     assert wrong == []
+
+
+def test_modules_of_the_cache_import_each_other_in_one_direction() -> None:
+    """Imports for type checkers count too."""
+    files = files_of("hybridcache")
+    names = {".".join(file.relative_to(ROOT).with_suffix("").parts): file for file in files}
+    graph = {name: imported_modules(file) & names.keys() - {name} for name, file in names.items()}
+    try:
+        tuple(graphlib.TopologicalSorter(graph).static_order())
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
 
 
 SHARED = {
@@ -203,7 +200,9 @@ def test_hybridcache_never_imports_torch() -> None:
     tops = ((file, module.split(".")[0]) for file, module in imports_of("hybridcache"))
     torch = [file for file, top in tops if top in ("torch", "sglang")]
     assert torch and all(file.startswith(guest) for file in torch)
-    heavy = "('torch', 'matplotlib', 'scipy', 'triton', 'sglang', 'html', 'hybridcache.radix.svg')"
+    heavy = (
+        "('torch', 'matplotlib', 'scipy', 'triton', 'sglang', 'html', 'hybridcache.radix.render')"
+    )
     load = "import sys, hybridcache, hybridcache.export.sglang"
     code = f"{load}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -222,7 +221,7 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Refuse())
 import hybridcache
-print(hybridcache.simulate("short?head=5", gib=[1.0], processes=1).table().count("lru"))
+print(hybridcache.simulate("short?head=5", gib=[1.0], processes=1).table().count("regret"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and int(done.stdout) >= 1, done.stderr

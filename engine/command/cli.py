@@ -27,8 +27,8 @@ from engine.interfaces import RunnerLost
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.server.config import ServerConfig
-from hybridcache.extras import how_to_install
-from hybridcache.units import counted, format_seconds
+from hybridcache.geometry.units import counted, format_seconds
+from hybridcache.lab.extras import how_to_install
 
 if TYPE_CHECKING:
     from engine.async_engine import ServedEngine
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Shells without job control start background commands with SIGINT ignored, and Python then
         # installs no handler for it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminate)
     parsed = _parser().parse_args(arguments)
     command: Command = parsed.command
     try:
@@ -66,6 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
+
+
+def _terminate(number: int, _: object) -> None:
+    """End as after Ctrl-C: other processes are ended and temporary files removed."""
+    sys.exit(128 + number)
 
 
 def _parser() -> Parser:

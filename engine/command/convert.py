@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from hybridcache.units import counted, format_bytes
+from hybridcache.geometry.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from engine.run.quantization.convert import Conversion, Converted

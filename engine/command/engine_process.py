@@ -1,9 +1,9 @@
 """The engine of ``engine serve``: in a process of its own, so that no step waits for the
 interpreter that reads and writes HTTP.
 
-The process is a fresh interpreter, not a fork: neither torch nor a device outlives one. It ignores
-the signals that ask a server to end, which a terminal or a service manager sends to both, and ends
-when the server says so or has gone.
+The process is a fresh interpreter, not a fork: neither torch nor a device outlives one. The signals
+that ask a server to end, which a terminal or a service manager sends to both, are blocked in it. It
+ends when the server says so or has gone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.interfaces import RunnerLost
 from engine.process.channel import Channel, make_folder, remove_folder
 from engine.process.front import ProcessEngine
 from engine.process.messages import FromEngine, Ready, Refused
-from hybridcache.extras import how_to_install
+from hybridcache.lab.extras import how_to_install
 
 BOOT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -50,10 +50,7 @@ def start_engine(
     try:
         channel: Channel[FromEngine] = Channel(folder, is_server=True)
         facts = [folder, msgspec.json.encode(config).decode(), address, trace or ""]
-        process = subprocess.Popen(
-            [sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts],
-            stdin=subprocess.PIPE,
-        )
+        process = _spawn([sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts])
         try:
             # While the model is loaded over there.
             if meanwhile is not None:
@@ -69,6 +66,15 @@ def start_engine(
             raise
     finally:
         remove_folder(folder)
+
+
+def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
+    """Start ``command`` with SIGINT and SIGTERM blocked, from its first instruction on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        return subprocess.Popen(command, stdin=subprocess.PIPE)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) -> Ready:
@@ -91,8 +97,6 @@ def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) ->
 
 def main(folder: str, config: str, address: str, trace: str) -> int:
     """The process itself; its exit code."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
     from engine.command.screen import start_screen
     from engine.engine import Engine
     from engine.process.host import Host

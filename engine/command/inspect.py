@@ -11,7 +11,7 @@ from engine.config import BUILTIN_DIR
 from engine.run.quantization.names import MODEL_OPT_FILE, MODEL_SLIM_FILE
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.units import GIB, format_bytes, format_count
+from hybridcache.geometry.units import GIB, format_bytes, format_count
 
 INTERVALS = (512, 1024, 2048, 4096, 8192, 16384)
 

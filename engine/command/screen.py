@@ -9,9 +9,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.schedule.report import CacheReport, LowerReport
 from engine.text.token_ids import IdTokenizer
-from hybridcache.allocators.orders import HOST
+from hybridcache.allocators.moves import HOST
+from hybridcache.geometry.units import counted, format_bytes
 from hybridcache.scheduling.memory import MemorySizes
-from hybridcache.units import counted, format_bytes
 
 if TYPE_CHECKING:
     from engine.run.model_runner import ModelRunner

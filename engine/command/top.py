@@ -15,8 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.results import Losses
-from hybridcache.units import format_bytes, format_seconds
+from hybridcache.api import Losses
+from hybridcache.geometry.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

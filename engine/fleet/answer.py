@@ -10,7 +10,7 @@ from msgspec import structs
 from engine.fleet.order import NO_TOKENS
 from engine.text.growing import GrowingTokens
 from engine.text.outputs import RequestOutput, SampledToken
-from hybridcache.units import counted
+from hybridcache.geometry.units import counted
 
 
 def news_of(output: RequestOutput) -> RequestOutput:

@@ -25,6 +25,7 @@ class Fleet:
         self._router: Router | None = None
         self._lock = threading.Lock()
         self._members: list[str] = []
+        self._expected: set[Hashable] = set()
         self._placed: dict[Hashable, str] = {}
 
     @property
@@ -62,18 +63,28 @@ class Fleet:
         """One is gone."""
         self.set_members(each for each in self.members if each != replica)
 
+    def expect(self, request: str) -> None:
+        """Count ``request`` as the load of the replica it is placed on, until ``ended``."""
+        with self._lock:
+            self._expected.add(request)
+
     def place(self, order: Order, candidates: Iterable[str]) -> str | None:
-        """Where ``order`` goes; asked again for the same request it answers the same while that
-        replica is up. None: not now. An order for a replica that is gone goes to another, which
-        refuses it."""
+        """Choose the replica for ``order``; None if it has to wait.
+
+        The same request gets the same replica again, as long as that is up. An order for a replica
+        that is gone gets another one, which refuses it. A request that is not expected, since it
+        was cancelled before Ray Serve came to place it, leaves no load: nobody would end it.
+        """
         found = set(candidates)
         with self._lock:
             if order.replica is not None:
                 return order.replica if order.replica in found else next(iter(found), None)
-            if order.route is None or self._router is None:
+            is_routed = order.route is not None and order.request_id in self._expected
+            if not is_routed or self._router is None:
                 return next((each for each in self._members if each in found), None)
             where = self._placed.get(order.request_id)
             if where is None and self._router.loads:
+                assert order.route is not None
                 choice = self._router.route(order.route, time.monotonic())
                 where = self._placed[order.request_id] = str(choice.replica)
             return where if where in found else None
@@ -87,6 +98,7 @@ class Fleet:
     def ended(self, request: str) -> None:
         """It is over, or begins anew."""
         with self._lock:
+            self._expected.discard(request)
             self._placed.pop(request, None)
             if self._router is not None:
                 self._router.ended(request, time.monotonic())

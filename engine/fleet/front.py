@@ -185,6 +185,7 @@ class FleetEngine:
         generate = self._handle.options(method_name="generate", stream=True)
         num_deaths = 0
         while True:
+            self._fleet.expect(order.request_id)
             outputs = generate.remote(order)
             try:
                 async for output in outputs:

@@ -28,8 +28,6 @@ them are as many, and the time to find them grows as the square."""
 WHITESPACE = r" |\n {0,8}"
 """Between the parts of a JSON answer, at most once: a blank, or a new line and its indent. More
 would be spent of ``max_tokens`` by a model that goes on with it."""
-AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As ``json.dumps`` writes, and chat templates: so a call that comes back has the same tokens."""
 NESTED = ("%json", "%regex")
 CALL = "call_"
 """Begins the names of the rules that are calls."""
@@ -53,11 +51,17 @@ class TooComplex(GrammarError):
 class Grammar:
     """What a whole answer must be. Equal ones are compiled once."""
 
-    kind: Literal["lark", "regex", "given"]
-    """In which form: ``lark`` in llguidance's dialect; ``given``: in that, or in GBNF."""
-    text: str
+    kind: Literal["lark", "regex", "given", "marks"]
+    """In which form: ``lark`` in llguidance's dialect; ``given``: in that, or in GBNF; ``marks``:
+    see there."""
+    text: str = ""
     end_of_reasoning: str | None = None
     """What comes first is free, up to this text; None: nothing does."""
+    marks: tuple[tuple[str, str], ...] = ()
+    """(mark, Lark grammar of what follows it). An answer is free up to a mark that does not stand
+    in its reasoning, follows the mark's grammar to its end, and is free again."""
+    may_think: bool = False
+    """Of an answer with ``marks``: it may begin with reasoning."""
 
     def behind(self, end_of_reasoning: str) -> Grammar:
         """The same, behind reasoning that ends so."""
@@ -75,7 +79,7 @@ class Grammar:
                 schema = ""
         if not isinstance(schema, bool | Mapping):
             raise GrammarError("a JSON schema must be an object, or the text of one.")
-        return cls("lark", f"start: {_json(schema, {'whitespace_pattern': WHITESPACE})}")
+        return cls("lark", f"start: {json_rule(schema, {'whitespace_pattern': WHITESPACE})}")
 
     @classmethod
     def of_object(cls) -> Grammar:
@@ -85,7 +89,7 @@ class Grammar:
     @classmethod
     def of_regex(cls, regex: str) -> Grammar:
         """Text that a regular expression matches as a whole. GrammarError: it is too long."""
-        return cls("regex", _bounded("a regular expression", regex, MAX_CHARS))
+        return cls("regex", bounded("a regular expression", regex, MAX_CHARS))
 
     @classmethod
     def of_choices(cls, choices: Sequence[str]) -> Grammar:
@@ -94,14 +98,14 @@ class Grammar:
             raise GrammarError(
                 f"a choice is made among 1 to {MAX_CHOICES} texts, none of them empty."
             )
-        texts = _bounded("a choice", " | ".join(map(_quoted, choices)), MAX_CHARS)
+        texts = bounded("a choice", " | ".join(map(quoted, choices)), MAX_CHARS)
         return cls("lark", f"start: CHOICE\nCHOICE: {texts}")
 
     @classmethod
     def of_text(cls, text: str) -> Grammar:
         """What ``start`` (of GBNF ``root``) derives in a grammar in llguidance's Lark, or in GBNF.
         GrammarError: it is too long, or nests a schema or an expression in a form of its own."""
-        _bounded("a grammar", text, MAX_GRAMMAR_CHARS)
+        bounded("a grammar", text, MAX_GRAMMAR_CHARS)
         if any(word in text for word in NESTED):
             raise GrammarError(
                 f"a grammar may not hold {' or '.join(NESTED)}: ask for a JSON schema or a regular "
@@ -110,69 +114,13 @@ class Grammar:
         return cls("given", text)
 
 
-def grammar_of_calls(
-    tools: Sequence[Mapping[str, Any]],
-    choice: str = "required",
-    form: Literal["hermes"] = "hermes",
-    *,
-    in_parallel: bool = True,
-) -> Grammar:
-    """An answer that is one call of one of ``tools`` (as OpenAI describes them), or several where
-    they may be made ``in_parallel``: ``tool_choice`` "required", or the name of the tool to call.
-
-    ``hermes`` writes a call as ``{"name": ..., "arguments": ...}`` between ``<tool_call>`` marks.
-    GrammarError: no tool has this name, or the schema of one can not be served.
-    """
-    functions = [tool.get("function", {}) for tool in tools]
-    names = [function.get("name") for function in functions]
-    if not all(isinstance(name, str) and name for name in names):
-        raise GrammarError("each tool must have a function with a name.")
-    wanted = [f for f in functions if choice in ("required", f["name"])]
-    if not wanted:
-        raise GrammarError(f"tool_choice must be one of {', '.join(names) or 'no tools'}.")
-    assert form == "hermes"
-    more = '("\\n" call)*' if in_parallel and choice == "required" else ""
-    bodies = [f"{CALL}{number}: {_body(function)}" for number, function in enumerate(wanted)]
-    kinds = " | ".join(f"{CALL}{number}" for number in range(len(wanted)))
-    lines = [
-        f"start: call {more}",
-        f'call: "<tool_call>\\n" ({kinds}) "\\n</tool_call>"',
-        *bodies,
-    ]
-    return Grammar("lark", _bounded("the tools' schemas", "\n".join(lines), MAX_CHARS))
-
-
-def _body(function: Mapping[str, Any]) -> str:
-    """A call as part of a Lark grammar. GrammarError: it names the tool."""
-    try:
-        return _json(_call(function), AS_DUMPED)
-    except GrammarError as error:
-        raise GrammarError(f"tool {function['name']!r}: {error}") from None
-
-
-def _call(function: Mapping[str, Any]) -> dict[str, Any]:
-    """The schema of a call. A tool without parameters takes none."""
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
-    if not isinstance(parameters, Mapping):
-        raise GrammarError("the parameters of a tool must be a JSON schema.")
-    fields = {"name": {"const": function["name"]}, "arguments": {"type": "object", **parameters}}
-    # References point from a schema's root, which is here one of its parts.
-    lifted = {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
-    return {
-        "type": "object",
-        "properties": fields,
-        "required": list(fields),
-        "additionalProperties": False,
-    } | lifted
-
-
-def _json(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> str:
+def json_rule(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> str:
     """JSON that ``schema`` allows, as part of a Lark grammar."""
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     _check(schema)
     text = json.dumps({**schema, "x-guidance": dict(options)})
-    return f"%json {_bounded('a JSON schema', text, MAX_CHARS)}"
+    return f"%json {bounded('a JSON schema', text, MAX_CHARS)}"
 
 
 def _check(schema: Mapping[str, Any]) -> None:
@@ -205,13 +153,13 @@ def _multiples(schema: Mapping[str, Any]) -> Iterator[Any]:
             left += [(part, depth + 1) for part in value]
 
 
-def _bounded(what: str, text: str, most: int) -> str:
+def bounded(what: str, text: str, most: int) -> str:
     if len(text) > most:
         raise GrammarError(f"{what} may have {most} characters here, not {len(text)}.")
     return text
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A string of Lark. GrammarError: a lone surrogate, which no text has."""
     try:
         text.encode()

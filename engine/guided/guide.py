@@ -12,32 +12,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from engine.guided.background import BackgroundGrammar, Budget, Follower, Place
-from engine.guided.grammar import Grammar, GrammarError
-from engine.guided.library import (
-    LIMITS,
-    STEP_LIMITS,
-    Mask,
-    check_beginning,
-    load_library,
-    make_matcher,
-    make_vocabulary,
-)
+from engine.guided.grammar import GrammarError
+from engine.guided.library import Mask
 from hybridcache.tokens import Tokens
 
-if TYPE_CHECKING:
-    from engine.text.tokenizer import Tokenizer
-
-NUM_REMEMBERED = 64
-"""Compiled grammars."""
-BUDGET_S = 10.0
-"""Default grammar time of one request in the background."""
 SHARE, BURST_S = 0.08, 0.015
 """Share of the time that grammars may take on the engine's thread, and how much at once."""
 CHEAP_S, NUM_CHEAP = 1e-4, 32
@@ -82,7 +67,9 @@ class Compiled:
         self.matcher = matcher
         self.background = background
         self.is_costly = matcher is None
-        """New answers are followed in the background."""
+        """Answers are followed in the background."""
+        self.is_spent = False
+        """Its copies have together found as many states as they may keep: compile it again."""
         self._num_masks, self._seconds = 0, 0.0
 
     @property
@@ -98,86 +85,18 @@ class Compiled:
             self.is_costly = True
 
 
-class Guides:
-    """Compiles grammars for one vocabulary. Safe to call from any thread."""
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the guides of one engine share."""
 
-    def __init__(
-        self, tokenizer: Tokenizer | None, vocab_size: int, budget_s: float = BUDGET_S
-    ) -> None:
-        """``budget_s``: grammar time of one request in the background."""
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self.num_mask_bytes = -(-vocab_size // 8)
-        self.budget = Budget(budget_s)
-        self.step_time = StepTime(time.perf_counter())
-        self.news = threading.Event()
-        """Set whenever a place was found in the background."""
-        self._lock = threading.Lock()
-        self._vocabulary: Any = None
-        self._compiled: OrderedDict[Grammar, Compiled] = OrderedDict()
-
-    def prepare(self) -> None:
-        """Load the library and build its vocabulary, which would stop all threads later. Does
-        nothing where answers cannot be guided."""
-        try:
-            self._load()
-        except GrammarError:
-            return
-
-    def guide(self, grammar: Grammar) -> Guide:
-        """Return the guide of a new answer. Raises GrammarError as ``compile``, which takes its
-        time if the grammar is not one of the last that were compiled."""
-        return Guide(self, grammar, self.compile(grammar), self.ends)
-
-    def compile(self, grammar: Grammar) -> Compiled:
-        """Compile ``grammar`` and remember it.
-
-        Raises GrammarError if the library is missing, or the grammar is wrong, too large, or fits
-        the empty answer only; TooComplex if its first two tokens take too much time.
-        """
-        with self._lock:
-            if grammar in self._compiled:
-                self._compiled.move_to_end(grammar)
-                return self._compiled[grammar]
-        # Not under the lock: it may take a tenth of a second, and others compile theirs.
-        compiled = self._compile(grammar)
-        with self._lock:
-            self._compiled[grammar] = compiled
-            while len(self._compiled) > NUM_REMEMBERED:
-                self._compiled.popitem(last=False)
-        return compiled
-
-    def _compile(self, grammar: Grammar) -> Compiled:
-        library, vocabulary = self._load()
-        make = partial(make_matcher, library, vocabulary, grammar)
-        background = BackgroundGrammar(library, vocabulary, lambda: make(LIMITS))
-        try:
-            matcher = make(STEP_LIMITS)
-            check_beginning(matcher, self.ends, lambda tried, token: tried.consume_token(token))
-        except GrammarError:
-            # Which limit it met, if it did, is for the larger ones to say.
-            check_beginning(background.first(), self.ends, background.consume)
-            matcher = None
-        return Compiled(matcher, background)
-
-    def forget(self, grammar: Grammar, spent: Compiled) -> None:
-        """Have ``grammar`` compiled again for later answers, if that is not done yet."""
-        with self._lock:
-            if self._compiled.get(grammar) is spent:
-                del self._compiled[grammar]
-
-    @property
-    def ends(self) -> Tokens:
-        """Tokens of the vocabulary that end an answer."""
-        assert self._tokenizer is not None
-        return np.array(sorted(self._tokenizer.eos_token_ids), np.int32)
-
-    def _load(self) -> tuple[Any, Any]:
-        library = load_library()
-        with self._lock:
-            if self._vocabulary is None:
-                self._vocabulary = make_vocabulary(library, self._tokenizer, self._vocab_size)
-            return library, self._vocabulary
+    num_mask_bytes: int
+    ends: Tokens
+    """Tokens that end an answer."""
+    budget: Budget
+    """Of one request in the background."""
+    step_time: StepTime
+    news: threading.Event
+    """Set whenever a place was found in the background."""
 
 
 class Guide:
@@ -185,27 +104,23 @@ class Guide:
 
     __slots__ = (
         "_compiled",
-        "_ends",
         "_follower",
-        "_grammar",
-        "_guides",
         "_matcher",
         "_num_taken",
+        "_shared",
     )
 
-    def __init__(self, guides: Guides, grammar: Grammar, compiled: Compiled, ends: Tokens) -> None:
+    def __init__(self, compiled: Compiled, shared: Shared) -> None:
         """The matcher is copied for the first token: queued requests do not allocate one."""
-        self._guides = guides
-        self._grammar = grammar
         self._compiled = compiled
-        self._ends = ends
+        self._shared = shared
         self._matcher: Any = None
         self._num_taken = 0
         self._follower: Follower | None = None
 
     def masks(
         self, answer: Tokens, drafts: Tokens = NO_TOKENS, *, may_be_over: bool = True
-    ) -> list[Mask] | None:
+    ) -> Sequence[Mask | None] | None:
         """Return what may follow ``answer``, and what may follow it with each beginning of
         ``drafts``, which ``cut`` has left: 1 + d masks.
 
@@ -231,12 +146,17 @@ class Guide:
         drafts = drafts[: self._matcher.validate_tokens(drafts.tolist())]
         if not self._end(begun, len(drafts)):
             return drafts[:0]
-        ends = np.isin(drafts, self._ends)
+        ends = np.isin(drafts, self._shared.ends)
         return drafts[: int(ends.argmax())] if ends.any() else drafts
 
     def is_done(self, answer: Tokens) -> bool:
         """Return whether nothing can follow ``answer``, as far as is known now. Raises TooComplex
         if following it takes too much time."""
+        return self.is_over(answer) is True
+
+    def is_over(self, answer: Tokens) -> bool | None:
+        """Return whether nothing can follow ``answer``; None if that is not known yet. Raises as
+        ``is_done``."""
         if (begun := self._begin()) is not None:
             self._go_to(answer)
             if self._end(begun, 0):
@@ -244,7 +164,7 @@ class Guide:
         follower = self._in_background()
         follower.order(answer)
         place = follower.place(answer)
-        return place is not None and place.is_over
+        return None if place is None else place.is_over
 
     def close(self) -> None:
         """Give up all work: the request has ended."""
@@ -265,7 +185,7 @@ class Guide:
         if self._follower is not None or self._compiled.is_costly:
             return None
         now_s = time.perf_counter()
-        left_s = self._guides.step_time.at(now_s)
+        left_s = self._shared.step_time.at(now_s)
         if left_s <= 0 and (left_s <= -BURST_S or not self._compiled.is_cheap):
             return None
         return now_s, time.thread_time()
@@ -275,12 +195,12 @@ class Guide:
         seconds = time.perf_counter() - begun[0]
         if seconds > CHEAP_S:  # perhaps because another process had the processor
             seconds = time.thread_time() - begun[1]
-        self._guides.step_time.spend(seconds)
+        self._shared.step_time.spend(seconds)
         self._compiled.count(num_masks, seconds)
         if not self._matcher.is_error():
             return True
         if self._matcher.get_error().startswith(SPENT_STATES):
-            self._guides.forget(self._grammar, self._compiled)
+            self._compiled.is_spent = True
         else:
             self._compiled.is_costly = True
         return False
@@ -288,9 +208,9 @@ class Guide:
     def _in_background(self) -> Follower:
         """Have the answer followed in the background from here on."""
         if self._follower is None:
-            guides = self._guides
+            shared = self._shared
             self._follower = Follower(
-                self._compiled.background, guides.budget, guides.num_mask_bytes, guides.news.set
+                self._compiled.background, shared.budget, shared.num_mask_bytes, shared.news.set
             )
             self._matcher = None
         return self._follower
@@ -321,4 +241,4 @@ class Guide:
 
     def _mask(self) -> Mask:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        return mask[: self._guides.num_mask_bytes]
+        return mask[: self._shared.num_mask_bytes]

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.guided.grammar import CALL, Grammar, GrammarError, TooComplex
-from hybridcache.extras import how_to_install
+from hybridcache.lab.extras import how_to_install
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:

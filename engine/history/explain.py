@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast
 
 from engine.history.outline import SYSTEM_ROLES, MessageOutline, Outline
-from hybridcache.results import Losses
+from hybridcache.api import Losses
 from hybridcache.tokens import Tokens, common_prefix_len
 
 SHOWN = 12

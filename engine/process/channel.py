@@ -48,8 +48,12 @@ class Channel(Generic[Received]):
         return int(self._in.getsockopt(zmq.FD))
 
     def send(self, message: ToEngine | FromEngine) -> None:
-        """Nothing happens where the other side has gone. ValueError: a text in it has no UTF-8
-        form. O(its size)."""
+        """Send ``message``; nothing happens if the other side has gone. O(size of the message).
+
+        Raises:
+            ValueError: a text in it has no UTF-8 form.
+            OverflowError: an integer in it does not fit into 64 bits.
+        """
         data = self._encoder.encode(message)
         with self._lock, suppress(zmq.Again):
             if not self._out.closed:

@@ -140,6 +140,10 @@ class ProcessEngine:
                 "a text of this request has no UTF-8 form: leave half surrogates (\\ud800 to "
                 "\\udfff) out."
             ) from None
+        except OverflowError:
+            raise ValueError(
+                "an integer of this request does not fit into 64 bits: give a smaller one."
+            ) from None
 
     def _abort(self, request_id: str) -> None:
         if request_id in self._streams:

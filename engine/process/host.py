@@ -15,7 +15,7 @@ import numpy as np
 from engine.engine import Engine
 from engine.engine_loop import EngineLoop
 from engine.errors import EngineStopped, RequestError
-from engine.process.channel import Channel, ChannelClosed
+from engine.process.channel import Channel, ChannelClosed, remove_folder
 from engine.process.messages import (
     Abort,
     Ask,
@@ -47,6 +47,7 @@ class Host:
     def __init__(self, folder: str, lifeline: int) -> None:
         """``lifeline``: a pipe whose other end is open for as long as the server lives."""
         self._channel: Channel[ToEngine] = Channel(folder, is_server=False)
+        self._folder = folder
         self._lifeline = lifeline
         self._engine: Engine | None = None
         self._loop: EngineLoop[str] | None = None
@@ -82,6 +83,7 @@ class Host:
             return
         except BaseException:
             logger.exception("The engine can not hear its server any more, and ends.")
+        remove_folder(self._folder)  # A server that was killed while the model loaded left it.
         os._exit(LOST)
 
     def _obey(self, message: ToEngine) -> None:

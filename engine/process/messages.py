@@ -13,7 +13,7 @@ from engine.errors import WireError
 from engine.guided.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 from engine.text.outputs import FinishReason, SampledToken, Timings, Transferred
-from hybridcache.results import Losses
+from hybridcache.api import Losses
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -4,11 +4,14 @@ not know it leaves out, and it refuses nothing."""
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 Fields = Mapping[str, Any]
+LINE_END = re.compile(r"\r\n|\n|\r")
 MAX_RESPONSES = 4096
 """Conversations that a later response may go on from."""
 
@@ -38,7 +41,8 @@ class Chats:
         items = [{"role": "user", "content": asked}] if isinstance(asked, str) else [*asked]
         items = [*self._items.get(body.get("previous_response_id") or "", ()), *items]
         output = response.get("output") or []
-        self._items[str(response.get("id"))] = [*items, *output]
+        if response.get("id"):
+            self._items[str(response["id"])] = [*items, *output]
         if len(self._items) > MAX_RESPONSES:
             self._items.popitem(last=False)
         messages = list(_messages(items))
@@ -50,14 +54,16 @@ class Chats:
 
 
 def _answers(raw: bytes) -> Iterator[dict[str, Any]]:
-    """The objects of an answer: one, or one an event."""
+    """Yield the objects of an answer: one, or one an event. What was cut short is left out."""
     text = raw.decode("utf-8", "replace")
     is_whole = text.lstrip().startswith("{")
-    lines = text.splitlines()
+    # Not splitlines: JSON may hold other characters that end a line, as U+2028.
+    lines = LINE_END.split(text)
     events = [line[5:].strip() for line in lines if line.startswith("data:")]
     for found in [text] if is_whole else events:
-        if found != "[DONE]" and isinstance(parsed := json.loads(found), dict):
-            yield parsed
+        with suppress(ValueError):
+            if isinstance(parsed := json.loads(found), dict):
+                yield parsed
 
 
 def _assistant(text: str, reasoning: str, calls: Iterable[tuple[str, str]]) -> dict[str, Any]:
@@ -163,7 +169,10 @@ def _blocks(answers: Sequence[Fields]) -> list[Fields]:
             arguments[at] = arguments.get(at, "") + (delta.get("partial_json") or "")
     for at, text in arguments.items():
         if blocks[at].get("type") == "tool_use":
-            blocks[at]["input"] = json.loads(text or "{}")
+            try:
+                blocks[at]["input"] = json.loads(text or "{}")
+            except ValueError:  # It was cut short.
+                blocks[at]["input"] = text
     return [blocks[at] for at in sorted(blocks)]
 
 

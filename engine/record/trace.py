@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import secrets
+import threading
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, BinaryIO
 
 from engine.text.templates import TemplateError, render_chat
 from engine.text.tokenizer import EncodeOptions, Tokenizer
@@ -22,6 +25,9 @@ from engine.text.tokenizer import EncodeOptions, Tokenizer
 logger = logging.getLogger(__name__)
 PIECE = 4
 """Characters for one id."""
+MAX_TAIL = 1 << 18
+"""Lines below the place of a request in progress that are kept account of: 25 MB."""
+BLOCK_BYTES = 1 << 20
 HEADER, END = "<|im_start|>", "<|im_end|>\n"
 ALONE = EncodeOptions(add_special_tokens=False)
 
@@ -36,23 +42,136 @@ class Recorded:
     """As a message of the assistant."""
 
 
-class TraceWriter:
-    """Writes requests, each as soon as it was answered."""
+class OrderedLines:
+    """Lines of a file that stand in the order of their places, though they come in any order.
 
-    def __init__(self, file: TextIO, *, keeps_text: bool, tokenizer: Tokenizer | None) -> None:
+    Every line is in the file as soon as it comes, so that nothing but requests in progress is lost
+    when the process is killed: a line whose place is further up is inserted there, which rewrites
+    the lines below it. Only those that came while its request was in progress can be below it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        """``file`` is open for reading and writing, and used by nobody else."""
         self._file = file
+        self._lock = threading.Lock()
+        self._num_places = 0
+        self._open: dict[int, None] = {}
+        """Places that were taken and not used, the first at the front."""
+        self._tail: list[tuple[int, int]] = []
+        """(place, bytes) of the last lines: of all that stand below an open place."""
+
+    def take_place(self) -> int:
+        """Return the next place; ``put`` or ``give_up`` must follow. O(1)."""
+        with self._lock:
+            self._num_places += 1
+            self._open[self._num_places] = None
+            return self._num_places
+
+    def put(self, place: int, line: bytes) -> bool:
+        """Write ``line`` at ``place``. False if it cannot be: ``MAX_TAIL`` lines came below it.
+        OSError if the file takes no more: it is as before. O(its size and that of the lines below
+        it)."""
+        with self._lock:
+            if place not in self._open:
+                return False
+            rank = bisect(self._tail, (place, 0))
+            _insert(self._file.fileno(), line, sum(size for _, size in self._tail[rank:]))
+            self._tail.insert(rank, (place, len(line)))
+            del self._open[place]
+            self._trim()
+        return True
+
+    def give_up(self, place: int) -> None:
+        """Leave ``place`` empty. Does nothing to one that was used."""
+        with self._lock:
+            if place in self._open:
+                del self._open[place]
+                self._trim()
+
+    def _trim(self) -> None:
+        """Forget the lines that no open place is above, and the open places above too many."""
+        while True:
+            first = next(iter(self._open), self._num_places + 1)
+            del self._tail[: bisect(self._tail, (first, 0))]
+            if len(self._tail) <= MAX_TAIL:
+                return
+            del self._open[first]
+
+
+def _insert(file: int, line: bytes, size_below: int) -> None:
+    """Insert ``line`` above the last ``size_below`` bytes of ``file``.
+
+    It is appended first: the file is whole from then on, and as long as it will be. Then what is
+    below it moves, in blocks, the last one first; the first one is written with the line in one
+    call, so that a process that is killed leaves no half a line unless more than a block moves.
+    """
+    end = os.fstat(file).st_size
+    try:
+        _write_at(file, end, line)
+    except OSError:
+        os.ftruncate(file, end)
+        raise
+    at, moved = end - size_below, b""
+    while end > at:
+        start = max(at, end - BLOCK_BYTES)
+        moved = os.pread(file, end - start, start)
+        if start > at:
+            _write_at(file, start + len(line), moved)
+        end = start
+    if size_below:
+        _write_at(file, at, line + moved)
+
+
+def _write_at(file: int, place: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file, view, place)
+        place, view = place + count, view[count:]
+
+
+class TraceWriter:
+    """Writes requests in the order in which they came, each as soon as it was answered. Safe to use
+    from any thread, ``write`` from one."""
+
+    def __init__(self, file: BinaryIO, *, keeps_text: bool, tokenizer: Tokenizer | None) -> None:
+        """``file`` is empty, and open for reading and writing."""
+        self._lines = OrderedLines(file)
         self._keeps_text = keeps_text
         self._tokenizer = tokenizer
         self._key = secrets.token_bytes(32)
+        self._lock = threading.Lock()
         self.num_requests = 0
         self.skipped: Counter[str] = Counter()
-        """What was answered but is not in the trace: how many, by why."""
-        self._write({"format": "hybridcache", "version": 1, "unit": 1})
+        """Number of requests that were passed on but are not in the trace, by reason."""
+        self._lines.put(
+            self.take_place(), _line({"format": "hybridcache", "version": 1, "unit": 1})
+        )
 
-    def write(self, recorded: Recorded) -> None:
-        """Add one request. O(its size)."""
+    def take_place(self) -> int:
+        """Return the place of a request that has just come, for ``write``."""
+        return self._lines.take_place()
+
+    def write(self, place: int, recorded: Recorded | None) -> None:
+        """Add one request at ``place``; None if there is none. OSError if the file takes no more.
+        O(its size)."""
+        line = None if recorded is None else self._line_of(recorded)
+        if line is None:
+            self.give_up(place)
+        elif self._lines.put(place, line):
+            self.num_requests += 1
+        else:
+            self.skip(f"{MAX_TAIL:,} others came and went while they were answered")
+
+    def give_up(self, place: int) -> None:
+        """Leave ``place`` empty, if it is."""
+        self._lines.give_up(place)
+
+    def _line_of(self, recorded: Recorded) -> bytes | None:
         body, answer = recorded.body, recorded.answer
         ids, boundaries = self._prompt(body)
+        if not ids:
+            self.skip("bodies with several prompts, or none, are not written")
+            return None
         output = self._answer(answer)
         if not self._keeps_text:
             hashed = self._hashed([*ids, *output])
@@ -68,21 +187,15 @@ class TraceWriter:
             line["boundaries"] = boundaries
         if self._keeps_text:
             line |= {"request": body, "answer": answer}
-        if not ids:
-            self.skip("bodies with several prompts, or none, are not written")
-            return
-        self._write(line)
-        self.num_requests += 1
+        return _line(line)
 
     def skip(self, why: str) -> None:
-        """One request that is not written: the log says so of the first."""
-        self.skipped[why] += 1
-        if self.skipped[why] == 1:
+        """Count one request that is not written; the first for each reason is logged."""
+        with self._lock:
+            self.skipped[why] += 1
+            is_first = self.skipped[why] == 1
+        if is_first:
             logger.warning("Passed on, but %s.", why)
-
-    def _write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps(line, separators=(",", ":")) + "\n")
-        self._file.flush()
 
     def _prompt(self, body: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         """(ids, the boundaries that are known)."""
@@ -126,6 +239,10 @@ class TraceWriter:
     def _digest(self, text: str) -> str:
         raw = text.encode("utf-8", "replace")
         return hashlib.blake2b(raw, key=self._key, digest_size=8).hexdigest()
+
+
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode() + b"\n"
 
 
 def _beginning(body: Mapping[str, Any]) -> Any:

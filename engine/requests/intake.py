@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ContextOverflow
-from engine.guided.guide import BUDGET_S, Guides
+from engine.guided.guides import BUDGET_S, Guides
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
@@ -19,8 +19,7 @@ from engine.requests.token_rules import NO_RULES, TokenRules, packed
 from engine.text.outputs import TextStream
 from engine.text.token_ids import IdTokenizer
 from engine.text.tokenizer import EncodeOptions
-from hybridcache.namespaces import require_namespace
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import Tokens, require_namespace
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from engine.requests.request import Request
 from engine.text.outputs import FinishReason
-from hybridcache.results import Losses
+from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
 MAX_REQUESTS = 256

@@ -27,7 +27,7 @@ from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.guided.guide import Guide
+    from engine.guided.guides import AnswerGuide
     from engine.guided.library import Mask
     from engine.requests.token_rules import Additions
 
@@ -72,7 +72,7 @@ class Request(ScheduledRequest):
         end_token_ids: frozenset[int] = frozenset(),
         text_stream: TextStream | None = None,
         rules: TokenRules = NO_RULES,
-        guide: Guide | None = None,
+        guide: AnswerGuide | None = None,
     ) -> None:
         """``spec`` was checked: its prompt is token ids, its boundaries are ascending."""
         prompt = np.asarray(spec.prompt, np.int32)

@@ -20,8 +20,8 @@ MAX_STOPS = 64
 MAX_BIASES = 1024
 """Tokens whose logits one request may change."""
 MAX_BIAS = 100.0
-MAX_BUDGET = 2**31 - 1
-"""Of reasoning, tokens."""
+MAX_COUNT = 2**31 - 1
+"""Largest number of tokens that a request may name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +130,10 @@ class SamplingParams:
         _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, open_below=True)
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_int("top_k", self.top_k, 1)
-        _check_int("max_tokens", self.max_tokens, 0)
-        _check_int("min_tokens", self.min_tokens, 0)
-        _check_int("thinking_token_budget", self.thinking_token_budget, 0, MAX_BUDGET)
+        _check_int("top_k", self.top_k, 1, MAX_COUNT)
+        _check_int("max_tokens", self.max_tokens, 0, MAX_COUNT)
+        _check_int("min_tokens", self.min_tokens, 0, MAX_COUNT)
+        _check_int("thinking_token_budget", self.thinking_token_budget, 0, MAX_COUNT)
         _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         _check_int("logprobs", self.logprobs, 0, 50)
 
@@ -175,11 +175,10 @@ def _check_range(
         )
 
 
-def _check_int(name: str, value: int | None, low: int, high: int | None = None) -> None:
+def _check_int(name: str, value: int | None, low: int, high: int) -> None:
     if value is None:
         return
     if not _is_int(value):
         raise ValueError(f"{name} must be an integer, not {value!r}.")
-    if value < low or (high is not None and value > high):
-        allowed = f"at least {low}" if high is None else f"between {low} and {high}"
-        raise ValueError(f"{name} must be {allowed}, not {value}.")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, not {value}.")

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 from kernels.state_copy.reference import Form
 from kernels.upload import upload
 

@@ -13,8 +13,7 @@ from engine.run.head_rows import PendingRows
 from engine.run.lower import LowerRows
 from engine.run.memory import Memory
 from engine.run.running_states import RunningStates
-from hybridcache.allocators.moves import Move
-from hybridcache.allocators.orders import Order
+from hybridcache.allocators.moves import Move, Order
 from kernels.upload import upload
 
 

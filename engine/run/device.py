@@ -12,7 +12,7 @@ from typing import cast
 import torch
 
 from engine.run.model_config import ModelError
-from hybridcache.units import counted
+from hybridcache.geometry.units import counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,8 @@ class Device:
             work()
             self.synchronize()
             graph = getattr(self.module, graph_class)()
-            with self.module.graph(graph, pool=pool):
+            # Threads of tiers and transfers may call the device meanwhile.
+            with self.module.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 work()
             return cast(Callable[[], None], graph.replay)
 

@@ -17,7 +17,7 @@ from engine.run.model_config import ModelConfig, ModelError
 from engine.run.models.decoder import Decoder, Fill
 from engine.run.tensor_files import enumerated
 from engine.run.weights import Dummy, WeightFiles
-from hybridcache.units import format_count
+from hybridcache.geometry.units import format_count
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

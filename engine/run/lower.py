@@ -24,7 +24,7 @@ from engine.run.memory import allocate
 from engine.run.model_config import ModelError
 from engine.schedule.batch import KEPT, BytesLost
 from engine.store.disk import Disk, FutureRows, Rows
-from hybridcache.allocators.orders import DEVICE, DISK, HOST, Copy, Drop
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.tokens import Indices
 from kernels import huge_pages

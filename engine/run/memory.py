@@ -21,8 +21,8 @@ from engine.run.ranks.rank import Rank
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import KVSpec, ModelSizes, Spec
+from hybridcache.geometry.units import GIB
 from hybridcache.scheduling.memory import SLOTS_OF_ONE, MemorySizes
-from hybridcache.units import GIB
 from kernels.upload import upload
 
 CPU_SHARE = 0.25

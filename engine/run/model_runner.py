@@ -41,8 +41,8 @@ from hybridcache.geometry.checkpoints import CheckpointFormat
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.shares import share_of
 from hybridcache.geometry.sizes import ModelSizes, SizesError
+from hybridcache.geometry.units import GIB, counted
 from hybridcache.tokens import Indices, Tokens
-from hybridcache.units import GIB, counted
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload

@@ -28,8 +28,7 @@ from engine.drafts.drafter import Newest
 from engine.schedule.batch import KEPT, Batch, Segment
 from engine.store.disk import Disk
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.allocators.moves import Move
-from hybridcache.allocators.orders import DEVICE, Copy, Drop, Order
+from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Order
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.tokens import Indices, Tokens

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from engine.config import MAX_SCORED, TILE
 from engine.drafts.drafter import Newest
 from engine.schedule.batch import Batch, Segment
-from hybridcache.units import counted, format_bytes, format_seconds
+from hybridcache.geometry.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from engine.run.model_runner import ModelRunner

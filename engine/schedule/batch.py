@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
 
-from hybridcache.allocators.orders import Order
+from hybridcache.allocators.moves import Order
 
 KEPT = "kept"
 """The tier of what is copied to disk and stays where it is: what was published, against the end of
@@ -78,7 +78,7 @@ class Batch:
     before)."""
     moves: tuple[Order, ...] = ()
     """Rows of an arena to move, and what is copied between tiers, one after the other:
-    ``hybridcache.allocators.orders``."""
+    ``hybridcache.allocators.moves``."""
 
     def __post_init__(self) -> None:
         copies = self.restores or self.row_writes

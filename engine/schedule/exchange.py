@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from engine.schedule.plan import Plan
-from hybridcache.allocators.orders import DISK
+from hybridcache.allocators.moves import DISK
 from hybridcache.geometry.model import ModelGeometry
 
 FADING = 0.95

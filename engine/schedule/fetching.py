@@ -16,7 +16,7 @@ from typing import Protocol
 
 from engine.requests.request import Request
 from engine.text.outputs import Transferred
-from hybridcache.results import PrefixMatch
+from hybridcache.api import PrefixMatch
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import common_prefix_len
 

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import numpy as np
 
 from engine.schedule.batch import KEPT
-from hybridcache.allocators.orders import DEVICE, Copy, Orders
-from hybridcache.listener import Listener
+from hybridcache.allocators.moves import DEVICE, Copy, Orders
+from hybridcache.api import Listener
 from hybridcache.policies.protocol import Item
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Indices, Tokens
 
 NO_ROWS: Indices = np.empty(0, np.int32)

@@ -11,10 +11,10 @@ import numpy as np
 from engine.requests.request import Request
 from engine.schedule.fetching import Fetch, Fetcher
 from engine.store.disk import Disk
-from hybridcache.allocators.orders import DISK
+from hybridcache.allocators.moves import DISK
+from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.policies.protocol import FetchRule
-from hybridcache.radix.node import RadixNode
-from hybridcache.results import PrefixMatch, Resumable
+from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices
 

@@ -314,13 +314,15 @@ def serve(
 ) -> None:
     """Serve on ``listener`` until SIGTERM or SIGINT, or until it ``must_end``; then finish what
     runs, for at most ``drain_s``."""
-    # uvicorn raises the signal again once it has shut down: a drained server has ended well.
+    # A signal may come before uvicorn listens to signals, and uvicorn raises its own again once it
+    # has shut down: a drained server has ended well.
+    told: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda number, _: told.append(number))
     sys.setswitchinterval(SWITCH_S)
     raise_descriptor_limit()
     # What was made at the start stays: collecting garbage need not look at it again, which takes a
     # quarter of a second.
     gc.collect()
     gc.freeze()
-    Server(engine, config, must_end).run(sockets=[listener])
+    Server(engine, config, lambda: bool(told) or must_end()).run(sockets=[listener])

@@ -63,6 +63,7 @@ class _Writer:
                 "message": _message(answer.events),
                 "logprobs": self._scores(answer.output.logprobs),
                 "finish_reason": answer.finish,
+                **_warning(answer.warning),
                 **reported.token_ids(self._body, answer.output, answer.output.token_ids, False),
             }
             for index, answer in enumerate(answers)
@@ -116,6 +117,7 @@ class _Writer:
         scores = self._scores(news.output.new_logprobs)
         choice = _choice(news.index, deltas.write(news.events), scores, news.finish)
         new = news.output.new_token_ids
+        choice |= _warning(news.warning)
         return choice | reported.token_ids(self._body, news.output, new, False)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
@@ -125,6 +127,10 @@ class _Writer:
         if not self._body.logprobs:
             return None
         return logprobs.for_chat(self._front.tokenizer, scores or (), self._body.top_logprobs or 0)
+
+
+def _warning(warning: str | None) -> dict[str, Any]:
+    return {} if warning is None else {"warning": warning}
 
 
 def _choice(

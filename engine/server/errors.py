@@ -25,7 +25,7 @@ from engine.errors import (
     RequestError,
 )
 from engine.text.json_text import whole_text, write_json
-from hybridcache.units import counted
+from hybridcache.geometry.units import counted
 
 logger = logging.getLogger(__name__)
 MAX_QUOTED, MAX_MESSAGE = 60, 280

@@ -27,7 +27,7 @@ from engine.server.workers import Workers
 from engine.text.answers.reasoning import CLOSE
 from engine.text.outputs import DraftCounts, Transferred
 from engine.text.tokenizer import EncodeOptions, Tokenizer
-from hybridcache.results import Losses
+from hybridcache.api import Losses
 
 logger = logging.getLogger(__name__)
 

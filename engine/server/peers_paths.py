@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request
 
 from engine.server.front import ServingContext
 from engine.server.operator import Operator
-from hybridcache.extras import CACHE_DISTRIBUTION
+from hybridcache.lab.extras import CACHE_DISTRIBUTION
 
 
 def _version() -> str:

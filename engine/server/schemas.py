@@ -1,5 +1,5 @@
-"""What clients may send. Types are checked here, ranges where the values are used (SamplingParams,
-the engine).
+"""What clients may send. Types and the widest ranges are checked here, what the engine can do where
+the values are used (SamplingParams, the engine).
 
 A parameter that would change the answer and is not served is refused by name; one that would not
 (``user``, ``store``) is accepted and ignored.
@@ -22,7 +22,8 @@ from pydantic import (
 )
 
 from engine import Grammar, SamplingParams
-from engine.guided.grammar import grammar_of_calls
+from engine.guided.call_grammars import Form, grammar_of_calls, grammar_of_strict_calls
+from engine.requests.sampling_params import MAX_COUNT
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
 from engine.server.rendering import Rendering
@@ -73,6 +74,11 @@ BROKEN = "INVALID_JSON"
 """Where the arguments of a call stand that are no JSON object: Anthropic's own word for it."""
 MAX_TEMPERATURE = 2
 """As of OpenAI's."""
+AnswerLimit = Annotated[
+    int, Field(ge=1), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MAX_COUNT})
+]
+"""Tokens of an answer. ``ServingContext.check_limit`` refuses more than the context holds, in words
+that name that length."""
 MAX_CUTS = 4
 """Places of a chat that ``cache_control`` may mark, as at Anthropic."""
 
@@ -85,7 +91,7 @@ class Sampling(TokenOptions, Streamed):
     temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     metadata: Any = None
     """Changes no answer; ``session_end`` in it says that no request of the session follows."""
     stop: Text | Texts | None = None
@@ -144,7 +150,7 @@ class CompletionRequest(Sampling):
 
     prompt: Annotated[Any, WithJsonSchema(PROMPT)]
     """A text, a list of texts, a list of token ids, or a list of such lists."""
-    max_tokens: int = Field(default=16, ge=0)
+    max_tokens: int = Field(default=16, ge=0, json_schema_extra={"maximum": MAX_COUNT})
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
     add_special_tokens: bool = True
@@ -361,8 +367,8 @@ class ChatRequest(Sampling, Rendering):
     """POST /v1/chat/completions."""
 
     messages: Listed[ChatMessage] = Field(min_length=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: AnswerLimit | None = None
+    max_completion_tokens: AnswerLimit | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
     tools: Tools | None = None
@@ -397,23 +403,34 @@ class ChatRequest(Sampling, Rendering):
         return self.tool_choice not in (None, "none", "auto")
 
     @property
+    def has_strict_calls(self) -> bool:
+        """The answer may be a call of a tool whose schema it must follow."""
+        if self.demands_call or self.tool_choice == "none" or super().is_guided:
+            return False
+        return any(tool["function"].get("strict") is True for tool in self.tools or ())
+
+    @property
     def is_guided(self) -> bool:
-        return self.demands_call or super().is_guided
+        return self.demands_call or self.has_strict_calls or super().is_guided
 
     @property
     def form_name(self) -> str | None:
-        return "tools" if self.demands_call else super().form_name
+        return "tools" if self.demands_call or self.has_strict_calls else super().form_name
 
-    def demanded_calls(self) -> Grammar | None:
-        """The calls that the answer must be, in Hermes' form; None: it need not be any. ValueError:
-        a tool's schema can not be served, or a form is asked for beside it."""
+    def call_grammar(self, form: Form, may_think: bool) -> Grammar | None:
+        """Return the grammar of the calls that the answer must have, or may have if some are
+        strict; None if it is neither. ``form`` is the model's, and ``may_think`` says whether it
+        may begin with reasoning. ValueError: a tool's schema cannot be served, or another form is
+        asked for, too."""
+        if self.has_strict_calls:
+            return grammar_of_strict_calls(self.tools or (), form, may_think=may_think)
         if not self.demands_call:
             return None
         if super().is_guided:
             raise ValueError("'tool_choice' demands a call, which has its form: ask for no other.")
         choice = self.tool_choice
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
-        return grammar_of_calls(self.tools or (), name, in_parallel=self.parallel_tool_calls)
+        return grammar_of_calls(self.tools or (), name, form, in_parallel=self.parallel_tool_calls)
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> ChatRequest:

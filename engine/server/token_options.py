@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from engine.requests.sampling_params import MAX_BIAS, MAX_BIASES, MAX_BUDGET
+from engine.requests.sampling_params import MAX_BIAS, MAX_BIASES, MAX_COUNT
 from engine.server.config import MAX_STOPS
 from engine.server.guided import Guided
 from engine.server.strict import Listed, whole_numbers
@@ -41,7 +41,7 @@ def _one_line(request_id: str) -> str:
 class TokenOptions(Guided):
     """The part of a request that says which tokens may come, and what is reported of them."""
 
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias],
@@ -50,8 +50,8 @@ class TokenOptions(Guided):
         ]
         | None
     ) = None
-    min_tokens: int | None = Field(default=None, ge=0)
-    thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_BUDGET)
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_COUNT)
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
     bad_words: Texts | None = None
     skip_special_tokens: bool | None = None

@@ -36,8 +36,7 @@ from engine.store.disk_thread import POLL_S, DiskThread
 from engine.store.pointers import Pointers
 from engine.store.prefixes import Piece, Prefixes, Run, State, covering
 from engine.store.records import RecordStore, StoreFull, record_bytes
-from hybridcache.namespaces import read_namespace, write_namespace
-from hybridcache.tokens import Indices, Tokens
+from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
 
 Kind = Literal["kv", "checkpoint"]
 Rows = npt.NDArray[np.uint8]

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from hybridcache.results import Losses
+from hybridcache.api import Losses
 
 if TYPE_CHECKING:
     from engine.text.stream_decoders import StreamDecoder

@@ -89,8 +89,8 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """The chat as text. ``variables`` are the template's own switches (``enable_thinking``).
-        TemplateError: refused."""
+        """Return the chat as text. ``variables`` are the template's own switches
+        (``enable_thinking``). Raises TemplateError for whatever the template raises."""
         try:
             return self._template.render(
                 self.special_tokens
@@ -105,8 +105,11 @@ class ChatTemplate:
             raise
         except RecursionError as error:
             raise TemplateError("something in it is nested too deep.") from error
-        except (jinja2.TemplateError, TypeError, AttributeError, ValueError, KeyError) as error:
+        except jinja2.TemplateError as error:
             raise TemplateError(str(error)) from error
+        except Exception as error:
+            # A template is a program, and a client chooses what it computes with.
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 class Cut(NamedTuple):

@@ -27,11 +27,11 @@ from engine.text.outputs import Transferred
 from engine.transfer.counts import TransferCounts
 from engine.transfer.link import Transfer, link
 from engine.transfer.wire import TransferError, Wire, join
-from hybridcache.arrival import Arrival
-from hybridcache.results import PrefixMatch
+from hybridcache.api import PrefixMatch
+from hybridcache.export.arrival import Arrival
+from hybridcache.geometry.units import counted
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Tokens
-from hybridcache.units import counted
 
 logger = logging.getLogger(__name__)
 MAX_FETCHES = 8

@@ -17,7 +17,7 @@ from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.run.unit import Copied, Unit
-from hybridcache.interface import PrefixCache
+from hybridcache.api import PrefixCache
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
 
@@ -25,6 +25,11 @@ PIECE_BYTES = 4 << 20
 """At most in one piece."""
 MAX_QUEUED_BYTES = 64 << 20
 """Copied and not sent, of one prefix; what follows waits in the cache."""
+
+
+def failure(error: RequestError) -> dict[str, Any]:
+    """Return the message that a prefix does not come because of ``error``."""
+    return {"failed": msgspec.to_builtins(error.to_wire())}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +91,7 @@ class Outgoing:
 
     def fail(self, error: RequestError) -> None:
         """Say ``error`` as the last message."""
-        self.say({"failed": msgspec.to_builtins(error.to_wire())})
+        self.say(failure(error))
 
     def send_layer(self, unit: Unit, part: int) -> None:
         """The step that is being computed has written ``part``: send what is there of it."""

@@ -20,14 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from engine.errors import RequestError
+from engine.errors import EngineStopped, RequestError
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.run.unit import Unit
 from engine.transfer.counts import TransferCounts
 from engine.transfer.identity import difference
 from engine.transfer.link import Transfer, link
-from engine.transfer.outgoing import Outgoing
+from engine.transfer.outgoing import Outgoing, failure
 from engine.transfer.wire import TransferError, Wire, join
 from hybridcache.scheduling.cache_manager import CacheManager
 
@@ -131,7 +131,7 @@ class PrefillServer:
                 said, data = wire.receive(idles=True)
                 outgoing = _read_ask(said, data)
                 if not self._accept(wire, outgoing):
-                    wire.send({"failed": STOPPING})
+                    wire.send(failure(EngineStopped(STOPPING)))
                     return
                 try:
                     self._answer(outgoing, wire, transfer)
@@ -275,7 +275,7 @@ class PrefillServer:
         self._is_closed = True
         self.stop_accepting()
         while not self._asked.empty():
-            self._asked.get_nowait().say({"failed": STOPPING})
+            self._asked.get_nowait().fail(EngineStopped(STOPPING))
         self._end_all(STOPPING)
         self._hang_up()
 

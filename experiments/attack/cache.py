@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hybridcache import EVICTION, CacheConfig, build_prefix_cache
-from hybridcache.interface import PrefixCache
+from hybridcache.api import PrefixCache
 
 NAMESPACES: tuple[Hashable, ...] = (None, "a", ("a", 1), 7, b"x", (None,))
 

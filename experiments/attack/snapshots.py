@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.api import PrefixCache
 from hybridcache.export.snapshot import load_snapshot, save_snapshot
-from hybridcache.interface import PrefixCache
 
 Arrays = dict[str, np.ndarray]
 Change = Callable[[random.Random, dict[str, Any], Arrays], None]

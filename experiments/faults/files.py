@@ -7,8 +7,8 @@ import resource
 from pathlib import Path
 
 from experiments.attack.snapshots import make_cache
+from hybridcache.api import PrefixCache
 from hybridcache.export.snapshot import load_snapshot, save_snapshot
-from hybridcache.interface import PrefixCache
 
 LIMIT_BYTES = 512
 """What the full disk still takes."""

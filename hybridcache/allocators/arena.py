@@ -11,7 +11,7 @@ Who owns what. At every moment a slab is in one of three uses:
 - *KV*: its rows are taken and free one page at a time, through ``ArenaAllocator.pages``;
 - *state*: it is one slot, through ``ArenaAllocator.slots``.
 
-A row or slot that is not free is *cached* or *held*, as in every pool (``hybridcache.interface``),
+A row or slot that is not free is *cached* or *held*, as in every pool (``hybridcache.api``),
 and ``free + cached + held == total`` in rows, in slabs and in bytes.
 
 Moving. A slot wants a whole slab. Where rows enough are free but no slab is, the KV slab with the
@@ -35,8 +35,7 @@ from operator import index
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.allocators.base import BaseAllocator
-from hybridcache.allocators.budget import ByteBudget
+from hybridcache.allocators.base import BaseAllocator, ByteBudget
 from hybridcache.allocators.moves import Move, RowHolder
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
@@ -245,6 +244,11 @@ def slab_rows(state_bytes: int, row_bytes: int, page_size: int = 1) -> int:
     """
     rows = -(-state_bytes // row_bytes)
     return -(-rows // page_size) * page_size
+
+
+def arena_of(pages: PageAllocator) -> ArenaAllocator | None:
+    """Return the arena that ``pages`` belong to, in which rows can move; None for a fixed pool."""
+    return pages.arena if isinstance(pages, ArenaPages) else None
 
 
 class ArenaPages(PageAllocator):

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from hybridcache.allocators.base import BaseAllocator
-from hybridcache.allocators.budget import ByteBudget
+from hybridcache.allocators.base import BaseAllocator, ByteBudget
 from hybridcache.tokens import Indices
-
-if TYPE_CHECKING:
-    from hybridcache.allocators.arena import ArenaAllocator
 
 MAX_ROWS = 1 << 31
 
@@ -32,9 +26,6 @@ class PageAllocator(BaseAllocator):
     >>> pages.num_free
     8
     """
-
-    arena: ArenaAllocator | None = None
-    """Where the rows may move: the arena that they are of."""
 
     def __init__(
         self,

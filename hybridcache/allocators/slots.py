@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from operator import index
 
-from hybridcache.allocators.base import BaseAllocator
-from hybridcache.allocators.budget import ByteBudget
+from hybridcache.allocators.base import BaseAllocator, ByteBudget
 
 
 class SlotAllocator(BaseAllocator):

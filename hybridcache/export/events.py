@@ -32,10 +32,10 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
+from hybridcache.api import Listener
 from hybridcache.export.namespaces import Namespace, read_namespace, write_namespace
-from hybridcache.listener import Listener
 from hybridcache.policies.protocol import Item
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
 
 
 class KVStored(NamedTuple):

@@ -18,7 +18,7 @@ from hybridcache.export.events import (
     KVStored,
 )
 from hybridcache.export.namespaces import Namespace, write_namespace
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import common_prefix_len
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any, TypeAlias
 
-from hybridcache.namespaces import require_namespace
+from hybridcache.tokens import require_namespace
 
 Namespace: TypeAlias = "str | int | tuple[Namespace, ...] | None"
 """As it is, or ``("tuple", ...)``, ``("int", hex)``, ``("repr", text)``."""
@@ -23,7 +23,7 @@ INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 def write_namespace(namespace: Hashable) -> Namespace:
-    """Return a namespace as events write it. ValueError: it is none (``hybridcache.namespaces``).
+    """Return a namespace as events write it. ValueError: it is none (``hybridcache.tokens``).
     O(its size)."""
     if namespace is None:
         return None

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from hybridcache.api import introduce
 from hybridcache.export.snapshot_file import (
     FORM,
     Arrays,
@@ -22,10 +23,8 @@ from hybridcache.export.snapshot_file import (
     read_snapshot,
 )
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.listener import introduce
-from hybridcache.namespaces import read_namespace, write_namespace
-from hybridcache.radix.node import Checkpoint, ItemBytes, RadixNode, Segment
-from hybridcache.radix.tree import RadixTree
+from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, Segment
+from hybridcache.tokens import read_namespace, write_namespace
 
 
 def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:

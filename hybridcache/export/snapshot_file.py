@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.namespaces import read_namespace
+from hybridcache.tokens import read_namespace
 
 FORM = "hybridcache snapshot 1"
 TABLES = {

@@ -14,20 +14,20 @@ from typing import Any
 
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, Roofline
+from hybridcache.geometry.units import format_bytes
 from hybridcache.lab.defaults import MODEL
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
-from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig
+from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.tier_worth import TierWorth, tier_worth
 from hybridcache.lab.trace import Trace
-from hybridcache.units import format_bytes
 
 DEFAULT_POLICIES = ("regret", "lru")
 PLACEMENTS = (
-    DEFAULT_CHECKPOINTS,
+    "branch,boundary,backoff,end",
     "regret",
     "branch,boundary,backoff",
     "branch,backoff",

@@ -6,13 +6,14 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 
-from hybridcache.extras import how_to_install
 from hybridcache.lab.command.advise import add_advise
 from hybridcache.lab.command.optimum import add_optimum
 from hybridcache.lab.command.simulate import add_simulate
 from hybridcache.lab.command.trace import add_trace
+from hybridcache.lab.extras import how_to_install
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -31,7 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from hybridcache.lab.simulation.sweep import collect_seldom
 
             collect_seldom()
-        code = run(options)
+        with warnings.catch_warnings():
+            warnings.showwarning = _WarningPrinter()
+            code = run(options)
         sys.stdout.flush()
         return code
     except BrokenPipeError:  # whoever reads has seen enough; what is left goes nowhere, at exit too
@@ -48,6 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, KeyError, ModuleNotFoundError, OSError, MemoryError) as error:
         print(f"hybridcache: {_sentence(error)}", file=sys.stderr)
         return 2
+
+
+class _WarningPrinter:
+    """Prints each warning once, as one sentence, without the line of code that gave it."""
+
+    def __init__(self) -> None:
+        self._shown: set[str] = set()
+
+    def __call__(self, message: Warning | str, *_: object, **__: object) -> None:
+        if str(message) not in self._shown:
+            self._shown.add(str(message))
+            print(f"hybridcache: {message}", file=sys.stderr)
 
 
 def _sentence(error: Exception) -> str:

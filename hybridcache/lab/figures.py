@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hybridcache.api import Losses
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.report import (
     LOSSES_NOTE,
     METRICS,
@@ -17,16 +19,13 @@ from hybridcache.lab.report import (
     notes_on,
     size_label,
 )
-from hybridcache.lab.simulation.result import RunResult
-from hybridcache.results import Losses
-from hybridcache.units import GIB
+from hybridcache.lab.simulation.result import RunResult, SweepRuns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hybridcache.lab.optimum import Optimum
     from hybridcache.lab.simulation.closed_loop import ClosedLoopRun
-    from hybridcache.lab.simulation.simulate import SimulationResult
 
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#d99a1c", "#555555", "#46a5b5", "#a83250")
 """Told apart in print and by most colour-blind readers; lines repeat them with other dashes."""
@@ -36,7 +35,7 @@ PLAN = "best plan with hindsight"
 
 
 def sweep_figure(
-    results: Sequence[SimulationResult],
+    results: Sequence[SweepRuns],
     path: Path | None,
     words: str | Sequence[str] = "hit",
     *,
@@ -67,7 +66,7 @@ def sweep_figure(
     return save(figure, axes, path, " ".join(filter(None, [caption, *_notes(results, words)])))
 
 
-def _notes(results: Sequence[SimulationResult], words: Sequence[str]) -> list[str]:
+def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
     """What the numbers that are drawn rest on: each trace's sentences, each once."""
     found = {note: None for result in results for note in notes_on(result, words)}
     return [
@@ -76,7 +75,7 @@ def _notes(results: Sequence[SimulationResult], words: Sequence[str]) -> list[st
 
 
 def bins_figure(
-    results: Sequence[SimulationResult],
+    results: Sequence[SweepRuns],
     path: Path | None,
     gib: float | None = None,
     caption: str = "",
@@ -134,9 +133,7 @@ LOSSES = dict(
 """Causes of lost tokens and their colours."""
 
 
-def losses_figure(
-    results: Sequence[SimulationResult], path: Path | None, caption: str = ""
-) -> Figure:
+def losses_figure(results: Sequence[SweepRuns], path: Path | None, caption: str = "") -> Figure:
     """A panel a trace and competitor that knows: the causes stacked over the size; what is white
     was reused. ValueError: none knows."""
     shown = [
@@ -172,15 +169,13 @@ def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
     axis.plot(sizes, top, color="black", linewidth=1.4, label="reused: below the line")
 
 
-def title(result: SimulationResult) -> str:
+def title(result: SweepRuns) -> str:
     """What a panel shows: the trace, how many of its requests, and the model."""
     num_requests = f"{result.runs[0].requests:,} requests" if result.runs else "no requests"
     return f"{result.trace}, {num_requests} ({result.geometry.name})"
 
 
-def _draw_lines(
-    axis: Any, result: SimulationResult, metric: Metric, emphasised: Sequence[str]
-) -> None:
+def _draw_lines(axis: Any, result: SweepRuns, metric: Metric, emphasised: Sequence[str]) -> None:
     for number, (label, runs) in enumerate(result.by_label().items()):
         points = [(run.gib, metric.value(run)) for run in runs]
         kept = [(gib, value) for gib, value in points if gib is not None and value is not None]
@@ -195,7 +190,7 @@ def _draw_lines(
         )
 
 
-def draw_limits(axis: Any, result: SimulationResult) -> None:
+def draw_limits(axis: Any, result: SweepRuns) -> None:
     """What bounds a panel of token hit rates: the best plan with hindsight, what no plan can pass,
     the infinite cache."""
     plans = sorted(

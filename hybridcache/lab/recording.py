@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.simulate import Sweep
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, Served, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
-from hybridcache.units import GIB
 from hybridcache.watch.page import Recording, recorded_page
 from hybridcache.watch.recorder import Record, Recorder, node_id
 from hybridcache.watch.records import RequestShown, slabs_record

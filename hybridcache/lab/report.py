@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from hybridcache.api import Losses
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.identity import SIZES
-from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.simulation.result import RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
-from hybridcache.results import Losses
-from hybridcache.units import GIB
 
 if TYPE_CHECKING:
     from hybridcache.lab.optimum import Optimum
     from hybridcache.lab.simulation.closed_loop import ClosedLoopRun
-    from hybridcache.lab.simulation.simulate import SimulationResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def sweep_table(result: SimulationResult, word: str = "hit") -> str:
+def sweep_table(result: SweepRuns, word: str = "hit") -> str:
     """A row a competitor, a column a size; where the metric is the token hit rate, also the best
     plan with hindsight and what no plan can pass, if they were worked out, and the bound."""
     metric = find_metric(word)
@@ -196,7 +195,7 @@ def _size(run: RunResult) -> tuple[Any, ...]:
     return tuple(getattr(run.config, name) for name in SIZES)
 
 
-def tier_notes(result: SimulationResult) -> list[str]:
+def tier_notes(result: SweepRuns) -> list[str]:
     """For whom dead KV and superseded checkpoints went first, whatever the policy."""
     by_tiers = {
         tiers: dict.fromkeys(
@@ -214,7 +213,7 @@ def tier_notes(result: SimulationResult) -> list[str]:
     return notes
 
 
-def notes_on(result: SimulationResult, words: Sequence[str]) -> list[str]:
+def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
     """What stands under a table or figure of the metrics ``words``: what their numbers rest on."""
     notes = plan_notes(result) if "optimum" in words else []
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
@@ -247,12 +246,12 @@ def above_plan(run: RunResult) -> bool:
     return run.share_of_optimum is not None and run.share_of_optimum > 1
 
 
-def _bound_share(result: SimulationResult, run: RunResult) -> str:
+def _bound_share(result: SweepRuns, run: RunResult) -> str:
     bound = result.plan_bounds.get(run.gib or 0.0)
     return f"{1e4 * bound / hindsight_percent(run):.1f}" if bound and run.optimum_tokens else "-"
 
 
-def plan_notes(result: SimulationResult) -> list[str]:
+def plan_notes(result: SweepRuns) -> list[str]:
     """What "best plan" means here, in a sentence or two: whose it is, how far the optimum can be,
     what a star says."""
     planned = [run for run in result.runs if run.optimum_tokens]
@@ -414,7 +413,7 @@ def optimum_table(found: Sequence[Optimum]) -> str:
     return title + text_table(header, rows)
 
 
-def write_runs(result: SimulationResult, path: Path) -> None:
+def write_runs(result: SweepRuns, path: Path) -> None:
     """Every run as one JSON line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace
-from hybridcache.units import GIB
 
 NUM_SIZES = 8
 """Of device memory, from what there is to what there would be were all of it the device's."""

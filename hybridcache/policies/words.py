@@ -69,6 +69,13 @@ AdmissionSpec = str | OwnPolicy | AdmissionPolicy | Callable[[], AdmissionPolicy
 PlacementSpec = str | OwnPolicy | PlacementPolicy | Callable[[], PlacementPolicy]
 
 
+DEFAULT_EVICTION = "regret"
+"""Eviction policy if none is named. Compared with ``lru`` and ``branch,boundary,backoff,end`` it
+takes more processor time per request (``hybridcache/README.md``) and hits more."""
+DEFAULT_PLACEMENT = "regret"
+"""Checkpoint placement if none is named."""
+
+
 class Word(NamedTuple):
     """One entry of a table."""
 

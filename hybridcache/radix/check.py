@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from hybridcache.radix.ghosts import GhostList
-from hybridcache.radix.key import TOKEN_BYTES, child_key
-from hybridcache.radix.node import Checkpoint, RadixNode, members, only_child
-from hybridcache.radix.tree import RadixTree
+from hybridcache.radix.tree import (
+    TOKEN_BYTES,
+    Checkpoint,
+    RadixNode,
+    RadixTree,
+    child_key,
+    members,
+    only_child,
+)
 
 
 def check_tree(tree: RadixTree, ghosts: GhostList) -> None:

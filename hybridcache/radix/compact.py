@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Indices
 
 

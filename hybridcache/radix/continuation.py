@@ -9,8 +9,7 @@ from itertools import islice
 
 import numpy as np
 
-from hybridcache.radix.key import TOKEN_BYTES, edge_tokens, first_page
-from hybridcache.radix.node import Family, RadixNode, members
+from hybridcache.radix.tree import TOKEN_BYTES, Family, RadixNode, edge_tokens, first_page, members
 from hybridcache.tokens import Tokens
 
 MAX_BRANCHES = 64

@@ -11,9 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 
 from hybridcache.radix.compact import compact_edges
-from hybridcache.radix.key import TOKEN_BYTES
-from hybridcache.radix.node import Checkpoint, RadixNode
-from hybridcache.radix.tree import RadixTree
+from hybridcache.radix.tree import TOKEN_BYTES, Checkpoint, RadixNode, RadixTree
 from hybridcache.tokens import Tokens
 
 GHOST_NODE_BYTES = 640

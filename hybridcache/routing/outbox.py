@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Hashable
 from typing import NamedTuple
 
+from hybridcache.api import PrefixCache
 from hybridcache.export.events import Event, EventStream
 from hybridcache.export.mirror import EventsLost
-from hybridcache.interface import PrefixCache
 
 __all__ = ["EventBatch", "EventsLost", "Outbox"]
 

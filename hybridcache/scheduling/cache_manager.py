@@ -14,15 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.allocators.moves import PendingMoves
-from hybridcache.allocators.orders import Order, Orders
-from hybridcache.arrival import Arrival
-from hybridcache.interface import PrefixCache
-from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.lease_log import LeaseLog
+from hybridcache.allocators.moves import Order, Orders, PendingMoves
+from hybridcache.api import PrefixCache, PrefixMatch
+from hybridcache.export.arrival import Arrival
+from hybridcache.lease import Lease, LeaseLog, LeaseRequest
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import FetchRule, Prefill
-from hybridcache.results import PrefixMatch
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, Tokens
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+from hybridcache.api import Losses
 from hybridcache.lease import Lease
 from hybridcache.policies.admission.base import Session
-from hybridcache.results import Losses
 from hybridcache.tokens import Tokens
 
 

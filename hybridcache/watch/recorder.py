@@ -20,9 +20,9 @@ from collections.abc import Hashable
 from typing import Any
 from zlib import crc32
 
-from hybridcache.listener import Listener
+from hybridcache.api import Listener
 from hybridcache.policies.protocol import Item
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
 
 Record = list[Any]
 """A name, then what happened, as plain data; README.md has all of them."""

@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 from hybridcache.allocators.arena import ArenaAllocator
-from hybridcache.results import Losses
+from hybridcache.api import Losses
 from hybridcache.watch.recorder import Record, show_namespace
 
 MAX_SLABS = 2048

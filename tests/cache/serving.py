@@ -7,9 +7,8 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 import numpy as np
 
 from hybridcache import CacheConfig, PrefixMatch, build_prefix_cache
+from hybridcache.api import InsertResult, PrefixCache
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.interface import PrefixCache
-from hybridcache.results import InsertResult
 from hybridcache.tokens import Tokens
 
 
@@ -22,11 +21,11 @@ def ids(*parts: str | range | Sequence[int]) -> Tokens:
 
 
 def hybrid(num_kv_tokens: int = 1000, num_slots: int = 10, **options: object) -> HybridRadixCache:
-    """A small hybrid cache with a grid of 1 unless told otherwise."""
+    """A small hybrid cache with a grid of 1 and LRU unless told otherwise."""
     config = CacheConfig(
         num_kv_tokens=num_kv_tokens,
         num_slots=num_slots,
-        **({"grid": 1, "state_bytes": 2} | options),
+        **({"grid": 1, "state_bytes": 2, "eviction": "lru"} | options),
     )
     cache = build_prefix_cache(config)
     assert isinstance(cache, HybridRadixCache)

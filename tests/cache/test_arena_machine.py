@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 )
 
 from hybridcache.allocators.moves import PendingMoves
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.words import EVICTION, parse_placement
 from hybridcache.tokens import Tokens

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from hybridcache.allocators.moves import PendingMoves
-from hybridcache.arrival import Arrival
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.export.arrival import Arrival
 from hybridcache.policies.words import EVICTION
 from tests.cache.test_lease import begin, make_cache, prefill, tokens
 

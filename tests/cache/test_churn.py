@@ -8,7 +8,7 @@ import random
 import numpy as np
 import pytest
 
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.config import CacheConfig, build_prefix_cache
 
 POOLS = {
     "static": {"num_kv_tokens": 4096, "num_slots": 16},

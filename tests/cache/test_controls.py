@@ -68,10 +68,6 @@ def test_no_cache_keeps_nothing():
         ({"num_kv_tokens": 0}, "less than one page"),
         ({"num_kv_tokens": 8}, "a hybrid cache keeps states: give num_slots"),
         ({"total_bytes": 8}, "give kv_bytes_per_token and state_bytes"),
-        (
-            {"num_kv_tokens": 8, "num_slots": 1, "eviction": "gdsf"},
-            "give kv_bytes_per_token and state_bytes",
-        ),
         ({"num_kv_tokens": 8, "total_bytes": 8}, "not both"),
         ({"num_kv_tokens": 8, "grid": 0}, "at least 1"),
         ({"num_kv_tokens": 8, "ghost_bytes": -1}, "ghost_bytes"),
@@ -81,6 +77,22 @@ def test_no_cache_keeps_nothing():
 def test_a_config_that_makes_no_sense_says_why(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         CacheConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "weights"),
+    [
+        ({"num_kv_tokens": 1000, "num_slots": 10}, (1, 100)),
+        ({"num_kv_tokens": 4, "num_slots": 10}, (1, 1)),
+        ({"num_kv_tokens": 4, "num_slots": 0}, (1, 4)),
+        ({"num_kv_tokens": 1000, "num_slots": 10, "state_bytes": 7}, (1, 7)),
+        ({"total_bytes": 1000, "kv_bytes_per_token": 2, "state_bytes": 9}, (2, 9)),
+        ({"num_kv_tokens": 1000, "prefix_cache": "radix"}, (1, 0)),
+    ],
+)
+def test_two_pools_of_unknown_sizes_weigh_the_same(options, weights):
+    """A policy that compares bytes needs a weight of a state, also where none was given."""
+    assert CacheConfig(**options).item_bytes == weights
 
 
 def test_a_budget_for_more_rows_than_can_be_numbered_is_refused():

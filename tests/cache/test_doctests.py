@@ -1,4 +1,4 @@
-"""The examples in the cache's documentation are true."""
+"""The examples in docstrings and in the package's page are true."""
 
 from __future__ import annotations
 
@@ -10,33 +10,22 @@ import pytest
 
 import hybridcache
 
-MODULES = (
-    "allocators.budget",
-    "allocators.pages",
-    "allocators.slots",
-    "build",
-    "export.events",
-    "extras",
-    "hybrid",
-    "kv_only",
-    "null",
-    "policies.words",
-    "routing.hashing",
-    "routing.load",
-    "routing.on_the_way",
-    "routing.outbox",
-    "tokens",
-    "stats",
+ROOT = Path(hybridcache.__file__).parent.parent
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    for package in ("hybridcache", "engine")
+    for path in (ROOT / package).rglob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
 )
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_examples_in_the_code(name):
-    result = doctest.testmod(importlib.import_module(f"hybridcache.{name}"))
+def test_examples_in_the_code(name: str) -> None:
+    result = doctest.testmod(importlib.import_module(name))
     assert result.attempted and not result.failed
 
 
-def test_examples_in_the_readme():
+def test_examples_in_the_readme() -> None:
     readme = Path(hybridcache.__file__).parent / "README.md"
     result = doctest.testfile(str(readme), module_relative=False)
     assert result.attempted > 10 and not result.failed

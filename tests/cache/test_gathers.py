@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.core.gathers import GatherCache
+from hybridcache.radix.rows import GatherCache
 
 ROWS = np.arange(10_000, dtype=np.int32)
 TWO = 25_000

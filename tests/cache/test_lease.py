@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.interface import PrefixCache
-from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.lease_log import LeaseLog, replay
+from hybridcache.api import PrefixCache
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.lease import Lease, LeaseLog, LeaseRequest, replay
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.policies.words import parse_placement
 from hybridcache.tokens import Tokens

@@ -19,8 +19,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.arrival import Arrival
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.regret import Regret
 from hybridcache.policies.placement.learned import Learned
@@ -229,6 +229,9 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         assert sum(lease.losses) + lease.cached_len == prompt_len and min(lease.losses) >= 0
         assert asked.reuse or not lease.cached_len
+        loadable_len = lease.match.lower[-1].position if lease.match.lower else 0
+        assert lease.losses.not_fetched == max(loadable_len - lease.cached_len, 0)
+        assert asked.reuse or not (lease.losses.not_fetched or lease.match.lower)
         one = Running(self.num_requests, tokens, prompt_len, lease, lease.cached_len)
         self.running.append(one)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
-from hybridcache.results import Losses, PrefixMatch, losses_of
-from hybridcache.stats import MAX_NAMESPACES
+from hybridcache.api import MAX_NAMESPACES, Losses, PrefixMatch, losses_of
 from tests.cache.serving import (
     hybrid,
     ids,

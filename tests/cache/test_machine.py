@@ -15,7 +15,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.build import MEMORIES, CacheConfig
+from hybridcache.config import MEMORIES, CacheConfig
 from hybridcache.policies.words import EVICTION
 from tests import selection
 from tests.cache.twins import Twins

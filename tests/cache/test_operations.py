@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
 from tests import selection
 from tests.cache.serving import hybrid, ids, publish
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.api import Listener
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror, segments_of
-from hybridcache.listener import Listener
 from tests.cache.serving import hybrid, ids, publish
 from tests.cache.twins import VictimLog
 

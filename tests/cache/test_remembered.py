@@ -15,16 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache import ModelGeometry
-from hybridcache.core.lower import path_of
+from hybridcache.api import Listener
+from hybridcache.export.warm_state import CRC, HEAD, pack, unpack, write_memory
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
-from hybridcache.listener import Listener
+from hybridcache.offload import path_of
 from hybridcache.policies.eviction.regret import Regret
 from hybridcache.policies.memory import Reader, Unfit, Writer, take_over
 from hybridcache.policies.placement.learned import Learned
-from hybridcache.remembered import CRC, HEAD, pack, unpack, write_memory
-from hybridcache.tiered import TieredRadixCache
-from hybridcache.units import GIB
+from hybridcache.variants import TieredRadixCache
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 TRACES = {"agent": agent().head(160), "chat": chat().head(240)}
@@ -211,7 +211,7 @@ def test_what_is_written_can_be_read_however_much_is_remembered(monkeypatch):
     whole = len(write_memory(target.cache, target.placement.rules))
     known = []
     for limit in (whole, whole // 2, whole // 20, 1000):
-        monkeypatch.setattr("hybridcache.remembered.MAX_BYTES", limit)
+        monkeypatch.setattr("hybridcache.export.warm_state.MAX_BYTES", limit)
         body = write_memory(target.cache, target.placement.rules)
         assert len(body) <= limit
         fresh = make(trace)
@@ -324,7 +324,7 @@ def test_what_is_no_plain_data_is_not_written(value):
     [
         {"object": 0, "class": "os:system", "fields": {}},
         {"object": 0, "class": "hybridcache.policies.memory:json", "fields": {}},
-        {"object": 0, "class": "hybridcache.build:CacheConfig", "fields": {}},
+        {"object": 0, "class": "hybridcache.config:CacheConfig", "fields": {}},
     ],
 )
 def test_no_class_but_the_policies_own_is_made(plain):

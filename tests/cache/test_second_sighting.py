@@ -26,7 +26,7 @@ class Server:
     """A cache that serves one request after another."""
 
     def __init__(self, placement, grid=GRID, num_slots=500):
-        config = CacheConfig(num_kv_tokens=30_000, num_slots=num_slots, grid=grid)
+        config = CacheConfig(num_kv_tokens=30_000, num_slots=num_slots, grid=grid, eviction="lru")
         self.cache = build_prefix_cache(config)
         self.placement = parse_placement(placement)
 

@@ -11,8 +11,8 @@ from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.exchange import Exchange
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.words import parse_placement
-from hybridcache.tiered import TieredRadixCache
 from hybridcache.tokens import Tokens
+from hybridcache.variants import TieredRadixCache
 from tests.cache.serving import ids, serve
 from tests.cache.tiers import TieredMemory
 
@@ -235,6 +235,19 @@ def test_a_refusal_and_a_load_that_failed_are_counted_once_each(rate: float | No
     cache.check(held_tokens=0, held_slots=1)
 
 
+def test_a_request_that_reuses_nothing_was_not_short_of_a_load():
+    """Its causes are those of the match: tokens that the host has are no failed load."""
+    cache = tiered(host_bytes=400)
+    serve(cache, ids("abcdefgh"), [8])
+    cache.evict(num_slots=1)
+    found = cache.match(ids("abcdefghX"))
+    assert [at.position for at in found.lower] == [8]
+    asked = LeaseRequest(ids("abcdefghX"), reuse=False)
+    lease = Lease.begin(cache, parse_placement("none"), asked)
+    assert lease.match.lower == () and lease.losses == found.losses
+    lease.abort()
+
+
 def test_the_checkpoint_that_made_room_can_be_loaded_again():
     """It went to the host when the request took its slot, and is offered with what else lies
     there."""
@@ -298,6 +311,23 @@ def test_what_an_earlier_process_left_is_adopted_and_fetched():
         memory.cache.adopt(ids("ab"), None, "host")
     with pytest.raises(ValueError, match="multiple of 2"):
         memory.cache.adopt(ids("abc"), None, "disk")
+
+
+def test_a_fetch_that_finds_no_room_leaves_kv_where_something_needs_it():
+    """Making room for a state on disk drives a deeper one from the host. When the fetch fails for
+    want of rows, the KV above goes down after it instead of staying on the host for nothing."""
+    cache = tiered(host_bytes=2 * 13, disk_bytes=400, eviction="lru")
+    serve(cache, ids("abcdefgh"), [4, 8])
+    cache.evict(num_tokens=8, num_slots=2)
+    near, far = cache.match(ids("abcdefghX")).lower
+    assert (near.rows, far.rows) == ((4, 5), (13, 0)), "the shallow state is on disk"
+    serve(cache, ids("xy"), [2])
+    held = cache.allocate_kv(17)
+    assert held is not None and cache.allocate_slot() is not None
+    assert not cache.fetch(near)
+    cache.check(held_tokens=17, held_slots=1)
+    near, far = cache.match(ids("abcdefghX")).lower
+    assert (near.rows, far.rows) == ((0, 9), (0, 13)), "all of the path is on disk now"
 
 
 def test_what_hangs_on_a_node_that_came_back_to_the_device_is_adopted():

@@ -13,7 +13,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.build import CacheConfig
+from hybridcache.config import CacheConfig
 from tests.cache.test_machine import at_least
 from tests.cache.tiers import TieredMemory
 

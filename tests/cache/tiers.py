@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import Move
-from hybridcache.allocators.orders import DEVICE, Copy, Drop
-from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.radix.node import RadixNode
-from hybridcache.results import PrefixMatch
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move
+from hybridcache.api import PrefixMatch
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Indices, Tokens
+from hybridcache.variants import TieredRadixCache
 from tests.cache.twins import prefix_of
 
 Content = tuple[Hashable, tuple[int, ...]]

@@ -11,14 +11,14 @@ import numpy as np
 
 from hybridcache.allocators.arena import ArenaAllocator
 from hybridcache.allocators.moves import Move
-from hybridcache.build import CacheConfig, build_policy, build_prefix_cache
+from hybridcache.api import PrefixMatch
+from hybridcache.config import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.plain import PlainCache, Victim
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.policies.words import make_eviction
-from hybridcache.radix.node import RadixNode
-from hybridcache.results import PrefixMatch
+from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Tokens
+from tests.plain_cache import PlainCache, Victim
 
 
 class CandidateLedger(EvictionPolicy):

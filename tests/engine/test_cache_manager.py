@@ -8,8 +8,8 @@ import pytest
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from hybridcache.allocators.moves import Move
-from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.interface import PrefixCache
+from hybridcache.api import PrefixCache
+from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.words import parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 

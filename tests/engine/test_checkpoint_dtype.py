@@ -14,7 +14,7 @@ from engine.config import ConfigError
 from engine.run.model_runner import ModelRunner
 from engine.run.sampler import Sampler
 from hybridcache.geometry.checkpoints import CODE_BYTES, SCALINGS, CheckpointFormat
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 from kernels.state_copy.narrow import LARGEST, narrow, widen
 from tests.engine.test_hits_change_nothing import HYBRID, SIDE_BY_SIDE, prompts
 

@@ -24,7 +24,7 @@ from engine.command.inspect import INTERVALS, holdings, load_geometry
 from engine.config import ConfigError
 from engine.server.config import ServerConfig
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")

@@ -7,9 +7,11 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -19,17 +21,21 @@ ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
-@pytest.fixture
-def server() -> subprocess.Popen[str]:
-    """``engine serve`` as a process of its own, listening."""
-    process = subprocess.Popen(
-        [*ENGINE, "serve", "--port", "0", *SMALL],
+def _start(*flags: str, **options: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*ENGINE, "serve", "--port", "0", *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
         start_new_session=True,
+        **({"env": os.environ | {"OMP_NUM_THREADS": "1"}} | options),
     )
+
+
+@pytest.fixture
+def server() -> subprocess.Popen[str]:
+    """``engine serve`` as a process of its own, listening."""
+    process = _start(*SMALL)
     yield process
     process.kill()
     process.communicate()
@@ -44,6 +50,17 @@ def _address(server: subprocess.Popen[str]) -> tuple[str, str]:
         if found := re.search(r"address +(http://\S+)/v1", line):
             return "".join(lines), found[1]
     raise AssertionError(server.stderr.read() if server.stderr else "")
+
+
+def _until_it_answers(url: str) -> None:
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            assert httpx.get(url + "/health").json() == {"status": "ok"}
+            return
+        except httpx.ConnectError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 @pytest.mark.full("--volatile-line-(")
@@ -77,14 +94,7 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     ):
         assert word in screen
     assert len(screen.splitlines()) <= 24
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            assert httpx.get(url + "/health").json() == {"status": "ok"}
-            break
-        except httpx.ConnectError:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+    _until_it_answers(url)
     body = {"prompt": "drain me", "max_tokens": 300, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
         events = answer.iter_lines()
@@ -152,3 +162,132 @@ def test_the_engine_of_a_killed_server_ends_itself(server: subprocess.Popen[str]
     while not _is_gone(engine):
         assert time.monotonic() < deadline, "the engine goes on without its server"
         time.sleep(0.02)
+
+
+class Told:
+    """Servers whose files are in ``folder``, and what they leave behind once they are told to
+    end."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.servers: list[subprocess.Popen[str]] = []
+
+    def start(self, *flags: str, ignores_sigint: bool = False) -> subprocess.Popen[str]:
+        """Start a server; ``ignores_sigint``: as the background command of a script."""
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self._folder)}
+        handler = signal.SIG_IGN if ignores_sigint else signal.SIG_DFL
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            server = _start("--cache-gib", "0.05", *flags, env=env)
+        finally:
+            signal.signal(signal.SIGINT, before)
+        self.servers.append(server)
+        return server
+
+    def tell(self, server: subprocess.Popen[str], number: int) -> None:
+        """SIGINT goes to all of its processes, as from a terminal; SIGTERM to the first alone."""
+        if number == signal.SIGINT:
+            os.killpg(server.pid, number)
+        else:
+            os.kill(server.pid, number)
+
+    def expect_end(self, server: subprocess.Popen[str], *codes: int) -> None:
+        """It ends with one of ``codes`` and without a traceback. So do its other processes: they
+        have its standard error open."""
+        _, said = server.communicate(timeout=60)
+        assert "Traceback" not in said
+        assert server.returncode in codes, said
+
+    def close(self) -> None:
+        for server in self.servers:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.communicate()
+        assert not [*self._folder.iterdir()], "files are left"
+
+
+@pytest.fixture
+def told(tmp_path: Path) -> Told:
+    told = Told(tmp_path)
+    yield told
+    told.close()
+
+
+ROLES = {
+    "combined": (),
+    "prefill": ("--role", "prefill", "--transfer-at", "127.0.0.1:0"),
+    "decode": ("--role", "decode", "--prefill", "127.0.0.1:9"),
+}
+INT, TERM = signal.SIGINT, signal.SIGTERM
+ENDS = [
+    *(("combined", phase, INT) for phase in ("loading", "screen", "idle", "serving")),
+    *(("combined", phase, TERM) for phase in ("loading", "screen", "idle", "serving")),
+    *((role, "idle", INT) for role in ("prefill", "decode")),
+    *((role, phase, TERM) for role in ("prefill", "decode") for phase in ("loading", "serving")),
+]
+
+
+@pytest.mark.full("combined-loading-SIGTERM", "combined-screen-SIGINT")
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
+@pytest.mark.parametrize(
+    ("role", "phase", "number"), ENDS, ids=[f"{r}-{p}-{n.name}" for r, p, n in ENDS]
+)
+def test_a_server_that_is_told_to_end_leaves_nothing(
+    told: Told, role: str, phase: str, number: signal.Signals
+) -> None:
+    """Whatever it does when it is told: nothing else of it goes on, no file is left."""
+    server = told.start(*ROLES[role], ignores_sigint=phase == "idle")
+    if phase == "loading":
+        while True:
+            with contextlib.suppress(AssertionError):
+                _engine_of(server)
+                break
+            assert server.poll() is None
+            time.sleep(0.01)
+        told.tell(server, number)
+        told.expect_end(server, 128 + number)
+        return
+    _, url = _address(server)
+    if phase == "serving":
+        few = LONG | {"max_tokens": 300}
+        with httpx.stream("POST", url + "/v1/completions", json=few, timeout=60) as answer:
+            events = answer.iter_lines()
+            next(events)
+            told.tell(server, number)
+            assert [line for line in events if line][-1] == "data: [DONE]"
+    else:
+        if phase == "idle":
+            _until_it_answers(url)
+        told.tell(server, number)
+    # Until the server listens to signals it ends as any command does.
+    told.expect_end(server, 0, *([128 + number] if phase == "screen" else []))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("who", ["prefill", "decode"])
+def test_a_role_that_is_told_to_end_within_a_transfer_leaves_nothing(told: Told, who: str) -> None:
+    """The prefix in progress is finished, and its request answered."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    at = f"127.0.0.1:{port}"
+    servers = {"prefill": told.start("--role", "prefill", "--transfer-at", at)}
+    _, far = _address(servers["prefill"])
+    servers["decode"] = told.start("--role", "decode", "--prefill", at)
+    _, url = _address(servers["decode"])
+    for one in (far, url):
+        _until_it_answers(one)
+    body = {"prompt": "what is far away " * 400, "max_tokens": 3, "ignore_eos": True}
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=60)
+        while "engine_running_requests 1.0" not in httpx.get(far + "/metrics").text:
+            assert not asked.done()
+            time.sleep(0.05)
+        told.tell(servers[who], TERM)
+        answer = asked.result().json()
+    assert answer["usage"]["completion_tokens"] == 3
+    assert answer["usage"]["prompt_tokens_details"]["transferred"]["tokens"] > 6000
+    told.expect_end(servers[who], 0)
+    other = servers["decode" if who == "prefill" else "prefill"]
+    assert other.poll() is None
+    told.tell(other, TERM)
+    told.expect_end(other, 0)

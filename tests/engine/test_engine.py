@@ -24,8 +24,8 @@ from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.schedule.batch import Batch
 from engine.schedule.observed import StepReport
 from engine.text.byte_tokenizer import ByteTokenizer
-from hybridcache.build import CacheConfig, build_prefix_cache
-from hybridcache.lease_log import LeaseLog, replay
+from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.lease import LeaseLog, replay
 from hybridcache.policies.words import parse_placement
 
 GREEDY = SamplingParams(max_tokens=8)

@@ -16,9 +16,9 @@ from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.requests.request import Request
 from engine.run.oracle import OracleRunner, State, fingerprint
 from engine.run.oracle_sampler import OracleSampler
-from hybridcache.arrival import Arrival
+from hybridcache.api import PrefixMatch
+from hybridcache.export.arrival import Arrival
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.results import PrefixMatch
 from hybridcache.tokens import common_prefix_len
 from tests.engine.test_scheduler_machine import answer, pattern
 

@@ -3,6 +3,7 @@ does meanwhile, and no token of anybody else's changes."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import re
@@ -10,19 +11,24 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
-from engine.guided import background, guide
-from engine.guided.grammar import GrammarError, TooComplex, grammar_of_calls
-from engine.guided.guide import Guides
+from engine.guided import background, guide, library
+from engine.guided import guides as registry
+from engine.guided.call_grammars import grammar_of_calls, grammar_of_strict_calls
+from engine.guided.grammar import GrammarError, TooComplex
+from engine.guided.guides import Guides
+from engine.guided.marks import Overshoots
 from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
-from hybridcache.extras import install_command
+from engine.text.outputs import SampledToken
+from hybridcache.lab.extras import install_command
 
 pytest.importorskip("llguidance")
 
@@ -147,14 +153,14 @@ AMBIGUOUS = Grammar.of_text('start: e\ne: e e | /[a-z]/ | e "+" e | e e e e | ')
 @pytest.fixture
 def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
     """No grammar may be followed on the engine's thread."""
-    compile_ = Guides.compile
+    compile_ = Guides._compile
 
     def compile_costly(guides: Guides, grammar: Grammar) -> guide.Compiled:
         compiled = compile_(guides, grammar)
         compiled.is_costly = True
         return compiled
 
-    monkeypatch.setattr(Guides, "compile", compile_costly)
+    monkeypatch.setattr(Guides, "_compile", compile_costly)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +195,7 @@ def test_the_model_draws_the_same_for_an_answer_in_the_background() -> None:
     specs = [spec(grammar, "abc", **sampling) for grammar in (Grammar.of_object(), None)]
     engine = Engine(config)
     expected = engine.generate(specs)
-    engine._intake.guides.compile(Grammar.of_object()).is_costly = True
+    engine._intake.guides._compiled_of(Grammar.of_object()).is_costly = True
     engine.reset_prefix_cache()
     outputs = engine.generate(specs)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
@@ -268,11 +274,130 @@ def test_the_engines_thread_makes_only_calls_that_are_bounded(
     apart = [call for call in calls if call[0] != threading.get_ident()]
     for _, most_items, name, number in here:
         assert name != "compile" or number == 0
-        assert most_items <= guide.STEP_LIMITS["step_max_items"]
+        assert most_items <= library.STEP_LIMITS["step_max_items"]
         assert number <= 5, "an answer was replayed"
     assert {most for _, most, name, _ in apart if name == "compute_bitmask"} == {
-        guide.LIMITS["step_max_items"]
+        library.LIMITS["step_max_items"]
     }
+
+
+STRICT: list[dict[str, Any]] = [
+    {**TOOLS[0], "function": {**TOOLS[0]["function"], "strict": True}},
+    TOOLS[1],
+]
+
+
+SCRIPTS = (
+    '<think>x <tool_call>{</think>A <tool_call>\n{"name": "fly", "arguments": {"at": "moon"',
+    'B <tool_cal <tool_call>{"name": "stop", "arguments": {"why": 1}}</tool_call> and so'
+    ' <tool_call>\n{"name": "look", "arguments": {"at": "land"}}\n</tool_call> on',
+    "<tool_call>" * 3,
+    "No call at all, just < and <tool and <think>.",
+)
+
+
+class Stubborn(OracleSampler):
+    """Says the script that the request's seed stands for, byte for byte, as far as it may; where it
+    may not, the first letter that it may say."""
+
+    def launch(self, logits: Any, requests: Any, rows: Any) -> Any:
+        sampled = []
+        for request in requests:
+            said = [*SCRIPTS[request.seed].encode(), 258]
+            token = said[min(request.draw, len(said) - 1)]
+            if request.mask is not None and not request.mask[token >> 3] >> (token & 7) & 1:
+                token = int(np.unpackbits(request.mask, bitorder="little").argmax())
+            sampled.append(SampledToken(token, -1.0))
+        return OracleDrawn(sampled)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"draft": "tree:8"},
+        {"asynchronous": True, "overlap": "on"},
+        {"num_kv_tokens": 300, "prefix_cache": "none"},
+        {"background": True},
+        {"background": True, "asynchronous": True, "overlap": "on"},
+        {"breaks": True, "asynchronous": True, "overlap": "on"},
+    ],
+    ids=str,
+)
+def test_strict_calls_follow_their_grammar_from_their_mark_on(
+    request: pytest.FixtureRequest, how: dict[str, Any]
+) -> None:
+    """And nothing else does: reasoning, text and what only looks like a mark are free."""
+    how = dict(how)
+    if how.pop("background", False):
+        request.getfixturevalue("in_background")
+    breaks = how.pop("breaks", False)
+    grammar = grammar_of_strict_calls(STRICT, may_think=True)
+    specs = [spec(grammar, f"{seed}" * 40, seed=seed, max_tokens=200) for seed in range(4)]
+    engine = oracle(**how)
+    engine._sampler = Stubborn()
+    engine._outside[0]._sampler = Stubborn()  # type: ignore[attr-defined]
+    texts: dict[int, str] = {}
+    commit, num_steps = engine._commit, 0
+
+    def fails_at_times(in_flight: Any) -> Any:
+        nonlocal num_steps
+        num_steps += 1
+        if breaks and num_steps % 7 == 0:
+            raise MemoryError
+        return commit(in_flight)
+
+    engine._commit = fails_at_times  # type: ignore[method-assign]
+    for _ in range(2):
+        names = [engine.submit(one) for one in specs]
+        while engine.has_work():
+            with contextlib.suppress(MemoryError):
+                outputs = engine.step()
+                texts |= {names.index(o.request_id): o.text for o in outputs if o.is_finished}
+    engine.check()
+    assert texts[0].startswith("<think>x <tool_call>{</think>A <tool_call>\n{")
+    assert texts[1].startswith("B <tool_cal <tool_call>{") and texts[1].endswith(" on")
+    assert texts[3] == SCRIPTS[3]
+    calls = [
+        json.loads(call.partition("</tool_call>")[0])
+        for seed, begin in ((0, "A <tool_call>"), (1, "<tool_call>"), (2, "<tool_call>"))
+        for call in texts[seed].partition(begin)[2].split("<tool_call>")
+    ]
+    assert [call["name"] for call in calls] == ["look", "stop", "look", "look"]
+    assert all(
+        call["arguments"]["at"] in ("sky", "sea") for call in calls if "look" in call["name"]
+    )
+
+
+def test_a_mark_ends_with_a_token() -> None:
+    """Of a vocabulary whose tokens would go on behind it, those are forbidden that would."""
+    texts = [
+        b"<",
+        b"tool",
+        b"_call",
+        b">",
+        b">\n",
+        b"_call>{",
+        b"<tool_call>",
+        b"x<tool_call>y",
+        b"z",
+    ]
+    tokenizer: Any = SimpleNamespace(vocab_size=len(texts), token_bytes=lambda token: texts[token])
+    overshoots = Overshoots([b"<tool_call>"], tokenizer, 16)
+
+    def forbidden(text: bytes) -> set[bytes]:
+        mask = overshoots.mask(text)
+        if mask is None:
+            return set()
+        allowed = np.unpackbits(mask, bitorder="little")[: len(texts)]
+        return {one for one, may in zip(texts, allowed, strict=True) if not may}
+
+    always = {b"x<tool_call>y"}
+    assert forbidden(b"") == forbidden(b"abc <tool_ca") == always
+    assert forbidden(b"5 <tool") == always | {b"_call>{"}
+    assert forbidden(b"<tool_call") == always | {b">\n"}
+    plain: Any = SimpleNamespace(vocab_size=3, token_bytes=lambda token: texts[token])
+    assert Overshoots([b"<tool_call>"], plain, 3).mask(b"<tool_call") is None
 
 
 def test_a_budget_of_grammar_time_ends_its_request_alone(
@@ -305,14 +430,14 @@ def test_a_grammar_that_took_its_share_of_the_engines_time_leaves_its_thread() -
     reference, other = guides.guide(grammar), guides.guide(grammar)
     expected = [reference.masks(answer[:end]) for end in range(20)]
     assert np.array_equal(other.masks(answer[:1]), expected[1])
-    guides.step_time.spend(60.0)
+    guides.shared.step_time.spend(60.0)
     assert other.masks(answer[:2]) is None, "the engine's thread waits for no mask"
     for end in range(2, 20):
         while (masks := other.masks(answer[:end])) is None:
-            guides.news.wait(1.0)
+            guides.shared.news.wait(1.0)
         assert np.array_equal(masks, expected[end]) and not other.is_done(answer[:end])
     while not other.is_done(answer):
-        guides.news.wait(1.0)
+        guides.shared.news.wait(1.0)
     assert other.masks(answer, may_be_over=False) is None
 
 
@@ -355,7 +480,7 @@ def test_the_vocabulary_is_built_once_and_ahead(monkeypatch: pytest.MonkeyPatch)
     """It would stop every thread of the process for a second."""
     engine = oracle()
     engine.prepare_grammars()
-    monkeypatch.setattr(guide, "make_vocabulary", None)
+    monkeypatch.setattr(registry, "make_vocabulary", None)
     engine.compile(GRAMMARS["regex"][0])
     monkeypatch.setitem(sys.modules, "llguidance", None)
     oracle().prepare_grammars()

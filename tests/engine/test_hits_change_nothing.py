@@ -18,7 +18,7 @@ from engine.run.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.sizes import StateSpec
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 
 HYBRID = {
     "model_type": "qwen3_next",

@@ -17,7 +17,7 @@ from engine import Engine, SamplingParams
 from engine.async_engine import AsyncEngine
 from engine.remembering import NAME
 from engine.schedule.exchange import MeasuredExchange
-from hybridcache.remembered import unpack, write_memory
+from hybridcache.export.warm_state import unpack, write_memory
 from tests.engine.test_hits_change_nothing import (
     MakeEngine,
     make_engine,  # noqa: F401

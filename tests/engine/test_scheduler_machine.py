@@ -26,7 +26,7 @@ from engine.run.oracle_sampler import OracleSampler
 from engine.schedule.batch import Batch
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 
 VOCABULARY = 320
 SAMPLER = OracleSampler(VOCABULARY)

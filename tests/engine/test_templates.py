@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -242,6 +244,48 @@ def test_refusals_carry_the_templates_words() -> None:
     tokenizer.chat_template = None
     with pytest.raises(TemplateError, match="use /v1/completions"):
         render_chat(tokenizer, CHAT)
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ("{{ 1 // n }}", 0),
+        ("{{ 2.0 ** n }}", 10**6),
+        ("{% for i in range(n) %}x{% endfor %}", 10**30),
+        ("{{ [].pop(n) }}", 0),
+        ("{{ n|int }}", float("inf")),
+        ("{{ n.x.y }}", {}),
+        ("{{ n['a'] }}", 5),
+        ("{{ 'x'.encode(n) }}", "nope"),
+        ("{{ messages|batch(n)|list }}", 0),
+        ("{{ '%c' % n }}", 10**9),
+        ("{{ {}[n] }}", []),
+    ],
+)
+def test_whatever_a_template_raises_is_a_refusal(source: str, value: Any) -> None:
+    """What it computes with is the client's to choose."""
+    try:
+        ChatTemplate(source).render(CHAT, variables={"n": value})
+    except TemplateError as error:
+        assert str(error)
+
+
+def test_an_error_of_any_type_becomes_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate("{{ raise_exception('no') }}")
+    for error in (
+        IndexError("i"),
+        OverflowError(),
+        MemoryError(),
+        StopIteration(),
+        LookupError("l"),
+    ):
+
+        def raises(error: Exception = error, **_: Any) -> str:
+            raise error
+
+        monkeypatch.setattr(template._template, "render", lambda _, raises=raises: raises())
+        with pytest.raises(TemplateError, match=type(error).__name__):
+            template.render(CHAT)
 
 
 def test_templates_are_sandboxed() -> None:

@@ -30,7 +30,7 @@ from engine.store.fingerprint import StoreError
 from engine.store.records import SUFFIX, RecordStore
 from experiments.served import serving
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 from tests.engine.test_hits_change_nothing import (
     REPORT,
     MakeEngine,
@@ -259,6 +259,9 @@ def test_whatever_the_file_system_refuses_the_engine_serves_on(
         "disk_gib": 3e-4,
         "kv_tokens": 400,
         "slots": 4,
+        # The same prompts go to the disk and come back in each round, whatever was learnt before.
+        "eviction": "lru",
+        "checkpoints": ("branch", "boundary", "backoff", "end"),
     }
     faults = Faults(monkeypatch)
     engine = make_engine(**settings)
@@ -363,6 +366,7 @@ def test_health_tells_of_a_disk_that_does_not_respond(
         ask()
 
 
+@pytest.mark.usefixtures("always_fetches")
 @pytest.mark.parametrize("num_kept", [1, MAX_READS + 2], ids=["one read", "more than may read"])
 def test_a_slow_disk_holds_up_nobody_who_reads_nothing(
     make_engine: MakeEngine,  # noqa: F811

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hybridcache.allocators.budget import ByteBudget
-from hybridcache.allocators.moves import Move, PendingMoves
-from hybridcache.allocators.orders import Orders
+from hybridcache.allocators.base import ByteBudget
+from hybridcache.allocators.moves import Move, Orders, PendingMoves
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.export.events import EventStream
@@ -21,7 +20,7 @@ from hybridcache.policies.eviction.regret import Regret
 from hybridcache.policies.words import EVICTION
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.text_tree import TextTree
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.variants import TieredRadixCache
 from tests.allocators import test_arena
 from tests.allocators.test_allocators import AllocatorMachine
 from tests.allocators.test_arena import ArenaMachine

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from hybridcache.lab.cli import main
 from hybridcache.lab.trace import BadRecordError
-from hybridcache.lab.traces import open_trace
+from hybridcache.lab.traces import base, open_trace
+from hybridcache.lab.traces.base import TraceOrderWarning
 from tests.lab.records import (
     SEGMENTS,
     agent_request,
@@ -205,12 +210,100 @@ def test_whatever_stands_in_a_record_it_is_read_or_named(word: str, tmp_path: Pa
     assert named > len(WRONG)
 
 
-def test_a_trace_does_not_run_backwards(tmp_path: Path) -> None:
-    path = lines(
-        tmp_path / "t.jsonl", *({"tokens": [1], "timestamp": when} for when in (5, 5, 3, 6))
-    )
-    with pytest.raises(BadRecordError, match=r"line 3: its time 3 s is before .* sort the file"):
-        list(open_trace(str(path)))
+def out_of_order(folder: Path, times: Sequence[float]) -> Path:
+    """A file whose line ``k`` has the prompt ``[k]``."""
+    records = ({"tokens": [k], "timestamp": when} for k, when in enumerate(times))
+    return lines(folder / "t.jsonl", *records)
+
+
+def read_sorted(spec: str, *, skip_bad: bool = False) -> tuple[list[int], list[str], int]:
+    """(the first id of each request, warnings about order, bad records)."""
+    trace = open_trace(spec, skip_bad=skip_bad)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = list(trace)
+    times = [request.timestamp_s for request in found]
+    assert times == sorted(times)
+    said = [str(one.message) for one in caught if one.category is TraceOrderWarning]
+    return [int(request.tokens[0]) for request in found], said, trace.bad.count
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_small_disorder_is_sorted_with_one_warning(tmp_path: Path, seed: int) -> None:
+    """As in a log that is written when requests end. Those of one time keep their order."""
+    choose = np.random.default_rng(seed)
+    starts = np.sort(choose.integers(0, 60, 200))
+    order = np.argsort(starts + choose.exponential(20, 200), kind="stable")
+    times = starts[order].tolist()
+    found, said, _ = read_sorted(str(out_of_order(tmp_path, times)))
+    assert found == sorted(range(200), key=lambda k: times[k])
+    first = next(k for k in range(1, 200) if times[k] < times[k - 1])
+    [warning] = said
+    assert f"t.jsonl: lines are not in order of time (the first is line {first + 1})" in warning
+    assert read_sorted(str(out_of_order(tmp_path, sorted(times))))[1] == []
+
+
+def test_large_disorder_is_refused_by_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request can be moved before as many others as are read ahead, and before no more."""
+    monkeypatch.setattr(base, "WINDOW", 5)
+    late = [10 + k for k in range(5)]
+    assert read_sorted(str(out_of_order(tmp_path, [*late, 3, 20])))[0] == [5, 0, 1, 2, 3, 4, 6]
+    path = out_of_order(tmp_path, [*late, 15, 3, 20])
+    with pytest.raises(
+        BadRecordError, match=r"line 7: its time 3 s is before 10 s, .* sort the file by time"
+    ):
+        read_sorted(str(path))
+    assert read_sorted(str(path), skip_bad=True) == ([0, 1, 2, 3, 4, 5, 7], [], 1)
+    assert read_sorted(f"{path}?head=3")[0] == [0, 1, 2], "nobody asked for line 7"
+    monkeypatch.setattr(base, "WINDOW_IDS", 2)
+    with pytest.raises(BadRecordError, match=r"line 4: .* sort the file by time"):
+        read_sorted(str(out_of_order(tmp_path, [10, 11, 12, 3])))
+
+
+def test_a_bad_line_is_reported_behind_the_requests_above_it(tmp_path: Path) -> None:
+    path = lines(tmp_path / "t.jsonl", {"tokens": [1]}, {"tokens": [2]}, {"tokens": []})
+    requests = iter(open_trace(str(path)))
+    assert [int(next(requests).tokens[0]) for _ in range(2)] == [1, 2]
+    with pytest.raises(BadRecordError, match="line 3: the prompt is empty"):
+        next(requests)
+    assert len(list(open_trace(f"{path}?head=2"))) == 2
+
+
+OWN: dict[str, Callable[[int], dict[str, Any]]] = {
+    "jsonl": lambda k: {"timestamp": 1 + k, "tokens": [k], "session": k},
+    "mooncake": lambda k: {"timestamp": 1 + k, "hash_ids": [k, 8]},
+    "bailian": lambda k: {"timestamp": 1 + k, "hash_ids": [k, 8], "chat_id": k},
+    "token-ids": lambda k: {"ts": 1 + k, "input_tokens": [k], "session_id": k},
+    "http-log": lambda k: {"timestamp": 1 + k, "request": {"prompt": f"hello {k}"}},
+}
+"""What the k-th request of a format has that others have not."""
+
+
+@pytest.mark.parametrize("word", OWN)
+def test_every_format_with_times_is_sorted(tmp_path: Path, word: str) -> None:
+    """The same requests as of the file in order."""
+    records = [GOOD[word] | OWN[word](k) for k in range(6)]
+    spec = f"{word}:{lines(tmp_path / 'sorted', *records)}"
+    expected = [(one.timestamp_s, one.tokens.tolist()) for one in open_trace(spec)]
+    assert len({tuple(tokens) for _, tokens in expected}) == 6
+    shuffled = [records[place] for place in (2, 0, 1, 5, 4, 3)]
+    spec = f"{word}:{lines(tmp_path / 'shuffled', *shuffled)}"
+    with pytest.warns(TraceOrderWarning):
+        found = [(one.timestamp_s, one.tokens.tolist()) for one in open_trace(spec)]
+    assert found == expected and found[0][0] >= 0
+
+
+def test_the_command_line_says_once_that_a_trace_was_sorted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """However many processes read it."""
+    path = out_of_order(tmp_path, [5, 3, 9, 8])
+    asked = ["simulate", "--trace", str(path), "--gib", "1,2", "--policy", "lru"]
+    assert main([*asked, "--processes", "2"]) == 0
+    said = [line for line in capfd.readouterr().err.splitlines() if "order of time" in line]
+    assert len(said) == 1 and said[0].startswith(f"hybridcache: {path}: lines are not in order")
 
 
 def test_token_ids_are_checked(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
@@ -216,10 +218,10 @@ def test_the_figure_is_there_whoever_stops_reading(tmp_path: Path) -> None:
     assert figure.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_control_c_is_one_sentence_that_says_what_is_kept(tmp_path: Path, processes: int) -> None:
-    """Even if the shell starts the command with SIGINT ignored, as for ``command &`` and nohup."""
-    output = tmp_path / "runs.jsonl"
+@contextlib.contextmanager
+def simulating(output: Path, processes: int) -> Iterator[subprocess.Popen[str]]:
+    """A long ``simulate`` that has written its first result, in a session of its own. SIGINT was
+    ignored when it started, as for ``command &`` and nohup."""
     command = [sys.executable, "-m", "hybridcache", "simulate", "--trace"]
     command += ["conversations?live=8&head=400", "--gib", "0.5:8:60", "--output", str(output)]
     command += ["--processes", str(processes), "--no-bound"]
@@ -230,10 +232,17 @@ def test_control_c_is_one_sentence_that_says_what_is_kept(tmp_path: Path, proces
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
-    ) as run_:
+    ) as process:
         while not (output.exists() and output.read_text()):
-            assert run_.poll() is None
+            assert process.poll() is None
             time.sleep(0.02)
+        yield process
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_control_c_is_one_sentence_that_says_what_is_kept(tmp_path: Path, processes: int) -> None:
+    output = tmp_path / "runs.jsonl"
+    with simulating(output, processes) as run_:
         os.killpg(run_.pid, signal.SIGINT)
         _, error = run_.communicate()
     assert run_.returncode == 130 and "Traceback" not in error
@@ -241,6 +250,14 @@ def test_control_c_is_one_sentence_that_says_what_is_kept(tmp_path: Path, proces
     assert (
         sentence.startswith("hybridcache: stopped; what was done is in") and str(output) in sentence
     )
+
+
+@pytest.mark.full("SIGTERM")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_processes_end_with_the_command_that_started_them(tmp_path: Path, number: int) -> None:
+    with simulating(tmp_path / "runs.jsonl", 2) as run_:
+        run_.send_signal(number)
+        run_.communicate(timeout=30)  # Up to the end: no other process has its stderr open.
 
 
 def test_help_lists_the_words(

@@ -11,6 +11,7 @@ import pytest
 from hybridcache.lab.trace import BadRecordError, FreshIds
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import open_trace, recognise
+from hybridcache.lab.traces.base import TraceOrderWarning
 from tests.lab.records import lines
 
 
@@ -140,7 +141,6 @@ def test_rows_that_can_not_be_read_are_named(tmp_path: Path, row: str, problem: 
         (",40,5,", ",forty,5,", "input_tokens is 'forty', not a whole number"),
         (",40,5,", ",-1,5,", "input_tokens is '-1', not a whole number"),
         ("100,40,5,,0,", "0,0,5,,0,", "the prompt is empty"),
-        ("1000000,ok\n3", "10,ok\n3", "its time 1e-05 s is before"),
     ],
 )
 def test_lengths_that_can_not_be_read_are_named(
@@ -150,6 +150,14 @@ def test_lengths_that_can_not_be_read_are_named(
     path.write_text(V2.replace(old, new))
     with pytest.raises(BadRecordError, match=rf"b\.csv, line 4: {problem}"):
         list(open_trace(str(path)))
+
+
+def test_rows_out_of_order_are_sorted(tmp_path: Path) -> None:
+    path = tmp_path / "b.csv"
+    path.write_text(V2.replace("1000000,ok\n3", "10,ok\n3"))
+    with pytest.warns(TraceOrderWarning, match="the first is line 4"):
+        times = [request.timestamp_s for request in open_trace(str(path))]
+    assert times == sorted(times) and 1e-5 in times
 
 
 def test_a_table_that_is_no_trace_is_said_to_be_none(tmp_path: Path) -> None:

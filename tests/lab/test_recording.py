@@ -71,6 +71,6 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     asked = ["simulate", "--trace", "short?head=20", "--gib", "2", "--page", str(page)]
     assert main(asked) == 0
     [run] = runs_in(page.read_text())
-    assert run["meta"]["title"] == "lru, 2 GiB" and run["meta"]["trace"].startswith("short")
+    assert run["meta"]["title"] == "regret, 2 GiB" and run["meta"]["trace"].startswith("short")
     assert main([*asked, "--trace", "branch"]) == 2
     assert "one trace" in capsys.readouterr().err

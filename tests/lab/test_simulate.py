@@ -242,7 +242,11 @@ def test_every_result_says_how_memory_is_shared() -> None:
         for words in ({}, {"memory": "budget"}, {"memory": "pools", "kv_share": 0.5})
     ]
     assert [run.config.memory for run in runs] == ["arena", "budget", "pools"]
-    assert [run.label for run in runs] == ["lru", "lru (budget)", "lru (pools 50% KV)"]
+    assert [run.label for run in runs] == [
+        "regret",
+        "regret (budget)",
+        "regret (pools 50% KV)",
+    ]
     assert [run.gib for run in runs] == [2, 2, 2]
     assert runs[0].moved_slabs is not None and runs[1].moved_slabs is runs[2].moved_slabs is None
     [peer] = simulate("short?head=60", gib=2, bound=False, policy=(), baseline="vllm").runs
@@ -302,12 +306,15 @@ def test_two_caches_never_share_a_row() -> None:
     coarse = simulate("short?head=40", gib=[1.0], bound=False)
     fine = simulate("short?head=40", gib=[1.0, 2.0], grid=1, bound=False)
     both = coarse.beside(fine)
-    assert [*both.by_label()] == ["lru (grid 64)", "lru (grid 1)"]
+    assert [*both.by_label()] == ["regret (grid 64)", "regret (grid 1)"]
     header, _, first, second, *_ = both.table().splitlines()[1:]
     assert header.split()[-2:] == ["1", "2"]
     assert first.split()[-1] == "-" and len(second.split()) == 5
-    bare = simulate("short?head=40", gib=1, tiers=False, bound=False)
-    assert [*coarse.beside(bare).by_label()] == ["lru (tiers True)", "lru (tiers False)"]
+    lru, bare = (
+        simulate("short?head=40", gib=1, policy="lru", tiers=tiers, bound=False)
+        for tiers in (True, False)
+    )
+    assert [*lru.beside(bare).by_label()] == ["lru (tiers True)", "lru (tiers False)"]
     again = coarse.beside(coarse).by_label()
     assert [len(runs) for runs in again.values()] == [1]
     with pytest.raises(ValueError, match="different traces"):
@@ -371,17 +378,24 @@ GOLDEN_TRACES = {
 
 
 def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
-    """Cached tokens of each competitor at each size; regret also with its own placement. Peers
-    manage memory in their own way: they stand beside the ideal budget."""
+    """Cached tokens of each competitor at each size: every eviction with rules that learn nothing,
+    and the default pair as ``regret @ regret``. Peers manage memory in their own way: they stand
+    next to the ideal budget."""
     spec, gib = GOLDEN_TRACES[trace]
     kept = open_trace(spec).kept()
     shared = {"gib": gib, "bound": False, "memory": memory}
     peers = GOLDEN_PEERS if memory == "budget" else []
-    result = simulate(kept, policy=sorted(EVICTION), baseline=peers, **shared)
-    ours = simulate(kept, policy="regret", checkpoints="regret", **shared)
+    static = "branch,boundary,backoff,end"
+    result = simulate(kept, policy=sorted(EVICTION), checkpoints=static, baseline=peers, **shared)
+    ours = simulate(kept, **shared)
+    assert [run.config.policy for run in ours.runs] == ["regret"] * len(gib)
+    hits = {
+        label.removesuffix(" (budget)").removesuffix(f" @ {static}"): runs
+        for label, runs in result.by_label().items()
+    }
     return {
-        label.removesuffix(" (budget)"): [run.cached_tokens for run in runs]
-        for label, runs in result.beside(ours).by_label().items()
+        label: [run.cached_tokens for run in runs]
+        for label, runs in (*hits.items(), ("regret @ regret", ours.runs))
     }
 
 

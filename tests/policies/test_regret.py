@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache.build import CacheConfig, build_prefix_cache
+from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lab.generators import chat, conversations, resend
 from hybridcache.lab.trace import Trace
 from hybridcache.lease import Lease, LeaseRequest
@@ -22,7 +22,7 @@ from hybridcache.policies.eviction.survival import (
 from hybridcache.policies.placement.learned import Learned
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.words import parse_placement
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.variants import TieredRadixCache
 from tests.policies.items import FakeItem, offer
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.policies.words import EVICTION
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.cache.twins import VictimLog
 

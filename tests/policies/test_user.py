@@ -37,7 +37,7 @@ from hybridcache.policies.words import (
     make_eviction,
     parse_placement,
 )
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.variants import TieredRadixCache
 from tests.cache.serving import ids, serve, traffic
 from tests.cache.twins import VictimLog
 from tests.policies.items import FakeItem, offer

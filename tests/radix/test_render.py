@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
 from tests.cache.serving import (
     hybrid,
     ids,

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.radix.key import child_key, edge_tokens
-from hybridcache.radix.tree import RadixTree
+from hybridcache.radix.tree import RadixTree, child_key, edge_tokens
 from hybridcache.tokens import common_prefix_len
 
 IDS = st.lists(st.sampled_from([0, 1, 255, 256, 2**31 - 1]), max_size=40)

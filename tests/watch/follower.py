@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hybridcache.radix.node import RadixNode, members
+from hybridcache.radix.tree import RadixNode, members
 
 
 def follow(nodes: dict[int, dict[str, Any]], records: list[list[Any]]) -> None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from engine import RequestOutput, RequestSpec
+from engine import Grammar, RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
 from engine.server.dialects.tools import callable_tools
 from engine.server.errors import APIError
@@ -18,10 +18,12 @@ from engine.server.front import ServingContext
 from engine.server.replays import Place, as_message
 from engine.server.schemas import ChatRequest, TokenizeRequest, cuts_of
 from engine.server.tenants import AnswerId, Tenant
-from engine.text.answers.events import CallBegin, CallEnd, Event, joined
+from engine.text.answers.events import BrokenCall, CallBegin, CallEnd, Event, joined
 from engine.text.answers.forms import AnswerForm, AnswerReader
 from engine.text.templates import ChatPrompt, TemplateError, render_chat
 
+BROKEN = "A call of a tool was left in the text, because "
+"""Begins the warning of an answer; the reason follows."""
 Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 
@@ -35,6 +37,8 @@ class News:
     output: RequestOutput
     finish: Finish | None
     """Why the answer ended, with its last news."""
+    warning: str | None = None
+    """With the last news: part of the text looks like a call that cannot be made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ class Answer:
     output: RequestOutput
     finish: Finish
     num_reasoning_tokens: int
+    warning: str | None = None
+    """As of ``News``."""
 
 
 async def render(
@@ -97,8 +103,12 @@ def settle_system(front: ServingContext, body: ChatRequest) -> ChatRequest:
 
 
 def _plain(tool: dict[str, object]) -> dict[str, object]:
-    """A tool without what is said to the cache."""
-    return {name: value for name, value in tool.items() if name != "cache_control"}
+    """Return a tool without what is said to the server: the model is told neither of the cache, nor
+    that its calls are strict."""
+    plain = {name: value for name, value in tool.items() if name != "cache_control"}
+    if isinstance(function := plain.get("function"), dict):
+        plain["function"] = {name: value for name, value in function.items() if name != "strict"}
+    return plain
 
 
 async def ask(
@@ -122,7 +132,12 @@ async def ask(
     num_top = (body.top_logprobs or 0) if body.logprobs else None
     [token_ids] = await front.as_arrays([prompt.token_ids])
     samplings = body.samplings(limit, num_top, front.engine.sampling_defaults)
-    grammar = await front.grammar_of(body, body.demanded_calls, is_thinking=prompt.is_thinking)
+
+    def call_grammar() -> Grammar | None:
+        written = "hermes" if form.calls is None else form.calls.FORM
+        return body.call_grammar(written, may_think=form.thinks)
+
+    grammar = await front.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
     inquiry = await _inquire(front, body, np.asarray(token_ids), tenant, size, answer_id)
     streams = await front.submit(
         RequestSpec(
@@ -213,20 +228,22 @@ class Exchange:
                     self._front.replays.remember(self.prompt, self._place, message, output)
                 if index == 0:
                     self.inquiry.end(output, message)
-            yield News(index, events, output, finish)
+            yield News(index, events, output, finish, reading.warning if finish else None)
 
     async def answers(self) -> list[Answer]:
         """All answers, in order."""
         events: list[list[Event]] = [[] for _ in self._streams]
-        ends: dict[int, tuple[RequestOutput, Finish]] = {}
+        ends: dict[int, tuple[RequestOutput, Finish, str | None]] = {}
         async for news in self.news():
             events[news.index].extend(news.events)
             if news.finish is not None:
-                ends[news.index] = news.output, news.finish
-        return [
-            Answer(joined(each), *ends[index], self.num_reasoning_tokens(index))
-            for index, each in enumerate(events)
-        ]
+                ends[news.index] = news.output, news.finish, news.warning
+        answers = []
+        for index, each in enumerate(events):
+            output, finish, warning = ends[index]
+            num_reasoning = self.num_reasoning_tokens(index)
+            answers.append(Answer(joined(each), output, finish, num_reasoning, warning))
+        return answers
 
 
 class _Reading:
@@ -239,7 +256,9 @@ class _Reading:
         self._ends = ends
         self._has_calls = False
         self._is_broken_off = False
-        """In its last call, by what is not the model's own end: a limit or a stop string."""
+        """In its last call, by a limit or a stop string, not by the model's own end."""
+        self.warning: str | None = None
+        """Why the first of the calls that cannot be made is part of the text."""
         self.events: list[Event] = []
         """All so far."""
         self.is_over = False
@@ -257,11 +276,16 @@ class _Reading:
         if output.is_finished:
             is_cut = output.finish_reason != "stop" or int(output.output[-1]) not in self._ends
             rest = self._reader.flush(is_cut)
-            self._is_broken_off = is_cut and any(_is_end(one, is_whole=False) for one in rest)
-            events = joined([*events, *rest])
+            self._is_broken_off = is_cut and any(isinstance(one, BrokenCall) for one in rest)
+            events = [*events, *rest]
+        for one in events:
+            if isinstance(one, BrokenCall) and self.warning is None:
+                self.warning = f"{BROKEN}{one.why}."
+        events = joined(one for one in events if not isinstance(one, BrokenCall))
         self._has_calls = self._has_calls or any(isinstance(one, CallBegin) for one in events)
         if self._is_single:
-            end = next((at for at, one in enumerate(events, 1) if _is_end(one)), None)
+            ends = (at for at, one in enumerate(events, 1) if isinstance(one, CallEnd))
+            end = next(ends, None)
             self.is_over = end is not None
             events = events[:end]
         self.events += events
@@ -275,8 +299,3 @@ class _Reading:
         if self.is_over or (self._has_calls and has_stopped):
             return "tool_calls"
         return output.finish_reason
-
-
-def _is_end(event: Event, is_whole: bool = True) -> bool:
-    """Of a call."""
-    return isinstance(event, CallEnd) and event.is_whole == is_whole

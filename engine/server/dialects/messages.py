@@ -75,6 +75,8 @@ class _Writer:
 
     def whole(self, answer: Answer) -> dict[str, Any]:
         ending = self._ending(answer.finish, answer.output)
+        if answer.warning is not None:
+            ending["warning"] = answer.warning
         return self._message(_content(answer.events), ending, self._usage(answer.output))
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -97,6 +99,8 @@ class _Writer:
                 yield said
             if news.finish is not None:
                 ending = self._ending(news.finish, news.output)
+                if news.warning is not None:
+                    ending["warning"] = news.warning
                 usage = self._usage(news.output)
                 last = {"type": "message_delta", "delta": ending, "usage": usage}
                 closing = [*blocks.close(), last, {"type": "message_stop"}]

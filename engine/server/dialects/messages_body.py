@@ -11,10 +11,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from engine.requests.sampling_params import MAX_BUDGET
+from engine.requests.sampling_params import MAX_COUNT
 from engine.server.dialects.translated import chat_request
 from engine.server.errors import APIError, quoted
-from engine.server.schemas import MAX_TEMPERATURE, CacheControl, ChatRequest, Diagnostics
+from engine.server.schemas import (
+    MAX_TEMPERATURE,
+    AnswerLimit,
+    CacheControl,
+    ChatRequest,
+    Diagnostics,
+)
 from engine.server.strict import Listed, Name, Strict
 from engine.server.token_options import Texts
 
@@ -155,8 +161,7 @@ def _is_custom(tool: Any) -> Any:
 
 
 class Tool(Strict):
-    """``strict`` and ``eager_input_streaming`` change nothing: input comes as the model writes
-    it."""
+    """``eager_input_streaming`` changes nothing: input comes when it is whole."""
 
     type: Literal["custom"] | None = None
     name: Name
@@ -170,6 +175,8 @@ class Tool(Strict):
         function: dict[str, Any] = {"name": self.name}
         if self.description is not None:
             function["description"] = self.description
+        if self.strict is not None:
+            function["strict"] = self.strict
         tool = {"type": "function", "function": function | {"parameters": self.input_schema}}
         mark = self.cache_control
         return tool if mark is None else tool | {"cache_control": mark.model_dump()}
@@ -196,7 +203,7 @@ class ThinkingConfig(Strict):
     """Thinking is ended behind ``budget_tokens``, if the model does not before."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: int | None = Field(default=None, ge=1, le=MAX_BUDGET)
+    budget_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
     display: Literal["summarized"] | None = None
 
 
@@ -299,11 +306,11 @@ def _format(asked: JSONFormat) -> dict[str, Any]:
 class MessagesRequest(CountRequest):
     """POST /v1/messages."""
 
-    max_tokens: int = Field(ge=1)
+    max_tokens: AnswerLimit
     stream: bool = False
     temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
     stop_sequences: Texts | None = None
 
     def fields(self) -> dict[str, Any]:

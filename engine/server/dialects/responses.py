@@ -74,7 +74,7 @@ class Responses:
         def work() -> dict[str, Any]:
             for _ in writer.items.write(answer.events):
                 pass
-            return writer.ended(answer.finish, answer.output)
+            return writer.ended(answer.finish, answer.output, answer.warning)
 
         response = await front.workers.run(num_tokens, work)
         keep(response)
@@ -154,7 +154,7 @@ class _Writer:
                 yield said
             if news.finish is not None:
                 closing = self._close(news.finish)
-                response = self.ended(news.finish, news.output)
+                response = self.ended(news.finish, news.output, news.warning)
                 keep(response)
                 last = {"type": f"response.{response['status']}", "response": response}
                 yield b"".join(map(self._event, [*closing, last]))
@@ -171,11 +171,14 @@ class _Writer:
         events = ({"type": f"response.{name}", "response": response} for name in names)
         return b"".join(map(self._event, events))
 
-    def ended(self, finish: Finish, output: RequestOutput) -> dict[str, Any]:
+    def ended(
+        self, finish: Finish, output: RequestOutput, warning: str | None = None
+    ) -> dict[str, Any]:
         """The response with all that was written."""
         self._close(finish)
         status = "incomplete" if finish == "length" else "completed"
-        return self._response(status, self.items.output, self._usage(output))
+        response = self._response(status, self.items.output, self._usage(output))
+        return response if warning is None else response | {"warning": warning}
 
     def _close(self, finish: Finish) -> list[dict[str, Any]]:
         return list(self.items.close("incomplete" if finish == "length" else "completed"))

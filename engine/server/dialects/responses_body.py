@@ -17,6 +17,7 @@ from engine.server.errors import APIError, of_validation, quoted
 from engine.server.guided import NamedSchema
 from engine.server.schemas import (
     MAX_TEMPERATURE,
+    AnswerLimit,
     CacheOptions,
     ChatRequest,
     parsed_arguments,
@@ -153,7 +154,8 @@ class FunctionTool(Strict):
     strict: bool | None = None
 
     def as_tool(self) -> dict[str, Any]:
-        function = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        fields = {"name", "description", "parameters", "strict"}
+        function = self.model_dump(include=fields, exclude_none=True)
         return {"type": "function", "function": function}
 
 
@@ -216,7 +218,7 @@ class ResponsesRequest(Streamed):
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool = True
-    max_output_tokens: int | None = Field(default=None, ge=1)
+    max_output_tokens: AnswerLimit | None = None
     temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
     top_p: float | None = Field(default=None, gt=0, le=1)
     tools: Listed[Annotated[FunctionTool, BeforeValidator(_is_function)]] | None = None

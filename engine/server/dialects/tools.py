@@ -8,7 +8,6 @@ from typing import Any
 from engine.server.errors import APIError, quoted
 from engine.server.schemas import ChatRequest, NamedTool
 from engine.text.answers.forms import AnswerForm
-from engine.text.answers.hermes import HermesReader
 
 
 def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:
@@ -33,25 +32,11 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
             "'tool_choice' 'none' and read them in the text.",
             param="tools",
         )
-    if body.demands_call:
-        _check_demand(body, form)
-    return body.tools
-
-
-def _check_demand(body: ChatRequest, form: AnswerForm) -> None:
-    """Whether an answer can be made a call of any tool, or of the one that is named, by the
-    grammar that its tokens are sampled by."""
     choice = body.tool_choice
     if isinstance(choice, NamedTool):
         name = choice.function.name
-        if all(tool["function"]["name"] != name for tool in body.tools or ()):
+        if all(tool["function"]["name"] != name for tool in body.tools):
             raise APIError(
                 400, f"There is no tool {quoted(name)} among 'tools'.", param="tool_choice"
             )
-    if form.calls is not HermesReader:
-        raise APIError(
-            400,
-            "A 'tool_choice' other than 'auto' and 'none' is not served for the form in which this "
-            "model writes calls: leave it out.",
-            param="tool_choice",
-        )
+    return body.tools

@@ -23,7 +23,8 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class CallBegin:
-    """A tool is called; its arguments follow, until ``CallEnd``."""
+    """A tool is called; its arguments follow, until ``CallEnd``. A call is whole when it begins:
+    what follows is JSON, and the tool was offered."""
 
     name: str
 
@@ -39,11 +40,15 @@ class CallArguments:
 class CallEnd:
     """The arguments are done."""
 
-    is_whole: bool = True
-    """Otherwise the answer broke off in them: they are no whole JSON."""
+
+@dataclass(frozen=True, slots=True)
+class BrokenCall:
+    """The answer has a call that cannot be made; it is part of the text."""
+
+    why: str
 
 
-Event = ReasoningDelta | TextDelta | CallBegin | CallArguments | CallEnd
+Event = ReasoningDelta | TextDelta | CallBegin | CallArguments | CallEnd | BrokenCall
 _TEXTS = (ReasoningDelta, TextDelta, CallArguments)
 
 

@@ -7,93 +7,63 @@ import json
 import re
 from typing import Any
 
-from engine.text.answers.calls import CLOSE, MAX_NAME, OPEN, CallReader, State
-from engine.text.answers.marks import MarkSearch
+from engine.text.answers.calls import (
+    BROKEN_OFF,
+    MAX_NAME,
+    NOT_JSON,
+    CallReader,
+    State,
+    not_offered,
+)
 from engine.text.json_text import read_json
 
-MAX_HEADER = 2 * MAX_NAME
-"""Characters before the arguments of a call that are tried again with every piece."""
-_HEADER = re.compile(
-    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\<]|\\["\\/bfnrtu])*")\s*,'
-    r'\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+_BEFORE_ARGUMENTS = re.compile(
+    r'\s*\{\s*"name"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
 )
 
 
 class HermesReader(CallReader):
-    """Arguments go out as they come where the name stands before them; another order, or arguments
-    as a string, is read once the call is whole."""
+    """Reads calls that are one JSON object each."""
 
     def _opened(self, mark: str) -> State:
-        self._held = ""
-        return self._header
-
-    def _header(self, text: str) -> str | None:
-        self._held += text
-        found = _HEADER.match(self._held, 0, MAX_HEADER)
-        name = _parsed(found.group(1)) if found else None
-        if found and isinstance(name, str) and 0 < len(name) <= MAX_NAME:
-            held, self._held = self._held, ""
-            self._begin(name)
-            self._nesting = Nesting()
-            self._state = self._arguments
-            return held[found.end() :]
-        if "<" not in self._held and len(self._held) < MAX_HEADER:
-            return None
-        held, self._held = self._held, ""
         self._pieces: list[str] = []
-        self._close = MarkSearch(CLOSE, OPEN)
-        self._state = self._whole
-        return held
+        self._nesting = Nesting()
+        self._has_begun = False
+        return self._object
 
-    def _arguments(self, text: str) -> str | None:
+    def _object(self, text: str) -> str | None:
+        """Collect the object that is a call, and read it once it is whole."""
+        if not self._has_begun:
+            begin = text.lstrip()
+            if not begin:
+                return None
+            if not begin.startswith("{"):
+                return self._fail(NOT_JSON, begin)
+            self._has_begun, text = True, begin
         end = self._nesting.end(text)
-        self._add(text if end is None else text[:end])
+        self._pieces.append(text if end is None else text[:end])
         if end is None:
             return None
-        self._nesting = Nesting(depth=1)
-        self._state = self._behind
-        return text[end:]
+        left = text[end:]
+        written = "".join(self._pieces)
+        try:
+            call = read_json(written)
+        except ValueError:
+            return self._fail(NOT_JSON, left)
+        name, arguments = _call_of(call, written)
+        if name is None or arguments is None:
+            return self._fail(NOT_JSON, left)
+        if name not in self._names:
+            return self._fail(not_offered(name), left)
+        self._make(name, arguments)
+        return left
 
-    def _behind(self, text: str) -> str | None:
-        """The rest of the object that the arguments stand in."""
-        end = self._nesting.end(text)
-        if end is None:
-            return None
-        self._finish()
-        return text[end:]
-
-    def _whole(self, text: str) -> str | None:
-        before, mark, rest = self._close.push(text)
-        self._pieces.append(before)
-        if mark is None:
-            return None
-        self._read("".join(self._pieces), CLOSE if mark == CLOSE else "")
-        if mark == OPEN:
-            self._state = self._header
-        return rest
-
-    def _read(self, inside: str, close: str) -> None:
-        """A call that was held until its end, or text."""
-        call = _parsed(inside)
-        arguments = _arguments(call) if isinstance(call, dict) else None
-        if arguments is None:
-            self._give_back(OPEN + inside + close)
-            return
-        self._begin(call["name"])
-        self._add(arguments)
-        self._finish()
-        self._state = self._text
-
-    def _end(self, is_cut: bool) -> None:
-        if self._state == self._header:
-            held, self._held = self._held, ""
-            self._read(held, "")
-        elif self._state == self._whole:
-            self._read("".join((*self._pieces, self._close.flush())), "")
-        elif self._state in (self._arguments, self._behind):
-            self._finish(is_whole=self._state == self._behind)
-        elif self._state == self._closing and not is_cut:
-            self._give_back(self._held)
+    def _end(self, is_cut: bool) -> str | None:
+        if self._state == self._object:
+            return self._fail(BROKEN_OFF)
+        if self._state == self._closing:
+            self._end_closing(is_cut)
+        return None
 
 
 class Nesting:
@@ -138,19 +108,29 @@ class Nesting:
         return None
 
 
-def _parsed(text: str) -> Any:
-    """JSON, or None."""
-    try:
-        return read_json(text)
-    except ValueError:
-        return None
-
-
-def _arguments(call: dict[str, Any]) -> str | None:
-    """The JSON text of a call's arguments; None: it is no call."""
+def _call_of(call: Any, written: str) -> tuple[str | None, str | None]:
+    """Return name and arguments of a parsed ``call``: the arguments as they were ``written``, if
+    they come behind the name. None for what is missing."""
+    if not isinstance(call, dict):
+        return None, None
     name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
     if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
-        return None
+        return None, None
     if isinstance(arguments, str):
-        return arguments if isinstance(_parsed(arguments), dict) else None
-    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else None
+        return name, arguments if _is_object(arguments) else None
+    if not isinstance(arguments, dict):
+        return name, None
+    found = _BEFORE_ARGUMENTS.match(written)
+    end = None if found is None else Nesting().end(written[found.end() :])
+    if found is not None and end is not None:
+        as_written = written[found.end() : found.end() + end]
+        if read_json(as_written) == arguments:
+            return name, as_written
+    return name, json.dumps(arguments, ensure_ascii=False)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(read_json(text), dict)
+    except ValueError:
+        return False

@@ -7,7 +7,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from engine.text.answers.calls import CLOSE, MAX_NAME, OPEN, CallReader, State
+from engine.text.answers.calls import (
+    BROKEN_OFF,
+    CLOSE,
+    MAX_NAME,
+    OPEN,
+    CallReader,
+    State,
+    not_offered,
+)
 from engine.text.answers.marks import MarkSearch
 from engine.text.json_text import read_json
 
@@ -15,28 +23,30 @@ FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 _WITHIN = (PARAMETER, END_FUNCTION, CLOSE, OPEN, FUNCTION)
 """What may follow a value."""
+MALFORMED = "it is not written as a function with parameters"
+_STRING = frozenset({"string"})
 MAX_DEPTH = 64
 """Schemas that are looked into for the types of one parameter."""
 
 
 class QwenXMLReader(CallReader):
-    """Values of strings go out as they come; others are read as JSON once they are whole, and are
-    strings where they are none. What the schema does not name is a string."""
+    """Values of other types than string are read as JSON, and are strings if they are not JSON.
+    What the schema does not name is a string."""
 
     MARKS = (OPEN, FUNCTION)
+    FORM = "xml"
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         super().__init__(tools)
-        self._before = ""
-        """What opened the call that is being read."""
+        self._name = ""
+        self._arguments: list[str] = []
+        """JSON texts of the arguments so far, each with its name."""
         self._types: dict[str, frozenset[str]] = {}
-        self._num_given = 0
-        self._is_string = False
         self._pieces: list[str] = []
 
     def _opened(self, mark: str) -> State:
-        self._held, self._before = "", mark
-        return self._wrapped if mark == OPEN else self._name
+        self._held = ""
+        return self._wrapped if mark == OPEN else self._function
 
     def _wrapped(self, text: str) -> str | None:
         """After ``<tool_call>``: only white space, then a function."""
@@ -47,23 +57,20 @@ class QwenXMLReader(CallReader):
             if len(begin) < len(FUNCTION) and FUNCTION.startswith(begin):
                 return None
             if begin.startswith(FUNCTION):
-                self._before += self._held[:num_blank] + FUNCTION
-                self._held, self._state = "", self._name
+                self._held, self._state = "", self._function
                 return begin[len(FUNCTION) :]
-        held, self._held = self._held, ""
-        self._give_back(self._before)
-        return held
+        return self._fail(MALFORMED, self._held)
 
-    def _name(self, text: str) -> str | None:
+    def _function(self, text: str) -> str | None:
         name, rest = self._until_bracket(text)
         if rest is None:
             return None
         if name is None:
-            self._give_back(self._before)
-            return rest
-        self._begin(name)
+            return self._fail(MALFORMED, rest)
+        if name not in self._names:
+            return self._fail(not_offered(name), rest)
+        self._name, self._arguments = name, []
         self._types = _types_of(self._tools, name)
-        self._num_given = 0
         self._state = self._between
         return rest
 
@@ -88,77 +95,46 @@ class QwenXMLReader(CallReader):
         if held.startswith(PARAMETER):
             self._state = self._parameter
             return held[len(PARAMETER) :]
-        self._add("}" if self._num_given else "{}")
+        if not held.startswith(_WITHIN):
+            return self._fail(MALFORMED, held)
         self._finish()
         return held.removeprefix(END_FUNCTION)
+
+    def _finish(self) -> None:
+        self._make(self._name, "{" + ", ".join(self._arguments) + "}")
 
     def _parameter(self, text: str) -> str | None:
         name, rest = self._until_bracket(text)
         if rest is None:
             return None
         if name is None:
-            self._add("}" if self._num_given else "{}")
-            self._finish()
-            self._give_back(PARAMETER)
-            return rest
-        self._add((", " if self._num_given else "{") + json.dumps(name, ensure_ascii=False) + ": ")
-        self._num_given += 1
-        self._allowed = self._types.get(name, frozenset({"string"}))
-        self._is_string = self._allowed == {"string"}
-        if self._is_string:
-            self._add('"')
-        self._is_first_line = True
+            return self._fail(MALFORMED, rest)
+        self._parameter_name = name
+        self._pieces.clear()
         self._ends = MarkSearch(END_PARAMETER, END_FUNCTION, PARAMETER)
-        self._line_end = ""
         self._state = self._value
         return rest
 
     def _value(self, text: str) -> str | None:
         before, mark, rest = self._ends.push(text)
-        self._add_value(before)
+        self._pieces.append(before)
         if mark is None:
             return None
-        if self._is_string:
-            self._add('"')
-        else:
-            self._add(_as_json("".join(self._pieces), self._allowed))
-            self._pieces.clear()
+        value = "".join(self._pieces).removeprefix("\n").removesuffix("\n")
+        types = self._types.get(self._parameter_name, _STRING)
+        name = json.dumps(self._parameter_name, ensure_ascii=False)
+        self._arguments.append(f"{name}: {_as_json(value, types)}")
         self._state = self._between
         return rest if mark == END_PARAMETER else mark + rest
 
-    def _add_value(self, text: str) -> None:
-        """More of a value, without the line breaks around it."""
-        if self._is_first_line and text:
-            self._is_first_line = False
-            text = text.removeprefix("\n")
-        if text:
-            text, self._line_end = self._line_end + text, ""
-            if text.endswith("\n"):
-                text, self._line_end = text[:-1], "\n"
-        if not self._is_string:
-            self._pieces.append(text)
-        else:
-            self._add(json.dumps(text, ensure_ascii=False)[1:-1])
-
-    def _end(self, is_cut: bool) -> None:
-        if self._state in (self._wrapped, self._name):
-            self._give_back(self._before + self._held)
-        elif self._state == self._between:
-            if not is_cut:
-                self._add("}" if self._num_given else "{}")
-            held, self._held = self._held, ""
-            self._finish(is_whole=not is_cut)
-            self._give_back(held)
-        elif self._state == self._parameter:
-            held, self._held = self._held, ""
-            self._finish(is_whole=False)
-            self._give_back(PARAMETER + held)
-        elif self._state == self._value:
-            self._add_value(self._ends.flush())
-            self._add("".join(self._pieces))
-            self._finish(is_whole=False)
-        elif self._state == self._closing and not is_cut:
-            self._give_back(self._held)
+    def _end(self, is_cut: bool) -> str | None:
+        if self._state == self._between and not self._held and not is_cut:
+            self._finish()
+        if self._state == self._closing:
+            self._end_closing(is_cut)
+        elif self._state != self._text:
+            return self._fail(BROKEN_OFF)
+        return None
 
 
 def _types_of(tools: Sequence[Mapping[str, Any]], name: str) -> dict[str, frozenset[str]]:
@@ -169,12 +145,12 @@ def _types_of(tools: Sequence[Mapping[str, Any]], name: str) -> dict[str, frozen
             schema = function.get("parameters")
             named = schema.get("properties") if isinstance(schema, Mapping) else None
             if isinstance(named, Mapping):
-                return {str(key): _types(entry) for key, entry in named.items()}
+                return {str(key): json_types(entry) for key, entry in named.items()}
     return {}
 
 
-def _types(schema: Any) -> frozenset[str]:
-    """JSON types that ``schema`` names; ``string`` where it names none."""
+def json_types(schema: Any) -> frozenset[str]:
+    """Return the JSON types that ``schema`` names; ``string`` if it names none."""
     found: set[str] = set()
     waiting = [schema]
     for _ in range(MAX_DEPTH):
@@ -184,17 +160,20 @@ def _types(schema: Any) -> frozenset[str]:
         if not isinstance(one, Mapping):
             continue
         kind = one.get("type")
-        found.update(each for each in (kind if isinstance(kind, list) else [kind]) if each)
+        kinds = kind if isinstance(kind, list) else [kind]
+        found.update(each for each in kinds if isinstance(each, str) and each)
         for many in ("anyOf", "oneOf", "allOf"):
             if isinstance(one.get(many), list):
                 waiting.extend(one[many])
         if "$ref" in one:
             found.add("object")
-    return frozenset(found) or frozenset({"string"})
+    return frozenset(found) or _STRING
 
 
 def _as_json(text: str, types: frozenset[str]) -> str:
     """A value as the JSON that its schema asks for; a string where it is none."""
+    if types == _STRING:
+        return json.dumps(text, ensure_ascii=False)
     plain = text.strip()
     lowered = plain.lower()
     if ("null" in types and lowered in ("null", "none")) or (

@@ -11,8 +11,24 @@ from typing import Any
 NAME = "hybridcache"
 """What ``--radix-cache-backend`` takes."""
 
-ADDED_EVICTION = ("regret",)
-"""Words of ours that ``--radix-eviction-policy`` takes from then on, beside SGLang's own."""
+PLAIN_LRU = "plain-lru"
+"""Least recently used, by a name that is not SGLang's default."""
+ADDED_EVICTION = ("regret", PLAIN_LRU)
+"""Names that ``--radix-eviction-policy`` takes from then on, next to SGLang's own."""
+
+
+def eviction_name(asked: str) -> str:
+    """Return this project's name of the eviction policy that ``--radix-eviction-policy`` names.
+
+    ``lru`` is SGLang's default, which cannot be told from an explicit ``lru``: it stands for this
+    project's default. ``plain-lru`` is LRU.
+
+    >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "slru")]
+    ['regret', 'lru', 'slru']
+    """
+    from hybridcache.policies.words import DEFAULT_EVICTION
+
+    return {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru"}.get(asked, asked)
 
 
 def plug_in() -> None:

@@ -15,12 +15,15 @@ from sglang.srt.runtime_context import (
 )
 
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.build import PREFIX_CACHES, CacheConfig
+from hybridcache.config import PREFIX_CACHES, CacheConfig
+from hybridcache.export.sglang import eviction_name
 from hybridcache.export.sglang.cache import HybridRadixBackend
 from hybridcache.export.sglang.refuse import why_not
 from hybridcache.export.sglang.states import RequestStates
 from hybridcache.export.sglang.views import RowView, SlotView
 from hybridcache.hybrid import HybridRadixCache
+
+logger = logging.getLogger("hybridcache.sglang")
 
 
 def build_backend(ctx: Any) -> Any:
@@ -32,14 +35,19 @@ def build_backend(ctx: Any) -> Any:
     if refusal is not None:
         raise ValueError(refusal)
     level = logging.INFO if ctx.server_args.log_requests else logging.DEBUG
-    return make_backend(ctx.params, ctx.is_hybrid_ssm, level)
+    eviction = eviction_name(ctx.params.eviction_policy)
+    logger.info("hybridcache: eviction policy %s", eviction)
+    return make_backend(ctx.params, ctx.is_hybrid_ssm, level, eviction)
 
 
 def make_backend(
-    params: Any, is_hybrid_ssm: bool, log_level: int = logging.DEBUG
+    params: Any,
+    is_hybrid_ssm: bool,
+    log_level: int = logging.DEBUG,
+    eviction: str | None = None,
 ) -> HybridRadixBackend:
-    """A cache over ``params``' pools (``CacheInitParams``), nothing in it. ``log_level``: of the
-    line that each request gets."""
+    """Return an empty cache over ``params``' pools (``CacheInitParams``). ``log_level``: of the
+    line that each request gets. ``eviction``: instead of ``params.eviction_policy``."""
     token_bytes, state_bytes = sizes_in_bytes(params, is_hybrid_ssm)
     rows = RowView(params.token_to_kv_pool_allocator, params.page_size, token_bytes)
     grid, states = params.page_size, None
@@ -59,7 +67,7 @@ def make_backend(
         state_bytes=state_bytes,
         page_size=params.page_size,
         grid=1,
-        eviction=params.eviction_policy,
+        eviction=params.eviction_policy if eviction is None else eviction,
     )
 
     def make() -> HybridRadixCache:

@@ -26,7 +26,6 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
 
-from hybridcache.core.locks import Protected
 from hybridcache.export.sglang.events import EventRecorder
 from hybridcache.export.sglang.handles import Held, dfs_order, handle_of, node_of
 from hybridcache.export.sglang.keys import namespace_of, prompt_of, tokens_of
@@ -35,8 +34,9 @@ from hybridcache.export.sglang.placement import branch_position
 from hybridcache.export.sglang.states import Offer, RequestStates
 from hybridcache.export.sglang.views import RowView, to_host
 from hybridcache.hybrid import HybridRadixCache, Receipt
-from hybridcache.kv_only import PathPart
+from hybridcache.residency import Protected
 from hybridcache.tokens import Indices, Tokens
+from hybridcache.variants import PathPart
 
 
 class HybridRadixBackend(BasePrefixCache):

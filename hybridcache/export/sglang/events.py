@@ -15,9 +15,9 @@ from sglang.srt.mem_cache.events import KVCacheEventRecorder
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import split_node_hash_value
 
-from hybridcache.listener import Listener
+from hybridcache.api import Listener
 from hybridcache.policies.protocol import Item
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Tokens
 
 

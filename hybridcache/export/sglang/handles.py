@@ -11,8 +11,8 @@ from typing import Any
 from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams, IncLockRefResult
 
 from hybridcache.hybrid import Receipt
-from hybridcache.kv_only import PathPart
-from hybridcache.radix.node import RadixNode
+from hybridcache.radix.tree import RadixNode
+from hybridcache.variants import PathPart
 
 
 class _Root:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from hybridcache.results import Losses, PrefixMatch
+from hybridcache.api import Losses, PrefixMatch
 
 logger = logging.getLogger("hybridcache.sglang")
 
@@ -59,10 +59,9 @@ def on_grid(match: PrefixMatch, grid: int) -> Losses:
 def describe(rid: str, match: PrefixMatch, losses: Losses) -> str:
     """One line: what was reused, what was lost and why.
 
-    >>> losses = Losses(200, 0, 64, 0, 10)
-    >>> describe("a7", PrefixMatch(1274, 1000, 1074, 1074, 5, losses, None, None), losses)
-    'a7: 1000 of 1274 prompt tokens cached; lost: 200 never seen, 64 checkpoint evicted, \\
-10 below grid'
+    >>> losses = Losses(200, 0, 64, 0, 0)
+    >>> describe("a7", PrefixMatch(1264, 1000, 1064, 1064, 5, losses, None, None), losses)
+    'a7: 1000 of 1264 prompt tokens cached; lost: 200 never seen, 64 checkpoint evicted'
     """
     lost = [
         f"{tokens} {cause.replace('_', ' ')}"

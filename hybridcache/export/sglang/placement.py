@@ -6,8 +6,8 @@ that ``match_prefix`` named instead (``mamba_branching_seqlen``), if that lies i
 
 from __future__ import annotations
 
+from hybridcache.api import PrefixMatch
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.results import PrefixMatch
 from hybridcache.tokens import Tokens
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hybridcache.export.sglang import eviction_name
 from hybridcache.policies.words import EVICTION_WORDS
 
 WITHOUT = "or --radix-cache-backend hybridcache"
@@ -46,9 +47,9 @@ def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
             f"drop --speculative-algorithm, {WITHOUT}",
         ),
         (
-            params.eviction_policy not in EVICTION_WORDS,
+            eviction_name(params.eviction_policy) not in EVICTION_WORDS,
             f"hybridcache has no eviction {params.eviction_policy!r}: choose "
-            "--radix-eviction-policy lru, lfu, slru or regret",
+            "--radix-eviction-policy regret, plain-lru, lfu or slru",
         ),
     )
     return next((sentence for refused, sentence in refusals if refused), None)

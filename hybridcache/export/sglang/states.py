@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from hybridcache.core.make_room import make_room_for_slot
+from hybridcache.api import PrefixMatch, losses_of
 from hybridcache.export.sglang.views import RowView, SlotView
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.results import PrefixMatch, losses_of
+from hybridcache.residency import make_room_for_slot
 from hybridcache.tokens import Tokens
 
 

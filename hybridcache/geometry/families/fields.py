@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from hybridcache.geometry.config_format import Config
 from hybridcache.geometry.mixers import (
     AttentionSizes,
     DeltaSizes,
@@ -21,6 +22,18 @@ from hybridcache.geometry.sizes import (
 )
 
 Fields = Mapping[str, Any]
+
+EXPERT_KEYS = (
+    "decoder_sparse_step",
+    "expert_layer_offset",
+    "expert_layer_period",
+    "mlp_only_layers",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts_per_tok",
+    "shared_expert_intermediate_size",
+)
+"""Keys that have no effect in a model without experts."""
 
 LEGACY_LAYER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
 
@@ -173,6 +186,7 @@ def experts(text: Fields, *, matrices: int = 3) -> ExpertsSizes | None:
     name = _first(text, "num_experts", "n_routed_experts", "num_local_experts")
     count = int(text[name]) if name else 0
     if count == 0:
+        ignore_experts(text)
         return None
     check_size(name, count)
     per_token = int(text[_first(text, "num_experts_per_tok", "num_experts_per_token")])
@@ -191,6 +205,12 @@ def experts(text: Fields, *, matrices: int = 3) -> ExpertsSizes | None:
         width=size_of(text, width) if width else None,
         matrices=matrices,
     )
+
+
+def ignore_experts(text: Fields) -> None:
+    """Mark the keys of experts as read: a model without experts makes no use of them."""
+    if isinstance(text, Config):
+        text.ignore(*EXPERT_KEYS)
 
 
 def _shared_intermediate(text: Fields, size: int) -> int:

@@ -68,6 +68,8 @@ def sizes(config: Config) -> ModelSizes:
     )
     attention, dense = fields.attention(config), fields.dense(config)
     experts = fields.experts(config) if config["num_experts"] > 1 else None
+    if experts is None:
+        fields.ignore_experts(config)
 
     def is_due(word: str, layer: int) -> bool:
         period: int = config[f"{word}_layer_period"]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Protocol
 
-from hybridcache.build import GRID
+from hybridcache.config import GRID
 from hybridcache.tokens import Tokens
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.build import GRID
+from hybridcache.config import GRID
 from hybridcache.lab.defaults import GIB_SPEC, MODEL
 
 if TYPE_CHECKING:

@@ -35,8 +35,13 @@ def add_simulate(commands: Commands) -> None:
     from hybridcache.lab.baselines import BASELINES
     from hybridcache.lab.replicas.command import add_fleet
     from hybridcache.lab.report import METRICS
-    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, MEMORIES
-    from hybridcache.policies.words import eviction_words, placement_words
+    from hybridcache.lab.simulation.target import MEMORIES
+    from hybridcache.policies.words import (
+        DEFAULT_EVICTION,
+        DEFAULT_PLACEMENT,
+        eviction_words,
+        placement_words,
+    )
 
     parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
     add = parser.add_argument
@@ -45,13 +50,14 @@ def add_simulate(commands: Commands) -> None:
     share(parser, "--servers", "--times", "--processes", "--ray", "--skip-bad")
     add(
         "--policy",
-        default="lru",
-        help=f"eviction words, commas between: {', '.join(eviction_words())}, module:Class",
+        default=DEFAULT_EVICTION,
+        help=f"eviction policies, commas between (default {DEFAULT_EVICTION}): "
+        f"{', '.join(eviction_words())}, module:Class",
     )
     add(
         "--checkpoints",
         action="append",
-        help=f"placement words, commas between; repeat to compare (default {DEFAULT_CHECKPOINTS}): "
+        help=f"placement words, commas between; repeat to compare (default {DEFAULT_PLACEMENT}): "
         f"{', '.join(placement_words())}, none, module:Class",
     )
     add("--baseline", default="", help=f"rebuilt peers, commas between: {', '.join(BASELINES)}")
@@ -258,7 +264,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of a ``Sweep`` that say who competes, with what memory and on which machine."""
-    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
+    from hybridcache.policies.words import DEFAULT_PLACEMENT
 
     as_they_are = [
         "model",
@@ -277,7 +283,7 @@ def _asked(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in as_they_are} | {
         **tiers_asked(options),
         "policy": split(options.policy),
-        "checkpoints": options.checkpoints or DEFAULT_CHECKPOINTS,
+        "checkpoints": options.checkpoints or DEFAULT_PLACEMENT,
         "baseline": split(options.baseline),
     }
 

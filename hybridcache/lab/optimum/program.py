@@ -34,7 +34,6 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
-from hybridcache.lab.optimum.lower import Kept, add_lower
 from hybridcache.lab.optimum.plan import (
     Budget,
     Interval,
@@ -42,6 +41,64 @@ from hybridcache.lab.optimum.plan import (
     overlapping,
 )
 from hybridcache.lab.optimum.trie import VisitedTrie
+
+Kept = tuple[dict[Interval, int], dict[Interval, int]]
+"""Columns of the KV and of the checkpoints that are kept."""
+
+
+def add_lower(program: Program) -> list[Kept]:
+    """The columns and rows of all lower tiers; by tier, the columns of what it keeps."""
+    tiers: list[Kept] = []
+    for _ in program.budget.lower:
+        kv = {item: program.column() for item in program.kv}
+        tiers.append((kv, {item: program.column() for item in program.checkpoint}))
+    for place, columns in enumerate((program.kv, program.checkpoint)):
+        for item, column in columns.items():
+            below = [(tier[place][item], 1.0) for tier in tiers]
+            program.row([*below, (column, -1.0)], 0)
+    for request in range(program.trie.num_requests):
+        _add_copies(program, tiers, request)
+    return tiers
+
+
+def _add_copies(program: Program, tiers: list[Kept], request: int) -> None:
+    trie, budget = program.trie, program.budget
+    usable = dict(trie.usable(request))
+    following: int | None = None
+    for index, ordinal in zip(
+        reversed(trie.paths[request]), reversed(trie.ordinals[request]), strict=True
+    ):
+        if ordinal == 0:
+            continue
+        interval = (index, ordinal - 1)
+        mine = program.resume.get((request, index)) if index in usable else following
+        if mine is None:
+            continue  # no position from here on can be resumed from
+        size = trie.span(trie.positions[index]) * budget.kv_bytes_per_token
+        _need(program, tiers, 0, interval, [(mine, 1.0)], size)
+        if index in usable:
+            only = [(mine, 1.0)] if following is None else [(mine, 1.0), (following, -1.0)]
+            _need(program, tiers, 1, interval, only, budget.state_bytes)
+            following = mine
+
+
+def _need(
+    program: Program,
+    tiers: list[Kept],
+    place: int,
+    interval: Interval,
+    wanted: list[tuple[int, float]],
+    size_bytes: int,
+) -> None:
+    """``wanted`` needs ``interval`` on the device, or its copy. ``place``: 0 KV, 1 a state."""
+    kept = (program.kv, program.checkpoint)[place][interval]
+    row = [*wanted, (kept, -1.0)]
+    for tier, budget in zip(tiers, program.budget.lower, strict=True):
+        below = tier[place][interval]
+        copy = program.column(-size_bytes * budget.tokens_per_byte)
+        program.row([(copy, 1.0), (below, -1.0)], 0)
+        row += [(below, 1.0), (copy, -1.0)]
+    program.row(row, 0)
 
 
 @dataclass(frozen=True, slots=True)

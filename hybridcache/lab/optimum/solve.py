@@ -11,13 +11,13 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
 from hybridcache.lab.optimum.plan import Budget, LowerBudget, Plan
 from hybridcache.lab.optimum.program import Program, Solution
 from hybridcache.lab.optimum.trie import Placement, build_trie
 from hybridcache.lab.trace import Trace
-from hybridcache.units import GIB
 
 Method = Literal["milp", "lp", "greedy"]
 WINDOW = 100

@@ -88,7 +88,7 @@ def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Tra
     from hybridcache.lab.simulation.grid import Place
     from hybridcache.lab.simulation.simulate import Sweep
     from hybridcache.lab.simulation.sizes import sizes
-    from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS
+    from hybridcache.policies.words import DEFAULT_PLACEMENT
 
     for flag, default in ALONE.items():
         if _value(options, flag) != default:
@@ -97,7 +97,7 @@ def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Tra
     sweep = Sweep(
         options.model,
         policy=options.policy.split(","),
-        checkpoints=options.checkpoints or DEFAULT_CHECKPOINTS,
+        checkpoints=options.checkpoints or DEFAULT_PLACEMENT,
         memory=options.memory,
         state_dtype=options.state_dtype,
         page_size=options.page_size,

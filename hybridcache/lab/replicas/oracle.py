@@ -8,8 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from hybridcache.api import PrefixCache
 from hybridcache.export.mirror import MirrorMatch
-from hybridcache.interface import PrefixCache
 from hybridcache.routing.precise import CheckpointSeconds
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 

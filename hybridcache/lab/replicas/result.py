@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from hybridcache.geometry.times import PrefillTimes, describe_times
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.replicas.fleet import Arithmetic, FleetConfig
 from hybridcache.lab.replicas.serving import FleetLog
 from hybridcache.lab.simulation.result import PERCENTILES
 from hybridcache.lab.simulation.target import RunConfig
-from hybridcache.units import GIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,19 +20,19 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.build import build_prefix_cache
+from hybridcache.api import Losses
+from hybridcache.config import build_prefix_cache
 from hybridcache.geometry.times import StepTimes
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy
 from hybridcache.policies.words import AdmissionSpec, make_admission
-from hybridcache.results import Losses
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
-from hybridcache.units import GIB
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,11 @@ from __future__ import annotations
 import gc
 import json
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
@@ -150,7 +153,7 @@ def _in_processes(
         futures = [pool.submit(_run_job, numbered) for numbered in due]
         try:
             for future in futures:
-                yield future.result()
+                yield _warned(*future.result())
         except KeyboardInterrupt:  # do not wait for what runs
             for child in multiprocessing.active_children():
                 if child not in others:
@@ -192,9 +195,22 @@ def _on_ray(
             ray.shutdown()
 
 
-def _run_far(trace: Trace, run: Run[Job, Result], numbered: tuple[int, Job]) -> tuple[int, Result]:
+Warnings = list[Warning | str]
+
+
+def _run_far(
+    trace: Trace, run: Run[Job, Result], numbered: tuple[int, Job]
+) -> tuple[tuple[int, Result], Warnings]:
     number, job = numbered
-    return number, run(trace, job)
+    with warnings.catch_warnings(record=True) as caught:
+        return (number, run(trace, job)), [one.message for one in caught]
+
+
+def _warned(numbered: tuple[int, Result], caught: Warnings) -> tuple[int, Result]:
+    """Return ``numbered``, and give here the warnings of the process that computed it."""
+    for message in caught:
+        warnings.warn(message, stacklevel=2)
+    return numbered
 
 
 def collect_seldom() -> None:
@@ -243,11 +259,21 @@ def _start_worker(trace: Trace, run: Run[Any, Any]) -> None:
     global _worker
     # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that is killed ends nobody.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     collect_seldom()
     _worker = _Worker(trace, run)
 
 
-def _run_job(numbered: tuple[int, Any]) -> tuple[int, Any]:
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker is a process of its own"
+    parent.join()
+    os._exit(1)
+
+
+def _run_job(numbered: tuple[int, Any]) -> tuple[tuple[int, Any], Warnings]:
     assert _worker is not None
     number, job = numbered
-    return number, _worker.run(job)
+    with warnings.catch_warnings(record=True) as caught:
+        return (number, _worker.run(job)), [one.message for one in caught]

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from hybridcache.geometry.times import describe_times
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.target import RunConfig
-from hybridcache.units import GIB
 
 
 @dataclass(frozen=True, slots=True)

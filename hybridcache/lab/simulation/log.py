@@ -5,9 +5,9 @@ from __future__ import annotations
 from array import array
 from operator import add
 
+from hybridcache.api import Losses
 from hybridcache.lab.simulation.target import Served
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.results import Losses
 
 
 class RequestLog:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hybridcache.allocators.orders import DEVICE, HOST
+from hybridcache.allocators.moves import DEVICE, HOST
+from hybridcache.api import Losses
 from hybridcache.geometry.exchange import Exchange
 from hybridcache.lab.baselines import BaselineConfig, Session, build_baseline
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.results import Losses
 
 
 class BaselineTarget:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Self
 
 import numpy as np
 
+from hybridcache.api import Losses
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import prefill_seconds
-from hybridcache.lab.simulation.identity import RunIdentity, identify
+from hybridcache.lab.simulation.identity import RunIdentity, identify, names, without_size
 from hybridcache.lab.simulation.log import RequestLog
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.target import RunConfig, Target
-from hybridcache.results import Losses
 
 PERCENTILES = (5, 50, 95, 99)
 
@@ -231,3 +233,58 @@ def _bins(keys: Any, lengths: Any, cached: Any, first: int) -> tuple[Bin, ...]:
             )
         start, end = end, end * 2
     return tuple(bins)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepRuns:
+    """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt
+    peers."""
+
+    trace: str
+    geometry: ModelGeometry
+    runs: tuple[RunResult, ...]
+    bound_rate: float | None
+    """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
+    plan_bounds: Mapping[float, float] = field(default_factory=dict)
+    """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved
+    one."""
+    times: str = ""
+    """What the prefill times stand for: the machine assumed or the file measured; empty where a
+    model of the user's own gives them."""
+    plans_by: Mapping[float, str] = field(default_factory=dict)
+    """Whose the best plan is at each size in GiB, ``greedy`` or ``milp``, where one was asked
+    for."""
+
+    def beside(self, other: SweepRuns) -> Self:
+        """These runs and those of another sweep over the same trace, measured with the same
+        yardsticks. Competitors of one label that differ get names that say how. ValueError: another
+        trace."""
+        traces = {run.config.trace for run in (*self.runs, *other.runs)}
+        if len(traces) > 1:
+            raise ValueError(
+                "runs over different traces have no place in one table: "
+                f"{', '.join(sorted(traces))}"
+            )
+        yardsticks = {run.gib: run for run in self.runs}
+        added = []
+        for run in other.runs:
+            known = yardsticks.get(run.gib, run)
+            added.append(
+                replace(run, bound_tokens=known.bound_tokens, optimum_tokens=known.optimum_tokens)
+            )
+        return replace(self, runs=(*self.runs, *added))
+
+    def by_label(self) -> dict[str, list[RunResult]]:
+        """Runs of each competitor, by size; one that was run twice, as it was run last."""
+        known = names(run.config for run in self.runs)
+        found: dict[str, dict[RunIdentity, RunResult]] = {name: {} for name in known.values()}
+        for run in self.runs:
+            found[known[without_size(run.config)]][run.config] = run
+        return {name: list(runs.values()) for name, runs in found.items()}
+
+    def best(self, gib: float) -> RunResult:
+        """The run of highest token hit rate at the size nearest to ``gib``."""
+        nearest = min((run.gib or 0.0 for run in self.runs), key=lambda size: abs(size - gib))
+        return max(
+            (run for run in self.runs if run.gib == nearest), key=lambda run: run.token_hit_rate
+        )

@@ -1,9 +1,9 @@
 """Replay a trace through caches: who wins, at which size, and why each token was lost.
 
 >>> from hybridcache.lab.simulation.simulate import simulate
->>> result = simulate("short", gib="1:8:3", policy=("lru", "fifo"))
+>>> result = simulate("short", gib="1:8:3", policy=("regret", "lru"))
 >>> [run.label for run in result.runs]
-['lru', 'lru', 'lru', 'fifo', 'fifo', 'fifo']
+['regret', 'regret', 'regret', 'lru', 'lru', 'lru']
 >>> all(run.token_hit_rate <= result.bound_rate for run in result.runs)
 True
 """
@@ -12,28 +12,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from hybridcache.build import GRID
+from hybridcache.config import GRID
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import HOST_TIERS
 from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.simulation.identity import RunIdentity, names, without_size
-from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.simulation.result import RunResult, SweepRuns
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
-from hybridcache.lab.simulation.target import DEFAULT_CHECKPOINTS, RunConfig, check_words
+from hybridcache.lab.simulation.target import RunConfig, check_words
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.user import OwnPolicy, own_policy, word_of
-from hybridcache.policies.words import EvictionSpec, PlacementSpec
-from hybridcache.units import GIB
+from hybridcache.policies.words import (
+    DEFAULT_EVICTION,
+    DEFAULT_PLACEMENT,
+    EvictionSpec,
+    PlacementSpec,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -48,58 +52,8 @@ OptimumMethod = Literal["greedy", "lp", "milp"]
 
 
 @dataclass(frozen=True, slots=True)
-class SimulationResult:
-    """All runs of one sweep over one trace: by policy and placement, then by size; then the rebuilt
-    peers."""
-
-    trace: str
-    geometry: ModelGeometry
-    runs: tuple[RunResult, ...]
-    bound_rate: float | None
-    """Token hit rate of an infinite token-granular cache; None where it was not asked for."""
-    plan_bounds: Mapping[float, float] = field(default_factory=dict)
-    """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved
-    one."""
-    times: str = ""
-    """What the prefill times stand for: the machine assumed or the file measured; empty where a
-    model of the user's own gives them."""
-    plans_by: Mapping[float, str] = field(default_factory=dict)
-    """Whose the best plan is at each size in GiB, ``greedy`` or ``milp``, where one was asked
-    for."""
-
-    def beside(self, other: SimulationResult) -> SimulationResult:
-        """These runs and those of another sweep over the same trace, measured with the same
-        yardsticks. Competitors of one label that differ get names that say how. ValueError: another
-        trace."""
-        traces = {run.config.trace for run in (*self.runs, *other.runs)}
-        if len(traces) > 1:
-            raise ValueError(
-                "runs over different traces have no place in one table: "
-                f"{', '.join(sorted(traces))}"
-            )
-        yardsticks = {run.gib: run for run in self.runs}
-        added = []
-        for run in other.runs:
-            known = yardsticks.get(run.gib, run)
-            added.append(
-                replace(run, bound_tokens=known.bound_tokens, optimum_tokens=known.optimum_tokens)
-            )
-        return replace(self, runs=(*self.runs, *added))
-
-    def by_label(self) -> dict[str, list[RunResult]]:
-        """Runs of each competitor, by size; one that was run twice, as it was run last."""
-        known = names(run.config for run in self.runs)
-        found: dict[str, dict[RunIdentity, RunResult]] = {name: {} for name in known.values()}
-        for run in self.runs:
-            found[known[without_size(run.config)]][run.config] = run
-        return {name: list(runs.values()) for name, runs in found.items()}
-
-    def best(self, gib: float) -> RunResult:
-        """The run of highest token hit rate at the size nearest to ``gib``."""
-        nearest = min((run.gib or 0.0 for run in self.runs), key=lambda size: abs(size - gib))
-        return max(
-            (run for run in self.runs if run.gib == nearest), key=lambda run: run.token_hit_rate
-        )
+class SimulationResult(SweepRuns):
+    """All runs of one sweep over one trace, with their tables and figures."""
 
     def table(self, metric: str = "hit") -> str:
         """A table of one metric: a row a competitor, a column a size. See
@@ -143,9 +97,9 @@ class Sweep:
     """A preset's name, the path of a config.json, or a geometry."""
     gib: str | float | Sequence[float] = GIB_SPEC
     """``low:high:points``, a list, or one number."""
-    policy: Policies = "lru"
+    policy: Policies = DEFAULT_EVICTION
     """Words, ``module:Class(alpha=2)``, classes, functions that make a policy, or policies."""
-    checkpoints: Policies = DEFAULT_CHECKPOINTS
+    checkpoints: Policies = DEFAULT_PLACEMENT
     """One placement (words with commas, or your own) or a sequence of them."""
     baseline: Words = ()
     tiers: bool = True
@@ -164,7 +118,8 @@ class Sweep:
     bytes count; ``pools``, two, of which KV has ``kv_share``. Peers have their own."""
     kv_share: float | None = None
     host_gib: float = 0.0
-    """Host memory below the device's ``gib``; 0: none. Peers keep nothing there."""
+    """GiB of host memory next to the device's ``gib``; 0 for none. Rebuilt peers that offload to
+    the host (``baselines.HOST_TIERS``) get the same; others have none, and no peer has disk."""
     disk_gib: float = 0.0
     host_gb_s: float = PCIE_BYTES_PER_S / 1e9
     """From host memory to the device, GB/s."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.traces.base import shown
-from hybridcache.units import GIB
 
 TOO_LARGE_GIB = 2.0**50
 """So many GiB no sum of bytes is meant for."""

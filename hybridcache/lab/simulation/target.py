@@ -8,12 +8,13 @@ from typing import Protocol
 
 import numpy as np
 
-from hybridcache.allocators.orders import DEVICE, DISK, HOST
-from hybridcache.build import GRID, CacheConfig, build_prefix_cache
+from hybridcache.allocators.moves import DEVICE, DISK, HOST
+from hybridcache.api import Losses, PrefixCache
+from hybridcache.config import GRID, CacheConfig, build_prefix_cache
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S, Exchange
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
-from hybridcache.interface import PrefixCache
+from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.lab.baselines import (
     BASELINES,
     HOST_TIERS,
@@ -27,12 +28,13 @@ from hybridcache.policies.eviction.tiers import in_tiers
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.policies.user import OwnPolicy
-from hybridcache.policies.words import in_units, make_eviction, parse_placement
-from hybridcache.results import Losses
-from hybridcache.units import GIB, format_bytes
-
-DEFAULT_CHECKPOINTS = "branch,boundary,backoff,end"
-
+from hybridcache.policies.words import (
+    DEFAULT_EVICTION,
+    DEFAULT_PLACEMENT,
+    in_units,
+    make_eviction,
+    parse_placement,
+)
 
 MEMORIES = ("arena", "budget", "pools")
 """Words for ``RunConfig.memory``."""
@@ -70,9 +72,9 @@ class RunConfig:
     """How ``budget_bytes`` are divided: ``arena``, as the engine does it; ``budget``, by bytes
     alone, the ideal; ``pools``, two, of which KV has ``kv_share``."""
     kv_share: float | None = None
-    policy: str | OwnPolicy = "lru"
+    policy: str | OwnPolicy = DEFAULT_EVICTION
     """Eviction: a word, ``module:Class``, or what makes a policy of your own."""
-    checkpoints: str | OwnPolicy = DEFAULT_CHECKPOINTS
+    checkpoints: str | OwnPolicy = DEFAULT_PLACEMENT
     """Placement: words with commas between, numbers in tokens, or ``module:Class``; or your own."""
     baseline: str | None = None
     """A rebuilt peer instead of the project's own cache; ``policy`` and ``checkpoints`` then mean
@@ -118,7 +120,7 @@ class RunConfig:
         name = str(self.policy)
         if self.baseline is not None:
             name = f"{self.baseline} (rebuilt)"
-        elif self.checkpoints != DEFAULT_CHECKPOINTS:
+        elif self.checkpoints != DEFAULT_PLACEMENT:
             name = f"{name} @ {self.checkpoints}"
         for word, size in ((HOST, self.host_bytes), (DISK, self.disk_bytes)):
             if size:

@@ -3,8 +3,8 @@ follows which (alibaba-edu/qwen-bailian-usagetraces-anon; "KVCache Cache in the 
 
 Fields and units are those of the repository's README. Hashes are of each block's own 16 tokens; a
 prompt is the list of them, so prompts agree exactly where their lists do. The data files themselves
-were not at hand: that lines are in order of time is taken for granted, and a prompt's last, partial
-block may have a hash or none.
+were not at hand: a request is taken to stand below its parent, and a prompt's last, partial block
+may have a hash or none.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from hybridcache.lab.traces.base import (
     Clock,
     FileReader,
     Record,
+    in_order,
     json_lines,
     key,
-    parsed,
     read_ids,
     seconds,
     whole,
@@ -71,7 +71,7 @@ class BailianReader(FileReader):
                 now, session, None, tokens, output, (), partial, answer_tokens=answer
             )
 
-        return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
+        return in_order(self.path, json_lines(self.path, self.bad), parse, self.bad)
 
     def _blocks(self, record: Record, length: int) -> tuple[Tokens, int | None]:
         """(hashes, tokens that the last block of the prompt has, where fewer than the unit)."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import heapq
 import io
 import json
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -50,7 +52,7 @@ class Reader(Protocol):
         ...
 
     def __call__(self) -> Iterator[TraceRequest]:
-        """The requests from the first on, in order of time. BadRecordError names what can not be
+        """Yield the requests in order of time. BadRecordError names a record that cannot be
         read."""
         ...
 
@@ -152,6 +154,16 @@ def parsed(
 ) -> Iterator[_T]:
     """What ``parse`` makes of each record; one whose fields are missing or of the wrong sort is
     reported and gives nothing."""
+    return (one for _, one in _parsed(path, records, parse, bad))
+
+
+def _parsed(
+    path: str | Path,
+    records: Iterable[tuple[int, _R]],
+    parse: Callable[[_R], Iterable[_T]],
+    bad: BadRecords,
+) -> Iterator[tuple[int, _T]]:
+    """As ``parsed``, with the line of each record."""
     for number, record in records:
         try:
             found = list(parse(record))
@@ -165,27 +177,86 @@ def parsed(
         except (ValueError, OverflowError) as error:
             bad.report(path, number, str(error))
             continue
-        yield from found
+        yield from ((number, one) for one in found)
+
+
+WINDOW, WINDOW_IDS = 1024, 1 << 24
+"""Requests that are read ahead of the one that is given out, and ids of their prompts and answers:
+a request can be moved before that many others."""
+
+
+class TraceOrderWarning(UserWarning):
+    """Some lines of a trace file were not in order of time, and were sorted."""
+
+
+def in_order(
+    path: str | Path,
+    records: Iterable[tuple[int, _R]],
+    parse: Callable[[_R], Iterable[TraceRequest]],
+    bad: BadRecords,
+) -> Iterator[TraceRequest]:
+    """Yield the requests that ``parse`` makes of each record, as ``parsed`` does, in order of time.
+
+    Logs that are written when a request ends have small disorder: it is sorted, with one
+    TraceOrderWarning for a file. A request that is earlier than one more than ``WINDOW`` requests
+    (or ``WINDOW_IDS`` ids) above is reported as a bad record: a file is read lazily and cannot be
+    sorted whole. Requests of the same time keep the order of their lines. O(log WINDOW) a request.
+    """
+    waiting: list[tuple[float, int, TraceRequest]] = []
+    newest_s = given_s = -math.inf
+    num_read = num_ids = 0
+    is_sorted = True
+    failure: Exception | None = None
+
+    def take() -> TraceRequest:
+        nonlocal given_s, num_ids
+        given_s, _, request = heapq.heappop(waiting)
+        num_ids -= len(request.tokens) + len(request.output)
+        return request
+
+    # An error comes after the requests above it, as if nothing were read ahead.
+    try:
+        for line, request in _parsed(path, records, parse, bad):
+            now_s = request.timestamp_s
+            if now_s < given_s:
+                problem = (
+                    f"its time {now_s:g} s is before {given_s:g} s, the time of a request more "
+                    f"than {len(waiting):,} requests above, and no more are read ahead: sort the "
+                    "file by time"
+                )
+                bad.report(path, line, problem)
+                continue
+            if now_s < newest_s and is_sorted:
+                is_sorted = False
+                message = (
+                    f"{path}: lines are not in order of time (the first is line {line}); requests "
+                    f"are sorted, each before at most {WINDOW:,} others"
+                )
+                warnings.warn(TraceOrderWarning(message), stacklevel=2)
+            newest_s = max(newest_s, now_s)
+            heapq.heappush(waiting, (now_s, num_read, request))
+            num_read += 1
+            num_ids += len(request.tokens) + len(request.output)
+            while len(waiting) > WINDOW or (num_ids > WINDOW_IDS and len(waiting) > 1):
+                yield take()
+    except Exception as error:
+        failure = error
+    while waiting:
+        yield take()
+    if failure is not None:
+        raise failure
 
 
 class Clock:
-    """The times of a file's requests, which must not run backwards: a trace is read lazily and can
-    not be sorted."""
+    """The times of a file's lines, of which some may say none."""
 
     def __init__(self) -> None:
         self._now = -1.0
 
     def at(self, when_s: float | None) -> float:
-        """``when_s``, or a second after the request before where None is said. ValueError where it
-        is before that one."""
-        now = self._now + 1.0 if when_s is None else when_s
-        if now < self._now:
-            raise ValueError(
-                f"its time {now:g} s is before the last request's {self._now:g} s; sort the file "
-                "by time"
-            )
-        self._now = now
-        return now
+        """Return ``when_s``, or a second after the line before if it is None."""
+        self._now = self._now + 1.0 if when_s is None else when_s
+        return self._now
 
 
 def whole(record: Record, name: str, least: int = 0, most: int = LONGEST) -> int:

@@ -28,8 +28,8 @@ from hybridcache.lab.traces.base import (
     FileReader,
     Record,
     csv_lines,
+    in_order,
     number,
-    parsed,
     read_ids,
 )
 from hybridcache.tokens import Tokens
@@ -57,7 +57,7 @@ class BlisReader(FileReader):
 
     def __call__(self) -> Iterator[TraceRequest]:
         rows = _Rows(self.growth == "accumulate")
-        return parsed(self.path, csv_lines(self.path, self.bad), rows.parse, self.bad)
+        return in_order(self.path, csv_lines(self.path, self.bad), rows.parse, self.bad)
 
 
 class _Rows:

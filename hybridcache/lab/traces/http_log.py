@@ -30,10 +30,10 @@ from hybridcache.lab.traces.base import (
     Clock,
     FileReader,
     Record,
+    in_order,
     json_lines,
     key,
     objects,
-    parsed,
     read_ids,
     seconds,
 )
@@ -78,7 +78,7 @@ class HttpLogReader(FileReader):
     def __call__(self) -> Iterator[TraceRequest]:
         parser = _Parser(load_chat_text(self.tokenizer, self.template))
         exchanges = _joined(json_lines(self.path, self.bad))
-        return parsed(self.path, exchanges, parser.parse, self.bad)
+        return _from_zero(in_order(self.path, exchanges, parser.parse, self.bad))
 
 
 class _Parser:
@@ -137,6 +137,16 @@ class _Parser:
             beginning = messages[: roles.index("user") + 1 if "user" in roles else 1]
         said = json.dumps([body.get("system"), beginning])
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def _from_zero(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
+    """Yield ``requests`` later by as much as the first is before 0: times count from the first
+    request, which need not be the first line."""
+    shift_s: float | None = None
+    for request in requests:
+        if shift_s is None:
+            shift_s = max(0.0, -request.timestamp_s)
+        yield request._replace(timestamp_s=request.timestamp_s + shift_s)
 
 
 def _joined(records: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:

@@ -1,7 +1,8 @@
 """The project's own format: JSON lines that can say everything a ``TraceRequest`` can.
 
 A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and tells how many
-tokens an id stands for. Then one object a line, in order of time:
+tokens an id stands for. Then one object a line, in order of time (small disorder is sorted, see
+``base.in_order``):
 
 - ``timestamp``: seconds; default: one second after the line before
 - ``session``: string or number; default: the line's own
@@ -36,9 +37,9 @@ from hybridcache.lab.traces.base import (
     Clock,
     FileReader,
     Record,
+    in_order,
     json_lines,
     key,
-    parsed,
     read_ids,
     seconds,
     whole,
@@ -75,7 +76,7 @@ class OwnReader(FileReader):
 
     def __call__(self) -> Iterator[TraceRequest]:
         parser = _Parser(self.unit)
-        return parsed(self.path, json_lines(self.path, self.bad), parser.parse, self.bad)
+        return in_order(self.path, json_lines(self.path, self.bad), parser.parse, self.bad)
 
 
 class _Parser:

@@ -25,8 +25,8 @@ from hybridcache.lab.traces.base import (
     Clock,
     FileReader,
     Record,
+    in_order,
     json_lines,
-    parsed,
     read_ids,
     seconds,
     whole,
@@ -73,7 +73,7 @@ class MooncakeReader(FileReader):
                 when, number, None, tokens, output, (), partial, answer_tokens=answer
             )
 
-        return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
+        return in_order(self.path, json_lines(self.path, self.bad), parse, self.bad)
 
 
 class BlockIds:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.extras import install_command
+from hybridcache.lab.extras import install_command
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import open_bytes
 from hybridcache.tokens import Tokens, common_prefix_len

@@ -24,9 +24,9 @@ from hybridcache.lab.traces.base import (
     Clock,
     FileReader,
     Record,
+    in_order,
     json_lines,
     key,
-    parsed,
     read_ids,
     seconds,
     whole,
@@ -73,7 +73,7 @@ class TokenIdsReader(FileReader):
             now = clock.at(seconds(record, when) if when else None)
             yield TraceRequest(now, owner, None, prompt, output)
 
-        return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
+        return in_order(self.path, json_lines(self.path, self.bad), parse, self.bad)
 
 
 def _first(record: Record, names: Sequence[str]) -> str | None:

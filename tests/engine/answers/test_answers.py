@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.text.answers import calls
 from engine.text.answers.events import (
+    BrokenCall,
     CallArguments,
     CallBegin,
     CallEnd,
@@ -33,7 +35,10 @@ SCHEMA = {
         "either": {"type": ["number", "string"]},
     },
 }
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "weather", "parameters": SCHEMA}},
+    *({"type": "function", "function": {"name": name}} for name in "fgh"),
+]
 HERMES = AnswerForm(thinks=True, offers_tools=True, calls=HermesReader)
 XML = AnswerForm(thinks=True, offers_tools=True, calls=QwenXMLReader)
 
@@ -52,7 +57,7 @@ def read(
 
 def summed(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
     reasoning = text = ""
-    calls: list[tuple[str, str]] = []
+    made: list[tuple[str, str]] = []
     is_open = False
     for event in joined(events):
         match event:
@@ -63,16 +68,16 @@ def summed(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
                 text += more
             case CallBegin(name):
                 assert not is_open, "a call within a call"
-                calls.append((name, ""))
+                made.append((name, ""))
                 is_open = True
             case CallArguments(more):
                 assert is_open, "arguments of no call"
-                calls[-1] = (calls[-1][0], calls[-1][1] + more)
+                made[-1] = (made[-1][0], made[-1][1] + more)
             case CallEnd():
                 assert is_open
                 is_open = False
     assert not is_open, "a call that never ends"
-    return reasoning, text, calls
+    return reasoning, text, made
 
 
 def hermes(name: str, arguments: str) -> str:
@@ -101,6 +106,13 @@ def xml(name: str, **values: str) -> str:
         ),
         (HERMES, hermes("f", "{}") + "\n\nDone. ", ("", "\n\nDone.", [("f", "{}")])),
         (HERMES, hermes("f", r'{"a": "\"}\\"}'), ("", "", [("f", r'{"a": "\"}\\"}')])),
+        (HERMES, hermes("f", r'{"a": "\ud800"}'), ("", "", [("f", '{"a": "\ufffd"}')])),
+        (HERMES, hermes("f", r'"{\"a\": \"\\uDFFF\"}"'), ("", "", [("f", '{"a": "\ufffd"}')])),
+        (
+            XML,
+            xml("weather", deep=r'{"a": "\ud800"}'),
+            ("", "", [("weather", '{"deep": {"a": "\ufffd"}}')]),
+        ),
         (
             HERMES,
             '<tool_call>{"arguments": {"a": 1}, "name": "f"}</tool_call>',
@@ -119,11 +131,28 @@ def xml(name: str, **values: str) -> str:
             ("", "<tool_call>no", [("f", "{}")]),
         ),
         (HERMES, '<tool_call>{"name": "f"', ("", '<tool_call>{"name": "f"', [])),
-        (HERMES, '<tool_call>{"name": "f", "arguments": {"a', ("", "", [("f", '{"a')])),
+        *(
+            (HERMES, text, ("", text, []))
+            for text in (
+                '<tool_call>{"name": "f", "arguments": {"a',
+                '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>!',
+                '<tool_call>{"name": "f", "arguments": {"a": 1,}}</tool_call>',
+                '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
+                '<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>',
+                '<tool_call>{"name": "f", "arguments": [1]}</tool_call>',
+                '<tool_call>{"name": "other", "arguments": {}}</tool_call>',
+                '<tool_call>{"name": ["f"], "arguments": {}}</tool_call>',
+                '<tool_call>' + '{"name": "f", "arguments": {"a": ' + '[' * 5000,
+            )
+        ),
         (
             HERMES,
-            '<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>!',
-            ("", "!", [("f", '{"a": 1')]),
+            '<tool_call>{"name": "f", "arguments": {"a": "x}}</tool_call>\n' + hermes("g", "{}"),
+            (
+                "",
+                '<tool_call>{"name": "f", "arguments": {"a": "x}}</tool_call>',
+                [("g", "{}")],
+            ),
         ),
         (HERMES, '<tool_call>{"name": "f", "arguments": {}} x', ("", "x", [("f", "{}")])),
         (HERMES, "<tool_call>" + "[" * 5000, ("", "<tool_call>" + "[" * 5000, [])),
@@ -154,9 +183,18 @@ def xml(name: str, **values: str) -> str:
         (XML, "<tool_call>words", ("", "<tool_call>words", [])),
         (XML, "<tool_call>\n<tool_call>\n<function=f>", ("", "<tool_call>", [("f", "{}")])),
         (XML, "a <function=b c\n> d", ("", "a <function=b c\n> d", [])),
-        (XML, "<function=f>stray </function>", ("", "stray </function>", [("f", "{}")])),
+        *(
+            (XML, text, ("", text, []))
+            for text in (
+                "<function=f>stray </function>",
+                "<function=f><parameter=a",
+                "<function=f><parameter=a b\nc>1</parameter></function>",
+                xml("other", a="1"),
+                "<function=f>\n<parameter=a>\n1",
+            )
+        ),
+        (XML, xml("weather", days="1e999"), ("", "", [("weather", '{"days": "1e999"}')])),
         (XML, xml("weather", city='say "<b>" é'), ("", "", [("weather", '{"city": "say \\"<b>\\" é"}')])),
-        (XML, "<function=f><parameter=a", ("", "<parameter=a", [("f", "")])),
     ],
 )  # fmt: skip
 def test_what_a_text_says_in_any_pieces(
@@ -179,14 +217,46 @@ def test_calls_of_nobodys_tools_are_text() -> None:
     assert read(HERMES, text, tools=None) == ("", text, [])
 
 
-def test_a_call_that_was_cut_is_left_open() -> None:
+def test_a_call_that_was_cut_is_text() -> None:
     text = xml("weather", city="Bonn")
     cut = text[: text.index("</function>")]
-    assert read(XML, cut, is_cut=True)[2] == [("weather", '{"city": "Bonn"')]
-    assert read(XML, cut)[2] == [("weather", '{"city": "Bonn"}')]
+    assert read(XML, cut, is_cut=True) == ("", cut, [])
+    assert read(XML, cut)[2] == [("weather", '{"city": "Bonn"}')], "the model ended it so"
     inside = text[: text.index("nn")]
-    assert read(XML, inside, is_cut=True)[2] == [("weather", '{"city": "Bo')]
+    for is_cut in (False, True):
+        assert read(XML, inside, is_cut=is_cut) == ("", inside, [])
     assert read(XML, text[:-3], is_cut=True)[1] == "", "the closing mark was cut, not written"
+
+
+def test_a_type_that_is_no_type_is_passed_over() -> None:
+    """Nobody checks a schema below 'parameters'."""
+    for kind in ({"a": 1}, [{"a": 1}, "integer"], 5, None):
+        properties = {"x": {"type": kind}, "y": {"anyOf": [{"type": kind}]}}
+        function = {"name": "f", "parameters": {"properties": properties}}
+        _, _, [(_, arguments)] = read(XML, xml("f", x="1", y="2"), tools=[{"function": function}])
+        number = 1 if isinstance(kind, list) else "1"
+        assert json.loads(arguments)["x"] == number
+
+
+@pytest.mark.parametrize(("form", "mark"), [(HERMES, '<tool_call>{\\"'), (XML, "<function=f>x")])
+def test_broken_calls_are_read_in_linear_time(
+    monkeypatch: pytest.MonkeyPatch, form: AnswerForm, mark: str
+) -> None:
+    num_read = 0
+    search = calls.CallReader._text
+
+    def counted(reader: calls.CallReader, text: str) -> str | None:
+        nonlocal num_read
+        num_read += len(text)
+        return search(reader, text)
+
+    monkeypatch.setattr(calls.CallReader, "_text", counted)
+    counts = []
+    for number in (300, 1200):
+        num_read = 0
+        assert read(form, mark * number) == ("", mark * number, [])
+        counts.append(num_read)
+    assert counts[1] <= 5 * counts[0]
 
 
 @pytest.mark.parametrize(
@@ -203,15 +273,13 @@ def test_wherever_an_answer_breaks_off_whole_calls_are_those_whose_arguments_are
     for cut in range(len(text) + 1):
         reader = AnswerReader(form, tools=TOOLS)
         events = [*reader.push(text[:cut]), *reader.flush(is_cut=True)]
-        ends = [event.is_whole for event in events if isinstance(event, CallEnd)]
-        calls = summed(events)[2]
-        for (_, arguments), is_whole in zip(calls, ends, strict=True):
-            try:
-                assert isinstance(json.loads(arguments), dict) and is_whole
-            except ValueError:
-                assert not is_whole
-            found.add(is_whole)
-    assert found == {True, False}
+        _, said, made = summed(events)
+        is_broken = any(isinstance(event, BrokenCall) for event in events)
+        assert all(isinstance(json.loads(arguments), dict) for _, arguments in made)
+        assert is_broken == ("<tool_call>" in said)
+        found.add((len(made), is_broken))
+    assert {is_broken for _, is_broken in found} == {True, False}
+    assert max(number for number, _ in found) == text.count("</tool_call>")
 
 
 def test_a_closing_mark_that_was_cut_is_no_text() -> None:

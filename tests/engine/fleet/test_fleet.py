@@ -231,6 +231,35 @@ def test_aborts_limits_and_bad_requests() -> None:
     asyncio.run(live())
 
 
+def test_a_request_that_is_placed_after_its_end_leaves_no_load() -> None:
+    """Ray Serve asks for a place in a thread of its own, also for what was cancelled meanwhile."""
+
+    async def live() -> None:
+        engine, handle = await fleet_of(2)
+        asks: list[Order] = []
+        place = handle.fleet.place
+
+        def noting(order: Order, candidates: list[str]) -> str | None:
+            asks.append(order)
+            return place(order, candidates)
+
+        handle.fleet.place = noting
+        stream = engine.submit(asked(max_tokens=600))
+        await anext(stream)
+        stream.abort()
+        await until(lambda: not engine._tasks)
+        [order] = [order for order in asks if order.route is not None]
+        assert place(order, handle.replicas) in handle.replicas
+        router = engine._fleet._router
+        assert all(load.num_running == load.num_waiting == 0 for load in router.loads.values())
+        assert engine._fleet._placed == {}
+        router.check()
+        assert (await answer(engine, asked(1)))[-1].finish_reason == "length"
+        await engine.drain()
+
+    asyncio.run(live())
+
+
 def test_no_report_is_no_sum() -> None:
     with pytest.raises(ValueError, match="no replica is up"):
         summed([], {})

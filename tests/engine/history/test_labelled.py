@@ -18,7 +18,7 @@ from engine.server.tenants import Tenant
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.templates import ChatTemplate, render_chat
 from experiments.agents.scripted import ScriptedEngine
-from hybridcache.results import Losses
+from hybridcache.api import Losses
 
 THINKING = """\
 {%- set ns = namespace(last=-1) %}
@@ -177,6 +177,8 @@ def forget(engine: ScriptedEngine) -> None:
 
 
 INPUT = {"anthropic": "messages_changed", "openai": "input_changed"}
+FEW_SLOTS = {"num_slots": 3, "eviction": "lru"}
+"""Requests that come once drive out what was there: the default would keep the used states."""
 PAIRS = [
     system("with the date", "You are a careful engineer. Today is Tuesday. " * 4),
     system("longer", BASE["messages"][0]["content"] + "Be quick."),
@@ -250,9 +252,9 @@ PAIRS = [
     lost("evicted KV", "kv_evicted", prepare=crowd(6, 20), engine={"num_kv_tokens": 1024}),
     lost("evicted KV, the same again", "kv_evicted", prepare=crowd(6, 20), edit=lambda chat: None,
          engine={"num_kv_tokens": 1024}),
-    lost("evicted the state", "checkpoint_evicted", prepare=crowd(6, 6), engine={"num_slots": 3}),
+    lost("evicted the state", "checkpoint_evicted", prepare=crowd(6, 6), engine=FEW_SLOTS),
     lost("evicted the state, the same again", "checkpoint_evicted", prepare=crowd(6, 6),
-         edit=lambda chat: None, engine={"num_slots": 3}),
+         edit=lambda chat: None, engine=FEW_SLOTS),
     lost("saved no state", "never_checkpointed", engine={"checkpoints": ("branch",)}),
     lost("saved no state, the same again", "never_checkpointed", edit=lambda chat: None,
          engine={"checkpoints": ("branch",)}),
@@ -262,7 +264,7 @@ PAIRS = [
          how="changed", path="messages[0].content", edit=message(0, content="Be long."),
          engine={"num_kv_tokens": 1024}, anthropic="system_changed", openai="input_changed"),
     lost("evicted the state, and the answer edited", "checkpoint_evicted", prepare=crowd(6, 6),
-         engine={"num_slots": 3}, change="answer", how="changed", path="messages[3]",
+         engine=FEW_SLOTS, change="answer", how="changed", path="messages[3]",
          edit=turns(say("assistant", "Yes!"), say("user", "More."))),
     lost("saves every 128", "below_grid", engine={"grid": 128}),
     lost("was emptied, and the question edited", "forgotten", prepare=forget, change="messages",

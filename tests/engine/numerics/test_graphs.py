@@ -304,15 +304,16 @@ def test_graphs_need_kernels_that_read_lengths_on_the_device(drivers, monkeypatc
 
 
 def test_all_graphs_of_a_recorder_share_one_pool(monkeypatch):
-    handles, pools, calls = itertools.count(1), [], []
+    handles, pools, calls, modes = itertools.count(1), [], [], []
 
     class Graph:
         def replay(self):
             calls.append("replay")
 
     @contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, capture_error_mode="global"):
         pools.append(pool)
+        modes.append(capture_error_mode)
         yield
 
     module = SimpleNamespace(
@@ -327,4 +328,5 @@ def test_all_graphs_of_a_recorder_share_one_pool(monkeypatch):
     first()
     second()
     assert pools == [1, 1]
+    assert modes == ["thread_local"] * 2, "calls of other threads would break the capture"
     assert calls == ["first", "synchronize", "first", "synchronize", "replay", "replay"]

@@ -27,7 +27,7 @@ from engine.run.model_config import ModelError, read_config
 from engine.run.model_runner import ModelRunner
 from engine.run.models import read_model
 from hybridcache.geometry.model import ModelGeometry
-from hybridcache.units import GIB
+from hybridcache.geometry.units import GIB
 from kernels.native import shared_library
 
 BUILTIN = read_config(BUILTIN_DIR)

@@ -24,7 +24,7 @@ from engine.run.model_runner import ModelRunner
 from engine.run.models import decoder, read_model
 from engine.run.weights import Dummy, WeightsError
 from experiments.gpu_models import TINY
-from hybridcache.units import format_count
+from hybridcache.geometry.units import format_count
 
 
 @pytest.fixture

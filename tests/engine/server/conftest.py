@@ -13,10 +13,12 @@ from functools import cached_property
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
 from engine import Engine, EngineConfig
+from engine.guided.library import Mask
 from engine.requests.sampling_params import SamplingInput
 from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleDrawn, OracleSampler
@@ -137,7 +139,8 @@ def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any)
 
 
 class ScriptedSampler(OracleSampler):
-    """Says ``script``, byte for byte, whatever the model thinks; then that the answer ends."""
+    """Says ``script``, byte for byte, whatever the model thinks; then that the answer ends. Where a
+    grammar forbids that, the first token that it allows."""
 
     script = b""
     later: tuple[bytes, ...] = ()
@@ -150,9 +153,14 @@ class ScriptedSampler(OracleSampler):
             self.script, *rest = self.later
             self.later = tuple(rest)
         said = [*self.script, 258]
-        return OracleDrawn(
-            [SampledToken(said[min(one.draw, len(self.script))], -1.0) for one in requests]
-        )
+        tokens = [_allowed(said[min(one.draw, len(self.script))], one.mask) for one in requests]
+        return OracleDrawn([SampledToken(token, -1.0) for token in tokens])
+
+
+def _allowed(token: int, mask: Mask | None) -> int:
+    if mask is None or mask[token >> 3] >> (token & 7) & 1:
+        return token
+    return int(np.unpackbits(mask, bitorder="little").argmax())
 
 
 @dataclass

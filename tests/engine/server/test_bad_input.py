@@ -4,13 +4,22 @@ nothing is lost."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from engine.server.config import ServerConfig
+from engine.server.dialects.messages_body import CountRequest, MessagesRequest
+from engine.server.dialects.responses_body import ResponsesRequest
+from engine.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from engine.server.strict import Strict
 
 from .conftest import Live
 
@@ -418,3 +427,49 @@ def test_after_all_of_it_the_server_lives_and_nothing_is_lost(live: Live) -> Non
         model="builtin", prompt="still here?", max_tokens=2
     ).choices
     live.check_conserved()
+
+
+BODIES = [
+    ("/v1/completions", CompletionRequest, {"prompt": "x"}),
+    ("/v1/chat/completions", ChatRequest, {"messages": CHAT}),
+    ("/tokenize", TokenizeRequest, {"prompt": "x"}),
+    ("/detokenize", DetokenizeRequest, {"tokens": [1]}),
+    ("/v1/messages", MessagesRequest, {"model": "builtin", "max_tokens": 1, "messages": CHAT}),
+    ("/v1/messages/count_tokens", CountRequest, {"model": "builtin", "messages": CHAT}),
+    ("/v1/responses", ResponsesRequest, {"input": "x", "max_output_tokens": 1}),
+]
+
+
+def numbers_of(schema: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """(place, schema) of each number that a JSON schema allows, but for those that it lists."""
+    if isinstance(schema, dict):
+        kinds = schema.get("type")
+        is_number = any(one in ("integer", "number") for one in _listed(kinds))
+        if is_number and "enum" not in schema and "const" not in schema:
+            yield path, schema
+        for name, part in schema.items():
+            yield from numbers_of(part, (*path, name))
+    elif isinstance(schema, list):
+        for index, part in enumerate(schema):
+            yield from numbers_of(part, (*path, index))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize(("path", "kind", "body"), BODIES)
+def test_every_number_has_a_range(
+    live: Live, path: str, kind: type[Strict], body: dict[str, Any]
+) -> None:
+    """In the schema; and whatever is sent, within it or not, is served or refused."""
+    found = list(numbers_of(kind.model_json_schema()))
+    for place, schema in found:
+        assert {"minimum", "exclusiveMinimum"} & schema.keys(), place
+        assert {"maximum", "exclusiveMaximum"} & schema.keys(), place
+    names = {place[1] for place, _ in found if place[0] == "properties"}
+    with httpx.Client(base_url=live.url, timeout=60) as client:
+        for name in sorted(names):
+            for value in (2**64, -(10**40), 1e308):
+                answer = client.post(path, json=body | {name: value})
+                assert answer.status_code in (200, 400), (name, value, answer.text)

@@ -16,7 +16,7 @@ import pytest
 
 from engine.server import feed
 from engine.server.config import ServerConfig
-from hybridcache.listener import members_of
+from hybridcache.api import members_of
 from tests.watch.follower import follow, truth
 
 from .conftest import Live, oracle_engine, serving

@@ -148,10 +148,11 @@ def test_an_answer_that_the_limit_cuts(say: Say) -> None:
         assert cut.output[0].status == "incomplete"
 
 
-def test_broken_arguments_do_not_end_a_conversation(say: Say) -> None:
+def test_a_broken_call_does_not_end_a_conversation(say: Say) -> None:
     client = say(HERMES_CALL).client
     cut = client.responses.create(**ASK, tools=TOOLS, max_output_tokens=60)
-    assert cut.output[0].type == "function_call"
+    assert cut.status == "incomplete" and cut.output[0].type == "message"
+    assert HERMES_CALL.startswith(cut.output_text) and "breaks off" in cut.warning
     say("Again.")
     more = client.responses.create(**ASK, tools=TOOLS, previous_response_id=cut.id)
     assert more.output_text == "Again."

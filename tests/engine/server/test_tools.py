@@ -4,7 +4,7 @@ back."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -62,11 +62,11 @@ def test_reasoning_text_and_calls_whole_and_streamed(
     assert [one.function.arguments for one in final.message.tool_calls or ()] == [
         one.function.arguments for one in message.tool_calls
     ]
-    assert len([e for e in events if e.type == "tool_calls.function.arguments.delta"]) > 10
+    assert len([e for e in events if e.type == "content.delta"]) > 3
 
 
 def test_what_is_said_goes_out_as_it_is_said(say: Say) -> None:
-    """The name with the first delta of a call, arguments after it, reasoning before both."""
+    """Text as it comes, a call when it is whole."""
     live = say(f"<think>Hm.</think>{HERMES_CALL}")
     deltas = [
         event.choices[0].delta
@@ -129,14 +129,6 @@ def test_what_is_no_call_is_text(
     assert choice.message.tool_calls is None
 
 
-def test_a_call_that_the_limit_cuts_says_so(say: Say) -> None:
-    live = say(HERMES_CALL)
-    [choice] = live.client.chat.completions.create(max_tokens=60, **OPTIONS).choices
-    assert choice.finish_reason == "length"
-    assert choice.message.tool_calls is not None
-    assert json.dumps(BONN).startswith(choice.message.tool_calls[0].function.arguments)
-
-
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(
     ("limits", "reason"),
@@ -160,7 +152,8 @@ def test_a_call_that_the_limit_cuts_says_so(say: Say) -> None:
 def test_a_call_that_breaks_off_is_no_call_made(
     say: Say, asked: dict[str, Any], limits: dict[str, Any], reason: str, stream: bool
 ) -> None:
-    """Whatever cut it: what came of it is there, and the answer does not end as one that calls."""
+    """Whatever cut it: it is text, with a warning, and the answer does not end as one that
+    calls."""
     if "tool_choice" in asked:
         pytest.importorskip("llguidance")
     client = say(HERMES_CALL).client
@@ -172,11 +165,161 @@ def test_a_call_that_breaks_off_is_no_call_made(
                 [choice] = error.completion.choices
     else:
         [choice] = client.chat.completions.create(**OPTIONS, **asked, **limits).choices
-    assert choice.finish_reason == reason
-    assert choice.message.tool_calls is not None
-    [call] = choice.message.tool_calls
-    given = call.function.arguments
-    assert json.dumps(BONN).startswith(given) and given != json.dumps(BONN)
+    assert choice.finish_reason == reason and not choice.message.tool_calls
+    assert choice.message.content and HERMES_CALL.startswith(choice.message.content)
+    if not stream:  # The client's helper for streams keeps no field that it does not know.
+        assert choice.warning == "A call of a tool was left in the text, because it breaks off."
+
+
+BROKEN = {
+    "no JSON": ('{"name": "weather", "arguments": {"city": }}', "it is not a JSON object"),
+    "open": ('{"name": "weather", "arguments": {"city": "Bonn}}', "it breaks off"),
+    "not offered": ('{"name": "rm", "arguments": {}}', "no tool 'rm' was offered"),
+    "infinite": ('{"name": "weather", "arguments": {"days": 1e999}}', "it is not a JSON object"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_call_that_can_not_be_made_is_text_in_every_dialect(say: Say, broken: str) -> None:
+    body, why = BROKEN[broken]
+    said = f"Well.\n<tool_call>\n{body}\n</tool_call>"
+    live = say(said)
+    flat = [{"type": "function", "name": "weather", "parameters": SCHEMA}]
+    claude = [{"name": "weather", "input_schema": SCHEMA}]
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {"messages": CHAT, "tools": TOOLS}),
+        ("/v1/responses", {"input": CHAT, "tools": flat}),
+        (
+            "/v1/messages",
+            {"model": "builtin", "max_tokens": 200, "messages": CHAT, "tools": claude},
+        ),
+    ]
+    for path, request in asked:
+        whole = live.post(path, request)
+        streamed = live.post(path, request | {"stream": True}).text
+        assert whole.status_code == 200
+        answer, text = whole.json(), json.dumps(said)[1:-1]
+        assert text in json.dumps(answer) and "".join(deltas_of(streamed)) == said
+        for shown in (whole.text, streamed):
+            assert why in shown and shown.count('"warning"') == 1
+            for mark in ('"tool_calls"', '"function_call"', '"tool_use"'):
+                assert mark not in shown.replace('"tool_calls": null', "")
+        if path == "/v1/chat/completions":
+            assert answer["choices"][0]["finish_reason"] == "stop"
+        if path == "/v1/messages":
+            assert answer["stop_reason"] == "end_turn"
+
+
+def deltas_of(stream: str) -> Iterator[str]:
+    """The text of an answer in events, of any dialect."""
+    for line in stream.splitlines():
+        if line.startswith("data: {"):
+            data = json.loads(line[6:])
+            if data.get("type") == "response.output_text.delta":
+                yield data["delta"]
+            elif data.get("type") == "content_block_delta":
+                yield data["delta"]["text"]
+            for choice in data.get("choices", ()):
+                yield choice["delta"].get("content") or ""
+
+
+STRICT_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "enum": ["Bonn", "Ulm"]},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+        "deep": {
+            "type": "object",
+            "properties": {"a": {"type": "boolean"}},
+            "required": ["a"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+LIES = {
+    None: 'Sure.\n<tool_call>\n{"name": "wether", "arguments": {"city": "Rome", "x": [], "days": 77}}',
+    QWEN_XML: "<tool_call>\n<function=wether>\n<parameter=town>\nRome\n</parameter>\n"
+    "<parameter=days>\n77\n</parameter>\n</function>\n</tool_call>",
+}
+"""What a model would like to say, in both forms: another tool, other names and values."""
+
+
+@pytest.mark.parametrize("template", [None, QWEN_XML], ids=["hermes", "xml"])
+@pytest.mark.parametrize("dialect", ["chat", "responses", "messages"])
+def test_a_strict_tool_is_called_as_its_schema_says(
+    say: Say, dialect: str, template: str | None
+) -> None:
+    """From the moment at which the call begins; before it the model says what it likes. Without
+    ``strict`` the same answer has no call."""
+    pytest.importorskip("llguidance")
+    thinks = "Hm. <tool_call> {</think>" if template else "<think>a <tool_call> {</think>"
+    live = say(f"{thinks}Well, < 5.\n{LIES[template]}", template)
+    for strict in (True, False):
+        call, text = ask_strictly(live, dialect, strict)
+        assert text.startswith("Well, < 5.")
+        if not strict:
+            assert call is None and "wether" in text
+            continue
+        assert call is not None and call[0] == "weather"
+        arguments = call[1]
+        assert arguments["city"] in ("Bonn", "Ulm") and 1 <= arguments["days"] <= 9
+        assert set(arguments) <= {"city", "days", "deep"}
+
+
+def ask_strictly(
+    live: Live, dialect: str, strict: bool
+) -> tuple[tuple[str, dict[str, Any]] | None, str]:
+    """(name and arguments of a call, text) of an answer to the dialect's own client."""
+    function = {"name": "weather", "strict": strict}
+    if dialect == "chat":
+        tool = {"type": "function", "function": function | {"parameters": STRICT_SCHEMA}}
+        options: Any = {"model": "builtin", "messages": CHAT, "max_tokens": 400, "tools": [tool]}
+        message = live.client.chat.completions.create(**options).choices[0].message
+        made = [
+            (c.function.name, json.loads(c.function.arguments)) for c in message.tool_calls or ()
+        ]
+        return (made[0] if made else None), message.content or ""
+    if dialect == "responses":
+        options = {"model": "builtin", "input": CHAT, "max_output_tokens": 400}
+        options["tools"] = [{"type": "function", "parameters": STRICT_SCHEMA, **function}]
+        answer = live.client.responses.create(**options)
+        made = [
+            (i.name, json.loads(i.arguments)) for i in answer.output if i.type == "function_call"
+        ]
+        return (made[0] if made else None), answer.output_text
+    anthropic = pytest.importorskip("anthropic")
+    client = anthropic.Anthropic(base_url=live.url, api_key="none", max_retries=0)
+    options = {"model": "builtin", "messages": CHAT, "max_tokens": 400}
+    options["tools"] = [{"input_schema": STRICT_SCHEMA, **function}]
+    message = client.messages.create(**options)
+    made = [(block.name, block.input) for block in message.content if block.type == "tool_use"]
+    texts = [block.text for block in message.content if block.type == "text"]
+    return (made[0] if made else None), "".join(texts)
+
+
+def test_strict_is_not_shown_to_the_model(say: Say) -> None:
+    live = say("x")
+    prompts = []
+    for strict in (None, False, True):
+        function = {"name": "f", "parameters": {"type": "object"}}
+        tool = {
+            "type": "function",
+            "function": function | ({} if strict is None else {"strict": strict}),
+        }
+        prompts.append(live.post("/tokenize", {"messages": CHAT, "tools": [tool]}).json()["tokens"])
+    assert prompts[0] == prompts[1] == prompts[2]
+
+
+def test_a_strict_schema_that_can_not_be_served_is_refused(say: Say) -> None:
+    pytest.importorskip("llguidance")
+    function = {"name": "f", "strict": True, "parameters": {"properties": {"a": {"pattern": "(a"}}}}
+    body = OPTIONS | {"tools": [{"type": "function", "function": function}]}
+    for template in (None, QWEN_XML):
+        answer = say("x", template).post("/v1/chat/completions", body)
+        error = answer.json()["error"]
+        assert answer.status_code == 400 and error["param"] == "tools" and "'f'" in error["message"]
 
 
 def test_calls_before_one_that_breaks_off(say: Say) -> None:
@@ -190,7 +333,7 @@ def test_calls_before_one_that_breaks_off(say: Say) -> None:
         return choice.finish_reason, [call.function.arguments for call in calls]
 
     bonn, cologne = json.dumps(BONN), json.dumps(BONN).replace("Bonn", "Köln")
-    assert ask(stop="öln") == ("stop", [bonn, cologne[: cologne.index("öln")]])
+    assert ask(stop="öln") == ("stop", [bonn])
     assert ask(stop="öln", parallel_tool_calls=False) == ("tool_calls", [bonn])
     assert ask(stop="and") == ("tool_calls", [bonn, cologne])
     assert ask(stop="</tool_call>") == ("tool_calls", [bonn])

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
 from engine import AsyncEngine, Engine, RequestSpec, SamplingParams
 from engine.async_engine import EngineStopped
+from engine.errors import WireError
 from engine.server.app import Server
 from engine.server.config import ServerConfig
 from engine.transfer import fetch, outgoing, serve
@@ -122,6 +124,8 @@ class Asker:
     def hear(self) -> dict[str, object]:
         """The next message; the bytes of a piece are taken."""
         message, _ = self.linked.wire.receive()
+        if "failed" in message:
+            assert msgspec.convert(message["failed"], WireError).message
         if "piece" in message:
             part, start, end = message["piece"]
             unit = self.unit
@@ -250,7 +254,7 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
         server = Server(gated.running, ServerConfig(drain_s=60))
         serving = threading.Thread(target=server.run, args=([listener],), daemon=True)
         serving.start()
-        body = {"model": "builtin", "prompt": "a" * 100, "max_tokens": 3, "ignore_eos": True}
+        body = {"model": "builtin", "prompt": "a" * 100, "max_tokens": 1000, "ignore_eos": True}
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
         answers: list[httpx.Response] = []
         client = threading.Thread(
@@ -259,13 +263,17 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
         client.start()
         until(lambda: gated.engine.requests, "the client is served")
         server.should_exit = True
-        gated.permits.release()  # The step that was being computed ends.
-        until(lambda: not gated.accepts(), "it serves no other engine")
+
+        def refuses_after_a_step() -> bool:
+            gated.permits.release()
+            return not gated.accepts()
+
+        until(refuses_after_a_step, "it serves no other engine")
         assert not answers and gated.running.is_alive
         gated.open()
         client.join(60)
         serving.join(60)
-        assert answers[0].json()["usage"]["completion_tokens"] == 3
+        assert answers[0].json()["usage"]["completion_tokens"] == 1000
     assert not serving.is_alive() and not gated.running.is_alive
 
 
@@ -278,9 +286,13 @@ def test_close_of_an_engine_without_a_thread_ends_what_it_does_for_others() -> N
     until(far.engine.has_work, "it was asked")
     far.engine.step()
     far.engine.submit(text(13, 90), FEW)
+    late = Asker(far)
+    late.ask(text(15, 193))
+    until(lambda: far.engine.prefill_server._asked.qsize(), "it was asked again")
     far.engine.close()
     assert not far.engine.has_work() and not far.accepts()
-    assert asker.hear_all() in ("failed", "gone") and idle.hear_all(text(14, 193)) == "gone"
+    assert late.hear_all() == "failed" and asker.hear_all() in ("failed", "gone")
+    assert idle.hear_all(text(14, 193)) == "gone"
     far.engine.check()
     assert far.engine.report().kv.held == 0
     for one in far.askers:

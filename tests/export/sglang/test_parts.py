@@ -13,14 +13,15 @@ import torch
 from prometheus_client import REGISTRY
 
 from hybridcache import CacheConfig
-from hybridcache.build import PREFIX_CACHES
+from hybridcache.api import Losses, PrefixMatch
+from hybridcache.config import PREFIX_CACHES
+from hybridcache.export.sglang import eviction_name
 from hybridcache.export.sglang.keys import NO_TOKEN, namespace_of, prompt_of, tokens_of
 from hybridcache.export.sglang.metrics import LossMeter, describe, on_grid
 from hybridcache.export.sglang.placement import branch_position
 from hybridcache.export.sglang.refuse import why_not
 from hybridcache.export.sglang.states import RequestStates
 from hybridcache.export.sglang.views import RowView, SlotView
-from hybridcache.results import Losses, PrefixMatch
 
 
 class FakeRows:
@@ -431,3 +432,13 @@ def test_what_it_does_is_not_refused():
     assert why_not(*settings()) is None
     assert why_not(*settings(is_eagle=True)) is None, "a hybrid model keys single tokens"
     assert why_not(*settings(is_hybrid_ssm=False, eviction_policy="regret")) is None
+    assert why_not(*settings(eviction_policy="plain-lru")) is None
+
+
+def test_sglangs_default_eviction_stands_for_ours():
+    assert eviction_name("lru") == CacheConfig(num_kv_tokens=8, num_slots=1).eviction == "regret"
+    assert [eviction_name(name) for name in ("plain-lru", "lfu", "regret")] == [
+        "lru",
+        "lfu",
+        "regret",
+    ]

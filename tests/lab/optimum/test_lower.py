@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from hybridcache import ModelGeometry
+from hybridcache.geometry.units import GIB
 from hybridcache.lab.cli import main
 from hybridcache.lab.generators import agent
 from hybridcache.lab.optimum import LowerBudget, Method, Optimum, lower_budgets, optimum
-from hybridcache.units import GIB
 
 TRACE = agent().head(40)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -76,6 +77,26 @@ def test_a_bad_router_is_seen_to_be_bad() -> None:
     bad, good = cell(word, gib=3.0), cell("checkpoint", gib=3.0)
     assert bad.imbalance > 2 > good.imbalance
     assert bad.ttft_mean_s > 3 * good.ttft_mean_s
+
+
+@pytest.mark.parametrize("router", list(ROUTERS))
+@pytest.mark.parametrize(
+    "fleet",
+    [
+        {"gib": 1.0, "delay_s": 2.0, "failures": 3, "replaced_s": 10.0},
+        {"gib": 3.0, "trace": open_trace("few-shot?head=80").kept()},
+    ],
+    ids=["late and failing", "perfect"],
+)
+def test_a_subclass_of_any_router_serves_as_the_router_does(
+    router: str, fleet: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subclass = type("Unchanged", (ROUTERS[router],), {"__module__": __name__})
+    monkeypatch.setattr(sys.modules[__name__], "Unchanged", subclass, raising=False)
+    mine = cell(f"{__name__}:Unchanged", **fleet).as_record()
+    theirs = cell(router, **fleet).as_record()
+    assert mine["fleet"].pop("router") != theirs["fleet"].pop("router")
+    assert mine == theirs and mine["cached_tokens"]
 
 
 @pytest.mark.parametrize("router", ["checkpoint", "text", "oracle", "session"])

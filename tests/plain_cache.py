@@ -15,13 +15,14 @@ from math import lcm
 
 import numpy as np
 
+from hybridcache.allocators.arena import arena_of
 from hybridcache.allocators.moves import Move
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.api import Losses
 from hybridcache.policies.protocol import Kind
 from hybridcache.radix.ghosts import GHOST_NODE_BYTES
-from hybridcache.radix.key import TOKEN_BYTES
-from hybridcache.results import Losses
+from hybridcache.radix.tree import TOKEN_BYTES
 from hybridcache.tokens import Indices, Tokens
 
 Ids = tuple[int, ...]
@@ -92,8 +93,9 @@ class PlainCache:
         self.ghost_bytes = ghost_bytes
         self.dead_first, self.demote_superseded = dead_first, demote_superseded
         self.pieces: list[Piece] = []
-        if pages.arena is not None:
-            pages.arena.holders[self] = None
+        arena = arena_of(pages)
+        if arena is not None:
+            arena.holders[self] = None
         self.ghosts: list[Piece] = []
         """Oldest first."""
         self.now = 0

@@ -1,4 +1,6 @@
-"""Which checkpoints are superseded: those with a deeper one on the same unforked path (one resident
+"""Runs of checkpoints on unforked paths.
+
+Which checkpoints are superseded: those with a deeper one on the same unforked path (one resident
 child at each step).
 
 A *run* is such a path, from the child of a fork or of a root (its *top*) down to the next fork or
@@ -10,7 +12,7 @@ which is on the path of the request that brought them, and never down into what 
 
 from __future__ import annotations
 
-from hybridcache.radix.node import Checkpoint, RadixNode
+from hybridcache.radix.tree import Checkpoint, RadixNode
 
 Link = RadixNode | Checkpoint
 """A place in the list of a run: its top, or one of its checkpoints."""

@@ -25,15 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.orders import DEVICE
-from hybridcache.namespaces import read_namespace, write_namespace
+from hybridcache.allocators.moves import DEVICE
 from hybridcache.policies.memory import Reader, Writer, remembers, take_over
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.radix.node import Checkpoint, RadixNode
-from hybridcache.radix.stored import StoredState
-from hybridcache.radix.tree import RadixTree
-from hybridcache.tiered import TieredRadixCache
-from hybridcache.tokens import Indices, require_int32
+from hybridcache.radix.tree import Checkpoint, RadixNode, RadixTree, StoredState
+from hybridcache.tokens import Indices, read_namespace, require_int32, write_namespace
+from hybridcache.variants import TieredRadixCache
 
 FORM = "hybridcache memory 1"
 HEAD, CRC = struct.Struct("<8sQI"), struct.Struct("<I")

@@ -1,4 +1,4 @@
-"""From words and numbers to a cache: ``CacheConfig`` and ``build_prefix_cache``."""
+"""Configuration and construction of a cache."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
-from hybridcache.allocators.budget import ByteBudget
-from hybridcache.allocators.orders import DISK, HOST
+from hybridcache.allocators.base import ByteBudget
+from hybridcache.allocators.moves import DISK, HOST
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.core.lower import Tier
+from hybridcache.api import PrefixCache
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.interface import PrefixCache
-from hybridcache.kv_only import RadixCache
-from hybridcache.null import NullCache
+from hybridcache.offload import Tier
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.tiers import Tiers
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.policies.words import EvictionSpec, make_eviction
-from hybridcache.radix.node import ItemBytes
-from hybridcache.tiered import TieredRadixCache
+from hybridcache.policies.words import DEFAULT_EVICTION, EvictionSpec, make_eviction
+from hybridcache.radix.tree import ItemBytes
+from hybridcache.variants import NullCache, RadixCache, TieredRadixCache
 
 GRID = 64
 """Positions a checkpoint may take are its multiples, unless set otherwise: the kernels' chunk."""
@@ -55,7 +53,8 @@ class CacheConfig:
     page_size: int = field(default=1, metadata={"help": "tokens of one KV page"})
     grid: int = field(default=GRID, metadata={"help": "checkpoints sit at multiples of it, tokens"})
     eviction: EvictionSpec = field(
-        default="lru", metadata={"help": "what goes first: a word, or a policy of your own"}
+        default=DEFAULT_EVICTION,
+        metadata={"help": "eviction policy: a name, or a policy of your own"},
     )
     dead_first: bool = field(
         default=True, metadata={"help": "evict KV that nothing can resume from before other KV"}
@@ -123,13 +122,28 @@ class CacheConfig:
         sizes = {HOST: self.host_bytes, DISK: self.disk_bytes}
         return {word: size for word, size in sizes.items() if size}
 
+    @property
+    def item_bytes(self) -> ItemBytes:
+        """Weights of one token's KV and of one state, by which policies compare items.
+
+        Two pools without known sizes weigh the same: a state counts as many tokens as there are for
+        each slot.
+        """
+        if self.prefix_cache == "radix":
+            return ItemBytes(self.kv_bytes_per_token, 0)
+        if self._has_known_bytes:
+            return ItemBytes(self.kv_bytes_per_token, self.state_bytes)
+        return ItemBytes(1, max(self.num_kv_tokens // max(self.num_slots or 0, 1), 1))
+
+    @property
+    def _has_known_bytes(self) -> bool:
+        return self.kv_bytes_per_token > 1 or self.state_bytes > 1
+
     def _refuse_unknown_bytes(self) -> None:
-        """ValueError where bytes decide and the defaults stand: a state never weighs what a token
-        does."""
-        decide = self.total_bytes is not None or self.eviction not in ("lru", LRU)
-        decide |= bool(self.lower_bytes)
-        unknown = self.kv_bytes_per_token == 1 and self.state_bytes == 1
-        if self.prefix_cache == "hybrid" and decide and unknown:
+        """Raise ValueError if memory is shared by bytes and the defaults stand: a state never
+        weighs as little as a token."""
+        shares = self.total_bytes is not None or bool(self.lower_bytes)
+        if self.prefix_cache == "hybrid" and shares and not self._has_known_bytes:
             raise ValueError(
                 "give kv_bytes_per_token and state_bytes, those of the model "
                 "(hybridcache.ModelGeometry has them): "
@@ -190,7 +204,7 @@ def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocato
         slots,
         build_policy(config),
         grid=config.grid,
-        item_bytes=ItemBytes(config.kv_bytes_per_token, config.state_bytes),
+        item_bytes=config.item_bytes,
         ghost_bytes=config.ghost_bytes,
     )
     if isinstance(cache, TieredRadixCache):
@@ -216,7 +230,7 @@ def _build_radix(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator
         slots,
         build_policy(config),
         grid=config.grid,
-        item_bytes=ItemBytes(config.kv_bytes_per_token, 0),
+        item_bytes=config.item_bytes,
         ghost_bytes=config.ghost_bytes,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hybridcache.allocators.moves import Move
-from hybridcache.interface import PrefixCache
+from hybridcache.api import PrefixCache
 from hybridcache.tokens import Indices, Tokens
 
 LABEL = "arrived"

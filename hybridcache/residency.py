@@ -1,0 +1,789 @@
+"""State transitions of the cache: insert, lock, make room, evict.
+
+How much KV stands under locks, and how many checkpoints: the paths of all locked nodes, a shared
+part counted once.
+
+It is asked for only where locks may stand in the way of an allocation, far less often than they
+change. So a lock leaves no work behind, a lock that is gone again before anybody asked does not
+either, and asking follows each change upward to the first node that another lock pins: amortised
+O(1) a node that a request brought or resumed from.
+
+What of the tree is resident, what of it may go, and what goes: where tree, allocators and policy
+meet.
+
+Rules kept here, each by one method:
+
+- KV is resident on an ancestor-closed part of the tree: only leaves lose it (``drop_leaf``);
+- a checkpoint stands only where KV is resident, and leaves a tombstone when it goes from an inner
+  node;
+- a leaf that loses its last checkpoint loses its KV too, and so does every stateless node above it
+  that becomes a leaf: nothing could resume from them;
+- a locked node stays with its checkpoint, and so does all KV above it because it is no leaf. The
+  lock needs a count only there: O(1);
+- the policy holds the candidates: checkpoints, and KV of leaves. One that it chose while it was
+  locked is withheld from it until the lock is gone, so that locking and unlocking, done for every
+  request, cost the policy nothing.
+
+Recency of KV is kept at the place of use only. When a child goes, its parent takes over the later
+last use and the sum of uses: that is what stamping the whole path at every use would have left
+there, at the one time when it can matter.
+
+Making room: whether eviction could free enough, and if so, evicting until it did. A refusal
+evicts nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hybridcache.allocators.arena import arena_of
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.api import CacheStats, Listener
+from hybridcache.offload import LowerTiers, check_lower
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.radix.check import check_tree
+from hybridcache.radix.checkpoints import Link, is_last_above, last_above, last_at, link
+from hybridcache.radix.compact import compact_rows
+from hybridcache.radix.ghosts import GhostList
+from hybridcache.radix.rows import GatherCache, RowOwners
+from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, Segment, members
+from hybridcache.tokens import INT32, Indices, Tokens, require_int32
+
+NEW, COUNTED, WITH_CHECKPOINT = range(3)
+"""How a locked node stands in the counts: not yet (false), its path, its path and its
+checkpoint."""
+
+
+class Protected(NamedTuple):
+    """What no eviction can free now."""
+
+    num_tokens: int
+    num_checkpoints: int
+
+
+class LockedPaths:
+    """Counts what is under locks.
+
+    ``RadixNode.pins``: 1 if its own lock was counted, and 1 for each child that is pinned. Who has
+    pins counts once.
+    """
+
+    __slots__ = ("_num_checkpoints", "_num_tokens", "nodes", "released")
+
+    def __init__(self) -> None:
+        self.nodes: dict[RadixNode, int] = {}
+        """The locked ones, the latest last, and how each was counted: none before one that was
+        not."""
+        self.released: dict[RadixNode, int] = {}
+        """Those that are still counted though their lock is gone."""
+        self._num_tokens = 0
+        self._num_checkpoints = 0
+
+    def protected(self) -> Protected:
+        """O(nodes that came under locks, or from under them, since the last call)."""
+        nodes, released = self.nodes, self.released
+        for node in reversed(nodes):
+            if nodes[node] != NEW:
+                break
+            self._pin(node)
+            nodes[node] = COUNTED
+            if node.checkpoint is not None:
+                self.checkpoint_stored(node)
+        if released:
+            for node, how in released.items():
+                self._unpin(node)
+                self._num_checkpoints -= how == WITH_CHECKPOINT
+            released.clear()
+        return Protected(self._num_tokens, self._num_checkpoints)
+
+    def checkpoint_stored(self, node: RadixNode) -> None:
+        """``node``, which is locked, has a checkpoint now. O(1)."""
+        if self.nodes[node] == COUNTED:
+            self.nodes[node] = WITH_CHECKPOINT
+            self._num_checkpoints += 1
+
+    def forget(self, leaf: RadixNode) -> None:
+        """``leaf``, pinned but no longer locked, loses its KV."""
+        self._num_checkpoints -= self.released.pop(leaf) == WITH_CHECKPOINT
+        self._unpin(leaf)
+
+    def _pin(self, node: RadixNode) -> None:
+        parent = node.parent
+        while parent is not None:
+            node.pins += 1
+            if node.pins > 1:
+                return
+            self._num_tokens += node.end - parent.end
+            node, parent = parent, parent.parent
+
+    def _unpin(self, node: RadixNode) -> None:
+        parent = node.parent
+        while parent is not None:
+            node.pins -= 1
+            if node.pins:
+                return
+            self._num_tokens -= node.end - parent.end
+            node, parent = parent, parent.parent
+
+    def check(self, nodes: Iterable[RadixNode]) -> None:
+        """``nodes``: all there are. O(those)."""
+        num_tokens = num_checkpoints = 0
+        for node in nodes:
+            how, before = self.nodes.get(node, NEW), self.released.get(node, NEW)
+            own = (how != NEW) + (before != NEW)
+            pins = own + sum(child.pins > 0 for child in members(node.children))
+            assert node.pins == pins, f"{node} has {node.pins} pins, not {pins}"
+            num_tokens += (node.end - node.start) * (pins > 0)
+            num_checkpoints += (how == WITH_CHECKPOINT) + (before == WITH_CHECKPOINT)
+            if how != NEW:
+                assert (how == WITH_CHECKPOINT) == (node.checkpoint is not None), f"{node} {how}"
+        new = [how == NEW for how in self.nodes.values()]
+        assert new == sorted(new), "a lock was counted before an older one"
+        assert num_tokens == self._num_tokens, f"{num_tokens} pinned, counted {self._num_tokens}"
+        assert num_checkpoints == self._num_checkpoints, "checkpoints counted under locks"
+
+
+NO_ROWS: Indices = np.empty(0, np.int32)
+
+
+class Residency:
+    """State changes of one cache's nodes; the verbs above it decide when."""
+
+    def __init__(
+        self,
+        pages: PageAllocator,
+        slots: SlotAllocator,
+        policy: EvictionPolicy,
+        item_bytes: ItemBytes,
+        ghost_bytes: int,
+        stats: CacheStats,
+    ) -> None:
+        self.tree = RadixTree(pages.page_size)
+        self.ghosts = GhostList(self.tree, ghost_bytes)
+        self.gathered = GatherCache()
+        self.pages = pages
+        self.arena = arena_of(pages)
+        self.owners: RowOwners | None = None
+        """The owner of each row, where rows can move."""
+        if self.arena is not None:
+            self.owners = RowOwners(pages.capacity, self.gathered)
+            self.arena.holders[self.owners] = None
+        self.slots = slots
+        self.policy = policy
+        self.item_bytes = item_bytes
+        self.stats = stats
+        self.lower: LowerTiers | None = None
+        """Where what is evicted may go; None costs a comparison."""
+        self.listener: Listener | None = None
+        """Notified of every change; None costs a comparison."""
+        self.now = 0
+        """Logical time: requests so far."""
+        self.num_items = 0
+        """Items ever made: the next serial."""
+        self.cached_tokens = 0
+        self.num_checkpoints = 0
+        self.locked_paths = LockedPaths()
+        self.locked = self.locked_paths.nodes
+        self.withheld: set[Checkpoint | Segment] = set()
+        """Locked candidates that the policy chose and must not know until they are unlocked."""
+        self.locked_path_tokens = 0
+        """Sum of the locked nodes' positions: an upper bound of the KV under locks."""
+
+    def store_rows(self, node: RadixNode, rows: Indices) -> None:
+        """``node`` becomes resident with ``rows``, which pass to the cache, array and all.
+        ``offer_leaf`` is owed if it stays a leaf."""
+        serial, num_tokens = self.num_items, len(rows)
+        self.num_items = serial + 1
+        node.kv = Segment(node, rows, self.now, serial, self.item_bytes)
+        if self.owners is not None:
+            self.owners.add(rows)
+        self.cached_tokens += num_tokens
+        self.stats.inserted_tokens += num_tokens
+        if self.listener is not None:
+            self.listener.kv_stored(node)
+
+    def expect_child(self, parent: RadixNode) -> None:
+        """To be called before ``parent`` gains a resident child: it is no leaf any more, or its
+        path forks."""
+        family = parent.children
+        if isinstance(family, dict) or parent.parent is None:
+            return
+        if family is not None:
+            before = last_at(parent)
+            below = before.deeper
+            if below is not None:
+                before.deeper = None
+                link(family, below)
+                if isinstance(before, Checkpoint):
+                    self._set_superseded(before, False)
+        elif parent.kv is not None:
+            self._withdraw(parent.kv)
+
+    def offer_leaf(self, leaf: RadixNode) -> None:
+        """Tell the policy of a leaf that has just become resident."""
+        if leaf.kv is not None and not leaf.children:
+            self.policy.add(leaf.kv)
+
+    def split(self, lower: RadixNode, position: int) -> RadixNode:
+        """Split with the KV rows: two views of one array. O(page)."""
+        upper = self.tree.split(lower, position)
+        kv = lower.kv
+        if kv is None:
+            if self.lower is None or not self.lower.split(upper, lower):
+                self.ghosts.shrink(len(upper.edge))
+            return upper
+        if lower.deeper is not None:
+            link(upper, lower.deeper)
+            lower.deeper = None
+        if lower.pins:
+            upper.pins = 1
+        cut = position - upper.start
+        upper.kv = Segment(upper, kv.indices[:cut], kv.created, self.num_items, self.item_bytes)
+        self.num_items += 1
+        kv.indices = kv.indices[cut:]
+        if self.listener is not None:
+            self.listener.kv_split(upper, lower)
+        return upper
+
+    def revive(self, ghost: RadixNode, rows: Indices) -> None:
+        """A ghost's tokens came again with ``rows``. ``offer_leaf`` is owed if it stays a leaf."""
+        if self.lower is not None and self.lower.is_stored(ghost):
+            self.lower.drop_kv(ghost)
+        else:
+            self.ghosts.discard(ghost)
+        self.tree.revive(ghost)
+        self.store_rows(ghost, rows)
+
+    def store_checkpoint(
+        self,
+        node: RadixNode,
+        slot: int,
+        label: str,
+        offered: bool,
+        before: Link | None = None,
+        uses: int = 0,
+    ) -> Link:
+        """``slot`` becomes ``node``'s checkpoint, used ``uses`` times before. ``offered``: the
+        policy knows ``node``'s KV if it is a leaf.
+
+        Returns what it follows in its run, for the next checkpoint above it to be given as
+        ``before``: else each of many that come together would look for it past all the others'
+        places. O(1) with it, else O(nodes up to it).
+        """
+        serial = self.num_items
+        self.num_items = serial + 1
+        checkpoint = Checkpoint(node, slot, self.now, serial, self.item_bytes, label)
+        checkpoint.uses = uses
+        self.num_checkpoints += 1
+        self.stats.inserted_slots += 1
+        revives = node.kv if offered and not node.children else None
+        if revives is not None:
+            self._withdraw(revives)
+        if before is None or not is_last_above(before, node):
+            before = last_above(node)
+        below = before.deeper
+        if below is not None:
+            checkpoint.superseded = True
+            link(checkpoint, below)
+        before.deeper = checkpoint
+        checkpoint.shallower = before
+        if type(before) is Checkpoint and below is None:
+            self._set_superseded(before, True)
+        node.checkpoint = checkpoint
+        if node.locks:
+            self.locked_paths.checkpoint_stored(node)
+        node.lost_checkpoint = None
+        if node.below is not None and self.lower is not None:
+            self.lower.drop_state(node)
+        self.policy.add(checkpoint)
+        if revives is not None:
+            self.policy.add(revives)
+        if self.listener is not None:
+            self.listener.checkpoint_stored(node)
+        return before
+
+    def evict_one(self, kind: Kind | None) -> bool:
+        """Let the policy's victim go; False if nothing evictable is left. Amortised O(log n) an
+        item freed."""
+        while True:
+            item = self.policy.victim(kind)
+            if item is None:
+                return False
+            node: RadixNode = item.node  # type: ignore[attr-defined]
+            if not node.locks:
+                break
+            self.policy.discard(item, evicted=False)
+            self.withheld.add(item)  # type: ignore[arg-type]
+        self.stats.evictions += 1
+        if self.listener is not None:
+            self.listener.chosen(item)
+        if item.kind == "checkpoint" and node.children:
+            self._drop_checkpoint(node)
+        else:
+            self._drop_leaf(node)
+        if self.ghosts.num_bytes > self.ghosts.limit_bytes:
+            self.ghosts.trim()
+        return True
+
+    def _drop_checkpoint(self, node: RadixNode) -> None:
+        """Free an unlocked node's checkpoint; the evicted item stays with the node for as long as
+        its tokens do."""
+        checkpoint = node.checkpoint
+        assert checkpoint is not None
+        if self.listener is not None:
+            self.listener.checkpoint_removed(node)
+        self.policy.discard(checkpoint, evicted=True)
+        before, below = checkpoint.shallower, checkpoint.deeper
+        assert before is not None
+        before.deeper = below
+        if below is not None:
+            below.shallower = before
+        elif type(before) is Checkpoint:
+            self._set_superseded(before, False)
+        checkpoint.shallower = checkpoint.deeper = None
+        node.checkpoint = None
+        node.lost_checkpoint = checkpoint
+        self.num_checkpoints -= 1
+        self.stats.evicted_slots += 1
+        if self.lower is not None:
+            self.lower.spill_state(node, checkpoint)
+        self.slots.free(checkpoint.slot)
+
+    def _drop_leaf(self, leaf: RadixNode) -> None:
+        """Free an unlocked leaf's KV and checkpoint, and the stateless nodes above that nothing can
+        resume from then."""
+        assert leaf.kv is not None
+        self.policy.discard(leaf.kv, evicted=True)
+        stateful = self.item_bytes.state > 0
+        while True:
+            if leaf.checkpoint is not None:
+                self._drop_checkpoint(leaf)
+            parent = self._fade(leaf)
+            only = parent.children
+            if only is not None:
+                if not isinstance(only, dict) and parent.parent is not None:
+                    self._join_runs(parent, only)
+                return
+            if parent.kv is None:
+                return
+            if parent.checkpoint is not None or parent.locks or not stateful:
+                self.policy.add(parent.kv)
+                return
+            leaf = parent
+
+    def _join_runs(self, parent: RadixNode, only: RadixNode) -> None:
+        """The path forks no more between ``parent`` and ``only``, the child that it has left.
+        O(nodes up to a checkpoint)."""
+        below = only.deeper
+        if below is None:
+            return
+        only.deeper = None
+        before = last_at(parent)
+        link(before, below)
+        if isinstance(before, Checkpoint):
+            self._set_superseded(before, True)
+
+    def _fade(self, leaf: RadixNode) -> RadixNode:
+        """Turn a leaf into a ghost, free its rows, hand its recency up; returns the parent."""
+        kv, parent = leaf.kv, leaf.parent
+        assert kv is not None and parent is not None
+        if self.listener is not None:
+            self.listener.kv_removed(leaf)
+        rows = kv.indices
+        self.pages.release(rows)
+        self.cached_tokens = cached_tokens = self.cached_tokens - len(rows)
+        self.stats.evicted_tokens += len(rows)
+        above, living = parent.kv, None
+        if above is not None:
+            above.uses += kv.uses
+            if kv.last_used > above.last_used:
+                above.last_used = kv.last_used
+            if rows.base is not None:
+                living = compact_rows(parent, rows)
+        if self.owners is not None:
+            self.owners.shrink(rows, living)
+        gathered = self.gathered
+        if kv in gathered.rows:
+            gathered.discard(kv)
+        if gathered.num_rows > cached_tokens:
+            gathered.trim(cached_tokens)
+        if leaf.pins:
+            self.locked_paths.forget(leaf)
+        leaf.kv = None
+        kv.indices = NO_ROWS  # a policy's queue may hold the segment for a while yet
+        self.tree.fade(leaf)
+        if leaf.below is None or self.lower is None or not self.lower.spill_kv(leaf, rows):
+            self.ghosts.add(leaf)
+        return parent
+
+    def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:
+        if checkpoint.superseded == superseded:
+            return
+        if checkpoint in self.withheld:
+            checkpoint.superseded = superseded
+            return
+        self.policy.discard(checkpoint, evicted=False)
+        checkpoint.superseded = superseded
+        self.policy.add(checkpoint)
+
+    def use(self, node: RadixNode) -> None:
+        """A request resumed at the end of ``node``: refresh its checkpoint and its KV, none above.
+        O(1)."""
+        now, policy = self.now, self.policy
+        checkpoint = node.checkpoint
+        if checkpoint is not None:
+            checkpoint.last_used = now
+            checkpoint.uses += 1
+            if checkpoint not in self.withheld:
+                policy.touch(checkpoint)
+        kv = node.kv
+        if kv is not None:
+            kv.last_used = now
+            kv.uses += 1
+            if not node.children and kv not in self.withheld:
+                policy.touch(kv)
+
+    def lock(self, node: RadixNode) -> None:
+        """Protect ``node``, its checkpoint and all KV above it. O(1)."""
+        node.locks += 1
+        if node.locks == 1:
+            self.locked[node] = NEW
+            self.locked_path_tokens += node.end
+
+    def unlock(self, node: RadixNode) -> None:
+        """Undo one ``lock``. O(1)."""
+        node.locks -= 1
+        if node.locks:
+            return
+        how = self.locked.pop(node)
+        if how:
+            self.locked_paths.released[node] = how
+        self.locked_path_tokens -= node.end
+        if self.withheld:
+            for item in (node.checkpoint, node.kv):
+                if item in self.withheld:
+                    self.withheld.discard(item)
+                    self.policy.add(item)
+
+    def _withdraw(self, item: Checkpoint | Segment) -> None:
+        """``item`` is no candidate any more."""
+        if item in self.withheld:
+            self.withheld.discard(item)
+        else:
+            self.policy.discard(item, evicted=False)
+
+    def mark_superseded(self) -> None:
+        """Link the checkpoints of every run, and tell which are superseded, before the policy knows
+        any. O(tree)."""
+        for node in self.tree.nodes():
+            if node.checkpoint is not None:
+                before = last_above(node)
+                link(before, node.checkpoint)
+                if isinstance(before, Checkpoint):
+                    before.superseded = True
+
+    def candidates(self) -> Iterator[Item]:
+        """What the policy must hold, found from scratch. O(tree)."""
+        for node in self.tree.nodes():
+            if node.checkpoint is not None and node.checkpoint not in self.withheld:
+                yield node.checkpoint
+            if node.kv is not None and not node.children and node.kv not in self.withheld:
+                yield node.kv
+
+
+def refuse_bad_insert(
+    tokens: Tokens,
+    kv_indices: Indices,
+    checkpoints: Sequence[tuple[int, int]],
+    owned_from: int,
+    labels: Sequence[str],
+    after: RadixNode | None,
+    *,
+    page_size: int,
+    num_slots: int,
+) -> None:
+    """ValueError for what is wrong whatever the tree holds. O(checkpoints)."""
+    if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+        require_int32(tokens, "tokens")
+    if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
+        require_int32(kv_indices, "KV indices")
+    num_tokens = len(tokens)
+    if len(kv_indices) != num_tokens:
+        raise ValueError(
+            f"{len(kv_indices)} KV indices for {num_tokens} tokens: as many as tokens are needed"
+        )
+    if labels and len(labels) != len(checkpoints):
+        raise ValueError(
+            f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
+        )
+    for position, slot in checkpoints:
+        if not (type(slot) is type(position) is int and 0 <= slot < num_slots):
+            raise ValueError(
+                f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the "
+                "slot "
+                f"below {num_slots}"
+            )
+    if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
+        raise ValueError("two checkpoints share a slot: each needs one of its own")
+    num_tokens -= num_tokens % page_size
+    if not 0 <= owned_from <= num_tokens:
+        raise ValueError(
+            f"owned_from is {owned_from}: it must lie in 0..{num_tokens}, in whole pages"
+        )
+    if after is not None and not after.locks:
+        raise ValueError(
+            "the node given as ``after`` is not locked: keep its lock until insert is done"
+        )
+
+
+def append(
+    residency: Residency,
+    step: int,
+    node: RadixNode,
+    tokens: Tokens,
+    rows: Indices,
+    checkpoints: Sequence[tuple[int, int]],
+) -> RadixNode:
+    """Make ``tokens`` resident below ``node`` with copies of ``rows``: revive ghosts, then
+    grow. Returns the new leaf.
+
+    What grows ends a node where a checkpoint will stand, so that none of it is split at once:
+    nodes that grew apart share no buffer.
+    """
+    first = node.end
+    if node.ghosts is not None:
+        ghost, inside, length = residency.tree.walk(node, tokens, ghosts=True)
+        path = []
+        while ghost is not node:
+            path.append(ghost)
+            assert ghost.parent is not None
+            ghost = ghost.parent
+        for ghost in reversed(path):
+            residency.revive(ghost, rows[node.end - first : ghost.end - first].copy())
+            node = ghost
+        if inside is not None and length > node.end:
+            upper = residency.split(inside, length)
+            residency.tree.revive(upper)
+            if residency.lower is not None:
+                residency.lower.drop_kv(upper)
+            residency.store_rows(upper, rows[node.end - first : length - first].copy())
+            node = upper
+    start, num_tokens = node.end - first, len(tokens)
+    if len(checkpoints) > 1 or (checkpoints and checkpoints[0][0] < first + num_tokens):
+        for end in sorted(at - first for at, _ in checkpoints if at % step == 0):
+            if start < end < num_tokens:
+                node = residency.tree.grow(node, tokens[start:end])
+                residency.store_rows(node, rows[start:end].copy())
+                start = end
+    if start < num_tokens:
+        if start:
+            tokens, rows = tokens[start:], rows[start:]
+        node = residency.tree.grow(node, tokens)
+        residency.store_rows(node, rows.copy())
+    return node
+
+
+def refresh(residency: Residency, node: RadixNode) -> None:
+    """``node``'s KV came again."""
+    kv = node.kv
+    if kv is not None:
+        kv.last_used = residency.now
+        if not node.children and kv not in residency.withheld:
+            residency.policy.touch(kv)
+
+
+def place(
+    residency: Residency,
+    step: int,
+    leaf: RadixNode,
+    checkpoints: Sequence[tuple[int, int]],
+    labels: Sequence[str],
+    offered_to: int,
+) -> tuple[int, ...]:
+    """Store checkpoints on the path to ``leaf``, splitting where needed; returns the slots not
+    taken.
+
+    Nodes that end at or before ``offered_to`` were there before, so the policy knows them.
+    O(path).
+    """
+    rejected: list[int] = []
+    node, end = leaf, leaf.end
+    before: Link | None = None
+    order: Sequence[int] = (0,)
+    if len(checkpoints) > 1:
+        order = sorted(range(len(checkpoints)), key=checkpoints.__getitem__, reverse=True)
+    for index in order:
+        position, slot = checkpoints[index]
+        if position % step or not 0 < position <= end:
+            rejected.append(slot)
+            continue
+        while (above := node.parent) is not None and above.end >= position:
+            node = above
+        if node.end > position:
+            node = residency.split(node, position)
+        if node.checkpoint is not None:
+            rejected.append(slot)
+            continue
+        label = labels[index] if labels else ""
+        offered = position <= offered_to
+        before = residency.store_checkpoint(node, slot, label, offered, before)
+    return tuple(rejected)
+
+
+def make_room_for_kv(residency: Residency, num_tokens: int) -> bool:
+    """Evict until ``num_tokens``, whole pages, are free. False, and nothing evicted, if they can
+    not be.
+
+    O(log of the tree) an evicted item, and, where locks may stand in the way, O(1) a node that came
+    under locks or from under them since that was last asked.
+    """
+    pages = residency.pages
+    if not _possible(residency, num_tokens * pages.unit_bytes, num_tokens - pages.num_free):
+        return False
+    kind: Kind | None = "kv" if pages.budget is None else None
+    while pages.num_free < num_tokens and residency.evict_one(kind):
+        pass
+    return pages.num_free >= num_tokens
+
+
+def make_room_for_slot(residency: Residency) -> bool:
+    """Evict until a slot is free. False, and nothing evicted, if none can be. Costs as
+    ``make_room_for_kv``."""
+    slots = residency.slots
+    budget = slots.budget
+    if budget is None or not slots.num_unused:
+        residency.evict_one("checkpoint")
+        return slots.num_free > 0
+    if not _possible(residency, slots.unit_bytes, 0):
+        return False
+    while budget.free_bytes < slots.unit_bytes and residency.evict_one(None):
+        pass
+    return budget.free_bytes >= slots.unit_bytes
+
+
+def _possible(residency: Residency, wanted_bytes: int, short_tokens: int) -> bool:
+    """Whether eviction could free that much: bytes in all under a shared budget, else tokens beyond
+    the free ones."""
+    budget = residency.pages.budget
+    if budget is None:
+        if short_tokens <= residency.cached_tokens - residency.locked_path_tokens:
+            return True
+        protected = residency.locked_paths.protected()
+        return short_tokens <= residency.cached_tokens - protected.num_tokens
+    token_bytes, slot_bytes = residency.pages.unit_bytes, residency.slots.unit_bytes
+    short_bytes = wanted_bytes - budget.free_bytes
+    tokens = residency.cached_tokens - residency.locked_path_tokens
+    num_slots = residency.num_checkpoints - len(residency.locked)
+    if short_bytes <= tokens * token_bytes + num_slots * slot_bytes:
+        return True
+    protected = residency.locked_paths.protected()
+    tokens = residency.cached_tokens - protected.num_tokens
+    num_slots = residency.num_checkpoints - protected.num_checkpoints
+    return short_bytes <= tokens * token_bytes + num_slots * slot_bytes
+
+
+def check_cache(residency: Residency, step: int) -> None:
+    """AssertionError names the first invariant that fails. ``step``: what checkpoint positions are
+    multiples of. O(tree + pools)."""
+    tree = residency.tree
+    check_tree(tree, residency.ghosts)
+    resident = [node for node in tree.nodes() if node.kv is not None]
+    checkpoints = [node.checkpoint for node in resident if node.checkpoint is not None]
+    _check_rows(residency, resident)
+    _check_slots(residency, checkpoints)
+    for checkpoint in checkpoints:
+        assert checkpoint.position % step == 0, f"{checkpoint} is off the grid"
+        expected = is_superseded(checkpoint)
+        assert checkpoint.superseded == expected, f"{checkpoint} superseded: {not expected}"
+    locked = {node for node in tree.nodes() if node.locks}
+    assert locked == set(residency.locked), "the locked nodes are not those listed"
+    assert residency.locked_path_tokens == sum(node.end for node in locked), "locked path tokens"
+    residency.locked_paths.check(tree.nodes())
+    residency.gathered.check(residency.cached_tokens)
+    for segment, rows in residency.gathered.rows.items():
+        assert np.array_equal(rows, _path_rows(segment.node)), (
+            f"gather of {segment} is not its path"
+        )
+    for item in residency.withheld:
+        assert item.node.locks, f"{item} is withheld but not locked"
+        assert item in (item.node.kv, item.node.checkpoint), f"{item} is withheld but gone"
+    _check_candidates(residency)
+    if residency.lower is not None:
+        check_lower(residency.lower, list(tree.nodes()), [*tree.roots.values()])
+    serials = [item.serial for node in resident for item in (node.kv, node.checkpoint) if item]
+    assert len(set(serials)) == len(serials), "two items share a serial"
+    assert all(serial < residency.num_items for serial in serials), "a serial from the future"
+
+
+def _path_rows(node: RadixNode) -> Indices:
+    parts = []
+    while node.kv is not None and node.parent is not None:
+        parts.append(node.kv.indices)
+        node = node.parent
+    return np.concatenate(parts[::-1])
+
+
+def _check_candidates(residency: Residency) -> None:
+    listed = residency.policy.candidates()
+    if listed is None:
+        return
+    held, due = list(listed), set(residency.candidates())
+    assert len(set(held)) == len(held), "the policy holds an item twice"
+    for item in due.difference(held):
+        raise AssertionError(f"the policy does not know of {item}")
+    for item in set(held) - due:
+        raise AssertionError(f"the policy holds {item}, which is no candidate")
+
+
+def is_superseded(checkpoint: Checkpoint) -> bool:
+    """By definition: going down single children from it, a checkpoint comes before a fork or the
+    end. O(path)."""
+    node: RadixNode = checkpoint.node
+    while len(children := list(members(node.children))) == 1:
+        node = children[0]
+        if node.checkpoint is not None:
+            return True
+    return False
+
+
+def _check_rows(residency: Residency, resident: list[RadixNode]) -> None:
+    pages = residency.pages
+    pages.check()
+    parts = [node.kv.indices for node in resident if node.kv is not None]
+    cached = np.concatenate(parts) if parts else np.empty(0, np.int32)
+    assert len(cached) == residency.cached_tokens, (
+        f"{len(cached)} rows cached, counted {residency.cached_tokens}"
+    )
+    assert len(cached) == 0 or (cached.min() >= 0 and cached.max() < pages.capacity), (
+        "a cached row is out of range"
+    )
+    both = np.concatenate([cached, pages.free_rows()])
+    assert len(np.unique(both)) == len(both), "a KV row is cached twice, or cached and free"
+    if residency.owners is not None and residency.arena is not None:
+        residency.owners.check(parts)
+        residency.arena.check_taken(cached)
+        assert residency.owners in residency.arena.holders, "the tree is not notified of moves"
+    if pages.budget is not None:
+        taken = pages.num_taken * pages.unit_bytes
+        taken += residency.slots.num_taken * residency.slots.unit_bytes
+        free = pages.budget.total_bytes - taken
+        assert free == pages.budget.free_bytes, (
+            f"{free} bytes free, counted {pages.budget.free_bytes}"
+        )
+        assert free >= 0, "over the byte budget"
+
+
+def _check_slots(residency: Residency, checkpoints: list[Checkpoint]) -> None:
+    slots = residency.slots
+    slots.check()
+    cached = [checkpoint.slot for checkpoint in checkpoints]
+    assert len(cached) == residency.num_checkpoints, (
+        f"{len(cached)} checkpoints, counted {residency.num_checkpoints}"
+    )
+    assert all(0 <= slot < slots.capacity for slot in cached), "a cached slot is out of range"
+    both = cached + slots.free_slots()
+    assert len(set(both)) == len(both), "a slot is cached twice, or cached and free"

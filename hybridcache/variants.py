@@ -1,0 +1,509 @@
+"""Caches beside the hybrid one: with offload tiers, attention-only, and without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+from hybridcache.allocators.arena import arena_of
+from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.slots import SlotAllocator
+from hybridcache.api import (
+    CacheStats,
+    Eviction,
+    InsertResult,
+    Listener,
+    Losses,
+    PrefixCache,
+    PrefixMatch,
+    Resumable,
+)
+from hybridcache.hybrid import EVICTED, HybridRadixCache, Receipt
+from hybridcache.offload import LowerTiers, Tier
+from hybridcache.radix.ghosts import read_ghosts
+from hybridcache.radix.tree import RadixNode, StoredState
+from hybridcache.residency import Residency, make_room_for_kv, make_room_for_slot
+from hybridcache.tokens import INT32, Indices, Tokens, require_int32
+
+
+def fetch(residency: Residency, lower: LowerTiers, target: RadixNode) -> bool:
+    """Make the state at ``target`` and the KV down to it resident. False, and nothing changed but
+    what was evicted for it: it is there no more, or the device has no room for it.
+
+    O(tokens fetched), and what making room costs.
+    """
+    if target.below is None or target.below.state is None:
+        return False
+    now = residency.now + 1
+    lower.used(target.below.state, now)
+    if target.lost_checkpoint is not None:
+        residency.policy.missed(target.lost_checkpoint)
+    taken = lower.take(target)
+    base = taken.nodes[0].parent if taken.nodes else target
+    assert base is not None
+    is_locked = base.parent is not None
+    if is_locked:
+        residency.lock(base)
+    num_tokens = target.end - base.end
+    slot = _allocate_slot(residency)
+    rows = None if slot is None else _allocate_kv(residency, num_tokens)
+    if slot is None or rows is None:
+        if slot is not None:
+            residency.slots.free(slot)
+        lower.unused(taken.state)
+        lower.put_back(taken)
+        residency.ghosts.trim()
+    else:
+        _revive(residency, taken.nodes, rows)
+        lower.give(taken, rows, slot)
+        state = taken.state
+        lower.unused(state)  # Who resumes from it touches it there, and that is the use.
+        residency.store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
+        if taken.nodes:
+            residency.offer_leaf(target)
+    if is_locked:
+        residency.unlock(base)
+    return rows is not None
+
+
+def _allocate_slot(residency: Residency) -> int | None:
+    slot = residency.slots.allocate()
+    if slot is None and make_room_for_slot(residency):
+        slot = residency.slots.allocate()
+    return slot
+
+
+def _allocate_kv(residency: Residency, num_tokens: int) -> Indices | None:
+    rows = residency.pages.allocate(num_tokens)
+    if rows is None and make_room_for_kv(residency, num_tokens):
+        rows = residency.pages.allocate(num_tokens)
+    return rows
+
+
+def _revive(residency: Residency, nodes: tuple[RadixNode, ...], rows: Indices) -> None:
+    """``nodes``, a path of ghosts that no list has, become resident."""
+    start = 0
+    for node in nodes:
+        parent = node.parent
+        assert parent is not None
+        if not start:
+            residency.expect_child(parent)
+        end = start + node.end - node.start
+        residency.tree.revive(node)
+        residency.store_rows(node, rows[start:end].copy())
+        start = end
+
+
+def adopt(
+    residency: Residency, lower: LowerTiers, tokens: Tokens, namespace: Hashable, number: int
+) -> tuple[int, Indices, Indices] | None:
+    """See ``TieredRadixCache.adopt``."""
+    tree, tier = residency.tree, lower.tiers[number]
+    node, inside, length = tree.walk(tree.root(namespace), tokens)
+    if inside is None:
+        node, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
+    known = node
+    while known.parent is not None and known.kv is None and not lower.is_stored(known):
+        known = known.parent
+    start = known.end
+    if inside is not None and known is node:
+        is_there = inside.kv is not None or lower.is_stored(inside)
+        start, known = (length, inside) if is_there else (start, known)
+    # A resident node may have a ``below`` for its children's sake, whose ``kv_tier`` means nothing.
+    below = known.below
+    too_low = below is not None and below.kv is not None and below.kv_tier > number
+    is_whole = inside is None and length == len(tokens)
+    has_state = is_whole and (node.checkpoint is not None or _has_state(node))
+    num_rows = len(tokens) - start + lower.state_rows
+    if too_low or has_state or num_rows > tier.pages.num_free:
+        tree.prune_root(namespace)
+        return None
+    if inside is not None and length > node.end:
+        is_plain = inside.kv is None and not lower.is_stored(inside)
+        node = residency.split(inside, length)
+        if is_plain:
+            residency.ghosts.add(node)
+    if length < len(tokens):
+        node = tree.grow(node, tokens[length:])
+        tree.fade(node)
+        residency.ghosts.add(node)
+    kv_rows = tier.pages.allocate(len(tokens) - start)
+    state_rows = tier.pages.allocate(lower.state_rows)
+    assert kv_rows is not None and state_rows is not None
+    target = node
+    while node.end > start:
+        assert node.parent is not None
+        residency.ghosts.discard(node)
+        lower.hold_kv(node, number, kv_rows[node.parent.end - start : node.end - start].copy())
+        node = node.parent
+    lower.hold_state(_known(residency, target, number, state_rows))
+    return start, kv_rows, state_rows
+
+
+def _known(residency: Residency, target: RadixNode, number: int, rows: Indices) -> StoredState:
+    """A state at ``target`` that an earlier process made: as old and as used as is remembered."""
+    was = target.lost_checkpoint
+    if was is not None:
+        was.stored = StoredState.offered(was, number, rows)
+        return was.stored
+    serial = residency.num_items
+    residency.num_items = serial + 1
+    return StoredState(target, number, rows, residency.now, serial, residency.item_bytes)
+
+
+def _has_state(node: RadixNode) -> bool:
+    return node.below is not None and node.below.state is not None
+
+
+class TieredRadixCache(HybridRadixCache):
+    """What is evicted from the device goes to the next tier that lets it in, and can be fetched.
+
+    ``lower``: the tiers, their rows, and the ``orders`` that the owner of the tensors carries out
+    (``allocators.orders``). Made by ``CacheConfig(host_bytes=..., disk_bytes=...)``.
+
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> config = CacheConfig(
+    ...     num_kv_tokens=16,
+    ...     num_slots=1,
+    ...     grid=4,
+    ...     kv_bytes_per_token=2,
+    ...     state_bytes=8,
+    ...     host_bytes=64,
+    ... )
+    >>> cache, prompt = build_prefix_cache(config), np.arange(10, dtype=np.int32)
+    >>> _ = cache.insert(prompt, cache.allocate_kv(10), [(8, cache.allocate_slot())])
+    >>> cache.evict(num_tokens=10)
+    Eviction(num_tokens=10, num_slots=1)
+    >>> match = cache.match(prompt)
+    >>> match.cached_len, [(one.position, one.rows) for one in match.lower]
+    (0, [(8, (12,))])
+    >>> cache.fetch(match.lower[0]), cache.match(prompt).cached_len
+    (True, 8)
+    >>> [(order.kind, order.src_tier, order.dst_tier) for order in cache.lower.orders.take()]
+    ... # doctest: +NORMALIZE_WHITESPACE
+    [('checkpoint', 'device', 'host'), ('kv', 'device', 'host'),
+     ('kv', 'host', 'device'), ('checkpoint', 'host', 'device')]
+    >>> cache.check(held_tokens=0, held_slots=0)
+    """
+
+    lower: LowerTiers
+
+    def attach(
+        self, tiers: tuple[Tier, ...], state_rows: int, make: type[LowerTiers] = LowerTiers
+    ) -> None:
+        """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows, before
+        anything is cached. ``make``: another rule for what goes there, of a study."""
+        residency = self._residency
+        lower = make(tiers, residency.ghosts, residency.item_bytes, state_rows)
+        self.lower = residency.lower = lower
+        if self.arena is not None:
+            self.arena.holders[lower.orders] = None
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
+        """As ``HybridRadixCache.match``, with what lower tiers could bring. O(n)."""
+        found = super().match(tokens, namespace)
+        root = self._tree.find_root(namespace)
+        if root is None:
+            return found
+        node, inside, _ = self._tree.walk(root, tokens)
+        if inside is None and node.ghosts:
+            node, _, _ = self._tree.walk(node, tokens[node.end :], ghosts=True)
+        lower = self._resumable(node, found.cached_len, found.num_tokens)
+        return found._replace(lower=lower) if lower else found
+
+    def _resumable(
+        self, node: RadixNode, cached_len: int, num_tokens: int
+    ) -> tuple[Resumable, ...]:
+        """States on the path of ``node`` past ``cached_len`` to which all KV is somewhere. O(nodes
+        of the path)."""
+        path = []
+        while node.parent is not None and node.end > cached_len:
+            path.append(node)
+            node = node.parent
+        found, num_rows = [], [0] * len(self.lower.tiers)
+        for node in reversed(path):
+            below = node.below
+            if node.kv is None:
+                if below is None or below.kv is None:
+                    break
+                num_rows[below.kv_tier] += len(below.kv)
+            if below is not None and below.state is not None and node.end < num_tokens:
+                rows = list(num_rows)
+                rows[below.state.tier] += self.lower.state_rows
+                found.append(Resumable(node.end, tuple(rows), node))
+        return tuple(found)
+
+    def fetch(self, resumable: Resumable) -> bool:
+        """Bring to the device what ``resumable``, of the latest ``match``, needs. False: no room.
+
+        The tree says at once that it is there; its bytes follow by ``lower.orders``. O(tokens
+        fetched), and what making room costs.
+        """
+        return fetch(self._residency, self.lower, resumable.node)
+
+    def adopt(
+        self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"
+    ) -> tuple[int, Indices, Indices] | None:
+        """Make known that ``tier`` holds the KV of ``tokens`` and the state after them: what an
+        earlier process left there.
+
+        Returns (start, KV rows of tokens[start:], rows of the state), taken in ``tier`` for what is
+        not known yet; None: it is known, or there is no room. Makes no orders: the bytes are there.
+        ValueError: not int32[n], n no multiple of the grid and the page, no such tier. O(n).
+        """
+        require_int32(tokens, "tokens")
+        if tier not in self.lower.words:
+            raise ValueError(f"no tier {tier!r}; this cache has {', '.join(self.lower.words)}")
+        if not len(tokens) or len(tokens) % self._step:
+            raise ValueError(f"a state after {len(tokens)} tokens: not a multiple of {self._step}")
+        number = self.lower.words.index(tier)
+        return adopt(self._residency, self.lower, tokens, namespace, number)
+
+    def drop_lost(self, tier: str, is_lost: Callable[[Indices], bool]) -> None:
+        """Forget what ``tier`` cannot give back.
+
+        ``is_lost`` gets the rows of one state, or of the KV of one node. What cannot be resumed
+        without them is freed too, in this tier and in those after it. Call it when no orders are
+        pending: rows that an order is about to fill are not lost. O(tree).
+        """
+        nodes = list(self._tree.nodes())
+        self.lower.lose(nodes, self.lower.words.index(tier), is_lost)
+        self._residency.ghosts.trim()
+
+    def touch(self, match: PrefixMatch) -> None:
+        """As ``HybridRadixCache.touch``; the tier that let go of what was missed is told."""
+        super().touch(match)
+        if match.missed is not None:
+            self.lower.missed(match.missed)
+
+    def reset(self) -> None:
+        """Drop everything that is not locked, in all tiers. O(tree)."""
+        self.lower.clear()
+        self._residency.lower = None
+        super().reset()
+        self._residency.lower = self.lower
+
+
+class PathPart(NamedTuple):
+    """The first ``length`` tokens of the path to ``node``: a hit may end inside an edge, and a
+    match splits nothing."""
+
+    node: RadixNode
+    length: int
+
+    def last(self) -> RadixNode:
+        """The node that the part ends in, or at: splits since the match put nodes above ``node``.
+        O(those)."""
+        node = self.node
+        while node.start >= self.length:
+            assert node.parent is not None
+            node = node.parent
+        return node
+
+
+class RadixCache(HybridRadixCache):
+    """KV alone is enough to resume, at any multiple of grid and page. Takes no checkpoints.
+
+    Made with ``ItemBytes(state=0)``, so that no KV is ever dead for want of a checkpoint.
+
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(prefix_cache="radix", num_kv_tokens=100, grid=4))
+    >>> result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
+    >>> cache.match(np.arange(7, dtype=np.int32)).cached_len
+    4
+    """
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
+        """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n)."""
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
+        num_tokens = len(tokens)
+        root = self._tree.find_root(namespace)
+        if root is None:
+            losses = Losses(num_tokens, 0, 0, 0, 0)
+            return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)
+        node, inside, kv_len = self._tree.walk(root, tokens)
+        branch_len = kv_len
+        if inside is None and node.ghosts:
+            branch_len, _, _ = read_ghosts(self._tree, node, tokens)
+        reachable = min(kv_len, num_tokens - 1)
+        cached_len = max(reachable - reachable % self._step, 0)
+        losses = Losses(num_tokens - branch_len, branch_len - kv_len, 0, 0, kv_len - cached_len)
+        part = None
+        if cached_len:
+            deepest = inside if inside is not None else node
+            part = PathPart(PathPart(deepest, cached_len).last(), cached_len)
+        return PrefixMatch(
+            num_tokens, cached_len, kv_len, branch_len, None, losses, part, namespace
+        )
+
+    def continuation(
+        self,
+        tokens: Tokens,
+        max_tokens: int,
+        namespace: Hashable = None,
+        after: PathPart | RadixNode | None = None,
+    ) -> Tokens:
+        """Up to ``max_tokens`` ids that followed ``tokens`` before; see
+        ``PrefixCache.continuation``. O(n), or what lies behind ``after``."""
+        node = after.last().parent if isinstance(after, PathPart) else after
+        return super().continuation(tokens, max_tokens, namespace, node)
+
+    def gather(self, node: PathPart | RadixNode | None) -> Indices:
+        """KV indices of ``match.node`` or ``result.node``. O(position)."""
+        if isinstance(node, PathPart):
+            return super().gather(node.last())[: node.length]
+        return super().gather(node)
+
+    def touch(self, match: PrefixMatch) -> None:
+        """Count one request: refresh what it resumes from, record hits and losses. O(1)."""
+        node = None if match.node is None else match.node.last()
+        super().touch(match._replace(node=node))
+
+    def lock(self, node: PathPart | RadixNode | None) -> Receipt:
+        """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside.
+        O(page). ValueError: it was evicted."""
+        if isinstance(node, PathPart):
+            last = node.last()
+            if last.kv is None:
+                raise ValueError(EVICTED)
+            node = self._residency.split(last, node.length) if last.end > node.length else last
+        return super().lock(node)
+
+    def insert(
+        self,
+        tokens: Tokens,
+        kv_indices: Indices,
+        checkpoints: Sequence[tuple[int, int]] = (),
+        namespace: Hashable = None,
+        owned_from: int = 0,
+        labels: Sequence[str] = (),
+        after: Any = None,
+    ) -> InsertResult:
+        """Publish ``tokens`` with their rows; every checkpoint is handed back."""
+        node = after.last() if isinstance(after, PathPart) else after
+        rejected_slots = tuple(slot for _, slot in checkpoints)
+        result = super().insert(tokens, kv_indices, (), namespace, owned_from, (), node)
+        return result._replace(rejected_slots=rejected_slots)
+
+
+class NullCache(PrefixCache):
+    """Hands out KV rows and slots, and forgets. Every verb O(1), but for the rows handed out.
+
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(prefix_cache="none", num_kv_tokens=100))
+    >>> len(cache.allocate_kv(60)), cache.allocate_kv(60)
+    (60, None)
+    """
+
+    cached_tokens = 0
+    num_checkpoints = 0
+
+    def __init__(self, pages: PageAllocator, slots: SlotAllocator, *, grid: int) -> None:
+        self.page_size = pages.page_size
+        self.grid = grid
+        self.stats = CacheStats()
+        self.arena = arena_of(pages)
+        self.lower = None
+        self._pages = pages
+        self._slots = slots
+
+    @property
+    def free_tokens(self) -> int:
+        return self._pages.num_free
+
+    @property
+    def free_slots(self) -> int:
+        return self._slots.num_free
+
+    def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
+        """Always a miss: every token counts as never seen. O(1)."""
+        require_int32(tokens, "tokens")
+        n = len(tokens)
+        return PrefixMatch(n, 0, 0, 0, None, Losses(n, 0, 0, 0, 0), None, namespace)
+
+    def fetch(self, resumable: Resumable) -> bool:
+        """Nothing is anywhere: False. O(1)."""
+        return False
+
+    def continuation(
+        self, tokens: Tokens, max_tokens: int, namespace: Hashable = None, after: Any = None
+    ) -> Tokens:
+        """Nothing is remembered: always empty. O(1)."""
+        return tokens[:0]
+
+    def gather(self, node: Any) -> Indices:
+        return self._pages.free_rows()[:0]
+
+    def touch(self, match: PrefixMatch) -> None:
+        self.stats.record(match)
+
+    def lock(self, node: Any) -> None:
+        """There is nothing to protect; the receipt is None."""
+        return None
+
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[None, None]:
+        """Return (None, None): nothing is cached."""
+        return None, None
+
+    def unlock(self, receipt: None) -> None:
+        return None
+
+    def insert(
+        self,
+        tokens: Tokens,
+        kv_indices: Indices,
+        checkpoints: Sequence[tuple[int, int]] = (),
+        namespace: Hashable = None,
+        owned_from: int = 0,
+        labels: Sequence[str] = (),
+        after: Any = None,
+    ) -> InsertResult:
+        """Nothing is taken: all rows and slots stay the caller's."""
+        require_int32(tokens, "tokens")
+        require_int32(kv_indices, "KV indices")
+        return InsertResult(0, kv_indices[:0], tuple(slot for _, slot in checkpoints), None)
+
+    def allocate_kv(self, num_tokens: int) -> Indices | None:
+        """Rows that are free; None, counted as a refusal, where there are too few: nothing can be
+        evicted."""
+        rows = self._pages.allocate(num_tokens)
+        self.stats.refusals += rows is None
+        return rows
+
+    def allocate_slot(self) -> int | None:
+        """A slot that is free; None, counted as a refusal, where there is none."""
+        slot = self._slots.allocate()
+        self.stats.refusals += slot is None
+        return slot
+
+    def free_kv(self, kv_indices: Indices) -> None:
+        self._pages.free(kv_indices)
+
+    def free_slot(self, slot: int) -> None:
+        self._slots.free(slot)
+
+    def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
+        """Frees nothing: nothing is kept."""
+        return Eviction(0, 0)
+
+    def reset(self) -> None:
+        return None
+
+    def subscribe(self, listener: Listener) -> None:
+        """There is nothing to tell, now or later."""
+
+    def unsubscribe(self, listener: Listener) -> None:
+        return None
+
+    def render(self, form: str = "text", max_nodes: int = 1000) -> str:
+        """There is no tree: the empty picture."""
+        return ""
+
+    def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
+        self._pages.check()
+        self._slots.check()
+        assert held_tokens is None or self._pages.num_taken == held_tokens, "KV rows leaked"
+        assert held_slots is None or self._slots.num_taken == held_slots, "slots leaked"
