@@ -12,11 +12,9 @@ from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Below, Runner
 from engine.remembering import Remembering
 from engine.schedule.batch import KEPT
-from engine.schedule.cache_manager import CacheManager
 from engine.schedule.exchange import MeasuredExchange
 from engine.schedule.fetching import Fetcher
 from engine.schedule.keeping import Keeping
-from engine.schedule.memory import MemorySizes
 from engine.schedule.plan import Plan
 from engine.schedule.report import FolderReport, LowerReport, TierReport
 from engine.schedule.staging import Staging
@@ -29,6 +27,8 @@ from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
 from hybridcache.allocators.pages import MAX_ROWS
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.policies.placement.rules import Placement
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.variants import TieredRadixCache
 
 if TYPE_CHECKING:

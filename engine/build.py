@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,15 +14,15 @@ from engine.drafts.drafting import Drafting
 from engine.drafts.suffix import IndexMemory
 from engine.interfaces import Runner, TokenSampler
 from engine.requests.sampling_defaults import read_sampling_defaults
-from engine.schedule.cache_manager import CacheManager
 from engine.schedule.fetching import Fetcher, Fetching
-from engine.schedule.memory import MemorySizes
 from engine.schedule.scheduler import Scheduler
 from engine.transfer.counts import TransferCounts
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import LeaseLog
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.words import make_admission, parse_placement
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.variants import TieredRadixCache
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ def make_parts(
         manager,
         max_running=config.max_running,
         token_budget=config.token_budget,
+        memory=runner.memory,
+        admission=make_admission(config.admission),
+        max_share=config.max_share,
         shares=shares,
         drafting=drafting,
         fetching=fetching,
@@ -170,6 +174,8 @@ def make_manager(
 ) -> CacheManager:
     """What gives requests their leases on ``cache``."""
     words = "none" if config.prefix_cache == "none" else ",".join(config.checkpoints)
+    exchange = None if lower is None else lower.exchange
+    keeping = None if lower is None else lower.keeping
     return CacheManager(
         cache,
         parse_placement(words),
@@ -178,8 +184,9 @@ def make_manager(
         exact=config.exact,
         log=log,
         owns_states=memory.owns_states,
-        exchange=None if lower is None else lower.exchange,
-        keeping=None if lower is None else lower.keeping,
+        exchange=exchange,
+        after_reading=None if exchange is None else exchange.after_reading,
+        publishing=nullcontext if keeping is None else keeping.publishing,
     )
 
 

@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hybridcache.geometry.checkpoints import CheckpointFormat
+from hybridcache.scheduling.budget import MAX_SCORED as MAX_SCORED
+from hybridcache.scheduling.budget import TILE as TILE
 
-TILE = 64
-"""Tokens per tile of every kernel, unless the grid is finer: prefill chunks end on absolute
-multiples of it."""
 SMALL_TILES = (16, 32)
 """Smaller ones that the kernels can be run with, so that checkpoints may lie on multiples of
 them."""
-
-MAX_SCORED = 1024
-"""Prompt positions of a step whose logits are wanted: for those of a whole step on a device,
-gigabytes would be kept from the pools."""
 
 CPU_BUDGET, DEVICE_BUDGET = 1024, 8192
 """Tokens of a step. A step of a large mixture reads nearly all its experts whether it has 1,024
@@ -204,6 +199,17 @@ class EngineConfig:
         "many decode; none: 1024 on "
         "a CPU, 8192 elsewhere",
     )
+    admission: str = _setting(
+        "sessions",
+        "which waiting request is admitted first, and which must wait: sessions (resident ones "
+        "first, others as the cache can bear), oldest, cached-first, longest-match, window:N, "
+        "live:N (sessions at a time), or module:Class",
+    )
+    max_share: float | None = _setting(
+        None,
+        "most of the running places and of the memory that the requests of one tenant take while "
+        "another tenant waits, 0 to 1; none: no limit",
+    )
     max_queue: int = _setting(1024, "requests that may wait; one more is refused")
     grammar_budget_s: float = _setting(
         10.0,
@@ -311,6 +317,8 @@ class EngineConfig:
             raise ConfigError(
                 f"draft_index_mib must be a number of MiB of 0 or more, not {self.draft_index_mib}."
             )
+        if self.max_share is not None and not 0 < self.max_share <= 1:
+            raise ConfigError(f"max_share must be above 0 and at most 1 (got {self.max_share}).")
         if not 0 < self.grammar_budget_s < 1e6:
             raise ConfigError(
                 f"grammar_budget_s must be above 0 and below 1e6, not {self.grammar_budget_s}."

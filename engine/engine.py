@@ -36,6 +36,9 @@ from hybridcache.policies.words import parse_placement
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
+WITHHELD_S = 0.002
+"""Pause between two looks at requests that the admission policy withholds while nothing runs."""
+
 
 class Engine:
     """Serves one model with one prefix cache.
@@ -280,6 +283,8 @@ class Engine:
         if plan is EMPTY and self._in_flight is None:
             for part in self._outside:
                 part.wait()
+            if self._scheduler.withholds_all:
+                time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
         return plan
 
@@ -382,6 +387,11 @@ class Engine:
         request_id = self.submit(prompt, sampling, **options)
         return follow(self, self._mailboxes, request_id)
 
+    def end_session(self, request_id: str) -> None:
+        """End the session whose newest request is ``request_id``: no request follows it. Does
+        nothing if another one has. O(sessions)."""
+        self._scheduler.end_session_of(request_id)
+
     def reset_prefix_cache(self) -> None:
         """Forget every prefix that no running request stands on, wherever it is kept."""
         self._forget()
@@ -404,6 +414,7 @@ class Engine:
             self.runner.memory,
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
+            queue=self._scheduler.admission_report(),
             transfers=None if self.transfers is None else self.transfers.as_dict(),
             lower=None if self._lower is None else self._lower.report(),
             draft_index_bytes=self._draft_memory.used_bytes,

@@ -8,10 +8,10 @@ from typing import Any, Protocol, runtime_checkable
 from engine.drafts.drafter import Newest
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
-from engine.schedule.memory import MemorySizes
 from engine.store.disk import Disk
 from engine.text.outputs import SampledToken
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
 

@@ -4,10 +4,10 @@ it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.requests.conversations import Conversations
-from engine.requests.recent import Ended, stable_len
+from engine.requests.recent import Ended
 from engine.requests.request import Request
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, node_id
@@ -30,11 +30,9 @@ class Watch:
         """ValueError: the tree has more nodes than a page shows."""
         self._engine = engine
         self._recorder = Recorder()
-        self._talks = Conversations()
         self._ended: list[Record] = []
         self._shown: dict[str, tuple[Any, ...]] = {}
         """Of each request that goes on, what was last told of it."""
-        self._conversations: dict[str, int] = {}
         self._memory = _memory_record(engine)
         self._slabs: Record = []
         self._memory_s = self._slabs_s = 0.0
@@ -78,9 +76,6 @@ class Watch:
             if self._shown.get(request.request_id) != state:
                 records.append(self._of_request(request))
         self._shown = going
-        self._conversations = {
-            id_: talk for id_, talk in self._conversations.items() if id_ in going
-        }
         records += self._memory_changes()
         return [self._time(), *records] if records else []
 
@@ -133,14 +128,10 @@ class Watch:
         self._ended.append(self._of_ended(ended))
 
     def _of_ended(self, ended: Ended) -> Record:
-        prompt = ended.tokens[: ended.prompt_len]
-        talk = self._conversations.get(ended.request_id)
-        if talk is None:
-            talk = self._talks.of(prompt, ended.stable_len, ended.namespace)
         node = self._engine.cache.match(ended.tokens, ended.namespace).node
         return RequestShown(
             id=ended.request_id,
-            conversation=talk,
+            conversation=ended.session,
             namespace=ended.namespace,
             state=ended.reason,
             prompt=ended.prompt_len,
@@ -157,15 +148,10 @@ class Watch:
         ).record()
 
     def _of_request(self, request: Request) -> Record:
-        id_ = request.request_id
-        if id_ not in self._conversations:
-            prompt = request.tokens[: request.prompt_len]
-            talk = self._talks.of(prompt, stable_len(request), request.namespace)
-            self._conversations[id_] = talk
         state, computed_len, answer_len, node = _progress(request)
         return RequestShown(
-            id=id_,
-            conversation=self._conversations[id_],
+            id=request.request_id,
+            conversation=request.session.number,
             namespace=request.namespace,
             state=state,
             prompt=request.prompt_len,
@@ -210,12 +196,21 @@ def _memory_record(engine: Engine) -> Record:
         | {
             "running": report.num_running,
             "waiting": report.num_waiting,
+            "sessions": [report.queue.live_sessions, report.queue.waiting_sessions],
+            "admission": _admission_text(report.admission, report.queue.figures),
             "prompt_tokens": usage["prompt_tokens"],
             "cached_tokens": usage["cached_tokens"],
             "evicted_tokens": usage["evicted_tokens"],
             "evicted_checkpoints": usage["evicted_slots"],
         },
     ]
+
+
+def _admission_text(policy: str, figures: Mapping[str, float | str]) -> str:
+    """Return policy, limit and reason in a line."""
+    reason = figures.get("reason", "")
+    numbers = [f"{name} {value:g}" for name, value in figures.items() if not isinstance(value, str)]
+    return "; ".join(filter(None, [policy, str(reason), ", ".join(numbers)]))
 
 
 def _num_nodes(engine: Engine) -> int:

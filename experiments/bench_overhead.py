@@ -35,11 +35,11 @@ from engine.process.host import news_of
 from engine.process.messages import FromEngine, Outputs
 from engine.run.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
-from engine.schedule.memory import MemorySizes
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import ModelGeometry
+from hybridcache.scheduling.memory import MemorySizes
 
 PROMPT_LEN = 1_000
 SAMPLINGS = {

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
     from hybridcache.lab.trace import Trace, TraceRequest
     from hybridcache.lab.traces import open_trace
+    from hybridcache.policies.admission.base import AdmissionPolicy
     from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
     from hybridcache.policies.protocol import (
         EvictionPolicy,
@@ -93,6 +94,7 @@ _LAZY = {
         "TraceRequest",
     ),
     "lab.traces": ("open_trace",),
+    "policies.admission.base": ("AdmissionPolicy",),
     "policies.eviction.scored": (
         "SampledPolicy",
         "ScorePolicy",
@@ -132,6 +134,7 @@ __all__ = [
     "EVICTION",
     "GENERATORS",
     "METRICS",
+    "AdmissionPolicy",
     "Advice",
     "Baseline",
     "BaselineConfig",

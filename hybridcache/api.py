@@ -264,6 +264,12 @@ class CacheStats:
         self.refusals = 0
         """Allocations that could not be met."""
 
+    @property
+    def num_changes(self) -> int:
+        """Grows whenever entries came or went, so that the result of a match may differ."""
+        inserted = self.inserted_tokens + self.inserted_slots
+        return inserted + self.evicted_tokens + self.evicted_slots
+
     def record(self, match: PrefixMatch) -> None:
         """Count one request. O(1)."""
         usage = self.by_namespace.get(match.namespace)

@@ -262,6 +262,11 @@ class Saving:
             return None
         return end // interval * interval
 
+    def num_before_crossing(self, computed_len: int) -> int:
+        """Tokens after ``computed_len`` before decode saves its next state."""
+        interval = self._interval
+        return 1 << 30 if interval is None else interval - 1 - computed_len % interval
+
     def done(self, computed_len: int) -> dict[Saved, str]:
         """Hand over the checkpoints of a prefill whose positions are computed, with their labels.
         ``settle`` is owed for them."""
@@ -639,6 +644,12 @@ class Lease:
         finds that the request had ended before it, has neither.
         """
         return self._saving.take(start, end)
+
+    def num_quiet_tokens(self, computed_len: int) -> int:
+        """How many tokens after ``computed_len`` decode may compute one by one while ``extend`` and
+        ``take_checkpoint_slots`` change nothing. O(1)."""
+        rows = self._rows.num_rows - computed_len
+        return min(rows, self._saving.num_before_crossing(computed_len))
 
     def roll_back(self, computed_len: int) -> None:
         """Of what the last step was to compute only the tokens below ``computed_len`` count (the

@@ -98,7 +98,9 @@ MAY_IMPORT = {
     "hybridcache/geometry": "",
     "hybridcache/watch": "allocators api policies radix",
     "hybridcache/export": "allocators api config hybrid policies radix residency tokens variants",
-    "hybridcache/lab": "allocators api config export geometry lease policies routing tokens watch",
+    "hybridcache/scheduling": "allocators api export lease policies tokens",
+    "hybridcache/lab": "allocators api config export geometry lease policies routing scheduling "
+    "tokens watch",
     "hybridcache/routing": "api export policies tokens",
     "engine/config.py": "",
     "engine/errors.py": "",

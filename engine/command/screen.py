@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, cast
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.schedule.memory import MemorySizes
 from engine.schedule.report import CacheReport, LowerReport
 from engine.text.token_ids import IdTokenizer
 from hybridcache.allocators.moves import HOST
 from hybridcache.geometry.units import counted, format_bytes
+from hybridcache.scheduling.memory import MemorySizes
 
 if TYPE_CHECKING:
     from engine.run.model_runner import ModelRunner

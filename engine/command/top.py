@@ -143,6 +143,8 @@ def _numbers(watched: Watched) -> Text:
     text.append(f"{cached / prompt:.1%}" if prompt else "-", style="bold cyan")
     text.append(f" of {prompt:,} prompt tokens reused    ")
     text.append(f"{memory['running']} running, {memory['waiting']} waiting")
+    if "sessions" in memory:
+        text.append(f"    {memory['sessions'][0]} live sessions ({memory['admission']})")
     waits = [
         one["first_token_s"] - one["arrived_s"] for one in ended if one["first_token_s"] is not None
     ]

@@ -281,6 +281,9 @@ class FleetEngine:
         """On every replica."""
         await self._each("reset")
 
+    async def end_session(self, request_id: str) -> None:
+        """Do nothing: replicas learn of an end with the session's last request alone."""
+
     async def stop_accepting(self) -> None:
         """Do nothing: replicas have no role, and serve no other engines."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 
 from engine.schedule.report import CacheReport, LowerReport, PoolReport, TierReport
+from hybridcache.scheduling.planner import AdmissionReport
 
 
 def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:
@@ -26,10 +27,21 @@ def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheRepo
         slots=_pool([each.slots for each in reports]),
         num_running=sum(each.num_running for each in reports),
         num_waiting=sum(each.num_waiting for each in reports),
+        queue=_queue([each.queue for each in reports]),
         token_hit_rate=_rate(usage["cached_tokens"], usage["prompt_tokens"]),
         request_hit_rate=_rate(usage["hits"], usage["requests"]),
         usage=usage,
         lower=_lower([each.lower for each in reports if each.lower is not None]),
+    )
+
+
+def _queue(reports: Sequence[AdmissionReport]) -> AdmissionReport:
+    """Sessions added up, the longest wait; the policies' figures are those of the first."""
+    return AdmissionReport(
+        sum(each.live_sessions for each in reports),
+        sum(each.waiting_sessions for each in reports),
+        max(each.oldest_wait_s for each in reports),
+        reports[0].figures,
     )
 
 

@@ -47,7 +47,16 @@ logger = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 """How long a process may take to end after it was told to stop; then it is killed."""
 Question = Literal[
-    "report", "view", "reset", "stop accepting", "watch", "take", "whole", "node", "unwatch"
+    "report",
+    "view",
+    "reset",
+    "end session",
+    "stop accepting",
+    "watch",
+    "take",
+    "whole",
+    "node",
+    "unwatch",
 ]
 
 
@@ -158,8 +167,10 @@ class ProcessEngine:
         finally:
             self._replies.pop(message.number, None)
 
-    async def _ask(self, what: Question, argument: int = 0, node: int = 0) -> Any:
-        return await self._question(Ask(next(self._numbers), what, argument, node))
+    async def _ask(
+        self, what: Question, argument: int = 0, node: int = 0, request_id: str = ""
+    ) -> Any:
+        return await self._question(Ask(next(self._numbers), what, argument, node, request_id))
 
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""
@@ -172,6 +183,10 @@ class ProcessEngine:
 
     async def reset_prefix_cache(self) -> None:
         await self._ask("reset")
+
+    async def end_session(self, request_id: str) -> None:
+        """See ``Engine.end_session``."""
+        await self._ask("end session", request_id=request_id)
 
     async def stop_accepting(self) -> None:
         """See ``Engine.stop_accepting``."""
@@ -315,6 +330,7 @@ def _submission(spec: RequestSpec, request_id: str, tokens: np.ndarray) -> Submi
         spec.namespace,
         tuple(spec.boundaries),
         spec.answer_survives,
+        spec.ends_session,
         spec.prompt_logprobs,
         spec.grammar,
         time.perf_counter(),

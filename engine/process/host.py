@@ -107,6 +107,7 @@ class Host:
             namespace=asked.namespace,
             boundaries=asked.boundaries,
             answer_survives=asked.answer_survives,
+            ends_session=asked.ends_session,
             prompt_logprobs=asked.prompt_logprobs,
             request_id=asked.request_id,
             grammar=asked.grammar,
@@ -141,6 +142,8 @@ class Host:
                 return engine.cache_view()
             case "reset":
                 return engine.reset_prefix_cache()
+            case "end session":
+                return engine.end_session(asked.request_id)
             case "stop accepting":
                 return engine.stop_accepting()
             case "watch":

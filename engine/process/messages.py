@@ -30,6 +30,7 @@ class Submit(Message, frozen=True):
     namespace: str | None
     boundaries: tuple[int, ...]
     answer_survives: bool
+    ends_session: bool
     prompt_logprobs: int | None
     grammar: Grammar | None
     arrival_s: float
@@ -48,11 +49,22 @@ class Ask(Message, frozen=True):
     number: int
     """Of its reply."""
     what: Literal[
-        "report", "view", "reset", "stop accepting", "watch", "take", "whole", "node", "unwatch"
+        "report",
+        "view",
+        "reset",
+        "end session",
+        "stop accepting",
+        "watch",
+        "take",
+        "whole",
+        "node",
+        "unwatch",
     ]
     argument: int = 0
     """Which watch is asked; of ``node``: see ``node``."""
     node: int = 0
+    request_id: str = ""
+    """Newest request of the session that ends."""
 
 
 class Compile(Message, frozen=True):

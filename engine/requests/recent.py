@@ -26,8 +26,8 @@ class Ended:
     tokens: Tokens
     """Prompt and answer: a view of the request's."""
     prompt_len: int
-    stable_len: int
-    """What of the prompt its conversation's next one begins with."""
+    session: int
+    """Number of the session that it belongs to."""
     cached_len: int
     losses: Losses | None
     num_preemptions: int
@@ -45,7 +45,7 @@ class Ended:
             request.namespace,
             request.tokens,
             request.prompt_len,
-            stable_len(request),
+            request.session.number,
             request.cached_len,
             request.losses,
             request.num_preemptions,
@@ -55,12 +55,6 @@ class Ended:
             request.first_token_s,
             now_s if request.finished_s is None else request.finished_s,
         )
-
-
-def stable_len(request: Request) -> int:
-    """What of its prompt the next one of its conversation begins with: up to the last boundary
-    where a template told, else all."""
-    return request.boundaries[-1] if request.boundaries else request.prompt_len
 
 
 class RecentRequests:

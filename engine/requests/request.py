@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -23,25 +23,19 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
-from hybridcache.api import Losses
+from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from engine.guided.guides import AnswerGuide
     from engine.guided.library import Mask
     from engine.requests.token_rules import Additions
-    from hybridcache.lease import Lease
 
 
-class Request:
-    """Tokens, counters, claims and times of one request.
-
-    ``tokens`` is prompt and answer. ``computed_len`` of them are computed; below ``prefill_len`` by
-    prefill, from there on one by one. The newest token is never computed before the next step.
-    """
+class Request(ScheduledRequest):
+    """A scheduled request with its sampling, its text and its times."""
 
     __slots__ = (
-        "_buffer",
         "_counts",
         "_is_plain",
         "_new_text",
@@ -49,40 +43,18 @@ class Request:
         "_reported",
         "_rules",
         "_text",
-        "answer_survives",
-        "arrival",
-        "arrival_s",
-        "boundaries",
-        "cached_len",
-        "computed_len",
         "drafts",
         "drawn_row",
         "end_token_ids",
         "error",
-        "fetched_len",
         "finish_reason",
         "finished_s",
         "first_token_s",
         "guide",
-        "held_logits",
         "is_refused",
-        "lease",
         "logprobs",
-        "losses",
-        "max_len",
-        "namespace",
-        "num_drawn",
-        "num_preemptions",
-        "num_tokens",
         "params",
-        "prefill_len",
-        "prompt_len",
         "prompt_logprobs",
-        "request_id",
-        "row",
-        "save_at",
-        "scheduled_len",
-        "scheduled_s",
         "scores",
         "seed",
         "text_stream",
@@ -104,26 +76,22 @@ class Request:
     ) -> None:
         """``spec`` was checked: its prompt is token ids, its boundaries are ascending."""
         prompt = np.asarray(spec.prompt, np.int32)
-        self.request_id = f"request-{arrival}" if spec.request_id is None else spec.request_id
+        super().__init__(
+            f"request-{arrival}" if spec.request_id is None else spec.request_id,
+            prompt,
+            namespace=spec.namespace,
+            boundaries=tuple(spec.boundaries),
+            answer_survives=spec.answer_survives,
+            ends_session=spec.ends_session,
+            save_at=tuple(spec.save_at),
+            arrival=arrival,
+            arrival_s=arrival_s,
+            max_len=max_len,
+        )
         self.params = spec.sampling or SamplingParams()
         self.seed = seed
-        self.namespace = spec.namespace
-        self.boundaries = tuple(spec.boundaries)
-        self.answer_survives = spec.answer_survives
-        self.save_at = tuple(spec.save_at)
-        self.arrival = arrival
-        """Rank among all requests: older is smaller."""
-        self.prompt_len = self.prefill_len = self.num_tokens = len(prompt)
-        self.max_len = max_len
-        """Prompt and answer together may be this long."""
         self._buffer = np.empty(self.prompt_len + min(max_len - self.prompt_len, 256), np.int32)
         self._buffer[: self.prompt_len] = prompt
-        self.computed_len = self.scheduled_len = 0
-        """``scheduled_len`` is where ``computed_len`` will be once every step made so far is
-        committed."""
-        self.num_drawn = 0
-        """Tokens drawn, or about to be, in steps that are not committed: the host does not know
-        them yet."""
         self.drawn_row = 0
         """Which row of the newest step's drawn tokens is this request's."""
         self.drafts: DraftCounts | None = None
@@ -131,13 +99,7 @@ class Request:
         self._rules = rules
         self.guide = guide
         """Follows the answer in its grammar; None if it has none."""
-        self.held_logits: Any = None
-        """Logits of the newest token, whose draw waits for the grammar; None if none does."""
         self._is_plain = guide is None and rules is NO_RULES and not self.params.has_penalties
-        self.lease: Lease | None = None
-        """Its claims on the cache: while it runs, not while it waits."""
-        self.row: int | None = None
-        """Its row of the request table, as long as its lease."""
         self.text_stream = text_stream
         self.logprobs: list[SampledToken] = []
         self.prompt_logprobs = spec.prompt_logprobs
@@ -145,18 +107,11 @@ class Request:
         self.scores: list[SampledToken] = []
         self._prompt_scores: tuple[SampledToken | None, ...] = ()
         """Those reported: of prompt tokens 1, 2, ..."""
-        self.cached_len = 0
-        self.fetched_len: int | None = None
-        """Tokens of KV that came for it from outside the cache; None: nobody has looked."""
         self.transferred: Transferred | None = None
-        self.losses: Losses | None = None
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.is_refused = False
         """The error is of what was asked for."""
-        self.num_preemptions = 0
-        self.arrival_s = arrival_s
-        self.scheduled_s: float | None = None
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
         self._reported = self.prompt_len
@@ -165,36 +120,20 @@ class Request:
         self._counts: TokenCounts | None = None
 
     @property
-    def tokens(self) -> Tokens:
-        """Prompt and answer so far: int32[num_tokens], a view."""
-        return self._buffer[: self.num_tokens]
-
-    @property
     def output(self) -> npt.NDArray[np.int32]:
         """The answer so far: a view."""
         return self._buffer[self.prompt_len : self.num_tokens]
-
-    @property
-    def is_prefilling(self) -> bool:
-        return self.computed_len < self.prefill_len
-
-    @property
-    def claims(self) -> tuple[Lease, int]:
-        """Its lease and its row. RuntimeError while it waits."""
-        if self.lease is None or self.row is None:
-            raise RuntimeError(f"request {self.request_id} holds no lease.")
-        return self.lease, self.row
-
-    @property
-    def known_len(self) -> int:
-        """Tokens that the device knows: ``num_tokens`` and those drawn."""
-        return self.num_tokens + self.num_drawn
 
     @property
     def wants_scores(self) -> bool:
         """Prompt log-probabilities are asked for and not complete: every prompt position must be
         computed."""
         return self.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
+
+    def restart(self) -> None:
+        """See ``ScheduledRequest``."""
+        if self.wants_scores:
+            self.scores.clear()
 
     @property
     def must_see_its_token(self) -> bool:
@@ -210,11 +149,6 @@ class Request:
         if self.guide is None or not len(drafts):
             return drafts
         return self.guide.cut(self.output, drafts)
-
-    @property
-    def awaits_draw(self) -> bool:
-        """Whether its newest token is computed, or about to be, and its next one is not drawn."""
-        return self.held_logits is not None
 
     def sampling_inputs(
         self, drafts: Tokens, drawn: Callable[[], int] | None = None

@@ -31,6 +31,8 @@ class RequestSpec:
     answer_survives: bool = True
     """False: later prompts are known to leave this one before its end, and no state is saved past
     it."""
+    ends_session: bool = False
+    """True: the client says that no request of this session follows."""
     save_at: Sequence[int] = ()
     """Positions of the prompt where its state is saved whatever the placement says, floored to the
     grid."""

@@ -23,9 +23,9 @@ from engine.run.device import Device
 from engine.run.memory import allocate
 from engine.run.model_config import ModelError
 from engine.schedule.batch import KEPT, BytesLost
-from engine.schedule.memory import MemorySizes
 from engine.store.disk import Disk, FutureRows, Rows
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
+from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.tokens import Indices
 from kernels import huge_pages
 from kernels.upload import upload

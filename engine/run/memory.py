@@ -18,11 +18,11 @@ from engine.run.checkpoints import Checkpoints
 from engine.run.device import Device
 from engine.run.model_config import ModelError
 from engine.run.ranks.rank import Rank
-from engine.schedule.memory import SLOTS_OF_ONE, MemorySizes
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
 from hybridcache.geometry.sizes import KVSpec, ModelSizes, Spec
 from hybridcache.geometry.units import GIB
+from hybridcache.scheduling.memory import SLOTS_OF_ONE, MemorySizes
 from kernels.upload import upload
 
 CPU_SHARE = 0.25

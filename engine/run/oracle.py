@@ -26,11 +26,11 @@ import numpy.typing as npt
 
 from engine.drafts.drafter import Newest
 from engine.schedule.batch import KEPT, Batch, Segment
-from engine.schedule.memory import MemorySizes
 from engine.store.disk import Disk
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Order
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
 Fingerprints = npt.NDArray[np.int64]

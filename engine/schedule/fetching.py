@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from engine.requests.request import Request
-from engine.schedule.cache_manager import CacheManager
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import common_prefix_len
 
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.schedule.cache_manager import CacheManager
-from engine.schedule.memory import MemorySizes
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.planner import AdmissionReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,9 @@ class CacheReport:
     usage: dict[str, int]
     """Counters since the start: requests, hits, prompt and cached tokens, tokens lost by cause, and
     what came and went."""
+    admission: str
+    """The policy that orders waiting requests."""
+    queue: AdmissionReport
     transfers: dict[str, int] | None = None
     """What went to or came from other engines since the start, by the names of
     ``TransferCounts``; None: nothing does."""
@@ -111,6 +115,7 @@ def cache_report(
     *,
     num_running: int,
     num_waiting: int,
+    queue: AdmissionReport,
     transfers: dict[str, int] | None,
     lower: LowerReport | None,
     draft_index_bytes: int,
@@ -137,6 +142,8 @@ def cache_report(
         token_hit_rate=total.token_hit_rate,
         request_hit_rate=total.request_hit_rate,
         usage=cache.stats.as_dict(),
+        admission=str(config.admission),
+        queue=queue,
         transfers=transfers,
         lower=lower,
         draft_index_bytes=draft_index_bytes,

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.requests.request import Request
-from engine.schedule.cache_manager import CacheManager
 from engine.schedule.fetching import Fetch, Fetcher
 from engine.store.disk import Disk
 from hybridcache.allocators.moves import DISK
 from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.policies.protocol import FetchRule
 from hybridcache.radix.tree import RadixNode
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices
 
 MAX_READS = 4

@@ -128,6 +128,7 @@ class _ReportCollector(Collector):
         yield GaugeMetricFamily(
             "engine_waiting_requests", "Requests in the queue.", report.num_waiting
         )
+        yield from _queue_metrics(report)
         yield GaugeMetricFamily(
             "engine_draft_index_bytes",
             "Host memory of the drafters' indices of texts.",
@@ -150,6 +151,37 @@ class _ReportCollector(Collector):
                 ("transfer_wire_bytes", "All bytes to and from other engines.", "wire_bytes"),
             ):
                 yield CounterMetricFamily(f"engine_{name}", help, report.transfers[key])
+
+
+def _queue_metrics(report: CacheReport) -> Iterator[Metric]:
+    """Sessions, and the numbers of the admission policy; its words are labels of one gauge."""
+    queue = report.queue
+    yield GaugeMetricFamily(
+        "engine_live_sessions",
+        "Sessions with an open request, or idle for 300 s at most.",
+        queue.live_sessions,
+    )
+    yield GaugeMetricFamily(
+        "engine_waiting_sessions", "Sessions with a waiting request.", queue.waiting_sessions
+    )
+    yield GaugeMetricFamily(
+        "engine_oldest_wait_seconds", "Age of the oldest waiting request.", queue.oldest_wait_s
+    )
+    numbers = GaugeMetricFamily(
+        "engine_admission", "Numbers of the admission policy.", labels=["figure"]
+    )
+    words = {"policy": report.admission, "reason": ""}
+    for name, value in queue.figures.items():
+        if isinstance(value, str):
+            words[name] = value
+        else:
+            numbers.add_metric([name], value)
+    yield numbers
+    state = GaugeMetricFamily(
+        "engine_admission_state", "1: policy, and why its limit last moved.", labels=list(words)
+    )
+    state.add_metric(list(words.values()), 1)
+    yield state
 
 
 def _lower_metrics(lower: LowerReport) -> Iterator[Metric]:

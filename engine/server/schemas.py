@@ -44,7 +44,6 @@ IGNORED = frozenset(
     {
         "user",
         "store",
-        "metadata",
         "service_tier",
         "safety_identifier",
         "prompt_cache_key",
@@ -93,6 +92,8 @@ class Sampling(TokenOptions, Streamed):
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
+    metadata: Any = None
+    """Changes no answer; ``session_end`` in it says that no request of the session follows."""
     stop: Text | Texts | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
@@ -334,6 +335,16 @@ def _is_choice(choice: Any) -> Any:
 ToolChoice = Annotated[NamedTool | Literal["none", "auto", "required"], BeforeValidator(_is_choice)]
 
 
+def says_session_end(metadata: object) -> bool:
+    """Return whether ``metadata`` has ``session_end``, as a truth value or as text.
+
+    >>> says_session_end({"session_end": "true"}), says_session_end({"session_end": "0"})
+    (True, False)
+    """
+    value = metadata.get("session_end") if isinstance(metadata, dict) else None
+    return value is True or (isinstance(value, str) and value.lower() in ("true", "1", "yes"))
+
+
 class CacheOptions(Strict):
     """OpenAI's ``prompt_cache_options``. What is kept here, and how long, is the cache's own to
     decide: ``mode`` and ``ttl`` change nothing."""
@@ -342,6 +353,8 @@ class CacheOptions(Strict):
     ttl: str | None = None
     comparison_response_id: str | None = None
     """Say in the answer why it missed the cache, beside this earlier one."""
+    session_end: bool = False
+    """No request of this session follows. Not OpenAI's: a hint for admission and eviction."""
 
 
 class Diagnostics(Strict):
@@ -377,6 +390,12 @@ class ChatRequest(Sampling, Rendering):
         if options is not None and options.comparison_response_id is not None:
             return options.comparison_response_id
         return None if asked is None else asked.previous_message_id
+
+    @property
+    def ends_session(self) -> bool:
+        """True if no request of this session follows, as the client says."""
+        options = self.prompt_cache_options
+        return says_session_end(self.metadata) or (options is not None and options.session_end)
 
     @property
     def demands_call(self) -> bool:

@@ -23,7 +23,6 @@ import torch
 from engine.errors import InvalidRequest, RequestError, WireError
 from engine.requests.request import Request
 from engine.run.unit import Unit
-from engine.schedule.cache_manager import CacheManager
 from engine.text.outputs import Transferred
 from engine.transfer.counts import TransferCounts
 from engine.transfer.link import Transfer, link
@@ -31,6 +30,7 @@ from engine.transfer.wire import TransferError, Wire, join
 from hybridcache.api import PrefixMatch
 from hybridcache.export.arrival import Arrival
 from hybridcache.geometry.units import counted
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Tokens
 
 logger = logging.getLogger(__name__)

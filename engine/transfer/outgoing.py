@@ -17,8 +17,8 @@ from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.run.unit import Copied, Unit
-from engine.schedule.cache_manager import CacheManager
 from hybridcache.api import PrefixCache
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
 
 PIECE_BYTES = 4 << 20

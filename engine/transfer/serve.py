@@ -24,12 +24,12 @@ from engine.errors import EngineStopped, RequestError
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.run.unit import Unit
-from engine.schedule.cache_manager import CacheManager
 from engine.transfer.counts import TransferCounts
 from engine.transfer.identity import difference
 from engine.transfer.link import Transfer, link
 from engine.transfer.outgoing import Outgoing, failure
 from engine.transfer.wire import TransferError, Wire, join
+from hybridcache.scheduling.cache_manager import CacheManager
 
 logger = logging.getLogger(__name__)
 ALIVE_S = 1.0

@@ -25,6 +25,40 @@ class PrefillTimes(Protocol):
         ...
 
 
+class StepTimes(Protocol):
+    """Seconds of one step of an engine."""
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """To compute the tokens [start, end) of each prefill, and one token for each of
+        ``num_decodes`` requests, which have ``context`` tokens together, the new ones included."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearSteps:
+    """Seconds that grow with the tokens alone."""
+
+    step_s: float = 0.006
+    prefill_token_s: float = 1 / 8000
+    decode_token_s: float = 0.0004
+
+    def describe(self) -> str:
+        """The three numbers, in a line."""
+        return (
+            f"{1e3 * self.step_s:g} ms a step, {1e3 * self.prefill_token_s:g} ms a prompt token, "
+            f"{1e3 * self.decode_token_s:g} ms a decoded one"
+        )
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``."""
+        num_tokens = sum(end - start for start, end in prefills)
+        return self.step_s + num_tokens * self.prefill_token_s + num_decodes * self.decode_token_s
+
+
 def describe_times(times: PrefillTimes) -> str:
     """What gives the seconds, in a line: the machine assumed, the file measured, or a class's
     name."""
@@ -104,6 +138,33 @@ class Roofline:
 
 
 @dataclass(frozen=True, slots=True)
+class RooflineSteps:
+    """Step times from first principles: all tokens of a step share one reading of the weights."""
+
+    roofline: Roofline
+
+    def describe(self) -> str:
+        """The machine assumed, in a line."""
+        return self.roofline.describe().replace("a prefill", "a step")
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``."""
+        machine, geometry = self.roofline, self.roofline.geometry
+        num_tokens = num_decodes + sum(end - start for start, end in prefills)
+        params = min(geometry.total_params, geometry.active_params * num_tokens)
+        num_rows = context + sum(end for _, end in prefills)
+        moved = params * machine.weight_bytes_per_param + num_rows * geometry.kv_bytes_per_token
+        moved += 2 * geometry.state_bytes * num_decodes
+        flops = num_decodes * (2 * geometry.active_params + geometry.scan_flops_per_token)
+        flops += context * geometry.attention_flops_per_pair
+        flops += sum(geometry.flops(start, end) for start, end in prefills)
+        slower = max(flops / machine.flops_per_s, moved / machine.bytes_per_s)
+        return machine.overhead_s + slower / machine.devices
+
+
+@dataclass(frozen=True, slots=True)
 class MeasuredTimes:
     """Prefill times from a table t(start, length), bilinear between the rows, linear beyond the
     last."""
@@ -116,6 +177,10 @@ class MeasuredTimes:
     """``table_s[i][j]``: seconds for ``lengths[j]`` tokens after ``starts[i]``."""
     source: str = "a table"
     """The file it was read from."""
+    decodes: tuple[int, ...] = ()
+    """Requests that decode in one step, ascending; empty if that was not measured."""
+    decode_s: tuple[float, ...] = ()
+    """Seconds of a step in which so many decode."""
 
     def describe(self) -> str:
         """Where they were read, in a line."""
@@ -132,6 +197,8 @@ class MeasuredTimes:
                 tuple(record["lengths"]),
                 tuple(tuple(row) for row in record["table_s"]),
                 str(path),
+                tuple(record.get("decodes", ())),
+                tuple(record.get("decode_s", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path}: no table of prefill times ({error})") from error
@@ -140,6 +207,8 @@ class MeasuredTimes:
             raise ValueError(
                 f"{path}: table_s needs a row for each start, a number for each length"
             )
+        if len(times.decodes) != len(times.decode_s):
+            raise ValueError(f"{path}: decode_s needs a number for each of decodes")
         return times
 
     def seconds(self, start: int, end: int) -> float:
@@ -157,6 +226,62 @@ class MeasuredTimes:
         if len(self.starts) == 1:
             return max(low, 0.0)
         return max(low + row_part * (along(self.table_s[row + 1]) - low), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredSteps:
+    """Step times from a measured table of prefills and one of decode steps.
+
+    A step takes what its parts take alone, and the fixed part of a step once. That part is the time
+    of a decode step, extrapolated to no request.
+    """
+
+    table: MeasuredTimes
+
+    def __post_init__(self) -> None:
+        if not self.table.decodes:
+            raise ValueError(
+                f"{self.table.source} has no times of decode steps: measure it again with "
+                "experiments.measure_prefill"
+            )
+
+    def describe(self) -> str:
+        """The file they were read from, in a line."""
+        return self.table.describe()
+
+    @property
+    def fixed_s(self) -> float:
+        """Seconds of a step that do not depend on its tokens."""
+        return max(0.0, self._decode_s(0))
+
+    def _decode_s(self, num_decodes: int) -> float:
+        index, part = _locate(self.table.decodes, num_decodes)
+        line = self.table.decode_s
+        if len(line) == 1:
+            return line[0]
+        return max(0.0, line[index] + part * (line[index + 1] - line[index]))
+
+    def step_seconds(
+        self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
+    ) -> float:
+        """See ``StepTimes``; the decode steps were measured at one ``context``."""
+        fixed_s = self.fixed_s
+        seconds = sum(self.table.seconds(start, end) - fixed_s for start, end in prefills)
+        if num_decodes:
+            seconds += self._decode_s(num_decodes) - fixed_s
+        return fixed_s + max(0.0, seconds)
+
+
+def step_times(times: PrefillTimes) -> RooflineSteps | MeasuredSteps:
+    """Return the times of whole steps that go with ``times``. ValueError if they tell nothing of
+    decode steps."""
+    if isinstance(times, Roofline):
+        return RooflineSteps(times)
+    if isinstance(times, MeasuredTimes):
+        return MeasuredSteps(times)
+    raise ValueError(
+        f"{type(times).__qualname__} has no times of whole steps: use Roofline or MeasuredTimes"
+    )
 
 
 def _locate(knots: Sequence[int], value: int) -> tuple[int, float]:

@@ -4,7 +4,7 @@ loaded only when one is drawn."""
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from hybridcache.lab.optimum import Optimum
+    from hybridcache.lab.simulation.closed_loop import ClosedLoopRun
 
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#d99a1c", "#555555", "#46a5b5", "#a83250")
 """Told apart in print and by most colour-blind readers; lines repeat them with other dashes."""
@@ -304,3 +305,64 @@ def optimum_figure(found: Sequence[Optimum], path: Path | None) -> Figure:
         else ""
     )
     return save(figure, axes, path, caption)
+
+
+CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
+    "token hit rate, %": lambda run: 100 * run.token_hit_rate,
+    "mean TTFT, s": lambda run: run.ttft_mean_s,
+    "p99 TTFT, s": lambda run: run.ttft_p99_s,
+    "makespan, s": lambda run: run.makespan_s,
+}
+
+
+def closed_loop_figure(
+    runs: Sequence[ClosedLoopRun], path: Path | None, caption: str = ""
+) -> Figure:
+    """A row of panels for each trace and cache: hits, times to first token and makespan over the
+    rate of sessions, a line for each admission policy. Points are means over seeds, bars reach from
+    the least to the most."""
+    cells = list(dict.fromkeys((run.trace, run.label, run.gib) for run in runs))
+    admissions = list(dict.fromkeys(run.admission for run in runs))
+    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), 3.9, 3.0, columns=4)
+    for row, cell in enumerate(cells):
+        here = [run for run in runs if (run.trace, run.label, run.gib) == cell]
+        for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
+            axis = axes[row * len(CLOSED_LOOP_PANELS) + column]
+            for place, admission in enumerate(admissions):
+                points = _over_rates([run for run in here if run.admission == admission], value)
+                if not points:
+                    continue
+                rates, means, lows, highs = zip(*points, strict=True)
+                axis.errorbar(
+                    rates,
+                    means,
+                    yerr=(lows, highs),
+                    color=COLOURS[place % len(COLOURS)],
+                    linestyle=_DASHES[place // len(COLOURS) % len(_DASHES)],
+                    marker="o",
+                    markersize=3,
+                    linewidth=2.0 if admission == "sessions" else 1.1,
+                    elinewidth=0.6,
+                    label=admission,
+                )
+            size_axis(axis, "sessions a second")
+            axis.set_ylabel(name)
+            if name.endswith("TTFT, s"):
+                axis.set_yscale("log")
+            else:
+                axis.set_ylim(bottom=0)
+            size = "" if cell[2] is None else f", {cell[2]:.3g} GiB"
+            axis.set_title(f"{cell[0]}{size}", fontsize=9)
+    return save(figure, axes, path, caption)
+
+
+def _over_rates(
+    runs: Sequence[ClosedLoopRun], value: Callable[[ClosedLoopRun], float]
+) -> list[tuple[float, float, float, float]]:
+    """(rate, mean over seeds, mean - least, most - mean), by rate."""
+    points = []
+    for rate in sorted({run.rate for run in runs}):
+        values = [value(run) for run in runs if run.rate == rate]
+        mean = sum(values) / len(values)
+        points.append((rate, mean, mean - min(values), max(values) - mean))
+    return points

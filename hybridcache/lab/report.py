@@ -16,6 +16,7 @@ from hybridcache.lab.trace_stats import Summary, TraceStats
 
 if TYPE_CHECKING:
     from hybridcache.lab.optimum import Optimum
+    from hybridcache.lab.simulation.closed_loop import ClosedLoopRun
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +127,67 @@ def sweep_table(result: SweepRuns, word: str = "hit") -> str:
         title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
     table = f"{title}\n{text_table(header, rows)}"
     return "\n".join([table, *notes_on(result, [word]), *tier_notes(result)])
+
+
+CLOSED_LOOP_HEADER = (
+    "admission, sessions/s",
+    "hit, %",
+    "TTFT mean, s",
+    "p50",
+    "p99",
+    "goodput/s",
+    "makespan, s",
+    "oldest wait, s",
+    "live mean",
+    "most",
+    "Jain",
+    "worst tenant, s",
+)
+
+
+def closed_loop_table(runs: Sequence[ClosedLoopRun], times: str = "") -> str:
+    """A row for each admission policy and rate, averaged over seeds; a table for each cache."""
+    tables = []
+    for label, gib in dict.fromkeys((run.label, run.gib) for run in runs):
+        chosen = [run for run in runs if (run.label, run.gib) == (label, gib)]
+        first, rows = chosen[0], []
+        for admission, rate in dict.fromkeys((run.admission, run.rate) for run in chosen):
+            same = [run for run in chosen if (run.admission, run.rate) == (admission, rate)]
+            rows.append([f"{admission}, {rate:g}", *_closed_loop_cells(same)])
+        size = "" if gib is None else f", {gib:.3g} GiB"
+        title = f"{first.trace}{size}, {label}: {first.num_requests:,} requests in closed loop"
+        notes = [f"goodput: requests a second with a TTFT of at most {first.limit_s:g} s"]
+        refused = max(run.num_refused for run in chosen)
+        if refused:
+            notes.append(f"{refused:,} requests longer than the memory were left out")
+        if times:
+            notes.append(f"step times: {times}")
+        seeds = len({run.seed for run in chosen})
+        if seeds > 1:
+            notes.append(f"means of {seeds} seeds; most and oldest wait: the largest")
+        tables.append("\n".join([title, text_table(CLOSED_LOOP_HEADER, rows), *notes]))
+    return "\n\n".join(tables)
+
+
+def _closed_loop_cells(runs: Sequence[ClosedLoopRun]) -> list[str]:
+    def mean(value: Callable[[ClosedLoopRun], float]) -> float:
+        return sum(map(value, runs)) / len(runs)
+
+    worst = max(runs, key=lambda run: run.worst_ttft_s)
+    tenant = "" if worst.worst_tenant == "-" else f" ({worst.worst_tenant})"
+    return [
+        f"{100 * mean(lambda run: run.token_hit_rate):.1f}",
+        f"{mean(lambda run: run.ttft_mean_s):.3g}",
+        f"{mean(lambda run: run.ttft_p50_s):.3g}",
+        f"{mean(lambda run: run.ttft_p99_s):.3g}",
+        f"{mean(lambda run: run.goodput):.3g}",
+        f"{mean(lambda run: run.makespan_s):.4g}",
+        f"{max(run.oldest_wait_s for run in runs):.3g}",
+        f"{mean(lambda run: run.live_mean):.1f}",
+        f"{max(run.live_most for run in runs)}",
+        f"{mean(lambda run: run.jain):.3f}",
+        f"{worst.worst_ttft_s:.3g}{tenant}",
+    ]
 
 
 def _size(run: RunResult) -> tuple[Any, ...]:

@@ -42,6 +42,9 @@ class TraceRequest(NamedTuple):
     answer_tokens: int | None = None
     """Tokens of the answer, where its ids do not tell: its first may fill the prompt's last id, its
     last may not fill its own."""
+    service_s: float | None = None
+    """Seconds from the timestamp until the answer was complete, when it was recorded; None if the
+    source does not tell. The rest of the time until the session's next request is its pause."""
 
     def num_tokens(self, unit: int) -> int:
         """Length of the prompt in tokens."""

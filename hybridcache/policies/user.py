@@ -13,13 +13,20 @@ import inspect
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
+from hybridcache.policies.admission.base import (
+    AdmissionPolicy,
+    AdmittedRequest,
+    Load,
+    Session,
+    WaitingRequest,
+)
 from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
 from hybridcache.policies.protocol import (
     EvictionPolicy,
@@ -91,6 +98,14 @@ def placement_of(given: object) -> Callable[[], PlacementPolicy]:
     if isinstance(own.make, type):
         _refuse_unfit(own, own.make, PlacementPolicy)
     return lambda: GuardedPlacement(own.label, _made(own, PlacementPolicy))
+
+
+def admission_of(given: object) -> AdmissionPolicy:
+    """The admission policy that ``given`` is or makes, guarded."""
+    own = own_policy(given)
+    policy: AdmissionPolicy = _made(own, AdmissionPolicy)
+    ours = type(policy).__module__.startswith(OURS)
+    return policy if ours else GuardedAdmission(own.label, policy)
 
 
 class _Guarded:
@@ -166,6 +181,47 @@ class GuardedEviction(_Guarded, EvictionPolicy):
         victim = self._policy.victim(kind)
         is_fit = victim is None or (victim in self._held and kind in (None, victim.kind))
         return victim, is_fit
+
+
+class GuardedAdmission(_Guarded, AdmissionPolicy):
+    """A user's admission policy. It gets every call that a built-in policy gets.
+
+    Also refuses requests that do not wait, and requests that are named twice.
+    """
+
+    def arrived(self, request: WaitingRequest, load: Load) -> None:
+        self._call(self._policy.arrived, request, load)
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
+        return self._call(self._order, waiting, load)
+
+    def _order(self, waiting: Sequence[WaitingRequest], load: Load) -> list[WaitingRequest]:
+        ordered = list(self._policy.order(waiting, load))
+        if len(set(ordered)) < len(ordered) or not set(ordered) <= set(waiting):
+            raise PolicyError(
+                f"{self._label!r}: order must return waiting requests, each at most once (got "
+                f"{len(ordered)} for {len(waiting)} that wait)"
+            )
+        return ordered
+
+    def admitted(self, request: AdmittedRequest, load: Load) -> None:
+        self._call(self._policy.admitted, request, load)
+
+    def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
+        self._call(self._policy.computed, num_tokens, seconds, load)
+
+    def left(self, request: WaitingRequest, load: Load) -> None:
+        self._call(self._policy.left, request, load)
+
+    def session_ended(self, session: Session, load: Load) -> None:
+        self._call(self._policy.session_ended, session, load)
+
+    def wakes_at_s(self) -> float | None:
+        wakes_at_s: float | None = self._call(self._policy.wakes_at_s)
+        return wakes_at_s
+
+    def report(self) -> Mapping[str, float | str]:
+        return self._call(self._policy.report)
 
 
 class GuardedPlacement(_Guarded, PlacementPolicy):

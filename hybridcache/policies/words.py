@@ -13,6 +13,11 @@ from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple
 
+from hybridcache.policies.admission.base import AdmissionPolicy
+from hybridcache.policies.admission.live import Live
+from hybridcache.policies.admission.matched import CachedFirst, LongestMatch, Window
+from hybridcache.policies.admission.oldest import Oldest
+from hybridcache.policies.admission.session_gate import SessionGate
 from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.class_age import ClassAge
 from hybridcache.policies.eviction.clock import Clock
@@ -55,11 +60,12 @@ from hybridcache.policies.placement.rules import (
     Prompt,
 )
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.policies.user import OwnPolicy, eviction_of, load, placement_of
+from hybridcache.policies.user import OwnPolicy, admission_of, eviction_of, load, placement_of
 
 EvictionSpec = str | OwnPolicy | EvictionPolicy | Callable[[], EvictionPolicy]
 """A word, ``module:Class``, ``module:Class(alpha=2)``; a class or function that makes one; or one
 itself, of which every cache gets a copy."""
+AdmissionSpec = str | OwnPolicy | AdmissionPolicy | Callable[[], AdmissionPolicy]
 PlacementSpec = str | OwnPolicy | PlacementPolicy | Callable[[], PlacementPolicy]
 
 
@@ -129,6 +135,16 @@ PLACEMENT_WORDS: dict[str, Word] = {
 }
 """Words for checkpoint placement, put together with commas."""
 
+ADMISSION_WORDS: dict[str, Word] = {
+    "oldest": Word(Oldest),
+    "cached-first": Word(CachedFirst),
+    "longest-match": Word(LongestMatch),
+    "sessions": Word(SessionGate),
+    "window": Word(Window, "requests", "32"),
+    "live": Word(Live, "sessions", "16"),
+}
+"""Words for the order in which waiting requests are admitted."""
+
 _CAP = Word(int, "checkpoints", "2")
 _PLACEMENT_AND_CAP = PLACEMENT_WORDS | {"cap": _CAP}
 
@@ -147,6 +163,11 @@ def eviction_words() -> list[str]:
 def placement_words() -> list[str]:
     """What ``parse_placement`` puts together, beside ``none`` and ``module:Class``."""
     return known_words(_PLACEMENT_AND_CAP)
+
+
+def admission_words() -> list[str]:
+    """Names that ``make_admission`` knows beside ``module:Class``."""
+    return known_words(ADMISSION_WORDS)
 
 
 def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
@@ -184,6 +205,16 @@ def parse_placement(spec: PlacementSpec) -> Placement:
             f"{spec!r} saves nothing: cap limits other words, as in branch,every:512,cap:2"
         )
     return Placement(tuple(rules), cap)
+
+
+def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
+    """A fresh policy that ``spec`` names, makes or is. ValueError lists the words that exist, or
+    the methods that a class lacks."""
+    if not isinstance(spec, str):
+        return admission_of(spec)
+    make = _maker("admission policy", ADMISSION_WORDS, spec)
+    policy: AdmissionPolicy = make() if make else admission_of(load(spec, AdmissionPolicy))
+    return policy
 
 
 def split_words(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import MAX_SCORED, TILE
-from engine.schedule.budget import Budget
+from hybridcache.scheduling.budget import Budget
 
 sizes = st.one_of(st.integers(1, 300), st.integers(1, 5000))
 

@@ -7,11 +7,11 @@ import pytest
 
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
-from engine.schedule.cache_manager import CacheManager
 from hybridcache.allocators.moves import Move
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.policies.words import parse_placement
+from hybridcache.scheduling.cache_manager import CacheManager
 
 
 def make_manager(page_size: int = 1) -> CacheManager:

@@ -12,7 +12,7 @@ from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.config import MAX_SCORED, TILE
 from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleSampler
-from engine.schedule.budget import TILES
+from hybridcache.scheduling.budget import TILES
 
 
 class Load:

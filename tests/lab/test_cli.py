@@ -76,6 +76,45 @@ def test_simulate_prints_a_table_and_draws(
     assert again[1] == out, "a sweep that resumes says the same"
 
 
+def test_closed_loop_prints_a_row_for_each_policy_and_rate_and_draws(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    figure = tmp_path / "cliff.png"
+    words = ["--trace", "short?head=40", "--gib", "1", "--rate", "1:4:2", "--seeds", "2"]
+    words += [
+        "--admission",
+        "oldest,live:4,sessions",
+        "--max-share",
+        "0.5",
+        "--figure",
+        str(figure),
+    ]
+    code, out, _ = run(capsys, "simulate", "--closed-loop", *words)
+    assert code == 0 and figure.stat().st_size > 10_000
+    lines = [line.split(",")[0] for line in out.splitlines()]
+    assert [lines.count(word) for word in ("oldest", "live:4", "sessions")] == [2, 2, 2]
+    for title in ("hit, %", "p99", "goodput/s", "makespan, s", "oldest wait, s", "Jain"):
+        assert title in out
+    assert "40 requests in closed loop" in out and "step times: a roofline" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--rate", "1:2:3"], "--rate is about sessions that wait for answers: add --closed-loop"),
+        (["--closed-loop", "--rate", "0:2:3"], "rates above 0 are needed"),
+        (["--closed-loop", "--admission", "fastest"], "unknown admission policy 'fastest'"),
+        (["--closed-loop", "--baseline", "vllm"], "--baseline has no meaning with --closed-loop"),
+        (["--closed-loop", "--max-share", "2"], "max_share must be above 0 and at most 1"),
+    ],
+)
+def test_what_a_closed_loop_cannot_be_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    code, out, error = run(capsys, "simulate", "--trace", "short?head=4", "--gib", "1", *words)
+    assert code and not out and message in error and "Traceback" not in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -146,6 +146,7 @@ async def ask(
             namespace=tenant.namespace,
             boundaries=prompt.boundaries,
             answer_survives=prompt.answer_survives,
+            ends_session=body.ends_session,
             request_id=answer_id.request_id(choice),
             grammar=grammar,
             prompt_logprobs=body.prompt_logprobs,

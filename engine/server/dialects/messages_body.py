@@ -25,7 +25,7 @@ from engine.server.strict import Listed, Name, Strict
 from engine.server.token_options import Texts
 
 BLOCKS = ("text", "thinking", "tool_use", "tool_result")
-IGNORED = frozenset({"metadata", "service_tier"})
+IGNORED = frozenset({"service_tier"})
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -233,6 +233,8 @@ class CountRequest(Strict):
     diagnostics: Diagnostics | None = None
     cache_salt: str | None = None
     """Requests with different salts share nothing of the cache."""
+    metadata: Any = None
+    """Changes no answer; ``session_end`` in it says that no request of the session follows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -278,6 +280,7 @@ class CountRequest(Strict):
             "chat_template_kwargs": self._switches(config) or None,
             "response_format": None if config.format is None else _format(config.format),
             "cache_salt": self.cache_salt,
+            "metadata": self.metadata,
         }
 
     def _switches(self, config: OutputConfig) -> dict[str, Any]:

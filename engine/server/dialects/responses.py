@@ -92,10 +92,12 @@ class Responses:
         content = await self._front.workers.run(stored.num_bytes, lambda: to_json(stored.response))
         return Response(content, media_type="application/json")
 
-    def delete(self, request: Request, response_id: str) -> dict[str, Any]:
-        """Forget a stored response. APIError as ``retrieve``."""
+    async def delete(self, request: Request, response_id: str) -> dict[str, Any]:
+        """Forget a stored response; the newest of a chain ends its session. APIError as
+        ``retrieve``."""
         if not self._store.delete(self._front.tenant_of(request), response_id):
             raise self._unknown(response_id)
+        await self._front.engine.end_session(response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     def _unknown(self, response_id: str) -> APIError:

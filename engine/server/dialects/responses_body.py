@@ -276,6 +276,7 @@ class ResponsesRequest(Streamed):
                     "response_format": None if self.text is None else self.text.form,
                     "cache_salt": self.cache_salt,
                     "prompt_cache_options": options and options.model_dump(),
+                    "metadata": self.metadata,
                 },
                 "text.format",
             )

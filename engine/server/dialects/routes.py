@@ -32,7 +32,7 @@ def add_responses(
 
     @app.delete("/v1/responses/{response_id}")
     async def _delete(request: Request, response_id: str) -> dict[str, Any]:
-        return responses.delete(request, response_id)
+        return await responses.delete(request, response_id)
 
 
 def add_messages(app: FastAPI, front: ServingContext, reader: BodyReader) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,11 @@ from hybridcache.lab.command.shared import (
     split,
     tiers_asked,
 )
+from hybridcache.lab.defaults import GIB_SPEC
+from hybridcache.lab.replicas.command import ALONE
+
+CLOSED_LOOP_GIB = "16"
+"""Memory of a closed-loop run, where none is given."""
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -78,6 +84,7 @@ def add_simulate(commands: Commands) -> None:
     )
     add("--page-size", type=int, default=1, help="tokens of a KV page")
     add("--max-running", type=int, help="serve so many requests at once instead of in turn")
+    _add_closed_loop(parser)
     add_fleet(parser)
     add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
     add("--figure", type=Path, help="PNG or SVG to draw; losses and bins, if asked for, beside it")
@@ -87,7 +94,118 @@ def add_simulate(commands: Commands) -> None:
     parser.set_defaults(run=_simulate, goes_on=True)
 
 
+CLOSED_LOOP: dict[str, dict[str, Any]] = {
+    "--rate": {
+        "help": "sessions a second, low:high:points (log-spaced) or a,b,c (default 0.5:4:5)"
+    },
+    "--admission": {
+        "help": "which waiting request is admitted first, and which must wait; commas between "
+        "(default oldest,sessions)"
+    },
+    "--max-share": {
+        "type": float,
+        "help": "most of the running places and of the memory that one tenant takes while others "
+        "wait, 0 to 1 (default: no limit)",
+    },
+    "--token-budget": {"type": int, "help": "tokens computed in a step (default 8192)"},
+    "--ttft-limit": {
+        "type": float,
+        "help": "seconds to the first token up to which an answer counts as goodput (default 2)",
+    },
+    "--seeds": {"type": int, "help": "runs with other arrivals, averaged (default 1)"},
+    "--tells-ends": {"action": "store_true", "help": "clients say when a session has ended"},
+}
+"""With ``--closed-loop`` only."""
+
+
+def _add_closed_loop(parser: argparse.ArgumentParser) -> None:
+    from hybridcache.policies.words import admission_words
+
+    parser.add_argument(
+        "--closed-loop",
+        action="store_true",
+        help="sessions arrive by themselves, then wait for their answers and the trace's pauses; "
+        "requests are scheduled as in the engine",
+    )
+    for flag, facts in CLOSED_LOOP.items():
+        known = f": {', '.join(admission_words())}, module:Class" if flag == "--admission" else ""
+        parser.add_argument(flag, **facts | {"help": facts["help"] + known})
+
+
+def _simulate_closed_loop(options: argparse.Namespace) -> int:
+    """Serve every trace at every rate with every admission policy, and print their tables."""
+    from tqdm import tqdm
+
+    from hybridcache.geometry.times import step_times
+    from hybridcache.lab.figures import closed_loop_figure
+    from hybridcache.lab.report import closed_loop_table
+    from hybridcache.lab.simulation.closed_loop import ClosedLoop, ClosedLoopRun, run_closed_loop
+    from hybridcache.lab.simulation.simulate import Sweep
+    from hybridcache.lab.simulation.sizes import budget_bytes, rates, sizes
+    from hybridcache.policies.words import make_admission
+
+    for flag, default in ALONE.items():
+        name = flag.removeprefix("--").replace("-", "_")
+        if name != "max_running" and name != "figure" and getattr(options, name) != default:
+            raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
+    if options.output is not None or options.replicas is not None:
+        raise ValueError("--output and --replicas have no meaning with --closed-loop")
+    check_figure(options.figure)
+    words = split(options.admission or "oldest,sessions")
+    for word in words:
+        make_admission(word)
+    sweep = Sweep(**_asked(options))
+    geometry = sweep.geometry()
+    times = step_times(sweep.serving(geometry).times)
+    configs = [
+        replace(config, budget_bytes=budget_bytes(gib))
+        for config in sweep.competitors(geometry)
+        for gib in sizes(options.gib if options.gib != GIB_SPEC else CLOSED_LOOP_GIB)
+    ]
+    cells = [
+        (config, word, rate, seed)
+        for config in configs
+        for word in words
+        for rate in rates(options.rate or "0.5:4:5")
+        for seed in range(options.seeds or 1)
+    ]
+    runs: list[ClosedLoopRun] = []
+    for spec in options.trace:
+        trace, found = opened(spec, options), []
+        for config, word, rate, seed in tqdm(
+            cells, unit=" runs", desc=spec, disable=None, file=sys.stderr
+        ):
+            loop = ClosedLoop(
+                times,
+                rate,
+                seed=seed,
+                max_running=options.max_running or 16,
+                token_budget=options.token_budget or 8192,
+                admission=word,
+                max_share=options.max_share,
+                tells_ends=options.tells_ends,
+            )
+            found.append(run_closed_loop(trace, config, loop, options.ttft_limit or 2.0))
+        runs += found
+        if options.figure:
+            closed_loop_figure(runs, options.figure)
+        print(closed_loop_table(found, times.describe()), end="\n\n")
+    if options.figure:
+        print(f"figure: {options.figure}")
+    return 0
+
+
+def _refuse_without_closed_loop(options: argparse.Namespace) -> None:
+    """ValueError if an option of closed-loop runs stands alone."""
+    for flag in CLOSED_LOOP:
+        if getattr(options, flag.removeprefix("--").replace("-", "_")):
+            raise ValueError(f"{flag} is about sessions that wait for answers: add --closed-loop")
+
+
 def _simulate(options: argparse.Namespace) -> int:
+    if options.closed_loop:
+        return _simulate_closed_loop(options)
+    _refuse_without_closed_loop(options)
     from tqdm import tqdm
 
     from hybridcache.lab.replicas.command import refuse_without_replicas, simulate_fleets

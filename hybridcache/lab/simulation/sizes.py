@@ -37,6 +37,21 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     return found
 
 
+def rates(spec: str) -> tuple[float, ...]:
+    """Return sessions a second, written as sizes are. ValueError as there.
+
+    >>> rates("0.5:2:3")
+    (0.5, 1.0, 2.0)
+    """
+    try:
+        return sizes(spec)
+    except ValueError:
+        raise ValueError(
+            f"--rate {shown(spec)}: rates above 0 are needed, as low:high:points (low first) or as "
+            "a,b,c"
+        ) from None
+
+
 def _points(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     if isinstance(spec, str) and ":" in spec:
         low, high, count = spec.split(":")

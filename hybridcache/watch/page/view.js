@@ -100,6 +100,7 @@ class View {
       pair("prompt tokens reused", percent(cached, prompt), prompt ? `of ${brief.format(prompt)}` : "", true),
       pair("cached", brief.format(tokens), "tokens"), ...(model.meta.state_bytes ? [pair("checkpoints", whole.format(checkpoints))] : []),
       pair("requests", whole.format(model.time)), ...(memory?.running !== undefined ? [pair("running", whole.format(memory.running), memory.waiting ? `+ ${memory.waiting} waiting` : "")] : []),
+      ...(memory?.sessions ? [pair("live sessions", whole.format(memory.sessions[0]), memory.sessions[1] ? `${memory.sessions[1]} waiting` : ""), pair("admission", element("span", { title: memory.admission }, memory.admission.split(";").slice(0, 2).join(":")))] : []),
       ...(ttft !== undefined ? [pair("TTFT, median", seconds(ttft))] : []), ...(rate !== undefined ? [pair("tokens/s a request", rate.toFixed(0))] : []),
     );
     this.size.textContent = count(model.nodes.size, "node");

@@ -128,7 +128,10 @@ def test_a_process_answers_as_a_thread_does() -> None:
             assert ours.drafts == theirs.drafts
             assert 0 <= ours.timings.queue_s <= ours.timings.ttft_s <= ours.timings.e2e_s < 60
         assert ours.drafts is not None and ours.drafts.accepted.total() > 100
-        assert json.dumps(await engine.cache_view()) == json.dumps(alone.cache_view())
+        views = await engine.cache_view(), alone.cache_view()
+        figures = [view.pop("queue")["figures"] for view in views]  # they have times in them
+        assert figures[0].keys() == figures[1].keys()
+        assert json.dumps(views[0]) == json.dumps(views[1])
         await engine.reset_prefix_cache()
         assert (await engine.report()).kv.cached == 0
         await nothing_held(engine)

@@ -10,6 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import httpx
 import openai
@@ -387,3 +388,49 @@ def test_drafts_are_counted_for_the_client_and_in_the_metrics(
     assert any(
         name.startswith("engine_accepted_tokens_total.") and "tree" in name for name in metrics
     )
+
+
+CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "num_live"),
+    [
+        ("/v1/chat/completions", CHAT, 1),
+        ("/v1/chat/completions", CHAT | {"metadata": {"session_end": "false"}}, 1),
+        ("/v1/chat/completions", CHAT | {"metadata": {"session_end": "true"}}, 0),
+        ("/v1/chat/completions", CHAT | {"prompt_cache_options": {"session_end": True}}, 0),
+        ("/v1/messages", CHAT | {"model": "m", "metadata": {"user_id": "me"}}, 1),
+        ("/v1/messages", CHAT | {"model": "m", "metadata": {"session_end": True}}, 0),
+        ("/v1/responses", {"input": "hello", "max_output_tokens": 4}, 1),
+        ("/v1/responses", {"input": "hello", "metadata": {"session_end": "true"}}, 0),
+        ("/v1/responses", {"input": "hello", "prompt_cache_options": {"session_end": True}}, 0),
+    ],
+)
+def test_a_client_says_that_its_session_ends(
+    serve_oracle: Callable[..., Live], path: str, body: dict[str, Any], num_live: int
+) -> None:
+    live = serve_oracle()
+    if "model" in body:
+        body = body | {"model": live.get("/v1/models").json()["data"][0]["id"]}
+    answer = live.post(path, body)
+    assert answer.status_code == 200, answer.text
+    live.wait_for(lambda report: report["queue"]["live_sessions"] == num_live)
+    metrics = live.get("/metrics").text
+    assert f"engine_live_sessions {num_live}.0" in metrics
+    assert "engine_waiting_sessions 0.0" in metrics
+    assert 'engine_admission{figure="debt_s"} -5.0' in metrics
+    assert 'policy="sessions",reason="little was lost: oldest first"' in metrics
+
+
+def test_deleting_the_newest_response_of_a_chain_ends_its_session(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    live = serve_oracle()
+    body = {"input": "hello", "max_output_tokens": 4}
+    first = live.post("/v1/responses", body).json()["id"]
+    second = live.post("/v1/responses", body | {"previous_response_id": first}).json()["id"]
+    for response_id, num_live in ((first, 1), (second, 0)):
+        live.wait_for(lambda report: report["queue"]["live_sessions"] == 1)
+        assert live.http.delete(f"/v1/responses/{response_id}").json()["deleted"]
+        assert live.report()["queue"]["live_sessions"] == num_live

@@ -14,12 +14,12 @@ from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.schedule.cache_manager import CacheManager
+from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import common_prefix_len
 
 if TYPE_CHECKING:
-    from engine.requests.request import Request
     from hybridcache.lease import Lease
+    from hybridcache.scheduling.request import ScheduledRequest
 
 
 class Leader(NamedTuple):
@@ -27,7 +27,7 @@ class Leader(NamedTuple):
 
     rank: int
     """How many were let in before it."""
-    request: Request
+    request: ScheduledRequest
     lease: Lease | None
 
     @property
@@ -58,31 +58,31 @@ class Sharing:
     def __init__(self, manager: CacheManager) -> None:
         self._manager = manager
         self._leaders: list[Leader] = []
-        self._followers: dict[Request, Follower] = {}
+        self._followers: dict[ScheduledRequest, Follower] = {}
         self._num_let_in = 0
 
     @property
-    def followers(self) -> Set[Request]:
+    def followers(self) -> Set[ScheduledRequest]:
         """The waiting requests that were compared with leaders."""
         return self._followers.keys()
 
-    def follows(self, request: Request) -> bool:
+    def follows(self, request: ScheduledRequest) -> bool:
         """Whether waiting ``request`` was found to share with somebody let in before. O(1)."""
         follower = self._followers.get(request)
         return follower is not None and bool(follower.followings)
 
-    def forget(self, request: Request) -> None:
+    def forget(self, request: ScheduledRequest) -> None:
         """``request`` waits no more."""
         self._followers.pop(request, None)
 
-    def let_in(self, request: Request) -> None:
+    def let_in(self, request: ScheduledRequest) -> None:
         """``request`` runs: it follows nobody any more, and others may follow it."""
         self.forget(request)
         self._leaders = [leader for leader in self._leaders if leader.is_ahead]
         self._leaders.append(Leader(self._num_let_in, request, request.lease))
         self._num_let_in += 1
 
-    def goal(self, request: Request) -> int:
+    def goal(self, request: ScheduledRequest) -> int:
         """The deepest position that somebody ahead is going to make ``request`` resumable at; 0:
         nobody is.
 
@@ -100,7 +100,7 @@ class Sharing:
                 goal = max([goal, *ahead])
         return goal
 
-    def _look_around(self, request: Request) -> list[Following]:
+    def _look_around(self, request: ScheduledRequest) -> list[Following]:
         """Compare ``request`` with the leaders that it was not compared with yet; all that it
         could follow."""
         follower = self._followers.setdefault(request, Follower())
@@ -114,7 +114,9 @@ class Sharing:
         follower.num_leaders_seen = self._num_let_in
         return follower.followings
 
-    def _resume_points(self, request: Request, leader: Request) -> tuple[int, ...]:
+    def _resume_points(
+        self, request: ScheduledRequest, leader: ScheduledRequest
+    ) -> tuple[int, ...]:
         grid = self._manager.checkpoint_grid
         shared = common_prefix_len(request.tokens, leader.tokens[: leader.prefill_len])
         usable = min(shared, request.num_tokens - 1) // grid * grid
@@ -124,7 +126,7 @@ class Sharing:
         return tuple(sorted(position for position in positions if position <= usable))
 
 
-def _goes_on_as(leader: Request, request: Request) -> bool:
+def _goes_on_as(leader: ScheduledRequest, request: ScheduledRequest) -> bool:
     """Whether ``request`` has the token that ``leader`` computes next: if not, nothing ahead of it
     is shared. O(1)."""
     at = leader.computed_len

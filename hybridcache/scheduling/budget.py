@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import MAX_SCORED, TILE
+TILE = 64
+"""Tokens per tile of every kernel, unless the grid is finer: prefill chunks end on absolute
+multiples of it."""
+
+MAX_SCORED = 1024
+"""Prompt positions of a step whose logits are wanted: for those of a whole step on a device,
+gigabytes would be kept from the pools."""
 
 SHORT_SHARE = 4
 """One part in so many of a step's prefill tokens is for those that fit in it whole."""

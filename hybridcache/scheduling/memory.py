@@ -1,4 +1,4 @@
-"""How much memory a runner has, in rows and slots. Integers only: the tensors are
+"""How much memory a runner has, in rows and slots. The tensors are
 ``engine.run.memory``'s."""
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ class MemorySizes:
     def total_bytes(self) -> int:
         num_bytes = self.num_kv_tokens * self.row_bytes
         return num_bytes + (0 if self.slab_rows else self.num_slots * self.state_bytes)
+
+    def share(self, num_tokens: int, num_states: int) -> float:
+        """Part of the memory, 0 to 1, that so many KV rows and states take: of the scarcer pool."""
+        if self.memory == "arena" or not self.is_stateful:
+            return (num_tokens + num_states * self.slab_rows) / max(1, self.num_kv_tokens)
+        rows, slots = max(1, self.num_kv_tokens), max(1, self.num_slots)
+        return max(num_tokens / rows, num_states / slots)
 
     @property
     def max_request_len(self) -> int:

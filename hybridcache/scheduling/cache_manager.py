@@ -8,21 +8,19 @@ a request gets one, and what changes in it becomes work for the next batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from math import lcm
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.requests.request import Request
-from engine.schedule.exchange import MeasuredExchange
-from engine.schedule.keeping import Keeping
 from hybridcache.allocators.moves import Order, Orders, PendingMoves
 from hybridcache.api import PrefixCache, PrefixMatch
 from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseLog, LeaseRequest
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import FetchRule, Prefill
+from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, Tokens
 
 RowWrite = tuple[int, int, Indices]
@@ -56,25 +54,28 @@ class CacheManager:
         exact: bool = False,
         log: LeaseLog | None = None,
         owns_states: bool = False,
-        exchange: MeasuredExchange | None = None,
-        keeping: Keeping | None = None,
+        exchange: FetchRule | None = None,
+        after_reading: FetchRule | None = None,
+        publishing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """``owns_states``: a request's state has the slot of its row's number, beside the cache's
-        memory. ``exchange``: what of lower tiers is fetched; ``keeping`` has what is published
-        kept."""
+        """``owns_states``: a request's state has the slot of its row's number, next to the cache's
+        memory. ``exchange`` decides which offloaded prefixes to load, ``after_reading`` for a
+        request whose part of the disk was read already. Entries are published inside
+        ``publishing()``."""
         self.cache = cache
         self.placement = placement
         self._stateful = stateful
         self._exact = exact
         self._owns_states = owns_states
         self._exchange = exchange
-        self._publishing = nullcontext if keeping is None else keeping.publishing
+        self._after_reading = after_reading
+        self._publishing = publishing
         self._log = log
         self.checkpoint_grid = lcm(cache.grid, cache.page_size)
         """Checkpoints sit on multiples of it."""
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._num_rows = num_rows
-        self._requests: dict[int, Request] = {}
+        self._requests: dict[int, ScheduledRequest] = {}
         self._arrivals: dict[Arrival, None] = {}
         self._restores: dict[int, tuple[int, int]] = {}
         self._row_writes: list[RowWrite] = []
@@ -85,7 +86,7 @@ class CacheManager:
         elif cache.arena is not None:
             cache.arena.holders[self._moves] = None
 
-    def begin(self, request: Request) -> bool:
+    def begin(self, request: ScheduledRequest) -> bool:
         """Give ``request`` a lease and a row, and set its lengths by what is cached. False: no
         memory; nothing changed."""
         if not self._free_rows:
@@ -101,9 +102,7 @@ class CacheManager:
             answer_survives=request.answer_survives,
             own_slot=self._free_rows[-1] if self._owns_states else None,
         )
-        exchange: FetchRule | None = self._exchange
-        if self._exchange is not None and request.fetched_len:
-            exchange = self._exchange.after_reading
+        exchange = self._after_reading if request.fetched_len else self._exchange
         lease = Lease.begin(self.cache, self.placement, asked, exchange)
         if self._log is not None:
             self._log.begin(lease, asked)
@@ -114,8 +113,7 @@ class CacheManager:
         row = self._free_rows.pop()
         self._requests[row] = request
         request.lease, request.row = lease, row
-        if request.wants_scores:
-            request.scores.clear()
+        request.restart()
         request.computed_len = request.scheduled_len = lease.cached_len
         request.prefill_len, request.num_drawn = prefill_len, 0
         if lease.restore is not None:
@@ -124,7 +122,7 @@ class CacheManager:
             self._row_writes.append((row, 0, lease.kv_indices))
         return True
 
-    def extend(self, request: Request, to_len: int) -> bool:
+    def extend(self, request: ScheduledRequest, to_len: int) -> bool:
         """KV rows for every position below ``to_len``. False: no memory; nothing changed."""
         lease, row = request.claims
         before = lease.extended_len
@@ -143,7 +141,7 @@ class CacheManager:
         return extended
 
     def take_checkpoint_slots(
-        self, request: Request, end: int
+        self, request: ScheduledRequest, end: int
     ) -> tuple[tuple[int, int], ...] | None:
         """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to
         ``end``. None: more slabs would have to be emptied than a step may wait for; ask again for
@@ -160,7 +158,7 @@ class CacheManager:
         self._record("take_checkpoint_slots", lease, span, exports)
         return exports
 
-    def roll_back(self, request: Request) -> None:
+    def roll_back(self, request: ScheduledRequest) -> None:
         """Not all that ``request`` was to compute in the last step counts: what does is below its
         ``computed_len``."""
         lease, _ = request.claims
@@ -181,11 +179,11 @@ class CacheManager:
             return num_wanted
         return max(0, min(len(arena.free_slabs) + MAX_MOVES - self._moves.num_moves, num_wanted))
 
-    def match(self, request: Request) -> PrefixMatch:
+    def match(self, request: ScheduledRequest) -> PrefixMatch:
         """What the cache has of waiting ``request`` now. O(its length)."""
         return self.cache.match(request.tokens, request.namespace)
 
-    def cached_len(self, request: Request) -> int:
+    def cached_len(self, request: ScheduledRequest) -> int:
         """What waiting ``request`` could resume from now. O(its length)."""
         return self.match(request).cached_len
 
@@ -206,7 +204,7 @@ class CacheManager:
         else:
             arrival.abort()
 
-    def can_save(self, request: Request, position: int) -> bool:
+    def can_save(self, request: ScheduledRequest, position: int) -> bool:
         """Whether ``request`` will have published what is needed to resume at ``position``, but has
         not yet."""
         lease, _ = request.claims
@@ -216,14 +214,14 @@ class CacheManager:
             not self._stateful or lease.is_saving_at(position)
         )
 
-    def plan_checkpoint(self, request: Request, position: int) -> None:
+    def plan_checkpoint(self, request: ScheduledRequest, position: int) -> None:
         """Save a checkpoint at ``position`` too: another request is going to leave this one's path
         there."""
         lease, _ = request.claims
         lease.plan_checkpoint(position, "branch")
         self._record("plan_checkpoint", lease, (position, "branch"))
 
-    def publish(self, request: Request) -> None:
+    def publish(self, request: ScheduledRequest) -> None:
         """Hand what ``request`` has computed to the tree."""
         lease, row = request.claims
         with self._publishing():
@@ -233,7 +231,7 @@ class CacheManager:
             start, end = changed
             self._row_writes.append((row, start, lease.kv_indices[start:end].copy()))
 
-    def finish(self, request: Request) -> None:
+    def finish(self, request: ScheduledRequest) -> None:
         """End a lease whose request is done: all it computed is published. Where a step that was
         made before this was known still moves its state on, the state is not donated."""
         lease, _ = request.claims
@@ -243,7 +241,7 @@ class CacheManager:
         self._record("finish", lease, (request.tokens, request.computed_len, is_state_final))
         self._release(request)
 
-    def preempt(self, request: Request) -> None:
+    def preempt(self, request: ScheduledRequest) -> None:
         """End a lease whose request will begin again: all it computed is published, its state kept
         where it can be."""
         lease, _ = request.claims
@@ -254,7 +252,7 @@ class CacheManager:
         request.computed_len = request.scheduled_len = 0
         request.num_preemptions += 1
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: ScheduledRequest) -> None:
         """End a lease at once: what was not published is free again."""
         lease, _ = request.claims
         lease.abort()
@@ -267,7 +265,7 @@ class CacheManager:
         if self._log is not None:
             self._log.record(verb, lease, arguments, result)
 
-    def _release(self, request: Request) -> None:
+    def _release(self, request: ScheduledRequest) -> None:
         _, row = request.claims
         self._row_writes = [write for write in self._row_writes if write[0] != row]
         self._restores.pop(row, None)
@@ -301,7 +299,7 @@ class CacheManager:
         lost, self._has_given_moves = self._has_given_moves, False
         return lost
 
-    def checkpoint_positions(self, request: Request, branch_len: int) -> Iterable[int]:
+    def checkpoint_positions(self, request: ScheduledRequest, branch_len: int) -> Iterable[int]:
         """Return where ``request`` would save its state if the cache knew its first ``branch_len``
         tokens, but no checkpoint."""
         if not self._stateful:

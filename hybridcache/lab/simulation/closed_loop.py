@@ -1,0 +1,466 @@
+"""Closed-loop simulation: sessions arrive by themselves, then each waits for its answers.
+
+A session's first request comes at a Poisson time. Each further one comes once the previous answer
+is complete and the trace's own pause is over. Requests are scheduled by ``StepPlanner``, as in the
+engine: the same running limit, token budget, chunks, preemption and admission, on the same leases
+and cache. The clock moves by ``StepTimes`` from step to step; runs of steps in which requests only
+decode are taken at once, with the same result.
+
+A trace in blocks (one id for 64 or 512 tokens) is expanded to tokens: prompts that share n blocks
+share the tokens of n blocks, and no more.
+"""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from hybridcache.api import Losses
+from hybridcache.config import build_prefix_cache
+from hybridcache.geometry.times import StepTimes
+from hybridcache.geometry.units import GIB
+from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.policies.admission.base import AdmissionPolicy
+from hybridcache.policies.words import AdmissionSpec, make_admission
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.planner import StepPlanner
+from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.tokens import Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedLoop:
+    """The load, and the engine that serves it."""
+
+    times: StepTimes
+    rate: float
+    """Sessions that arrive in a second, on average."""
+    seed: int = 0
+    """Of the arrivals."""
+    max_running: int = 16
+    token_budget: int = 8192
+    admission: AdmissionSpec = "sessions"
+    max_share: float | None = None
+    """Most of the running places and of the memory that one tenant takes while others wait."""
+    tells_ends: bool = False
+    """The client says when a session has ended."""
+
+    def __post_init__(self) -> None:
+        if not self.rate > 0:
+            raise ValueError(f"rate must be above 0 sessions per second (got {self.rate}).")
+        if self.max_share is not None and not 0 < self.max_share <= 1:
+            raise ValueError(f"max_share must be above 0 and at most 1 (got {self.max_share}).")
+        if self.max_running < 1 or self.token_budget < 64:
+            raise ValueError(
+                f"max_running must be at least 1 and token_budget at least 64 (got "
+                f"{self.max_running} and {self.token_budget})."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request of a session."""
+
+    text: Tokens
+    """Prompt and answer: int32[n]."""
+    prompt_len: int
+    pause_s: float
+    """From the end of the previous answer until this request; 0 for the first."""
+    namespace: Hashable
+    boundaries: tuple[int, ...]
+    answer_survives: bool
+
+
+class SimulatedRequest(ScheduledRequest):
+    """A request whose answer is known beforehand."""
+
+    __slots__ = ("first_token_s", "place", "turn")
+
+    def __init__(
+        self, text: Tokens, prompt_len: int, place: int, turn: int, **options: Any
+    ) -> None:
+        super().__init__(f"request-{place}", text[:prompt_len], **options)
+        self._buffer = text
+        self.place, self.turn = place, turn
+        self.first_token_s: float | None = None
+
+    @property
+    def num_quiet_steps(self) -> int:
+        """Steps from now on in which it decodes and nothing else happens for it: no rows to claim,
+        no checkpoint to save, no end."""
+        assert self.lease is not None
+        at = self.computed_len
+        return min(self.lease.num_quiet_tokens(at), self.max_len - 2 - at)
+
+
+class RequestTable:
+    """What happened to each request, in the order in which they were asked. Times in seconds."""
+
+    def __init__(self) -> None:
+        self.session = array("q")
+        self.turn = array("i")
+        self.tenant: list[Hashable] = []
+        self.asked_s = array("d")
+        self.admitted_s = array("d")
+        self.first_token_s = array("d")
+        self.finished_s = array("d")
+        self.prompt_tokens = array("q")
+        self.answer_tokens = array("q")
+        self.cached_tokens = array("q")
+        self.preemptions = array("i")
+        self.lost = [0] * len(Losses._fields)
+        """Prompt tokens that were computed, by cause."""
+        self.num_refused = 0
+        """Requests longer than the memory."""
+        self.num_steps = 0
+        self.end_s = 0.0
+        self.live_s = 0.0
+        """Integral of the live sessions over time."""
+        self.max_live = 0
+
+
+def simulate_closed_loop(trace: Trace, config: RunConfig, loop: ClosedLoop) -> RequestTable:
+    """Serve the sessions of ``trace`` as ``loop`` says, with the cache of ``config``."""
+    return _Run(config, loop).run(sessions_of(trace))
+
+
+def sessions_of(trace: Trace) -> list[list[Turn]]:
+    """The sessions of ``trace`` in the order of their first requests, expanded to tokens."""
+    found: dict[Hashable, list[TraceRequest]] = {}
+    for request in trace:
+        found.setdefault(request.session, []).append(request)
+    return [[*_turns(requests, trace.unit)] for requests in found.values()]
+
+
+def _turns(requests: Sequence[TraceRequest], unit: int) -> Iterator[Turn]:
+    free_s = requests[0].timestamp_s
+    for request in requests:
+        prompt_len, answer_len = request.num_tokens(unit), request.num_answer_tokens(unit)
+        text = np.concatenate((request.tokens, request.output))
+        if unit > 1:
+            expanded = np.zeros((len(text), unit), np.int32)
+            expanded[:, 0] = text
+            text = expanded.reshape(-1)
+        total = prompt_len + max(1, answer_len)
+        if len(text) < total:
+            text = np.concatenate((text, np.zeros(total - len(text), np.int32)))
+        yield Turn(
+            text[:total],
+            prompt_len,
+            max(0.0, request.timestamp_s - free_s),
+            request.namespace,
+            tuple(position * unit for position in request.boundaries),
+            request.answer_survives,
+        )
+        free_s = request.timestamp_s + (request.service_s or 0.0)
+
+
+class _Run:
+    """One run: an event loop around a planner."""
+
+    def __init__(self, config: RunConfig, loop: ClosedLoop) -> None:
+        built = config.cache_config(unit=1)
+        cache = build_prefix_cache(built)
+        geometry = config.geometry
+        stateful = bool(geometry.num_linear_layers)
+        self.memory = memory = memory_sizes(config)
+        self.manager = CacheManager(
+            cache,
+            config.placement(unit=1),
+            num_rows=loop.max_running,
+            stateful=stateful,
+            owns_states=geometry.checkpoint_bytes is not None,
+        )
+        self.now_s = 0.0
+        self.admission: AdmissionPolicy = make_admission(loop.admission)
+        self.planner: StepPlanner[SimulatedRequest] = StepPlanner(
+            self.manager,
+            max_running=loop.max_running,
+            token_budget=loop.token_budget,
+            memory=memory,
+            admission=self.admission,
+            max_share=loop.max_share,
+            clock=lambda: self.now_s,
+        )
+        self.loop, self.times = loop, loop.times
+        self.table = RequestTable()
+        self.events: list[tuple[float, int, int]] = []
+        """(time, order, session) of the next request of each session that has one."""
+        self.num_events = self.num_asked = 0
+        self.next_turns: list[int] = []
+        self.num_live = 0
+
+    def run(self, sessions: Sequence[Sequence[Turn]]) -> RequestTable:
+        self.sessions = sessions
+        rng = np.random.default_rng(self.loop.seed)
+        starts = np.cumsum(rng.exponential(1 / self.loop.rate, len(sessions)))
+        for number, start_s in enumerate(starts.tolist()):
+            self._push(start_s, number)
+        self.next_turns = [0] * len(sessions)
+        planner, events = self.planner, self.events
+        while events or planner.has_work():
+            while events and events[0][0] <= self.now_s:
+                when_s, _, number = heapq.heappop(events)
+                self._ask(when_s, number)
+            if not planner.has_work():
+                self.now_s = events[0][0]
+                continue
+            self._step()
+        self.table.end_s = self.now_s
+        return self.table
+
+    def _push(self, when_s: float, session: int) -> None:
+        self.num_events += 1
+        heapq.heappush(self.events, (when_s, self.num_events, session))
+
+    def _ask(self, when_s: float, number: int) -> None:
+        """Session ``number`` sends its next request, which it wanted to send at ``when_s``."""
+        place = self.next_turns[number]
+        turn = self.sessions[number][place]
+        table = self.table
+        self.num_live += place == 0
+        table.max_live = max(table.max_live, self.num_live)
+        if len(turn.text) > self.memory.max_request_len:
+            table.num_refused += 1
+            self._go_on(number, None)
+            return
+        request = SimulatedRequest(
+            turn.text,
+            turn.prompt_len,
+            number,
+            place,
+            namespace=turn.namespace,
+            boundaries=turn.boundaries,
+            answer_survives=turn.answer_survives,
+            arrival=self.num_asked,
+            arrival_s=when_s,
+            max_len=len(turn.text),
+        )
+        self.num_asked += 1
+        self.planner.add(request)
+
+    def _go_on(self, number: int, request: SimulatedRequest | None) -> None:
+        """The newest request of session ``number`` is over: its next one comes after the pause."""
+        self.next_turns[number] += 1
+        place = self.next_turns[number]
+        if place < len(self.sessions[number]):
+            self._push(self.now_s + self.sessions[number][place].pause_s, number)
+            return
+        self.num_live -= 1
+        if self.loop.tells_ends and request is not None:
+            self.planner.end_session(request.session)
+
+    def _step(self) -> None:
+        planner, manager = self.planner, self.manager
+        ends = planner.choose()
+        order = sorted(ends.items(), key=lambda item: item[0].scheduled_len < item[0].prefill_len)
+        is_calm = not manager.has_moves
+        tasks = [
+            (request, end)
+            for request, end in order
+            if manager.take_checkpoint_slots(request, end) is not None
+        ]
+        manager.take_copies()
+        if not tasks:
+            self._idle()
+            return
+        prefills, num_decodes, context = [], 0, 0
+        for request, end in tasks:
+            if request.scheduled_len < request.prefill_len:
+                prefills.append((request.scheduled_len, end))
+            else:
+                num_decodes += 1
+                context += end
+            request.scheduled_len = end
+        self._pass(self.times.step_seconds(prefills, num_decodes, context), 1)
+        is_calm &= not prefills and len(tasks) == planner.num_running
+        for request, end in tasks:
+            planner.advance(request, end)
+            if end == request.num_tokens:
+                is_calm &= self._sample(request)
+        if is_calm and planner.is_stuck:
+            self._coast([request for request, _ in tasks], context)
+
+    def _sample(self, request: SimulatedRequest) -> bool:
+        """The next token of ``request`` is known. False: it was the last one."""
+        request.num_tokens += 1
+        if request.first_token_s is None:
+            request.first_token_s = self.now_s
+        if request.num_tokens < request.max_len:
+            return True
+        self.planner.leave(request)
+        self._record(request)
+        self._go_on(request.place, request)
+        return False
+
+    def _coast(self, requests: Sequence[SimulatedRequest], context: int) -> None:
+        """Take the steps in which ``requests`` decode and nothing else happens."""
+        num_steps = min(request.num_quiet_steps for request in requests)
+        until_s = self.planner.wakes_at_s if self.planner.num_waiting else None
+        if self.events:
+            until_s = min(self.events[0][0], until_s or self.events[0][0])
+        count, num_decodes = 0, len(requests)
+        while count < num_steps and (until_s is None or self.now_s < until_s):
+            count += 1
+            context += num_decodes
+            self._pass(self.times.step_seconds((), num_decodes, context), 1)
+        for request in requests:
+            request.num_tokens += count
+            request.computed_len += count
+            request.scheduled_len += count
+
+    def _idle(self) -> None:
+        """Nothing can be computed now: wait for the next event."""
+        wake_s = self.planner.wakes_at_s
+        times = [
+            time_s for time_s in (wake_s, self.events[0][0] if self.events else None) if time_s
+        ]
+        later = [time_s for time_s in times if time_s > self.now_s]
+        if later:
+            self._pass(min(later) - self.now_s, 0)
+
+    def _pass(self, seconds: float, num_steps: int) -> None:
+        self.now_s += seconds
+        self.table.live_s += self.num_live * seconds
+        self.table.num_steps += num_steps
+
+    def _record(self, request: SimulatedRequest) -> None:
+        table, losses = self.table, request.losses
+        assert request.first_token_s is not None and request.scheduled_s is not None
+        assert losses is not None
+        table.session.append(request.place)
+        table.turn.append(request.turn)
+        table.tenant.append(request.namespace)
+        table.asked_s.append(request.arrival_s)
+        table.admitted_s.append(request.scheduled_s)
+        table.first_token_s.append(request.first_token_s)
+        table.finished_s.append(self.now_s)
+        table.prompt_tokens.append(request.prompt_len)
+        table.answer_tokens.append(request.num_tokens - request.prompt_len)
+        table.cached_tokens.append(request.cached_len)
+        table.preemptions.append(request.num_preemptions)
+        table.lost = [a + b for a, b in zip(table.lost, losses, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class ClosedLoopRun:
+    """Figures of one run in closed loop. Times in seconds."""
+
+    trace: str
+    label: str
+    """The cache's policies."""
+    admission: str
+    rate: float
+    """Sessions that arrived in a second."""
+    seed: int
+    gib: float | None
+    num_requests: int
+    num_refused: int
+    """Requests longer than the memory."""
+    prompt_tokens: int
+    cached_tokens: int
+    lost_tokens: int
+    """Prompt tokens computed again because they, or a checkpoint after them, were evicted."""
+    ttft_mean_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    oldest_wait_s: float
+    """Longest time from arrival to admission."""
+    limit_s: float
+    """Time to first token up to which an answer counts for ``goodput``."""
+    goodput: float
+    """Requests a second that were answered in time."""
+    makespan_s: float
+    live_mean: float
+    """Sessions between their first request and their last answer, over time."""
+    live_most: int
+    num_preemptions: int
+    jain: float
+    """Jain's index of the tenants' shares of requests answered in time; 1: all alike."""
+    worst_tenant: str
+    """Tenant with the highest mean time to first token."""
+    worst_ttft_s: float
+
+    @property
+    def token_hit_rate(self) -> float:
+        return self.cached_tokens / max(1, self.prompt_tokens)
+
+
+def run_closed_loop(
+    trace: Trace, config: RunConfig, loop: ClosedLoop, limit_s: float = 2.0
+) -> ClosedLoopRun:
+    """Serve ``trace`` as ``loop`` says, and return the figures. ValueError if no request fits."""
+    table = simulate_closed_loop(trace, config, loop)
+    if not table.session:
+        raise ValueError(f"{trace.name}: no request fits in the memory ({table.num_refused} tried)")
+    asked_s = np.array(table.asked_s)
+    ttft_s = np.array(table.first_token_s) - asked_s
+    tenants: dict[Hashable, list[float]] = {}
+    for tenant, seconds in zip(table.tenant, ttft_s.tolist(), strict=True):
+        tenants.setdefault(tenant, []).append(seconds)
+    in_time = [sum(one <= limit_s for one in each) / len(each) for each in tenants.values()]
+    means = {tenant: sum(each) / len(each) for tenant, each in tenants.items()}
+    worst = max(means, key=lambda tenant: means[tenant])
+    losses = Losses(*table.lost)
+    p50_s, p99_s = np.percentile(ttft_s, (50, 99)).tolist()
+    budget = config.budget_bytes
+    return ClosedLoopRun(
+        trace=trace.name,
+        label=config.label,
+        admission=str(loop.admission),
+        rate=loop.rate,
+        seed=loop.seed,
+        gib=None if budget is None else budget / GIB,
+        num_requests=len(ttft_s),
+        num_refused=table.num_refused,
+        prompt_tokens=sum(table.prompt_tokens),
+        cached_tokens=sum(table.cached_tokens),
+        lost_tokens=losses.kv_evicted + losses.checkpoint_evicted,
+        ttft_mean_s=float(ttft_s.mean()),
+        ttft_p50_s=p50_s,
+        ttft_p99_s=p99_s,
+        oldest_wait_s=float((np.array(table.admitted_s) - asked_s).max()),
+        limit_s=limit_s,
+        goodput=float((ttft_s <= limit_s).sum()) / table.end_s,
+        makespan_s=table.end_s,
+        live_mean=table.live_s / table.end_s,
+        live_most=table.max_live,
+        num_preemptions=sum(table.preemptions),
+        jain=jain_index(in_time),
+        worst_tenant="-" if worst is None else str(worst),
+        worst_ttft_s=means[worst],
+    )
+
+
+def jain_index(shares: Sequence[float]) -> float:
+    """Return Jain's fairness index of non-negative ``shares``: 1 if they are equal, 1/n if one has
+    all.
+
+    >>> jain_index([3.0, 3.0]), jain_index([1.0, 0.0]), jain_index([0.0, 0.0])
+    (1.0, 0.5, 1.0)
+    """
+    squares = sum(share * share for share in shares)
+    return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
+
+
+def memory_sizes(config: RunConfig) -> MemorySizes:
+    """The memory that ``config`` describes, in rows and slots."""
+    built, geometry = config.cache_config(unit=1), config.geometry
+    row = geometry.kv_bytes_per_token
+    state = geometry.state_bytes if geometry.num_linear_layers else 0
+    owns_states = bool(state) and geometry.checkpoint_bytes is not None
+    if built.total_bytes is None:
+        sizes = built.num_kv_tokens, built.num_slots or 0
+        return MemorySizes("pools", *sizes, row, state, built.page_size, owns_states)
+    num_rows = built.total_bytes // row
+    num_rows -= num_rows % built.page_size
+    whole = MemorySizes("arena", num_rows, 1, row, state, built.page_size)
+    num_slots = num_rows // whole.slab_rows if whole.slab_rows else 0
+    return MemorySizes("arena", num_rows, num_slots, row, state, built.page_size, owns_states)

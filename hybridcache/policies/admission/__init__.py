@@ -1,0 +1,1 @@
+"""Admission policies: which waiting request is admitted first, and which must wait."""

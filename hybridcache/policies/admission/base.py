@@ -1,0 +1,186 @@
+"""The contract of an admission policy: what it sees of waiting requests, sessions and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from typing import Protocol
+
+
+class Session:
+    """One conversation or agent run of one tenant, recognised by the tokens of its prompts."""
+
+    __slots__ = (
+        "anchors",
+        "began_s",
+        "ended",
+        "idle_since_s",
+        "known_len",
+        "newest_id",
+        "num_open",
+        "num_requests",
+        "num_tokens",
+        "number",
+        "shared_len",
+        "tenant",
+    )
+
+    def __init__(self, number: int, tenant: Hashable, began_s: float) -> None:
+        self.number = number
+        """Rank among all sessions, by the arrival of the first request."""
+        self.tenant = tenant
+        self.began_s = began_s
+        self.newest_id = ""
+        """Id of the newest request."""
+        self.num_requests = 0
+        self.num_open = 0
+        """Requests that wait or run."""
+        self.num_tokens = 0
+        """Tokens of the longest text so far: prompt and, once it has ended, answer."""
+        self.known_len = 0
+        """Tokens of the newest prompt that were sent before: the part that can have been lost."""
+        self.shared_len = 0
+        """Tokens of the first prompt that were cached for other sessions."""
+        self.idle_since_s = began_s
+        """Time at which the last request ended, if none is open."""
+        self.anchors: list[tuple[int, int]] = []
+        """(length, hash) of the prefixes that the next prompt may begin with; the scheduler's."""
+        self.ended = False
+        """True once it is known that no request follows."""
+
+
+class WaitingRequest(Protocol):
+    """A waiting request as a policy sees it. Read-only."""
+
+    @property
+    def arrival(self) -> int:
+        """Rank among all requests: older is smaller."""
+        ...
+
+    @property
+    def arrival_s(self) -> float: ...
+
+    @property
+    def namespace(self) -> Hashable:
+        """The tenant."""
+        ...
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens to have before the next one is sampled: the prompt; after a preemption also the
+        answer so far."""
+        ...
+
+    @property
+    def max_len(self) -> int:
+        """Most tokens of prompt and answer together."""
+        ...
+
+    @property
+    def num_preemptions(self) -> int: ...
+
+    @property
+    def num_passes(self) -> int:
+        """Requests that arrived later and were admitted before this one."""
+        ...
+
+    @property
+    def session(self) -> Session: ...
+
+
+class AdmittedRequest(WaitingRequest, Protocol):
+    """A request that was just admitted."""
+
+    @property
+    def cached_len(self) -> int:
+        """Tokens that need not be computed."""
+        ...
+
+    @property
+    def lost_len(self) -> int:
+        """Tokens that must be computed again because they, or a checkpoint after them, were
+        evicted."""
+        ...
+
+    @property
+    def is_running(self) -> bool:
+        """False before admission, while it waits after a preemption, and once it is answered."""
+        ...
+
+    @property
+    def is_prefilling(self) -> bool:
+        """True while a part of its prompt is not computed."""
+        ...
+
+
+class Load(Protocol):
+    """The state of the server as a policy sees it. Read-only."""
+
+    @property
+    def now_s(self) -> float: ...
+
+    @property
+    def num_running(self) -> int: ...
+
+    @property
+    def max_running(self) -> int: ...
+
+    @property
+    def open_sessions(self) -> Collection[Session]:
+        """Sessions with a waiting or running request."""
+        ...
+
+    @property
+    def idle_sessions(self) -> Collection[Session]:
+        """Other sessions that are remembered; the one idle for longest first."""
+        ...
+
+    def cached_len(self, request: WaitingRequest) -> int:
+        """Return the tokens of ``request`` that are cached now. Counts as no use of the cache. O(1)
+        while the cache has not changed since the last call, else O(length)."""
+        ...
+
+    def footprint(self, session: Session) -> float:
+        """Return the part of the memory, 0 to 1, that the text of ``session`` takes, with one
+        checkpoint and without what it shares with other sessions."""
+        ...
+
+
+class AdmissionPolicy:
+    """Decides in which order waiting requests are admitted, and which must wait.
+
+    The base class admits the oldest first and withholds none. Subclasses override what they need.
+    The scheduler admits the requests given by ``order`` as long as there are places, token budget
+    and memory. It keeps these invariants whatever the policy does: running requests are never
+    stopped by admission, a request that follows a running prefill waits for it, and a step in which
+    nothing runs admits the oldest waiting request that ``order`` withholds once ``wakes_at_s`` is
+    None.
+    """
+
+    def arrived(self, request: WaitingRequest, load: Load) -> None:
+        """``request`` waits from now on."""
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        """Return the requests that may be admitted now, in this order. ``waiting`` is sorted by
+        arrival; requests left out must wait. Called once for each step with waiting requests."""
+        return waiting
+
+    def admitted(self, request: AdmittedRequest, load: Load) -> None:
+        """``request`` was admitted, for the first time or after a preemption."""
+
+    def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
+        """The last step, which has just ended, computed so many prompt tokens and took so long."""
+
+    def left(self, request: WaitingRequest, load: Load) -> None:
+        """``request`` was answered or aborted."""
+
+    def session_ended(self, session: Session, load: Load) -> None:
+        """``session`` is known to send no further request."""
+
+    def wakes_at_s(self) -> float | None:
+        """Return the time at which ``order`` would withhold less than it last did, if nothing else
+        happens before; None if it would not."""
+        return None
+
+    def report(self) -> Mapping[str, float | str]:
+        """Return figures for ``/metrics`` and the live page, by name."""
+        return {}

@@ -1,0 +1,501 @@
+"""The scheduling rules of one engine: which requests compute how many tokens in the next step.
+
+Every step serves the running requests from the oldest to the youngest: one token for each that
+decodes, and from what these leave of the token budget (64 at least) a chunk for each that prefills;
+then it admits waiting ones. Chunks end on the absolute tile grid or at the end of the prompt, so
+that a prompt is computed in the very same tiles however it is cut.
+
+The last quarter of that budget is for prefills that fit in it whole, so that a short one does not
+wait for a long one before it; what they leave of it goes to the others in the same step. A short
+one is admitted before an earlier long one only if a place to run is left for each that it passes.
+
+Memory. A request that finds none preempts the youngest running request that is younger than itself;
+one with nobody younger sits the step out. The oldest can always go on, because no request is
+admitted that would not fit alone, so every request finishes. After a refusal nobody is admitted
+until a request has left: what preemption freed is for those who run. One slab of an arena is
+emptied per step, and one more if a request begins with a fetch from a lower tier: requests whose
+states need another slab sit the step out, and the others go on.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from math import inf
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
+from hybridcache.scheduling.budget import TILE, Budget
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.scheduling.sessions import Sessions
+from hybridcache.scheduling.sharing import Sharing
+
+LIVE_S = 300.0
+"""An idle session counts as live for so many seconds."""
+
+R = TypeVar("R", bound=ScheduledRequest)
+Q = TypeVar("Q", bound=ScheduledRequest)
+
+
+class Holding(Protocol[Q]):
+    """Waiting requests that are held until their prefix is loaded."""
+
+    @property
+    def requests(self) -> set[Q]:
+        """Waiting requests that are held or have a load in progress."""
+        ...
+
+    def is_holding(self, request: Q) -> bool:
+        """Return whether ``holds`` would be True again, without looking at tokens. O(1)."""
+        ...
+
+    def holds(self, request: Q) -> bool:
+        """Return whether waiting ``request`` must wait for a load; may begin it."""
+        ...
+
+    def forget(self, request: Q) -> None:
+        """``request`` no longer waits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AdmissionReport:
+    """State of the queue and of the policy that orders it."""
+
+    live_sessions: int
+    """Sessions with an open request, or idle for ``LIVE_S`` at most."""
+    waiting_sessions: int
+    """Sessions with a waiting request."""
+    oldest_wait_s: float
+    """Age of the oldest waiting request."""
+    figures: Mapping[str, float | str]
+    """Figures of the policy by name: its limit, and why it last moved."""
+
+
+class StepPlanner(Generic[R]):
+    """Waiting and running requests, and the rules between them."""
+
+    def __init__(
+        self,
+        manager: CacheManager,
+        *,
+        max_running: int,
+        token_budget: int,
+        memory: MemorySizes,
+        admission: AdmissionPolicy,
+        max_share: float | None = None,
+        shares: bool = True,
+        fetching: Holding[R] | None = None,
+        clock: Callable[[], float],
+    ) -> None:
+        """``max_share``: most of the running places and of the memory, 0 to 1, that the requests of
+        one tenant take while requests of another wait; None for no limit. ``shares``: the cache
+        keeps what is published, so that it can pay to wait for another request's prefix.
+        ``fetching`` loads prefixes of waiting requests from elsewhere."""
+        self._manager = manager
+        self._admission = admission
+        self._sessions = Sessions()
+        self.max_running = max_running
+        self.now_s = clock()
+        """Time of the newest step, arrival or departure."""
+        self._load = _Load(self, manager, memory)
+        self._memory, self._max_share = memory, max_share
+        self._waiting_tenants: set[Hashable] = set()
+        self._token_budget = token_budget
+        self._sharing = Sharing(manager) if shares else None
+        self._holding = fetching
+        self._clock = clock
+        self._waiting: list[R] = []
+        self._running: list[R] = []
+        self._is_full = False
+        self._num_in_flight = 0
+        """Planned steps that are not committed."""
+        self._must_wait = self._withholds_all = False
+        self._num_prefilling = 0
+        """Prompt tokens of the last step."""
+        self._step_began_s = 0.0
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._running)
+
+    @property
+    def sessions(self) -> Sessions:
+        """Sessions of waiting and running requests, and idle ones."""
+        return self._sessions
+
+    @property
+    def admission(self) -> AdmissionPolicy:
+        return self._admission
+
+    def add(self, request: R) -> None:
+        """Let ``request`` wait for its turn."""
+        self.now_s = self._clock()
+        request.session = self._sessions.arrived(request, self.now_s)
+        insort(self._waiting, request, key=_age)
+        self._admission.arrived(request, self._load)
+
+    def remove(self, request: R) -> None:
+        """Drop ``request``, waiting or running; its rows, pages and slots are free afterwards."""
+        if request.lease is not None:
+            self._manager.abort(request)
+            self._running.remove(request)
+            self._is_full = False
+        else:
+            self._waiting.remove(request)
+            self._load.forget(request)
+            if self._sharing is not None:
+                self._sharing.forget(request)
+            if self._holding is not None:
+                self._holding.forget(request)
+        self._has_left(request)
+
+    def choose(self) -> dict[R, int]:
+        """Choose which requests compute in the next step, and claim the memory for it. Returns
+        where each stops: its ``scheduled_len`` after the step."""
+        self._must_wait = False
+        self.now_s = self._clock()
+        self._account()
+        budget = self._budget()
+        if self._max_share is not None:
+            self._waiting_tenants = {request.namespace for request in self._waiting}
+        ends: dict[R, int] = {}
+        for request in tuple(self._running):
+            if request.lease is None or request.must_see_its_token or request.awaits_draw:
+                continue
+            end = self._end(request, request.scheduled_len, budget)
+            if end > request.scheduled_len and self._claim(request, end):
+                self._take(ends, request, end, budget)
+        passed = self._admit(self._candidates(), ends, budget) if self._waiting else []
+        if budget.num_for_short and budget.tokens:
+            budget.num_for_short = 0
+            self._grow(ends, budget)
+            self._admit(passed, ends, budget)
+        if self._waiting and not self._running and self.wakes_at_s is None:
+            self._admit(self._waiting[:1], ends, budget)
+        self._num_prefilling = sum(
+            end - request.scheduled_len
+            for request, end in ends.items()
+            if request.scheduled_len < request.prefill_len
+        )
+        self._step_began_s = self.now_s
+        return ends
+
+    def _account(self) -> None:
+        """Tell the policy how long the prefills of the last step took, which ends now."""
+        if self._num_prefilling:
+            seconds = self.now_s - self._step_began_s
+            self._admission.computed(self._num_prefilling, seconds, self._load)
+            self._num_prefilling = 0
+
+    def advance(self, request: R, end: int, publishes: bool = True) -> None:
+        """``request`` has computed its tokens below ``end``: publish those of a prefill."""
+        is_decode = request.computed_len >= request.prefill_len
+        request.computed_len = end
+        if publishes and not is_decode:
+            self._manager.publish(request)
+
+    def leave(self, request: R, publishes: bool = True) -> None:
+        """Running ``request`` has its last token: publish all, and free its claims."""
+        if publishes:
+            self._manager.finish(request)
+        else:
+            self._manager.abort(request)
+        self._running.remove(request)
+        self._is_full = False
+        self._has_left(request)
+
+    def end_session(self, session: Session) -> None:
+        """No request of ``session`` follows, as its client said."""
+        self._sessions.end(session)
+        self._admission.session_ended(session, self._load)
+
+    def end_session_of(self, request_id: str) -> None:
+        """End the idle session whose newest request is ``request_id``, if there is one.
+        O(sessions)."""
+        for session in self._sessions.idle:
+            if session.newest_id == request_id:
+                return self.end_session(session)
+
+    @property
+    def wakes_at_s(self) -> float | None:
+        """Time at which the policy withholds less; None if it names none that is still to come."""
+        time_s = self._admission.wakes_at_s()
+        return time_s if time_s is not None and self.now_s < time_s < inf else None
+
+    @property
+    def withholds_all(self) -> bool:
+        """True if nothing runs and the policy withheld all waiting requests from the last step."""
+        return self._withholds_all and bool(self._waiting) and not self._running
+
+    @property
+    def is_stuck(self) -> bool:
+        """True if no waiting request can be admitted before one leaves, one arrives, or the
+        policy's ``wakes_at_s``: there is none, no place to run, no memory, or the last step
+        withheld all."""
+        is_full = self._is_full or self.num_running == self.max_running
+        return not self._waiting or is_full or self._withholds_all
+
+    def admission_report(self) -> AdmissionReport:
+        """Return the state of queue and policy. O(waiting + live sessions)."""
+        now_s = self._clock()
+        since_s = now_s - LIVE_S
+        newest = reversed(tuple(self._sessions.idle))
+        idle = takewhile(lambda session: session.idle_since_s >= since_s, newest)
+        return AdmissionReport(
+            live_sessions=len(self._sessions.open) + sum(1 for _ in idle),
+            waiting_sessions=len({request.session for request in self._waiting}),
+            oldest_wait_s=max(
+                (now_s - request.arrival_s for request in self._waiting), default=0.0
+            ),
+            figures=dict(self._admission.report()),
+        )
+
+    def _has_left(self, request: R) -> None:
+        self.now_s = self._clock()
+        if not self.has_work():
+            self._account()
+        self._sessions.left(request, self.now_s)
+        self._admission.left(request, self._load)
+        if request.ends_session:
+            self.end_session(request.session)
+
+    def _decoding(self) -> list[R]:
+        return [r for r in self._running if r.scheduled_len >= r.prefill_len and not r.awaits_draw]
+
+    def _budget(self) -> Budget:
+        num_decodes = len(self._decoding())
+        tokens = max(self._token_budget - num_decodes, TILE)
+        is_alone = len(self._running) - num_decodes + len(self._waiting) <= 1
+        return Budget.of(tokens, is_shared=not is_alone)
+
+    def _end(self, request: R, start: int, budget: Budget) -> int:
+        """How far ``request``, which has its tokens up to ``start``, may compute in this step."""
+        if request.scheduled_len >= request.prefill_len:
+            return min(request.scheduled_len + 1, request.max_len - 1)
+        end = start + budget.most(request.prefill_len - start, request.wants_scores)
+        return end if end == request.prefill_len else max(start, end // TILE * TILE)
+
+    def _take(self, ends: dict[R, int], request: R, end: int, budget: Budget) -> None:
+        """``request``, whose memory is claimed, computes up to ``end``."""
+        if request.scheduled_len < request.prefill_len:
+            start = ends.get(request, request.scheduled_len)
+            budget.spend(end - start, request.wants_scores)
+        ends[request] = end
+
+    def _grow(self, ends: dict[R, int], budget: Budget) -> None:
+        """Give running prefills, the oldest first, what is left, where there is memory for it."""
+        for request in self._running:
+            start = ends.get(request, request.scheduled_len)
+            if start < request.prefill_len:
+                end = self._end(request, start, budget)
+                if end > start and self._manager.extend(request, end):
+                    self._take(ends, request, end, budget)
+
+    def _claim(self, request: R, end: int) -> bool:
+        """KV rows up to ``end``, at the cost of younger requests. False: ``request`` sits this step
+        out."""
+        while not self._manager.extend(request, end):
+            if self._num_in_flight:
+                self._must_wait = True
+                return False
+            youngest = self._running[-1]
+            if youngest is request:
+                self._is_full = True
+                return False
+            self._preempt(youngest)
+        return True
+
+    def _preempt(self, request: R) -> None:
+        self._manager.preempt(request)
+        self._requeue(request)
+        self._is_full = True
+
+    def _requeue(self, request: R) -> None:
+        """Running ``request`` has lost its claims, and waits again."""
+        self._running.remove(request)
+        insort(self._waiting, request, key=_age)
+
+    def _candidates(self) -> Iterator[R]:
+        """Yield waiting requests in the policy's order, as many as one step has time for.
+
+        At most ``2 * max_running`` that wait for nothing but their turn, and ``8 * max_running`` in
+        all. Requests that are held for a load cost O(1) each and count for neither limit, so that
+        no number of them hides the requests behind them.
+        """
+        waiting = self._admission.order(tuple(self._waiting), self._load)
+        candidates = cast("tuple[R, ...]", tuple(waiting))
+        self._withholds_all = not candidates
+        num_looked_at = num_unled = 0
+        for request in candidates:
+            if self._has_its_share(request):
+                continue
+            is_held = self._holding is not None and self._holding.is_holding(request)
+            yield request
+            num_looked_at += not is_held
+            num_unled += not self._is_led(request)
+            if num_unled == 2 * self.max_running or num_looked_at == 8 * self.max_running:
+                return
+
+    def _is_led(self, request: R) -> bool:
+        """Return whether waiting ``request`` is known to wait for another request or a load."""
+        if self._holding is not None and self._holding.is_holding(request):
+            return True
+        return self._sharing is not None and self._sharing.follows(request)
+
+    def _admit(self, candidates: Iterable[R], ends: dict[R, int], budget: Budget) -> list[R]:
+        """Let waiting requests in, in the order given, but for those that follow a prefill ahead of
+        them. Returns those passed over for want of budget.
+
+        Followers are looked for even where nobody can be let in, so that their leader saves its
+        state in time.
+        """
+        self._is_full &= bool(self._running)
+        passed: list[R] = []
+        for request in candidates:
+            if self._has_its_share(request):
+                continue
+            goal = self._sharing.goal(request) if self._sharing is not None else 0
+            num_taken = len(self._running) + len(passed)
+            has_turn = not budget.is_spent and num_taken < self.max_running
+            may_begin = has_turn or self._holding is not None
+            if self._is_full or not may_begin or self._manager.must_wait_for_slab:
+                continue
+            if goal and self._manager.cached_len(request) < goal:
+                continue
+            if self._holding is not None and self._holding.holds(request):
+                continue
+            if not has_turn:
+                continue
+            if not self._fits(request, budget):
+                passed.append(request)
+            elif self._start(request, budget):
+                end = self._end(request, request.scheduled_len, budget)
+                self._take(ends, request, end, budget)
+        return passed
+
+    def _has_its_share(self, request: R) -> bool:
+        """Return whether the tenant of waiting ``request`` has all that it may have while another
+        tenant waits: one running request at least. O(running)."""
+        tenant = request.namespace
+        if self._max_share is None or self._waiting_tenants <= {tenant}:
+            return False
+        own = [running for running in self._running if running.namespace == tenant]
+        if not own or len(own) + 1 > self._max_share * self.max_running:
+            return bool(own)
+        num_tokens = request.num_tokens + sum(running.num_tokens for running in own)
+        return self._memory.share(num_tokens, len(own) + 1) > self._max_share
+
+    def _fits(self, request: R, budget: Budget) -> bool:
+        """Whether waiting ``request`` could compute something. O(its length) where only a short one
+        could."""
+        if budget.room(request.wants_scores) >= TILE:
+            return True
+        rest = request.num_tokens
+        if rest > budget.tokens and not request.wants_scores:
+            rest -= self._manager.cached_len(request)
+        return budget.most(rest, request.wants_scores) == rest
+
+    def _start(self, request: R, budget: Budget) -> bool:
+        """Move ``request`` from waiting to running. False: it waits on, for memory for its first
+        chunk, or because less than it found could be resumed from and the rest fits no more."""
+        if not self._manager.begin(request):
+            self._is_full = True
+            return False
+        end = self._end(request, request.scheduled_len, budget)
+        fits = end > request.scheduled_len
+        if not fits or not self._manager.extend(request, end):
+            self._manager.abort(request)
+            self._is_full = fits
+            return False
+        place = self._waiting.index(request)
+        for older in self._waiting[:place]:
+            older.num_passes += 1
+        del self._waiting[place]
+        self._load.forget(request)
+        insort(self._running, request, key=_age)
+        if self._sharing is not None:
+            self._sharing.let_in(request)
+        lease, _ = request.claims
+        if request.scheduled_s is None:
+            request.scheduled_s = self.now_s
+            request.cached_len, request.losses = lease.cached_len, lease.losses
+            if request.session.num_requests == 1:
+                request.session.shared_len = min(lease.match.kv_len, request.prompt_len)
+        self._admission.admitted(request, self._load)
+        return True
+
+    def check(self) -> None:
+        """AssertionError unless those who run, and they alone, have a lease, and both lists are in
+        order of age. Between two steps only. O(requests)."""
+        for requests, have_leases in ((self._waiting, False), (self._running, True)):
+            ages = [_age(request) for request in requests]
+            assert ages == sorted(set(ages)), "requests out of order"
+            assert all((request.lease is not None) == have_leases for request in requests)
+        assert len(self._running) <= self.max_running
+        assert self._num_in_flight in (0, 1)
+        assert self._sharing is None or self._sharing.followers <= set(self._waiting)
+        assert self._holding is None or self._holding.requests <= set(self._waiting)
+
+
+class _Load(Load):
+    """What an admission policy sees of a planner."""
+
+    def __init__(
+        self, planner: StepPlanner[Any], manager: CacheManager, sizes: MemorySizes
+    ) -> None:
+        self._planner, self._manager, self._sizes = planner, manager, sizes
+        self._matches: dict[WaitingRequest, tuple[int, int]] = {}
+        """Of waiting requests: (version of the cache, what was cached then)."""
+
+    @property
+    def now_s(self) -> float:
+        return self._planner.now_s
+
+    @property
+    def num_running(self) -> int:
+        return self._planner.num_running
+
+    @property
+    def max_running(self) -> int:
+        return self._planner.max_running
+
+    @property
+    def open_sessions(self) -> Collection[Session]:
+        return self._planner.sessions.open
+
+    @property
+    def idle_sessions(self) -> Collection[Session]:
+        return self._planner.sessions.idle
+
+    def cached_len(self, request: WaitingRequest) -> int:
+        """See ``Load``."""
+        version = self._manager.cache.stats.num_changes
+        known = self._matches.get(request)
+        if known is None or known[0] != version:
+            found = self._manager.cached_len(cast("ScheduledRequest", request))
+            known = self._matches[request] = version, found
+        return known[1]
+
+    def footprint(self, session: Session) -> float:
+        """See ``Load``."""
+        return self._sizes.share(session.num_tokens - session.shared_len, 1)
+
+    def forget(self, request: WaitingRequest) -> None:
+        """``request`` no longer waits."""
+        self._matches.pop(request, None)
+
+
+def _age(request: ScheduledRequest) -> int:
+    return request.arrival

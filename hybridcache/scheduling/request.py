@@ -1,0 +1,156 @@
+"""One request as the scheduler sees it: its tokens, its lengths, and its claims on memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+from hybridcache.api import Losses
+from hybridcache.lease import Lease
+from hybridcache.policies.admission.base import Session
+from hybridcache.tokens import Tokens
+
+
+class ScheduledRequest:
+    """Tokens, lengths and claims of one request.
+
+    ``tokens`` is prompt and answer. ``computed_len`` of them are computed; below ``prefill_len`` by
+    prefill, from there on one by one. The newest token is never computed before the next step.
+    """
+
+    __slots__ = (
+        "_buffer",
+        "answer_survives",
+        "arrival",
+        "arrival_s",
+        "boundaries",
+        "cached_len",
+        "computed_len",
+        "ends_session",
+        "fetched_len",
+        "held_logits",
+        "lease",
+        "losses",
+        "max_len",
+        "namespace",
+        "num_drawn",
+        "num_passes",
+        "num_preemptions",
+        "num_tokens",
+        "prefill_len",
+        "prompt_len",
+        "request_id",
+        "row",
+        "save_at",
+        "scheduled_len",
+        "scheduled_s",
+        "session",
+    )
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt: Tokens,
+        *,
+        namespace: Hashable = None,
+        boundaries: tuple[int, ...] = (),
+        answer_survives: bool = True,
+        ends_session: bool = False,
+        save_at: tuple[int, ...] = (),
+        arrival: int,
+        arrival_s: float,
+        max_len: int,
+    ) -> None:
+        """``prompt`` is int32[n]; ``boundaries`` are ascending."""
+        self.request_id = request_id
+        self.namespace = namespace
+        self.boundaries = boundaries
+        self.answer_survives = answer_survives
+        self.ends_session = ends_session
+        """True if no request of its session follows."""
+        self.save_at = save_at
+        self.arrival = arrival
+        """Rank among all requests: older is smaller."""
+        self.arrival_s = arrival_s
+        self.max_len = max_len
+        """Most tokens of prompt and answer together."""
+        self._buffer = prompt
+        self.prompt_len = self.prefill_len = self.num_tokens = len(prompt)
+        self.computed_len = self.scheduled_len = 0
+        """``scheduled_len`` is the value of ``computed_len`` once every step planned so far is
+        committed."""
+        self.num_drawn = 0
+        """Tokens sampled in steps that are not committed yet: unknown to the host."""
+        self.held_logits: object = None
+        """Logits of the newest token, if its draw waits for a grammar."""
+        self.lease: Lease | None = None
+        """Its claims on the cache: None while it waits."""
+        self.row: int | None = None
+        """Its row of the request table, for as long as its lease."""
+        self.cached_len = 0
+        """Reused tokens, set at the first admission."""
+        self.losses: Losses | None = None
+        """None before the first admission."""
+        self.fetched_len: int | None = None
+        """Tokens of KV that were fetched for it; None if no fetch was considered yet."""
+        self.scheduled_s: float | None = None
+        """Time of its first admission."""
+        self.num_preemptions = 0
+        self.num_passes = 0
+        """Requests that arrived later and were admitted before this one."""
+        self.session: Session
+        """Set when it is queued."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """Prompt and answer so far: int32[num_tokens], a view."""
+        return self._buffer[: self.num_tokens]
+
+    @property
+    def is_running(self) -> bool:
+        return self.lease is not None
+
+    @property
+    def is_prefilling(self) -> bool:
+        return self.computed_len < self.prefill_len
+
+    @property
+    def lost_len(self) -> int:
+        """Prompt tokens that the lease must compute again because they, or a checkpoint after them,
+        were evicted: those of which the cache knows it, and those of the session's previous prompt
+        that even the cache has forgotten."""
+        lease, _ = self.claims
+        losses = lease.losses
+        forgotten = self.session.known_len - (lease.prompt_len - losses.never_seen)
+        return losses.kv_evicted + losses.checkpoint_evicted + max(0, forgotten)
+
+    @property
+    def claims(self) -> tuple[Lease, int]:
+        """Its lease and its row. RuntimeError while it waits."""
+        if self.lease is None or self.row is None:
+            raise RuntimeError(f"request {self.request_id} holds no lease.")
+        return self.lease, self.row
+
+    @property
+    def known_len(self) -> int:
+        """Tokens that the device knows: ``num_tokens`` and those drawn."""
+        return self.num_tokens + self.num_drawn
+
+    @property
+    def wants_scores(self) -> bool:
+        """True if every prompt position must still be computed, whatever is cached."""
+        return False
+
+    @property
+    def must_see_its_token(self) -> bool:
+        """True if the next step needs the value of a token that is sampled but not known yet."""
+        return False
+
+    @property
+    def awaits_draw(self) -> bool:
+        """True if its newest token is computed, or about to be, and its next one waits for a
+        grammar."""
+        return self.held_logits is not None
+
+    def restart(self) -> None:
+        """Forget partial results of the prompt: its computation begins, for the first time or
+        again."""

@@ -1,0 +1,177 @@
+"""Which requests belong to one session, by the tokens of their prompts alone.
+
+A session is a conversation or an agent's run. Its requests never overlap, and each prompt begins
+with the previous one: whole, or without the last few tokens where a chat template rewrites them. So
+each session leaves one *anchor*, the part of its newest prompt that the next one is expected to
+begin with, and a prompt belongs to the session of the longest anchor that it begins with. A session
+with an open request takes no other: a second request on the same prefix (parallel samples, a fork,
+a subagent) begins a session of its own. Prompts that share only a system prompt share no anchor.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Collection, Hashable
+
+import numpy as np
+import numpy.typing as npt
+
+from hybridcache.policies.admission.base import Session
+from hybridcache.scheduling.request import ScheduledRequest
+from hybridcache.tokens import Tokens
+
+MAX_KNOWN = 4096
+"""Idle sessions that are remembered; the ones that were active last."""
+TAIL_LEN = 64
+"""Most tokens at the end of a prompt that a chat template rewrites in the next one."""
+BLIND_TAIL_LEN = 8
+"""The same for a prompt without a known boundary in its last ``TAIL_LEN`` tokens."""
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Sessions:
+    """Assigns requests to sessions, numbered in the order in which they began.
+
+    Tenants (namespaces) share none. Memory is O(``MAX_KNOWN`` + open requests).
+    """
+
+    def __init__(self, max_known: int = MAX_KNOWN) -> None:
+        self._max_known = max_known
+        self._anchors: dict[Hashable, _Anchors] = {}
+        self._open: dict[Session, None] = {}
+        self._idle: OrderedDict[Session, None] = OrderedDict()
+        self._num_begun = 0
+        self._powers: npt.NDArray[np.uint64] = np.ones(1, np.uint64)
+
+    @property
+    def open(self) -> Collection[Session]:
+        """Sessions with a waiting or running request."""
+        return self._open.keys()
+
+    @property
+    def idle(self) -> Collection[Session]:
+        """Remembered sessions without an open request; the one idle for longest first."""
+        return self._idle.keys()
+
+    def arrived(self, request: ScheduledRequest, now_s: float) -> Session:
+        """Assign ``request`` to its session, or to a new one. O(length + known anchors of the
+        tenant), vectorised."""
+        tenant, prompt = request.namespace, request.tokens[: request.prompt_len]
+        anchors = self._anchors.get(tenant)
+        if anchors is None:
+            anchors = self._anchors[tenant] = _Anchors()
+        hashes = self._prefix_hashes(prompt)
+        session, known_len = anchors.find(hashes)
+        if session is None:
+            self._num_begun += 1
+            session = Session(self._num_begun, tenant, now_s)
+        else:
+            anchors.remove(session)
+            self._idle.pop(session, None)
+        session.newest_id = request.request_id
+        session.num_requests += 1
+        session.num_open += 1
+        session.known_len = known_len
+        session.num_tokens = max(session.num_tokens, len(prompt))
+        for length in anchor_lens(len(prompt), request.boundaries):
+            anchors.add(session, length, int(hashes[length - 1]))
+        self._open[session] = None
+        return session
+
+    def left(self, request: ScheduledRequest, now_s: float) -> None:
+        """``request`` was answered or aborted. Amortised O(log sessions)."""
+        session = request.session
+        session.num_open -= 1
+        session.num_tokens = max(session.num_tokens, request.num_tokens)
+        if session.num_open:
+            return
+        session.idle_since_s = now_s
+        del self._open[session]
+        if session.ended:
+            self._forget(session)
+            return
+        self._idle[session] = None
+        if len(self._idle) > self._max_known:
+            oldest, _ = self._idle.popitem(last=False)
+            self._forget(oldest)
+
+    def end(self, session: Session) -> None:
+        """No request of ``session`` follows."""
+        session.ended = True
+        if session in self._idle:
+            del self._idle[session]
+            self._forget(session)
+
+    def _prefix_hashes(self, tokens: Tokens) -> npt.NDArray[np.uint64]:
+        """Return the polynomial hash, modulo 2**64, of every prefix of ``tokens``: uint64[n]. Only
+        prefixes of one length are ever compared. O(n)."""
+        if len(self._powers) < len(tokens):
+            size = max(len(tokens), 2 * len(self._powers))
+            self._powers = np.cumprod(np.full(size, _FACTOR), dtype=np.uint64)
+        return np.cumsum((tokens.astype(np.uint64) + np.uint64(1)) * self._powers[: len(tokens)])
+
+    def _forget(self, session: Session) -> None:
+        anchors = self._anchors[session.tenant]
+        anchors.remove(session)
+        if not anchors.lengths:
+            del self._anchors[session.tenant]
+
+
+def anchor_lens(prompt_len: int, boundaries: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the lengths with one of which the session's next prompt is expected to agree.
+
+    A boundary near the end is where the chat template says that the next prompt leaves this one.
+    Without one the next prompt continues this one, or leaves it a few tokens before its end.
+
+    >>> anchor_lens(1000, (300, 995)), anchor_lens(1000, (300,)), anchor_lens(5, ())
+    ((995,), (992, 1000), (5,))
+    """
+    if boundaries and prompt_len - boundaries[-1] <= TAIL_LEN:
+        return (boundaries[-1],)
+    if prompt_len <= BLIND_TAIL_LEN:
+        return (prompt_len,)
+    return prompt_len - BLIND_TAIL_LEN, prompt_len
+
+
+class _Anchors:
+    """(length, hash, session) of one tenant's anchors, in parallel arrays sorted by length."""
+
+    def __init__(self) -> None:
+        self.lengths = array("q")
+        self._hashes = array("Q")
+        self._owners: list[Session] = []
+
+    def add(self, session: Session, length: int, prefix_hash: int) -> None:
+        at = bisect_right(self.lengths, length)
+        self.lengths.insert(at, length)
+        self._hashes.insert(at, prefix_hash)
+        self._owners.insert(at, session)
+        session.anchors.append((length, prefix_hash))
+
+    def remove(self, session: Session) -> None:
+        """Remove the anchors of ``session``, if it has any."""
+        for length, _ in session.anchors:
+            at = bisect_left(self.lengths, length)
+            while self._owners[at] is not session:
+                at += 1
+            del self.lengths[at], self._hashes[at], self._owners[at]
+        session.anchors.clear()
+
+    def find(self, hashes: npt.NDArray[np.uint64]) -> tuple[Session | None, int]:
+        """Return the session without an open request that has the longest anchor among the prefixes
+        with these hashes, the newest of several, and that anchor's length; (None, 0) if there is
+        none. O(anchors), vectorised."""
+        count = bisect_right(self.lengths, len(hashes))
+        if not count:
+            return None, 0
+        lengths = np.frombuffer(self.lengths, np.int64, count)
+        known = np.frombuffer(self._hashes, np.uint64, count)
+        places = np.flatnonzero(hashes[lengths - 1] == known)
+        del lengths, known
+        for at in reversed(places.tolist()):
+            session = self._owners[at]
+            if not session.num_open:
+                return session, self.lengths[at]
+        return None, 0

@@ -1,0 +1,504 @@
+"""Sessions in closed loop: the simulator, the rules that it shares with the engine, and policies
+that do whatever the contract allows."""
+
+from __future__ import annotations
+
+import heapq
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.config import BUILTIN_DIR
+from engine.run.model_config import read_config
+from engine.run.oracle import OracleRunner
+from engine.run.oracle_sampler import OracleSampler
+from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import LinearSteps
+from hybridcache.lab.simulation.closed_loop import (
+    ClosedLoop,
+    RequestTable,
+    SimulatedRequest,
+    run_closed_loop,
+    simulate_closed_loop,
+)
+from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
+from hybridcache.policies.words import make_admission, parse_placement
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.scheduling.planner import StepPlanner
+
+POLICIES = ("oldest", "cached-first", "longest-match", "window:4", "live:3", "sessions")
+VOCABULARY = 320
+TIMES = LinearSteps()
+
+
+# --- the planner, with any policy -----------------------------------------------------------------
+
+
+class AnyPolicy(AdmissionPolicy):
+    """Admits and withholds at random, and checks what it is told."""
+
+    def __init__(self, seed: int) -> None:
+        self.dice = random.Random(seed)
+        self.seen: dict[WaitingRequest, int] = {}
+        """Admissions of each request that waits or runs."""
+        self.wakes: float | None = None
+        self.withheld: set[WaitingRequest] = set()
+
+    def arrived(self, request: WaitingRequest, load: Load) -> None:
+        assert request not in self.seen
+        assert request.session in load.open_sessions
+        self.seen[request] = 0
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        assert [r.arrival for r in waiting] == sorted(r.arrival for r in waiting)
+        assert set(waiting) <= set(self.seen)
+        chosen = self.dice.sample(list(waiting), self.dice.randint(0, len(waiting)))
+        self.withheld = set(waiting) - set(chosen)
+        self.wakes = load.now_s + 0.05 if self.withheld and self.dice.random() < 0.5 else None
+        if chosen:
+            assert load.cached_len(chosen[0]) <= chosen[0].num_tokens
+        return chosen
+
+    def admitted(self, request: Any, load: Load) -> None:
+        assert request.is_running
+        assert request.num_preemptions == self.seen[request]
+        self.seen[request] += 1
+
+    def left(self, request: WaitingRequest, load: Load) -> None:
+        del self.seen[request]
+
+    def wakes_at_s(self) -> float | None:
+        return self.wakes
+
+
+class PlannerMachine(RuleBasedStateMachine):
+    """A planner with a random policy, and the world around it."""
+
+    @initialize(
+        seed=st.integers(0, 99),
+        word=st.sampled_from(("any", "any", *POLICIES)),
+        num_rows=st.sampled_from([900, 1500, 4000]),
+        max_running=st.sampled_from([1, 3, 6]),
+    )
+    def begin(self, seed: int, word: str, num_rows: int, max_running: int) -> None:
+        row, state, slab = 10, 600, 64
+        memory = MemorySizes("arena", num_rows, num_rows // slab, row, state)
+        cache = build_prefix_cache(
+            CacheConfig(
+                memory="arena",
+                total_bytes=num_rows * row,
+                num_kv_tokens=0,
+                num_slots=0,
+                kv_bytes_per_token=row,
+                state_bytes=state,
+            )
+        )
+        self.now_s, self.memory = 0.0, memory
+        placement = parse_placement("branch,boundary,backoff")
+        self.manager = CacheManager(cache, placement, num_rows=max_running, stateful=True)
+        self.policy = AnyPolicy(seed) if word == "any" else make_admission(word)
+        self.planner: StepPlanner[SimulatedRequest] = StepPlanner(
+            self.manager,
+            max_running=max_running,
+            token_budget=128,
+            memory=memory,
+            admission=self.policy,
+            clock=lambda: self.now_s,
+        )
+        self.texts: list[np.ndarray] = []
+        self.requests: list[SimulatedRequest] = []
+        self.passes: dict[SimulatedRequest, int] = {}
+        self.num_asked = 0
+
+    @rule(
+        seed=st.integers(0, 1000),
+        length=st.integers(1, 400),
+        answer=st.integers(1, 40),
+        base=st.integers(0, 5),
+        tenant=st.sampled_from([None, "b"]),
+    )
+    def ask(self, seed: int, length: int, answer: int, base: int, tenant: str | None) -> None:
+        fresh = np.random.default_rng(seed).integers(0, 50, length + answer, dtype=np.int32)
+        before = self.texts[-1 - base] if base < len(self.texts) else fresh[:0]
+        text = np.concatenate((before, fresh))
+        if len(text) > self.memory.max_request_len:
+            text = fresh[: self.memory.max_request_len]
+        request = SimulatedRequest(
+            text,
+            max(1, len(text) - answer),
+            self.num_asked,
+            0,
+            namespace=tenant,
+            arrival=self.num_asked,
+            arrival_s=self.now_s,
+            max_len=max(2, len(text)),
+        )
+        self.num_asked += 1
+        self.requests.append(request)
+        self.passes[request] = 0
+        self.planner.add(request)
+
+    @rule(which=st.integers(0, 20))
+    def abort(self, which: int) -> None:
+        if self.requests:
+            request = self.requests.pop(which % len(self.requests))
+            self.planner.remove(request)
+
+    @rule(which=st.integers(0, 20))
+    def end_session(self, which: int) -> None:
+        if self.requests:
+            self.planner.end_session(self.requests[which % len(self.requests)].session)
+
+    @rule(count=st.integers(1, 12))
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.step()
+
+    def step(self) -> None:
+        planner, held = self.planner, self.planner.num_running
+        running = {r: r.num_preemptions for r in self.requests if r.is_running}
+        waiting = [r for r in self.requests if not r.is_running]
+        ends = planner.choose()
+        for request, preemptions in running.items():
+            assert request.is_running or request.num_preemptions > preemptions
+        admitted = [r for r in waiting if r.is_running]
+        for request in waiting:
+            newer = sum(other.arrival > request.arrival for other in admitted)
+            if request not in admitted:
+                self.passes[request] += newer
+                assert request.num_passes >= self.passes[request]
+        if isinstance(self.policy, AnyPolicy) and self.policy.wakes and not held:
+            assert not set(admitted) & self.policy.withheld
+        if waiting and not held and planner.wakes_at_s is None:
+            assert planner.num_running, "nothing runs though nothing is waited for"
+        self.now_s += 0.01
+        order = sorted(ends.items(), key=lambda item: item[0].scheduled_len < item[0].prefill_len)
+        tasks = [
+            (request, end)
+            for request, end in order
+            if self.manager.take_checkpoint_slots(request, end) is not None
+        ]
+        self.manager.take_copies()
+        for request, end in tasks:
+            request.scheduled_len = end
+        for request, end in tasks:
+            planner.advance(request, end)
+            if end == request.num_tokens:
+                request.num_tokens += 1
+                if request.num_tokens >= request.max_len:
+                    planner.leave(request)
+                    self.requests.remove(request)
+                    self.texts.append(request.tokens.copy())
+
+    @invariant()
+    def is_sound(self) -> None:
+        if hasattr(self, "planner"):
+            self.planner.check()
+            self.manager.cache.check(*self.manager.held())
+
+    def teardown(self) -> None:
+        """Every request ends: nobody is withheld for ever."""
+        if not hasattr(self, "planner"):
+            return
+        for _ in range(20_000):
+            if not self.requests:
+                break
+            self.step()
+        assert not self.requests
+        assert not self.planner.has_work()
+        if isinstance(self.policy, AnyPolicy):
+            assert not self.policy.seen
+
+
+PlannerMachine.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
+TestPlanner = PlannerMachine.TestCase
+
+
+# --- simulator and engine -------------------------------------------------------------------------
+
+
+class VirtualRunner(OracleRunner):
+    """Takes the time that ``TIMES`` says, on a clock of its own."""
+
+    now_s = 0.0
+
+    def forward(self, batch: Any, drawn: Sequence[int] = ()) -> Any:
+        logits = super().forward(batch, drawn)
+        prefills = [
+            (s.start, s.start + len(s.token_ids)) for s in batch.segments if not s.is_decode
+        ]
+        contexts = [s.start + len(s.token_ids) for s in batch.segments if s.is_decode]
+        if batch.segments:
+            self.now_s += TIMES.step_seconds(prefills, len(contexts), sum(contexts))
+        return logits
+
+
+Said = tuple[np.ndarray, int, float, str | None]
+
+
+def script(rng: np.random.Generator, num_sessions: int) -> list[list[Said]]:
+    """Sessions of (new tokens, length of the answer, pause before, tenant)."""
+    heads = [rng.integers(0, VOCABULARY, 150, dtype=np.int32) for _ in range(2)]
+    sessions = []
+    for number in range(num_sessions):
+        turns: list[Said] = []
+        for turn in range(int(rng.integers(1, 7))):
+            said = rng.integers(0, VOCABULARY, int(rng.integers(20, 400)), dtype=np.int32)
+            if not turn:
+                said = np.concatenate((heads[number % 2], said))
+            answer, pause_s = int(rng.integers(1, 90)), float(rng.exponential(1.0))
+            turns.append((said, answer, pause_s, None if number % 5 else "b"))
+        sessions.append(turns)
+    return sessions
+
+
+Line = tuple[int, int, int, float, int]
+"""(session, turn, cached tokens, time of the end, preemptions) of a request."""
+
+
+def serve(
+    engine: Engine, sessions: list[list[Said]], rate: float, seed: int
+) -> tuple[list[Line], Trace, bool]:
+    """Drive ``engine`` by the virtual clock. Returns what happened, the trace of it, and whether
+    the policy withheld requests."""
+    withheld = 0.0
+    runner: Any = engine.runner
+    rng = np.random.default_rng(seed)
+    starts = np.cumsum(rng.exponential(1 / rate, len(sessions))).tolist()
+    events = [(start_s, i + 1, i) for i, start_s in enumerate(starts)]
+    heapq.heapify(events)
+    num_events, turns = len(events), [0] * len(sessions)
+    texts: dict[int, np.ndarray] = {}
+    live: dict[str, int] = {}
+    lines: list[Line] = []
+    asked: dict[tuple[int, int], TraceRequest] = {}
+    while events or engine.has_work():
+        while events and events[0][0] <= runner.now_s:
+            _, _, i = heapq.heappop(events)
+            said, answer, _, tenant = sessions[i][turns[i]]
+            prompt = np.concatenate((texts.get(i, said[:0]), said))
+            rule = SamplingParams(max_tokens=answer, ignore_eos=True, temperature=0.0)
+            live[engine.submit(prompt, rule, namespace=tenant)] = i
+        if not engine.has_work():
+            runner.now_s = events[0][0]
+            continue
+        num_steps = runner.num_steps
+        outputs = engine.step()
+        report = engine._scheduler.admission.report()
+        withheld += float(report.get("withheld_requests", 0))
+        if runner.num_steps == num_steps and not outputs:
+            wakes_at_s = engine._scheduler.wakes_at_s
+            times = [t for t in (wakes_at_s, events[0][0] if events else None) if t is not None]
+            runner.now_s = max(runner.now_s, min(times))
+        for output in outputs:
+            if output.finish_reason is None:
+                continue
+            i = live.pop(output.request_id)
+            prompt = np.asarray(output.prompt_token_ids, np.int32)
+            answered = np.asarray(output.token_ids, np.int32)
+            lines.append((i, turns[i], output.cached_len, runner.now_s, output.num_preemptions))
+            tenant, pause_s = sessions[i][turns[i]][3], sessions[i][turns[i]][2]
+            time_s = asked[i, turns[i] - 1].timestamp_s + pause_s if turns[i] else 0.0
+            asked[i, turns[i]] = TraceRequest(time_s, i, tenant, prompt, answered)
+            texts[i] = np.concatenate((prompt, answered))
+            turns[i] += 1
+            if turns[i] < len(sessions[i]):
+                num_events += 1
+                when_s = runner.now_s + sessions[i][turns[i]][2]
+                heapq.heappush(events, (when_s, num_events, i))
+    ordered = tuple(asked[key] for key in sorted(asked))
+    return lines, Trace("script", 1, ordered.__iter__), withheld > 0
+
+
+def lines_of(table: RequestTable) -> Iterator[Line]:
+    return zip(
+        table.session,
+        table.turn,
+        table.cached_tokens,
+        table.finished_s,
+        table.preemptions,
+        strict=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("admission", "num_rows", "max_running"),
+    [
+        ("oldest", 3000, 4),
+        ("oldest", 2500, 6),
+        ("cached-first", 2600, 4),
+        ("longest-match", 2500, 6),
+        ("window:4", 2600, 4),
+        ("live:3", 2600, 4),
+        ("sessions", 2500, 6),
+        ("hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, -1.0, -0.5)", 2600, 4),
+    ],
+)
+def test_simulator_and_engine_agree_on_every_admission_eviction_and_hit(
+    admission: str, num_rows: int, max_running: int
+) -> None:
+    """The engine on the oracle runner, in virtual time, and the simulator serve the same requests:
+    they end in the same order, at the same times, with the same cached tokens and preemptions."""
+    seed, rate = 3, 2.0
+    sessions = script(np.random.default_rng(seed), 14)
+    geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
+    runner = VirtualRunner(num_rows, None, vocab_size=VOCABULARY, geometry=geometry)
+    config = EngineConfig(
+        admission=admission,
+        max_running=max_running,
+        token_budget=256,
+        eviction="regret",
+        checkpoints=("regret",),
+        overlap="off",
+    )
+    engine = Engine(
+        config,
+        runner=runner,
+        sampler=OracleSampler(VOCABULARY),
+        clock=lambda: runner.now_s,
+    )
+    lines, trace, has_withheld = serve(engine, sessions, rate, seed)
+    run = RunConfig(
+        geometry,
+        budget_bytes=runner.memory.total_bytes,
+        policy="regret",
+        checkpoints="regret",
+    )
+    loop = ClosedLoop(
+        TIMES, rate, seed=seed, max_running=max_running, token_budget=256, admission=admission
+    )
+    table = simulate_closed_loop(trace, run, loop)
+    assert len(lines) > 30
+    assert has_withheld or "SessionGate" not in admission
+    assert engine.report().usage["evicted_tokens"] > 0
+    for found, expected in zip(lines_of(table), lines, strict=True):
+        assert found[:3] == expected[:3]
+        assert found[3] == pytest.approx(expected[3], abs=1e-6)
+        assert found[4] == expected[4]
+
+
+# --- figures of runs ------------------------------------------------------------------------------
+
+
+def small_load(
+    num_sessions: int = 12, tenant_of_each: int = 0, turns: int = 6, pause_s: float = 0.2
+) -> Trace:
+    """Sessions of 900 tokens and 60 more a turn; every ``tenant_of_each``-th is of tenant b."""
+    rng, requests = np.random.default_rng(7), []
+    for session in range(num_sessions):
+        text = rng.integers(0, 1000, 900, dtype=np.int32)
+        tenant = "b" if tenant_of_each and session % tenant_of_each == 0 else "a"
+        for turn in range(turns):
+            text = np.concatenate((text, rng.integers(0, 1000, 40, dtype=np.int32)))
+            answer = rng.integers(0, 1000, 20, dtype=np.int32)
+            requests.append(TraceRequest(pause_s * turn, session, tenant, text, answer))
+            text = np.concatenate((text, answer))
+    return Trace("small", 1, tuple(requests).__iter__)
+
+
+def small_run(num_sessions_that_fit: int) -> RunConfig:
+    geometry = ModelGeometry.from_config(read_config(BUILTIN_DIR) | {"head_dim": 128})
+    rows = num_sessions_that_fit * 2200
+    return RunConfig(geometry, budget_bytes=rows * geometry.kv_bytes_per_token)
+
+
+@pytest.mark.parametrize(("pause_s", "rate"), [(0.5, 1.0), (1.0, 1.0), (1.0, 0.5)])
+def test_a_fixed_limit_and_the_controller_keep_the_hits_that_oldest_first_loses(
+    pause_s: float, rate: float
+) -> None:
+    """A quarter of the sessions fits."""
+    slow = LinearSteps(prefill_token_s=1 / 2000)
+    trace = small_load(24, turns=15, pause_s=pause_s)
+    oldest, fixed, gate = (
+        run_closed_loop(
+            trace, small_run(6), ClosedLoop(slow, rate, admission=word, tells_ends=True)
+        )
+        for word in ("oldest", "live:4", "sessions")
+    )
+    assert {run.num_requests for run in (oldest, fixed, gate)} == {360}
+    assert oldest.token_hit_rate < 0.3
+    assert fixed.token_hit_rate > 0.8
+    assert gate.token_hit_rate > 0.55
+    assert max(fixed.makespan_s, gate.makespan_s) < 0.7 * oldest.makespan_s
+    assert gate.ttft_mean_s < 0.6 * oldest.ttft_mean_s
+    assert gate.oldest_wait_s < gate.makespan_s
+
+
+def test_where_all_sessions_fit_the_controller_changes_nothing() -> None:
+    tables = [
+        simulate_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 2.0, admission=word))
+        for word in ("oldest", "sessions")
+    ]
+    assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
+
+
+class LooksAround(AdmissionPolicy):
+    """Oldest first, after looking up every waiting request twice."""
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        once = [load.cached_len(request) for request in waiting]
+        assert once == [load.cached_len(request) for request in waiting]
+        return waiting
+
+
+def test_lookups_count_no_use_of_the_cache() -> None:
+    """Evictions and hits are the same."""
+    slow = LinearSteps(prefill_token_s=1 / 2000)
+    tables = [
+        simulate_closed_loop(
+            small_load(16), small_run(6), ClosedLoop(slow, 5.0, max_running=2, admission=admission)
+        )
+        for admission in ("oldest", LooksAround)
+    ]
+    assert [*lines_of(tables[0])] == [*lines_of(tables[1])]
+    assert tables[0].lost == tables[1].lost and sum(tables[0].lost) > 0
+
+
+def test_live_sessions_and_makespan_are_those_of_the_clock() -> None:
+    run = run_closed_loop(small_load(), small_run(20), ClosedLoop(TIMES, 100.0))
+    assert run.live_most == 12
+    assert 1 < run.live_mean <= 12
+    assert run.makespan_s > 5 * 0.2  # five pauses
+    assert run.goodput == pytest.approx(run.num_requests / run.makespan_s)
+    assert run.jain == 1.0
+
+
+def test_max_share_keeps_places_for_other_tenants() -> None:
+    """Tenant a sends three quarters of the sessions, which fill all places; b waits behind."""
+    waits = {}
+    for max_share in (None, 0.5):
+        loop = ClosedLoop(TIMES, 1000.0, max_running=2, max_share=max_share)
+        table = simulate_closed_loop(small_load(16, tenant_of_each=8), small_run(60), loop)
+        assert len(table.session) == 96
+        waits[max_share] = [
+            admitted_s - asked_s
+            for tenant, admitted_s, asked_s in zip(
+                table.tenant, table.admitted_s, table.asked_s, strict=True
+            )
+            if tenant == "b"
+        ]
+    assert sum(waits[0.5]) < 0.5 * sum(waits[None])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rate": 0.0}, "rate must be above 0"),
+        ({"max_share": 1.5}, "max_share must be above 0"),
+        ({"token_budget": 10}, "token_budget at least 64"),
+    ],
+)
+def test_loads_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ClosedLoop(TIMES, **{"rate": 1.0} | options)

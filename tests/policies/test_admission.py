@@ -1,0 +1,301 @@
+"""Admission policies against plain references, and what users' own may do."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
+from hybridcache.policies.admission.matched import LOOK_AHEAD, TOKENS_A_PASS
+from hybridcache.policies.admission.session_gate import CREDIT_S, FLOOR, MAX_TURNS, SessionGate
+from hybridcache.policies.protocol import PolicyError
+from hybridcache.policies.words import make_admission
+
+
+@dataclass(eq=False)
+class FakeRequest:
+    """A request with the fields that policies see."""
+
+    arrival: int
+    session: Session
+    num_tokens: int = 1000
+    cached: int = 0
+    arrival_s: float = 0.0
+    namespace: Hashable = None
+    max_len: int = 2000
+    num_preemptions: int = 0
+    num_passes: int = 0
+    is_running: bool = False
+    is_prefilling: bool = True
+    cached_len: int = 0
+    lost_len: int = 0
+
+
+@dataclass
+class FakeLoad:
+    """A server with the fields that policies see."""
+
+    now_s: float = 0.0
+    num_running: int = 0
+    max_running: int = 16
+    open_sessions: Sequence[Session] = ()
+    idle_sessions: Sequence[Session] = ()
+    session_share: float = 0.0
+    """Part of the memory that each session takes."""
+    looked_at: list[WaitingRequest] = field(default_factory=list)
+
+    def cached_len(self, request: FakeRequest) -> int:
+        self.looked_at.append(request)
+        return request.cached
+
+    def footprint(self, session: Session) -> float:
+        return self.session_share
+
+
+def session(number: int, num_requests: int = 2, known_len: int = 1000) -> Session:
+    made = Session(number, None, 0.0)
+    made.num_requests, made.known_len = num_requests, known_len
+    return made
+
+
+def waiting(
+    cached: Iterable[int], passes: Iterable[int] | None = None, num_tokens: int = 1000
+) -> list[FakeRequest]:
+    lengths = list(cached)
+    counts = [0] * len(lengths) if passes is None else list(passes)
+    return [
+        FakeRequest(i, session(i), num_tokens, length, num_passes=count)
+        for i, (length, count) in enumerate(zip(lengths, counts, strict=True))
+    ]
+
+
+def arrivals(ordered: Iterable[WaitingRequest]) -> list[int]:
+    return [request.arrival for request in ordered]
+
+
+queues = st.lists(
+    st.tuples(st.integers(0, 900), st.integers(0, 30), st.integers(901, 2000)), max_size=150
+)
+
+
+@given(queues)
+def test_ranked_orders_are_a_stable_sort_of_the_oldest(
+    queue: list[tuple[int, int, int]],
+) -> None:
+    requests = [
+        FakeRequest(i, session(i), length, cached, num_passes=passes)
+        for i, (cached, passes, length) in enumerate(queue)
+    ]
+    near, far = requests[:LOOK_AHEAD], requests[LOOK_AHEAD:]
+    references = {
+        "oldest": requests,
+        "cached-first": [
+            *sorted(near, key=lambda r: r.num_tokens - r.cached - TOKENS_A_PASS * r.num_passes),
+            *far,
+        ],
+        "longest-match": [
+            *sorted(near, key=lambda r: -(r.cached + TOKENS_A_PASS * r.num_passes)),
+            *far,
+        ],
+        "window:10": [
+            *(r for r in requests[:10] if r.num_passes >= 40),
+            *(r for r in requests[:10] if r.num_passes < 40 and 2 * r.cached >= r.num_tokens),
+            *(r for r in requests[:10] if r.num_passes < 40 and 2 * r.cached < r.num_tokens),
+            *requests[10:],
+        ],
+    }
+    for word, expected in references.items():
+        got = make_admission(word).order(requests, FakeLoad())
+        assert arrivals(got) == arrivals(expected), word
+
+
+@pytest.mark.parametrize("word", ["cached-first", "longest-match", "window:8"])
+def test_a_cold_request_is_passed_a_bounded_number_of_times(word: str) -> None:
+    """Fully cached requests arrive for ever, and one is admitted each time."""
+    policy, load, length = make_admission(word), FakeLoad(), 4096
+    cold = FakeRequest(0, session(0), length)
+    queue, num_admitted = [cold], 0
+    while cold in queue:
+        num_admitted += 1
+        assert num_admitted < 1000
+        queue.append(FakeRequest(num_admitted, session(num_admitted), length, length - 1))
+        first = next(iter(policy.order(queue, load)))
+        for older in queue[: queue.index(first)]:
+            older.num_passes += 1
+        queue.remove(first)
+    assert 1 < num_admitted <= length // TOKENS_A_PASS + 2
+
+
+@pytest.mark.parametrize("word", ["cached-first", "longest-match", "window:64", "sessions"])
+def test_no_step_looks_up_more_than_a_bounded_number_of_prompts(word: str) -> None:
+    policy, load = make_admission(word), FakeLoad()
+    congest(policy, load)
+    load.now_s += 1.0
+    requests = waiting([0] * 1000)
+    for _ in range(3):
+        load.looked_at.clear()
+        assert list(policy.order(requests, load))
+    bound = 0 if word == "sessions" else 64  # what is lost once is not looked at again
+    assert len(load.looked_at) <= bound
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+def congest(policy: AdmissionPolicy, load: FakeLoad, lost: int = 100_000) -> None:
+    """Make ``policy`` see a server that computes prompts all the time, and one large loss."""
+    for _ in range(100):
+        load.now_s += 1.0
+        policy.computed(8000, 1.0, load)
+    request = FakeRequest(-1, session(-1, known_len=lost), lost, is_running=True)
+    policy.admitted(request, load)
+    request.is_running = False
+    policy.left(request, load)
+
+
+def test_without_losses_requests_are_admitted_oldest_first() -> None:
+    policy, load = make_admission("sessions"), FakeLoad()
+    requests = waiting([0, 900, 500, 1000])
+    for one in requests[::2]:
+        one.session.num_requests = 1
+    for _ in range(200):
+        load.now_s += 0.5
+        policy.computed(4000, 0.5, load)
+        assert arrivals(policy.order(requests, load)) == [0, 1, 2, 3]
+        policy.admitted(FakeRequest(9, session(9), 8000, cached_len=8000), load)
+
+
+def test_lost_work_counts_only_while_the_server_is_busy() -> None:
+    for share, withholds in ((0.3, False), (0.9, True)):
+        policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+        for number in range(100):
+            load.now_s += 1.0
+            policy.computed(int(8000 * share), share, load)
+            lost = FakeRequest(number, session(number, known_len=8000), 8000)
+            policy.admitted(lost, load)
+        requests = waiting([0, 1000])
+        assert arrivals(policy.order(requests, load)) == ([1] if withholds else [0, 1])
+
+
+def test_resident_sessions_go_first_and_others_enter_one_by_one_when_the_debt_is_repaid() -> None:
+    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+    congest(policy, load)
+    requests = waiting([0, 1000, 0, 600])  # 0 and 2 lost their text
+    requests[2].session.number = -5  # and this one's session is the oldest
+    assert arrivals(policy.order(requests, load)) == [1, 3]
+    wakes_at_s = policy.wakes_at_s()
+    assert wakes_at_s is not None and wakes_at_s > load.now_s
+    load.now_s = wakes_at_s - 1e-3
+    assert arrivals(policy.order(requests, load)) == [1, 3]
+    load.now_s = wakes_at_s + 1e-6
+    assert arrivals(policy.order(requests, load)) == [1, 3, 2]
+    entering = requests.pop(2)
+    entering.is_running = True
+    policy.admitted(entering, load)
+    assert arrivals(policy.order(requests, load)) == [1, 3], "one prefill enters at a time"
+    entering.is_prefilling = False
+    load.now_s += 1000 / FLOOR
+    assert arrivals(policy.order(requests, load)) == [0, 1, 3], "all is repaid: oldest first"
+
+
+def test_a_server_idles_no_longer_than_the_prompt_would_take() -> None:
+    policy, load = make_admission("sessions"), FakeLoad(num_running=0, session_share=0.4)
+    congest(policy, load)
+    requests = waiting([0, 0], num_tokens=4000)
+    assert arrivals(policy.order(requests, load)) == [0], "there is room"
+    load.open_sessions = [session(7), session(8)]
+    assert arrivals(policy.order(requests, load)) == []
+    wakes_at_s = policy.wakes_at_s()
+    assert wakes_at_s == pytest.approx(load.now_s + 4000 / 8000, rel=0.01)
+    load.now_s = wakes_at_s
+    assert arrivals(policy.order(requests, load)) == [0]
+
+
+def test_a_preempted_request_goes_on_whatever_it_lost() -> None:
+    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+    congest(policy, load)
+    requests = waiting([0, 0])
+    requests[1].num_preemptions = 1
+    assert arrivals(policy.order(requests, load)) == [1]
+
+
+def test_an_entering_request_is_not_passed_for_ever() -> None:
+    """The debt never falls, and resident sessions always have another request."""
+    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+    congest(policy, load, lost=10**9)
+    cold = FakeRequest(0, session(0, num_requests=1))
+    for number in range(1, 10 * MAX_TURNS):
+        queue = [cold, FakeRequest(number, session(number), cached=1000, cached_len=1000)]
+        first = next(iter(policy.order(queue, load)))
+        policy.admitted(first, load)
+        if first is cold:
+            break
+    assert MAX_TURNS <= number <= MAX_TURNS + 1
+
+
+def test_the_report_says_what_is_withheld_and_why() -> None:
+    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+    assert policy.report()["debt_s"] == -CREDIT_S
+    congest(policy, load, lost=80_000)
+    list(policy.order(waiting([0, 1000, 0]), load))
+    report = policy.report()
+    assert report["withheld_requests"] == 2
+    assert report["debt_s"] == pytest.approx(80_000 / 8000 - CREDIT_S, rel=0.05)
+    assert report["last_lost_tokens"] == 80_000
+    assert report["reason"] == "lost text is being repaid"
+
+
+def test_memory_of_left_requests_is_let_go() -> None:
+    policy, load = SessionGate(), FakeLoad(num_running=1)
+    congest(policy, load)
+    requests = waiting([0] * 50)
+    list(policy.order(requests, load))
+    for request in requests[:25]:
+        policy.admitted(request, load)
+    for request in requests:
+        policy.left(request, load)
+    assert not policy._lost and not policy._entered
+
+
+# --- policies of the user's own -------------------------------------------------------------------
+
+
+class NewestFirst(AdmissionPolicy):
+    def __init__(self, keep: int = 0) -> None:
+        self.keep = keep
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        return reversed(waiting[self.keep :])
+
+
+class Twice(AdmissionPolicy):
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        return [*waiting, waiting[0]]
+
+
+class Raises(AdmissionPolicy):
+    def admitted(self, request: WaitingRequest, load: Load) -> None:
+        raise KeyError("mine")
+
+
+def test_a_class_of_the_users_own_orders_requests() -> None:
+    requests = waiting([0, 0, 0])
+    word = f"{__name__}:NewestFirst"
+    assert arrivals(make_admission(word).order(requests, FakeLoad())) == [2, 1, 0]
+    assert arrivals(make_admission(f"{word}(keep=1)").order(requests, FakeLoad())) == [2, 1]
+    assert arrivals(make_admission(NewestFirst).order(requests, FakeLoad())) == [2, 1, 0]
+
+
+def test_what_is_wrong_with_one_is_said_in_a_sentence() -> None:
+    with pytest.raises(PolicyError, match=r"Twice.*each at most once"):
+        make_admission(Twice).order(waiting([0, 0]), FakeLoad())
+    with pytest.raises(PolicyError, match=r"Raises.*admitted raised KeyError"):
+        make_admission(Raises).admitted(waiting([0])[0], FakeLoad())
+    with pytest.raises(ValueError, match=r"known: oldest.*sessions.*window:N.*live:N"):
+        make_admission("youngest")
+    with pytest.raises(ValueError, match="whole number of at least 1"):
+        make_admission("live:0")
