@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import run, selection
+from tests import mutation, run, selection
 
 ROOT = selection.ROOT
 
@@ -218,3 +218,9 @@ def test_a_wrong_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert selection.num_examples(40) == 40
     monkeypatch.setenv("HYBRIDCACHE_TESTS", "quick")
     assert selection.num_examples(40) == 40 // selection.QUICK_SHARE
+
+
+def test_what_is_mutated_and_the_tests_that_must_notice_exist() -> None:
+    for group in mutation.GROUPS.values():
+        assert all(any(ROOT.glob(pattern)) for pattern in group.mutated), group.mutated
+        assert all((ROOT / test).exists() for test in group.tests), group.tests
