@@ -32,7 +32,12 @@ class FakeRequest:
     is_running: bool = False
     is_prefilling: bool = True
     cached_len: int = 0
-    lost_len: int = 0
+    evicted_len: int | None = None
+
+    @property
+    def lost_len(self) -> int:
+        """All of the prompt that is not cached, unless the test says otherwise."""
+        return self.num_tokens - self.cached_len if self.evicted_len is None else self.evicted_len
 
 
 @dataclass
@@ -213,6 +218,63 @@ def test_a_server_idles_no_longer_than_the_prompt_would_take() -> None:
     assert wakes_at_s == pytest.approx(load.now_s + 4000 / 8000, rel=0.01)
     load.now_s = wakes_at_s
     assert arrivals(policy.order(requests, load)) == [0]
+
+
+def test_tokens_that_were_never_saved_are_no_debt_and_leave_the_limit() -> None:
+    policy, load = make_admission("sessions"), FakeLoad(num_running=1)
+    before = policy.report()
+    for number in range(100):
+        load.now_s += 1.0
+        policy.computed(8000, 1.0, load)
+        policy.admitted(
+            FakeRequest(number, session(number, known_len=8000), 8000, evicted_len=0), load
+        )
+    after = policy.report()
+    assert after["debt_s"] == before["debt_s"] and after["memory_limit"] == 1.0
+
+
+def cycle(policy: AdmissionPolicy, load: FakeLoad, number: int, *, is_lost: bool) -> None:
+    """One request of 8,000 tokens: a pause of two seconds, then an answer of one."""
+    load.now_s += 3.0
+    one = session(number, known_len=8000)
+    one.idle_since_s = load.now_s - 2.0
+    request = FakeRequest(number, one, 8000, cached_len=0 if is_lost else 8000)
+    request.arrival_s = load.now_s
+    policy.arrived(request, load)
+    policy.admitted(request, load)
+    load.now_s += 1.0
+    policy.computed(8000 if is_lost else 80, 1.0 if is_lost else 0.01, load)
+    policy.left(request, load)
+
+
+def test_the_limit_falls_with_losses_and_grows_without() -> None:
+    policy, load = make_admission("sessions"), FakeLoad(session_share=0.1)
+    limits = []
+    for number in range(60):
+        cycle(policy, load, number, is_lost=number < 12)
+        limits.append(policy.report()["memory_limit"])
+    assert limits[11] == pytest.approx(max(0.1, 0.9**12), rel=0.2)
+    assert limits[12:] == sorted(limits[12:]) and limits[-1] == 1.0
+
+
+@pytest.mark.parametrize(("share", "enters"), [(0.1, False), (0.9, True)])
+def test_sessions_are_protected_only_if_that_answers_more(share: float, enters: bool) -> None:
+    """Ten sessions in memory answer ten requests in three seconds, and repeating a prompt takes
+    one: they are worth protecting. A single session that fits is not."""
+    policy, load = make_admission("sessions"), FakeLoad(session_share=share)
+    for number in range(3):
+        cycle(policy, load, number, is_lost=True)
+    for _ in range(100):
+        load.now_s += 1.0
+        policy.computed(8000, 1.0, load)
+    for number in range(8):
+        lost = FakeRequest(number, session(number, known_len=8000), 8000)
+        policy.admitted(lost, load)
+        policy.left(lost, load)
+    load.open_sessions = [session(100 + i) for i in range(12)]
+    request = FakeRequest(99, session(99, num_requests=1), 8000)
+    assert 0 < float(policy.report()["debt_s"]) < CREDIT_S
+    assert bool(list(policy.order([request], load))) == enters
 
 
 def test_a_preempted_request_goes_on_whatever_it_lost() -> None:

@@ -31,10 +31,13 @@ BUSY_FROM, BUSY_TO = 0.5, 0.8
 on, it counts in full. A server with time to spare repeats work without harm to anyone."""
 MEMORY_S = 20.0
 """Time over which that share is averaged: a few answers."""
-ACTIVE_PAUSES = 4.0
+ACTIVE_PAUSES = 1.5
 """A session that is idle for more than so many average pauses is taken to have ended."""
 PAUSE_WEIGHT, MAX_PAUSE_S = 0.05, 60.0
 """Weight of the newest pause in their average, and what a longer one counts as."""
+DECREASE, INCREASE, LEAST_LIMIT = 0.9, 0.03, 0.1
+"""Change of the share of the memory that live sessions may fill, once in a cycle of a pause and an
+answer: a factor if a session's text was lost, a step if not, as in congestion control."""
 FORGETTING = 0.999
 """Weight of an old step in the time of one token, against the next newer one."""
 
@@ -54,12 +57,16 @@ class SessionGate(AdmissionPolicy):
     ``FLOOR`` at least. While the debt is below ``-CREDIT_S``, requests are admitted oldest first.
     Above, resident sessions go first, and entering requests one prefill at a time, the oldest
     session first. While the debt is positive, they enter only if no resident session has an open
-    request and there is room beside the active ones, or the debt is below ``CREDIT_S``, or nothing
-    was computed for as long as the prompt would take.
+    request and they fit next to the active sessions, or nothing was computed for a while.
 
-    Where the sessions fit, nothing is lost and nothing is withheld. Where they do not, the number
-    of live sessions settles where a tenth of the time is lost. No client field is needed. Waiting
-    is bounded: an entering request waits for older ones alone and, for each of them,
+    The share of the memory that active sessions may fill is found by congestion control: it falls
+    by a tenth if a session's text was evicted, and grows by a step if not, once in a cycle of a
+    pause and an answer. If repeating whole prompts answers more requests than keeping sessions in
+    memory would (long pauses, short prompts), losses count only as far as the server is busy, and
+    new sessions enter as long as the debt is below ``CREDIT_S``.
+
+    Where the sessions fit, nothing is lost and nothing is withheld. No client field is needed.
+    Waiting is bounded: an entering request waits for older ones alone and, for each of them,
     ``MAX_TURNS`` admissions.
 
     Source: CONCUR's congestion control on live agents (arXiv 2601.22705). The signal is the time
@@ -89,6 +96,13 @@ class SessionGate(AdmissionPolicy):
         """Requests that entered and are not answered yet."""
         self._pause_s = 0.0
         """Average time from a session's answer to its next request."""
+        self._answer_s, self._prompt_tokens, self._footprint = 0.0, 0.0, 0.0
+        """Averages: time from admission to the last token, tokens of a prompt that no other session
+        shares, and part of the memory that a session takes."""
+        self._admitted_at_s: dict[WaitingRequest, float] = {}
+        """Times at which unanswered requests were admitted."""
+        self._limit, self._moves_at_s = 1.0, 0.0
+        """Share of the memory that live sessions may fill, and when it may change again."""
         self._left_s = 0.0
         """Time at which the last request was answered."""
         self._num_turns = 0
@@ -124,6 +138,19 @@ class SessionGate(AdmissionPolicy):
         num_tokens = sum(count for _, count in self._asked)
         return num_tokens * self._token_s / span_s if span_s > 0 else 0.0
 
+    @property
+    def _protects(self) -> bool:
+        """Whether sessions that keep their memory get more requests answered than sessions that
+        repeat their prompts.
+
+        With n sessions in memory, one request of each is answered in every cycle of a pause and an
+        answer. Without memory for them, one request is answered in the time of a whole prompt.
+        """
+        if not self._footprint:
+            return False
+        prompt_s = self._prompt_tokens * self._token_s
+        return prompt_s / self._footprint > self._pause_s + self._answer_s
+
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         debt_s = self._debt(load.now_s)
         self._wakes_at_s, self._num_withheld = None, 0
@@ -153,8 +180,12 @@ class SessionGate(AdmissionPolicy):
         self._wakes_at_s = load.now_s + debt_s / self._pace
         if not resident and len(running) == load.num_running:
             prompt_s = first.num_tokens * self._token_s
-            fits = debt_s <= self._credit_s or self._has_room(first, entering, load)
+            fits = self._has_room(first, entering, load)
+            if not self._protects:
+                fits = fits or debt_s <= self._credit_s
             idle_until_s = 0.0 if fits else self._left_s + prompt_s
+            if not fits and self._protects:
+                idle_until_s = max(self._left_s + self._pause_s, idle_until_s)
             if idle_until_s <= load.now_s:
                 self._reason = ENTERING
                 return (first,)
@@ -167,22 +198,29 @@ class SessionGate(AdmissionPolicy):
         """Return whether ``first`` fits beside the sessions that are resident and were active
         lately. O(sessions)."""
         outside = {request.session for request in entering}
-        room = 1 - load.footprint(first.session)
+        taken = 0.0
         for session in load.open_sessions:
             if session not in outside:
-                room -= load.footprint(session)
+                taken += load.footprint(session)
         since_s = load.now_s - ACTIVE_PAUSES * self._pause_s
         for session in reversed(tuple(load.idle_sessions)):
-            if room < 0 or session.idle_since_s < since_s:
+            if taken > self._limit or session.idle_since_s < since_s:
                 break
-            room -= load.footprint(session)
-        return room >= 0
+            taken += load.footprint(session)
+        return not taken or taken + load.footprint(first.session) <= self._limit
+
+    def _move_limit(self, now_s: float, factor: float, step: float) -> None:
+        """Change the share of the memory that sessions may fill, once in a cycle of a pause and an
+        answer."""
+        if now_s >= self._moves_at_s:
+            self._limit = min(1.0, max(LEAST_LIMIT, factor * self._limit + step))
+            self._moves_at_s = now_s + self._pause_s + self._answer_s
 
     def arrived(self, request: WaitingRequest, load: Load) -> None:
         session = request.session
         if session.num_requests > 1:
             pause_s = min(MAX_PAUSE_S, max(0.0, request.arrival_s - session.idle_since_s))
-            self._pause_s += PAUSE_WEIGHT * (pause_s - self._pause_s)
+            self._pause_s = _averaged(self._pause_s, pause_s)
 
     def _enters(self, request: WaitingRequest, load: Load) -> bool:
         """Return whether ``request`` begins a session, or most of its session's text is lost."""
@@ -203,22 +241,36 @@ class SessionGate(AdmissionPolicy):
         session, now_s = request.session, load.now_s
         is_new = session.num_requests == 1
         lost_len = 0 if is_new else _lost_len(session, request.cached_len)
+        lost_len = min(lost_len, request.lost_len)
         debt_s = self._debt(now_s)
         weight = (self._busy_share(now_s) - self._busy_from) / (self._busy_to - self._busy_from)
+        if self._protects:
+            weight = 1.0
         if lost_len and weight > 0:
             debt_s += min(1.0, weight) * lost_len * self._token_s
             self._last_lost_tokens = lost_len
         self._asked.append((now_s, request.num_tokens))
+        self._admitted_at_s[request] = now_s
+        own = request.num_tokens - session.shared_len
+        self._prompt_tokens = _averaged(self._prompt_tokens, own)
         self._debt_s, self._debt_at_s = debt_s, now_s
         self._pace = max(self._floor, 1 - self._demand(now_s))
         if is_new or _is_most(lost_len, session):
             self._entered[request] = request
             self._num_turns = 0
-        elif self._num_withheld:
+        if _is_most(lost_len, session) and lost_len:
+            self._move_limit(now_s, DECREASE, 0.0)
+        elif not is_new:
+            self._move_limit(now_s, 1.0, INCREASE)
+        if self._num_withheld and request not in self._entered:
             self._num_turns += 1
 
     def left(self, request: WaitingRequest, load: Load) -> None:
         self._left_s = load.now_s
+        admitted_at_s = self._admitted_at_s.pop(request, None)
+        if admitted_at_s is not None:
+            self._answer_s = _averaged(self._answer_s, load.now_s - admitted_at_s)
+            self._footprint = _averaged(self._footprint, load.footprint(request.session))
         self._lost.pop(request, None)
         self._entered.pop(request, None)
 
@@ -229,12 +281,18 @@ class SessionGate(AdmissionPolicy):
         return {
             "debt_s": round(self._debt_s, 3),
             "debt_limit_s": 0.0,
+            "memory_limit": round(self._limit, 3),
             "repaid_share": round(self._pace, 3),
             "prompt_share": round(self._busy, 3),
             "last_lost_tokens": self._last_lost_tokens,
             "withheld_requests": self._num_withheld,
             "reason": self._reason,
         }
+
+
+def _averaged(average: float, value: float) -> float:
+    """Return the average with a new value; the first value is the average."""
+    return average + PAUSE_WEIGHT * (value - average) if average else value
 
 
 def _lost_len(session: Session, cached_len: int) -> int:
