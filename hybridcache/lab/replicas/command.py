@@ -46,6 +46,17 @@ ALONE = {
     "--page": None,
 }
 """Without ``--replicas`` only, and their defaults."""
+CLOSED_LOOP = {
+    "--closed-loop": False,
+    "--rate": None,
+    "--admission": None,
+    "--max-share": None,
+    "--token-budget": None,
+    "--ttft-limit": None,
+    "--seeds": None,
+    "--tells-ends": False,
+}
+"""The same, for closed-loop runs."""
 
 
 def add_fleet(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +101,7 @@ def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Tra
     from hybridcache.lab.simulation.sizes import sizes
     from hybridcache.policies.words import DEFAULT_PLACEMENT
 
-    for flag, default in ALONE.items():
+    for flag, default in (ALONE | CLOSED_LOOP).items():
         if _value(options, flag) != default:
             said = flag.replace("--", "--no-") if default is True else flag
             raise ValueError(f"{said} has no meaning with --replicas: leave it out")

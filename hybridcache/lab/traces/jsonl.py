@@ -14,6 +14,7 @@ tokens an id stands for. Then one object a line, in order of time (small disorde
 - ``boundaries``: ascending positions in ids
 - ``partial``: tokens that the prompt's last id stands for, where fewer than the unit
 - ``answer_survives``: false: later prompts are known to leave this one before its end
+- ``service``: seconds from the timestamp until the answer was complete
 """
 
 from __future__ import annotations
@@ -121,6 +122,7 @@ class _Parser:
             partial,
             survives,
             answer,
+            seconds(record, "service") if "service" in record else None,
         )
 
     def _tokens(self, record: Record, session: Hashable) -> Tokens:
@@ -183,6 +185,8 @@ def write(trace: Trace, file: TextIO) -> int:
             record["partial"] = request.partial_tokens
         if not request.answer_survives:
             record["answer_survives"] = False
+        if request.service_s is not None:
+            record["service"] = request.service_s
         file.write(json.dumps(record, separators=(",", ":")) + "\n")
         last[request.session] = np.concatenate((request.tokens, request.output))
     return num_requests
