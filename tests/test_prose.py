@@ -37,7 +37,6 @@ NOT_YET = (
     "hybridcache/policies/eviction/regret.py",
     "hybridcache/policies/eviction/survival.py",
     "hybridcache/policies/placement/learned.py",
-    "hybridcache/watch",
     "hybridcache/policies",
     "kernels",
 )

@@ -242,7 +242,8 @@ class MeasuredTimes:
 class MeasuredSteps:
     """Step times from a measured table of prefills and one of decode steps.
 
-    The time of a step is the sum over its prefills and decodes, with the fixed cost counted once. The fixed cost is the time of a decode step extrapolated to zero requests.
+    The time of a step is the sum over its prefills and decodes, with the fixed cost counted once.
+    The fixed cost is the time of a decode step extrapolated to zero requests.
     """
 
     table: MeasuredTimes
