@@ -192,7 +192,7 @@ def test_a_snapshot_that_lacks_an_array_or_a_part_of_one_is_refused(saved, name)
     with pytest.raises(ValueError, match="is a damaged snapshot"):
         load_snapshot(hybrid(page_size=2), shorter)
     floats = damaged(saved, lambda _, arrays: arrays.update({name: arrays[name] * 1.0}))
-    with pytest.raises(ValueError, match=f"{name} is no integer array"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer array"):
         load_snapshot(hybrid(page_size=2), floats)
 
 

@@ -20,8 +20,8 @@ ADDED_EVICTION = ("regret", PLAIN_LRU)
 def eviction_name(asked: str) -> str:
     """Translate a value of ``--radix-eviction-policy`` into this project's policy name.
 
-    ``lru`` is SGLang's default, indistinguishable from an explicit ``lru``, and is translated to this
-    project's default. ``plain-lru`` is LRU.
+    ``lru`` is SGLang's default and cannot be distinguished from an explicit ``lru``. It is
+    translated to this project's default. ``plain-lru`` is LRU.
 
     >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "slru")]
     ['regret', 'lru', 'slru']
