@@ -1,1 +1,1 @@
-"""What leaves the process: events, the mirror that follows them, block hashes, snapshots."""
+"""Data that leaves the process: events, mirrors that follow them, block hashes and snapshots."""

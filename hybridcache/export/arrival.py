@@ -1,11 +1,9 @@
-"""A prefix that comes into a cache from elsewhere (another engine, host memory, a disk): its claims
-while it is on its way.
+"""Reservation for a prefix that is copied into the cache from another engine or another tier.
 
-What computes a prefix has a ``Lease``; what brings one has an ``Arrival``. It holds rows for the
-tokens whose KV the cache does not have, and a slot for the state at the end, until ``publish``
-hands both to the cache, as if they had been computed here, or ``abort`` gives them back. What the
-cache has of the prefix already stays under a lock meanwhile. Nothing is counted as a use: whoever
-resumes from what arrived does that.
+A ``Lease`` belongs to a computed prefix, an ``Arrival`` to a copied one. It holds rows for the
+tokens without KV in the cache, and a slot for the state at the end. ``publish`` moves both into the
+cache as if they had been computed here; ``abort`` frees them. The cached part of the prefix is
+locked meanwhile. An arrival does not count as a use of the prefix; resuming from it does.
 """
 
 from __future__ import annotations
@@ -20,11 +18,12 @@ from hybridcache.api import PrefixCache
 from hybridcache.tokens import Indices, Tokens
 
 LABEL = "arrived"
-"""Of a checkpoint that was brought, where one that is saved has the word of its placement."""
+"""Label of a copied checkpoint, in place of the placement rule's label."""
 
 
 class Arrival:
-    """Claims for one prefix. Made by ``begin``; not to be used after ``publish`` or ``abort``."""
+    """Reservation for one prefix. Create with ``begin``; unusable after ``publish`` or
+    ``abort``."""
 
     __slots__ = ("_cache", "_namespace", "_node", "_receipt", "_rows", "_tokens", "slot", "start")
 
@@ -37,14 +36,13 @@ class Arrival:
         receipt: Any,
         start: int,
     ) -> None:
-        """Take over ``receipt``, a lock on ``node``, whose path is ``tokens[:start]``: see
-        ``begin``."""
+        """Take over ``receipt``, a lock on ``node`` with path ``tokens[:start]``. See ``begin``."""
         self._cache, self._tokens, self._namespace = cache, tokens, namespace
         self._node, self._receipt = node, receipt
         self.start = start
-        """The first position whose KV must be brought."""
+        """First position without KV in the cache."""
         self.slot: int | None = None
-        """For the state at the end; None: an attention-only model."""
+        """Slot for the state at the end, or None for an attention-only model."""
         self._rows: Indices = np.empty(0, np.int32)
         if cache.arena is not None:
             cache.arena.holders[self] = None
@@ -53,9 +51,19 @@ class Arrival:
     def begin(
         cls, cache: PrefixCache, tokens: Tokens, namespace: Hashable = None, *, stateful: bool
     ) -> Arrival | None:
-        """Claim what is missing of ``tokens``, int32[n], n a multiple of the grid and of the page:
-        rows past the KV that is there, with or without a checkpoint, and with ``stateful`` a slot.
-        None: no memory; nothing is held. O(n), and what eviction takes."""
+        """Reserve rows, and with ``stateful`` a slot, for the missing part of a prefix.
+
+        Args:
+            cache: The cache.
+            tokens: int32[n]; n is a multiple of the grid and of the page size.
+            namespace: Namespace of the prefix.
+            stateful: True to reserve a slot for the state at the end.
+
+        Returns:
+            The reservation, or None if there is not enough memory (nothing is held then).
+
+        O(n), plus evictions.
+        """
         known = min(cache.match(tokens, namespace).kv_len, len(tokens))
         known -= known % cache.page_size
         node, receipt = cache.lock_kv(tokens[:known], namespace)
@@ -78,18 +86,17 @@ class Arrival:
 
     @property
     def end(self) -> int:
-        """Where the prefix ends, and its state is wanted."""
+        """Length of the prefix, and position of its state."""
         return len(self._tokens)
 
     @property
     def rows(self) -> Indices:
-        """KV row of every position in [start, end): int32, as they are now; an arena may move
-        them."""
+        """KV row of each position in [start, end): int32. An arena can move them."""
         return self._rows
 
     @property
     def held_tokens(self) -> int:
-        """KV rows held: neither free nor the cache's."""
+        """Number of KV rows held, neither free nor cached."""
         return len(self._rows)
 
     @property
@@ -97,13 +104,17 @@ class Arrival:
         return int(self.slot is not None)
 
     def rows_moved(self, move: Move) -> int:
-        """A slab of the arena was emptied (``RowHolder``): rename what is here of its rows; how
-        many are held. O(rows)."""
+        """Rename rows after a slab of the arena was emptied (``RowHolder``). O(rows).
+
+        Returns the number of rows held in that slab.
+        """
         return len(move.rename(self._rows))
 
     def publish(self) -> None:
-        """All rows and the state are written: hand them to the cache. What it has meanwhile (a
-        request computed the same) it keeps, and ours are free again. O(n)."""
+        """Move the written rows and state into the cache. O(n).
+
+        Parts that another request has published meanwhile are kept; our duplicates are freed.
+        """
         cache = self._cache
         rows = np.concatenate([np.zeros(self.start, np.int32), self._rows])
         saved = () if self.slot is None else ((self.end, self.slot),)
@@ -123,7 +134,7 @@ class Arrival:
         self._close()
 
     def abort(self) -> None:
-        """Give everything back."""
+        """Free all rows and the slot."""
         if len(self._rows):
             self._cache.free_kv(self._rows)
         if self.slot is not None:

@@ -1,9 +1,8 @@
-"""The same events in blocks of a fixed size, named by chained hashes, as routers of other engines
-expect them.
+"""KV events in blocks of a fixed size with chained hashes, the format of other engines' routers.
 
-A block is the tokens up to one multiple of ``block_size``; its hash covers all tokens before it, so
-equal hashes mean equal prefixes on every replica. A block counts as stored while the KV of its last
-token is. A checkpoint is named by its position and the hash of all tokens up to it.
+A block ends at a multiple of ``block_size``. Its hash covers all tokens before its end, so equal
+hashes mean equal prefixes on every replica. A block counts as stored while the KV of its last token
+is resident. A checkpoint is identified by its position and the hash of all tokens up to it.
 """
 
 from __future__ import annotations
@@ -26,8 +25,7 @@ from hybridcache.export.namespaces import Namespace
 
 
 class _Segment:
-    """One segment's tokens, with the hash state before its first token and the block that token
-    falls in."""
+    """Tokens of one segment, with the hash state at its start."""
 
     __slots__ = ("blocks", "parent", "pending", "root", "start", "tokens")
 
@@ -38,34 +36,34 @@ class _Segment:
         self.tokens = tokens
         self.parent = parent
         self.root = root
-        """Hash of the last whole block before ``start``."""
+        """Hash of the last complete block before ``start``."""
         self.pending: tuple[int, ...] = pending
         """Tokens between that block and ``start``."""
         self.blocks: list[int] = []
-        """Hashes of the blocks that end in it."""
+        """Hashes of the blocks that end in the segment."""
 
 
 class BlockEvents:
-    """A sink for ``EventStream`` that writes to ``sink`` dicts of the form
+    """Sink for ``EventStream`` that passes block events to ``sink`` as dicts.
 
-    ``{"type": "BlockStored", "block_hashes", "parent_block_hash", "token_ids", "block_size"}``,
-    ``{"type": "BlockRemoved", "block_hashes"}``, and for states
-    ``{"type": "CheckpointStored" | "CheckpointRemoved", "position", "prefix_hash"}``.
+    - ``{"type": "BlockStored", "block_hashes", "parent_block_hash", "token_ids", "block_size"}``
+    - ``{"type": "BlockRemoved", "block_hashes"}``
+    - ``{"type": "CheckpointStored" | "CheckpointRemoved", "position", "prefix_hash"}``
     """
 
     def __init__(self, block_size: int, sink: Callable[[dict[str, Any]], None]) -> None:
-        """``block_size`` in tokens. ValueError: it is not positive."""
+        """Create a sink for blocks of ``block_size`` tokens. Raises ValueError if it is below 1."""
         if block_size < 1:
-            raise ValueError(f"block_size must be at least 1 token, got {block_size}")
+            raise ValueError(f"block_size must be at least 1 (got {block_size}).")
         self.block_size = block_size
         self._sink = sink
         self._segments: dict[int, _Segment] = {}
         self._holders: dict[int, int] = {}
-        """Segments with a block: several where pages are longer than blocks and prompts part inside
-        a page."""
+        """Number of segments per block. It exceeds 1 if pages are longer than blocks and prompts
+        diverge inside a page."""
 
     def __call__(self, event: Event) -> None:
-        """Follow one event. O(tokens of the segment)."""
+        """Convert one event. O(tokens of the segment)."""
         match event:
             case KVStored():
                 self._store(event)
@@ -114,7 +112,7 @@ class BlockEvents:
             )
 
     def _remove(self, segment: _Segment) -> None:
-        """What no other segment has goes."""
+        """Report the blocks that no other segment contains."""
         gone = []
         for block in segment.blocks:
             self._holders[block] -= 1
@@ -125,7 +123,7 @@ class BlockEvents:
             self._sink({"type": "BlockRemoved", "block_hashes": gone})
 
     def _tail(self, segment: _Segment) -> tuple[int, tuple[int, ...]]:
-        """(hash of the last whole block up to its end, tokens after that block)."""
+        """Return (hash of the last complete block, tokens after that block)."""
         end = segment.start + len(segment.tokens)
         num_pending = end % self.block_size
         waiting = segment.pending + segment.tokens
@@ -144,13 +142,13 @@ class BlockEvents:
 
 
 def chain_hash(parent: int, tokens: tuple[int, ...]) -> int:
-    """64-bit hash of ``tokens`` after everything that ``parent`` covers. O(tokens)."""
+    """Hash ``tokens`` after the tokens covered by ``parent``: 64 bits. O(tokens)."""
     data = parent.to_bytes(8, "little") + np.array(tokens, "<i4").tobytes()
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
 
 
 def namespace_hash(namespace: Namespace) -> int:
-    """What the chains of a namespace begin with; 0 for the unnamed one."""
+    """Return the initial hash of a namespace's chains; 0 for the unnamed namespace."""
     if namespace is None:
         return 0
     digest = blake2b(repr(namespace).encode(), digest_size=8).digest()

@@ -1,10 +1,8 @@
-"""KV events: what a cache stored and removed, for routers of replicas; and the mirror that a
-subscriber keeps.
+"""KV events: the changes of a cache as records, for routers and other subscribers.
 
-``EventStream`` turns a cache's changes into small records with numbers for names: a segment's id,
-its parent's id, positions, tokens. ``Batches`` numbers them and writes them as JSON or msgpack,
-``decode`` reads that. ``Mirror`` follows a stream and answers what a router asks, "how much of this
-prompt does that replica have", without ever talking to it.
+``EventStream`` turns changes into small records: segment id, parent id, positions and tokens.
+``Batches`` numbers and encodes them as JSON or msgpack, and ``decode`` reads them. ``Mirror``
+follows a stream and computes match lengths for a router without contacting the replica.
 
 >>> import numpy as np
 >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -19,7 +17,7 @@ MirrorMatch(cached_len=8, kv_len=10)
 
 Over a wire, where batches may be lost:
 
->>> batches, remote = Batches(), Mirror(page_size=1)
+Over a wire that can lose batches:
 >>> cache.subscribe(EventStream(batches))
 >>> remote.apply_batch(*decode(batches.take()))
 >>> remote.match(prompt)
@@ -39,19 +37,19 @@ from hybridcache.radix.tree import RadixNode
 
 
 class KVStored(NamedTuple):
-    """A segment's KV became resident."""
+    """KV of a new segment."""
 
     id: int
-    """Never used again after its removal."""
+    """Segment id. Never reused."""
     parent: int | None
-    """Id of the segment above; None: the namespace's root."""
+    """Id of the parent segment, or None for the root of the namespace."""
     namespace: Namespace
     start: int
     tokens: tuple[int, ...]
 
 
 class KVSplit(NamedTuple):
-    """Segment ``id`` keeps what is past ``position``; the rest above it is now ``upper``."""
+    """Split of a segment: ``id`` keeps the tokens after ``position``; ``upper`` gets the rest."""
 
     id: int
     upper: int
@@ -59,13 +57,13 @@ class KVSplit(NamedTuple):
 
 
 class KVRemoved(NamedTuple):
-    """Segment ``id``, which had no children left, lost its KV."""
+    """Eviction of a segment's KV. The segment has no children."""
 
     id: int
 
 
 class CheckpointStored(NamedTuple):
-    """The state at the end of segment ``id`` was saved."""
+    """New checkpoint at the end of a segment."""
 
     id: int
     position: int
@@ -73,7 +71,7 @@ class CheckpointStored(NamedTuple):
 
 
 class CheckpointRemoved(NamedTuple):
-    """The state at the end of segment ``id`` went; its KV may stay."""
+    """Removal of the checkpoint at the end of a segment. The KV can remain."""
 
     id: int
     position: int
@@ -84,7 +82,7 @@ EVENTS: dict[str, type[Event]] = {
     kind.__name__: kind
     for kind in (KVStored, KVSplit, KVRemoved, CheckpointStored, CheckpointRemoved)
 }
-"""By the name that stands first in the written form."""
+"""Event types by name, the first field of the encoded form."""
 
 FORMS = ("json", "msgpack")
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -97,22 +95,21 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "tokens": (tuple,),
     "label": (str,),
 }
-"""What each field of an event may be."""
+"""Valid types of each field."""
 
 
 class EventStream(Listener):
-    """A cache listener that hands each change to ``sink`` as an ``Event``. O(tokens) for what is
-    stored, else O(1).
+    """Cache listener that passes each change to ``sink`` as an ``Event``.
 
-    ``sink`` runs in the middle of the cache's change: where it raises, the stream is unsubscribed
-    and notified no more, so one that may fail, as a socket does, stands behind ``Batches``. One
-    stream follows one cache.
+    O(tokens) for stored KV, O(1) otherwise. ``sink`` runs in the middle of a cache operation: if it
+    raises, the stream is unsubscribed. Put a sink that can fail, such as a socket, behind
+    ``Batches``. Each stream follows one cache.
     """
 
     def __init__(self, sink: Callable[[Event], None]) -> None:
         self._sink = sink
         self._namespaces: dict[int, Namespace] = {}
-        """By segment, so that a new one asks its parent instead of walking to the root."""
+        """Encoded namespace by segment, so that children need no walk to the root."""
 
     def kv_stored(self, node: RadixNode) -> None:
         parent = node.parent
@@ -139,7 +136,7 @@ class EventStream(Listener):
         self._sink(CheckpointRemoved(_id(node), node.end))
 
     def chosen(self, item: Item) -> None:
-        """What goes is reported when it goes."""
+        """Ignored: the removal is reported when it happens."""
 
 
 def _id(node: RadixNode) -> int:
@@ -148,33 +145,37 @@ def _id(node: RadixNode) -> int:
 
 
 def encode(sequence: int, events: Iterable[Event], form: str = "json") -> bytes:
-    """A batch as bytes: ``[sequence, [[name, field, ...], ...]]``. ``form``: json or msgpack (needs
-    that package).
+    """Encode a batch as ``[sequence, [[name, field, ...], ...]]``.
 
-    Both forms carry the same: ValueError where a text or a number is one that either could not.
+    Args:
+        sequence: Number of the batch.
+        events: Its events.
+        form: ``json`` or ``msgpack`` (requires that package). Both encode the same values.
+
+    Raises:
+        ValueError: a string or a number cannot be encoded in both forms.
     """
     if form not in FORMS:
-        raise ValueError(f"events are written as json or msgpack, not {form!r}")
+        raise ValueError(f"form must be json or msgpack (got {form!r}).")
     records = [[type(event).__name__, *event] for event in events]
     batch = [sequence, records]
     try:
         for number in (sequence, *(field for record in records for field in record)):
             if isinstance(number, int) and number >= 1 << 64:
-                raise OverflowError(f"{number} is past 64 bits")
+                raise OverflowError(f"{number} exceeds 64 bits")
         if form == "json":
             return json.dumps(batch, separators=(",", ":"), ensure_ascii=False).encode()
         import msgpack
 
         return cast(bytes, msgpack.packb(batch))
     except (UnicodeEncodeError, OverflowError) as error:
-        raise ValueError(f"a batch of events holds what no wire carries: {error}") from error
+        raise ValueError(f"A batch of events cannot be encoded: {error}.") from error
 
 
 def decode(batch: bytes, form: str = "json") -> tuple[int, list[Event]]:
-    """(sequence, events) of what ``encode`` wrote. ValueError: it is nothing that ``encode``
-    wrote."""
+    """Decode the result of ``encode`` into (sequence, events). Raises ValueError for other data."""
     if form not in FORMS:
-        raise ValueError(f"events are written as json or msgpack, not {form!r}")
+        raise ValueError(f"form must be json or msgpack (got {form!r}).")
     try:
         if form == "json":
             sequence, records = json.loads(batch)
@@ -183,10 +184,10 @@ def decode(batch: bytes, form: str = "json") -> tuple[int, list[Event]]:
 
             sequence, records = msgpack.unpackb(batch)
         if type(sequence) is not int:
-            raise TypeError("its number is no whole number")
+            raise TypeError("its number is not an integer")
         return sequence, [_read(record) for record in records]
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
-        raise ValueError(f"this is no batch of events in {form}: {error}") from error
+        raise ValueError(f"This is not a batch of events in {form}: {error}.") from error
 
 
 def _read(record: Sequence[Any]) -> Event:
@@ -194,7 +195,7 @@ def _read(record: Sequence[Any]) -> Event:
     if name == "KVStored":
         fields[2], fields[4] = read_namespace(fields[2]), tuple(fields[4])
         if not set(map(type, fields[4])) <= {int}:
-            raise TypeError("a token is no whole number")
+            raise TypeError("a token is not an integer")
     event = EVENTS[name](*fields)
     for field, value in event._asdict().items():
         if type(value) not in _TYPES[field]:
@@ -203,16 +204,16 @@ def _read(record: Sequence[Any]) -> Event:
 
 
 class Batches:
-    """A sink for ``EventStream`` that gathers events until ``take`` writes them as the next batch:
-    number 0, 1, 2 and so on.
+    """Sink for ``EventStream`` that collects events until ``take`` encodes them as a batch.
 
-    Sending is the caller's, between the cache's verbs: a wire that fails harms no cache.
+    Batches are numbered 0, 1, 2 and so on. The caller sends them between cache operations, so a
+    failing connection cannot harm the cache.
     """
 
     def __init__(self, form: str = "json") -> None:
-        """ValueError: a ``form`` that is neither json nor msgpack."""
+        """Create an empty collector. Raises ValueError if ``form`` is not json or msgpack."""
         if form not in FORMS:
-            raise ValueError(f"events are written as json or msgpack, not {form!r}")
+            raise ValueError(f"form must be json or msgpack (got {form!r}).")
         self._form = form
         self._sequence = 0
         self._events: list[Event] = []
@@ -221,11 +222,11 @@ class Batches:
         self._events.append(event)
 
     def __len__(self) -> int:
-        """Events that wait."""
+        """Number of collected events."""
         return len(self._events)
 
     def take(self) -> bytes:
-        """What came since the last time, encoded; a batch without events is one too. O(tokens)."""
+        """Encode the events since the last call, which can be none. O(tokens)."""
         batch = encode(self._sequence, self._events, self._form)
         self._sequence += 1
         self._events = []

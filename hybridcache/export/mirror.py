@@ -1,4 +1,4 @@
-"""What one cache holds, known from its events alone: for routers."""
+"""Mirror: a copy of one cache's structure, built from its events, for routers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from hybridcache.tokens import common_prefix_len
 
 
 class EventsLost(ValueError):
-    """A mirror was given an event that can not follow those it knows."""
+    """Raised if an event cannot follow the preceding ones."""
 
 
 class MirrorMatch(NamedTuple):
-    """What the mirrored cache would answer for a prompt."""
+    """Match lengths of a prompt in the mirrored cache."""
 
     cached_len: int
     kv_len: int
@@ -51,49 +51,57 @@ class _Piece:
 
 
 class Mirror:
-    """What one cache holds, known from its events alone.
+    """Structure of one cache, built from its events.
 
-    A gap in the numbers of batches is refused, and so is an event that contradicts what is known:
-    then the mirror is stale, and a new one must follow a new subscription, which begins with all
-    that is cached.
+    Gaps in batch numbers and contradictory events raise ``EventsLost``. The mirror is then stale: a
+    new one must follow a new subscription, which begins with the whole cache.
     """
 
     def __init__(self, page_size: int, kv_grid: int | None = None) -> None:
-        """``kv_grid``: of an attention-only cache, which resumes at every multiple of it and of the
-        page; None: a hybrid one, which resumes at checkpoints."""
+        """Create an empty mirror.
+
+        Args:
+            page_size: Page size in tokens.
+            kv_grid: Grid of an attention-only cache, which resumes at every common multiple of it
+                and ``page_size``. None for a hybrid cache, which resumes at checkpoints.
+        """
         self.page_size = page_size
         self._kv_step = None if kv_grid is None else lcm(kv_grid, page_size)
         self._pieces: dict[int, _Piece] = {}
         self._roots: dict[Namespace, dict[tuple[int, ...], int]] = {}
         self._next_sequence = 0
         self.num_tokens = 0
-        """Of which the cache has KV."""
+        """Number of tokens with KV."""
         self.num_checkpoints = 0
 
     @property
     def next_sequence(self) -> int:
-        """Number of the batch that is due."""
+        """Number of the next batch."""
         return self._next_sequence
 
     def apply_batch(self, sequence: int, events: Iterable[Event]) -> None:
-        """Follow what ``decode`` gave. O(tokens). EventsLost: it is not the batch after the last
-        one."""
+        """Apply the result of ``decode``. O(tokens).
+
+        Raises EventsLost unless ``sequence`` is the next batch.
+        """
         if sequence != self._next_sequence:
             raise EventsLost(
-                f"batch {sequence} of events came where {self._next_sequence} was due: "
-                "follow a new subscription with an empty mirror"
+                f"batch {sequence} of events arrived, but {self._next_sequence} was expected: "
+                "follow a new subscription with an empty mirror."
             )
         for event in events:
             self.apply(event)
         self._next_sequence = sequence + 1
 
     def apply(self, event: Event) -> None:
-        """Follow one event. O(tokens of the segment). EventsLost: it can not come after those
-        before it."""
+        """Apply one event. O(tokens of the segment).
+
+        Raises EventsLost if it cannot follow the preceding events.
+        """
         if not self._follows(event):
             raise EventsLost(
                 f"an event was lost before {type(event).__name__} of segment {event.id}: "
-                "follow a new subscription with an empty mirror"
+                "follow a new subscription with an empty mirror."
             )
         match event:
             case KVStored():
@@ -115,7 +123,7 @@ class Mirror:
                 self.num_checkpoints += 1 if is_stored else -1
 
     def _follows(self, event: Event) -> bool:
-        """Whether ``event`` is possible after what is known. O(page)."""
+        """True if ``event`` is consistent with the mirror. O(page)."""
         try:
             hash(event)
         except TypeError:
@@ -138,7 +146,7 @@ class Mirror:
                 return event.position == piece.end and piece.checkpoint
 
     def _fits(self, event: KVStored) -> bool:
-        """Whether its place is known and free."""
+        """True if the parent exists, ends at the start and has no such child."""
         if event.parent is None:
             end, siblings = 0, self._roots.get(event.namespace, {})
         else:
@@ -168,8 +176,7 @@ class Mirror:
         upper.children[lower.key] = event.id
 
     def match(self, tokens: Sequence[int], namespace: Hashable = None) -> MirrorMatch:
-        """How much of ``tokens`` the cache has. O(len(tokens)); a tuple is taken as it is, and only
-        what the cache has of it is read."""
+        """Match ``tokens``. O(len(tokens)), or O(matched tokens) if it is a tuple."""
         ids = tokens if type(tokens) is tuple else tuple(int(token) for token in tokens)
         children = self._roots.get(write_namespace(namespace), {})
         end = cached_len = 0
@@ -189,8 +196,10 @@ class Mirror:
         return MirrorMatch(cached_len, end)
 
     def segments(self) -> set[tuple[int, int | None, Namespace, int, tuple[int, ...], bool]]:
-        """(id, parent, namespace, start, tokens, checkpoint?) of all it knows: what ``segments_of``
-        says of a cache."""
+        """Return (id, parent, namespace, start, tokens, checkpoint?) of all segments.
+
+        Equals ``segments_of`` of the mirrored cache.
+        """
         return {
             (id_, p.parent, p.namespace, p.start, p.tokens, p.checkpoint)
             for id_, p in self._pieces.items()
@@ -200,8 +209,10 @@ class Mirror:
 def segments_of(
     nodes: Iterable[RadixNode],
 ) -> set[tuple[int, int | None, Namespace, int, tuple[int, ...], bool]]:
-    """What a mirror must know of resident ``nodes``, parents before children, read from the tree
-    itself. O(tokens)."""
+    """Return the expected ``Mirror.segments`` of resident ``nodes``, read from the tree. O(tokens).
+
+    ``nodes`` lists parents before children.
+    """
     found: list[Event] = []
     stream = EventStream(found.append)
     segments = set()

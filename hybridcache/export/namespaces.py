@@ -1,8 +1,7 @@
-"""Names of namespaces in events: equal ones alike, different ones apart, in JSON and in msgpack.
+"""Encoding of namespaces in events, for JSON and msgpack. Distinct namespaces stay distinct.
 
-None, texts and 64-bit whole numbers are written as they are. Other values become a tuple (a list on
-the wire) whose first entry says how to read the rest, so that no text can pass for it.
-
+None, strings and 64-bit integers are written unchanged. Other values become a tuple (a list on the
+wire) with its type as the first entry, so that a string cannot be mistaken for it.
 >>> write_namespace(("a", 1)), write_namespace("('a', 1)")
 (('tuple', 'a', 1), "('a', 1)")
 >>> write_namespace(b"salt"), write_namespace(2**64)
@@ -17,14 +16,16 @@ from typing import Any, TypeAlias
 from hybridcache.tokens import require_namespace
 
 Namespace: TypeAlias = "str | int | tuple[Namespace, ...] | None"
-"""As it is, or ``("tuple", ...)``, ``("int", hex)``, ``("repr", text)``."""
+"""Encoded namespace: unchanged, or ``("tuple", ...)``, ``("int", hex)``, ``("repr", text)``."""
 
 INT64_MIN, INT64_MAX = -(1 << 63), (1 << 63) - 1
 
 
 def write_namespace(namespace: Hashable) -> Namespace:
-    """Return a namespace as events write it. ValueError: it is none (``hybridcache.tokens``).
-    O(its size)."""
+    """Encode a namespace for events. O(its size).
+
+    Raises ValueError if it is not a namespace (``hybridcache.tokens``).
+    """
     if namespace is None:
         return None
     if isinstance(namespace, str):
@@ -41,12 +42,12 @@ def write_namespace(namespace: Hashable) -> Namespace:
 
 
 def read_namespace(written: Any) -> Namespace:
-    """Return what ``write_namespace`` gave, after a wire has made lists of its tuples."""
+    """Restore the result of ``write_namespace`` after a wire format turned tuples into lists."""
     return tuple(map(read_namespace, written)) if isinstance(written, list) else written
 
 
 def _encodable(text: str) -> bool:
-    """Return whether UTF-8 can carry ``text``: no half of a surrogate pair is in it."""
+    """True if UTF-8 can encode ``text``: it has no unpaired surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,7 @@
-"""A cache's structure in a file: every node, ghost, row, slot and recency, for debugging and
-studies. No tensors.
+"""Snapshots: a cache's structure in a file, for debugging and studies, without tensors.
 
-The file is a numpy archive of flat arrays, one entry a node, parents before children; it holds no
-code and loading runs none.
+A snapshot has all nodes, ghosts, rows, slots and use times. The file is a numpy archive of flat
+arrays with one entry per node, parents before children. Loading executes no code from it.
 """
 
 from __future__ import annotations
@@ -28,12 +27,15 @@ from hybridcache.tokens import read_namespace, write_namespace
 
 
 def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
-    """Write ``cache`` to exactly ``path``. Locks, what requests hold, a policy's memory and the
-    order of what is free are not part of it. O(tree).
+    """Write ``cache`` to exactly ``path``. O(tree).
 
-    OSError: the disk is full, say; what ``path`` held before is there still, beside which the new
-    file is written. ValueError, and nothing written: a namespace is not made of None, numbers,
-    texts, bytes and tuples of them, a token is below 0, or ``cache`` keeps nothing.
+    Not saved: locks, rows and slots held by requests, policy state and the order of free lists.
+
+    Raises:
+        OSError: writing failed, for example on a full disk. The old file at ``path`` is intact,
+            because the new one is written next to it and then renamed.
+        ValueError: a namespace is not made of None, numbers, strings, bytes and tuples of them, or
+            a token is negative, or ``cache`` stores nothing. No file is written.
     """
     _check_keeps(cache)
     residency = cache._residency
@@ -56,7 +58,7 @@ def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
     parts = [node.kv.indices for node in ordered if node.kv is not None]
     tokens = np.concatenate([np.empty(0, np.int32), *(node.tokens for node in ordered)])
     if (tokens < 0).any():
-        raise ValueError("a cached prompt has a token below 0, which no snapshot can hold")
+        raise ValueError("A cached prompt has a token below 0, which a snapshot cannot store.")
     arrays = {
         "header": np.array(json.dumps(header)),
         "parent": np.array([place[_parent(node)] for node in ordered], np.int64),
@@ -75,7 +77,7 @@ def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
 
 
 def _write_whole(path: Path, arrays: dict[str, Any]) -> None:
-    """All of it to ``path``, or what was there before stays. OSError: it can not be written."""
+    """Write to ``path`` atomically. Raises OSError if writing fails; the old file remains."""
     is_device = path.exists() and not path.is_file()
     part = path if is_device else path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -90,22 +92,25 @@ def _write_whole(path: Path, arrays: dict[str, Any]) -> None:
 
 
 def load_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
-    """Fill ``cache``, which must be empty and of the same page size and grid, with what ``path``
-    holds. O(tree + pools).
+    """Fill an empty ``cache`` of the same page size and grid from the file at ``path``.
 
-    Rows and slots are taken from its allocators under their old numbers; the policy is notified of
-    every candidate, oldest first, and so are subscribers; what is loaded counts as inserted; ghosts
-    past the cache's own limit are forgotten. The file may come from anybody: it is read whole,
-    within bounds, and checked before the cache is touched. No item has a ``memo``. ValueError, and
-    the cache as it was: no snapshot or a damaged one, another geometry, a pool that is too small,
-    or a cache that is not empty. FileNotFoundError: nothing is there.
+    Rows and slots keep their numbers and are taken from the cache's allocators. All candidates are
+    added to the policy, oldest first, and reported to subscribers. Loaded contents count as
+    inserted. Ghosts beyond the cache's limit are dropped, and no item has a ``memo``. Untrusted
+    files are safe: the file is read within bounds and checked before the cache is changed.
+    O(tree + pools).
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a valid snapshot, its geometry differs, a pool is too small, or
+            the cache is not empty. The cache is unchanged.
     """
     _check_keeps(cache)
     header, arrays = read_snapshot(path)
     _check_fits(cache, header, path)
     residency = cache._residency
     if (arrays["slot"] >= 0).any() and not residency.item_bytes.state:
-        raise ValueError(f"{path} holds checkpoints, and this cache can keep none")
+        raise ValueError(f"{path} has checkpoints, which this cache cannot store.")
     tree = RadixTree(cache.page_size)
     clock = (residency.num_items, residency.now)
     nodes = _build(tree, header, arrays, residency.item_bytes, clock, path)
@@ -150,8 +155,11 @@ def _build(
     clock: tuple[int, int],
     path: str | Path,
 ) -> list[RadixNode]:
-    """Make the nodes, parents first, with their KV and checkpoints. ``clock``: (serials, requests)
-    that the cache has had; no serial may come twice, and no time may run back."""
+    """Build the nodes, parents first, with their KV and checkpoints.
+
+    ``clock`` is the cache's present (serials, requests). Serials and times are shifted by it,
+    because serials must stay unique and time must not run backwards.
+    """
     roots = [tree.root(read_namespace(text)) for text in header["namespaces"]]
     nodes: list[RadixNode] = []
     token_at = row_at = 0
@@ -164,7 +172,7 @@ def _build(
         tokens = arrays["tokens"][token_at : token_at + length].astype(np.int32)
         node = tree.grow(parent, tokens)
         if (above, node.key) in siblings:
-            raise ValueError(f"{path} is a damaged snapshot: two children begin the same")
+            raise ValueError(f"{path} is a damaged snapshot: two children begin with equal tokens")
         siblings.add((above, node.key))
         token_at += length
         nodes.append(node)
@@ -187,8 +195,7 @@ def _build(
 
 
 def _shifted(numbers: Any, clock: tuple[int, int]) -> tuple[int | None, int, int, int]:
-    """(serial, created, last_used, uses) after what the cache has had; serial None: nothing was
-    there."""
+    """Return (serial, created, last_used, uses) shifted by ``clock``; serial None if absent."""
     serial, created, last_used, uses = numbers.tolist()
     if serial < 0:
         return None, 0, 0, 0
@@ -212,17 +219,17 @@ def _checkpoint(
 
 def _check_keeps(cache: HybridRadixCache) -> None:
     if not isinstance(cache, HybridRadixCache):
-        raise ValueError(f"a {type(cache).__name__} has no tree: there is nothing to save or load")
+        raise ValueError(f"A {type(cache).__name__} has no tree to save or load.")
 
 
 def _check_fits(cache: HybridRadixCache, header: Header, path: str | Path) -> None:
     if (header["page_size"], header["grid"]) != (cache.page_size, cache.grid):
         raise ValueError(
-            f"{path} was saved with page size {header['page_size']} and grid {header['grid']}, "
-            f"the cache has {cache.page_size} and {cache.grid}"
+            f"{path} has page size {header['page_size']} and grid {header['grid']}, but "
+            f"the cache has {cache.page_size} and {cache.grid}."
         )
     if cache.num_nodes:
-        raise ValueError("a snapshot can only be loaded into an empty cache")
+        raise ValueError("A snapshot can only be loaded into an empty cache.")
 
 
 def _parent(node: RadixNode) -> RadixNode:

@@ -1,5 +1,4 @@
-"""The file of a snapshot: reading it, and refusing what no cache can have written, before any cache
-is touched."""
+"""Reader of snapshot files. Invalid files are refused before any cache is changed."""
 
 from __future__ import annotations
 
@@ -28,27 +27,29 @@ TABLES = {
     "lost": 2,
     "ghost": 1,
 }
-"""The arrays beside the header and their dimensions; a table has a row of four numbers a node."""
+"""Arrays of a file and their numbers of dimensions. 2-D arrays have one row of four per node."""
 
 Header = dict[str, Any]
 Arrays = dict[str, Any]
 
 MAX_BYTES = 1 << 28
-"""What the arrays of a file may take together once they are unpacked: 20 million tokens, or a
-million nodes, and more."""
+"""Upper bound of the unpacked size of all arrays: more than 20 million tokens or a million
+nodes."""
 MAX_HEADER_BYTES = 1 << 25
 MAX_NUMBER = 1 << 31
-"""Positions, rows, slots and tokens are below it."""
+"""Exclusive upper bound of positions, rows, slots and tokens."""
 MAX_COUNT = 1 << 60
-"""Serials, times and uses are below it: some sums of two must be 64-bit numbers."""
+"""Exclusive upper bound of serials, times and uses. Sums of two must fit into 64 bits."""
 
 
 def read_snapshot(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[Header, Arrays]:
-    """(header, arrays int64) of the snapshot at ``path``; runs no code of it. O(file), and no more
-    memory than a few times ``max_bytes``, whatever the file unpacks to.
+    """Read the snapshot at ``path`` as (header, int64 arrays). Executes no code from the file.
 
-    FileNotFoundError: there is none. ValueError: something else is there, or a snapshot that is
-    damaged or too large.
+    Takes O(file) time and memory of a few times ``max_bytes``, for any unpacked size.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is not a snapshot, or it is damaged or too large.
     """
     with open(path, "rb") as file:
         try:
@@ -56,9 +57,9 @@ def read_snapshot(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[Header,
         except _Damage as found:
             raise ValueError(f"{path} is a damaged snapshot: {found}") from None
         except Exception as error:
-            raise ValueError(f"{path} is no cache snapshot, or its end was cut off") from error
+            raise ValueError(f"{path} is not a cache snapshot, or it was truncated") from error
     if not isinstance(header, dict) or header.get("form") != FORM:
-        raise ValueError(f"{path} is no cache snapshot of this version")
+        raise ValueError(f"{path} is not a cache snapshot of this version")
     try:
         damage = next(_damages(header, arrays), None)
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -69,12 +70,11 @@ def read_snapshot(path: str | Path, max_bytes: int = MAX_BYTES) -> tuple[Header,
 
 
 class _Damage(Exception):
-    """What is wrong with a file, before its arrays are there."""
+    """Defect that is found before the arrays are read."""
 
 
 def _unpack(file: BinaryIO, max_bytes: int) -> tuple[Any, Arrays]:
-    """The header's JSON and the arrays, each only as large as the archive declares, and that is
-    looked at first."""
+    """Return the header and the arrays. Declared sizes are checked before unpacking."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()
         sizes = {member.filename.removesuffix(".npy"): member.file_size for member in members}
@@ -92,14 +92,16 @@ def _unpack(file: BinaryIO, max_bytes: int) -> tuple[Any, Arrays]:
         for name, dimensions in TABLES.items():
             array = _read_array(archive.read(f"{name}.npy"))
             if array.dtype.kind != "i" or array.ndim != dimensions:
-                raise _Damage(f"{name} is no integer array of {dimensions} dimensions")
+                raise _Damage(f"{name} must be an integer array of {dimensions} dimensions")
             arrays[name] = array.astype(np.int64, copy=False)
         return json.loads(str(header)), arrays
 
 
 def _read_array(raw: bytes) -> npt.NDArray[Any]:
-    """The array of a .npy file. numpy's own reader would first allocate what its header asks
-    for."""
+    """Return the array of a .npy file.
+
+    numpy's reader is unsuitable: it allocates the declared size before reading.
+    """
     file = io.BytesIO(raw)
     version = np.lib.format.read_magic(file)
     read = {
@@ -108,15 +110,15 @@ def _read_array(raw: bytes) -> npt.NDArray[Any]:
     }[version]
     shape, is_fortran, dtype = read(file)
     if dtype.hasobject or any(length < 0 for length in shape):
-        raise ValueError("no array of plain numbers or text")
+        raise ValueError("the array does not contain plain numbers or text")
     if math.prod(shape) * dtype.itemsize != len(raw) - file.tell():
-        raise ValueError("an array is not as long as it says")
+        raise ValueError("an array does not have its declared length")
     flat = np.frombuffer(raw, dtype, offset=file.tell())
     return flat.reshape(shape, order="F" if is_fortran else "C")
 
 
 def _damages(header: Header, arrays: Arrays) -> Iterator[str]:
-    """What contradicts what, the most basic first. O(file)."""
+    """Yield the inconsistencies of a file, the most basic ones first. O(file)."""
     parent, end, kv, slot = (arrays[name] for name in ("parent", "end", "kv", "slot"))
     checkpoint, lost, ghost = (arrays[name] for name in ("checkpoint", "lost", "ghost"))
     num_nodes = len(parent)

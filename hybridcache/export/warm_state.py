@@ -1,18 +1,30 @@
-"""What a cache remembers beyond what it holds, for its next start: the tokens it has seen, what
-stood there, its clock, and what its policies have learnt.
+"""Warm state: tokens seen, evicted checkpoints, clock and learned policy state, saved for restart.
 
-The file, little-endian:
+File format, little-endian:
 
     8s "HCMEMRY1"  u64 bytes of the body  u32 crc of the body  u32 crc of these 20 bytes
     the body: JSON, compressed by zlib
 
-The body is an object of ``policies.memory``'s values: ``form``, ``page_size``, ``grid``, ``now``,
-``num_items``; ``namespaces``; ``nodes``, a row for each node of the tree with its parent's number
-(parents first; -1 - n: the root of namespace n), its end, and of the checkpoint there, also one
-that was evicted, serial (-1: there is none), time of creation and of the last use, uses,
-superseded, and the place among ``tiers`` where it lies or was last (-1: on the device); their
-``labels``; ``tokens``, of all nodes in turn; ``policies`` and ``memos`` of items by the tier's
-word; ``placement``, the rules that learn. CRCs are CRC-32 (zlib's).
+CRCs are CRC-32 (zlib). The body is an object of ``policies.memory`` values:
+
+- ``form``, ``page_size``, ``grid``, ``now``, ``num_items``: header.
+- ``tiers``: names of the tiers.
+- ``namespaces``: encoded namespaces.
+- ``nodes``: one row of eight numbers per node, parents first:
+
+  1. row of the parent, or -1 - n for the root of namespace n;
+  2. end position;
+  3. serial of its checkpoint, evicted or not, or -1 if there is none;
+  4. creation time of the checkpoint;
+  5. last use of the checkpoint;
+  6. uses of the checkpoint;
+  7. 1 if the checkpoint was superseded;
+  8. index in ``tiers`` of its present or last tier, or -1 for the device.
+
+- ``labels``: label of each node's checkpoint.
+- ``tokens``: tokens of all nodes, concatenated.
+- ``policies`` and ``memos``: state of each tier's eviction policy and of its items.
+- ``placement``: state of the learning placement rules.
 """
 
 from __future__ import annotations
@@ -36,16 +48,18 @@ FORM = "hybridcache memory 1"
 HEAD, CRC = struct.Struct("<8sQI"), struct.Struct("<I")
 MAGIC = b"HCMEMRY1"
 MAX_BYTES = 1 << 28
-"""Largest body that is written, and that is unpacked when it is read."""
+"""Upper bound of the uncompressed body, for writing and for reading."""
 UNREADABLE = (ValueError, TypeError, KeyError, IndexError, AttributeError)
-"""Errors that plain data can cause that this version did not write."""
+"""Errors caused by valid JSON that this version did not write."""
 NO_ROWS: Indices = np.empty(0, np.int32)
 NOTHING = (-1, 0, 0, 0, 0, -1)
 
 
 def write_memory(cache: TieredRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
-    """Return all that ``cache`` and ``placement``'s rules remember, the latest nodes first, within
-    what the cache's ghosts may take and ``MAX_BYTES``. O(tree)."""
+    """Serialize the remembered state of ``cache`` and of the ``placement`` rules. O(tree).
+
+    The most recently used nodes are written, within the cache's limit for ghosts and ``MAX_BYTES``.
+    """
     nodes = _latest(cache)
     body = _body(cache, nodes, placement)
     while len(body) > MAX_BYTES and nodes:
@@ -104,14 +118,14 @@ def _body(
 
 
 def pack(body: bytes) -> bytes:
-    """The file of what ``write_memory`` wrote. O(bytes)."""
+    """Compress the result of ``write_memory`` into the bytes of a file. O(bytes)."""
     packed = zlib.compress(body, 1)
     head = HEAD.pack(MAGIC, len(packed), zlib.crc32(packed))
     return head + CRC.pack(zlib.crc32(head)) + packed
 
 
 def unpack(data: bytes) -> Memory:
-    """What ``pack`` made a file of. ValueError: it is damaged, or of another version."""
+    """Read the bytes of a file. Raises ValueError if it is damaged or of another version."""
     head, first = data[: HEAD.size], HEAD.size + CRC.size
     if len(data) < first or data[HEAD.size : first] != CRC.pack(zlib.crc32(head)):
         raise ValueError("its head is damaged")
@@ -132,23 +146,30 @@ def unpack(data: bytes) -> Memory:
 
 
 class Memory:
-    """What one file holds, for an empty cache: ``recall_tree``, then whatever is still below is
-    adopted, then ``recall_policies``."""
+    """Contents of one file, to be restored into an empty cache.
+
+    Call ``recall_tree``, then adopt the contents of lower tiers, then call ``recall_policies``.
+    """
 
     def __init__(self, plain: dict[str, Any]) -> None:
         self._plain = plain
         self._items: list[tuple[Checkpoint, bool]] = []
-        """With whether it was superseded."""
+        """Checkpoints of the file, each with a flag: superseded when saved."""
 
     def recall_tree(self, cache: TieredRadixCache) -> None:
-        """Let ``cache`` remember the tokens, as ghosts, and the time. No ghost is forgotten before
-        ``recall_policies``. ValueError, and the cache as it was: another page size or grid, or
-        something that is no memory. O(nodes)."""
+        """Restore the tokens as ghosts, and the clock. O(nodes).
+
+        No ghost is discarded before ``recall_policies``.
+
+        Raises:
+            ValueError: the page size or the grid differs, the cache is not empty, or the file is
+                damaged. The cache is unchanged.
+        """
         plain, residency = self._plain, cache._residency
         if cache.num_nodes:
-            raise ValueError("the cache holds something: recall a memory into an empty one")
+            raise ValueError("the cache must be empty to restore a memory")
         if (plain.get("page_size"), plain.get("grid")) != (cache.page_size, cache.grid):
-            raise ValueError("it is of another page size or grid")
+            raise ValueError("it has another page size or grid")
         try:
             tree, nodes = self._build(cache)
             now, num_items = int(plain["now"]), int(plain["num_items"])
@@ -195,8 +216,10 @@ class Memory:
     def recall_policies(
         self, cache: TieredRadixCache, placement: Sequence[PlacementPolicy] = ()
     ) -> list[str]:
-        """Let the policies of ``cache`` and the rules of ``placement`` know what they knew; whose
-        memory does not fit, by the tier's word, or ``placement``. O(memory)."""
+        """Restore the state of the cache's eviction policies and of the ``placement`` rules.
+
+        Returns the tiers (or ``placement``) with saved state that does not fit. O(memory).
+        """
         unfit, recalled = list[str](), set[str]()
         reader = Reader(lambda _: None)
         for word, policy in _policies(cache):
@@ -256,8 +279,7 @@ def _is_shared(cache: TieredRadixCache, word: str) -> bool:
 
 
 def _share_anew(cache: TieredRadixCache, word: str) -> None:
-    """The policy of ``word``, of which nothing is remembered, learns what the device's does from
-    now on. O(tree)."""
+    """Start the policy of ``word`` from the present state of the tier above it. O(tree)."""
     policies, number = dict(_policies(cache)), cache.lower.words.index(word)
     above = policies[cache.lower.words[number - 1] if number else DEVICE]
     take_over(policies[word], above.below())
@@ -267,15 +289,17 @@ def _share_anew(cache: TieredRadixCache, word: str) -> None:
 
 
 def _states(cache: TieredRadixCache, word: str) -> dict[int, StoredState]:
-    """What lies in tier ``word``, by serial. O(tree)."""
+    """Return the states stored in tier ``word``, by serial. O(tree)."""
     number = cache.lower.words.index(word)
     states = (node.below.state for node in cache._tree.nodes() if node.below is not None)
     return {state.serial: state for state in states if state is not None and state.tier == number}
 
 
 def _latest(cache: TieredRadixCache) -> list[RadixNode]:
-    """The nodes of ``cache`` that were used last, parents before children, as many as its ghosts
-    may take. O(n log n)."""
+    """Return the most recently used nodes, parents before children, within the ghost limit.
+
+    O(n log n).
+    """
     residency = cache._residency
     used: dict[RadixNode, int] = {}
     for node in reversed(list(residency.tree.nodes())):
@@ -313,7 +337,7 @@ def _is_writable(root: RadixNode) -> bool:
 
 
 def _item_at(node: RadixNode) -> Checkpoint | StoredState | None:
-    """The checkpoint at the end of ``node``, wherever it lies, or the one that was evicted."""
+    """Return the checkpoint at the end of ``node`` in any tier, or its evicted one."""
     if node.below is not None and node.below.state is not None:
         return node.below.state
     return node.checkpoint or node.lost_checkpoint
@@ -330,7 +354,7 @@ def _numbers(item: Checkpoint | StoredState | None) -> tuple[int, int, int, int,
 def _items_of(
     cache: TieredRadixCache, word: str, nodes: list[RadixNode]
 ) -> Iterator[Checkpoint | StoredState]:
-    """The items at ``nodes`` that the policy of ``word`` knows, or knew until they were evicted."""
+    """Yield the items at ``nodes`` that the policy of ``word`` tracks, or tracked until evicted."""
     for node in nodes:
         checkpoint = node.checkpoint or node.lost_checkpoint
         if word == DEVICE:

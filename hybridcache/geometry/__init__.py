@@ -1,1 +1,1 @@
-"""The shapes of real models: presets by name, and Hugging Face configs read into the same words."""
+"""Model geometry: layer shapes of named presets and of Hugging Face configs, and their costs."""

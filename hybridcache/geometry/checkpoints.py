@@ -1,4 +1,4 @@
-"""Checkpoints in fewer bits than running states: in which format, and what one then weighs.
+"""Checkpoint formats that are smaller than running states, and their sizes.
 
 >>> format = CheckpointFormat.parse("int8:head")
 >>> format.num_scales((8, 32, 32)), format.per
@@ -16,27 +16,33 @@ CODE_BYTES = {"bfloat16": 2, "int8": 1, "fp8": 1}
 SCALE_BYTES = 4
 SCALINGS = ("head", "row", "column")
 DEFAULT_SCALING = "column"
-"""The most exact for every kind of state, and no larger than ``row`` (engine/README.md has the
-figures). A state is ``[heads, keys or state, values or channels]``: a column is one channel."""
+"""Scaling used if none is given: the most exact for every kind of state, and no larger than
+``row`` (engine/README.md has the figures). A state is ``[heads, keys or state, values or
+channels]``, so a column is one channel."""
 ALIGNMENT = 16
-"""Bytes. Each of the three parts of a checkpoint begins at a multiple of it."""
+"""Alignment in bytes of each of the three parts of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFormat:
-    """Of the recurrent states in a checkpoint; conv states stay as they are."""
+    """Format of the recurrent states in a checkpoint. Conv states are copied unchanged."""
 
     dtype: str
     """A key of ``CODE_BYTES``."""
     per: str | None = None
-    """Numbers that share a float32 scale: those of a head, of a row of it (its last dimension), or
-    of a column; None: nothing is scaled."""
+    """Numbers that share one float32 scale: a ``head``, a ``row`` of it (its last dimension) or a
+    ``column``. None if nothing is scaled."""
 
     @classmethod
     def parse(cls, word: str) -> CheckpointFormat | None:
-        """``bfloat16``, ``int8``, ``fp8``, these two with ``:head``, ``:row`` or ``:column``
-        (which is meant where nothing is said); ``auto``: None, the running states' own.
-        ValueError."""
+        """Parse ``bfloat16``, ``int8`` or ``fp8``, the last two with an optional scaling.
+
+        Scalings are ``:head``, ``:row`` and ``:column`` (the default). Returns None for ``auto``:
+        checkpoints then have the format of the running states.
+
+        Raises:
+            ValueError: the format is unknown.
+        """
         if word == "auto":
             return None
         dtype, colon, per = word.partition(":")
@@ -44,17 +50,17 @@ class CheckpointFormat:
         if dtype not in CODE_BYTES or (colon and not (scaled and per in SCALINGS)):
             raise ValueError(
                 "checkpoint_dtype must be auto, bfloat16, int8 or fp8, the last two with :head, "
-                f":row or :column, as in int8:row; not {word!r}."
+                f":row or :column, as in int8:row (got {word!r})."
             )
         return cls(dtype, (per or DEFAULT_SCALING) if scaled else None)
 
     @property
     def word(self) -> str:
-        """The format in full, as in ``int8:column``: what the layout of the bytes depends on."""
+        """Full name of the format, such as ``int8:column``. It determines the byte layout."""
         return self.dtype if self.per is None else f"{self.dtype}:{self.per}"
 
     def kept_dims(self, num_dims: int) -> tuple[int, ...]:
-        """Dimensions of a state in which scales differ; none of one whose layout is not known."""
+        """Return the dimensions along which scales differ; none for an unknown layout (1-D)."""
         last = num_dims - 1
         if last == 0:
             return ()
@@ -65,17 +71,17 @@ class CheckpointFormat:
         }[self.per or DEFAULT_SCALING]
 
     def num_scales(self, shape: tuple[int, ...]) -> int:
-        """Of one state."""
+        """Number of scales of one state."""
         if self.per is None:
             return 0
         return math.prod(shape[dim] for dim in self.kept_dims(len(shape)))
 
     def num_bytes(self, sizes: ModelSizes, conv_bytes: int) -> int:
-        """Of one checkpoint, whose conv states weigh ``conv_bytes``."""
+        """Size of one checkpoint with ``conv_bytes`` of conv states."""
         return aligned(conv_bytes) + self.recurrent_bytes(sizes)
 
     def recurrent_bytes(self, sizes: ModelSizes) -> int:
-        """Codes and scales of one sequence's recurrent states."""
+        """Size of codes and scales of one sequence's recurrent states."""
         specs = [s for s in sizes.specs() if isinstance(s, StateSpec) and s.dtype == "recurrent"]
         codes = sum(spec.size for spec in specs) * CODE_BYTES[self.dtype]
         scales = sum(self.num_scales(spec.shape) for spec in specs) * SCALE_BYTES
@@ -83,5 +89,5 @@ class CheckpointFormat:
 
 
 def aligned(num_bytes: int) -> int:
-    """Up to the next multiple of what a wide load takes at once."""
+    """Round up to a multiple of ``ALIGNMENT``, the width of one wide load."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT

@@ -1,8 +1,8 @@
-"""Read a ``config.json`` the way transformers does: names, types, defaults and older names.
+"""Reader of ``config.json`` with the names, types, defaults and aliases of transformers.
 
-A ``Format`` lists the fields of one ``model_type``. Reading gives a ``Config`` in which every field
-has a value, so that no reader needs a default of its own, and which records the keys that were
-read. What was given and never read is then refused or named; nothing is dropped silently.
+A ``Format`` lists the fields of one ``model_type``. Reading returns a ``Config`` in which every
+field has a value, so callers need no defaults. A ``Config`` records the keys that are read. Keys
+that were given and never read are refused or reported; none is dropped silently.
 
 >>> format = Format(table(hidden_size=64, rms_norm_eps=1e-6), aliases={"d_model": "hidden_size"})
 >>> config = format.read({"d_model": 32, "colour": "red"})
@@ -34,7 +34,7 @@ ROPE_KEYS: Mapping[str, Any] = {
     "partial_rotary_factor": float | None,
     "original_max_position_embeddings": int | None,
 }
-"""Keys of rotary embeddings, which may stand inside each other; see ``rope`` in the engine."""
+"""Keys of rotary embeddings, which may be nested; see ``rope`` in the engine."""
 
 FLOATS = ("Infinity", "-Infinity", "NaN")
 COMMON: Mapping[str, Any] = {
@@ -45,11 +45,11 @@ COMMON: Mapping[str, Any] = {
     "transformers_weights": object,
     "fusion_config": object,
 }
-"""Keys of any model that are no fields of transformers' class and that its code looks up."""
+"""Keys of any model that the code of transformers looks up, although its classes lack them."""
 
 
 def keys(words: str) -> frozenset[str]:
-    """Split a list of keys at blanks."""
+    """Split a list of keys at whitespace."""
     return frozenset(words.split())
 
 
@@ -72,22 +72,24 @@ WITHOUT_EFFECT = keys(
     typical_p use_bfloat16 use_cache
     """
 )
-"""Keys of any model that change no logits, or that something else reads (``quantization_config``).
-Most are settings of generation or training that older files carry."""
+"""Keys of any model that do not change logits, or that other code reads (``quantization_config``).
+Most are settings of generation or training in older files."""
 
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """The type of one value and, for a field of transformers' class, its default."""
+    """Type of one value and, for a field of transformers' class, its default."""
 
     kind: Any
-    """``int``, ``list[str]``, ``int | None`` ... An integer is a valid ``float``."""
+    """Type: ``int``, ``list[str]``, ``int | None`` ... An integer is a valid ``float``."""
     default: Any = None
 
 
 def table(**defaults: Any) -> Mapping[str, Field]:
-    """Make a table of fields from ``name=default``, or ``name=Field(...)`` where the type of the
-    default does not say what else is allowed."""
+    """Build a table of fields from ``name=default`` or ``name=Field(...)``.
+
+    A ``Field`` is needed if the type of the default is not the only valid type.
+    """
     return {
         name: default if isinstance(default, Field) else Field(type(default), default)
         for name, default in defaults.items()
@@ -96,22 +98,26 @@ def table(**defaults: Any) -> Mapping[str, Field]:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """The keys of one ``model_type``."""
+    """Keys of one ``model_type``."""
 
     fields: Mapping[str, Field]
     """Fields that change logits or sizes. Present in every ``Config``."""
     aliases: Mapping[str, str] = field(default_factory=dict)
-    """Other names of fields. A value under such a name wins over the field's own."""
+    """Other names of fields. A value under an alias takes precedence over the field's name."""
     extras: Mapping[str, Any] = field(default_factory=dict)
-    """Type of keys that are no fields: present in a ``Config`` only if the file has them."""
+    """Types of keys that are not fields. Present in a ``Config`` only if the file has them."""
     unused: frozenset[str] = frozenset()
-    """Fields of transformers' class that change no logits, besides ``WITHOUT_EFFECT``."""
+    """Fields of transformers' class that do not change logits, in addition to
+    ``WITHOUT_EFFECT``."""
     complete: Callable[[Values], None] = lambda values: None
-    """Fills in fields that are computed from others, and removes what it has used up."""
+    """Callback that fills in derived fields and removes the values it has used."""
 
     def read(self, raw: Mapping[str, Any]) -> Config:
-        """Read the text part of a ``config.json``. Raises SizesError for a value of the wrong
-        type."""
+        """Read the text part of a ``config.json``.
+
+        Raises:
+            SizesError: a value has the wrong type.
+        """
         defaults = {name: own.default for name, own in self.fields.items()}
         kinds = {**COMMON, **self.extras}
         kinds |= {name: own.kind for name, own in self.fields.items()}
@@ -130,7 +136,7 @@ class Format:
 
 
 class Config(Mapping[str, Any]):
-    """The values of one model, every field among them. Records the names that were looked up."""
+    """Values of one model, including all fields. Records the names that were looked up."""
 
     def __init__(
         self,
@@ -144,9 +150,9 @@ class Config(Mapping[str, Any]):
         self._values, self._stated, self._defaults = values, stated, defaults
         self._missing, self._read = missing, set[str]()
         self.given = given
-        """Names of fields and extras that the file has, under whatever alias."""
+        """Names of fields and extras in the file, after resolving aliases."""
         self.unknown = unknown
-        """Keys of the file that no reader knows, and that transformers does not know either."""
+        """Keys of the file that neither this project nor transformers uses."""
 
     def __getitem__(self, name: str) -> Any:
         self._read.add(name)
@@ -162,12 +168,14 @@ class Config(Mapping[str, Any]):
         return name in self._values
 
     def ignore(self, *names: str) -> None:
-        """Mark names as read: in this model they have no effect."""
+        """Mark names as read because they have no effect in this model."""
         self._read.update(names)
 
     def describe_sizes(self) -> str:
-        """The values that the shapes of a model's tensors follow from, as the file states them or,
-        where it does not, transformers: lists and objects by name alone."""
+        """Describe the values that determine tensor shapes, from the file or its defaults.
+
+        Lists and objects appear by name only.
+        """
         parts = []
         for name, value in sorted(self._stated.items()):
             if name in COMMON:
@@ -181,7 +189,7 @@ class Config(Mapping[str, Any]):
         return ", ".join((*parts, *(f"{name} (missing)" for name in self._missing)))
 
     def unread(self) -> dict[str, Any]:
-        """Values of the file that were never read and differ from transformers' default."""
+        """Return values of the file that were never read and differ from transformers' default."""
         return {
             name: value
             for name, value in self._values.items()
@@ -192,7 +200,7 @@ class Config(Mapping[str, Any]):
 
 
 def _decoded(value: Any) -> Any:
-    """Read ``{"__float__": "Infinity"}``, by which transformers writes infinities, at any depth."""
+    """Decode ``{"__float__": "Infinity"}``, transformers' form of infinities, at any depth."""
     if isinstance(value, Mapping):
         if value.keys() == {"__float__"} and value["__float__"] in FLOATS:
             return float(value["__float__"])
@@ -201,8 +209,11 @@ def _decoded(value: Any) -> Any:
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """``value`` if it is of ``kind``, an integer as a float where one is asked for. Raises
-    SizesError."""
+    """Return ``value`` if it has type ``kind``; convert an integer if ``kind`` is float.
+
+    Raises:
+        SizesError: the value has another type.
+    """
     if not fits(value, kind):
         raise SizesError(
             f"{name} in config.json must be {_described(kind)} (got {json.dumps(value)})."
@@ -211,7 +222,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value of a JSON file is of ``kind``, as ``Field`` spells it."""
+    """True if a JSON value has type ``kind`` (see ``Field.kind``)."""
     if isinstance(kind, UnionType):
         return any(fits(value, part) for part in get_args(kind))
     if get_origin(kind) is list:

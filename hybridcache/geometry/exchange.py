@@ -1,4 +1,4 @@
-"""The one exchange rate between tiers: seconds of copy against seconds of prefill."""
+"""Exchange rate between tiers: seconds of copying compared with seconds of prefill."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import PrefillTimes, Roofline
 
 PCIE_BYTES_PER_S = 50e9
-"""What PCIe 5.0 x16 carries one way from pinned memory: 63 GB/s by its data sheet, less its
-protocol."""
+"""One-way bandwidth of PCIe 5.0 x16 from pinned memory: 63 GB/s by its data sheet, less protocol
+overhead."""
 DISK_BYTES_PER_S = 6e9
-"""What one NVMe drive of that generation reads in sequence."""
+"""Sequential read bandwidth of one NVMe drive of that generation."""
 LATENCY_S = {"host": 20e-6, "disk": 200e-6}
-"""Of a copy of any size."""
+"""Fixed latency of one copy, by tier."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """Copy times by tier beside the prefill times of a model on a machine: a ``FetchRule``."""
+    """Copy times by tier and prefill times of a model on a machine. Implements ``FetchRule``."""
 
     times: PrefillTimes
     bytes_per_s: Mapping[str, float] = field(
         default_factory=lambda: {"host": PCIE_BYTES_PER_S, "disk": DISK_BYTES_PER_S}
     )
-    """By tier, to the device: measured, or from data sheets."""
+    """Bandwidth from each tier to the device: measured, or from data sheets."""
     latency_s: Mapping[str, float] = field(default_factory=lambda: dict(LATENCY_S))
     unit: int = 1
-    """Tokens of one id, where a cache counts in units of many."""
+    """Tokens per id, for a cache that counts in units of several tokens."""
 
     def __post_init__(self) -> None:
         for tier, rate in self.bytes_per_s.items():
             if not rate > 0:
-                raise ValueError(f"{tier} carries {rate} bytes a second: it must be more than 0")
+                raise ValueError(f"bytes_per_s of tier {tier!r} must be more than 0 (got {rate}).")
 
     def copy_seconds(self, num_bytes: Mapping[str, int]) -> float:
-        """To bring so many bytes of each tier to the device, one tier after the other."""
+        """Seconds to copy these bytes to the device, one tier after the other."""
         return sum(
             self.latency_s.get(tier, 0.0) + size / self.bytes_per_s[tier]
             for tier, size in num_bytes.items()
@@ -53,8 +53,10 @@ class Exchange:
 
 
 def tokens_per_byte(geometry: ModelGeometry, bytes_per_s: float) -> float:
-    """Tokens that a device computes while its link carries a byte, by arithmetic alone, at half of
-    an H100's peak: the price of a copy in tokens. Of several devices each has a link and a
-    share."""
+    """Number of tokens that a device computes in the time its link carries one byte.
+
+    This is the price of a copy in tokens, by arithmetic alone, at half of an H100's peak. With
+    several devices, each has its own link and its own share of the bytes.
+    """
     per_token = 2 * geometry.active_params + geometry.scan_flops_per_token
     return Roofline(geometry).flops_per_s / per_token / bytes_per_s

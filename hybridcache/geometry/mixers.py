@@ -1,4 +1,4 @@
-"""The kinds of mixers, and what each declares to keep."""
+"""Mixer kinds: dimensions, stored tensors, FLOPs and parameters of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class AttentionSizes:
     num_kv_heads: int
     head_dim: int
     gated: bool = False
-    """Whether the output is multiplied with a gate as wide as the queries."""
+    """True if the output is multiplied with a gate as wide as the queries."""
 
     @property
     def keeps(self) -> tuple[Spec, ...]:
@@ -34,16 +34,18 @@ class AttentionSizes:
 
 @dataclass(frozen=True, slots=True)
 class LatentAttentionSizes:
-    """Multi-head latent attention: a token keeps one latent vector, and beside it one key, rotated
-    or not, for all heads."""
+    """Multi-head latent attention.
+
+    Each token stores one latent vector and one key that all heads share (rotated or not).
+    """
 
     num_heads: int
     rank: int
-    """Of the latent vector."""
+    """Width of the latent vector."""
     rope_dim: int
-    """Of the shared key."""
+    """Width of the shared key."""
     nope_dim: int = 128
-    """Of a head's keys, beside what is rotated."""
+    """Width of a head's keys, excluding the rotated part."""
     value_dim: int = 128
 
     @property
@@ -52,7 +54,7 @@ class LatentAttentionSizes:
 
     @property
     def pair_flops(self) -> int:
-        """In expanded form."""
+        """FLOPs per query-key pair in expanded form."""
         return self.num_heads * 2 * (self.nope_dim + self.rope_dim + self.value_dim)
 
     def num_params(self, hidden: int) -> int:
@@ -64,31 +66,31 @@ class LatentAttentionSizes:
 
 @dataclass(frozen=True, slots=True)
 class DeltaSizes:
-    """A linear-attention layer of key times value states: Gated DeltaNet, Kimi Delta Attention,
-    lightning attention."""
+    """Linear attention with key-by-value states: Gated DeltaNet, Kimi Delta Attention, lightning
+    attention."""
 
     num_key_heads: int
     num_value_heads: int
     key_dim: int
-    """Per head."""
+    """Width of one key head."""
     value_dim: int
-    """Per head."""
+    """Width of one value head."""
     conv_width: int
-    """Taps of the causal convolution over queries, keys and values; 0: there is none."""
+    """Taps of the causal convolution over queries, keys and values. 0 if there is none."""
 
     @property
     def key_width(self) -> int:
-        """Of all heads."""
+        """Width of all key heads together."""
         return self.num_key_heads * self.key_dim
 
     @property
     def value_width(self) -> int:
-        """Of all heads."""
+        """Width of all value heads together."""
         return self.num_value_heads * self.value_dim
 
     @property
     def conv_channels(self) -> int:
-        """Queries, keys and values of all heads: what the convolution runs over."""
+        """Channels of the convolution: queries, keys and values of all heads."""
         return 2 * self.key_width + self.value_width
 
     @property
@@ -106,13 +108,13 @@ class DeltaSizes:
 
 @dataclass(frozen=True, slots=True)
 class MambaSizes:
-    """A selective state space, Mamba-1 (one head a channel, no groups) or Mamba-2."""
+    """Selective state space: Mamba-1 (one head per channel, no groups) or Mamba-2."""
 
     num_heads: int
     head_dim: int
     state_dim: int
     num_groups: int
-    """That B and C are shared by, as they go through the convolution; 0: they do not."""
+    """Groups of heads that share B and C. 0 if B and C bypass the convolution (Mamba-1)."""
     conv_width: int
 
     @property
@@ -122,7 +124,7 @@ class MambaSizes:
 
     @property
     def conv_channels(self) -> int:
-        """x, B and C: what the convolution runs over."""
+        """Channels of the convolution: x, B and C."""
         return self.inner + 2 * self.num_groups * self.state_dim
 
     @property
@@ -140,11 +142,11 @@ class MambaSizes:
 
 @dataclass(frozen=True, slots=True)
 class ShortConvSizes:
-    """A gated causal convolution: its whole state are the last inputs."""
+    """Gated causal convolution. Its state is the window of the last inputs."""
 
     channels: int
     conv_width: int
-    """Taps: one more than inputs are kept."""
+    """Taps. The state stores one input fewer."""
 
     @property
     def keeps(self) -> tuple[Spec, ...]:
@@ -160,7 +162,7 @@ class ShortConvSizes:
 
 @dataclass(frozen=True, slots=True)
 class StatedSizes:
-    """A recurrence of which only the sizes of the states are known."""
+    """Recurrence with known state sizes and unknown internals."""
 
     state_size: int
     conv_size: int
@@ -178,10 +180,10 @@ class StatedSizes:
 
 
 def conv_window(channels: int, width: int) -> tuple[StateSpec, ...]:
-    """The inputs that a causal convolution of ``width`` taps still needs; none without one."""
+    """Return the spec of a causal convolution's last inputs, or nothing for fewer than 2 taps."""
     return (StateSpec("conv", (channels, width - 1), "conv"),) if width > 1 else ()
 
 
 def recurrent(shape: tuple[int, ...]) -> StateSpec:
-    """The state of a recurrence."""
+    """Return the spec of a recurrent state."""
     return StateSpec("recurrent", shape, "recurrent")

@@ -1,4 +1,4 @@
-"""What a model's prefixes cost: bytes to keep them, FLOPs and seconds to compute them again.
+"""Cost of a model's prefixes: bytes to store them, FLOPs to compute them again.
 
 >>> geometry = ModelGeometry.preset("qwen3-next")
 >>> geometry.kv_bytes_per_token, geometry.state_bytes, round(geometry.state_tokens)
@@ -30,42 +30,41 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1, "fp8": 1}
 
 @dataclass(frozen=True, slots=True)
 class ModelGeometry:
-    """One model as the cache and the cost model see it. Bytes and FLOPs are sums over all
-    layers."""
+    """Byte and FLOP counts of one model, summed over all layers."""
 
     name: str
     num_full_layers: int
-    """Full-attention layers: one KV row a token each."""
+    """Number of full-attention layers. Each stores one KV row per token."""
     num_linear_layers: int
-    """Linear-attention (GDN, KDA, Mamba ...) layers: one state a sequence each; 0: an
-    attention-only model."""
+    """Number of linear-attention layers (GDN, KDA, Mamba ...). Each stores one state per sequence.
+    0 for an attention-only model."""
     kv_bytes_per_token: int
     recurrent_elements: int
-    """Numbers in the recurrent state of one sequence."""
+    """Number of values in the recurrent state of one sequence."""
     conv_bytes: int
-    """The conv state of one sequence."""
+    """Size of the conv state of one sequence."""
     state_dtype: str
-    """Of the recurrent state: a key of ``DTYPE_BYTES``. int8 counts its fp32 scales: one per 128
-    numbers."""
+    """Dtype of the recurrent state, a key of ``DTYPE_BYTES``. int8 includes one fp32 scale per
+    128 numbers."""
     active_params: int
-    """Weights a token is multiplied with, embeddings excluded."""
+    """Number of weights that each token is multiplied with, embeddings excluded."""
     total_params: int
     scan_flops_per_token: int
-    """Of the linear layers' recurrences: 6 per state number."""
+    """FLOPs of the linear layers' recurrences: 6 per state number."""
     attention_flops_per_pair: int
-    """Of one query with one key, QK and PV, all full layers and heads."""
+    """FLOPs of one query with one key (QK and PV), summed over all full layers and heads."""
     checkpoint_dtype: str = "auto"
-    """Of recurrent states in checkpoints, as ``CheckpointFormat.parse`` reads it; running states
-    then lie beside the cache's memory."""
+    """Format of recurrent states in checkpoints, as read by ``CheckpointFormat.parse``. Any value
+    except ``auto`` stores running states outside the cache's memory."""
     checkpoint_bytes: int | None = None
-    """Of one checkpoint in such a format; None: it is a state like any other."""
+    """Size of one checkpoint in ``checkpoint_dtype``, or None if checkpoints are plain states."""
 
     @classmethod
     def preset(cls, name: str, **dtypes: str) -> ModelGeometry:
-        """A model that comes with the project, by name or an unambiguous beginning of it
-        (``qwen3-next``).
+        """Return a bundled model by name or by an unambiguous prefix of it (``qwen3-next``).
 
-        Raises KeyError listing the names there are.
+        Raises:
+            KeyError: no preset or several presets match. The message lists all names.
         """
         full_name = preset_name(name)
         shape = presets()[full_name]
@@ -81,11 +80,17 @@ class ModelGeometry:
     def from_config(
         cls, config: Mapping[str, Any], name: str = "model", **dtypes: str
     ) -> ModelGeometry:
-        """From a Hugging Face ``config.json`` as a dict, nested ``text_config`` or not.
+        """Read a Hugging Face ``config.json`` given as a dict, with or without ``text_config``.
 
-        ``dtypes``: ``kv_dtype`` (default bfloat16), ``state_dtype`` (float32), ``conv_dtype``
-        (bfloat16), ``checkpoint_dtype`` (auto: as states are). Raises ValueError when it is no
-        config of a language model, or has layers of a sort this project does not know.
+        Args:
+            config: The parsed file.
+            name: Name of the result.
+            dtypes: ``kv_dtype`` (default bfloat16), ``state_dtype`` (float32), ``conv_dtype``
+                (bfloat16) and ``checkpoint_dtype`` (auto: same as the states).
+
+        Raises:
+            ValueError: the config does not describe a language model, or it has a layer type that
+                is not supported.
         """
         text = text_part(config)
         try:
@@ -102,11 +107,14 @@ class ModelGeometry:
 
     @classmethod
     def load(cls, word: str, **dtypes: str) -> ModelGeometry:
-        """``--model``: a preset's name, or the path of a ``config.json`` or of the directory that
-        holds one. Named after the file, or after the directory if the file is ``config.json``.
+        """Resolve the value of ``--model``: a preset name, a ``config.json``, or its directory.
 
-        Raises KeyError for a name that is none, OSError for a file that can not be read, and
-        ValueError, with the path, for one that is no config of a model this project knows.
+        The result is named after the file, or after the directory if the file is ``config.json``.
+
+        Raises:
+            KeyError: no preset has this name.
+            OSError: the file cannot be read.
+            ValueError: the file is not the config of a supported model. The message has the path.
         """
         path = Path(word)
         if path.is_dir():
@@ -117,7 +125,7 @@ class ModelGeometry:
                 name = path.resolve().parent.name if path.stem == "config" else path.stem
                 return cls.from_config(config, name, **dtypes)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}: not JSON ({error})") from error
+                raise ValueError(f"{path}: not valid JSON ({error})") from error
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
         return cls.preset(word, **dtypes)
@@ -133,7 +141,7 @@ class ModelGeometry:
         conv_dtype: str = "bfloat16",
         checkpoint_dtype: str = "auto",
     ) -> ModelGeometry:
-        """The sums over what all layers declare."""
+        """Sum the costs that all layers declare."""
         _refuse_unknown(kv_dtype=kv_dtype, state_dtype=state_dtype, conv_dtype=conv_dtype)
         active, total = sizes.num_params()
         num_recurrent = sizes.state_size("recurrent")
@@ -157,41 +165,43 @@ class ModelGeometry:
 
     @property
     def recurrent_bytes(self) -> int:
-        """Of one sequence's recurrent state; int8 with one fp32 scale per 128 numbers."""
+        """Size of one sequence's recurrent state. int8 has one fp32 scale per 128 numbers."""
         scales = self.recurrent_elements // 128 * 4 if self.state_dtype == "int8" else 0
         return self.recurrent_elements * DTYPE_BYTES[self.state_dtype] + scales
 
     @property
     def state_bytes(self) -> int:
-        """Of one checkpoint: conv + recurrent state of all linear layers. 0 for an attention-only
-        model."""
+        """Size of one checkpoint: conv and recurrent states of all linear layers.
+
+        0 for an attention-only model.
+        """
         if self.checkpoint_bytes is not None:
             return self.checkpoint_bytes
         return self.recurrent_bytes + self.conv_bytes
 
     @property
     def state_tokens(self) -> float:
-        """Tokens whose KV weighs as much as one checkpoint."""
+        """Number of tokens with the same KV size as one checkpoint."""
         return self.state_bytes / self.kv_bytes_per_token
 
     def with_state_dtype(self, state_dtype: str) -> ModelGeometry:
-        """The same model with its checkpoints kept in another precision."""
+        """Return the same model with its checkpoints in another precision."""
         _refuse_unknown(state_dtype=state_dtype)
         return replace(self, state_dtype=state_dtype)
 
     def flops(self, start: int, end: int) -> int:
-        """Forward FLOPs of a prefill of tokens [start, end) after ``start`` reused ones. O(1)."""
+        """Forward FLOPs of a prefill of tokens [start, end) after ``start`` reused tokens. O(1)."""
         num_pairs = (end * (end + 1) - start * (start + 1)) // 2
         per_token = 2 * self.active_params + self.scan_flops_per_token
         return (end - start) * per_token + num_pairs * self.attention_flops_per_pair
 
 
 def _how_many(sizes: ModelSizes, kind: type[KVSpec | StateSpec]) -> int:
-    """Mixers that keep something of the kind."""
+    """Count the mixers that store something of this kind."""
     return sum(any(isinstance(spec, kind) for spec in mixer.keeps) for mixer in sizes.mixers)
 
 
 def _refuse_unknown(**dtypes: str) -> None:
     for name, word in dtypes.items():
         if word not in DTYPE_BYTES:
-            raise ValueError(f"{name} {word!r} is none of {', '.join(DTYPE_BYTES)}")
+            raise ValueError(f"{name} must be one of {', '.join(DTYPE_BYTES)} (got {word!r}).")

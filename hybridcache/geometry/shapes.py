@@ -1,8 +1,8 @@
-"""The models that come with the project, as published: a *shape* each.
+"""Bundled models: one *shape* per model, as published.
 
-A shape names the kind of the linear layers (``gated_deltanet``, ``kda+mla``, ``mamba2``,
-``mamba1``, ``lightning``, ``shortconv``, or ``stated`` where only the size of a state is known),
-how many layers of which sort there are, and their dimensions. Nothing else looks inside one.
+A shape names the kind of the linear layers, the number of layers of each type, and their
+dimensions. Kinds are ``gated_deltanet``, ``kda+mla``, ``mamba2``, ``mamba1``, ``lightning``,
+``shortconv``, and ``stated`` if only the state size is known. Only this module reads shapes.
 """
 
 from __future__ import annotations
@@ -37,17 +37,19 @@ _PRESETS_FILE = "presets.json"
 
 @cache
 def presets() -> dict[str, dict[str, Any]]:
-    """All shapes that come with the project, by full name."""
+    """Return all bundled shapes, by full name."""
     text = files(__package__).joinpath(_PRESETS_FILE).read_text(encoding="utf-8")
     shapes: dict[str, dict[str, Any]] = json.loads(text)
     return shapes
 
 
 def preset_name(word: str) -> str:
-    """The full name of the one preset that ``word`` means: exact, or its beginning, ignoring case
-    and punctuation.
+    """Resolve ``word`` to the full name of one preset.
 
-    Raises KeyError, with the names there are, when it means none or several.
+    ``word`` is a name or the beginning of one. Case and punctuation are ignored.
+
+    Raises:
+        KeyError: no preset or several presets match. The message lists the names.
     """
 
     def plain(text: str) -> str:
@@ -64,7 +66,7 @@ def preset_name(word: str) -> str:
 
 
 def sizes_of_shape(shape: Shape) -> ModelSizes:
-    """As many layers of each sort as there are; only their sums mean something, not their order."""
+    """Build layers with the counts of a shape. Their order has no meaning, only their sums do."""
     num_linear, linear = _linear(shape)
     full = LayerSizes((_attention(shape),))
     num_mlps: int = shape.get("ffn_layers", shape["num_layers"])
@@ -83,7 +85,7 @@ def _attention(shape: Shape) -> MixerSizes:
 
 
 def _linear(shape: Shape) -> tuple[int, MixerSizes]:
-    """How many linear layers there are, and what each is."""
+    """Return the number of linear layers and the sizes of each."""
     kind: str = shape["kind"]
     if kind in ("gated_deltanet", "kda+mla", "lightning"):
         heads = shape["linear_v_heads"]

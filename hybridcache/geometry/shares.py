@@ -1,5 +1,8 @@
-"""What each of several ranks holds of a model that they compute together: heads, channels and the
-inner widths of feed-forward blocks are shared out, the residual stream is everybody's."""
+"""Tensor parallelism: the sizes that one of several ranks computes and stores.
+
+Heads, channels and inner widths of feed-forward blocks are divided. The residual stream is
+replicated on every rank.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +30,13 @@ S = TypeVar("S", bound=MixerSizes | MLPSizes | ExpertsSizes)
 
 
 def share_of(sizes: ModelSizes, count: int) -> ModelSizes:
-    """Sizes of what one of ``count`` ranks computes and keeps; width and vocabulary stay whole.
-    SizesError: there is a layer that they can not share evenly."""
+    """Return the sizes that one of ``count`` ranks computes and stores.
+
+    Width and vocabulary stay whole.
+
+    Raises:
+        SizesError: a layer cannot be divided evenly.
+    """
     layers = [
         LayerSizes(
             tuple(share(mixer, count) for mixer in layer.mixers),
@@ -40,32 +48,31 @@ def share_of(sizes: ModelSizes, count: int) -> ModelSizes:
 
 
 def share(sizes: S, count: int) -> S:
-    """Of one mixer or feed-forward block. SizesError."""
+    """Divide one mixer or feed-forward block by ``count``. Raises SizesError if it is uneven."""
     if count == 1:
         return sizes
     made = SHARES.get(type(sizes))
     if made is None:
         kind = type(sizes).__name__.removesuffix("Sizes")
-        raise SizesError(f"layers of the kind {kind} are not shared by ranks")
+        raise SizesError(f"Layers of kind {kind} cannot be divided over ranks")
     shared: S = made(sizes, count)
     return shared
 
 
 def part(size: int, count: int, what: str) -> int:
-    """An even share of ``size``. SizesError: there is none."""
+    """Divide ``size`` evenly. Raises SizesError if there is a remainder."""
     if size % count:
-        raise SizesError(f"{count} ranks can not share {size} {what} evenly")
+        raise SizesError(f"{count} ranks cannot divide {size} {what} evenly")
     return size // count
 
 
 def _repeated(size: int, count: int, what: str) -> int:
-    """An even share of what several ranks keep the same one of, where there are fewer than
-    ranks."""
+    """Divide ``size`` evenly, or return 1 if each unit is replicated on several ranks."""
     return 1 if 0 < size < count and count % size == 0 else part(size, count, what)
 
 
 def _latent_attention(sizes: LatentAttentionSizes, count: int) -> LatentAttentionSizes:
-    """The latent row is everybody's."""
+    """Divide the heads. The latent row is replicated."""
     return replace(sizes, num_heads=part(sizes.num_heads, count, "heads of latent attention"))
 
 
@@ -99,7 +106,7 @@ def _mlp(sizes: MLPSizes, count: int) -> MLPSizes:
 
 
 def _experts(sizes: ExpertsSizes, count: int) -> ExpertsSizes:
-    """Every rank has its part of each expert: all are as busy as each other, whatever is chosen."""
+    """Divide every expert over all ranks, so that the load is even for any routing."""
     return replace(
         sizes,
         intermediate=part(sizes.intermediate, count, "units of an expert"),

@@ -1,7 +1,7 @@
-"""What the layers of a model are made of, as plain numbers: enough for every byte and every FLOP.
+"""Sizes of the layers of a model, as plain numbers: sufficient for every byte and FLOP count.
 
-A mixer *declares* what it keeps: `KVSpec` for each token, `StateSpec` for each sequence. Byte
-counts, the engine's pools and what a checkpoint costs are sums over these declarations.
+A mixer *declares* its stored tensors: `KVSpec` per token, `StateSpec` per sequence. Byte counts,
+the engine's pools and the size of a checkpoint are sums over these declarations.
 """
 
 from __future__ import annotations
@@ -15,36 +15,38 @@ MOST_LAYERS = 10_000
 
 
 class SizesError(ValueError):
-    """Sizes that no model can have, in one sentence that says why."""
+    """Sizes that no model can have. The message is one sentence with the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
-    """One tensor that every token leaves in a layer, in the dtype of the KV."""
+    """One tensor that a layer stores for each token, in the KV dtype."""
 
     name: str
     shape: tuple[int, ...]
 
     @property
     def size(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class StateSpec:
-    """One tensor that a layer keeps for every sequence. A checkpoint is a copy of all of them, as
-    they are at a chunk boundary."""
+    """One tensor that a layer stores for each sequence.
+
+    A checkpoint is a copy of all of them at a chunk boundary.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: Literal["conv", "recurrent"]
-    """``conv``: inputs of the layer as they were, in the model's dtype. ``recurrent``: sums, in the
+    """``conv``: unmodified inputs of the layer, in the model's dtype. ``recurrent``: sums, in the
     dtype of states."""
 
     @property
     def size(self) -> int:
-        """Numbers in it."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
@@ -52,20 +54,20 @@ Spec = KVSpec | StateSpec
 
 
 class MixerSizes(Protocol):
-    """The part of a layer that looks at other tokens."""
+    """Sizes of the part of a layer that mixes tokens."""
 
     @property
     def keeps(self) -> tuple[Spec, ...]:
-        """What it keeps, in the order in which the engine hands it over."""
+        """Stored tensors, in the order in which the engine passes them."""
         ...
 
     @property
     def pair_flops(self) -> int:
-        """FLOPs of one query with one key; 0 for a recurrence."""
+        """FLOPs of one query with one key. 0 for a recurrence."""
         ...
 
     def num_params(self, hidden: int) -> int:
-        """Weights a token is multiplied with, of a model that is ``hidden`` wide."""
+        """Number of weights that a token is multiplied with, for a model of width ``hidden``."""
         ...
 
 
@@ -75,10 +77,10 @@ class MLPSizes:
 
     intermediate: int
     matrices: int = 3
-    """3 with a gate, 2 without."""
+    """3 with a gate, 2 without a gate."""
 
     def num_params(self, hidden: int) -> tuple[int, int]:
-        """(weights that one token meets, weights in all)."""
+        """Return (weights used per token, total weights)."""
         count = self.matrices * hidden * self.intermediate
         return count, count
 
@@ -90,15 +92,15 @@ class ExpertsSizes:
     num_experts: int
     experts_per_token: int
     intermediate: int
-    """Of one expert."""
+    """Inner width of one expert."""
     shared_intermediate: int = 0
-    """Of what every token meets beside its experts; 0: nothing."""
+    """Inner width of the expert that every token uses. 0 if there is none."""
     width: int | None = None
-    """Of the experts' input where it is narrowed before them; None: the model's."""
+    """Width of the experts' input if it is projected down first, or None for the model's width."""
     matrices: int = 3
 
     def num_params(self, hidden: int) -> tuple[int, int]:
-        """(weights that one token meets, weights in all)."""
+        """Return (weights used per token, total weights)."""
         width = self.width or hidden
         expert = self.matrices * width * self.intermediate
         narrowing = 2 * hidden * width if width != hidden else 0
@@ -109,45 +111,45 @@ class ExpertsSizes:
 
 @dataclass(frozen=True, slots=True)
 class LayerSizes:
-    """One layer: one mixer, none, or several side by side; and a feed-forward block or none."""
+    """One layer: zero or more parallel mixers, and optionally a feed-forward block."""
 
     mixers: tuple[MixerSizes, ...] = ()
     mlp: MLPSizes | ExpertsSizes | None = None
 
     @property
     def keeps(self) -> tuple[Spec, ...]:
-        """Of all its mixers, one after the other."""
+        """Stored tensors of all mixers, in order."""
         return tuple(spec for mixer in self.mixers for spec in mixer.keeps)
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """One model."""
+    """Sizes of one model."""
 
     hidden: int
     vocab: int
     layers: tuple[LayerSizes, ...]
     beside: tuple[Spec, ...] = ()
-    """What is kept beside the layers: a multi-token head's keys, values and hidden vector."""
+    """Tensors stored outside the layers: keys, values and hidden vector of a multi-token head."""
 
     def specs(self) -> Iterator[Spec]:
-        """What all layers keep, in their order, and what is kept beside them."""
+        """Yield the stored tensors of all layers in order, then those outside the layers."""
         for layer in self.layers:
             yield from layer.keeps
         yield from self.beside
 
     @property
     def mixers(self) -> tuple[MixerSizes, ...]:
-        """Of all layers."""
+        """Mixers of all layers."""
         return tuple(mixer for layer in self.layers for mixer in layer.mixers)
 
     @property
     def row_size(self) -> int:
-        """Numbers of one token's KV in all layers, and beside them."""
+        """Number of KV elements of one token, in and outside the layers."""
         return sum(spec.size for spec in self.specs() if isinstance(spec, KVSpec))
 
     def state_size(self, dtype: Literal["conv", "recurrent"]) -> int:
-        """Numbers of one sequence's states of one kind in all layers, and beside them."""
+        """Number of elements of one sequence's states of one kind, in and outside the layers."""
         return sum(
             spec.size
             for spec in self.specs()
@@ -155,7 +157,7 @@ class ModelSizes:
         )
 
     def num_params(self) -> tuple[int, int]:
-        """(weights that one token meets, weights in all), embeddings excluded."""
+        """Return (weights used per token, total weights), embeddings excluded."""
         mixers = sum(mixer.num_params(self.hidden) for mixer in self.mixers)
         mlps = [layer.mlp.num_params(self.hidden) for layer in self.layers if layer.mlp is not None]
         return mixers + sum(active for active, _ in mlps), mixers + sum(total for _, total in mlps)

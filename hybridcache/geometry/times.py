@@ -1,4 +1,4 @@
-"""Seconds of a prefill: from first principles, or from a measured table."""
+"""Prefill times: computed from a roofline, or interpolated in a measured table."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Lengths = npt.NDArray[np.int64]
 
 
 class PrefillTimes(Protocol):
-    """Seconds of one prefill, by whatever model of the machine."""
+    """Model of the seconds that one prefill takes."""
 
     def seconds(self, start: int, end: int) -> float:
-        """To compute tokens [start, end) after ``start`` reused ones; 0.0 when there are none."""
+        """Seconds to compute tokens [start, end) after ``start`` reused tokens; 0.0 if empty."""
         ...
 
 
@@ -31,21 +31,26 @@ class StepTimes(Protocol):
     def step_seconds(
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
     ) -> float:
-        """To compute the tokens [start, end) of each prefill, and one token for each of
-        ``num_decodes`` requests, which have ``context`` tokens together, the new ones included."""
+        """Seconds of a step with these prefills and decodes.
+
+        Args:
+            prefills: Token range [start, end) of each prefill.
+            num_decodes: Number of requests that decode one token.
+            context: Total length of these requests, including the new tokens.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class LinearSteps:
-    """Seconds that grow with the tokens alone."""
+    """Step times that are linear in the number of tokens."""
 
     step_s: float = 0.006
     prefill_token_s: float = 1 / 8000
     decode_token_s: float = 0.0004
 
     def describe(self) -> str:
-        """The three numbers, in a line."""
+        """Describe the three coefficients in one line."""
         return (
             f"{1e3 * self.step_s:g} ms a step, {1e3 * self.prefill_token_s:g} ms a prompt token, "
             f"{1e3 * self.decode_token_s:g} ms a decoded one"
@@ -60,16 +65,14 @@ class LinearSteps:
 
 
 def describe_times(times: PrefillTimes) -> str:
-    """What gives the seconds, in a line: the machine assumed, the file measured, or a class's
-    name."""
+    """Describe the source of the times in one line: assumed machine, measured file or class."""
     if isinstance(times, Roofline | MeasuredTimes):
         return times.describe()
     return type(times).__qualname__
 
 
 def prefill_seconds(times: PrefillTimes, starts: Lengths, ends: Lengths) -> Iterator[float]:
-    """``times.seconds`` of many prefills, int64[n] each. O(n), in pieces, so that a million take no
-    memory to speak of."""
+    """Yield ``times.seconds`` of many prefills, int64[n] each. O(n) time, O(1) extra memory."""
     for first in range(0, len(starts), 1 << 14):
         piece = slice(first, first + (1 << 14))
         if isinstance(times, Roofline):
@@ -83,8 +86,8 @@ class Roofline:
     """Prefill times from first principles: the slower of arithmetic and memory traffic, plus a
     constant.
 
-    The defaults are one H100 SXM's data sheet (989 TFLOP/s dense bf16, 3.35 TB/s) at half its
-    arithmetic peak; ``devices`` of them share the work evenly.
+    The defaults are the data sheet of one H100 SXM (989 TFLOP/s dense bf16, 3.35 TB/s) at half its
+    peak arithmetic. The work is divided evenly over ``devices``.
     """
 
     geometry: ModelGeometry
@@ -92,11 +95,11 @@ class Roofline:
     flops_per_s: float = 989e12 * 0.5
     bytes_per_s: float = 3.35e12
     overhead_s: float = 0.005
-    """Of a prefill of any length: launches, sampling, the trip through the scheduler."""
+    """Seconds added to each prefill: launches, sampling and scheduling."""
     weight_bytes_per_param: int = 2
 
     def describe(self) -> str:
-        """What machine is assumed, in a line."""
+        """Describe the assumed machine in one line."""
         tera, tera_bytes = self.flops_per_s / 1e12, self.bytes_per_s / 1e12
         overhead = f"{1e3 * self.overhead_s:.3g} ms a prefill"
         numbers = f"{tera:.4g} TFLOP/s and {tera_bytes:.3g} TB/s each, {overhead}"
@@ -106,8 +109,10 @@ class Roofline:
 
     @classmethod
     def fitting(cls, geometry: ModelGeometry, device_bytes: float = 60e9) -> Roofline:
-        """On the fewest devices (a power of two) whose ``device_bytes`` for weights hold the model
-        in bf16."""
+        """Assume the fewest devices (a power of two) that hold the model's weights in bf16.
+
+        Each device has ``device_bytes`` for weights.
+        """
         devices = 1
         while devices * device_bytes < 2 * geometry.total_params:
             devices *= 2
@@ -117,14 +122,14 @@ class Roofline:
         if end <= start:
             return 0.0
         geometry = self.geometry
-        # Each token wakes its own experts: a short prefill reads few of them, a long one all.
+        # Each token selects its own experts: a short prefill reads few of them, a long one all.
         params = min(geometry.total_params, geometry.active_params * (end - start))
         moved = params * self.weight_bytes_per_param + end * geometry.kv_bytes_per_token
         arithmetic = geometry.flops(start, end) / self.flops_per_s
         return self.overhead_s + max(arithmetic, moved / self.bytes_per_s) / self.devices
 
     def seconds_each(self, starts: Lengths, ends: Lengths) -> npt.NDArray[np.float64]:
-        """``seconds`` of many prefills, int64[n] each: the very same numbers. O(n)."""
+        """Compute ``seconds`` of many prefills, int64[n] each, with identical results. O(n)."""
         geometry = self.geometry
         if geometry.flops(0, int(ends.max(initial=0))) >= 1 << 63:
             return np.array([*map(self.seconds, starts.tolist(), ends.tolist())], np.float64)
@@ -139,12 +144,12 @@ class Roofline:
 
 @dataclass(frozen=True, slots=True)
 class RooflineSteps:
-    """Step times from first principles: all tokens of a step share one reading of the weights."""
+    """Step times from first principles: all tokens of a step share one read of the weights."""
 
     roofline: Roofline
 
     def describe(self) -> str:
-        """The machine assumed, in a line."""
+        """Describe the assumed machine in one line."""
         return self.roofline.describe().replace("a prefill", "a step")
 
     def step_seconds(
@@ -166,30 +171,35 @@ class RooflineSteps:
 
 @dataclass(frozen=True, slots=True)
 class MeasuredTimes:
-    """Prefill times from a table t(start, length), bilinear between the rows, linear beyond the
-    last."""
+    """Prefill times from a table t(start, length).
+
+    Bilinear between the rows and linear beyond the last one.
+    """
 
     starts: tuple[int, ...]
-    """Reused tokens, ascending."""
+    """Numbers of reused tokens, ascending."""
     lengths: tuple[int, ...]
-    """Computed tokens, ascending."""
+    """Numbers of computed tokens, ascending."""
     table_s: tuple[tuple[float, ...], ...]
-    """``table_s[i][j]``: seconds for ``lengths[j]`` tokens after ``starts[i]``."""
+    """``table_s[i][j]`` is the time of ``lengths[j]`` tokens after ``starts[i]`` reused ones."""
     source: str = "a table"
-    """The file it was read from."""
+    """Path of the file with the table."""
     decodes: tuple[int, ...] = ()
-    """Requests that decode in one step, ascending; empty if that was not measured."""
+    """Numbers of requests that decode in one step, ascending. Empty if not measured."""
     decode_s: tuple[float, ...] = ()
-    """Seconds of a step in which so many decode."""
+    """Seconds of a step with that many decodes."""
 
     def describe(self) -> str:
-        """Where they were read, in a line."""
+        """Describe the source in one line."""
         return f"measured, {self.source}"
 
     @classmethod
     def load(cls, path: str | Path) -> MeasuredTimes:
-        """From JSON: {"starts": [...], "lengths": [...], "table_s": [[...], ...]}. ValueError, with
-        the path, for anything else."""
+        """Read JSON of the form {"starts": [...], "lengths": [...], "table_s": [[...], ...]}.
+
+        Raises:
+            ValueError: the file has another form. The message has the path.
+        """
         try:
             record = json.loads(Path(path).read_text(encoding="utf-8"))
             times = cls(
@@ -201,11 +211,11 @@ class MeasuredTimes:
                 tuple(record.get("decode_s", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{path}: no table of prefill times ({error})") from error
+            raise ValueError(f"{path}: not a table of prefill times ({error})") from error
         num_rows, widths = len(times.table_s), {len(row) for row in times.table_s}
         if not num_rows or num_rows != len(times.starts) or widths != {len(times.lengths)}:
             raise ValueError(
-                f"{path}: table_s needs a row for each start, a number for each length"
+                f"{path}: table_s must have one row per start and one number per length."
             )
         if len(times.decodes) != len(times.decode_s):
             raise ValueError(f"{path}: decode_s needs a number for each of decodes")
@@ -232,8 +242,8 @@ class MeasuredTimes:
 class MeasuredSteps:
     """Step times from a measured table of prefills and one of decode steps.
 
-    A step takes what its parts take alone, and the fixed part of a step once. That part is the time
-    of a decode step, extrapolated to no request.
+    The time of a step is the sum over its prefills and decodes, with the fixed cost counted once.
+    The fixed cost is the time of a decode step extrapolated to zero requests.
     """
 
     table: MeasuredTimes
@@ -246,7 +256,7 @@ class MeasuredSteps:
             )
 
     def describe(self) -> str:
-        """The file they were read from, in a line."""
+        """Describe the source in one line."""
         return self.table.describe()
 
     @property
@@ -264,7 +274,7 @@ class MeasuredSteps:
     def step_seconds(
         self, prefills: Sequence[tuple[int, int]], num_decodes: int, context: int
     ) -> float:
-        """See ``StepTimes``; the decode steps were measured at one ``context``."""
+        """See ``StepTimes``. Decode steps were measured at one ``context``, so it has no effect."""
         fixed_s = self.fixed_s
         seconds = sum(self.table.seconds(start, end) - fixed_s for start, end in prefills)
         if num_decodes:
@@ -273,8 +283,11 @@ class MeasuredSteps:
 
 
 def step_times(times: PrefillTimes) -> RooflineSteps | MeasuredSteps:
-    """Return the times of whole steps that go with ``times``. ValueError if they tell nothing of
-    decode steps."""
+    """Return the step times that match ``times``.
+
+    Raises:
+        ValueError: ``times`` contains no times of decode steps.
+    """
     if isinstance(times, Roofline):
         return RooflineSteps(times)
     if isinstance(times, MeasuredTimes):
@@ -285,8 +298,10 @@ def step_times(times: PrefillTimes) -> RooflineSteps | MeasuredSteps:
 
 
 def _locate(knots: Sequence[int], value: int) -> tuple[int, float]:
-    """Index of the interval of ``knots`` to interpolate in, and how far along it ``value`` lies
-    (may be past its ends)."""
+    """Return the index of the interval to interpolate in, and the position of ``value`` along it.
+
+    The position is below 0 or above 1 for a value outside all knots.
+    """
     if len(knots) == 1:
         return 0, 0.0
     index = min(max(bisect_right(knots, value) - 1, 0), len(knots) - 2)

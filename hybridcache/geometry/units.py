@@ -1,4 +1,4 @@
-"""Bytes, counts and durations as people read them."""
+"""Formatting of bytes, counts and durations for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ GIB = 2**30
 
 
 def format_bytes(num_bytes: float) -> str:
-    """
+    """Format a size with a binary unit.
+
     >>> format_bytes(77266944), format_bytes(24576), format_bytes(40 * GIB), format_bytes(512)
     ('73.7 MiB', '24.0 KiB', '40.0 GiB', '512 B')
     """
@@ -17,7 +18,8 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """
+    """Format a count with ``B`` for 10^9 and ``M`` for 10^6.
+
     >>> format_count(79_674_391_296), format_count(6_900_000), format_count(81_472)
     ('79.7 B', '6.9 M', '81,472')
     """
@@ -28,7 +30,8 @@ def format_count(count: float) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """
+    """Format a number with its noun, in the plural if needed.
+
     >>> counted(1, "thread"), counted(4096, "token")
     ('1 thread', '4,096 tokens')
     """
@@ -36,7 +39,8 @@ def counted(number: int, noun: str) -> str:
 
 
 def format_seconds(duration_s: float) -> str:
-    """
+    """Format a duration in seconds or milliseconds.
+
     >>> format_seconds(0.0123), format_seconds(4.56), format_seconds(0.00031)
     ('12.3 ms', '4.56 s', '0.31 ms')
     """

@@ -1,11 +1,10 @@
-"""What policies have learnt, as plain data, and back: for a restart.
+"""Serialization of learned policy state as JSON-compatible data, for restarts.
 
-A policy of ``REMEMBERING`` is written attribute by attribute, whatever they are, so that what it
-gains is kept too; an item stands there by its serial. Nothing but this package's own classes is
-made when it is read, none of their code runs, and a memory takes the place of a policy's own only
-if it has the same attributes, of the same types and table widths. All is JSON:
+Policies in ``REMEMBERING`` are written attribute by attribute, and items by serial. Reading creates
+only classes of this package and runs none of their code. Restored state replaces a policy's state
+only if the attributes, their types and the table widths are equal.
 
-    None, bool, int, float, str                     itself
+    None, bool, int, float, str                     unchanged
     list                                            [...]
     {"tuple": [...]}, {"set": [...]}                of values
     {"dict": [[key, value], ...]}                   in its order
@@ -32,31 +31,33 @@ from hybridcache.policies.eviction.regret import Regret
 from hybridcache.policies.placement.learned import Learned
 
 REMEMBERING: tuple[type, ...] = (Regret, Learned)
-"""Policies that learn more than what an item's uses and age say."""
+"""Policies that learn more than the uses and the age of items."""
 PACKAGE = "hybridcache.policies."
 PLAIN = (bool, int, float, str)
 _GONE = object()
-"""In place of an item that is no more."""
+"""Placeholder of an item that no longer exists."""
 
 ItemOf = Callable[[int], Any]
-"""By serial; None: there is none."""
+"""Lookup of an item by serial. Returns None if it does not exist."""
 
 
 class Unfit(ValueError):
-    """A memory that is not of the present policy."""
+    """Raised if restored state does not fit the present policy."""
 
 
 class Writer:
-    """One policy and its items' memos as plain data."""
+    """Writer of one policy and the memos of its items."""
 
     def __init__(self) -> None:
         self._numbers: dict[int, int] = {}
         self._kept: list[object] = []
-        """Keeps what was numbered alive, so that no id comes twice."""
+        """References that keep numbered objects alive, so that their ids stay unique."""
 
     def write(self, value: Any) -> Any:
-        """``value`` as JSON has it. O(all that it holds). Unfit: it is not made of plain data and
-        this package's classes."""
+        """Convert ``value`` to JSON data. O(size).
+
+        Raises Unfit for objects other than plain data and classes of this package.
+        """
         if value is None or type(value) in PLAIN:
             return value
         kind = type(value)
@@ -90,7 +91,7 @@ class Writer:
             return {"same": number}
         kind = type(value)
         if not kind.__module__.startswith(PACKAGE):
-            raise Unfit(f"{kind.__module__}.{kind.__qualname__} is no plain data")
+            raise Unfit(f"{kind.__module__}.{kind.__qualname__} cannot be serialized")
         if isinstance(value, tuple):
             fields = {"": self.write(tuple(value))}
             return {"object": -1, "class": _name(kind), "fields": fields}
@@ -101,16 +102,19 @@ class Writer:
 
 
 class Reader:
-    """What a ``Writer`` wrote, made anew."""
+    """Reader of the data of a ``Writer``."""
 
     def __init__(self, item_of: ItemOf, before: Reader | None = None) -> None:
-        """``before``: read what the same writer wrote before, and is shared."""
+        """Create a reader. ``before`` is a reader of earlier data with shared objects."""
         self._item_of = item_of
         self._objects: dict[int, object] = {} if before is None else before._objects
 
     def read(self, plain: Any) -> Any:
-        """The value. Items that are no more are left out of lists, sets, dicts and columns, and
-        None elsewhere. Unfit, or any error of a value that no ``Writer`` wrote."""
+        """Restore a value.
+
+        Items that no longer exist are dropped from lists, sets, dicts and columns, and become None
+        elsewhere. Raises Unfit, or any other exception for data that no ``Writer`` produced.
+        """
         value = self._read(plain)
         return None if value is _GONE else value
 
@@ -157,29 +161,31 @@ class Reader:
 
 
 def remembers(policy: object) -> bool:
-    """Whether ``policy`` learns something that is worth keeping."""
+    """True if ``policy`` has learned state worth saving."""
     return isinstance(policy, REMEMBERING)
 
 
 def take_over(policy: Any, remembered: Any) -> None:
-    """Let ``policy`` be what ``remembered``, of a ``Reader``, is. Unfit, and ``policy`` as it was:
-    it is of another class, or has other attributes."""
+    """Replace the state of ``policy`` by ``remembered``, the result of a ``Reader``.
+
+    Raises Unfit, with ``policy`` unchanged, if the class or the attributes differ.
+    """
     _check_fits(type(policy).__name__, policy, remembered)
     for name, value in _fields(remembered).items():
         setattr(policy, name, value)
 
 
 def _check_fits(where: str, own: Any, other: Any) -> None:
-    """Unfit unless ``other`` is made as ``own`` is."""
+    """Raise Unfit unless ``other`` has the same structure as ``own``."""
     if own is None or other is None:
         return
     if {type(own), type(other)} == {int, float}:
         return
     if type(own) is not type(other):
-        raise Unfit(f"{where} is no {type(own).__name__}")
+        raise Unfit(f"{where} must be of type {type(own).__name__}")
     if isinstance(own, np.ndarray):
         if own.dtype != other.dtype or own.shape[1:] != other.shape[1:]:
-            raise Unfit(f"{where} is another table")
+            raise Unfit(f"{where} has another table layout")
     elif type(own).__module__.startswith(PACKAGE) and not isinstance(own, tuple):
         fields, others = _fields(own), _fields(other)
         if fields.keys() != others.keys():
@@ -189,7 +195,7 @@ def _check_fits(where: str, own: Any, other: Any) -> None:
 
 
 def _fields(value: object) -> dict[str, Any]:
-    """Its attributes, those in slots too, that are set."""
+    """Return all attributes that are set, including slots."""
     names: list[str] = []
     for kind in type(value).__mro__:
         slots: str | Iterable[str] = kind.__dict__.get("__slots__", ())
@@ -203,7 +209,7 @@ def _name(kind: type) -> str:
 
 
 def _class(name: str) -> type:
-    """The class of this package that is called so. Unfit: there is none."""
+    """Return the class of this package with this name. Raises Unfit if there is none."""
     module, _, qualified = name.partition(":")
     found = getattr(sys.modules.get(module), qualified, None)
     if not isinstance(found, type) or _name(found) != name or not module.startswith(PACKAGE):

@@ -1,7 +1,6 @@
-"""Base classes of eviction and placement policies, and the view of the cache that they get.
+"""Interfaces of eviction and placement policies, and their view of the cache.
 
-An *item* is something that can be evicted: one checkpoint, or the KV of one node. A policy never
-sees the tree.
+An *item* is a unit of eviction: one checkpoint, or the KV of one node. Policies never see the tree.
 """
 
 from __future__ import annotations
@@ -14,210 +13,222 @@ Kind = Literal["kv", "checkpoint"]
 
 
 class PolicyError(ValueError):
-    """A policy of the user's own failed; the message says in one sentence which, where and how."""
+    """Failure of a user's policy. The message names the policy, the method and the line."""
 
 
 class Item(Protocol):
-    """One evictable thing, as a policy sees it. All but ``memo`` is read-only."""
+    """One evictable item, as seen by a policy. All attributes except ``memo`` are read-only."""
 
     memo: Any
-    """The policy's own; None at first, kept while the item lives. A snapshot does not keep it:
-    after one was loaded, ``missed`` may be called with an item whose ``memo`` is None."""
+    """Data of the policy. None at first, and kept as long as the item lives. Snapshots do not save
+    it, so ``missed`` can be called with an item without a ``memo``."""
 
     @property
     def kind(self) -> Kind:
-        """What is freed: KV rows, or a checkpoint's slot."""
+        """Kind of the freed memory: KV rows, or a checkpoint's slot."""
         ...
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that evicting it now frees. kv: its rows, the state at its end, and the tail above:
-        rows of the path up to the nearest checkpoint, fork or lock, which go with it. checkpoint:
-        its state, and at a leaf the same tail. An attention-only cache: the segment's rows."""
+        """Bytes that evicting it now frees.
+
+        - KV: its rows, the state at its end, and the tail above. The tail is the path up to the
+          nearest checkpoint, fork or lock, which is evicted with it.
+        - Checkpoint: its state, and for a leaf the same tail.
+        - Attention-only cache: the rows of the segment.
+        """
         ...
 
     @property
     def position(self) -> int:
-        """Tokens from the root to its end."""
+        """Number of tokens from the root to its end."""
         ...
 
     @property
     def span(self) -> int:
-        """Tokens that the next request to resume here must compute again if it goes: back to the
-        nearest checkpoint above, for both kinds, whatever rows stay on the way. Neither it nor
-        ``size_bytes`` depends on where the path was once split. An attention-only cache evicts a
-        segment at a time and can resume anywhere: the segment's tokens."""
+        """Number of tokens that must be computed again to resume here after its eviction.
+
+        This is the distance to the nearest checkpoint above, for both kinds, regardless of rows
+        that remain in between. Neither ``span`` nor ``size_bytes`` depends on earlier node splits.
+        An attention-only cache evicts whole segments and can resume anywhere: there it is the
+        length of the segment.
+        """
         ...
 
     @property
     def serial(self) -> int:
-        """Order of creation among all items of the cache; breaks ties, so that a run can be
-        repeated exactly."""
+        """Creation number among all items of the cache. Breaks ties, so that runs are
+        reproducible."""
         ...
 
     @property
     def created(self) -> int:
-        """Logical time (one tick a request) when it entered the cache."""
+        """Logical time of creation (one tick per request)."""
         ...
 
     @property
     def last_used(self) -> int:
-        """Logical time of its last use."""
+        """Logical time of the last use."""
         ...
 
     @property
     def uses(self) -> int:
-        """Times a request resumed from it (checkpoint) or through it (kv)."""
+        """Number of requests that resumed from it (checkpoint) or through it (KV)."""
         ...
 
     @property
     def dead(self) -> bool:
-        """KV that nothing can resume from: a leaf without a checkpoint. False in an attention-only
-        cache."""
+        """True for a leaf without a checkpoint: its KV cannot be resumed from.
+
+        Always False in an attention-only cache.
+        """
         ...
 
     @property
     def superseded(self) -> bool:
-        """A deeper checkpoint exists on the same unforked path."""
+        """True if a deeper checkpoint exists on the same unforked path."""
         ...
 
     @property
     def above(self) -> Item | None:
-        """The nearest checkpoint above it on its path; None: the root. Lineage passes along this
-        link."""
+        """Nearest checkpoint above on its path, or None for the root. Links items by lineage."""
         ...
 
     @property
     def label(self) -> str:
-        """The placement word that asked for it: end, branch, boundary, backoff, every ..."""
+        """Placement rule that saved it: end, branch, boundary, backoff, every ..."""
         ...
 
 
 class EvictionPolicy(ABC):
     """Eviction order over the items of one cache.
 
-    A policy is made once per cache and sees all items, unless ``orders_tiers`` is False. Subclasses
-    implement ``add``, ``discard`` and ``victim``; all other methods have a default that does
-    nothing. A policy that derives from another one without changes behaves exactly like it.
+    Each cache makes one instance, which sees all items unless ``orders_tiers`` is False. Subclasses
+    implement ``add``, ``discard`` and ``victim``. The other methods do nothing by default.
 
-    An item becomes a candidate by ``add`` (every checkpoint; KV of a leaf) and stops being one by
-    ``discard`` (its node got a child, or it was evicted). A lock discards nothing by itself: a
-    victim that turns out to be locked is discarded then and added again when it is unlocked. An
-    item that changes its tier (``policies.tiers``) moves to another instance of the same policy and
-    keeps its ``memo``. Each call should take O(log n) or less.
+    ``add`` makes an item a candidate: every checkpoint, and the KV of a leaf. ``discard`` removes
+    it, because its node got a child or it was evicted. Locks have no immediate effect: a victim
+    that is locked is discarded at that moment, and added again when it is unlocked. An item that
+    changes its priority class (``policies.tiers``) moves to another instance of the policy and
+    keeps its ``memo``. Calls should take O(log n) or less.
     """
 
     orders_tiers: bool = True
-    """A class attribute. True: the policy sees all items and orders dead KV and superseded
-    checkpoints itself. False: the cache makes three instances, for dead KV, superseded checkpoints
-    and the rest, and asks them in this order (``CacheConfig.dead_first``,
-    ``demote_superseded``)."""
+    """Class attribute. True if the policy sees all items and ranks dead KV and superseded
+    checkpoints itself. If False, the cache makes an instance per priority class: dead KV,
+    superseded checkpoints and the rest. Classes are evicted in this order
+    (``CacheConfig.dead_first``, ``demote_superseded``)."""
 
     @abstractmethod
     def add(self, item: Item) -> None:
-        """Accept ``item`` as a candidate. Uses that happened while it was none show in its
-        ``last_used`` and ``uses``."""
+        """Add ``item`` as a candidate. Its ``last_used`` and ``uses`` include earlier uses."""
 
     @abstractmethod
     def discard(self, item: Item, evicted: bool) -> None:
-        """Remove ``item`` from the candidates. ``evicted`` is True if it leaves the cache, as a
-        victim or together with one; False if it stays: it is locked, its node got a child, or it
-        changes its tier."""
+        """Remove ``item`` from the candidates.
+
+        ``evicted`` is True if the item leaves the cache, as a victim or together with one. It is
+        False if the item was locked, got a child or changed its priority class.
+        """
 
     @abstractmethod
     def victim(self, kind: Kind | None) -> Item | None:
-        """Return the candidate that should go first: of ``kind``, or of either kind if both share
-        one budget (None). The candidate stays one; the cache calls ``discard`` afterwards."""
+        """Return the next candidate to evict, or None if there is none.
+
+        ``kind`` restricts the choice; it is None if both kinds share one budget. The item remains a
+        candidate until the cache calls ``discard``.
+        """
 
     def touch(self, item: Item) -> None:  # noqa: B027
-        """Note a use of ``item``, a candidate. Its ``last_used`` and ``uses`` already count it."""
+        """Record a use of the candidate ``item``. Its ``last_used`` and ``uses`` include it."""
 
     def missed(self, item: Item) -> None:  # noqa: B027
-        """Note a ghost hit: a request would have resumed from ``item``, an evicted checkpoint.
+        """Record a ghost hit: a request would have resumed from ``item``, an evicted checkpoint.
 
-        Called at most once per request, with the deepest such checkpoint on its path. ``item`` is
-        as it was when evicted, ``memo`` included; ``memo`` is None if a snapshot brought it.
+        Called at most once per request, with the deepest such checkpoint on its path. ``item`` has
+        its values at eviction, including ``memo`` (None if it was loaded from a snapshot).
         """
 
     def missed_above(self, item: Item) -> None:  # noqa: B027
-        """Note a further ghost hit of the same request, above the one given to ``missed``.
+        """Record a further ghost hit of the same request, above the one passed to ``missed``.
 
-        Called once for each evicted checkpoint between that one and the position where the request
-        resumed, the deepest first. The request would have resumed from any of them if that one
-        alone had been kept.
+        Called for each evicted checkpoint between that one and the position where the request
+        resumed, the deepest first. Each of them would have sufficed to resume deeper.
         """
 
     def below(self) -> EvictionPolicy | None:
-        """Return a policy for the next lower tier that shares what this one learns, or None.
+        """Return a policy for the next lower tier that shares the learned state, or None.
 
-        With None the tier gets an instance of its own, which learns from what it is offered. A
+        If None, the tier gets a separate instance, which learns from the items offered to it. A
         shared policy keeps the ``memo`` of items that move down, and only the device's policy is
-        told of uses and ghost hits there.
+        notified of uses and ghost hits.
         """
         return None
 
     def candidates(self) -> Iterable[Item] | None:
-        """List all candidates in any order for consistency checks, or return None. O(n)."""
+        """Return all candidates, unordered, for consistency checks, or None. O(n)."""
         return None
 
 
 class FetchRule(Protocol):
-    """Whether what lies in a lower tier is worth its copy: one exchange rate, seconds against
-    seconds."""
+    """Rule that decides if loading from a lower tier is worth the copy, in seconds."""
 
     def seconds_saved(
         self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
     ) -> float:
-        """Seconds that a prompt of ``prompt_len`` tokens is sooner computed where it resumes at
-        ``position`` after copying ``num_bytes`` from each tier, than where it resumes at
-        ``cached_len`` at once. 0 or less: not worth it."""
+        """Seconds saved by loading a prefix, 0 or less if loading is not worthwhile.
+
+        Compares the prefill of ``prompt_len`` tokens from ``cached_len`` at once with the prefill
+        from ``position`` after copying ``num_bytes`` from each tier.
+        """
         ...
 
 
 class Placed(NamedTuple):
-    """One checkpoint position with the label of the rule that wants it (``Item.label``)."""
+    """Checkpoint position with the label of its rule (``Item.label``)."""
 
     position: int
     label: str
 
 
 class Prefill(NamedTuple):
-    """Facts that a placement policy knows about a prompt before it is computed. Positions and
-    lengths are in tokens."""
+    """Prompt data for placement policies, known before the prefill. All lengths are in tokens."""
 
     prompt_len: int
     cached_len: int
-    """Resumed from here; positions at or before it need no checkpoint."""
+    """Resumed length. Positions at or before it need no checkpoint."""
     kv_len: int
-    """Length of the matching KV; at least ``cached_len``."""
+    """Length of the matching KV, at least ``cached_len``."""
     branch_len: int
-    """Length of the tokens seen before, ghosts included; 0 if none was."""
+    """Length of the tokens seen before, including ghosts."""
     boundaries: tuple[int, ...]
-    """Positions known to survive into later prompts (end of the system segment, last stable
+    """Positions that later prompts are known to share (end of the system segment, last stable
     boundary), ascending."""
     grid: int
-    """Checkpoints are saved at multiples of it."""
+    """Checkpoint grid. Checkpoints are saved at its multiples."""
     resumed: Item | None = None
     """Checkpoint that the request resumes from, or None."""
     missed: Item | None = None
     """Deepest evicted checkpoint that the request would have resumed from, or None."""
     forks: bool = True
-    """Whether other tokens were seen to follow at ``branch_len``. False if the prompt continues
-    where an earlier request ended."""
+    """True if other prompts continued differently at ``branch_len``. False if the prompt extends
+    an earlier request from its end."""
     answer_survives: bool = True
-    """False if no checkpoint of the answer will be saved: later prompts leave it out, or its rows
-    are never published."""
+    """False if no checkpoint of the answer will be saved, because later prompts omit the answer or
+    its rows are not published."""
 
     def floor(self, position: int) -> int | None:
-        """Return the deepest grid position at or before ``position``, or None if no checkpoint can
-        be saved there."""
+        """Return the deepest grid position at or before ``position``.
+
+        None if no checkpoint can be saved there.
+        """
         floored = position - position % self.grid
         return floored if self.cached_len < floored <= self.prompt_len else None
 
     def on_grid(self, wanted: Iterable[Placed]) -> dict[int, str]:
-        """Floor ``wanted`` to the grid: label by position, the most wanted first.
+        """Round positions down to the grid. Returns the label by position, in the given order.
 
-        Positions at which nothing can be saved are left out; the first of a repeat wins.
+        Positions without a possible checkpoint are omitted. The first of several labels is kept.
 
         >>> prefill = Prefill(200, 64, 64, 64, (), 64)
         >>> prefill.on_grid([Placed(199, "end"), Placed(192, "again"), Placed(70, "low")])
@@ -234,37 +245,46 @@ class Prefill(NamedTuple):
 class PlacementPolicy(ABC):
     """Choice of the positions at which requests save checkpoints.
 
-    ``plan`` and ``decode_interval`` change nothing: routers and schedulers call them for requests
-    that may never be computed. A policy that learns does so in the ``on_`` methods; their defaults
-    do nothing. For every request that is computed a lease calls, in this order: ``on_hit`` and
-    ``on_ghost_hit`` if they apply, ``on_prefill``, ``plan``, ``decode_interval``; and later exactly
-    one of ``on_saved`` and ``on_dropped`` for each checkpoint that it planned.
+    ``plan`` and ``decode_interval`` must not change the policy: routers and schedulers also call
+    them for requests that may never be computed. Policies learn in the ``on_`` methods, which do
+    nothing by default.
+
+    For every computed request the lease calls, in this order: ``on_hit`` and ``on_ghost_hit`` if
+    they apply, ``on_prefill``, ``plan``, ``decode_interval``. Later it calls either ``on_saved`` or
+    ``on_dropped`` for each planned checkpoint.
     """
 
     @abstractmethod
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        """Return positions in (cached_len, prompt_len] to save at, the most wanted first. The
-        caller floors them to the grid and keeps the first of a repeat (``Prefill.on_grid``)."""
+        """Return positions in (cached_len, prompt_len] to save at, by descending priority.
+
+        The caller rounds them down to the grid and drops repeats (``Prefill.on_grid``).
+        """
 
     def decode_interval(self) -> int | None:
-        """Return the tokens between checkpoints in decode, or None for no checkpoint. Only the last
-        one is kept when the answer ends."""
+        """Return the distance of checkpoints during decode, or None for no checkpoints.
+
+        Only the last one is kept when the answer ends.
+        """
         return None
 
     def on_prefill(self, prefill: Prefill) -> None:  # noqa: B027
-        """Note that a request begins to compute ``prefill``; ``plan`` is called next."""
+        """Record that a request starts to compute ``prefill``. ``plan`` is called next."""
 
     def on_hit(self, item: Item) -> None:  # noqa: B027
-        """Note that a request resumes from ``item``."""
+        """Record that a request resumes from ``item``."""
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:  # noqa: B027
-        """Note that ``item``, an evicted checkpoint, would have saved a request ``num_tokens``
-        more."""
+        """Record that ``item``, an evicted checkpoint, would have saved ``num_tokens`` more."""
 
     def on_saved(self, position: int, label: str) -> None:  # noqa: B027
-        """Note that a checkpoint was published. ``label`` may be one that this policy did not give:
-        "decode", "preempt" or "asked", or another policy's."""
+        """Record that a checkpoint was published.
+
+        ``label`` can come from another source: "decode", "preempt", "asked" or another policy.
+        """
 
     def on_dropped(self, position: int, label: str) -> None:  # noqa: B027
-        """Note that a planned checkpoint was not published: there was no slot, the request ended
-        before, or the cache had one there already."""
+        """Record that a planned checkpoint was not published.
+
+        Reasons are a missing slot, an early end of the request, or an existing checkpoint.
+        """

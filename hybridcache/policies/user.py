@@ -1,7 +1,7 @@
-"""Policies of the user's own, wherever a word stands; what is wrong with one is said in one
-sentence.
+"""Loading and guarding of users' policies. Errors are reported in one sentence.
 
-``module:Class`` or ``module:Class(alpha=2)``, a class, a function that makes one, or one itself.
+A policy is given as ``module:Class`` or ``module:Class(alpha=2)``, as a class, as a factory
+function, or as an instance.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ from hybridcache.policies.protocol import (
 )
 
 MAX_OUTSIDE = 50
-"""Positions outside of every prompt after which a placement is warned of."""
+"""Number of positions outside of every prompt after which a warning is issued."""
 OURS = "hybridcache.policies."
-"""Where this project's own policies are: they need no guard."""
+"""Package prefix of built-in policies, which need no guard."""
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class OwnPolicy:
-    """A policy of the user's own: how tables call it, and what makes one."""
+    """Factory of a user's policy, with its label in tables."""
 
     label: str
     make: Callable[[], Any] = field(compare=False)
@@ -58,8 +58,7 @@ class OwnPolicy:
 
 
 def own_policy(given: object) -> OwnPolicy:
-    """What stands for a class, a function that makes a policy, or a policy, of which it makes
-    copies."""
+    """Wrap a class, a factory function or an instance. An instance is copied for each use."""
     if isinstance(given, OwnPolicy):
         return given
     if callable(given):
@@ -83,7 +82,7 @@ def _name_of(make: Callable[..., Any]) -> str:
 
 
 def eviction_of(given: object) -> Callable[[], EvictionPolicy]:
-    """What makes the eviction policy that ``given`` is or makes, watched over."""
+    """Return the factory of the eviction policy that ``given`` is or makes, guarded."""
     own = own_policy(given)
     if isinstance(own.make, type):
         _refuse_unfit(own, own.make, EvictionPolicy)
@@ -93,7 +92,7 @@ def eviction_of(given: object) -> Callable[[], EvictionPolicy]:
 
 
 def placement_of(given: object) -> Callable[[], PlacementPolicy]:
-    """What makes the placement policy that ``given`` is or makes, watched over."""
+    """Return the factory of the placement policy that ``given`` is or makes, guarded."""
     own = own_policy(given)
     if isinstance(own.make, type):
         _refuse_unfit(own, own.make, PlacementPolicy)
@@ -101,7 +100,7 @@ def placement_of(given: object) -> Callable[[], PlacementPolicy]:
 
 
 def admission_of(given: object) -> AdmissionPolicy:
-    """The admission policy that ``given`` is or makes, guarded."""
+    """Return the admission policy that ``given`` is or makes, guarded."""
     own = own_policy(given)
     policy: AdmissionPolicy = _made(own, AdmissionPolicy)
     ours = type(policy).__module__.startswith(OURS)
@@ -109,8 +108,7 @@ def admission_of(given: object) -> AdmissionPolicy:
 
 
 class _Guarded:
-    """Calls a stranger's methods; what they raise becomes a PolicyError that names policy, method
-    and line."""
+    """Caller of a user's methods. Their exceptions become a PolicyError with method and line."""
 
     def __init__(self, label: str, policy: Any) -> None:
         self._label = label
@@ -119,14 +117,14 @@ class _Guarded:
     def _call(self, method: Callable[..., Result], *arguments: object) -> Result:
         try:
             return method(*arguments)
-        except Exception as error:  # whatever a stranger's method raises
+        except Exception as error:  # user code can raise anything
             _blame(self._label, self._policy, method.__name__, error)
 
 
 class GuardedEviction(_Guarded, EvictionPolicy):
-    """A user's eviction policy. It gets every call that a built-in policy gets.
+    """Wrapper of a user's eviction policy. Forwards every call that a built-in policy gets.
 
-    Also refuses a victim that was never offered. O(1) besides the policy's own work.
+    Refuses a victim that was never offered. O(1) in addition to the policy.
     """
 
     def __init__(self, label: str, policy: EvictionPolicy) -> None:
@@ -152,7 +150,7 @@ class GuardedEviction(_Guarded, EvictionPolicy):
         self._call(self._policy.missed_above, item)
 
     def below(self) -> EvictionPolicy | None:
-        """Return the policy's own answer, guarded as well."""
+        """Return the policy's result, guarded as well."""
         lower = self._call(self._policy.below)
         if lower is None:
             return None
@@ -163,7 +161,7 @@ class GuardedEviction(_Guarded, EvictionPolicy):
         return GuardedEviction(self._label, lower)
 
     def candidates(self) -> Iterable[Item]:
-        """List all items that the policy was offered, in any order."""
+        """Return all items that the policy was offered, unordered."""
         return self._held
 
     def victim(self, kind: Kind | None) -> Item | None:
@@ -171,9 +169,9 @@ class GuardedEviction(_Guarded, EvictionPolicy):
         if is_fit:
             return victim
         raise PolicyError(
-            f"{self._label!r}: victim({kind!r}) gave {victim!r}, which is no candidate of that "
-            "kind; "
-            "give an item that was added and not discarded since, or None"
+            f"{self._label!r}: victim({kind!r}) returned {victim!r}, which is not a candidate of "
+            "that kind; "
+            "return an item that was added and not discarded since, or None"
         )
 
     def _victim(self, kind: Kind | None) -> tuple[Item | None, bool]:
@@ -184,9 +182,9 @@ class GuardedEviction(_Guarded, EvictionPolicy):
 
 
 class GuardedAdmission(_Guarded, AdmissionPolicy):
-    """A user's admission policy. It gets every call that a built-in policy gets.
+    """Wrapper of a user's admission policy. Forwards every call that a built-in policy gets.
 
-    Also refuses requests that do not wait, and requests that are named twice.
+    Refuses requests that do not wait, and repeated requests.
     """
 
     def arrived(self, request: WaitingRequest, load: Load) -> None:
@@ -225,15 +223,15 @@ class GuardedAdmission(_Guarded, AdmissionPolicy):
 
 
 class GuardedPlacement(_Guarded, PlacementPolicy):
-    """A user's placement policy. It gets every call that a built-in policy gets.
+    """Wrapper of a user's placement policy. Forwards every call that a built-in policy gets.
 
-    Also refuses malformed positions, and warns once if all of them lie outside the prompt.
+    Refuses malformed positions, and warns once if all positions are outside the prompt.
     """
 
     def __init__(self, label: str, policy: PlacementPolicy) -> None:
         super().__init__(label, policy)
         self._num_outside: int | None = 0
-        """Positions so far, none of which was usable; None after the first usable one or the
+        """Number of positions so far, all unusable. None after the first usable one or the
         warning."""
 
     def plan(self, prefill: Prefill) -> list[Placed]:
@@ -248,7 +246,7 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         return wanted
 
     def _watch(self, position: int, prefill: Prefill) -> None:
-        """Warn once if the first ``MAX_OUTSIDE`` positions all lie where nothing can be saved."""
+        """Warn once if none of the first ``MAX_OUTSIDE`` positions can be saved at."""
         assert self._num_outside is not None
         if prefill.floor(position) is not None:
             self._num_outside = None
@@ -257,10 +255,10 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         if self._num_outside == MAX_OUTSIDE:
             self._num_outside = None
             warnings.warn(
-                f"{self._label!r}: none of its first {MAX_OUTSIDE} positions lay within what a "
-                "prefill computes; give "
-                "cached_len < position <= prompt_len, tokens from the prompt's start, of at least "
-                f"{prefill.grid} (the grid)",
+                f"{self._label!r}: none of its first {MAX_OUTSIDE} positions can be saved at; "
+                "return positions with "
+                "cached_len < position <= prompt_len, in tokens from the prompt's start, of at "
+                f"least {prefill.grid} (the grid)",
                 stacklevel=2,
             )
 
@@ -270,8 +268,8 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
             if hasattr(position, "__index__") and isinstance(label, str):
                 return Placed(int(position), label)
         raise PolicyError(
-            f"{self._label!r}: plan gave {placed!r}; "
-            "give Placed(position, label) with a whole position and a word for a label"
+            f"{self._label!r}: plan returned {placed!r}; "
+            "return Placed(position, label) with an integer and a string"
         )
 
     def decode_interval(self) -> int | None:
@@ -279,8 +277,8 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         if interval is None or (type(interval) is int and interval >= 1):
             return interval
         raise PolicyError(
-            f"{self._label!r}: decode_interval gave {interval!r}; give tokens between checkpoints, "
-            "or None"
+            f"{self._label!r}: decode_interval returned {interval!r}; return the number of tokens "
+            "between checkpoints, or None"
         )
 
     def on_prefill(self, prefill: Prefill) -> None:
@@ -300,8 +298,10 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
 
 
 def word_of(own: type[Any]) -> str | None:
-    """``module:Class`` for a class that its module knows by name, also one of a notebook's cell;
-    None for another."""
+    """Return ``module:Class`` of a class that is an attribute of its module, or None.
+
+    Works for classes defined in a notebook cell.
+    """
     module_name, name = own.__module__, own.__qualname__
     if getattr(sys.modules.get(module_name), name, None) is not own:
         return None
@@ -309,8 +309,13 @@ def word_of(own: type[Any]) -> str | None:
 
 
 def source_of(word: str) -> str:
-    """The text of the module that a word like ``module:Class`` names; empty for other words,
-    numbered ones (``ttl:500``) too. ValueError where it has none to read."""
+    """Return the source of the module in a word like ``module:Class``.
+
+    Empty for other words, including numbered ones such as ``ttl:500``.
+
+    Raises:
+        ValueError: the source cannot be read.
+    """
     module_name, colon, rest = word.strip().partition(":")
     if not colon or rest.replace(".", "", 1).isdecimal():
         return ""
@@ -318,18 +323,21 @@ def source_of(word: str) -> str:
         return inspect.getsource(_imported(word, module_name))
     except (OSError, TypeError) as error:
         raise ValueError(
-            f"{word!r}: its source can not be read, so whether a kept run is of this very class "
-            "is not known; put the class in "
-            "a file, or keep no runs"
+            f"{word!r}: its source cannot be read, so stored runs cannot be matched with this "
+            "class; put the class in "
+            "a file, or store no runs"
         ) from error
 
 
 def load(word: str, protocol: type[Any]) -> OwnPolicy:
-    """What ``module:Class`` or ``module:Class(alpha=2)`` names, from an installed module or one in
-    the working directory, with the methods of ``protocol``; arguments are plain Python values.
+    """Load ``module:Class`` or ``module:Class(alpha=2)``, a subclass of ``protocol``.
 
-    The working directory joins the end of ``sys.path``: installed commands start without it.
-    ValueError says in one sentence what can not be found.
+    The module is installed or in the working directory, which is appended to ``sys.path`` because
+    installed commands start without it. Arguments are Python literals.
+
+    Raises:
+        ValueError: the module or the class is not found or does not fit. The message is one
+            sentence.
     """
     module_name, _, rest = word.partition(":")
     class_name, arguments, keywords = _arguments(word, rest)
@@ -342,18 +350,18 @@ def load(word: str, protocol: type[Any]) -> OwnPolicy:
 
 
 def _arguments(word: str, call: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """(name, arguments, those with names) of ``Class`` or ``Class(1, alpha=2)``."""
+    """Parse ``Class`` or ``Class(1, alpha=2)`` into (name, arguments, keyword arguments)."""
     if "(" not in call:
         return call, [], {}
     try:
         tree = ast.parse(call, mode="eval").body
         if not isinstance(tree, ast.Call) or not isinstance(tree.func, ast.Name):
-            raise ValueError("it is no call")
+            raise ValueError("it is not a call")
         keywords = {str(part.arg): ast.literal_eval(part.value) for part in tree.keywords}
         return tree.func.id, [ast.literal_eval(part) for part in tree.args], keywords
     except (SyntaxError, ValueError) as error:
         raise ValueError(
-            f"{word!r}: write module:Class(alpha=2), with numbers, texts, lists and such ({error})"
+            f"{word!r}: write module:Class(alpha=2), with numbers, strings and lists ({error})"
         ) from error
 
 
@@ -362,13 +370,14 @@ def _refuse_unfit(own: OwnPolicy, found: type[Any], protocol: type[Any]) -> None
     if not issubclass(found, protocol):
         home = "hybridcache" if protocol.__module__.startswith(OURS) else protocol.__module__
         raise ValueError(
-            f"{own.label!r}: it is no {protocol.__name__}: derive {found.__name__} from "
-            f"{home}.{protocol.__name__}"
+            f"{own.label!r}: it does not implement {protocol.__name__}: derive "
+            f"{found.__name__} from {home}.{protocol.__name__}"
         )
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
         raise ValueError(
-            f"{own.label!r}: it is no {protocol.__name__}, it has no {', '.join(missing)}"
+            f"{own.label!r}: it does not implement {protocol.__name__}: it lacks "
+            f"{', '.join(missing)}"
         )
 
 
@@ -378,7 +387,7 @@ def _imported(word: str, module_name: str) -> ModuleType:
         sys.path.append(here)
     try:
         return importlib.import_module(module_name)
-    except Exception as error:  # whatever a stranger's module raises while it is read
+    except Exception as error:  # a user's module can raise anything
         hint = "; leave out .py" if module_name.endswith(".py") else ""
         raise ValueError(
             f"{word!r}: no module {module_name!r} can be imported ({error}){hint}"
@@ -388,14 +397,15 @@ def _imported(word: str, module_name: str) -> ModuleType:
 def _made(own: OwnPolicy, protocol: type[Any]) -> Any:
     try:
         policy = own.make()
-    except Exception as error:  # whatever a stranger's class raises
+    except Exception as error:  # a user's class can raise anything
         hint = ""
         if isinstance(own.make, type):
             hint = (
-                "; it is made without arguments: give them defaults, or write module:Class(alpha=2)"
+                "; it is created without arguments: give them defaults, or write "
+                "module:Class(alpha=2)"
             )
         raise ValueError(
-            f"{own.label!r}: it can not be made ({type(error).__name__}: {error}){hint}"
+            f"{own.label!r}: it cannot be created ({type(error).__name__}: {error}){hint}"
         ) from error
     _refuse_unfit(own, type(policy), protocol)
     if isinstance(policy, ScorePolicy | SampledPolicy) and not hasattr(policy, "now"):
@@ -406,7 +416,7 @@ def _made(own: OwnPolicy, protocol: type[Any]) -> Any:
 
 
 def _blame(label: str, policy: object, method: str, error: Exception) -> NoReturn:
-    """Raise a PolicyError that says where a stranger's method failed."""
+    """Raise a PolicyError with the method and line at which a user's policy failed."""
     if isinstance(error, PolicyError):
         raise error
     file = inspect.getfile(type(policy))

@@ -1,4 +1,4 @@
-"""What goes first and where states are saved: one table of words each, one parser for both.
+"""Policy registry: names of eviction, placement and admission policies, and their parser.
 
 >>> from hybridcache.policies.protocol import Prefill
 >>> prefill = Prefill(1000, cached_len=0, kv_len=0, branch_len=300, boundaries=(996,), grid=64)
@@ -63,27 +63,27 @@ from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.policies.user import OwnPolicy, admission_of, eviction_of, load, placement_of
 
 EvictionSpec = str | OwnPolicy | EvictionPolicy | Callable[[], EvictionPolicy]
-"""A word, ``module:Class``, ``module:Class(alpha=2)``; a class or function that makes one; or one
-itself, of which every cache gets a copy."""
+"""Policy name, ``module:Class`` or ``module:Class(alpha=2)``, a class, a factory function, or an
+instance (copied for each cache)."""
 AdmissionSpec = str | OwnPolicy | AdmissionPolicy | Callable[[], AdmissionPolicy]
 PlacementSpec = str | OwnPolicy | PlacementPolicy | Callable[[], PlacementPolicy]
 
 
 DEFAULT_EVICTION = "regret"
-"""Eviction policy if none is named. Compared with ``lru`` and ``branch,boundary,backoff,end`` it
-takes more processor time per request (``hybridcache/README.md``) and hits more."""
+"""Eviction policy if none is named. It takes more CPU time per request than ``lru``, and hits more
+(``hybridcache/README.md``)."""
 DEFAULT_PLACEMENT = "regret"
 """Checkpoint placement if none is named."""
 
 
 class Word(NamedTuple):
-    """One entry of a table."""
+    """One policy name."""
 
     make: Callable[..., Any]
     counts: str = ""
-    """What the number counts that may follow it, ``word:number``; empty: it takes none."""
+    """Unit of the number in ``name:number``. Empty if the name takes no number."""
     example: str = ""
-    """Of the number, where the word does not stand without it."""
+    """Example of the number, if it is required."""
 
 
 EVICTION_WORDS: dict[str, Word] = {
@@ -110,12 +110,12 @@ EVICTION_WORDS: dict[str, Word] = {
     "class-age": Word(ClassAge),
     "regret": Word(Regret),
 }
-"""Words for ``CacheConfig.eviction``."""
+"""Names for ``CacheConfig.eviction``."""
 
 EVICTION: Mapping[str, Callable[..., EvictionPolicy]] = {
     name: word.make for name, word in EVICTION_WORDS.items()
 }
-"""Their classes."""
+"""Classes of the eviction policies, by name."""
 
 PLACEMENT_WORDS: dict[str, Word] = {
     "end": Word(End),
@@ -133,7 +133,7 @@ PLACEMENT_WORDS: dict[str, Word] = {
     "thinned": Word(Thinned, "checkpoints", "4"),
     "planned": Word(Planned, "checkpoints", "4"),
 }
-"""Words for checkpoint placement, put together with commas."""
+"""Names of checkpoint placement rules, combined with commas."""
 
 ADMISSION_WORDS: dict[str, Word] = {
     "oldest": Word(Oldest),
@@ -143,37 +143,38 @@ ADMISSION_WORDS: dict[str, Word] = {
     "window": Word(Window, "requests", "32"),
     "live": Word(Live, "sessions", "16"),
 }
-"""Words for the order in which waiting requests are admitted."""
+"""Names of admission policies."""
 
 _CAP = Word(int, "checkpoints", "2")
 _PLACEMENT_AND_CAP = PLACEMENT_WORDS | {"cap": _CAP}
 
 
 def known_words(table: Mapping[str, Word]) -> list[str]:
-    """The words of ``table``, ``word:N`` for one that also takes a number, or only with one."""
+    """Return the names of ``table``, as ``name:N`` if a number is possible."""
     plain = [name for name, word in table.items() if not word.example]
     return [*plain, *(f"{name}:N" for name, word in table.items() if word.counts)]
 
 
 def eviction_words() -> list[str]:
-    """What ``make_eviction`` knows beside ``module:Class``."""
+    """Return the names that ``make_eviction`` accepts in addition to ``module:Class``."""
     return known_words(EVICTION_WORDS)
 
 
 def placement_words() -> list[str]:
-    """What ``parse_placement`` puts together, beside ``none`` and ``module:Class``."""
+    """Return the names for ``parse_placement``, in addition to ``none`` and ``module:Class``."""
     return known_words(_PLACEMENT_AND_CAP)
 
 
 def admission_words() -> list[str]:
-    """Names that ``make_admission`` knows beside ``module:Class``."""
+    """Return the names that ``make_admission`` accepts in addition to ``module:Class``."""
     return known_words(ADMISSION_WORDS)
 
 
 def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
-    """What makes the policy that ``spec`` is or names; nothing is made yet.
+    """Return a factory of the eviction policy that ``spec`` names, makes or is.
 
-    ValueError lists the words that exist, or the methods that a class lacks.
+    Raises:
+        ValueError: the name is unknown, or a class lacks methods. The message lists them.
     """
     if not isinstance(spec, str):
         return eviction_of(spec)
@@ -182,10 +183,13 @@ def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
 
 
 def parse_placement(spec: PlacementSpec) -> Placement:
-    """``"branch,boundary,backoff,every:1024"`` -> Placement; ``"none"`` (alone) saves nothing; with
-    ``cap:N`` at most N a prefill. Or a placement of your own, as a class, a function or itself.
+    """Parse a placement such as ``"branch,boundary,backoff,every:1024"``.
 
-    ValueError names a word that does not exist, or whose number is missing, superfluous or wrong.
+    ``"none"`` (alone) saves nothing. ``cap:N`` limits the checkpoints of a prefill. A user's
+    placement policy can be given as a class, a factory function or an instance.
+
+    Raises:
+        ValueError: a name is unknown, or its number is missing, superfluous or wrong.
     """
     if not isinstance(spec, str):
         return Placement((placement_of(spec)(),))
@@ -208,8 +212,11 @@ def parse_placement(spec: PlacementSpec) -> Placement:
 
 
 def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
-    """A fresh policy that ``spec`` names, makes or is. ValueError lists the words that exist, or
-    the methods that a class lacks."""
+    """Return a new admission policy that ``spec`` names, makes or is.
+
+    Raises:
+        ValueError: the name is unknown, or a class lacks methods. The message lists them.
+    """
     if not isinstance(spec, str):
         return admission_of(spec)
     make = _maker("admission policy", ADMISSION_WORDS, spec)
@@ -218,7 +225,7 @@ def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
 
 
 def split_words(text: str) -> list[str]:
-    """Words with commas between; those within brackets belong to the word. Empty ones are kept.
+    """Split at commas outside parentheses. Empty words are kept.
 
     >>> split_words("lru, mine:Class(a=1, b=2),ttl:5")
     ['lru', 'mine:Class(a=1, b=2)', 'ttl:5']
@@ -234,7 +241,7 @@ def split_words(text: str) -> list[str]:
 
 
 def in_units(words: str, unit: int) -> str:
-    """Placement ``words`` whose lengths in tokens are made lengths in units of ``unit`` tokens."""
+    """Convert the lengths in placement ``words`` from tokens to units of ``unit`` tokens."""
 
     def convert() -> Iterator[str]:
         for text in split_words(words):
@@ -247,7 +254,7 @@ def in_units(words: str, unit: int) -> str:
 
 
 def _maker(what: str, table: Mapping[str, Word], text: str) -> Callable[[], Any] | None:
-    """What ``text`` makes by ``table``; None: it names no word of it but a ``module:Class``."""
+    """Return the factory for ``text``, or None if it has the form ``module:Class``."""
     name, colon, number = text.partition(":")
     word = table.get(name)
     if word is None:
@@ -270,7 +277,7 @@ def _maker(what: str, table: Mapping[str, Word], text: str) -> Callable[[], Any]
 
 
 def _number(counts: str, text: str) -> float | None:
-    """The number that ``text`` writes; None: it is none of its kind."""
+    """Parse a number. Returns None if it is not a valid count (or alpha)."""
     if counts != "alpha":
         return int(text) if text.isdecimal() and int(text) >= 1 else None
     try:

@@ -1,2 +1,1 @@
-"""Which replica a request goes to: routers, fed by the replicas' events, for the laboratory and for
-the engine alike."""
+"""Request routers: choose the replica for each request. The simulator and the engine share them."""

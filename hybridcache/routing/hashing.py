@@ -1,5 +1,7 @@
-"""Consistent hashing: the same key goes to the same replica, and when one leaves or joins only its
-own keys move (rendezvous hashing; Thaler and Ravishankar, 1998)."""
+"""Rendezvous hashing (Thaler and Ravishankar, 1998): each key maps to one replica.
+
+When a replica leaves or joins, only its own keys move.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from hybridcache.routing.protocol import ReplicaId
 
 
 def rendezvous(key: bytes, replicas: Iterable[ReplicaId]) -> ReplicaId:
-    """The replica that ``key`` ranks first. O(replicas). ValueError: there is none.
+    """Return the highest-ranked replica for ``key``. O(replicas).
+
+    Raises ValueError if there are no replicas.
 
     >>> rendezvous(b"a", (0, 1, 2)) == rendezvous(b"a", (2, 1, 0))
     True

@@ -1,4 +1,4 @@
-"""What one replica still has to do, as its router knows it: nothing is asked over the wire."""
+"""Outstanding work of one replica, derived from the requests sent to it without extra messages."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections.abc import Hashable, Iterator
 
 
 class Load:
-    """Requests that were sent to one replica and have not ended, and the seconds of prefill they
-    were estimated at. All verbs O(1).
+    """Requests that were sent to one replica and have not ended, with estimated prefill seconds.
 
-    A replica prefills in the order in which requests came to it; what it works on is the oldest of
-    those without a first token.
+    All methods are O(1). A replica prefills in order of arrival, so it works on the oldest request
+    without a first token.
 
     >>> load = Load()
     >>> load.sent("a", 2.0, now=0.0)
@@ -26,24 +25,26 @@ class Load:
 
     def __init__(self) -> None:
         self._waiting: dict[Hashable, float] = {}
-        """Estimated seconds of each that has no first token yet, the oldest first."""
+        """Estimated prefill seconds of each request without a first token, the oldest first."""
         self._seconds = 0.0
         self._head_since_s = 0.0
         self._decoding: set[Hashable] = set()
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a first token, the one that is computed among them."""
+        """Number of requests without a first token, including the one being computed."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
-        """Requests that have not ended."""
+        """Number of requests that have not ended."""
         return len(self._waiting) + len(self._decoding)
 
     def wait_s(self, now: float) -> float:
-        """Until what is here has its first tokens. What takes longer than was estimated ends any
-        moment: it counts nothing."""
+        """Seconds until all requests here have their first tokens.
+
+        A prefill that exceeds its estimate counts as 0 because it can end at any moment.
+        """
         if not self._waiting:
             return 0.0
         head = next(iter(self._waiting.values()))
@@ -51,21 +52,24 @@ class Load:
         return max(self._seconds - passed, 0.0)
 
     def sent(self, request: Hashable, seconds: float, now: float) -> None:
-        """``request`` goes here, its prefill estimated at ``seconds``. ValueError: it is here."""
+        """Add ``request`` with an estimate of its prefill time.
+
+        Raises ValueError if it is already present.
+        """
         if request in self._waiting or request in self._decoding:
-            raise ValueError(f"request {request!r} is at this replica already")
+            raise ValueError(f"Request {request!r} is already at this replica.")
         if not self._waiting:
             self._head_since_s = now
         self._waiting[request] = seconds
         self._seconds += seconds
 
     def prefilled(self, request: Hashable, now: float) -> None:
-        """It has its first token; one that is not here changes nothing."""
+        """Record the first token of a request. Unknown requests are ignored."""
         if self._drop(request, now):
             self._decoding.add(request)
 
     def ended(self, request: Hashable, now: float) -> None:
-        """It is over, however it ended; one that is not here changes nothing."""
+        """Remove a request. Unknown requests are ignored."""
         if not self._drop(request, now):
             self._decoding.discard(request)
 
@@ -76,17 +80,17 @@ class Load:
         if next(iter(self._waiting)) == request:
             self._head_since_s = now
         del self._waiting[request]
-        # Sums that are added to and taken from drift: an empty queue is nothing, exactly.
+        # Floating-point sums drift: an empty queue resets the sum to exactly 0.
         self._seconds = self._seconds - seconds if self._waiting else 0.0
         return True
 
     def requests(self) -> Iterator[Hashable]:
-        """All that have not ended, those without a first token first."""
+        """Yield all requests that have not ended, those without a first token first."""
         yield from self._waiting
         yield from self._decoding
 
     def check(self) -> None:
-        """AssertionError unless its sums are those of what is here. O(requests)."""
+        """Raise AssertionError unless the sums match the requests. O(requests)."""
         assert not self._decoding & self._waiting.keys()
         assert abs(self._seconds - sum(self._waiting.values())) < 1e-6 * (1 + self._seconds)
         assert self._waiting or self._seconds == 0.0

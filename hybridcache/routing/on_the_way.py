@@ -1,5 +1,4 @@
-"""What a replica is about to hold: prompts that were sent to it and that its events do not cover
-yet, with the checkpoints that each will leave."""
+"""Prompts in flight: sent to a replica and not covered by its events, with their checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from hybridcache.routing.protocol import RouteRequest
 
 
 class OnTheWay:
-    """Of one replica. As many as run there, and those that ended since its last events.
+    """Prompts in flight to one replica: running requests, and those that ended since its events.
 
     >>> way = OnTheWay()
     >>> way.sent(RouteRequest("a", (1, 2, 3, 4, 5)), (2, 4), num_new=5)
@@ -23,7 +22,7 @@ class OnTheWay:
     def __init__(self) -> None:
         self._prompts: dict[Hashable, tuple[RouteRequest, tuple[int, ...], int]] = {}
         self.num_new = 0
-        """Ids that they store there beyond what was there."""
+        """Number of ids that these prompts will store in addition to the present contents."""
 
     def __len__(self) -> int:
         return len(self._prompts)
@@ -33,20 +32,21 @@ class OnTheWay:
         return tuple(self._prompts)
 
     def sent(self, request: RouteRequest, positions: Iterable[int], num_new: int) -> None:
-        """``request`` goes here, and will leave a checkpoint at each of ``positions``. O(n log n)
-        in them."""
+        """Add ``request``, which will save a checkpoint at each of ``positions``. O(n log n)."""
         self._prompts[request.id] = request, tuple(sorted(positions)), num_new
         self.num_new += num_new
 
     def over(self, request: Hashable) -> None:
-        """Events cover what it left, or it leaves nothing; one that is not here changes nothing."""
+        """Remove a request that events cover or that stores nothing. Unknown ids are ignored."""
         found = self._prompts.pop(request, None)
         if found is not None:
             self.num_new -= found[2]
 
     def depth(self, request: RouteRequest) -> int:
-        """Ids of ``request`` that can be resumed here once all that is on the way has come.
-        O(requests on the way + what they share with it)."""
+        """Number of ids of ``request`` that can be resumed after all prompts here are computed.
+
+        O(prompts in flight + shared ids).
+        """
         deepest = 0
         for other, positions, _ in self._prompts.values():
             if other.namespace == request.namespace and positions and positions[-1] > deepest:
@@ -57,16 +57,16 @@ class OnTheWay:
         return deepest
 
     def check(self) -> None:
-        """AssertionError unless its sum is that of what is here."""
+        """Raise AssertionError unless ``num_new`` is the sum over all prompts."""
         assert self.num_new == sum(num_new for _, _, num_new in self._prompts.values())
 
 
 _BLOCK = 256
-"""Ids that are compared at once."""
+"""Number of ids compared per step."""
 
 
 def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    """How long both begin alike."""
+    """Return the length of the common prefix."""
     shorter, start = min(len(left), len(right)), 0
     while start < shorter:
         end = min(start + _BLOCK, shorter)

@@ -1,5 +1,4 @@
-"""A replica's side of the events: numbered batches, kept for a while so that what got lost can be
-asked for again."""
+"""Sender of a replica's cache events: numbered batches, stored for a while for retransmission."""
 
 from __future__ import annotations
 
@@ -15,11 +14,11 @@ from hybridcache.export.mirror import EventsLost
 __all__ = ["EventBatch", "EventsLost", "Outbox"]
 
 KEPT = 256
-"""Batches that can be asked for again."""
+"""Number of stored batches."""
 
 
 class EventBatch(NamedTuple):
-    """What ``Router.on_events`` is given, without the replica."""
+    """Arguments of ``Router.on_events``, without the replica."""
 
     sequence: int
     events: tuple[Event, ...]
@@ -27,8 +26,10 @@ class EventBatch(NamedTuple):
 
 
 class Outbox:
-    """Follows one cache. ``flush`` is called by whoever drives the cache, between its verbs; the
-    other verbs from any thread.
+    """Event batches of one cache.
+
+    ``flush`` and ``restart`` must be called by the thread that drives the cache, between cache
+    operations. The other methods can be called from any thread.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=64, num_slots=2, grid=4))
@@ -54,13 +55,15 @@ class Outbox:
         self._cache.subscribe(self._stream)
 
     def cover(self, request: Hashable) -> None:
-        """The prompt of ``request`` is computed, and what it left is told of by the next batch at
-        the latest."""
+        """Record that the prompt of ``request`` is computed.
+
+        The next batch covers the KV and checkpoints that it stored.
+        """
         with self._lock:
             self._covered.append(request)
 
     def flush(self) -> bool:
-        """Make a batch of what came since the last one. False: nothing did."""
+        """Make a batch of the changes since the last one. Returns False if there were none."""
         with self._lock:
             if not self._events and not self._covered:
                 return False
@@ -72,8 +75,10 @@ class Outbox:
             return True
 
     def since(self, sequence: int) -> list[EventBatch] | None:
-        """Batches from number ``sequence`` on; None: that one is no longer kept, or never was, and
-        only ``restart`` helps."""
+        """Return the batches from number ``sequence`` on.
+
+        Returns None if that batch is no longer stored or never existed: call ``restart``.
+        """
         with self._lock:
             if sequence == self._next_sequence:
                 return []
@@ -83,8 +88,10 @@ class Outbox:
             return [batch for batch in self._batches if batch.sequence >= sequence]
 
     def restart(self) -> None:
-        """Begin again with batch 0, which tells of all that is cached. By whoever drives the
-        cache. O(tokens cached)."""
+        """Start again with a batch 0 that describes the whole cache. O(tokens cached).
+
+        Must be called by the thread that drives the cache.
+        """
         self._cache.unsubscribe(self._stream)
         with self._lock:
             self._batches.clear()

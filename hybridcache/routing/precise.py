@@ -1,5 +1,4 @@
-"""Routers that know what each replica holds, from its events: by its KV, or by what of it can be
-resumed."""
+"""Routers that mirror each replica's cache from its events: by KV, or by resumable length."""
 
 from __future__ import annotations
 
@@ -17,20 +16,20 @@ from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router,
 from hybridcache.routing.turnover import Turnover
 
 MOST_BUSY = 0.95
-"""Estimates of work are no better than that: past it every queue grows."""
+"""Upper bound of the estimated utilisation. Above it queues grow without limit."""
 
 
 EVIDENCE = 4.0
-"""Checkpoints of a label that are taken for saved before any event says so."""
+"""Checkpoints per label that are assumed saved before any event arrives."""
 RECENT = 64.0
-"""Planned checkpoints of a label after which half of what was counted is forgotten."""
+"""Planned checkpoints per label after which the counts are halved."""
 
 
 class SavedShares:
-    """Share of the planned checkpoints that replicas save, by label, learnt from their events.
+    """Fraction of planned checkpoints that replicas save, by label, learned from their events.
 
-    A router's copy of a placement that learns has seen no request, so it plans whatever such a
-    placement may ever save. The events tell which labels the replicas' own copies still save.
+    The router's copy of a learning placement policy sees no requests, so it plans every position
+    the policy could save. Events show which labels the replicas save at present.
     """
 
     def __init__(self) -> None:
@@ -38,24 +37,24 @@ class SavedShares:
         self._saved: dict[str, float] = {}
 
     def plan(self, label: str) -> None:
-        """Count a checkpoint that was planned for a request which events cover now."""
+        """Count a planned checkpoint of a request that events now cover."""
         self._planned[label] = self._planned.get(label, 0.0) + 1.0
         if self._planned[label] > RECENT:
             self._planned[label] *= 0.5
             self._saved[label] = self._saved.get(label, 0.0) * 0.5
 
     def save(self, label: str) -> None:
-        """Count a checkpoint that was saved."""
+        """Count a saved checkpoint."""
         self._saved[label] = self._saved.get(label, 0.0) + 1.0
 
     def is_saved(self, label: str) -> bool:
-        """Return whether at least half of the planned checkpoints of ``label`` are saved."""
+        """Return True if at least half of the planned checkpoints of ``label`` are saved."""
         saved = self._saved.get(label, 0.0) + EVIDENCE
         return 2 * saved >= self._planned.get(label, 0.0) + EVIDENCE
 
 
 class MirrorRouter(Router):
-    """Keeps a mirror of each replica's cache: as many tokens in all as the replicas hold."""
+    """Base of routers that mirror each replica's cache. Memory is O(tokens cached)."""
 
     follows_events: ClassVar[bool] = True
 
@@ -75,16 +74,16 @@ class MirrorRouter(Router):
         return super().left(replica, now)
 
     def num_held(self, replica: ReplicaId) -> int:
-        """Ids whose KV it has. O(1)."""
+        """Number of ids with KV on ``replica``. O(1)."""
         return self.mirrors[replica].num_tokens
 
     def used_bytes(self, replica: ReplicaId) -> int:
-        """Of its KV and checkpoints. O(1)."""
+        """Bytes of KV and checkpoints on ``replica``. O(1)."""
         mirror, spec = self.mirrors[replica], self.spec
         return mirror.num_tokens * spec.kv_bytes + mirror.num_checkpoints * spec.state_bytes
 
     def used(self, replica: ReplicaId) -> float:
-        """Share of its memory, 0 to 1; 0 where that is not known. O(1)."""
+        """Return the used fraction of a replica's memory, or 0 if its capacity is unknown. O(1)."""
         capacity = self.spec.capacity_bytes
         return min(self.used_bytes(replica) / capacity, 1.0) if capacity else 0.0
 
@@ -95,8 +94,11 @@ class MirrorRouter(Router):
         events: Iterable[Event],
         covered: Iterable[Hashable] = (),
     ) -> None:
-        """Batch 0 begins anew: a replica sends it first, and again when it was asked to repeat what
-        it no longer has. A replica that has left is not listened to."""
+        """Apply a batch of events to the mirror of ``replica``.
+
+        Batch 0 resets the mirror: a replica sends it first, and again if a batch that was requested
+        again is no longer stored. Events of a replica that has left are ignored.
+        """
         if replica not in self.mirrors:
             return
         if sequence == 0:
@@ -113,9 +115,11 @@ class MirrorRouter(Router):
 
 
 class KVScores(MirrorRouter):
-    """llm-d's endpoint picker with the precise scorer: 3 x the share of the prompt whose KV is
-    there, 2 x how short the queue is, 2 x how empty the KV cache is, each from 0 to 1; of equal
-    ones one by lot."""
+    """Rule of llm-d's endpoint picker with the precise scorer.
+
+    The score is 3 x the cached fraction of the prompt's KV + 2 x the shortness of the queue + 2 x
+    the free fraction of the KV cache. Each term is from 0 to 1. Ties are broken at random.
+    """
 
     def __init__(
         self, spec: ReplicaSpec, *, prefix: float = 3.0, queue: float = 2.0, free: float = 2.0
@@ -144,21 +148,22 @@ class KVScores(MirrorRouter):
 
 
 class CheckpointSeconds(MirrorRouter):
-    """The replica where a request costs all of them least, in seconds; there is nothing to set:
+    """Choose the replica on which a request costs the whole fleet the least time, in seconds.
 
-    - it waits until the replica has done what it has, as that was estimated when it was sent there;
-    - its prefill, from the deepest checkpoint that will be there by then: one that events told of,
-      or that a prompt on its way there will leave, by the replicas' own placement;
-    - what is stored takes the place of what others stored, which takes as long to compute again if
-      it is asked for again: the likelier, the faster the replica's memory is written over
-      (``pressures``).
+    There are no parameters. The cost has three parts:
 
-    Who waits costs nobody anything; who computes makes others wait. So the last two count
-    1 / (1 - utilisation) times, the growth of a queue with what is put into it.
+    - Wait: time until the replica has finished its present work, estimated when that was sent.
+    - Prefill from the deepest checkpoint available by then. This is a checkpoint reported by
+      events, or one that a prompt in flight will save according to the replicas' placement policy.
+    - Displacement: new KV and states evict others, and these may have to be computed again. The
+      probability grows with the rate at which the replica's memory is overwritten (``pressures``).
 
-    Where several cost the same, as when nobody has seen the prompt, consistent hashing of the
-    branch (the tokens that follow what the fleet can resume) chooses: prompts that will share it
-    meet before any event says so. O(replicas x what they hold of the prompt).
+    Waiting delays only this request, while computation delays the requests behind it. The last two
+    parts are therefore multiplied by 1 / (1 - utilisation), the growth of a queue with its load.
+
+    Ties, such as prompts seen by no replica, are broken by consistent hashing of the branch: the
+    tokens after the resumable prefix. Prompts that share a branch then meet before any event
+    arrives. O(replicas x matched nodes).
     """
 
     def __init__(self, spec: ReplicaSpec) -> None:
@@ -167,7 +172,7 @@ class CheckpointSeconds(MirrorRouter):
         self.turnovers: dict[ReplicaId, Turnover] = {}
         self._without_first_token: set[Hashable] = set()
         self._planned: dict[Hashable, tuple[str, ...]] = {}
-        """Labels planned for each request that events do not cover yet."""
+        """Planned labels of each request that events do not cover yet."""
         self.shares = SavedShares()
 
     def joined(self, replica: ReplicaId, now: float) -> None:
@@ -185,11 +190,11 @@ class CheckpointSeconds(MirrorRouter):
         return lost
 
     def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
-        """What ``replica`` has of a prompt."""
+        """Match a prompt in the mirror of ``replica``."""
         return self.mirrors[replica].match(request.tokens, request.namespace)
 
     def wait_s(self, replica: ReplicaId, now: float) -> float:
-        """Until ``replica`` has done what it has."""
+        """Seconds until ``replica`` has finished its present prefills."""
         return self.loads[replica].wait_s(now)
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
@@ -212,34 +217,38 @@ class CheckpointSeconds(MirrorRouter):
         return Choice(chosen, depths[chosen])
 
     def new_bytes(self, request: RouteRequest, depth: int, kv_len: int) -> int:
-        """That are stored where a prompt is computed from ``depth``, with ``kv_len`` ids there."""
+        """Bytes stored by computing a prompt from ``depth``, with KV for ``kv_len`` ids."""
         num_states = len(self.forecast(request, depth, kv_len))
         num_ids = len(request.tokens) - max(kv_len, depth)
         return num_ids * self.spec.kv_bytes + num_states * self.spec.state_bytes
 
     def displaced(self, replica: ReplicaId, new_bytes: int) -> float:
-        """Ids that others lose there when so many bytes are stored. O(1)."""
+        """Number of ids evicted on ``replica`` if ``new_bytes`` are stored. O(1)."""
         capacity = self.spec.capacity_bytes
         return new_bytes * self.num_held(replica) / capacity if capacity else 0.0
 
     def pressures(self, now: float) -> dict[ReplicaId, float]:
-        """How dear a place is in each one's memory, 1 where that is written over at the mean rate:
-        the square root of the rate, as misses of caches go (Hartstein et al., "Cache miss
-        behavior: is it sqrt(2)?", 2006). O(replicas)."""
+        """Relative value of memory on each replica: 1 at the mean overwrite rate. O(replicas).
+
+        It is the square root of the rate, as for cache misses (Hartstein et al., "Cache miss
+        behavior: is it sqrt(2)?", 2006).
+        """
         rates = {replica: own.rate(now) for replica, own in self.turnovers.items()}
         mean = sum(rates.values()) / max(len(rates), 1)
         return {replica: math.sqrt(rate / mean) if mean else 1.0 for replica, rate in rates.items()}
 
     def utilisation(self, now: float) -> float:
-        """Share of their time that the replicas prefill, by what was sent to them; at most
-        ``MOST_BUSY``. O(replicas)."""
+        """Fraction of time that the replicas spend on prefill, at most ``MOST_BUSY``. O(replicas).
+
+        Estimated from the requests sent to them.
+        """
         work_s = sum(own.work_s for own in self.turnovers.values())
         seconds = sum(now - own.since_s for own in self.turnovers.values())
         return min(work_s / seconds, MOST_BUSY) if seconds > 0 else 0.0
 
     def _branch(self, request: RouteRequest, depth: int) -> bytes:
-        """What names the branch that leaves the known at ``depth``: the tokens that follow, one
-        step of the grid, and the namespace."""
+        """Return a key for the branch after ``depth``: the next grid step of tokens and the
+        namespace."""
         end = depth + self.spec.grid
         return repr((request.namespace, depth, request.tokens[depth:end])).encode()
 
@@ -256,15 +265,17 @@ class CheckpointSeconds(MirrorRouter):
         self._planned[request.id] = tuple(planned.values())
 
     def forecast(self, request: RouteRequest, cached_len: int, kv_len: int) -> list[int]:
-        """Return the positions at which computing a prompt from ``cached_len`` leaves
-        checkpoints. O(positions)."""
+        """Return the positions at which computing a prompt from ``cached_len`` saves checkpoints.
+
+        O(positions).
+        """
         if self.spec.placement is None or not self.spec.stateful:
             return [len(request.tokens)]
         planned = self._plan(request, cached_len, kv_len)
         return [position for position, label in planned.items() if self.shares.is_saved(label)]
 
     def _plan(self, request: RouteRequest, cached_len: int, kv_len: int) -> dict[int, str]:
-        """Return the labels of all positions at which the placement may save, by position."""
+        """Return the label of each position at which the placement policy may save."""
         placement, step = self.spec.placement, math.lcm(self.spec.grid, self.spec.page_size)
         if placement is None or not self.spec.stateful:
             return {}
@@ -295,7 +306,7 @@ class CheckpointSeconds(MirrorRouter):
         super().on_events(replica, sequence, events)
         if replica not in self.on_the_way:
             return
-        # Batch 0 may repeat checkpoints that were counted before.
+        # Batch 0 can repeat checkpoints that were already counted.
         counts = self.follows_events and sequence > 0
         if counts:
             for event in events:
@@ -320,8 +331,7 @@ class CheckpointSeconds(MirrorRouter):
 
 
 class KVSeconds(CheckpointSeconds):
-    """The same rule believing in KV: what it promises where no state is, it does not get. A
-    control."""
+    """Control experiment: the same rule, assuming that KV without a state can be resumed."""
 
     def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
         kv_len = super().find(replica, request).kv_len

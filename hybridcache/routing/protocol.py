@@ -1,5 +1,7 @@
-"""What a router is: a plain object that is notified of replicas, requests and events, and answers
-where the next request goes. It calls nobody, so the laboratory and the engine drive the same."""
+"""Router interface: a plain object that is notified of replicas, requests and events.
+
+A router makes no calls to other components, so the simulator and the engine use the same class.
+"""
 
 from __future__ import annotations
 
@@ -12,95 +14,106 @@ from hybridcache.policies.protocol import PlacementPolicy
 from hybridcache.routing.load import Load
 
 ReplicaId = int | str
-"""Never used again for another replica: one that comes back is a new one, and empty."""
+"""Identifier of a replica. Never reused: a replica that returns gets a new id and is empty."""
 
 
 class Seconds(Protocol):
-    """Seconds of a prefill, by whatever model of the machine (``hybridcache.geometry.times``)."""
+    """Model of prefill times (see ``hybridcache.geometry.times``)."""
 
     def seconds(self, start: int, end: int) -> float:
-        """To compute tokens [start, end) after ``start`` reused ones."""
+        """Seconds to compute tokens [start, end) after ``start`` reused tokens."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """What all replicas of a fleet have in common."""
+    """Properties that all replicas of a fleet share."""
 
     times: Seconds
     unit: int = 1
-    """Tokens that one id stands for."""
+    """Tokens per id."""
     page_size: int = 1
-    """In ids, and so the next two."""
+    """Page size in ids."""
     grid: int = 64
+    """Checkpoint grid in ids."""
     kv_bytes: int = 0
-    """Of one id's KV."""
+    """Size of one id's KV."""
     state_bytes: int = 0
     capacity_bytes: int | None = None
-    """For KV and states of one replica; None: not known, and never full."""
+    """Memory for KV and states of one replica, or None if unknown (treated as unlimited)."""
     stateful: bool = True
-    """False: attention only, any position of the grid can be resumed."""
+    """False for attention-only models, which can resume at any position of the grid."""
     placement: PlacementPolicy | None = None
-    """Where the replicas save states, numbers in ids; None: not known."""
+    """Placement policy of the replicas with positions in ids, or None if unknown."""
     seed: int = 0
-    """For those that draw lots."""
+    """Seed of routers that draw at random."""
 
 
 class RouteRequest(NamedTuple):
-    """What a router knows of a request."""
+    """Request as seen by a router."""
 
     id: Hashable
-    """Its own for as long as it runs."""
+    """Unique among running requests."""
     tokens: tuple[int, ...]
     namespace: Hashable = None
     session: Hashable = None
-    """What a client says belongs together; None: it does not say."""
+    """Session stated by the client, or None."""
     boundaries: tuple[int, ...] = ()
-    """Positions known to survive into later prompts, as the cache's placement is given them."""
+    """Positions that later prompts are known to share, as passed to the placement policy."""
 
 
 class Choice(NamedTuple):
-    """Where a request goes."""
+    """Chosen replica for a request."""
 
     replica: ReplicaId
     expected_len: int = 0
-    """Ids that the router expects not to be computed there."""
+    """Number of ids that the router expects to be reused on the replica."""
 
 
 class NoReplica(RuntimeError):
-    """A request came while no replica was up."""
+    """Raised if a request arrives while no replica is up."""
 
 
 class Router:
-    """Keeps who is there and what each still has to do; a router of one's own overrides ``choose``.
+    """Base class: tracks replicas and their outstanding work. Subclasses override ``choose``.
 
-    ``__init__`` takes a ``ReplicaSpec``; other arguments need names and defaults.
+    ``__init__`` takes a ``ReplicaSpec``. Further arguments need names and defaults.
     """
 
     follows_events: ClassVar[bool] = False
-    """Whether ``on_events`` does anything: nobody sends events to whom they mean nothing."""
+    """True if ``on_events`` has an effect. Other routers receive no events."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
         self.loads: dict[ReplicaId, Load] = {}
-        """By replica that is up, the oldest first."""
+        """Load of each replica that is up, in the order in which they joined."""
         self._where: dict[Hashable, ReplicaId] = {}
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
-        """The replica for ``request``, one of ``loads``, of which there is one at least. Changes
-        nothing that ``loads`` holds."""
-        raise TypeError(f"{type(self).__name__} is a router without a rule: override choose")
+        """Return the replica for ``request``, one of ``loads`` (never empty).
+
+        Must not change ``loads``.
+        """
+        raise TypeError(f"{type(self).__name__} must override choose().")
 
     def route(self, request: RouteRequest, now: float) -> Choice:
-        """Choose, and count the request there. ``now``: seconds, never fewer than before.
-        NoReplica: none is up; ValueError: ``choose`` named one that is not."""
+        """Choose a replica and count the request as sent to it.
+
+        Args:
+            request: The request.
+            now: Time in seconds. Must not decrease between calls.
+
+        Raises:
+            NoReplica: no replica is up.
+            ValueError: ``choose`` returned a replica that is not up.
+        """
         if not self.loads:
-            raise NoReplica("no replica is up: try again when one has joined")
+            raise NoReplica("No replica is up. Try again when one has joined.")
         choice = self.choose(request, now)
         load = self.loads.get(choice.replica)
         if load is None:
             raise ValueError(
-                f"{type(self).__name__} chose replica {choice.replica!r}, which is not up"
+                f"{type(self).__name__} chose replica {choice.replica!r}, which is not up."
             )
         load.sent(request.id, self.seconds(choice.expected_len, len(request.tokens)), now)
         self._where[request.id] = choice.replica
@@ -108,29 +121,28 @@ class Router:
         return choice
 
     def routed(self, request: RouteRequest, choice: Choice, now: float) -> None:
-        """``request`` was counted where ``choose`` sent it: for routers that remember more."""
+        """Hook for subclasses, called after ``request`` is counted on the chosen replica."""
 
     def prefilled(self, request: Hashable, now: float) -> None:
-        """The first token of a request's answer has come. O(1)."""
+        """Record that the first token of a request has arrived. O(1)."""
         where = self._where.get(request)
         if where is not None:
             self.loads[where].prefilled(request, now)
 
     def ended(self, request: Hashable, now: float) -> None:
-        """A request is over: answered, aborted or failed. O(1)."""
+        """Record that a request has ended: answered, aborted or failed. O(1)."""
         where = self._where.pop(request, None)
         if where is not None:
             self.loads[where].ended(request, now)
 
     def joined(self, replica: ReplicaId, now: float) -> None:
-        """A replica is up, its cache empty. ValueError: it is known."""
+        """Add a replica with an empty cache. Raises ValueError if it is already up."""
         if replica in self.loads:
-            raise ValueError(f"replica {replica!r} has joined already")
+            raise ValueError(f"Replica {replica!r} has already joined.")
         self.loads[replica] = Load()
 
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
-        """A replica is gone, with its cache; returns the requests that were there, and are no
-        longer counted anywhere."""
+        """Remove a replica. Returns its outstanding requests, which are no longer counted."""
         load = self.loads.pop(replica, None)
         lost = () if load is None else tuple(load.requests())
         for request in lost:
@@ -144,21 +156,30 @@ class Router:
         events: Iterable[Event],
         covered: Iterable[Hashable] = (),
     ) -> None:
-        """Batch number ``sequence`` of what changed in a replica's cache, late perhaps, each once
-        and in order. ``covered``: requests whose prompts were computed since the batch before, so
-        that what they left is in it. EventsLost: it can not follow those before it."""
+        """Process one batch of changes of a replica's cache.
+
+        Args:
+            replica: The replica.
+            sequence: Number of the batch. Batches arrive in order, once each, possibly late.
+            events: The changes.
+            covered: Requests that were computed since the previous batch. The events include the
+                KV and checkpoints that they stored.
+
+        Raises:
+            EventsLost: preceding events are missing.
+        """
 
     def seconds(self, start: int, end: int) -> float:
-        """Of computing ids [start, end) of a prompt."""
+        """Seconds to compute ids [start, end) of a prompt."""
         unit = self.spec.unit
         return self.spec.times.seconds(start * unit, end * unit)
 
     def least_loaded(self) -> ReplicaId:
-        """With the fewest running requests; of equal ones that which joined first."""
+        """Return the replica with the fewest running requests, the oldest of equal ones."""
         return min(self.loads, key=lambda replica: self.loads[replica].num_running)
 
     def check(self) -> None:
-        """AssertionError unless all that is counted is counted once. O(what it holds)."""
+        """Raise AssertionError unless every request is counted exactly once. O(requests)."""
         for load in self.loads.values():
             load.check()
         counted = [each for load in self.loads.values() for each in load.requests()]

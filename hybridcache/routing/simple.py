@@ -1,4 +1,4 @@
-"""Routers that know nothing of caches: in turn, the least loaded, the session's own."""
+"""Routers that ignore caches: round robin, least loaded and sticky sessions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router,
 
 
 class RoundRobin(Router):
-    """Each replica in turn."""
+    """Choose each replica in turn."""
 
     def __init__(self, spec: ReplicaSpec) -> None:
         super().__init__(spec)
@@ -20,15 +20,17 @@ class RoundRobin(Router):
 
 
 class LeastLoaded(Router):
-    """The replica with the fewest running requests."""
+    """Choose the replica with the fewest running requests."""
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
         return Choice(self.least_loaded())
 
 
 class Sticky(Router):
-    """A session stays where consistent hashing puts it, whatever the load; a request without a
-    session is one of its own."""
+    """Choose a session's replica by consistent hashing, regardless of load.
+
+    A request without a session is treated as a session by itself.
+    """
 
     def choose(self, request: RouteRequest, now: float) -> Choice:
         session = request.id if request.session is None else request.session

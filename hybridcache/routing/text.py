@@ -1,5 +1,8 @@
-"""Routers that guess from what they sent: SGLang's gateway and Ray Serve's, by their published
-rules. Where those count characters, these count tokens."""
+"""Routers that estimate cache contents from the prompts they sent.
+
+They implement the published rules of SGLang's gateway and of Ray Serve. Those count characters;
+these count tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ CHARACTERS_PER_TOKEN = 4
 
 
 class _Guessing(Router):
-    """Keeps the tree of what it sent."""
+    """Base of routers that record the prompts they sent in a ``TextTree``."""
 
     def __init__(self, spec: ReplicaSpec, max_tokens: int) -> None:
         super().__init__(spec)
@@ -23,7 +26,7 @@ class _Guessing(Router):
         return super().left(replica, now)
 
     def smallest(self) -> ReplicaId:
-        """The replica with the smallest record."""
+        """Return the replica with the fewest recorded tokens."""
         return min(self.loads, key=lambda replica: self.tree.num_tokens.get(replica, 0))
 
     def check(self) -> None:
@@ -33,9 +36,13 @@ class _Guessing(Router):
 
 
 class CacheAware(_Guessing):
-    """SGLang's gateway, ``cache_aware``: the longest match where it is above a share of the prompt,
-    else the smallest record; while the busiest replica has both more than ``balance_abs`` requests
-    over the idlest and more than ``balance_rel`` times as many, the idlest. Its defaults."""
+    """Rule ``cache_aware`` of SGLang's gateway, with its defaults.
+
+    - While one replica has more than ``balance_abs`` requests and more than ``balance_rel`` times
+      the requests of another, choose the least loaded replica.
+    - Otherwise choose the longest match, if it exceeds ``cache_threshold`` of the prompt.
+    - Otherwise choose the replica with the fewest recorded tokens.
+    """
 
     def __init__(
         self,
@@ -67,10 +74,16 @@ class CacheAware(_Guessing):
 
 
 class PrefixAffinity(_Guessing):
-    """Ray Serve's ``PrefixCacheAffinityRouter``: while queues differ by less than ``imbalanced``,
-    those that match best where that is a share of ``threshold`` of the prompt, else those with the
-    smallest record; of these, and of all where queues differ by more, the less loaded of two drawn
-    by lot. Its defaults."""
+    """Rule of Ray Serve's ``PrefixCacheAffinityRouter``, with its defaults.
+
+    The candidates are:
+
+    - all replicas, if queue lengths differ by ``imbalanced`` or more;
+    - otherwise the best matches, if they cover at least ``threshold`` of the prompt;
+    - otherwise the replicas with the fewest recorded tokens.
+
+    Two candidates are drawn at random, and the less loaded one is chosen.
+    """
 
     def __init__(
         self,

@@ -1,5 +1,7 @@
-"""What was sent where: an approximate radix tree over prompts, as routers keep that are told
-nothing by their replicas. It knows no eviction but its own, so it promises more than there is."""
+"""Radix tree of the prompts sent to each replica, for routers without cache events.
+
+It models no eviction except its size limit, so it can report matches that a replica has evicted.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ from hybridcache.routing.protocol import ReplicaId
 from hybridcache.tokens import common_prefix_len
 
 KEPT = 0.9
-"""Share of its limit to which a replica's record is cut when it passes it."""
+"""Fraction of ``max_tokens`` that remains after a replica's record exceeds the limit."""
 
 
 class _Node:
@@ -22,31 +24,36 @@ class _Node:
         self.parent = parent
         self.children: dict[int, _Node] = {}
         self.last_use: dict[ReplicaId, int] = {}
-        """By replica that was sent a prompt through here."""
+        """Time of the last prompt through this node, by replica."""
 
 
 class TextTree:
-    """Prompts by replica, at most ``max_tokens`` for each: what was longest unused goes, leaves
-    first.
+    """Prompts by replica, at most ``max_tokens`` each. Evicts least recently used leaves first.
 
-    ``insert`` O(len(tokens)), amortised with what it evicts; ``match`` O(len(tokens)). ValueError:
-    a ``max_tokens`` that is not positive.
+    ``insert`` is O(len(tokens)), amortised with its evictions; ``match`` is O(len(tokens)).
+
+    Raises:
+        ValueError: ``max_tokens`` is below 1.
     """
 
     def __init__(self, max_tokens: int) -> None:
         if max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+            raise ValueError(f"max_tokens must be at least 1 (got {max_tokens}).")
         self.max_tokens = max_tokens
         self.num_tokens: dict[ReplicaId, int] = {}
-        """By replica that has any."""
+        """Number of recorded tokens, by replica. Replicas without any are absent."""
         self._roots: dict[Hashable, _Node] = {}
         self._uses = 0
 
     def match(
         self, tokens: tuple[int, ...], namespace: Hashable = None
     ) -> tuple[int, dict[ReplicaId, int]]:
-        """(how much of ``tokens`` is known at all, and how much was sent to each replica, those
-        with nothing left out)."""
+        """Match a prompt.
+
+        Returns:
+            The length of the longest known prefix, and the length that was sent to each replica.
+            Replicas without a match are absent.
+        """
         reached: dict[ReplicaId, int] = {}
         node = self._roots.get(namespace)
         end = 0
@@ -66,7 +73,7 @@ class TextTree:
     def insert(
         self, tokens: tuple[int, ...], replica: ReplicaId, namespace: Hashable = None
     ) -> None:
-        """``tokens`` were sent to ``replica``."""
+        """Record that ``tokens`` were sent to ``replica``."""
         self._uses += 1
         node = self._roots.setdefault(namespace, _Node((), None))
         end = 0
@@ -88,13 +95,13 @@ class TextTree:
             self._evict(replica)
 
     def forget(self, replica: ReplicaId) -> None:
-        """All that was sent to ``replica``. O(tree)."""
+        """Remove all records of ``replica``. O(tree)."""
         for node in list(self._leaves_first()):
             self._discard(node, replica)
         self._prune()
 
     def _split(self, lower: _Node, at: int) -> _Node:
-        """The new node that holds the first ``at`` tokens of ``lower``, above it."""
+        """Split ``lower`` after ``at`` tokens. Returns the new parent with the first part."""
         assert lower.parent is not None
         upper = _Node(lower.tokens[:at], lower.parent)
         upper.last_use = dict(lower.last_use)
@@ -104,11 +111,13 @@ class TextTree:
         return upper
 
     def _evict(self, replica: ReplicaId) -> None:
-        """Cut what ``replica`` has to ``KEPT`` of the limit. O(tree log tree), once in a tenth of
-        the limit."""
+        """Reduce the record of ``replica`` to ``KEPT`` of the limit.
+
+        O(tree log tree), once per tenth of the limit inserted.
+        """
         wanted = int(KEPT * self.max_tokens)
         nodes = [node for node in self._leaves_first() if replica in node.last_use]
-        # A node is used whenever one below it is: sorting keeps leaves before what is above them.
+        # A parent is used whenever its child is: a stable sort keeps leaves before their parents.
         nodes.sort(key=lambda node: node.last_use[replica])
         for node in nodes:
             if self.num_tokens.get(replica, 0) <= wanted:
@@ -117,7 +126,7 @@ class TextTree:
         self._prune()
 
     def _prune(self) -> None:
-        """Namespaces without a prompt go."""
+        """Remove namespaces without prompts."""
         self._roots = {name: root for name, root in self._roots.items() if root.children}
 
     def _discard(self, node: _Node, replica: ReplicaId) -> None:
@@ -140,7 +149,7 @@ class TextTree:
         return reversed(found)
 
     def check(self) -> None:
-        """AssertionError unless its records add up and keep to their limit. O(tree)."""
+        """Raise AssertionError unless counts match the nodes and the limit holds. O(tree)."""
         held: dict[ReplicaId, int] = {}
         for node in self._leaves_first():
             assert node.tokens and node.last_use

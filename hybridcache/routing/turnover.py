@@ -1,4 +1,4 @@
-"""How fast one replica's memory is written over, and how busy that keeps it."""
+"""Write rate and utilisation of one replica's memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from collections import deque
 
 
 class Turnover:
-    """Bytes that were sent to one replica to be stored, the prefill seconds that came with them,
-    and when: as far back as one memory full reaches. Under LRU what goes next has been unused for
-    about that long.
+    """Log of the bytes stored on one replica and of the prefill seconds that they took.
 
-    ``sent`` O(1), amortised; the others O(1).
+    It covers the last ``capacity_bytes`` written. Under LRU, the next eviction victim has been
+    unused for about that period. ``sent`` is O(1) amortised, the other methods O(1).
 
     >>> turnover = Turnover(100, now=0.0)
     >>> for second in range(1, 5):
@@ -25,10 +24,10 @@ class Turnover:
         self._capacity = capacity_bytes
         self._bytes, self._seconds = 0, 0.0
         self._log: deque[tuple[float, int, float]] = deque([(now, 0, 0.0)])
-        """(when, all bytes and all seconds until then, with these), the oldest first."""
+        """Entries (time, total bytes, total seconds), the oldest first. Totals are cumulative."""
 
     def sent(self, num_bytes: int, seconds: float, now: float) -> None:
-        """So many more, ``now`` never less than before."""
+        """Add one request. ``now`` must not decrease between calls."""
         self._bytes += num_bytes
         self._seconds += seconds
         if self._capacity is None or not num_bytes:
@@ -41,21 +40,21 @@ class Turnover:
 
     @property
     def since_s(self) -> float:
-        """When the last memory full began; where there was none, when the replica joined."""
+        """Start of the log: one capacity ago, or the time at which the replica joined."""
         return self._log[0][0]
 
     @property
     def work_s(self) -> float:
-        """Seconds of prefill that were sent here since then."""
+        """Prefill seconds sent to the replica since ``since_s``."""
         return self._seconds - self._log[0][2]
 
     def rate(self, now: float) -> float:
-        """Bytes a second since then; 0 where that is no time."""
+        """Bytes per second since ``since_s``, or 0 if no time has passed."""
         since, before, _ = self._log[0]
         return (self._bytes - before) / (now - since) if now > since else 0.0
 
     def check(self) -> None:
-        """AssertionError unless it reaches back one memory full, and no further than it must."""
+        """Raise AssertionError unless the log covers one capacity and no more than needed."""
         times, sums, seconds = zip(*self._log, strict=True)
         assert all(list(column) == sorted(column) for column in (times, sums, seconds))
         assert sums[-1] <= self._bytes and seconds[-1] <= self._seconds

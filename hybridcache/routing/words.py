@@ -1,4 +1,4 @@
-"""Routers by word, or ``module:Class`` of one's own."""
+"""Router registry: built-in routers by name, and user routers as ``module:Class``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ ROUTERS: dict[str, type[Router]] = {
 
 
 def find_router(word: str) -> Callable[[ReplicaSpec], Router]:
-    """What makes the router that ``word`` names. ValueError: there is none."""
+    """Return the factory of the router that ``word`` names. Raises ValueError if there is none."""
     if word in ROUTERS:
         return ROUTERS[word]
     if ":" not in word:
-        raise ValueError(f"no router {word!r}; known: {', '.join(ROUTERS)}, or module:Class")
+        raise ValueError(
+            f"router must be one of {', '.join(ROUTERS)}, or module:Class (got {word!r})."
+        )
     return cast(Callable[[ReplicaSpec], Router], load(word, Router).make)

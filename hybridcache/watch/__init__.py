@@ -1,2 +1,4 @@
-"""What people look at: a cache's changes as records, and the page that draws them, live or as a
-recording. The records are described in README.md beside this file."""
+"""Watch page: a cache's changes as records, and the page that draws them, live or recorded.
+
+README.md in this folder describes the records.
+"""

@@ -1,5 +1,4 @@
-"""The page as one HTML file: it asks the server that served it, or replays the recording it
-carries."""
+"""Watch page as one HTML file. It follows its server, or replays an embedded recording."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 from hybridcache.watch.recorder import Record
 
 FORM = "hybridcache watch 1"
-"""Stands in every recording and every whole state that a server sends."""
+"""Format name in every recording and in every full state that a server sends."""
 SCRIPTS = (
     "format.js",
     "model.js",
@@ -27,32 +26,32 @@ SCRIPTS = (
     "replay.js",
     "main.js",
 )
-"""In the order in which they stand in the page."""
+"""Scripts in the order in which they are concatenated."""
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The Content-Security-Policy to serve it with: it loads nothing, and asks its own server only."""
+"""Content-Security-Policy of the page: no external resources, connections to its server only."""
 
 
 class Recording(NamedTuple):
-    """What happened in one cache, from its beginning."""
+    """Changes of one cache from its beginning."""
 
     meta: dict[str, Any]
-    """What it is called and what things weigh in it."""
+    """Title of the cache and sizes of its items; see README.md."""
     records: Sequence[Record]
 
 
 def live_page() -> str:
-    """The page that follows the server it comes from. Read once."""
+    """Return the page that follows the server it was loaded from. Cached."""
     return _page()
 
 
 def recorded_page(recordings: Sequence[Recording]) -> str:
-    """The page with ``recordings`` in it, to be opened as a file. O(records)."""
+    """Return the page with ``recordings`` embedded, to be opened as a file. O(records)."""
     runs = [{"meta": one.meta, "records": one.records} for one in recordings]
     data = json.dumps({"form": FORM, "runs": runs}, separators=(",", ":"))
-    # Nothing in it may end the element it stands in.
+    # "<" is escaped so that no text in the data can end the script element.
     return _page().replace("/*RECORDING*/", data.replace("<", "\\u003c"))
 
 

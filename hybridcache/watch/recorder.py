@@ -1,4 +1,4 @@
-"""A cache's changes as records: what the page draws.
+"""Recorder: turns a cache's changes into records for the page.
 
 >>> import numpy as np
 >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -25,16 +25,16 @@ from hybridcache.policies.protocol import Item
 from hybridcache.radix.tree import RadixNode
 
 Record = list[Any]
-"""A name, then what happened, as plain data; README.md has all of them."""
+"""Name of the change, then its fields as plain data. README.md lists all records."""
 
 MAX_LETTERS = 80
-"""Of a namespace or a label; what is longer is cut."""
+"""Maximum length of a namespace or a label. Longer ones are truncated."""
 
 
 class Recorder(Listener):
-    """Keeps what changed until ``take``. O(1) for each change, but for a new segment's key.
+    """Collects changes until ``take``. O(1) per change, plus a checksum per new segment.
 
-    ``scale``: tokens that one id of the cache's stands for.
+    ``scale`` is the number of tokens per id of the cache.
     """
 
     def __init__(self, scale: int = 1) -> None:
@@ -42,10 +42,10 @@ class Recorder(Listener):
         self._records: list[Record] = []
         self._names: dict[int, str | None] = {}
         self.nodes: dict[int, RadixNode] = {}
-        """The resident nodes by id."""
+        """Resident nodes by id."""
 
     def take(self) -> list[Record]:
-        """What changed since the last time."""
+        """Return the changes since the last call."""
         records, self._records = self._records, []
         return records
 
@@ -83,16 +83,16 @@ class Recorder(Listener):
         self._records.append(["checkpoint-gone", _id(node)])
 
     def chosen(self, item: Item) -> None:
-        """What goes is recorded when it goes."""
+        """Ignored: the removal is recorded when it happens."""
 
 
 def node_id(node: RadixNode | None) -> int | None:
-    """How records name a node: None for a root and for what was evicted."""
+    """Return the id of a node in records, or None for a root or an evicted node."""
     return None if node is None or node.kv is None else node.kv.serial
 
 
 def show_namespace(namespace: Hashable) -> str | None:
-    """As the page shows it: None for the unnamed one."""
+    """Return a namespace as shown on the page, or None for the unnamed one."""
     return None if namespace is None else str(namespace)[:MAX_LETTERS]
 
 
@@ -102,6 +102,8 @@ def _id(node: RadixNode) -> int:
 
 
 def _key(node: RadixNode) -> int:
-    """Tells a node from its siblings without its tokens: by it the page finds the ghost that came
-    back."""
+    """Return a checksum that distinguishes a node from its siblings without its tokens.
+
+    The page uses it to recognise ghosts that return.
+    """
     return crc32(repr(node.key).encode())

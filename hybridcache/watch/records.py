@@ -1,4 +1,4 @@
-"""The records that are not the cache's own: a request, and the slabs of an arena."""
+"""Records of requests and of arena slabs. ``recorder.py`` makes the records of the cache."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from hybridcache.api import Losses
 from hybridcache.watch.recorder import Record, show_namespace
 
 MAX_SLABS = 2048
-"""As many slabs are shown."""
+"""Maximum number of slabs shown."""
 
 
 class RequestShown(NamedTuple):
-    """What is told of one request. Lengths are tokens; times are seconds of the records' clock,
-    None: not reached."""
+    """State of one request. Lengths are in tokens.
+
+    Times are in seconds of the records' clock, or None if not reached.
+    """
 
     id: str
     conversation: int | str
     namespace: Hashable
     state: str
-    """waiting, prefill, decode, or why it ended."""
+    """``waiting``, ``prefill``, ``decode``, or the reason of its end."""
     prompt: int
     computed: int
     answer: int
     cached: int
     losses: Losses | None
     node: int | None
-    """Where it stands, or would be resumed."""
+    """Id of the node it has reached, or would resume from."""
     preemptions: int
     arrived_s: float
     scheduled_s: float | None
@@ -43,7 +45,10 @@ class RequestShown(NamedTuple):
 
 
 def slabs_record(arena: ArenaAllocator) -> Record:
-    """How full each slab is of KV, and which have a state. O(slabs + holes)."""
+    """Return the percentage of rows with KV of each slab, and the slabs with a state.
+
+    O(slabs + holes).
+    """
     percent = (100 * arena.occupancy()[:MAX_SLABS] / arena.slab_rows).round()
     states = sorted(slot for slot in arena.slots.states if slot < MAX_SLABS)
     return ["slabs", percent.astype(int).tolist(), states]

@@ -63,7 +63,7 @@ def test_no_cache_keeps_nothing():
         ({"eviction": "magic", "num_kv_tokens": 8, "num_slots": 1}, "unknown eviction"),
         (
             {"eviction": "json:JSONDecoder", "num_kv_tokens": 8, "num_slots": 1},
-            "it is no EvictionPolicy: derive JSONDecoder from hybridcache.EvictionPolicy",
+            "does not implement EvictionPolicy: derive JSONDecoder from hybridcache.EvictionPolicy",
         ),
         ({"num_kv_tokens": 0}, "less than one page"),
         ({"num_kv_tokens": 8}, "a hybrid cache keeps states: give num_slots"),

@@ -338,7 +338,7 @@ def test_a_policy_with_other_attributes_takes_nothing_over():
     own = Learned()
     with pytest.raises(Unfit, match="Learned has other attributes"):
         take_over(own, other)
-    with pytest.raises(Unfit, match=r"Regret\.survival\._events is another table"):
+    with pytest.raises(Unfit, match=r"Regret\.survival\._events has another table layout"):
         wide = Regret()
         wide.survival._events = np.zeros((64, 3))
         take_over(Regret(), wide)

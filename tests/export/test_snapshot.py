@@ -140,7 +140,7 @@ def test_a_cache_that_was_emptied_goes_on_counting_after_a_load(saved):
             {"num_kv_tokens": 20},
             r"does not fit into this cache: \d+ rows asked for, 20 are free",
         ),
-        ({"prefix_cache": "radix"}, "can keep none"),
+        ({"prefix_cache": "radix"}, "which this cache cannot store"),
     ],
 )
 def test_a_load_that_is_refused_takes_nothing(saved, options, words):
@@ -163,7 +163,7 @@ def test_what_is_no_snapshot_is_refused_in_one_sentence(tmp_path, saved):
     np.savez(archive, rows=np.arange(3))
     cut.write_bytes(saved.read_bytes()[:-200])
     for path in (text, array, archive, cut):
-        with pytest.raises(ValueError, match="is no cache snapshot, or its end was cut off"):
+        with pytest.raises(ValueError, match="is not a cache snapshot, or it was truncated"):
             load_snapshot(hybrid(page_size=2), path)
     with pytest.raises(FileNotFoundError):
         load_snapshot(hybrid(page_size=2), tmp_path / "nowhere")
@@ -192,7 +192,7 @@ def test_a_snapshot_that_lacks_an_array_or_a_part_of_one_is_refused(saved, name)
     with pytest.raises(ValueError, match="is a damaged snapshot"):
         load_snapshot(hybrid(page_size=2), shorter)
     floats = damaged(saved, lambda _, arrays: arrays.update({name: arrays[name] * 1.0}))
-    with pytest.raises(ValueError, match=f"{name} is no integer array"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer array"):
         load_snapshot(hybrid(page_size=2), floats)
 
 
@@ -227,5 +227,5 @@ def test_two_children_that_begin_the_same_are_refused(saved):
     def change(_, arrays):
         arrays["tokens"][:] = 7
 
-    with pytest.raises(ValueError, match="two children begin the same"):
+    with pytest.raises(ValueError, match="two children begin with equal tokens"):
         load_snapshot(hybrid(page_size=2), damaged(saved, change))

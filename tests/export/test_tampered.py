@@ -90,7 +90,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(saved, monkeypatch):  # noqa: F
 def test_an_array_nobody_asks_for_is_refused(saved):  # noqa: F811
     path = saved.parent / "more"
     archive_with(saved, path, **{"more.npy": npy(np.zeros(8))})
-    with pytest.raises(ValueError, match="is no cache snapshot"):
+    with pytest.raises(ValueError, match="is not a cache snapshot"):
         load_snapshot(hybrid(page_size=2), path)
 
 
@@ -99,7 +99,7 @@ def test_an_array_that_says_it_is_longer_is_not_allocated(saved):  # noqa: F811
     raw = raw.replace(b" " * 9 + b"\n", b"\n")
     path = saved.parent / "long"
     archive_with(saved, path, **{"end.npy": raw})
-    with pytest.raises(ValueError, match="is no cache snapshot"):
+    with pytest.raises(ValueError, match="is not a cache snapshot"):
         load_snapshot(hybrid(page_size=2), path)
 
 

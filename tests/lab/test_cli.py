@@ -128,7 +128,7 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
         (["simulate", "--trace", "chat", "--policy", ""], "nothing to simulate"),
         (
             ["simulate", "--trace", "chat", "--policy", "json:JSONDecoder"],
-            "it is no EvictionPolicy",
+            "it does not implement EvictionPolicy",
         ),
         (["simulate", "--trace", "chat", "--gib", "0"], "sizes '0'"),
         (["simulate", "--trace", "chat", "--gib", "-1"], "sizes '-1'"),

@@ -218,12 +218,12 @@ def test_a_state_is_kept_in_the_presets_own_precision() -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{", "not JSON"),
-        ("[]", "a JSON object was expected, not list"),
+        ("{", "not valid JSON"),
+        ("[]", "must be a JSON object, not list"),
         ('{"model_type": "bert"}', "a model without field 'num_attention_heads' is not supported"),
         (
             json.dumps(QWEN3_NEXT | {"layer_types": ["hyena"]}),
-            "layers of unknown sort in layer_types: hyena",
+            "layer_types has unknown types: hyena",
         ),
         (json.dumps(QWEN3_NEXT | {"head_dim": "wide"}), "head_dim .* must be an integer"),
         (json.dumps(QWEN3_NEXT | {"linear_key_head_dim": None}), "linear_key_head_dim .*got null"),
@@ -317,8 +317,8 @@ def test_measured_times_interpolate_and_extrapolate(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("{}", "no table of prefill times"),
-        ('{"starts": [0], "lengths": [1, 2], "table_s": [[1.0]]}', "table_s needs a row"),
+        ("{}", "not a table of prefill times"),
+        ('{"starts": [0], "lengths": [1, 2], "table_s": [[1.0]]}', "table_s must have one row"),
     ],
 )
 def test_a_table_of_times_that_is_none_is_named(tmp_path, text: str, problem: str) -> None:
@@ -330,5 +330,5 @@ def test_a_table_of_times_that_is_none_is_named(tmp_path, text: str, problem: st
 
 def test_a_precision_that_is_none_is_one_sentence() -> None:
     for name in ("kv_dtype", "state_dtype", "conv_dtype"):
-        with pytest.raises(ValueError, match=f"{name} 'float8' is none of float32"):
+        with pytest.raises(ValueError, match=f"{name} must be one of float32"):
             ModelGeometry.preset("qwen3-next", **{name: "float8"})

@@ -326,7 +326,9 @@ def test_seglen_keeps_what_is_long_to_replay() -> None:
     assert offer(SegLen(), *items()) == ["new_short", "middle", "old_long"]
     # as little as this beside 0.9 of recency: 0.1, 0.49, 0.9
     assert offer(SegLen(0.1), *items())[0] == "old_long"
-    with pytest.raises(ValueError, match=r"the weight of the replay length is 1, not in \[0, 1\)"):
+    with pytest.raises(
+        ValueError, match=r"weight of the replay length must be in \[0, 1\) \(got 1\)"
+    ):
         SegLen(1)
 
 

@@ -57,7 +57,7 @@ def test_backoff_goes_back_no_further_than_the_prompt_resumes() -> None:
     assert where("backoff:3", cached_len=896) == [960]
     assert where("backoff:3", prompt_len=960) == [768, 832, 896]
     assert where("backoff:3", prompt_len=64) == []
-    with pytest.raises(ValueError, match="K of at least 1"):
+    with pytest.raises(ValueError, match="K >= 1"):
         Backoff(0)
     with pytest.raises(ValueError, match="takes no number"):
         parse_placement("branch:2")
@@ -75,7 +75,7 @@ class Nowhere(PlacementPolicy):
 def test_a_class_of_the_users_own_derives_from_the_base_class() -> None:
     with pytest.raises(ValueError, match="derive JSONDecoder from hybridcache"):
         parse_placement("branch,json:JSONDecoder")
-    with pytest.raises(ValueError, match="it is no PlacementPolicy, it has no plan"):
+    with pytest.raises(ValueError, match="it does not implement PlacementPolicy: it lacks plan"):
         parse_placement(Nowhere)  # type: ignore[type-abstract]
 
 

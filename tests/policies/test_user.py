@@ -161,17 +161,17 @@ def test_a_placement_runs_wherever_a_word_does() -> None:
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("NoScore", "it is no EvictionPolicy, it has no score"),
-        ("Inherits", "it is no EvictionPolicy, it has no victim"),
+        ("NoScore", "it does not implement EvictionPolicy: it lacks score"),
+        ("Inherits", "it does not implement EvictionPolicy: it lacks victim"),
         (
             "Raises",
             "add raised AttributeError: .* has no attribute 'nothing' .strangers.py, line 28",
         ),
-        ("NaN", r"NaN.score returned \(1.0, nan\) for a checkpoint item: a number, or a tuple"),
+        ("NaN", r"NaN.score returned \(1.0, nan\) for a checkpoint item: a number or a tuple"),
         ("Nothing", "Nothing.score returned None for a checkpoint item"),
-        ("Arguments", r"it can not be made .*'weight'.*give them defaults"),
+        ("Arguments", r"it cannot be created .*'weight'.*give them defaults"),
         ("NoSuper", r"the __init__ of NoSuper must call super\(\).__init__\(\)"),
-        ("Foreign", "victim.* gave .* which is no candidate of that kind"),
+        ("Foreign", "victim.* returned .* which is not a candidate of that kind"),
         ("Missing", "strangers has no class 'Missing'"),
     ],
 )
@@ -189,10 +189,13 @@ def test_what_is_wrong_with_a_policy_is_one_sentence(
 @pytest.mark.parametrize(
     ("word", "sentence"),
     [
-        ("Bare", r"plan gave \d+; give Placed\(position, label\)"),
-        ("Half", r"plan gave Placed\(position=\d+.\d+, label='half'\); give Placed"),
+        ("Bare", r"plan returned \d+; return Placed\(position, label\)"),
+        ("Half", r"plan returned Placed\(position=\d+.\d+, label='half'\); return Placed"),
         ("Lost", "plan raised RuntimeError: no idea .strangers.py, line"),
-        ("Often", "decode_interval gave 'often'; give tokens between checkpoints, or None"),
+        (
+            "Often",
+            "decode_interval returned 'often'; return the number of tokens between checkpoints, or",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_placement_is_one_sentence(word: str, sentence: str) -> None:
@@ -488,7 +491,7 @@ def test_an_instance_of_ours_can_be_copied_and_orders_as_before(word: str) -> No
     [
         ("strangers:CheapestFirst(", "write module:Class.alpha=2."),
         ("strangers:CheapestFirst(open('x'))", "write module:Class.alpha=2."),
-        ("strangers:CheapestFirst(3)", "it can not be made .TypeError"),
+        ("strangers:CheapestFirst(3)", "it cannot be created .TypeError"),
     ],
 )
 def test_what_is_wrong_with_parameters_is_one_sentence(word: str, sentence: str) -> None:
@@ -524,12 +527,12 @@ def test_a_class_without_a_file_runs_but_is_not_kept(
     monkeypatch.setitem(sys.modules, "cell", cell)
     own = cell.__dict__["CheapestFirst"]
     assert simulate("short?head=9", gib=1, policy=own).runs[0].label == "cell:CheapestFirst"
-    with pytest.raises(ValueError, match="its source can not be read"):
+    with pytest.raises(ValueError, match="its source cannot be read"):
         simulate("short?head=9", gib=1, policy=own, resume_from=tmp_path / "runs.jsonl")
 
 
 def test_a_placement_that_never_lies_in_a_prompt_is_warned_of_once() -> None:
-    with pytest.warns(UserWarning, match="none of its first 50 positions lay within") as told:
+    with pytest.warns(UserWarning, match="none of its first 50 positions can be saved at") as told:
         simulate("short", gib=1, checkpoints=Beyond, bound=False)
     assert len(told) == 1 and MAX_OUTSIDE == 50
     with warnings.catch_warnings():

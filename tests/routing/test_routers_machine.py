@@ -407,11 +407,11 @@ def test_a_router_of_ones_own() -> None:
     router.joined(0, 0)
     router.joined(1, 0)
     assert router.route(RouteRequest(1, (1,)), 0).replica == 1
-    with pytest.raises(ValueError, match="no router 'best'; known: round_robin, "):
+    with pytest.raises(ValueError, match=r"router must be one of round_robin, .* \(got 'best'\)"):
         find_router("best")
     with pytest.raises(ValueError, match="it is no Router: derive NoRouter from"):
         find_router(f"{here}:NoRouter")
-    with pytest.raises(ValueError, match="joined already"):
+    with pytest.raises(ValueError, match="already joined"):
         router.joined(0, 0)
     with pytest.raises(TypeError, match="override choose"):
         fleet_of_nothing = Router(spec())

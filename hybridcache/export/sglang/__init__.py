@@ -1,7 +1,7 @@
-"""HybridRadixCache inside SGLang: ``--radix-cache-backend hybridcache``.
+"""Plug-in for SGLang: ``--radix-cache-backend hybridcache`` uses HybridRadixCache.
 
-SGLang calls ``plug_in`` through the entry-point group ``sglang.srt.plugins``; nothing of SGLang or
-torch is imported before. The page for its users is ``README.md`` beside this file.
+SGLang calls ``plug_in`` through the entry-point group ``sglang.srt.plugins``. Importing this module
+imports neither SGLang nor torch. ``README.md`` in this folder is the user documentation.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 NAME = "hybridcache"
-"""What ``--radix-cache-backend`` takes."""
+"""Value of ``--radix-cache-backend``."""
 
 PLAIN_LRU = "plain-lru"
-"""Least recently used, by a name that is not SGLang's default."""
+"""Least recently used, under a name that differs from SGLang's default."""
 ADDED_EVICTION = ("regret", PLAIN_LRU)
-"""Names that ``--radix-eviction-policy`` takes from then on, next to SGLang's own."""
+"""Values added to ``--radix-eviction-policy``."""
 
 
 def eviction_name(asked: str) -> str:
-    """Return this project's name of the eviction policy that ``--radix-eviction-policy`` names.
+    """Translate a value of ``--radix-eviction-policy`` into this project's policy name.
 
-    ``lru`` is SGLang's default, which cannot be told from an explicit ``lru``: it stands for this
-    project's default. ``plain-lru`` is LRU.
+    ``lru`` is SGLang's default and cannot be distinguished from an explicit ``lru``. It is
+    translated to this project's default. ``plain-lru`` is LRU.
 
     >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "slru")]
     ['regret', 'lru', 'slru']
@@ -32,7 +32,7 @@ def eviction_name(asked: str) -> str:
 
 
 def plug_in() -> None:
-    """Make the backend and its eviction words known to SGLang, in this process."""
+    """Register the backend and its eviction policies with SGLang, in this process."""
     from sglang.srt.arg_groups import choices
     from sglang.srt.mem_cache import registry
 
@@ -43,7 +43,7 @@ def plug_in() -> None:
 
 
 def _build(ctx: Any) -> Any:
-    """The factory, whose module only a scheduler needs."""
+    """Build the backend. Its module is imported lazily, because only schedulers need it."""
     from hybridcache.export.sglang.build import build_backend
 
     return build_backend(ctx)

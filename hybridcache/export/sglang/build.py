@@ -1,4 +1,4 @@
-"""From SGLang's build context to a cache: how the tree over its pools is made."""
+"""Factory: builds a cache over the memory pools in SGLang's build context."""
 
 from __future__ import annotations
 
@@ -27,8 +27,11 @@ logger = logging.getLogger("hybridcache.sglang")
 
 
 def build_backend(ctx: Any) -> Any:
-    """The factory that SGLang calls once a scheduler. ValueError, one sentence: what it is asked
-    for beside this cache, this cache does not do."""
+    """Build the cache of one scheduler. SGLang calls this.
+
+    Raises:
+        ValueError: a setting is not supported. The message is one sentence.
+    """
     if ctx.disable_radix_cache:
         return default_radix_cache_factory(ctx)
     refusal = why_not(ctx, get_memory(), get_disagg(), get_parallel())
@@ -46,8 +49,14 @@ def make_backend(
     log_level: int = logging.DEBUG,
     eviction: str | None = None,
 ) -> HybridRadixBackend:
-    """Return an empty cache over ``params``' pools (``CacheInitParams``). ``log_level``: of the
-    line that each request gets. ``eviction``: instead of ``params.eviction_policy``."""
+    """Return an empty cache over the pools of ``params`` (``CacheInitParams``).
+
+    Args:
+        params: SGLang's parameters.
+        is_hybrid_ssm: True for models with recurrent layers.
+        log_level: Level of the log line per request.
+        eviction: Eviction policy in place of ``params.eviction_policy``.
+    """
     token_bytes, state_bytes = sizes_in_bytes(params, is_hybrid_ssm)
     rows = RowView(params.token_to_kv_pool_allocator, params.page_size, token_bytes)
     grid, states = params.page_size, None
@@ -79,8 +88,10 @@ def make_backend(
 
 
 def sizes_in_bytes(params: Any, is_hybrid_ssm: bool) -> tuple[int, int]:
-    """Bytes of one token's KV and of one state, over all pipeline stages: their layers differ, and
-    every rank must weigh alike."""
+    """Return the bytes of one token's KV and of one state, summed over all pipeline stages.
+
+    Stages have different layers, and all ranks must use equal sizes.
+    """
     kv_cache = params.token_to_kv_pool_allocator.get_kvcache()
     held = kv_cache.get_kv_size_bytes()
     sizes = [(sum(held) if isinstance(held, tuple) else held) // kv_cache.size, 0]

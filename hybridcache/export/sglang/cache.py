@@ -1,8 +1,8 @@
-"""The cache that SGLang's scheduler sees: its verbs, answered by our tree.
+"""Implementation of SGLang's prefix-cache interface with this project's tree.
 
-Who owns which of a request's rows: ``[0, cache_protected_len)`` the tree, under the request's lock;
-the rest the request, until ``checkpoint`` publishes it or SGLang frees it. Nothing here reads a
-clock to decide, or an order that differs between processes: every rank comes to the same tree.
+Ownership of a request's rows: the tree owns ``[0, cache_protected_len)`` under the request's lock.
+The request owns the rest until ``checkpoint`` publishes it or SGLang frees it. No decision depends
+on a clock or on an order that differs between processes, so all ranks build the same tree.
 """
 
 from __future__ import annotations
@@ -40,10 +40,15 @@ from hybridcache.variants import PathPart
 
 
 class HybridRadixBackend(BasePrefixCache):
-    """``HybridRadixCache`` (or, without states, ``RadixCache``) as a prefix cache of SGLang.
+    """``HybridRadixCache`` (or ``RadixCache`` without states) as a prefix cache of SGLang.
 
-    ``make``: an empty tree over SGLang's pools. ``states``: None for a model without recurrent
-    layers. ``grid``: where a prefill's states lie, tokens. ``log_level``: of a request's line.
+    Args:
+        params: SGLang's ``CacheInitParams``.
+        make: Factory of an empty tree over SGLang's pools.
+        rows: KV rows.
+        states: States, or None for a model without recurrent layers.
+        grid: Distance of a prefill's states in tokens.
+        log_level: Level of the log line per request.
     """
 
     disable = False
@@ -76,7 +81,7 @@ class HybridRadixBackend(BasePrefixCache):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything. SGLang clears its pools itself, right after this."""
+        """Discard all contents. SGLang clears its pools itself after this call."""
         self._cache = self._make()
         if self._events.recorder.enabled:
             self._events.restart()
@@ -84,12 +89,15 @@ class HybridRadixBackend(BasePrefixCache):
 
     @property
     def tree(self) -> HybridRadixCache:
-        """The tree behind it: to look at, to render."""
+        """The underlying tree, for inspection and rendering."""
         return self._cache
 
     def match_prefix(self, params: MatchPrefixParams) -> MatchResult:
-        """What ``params.key`` can reuse. Splits nothing, moves nothing: a request counts as a use
-        at its first ``checkpoint``; a match without a request counts at once. O(n)."""
+        """Match ``params.key``. The tree is not changed. O(n).
+
+        A request counts as a use at its first ``checkpoint``. A match without a request counts
+        immediately.
+        """
         key, req = params.key, params.req
         prompt = prompt_of(key)
         found = self._cache.match(prompt, namespace_of(key.extra_key, key.cache_salt))
@@ -114,7 +122,7 @@ class HybridRadixBackend(BasePrefixCache):
         )
 
     def touch_prefix(self, key: Any) -> None:
-        """Refresh what a waiting request would resume from. O(n)."""
+        """Refresh the resume point of a waiting request. O(n)."""
         found = self._cache.match(prompt_of(key), namespace_of(key.extra_key, key.cache_salt))
         if found.node is not None:
             node = found.node.last() if isinstance(found.node, PathPart) else found.node
@@ -122,8 +130,10 @@ class HybridRadixBackend(BasePrefixCache):
 
     @rank_consensus(same_params=["req.rid", "up_to"])
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
-        """Publish a request's first ``up_to`` tokens as far as they can be resumed: after each
-        chunk, and when it has finished. O(up_to)."""
+        """Publish a request's first ``up_to`` tokens, as far as they can be resumed. O(up_to).
+
+        Called after each chunk and when the request has finished.
+        """
         self._count(req)
         finished = req.finished()
         tokens = tokens_of(req.full_untruncated_fill_ids, up_to)
@@ -138,7 +148,7 @@ class HybridRadixBackend(BasePrefixCache):
         self._rows.give_back()
 
     def _count(self, req: Any) -> None:
-        """The request has computed its first chunk since it was admitted: it counts as a use."""
+        """Count an admitted request as a use when it has computed its first chunk."""
         found = getattr(req, "hybridcache_match", None)
         if found is not None:
             req.hybridcache_match = None
@@ -146,7 +156,7 @@ class HybridRadixBackend(BasePrefixCache):
             self._meter.record(req.rid, found)
 
     def _publish_state(self, req: Any, tokens: Tokens, offer: Offer | None) -> bool:
-        """Publish up to an offered state, with it; whether the tree took the state."""
+        """Publish tokens up to an offered state. Returns True if the tree took the state."""
         if offer is None:
             return False
         position = offer.position
@@ -157,8 +167,10 @@ class HybridRadixBackend(BasePrefixCache):
         return self._publish(req, tokens[:position], int(offer.slot))
 
     def _publish(self, req: Any, tokens: Tokens, slot: int | None) -> bool:
-        """Hand the request's rows for ``tokens`` to the tree, with a state at their end, and move
-        its lock there. Rows that the tree had already are exchanged for its own."""
+        """Insert the request's rows for ``tokens``, with a state at their end, and move its lock.
+
+        Rows that the tree already had are replaced by the tree's rows.
+        """
         kv, end = req.kv, len(tokens)
         owned = kv.cache_protected_len
         if end - end % self.page_size < max(owned, 1):
@@ -185,14 +197,16 @@ class HybridRadixBackend(BasePrefixCache):
         return not result.rejected_slots
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
-        """The request is gone: aborted or preempted requests give their slots back here."""
+        """Free the slots of an aborted or preempted request."""
         if not checkpointed and self._states is not None:
             self._states.release(req, None, taken=False)
 
     @rank_consensus(same_params=["len(params.key)"], same_results=["result.prefix_len"])
     def insert(self, params: InsertParams) -> InsertResult:
-        """Publish a key with its rows, and its state where there are states; frees the rows that
-        the tree had. The caller keeps the state if ``mamba_exist``."""
+        """Insert a key with its rows and optional state. Rows that the tree had are freed.
+
+        The caller keeps the state if ``mamba_exist``.
+        """
         key, owned = params.key, params.prev_prefix_len
         tokens = tokens_of(key.token_ids, len(key))
         end = len(tokens) - len(tokens) % self.page_size
@@ -212,7 +226,7 @@ class HybridRadixBackend(BasePrefixCache):
 
     @rank_consensus(same_params=True, same_results=True)
     def evict(self, params: EvictParams) -> EvictResult:
-        """Evict until that many rows and slots were freed, or nothing evictable is left."""
+        """Evict until this many rows and slots are freed, or nothing evictable is left."""
         began = time.perf_counter()
         evicted = self._cache.evict(params.num_tokens, params.mamba_num)
         self._rows.give_back()
@@ -222,25 +236,25 @@ class HybridRadixBackend(BasePrefixCache):
         )
 
     def inc_lock_ref(self, node: Any) -> Held:
-        """Protect a node's state and the rows of its path. O(1)."""
+        """Lock a node's state and the rows of its path. O(1)."""
         return Held(receipt=self._cache.lock(node_of(node)))
 
     def dec_lock_ref(self, node: Any, params: Any = None) -> DecLockRefResult:
-        """Undo one ``inc_lock_ref``. O(1)."""
+        """Release one ``inc_lock_ref``. O(1)."""
         self._cache.unlock(Receipt(node_of(node)) if params is None else params.receipt)
         return DecLockRefResult()
 
     def lock(self, node: Any) -> TreeLock:
-        """As ``inc_lock_ref``, for a request to keep. O(1)."""
+        """Lock a node for a request, like ``inc_lock_ref``. O(1)."""
         return TreeLock(node, self._cache.lock(node_of(node)))
 
     def unlock(self, lock: TreeLock | None) -> None:
-        """Undo one ``lock``. O(1)."""
+        """Release one ``lock``. O(1)."""
         if lock is not None:
             self._cache.unlock(lock.receipt)
 
     def path_device_indices(self, node: Any) -> torch.Tensor:
-        """The rows from the root to a node: int64[position] on the device. O(position)."""
+        """Return the rows from the root to a node: int64[position] on the device. O(position)."""
         return self._rows.to_device(self._cache.gather(node_of(node)))
 
     def root_node_handle(self, extra_key: str | None = None) -> Any:
@@ -256,7 +270,7 @@ class HybridRadixBackend(BasePrefixCache):
         return self._cache._residency.locked_paths.protected()
 
     def full_evictable_size(self) -> int:
-        """Rows that are cached and under no lock. O(1) amortised, as all these."""
+        """Number of cached rows without a lock. O(1) amortised, like the methods below."""
         return self._cache.cached_tokens - self._protected().num_tokens
 
     def full_protected_size(self) -> int:
@@ -278,13 +292,13 @@ class HybridRadixBackend(BasePrefixCache):
         return self._cache.cached_tokens, self._cache.num_checkpoints
 
     def all_values_flatten(self) -> torch.Tensor:
-        """All cached rows, in no order. O(cached)."""
+        """Return all cached rows, unordered. O(cached)."""
         nodes = self._cache._tree.nodes()
         parts: list[Indices] = [node.kv.indices for node in nodes if node.kv is not None]
         return self._rows.to_device(np.concatenate([np.empty(0, np.int32), *parts]))
 
     def all_mamba_values_flatten(self) -> torch.Tensor:
-        """All cached slots, in no order. O(nodes)."""
+        """Return all cached slots, unordered. O(nodes)."""
         nodes = self._cache._tree.nodes()
         slots = [node.checkpoint.slot for node in nodes if node.checkpoint is not None]
         return torch.tensor(slots, dtype=torch.int64)
@@ -298,7 +312,7 @@ class HybridRadixBackend(BasePrefixCache):
         return text
 
     def sanity_check(self) -> None:
-        """AssertionError names the first invariant that fails, recomputed from scratch. O(tree)."""
+        """Recompute all invariants. Raises AssertionError at the first violated one. O(tree)."""
         self._cache.check()
 
     def pretty_print(self) -> None:

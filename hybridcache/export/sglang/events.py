@@ -1,7 +1,7 @@
-"""SGLang's KV events, from the changes of our tree: what its routers listen to.
+"""SGLang's KV events, generated from changes of this project's tree.
 
-SGLang's recorder names a page by the hash of its path, which it keeps at its node; here a small
-record beside each of our nodes keeps it. Checkpoints have no event in SGLang.
+SGLang's recorder identifies a page by the hash of its path, which it stores at its nodes. Here a
+small record per node stores it. SGLang has no events for checkpoints.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from hybridcache.tokens import Tokens
 
 
 class _Shadow:
-    """What the recorder reads of a node."""
+    """Attributes of a node that the recorder reads."""
 
     __slots__ = ("event_hash_value", "hash_value", "key", "parent")
 
@@ -34,7 +34,7 @@ class _Shadow:
 
 
 class EventRecorder(Listener):
-    """Feeds SGLang's recorder. O(tokens) hashes where events are on; costs nothing where not."""
+    """Listener that feeds SGLang's recorder. O(tokens) hashes if events are enabled."""
 
     def __init__(self, params: Any) -> None:
         self.recorder = KVCacheEventRecorder(
@@ -48,7 +48,7 @@ class EventRecorder(Listener):
         self._shadows: dict[int, _Shadow] = {}
 
     def restart(self) -> None:
-        """Everything was forgotten."""
+        """Report that all contents were discarded."""
         self._shadows.clear()
         self.recorder.record_all_cleared()
 
@@ -76,13 +76,13 @@ class EventRecorder(Listener):
         self.recorder.record_remove(self._shadows.pop(node.kv.serial))
 
     def checkpoint_stored(self, node: RadixNode) -> None:
-        """Has no event in SGLang."""
+        """Ignored: SGLang has no such event."""
 
     def checkpoint_removed(self, node: RadixNode) -> None:
-        """Has no event in SGLang."""
+        """Ignored: SGLang has no such event."""
 
     def chosen(self, item: Item) -> None:
-        """Has no event in SGLang."""
+        """Ignored: SGLang has no such event."""
 
 
 def _namespace(node: RadixNode) -> Hashable:

@@ -1,5 +1,4 @@
-"""What SGLang holds of the tree between two calls: nodes, receipts of locks, and an order of
-nodes."""
+"""References that SGLang keeps between two calls: node handles, lock receipts, a node order."""
 
 from __future__ import annotations
 
@@ -16,14 +15,14 @@ from hybridcache.variants import PathPart
 
 
 class _Root:
-    """Where nothing is cached."""
+    """Handle of the empty prefix."""
 
     def __repr__(self) -> str:
         return "<root>"
 
 
 ROOT = _Root()
-"""The handle of a match that found nothing: SGLang takes None for "not matched yet"."""
+"""Handle of an empty match. SGLang uses None for "not matched yet"."""
 
 Node = RadixNode | PathPart | None
 
@@ -33,13 +32,13 @@ def handle_of(node: Node) -> Any:
 
 
 def node_of(handle: Any) -> Any:
-    """What a handle stands for: a node, a part of a path, or None for the root."""
+    """Return the node or path part of a handle, or None for the root."""
     return None if handle is ROOT else handle
 
 
 @dataclass
 class Held(IncLockRefResult, DecLockRefParams):
-    """A lock's receipt, in the two forms in which SGLang carries it."""
+    """Lock receipt with both of SGLang's interfaces."""
 
     receipt: Receipt | None = None
 
@@ -48,9 +47,11 @@ class Held(IncLockRefResult, DecLockRefParams):
 
 
 def dfs_order(handles: Sequence[Any]) -> list[int]:
-    """Indices of ``handles`` so that those under one node stay together, the branch with most of
-    them first, deeper before shallower. The same on every rank: ties go by first appearance.
-    O(handles * depth)."""
+    """Sort handles in depth-first order, heaviest branch first. Returns indices.
+
+    Handles under one node stay together. Deeper nodes precede shallower ones, and ties are broken
+    by first appearance, so the order is equal on all ranks. O(handles * depth).
+    """
     paths = [_path(node_of(handle)) for handle in handles]
     weight = Counter(node for path in paths for node in path)
     rank: dict[RadixNode, int] = {node: number for number, node in enumerate(weight)}

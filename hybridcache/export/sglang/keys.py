@@ -1,4 +1,4 @@
-"""SGLang's keys as ours: ``RadixKey`` to tokens and a namespace."""
+"""Conversion of SGLang's ``RadixKey`` to tokens and a namespace."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from hybridcache.tokens import Tokens
 
 MAX_TOKEN = 2**31 - 1
 NO_TOKEN = -1
-"""No id: follows a key whose own next token is not known, and is equal to nothing cached."""
+"""Pseudo-token that equals no cached token. Appended if the next token of a key is unknown."""
 
 
 def namespace_of(extra_key: str | None, cache_salt: str | None) -> Hashable:
-    """Requests with another adapter or another salt share nothing."""
+    """Return the namespace of an adapter and a salt. Different ones share no prefixes."""
     return None if extra_key is None and cache_salt is None else (extra_key, cache_salt)
 
 
 def tokens_of(ids: array[int], num_tokens: int) -> Tokens:
-    """The first ``num_tokens`` of ``ids`` (int64) as int32[n]; n is less where an id does not fit,
-    so that nothing from there on is cached or found. O(n)."""
+    """Return the first ``num_tokens`` of ``ids`` (int64) as int32[n]. O(n).
+
+    The result ends before the first id that does not fit, so nothing after it is cached or found.
+    """
     wide = np.frombuffer(ids, np.int64)[:num_tokens]
     if len(wide) and wide.max() > MAX_TOKEN:
         wide = wide[: int((wide > MAX_TOKEN).argmax())]
@@ -30,7 +32,7 @@ def tokens_of(ids: array[int], num_tokens: int) -> Tokens:
 
 
 def prompt_of(key: Any) -> Tokens:
-    """The prompt behind ``key``, which holds what may be reused of it: one token more. O(n)."""
+    """Return the prompt of ``key``: its reusable tokens and the token after them. O(n)."""
     num_tokens = len(key)
     tokens = tokens_of(key.token_ids, num_tokens + 1)
     if len(tokens) > num_tokens:

@@ -1,4 +1,5 @@
-"""Every prompt token that was not reused, with its cause: a log line a request, and counters."""
+"""Metrics of reused and recomputed prompt tokens, by cause: counters and one log line per
+request."""
 
 from __future__ import annotations
 
@@ -11,9 +12,12 @@ logger = logging.getLogger("hybridcache.sglang")
 
 
 class LossMeter:
-    """Counts what requests asked for and got. ``labels``: of the counters; None: only the log.
+    """Counters and log lines of reused and lost tokens.
 
-    ``grid``: a prefill's states lie at its multiples, counted from where it began.
+    Args:
+        grid: Distance of a prefill's states, counted from its first token.
+        labels: Labels of the counters, or None for log lines only.
+        level: Log level.
     """
 
     def __init__(self, grid: int, labels: dict[str, Any] | None, level: int) -> None:
@@ -36,7 +40,7 @@ class LossMeter:
             self._lost = {cause: lost.labels(**labels, cause=cause) for cause in Losses._fields}
 
     def record(self, rid: str, match: PrefixMatch) -> None:
-        """One request was admitted and has computed. O(1)."""
+        """Count a request that was admitted and has computed its first chunk. O(1)."""
         losses = on_grid(match, self._grid)
         if self._cached is not None:
             self._cached.inc(match.cached_len)
@@ -47,8 +51,7 @@ class LossMeter:
 
 
 def on_grid(match: PrefixMatch, grid: int) -> Losses:
-    """``match.losses`` where states lie ``grid`` apart, while the tree itself takes them
-    anywhere."""
+    """Correct ``match.losses`` for states at a distance of ``grid`` (the tree's own grid is 1)."""
     losses = match.losses
     below = min(losses.never_checkpointed, match.kv_len % grid)
     return losses._replace(
@@ -57,7 +60,7 @@ def on_grid(match: PrefixMatch, grid: int) -> Losses:
 
 
 def describe(rid: str, match: PrefixMatch, losses: Losses) -> str:
-    """One line: what was reused, what was lost and why.
+    """Describe reused and lost tokens, with causes, in one line.
 
     >>> losses = Losses(200, 0, 64, 0, 0)
     >>> describe("a7", PrefixMatch(1264, 1000, 1064, 1064, 5, losses, None, None), losses)

@@ -1,7 +1,7 @@
-"""Which state SGLang exports of a prefill: it asks the cache for one position.
+"""Placement of the one state that an SGLang prefill exports.
 
-An extend saves one state, at its last grid position counted from where it began, or at the position
-that ``match_prefix`` named instead (``mamba_branching_seqlen``), if that lies in the extend.
+An extend saves one state: at its last grid position, counted from its start, or at the position
+returned by ``match_prefix`` (``mamba_branching_seqlen``) if that is inside the extend.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from hybridcache.tokens import Tokens
 def branch_position(
     cache: HybridRadixCache, prompt: Tokens, match: PrefixMatch, grid: int
 ) -> int | None:
-    """Where the state is wanted instead of at the extend's end; None: at the end.
+    """Return the position of a fork to save a state at, or None to save at the extend's end.
 
-    The fork that ``prompt`` opens or widens, ghosts included: the next prompt of its kind resumes
-    there. Counted from ``match.cached_len`` in steps of ``grid``, as SGLang's kernels export. Not
-    where a conversation only goes on from the end of what was seen: its newest end is worth more.
-    O(tokens below ``match.node``), where there is a position at all.
+    The fork is the position at which ``prompt`` diverges from earlier prompts, ghosts included:
+    similar prompts will resume there. The result is rounded down to a multiple of ``grid`` from
+    ``match.cached_len``, as SGLang's kernels require. A prompt that only continues a conversation
+    has no fork, and the state at its end is more valuable. O(tokens below ``match.node``) if there
+    is a candidate position.
     """
     cached_len = match.cached_len
     seen = min(match.branch_len, len(prompt) - 1)
@@ -30,8 +31,10 @@ def branch_position(
 
 
 def is_fork(cache: HybridRadixCache, prompt: Tokens, match: PrefixMatch) -> bool:
-    """Whether others went on where ``prompt`` leaves what was seen. O(tokens below
-    ``match.node``)."""
+    """True if other prompts continue differently at the end of the known prefix of ``prompt``.
+
+    O(tokens below ``match.node``).
+    """
     tree = cache._tree
     node = match.node or tree.find_root(match.namespace)
     if node is None:

@@ -1,4 +1,4 @@
-"""What SGLang can be asked for and this cache does not do: one sentence each."""
+"""Unsupported SGLang settings, with one sentence each."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ WITHOUT = "or --radix-cache-backend hybridcache"
 
 
 def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
-    """The first of SGLang's settings that this cache can not serve, and what would work; None:
-    there is none. ``ctx`` is the build context, the others are SGLang's settings by name."""
+    """Return a message for the first unsupported setting, or None if all are supported.
+
+    Args:
+        ctx: SGLang's build context.
+        memory: SGLang's memory settings.
+        disagg: SGLang's disaggregation settings.
+        parallel: SGLang's parallelism settings.
+    """
     params = ctx.params
     refusals = (
         (

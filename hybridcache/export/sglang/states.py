@@ -1,11 +1,12 @@
-"""A request's states in SGLang, and which of them becomes a checkpoint: its slots change hands
-here.
+"""States of SGLang requests, and the transfer of their slots to the cache as checkpoints.
 
-A request owns a live slot and, with an *extra buffer*, tracking slots, in which its forwards leave
-states at known lengths. The cache never copies one: it takes a tracking slot over and the request
-gets a fresh one (``donate``), or, when it finishes, nothing. Without the extra buffer the only
-state is the live one, at the end of what was computed: copied while the request runs, taken over
-when it finishes. Where no slot can be had nothing is donated, and the request goes on.
+A request owns a live slot. With an *extra buffer* it also owns tracking slots, in which its forward
+passes save states at known lengths. The cache takes over a tracking slot without a copy, and a
+running request gets a fresh slot in exchange (``donate``).
+
+Without the extra buffer there is only the live state at the end of the computed tokens. It is
+copied while the request runs, and taken over when it finishes. If no slot is available, nothing is
+donated and the request continues.
 """
 
 from __future__ import annotations
@@ -24,28 +25,28 @@ from hybridcache.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A state that a request can give to the cache."""
+    """State that a request can give to the cache."""
 
     position: int
-    """Tokens that it stands for."""
+    """Number of tokens it covers."""
     slot: torch.Tensor
-    """int64[1]."""
+    """Slot, int64[1]."""
     keep: int | None = None
-    """The tracking slot it is in, of a finished request with an extra buffer."""
+    """Index of its tracking slot, for a finished request with an extra buffer."""
 
 
 class RequestStates:
-    """The states of the requests of one scheduler, and the slots they may take."""
+    """States of the requests of one scheduler, and allocation of their slots."""
 
     def __init__(self, pool: Any, slots: SlotView, rows: RowView, *, extra_buffer: bool) -> None:
         self._pool = pool
         self._slots = slots
         self._rows = rows
         self.extra_buffer = extra_buffer
-        """Whether a prefill exports a state before its end."""
+        """True if a prefill exports a state before its end."""
 
     def take_slot(self, cache: HybridRadixCache) -> torch.Tensor | None:
-        """A free slot, int64[1], evicting for it; None: every state is locked."""
+        """Allocate a slot, int64[1], evicting if needed. None if every state is locked."""
         allocator = self._pool.mamba_allocator
         slot: torch.Tensor | None = allocator.alloc(1)
         if slot is None and make_room_for_slot(cache._residency):
@@ -56,13 +57,20 @@ class RequestStates:
     def resume(
         self, cache: HybridRadixCache, req: Any, prompt: Tokens, found: PrefixMatch
     ) -> PrefixMatch:
-        """Give ``req`` a live slot and have the state it resumes from copied there before its
-        forward. Returns the match to resume from.
+        """Give ``req`` a live slot and register the copy of its checkpoint before the forward pass.
 
-        That is ``found``, a match of ``prompt`` with a checkpoint. If the only slot to be had is
-        that of ``found.checkpoint``, the request takes it and resumes from the next shallower
-        checkpoint; without any slot it starts from zero. ``losses.refused`` counts the difference.
-        O(len(prompt)).
+        If the only available slot is that of ``found.checkpoint``, the request takes it and resumes
+        from the next shallower checkpoint. Without any slot it starts from zero. ``losses.refused``
+        counts the difference. O(len(prompt)).
+
+        Args:
+            cache: The cache.
+            req: SGLang's request.
+            prompt: Its tokens.
+            found: Match of ``prompt`` with a checkpoint.
+
+        Returns:
+            The match to resume from.
         """
         receipt = cache.lock(found.node)
         slot = None if req.kv.holds_mamba else self.take_slot(cache)
@@ -92,8 +100,10 @@ class RequestStates:
         return match
 
     def offer_running(self, cache: HybridRadixCache, req: Any, num_tokens: int) -> Offer | None:
-        """The state that a running request parts with after a chunk; None: there is none, or no
-        slot to go on with."""
+        """Return the state a running request donates after a chunk.
+
+        None if there is no state, or no slot to continue with.
+        """
         if not self.extra_buffer:
             return self._copy(cache, req, num_tokens)
         position = req.kv.mamba_last_track_seqlen
@@ -114,7 +124,7 @@ class RequestStates:
         return Offer(num_tokens, slot)
 
     def offer_finished(self, req: Any, num_tokens: int) -> Offer | None:
-        """The deepest state of a finished request that stands for no more than ``num_tokens``."""
+        """Return the deepest state of a finished request with at most ``num_tokens`` tokens."""
         if self.extra_buffer:
             return self._tracked(req, num_tokens)
         unflushed = self._pool.mamba_pool.replayssm_write_pos
@@ -128,7 +138,7 @@ class RequestStates:
         kv, pool = req.kv, self._pool
         position, index = kv.mamba_last_track_seqlen, pool.get_mamba_ping_pong_keep_idx(req)
         if position is not None and position > num_tokens:
-            # The step that was under way when the request ended went past its last token.
+            # The step in flight when the request ended went past its last token.
             if pool.mamba_ping_pong_track_buffer_size != 2:
                 return None
             position, index = (
@@ -141,14 +151,14 @@ class RequestStates:
         return Offer(position, slot, index)
 
     def settle_running(self, req: Any, offer: Offer, taken: bool) -> None:
-        """After ``offer_running``'s was offered to the tree."""
+        """Clean up after the offer of ``offer_running`` was inserted or rejected."""
         if not taken:
             self._pool.mamba_allocator.free(offer.slot)
         req.kv.mamba_last_track_seqlen = None
         req.kv.mamba_prev_track_seqlen = None
 
     def release(self, req: Any, offer: Offer | None, taken: bool) -> None:
-        """A request has ended: its slots go back, but for the one that the tree has ``taken``."""
+        """Free the slots of an ended request, except one that the tree has ``taken``."""
         if self.extra_buffer:
             keep = offer.keep if offer is not None and taken else None
             self._pool.free_mamba_cache(req, mamba_ping_pong_track_buffer_to_keep=keep)

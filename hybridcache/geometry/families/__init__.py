@@ -1,8 +1,8 @@
-"""Families of models: each file reads the sizes of its own from a Hugging Face ``config.json``.
+"""Model families: each module reads the sizes of its models from a Hugging Face ``config.json``.
 
-A file has ``FORMATS``, the keys of each ``model_type`` that it reads, and ``sizes(config)``. No
-list names the file. A model of another type is read by the file whose ``MARK`` is a key of its
-config, or else by its ``layer_types``.
+A module defines ``FORMATS`` (the keys of each ``model_type`` that it reads) and ``sizes(config)``.
+Modules are discovered, not registered. A config with an unknown ``model_type`` that has the key
+``MARK`` of a module is read by that module, any other config by its ``layer_types``.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ from hybridcache.geometry.sizes import ModelSizes
 Fields = Mapping[str, Any]
 
 COMPOSITES = ("qwen3_5", "qwen3_5_moe")
-"""Types of models that have their text part in ``text_config`` and tie embeddings, or not, as the
-level around it says."""
+"""Model types with a ``text_config`` that set ``tie_word_embeddings`` at the outer level."""
 
 
 def text_part(config: Fields) -> Fields:
-    """The language model's part of a ``config.json``: ``text_config`` where there is one, with
-    ``tie_word_embeddings`` and ``dtype`` of the level around it. Raises ValueError for what is no
-    object."""
+    """Return the language model's part of a ``config.json``.
+
+    This is ``text_config`` if there is one, with ``tie_word_embeddings`` and ``dtype`` of the
+    outer level.
+
+    Raises:
+        ValueError: the config or its ``text_config`` is not an object.
+    """
     if not isinstance(config, Mapping):
-        raise ValueError(f"a JSON object was expected, not {type(config).__name__}")
+        raise ValueError(f"must be a JSON object, not {type(config).__name__}")
     text = config.get("text_config")
     if text is None:
         return config
@@ -48,9 +52,15 @@ def text_part(config: Fields) -> Fields:
 
 
 def read(text: Fields) -> tuple[ModelSizes, Config | None]:
-    """The sizes of one model's text part, and the config that they were read from; None for a type
-    of which no file knows the keys. Raises KeyError for a key that is missing there, SizesError for
-    sizes that no model can have, TypeError or ValueError for values of the wrong type."""
+    """Return the sizes of a model's text part, and the config that they were read from.
+
+    The config is None if no module reads the model type.
+
+    Raises:
+        KeyError: a required key is missing.
+        SizesError: no model can have these sizes.
+        TypeError, ValueError: a value has the wrong type.
+    """
     by_type, by_mark = _modules()
     module = by_type.get(str(text.get("model_type")))
     module = module or next((by_mark[mark] for mark in by_mark if text.get(mark)), None)
@@ -63,19 +73,19 @@ def read(text: Fields) -> tuple[ModelSizes, Config | None]:
 
 
 def sizes_of(text: Fields) -> ModelSizes:
-    """Of one model's text part. Raises what ``read`` does."""
+    """Return the sizes of a model's text part. Raises the errors of ``read``."""
     return read(text)[0]
 
 
 def format_of(model_type: str) -> Format:
-    """The keys of a type that a file reads. Raises KeyError for another."""
+    """Return the keys of a model type. Raises KeyError if no module reads it."""
     found: Format = _modules()[0][model_type].FORMATS[model_type]
     return found
 
 
 @cache
 def _modules() -> tuple[dict[str, ModuleType], dict[str, ModuleType]]:
-    """Files by ``model_type``, and by mark."""
+    """Return the modules by ``model_type`` and by ``MARK``."""
     by_type, by_mark = {}, {}
     for file in pkgutil.iter_modules(__path__):
         module = import_module(f"{__name__}.{file.name}")

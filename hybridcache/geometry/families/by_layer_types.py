@@ -1,5 +1,5 @@
-"""Models that say in ``layer_types`` what each layer is, and have a feed-forward block in every
-layer. Those that no other file knows are read here, too."""
+"""Models that list the type of each layer in ``layer_types``, with an MLP or experts in every
+layer. Also used for model types without a module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ READERS: dict[str, Callable[[Fields], MixerSizes]] = {
 
 
 def sizes(text: Fields) -> ModelSizes:
-    """Raises SizesError for a layer of a sort that is not known."""
+    """Compute the sizes. Raises SizesError for an unknown layer type."""
     attention(text)
     types = layer_types(text)
     mlp = fields.experts(text) or fields.dense(text)
@@ -32,8 +32,13 @@ def sizes(text: Fields) -> ModelSizes:
 
 
 def layer_types(text: Fields) -> list[str]:
-    """One word a layer; where none are named every ``full_attention_interval``-th attends. Raises
-    SizesError for a word that is not known."""
+    """Return one type per layer.
+
+    If ``layer_types`` is missing, every ``full_attention_interval``-th layer is full attention.
+
+    Raises:
+        SizesError: a type is unknown, or their number is not the number of layers.
+    """
     count, words = fields.num_layers(text), text.get("layer_types")
     if not words:
         interval = int(text.get("full_attention_interval") or 1)
@@ -42,7 +47,7 @@ def layer_types(text: Fields) -> list[str]:
         ]
     unknown = set(words) - set(READERS)
     if unknown:
-        raise SizesError(f"layers of unknown sort in layer_types: {', '.join(sorted(unknown))}.")
+        raise SizesError(f"layer_types has unknown types: {', '.join(sorted(unknown))}.")
     if len(words) != count:
         raise SizesError(f"layer_types in config.json must name {count} layers (got {len(words)}).")
     return list(words)

@@ -1,4 +1,4 @@
-"""Falcon-H1: Mamba-2 and attention side by side in every layer."""
+"""Falcon-H1: Mamba-2 and attention in parallel in every layer."""
 
 from __future__ import annotations
 

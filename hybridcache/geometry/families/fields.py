@@ -1,4 +1,4 @@
-"""Fields that the configs of many families share, each read here and nowhere else."""
+"""Readers of config fields that several model families share."""
 
 from __future__ import annotations
 
@@ -39,8 +39,11 @@ LEGACY_LAYER_TYPES = {"mamba": "linear_attention", "attention": "full_attention"
 
 
 def model(text: Fields, layers: tuple[LayerSizes, ...]) -> ModelSizes:
-    """A model of these layers. Raises SizesError where one keeps nothing or less, or has an MLP
-    without width."""
+    """Build a model from its layers.
+
+    Raises:
+        SizesError: a stored tensor has a dimension below 1, or an MLP has no width.
+    """
     made = ModelSizes(hidden(text), int(text.get("vocab_size", 0)), layers)
     for spec in made.specs():
         if min(spec.shape) < 1:
@@ -61,7 +64,7 @@ def hidden(text: Fields) -> int:
 
 
 def num_layers(text: Fields) -> int:
-    """Raises SizesError for a number that no model has."""
+    """Return the number of layers. Raises SizesError if it is below 1 or too large."""
     count = check_size("num_hidden_layers", int(text["num_hidden_layers"]))
     if count > MOST_LAYERS:
         raise SizesError(
@@ -71,31 +74,41 @@ def num_layers(text: Fields) -> int:
 
 
 def sorts(text: Fields, known: Collection[str], name: str = "layer_types") -> list[str]:
-    """One word a layer, older words replaced. Raises SizesError for a word that is not ``known``
-    and for another number of words than there are layers."""
+    """Return one type per layer, with legacy names replaced.
+
+    Raises:
+        SizesError: a type is not in ``known``, or their number is not the number of layers.
+    """
     given = text[name] or ()
     words = [LEGACY_LAYER_TYPES.get(word, word) for word in given]
     unknown = {spelled for spelled, word in zip(given, words, strict=True) if word not in known}
     if unknown:
-        raise SizesError(f"layers of unknown sort in {name}: {', '.join(sorted(unknown))}.")
+        raise SizesError(f"{name} has unknown types: {', '.join(sorted(unknown))}.")
     if len(words) != num_layers(text):
         raise SizesError(
-            f"{name} in config.json must name {num_layers(text)} layers, as num_hidden_layers "
-            f"says (got {len(words)})."
+            f"{name} in config.json must name {num_layers(text)} layers, the value of "
+            f"num_hidden_layers (got {len(words)})."
         )
     return words
 
 
 def fill_kv_heads(values: dict[str, Any]) -> None:
-    """Where nothing is said there are as many heads of keys as of queries."""
+    """Use as many key heads as query heads if the config has no ``num_key_value_heads``."""
     if values["num_key_value_heads"] is None:
         values["num_key_value_heads"] = values["num_attention_heads"]
 
 
 def fill_mamba_head_dim(values: dict[str, Any], inner: int | None, name: str) -> None:
-    """Compute ``mamba_d_head`` where it is ``auto``. ``inner``: channels of all heads, which
-    ``name`` says; None: as many as ``mamba_expand`` times the width. Raises SizesError where heads
-    and channels do not agree."""
+    """Compute ``mamba_d_head`` if it is ``auto``.
+
+    Args:
+        values: Fields of the config, changed in place.
+        inner: Channels of all heads, or None for ``mamba_expand`` times the hidden size.
+        name: Key that states ``inner``, for error messages.
+
+    Raises:
+        SizesError: heads and channels do not agree.
+    """
     expand = values.pop("mamba_expand")
     inner = expand * values["hidden_size"] if inner is None else inner
     heads = check_size("mamba_n_heads", values["mamba_n_heads"])
@@ -104,13 +117,13 @@ def fill_mamba_head_dim(values: dict[str, Any], inner: int | None, name: str) ->
         values["mamba_d_head"] = inner // heads
     if values["mamba_d_head"] != inner // heads:
         raise SizesError(
-            f"mamba_d_head times mamba_n_heads must be {name} in config.json, {inner} (got "
+            f"mamba_d_head times mamba_n_heads must equal {name} in config.json, {inner} (got "
             f"{values['mamba_d_head']} x {heads})."
         )
 
 
 def every_nth_attends(values: dict[str, Any]) -> None:
-    """Where ``layer_types`` names no layers, one of ``full_attention_interval`` attends."""
+    """Fill in ``layer_types``: one full-attention layer per ``full_attention_interval``."""
     interval = check_size("full_attention_interval", values.pop("full_attention_interval", 4))
     if values["layer_types"] is None:
         words = "full_attention", "linear_attention"
@@ -120,7 +133,7 @@ def every_nth_attends(values: dict[str, Any]) -> None:
 
 
 def attention(text: Fields, *, gated: bool = False) -> AttentionSizes:
-    """Grouped queries."""
+    """Read grouped-query attention."""
     heads = size_of(text, "num_attention_heads")
     kv_heads = size_of(text, "num_key_value_heads", heads)
     check_multiple("num_attention_heads", heads, "num_key_value_heads", kv_heads)
@@ -132,7 +145,7 @@ def attention(text: Fields, *, gated: bool = False) -> AttentionSizes:
 
 
 def latent_attention(text: Fields) -> LatentAttentionSizes:
-    """As DeepSeek names it."""
+    """Read latent attention with the key names of DeepSeek."""
     return LatentAttentionSizes(
         num_heads=size_of(text, "num_attention_heads"),
         rank=size_of(text, "kv_lora_rank"),
@@ -143,7 +156,7 @@ def latent_attention(text: Fields) -> LatentAttentionSizes:
 
 
 def gated_delta_net(text: Fields) -> DeltaSizes:
-    """As Qwen3-Next names it."""
+    """Read Gated DeltaNet with the key names of Qwen3-Next."""
     made = DeltaSizes(
         num_key_heads=size_of(text, "linear_num_key_heads"),
         num_value_heads=size_of(text, "linear_num_value_heads"),
@@ -158,7 +171,7 @@ def gated_delta_net(text: Fields) -> DeltaSizes:
 
 
 def mamba2(text: Fields) -> MambaSizes:
-    """As Bamba names it, and Granite and Falcon after it."""
+    """Read Mamba-2 with the key names of Bamba, which Granite and Falcon share."""
     heads, groups = size_of(text, "mamba_n_heads"), size_of(text, "mamba_n_groups")
     check_multiple("mamba_n_heads", heads, "mamba_n_groups", groups)
     if text.get("mamba_d_head", "auto") == "auto":
@@ -177,12 +190,12 @@ def mamba2(text: Fields) -> MambaSizes:
 
 
 def dense(text: Fields, *, matrices: int = 3) -> MLPSizes:
-    """A dense feed-forward block."""
+    """Read a dense feed-forward block."""
     return MLPSizes(int(text.get("intermediate_size") or 0), matrices)
 
 
 def experts(text: Fields, *, matrices: int = 3) -> ExpertsSizes | None:
-    """None for a model without."""
+    """Read a mixture of experts, or return None if the model has no experts."""
     name = _first(text, "num_experts", "n_routed_experts", "num_local_experts")
     count = int(text[name]) if name else 0
     if count == 0:
@@ -208,13 +221,13 @@ def experts(text: Fields, *, matrices: int = 3) -> ExpertsSizes | None:
 
 
 def ignore_experts(text: Fields) -> None:
-    """Mark the keys of experts as read: a model without experts makes no use of them."""
+    """Mark the keys of experts as read, because a model without experts does not use them."""
     if isinstance(text, Config):
         text.ignore(*EXPERT_KEYS)
 
 
 def _shared_intermediate(text: Fields, size: int) -> int:
-    """Units of what every token meets; of shared experts that are each ``size`` wide, all units."""
+    """Return the inner width of all shared experts together, each ``size`` wide by default."""
     name = _first(text, "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
     if name:
         return size_of(text, name)
@@ -225,33 +238,37 @@ def _shared_intermediate(text: Fields, size: int) -> int:
 
 
 def _first(text: Fields, *names: str) -> str:
-    """The first of the names that has a value; an empty one where none has."""
+    """Return the first name that has a value, or an empty string."""
     return next((name for name in names if text.get(name) is not None), "")
 
 
 def size_of(text: Fields, name: str, default: int | None = None) -> int:
-    """A size of at least one; ``default`` where the file has none. Raises SizesError for less, and
-    KeyError where there is no default either."""
+    """Return a size of at least one, or ``default`` if the file has no value.
+
+    Raises:
+        SizesError: the size is less than one.
+        KeyError: there is neither a value nor a default.
+    """
     value = text[name] if default is None else text.get(name)
     return check_size(name, int(default if value is None else value))  # type: ignore[arg-type]
 
 
 def check_integer(name: str, value: object) -> int:
-    """Raises SizesError for anything else."""
+    """Return ``value`` if it is an integer. Raises SizesError otherwise."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise SizesError(f"{name} in config.json must be an integer (got {value!r}).")
     return value
 
 
 def check_size(name: str, size: int) -> int:
-    """Raises SizesError for less than one."""
+    """Return ``size`` if it is at least one. Raises SizesError otherwise."""
     if size < 1:
         raise SizesError(f"{name} must be at least 1 in config.json (got {size}).")
     return size
 
 
 def check_multiple(name: str, size: int, of_name: str, of: int) -> None:
-    """Raises SizesError where it is none."""
+    """Raise SizesError unless ``size`` is a multiple of ``of``."""
     if size % of:
         raise SizesError(
             f"{name} must be a multiple of {of_name} in config.json (got {size} and {of})."

@@ -1,5 +1,5 @@
-"""Granite 4: Mamba-2 or attention in a layer, behind it an MLP that every token meets and, in most
-models, experts beside it."""
+"""Granite 4: Mamba-2 or attention in each layer, then a shared MLP and, in most models, experts in
+parallel."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """Raises SizesError for a layer of a sort that is not known."""
+    """Compute the sizes. Raises SizesError for an unknown layer type."""
     types = fields.sorts(config, SORTS)
     shared, experts = fields.size_of(config, "shared_intermediate_size"), fields.experts(config)
     mlp = MLPSizes(shared) if experts is None else replace(experts, shared_intermediate=shared)

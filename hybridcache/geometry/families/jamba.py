@@ -1,4 +1,4 @@
-"""Jamba: Mamba-1 with an attention layer now and then, and experts in some layers."""
+"""Jamba: Mamba-1 with an attention layer at a fixed period, and experts in some layers."""
 
 from __future__ import annotations
 
@@ -57,8 +57,11 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """A layer attends, or has experts, where its number leaves the offset over a period. All
-    channels are one head here: nothing but their number means something."""
+    """Compute the sizes.
+
+    A layer has attention (or experts) if its number modulo the period equals the offset. All Mamba
+    channels are declared as one head because only their number matters.
+    """
     mamba = MambaSizes(
         num_heads=1,
         head_dim=fields.size_of(config, "mamba_expand") * fields.hidden(config),

@@ -16,13 +16,15 @@ LINEAR_KEYS = {
     "num_heads": "linear_num_heads",
     "short_conv_kernel_size": "linear_conv_kernel_dim",
 }
-"""Keys of ``linear_attn_config``, and the fields that they win over."""
+"""Keys of ``linear_attn_config`` and the fields that they override."""
 LISTS = "full_attn_layers", "kda_layers"
 
 
 def complete(values: Values) -> None:
-    """``linear_attn_config`` of the published checkpoints says what transformers has fields for.
-    Keys of it that are not known stay."""
+    """Move ``linear_attn_config`` of the published checkpoints into the fields of transformers.
+
+    Unknown keys remain in ``linear_attn_config``.
+    """
     fields.fill_kv_heads(values)
     count, linear = fields.num_layers(values), dict(values.get("linear_attn_config", {}))
     for key, name in LINEAR_KEYS.items():
@@ -41,7 +43,7 @@ def complete(values: Values) -> None:
 
 
 def _named(count: int, full: Any, kda: Any) -> list[str]:
-    """A word for each layer from two lists of layers, counted from one. Raises SizesError."""
+    """Build ``layer_types`` from two lists of layers that count from one. Raises SizesError."""
     words: dict[int, str] = {}
     for layers, word in ((full, SORTS[1]), (kda, SORTS[0])):
         if not isinstance(layers, list):

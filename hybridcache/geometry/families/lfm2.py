@@ -36,11 +36,11 @@ UNUSED = keys(
     block_use_xavier_init conv_dim conv_dim_out conv_use_xavier_init num_heads theta use_pos_enc
     """
 )
-"""Keys of the first published configs that repeat others, and that transformers does not read."""
+"""Keys of the first published configs that repeat other keys. transformers ignores them."""
 
 
 def complete(values: Values) -> None:
-    """The first configs of the family number the layers that attend."""
+    """Build ``layer_types`` from ``full_attn_idxs``, the key of the first published configs."""
     attending = values.pop("full_attn_idxs")
     if values["layer_types"] is None:
         values["layer_types"] = [
@@ -51,7 +51,7 @@ def complete(values: Values) -> None:
 
 
 def _intermediate(values: Values) -> int:
-    """Two thirds of the number in the config, up to the next multiple, where the config says so."""
+    """Return two thirds of the stated size, rounded up to a multiple, if the config says so."""
     size = int(values["intermediate_size"])
     multiplier = values.pop("block_ffn_dim_multiplier")
     multiple = fields.check_size("block_multiple_of", values.pop("block_multiple_of"))
@@ -101,7 +101,7 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """Raises SizesError for a layer of a sort that is not known."""
+    """Compute the sizes. Raises SizesError for an unknown layer type."""
     width = fields.size_of(config, "conv_L_cache")
     mixers: dict[str, MixerSizes] = {
         "conv": ShortConvSizes(fields.hidden(config), width),
@@ -112,7 +112,7 @@ def sizes(config: Config) -> ModelSizes:
 
 
 def mlps(config: Config) -> list[MLPSizes | ExpertsSizes]:
-    """Of every layer: the first ``num_dense_layers`` have no experts."""
+    """Return the block of every layer. The first ``num_dense_layers`` have no experts."""
     count, dense, experts = fields.num_layers(config), fields.dense(config), fields.experts(config)
     if "num_experts" not in config:
         return [dense] * count

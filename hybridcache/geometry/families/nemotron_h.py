@@ -1,4 +1,4 @@
-"""Nemotron-H: every layer is one thing, a Mamba-2 mixer, attention, an MLP or experts."""
+"""Nemotron-H: every layer is either a Mamba-2 mixer, attention, an MLP or experts."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hybridcache.geometry.sizes import LayerSizes, ModelSizes, SizesError
 
 MARK = "mamba_num_heads"
 LETTERS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
-"""Letters of ``hybrid_override_pattern`` to words of ``layers_block_type``."""
+"""Letters of ``hybrid_override_pattern`` and the matching types of ``layers_block_type``."""
 
 
 def complete(values: Values) -> None:
-    """The number of layers is that of the words, whatever ``num_hidden_layers`` says."""
+    """Derive the number of layers from the layer types; ``num_hidden_layers`` is ignored."""
     pattern = values.pop("hybrid_override_pattern", None)
     if values["layers_block_type"] is None and pattern is not None:
         values["layers_block_type"] = [LETTERS.get(letter, letter) for letter in pattern]
@@ -86,7 +86,7 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """One word a layer. Raises SizesError for a sort that is not known."""
+    """Compute the sizes. Raises SizesError for an unknown layer type."""
     heads, groups = fields.size_of(config, "mamba_num_heads"), fields.size_of(config, "n_groups")
     fields.check_multiple("mamba_num_heads", heads, "n_groups", groups)
     mamba = MambaSizes(
@@ -104,5 +104,5 @@ def sizes(config: Config) -> ModelSizes:
     }
     words = fields.sorts(config, made, "layers_block_type")
     if "moe" in words and made["moe"].mlp is None:
-        raise SizesError("n_routed_experts must be at least 1 in config.json: layers are moe.")
+        raise SizesError("n_routed_experts must be at least 1 in config.json if a layer is moe.")
     return fields.model(config, tuple(made[word] for word in words))

@@ -10,8 +10,11 @@ SORTS = "linear_attention", "full_attention"
 
 
 def complete(values: Values) -> None:
-    """Heads of the linear layers are as many as the others where nothing is said, keys three
-    quarters of the width and values twice as wide."""
+    """Fill in the sizes of the linear layers.
+
+    They have as many heads as the attention layers. Keys have three quarters of the model's width,
+    and values are twice as wide as keys.
+    """
     fields.fill_kv_heads(values)
     count = fields.num_layers(values)
     if values["layer_types"] is None:

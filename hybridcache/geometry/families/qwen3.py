@@ -8,7 +8,7 @@ from hybridcache.geometry.sizes import LayerSizes, ModelSizes
 
 
 def complete(values: Values) -> None:
-    """The last layers attend to a window where ``use_sliding_window`` says so."""
+    """Build ``layer_types``: the last layers use a window if ``use_sliding_window`` is set."""
     fields.fill_kv_heads(values)
     window, first = values.pop("sliding_window"), values.pop("max_window_layers")
     has_windows = values.pop("use_sliding_window") and window is not None

@@ -86,7 +86,7 @@ FORMATS = {
 
 
 def sizes(config: Config) -> ModelSizes:
-    """Raises SizesError for a layer of a sort that is not known."""
+    """Compute the sizes. Raises SizesError for an unknown layer type."""
     attention = fields.attention(config, gated=True)
     types = fields.sorts(config, SORTS)
     linear = fields.gated_delta_net(config)

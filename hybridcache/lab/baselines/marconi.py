@@ -1,44 +1,45 @@
-"""Marconi (MLSys'25, arXiv 2411.19379): a radix tree, two checkpoints a request, eviction by
-recency + alpha * FLOPs per byte.
+"""Marconi (MLSys'25, arXiv:2411.19379): radix tree, two checkpoints per request, eviction by score.
 
-Eq. 1: ``efficiency(n)`` = FLOPs that hitting ``n`` saves over hitting its parent / bytes of ``n``'s
-own KV and state. Eq. 2: ``score(n)`` = recency + alpha * efficiency, both min-max normalised over
-the candidates; the least goes. Candidates have at most one child; a leaf frees KV and state, an
-inner node its state, its KV joining the child's edge. Admission: the last decoded token, and the
-point where an insertion splits an edge (so a fork pays on its third sighting). Only the consumed
-node's recency is refreshed.
+- Eq. 1: ``efficiency(n)`` is the FLOPs that a hit of ``n`` saves compared with a hit of its parent,
+  divided by the bytes of the KV and state of ``n``.
+- Eq. 2: ``score(n)`` is recency + alpha * efficiency, both min-max normalised over the candidates.
+  The candidate with the least score is evicted.
+- Candidates have at most one child. Evicting a leaf frees its KV and state. Evicting an inner node
+  frees its state, and its KV joins the child's edge.
+- Checkpoints are saved at the last decoded token, and where an insertion splits an edge. A fork is
+  therefore useful from its third sighting on.
+- A hit refreshes only the recency of the resumed node.
 
-The paper and its artifact (0801661, 2025-03-05) differ, and results depend on it in both
-directions. Three readings:
+The paper and its artifact (0801661, 2025-03-05) differ, and the results depend on it in both
+directions. There are three readings:
 
-=====================  ==========================  ===========================================
-=================== \\                     ``paper``                   ``artifact``
-``repaired`` =====================  ==========================
-===========================================  =================== MLP saved              less the
-parent's MLP       less the *attention* of the parent's prefix  as the paper
-                                                   in as many layers as there are MLPs
-bytes in Eq. 1         own edge's KV, state        KV of the whole prefix, state                as
-the paper bytes of a dead leaf   its own                     the edge of the candidate walked last
-its own recency                time                        ``1 / (now - time)``
-as the artifact of a merged node       its child's                 the later of both
-as the artifact insertion              splits get a state where    splits get a state where prompt +
-answer     as the artifact
-                       the prompt leaves           leave; matches and refreshes once more
-room is made           after it, both new          before it, for all it may need;              as
-the artifact
-                       checkpoints spared          nothing is spared
-alpha is tuned after   ``(1 + window) * n``        ``window * n`` requests, on FLOPs saved      as
-the artifact
-                       requests, on tokens hit
-=====================  ==========================  ===========================================
-===================
+====================  ======================  =================================  ===============
+\                     ``paper``               ``artifact``                       ``repaired``
+====================  ======================  =================================  ===============
+MLP FLOPs saved       less the parent's MLP   less the *attention* of the        as the paper
+                                              parent's prefix, in as many
+                                              layers as there are MLPs
+bytes in Eq. 1        own edge's KV, state    KV of the whole prefix, state      as the paper
+bytes of a dead leaf  its own                 edge of the last candidate walked  its own
+recency               time                    ``1 / (now - time)``               as the artifact
+   of a merged node   its child's             the later of both                  as the artifact
+insertion             splits get a state      splits get a state where prompt    as the artifact
+                      where the prompt        and answer diverge; matches and
+                      diverges                refreshes a second time
+room is made          after the insertion;    before it, for the maximal need;   as the artifact
+                      both new checkpoints    nothing is spared
+                      are spared
+alpha is tuned after  ``(1 + window) * n``    ``window * n`` requests, by        as the artifact
+                      requests, by hit        FLOPs saved
+                      tokens
+====================  ======================  =================================  ===============
 
-``alpha=None`` tunes it: 0 until the first eviction, in request ``n``; all requests up to then are
-replayed over 0, 0.1 … 2, and what is best is kept for good.
+``alpha=None`` tunes alpha. It is 0 until the first eviction, in request ``n``. All requests up to
+the tuning are then replayed with 0, 0.1 ... 2, and the best alpha is used from then on.
 
-Left out in all: a running request's own memory (so nothing ever waits), unless it is ``counted``;
-and that the artifact can skip a whole prompt (here the last token is always computed) and goes on
-matching below an edge that it left.
+Not modelled: the memory of a running request, unless it is ``counted`` (otherwise requests never
+wait). The artifact can also skip a whole prompt, while here the last token is always computed, and
+it continues to match below an edge that it left.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ ALPHAS = tuple(round(0.1 * step, 1) for step in range(21))
 
 @dataclass(frozen=True, slots=True)
 class LayerFlops:
-    """Forward FLOPs of ``length`` tokens by layer kind, as the paper counts them (MHA, two MLP
-    matrices of 4 D)."""
+    """Forward FLOPs of ``length`` tokens by layer kind, as counted in the paper.
+
+    The paper assumes multi-head attention and two MLP matrices of 4 D.
+    """
 
     num_attention: int = 4
     num_linear: int = 24
@@ -77,35 +80,41 @@ class LayerFlops:
     state: int = 128
 
     def attention(self, length: int) -> float:
-        """Of all attention layers."""
+        """FLOPs of all attention layers."""
         return self.num_attention * self.one_attention(length)
 
     def one_attention(self, length: int) -> float:
-        """Of one attention layer."""
+        """FLOPs of one attention layer."""
         return 8.0 * length * self.hidden**2 + 4.0 * length**2 * self.hidden
 
     def mlp(self, length: int) -> float:
-        """Of all MLPs."""
+        """FLOPs of all MLPs."""
         return self.num_mlp * 16.0 * length * self.hidden**2
 
     def linear(self, length: int) -> float:
-        """Of all linear layers (Mamba)."""
+        """FLOPs of all linear layers (Mamba)."""
         d, n = self.hidden, self.state
         return self.num_linear * length * (12.0 * d**2 + 16.0 * d * n + 10.0 * d)
 
     def total(self, length: int) -> float:
-        """Of the whole model."""
+        """FLOPs of the whole model."""
         return self.attention(length) + self.mlp(length) + self.linear(length)
 
 
 class MarconiCache:
-    """Marconi in one of its readings. One byte budget; a running request's own memory is not
-    counted (as in the artifact) unless ``counted`` says so: then its state and the KV that its
-    prompt adds are taken from the budget while it runs, as in every cache that serves.
+    """Marconi cache in one of its readings, with one byte budget.
 
-    ``window``: how many times the requests before the first eviction the tuning of alpha waits for,
-    5 to 15 as published. ``leaf_lru`` turns it into the paper's SGLang+ baseline: the same
-    admission, leaves only, least recently used, the whole path refreshed by a hit.
+    Args:
+        config: Budget and sizes.
+        reading: ``paper``, ``artifact`` or ``repaired``.
+        alpha: Weight of the efficiency, or None to tune it.
+        window: Tuning starts after this multiple of the requests before the first eviction.
+            Published values are 5 to 15.
+        flops: FLOPs by layer kind.
+        leaf_lru: True for the paper's baseline SGLang+: the same admission, LRU eviction of leaves
+            only, and hits that refresh the whole path.
+        counted: True to subtract the memory of running requests from the budget, as a serving
+            cache must: one state and the KV that the prompt adds. The artifact does not.
     """
 
     spilled_bytes = 0
@@ -127,12 +136,13 @@ class MarconiCache:
         self.leaf_lru = leaf_lru
         self.kv_bytes = config.kv_bytes_per_token * config.unit
         self.used_bytes = 0
-        """Of the tree."""
+        """Bytes of the tree."""
         self.counted = counted
         self.held_bytes = 0
-        """Of requests that run, where they are counted."""
+        """Bytes held by running requests. Always 0 unless ``counted``."""
         self.running: dict[MarconiSession, PrefixNode] = {}
-        """What each resumed from, where they are counted: it stays."""
+        """Node that each running request resumed from, which is not evicted. Empty unless
+        ``counted``."""
         self.clock = 0
         self.flops_saved = 0.0
         self.hit_tokens = 0
@@ -143,8 +153,10 @@ class MarconiCache:
         self._tuner = _Tuner(wait) if alpha is None and not leaf_lru else None
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> MarconiSession | None:
-        """Match ``tokens``; None only where running requests are counted and leave too little. Else
-        no memory is held before the request is over. O(prompt)."""
+        """Match ``tokens`` and start a request. O(prompt).
+
+        Returns None if running requests are ``counted`` and leave too little memory.
+        """
         root = self.roots.setdefault(namespace, new_root())
         node = self._match(root, tokens[:-1])
         session = MarconiSession(self, root, tokens, node.depth, namespace)
@@ -155,8 +167,10 @@ class MarconiCache:
         return session
 
     def _hold(self, session: MarconiSession, node: PrefixNode) -> bool:
-        """Take a running request's state and the KV that it computes, evicting all but what is
-        resumed from; False: too little is left."""
+        """Reserve a running request's state and new KV, evicting if needed.
+
+        The node it resumes from is not evicted. Returns False if there is too little memory.
+        """
         self.running[session] = node
         needed = self.config.state_bytes
         needed += (len(session.tokens) - node.depth) * self.kv_bytes
@@ -169,19 +183,19 @@ class MarconiCache:
         return True
 
     def release(self, session: MarconiSession) -> None:
-        """A request is over: its memory is free, or the tree's."""
+        """Release the memory of a finished request."""
         self.held_bytes -= session.held_bytes
         self.running.pop(session, None)
 
     def _excess(self) -> int:
-        """Bytes above the budget; negative: free."""
+        """Bytes above the budget; negative if there is free memory."""
         return self.used_bytes + self.held_bytes - self.config.budget_bytes
 
     def finished(
         self, root: PrefixNode, tokens: Tokens, output: Tokens, namespace: Hashable
     ) -> None:
-        """A request is over: admit it, and tune alpha when the time has come. O(prompt), an
-        eviction O(tree)."""
+        """Insert a finished request, and tune alpha if it is due. O(prompt), plus O(tree) per
+        eviction."""
         if self.reading == "paper":
             self._insert_then_evict(root, tokens, output)
             self._learn(tokens, output, namespace)
@@ -190,14 +204,13 @@ class MarconiCache:
             self._evict_then_insert(root, np.concatenate([tokens, output]))
 
     def twin(self, alpha: float) -> MarconiCache:
-        """An empty cache of the same make with a fixed alpha."""
+        """Return an empty cache with the same settings and a fixed alpha."""
         return MarconiCache(
             self.config, self.reading, alpha, flops=self.flops, counted=self.counted
         )
 
     def check(self) -> None:
-        """AssertionError if the bytes counted are not the tree's, or the candidates not its nodes
-        of at most one child. O(tree)."""
+        """Raise AssertionError unless the byte count and the candidates match the tree. O(tree)."""
         used = 0
         stack = list(self.roots.values())
         while stack:
@@ -211,7 +224,7 @@ class MarconiCache:
         assert used == self.used_bytes, f"counted {self.used_bytes} bytes, the tree has {used}"
 
     def _match(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
-        """The deepest whole node with a state; refreshes it (leaf_lru: its path)."""
+        """Return the deepest whole node with a state, and refresh it (``leaf_lru``: its path)."""
         self.clock += 1
         node, matched = walk(root, tokens)
         while node.parent is not None and not (node.has_state and node.depth <= matched):
@@ -221,7 +234,7 @@ class MarconiCache:
         return node
 
     def _insert_then_evict(self, root: PrefixNode, tokens: Tokens, output: Tokens) -> None:
-        """The branch point the prompt makes and the end of the answer; then down to the budget."""
+        """Insert, save at the branch point and at the answer's end, then evict to the budget."""
         self.clock += 1
         walked, matched = walk(root, tokens)
         branch = matched if matched < walked.depth and matched > 0 else None
@@ -235,8 +248,10 @@ class MarconiCache:
         self._evict(self._excess(), fresh)
 
     def _evict_then_insert(self, root: PrefixNode, whole: Tokens) -> None:
-        """Room for the whole text and at most two states; then the end of the text and the split
-        its insertion makes."""
+        """Evict for the whole text and at most two states, then insert.
+
+        States are saved at the end of the text and at the split made by the insertion.
+        """
         self.clock += 1
         reusable = self._match(root, whole)
         _, matched = walk(root, whole)
@@ -280,7 +295,7 @@ class MarconiCache:
             self._remove(victim)
 
     def _pool(self) -> Iterator[PrefixNode]:
-        """The candidates; but for the paper in the artifact's order, which settles ties."""
+        """Return the candidates. Except for ``paper``, the artifact's order breaks ties."""
         if self.leaf_lru:
             return (node for node in self.candidates if not node.children)
         if self.reading == "paper":
@@ -290,13 +305,13 @@ class MarconiCache:
         )
 
     def _counted(self, victim: PrefixNode, walked_last: PrefixNode) -> int:
-        """Bytes that evicting ``victim`` is thought to free."""
+        """Bytes that the reading counts as freed by evicting ``victim``."""
         if self.reading != "artifact" or victim.children:
             return self._own_bytes(victim)
         return len(walked_last.tokens) * self.kv_bytes + self.config.state_bytes
 
     def _own_bytes(self, node: PrefixNode) -> int:
-        """What evicting ``node`` frees."""
+        """Bytes freed by evicting ``node``."""
         kv = 0 if node.children else len(node.tokens) * self.kv_bytes
         return kv + node.has_state * self.config.state_bytes
 
@@ -322,7 +337,7 @@ class MarconiCache:
         return score
 
     def _efficiency(self, node: PrefixNode) -> float:
-        """Eq. 1, in the reading's arithmetic."""
+        """Compute Eq. 1 in the arithmetic of the reading."""
         assert node.parent is not None
         unit, flops = self.config.unit, self.flops
         total, above = node.depth * unit, node.parent.depth * unit
@@ -337,7 +352,7 @@ class MarconiCache:
         return saved / (kv_tokens * self.kv_bytes + self.config.state_bytes)
 
     def _learn(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
-        """Let the tuner see a request; it may have seen enough."""
+        """Record a request, and tune alpha if enough are recorded."""
         if self._tuner is None:
             return
         self._tuner.record(tokens, output, namespace)
@@ -347,7 +362,7 @@ class MarconiCache:
 
 
 class MarconiSession:
-    """One request; it holds memory only where running requests are counted."""
+    """One running request. It holds memory only if running requests are ``counted``."""
 
     num_chunks = 1
     fetched_bytes = 0
@@ -368,14 +383,17 @@ class MarconiSession:
         self.held_bytes = 0
 
     def finish(self, output: Tokens) -> None:
-        """Admit the prompt and its answer. Call once."""
+        """Insert the prompt and its answer. Call once."""
         self.cache.release(self)
         self.cache.finished(self.root, self.tokens, output, self.namespace)
 
 
 class _Tuner:
-    """Records requests from the start, as alpha changes nothing before the first eviction, and
-    replays them once there are ``wait`` times as many as then."""
+    """Tuning of alpha by replay.
+
+    Requests are recorded from the start, because alpha has no effect before the first eviction.
+    They are replayed when there are ``wait`` times as many as at the first eviction.
+    """
 
     def __init__(self, wait: int) -> None:
         self._wait = wait
@@ -383,21 +401,21 @@ class _Tuner:
         self._until: int | None = None
 
     def first_eviction(self) -> None:
-        """Start the clock: the first call says how many requests fitted."""
+        """Determine the number of requests to wait for, at the first call."""
         if self._until is None:
             self._until = self._wait * max(1, len(self._requests))
 
     def record(self, tokens: Tokens, output: Tokens, namespace: Hashable) -> None:
-        """Keep a request for the replays."""
+        """Store a request for the replays."""
         self._requests.append((tokens, output, namespace))
 
     @property
     def ready(self) -> bool:
-        """Whether there are requests enough to choose by."""
+        """True if enough requests are recorded."""
         return self._until is not None and len(self._requests) >= self._until
 
     def best_alpha(self, cache: MarconiCache) -> float:
-        """The alpha that saves most on what was recorded; ties go to the smaller."""
+        """Return the alpha that saves most in the recorded requests; the smallest of equal ones."""
         saved: dict[float, float] = {}
         for alpha in ALPHAS:
             twin = cache.twin(alpha)

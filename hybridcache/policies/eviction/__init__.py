@@ -1,1 +1,1 @@
-"""What is evicted first: one file an algorithm, and what several of them share."""
+"""Eviction policies: one module per algorithm, and their shared base classes."""

@@ -1,4 +1,4 @@
-"""ARC."""
+"""Adaptive replacement cache (ARC)."""
 
 from __future__ import annotations
 
@@ -12,31 +12,29 @@ from hybridcache.policies.protocol import Item
 
 
 class ArcQueues(QueuePolicy):
-    """``recent`` (T1), ``frequent`` (T2) and the bytes that T1 should have, moved by ghosts."""
+    """Lists ``recent`` (T1) and ``frequent`` (T2), and T1's target bytes, adapted by ghosts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.recent, self.frequent = Queue(), Queue()
         self.target_bytes = 0.0
         self.num_ghosts = {True: 0, False: 0}
-        """Evicted and not asked back, by whether they came from ``recent``."""
+        """Evicted and not returned items, by origin: True for ``recent``."""
         self._chosen: Item | None = None
         self._frequent_asked = False
-        """The latest request asked for a ghost of ``frequent``: it may then take T1's last byte of
-        its target."""
+        """True if the latest ghost hit was of ``frequent``. T1 then also shrinks at its target."""
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """``recent``, or ``frequent`` for one that a ghost asked back."""
+        """Enter ``recent``, or ``frequent`` if a ghost returns."""
         self._frequent_asked = False
         return self.recent if ghost is None else self.frequent
 
     def used(self, item: Item, record: Record) -> None:
-        """To the young end of ``frequent``, from either list."""
+        """Move to the young end of ``frequent``, from either list."""
         self.move(item, self.frequent)
 
     def choose(self) -> Item | None:
-        """The oldest of ``recent`` while it holds more than its target, else of ``frequent``
-        (REPLACE)."""
+        """Return the oldest of ``recent`` above its target, else of ``frequent`` (REPLACE)."""
         held = self.recent.num_bytes
         over = held > self.target_bytes or (self._frequent_asked and held == self.target_bytes)
         first, second = (self.recent, self.frequent) if over else (self.frequent, self.recent)
@@ -45,7 +43,7 @@ class ArcQueues(QueuePolicy):
         return self._chosen
 
     def gone(self, item: Item, record: Record, evicted: bool) -> None:
-        """What was chosen is a ghost now, unless it was locked."""
+        """Count the chosen victim as a ghost, unless it was only locked."""
         if item is not self._chosen:
             return
         self._chosen = None
@@ -53,8 +51,7 @@ class ArcQueues(QueuePolicy):
             self.num_ghosts[record.queue is self.recent] += 1
 
     def missed(self, item: Item) -> None:
-        """A ghost asks for room in the list it came from: as many items' bytes as the other list
-        has ghosts for one of its own."""
+        """Enlarge the list of the ghost by the item's bytes times the ratio of ghost counts."""
         super().missed(item)
         record: Record | None = item.memo
         if record is None or record.owner is not self:
@@ -69,8 +66,10 @@ class ArcQueues(QueuePolicy):
         self.num_ghosts[from_recent] = max(0, self.num_ghosts[from_recent] - 1)
 
     def _remembered(self, from_recent: bool) -> int:
-        """|B1| or |B2| as the paper bounds them: T1 with B1, and B1 with B2, no more than the cache
-        holds. At least 1."""
+        """Return |B1| or |B2|, at least 1, with the paper's bounds.
+
+        T1 with B1, and B1 with B2, may not exceed the size of the cache.
+        """
         recent = min(self.num_ghosts[True], len(self.frequent))
         if from_recent:
             return max(1, recent)
@@ -79,12 +78,12 @@ class ArcQueues(QueuePolicy):
 
 
 class ARC(BothKinds):
-    """Two LRU lists, used once and used again; whichever's ghosts are asked for gets more room.
+    """Evict from one of two LRU lists, used once and used again. Ghost hits adapt their sizes.
 
     Source: Megiddo, Modha, "ARC: a self-tuning, low overhead replacement cache" (FAST'03).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV
-    nodes. Two kinds: the lists for each, the target in bytes; the tree's ghosts are B1 and B2
-    (checkpoints only, so KV's target stays 0: its used items are kept longest).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: two lists for each, with the target in bytes. The tree's ghosts are B1 and B2. They
+    exist for checkpoints only, so KV's target stays 0 and its used items are kept longest.
     """
 
     def __init__(self) -> None:

@@ -11,12 +11,12 @@ Class = tuple[str, str, int, bool]
 
 
 class ClassAge(SampledPolicy):
-    """Least P(reuse | class) * tokens to compute again / (bytes freed * age), among 64 drawn.
+    """Evict the least P(reuse | class) * span / (bytes freed * age), among 64 samples.
 
-    Source: this project's first draft of ``regret``. A class is (kind, label, uses up to 3,
-    superseded); P counts, over all items that ever entered the class, how many were used again,
-    ghosts included: a request that would have used an evicted checkpoint counts as a use. Starts at
-    one in two. Candidates: leaf KV, any unlocked checkpoint. Refresh: the age restarts at a use.
+    Source: the first draft of this project's ``regret``. A class is (kind, label, uses up to 3,
+    superseded). P is the fraction of all items that ever entered the class and were used again,
+    starting at one in two. Ghost hits count as uses.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: a use resets the age.
     Two kinds, unequal sizes: ``span`` over ``size_bytes`` for both.
     """
 
@@ -45,7 +45,7 @@ class ClassAge(SampledPolicy):
             self._reused[item.memo[1]] += 1
 
     def _count(self, item: Item) -> None:
-        """``memo`` holds (uses, class) as last seen."""
+        """Update the counts. ``memo`` stores (uses, class) at the last update."""
         key = _class(item)
         if item.memo is None:
             self._entered[key] += 1

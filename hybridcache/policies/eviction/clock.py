@@ -12,22 +12,22 @@ from hybridcache.policies.protocol import Item
 
 
 class ClockQueue(QueuePolicy):
-    """One ring; a used item gets a second chance."""
+    """Ring of items with one reference bit each."""
 
     def __init__(self) -> None:
         super().__init__()
         self.ring = Queue()
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """Behind the hand."""
+        """Enter behind the hand."""
         return self.ring
 
     def used(self, item: Item, record: Record) -> None:
-        """Sets its bit."""
+        """Set the reference bit."""
         record.mark = 1
 
     def choose(self) -> Item | None:
-        """The first whose bit is not set; the bits that the hand passes are cleared."""
+        """Return the first item without its bit. The hand clears the bits that it passes."""
         while (oldest := self.ring.oldest()) is not None:
             record: Record = oldest[1].memo
             if not record.mark:
@@ -38,11 +38,11 @@ class ClockQueue(QueuePolicy):
 
 
 class Clock(BothKinds):
-    """The hand passes over items used since its last round (moving them behind it) and takes the
-    first that was not.
+    """Evict the first item in the ring that was not used since the hand's last round.
 
-    Source: Corbató, "A paging experiment with the Multics system", 1968. Candidates: leaf KV, any
-    unlocked checkpoint. Refresh: a bit. Two kinds: a ring for each; sizes ignored.
+    Source: Corbató, "A paging experiment with the Multics system", 1968.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: sets a bit.
+    Two kinds: one ring for each. Sizes are ignored.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Candidates as parallel arrays, for policies whose scores all change with every request."""
+"""Candidates as parallel arrays, for policies in which all scores change with every request."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from hybridcache.policies.protocol import Item
 
 
 class Columns:
-    """Items with three numbers each, so that a victim is one vector expression. Removal swaps with
-    the last: O(1)."""
+    """Items with three numbers each, so that a victim is one vector expression.
+
+    Removal moves the last item into the gap: O(1).
+    """
 
     def __init__(self) -> None:
         self.items: list[Item] = []
         self.places: dict[Item, int] = {}
         self.cells: npt.NDArray[np.int64] = np.zeros(64, np.int64)
-        """Where the class begins in a table of all classes."""
+        """Start of the item's class in a table of all classes."""
         self.times: npt.NDArray[np.int64] = np.zeros(64, np.int64)
-        """A logical time: of the last use, or of the entry into the class."""
+        """Logical time of the last use, or of the entry into the class."""
         self.worths: npt.NDArray[np.float64] = np.zeros(64)
-        """What a use is worth, per byte."""
+        """Value of a use per byte."""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -29,7 +31,7 @@ class Columns:
         return item in self.places
 
     def put(self, item: Item, cell: int, time: int, worth: float) -> None:
-        """Add ``item``, or change its numbers. Amortised O(1)."""
+        """Add ``item`` or change its numbers. O(1) amortised."""
         place = self.places.get(item)
         if place is None:
             place = self.places[item] = len(self.items)
@@ -40,7 +42,7 @@ class Columns:
         self.cells[place], self.times[place], self.worths[place] = cell, time, worth
 
     def remove(self, item: Item) -> None:
-        """Take ``item`` out; the last takes its place. KeyError where it is not in. O(1)."""
+        """Remove ``item``; the last item takes its place. O(1). Raises KeyError if it is absent."""
         place, last = self.places.pop(item), self.items.pop()
         if last is not item:
             end = len(self.items)

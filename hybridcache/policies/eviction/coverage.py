@@ -7,13 +7,14 @@ from hybridcache.policies.protocol import Item
 
 
 class Coverage(ScorePolicy):
-    """The checkpoint nearest to the one above it goes first, so that those left cover their paths
-    evenly; KV goes least recently used first.
+    """Evict the checkpoint nearest to the one above it, so that the rest cover paths evenly.
 
-    Source: SGLang #38000 (thin by coverage instead of from the LRU tail). Candidates: leaf KV, any
-    unlocked checkpoint. Refresh: a use breaks ties only. Two kinds: where one budget is shared,
-    whichever gives up fewer tokens per byte. Coverage that *shrinks* (a checkpoint appears above)
-    is seen when the item is used again.
+    KV is evicted in LRU order.
+
+    Source: SGLang #38000 (thin by coverage instead of from the LRU tail).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: a use breaks ties only.
+    Two kinds: with a shared budget, the least tokens per byte is evicted. If a new checkpoint above
+    reduces the coverage of an item, this takes effect at its next use.
     """
 
     orders_tiers = False

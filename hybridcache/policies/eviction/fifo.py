@@ -7,10 +7,11 @@ from hybridcache.policies.protocol import Item
 
 
 class FIFO(ScorePolicy):
-    """What entered the cache first goes first, used or not.
+    """Evict the item that entered the cache first, regardless of uses.
 
-    Source: folklore; the control of every caching study. Candidates: leaf KV, any unlocked
-    checkpoint. Refresh: none. Two kinds, unequal sizes: one order over both, sizes ignored.
+    Source: folklore; the control of caching studies.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: none.
+    Two kinds, unequal sizes: one order over both. Sizes are ignored.
     """
 
     orders_tiers = False

@@ -1,4 +1,4 @@
-"""Greedy dual, size and frequency."""
+"""Greedy dual size frequency (GDSF)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from hybridcache.policies.protocol import Item
 
 
 class GDSF(ScorePolicy):
-    """Least of age + uses * tokens to compute again / bytes freed.
+    """Evict the least age + uses * span / bytes freed.
 
     Source: Cherkasova, "Improving WWW proxies performance with Greedy-Dual-Size-Frequency", 1998;
-    as PGDSF in RAGCache (2404.12457). Candidates: leaf KV, any unlocked checkpoint. Refresh: the
-    consumed checkpoint, the path's KV nodes. Two kinds, unequal sizes: cost is ``span``, size is
-    ``size_bytes`` in MiB; one order over both.
+    as PGDSF in RAGCache (arXiv:2404.12457).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds, unequal sizes: cost is ``span``, size is ``size_bytes`` in MiB; one order over both.
     """
 
     orders_tiers = False

@@ -7,11 +7,11 @@ from hybridcache.policies.protocol import Item
 
 
 class HitsPerToken(ScorePolicy):
-    """Least uses per byte freed; ties (most often: never used) least recently used first.
+    """Evict the item with the fewest uses per byte freed; ties in LRU order.
 
-    Source: SGLang #30300 (size-aware eviction: hits divided by the tokens a node holds).
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV
-    nodes. Two kinds: tokens become ``size_bytes``, so that a state weighs what it weighs.
+    Source: SGLang #30300 (size-aware eviction: hits divided by the tokens of a node).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: tokens are replaced by ``size_bytes``, so that states count with their size.
     """
 
     orders_tiers = False

@@ -7,11 +7,11 @@ from hybridcache.policies.protocol import Item
 
 
 class Hyperbolic(SampledPolicy):
-    """Least (uses + 1) * tokens to compute again / (bytes freed * time in the cache), among 64
-    drawn.
+    """Evict the least (uses + 1) * span / (bytes freed * time in the cache), among 64 samples.
 
     Source: Blankstein, Sen, Freedman, "Hyperbolic Caching" (ATC'17), with its cost-aware priority.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: uses count, time since creation divides.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: counts uses; divided by time since
+    creation.
     Two kinds, unequal sizes: cost ``span``, size ``size_bytes``, one order over both.
     """
 

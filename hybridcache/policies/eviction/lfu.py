@@ -7,13 +7,13 @@ from hybridcache.policies.protocol import Item
 
 
 class LFU(ScorePolicy):
-    """Least uses first, where a newcomer starts at the worth of the last victim, so that old fame
-    fades (LFU-DA).
+    """Evict the least used item; new items start at the score of the last victim (LFU-DA).
+
+    This ageing lets items with many old uses expire.
 
     Source: Arlitt et al., "Evaluating content management techniques for Web proxy caches", 2000.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the KV nodes of
-    the path. Two kinds: one order over both; sizes ignored (``gdsf`` is the same with sizes and
-    costs).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: one order over both. Sizes are ignored (``gdsf`` adds sizes and costs).
     """
 
     orders_tiers = False
@@ -23,8 +23,7 @@ class LFU(ScorePolicy):
         self.age = 0.0
 
     def score(self, item: Item) -> float:
-        """Uses + the age at its latest use; the age stands in ``memo`` with the use it belongs
-        to."""
+        """Return uses + age at the latest use. ``memo`` stores (uses, age)."""
         if item.memo is None or item.memo[0] != item.uses:
             item.memo = (item.uses, self.age)
         return float(item.uses + 1 + item.memo[1])

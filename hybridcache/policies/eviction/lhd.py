@@ -9,22 +9,22 @@ from hybridcache.policies.eviction.scored import SampledPolicy
 from hybridcache.policies.protocol import Item
 
 NUM_AGES = 24
-"""Age bins: bin b holds ages in [2**b - 1, 2**(b + 1) - 1) requests."""
+"""Age bins. Bin b contains ages in [2**b - 1, 2**(b + 1) - 1) requests."""
 NUM_CLASSES = 4
-"""By uses: 0, 1, 2, 3 or more."""
+"""Classes by uses: 0, 1, 2, 3 or more."""
 RECOMPUTE_EVERY = 256
 DECAY = 0.9
 
 
 class LHD(SampledPolicy):
-    """Least expected hits per byte and unit of time still to live, among 64 drawn.
+    """Evict the least expected hits per byte and remaining lifetime, among 64 samples.
 
     Source: Beckmann, Chen, Cidon, "LHD: improving cache hit rate by maximizing hit density"
-    (NSDI'18). For each class (kind, uses) the ages at which items were used and evicted are
-    counted; density at age a is hits from a on / time lived from a on, recomputed every 256 events
-    from counts that decay by 0.9. Candidates: leaf KV, any unlocked checkpoint. Refresh: the age
-    restarts at a use. Two kinds, unequal sizes: kind is a class, density is per byte of
-    ``size_bytes``.
+    (NSDI'18). For each class (kind, uses) the policy counts the ages of uses and evictions. The
+    density at age a is hits from a on / time lived from a on. It is recomputed every 256 events
+    from counts that decay by 0.9.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: a use resets the age.
+    Two kinds, unequal sizes: the kind is part of the class; density is per byte of ``size_bytes``.
     """
 
     orders_tiers = False
@@ -55,7 +55,7 @@ class LHD(SampledPolicy):
         self._event()
 
     def _count_use(self, item: Item) -> None:
-        """``memo`` holds (uses, last use) as last seen."""
+        """Count a new use. ``memo`` stores (uses, last use) at the last update."""
         if item.memo is not None and item.uses > item.memo[0]:
             row, _ = self._place(item, item.memo[0])
             self._hits[row, _age_bin(item.last_used - item.memo[1])] += 1

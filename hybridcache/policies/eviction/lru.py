@@ -1,4 +1,4 @@
-"""Least recently used first: the base line of every study."""
+"""Least recently used: the baseline of every study."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from itertools import chain
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 Entry = tuple[int, int, Item]
-"""(last use when entered, serial, item): what candidates are ordered by."""
+"""(last use when entered, serial, item): sort key of candidates."""
 
 
 class LRU(EvictionPolicy):
-    """Least recently used first, over both kinds; ties go in order of creation.
+    """Evict the least recently used item of either kind; ties in order of creation.
 
-    ``touch`` does nothing: an item only ever grows younger, so an entry that has become too old is
-    put in its place when it comes to the front. ``discard`` only unmarks. Amortised O(log n) each,
-    O(1) in order of use.
+    ``touch`` does nothing, because items only become younger: an outdated entry is moved when it
+    reaches the front. ``discard`` only marks the entry as stale. O(log n) amortised per call, O(1)
+    if items are added in order of use.
 
-    Called ten times a request, so it keeps the priority classes of ``policies.tiers`` itself.
+    Called about ten times per request, so it implements the priority classes of ``policies.tiers``
+    itself.
     """
 
     orders_tiers = False
@@ -32,7 +33,7 @@ class LRU(EvictionPolicy):
 
     @property
     def has_tiers(self) -> bool:
-        """Whether it keeps dead KV or superseded checkpoints apart."""
+        """True if dead KV or superseded checkpoints have separate queues."""
         return self._dead is not self._kv or self._superseded is not self._checkpoints
 
     def add(self, item: Item) -> None:
@@ -53,7 +54,7 @@ class LRU(EvictionPolicy):
         item.memo = None
 
     def candidates(self) -> Iterator[Item]:
-        """All it holds, in no order. O(n)."""
+        """Return all candidates, unordered. O(n)."""
         lines = {self._kv, self._checkpoints, self._dead, self._superseded}
         return (entry[2] for line in lines for entry in line if entry[2].memo is entry)
 
@@ -77,13 +78,14 @@ class LRU(EvictionPolicy):
 
 
 class _Line:
-    """Candidates of one tier and kind, oldest first. Nearly all come in order and are appended to a
-    queue; one that belongs further back (of a node that became a leaf, or used since it came) goes
-    to a heap. Were all in one heap, a pop would read two cold entries at each level: half of what
-    an eviction costs at 100,000 nodes.
+    """Candidates of one priority class and kind, oldest first.
 
-    An entry is stale once its item's memo is another. It leaves at the front, or with all others
-    when the line has doubled.
+    Most arrive in order and are appended to a queue. Others go to a heap: nodes that became leaves,
+    and items used since they were added. With a single heap for all, a pop would read two cold
+    entries per level, which is half the cost of an eviction at 100,000 nodes.
+
+    An entry is stale if its item has another memo. Stale entries are removed at the front, or all
+    at once when the line has doubled.
     """
 
     __slots__ = ("late", "limit", "queue")
@@ -92,20 +94,22 @@ class _Line:
         self.queue: deque[Entry] = deque()
         self.late: list[Entry] = []
         self.limit = 64
-        """Length of either at which both are swept."""
+        """Length of queue or heap at which stale entries are removed."""
 
     def __iter__(self) -> Iterator[Entry]:
         return chain(self.queue, self.late)
 
     def add_late(self, entry: Entry) -> None:
-        """O(log n), amortised."""
+        """Add an entry that is out of order. O(log n) amortised."""
         heappush(self.late, entry)
         if len(self.late) > self.limit:
             self.sweep()
 
     def oldest(self) -> Item | None:
-        """The least recently used item, after stale entries before it are gone. Amortised O(log
-        n)."""
+        """Return the least recently used item, removing stale entries before it.
+
+        O(log n) amortised.
+        """
         queue, late = self.queue, self.late
         first: Entry | None = None
         while queue:
@@ -131,7 +135,7 @@ class _Line:
         return None if first is None else first[2]
 
     def sweep(self) -> None:
-        """Drop stale entries. O(n), as many steps after the last sweep."""
+        """Remove all stale entries. O(n), amortised over n additions."""
         self.queue = deque(entry for entry in self.queue if entry[2].memo is entry)
         self.late = [entry for entry in self.late if entry[2].memo is entry]
         heapify(self.late)

@@ -8,20 +8,23 @@ from hybridcache.policies.eviction.columns import Columns
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 ATTENTION_TOKENS = 30_000
-"""Position at which attention to all before costs a token as much as everything else (Qwen3-Next's
-sizes)."""
+"""Position at which attention to all earlier tokens costs as much as the rest of the model (with
+the sizes of Qwen3-Next)."""
 
 
 class Marconi(EvictionPolicy):
-    """Least recency + alpha * FLOPs saved per byte, both min-max normalised over the candidates.
+    """Evict the least recency + alpha * FLOPs saved per byte, both min-max normalised.
 
     Source: Pan et al., "Marconi: prefix caching for the era of hybrid LLMs" (MLSys'25), Eq. 1 and
-    2; ``alpha`` 0 is LRU. FLOPs are those from the checkpoint above to this one, attention growing
-    with position. Candidates: leaf KV, any unlocked checkpoint (the paper: nodes with at most one
-    child; what a policy sees does not tell a fork). Refresh: the consumed checkpoint. Two kinds,
-    unequal sizes: bytes freed. The alpha tuned by replay and the clairvoyant one need a whole cache
-    to replay: they are ``hybridcache.lab.baselines.MarconiCache`` and a study. O(candidates) per
-    victim, in one vector expression.
+    2. ``alpha`` 0 is LRU. FLOPs count from the checkpoint above to this one, with attention growing
+    with position.
+    Candidates: leaf KV, any unlocked checkpoint. The paper uses nodes with at most one child, but
+    policies cannot see forks. Refresh: the resumed checkpoint.
+    Two kinds, unequal sizes: bytes freed.
+    O(candidates) per victim, in one vector expression.
+
+    The alpha tuned by replay and the clairvoyant one need the replay of a whole cache; see
+    ``hybridcache.lab.baselines.MarconiCache``.
     """
 
     def __init__(self, alpha: float = 1.0) -> None:
@@ -30,30 +33,30 @@ class Marconi(EvictionPolicy):
         self._columns: dict[Kind, Columns] = {"kv": Columns(), "checkpoint": Columns()}
 
     def worth(self, item: Item) -> float:
-        """What keeping ``item`` saves, beside recency; it must not fall while nobody uses it."""
+        """Value of keeping ``item``, besides recency. Must not decrease without a use."""
         return efficiency(item)
 
     def add(self, item: Item) -> None:
-        """O(1); dead KV waits in a queue of its own."""
+        """Add a candidate. Dead KV has a separate queue. O(1)."""
         if item.dead:
             self._dead[item] = None
         else:
             self._columns[item.kind].put(item, 0, item.last_used, self.worth(item))
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """O(1)."""
+        """Remove a candidate. O(1)."""
         if item in self._dead:
             del self._dead[item]
         else:
             self._columns[item.kind].remove(item)
 
     def touch(self, item: Item) -> None:
-        """Its recency and its FLOPs per byte are new. O(1)."""
+        """Update recency and FLOPs per byte. O(1)."""
         if item not in self._dead:
             self._columns[item.kind].put(item, 0, item.last_used, self.worth(item))
 
     def victim(self, kind: Kind | None) -> Item | None:
-        """Dead KV, else the least of the checkpoints, else of leaf KV. O(candidates)."""
+        """Return dead KV, else the least checkpoint, else the least leaf KV. O(candidates)."""
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
         if kind is not None:
@@ -61,8 +64,11 @@ class Marconi(EvictionPolicy):
         return self._least(self._columns["checkpoint"]) or self._least(self._columns["kv"])
 
     def _least(self, columns: Columns) -> Item | None:
-        """The candidate of least score. What an eviction above it made worth more is put right as
-        it comes up."""
+        """Return the candidate with the least score.
+
+        Its value can be outdated (too low) after an eviction above. Then it is updated and the
+        search repeated.
+        """
         count = len(columns)
         if not count:
             return None
@@ -78,7 +84,7 @@ class Marconi(EvictionPolicy):
 
 
 def efficiency(item: Item) -> float:
-    """Eq. 1 in tokens' worth of FLOPs per byte."""
+    """FLOPs saved per byte (Eq. 1), in units of one token's FLOPs."""
     middle = item.position - item.span / 2
     return item.span * (1 + middle / ATTENTION_TOKENS) / item.size_bytes
 

@@ -1,5 +1,4 @@
-"""What the queue policies share: queues whose places survive a lock, and one policy instance per
-kind of item."""
+"""Base classes of queue policies: queues with stable places, one policy instance per kind."""
 
 from __future__ import annotations
 
@@ -10,22 +9,22 @@ from collections.abc import Iterator
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 RETURN_WITHIN = 16
-"""Requests after a ghost spoke within which a new checkpoint at its position is taken for the one
-that came back."""
+"""Number of requests after a ghost hit within which a new checkpoint at its position counts as the
+returned one."""
 
 
 class Queue:
     """Candidates in order of their tickets, oldest first.
 
-    A ticket is drawn when an item is pushed; an item that is locked and comes back is restored to
-    its old place. O(log n) comparisons, and a move of at most n machine words.
+    An item gets a ticket when it is added. After a lock it returns to its old place. O(log n)
+    comparisons, and a move of at most n machine words.
     """
 
     def __init__(self) -> None:
         self._tickets: list[int] = []
         self._items: dict[int, Item] = {}
         self.num_bytes = 0
-        """Bytes its candidates weighed when they entered."""
+        """Sum of the candidates' sizes when they entered."""
         self._sizes: dict[int, int] = {}
 
     def __len__(self) -> int:
@@ -35,38 +34,37 @@ class Queue:
         return ((ticket, self._items[ticket]) for ticket in self._tickets)
 
     def put(self, ticket: int, item: Item) -> None:
-        """Add ``item`` in the place of ``ticket``, new or its old one."""
+        """Add ``item`` at the place of ``ticket``, new or old."""
         insort(self._tickets, ticket)
         self._items[ticket] = item
         self._sizes[ticket] = item.size_bytes
         self.num_bytes += item.size_bytes
 
     def remove(self, ticket: int) -> None:
-        """Take out the item of ``ticket``. KeyError where it has none."""
+        """Remove the item of ``ticket``. Raises KeyError if there is none."""
         del self._tickets[bisect_left(self._tickets, ticket)]
         del self._items[ticket]
         self.num_bytes -= self._sizes.pop(ticket)
 
     def oldest(self) -> tuple[int, Item] | None:
-        """(ticket, item) at the old end; None: empty. O(1)."""
+        """Return (ticket, item) at the old end, or None if empty. O(1)."""
         return (self._tickets[0], self._items[self._tickets[0]]) if self._tickets else None
 
     def after(self, ticket: int) -> tuple[int, Item]:
-        """The first at or after ``ticket``, going round. The queue must not be empty."""
+        """Return the first entry at or after ``ticket``, cyclically. Requires a non-empty queue."""
         place = bisect_left(self._tickets, ticket)
         found = self._tickets[place if place < len(self._tickets) else 0]
         return found, self._items[found]
 
 
 class Record:
-    """What a queue policy remembers of an item, also while it is locked: its queue, its place, and
-    how often it was used."""
+    """State of an item in a queue policy, kept during locks: queue, place and number of uses."""
 
     __slots__ = ("mark", "owner", "queue", "ticket", "uses")
 
     def __init__(self, owner: QueuePolicy, queue: Queue, ticket: int, uses: int) -> None:
         self.owner = owner
-        """The instance it is a candidate of: a change of tier moves an item to another."""
+        """Instance that the item belongs to. A change of priority class moves it to another."""
         self.queue = queue
         self.ticket = ticket
         self.uses = uses
@@ -74,48 +72,51 @@ class Record:
 
 
 class QueuePolicy(ABC):
-    """Base of the queue policies: a subclass says where a new item goes (``enter``), what a use
-    does (``used``), and which candidate a *kind* should lose (``choose``).
+    """Base of queue policies.
 
-    Carried over to two kinds and unequal sizes: one instance of everything per kind
-    (``BothKinds``), shares of the memory counted in bytes of what is held now. A use while the item
-    was locked is noticed when it comes back. An item that changes its tier (``policies.tiers``)
-    enters the other tier's instance as a new one. Ghosts tell a position, not a path: the next new
-    checkpoint there, at most 16 requests later, is taken for the one that came back.
+    A subclass defines the queue of a new item (``enter``), the effect of a use (``used``), and the
+    candidate to evict (``choose``).
+
+    Adaptation to two kinds and unequal sizes:
+
+    - Each kind has a separate instance (``BothKinds``), and shares are in bytes held.
+    - Uses during a lock are applied when the item returns.
+    - An item that changes its priority class (``policies.tiers``) is new to the other instance.
+    - Ghosts are identified by position, not by path: the next new checkpoint at that position
+      within 16 requests counts as the returned one.
     """
 
     def __init__(self) -> None:
         self._next_ticket = 0
         self._now = 0
-        """Logical time of the newest item or use seen."""
+        """Logical time of the newest item or use."""
         self._asked_back: dict[int, tuple[Record, int]] = {}
-        """Position of a ghost that spoke -> (its record, when)."""
+        """Ghost hits by position: (record, time)."""
 
     @abstractmethod
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """The queue a new item goes to; ``ghost``: what was remembered of it, where it was asked
-        back a moment ago."""
+        """Return the queue for a new item. ``ghost`` is its record after a recent ghost hit."""
 
     @abstractmethod
     def used(self, item: Item, record: Record) -> None:
-        """A candidate was used since we last looked."""
+        """Process one or more uses of a candidate since the last call."""
 
     @abstractmethod
     def choose(self) -> Item | None:
-        """The candidate to lose, still in its queue."""
+        """Return the candidate to evict, without removing it."""
 
     def gone(self, item: Item, record: Record, evicted: bool) -> None:  # noqa: B027
-        """A candidate left its queue; not ``evicted``: it may come back."""
+        """Process the removal of a candidate. If not ``evicted``, it can return."""
 
     def move(self, item: Item, queue: Queue) -> None:
-        """To the young end of ``queue``."""
+        """Move ``item`` to the young end of ``queue``."""
         record: Record = item.memo
         record.queue.remove(record.ticket)
         record.queue, record.ticket = queue, self._ticket()
         queue.put(record.ticket, item)
 
     def add(self, item: Item) -> None:
-        """A new item enters; one that was locked comes back to its place. O(log n)."""
+        """Add a new item, or return an unlocked one to its place. O(log n)."""
         self._now = max(self._now, item.last_used)
         record: Record | None = item.memo
         if record is None or record.owner is not self:
@@ -127,7 +128,7 @@ class QueuePolicy(ABC):
             self.touch(item)
 
     def touch(self, item: Item) -> None:
-        """``used`` is called where ``uses`` has grown, once however much."""
+        """Call ``used`` once if ``uses`` has grown."""
         self._now = max(self._now, item.last_used)
         record: Record = item.memo
         if item.uses > record.uses:
@@ -135,20 +136,21 @@ class QueuePolicy(ABC):
             self.used(item, record)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """Out of its queue; its record keeps the place. O(log n)."""
+        """Remove ``item`` from its queue. Its record keeps the place. O(log n)."""
         record: Record = item.memo
         record.queue.remove(record.ticket)
         self.gone(item, record, evicted)
 
     def missed(self, item: Item) -> None:
-        """A ghost hit: remembers what it was, for when it comes back; one without a memo is
-        none."""
+        """Store the record of a ghost until its return. Ghosts without a memo are ignored."""
         if item.memo is not None:
             self._asked_back[item.position] = (item.memo, self._now)
 
     def _returned(self, item: Item) -> Record | None:
-        """The record of the ghost that ``item`` is the return of. An item from another tier is no
-        return."""
+        """Return the ghost's record if ``item`` is a returned ghost.
+
+        Items from another priority class do not count as returned.
+        """
         if item.memo is not None:
             return None
         ghost, when = self._asked_back.pop(item.position, (None, 0))
@@ -160,8 +162,10 @@ class QueuePolicy(ABC):
 
 
 class BothKinds(EvictionPolicy):
-    """One instance of a queue policy for KV and one for checkpoints; where one byte is asked of
-    either, the victim that was used longer ago."""
+    """Policy with one instance for KV and one for checkpoints.
+
+    With a shared budget, the less recently used of both victims is evicted.
+    """
 
     orders_tiers = False
 

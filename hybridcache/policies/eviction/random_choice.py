@@ -7,11 +7,12 @@ from hybridcache.policies.protocol import Item
 
 
 class Random(SampledPolicy):
-    """Any candidate, uniformly, under a seed.
+    """Evict a uniformly random candidate. Deterministic for a given seed.
 
-    Source: folklore; its competitive bound is why it is the honest control on loops, where LRU
-    scores nothing. Candidates: leaf KV, any unlocked checkpoint. Refresh: none. Two kinds: one urn
-    (a kind with more candidates loses more).
+    Source: folklore. Random eviction has a competitive bound, which makes it a useful control on
+    loops, where LRU has no hits.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: none.
+    Two kinds: drawn together, so the kind with more candidates loses more.
     """
 
     orders_tiers = False

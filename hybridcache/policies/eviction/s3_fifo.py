@@ -1,4 +1,4 @@
-"""S3-FIFO."""
+"""S3-FIFO replacement."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybridcache.policies.protocol import Item
 
 
 class S3FifoQueues(QueuePolicy):
-    """A small FIFO (``share`` of the bytes) and a main one; counters to 3."""
+    """Small FIFO (``share`` of the bytes) and main FIFO, with counters up to 3."""
 
     def __init__(self, share: float = 0.1) -> None:
         super().__init__()
@@ -20,18 +20,20 @@ class S3FifoQueues(QueuePolicy):
         self.small, self.main = Queue(), Queue()
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """``small``; ``main`` for what left ``small`` a while ago and is asked back. What left
-        ``main`` is no ghost."""
+        """Enter ``small``, or ``main`` if a ghost of ``small`` returns.
+
+        Items evicted from ``main`` count as new.
+        """
         if ghost is None or not isinstance(ghost.owner, S3FifoQueues):
             return self.small
         return self.main if ghost.queue is ghost.owner.small else self.small
 
     def used(self, item: Item, record: Record) -> None:
-        """Counts to 3; nothing moves."""
+        """Increment the counter, up to 3. The item does not move."""
         record.mark = min(record.mark + 1, 3)
 
     def choose(self) -> Item | None:
-        """From ``small`` while that has its share or more, else from ``main``."""
+        """Return an item from ``small`` if it has its share or more, else from ``main``."""
         while True:
             total = self.small.num_bytes + self.main.num_bytes
             if len(self.small) and (
@@ -44,7 +46,7 @@ class S3FifoQueues(QueuePolicy):
                 return item
 
     def _lazily_promoted(self) -> Item | None:
-        """The small queue's oldest, unless it was used more than once: then it goes to main."""
+        """Return the oldest item of ``small``, or move it to ``main`` if used more than once."""
         oldest = self.small.oldest()
         assert oldest is not None
         record: Record = oldest[1].memo
@@ -55,7 +57,7 @@ class S3FifoQueues(QueuePolicy):
         return None
 
     def _reinserted(self) -> Item | None:
-        """The main queue's oldest, unless its counter buys it another round."""
+        """Return the oldest item of ``main``, or reinsert it and decrement its counter."""
         oldest = self.main.oldest()
         if oldest is None:
             return None
@@ -68,12 +70,12 @@ class S3FifoQueues(QueuePolicy):
 
 
 class S3Fifo(BothKinds):
-    """Most items leave through a small FIFO; what is used twice there, or comes back as a ghost,
-    lives in the main one.
+    """Evict most items from a small FIFO. Items used twice or returned as ghosts go to a main FIFO.
 
-    Source: Yang et al., "FIFO queues are all you need for cache eviction" (SOSP'23). Candidates:
-    leaf KV, any unlocked checkpoint. Refresh: a counter. Two kinds: the queues for each, shares in
-    bytes; the tree's ghosts are its ghost queue (checkpoints only).
+    Source: Yang et al., "FIFO queues are all you need for cache eviction" (SOSP'23).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: increments a counter.
+    Two kinds: separate queues, with shares in bytes. The tree's ghosts (checkpoints only) are the
+    ghost queue.
     """
 
     def __init__(self) -> None:

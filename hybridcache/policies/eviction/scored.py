@@ -1,7 +1,6 @@
-"""Two ways to write a policy in twenty lines: a score per item, kept in a heap or looked at by
-sampling.
+"""Base classes for policies with one score per item, ordered by a heap or by sampling.
 
-A policy of your own, in a file of your own, named on the command line as ``module:Class``:
+A user's policy, to be named on the command line as ``module:Class``:
 
 >>> class ShallowLast(ScorePolicy):
 ...     'Evicts the deepest item first.'
@@ -22,49 +21,52 @@ from typing import Any, cast
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
 
 Score = float | tuple[float, ...]
-"""What candidates are ordered by; one policy's scores must compare with each other."""
+"""Sort key of candidates. All scores of a policy must be comparable."""
 
 _Entry = tuple[Score, int, Item]
 
 
 class ScorePolicy(EvictionPolicy):
-    """The candidate of least ``score`` goes first; ties go in order of creation. Both kinds compare
-    by the same score.
+    """Evict the candidate with the least ``score``, of either kind; ties in order of creation.
 
-    ``score`` is asked when an item becomes a candidate, after each use, and again when it comes to
-    the top: a score that only grows in between (because a neighbour went) is caught there. It may
-    read ``now``. A score that falls by itself wants ``SampledPolicy``. O(log n) amortised per call.
-    PolicyError where a score is NaN or no number.
+    ``score`` is computed when an item is added, after each use, and again when it reaches the top
+    of the heap. This handles scores that grow in between, for example after the eviction of a
+    neighbour. Use ``SampledPolicy`` for scores that decrease without a use. ``score`` may read
+    ``now``. O(log n) amortised per call.
+
+    Raises:
+        PolicyError: a score is NaN or not a number.
     """
 
     def __init__(self) -> None:
         self.now = 0
-        """Logical time of the newest use seen."""
+        """Logical time of the newest use."""
         self._heaps: dict[Kind, list[_Entry]] = {"kv": [], "checkpoint": []}
         self._entries: dict[Kind, dict[Item, _Entry]] = {"kv": {}, "checkpoint": {}}
         self._chosen: _Entry | None = None
 
     @abstractmethod
     def score(self, item: Item) -> Score:
-        """Worth of keeping ``item``, in any unit."""
+        """Return the value of keeping ``item``, in any unit."""
 
     def evicted(self, item: Item, score: Score) -> None:
-        """``item`` was this policy's victim and is gone; ``score`` was its last. For policies that
-        age by it."""
+        """Process the eviction of this policy's victim. ``score`` is its last score.
+
+        A hook for policies with ageing.
+        """
 
     def add(self, item: Item) -> None:
-        """Asks its score. O(log n) amortised."""
+        """Add a candidate. O(log n) amortised."""
         self.now = max(self.now, item.last_used)
         self._enter(item)
 
     def touch(self, item: Item) -> None:
-        """Asks its score anew. O(log n) amortised."""
+        """Recompute the score. O(log n) amortised."""
         self.now = max(self.now, item.last_used)
         self._enter(item)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """O(1): its entry goes stale. Calls ``evicted`` where the latest victim leaves the
-        cache."""
+        """Mark the entry as stale. Calls ``evicted`` for the latest victim. O(1)."""
         entry = self._entries[item.kind].pop(item)
         if self._chosen is entry:
             self._chosen = None
@@ -72,12 +74,11 @@ class ScorePolicy(EvictionPolicy):
                 self.evicted(item, entry[0])
 
     def candidates(self) -> Iterable[Item]:
-        """All it holds, in no order. O(n)."""
+        """Return all candidates, unordered. O(n)."""
         return chain(*self._entries.values())
 
     def victim(self, kind: Kind | None) -> Item | None:
-        """The top of a heap, or of both, once its score is still what it was. O(log n)
-        amortised."""
+        """Return the top of one heap or of both, after updating its score. O(log n) amortised."""
         kinds: tuple[Kind, ...] = ("kv", "checkpoint") if kind is None else (kind,)
         tops = [top for each in kinds if (top := self._top(each)) is not None]
         self._chosen = min(tops, key=lambda entry: (entry[0], entry[1])) if tops else None
@@ -100,7 +101,7 @@ class ScorePolicy(EvictionPolicy):
             if entries.get(item) is not entry:
                 heappop(heap)
                 continue
-            # Asked once a call: a score that is never twice the same must not go round for ever.
+            # Each item is scored once per call, or a nondeterministic score could loop forever.
             if entry[1] in asked:
                 return entry
             score = _checked(self, item)
@@ -113,12 +114,13 @@ class ScorePolicy(EvictionPolicy):
 
 
 class SampledPolicy(EvictionPolicy):
-    """The candidate of least ``score`` among ``sample`` drawn at random goes first: for scores that
-    drift with time.
+    """Evict the least ``score`` of ``sample`` random candidates, for scores that change over time.
 
-    All candidates are looked at while there are no more than ``sample``; both kinds lie in one urn
-    where either may go. Deterministic under ``seed``. O(sample). PolicyError where a score is NaN
-    or no number.
+    With ``sample`` candidates or fewer, all are examined. Both kinds are drawn together if either
+    may be evicted. Deterministic for a given ``seed``. O(sample).
+
+    Raises:
+        PolicyError: a score is NaN or not a number.
     """
 
     sample = 64
@@ -132,24 +134,24 @@ class SampledPolicy(EvictionPolicy):
 
     @abstractmethod
     def score(self, item: Item) -> Score:
-        """Worth of keeping ``item`` at time ``now``."""
+        """Return the value of keeping ``item`` at time ``now``."""
 
     def evicted(self, item: Item) -> None:
-        """``item`` was this policy's victim and is gone."""
+        """Process the eviction of this policy's victim."""
 
     def add(self, item: Item) -> None:
-        """Into the bag of its kind. O(1)."""
+        """Add a candidate. O(1)."""
         self.now = max(self.now, item.last_used)
         bag = self._bags[item.kind]
         self._places[item] = len(bag)
         bag.append(item)
 
     def touch(self, item: Item) -> None:
-        """Moves the clock only: scores are asked when a victim is."""
+        """Advance the clock. Scores are computed only for victims."""
         self.now = max(self.now, item.last_used)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        """Out of its bag; calls ``evicted`` where the latest victim leaves the cache. O(1)."""
+        """Remove a candidate. Calls ``evicted`` for the latest victim. O(1)."""
         bag = self._bags[item.kind]
         place, last = self._places.pop(item), bag.pop()
         if last is not item:
@@ -161,11 +163,11 @@ class SampledPolicy(EvictionPolicy):
                 self.evicted(item)
 
     def candidates(self) -> Iterable[Item]:
-        """All it holds, in no order. O(n)."""
+        """Return all candidates, unordered. O(n)."""
         return chain(*self._bags.values())
 
     def victim(self, kind: Kind | None) -> Item | None:
-        """The least of those drawn, with repeats. O(sample)."""
+        """Return the least of the drawn candidates (with repeats). O(sample)."""
         drawn = self._draw(self._bags.values() if kind is None else (self._bags[kind],))
         self._chosen = min(
             drawn, key=lambda item: (_checked(self, item), item.serial), default=None
@@ -173,7 +175,7 @@ class SampledPolicy(EvictionPolicy):
         return self._chosen
 
     def _draw(self, bags: Iterable[list[Item]]) -> Iterable[Item]:
-        """All of ``bags``, or ``sample`` of them, each as likely as any other."""
+        """Return all items, or ``sample`` of them with equal probability."""
         first, *rest = bags
         count = len(first) + sum(map(len, rest))
         if count <= self.sample:
@@ -186,14 +188,14 @@ class SampledPolicy(EvictionPolicy):
 
 
 def _checked(policy: ScorePolicy | SampledPolicy, item: Item) -> Score:
-    """The score; ValueError where nothing can be ordered by it."""
+    """Return the score. Raises PolicyError if it cannot be ordered."""
     score: Any = policy.score(item)
     try:
         if score <= score and (type(score) is not tuple or all(part <= part for part in score)):
             return cast(Score, score)
     except (TypeError, ValueError):
-        pass  # what has no order
+        pass  # the value has no order
     raise PolicyError(
         f"{type(policy).__name__}.score returned {score!r} for a {item.kind} item: "
-        "a number, or a tuple of numbers, is needed"
+        "a number or a tuple of numbers is required"
     )

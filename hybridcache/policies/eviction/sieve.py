@@ -1,4 +1,4 @@
-"""SIEVE."""
+"""SIEVE replacement."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from hybridcache.policies.protocol import Item
 
 
 class SieveQueue(QueuePolicy):
-    """One queue in order of arrival that nothing ever leaves its place in, and a hand."""
+    """Queue in order of arrival with reference bits and a hand. Items never change their place."""
 
     def __init__(self) -> None:
         super().__init__()
         self.queue = Queue()
         self.hand = 0
-        """Ticket to look at first; 0: the oldest."""
+        """Ticket at which the next search starts, or 0 for the oldest item."""
         self._chosen: Item | None = None
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """The young end."""
+        """Enter at the young end."""
         return self.queue
 
     def used(self, item: Item, record: Record) -> None:
-        """Sets its bit."""
+        """Set the reference bit."""
         record.mark = 1
 
     def choose(self) -> Item | None:
-        """The first from the hand on that was not used; those it passes lose their bit."""
+        """Return the first unused item from the hand on. The hand clears bits it passes."""
         if not len(self.queue):
             return None
         while True:
@@ -44,18 +44,18 @@ class SieveQueue(QueuePolicy):
             self.hand = ticket + 1
 
     def gone(self, item: Item, record: Record, evicted: bool) -> None:
-        """The hand goes on to the next younger one there is now; behind the youngest it starts
-        over."""
+        """Advance the hand to the next younger item. After the youngest it starts again."""
         if item is self._chosen:
             self._chosen = None
             self.hand = self.queue.after(record.ticket)[0] if len(self.queue) else 0
 
 
 class Sieve(BothKinds):
-    """As CLOCK, but survivors stay where they are: newcomers are sifted out early.
+    """Evict as CLOCK does, but leave survivors in place, so that new items are removed early.
 
-    Source: Zhang et al., "SIEVE is simpler than LRU" (NSDI'24). Candidates: leaf KV, any unlocked
-    checkpoint. Refresh: a bit. Two kinds: a queue and a hand for each; sizes ignored.
+    Source: Zhang et al., "SIEVE is simpler than LRU" (NSDI'24).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: sets a bit.
+    Two kinds: one queue and one hand for each. Sizes are ignored.
     """
 
     def __init__(self) -> None:

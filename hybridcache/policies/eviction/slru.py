@@ -14,7 +14,7 @@ from hybridcache.policies.protocol import Item
 
 
 class SLRUQueues(QueuePolicy):
-    """A probation queue and a protected one of at most ``protected`` of the bytes."""
+    """Probation queue, and protected queue of at most ``protected`` of the bytes."""
 
     def __init__(self, protected: float) -> None:
         super().__init__()
@@ -22,11 +22,11 @@ class SLRUQueues(QueuePolicy):
         self.probation, self.protected = Queue(), Queue()
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """Probation."""
+        """Enter the probation queue."""
         return self.probation
 
     def used(self, item: Item, record: Record) -> None:
-        """To the young end of protection, whose overflow returns to that of probation."""
+        """Move to the young end of the protected queue. Its overflow returns to probation."""
         self.move(item, self.protected)
         total = self.probation.num_bytes + self.protected.num_bytes
         while self.protected.num_bytes > self.share * total and len(self.protected) > 1:
@@ -35,18 +35,17 @@ class SLRUQueues(QueuePolicy):
             self.move(oldest[1], self.probation)
 
     def choose(self) -> Item | None:
-        """The oldest on probation; of the protected where none is."""
+        """Return the oldest item on probation, or the oldest protected one if there is none."""
         oldest = self.probation.oldest() or self.protected.oldest()
         return oldest[1] if oldest else None
 
 
 class SLRU(BothKinds):
-    """New items on probation; a used one is protected; protection overflows back to probation;
-    probation loses its oldest.
+    """Evict the oldest item on probation. A use protects an item; overflow returns to probation.
 
     Source: Karedla, Love, Wherry, "Caching strategies to improve disk system performance", 1994.
-    Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV
-    nodes. Two kinds: two queues for each, shares in bytes.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: two queues for each, with shares in bytes.
     """
 
     def __init__(self, protected: float = 0.8) -> None:

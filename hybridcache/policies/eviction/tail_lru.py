@@ -7,16 +7,16 @@ from hybridcache.policies.protocol import Item
 
 
 class TailLRU(ScorePolicy):
-    """Items whose loss keeps the next prefill within ``target_tokens`` go first, then the rest;
-    each group least recently used first.
+    """Evict items that the next prefill can miss within ``target_tokens``, then the rest, in LRU
+    order.
 
-    Source: "Tail-Optimized Caching for LLM Inference" (2510.15152): of a history of L tokens all
-    but the first L - target are free to evict, for the next turn still meets its TTFT. The target
-    is given in tokens of prefill (TTFT x prefill speed, less a usual question). Candidates: leaf
-    KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the path's KV nodes. Two kinds: a
-    loss is what must be computed again up to the deepest end that this path had since its last use:
-    ``span``, and what went before below it. In an attention-only cache, where no item stands above
-    another, ``span`` alone.
+    Source: "Tail-Optimized Caching for LLM Inference" (arXiv:2510.15152). Of a history of L tokens,
+    all but the first L - target can be evicted, because the next turn still meets its TTFT. The
+    target is in tokens of prefill (TTFT x prefill speed, less a typical question).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: the loss is the recomputation up to the deepest end of the path since its last use:
+    ``span`` plus earlier losses below. In an attention-only cache the loss is ``span``, because
+    items are not linked.
     """
 
     orders_tiers = False
@@ -26,15 +26,17 @@ class TailLRU(ScorePolicy):
         self.target_tokens = target_tokens
 
     def score(self, item: Item) -> tuple[float, ...]:
-        """(whether its loss would break the target, last use). ``memo`` holds (uses, deepest end
-        lost below since)."""
+        """Return (loss exceeds the target, last use).
+
+        ``memo`` stores (uses, deepest end lost below since then).
+        """
         lost_end = item.position
         if item.memo is not None and item.memo[0] == item.uses:
             lost_end = item.memo[1]
         return (lost_end - item.position + item.span > self.target_tokens, item.last_used)
 
     def evicted(self, item: Item, score: Score) -> None:
-        """The checkpoint above answers for what is lost from here on."""
+        """Add the loss to the checkpoint above."""
         above = item.above
         if item.kind == "kv" or above is None:
             return

@@ -9,15 +9,14 @@ from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 
 class Tiers(EvictionPolicy):
-    """Three instances of one policy, asked in this order; each an ordinary ``EvictionPolicy``.
-    ``dead`` and ``superseded`` may be ``rest`` itself: then they are no class of their own.
+    """Combination of three instances of one policy, evicted from in the order below.
 
-    - *dead*: leaf KV without a checkpoint at its end. Nothing can resume from it, so it is worth
-      nothing;
-    - *superseded*: checkpoints with a deeper one on the same unforked path. Worth less, not
-      nothing: a prompt sent again still hits them while there is room, so they are demoted and
-      never deleted at once;
-    - *rest*: everything else, where the policy's own order decides.
+    ``dead`` and ``superseded`` can be the same object as ``rest``, which disables that class.
+
+    - *dead*: leaf KV without a checkpoint at its end. It cannot be resumed from.
+    - *superseded*: checkpoints with a deeper one on the same unforked path. A repeated prompt can
+      still hit them while there is room, so they are demoted and not deleted immediately.
+    - *rest*: everything else, in the policy's order.
 
     ``item.dead`` and ``item.superseded`` change only between ``discard`` and ``add``.
     """
@@ -42,20 +41,22 @@ class Tiers(EvictionPolicy):
         tier.touch(item)
 
     def missed(self, item: Item) -> None:
-        """Notify both classes that hold checkpoints: the ghost may have been of either."""
+        """Notify both classes with checkpoints, because the ghost can be from either."""
         self._rest.missed(item)
         if self._superseded is not self._rest:
             self._superseded.missed(item)
 
     def missed_above(self, item: Item) -> None:
-        """Notify both classes that hold checkpoints."""
+        """Notify both classes with checkpoints."""
         self._rest.missed_above(item)
         if self._superseded is not self._rest:
             self._superseded.missed_above(item)
 
     def below(self) -> EvictionPolicy | None:
-        """Return the same classes over the shared policies of ``rest`` and ``superseded``. Only
-        checkpoints lie in lower tiers, so dead KV needs no class."""
+        """Return the same classes over the shared policies of ``rest`` and ``superseded``.
+
+        Lower tiers store only checkpoints, so dead KV has no class there.
+        """
         rest = self._rest.below()
         if rest is None or self._superseded is self._rest:
             return rest
@@ -63,7 +64,7 @@ class Tiers(EvictionPolicy):
         return None if superseded is None else Tiers(rest, rest, superseded)
 
     def candidates(self) -> Iterable[Item] | None:
-        """List all items of its classes, or return None if one of them cannot list its own."""
+        """Return the items of all classes, or None if one of them cannot list its items."""
         held: list[Item] = []
         for tier in {self._rest, self._dead, self._superseded}:
             listed = tier.candidates()
@@ -83,6 +84,5 @@ class Tiers(EvictionPolicy):
 
 
 def in_tiers(policy: object) -> bool:
-    """Return whether dead KV or superseded checkpoints go before anything that ``policy`` orders by
-    its own rule."""
+    """True if ``policy`` has priority classes before its main order."""
     return isinstance(policy, Tiers) or (isinstance(policy, LRU) and policy.has_tiers)

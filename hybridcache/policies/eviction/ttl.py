@@ -8,17 +8,16 @@ from hybridcache.policies.eviction.scored import ScorePolicy
 from hybridcache.policies.protocol import Item
 
 PATIENCE = {"decode": 1.0, "end": 1.0, "prompt": 1.0, "branch": 4.0, "boundary": 4.0}
-"""How much longer than one ``ttl`` an item is kept, by the word that asked for it."""
+"""Multiple of ``ttl`` that an item is kept for, by its label."""
 
 
 class TTL(ScorePolicy):
-    """What expires first goes first; an item lives ``ttl`` requests past its last use, times the
-    patience of its label.
+    """Evict the item that expires first: ``ttl`` requests after its last use, times ``patience``.
 
-    Source: Continuum (2511.02230) pins a prefix for the time its tool call may take; here the pin
-    yields under pressure, in order of expiry. Candidates: leaf KV, any unlocked checkpoint.
-    Refresh: the consumed checkpoint, the path's KV nodes. Two kinds: KV and unknown labels live one
-    ``ttl``; sizes ignored.
+    Source: Continuum (arXiv:2511.02230) pins a prefix for the expected time of its tool call. Here
+    pins yield under memory pressure, in order of expiry.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: KV and unknown labels live one ``ttl``. Sizes are ignored.
     """
 
     orders_tiers = False

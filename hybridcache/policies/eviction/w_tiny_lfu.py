@@ -11,15 +11,14 @@ from hybridcache.policies.eviction.queues import (
 from hybridcache.policies.protocol import Item
 
 AGE_AFTER = 10
-"""Counters are halved after this many uses per candidate."""
+"""Uses per candidate after which all counters are halved."""
 
 
 class TinyLfuQueues(QueuePolicy):
-    """A window LRU of ``window`` of the bytes before a segmented main queue that only the more
-    frequent may enter.
+    """Window LRU of ``window`` of the bytes, before a segmented main queue with an admission test.
 
-    Counters are exact (one per item, in its record; a ghost's passes to the item that came back),
-    where the paper sketches them.
+    Counters are exact, while the paper uses a sketch. Each item has one in its record, and a
+    returning item inherits its ghost's counter.
     """
 
     def __init__(self, window: float = 0.01, protected: float = 0.8) -> None:
@@ -28,24 +27,26 @@ class TinyLfuQueues(QueuePolicy):
         self.window, self.probation, self.protected = Queue(), Queue(), Queue()
         self._uses = 0
         self._full_bytes: int | None = None
-        """What was held when a victim was last asked for: how much there is room for."""
+        """Bytes held at the previous eviction: an estimate of the capacity."""
         self._duel: tuple[Item, Item] | None = None
-        """(incumbent chosen to go, newcomer that takes its place in main)."""
+        """(incumbent to evict, newcomer that takes its place in main)."""
 
     def enter(self, item: Item, ghost: Record | None) -> Queue:
-        """The window, whatever is known of it."""
+        """Enter the window."""
         return self.window
 
     def add(self, item: Item) -> None:
-        """A returning item goes on counting where its ghost stopped, this request included."""
+        """Add an item. A returning item continues its ghost's counter."""
         ghost = self._returned(item)
         super().add(item)
         if ghost is not None:
             item.memo.mark = ghost.mark + 1
 
     def used(self, item: Item, record: Record) -> None:
-        """Counts, and moves to the young end of the window, or into the protected queue, whose
-        overflow leaves it."""
+        """Count a use, and move the item in the window or to the protected queue.
+
+        Overflow of the protected queue returns to probation.
+        """
         record.mark += 1
         self._uses += 1
         self.move(item, self.window if record.queue is self.window else self.protected)
@@ -58,8 +59,8 @@ class TinyLfuQueues(QueuePolicy):
             self._age()
 
     def choose(self) -> Item | None:
-        """The window's overflow fills main while that has room, then duels with main's oldest: the
-        less frequent one goes."""
+        """Move the window's overflow to main while there is room, then compare it with main's
+        oldest item. Returns the less frequent one."""
         total = self.window.num_bytes + self._main_bytes()
         full = total if self._full_bytes is None else self._full_bytes
         self._full_bytes = total
@@ -80,7 +81,7 @@ class TinyLfuQueues(QueuePolicy):
         return self._main_oldest() or (overflow[1] if overflow else None)
 
     def gone(self, item: Item, record: Record, evicted: bool) -> None:
-        """A newcomer that won its duel takes the loser's place, if that is left free."""
+        """Move a newcomer that won its comparison to the place of the evicted item."""
         if self._duel is None:
             return
         loser, winner = self._duel
@@ -104,14 +105,14 @@ class TinyLfuQueues(QueuePolicy):
 
 
 class WTinyLFU(BothKinds):
-    """A newcomer leaves the window for the main cache only if it was used more often than what it
-    would displace.
+    """Admit an item from the window to main only if it is used more often than the item it evicts.
 
     Source: Einziger, Friedman, Manes, "TinyLFU: a highly efficient cache admission policy" (TOS
-    2017). Candidates: leaf KV, any unlocked checkpoint. Refresh: the consumed checkpoint, the
-    path's KV nodes. Two kinds: the queues for each, shares in bytes; main has room for 99 % of what
-    was held when a victim was last asked for. Frequency outlives eviction for checkpoints only,
-    whose ghosts speak.
+    2017).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: separate queues, with shares in bytes. Main has room for 99 % of the bytes held at
+    the previous eviction. Frequency outlives eviction for checkpoints only, because only they have
+    ghost hits.
     """
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""Where a prefill saves checkpoints: rules, and what composes them."""
+"""Checkpoint placement: rules, and their combination."""

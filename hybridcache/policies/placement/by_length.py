@@ -1,5 +1,4 @@
-"""Placements that only look at lengths: where to stand if nothing is known of where prompts will
-part."""
+"""Placement rules based on lengths only, for prompts without known points of divergence."""
 
 from __future__ import annotations
 
@@ -10,8 +9,10 @@ from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 
 
 class Aligned(PlacementPolicy):
-    """The last multiple of ``step`` before the prompt's last token (LightLLM's rule with 512,
-    vLLM's with its block)."""
+    """Save at the last multiple of ``step`` before the prompt's last token.
+
+    This is LightLLM's rule with ``step`` 512, and vLLM's with its block size.
+    """
 
     def __init__(self, step: int) -> None:
         self.step = _positive("aligned", step)
@@ -21,8 +22,10 @@ class Aligned(PlacementPolicy):
 
 
 class Chunks(PlacementPolicy):
-    """Where prefill chunks of ``size`` tokens end, counted from where the prompt resumes (SGLang's
-    chunked prefill)."""
+    """Save at the end of each prefill chunk of ``size`` tokens, counted from the resumed position.
+
+    Source: SGLang's chunked prefill.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = _positive("chunks", size)
@@ -34,8 +37,10 @@ class Chunks(PlacementPolicy):
 
 
 class Balanced(PlacementPolicy):
-    """``count`` positions that cut the prompt into ``count`` + 1 equal parts: optimal, and minimax,
-    for overlaps that are equally likely at every depth (2605.05219)."""
+    """Save at ``count`` positions that divide the prompt into ``count`` + 1 equal parts.
+
+    Optimal and minimax for overlaps that are equally likely at every depth (arXiv:2605.05219).
+    """
 
     def __init__(self, count: int) -> None:
         self.count = _positive("balanced", count)
@@ -46,8 +51,10 @@ class Balanced(PlacementPolicy):
 
 
 class Sqrt(PlacementPolicy):
-    """Every sqrt(n) tokens of a prompt of n: as many checkpoints as tokens between two
-    (2605.05219)."""
+    """Save every sqrt(n) tokens of a prompt of n tokens: as many checkpoints as tokens between two.
+
+    Source: arXiv:2605.05219.
+    """
 
     def plan(self, prefill: Prefill) -> Iterator[Placed]:
         step = max(isqrt(prefill.prompt_len), prefill.grid)
@@ -56,8 +63,10 @@ class Sqrt(PlacementPolicy):
 
 
 class Dyadic(PlacementPolicy):
-    """1, 2, 4, 8 … grid steps from the beginning: wherever a later prompt leaves this one, it
-    resumes at half of what they share or deeper (2605.05219)."""
+    """Save after 1, 2, 4, 8, ... grid steps.
+
+    A later prompt resumes at half of the shared length or deeper (arXiv:2605.05219).
+    """
 
     def plan(self, prefill: Prefill) -> Iterator[Placed]:
         steps = prefill.prompt_len // prefill.grid
@@ -66,8 +75,10 @@ class Dyadic(PlacementPolicy):
 
 
 class Thinned(PlacementPolicy):
-    """``count`` positions past the cached part, each in the middle of the largest gap left (SGLang
-    #38000 in placement)."""
+    """Save at ``count`` positions after the cached part, each in the middle of the largest gap.
+
+    Source: SGLang #38000, applied to placement.
+    """
 
     def __init__(self, count: int) -> None:
         self.count = _positive("thinned", count)
@@ -84,5 +95,5 @@ class Thinned(PlacementPolicy):
 
 def _positive(word: str, number: int) -> int:
     if number < 1:
-        raise ValueError(f"{word}:N needs N of at least 1, got {number}")
+        raise ValueError(f"{word}:N requires N >= 1 (got {number}).")
     return number

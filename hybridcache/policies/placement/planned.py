@@ -1,4 +1,4 @@
-"""Placement by a dynamic programme over how deep prompts were found to overlap."""
+"""Placement by dynamic programming over the observed overlap depths of prompts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 
 DECAY = 0.99
-"""Of the histogram, per prompt."""
+"""Decay of the histogram per prompt."""
 REPLAN_EVERY = 10
 
 
 def plan(depths: Sequence[int], weights: Sequence[float], count: int) -> tuple[int, ...]:
-    """Up to ``count`` positions among ``depths`` (ascending) that minimise the expected tokens
-    computed again.
+    """Choose up to ``count`` of ``depths`` (ascending) to minimise the expected recomputation.
 
     A prompt that overlaps to depth d resumes at the deepest position at or before d and computes
-    the rest of d again. Exact, by a monotone hull of lines: O(len(depths) * count).
+    the rest of d again. Exact, by a monotone hull of lines. O(len(depths) * count).
 
     >>> plan([10, 20, 90], [1.0, 1.0, 5.0], 1), plan([10, 20, 90], [1.0, 1.0, 5.0], 2)
     ((90,), (20, 90))
@@ -46,8 +45,7 @@ def plan(depths: Sequence[int], weights: Sequence[float], count: int) -> tuple[i
 def _one_more(
     depths: Sequence[int], weight: list[float], moment: list[float], cost: list[float]
 ) -> tuple[list[float], list[int]]:
-    """Least cost of the first j depths, for every j, with one checkpoint more at the last chosen
-    depth; and that choice.
+    """Add one checkpoint. Returns the least cost of the first j depths for every j, and its choice.
 
     A checkpoint at depth i, the deepest below j, adds ``moment[j] - moment[i] - depths[i] *
     (weight[j] - weight[i])`` to the cost of the first i: a line in ``weight[j]`` of slope
@@ -85,24 +83,24 @@ def _needless(
     middle: tuple[float, float, int],
     after: tuple[float, float, int],
 ) -> bool:
-    """Whether ``middle`` is nowhere below both its neighbours on the lower hull; slopes fall."""
+    """True if ``middle`` is not part of the lower hull of its neighbours. Slopes decrease."""
     return (after[1] - before[1]) * (before[0] - middle[0]) <= (middle[1] - before[1]) * (
         before[0] - after[0]
     )
 
 
 class Planned(PlacementPolicy):
-    """``count`` positions where an exact plan over the overlaps seen so far puts them.
+    """Save at the ``count`` positions of an exact plan over the overlaps seen so far.
 
-    Source: Shirokikh, Nikolenko, "Sparse prefix caching" (2605.05219): a histogram of overlap
-    depths that decays by 0.99 per prompt, replanned every 10. It knows depth only, not which
-    prompt; until something overlapped it asks for the prompt's end. O(depths * count) per
-    replanning, depths on the grid.
+    Source: Shirokikh, Nikolenko, "Sparse prefix caching" (arXiv:2605.05219). The histogram of
+    overlap depths decays by 0.99 per prompt and is replanned every 10 prompts. It is shared by all
+    prompts. Until the first overlap the rule saves at the prompt's end. O(depths * count) per
+    replanning, with depths on the grid.
     """
 
     def __init__(self, count: int) -> None:
         if count < 1:
-            raise ValueError(f"planned:N needs N of at least 1, got {count}")
+            raise ValueError(f"planned:N requires N >= 1 (got {count}).")
         self.count = count
         self._histogram: dict[int, float] = {}
         self._since_plan = 0
@@ -115,7 +113,7 @@ class Planned(PlacementPolicy):
             yield Placed(position, "planned")
 
     def on_prefill(self, prefill: Prefill) -> None:
-        """Count how deep the prompt overlaps with earlier ones."""
+        """Count the overlap of the prompt with earlier ones."""
         self._observe(min(prefill.branch_len, prefill.prompt_len - 1), prefill.grid)
 
     def _observe(self, overlap: int, grid: int) -> None:
@@ -132,7 +130,7 @@ class Planned(PlacementPolicy):
             self._plan = plan(depths, weights, self.count)
 
     def _forget(self) -> None:
-        """Bring the weights back to their scale, and drop what has faded."""
+        """Rescale the weights and drop those that have decayed."""
         scaled = {depth: weight / self._gain for depth, weight in self._histogram.items()}
         self._histogram = {depth: weight for depth, weight in scaled.items() if weight > 1e-3}
         self._gain = 1.0

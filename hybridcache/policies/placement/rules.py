@@ -1,4 +1,4 @@
-"""Where a prefill saves states, by what is known of the prompt; and several rules as one."""
+"""Placement rules based on the content of a prompt, and their combination."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill
 
 
 class Branch(PlacementPolicy):
-    """Where this prompt leaves what was seen before: the fork that the next prompt of its kind will
-    share."""
+    """Save where the prompt diverges from earlier ones: similar prompts will share that prefix."""
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
         return (Placed(prefill.branch_len, "branch"),)
 
 
 class Boundary(PlacementPolicy):
-    """Every known boundary: ends of message parts that survive into later prompts, the deepest
-    first."""
+    """Save at every known boundary, the deepest first.
+
+    Boundaries are ends of message parts that later prompts share.
+    """
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
         return [Placed(boundary, "boundary") for boundary in reversed(prefill.boundaries)]
 
 
 class Backoff(PlacementPolicy):
-    """The last ``count`` grid positions before the prompt's last token, the deepest first.
+    """Save at the last ``count`` grid positions before the prompt's last token, the deepest first.
 
-    One, so that the same prompt sent again hits. Each further one for a prompt cut short by up to
-    one more grid step, at the price of one more state a prompt: superseded at once, it goes before
-    all others when slots run out.
+    One position makes a repeated prompt hit. Each further one serves prompts that are shorter by
+    up to one more grid step, and costs one more state per prompt. That state is superseded
+    immediately, so it is evicted first when slots run out.
     """
 
     def __init__(self, count: int = 1) -> None:
         if count < 1:
-            raise ValueError(f"backoff:K needs K of at least 1 position, got {count}")
+            raise ValueError(f"backoff:K requires K >= 1 (got {count}).")
         self.count = count
 
     def plan(self, prefill: Prefill) -> Iterator[Placed]:
@@ -44,18 +45,18 @@ class Backoff(PlacementPolicy):
 
 
 class Prompt(PlacementPolicy):
-    """The prompt's end, so that a prompt which goes on from it hits."""
+    """Save at the prompt's end, so that prompts which extend it hit."""
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
         return (Placed(prefill.prompt_len, "prompt"),)
 
 
 class Every(PlacementPolicy):
-    """Each multiple of ``interval`` tokens, absolute, the deepest first."""
+    """Save at each multiple of ``interval`` tokens from the root, the deepest first."""
 
     def __init__(self, interval: int) -> None:
         if interval < 1:
-            raise ValueError(f"every:N needs N of at least 1 token, got {interval}")
+            raise ValueError(f"every:N requires N >= 1 (got {interval}).")
         self.interval = interval
 
     def plan(self, prefill: Prefill) -> Iterator[Placed]:
@@ -65,22 +66,23 @@ class Every(PlacementPolicy):
 
 
 class End(PlacementPolicy):
-    """The last grid position of the finished answer, so that the next turn resumes there."""
+    """Save at the last grid position of the finished answer, so that the next turn resumes
+    there."""
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        """Return no position: the prefill saves nothing."""
+        """Return no positions: nothing is saved during prefill."""
         return ()
 
     def decode_interval(self) -> int | None:
-        """Every token, which the caller rounds up to the grid: only the last crossing is kept."""
+        """Return 1. The caller rounds it up to the grid and keeps only the last checkpoint."""
         return 1
 
 
 class Placement(PlacementPolicy):
-    """Several placement rules combined, the first most wanted; without rules nothing is saved.
+    """Combination of several placement rules, by descending priority. No rules save nothing.
 
-    ``cap``: maximum number of checkpoints that one prefill saves, the most wanted first; None for
-    no limit. Every rule is notified of every checkpoint, whichever rule wanted it.
+    ``cap`` is the maximum number of checkpoints per prefill, or None for no limit. Every rule is
+    notified of every checkpoint, including those of other rules.
     """
 
     def __init__(self, rules: tuple[PlacementPolicy, ...], cap: int | None = None) -> None:
@@ -103,7 +105,7 @@ class Placement(PlacementPolicy):
                 yield placed
 
     def decode_interval(self) -> int | None:
-        """Return the shortest interval of any rule; the caller rounds it up to the grid."""
+        """Return the shortest interval of any rule. The caller rounds it up to the grid."""
         shortest: int | None = None
         for rule in self.rules:
             interval = rule.decode_interval()

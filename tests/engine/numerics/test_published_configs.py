@@ -153,7 +153,7 @@ def test_yarn_extends_the_context() -> None:
     ("raw", "changes", "message"),
     [
         (LFM2, {"conv_L_cache": 0}, "conv_L_cache must be at least 1"),
-        (LFM2, {"layer_types": ["conv"] * 15 + ["mamba"]}, "unknown sort in layer_types: mamba"),
+        (LFM2, {"layer_types": ["conv"] * 15 + ["mamba"]}, "layer_types has unknown types: mamba"),
         (LFM2, {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' .* not supported"),
         (KIMI_LINEAR, {"q_lora_rank": 1536}, "q_lora_rank 1536 is not supported; None is"),
         (KIMI_LINEAR, {"num_expert_group": 8}, r"num_expert_group \(n_group\) must be 1"),

@@ -27,7 +27,7 @@ CONFIGS = {
         (
             "nemotron_h",
             {"layers_block_type": ["mamba", "rnn"]},
-            "layers of unknown sort in layers_block_type: rnn",
+            "layers_block_type has unknown types: rnn",
         ),
         ("nemotron_h", {"layers_block_type": ["mamba"]}, "without a layer of attention"),
         ("nemotron_h", {"n_routed_experts": 0}, "n_routed_experts must be at least 1"),

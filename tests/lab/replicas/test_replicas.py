@@ -211,7 +211,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
     [
         (["--router", "kv"], "--router is about several replicas"),
         (["--replicas", "0"], "--replicas must be at least 1"),
-        (["--replicas", "2", "--router", "best"], "no router 'best'; known: round_robin"),
+        (["--replicas", "2", "--router", "best"], "router must be one of round_robin"),
         (["--replicas", "2", "--baseline", "vllm"], "--baseline has no meaning with --replicas"),
         *(
             (["--replicas", "2", flag, *value], f"{flag} has no meaning with --replicas")
