@@ -56,11 +56,15 @@ class EngineConfig:
 
     model: str | None = _setting(
         None,
-        "model directory in Hugging Face form; none: the built-in byte model, small, trained on "
-        "code and made-up tasks",
+        "model directory in Hugging Face form, or ORG/NAME to take a model of the Hugging Face Hub "
+        "(a directory of that name wins); none: the built-in byte model, small, trained on code "
+        "and made-up tasks",
+    )
+    revision: str | None = _setting(
+        None, "with a model of the hub: branch, tag or commit; none: its main branch"
     )
     tokenizer: str | None = _setting(
-        None, "directory of the tokenizer, where it is not the model's"
+        None, "directory of the tokenizer, or ORG/NAME, where it is not the model's"
     )
     load_format: Literal["auto", "dummy"] = _setting(
         "auto", "auto: read the weights; dummy: seeded random weights for any config.json"

@@ -23,6 +23,7 @@ from engine.command.flags import (
 )
 from engine.config import EngineConfig
 from engine.environment import check_no_foreign_kernels
+from engine.hub import resolve_config, resolve_folder
 from engine.interfaces import RunnerLost
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
@@ -269,6 +270,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         address = f"http://{host}:{port}/v1"
+        engine_config = resolve_config(engine_config)
         if server_config.has_replicas:
             from engine.command.replicas import start_replicas
 
@@ -326,7 +328,10 @@ def _convert(arguments: argparse.Namespace) -> int:
     from engine.run.quantization.convert import convert
 
     done = convert(
-        Path(arguments.model), Path(arguments.out), arguments.to, tuple(arguments.ignore)
+        Path(resolve_folder(arguments.model, with_weights=True)),
+        Path(arguments.out),
+        arguments.to,
+        tuple(arguments.ignore),
     )
     print(json.dumps(as_record(done)) if arguments.json else as_text(done))
     return 0
@@ -341,7 +346,7 @@ def _record_trace(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         port=arguments.port,
         keeps_text=arguments.text == "keep",
-        tokenizer=arguments.tokenizer,
+        tokenizer=None if arguments.tokenizer is None else resolve_folder(arguments.tokenizer),
     )
 
 
@@ -385,8 +390,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         for name in ("kv_dtype", "state_dtype", "checkpoint_dtype")
         if (value := getattr(arguments, name)) is not None
     }
-    geometry = load_geometry(arguments.model, **dtypes)
-    notes = describe_files(arguments.model), describe_refusal(arguments.model)
+    model = None if arguments.model is None else resolve_folder(arguments.model)
+    geometry = load_geometry(model, **dtypes)
+    notes = describe_files(model), describe_refusal(model)
     if arguments.json:
         print(json.dumps(as_record(geometry, arguments.budget_gib, *notes)))
     else:

@@ -113,7 +113,7 @@ TINY = {
         ({"config.json": b"{broken"}, "config.json"),
         (
             {"config.json": json.dumps(TINY | {"model_type": "bert"}).encode()},
-            "'bert' are not supported",
+            "'bert' are not supported; supported are",
         ),
         (
             {"config.json": json.dumps(TINY | {"num_hidden_layers": "4"}).encode()},
