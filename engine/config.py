@@ -31,6 +31,14 @@ BUILTIN_DIR = Path(__file__).parent / "run" / "models" / BUILTIN_NAME
 """Of the model that comes with the engine: a small hybrid of Qwen3-Next's kind over bytes, trained
 by ``experiments/train_builtin.py``; its ``training.json`` says on what and how well."""
 
+BUILTIN_PROMPTS = (
+    "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?",
+    "Kira starts with 6 pens. Then Kira gets 3 times as many. How many pens does Kira have now?",
+    "Leo has 10 eggs. Leo finds 5 eggs in a basket. Leo loses 3 eggs. How many eggs does Leo have "
+    "now?",
+)
+"""Messages that the built-in model answers correctly, also when sampled at temperature 1."""
+
 DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
 """Drafter to the tokens that it drafts for a sequence at a time: where no number is given, and at
 most."""

@@ -279,7 +279,7 @@ def _list_files(name: str, revision: str | None) -> _Listing:
         if (refusal := _refusal(name, revision, error)) is not None:
             raise HubError(refusal) from None
         raise _Unreachable(f"{constants.ENDPOINT} answers {error.response.status_code}") from None
-    except (errors.HTTPError, OSError):
+    except (errors.HTTPError, OSError):  # type: ignore[attr-defined]
         raise _Unreachable(
             f"{constants.ENDPOINT} cannot be reached: check the network, or HF_ENDPOINT"
         ) from None
@@ -315,7 +315,7 @@ def _download(
 ) -> Path:
     """Return the folder with ``files``, downloading those that are missing. Raises HubError."""
     from huggingface_hub import errors, snapshot_download
-    from huggingface_hub.utils import (
+    from huggingface_hub.utils.tqdm import (
         are_progress_bars_disabled,
         disable_progress_bars,
         enable_progress_bars,
@@ -330,7 +330,7 @@ def _download(
         if (refusal := _refusal(name, revision, error)) is not None:
             raise HubError(refusal) from None
         raise _broken_off(name, f"the hub answered {error.response.status_code}") from None
-    except (errors.HTTPError, OSError) as error:
+    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
         raise _broken_off(name, str(error).split("\n")[0] or type(error).__name__) from None
     finally:
         if hides_progress:

@@ -19,6 +19,7 @@ from engine.command.flags import (
     HelpFormatter,
     Parser,
     add_flags,
+    add_grouped_flags,
     read_config,
 )
 from engine.config import EngineConfig
@@ -36,6 +37,31 @@ if TYPE_CHECKING:
     from engine.text.outputs import RequestOutput
 
 Command = Callable[[argparse.Namespace], int]
+GROUPS = {
+    "most used": "model revision device quantization cache_gib state_dir max_model_len max_running "
+    "host port api_key_file log_requests",
+    "model and weights": "tokenizer load_format load_workers dtype state_dtype sampling_defaults "
+    "seed",
+    "computing": "kernels tp graphs warm_up overlap",
+    "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
+    "memory and tiers": "kv_gib state_gib host_gib disk_gib",
+    "speculative decoding": "draft draft_index_mib",
+    "scheduling": "admission token_budget max_queue max_share grammar_budget_s",
+    "prefill and decode servers": "role transfer_at prefill fetch_above transfer_timeout_s",
+    "replicas": "replicas max_replicas ray router",
+    "chats": "preserve_thinking special_in_content volatile_line volatile replay_mib responses_mib "
+    "explain_mib",
+    "clients and connections": "served_model_name admin_key_file cors_origin drain_s "
+    "max_connections header_timeout_s body_timeout_s",
+    "limits of one request": "max_body_mib max_values max_names max_prompt_ids max_detokenize_ids "
+    "max_messages max_parts max_stops max_stop_chars",
+    "logs and checks": "log_level trace check",
+}
+"""Settings of the engine and the server by the titles under which help shows them."""
+SERVE_EXAMPLES = """examples:
+  engine serve                                           the small built-in model
+  engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
+  engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
 SKIPPED = ("seed", "stop", "logit_bias")
 """Sampling parameters that are no flags of ``generate``, or have one of their own."""
 
@@ -97,8 +123,8 @@ def _parser() -> Parser:
         return sub
 
     serve = add("serve", _serve, "[options]", "answer OpenAI clients over HTTP")
-    add_flags(serve, ServerConfig, "server")
-    add_flags(serve, EngineConfig, "engine")
+    serve.epilog = SERVE_EXAMPLES
+    add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS)
     _add_generate(
         add(
             "generate",
@@ -185,7 +211,7 @@ def _add_generate(generate: Parser) -> None:
         metavar="TEXT",
         help="ends the answer before this text; may be given again for another",
     )
-    add_flags(generate, EngineConfig, "engine")
+    add_grouped_flags(generate, (EngineConfig,), GROUPS)
 
 
 def _add_inspect(inspect: Parser) -> None:
@@ -284,6 +310,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             address,
             server_config.trace,
             meanwhile=lambda: _server().check(server_config),
+            log_level=server_config.log_level,
         )
         try:
             print(screen, flush=True)

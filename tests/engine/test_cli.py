@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import json
 import re
@@ -19,9 +20,9 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.command.cli import main
-from engine.command.flags import Parser, add_flags, read_config
+from engine.command.flags import Parser, add_flags, add_grouped_flags, read_config
 from engine.command.inspect import INTERVALS, holdings, load_geometry
-from engine.config import ConfigError
+from engine.config import BUILTIN_PROMPTS, ConfigError
 from engine.server.config import ServerConfig
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.units import GIB
@@ -181,6 +182,35 @@ def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[
     for name in EngineConfig.__dataclass_fields__:
         assert len(re.findall(rf"^ +--{name.replace('_', '-')}(?![\w-])", text, re.M)) == 1, name
     assert max(map(len, text.splitlines())) <= 110
+
+
+def test_help_of_serve_begins_with_the_twelve_flags_that_most_people_need(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("serve", "--help") == 0
+    text = capsys.readouterr().out
+    used = text.split("most used:\n")[1].split("\n\n")[0]
+    assert len(flags := re.findall(r"^  (--[\w-]+)", used, re.M)) == 12
+    assert {"--model", "--port", "--cache-gib", "--log-requests"} <= set(flags)
+    assert text.index("most used:") < text.index("limits of one request:")
+    assert "engine serve --model Qwen/Qwen3-0.6B" in text
+
+
+def test_every_setting_needs_one_group_of_help() -> None:
+    names = [field.name for field in dataclasses.fields(Settings)]
+    for groups in ({"all but one": " ".join(names[1:])}, {"one": " ".join(names), "two": names[0]}):
+        with pytest.raises(ValueError, match=names[0]):
+            add_grouped_flags(Parser(), (Settings,), groups)
+
+
+def test_the_built_in_model_solves_the_prompts_that_the_first_screen_shows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = (*SMALL, "--device", "cpu", "--chat", "--json", "--max-tokens", "60")
+    for sampling in (("--temperature", "0"), ("--temperature", "1", "--sampling-seed", "5")):
+        assert run("generate", *flags, *sampling, *BUILTIN_PROMPTS) == 0
+        answers = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+        assert [answer.split("####")[1].strip() for answer in answers] == ["8", "18", "12"]
 
 
 @pytest.mark.parametrize("verb", ["serve", "generate", "inspect", "top", "convert", "record"])
