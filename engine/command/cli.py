@@ -1,5 +1,4 @@
-"""The command ``engine``: serve, generate, inspect, top, convert, record. Wrong input ends with
-exit code 2 and one sentence."""
+"""The command ``engine`` and its verbs. Wrong input ends with exit code 2 and one sentence."""
 
 from __future__ import annotations
 
@@ -22,7 +21,7 @@ from engine.command.flags import (
     add_grouped_flags,
     read_config,
 )
-from engine.config import EngineConfig
+from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.environment import check_no_foreign_kernels
 from engine.hub import resolve_config, resolve_folder
 from engine.interfaces import RunnerLost
@@ -133,6 +132,14 @@ def _parser() -> Parser:
             "continue prompts and print what the cache spared",
         )
     )
+    _add_chat(
+        add(
+            "chat",
+            _chat,
+            "[options]",
+            "chat with a model in this terminal, and say how much of each prompt was reused",
+        )
+    )
     _add_inspect(
         add(
             "inspect",
@@ -212,6 +219,17 @@ def _add_generate(generate: Parser) -> None:
         help="ends the answer before this text; may be given again for another",
     )
     add_grouped_flags(generate, (EngineConfig,), GROUPS)
+
+
+def _add_chat(chat: Parser) -> None:
+    chat.add_argument("--system", metavar="TEXT", help="system message that begins the chat")
+    sampling = add_flags(
+        chat, SamplingParams, "sampling", skip=(*SKIPPED, "max_tokens"), only_given=True
+    )
+    sampling.add_argument(
+        "--max-tokens", type=int, metavar="N", help="most tokens of an answer; none: no limit"
+    )
+    add_grouped_flags(chat, (EngineConfig,), GROUPS)
 
 
 def _add_inspect(inspect: Parser) -> None:
@@ -348,6 +366,22 @@ def _generate(arguments: argparse.Namespace) -> int:
             print(f"\n[{_summary(output)}]", file=sys.stderr)
     engine.close()
     return 0
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    engine_config = read_config(EngineConfig, arguments)
+    read_config(SamplingParams, arguments)  # Before anything slow: it may refuse.
+    from engine.command.chat import chat
+    from engine.engine import Engine
+
+    engine = Engine(engine_config)
+    try:
+        if sys.stdin.isatty() and engine_config.model is None:
+            print("The built-in model solves small word problems, such as:", BUILTIN_PROMPTS[0])
+        sampling = read_config(SamplingParams, arguments, engine.sampling_defaults)
+        return chat(engine, sampling, arguments.system)
+    finally:
+        engine.close()
 
 
 def _convert(arguments: argparse.Namespace) -> int:

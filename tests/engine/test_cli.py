@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import importlib
+import io
 import json
+import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -175,7 +180,7 @@ def test_hugging_faces_kernels_beside_ours_is_refused(
     assert "'kernels' 0.9.0 is installed beside this project" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["serve", "generate"])
+@pytest.mark.parametrize("verb", ["serve", "generate", "chat"])
 def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
@@ -213,7 +218,9 @@ def test_the_built_in_model_solves_the_prompts_that_the_first_screen_shows(
         assert [answer.split("####")[1].strip() for answer in answers] == ["8", "18", "12"]
 
 
-@pytest.mark.parametrize("verb", ["serve", "generate", "inspect", "top", "convert", "record"])
+@pytest.mark.parametrize(
+    "verb", ["serve", "generate", "chat", "inspect", "top", "convert", "record"]
+)
 def test_help_speaks_of_flags_not_of_code(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
@@ -414,3 +421,75 @@ def test_a_command_can_be_interrupted_though_its_shell_ignores_sigint(
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a caller's handler is its own"
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+TURNS = "\n".join((BUILTIN_PROMPTS[0], "", BUILTIN_PROMPTS[1])) + "\n"
+
+
+def test_a_chat_of_lines_says_what_each_turn_reused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(TURNS))
+    assert run("chat", *SMALL, "--device", "cpu", "--temperature", "0") == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["5 + 3 = 8. #### 8", "6 * 3 = 18. #### 18"]
+    counts = r"\[prompt (\d+) tokens: (\d+) reused, (\d+) computed; answer \d+ tokens\]\n"
+    turns = [tuple(map(int, one)) for one in re.findall(counts, printed.err)]
+    assert all(reused + computed == prompt for prompt, reused, computed in turns)
+    assert [reused > 0 for _, reused, _ in turns] == [False, True]
+
+
+def test_a_message_that_does_not_fit_is_left_out_of_the_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 5000 + "\n" + TURNS))
+    assert run("chat", *SMALL, "--device", "cpu", "--temperature", "0", "--system", "Sum.") == 0
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 3 and "shorten" in printed.err.splitlines()[0]
+    assert len(printed.out.splitlines()) == 2
+
+
+def test_a_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    flags = ("--load-format", "dummy", "--cache-gib", "0.05", "--model", str(tmp_path))
+    assert run("chat", *flags) == 2
+    assert "has no chat template: use `engine generate`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["ctrl-c", "ctrl-d"])
+def test_a_chat_in_a_terminal_ends_cleanly(key: str) -> None:
+    controller, terminal = pty.openpty()
+    command = [*ENGINE, "chat", *SMALL, "--device", "cpu", "--temperature", "0"]
+
+    def become_foreground() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=become_foreground,
+    )
+    os.close(terminal)
+    try:
+        seen = _read_until(controller, "> ")
+        assert "solves small word problems" in seen
+        os.write(controller, (BUILTIN_PROMPTS[0] + "\n").encode())
+        assert "#### 8" in _read_until(controller, "answer 18 tokens]\r\n> ")
+        os.write(controller, key.encode())
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+
+
+def _read_until(controller: int, words: str) -> str:
+    """All that a terminal shows until it ends with ``words``, control sequences left out."""
+    seen = ""
+    while not seen.endswith(words):
+        seen += os.read(controller, 4096).decode()
+        seen = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", seen)
+    return seen
