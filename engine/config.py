@@ -31,6 +31,14 @@ BUILTIN_DIR = Path(__file__).parent / "run" / "models" / BUILTIN_NAME
 """Of the model that comes with the engine: a small hybrid of Qwen3-Next's kind over bytes, trained
 by ``experiments/train_builtin.py``; its ``training.json`` says on what and how well."""
 
+BUILTIN_PROMPTS = (
+    "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?",
+    "Kira starts with 6 pens. Then Kira gets 3 times as many. How many pens does Kira have now?",
+    "Leo has 10 eggs. Leo finds 5 eggs in a basket. Leo loses 3 eggs. How many eggs does Leo have "
+    "now?",
+)
+"""Messages that the built-in model answers correctly, also when sampled at temperature 1."""
+
 DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
 """Drafter to the tokens that it drafts for a sequence at a time: where no number is given, and at
 most."""
@@ -56,11 +64,15 @@ class EngineConfig:
 
     model: str | None = _setting(
         None,
-        "model directory in Hugging Face form; none: the built-in byte model, small, trained on "
-        "code and made-up tasks",
+        "model directory in Hugging Face form, or ORG/NAME to take a model of the Hugging Face Hub "
+        "(a directory of that name wins); none: the built-in byte model, small, trained on code "
+        "and made-up tasks",
+    )
+    revision: str | None = _setting(
+        None, "with a model of the hub: branch, tag or commit; none: its main branch"
     )
     tokenizer: str | None = _setting(
-        None, "directory of the tokenizer, where it is not the model's"
+        None, "directory of the tokenizer, or ORG/NAME, where it is not the model's"
     )
     load_format: Literal["auto", "dummy"] = _setting(
         "auto", "auto: read the weights; dummy: seeded random weights for any config.json"

@@ -15,6 +15,7 @@ from engine.drafts.drafting import Drafting
 from engine.errors import DuplicateId, QueueFull
 from engine.generate import follow, generate
 from engine.guided.grammar import Grammar
+from engine.hub import display_name, resolve_config
 from engine.interfaces import Runner, TokenSampler
 from engine.mailboxes import Mailboxes
 from engine.requests.intake import Intake
@@ -73,6 +74,7 @@ class Engine:
         config = config or EngineConfig()
         parse_placement(",".join(config.checkpoints))
         if runner is None:
+            config = resolve_config(config)
             runner, sampler, tokenizer = load(config)
         if sampler is None:
             raise TypeError("a runner of one's own needs a sampler of one's own.")
@@ -122,8 +124,8 @@ class Engine:
 
     @property
     def model_name(self) -> str:
-        """The name of the model's directory."""
-        return Path(self.config.model).resolve().name if self.config.model else BUILTIN_NAME
+        """Name of the model on the hub, or of its directory."""
+        return display_name(Path(self.config.model)) if self.config.model else BUILTIN_NAME
 
     @property
     def max_model_len(self) -> int:

@@ -1,5 +1,4 @@
-"""The command ``engine``: serve, generate, inspect, top, convert, record. Wrong input ends with
-exit code 2 and one sentence."""
+"""The command ``engine`` and its verbs. Wrong input ends with exit code 2 and one sentence."""
 
 from __future__ import annotations
 
@@ -19,10 +18,12 @@ from engine.command.flags import (
     HelpFormatter,
     Parser,
     add_flags,
+    add_grouped_flags,
     read_config,
 )
-from engine.config import EngineConfig
+from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.environment import check_no_foreign_kernels
+from engine.hub import resolve_config, resolve_folder
 from engine.interfaces import RunnerLost
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
@@ -35,6 +36,31 @@ if TYPE_CHECKING:
     from engine.text.outputs import RequestOutput
 
 Command = Callable[[argparse.Namespace], int]
+GROUPS = {
+    "most used": "model revision device quantization cache_gib state_dir max_model_len max_running "
+    "host port api_key_file log_requests",
+    "model and weights": "tokenizer load_format load_workers dtype state_dtype sampling_defaults "
+    "seed",
+    "computing": "kernels tp graphs warm_up overlap",
+    "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
+    "memory and tiers": "kv_gib state_gib host_gib disk_gib",
+    "speculative decoding": "draft draft_index_mib",
+    "scheduling": "admission token_budget max_queue max_share grammar_budget_s",
+    "prefill and decode servers": "role transfer_at prefill fetch_above transfer_timeout_s",
+    "replicas": "replicas max_replicas ray router",
+    "chats": "preserve_thinking special_in_content volatile_line volatile replay_mib responses_mib "
+    "explain_mib",
+    "clients and connections": "served_model_name admin_key_file cors_origin drain_s "
+    "max_connections header_timeout_s body_timeout_s",
+    "limits of one request": "max_body_mib max_values max_names max_prompt_ids max_detokenize_ids "
+    "max_messages max_parts max_stops max_stop_chars",
+    "logs and checks": "log_level trace check",
+}
+"""Settings of the engine and the server by the titles under which help shows them."""
+SERVE_EXAMPLES = """examples:
+  engine serve                                           the small built-in model
+  engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
+  engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
 SKIPPED = ("seed", "stop", "logit_bias")
 """Sampling parameters that are no flags of ``generate``, or have one of their own."""
 
@@ -96,14 +122,22 @@ def _parser() -> Parser:
         return sub
 
     serve = add("serve", _serve, "[options]", "answer OpenAI clients over HTTP")
-    add_flags(serve, ServerConfig, "server")
-    add_flags(serve, EngineConfig, "engine")
+    serve.epilog = SERVE_EXAMPLES
+    add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS)
     _add_generate(
         add(
             "generate",
             _generate,
             "[options] [PROMPT ...]",
             "continue prompts and print what the cache spared",
+        )
+    )
+    _add_chat(
+        add(
+            "chat",
+            _chat,
+            "[options]",
+            "chat with a model in this terminal, and say how much of each prompt was reused",
         )
     )
     _add_inspect(
@@ -184,7 +218,18 @@ def _add_generate(generate: Parser) -> None:
         metavar="TEXT",
         help="ends the answer before this text; may be given again for another",
     )
-    add_flags(generate, EngineConfig, "engine")
+    add_grouped_flags(generate, (EngineConfig,), GROUPS)
+
+
+def _add_chat(chat: Parser) -> None:
+    chat.add_argument("--system", metavar="TEXT", help="system message that begins the chat")
+    sampling = add_flags(
+        chat, SamplingParams, "sampling", skip=(*SKIPPED, "max_tokens"), only_given=True
+    )
+    sampling.add_argument(
+        "--max-tokens", type=int, metavar="N", help="most tokens of an answer; none: no limit"
+    )
+    add_grouped_flags(chat, (EngineConfig,), GROUPS)
 
 
 def _add_inspect(inspect: Parser) -> None:
@@ -269,6 +314,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         address = f"http://{host}:{port}/v1"
+        engine_config = resolve_config(engine_config)
         if server_config.has_replicas:
             from engine.command.replicas import start_replicas
 
@@ -282,6 +328,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             address,
             server_config.trace,
             meanwhile=lambda: _server().check(server_config),
+            log_level=server_config.log_level,
         )
         try:
             print(screen, flush=True)
@@ -321,12 +368,31 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _chat(arguments: argparse.Namespace) -> int:
+    engine_config = read_config(EngineConfig, arguments)
+    read_config(SamplingParams, arguments)  # Before anything slow: it may refuse.
+    from engine.command.chat import chat
+    from engine.engine import Engine
+
+    engine = Engine(engine_config)
+    try:
+        if sys.stdin.isatty() and engine_config.model is None:
+            print("The built-in model solves small word problems, such as:", BUILTIN_PROMPTS[0])
+        sampling = read_config(SamplingParams, arguments, engine.sampling_defaults)
+        return chat(engine, sampling, arguments.system)
+    finally:
+        engine.close()
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     from engine.command.convert import as_record, as_text
     from engine.run.quantization.convert import convert
 
     done = convert(
-        Path(arguments.model), Path(arguments.out), arguments.to, tuple(arguments.ignore)
+        Path(resolve_folder(arguments.model, with_weights=True)),
+        Path(arguments.out),
+        arguments.to,
+        tuple(arguments.ignore),
     )
     print(json.dumps(as_record(done)) if arguments.json else as_text(done))
     return 0
@@ -341,7 +407,7 @@ def _record_trace(arguments: argparse.Namespace) -> int:
         host=arguments.host,
         port=arguments.port,
         keeps_text=arguments.text == "keep",
-        tokenizer=arguments.tokenizer,
+        tokenizer=None if arguments.tokenizer is None else resolve_folder(arguments.tokenizer),
     )
 
 
@@ -385,8 +451,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         for name in ("kv_dtype", "state_dtype", "checkpoint_dtype")
         if (value := getattr(arguments, name)) is not None
     }
-    geometry = load_geometry(arguments.model, **dtypes)
-    notes = describe_files(arguments.model), describe_refusal(arguments.model)
+    model = None if arguments.model is None else resolve_folder(arguments.model)
+    geometry = load_geometry(model, **dtypes)
+    notes = describe_files(model), describe_refusal(model)
     if arguments.json:
         print(json.dumps(as_record(geometry, arguments.budget_gib, *notes)))
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 import signal
 import subprocess
 import sys
@@ -42,6 +43,7 @@ def start_engine(
     trace: str | None = None,
     boot: str | None = None,
     meanwhile: Callable[[], object] | None = None,
+    log_level: str = "warning",
 ) -> tuple[ProcessEngine, str]:
     """(an engine that has loaded, its start screen). ``boot``: what the new interpreter runs;
     None: ``BOOT``. ``meanwhile`` is called while the model is loaded. ValueError: what loading
@@ -49,7 +51,7 @@ def start_engine(
     folder = make_folder()
     try:
         channel: Channel[FromEngine] = Channel(folder, is_server=True)
-        facts = [folder, msgspec.json.encode(config).decode(), address, trace or ""]
+        facts = [folder, msgspec.json.encode(config).decode(), address, trace or "", log_level]
         process = _spawn([sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts])
         try:
             # While the model is loaded over there.
@@ -95,8 +97,9 @@ def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) ->
             )
 
 
-def main(folder: str, config: str, address: str, trace: str) -> int:
+def main(folder: str, config: str, address: str, trace: str, log_level: str) -> int:
     """The process itself; its exit code."""
+    logging.getLogger("engine").setLevel(log_level.upper())
     from engine.command.screen import start_screen
     from engine.engine import Engine
     from engine.process.host import Host

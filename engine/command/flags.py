@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import functools
 import inspect
 import itertools
 import re
@@ -29,8 +30,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message.rstrip('.')}. See `{self.prog} --help`.\n")
 
 
-class HelpFormatter(argparse.HelpFormatter):
-    """Wide enough for a flag and its help on one line."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Wide enough for a flag and its help on one line; keeps the lines of examples."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
@@ -48,19 +49,43 @@ def add_flags(
     of their own, which is returned. ``only_given``: one that is not given leaves nothing in what is
     parsed."""
     group = parser.add_argument_group(title)
-    hints = typing.get_type_hints(config)
     skipped = frozenset(skip)
-    documented = _field_docstrings(config)
     for field in dataclasses.fields(config):
         if field.name not in skipped:
-            group.add_argument(
-                "--" + field.name.replace("_", "-"),
-                dest=field.name,
-                default=argparse.SUPPRESS if only_given else field.default,
-                help=_help(field, documented),
-                **_kind(hints[field.name], field.default),
-            )
+            _add_flag(group, config, field.name, only_given=only_given)
     return group
+
+
+def _add_flag(
+    group: argparse._ArgumentGroup, config: type, name: str, *, only_given: bool = False
+) -> None:
+    [field] = [field for field in dataclasses.fields(config) if field.name == name]
+    group.add_argument(
+        "--" + name.replace("_", "-"),
+        dest=name,
+        default=argparse.SUPPRESS if only_given else field.default,
+        help=_help(field, _field_docstrings(config)),
+        **_kind(_type_hints(config)[name], field.default),
+    )
+
+
+def add_grouped_flags(
+    parser: argparse.ArgumentParser, configs: Iterable[type], groups: Mapping[str, str]
+) -> None:
+    """Add one flag for each field of ``configs`` in groups of help: title to the names of fields.
+
+    Names that belong to none of ``configs`` are left out, and so are empty groups. Raises
+    ValueError if a field is in no group or in several.
+    """
+    homes = {field.name: config for config in configs for field in dataclasses.fields(config)}
+    listed = [name for names in groups.values() for name in names.split()]
+    unclear = {name for name in homes if listed.count(name) != 1}
+    if unclear:
+        raise ValueError(f"each setting must be in one group of help: {', '.join(sorted(unclear))}")
+    for title, names in groups.items():
+        group = parser.add_argument_group(title)
+        for name in filter(homes.__contains__, names.split()):
+            _add_flag(group, homes[name], name)
 
 
 def read_config(
@@ -89,6 +114,12 @@ def _help(field: dataclasses.Field[Any], documented: Mapping[str, str]) -> str:
     return f"{text} (default: {shown})"
 
 
+@functools.cache
+def _type_hints(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config)
+
+
+@functools.cache
 def _field_docstrings(config: type) -> dict[str, str]:
     """The strings that stand below the fields of a dataclass, as flags' help is written."""
     (body,) = ast.parse(inspect.getsource(config)).body
@@ -108,7 +139,8 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
     if hint is bool:
-        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
+        has_negation = default is not False
+        return {"action": argparse.BooleanOptionalAction if has_negation else "store_true"}
     if typing.get_origin(hint) is typing.Literal:
         return {"choices": typing.get_args(hint)}
     if typing.get_origin(hint) is tuple:

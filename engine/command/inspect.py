@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.config import BUILTIN_DIR
+from engine.hub import display_name
 from engine.run.quantization.names import MODEL_OPT_FILE, MODEL_SLIM_FILE
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.model import ModelGeometry
@@ -47,8 +48,9 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
             f"There is no {error.filename}: give a directory with a config.json."
         ) from error
     path = Path(word)
-    is_named_file = path.suffix == ".json" and path.stem != "config"
-    return replace(geometry, name=path.stem) if is_named_file else geometry
+    if path.suffix == ".json" and path.stem != "config":
+        return replace(geometry, name=path.stem)
+    return replace(geometry, name=display_name(path)) if path.is_dir() else geometry
 
 
 def describe_files(word: str | None) -> str | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from math import lcm
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from engine.config import EngineConfig
+from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.engine import Engine
 from engine.schedule.report import CacheReport, LowerReport
 from engine.text.token_ids import IdTokenizer
@@ -67,10 +68,34 @@ def start_screen(engine: Engine, address: str) -> str:
             f"{counted(config.most_step_tokens, 'token')} a step at most",
         ),
         *_role(engine),
+        *_first_steps(engine, address),
         ("page", f"{address.removesuffix('/v1')}/"),
         ("address", address),
     ]
     return "\n".join(f"  {name:<13}{words}" for name, words in rows)
+
+
+def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:
+    """Prompts to try, and a request to paste into a terminal."""
+    is_builtin = engine.config.model is None
+    rows = []
+    if is_builtin:
+        first, *others = (f'"{prompt}"' for prompt in BUILTIN_PROMPTS)
+        rows += [
+            ("purpose", "to try this server out: the built-in model solves small word problems"),
+            ("it solves", first),
+            *(("", prompt) for prompt in others),
+        ]
+    prompt = BUILTIN_PROMPTS[0] if is_builtin else "Hello!"
+    path = "chat/completions"
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]}
+    if engine.tokenizer is None or engine.tokenizer.chat_template is None:
+        path, body = "completions", {"prompt": prompt, "max_tokens": 32}
+    if isinstance(engine.tokenizer, IdTokenizer):
+        body = {"prompt": [1, 2, 3], "max_tokens": 32}
+    header = "Content-Type: application/json"
+    command = f"curl {address}/{path} -H '{header}' -d '{json.dumps(body)}'"
+    return [*rows, ("try", command)]
 
 
 def _role(engine: Engine) -> list[tuple[str, str]]:

@@ -336,7 +336,10 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     """``config.json`` as it stands. Raises ModelError."""
     path = model_dir / "config.json"
     if not path.is_file():
-        raise ModelError(f"there is no config.json in {model_dir}: give a model directory.")
+        raise ModelError(
+            f"there is no config.json in {model_dir}: give a model directory, or ORG/NAME for a "
+            "model of the Hugging Face Hub."
+        )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, UnicodeDecodeError) as error:

@@ -214,10 +214,11 @@ class WeightFiles:
         self.tensors.clear()
         seconds = time.monotonic() - self._started
         line = f"{self._num_bytes / 2**20:,.0f} MiB of weights in {seconds:.1f} s"
-        if self.skipped:
-            line += (
-                f"; {len(self.skipped)} tensors left alone ({enumerated(sorted(self.skipped), 2)})"
-            )
+        heads = [name for name in self.skipped if model_name(name).startswith(HEAD)]
+        if heads:
+            line += "; its multi-token head is read with --draft mtp only"
+        if len(self.skipped) > len(heads):
+            line += "; its visual tower is not served"
         return line
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import math
 import os
 import signal
@@ -42,6 +41,7 @@ from engine.server.operator import Operator
 from engine.server.page import add_page
 from engine.server.peers_paths import add_peers_paths
 from engine.server.replays import compiled
+from engine.server.request_log import RequestLog, is_wanted, set_up_logging
 from engine.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -92,6 +92,8 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
     add_page(app, front, feed, operator)
     add_peers_paths(app, front, operator)
     access.install(app, config)
+    if is_wanted(config.log_requests):
+        app.add_middleware(RequestLog)
     openapi.install(app)
     return app
 
@@ -262,7 +264,8 @@ class Server(uvicorn.Server):
                 app,
                 http=self._connections.protocol,  # type: ignore[arg-type]
                 ws="none",
-                log_level=logging.WARNING,
+                log_level=config.log_level,
+                access_log=False,
                 backlog=ACCEPTED_AT_ONCE,
                 timeout_graceful_shutdown=math.ceil(config.drain_s) + FAREWELL_S,
                 callback_notify=trim,
@@ -319,6 +322,7 @@ def serve(
     told: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: told.append(number))
+    set_up_logging(config.log_level)
     sys.setswitchinterval(SWITCH_S)
     raise_descriptor_limit()
     # What was made at the start stays: collecting garbage need not look at it again, which takes a

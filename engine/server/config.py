@@ -40,6 +40,16 @@ class ServerConfig:
 
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "port to listen on; 0 takes a free one"})
+    log_requests: bool | None = field(
+        default=None,
+        metadata={
+            "help": "write one line for each request: method, path, status, tokens of the prompt, "
+            "of those cached, of the answer, and milliseconds; default: if the log is a terminal"
+        },
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = field(
+        default="warning", metadata={"help": "least level of messages in the log"}
+    )
     replicas: int = field(
         default=1, metadata={"help": "so many engines on Ray Serve, a core each, behind one router"}
     )

@@ -14,6 +14,7 @@ from fastapi import Request, Response
 from engine import Grammar, RequestOutput, RequestSpec
 from engine.async_engine import RequestStream, ServedEngine
 from engine.errors import ContextOverflow, QueueFull, RequestError
+from engine.server import request_log
 from engine.server.body import to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
@@ -166,8 +167,11 @@ class ServingContext:
         """A stream for each of ``specs``, in order; all of them or none. RequestError: the engine
         refuses one."""
         streams: list[RequestStream] = []
+        record = request_log.CURRENT.get()
         try:
             for spec in specs:
+                if record is not None:
+                    record.expect(spec)
                 streams.append(self.engine.submit(spec))
                 await asyncio.sleep(0)  # The event loop has a turn between two choices.
         except BaseException as error:
@@ -194,9 +198,12 @@ class ServingContext:
         counts as aborted. RequestError: one ended without an answer; an engine in another process
         refuses requests here."""
         num_left = len(streams)
+        record = request_log.CURRENT.get()
         merged = interleave(streams)
         try:
             async for index, output in merged:
+                if record is not None:
+                    record.take(index, output)
                 if output.finish_reason is not None:
                     self.metrics.observe(output)
                     num_left -= 1

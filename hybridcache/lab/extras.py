@@ -25,6 +25,7 @@ EXTRAS = {
         "fastapi",
         "h11",
         "httpx",
+        "huggingface_hub",
         "jinja2",
         "msgspec",
         "prometheus_client",

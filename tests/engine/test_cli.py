@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import fcntl
 import importlib
+import io
 import json
+import os
+import pty
 import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,9 +25,9 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.command.cli import main
-from engine.command.flags import Parser, add_flags, read_config
+from engine.command.flags import Parser, add_flags, add_grouped_flags, read_config
 from engine.command.inspect import INTERVALS, holdings, load_geometry
-from engine.config import ConfigError
+from engine.config import BUILTIN_PROMPTS, ConfigError
 from engine.server.config import ServerConfig
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.units import GIB
@@ -113,7 +119,7 @@ TINY = {
         ({"config.json": b"{broken"}, "config.json"),
         (
             {"config.json": json.dumps(TINY | {"model_type": "bert"}).encode()},
-            "'bert' are not supported",
+            "'bert' are not supported; supported are",
         ),
         (
             {"config.json": json.dumps(TINY | {"num_hidden_layers": "4"}).encode()},
@@ -174,7 +180,7 @@ def test_hugging_faces_kernels_beside_ours_is_refused(
     assert "'kernels' 0.9.0 is installed beside this project" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["serve", "generate"])
+@pytest.mark.parametrize("verb", ["serve", "generate", "chat"])
 def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
@@ -183,7 +189,38 @@ def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[
     assert max(map(len, text.splitlines())) <= 110
 
 
-@pytest.mark.parametrize("verb", ["serve", "generate", "inspect", "top", "convert", "record"])
+def test_help_of_serve_begins_with_the_twelve_flags_that_most_people_need(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run("serve", "--help") == 0
+    text = capsys.readouterr().out
+    used = text.split("most used:\n")[1].split("\n\n")[0]
+    assert len(flags := re.findall(r"^  (--[\w-]+)", used, re.M)) == 12
+    assert {"--model", "--port", "--cache-gib", "--log-requests"} <= set(flags)
+    assert text.index("most used:") < text.index("limits of one request:")
+    assert "engine serve --model Qwen/Qwen3-0.6B" in text
+
+
+def test_every_setting_needs_one_group_of_help() -> None:
+    names = [field.name for field in dataclasses.fields(Settings)]
+    for groups in ({"all but one": " ".join(names[1:])}, {"one": " ".join(names), "two": names[0]}):
+        with pytest.raises(ValueError, match=names[0]):
+            add_grouped_flags(Parser(), (Settings,), groups)
+
+
+def test_the_built_in_model_solves_the_prompts_that_the_first_screen_shows(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    flags = (*SMALL, "--device", "cpu", "--chat", "--json", "--max-tokens", "60")
+    for sampling in (("--temperature", "0"), ("--temperature", "1", "--sampling-seed", "5")):
+        assert run("generate", *flags, *sampling, *BUILTIN_PROMPTS) == 0
+        answers = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+        assert [answer.split("####")[1].strip() for answer in answers] == ["8", "18", "12"]
+
+
+@pytest.mark.parametrize(
+    "verb", ["serve", "generate", "chat", "inspect", "top", "convert", "record"]
+)
 def test_help_speaks_of_flags_not_of_code(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
@@ -384,3 +421,75 @@ def test_a_command_can_be_interrupted_though_its_shell_ignores_sigint(
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a caller's handler is its own"
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+TURNS = "\n".join((BUILTIN_PROMPTS[0], "", BUILTIN_PROMPTS[1])) + "\n"
+
+
+def test_a_chat_of_lines_says_what_each_turn_reused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(TURNS))
+    assert run("chat", *SMALL, "--device", "cpu", "--temperature", "0") == 0
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == ["5 + 3 = 8. #### 8", "6 * 3 = 18. #### 18"]
+    counts = r"\[prompt (\d+) tokens: (\d+) reused, (\d+) computed; answer \d+ tokens\]\n"
+    turns = [tuple(map(int, one)) for one in re.findall(counts, printed.err)]
+    assert all(reused + computed == prompt for prompt, reused, computed in turns)
+    assert [reused > 0 for _, reused, _ in turns] == [False, True]
+
+
+def test_a_message_that_does_not_fit_is_left_out_of_the_chat(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("x" * 5000 + "\n" + TURNS))
+    assert run("chat", *SMALL, "--device", "cpu", "--temperature", "0", "--system", "Sum.") == 0
+    printed = capsys.readouterr()
+    assert len(printed.err.splitlines()) == 3 and "shorten" in printed.err.splitlines()[0]
+    assert len(printed.out.splitlines()) == 2
+
+
+def test_a_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TINY))
+    flags = ("--load-format", "dummy", "--cache-gib", "0.05", "--model", str(tmp_path))
+    assert run("chat", *flags) == 2
+    assert "has no chat template: use `engine generate`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["ctrl-c", "ctrl-d"])
+def test_a_chat_in_a_terminal_ends_cleanly(key: str) -> None:
+    controller, terminal = pty.openpty()
+    command = [*ENGINE, "chat", *SMALL, "--device", "cpu", "--temperature", "0"]
+
+    def become_foreground() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        command,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=become_foreground,
+    )
+    os.close(terminal)
+    try:
+        seen = _read_until(controller, "> ")
+        assert "solves small word problems" in seen
+        os.write(controller, (BUILTIN_PROMPTS[0] + "\n").encode())
+        assert "#### 8" in _read_until(controller, "answer 18 tokens]\r\n> ")
+        os.write(controller, key.encode())
+        assert process.wait(30) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+
+
+def _read_until(controller: int, words: str) -> str:
+    """All that a terminal shows until it ends with ``words``, control sequences left out."""
+    seen = ""
+    while not seen.endswith(words):
+        seen += os.read(controller, 4096).decode()
+        seen = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", seen)
+    return seen

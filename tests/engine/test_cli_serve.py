@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from engine.config import BUILTIN_PROMPTS
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
@@ -93,8 +96,14 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
         "cpu",
     ):
         assert word in screen
-    assert len(screen.splitlines()) <= 24
+    assert len(screen.splitlines()) <= 24 and "left alone" not in screen
+    assert all(f'"{prompt}"' in screen for prompt in BUILTIN_PROMPTS)
     _until_it_answers(url)
+    [line] = re.findall(r"^ +try +curl (.*)$", screen, re.M)
+    pasted, _, header, _, content = shlex.split(line)
+    name, _, value = header.partition(": ")
+    said = httpx.post(pasted, content=content, headers={name: value}, timeout=60).json()
+    assert said["choices"][0]["message"]["content"].endswith("#### 8")
     body = {"prompt": "drain me", "max_tokens": 300, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
         events = answer.iter_lines()
@@ -123,6 +132,18 @@ def _engine_of(server: subprocess.Popen[str]) -> int:
             if stat.read_text().rpartition(")")[2].split()[1] == str(server.pid):
                 return int(stat.parent.name)
     raise AssertionError("the server has no engine")
+
+
+def test_requests_are_logged_where_that_is_asked() -> None:
+    process = _start(*SMALL, "--log-requests", "--log-level", "error")
+    try:
+        _, url = _address(process)
+        _until_it_answers(url)
+        httpx.get(url + "/nothing", timeout=60)
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        _, log = process.communicate(timeout=60)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d GET /nothing 404  \d+ ms\n", log), log
 
 
 LONG = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}

@@ -4,6 +4,7 @@ nothing else lists it."""
 from __future__ import annotations
 
 import pkgutil
+from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -25,9 +26,12 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
     if text is not raw and raw.get("model_type") not in (*COMPOSITES, model_type, None):
         model_type, family = raw["model_type"], None  # Its class may do more than the text part's.
     if family is None:
+        supported = sorted(families())
+        near = get_close_matches(str(model_type), supported, n=1, cutoff=0.5)
+        nearest = f" The nearest is {near[0]!r}." if near else ""
         raise ModelError(
             f"models of model_type {model_type!r} are not supported; supported are "
-            f"{', '.join(sorted(families()))}."
+            f"{', '.join(supported)}.{nearest}"
         )
     return family, _read(family, text)
 

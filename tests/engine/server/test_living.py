@@ -7,6 +7,7 @@ import contextlib
 import http.client
 import json
 import logging
+import re
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -434,3 +435,61 @@ def test_deleting_the_newest_response_of_a_chain_ends_its_session(
         live.wait_for(lambda report: report["queue"]["live_sessions"] == 1)
         assert live.http.delete(f"/v1/responses/{response_id}").json()["deleted"]
         assert live.report()["queue"]["live_sessions"] == num_live
+
+
+def _lines(live: Live, caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
+    """The first ``number`` lines for requests, but for probes; a line follows its answer."""
+    deadline = time.monotonic() + 20
+    while True:
+        records = [one for one in caplog.records if one.name == "engine.server.request_log"]
+        lines = [one.getMessage() for one in records if one.levelno == logging.INFO]
+        if len(lines) >= number:
+            return lines
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_is_one_line_of_the_log_with_its_tokens(
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    caplog.set_level(logging.INFO, "engine.server.request_log")
+    live = serve_oracle(ServerConfig(log_requests=True))
+    body = {"prompt": "x" * 200, "max_tokens": 5, "ignore_eos": True, "stream": stream}
+    live.post("/v1/completions", body)
+    _lines(live, caplog, 1)
+    live.post("/v1/completions", body | {"n": 2, "prompt": ["x" * 200, "y" * 100]})
+    live.get("/health")
+    live.get("/no%1b[31m%0Asuch?key=secret")
+    first, second, third = _lines(live, caplog, 3)
+    assert re.fullmatch(r"POST /v1/completions 200  prompt 200  cached 0  answer 5  \d+ ms", first)
+    told = re.fullmatch(
+        r"POST /v1/completions 200  prompt 300  cached (\d+)  answer 20  \d+ ms", second
+    )
+    assert told and 0 < int(told[1]) < 200, "a prompt with two answers counts once"
+    assert re.fullmatch(r"GET /no%1B%5B31m%0Asuch 404  \d+ ms", third)
+
+
+def test_the_log_has_requests_whose_clients_left(
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "engine.server.request_log")
+    live = serve_oracle(ServerConfig(log_requests=True), step_s=0.005)
+    connection = live.send("/v1/completions", {"prompt": "x", **ENDLESS, "stream": True})
+    connection.recv(4000)
+    connection.close()
+    [line] = _lines(live, caplog, 1)
+    assert re.fullmatch(
+        r"POST /v1/completions 200  prompt 1  cached 0  answer \d+  \d+ ms  not sent to its end",
+        line,
+    )
+
+
+def test_without_a_terminal_requests_are_not_logged(
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "engine.server.request_log")
+    live = serve_oracle()
+    live.get("/v1/models")
+    live.wait_until_idle()
+    assert not [one for one in caplog.records if one.name == "engine.server.request_log"]

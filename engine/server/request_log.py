@@ -1,0 +1,118 @@
+"""One line in the log for each request: method, path, status, tokens and time."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from contextvars import ContextVar
+from urllib.parse import quote
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.requests.spec import RequestSpec
+from engine.text.outputs import RequestOutput
+
+logger = logging.getLogger(__name__)
+PROBES = ("/health", "/metrics")
+"""Paths that monitors poll; their lines have the level DEBUG."""
+MAX_PATH = 200
+"""Characters of a path in a line."""
+
+
+class RequestRecord:
+    """Tokens of one HTTP request. A prompt with several answers counts once."""
+
+    def __init__(self) -> None:
+        self._prompts: list[int] = []
+        """Identity of each generation's prompt: choices of one prompt share its ids."""
+        self._outputs: dict[int, RequestOutput] = {}
+
+    def expect(self, spec: RequestSpec) -> None:
+        """Note one more generation that the request asks for."""
+        self._prompts.append(id(spec.prompt))
+
+    def take(self, index: int, output: RequestOutput) -> None:
+        """Note the latest output of one generation."""
+        self._outputs[index] = output
+
+    def words(self) -> str:
+        """Return the token counts. Empty if nothing was generated."""
+        if not self._outputs:
+            return ""
+        firsts = [
+            output
+            for index, output in sorted(self._outputs.items())
+            if self._prompts.index(self._prompts[index]) == index
+        ]
+        prompt = sum(len(output.prompt_token_ids) for output in firsts)
+        cached = sum(output.cached_len for output in firsts)
+        answer = sum(len(output.output) for output in self._outputs.values())
+        return f"  prompt {prompt:,}  cached {cached:,}  answer {answer:,}"
+
+
+CURRENT: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
+"""Record of the request that is being answered. None if requests are not logged."""
+
+
+class RequestLog:
+    """ASGI middleware that logs one line when an answer has been sent, or its client has left."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        record, started_s, status = RequestRecord(), time.perf_counter(), 500
+        is_whole = False
+
+        async def watched(message: Message) -> None:
+            nonlocal status, is_whole
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+            is_whole = message["type"] == "http.response.body" and not message.get("more_body")
+
+        token = CURRENT.set(record)
+        try:
+            await self._app(scope, receive, watched)
+        finally:
+            CURRENT.reset(token)
+            spent_ms = 1000 * (time.perf_counter() - started_s)
+            level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
+            left = "" if is_whole else "  not sent to its end"
+            logger.log(
+                level,
+                "%s %s %d%s  %.0f ms%s",
+                scope["method"],
+                _safe_path(scope),
+                status,
+                record.words(),
+                spent_ms,
+                left,
+            )
+
+
+def _safe_path(scope: Scope) -> str:
+    """Return the path as it was sent, without characters that a terminal would obey."""
+    path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")
+    return path if len(path) <= MAX_PATH else path[:MAX_PATH] + "..."
+
+
+def is_wanted(log_requests: bool | None) -> bool:
+    """Return whether requests are logged. None: they are if the log is a terminal."""
+    return sys.stderr.isatty() if log_requests is None else log_requests
+
+
+def set_up_logging(level: str) -> None:
+    """Send the log of the engine to the standard error output, from ``level`` on. Lines for
+    requests, where they are wanted, do not depend on ``level``."""
+    root = logging.getLogger("engine")
+    root.setLevel(level.upper())
+    logger.setLevel(min(root.level, logging.INFO))
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    root.addHandler(handler)
+    root.propagate = False

@@ -1,0 +1,364 @@
+"""Models named as on the Hugging Face Hub: a fake hub on the loopback interface, and its cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import urlsplit
+
+import pytest
+
+from engine import EngineConfig
+from engine.command.cli import main
+from engine.config import BUILTIN_DIR
+from engine.hub import HubError, check, display_name, is_hub_name, resolve_config, resolve_folder
+
+NAME, COMMIT = "some-org/Tiny-Model", "a" * 40
+WEIGHTS = (BUILTIN_DIR / "model.safetensors").read_bytes()
+CONFIG = (BUILTIN_DIR / "config.json").read_bytes()
+OTHERS = {
+    "README.md": b"# Tiny",
+    "pytorch_model.bin": b"\0" * 100,
+    "original/model.safetensors": b"\0" * 100,
+    "chat_template.jinja": b"{{ messages }}",
+}
+
+
+@dataclass
+class Hub:
+    """Files of the one repository, and how the hub behaves."""
+
+    files: dict[str, bytes] = field(
+        default_factory=lambda: {"config.json": CONFIG, "model.safetensors": WEIGHTS, **OTHERS}
+    )
+    refuses: tuple[int, str] | None = None
+    """Status and error code of every answer; None: they are given."""
+    refuses_files: tuple[int, str] | None = None
+    breaks_after: int | None = None
+    """Bytes of the weights after which their first connection breaks."""
+    broken_file: str = ""
+    """A file for which the hub answers 500."""
+    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    """Method, path and range of every request."""
+    sent_bytes: int = 0
+    tokens: set[str | None] = field(default_factory=set)
+    url: str = ""
+
+    def downloads(self) -> set[str]:
+        marker = f"/resolve/{COMMIT}/"
+        return {
+            path.split(marker)[1]
+            for verb, path, _ in self.asked
+            if verb == "GET" and marker in path
+        }
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = urlsplit(self.path).path
+            hub.asked.append((self.command, path, self.headers.get("Range")))
+            if NAME in path:
+                hub.tokens.add(self.headers.get("Authorization"))
+            if hub.refuses is not None:
+                return self._refuse(*hub.refuses)
+            if not path.startswith((f"/api/models/{NAME}", f"/{NAME}/")):
+                return self._refuse(404, "RepoNotFound")
+            if path.startswith("/api/"):
+                rest = path.removeprefix(f"/api/models/{NAME}").strip("/").split("/")
+                if rest[0] == "revision" and rest[1] not in ("main", "v1", COMMIT):
+                    return self._refuse(404, "RevisionNotFound")
+                named = sorted(hub.files.items())
+                if rest[0] == "tree":
+                    return self._answer([self._entry(*one) for one in named])
+                siblings = [{"rfilename": name, "size": len(data)} for name, data in named]
+                return self._answer({"id": NAME, "sha": COMMIT, "siblings": siblings})
+            if hub.refuses_files is not None:
+                return self._refuse(*hub.refuses_files)
+            file = path.split(f"/resolve/{COMMIT}/")[1]
+            if file == hub.broken_file and self.command == "GET":
+                return self._refuse(500, "")
+            self._send(file)
+
+        @staticmethod
+        def _entry(name: str, data: bytes) -> dict[str, object]:
+            oid = hashlib.sha1(data).hexdigest()
+            return {"type": "file", "path": name, "size": len(data), "oid": oid}
+
+        def _refuse(self, status: int, code: str) -> None:
+            self.send_response(status)
+            self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def _answer(self, content: object) -> None:
+            data = json.dumps(content).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def _send(self, name: str) -> None:
+            data, first = hub.files[name], 0
+            asked = self.headers.get("Range")
+            if asked is not None:
+                first = int(asked.removeprefix("bytes=").split("-")[0])
+            self.send_response(200 if asked is None else 206)
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("ETag", f'"{hashlib.sha1(data).hexdigest()}"')
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("Content-Length", str(len(data) - first))
+            if asked is not None:
+                self.send_header("Content-Range", f"bytes {first}-{len(data) - 1}/{len(data)}")
+            self.end_headers()
+            if self.command == "HEAD":
+                return
+            body = data[first:]
+            if name.endswith(".safetensors"):
+                if hub.breaks_after is not None:
+                    body, hub.breaks_after = body[: hub.breaks_after], None
+                    self.close_connection = True
+                hub.sent_bytes += len(body)
+            self.wfile.write(body)
+
+    return Handler
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """A hub that this process asks, with an empty cache."""
+    from huggingface_hub import constants
+
+    served = Hub()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(served))
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    served.url = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", served.url)
+    template = served.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 5)
+    waits = SimpleNamespace(sleep=lambda _: None, time=time.time, monotonic=time.monotonic)
+    monkeypatch.setattr("huggingface_hub.file_download.time", waits)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", waits)
+    yield served
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_model_of_the_hub_is_downloaded_once_and_only_what_is_read(hub: Hub) -> None:
+    lines: list[str] = []
+    config = resolve_config(EngineConfig(model=NAME, revision="v1", device="cpu"), lines.append)
+    folder = Path(config.model or "")
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert hub.downloads() == {"config.json", "model.safetensors", "chat_template.jinja"}
+    assert display_name(folder) == NAME and config.revision is None
+    [line] = lines
+    assert f"Downloading {NAME} (commit aaaaaaaa)" in line and "in 1 file" in line
+    assert "weights take about" in line and "free on cpu" in line
+    asked = len(hub.asked)
+    assert resolve_config(EngineConfig(model=NAME, revision="v1"), lines.append).model == str(
+        folder
+    )
+    assert len(lines) == 1 and not [
+        one for one in hub.asked[asked:] if one[0] == "GET" and "/resolve/" in one[1]
+    ]
+
+
+def test_a_connection_that_breaks_is_resumed(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
+    part = hub.breaks_after = len(WEIGHTS) // 2
+    folder = Path(resolve_folder(NAME, with_weights=True, report=lambda _: None))
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    ranges = [asked for verb, _, asked in hub.asked if asked and verb == "GET"]
+    [first] = [int(asked.removeprefix("bytes=").rstrip("-")) for asked in ranges]
+    assert 0 <= part - first < 1000 and hub.sent_bytes == part + len(WEIGHTS) - first
+
+
+def _index(*files: str) -> bytes:
+    return json.dumps({"weight_map": {f"tensor.{file}": file for file in files}}).encode()
+
+
+def test_after_a_failed_download_complete_files_are_kept(hub: Hub) -> None:
+    shards = ("model-1.safetensors", "model-2.safetensors")
+    del hub.files["model.safetensors"]
+    hub.files |= dict.fromkeys((*shards, "consolidated.safetensors"), b"\0" * 5000)
+    hub.files["model.safetensors.index.json"] = _index(*shards)
+    hub.broken_file = shards[1]
+    hub.files[shards[0]] = b"\1" * 5000
+    with pytest.raises(HubError, match=r"broke off .*500.*Run the same command again"):
+        resolve_folder(NAME, with_weights=True, report=lambda _: None)
+    hub.broken_file, first = "", len(hub.asked)
+    lines: list[str] = []
+    folder = Path(resolve_folder(NAME, with_weights=True, report=lines.append))
+    assert all((folder / shard).stat().st_size == 5000 for shard in shards)
+    again = [path for verb, path, _ in hub.asked[first:] if verb == "GET" and "/resolve/" in path]
+    assert again == [f"/{NAME}/resolve/{COMMIT}/{shards[1]}"]
+    assert "in 1 file; 1 file of weights are here already" in lines[0]
+    assert "consolidated.safetensors" not in hub.downloads(), "not in the index"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"refuses": (404, "RepoNotFound")}, "has no model of that name .*check the name"),
+        ({"refuses": (401, "")}, "has no model of that name|refuses access"),
+        ({"refuses": (403, "GatedRepo")}, "is gated: accept its terms at http.*HF_TOKEN"),
+        ({"refuses_files": (403, "GatedRepo")}, "is gated: accept its terms"),
+        ({"refuses": (500, "")}, "answers 500"),
+        ({"files": {"config.json": CONFIG}}, "no .safetensors files: choose"),
+        (
+            {"files": {"config.json": CONFIG, "a.gguf": b""}},
+            "has .gguf files, which are not served",
+        ),
+        ({"files": {"model.safetensors": WEIGHTS}}, "no config.json"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(
+    hub: Hub, changes: dict[str, object], words: str
+) -> None:
+    for name, value in changes.items():
+        setattr(hub, name, value)
+    with pytest.raises(HubError, match=words) as caught:
+        resolve_config(EngineConfig(model=NAME), lambda _: None)
+    assert "\n" not in str(caught.value) and not hub.sent_bytes
+
+
+def test_an_unknown_revision_is_refused(hub: Hub) -> None:
+    with pytest.raises(HubError, match=r"no revision 'v9': give a branch, a tag or a commit"):
+        resolve_config(EngineConfig(model=NAME, revision="v9"))
+    with pytest.raises(HubError, match=r"--revision v9 needs a model of the hub"):
+        resolve_config(EngineConfig(revision="v9"))
+
+
+def test_a_family_that_is_not_served_is_refused_before_its_weights_are_downloaded(hub: Hub) -> None:
+    hub.files["config.json"] = json.dumps({"model_type": "qwen3_nest"}).encode()
+    with pytest.raises(HubError, match=r"not downloaded: .*'qwen3_nest'.*nearest is 'qwen3_next'"):
+        resolve_config(EngineConfig(model=NAME, device="cpu"), lambda _: None)
+    assert hub.sent_bytes == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    facts = {"device": device, "free_bytes": 10 << 20, "needed_bytes": 25 << 20}
+    monkeypatch.setattr("engine.hub.CHECK", f"print({json.dumps(json.dumps(facts))})")
+    with pytest.raises(HubError, match=f"take 25.0 MiB, and {device} has 10.0 MiB free"):
+        resolve_config(EngineConfig(model=NAME), lambda _: None)
+    assert hub.sent_bytes == 0
+    if device == "cuda":  # Every rank has a device of its own.
+        resolve_config(EngineConfig(model=NAME, tp=3), lambda _: None)
+        assert hub.sent_bytes == len(WEIGHTS)
+
+
+def test_a_full_disk_is_reported_before_the_download(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.hub.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(HubError, match=r"MiB more on the disk .* HF_HOME"):
+        resolve_config(EngineConfig(model=NAME), lambda _: None)
+    assert hub.sent_bytes == 0
+
+
+def test_weights_are_counted_in_the_format_in_which_they_run() -> None:
+    """The built-in model's files are in bfloat16."""
+    size = len(WEIGHTS)
+    assert json.loads(CONFIG).get("dtype", json.loads(CONFIG).get("torch_dtype")) == "bfloat16"
+    own, wide, eight = (
+        check(str(BUILTIN_DIR), size, "cpu", dtype, quantization)["needed_bytes"]
+        for dtype, quantization in (("auto", None), ("float32", None), ("auto", "int8"))
+    )
+    assert (own, wide, eight) == (size, 2 * size, size // 2)
+
+
+def test_without_the_hub_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"does not have that model, and HF_HUB_OFFLINE is set"):
+        resolve_config(EngineConfig(model=NAME))
+    assert not hub.asked
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    small = resolve_folder(NAME)
+    assert "model.safetensors" not in os.listdir(small)
+    hub.refuses = 503, ""
+    with pytest.raises(HubError, match=r"without model.safetensors, and http.* answers 503"):
+        resolve_config(EngineConfig(model=NAME))
+    assert resolve_folder(NAME) == small
+    hub.refuses = None
+    whole = resolve_config(EngineConfig(model=NAME), lambda _: None).model
+    hub.refuses = 503, ""
+    assert resolve_config(EngineConfig(model=NAME)).model == whole
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert resolve_config(EngineConfig(model=NAME)).model == whole
+    with pytest.raises(HubError, match=r"cannot be reached: check the network, or HF_ENDPOINT"):
+        resolve_config(EngineConfig(model="other/model"))
+
+
+def test_a_folder_wins_over_a_name_of_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(BUILTIN_DIR, tmp_path / NAME)
+    assert not is_hub_name(NAME) and resolve_config(EngineConfig(model=NAME)).model == NAME
+    assert not hub.asked
+    for path in ("/a/b", "./a", "a", "a/b/c", "../a", "~/a", "a/b.json", "config.json"):
+        assert not is_hub_name(path), path
+
+
+def test_commands_take_names_of_the_hub(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", NAME]) == 0
+    assert capsys.readouterr().out.startswith(f"{NAME}\n")
+    assert hub.sent_bytes == 0, "no weights for an inspection"
+    small = ("--cache-gib", "0.05", "--max-model-len", "2048", "--device", "cpu")
+    assert main(["generate", "--model", NAME, *small, "--max-tokens", "1", "1 2 3"]) == 0
+    printed = capsys.readouterr()
+    assert "Downloading" in printed.err and "from the cache" in printed.err
+    assert main(["generate", "--model", "no/such", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "There is no folder no/such here" in error and error.count("\n") == 1
+
+
+def test_the_environment_and_the_token_are_those_of_the_hub_library(
+    hub: Hub, tmp_path: Path
+) -> None:
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": "hf_secret",
+        "HF_HUB_OFFLINE": "0",
+    }
+    environment.pop("HF_HUB_CACHE", None)
+    command = [sys.executable, "-m", "engine", "inspect", NAME]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.startswith(NAME), done.stderr
+    assert hub.tokens == {"Bearer hf_secret"}
+    assert (tmp_path / "home/hub/models--some-org--Tiny-Model/refs/main").read_text() == COMMIT
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.stdout == done.stdout
