@@ -9,7 +9,7 @@ JOBS ?= 2
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas page wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas page docs wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -132,6 +132,13 @@ replicas: install out/ray/.installed  ## replicas on Ray Serve: a death, scaling
 page: install  ## the page in a Chromium (pip install playwright first): how fast it is, and its pictures
 	$(BIN)/python -m experiments.bench_page
 	$(BIN)/python -m experiments.page_figures
+
+.venv/.docs: $(INSTALLED)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(if $(LOCK),--no-build-isolation) -e '.[docs]'
+	@touch $@
+
+docs: .venv/.docs  ## the documentation as a site in out/docs; a warning is an error
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs
 
 wheels: install  ## what is published: the cache with its laboratory, and the engine
 	$(BIN)/python -m experiments.wheels

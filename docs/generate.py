@@ -1,0 +1,262 @@
+"""Generate the parts of the reference that the code itself states: commands, policies, API.
+
+A page asks for a part by a line ``<!-- generated: NAME -->``; ``insert`` replaces it by Markdown.
+
+    python docs/generate.py cli        # print one part
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import hybridcache
+
+MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
+
+
+def insert(page: str) -> str:
+    """Return ``page`` with every ``<!-- generated: NAME -->`` replaced by that part."""
+    return MARK.sub(lambda found: PARTS[found[1]](), page)
+
+
+# --- Commands -----------------------------------------------------------------------------------
+
+
+class _Found(Exception):
+    """Carries the parser that a command builds."""
+
+
+def _parser_of(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
+    """Return the parser of a command line program, from its ``main``."""
+    original = argparse.ArgumentParser.parse_known_args
+
+    def give(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
+        raise _Found(self)
+
+    argparse.ArgumentParser.parse_known_args = give  # type: ignore[assignment, method-assign]
+    try:
+        main([])
+    except _Found as found:
+        parser: argparse.ArgumentParser = found.args[0]
+        return parser
+    finally:
+        argparse.ArgumentParser.parse_known_args = original  # type: ignore[method-assign]
+    raise TypeError("The program parsed its arguments without argparse.")
+
+
+def _commands(
+    parser: argparse.ArgumentParser, name: str, help: str
+) -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
+    """Yield (name, description, parser) of every command that has no commands of its own."""
+    subparsers = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+    if not subparsers:
+        yield name, parser.description or help, parser
+    for action in subparsers:
+        helps = {choice.dest: choice.help or "" for choice in action._choices_actions}
+        for verb, sub in action.choices.items():
+            yield from _commands(sub, f"{name} {verb}", helps.get(verb, ""))
+
+
+def _cell(text: str) -> str:
+    """Escape ``text`` for a cell of a table."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+
+
+def _option(action: argparse.Action, parser: argparse.ArgumentParser) -> tuple[str, str]:
+    """Return one option's name with its value, and its meaning with its default."""
+    formatter = argparse.HelpFormatter(parser.prog)
+    value = formatter._format_args(action, formatter._get_default_metavar_for_optional(action))
+    name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
+    shown = f"{name} {value}" if action.option_strings and action.nargs != 0 else name
+    help = (action.help or "") % {
+        **{key: val for key, val in vars(action).items() if key != "help"},
+        "prog": parser.prog,
+    }
+    default = action.default
+    is_stated = default in (None, False, argparse.SUPPRESS, ()) or "default" in help
+    if not is_stated:
+        help += f" (default: {default})"
+    return shown, help
+
+
+def cli() -> str:
+    """Return every command with its options."""
+    from engine.command.cli import main as engine
+    from hybridcache.lab.cli import main as laboratory
+
+    parts = []
+    for program, main in (("engine", engine), ("hybridcache", laboratory)):
+        for name, description, parser in _commands(_parser_of(main), program, ""):
+            parts.append(f"## {name}\n\n{_cell(description)}\n")
+            for group in parser._action_groups:
+                actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS]
+                actions = [a for a in actions if not isinstance(a, argparse._HelpAction)]
+                if not actions:
+                    continue
+                title = group.title or "options"
+                rows = [_option(action, parser) for action in actions]
+                lines = [f"| `{_code(shown)}` | {_cell(help)} |" for shown, help in rows]
+                parts.append("\n".join([f"| {_cell(title)} | |", "|---|---|", *lines, ""]))
+    return "\n".join(parts)
+
+
+def _code(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+# --- Policies -----------------------------------------------------------------------------------
+
+
+def _table(words: Mapping[str, Any]) -> str:
+    lines = ["| name | takes | policy |", "|---|---|---|"]
+    for name, word in words.items():
+        number = f"`{name}:N`, number of {word.counts}" if word.counts else ""
+        lines.append(f"| `{name}` | {number} | {_cell(_plain(_first(word.make)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def eviction() -> str:
+    """Return the eviction policies."""
+    from hybridcache.policies.words import EVICTION_WORDS
+
+    return _table(EVICTION_WORDS)
+
+
+def placement() -> str:
+    """Return the placement policies."""
+    from hybridcache.policies.words import PLACEMENT_WORDS
+
+    return _table(PLACEMENT_WORDS)
+
+
+def admission() -> str:
+    """Return the admission policies."""
+    from hybridcache.policies.words import ADMISSION_WORDS
+
+    return _table(ADMISSION_WORDS)
+
+
+# --- Library ------------------------------------------------------------------------------------
+
+
+def _plain(text: str) -> str:
+    """Return a docstring with single backticks, as Markdown has them."""
+    return re.sub(r"``(.+?)``", r"`\1`", text)
+
+
+def _first(thing: Any) -> str:
+    """Return the first paragraph of a docstring."""
+    text = inspect.getdoc(thing) if hasattr(thing, "__doc__") else None
+    return (text or "").split("\n\n")[0]
+
+
+def _body(thing: Any) -> str:
+    """Return a docstring as Markdown: paragraphs, and doctests as code."""
+    parts = []
+    for part in (inspect.getdoc(thing) or "").split("\n\n"):
+        if part.lstrip().startswith(">>>"):
+            parts.append(f"```python\n{textwrap.dedent(part)}\n```")
+        else:
+            parts.append(_plain(part).replace("<", "&lt;").replace("*", "\\*"))
+    return "\n\n".join(parts)
+
+
+def _signature(thing: Any) -> str:
+    try:
+        signature = inspect.signature(thing)
+    except (TypeError, ValueError):
+        return ""
+    text = re.sub(r"ForwardRef\('(.+?)'\)", r"\1", str(signature)).replace("'", "")
+    return text.removesuffix(" -> None") if inspect.isclass(thing) else text
+
+
+def _fields(thing: type) -> Iterator[tuple[str, str]]:
+    """Yield the fields of a dataclass or named tuple with the strings that follow them."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    body = tree.body[0].body if isinstance(tree.body[0], ast.ClassDef) else []
+    helps = {}
+    if dataclasses.is_dataclass(thing):
+        helps = {one.name: one.metadata.get("help", "") for one in dataclasses.fields(thing)}
+    for index, node in enumerate(body):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        name, text = node.target.id, ""
+        after = body[index + 1] if index + 1 < len(body) else None
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            text = str(after.value.value)
+        if not name.startswith("_"):
+            yield name, _plain(inspect.cleandoc(text or helps.get(name, "")))
+
+
+def _class(name: str, thing: type) -> str:
+    parts = [f"### {name}", f"`{name}{_signature(thing)}`", _body(thing)]
+    fields = list(_fields(thing))
+    if fields:
+        rows = [f"| `{field}` | {_cell(text)} |" for field, text in fields]
+        parts.append("\n".join(["| field | |", "|---|---|", *rows]))
+    rows = []
+    for member, value in vars(thing).items():
+        raw = getattr(value, "__func__", value)
+        if member.startswith("_") or not (inspect.isfunction(raw) or isinstance(raw, property)):
+            continue
+        shown = member if isinstance(raw, property) else f"{member}{_signature(raw)}"
+        rows.append(f"| `{_code(shown)}` | {_cell(_plain(_first(raw)))} |")
+    if rows:
+        parts.append("\n".join(["| member | |", "|---|---|", *rows]))
+    return "\n\n".join(parts)
+
+
+SECTIONS = (
+    ("Policies", "hybridcache.policies"),
+    ("Simulator", "hybridcache.lab"),
+    ("Model sizes and times", "hybridcache.geometry"),
+)
+"""A public name belongs to the first section whose prefix its module has, else to the cache."""
+
+
+def api() -> str:
+    """Return the public names of ``hybridcache`` with their docstrings."""
+    parts: dict[str, list[str]] = {"Cache": []}
+    for name in sorted(hybridcache.__all__):
+        thing = getattr(hybridcache, name)
+        module = getattr(thing, "__module__", "hybridcache.lab")
+        title = next((title for title, prefix in SECTIONS if module.startswith(prefix)), "Cache")
+        if not module.startswith("hybridcache") and not isinstance(thing, Mapping):
+            text = f"### {name}\n\n`{_code(str(thing))}`"
+        elif inspect.isclass(thing):
+            text = _class(name, thing)
+        elif callable(thing):
+            text = f"### {name}\n\n`{name}{_signature(thing)}`\n\n{_body(thing)}"
+        else:
+            known = ", ".join(f"`{key}`" for key in thing) if isinstance(thing, Mapping) else ""
+            text = f"### {name}\n\n{known or _cell(str(thing))}"
+        parts.setdefault(title, []).append(text)
+    return "\n\n".join(f"## {title}\n\n" + "\n\n".join(texts) for title, texts in parts.items())
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "cli": cli,
+    "eviction": eviction,
+    "placement": placement,
+    "admission": admission,
+    "api": api,
+}
+"""Generated parts by name."""
+
+
+if __name__ == "__main__":
+    print(PARTS[sys.argv[1]]())

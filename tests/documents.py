@@ -1,0 +1,209 @@
+"""Documents as tests: read the code blocks of a Markdown page, run them, and check its links.
+
+A page is run from top to bottom in an empty folder. The language of a block decides:
+
+- ``python`` with prompts (``>>>``) is a doctest; its output must be the output shown.
+- ``python`` whose first line is a comment with a file name, as in ``# mine.py``, becomes that file.
+- other ``python`` is executed. All Python blocks of a page share one namespace.
+- ``console``: each line after ``$`` is a ``hybridcache`` or ``engine`` command, run in this
+  process; its output must be the output shown, where ``...`` stands for any text.
+- ``sh``: the flags of each ``hybridcache`` and ``engine`` command exist, as do the targets of
+  ``make``, the extras of ``pip install`` and the scripts of ``python``.
+
+An HTML comment on the line before a block changes that: ``<!-- file: NAME -->`` writes the block to
+a file, ``<!-- not run: REASON -->`` leaves it out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+import shlex
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from engine.command.cli import main as engine
+from hybridcache.lab.cli import main as hybridcache
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"engine": engine, "hybridcache": hybridcache}
+ROOT = Path(__file__).resolve().parent.parent
+SERVER = "http://127.0.0.1:8000"
+"""Address of a server in the pages; tests replace it by that of a running one."""
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+_FENCE = re.compile(
+    r"^(?:<!-- *(?P<note>[^\n]*?) *-->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+
+
+class Block(NamedTuple):
+    """A fenced block of a page."""
+
+    line: int
+    language: str
+    text: str
+    note: str
+    """Content of the HTML comment before it."""
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Yield the fenced blocks of ``page`` that name a language, in order."""
+    content = page.read_text()
+    for found in _FENCE.finditer(content):
+        line = content.count("\n", 0, found.start("text"))
+        yield Block(line, found["language"], found["text"], found["note"] or "")
+
+
+def needs_server(page: Path) -> bool:
+    """Return whether a block that runs speaks to a server."""
+    return any(
+        block.language in ("python", "console") and SERVER in block.text and not block.note
+        for block in blocks(page)
+    )
+
+
+def run(page: Path, folder: Path, server: str | None = None) -> int:
+    """Run the blocks of ``page`` in ``folder``, which is the working directory and importable.
+    Return how many ran. Raises AssertionError, with page and line, for the first that fails."""
+    namespace: dict[str, Any] = {"__name__": "page"}
+    num_run = 0
+    known = set(sys.modules)
+    try:
+        for block in blocks(page):
+            where = f"{page.relative_to(ROOT)}, line {block.line + 1}"
+            text = block.text if server is None else block.text.replace(SERVER, server)
+            kind, _, value = block.note.partition(":")
+            if kind == "not run":
+                assert value.strip(), f"{where}: a block that is not run needs a reason"
+                continue
+            if kind == "file":
+                (folder / value.strip()).write_text(text)
+                continue
+            if block.language == "python":
+                _run_python(block, text, namespace, folder, where)
+            elif block.language == "console":
+                _run_console(text, where)
+            elif block.language == "sh":
+                _check_commands(text, where)
+            else:
+                continue
+            num_run += 1
+    finally:
+        for name in set(sys.modules) - known:
+            source = getattr(sys.modules[name], "__file__", None) or ""
+            if source.startswith(str(folder)):
+                del sys.modules[name]
+    return num_run
+
+
+def _run_python(
+    block: Block, text: str, namespace: dict[str, Any], folder: Path, where: str
+) -> None:
+    named = re.match(r"# (\w+\.py)\n", text)
+    if named:
+        (folder / named[1]).write_text(text)
+    elif text.startswith(">>>"):
+        report = io.StringIO()
+        test = doctest.DocTestParser().get_doctest(text, namespace, where, where, block.line)
+        result = doctest.DocTestRunner(optionflags=OPTIONS).run(
+            test, out=report.write, clear_globs=False
+        )
+        namespace.update(test.globs)
+        assert not result.failed, report.getvalue()
+    else:
+        try:
+            exec(compile("\n" * block.line + text, where, "exec"), namespace)
+        except Exception as error:
+            raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _run_console(text: str, where: str) -> None:
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        command, _, expected = part.replace("\\\n", " ").partition("\n")
+        words = shlex.split(command, comments=True)
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            code = COMMANDS[words[0]](words[1:])
+        got = shown.getvalue()
+        assert code == 0, f"{where}: {command} ended with {code}"
+        same = doctest.OutputChecker().check_output(expected, got, OPTIONS)
+        assert same, f"{where}: {command}\nexpected:\n{expected}\ngot:\n{got}"
+
+
+def _check_commands(text: str, where: str) -> None:
+    for line in text.replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"\w+=\S*", words[0]):
+            words = words[1:]
+        if not words or words[0] == "curl":
+            continue
+        if words[0] in COMMANDS:
+            _check_flags(words, where)
+        elif words[0] == "pip":
+            _check_install(words, where)
+        elif words[0] == "make":
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            missing = {word for word in words[1:] if "=" not in word} - set(targets)
+            assert not missing, f"{where}: the Makefile has no target {missing}"
+        elif words[0] == "python":
+            name = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
+            assert (ROOT / name).exists(), f"{where}: there is no {name}"
+        else:
+            assert words[0] in ("cd", "git", "ray", "export"), f"{where}: {words[0]}?"
+
+
+def _check_flags(words: list[str], where: str) -> None:
+    """Check that the flags of one command are among those that its ``--help`` shows."""
+    flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+    depth = 3 if words[:2] == ["hybridcache", "trace"] else 2
+    verb = [word for word in words[1:depth] if not word.startswith("--")]
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+        COMMANDS[words[0]]([*verb, "--help"])
+    assert ended.value.code == 0, f"{where}: there is no {' '.join(words[:depth])}"
+    unknown = flags - set(re.findall(r"--[a-z0-9-]+", shown.getvalue()))
+    assert not unknown, f"{where}: {' '.join(words[:depth])} has no {', '.join(sorted(unknown))}"
+
+
+def _check_install(words: list[str], where: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for word in words[2:]:
+        found = re.fullmatch(r"(?:\.|hybrid-radix-(?:cache|engine))\[(.*)\]", word)
+        for extra in found[1].split(",") if found else ():
+            assert extra in project["optional-dependencies"], f"{where}: no extra {extra!r}"
+
+
+# --- Links --------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of ``page``, as GitHub and MyST write them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def broken_links(page: Path) -> list[str]:
+    """Return the links of ``page`` that lead to no file or heading of the repository, and the
+    paths in code font that name a missing file."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    targets += re.findall(r"(?:src|srcset)=\"([^\"]+)\"", text)
+    broken = []
+    for target in targets:
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    paths = re.findall(r"`((?:engine|hybridcache|kernels|experiments|examples)/[\w./-]+)`", text)
+    return broken + [path for path in paths if not (ROOT / path).exists()]
