@@ -120,7 +120,7 @@ class LowerMemory:
         self.exchange = MeasuredExchange(runner.geometry, self._bytes_per_s)
         self.keeping: Keeping | None = None
         if self.disk is not None:
-            self.keeping = Keeping(cache.lower.orders)
+            self.keeping = Keeping(cache.steps)
             cache.subscribe(self.keeping)
 
     def recall(self, placement: Placement) -> None:
@@ -168,8 +168,8 @@ class LowerMemory:
             lower.open(DISK)
         else:
             lower.close(DISK)
-        if len(lower.orders):
-            return  # rows that orders are about to fill are not lost
+        if self._cache.steps.num_transfers:
+            return  # rows that a transfer is about to fill are not lost
         if disk.has_lost_rows:
             self._cache.drop_lost(DISK, disk.is_lost)
             disk.has_lost_rows = False
@@ -227,10 +227,10 @@ class LowerMemory:
     def reset(self) -> None:
         """The cache was emptied because somebody wanted it: nothing is kept either."""
         if self.disk is not None:
-            orders = self._cache.lower.orders
-            for order in orders.take():
-                if not (isinstance(order, Copy) and order.dst_tier == KEPT):
-                    orders.add(order)
+            steps = self._cache.steps
+            for transfer in steps.take_transfers():
+                if not (isinstance(transfer, Copy) and transfer.dst_tier == KEPT):
+                    steps.add(transfer)
             self.disk.clear()
         if self.remembering is not None:
             self.remembering.forget()
@@ -238,7 +238,7 @@ class LowerMemory:
     def start_over(self) -> None:
         """The cache was emptied because nobody knows what its rows hold: what is whole on disk is
         known again."""
-        self._cache.lower.orders.take()
+        self._cache.steps.take_transfers()
         if self.disk is not None:
             self.disk.settle()
             self.disk.unbind_all()

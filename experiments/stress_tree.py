@@ -127,8 +127,7 @@ class Stress:
 
     def step(self) -> None:
         """One thing that can happen."""
-        if self.cache.lower is not None:
-            self.cache.lower.orders.take()
+        self.cache.take_step()
         dice = self.rng.random()
         if dice < 0.30 and len(self.running) < MAX_RUNNING:
             self.begin()

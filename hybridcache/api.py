@@ -33,7 +33,7 @@ from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
     from hybridcache.allocators.arena import ArenaAllocator
-    from hybridcache.allocators.moves import Orders
+    from hybridcache.allocators.moves import StepPlan, StepQueue
 
 
 class Losses(NamedTuple):
@@ -417,8 +417,6 @@ class LowerMemory(Protocol):
     row_bytes: int
     state_rows: int
     """Rows of any tier that a state takes."""
-    orders: Orders
-    """The copies that are still to be made."""
     copied_rows: dict[tuple[str, str], int]
     """Rows that went from one tier to another, by their words, so far."""
 
@@ -438,7 +436,9 @@ class PrefixCache(Protocol):
     """Where rows and slots are of one memory: what tells holders of moves. None: rows never
     move."""
     lower: LowerMemory | None
-    """The tiers below the device; None: what is evicted is gone."""
+    """Host and disk tiers, or None if there are none."""
+    steps: StepQueue
+    """The next step plan while it grows; leases register here."""
 
     @property
     def free_tokens(self) -> int:
@@ -544,6 +544,16 @@ class PrefixCache(Protocol):
 
     def allocate_slot(self) -> int | None:
         """Take one state slot, evicting as needed; None if none is available."""
+        ...
+
+    def take_step(self) -> StepPlan:
+        """Return all work on the tensors that is due before the next step, once.
+
+        The owner of the tensors carries it out in the order given there: transfers (moves and tier
+        copies), row writes, restores. Rows and slots that the cache hands out are valid for a step
+        only after the plan was taken that follows them. A caller without tensors takes plans too,
+        and drops them: they would pile up otherwise. O(transfers + rows written).
+        """
         ...
 
     def free_kv(self, kv_indices: Indices) -> None:

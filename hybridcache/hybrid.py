@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.arena import arena_of
+from hybridcache.allocators.arena import arena_of, step_queue_of
+from hybridcache.allocators.moves import StepPlan
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.api import (
@@ -105,6 +106,7 @@ class HybridRadixCache:
         self._residency = Residency(pages, slots, policy, item_bytes, ghost_bytes, self.stats)
         self._tree = self._residency.tree
         self._gathered = self._residency.gathered
+        self.steps = step_queue_of(pages)
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n).
@@ -330,6 +332,11 @@ class HybridRadixCache:
             self.stats.refusals += 1
         return slot
 
+    def take_step(self) -> StepPlan:
+        """Return the work on the tensors that is due before the next step; see
+        ``PrefixCache.take_step``. O(transfers + rows written)."""
+        return self.steps.take()
+
     def free_kv(self, kv_indices: Indices) -> None:
         """Return held rows, whole pages. O(n)."""
         self._pages.free(kv_indices)
@@ -365,6 +372,7 @@ class HybridRadixCache:
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
         """Recompute every invariant from scratch; see ``PrefixCache.check``. O(tree)."""
         check_cache(self._residency, self._step)
+        self.steps.check()
         if held_tokens is not None:
             held = self._pages.num_taken - self._residency.cached_tokens
             assert held == held_tokens, f"{held} KV rows held, the caller has {held_tokens}"

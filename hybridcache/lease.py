@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.allocators.moves import Move
+from hybridcache.allocators.moves import Move, RowWrite
 from hybridcache.api import Losses, PrefixCache, PrefixMatch, losses_of
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.tokens import Indices, Tokens
@@ -36,13 +36,13 @@ SPARE_ROWS = 512
 
 class LeaseRows:
     """Rows of one lease: the tree's in [0, ``published_len``), held ones in [``published_len``,
-    ``num_rows``). A holder of an arena (``RowHolder``)."""
+    ``num_rows``)."""
 
     __slots__ = (
-        "_moved",
         "_rows",
         "_unread_end",
         "_unread_start",
+        "changed",
         "num_rows",
         "published_len",
     )
@@ -55,7 +55,8 @@ class LeaseRows:
         # moves no tensors never asks for them. All others are here, up to date.
         self._unread_start, self._unread_end = 0, cached_len
         self._rows: Indices = np.empty(num_expected + SPARE_ROWS, np.int32)
-        self._moved: tuple[int, int] | None = None
+        self.changed: tuple[int, int] | None = None
+        """(start, end) of the marked positions; None if there are none."""
 
     @property
     def unread_len(self) -> int:
@@ -63,8 +64,8 @@ class LeaseRows:
         return self._unread_end if self._unread_start < self._unread_end else 0
 
     def read(self, gathered: Indices) -> None:
-        """Take from ``gathered``, the tree's from the first position on, those that were not read.
-        O(``unread_len``)."""
+        """Copy the rows that were not read from ``gathered``, the tree's from the first position
+        on. O(``unread_len``)."""
         start, end = self._unread_start, self._unread_end
         self._rows[start:end] = gathered[start:end]
         self._unread_start = end
@@ -98,30 +99,34 @@ class LeaseRows:
             self._unread_end = first + num_duplicates
 
     def rows_moved(self, move: Move) -> int:
-        """A slab of the arena was emptied (``RowHolder``): rename what is here of its rows; how
-        many are held. O(``num_rows``), a nanosecond each."""
+        """Rename the rows of an emptied slab; return how many of them are held. O(``num_rows``), a
+        nanosecond each."""
         first_known = self._unread_end
         moved = move.rename(self._rows[first_known : self.num_rows]) + first_known
         num_held = len(moved) - int(np.searchsorted(moved, self.published_len))
         if self._unread_start:
             moved = np.concatenate((move.rename(self._rows[: self._unread_start]), moved))
         if len(moved):
-            start, end = int(moved[0]), int(moved[-1]) + 1
-            if self._moved is not None:
-                start, end = min(start, self._moved[0]), max(end, self._moved[1])
-            self._moved = start, end
+            self.mark(int(moved[0]), int(moved[-1]) + 1)
         return num_held
 
-    def take_moved(self) -> tuple[int, int] | None:
-        """(start, end) of the positions that ``rows_moved`` changed since the last time; None:
-        none. O(1)."""
-        moved, self._moved = self._moved, None
-        return moved
+    def known_from(self, start: int) -> Indices:
+        """Return the rows of positions from ``start`` on, without those not read. O(k)."""
+        if self._unread_start == self._unread_end:
+            return self._rows[start : self.num_rows]
+        before = self._rows[start : self._unread_start]
+        return np.concatenate((before, self._rows[max(start, self._unread_end) : self.num_rows]))
+
+    def mark(self, start: int, end: int) -> None:
+        """Note that the rows of positions [start, end) are new or have changed. O(1)."""
+        if self.changed is not None:
+            start, end = min(start, self.changed[0]), max(end, self.changed[1])
+        self.changed = start, end
 
     def clear(self) -> None:
         """Forget them all: the lease has ended. O(1)."""
         self.num_rows = self.published_len = self._unread_start = self._unread_end = 0
-        self._moved = None
+        self.changed = None
 
 
 Saved = tuple[int, int]
@@ -383,9 +388,9 @@ def _fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> 
 # `publish` that covers its position: then cached, or free if the tree would not have it. In decode
 # one such slot rolls: written again at each crossing, published only at the end.
 #
-# Moves. In an arena rows get other places when a slab is emptied (`allocators.moves`): no row
-# changes hands by that, the lease is notified (`rows_moved`), and its caller asks where
-# (`take_moved`).
+# Moves. In an arena rows get other places when a slab is emptied (`allocators.moves`). No row
+# changes hands by that: the lease renames its own (`rows_moved`), and the next `cache.take_step()`
+# carries the moves of the bytes and the positions that changed.
 
 
 class LeaseRequest(NamedTuple):
@@ -408,6 +413,9 @@ class LeaseRequest(NamedTuple):
     """False: later prompts are known to leave this one before its end (a chat template that drops
     the reasoning). A state saved in decode would never be used, and would make the boundary's look
     superseded: none is saved."""
+    table_row: int | None = None
+    """The request's row in the caller's request table. If it is given, ``cache.take_step()`` lists
+    every position whose KV row is new or has changed (``RowWrite``)."""
     own_slot: int | None = None
     """Slot of its state where running states lie beside the cache's memory; None: one of the
     cache's is taken, and may be donated."""
@@ -457,8 +465,11 @@ class Lease:
         self._is_counted = False
         self._step = lcm(cache.grid, cache.page_size)
         self._saving = Saving(cache, placement, self._step, self.prompt_len)
-        if cache.arena is not None:
-            cache.arena.holders[self._rows] = None
+        cache.steps.open(self)
+        if match.cached_len:
+            self._note_changed(0, match.cached_len)
+        if match.checkpoint is not None and state_slot is not None:
+            cache.steps.restore(self, match.checkpoint, state_slot)
 
     @classmethod
     def begin(
@@ -565,6 +576,7 @@ class Lease:
         view. O(``published_len``) when the tree's have not been read since they became so, else
         O(1)."""
         if self._rows.unread_len:
+            self._cache.steps.rows_added(self, 0)
             self._rows.read(self._cache.gather(self._node))
         return self._rows.view(0, self._rows.num_rows)
 
@@ -630,7 +642,10 @@ class Lease:
         new = self._cache.allocate_kv(-(-missing // page) * page)
         if new is None:
             return False
+        start = self._rows.num_rows
         self._rows.append(new)
+        self._cache.steps.rows_added(self, start)
+        self._note_changed(start, start + len(new))
         if not self._is_counted:
             self._count()
         return True
@@ -682,12 +697,33 @@ class Lease:
         self._node, self._receipt = node, receipt
         return (first, first + num_duplicates) if num_duplicates else None
 
-    def take_moved(self) -> tuple[int, int] | None:
-        """(start, end) of the positions whose row in ``kv_indices`` changed since the last time
-        because slabs were emptied; None: no row changed. Given out once. What the caller copied
-        from ``kv_indices`` before is out of date there: it reads these positions again, and writes
-        them after all that it copied."""
-        return self._rows.take_moved()
+    def rows_moved(self, move: Move) -> int:
+        """Rename the rows of an emptied slab (``RunningLease``); called by the cache."""
+        num_held = self._rows.rows_moved(move)
+        if self._request.table_row is not None:
+            self._cache.steps.row_write_due(self)
+        return num_held
+
+    def rows_from(self, start: int) -> Indices:
+        """Return the known rows of positions from ``start`` on (``RunningLease``)."""
+        return self._rows.known_from(start)
+
+    def row_write_taken(self) -> None:
+        """Note that a plan contains ``row_write()`` (``RunningLease``)."""
+        self._rows.changed = None
+
+    def row_write(self) -> RowWrite | None:
+        """Return the positions that are new or have changed (``RunningLease``), or None if there
+        are none or the request has no ``table_row``."""
+        if self._rows.changed is None or self._request.table_row is None:
+            return None
+        start, end = self._rows.changed
+        return RowWrite(self._request.table_row, start, self.kv_indices[start:end].copy())
+
+    def _note_changed(self, start: int, end: int) -> None:
+        if self._request.table_row is not None:
+            self._rows.mark(start, end)
+            self._cache.steps.row_write_due(self)
 
     def _publishable(self, computed_len: int) -> int:
         return min(computed_len, self.prompt_len) if self._request.exact else computed_len
@@ -707,10 +743,11 @@ class Lease:
             tuple(saved.values()),
             self._node,
         )
-        num_duplicates = len(duplicates)
+        num_duplicates, first = len(duplicates), self._rows.published_len
         self._rows.publish(inserted_len, num_duplicates)
         if num_duplicates:
             cache.free_kv(duplicates)
+            self._note_changed(first, first + num_duplicates)
         if saved:
             self._saving.settle(saved, rejected_slots)
         return node, num_duplicates
@@ -754,8 +791,7 @@ class Lease:
     def _close(self, first_held: int) -> None:
         if first_held < self._rows.num_rows:
             self._cache.free_kv(self._rows.view(first_held, self._rows.num_rows))
-        if self._cache.arena is not None:
-            del self._cache.arena.holders[self._rows]
+        self._cache.steps.close(self)
         self._cache.unlock(self._receipt)
         self._node = self._receipt = self.state_slot = None
         self._rows.clear()

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop, Orders
+from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop, StepQueue
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.ghosts import GhostList
@@ -66,21 +66,27 @@ class Taken(NamedTuple):
 
 
 class LowerTiers:
-    """The lower parts of one cache's nodes. Every change is also an order (``allocators.orders``),
-    and the numbers are in force at once.
+    """The offloaded parts of one cache's nodes. Every change is also a transfer of the next
+    ``StepPlan``; the numbers are in force at once.
 
     An eviction costs O(log of the tier) in its policy, and O(1) a node that goes with it.
     """
 
     def __init__(
-        self, tiers: tuple[Tier, ...], ghosts: GhostList, item_bytes: ItemBytes, state_rows: int
+        self,
+        tiers: tuple[Tier, ...],
+        ghosts: GhostList,
+        item_bytes: ItemBytes,
+        state_rows: int,
+        steps: StepQueue,
     ) -> None:
+        """``steps`` receives a transfer for every change."""
         self.tiers = tiers
         self.words = tuple(tier.word for tier in tiers)
         """Of the tiers, the nearest first."""
         self.state_rows = state_rows
         self.row_bytes = item_bytes.kv_token
-        self.orders = Orders()
+        self._steps = steps
         self._closed: set[int] = set()
         self.copied_rows: dict[tuple[str, str], int] = {}
         """Rows that went from one tier to another, by their words, so far."""
@@ -415,7 +421,7 @@ class LowerTiers:
         tier = self.tiers[number]
         tier.pages.release(rows)
         if tier.word == DISK:
-            self.orders.add(Drop(DISK, rows))
+            self._steps.add(Drop(DISK, rows))
 
     def _copy(
         self,
@@ -430,7 +436,7 @@ class LowerTiers:
         key = src_tier, dst_tier
         self.copied_rows[key] = self.copied_rows.get(key, 0) + num_rows
         path = path_of(node) if dst_tier == DISK else None
-        self.orders.add(Copy(kind, src_tier, src.copy(), dst_tier, dst.copy(), node.end, path))
+        self._steps.add(Copy(kind, src_tier, src.copy(), dst_tier, dst.copy(), node.end, path))
 
 
 def path_of(node: RadixNode) -> tuple[object, Tokens]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
-from hybridcache.allocators.arena import arena_of
+from hybridcache.allocators.arena import arena_of, step_queue_of
+from hybridcache.allocators.moves import StepPlan
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.api import (
@@ -156,10 +157,10 @@ def _has_state(node: RadixNode) -> bool:
 
 
 class TieredRadixCache(HybridRadixCache):
-    """What is evicted from the device goes to the next tier that lets it in, and can be fetched.
+    """A ``HybridRadixCache`` whose evictions go to host memory and disk, and can be loaded again.
 
-    ``lower``: the tiers, their rows, and the ``orders`` that the owner of the tensors carries out
-    (``allocators.orders``). Made by ``CacheConfig(host_bytes=..., disk_bytes=...)``.
+    Made by ``CacheConfig(host_bytes=..., disk_bytes=...)``. The copies between tiers are part of
+    ``take_step().transfers``.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -180,7 +181,7 @@ class TieredRadixCache(HybridRadixCache):
     (0, [(8, (12,))])
     >>> cache.fetch(match.lower[0]), cache.match(prompt).cached_len
     (True, 8)
-    >>> [(order.kind, order.src_tier, order.dst_tier) for order in cache.lower.orders.take()]
+    >>> [(copy.kind, copy.src_tier, copy.dst_tier) for copy in cache.take_step().transfers]
     ... # doctest: +NORMALIZE_WHITESPACE
     [('checkpoint', 'device', 'host'), ('kv', 'device', 'host'),
      ('kv', 'host', 'device'), ('checkpoint', 'host', 'device')]
@@ -195,10 +196,8 @@ class TieredRadixCache(HybridRadixCache):
         """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows, before
         anything is cached. ``make``: another rule for what goes there, of a study."""
         residency = self._residency
-        lower = make(tiers, residency.ghosts, residency.item_bytes, state_rows)
+        lower = make(tiers, residency.ghosts, residency.item_bytes, state_rows, self.steps)
         self.lower = residency.lower = lower
-        if self.arena is not None:
-            self.arena.holders[lower.orders] = None
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """As ``HybridRadixCache.match``, with what lower tiers could bring. O(n)."""
@@ -237,8 +236,8 @@ class TieredRadixCache(HybridRadixCache):
     def fetch(self, resumable: Resumable) -> bool:
         """Bring to the device what ``resumable``, of the latest ``match``, needs. False: no room.
 
-        The tree says at once that it is there; its bytes follow by ``lower.orders``. O(tokens
-        fetched), and what making room costs.
+        The tree names the new rows at once; the bytes follow with the next ``take_step``. O(tokens
+        fetched), and the evictions that make room.
         """
         return fetch(self._residency, self.lower, resumable.node)
 
@@ -407,6 +406,7 @@ class NullCache(PrefixCache):
         self.stats = CacheStats()
         self.arena = arena_of(pages)
         self.lower = None
+        self.steps = step_queue_of(pages)
         self._pages = pages
         self._slots = slots
 
@@ -478,6 +478,10 @@ class NullCache(PrefixCache):
         slot = self._slots.allocate()
         self.stats.refusals += slot is None
         return slot
+
+    def take_step(self) -> StepPlan:
+        """Return the work that is due before the next step: moves and row writes."""
+        return self.steps.take()
 
     def free_kv(self, kv_indices: Indices) -> None:
         self._pages.free(kv_indices)

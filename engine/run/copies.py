@@ -13,7 +13,7 @@ from engine.run.head_rows import PendingRows
 from engine.run.lower import LowerRows
 from engine.run.memory import Memory
 from engine.run.running_states import RunningStates
-from hybridcache.allocators.moves import Move, Order
+from hybridcache.allocators.moves import Move, Transfer
 from kernels.upload import upload
 
 
@@ -28,16 +28,16 @@ class Copies:
         self._tensors, self._device = tensors, device.torch_device
         self._cache_write, self._state_copy = kernels["cache_write"], kernels["state_copy"]
 
-    def move(self, orders: Sequence[Order]) -> None:
-        """One after the other, since one may read what another wrote."""
-        for order in orders:
-            if not isinstance(order, Move):
+    def move(self, transfers: Sequence[Transfer]) -> None:
+        """Carry out ``transfers`` one after the other: one may read rows that another wrote."""
+        for transfer in transfers:
+            if not isinstance(transfer, Move):
                 assert self.lower is not None, "there is no memory below the device's"
-                self.lower.make(order)
+                self.lower.make(transfer)
                 continue
             rows = self._tensors.rows
             assert rows is not None, "rows of a pool do not move"
-            pairs = np.stack([order.src, order.dst])
+            pairs = np.stack([transfer.src, transfer.dst])
             sources, targets = upload(pairs, torch.int32, self._device)
             self._cache_write.move_rows(rows, sources, targets)
 

@@ -28,7 +28,7 @@ from engine.drafts.drafter import Newest
 from engine.schedule.batch import KEPT, Batch, Segment
 from engine.store.disk import Disk
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Order
+from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.tokens import Indices, Tokens
@@ -150,7 +150,7 @@ class OracleRunner:
         """It computes like every other of its size."""
         return {"runner": "oracle"}
 
-    def _make(self, order: Order) -> None:
+    def _make(self, order: Transfer) -> None:
         """A move, or what goes from one tier to another, which must be what it is said to be."""
         if isinstance(order, Move):
             self._move(order)

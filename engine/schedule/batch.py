@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct, structs
 
-from hybridcache.allocators.moves import Order
+from hybridcache.allocators.moves import Transfer
 
 KEPT = "kept"
 """The tier of what is copied to disk and stays where it is: what was published, against the end of
@@ -76,7 +76,7 @@ class Batch:
     late_tokens: tuple[tuple[int, int], ...] = ()
     """Decode tokens that only the device knows yet: (segment, row of the tokens drawn by the step
     before)."""
-    moves: tuple[Order, ...] = ()
+    moves: tuple[Transfer, ...] = ()
     """Rows of an arena to move, and what is copied between tiers, one after the other:
     ``hybridcache.allocators.moves``."""
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 
 from engine.schedule.batch import KEPT
-from hybridcache.allocators.moves import DEVICE, Copy, Orders
+from hybridcache.allocators.moves import DEVICE, Copy, StepQueue
 from hybridcache.api import Listener
 from hybridcache.policies.protocol import Item
 from hybridcache.radix.tree import RadixNode
@@ -22,8 +22,8 @@ class Keeping(Listener):
     """Listens to a cache while something is published into it, and at no other time: what is
     fetched was kept before, and its bytes are not there yet."""
 
-    def __init__(self, orders: Orders) -> None:
-        self._orders = orders
+    def __init__(self, steps: StepQueue) -> None:
+        self._steps = steps
         self._is_publishing = False
 
     @contextmanager
@@ -38,13 +38,13 @@ class Keeping(Listener):
     def kv_stored(self, node: RadixNode) -> None:
         if self._is_publishing and node.kv is not None:
             rows = node.kv.indices.copy()
-            self._orders.add(Copy("kv", DEVICE, rows, KEPT, NO_ROWS, node.end, _path(node)))
+            self._steps.add(Copy("kv", DEVICE, rows, KEPT, NO_ROWS, node.end, _path(node)))
 
     def checkpoint_stored(self, node: RadixNode) -> None:
         if self._is_publishing and node.checkpoint is not None:
             slot = np.array([node.checkpoint.slot], np.int32)
             path = _path(node)
-            self._orders.add(Copy("checkpoint", DEVICE, slot, KEPT, NO_ROWS, node.end, path))
+            self._steps.add(Copy("checkpoint", DEVICE, slot, KEPT, NO_ROWS, node.end, path))
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
         pass

@@ -125,7 +125,7 @@ class Scheduler(StepPlanner[Request]):
                 request.num_drawn += 1
                 request.drawn_row = num_drawn
                 num_drawn += 1
-        moves, row_writes, restores = self._manager.take_copies()
+        moves, row_writes, restores = self._manager.take_step()
         return Batch(tuple(segments), restores, row_writes, tuple(late_tokens), moves)
 
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:

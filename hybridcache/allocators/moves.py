@@ -1,48 +1,33 @@
-"""Moves of rows within the device, and copies between the device and the tiers.
+"""Work on the tensors that follows from the cache's decisions, in the order in which it is done.
 
-Rows of an arena that move, who is notified, and the order in which the tensors follow.
+The cache changes its index numbers at once. When it empties a slab of an arena, offloads an entry
+or loads one, the new numbers are in force before the verb returns, and freed rows may be handed
+out again. The bytes follow later: the owner of the tensors takes one ``StepPlan`` before each step
+(``PrefixCache.take_step``) and carries it out:
 
-A slab is emptied when a slot wants one and none is free (``allocators.arena``). Its living rows are
-then elsewhere, at once and for all who keep their numbers; the bytes follow before they are next
-read.
+1. ``transfers``, one after the other: moves of rows within the arena
+   (``memory[dst] = memory[src]``), copies between tiers, and notes of dropped disk rows. A transfer
+   may read rows that an earlier one wrote, or overwrite rows that an earlier one read, so moves and
+   tier copies share one list. Within one move no row is both source and target.
+2. ``row_writes``: parts of the request table that are new or out of date.
+3. ``restores``: state copies of requests that resume from a checkpoint.
 
-Order, for whoever owns the tensors (a holder that owns no rows, such as ``PendingMoves``). Before
-the next step reads or writes anything it does, in this order:
+Then the step computes, and writes the KV rows and checkpoint slots that it was given.
 
-1. the moves, in the order in which they were notified: ``memory[dst] = memory[src]``. Within a move
-   no row is in both; a later move may well read what an earlier one wrote, or write what an earlier
-   one read;
-2. the state copies of requests that resume (checkpoint slot to own slot);
-3. the step itself: it writes the KV rows and checkpoint slots that it was given.
+The fixed order is safe. A slot is handed out after its slab was emptied, so all writes to slots (3
+and the step) must follow the transfers (1). A move that comes later in the same plan writes and
+reads only rows of KV slabs. It could disturb a restore only through a slot that was freed in
+between. The source of a restore is a checkpoint under the request's lock, and its target is the
+request's own slot; if the request ends before the step, its restore is dropped from the plan. So no
+slot of a pending restore is ever used for KV.
 
-This fixed order is safe. A slot is handed out after its slab was emptied, so all that is written to
-slots (2, 3) must follow the moves before it (1). A move that comes *later* in the same round writes
-only to rows, and reads only from rows, of KV slabs. It could disturb a state copy only through a
-slot that was freed in between: the source of a copy is a checkpoint that the request locks until it
-publishes, which is after its first step, and the target is the request's own; if the request ends
-before that step, its copy is dropped. So no slot of a copy that is still to be made is ever KV.
+A step in flight may still read and write old rows: the bytes that must move are those present when
+it ends. On a device with streams, the transfers are therefore ordered after the step in flight and
+before the next one, and the host does not wait. A plan that was taken must be carried out even if
+its step computes nothing: its numbers are in force already.
 
-The indices are older than the bytes: tree and leases name the new rows as soon as ``rows_moved``
-has returned. What a caller has copied from a lease before (a request table) it writes again where
-``Lease.take_moved`` says, after all else that it has to write there.
-
-A step in flight (overlap) may still read and write old rows: what is in the arena when it ends is
-what must move, new KV with it. So moves are ordered after it on the device's stream, and the next
-step after them; nothing waits on the host. A move that was taken must be made even if the step for
-which it was taken comes out empty: its indices are in force already.
-
-What has to be copied between the device and the memories below it, in order.
-
-A cache with lower tiers (``core.lower``) changes its numbers at once: what it spills or fetches is
-elsewhere for all who ask, and rows that were left are handed out again. The bytes follow before
-they are next read. So all orders stand in one list, the moves of a device arena among them, and
-whoever owns the tensors makes them as if each were complete before the next begins: one may
-overwrite what an earlier one reads, or read what an earlier one writes. They come before all that
-the next step reads or writes (the copies of states that resume included, see
-``allocators.moves``).
-
-Work may overlap where no row is in both hands. A copy to the device that is still under way is of a
-slot that nobody else writes; a request that resumes from it waits.
+Work may overlap where no row is shared. A request that resumes from a copy still under way waits
+for it.
 """
 
 from __future__ import annotations
@@ -88,37 +73,6 @@ class RowHolder(Protocol):
         ...
 
 
-class PendingMoves:
-    """Moves that are still to be made on the tensors, in order. A holder that owns no rows."""
-
-    __slots__ = ("_moves",)
-
-    def __init__(self) -> None:
-        self._moves: list[Move] = []
-
-    def __len__(self) -> int:
-        """Slabs that were emptied since the last ``take``. A scheduler that wants at most one a
-        step stops adding work to the step then; refusing a slot instead would decide otherwise than
-        the simulator does."""
-        return len(self._moves)
-
-    @property
-    def num_moves(self) -> int:
-        """As ``len``."""
-        return len(self._moves)
-
-    def rows_moved(self, move: Move) -> int:
-        """Keep ``move`` for ``take``."""
-        self._moves.append(move)
-        return 0
-
-    def take(self) -> tuple[Move, ...]:
-        """All since the last time, given out once: the caller makes them, in this order, before
-        anything else."""
-        moves, self._moves = tuple(self._moves), []
-        return moves
-
-
 DEVICE, HOST, DISK = "device", "host", "disk"
 """The tiers' words, the nearest first."""
 
@@ -148,35 +102,214 @@ class Drop(NamedTuple):
     rows: Indices
 
 
-Order = Move | Copy | Drop
+Transfer = Move | Copy | Drop
 
 
-class Orders:
-    """Orders that are still to be made. A holder of the device's arena that owns no rows, in place
-    of ``PendingMoves``."""
+class RowWrite(NamedTuple):
+    """A part of one request's row in the request table that is new or out of date."""
 
-    __slots__ = ("_orders", "num_moves")
+    table_row: int
+    """``LeaseRequest.table_row`` of the request."""
+    start: int
+    """Position of the first index."""
+    kv_indices: Indices
+    """KV row of each position from ``start`` on: int32[n], a copy."""
 
-    def __init__(self) -> None:
-        self._orders: list[Order] = []
-        self.num_moves = 0
-        """Slabs that were emptied since the last ``take``."""
+    def up_to(self, end: int) -> RowWrite:
+        """Return the part of this write below position ``end``."""
+        return self._replace(kv_indices=self.kv_indices[: max(end - self.start, 0)])
 
-    def __len__(self) -> int:
-        return len(self._orders)
+
+class StepPlan(NamedTuple):
+    """All work on the tensors that is due before the next step, in this order.
+
+    See the module for why the order is safe. ``examples/minimal_engine.py`` carries plans out with
+    numpy arrays.
+    """
+
+    transfers: tuple[Transfer, ...] = ()
+    """Moves, copies between tiers and drops, each complete before the next begins."""
+    row_writes: tuple[RowWrite, ...] = ()
+    """At most one per running request that has a ``table_row``."""
+    restores: tuple[tuple[int, int], ...] = ()
+    """(checkpoint slot, own slot) of each request that resumes."""
+
+
+class RunningLease(Protocol):
+    """Row numbers of one running request. Hashable, by identity."""
 
     def rows_moved(self, move: Move) -> int:
-        """Keep ``move`` for ``take``."""
+        """Rename the kept rows of ``move.src``; return how many of them the lease holds."""
+        ...
+
+    def rows_from(self, start: int) -> Indices:
+        """Return the known KV rows of positions from ``start`` on: int32[k]."""
+        ...
+
+    def row_write(self) -> RowWrite | None:
+        """Return the positions that changed since ``row_write_taken``, or None if there are
+        none."""
+        ...
+
+    def row_write_taken(self) -> None:
+        """Note that a plan contains ``row_write()``."""
+        ...
+
+
+class StepQueue:
+    """The next ``StepPlan`` of one cache while it grows. A row holder for all running leases.
+
+    For an arena it keeps a table of the slabs in which each lease has rows. A move then renames
+    rows of the leases that have some in the emptied slab, and no other lease is looked at.
+    """
+
+    __slots__ = (
+        "_changed",
+        "_free_numbers",
+        "_is_in_slab",
+        "_leases",
+        "_numbers",
+        "_restores",
+        "_slab_rows",
+        "_transfers",
+        "_unindexed",
+        "num_moves",
+    )
+
+    def __init__(self, num_slabs: int = 0, slab_rows: int = 1) -> None:
+        """``num_slabs`` is 0 if rows never move."""
+        self.num_moves = 0
+        """Slabs emptied since the last ``take``. A scheduler that wants at most one per step stops
+        adding requests to the step when it is 1."""
+        self._transfers: list[Transfer] = []
+        self._restores: dict[RunningLease, tuple[int, int]] = {}
+        self._changed: dict[RunningLease, None] = {}
+        self._numbers: dict[RunningLease, int] = {}
+        self._slab_rows = slab_rows
+        # The last column is the tail of the arena, from which no row ever moves.
+        self._is_in_slab = np.zeros((8 if num_slabs else 0, num_slabs + 1), np.bool_)
+        self._leases: list[RunningLease | None] = [None] * len(self._is_in_slab)
+        self._free_numbers = list(range(len(self._is_in_slab)))
+        # First position of each lease that is not in the table yet. Rows are added to the table
+        # when a slab moves: many leases end before one does.
+        self._unindexed: dict[RunningLease, int] = {}
+
+    @property
+    def num_transfers(self) -> int:
+        """Transfers that no plan contains yet. O(1)."""
+        return len(self._transfers)
+
+    @property
+    def num_leases(self) -> int:
+        """Leases that are notified of moves; 0 if rows never move. O(1)."""
+        return len(self._numbers)
+
+    def open(self, lease: RunningLease) -> None:
+        """Notify ``lease`` of moves until ``close``. O(1) amortised."""
+        if not len(self._is_in_slab):
+            return
+        if not self._free_numbers:
+            count = len(self._leases)
+            self._is_in_slab = np.concatenate((self._is_in_slab, np.zeros_like(self._is_in_slab)))
+            self._leases += [None] * count
+            self._free_numbers = list(range(count, 2 * count))
+        number = self._free_numbers.pop()
+        self._numbers[lease], self._leases[number] = number, lease
+
+    def close(self, lease: RunningLease) -> None:
+        """Forget ``lease``, its restore and its row write. O(slabs)."""
+        self._restores.pop(lease, None)
+        self._changed.pop(lease, None)
+        number = self._numbers.pop(lease, None)
+        if number is not None:
+            self._unindexed.pop(lease, None)
+            self._is_in_slab[number] = False
+            self._leases[number] = None
+            self._free_numbers.append(number)
+
+    def rows_added(self, lease: RunningLease, start: int) -> None:
+        """Note that ``lease`` has other rows from position ``start`` on. O(1)."""
+        if lease in self._numbers and start < self._unindexed.get(lease, start + 1):
+            self._unindexed[lease] = start
+
+    def row_write_due(self, lease: RunningLease) -> None:
+        """Include ``lease.row_write()`` in the next plan. O(1)."""
+        self._changed[lease] = None
+
+    def restore(self, lease: RunningLease, src: int, dst: int) -> None:
+        """Include the copy of the state in slot ``src`` to ``dst`` in the next plan. O(1)."""
+        self._restores[lease] = src, dst
+
+    def add(self, transfer: Transfer) -> None:
+        """Include ``transfer`` in the next plan. O(1)."""
+        self._transfers.append(transfer)
+        self.num_moves += isinstance(transfer, Move)
+
+    def rows_moved(self, move: Move) -> int:
+        """Rename the rows of all leases (``RowHolder``); return how many of them the leases hold.
+
+        O(leases / 8 + rows of the leases that have some in the slab + rows added since the last
+        move).
+        """
         self.add(move)
-        return 0
+        if not self._numbers:
+            return 0
+        self._index()
+        table, num_held = self._is_in_slab, 0
+        numbers = table[:, move.slab].nonzero()[0]
+        if not len(numbers):
+            return 0
+        for number in numbers.tolist():
+            lease = self._leases[number]
+            assert lease is not None
+            num_held += lease.rows_moved(move)
+        table[numbers, move.slab] = False
+        table[numbers[:, None], np.unique(move.dst // self._slab_rows)] = True
+        return num_held
 
-    def add(self, order: Order) -> None:
-        """Keep ``order`` for ``take``. O(1)."""
-        self._orders.append(order)
-        self.num_moves += isinstance(order, Move)
+    def _index(self) -> None:
+        for lease, start in self._unindexed.items():
+            self._is_in_slab[self._numbers[lease], lease.rows_from(start) // self._slab_rows] = True
+        self._unindexed.clear()
 
-    def take(self) -> tuple[Order, ...]:
-        """All since the last time, given out once: the caller makes them, in this order, before
-        anything else."""
-        orders, self._orders, self.num_moves = tuple(self._orders), [], 0
-        return orders
+    def take(self) -> StepPlan:
+        """Return the plan and begin an empty one. O(transfers + rows written)."""
+        if not (self._transfers or self._changed or self._restores):
+            return NOTHING_DUE
+        row_writes = self.due_row_writes()
+        plan = StepPlan(tuple(self._transfers), row_writes, tuple(self._restores.values()))
+        for lease in self._changed:
+            lease.row_write_taken()
+        self._transfers, self.num_moves = [], 0
+        self._changed.clear()
+        self._restores.clear()
+        return plan
+
+    def take_transfers(self) -> tuple[Transfer, ...]:
+        """Return the transfers alone and forget them; the rest stays due."""
+        transfers, self._transfers, self.num_moves = tuple(self._transfers), [], 0
+        return transfers
+
+    def due_row_writes(self) -> tuple[RowWrite, ...]:
+        """Return the row writes of the next plan, which stay due. O(rows written)."""
+        writes = [lease.row_write() for lease in self._changed]
+        return tuple(write for write in writes if write is not None)
+
+    @property
+    def num_restores(self) -> int:
+        """Restores that no plan contains yet. O(1)."""
+        return len(self._restores)
+
+    def check(self) -> None:
+        """AssertionError unless the table names every slab in which a lease has rows. O(rows)."""
+        for lease, number in self._numbers.items():
+            assert self._leases[number] is lease, f"lease {number} is not notified of moves"
+            end = self._unindexed.get(lease)
+            rows = lease.rows_from(0)
+            if end is not None:
+                rows = rows[: len(rows) - len(lease.rows_from(end))]
+            is_known = self._is_in_slab[number, rows // self._slab_rows]
+            assert is_known.all(), f"rows of lease {number} are in a slab that is not noted"
+
+
+NOTHING_DUE = StepPlan()

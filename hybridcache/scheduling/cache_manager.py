@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from math import lcm
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import Order, Orders, PendingMoves
+from hybridcache.allocators.moves import RowWrite, StepPlan
 from hybridcache.api import PrefixCache, PrefixMatch
 from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseLog, LeaseRequest
@@ -23,7 +23,6 @@ from hybridcache.policies.protocol import FetchRule, Prefill
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, Tokens
 
-RowWrite = tuple[int, int, Indices]
 TableRow = Callable[[int, int], Indices]
 """(row, end) to the KV indices that a runner was given for a row's positions below ``end``, or for
 as many as it was given."""
@@ -31,14 +30,6 @@ DECODE_PIECE = 32
 """Tokens of KV taken at once while decoding, so that most steps allocate nothing."""
 MAX_MOVES = 1
 """Slabs of an arena emptied a step: what a step waits for them stays below what it takes itself."""
-
-
-class Copies(NamedTuple):
-    """What the next batch has to copy before it computes, in this order."""
-
-    moves: tuple[Order, ...]
-    row_writes: tuple[RowWrite, ...]
-    restores: tuple[tuple[int, int], ...]
 
 
 class CacheManager:
@@ -77,14 +68,7 @@ class CacheManager:
         self._num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
         self._arrivals: dict[Arrival, None] = {}
-        self._restores: dict[int, tuple[int, int]] = {}
-        self._row_writes: list[RowWrite] = []
-        self._moves: PendingMoves | Orders = PendingMoves()
         self._has_given_moves = False
-        if cache.lower is not None:
-            self._moves = cache.lower.orders
-        elif cache.arena is not None:
-            cache.arena.holders[self._moves] = None
 
     def begin(self, request: ScheduledRequest) -> bool:
         """Give ``request`` a lease and a row, and set its lengths by what is cached. False: no
@@ -100,6 +84,7 @@ class CacheManager:
             exact=self._exact,
             stateful=self._stateful,
             answer_survives=request.answer_survives,
+            table_row=self._free_rows[-1],
             own_slot=self._free_rows[-1] if self._owns_states else None,
         )
         exchange = self._after_reading if request.fetched_len else self._exchange
@@ -116,24 +101,17 @@ class CacheManager:
         request.restart()
         request.computed_len = request.scheduled_len = lease.cached_len
         request.prefill_len, request.num_drawn = prefill_len, 0
-        if lease.restore is not None:
-            self._restores[row] = lease.restore
-        if lease.cached_len:
-            self._row_writes.append((row, 0, lease.kv_indices))
         return True
 
     def extend(self, request: ScheduledRequest, to_len: int) -> bool:
         """KV rows for every position below ``to_len``. False: no memory; nothing changed."""
-        lease, row = request.claims
+        lease, _ = request.claims
         before = lease.extended_len
         if to_len <= before:
             return True
         ahead = max(to_len, min(before + DECODE_PIECE, request.max_len))
         to_len = ahead if not request.is_prefilling and self._extend(lease, ahead) else to_len
-        if lease.extended_len < to_len and not self._extend(lease, to_len):
-            return False
-        self._row_writes.append((row, before, lease.kv_indices[before : request.max_len]))
-        return True
+        return lease.extended_len >= to_len or self._extend(lease, to_len)
 
     def _extend(self, lease: Lease, to_len: int) -> bool:
         extended = lease.extend(to_len)
@@ -177,7 +155,9 @@ class CacheManager:
         arena = self.cache.arena
         if arena is None:
             return num_wanted
-        return max(0, min(len(arena.free_slabs) + MAX_MOVES - self._moves.num_moves, num_wanted))
+        return max(
+            0, min(len(arena.free_slabs) + MAX_MOVES - self.cache.steps.num_moves, num_wanted)
+        )
 
     def match(self, request: ScheduledRequest) -> PrefixMatch:
         """What the cache has of waiting ``request`` now. O(its length)."""
@@ -223,13 +203,10 @@ class CacheManager:
 
     def publish(self, request: ScheduledRequest) -> None:
         """Hand what ``request`` has computed to the tree."""
-        lease, row = request.claims
+        lease, _ = request.claims
         with self._publishing():
-            changed = lease.publish(request.tokens, request.computed_len)
+            lease.publish(request.tokens, request.computed_len)
         self._record("publish", lease, (request.tokens, request.computed_len))
-        if changed is not None:
-            start, end = changed
-            self._row_writes.append((row, start, lease.kv_indices[start:end].copy()))
 
     def finish(self, request: ScheduledRequest) -> None:
         """End a lease whose request is done: all it computed is published. Where a step that was
@@ -267,31 +244,25 @@ class CacheManager:
 
     def _release(self, request: ScheduledRequest) -> None:
         _, row = request.claims
-        self._row_writes = [write for write in self._row_writes if write[0] != row]
-        self._restores.pop(row, None)
         del self._requests[row]
         self._free_rows.append(row)
         request.lease = request.row = request.held_logits = None
 
     @property
     def has_moves(self) -> bool:
-        """Rows moved or were copied, and no batch took that yet."""
-        return len(self._moves) > 0
+        """Rows moved or were copied, and no batch contains that yet."""
+        return self.cache.steps.num_transfers > 0
 
-    def take_copies(self) -> Copies:
-        """What the next batch must copy before it computes; given out once."""
-        moves = self._moves.take()
-        if moves:
-            for row, request in self._requests.items():
-                lease, _ = request.claims
-                moved = lease.take_moved()
-                if moved is not None:
-                    start, end = moved[0], min(moved[1], request.max_len)
-                    self._row_writes.append((row, start, lease.kv_indices[start:end]))
-        self._has_given_moves = bool(moves)
-        restores, self._restores = tuple(self._restores.values()), {}
-        row_writes, self._row_writes = tuple(self._row_writes), []
-        return Copies(moves, row_writes, restores)
+    def take_step(self) -> StepPlan:
+        """Return the work on the tensors that the next batch does before it computes, once."""
+        step = self.cache.take_step()
+        self._has_given_moves = bool(step.transfers)
+        return step._replace(row_writes=self._clipped(step.row_writes))
+
+    def _clipped(self, row_writes: tuple[RowWrite, ...]) -> tuple[RowWrite, ...]:
+        """Cut ``row_writes`` at the request table's width: a lease has whole pages of rows."""
+        clipped = [write.up_to(self._requests[write.table_row].max_len) for write in row_writes]
+        return tuple(write for write in clipped if len(write.kv_indices))
 
     def lost_moves(self) -> bool:
         """A step broke off: whether nobody knows if the moves of the last batch were made, so that
@@ -331,16 +302,15 @@ class CacheManager:
         """AssertionError unless the runner's request table, with the writes that the next batch
         brings, lists for every request the rows of its lease. Between two steps only. O(tokens of
         the running requests)."""
-        assert not self._restores, "a state copy was claimed, and no batch took it"
-        writes: dict[int, list[RowWrite]] = {row: [] for row in self._requests}
-        for write in self._row_writes:
-            writes[write[0]].append(write)
+        assert not self.cache.steps.num_restores, "a state copy was claimed, and no batch took it"
+        writes = {write.table_row: write for write in self.cache.steps.due_row_writes()}
         for row, request in self._requests.items():
             expected = request.claims[0].kv_indices[: request.max_len]
             listed = np.full(len(expected), -1, np.int32)
             given = table_row(row, len(expected))
             listed[: len(given)] = given
-            for _, start, indices in writes[row]:
+            if row in writes:
+                _, start, indices = writes[row].up_to(len(expected))
                 listed[start : start + len(indices)] = indices
             wrong = np.flatnonzero(listed != expected)
             assert not len(wrong), (

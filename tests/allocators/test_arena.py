@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
-from hybridcache.allocators.moves import Move, PendingMoves
+from hybridcache.allocators.moves import Move, StepQueue
 
 ROW_BYTES = 3
 
@@ -42,7 +42,7 @@ class ArenaMachine(RuleBasedStateMachine):
         assert arena.slab_rows == slab_rows(state_bytes, ROW_BYTES, page_size)
         assert arena.num_slabs == arena.capacity // arena.slab_rows
         self.memory = np.full(arena.capacity, -1, np.int64)
-        self.moves = PendingMoves()
+        self.moves = StepQueue()
         arena.holders[self.moves] = None
         self.hands: list[Hand] = []
         self.states: dict[int, int | None] = {}
@@ -137,7 +137,7 @@ class ArenaMachine(RuleBasedStateMachine):
     def step(self):
         """What the tensors do between two rounds."""
         memory, size = self.memory, self.arena.slab_rows
-        for move in self.moves.take():
+        for move in self.moves.take().transfers:
             assert not set(move.src) & set(move.dst)
             assert len(set(move.dst)) == len(move.dst) == len(move.src)
             assert set((move.src // size).tolist()) <= {move.slab}
@@ -212,14 +212,14 @@ def test_the_emptiest_slab_moves_into_the_fullest():
         arena.pages.free(hand.rows[kept:])
         hand.rows = hand.rows[:kept].copy()
     emptied, fullest, next_full = (int(hand.rows[0]) // 10 for hand in slabs[:3])
-    moves = PendingMoves()
+    moves = StepQueue()
     arena.holders[moves] = None
     assert arena.slots.allocate() == emptied
-    (move,) = moves.take()
+    (move,) = moves.take().transfers
     assert move.slab == emptied and len(move.src) == 3
     assert (move.dst // 10).tolist() == [fullest, next_full, next_full]
     assert arena.num_moves == 1 and arena.num_moved_rows == 3
-    assert moves.take() == () and len(moves) == 0
+    assert moves.take().transfers == () and moves.num_transfers == 0
     arena.check()
 
 
@@ -273,13 +273,13 @@ def test_without_states_all_is_kv():
 
 
 def test_moves_are_given_out_once_in_their_order():
-    moves, rows = PendingMoves(), np.empty(0, np.int32)
+    moves, rows = StepQueue(), np.empty(0, np.int32)
     made = [Move(slab, rows, rows, rows) for slab in (3, 1, 2)]
     for move in made:
         assert moves.rows_moved(move) == 0
-    assert len(moves) == 3
-    assert [move.slab for move in moves.take()] == [3, 1, 2]
-    assert moves.take() == () and len(moves) == 0
+    assert moves.num_transfers == 3
+    assert [move.slab for move in moves.take().transfers] == [3, 1, 2]
+    assert moves.take().transfers == () and moves.num_transfers == 0
 
 
 def test_a_slab_is_whole_pages_and_has_room_for_a_state():
@@ -326,3 +326,58 @@ def test_a_double_free_is_found_by_check():
     arena.pages._stack[arena.pages._height - 1] = arena.pages._stack[arena.pages._height - 2]
     with pytest.raises(AssertionError, match="twice"):
         arena.check()
+
+
+class FakeLease:
+    """A running lease of a list of rows, which counts how often it is asked."""
+
+    def __init__(self, rows):
+        self.rows = np.array(rows, np.int32)
+        self.num_calls = 0
+
+    def rows_moved(self, move):
+        self.num_calls += 1
+        return len(move.rename(self.rows))
+
+    def rows_from(self, start):
+        return self.rows[start:]
+
+    def row_write(self):
+        return None
+
+    def row_write_taken(self):
+        pass
+
+
+def made_move(slab, size, places):
+    """``places``: row to new row, of slab ``slab``."""
+    new_rows = np.arange(slab * size, (slab + 1) * size, dtype=np.int32)
+    for row, new in places.items():
+        new_rows[row - slab * size] = new
+    src, dst = (np.array(rows, np.int32) for rows in (list(places), list(places.values())))
+    return Move(slab, src, dst, new_rows)
+
+
+def test_a_move_is_told_only_to_leases_with_rows_in_its_slab():
+    steps = StepQueue(num_slabs=100, slab_rows=10)
+    leases = [FakeLease([10 * slab, 10 * slab + 1] if slab else [950]) for slab in range(20)]
+    for lease in leases:
+        steps.open(lease)
+        steps.rows_added(lease, 0)
+    assert steps.rows_moved(made_move(3, 10, {30: 707, 31: 708})) == 2
+    assert [lease.num_calls for lease in leases] == [0] * 3 + [1] + [0] * 16
+    assert leases[3].rows.tolist() == [707, 708]
+    steps.check()
+    assert steps.rows_moved(made_move(70, 10, {707: 999, 708: 55})) == 2, "moved rows move again"
+    leases[4].rows = np.array([40, 41, 993], np.int32)
+    steps.rows_added(leases[4], 2)
+    assert steps.rows_moved(made_move(99, 10, {993: 5, 999: 6})) == 2
+    assert (leases[3].rows.tolist(), leases[4].rows.tolist()) == ([6, 55], [40, 41, 5])
+    assert [lease.num_calls for lease in leases[3:6]] == [3, 1, 0]
+    steps.check()
+    steps.close(leases[3])
+    later = FakeLease([200])
+    steps.open(later)
+    assert steps.rows_moved(made_move(0, 10, {5: 300})) == 1
+    assert later.num_calls == 0, "a new lease has the place of one that ended"
+    assert len(steps.take().transfers) == 4 and steps.take() == ((), (), ())

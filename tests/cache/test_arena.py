@@ -107,19 +107,28 @@ def test_an_attention_only_cache_has_an_arena_without_slabs():
 def test_without_a_cache_leases_still_follow_moves():
     cache = arena_cache("none", num_rows=60, state_rows=15)
     first, second = (
-        Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens, stateful=False))
-        for tokens in (prompts(4, 2))
+        Lease.begin(
+            cache, parse_placement("none"), LeaseRequest(tokens, stateful=False, table_row=row)
+        )
+        for row, tokens in enumerate(prompts(4, 2))
     )
     for end in (5, 10, 15):
         assert first.extend(end) and second.extend(end)
     held = second.kv_indices.tolist()
+    first_write, second_write = cache.take_step().row_writes
+    assert (first_write.table_row, first_write.kv_indices.tolist()) == (
+        0,
+        first.kv_indices.tolist(),
+    )
+    assert (second_write.table_row, second_write.kv_indices.tolist()) == (1, held)
     first.abort()
     slots = [cache.allocate_slot() for _ in range(3)]
     assert None not in slots and cache.arena.num_moves == 1
-    start, end = second.take_moved()
-    assert second.take_moved() is None
+    [write] = cache.take_step().row_writes
+    assert cache.take_step() == ((), (), ())
     changed = np.flatnonzero(second.kv_indices != held)
-    assert (start, end) == (changed[0], changed[-1] + 1)
+    assert (write.table_row, write.start) == (1, changed[0])
+    assert write.kv_indices.tolist() == second.kv_indices[changed[0] : changed[-1] + 1].tolist()
     under = {row // cache.arena.slab_rows for row in second.kv_indices.tolist()}
     assert under.isdisjoint(slots)
     cache.check(held_tokens=15, held_slots=3)
@@ -136,36 +145,44 @@ def test_a_lease_that_has_read_its_rows_follows_them():
     serve(cache, other, held_tokens=22)
     for rows in apart:
         cache.free_kv(rows)
-    lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens))
-    assert lease.cached_len > 0 and len(cache.arena.holders) == 2
+    cache.take_step()
+    lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens, table_row=7))
+    assert lease.cached_len > 0 and cache.steps.num_leases == 1
     before = lease.kv_indices.copy()
+    plan = cache.take_step()
+    assert [(write.start, write.kv_indices.tolist()) for write in plan.row_writes] == [
+        (0, before.tolist())
+    ]
+    assert plan.restores == (lease.restore,)
     slots = []
     while cache.arena.num_moves == 0:
         slots.append(cache.allocate_slot())
         assert slots[-1] is not None, "nothing moved: this test shows nothing"
     assert lease.kv_indices.tolist() == cache.gather(lease.match.node).tolist() != before.tolist()
     changed = np.flatnonzero(lease.kv_indices != before)
-    assert lease.take_moved() == (changed[0], changed[-1] + 1)
+    [(row, start, rows)] = cache.take_step().row_writes
+    assert (row, start, start + len(rows)) == (7, changed[0], changed[-1] + 1)
     cache.check(held_tokens=0, held_slots=1 + len(slots))
     lease.abort()
-    assert len(cache.arena.holders) == 1, "a lease that ended is notified no more"
+    assert cache.steps.num_leases == 0, "a lease that ended is notified no more"
 
 
 def test_a_lease_claims_what_it_holds_and_says_all_that_moved():
     cache, tokens = arena_cache(num_rows=120, state_rows=15), np.arange(20, dtype=np.int32)
-    request = LeaseRequest(tokens, stateful=False)
+    request = LeaseRequest(tokens, stateful=False, table_row=0)
     lease = Lease.begin(cache, parse_placement("none"), request)
     assert lease.extend(20)
     lease.publish(tokens, 12)
-    *_, holder = cache.arena.holders
+    cache.take_step()
     slabs = lease.kv_indices // 15
     assert slabs.tolist() == [0] * 5 + [1] * 15
     rows, claimed = np.empty(0, np.int32), []
     for slab in (0, 1):  # told to the lease alone: it is not used after this
         new_rows = np.arange(15 * slab + 60, 15 * slab + 75, dtype=np.int32)
-        claimed.append(holder.rows_moved(Move(slab, rows, rows, new_rows)))
+        claimed.append(cache.steps.rows_moved(Move(slab, rows, rows, new_rows)))
     assert claimed == [0, 8]
-    assert lease.take_moved() == (0, 20)
+    [write] = cache.take_step().row_writes
+    assert (write.start, len(write.kv_indices)) == (0, 20)
     assert (lease.kv_indices // 15 == slabs + 4).all()
 
 

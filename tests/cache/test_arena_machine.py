@@ -17,7 +17,6 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.allocators.moves import PendingMoves
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.words import EVICTION, parse_placement
@@ -46,7 +45,7 @@ class Running:
     lease: Lease
     twin: Lease
     table: np.ndarray
-    restore: tuple[int, int] | None
+    table_row: int
     computed_len: int
     """Published, or about to be once its step is committed."""
     launched_len: int
@@ -91,8 +90,7 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
         # A policy weighs items by what the config says of a state: make that the same for both.
         residency = self.cache._residency
         residency.item_bytes = self.twin._residency.item_bytes
-        self.moves = PendingMoves()
-        arena.holders[self.moves] = None
+        self.num_begun = 0
         self.memory = np.full(arena.capacity, -1, np.int64)
         self.running: list[Running] = []
         rng = np.random.default_rng(seed)
@@ -127,7 +125,8 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
         system = self.systems[which % 2]
         tokens = np.concatenate((system, rng.integers(0, 50, 40, dtype=np.int32)))
         prompt_len = min(len(system) + length, len(tokens) - 8)
-        request = LeaseRequest(tokens[:prompt_len])
+        self.num_begun += 1
+        request = LeaseRequest(tokens[:prompt_len], table_row=self.num_begun)
         lease = Lease.begin(self.cache, self.placements[0], request)
         twin = Lease.begin(self.twin, self.placements[1], request)
         assert (lease is None) == (twin is None)
@@ -137,9 +136,9 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
         assert (lease.restore is None) == (twin.restore is None)
         table = np.full(len(tokens) + self.cache.page_size, -1, np.int32)
         start = lease.cached_len
-        table[:start] = lease.kv_indices[:start]
+        row = self.num_begun
         self.running.append(
-            Running(tokens, prompt_len, lease, twin, table, lease.restore, start, start, start)
+            Running(tokens, prompt_len, lease, twin, table, row, start, start, start)
         )
 
     def one(self, which):
@@ -158,13 +157,10 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
             end = max(start + 1, end // GRID * GRID) if end // GRID * GRID > start else end
         if end <= start:
             return
-        before = one.lease.extended_len
         extended = one.lease.extend(end)
         assert extended == one.twin.extend(end)
         if not extended:
             return
-        new = one.lease.kv_indices[before : len(one.table)]
-        one.table[before : before + len(new)] = new
         one.exports = one.lease.take_checkpoint_slots(start, end)
         positions = [position for position, _ in one.exports]
         assert positions == [position for position, _ in one.twin.take_checkpoint_slots(start, end)]
@@ -172,22 +168,20 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
 
     @rule()
     def launch(self):
-        """The device's part of a step: moves, state copies, reads and writes, in that order."""
+        """Carry out a step plan in its order, then read and write as a step does."""
         memory, size = self.memory, self.arena.slab_rows
-        for one in self.running:
-            moved = one.lease.take_moved()
-            if moved is not None:
-                start, end = moved[0], min(moved[1], len(one.table))
-                one.table[start:end] = one.lease.kv_indices[start:end]
-        for move in self.moves.take():
+        tables = {one.table_row: one.table for one in self.running}
+        plan = self.cache.take_step()
+        for move in plan.transfers:
             memory[move.dst] = memory[move.src]
-        for one in self.running:
-            if one.restore is not None:
-                checkpoint, own = one.restore
-                memory[own * size : (own + 1) * size] = memory[
-                    checkpoint * size : (checkpoint + 1) * size
-                ]
-                one.restore = None
+        for write in plan.row_writes:
+            table = tables[write.table_row]
+            new = write.up_to(len(table)).kv_indices
+            table[write.start : write.start + len(new)] = new
+        for checkpoint, own in plan.restores:
+            memory[own * size : (own + 1) * size] = memory[
+                checkpoint * size : (checkpoint + 1) * size
+            ]
         for one in self.running:
             start, end = one.launched_len, one.extended_len
             if start == end:
@@ -215,9 +209,6 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
         one.computed_len = one.launched.pop(0)
         changed = one.lease.publish(one.tokens, one.computed_len)
         assert changed == one.twin.publish(one.tokens, one.computed_len)
-        if changed is not None:
-            start, end = changed
-            one.table[start:end] = one.lease.kv_indices[start:end]
 
     @rule(which=st.integers(0, 2), how=st.sampled_from(ENDS))
     def end(self, which, how):
@@ -248,7 +239,7 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
         self.twin.check(*held)
         assert self.cache.cached_tokens == self.twin.cached_tokens
         assert self.cache.num_checkpoints == self.twin.num_checkpoints
-        assert len(self.arena.holders) == 2 + len(self.running)
+        assert self.cache.steps.num_leases == len(self.running)
 
 
 class EveryPolicyArenaMachine(ArenaLeaseMachine):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache.allocators.moves import PendingMoves
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.arrival import Arrival
 from hybridcache.policies.words import EVICTION
@@ -136,9 +135,6 @@ def test_rows_that_move_are_renamed() -> None:
             memory="arena", total_bytes=8 * 40, kv_bytes_per_token=1, state_bytes=40, grid=8
         )
     )
-    pending = PendingMoves()
-    assert cache.arena is not None
-    cache.arena.holders[pending] = None
     contents = np.zeros(320, np.int64)
     first, second = (Arrival.begin(cache, tokens(64, n), stateful=True) for n in (0, 500))
     assert first is not None and second is not None
@@ -149,7 +145,7 @@ def test_rows_that_move_are_renamed() -> None:
     slots = []
     while (slot := cache.allocate_slot()) is not None:
         slots.append(slot)
-    moves = pending.take()
+    moves = cache.take_step().transfers
     assert moves, "nothing moved"
     for move in moves:
         contents[move.dst] = contents[move.src]

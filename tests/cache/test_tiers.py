@@ -85,10 +85,10 @@ def test_kv_that_no_state_needs_is_not_kept():
     cache = tiered()
     serve(cache, ids("abcd"), [2])
     cache.evict(num_tokens=1)
-    assert [order.kind for order in cache.lower.orders.take()] == []
+    assert [order.kind for order in cache.take_step().transfers] == []
     assert cache.match(ids("abcd")).kv_len == 2
     cache.evict(num_tokens=1)
-    assert [order.kind for order in cache.lower.orders.take()] == ["checkpoint", "kv"]
+    assert [order.kind for order in cache.take_step().transfers] == ["checkpoint", "kv"]
 
 
 def test_a_tombstone_is_resumed_by_its_state_alone():
@@ -162,7 +162,7 @@ def test_the_host_lets_its_own_policy_s_victim_go_and_the_disk_takes_it():
     cache.evict(num_tokens=8)
     assert cache.match(ids("abcdX")).lower[0].rows == (0, 9)
     assert cache.match(ids("efghX")).lower[0].rows == (9, 0)
-    written = [order for order in cache.lower.orders.take() if getattr(order, "path", None)]
+    written = [order for order in cache.take_step().transfers if getattr(order, "path", None)]
     assert {order.kind for order in written} == {"kv", "checkpoint"}
     assert all(order.path[1].tolist() == ids("abcd").tolist() for order in written)
 
@@ -173,9 +173,9 @@ def test_what_the_host_would_let_go_first_is_not_let_in():
     serve(cache, ids("wxyz"), [4])
     cache.evict(num_tokens=4)
     serve(cache, ids("abcd"), [2, 4])
-    cache.lower.orders.take()
+    cache.take_step()
     cache.evict(num_slots=1)
-    assert not len(cache.lower.orders)
+    assert not cache.steps.num_transfers
     assert lower(cache, ids("abX")) == [] and lower(cache, ids("wxyzX"))
 
 

@@ -37,7 +37,7 @@ class TieredMemory:
 
     def carry_out(self) -> None:
         """All orders so far."""
-        for order in self.cache.lower.orders.take():
+        for order in self.cache.take_step().transfers:
             if isinstance(order, Move):
                 device = self.rows[DEVICE]
                 moved = [device.get(row) for row in order.src.tolist()]

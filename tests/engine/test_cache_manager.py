@@ -37,7 +37,7 @@ class Table:
 
     def write(self, manager: CacheManager) -> None:
         """Do the copies of a batch."""
-        for row, start, indices in manager.take_copies()[1]:
+        for row, start, indices in manager.take_step().row_writes:
             self.rows[row, start : start + len(indices)] = indices
 
     def row(self, row: int, end: int) -> np.ndarray:
@@ -58,13 +58,12 @@ def test_a_begun_request_has_its_state_restored_and_its_row_written_once() -> No
     first, second = make_request(0), make_request(1)
     prefill(manager, first)
     assert manager.begin(second) and manager.extend(second, 100)
-    copies = manager.take_copies()
+    copies = manager.take_step()
     assert copies.restores == (second.lease.restore,)
     assert [(row, start, len(indices)) for row, start, indices in copies.row_writes] == [
-        (second.row, 0, 64),
-        (second.row, 64, 36),
+        (second.row, 0, 100)
     ]
-    assert manager.take_copies() == ((), (), ())
+    assert manager.take_step() == ((), (), ())
 
 
 def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
@@ -73,7 +72,7 @@ def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
     prefill(manager, first, table)
     assert manager.begin(second) and manager.extend(second, 100)
     manager.abort(second)
-    assert manager.take_copies() == ((), (), ())
+    assert manager.take_step() == ((), (), ())
     assert second.lease is second.row is None
     manager.check(table.row)
 
@@ -107,7 +106,7 @@ def test_the_check_knows_every_row_that_the_runner_was_given() -> None:
 def test_a_row_write_that_nobody_made_is_noticed() -> None:
     manager, table = make_manager(), Table()
     two_of_one_prompt(manager, table)
-    manager.take_copies()
+    manager.take_step()
     with pytest.raises(AssertionError, match="a row write was lost: at position 0 of request 1"):
         manager.check(table.row)
 
@@ -136,7 +135,7 @@ def test_no_row_is_written_past_the_longest_the_request_can_get() -> None:
     request = make_request(0)
     assert manager.begin(request) and manager.extend(request, 100)
     assert len(request.lease.kv_indices) == 128
-    [(_, start, indices)] = manager.take_copies().row_writes
+    [(_, start, indices)] = manager.take_step().row_writes
     assert start + len(indices) == request.max_len == 116
 
 
@@ -160,7 +159,7 @@ def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_ge
     request = make_request(0, length=10)
     request.max_len = 20
     assert manager.begin(request) and manager.extend(request, 20)
-    [(_, _, before)] = manager.take_copies().row_writes
+    [(_, _, before)] = manager.take_step().row_writes
     before = before.copy()
     gone, others = Filler(cache, 40), Filler(cache, 64)
     del cache.arena.holders[gone]
@@ -170,8 +169,8 @@ def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_ge
     assert len(request.lease.kv_indices) == 24
     slot = cache.allocate_slot()
     assert manager.has_moves and manager.must_wait_for_slab
-    copies = manager.take_copies()
-    [move] = copies.moves
+    copies = manager.take_step()
+    [move] = copies.transfers
     moved = dict(zip(move.src.tolist(), move.dst.tolist(), strict=True))
     assert len(moved) == 24
     [(row, start, indices)] = copies.row_writes
@@ -180,7 +179,7 @@ def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_ge
         0,
         [moved[old] for old in before.tolist()],
     )
-    assert manager.take_copies() == ((), (), ())
+    assert manager.take_step() == ((), (), ())
     assert not manager.has_moves and not manager.must_wait_for_slab
     assert manager.lost_moves() is False
     cache.free_slot(slot)

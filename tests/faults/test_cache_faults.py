@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from hybridcache.allocators.base import ByteBudget
-from hybridcache.allocators.moves import Move, Orders, PendingMoves
+from hybridcache.allocators.moves import Move, StepQueue
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.export.events import EventStream
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.lease import Lease
+from hybridcache.lease import Lease, LeaseRows
 from hybridcache.policies.eviction.regret import Regret
 from hybridcache.policies.words import EVICTION
 from hybridcache.routing.outbox import Outbox
@@ -255,19 +255,20 @@ def moved_rows_keep_their_old_numbers(patch: Patch) -> None:
 
 @FAULTS.noticed_by(test_arena.test_moves_are_given_out_once_in_their_order)
 def moves_are_made_in_reverse(patch: Patch) -> None:
-    @patch(PendingMoves, "take")
+    @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
-        return original(self)[::-1]
+        plan = original(self)
+        return plan._replace(transfers=plan.transfers[::-1])
 
 
 @FAULTS.noticed_by(machine(ArenaMachine))
 def moves_are_made_twice(patch: Patch) -> None:
-    @patch(PendingMoves, "take")
+    @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
-        moves = original(self)
-        for move in moves[:1]:
-            self.rows_moved(move)
-        return moves
+        plan = original(self)
+        for move in plan.transfers[:1]:
+            self.add(move)
+        return plan
 
 
 @FAULTS.noticed_by(arena)
@@ -284,16 +285,23 @@ def rows_that_the_tree_moved_are_gathered_from_where_they_were(patch: Patch) -> 
 
 @FAULTS.noticed_by(leases)
 def a_lease_does_not_tell_which_rows_have_moved(patch: Patch) -> None:
-    @patch(Lease, "take_moved")
-    def take_moved(original: Any, self: Any) -> None:
+    @patch(Lease, "row_write")
+    def row_write(original: Any, self: Any) -> None:
         return None
 
 
 @FAULTS.noticed_by(leases)
+def moves_pass_by_leases_whose_new_rows_are_not_noted(patch: Patch) -> None:
+    @patch(StepQueue, "rows_added")
+    def rows_added(original: Any, self: Any, lease: Any, start: int) -> None:
+        pass
+
+
+@FAULTS.noticed_by(leases)
 def a_lease_does_not_tell_that_its_rows_are_the_trees_now(patch: Patch) -> None:
-    @patch(Lease, "publish")
-    def publish(original: Any, self: Any, tokens: Any, computed_len: int) -> None:
-        original(self, tokens, computed_len)
+    @patch(LeaseRows, "publish")
+    def publish(original: Any, self: Any, to_len: int, num_duplicates: int) -> None:
+        original(self, to_len, 0)
 
 
 @FAULTS.noticed_by(leases)
@@ -305,12 +313,9 @@ def an_aborted_lease_keeps_what_it_holds(patch: Patch) -> None:
 
 @FAULTS.noticed_by(leases)
 def a_state_is_resumed_from_without_a_copy(patch: Patch) -> None:
-    @patch(Lease, "begin")
-    def begin(original: Any, cls: Any, *args: Any) -> Any:
-        lease = original(cls, *args)
-        if lease is not None and lease.match.checkpoint is not None:
-            lease.match = lease.match._replace(checkpoint=None)
-        return lease
+    @patch(StepQueue, "restore")
+    def restore(original: Any, self: Any, lease: Any, src: int, dst: int) -> None:
+        pass
 
 
 @FAULTS.noticed_by(leases)
@@ -339,16 +344,18 @@ def a_fetch_says_that_it_was_made(patch: Patch) -> None:
 
 @FAULTS.noticed_by(TIERS)
 def copies_between_tiers_are_made_in_reverse(patch: Patch) -> None:
-    @patch(Orders, "take")
+    @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
-        return original(self)[::-1]
+        plan = original(self)
+        return plan._replace(transfers=plan.transfers[::-1])
 
 
 @FAULTS.noticed_by(TIERS)
 def the_last_copy_between_tiers_is_not_made(patch: Patch) -> None:
-    @patch(Orders, "take")
+    @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
-        return original(self)[:-1]
+        plan = original(self)
+        return plan._replace(transfers=plan.transfers[:-1])
 
 
 @FAULTS.noticed_by(

@@ -267,7 +267,7 @@ class _Run:
             for request, end in order
             if manager.take_checkpoint_slots(request, end) is not None
         ]
-        manager.take_copies()
+        manager.take_step()
         if not tasks:
             self._idle()
             return

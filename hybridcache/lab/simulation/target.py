@@ -321,6 +321,7 @@ class LeaseTarget:
             request.answer_survives,
             self._own_slot,
         )
+        self.cache.take_step()  # There are no tensors: nobody needs the work in it.
         before = self._fetched_bytes()
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)
         if lease is None:
@@ -340,7 +341,6 @@ class LeaseTarget:
         lower = self.cache.lower
         if lower is None:
             return {}
-        lower.orders.take()
         rows = lower.copied_rows
         return {word: rows.get((word, DEVICE), 0) * lower.row_bytes for word in lower.words}
 
