@@ -207,6 +207,10 @@ class Prefill(NamedTuple):
     answer_survives: bool = True
     """False if no checkpoint of the answer will be saved: later prompts leave it out, or its rows
     are never published."""
+    free_slots: int | None = None
+    """Checkpoints that could be saved now without an eviction, or None if that is not known."""
+    num_checkpoints: int = 0
+    """Checkpoints that the cache holds now; counts only if ``free_slots`` is known."""
 
     def floor(self, position: int) -> int | None:
         """Return the deepest grid position at or before ``position``, or None if no checkpoint can

@@ -48,6 +48,9 @@ before its level departs from it, and then only by what is left."""
 SHAPE_WEIGHT = 16.0
 """Uses that an age bin needs before it is as much its own as what the class's level and the
 parent's shape give."""
+TOP_WEIGHT = 4.0
+"""The same of a class without a parent. One use in a bin is chance: believed, it would order the
+first evictions of a cache worse than recency does."""
 MEMORY = 4096.0
 """Uses after which a class has forgotten half."""
 _ROW_BITS = 24
@@ -198,7 +201,7 @@ class Survival:
         for depth, (rows, parents, _, _) in enumerate(self._generations):
             if depth == 0:
                 priors = np.array(self._priors)[rows]
-                shape, weight, doubt = priors[:, None] / _PRIOR_AGES, 1.0, 0.0
+                shape, weight, doubt = priors[:, None] / _PRIOR_AGES, TOP_WEIGHT, 0.0
             else:
                 shape, weight, doubt = hazard[parents], SHAPE_WEIGHT, DOUBT
             exposed, used = exposure[rows], events[rows]
