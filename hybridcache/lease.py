@@ -543,6 +543,8 @@ class Lease:
             match.missed,
             match.forks,
             request.answer_survives and not request.exact,
+            self._cache.free_slots,
+            self._cache.num_checkpoints,
         )
         placement.on_prefill(prefill)
         self._saving.ask(prefill)

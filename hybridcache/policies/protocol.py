@@ -216,6 +216,10 @@ class Prefill(NamedTuple):
     answer_survives: bool = True
     """False if no checkpoint of the answer will be saved, because later prompts omit the answer or
     its rows are not published."""
+    free_slots: int | None = None
+    """Checkpoints that could be saved now without an eviction, or None if that is not known."""
+    num_checkpoints: int = 0
+    """Checkpoints that the cache holds now; counts only if ``free_slots`` is known."""
 
     def floor(self, position: int) -> int | None:
         """Return the deepest grid position at or before ``position``.

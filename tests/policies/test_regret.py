@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.lab.generators import chat, conversations, resend
+from hybridcache.lab.generators import append_only_chat, chat, conversations, resend
 from hybridcache.lab.trace import Trace
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.regret import Regret
@@ -273,7 +273,7 @@ def test_branches_and_boundaries_are_always_placed_but_going_on_is_no_fork() -> 
     assert placed[300] == "branch" and placed[200] == placed[950] == "boundary"
     tip = FakeItem("tip", label="decode", position=300)
     placed = dict(placement.plan(prefill(1, branch_len=300, missed=tip, forks=False)))
-    assert 300 not in placed
+    assert placed[300] == "rejoin", "it has to pay, and nothing is known yet"
     placed = dict(placement.plan(prefill(2, branch_len=300, missed=tip)))
     assert placed[300] == "branch", "others went elsewhere from where the evicted tip stood"
 
@@ -325,6 +325,134 @@ def test_the_placement_believes_in_what_was_saved_and_nothing_else(
         else:
             lease.finish(prompt, 500)
     assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
+
+
+def under_pressure() -> Learned:
+    """A placement that has seen end after end lost before it was used, so that none of them
+    pays."""
+    placement = Learned()
+    lost = FakeItem("lost", label="back:1", span=900, position=999)
+    for number in range(400):
+        labels_of(placement, prefill(number, missed=lost))
+    assert placement.price_tokens > 300
+    return placement
+
+
+def test_a_prompt_that_resumes_from_its_tip_places_the_successor_under_pressure() -> None:
+    """The successor supersedes the tip, so it displaces nothing else: a conversation that is held
+    stays held."""
+    tip = FakeItem("tip", label="back:1", position=600, span=600)
+    for number in range(5):
+        placement = under_pressure()
+        again = prefill(number, cached_len=600, branch_len=600, forks=False, resumed=tip)
+        assert "back:1" in labels_of(placement, again)
+    behind = FakeItem("behind", label="back:1", position=600, span=600, superseded=True)
+    shared = FakeItem("shared", label="boundary", position=600, span=600)
+    for other in (behind, shared):
+        placement = under_pressure()
+        facts = prefill(0, cached_len=600, branch_len=600, forks=False, resumed=other)
+        assert not labels_of(placement, facts), "these are no tips: an end displaces others"
+
+
+def test_a_tip_has_one_successor() -> None:
+    """Answers that never serve a prompt: only the prompt's end succeeds."""
+    placement = Learned()
+    for _ in range(200):
+        placement.on_saved(999, "decode")
+        placement.on_saved(999, "back:1")
+        placement.on_hit(FakeItem("end", label="back:1", position=999))
+        placement.on_ghost_hit(FakeItem("lost", label="back:1"), 3000)
+    tip = FakeItem("tip", label="back:1", position=600, span=600)
+    placement.on_prefill(prefill(0, cached_len=600, resumed=tip))
+    assert placement.decode_interval() is None
+
+
+def test_a_label_that_saves_more_than_forks_do_is_placed_with_them() -> None:
+    """Forks are placed whatever they earn. The price they cause does not keep out a label whose
+    checkpoints save more."""
+    placement = Learned()
+    fork = FakeItem("fork", label="branch", span=200, position=500)
+    for number in range(200):
+        placement.on_saved(500, "branch")
+        if number % 10:
+            placement.on_ghost_hit(fork, 900)
+        else:
+            placement.on_hit(fork)
+    joint = prefill(0, branch_len=700, forks=False)
+    for _ in range(20):
+        placement.on_saved(700, "rejoin")
+    assert "rejoin" not in labels_of(placement, joint)
+    for _ in range(10):
+        placement.on_hit(FakeItem("joint", label="rejoin", position=700))
+    assert "rejoin" in labels_of(placement, joint)
+
+
+def test_back_offs_that_have_earned_nothing_take_free_memory_only() -> None:
+    many, none = ({"free_slots": free, "num_checkpoints": 20} for free in (20, 0))
+    assert "back:64" in labels_of(Learned(), prefill(0, **many))
+    assert labels_of(Learned(), prefill(0, **none)) == {"back:1"}
+    earned = FakeItem("earned", label="back:64", span=900, position=900)
+    placement = Learned()
+    for number in range(60):
+        labels_of(placement, prefill(number, resumed=earned, **many))
+    assert "back:64" in labels_of(placement, prefill(99, **none))
+
+
+@pytest.mark.parametrize(("fit", "most"), [(0, 1), (1, 1), (3, 1), (4, 2), (40, 4)])
+def test_one_prompt_takes_at_most_half_of_what_fits(fit: int, most: int) -> None:
+    """The answer's end counts, and equal places count once."""
+    placement = Learned()
+    facts = prefill(
+        0, grid=64, boundaries=(100, 101, 500), branch_len=101, num_checkpoints=fit, free_slots=0
+    )
+    placement.on_prefill(facts)
+    positions = facts.on_grid(placement.plan(facts))
+    assert len(positions) + (placement.decode_interval() is not None) == most
+    assert "branch" in positions.values(), "the most wanted first"
+
+
+def test_the_placement_is_told_what_is_free_and_what_is_held() -> None:
+    facts: list[Prefill] = []
+
+    class Watching(Learned):
+        def on_prefill(self, prefill: Prefill) -> None:
+            facts.append(prefill)
+            super().on_prefill(prefill)
+
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=10_000, num_slots=6, grid=1))
+    for number in range(3):
+        prompt = np.full(100, number, np.int32)
+        lease = Lease.begin(cache, Watching(), LeaseRequest(prompt, answer_survives=False))
+        assert lease is not None and lease.extend(100)
+        lease.take_checkpoint_slots(0, 100)
+        lease.finish(prompt, 100)
+    assert facts[0].free_slots == 5 and facts[0].num_checkpoints == 0, "its own state has one"
+    held = [(each.free_slots or 0) + each.num_checkpoints for each in facts]
+    assert held == [5, 5, 5] and facts[1].num_checkpoints > 0
+
+
+def test_sessions_in_a_loop_that_does_not_fit_do_not_starve() -> None:
+    """Every end is lost before its use at first. The default must hold some sessions, as the
+    back-off alone does."""
+    trace = append_only_chat(sessions=25, turns=12)
+    rates = [
+        hit_rate(trace, "regret", words, total_bytes=1 << 30) for words in ("regret", "backoff")
+    ]
+    assert rates[0] > 0.98 * rates[1] > 0.1
+
+
+def test_one_use_in_a_bin_does_not_order_the_first_evictions() -> None:
+    """A single use, by chance at an age of twelve, says little of items of that age: until more is
+    known, the older is hardly worth more than the younger."""
+    survival = Survival()
+    row = survival.row((True,))
+    for start in range(24):
+        survival.open(row, start)
+    survival.close(survival.open(row, 12), 24, used=True)
+    assert survival.refresh(64)
+    ages = (0, 1, 2, 3, 4, 6, 8, 11, 12, 16, 23, 32)
+    indices = [survival.index_at(row, age) for age in ages]
+    assert all(later < 1.05 * min(indices[:n]) for n, later in enumerate(indices) if n)
 
 
 def test_a_match_says_whether_others_went_on_elsewhere() -> None:

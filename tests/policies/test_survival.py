@@ -23,6 +23,7 @@ from hybridcache.policies.eviction.survival import (
     EDGES,
     NUM_BINS,
     SHAPE_WEIGHT,
+    TOP_WEIGHT,
     WIDTHS,
     Survival,
     index_of,
@@ -72,7 +73,7 @@ class PlainSurvival:
         if len(key) > 1:
             shape = self.hazard(key[:-1], now)
         else:
-            weight, doubt = 1.0, 0.0
+            weight, doubt = TOP_WEIGHT, 0.0
             middles = [edge + width / 2 for edge, width in zip(EDGE_LIST, WIDTH_LIST, strict=True)]
             shape = [PRIORS[str(key[0])] / (middle + 16.0) for middle in middles]
         foretold = sum(at_risk * part for at_risk, part in zip(exposure, shape, strict=True))

@@ -12,7 +12,9 @@ from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 SUPERSEDED_PRIOR = 0.125
 """What a superseded checkpoint is believed to be worth, against one that is not, before anything
 was seen."""
-COMMON = frozenset({"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1"})
+COMMON = frozenset(
+    {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1", "rejoin"}
+)
 """Labels of places where prompts are known to part; all others speculate."""
 SPECULATIVE_PRIOR = 0.125
 PRIORS = {

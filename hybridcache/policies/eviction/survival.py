@@ -42,12 +42,18 @@ WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
 _PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
 _SMALL = 1 << 16
 _BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.intp)
+AHEAD = 6
+"""Bins past the oldest age that an index looks ahead, half an octave each. Further on nothing was
+seen, and the hazard that is believed falls."""
 DOUBT = 2.0
 """Standard deviations by which a class's uses must differ from what its parent's hazard foretells
 before its level departs from it, and then only by what is left."""
 SHAPE_WEIGHT = 16.0
 """Uses that an age bin needs before it is as much its own as what the class's level and the
 parent's shape give."""
+TOP_WEIGHT = 4.0
+"""The same of a class without a parent. One use in a bin is chance: believed, it would order the
+first evictions of a cache worse than recency does."""
 MEMORY = 4096.0
 """Uses after which a class has forgotten half."""
 _ROW_BITS = 24
@@ -173,24 +179,25 @@ class Survival:
         waited = now - self._refreshed_at
         if waited < 8 or (not self._changes and waited < 64):
             return False
-        if waited < max(min(now // 16, 64), len(self._places) // 32):
+        if waited < max(min(now // 6, 128), len(self._places) // 32):
             return False
         self._refreshed_at = now
         self._changes = 0
-        hazard = self._hazards(now)
-        latest = now + max(64, self._max_open // 32)
+        latest = now + max(128, self._max_open // 32)
         num_bins = bisect_right(_EDGE_LIST, latest)
+        hazard = self._hazards(now, min(num_bins + AHEAD, NUM_BINS))
         self.index[: len(hazard), :num_bins] = index_of(hazard, num_bins)
         self._forget()
         return True
 
-    def _hazards(self, now: int) -> Floats:
-        """Uses per unit of time at risk, by row and bin: what a class has not seen itself it has
-        from its parent."""
+    def _hazards(self, now: int, num_bins: int = NUM_BINS) -> Floats:
+        """Uses per unit of time at risk, by row and bin, the first ``num_bins`` of them: what a
+        class has not seen itself it has from its parent. No stage is older than these bins."""
         if self._generations is None:
             self._generations = _sorted_by_parent(self._parents)
         self._count_ended()
-        exposure, events = self._at_risk(now), self._events[: len(self._parents)].copy()
+        exposure = self._at_risk(now, num_bins)
+        events = self._events[: len(exposure), :num_bins].copy()
         for rows, _, heirs, first in reversed(self._generations[1:]):
             exposure[heirs] += np.add.reduceat(exposure[rows], first)
             events[heirs] += np.add.reduceat(events[rows], first)
@@ -198,7 +205,8 @@ class Survival:
         for depth, (rows, parents, _, _) in enumerate(self._generations):
             if depth == 0:
                 priors = np.array(self._priors)[rows]
-                shape, weight, doubt = priors[:, None] / _PRIOR_AGES, 1.0, 0.0
+                prior_ages = _PRIOR_AGES[:num_bins]
+                shape, weight, doubt = priors[:, None] / prior_ages, TOP_WEIGHT, 0.0
             else:
                 shape, weight, doubt = hazard[parents], SHAPE_WEIGHT, DOUBT
             exposed, used = exposure[rows], events[rows]
@@ -207,15 +215,16 @@ class Survival:
             hazard[rows] = (used + weight) / (exposed + weight / inherited)
         return hazard
 
-    def _at_risk(self, now: int) -> Floats:
-        """Time spent in each bin by all stages, ended or not, by row."""
+    def _at_risk(self, now: int, num_bins: int) -> Floats:
+        """Time spent in each of the first bins by all stages, ended or not, by row."""
         codes = np.frombuffer(self._open, np.int64)
         codes = codes[codes >= 0]
         reached, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
-        reached += self._reached[: len(reached)]
-        partial += self._partial[: len(partial)]
+        reached, partial = reached[:, :num_bins], partial[:, :num_bins]
+        reached += self._reached[: len(reached), :num_bins]
+        partial += self._partial[: len(partial), :num_bins]
         beyond = np.cumsum(reached[:, ::-1], axis=1)[:, ::-1] - reached
-        return np.asarray(beyond * WIDTHS + partial)
+        return np.asarray(beyond * WIDTHS[:num_bins] + partial)
 
     def _by_age(self, ages: Ints, rows: Ints, oldest: int) -> tuple[Floats, Floats]:
         """Stages by row and age bin, and the time that they spent in it; none is older than
@@ -290,13 +299,16 @@ def _level(uses: Floats, foretold: Floats, doubt: float) -> Floats:
 
 def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
     """max over T of P(use within T) / E[time until then], for every row and the first ``num_bins``
-    bins to start from."""
-    steps = np.minimum(hazard.T.copy() * WIDTHS[:, None], 8.0)
-    survive = np.zeros((NUM_BINS + 1, len(hazard)))
+    bins to start from. T is the end of one of the bins of ``hazard``."""
+    num_ends = hazard.shape[1]
+    num_bins = min(num_bins, num_ends)
+    widths = WIDTHS[:num_ends, None]
+    steps = np.minimum(hazard.T.copy() * widths, 8.0)
+    survive = np.zeros((num_ends + 1, len(hazard)))
     np.cumsum(steps, axis=0, out=survive[1:])
     np.exp(-survive, out=survive)
     spent = np.zeros_like(survive)
-    np.cumsum(survive[:-1] * -np.expm1(-steps) * WIDTHS[:, None] / steps, axis=0, out=spent[1:])
+    np.cumsum(survive[:-1] * -np.expm1(-steps) * widths / steps, axis=0, out=spent[1:])
     best = np.empty((num_bins, len(hazard)))
     used, time = np.empty_like(steps), np.empty_like(steps)
     # Where hardly any survive, the time until then may not grow for rounding.
