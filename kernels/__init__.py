@@ -1,2 +1,4 @@
-"""Kernels of the hybrid model: tensors in, tensors out. Imports nothing of ours; each folder has a
-plain reference beside its Triton kernel."""
+"""Kernels of hybrid models: functions of tensors, independent of the engine.
+
+Each folder has a plain PyTorch ``reference`` next to its Triton kernel.
+"""

@@ -1,9 +1,8 @@
-"""Sums and wholes of what processes of one machine compute, through memory that they share.
+"""Sums and concatenations across processes of one machine, through shared memory.
 
-Each process has one ``Exchange`` on the same bytes, and all of them call the same functions in the
-same order. Native calls like others, so a recorded step has its exchanges in it. One that fails
-leaves its output as it is, and all after it return at once: ``failure`` says so when the step is
-done.
+Each process has one ``Exchange`` on the same bytes, and all processes call the same functions in
+the same order. Exchanges are native calls, so a recorded step contains them. A failed exchange
+leaves its output unchanged, and all later ones return at once. Check ``failure`` after the step.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from kernels.native import DTYPES, address, function, has
 
 POST_BYTES = 128
 CAPACITY_BYTES = 256 << 10
-"""Of one buffer: what is larger is exchanged in several rounds, and stays in a core's own cache."""
+"""Size of one buffer. Larger data takes several rounds, which stay in a core's cache."""
 LINE = np.dtype([("descriptor", "i4"), ("events", "i2"), ("revents", "i2")])
 STATE = np.dtype(
     [
@@ -29,28 +28,28 @@ STATE = np.dtype(
         *[("total_ns", "i8"), ("round", "i8")],
     ]
 )
-"""As ``exchange.cpp`` has both."""
+"""Layouts of both structures in ``exchange.cpp``."""
 FAILURES = {1: "did not answer in time", 2: "did not answer, and a process has gone"}
 
 
 def is_available() -> bool:
-    """Whether there is a compiled library with these functions."""
+    """True if the compiled library has these functions."""
     return has("exchange_join")
 
 
 def shared_bytes(count: int) -> int:
-    """Of the memory that ``count`` processes need, zeros at first."""
+    """Bytes of shared memory for ``count`` processes. The memory must be zeroed first."""
     return count * (POST_BYTES + 2 * CAPACITY_BYTES)
 
 
 class Totals(NamedTuple):
-    """Of a process so far."""
+    """Counters of one process."""
 
     rounds: int
     bytes: int
-    """That it gave."""
+    """Bytes sent."""
     seconds: float
-    """In all exchanges, waiting for others included."""
+    """Time in all exchanges, including waits."""
 
 
 class Exchange:
@@ -66,8 +65,17 @@ class Exchange:
         timeout_s: float,
         spin_s: float = 0.0,
     ) -> None:
-        """``lines``: descriptors of sockets whose other ends close when a process ends: whoever
-        waits looks at them. ``spin_s``: how long it asks again and again before it sleeps."""
+        """Join the exchange.
+
+        Args:
+            memory: Shared memory of ``shared_bytes(count)``.
+            number: Index of this process.
+            count: Number of processes.
+            lines: Descriptors of sockets that close when another process ends. They are polled
+                during waits.
+            timeout_s: Time limit of one exchange.
+            spin_s: Time of busy waiting before sleeping.
+        """
         self._bytes = np.frombuffer(memory, dtype=np.uint8)
         self._lines = np.zeros(len(lines), dtype=LINE)
         self._lines["descriptor"] = lines
@@ -80,29 +88,33 @@ class Exchange:
         self.set_timeout(timeout_s)
 
     def set_timeout(self, seconds: float) -> None:
-        """Of one exchange, from now on."""
+        """Change the time limit of one exchange."""
         self._state[0]["timeout_ns"] = round(seconds * 1e9)
 
     def can_sum(self, x: torch.Tensor) -> bool:
         return x.dtype in DTYPES and x.is_contiguous()
 
     def sum(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """``x`` of all, added in their order in float32 and rounded once, into ``out`` of the same
-        shape, both contiguous."""
+        """Sum ``x`` over all processes into ``out``, in float32 and in process order, rounded once.
+
+        Both are contiguous and have the same shape.
+        """
         function(f"exchange_sum_{DTYPES[x.dtype]}", "pppit")(
             self._at, x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads()
         )
 
     def join(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """``x [T, columns]`` of each into ``out [T, C]``, both contiguous: process r has the
-        columns from ``r * C // count`` up to where the next one's begin."""
+        """Concatenate ``x [T, columns]`` of all processes into ``out [T, C]``, both contiguous.
+
+        Process r has the columns from ``r * C // count`` to ``(r + 1) * C // count``.
+        """
         function("exchange_join", "pppiii")(
             self._at, address(x), address(out), out.shape[0], out.shape[1], out.itemsize
         )
 
     @property
     def failure(self) -> str | None:
-        """What went wrong: then nothing can be exchanged any more."""
+        """Description of the failure, or None. After a failure no exchange is possible."""
         state = self._state[0]
         said = FAILURES.get(int(state["failure"]))
         return None if said is None else f"rank {state['whose']} {said}"

@@ -1,6 +1,7 @@
-"""Memory in pages of 2 MiB in place of 4 KiB: a weight that is read front to back misses fewer
-translations. A product of one row with 128 MiB took 4.3 ms in place of 7.6 (AMD EPYC, one
-thread)."""
+"""Memory in pages of 2 MiB: sequential reads of weights have fewer translation misses.
+
+A product of one row with 128 MiB took 4.3 ms instead of 7.6 ms (AMD EPYC, one thread).
+"""
 
 from __future__ import annotations
 
@@ -13,19 +14,24 @@ from contextlib import suppress
 import torch
 
 PAGE = 1 << 21
-"""Bytes."""
+"""Size of a huge page in bytes."""
 MADV_POPULATE_WRITE = 23
-"""Linux 5.14 and newer; ``mmap`` has no name for it."""
+"""Constant of Linux 5.14 and newer that ``mmap`` lacks."""
 
 
 def empty(
     *shape: int, dtype: torch.dtype, device: torch.device | str | None = None
 ) -> torch.Tensor:
-    """As ``torch.empty``. On a CPU what fills half a huge page or more is a mapping of its own,
-    which begins with one: what an allocator gives may lie between others, in pages already in use.
-    Raises RuntimeError where there is no memory for it."""
+    """Allocate like ``torch.empty``.
+
+    On a CPU, a tensor of at least half a huge page gets a separate mapping that starts at a huge
+    page. Memory from an allocator can be in pages that are already in use.
+
+    Raises:
+        RuntimeError: there is not enough memory.
+    """
     num_bytes = math.prod(shape) * dtype.itemsize
-    pages = (num_bytes + PAGE // 2) // PAGE  # The last one too, if half of it is filled.
+    pages = (num_bytes + PAGE // 2) // PAGE  # the last one is huge if at least half of it is used
     place = torch.device("cpu" if device is None else device)
     if place.type != "cpu" or pages == 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
@@ -36,15 +42,16 @@ def empty(
         return torch.empty(shape, dtype=dtype, device=device)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     first = -whole.data_ptr() % PAGE
-    with suppress(OSError):  # A system that has none: the memory is as good as any.
+    with suppress(OSError):  # without huge pages the memory works as well
         memory.madvise(mmap.MADV_HUGEPAGE, first, pages * PAGE)
     return whole[first : first + num_bytes].view(dtype).view(shape)
 
 
 def populate(memory: torch.Tensor) -> bool:
-    """Have the system give all pages of ``memory``, on a CPU, that it has only promised so far, as
-    a first write would; what is written there stays. Other threads go on. False: this system can
-    not."""
+    """Make the system back all pages of ``memory`` (CPU) physically, as a first write would.
+
+    Contents are kept, and other threads continue. Returns False if the system does not support it.
+    """
     if not sys.platform.startswith("linux"):
         return False
     size = mmap.PAGESIZE

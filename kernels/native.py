@@ -1,8 +1,7 @@
-"""The native kernels: every ``native*.cpp`` of this package in one library, compiled where it is
-first asked for and kept for the next time.
+"""Native kernels: one library of all ``native*.cpp`` files, compiled at first use and cached.
 
-Nothing needs them: without a C++ compiler the references serve. They give other bits than the
-references, so which of the two serves is decided once, before the first step.
+The library is optional: without a C++ compiler the references are used. Its results differ from the
+references in the last bits, so the choice is made once, before the first step.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ import torch
 SOURCES = Path(__file__).resolve().parent
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
-    # An expression has one meaning, wherever it is inlined or vectorised.
+    # No contraction: an expression gives equal bits wherever it is inlined or vectorised.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"),
 )
 COMPILERS = ("c++", "g++", "clang++")
@@ -35,14 +34,14 @@ COMPILE_TIMEOUT_S = 300
 KINDS = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "t": ctypes.c_int}
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-"""What the functions compute with, and how their names end."""
+"""Supported dtypes, and the suffixes of the exported functions."""
 LANES = 16
-"""Elements of a register: states whose heads are multiples of it are computed here."""
+"""Elements per register. Native kernels require head sizes that are multiples of it."""
 
 
 @cache
 def shared_library() -> ctypes.CDLL | None:
-    """The library, compiled if it is not there yet (seconds); None where that is not possible."""
+    """Return the library, compiling it if needed (seconds). None if that is impossible."""
     sources = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*/native*.cpp")])
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None or not sources:
@@ -61,15 +60,18 @@ def shared_library() -> ctypes.CDLL | None:
 
 
 def has(name: str) -> bool:
-    """Whether the library is there and has this function: not every processor gets all of them."""
+    """True if the library has this function. Some functions need certain processors."""
     found = shared_library()
     return found is not None and hasattr(found, name)
 
 
 @cache
 def function(name: str, kinds: str) -> Callable[..., None]:
-    """An exported function with the types of its arguments: ``p`` an address or None, ``i`` int64,
-    ``f`` float, ``t`` a number of threads."""
+    """Return an exported function with its argument types.
+
+    ``kinds`` has one letter per argument: ``p`` for an address or None, ``i`` for int64, ``f`` for
+    float, ``t`` for a number of threads.
+    """
     found = shared_library()
     assert found is not None
     exported = getattr(found, name)
@@ -85,7 +87,7 @@ def function(name: str, kinds: str) -> Callable[..., None]:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A function of the library, and what it was called with."""
+    """Native function with its arguments."""
 
     function: Any
     arguments: tuple[float | None, ...]
@@ -95,14 +97,14 @@ class Call:
 
 
 def note(step: Callable[[], object]) -> None:
-    """To be repeated with what is being recorded in this thread, if anything is."""
+    """Add ``step`` to the recording of this thread, if there is one."""
     if _observer.notes is not None:
         _observer.notes(step)
 
 
 @contextmanager
 def recorded(note: Callable[[Callable[[], object]], None]) -> Iterator[None]:
-    """``note`` gets every call of this thread as what makes it again, on the same addresses."""
+    """Pass every native call of this thread to ``note``, as a callable that repeats the call."""
     _observer.notes = note
     try:
         yield
@@ -118,7 +120,7 @@ _observer = _Observer()
 
 
 def has_whole_rows(x: torch.Tensor) -> bool:
-    """Whether ``x[0]``, and every other row, is contiguous."""
+    """True if ``x[0]`` and every other row are contiguous."""
     if x.is_contiguous():
         return True
     expected = 1
@@ -130,13 +132,15 @@ def has_whole_rows(x: torch.Tensor) -> bool:
 
 
 def whole_rows(x: torch.Tensor) -> torch.Tensor:
-    """x itself if its rows are contiguous, else a copy."""
+    """Return x if its rows are contiguous, else a copy."""
     return x if has_whole_rows(x) else x.contiguous()
 
 
 def same_stride(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Parts ``[B, ...]`` of one stride between sequences, contiguous in each: as they are, if they
-    are slices of one tensor, else copied into one."""
+    """Return parts ``[B, ...]`` with equal strides between sequences and contiguous rows.
+
+    Slices of one tensor are returned unchanged; others are copied into one tensor.
+    """
     stride = parts[0].stride(0)
     if all(has_whole_rows(part) for part in parts) and (
         len(parts[0]) == 1 or all(part.stride(0) == stride for part in parts)
@@ -155,9 +159,11 @@ def address(x: torch.Tensor | None) -> int | None:
 
 
 def _folders() -> Iterator[Path]:
-    """Where the library may be kept: the user's own cache, or a new folder for this process alone.
-    Never where others could have put one of theirs."""
-    with suppress(RuntimeError):  # There is no home.
+    """Yield folders for the library: the user's cache, then a new folder for this process.
+
+    Both are writable by this user only, so that no other user can place a library there.
+    """
+    with suppress(RuntimeError):  # no home directory
         yield Path.home() / ".cache" / "hybridcache"
     yield Path(tempfile.mkdtemp(prefix="hybridcache-"))
 
@@ -171,7 +177,7 @@ def _compile(compiler: str, sources: list[Path], path: Path) -> None:
 
 
 def _openmp() -> list[str]:
-    """The runtime that torch has loaded already: two would each keep threads of their own."""
+    """Return the OpenMP runtime that torch has loaded. A second one would start more threads."""
     return [str(path) for path in Path(torch.__file__).parent.glob("lib/libgomp*.so*")][:1]
 
 
@@ -185,7 +191,7 @@ def _fingerprint(compiler: str, sources: list[Path]) -> str:
 
 
 def _processor() -> bytes:
-    """What it can do, as far as the system says: a home folder may be shared by machines."""
+    """Return the processor's features, because machines can share a home directory."""
     try:
         lines = Path("/proc/cpuinfo").read_bytes().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Sequences of unequal length, packed one after another along one token dimension."""
+"""Sequences of unequal length, packed along one token dimension."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from kernels.upload import upload
 
 TILE = 64
-"""Tokens per tile unless said otherwise."""
+"""Default tokens per tile."""
 TILE_SIZES = (16, 32, 64)
-"""Tokens that a tile may have."""
+"""Valid tokens per tile."""
 
 
 class PackedTables(NamedTuple):
-    """`Packed` as a kernel takes it: one argument of three tables."""
+    """Device tables of `Packed`, passed to kernels as one argument."""
 
     cu_seqlens: torch.Tensor
     tile_sequences: torch.Tensor
@@ -25,7 +25,7 @@ class PackedTables(NamedTuple):
 
 
 class ExportTables(NamedTuple):
-    """`Exports` as a kernel takes them: one argument of three tables."""
+    """Device tables of `Exports`, passed to kernels as one argument."""
 
     ends: torch.Tensor
     slots: torch.Tensor
@@ -34,32 +34,32 @@ class ExportTables(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Where each sequence lies in a packed ``[T, ...]`` tensor. Built once per step, read by every
-    layer."""
+    """Layout of the sequences in a packed ``[T, ...]`` tensor, built once per step."""
 
     lengths: tuple[int, ...]
-    """Tokens of each sequence; zero is allowed."""
+    """Tokens of each sequence. Zero is allowed."""
     cu_seqlens: torch.Tensor
-    """int32[B + 1]: sequence b is rows ``cu_seqlens[b]:cu_seqlens[b + 1]``."""
+    """int32[B + 1]: sequence b has rows ``cu_seqlens[b]:cu_seqlens[b + 1]``."""
     tile_sequences: torch.Tensor
-    """int32[num_tiles]: the sequence a tile belongs to; a sequence's tiles are neighbours, in
+    """int32[num_tiles]: sequence of each tile. The tiles of a sequence are adjacent and in
     order."""
     cu_tiles: torch.Tensor
-    """int32[B + 1]: sequence b is tiles ``cu_tiles[b]:cu_tiles[b + 1]``."""
+    """int32[B + 1]: sequence b has tiles ``cu_tiles[b]:cu_tiles[b + 1]``."""
     no_exports: ExportTables
-    """For a kernel that exports nothing: so that it is the same kernel, bit for bit, that exports
-    something."""
+    """Empty exports, so that a launch without exports uses the same kernel, bit for bit."""
     tile_size: int
-    """Tokens per tile, counted from each sequence's start: the grid on which recurrences are cut
-    and states may be exported, one of ``TILE_SIZES``."""
+    """Tokens per tile, counted from each sequence's start; one of ``TILE_SIZES``. Recurrences are
+    divided, and states can be exported, on this grid."""
 
     @classmethod
     def from_lengths(
         cls, lengths: Sequence[int], device: torch.device | str = "cpu", tile_size: int = TILE
     ) -> Packed:
-        """The layout of sequences of these lengths, with its tables on ``device``. O(B +
-        num_tiles)."""
-        assert tile_size in TILE_SIZES, f"no tile has {tile_size} tokens"
+        """Build the layout of sequences of these lengths, with tables on ``device``.
+
+        O(B + num_tiles).
+        """
+        assert tile_size in TILE_SIZES, f"a tile cannot have {tile_size} tokens"
         tiles = [num_tiles(length, tile_size) for length in lengths]
         sequences = [b for b, count in enumerate(tiles) for _ in range(count)]
         nothing = _int32([0] * (len(lengths) + 1), device)
@@ -74,7 +74,7 @@ class Packed:
 
     @property
     def tables(self) -> PackedTables:
-        """The device's half, for a kernel."""
+        """Tables on the device, for a kernel."""
         return PackedTables(self.cu_seqlens, self.tile_sequences, self.cu_tiles)
 
 
@@ -83,22 +83,25 @@ class Exports:
     """States to save while a packed batch is computed, ordered by sequence, then by position."""
 
     sequences: tuple[int, ...]
-    """Which sequence of the batch each one belongs to."""
+    """Index of each state's sequence in the batch."""
     ends: tuple[int, ...]
-    """How many tokens from that sequence's start it stands for: whole tiles, or the whole length;
-    at least 1."""
+    """Number of tokens that each state covers, from its sequence's start: whole tiles or the whole
+    length, at least 1."""
     slots: tuple[int, ...]
-    """The slot it is written to: nobody reads or writes it otherwise in this call."""
+    """Slot of each state. No other access to it in this call is allowed."""
     tables: ExportTables
-    """On the device: int32[E] ends and slots; sequence b has those of ``cu_exports[b]:cu_exports[b
-    + 1]``, int32[B + 1]."""
+    """Device tables: int32[E] ends and slots. Sequence b has the entries ``cu_exports[b]:
+    cu_exports[b + 1]`` (int32[B + 1])."""
 
     @classmethod
     def plan(cls, packed: Packed, exports: Sequence[tuple[int, int, int]]) -> Exports | None:
-        """The plan for ``(sequence, end, slot)`` triples in any order, or None if there are none.
+        """Plan ``(sequence, end, slot)`` triples in any order. None if there are none.
 
-        Raises ValueError for an end that is neither on the grid nor the sequence's own end, and for
-        two exports of one position. O(E log E + B).
+        O(E log E + B).
+
+        Raises:
+            ValueError: an end is neither on the grid nor the end of the sequence, or a position is
+                exported twice.
         """
         if not exports:
             return None
@@ -107,7 +110,7 @@ class Exports:
         for (sequence, end, _), before in zip(ordered, [None, *ordered], strict=False):
             length = packed.lengths[sequence]
             if not 0 < end <= length or (end % packed.tile_size and end != length):
-                raise ValueError(f"no state can be exported after {end} of {length} tokens")
+                raise ValueError(f"a state cannot be exported after {end} of {length} tokens")
             if before is not None and before[:2] == (sequence, end):
                 raise ValueError(f"sequence {sequence} exports position {end} twice")
             counts[sequence] += 1
@@ -124,12 +127,12 @@ class Exports:
 
 
 def num_tiles(length: int, tile_size: int = TILE) -> int:
-    """Tiles that ``length`` tokens fill or begin."""
+    """Number of tiles for ``length`` tokens, the last one possibly partial."""
     return -(-length // tile_size)
 
 
 def running_sum(counts: Sequence[int]) -> list[int]:
-    """``[0, counts[0], counts[0] + counts[1], ...]``: one entry more than ``counts``."""
+    """Return ``[0, counts[0], counts[0] + counts[1], ...]``, one entry more than ``counts``."""
     total, sums = 0, [0]
     for count in counts:
         total += count

@@ -1,8 +1,7 @@
-"""A step of the native kernels, recorded once and repeated without Python between its calls.
+"""Recording of a step of native kernels, to be repeated without Python between the calls.
 
-What is recorded are the native calls with their arguments, and the few operations of PyTorch that
-may stand between them. The tensors they work on are kept, so a repetition reads and writes the same
-memory: as a device graph does.
+A recording contains native calls with their arguments and a few PyTorch operations between them. It
+keeps their tensors alive, and a repetition reads and writes the same memory, like a device graph.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ REPEATED = {
     aten.to.dtype,
     aten._to_copy.default,
 }
-"""Repeated as they are. None of them reads a number on the host; what indexes counts from the
-front."""
+"""Operations that can be repeated. None of them reads a number on the host, and indices are not
+negative."""
 
 
 INTO: dict[Any, Callable[..., object]] = {
@@ -57,25 +56,28 @@ INTO: dict[Any, Callable[..., object]] = {
     aten.mul.Tensor: aten.mul.out,
     aten.neg.default: aten.neg.out,
 }
-"""What computes the same into memory that is there, in one operation."""
+"""Variants of operations that write into existing memory."""
 
 CALL = np.dtype([("function", "i8"), ("words", "i8", 24), ("floats", "f4", 4)])
-"""As ``recording.cpp`` has it."""
+"""Layout of a call in ``recording.cpp``."""
 
 
 class NotRecordableError(Exception):
-    """Something else than native calls, views and a few operations was computed."""
+    """Raised if the work contains operations that cannot be recorded."""
 
 
 def record(work: Callable[[], None]) -> Callable[[], None]:
-    """Do ``work``, and return what does it again. Raises NotRecordableError, when it is done, for
-    operations that may depend on what was on the host."""
+    """Run ``work`` and return a function that repeats it.
+
+    Raises:
+        NotRecordableError: after running, if the work has operations that may depend on host data.
+    """
     steps: list[Callable[[], object]] = []
     with recorded(steps.append), _Watch(steps) as watch:
         work()
     if watch.others:
         names = ", ".join(sorted(watch.others))
-        raise NotRecordableError(f"{names} can not be repeated")
+        raise NotRecordableError(f"{names} cannot be repeated")
 
     made = _in_runs(steps)
 
@@ -83,21 +85,23 @@ def record(work: Callable[[], None]) -> Callable[[], None]:
         for step in made:
             step()
 
-    # The tensors live as long as what repeats the calls on them.
+    # Keeps the tensors alive, because the calls use their addresses.
     replay.kept = watch.kept  # type: ignore[attr-defined]
     return replay
 
 
 def repeated(work: Callable[..., object], *arguments: object) -> None:
-    """Do ``work``, and again whenever what is being recorded is repeated, whatever it computes: it
-    must read and write nothing but tensors that stay where they are, as ``arguments`` do."""
+    """Run ``work``, and run it again in each repetition of the present recording.
+
+    It must read and write only tensors with fixed addresses, such as ``arguments``.
+    """
     note(partial(work, *arguments))
     with _disable_current_modes():
         work(*arguments)
 
 
 def _in_runs(steps: list[Callable[[], object]]) -> list[Callable[[], object]]:
-    """``steps`` with each run of native calls as one, where the library makes several at a time."""
+    """Merge runs of native calls in ``steps`` into one call each, if the library supports it."""
     if not has("make_calls"):
         return steps
     made: list[Callable[[], object]] = []
@@ -108,7 +112,7 @@ def _in_runs(steps: list[Callable[[], object]]) -> list[Callable[[], object]]:
 
 
 class _Calls:
-    """Native calls that Python begins once."""
+    """Several native calls that are started by one call from Python."""
 
     def __init__(self, calls: list[Call]) -> None:
         self._table = np.zeros(len(calls), dtype=CALL)
@@ -135,7 +139,7 @@ class _Watch(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Nothing is compiled in here, and to say so costs a second of imports."""
+        """Return False. No code is compiled here, and the default costs a second of imports."""
         return False
 
     def __torch_dispatch__(
@@ -165,7 +169,7 @@ class _Watch(TorchDispatchMode):
 def _into(
     out: torch.Tensor, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[], object]:
-    """What computes ``func`` into ``out``."""
+    """Return a function that computes ``func`` into ``out``."""
     if func in (aten.to.dtype, aten._to_copy.default):
         return partial(out.copy_, args[0])
     if func in INTO:
@@ -182,7 +186,7 @@ def _are_rows(indices: torch.Tensor | None) -> bool:
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:
-    """Those that have memory of their own: a packed weight has not."""
+    """Yield tensors that own memory, which excludes packed weights."""
     if isinstance(values, torch.Tensor):
         if not values.is_mkldnn:
             yield values

@@ -1,6 +1,6 @@
-"""What kernels ask of strides: a token, a row, a slot is contiguous; the next may lie anywhere.
+"""Stride requirements of kernels: a token, a row or a slot is contiguous; their distance is free.
 
-So a pool may be a tensor of its own, or a view of memory that holds all layers side by side.
+A pool can therefore be a separate tensor, or a view of memory that interleaves all layers.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ import torch
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """x itself if what belongs to one row (a token) is contiguous, whatever the stride between
-    rows; else a copy."""
+    """Return x if each row (token) is contiguous, for any stride between rows; else a copy."""
     return x if x[:1].is_contiguous() else x.contiguous()
 
 
 def row_stride(what: str, *pools: torch.Tensor) -> int:
-    """Elements between two rows of the pools ``[N, ...]``, which have one layout.
+    """Return the number of elements between two rows of the pools ``[N, ...]``.
 
-    Raises ValueError, naming ``what`` a row is, for one that is not contiguous: a pool is changed
-    in place, so a copy would not do.
+    Raises:
+        ValueError: rows are not contiguous or the pools have different layouts. A copy is no
+            alternative, because pools are changed in place. ``what`` names a row in the message.
     """
     strides = pools[0].stride()
     if any(pool.stride() != strides or not pool[:1].is_contiguous() for pool in pools):
-        raise ValueError(f"{what} must be contiguous, in one layout for all pools")
+        raise ValueError(f"{what} must be contiguous and have equal strides in all pools")
     return strides[0]

@@ -1,4 +1,4 @@
-"""What Triton compiles for, where a kernel's pipeline and tiles have to know."""
+"""Properties of Triton's compilation target that determine pipelines and tiles."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from triton import knobs
 from triton.runtime import driver
 
 ROOMY_BYTES = 163 * 1024
-"""Shared memory of one program on the smallest device that pipelines are laid out for: sm_80.
-Others have less: sm_86 and sm_89 99 KiB, AMD's gfx942 64."""
+"""Shared memory per program of sm_80, the smallest device with full pipelines. Others have less:
+99 KiB on sm_86 and sm_89, 64 KiB on AMD's gfx942."""
 
 
 def pipeline_stages(wanted: int) -> int:
-    """``wanted`` stages where shared memory is roomy, else 2. Changes no result."""
+    """Return ``wanted`` stages if shared memory suffices, else 2. Does not change results."""
     if knobs.runtime.interpret:
         return 1
     return wanted if has_roomy_memory() else 2
 
 
 def has_roomy_memory() -> bool:
-    """Whether this device's programs have at least ``ROOMY_BYTES`` of shared memory."""
+    """True if programs on this device have at least ``ROOMY_BYTES`` of shared memory."""
     return (
         knobs.runtime.interpret or _shared_bytes(driver.active.get_current_device()) >= ROOMY_BYTES
     )
 
 
 def max_recurrence_warps() -> int:
-    """Warps that a program may have whose loop carries the accumulator of a product.
+    """Maximum warps of a program with a loop that carries the accumulator of a product.
 
-    4, and 2 on NVIDIA's Blackwell, where Triton up to 3.8 compiles such a loop into a race with 4
-    (flash-linear-attention, issue 945: other numbers at every run). That project keeps 8 from
-    Hopper too, where it met wrong products of 64 rows.
+    4, or 2 on NVIDIA's Blackwell. There, Triton up to 3.8 compiles such a loop with 4 warps into a
+    race (flash-linear-attention, issue 945: different numbers in every run). That project also
+    avoids 8 warps from Hopper on, because of wrong products of 64 rows.
     """
     if knobs.runtime.interpret:
         return 4
@@ -41,7 +41,7 @@ def max_recurrence_warps() -> int:
 @cache
 def _is_blackwell(device: int) -> bool:
     target = driver.active.get_current_target()
-    return isinstance(target.arch, int) and target.arch >= 100  # a name elsewhere
+    return isinstance(target.arch, int) and target.arch >= 100  # other backends use a name
 
 
 @cache

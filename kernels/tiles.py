@@ -1,5 +1,7 @@
-"""Tiles of packed sequences in plain PyTorch, and the delta rule's scan over them: what references
-share."""
+"""Tiles of packed sequences in plain PyTorch, and the delta rule's scan over them.
+
+Shared by the references.
+"""
 
 from __future__ import annotations
 
@@ -13,36 +15,40 @@ from kernels.packed import Exports, Packed, num_tiles, running_sum
 
 
 class Layout(NamedTuple):
-    """Tiles in the order they are scanned in: every sequence's first, then every second ..., the
-    longest sequence first. So those of one step lie next to each other."""
+    """Tiles in the order of the scan: first the first tile of every sequence, then the second ones.
+
+    Sequences are ordered from the longest, so the tiles of one step of the scan are adjacent.
+    """
 
     order: list[int]
     """Sequences, the longest first."""
     active: list[int]
-    """Per step: how many of them still have a tile to go."""
+    """Number of sequences with a tile left, by step."""
     sources: torch.Tensor | None
-    """int64[num_tiles * tile_size]: the token at each place, for padding the sequence's last; None:
-    token by token."""
+    """int64[num_tiles * tile_size]: token at each place. Padding refers to the last token of its
+    sequence. None for the identity."""
     padding: torch.Tensor | None
-    """bool[num_tiles * tile_size]: places that hold no token; None: all do."""
+    """bool[num_tiles * tile_size]: True for padding. None if there is no padding."""
     places: torch.Tensor
-    """int64[T]: where each token stands."""
+    """int64[T]: place of each token."""
     tile_size: int
-    """As ``Packed.tile_size``."""
+    """Tokens per tile, as in ``Packed.tile_size``."""
 
     @property
     def num_tiles(self) -> int:
         return sum(self.active)
 
     def tile(self, x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """``[T, H, D]`` into out float32 ``[num_tiles, H, tile_size, D]``."""
+        """Arrange ``[T, H, D]`` into out float32 ``[num_tiles, H, tile_size, D]``."""
         if self.sources is not None:
             x = x.index_select(0, self.sources)
         return out.copy_(x.unflatten(0, (-1, self.tile_size)).transpose(1, 2))
 
     def tile_factor(self, x: torch.Tensor) -> torch.Tensor:
-        """Factors per token, ``[T, H]`` or ``[T, H, K]``, to float32 ``[num_tiles, H, tile_size, 1
-        or K]``; zero for padding."""
+        """Arrange factors ``[T, H]`` or ``[T, H, K]`` into float32 tiles; zero for padding.
+
+        The result is ``[num_tiles, H, tile_size, 1 or K]``.
+        """
         x = x[..., None] if x.ndim == 2 else x
         shape = self.num_tiles, x.shape[1], self.tile_size, x.shape[2]
         out = x.new_empty(shape, dtype=torch.float32)
@@ -52,14 +58,14 @@ class Layout(NamedTuple):
         return out
 
     def untile(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """``[num_tiles, H, tile_size, D]`` back to ``[T, H, D]``."""
+        """Arrange ``[num_tiles, H, tile_size, D]`` back to ``[T, H, D]``."""
         rows = x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).flatten(0, 1)
         return rows if self.sources is None else rows.index_select(0, self.places)
 
 
 @lru_cache(maxsize=8)
 def lay_out(lengths: tuple[int, ...], tile_size: int, device: torch.device) -> Layout:
-    """Every linear layer of a step asks for the same one. O(T)."""
+    """Compute the layout. Cached, because every linear layer of a step uses the same one. O(T)."""
     counts = [num_tiles(length, tile_size) for length in lengths]
     order = sorted(range(len(counts)), key=lambda b: -counts[b])
     active = [sum(count > step for count in counts) for step in range(max(counts, default=0))]
@@ -74,7 +80,7 @@ def lay_out(lengths: tuple[int, ...], tile_size: int, device: torch.device) -> L
         at = (first_places + np.arange(tile_size)).flatten()
         first, end = token_starts[sequence : sequence + 2]
         places[first:end] = at[: end - first]
-        # Padding reads a token of its own sequence, whose numbers no other sequence meets.
+        # Padding reads a token of the same sequence, so it cannot affect other sequences.
         sources[at] = np.minimum(np.arange(len(at)) + first, end - 1)
     padding = np.ones(num_places, dtype=np.bool_)
     padding[places] = False
@@ -90,8 +96,7 @@ def lay_out(lengths: tuple[int, ...], tile_size: int, device: torch.device) -> L
 
 
 class Tiles(NamedTuple):
-    """What each of N tiles contributes, independent of any state, head by head: ``[N * HV, ...]``.
-    R: tokens per tile."""
+    """State-independent factors of N tiles by head: ``[N * HV, ...]``. R is tokens per tile."""
 
     new_values: torch.Tensor  # U [.., R, V]
     reader: torch.Tensor  # W [.., R, K]
@@ -110,8 +115,10 @@ def scan(
     resumed: torch.Tensor,
     exports: Exports | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry every sequence's state through its tiles, all sequences abreast: N and ``scale exp(G) Q
-    S`` of each tile."""
+    """Carry every sequence's state through its tiles, all sequences in parallel.
+
+    Returns N and ``scale exp(G) Q S`` of each tile.
+    """
     order = [b for b in layout.order if packed.lengths[b]]
     index = slots.long()[order]
     carried = states[index].float()
@@ -141,7 +148,7 @@ def scan(
 
 
 def saves_by_tile(packed: Packed, exports: Exports | None) -> dict[tuple[int, int], list[int]]:
-    """The slots that the state after each ``(sequence, tile)`` is saved to."""
+    """Return the slots for the state after each ``(sequence, tile)``."""
     saves: dict[tuple[int, int], list[int]] = {}
     if exports is not None:
         for sequence, end, slot in zip(exports.sequences, exports.ends, exports.slots, strict=True):

@@ -1,16 +1,16 @@
-"""Launch parameters that were measured to be fast on this device, where a table of them lies beside
-this file; else each launcher's own.
+"""Measured launch parameters of this device, if a table for it is in this folder.
 
-`python -m experiments.bench_kernels --tune` measures and writes. A hit must change no bit, so what
-a choice may hang on depends on what it may change:
+Without a table, each launcher uses its defaults. `python -m experiments.bench_kernels --tune`
+measures and writes a table. Cached and recomputed results must be bit-identical, so a choice may
+depend only on data that cannot change the bits:
 
-- Most are chosen by the layer's shape and dtypes alone, never by the batch: ``num_warps`` deals a
-  sum out to other threads, and every batch must have it dealt out the same way.
-- Where the key has ``tokens``, a choice only says which outputs share a program and how loads are
-  pipelined. Such a kernel sums by ``tl.dot`` alone, over k in one order, and the tuner takes no
-  candidate whose results are not the launcher's, bit for bit.
-- What cuts a long sum is no choice at all: BK and spans of products, the key tiles and splits of
-  attention, the tile of 64.
+- Most choices depend on the layer's shape and dtypes, never on the batch: ``num_warps`` changes the
+  division of a sum among threads, and it must be the same for every batch.
+- If the key has ``tokens``, a choice affects only the assignment of outputs to programs and the
+  pipelining of loads. Such a kernel sums by ``tl.dot`` alone, over k in one order, and the tuner
+  rejects candidates with different bits.
+- Parameters that divide a long sum cannot be tuned: BK and spans of products, key tiles and splits
+  of attention, the tile of 64.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ PATH = Path(__file__).with_name("tuned.json")
 Config = Mapping[str, int]
 Key = tuple[Any, ...]
 Table = Mapping[tuple[str, Key], Config]
-"""(kernel, key) to what replaces the launcher's own parameters."""
+"""Launch parameters by (kernel, key). They replace the launcher's defaults."""
 NOTHING: Config = {}
 
 
 class Tunable(NamedTuple):
-    """What may be chosen for a kernel."""
+    """Key and candidates of a kernel's parameters."""
 
     keys: tuple[str, ...]
-    """What a choice hangs on, in the order in which the launcher names it."""
+    """Properties that a choice depends on, in the order of the launcher's arguments."""
     candidates: tuple[Config, ...]
 
 
 def grid(**choices: tuple[int, ...]) -> tuple[Config, ...]:
-    """All combinations."""
+    """Return all combinations."""
     return tuple(dict(zip(choices, values, strict=True)) for values in product(*choices.values()))
 
 
@@ -92,24 +92,22 @@ TUNABLES: Mapping[str, Tunable] = {
         (), grid(BLOCK_BYTES=(4096, 8192, 16384, 32768), num_warps=(4, 8))
     ),
 }
-"""Folder and name of each kernel that asks."""
+"""Tunable kernels, by folder and name."""
 
 
 def tuned(kernel: str, *key: object) -> Config:
-    """What replaces the launcher's own parameters: nothing, unless this device's table has the
-    kernel at this key."""
+    """Return the tuned parameters of a kernel at a key. Empty if this device's table has none."""
     return _tables[-1](kernel, key)
 
 
 def token_class(num_tokens: int) -> int:
-    """The power of two that choices for ``num_tokens`` are shared up to: 16 to 4096."""
+    """Round ``num_tokens`` up to a power of two from 16 to 4096, for shared parameters."""
     return min(max(16, 1 << (num_tokens - 1).bit_length()), 4096)
 
 
 @contextmanager
 def using(table: Table) -> Iterator[list[tuple[str, Key]]]:
-    """While it is open, ``table`` answers in place of the device's; yields the list of what was
-    asked for."""
+    """Use ``table`` in place of the device's inside a ``with`` block. Yields the keys looked up."""
     asked: list[tuple[str, Key]] = []
 
     def look_up(kernel: str, key: Key) -> Config:
@@ -124,7 +122,7 @@ def using(table: Table) -> Iterator[list[tuple[str, Key]]]:
 
 
 def read(path: Path, device: str) -> Table:
-    """The table of a device by its name; empty if it has none."""
+    """Read the table of a device by its name. Empty if there is none."""
     if not path.exists():
         return {}
     rows = json.loads(path.read_text(encoding="utf-8"))["devices"].get(device, [])
@@ -134,7 +132,7 @@ def read(path: Path, device: str) -> Table:
 
 
 def write(path: Path, device: str, table: Table, about: Mapping[str, object]) -> None:
-    """Put ``table`` into what the file says of ``device``, with ``about``: where it comes from."""
+    """Write ``table`` into the file's entry of ``device``, with ``about`` as its provenance."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"devices": {}}
     merged = {**read(path, device), **table}
     known["devices"][device] = [

@@ -1,4 +1,4 @@
-"""Small host tables on their way to the device, without waiting for what it computes."""
+"""Asynchronous upload of small host tables to the device."""
 
 from __future__ import annotations
 
@@ -14,9 +14,11 @@ def upload(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> torch.Tensor:
-    """``values`` as a tensor on ``device``. A copy from ordinary memory would make the host wait
-    until the device has done all it was told before; from pinned memory it takes its turn. The CPU
-    needs no copy."""
+    """Return ``values`` as a tensor on ``device``.
+
+    The copy starts from pinned memory, so the host does not wait for earlier work of the device.
+    The CPU needs no copy.
+    """
     host = torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type == "cpu":
         return host

@@ -1,4 +1,4 @@
-"""Gated activations in Triton, in float32 inside."""
+"""Gated activations in Triton, computed in float32."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def relu_squared_kernel(p_x, p_y, count, BLOCK: tl.constexpr):
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """``silu(a) * b`` of the two halves of ``x [..., 2I]``; see ``reference.silu_and_mul``."""
+    """Compute ``silu(a) * b`` of the halves of ``x [..., 2I]``; see ``reference.silu_and_mul``."""
     rows = x.reshape(-1, x.shape[-1])
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
@@ -73,18 +73,20 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """``x * sigmoid(gate)``; see ``reference.sigmoid_mul``. x is ``[..., N]``; gate like it or
-    ``[..., 1]``; views allowed."""
+    """Compute ``x * sigmoid(gate)``; see ``reference.sigmoid_mul``.
+
+    x is ``[..., N]``, gate has the same shape or ``[..., 1]``. Views are allowed.
+    """
     return _gate_mul(x, gate, silu=False)
 
 
 def silu_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """``x * silu(gate)``; see ``reference.silu_mul``. Views allowed."""
+    """Compute ``x * silu(gate)``; see ``reference.silu_mul``. Views are allowed."""
     return _gate_mul(x, gate, silu=True)
 
 
 def relu_squared(x: torch.Tensor) -> torch.Tensor:
-    """``max(x, 0)^2``; see ``reference.relu_squared``."""
+    """Compute ``max(x, 0)^2``; see ``reference.relu_squared``."""
     x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if y.numel():
@@ -117,5 +119,5 @@ def _gate_mul(x: torch.Tensor, gate: torch.Tensor, *, silu: bool) -> torch.Tenso
 
 
 def _as_heads(x: torch.Tensor) -> torch.Tensor:
-    """``[T, N]`` as ``[T, 1, N]``; more leading dimensions are folded into T."""
+    """View ``[T, N]`` as ``[T, 1, N]``. Further leading dimensions are merged into T."""
     return x[:, None] if x.dim() == 2 else x.reshape(-1, *x.shape[-2:])

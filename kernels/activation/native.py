@@ -1,4 +1,4 @@
-"""Gated activations by ``native.cpp``; see ``reference``."""
+"""Gated activations with ``native.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["relu_squared", "sigmoid", "sigmoid_mul", "silu", "silu_and_mul", "si
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """As ``reference.silu_and_mul``."""
+    """Compute ``reference.silu_and_mul``."""
     if x.dtype not in DTYPES or x.dim() != 2:
         return reference.silu_and_mul(x)
     if x.stride(1) != 1:
@@ -26,7 +26,7 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """As ``reference.sigmoid_mul``."""
+    """Compute ``reference.sigmoid_mul``."""
     if x.dtype not in DTYPES or x.dim() != 2 or gate.dim() != 2 or gate.dtype is not x.dtype:
         return reference.sigmoid_mul(x, gate)
     x, gate = (part if part.stride(1) == 1 else part.contiguous() for part in (x, gate))

@@ -1,8 +1,8 @@
 """Gated activations in plain PyTorch.
 
-Written with exp rather than ``torch.sigmoid`` and ``F.silu``: on AVX-512 those give the elements
-behind the last full vector other bits, so a row's result would depend on where it lies; exp and
-division do not.
+Uses exp instead of ``torch.sigmoid`` and ``F.silu``. On AVX-512 those give the elements after the
+last full vector different bits, so a row's result would depend on its position. exp and division do
+not.
 """
 
 from __future__ import annotations
@@ -10,26 +10,28 @@ from __future__ import annotations
 import torch
 
 BLOCK = 2**17
-"""Elements that are worked on at a time."""
+"""Number of elements computed at once."""
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:
-    """``1 / (1 + exp(-x))`` in float32."""
+    """Compute ``1 / (1 + exp(-x))`` in float32."""
     return x.float().neg().exp_().add_(1).reciprocal_()
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
-    """``x / (1 + exp(-x))`` in float32."""
+    """Compute ``x / (1 + exp(-x))`` in float32."""
     x = x.float()
     return x / x.neg().exp_().add_(1)
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """``silu(a) * b`` of the two halves (a, b) of ``x [..., 2I]``: ``[..., I]`` (SwiGLU, Shazeer
-    2020)."""
+    """Compute ``silu(a) * b`` of the halves (a, b) of ``x [..., 2I]`` (SwiGLU, Shazeer 2020).
+
+    Returns ``[..., I]``.
+    """
     half = x.shape[-1] // 2
     out = x.new_empty(*x.shape[:-1], half)
-    # Some rows at a time: five passes over what stays in the processor's cache.
+    # A few rows at a time, so that the five passes hit the processor's cache.
     rows = max(BLOCK // max(half, 1), 1)
     for source, target in zip(
         x.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True
@@ -42,16 +44,18 @@ def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
 
 
 def sigmoid_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """``x * sigmoid(gate)``: the output gate of attention, ``gate`` like x, or of a shared expert,
-    ``gate [..., 1]``."""
+    """Compute ``x * sigmoid(gate)``.
+
+    ``gate`` has the shape of x (output gate of attention) or ``[..., 1]`` (shared expert).
+    """
     return (x.float() * sigmoid(gate)).to(x.dtype)
 
 
 def silu_mul(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-    """``x * silu(gate)``, gate like x: what a state space layer without a norm ends with."""
+    """Compute ``x * silu(gate)`` of equal shapes: the end of a state space layer without a norm."""
     return silu(gate).mul_(x).to(x.dtype)
 
 
 def relu_squared(x: torch.Tensor) -> torch.Tensor:
-    """``max(x, 0)^2`` (Primer, So et al. 2021)."""
+    """Compute ``max(x, 0)^2`` (Primer, So et al. 2021)."""
     return x.relu().square_()

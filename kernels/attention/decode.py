@@ -1,7 +1,7 @@
-"""Attention of one token per sequence, or of a few drafted ones, over a KV pool in Triton.
+"""Attention of one token per sequence, or of several drafted tokens, over a KV pool in Triton.
 
-A decode program takes one sequence, one KV head and SPLIT keys; a second kernel joins the splits. A
-verify program is a decode program whose rows are several tokens.
+A decode program takes one sequence, one KV head and SPLIT keys. A second kernel combines the
+splits. A verify program is a decode program with several tokens as its rows.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kernels.strides import row_stride
 from kernels.target import pipeline_stages
 from kernels.tuning import tuned
 
-# A pipeline over loads whose addresses are loaded too spends two stages on the first of them.
+# Loads with loaded addresses take two stages of the pipeline for the addresses.
 DECODE_STAGES = 5
 
 
@@ -93,9 +93,12 @@ def verify_attention_kernel(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (i_sequence * num_groups + i_group, i_kv, i_s): as many of a sequence's tokens as fit
-    into the rows that one takes in `decode_attention_kernel`, so that the bits are those, and BS
-    keys. Writes also how many keys each token sees, for `combine_splits_kernel`."""
+    """Program (i_sequence * num_groups + i_group, i_kv, i_s): several tokens of a sequence, BS
+    keys.
+
+    The tokens fill the rows that one token has in `decode_attention_kernel`, so the bits are equal.
+    Also stores the number of keys of each token, for `combine_splits_kernel`.
+    """
     BD: tl.constexpr = triton.next_power_of_2(D)
     BG: tl.constexpr = max(16, triton.next_power_of_2(G))
     TOKENS: tl.constexpr = BG // G
@@ -104,7 +107,7 @@ def verify_attention_kernel(
     bos, eos = tl.load(cu_seqlens + i_b), tl.load(cu_seqlens + i_b + 1)
     first = bos + i_group * TOKENS
     start = tl.load(kv_lens + i_b) - (eos - bos)  # position of the sequence's first token here
-    last = start + tl.minimum(first + TOKENS, eos) - bos  # keys that the last of this block sees
+    last = start + tl.minimum(first + TOKENS, eos) - bos  # number of keys of this block's last one
     if first < eos and i_s * BS < last:
         o_row, o_d = tl.arange(0, BG), tl.arange(0, BD)
         o_t = first + o_row // G
@@ -124,7 +127,7 @@ def verify_attention_kernel(
                 i_n + tl.arange(0, BN), b_limit,
                 kv_end, pool_stride, scale, D, BD, PRECISION,
             )  # fmt: skip
-        # A token that sees no key of this split leaves NaN here, which nobody reads.
+        # A token without keys in this split stores NaN here, which is never read.
         p_part = o_h * tl.num_programs(2) + i_s
         tl.store(partial_out + p_part[:, None] * D + o_d[None, :], b_o / b_l[:, None], mask=m_q)
         tl.store(partial_lse + p_part, b_m + tl.log2(b_l), mask=m_row)
@@ -141,9 +144,9 @@ def decode_attention(
     sequences: Sequences,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of one token per sequence; see ``reference.decode_attention``.
+    """Compute attention of one token per sequence; see ``reference.decode_attention``.
 
-    ``max(sequences.kv_lens)`` bounds the launch; the lengths that count are those in
+    ``max(sequences.kv_lens)`` bounds the launch. The actual lengths are those in
     ``sequences.kv_len_table``.
     """
     query = query.contiguous()
@@ -208,12 +211,12 @@ def verify_attention(
     packed: Packed,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of a few tokens per sequence, each of which sees those before it, with the bits of
-    `decode_attention`; see ``reference.verify_attention``.
+    """Compute causal attention of several tokens per sequence, with `decode_attention`'s bits.
 
-    ``max(sequences.kv_lens)`` and ``max(packed.lengths)`` bound the launch; the lengths that count
-    are those in ``sequences.kv_len_table`` and ``packed.cu_seqlens``. The latter only where all
-    tokens are one chunk (`is_one_chunk`): chunks are cut by ``packed.lengths``.
+    See ``reference.verify_attention``. ``max(sequences.kv_lens)`` and ``max(packed.lengths)`` bound
+    the launch. The actual lengths are those in ``sequences.kv_len_table`` and, if all tokens are
+    one chunk (`is_one_chunk`), in ``packed.cu_seqlens``. Several chunks are formed by
+    ``packed.lengths``.
     """
     query = query.contiguous()
     out = torch.empty_like(query)
@@ -272,9 +275,11 @@ def verify_attention(
 
 
 def _chunks(starts: Sequence[int], max_tokens: int) -> Iterator[slice]:
-    """Of the sequences that begin at ``starts``, whose last is where the last one ends: four, and
-    as many more as have at most ``max_tokens`` together; in fours, so that their tables stay
-    aligned."""
+    """Divide sequences into chunks of at most ``max_tokens`` tokens, and at least four sequences.
+
+    ``starts`` has the start of each sequence, and the end of the last one. Sizes are multiples of
+    four, so that the tables stay aligned.
+    """
     begin, last = 0, len(starts) - 1
     while begin < last:
         end = min(begin + 4, last)

@@ -1,4 +1,4 @@
-"""The Triton twins of `kernels.attention.reference`."""
+"""Triton versions of the functions in `kernels.attention.reference`."""
 
 from kernels.attention.decode import decode_attention, verify_attention
 from kernels.attention.prefill import prefill_attention

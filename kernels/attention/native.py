@@ -1,5 +1,5 @@
-"""Attention with its decoding and verifying steps by ``native.cpp``, which reads KV rows where they
-lie; see ``reference``."""
+"""Attention with native decoding and verification (``native.cpp``), reading KV rows in place; see
+``reference``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decode_attention(
     sequences: Sequences,
     scale: float,
 ) -> torch.Tensor:
-    """As ``reference.decode_attention``."""
+    """Compute ``reference.decode_attention``."""
     if not _is_served(query, key_pool, value_pool):
         return reference.decode_attention(
             query, key_pool, value_pool, table=table, sequences=sequences, scale=scale
@@ -43,8 +43,10 @@ def verify_attention(
     packed: Packed,
     scale: float,
 ) -> torch.Tensor:
-    """As ``reference.verify_attention``; the bits are `decode_attention`'s. Lengths are those of
-    ``packed.cu_seqlens``."""
+    """Compute ``reference.verify_attention`` with the bits of `decode_attention`.
+
+    Lengths are those of ``packed.cu_seqlens``.
+    """
     if not _is_served(query, key_pool, value_pool):
         return reference.verify_attention(
             query,

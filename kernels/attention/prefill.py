@@ -1,6 +1,6 @@
 """Causal grouped-query attention of new tokens over a KV pool in Triton.
 
-A program takes a tile of query tokens (64; 32 in float32) and up to two heads of one KV head, and
+A program takes a tile of query tokens (64; 32 in float32) and up to two heads of one KV head. It
 walks the keys from position 0 in tiles of BN.
 """
 
@@ -17,7 +17,7 @@ from kernels.strides import row_stride
 from kernels.target import has_roomy_memory, pipeline_stages
 from kernels.tuning import tuned
 
-# A pipeline over loads whose addresses are loaded too spends two stages on the first of them.
+# Loads with loaded addresses take two stages of the pipeline for the addresses.
 PREFILL_STAGES = 4
 
 
@@ -45,7 +45,7 @@ def prefill_attention_kernel(
 ):
     BD: tl.constexpr = triton.next_power_of_2(D)
     BM: tl.constexpr = BT * HEADS
-    # The last tiles of a sequence see the most keys: start with them.
+    # The last tiles of a sequence have the most keys, so they start first.
     i_part = tl.num_programs(0) - 1 - tl.program_id(0)
     parts: tl.constexpr = TILE // BT
     i_tile = i_part // parts
@@ -89,11 +89,10 @@ def prefill_attention(
     packed: Packed,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of new tokens to themselves and everything before them; see
-    ``reference.prefill_attention``.
+    """Compute attention of new tokens to themselves and to all earlier tokens.
 
-    Bit-identical for a token whatever part of its sequence is computed with it, if that part starts
-    at a multiple of ``packed.tile_size``.
+    See ``reference.prefill_attention``. A token has equal bits for every chunk of its sequence that
+    starts at a multiple of ``packed.tile_size``.
     """
     query = query.contiguous()
     out = torch.empty_like(query)

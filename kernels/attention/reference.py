@@ -2,12 +2,12 @@
 
     out[t, h] = sum_j softmax_j(scale * q[t, h] . k[j, h // G]) v[j, h // G]      j <= position of t
 
-A sequence's keys are the pool rows that its row of the request table lists, in order. A prefill is
-cut on an absolute grid: queries into blocks of 256 positions, each with the keys up to its block's
-end, whatever part of the block is computed now, in whole tiles of 64 positions: what lies before
-the first query in its tile is zero. A prefill that resumes anywhere therefore runs products of the
-same shapes as one from zero, and ``torch.equal`` holds between them
-(measured: float32 and bfloat16, one and two threads, head sizes 40 to 256).
+A sequence's keys are the pool rows listed in its row of the request table, in order. Prefill is
+divided on an absolute grid. Queries form blocks of 256 positions, each with the keys up to the end
+of its block, however many positions of the block are computed now. Products have whole tiles of 64
+positions, with zeros before the first query of a tile. A prefill resumed at any position therefore
+computes products of the same shapes as one from zero. ``torch.equal`` holds between them, measured
+with float32 and bfloat16, one and two threads, and head sizes 40 to 256.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ def prefill_attention(
     packed: Packed,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of new tokens to themselves and to everything before them; their KV is in the pool
-    already.
+    """Compute attention of new tokens to themselves and to all earlier tokens.
+
+    The KV of the new tokens must be in the pool.
 
     Args:
-        query: ``[T, HQ, D]``, the packed new tokens; sequence b's are the last
-        ``packed.lengths[b]`` of its
-            ``sequences.kv_lens[b]`` tokens.
+        query: ``[T, HQ, D]``, the packed new tokens: the last ``packed.lengths[b]`` of the
+            ``sequences.kv_lens[b]`` tokens of sequence b.
         key_pool, value_pool: ``[N, HKV, D]``; HQ is a multiple of HKV.
         table: int32 ``[R, M]``, the request table: KV indices by row and position.
         scale: factor of the scores.
@@ -70,10 +70,10 @@ def decode_attention(
     sequences: Sequences,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of one token per sequence, ``query [B, HQ, D]``, the last of its
-    ``sequences.kv_lens[b]`` tokens.
+    """Compute attention of the last token of each sequence, ``query [B, HQ, D]``.
 
-    Every sequence is computed on its own, so batch mates change nothing. Returns ``[B, HQ, D]``.
+    Every sequence is computed separately, so results do not depend on the batch. Returns ``[B, HQ,
+    D]``.
     """
     out = torch.empty_like(query)
     num_kv_heads = key_pool.shape[1]
@@ -98,12 +98,11 @@ def verify_attention(
     packed: Packed,
     scale: float,
 ) -> torch.Tensor:
-    """Attention of a few tokens per sequence, packed ``query [T, HQ, D]``: the last
-    ``packed.lengths[b]`` of its ``sequences.kv_lens[b]`` tokens, each of which sees those before
-    it.
+    """Compute causal attention of the last tokens of each sequence, packed ``query [T, HQ, D]``.
 
-    As `decode_attention`, called once per token and with the same bits: every product has the shape
-    of its own position. Returns ``[T, HQ, D]``.
+    These are the last ``packed.lengths[b]`` of ``sequences.kv_lens[b]`` tokens. Bits are equal to
+    those of `decode_attention`, called once per token: every product has the shape of its position.
+    Returns ``[T, HQ, D]``.
     """
     out = torch.empty_like(query)
     num_kv_heads, t = key_pool.shape[1], 0
@@ -130,8 +129,10 @@ def _prefill_one(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """One sequence, block by block: query and out ``[T, HQ, D]``, keys and values ``[HKV, L, D]``,
-    L a multiple of 256."""
+    """Compute one sequence, block by block.
+
+    query and out: ``[T, HQ, D]``; keys and values: ``[HKV, L, D]``, L a multiple of 256.
+    """
     end = start + len(query)
     while start < end:
         key_end = (start // BLOCK + 1) * BLOCK
@@ -155,7 +156,7 @@ def _prefill_one(
 
 
 def _causal_mask(start: int, num_queries: int, num_keys: int, dtype: torch.dtype) -> torch.Tensor:
-    """``[num_queries, num_keys]``: 0 up to each query's own position, -inf past it."""
+    """Return ``[num_queries, num_keys]``: 0 up to each query's position, -inf after it."""
     mask = torch.zeros(num_queries, num_keys, dtype=dtype)
     last_block = mask[:, num_keys - BLOCK :]
     last_block.fill_(-torch.inf).triu_(start % BLOCK + 1)
@@ -163,7 +164,7 @@ def _causal_mask(start: int, num_queries: int, num_keys: int, dtype: torch.dtype
 
 
 def _padded_rows(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The pool's rows at ``indices``, zeros up to a multiple of 256: ``[HKV, L, D]``."""
+    """Return the pool's rows at ``indices``, zero-padded to a multiple of 256: ``[HKV, L, D]``."""
     num_padded = -(-len(indices) // BLOCK) * BLOCK
     rows = pool.new_empty(num_padded, *pool.shape[1:])
     torch.index_select(pool, 0, indices, out=rows[: len(indices)])
@@ -172,8 +173,10 @@ def _padded_rows(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(pool: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The pool's rows at ``indices``: a view where they are one range and lie side by side, else a
-    copy of the same strides. Rows of an arena lie apart: read in place they take a third longer."""
+    """Return the pool's rows at ``indices``: a view if they are one dense range, else a copy.
+
+    Rows of an arena are not dense, and reading them in place takes a third longer.
+    """
     if not pool.is_contiguous():
         return pool.index_select(0, indices)
     first, last = int(indices[0]), int(indices[-1])

@@ -1,4 +1,4 @@
-"""Which KV each sequence of a step attends to."""
+"""KV of the sequences in a step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from kernels.upload import upload
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Rows of the request table and how far each is filled. Built once per step, read by every
-    attention layer."""
+    """Rows of the request table and their lengths, built once per step."""
 
     rows: tuple[int, ...]
-    """The row of the request table that lists each sequence's KV indices."""
+    """Row of the request table with each sequence's KV indices."""
     kv_lens: tuple[int, ...]
-    """Tokens whose KV is in the pool, this step's included. The Triton kernels read it as an upper
-    bound only, so that a captured graph can be replayed with smaller values in ``kv_len_table``."""
+    """Number of tokens with KV in the pool, including this step's. Triton kernels use it as an
+    upper bound only, so that a captured graph can be replayed with smaller values in
+    ``kv_len_table``."""
     row_table: torch.Tensor
     """int32[B], ``rows`` on the device."""
     kv_len_table: torch.Tensor
@@ -29,7 +29,7 @@ class Sequences:
     def of(
         cls, rows: Sequence[int], kv_lens: Sequence[int], device: torch.device | str = "cpu"
     ) -> Sequences:
-        """The same numbers on the host and on ``device``."""
+        """Build both forms, on the host and on ``device``."""
         return cls(
             rows=tuple(rows),
             kv_lens=tuple(kv_lens),

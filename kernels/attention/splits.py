@@ -1,5 +1,5 @@
-"""Partial outputs of attention, a split of the keys each, and how they are joined: 32 side by side,
-then the next 32."""
+"""Combination of partial attention outputs, one per split of the keys: 32 in parallel, then the
+next 32."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import triton
 import triton.language as tl
 
 SPLIT = 256
-"""Keys per decode program. Partial outputs are written in float32: 1/64 of the KV traffic per query
-head of a KV head."""
+"""Keys per decode program. Partial outputs are float32: 1/64 of the KV traffic per query head of a
+KV head."""
 
 WORKSPACE_BYTES = 2**26
-"""Most of what the partial outputs take: more sequences than fit are decoded one group after the
-other. 64 sequences of 128k tokens and 16 heads of 256 would want half a GiB."""
+"""Maximum size of the partial outputs. Sequences that exceed it are decoded in several groups. For
+64 sequences of 128k tokens and 16 heads of 256 they would be half a GiB."""
 
 COMBINED = 32
-"""Splits that are joined at once: 128k tokens are 16 turns of a loop, not 512."""
+"""Splits combined in parallel: 128k tokens take 16 iterations instead of 512."""
 COMBINE_STAGES = tl.constexpr(2)
 
 
@@ -31,9 +31,9 @@ def combine_splits_kernel(
     BS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """``out = sum_s 2^lse_s out_s / sum_s 2^lse_s``: SPLITS of them side by side, then the next.
+    """Compute ``out = sum_s 2^lse_s out_s / sum_s 2^lse_s``, SPLITS at a time.
 
-    Where a sequence ends decides how many are added, never in which order: those past it weigh 0.
+    The end of a sequence determines the number of splits but not their order; later ones weigh 0.
     """
     BD: tl.constexpr = triton.next_power_of_2(D)
     i_b, i_h = tl.program_id(0), tl.program_id(1)
@@ -60,12 +60,16 @@ def combine_splits_kernel(
 
 
 def group_size(num_heads: int, num_splits: int, size: int) -> int:
-    """Tokens whose partial outputs fit into the workspace: a multiple of 4, so that their tables
-    stay aligned."""
+    """Number of tokens with partial outputs that fit into the workspace.
+
+    A multiple of 4, so that the tables of a group stay aligned.
+    """
     return max(4, WORKSPACE_BYTES // (4 * num_heads * num_splits * size) // 4 * 4)
 
 
 def is_one_chunk(num_tokens: int, kv_len: int, num_heads: int, size: int) -> bool:
-    """Whether `verify_attention` launches so many tokens of any sequences at once, each of which
-    sees at most ``kv_len`` keys: then the host's lengths of the sequences are only bounds."""
+    """True if `verify_attention` launches ``num_tokens`` tokens with ``kv_len`` keys at once.
+
+    The host's lengths of the sequences are then only bounds.
+    """
     return num_tokens <= group_size(num_heads, triton.cdiv(kv_len, SPLIT), size)

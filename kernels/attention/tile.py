@@ -1,8 +1,8 @@
-"""FlashAttention's online softmax (Dao et al., 2022) over one tile of keys, and its size.
+"""One tile of FlashAttention's online softmax (Dao et al., 2022), and the tile's size.
 
-Every cut is at an absolute position, so a row's arithmetic depends on its own position and keys
-alone. Key tiles past a query's position leave its running maximum, sum and output as they are, bit
-for bit: it makes no difference whether a tile was walked over masked or not at all.
+All tiles start at absolute positions, so a row's arithmetic depends only on its position and keys.
+Key tiles after a query's position leave its running maximum, sum and output unchanged, bit for bit.
+The result is therefore the same if such a tile is masked or skipped.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def attend_tile(
     BD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Adds keys at positions ``o_n [BN]`` to the running softmax of rows that see positions up to
-    ``b_limit [BM]``.
+    """Add keys at positions ``o_n [BN]`` to the running softmax of rows.
 
-    ``b_q [BM, BD]``; ``b_m``, ``b_l [BM]`` running maximum (in powers of 2) and sum; ``b_o [BM,
+    Row i uses keys up to position ``b_limit[i]``, ``b_limit [BM]``. ``b_q`` is ``[BM, BD]``,
+    ``b_m`` and ``b_l`` ``[BM]`` are the running maximum (in powers of 2) and sum, and ``b_o [BM,
     BD]`` the weighted values.
     """
     o_d = tl.arange(0, BD)
@@ -56,8 +56,10 @@ def attend_tile(
 
 
 def tile_config(size: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Key tile and precision by head size and dtype: they decide the bits, so nothing else may
-    choose them."""
+    """Return key tile and precision for a head size and dtype.
+
+    They determine the bits, so they must not depend on anything else.
+    """
     exact = dtype == torch.float32
     keys = (64 if size <= 128 else 32) // (2 if exact else 1)
     return {"BN": keys, "PRECISION": "ieee" if exact else "tf32"}

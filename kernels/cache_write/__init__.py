@@ -1,2 +1,2 @@
-"""Writing new keys and values into the KV pool: ``reference`` in plain PyTorch, ``fused`` in
+"""Writes of new keys and values to the KV pool: ``reference`` in plain PyTorch, ``fused`` in
 Triton."""

@@ -1,4 +1,4 @@
-"""Writing KV rows into the pool, and moving them in it, in Triton: one launch, a program a row."""
+"""Writes of KV rows to the pool, and moves within it, in Triton. One launch, one program a row."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def write_rows_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["p_sources", "p_targets"])
 def move_rows_kernel(p_arena, p_sources, p_targets, width, stride_row, BLOCK_BYTES: tl.constexpr):
-    """Program (i_row, i_block) moves one block of one row."""
+    """Program (i_row, i_block): moves one block of one row."""
     i_source = tl.load(p_sources + tl.program_id(0)).to(tl.int64)
     i_target = tl.load(p_targets + tl.program_id(0)).to(tl.int64)
     p_source, p_target = p_arena + i_source * stride_row, p_arena + i_target * stride_row
@@ -64,10 +64,10 @@ def write_kv(
     value_pool: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    """``pool[indices[t]] = new[t]`` for both; see ``reference.write_kv``.
+    """Write ``pool[indices[t]] = new[t]`` for keys and values; see ``reference.write_kv``.
 
-    New ``[T, HKV, D]`` may be strided views with a unit last stride. A row ``[HKV, D]`` of a pool
-    is contiguous, rows need not be; both pools have one layout.
+    New rows ``[T, HKV, D]`` may be strided views with a unit last stride. A row ``[HKV, D]`` of a
+    pool is contiguous, with any stride between rows. Both pools have equal strides.
     """
     tokens, heads, size = key.shape
     if tokens == 0:
@@ -90,10 +90,10 @@ def write_kv(
 
 
 def write_rows(rows: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) -> None:
-    """``pool[indices[t]] = rows[t]``; see ``reference.write_rows``.
+    """Write ``pool[indices[t]] = rows[t]``; see ``reference.write_rows``.
 
     Rows ``[T, D]`` may be strided views with a unit last stride. A row of the pool is contiguous,
-    rows need not be. One launch.
+    with any stride between rows. One launch.
     """
     tokens, size = rows.shape
     stride = row_stride("a row", pool)
@@ -110,9 +110,10 @@ def write_rows(rows: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) ->
 
 
 def move_rows(arena: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-    """``arena[targets[n]] = arena[sources[n]]`` for every n; see ``reference.move_rows``.
+    """Move ``arena[targets[n]] = arena[sources[n]]`` for every n; see ``reference.move_rows``.
 
-    A row of ``arena`` ``[N, E]`` is contiguous, rows need not be. One launch, bound by bandwidth.
+    A row of ``arena`` ``[N, E]`` is contiguous, with any stride between rows. One launch, bound by
+    memory bandwidth.
     """
     stride, width = row_stride("a row", arena), arena.shape[1]
     num_bytes = width * arena.element_size()

@@ -1,4 +1,4 @@
-"""Writing KV rows by ``native.cpp``; see ``reference``."""
+"""Writes of KV rows with ``native.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_kv(
     value_pool: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    """As ``reference.write_kv``."""
+    """Compute ``reference.write_kv``."""
     pools = key_pool, value_pool
     if (
         key.dtype is not key_pool.dtype
@@ -36,7 +36,7 @@ def write_kv(
 
 
 def write_rows(rows: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) -> None:
-    """As ``reference.write_rows``."""
+    """Compute ``reference.write_rows``."""
     is_plain = pool.stride(1) == 1 and indices.dtype in (torch.int32, torch.int64)
     if rows.dtype is not pool.dtype or not is_plain or not indices.is_contiguous():
         return reference.write_rows(rows, pool, indices)

@@ -1,4 +1,4 @@
-"""Writing KV rows into the pool, and moving them in it, in plain PyTorch."""
+"""Writes of KV rows to the pool, and moves within it, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ WORDS = {
     8: torch.int64,
     16: torch.complex128,
 }
-"""By bytes: torch writes rows by index element by element, so the fewer and wider the better."""
+"""Dtypes by size. torch writes indexed rows element by element, so wide elements are faster."""
 MOVED_BYTES = 2**18
-"""Of rows that are read before they are written: what stays in the processor's cache meanwhile."""
+"""Bytes of rows that are read before they are written, so that they fit into the cache."""
 
 
 def write_kv(
@@ -25,9 +25,10 @@ def write_kv(
     value_pool: torch.Tensor,
     indices: torch.Tensor,
 ) -> None:
-    """``pool[indices[t]] = new[t]`` for both.
+    """Write ``pool[indices[t]] = new[t]`` for keys and values.
 
-    New ``[T, HKV, D]``, pools ``[N, HKV, D]`` of any strides, indices integer ``[T]``, distinct.
+    New rows ``[T, HKV, D]``; pools ``[N, HKV, D]`` of any strides; indices integer ``[T]``,
+    distinct.
     """
     indices = indices.long()
     key_pool.index_copy_(0, indices, key)
@@ -35,19 +36,19 @@ def write_kv(
 
 
 def write_rows(rows: torch.Tensor, pool: torch.Tensor, indices: torch.Tensor) -> None:
-    """``pool[indices[t]] = rows[t]``: what a token keeps as one vector, not as key and value.
+    """Write ``pool[indices[t]] = rows[t]``, for models with one vector per token.
 
-    Rows ``[T, D]``, pool ``[N, D]`` of any strides, indices integer ``[T]``, distinct.
+    Rows ``[T, D]``; pool ``[N, D]`` of any strides; indices integer ``[T]``, distinct.
     """
     pool.index_copy_(0, indices.long(), rows)
 
 
 def move_rows(arena: torch.Tensor, sources: torch.Tensor, targets: torch.Tensor) -> None:
-    """``arena[targets[n]] = arena[sources[n]]`` for every n: rows that make room for a slot.
+    """Move ``arena[targets[n]] = arena[sources[n]]`` for every n, to make room for a slot.
 
-    - ``arena``: ``[N, E]``, any dtype; a row is all that one token has, in all layers. It is
-      contiguous, and begins at a multiple of the largest power of 2, up to 16, that its bytes are.
-    - ``sources``, ``targets``: int32[n]. Targets are distinct and none of them is a source, so
+    - ``arena``: ``[N, E]``, any dtype. A row has one token's data of all layers. It is contiguous,
+      and aligned to the largest power of 2, up to 16, that divides its size in bytes.
+    - ``sources``, ``targets``: int32[n]. Targets are distinct and none of them is a source, so the
       order does not matter.
 
     Moves ``2 * n`` rows.

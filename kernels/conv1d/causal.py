@@ -1,10 +1,10 @@
-"""Causal depthwise convolution, with SiLU or without, in Triton. Formula and source:
+"""Causal depthwise convolution with optional SiLU in Triton. Formula and source:
 `kernels.conv1d.reference`.
 
-Every input is read from memory once and W - 1 times from the cache beside the cores, every output
-written once: 4 bytes per token and channel in bfloat16, bound by memory bandwidth. A sequence's
-window is read and replaced by one and the same program, that of its first tile, so that no program
-can see it half replaced.
+Every input is read from memory once and W - 1 times from the cache, and every output is written
+once. This is 4 bytes per token and channel in bfloat16, bound by memory bandwidth. A single
+program, that of a sequence's first tile, reads and replaces the sequence's window. No program can
+read a partially replaced one.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from kernels.tuning import tuned
 def load_input(
     p_sequence, p_window, position, o_c, stride_x, resumed, C: tl.constexpr, W: tl.constexpr
 ):
-    """Inputs ``[BC]`` at a position counted from the sequence's start, of which the last W - 1
-    below 0 are the window."""
+    """Load inputs ``[BC]`` at a position counted from the sequence's start.
+
+    Positions -(W - 1) to -1 are the window.
+    """
     p_x = p_sequence + position.to(tl.int64) * stride_x + o_c
     b_x = tl.load(p_x, mask=(o_c < C) & (position >= 0), other=0.0).to(tl.float32)
     p_old = p_window + o_c * (W - 1) + (W - 1 + position)
@@ -35,8 +37,10 @@ def load_input(
 def save_window(
     p_sequence, p_window, p_target, end, o_c, stride_x, resumed, C: tl.constexpr, W: tl.constexpr
 ):
-    """Write the window after ``end >= 1`` tokens; in place too, since each element only takes from
-    one behind it."""
+    """Store the window after ``end >= 1`` tokens.
+
+    Also works in place, since each element is read from a later position.
+    """
     for i_w in tl.static_range(W - 1):
         b_x = load_input(p_sequence, p_window, end - (W - 1) + i_w, o_c, stride_x, resumed, C, W)
         tl.store(p_target + o_c * (W - 1) + i_w, b_x.to(p_target.dtype.element_ty), mask=o_c < C)
@@ -44,7 +48,7 @@ def save_window(
 
 @triton.jit
 def activate(b_total, p_bias, o_c, C: tl.constexpr, SILU: tl.constexpr):
-    """``silu(total + bias)``, or the sum as it is."""
+    """Compute ``silu(total + bias)``, or the sum without SiLU."""
     if p_bias is not None:
         b_total += tl.load(p_bias + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     if SILU:
@@ -129,8 +133,8 @@ def decode_kernel(
 ):
     """Program (i_c, i_sequence): BC channels of the sequence's tokens, one after another.
 
-    The window after token t goes to slot ``p_step_slots[t]``; where that is None, there is one
-    token a sequence, and its window replaces the one in the slot.
+    The window after token t is stored in slot ``p_step_slots[t]``. If that is None, each sequence
+    has one token, and the window replaces the one in its slot.
     """
     o_c = tl.program_id(0) * BC + tl.arange(0, BC)
     i_sequence = tl.program_id(1).to(tl.int64)
@@ -153,7 +157,7 @@ def decode_kernel(
         p_target = p_window
         if p_step_slots is not None:
             p_target = p_states + tl.load(p_step_slots + i_token).to(tl.int64) * stride_slot
-        # All threads have read the old window: it may be the target, of a step slot too.
+        # All threads must have read the old window, which can be the target, also of a step slot.
         tl.debug_barrier()
         save_window(p_sequence, p_window, p_target, i_step + 1, o_c, stride_x, True, C, W)
 
@@ -170,16 +174,17 @@ def prefill_conv1d(
     exports: Exports | None,
     silu: bool = True,
 ) -> torch.Tensor:
-    """Convolve packed sequences, each from the window in its slot, and leave its last window there.
+    """Convolve packed sequences from the windows in their slots, and store their last windows.
+
     One launch.
 
-    - ``x``: ``[T, C]``; a token's channels are contiguous, tokens need not be. ``weight``: ``[C,
-      W]``. ``bias``: ``[C]`` or None.
-    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the
-      exports' slots. A window is contiguous, slots need not be.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
-      sequence of no tokens leaves its slot as it is.
-    - ``silu``: whether the sums are activated.
+    - ``x``: ``[T, C]``; the channels of a token are contiguous, with any stride between tokens.
+      ``weight``: ``[C, W]``. ``bias``: ``[C]`` or None.
+    - ``states``: ``[S, C, W - 1]``, the windows of one layer; changed in place at ``slots`` and at
+      the exports' slots. A window is contiguous, with any stride between slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
+      slot of a sequence without tokens is not changed.
+    - ``silu``: True to apply SiLU to the sums.
 
     Returns ``[T, C]`` in x's dtype.
     """
@@ -222,11 +227,10 @@ def decode_conv1d(
     slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
-    """One token of B sequences, ``[B, C]`` in, ``[B, C]`` out; the window in each slot moves on by
-    one. One launch.
+    """Convolve one token of B sequences, ``[B, C]``, and advance the windows in their slots.
 
-    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``, ``bias`` and ``silu`` as in
-    `prefill_conv1d`.
+    Returns ``[B, C]``. One launch. ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``,
+    ``bias`` and ``silu`` are as in `prefill_conv1d`.
     """
     return _decode(x, weight, bias, states, slots, silu)
 
@@ -242,13 +246,12 @@ def verify_conv1d(
     step_slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, packed ``[T, C]`` in and out, the window after each of them
-    kept. One launch.
+    """Convolve several tokens of B sequences, packed ``[T, C]``, and keep the window after each.
 
-    As `decode_conv1d`, called once per step and with the same bits, but the windows in ``slots``
-    int32[B] are only read, and the window after token t goes to slot ``step_slots[t]`` of the same
-    ``states``, int32[T], which nobody reads or writes otherwise; a sequence of one token may have
-    its own slot there.
+    One launch. Bits are equal to those of `decode_conv1d`, called once per step. The windows in
+    ``slots`` int32[B] are only read. The window after token t is written to slot ``step_slots[t]``
+    of the same ``states``, int32[T]. No other access to these slots is allowed, except that a
+    sequence of one token may use its own slot.
     """
     return _decode(x, weight, bias, states, slots, silu, step_slots, packed.cu_seqlens)
 

@@ -1,4 +1,4 @@
-"""The Triton twins of `kernels.conv1d.reference`."""
+"""Triton versions of the functions in `kernels.conv1d.reference`."""
 
 from kernels.conv1d.causal import decode_conv1d, prefill_conv1d, verify_conv1d
 

@@ -1,4 +1,4 @@
-"""The causal convolution by ``native.cpp``; see ``reference``."""
+"""Causal convolution with ``native.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def prefill_conv1d(
     exports: Exports | None,
     silu: bool = True,
 ) -> torch.Tensor:
-    """As ``reference.prefill_conv1d``; a token has the bits that `decode_conv1d` gives it."""
+    """Compute ``reference.prefill_conv1d``. A token has the same bits as in `decode_conv1d`."""
     check_window(x, weight, states)
     if not _is_served(x, weight, bias, states):
         return reference.prefill_conv1d(
@@ -62,7 +62,7 @@ def decode_conv1d(
     slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
-    """As ``reference.decode_conv1d``."""
+    """Compute ``reference.decode_conv1d``."""
     check_window(x, weight, states)
     if not _is_served(x, weight, bias, states):
         return reference.decode_conv1d(x, weight, bias, states=states, slots=slots, silu=silu)
@@ -80,8 +80,10 @@ def verify_conv1d(
     step_slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
-    """As ``reference.verify_conv1d``; the bits are `decode_conv1d`'s. Lengths are those of
-    ``packed.cu_seqlens``."""
+    """Compute ``reference.verify_conv1d`` with the bits of `decode_conv1d`.
+
+    Lengths are those of ``packed.cu_seqlens``.
+    """
     check_window(x, weight, states)
     if not _is_served(x, weight, bias, states):
         return reference.verify_conv1d(

@@ -1,11 +1,11 @@
-"""Causal depthwise convolution, with SiLU or without, in plain PyTorch: the definition, and the CPU
+"""Causal depthwise convolution with optional SiLU in plain PyTorch: the definition, and the CPU
 path.
 
-``out[t, c] = silu(bias[c] + sum_w weight[c, w] * x[t - W + 1 + w, c])``, where x before a
-sequence's start is its saved window (or zero); or the sum as it is, in models that gate it
-otherwise. It runs in float32 from the oldest input to the newest, so a row does not depend on its
-batch. The window, ``states[slot]``, holds the last ``W - 1`` inputs, oldest first; its dtype must
-hold x's exactly, or a resumed run would differ from a cold one.
+``out[t, c] = silu(bias[c] + sum_w weight[c, w] * x[t - W + 1 + w, c])``, with x before a sequence's
+start taken from its saved window (or zero). Models with another gate use the sum without SiLU. It
+is computed in float32 from the oldest input to the newest, so a row does not depend on its batch.
+The window, ``states[slot]``, has the last ``W - 1`` inputs, the oldest first. Its dtype must
+represent x exactly, or a resumed run would differ from a cold one.
 
 Source: Mamba (arXiv 2312.00752), section 3.4, where the short convolution precedes the scan.
 """
@@ -17,7 +17,7 @@ import torch
 from kernels.packed import Exports, Packed
 
 BLOCK = 2**17
-"""Elements that are worked on at a time."""
+"""Number of elements computed at once."""
 
 
 def prefill_conv1d(
@@ -32,14 +32,14 @@ def prefill_conv1d(
     exports: Exports | None,
     silu: bool = True,
 ) -> torch.Tensor:
-    """Convolve packed sequences, each from the window in its slot, and leave its last window there.
+    """Convolve packed sequences from the windows in their slots, and store their last windows.
 
     - ``x``: ``[T, C]``. ``weight``: ``[C, W]``. ``bias``: ``[C]`` or None.
-    - ``states``: ``[S, C, W - 1]``, one layer's windows; changed in place at ``slots`` and at the
-      exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
-      sequence of no tokens leaves its slot as it is.
-    - ``silu``: whether the sums are activated.
+    - ``states``: ``[S, C, W - 1]``, the windows of one layer; changed in place at ``slots`` and at
+      the exports' slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
+      slot of a sequence without tokens is not changed.
+    - ``silu``: True to apply SiLU to the sums.
 
     Returns ``[T, C]`` in x's dtype.
     """
@@ -51,7 +51,7 @@ def prefill_conv1d(
         pieces += [window.to(x.dtype), tokens]
         starts.append(start)
         start += reach + len(tokens)
-    # [T + B (W - 1), C]: every sequence behind its window
+    # [T + B (W - 1), C], every sequence after its window
     padded = torch.cat(pieces) if pieces else x
     rows = [
         padded.new_empty(0, dtype=torch.long),
@@ -80,11 +80,10 @@ def decode_conv1d(
     slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
-    """One token of B sequences, ``[B, C]`` in, ``[B, C]`` out; the window in each slot moves on by
-    one.
+    """Convolve one token of B sequences, ``[B, C]``, and advance the windows in their slots.
 
-    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``, ``bias`` and ``silu`` as in
-    `prefill_conv1d`.
+    Returns ``[B, C]``. ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``, ``bias`` and
+    ``silu`` are as in `prefill_conv1d`.
     """
     check_window(x, weight, states)
     index = slots.long()
@@ -104,12 +103,11 @@ def verify_conv1d(
     step_slots: torch.Tensor,
     silu: bool = True,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, packed ``[T, C]`` in and out, the window after each of them
-    kept.
+    """Convolve several tokens of B sequences, packed ``[T, C]``, and keep the window after each.
 
-    As `decode_conv1d`, called once per step and with the same bits, but the windows in ``slots``
-    int32[B] are only read, and the window after token t goes to slot ``step_slots[t]`` of the same
-    ``states``, int32[T], which nobody reads or writes otherwise.
+    Bits are equal to those of `decode_conv1d`, called once per step. The windows in ``slots``
+    int32[B] are only read. The window after token t is written to slot ``step_slots[t]`` of the
+    same ``states``, int32[T]. No other access to these slots is allowed.
     """
     check_window(x, weight, states)
     reach = weight.shape[1] - 1
@@ -117,7 +115,7 @@ def verify_conv1d(
     for b, tokens in enumerate(x.split(packed.lengths)):
         starts += range(len(starts) + b * reach, len(starts) + b * reach + len(tokens))
         pieces += [windows[b], tokens.to(states.dtype)]
-    # [T + B (W - 1), C]: every sequence behind its window
+    # [T + B (W - 1), C], every sequence after its window
     padded = torch.cat(pieces) if pieces else x
     first = torch.tensor(starts, dtype=torch.long, device=x.device)
     taps = [padded[first + w] for w in range(reach + 1)]
@@ -135,7 +133,7 @@ def _convolve(
 ) -> torch.Tensor:
     channels, width = weight.shape
     out = padded.new_empty(num_rows, channels)
-    # Some rows at a time: every pass is over what stays in the processor's cache.
+    # A few rows at a time, so that every pass hits the processor's cache.
     rows = max(BLOCK // channels, 1)
     for start in range(0, num_rows, rows):
         end = min(start + rows, num_rows)
@@ -159,14 +157,12 @@ def _finish(
         total += bias.float()
     if not silu:
         return total.to(dtype)
-    # Not torch's silu: on a CPU its bits depend on where an element stands in the tensor; those of
-    # exp do not.
+    # Not torch's silu: on a CPU its bits depend on the position of an element, those of exp do not.
     return (total / total.neg().exp_().add_(1)).to(dtype)
 
 
 def check_window(x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -> None:
-    """Raise ValueError where windows do not fit the weights, or would round the inputs they
-    hold."""
+    """Raise ValueError if windows do not fit the weights, or would round the inputs."""
     if states.shape[1:] != (x.shape[-1], weight.shape[1] - 1):
         raise ValueError(f"windows {tuple(states.shape)} do not fit weights {tuple(weight.shape)}")
     if torch.promote_types(x.dtype, states.dtype) != states.dtype:

@@ -1,23 +1,23 @@
-"""Gated DeltaNet over prompts in Triton: tiles solved side by side, then one scan per sequence,
-head and slice of V.
+"""Gated DeltaNet over prompts in Triton: all tiles in parallel, then one scan per sequence, head
+and slice of V.
 
-The reference multiplies the state by two matrices of its own making, W and Q exp(G). Here those
-never exist. Scaling a row of a product equals scaling the row of its left factor, so norms, decays
-and step sizes move out of the operands and the scan reads q, k and v as they came::
+The reference multiplies the state by two intermediate matrices, W and Q exp(G), which do not exist
+here. Scaling a row of a product equals scaling the row of its left factor. Norms, decays and step
+sizes are therefore moved out of the operands, and the scan reads unmodified q, k and v::
 
-    T = (I + tril(beta K K^T * D, -1))^-1 diag(beta)            P = scale (Q K^T * D)
-    `solve_kernel`, no state needed N = T (V - exp(G) (K S))    O = scale exp(G) (Q S) + P N
-    `scan_kernel`, tile after tile S <- exp(G_R) S + K^T (exp(G_R - G) N)
+    T = (I + tril(beta K K^T * D, -1))^-1 diag(beta)      P = scale (Q K^T * D)     `solve_kernel`
+    N = T (V - exp(G) (K S))      O = scale exp(G) (Q S) + P N                      `scan_kernel`
+    S <- exp(G_R) S + K^T (exp(G_R - G) N)
 
-Between the two kernels pass two R x R matrices and four vectors per tile of R tokens and head, in
-place of W, U, the new values and the state before every tile: at R = 64 and K = V = 128 in
-bfloat16, 17 KiB written where 80 KiB would be, and no state buffer that grows with the prompt. The
-read-out rides along in the scan for the same reason. A state asked for at a tile's end is stored
-from the registers that hold it anyway.
+`solve_kernel` needs no state. `scan_kernel` walks tile after tile. Each tile of R tokens and each
+head passes two R x R matrices and four vectors between the kernels. These replace W, U, the new
+values and the state before every tile: at R = 64 and K = V = 128 in bfloat16, 17 KiB are written
+instead of 80 KiB, and no state buffer grows with the prompt. The read-out is part of the scan for
+the same reason. An exported state is stored from the registers that hold it.
 
 Precision: 16-bit operands multiply in their own type (in the solve, in float16) and accumulate in
 float32; float32 operands multiply in float32, never in tf32. The state and everything elementwise
-are float32. Each reduction has one order, given by its tile and head alone.
+are float32. Each reduction has one order, determined by its tile and head alone.
 """
 
 from __future__ import annotations
@@ -54,9 +54,10 @@ def solve_kernel(
     BK: tl.constexpr,
     SOLVE_TYPE: tl.constexpr,
 ):
-    """Program (i_tile, i_part): for HEADS value heads of one key head T and P into ``p_matrices``
-    ``[N, HV, 2, BT, BT]``, and into ``p_vectors`` ``[N, HV, 4, BT]`` what scales the rows of K S,
-    of Q S, of N, and the state. Q K^T and K K^T are theirs in common.
+    """Program (i_tile, i_part): solves HEADS value heads of one key head, which share Q K^T, K K^T.
+
+    Writes T and P into ``p_matrices`` ``[N, HV, 2, BT, BT]``, and the row scales of K S, of Q S, of
+    N and of the state into ``p_vectors`` ``[N, HV, 4, BT]``.
     """
     BT: tl.constexpr = 1 << LOG_BT
     i_tile, i_first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
@@ -86,7 +87,7 @@ def solve_kernel(
     b_q_norm = tl.rsqrt(b_qq + 1e-6) * scale  # [BT]
     b_k_norm = tl.rsqrt(b_diagonal + 1e-6)
 
-    # In two loops, so that Q K^T holds no registers while systems are solved.
+    # Two loops, so that Q K^T occupies no registers while systems are solved.
     for i_head in tl.range(i_first, i_first + HEADS, num_stages=1):
         b_gate = tl.load(p_gate + o_token * HV + i_head, mask=m_token, other=0.0).to(tl.float32)
         b_gate = tl.cumsum(b_gate, axis=0)
@@ -111,7 +112,7 @@ def solve_kernel(
 
 @triton.jit
 def pairwise_decay(b_gate):
-    """D ``[BT, BT]`` from the running sum ``[BT]`` of the gate."""
+    """Compute D ``[BT, BT]`` from the running sum ``[BT]`` of the gate."""
     o_t = tl.arange(0, b_gate.shape[0])
     b_between = b_gate[:, None] - b_gate[None, :]
     return tl.exp(tl.where(o_t[:, None] >= o_t[None, :], b_between, float("-inf")))
@@ -119,12 +120,11 @@ def pairwise_decay(b_gate):
 
 @triton.jit
 def invert_unit_lower(b_a, LOG_BT: tl.constexpr, SOLVE_TYPE: tl.constexpr):
-    """``(I + tril(A, -1))^-1`` of a ``[BT, BT]``: the inverses of blocks of s rows give those of 2
-    s rows, up from s = 1.
+    """Compute ``(I + tril(A, -1))^-1`` of a ``[BT, BT]`` by doubling the size of inverted blocks.
 
-    ``[[P, 0], [N, Q]]^-1 = [[P^-1, 0], [-Q^-1 N P^-1, Q^-1]]``: with D the inverse of the block
-    diagonal and N what lies between two neighbouring blocks, D - D N D. No power of A is ever
-    formed (those may grow until nothing of the result is left), and no row waits for the row above.
+    ``[[P, 0], [N, Q]]^-1 = [[P^-1, 0], [-Q^-1 N P^-1, Q^-1]]``. With D the inverse of the block
+    diagonal and N the entries between two adjacent blocks, this is D - D N D. No power of A is
+    computed, because powers can grow until they cancel the result. No row depends on the row above.
     Unit keys and beta <= 1 keep all entries within [-1, 1], where float16 has the 11 significant
     bits of tf32 at half the size.
     """
@@ -163,10 +163,9 @@ def scan_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence) carries ``[K, BV]`` of one state through the tiles of one
-    sequence.
+    """Program (i_v, i_head, i_sequence): carries ``[K, BV]`` of one state through one sequence.
 
-    Walks from export to export, the last of which is the sequence's own slot at its end.
+    The loop runs from export to export. The last one is the sequence's own slot at its end.
     """
     i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     stride_q, stride_k, stride_v, stride_slot = strides
@@ -216,7 +215,7 @@ def scan_kernel(
             b_new = (b_new * tl.load(p_vector + 2 * BT)[:, None]).to(b_k.dtype)
             b_state *= tl.load(p_vectors + i_matrix * 2 * BT + 3 * BT)
             b_state = tl.dot(tl.trans(b_k), b_new, b_state, input_precision="ieee")
-            # What a later run would load from a slot: so it continues from the very same bits.
+            # Rounded as a resumed run would load it from a slot, so that it has equal bits.
             b_state = b_state.to(p_states.dtype.element_ty).to(tl.float32)
             p_row = p_out + o_token[:, None] * (HV * V)
             tl.store(p_row, b_out.to(p_out.dtype.element_ty), mask=m_token & m_v)
@@ -239,20 +238,20 @@ def chunk_gdn(
     exports: Exports | None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Gated delta rule over packed sequences, tile by tile; leaves each sequence's last state in
-    its slot.
+    """Apply the gated delta rule to packed sequences by tiles; store each last state in its slot.
 
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a
-      multiple of H. One dtype; a token's heads are contiguous, tokens need not be.
+      multiple of H. All have one dtype. The heads of a token are contiguous, with any stride
+      between tokens.
     - ``gate``: ``[T, HV]`` log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports'
-      slots. A state is contiguous, slots need not be.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
-      sequence of no tokens leaves its slot as it is.
-    - ``scale``: of the query; ``K ** -0.5`` if None.
+    - ``states``: ``[S, HV, K, V]``, for one layer; changed in place at ``slots`` and at the
+      exports' slots. A state is contiguous, with any stride between slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
+      slot of a sequence without tokens is not changed.
+    - ``scale``: scale of the query; ``K ** -0.5`` if None.
 
-    Returns ``[T, HV, V]`` in value's dtype. Two launches. K up to 256 (128 on AMD, by its shared
-    memory), any V. Formula and source: `kernels.gdn.reference`.
+    Returns ``[T, HV, V]`` in value's dtype. Two launches. K up to 256 (128 on AMD, because of its
+    shared memory), any V. Formula and source: `kernels.gdn.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
     strides = (*(x.stride(0) for x in (query, key, value)), row_stride("a state", states))
@@ -267,7 +266,7 @@ def chunk_gdn(
     vectors = gate.new_empty(num_tiles, num_value_heads, 4, tile_size, dtype=torch.float32)
     exact = value.dtype == torch.float32
     block_k = max(16, triton.next_power_of_2(key_dim))
-    # One system after another takes half as many registers again: where there are few, each alone.
+    # Solving one system after another takes 1.5 times the registers, so few tiles are solved alone.
     shared = has_roomy_memory() and not exact
     solving = {
         "HEADS": num_value_heads // num_heads if shared else 1,
@@ -321,7 +320,7 @@ def chunk_gdn(
 
 
 def scan_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, int]:
-    """How V is cut, and how the scan is launched: by the layer's shape and the device alone."""
+    """Return the tile of V and the launch parameters, by the layer's shape and the device."""
     exact = dtype == torch.float32
     config = {
         "BV": max(16, min(16 if exact else 32, triton.next_power_of_2(value_dim))),

@@ -1,10 +1,10 @@
-"""Gated DeltaNet one token at a time in Triton: gates, normalisation, update and read-out in one
-pass over the state.
+"""Gated DeltaNet for one token at a time in Triton, in one pass over the state.
 
-A program holds ``[K, BV]`` of one state in registers, so a state is read once and written once: at
-K = V = 128 in float32, 128 KiB per head and token against 0.1 MFLOP. Memory bandwidth is the only
-bound; V is cut so that a single sequence, too, has work for every multiprocessor. Verification
-repeats the same step and stores the state after every one.
+Gates, normalisation, update and read-out are one kernel. A program holds ``[K, BV]`` of one state
+in registers, so a state is read once and written once. At K = V = 128 in float32 this is 128 KiB
+per head and token for 0.1 MFLOP, so the kernel is bound by memory bandwidth. V is divided so that a
+single sequence occupies every multiprocessor. Verification repeats the same step and stores the
+state after each token.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BLOCK_V = 32
 
 
 class GateInputs(NamedTuple):
-    """What the gates of a token are computed from; a kernel reads it as one argument."""
+    """Inputs of a token's gates, passed to kernels as one argument."""
 
     a: torch.Tensor
     b: torch.Tensor
@@ -37,7 +37,7 @@ class GateInputs(NamedTuple):
 @triton.jit
 def step(b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strides, scale,
          H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr):  # fmt: skip
-    """The state ``[BK, BV]`` after token ``i_token``, whose read-out is stored."""
+    """Advance the state ``[BK, BV]`` by token ``i_token``, and store the token's read-out."""
     stride_q, stride_k, stride_v, stride_a, stride_b = strides
     m_k, m_v = o_k < K, o_v < V
     o_key = i_head // (HV // H) * K + o_k
@@ -62,7 +62,7 @@ def step(b_state, i_token, i_head, o_k, o_v, p_q, p_k, p_v, inputs, p_out, strid
 
 @triton.jit
 def unit(b_x):
-    """``x / sqrt(sum(x^2) + 1e-6)`` of one vector, in float32."""
+    """Compute ``x / sqrt(sum(x^2) + 1e-6)`` of one vector, in float32."""
     b_x = b_x.to(tl.float32)
     return b_x * tl.rsqrt(tl.sum(b_x * b_x, axis=0) + 1e-6)
 
@@ -86,8 +86,7 @@ def decode_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of the state in the sequence's slot, in
-    place."""
+    """Program (i_v, i_head, i_sequence): updates ``[K, BV]`` of the state in a slot in place."""
     i_v, i_head, i_token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     mask = (o_k < K)[:, None] & (o_v < V)
@@ -122,8 +121,8 @@ def verify_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of a state through the sequence's tokens, the
-    one after each kept in a slot of its own."""
+    """Program (i_v, i_head, i_sequence): carries ``[K, BV]`` of a state through a sequence's
+    tokens, and stores the state after each token in a separate slot."""
     i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
     mask = (o_k < K)[:, None] & (o_v < V)
@@ -131,7 +130,7 @@ def verify_kernel(
     i_slot = tl.load(p_slots + i_sequence).to(tl.int64)
     first = tl.load(p_cu_seqlens + i_sequence).to(tl.int64)
     end = tl.load(p_cu_seqlens + i_sequence + 1).to(tl.int64)
-    # Of the sequences that a graph is captured for, most may be empty.
+    # A captured graph can have many empty sequences.
     m_state = mask & (first < end)
     b_state = tl.load(p_states + i_slot * stride_slot + o_state, mask=m_state, other=0.0).to(
         tl.float32
@@ -161,13 +160,14 @@ def decode_gdn(
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
-    """One token of B sequences: gates, normalisation, update of the state in each slot, read-out.
+    """Compute one token of B sequences: gates, normalisation, state update and read-out.
+
     One launch.
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see
-      `kernels.gdn.gates`. What belongs to one token is contiguous, tokens need not be.
-    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]; a state is contiguous,
-      slots need not be. ``scale``: ``K ** -0.5`` if None. ``max_beta``: as in `gates`.
+      `kernels.gdn.gates`. Each token is contiguous, with any stride between tokens.
+    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. A state is contiguous,
+      with any stride between slots. ``scale``: ``K ** -0.5`` if None. ``max_beta``: as in `gates`.
 
     Returns ``[B, HV, V]`` in value's dtype. Formula and source: `kernels.gdn.reference`.
     """
@@ -205,13 +205,12 @@ def verify_gdn(
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, the state after each of them kept: what speculative
-    verification needs. One launch.
+    """Compute several tokens of B sequences and keep the state after each, for verification.
 
-    As `decode_gdn`, called once per step and with the same bits, but tokens are packed, ``[T,
-    ...]``, the states in ``slots`` int32[B] are only read, and the state after token t goes to slot
-    ``step_slots[t]`` of the same ``states``, int32[T], which nobody reads or writes otherwise; a
-    sequence of one token may have its own slot there.
+    One launch. Bits are equal to those of `decode_gdn`, called once per step. Tokens are packed,
+    ``[T, ...]``, and the states in ``slots`` int32[B] are only read. The state after token t is
+    written to slot ``step_slots[t]`` of the same ``states``, int32[T]. No other access to these
+    slots is allowed, except that a sequence of one token may use its own slot.
     """
     out = value.new_empty(value.shape)
     tokens = [rows_contiguous(x) for x in (query, key, value, a, b)]
@@ -236,7 +235,7 @@ def verify_gdn(
 def _launch(
     key: torch.Tensor, value: torch.Tensor, state_dtype: torch.dtype, *, num_sequences: int
 ) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Decoding and verification are launched alike, so that their bits agree."""
+    """Return one launch configuration for decoding and verification, so that their bits agree."""
     (num_heads, key_dim), (num_value_heads, value_dim) = key.shape[-2:], value.shape[-2:]
     sizes = {
         "H": num_heads,

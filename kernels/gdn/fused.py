@@ -1,4 +1,4 @@
-"""The Triton twins of `kernels.gdn.reference`."""
+"""Triton versions of the functions in `kernels.gdn.reference`."""
 
 from kernels.gdn.chunk import chunk_gdn
 from kernels.gdn.decode import decode_gdn, verify_gdn

@@ -1,5 +1,4 @@
-"""The two gates of Gated DeltaNet in Triton, for whole prompts; decoding computes them on the
-way."""
+"""Gates of Gated DeltaNet in Triton, for prompts. The decode kernel computes its own."""
 
 from __future__ import annotations
 
@@ -12,9 +11,9 @@ BLOCK = 1024
 
 @triton.jit
 def softplus(b_x):
-    """``log(1 + exp(x))`` of float32."""
+    """Compute ``log(1 + exp(x))`` of float32."""
     b_y = tl.exp(-tl.abs(b_x))
-    # log(1 + y) by its series where the sum would round y away: slow decays are made of such y.
+    # log(1 + y) by its series where 1 + y would round y away: slow decays consist of such y.
     b_series = b_y * (1.0 - b_y * (1.0 / 2 - b_y * (1.0 / 3 - b_y * (1.0 / 4))))
     b_log1p = tl.where(b_y < 0.03, b_series, tl.log(1.0 + b_y))
     return tl.maximum(b_x, 0.0) + b_log1p
@@ -22,8 +21,7 @@ def softplus(b_x):
 
 @triton.jit
 def compute_gates(b_a, b_b, b_A_log, b_dt_bias, max_beta):
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta * sigmoid(b)``, in
-    float32."""
+    """Compute log-decay and step size of one block, in float32, as in `gates`."""
     b_step = softplus(b_a.to(tl.float32) + b_dt_bias.to(tl.float32))
     b_gate = -tl.exp(b_A_log.to(tl.float32)) * b_step
     return b_gate, max_beta / (1.0 + tl.exp(-b_b.to(tl.float32)))
@@ -44,7 +42,7 @@ def gates_kernel(
     HV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program computes BLOCK of the ``T * HV`` gates, token after token."""
+    """Program i: computes BLOCK of the ``T * HV`` gates, in token order."""
     o_gate = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_gate < num_tokens * HV
     o_token, o_head = o_gate // HV, o_gate % HV
@@ -67,11 +65,11 @@ def gates(
     *,
     max_beta: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta * sigmoid(b)``,
-    both float32 ``[T, HV]``.
+    """Compute log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta *
+    sigmoid(b)``.
 
-    ``a``, ``b``: ``[T, HV]``; a token's heads are contiguous, tokens need not be. ``A_log``,
-    ``dt_bias``: ``[HV]``.
+    Both are float32 ``[T, HV]``. ``a``, ``b``: ``[T, HV]``; the heads of a token are contiguous,
+    with any stride between tokens. ``A_log``, ``dt_bias``: ``[HV]``.
     """
     gate = a.new_empty(a.shape, dtype=torch.float32)
     beta = a.new_empty(a.shape, dtype=torch.float32)

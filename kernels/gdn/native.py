@@ -1,4 +1,4 @@
-"""Gated DeltaNet by ``native.cpp`` and ``native_chunk.cpp``; see ``reference``."""
+"""Gated DeltaNet with ``native.cpp`` and ``native_chunk.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chunk_gdn(
     exports: Exports | None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """As ``reference.chunk_gdn``; a head of a sequence is one piece of work."""
+    """Compute ``reference.chunk_gdn``. Threads share the work by head and sequence."""
     tokens = query, key, value
     name = f"chunk_gdn_{DTYPES.get(query.dtype)}_{DTYPES.get(states.dtype)}"
     if not _fits(tokens, states) or not has(name):
@@ -80,7 +80,7 @@ def decode_gdn(
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
-    """As ``reference.decode_gdn``."""
+    """Compute ``reference.decode_gdn``."""
     tokens = query, key, value, a, b
     if not _is_served(tokens, A_log, dt_bias, states):
         return reference.decode_gdn(
@@ -113,8 +113,10 @@ def verify_gdn(
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
-    """As ``reference.verify_gdn``; the bits are `decode_gdn`'s. Lengths are those of
-    ``packed.cu_seqlens``."""
+    """Compute ``reference.verify_gdn`` with the bits of `decode_gdn`.
+
+    Lengths are those of ``packed.cu_seqlens``.
+    """
     tokens = query, key, value, a, b
     if not _is_served(tokens, A_log, dt_bias, states):
         return reference.verify_gdn(

@@ -5,20 +5,18 @@ and step size beta::
 
     S_t = a_t S_{t-1} + k_t (beta_t (v_t - k_t^T a_t S_{t-1}))^T          o_t = scale * q_t^T S_t
 
-`decode_gdn` and `verify_gdn` are that recurrence. `chunk_gdn` computes the same for whole prompts
-from matrix products over tiles of R tokens (``packed.tile_size``) counted from each sequence's
-start. With G the running sum of the gate inside a tile and ``D[i, j] = exp(G_i - G_j)`` for ``j <=
-i``::
+`decode_gdn` and `verify_gdn` are that recurrence. `chunk_gdn` computes the same for whole prompts,
+by matrix products over tiles of R tokens (``packed.tile_size``) from each sequence's start. G is
+the running sum of the gate inside a tile, and ``D[i, j] = exp(G_i - G_j)`` for ``j <= i``::
 
-    (I + tril(beta K K^T * D, -1)) [U | W] = beta [V | exp(G) K]           within each tile: no
-    state needed N = U - W S            O = scale ((Q exp(G)) S + (Q K^T * D) N)        with the
-    state S before the tile S <- exp(G_R) S + (K exp(G_R - G))^T N
-    and on to the next tile
+    (I + tril(beta K K^T * D, -1)) [U | W] = beta [V | exp(G) K]     in each tile, without a state
+    N = U - W S        O = scale ((Q exp(G)) S + (Q K^T * D) N)      with the state S before it
+    S <- exp(G_R) S + (K exp(G_R - G))^T N                           and on to the next tile
 
-All arithmetic is float32. The state is rounded to its pool's dtype after every tile, also where it
-stays in registers: so a run resumed from a saved state continues from exactly what a cold run
-carries, in any dtype. Every product has a shape of its own tile and head alone, so a sequence's
-bits do not depend on what else is packed along.
+All arithmetic is float32. The state is rounded to its pool's dtype after every tile, even if it
+stays in registers. A run resumed from a saved state therefore continues exactly as a cold run, in
+any dtype. The shape of every product depends only on its tile and head, so a sequence's bits do not
+depend on its batch.
 
 Source: Gated Delta Networks (arXiv 2412.06464), section 3; the tile form is Parallelizing Linear
 Transformers with the Delta Rule (arXiv 2406.06484), section 3.
@@ -36,8 +34,8 @@ from kernels.tiles import Layout, Tiles, lay_out, scan
 
 L2_EPS = 1e-6
 LARGE_STATE = 2**15
-"""Numbers from which a state is decoded where it is, sequence by sequence: copying it out and back
-would cost more."""
+"""Elements above which a state is updated in place, sequence by sequence, because copies would cost
+more."""
 
 
 def gates(
@@ -48,15 +46,16 @@ def gates(
     *,
     max_beta: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta * sigmoid(b)``,
-    both float32 ``[..., HV]``.
+    """Compute log-decay ``-exp(A_log) * softplus(a + dt_bias)`` and step size ``max_beta *
+    sigmoid(b)``.
 
-    ``a``, ``b``: ``[..., HV]``. ``A_log``, ``dt_bias``: ``[HV]``. ``max_beta``: above 1 a step may
-    turn the sign of what is stored under its key (negative eigenvalues, arXiv 2411.12537).
+    Both are float32 ``[..., HV]``. ``a``, ``b``: ``[..., HV]``. ``A_log``, ``dt_bias``: ``[HV]``.
+    With ``max_beta`` above 1, a step can reverse the sign of the value stored under its key
+    (negative eigenvalues, arXiv:2411.12537).
     """
-    # softplus(x) = -log(sigmoid(-x)). On a CPU torch's logsigmoid, exp and log1p give an element
-    # the same bits wherever it stands in a tensor; its softplus and sigmoid treat the few behind
-    # the last full vector in another way.
+    # softplus(x) = -log(sigmoid(-x)). On a CPU, torch's logsigmoid, exp and log1p give equal bits
+    # at every position in a tensor. Its softplus and sigmoid compute the elements after the last
+    # full vector in another way.
     gate = A_log.float().exp() * F.logsigmoid((a.float() + dt_bias.float()).neg_())
     beta = b.float().neg().exp_().add_(1).reciprocal_()
     return gate, beta if max_beta == 1.0 else beta.mul_(max_beta)
@@ -76,17 +75,16 @@ def chunk_gdn(
     exports: Exports | None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Gated delta rule over packed sequences, tile by tile; leaves each sequence's last state in
-    its slot.
+    """Apply the gated delta rule to packed sequences by tiles; store each last state in its slot.
 
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, HV, V]``, HV a
       multiple of H.
     - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``beta``: ``[T, HV]``.
-    - ``states``: ``[S, HV, K, V]`` of any strides, one layer's; changed in place at ``slots`` and
+    - ``states``: ``[S, HV, K, V]`` of any strides, for one layer; changed in place at ``slots`` and
       at the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
-      sequence of no tokens leaves its slot as it is.
-    - ``scale``: of the query; ``K ** -0.5`` if None.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
+      slot of a sequence without tokens is not changed.
+    - ``scale``: scale of the query; ``K ** -0.5`` if None.
 
     Returns ``[T, HV, V]`` in value's dtype.
     """
@@ -108,8 +106,11 @@ def _solve_tiles(
     layout: Layout,
     scale: float,
 ) -> Tiles:
-    """Padding has beta 0 and gate 0: it changes no state, and its rows are dropped. Its other
-    entries are unspecified."""
+    """Compute the factors of all tiles.
+
+    Padding has beta 0 and gate 0, so it changes no state. Its rows are dropped, and its other
+    entries are unspecified.
+    """
     count, size, heads, key_dim = layout.num_tiles, layout.tile_size, *key.shape[1:]
     value_heads, value_dim = value.shape[1], value.shape[2]
     grouped = (count, heads, value_heads // heads)
@@ -156,7 +157,7 @@ def decode_gdn(
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
-    """One token of B sequences: gates, normalisation, update of the state in each slot, read-out.
+    """Compute one token of B sequences: gates, normalisation, state update and read-out.
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, HV, V]``. ``a``, ``b``: ``[B, HV]``, see
       `gates`.
@@ -195,12 +196,11 @@ def verify_gdn(
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
-    """Several tokens of B sequences, the state after each of them kept: what speculative
-    verification needs.
+    """Compute several tokens of B sequences and keep the state after each, for verification.
 
-    As `decode_gdn`, called once per step and with the same bits, but tokens are packed, ``[T,
-    ...]``, the states in ``slots`` int32[B] are only read, and the state after token t goes to slot
-    ``step_slots[t]`` of the same ``states``, int32[T], which nobody reads or writes otherwise.
+    Bits are equal to those of `decode_gdn`, called once per step. Tokens are packed, ``[T, ...]``,
+    and the states in ``slots`` int32[B] are only read. The state after token t is written to slot
+    ``step_slots[t]`` of the same ``states``, int32[T]. No other access to these slots is allowed.
     """
     gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
     token = _prepare(query, key, value, gate, beta, scale)
@@ -222,13 +222,13 @@ def verify_gdn(
 
 
 def _normalise(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """``scale * x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, float32, in place."""
+    """Compute ``scale * x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, float32, in place."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x.mul_(norm.square_().add_(L2_EPS).rsqrt_().mul_(scale))
 
 
 class _Token(NamedTuple):
-    """What one token does to N states, one per sequence and value head, all in float32."""
+    """Factors of one token for N states, one per sequence and value head, in float32."""
 
     keys: torch.Tensor  # unit k above scale * unit q, [.., 2, K]
     overlap: torch.Tensor  # scale * q . k [.., 1]
@@ -245,8 +245,7 @@ def _prepare(
     beta: torch.Tensor,
     scale: float | None,
 ) -> _Token:
-    """Tokens ``[..., H or HV, D]`` with any dimensions before, key heads repeated for the value
-    heads they serve."""
+    """Normalise tokens ``[..., H or HV, D]`` and repeat key heads for their value heads."""
     keys = torch.stack([key, query], dim=-2).float()
     keys /= (keys * keys).sum(dim=-1, keepdim=True).add_(L2_EPS).sqrt_()
     keys[..., 1, :] *= scale or key.shape[-1] ** -0.5
@@ -259,9 +258,10 @@ def _prepare(
 
 
 def _step(state: torch.Tensor, token: _Token) -> torch.Tensor:
-    """The read-out ``[N, V]`` of states ``[N, K, V]``, which are updated in place.
+    """Update states ``[N, K, V]`` in place. Returns the read-outs ``[N, V]``.
 
-    One pass over them answers both reads, for ``q^T S_t = q^T (a S_{t-1}) + (q . k) delta``.
+    One pass over the states computes both reads, since ``q^T S_t = q^T (a S_{t-1}) + (q . k)
+    delta``.
     """
     recalled, read = torch.bmm(token.keys, state.mul_(token.decay)).unbind(1)
     delta = (token.value - recalled).mul_(token.beta)

@@ -1,24 +1,26 @@
-"""Kimi Delta Attention over prompts in Triton: tiles solved side by side, then one scan per
-sequence, head and slice of V.
+"""Kimi Delta Attention over prompts in Triton: all tiles in parallel, then one scan per sequence,
+head and slice of V.
 
-As in `kernels.gdn.chunk`, but with a decay for every channel of a key, which no scaling of a
-product's rows makes good: the decays go into the operands. With F and B the products of a tile's
-decays up to a token and behind it, and ``<x, y>`` as in `kernels.kda.reference`::
+As in `kernels.gdn.chunk`, but every channel of a key has its own decay. Row scales of a product
+cannot express that, so the decays are applied to the operands. F and B are the products of a tile's
+decays up to a token and after it, and ``<x, y>`` is as in `kernels.kda.reference`::
 
-    T = (I + tril(beta <K, K>, -1))^-1 diag(beta)       P = <scale Q, K>
-    `solve_kernel`, no state needed; F K, F scale Q and B K are written for the scan to read
-    N = T (V - (F K) S)         O = (F scale Q) S + P N
-    `scan_kernel`, tile after tile S <- F_R S + (B K)^T N
+    T = (I + tril(beta <K, K>, -1))^-1 diag(beta)       P = <scale Q, K>       `solve_kernel`
+    N = T (V - (F K) S)         O = (F scale Q) S + P N                        `scan_kernel`
+    S <- F_R S + (B K)^T N
 
-``<x, y>`` is summed over log2(R) levels, R the tokens of a tile: level s multiplies, for every two
-neighbouring blocks of s tokens, the later one's rows and the earlier one's, each with the decays
-between it and the border. All factors are products of decays, at most 1; what underflows is nought
-in truth. A level is one product of a whole tile, of which only those blocks are kept: the tensor
-cores do so many times the work of one product, and no row is multiplied by hand.
+`solve_kernel` needs no state; it also writes F K, F scale Q and B K for the scan. `scan_kernel`
+walks tile after tile.
 
-Precision: unit vectors times decays are at most 1, so in 16 bits pairs multiply in float16, with 11
-significant bits; what the scan reads is rounded to the type of the values. float32 operands
-multiply in float32. Each reduction has one order, given by its tile and head alone.
+``<x, y>`` is summed over log2(R) levels for tiles of R tokens. Level s takes every two adjacent
+blocks of s tokens and multiplies the later block's rows by the earlier block's, each with the
+decays between it and their border. All factors are products of decays, at most 1, so underflow is
+harmless. A level is computed as one product of the whole tile, of which only those blocks are kept.
+The tensor cores do log2(R) times the work of one product, and no row is multiplied individually.
+
+Precision: unit vectors times decays are at most 1, so 16-bit pairs multiply in float16, with 11
+significant bits. The data for the scan is rounded to the dtype of the values. float32 operands
+multiply in float32. Each reduction has one order, determined by its tile and head alone.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from kernels.target import has_roomy_memory, max_recurrence_warps
 
 @triton.jit
 def store_factor(p_factor, b_factor, m_k):
-    """``[BT, BK]`` of a factor, all of its rows."""
+    """Store all rows of a factor ``[BT, BK]``."""
     tl.store(p_factor, b_factor.to(p_factor.dtype.element_ty), mask=m_k[None, :])
 
 
@@ -58,8 +60,10 @@ def solve_kernel(
     BK: tl.constexpr,
     DOT_TYPE: tl.constexpr,
 ):
-    """Program (i_tile, i_head): T and P into ``p_matrices`` ``[N, H, 2, BT, BT]``; F K, F scale Q
-    and B K into ``p_factors`` ``[N, H, 3, BT, K]``; F_R into ``p_decay`` ``[N, H, K]``.
+    """Program (i_tile, i_head): solves one tile of one head.
+
+    Writes T and P into ``p_matrices`` ``[N, H, 2, BT, BT]``, the factors F K, F scale Q and B K
+    into ``p_factors`` ``[N, H, 3, BT, K]``, and F_R into ``p_decay`` ``[N, H, K]``.
     """
     BT: tl.constexpr = 1 << LOG_BT
     i_tile, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -104,7 +108,7 @@ def solve_kernel(
         size = 1
         for _ in range(LOG_BT):
             b_earlier = tl.trans((b_k * b_until).to(DOT_TYPE))
-            # Of a pair of blocks the later one's row and the earlier one's column.
+            # Rows of the later block of each pair, columns of the earlier one.
             of_pair = (o_i > o_j) & ((o_i ^ o_j) >= size) & ((o_i ^ o_j) < 2 * size)
             b_pairs = tl.dot((b_q * b_since).to(DOT_TYPE), b_earlier, input_precision="ieee")
             b_attention += tl.where(of_pair, b_pairs, 0.0)
@@ -150,10 +154,9 @@ def scan_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence) carries ``[K, BV]`` of one state through the tiles of one
-    sequence.
+    """Program (i_v, i_head, i_sequence): carries ``[K, BV]`` of one state through one sequence.
 
-    Walks from export to export, the last of which is the sequence's own slot at its end.
+    The loop runs from export to export. The last one is the sequence's own slot at its end.
     """
     i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     first = tl.load(packed.cu_seqlens + i_sequence).to(tl.int64)
@@ -199,7 +202,7 @@ def scan_kernel(
             b_writer = tl.load(p_factor + 2 * BT * K, mask=m_k[None, :], other=0.0)
             b_state *= b_decay[:, None]
             b_state = tl.dot(tl.trans(b_writer), b_new, b_state, input_precision="ieee")
-            # What a later run would load from a slot: so it continues from the very same bits.
+            # Rounded as a resumed run would load it from a slot, so that it has equal bits.
             b_state = b_state.to(p_states.dtype.element_ty).to(tl.float32)
             tl.store(p_out + o_token[:, None] * (H * V), b_out.to(p_out.dtype.element_ty), mask)
         i_tile = i_until
@@ -221,21 +224,21 @@ def chunk_kda(
     exports: Exports | None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Kimi Delta Attention over packed sequences, tile by tile; leaves each sequence's last state
-    in its slot.
+    """Compute Kimi Delta Attention over packed sequences by tiles; store each last state in its
+    slot.
 
-    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, H, V]``. One dtype;
-      a token's heads are contiguous, tokens need not be.
+    - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, H, V]``. All have
+      one dtype. The heads of a token are contiguous, with any stride between tokens.
     - ``gate``: ``[T, H, K]`` float32 log-decay, at most 0. ``beta``: ``[T, H]``.
-    - ``states``: ``[S, H, K, V]``, one layer's; changed in place at ``slots`` and at the exports'
-      slots. A state is contiguous, slots need not be.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
-      sequence of no tokens leaves its slot as it is.
-    - ``scale``: of the query; ``K ** -0.5`` if None.
+    - ``states``: ``[S, H, K, V]``, for one layer; changed in place at ``slots`` and at the exports'
+      slots. A state is contiguous, with any stride between slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
+      slot of a sequence without tokens is not changed.
+    - ``scale``: scale of the query; ``K ** -0.5`` if None.
 
-    Returns ``[T, H, V]`` in value's dtype. Two launches, and between them two R x R matrices and
-    three of R x K per tile of R tokens and head. K up to 256 (128 on AMD, by its shared memory),
-    any V. Formula and source: `kernels.kda.reference`.
+    Returns ``[T, H, V]`` in value's dtype. Two launches. They pass two R x R matrices and three
+    R x K matrices per tile of R tokens and head. K up to 256 (128 on AMD, because of its shared
+    memory), any V. Formula and source: `kernels.kda.reference`.
     """
     query, key, value = (rows_contiguous(x) for x in (query, key, value))
     num_heads, key_dim = key.shape[1:]

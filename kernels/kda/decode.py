@@ -1,5 +1,7 @@
-"""Kimi Delta Attention one token at a time in Triton: gates, normalisation, update and read-out in
-one pass over the state, as in `kernels.gdn.decode`; the decay is a vector over its rows."""
+"""Kimi Delta Attention for one token at a time in Triton, in one pass over the state.
+
+As `kernels.gdn.decode`, with a decay vector over the rows of the state.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,7 @@ def decode_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of the state in the sequence's slot, in
-    place."""
+    """Program (i_v, i_head, i_sequence): updates ``[K, BV]`` of the state in a slot in place."""
     i_v, i_head, i_token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     stride_q, stride_k, stride_v, stride_a, stride_b = strides
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -73,14 +74,14 @@ def decode_kda(
     slots: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """One token of B sequences: gates, normalisation, update of the state in each slot, read-out.
+    """Compute one token of B sequences: gates, normalisation, state update and read-out.
+
     One launch.
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, H, V]``. ``a``: ``[B, H, K]``, ``b``:
-      ``[B, H]``, see `kernels.kda.gates`. What belongs to one token is contiguous, tokens need not
-      be.
-    - ``states``: ``[S, H, K, V]``, changed in place at ``slots`` int32[B]; a state is contiguous,
-      slots need not be. ``scale``: ``K ** -0.5`` if None.
+      ``[B, H]``, see `kernels.kda.gates`. Each token is contiguous, with any stride between tokens.
+    - ``states``: ``[S, H, K, V]``, changed in place at ``slots`` int32[B]. A state is contiguous,
+      with any stride between slots. ``scale``: ``K ** -0.5`` if None.
 
     Returns ``[B, H, V]`` in value's dtype. Formula and source: `kernels.kda.reference`.
     """

@@ -1,4 +1,4 @@
-"""The Triton twins of `kernels.kda.reference`."""
+"""Triton versions of the functions in `kernels.kda.reference`."""
 
 from kernels.kda.chunk import chunk_kda
 from kernels.kda.decode import decode_kda

@@ -1,5 +1,4 @@
-"""The gates of Kimi Delta Attention in Triton, for whole prompts; decoding computes them on the
-way."""
+"""Gates of Kimi Delta Attention in Triton, for prompts. The decode kernel computes its own."""
 
 from __future__ import annotations
 
@@ -28,8 +27,10 @@ def gates_kernel(
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program computes BLOCK of the ``T * H * K`` decays, token after token, and the step sizes
-    of the heads whose first channel is its own."""
+    """Program i: computes BLOCK of the ``T * H * K`` decays, in token order.
+
+    It also computes the step sizes of the heads with their first channel in its block.
+    """
     o_gate = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_gate < num_tokens * H * K
     o_token, o_channel = o_gate // (H * K), o_gate % (H * K)
@@ -48,11 +49,13 @@ def gates_kernel(
 def gates(
     a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` of each channel, float32 ``[T, H, K]``, and
-    step size ``sigmoid(b)``, float32 ``[T, H]``. One launch.
+    """Compute log-decay and step size. One launch.
 
-    ``a``: ``[T, H, K]``. ``b``: ``[T, H]``; what belongs to one token is contiguous, tokens need
-    not be. ``A_log``: ``[H]``. ``dt_bias``: ``[H, K]``.
+    The log-decay ``-exp(A_log) * softplus(a + dt_bias)`` is float32 ``[T, H, K]``. The step size
+    ``sigmoid(b)`` is float32 ``[T, H]``.
+
+    ``a``: ``[T, H, K]``. ``b``: ``[T, H]``. Each token is contiguous, with any stride between
+    tokens. ``A_log``: ``[H]``. ``dt_bias``: ``[H, K]``.
     """
     a, b = rows_contiguous(a), rows_contiguous(b)
     gate = a.new_empty(a.shape, dtype=torch.float32)

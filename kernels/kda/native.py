@@ -1,4 +1,4 @@
-"""Kimi Delta Attention with its decoding step by ``native.cpp``; see ``reference``."""
+"""Kimi Delta Attention with native decoding (``native.cpp``); see ``reference``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def decode_kda(
     slots: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """As ``reference.decode_kda``."""
+    """Compute ``reference.decode_kda``."""
     tokens, key_dim, value_dim = (query, key, value, a, b), *states.shape[2:]
     if not (
         query.dtype in DTYPES

@@ -1,32 +1,32 @@
 """Kimi Delta Attention in plain PyTorch: the definition, and the CPU path.
 
-Gated DeltaNet whose decay is a vector: every one of the K channels of a key forgets at its own
-rate. A state ``S`` of ``[K, V]`` per head; with unit keys k and queries q, decays ``a = exp(gate)``
-in ``[0, 1]^K`` and step size beta::
+Gated DeltaNet with a decay vector: each of the K channels of a key decays at its own rate. With a
+state ``S`` of ``[K, V]`` per head, unit keys k and queries q, decays ``a = exp(gate)`` in ``[0,
+1]^K`` and step size beta::
 
     S_t = diag(a_t) S_{t-1} + k_t (beta_t (v_t - k_t^T diag(a_t) S_{t-1}))^T
     o_t = scale * q_t^T S_t
 
-`decode_kda` is that recurrence. `chunk_kda` computes the same for whole prompts from matrix
-products over tiles of R tokens (``packed.tile_size``) counted from each sequence's start. With
-``F_i`` the product of a tile's decays up to token i, ``B_i`` that of the decays behind token i, and
-``<x, y>_ij`` the sum over channels of ``x_i y_j`` times the decays of the tokens behind j up to i,
-for ``j <= i``::
+`decode_kda` is that recurrence. `chunk_kda` computes the same for whole prompts, by matrix products
+over tiles of R tokens (``packed.tile_size``) from each sequence's start. ``F_i`` is the product of
+a tile's decays up to token i, and ``B_i`` that of the decays after token i. ``<x, y>_ij`` for
+``j <= i`` is the sum over channels of ``x_i y_j`` times the decays of the tokens after j up to i::
 
     (I + tril(beta <K, K>, -1)) [U | W] = beta [V | F K]       within each tile: no state needed
     N = U - W S            O = scale ((F Q) S + <Q, K> N)      with the state S before the tile
     S <- F_R S + (B K)^T N                                     and on to the next tile
 
-``<Q, K>`` is no product of two matrices: written as one of ``exp(G_i) q_i`` and ``exp(-G_j) k_j``
-with the running sum G of the gate, its right factor would overflow. So it is built in log2(R)
-levels: of two neighbouring blocks of s tokens, s = 1, 2, ... R / 2, the later one's rows are
-multiplied by the decays since its start and the earlier one's by those to its end. All factors are
-products of decays, none above 1; F and B double their reach from level to level, so that the only
-exponentials are the decays themselves, and the only error of a product of n decays is that of
-log2(n) roundings.
+``<Q, K>`` is not a product of two matrices: as a product of ``exp(G_i) q_i`` and ``exp(-G_j) k_j``,
+with the running sum G of the gate, its right factor would overflow. It is computed in log2(R)
+levels instead. For two adjacent blocks of s tokens, s = 1, 2, ... R / 2, the later block's rows are
+multiplied by the decays since its start, and the earlier block's by those to its end.
 
-All arithmetic is float32. What is said of tiles, rounding and batches in `kernels.gdn.reference`
-holds here.
+All factors are products of decays and at most 1. F and B double their reach from level to level.
+The only exponentials are therefore the decays themselves, and the error of a product of n decays is
+that of log2(n) roundings.
+
+All arithmetic is float32. The remarks on tiles, rounding and batches in `kernels.gdn.reference`
+apply here.
 
 Source: Kimi Linear (arXiv 2510.26692), section 3.
 """
@@ -43,22 +43,24 @@ from kernels.tiles import Layout, Tiles, lay_out, scan
 
 L2_EPS = 1e-6
 GROUP = 2**18
-"""Numbers of a factor ``[.., R, K]`` that are worked on at a time: they stay in the processor's
+"""Elements of a factor ``[.., R, K]`` computed at once, so that they fit into the processor's
 cache."""
 LARGE_STATE = 2**15
-"""Numbers from which a state is decoded where it is, as in `kernels.gdn.reference`."""
+"""Elements above which a state is updated in place, as in `kernels.gdn.reference`."""
 
 
 def gates(
     a: torch.Tensor, b: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * softplus(a + dt_bias)`` of each channel, float32 ``[..., H, K]``,
-    and step size ``sigmoid(b)``, float32 ``[..., H]``.
+    """Compute log-decay and step size.
+
+    The log-decay ``-exp(A_log) * softplus(a + dt_bias)`` is float32 ``[..., H, K]``. The step size
+    ``sigmoid(b)`` is float32 ``[..., H]``.
 
     ``a``: ``[..., H, K]``. ``b``: ``[..., H]``. ``A_log``: ``[H]``. ``dt_bias``: ``[H, K]``.
     """
-    # As in `kernels.gdn.reference.gates`: these functions give an element the same bits wherever it
-    # stands in a tensor.
+    # As in `kernels.gdn.reference.gates`: these functions give equal bits at every position in a
+    # tensor.
     gate = F.logsigmoid((a.float() + dt_bias.float()).neg_())
     return gate.mul_(A_log.float().exp()[:, None]), b.float().neg().exp_().add_(1).reciprocal_()
 
@@ -77,16 +79,16 @@ def chunk_kda(
     exports: Exports | None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Kimi Delta Attention over packed sequences, tile by tile; leaves each sequence's last state
-    in its slot.
+    """Compute Kimi Delta Attention over packed sequences by tiles; store each last state in its
+    slot.
 
     - ``query``, ``key``: ``[T, H, K]``, L2-normalised inside. ``value``: ``[T, H, V]``.
     - ``gate``: ``[T, H, K]`` float32 log-decay, at most 0. ``beta``: ``[T, H]``.
-    - ``states``: ``[S, H, K, V]`` of any strides, one layer's; changed in place at ``slots`` and at
-      the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
-      sequence of no tokens leaves its slot as it is.
-    - ``scale``: of the query; ``K ** -0.5`` if None.
+    - ``states``: ``[S, H, K, V]`` of any strides, for one layer; changed in place at ``slots`` and
+      at the exports' slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
+      slot of a sequence without tokens is not changed.
+    - ``scale``: scale of the query; ``K ** -0.5`` if None.
 
     Returns ``[T, H, V]`` in value's dtype.
     """
@@ -108,8 +110,11 @@ def _solve_tiles(
     layout: Layout,
     scale: float,
 ) -> Tiles:
-    """Padding has beta 0 and decay 1: it changes no state, and its rows are dropped. Its other
-    entries are unspecified."""
+    """Compute the factors of all tiles.
+
+    Padding has beta 0 and decay 1, so it changes no state. Its rows are dropped, and its other
+    entries are unspecified.
+    """
     heads, key_dim, value_dim = *key.shape[1:], value.shape[2]
     tile_size = layout.tile_size
     shape = (layout.num_tiles, heads, tile_size)
@@ -153,9 +158,10 @@ def _multiply_pairs(
     attention: torch.Tensor,
     system: torch.Tensor,
 ) -> None:
-    """``<Q, K>`` into ``attention`` and, below its diagonal, ``<K, K>`` into ``system``, both ``[N,
-    R, R]`` and zero before. ``opened`` are the decays and becomes F; ``closing`` is one and
-    becomes B: all ``[N, R, K]``.
+    """Compute ``<Q, K>`` into ``attention`` and, below the diagonal, ``<K, K>`` into ``system``.
+
+    Both are ``[N, R, R]`` and zero before. ``opened`` has the decays and becomes F; ``closing`` is
+    one and becomes B. Both are ``[N, R, K]``.
     """
     count, tile_size, key_dim = key.shape
     attention.diagonal(dim1=1, dim2=2).copy_((query * key).sum(dim=-1))
@@ -170,7 +176,7 @@ def _multiply_pairs(
         earlier = k[:, :, 0] * b[:, :, 0]
         products = torch.bmm(later.view(-1, 2 * size, key_dim), earlier.flatten(0, 1).mT)
         products = products.view(count, pairs, 2, size, size)
-        # Below the diagonal of every block of 2 size rows, its lower left quarter.
+        # Lower left quarter of every block of 2 size rows on the diagonal.
         where = (count, pairs, size, size), (tile_size**2, 2 * size * (tile_size + 1), tile_size, 1)
         for i, matrix in enumerate((attention, system)):
             offset = matrix.storage_offset() + size * tile_size
@@ -194,7 +200,7 @@ def decode_kda(
     slots: torch.Tensor,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """One token of B sequences: gates, normalisation, update of the state in each slot, read-out.
+    """Compute one token of B sequences: gates, normalisation, state update and read-out.
 
     - ``query``, ``key``: ``[B, H, K]``. ``value``: ``[B, H, V]``. ``a``: ``[B, H, K]``, ``b``:
       ``[B, H]``, see `gates`.
@@ -222,7 +228,7 @@ def decode_kda(
 
 
 class _Token(NamedTuple):
-    """What one token does to N states, one per sequence and head, all in float32."""
+    """Factors of one token for N states, one per sequence and head, in float32."""
 
     keys: torch.Tensor  # unit k above scale * unit q, [.., 2, K]
     overlap: torch.Tensor  # scale * q . k [.., 1]
@@ -232,9 +238,10 @@ class _Token(NamedTuple):
 
 
 def _step(state: torch.Tensor, token: _Token) -> torch.Tensor:
-    """The read-out ``[N, V]`` of states ``[N, K, V]``, which are updated in place.
+    """Update states ``[N, K, V]`` in place. Returns the read-outs ``[N, V]``.
 
-    One pass over them answers both reads, for ``q^T S_t = q^T (a S_{t-1}) + (q . k) delta``.
+    One pass over the states computes both reads, since ``q^T S_t = q^T (a S_{t-1}) + (q . k)
+    delta``.
     """
     recalled, read = torch.bmm(token.keys, state.mul_(token.decay)).unbind(1)
     delta = (token.value - recalled).mul_(token.beta)
@@ -243,7 +250,7 @@ def _step(state: torch.Tensor, token: _Token) -> torch.Tensor:
 
 
 def _normalise(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """``scale * x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, float32, in place."""
+    """Compute ``scale * x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, float32, in place."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x.mul_(norm.square_().add_(L2_EPS).rsqrt_().mul_(scale))
 

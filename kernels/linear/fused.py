@@ -1,12 +1,12 @@
-"""Linear layers in Triton, full precision and 8-bit, whose rows do not depend on how many others
-are computed with them.
+"""Linear layers in Triton, in full precision and 8-bit, with rows independent of the batch.
 
 Weights are the left operand: a program computes ``y.T[BM, BT] = w[BM, N] @ x.T[N, BT]``. With few
-tokens only the narrow side of the tile shrinks; the tensor cores see the same products in the same
-order, and 8-bit weights are widened in the registers that feed them. The sum over N is cut into
-spans that depend on the weight's shape alone. With few tokens each span has programs of its own and
-a second kernel adds up; with many, one program computes and adds span after span: the same
-additions in the same order.
+tokens only the narrow side of the tile shrinks. The tensor cores compute the same products in the
+same order, and 8-bit weights are widened in the registers that feed them.
+
+The sum over N is divided into spans that depend only on the weight's shape. With few tokens, each
+span has separate programs and a second kernel adds the spans. With many tokens, one program adds
+span after span. The additions and their order are the same.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ __all__ = ["ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize
 PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset(
     {("int8", None), ("fp8", None), ("fp8", SCALE_BLOCK)}
 )
-"""See ``reference.PRODUCTS``."""
+"""Formats as in ``reference.PRODUCTS``."""
 FEW_TOKENS = 64
-"""Up to here spans run side by side."""
+"""Maximum number of tokens for which spans are computed in parallel."""
 PROGRAMS = 256
-"""With few tokens, spans are cut until about this many programs share the weight: two for each
-multiprocessor of an H100."""
+"""Number of programs up to which spans are divided with few tokens: two for each multiprocessor of
+an H100."""
 LEAST_SPAN = 512
 BLOCK = tl.constexpr(SCALE_BLOCK)
 
@@ -42,8 +42,10 @@ def multiply_span(
     p_w, p_x, p_scale, m_m, m_t, start, end,
     BM: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from pointers to the rows
-    of w and x. ``p_scale``: to those of w's scales, one for each BLOCK elements, or None."""
+    """Compute ``w[:, start:end] @ x[:, start:end].T`` in float32, ``[BM, BT]``, from row pointers.
+
+    ``p_scale``: pointers to the rows of w's scales, one scale per BLOCK elements, or None.
+    """
     b_y = tl.zeros([BM, BT], tl.float32)
     for i_k in range(start, end, BK):
         o_k = i_k + tl.arange(0, BK)
@@ -61,7 +63,7 @@ def multiply_span(
 
 @triton.jit
 def store_tile(b_y, scale, bias, y, o_m, o_t, M, mask):
-    """``y[t, m] = b_y[m, t] * scale[m] + bias[m]`` for a tile ``[BM, BT]``."""
+    """Store ``y[t, m] = b_y[m, t] * scale[m] + bias[m]`` for a tile ``[BM, BT]``."""
     if scale is not None:
         b_y *= tl.load(scale + o_m, mask=o_m < M, other=0.0)[:, None]
     if bias is not None:
@@ -101,8 +103,8 @@ def linear_kernel(
     i_s = tl.program_id(2)
     first, last = (i_s * span, tl.minimum(i_s * span + span, N)) if SPANS_APART else (0, N)
     b_total = tl.zeros([BM, BT], tl.float32)
-    # Also for one span: Hopper's products would wait for each other if their own sum was what is
-    # stored.
+    # Used for one span too: on Hopper, storing a product's own accumulator would make the products
+    # wait for each other.
     for start in range(first, last, span):
         end = tl.minimum(start + span, N)
         b_total += multiply_span(p_w, p_x, p_scale, m_m, m_t, start, end, BM, BT, BK, PRECISION)
@@ -137,15 +139,17 @@ def add_spans_kernel(
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``; see ``reference.linear``. Sums in float32, rounds once. x may be a
-    view of wider rows."""
+    """Compute ``x @ weight.T + bias``; see ``reference.linear``.
+
+    Sums in float32 and rounds once. x may be a view of wider rows.
+    """
     return _product(x, weight, None, bias)
 
 
 def prepare(
     weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear`` with this weight."""
+    """Return ``linear`` with this weight."""
     return partial(linear, weight=weight.contiguous(), bias=bias)
 
 
@@ -155,8 +159,10 @@ def linear_8bit(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ (quantized * scale).T + bias``, activations unquantised; see
-    ``reference.linear_8bit``."""
+    """Compute ``x @ (quantized * scale).T + bias`` with full-precision activations.
+
+    See ``reference.linear_8bit``.
+    """
     return _product(x, quantized, scale, bias)
 
 
@@ -166,7 +172,7 @@ def prepare_8bit(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear_8bit`` with this weight, whatever the dtype of x."""
+    """Return ``linear_8bit`` with this weight, for x of any dtype."""
     return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
 
 
@@ -224,29 +230,32 @@ def _product(
 def scales_of(
     weight: torch.Tensor, scale: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(a scale for each row, or None; one for each block of every row, or None)."""
+    """Return (one scale per row, or None; one scale per block of a row, or None)."""
     return (None, scale) if scale is not None and scale.ndim == weight.ndim else (scale, None)
 
 
 def span_of(num_outputs: int, size: int) -> int:
-    """Elements of N per span for a weight ``[num_outputs, size]``: a multiple of 128, at least 512
-    unless N is less."""
+    """Return the elements of N per span for a weight ``[num_outputs, size]``.
+
+    A multiple of 128, and at least 512 unless N is smaller.
+    """
     wanted = PROGRAMS // triton.cdiv(num_outputs, 64)
     num_spans = max(1, min(wanted, size // LEAST_SPAN))
     return triton.cdiv(triton.cdiv(size, num_spans), 128) * 128
 
 
 def depth_of(dtype: torch.dtype, weight_dtype: torch.dtype) -> int:
-    """BK: 128 bytes of a weight's row, or of a row of x in float32."""
+    """Return BK: 128 bytes of a weight's row, or of a row of x in float32."""
     return 128 // (4 if dtype == torch.float32 else weight_dtype.itemsize)
 
 
 def tile_config(
     num_tokens: int, dtype: torch.dtype, weight_dtype: torch.dtype, *, in_blocks: bool = False
 ) -> dict[str, int | str]:
-    """Tile and pipeline of a product of ``num_tokens`` rows of ``dtype``. Only speed hangs on it.
+    """Return tile and pipeline for ``num_tokens`` rows of ``dtype``. Affects speed only.
 
-    ``in_blocks``: of weights with scales by block, which take a third accumulator: half the tile.
+    ``in_blocks``: True for weights with scales per block. These need a third accumulator, so the
+    tile has half the size.
     """
     wide = num_tokens > FEW_TOKENS and dtype != torch.float32
     narrow = min(64, max(16, triton.next_power_of_2(num_tokens)))

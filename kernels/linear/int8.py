@@ -1,12 +1,12 @@
-"""Linear layers in eight bits on both sides (W8A8), in plain PyTorch on the CPU.
+"""Linear layers with 8-bit weights and activations (W8A8), in plain PyTorch on the CPU.
 
-Each row of activations is quantised by itself, weights are by output channel, and products are
-summed in integers::
+Each row of activations is quantised separately, weights per output channel, and products are summed
+as integers::
 
     y[t, m] = (sum_n q[t, n] w[m, n]) * weight_scale[m] * row_scale[t] + bias[m]
 
-Integer sums are exact in any order: so every way of multiplying gives the same bits, rows need no
-padding, and a layer may take whichever way is fast for a number of rows.
+Integer sums are exact in any order. All methods of multiplication therefore give the same bits, and
+rows need no padding. A layer may use the fastest method for a number of rows.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 LARGEST = 127.0
 EXACT_SPAN = 1024
-"""So many products of int8 have a sum that float32 holds exactly, whatever the order."""
+"""Number of int8 products with a sum that is exact in float32 in any order."""
 MAX_SINGLE_ROWS = 32
-"""More rows than these are never multiplied one by one."""
+"""Maximum number of rows that are multiplied one at a time."""
 MEASURED_CALLS = 3
 
 
 def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x ``[T, N]`` as int8 ``[T, N]`` and the float32 scale of each row ``[T]``: ``x ~ q * scale[:,
-    None]``, rounded to nearest even."""
+    """Quantise x ``[T, N]`` to int8 with one float32 scale per row ``[T]``.
+
+    ``x ~ q * scale[:, None]``, rounded to nearest even.
+    """
     x = x.float()
     scale = x.abs().amax(dim=1).clamp_(min=torch.finfo(torch.float32).tiny).div_(LARGEST)
     return (x / scale[:, None]).round_().to(torch.int8), scale
 
 
 class Int8Linear:
-    """``x @ (quantized * scale).T + bias`` for x ``[T, N]``, which is quantised on the way."""
+    """Linear layer ``x @ (quantized * scale).T + bias`` for x ``[T, N]``, which is quantised."""
 
     def __init__(
         self, quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
-        """quantized: int8 ``[M, N]``; scale: float32 ``[M]``; bias: ``[M]`` or None."""
+        """Create the layer. quantized: int8 ``[M, N]``; scale: float32 ``[M]``; bias: ``[M]``."""
         self._weight = quantized.contiguous().t()
         self._scale, self._bias = scale, None if bias is None else bias.float()
         self._multiply: Product = torch._int_mm if is_exact() else multiply_by_spans
@@ -63,8 +65,10 @@ class Int8Linear:
 
 
 def multiply_by_spans(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """int8 ``rows [T, N] @ weight [N, M]`` as int32, from float32 products of so few elements that
-    nothing is rounded. Widens the weight at every call."""
+    """Compute int8 ``rows [T, N] @ weight [N, M]`` as int32, by exact float32 products of spans.
+
+    Widens the weight at every call.
+    """
     sums = torch.zeros(len(rows), weight.shape[1], dtype=torch.int32)
     for part, span in zip(rows.split(EXACT_SPAN, 1), weight.split(EXACT_SPAN), strict=True):
         sums += (part.float() @ span.float()).int()
@@ -73,8 +77,10 @@ def multiply_by_spans(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @cache
 def is_exact() -> bool:
-    """Whether ``torch._int_mm`` is exact here: on processors without the instructions for it sums
-    of two products may saturate at 16 bits."""
+    """True if ``torch._int_mm`` is exact on this processor.
+
+    Without special instructions, sums of two products can saturate at 16 bits.
+    """
     size = 256
     signs = torch.ones(size, dtype=torch.int8)
     signs[1::2] = -1
@@ -94,8 +100,10 @@ def is_exact() -> bool:
 
 @cache
 def single_rows(num_outputs: int, size: int, num_threads: int) -> int:
-    """Up to how many rows it is faster to multiply them one by one, measured once for each shape.
-    Only speed hangs on it."""
+    """Return the number of rows up to which one at a time is faster. Affects speed only.
+
+    Measured once per shape.
+    """
     if not is_exact():
         return 0
     weight = torch.ones(num_outputs, size, dtype=torch.int8).t()

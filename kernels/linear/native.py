@@ -1,5 +1,7 @@
-"""Linear layers by ``native.cpp``, which sums every row in one order, whatever the number of rows:
-so none is padded. Otherwise as ``reference``."""
+"""Linear layers with ``native.cpp``, which sums every row in one order for any number of rows.
+
+Rows need no padding. Otherwise as in ``reference``.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,15 @@ from kernels.native import DTYPES, address, function, has
 __all__ = ["PRODUCTS", "ROWS", "linear", "linear_8bit", "prepare", "prepare_8bit", "quantize"]
 
 ROWS = 1
-"""See ``reference.ROWS``."""
+"""Rows per padding unit, as ``reference.ROWS``."""
 PANEL = 64
-"""Outputs that lie side by side in a packed weight."""
+"""Outputs per panel of a packed weight."""
 
 
 def prepare(
     weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear`` with this weight ``[M, N]``, which is copied and may be dropped."""
+    """Return ``linear`` with this weight ``[M, N]``, which is copied."""
     if not _is_served(weight):
         return reference.prepare(weight, bias)
     return NativeLinear(weight, None, bias)
@@ -36,8 +38,10 @@ def prepare_8bit(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear_8bit`` with this weight, for x of ``dtype``: int8 weights meet activations in int8,
-    fp8 ones are widened here, exactly where a row has one scale."""
+    """Return ``linear_8bit`` with this weight, for x of ``dtype``.
+
+    int8 weights use int8 activations. fp8 weights with one scale per row are widened exactly.
+    """
     if quantized.dtype is torch.int8 and scale.ndim == 1:
         if has(f"linear_int8_{DTYPES.get(dtype)}"):
             return NativeInt8Linear(quantized, scale, bias)
@@ -48,14 +52,16 @@ def prepare_8bit(
 
 
 def _is_served(weight: torch.Tensor) -> bool:
-    """Whether rows are whole words of 32 bits, of a dtype that this processor multiplies."""
+    """True if rows are whole 32-bit words of a dtype that this processor multiplies."""
     has_words = weight.shape[1] * weight.element_size() % 4 == 0
     return has_words and has(f"linear_{DTYPES.get(weight.dtype)}")
 
 
 class NativeLinear:
-    """``(x @ weight.T) * scale + bias`` for x ``[T, N]`` of the weight's dtype; scale: float32
-    ``[M]`` or None."""
+    """Linear layer ``(x @ weight.T) * scale + bias`` for x ``[T, N]`` of the weight's dtype.
+
+    ``scale``: float32 ``[M]`` or None.
+    """
 
     def __init__(
         self, weight: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None
@@ -83,14 +89,14 @@ class NativeLinear:
 
 
 class NativeInt8Linear:
-    """``int8.Int8Linear``, with the same bits."""
+    """Native version of ``int8.Int8Linear`` with equal bits."""
 
     def __init__(
         self, quantized: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
     ) -> None:
         self._num_outputs, self._size = quantized.shape
         self._weight = pack(F.pad(quantized, (0, -self._size % 4)))
-        # The instruction takes rows as unsigned: they are raised by 128, and the sums by this.
+        # The instruction takes unsigned rows: 128 is added to them, and this subtracted from sums.
         self._offsets = quantized.sum(dim=1, dtype=torch.int32).mul_(128)
         self._scale, self._bias = scale.contiguous(), bias
 
@@ -108,8 +114,10 @@ class NativeInt8Linear:
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """``[M, N]`` in panels of 64 outputs, word by word: int32 ``[panels, words, 64]``, with zeros
-    for the outputs that the last one misses."""
+    """Pack ``[M, N]`` into panels of 64 outputs, word by word: int32 ``[panels, words, 64]``.
+
+    Missing outputs of the last panel are zero.
+    """
     words = weight.contiguous().view(torch.int32)
     num_outputs, num_words = words.shape
     panels = -(-num_outputs // PANEL)

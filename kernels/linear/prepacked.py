@@ -1,8 +1,7 @@
-"""Weights brought once into the blocked layout that oneDNN multiplies with: the CPU's fast linear
-layer.
+"""Weights in the blocked layout of oneDNN: the CPU's fast linear layer.
 
-Against ``F.linear`` on an AVX-512 CPU it is 3.5 times as fast at 4 rows in float32 and 3 times in
-bfloat16, and no slower at any number of rows.
+Compared with ``F.linear`` on an AVX-512 CPU it is 3.5 times as fast at 4 rows in float32, 3 times
+in bfloat16, and not slower at any number of rows.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ import torch
 import torch.nn.functional as F
 
 ROWS = 4
-"""Rows are computed in multiples of this, so that a row's bits do not depend on how many there
-are."""
+"""Rows are computed in multiples of this number, so that a row's bits do not depend on the number
+of rows."""
 
 
 def is_available(weight: torch.Tensor) -> bool:
-    """Whether this build of PyTorch can prepack ``weight``."""
+    """True if this build of PyTorch can prepack ``weight``."""
     return (
         weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.bfloat16)
@@ -28,8 +27,7 @@ def is_available(weight: torch.Tensor) -> bool:
 
 
 class PrepackedLinear:
-    """``x @ weight.T + bias`` for x ``[T, N]``; weight ``[M, N]`` is copied into the packed form
-    and may be dropped."""
+    """Linear layer ``x @ weight.T + bias`` for x ``[T, N]``. weight ``[M, N]`` is copied."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, 16 * ROWS)

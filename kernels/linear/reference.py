@@ -1,9 +1,8 @@
-"""Linear layers in plain PyTorch whose rows do not depend on how many others are computed with
-them.
+"""Linear layers in plain PyTorch, with rows independent of the batch.
 
-On the CPU the rows of a matrix product are bit-identical for every number of rows that is a
-multiple of 4 (measured, float32 and bfloat16, one and two threads); other small numbers take other
-code. So rows are padded.
+On the CPU, rows of a matrix product are bit-identical for all numbers of rows that are multiples of
+4 (measured with float32 and bfloat16, one and two threads). Other small numbers use other code, so
+rows are padded.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from kernels.linear import prepacked
 from kernels.linear.int8 import Int8Linear
 
 ROWS = 4
-"""Rows are computed in multiples of this: whoever has them so spares the padding."""
+"""Rows are computed in multiples of this number. Callers with such a multiple avoid padding."""
 
 Format = Literal["int8", "fp8"]
 
@@ -27,18 +26,18 @@ STORAGE: dict[Format, tuple[torch.dtype, float]] = {
     "int8": (torch.int8, 127.0),
     "fp8": (torch.float8_e4m3fn, 448.0),
 }
-"""The dtype of each 8-bit format and the largest magnitude it is scaled to."""
+"""Dtype of each 8-bit format, and the magnitude that the largest value is scaled to."""
 
 SCALE_BLOCK = 128
-"""Elements of a row that share a scale, where a row has more than one."""
+"""Elements of a row that share a scale, if a row has more than one."""
 
 PRODUCTS: frozenset[tuple[Format, int | None]] = frozenset({("int8", None)})
-"""8-bit weights that are multiplied as they are: format, and elements of a row that share a scale
-(None: all). Others are faster widened once."""
+"""8-bit weights that are multiplied without widening: format, and elements per scale (None for one
+scale per row). Others are faster if widened once."""
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``x @ weight.T + bias``: x ``[T, N]``, weight ``[M, N]``, bias ``[M]``; ``[T, M]``."""
+    """Compute ``x @ weight.T + bias``: x ``[T, N]``, weight ``[M, N]``, bias ``[M]``."""
     num_rows = len(x)
     if num_rows % ROWS == 0:
         return F.linear(x, weight, bias)
@@ -48,15 +47,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 def prepare(
     weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear`` with this weight, in the fastest form there is: x ``[T, N]`` to ``[T, M]``."""
+    """Return ``linear`` with this weight in the fastest form: x ``[T, N]`` to ``[T, M]``."""
     if prepacked.is_available(weight):
         return prepacked.PrepackedLinear(weight, bias)
     return partial(linear, weight=weight, bias=bias)
 
 
 def quantize(weight: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """8-bit weights with one scale per output channel, symmetric: ``weight ~ quantised * scale[...,
-    None]``.
+    """Quantise weights to 8 bits with one scale per output channel, symmetric.
+
+    ``weight ~ quantised * scale[..., None]``
 
     Args:
         weight: ``[..., M, N]``.
@@ -80,12 +80,13 @@ def linear_8bit(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``x @ (quantized * scale).T + bias`` in x's dtype: activations stay as they are, weights are
-    widened on the way.
+    """Compute ``x @ (quantized * scale).T + bias`` in x's dtype, with full-precision activations.
+
+    Weights are widened during the product.
 
     Args:
         x: ``[T, N]``; quantized: int8 or float8_e4m3fn ``[M, N]``; bias: ``[M]`` or None.
-        scale: float32 ``[M]``, or ``[M, ceil(N / SCALE_BLOCK)]``: one for each block of a row.
+        scale: float32 ``[M]``, or ``[M, ceil(N / SCALE_BLOCK)]`` with one per block of a row.
 
     Returns:
         ``[T, M]``.
@@ -104,8 +105,11 @@ def prepare_8bit(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """``linear_8bit`` with this weight, for x of ``dtype``. On a CPU int8 weights meet activations
-    in int8, too (``int8.Int8Linear``), and what is not in ``PRODUCTS`` is widened here, once."""
+    """Return ``linear_8bit`` with this weight, for x of ``dtype``.
+
+    On a CPU, int8 weights use int8 activations (``int8.Int8Linear``). Formats that are not in
+    ``PRODUCTS`` are widened here, once.
+    """
     if quantized.device.type != "cpu":
         return partial(linear_8bit, quantized=quantized, scale=scale, bias=bias)
     if quantized.dtype is torch.int8 and scale.ndim == 1:
@@ -114,6 +118,6 @@ def prepare_8bit(
 
 
 def widened(quantized: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``quantized * scale``, in float32 and rounded once; see ``linear_8bit``."""
+    """Compute ``quantized * scale`` in float32, rounded once; see ``linear_8bit``."""
     scale = scale[:, None] if scale.ndim == 1 else scale.repeat_interleave(SCALE_BLOCK, dim=1)
     return (quantized.float() * scale[:, : quantized.shape[1]]).to(dtype)

@@ -1,2 +1,4 @@
-"""Mamba-1's selective scan, in plain PyTorch only: every channel of a state decays on its own, so
-no product of matrices computes a tile."""
+"""Mamba-1's selective scan, in plain PyTorch only.
+
+Every entry of a state decays at its own rate, so tiles cannot be computed as matrix products.
+"""

@@ -1,14 +1,14 @@
-"""Mamba-1's selective scan in plain PyTorch: the definition, and what serves on any device.
+"""Mamba-1's selective scan in plain PyTorch: the definition, for any device.
 
-A state ``S`` of ``[K, V]`` per sequence (K the state size, V the channels), time steps dt and
-inputs x per channel, B and C shared by all channels, A ``[K, V]`` negative::
+A sequence has a state ``S`` of ``[K, V]``, for state size K and V channels. Time steps dt and
+inputs x are per channel, B and C are shared by all channels, and A ``[K, V]`` is negative::
 
     S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T                   o_t = S_t^T C_t + D x_t
 
-Every entry of S has a decay of its own, so there is no form of matrix products. Decays and inputs
-of some rows are computed at once, and the rows then follow each other in two elementwise operations
-each, all sequences abreast: a token has the same bits in a prompt and in decoding, alone and in
-company. The state is rounded to its pool's dtype after every tile of tokens, in decoding after
+Every entry of S decays at its own rate, so there is no form with matrix products. Decays and inputs
+of several rows are computed at once. The rows then follow in order, with two elementwise operations
+each, for all sequences in parallel. A token has the same bits in a prompt and in decoding, for any
+batch. The state is rounded to its pool's dtype after every tile of tokens, and in decoding after
 every token.
 
 Source: Mamba (arXiv 2312.00752), section 3.
@@ -23,13 +23,15 @@ from kernels.packed import Exports, Packed
 from kernels.tiles import lay_out, saves_by_tile
 
 BLOCK = 2**19
-"""Numbers of decays that are worked on at a time: what stays in the processor's cache."""
+"""Number of decays computed at once, so that they fit into the processor's cache."""
 
 
 def time_steps(dt: torch.Tensor, dt_bias: torch.Tensor) -> torch.Tensor:
-    """``softplus(dt + dt_bias)``, float32 ``[..., V]``. ``dt``: ``[..., V]``. ``dt_bias``:
-    ``[V]``."""
-    # By logsigmoid, whose bits do not depend on where an element stands in the tensor.
+    """Compute ``softplus(dt + dt_bias)``, float32 ``[..., V]``. ``dt``: ``[..., V]``.
+
+    ``dt_bias``: ``[V]``.
+    """
+    # logsigmoid gives equal bits at every position in a tensor, softplus does not.
     return F.logsigmoid((dt.float() + dt_bias.float()).neg_()).neg_()
 
 
@@ -47,14 +49,14 @@ def chunk_mamba1(
     resumed: torch.Tensor,
     exports: Exports | None,
 ) -> torch.Tensor:
-    """The selective scan over packed sequences; leaves each sequence's last state in its slot.
+    """Scan packed sequences, and store each sequence's last state in its slot.
 
     - ``x``: ``[T, V]``. ``B``, ``C``: ``[T, K]``. ``step``: float32 ``[T, V]``, see `time_steps`.
     - ``A``: float32 ``[K, V]``, ``-exp(A_log)`` transposed. ``D``: ``[V]``.
-    - ``states``: ``[S, K, V]`` of any strides, one layer's; changed in place at ``slots`` and at
+    - ``states``: ``[S, K, V]`` of any strides, for one layer; changed in place at ``slots`` and at
       the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
-      sequence of no tokens leaves its slot as it is.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
+      slot of a sequence without tokens is not changed.
 
     Returns ``[T, V]`` in x's dtype. O(T K V).
     """
@@ -67,7 +69,7 @@ def chunk_mamba1(
     carried[~resumed[order]] = 0.0
     saves = saves_by_tile(packed, exports)
 
-    # [num_tiles, tile_size, V or K]; padding has step 0: it changes no state
+    # [num_tiles, tile_size, V or K]; padding has step 0, so it changes no state
     inputs = [layout.tile_factor(part[:, None])[:, 0] for part in (x, B, C, step)]
     out = torch.empty_like(inputs[0])
     first = 0
@@ -101,7 +103,7 @@ def decode_mamba1(
     states: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """One token of B sequences: time step, update of the state in each slot, read-out.
+    """Compute one token of B sequences: time step, update of the state in each slot, read-out.
 
     - ``x``, ``dt``: ``[B, V]``. ``B``, ``C``: ``[B, K]``. ``A``, ``D``: as in `chunk_mamba1`.
     - ``states``: ``[S, K, V]``, changed in place at ``slots`` int32[B].
@@ -124,17 +126,19 @@ def _advance(
     step: torch.Tensor,
     A: torch.Tensor,
 ) -> torch.Tensor:
-    """Read-outs ``[N, R, V]`` of R tokens of N sequences, whose states ``[N, K, V]`` move on in
-    place; ``x`` and ``step`` ``[N, R, V]``, ``B`` and ``C`` ``[N, R, K]``."""
+    """Advance N states ``[N, K, V]`` in place by R tokens. Returns the read-outs ``[N, R, V]``.
+
+    ``x`` and ``step``: ``[N, R, V]``. ``B`` and ``C``: ``[N, R, K]``.
+    """
     decays = (step[:, :, None] * A).exp_()  # [N, R, K, V]
     path = (step * x)[:, :, None] * B[..., None]
     before = state
-    # Not addcmul: whether that rounds once or twice depends on where an element stands.
+    # Not addcmul: its number of roundings depends on the position of an element.
     for decay, after in zip(decays.unbind(1), path.unbind(1), strict=True):
         after.add_(decay.mul_(before))
         before = after
     state.copy_(before)
-    # Half onto half, one order of sums, which a product of a row and a matrix would not promise.
+    # Summed by halves in a fixed order, which a product of a row and a matrix does not guarantee.
     parts = path.mul_(C[..., None])
     while (count := parts.shape[2]) > 1:
         half = count // 2

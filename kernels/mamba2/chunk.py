@@ -1,21 +1,21 @@
-"""Mamba-2 over prompts in Triton: tiles weighed side by side, then one scan per sequence, head and
-slice of V.
+"""Mamba-2 over prompts in Triton: all tiles in parallel, then one scan per sequence, head and slice
+of V.
 
-As in `kernels.gdn.chunk`, factors of rows stay out of the operands, and the scan reads x, B and C
-as they came::
+As in `kernels.gdn.chunk`, row factors are kept out of the operands, and the scan reads unmodified
+x, B and C::
 
     P = (C B^T * L) diag(dt)                                  `weigh_kernel`, no state needed
     O = exp(G) (C S) + P X + D X                              `scan_kernel`, tile after tile
     S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
 
-Between the two pass one R x R matrix and three vectors per tile of R tokens and head. The usual
-form of the state space dual writes the state of every tile to memory, to read out all tiles at
-once: at K = 128, V = 64 in float32 32 KiB per tile and head written and read, where P has 8 in
-bfloat16. Here a state stays in registers, and is stored where somebody asks for it.
+Each tile of R tokens and each head passes one R x R matrix and three vectors between the kernels.
+The usual form of the state space dual writes the state of every tile to memory, in order to read
+out all tiles at once. At K = 128, V = 64 in float32 this is 32 KiB per tile and head, written and
+read, while P has 8 KiB in bfloat16. Here a state stays in registers and is stored only for exports.
 
 Precision: 16-bit operands multiply in their own type and accumulate in float32; float32 operands
 multiply in float32, never in tf32. The state, the skip and everything elementwise are float32. Each
-reduction has one order, given by its tile and head alone.
+reduction has one order, determined by its tile and head alone.
 """
 
 from __future__ import annotations
@@ -51,9 +51,10 @@ def weigh_kernel(
     BT: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Program (i_tile, i_part): for HEADS heads of one group P into ``p_matrices`` ``[N, HV, BT,
-    BT]``, and into ``p_vectors`` ``[N, HV, 3, BT]`` what scales the rows of C S, of X, and the
-    state. C B^T is theirs in common.
+    """Program (i_tile, i_part): HEADS heads of one group, which share C B^T.
+
+    Writes P into ``p_matrices`` ``[N, HV, BT, BT]``, and the row scales of C S, of X and of the
+    state into ``p_vectors`` ``[N, HV, 3, BT]``.
     """
     i_tile, i_first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS
     i_group = i_first // (HV // H)
@@ -111,10 +112,9 @@ def scan_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence) carries ``[K, BV]`` of one state through the tiles of one
-    sequence.
+    """Program (i_v, i_head, i_sequence): carries ``[K, BV]`` of one state through one sequence.
 
-    Walks from export to export, the last of which is the sequence's own slot at its end.
+    The loop runs from export to export. The last one is the sequence's own slot at its end.
     """
     i_v, i_head, i_sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     stride_x, stride_b, stride_c, stride_slot = strides
@@ -161,7 +161,7 @@ def scan_kernel(
             b_new = (b_x.to(tl.float32) * tl.load(p_vector + BT)[:, None]).to(b_b.dtype)
             b_state *= tl.load(p_vectors + (i * HV + i_head) * 3 * BT + 2 * BT)
             b_state = tl.dot(tl.trans(b_b), b_new, b_state, input_precision="ieee")
-            # What a later run would load from a slot: so it continues from the very same bits.
+            # Rounded as a resumed run would load it from a slot, so that it has equal bits.
             b_state = b_state.to(p_states.dtype.element_ty).to(tl.float32)
         i_tile = i_until
         p_target = p_states + i_target.to(tl.int64) * stride_slot
@@ -182,19 +182,19 @@ def chunk_mamba2(
     resumed: torch.Tensor,
     exports: Exports | None,
 ) -> torch.Tensor:
-    """Mamba-2 over packed sequences, tile by tile; leaves each sequence's last state in its slot.
+    """Compute Mamba-2 over packed sequences by tiles; store each last state in its slot.
 
-    - ``x``: ``[T, HV, V]``. ``B``, ``C``: ``[T, H, K]``, HV a multiple of H. One dtype; what
-      belongs to one token is contiguous, tokens need not be.
+    - ``x``: ``[T, HV, V]``. ``B``, ``C``: ``[T, H, K]``, HV a multiple of H. All have one dtype.
+      Each token is contiguous, with any stride between tokens.
     - ``gate``: ``[T, HV]`` log-decay, at most 0. ``step``: ``[T, HV]``, see
       `kernels.mamba2.gates`. ``D``: ``[HV]``.
-    - ``states``: ``[S, HV, K, V]``, one layer's; changed in place at ``slots`` and at the exports'
-      slots. A state is contiguous, slots need not be.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
-      sequence of no tokens leaves its slot as it is.
+    - ``states``: ``[S, HV, K, V]``, for one layer; changed in place at ``slots`` and at the
+      exports' slots. A state is contiguous, with any stride between slots.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
+      slot of a sequence without tokens is not changed.
 
-    Returns ``[T, HV, V]`` in x's dtype. Two launches. K up to 256 (past 128 some registers of the
-    scan are kept in memory on sm_90), any V. Formula and source: `kernels.mamba2.reference`.
+    Returns ``[T, HV, V]`` in x's dtype. Two launches. K up to 256 (above 128 some registers of the
+    scan spill to memory on sm_90), any V. Formula and source: `kernels.mamba2.reference`.
     """
     x, B, C = (rows_contiguous(part) for part in (x, B, C))
     strides = (*(part.stride(0) for part in (x, B, C)), row_stride("a state", states))
@@ -257,7 +257,7 @@ def chunk_mamba2(
 
 
 def scan_config(dtype: torch.dtype, key_dim: int, value_dim: int) -> dict[str, int]:
-    """How V is cut, and how the scan is launched: by the layer's shape and the device alone."""
+    """Return the tile of V and the launch parameters, by the layer's shape and the device."""
     exact, large = dtype == torch.float32, key_dim > 128
     config = {
         "BV": max(16, min(16 if exact or large else 32, triton.next_power_of_2(value_dim))),

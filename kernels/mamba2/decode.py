@@ -1,8 +1,8 @@
-"""Mamba-2 one token at a time in Triton: gates, update and read-out in one pass over the state.
+"""Mamba-2 for one token at a time in Triton: gates, update and read-out in one pass over the state.
 
-A program holds ``[K, BV]`` of one state in registers, so a state is read once and written once: at
-K = 128, V = 64 in float32, 64 KiB per head and token against 0.05 MFLOP. Memory bandwidth is the
-only bound.
+A program holds ``[K, BV]`` of one state in registers, so a state is read once and written once. At
+K = 128, V = 64 in float32 this is 64 KiB per head and token for 0.05 MFLOP, so the kernel is bound
+by memory bandwidth.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK_V = 32
 
 
 class GateInputs(NamedTuple):
-    """What the gates of a token are computed from, and D; a kernel reads it as one argument."""
+    """Inputs of a token's gates, and D, passed to kernels as one argument."""
 
     dt: torch.Tensor
     A_log: torch.Tensor
@@ -51,8 +51,7 @@ def decode_kernel(
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    """Program (i_v, i_head, i_sequence): ``[K, BV]`` of the state in the sequence's slot, in
-    place."""
+    """Program (i_v, i_head, i_sequence): updates ``[K, BV]`` of the state in a slot in place."""
     i_v, i_head, i_token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     stride_x, stride_b, stride_c, stride_dt = strides
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
@@ -93,12 +92,14 @@ def decode_mamba2(
     slots: torch.Tensor,
     limits: tuple[float, float] = NO_LIMITS,
 ) -> torch.Tensor:
-    """One token of B sequences: gates, update of the state in each slot, read-out. One launch.
+    """Compute one token of B sequences: gates, update of the state in each slot, read-out.
+
+    One launch.
 
     - ``x``: ``[B, HV, V]``. ``B``, ``C``: ``[B, H, K]``. ``dt``: ``[B, HV]``, see
-      `kernels.mamba2.gates`. What belongs to one token is contiguous, tokens need not be.
-    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]; a state is contiguous,
-      slots need not be.
+      `kernels.mamba2.gates`. Each token is contiguous, with any stride between tokens.
+    - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. A state is contiguous,
+      with any stride between slots.
 
     Returns ``[B, HV, V]`` in x's dtype. Formula and source: `kernels.mamba2.reference`.
     """

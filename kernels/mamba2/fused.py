@@ -1,4 +1,4 @@
-"""The Triton twins of `kernels.mamba2.reference`."""
+"""Triton versions of the functions in `kernels.mamba2.reference`."""
 
 from kernels.mamba2.chunk import chunk_mamba2
 from kernels.mamba2.decode import decode_mamba2

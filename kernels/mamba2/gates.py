@@ -1,5 +1,4 @@
-"""The decay and the time step of Mamba-2 in Triton, for whole prompts; decoding computes them on
-the way."""
+"""Decay and time step of Mamba-2 in Triton, for prompts. The decode kernel computes its own."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ BLOCK = 1024
 
 @triton.jit
 def compute_gates(b_dt, b_A_log, b_dt_bias, low, high):
-    """Log-decay ``-exp(A_log) * step`` and time step ``softplus(dt + dt_bias)`` within the limits,
-    in float32."""
+    """Compute log-decay and time step of one block, in float32, as in `gates`."""
     b_step = softplus(b_dt.to(tl.float32) + b_dt_bias.to(tl.float32))
     b_step = tl.minimum(tl.maximum(b_step, low), high)
     return -tl.exp(b_A_log.to(tl.float32)) * b_step, b_step
@@ -36,7 +34,7 @@ def gates_kernel(
     HV: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program computes BLOCK of the ``T * HV`` gates, token after token."""
+    """Program i: computes BLOCK of the ``T * HV`` gates, in token order."""
     o_gate = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = o_gate < num_tokens * HV
     o_token, o_head = o_gate // HV, o_gate % HV
@@ -57,11 +55,12 @@ def gates(
     dt_bias: torch.Tensor,
     limits: tuple[float, float] = NO_LIMITS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * step`` and time step ``softplus(dt + dt_bias)`` within ``limits``,
-    both float32 ``[T, HV]``.
+    """Compute log-decay ``-exp(A_log) * step`` and time step ``softplus(dt + dt_bias)``.
 
-    ``dt``: ``[T, HV]``; a token's heads are contiguous, tokens need not be. ``A_log``,
-    ``dt_bias``: ``[HV]``.
+    The time step is clamped to ``limits``. Both results are float32 ``[T, HV]``.
+
+    ``dt``: ``[T, HV]``; the heads of a token are contiguous, with any stride between tokens.
+    ``A_log``, ``dt_bias``: ``[HV]``.
     """
     gate = dt.new_empty(dt.shape, dtype=torch.float32)
     step = dt.new_empty(dt.shape, dtype=torch.float32)

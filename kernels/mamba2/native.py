@@ -1,4 +1,4 @@
-"""Mamba-2 by ``native.cpp`` and ``native_chunk.cpp``; see ``reference``."""
+"""Mamba-2 with ``native.cpp`` and ``native_chunk.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chunk_mamba2(
     resumed: torch.Tensor,
     exports: Exports | None,
 ) -> torch.Tensor:
-    """As ``reference.chunk_mamba2``; a head of a sequence is one piece of work."""
+    """Compute ``reference.chunk_mamba2``. Threads share the work by head and sequence."""
     name = f"chunk_mamba2_{DTYPES.get(x.dtype)}_{DTYPES.get(states.dtype)}"
     if not _fits((x, B, C), states) or not has(name):
         return reference.chunk_mamba2(
@@ -79,7 +79,7 @@ def decode_mamba2(
     slots: torch.Tensor,
     limits: tuple[float, float] = NO_LIMITS,
 ) -> torch.Tensor:
-    """As ``reference.decode_mamba2``."""
+    """Compute ``reference.decode_mamba2``."""
     parameters = A_log, dt_bias, D
     if not (
         _fits((x, B, C, dt), states) and all(part.dtype is torch.float32 for part in parameters)

@@ -5,18 +5,17 @@ exp(gate)`` and time step ``dt``, inputs x and D per head, B and C shared by the
 
     S_t = a_t S_{t-1} + B_t (dt_t x_t)^T                    o_t = S_t^T C_t + D x_t
 
-`decode_mamba2` is that recurrence. `chunk_mamba2` computes the same for whole prompts from matrix
-products over tiles of R tokens (``packed.tile_size``) counted from each sequence's start: the state
-space dual. With G
-the running sum of the gate inside a tile, ``L[i, j] = exp(G_i - G_j)`` for ``j <= i`` and S the
-state before the tile::
+`decode_mamba2` is that recurrence. `chunk_mamba2` computes the same for whole prompts, by matrix
+products over tiles of R tokens (``packed.tile_size``) from each sequence's start (the state space
+dual). G is the running sum of the gate inside a tile, ``L[i, j] = exp(G_i - G_j)`` for ``j <= i``,
+and S is the state before the tile::
 
     O = (C B^T * L) diag(dt) X + D X + exp(G) (C S)
     S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
 
-All arithmetic is float32. The state is rounded to its pool's dtype after every tile, also where it
-stays in registers, and every product has a shape of its own tile and head alone: so a resumed run
-has a cold one's bits, and a sequence's do not depend on its company.
+All arithmetic is float32. The state is rounded to its pool's dtype after every tile, even if it
+stays in registers. The shape of every product depends only on its tile and head. A resumed run
+therefore has the bits of a cold one, and a sequence's bits do not depend on its batch.
 
 Source: Transformers are SSMs (arXiv 2405.21060), sections 6 and 7.
 """
@@ -34,10 +33,10 @@ from kernels.tiles import Layout, lay_out, saves_by_tile
 
 NO_LIMITS = (0.0, float("inf"))
 LARGE_STATE = 2**15
-"""Numbers from which a state is decoded where it is, sequence by sequence: copying it out and back
-would cost more."""
+"""Elements above which a state is updated in place, sequence by sequence, because copies would cost
+more."""
 BLOCK = 2**18
-"""Numbers of ``C B^T * L`` that are worked on at a time: what stays in the processor's cache."""
+"""Elements of ``C B^T * L`` computed at once, so that they fit into the processor's cache."""
 
 
 def gates(
@@ -46,13 +45,14 @@ def gates(
     dt_bias: torch.Tensor,
     limits: tuple[float, float] = NO_LIMITS,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-decay ``-exp(A_log) * step`` and time step ``softplus(dt + dt_bias)`` within ``limits``,
-    both float32 ``[..., HV]``.
+    """Compute log-decay ``-exp(A_log) * step`` and time step ``softplus(dt + dt_bias)``.
+
+    The time step is clamped to ``limits``. Both results are float32 ``[..., HV]``.
 
     ``dt``: ``[..., HV]``. ``A_log``, ``dt_bias``: ``[HV]``.
     """
-    # softplus(x) = -log(sigmoid(-x)): torch's own gives the elements behind the last full vector
-    # other bits on a CPU.
+    # softplus(x) = -log(sigmoid(-x)). On a CPU, torch's softplus gives the elements after the last
+    # full vector other bits.
     step = F.logsigmoid((dt.float() + dt_bias.float()).neg_()).neg_()
     if limits != NO_LIMITS:
         step.clamp_(*limits)
@@ -73,15 +73,15 @@ def chunk_mamba2(
     resumed: torch.Tensor,
     exports: Exports | None,
 ) -> torch.Tensor:
-    """Mamba-2 over packed sequences, tile by tile; leaves each sequence's last state in its slot.
+    """Compute Mamba-2 over packed sequences by tiles; store each last state in its slot.
 
     - ``x``: ``[T, HV, V]``. ``B``, ``C``: ``[T, H, K]``, HV a multiple of H.
     - ``gate``: ``[T, HV]`` float32 log-decay, at most 0. ``step``: ``[T, HV]``, see `gates`.
       ``D``: ``[HV]``.
-    - ``states``: ``[S, HV, K, V]`` of any strides, one layer's; changed in place at ``slots`` and
+    - ``states``: ``[S, HV, K, V]`` of any strides, for one layer; changed in place at ``slots`` and
       at the exports' slots.
-    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros, whatever the slot holds. A
-      sequence of no tokens leaves its slot as it is.
+    - ``slots``: int32[B]. ``resumed``: bool[B]; False starts from zeros and ignores the slot. The
+      slot of a sequence without tokens is not changed.
 
     Returns ``[T, HV, V]`` in x's dtype.
     """
@@ -120,8 +120,10 @@ def chunk_mamba2(
 
 
 class _Inputs(NamedTuple):
-    """Tokens by tile and head, float32: ``[N, HV or H, R, ...]``. Padding has gate 0 and step 0:
-    it changes no state, and its rows are dropped."""
+    """Inputs by tile and head, float32: ``[N, HV or H, R, ...]``.
+
+    Padding has gate 0 and step 0, so it changes no state. Its rows are dropped.
+    """
 
     x: torch.Tensor  # [.., V]
     B: torch.Tensor  # [.., K]
@@ -149,7 +151,7 @@ def _tile(
 
 
 def _blocks(layout: Layout, heads: int) -> Iterator[tuple[slice, list[int]]]:
-    """Steps of the scan that are worked on together, and their tiles."""
+    """Yield groups of tiles that are computed together, with the steps of the scan."""
     room = max(BLOCK // (heads * layout.tile_size**2), 1)
     steps: list[int] = []
     first = end = 0
@@ -163,7 +165,7 @@ def _blocks(layout: Layout, heads: int) -> Iterator[tuple[slice, list[int]]]:
 
 
 class _Tiles(NamedTuple):
-    """What each of N tiles needs no state for, head by head: ``[N * HV, ...]``."""
+    """State-independent factors of N tiles by head: ``[N * HV, ...]``."""
 
     attention: torch.Tensor  # (C B^T * L) diag(dt) + D I [.., R, R]
     reader: torch.Tensor  # C exp(G) [.., R, K]
@@ -204,7 +206,7 @@ def decode_mamba2(
     slots: torch.Tensor,
     limits: tuple[float, float] = NO_LIMITS,
 ) -> torch.Tensor:
-    """One token of B sequences: gates, update of the state in each slot, read-out.
+    """Compute one token of B sequences: gates, update of the state in each slot, read-out.
 
     - ``x``: ``[B, HV, V]``. ``B``, ``C``: ``[B, H, K]``. ``dt``: ``[B, HV]``, see `gates`.
     - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B].
@@ -234,7 +236,7 @@ def decode_mamba2(
 
 
 class _Token(NamedTuple):
-    """What one token does to N states, one per sequence and head, all in float32."""
+    """Factors of one token for N states, one per sequence and head, in float32."""
 
     values: torch.Tensor  # dt x [.., V]
     B: torch.Tensor  # [.., K]
@@ -243,12 +245,12 @@ class _Token(NamedTuple):
 
 
 def _by_head(x: torch.Tensor, group: int) -> torch.Tensor:
-    """``[B, H, K]`` to ``[B, HV, K]``."""
+    """Expand ``[B, H, K]`` to ``[B, HV, K]``."""
     x = x.float()
     return x.repeat_interleave(group, dim=1) if group > 1 else x
 
 
 def _advance(state: torch.Tensor, token: _Token, out: torch.Tensor) -> None:
-    """Update states ``[N, K, V]`` in place, and add what they then answer to out ``[N, V]``."""
+    """Update states ``[N, K, V]`` in place, and add their read-outs to out ``[N, V]``."""
     state.mul_(token.decay).baddbmm_(token.B[:, :, None], token.values[:, None])
     out[:, None].baddbmm_(token.C[:, None], state)

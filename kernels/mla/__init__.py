@@ -1,2 +1,2 @@
-"""Latent attention over a pool of one row per token, read by index: ``reference`` in plain PyTorch,
-``fused`` in Triton."""
+"""Latent attention over a pool with one row per token: ``reference`` in plain PyTorch, ``fused`` in
+Triton."""

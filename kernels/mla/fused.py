@@ -1,10 +1,10 @@
-"""Multi-head latent attention over a pool of latents in Triton: the online softmax of
-`kernels.attention.tile`, with a row loaded once and used twice, as key and as value.
+"""Multi-head latent attention over a pool of latents in Triton.
 
-All heads of a token attend to the same rows. So a program's rows are queries of HEADS heads and BT
-tokens, BM in all, each with an output of R numbers in registers: at R = 512 half of what a
-multiprocessor has. Every cut is at an absolute position, and what decides the bits (BN, SPLIT) is a
-constant of the layer's shape and the device.
+It uses the online softmax of `kernels.attention.tile`, and loads each row once as key and as value.
+All heads of a token attend to the same rows. The rows of a program are queries of HEADS heads and
+BT tokens, BM in all. Each has an output of R numbers in registers: at R = 512 half of a
+multiprocessor's registers. All tiles start at absolute positions. Parameters that determine the
+bits (BN, SPLIT) depend only on the layer's shape and the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from kernels.strides import row_stride
 from kernels.target import has_roomy_memory
 
 MAX_HEADS = 16
-"""Of a token in one program: rows of the smallest product."""
+"""Maximum heads of a token per program, the rows of the smallest product."""
 
 
 @triton.jit
@@ -40,9 +40,10 @@ def attend(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Online softmax of rows that see positions up to ``b_limit [BM]`` over positions ``first`` to
-    ``kv_end``, in tiles of BN: maxima (in powers of 2) and sums ``[BM]``, weighted latents ``[BM,
-    BR]``.
+    """Compute the online softmax of rows over positions ``first`` to ``kv_end``, in tiles of BN.
+
+    Row i uses positions up to ``b_limit[i]``. Returns maxima (in powers of 2) and sums ``[BM]``,
+    and weighted latents ``[BM, BR]``.
     """
     BM: tl.constexpr = b_q.shape[0]
     o_r, o_p = tl.arange(0, b_q.shape[1]), R + tl.arange(0, b_q_shared.shape[1])
@@ -92,8 +93,10 @@ def prefill_mla_kernel(
     BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Program (i_part, i_group): BT tokens of a tile, HEADS heads; the last tokens first, which see
-    the most rows."""
+    """Program (i_part, i_group): BT tokens of a tile, HEADS heads.
+
+    The last tokens have the most rows, so they start first.
+    """
     i_part = tl.num_programs(0) - 1 - tl.program_id(0)
     parts: tl.constexpr = TILE // BT
     i_tile = i_part // parts
@@ -206,11 +209,10 @@ def prefill_mla(
     scale: float,
     rank: int,
 ) -> torch.Tensor:
-    """Attention of new tokens to themselves and everything before them; see
-    ``reference.prefill_mla``. One launch.
+    """Compute attention of new tokens to themselves and to all earlier tokens.
 
-    Bit-identical for a token whatever part of its sequence is computed with it, if that part starts
-    at a multiple of ``packed.tile_size``.
+    See ``reference.prefill_mla``. One launch. A token has equal bits for every chunk of its
+    sequence that starts at a multiple of ``packed.tile_size``.
     """
     query = query.contiguous()
     num_heads, size = query.shape[1:]
@@ -250,11 +252,10 @@ def decode_mla(
     scale: float,
     rank: int,
 ) -> torch.Tensor:
-    """Attention of one token per sequence; see ``reference.decode_mla``. Two launches for as many
-    sequences as share a workspace.
+    """Compute attention of one token per sequence; see ``reference.decode_mla``.
 
-    ``max(sequences.kv_lens)`` bounds the launch; the lengths that count are those in
-    ``sequences.kv_len_table``.
+    Two launches per group of sequences that share a workspace. ``max(sequences.kv_lens)`` bounds
+    the launch. The actual lengths are those in ``sequences.kv_len_table``.
     """
     query = query.contiguous()
     batch, num_heads, size = query.shape
@@ -302,9 +303,9 @@ def decode_mla(
 
 
 def multiply_heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``out[t, h] = x[t, h] @ weight[h]``: x ``[T, H, M]``, weight ``[H, M, N]``; ``[T, H, N]``.
+    """Compute ``out[t, h] = x[t, h] @ weight[h]``: x ``[T, H, M]``, weight ``[H, M, N]``.
 
-    One launch; a token's bits do not depend on how many there are.
+    Returns ``[T, H, N]``. One launch. A token's bits do not depend on the number of tokens.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     num_tokens, num_heads, inner = x.shape
@@ -332,7 +333,7 @@ def multiply_heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _tile_config(size: int, rank: int, dtype: torch.dtype) -> dict[str, int | str]:
-    """Sizes of a row, and the tile of rows that is walked over: what decides the bits."""
+    """Return the tile sizes that determine the bits: row sizes and the tile of rows."""
     exact = dtype == torch.float32
     roomy = not exact and has_roomy_memory()
     return {

@@ -1,21 +1,20 @@
 """Multi-head latent attention over a pool of latents, in plain PyTorch.
 
-A token leaves one row for all heads: a latent c of R numbers, from which the keys and values of
-every head could be expanded by matrices ``W_k`` and ``W_v`` of its own, and behind it a key r of P
-numbers that heads share, often a rotated one. Nothing is expanded here. Since ``q . (W_k c)`` is
-``(W_k^T q) . c`` and a sum of ``W_v c`` is ``W_v`` times a sum of c, queries come multiplied by
-``W_k^T``, outputs leave to be multiplied by ``W_v``, both with `multiply_heads`, and in between
-stands attention of H query heads of R + P numbers over one head, whose values are the first R of
-its keys::
+A token has one row for all heads: a latent c of R numbers and a key r of P numbers, often rotated,
+that heads share. Each head could expand its keys and values from c, with matrices ``W_k`` and
+``W_v``, but nothing is expanded here. ``q . (W_k c)`` equals ``(W_k^T q) . c``, and a sum of
+``W_v c`` equals ``W_v`` times a sum of c. Queries are therefore multiplied by ``W_k^T`` before, and
+outputs by ``W_v`` after, both with `multiply_heads`. In between is attention of H query heads of
+R + P numbers over one key head, with the first R numbers of the keys as values::
 
     out[t, h] = sum_j softmax_j(scale * q[t, h] . [c_j, r_j]) c_j          j <= position of t
 
-Prompts and decoding share this form. Expanding a prompt's keys would take fewer operations when
-there are more new tokens than about 170 (at R = 512 and heads of 128), and far more when there are
-few: a hit would expand every cached row anew. And a form chosen by the number of new tokens would
-give a hit other bits than a cold run.
+Prompts and decoding share this form. Expanding a prompt's keys takes fewer operations for more than
+about 170 new tokens (at R = 512 and heads of 128). For few new tokens it takes far more, because a
+hit would expand every cached row again. A form chosen by the number of new tokens would also give a
+hit different bits from a cold run.
 
-Cut on the absolute grid of `kernels.attention.reference`, which does the work.
+`kernels.attention.reference` does the computation, on its absolute grid.
 
 Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.
 """
@@ -41,13 +40,14 @@ def prefill_mla(
     scale: float,
     rank: int,
 ) -> torch.Tensor:
-    """Attention of new tokens to themselves and to everything before them, whose rows are in the
-    pool already.
+    """Compute attention of new tokens to themselves and to all earlier tokens.
+
+    The rows of the new tokens must be in the pool.
 
     Args:
-        query: ``[T, H, R + P]``, the packed new tokens; sequence b's are the last
-        ``packed.lengths[b]`` of its ``sequences.kv_lens[b]`` tokens.
-        pool: ``[N, R + P]``, of which the first ``rank`` = R are the latent.
+        query: ``[T, H, R + P]``, the packed new tokens: the last ``packed.lengths[b]`` of the
+            ``sequences.kv_lens[b]`` tokens of sequence b.
+        pool: ``[N, R + P]``; the first ``rank`` = R numbers are the latent.
         table: int32 ``[S, M]``, the request table: rows of the pool by request and position.
         scale: factor of the scores.
 
@@ -68,8 +68,9 @@ def decode_mla(
     scale: float,
     rank: int,
 ) -> torch.Tensor:
-    """Attention of one token per sequence, ``query [B, H, R + P]``, the last of its
-    ``sequences.kv_lens[b]`` tokens. Returns ``[B, H, R]``.
+    """Compute attention of the last token of each sequence, ``query [B, H, R + P]``.
+
+    Returns ``[B, H, R]``.
     """
     rows = pool[:, None]
     where = {"table": table, "sequences": sequences, "scale": scale}
@@ -77,10 +78,10 @@ def decode_mla(
 
 
 def multiply_heads(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``out[t, h] = x[t, h] @ weight[h]``: x ``[T, H, M]``, weight ``[H, M, N]``; ``[T, H, N]``.
+    """Compute ``out[t, h] = x[t, h] @ weight[h]``: x ``[T, H, M]``, weight ``[H, M, N]``.
 
-    Rows are padded to a multiple of 4, as in `kernels.linear.reference`, so that a token's bits do
-    not depend on how many there are (measured).
+    Returns ``[T, H, N]``. Rows are padded to a multiple of 4, as in `kernels.linear.reference`, so
+    that a token's bits do not depend on the number of tokens (measured).
     """
     num_rows = len(x)
     x = F.pad(x, (0, 0, 0, 0, 0, -num_rows % ROWS)).transpose(0, 1)

@@ -1,2 +1,2 @@
-"""Mixture of experts, routing and grouped products: ``reference`` in plain PyTorch, ``fused`` in
-Triton."""
+"""Mixture of experts, with routing and grouped products: ``reference`` in plain PyTorch, ``fused``
+in Triton."""

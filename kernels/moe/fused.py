@@ -1,10 +1,9 @@
 """Mixture of experts in Triton: routing, sorting tokens by expert, and grouped products.
 
-A (token, choice) pair is one row of work. Rows are put into blocks that share an expert: sorted by
-expert and padded to whole blocks, or, with few tokens, one row to a block. Three launches follow:
+A (token, choice) pair is one row of work. Rows are grouped into blocks that share an expert: sorted
+by expert and padded to whole blocks, or, with few tokens, one row per block. Three launches follow:
 ``silu(gate) * up`` of every block, the down projection, and each token's weighted sum. As in
-``kernels.linear.fused`` weights are the left operand, so a row's sums are taken in one order
-whatever shares its block.
+``kernels.linear.fused`` weights are the left operand, so a row's sums have one order in any block.
 """
 
 from __future__ import annotations
@@ -26,26 +25,26 @@ from kernels.tuning import tuned
 __all__ = ["experts", "experts_8bit", "prepare", "prepare_8bit", "quantize_experts", "route"]
 
 FEW_TOKENS = 16
-"""Up to here a block is one row: experts are rarely shared, and sorting would cost more than
-reading some twice."""
+"""Maximum number of tokens with one row per block. Few tokens rarely share experts, and sorting
+would cost more than reading some experts twice."""
 
 PART = 128
-"""Pairs that a program ranks, by comparing each with each."""
+"""Pairs per ranking program, which compares each pair with each."""
 
 
 class Blocks(NamedTuple):
     """Rows of work in blocks of BT, each with one expert."""
 
     pairs: torch.Tensor | None
-    """int32 ``[num_blocks * BT]``: pair ``t * k + i`` of each row, ``T * k`` for padding. None:
-    block b is pair b alone."""
+    """int32 ``[num_blocks * BT]``: pair ``t * k + i`` of each row, ``T * k`` for padding. None if
+    block b contains only pair b."""
     experts: torch.Tensor
-    """int32 ``[num_blocks]``; past ``count`` undefined."""
+    """int32 ``[num_blocks]``, undefined from ``count`` on."""
     count: torch.Tensor | None
-    """int32 ``[1]``: blocks in use, known on the device only. None: all."""
+    """int32 ``[1]``: number of used blocks, available on the device only. None if all are used."""
     num_blocks: int
     rows: int
-    """BT."""
+    """Rows per block (BT)."""
 
 
 @triton.jit
@@ -77,7 +76,7 @@ def route_kernel(
         b_weights = tl.where(
             o_k == i, (best >> 32).to(tl.int32).to(tl.float32, bitcast=True), b_weights
         )
-        # NaN has any bits: what is chosen then is nobody's matter, but it must be an expert.
+        # NaN has arbitrary bits: any choice is acceptable, but it must be a valid expert.
         chosen = tl.minimum(tl.maximum(BE - 1 - (best & 0xFFFFFFFF), 0), E - 1).to(tl.int32)
         b_experts = tl.where(o_k == i, chosen, b_experts)
     if RENORMALISE:
@@ -88,7 +87,7 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def rank_pairs_kernel(experts, ranks, counts, totals, num_pairs, E: tl.constexpr, BP: tl.constexpr):
-    """Program i ranks BP pairs among those of their expert in it, and counts each expert's."""
+    """Program i: ranks BP pairs among those of their expert, and counts the pairs per expert."""
     o_p = tl.arange(0, BP)
     o_pair = tl.program_id(0) * BP + o_p
     mask = o_pair < num_pairs
@@ -116,8 +115,10 @@ def place_experts_kernel(
     BT: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Program e turns the counts of expert e, part by part, into the rows where its pairs begin; it
-    names its blocks, and pads the last."""
+    """Program e: turns the counts of expert e, part by part, into the first rows of its pairs.
+
+    It also stores the expert of its blocks, and pads the last block.
+    """
     i_e = tl.program_id(0)
     o_e, o_p, o_t = tl.arange(0, BE), tl.arange(0, BP), tl.arange(0, BT)
     b_total = tl.load(totals + o_e, mask=o_e < E, other=0)
@@ -141,7 +142,7 @@ def place_experts_kernel(
 
 @triton.jit(do_not_specialize=["num_pairs"])
 def place_pairs_kernel(experts, ranks, rows, pairs, num_pairs, E: tl.constexpr, BP: tl.constexpr):
-    """Program i writes its BP pairs to their rows."""
+    """Program i: writes its BP pairs to their rows."""
     o_pair = tl.program_id(0) * BP + tl.arange(0, BP)
     mask = o_pair < num_pairs
     b_e = tl.load(experts + o_pair, mask=mask, other=0)
@@ -151,7 +152,7 @@ def place_pairs_kernel(experts, ranks, rows, pairs, num_pairs, E: tl.constexpr, 
 
 @triton.jit
 def block_rows(pairs, i_block, num_pairs, BT: tl.constexpr):
-    """The pairs of a block, ``[BT]``; ``num_pairs`` where there is none."""
+    """Return the pairs of a block, ``[BT]``; ``num_pairs`` for padding."""
     o_t = tl.arange(0, BT)
     if pairs is None:
         return tl.where(o_t == 0, i_block, num_pairs)
@@ -180,8 +181,10 @@ def gate_up_kernel(
     PRECISION: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[p // K]``: gate and up rows of w
-    side by side. Not GATED: ``relu(w[e] @ x[p // K])^2``."""
+    """Compute ``inner[p] = silu(gate) * up`` with ``(gate, up) = w[e] @ x[p // K]``.
+
+    Gate and up rows of w are read together. If not GATED: ``relu(w[e] @ x[p // K])^2``.
+    """
     i_block = tl.program_id(1)
     if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
         if i_block >= tl.load(block_count):
@@ -223,7 +226,7 @@ def gate_up_kernel(
         b_gate *= tl.load(p_channel, mask=m_m, other=0.0)[:, None]
         if GATED:
             b_up *= tl.load(p_channel + INNER, mask=m_m, other=0.0)[:, None]
-    # Rounded where the reference rounds: after the product.
+    # Rounded after the product, as in the reference.
     b_gate = b_gate.to(inner.dtype.element_ty).to(tl.float32)
     if GATED:
         b_up = b_up.to(inner.dtype.element_ty).to(tl.float32)
@@ -253,7 +256,7 @@ def down_kernel(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """``y[p] = w[e] @ inner[p]``."""
+    """Compute ``y[p] = w[e] @ inner[p]``."""
     i_block = tl.program_id(1)
     if block_count is not None:  # noqa: SIM102, the inner value exists on the device only
         if i_block >= tl.load(block_count):
@@ -286,8 +289,10 @@ def weighted_sum_kernel(results, weights, y, K: tl.constexpr, H: tl.constexpr, B
 
 
 def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most probable experts of each token; see ``reference.route``. logits may be a view of
-    wider rows."""
+    """Choose the k most probable experts of each token; see ``reference.route``.
+
+    logits may be a view of wider rows.
+    """
     num_tokens, num_experts = logits.shape
     weights = torch.empty(num_tokens, k, dtype=torch.float32, device=logits.device)
     experts = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)
@@ -313,7 +318,7 @@ def experts(
     w13: torch.Tensor,
     w2: torch.Tensor,
 ) -> torch.Tensor:
-    """The weighted sum of each token's experts; see ``reference.experts``."""
+    """Compute the weighted sum of each token's experts; see ``reference.experts``."""
     return _experts(hidden, weights, experts, w13, None, w2, None)
 
 
@@ -326,15 +331,17 @@ def experts_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """``experts`` with 8-bit weights and their scales, by row or by block of a row; see
-    ``reference.experts_8bit``."""
+    """Compute ``experts`` with 8-bit weights and their scales, per row or per block of a row.
+
+    See ``reference.experts_8bit``.
+    """
     return _experts(hidden, weights, experts, w13, w13_scale, w2, w2_scale)
 
 
 def prepare(
     w13: torch.Tensor, w2: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts`` with these weights: (hidden, weights, experts) to ``[T, H]``."""
+    """Return ``experts`` with these weights: (hidden, weights, experts) to ``[T, H]``."""
     return partial(experts, w13=w13, w2=w2)
 
 
@@ -345,7 +352,7 @@ def prepare_8bit(
     w2_scale: torch.Tensor,
     dtype: torch.dtype,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts_8bit`` with these weights, whatever the dtype of hidden states."""
+    """Return ``experts_8bit`` with these weights, for hidden states of any dtype."""
     return partial(experts_8bit, w13=w13, w13_scale=w13_scale, w2=w2, w2_scale=w2_scale)
 
 
@@ -402,14 +409,16 @@ def _experts(
 
 
 def make_blocks(experts: torch.Tensor, num_experts: int) -> Blocks:
-    """Blocks for ``experts [T, k]``. The order within an expert is that of the tokens; no value
-    comes to the host. A counting sort: each pair is read twice, and compared with its part's.
+    """Build the blocks for ``experts [T, k]``, in the order of tokens within an expert.
+
+    Values stay on the device. A counting sort: each pair is read twice, and compared with the pairs
+    of its part.
     """
     num_tokens, k = experts.shape
     num_pairs = num_tokens * k
     if num_tokens <= FEW_TOKENS:
         return Blocks(None, experts.reshape(-1), None, num_pairs, 16)
-    # By octaves of tokens, so that one step in each compiles all that any needs.
+    # By powers of two of tokens: one step in each range compiles all kernels of that range.
     mean = triton.cdiv(triton.next_power_of_2(num_tokens) * k, num_experts)
     rows = min(64, max(16, triton.next_power_of_2(mean)))
     num_blocks = num_pairs // rows + min(num_experts, num_pairs)

@@ -1,4 +1,4 @@
-"""Mixture of experts whose products are ``native.cpp``'s; see ``reference``."""
+"""Mixture of experts with the products of ``native.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 def prepare(
     w13: torch.Tensor, w2: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """As ``reference.prepare``."""
+    """Return ``reference.prepare`` with native products."""
     products = [
         (native.prepare(up), native.prepare(down)) for up, down in zip(w13, w2, strict=True)
     ]
@@ -49,7 +49,7 @@ def prepare_8bit(
     w2_scale: torch.Tensor,
     dtype: torch.dtype,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """As ``reference.prepare_8bit``."""
+    """Return ``reference.prepare_8bit`` with native products."""
     products = [
         (
             native.prepare_8bit(w13[e], w13_scale[e], None, dtype),

@@ -1,5 +1,4 @@
-"""Mixture of experts in plain PyTorch. A token's result does not depend on which others it is
-computed with."""
+"""Mixture of experts in plain PyTorch. A token's result does not depend on its batch."""
 
 from __future__ import annotations
 
@@ -15,15 +14,16 @@ from kernels.linear.reference import prepare_8bit as prepare_linear_8bit
 
 
 def route(logits: torch.Tensor, k: int, renormalise: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most probable experts of each token: softmax over all, then the top k; of equals the
-    lower index.
+    """Choose the k most probable experts of each token: softmax over all experts, then the top k.
+
+    Ties go to the lower index.
 
     Args:
         logits: ``[T, E]``.
-        renormalise: whether the k weights are divided by their sum.
+        renormalise: True to divide the k weights by their sum.
 
     Returns:
-        Weights float32 ``[T, k]`` in falling order, and experts int32 ``[T, k]``.
+        Weights float32 ``[T, k]`` in descending order, and experts int32 ``[T, k]``.
     """
     num_experts = logits.shape[-1]
     probabilities = logits.float().softmax(dim=-1)
@@ -48,16 +48,17 @@ def route_sigmoid(
     scale: float = 1.0,
     eps: float = 1e-20,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k experts of each token with the highest ``sigmoid(logit) + bias``; of equals the lower
-    index. The bias only chooses: weights are the sigmoids, times ``scale``.
+    """Choose the k experts of each token with the highest ``sigmoid(logit) + bias``.
+
+    Ties go to the lower index. The bias affects only the choice: weights are the sigmoids, times
+    ``scale``.
 
     Args:
         logits: ``[T, E]``. bias: float32 ``[E]`` or None.
-        renormalise: whether the k weights are divided by their sum, plus ``eps``.
+        renormalise: True to divide the k weights by their sum plus ``eps``.
 
     Returns:
-        Weights float32 ``[T, k]``, and experts int32 ``[T, k]``, in falling order of what chose
-        them.
+        Weights float32 ``[T, k]`` and experts int32 ``[T, k]``, by descending score.
 
     Source: DeepSeek-V3 (arXiv 2412.19437), section 2.1.2.
     """
@@ -71,7 +72,7 @@ def route_sigmoid(
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]
-"""A linear layer with its weight in it."""
+"""Linear layer with a bound weight."""
 
 
 def experts(
@@ -81,8 +82,9 @@ def experts(
     w13: torch.Tensor,
     w2: torch.Tensor,
 ) -> torch.Tensor:
-    """``sum_i weights[t, i] * w2[e] (silu(a) * b)`` with ``(a, b) = w13[e] hidden[t]`` and ``e =
-    experts[t, i]``; without gates ``w2[e] relu(w13[e] hidden[t])^2``.
+    """Compute ``sum_i weights[t, i] * w2[e] (silu(a) * b)`` with ``(a, b) = w13[e] hidden[t]``.
+
+    ``e`` is ``experts[t, i]``. Without gates it is ``w2[e] relu(w13[e] hidden[t])^2``.
 
     Args:
         hidden: ``[T, H]``.
@@ -103,8 +105,10 @@ def experts(
 def prepare(
     w13: torch.Tensor, w2: torch.Tensor
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts`` with these weights, in the fastest form there is: (hidden, weights, experts) to
-    ``[T, H]``."""
+    """Return ``experts`` with these weights in the fastest form.
+
+    The result maps (hidden, weights, experts) to ``[T, H]``.
+    """
     products = [
         (prepare_linear(up), prepare_linear(down)) for up, down in zip(w13, w2, strict=True)
     ]
@@ -120,8 +124,10 @@ def experts_8bit(
     w2: torch.Tensor,
     w2_scale: torch.Tensor,
 ) -> torch.Tensor:
-    """``experts`` with 8-bit weights of ``kernels.linear.reference.quantize``, scales ``[E, 2I]``
-    and ``[E, H]``, or as ``linear_8bit`` takes them for blocks of a row."""
+    """Compute ``experts`` with 8-bit weights of ``kernels.linear.reference.quantize``.
+
+    Scales are ``[E, 2I]`` and ``[E, H]``, or have blocks of a row as in ``linear_8bit``.
+    """
     products = [
         (
             partial(linear_8bit, quantized=w13[e], scale=w13_scale[e]),
@@ -139,8 +145,10 @@ def prepare_8bit(
     w2_scale: torch.Tensor,
     dtype: torch.dtype,
 ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """``experts_8bit`` with these weights, for hidden states of ``dtype``; see
-    ``linear.reference.prepare_8bit``."""
+    """Return ``experts_8bit`` with these weights, for hidden states of ``dtype``.
+
+    See ``linear.reference.prepare_8bit``.
+    """
     products = [
         (
             prepare_linear_8bit(w13[e], w13_scale[e], None, dtype),
@@ -152,7 +160,7 @@ def prepare_8bit(
 
 
 def quantize_experts(weights: torch.Tensor, format: Format) -> tuple[torch.Tensor, torch.Tensor]:
-    """``quantize`` of ``[E, M, N]`` without a float32 copy of all of it."""
+    """Quantise ``[E, M, N]`` without a float32 copy of the whole tensor."""
     quantized = torch.empty(weights.shape, dtype=STORAGE[format][0], device=weights.device)
     scale = torch.empty(weights.shape[:2], dtype=torch.float32, device=weights.device)
     for expert, weight in enumerate(weights):
@@ -167,7 +175,7 @@ def sum_of_products(
     products: Sequence[tuple[Product, Product]],
     activate: Product,
 ) -> torch.Tensor:
-    """``experts`` with the two products of each expert."""
+    """Compute ``experts`` with the given two products per expert."""
     num_tokens, k = experts.shape
     flat = experts.reshape(-1)
     order = flat.argsort(stable=True)
@@ -184,13 +192,15 @@ def sum_of_products(
 
 
 def activation(w13: torch.Tensor, w2: torch.Tensor) -> Product:
-    """Of experts with gates, whose first weight has twice the rows, and of those without."""
+    """Return the activation: gated if the first weight has twice the rows, else squared ReLU."""
     return silu_and_mul if w13.shape[1] == 2 * w2.shape[2] else relu_squared
 
 
 def weighted_sum(results: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """``sum_i weights[t, i] * results[t, i]``: results ``[T, k, H]``, weights ``[T, k]``; float32
-    sum in the order of i."""
+    """Compute ``sum_i weights[t, i] * results[t, i]``, in float32 and in the order of i.
+
+    results: ``[T, k, H]``; weights: ``[T, k]``.
+    """
     total = results[:, 0].float() * weights[:, :1]
     for i in range(1, results.shape[1]):
         total.addcmul_(results[:, i].float(), weights[:, i : i + 1])

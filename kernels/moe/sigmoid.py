@@ -1,4 +1,4 @@
-"""Routing by sigmoids in Triton: a program a token."""
+"""Routing by sigmoids in Triton, one program per token."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def route_sigmoid_kernel(
     b_choice = b_score
     if bias is not None:
         b_choice += tl.load(bias + o_e, mask=o_e < E, other=0.0)
-    # Bit patterns as integers order like floats once those of negative ones are turned around; the
-    # reversed index breaks ties.
+    # Bit patterns of floats sort as integers if those of negative floats are inverted. The reversed
+    # index breaks ties.
     b_bits = b_choice.to(tl.int32, bitcast=True)
     b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
     b_key = (b_bits.to(tl.int64) << 32) | (BE - 1 - o_e)
@@ -41,7 +41,7 @@ def route_sigmoid_kernel(
     for i in tl.static_range(K):
         best = tl.max(b_key, axis=0)
         b_key = tl.where(b_key == best, least, b_key)
-        # NaN has any bits: what is chosen then is nobody's matter, but it must be an expert.
+        # NaN has arbitrary bits: any choice is acceptable, but it must be a valid expert.
         chosen = tl.minimum(tl.maximum(BE - 1 - (best & 0xFFFFFFFF), 0), E - 1).to(tl.int32)
         b_experts = tl.where(o_k == i, chosen, b_experts)
         weight = tl.sum(tl.where(o_e == chosen, b_score, 0.0), axis=0)
@@ -61,8 +61,10 @@ def route_sigmoid(
     scale: float = 1.0,
     eps: float = 1e-20,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k experts of each token with the highest ``sigmoid(logit) + bias``; see
-    ``reference.route_sigmoid``. logits may be a view of wider rows. One launch."""
+    """Choose the k experts of each token with the highest ``sigmoid(logit) + bias``.
+
+    See ``reference.route_sigmoid``. logits may be a view of wider rows. One launch.
+    """
     num_tokens, num_experts = logits.shape
     weights = torch.empty(num_tokens, k, dtype=torch.float32, device=logits.device)
     experts = torch.empty(num_tokens, k, dtype=torch.int32, device=logits.device)

@@ -1,8 +1,7 @@
-"""Root-mean-square norms in Triton: one read of the input, one write of the output, the sum of
-squares in float32.
+"""Root-mean-square norms in Triton, with one read of the input and one write of the output.
 
-A program holds whole rows, and how many depends on the row length alone, so a row's sum is always
-taken in one order.
+The sum of squares is in float32. A program processes whole rows, and their number depends only on
+the row length, so a row's sum is always taken in one order.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import triton.language as tl
 from kernels.tuning import tuned
 
 ELEMENTS = 2048
-"""About how many elements a program holds: short rows (query and key heads) share one."""
+"""Approximate number of elements per program. Short rows (query and key heads) share one."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -82,10 +81,10 @@ def rms_norm(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``x / sqrt(mean(x^2) + eps) * weight``; see ``reference.rms_norm``.
+    """Compute ``x / sqrt(mean(x^2) + eps) * weight``; see ``reference.rms_norm``.
 
-    ``x [..., N]`` may be a strided view with one unit-stride last dimension, such as heads cut from
-    a wider projection.
+    ``x [..., N]`` may be a strided view with a unit last stride, such as heads of a wider
+    projection.
     """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     total = torch.empty_like(y) if residual is not None else None
@@ -103,8 +102,10 @@ def gated_rms_norm(
     *,
     gate_first: bool = False,
 ) -> torch.Tensor:
-    """``rms_norm(x) * silu(gate)``, or ``rms_norm(x * silu(gate))``; see
-    ``reference.gated_rms_norm``. Both may be strided views."""
+    """Compute ``rms_norm(x) * silu(gate)``, or ``rms_norm(x * silu(gate))``.
+
+    See ``reference.gated_rms_norm``. Both may be strided views.
+    """
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _launch(x, None, gate, weight, y, None, eps, gate_first=gate_first)
     return y
@@ -152,13 +153,15 @@ def _launch(
 
 
 def rows_per_program(size: int) -> int:
-    """Rows of ``size`` elements that a program holds."""
+    """Return the number of rows of ``size`` elements per program."""
     return max(1, min(16, ELEMENTS // triton.next_power_of_2(size)))
 
 
 def as_heads(x: torch.Tensor) -> torch.Tensor:
-    """``[..., H, N]`` or ``[T, N]`` as ``[T, H, N]`` with a unit last stride: a view where the
-    strides allow one."""
+    """Return ``[..., H, N]`` or ``[T, N]`` as ``[T, H, N]`` with a unit last stride.
+
+    The result is a view if the strides allow it.
+    """
     if x.stride(-1) != 1:
         x = x.contiguous()
     if x.dim() == 2:

@@ -1,4 +1,4 @@
-"""Root-mean-square norms by ``native.cpp``; see ``reference``."""
+"""Root-mean-square norms with ``native.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rms_norm(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """As ``reference.rms_norm``."""
+    """Compute ``reference.rms_norm``."""
     word = DTYPES.get(x.dtype)
     if word is None or weight.dtype is not torch.float32:
         return reference.rms_norm(x, weight, eps, residual=residual)
@@ -50,7 +50,7 @@ def gated_rms_norm(
     *,
     gate_first: bool = False,
 ) -> torch.Tensor:
-    """As ``reference.gated_rms_norm``."""
+    """Compute ``reference.gated_rms_norm``."""
     word = DTYPES.get(x.dtype)
     by_head = weight.dim() == 2 and x.dim() == 3 and len(weight) == x.shape[1]
     if (
@@ -72,7 +72,7 @@ def gated_rms_norm(
 
 
 def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
-    """x ``[T, ..., N]`` with only the stride of T free, T, and rows per token."""
+    """Return x ``[T, ..., N]`` with dense tokens, the stride of T, and the rows per token."""
     if not has_whole_rows(x) or x.dim() < 2:
         x = x.contiguous()
     outer = x.shape[0] if x.dim() > 1 else 1

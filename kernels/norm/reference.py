@@ -21,10 +21,10 @@ def rms_norm(
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, *, residual: torch.Tensor | None = None
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x [..., N]``.
+    """Compute ``x / sqrt(mean(x^2) + eps) * weight`` over the last dimension of ``x [..., N]``.
 
-    ``weight`` is ``[N]``. With a ``residual`` (like x) the norm is that of their sum, rounded to
-    x's dtype; returns ``(norm, sum)``.
+    ``weight`` is ``[N]``. With a ``residual`` (like x), the sum of both is normalised, rounded to
+    x's dtype, and the result is ``(norm, sum)``.
     """
     if residual is not None:
         x = x + residual
@@ -40,10 +40,10 @@ def gated_rms_norm(
     *,
     gate_first: bool = False,
 ) -> torch.Tensor:
-    """``rms_norm(x) * silu(gate)``, x and gate ``[..., N]``: what a Gated DeltaNet layer ends with,
-    per head. With ``gate_first`` ``rms_norm(x * silu(gate))``, as a Mamba-2 layer, per group.
+    """Compute ``rms_norm(x) * silu(gate)`` for x and gate ``[..., N]``, as in Gated DeltaNet.
 
-    ``weight`` is ``[N]``, or ``[H, N]`` for x ``[..., H, N]``.
+    With ``gate_first`` it is ``rms_norm(x * silu(gate))``, as in Mamba-2. ``weight`` is ``[N]``, or
+    ``[H, N]`` for x ``[..., H, N]``.
     """
     if gate_first:
         return _normed(silu(gate).mul_(x), weight.float(), eps).to(x.dtype)
@@ -52,6 +52,6 @@ def gated_rms_norm(
 
 
 def _normed(x: torch.Tensor, scale: torch.Tensor, eps: float) -> torch.Tensor:
-    """As ``F.rms_norm``, in half the operations: on a CPU that is a composite."""
+    """Compute ``F.rms_norm`` with half of the operations of its composite form on a CPU."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return (x * norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()).mul_(scale)

@@ -19,8 +19,8 @@ def rotate_heads(
     R: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """One token's H heads: each element, turned with its partner in the other half of the first
-    R."""
+    """Rotate one token's H heads. Each of the first R elements is paired with its partner in the
+    other half of R."""
     BH: tl.constexpr = triton.next_power_of_2(H)
     o_h, o_d = tl.arange(0, BH), tl.arange(0, BD)
     o_partner = tl.where(o_d < R // 2, o_d + R // 2, tl.where(o_d < R, o_d - R // 2, o_d))
@@ -73,7 +73,7 @@ def rotate_kernel(
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns the first R of each head's D dimensions; see ``reference.rotate``.
+    """Rotate the first R of each head's D dimensions; see ``reference.rotate``.
 
     Query ``[T, HQ, D]`` and key ``[T, HKV, D]`` may be strided views with a unit last stride.
     Computed in float32.

@@ -1,4 +1,4 @@
-"""The rotary embedding by ``native.cpp``; see ``reference``."""
+"""Rotary embedding with ``native.cpp``; see ``reference``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["rotate"]
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As ``reference.rotate``, rounded once."""
+    """Compute ``reference.rotate``, rounded once."""
     word = DTYPES.get(query.dtype)
     if word is None or not query.dtype is key.dtype is cos.dtype is sin.dtype:
         return reference.rotate(query, key, cos, sin)

@@ -9,13 +9,13 @@ import torch
 def rotate(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turns the first R of each head's D dimensions by its token's angles; the others pass through.
+    """Rotate the first R of each head's D dimensions by its token's angles, and copy the others.
 
         (a, b) -> (a cos - b sin, b cos + a sin)      a, b: the two halves of the first R dimensions
 
     Args:
         query, key: ``[T, HQ, D]`` and ``[T, HKV, D]``. cos, sin: ``[T, R]``, R even and at most D;
-        both halves of the R columns are equal, as the models give them.
+        both halves of the R columns are equal.
 
     Returns:
         New tensors of the same shapes and dtypes; computed in the wider of the two dtypes.

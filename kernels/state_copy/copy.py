@@ -1,4 +1,4 @@
-"""Copying states between slots: all slots, all layers, all pools in one launch."""
+"""Copies of states between slots: all slots, layers and pools in one launch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ BLOCK_BYTES = 16384
 def copy_kernel(
     p_pools, widths, layer_strides, slot_strides, p_sources, p_targets, BLOCK_BYTES: tl.constexpr
 ):
-    """Program (i_block, i_copy, i_layer) moves one block of one state in every pool wide enough to
-    have it."""
+    """Program (i_block, i_copy, i_layer): moves one block of a state in every pool that has it."""
     i_layer = tl.program_id(2).to(tl.int64)
     i_source = tl.load(p_sources + tl.program_id(1)).to(tl.int64)
     i_target = tl.load(p_targets + tl.program_id(1)).to(tl.int64)
@@ -31,8 +30,10 @@ def copy_kernel(
 
 @triton.jit
 def copy_block(p_source, p_target, width, i_block, BLOCK_BYTES: tl.constexpr):
-    """Block ``i_block`` of ``width`` elements; equal in bytes whatever the dtype, so that wide
-    loads suit each pool."""
+    """Copy block ``i_block`` of ``width`` elements.
+
+    Blocks have equal bytes for all dtypes, so that wide loads suit each pool.
+    """
     BLOCK: tl.constexpr = BLOCK_BYTES * 8 // p_source.dtype.element_ty.primitive_bitwidth
     o_element = i_block * BLOCK + tl.arange(0, BLOCK)
     mask = o_element < width
@@ -42,15 +43,14 @@ def copy_block(p_source, p_target, width, i_block, BLOCK_BYTES: tl.constexpr):
 def copy_states(
     pools: Sequence[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor
 ) -> None:
-    """``pool[:, targets[n]] = pool[:, sources[n]]`` in every pool, for every n: copy-on-write,
-    donate and restore.
+    """Copy states between slots: ``pool[:, targets[n]] = pool[:, sources[n]]`` in every pool.
 
-    - ``pools``: each ``[L, S, ...]``, any dtype, the same L; one state is contiguous, layers and
-      slots need not be. Whole slabs of an arena are one pool ``[1, S, bytes]``.
-    - ``sources``, ``targets``: int32[N]. Targets are distinct and none of them is a source, so
+    - ``pools``: each ``[L, S, ...]``, of any dtype and the same L. A state is contiguous, with any
+      stride between layers and slots. Whole slabs of an arena are one pool ``[1, S, bytes]``.
+    - ``sources``, ``targets``: int32[N]. Targets are distinct and none of them is a source, so the
       order does not matter.
 
-    One launch. Moves ``2 * N`` states of each pool: bound by memory bandwidth, nothing else.
+    One launch, bound by memory bandwidth: moves ``2 * N`` states of each pool.
     """
     flat = [pool.flatten(2) if pool.dim() > 3 else pool for pool in pools]
     if any(

@@ -1,25 +1,26 @@
-"""States in fewer bits and back, in plain PyTorch, on every device: elementwise but for the largest
-magnitude of what shares a scale, so no number depends on what is copied beside it."""
+"""Conversion of states to fewer bits and back, in plain PyTorch, on every device.
+
+It is elementwise except for the largest magnitude per scale, so no value depends on the batch.
+"""
 
 from __future__ import annotations
 
 import torch
 
 LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-"""Codes that the largest magnitude becomes."""
+"""Code of the largest magnitude, by dtype."""
 TINY = 1e-30
-"""The least scale: of nothing but zeros."""
+"""Smallest scale, used if all values are zero."""
 
 
 def narrow(
     x: torch.Tensor, dtype: torch.dtype, dims: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(codes of ``dtype``, float32 scales) of states ``[N, ...]``, symmetric around 0.
+    """Quantise states ``[N, ...]`` to codes of ``dtype`` and float32 scales, symmetric around 0.
 
-    - ``dims``: of ``x``, those in which scales differ, 0 among them; elsewhere their size is 1.
-
-    A code is the nearest to ``x / scale``, half to even; ``scale`` is the largest magnitude over
-    ``LARGEST[dtype]``.
+    ``dims`` are the dimensions of ``x`` along which scales differ, including 0. Other dimensions of
+    the scales have size 1. A code is the nearest to ``x / scale``, ties to even; ``scale`` is the
+    largest magnitude divided by ``LARGEST[dtype]``.
     """
     x = x.float()
     others = [dim for dim in range(x.dim()) if dim not in dims]
@@ -30,5 +31,5 @@ def narrow(
 
 
 def widen(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """float32 ``[N, ...]``."""
+    """Convert codes to float32 ``[N, ...]``."""
     return codes.float() * scales

@@ -1,4 +1,4 @@
-"""Copying states between slots, and into checkpoints and back, by ``native.cpp``; see
+"""Copies of states between slots, and to checkpoints and back, with ``native.cpp``; see
 ``reference``."""
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ __all__ = ["copy_states", "narrow_states", "widen_states"]
 
 CODES = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 PLACES = "piiipippiii"
-"""Kinds of what `_places` gives."""
+"""Argument kinds of the result of `_places`."""
 
 
 def copy_states(
     pools: Sequence[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor
 ) -> None:
-    """As ``reference.copy_states``: one call for each pool."""
+    """Compute ``reference.copy_states``, with one call per pool."""
     if not all(has_whole_rows(pool[0]) for pool in pools):
         return reference.copy_states(pools, sources, targets)
     for pool in pools:
@@ -41,8 +41,10 @@ def narrow_states(
     targets: torch.Tensor,
     form: Form,
 ) -> None:
-    """As ``reference.narrow_states``, with the same bits where states are finite. Unscaled numbers
-    of another dtype are the reference's."""
+    """Compute ``reference.narrow_states``, with the same bits for finite states.
+
+    Unscaled numbers of another dtype use the reference.
+    """
     if not _move("pack", "narrow", pool, sources, slots, targets, form):
         reference.narrow_states(pool, sources, slots, targets, form)
 
@@ -54,7 +56,7 @@ def widen_states(
     targets: torch.Tensor,
     form: Form,
 ) -> None:
-    """As ``reference.widen_states``, where `narrow_states` is native too."""
+    """Compute ``reference.widen_states``, if `narrow_states` is native too."""
     if not _move("unpack", "widen", pool, targets, slots, sources, form):
         reference.widen_states(slots, sources, pool, targets, form)
 
@@ -68,7 +70,7 @@ def _move(
     kept: torch.Tensor,
     form: Form,
 ) -> bool:
-    """Between a pool's slots ``own`` and the checkpoints ``kept``. False: not here."""
+    """Move states between a pool's slots ``own`` and checkpoints. False if not supported."""
     shape, size = pool.shape[2:], pool.element_size()
     places = own.dtype is kept.dtype is torch.int64 and own.is_contiguous() and kept.is_contiguous()
     if not places or not has_whole_rows(pool[0]) or slots.stride(1) != 1:

@@ -1,5 +1,5 @@
-"""Copying states between slots, and between running states and checkpoints in fewer bits, in plain
-PyTorch: the definition, and the CPU path."""
+"""Copies of states between slots, and to checkpoints in fewer bits and back, in plain PyTorch: the
+definition, and the CPU path."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ from kernels.state_copy.narrow import narrow, widen
 
 
 class Form(NamedTuple):
-    """How the states of a pool stand in the bytes of a checkpoint, layer after layer."""
+    """Layout of a pool's states in the bytes of a checkpoint, layer after layer."""
 
     dtype: torch.dtype
     dims: tuple[int, ...] | None
-    """Of states ``[N, L, ...]``, those in which scales differ, 0 and 1 among them; None: nothing is
-    scaled."""
+    """Dimensions of states ``[N, L, ...]`` along which scales differ, including 0 and 1. None if
+    nothing is scaled."""
     first: int
-    """The byte at which the numbers begin."""
+    """First byte of the codes."""
     first_scale: int
-    """And their scales, float32."""
+    """First byte of the float32 scales."""
 
 
 def copy_states(
     pools: Sequence[torch.Tensor], sources: torch.Tensor, targets: torch.Tensor
 ) -> None:
-    """``pool[:, targets[n]] = pool[:, sources[n]]`` in every pool, for every n: copy-on-write,
-    donate and restore.
+    """Copy states between slots: ``pool[:, targets[n]] = pool[:, sources[n]]`` in every pool.
 
-    - ``pools``: each ``[L, S, ...]``, any dtype and strides. Whole slabs of an arena are one pool
-      ``[1, S, bytes]``.
-    - ``sources``, ``targets``: int32[N]. Targets are distinct and none of them is a source, so
+    - ``pools``: each ``[L, S, ...]``, of any dtype and strides. Whole slabs of an arena are one
+      pool ``[1, S, bytes]``.
+    - ``sources``, ``targets``: int32[N]. Targets are distinct and none of them is a source, so the
       order does not matter.
 
     Moves ``2 * N`` states of each pool.
@@ -56,7 +55,7 @@ def narrow_states(
     - ``slots``: uint8 ``[C, bytes]``, rows of any stride.
     - ``sources``, ``targets``: int64[N]; targets are distinct.
 
-    Codes and scales as `narrow` has them. Reads N states.
+    Codes and scales are those of `narrow`. Reads N states.
     """
     taken, scales = pool[:, sources].transpose(0, 1), None
     if form.dims is None:
@@ -76,8 +75,10 @@ def widen_states(
     targets: torch.Tensor,
     form: Form,
 ) -> None:
-    """The way back: ``pool[:, targets[n]]`` from the checkpoints ``slots[sources[n]]``; as
-    `narrow_states`."""
+    """Read ``pool[:, targets[n]]`` from the checkpoints ``slots[sources[n]]``.
+
+    Arguments are as in `narrow_states`.
+    """
     taken = slots[sources]
     shape = (len(sources), len(pool), *pool.shape[2:])
     found = _read(taken, form.first, form.dtype, shape)

@@ -37,7 +37,7 @@ def test_nothing_to_export_is_no_plan() -> None:
 
 @pytest.mark.parametrize("end", [0, 63, 65, 192, -64])
 def test_an_end_off_the_grid_is_refused(end: int) -> None:
-    with pytest.raises(ValueError, match="no state can be exported"):
+    with pytest.raises(ValueError, match="a state cannot be exported"):
         Exports.plan(Packed.from_lengths([130]), [(0, end, 1)])
 
 
@@ -45,7 +45,7 @@ def test_an_end_off_the_grid_is_refused(end: int) -> None:
 def test_an_end_within_a_shorter_tile_is_refused(tile_size: int, end: int) -> None:
     packed = Packed.from_lengths([130], tile_size=tile_size)
     assert Exports.plan(packed, [(0, 2 * tile_size, 1)]).ends == (2 * tile_size,)
-    with pytest.raises(ValueError, match="no state can be exported"):
+    with pytest.raises(ValueError, match="a state cannot be exported"):
         Exports.plan(packed, [(0, end, 1)])
 
 
