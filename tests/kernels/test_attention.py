@@ -319,7 +319,7 @@ def test_many_splits_are_joined_in_one_order(device, monkeypatch, assert_close) 
 def test_pools_of_two_layouts_are_refused(device) -> None:
     cache = Cache.filled([5], 2, 1, 32, torch.float32, device)
     cache.values = torch.empty(len(cache.keys), 2, 32, device=device)[:, :1]
-    with pytest.raises(ValueError, match="layout"):
+    with pytest.raises(ValueError, match="equal strides"):
         cache.decode(fused, [(0, 5)])
 
 
