@@ -1,4 +1,4 @@
-// One token of the delta rule, whose state may decay as a whole or row by row. A state is read
+// One token of the delta rule, with a decay of the whole state or of each row. A state is read
 // twice, the second time from the cache, and written once.
 #pragma once
 
@@ -24,7 +24,7 @@ struct OneDecay {
     float operator[](int64_t) const { return value; }
 };
 
-// COLUMNS * 16 columns of a state [K, V]: `after` may be `before`. decay[k]: of row k.
+// COLUMNS * 16 columns of a state [K, V]. `after` may alias `before`. decay[k] is the decay of row k.
 template <class T, class S, int COLUMNS, class Decay>
 static void step(
     const S* before, S* after, int64_t V, int64_t K, const float* key, const float* query,
@@ -48,7 +48,7 @@ static void step(
         }
 }
 
-// One token of a head: key and query of length 1, and of `scale`.
+// One token of a head, with a key of length 1 and a query of length `scale`.
 template <class T, class S, class Decay>
 static void recall_and_write(
     const T* query, const T* key, const T* value, Decay decay, float beta, float scale,

@@ -1,8 +1,8 @@
-// What processes of one machine give each other through memory they share: see exchange.py.
+// Exchange of data between processes of one machine through shared memory: see exchange.py.
 //
-// An exchange is one round: everybody writes its part into its own buffer, publishes the round, and
-// reads the others' once they have. There are two buffers: whoever writes round n has read n - 1,
-// which nobody published before it had read n - 2, so nobody reads the buffer that is written.
+// An exchange is one round: every process writes its part into its buffer, publishes the round, and
+// reads the other parts when they are published. Each process has two buffers. To write round n it has
+// read n - 1, which was published after reading n - 2, so no process reads the buffer being written.
 #include "native.h"
 
 #if defined(__unix__) || defined(__APPLE__)
@@ -21,9 +21,9 @@
 #endif
 
 constexpr int64_t SLEEP_NS = 10000000;
-// After which a sleeper looks whether somebody has gone.
+// Interval after which a sleeping process checks for ended processes.
 constexpr int64_t BLOCK = 1024;
-// Numbers that are added at a time.
+// Elements added at a time.
 enum Failure : int64_t { NONE, LATE, GONE };
 
 struct Post {
@@ -36,9 +36,9 @@ struct Exchange {
     char* memory;
     pollfd* lines;
     int64_t num_lines, number, count, capacity, spin_ns, timeout_ns;
-    // What has happened: the failure and whose it is, exchanges, bytes given, time in all of them.
+    // Results: the failure and its rank, exchanges, bytes sent, time in all exchanges.
     int64_t failure, whose, rounds, bytes, total_ns;
-    // Made, of the last round.
+    // Published rounds.
     int64_t round;
 
     Post& post(int64_t rank) const { return ((Post*)memory)[rank]; }
@@ -83,7 +83,7 @@ static bool fails(Exchange& e, Failure failure, int64_t whose) {
     return false;
 }
 
-// Whether rank has published this round; it is waited for.
+// Waits for a rank. Returns true if it has published this round.
 static bool waits(Exchange& e, int64_t rank) {
     Post& post = e.post(rank);
     auto is_there = [&] {
@@ -110,7 +110,7 @@ static bool waits(Exchange& e, int64_t rank) {
     }
 }
 
-// give(buffer) and take(rank, buffer), of every other rank in order, once all have given.
+// Calls give(buffer), then take(rank, buffer) for every other rank in order, after all have given.
 template <class Give, class Take>
 static bool exchange(Exchange& e, int64_t bytes, Give give, Take take) {
     if (e.failure) return false;
@@ -165,15 +165,15 @@ EXPORT void exchange_sum_bfloat16(
     sum(*e, x, out, size, threads);
 }
 
-// x [rows, own columns] of each into out [rows, columns]; rank r has the columns from r * columns /
-// count on. Rows are given as wide as the widest.
+// Joins x [rows, own columns] of all ranks into out [rows, columns]; rank r has the columns from
+// r * columns / count on. Rows are exchanged with the width of the widest part.
 EXPORT void exchange_join(
     Exchange* e, const char* x, char* out, int64_t rows, int64_t columns, int64_t item) {
     auto start = [&](int64_t rank) { return rank * columns / e->count * item; };
     int64_t wide = (columns + e->count - 1) / e->count * item;
     for (int64_t first = 0, end = rows * wide; first < end; first += e->capacity) {
         int64_t last = std::min(end, first + e->capacity);
-        // copy(place in the buffer, row, place in the part's row, bytes)
+        // copy(position in the buffer, row, position in the part's row, bytes)
         auto each = [&](int64_t rank, auto copy) {
             int64_t width = start(rank + 1) - start(rank);
             for (int64_t row = first / wide; row * wide < last; row++) {

@@ -1,5 +1,5 @@
-// What the native kernels share. No sum depends on where a row lies, on how many there are, or on
-// the number of threads: loops over a row run in one order, and elementwise functions are made of
+// Shared parts of the native kernels. No sum depends on the position of a row, on the number of rows or
+// on the number of threads. Loops over a row run in one order, and elementwise functions consist of
 // exactly rounded operations only, so that a vectorised and a scalar loop give the same bits.
 #pragma once
 
@@ -62,7 +62,7 @@ static inline Lanes load(const BFloat16* from) {
 
 static inline void store(float* to, Lanes x) { *(Lanes*)to = x; }
 
-// As narrow does.
+// Equals narrow.
 static inline void store(BFloat16* to, Lanes x) {
     Words bits = (Words)x, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     Words no_number = (Words)((bits & 0x7fffffff) > 0x7f800000);
@@ -88,7 +88,7 @@ static inline Lanes load_first(const T* from, int64_t count) {
 }
 #endif
 
-// The first count of 16 numbers, and zeros.
+// The first count of 16 elements, then zeros.
 template <class T>
 static inline Lanes load_part(const T* from, int64_t count) {
     return count >= LANES ? load(from) : load_first(from, count);
@@ -117,7 +117,7 @@ static inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) {
 #endif
 }
 
-// b where one of them is no number.
+// Returns b if one of them is NaN.
 static inline Lanes larger(Lanes a, Lanes b) {
 #ifdef __AVX512F__
     return (Lanes)_mm512_max_ps((__m512)a, (__m512)b);
@@ -137,7 +137,7 @@ static inline float sum(Lanes x) {
 #endif
 }
 
-// In each quarter of the result what `sum` makes of one of four registers before its last two steps.
+// Each quarter of the result is the partial `sum` of one of four registers before its last two steps.
 static inline Lanes fold(const Lanes* x) {
     Lanes found;
 #ifdef __AVX512F__
@@ -157,7 +157,7 @@ static inline Lanes fold(const Lanes* x) {
     return found;
 }
 
-// The sums of 16 registers, with the bits of `sum`: x[i] is `fold` of registers i, i+4, i+8, i+12.
+// Sums of 16 registers, with the bits of `sum`. x[i] is `fold` of registers i, i+4, i+8, i+12.
 static inline Lanes sums(const Lanes* x) {
     Lanes found;
 #ifdef __AVX512F__
@@ -179,7 +179,7 @@ static inline Lanes sums(const Lanes* x) {
     return found;
 }
 
-// e^x to two units in the last place; past float's range the largest or smallest normal number.
+// e^x to two units in the last place. Overflow and underflow give the extreme normal numbers.
 static inline float exponential(float x) {
     x = x > 88.3f ? 88.3f : x;
     x = x < -87.3f ? -87.3f : x;
@@ -201,14 +201,14 @@ static inline float exponential(float x) {
 
 static inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
-// By libm: for the few numbers on which a whole state hangs.
+// Computed by libm, for the few numbers that scale a whole state.
 static inline float softplus(float x) {
     return (x > 0.0f ? x : 0.0f) + log1pf(expf(-__builtin_fabsf(x)));
 }
 
 static inline float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
-// Work of fewer cycles than this, as far as they can be told, is not worth a second thread.
+// Minimum estimated cycles of work that justify a second thread.
 constexpr int64_t FEW_CYCLES = 1 << 14;
 
 static inline int threads_for(int64_t cycles, int threads) {

@@ -1,10 +1,10 @@
-// Calls with their arguments, made one after the other: see recording.py.
+// Makes recorded calls one after the other: see recording.py.
 #include "native.h"
 
 #include <utility>
 
-// Here integers and addresses are passed in one sequence of places, floats in another, whatever
-// their order, and a function that takes fewer of both finds its own first.
+// The calling convention passes integers and addresses in one sequence of places and floats in
+// another, in any mixed order. A function with fewer arguments reads the first ones.
 #if defined(__linux__) && (defined(__x86_64__) || defined(__aarch64__))
 
 constexpr size_t WORDS = 24;

@@ -1,20 +1,20 @@
-// What the scans over tiles of tokens share: small float32 products whose every sum is taken in
-// one register lane, in order, and the walk along a sequence's tiles.
+// Shared parts of the scans over tiles of tokens: small float32 products, each summed in order in one
+// register lane, and the loop over a sequence's tiles.
 #pragma once
 
 #include "native.h"
 
 #ifdef __AVX512F__
 
-constexpr int64_t TILE = 64;  // most tokens of a tile, and the stride of what is as wide as one
-constexpr int64_t ROWS = 6;   // with 4 registers of columns they and what they read fill the file
+constexpr int64_t TILE = 64;  // maximum tokens of a tile, and the row stride of tile-wide matrices
+constexpr int64_t ROWS = 6;   // with 4 column registers, these and their operands fill the register file
 
 struct Matrix {
     const float* from;
     int64_t stride;
 };
 
-// to = keep * to + a b for R rows and 16 C columns; keep = 0: whatever `to` holds.
+// to = keep * to + a b for R rows and 16 C columns; keep = 0 ignores the contents of `to`.
 template <int R, int C>
 static void multiply_block(
     Matrix a, Matrix b, int64_t depth, float* to, int64_t stride, float keep) {
@@ -46,7 +46,7 @@ static void multiply_columns(
     }
 }
 
-// As many rows as ROWS or fewer; columns: a multiple of 16.
+// At most ROWS rows; columns: a multiple of 16.
 static void multiply_rows(
     int64_t rows, Matrix a, Matrix b, int64_t columns, int64_t depth, float* to, int64_t stride,
     float keep) {
@@ -66,7 +66,7 @@ static void multiply(
             to + r * stride, stride, keep);
 }
 
-// The same where row r of a is zero behind column r.
+// The same, if row r of a is zero after column r.
 static void multiply_lower(
     int64_t rows, Matrix a, Matrix b, int64_t columns, float* to, int64_t stride, float keep) {
     for (int64_t r = 0; r < rows; r += ROWS) {
@@ -77,10 +77,10 @@ static void multiply_lower(
     }
 }
 
-// Columns of as many rows of a tile, in whole registers.
+// Columns of the rows of a tile, in whole registers.
 static int64_t width_of(int64_t rows) { return (rows + LANES - 1) / LANES * LANES; }
 
-// x [rows, depth] by columns [depth, TILE], of each row as far as the diagonal, at least.
+// x [rows, depth] times columns [depth, TILE], each row at least up to the diagonal.
 static void multiply_with_earlier(
     int64_t rows, const float* x, const float* columns, int64_t depth, float* to) {
     for (int64_t r = 0; r < rows; r += ROWS) {
@@ -91,7 +91,7 @@ static void multiply_with_earlier(
     }
 }
 
-// x [rows, size] to its transpose [size, TILE]; what fills the last register up is zero.
+// x [rows, size] to its transpose [size, TILE], zero-padded to whole registers.
 static void transpose(const float* x, int64_t rows, int64_t size, float* to) {
     int64_t width = width_of(rows);
     for (int64_t k = 0; k < size; k++) {
@@ -100,17 +100,17 @@ static void transpose(const float* x, int64_t rows, int64_t size, float* to) {
     }
 }
 
-// Where sequences and their states lie: see packed.Packed and packed.Exports.
+// Layout of sequences and states: see packed.Packed and packed.Exports.
 template <class S>
 struct Walk {
     S* states;
-    int64_t slot_stride, head_size;  // of a state; of a head's part of it
+    int64_t slot_stride, head_size;  // elements between two slots; elements of a head in a state
     const int32_t *slots, *cu_seqlens, *ends, *export_slots, *cu_exports;
     const bool* resumed;
     int64_t tile_size;  // tokens
 };
 
-// step(first row, rows, state) for every tile of a sequence, with the float32 state of one head.
+// Calls step(first row, rows, state) for every tile of a sequence, with the float32 state of one head.
 template <class S, class Step>
 static void walk_tiles(const Walk<S>& walk, int64_t sequence, int64_t head, float* state, Step step) {
     int64_t begin = walk.cu_seqlens[sequence], end = walk.cu_seqlens[sequence + 1];
@@ -131,7 +131,7 @@ static void walk_tiles(const Walk<S>& walk, int64_t sequence, int64_t head, floa
             save(own + walk.export_slots[exported] * walk.slot_stride);
         }
         if (at + count == end) save(slot);
-        // What a checkpoint gives back is what a cold run carries on with.
+        // Rounded, so that a checkpoint restores exactly the state of a cold run.
         for (int64_t i = 0; sizeof(S) < 4 && i < walk.head_size; i += LANES) {
             S narrowed[LANES];
             store(narrowed, load(state + i));

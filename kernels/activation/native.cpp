@@ -1,4 +1,4 @@
-// Gated activations, a row at a time: see reference.py.
+// Gated activations, one row at a time: see reference.py.
 #include "../native.h"
 
 template <class T>
@@ -12,7 +12,7 @@ static void silu_and_mul(
     }
 }
 
-// gate_size: of a gate's row, as many as size or 1 for all.
+// gate_size: elements of a gate's row, either size or 1.
 template <class T>
 static void sigmoid_mul(
     const T* x, int64_t stride, const T* gate, int64_t gate_stride, int64_t gate_size, T* out,

@@ -1,28 +1,28 @@
-// Attention of the newest tokens of each sequence over KV rows where they lie: see
-// reference.decode_attention and verify_attention. A sequence and KV head are one piece of work;
-// for every query positions are taken in order.
+// Attention of the newest tokens of each sequence, reading KV rows in place: see
+// reference.decode_attention and verify_attention. Tasks are pairs of a sequence and a KV head;
+// positions are processed in order for every query.
 #include "../native.h"
 
 #include <algorithm>
 
 constexpr int64_t MAX_HEAD = 512;
-constexpr int64_t MAX_QUERIES = 4;  // that share what is loaded
+constexpr int64_t MAX_QUERIES = 4;  // queries that share loaded KV
 
 struct Cached {
-    int64_t stride;       // of a pool, from a row to the next
-    const int32_t* rows;  // of the positions
+    int64_t stride;       // elements between two rows of a pool
+    const int32_t* rows;  // row of each position
     int64_t D;
     float scale;
 
     int64_t padded() const { return (D + LANES - 1) / LANES * LANES; }
 };
 
-// A query, how many positions it sees, and where its weights and its result go.
+// One query, its number of visible positions, and the memory of its weights and result.
 template <class T>
 struct Query {
     const T* from;
     int64_t length;
-    float* weights;  // as many as positions, up to the next multiple of LANES
+    float* weights;  // one per position, padded to a multiple of LANES
     T* to;
 };
 
@@ -39,7 +39,7 @@ static void soften(float* weights, int64_t length, float* factor) {
     *factor = 1.0f / sum(totals);
 }
 
-// BLOCKS * 16 numbers of a value, from the one at d on, of which the last 16 may be fewer.
+// BLOCKS * 16 elements of a value from d on. The last 16 may be incomplete.
 template <class T, int G, int BLOCKS>
 static void blend(
     const Query<T>* queries, const T* values, const Cached& cached, const float* factors,
@@ -75,8 +75,8 @@ static void blend(
     }
 }
 
-// The products of G queries with the keys of positions j, j+4, j+8 and j+12, folded: those of the
-// next query four further.
+// Products of G queries with the keys of positions j, j+4, j+8 and j+12, folded. Those of the next
+// query follow at distance four.
 template <class T, int G>
 static inline void multiply_four(
     const float* wide, const T* keys, int64_t j, const Cached& cached, Lanes* folded) {
@@ -98,7 +98,7 @@ static inline void multiply_four(
     for (int g = 0; g < G; g++) folded[4 * g] = fold(totals[g]);
 }
 
-// G queries of one KV head, none of which sees less than the first.
+// G queries of one KV head. The first one has the fewest visible positions.
 template <class T, int G>
 static void attend(
     const Query<T>* queries, const T* keys, const T* values, const Cached& cached) {
@@ -146,7 +146,7 @@ static void attend(
     if (left == 1) blend<T, G, 1>(queries, values, cached, factors, d);
 }
 
-// lengths: of the sequences with this step's tokens; cu_seqlens: null where that is one of each.
+// lengths: of the sequences with this step's tokens; cu_seqlens: null if each has one token.
 template <class T>
 static void decode(
     const T* query, int64_t query_stride, const T* keys, const T* values, int64_t stride,

@@ -1,4 +1,4 @@
-// What new tokens keep into its rows of the pools: see reference.write_kv and write_rows.
+// Writes the KV of new tokens to rows of the pools: see reference.write_kv and write_rows.
 #include "../native.h"
 
 EXPORT void write_kv(
@@ -11,7 +11,7 @@ EXPORT void write_kv(
     }
 }
 
-// int32_t where index_bytes are 4, else int64_t.
+// Indices are int32_t if index_bytes is 4, else int64_t.
 EXPORT void write_rows(
     const char* from, int64_t from_stride, char* pool, int64_t pool_stride, const void* indices,
     int64_t index_bytes, int64_t rows, int64_t row_bytes) {

@@ -1,8 +1,8 @@
-// The causal convolution token by token: see reference. A prompt's tokens have the bits of as many
-// decoded ones.
+// Causal convolution token by token: see reference. Tokens of a prompt have the same bits as decoded
+// tokens.
 #include "../native.h"
 
-constexpr int64_t CHANNELS = 512;  // whose sums wait for the activation
+constexpr int64_t CHANNELS = 512;  // channels summed before the activation
 
 template <class T>
 static void finish(float* totals, const T* bias, T* out, int64_t count, bool activated) {
@@ -13,7 +13,7 @@ static void finish(float* totals, const T* bias, T* out, int64_t count, bool act
     for (int64_t c = 0; c < count; c++) out[c] = narrow<T>(totals[c]);
 }
 
-// `after` may be `before`.
+// `after` may alias `before`.
 template <class T, int WIDTH>
 static void convolve(
     const T* x, const T* weight, const T* bias, const T* before, T* after, T* out, int64_t count,
@@ -36,7 +36,7 @@ static void convolve(
     finish(totals, bias, out, count, activated);
 }
 
-// cu_seqlens: null where every sequence is one token. The window after row r goes to step_slots[r].
+// cu_seqlens: null if every sequence has one token. The window after row r goes to step_slots[r].
 template <class T, int WIDTH>
 static void decode(
     const T* x, int64_t stride, const T* weight, const T* bias, T* states, int64_t slot_stride,
@@ -61,8 +61,8 @@ static void decode(
     }
 }
 
-// Of some channels of one sequence, from the window `before`; the windows after `ends` tokens, and
-// after the last, go to `slots`.
+// Some channels of one sequence, from the window `before`. The windows after `ends` tokens, and
+// after the last one, go to `slots`.
 template <class T, int WIDTH>
 static void convolve_all(
     const T* x, int64_t stride, const T* weight, const T* bias, const T* before, int64_t tokens,
@@ -95,7 +95,7 @@ static void convolve_all(
     save(tokens, own_slot);
 }
 
-// A sequence of no tokens leaves its slot as it is.
+// The slot of a sequence without tokens is not changed.
 template <class T, int WIDTH>
 static void prefill(
     const T* x, int64_t stride, const T* weight, const T* bias, T* states, int64_t slot_stride,

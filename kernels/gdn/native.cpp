@@ -1,9 +1,9 @@
-// The gated delta rule token by token: see reference.decode_gdn and verify_gdn.
+// Gated delta rule token by token: see reference.decode_gdn and verify_gdn.
 #include "../delta.h"
 
 struct Tokens {
-    int64_t stride;       // of query, key and value, from a token to the next
-    int64_t gate_stride;  // of a and b
+    int64_t stride;       // elements between two tokens of query, key and value
+    int64_t gate_stride;  // elements between two tokens of a and b
     int64_t rows, sequences, H, HV, K, V;
     float scale, max_beta;
 };
@@ -20,7 +20,7 @@ static void advance(
         tokens.V);
 }
 
-// cu_seqlens: null where every sequence is one token. The state after row r goes to step_slots[r].
+// cu_seqlens: null if every sequence has one token. The state after row r goes to step_slots[r].
 template <class T, class S>
 static void decode(
     const T* query, const T* key, const T* value, const T* a, const T* b, const float* A_log,

@@ -1,5 +1,5 @@
-// The gated delta rule tile by tile: see reference.chunk_gdn. With chunk.py's letters, for a tile of
-// a value head, S the state before it:
+// Gated delta rule tile by tile: see reference.chunk_gdn. In the notation of chunk.py, for a tile of
+// a value head with the state S before it:
 //     N = (I + tril(beta K K^T * D, -1))^-1 beta (V - exp(G) (K S))      row after row
 //     O = exp(G) (Q S) + (Q K^T * D) N        S <- exp(G_R) S + K^T (exp(G_R - G) N)
 #include "../tile.h"
@@ -26,7 +26,7 @@ static void unit_rows(const T* from, int64_t stride, int64_t rows, int64_t K, fl
     }
 }
 
-// What a tile and key head need of memory, and their value heads in turn.
+// Memory of a tile and key head, shared by their value heads in turn.
 struct Room {
     std::vector<float> floats;
     float *query, *key, *key_columns, *query_key, *key_key, *weights, *system, *news, *read, *state;
@@ -43,7 +43,7 @@ struct Room {
     }
 };
 
-// N in place of beta (V - exp(G) (K S)); `system` holds what is subtracted, with its sign.
+// Replaces beta (V - exp(G) (K S)) by N; `system` has the terms to add, with negative sign.
 static void solve(const float* system, float* news, int64_t rows, int64_t V) {
     for (int64_t r = 0; r < rows; r += ROWS) {
         int64_t count = rows - r < ROWS ? rows - r : ROWS;
@@ -55,7 +55,7 @@ static void solve(const float* system, float* news, int64_t rows, int64_t V) {
     }
 }
 
-// One tile of one value head, whose key head's products are made.
+// One tile of one value head, after its key head's products are computed.
 template <class T>
 static void advance(
     const Room& room, const T* value, const float* gate, const float* beta, int64_t rows, T* out,

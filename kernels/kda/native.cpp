@@ -2,7 +2,7 @@
 #include "../delta.h"
 
 struct Tokens {
-    int64_t stride;  // of query, key and value, from a token to the next
+    int64_t stride;  // elements between two tokens of query, key and value
     int64_t decay_stride, beta_stride;
     int64_t rows, H, K, V;
     float scale;

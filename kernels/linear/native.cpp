@@ -1,16 +1,16 @@
-// x @ weight.T for a weight packed once: panels of 64 outputs, and in a panel, step after step, one
-// 32-bit word of each output's row: a float32, two bfloat16 or four int8. Every output is summed
-// word after word, in one register lane, for any number of rows and threads: so a row's bits are
-// its own. Only speed hangs on how rows and words are cut below.
+// x @ weight.T for a packed weight: panels of 64 outputs. A panel has, step after step, one 32-bit
+// word of each output's row: a float32, two bfloat16 or four int8. Every output is summed word after
+// word, in one register lane, for any number of rows and threads, so a row's bits do not depend on the
+// batch. The blocking of rows and words below affects speed only.
 #include "../native.h"
 
 #ifdef __AVX512F__
 
 constexpr int64_t PANEL = 64;        // outputs
-constexpr int64_t VECTORS = 4;       // registers that hold a step of a panel
-constexpr int64_t TILE_ROWS = 6;     // with them, 24 sums and what they read fill the registers
-constexpr int64_t BLOCK_ROWS = 192;  // rows whose sums wait in the cache
-constexpr int64_t BLOCK_STEPS = 512; // of a panel that stay in the cache while rows pass by
+constexpr int64_t VECTORS = 4;       // registers per step of a panel
+constexpr int64_t TILE_ROWS = 6;     // 24 sums and their operands fill the registers
+constexpr int64_t BLOCK_ROWS = 192;  // rows with sums in the cache
+constexpr int64_t BLOCK_STEPS = 512; // steps of a panel kept in the cache while rows are processed
 
 struct Float32 {
     typedef __m512 Sum;
@@ -36,7 +36,7 @@ struct Int8Fours {
     typedef __m512i Sum;
     static Sum zero() { return _mm512_setzero_si512(); }
     static Sum add(Sum sum, int32_t x, __m512i w) {
-        // GCC 12 keeps the sums of its intrinsic in memory.
+        // GCC 12 spills the sums of its intrinsic to memory.
         asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(_mm512_set1_epi32(x)), "v"(w));
         return sum;
     }
@@ -45,10 +45,10 @@ struct Int8Fours {
 };
 #endif
 
-// Rows of words, as many as outputs, to panels; the outputs that the last one misses are 0.
+// Packs rows of words, one per output, into panels. Missing outputs of the last panel are 0.
 EXPORT void pack_words(
     const int32_t* rows, int32_t* packed, int64_t outputs, int64_t words, int threads) {
-    constexpr int64_t STEPS = 64;  // of all rows at a time: rows may lie 4 KiB apart
+    constexpr int64_t STEPS = 64;  // steps of all rows at a time, since rows can be 4 KiB apart
     int64_t panels = (outputs + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static) num_threads(threads_for(outputs * words, threads))
     for (int64_t p = 0; p < panels; p++) {
@@ -100,7 +100,7 @@ static void tiles(
     }
 }
 
-// finish(row, panel, sums) is called with the 64 sums of every row and panel.
+// Calls finish(row, panel, sums) with the 64 sums of every row and panel.
 template <class Op, class Finish>
 static void multiply(
     const int32_t* x, int64_t stride, int64_t rows, const int32_t* w, int64_t steps,
@@ -127,7 +127,7 @@ static void multiply(
     }
 }
 
-// scale: of each output, or null.
+// scale: one per output, or null.
 template <class Op, class T>
 static void multiply_float(
     const T* x, int64_t stride, int64_t rows, const int32_t* w, const float* scale, const T* bias,
@@ -162,10 +162,10 @@ EXPORT void linear_bfloat16(
 #endif
 
 #ifdef __AVX512VNNI__
-// Rows to int8 + 128, as the instruction wants them; the same numbers as int8.quantize_rows.
+// Converts rows to int8 + 128, as the instruction requires; the same values as int8.quantize_rows.
 template <class T>
 static void quantize_row(const T* x, int64_t size, int64_t padded, uint8_t* to, float* scale) {
-    Lanes most = {}, nothing = {};  // nothing stays 0, unless an element is infinite or no number
+    Lanes most = {}, nothing = {};  // nothing stays 0 unless an element is infinite or NaN
     for (int64_t i = 0; i < size; i += LANES) {
         Lanes b = load_part(x + i, size - i);
         nothing += b * 0.0f;

@@ -4,7 +4,7 @@
 constexpr int64_t MAX_KEY = 512;
 
 struct Tokens {
-    int64_t stride;  // of x, B and C, from a token to the next
+    int64_t stride;  // elements between two tokens of x, B and C
     int64_t step_stride;
     int64_t rows, H, HV, K, V;
     float shortest, longest;

@@ -1,4 +1,4 @@
-// Mamba-2 tile by tile: see reference.chunk_mamba2. For a tile of a head, S the state before it:
+// Mamba-2 tile by tile: see reference.chunk_mamba2. For a tile of a head with the state S before it:
 //     O = (C B^T * L) diag(dt) X + D X + exp(G) (C S)        S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
 #include "../tile.h"
 

@@ -1,5 +1,5 @@
-// Root-mean-square norms, a row at a time: see reference.py. Rows come as [outer, inner, size], of
-// which only the outer stride is free.
+// Root-mean-square norms, one row at a time: see reference.py. Rows are [outer, inner, size] with any
+// outer stride.
 #include "../native.h"
 
 template <class T>
@@ -13,7 +13,7 @@ static float factor_of(const T* x, int64_t size, float eps) {
     return 1.0f / __builtin_sqrtf(total / float(size) + eps);
 }
 
-// residual may be null; then so is sums.
+// residual may be null; sums is then null too.
 template <class T>
 static void rms_norm(
     const T* x, int64_t stride, const T* residual, int64_t residual_stride, const float* weight,
@@ -35,8 +35,8 @@ static void rms_norm(
     }
 }
 
-// weight_stride: from the weight of an inner row to the next one's. gate_first: the gate is part of
-// what is normed.
+// weight_stride: elements between the weights of two inner rows. gate_first: the gate is applied
+// before the norm.
 template <class T>
 static void gated_rms_norm(
     const T* x, int64_t stride, const T* gate, int64_t gate_stride, const float* weight,

@@ -1,4 +1,4 @@
-// States from slot to slot in every layer of a pool, and into checkpoints of fewer bits and back: see
+// Copies states between slots in every layer of a pool, and to compressed checkpoints and back: see
 // reference.copy_states, narrow_states and widen_states.
 #include "../native.h"
 
@@ -24,7 +24,7 @@ struct Float8 {
     uint8_t bits;
 };
 
-// Of x within +-LARGEST: the nearest code, half to even.
+// Returns the code nearest to x within +-LARGEST, ties to even.
 static inline Int8 encode(float x, Int8) { return {int8_t(int32_t(rintf(x)))}; }
 
 static inline Float8 encode(float x, Float8) {
@@ -32,7 +32,7 @@ static inline Float8 encode(float x, Float8) {
     memcpy(&bits, &x, 4);
     sign = bits >> 24 & 0x80;
     bits &= 0x7fffffff;
-    // Below 2^-6 a code counts steps of 2^-9: those that the sum with 2^14 is rounded to.
+    // Below 2^-6 a code counts steps of 2^-9, the precision of the sum with 2^14.
     float magnitude, sum;
     memcpy(&magnitude, &bits, 4);
     sum = magnitude + 16384.0f;
@@ -85,7 +85,7 @@ static void widen_run(const Code* codes, int64_t count, const float* scale, S* x
     for (int64_t i = 0; i < count; i++) x[i] = narrow<S>(decode(codes[i]) * by);
 }
 
-// Numbers [rows, columns], of which each column has a scale.
+// Elements [rows, columns] with one scale per column.
 template <class S, class Code>
 static void narrow_columns(const S* x, int64_t rows, int64_t columns, Code* codes, float* scales) {
     std::vector<float> by(columns, 0.0f);
@@ -117,7 +117,7 @@ static void widen_columns(
             x[r * columns + c] = narrow<S>(decode(codes[r * columns + c]) * by[c]);
 }
 
-// Where one layer of one state lies in its pool, and in its checkpoint.
+// Location of one layer of one state in its pool and in its checkpoint.
 struct Places {
     char *pool, *slots;
     int64_t layers, layer_stride, pool_stride, slot_stride;
