@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,6 +128,98 @@ def sweep_table(result: SweepRuns, word: str = "hit") -> str:
         title += f": {first[0].requests:,} requests, {first[0].prompt_tokens:,} prompt tokens"
     table = f"{title}\n{text_table(header, rows)}"
     return "\n".join([table, *notes_on(result, [word]), *tier_notes(result)])
+
+
+def sweep_line(result: SweepRuns) -> str:
+    """Describe a sweep in one line: trace, competitors, sizes, and the best run."""
+    if not result.runs:
+        return f"{result.trace}: no runs"
+    best = max(result.runs, key=lambda run: run.token_hit_rate)
+    num_sizes = len({_size(run) for run in result.runs})
+    at = "" if best.gib is None else f" at {best.gib:.4g} GiB"
+    return (
+        f"{result.trace}, {result.geometry.name}: {_count(best.requests, 'request')}, "
+        f"{_count(len(result.by_label()), 'competitor')}, {_count(num_sizes, 'size')}; "
+        f"best token hit rate {100 * best.token_hit_rate:.1f} %, {best.label}{at}"
+    )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def sweep_html(result: SweepRuns) -> str:
+    """Return the token hit rates as an HTML table: a row per competitor with a curve over the
+    sizes, a column per size, the best of each size in bold."""
+    by_size: dict[tuple[Any, ...], RunResult] = {}
+    for run in sorted(result.runs, key=lambda run: run.gib or 0.0):
+        best = by_size.setdefault(_size(run), run)
+        if run.token_hit_rate > best.token_hit_rate:
+            by_size[_size(run)] = run
+    heads = ["token hit rate, %", "", *(f"{size_label(run)} GiB" for run in by_size.values())]
+    rows = ["<tr>" + "".join(f"<th>{escape(head)}</th>" for head in heads) + "</tr>"]
+    for label, runs in result.by_label().items():
+        rates = {_size(run): run.token_hit_rate for run in runs}
+        cells = [f"<th>{escape(label)}</th>", f"<td>{_sparkline([*rates.values()])}</td>"]
+        for size, best in by_size.items():
+            if size not in rates:
+                cells.append("<td>-</td>")
+                continue
+            text = f"{100 * rates[size]:.1f}"
+            is_best = rates[size] == best.token_hit_rate
+            cells.append(f"<td>{f'<b>{text}</b>' if is_best else text}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    bound = ""
+    if result.bound_rate is not None:
+        bound = f" An infinite cache reuses {100 * result.bound_rate:.1f} %."
+    return f"<table><caption>{escape(sweep_line(result))}.{bound}</caption>{''.join(rows)}</table>"
+
+
+def _sparkline(rates: Sequence[float]) -> str:
+    """Return a curve of ``rates``, 0 to 1, as SVG of 80 by 20 pixels."""
+    step = 76 / max(1, len(rates) - 1)
+    points = " ".join(
+        f"{2 + index * step:.1f},{18 - 16 * rate:.1f}" for index, rate in enumerate(rates)
+    )
+    return (
+        '<svg width="80" height="20" role="img" aria-label="token hit rate over the sizes">'
+        f'<polyline points="{points}" fill="none" stroke="#13857c" stroke-width="1.5"/></svg>'
+    )
+
+
+def flat_record(run: RunResult) -> dict[str, Any]:
+    """Return settings and figures of one run as one flat dictionary."""
+    config = run.config
+    known = {
+        "trace": config.trace,
+        "model": config.model,
+        "label": run.label,
+        "policy": config.policy,
+        "checkpoints": config.checkpoints,
+        "baseline": config.baseline,
+        "gib": run.gib,
+        "host_gib": config.host_gib,
+        "disk_gib": config.disk_gib,
+        "grid": config.grid,
+        "requests": run.requests,
+        "prompt_tokens": run.prompt_tokens,
+        "cached_tokens": run.cached_tokens,
+        "token_hit_rate": run.token_hit_rate,
+        "request_hit_rate": run.request_hit_rate,
+        "share_of_bound": run.share_of_bound,
+        "share_of_optimum": run.share_of_optimum,
+        "flops_saved_rate": run.flops_saved_rate,
+        "seconds": run.seconds,
+        "seconds_saved": run.seconds_saved,
+        "ttft_mean_s": run.ttft_mean_s,
+        **{f"ttft_p{rank}_s": value for rank, value in run.ttft_s.items()},
+        "checkpoints_made": run.checkpoints_made,
+        "missed_tokens": run.missed_tokens,
+        "control_us": run.control_us,
+    }
+    lost = None if run.losses is None else dict(run.losses)
+    causes = {f"lost_{cause}": lost and lost.get(cause, 0) for cause in Losses._fields}
+    return known | causes
 
 
 CLOSED_LOOP_HEADER = (

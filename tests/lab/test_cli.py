@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Literal, get_args, get_type_hints
 
@@ -21,6 +22,7 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.advise import WORTH, advise
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
+from hybridcache.lab.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.generators import chat, resend, short
 from hybridcache.lab.optimum import optimum
 from hybridcache.lab.report import METRICS, optimum_table
@@ -36,6 +38,13 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     code = main(arguments)
     out, error = capsys.readouterr()
     return code, out, error
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"hybridcache {metadata.version(CACHE_DISTRIBUTION)}\n"
 
 
 def test_trace_stats(capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.baselines import BASELINES
@@ -20,7 +24,7 @@ from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.simulate import Sweep, simulate
+from hybridcache.lab.simulation.simulate import SimulationResult, Sweep, simulate
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import (
@@ -406,6 +410,65 @@ def test_golden_hit_counts(trace: str, memory: str) -> None:
     ``python -m tests.lab.test_simulate``."""
     golden = json.loads(GOLDEN_FILES[memory].read_text())[trace]
     assert golden_hits(trace, memory) == golden
+
+
+@pytest.fixture(scope="module")
+def small() -> SimulationResult:
+    return simulate("short?head=30", gib=[1, 2], policy=["lru", "fifo"], baseline=["vllm"])
+
+
+def test_a_result_is_one_line_and_names_its_best_run(small: SimulationResult) -> None:
+    best = max(small.runs, key=lambda run: run.token_hit_rate)
+    for shown in (repr(small), str(small)):
+        assert "\n" not in shown and len(shown) < 200
+        assert "3 competitors, 2 sizes" in shown and "30 requests" in shown
+        assert f"{100 * best.token_hit_rate:.1f} %" in shown
+    assert len(repr(best)) < 100 and best.label in repr(best)
+    assert "no runs" in repr(replace(small, runs=()))
+
+
+def test_a_notebook_shows_every_rate(small: SimulationResult) -> None:
+    html = small._repr_html_()
+    table = ElementTree.fromstring(html)  # every element is closed
+    rows = [["".join(cell.itertext()) for cell in row] for row in table.iter("tr")]
+    assert [row[0] for row in rows[1:]] == [*small.by_label()]
+    for row, runs in zip(rows[1:], small.by_label().values(), strict=True):
+        assert row[2:] == [f"{100 * run.token_hit_rate:.1f}" for run in runs]
+    assert len(list(table.iter("svg"))) == 3
+    odd = replace(small.runs[0], config=replace(small.runs[0].config, label="<b>&"))
+    assert "<b>&<" not in replace(small, runs=(odd,))._repr_html_()
+
+
+def test_the_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> None:
+    rows = small.to_dicts()
+    assert len(rows) == len(small.runs) and len({frozenset(row) for row in rows}) == 1
+    assert all(
+        value is None or isinstance(value, str | int | float)
+        for row in rows
+        for value in row.values()
+    )
+    for row, run in zip(rows, small.runs, strict=True):
+        assert (row["label"], row["gib"]) == (run.label, run.gib)
+        lost = [row[f"lost_{cause}"] for cause in Losses._fields]
+        if run.config.baseline:
+            assert lost == [None] * len(lost)
+        else:
+            assert row["cached_tokens"] + sum(lost) == row["prompt_tokens"]
+    json.dumps(rows)
+
+
+@pytest.mark.parametrize("package", ["pandas", "polars"])
+def test_frames_come_from_packages_that_may_be_missing(
+    package: str, small: SimulationResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = ModuleType(package)
+    stand_in.DataFrame = lambda rows, **_: ("frame", rows)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, package, stand_in)
+    convert = getattr(small, f"to_{package}")
+    assert convert() == ("frame", small.to_dicts())
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=f"pip install {package}"):
+        convert()
 
 
 if __name__ == "__main__":

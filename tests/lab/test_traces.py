@@ -25,6 +25,7 @@ from hybridcache.lab.trace import (
 )
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import READERS, open_trace, recognise
+from hybridcache.lab.traces import SAMPLES as PACKAGED
 from hybridcache.lab.traces.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.jsonl import OwnReader, write
 from hybridcache.lab.traces.sharegpt import iter_conversations, json_array
@@ -449,3 +450,22 @@ def test_infinite_cache_against_a_set_of_prefixes(sequences: list[tuple[list[int
         assert found.last_visit == (seen[prefixes[expected - 1]] if expected else None)
         seen.update(dict.fromkeys(prefixes, number))
         assert cache.num_ids == len(seen)
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_a_packaged_trace_is_what_its_generator_writes(name: str) -> None:
+    """``hybridcache trace convert`` of the generator writes the file; nothing else is in it."""
+    packaged, written = open_trace(f"sample:{name}"), open_trace(PACKAGED[name])
+    for found, expected in zip(packaged, written, strict=True):
+        assert np.array_equal(found.tokens, expected.tokens)
+        assert np.array_equal(found.output, expected.output)
+        assert (found.timestamp_s, found.boundaries) == (expected.timestamp_s, expected.boundaries)
+    assert open_trace(f"sample:{name}?head=3").recipe == f"sample:{name}?head=3"
+    assert len(list(open_trace(f"sample:{name}?head=3"))) == 3
+
+
+def test_packaged_traces_are_small_and_unknown_ones_are_refused() -> None:
+    sizes = [open_trace(f"sample:{name}").path.stat().st_size for name in PACKAGED]  # type: ignore[union-attr]
+    assert sum(sizes) < 1_000_000
+    with pytest.raises(ValueError, match="chat, agent"):
+        open_trace("sample:none")

@@ -31,7 +31,7 @@ class Bin:
     cached_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
     """One cell of a sweep. Tokens are tokens, whatever the trace's unit."""
 
@@ -88,6 +88,12 @@ class RunResult:
     optimum_tokens: int | None = None
     """What the best plan with hindsight that was found reuses with this memory: the optimum only
     where a bound says so."""
+
+    def __repr__(self) -> str:
+        """Return one line: competitor, size and token hit rate. ``as_record`` has all figures."""
+        size = "" if self.gib is None else f", {self.gib:.4g} GiB"
+        rate = 100 * self.token_hit_rate
+        return f"RunResult({self.label}{size}: token hit rate {rate:.1f} %)"
 
     @property
     def label(self) -> str:

@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.config import GRID
@@ -51,9 +53,39 @@ Policies = Policy | Sequence[Policy]
 OptimumMethod = Literal["greedy", "lp", "milp"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SimulationResult(SweepRuns):
     """All runs of one sweep over one trace, with their tables and figures."""
+
+    def __repr__(self) -> str:
+        """Return one line: trace, number of runs, and the best of them."""
+        from hybridcache.lab.report import sweep_line
+
+        return f"{type(self).__name__}({sweep_line(self)})"
+
+    def _repr_html_(self) -> str:
+        """Return the table of token hit rates for a notebook, with a curve per competitor."""
+        from hybridcache.lab.report import sweep_html
+
+        return sweep_html(self)
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a flat dictionary per run: its settings, rates, times and lost tokens by cause.
+
+        Loss causes are ``lost_`` and the cause; None where a rebuilt peer does not tell. O(runs).
+        """
+        from hybridcache.lab.report import flat_record
+
+        return [flat_record(run) for run in self.runs]
+
+    def to_pandas(self) -> Any:
+        """Return ``to_dicts`` as a pandas DataFrame. ModuleNotFoundError if pandas is missing."""
+        return _optional("pandas", "to_pandas").DataFrame(self.to_dicts())
+
+    def to_polars(self) -> Any:
+        """Return ``to_dicts`` as a polars DataFrame. ModuleNotFoundError if polars is missing."""
+        frame = _optional("polars", "to_polars").DataFrame
+        return frame(self.to_dicts(), infer_schema_length=None)
 
     def table(self, metric: str = "hit") -> str:
         """A table of one metric: a row a competitor, a column a size. See
@@ -87,6 +119,20 @@ class SimulationResult(SweepRuns):
         from hybridcache.lab.figures import losses_figure
 
         return losses_figure([self], Path(path) if path else None)
+
+
+def _optional(package: str, method: str) -> ModuleType:
+    """Import a package that no extra installs, or explain how to get it."""
+    try:
+        return import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise ModuleNotFoundError(
+            f"{method}() needs {package}, which is not installed: pip install {package}. "
+            "to_dicts() returns the same rows without it.",
+            name=package,
+        ) from None
 
 
 @dataclass(frozen=True, slots=True)

