@@ -13,7 +13,7 @@ from hybridcache.lab.command.advise import add_advise
 from hybridcache.lab.command.optimum import add_optimum
 from hybridcache.lab.command.simulate import add_simulate
 from hybridcache.lab.command.trace import add_trace
-from hybridcache.lab.extras import how_to_install
+from hybridcache.lab.extras import how_to_install, version
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hybridcache", description="A laboratory for prefix caches of hybrid LLMs."
     )
+    parser.add_argument("--version", action="version", version=f"hybridcache {version()}")
     commands = parser.add_subparsers(title="commands", required=True)
     for add in (add_trace, add_simulate, add_optimum, add_advise):
         add(commands)

@@ -7,6 +7,8 @@ index has an unrelated distribution called like our package.
 
 from __future__ import annotations
 
+from importlib import metadata
+
 CACHE_DISTRIBUTION = "hybrid-radix-cache"
 """Distribution that holds ``hybridcache``, and in a clone ``engine`` and ``kernels`` too."""
 ENGINE_DISTRIBUTION = "hybrid-radix-engine"
@@ -42,6 +44,14 @@ EXTRAS = {
     ),
 }
 """Extra -> import names of the packages that it installs."""
+
+
+def version() -> str:
+    """Return the version of the installed distribution; "unknown" if it runs uninstalled."""
+    try:
+        return metadata.version(CACHE_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def install_command(extra: str) -> str:
