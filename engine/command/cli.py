@@ -24,12 +24,9 @@ from engine.command.flags import (
 from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.environment import check_no_foreign_kernels
 from engine.hub import resolve_config, resolve_folder
-from engine.interfaces import RunnerLost
-from engine.requests.sampling_params import SamplingParams
-from engine.requests.spec import RequestSpec
 from engine.server.config import ServerConfig
 from hybridcache.geometry.units import counted, format_seconds
-from hybridcache.lab.extras import how_to_install
+from hybridcache.lab.extras import how_to_install, version
 
 if TYPE_CHECKING:
     from engine.async_engine import ServedEngine
@@ -72,7 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # installs no handler for it.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, _terminate)
-    parsed = _parser().parse_args(arguments)
+    try:
+        parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
+    except ModuleNotFoundError as error:
+        print(f"engine: {how_to_install(error, 'engine')}", file=sys.stderr)
+        return 2
     command: Command = parsed.command
     try:
         check_no_foreign_kernels()
@@ -85,7 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"engine {parsed.verb}: {how_to_install(error, 'engine')}", file=sys.stderr)
         return 2
-    except RunnerLost as error:
+    except RuntimeError as error:
+        from engine.interfaces import RunnerLost
+
+        if not isinstance(error, RunnerLost):
+            raise
         print(f"engine {parsed.verb}: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # as of `| head -1`: whoever reads has all that is wanted
@@ -100,17 +105,22 @@ def _terminate(number: int, _: object) -> None:
     sys.exit(128 + number)
 
 
-def _parser() -> Parser:
+def _parser(arguments: Sequence[str]) -> Parser:
+    """Return the parser of ``arguments``. Only the verbs named there have their flags: those of
+    others may need packages that are not installed."""
     parser = Parser(
         prog="engine",
         description="Inference with a prefix cache for hybrid models: KV and recurrent state in "
         "one radix tree.",
     )
+    parser.add_argument("--version", action="version", version=f"engine {version()}")
     verbs = parser.add_subparsers(
         dest="verb", required=True, metavar="COMMAND", parser_class=Parser
     )
 
-    def add(verb: str, command: Command, usage: str, help: str) -> Parser:
+    def add(
+        verb: str, command: Command, usage: str, help: str, add_flags: Callable[[Parser], None]
+    ) -> None:
         sub: Parser = verbs.add_parser(
             verb,
             help=help,
@@ -119,53 +129,52 @@ def _parser() -> Parser:
             formatter_class=HelpFormatter,
         )
         sub.set_defaults(command=command)
-        return sub
+        if verb in arguments:
+            add_flags(sub)
 
-    serve = add("serve", _serve, "[options]", "answer OpenAI clients over HTTP")
-    serve.epilog = SERVE_EXAMPLES
-    add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS)
-    _add_generate(
-        add(
-            "generate",
-            _generate,
-            "[options] [PROMPT ...]",
-            "continue prompts and print what the cache spared",
-        )
+    add("serve", _serve, "[options]", "answer OpenAI clients over HTTP", _add_serve)
+    add(
+        "generate",
+        _generate,
+        "[options] [PROMPT ...]",
+        "continue prompts and print what the cache spared",
+        _add_generate,
     )
-    _add_chat(
-        add(
-            "chat",
-            _chat,
-            "[options]",
-            "chat with a model in this terminal, and say how much of each prompt was reused",
-        )
+    add(
+        "chat",
+        _chat,
+        "[options]",
+        "chat with a model in this terminal, and say how much of each prompt was reused",
+        _add_chat,
     )
-    _add_inspect(
-        add(
-            "inspect",
-            _inspect,
-            "[options] [MODEL]",
-            "say what a model's prefixes weigh and what a budget holds",
-        )
+    add(
+        "inspect",
+        _inspect,
+        "[options] [MODEL]",
+        "say what a model's prefixes weigh and what a budget holds",
+        _add_inspect,
     )
-    _add_top(add("top", _top, "[options]", "watch a server's cache in this terminal"))
-    _add_convert(
-        add(
-            "convert",
-            _convert,
-            "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
-            "write a model's weights in eight bits",
-        )
+    add("top", _top, "[options]", "watch a server's cache in this terminal", _add_top)
+    add(
+        "convert",
+        _convert,
+        "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
+        "write a model's weights in eight bits",
+        _add_convert,
     )
-    _add_record(
-        add(
-            "record",
-            _record_trace,
-            "--to URL --out FILE [options]",
-            "pass requests on to any OpenAI-compatible server and write them as a trace",
-        )
+    add(
+        "record",
+        _record_trace,
+        "--to URL --out FILE [options]",
+        "pass requests on to any OpenAI-compatible server and write them as a trace",
+        _add_record,
     )
     return parser
+
+
+def _add_serve(serve: Parser) -> None:
+    serve.epilog = SERVE_EXAMPLES
+    add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS)
 
 
 def _add_record(record: Parser) -> None:
@@ -200,6 +209,8 @@ def _add_record(record: Parser) -> None:
 
 
 def _add_generate(generate: Parser) -> None:
+    from engine.requests.sampling_params import SamplingParams
+
     generate.add_argument(
         "prompt", nargs="*", help="texts to continue; none: one text from standard input"
     )
@@ -222,6 +233,8 @@ def _add_generate(generate: Parser) -> None:
 
 
 def _add_chat(chat: Parser) -> None:
+    from engine.requests.sampling_params import SamplingParams
+
     chat.add_argument("--system", metavar="TEXT", help="system message that begins the chat")
     sampling = add_flags(
         chat, SamplingParams, "sampling", skip=(*SKIPPED, "max_tokens"), only_given=True
@@ -342,6 +355,9 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
+    from engine.requests.sampling_params import SamplingParams
+    from engine.requests.spec import RequestSpec
+
     engine_config = read_config(EngineConfig, arguments)
     asked = {"seed": arguments.sampling_seed, "stop": tuple(arguments.stop)}
     read_config(SamplingParams, arguments, **asked)  # Before anything slow: it may refuse.
@@ -369,6 +385,8 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    from engine.requests.sampling_params import SamplingParams
+
     engine_config = read_config(EngineConfig, arguments)
     read_config(SamplingParams, arguments)  # Before anything slow: it may refuse.
     from engine.command.chat import chat

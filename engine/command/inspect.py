@@ -13,6 +13,7 @@ from engine.run.quantization.names import MODEL_OPT_FILE, MODEL_SLIM_FILE
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB, format_bytes, format_count
+from hybridcache.lab.extras import how_to_install
 
 INTERVALS = (512, 1024, 2048, 4096, 8192, 16384)
 
@@ -80,8 +81,11 @@ def describe_refusal(word: str | None) -> str | None:
     if config is None:
         return None
     from engine.run.model_config import ModelError
-    from engine.run.models import read_model
 
+    try:
+        from engine.run.models import read_model
+    except ModuleNotFoundError as error:
+        return f"cannot be said here, {how_to_install(error, 'engine')}"
     try:
         read_model(json.loads(config.read_text(encoding="utf-8")))
     except ModelError as error:

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Any
 
 from fastapi import FastAPI, Request
 
 from engine.server.front import ServingContext
 from engine.server.operator import Operator
-from hybridcache.lab.extras import CACHE_DISTRIBUTION
-
-
-def _version() -> str:
-    """Return the version of the installed distribution; "unknown" if it runs uninstalled."""
-    try:
-        return metadata.version(CACHE_DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        return "unknown"
+from hybridcache.lab import extras
 
 
 def add_peers_paths(app: FastAPI, front: ServingContext, operator: Operator) -> None:
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": _version()}
+        return {"version": extras.version()}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:

