@@ -49,6 +49,13 @@ def sampled_like(tokenizer: HFTokenizer, text: str, seed: int) -> list[int]:
     """Ids of ``text``, cut in places where the tokenizer alone would not: as a model may sample
     it."""
     draw = random.Random(seed)
+    while (token_ids := _cut_ids(tokenizer, text, draw)) == tokenizer.encode(text, _ALONE):
+        pass
+    assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
+    return token_ids
+
+
+def _cut_ids(tokenizer: HFTokenizer, text: str, draw: random.Random) -> list[int]:
     token_ids: list[int] = []
     for piece in _uncut(text):
         start = 0
@@ -56,7 +63,6 @@ def sampled_like(tokenizer: HFTokenizer, text: str, seed: int) -> list[int]:
             end = start + draw.randrange(4, 40) if not piece.startswith("<") else len(piece)
             token_ids += tokenizer.encode(piece[start:end], _ALONE)
             start = end
-    assert tokenizer.decode(token_ids, skip_special_tokens=False) == text
     return token_ids
 
 

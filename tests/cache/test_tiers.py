@@ -282,7 +282,7 @@ def test_one_exchange_rate_seconds_of_copy_against_seconds_of_prefill():
     assert exchange.seconds_saved(0, 8, 12, {"host": 100, "disk": 0}) == 1.0
     assert exchange.seconds_saved(4, 8, 12, {"host": 100, "disk": 0}) == 0.0
     assert exchange.seconds_saved(0, 8, 12, {"host": 0, "disk": 20}) == -0.5
-    with pytest.raises(ValueError, match="host carries 0"):
+    with pytest.raises(ValueError, match="must be more than 0"):
         Exchange(Linear(), {"host": 0.0})
 
 

@@ -189,7 +189,7 @@ class PlannerMachine(RuleBasedStateMachine):
             for request, end in order
             if self.manager.take_checkpoint_slots(request, end) is not None
         ]
-        self.manager.take_copies()
+        self.manager.take_step()
         for request, end in tasks:
             request.scheduled_len = end
         for request, end in tasks:

@@ -409,7 +409,7 @@ def test_a_router_of_ones_own() -> None:
     assert router.route(RouteRequest(1, (1,)), 0).replica == 1
     with pytest.raises(ValueError, match=r"router must be one of round_robin, .* \(got 'best'\)"):
         find_router("best")
-    with pytest.raises(ValueError, match="it is no Router: derive NoRouter from"):
+    with pytest.raises(ValueError, match="does not implement Router: derive NoRouter from"):
         find_router(f"{here}:NoRouter")
     with pytest.raises(ValueError, match="already joined"):
         router.joined(0, 0)
