@@ -15,9 +15,9 @@ follows a stream and computes match lengths for a router without contacting the 
 >>> mirror.match(prompt)
 MirrorMatch(cached_len=8, kv_len=10)
 
-Over a wire, where batches may be lost:
-
 Over a wire that can lose batches:
+
+>>> batches, remote = Batches(), Mirror(page_size=1)
 >>> cache.subscribe(EventStream(batches))
 >>> remote.apply_batch(*decode(batches.take()))
 >>> remote.match(prompt)
