@@ -14,7 +14,7 @@ The paper and its artifact (0801661, 2025-03-05) differ, and the results depend 
 directions. There are three readings:
 
 ====================  ======================  =================================  ===============
-\                     ``paper``               ``artifact``                       ``repaired``
+property              ``paper``               ``artifact``                       ``repaired``
 ====================  ======================  =================================  ===============
 MLP FLOPs saved       less the parent's MLP   less the *attention* of the        as the paper
                                               parent's prefix, in as many
