@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,10 @@ class _Found(Exception):
     """Carries the parser that a command builds."""
 
 
-def _parser_of(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
-    """Return the parser of a command line program, from its ``main``."""
+def _parser_of(
+    main: Callable[[list[str]], int], arguments: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Return the parser of a command line program for ``arguments``, from its ``main``."""
     original = argparse.ArgumentParser.parse_known_args
 
     def give(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
@@ -46,7 +48,7 @@ def _parser_of(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
 
     argparse.ArgumentParser.parse_known_args = give  # type: ignore[assignment, method-assign]
     try:
-        main([])
+        main(list(arguments))
     except _Found as found:
         parser: argparse.ArgumentParser = found.args[0]
         return parser
@@ -97,7 +99,9 @@ def cli() -> str:
 
     parts = []
     for program, main in (("engine", engine), ("hybridcache", laboratory)):
-        for name, description, parser in _commands(_parser_of(main), program, ""):
+        # A program may give flags only to the commands that are named.
+        verbs = [name.split()[1] for name, *_ in _commands(_parser_of(main), program, "")]
+        for name, description, parser in _commands(_parser_of(main, verbs), program, ""):
             parts.append(f"## {name}\n\n{_cell(description)}\n")
             for group in parser._action_groups:
                 actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS]

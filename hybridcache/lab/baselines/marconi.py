@@ -1,4 +1,6 @@
-r"""Marconi (MLSys'25, arXiv:2411.19379): radix tree, two checkpoints per request, eviction by score.
+r"""Marconi (MLSys'25, arXiv:2411.19379): a radix tree with eviction by score.
+
+Two checkpoints are saved per request.
 
 - Eq. 1: ``efficiency(n)`` is the FLOPs that a hit of ``n`` saves compared with a hit of its parent,
   divided by the bytes of the KV and state of ``n``.
