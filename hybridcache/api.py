@@ -24,7 +24,7 @@ Ownership. An index or slot has, at every moment, exactly one of three owners:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hybridcache.policies.protocol import Item
@@ -150,6 +150,13 @@ class InsertResult(NamedTuple):
     held by the caller."""
     node: Any
     """Opaque: the node that ends at ``inserted_len``."""
+
+
+class Protected(NamedTuple):
+    """Cached memory that no eviction can free now, because it is under locks."""
+
+    num_tokens: int
+    num_checkpoints: int
 
 
 class Eviction(NamedTuple):
@@ -544,6 +551,19 @@ class PrefixCache(Protocol):
 
     def allocate_slot(self) -> int | None:
         """Take one state slot, evicting as needed; None if none is available."""
+        ...
+
+    def protected(self) -> Protected:
+        """Return how much of the cached memory is under locks, shared paths counted once. Amortised
+        O(1) per lock taken or returned since the last call."""
+        ...
+
+    def iter_nodes(self) -> Iterator[RadixNode]:
+        """Iterate over the nodes of the tree, parents before children, ghosts included.
+
+        For reading only: ``node.kv`` is None for ghosts, ``node.checkpoint`` is None where there is
+        no state. The cache must not change meanwhile. O(tree).
+        """
         ...
 
     def take_step(self) -> StepPlan:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from math import lcm
 from typing import Any
 
@@ -20,6 +20,7 @@ from hybridcache.api import (
     Losses,
     LowerMemory,
     PrefixMatch,
+    Protected,
     Resumable,
     introduce,
     joined,
@@ -27,8 +28,8 @@ from hybridcache.api import (
 )
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.continuation import NOTHING, continuation
-from hybridcache.radix.ghosts import read_ghosts
-from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, ghosts_above
+from hybridcache.radix.ghosts import GhostList, read_ghosts
+from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, ghosts_above
 from hybridcache.residency import (
     Residency,
     append,
@@ -53,13 +54,42 @@ FORMS = ("text", "graphviz", "svg")
 """In which a tree is drawn."""
 
 
-class Receipt:
-    """What ``lock`` returned; ``unlock`` takes it, once."""
+class LockHandle:
+    """A lock on one node and its path. Return it with ``cache.unlock(handle)``, or use it in a
+    ``with`` statement.
 
-    __slots__ = ("node",)
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+    >>> result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
+    >>> with cache.lock(result.node):
+    ...     cache.evict(num_tokens=10), cache.protected().num_tokens
+    (Eviction(num_tokens=0, num_slots=0), 10)
+    >>> cache.evict(num_tokens=10)
+    Eviction(num_tokens=10, num_slots=0)
+    """
 
-    def __init__(self, node: RadixNode | None) -> None:
+    __slots__ = ("_residency", "node")
+
+    def __init__(self, node: RadixNode | None, residency: Residency | None) -> None:
         self.node = node
+        """The locked node; None if nothing was cached, or after ``unlock``."""
+        self._residency = residency
+
+    def release(self) -> None:
+        """Return the lock. Does nothing if it was returned before. O(1)."""
+        node, self.node = self.node, None
+        if node is not None and self._residency is not None:
+            self._residency.unlock(node)
+
+    def belongs_to(self, residency: Residency) -> bool:
+        """Return whether the lock was taken in that cache."""
+        return self._residency is residency
+
+    def __enter__(self) -> LockHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class HybridRadixCache:
@@ -222,37 +252,43 @@ class HybridRadixCache:
                 for ghost in ghosts_above(match.missed.node):
                     policy.missed_above(ghost)
 
-    def lock(self, node: RadixNode | None) -> Receipt:
+    def lock(self, node: RadixNode | None) -> LockHandle:
         """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1).
         ValueError: it was evicted."""
         if node is not None:
             if node.kv is None:
                 raise ValueError(EVICTED)
             self._residency.lock(node)
-        return Receipt(node)
+        return LockHandle(node, self._residency)
 
-    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, Receipt]:
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, LockHandle]:
         """Protect the cached KV of ``tokens`` without counting a use; see ``PrefixCache.lock_kv``.
         An edge that ``tokens`` leave is split. O(n)."""
         root = self._tree.find_root(namespace)
         if root is None:
-            return None, Receipt(None)
+            return None, LockHandle(None, None)
         node, inside, kv_len = self._tree.walk(root, tokens)
         if inside is not None and kv_len > node.end:
             node = self._residency.split(inside, kv_len)
         if node is root:
-            return None, Receipt(None)
+            return None, LockHandle(None, None)
         return node, self.lock(node)
 
-    def unlock(self, receipt: Receipt) -> None:
-        """Give a lock back; a receipt given twice unlocks once. O(1). ValueError: another cache
-        gave it."""
-        node = receipt.node
-        if node is not None:
-            if node not in self._residency.locked:
-                raise ValueError("this receipt was given by another cache: unlock it there")
-            receipt.node = None
-            self._residency.unlock(node)
+    def lock_of(self, node: RadixNode | None) -> LockHandle:
+        """Return a handle for a lock that is already held on ``node``, to be unlocked once.
+
+        For callers that keep only nodes. O(1). ValueError if ``node`` is not locked.
+        """
+        if node is not None and node not in self._residency.locked:
+            raise ValueError("this node is not locked in this cache")
+        return LockHandle(node, self._residency)
+
+    def unlock(self, handle: LockHandle) -> None:
+        """Return a lock; a second call does nothing. O(1). ValueError if another cache gave it."""
+        if handle.node is not None:
+            if not handle.belongs_to(self._residency):
+                raise ValueError("this lock was given by another cache: unlock it there")
+            handle.release()
 
     def insert(
         self,
@@ -331,6 +367,52 @@ class HybridRadixCache:
                 return self._slots.allocate()
             self.stats.refusals += 1
         return slot
+
+    def make_room(self, num_tokens: int = 0, num_slots: int = 0) -> bool:
+        """Evict until ``num_tokens`` rows (whole pages) and one slot, if ``num_slots``, are free.
+
+        Returns False, with nothing evicted for the part that failed, if locks or other holders
+        prevent it. For callers that allocate from the pools themselves. O(log n) per evicted item.
+        """
+        if num_slots > 1:
+            raise ValueError(f"make_room frees one slot at a time (got num_slots={num_slots}).")
+        residency = self._residency
+        if num_tokens > self.free_tokens and not make_room_for_kv(residency, num_tokens):
+            return False
+        return num_slots <= self.free_slots or make_room_for_slot(residency)
+
+    def protected(self) -> Protected:
+        """Return how much of the cached memory is under locks; see ``PrefixCache.protected``."""
+        return self._residency.locked_paths.protected()
+
+    def iter_nodes(self) -> Iterator[RadixNode]:
+        """Iterate over the nodes, parents before children; see ``PrefixCache.iter_nodes``."""
+        return self._tree.nodes()
+
+    def roots(self) -> list[RadixNode]:
+        """Return the root of each namespace, the oldest first; ``root.key`` is the namespace."""
+        return list(self._tree.roots.values())
+
+    def refresh(self, node: RadixNode | None) -> None:
+        """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
+        if node is not None:
+            self._residency.use(node)
+
+    def install(
+        self, tree: RadixTree, ghosts: Iterable[RadixNode], *, now: int, num_items: int
+    ) -> None:
+        """Fill this empty cache with the nodes of ``tree``, as an earlier cache left them.
+
+        For files that describe a cache. The rows and slots named in the tree are taken from the
+        allocators. ``ghosts`` are its nodes without KV, the oldest first; call ``ghosts.trim()``
+        once all of them have been read. ``now`` and ``num_items`` are added to this cache's clock.
+        The policy and the subscribers are notified of everything. O(tree + pools).
+
+        ValueError, and the cache as it was, if it is not empty or the pools lack a row or slot.
+        """
+        if self.num_nodes:
+            raise ValueError("only an empty cache can be filled; reset() it first")
+        self._residency.install(tree, ghosts, now, num_items)
 
     def take_step(self) -> StepPlan:
         """Return the work on the tensors that is due before the next step; see
@@ -443,6 +525,26 @@ class HybridRadixCache:
     def num_nodes(self) -> int:
         """Nodes, ghosts included. O(1)."""
         return self._tree.num_nodes
+
+    @property
+    def ghosts(self) -> GhostList:
+        """The nodes of which only the tokens are left, for reading."""
+        return self._residency.ghosts
+
+    @property
+    def item_bytes(self) -> ItemBytes:
+        """Bytes of one token's KV and of one state, as policies weigh them."""
+        return self._residency.item_bytes
+
+    @property
+    def now(self) -> int:
+        """Logical time: requests counted so far."""
+        return self._residency.now
+
+    @property
+    def num_items(self) -> int:
+        """Items made so far: the serial number of the next one."""
+        return self._residency.num_items
 
     @property
     def ghost_tokens(self) -> int:

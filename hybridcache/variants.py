@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from hybridcache.allocators.arena import arena_of, step_queue_of
@@ -17,9 +17,10 @@ from hybridcache.api import (
     Losses,
     PrefixCache,
     PrefixMatch,
+    Protected,
     Resumable,
 )
-from hybridcache.hybrid import EVICTED, HybridRadixCache, Receipt
+from hybridcache.hybrid import EVICTED, HybridRadixCache, LockHandle
 from hybridcache.offload import LowerTiers, Tier
 from hybridcache.radix.ghosts import read_ghosts
 from hybridcache.radix.tree import RadixNode, StoredState
@@ -361,7 +362,15 @@ class RadixCache(HybridRadixCache):
         node = None if match.node is None else match.node.last()
         super().touch(match._replace(node=node))
 
-    def lock(self, node: PathPart | RadixNode | None) -> Receipt:
+    def lock_of(self, node: PathPart | RadixNode | None) -> LockHandle:
+        """Return a handle for a lock that is already held on ``node``. O(1)."""
+        return super().lock_of(node.last() if isinstance(node, PathPart) else node)
+
+    def refresh(self, node: PathPart | RadixNode | None) -> None:
+        """Count a use of ``node`` without a request. O(1)."""
+        super().refresh(node.last() if isinstance(node, PathPart) else node)
+
+    def lock(self, node: PathPart | RadixNode | None) -> LockHandle:
         """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside.
         O(page). ValueError: it was evicted."""
         if isinstance(node, PathPart):
@@ -440,16 +449,24 @@ class NullCache(PrefixCache):
     def touch(self, match: PrefixMatch) -> None:
         self.stats.record(match)
 
-    def lock(self, node: Any) -> None:
-        """There is nothing to protect; the receipt is None."""
-        return None
+    def lock(self, node: Any) -> LockHandle:
+        """Return a handle that protects nothing: nothing is cached."""
+        return LockHandle(None, None)
 
-    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[None, None]:
-        """Return (None, None): nothing is cached."""
-        return None, None
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[None, LockHandle]:
+        """Return (None, a handle that protects nothing)."""
+        return None, LockHandle(None, None)
 
-    def unlock(self, receipt: None) -> None:
-        return None
+    def unlock(self, handle: LockHandle) -> None:
+        """Do nothing: no lock protects anything."""
+
+    def protected(self) -> Protected:
+        """Return zeros: nothing is cached."""
+        return Protected(0, 0)
+
+    def iter_nodes(self) -> Iterator[RadixNode]:
+        """Iterate over no nodes."""
+        return iter(())
 
     def insert(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams, IncLockRefResult
 
-from hybridcache.hybrid import Receipt
+from hybridcache.hybrid import LockHandle
 from hybridcache.radix.tree import RadixNode
 from hybridcache.variants import PathPart
 
@@ -40,7 +40,7 @@ def node_of(handle: Any) -> Any:
 class Held(IncLockRefResult, DecLockRefParams):
     """Lock receipt with both of SGLang's interfaces."""
 
-    receipt: Receipt | None = None
+    receipt: LockHandle | None = None
 
     def to_dec_params(self) -> Held:
         return self
