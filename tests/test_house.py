@@ -335,3 +335,31 @@ def test_readers_of_outside_data_contain_no_assert() -> None:
         assert len(reading) >= 3
         found = {node.name: lines for node in reading if (lines := asserts_in(node))}
         assert found == {}
+
+
+def test_the_public_names_are_few_and_explained() -> None:
+    import hybridcache
+
+    assert len(hybridcache.__all__) <= 25 and sorted(hybridcache.__all__) == hybridcache.__all__
+    for name in hybridcache.__all__:
+        assert (getattr(hybridcache, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_deprecated_names_still_work_and_we_do_not_use_them() -> None:
+    import hybridcache
+
+    with pytest.warns(DeprecationWarning, match=r"import it from hybridcache\.lab\.generators"):
+        generators = hybridcache.__getattr__("GENERATORS")
+    assert generators is importlib.import_module("hybridcache.lab.generators").GENERATORS
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        hybridcache.__getattr__("Nothing")
+    used = {
+        f"{file.relative_to(ROOT)}: {alias.name}"
+        for file in files_of(*ROOMS, "tests", "examples")
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.ImportFrom) and node.module == "hybridcache"
+        for alias in node.names
+        if alias.name not in hybridcache.__all__
+        and not (ROOT / "hybridcache" / alias.name).exists()
+    }
+    assert used == set()
