@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from math import lcm
-from typing import Any
 
 import numpy as np
 
@@ -29,7 +28,14 @@ from hybridcache.api import (
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.continuation import NOTHING, continuation
 from hybridcache.radix.ghosts import GhostList, read_ghosts
-from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, ghosts_above
+from hybridcache.radix.tree import (
+    Checkpoint,
+    ItemBytes,
+    NodeHandle,
+    RadixNode,
+    RadixTree,
+    ghosts_above,
+)
 from hybridcache.residency import (
     Residency,
     append,
@@ -52,6 +58,13 @@ EVICTED = (
 
 FORMS = ("text", "graphviz", "svg")
 """In which a tree is drawn."""
+
+
+def own(node: NodeHandle | None) -> RadixNode | None:
+    """Return ``node`` as the tree's own type; ValueError for a handle of another kind of cache."""
+    if node is not None and not isinstance(node, RadixNode):
+        raise ValueError(f"{type(node).__name__} is no node of this cache: pass what it returned")
+    return node
 
 
 class LockHandle:
@@ -201,7 +214,7 @@ class HybridRadixCache:
         tokens: Tokens,
         max_tokens: int,
         namespace: Hashable = None,
-        after: RadixNode | None = None,
+        after: NodeHandle | None = None,
     ) -> Tokens:
         """Up to ``max_tokens`` ids that followed ``tokens`` before; see
         ``PrefixCache.continuation``. Changes nothing. O(n), or what lies behind ``after``.
@@ -212,25 +225,26 @@ class HybridRadixCache:
         >>> cache.continuation(np.arange(4, dtype=np.int32), 3).tolist()
         [4, 5, 6]
         """
-        node = after if after is not None else self._tree.find_root(namespace)
+        node = own(after) if after is not None else self._tree.find_root(namespace)
         while node is not None and node.end > len(tokens):
             node = node.parent
         if node is None:
             return NOTHING
         return continuation(node, tokens[node.end :], max_tokens, self.page_size)
 
-    def gather(self, node: RadixNode | None) -> Indices:
+    def gather(self, node: NodeHandle | None) -> Indices:
         """KV indices from the root to the end of ``node``: int32[position], read-only. O(position).
 
         The latest answers are kept: a request asks when it begins and again below that when it has
         published, and the next turn of its conversation asks for the same again.
         """
-        if node is None or node.kv is None:
+        last = own(node)
+        if last is None or last.kv is None:
             return NO_INDICES
-        known = self._gathered.get(node.kv)
+        known = self._gathered.get(last.kv)
         if known is not None:
             return known
-        return self._gathered.join(node.kv, self._residency.cached_tokens)
+        return self._gathered.join(last.kv, self._residency.cached_tokens)
 
     def fetch(self, resumable: Resumable) -> bool:
         """False: nothing lies below the device."""
@@ -242,26 +256,31 @@ class HybridRadixCache:
         residency = self._residency
         residency.now += 1
         self.stats.record(match)
-        if match.node is not None:
-            residency.use(match.node)
+        node = own(match.node)
+        if node is not None:
+            residency.use(node)
         if match.missed is not None:
             policy = residency.policy
             policy.missed(match.missed)
             # Most policies ignore further ghost hits: then the path is not searched for them.
-            if type(policy).missed_above is not EvictionPolicy.missed_above:
+            is_asked = type(policy).missed_above is not EvictionPolicy.missed_above
+            if is_asked and isinstance(match.missed, Checkpoint):
                 for ghost in ghosts_above(match.missed.node):
                     policy.missed_above(ghost)
 
-    def lock(self, node: RadixNode | None) -> LockHandle:
+    def lock(self, node: NodeHandle | None) -> LockHandle:
         """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1).
         ValueError: it was evicted."""
-        if node is not None:
-            if node.kv is None:
+        last = own(node)
+        if last is not None:
+            if last.kv is None:
                 raise ValueError(EVICTED)
-            self._residency.lock(node)
-        return LockHandle(node, self._residency)
+            self._residency.lock(last)
+        return LockHandle(last, self._residency)
 
-    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, LockHandle]:
+    def lock_kv(
+        self, tokens: Tokens, namespace: Hashable = None
+    ) -> tuple[RadixNode | None, LockHandle]:
         """Protect the cached KV of ``tokens`` without counting a use; see ``PrefixCache.lock_kv``.
         An edge that ``tokens`` leave is split. O(n)."""
         root = self._tree.find_root(namespace)
@@ -274,14 +293,15 @@ class HybridRadixCache:
             return None, LockHandle(None, None)
         return node, self.lock(node)
 
-    def lock_of(self, node: RadixNode | None) -> LockHandle:
+    def lock_of(self, node: NodeHandle | None) -> LockHandle:
         """Return a handle for a lock that is already held on ``node``, to be unlocked once.
 
         For callers that keep only nodes. O(1). ValueError if ``node`` is not locked.
         """
-        if node is not None and node not in self._residency.locked:
+        last = own(node)
+        if last is not None and last not in self._residency.locked:
             raise ValueError("this node is not locked in this cache")
-        return LockHandle(node, self._residency)
+        return LockHandle(last, self._residency)
 
     def unlock(self, handle: LockHandle) -> None:
         """Return a lock; a second call does nothing. O(1). ValueError if another cache gave it."""
@@ -298,7 +318,7 @@ class HybridRadixCache:
         namespace: Hashable = None,
         owned_from: int = 0,
         labels: Sequence[str] = (),
-        after: RadixNode | None = None,
+        after: NodeHandle | None = None,
     ) -> InsertResult:
         """Publish ``tokens`` with their rows and checkpoints; see ``PrefixCache.insert``.
 
@@ -306,21 +326,22 @@ class HybridRadixCache:
         ``tokens[:owned_from]``; where a checkpoint or a fork comes, also a step for each node up to
         the nearest checkpoint above. ValueError: as there; nothing is changed.
         """
+        base = own(after)
         refuse_bad_insert(
             tokens,
             kv_indices,
             checkpoints,
             owned_from,
             labels,
-            after,
+            base,
             page_size=self.page_size,
             num_slots=self._num_slots,
         )
         residency, tree, step = self._residency, self._tree, self._step
         num_tokens = len(tokens) - len(tokens) % self.page_size
-        while after is not None and after.end > owned_from:
-            after = after.parent
-        node = after if after is not None else tree.root(namespace)
+        while base is not None and base.end > owned_from:
+            base = base.parent
+        node = base if base is not None else tree.root(namespace)
         inside, kv_len = None, node.end
         if node.children is not None:
             node, inside, kv_len = tree.walk(node, tokens[kv_len:num_tokens])
@@ -393,10 +414,11 @@ class HybridRadixCache:
         """Return the root of each namespace, the oldest first; ``root.key`` is the namespace."""
         return list(self._tree.roots.values())
 
-    def refresh(self, node: RadixNode | None) -> None:
+    def refresh(self, node: NodeHandle | None) -> None:
         """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
-        if node is not None:
-            self._residency.use(node)
+        last = own(node)
+        if last is not None:
+            self._residency.use(last)
 
     def install(
         self, tree: RadixTree, ghosts: Iterable[RadixNode], *, now: int, num_items: int
