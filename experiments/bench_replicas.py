@@ -22,9 +22,10 @@ from engine.fleet.front import FleetEngine
 from engine.fleet.start import FleetSize, PerToken, start_fleet
 from engine.requests.spec import RequestSpec
 from experiments.lab import STATIC_PLACEMENT, keep, rounded
-from hybridcache import RunConfig, Trace, TraceRequest
+from hybridcache import Trace, TraceRequest
 from hybridcache.lab.replicas.fleet import FleetConfig
 from hybridcache.lab.replicas.runs import FleetJob, run_fleet
+from hybridcache.lab.simulation.target import RunConfig
 
 SYSTEM, QUESTION, ANSWER = 320, 60, 24
 

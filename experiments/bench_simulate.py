@@ -40,26 +40,23 @@ from tqdm import tqdm
 from experiments.lab import STATIC_PLACEMENT
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import (
-    EVICTION,
-    GENERATORS,
-    LeaseTarget,
     ModelGeometry,
     Placed,
     Prefill,
     PrefixCache,
-    Roofline,
-    RunConfig,
-    Serving,
-    Tokens,
     Trace,
     TraceRequest,
     build_prefix_cache,
-    build_target,
-    serve,
 )
+from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.sweep import collect_seldom
+from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.policies.placement.rules import Placement
+from hybridcache.policies.words import EVICTION
+from hybridcache.tokens import Tokens
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 CONFIG = RunConfig(GEOMETRY, policy="lru", checkpoints=STATIC_PLACEMENT)

@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.text.tokenizer import EncodeOptions, Tokenizer
-from hybridcache import Pauses, Poisson, TraceRequest, interleave
+from hybridcache import TraceRequest
+from hybridcache.lab.arrivals import Pauses, Poisson, interleave
 from hybridcache.lab.traces.sharegpt import Conversation
 from hybridcache.lab.traces.text import ChatText
 

@@ -10,20 +10,15 @@ from typing import Any
 
 from experiments.hindsight import Hindsights
 from experiments.lab import GB, MARCONI_7B, QWEN3_NEXT, STATIC_PLACEMENT
-from hybridcache import (
-    BASELINES,
-    InfiniteCache,
-    Job,
-    ModelGeometry,
-    Roofline,
-    RunConfig,
-    Serving,
-    Trace,
-    open_trace,
-    run_sweep,
-)
+from hybridcache import ModelGeometry, Trace, open_trace
+from hybridcache.geometry.times import Roofline
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.target import RunConfig
 
 OURS = "regret"
 """Eviction and placement."""

@@ -41,9 +41,8 @@ from experiments.goals import (
 )
 from experiments.lab import QWEN3_NEXT, STATIC_PLACEMENT, keep
 from experiments.provenance import RESULTS, ROOT, read_json_lines
-from hybridcache import RunConfig
 from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.lab.simulation.target import check_words
+from hybridcache.lab.simulation.target import RunConfig, check_words
 
 
 def table(rows: list[dict[str, Any]], name: str = OURS) -> Iterator[str]:

@@ -16,19 +16,13 @@ from tqdm import tqdm
 from experiments import provenance
 from experiments.hindsight import Hindsights
 from experiments.provenance import ROOT, write_json_lines
-from hybridcache import (
-    ModelGeometry,
-    RunResult,
-    SimulationResult,
-    Trace,
-    make_eviction,
-    open_trace,
-    parse_placement,
-    simulate,
-    sizes,
-)
+from hybridcache import ModelGeometry, Trace, open_trace, parse_placement, simulate
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.simulation.simulate import SimulationResult
+from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.sweep import collect_seldom
+from hybridcache.policies.words import make_eviction
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")

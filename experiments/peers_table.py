@@ -28,12 +28,14 @@ from tqdm import tqdm
 
 from experiments.lab import keep
 from experiments.provenance import RESULTS, ROOT
-from hybridcache import GENERATORS, Baseline, BaselineConfig, Trace, TraceRequest, open_trace
+from hybridcache import Trace, TraceRequest, open_trace
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.baselines import Baseline, BaselineConfig
 from hybridcache.lab.baselines.lightllm import LightllmCache
 from hybridcache.lab.baselines.marconi import MarconiCache
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.baselines.vllm import VllmCache
+from hybridcache.lab.generators import GENERATORS
 
 KV_BYTES = 24_576
 FP32_STATE = 36 * (49_152 + 2_097_152)

@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from hybridcache import GENERATORS, TraceRequest
+from hybridcache import TraceRequest
+from hybridcache.lab.generators import GENERATORS
 
 RECORD = Path(__file__).parents[1] / "tests" / "lab" / "baselines" / "hicache_hits.json"
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from hybridcache import GENERATORS, TraceRequest
+from hybridcache import TraceRequest
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.generators import GENERATORS
 
 RECORD = Path(__file__).parents[1] / "tests" / "lab" / "baselines" / "vllm_hits.json"
 KV_BYTES = 24_576

@@ -11,8 +11,9 @@ import numpy as np
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from hybridcache import Losses, ModelGeometry, RunConfig, TraceRequest, build_target
+from hybridcache import Losses, ModelGeometry, TraceRequest
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.simulation.target import RunConfig, build_target
 
 CAUSES = Losses._fields
 DEFAULT_CHECKPOINTS = ",".join(EngineConfig().checkpoints)

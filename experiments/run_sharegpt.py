@@ -52,10 +52,11 @@ from experiments.replay import (
     replay_dry,
 )
 from experiments.sharegpt_figures import CAUSES, describe, draw
-from hybridcache import ModelGeometry, Trace, TraceRequest, make_eviction, optimum, parse_placement
+from hybridcache import ModelGeometry, Trace, TraceRequest, optimum, parse_placement
 from hybridcache.geometry.units import GIB, format_seconds
 from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.lab.traces.text import ChatText, load_chat_text
+from hybridcache.policies.words import make_eviction
 
 GRID = 64
 """Positions of checkpoints, tokens: for the best plan with hindsight."""

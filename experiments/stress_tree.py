@@ -23,9 +23,11 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.provenance import RESULTS, write_json_lines
-from hybridcache import EVICTION, CacheConfig, Tokens, build_prefix_cache
+from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.allocators.moves import Move
 from hybridcache.config import MEMORIES
+from hybridcache.policies.words import EVICTION
+from hybridcache.tokens import Tokens
 
 EVERY_STEP_SHARE = 200
 """One operation in so many is done in the run that checks after each."""

@@ -21,28 +21,23 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from experiments.hindsight import Hindsight, Hindsights
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, rounded, workloads
-from hybridcache import (
-    Advice,
-    Job,
-    Roofline,
-    RunConfig,
-    RunResult,
-    Serving,
-    Trace,
-    TraceRequest,
-    advise,
-    run_sweep,
-)
+from hybridcache import Trace, TraceRequest, advise
+from hybridcache.geometry.times import Roofline
 from hybridcache.lab.advise import (
     PLACEMENTS,
     PRECISIONS,
+    Advice,
     intervals,
     precisions,
     splits,
 )
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.target import RunConfig
 
 Requests = tuple[TraceRequest, ...]
 

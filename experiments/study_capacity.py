@@ -24,7 +24,6 @@ from experiments.lab import (
     sweep,
     workloads,
 )
-from hybridcache import EVICTION, SimulationResult
 from hybridcache.lab.figures import (
     COLOURS,
     PLAN,
@@ -32,6 +31,8 @@ from hybridcache.lab.figures import (
     save,
     size_axis,
 )
+from hybridcache.lab.simulation.simulate import SimulationResult
+from hybridcache.policies.words import EVICTION
 
 OURS = "regret @ regret"
 """Eviction and placement both by regret; all other policies with ``STATIC_PLACEMENT``."""

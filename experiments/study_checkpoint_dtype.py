@@ -35,9 +35,10 @@ from engine.text.byte_tokenizer import ByteTokenizer
 from experiments.lab import STATIC_PLACEMENT
 from experiments.provenance import FIGURES, RESULTS, write_json_lines
 from experiments.training import corpus, tasks
-from hybridcache import ModelGeometry, SimulationResult, simulate
+from hybridcache import ModelGeometry, simulate
 from hybridcache.lab.figures import COLOURS, panels, save, size_axis
 from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.simulate import SimulationResult
 
 WORDS = (
     "auto",

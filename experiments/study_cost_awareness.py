@@ -26,8 +26,13 @@ from experiments.lab import (
     title,
     workloads,
 )
-from hybridcache import METRICS, Poisson, Roofline, RunResult, SimulationResult, Trace, simulate
+from hybridcache import Trace, simulate
+from hybridcache.geometry.times import Roofline
+from hybridcache.lab.arrivals import Poisson
 from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.report import METRICS
+from hybridcache.lab.simulation.result import RunResult
+from hybridcache.lab.simulation.simulate import SimulationResult
 
 BLIND = ("lru", "lfu", "s3-fifo", "arc")
 AWARE = ("gdsf", "hits-per-token", "tail-lru", "lhd", "marconi", "regret")

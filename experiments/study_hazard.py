@@ -27,10 +27,14 @@ import numpy.typing as npt
 
 from experiments.hindsight import Hindsights
 from experiments.lab import GB, QWEN3_NEXT, WORKLOADS, figure_path, keep
-from hybridcache import Job, Roofline, RunConfig, Serving, Trace, run_sweep
+from hybridcache import Trace
+from hybridcache.geometry.times import Roofline
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.target import RunConfig
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from experiments.lab import QWEN3_NEXT, STATIC_PLACEMENT, figure_path, keep, slim
-from hybridcache import Placed, Prefill, RunResult, open_trace, simulate
+from hybridcache import Placed, Prefill, open_trace, simulate
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.policies.placement.learned import Learned
 

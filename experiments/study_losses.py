@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 from experiments.lab import arguments, figure_path, keep, slim, sweep, title, workloads
-from hybridcache import SimulationResult
 from hybridcache.lab.figures import (
     COLOURS,
     draw_limits,
@@ -21,6 +20,7 @@ from hybridcache.lab.figures import (
     stack_losses,
 )
 from hybridcache.lab.report import LOSSES_NOTE, losses_table
+from hybridcache.lab.simulation.simulate import SimulationResult
 
 TRACES = ("chat", "few-shot", "resend", "branch", "mooncake", "coding-agent")
 PLACEMENTS = ("backoff", "branch,boundary,backoff,end")

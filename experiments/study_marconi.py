@@ -19,8 +19,8 @@ from experiments.lab import (
     sweep,
     workloads,
 )
-from hybridcache import SimulationResult
 from hybridcache.lab.figures import sweep_figure
+from hybridcache.lab.simulation.simulate import SimulationResult
 
 READINGS = ("marconi", "marconi-artifact", "marconi-repaired", "sglang-plus")
 POLICIES = ("lru", "regret")

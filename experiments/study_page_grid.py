@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, slim, sweep, workloads
-from hybridcache import RunResult
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.result import RunResult
 
 GRIDS = (64, 128, 256, 512, 1024, 2048)
 FINEST = GRIDS[0]

@@ -20,8 +20,9 @@ from experiments.lab import (
     title,
     workloads,
 )
-from hybridcache import METRICS, SimulationResult
 from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.report import METRICS
+from hybridcache.lab.simulation.simulate import SimulationResult
 
 FAMILIES = (
     "exact-hot-prefix",

@@ -12,8 +12,10 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.lab import WORKLOADS, arguments, figure_path, keep, slim, workloads
-from hybridcache import METRICS, ModelGeometry, SimulationResult, simulate
+from hybridcache import ModelGeometry, simulate
 from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.report import METRICS
+from hybridcache.lab.simulation.simulate import SimulationResult
 
 MODELS = (
     "LFM2-1.2B",

@@ -22,19 +22,13 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.lab import QWEN3_NEXT, STATIC_PLACEMENT, keep, rounded
-from hybridcache import (
-    Item,
-    Roofline,
-    RunConfig,
-    ScorePolicy,
-    Serving,
-    Trace,
-    open_trace,
-    run_sweep,
-)
+from hybridcache import Item, ScorePolicy, Trace, open_trace
+from hybridcache.geometry.times import Roofline
 from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes
-from hybridcache.lab.simulation.sweep import Job
+from hybridcache.lab.simulation.sweep import Job, run_sweep
+from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.radix.tree import RadixNode, Segment, checkpoint_above, tail_bytes
 
 POLICIES = (

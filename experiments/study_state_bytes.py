@@ -21,13 +21,14 @@ from experiments.lab import (
     title,
     workloads,
 )
-from hybridcache import METRICS, SimulationResult
 from hybridcache.lab.figures import (
     COLOURS,
     panels,
     save,
     size_axis,
 )
+from hybridcache.lab.report import METRICS
+from hybridcache.lab.simulation.simulate import SimulationResult
 
 PRECISIONS = ("float32", "bfloat16", "int8")
 POLICIES = ("lru", "regret")

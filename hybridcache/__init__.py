@@ -1,41 +1,36 @@
 """Prefix caching for hybrid LLMs: one radix tree over KV rows and state checkpoints. No torch.
 
-The front door. The cache is here at once: start with ``build_prefix_cache(CacheConfig(...))``;
-``PrefixCache`` says what the verbs do, ``interface`` who owns which index. The laboratory
-(``simulate``, ``open_trace``, ``optimum``, ``advise``, ...) is imported when it is first asked for,
-and so is what a policy of your own is made from.
+Three groups of names:
+
+- the cache: ``build_prefix_cache(CacheConfig(...))`` returns a ``PrefixCache``; a ``Lease`` is one
+  running request's claim on it, and a ``StepPlan`` the work that follows for the tensors;
+- policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``;
+- the laboratory: ``simulate(open_trace(...))``, ``optimum``, ``advise``.
+
+The laboratory and the policies are imported when they are first used. All other names are imported
+from their modules. A cache is not thread-safe: one thread calls it, or callers share a lock. A
+public name is deprecated, with a warning, for one minor release before it is removed.
 """
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from hybridcache.allocators.moves import StepPlan
 from hybridcache.api import Losses, PrefixCache, PrefixMatch
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.lease import Lease, LeaseLog, LeaseRequest
-from hybridcache.tokens import Tokens
-from hybridcache.variants import NullCache, RadixCache
+from hybridcache.lease import Lease, LeaseRequest
 
 if TYPE_CHECKING:
     from hybridcache.geometry.model import ModelGeometry
-    from hybridcache.geometry.times import MeasuredTimes, Roofline
-    from hybridcache.lab.advise import Advice, advise
-    from hybridcache.lab.arrivals import Pauses, Poisson, interleave
-    from hybridcache.lab.baselines import BASELINES, Baseline, BaselineConfig
-    from hybridcache.lab.generators import GENERATORS
-    from hybridcache.lab.infinite import InfiniteCache
+    from hybridcache.lab.advise import advise
     from hybridcache.lab.optimum import optimum
-    from hybridcache.lab.report import METRICS
-    from hybridcache.lab.simulation.result import RunResult
-    from hybridcache.lab.simulation.serving import Serving, serve
-    from hybridcache.lab.simulation.simulate import SimulationResult, Sweep, simulate
-    from hybridcache.lab.simulation.sizes import sizes
-    from hybridcache.lab.simulation.sweep import Job, run_sweep
-    from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
+    from hybridcache.lab.simulation.simulate import simulate
     from hybridcache.lab.trace import Trace, TraceRequest
     from hybridcache.lab.traces import open_trace
     from hybridcache.policies.admission.base import AdmissionPolicy
-    from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
+    from hybridcache.policies.eviction.scored import ScorePolicy
     from hybridcache.policies.protocol import (
         EvictionPolicy,
         Item,
@@ -43,144 +38,104 @@ if TYPE_CHECKING:
         PlacementPolicy,
         Prefill,
     )
-    from hybridcache.policies.words import EVICTION, make_eviction, parse_placement
+    from hybridcache.policies.words import parse_placement
 
 _LAZY = {
-    "geometry.model": ("ModelGeometry",),
-    "geometry.times": (
-        "MeasuredTimes",
-        "Roofline",
-    ),
-    "lab.advise": (
-        "Advice",
-        "advise",
-    ),
-    "lab.arrivals": (
-        "Pauses",
-        "Poisson",
-        "interleave",
-    ),
-    "lab.baselines": (
-        "BASELINES",
-        "Baseline",
-        "BaselineConfig",
-    ),
-    "lab.generators": ("GENERATORS",),
-    "lab.infinite": ("InfiniteCache",),
-    "lab.optimum": ("optimum",),
-    "lab.report": ("METRICS",),
-    "lab.simulation.result": ("RunResult",),
-    "lab.simulation.serving": (
-        "Serving",
-        "serve",
-    ),
-    "lab.simulation.simulate": (
-        "SimulationResult",
-        "Sweep",
-        "simulate",
-    ),
-    "lab.simulation.sizes": ("sizes",),
-    "lab.simulation.sweep": (
-        "Job",
-        "run_sweep",
-    ),
-    "lab.simulation.target": (
-        "LeaseTarget",
-        "RunConfig",
-        "build_target",
-    ),
-    "lab.trace": (
-        "Trace",
-        "TraceRequest",
-    ),
-    "lab.traces": ("open_trace",),
-    "policies.admission.base": ("AdmissionPolicy",),
-    "policies.eviction.scored": (
-        "SampledPolicy",
-        "ScorePolicy",
-    ),
-    "policies.words": (
-        "EVICTION",
-        "make_eviction",
-        "parse_placement",
-    ),
-    "policies.protocol": (
-        "EvictionPolicy",
-        "Item",
-        "Placed",
-        "PlacementPolicy",
-        "Prefill",
-    ),
+    "ModelGeometry": "geometry.model",
+    "advise": "lab.advise",
+    "optimum": "lab.optimum",
+    "simulate": "lab.simulation.simulate",
+    "Trace": "lab.trace",
+    "TraceRequest": "lab.trace",
+    "open_trace": "lab.traces",
+    "AdmissionPolicy": "policies.admission.base",
+    "ScorePolicy": "policies.eviction.scored",
+    "EvictionPolicy": "policies.protocol",
+    "Item": "policies.protocol",
+    "Placed": "policies.protocol",
+    "PlacementPolicy": "policies.protocol",
+    "Prefill": "policies.protocol",
+    "parse_placement": "policies.words",
 }
-"""Modules that are imported when one of their names is first asked for."""
+"""Public names whose modules are imported at first use."""
 
-_HOME = {name: module for module, names in _LAZY.items() for name in names}
+_MOVED = {
+    "Advice": "lab.advise",
+    "BASELINES": "lab.baselines",
+    "Baseline": "lab.baselines",
+    "BaselineConfig": "lab.baselines",
+    "EVICTION": "policies.words",
+    "GENERATORS": "lab.generators",
+    "InfiniteCache": "lab.infinite",
+    "Job": "lab.simulation.sweep",
+    "LeaseLog": "lease",
+    "LeaseTarget": "lab.simulation.target",
+    "METRICS": "lab.report",
+    "MeasuredTimes": "geometry.times",
+    "NullCache": "variants",
+    "Pauses": "lab.arrivals",
+    "Poisson": "lab.arrivals",
+    "RadixCache": "variants",
+    "Roofline": "geometry.times",
+    "RunConfig": "lab.simulation.target",
+    "RunResult": "lab.simulation.result",
+    "SampledPolicy": "policies.eviction.scored",
+    "Serving": "lab.simulation.serving",
+    "SimulationResult": "lab.simulation.simulate",
+    "Sweep": "lab.simulation.simulate",
+    "Tokens": "tokens",
+    "build_target": "lab.simulation.target",
+    "interleave": "lab.arrivals",
+    "make_eviction": "policies.words",
+    "run_sweep": "lab.simulation.sweep",
+    "serve": "lab.simulation.serving",
+    "sizes": "lab.simulation.sizes",
+}
+"""Names that were public in 0.1, with their modules; removed in 0.3."""
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    module = _LAZY.get(name) or _MOVED.get(name)
+    if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MOVED:
+        warnings.warn(
+            f"hybridcache.{name} is deprecated: import it from hybridcache.{module}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+    found = getattr(import_module(f"{__name__}.{module}"), name)
     globals()[name] = found
     return found
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_LAZY})
 
 
 __all__ = [
-    "BASELINES",
-    "EVICTION",
-    "GENERATORS",
-    "METRICS",
     "AdmissionPolicy",
-    "Advice",
-    "Baseline",
-    "BaselineConfig",
     "CacheConfig",
     "EvictionPolicy",
     "HybridRadixCache",
-    "InfiniteCache",
     "Item",
-    "Job",
     "Lease",
-    "LeaseLog",
     "LeaseRequest",
-    "LeaseTarget",
     "Losses",
-    "MeasuredTimes",
     "ModelGeometry",
-    "NullCache",
-    "Pauses",
     "Placed",
     "PlacementPolicy",
-    "Poisson",
     "Prefill",
     "PrefixCache",
     "PrefixMatch",
-    "RadixCache",
-    "Roofline",
-    "RunConfig",
-    "RunResult",
-    "SampledPolicy",
     "ScorePolicy",
-    "Serving",
-    "SimulationResult",
-    "Sweep",
-    "Tokens",
+    "StepPlan",
     "Trace",
     "TraceRequest",
     "advise",
     "build_prefix_cache",
-    "build_target",
-    "interleave",
-    "make_eviction",
     "open_trace",
     "optimum",
     "parse_placement",
-    "run_sweep",
-    "serve",
     "simulate",
-    "sizes",
 ]

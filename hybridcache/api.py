@@ -24,11 +24,11 @@ Ownership. An index or slot has, at every moment, exactly one of three owners:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hybridcache.policies.protocol import Item
-from hybridcache.radix.tree import RadixNode
+from hybridcache.radix.tree import NodeHandle, RadixNode
 from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
@@ -64,8 +64,8 @@ class Resumable(NamedTuple):
     position: int
     rows: tuple[int, ...]
     """By tier, the nearest first: rows to copy to the device."""
-    node: Any
-    """Opaque: what ``fetch`` works on."""
+    node: RadixNode
+    """The position that ``fetch`` loads."""
 
 
 class PrefixMatch(NamedTuple):
@@ -84,15 +84,14 @@ class PrefixMatch(NamedTuple):
     checkpoint: int | None
     """Slot with the state at ``cached_len``; None at 0 and in attention-only caches."""
     losses: Losses
-    node: Any
-    """Opaque to callers: the node that ends at ``cached_len``; what ``lock``, ``touch`` and
-    ``gather`` work on."""
+    node: NodeHandle | None
+    """The node that ends at ``cached_len``, for ``lock`` and ``gather``; None at 0."""
     namespace: Hashable
-    missed: Any = None
+    missed: Item | None = None
     """The deepest evicted checkpoint (a policy ``Item``) in (cached_len, num_tokens - 1] whose node
     or ghost is on the path: had it and its KV been kept, ``missed_tokens`` more tokens would have
     been reused."""
-    resumed: Any = None
+    resumed: Item | None = None
     """The checkpoint (a policy ``Item``) at ``cached_len``; None at 0 and in attention-only
     caches."""
     lower: tuple[Resumable, ...] = ()
@@ -148,8 +147,15 @@ class InsertResult(NamedTuple):
     rejected_slots: tuple[int, ...]
     """Slots not taken (a checkpoint is there already, or the position can not carry one), still
     held by the caller."""
-    node: Any
-    """Opaque: the node that ends at ``inserted_len``."""
+    node: NodeHandle | None
+    """The node that ends at ``inserted_len``; None if nothing was inserted."""
+
+
+class Protected(NamedTuple):
+    """Cached memory that no eviction can free now, because it is under locks."""
+
+    num_tokens: int
+    num_checkpoints: int
 
 
 class Eviction(NamedTuple):
@@ -466,7 +472,11 @@ class PrefixCache(Protocol):
         ...
 
     def continuation(
-        self, tokens: Tokens, max_tokens: int, namespace: Hashable = None, after: Any = None
+        self,
+        tokens: Tokens,
+        max_tokens: int,
+        namespace: Hashable = None,
+        after: NodeHandle | None = None,
     ) -> Tokens:
         """Up to ``max_tokens`` ids that followed ``tokens`` before, in this namespace, as far as is
         remembered (evicted KV does not matter); empty: nothing did. Changes nothing. Where several
@@ -477,7 +487,7 @@ class PrefixCache(Protocol):
         """
         ...
 
-    def gather(self, node: Any) -> Indices:
+    def gather(self, node: NodeHandle | None) -> Indices:
         """KV indices from the root to the end of ``node``: int32[position]. O(position)."""
         ...
 
@@ -491,12 +501,12 @@ class PrefixCache(Protocol):
         recency; record losses."""
         ...
 
-    def lock(self, node: Any) -> Any:
+    def lock(self, node: NodeHandle | None) -> Any:
         """Protect ``node``, its checkpoint and its path's KV from eviction; returns the receipt
         ``unlock`` takes. ValueError: ``node`` was evicted."""
         ...
 
-    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, Any]:
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[NodeHandle | None, Any]:
         """Protect the cached KV of ``tokens``, whether or not a checkpoint stands at its end.
 
         Returns (the node that ends where the cached KV does, a receipt for ``unlock``); the node is
@@ -517,7 +527,7 @@ class PrefixCache(Protocol):
         namespace: Hashable = None,
         owned_from: int = 0,
         labels: Sequence[str] = (),
-        after: Any = None,
+        after: NodeHandle | None = None,
     ) -> InsertResult:
         """Publish ``tokens`` with their KV rows, int32[n] each, and checkpoints [(position, slot),
         ...].
@@ -544,6 +554,19 @@ class PrefixCache(Protocol):
 
     def allocate_slot(self) -> int | None:
         """Take one state slot, evicting as needed; None if none is available."""
+        ...
+
+    def protected(self) -> Protected:
+        """Return how much of the cached memory is under locks, shared paths counted once. Amortised
+        O(1) per lock taken or returned since the last call."""
+        ...
+
+    def iter_nodes(self) -> Iterator[RadixNode]:
+        """Iterate over the nodes of the tree, parents before children, ghosts included.
+
+        For reading only: ``node.kv`` is None for ghosts, ``node.checkpoint`` is None where there is
+        no state. The cache must not change meanwhile. O(tree).
+        """
         ...
 
     def take_step(self) -> StepPlan:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from math import lcm
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from hybridcache.api import (
     Losses,
     LowerMemory,
     PrefixMatch,
+    Protected,
     Resumable,
     introduce,
     joined,
@@ -27,8 +27,15 @@ from hybridcache.api import (
 )
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.continuation import NOTHING, continuation
-from hybridcache.radix.ghosts import read_ghosts
-from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, ghosts_above
+from hybridcache.radix.ghosts import GhostList, read_ghosts
+from hybridcache.radix.tree import (
+    Checkpoint,
+    ItemBytes,
+    NodeHandle,
+    RadixNode,
+    RadixTree,
+    ghosts_above,
+)
 from hybridcache.residency import (
     Residency,
     append,
@@ -53,13 +60,49 @@ FORMS = ("text", "graphviz", "svg")
 """In which a tree is drawn."""
 
 
-class Receipt:
-    """What ``lock`` returned; ``unlock`` takes it, once."""
+def own(node: NodeHandle | None) -> RadixNode | None:
+    """Return ``node`` as the tree's own type; ValueError for a handle of another kind of cache."""
+    if node is not None and not isinstance(node, RadixNode):
+        raise ValueError(f"{type(node).__name__} is no node of this cache: pass what it returned")
+    return node
 
-    __slots__ = ("node",)
 
-    def __init__(self, node: RadixNode | None) -> None:
+class LockHandle:
+    """A lock on one node and its path. Return it with ``cache.unlock(handle)``, or use it in a
+    ``with`` statement.
+
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+    >>> result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
+    >>> with cache.lock(result.node):
+    ...     cache.evict(num_tokens=10), cache.protected().num_tokens
+    (Eviction(num_tokens=0, num_slots=0), 10)
+    >>> cache.evict(num_tokens=10)
+    Eviction(num_tokens=10, num_slots=0)
+    """
+
+    __slots__ = ("_residency", "node")
+
+    def __init__(self, node: RadixNode | None, residency: Residency | None) -> None:
         self.node = node
+        """The locked node; None if nothing was cached, or after ``unlock``."""
+        self._residency = residency
+
+    def release(self) -> None:
+        """Return the lock. Does nothing if it was returned before. O(1)."""
+        node, self.node = self.node, None
+        if node is not None and self._residency is not None:
+            self._residency.unlock(node)
+
+    def belongs_to(self, residency: Residency) -> bool:
+        """Return whether the lock was taken in that cache."""
+        return self._residency is residency
+
+    def __enter__(self) -> LockHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
 
 class HybridRadixCache:
@@ -171,7 +214,7 @@ class HybridRadixCache:
         tokens: Tokens,
         max_tokens: int,
         namespace: Hashable = None,
-        after: RadixNode | None = None,
+        after: NodeHandle | None = None,
     ) -> Tokens:
         """Up to ``max_tokens`` ids that followed ``tokens`` before; see
         ``PrefixCache.continuation``. Changes nothing. O(n), or what lies behind ``after``.
@@ -182,25 +225,26 @@ class HybridRadixCache:
         >>> cache.continuation(np.arange(4, dtype=np.int32), 3).tolist()
         [4, 5, 6]
         """
-        node = after if after is not None else self._tree.find_root(namespace)
+        node = own(after) if after is not None else self._tree.find_root(namespace)
         while node is not None and node.end > len(tokens):
             node = node.parent
         if node is None:
             return NOTHING
         return continuation(node, tokens[node.end :], max_tokens, self.page_size)
 
-    def gather(self, node: RadixNode | None) -> Indices:
+    def gather(self, node: NodeHandle | None) -> Indices:
         """KV indices from the root to the end of ``node``: int32[position], read-only. O(position).
 
         The latest answers are kept: a request asks when it begins and again below that when it has
         published, and the next turn of its conversation asks for the same again.
         """
-        if node is None or node.kv is None:
+        last = own(node)
+        if last is None or last.kv is None:
             return NO_INDICES
-        known = self._gathered.get(node.kv)
+        known = self._gathered.get(last.kv)
         if known is not None:
             return known
-        return self._gathered.join(node.kv, self._residency.cached_tokens)
+        return self._gathered.join(last.kv, self._residency.cached_tokens)
 
     def fetch(self, resumable: Resumable) -> bool:
         """False: nothing lies below the device."""
@@ -212,47 +256,59 @@ class HybridRadixCache:
         residency = self._residency
         residency.now += 1
         self.stats.record(match)
-        if match.node is not None:
-            residency.use(match.node)
+        node = own(match.node)
+        if node is not None:
+            residency.use(node)
         if match.missed is not None:
             policy = residency.policy
             policy.missed(match.missed)
             # Most policies ignore further ghost hits: then the path is not searched for them.
-            if type(policy).missed_above is not EvictionPolicy.missed_above:
+            is_asked = type(policy).missed_above is not EvictionPolicy.missed_above
+            if is_asked and isinstance(match.missed, Checkpoint):
                 for ghost in ghosts_above(match.missed.node):
                     policy.missed_above(ghost)
 
-    def lock(self, node: RadixNode | None) -> Receipt:
+    def lock(self, node: NodeHandle | None) -> LockHandle:
         """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1).
         ValueError: it was evicted."""
-        if node is not None:
-            if node.kv is None:
+        last = own(node)
+        if last is not None:
+            if last.kv is None:
                 raise ValueError(EVICTED)
-            self._residency.lock(node)
-        return Receipt(node)
+            self._residency.lock(last)
+        return LockHandle(last, self._residency)
 
-    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[Any, Receipt]:
+    def lock_kv(
+        self, tokens: Tokens, namespace: Hashable = None
+    ) -> tuple[RadixNode | None, LockHandle]:
         """Protect the cached KV of ``tokens`` without counting a use; see ``PrefixCache.lock_kv``.
         An edge that ``tokens`` leave is split. O(n)."""
         root = self._tree.find_root(namespace)
         if root is None:
-            return None, Receipt(None)
+            return None, LockHandle(None, None)
         node, inside, kv_len = self._tree.walk(root, tokens)
         if inside is not None and kv_len > node.end:
             node = self._residency.split(inside, kv_len)
         if node is root:
-            return None, Receipt(None)
+            return None, LockHandle(None, None)
         return node, self.lock(node)
 
-    def unlock(self, receipt: Receipt) -> None:
-        """Give a lock back; a receipt given twice unlocks once. O(1). ValueError: another cache
-        gave it."""
-        node = receipt.node
-        if node is not None:
-            if node not in self._residency.locked:
-                raise ValueError("this receipt was given by another cache: unlock it there")
-            receipt.node = None
-            self._residency.unlock(node)
+    def lock_of(self, node: NodeHandle | None) -> LockHandle:
+        """Return a handle for a lock that is already held on ``node``, to be unlocked once.
+
+        For callers that keep only nodes. O(1). ValueError if ``node`` is not locked.
+        """
+        last = own(node)
+        if last is not None and last not in self._residency.locked:
+            raise ValueError("this node is not locked in this cache")
+        return LockHandle(last, self._residency)
+
+    def unlock(self, handle: LockHandle) -> None:
+        """Return a lock; a second call does nothing. O(1). ValueError if another cache gave it."""
+        if handle.node is not None:
+            if not handle.belongs_to(self._residency):
+                raise ValueError("this lock was given by another cache: unlock it there")
+            handle.release()
 
     def insert(
         self,
@@ -262,7 +318,7 @@ class HybridRadixCache:
         namespace: Hashable = None,
         owned_from: int = 0,
         labels: Sequence[str] = (),
-        after: RadixNode | None = None,
+        after: NodeHandle | None = None,
     ) -> InsertResult:
         """Publish ``tokens`` with their rows and checkpoints; see ``PrefixCache.insert``.
 
@@ -270,21 +326,22 @@ class HybridRadixCache:
         ``tokens[:owned_from]``; where a checkpoint or a fork comes, also a step for each node up to
         the nearest checkpoint above. ValueError: as there; nothing is changed.
         """
+        base = own(after)
         refuse_bad_insert(
             tokens,
             kv_indices,
             checkpoints,
             owned_from,
             labels,
-            after,
+            base,
             page_size=self.page_size,
             num_slots=self._num_slots,
         )
         residency, tree, step = self._residency, self._tree, self._step
         num_tokens = len(tokens) - len(tokens) % self.page_size
-        while after is not None and after.end > owned_from:
-            after = after.parent
-        node = after if after is not None else tree.root(namespace)
+        while base is not None and base.end > owned_from:
+            base = base.parent
+        node = base if base is not None else tree.root(namespace)
         inside, kv_len = None, node.end
         if node.children is not None:
             node, inside, kv_len = tree.walk(node, tokens[kv_len:num_tokens])
@@ -331,6 +388,53 @@ class HybridRadixCache:
                 return self._slots.allocate()
             self.stats.refusals += 1
         return slot
+
+    def make_room(self, num_tokens: int = 0, num_slots: int = 0) -> bool:
+        """Evict until ``num_tokens`` rows (whole pages) and one slot, if ``num_slots``, are free.
+
+        Returns False, with nothing evicted for the part that failed, if locks or other holders
+        prevent it. For callers that allocate from the pools themselves. O(log n) per evicted item.
+        """
+        if num_slots > 1:
+            raise ValueError(f"make_room frees one slot at a time (got num_slots={num_slots}).")
+        residency = self._residency
+        if num_tokens > self.free_tokens and not make_room_for_kv(residency, num_tokens):
+            return False
+        return num_slots <= self.free_slots or make_room_for_slot(residency)
+
+    def protected(self) -> Protected:
+        """Return how much of the cached memory is under locks; see ``PrefixCache.protected``."""
+        return self._residency.locked_paths.protected()
+
+    def iter_nodes(self) -> Iterator[RadixNode]:
+        """Iterate over the nodes, parents before children; see ``PrefixCache.iter_nodes``."""
+        return self._tree.nodes()
+
+    def roots(self) -> list[RadixNode]:
+        """Return the root of each namespace, the oldest first; ``root.key`` is the namespace."""
+        return list(self._tree.roots.values())
+
+    def refresh(self, node: NodeHandle | None) -> None:
+        """Count a use of ``node`` without a request: its recency changes, no statistics. O(1)."""
+        last = own(node)
+        if last is not None:
+            self._residency.use(last)
+
+    def install(
+        self, tree: RadixTree, ghosts: Iterable[RadixNode], *, now: int, num_items: int
+    ) -> None:
+        """Fill this empty cache with the nodes of ``tree``, as an earlier cache left them.
+
+        For files that describe a cache. The rows and slots named in the tree are taken from the
+        allocators. ``ghosts`` are its nodes without KV, the oldest first; call ``ghosts.trim()``
+        once all of them have been read. ``now`` and ``num_items`` are added to this cache's clock.
+        The policy and the subscribers are notified of everything. O(tree + pools).
+
+        ValueError, and the cache as it was, if it is not empty or the pools lack a row or slot.
+        """
+        if self.num_nodes:
+            raise ValueError("only an empty cache can be filled; reset() it first")
+        self._residency.install(tree, ghosts, now, num_items)
 
     def take_step(self) -> StepPlan:
         """Return the work on the tensors that is due before the next step; see
@@ -443,6 +547,26 @@ class HybridRadixCache:
     def num_nodes(self) -> int:
         """Nodes, ghosts included. O(1)."""
         return self._tree.num_nodes
+
+    @property
+    def ghosts(self) -> GhostList:
+        """The nodes of which only the tokens are left, for reading."""
+        return self._residency.ghosts
+
+    @property
+    def item_bytes(self) -> ItemBytes:
+        """Bytes of one token's KV and of one state, as policies weigh them."""
+        return self._residency.item_bytes
+
+    @property
+    def now(self) -> int:
+        """Logical time: requests counted so far."""
+        return self._residency.now
+
+    @property
+    def num_items(self) -> int:
+        """Items made so far: the serial number of the next one."""
+        return self._residency.num_items
 
     @property
     def ghost_tokens(self) -> int:

@@ -35,14 +35,13 @@ evicts nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
 from hybridcache.allocators.arena import arena_of
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
-from hybridcache.api import CacheStats, Listener
+from hybridcache.api import CacheStats, Listener, Protected, introduce
 from hybridcache.offload import LowerTiers, check_lower
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.check import check_tree
@@ -56,13 +55,6 @@ from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 NEW, COUNTED, WITH_CHECKPOINT = range(3)
 """How a locked node stands in the counts: not yet (false), its path, its path and its
 checkpoint."""
-
-
-class Protected(NamedTuple):
-    """What no eviction can free now."""
-
-    num_tokens: int
-    num_checkpoints: int
 
 
 class LockedPaths:
@@ -476,7 +468,39 @@ class Residency:
         else:
             self.policy.discard(item, evicted=False)
 
-    def mark_superseded(self) -> None:
+    def install(
+        self, tree: RadixTree, ghosts: Iterable[RadixNode], now: int, num_items: int
+    ) -> None:
+        """Fill the empty cache with the nodes of ``tree``; see ``HybridRadixCache.install``."""
+        resident = [node for node in tree.nodes() if node.kv is not None]
+        rows = np.concatenate([NO_ROWS, *(node.kv.indices for node in resident if node.kv)])
+        slots = [node.checkpoint.slot for node in resident if node.checkpoint is not None]
+        self.pages.reserve(rows)
+        try:
+            self.slots.reserve(slots)
+        except ValueError:
+            self.pages.free(rows)
+            raise
+        self.tree.roots.update(tree.roots)
+        self.tree.num_nodes = tree.num_nodes
+        self.num_items += num_items
+        self.now += now
+        self.cached_tokens, self.num_checkpoints = len(rows), len(slots)
+        self.stats.inserted_tokens += len(rows)
+        self.stats.inserted_slots += len(slots)
+        for node in ghosts:
+            self.ghosts.add(node)
+        if self.owners is not None:
+            for node in resident:
+                if node.kv is not None:
+                    self.owners.add(node.kv.indices)
+        self._link_runs()
+        for item in sorted(self.candidates(), key=lambda item: (item.last_used, item.serial)):
+            self.policy.add(item)
+        if self.listener is not None:
+            introduce(self.listener, self.tree.nodes())
+
+    def _link_runs(self) -> None:
         """Link the checkpoints of every run, and tell which are superseded, before the policy knows
         any. O(tree)."""
         for node in self.tree.nodes():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 from hybridcache.allocators.arena import arena_of, step_queue_of
 from hybridcache.allocators.moves import StepPlan
@@ -17,23 +16,24 @@ from hybridcache.api import (
     Losses,
     PrefixCache,
     PrefixMatch,
+    Protected,
     Resumable,
 )
-from hybridcache.hybrid import EVICTED, HybridRadixCache, Receipt
+from hybridcache.hybrid import EVICTED, HybridRadixCache, LockHandle
 from hybridcache.offload import LowerTiers, Tier
 from hybridcache.radix.ghosts import read_ghosts
-from hybridcache.radix.tree import RadixNode, StoredState
+from hybridcache.radix.tree import Checkpoint, NodeHandle, RadixNode, StoredState
 from hybridcache.residency import Residency, make_room_for_kv, make_room_for_slot
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 
-def fetch(residency: Residency, lower: LowerTiers, target: RadixNode) -> bool:
+def fetch(residency: Residency, lower: LowerTiers, target: NodeHandle) -> bool:
     """Make the state at ``target`` and the KV down to it resident. False, and nothing changed but
     what was evicted for it: it is there no more, or the device has no room for it.
 
     O(tokens fetched), and what making room costs.
     """
-    if target.below is None or target.below.state is None:
+    if not isinstance(target, RadixNode) or target.below is None or target.below.state is None:
         return False
     now = residency.now + 1
     lower.used(target.below.state, now)
@@ -273,7 +273,7 @@ class TieredRadixCache(HybridRadixCache):
     def touch(self, match: PrefixMatch) -> None:
         """As ``HybridRadixCache.touch``; the tier that let go of what was missed is told."""
         super().touch(match)
-        if match.missed is not None:
+        if isinstance(match.missed, Checkpoint):
             self.lower.missed(match.missed)
 
     def reset(self) -> None:
@@ -284,12 +284,15 @@ class TieredRadixCache(HybridRadixCache):
         self._residency.lower = self.lower
 
 
-class PathPart(NamedTuple):
+class PathPart(NodeHandle):
     """The first ``length`` tokens of the path to ``node``: a hit may end inside an edge, and a
     match splits nothing."""
 
-    node: RadixNode
-    length: int
+    __slots__ = ("length", "node")
+
+    def __init__(self, node: RadixNode, length: int) -> None:
+        self.node = node
+        self.length = length
 
     def last(self) -> RadixNode:
         """The node that the part ends in, or at: splits since the match put nodes above ``node``.
@@ -343,14 +346,14 @@ class RadixCache(HybridRadixCache):
         tokens: Tokens,
         max_tokens: int,
         namespace: Hashable = None,
-        after: PathPart | RadixNode | None = None,
+        after: NodeHandle | None = None,
     ) -> Tokens:
         """Up to ``max_tokens`` ids that followed ``tokens`` before; see
         ``PrefixCache.continuation``. O(n), or what lies behind ``after``."""
         node = after.last().parent if isinstance(after, PathPart) else after
         return super().continuation(tokens, max_tokens, namespace, node)
 
-    def gather(self, node: PathPart | RadixNode | None) -> Indices:
+    def gather(self, node: NodeHandle | None) -> Indices:
         """KV indices of ``match.node`` or ``result.node``. O(position)."""
         if isinstance(node, PathPart):
             return super().gather(node.last())[: node.length]
@@ -358,10 +361,18 @@ class RadixCache(HybridRadixCache):
 
     def touch(self, match: PrefixMatch) -> None:
         """Count one request: refresh what it resumes from, record hits and losses. O(1)."""
-        node = None if match.node is None else match.node.last()
+        node = match.node.last() if isinstance(match.node, PathPart) else match.node
         super().touch(match._replace(node=node))
 
-    def lock(self, node: PathPart | RadixNode | None) -> Receipt:
+    def lock_of(self, node: NodeHandle | None) -> LockHandle:
+        """Return a handle for a lock that is already held on ``node``. O(1)."""
+        return super().lock_of(node.last() if isinstance(node, PathPart) else node)
+
+    def refresh(self, node: NodeHandle | None) -> None:
+        """Count a use of ``node`` without a request. O(1)."""
+        super().refresh(node.last() if isinstance(node, PathPart) else node)
+
+    def lock(self, node: NodeHandle | None) -> LockHandle:
         """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside.
         O(page). ValueError: it was evicted."""
         if isinstance(node, PathPart):
@@ -379,7 +390,7 @@ class RadixCache(HybridRadixCache):
         namespace: Hashable = None,
         owned_from: int = 0,
         labels: Sequence[str] = (),
-        after: Any = None,
+        after: NodeHandle | None = None,
     ) -> InsertResult:
         """Publish ``tokens`` with their rows; every checkpoint is handed back."""
         node = after.last() if isinstance(after, PathPart) else after
@@ -429,27 +440,39 @@ class NullCache(PrefixCache):
         return False
 
     def continuation(
-        self, tokens: Tokens, max_tokens: int, namespace: Hashable = None, after: Any = None
+        self,
+        tokens: Tokens,
+        max_tokens: int,
+        namespace: Hashable = None,
+        after: NodeHandle | None = None,
     ) -> Tokens:
         """Nothing is remembered: always empty. O(1)."""
         return tokens[:0]
 
-    def gather(self, node: Any) -> Indices:
+    def gather(self, node: NodeHandle | None) -> Indices:
         return self._pages.free_rows()[:0]
 
     def touch(self, match: PrefixMatch) -> None:
         self.stats.record(match)
 
-    def lock(self, node: Any) -> None:
-        """There is nothing to protect; the receipt is None."""
-        return None
+    def lock(self, node: NodeHandle | None) -> LockHandle:
+        """Return a handle that protects nothing: nothing is cached."""
+        return LockHandle(None, None)
 
-    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[None, None]:
-        """Return (None, None): nothing is cached."""
-        return None, None
+    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[None, LockHandle]:
+        """Return (None, a handle that protects nothing)."""
+        return None, LockHandle(None, None)
 
-    def unlock(self, receipt: None) -> None:
-        return None
+    def unlock(self, handle: LockHandle) -> None:
+        """Do nothing: no lock protects anything."""
+
+    def protected(self) -> Protected:
+        """Return zeros: nothing is cached."""
+        return Protected(0, 0)
+
+    def iter_nodes(self) -> Iterator[RadixNode]:
+        """Iterate over no nodes."""
+        return iter(())
 
     def insert(
         self,
@@ -459,7 +482,7 @@ class NullCache(PrefixCache):
         namespace: Hashable = None,
         owned_from: int = 0,
         labels: Sequence[str] = (),
-        after: Any = None,
+        after: NodeHandle | None = None,
     ) -> InsertResult:
         """Nothing is taken: all rows and slots stay the caller's."""
         require_int32(tokens, "tokens")

@@ -248,3 +248,118 @@ def test_a_transformers_model_class_imports_beside_our_kernels() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     assert done.stdout.strip() == "Qwen3NextForCausalLM"
+
+
+ADAPTERS = ("hybridcache/export", "hybridcache/routing", "hybridcache/watch", "engine")
+OWN = ("self", "cls")
+OF_NAMED_TUPLES = {"_asdict", "_fields", "_make", "_replace"}
+
+
+def private_accesses(tree: ast.AST) -> list[str]:
+    """Return every access to a private attribute of an object that is not ``self`` or ``cls``.
+
+    An attribute that the same file defines on one of its own classes is its own business.
+    """
+    defined = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in OWN
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            defined.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            defined.add(node.target.id)
+    return [
+        f"line {node.lineno}: {ast.unparse(node)}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and not (isinstance(node.value, ast.Name) and node.value.id in OWN)
+        and node.attr not in defined | OF_NAMED_TUPLES
+    ]
+
+
+def test_private_accesses_are_found() -> None:
+    source = "class A:\n    def f(self, other):\n        self._a = other._a\n        self._b._c()\n"
+    assert private_accesses(ast.parse(source)) == ["line 4: self._b._c"]
+    assert private_accesses(ast.parse("cache._residency.lock(node)")) == [
+        "line 1: cache._residency"
+    ]
+
+
+@pytest.mark.parametrize("folder", ADAPTERS)
+def test_adapters_use_the_public_interface_of_the_cache(folder: str) -> None:
+    """The SGLang adapter, snapshots and the engine do nothing that a stranger could not do."""
+    core = {"_residency", "_tree", "_pages", "_slots", "_gathered", "_step", "_rows", "_saving"}
+    found = {
+        str(file.relative_to(ROOT)): [
+            access
+            for access in private_accesses(parsed(file))
+            if folder.startswith("hybridcache") or any(f".{name}" in access for name in core)
+        ]
+        for file in files_of(folder)
+    }
+    assert {file: accesses for file, accesses in found.items() if accesses} == {}
+
+
+READERS = (
+    "hybridcache/tokens.py",
+    "hybridcache/policies/memory.py",
+    "hybridcache/export/snapshot_file.py",
+    "hybridcache/export/namespaces.py",
+    "hybridcache/export/mirror.py",
+    "hybridcache/lab/trace.py",
+)
+READING = ("load", "_build", "unpack", "recall", "_recall", "_check", "_share", "_states")
+
+
+def asserts_in(node: ast.AST) -> list[int]:
+    return [one.lineno for one in ast.walk(node) if isinstance(one, ast.Assert)]
+
+
+def test_readers_of_outside_data_contain_no_assert() -> None:
+    """``python -O`` removes assert statements, so they validate nothing."""
+    files = [*(ROOT / name for name in READERS), *files_of("hybridcache/lab/traces")]
+    found = {str(file): lines for file in files if (lines := asserts_in(parsed(file)))}
+    assert found == {}
+    for name in ("snapshot", "warm_state"):  # the writing half may state invariants of the tree
+        reading = [
+            node
+            for node in ast.walk(parsed(ROOT / "hybridcache/export" / f"{name}.py"))
+            if isinstance(node, ast.FunctionDef) and node.name.startswith(READING)
+        ]
+        assert len(reading) >= 3
+        found = {node.name: lines for node in reading if (lines := asserts_in(node))}
+        assert found == {}
+
+
+def test_the_public_names_are_few_and_explained() -> None:
+    import hybridcache
+
+    assert len(hybridcache.__all__) <= 25 and sorted(hybridcache.__all__) == hybridcache.__all__
+    for name in hybridcache.__all__:
+        assert (getattr(hybridcache, name).__doc__ or "").strip(), f"{name} has no docstring"
+
+
+def test_deprecated_names_still_work_and_we_do_not_use_them() -> None:
+    import hybridcache
+
+    with pytest.warns(DeprecationWarning, match=r"import it from hybridcache\.lab\.generators"):
+        generators = hybridcache.__getattr__("GENERATORS")
+    assert generators is importlib.import_module("hybridcache.lab.generators").GENERATORS
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        hybridcache.__getattr__("Nothing")
+    used = {
+        f"{file.relative_to(ROOT)}: {alias.name}"
+        for file in files_of(*ROOMS, "tests", "examples")
+        for node in ast.walk(parsed(file))
+        if isinstance(node, ast.ImportFrom) and node.module == "hybridcache"
+        for alias in node.names
+        if alias.name not in hybridcache.__all__
+        and not (ROOT / "hybridcache" / alias.name).exists()
+    }
+    assert used == set()

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache import EVICTION, CacheConfig, build_prefix_cache
+from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.api import PrefixCache
+from hybridcache.policies.words import EVICTION
 
 NAMESPACES: tuple[Hashable, ...] = (None, "a", ("a", 1), 7, b"x", (None,))
 

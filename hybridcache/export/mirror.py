@@ -220,6 +220,6 @@ def segments_of(
         if node.kv is not None:
             stream.kv_stored(node)
             stored = found.pop()
-            assert isinstance(stored, KVStored)
-            segments.add((*stored, node.checkpoint is not None))
+            if isinstance(stored, KVStored):
+                segments.add((*stored, node.checkpoint is not None))
     return segments

@@ -36,8 +36,7 @@ def write_namespace(namespace: Hashable) -> Namespace:
     require_namespace(namespace)
     if isinstance(namespace, bytes):
         return ("repr", repr(bytes(namespace)))
-    assert isinstance(namespace, int)
-    whole = int(namespace)
+    whole = int(namespace)  # type: ignore[call-overload]  # require_namespace left only ints
     return whole if INT64_MIN <= whole <= INT64_MAX else ("int", hex(whole))
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from hybridcache.api import introduce
 from hybridcache.export.snapshot_file import (
     FORM,
     Arrays,
@@ -38,19 +37,19 @@ def save_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
             a token is negative, or ``cache`` stores nothing. No file is written.
     """
     _check_keeps(cache)
-    residency = cache._residency
-    ordered = list(residency.tree.nodes())
+    ordered = list(cache.iter_nodes())
+    roots = cache.roots()
     place = {node: index for index, node in enumerate(ordered)}
-    forgotten = {node: index for index, node in enumerate(residency.ghosts.oldest_first())}
-    namespaces = [write_namespace(root.key) for root in residency.tree.roots.values()]
-    for index, root in enumerate(residency.tree.roots.values()):
+    forgotten = {node: index for index, node in enumerate(cache.ghosts.oldest_first())}
+    namespaces = [write_namespace(root.key) for root in roots]
+    for index, root in enumerate(roots):
         place[root] = -1 - index
     header = {
         "form": FORM,
         "page_size": cache.page_size,
         "grid": cache.grid,
-        "now": residency.now,
-        "num_items": residency.num_items,
+        "now": cache.now,
+        "num_items": cache.num_items,
         "namespaces": namespaces,
         "labels": [_label(node.checkpoint) for node in ordered],
         "lost_labels": [_label(node.lost_checkpoint) for node in ordered],
@@ -108,43 +107,22 @@ def load_snapshot(cache: HybridRadixCache, path: str | Path) -> None:
     _check_keeps(cache)
     header, arrays = read_snapshot(path)
     _check_fits(cache, header, path)
-    residency = cache._residency
-    if (arrays["slot"] >= 0).any() and not residency.item_bytes.state:
+    if (arrays["slot"] >= 0).any() and not cache.item_bytes.state:
         raise ValueError(f"{path} has checkpoints, which this cache cannot store.")
     tree = RadixTree(cache.page_size)
-    clock = (residency.num_items, residency.now)
-    nodes = _build(tree, header, arrays, residency.item_bytes, clock, path)
-    slots = [slot for slot in arrays["slot"].tolist() if slot >= 0]
+    nodes = _build(tree, header, arrays, cache.item_bytes, (cache.num_items, cache.now), path)
+    orders = zip(arrays["ghost"].tolist(), nodes, strict=True)
+    ghosts = sorted((pair for pair in orders if pair[0] >= 0), key=lambda pair: pair[0])
     try:
-        residency.pages.reserve(arrays["rows"])
-        try:
-            residency.slots.reserve(slots)
-        except ValueError:
-            residency.pages.free(arrays["rows"])
-            raise
+        cache.install(
+            tree,
+            [node for _, node in ghosts],
+            now=header["now"],
+            num_items=header["num_items"],
+        )
     except ValueError as error:
         raise ValueError(f"{path} does not fit into this cache: {error}") from error
-    residency.tree.roots.update(tree.roots)
-    residency.tree.num_nodes = tree.num_nodes
-    residency.num_items += header["num_items"]
-    residency.now += header["now"]
-    residency.cached_tokens, residency.num_checkpoints = len(arrays["rows"]), len(slots)
-    residency.stats.inserted_tokens += len(arrays["rows"])
-    residency.stats.inserted_slots += len(slots)
-    ghosts = [(int(order), node) for order, node in zip(arrays["ghost"], nodes, strict=True)]
-    for order, node in sorted(ghosts, key=lambda pair: pair[0]):
-        if order >= 0:
-            residency.ghosts.add(node)
-    residency.ghosts.trim()
-    if residency.owners is not None:
-        for node in nodes:
-            if node.kv is not None:
-                residency.owners.add(node.kv.indices)
-    residency.mark_superseded()
-    for item in sorted(residency.candidates(), key=lambda item: (item.last_used, item.serial)):
-        residency.policy.add(item)
-    if residency.listener is not None:
-        introduce(residency.listener, residency.tree.nodes())
+    cache.ghosts.trim()
 
 
 def _build(

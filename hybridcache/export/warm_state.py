@@ -74,7 +74,6 @@ def _body(
     placement: Sequence[PlacementPolicy],
     with_policies: bool = True,
 ) -> bytes:
-    residency = cache._residency
     numbers = {node: number for number, node in enumerate(nodes)}
     namespaces: dict[str, int] = {}
     rows, labels, tokens = [], [], [np.empty(0, np.int32)]
@@ -103,8 +102,8 @@ def _body(
         "form": FORM,
         "page_size": cache.page_size,
         "grid": cache.grid,
-        "now": residency.now,
-        "num_items": residency.num_items,
+        "now": cache.now,
+        "num_items": cache.num_items,
         "tiers": list(cache.lower.words),
         "namespaces": list(namespaces),
         "nodes": np.array(rows, np.int64).reshape(-1, 8),
@@ -165,7 +164,7 @@ class Memory:
             ValueError: the page size or the grid differs, the cache is not empty, or the file is
                 damaged. The cache is unchanged.
         """
-        plain, residency = self._plain, cache._residency
+        plain = self._plain
         if cache.num_nodes:
             raise ValueError("the cache must be empty to restore a memory")
         if (plain.get("page_size"), plain.get("grid")) != (cache.page_size, cache.grid):
@@ -175,12 +174,7 @@ class Memory:
             now, num_items = int(plain["now"]), int(plain["num_items"])
         except UNREADABLE as error:
             raise ValueError("it is damaged") from error
-        residency.tree.roots.update(tree.roots)
-        residency.tree.num_nodes = tree.num_nodes
-        residency.now += now
-        residency.num_items += num_items
-        for node in reversed(nodes):
-            residency.ghosts.add(node)
+        cache.install(tree, reversed(nodes), now=now, num_items=num_items)
 
     def _build(self, cache: TieredRadixCache) -> tuple[RadixTree, list[RadixNode]]:
         plain, reader = self._plain, Reader(lambda _: None)
@@ -188,7 +182,7 @@ class Memory:
         roots = [tree.root(read_namespace(text)) for text in plain["namespaces"]]
         rows, tokens = reader.read(plain["nodes"]).tolist(), reader.read(plain["tokens"])
         require_int32(tokens, "tokens")
-        item_bytes, at, words = cache._residency.item_bytes, 0, cache.lower.words
+        item_bytes, at, words = cache.item_bytes, 0, cache.lower.words
         tiers = [words.index(word) if word in words else None for word in plain["tiers"]]
         for row, label in zip(rows, plain["labels"], strict=True):
             above, end, serial, created, last_used, uses, superseded, tier = row
@@ -240,7 +234,7 @@ class Memory:
                 take_over(rule, remembered)
         except UNREADABLE:
             unfit.append("placement")
-        cache._residency.ghosts.trim()
+        cache.ghosts.trim()
         return unfit
 
     def _recall_policy(
@@ -291,7 +285,7 @@ def _share_anew(cache: TieredRadixCache, word: str) -> None:
 def _states(cache: TieredRadixCache, word: str) -> dict[int, StoredState]:
     """Return the states stored in tier ``word``, by serial. O(tree)."""
     number = cache.lower.words.index(word)
-    states = (node.below.state for node in cache._tree.nodes() if node.below is not None)
+    states = (node.below.state for node in cache.iter_nodes() if node.below is not None)
     return {state.serial: state for state in states if state is not None and state.tier == number}
 
 
@@ -300,25 +294,24 @@ def _latest(cache: TieredRadixCache) -> list[RadixNode]:
 
     O(n log n).
     """
-    residency = cache._residency
     used: dict[RadixNode, int] = {}
-    for node in reversed(list(residency.tree.nodes())):
+    for node in reversed(list(cache.iter_nodes())):
         item = _item_at(node)
         own = max(item.last_used if item else 0, node.kv.last_used if node.kv else 0)
         used[node] = max(own, used.get(node, 0))
         if node.parent is not None:
             used[node.parent] = max(used.get(node.parent, 0), used[node])
-    forgotten = list(residency.ghosts.oldest_first())
+    forgotten = list(cache.ghosts.oldest_first())
     listed = set(forgotten)
     held = [node for node in used if node.parent is not None and node not in listed]
     held.sort(key=lambda node: (used[node], -node.end))
-    room, found = residency.ghosts.limit_bytes, []
+    room, found = cache.ghosts.limit_bytes, []
     left_out: set[RadixNode] = set()
     for node in reversed(forgotten + held):
         root = node
         while root.parent is not None:
             root = root.parent
-        room -= len(node.edge) + residency.ghosts.node_bytes
+        room -= len(node.edge) + cache.ghosts.node_bytes
         if room < 0:
             break
         if root in left_out or not _is_writable(root):

@@ -73,7 +73,17 @@ class ItemBytes(NamedTuple):
     """0 in an attention-only cache."""
 
 
-class RadixNode:
+class NodeHandle:
+    """An opaque position in a cache's tree, as ``match`` and ``insert`` return it.
+
+    Pass it to ``lock``, ``gather``, ``insert(after=...)`` of the same cache, and look at nothing in
+    it. It is valid until the next insertion or eviction, or for as long as it is locked.
+    """
+
+    __slots__ = ()
+
+
+class RadixNode(NodeHandle):
     """Tokens (``start``, ``end``] of some prompts. Mutable; one of the ``children`` or of the
     ``ghosts`` of its parent."""
 

@@ -22,7 +22,7 @@ from zlib import crc32
 
 from hybridcache.api import Listener
 from hybridcache.policies.protocol import Item
-from hybridcache.radix.tree import RadixNode
+from hybridcache.radix.tree import NodeHandle, RadixNode
 
 Record = list[Any]
 """Name of the change, then its fields as plain data. README.md lists all records."""
@@ -86,9 +86,9 @@ class Recorder(Listener):
         """Ignored: the removal is recorded when it happens."""
 
 
-def node_id(node: RadixNode | None) -> int | None:
-    """Return the id of a node in records, or None for a root or an evicted node."""
-    return None if node is None or node.kv is None else node.kv.serial
+def node_id(node: NodeHandle | None) -> int | None:
+    """Return the number that names a node in records; None for a root and an evicted node."""
+    return node.kv.serial if isinstance(node, RadixNode) and node.kv is not None else None
 
 
 def show_namespace(namespace: Hashable) -> str | None:

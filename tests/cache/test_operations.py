@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.radix.tree import RadixNode
 from tests import selection
@@ -281,3 +282,51 @@ def test_nothing_gathered_outlives_a_reset() -> None:
     assert len(cache._residency.gathered) == 0
     cache.check()
     assert len(cache.gather(receipt.node)) == 500
+
+
+def test_a_lock_is_a_context_manager_and_is_returned_once():
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+    result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
+    with pytest.raises(KeyError), cache.lock(result.node):
+        assert cache.protected() == (10, 0)
+        raise KeyError
+    assert cache.protected() == (0, 0)
+    with cache.lock(result.node) as handle:
+        cache.unlock(handle)
+        other = cache.lock(result.node)
+    assert cache.protected() == (10, 0), "leaving the block returned another one's lock"
+    cache.unlock(cache.lock_of(result.node))
+    other.node = None
+    assert cache.protected() == (0, 0)
+    with pytest.raises(ValueError, match="not locked"):
+        cache.lock_of(result.node)
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_nodes_come_after_their_parents_and_name_every_row():
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=2))
+    for tail in range(3):
+        tokens = np.array([1, 2, 3, 4, 10 + tail, 20], np.int32)
+        rows = cache.allocate_kv(6)
+        result = cache.insert(tokens, rows, [(6, cache.allocate_slot())])
+        cache.free_kv(result.duplicates)
+    cache.evict(num_slots=1)
+    seen, num_rows, num_states = set(), 0, 0
+    for node in cache.iter_nodes():
+        assert node.parent.parent is None or node.parent in seen
+        seen.add(node)
+        num_rows += 0 if node.kv is None else len(node.kv.indices)
+        num_states += node.checkpoint is not None
+    assert (num_rows, num_states) == (cache.cached_tokens, cache.num_checkpoints)
+    assert len(seen) == cache.num_nodes and [root.key for root in cache.roots()] == [None]
+
+
+def test_make_room_evicts_no_more_than_it_must():
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=20, num_slots=1, grid=2))
+    cache.insert(np.arange(8, dtype=np.int32), cache.allocate_kv(8), [(8, cache.allocate_slot())])
+    assert cache.make_room(num_tokens=12) and cache.cached_tokens == 8
+    with cache.lock(cache.match(np.arange(9, dtype=np.int32)).node):
+        assert not cache.make_room(num_slots=1) and not cache.make_room(num_tokens=13)
+    assert cache.make_room(num_slots=1) and cache.free_slots == 1
+    with pytest.raises(ValueError, match="one slot at a time"):
+        cache.make_room(num_slots=2)

@@ -33,10 +33,8 @@ from hybridcache.export.sglang.metrics import LossMeter
 from hybridcache.export.sglang.placement import branch_position
 from hybridcache.export.sglang.states import Offer, RequestStates
 from hybridcache.export.sglang.views import RowView, to_host
-from hybridcache.hybrid import HybridRadixCache, Receipt
-from hybridcache.residency import Protected
+from hybridcache.hybrid import HybridRadixCache
 from hybridcache.tokens import Indices, Tokens
-from hybridcache.variants import PathPart
 
 
 class HybridRadixBackend(BasePrefixCache):
@@ -106,7 +104,7 @@ class HybridRadixBackend(BasePrefixCache):
             if params.cow_mamba and found.checkpoint is not None:
                 found = self._states.resume(self._cache, req, prompt, found)
             if self._states.extra_buffer:
-                branch = branch_position(self._cache, prompt, found, self._grid)
+                branch = branch_position(prompt, found, self._grid)
         if req is None:
             self._cache.touch(found)
         else:
@@ -124,9 +122,7 @@ class HybridRadixBackend(BasePrefixCache):
     def touch_prefix(self, key: Any) -> None:
         """Refresh the resume point of a waiting request. O(n)."""
         found = self._cache.match(prompt_of(key), namespace_of(key.extra_key, key.cache_salt))
-        if found.node is not None:
-            node = found.node.last() if isinstance(found.node, PathPart) else found.node
-            self._cache._residency.use(node)
+        self._cache.refresh(found.node)
 
     @rank_consensus(same_params=["req.rid", "up_to"])
     def checkpoint(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
@@ -241,7 +237,8 @@ class HybridRadixBackend(BasePrefixCache):
 
     def dec_lock_ref(self, node: Any, params: Any = None) -> DecLockRefResult:
         """Release one ``inc_lock_ref``. O(1)."""
-        self._cache.unlock(Receipt(node_of(node)) if params is None else params.receipt)
+        held = self._cache.lock_of(node_of(node)) if params is None else params.receipt
+        self._cache.unlock(held)
         return DecLockRefResult()
 
     def lock(self, node: Any) -> TreeLock:
@@ -266,21 +263,18 @@ class HybridRadixBackend(BasePrefixCache):
     def supports_mamba(self) -> bool:
         return self._states is not None
 
-    def _protected(self) -> Protected:
-        return self._cache._residency.locked_paths.protected()
-
     def full_evictable_size(self) -> int:
         """Number of cached rows without a lock. O(1) amortised, like the methods below."""
-        return self._cache.cached_tokens - self._protected().num_tokens
+        return self._cache.cached_tokens - self._cache.protected().num_tokens
 
     def full_protected_size(self) -> int:
-        return self._protected().num_tokens
+        return self._cache.protected().num_tokens
 
     def mamba_evictable_size(self) -> int:
-        return self._cache.num_checkpoints - self._protected().num_checkpoints
+        return self._cache.num_checkpoints - self._cache.protected().num_checkpoints
 
     def mamba_protected_size(self) -> int:
-        return self._protected().num_checkpoints
+        return self._cache.protected().num_checkpoints
 
     def evictable_size(self) -> int:
         return self.full_evictable_size()
@@ -293,13 +287,13 @@ class HybridRadixBackend(BasePrefixCache):
 
     def all_values_flatten(self) -> torch.Tensor:
         """Return all cached rows, unordered. O(cached)."""
-        nodes = self._cache._tree.nodes()
+        nodes = self._cache.iter_nodes()
         parts: list[Indices] = [node.kv.indices for node in nodes if node.kv is not None]
         return self._rows.to_device(np.concatenate([np.empty(0, np.int32), *parts]))
 
     def all_mamba_values_flatten(self) -> torch.Tensor:
         """Return all cached slots, unordered. O(nodes)."""
-        nodes = self._cache._tree.nodes()
+        nodes = self._cache.iter_nodes()
         slots = [node.checkpoint.slot for node in nodes if node.checkpoint is not None]
         return torch.tensor(slots, dtype=torch.int64)
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams, IncLockRefResult
 
-from hybridcache.hybrid import Receipt
-from hybridcache.radix.tree import RadixNode
+from hybridcache.hybrid import LockHandle
+from hybridcache.radix.tree import NodeHandle, RadixNode
 from hybridcache.variants import PathPart
 
 
@@ -24,7 +24,7 @@ class _Root:
 ROOT = _Root()
 """Handle of an empty match. SGLang uses None for "not matched yet"."""
 
-Node = RadixNode | PathPart | None
+Node = NodeHandle | None
 
 
 def handle_of(node: Node) -> Any:
@@ -40,7 +40,7 @@ def node_of(handle: Any) -> Any:
 class Held(IncLockRefResult, DecLockRefParams):
     """Lock receipt with both of SGLang's interfaces."""
 
-    receipt: Receipt | None = None
+    receipt: LockHandle | None = None
 
     def to_dec_params(self) -> Held:
         return self
@@ -63,7 +63,8 @@ def dfs_order(handles: Sequence[Any]) -> list[int]:
 
 
 def _path(node: Node) -> list[RadixNode]:
-    above: RadixNode | None = node.last() if isinstance(node, PathPart) else node
+    last = node.last() if isinstance(node, PathPart) else node
+    above = last if isinstance(last, RadixNode) else None
     path = []
     while above is not None:
         path.append(above)

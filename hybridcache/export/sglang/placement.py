@@ -7,39 +7,20 @@ returned by ``match_prefix`` (``mamba_branching_seqlen``) if that is inside the 
 from __future__ import annotations
 
 from hybridcache.api import PrefixMatch
-from hybridcache.hybrid import HybridRadixCache
 from hybridcache.tokens import Tokens
 
 
-def branch_position(
-    cache: HybridRadixCache, prompt: Tokens, match: PrefixMatch, grid: int
-) -> int | None:
+def branch_position(prompt: Tokens, match: PrefixMatch, grid: int) -> int | None:
     """Return the position of a fork to save a state at, or None to save at the extend's end.
 
     The fork is the position at which ``prompt`` diverges from earlier prompts, ghosts included:
     similar prompts will resume there. The result is rounded down to a multiple of ``grid`` from
     ``match.cached_len``, as SGLang's kernels require. A prompt that only continues a conversation
-    has no fork, and the state at its end is more valuable. O(tokens below ``match.node``) if there
-    is a candidate position.
+    has no fork, and the state at its end is more valuable. O(1).
     """
     cached_len = match.cached_len
     seen = min(match.branch_len, len(prompt) - 1)
     position = seen - (seen - cached_len) % grid
-    if position <= cached_len or not is_fork(cache, prompt, match):
+    if position <= cached_len or not match.forks:
         return None
     return position
-
-
-def is_fork(cache: HybridRadixCache, prompt: Tokens, match: PrefixMatch) -> bool:
-    """True if other prompts continue differently at the end of the known prefix of ``prompt``.
-
-    O(tokens below ``match.node``).
-    """
-    tree = cache._tree
-    node = match.node or tree.find_root(match.namespace)
-    if node is None:
-        return False
-    node, inside, end = tree.walk(node, prompt[node.end :])
-    if inside is None and node.ghosts is not None:
-        node, inside, end = tree.walk(node, prompt[end:], ghosts=True)
-    return inside is not None or node.children is not None or node.ghosts is not None

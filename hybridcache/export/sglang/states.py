@@ -19,7 +19,6 @@ import torch
 from hybridcache.api import PrefixMatch, losses_of
 from hybridcache.export.sglang.views import RowView, SlotView
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.residency import make_room_for_slot
 from hybridcache.tokens import Tokens
 
 
@@ -49,7 +48,7 @@ class RequestStates:
         """Allocate a slot, int64[1], evicting if needed. None if every state is locked."""
         allocator = self._pool.mamba_allocator
         slot: torch.Tensor | None = allocator.alloc(1)
-        if slot is None and make_room_for_slot(cache._residency):
+        if slot is None and cache.make_room(num_slots=1):
             self._rows.give_back()
             slot = allocator.alloc(1)
         return slot

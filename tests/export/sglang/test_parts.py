@@ -332,7 +332,7 @@ def test_a_request_that_ends_gives_back_all_but_what_the_tree_took(taken):
 
 def branch(cache, tokens, grid=4):
     prompt = np.asarray(tokens, np.int32)
-    return branch_position(cache, prompt, cache.match(prompt), grid)
+    return branch_position(prompt, cache.match(prompt), grid)
 
 
 def test_the_state_is_asked_for_at_a_fork_and_not_where_a_conversation_goes_on():
