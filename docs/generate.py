@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,13 @@ class _Found(Exception):
     """Carries the parser that a command builds."""
 
 
-def _parser_of(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
-    """Return the parser of a command line program, from its ``main``."""
+def _parser_of(
+    main: Callable[[list[str]], int], words: Sequence[str] = ()
+) -> argparse.ArgumentParser:
+    """Return the parser that ``main`` makes to read ``words``, or that of the command they name.
+
+    A program may add the options of a command only if the command is among its arguments.
+    """
     original = argparse.ArgumentParser.parse_known_args
 
     def give(self: argparse.ArgumentParser, *_: object, **__: object) -> None:
@@ -46,9 +51,12 @@ def _parser_of(main: Callable[[list[str]], int]) -> argparse.ArgumentParser:
 
     argparse.ArgumentParser.parse_known_args = give  # type: ignore[assignment, method-assign]
     try:
-        main([])
+        main([*words])
     except _Found as found:
         parser: argparse.ArgumentParser = found.args[0]
+        for word in words:
+            choices = (a.choices for a in parser._actions if a.nargs == argparse.PARSER)
+            parser = next(dict(choice)[word] for choice in choices if choice)
         return parser
     finally:
         argparse.ArgumentParser.parse_known_args = original  # type: ignore[method-assign]
@@ -104,7 +112,8 @@ def cli() -> str:
 
     parts = []
     for program, main in (("engine", engine), ("hybridcache", laboratory)):
-        for name, description, parser in _commands(_parser_of(main), program, ""):
+        for name, description, _ in _commands(_parser_of(main), program, ""):
+            parser = _parser_of(main, name.split()[1:])
             parts.append(f"## {name}\n\n{_cell(description)}\n")
             for group in parser._action_groups:
                 actions = [a for a in group._group_actions if a.help != argparse.SUPPRESS]
