@@ -60,14 +60,6 @@ def version() -> str:
         return "unknown"
 
 
-def version() -> str:
-    """Return the version of the installed distribution; "unknown" if it runs uninstalled."""
-    try:
-        return metadata.version(CACHE_DISTRIBUTION)
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
 def install_command(extra: str) -> str:
     """Return the command that installs the cache with one extra. KeyError if there is none.
 
