@@ -13,6 +13,7 @@ from types import ModuleType
 import httpx
 import pytest
 
+import engine
 import hybridcache
 from engine import Engine, EngineConfig
 from experiments import served
@@ -114,7 +115,7 @@ def test_the_generated_reference_has_every_option_policy_and_name(generate: Modu
     policies = generate.insert(reference("policies"))
     assert {f"| `{name}` " in policies for name in hybridcache.EVICTION} == {True}
     api = generate.insert(reference("api"))
-    assert {f"### {name}\n" in api for name in hybridcache.__all__} == {True}
+    assert {f"### {name}\n" in api for name in (*hybridcache.__all__, *engine.__all__)} == {True}
     assert "<!-- generated" not in cli + policies + api
 
 
@@ -153,6 +154,18 @@ def _blocks_of(text, read, folder):  # type: ignore[no-untyped-def]
     page = folder / "page.md"
     page.write_text(text)
     return lambda _: read(page)
+
+
+def test_outputs_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    right = "```python\n>>> 1 + 1\n2\n>>> print('a\\nb\\nc')\na\nb\n...\n```\n"
+    page.write_text(right.replace("\n2\n", "\n3\n").replace("\nb\n", "\nx\n"))
+    assert documents.update(page) == 2
+    assert page.read_text() == right
+    assert documents.update(page) == 0
+    with pytest.raises(ValueError, match="by hand"):
+        documents.corrected("a ... b\n", "a c\n")
 
 
 def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
