@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from engine.errors import RequestError
@@ -52,9 +52,8 @@ def chat(engine: Engine, sampling: SamplingParams, system: str | None) -> int:
 
 def _answer(engine: Engine, spec: RequestSpec) -> RequestOutput:
     """Print an answer as it comes; return its last output."""
-    with closing(engine.stream(spec)) as outputs:
-        for output in outputs:
-            print(output.new_text, end="", flush=True)
+    for output in engine.stream(spec):  # Leaving the loop aborts the request.
+        print(output.new_text, end="", flush=True)
     print(flush=True)
     return output
 

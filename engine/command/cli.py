@@ -106,8 +106,8 @@ def _terminate(number: int, _: object) -> None:
 
 
 def _parser(arguments: Sequence[str]) -> Parser:
-    """Return the parser of ``arguments``. Only the verbs named there have their flags: those of
-    others may need packages that are not installed."""
+    """Return the parser of ``arguments``. Verbs that are not named there lack their flags if these
+    need packages that are not installed."""
     parser = Parser(
         prog="engine",
         description="Inference with a prefix cache for hybrid models: KV and recurrent state in "
@@ -129,8 +129,11 @@ def _parser(arguments: Sequence[str]) -> Parser:
             formatter_class=HelpFormatter,
         )
         sub.set_defaults(command=command)
-        if verb in arguments:
+        try:
             add_flags(sub)
+        except ModuleNotFoundError:
+            if verb in arguments:
+                raise
 
     add("serve", _serve, "[options]", "answer OpenAI clients over HTTP", _add_serve)
     add(

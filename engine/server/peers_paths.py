@@ -8,13 +8,13 @@ from fastapi import FastAPI, Request
 
 from engine.server.front import ServingContext
 from engine.server.operator import Operator
-from hybridcache.lab import extras
+from hybridcache.lab.extras import version as installed_version
 
 
 def add_peers_paths(app: FastAPI, front: ServingContext, operator: Operator) -> None:
     @app.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": extras.version()}
+        return {"version": installed_version()}
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
