@@ -379,17 +379,25 @@ class Lease:
             self._saving.settle(saved, rejected_slots)
         return node, num_duplicates
 
-    def finish(self, tokens: Tokens, computed_len: int, donate: bool = True) -> None:
+    def finish(
+        self, tokens: Tokens, computed_len: int, donate: bool = True, stop_reason: str = ""
+    ) -> None:
         """Publish what is computed and end the lease. With ``donate`` the own slot becomes a
-        checkpoint where its state sits on a position that the placement wants: no copy."""
-        self._end(tokens, computed_len, donate and self._saving.wants(computed_len))
+        checkpoint where its state sits on a position that the placement wants: no copy.
+
+        ``stop_reason``: a word for why the answer ended ("tool_use", "end_turn", "length"), or
+        "session_end" if no further turn will come; empty if it is not known. Eviction policies that
+        learn keep a class for each word.
+        """
+        donate = donate and self._saving.wants(computed_len)
+        self._end(tokens, computed_len, donate, stop_reason)
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
         """Publish what is computed and end the lease, to begin again later: any grid position is
         worth donating."""
         self._end(tokens, computed_len, True)
 
-    def _end(self, tokens: Tokens, computed_len: int, donate: bool) -> None:
+    def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str = "") -> None:
         cache = self._cache
         published_len = self._publishable(computed_len)
         own_slot = self._cached_slot
@@ -401,7 +409,7 @@ class Lease:
                 donated = computed_len, own_slot
             else:
                 cache.free_slot(own_slot)
-        saved = self._saving.end(published_len, donated)
+        saved = self._saving.end(published_len, donated, stop_reason)
         first_held = self.published_len
         if saved or published_len > first_held:
             self._insert(tokens, published_len, saved)

@@ -158,12 +158,16 @@ class Saving:
         self._pending = later
         return done
 
-    def end(self, published_len: int, donated: Saved | None = None) -> dict[Saved, str]:
+    def end(
+        self, published_len: int, donated: Saved | None = None, stop_reason: str = ""
+    ) -> dict[Saved, str]:
         """Hand over all checkpoints up to ``published_len`` that have a slot, with the rolling one
-        and ``donated``, and drop the others. ``settle`` is owed."""
+        and ``donated``, and drop the others. ``settle`` is owed. The label of the answer's end
+        carries ``stop_reason``."""
+        answer = f"decode/{stop_reason}" if stop_reason else "decode"
         saved = self._pending
         if self._rolling is not None:
-            saved[self._rolling] = "decode"
+            saved[self._rolling] = answer
         if saved and max(saved)[0] > published_len:
             for unfinished in [one for one in saved if one[0] > published_len]:
                 self._cache.free_slot(unfinished[1])
@@ -171,7 +175,7 @@ class Saving:
         if donated is not None:
             position = donated[0]
             in_decode = position > self._prompt_len
-            saved[donated] = "decode" if in_decode else self._plan.pop(position, "preempt")
+            saved[donated] = answer if in_decode else self._plan.pop(position, "preempt")
         self._drop_plan()
         return saved
 

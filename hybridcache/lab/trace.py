@@ -42,6 +42,11 @@ class TraceRequest(NamedTuple):
     answer_tokens: int | None = None
     """Tokens of the answer, where its ids do not tell: its first may fill the prompt's last id, its
     last may not fill its own."""
+    stop_reason: str = ""
+    """Why the answer ended ("tool_use", "end_turn", "max_tokens"); empty where the source does not
+    say."""
+    session_end: bool = False
+    """True if the client said that no further turn of the session will come."""
 
     def num_tokens(self, unit: int) -> int:
         """Length of the prompt in tokens."""

@@ -89,7 +89,8 @@ class Item(Protocol):
 
     @property
     def label(self) -> str:
-        """The placement word that asked for it: end, branch, boundary, backoff, every ..."""
+        """The placement word that asked for it: end, branch, boundary, backoff, every ... An
+        answer's end carries its stop reason where that is known: decode/tool_use."""
         ...
 
 
@@ -179,6 +180,15 @@ class Placed(NamedTuple):
 
     position: int
     label: str
+
+
+def base_label(label: str) -> str:
+    """Return ``label`` without the stop reason that may follow a slash.
+
+    >>> base_label("decode/tool_use"), base_label("back:4")
+    ('decode', 'back:4')
+    """
+    return label.partition("/")[0]
 
 
 class Prefill(NamedTuple):
