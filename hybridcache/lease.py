@@ -285,12 +285,16 @@ class Saving:
         self._pending = later
         return done
 
-    def end(self, published_len: int, donated: Saved | None = None) -> dict[Saved, str]:
+    def end(
+        self, published_len: int, donated: Saved | None = None, stop_reason: str = ""
+    ) -> dict[Saved, str]:
         """Hand over all checkpoints up to ``published_len`` that have a slot, with the rolling one
-        and ``donated``, and drop the others. ``settle`` is owed."""
+        and ``donated``, and drop the others. Callers must call ``settle`` afterwards. The label of
+        the answer's end carries ``stop_reason``."""
+        answer = f"decode/{stop_reason}" if stop_reason else "decode"
         saved = self._pending
         if self._rolling is not None:
-            saved[self._rolling] = "decode"
+            saved[self._rolling] = answer
         if saved and max(saved)[0] > published_len:
             for unfinished in [one for one in saved if one[0] > published_len]:
                 self._cache.free_slot(unfinished[1])
@@ -298,7 +302,7 @@ class Saving:
         if donated is not None:
             position = donated[0]
             in_decode = position > self._prompt_len
-            saved[donated] = "decode" if in_decode else self._plan.pop(position, "preempt")
+            saved[donated] = answer if in_decode else self._plan.pop(position, "preempt")
         self._drop_plan()
         return saved
 
@@ -754,17 +758,25 @@ class Lease:
             self._saving.settle(saved, rejected_slots)
         return node, num_duplicates
 
-    def finish(self, tokens: Tokens, computed_len: int, donate: bool = True) -> None:
+    def finish(
+        self, tokens: Tokens, computed_len: int, donate: bool = True, stop_reason: str = ""
+    ) -> None:
         """Publish what is computed and end the lease. With ``donate`` the own slot becomes a
-        checkpoint where its state sits on a position that the placement wants: no copy."""
-        self._end(tokens, computed_len, donate and self._saving.wants(computed_len))
+        checkpoint where its state sits on a position that the placement wants: no copy.
+
+        ``stop_reason``: a word for why the answer ended ("tool_use", "end_turn", "length"), or
+        "session_end" if no further turn will come; empty if it is not known. Eviction policies that
+        learn keep a class for each word.
+        """
+        donate = donate and self._saving.wants(computed_len)
+        self._end(tokens, computed_len, donate, stop_reason)
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
         """Publish what is computed and end the lease, to begin again later: any grid position is
         worth donating."""
         self._end(tokens, computed_len, True)
 
-    def _end(self, tokens: Tokens, computed_len: int, donate: bool) -> None:
+    def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str = "") -> None:
         cache = self._cache
         published_len = self._publishable(computed_len)
         own_slot = self._cached_slot
@@ -776,7 +788,7 @@ class Lease:
                 donated = computed_len, own_slot
             else:
                 cache.free_slot(own_slot)
-        saved = self._saving.end(published_len, donated)
+        saved = self._saving.end(published_len, donated, stop_reason)
         first_held = self.published_len
         if saved or published_len > first_held:
             self._insert(tokens, published_len, saved)

@@ -96,7 +96,10 @@ class Item(Protocol):
 
     @property
     def label(self) -> str:
-        """Placement rule that saved it: end, branch, boundary, backoff, every ..."""
+        """Placement rule that saved it: end, branch, boundary, backoff, every ...
+
+        The end of an answer carries its stop reason if that is known: decode/tool_use.
+        """
         ...
 
 
@@ -189,6 +192,15 @@ class Placed(NamedTuple):
 
     position: int
     label: str
+
+
+def base_label(label: str) -> str:
+    """Return ``label`` without the stop reason that may follow a slash.
+
+    >>> base_label("decode/tool_use"), base_label("back:4")
+    ('decode', 'back:4')
+    """
+    return label.partition("/")[0]
 
 
 class Prefill(NamedTuple):

@@ -254,7 +254,8 @@ def test_a_state_that_moved_on_is_no_checkpoint(overlap: str, cached_len: int) -
     prompt = ids(100)
     [free] = make_engine().generate([prompt], SamplingParams(max_tokens=60))
     assert free.token_ids[28] not in free.token_ids[:28]
-    engine = make_engine(slots=2, overlap=overlap)
+    placement = "branch,boundary,backoff,end"
+    engine = make_engine(slots=2, overlap=overlap, checkpoints=placement)
     other = engine.submit(ids(10, first=200), SamplingParams(max_tokens=60))
     stop = SamplingParams(max_tokens=60, stop_token_ids=(free.token_ids[28],))
     [stopped] = engine.generate([prompt], stop)
@@ -443,7 +444,15 @@ def test_what_leases_did_replays_on_a_fresh_cache_with_no_difference(exact: bool
     outputs = engine.generate(prompts, SamplingParams(max_tokens=120))
     assert any(output.num_preemptions for output in outputs)
     assert any(output.cached_len for output in outputs)
-    fresh = build_prefix_cache(CacheConfig(num_kv_tokens=640, num_slots=6))
+    memory = engine.runner.memory
+    fresh = build_prefix_cache(
+        CacheConfig(
+            num_kv_tokens=640,
+            num_slots=6,
+            kv_bytes_per_token=memory.row_bytes,
+            state_bytes=memory.state_bytes,
+        )
+    )
     again = replay(fresh, parse_placement(",".join(engine.config.checkpoints)), log)
     assert again.events == log.events
     assert fresh.stats.as_dict() == engine.report().usage

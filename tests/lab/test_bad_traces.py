@@ -48,7 +48,12 @@ from tests.lab.records import (
         ({"tokens": [1], "boundaries": 1}, "a list of ids was expected, not int"),
         ({"tokens": [1], "namespace": {}}, "namespace is {}, not a text or a whole number"),
         ({"tokens": [1], "session": [1]}, r"session is \[1\], not a text or a whole number"),
-        ({"tokens": [1], "answer_survives": "no"}, "answer_survives is neither true nor false"),
+        (
+            {"tokens": [1], "answer_survives": "no"},
+            "answer_survives is .no.: it must be true or false",
+        ),
+        ({"tokens": [1], "session_end": 1}, "session_end is 1: it must be true or false"),
+        ({"tokens": [1], "stop_reason": 5}, "stop_reason is 5, not a text"),
         ({"session": "s", "prefix": []}, "prefix does not say how many ids are kept"),
         ({"session": "new", "prefix": [5, 1]}, "prefix keeps 5 ids of 0"),
         ({"session": "s"}, "field 'prefix' is missing"),

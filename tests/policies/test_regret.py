@@ -512,3 +512,39 @@ def test_the_predecessor_takes_over_only_where_the_tip_leaves_the_last_tier() ->
             below.add(tip)
             below.discard(tip, evicted=True)
             assert first.memo.demand == tip.memo.key
+
+
+def test_the_stop_reason_is_a_class_of_its_own() -> None:
+    """Answers that end for one reason are followed by a further turn, those of the other never."""
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100_000, num_slots=1000, grid=1))
+    placement, labels = parse_placement("end"), dict[str, str]()
+    rng = np.random.default_rng(0)
+    for number in range(100):
+        reason = ("tool_use", "end_turn")[number % 2]
+        prompt = rng.integers(0, 1000, 50, dtype=np.int32)
+        for turn in range(1 + (reason == "tool_use")):
+            lease = Lease.begin(cache, placement, LeaseRequest(prompt))
+            assert lease is not None and lease.extend(len(prompt) + 10)
+            if turn:
+                assert lease.match.resumed is not None
+                labels[reason] = lease.match.resumed.label
+            prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
+            lease.take_checkpoint_slots(len(prompt) - 10, len(prompt))
+            lease.finish(prompt, len(prompt), stop_reason=reason if not turn else "")
+            prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
+    assert labels == {"tool_use": "decode/tool_use"}
+    policy = cache.policy
+    assert isinstance(policy, Regret)
+    survival = policy.survival
+    survival.refresh(survival.now + 100)
+    used, ended = (
+        survival.index[row, 0]
+        for reason in ("tool_use", "end_turn")
+        for key, row in survival._rows.items()
+        if key == ((False, False), f"decode/{reason}")
+    )
+    assert used > 4 * ended
+    learned = Learned()
+    learned.on_saved(60, "decode/tool_use")
+    learned.on_hit(FakeItem("tip", label="decode/tool_use"))
+    assert learned.num_saved().keys() == {"decode"}, "a placement decides before the answer ends"

@@ -399,8 +399,9 @@ class _LeasedRequest:
         tokens, output = self._request.tokens, self._request.output
         num_ids = len(tokens)
         computed_len = num_ids + len(output) - target.uncomputed
+        stop_reason = "session_end" if self._request.session_end else self._request.stop_reason
         if self._end < num_ids or computed_len <= num_ids:
-            lease.finish(tokens, self._end)
+            lease.finish(tokens, self._end, stop_reason=stop_reason)
             return
         if target.steps is None:
             decoded_len = computed_len if lease.extend(computed_len) else num_ids
@@ -408,7 +409,8 @@ class _LeasedRequest:
                 target.num_exports += len(lease.take_checkpoint_slots(num_ids, decoded_len))
         else:
             decoded_len = self._decode(computed_len, target.steps)
-        lease.finish(np.concatenate((tokens, output)), decoded_len)
+        everything = np.concatenate((tokens, output))
+        lease.finish(everything, decoded_len, stop_reason=stop_reason)
 
     def _decode(self, computed_len: int, steps: EngineSteps) -> int:
         """Step by step as the engine does it, skipping the steps that touch no memory; returns how

@@ -31,6 +31,7 @@ from hybridcache.lab.traces.base import (
     objects,
     parsed,
     seconds,
+    text,
     whole,
 )
 from hybridcache.tokens import Tokens
@@ -157,6 +158,7 @@ class _Session:
             boundaries,
             partial or None,
             answer_tokens=answer,
+            stop_reason=text(request, "stop") if request.get("stop") else "",
         )
 
 

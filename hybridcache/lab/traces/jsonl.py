@@ -15,6 +15,8 @@ tokens an id stands for. Then one object a line, in order of time (small disorde
 - ``partial``: tokens that the prompt's last id stands for, where fewer than the unit
 - ``answer_survives``: false: later prompts are known to leave this one before its end
 - ``service``: seconds from the timestamp until the answer was complete
+- ``stop_reason``: why the answer ended, as "tool_use" or "end_turn"
+- ``session_end``: true: the client said that no further turn of the session will come
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ from hybridcache.lab.traces.base import (
     key,
     read_ids,
     seconds,
+    shown,
+    text,
     whole,
 )
 from hybridcache.tokens import Tokens, common_prefix_len
@@ -107,9 +111,10 @@ class _Parser:
         if any(position > len(tokens) for position in boundaries):
             raise ValueError(f"a boundary is outside of the prompt's {len(tokens)} ids")
         named = record.get("namespace") is not None
-        survives = record.get("answer_survives", True)
-        if not isinstance(survives, bool):
-            raise ValueError("answer_survives is neither true nor false")
+        survives, ends = record.get("answer_survives", True), record.get("session_end", False)
+        for name, value in (("answer_survives", survives), ("session_end", ends)):
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} is {shown(value)}: it must be true or false")
         now = self._clock.at(said_s)
         self._last[session] = np.concatenate((tokens, output))
         yield TraceRequest(
@@ -123,6 +128,8 @@ class _Parser:
             survives,
             answer,
             seconds(record, "service") if "service" in record else None,
+            text(record, "stop_reason") if "stop_reason" in record else "",
+            ends,
         )
 
     def _tokens(self, record: Record, session: Hashable) -> Tokens:
@@ -187,6 +194,10 @@ def write(trace: Trace, file: TextIO) -> int:
             record["answer_survives"] = False
         if request.service_s is not None:
             record["service"] = request.service_s
+        if request.stop_reason:
+            record["stop_reason"] = request.stop_reason
+        if request.session_end:
+            record["session_end"] = True
         file.write(json.dumps(record, separators=(",", ":")) + "\n")
         last[request.session] = np.concatenate((request.tokens, request.output))
     return num_requests

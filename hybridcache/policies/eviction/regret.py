@@ -284,8 +284,9 @@ def _class_of(item: Item, turn: int) -> Class:
     """From coarse to fine: each entry narrows the one before, and where evidence is short the
     coarser one speaks."""
     label, uses = item.label, item.uses
+    place = label.partition("/")[0]
     return (
-        (item.superseded, label not in COMMON),
+        (item.superseded, place not in COMMON),
         label or item.kind,
         uses if uses < 2 else 2,
         turn if turn < MAX_TURN else MAX_TURN,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill, base_label
 
 STRIDE = 4
 """Each back-off lies this many times further from the prompt's end than the one before."""
@@ -180,16 +180,16 @@ class Learned(PlacementPolicy):
         self._latest = prefill, planned
 
     def on_hit(self, item: Item) -> None:
-        account, num_tokens = self._account(item.label), _covers(item)
+        account, num_tokens = self._account(base_label(item.label)), _covers(item)
         account.earned += num_tokens
         account.used += num_tokens
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        self._account(item.label).earned += num_tokens
+        self._account(base_label(item.label)).earned += num_tokens
         self._missed_tokens += num_tokens
 
     def on_saved(self, position: int, label: str) -> None:
-        self._account(label).save()
+        self._account(base_label(label)).save()
         self._num_placed += 1
         if self._num_placed > 4 * MEMORY:
             self._num_placed *= 0.5
@@ -231,7 +231,7 @@ class Learned(PlacementPolicy):
         """Return the end word that succeeds the tip that ``prefill`` resumes from, or None if it
         resumes from no tip."""
         resumed = prefill.resumed
-        if resumed is None or resumed.superseded or resumed.label not in TIPS:
+        if resumed is None or resumed.superseded or base_label(resumed.label) not in TIPS:
             return None
         if not prefill.answer_survives:
             return "back:1"
@@ -289,7 +289,7 @@ def _back_offs(prefill: Prefill) -> list[Placed]:
 def _covers(item: Item) -> int:
     """Return the tokens that ``item`` saved the request that resumed from it."""
     above = item.above
-    if item.label in END_WORDS:
+    if base_label(item.label) in END_WORDS:
         while (
             above is not None and above.label.startswith("back:") and above.label not in END_WORDS
         ):
