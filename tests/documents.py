@@ -12,6 +12,8 @@ A page is run from top to bottom in an empty folder. The language of a block dec
 
 An HTML comment on the line before a block changes that: ``<!-- file: NAME -->`` writes the block to
 a file, ``<!-- not run: REASON -->`` leaves it out.
+
+After a change that is meant to change figures, ``python -m tests.documents PAGE`` writes them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import io
 import re
 import shlex
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,9 +73,16 @@ def needs_server(page: Path) -> bool:
     )
 
 
-def run(page: Path, folder: Path, server: str | None = None) -> int:
+Corrections = list[tuple[str, str]]
+"""Pairs of an output that a page shows and the output that was seen."""
+
+
+def run(
+    page: Path, folder: Path, server: str | None = None, corrections: Corrections | None = None
+) -> int:
     """Run the blocks of ``page`` in ``folder``, which is the working directory and importable.
-    Return how many ran. Raises AssertionError, with page and line, for the first that fails."""
+    Return how many ran. Raises AssertionError, with page and line, for the first that fails; a
+    wrong output is added to ``corrections`` instead, if they are given."""
     namespace: dict[str, Any] = {"__name__": "page"}
     num_run = 0
     known = set(sys.modules)
@@ -84,13 +94,15 @@ def run(page: Path, folder: Path, server: str | None = None) -> int:
             if kind == "not run":
                 assert value.strip(), f"{where}: a block that is not run needs a reason"
                 continue
+            if corrections is not None and server is None and SERVER in text:
+                continue  # its output is not on the page
             if kind == "file":
                 (folder / value.strip()).write_text(text)
                 continue
             if block.language == "python":
-                _run_python(block, text, namespace, folder, where)
+                _run_python(block, text, namespace, folder, where, corrections)
             elif block.language == "console":
-                _run_console(text, where)
+                _run_console(text, where, corrections)
             elif block.language == "sh":
                 _check_commands(text, where)
             else:
@@ -104,20 +116,38 @@ def run(page: Path, folder: Path, server: str | None = None) -> int:
     return num_run
 
 
+class _Runner(doctest.DocTestRunner):
+    """Runner that collects outputs that differ from those shown."""
+
+    def __init__(self) -> None:
+        super().__init__(optionflags=OPTIONS)
+        self.corrections: Corrections = []
+
+    def report_failure(self, out: Any, test: Any, example: doctest.Example, got: str) -> None:
+        self.corrections.append((example.want, got))
+        super().report_failure(out, test, example, got)
+
+
 def _run_python(
-    block: Block, text: str, namespace: dict[str, Any], folder: Path, where: str
+    block: Block,
+    text: str,
+    namespace: dict[str, Any],
+    folder: Path,
+    where: str,
+    corrections: Corrections | None,
 ) -> None:
     named = re.match(r"# (\w+\.py)\n", text)
     if named:
         (folder / named[1]).write_text(text)
     elif text.startswith(">>>"):
-        report = io.StringIO()
+        report, runner = io.StringIO(), _Runner()
         test = doctest.DocTestParser().get_doctest(text, namespace, where, where, block.line)
-        result = doctest.DocTestRunner(optionflags=OPTIONS).run(
-            test, out=report.write, clear_globs=False
-        )
+        result = runner.run(test, out=report.write, clear_globs=False)
         namespace.update(test.globs)
-        assert not result.failed, report.getvalue()
+        if corrections is not None and len(runner.corrections) == result.failed:
+            corrections += runner.corrections
+        else:
+            assert not result.failed, report.getvalue()
     else:
         try:
             exec(compile("\n" * block.line + text, where, "exec"), namespace)
@@ -125,7 +155,7 @@ def _run_python(
             raise AssertionError(f"{where}: {type(error).__name__}: {error}") from error
 
 
-def _run_console(text: str, where: str) -> None:
+def _run_console(text: str, where: str, corrections: Corrections | None) -> None:
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
         command, _, expected = part.replace("\\\n", " ").partition("\n")
         words = shlex.split(command, comments=True)
@@ -134,8 +164,38 @@ def _run_console(text: str, where: str) -> None:
             code = COMMANDS[words[0]](words[1:])
         got = shown.getvalue()
         assert code == 0, f"{where}: {command} ended with {code}"
-        same = doctest.OutputChecker().check_output(expected, got, OPTIONS)
-        assert same, f"{where}: {command}\nexpected:\n{expected}\ngot:\n{got}"
+        if doctest.OutputChecker().check_output(expected, got, OPTIONS):
+            continue
+        assert corrections is not None, f"{where}: {command}\nexpected:\n{expected}\ngot:\n{got}"
+        corrections.append((expected, got))
+
+
+def corrected(expected: str, got: str) -> str:
+    """Return ``got`` with as much of it left out as ``expected`` leaves out at its end and start.
+    Raises ValueError if ``expected`` leaves out text elsewhere."""
+    shown, lines = expected.splitlines(), got.splitlines()
+    tail = shown[-1:] == ["..."]
+    head = shown[:1] == ["..."]
+    kept = shown[head : len(shown) - tail]
+    if any("..." in line for line in kept) or (head and tail and kept[0] not in lines):
+        raise ValueError(f"Correct this output by hand; it is now:\n{got}")
+    first = 0 if not head else lines.index(kept[0]) if tail else len(lines) - len(kept)
+    lines = lines[first : first + len(kept)] if head or tail else lines
+    return "\n".join([*["..."] * head, *lines, *["..."] * tail]) + "\n"
+
+
+def update(page: Path) -> int:
+    """Write the outputs seen now into ``page``. Return how many changed."""
+    corrections: Corrections = []
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        sys.path.insert(0, folder)
+        run(page, Path(folder), corrections=corrections)
+    text = page.read_text()
+    for expected, got in corrections:
+        assert text.count(expected) == 1, f"{page}: this output occurs more than once:\n{expected}"
+        text = text.replace(expected, corrected(expected, got))
+    page.write_text(text)
+    return len(corrections)
 
 
 def _check_commands(text: str, where: str) -> None:
@@ -207,3 +267,8 @@ def broken_links(page: Path) -> list[str]:
             broken.append(target)
     paths = re.findall(r"`((?:engine|hybridcache|kernels|experiments|examples)/[\w./-]+)`", text)
     return broken + [path for path in paths if not (ROOT / path).exists()]
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        print(f"{name}: {update(Path(name).resolve())} outputs changed")

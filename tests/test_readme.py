@@ -155,6 +155,18 @@ def _blocks_of(text, read, folder):  # type: ignore[no-untyped-def]
     return lambda _: read(page)
 
 
+def test_outputs_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    page = tmp_path / "page.md"
+    right = "```python\n>>> 1 + 1\n2\n>>> print('a\\nb\\nc')\na\nb\n...\n```\n"
+    page.write_text(right.replace("\n2\n", "\n3\n").replace("\nb\n", "\nx\n"))
+    assert documents.update(page) == 2
+    assert page.read_text() == right
+    assert documents.update(page) == 0
+    with pytest.raises(ValueError, match="by hand"):
+        documents.corrected("a ... b\n", "a c\n")
+
+
 def test_a_broken_link_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# One\n[a](#one) [b](#two) [c](none.md) [d](page.md#one) `engine/none.py`\n")
