@@ -72,7 +72,14 @@ def _commands(
 
 def _cell(text: str) -> str:
     """Escape ``text`` for a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
+    return _escape(" ".join(text.split())).replace("|", "\\|")
+
+
+def _escape(text: str) -> str:
+    """Escape characters that mean something to Markdown, outside code."""
+    parts = re.split(r"(`[^`]*`)", text)
+    parts[::2] = [part.replace("<", "&lt;").replace("*", "\\*") for part in parts[::2]]
+    return "".join(parts)
 
 
 def _option(action: argparse.Action, parser: argparse.ArgumentParser) -> tuple[str, str]:
@@ -172,7 +179,7 @@ def _body(thing: Any) -> str:
         if part.lstrip().startswith(">>>"):
             parts.append(f"```python\n{textwrap.dedent(part)}\n```")
         else:
-            parts.append(_plain(part).replace("<", "&lt;").replace("*", "\\*"))
+            parts.append(_escape(_plain(part)))
     return "\n\n".join(parts)
 
 
@@ -181,7 +188,9 @@ def _signature(thing: Any) -> str:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
         return ""
-    text = re.sub(r"ForwardRef\('(.+?)'\)", r"\1", str(signature)).replace("'", "")
+    text = re.sub(r"ForwardRef\('(.+?)'\)", r"\1", str(signature))
+    text = re.sub(r"(: |-> )'(.+?)'", r"\1\2", text)  # annotations are strings, defaults stay
+    text = re.sub(r"^\((?:self|cls)(?:, )?", "(", text)
     return text.removesuffix(" -> None") if inspect.isclass(thing) else text
 
 
@@ -225,6 +234,7 @@ def _class(name: str, thing: type) -> str:
 
 
 SECTIONS = (
+    ("Engine", "engine"),
     ("Policies", "hybridcache.policies"),
     ("Simulator", "hybridcache.lab"),
     ("Model sizes and times", "hybridcache.geometry"),
@@ -233,13 +243,16 @@ SECTIONS = (
 
 
 def api() -> str:
-    """Return the public names of ``hybridcache`` with their docstrings."""
+    """Return the public names of ``hybridcache`` and ``engine`` with their docstrings."""
+    import engine
+
     parts: dict[str, list[str]] = {"Cache": []}
-    for name in sorted(hybridcache.__all__):
-        thing = getattr(hybridcache, name)
+    names = [(package, name) for package in (hybridcache, engine) for name in package.__all__]
+    for package, name in sorted(names, key=lambda one: (one[0] is engine, one[1])):
+        thing = getattr(package, name)
         module = getattr(thing, "__module__", "hybridcache.lab")
         title = next((title for title, prefix in SECTIONS if module.startswith(prefix)), "Cache")
-        if not module.startswith("hybridcache") and not isinstance(thing, Mapping):
+        if not module.startswith(("hybridcache", "engine")) and not isinstance(thing, Mapping):
             text = f"### {name}\n\n`{_code(str(thing))}`"
         elif inspect.isclass(thing):
             text = _class(name, thing)

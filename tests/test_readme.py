@@ -13,6 +13,7 @@ from types import ModuleType
 import httpx
 import pytest
 
+import engine
 import hybridcache
 from engine import Engine, EngineConfig
 from experiments import served
@@ -114,7 +115,7 @@ def test_the_generated_reference_has_every_option_policy_and_name(generate: Modu
     policies = generate.insert(reference("policies"))
     assert {f"| `{name}` " in policies for name in hybridcache.EVICTION} == {True}
     api = generate.insert(reference("api"))
-    assert {f"### {name}\n" in api for name in hybridcache.__all__} == {True}
+    assert {f"### {name}\n" in api for name in (*hybridcache.__all__, *engine.__all__)} == {True}
     assert "<!-- generated" not in cli + policies + api
 
 
