@@ -33,8 +33,6 @@ NOT_YET = (
     "hybridcache/allocators",
     "hybridcache/radix",
     "hybridcache/lab",
-    "hybridcache/scheduling",
-    "hybridcache/policies/admission",
     "hybridcache/policies/eviction/regret.py",
     "hybridcache/policies/eviction/survival.py",
     "hybridcache/policies/placement/learned.py",

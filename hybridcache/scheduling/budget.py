@@ -1,40 +1,42 @@
-"""What the prefills of one step may take of it."""
+"""Token budget of the prefills of one step."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 TILE = 64
-"""Tokens per tile of every kernel, unless the grid is finer: prefill chunks end on absolute
+"""Tokens per tile of every kernel, unless the grid is finer. Prefill chunks end at absolute
 multiples of it."""
 
 MAX_SCORED = 1024
-"""Prompt positions of a step whose logits are wanted: for those of a whole step on a device,
-gigabytes would be kept from the pools."""
+"""Most prompt positions per step for which logits are computed. The logits of a whole step would
+take gigabytes of device memory."""
 
 SHORT_SHARE = 4
-"""One part in so many of a step's prefill tokens is for those that fit in it whole."""
+"""Divisor of the share of a step's prefill tokens that is reserved for prefills that fit in it
+whole."""
 TILES = 2
-"""How many times the tiles that a step's tokens fill may be begun in it: a few tokens cost nearly
-half of what their whole tile does, so a hundred short ends would make one step of many."""
+"""Most tiles begun in a step, as a multiple of the tiles that its tokens fill. A few tokens cost
+nearly half as much as a whole tile, so a hundred short chunks would make a step several times
+longer."""
 
 
 @dataclass(slots=True)
 class Budget:
-    """What prefills may still take of one step."""
+    """Remaining budget for prefills in one step."""
 
     tokens: int
     num_for_short: int
-    """The last so many of them are for prefills that fit in whole."""
+    """The last ``num_for_short`` tokens are reserved for prefills that fit in whole."""
     tiles: int
-    """Tiles that may be begun, however few tokens are in them."""
+    """Tiles that may still be begun, however few tokens they contain."""
     scored: int = MAX_SCORED
-    """Of their positions, those whose logits may be wanted."""
+    """Positions for which logits may still be computed."""
 
     @classmethod
     def of(cls, tokens: int, *, is_shared: bool) -> Budget:
-        """Of a step with ``tokens`` for prefills, one tile at least; not shared: there is but
-        one."""
+        """Return the budget of a step with ``tokens`` for prefills, at least one tile.
+        ``is_shared`` is False if there is only one prefill."""
         num_for_short = min(tokens // SHORT_SHARE, tokens - TILE) if is_shared else 0
         return cls(tokens, num_for_short, TILES * tokens // TILE)
 
@@ -43,14 +45,14 @@ class Budget:
         return self.tokens <= 0 or self.tiles <= 0
 
     def room(self, scores: bool) -> int:
-        """How many tokens any prefill may compute, be it short or long."""
+        """Return the number of tokens that any prefill may compute, short or long."""
         if self.is_spent:
             return 0
         tokens = max(0, self.tokens - self.num_for_short)
         return min(tokens, self.scored) if scores else tokens
 
     def most(self, rest: int, scores: bool) -> int:
-        """How many of its ``rest`` tokens a prefill may compute."""
+        """Return the number of the ``rest`` remaining tokens that a prefill may compute."""
         if self.is_spent:
             return 0
         short = min(self.num_for_short, self.tokens)

@@ -1,8 +1,7 @@
-"""The running requests' leases, as the engine needs them: rows of the request table, and the copies
-a batch has to make.
+"""Leases of the running requests, rows of the request table, and copies for the next batch.
 
-Ownership of KV rows and slots is the lease's business (``hybridcache/lease.py`` has the map); here
-a request gets one, and what changes in it becomes work for the next batch.
+Ownership of KV rows and slots belongs to the lease (``hybridcache/lease.py`` has the map). The
+cache manager gives each request a lease and turns its changes into work for the next batch.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Indices, Tokens
 
 TableRow = Callable[[int, int], Indices]
-"""(row, end) to the KV indices that a runner was given for a row's positions below ``end``, or for
-as many as it was given."""
+"""Function of (row, end). Returns the KV indices that a runner was given for positions of a row
+below ``end``, possibly fewer."""
 DECODE_PIECE = 32
-"""Tokens of KV taken at once while decoding, so that most steps allocate nothing."""
+"""Tokens of KV allocated at once while decoding, so that most steps allocate nothing."""
 MAX_MOVES = 1
-"""Slabs of an arena emptied a step: what a step waits for them stays below what it takes itself."""
+"""Slabs of an arena emptied per step. The bound keeps the wait shorter than the step."""
 
 
 class CacheManager:
-    """Gives requests their leases and rows, and takes them back."""
+    """Assigns leases and rows to requests, and releases them."""
 
     def __init__(
         self,
@@ -49,10 +48,10 @@ class CacheManager:
         after_reading: FetchRule | None = None,
         publishing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """``owns_states``: a request's state has the slot of its row's number, next to the cache's
-        memory. ``exchange`` decides which offloaded prefixes to load, ``after_reading`` for a
-        request whose part of the disk was read already. Entries are published inside
-        ``publishing()``."""
+        """``owns_states``: the state of a request has the slot number of its row, outside the
+        memory of the cache. ``exchange`` decides which offloaded prefixes to load;
+        ``after_reading`` does so for a request with its disk part already read. Entries are
+        published inside ``publishing()``."""
         self.cache = cache
         self.placement = placement
         self._stateful = stateful
@@ -63,7 +62,7 @@ class CacheManager:
         self._publishing = publishing
         self._log = log
         self.checkpoint_grid = lcm(cache.grid, cache.page_size)
-        """Checkpoints sit on multiples of it."""
+        """Checkpoints are saved at multiples of it."""
         self._free_rows = list(range(num_rows - 1, -1, -1))
         self._num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
@@ -71,8 +70,8 @@ class CacheManager:
         self._has_given_moves = False
 
     def begin(self, request: ScheduledRequest) -> bool:
-        """Give ``request`` a lease and a row, and set its lengths by what is cached. False: no
-        memory; nothing changed."""
+        """Assign a lease and a row to ``request``, and set its lengths from the cached prefix.
+        Returns False, and changes nothing, if there is no memory."""
         if not self._free_rows:
             return False
         prefill_len = request.prompt_len if self._exact else request.num_tokens
@@ -104,7 +103,8 @@ class CacheManager:
         return True
 
     def extend(self, request: ScheduledRequest, to_len: int) -> bool:
-        """KV rows for every position below ``to_len``. False: no memory; nothing changed."""
+        """Allocate KV rows for every position below ``to_len``. Returns False, and changes nothing,
+        if there is no memory."""
         lease, _ = request.claims
         before = lease.extended_len
         if to_len <= before:
@@ -121,9 +121,9 @@ class CacheManager:
     def take_checkpoint_slots(
         self, request: ScheduledRequest, end: int
     ) -> tuple[tuple[int, int], ...] | None:
-        """(position, slot) of the checkpoints to save while computing from ``scheduled_len`` up to
-        ``end``. None: more slabs would have to be emptied than a step may wait for; ask again for
-        the next, what was taken is kept."""
+        """Return (position, slot) of the checkpoints to save while computing from ``scheduled_len``
+        to ``end``. Returns None if more slabs must be emptied than one step allows. In that case,
+        call again in the next step; slots already taken are kept."""
         lease, _ = request.claims
         span = request.scheduled_len, end
         num_wanted = lease.reserve_checkpoint_slots(*span, 0) if self.cache.arena else 0
@@ -137,21 +137,21 @@ class CacheManager:
         return exports
 
     def roll_back(self, request: ScheduledRequest) -> None:
-        """Not all that ``request`` was to compute in the last step counts: what does is below its
-        ``computed_len``."""
+        """Discard the work of the last step at and after ``computed_len``."""
         lease, _ = request.claims
         lease.roll_back(request.computed_len)
         self._record("roll_back", lease, (request.computed_len,))
 
     @property
     def must_wait_for_slab(self) -> bool:
-        """No request may begin before the next step: its slot could take one more slab to be
-        emptied than a step may."""
+        """True if no request may begin before the next step, because its slot could need one more
+        slab to be emptied than a step allows."""
         return self._num_slots_at_hand(1) == 0
 
     def _num_slots_at_hand(self, num_wanted: int) -> int:
-        """How many of ``num_wanted`` slots can be taken without emptying more slabs than
-        ``MAX_MOVES`` for the next batch. None where fetches have emptied more already."""
+        """Return how many of ``num_wanted`` slots can be taken without emptying more than
+        ``MAX_MOVES`` slabs for the next batch. Returns 0 if loads have already emptied that
+        many."""
         arena = self.cache.arena
         if arena is None:
             return num_wanted
@@ -160,23 +160,23 @@ class CacheManager:
         )
 
     def match(self, request: ScheduledRequest) -> PrefixMatch:
-        """What the cache has of waiting ``request`` now. O(its length)."""
+        """Return the current match of waiting ``request`` in the cache. O(its length)."""
         return self.cache.match(request.tokens, request.namespace)
 
     def cached_len(self, request: ScheduledRequest) -> int:
-        """What waiting ``request`` could resume from now. O(its length)."""
+        """Return the length from which waiting ``request`` could resume now. O(its length)."""
         return self.match(request).cached_len
 
     def begin_arrival(self, tokens: Tokens, namespace: Hashable) -> Arrival | None:
-        """Memory for what is missing of ``tokens``, whole grid steps, which come from elsewhere
-        (see ``Arrival.begin``); to be ended by ``end_arrival``."""
+        """Allocate memory for the missing part of ``tokens``, in whole grid steps, to be received
+        from another engine (see ``Arrival.begin``). Must be followed by ``end_arrival``."""
         arrival = Arrival.begin(self.cache, tokens, namespace, stateful=self._stateful)
         if arrival is not None:
             self._arrivals[arrival] = None
         return arrival
 
     def end_arrival(self, arrival: Arrival, *, is_whole: bool) -> None:
-        """Publish what came, or give its memory back."""
+        """Publish the received entries, or free their memory if they are incomplete."""
         del self._arrivals[arrival]
         if is_whole:
             with self._publishing():
@@ -185,8 +185,8 @@ class CacheManager:
             arrival.abort()
 
     def can_save(self, request: ScheduledRequest, position: int) -> bool:
-        """Whether ``request`` will have published what is needed to resume at ``position``, but has
-        not yet."""
+        """Return whether the entries needed to resume at ``position`` are planned by ``request``
+        but not published yet."""
         lease, _ = request.claims
         if position > request.scheduled_len:
             return True
@@ -195,22 +195,21 @@ class CacheManager:
         )
 
     def plan_checkpoint(self, request: ScheduledRequest, position: int) -> None:
-        """Save a checkpoint at ``position`` too: another request is going to leave this one's path
-        there."""
+        """Also save a checkpoint at ``position``, where another request will branch off."""
         lease, _ = request.claims
         lease.plan_checkpoint(position, "branch")
         self._record("plan_checkpoint", lease, (position, "branch"))
 
     def publish(self, request: ScheduledRequest) -> None:
-        """Hand what ``request`` has computed to the tree."""
+        """Publish the computed part of ``request`` in the tree."""
         lease, _ = request.claims
         with self._publishing():
             lease.publish(request.tokens, request.computed_len)
         self._record("publish", lease, (request.tokens, request.computed_len))
 
     def finish(self, request: ScheduledRequest) -> None:
-        """End a lease whose request is done: all it computed is published. Where a step that was
-        made before this was known still moves its state on, the state is not donated."""
+        """End the lease of a finished request and publish everything computed. The state is not
+        donated if a step planned earlier still advances it."""
         lease, _ = request.claims
         is_state_final = request.scheduled_len == request.computed_len
         with self._publishing():
@@ -219,8 +218,8 @@ class CacheManager:
         self._release(request)
 
     def preempt(self, request: ScheduledRequest) -> None:
-        """End a lease whose request will begin again: all it computed is published, its state kept
-        where it can be."""
+        """End the lease of a request that will begin again. Publishes everything computed and keeps
+        the state if possible."""
         lease, _ = request.claims
         with self._publishing():
             lease.preempt(request.tokens, request.computed_len)
@@ -230,7 +229,7 @@ class CacheManager:
         request.num_preemptions += 1
 
     def abort(self, request: ScheduledRequest) -> None:
-        """End a lease at once: what was not published is free again."""
+        """End a lease at once and free everything that was not published."""
         lease, _ = request.claims
         lease.abort()
         self._record("abort", lease)
@@ -250,7 +249,7 @@ class CacheManager:
 
     @property
     def has_moves(self) -> bool:
-        """Rows moved or were copied, and no batch contains that yet."""
+        """True if moves or copies of rows are not contained in any batch yet."""
         return self.cache.steps.num_transfers > 0
 
     def take_step(self) -> StepPlan:
@@ -265,14 +264,14 @@ class CacheManager:
         return tuple(write for write in clipped if len(write.kv_indices))
 
     def lost_moves(self) -> bool:
-        """A step broke off: whether nobody knows if the moves of the last batch were made, so that
-        no cached row can be trusted. Those that no batch took are in the next."""
+        """Return, after a failed step, whether the moves of the last batch are uncertain. If so, no
+        cached row can be trusted. Moves that no batch has taken remain for the next one."""
         lost, self._has_given_moves = self._has_given_moves, False
         return lost
 
     def checkpoint_positions(self, request: ScheduledRequest, branch_len: int) -> Iterable[int]:
-        """Return where ``request`` would save its state if the cache knew its first ``branch_len``
-        tokens, but no checkpoint."""
+        """Return the positions where ``request`` would save its state if only the KV of its first
+        ``branch_len`` tokens were cached, without a checkpoint."""
         if not self._stateful:
             return (branch_len - branch_len % self.checkpoint_grid,)
         prefill = Prefill(
@@ -286,23 +285,23 @@ class CacheManager:
         return tuple(prefill.on_grid(self.placement.plan(prefill)))
 
     def held(self) -> tuple[int, int]:
-        """(KV rows, slots) that running requests hold, and prefixes that are on their way."""
+        """Return (KV rows, slots) held by running requests and by prefixes being received."""
         leases = [request.claims[0] for request in self._requests.values()]
         holders: list[Lease | Arrival] = [*leases, *self._arrivals]
         return sum(one.held_tokens for one in holders), sum(one.held_slots for one in holders)
 
     def check(self, table_row: TableRow) -> None:
         """Recompute every invariant of the cache and of the rows, and ``free + cached + held ==
-        total``; AssertionError if one fails. O(cache)."""
+        total``. Raises AssertionError if one fails. O(cache)."""
         self.cache.check(*self.held())
         assert sorted([*self._free_rows, *self._requests]) == list(range(self._num_rows))
         self.check_rows(table_row)
 
     def check_rows(self, table_row: TableRow) -> None:
-        """AssertionError unless the runner's request table, with the writes that the next batch
-        brings, lists for every request the rows of its lease. Between two steps only. O(tokens of
-        the running requests)."""
-        assert not self.cache.steps.num_restores, "a state copy was claimed, and no batch took it"
+        """Check that the runner's request table lists the lease's rows for every request, with the
+        writes of the next batch included. Raises AssertionError otherwise. Call only between two
+        steps. O(tokens of the running requests)."""
+        assert not self.cache.steps.num_restores, "a state copy was claimed, but no batch took it"
         writes = {write.table_row: write for write in self.cache.steps.due_row_writes()}
         for row, request in self._requests.items():
             expected = request.claims[0].kv_indices[: request.max_len]

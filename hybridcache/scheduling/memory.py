@@ -1,5 +1,4 @@
-"""How much memory a runner has, in rows and slots. The tensors are
-``engine.run.memory``'s."""
+"""Sizes of a runner's memory in rows and slots. The tensors are in ``engine.run.memory``."""
 
 from __future__ import annotations
 
@@ -9,28 +8,28 @@ from typing import Literal
 from hybridcache.allocators.arena import slab_rows
 
 SLOTS_OF_ONE = 3
-"""States that one request may keep from eviction: its own, the checkpoint that it stands on, and
-the one that rolls while it decodes."""
+"""States of one request that cannot be evicted: its own, the checkpoint that it resumed from, and
+the rolling checkpoint of its decoding."""
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySizes:
-    """How many KV rows and state slots a runner's memory holds, and what each weighs."""
+    """Number and size of the KV rows and state slots in a runner's memory."""
 
     memory: Literal["arena", "pools"]
-    """``arena``: rows and slots are the same bytes; ``pools``: each has its own."""
+    """``arena``: rows and slots share their bytes; ``pools``: each has its own."""
     num_kv_tokens: int
-    """KV rows, whole pages: of the pool, or all of the arena."""
+    """KV rows of the pool or of the whole arena, in whole pages."""
     num_slots: int
-    """State slots: of the pool, or the slabs of the arena. 0: an attention-only model."""
+    """State slots of the pool, or slabs of the arena; 0 if the model is attention-only."""
     row_bytes: int
-    """Of one token's keys and values in all full-attention layers."""
+    """Bytes of one token's keys and values in all full-attention layers."""
     state_bytes: int
-    """Of one state; 0: an attention-only model."""
+    """Bytes of one state; 0 if the model is attention-only."""
     page_size: int = 1
     owns_states: bool = False
-    """Running states lie beside this memory, one a row of the request table, and the slots hold
-    checkpoints alone."""
+    """True if running states are stored outside this memory, one per row of the request table. The
+    slots then hold checkpoints only."""
 
     @property
     def is_stateful(self) -> bool:
@@ -38,15 +37,15 @@ class MemorySizes:
 
     @property
     def slab_rows(self) -> int:
-        """KV rows whose bytes one slot takes; 0: states have a pool of their own, or there are
-        none."""
+        """KV rows that occupy as many bytes as one slot; 0 if states have a separate pool or do not
+        exist."""
         if self.memory == "pools" or not self.is_stateful:
             return 0
         return slab_rows(self.state_bytes, self.row_bytes, self.page_size)
 
     @property
     def slot_bytes(self) -> int:
-        """That one slot takes: ``state_bytes``, or a slab."""
+        """Bytes of one slot: ``state_bytes``, or a slab."""
         return self.slab_rows * self.row_bytes or self.state_bytes
 
     @property
@@ -55,7 +54,8 @@ class MemorySizes:
         return num_bytes + (0 if self.slab_rows else self.num_slots * self.state_bytes)
 
     def share(self, num_tokens: int, num_states: int) -> float:
-        """Part of the memory, 0 to 1, that so many KV rows and states take: of the scarcer pool."""
+        """Return the part of the memory, 0 to 1, that ``num_tokens`` KV rows and ``num_states``
+        states take. With two pools, the fuller pool counts."""
         if self.memory == "arena" or not self.is_stateful:
             return (num_tokens + num_states * self.slab_rows) / max(1, self.num_kv_tokens)
         rows, slots = max(1, self.num_kv_tokens), max(1, self.num_slots)
@@ -63,6 +63,5 @@ class MemorySizes:
 
     @property
     def max_request_len(self) -> int:
-        """Tokens that one request may have KV for and always be served to its end, alone if need
-        be."""
+        """Longest request, in tokens, that can always be served to its end, if need be alone."""
         return self.num_kv_tokens - SLOTS_OF_ONE * self.slab_rows

@@ -1,20 +1,23 @@
-"""The scheduling rules of one engine: which requests compute how many tokens in the next step.
+"""Scheduling rules of one engine: the requests and token ranges of the next step.
 
-Every step serves the running requests from the oldest to the youngest: one token for each that
-decodes, and from what these leave of the token budget (64 at least) a chunk for each that prefills;
-then it admits waiting ones. Chunks end on the absolute tile grid or at the end of the prompt, so
-that a prompt is computed in the very same tiles however it is cut.
+Every step serves the running requests from the oldest to the youngest: one token for each decode,
+and a chunk for each prefill from the rest of the token budget (64 at least). Then it admits waiting
+requests. Chunks end on the absolute tile grid or at the end of the prompt, so a prompt is always
+computed in the same tiles.
 
-The last quarter of that budget is for prefills that fit in it whole, so that a short one does not
-wait for a long one before it; what they leave of it goes to the others in the same step. A short
-one is admitted before an earlier long one only if a place to run is left for each that it passes.
+The last quarter of that budget is reserved for prefills that fit in it whole, so that a short one
+does not wait for an earlier long one. The unused part goes to the other prefills in the same step.
+A short request is admitted before an earlier long one only if a place to run is left for each
+request that it passes.
 
-Memory. A request that finds none preempts the youngest running request that is younger than itself;
-one with nobody younger sits the step out. The oldest can always go on, because no request is
-admitted that would not fit alone, so every request finishes. After a refusal nobody is admitted
-until a request has left: what preemption freed is for those who run. One slab of an arena is
-emptied per step, and one more if a request begins with a fetch from a lower tier: requests whose
-states need another slab sit the step out, and the others go on.
+Memory. If a request finds no memory, the youngest running request younger than itself is preempted.
+Without a younger one, the request sits the step out. The oldest request can always continue,
+because no request is admitted that would not fit alone. Therefore every request finishes. After a
+refusal, no request is admitted until one has left: memory freed by preemption is reserved for
+running requests.
+
+One slab of an arena is emptied per step, and one more if a request begins with a load from a tier.
+Requests that need another slab for their states sit the step out, and the others continue.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from hybridcache.scheduling.sessions import Sessions
 from hybridcache.scheduling.sharing import Sharing
 
 LIVE_S = 300.0
-"""An idle session counts as live for so many seconds."""
+"""Seconds for which an idle session counts as live."""
 
 R = TypeVar("R", bound=ScheduledRequest)
 Q = TypeVar("Q", bound=ScheduledRequest)
@@ -93,9 +96,9 @@ class StepPlanner(Generic[R]):
         clock: Callable[[], float],
     ) -> None:
         """``max_share``: most of the running places and of the memory, 0 to 1, that the requests of
-        one tenant take while requests of another wait; None for no limit. ``shares``: the cache
-        keeps what is published, so that it can pay to wait for another request's prefix.
-        ``fetching`` loads prefixes of waiting requests from elsewhere."""
+        one tenant take while requests of another wait; None for no limit. ``shares``: True if
+        published entries are kept, so that waiting for another request's prefix can pay.
+        ``fetching`` loads prefixes of waiting requests from tiers."""
         self._manager = manager
         self._admission = admission
         self._sessions = Sessions()
@@ -140,7 +143,7 @@ class StepPlanner(Generic[R]):
         return self._admission
 
     def add(self, request: R) -> None:
-        """Let ``request`` wait for its turn."""
+        """Add ``request`` to the waiting requests."""
         self.now_s = self._clock()
         request.session = self._sessions.arrived(request, self.now_s)
         insort(self._waiting, request, key=_age)
@@ -162,8 +165,8 @@ class StepPlanner(Generic[R]):
         self._has_left(request)
 
     def choose(self) -> dict[R, int]:
-        """Choose which requests compute in the next step, and claim the memory for it. Returns
-        where each stops: its ``scheduled_len`` after the step."""
+        """Choose the requests of the next step and claim memory for them. Returns the end position
+        of each: its ``scheduled_len`` after the step."""
         self._must_wait = False
         self.now_s = self._clock()
         self._account()
@@ -193,21 +196,23 @@ class StepPlanner(Generic[R]):
         return ends
 
     def _account(self) -> None:
-        """Tell the policy how long the prefills of the last step took, which ends now."""
+        """Report the duration of the last step's prefills, which ends now, to the policy."""
         if self._num_prefilling:
             seconds = self.now_s - self._step_began_s
             self._admission.computed(self._num_prefilling, seconds, self._load)
             self._num_prefilling = 0
 
     def advance(self, request: R, end: int, publishes: bool = True) -> None:
-        """``request`` has computed its tokens below ``end``: publish those of a prefill."""
+        """Record that ``request`` has computed its tokens below ``end``; publish those of a
+        prefill."""
         is_decode = request.computed_len >= request.prefill_len
         request.computed_len = end
         if publishes and not is_decode:
             self._manager.publish(request)
 
     def leave(self, request: R, publishes: bool = True) -> None:
-        """Running ``request`` has its last token: publish all, and free its claims."""
+        """Finish running ``request`` after its last token: publish everything and free its
+        claims."""
         if publishes:
             self._manager.finish(request)
         else:
@@ -222,7 +227,7 @@ class StepPlanner(Generic[R]):
         self._admission.session_ended(session, self._load)
 
     def end_session_of(self, request_id: str) -> None:
-        """End the idle session whose newest request is ``request_id``, if there is one.
+        """End the idle session with ``request_id`` as its newest request, if there is one.
         O(sessions)."""
         for session in self._sessions.idle:
             if session.newest_id == request_id:
@@ -281,21 +286,22 @@ class StepPlanner(Generic[R]):
         return Budget.of(tokens, is_shared=not is_alone)
 
     def _end(self, request: R, start: int, budget: Budget) -> int:
-        """How far ``request``, which has its tokens up to ``start``, may compute in this step."""
+        """Return the end position of ``request``, which has its tokens up to ``start``, in this
+        step."""
         if request.scheduled_len >= request.prefill_len:
             return min(request.scheduled_len + 1, request.max_len - 1)
         end = start + budget.most(request.prefill_len - start, request.wants_scores)
         return end if end == request.prefill_len else max(start, end // TILE * TILE)
 
     def _take(self, ends: dict[R, int], request: R, end: int, budget: Budget) -> None:
-        """``request``, whose memory is claimed, computes up to ``end``."""
+        """Schedule ``request`` up to ``end``. Its memory must be claimed."""
         if request.scheduled_len < request.prefill_len:
             start = ends.get(request, request.scheduled_len)
             budget.spend(end - start, request.wants_scores)
         ends[request] = end
 
     def _grow(self, ends: dict[R, int], budget: Budget) -> None:
-        """Give running prefills, the oldest first, what is left, where there is memory for it."""
+        """Give the remaining budget to running prefills, oldest first, as far as memory allows."""
         for request in self._running:
             start = ends.get(request, request.scheduled_len)
             if start < request.prefill_len:
@@ -304,8 +310,8 @@ class StepPlanner(Generic[R]):
                     self._take(ends, request, end, budget)
 
     def _claim(self, request: R, end: int) -> bool:
-        """KV rows up to ``end``, at the cost of younger requests. False: ``request`` sits this step
-        out."""
+        """Allocate KV rows up to ``end``, if necessary by preempting younger requests. Returns
+        False if ``request`` must sit this step out."""
         while not self._manager.extend(request, end):
             if self._num_in_flight:
                 self._must_wait = True
@@ -323,16 +329,16 @@ class StepPlanner(Generic[R]):
         self._is_full = True
 
     def _requeue(self, request: R) -> None:
-        """Running ``request`` has lost its claims, and waits again."""
+        """Move running ``request``, which has lost its claims, back to the waiting requests."""
         self._running.remove(request)
         insort(self._waiting, request, key=_age)
 
     def _candidates(self) -> Iterator[R]:
-        """Yield waiting requests in the policy's order, as many as one step has time for.
+        """Yield waiting requests in the policy's order, up to the limits of one step.
 
-        At most ``2 * max_running`` that wait for nothing but their turn, and ``8 * max_running`` in
-        all. Requests that are held for a load cost O(1) each and count for neither limit, so that
-        no number of them hides the requests behind them.
+        At most ``2 * max_running`` requests that are ready to run, and ``8 * max_running`` in all.
+        Requests held for a load cost O(1) each and count for neither limit, so they never hide the
+        requests behind them.
         """
         waiting = self._admission.order(tuple(self._waiting), self._load)
         candidates = cast("tuple[R, ...]", tuple(waiting))
@@ -349,16 +355,16 @@ class StepPlanner(Generic[R]):
                 return
 
     def _is_led(self, request: R) -> bool:
-        """Return whether waiting ``request`` is known to wait for another request or a load."""
+        """Return whether waiting ``request`` waits for another request or for a load."""
         if self._holding is not None and self._holding.is_holding(request):
             return True
         return self._sharing is not None and self._sharing.follows(request)
 
     def _admit(self, candidates: Iterable[R], ends: dict[R, int], budget: Budget) -> list[R]:
-        """Let waiting requests in, in the order given, but for those that follow a prefill ahead of
-        them. Returns those passed over for want of budget.
+        """Admit waiting requests in the given order, except those that follow a running prefill.
+        Returns the requests that were passed over because the budget was too small.
 
-        Followers are looked for even where nobody can be let in, so that their leader saves its
+        Followers are detected even if no request can be admitted, so that their leader saves its
         state in time.
         """
         self._is_full &= bool(self._running)
@@ -386,8 +392,8 @@ class StepPlanner(Generic[R]):
         return passed
 
     def _has_its_share(self, request: R) -> bool:
-        """Return whether the tenant of waiting ``request`` has all that it may have while another
-        tenant waits: one running request at least. O(running)."""
+        """Return whether the tenant of waiting ``request`` has reached its share while another
+        tenant waits. The share is at least one running request. O(running)."""
         tenant = request.namespace
         if self._max_share is None or self._waiting_tenants <= {tenant}:
             return False
@@ -398,8 +404,8 @@ class StepPlanner(Generic[R]):
         return self._memory.share(num_tokens, len(own) + 1) > self._max_share
 
     def _fits(self, request: R, budget: Budget) -> bool:
-        """Whether waiting ``request`` could compute something. O(its length) where only a short one
-        could."""
+        """Return whether waiting ``request`` could compute anything. O(its length) if only a short
+        request could, else O(1)."""
         if budget.room(request.wants_scores) >= TILE:
             return True
         rest = request.num_tokens
@@ -408,8 +414,8 @@ class StepPlanner(Generic[R]):
         return budget.most(rest, request.wants_scores) == rest
 
     def _start(self, request: R, budget: Budget) -> bool:
-        """Move ``request`` from waiting to running. False: it waits on, for memory for its first
-        chunk, or because less than it found could be resumed from and the rest fits no more."""
+        """Move ``request`` from waiting to running. Returns False if there is no memory for its
+        first chunk, or if less than expected was reusable and the rest exceeds the budget."""
         if not self._manager.begin(request):
             self._is_full = True
             return False
@@ -437,8 +443,8 @@ class StepPlanner(Generic[R]):
         return True
 
     def check(self) -> None:
-        """AssertionError unless those who run, and they alone, have a lease, and both lists are in
-        order of age. Between two steps only. O(requests)."""
+        """Check that exactly the running requests have a lease and that both lists are in order of
+        age. Raises AssertionError otherwise. Call only between two steps. O(requests)."""
         for requests, have_leases in ((self._waiting, False), (self._running, True)):
             ages = [_age(request) for request in requests]
             assert ages == sorted(set(ages)), "requests out of order"
@@ -450,14 +456,14 @@ class StepPlanner(Generic[R]):
 
 
 class _Load(Load):
-    """What an admission policy sees of a planner."""
+    """View of a planner for its admission policy."""
 
     def __init__(
         self, planner: StepPlanner[Any], manager: CacheManager, sizes: MemorySizes
     ) -> None:
         self._planner, self._manager, self._sizes = planner, manager, sizes
         self._matches: dict[WaitingRequest, tuple[int, int]] = {}
-        """Of waiting requests: (version of the cache, what was cached then)."""
+        """(version of the cache, cached length at that version) by waiting request."""
 
     @property
     def now_s(self) -> float:

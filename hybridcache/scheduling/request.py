@@ -116,8 +116,8 @@ class ScheduledRequest:
     @property
     def lost_len(self) -> int:
         """Prompt tokens that the lease must compute again because they, or a checkpoint after them,
-        were evicted: those of which the cache knows it, and those of the session's previous prompt
-        that even the cache has forgotten."""
+        were evicted. Includes tokens of the session's previous prompt even if their eviction is no
+        longer recorded in the cache."""
         lease, _ = self.claims
         losses = lease.losses
         forgotten = self.session.known_len - (lease.prompt_len - losses.never_seen)
@@ -125,19 +125,19 @@ class ScheduledRequest:
 
     @property
     def claims(self) -> tuple[Lease, int]:
-        """Its lease and its row. RuntimeError while it waits."""
+        """Lease and row of the request. Raises RuntimeError while it waits."""
         if self.lease is None or self.row is None:
             raise RuntimeError(f"request {self.request_id} holds no lease.")
         return self.lease, self.row
 
     @property
     def known_len(self) -> int:
-        """Tokens that the device knows: ``num_tokens`` and those drawn."""
+        """Tokens available on the device: ``num_tokens`` plus ``num_drawn``."""
         return self.num_tokens + self.num_drawn
 
     @property
     def wants_scores(self) -> bool:
-        """True if every prompt position must still be computed, whatever is cached."""
+        """True if every prompt position must be computed, even if it is cached."""
         return False
 
     @property
@@ -147,10 +147,10 @@ class ScheduledRequest:
 
     @property
     def awaits_draw(self) -> bool:
-        """True if its newest token is computed, or about to be, and its next one waits for a
+        """True if the newest token is computed, or about to be, and the next draw waits for a
         grammar."""
         return self.held_logits is not None
 
     def restart(self) -> None:
-        """Forget partial results of the prompt: its computation begins, for the first time or
-        again."""
+        """Discard partial results of the prompt before its computation begins, for the first time
+        or again."""

@@ -1,11 +1,13 @@
-"""Which requests belong to one session, by the tokens of their prompts alone.
+"""Sessions: groups of requests, recognised by the tokens of their prompts alone.
 
-A session is a conversation or an agent's run. Its requests never overlap, and each prompt begins
-with the previous one: whole, or without the last few tokens where a chat template rewrites them. So
-each session leaves one *anchor*, the part of its newest prompt that the next one is expected to
-begin with, and a prompt belongs to the session of the longest anchor that it begins with. A session
-with an open request takes no other: a second request on the same prefix (parallel samples, a fork,
-a subagent) begins a session of its own. Prompts that share only a system prompt share no anchor.
+A session is a conversation or an agent's run. Its requests never overlap. Each prompt begins with
+the previous prompt, possibly without its last few tokens if a chat template rewrites them. So each
+session leaves one *anchor*: the part of its newest prompt with which the next prompt is expected to
+begin. A prompt belongs to the session of the longest anchor that it begins with.
+
+A session with an open request takes no other: a second request on the same prefix (parallel
+samples, a fork, a subagent) begins another session. Prompts that share only a system prompt share
+no anchor.
 """
 
 from __future__ import annotations
@@ -23,11 +25,11 @@ from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
 MAX_KNOWN = 4096
-"""Idle sessions that are remembered; the ones that were active last."""
+"""Number of idle sessions that are remembered: the most recently active ones."""
 TAIL_LEN = 64
-"""Most tokens at the end of a prompt that a chat template rewrites in the next one."""
+"""Maximum number of tokens at the end of a prompt that a chat template rewrites in the next one."""
 BLIND_TAIL_LEN = 8
-"""The same for a prompt without a known boundary in its last ``TAIL_LEN`` tokens."""
+"""``TAIL_LEN`` of a prompt without a known boundary in its last ``TAIL_LEN`` tokens."""
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -81,7 +83,7 @@ class Sessions:
         return session
 
     def left(self, request: ScheduledRequest, now_s: float) -> None:
-        """``request`` was answered or aborted. Amortised O(log sessions)."""
+        """Remove ``request``, which was answered or aborted. Amortised O(log sessions)."""
         session = request.session
         session.num_open -= 1
         session.num_tokens = max(session.num_tokens, request.num_tokens)
@@ -98,7 +100,7 @@ class Sessions:
             self._forget(oldest)
 
     def end(self, session: Session) -> None:
-        """No request of ``session`` follows."""
+        """Record that no further request of ``session`` follows."""
         session.ended = True
         if session in self._idle:
             del self._idle[session]
@@ -120,10 +122,11 @@ class Sessions:
 
 
 def anchor_lens(prompt_len: int, boundaries: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the lengths with one of which the session's next prompt is expected to agree.
+    """Return the candidate lengths of the part shared with the session's next prompt.
 
-    A boundary near the end is where the chat template says that the next prompt leaves this one.
-    Without one the next prompt continues this one, or leaves it a few tokens before its end.
+    A boundary near the end is the position where, by the chat template, the next prompt diverges
+    from this one. Without such a boundary, the next prompt continues this one, or diverges a few
+    tokens before its end.
 
     >>> anchor_lens(1000, (300, 995)), anchor_lens(1000, (300,)), anchor_lens(5, ())
     ((995,), (992, 1000), (5,))

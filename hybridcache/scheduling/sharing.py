@@ -1,11 +1,10 @@
-"""Requests that arrive together: who should wait a few steps because somebody ahead is computing
-the same prefix.
+"""Prefix sharing between requests that arrive together.
 
 Two prompts with the same beginning that are prefilled side by side would both compute it. So a
 waiting request *follows* a running prefill, its leader, as long as the leader has still to pass a
-position that the follower could resume from. The leader is asked to save its state there, which it
-would have no reason to do by itself. Whoever leads is running, older work goes first, and a leader
-that is preempted or gone leads nobody: no request waits for one that does not move.
+position from which the follower could resume. The leader saves its state there, which it would not
+do otherwise. Leaders are running requests, older work goes first, and a preempted or finished
+leader has no followers. So no request waits for one that makes no progress.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Leader(NamedTuple):
-    """A request that was let in to prefill, as long as it does."""
+    """An admitted request, for as long as it prefills."""
 
     rank: int
-    """How many were let in before it."""
+    """Number of requests admitted before it."""
     request: ScheduledRequest
     lease: Lease | None
 
@@ -36,11 +35,12 @@ class Leader(NamedTuple):
 
 
 class Following(NamedTuple):
-    """What a waiting request could have of a leader's work."""
+    """Work of one leader that a waiting request could reuse."""
 
     leader: Leader
     resume_points: tuple[int, ...]
-    """Positions it could resume from, if the leader saved its state there; ascending."""
+    """Ascending positions from which the request could resume if the leader saved its state
+    there."""
 
 
 @dataclass(slots=True)
@@ -49,11 +49,11 @@ class Follower:
 
     followings: list[Following] = field(default_factory=list)
     num_leaders_seen: int = 0
-    """How many of all requests let in so far it was compared with."""
+    """Number of admitted requests, counted from the first, with which it was compared."""
 
 
 class Sharing:
-    """Knows who prefills, and finds for each waiting request whom it should follow."""
+    """Tracks prefilling requests and finds the leader of each waiting request."""
 
     def __init__(self, manager: CacheManager) -> None:
         self._manager = manager
@@ -63,31 +63,32 @@ class Sharing:
 
     @property
     def followers(self) -> Set[ScheduledRequest]:
-        """The waiting requests that were compared with leaders."""
+        """Waiting requests that were compared with leaders."""
         return self._followers.keys()
 
     def follows(self, request: ScheduledRequest) -> bool:
-        """Whether waiting ``request`` was found to share with somebody let in before. O(1)."""
+        """Return whether waiting ``request`` shares a prefix with a request admitted before.
+        O(1)."""
         follower = self._followers.get(request)
         return follower is not None and bool(follower.followings)
 
     def forget(self, request: ScheduledRequest) -> None:
-        """``request`` waits no more."""
+        """Remove ``request``, which no longer waits."""
         self._followers.pop(request, None)
 
     def let_in(self, request: ScheduledRequest) -> None:
-        """``request`` runs: it follows nobody any more, and others may follow it."""
+        """Register ``request`` as running: it follows no leader any more, and others may follow
+        it."""
         self.forget(request)
         self._leaders = [leader for leader in self._leaders if leader.is_ahead]
         self._leaders.append(Leader(self._num_let_in, request, request.lease))
         self._num_let_in += 1
 
     def goal(self, request: ScheduledRequest) -> int:
-        """The deepest position that somebody ahead is going to make ``request`` resumable at; 0:
-        nobody is.
+        """Return the deepest position from which a leader will make ``request`` resumable, or 0.
 
-        Whoever is followed is asked to save its state there. O(leaders let in since the last call +
-        those followed).
+        Plans a checkpoint at that position in each leader that is followed. O(requests admitted
+        since the last call + followed leaders).
         """
         if request.wants_scores:
             return 0
@@ -101,8 +102,8 @@ class Sharing:
         return goal
 
     def _look_around(self, request: ScheduledRequest) -> list[Following]:
-        """Compare ``request`` with the leaders that it was not compared with yet; all that it
-        could follow."""
+        """Compare ``request`` with the leaders that are new to it, and return all that it could
+        follow."""
         follower = self._followers.setdefault(request, Follower())
         for leader in reversed(self._leaders):
             if leader.rank < follower.num_leaders_seen:
@@ -127,8 +128,8 @@ class Sharing:
 
 
 def _goes_on_as(leader: ScheduledRequest, request: ScheduledRequest) -> bool:
-    """Whether ``request`` has the token that ``leader`` computes next: if not, nothing ahead of it
-    is shared. O(1)."""
+    """Return whether the next token that ``leader`` computes is also in ``request``. If not, no
+    later part is shared. O(1)."""
     at = leader.computed_len
     return (
         at < request.num_tokens

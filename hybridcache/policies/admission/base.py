@@ -1,4 +1,4 @@
-"""The contract of an admission policy: what it sees of waiting requests, sessions and memory."""
+"""Contract of an admission policy: its view of waiting requests, sessions and memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Session:
         self.anchors: list[tuple[int, int]] = []
         """(length, hash) of the prefixes that the next prompt may begin with; the scheduler's."""
         self.ended = False
-        """True once it is known that no request follows."""
+        """True once no further request is expected."""
 
 
 class WaitingRequest(Protocol):
@@ -140,24 +140,28 @@ class Load(Protocol):
         ...
 
     def footprint(self, session: Session) -> float:
-        """Return the part of the memory, 0 to 1, that the text of ``session`` takes, with one
-        checkpoint and without what it shares with other sessions."""
+        """Return the part of the memory, 0 to 1, that the text of ``session`` takes. Includes one
+        checkpoint and excludes text shared with other sessions."""
         ...
 
 
 class AdmissionPolicy:
     """Decides in which order waiting requests are admitted, and which must wait.
 
-    The base class admits the oldest first and withholds none. Subclasses override what they need.
-    The scheduler admits the requests given by ``order`` as long as there are places, token budget
-    and memory. It keeps these invariants whatever the policy does: running requests are never
-    stopped by admission, a request that follows a running prefill waits for it, and a step in which
-    nothing runs admits the oldest waiting request that ``order`` withholds once ``wakes_at_s`` is
-    None.
+    The base class admits the oldest first and withholds none. Subclasses override the methods they
+    need. The scheduler admits the requests given by ``order`` as long as there are places, token
+    budget and memory.
+
+    The scheduler keeps these invariants for every policy:
+
+    - Admission never stops running requests.
+    - A request that follows a running prefill waits for it.
+    - A step in which nothing runs admits the oldest waiting request that ``order`` withholds, once
+      ``wakes_at_s`` is None.
     """
 
     def arrived(self, request: WaitingRequest, load: Load) -> None:
-        """``request`` waits from now on."""
+        """Record that ``request`` waits from now on."""
 
     def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
         """Return the requests that may be admitted now, in this order. ``waiting`` is sorted by
@@ -165,16 +169,17 @@ class AdmissionPolicy:
         return waiting
 
     def admitted(self, request: AdmittedRequest, load: Load) -> None:
-        """``request`` was admitted, for the first time or after a preemption."""
+        """Record that ``request`` was admitted, for the first time or after a preemption."""
 
     def computed(self, num_tokens: int, seconds: float, load: Load) -> None:
-        """The last step, which has just ended, computed so many prompt tokens and took so long."""
+        """Record that the step ending now took ``seconds`` and computed ``num_tokens`` prompt
+        tokens."""
 
     def left(self, request: WaitingRequest, load: Load) -> None:
-        """``request`` was answered or aborted."""
+        """Record that ``request`` was answered or aborted."""
 
     def session_ended(self, session: Session, load: Load) -> None:
-        """``session`` is known to send no further request."""
+        """Record that ``session`` will send no further request."""
 
     def wakes_at_s(self) -> float | None:
         """Return the time at which ``order`` would withhold less than it last did, if nothing else

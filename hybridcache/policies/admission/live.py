@@ -1,4 +1,4 @@
-"""A fixed number of live sessions."""
+"""Limit on the number of live sessions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
 
 KEPT_S = 300.0
-"""An idle session's place is given to another after so many seconds."""
+"""Seconds after which the place of an idle session is given to another."""
 
 
 class Live(AdmissionPolicy):

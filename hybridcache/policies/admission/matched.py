@@ -1,4 +1,4 @@
-"""Orders by the part of each prompt that is cached."""
+"""Admission by the cached part of each prompt."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOOK_AHEAD = 64
 """Waiting requests that are compared; a match takes about 15 us, so these take 1 ms."""
 TOKENS_A_PASS = 64
 """Tokens by which a request moves ahead for each later one that was admitted before it. A request
-of n tokens is passed n / 64 times at most by requests that arrive after it."""
+of n tokens is passed at most n / 64 times by requests that arrive after it."""
 
 
 class _Ranked(AdmissionPolicy):
@@ -32,7 +32,7 @@ class _Ranked(AdmissionPolicy):
 class CachedFirst(_Ranked):
     """Admit the request with the fewest uncached tokens first; each pass counts as 64 fewer.
 
-    Source: shortest job first, on what is left to compute.
+    Source: shortest job first, by the number of tokens left to compute.
     """
 
     def _rank(self, request: WaitingRequest, load: Load) -> float:
@@ -54,7 +54,7 @@ class Window(_Ranked):
     """Admit those of the oldest ``size`` requests first of which at least half is cached.
 
     Source: vLLM's pull request 54625, a look-ahead window in which requests with resident prefixes
-    go first. The oldest request is passed ``PASSES_A_PLACE * size`` times at most.
+    go first. The oldest request is passed at most ``PASSES_A_PLACE * size`` times.
     """
 
     PASSES_A_PLACE = 4

@@ -1,4 +1,4 @@
-"""Session-level control: resident sessions first, others at the pace that the cache can bear."""
+"""Session-level admission control: resident sessions first, others at a sustainable rate."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from hybridcache.policies.admission.base import (
 )
 
 CREDIT_S = 5.0
-"""Seconds of repeated work that nothing is done about: about one cold prompt of 40,000 tokens. A
-server that loses less than it repays never withholds a request. Also the debt up to which a server
-that computes for no resident session lets another one enter at once."""
+"""Seconds of repeated work that are tolerated: about one cold prompt of 40,000 tokens. A server
+that loses less than it repays never withholds a request. Also the debt up to which another session
+may enter at once if the server computes for no resident session."""
 FLOOR = 0.1
-"""Least share of the time in which the debt is repaid: at a steady overload, a tenth of the time is
+"""Least share of the time in which the debt is repaid. At a steady overload, a tenth of the time is
 spent on repeating work."""
 NUM_ASKED = 64
 """Admissions over which the load is averaged: a few from each session that fits."""
@@ -27,19 +27,20 @@ MAX_TURNS = 128
 """Admissions of resident sessions after which one request that waits to enter goes first. A session
 sends about 10 to 30 requests, so the limit is reached only where it prevents starvation."""
 BUSY_FROM, BUSY_TO = 0.5, 0.8
-"""Shares of the time spent on prompts: up to the first, lost work does not count; from the second
-on, it counts in full. A server with time to spare repeats work without harm to anyone."""
+"""Shares of the time spent on prompts. Lost work does not count up to the first share and counts in
+full from the second. A server with spare time can repeat work without harm."""
 MEMORY_S = 20.0
 """Time over which that share is averaged: a few answers."""
 ACTIVE_PAUSES = 1.5
-"""A session that is idle for more than so many average pauses is taken to have ended."""
+"""Number of average pauses after which an idle session is considered ended."""
 PAUSE_WEIGHT, MAX_PAUSE_S = 0.05, 60.0
-"""Weight of the newest pause in their average, and what a longer one counts as."""
+"""Weight of the newest pause in the average, and the upper limit of a pause in that average."""
 DECREASE, INCREASE, LEAST_LIMIT = 0.9, 0.03, 0.1
-"""Change of the share of the memory that live sessions may fill, once in a cycle of a pause and an
-answer: a factor if a session's text was lost, a step if not, as in congestion control."""
+"""Changes of the share of the memory that live sessions may fill, and its least value. The share
+changes once per cycle of a pause and an answer: by a factor if a session's text was lost, and by a
+step if not, as in congestion control."""
 FORGETTING = 0.999
-"""Weight of an old step in the time of one token, against the next newer one."""
+"""Weight of an old step, relative to the next newer one, in the average time of one token."""
 
 
 OPEN = "little was lost: oldest first"
@@ -54,23 +55,28 @@ class SessionGate(AdmissionPolicy):
     A request *enters* if its session is new, or if most of the session's own text was evicted. All
     others continue resident sessions. Seconds spent on computing evicted tokens again are a debt.
     It is repaid at the share of time that the load would leave if nothing were cached, and at
-    ``FLOOR`` at least. While the debt is below ``-CREDIT_S``, requests are admitted oldest first.
-    Above, resident sessions go first, and entering requests one prefill at a time, the oldest
-    session first. While the debt is positive, they enter only if no resident session has an open
-    request and they fit next to the active sessions, or nothing was computed for a while.
+    ``FLOOR`` at least.
 
-    The share of the memory that active sessions may fill is found by congestion control: it falls
-    by a tenth if a session's text was evicted, and grows by a step if not, once in a cycle of a
-    pause and an answer. If repeating whole prompts answers more requests than keeping sessions in
-    memory would (long pauses, short prompts), losses count only as far as the server is busy, and
-    new sessions enter as long as the debt is below ``CREDIT_S``.
+    - Debt below ``-CREDIT_S``: requests are admitted oldest first.
+    - Debt above it: resident sessions go first. Entering requests are admitted one prefill at a
+      time, the oldest session first.
+    - Positive debt: requests enter only if no resident session has an open request and they fit
+      next to the active sessions, or if nothing was computed for a while.
 
-    Where the sessions fit, nothing is lost and nothing is withheld. No client field is needed.
-    Waiting is bounded: an entering request waits for older ones alone and, for each of them,
-    ``MAX_TURNS`` admissions.
+    The share of the memory that active sessions may fill is found by congestion control. Once per
+    cycle of a pause and an answer, it falls by a tenth if a session's text was evicted, and grows
+    by a step if not.
+
+    If pauses are long and prompts short, repeating whole prompts can answer more requests than
+    keeping sessions in memory. In that case, losses count only as far as the server is busy. New
+    sessions then enter as long as the debt is below ``CREDIT_S``.
+
+    If all sessions fit in memory, nothing is lost and nothing is withheld. No client field is
+    needed. Waiting is bounded: an entering request waits for older ones alone and, for each of
+    them, ``MAX_TURNS`` admissions.
 
     Source: CONCUR's congestion control on live agents (arXiv 2601.22705). The signal is the time
-    lost to eviction, which is what congestion costs, in place of hit rate and memory use.
+    lost to eviction, which is the cost of congestion, in place of hit rate and memory use.
     """
 
     def __init__(
@@ -91,7 +97,7 @@ class SessionGate(AdmissionPolicy):
         """Sums over steps, discounted: tokens**2, and tokens * seconds."""
         self._busy, self._busy_at_s = 0.0, 0.0
         self._lost: dict[WaitingRequest, None] = {}
-        """Waiting requests that were found to enter; they are not looked at again."""
+        """Waiting requests that were found to enter; they are not examined again."""
         self._entered: dict[WaitingRequest, AdmittedRequest] = {}
         """Requests that entered and are not answered yet."""
         self._pause_s = 0.0
@@ -133,15 +139,14 @@ class SessionGate(AdmissionPolicy):
         return max(-self._credit_s, self._debt_s - self._pace * (now_s - self._debt_at_s))
 
     def _demand(self, now_s: float) -> float:
-        """Share of the time that the last prompts would take if nothing were cached."""
+        """Return the share of the time that the last prompts would take if nothing were cached."""
         span_s = now_s - self._asked[0][0]
         num_tokens = sum(count for _, count in self._asked)
         return num_tokens * self._token_s / span_s if span_s > 0 else 0.0
 
     @property
     def _protects(self) -> bool:
-        """Whether sessions that keep their memory get more requests answered than sessions that
-        repeat their prompts.
+        """True if keeping sessions in memory answers more requests than repeating their prompts.
 
         With n sessions in memory, one request of each is answered in every cycle of a pause and an
         answer. Without memory for them, one request is answered in the time of a whole prompt.
@@ -195,8 +200,8 @@ class SessionGate(AdmissionPolicy):
     def _has_room(
         self, first: WaitingRequest, entering: Sequence[WaitingRequest], load: Load
     ) -> bool:
-        """Return whether ``first`` fits beside the sessions that are resident and were active
-        lately. O(sessions)."""
+        """Return whether ``first`` fits next to the sessions that are resident and were active
+        recently. O(sessions)."""
         outside = {request.session for request in entering}
         taken = 0.0
         for session in load.open_sessions:
@@ -296,8 +301,8 @@ def _averaged(average: float, value: float) -> float:
 
 
 def _lost_len(session: Session, cached_len: int) -> int:
-    """Return how many tokens of the session's previous prompt are not cached, without those that
-    it shared with others at its beginning."""
+    """Return the number of uncached tokens of the session's previous prompt, without the beginning
+    that it shared with others."""
     return max(0, session.known_len - max(cached_len, session.shared_len))
 
 
