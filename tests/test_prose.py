@@ -50,7 +50,6 @@ NOT_YET = (
     "hybridcache/lab/tier_worth.py",
     "hybridcache/lab/trace.py",
     "hybridcache/lab/trace_stats.py",
-    "hybridcache/lab/traces",
     "hybridcache/policies/eviction/regret.py",
     "hybridcache/policies/eviction/survival.py",
     "hybridcache/policies/placement/learned.py",
