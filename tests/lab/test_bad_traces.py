@@ -86,7 +86,7 @@ def test_a_first_line_that_can_not_be_read_is_named_too(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=problem):
             open_trace(str(path))
-    with pytest.raises(FileNotFoundError, match=r"no trace 'no\.jsonl': no file, and no generator"):
+    with pytest.raises(FileNotFoundError, match=r"no trace 'no\.jsonl': no such file or generator"):
         open_trace("no.jsonl")
 
 

@@ -161,7 +161,7 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
         (["optimum", "--trace", "chat?head=5", "--gap", "nan"], "no negative gap"),
         (["optimum", "--trace", "chat?head=5", "--limit", "nan"], "positive time limit"),
         (["trace", "stats", str(Path(SAMPLE).parent)], "is a folder: name a file in it"),
-        (["trace", "stats", "blaian:bl.jsonl"], "'blaian' is no reader (jsonl, "),
+        (["trace", "stats", "blaian:bl.jsonl"], "'blaian' is not a reader (jsonl, "),
         (["simulate", "--trace", "chat", "--page-size", "0"], "must be at least 1"),
         (["simulate", "--trace", "chat", "--grid", "-64"], "must be at least 1"),
         (["simulate", "--trace", "chat", "--servers", "0"], "servers must be at least 1"),

@@ -222,7 +222,7 @@ def test_what_the_models_template_drops_is_not_hit(tmp_path: Path) -> None:
         (exchange(0, [{"role": "user", "content": 5}], ""), "content is 5, not a text or a list"),
         (exchange(0, [{"content": "q"}], ""), "field 'role' is missing"),
         ({"timestamp": 9, "request": {"input": "hello"}}, "a body without messages and without"),
-        ({"timestamp": 9, "request": "hello"}, "the request's body is no JSON object"),
+        ({"timestamp": 9, "request": "hello"}, "the request's body is not a JSON object"),
         ({"timestamp": 9, "prompt": ["a", "b"]}, "several prompts in one request are not read"),
         ({"timestamp": 9, "prompt": ""}, "the prompt is empty"),
     ],

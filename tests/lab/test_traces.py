@@ -398,7 +398,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="option 'sessions_per_s' must be above 0"):
         open_trace("sharegpt-like?sessions_per_s=0")
     assert next(iter(open_trace("chat?seed=0&boundaries=no"))).boundaries == ()
-    with pytest.raises(ValueError, match="'mooncake:' says no file"):
+    with pytest.raises(ValueError, match="'mooncake:' contains no file name"):
         open_trace("mooncake:")
     with pytest.raises(ValueError, match="unit is 0, but an id stands for at least 1 token"):
         open_trace(f"mooncake:{path}?unit=0")

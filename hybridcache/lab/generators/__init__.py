@@ -1,5 +1,4 @@
-"""Seeded workloads by word: those that others were measured on, and families that differ only in
-how prompts overlap."""
+"""Seeded workloads by name: published benchmarks, and families that differ in prompt overlap."""
 
 from __future__ import annotations
 

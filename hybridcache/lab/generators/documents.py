@@ -1,4 +1,4 @@
-"""Long prompts: sessions about documents that other sessions read too."""
+"""Long prompts: sessions about documents that are shared between sessions."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _VOCAB = 150_000
 _QUESTION, _ANSWER = 150, 150
 """Medians, tokens."""
 _SPREAD = 0.7
-"""Of the logarithms of all lengths."""
+"""Standard deviation of the logarithms of all lengths."""
 _SKEW = 0.7
-"""The k-th document is as popular as k to the minus this."""
+"""Exponent of popularity: the k-th document has weight ``k ** -_SKEW``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,16 @@ def shared_documents(
     pause_s: float = 1000.0,
     unit: int = 512,
 ) -> Trace:
-    """Sessions about one or two of ``documents`` texts around ``length`` tokens, some read by many;
-    prompts of tens of thousands of tokens that grow.
+    """Generate sessions about one or two of ``documents`` texts of around ``length`` tokens.
 
-    A turn (``turns`` of them on average) asks a question after all that was said; with chance
-    ``more`` it brings one more document, with chance ``again`` it asks the last question in other
-    words, so that its prompt leaves the one before above its end. Sessions start as a Poisson
-    process, ``per_s``, and pause around ``pause_s``. Told as published traces are: an id stands for
-    ``unit`` tokens and all before them, and answers are known by their lengths alone.
+    Popular documents appear in many sessions. Prompts have tens of thousands of tokens and grow. A
+    session has ``turns`` turns on average, and each turn appends a question to the whole history.
+    With probability ``more`` a turn adds a document. With probability ``again`` it rephrases the
+    last question, so that its prompt diverges from the previous one before its end.
+
+    Sessions start as a Poisson process with rate ``per_s``, and pause around ``pause_s``. Ids
+    follow the form of published traces: one id stands for ``unit`` tokens and everything before
+    them. Only the lengths of answers are given.
     """
     shape = _Shape(sessions, documents, length, turns, more, again)
     return Trace("shared-documents", unit, partial(_source, seed, shape, per_s, pause_s, unit))
@@ -100,7 +102,8 @@ def _session(
 
 
 def _in_blocks(requests: Iterator[TraceRequest], unit: int) -> Iterator[TraceRequest]:
-    """Ids for blocks, each with all before it; an answer fills the prompt's last block first."""
+    """Convert to ids of blocks, each hashed with everything before it; an answer first fills the
+    prompt's last block."""
     known: dict[bytes, int] = {}
     fresh = FreshIds()
     for request in requests:

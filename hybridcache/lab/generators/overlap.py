@@ -1,10 +1,9 @@
-"""Families of workloads that differ only in how prompts overlap: the cases that separate
-placements.
+"""Families of workloads that differ only in how prompts overlap, to separate placement policies.
 
-The five families are those of "Sparse Prefix Caching" (arXiv 2605.05219): where will the next
-prompt leave one that is cached? Theirs have one prefix or document of some hundred tokens; these
-have several, of thousands, and diffuse cuts are normal where theirs are uniform over the last five
-sixths.
+The five families are those of "Sparse Prefix Caching" (arXiv 2605.05219). They differ in the
+position at which the next prompt diverges from a cached one. The paper uses one prefix or document
+of some hundred tokens; these workloads have several, of thousands of tokens. Diffuse cuts are
+normally distributed here, and uniform over the last five sixths in the paper.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ def _text(rng: np.random.Generator, num_tokens: int) -> Tokens:
 def exact_hot_prefix(
     seed: int = 0, requests: int = 500, prefixes: int = 4, length: int = 4096, suffix: int = 256
 ) -> Trace:
-    """Every prompt is one of a few hot prefixes, whole, and a suffix of its own: one good position
-    a prefix."""
+    """Generate prompts of one of a few hot prefixes, whole, plus a unique suffix. There is one good
+    position per prefix."""
     source = partial(_exact_hot_prefix, seed, requests, prefixes, length, suffix)
     return Trace("exact-hot-prefix", 1, source)
 
@@ -45,8 +44,8 @@ def _exact_hot_prefix(
 
 
 def append_only_chat(seed: int = 0, sessions: int = 25, turns: int = 20, added: int = 400) -> Trace:
-    """Sessions in round-robin, each prompt the last prompt, its answer and ``added`` new tokens:
-    the end is the position."""
+    """Generate sessions in round-robin order. Each prompt is the last prompt, its answer and
+    ``added`` new tokens, so the end of the prompt is the best position."""
     return Trace("append-only-chat", 1, partial(_append_only_chat, seed, sessions, turns, added))
 
 
@@ -64,8 +63,8 @@ def _append_only_chat(seed: int, sessions: int, turns: int, added: int) -> Itera
 def diffuse_cut_points(
     seed: int = 0, requests: int = 500, documents: int = 4, length: int = 8192, suffix: int = 256
 ) -> Trace:
-    """Prompts leave a long document at a normally distributed point (mean half of it, deviation an
-    eighth): no position is right."""
+    """Generate prompts that leave a long document at a normally distributed point (mean 1/2 of its
+    length, standard deviation 1/8). No single position is right."""
     source = partial(_cut_documents, seed, requests, documents, length, suffix, False)
     return Trace("diffuse-cut-points", 1, source)
 
@@ -73,8 +72,8 @@ def diffuse_cut_points(
 def uniform_adversary(
     seed: int = 0, requests: int = 500, documents: int = 4, length: int = 8192, suffix: int = 256
 ) -> Trace:
-    """Prompts leave a long document anywhere with equal probability: the worst case, balanced
-    checkpoints are optimal."""
+    """Generate prompts that leave a long document at a uniformly distributed point. In this worst
+    case, balanced checkpoints are optimal."""
     source = partial(_cut_documents, seed, requests, documents, length, suffix, True)
     return Trace("uniform-adversary", 1, source)
 
@@ -99,8 +98,8 @@ def agent_tree(
     root: int = 3000,
     step: int = 400,
 ) -> Trace:
-    """Each task is a tree of agent steps, explored breadth first: every step is continued ``width``
-    times."""
+    """Generate trees of agent steps, one per task, explored breadth first. Every step is continued
+    ``width`` times."""
     return Trace("agent-tree", 1, partial(_agent_tree, seed, tasks, depth, width, root, step))
 
 
@@ -120,8 +119,7 @@ def _agent_tree(
                     yield TraceRequest(float(number), task, None, prompt, answer, (root,))
                     number += 1
                     following.append(np.concatenate((prompt, answer)))
-            # Go on from every other step: the tree widens, the number of steps a level stays
-            # bounded.
+            # Continue from a subset of the steps, so that the steps per level stay bounded.
             level = following[:: max(1, len(following) // 8)]
 
 
@@ -133,15 +131,15 @@ def tree_of_thoughts(
     proposals: int = 8,
     samples: int = 3,
 ) -> Trace:
-    """Problems solved by a search over thoughts, breadth first: short prompts that branch.
+    """Generate problems solved by a breadth-first search over thoughts: short prompts that branch.
 
-    At each of ``depth`` steps every kept path is asked for ``proposals`` next thoughts in one
-    prompt; each thought is then judged ``samples`` times in a prompt of its own, and ``beam`` paths
-    are kept. Both prompts are instructions (U{200..280} tokens, the same for all problems), a
-    problem of U{30..50} and thoughts of U{20..40}: about 330 on average.
+    At each of ``depth`` steps, one prompt per kept path requests ``proposals`` next thoughts. Each
+    thought is then judged ``samples`` times in a separate prompt, and ``beam`` paths are kept. Both
+    prompts consist of instructions (U{200..280} tokens, the same for all problems), a problem of
+    U{30..50} and thoughts of U{20..40}: about 330 tokens on average.
 
-    Source: Tree of Thoughts (arXiv 2305.10601), section 4.1, whose breadth, depth and number of
-    samples the defaults are.
+    Source: Tree of Thoughts (arXiv 2305.10601), section 4.1. The defaults are its breadth, depth
+    and number of samples.
     """
     draw = partial(_tree_of_thoughts, seed, problems, depth, beam, proposals, samples)
     return Trace("tree-of-thoughts", 1, draw)

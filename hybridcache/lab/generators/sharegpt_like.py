@@ -1,9 +1,9 @@
 """Long chats as Marconi's evaluation selects them from ShareGPT: sessions of ten turns or more,
 started at a fixed rate.
 
-The published statistics it follows: about 1,500 requests in 100 sessions, mean prompt 3,500 tokens,
-ideal token hit rate 97.6 %; session k starts at k / (sessions a second); a person answers after the
-time it takes to type the next question at 90 words a minute.
+The workload follows the published statistics: about 1,500 requests in 100 sessions, mean prompt
+3,500 tokens, ideal token hit rate 97.6 %. Session k starts at k / (sessions per second). The pause
+before a question is the time to type it at 90 words per minute.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ def sharegpt_like(
     answer: int = 245,
     systems: int = 0,
 ) -> Trace:
-    """The first ``requests`` of ``sessions`` chats; questions and answers log-normal around medians
-    ``user`` and ``answer``.
+    """Generate the first ``requests`` of ``sessions`` chats. Questions and answers have log-normal
+    lengths with medians ``user`` and ``answer``.
 
-    With ``systems`` each session starts with one of so many shared prompts of 2,000 tokens.
+    If ``systems`` is positive, each session starts with one of ``systems`` shared prompts of 2,000
+    tokens.
     """
     source = partial(_source, seed, sessions, sessions_per_s, user, answer, systems)
     return Trace("sharegpt-like", 1, source).head(requests)

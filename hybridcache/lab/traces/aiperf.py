@@ -1,10 +1,13 @@
-"""Conversations for AIPerf (ai-dynamo/aiperf, ``--custom-dataset-type mooncake_trace``): turns that
-say only what is new, so that a server's own answers stand in the next prompt.
+"""Conversations for AIPerf (ai-dynamo/aiperf, ``--custom-dataset-type mooncake_trace``).
 
+Each turn contains only its new text, so that a server's own answers become part of the next prompt.
 Rows are Mooncake's with a ``session_id``: the first of a session has a ``timestamp`` (ms), later
-ones a ``delay`` (ms, after the answer before), and ``input_length`` and ``hash_ids`` are of the new
-text alone. AIPerf makes a text for each hash and keeps history and answers itself (read in aiperf
-0.13.0; its loader takes what is written here). ``type`` in a row tells this form from Mooncake's.
+ones a ``delay`` (ms after the previous answer). ``input_length`` and ``hash_ids`` describe the new
+text alone.
+
+AIPerf makes a text for each hash and keeps history and answers itself. Checked against the source
+of aiperf 0.13.0, and its loader reads files written here. ``type`` in a row distinguishes this
+format from Mooncake's.
 """
 
 from __future__ import annotations
@@ -35,9 +38,9 @@ TYPE = "mooncake_trace"
 
 @dataclass(frozen=True, slots=True)
 class AIPerfReader(FileReader):
-    """Turns as whole prompts, in tokens: every hash is a text of ``block`` tokens, every answer one
-    of its own. Answers take no time. Holds the file, whose sessions may stand one after the
-    other."""
+    """Turns as whole prompts, in tokens. Each hash becomes a text of ``block`` tokens, and each
+    answer a separate text. Answers take no time. Holds the file in memory, because sessions may be
+    stored one after the other."""
 
     word: ClassVar[str] = "aiperf"
     block: int = 512
@@ -45,7 +48,7 @@ class AIPerfReader(FileReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """Its ``type``, and a length."""
+        """Return whether the record has the format's ``type`` and a length."""
         return record.get("type") == TYPE and "input_length" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -55,7 +58,7 @@ class AIPerfReader(FileReader):
 
 
 class _Turns:
-    """Rows to requests; remembers each session's time and text."""
+    """Converts rows to requests. Keeps the time and text of each session."""
 
     def __init__(self, block: int) -> None:
         self._block = block
@@ -64,7 +67,8 @@ class _Turns:
         self._sessions: dict[str | int, tuple[float, Tokens]] = {}
 
     def parse(self, record: Record) -> list[TraceRequest]:
-        """The row's request. ValueError or KeyError: it can not be read, and left no trace."""
+        """Return the request of the row. Raises ValueError or KeyError, without any other effect,
+        if the row is invalid."""
         name = key(record, "session_id") if "session_id" in record else f"row {self._next}"
         length, answer = whole(record, "input_length", 1), whole(record, "output_length")
         hashes = read_ids(record.get("hash_ids") or []).tolist()
@@ -96,7 +100,7 @@ class _Turns:
 
 
 class _Open(NamedTuple):
-    """A session as it was left."""
+    """State of a session after its last row."""
 
     name: str
     namespace: Hashable
@@ -106,12 +110,14 @@ class _Open(NamedTuple):
 
 
 def write(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
-    """Write ``trace`` as AIPerf's multi-turn rows; returns its requests.
+    """Write ``trace`` as AIPerf's multi-turn rows; returns the number of requests.
 
-    A prompt that goes on from its session's last prompt and answer becomes a turn, the time since
-    then its delay; any other (a template dropped the thoughts, an agent went back) begins a session
-    of its own with all its text. An answer that the trace does not tell counts by its length.
-    ValueError where an id stands for several tokens: where a turn's own text begins is not known.
+    A prompt that continues its session's last prompt and answer becomes a turn, with the time since
+    then as its delay. Any other prompt (a template dropped the thoughts, an agent went back) begins
+    another session with all its text. An answer without ids counts by its length.
+
+    Raises ValueError if an id stands for several tokens, because the start of a turn's own text is
+    then unknown.
     """
     if trace.unit != 1:
         raise ValueError(
@@ -148,8 +154,8 @@ def write(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
 
 
 def _continued(before: _Open, request: TraceRequest) -> int:
-    """Tokens of the prompt that the session's last prompt and answer are; 0 where it does not go on
-    from them."""
+    """Return how many tokens of the prompt are the session's last prompt and answer; 0 if it does
+    not continue them."""
     told = len(before.answer) and before.answer[0] < FreshIds.FLOOR
     known = np.concatenate((before.prompt, before.answer)) if told else before.prompt
     end = len(before.prompt) + len(before.answer)

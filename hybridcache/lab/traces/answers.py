@@ -1,4 +1,4 @@
-"""The answer in a response's body, whole or as a stream of events: OpenAI's and Anthropic's."""
+"""Answers in response bodies, whole or as a stream of events, of OpenAI's and Anthropic's APIs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from hybridcache.lab.traces.messages import message_text
 
 
 def answer_of(response: Any) -> tuple[str | None, int]:
-    """(text of the first choice, or None where the response does not tell it; tokens that it says
-    it has, 0 where it does not). ValueError or KeyError: it can not be read."""
+    """Return (text, number of tokens) of the first choice in a response.
+
+    The text is None if the response does not contain it, and the number is 0 if it is not stated.
+    Raises ValueError or KeyError if the response cannot be read.
+    """
     if isinstance(response, str) and "data:" in response:
         return _streamed(response), 0
     if isinstance(response, list):
@@ -33,7 +36,7 @@ def answer_of(response: Any) -> tuple[str | None, int]:
 
 
 def _streamed(stream: str) -> str | None:
-    """What server-sent events say; those that are no JSON are passed over."""
+    """Return the text of server-sent events. Events that are not JSON are skipped."""
 
     def events() -> Iterator[Record]:
         for line in stream.splitlines():
@@ -48,7 +51,7 @@ def _streamed(stream: str) -> str | None:
 
 
 def _merged(events: Iterable[Record]) -> str | None:
-    """The message that deltas add up to; None where none has any."""
+    """Return the message that the deltas add up to, or None if there is no text."""
     words: list[Any] = []
     thoughts: list[Any] = []
     openai: dict[str, dict[str, Any]] = {}
@@ -68,7 +71,7 @@ def _merged(events: Iterable[Record]) -> str | None:
             kept = openai.setdefault(str(call.get("index")), {"name": "", "arguments": ""})
             for name in kept:
                 kept[name] += _text(function, name)
-    for call in anthropic.values():  # its messages have arguments as an object
+    for call in anthropic.values():  # Anthropic messages have arguments as an object
         with suppress(ValueError, RecursionError):
             call["arguments"] = json.loads(call["arguments"] or "{}")
     text, thought = ("".join(filter(_is_text, parts)) for parts in (words, thoughts))

@@ -1,10 +1,11 @@
-"""Alibaba's published traces of Qwen on Bailian: hashes of 16-token blocks, and which request
-follows which (alibaba-edu/qwen-bailian-usagetraces-anon; "KVCache Cache in the Wild", ATC'25).
+"""Alibaba's published traces of Qwen on Bailian: hashes of 16-token blocks with parent requests
+(alibaba-edu/qwen-bailian-usagetraces-anon; "KVCache Cache in the Wild", ATC'25).
 
-Fields and units are those of the repository's README. Hashes are of each block's own 16 tokens; a
-prompt is the list of them, so prompts agree exactly where their lists do. The data files themselves
-were not at hand: a request is taken to stand below its parent, and a prompt's last, partial block
-may have a hash or none.
+Fields and units are those of the repository's README. A hash covers the 16 tokens of its block
+only. A prompt is the list of its hashes, so prompts agree exactly as far as their lists do.
+
+The data files themselves were not available. Two assumptions: a request continues its parent, and
+the last, partial block of a prompt may have a hash or none.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ from hybridcache.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class BailianReader(FileReader):
-    """``chat_id``, ``parent_chat_id`` (-1: none), ``timestamp`` (s), ``input_length``,
+    """``chat_id``, ``parent_chat_id`` (-1 for none), ``timestamp`` (s), ``input_length``,
     ``output_length``, ``hash_ids``.
 
-    A request continues the session of its parent; a second child of the same parent (another try at
-    an answer) opens one of its own. Answers are lengths only.
+    A request continues the session of its parent. A second child of the same parent (another try at
+    an answer) opens another session. Answers are lengths only.
     """
 
     word: ClassVar[str] = "bailian"
@@ -44,7 +45,7 @@ class BailianReader(FileReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """``hash_ids``, and a chat with a parent."""
+        """Return whether the record has ``hash_ids`` and a chat with a parent."""
         return "hash_ids" in record and "parent_chat_id" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -58,7 +59,7 @@ class BailianReader(FileReader):
             length = whole(record, "input_length", least=1)
             answer = whole(record, "output_length")
             tokens, partial = self._blocks(record, length)
-            if len(tokens) < units(length, self.unit):  # a rest without a hash: nobody shares it
+            if len(tokens) < units(length, self.unit):  # a rest without a hash is never shared
                 tokens = np.concatenate((tokens, fresh.take(1)))
             output = fresh.take(units(length + answer, self.unit) - len(tokens))
             now = clock.at(said_s)
@@ -74,7 +75,7 @@ class BailianReader(FileReader):
         return in_order(self.path, json_lines(self.path, self.bad), parse, self.bad)
 
     def _blocks(self, record: Record, length: int) -> tuple[Tokens, int | None]:
-        """(hashes, tokens that the last block of the prompt has, where fewer than the unit)."""
+        """Return (hashes, tokens in the last block of the prompt if it is partial, else None)."""
         tokens = read_ids(record["hash_ids"])
         if len(tokens) not in (length // self.unit, units(length, self.unit)):
             raise ValueError(

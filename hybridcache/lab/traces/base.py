@@ -1,5 +1,5 @@
-"""What every reader of traces shares: opening files, naming bad lines, fields of one sort, and the
-reader's own small contract."""
+"""Common parts of trace readers: opening files, reporting bad lines, typed fields, and the protocol
+of a reader."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from hybridcache.tokens import Tokens
 
 Record = Mapping[str, Any]
 LONGEST = 1 << 24
-"""Longest prompt or answer that a trace is believed to have, tokens."""
+"""Longest plausible prompt or answer in a trace, in tokens."""
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
-"""What reading a gzip file raises where it is cut or damaged."""
+"""Errors raised when reading a truncated or damaged gzip file."""
 
 _BOM = b"\xef\xbb\xbf"
 _R = TypeVar("_R")
@@ -35,31 +35,31 @@ _T = TypeVar("_T")
 
 
 class Reader(Protocol):
-    """One format. Instances carry the path and the options; iterating reads the file anew, a record
-    at a time."""
+    """Reader of one format. Instances carry the path and the options. Each iteration reads the file
+    again, one record at a time."""
 
     word: ClassVar[str]
-    """What chooses it: ``--format word``, or ``word:path``."""
+    """Name of the format: ``--format word``, or ``word:path``."""
 
     @property
     def unit(self) -> int:
-        """Tokens that one id stands for."""
+        """Tokens per id."""
         ...
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """Whether ``record``, the first of a file, is of this format."""
+        """Return whether ``record``, the first of a file, is of this format."""
         ...
 
     def __call__(self) -> Iterator[TraceRequest]:
-        """Yield the requests in order of time. BadRecordError names a record that cannot be
-        read."""
+        """Yield the requests in order of time. Raises BadRecordError, which names the record, if
+        one cannot be read."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FileReader(Reader):
-    """A reader of the one file at ``path``; what is bad in it is reported to ``bad``."""
+    """Reader of the one file at ``path``; invalid records are reported to ``bad``."""
 
     path: Path
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
@@ -67,25 +67,25 @@ class FileReader(Reader):
 
 @contextmanager
 def open_bytes(path: str | Path) -> Iterator[BufferedReader | gzip.GzipFile]:
-    """A file, plain or gzipped (by its first two bytes), behind its byte order mark where it has
-    one.
+    """Open a file, plain or gzipped (by its first two bytes), and skip its byte order mark if
+    present.
 
-    Reading raises one of ``DAMAGED`` where what was gzipped is damaged or cut.
+    Reading raises one of ``DAMAGED`` if a gzipped file is damaged or truncated.
     """
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     with gzip.open(path, "rb") if zipped else open(path, "rb") as opened:
-        with suppress(*DAMAGED):  # whoever reads on says where
+        with suppress(*DAMAGED):  # the next read reports the line
             if opened.peek(len(_BOM))[: len(_BOM)] == _BOM:
                 opened.read(len(_BOM))
         yield opened
 
 
 def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-    """(line number, object) for every line of a JSONL file; blank lines are passed over, bad ones
+    """Yield (line number, object) for every line of a JSONL file. Blank lines are skipped, bad ones
     reported.
 
-    A gzip file that is cut ends with the last whole line before the cut, which is reported.
+    A truncated gzip file ends with the last whole line before the cut, which is reported.
     """
     with open_bytes(path) as file:
         number = 0
@@ -118,8 +118,8 @@ def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]
 
 
 def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-    """(line number, {column: text}) for every row of comma-separated values under a line of names;
-    rows of another length are reported."""
+    """Yield (line number, {column: text}) for every row of comma-separated values under a header
+    line. Rows of another length are reported."""
     with open_bytes(path) as file:
         rows = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""))
         names: list[str] = []
@@ -152,8 +152,8 @@ def parsed(
     parse: Callable[[_R], Iterable[_T]],
     bad: BadRecords,
 ) -> Iterator[_T]:
-    """What ``parse`` makes of each record; one whose fields are missing or of the wrong sort is
-    reported and gives nothing."""
+    """Yield the result of ``parse`` for each record. A record with missing fields, or fields of the
+    wrong type, is reported and skipped."""
     return (one for _, one in _parsed(path, records, parse, bad))
 
 
@@ -163,7 +163,7 @@ def _parsed(
     parse: Callable[[_R], Iterable[_T]],
     bad: BadRecords,
 ) -> Iterator[tuple[int, _T]]:
-    """As ``parsed``, with the line of each record."""
+    """Yield (line, result) as ``parsed`` yields results."""
     for number, record in records:
         try:
             found = list(parse(record))
@@ -181,12 +181,12 @@ def _parsed(
 
 
 WINDOW, WINDOW_IDS = 1024, 1 << 24
-"""Requests that are read ahead of the one that is given out, and ids of their prompts and answers:
-a request can be moved before that many others."""
+"""Requests read ahead of the one that is yielded, and ids in their prompts and answers. A request
+can be moved before at most that many others."""
 
 
 class TraceOrderWarning(UserWarning):
-    """Some lines of a trace file were not in order of time, and were sorted."""
+    """Warning that some lines of a trace file were not in order of time, and were sorted."""
 
 
 def in_order(
@@ -195,12 +195,13 @@ def in_order(
     parse: Callable[[_R], Iterable[TraceRequest]],
     bad: BadRecords,
 ) -> Iterator[TraceRequest]:
-    """Yield the requests that ``parse`` makes of each record, as ``parsed`` does, in order of time.
+    """Yield the results of ``parse``, as ``parsed`` does, in order of time.
 
-    Logs that are written when a request ends have small disorder: it is sorted, with one
-    TraceOrderWarning for a file. A request that is earlier than one more than ``WINDOW`` requests
-    (or ``WINDOW_IDS`` ids) above is reported as a bad record: a file is read lazily and cannot be
-    sorted whole. Requests of the same time keep the order of their lines. O(log WINDOW) a request.
+    Logs that are written at the end of each request are slightly out of order. They are sorted,
+    with one TraceOrderWarning per file. A request that should precede more than ``WINDOW`` requests
+    (or ``WINDOW_IDS`` ids) already read is reported as a bad record: a file is read lazily and
+    cannot be sorted whole. Requests of the same time keep the order of their lines. O(log WINDOW)
+    per request.
     """
     waiting: list[tuple[float, int, TraceRequest]] = []
     newest_s = given_s = -math.inf
@@ -214,7 +215,7 @@ def in_order(
         num_ids -= len(request.tokens) + len(request.output)
         return request
 
-    # An error comes after the requests above it, as if nothing were read ahead.
+    # An error is raised after the requests above it, as if nothing were read ahead.
     try:
         for line, request in _parsed(path, records, parse, bad):
             now_s = request.timestamp_s
@@ -248,7 +249,7 @@ def in_order(
 
 
 class Clock:
-    """The times of a file's lines, of which some may say none."""
+    """Times of a file's lines, some of which may have none."""
 
     def __init__(self) -> None:
         self._now = -1.0
@@ -260,8 +261,8 @@ class Clock:
 
 
 def whole(record: Record, name: str, least: int = 0, most: int = LONGEST) -> int:
-    """A whole number in [least, most]; 3.0 is one too. ValueError: it is none, as in the next
-    five."""
+    """Return a whole number in [least, most]; 3.0 is accepted. Raises ValueError, as do the next
+    five functions, if the value is invalid."""
     value = record[name]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -271,7 +272,7 @@ def whole(record: Record, name: str, least: int = 0, most: int = LONGEST) -> int
 
 
 def seconds(record: Record, name: str) -> float:
-    """A finite number of at least 0."""
+    """Return a finite number of at least 0."""
     value = record[name]
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"{name} is {shown(value)}, not a number")
@@ -281,7 +282,7 @@ def seconds(record: Record, name: str) -> float:
 
 
 def number(row: Record, name: str) -> float:
-    """As ``seconds``, of a text that writes one."""
+    """Return a number, like ``seconds``, from its text."""
     try:
         value = float(row[name])
     except ValueError:
@@ -290,7 +291,7 @@ def number(row: Record, name: str) -> float:
 
 
 def text(record: Record, name: str) -> str:
-    """A text, perhaps an empty one."""
+    """Return a text, possibly empty."""
     value = record[name]
     if not isinstance(value, str):
         raise ValueError(f"{name} is {shown(value)}, not a text")
@@ -298,7 +299,7 @@ def text(record: Record, name: str) -> str:
 
 
 def key(record: Record, name: str) -> str | int:
-    """What names a session or a namespace: a text or a whole number."""
+    """Return the name of a session or namespace: a text or a whole number."""
     value = record[name]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -308,7 +309,7 @@ def key(record: Record, name: str) -> str | int:
 
 
 def objects(record: Record, name: str) -> list[Record]:
-    """A list of JSON objects."""
+    """Return a list of JSON objects."""
     value = record[name]
     if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
         raise ValueError(f"{name} is {shown(value)}, not a list of objects")
@@ -316,15 +317,15 @@ def objects(record: Record, name: str) -> list[Record]:
 
 
 def read_ids(values: Any) -> Tokens:
-    """int32[n] of a JSON list of ids. ValueError unless it is a flat list of whole numbers in [0,
-    2**31). O(n)."""
+    """Return a JSON list of ids as int32[n]. Raises ValueError unless it is a flat list of whole
+    numbers in [0, 2**31). O(n)."""
     if not isinstance(values, list):
         raise ValueError(f"a list of ids was expected, not {type(values).__name__}")
     if not values:
         return np.zeros(0, np.int32)
     try:
         ids = np.asarray(values)
-    except ValueError:  # lists of several lengths in it
+    except ValueError:  # nested lists of several lengths
         ids = np.zeros(0)
     if ids.ndim != 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= 1 << 31:
         raise ValueError("an id is not a whole number in [0, 2**31)")
@@ -332,6 +333,6 @@ def read_ids(values: Any) -> Tokens:
 
 
 def shown(value: object) -> str:
-    """A value as an error message quotes it."""
+    """Return a value in the form quoted by error messages."""
     whole_text = repr(value)
     return whole_text if len(whole_text) <= 40 else whole_text[:37] + "..."

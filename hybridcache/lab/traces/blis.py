@@ -1,15 +1,16 @@
-"""Workloads of BLIS (inference-sim/inference-sim), as comma-separated values, of two kinds.
+"""Workloads of BLIS (inference-sim/inference-sim) as comma-separated values, in two formats.
 
-The older has ``arrival_time`` (s), ``request_id``, ``model``, and ``prefill_tokens`` and
-``decode_tokens``: ids as a JSON list. Counts in their place (its ``traces.csv``) do not tell which
-prompts agree and are refused.
+The older format has ``arrival_time`` (s), ``request_id``, ``model``, and ``prefill_tokens`` and
+``decode_tokens``: ids as a JSON list. Files with counts instead (its ``traces.csv``) are refused,
+because counts do not show which prompts agree.
 
-The newer, "trace v2", tells lengths: of the members of a ``prefix_group`` the first
-``prefix_length`` tokens agree, and ``input_tokens`` more are each request's own (of a request in no
-group ``server_input_tokens``, where the server counted). In a ``session_id`` each round stands
-alone; or, where the header file (YAML, not read) says ``session_context_growth: accumulate``, it
-goes on from the round before and its answer, unless ``input_tokens_reset`` says that the context
-was made anew: say so with ``growth=accumulate``. Times are ``arrival_time_us``.
+The newer format, "trace v2", contains lengths. The first ``prefix_length`` tokens agree among the
+members of a ``prefix_group``, and ``input_tokens`` more are unique to each request. Requests in no
+group use ``server_input_tokens`` if the server counted them. Times are ``arrival_time_us``.
+
+The rounds of a ``session_id`` are independent by default. If the header file (YAML, not read)
+contains ``session_context_growth: accumulate``, pass ``growth=accumulate``. Each round then
+continues the previous round and its answer, unless ``input_tokens_reset`` marks a new context.
 """
 
 from __future__ import annotations
@@ -39,11 +40,11 @@ GROWTHS = ("none", "accumulate")
 
 @dataclass(frozen=True, slots=True)
 class BlisReader(FileReader):
-    """A request a row. Models and tenants share nothing, as in BLIS's routing."""
+    """One request per row. Models and tenants share nothing, as in BLIS's routing."""
 
     word: ClassVar[str] = "blis"
     growth: str = "none"
-    """Of sessions' prompts in a trace v2: ``none``, or ``accumulate``."""
+    """Growth of sessions' prompts in a trace v2: ``none`` or ``accumulate``."""
     unit: int = 1
 
     def __post_init__(self) -> None:
@@ -52,7 +53,7 @@ class BlisReader(FileReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """The columns that either kind can not do without."""
+        """Return whether the columns required by either format are present."""
         return "prefill_tokens" in record or {"arrival_time_us", "input_tokens"} <= record.keys()
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -61,7 +62,7 @@ class BlisReader(FileReader):
 
 
 class _Rows:
-    """Rows to requests; remembers groups' prefixes and sessions' contexts."""
+    """Converts rows to requests. Keeps the prefixes of groups and the contexts of sessions."""
 
     def __init__(self, accumulates: bool) -> None:
         self._accumulates = accumulates
@@ -72,7 +73,8 @@ class _Rows:
         self._contexts: dict[str, Tokens] = {}
 
     def parse(self, row: Record) -> Iterable[TraceRequest]:
-        """The row's request. ValueError or KeyError: it can not be read, and left no trace."""
+        """Return the request of the row. Raises ValueError or KeyError, without any other effect,
+        if the row is invalid."""
         self._number += 1
         return [self._by_ids(row) if "prefill_tokens" in row else self._by_lengths(row)]
 
@@ -107,7 +109,7 @@ class _Rows:
         return TraceRequest(now, session or self._number, namespace, prompt, answer, boundaries)
 
     def _prefix(self, group: str, length: int) -> Tokens:
-        """The first ``length`` ids of the group's text."""
+        """Return the first ``length`` ids of the group's text."""
         known = self._groups.get(group, np.zeros(0, np.int32))
         if len(known) < length:
             known = np.concatenate((known, self._take(length - len(known))))
@@ -123,7 +125,7 @@ class _Rows:
 
 
 def _length(row: Record, name: str) -> int:
-    """A length in tokens; 0 where the column is not there or says nothing."""
+    """Return a length in tokens; 0 if the column is missing or empty."""
     said = row.get(name) or "0"
     if not said.isdecimal() or int(said) > LONGEST:
         raise ValueError(f"{name} is {said!r}, not a whole number in [0, {LONGEST}]")

@@ -1,11 +1,12 @@
 """Recorded coding-agent sessions: hashes of 64-token blocks, run-length coded
 (callanjfox/kv-cache-tester, traces).
 
-A line is a session. ``hash_ids`` is a list of runs, [first id, last id] or a single id; ids are the
-session's own, so two sessions never agree on one even where their texts do. What they share is
-rebuilt from ``tool_tokens`` and ``system_tokens``: a prompt begins with that many tokens of tool
-definitions, then of system prompt, and two sessions (or subagents) with the same two counts are
-taken to have the same text there.
+A line is a session. ``hash_ids`` is a list of runs: [first id, last id] or a single id. Ids are
+local to the session, so two sessions never agree on an id even if their texts do.
+
+Shared text is reconstructed from ``tool_tokens`` and ``system_tokens``. A prompt begins with that
+many tokens of tool definitions, and then of system prompt. Sessions (or subagents) with the same
+two counts are assumed to have the same text there.
 """
 
 from __future__ import annotations
@@ -39,19 +40,19 @@ from hybridcache.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class CodingAgentReader(FileReader):
-    """Every session keeps its own pace; sessions start by ``starts``, for the files do not say when
-    they did."""
+    """Recorded sessions with their own pauses. The start times follow ``starts``, because the files
+    do not contain them."""
 
     word: ClassVar[str] = "coding-agent"
     starts: Starts = field(default_factory=lambda: Fixed(1 / 300))
     seed: int = 0
     duplicates: bool = False
-    """Whether sessions marked ``dup`` (recorded twice) are read too."""
+    """True to include sessions marked ``dup`` (recorded twice)."""
     unit: int = 64
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """Session-local ids, and requests."""
+        """Return whether the record has session-local ids and requests."""
         return record.get("hash_id_scope") == "local" and "requests" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -68,7 +69,7 @@ class CodingAgentReader(FileReader):
 
 
 class _Ids:
-    """Tokens of the whole trace: shared heads, sessions' own blocks, unknown answers."""
+    """Token ids of the whole trace: shared heads, blocks of sessions, unknown answers."""
 
     def __init__(self) -> None:
         self.fresh = FreshIds()
@@ -76,7 +77,7 @@ class _Ids:
         self._heads: dict[Hashable, Tokens] = {}
 
     def reserve(self, num_ids: int) -> int:
-        """The first of ``num_ids`` new ids."""
+        """Return the first of ``num_ids`` new ids."""
         first = self._next
         if first + num_ids > FreshIds.FLOOR:
             raise OverflowError("more than 2**30 blocks in one trace")
@@ -84,8 +85,8 @@ class _Ids:
         return first
 
     def head(self, tool_blocks: int, system_blocks: int, key: Hashable) -> Tokens:
-        """Tokens of a shared head: the tools' part agrees wherever its length does, the rest
-        wherever both lengths do."""
+        """Return the tokens of a shared head. The part of the tools agrees if its length does, and
+        the rest if both lengths do."""
         parts = []
         for kind, num_blocks in (((key,), tool_blocks), ((key, tool_blocks), system_blocks)):
             name = (*kind, num_blocks)
@@ -105,7 +106,8 @@ class _Session:
         self._offset = ids.reserve(most + 1)
 
     def requests(self) -> list[TraceRequest]:
-        """All of them; ValueError, OverflowError or KeyError where one can not be read."""
+        """Return all requests. Raises ValueError, OverflowError or KeyError if one cannot be
+        read."""
         found = list(self._walk(self._record, 0.0, str(key(self._record, "id"))))
         return sorted(found, key=lambda request: request.timestamp_s)
 
@@ -114,8 +116,8 @@ class _Session:
         tool_blocks = tools // self._unit
         system_blocks = (tools + system) // self._unit - tool_blocks
         head = self._ids.head(tool_blocks, system_blocks, "heads")
-        # The owner's requests begin with the same blocks where they carry the head; one that does
-        # not (a title, a summary) keeps ids of its own.
+        # All requests of the owner that carry the head begin with the same blocks. Others (a title,
+        # a summary) keep their own ids.
         own_head: list[int] | None = None
         for request in objects(owner, "requests"):
             when = start_s + seconds(request, "t")
@@ -143,7 +145,7 @@ class _Session:
         if not blocks * self._unit <= length < (blocks + 1) * self._unit:
             raise ValueError(f"{blocks} blocks of {self._unit} do not cover {length} tokens")
         partial = length - blocks * self._unit
-        if partial:  # the rest that has no hash: nobody shares it
+        if partial:  # a rest without a hash is never shared
             tokens = np.concatenate((tokens, self._ids.fresh.take(1)))
         answer = whole(request, "out")
         total = units(length + answer, self._unit)
@@ -171,8 +173,8 @@ def _runs(record: Record) -> Iterator[tuple[int, int]]:
 
 
 def _spans(request: Record) -> list[tuple[int, int]]:
-    """(first, last) of every run; a run of one may be a bare id. ValueError where they are none, or
-    more than a prompt has."""
+    """Return (first, last) of every run; a run of one may be a bare id. Raises ValueError if the
+    runs are invalid or contain more ids than a prompt can have."""
     runs = request["hash_ids"]
     if not isinstance(runs, list):
         raise ValueError("hash_ids is not a list of ids and runs of ids")
@@ -180,7 +182,7 @@ def _spans(request: Record) -> list[tuple[int, int]]:
     for run in runs:
         pair = run if isinstance(run, list) else [run, run]
         if len(pair) != 2 or not all(type(end) is int and 0 <= end < 1 << 30 for end in pair):
-            raise ValueError("a run of hash_ids is no id and no [first id, last id]")
+            raise ValueError("a run of hash_ids is neither an id nor [first id, last id]")
         first, last = pair
         if last < first:
             raise ValueError("a run of hash_ids ends before it begins")
@@ -192,7 +194,7 @@ def _spans(request: Record) -> list[tuple[int, int]]:
 
 
 def _agreeing(tokens: Tokens, head: list[int]) -> int:
-    """How many leading ids of ``tokens`` are ``head``'s."""
+    """Return how many leading ids of ``tokens`` agree with ``head``."""
     length = min(len(tokens), len(head))
     differs = tokens[:length] != np.asarray(head[:length], np.int32)
     return int(differs.argmax()) if differs.any() else length

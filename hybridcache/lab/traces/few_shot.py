@@ -1,8 +1,7 @@
-"""Few-shot prompts: questions with answers, each asked behind the same examples (GSM8K and the
-like).
+"""Few-shot prompts: questions with answers, each after the same examples (GSM8K and similar).
 
-JSON lines of ``{"question", "answer"}``. The first ``shots`` records are the examples, every
-further one is a request.
+JSON lines of ``{"question", "answer"}``. The first ``shots`` records are the examples, and every
+further record is a request.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from hybridcache.lab.traces.text import load_chat_text
 
 @dataclass(frozen=True, slots=True)
 class FewShotReader(FileReader):
-    """Each question its own session, arriving by ``starts``."""
+    """Every question as a separate session, arriving by ``starts``."""
 
     word: ClassVar[str] = "few-shot-questions"
     shots: int = 8
@@ -38,7 +37,7 @@ class FewShotReader(FileReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """A question and an answer."""
+        """Return whether the record has a question and an answer."""
         return "question" in record and "answer" in record
 
     def __call__(self) -> Iterator[TraceRequest]:

@@ -1,17 +1,17 @@
-"""Logs of HTTP requests that a proxy wrote: bodies with times, as JSON lines.
+"""Logs of HTTP requests written by a proxy: bodies with times, as JSON lines.
 
-What ``engine record`` writes is our own format (``jsonl``) and needs no reader of its own. This one
-takes what other proxies write, under the names that are common:
+``engine record`` writes our own format (``jsonl``), which needs no other reader. This reader
+accepts the logs of other proxies, under common field names:
 
-- a line an exchange, ``{"timestamp", "request": {body}, "response": {body}}``;
-- a line a request, the body itself with a ``timestamp`` in it;
-- a line each for request and response, told apart by ``type`` and joined by ``request_id``, as
-  sammshen/agent-trace's proxy writes them (Hugging Face, ``sammshen/*-traces``).
+- one line per exchange, ``{"timestamp", "request": {body}, "response": {body}}``;
+- one line per request: the body itself with a ``timestamp`` in it;
+- one line each for request and response, distinguished by ``type`` and joined by ``request_id``,
+  as sammshen/agent-trace's proxy writes them (Hugging Face, ``sammshen/*-traces``).
 
-Bodies are OpenAI's chat and text completions and Anthropic's messages, as objects or as text; a
-response may be a stream of events. Requests that failed (``status_code`` of 400 or more) and those
-of other paths are passed over. Times are seconds, milliseconds since 1970 where they are above
-10**11, or ISO 8601, and count from the first request on.
+Bodies are OpenAI's chat and text completions and Anthropic's messages, as objects or as text. A
+response may be a stream of events. Failed requests (``status_code`` of 400 or more) and requests to
+other paths are skipped. Times are seconds, milliseconds since 1970 if above 10**11, or ISO 8601.
+They are counted from the first request.
 """
 
 from __future__ import annotations
@@ -48,16 +48,17 @@ SESSIONS = ("session_id", "session", "conversation_id")
 STATUSES = ("status_code", "status")
 PATHS = ("path", "url", "endpoint")
 WAITING = 1024
-"""Requests that are held until their response comes; the first goes without one then."""
+"""Requests held until their response comes. Beyond that number, the first is yielded without
+one."""
 
 
 @dataclass(frozen=True, slots=True)
 class HttpLogReader(FileReader):
-    """What models were asked, in the tokens of ``tokenizer`` and ``template``; a prompt that is ids
-    already stays as it is.
+    """Logged requests in the tokens of ``tokenizer`` and ``template``. Prompts that are already ids
+    are kept.
 
-    A session is what the log calls one, else all requests that begin with the same system message
-    and the same first question. Models (and ``cache_salt``) share nothing.
+    A session is the one given in the log, else all requests that begin with the same system message
+    and the same first question. Different models (and ``cache_salt``) share nothing.
     """
 
     word: ClassVar[str] = "http-log"
@@ -67,7 +68,8 @@ class HttpLogReader(FileReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """A body with messages or a prompt in words, beside a time or under a request's name."""
+        """Return whether the record has a body with messages or a text prompt, together with a time
+        or the name of a request."""
         try:
             body = _body(record)
         except ValueError:
@@ -82,7 +84,7 @@ class HttpLogReader(FileReader):
 
 
 class _Parser:
-    """Exchanges to requests."""
+    """Converts exchanges to requests."""
 
     def __init__(self, chat: ChatText) -> None:
         self._chat = chat
@@ -90,7 +92,7 @@ class _Parser:
         self._began_s: float | None = None
 
     def parse(self, record: Record) -> Iterable[TraceRequest]:
-        """The exchange's request; none where it failed or asked for something else."""
+        """Return the request of the exchange; none if it failed or was not a generation request."""
         body = _body(record)
         if body is None or _failed(record) or not _asks_a_model(record, body):
             return
@@ -104,7 +106,7 @@ class _Parser:
         yield asked._replace(timestamp_s=now, session=session, namespace=model)
 
     def _asked(self, body: Record, response: Any) -> TraceRequest:
-        """Prompt, answer and boundaries; of no session and no time yet."""
+        """Return prompt, answer and boundaries as a request without session and time."""
         answer, length = answer_of(response)
         if "messages" in body:
             messages = objects(body, "messages")
@@ -140,8 +142,8 @@ class _Parser:
 
 
 def _from_zero(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
-    """Yield ``requests`` later by as much as the first is before 0: times count from the first
-    request, which need not be the first line."""
+    """Yield ``requests``, shifted so that times count from the first request. The first request
+    need not be on the first line."""
     shift_s: float | None = None
     for request in requests:
         if shift_s is None:
@@ -150,8 +152,8 @@ def _from_zero(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:
 
 
 def _joined(records: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, Record]]:
-    """Requests and responses that have a line each, as one record, in order of the requests; other
-    lines as they are."""
+    """Join requests and responses on separate lines to one record, in order of the requests. Other
+    lines are unchanged."""
     waiting: OrderedDict[Any, tuple[int, dict[str, Any]]] = OrderedDict()
     whole: set[Any] = set()
 
@@ -178,7 +180,8 @@ def _joined(records: Iterable[tuple[int, Record]]) -> Iterator[tuple[int, Record
 
 
 def _body(record: Record) -> Record | None:
-    """What was asked for; None: nothing that has a body. ValueError: it is no object."""
+    """Return the body of the request, or None if the record has none. Raises ValueError if it is
+    not an object."""
     found = record
     if not ("messages" in record or "prompt" in record):
         inner = _object(_named(record, REQUESTS))
@@ -190,13 +193,13 @@ def _body(record: Record) -> Record | None:
         if inner is None or inner == "":
             return None
         if not isinstance(inner, dict):
-            raise ValueError("the request's body is no JSON object")
+            raise ValueError("the request's body is not a JSON object")
         found = inner
     return found
 
 
 def _asks_a_model(record: Record, body: Record) -> bool:
-    """Whether a prompt is to be computed. ValueError: one of a kind that is not read."""
+    """Return whether a prompt must be computed. Raises ValueError for an unsupported kind."""
     if "messages" in body or "prompt" in body:
         return True
     path = _named(record, PATHS)
@@ -225,7 +228,7 @@ def _time(record: Record) -> float | None:
 
 
 def _object(value: Any) -> Any:
-    """``value``, or what it says as a text of JSON."""
+    """Return ``value``, decoded if it is JSON text."""
     if not isinstance(value, str):
         return value
     try:
@@ -235,7 +238,7 @@ def _object(value: Any) -> Any:
 
 
 def _first(record: Record, names: Sequence[str]) -> str | None:
-    """The first of ``names`` that the record has, with more than null in it."""
+    """Return the first of ``names`` with a value other than null in the record, or None."""
     return next((name for name in names if record.get(name) is not None), None)
 
 

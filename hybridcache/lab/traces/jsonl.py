@@ -1,19 +1,19 @@
-"""The project's own format: JSON lines that can say everything a ``TraceRequest`` can.
+"""Native trace format: JSON lines with every field of a ``TraceRequest``.
 
-A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and tells how many
-tokens an id stands for. Then one object a line, in order of time (small disorder is sorted, see
+A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and sets the number
+of tokens per id. Then one object per line, in order of time (small disorder is sorted, see
 ``base.in_order``):
 
-- ``timestamp``: seconds; default: one second after the line before
-- ``session``: string or number; default: the line's own
+- ``timestamp``: seconds; default: one second after the previous line
+- ``session``: string or number; default: unique to the line
 - ``namespace``: string, number or null
 - ``tokens``: the prompt's ids, or ``prefix``, [k, ids...]: the first k ids of the session's last
   prompt and answer, then these
-- ``output``: the answer's ids; or ``output_length``: how many tokens the answer has, where its ids
-  are not known; both where an id stands for several tokens
+- ``output``: the answer's ids; or ``output_length``: number of tokens in the answer, if its ids
+  are unknown; both if an id stands for several tokens
 - ``boundaries``: ascending positions in ids
-- ``partial``: tokens that the prompt's last id stands for, where fewer than the unit
-- ``answer_survives``: false: later prompts are known to leave this one before its end
+- ``partial``: tokens of the prompt's last id, if fewer than the unit
+- ``answer_survives``: false if later prompts are known to leave this one before its end
 - ``service``: seconds from the timestamp until the answer was complete
 - ``stop_reason``: why the answer ended, as "tool_use" or "end_turn"
 - ``session_end``: true: the client said that no further turn of the session will come
@@ -54,13 +54,14 @@ from hybridcache.tokens import Tokens, common_prefix_len
 
 @dataclass(frozen=True, slots=True)
 class OwnReader(FileReader):
-    """Reads what ``write`` wrote, or what a program of the user's did."""
+    """Reads files written by ``write`` or by a program of the user."""
 
     word: ClassVar[str] = "jsonl"
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """The format's own line, or ``tokens`` or a ``prefix``."""
+        """Return whether the record is the format's header line, or has ``tokens`` or a
+        ``prefix``."""
         has_tokens = isinstance(record.get("tokens"), list) or isinstance(
             record.get("prefix"), list
         )
@@ -68,8 +69,7 @@ class OwnReader(FileReader):
 
     @property
     def unit(self) -> int:
-        """Tokens an id stands for, as the first line says; 1 where it says nothing. Reads that
-        line."""
+        """Tokens per id, from the header line, or 1 by default. Reads that line."""
         for line, record in json_lines(self.path, BadRecords(skip=True)):
             if "format" not in record or "unit" not in record:
                 break
@@ -85,7 +85,7 @@ class OwnReader(FileReader):
 
 
 class _Parser:
-    """Lines to requests; remembers each session's last prompt and answer for ``prefix``."""
+    """Converts lines to requests. Keeps each session's last prompt and answer for ``prefix``."""
 
     def __init__(self, unit: int) -> None:
         self._unit = unit
@@ -95,8 +95,8 @@ class _Parser:
         self._last: dict[Hashable, Tokens] = {}
 
     def parse(self, record: Record) -> Iterable[TraceRequest]:
-        """The line's request; none for the format's own line. ValueError or KeyError: it can not be
-        read, and left no trace."""
+        """Return the request of the line; none for the header line. Raises ValueError or KeyError,
+        without any other effect, if the line is invalid."""
         if "format" in record:
             return
         self._number += 1
@@ -149,12 +149,13 @@ class _Parser:
         return tokens
 
     def _output(self, record: Record) -> tuple[Tokens, int | None]:
-        """(ids, tokens of the answer where the ids do not tell)."""
+        """Return (ids, number of tokens in the answer if the ids do not determine it, else
+        None)."""
         several = self._unit > 1 and "output_length" in record
         if "output" in record:
             output = read_ids(record["output"])
             length = whole(record, "output_length") if several else None
-            # An answer's first tokens may stand in the prompt's last id.
+            # An answer's first tokens may be part of the prompt's last id.
             if length is not None and units(length, self._unit) - len(output) not in (0, 1):
                 raise ValueError(
                     f"output_length {length} is not that of {len(output)} ids of {self._unit} "
@@ -166,8 +167,8 @@ class _Parser:
 
 
 def write(trace: Trace, file: TextIO) -> int:
-    """Write ``trace`` in this format, prompts as ``prefix`` of their session where they repeat it;
-    returns its requests."""
+    """Write ``trace`` in this format and return the number of requests. Prompts that repeat their
+    session are written as ``prefix``."""
     file.write(json.dumps({"format": "hybridcache", "version": 1, "unit": trace.unit}) + "\n")
     last: dict[Hashable, Tokens] = {}
     num_requests = 0

@@ -1,9 +1,8 @@
-"""Messages of any dialect as role and text: OpenAI's, Anthropic's, and those of OpenTelemetry's
-spans.
+"""Messages of any dialect as role and text: OpenAI's, Anthropic's, and those of OpenTelemetry.
 
-What is said becomes one text a message, so that every chat template takes it: calls of tools and
-their results in the form of Hermes, definitions of tools before the system message. That is not
-letter for letter what a server's own template writes, but two prompts agree where those would.
+Each message becomes one text, so that every chat template accepts it. Tool calls and their results
+are in the form of Hermes, and tool definitions precede the system message. The text can differ from
+the one a server's own template writes, but two prompts agree wherever those would.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ from hybridcache.lab.traces.base import Record, objects, shown, text
 def plain_chat(
     messages: Iterable[Record], system: Any = None, tools: Any = None
 ) -> list[dict[str, str]]:
-    """All of a prompt as ``{"role", "content"}``. ValueError or KeyError where it is none."""
+    """Return a prompt as ``{"role", "content"}`` messages. Raises ValueError or KeyError if it is
+    invalid."""
     chat = [{"role": _role(message), "content": message_text(message)} for message in messages]
     if not chat:
         raise ValueError("there is no message in it")
@@ -31,7 +31,7 @@ def plain_chat(
 
 
 def message_text(message: Record) -> str:
-    """One message's text, its thoughts and its calls of tools included."""
+    """Return the text of a message, including its thoughts and tool calls."""
     words = content_text(message.get("parts", message.get("content")))
     if message.get("reasoning_content"):
         words = _thought(text(message, "reasoning_content")) + words
@@ -42,7 +42,8 @@ def message_text(message: Record) -> str:
 
 
 def content_text(content: Any) -> str:
-    """A text, or a list of parts as one; nothing for null. ValueError where it is neither."""
+    """Return a text, or a list of parts, as one text; empty for null. Raises ValueError
+    otherwise."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -55,7 +56,7 @@ def content_text(content: Any) -> str:
 
 def _role(message: Record) -> str:
     role = text(message, "role")
-    if role == "user":  # Anthropic's: results of tools come as a user's message
+    if role == "user":  # In Anthropic's dialect, tool results are part of a user's message.
         content = message.get("content")
         parts = content if isinstance(content, list) else []
         kinds = {part.get("type") for part in parts if isinstance(part, dict)}
@@ -75,7 +76,7 @@ def _part(part: Record) -> str:
     if kind in ("tool_result", "tool_call_response"):
         result = part.get("content", part.get("response", part.get("result")))
         return content_text(result) if _is_content(result) else json.dumps(result, sort_keys=True)
-    # An image or a file: what it takes in tokens is not told. A mark stands for it, its own.
+    # The number of tokens of an image or a file is unknown: a unique mark replaces it.
     mark = hashlib.blake2b(json.dumps(part, sort_keys=True).encode(), digest_size=8)
     return f"<{kind} {mark.hexdigest()}>"
 

