@@ -35,7 +35,6 @@ NOT_YET = (
     "hybridcache/lab/__init__.py",
     "hybridcache/lab/advise.py",
     "hybridcache/lab/arrivals.py",
-    "hybridcache/lab/baselines",
     "hybridcache/lab/cli.py",
     "hybridcache/lab/command",
     "hybridcache/lab/defaults.py",

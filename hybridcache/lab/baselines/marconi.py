@@ -1,4 +1,4 @@
-r"""Marconi (MLSys'25, arXiv:2411.19379): radix tree, two checkpoints per request, eviction by score.
+"""Marconi (MLSys'25, arXiv:2411.19379): radix tree, two checkpoints per request, scored eviction.
 
 - Eq. 1: ``efficiency(n)`` is the FLOPs that a hit of ``n`` saves compared with a hit of its parent,
   divided by the bytes of the KV and state of ``n``.
