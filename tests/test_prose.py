@@ -41,7 +41,6 @@ NOT_YET = (
     "hybridcache/lab/extras.py",
     "hybridcache/lab/figures.py",
     "hybridcache/lab/infinite.py",
-    "hybridcache/lab/optimum",
     "hybridcache/lab/recording.py",
     "hybridcache/lab/replicas",
     "hybridcache/lab/report.py",
