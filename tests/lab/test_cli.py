@@ -182,7 +182,7 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
         (["optimum", "--trace", "chat", "--gap", "-1"], "no negative gap"),
         (
             ["optimum", "--trace", "chat?head=5", "--host-gib", "1", "--method", "milp"],
-            "method milp knows no tiers below the device: take greedy",
+            "method milp does not support tiers below the device: use greedy",
         ),
         (["simulate", "--trace", "chat", "--host-gb-s", "50"], "say its size with --host-gib"),
         (["optimum", "--trace", "chat", "--disk-gb-s", "6"], "say its size with --disk-gib"),

@@ -1,5 +1,4 @@
-"""The peers' caches, rebuilt from their published behaviour: chosen by word, replayed beside our
-own."""
+"""Caches of other engines, rebuilt from their published behaviour and replayed next to ours."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ def sglang(
     placement: PlacementWord = "extra_buffer",
     max_states_per_path: int | None = None,
 ) -> Baseline:
-    """SGLang, with its host pool where there is host memory."""
+    """Return SGLang's cache, with its host pool if there is host memory."""
     make = HicacheCache if config.host_bytes else SglangCache
     return make(config, placement, max_states_per_path)
 
@@ -53,9 +52,10 @@ BASELINES: dict[str, BaselineFactory] = {
     "sglang-plus": partial(MarconiCache, leaf_lru=True),
     "sglang-plus-counted": partial(MarconiCache, leaf_lru=True, counted=True),
 }
-"""Words to peers. ``sglang-plus`` is the baseline of that name in Marconi's paper; ``-counted``:
-what the peer as published has beside the budget is paid for out of it: LightLLM's states, which are
-in host memory, and what a running request needs, which Marconi's artifact does not know."""
+"""Baselines by name. ``sglang-plus`` is the baseline of that name in Marconi's paper. The
+``-counted`` variants pay from the budget for memory that the published caches use in addition to
+it: LightLLM's states in host memory, and the needs of running requests, which Marconi's artifact
+ignores."""
 
 
 HOST_TIERS = frozenset(
@@ -63,11 +63,12 @@ HOST_TIERS = frozenset(
     for word in BASELINES
     if word.startswith(("vllm", "sglang", "llama-server")) and word != "sglang-plus"
 ) | {"lightllm", "lightllm-64"}
-"""Those that keep something in host memory beside their budget, and are rebuilt with it."""
+"""Baselines that use host memory in addition to their budget."""
 
 
 def build_baseline(word: str, config: BaselineConfig) -> Baseline:
-    """The peer called ``word``. Raises ValueError listing the words there are."""
+    """Return the baseline called ``word``. Raises ValueError, with a list of the names, if there is
+    none."""
     try:
         factory = BASELINES[word]
     except KeyError:

@@ -1,5 +1,5 @@
-"""vLLM's block pool: blocks of equal size, one free queue in the order they will be reused, content
-keys on blocks."""
+"""vLLM's block pool: blocks of equal size, content keys, and one free queue in the order of
+reuse."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Hashable, Iterable
 
 
 class BlockPool:
-    """``num_blocks`` blocks, all free at first. One that is free keeps its content until it is
-    handed out again.
+    """``num_blocks`` blocks, all free at first. A free block keeps its content until it is
+    allocated again.
 
-    A block may carry several keys (a full block's, and that of a part of it that can be resumed),
-    and a key may stand on several blocks: content computed twice is stored twice. Every operation
-    is O(1) a block.
+    A block may have several keys (of a full block, and of a part of it that can be resumed). A key
+    may belong to several blocks: content computed twice is stored twice. Every operation is O(1)
+    per block.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -25,27 +25,27 @@ class BlockPool:
         self._blocks_of: dict[Hashable, dict[int, None]] = {}
 
     def lookup(self, key: Hashable) -> int | None:
-        """The block that has held ``key`` longest, or None."""
+        """Return the block that has held ``key`` longest, or None."""
         blocks = self._blocks_of.get(key)
         return next(iter(blocks)) if blocks else None
 
     def take(self, block: int) -> None:
-        """Hold a block once more; a free one leaves the queue with its content."""
+        """Add a reference to a block; a free one leaves the queue with its content."""
         if self._references[block] == 0:
             del self.free[block]
         self._references[block] += 1
 
     def allocate(self) -> int:
-        """The block at the head of the free queue, its content forgotten. Raises KeyError if none
-        is free."""
+        """Return the block at the head of the free queue, without its content. Raises KeyError if
+        none is free."""
         block, _ = self.free.popitem(last=False)
         self._forget(block)
         self._references[block] = 1
         return block
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Let go of each block once. Those nobody holds any more queue last, in the order given;
-        without content, first."""
+        """Remove one reference from each block. Unreferenced blocks are queued last, in the order
+        given, or first if they have no content."""
         empty = []
         for block in blocks:
             self._references[block] -= 1
@@ -57,9 +57,9 @@ class BlockPool:
             self.free.move_to_end(block, last=False)
 
     def register(self, block: int, key: Hashable, length: int) -> None:
-        """Say that ``block`` holds ``key``, which ends ``length`` tokens into the text. A key
-        longer than the block's first one takes the place of all it had (it has grown); a shorter
-        one stands beside them."""
+        """Register ``block`` under ``key``, which ends ``length`` tokens into the text. A key
+        longer than the block's first one replaces all its keys (the block has grown); a shorter one
+        is added."""
         keys = self._keys_of.get(block, ())
         if key in keys:
             return
@@ -72,14 +72,14 @@ class BlockPool:
         self._blocks_of.setdefault(key, {})[block] = None
 
     def move(self, source: int, target: int) -> None:
-        """Give the keys of ``source`` to ``target``, which has none."""
+        """Move the keys of ``source`` to ``target``, which has none."""
         length = self._length_of[source]
         for key in self._forget(source):
             self.register(target, key, length)
 
     def check(self) -> None:
-        """AssertionError unless every block is held or free, once, and keys and blocks name each
-        other. O(blocks)."""
+        """Check that every block is either referenced or free, and that keys and blocks refer to
+        each other. Raises AssertionError otherwise. O(blocks)."""
         held = sum(count > 0 for count in self._references)
         assert held + len(self.free) == self.num_blocks, "blocks: held + free != all"
         assert all(self._references[block] == 0 for block in self.free), "a held block is free"
@@ -88,7 +88,7 @@ class BlockPool:
         assert named == kept, "keys and blocks do not name each other"
 
     def _forget(self, block: int) -> list[Hashable]:
-        """Take all keys off ``block`` and return them."""
+        """Remove all keys of ``block`` and return them."""
         keys = self._keys_of.pop(block, [])
         self._length_of.pop(block, None)
         for key in keys:

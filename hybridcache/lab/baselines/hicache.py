@@ -1,26 +1,29 @@
 """SGLang 0.5.23 with its host pool (HiCache) under the hybrid radix cache.
 
 Source: the published behaviour of its unified tree, Mamba component and hybrid cache controller,
-defaults (``write_through``). Beyond what ``sglang`` says:
+defaults (``write_through``). Rules in addition to those of ``sglang``:
 
 - *Two host pools*, KV and states, in the proportion of the device's two.
-- *Write-through*: when a prompt or an answer is inserted, each node of its path that has no host
-  copy gets one at once, KV and state together, parents first; the first for which there is no room
-  ends it. A state that comes later to a node is copied then. So all that the device has has a twin.
-- *Recency* of a node: a match refreshes the path of the node it ends at, an insert the path it
-  walks, and a split the lower part too.
-- *Room in the KV pool* is made of leaves without KV on the device, least recently used, the state
-  with them; in the state pool of states whose device copy is gone, least recently so: a leaf goes
-  whole, elsewhere the state alone. What is on the device too never makes room.
-- *Eviction from the device* of a node with a host copy frees its KV and its state there and leaves
-  the node; one without is deleted. A leaf is what has no child with KV on the device.
-- *A match* may end at any node whose KV and state are on either side, and is then fetched whatever
-  it costs: KV to the tree, the state twice, to the tree and to the request. If the device has no
-  room, the deepest node that is all there is resumed from. A fetch leaves the host copies.
+- *Write-through*: when a prompt or an answer is inserted, each node of its path without a host
+  copy gets one at once. KV and state are copied together, parents first, until the first node for
+  which there is no room. A state added later to a node is copied then. So everything on the
+  device has a host copy.
+- *Recency* of a node: a match refreshes the path of the node at which it ends. An insert
+  refreshes the path that it walks. A split refreshes the lower part too.
+- *Room in the KV pool* comes from leaves without KV on the device, least recently used first, and
+  their states. Room in the state pool comes from states without a device copy, least recently
+  used first: a leaf is deleted whole, elsewhere only the state. Entries that are also on the
+  device are never evicted from the host.
+- *Eviction from the device* of a node with a host copy frees its KV and its state there and keeps
+  the node; a node without one is deleted. A leaf is a node without children that have KV on the
+  device.
+- *A match* may end at any node with KV and state on either side. It is then loaded at any cost: KV
+  to the tree, the state twice, to the tree and to the request. If the device has no room, the
+  request resumes at the deepest node that is complete on the device. A load keeps the host copies.
 - An insert over a node without KV on the device gives it the request's rows.
 
 Left out: ``write_back`` and ``write_through_selective``, storage below the host, prefetch, copies
-that are still under way, and the rule against fetching fewer than ten tokens without a state.
+that are still in progress, and the rule against loading fewer than ten tokens without a state.
 """
 
 from __future__ import annotations
@@ -45,8 +48,8 @@ from hybridcache.tokens import Tokens
 
 
 class HicacheCache(SglangCache):
-    """SGLang 0.5.23 over ``host_bytes``. ``num_host_tokens`` and ``num_host_slots`` override the
-    split."""
+    """SGLang 0.5.23 with ``host_bytes`` of host memory. ``num_host_tokens`` and ``num_host_slots``
+    override the split."""
 
     def __init__(
         self,
@@ -70,12 +73,13 @@ class HicacheCache(SglangCache):
         self.num_host_tokens = self.free_host_tokens = num_host_tokens
         self.num_host_slots = self.free_host_slots = num_host_slots
         self.host_leaves: SortedDict[int, PrefixNode] = SortedDict()
-        """Nodes that may go to make room for KV, by recency."""
+        """Nodes that may be evicted to make room for KV, by recency."""
         self.host_states: OrderedDict[PrefixNode, None] = OrderedDict()
-        """Nodes whose state is in host memory alone."""
+        """Nodes with their state in host memory alone."""
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> SglangSession | None:
-        """As ``SglangCache.begin``, fetching what host memory has beyond the device. O(prompt)."""
+        """Begin as ``SglangCache.begin``, and load the part of the prefix that only host memory
+        has. O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
         best, kv_len = self.match(root, tokens[:-1])
         session = SglangSession(self, root, tokens, best)
@@ -91,7 +95,7 @@ class HicacheCache(SglangCache):
         return session
 
     def match(self, root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
-        """As ``SglangCache.match``; the node's KV or state may be in host memory alone."""
+        """Match as ``SglangCache.match``; the node's KV or state may be in host memory alone."""
         node, matched = walk(root, tokens)
         if matched < node.depth:
             lower, node = node, split(node, matched)
@@ -105,7 +109,7 @@ class HicacheCache(SglangCache):
         return node, matched
 
     def insert(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
-        """As ``SglangCache.insert``, with a copy of all of it to host memory."""
+        """Insert as ``SglangCache.insert``, with a copy of everything in host memory."""
         walked, _ = walk(root, tokens)
         for step in reversed(list(walked.path())):
             self._touch(step)
@@ -133,7 +137,8 @@ class HicacheCache(SglangCache):
         return node
 
     def list_leaf(self, node: PrefixNode) -> None:
-        """Make ``node`` a candidate, of the device or of host memory, if it is one. O(children)."""
+        """Make ``node`` a candidate, of the device or of host memory, if it qualifies.
+        O(children)."""
         if node.parent is None or node.locks:
             return
         if not node.has_kv:
@@ -143,7 +148,7 @@ class HicacheCache(SglangCache):
             self.leaves[node.time] = node
 
     def unlist_leaf(self, node: PrefixNode) -> None:
-        """Take a node out of the candidates if it is one."""
+        """Remove a node from the candidates if it is one."""
         self._unlist(node)
 
     def drop_state(self, node: PrefixNode) -> None:
@@ -153,7 +158,7 @@ class HicacheCache(SglangCache):
             self.host_states[node] = None
 
     def drop_leaf(self, leaf: PrefixNode) -> None:
-        """Free a leaf's KV and state on the device; the node stays if host memory has its KV."""
+        """Free a leaf's KV and state on the device; the node is kept if host memory has its KV."""
         if leaf.has_state:
             self.drop_state(leaf)
         self.free_tokens += len(leaf.tokens)
@@ -168,8 +173,8 @@ class HicacheCache(SglangCache):
         self.list_leaf(parent)
 
     def check(self) -> None:
-        """As ``SglangCache.check``, for both memories; and a child is nowhere nearer than its
-        parent."""
+        """Check as ``SglangCache.check``, for both memories. Also checks that no child is on the
+        device without its parent."""
         cached = stored = 0
         found: dict[str, set[PrefixNode]] = {
             "states": set(), "leaves": set(), "host states": set(), "host leaves": set()
@@ -227,8 +232,8 @@ class HicacheCache(SglangCache):
         self.host_states.pop(node, None)
 
     def _fetch(self, session: SglangSession) -> bool:
-        """Bring the KV and the state of the session's locked node to the device. False: no room,
-        and nothing changed but what was evicted."""
+        """Load the KV and the state of the session's locked node to the device. Returns False if
+        there is no room; nothing but evictions has then changed."""
         node = session.node
         holes = [step for step in node.path() if not step.has_kv]
         num_tokens = sum(len(step.tokens) for step in holes)
@@ -255,7 +260,8 @@ class HicacheCache(SglangCache):
                 self._store(step)
 
     def _store(self, node: PrefixNode) -> bool:
-        """Copy to host memory what of ``node`` is not there; False: there is no room for both."""
+        """Copy the parts of ``node`` that host memory lacks. Returns False if there is no room for
+        both."""
         num_tokens = 0 if node.has_host_kv else len(node.tokens)
         while self.free_host_tokens < num_tokens and self.host_leaves:
             self._drop_host_leaf(self.host_leaves.peekitem(0)[1])

@@ -1,22 +1,21 @@
-"""LightLLM's paged hybrid cache: a tree of 512-token hash pages, states in host memory, decode
-thrown away.
+"""LightLLM's paged hybrid cache: a tree of 512-token hash pages, with states in host memory.
 
 Published behaviour that decides its hit rates:
 
-- Prompts are hashed in pages of 512 tokens, the last token excluded; a node is one page (or one
-  *big page* of several), so nothing is split and a hit comes in pages.
+- Prompts are hashed in pages of 512 tokens, the last token excluded. A node is one page (or one
+  *big page* of several), so nothing is split and a hit is a whole number of pages.
 - One state per prompt, at ``floor((prompt - 1) / page) * page``, in a pool of host buffers (512 by
-  default) that the device budget does not pay for. With big pages every big-page end carries a
-  state too, always kept with its page.
-- A match is trimmed back to the deepest page with a state; all KV past the state position, the
-  answer's included, is freed when the request ends.
-- KV is evicted leaf by leaf, stateless leaves first, then least recently used; host buffers least
-  recently used, the node staying behind without its state.
+  default) that the device budget does not pay for. With big pages, every big-page end also has a
+  state, always kept with its page.
+- A match is trimmed back to the deepest page with a state. All KV past the state position,
+  including the answer's, is freed when the request ends.
+- KV is evicted leaf by leaf, stateless leaves first, then least recently used. Host buffers are
+  evicted least recently used first; the node is kept without its state.
 - A hit copies its state to the device before anything is computed.
 
-``counted`` is not LightLLM: its states, those of running requests too, are paid for out of the
-device budget, as many as are worth their place there, so that it can be compared with caches that
-have no memory beside it.
+``counted`` is not LightLLM. Its states, including those of running requests, are paid for out of
+the device budget, as many as are worth their place there. So it can be compared with caches that
+use no other memory.
 """
 
 from __future__ import annotations
@@ -58,17 +57,17 @@ class _Page:
 
 class _Found(NamedTuple):
     path: list[_Page]
-    """Pages reused, root excluded."""
+    """Pages reused, without the root."""
     length: int
 
 
 class LightllmCache:
-    """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` None: off, the
-    default).
+    """LightLLM on its main branch; ``page`` and ``big_page`` in tokens (``big_page`` is None by
+    default: off).
 
     ``counted``: a state takes as many rows of the budget as its bytes fill, and there is no pool of
-    host buffers. Where host memory is given, it holds as many states as fit, whatever
-    ``num_host_states`` says. ValueError: ``big_page`` is no multiple of ``page``.
+    host buffers. If host memory is given, it holds as many states as fit, and ``num_host_states``
+    is ignored. Raises ValueError if ``big_page`` is not a multiple of ``page``.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class LightllmCache:
         self.state_rows = -(-config.state_bytes // row_bytes) if counted else 0
         """Rows of the budget that a state takes."""
         self.copied_bytes = 0 if counted else config.state_bytes
-        """Of a state, from host memory or to it."""
+        """Bytes copied per state, from host memory or to it."""
         if config.host_bytes:
             num_host_states = config.host_bytes // config.state_bytes
         self.spilled_bytes = 0
@@ -113,8 +112,8 @@ class LightllmCache:
         return LightllmSession(self, root, tokens, found)
 
     def allocate(self, num_tokens: int) -> bool:
-        """Take rows, evicting unreferenced leaves; False (and nothing taken) if that many are not
-        available."""
+        """Take rows, evicting unreferenced leaves. Returns False, and takes nothing, if that many
+        are not available."""
         while self.free_tokens < num_tokens and self.leaves:
             self._evict_leaf()
         if self.free_tokens < num_tokens:
@@ -128,8 +127,8 @@ class LightllmCache:
         self.held_tokens -= num_tokens
 
     def publish(self, root: _Page, tokens: Tokens, cached_len: int) -> int:
-        """Insert a computed prompt's whole pages with its states; returns how many new tokens the
-        tree took over: none, where states are counted and there is no room for them."""
+        """Insert a computed prompt's whole pages with its states. Returns the number of new tokens
+        in the tree: 0 if states are counted and there is no room for them."""
         node, taken, start = root, 0, 0
         end = (len(tokens) - 1) // self.page * self.page
         num_big = 0 if self.big_page is None else end // self.big_page - cached_len // self.big_page
@@ -168,7 +167,7 @@ class LightllmCache:
         assert self.free_states + states == self.num_states, "host states: free + cached != total"
 
     def _rows(self, node: _Page) -> int:
-        """Rows of the budget that ``node`` takes, with its state."""
+        """Return the rows of the budget that ``node`` takes, with its state."""
         return node.num_tokens + self.state_rows * node.has_state
 
     def _page_at(self, start: int, end: int) -> int:
@@ -181,7 +180,7 @@ class LightllmCache:
         return self.page
 
     def _match(self, root: _Page, tokens: Tokens) -> _Found:
-        """Big page first, else small ones; then trim to the deepest page with a state."""
+        """Match big pages first, then small ones; then trim to the deepest page with a state."""
         self.clock += 1
         path: list[_Page] = []
         node, start, end = root, 0, (len(tokens) - 1) // self.page * self.page
@@ -265,7 +264,7 @@ class LightllmCache:
 
 
 class LightllmSession:
-    """One request: the pages it refers to and the rows it holds beyond them."""
+    """One request, with the pages that it references and the rows that it holds in addition."""
 
     def __init__(self, cache: LightllmCache, root: _Page, tokens: Tokens, found: _Found) -> None:
         self.cache = cache
@@ -282,7 +281,8 @@ class LightllmSession:
         self.num_chunks = sum(1 for stop in stops if stop > found.length)
 
     def finish(self, output: Tokens) -> None:
-        """The answer's rows are taken and given back; the prompt's whole pages go to the tree."""
+        """Take and release the rows of the answer, and insert the prompt's whole pages in the
+        tree."""
         if self.cache.allocate(len(output)):
             self.cache.free(len(output))
         taken = self.cache.publish(self.root, self.tokens, self.cached_len)

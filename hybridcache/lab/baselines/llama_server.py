@@ -1,32 +1,35 @@
-"""llama-server on a hybrid model: slots, a prompt cache in host memory, checkpoints a slot.
+"""llama-server on a hybrid model: slots, a prompt cache in host memory, checkpoints per slot.
 
 Source: the server's published rules (late 2026) and defaults: ``--parallel`` automatic (4 slots
 over one KV buffer), ``--slot-prompt-similarity 0.1``, ``--cache-ram``, ``--cache-idle-slots``,
-``--ctx-checkpoints 32``, ``--checkpoint-min-step 8192``, batches of 2,048 tokens, 512 a pass.
+``--ctx-checkpoints 32``, ``--checkpoint-min-step 8192``, batches of 2,048 tokens, 512 per pass.
 
-- *A slot* holds one text, its KV and the state at its very end; nothing is shared between slots. A
-  request takes the free slot whose text shares most of the prompt, above a tenth of it, else the
-  one least recently used.
-- *The prompt cache* holds whole texts, KV and end state, with the checkpoints of their slot, oldest
-  out first. A slot's text is saved when it is about to be lost: less than half of it would stay, or
-  it was taken as the oldest. What a saved text contains is not saved; what it is a beginning of
-  goes. Then the cached text is loaded, and leaves the cache, that keeps more of itself and of the
-  prompt than the slot does, and at least a quarter of itself; if the KV buffer has no room for it
-  beside the other slots, the slot is left empty. When a request starts, every other
-  free slot is saved and cleared.
-- *Resuming*: where the slot's text is wholly a beginning of the prompt, from its end; else from the
-  newest checkpoint within what is shared; else the prompt is computed anew. Checkpoints past that
-  are erased: a second branch pays again.
-- *Checkpoints* lie in host memory, of the state alone. Within the last pass and four tokens before
-  the prompt's end, and where the prompt resumes if that is within its last pass; none in decode.
-  When the list is full, those of earlier requests within the minimum step go, then the oldest.
+- *A slot* holds one text, its KV and the state at its very end; slots share nothing. A request
+  takes the free slot that shares most with the prompt, if that is more than a tenth of it.
+  Otherwise it takes the least recently used slot.
+- *The prompt cache* holds whole texts with KV, end state and the checkpoints of their slot. The
+  oldest is evicted first.
+- *Saving*: a slot's text is saved when it is about to be lost. That is the case if less than half
+  of it would be kept, or if the slot was taken as the oldest. A text contained in a saved one is
+  not saved, and saved prefixes of a new text are removed. When a request starts, every other free
+  slot is saved and cleared.
+- *Loading*: after saving, a cached text is moved to the slot. It must keep more of itself and of
+  the prompt than the slot's text does, and at least a quarter of itself. If the KV buffer has no
+  room for it next to the other slots, the slot is left empty.
+- *Resuming*: from the end of the slot's text if all of it is a prefix of the prompt. Otherwise
+  from the newest checkpoint within the shared part, or else from the start. Later checkpoints are
+  erased, so a second branch is computed again.
+- *Checkpoints* are in host memory and contain the state alone. They are saved within the last pass
+  and four tokens before the prompt's end, and at the resumed position if that is within the last
+  pass. Decoding saves none. When the list is full, checkpoints of earlier requests within the
+  minimum step are removed first, then the oldest.
 
-``host_bytes`` is for all of it: the cache has what the checkpoints of the slots leave, and if those
-alone are too many the oldest go (the real server does not count them). The KV buffer has the budget
-less a state for each slot.
+``host_bytes`` covers everything: the cache gets the memory that the checkpoints of the slots leave.
+If the checkpoints alone exceed it, the oldest are removed (the real server does not count them).
+The KV buffer has the budget less one state per slot.
 
-Left out: checkpoints at the starts of user messages, for traces do not tell these; context shift,
-chunks reused by shifting (no hybrid model can), drafts, slot files.
+Left out: checkpoints at the starts of user messages (traces do not contain them), context shift,
+chunks reused by shifting (impossible for hybrid models), drafts, and slot files.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ _NOTHING = np.empty(0, np.int32)
 
 @dataclass(slots=True, eq=False)
 class _Text:
-    """What a slot or an entry of the cache holds."""
+    """Contents of a slot or of an entry of the cache."""
 
     namespace: Hashable = None
     tokens: Tokens = field(default_factory=lambda: _NOTHING)
@@ -54,7 +57,7 @@ class _Text:
     """(ids before it, number of the request that made it), oldest first."""
 
     def shared(self, namespace: Hashable, tokens: Tokens) -> int:
-        """Ids that ``tokens`` begins with."""
+        """Return the number of ids that ``tokens`` shares with the text from its start."""
         return common_prefix_len(self.tokens, tokens) if self.namespace == namespace else 0
 
 
@@ -66,7 +69,8 @@ class _Slot:
 
 
 class LlamaServerCache:
-    """llama-server. ``num_slots``: ``--parallel``; ``max_checkpoints``: ``--ctx-checkpoints``."""
+    """llama-server. ``num_slots`` is ``--parallel``; ``max_checkpoints`` is
+    ``--ctx-checkpoints``."""
 
     def __init__(
         self, config: BaselineConfig, num_slots: int = 4, max_checkpoints: int = 32
@@ -78,13 +82,13 @@ class LlamaServerCache:
         self.max_checkpoints = max_checkpoints
         self.slots = [_Slot() for _ in range(num_slots)]
         self.cache: list[_Text] = []
-        """Oldest first."""
+        """Saved texts, oldest first."""
         self.cache_bytes = 0
         self.clock = self.spilled_bytes = 0
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> LlamaServerSession | None:
-        """Take a slot and compute the prompt; None: no slot or too little KV is free. O(texts x
-        prompt)."""
+        """Take a slot and compute the prompt. Returns None if no slot or too little KV is free.
+        O(texts x prompt)."""
         running = [slot for slot in self.slots if slot.is_running]
         used = sum(len(slot.text.tokens) for slot in running)
         if len(running) == len(self.slots) or len(tokens) > self.num_rows - used:
@@ -99,8 +103,8 @@ class LlamaServerCache:
         return LlamaServerSession(self, slot, tokens, namespace, fetched)
 
     def check(self) -> None:
-        """AssertionError unless KV and host memory are within their bounds and the cache's size is
-        that of its texts. O(texts)."""
+        """Check that KV and host memory are within their bounds and that the cache's size is that
+        of its texts. Raises AssertionError otherwise. O(texts)."""
         assert self.num_free >= 0, "more KV than there is room for"
         assert self.cache_bytes == sum(map(self._size, self.cache)), "the cache's books"
         assert self.host_used <= self.config.host_bytes, "more host memory than there is"
@@ -110,7 +114,7 @@ class LlamaServerCache:
 
     @property
     def num_free(self) -> int:
-        """Rows of the KV buffer. O(slots)."""
+        """Free rows of the KV buffer. O(slots)."""
         return self.num_rows - sum(len(slot.text.tokens) for slot in self.slots)
 
     @property
@@ -120,7 +124,7 @@ class LlamaServerCache:
         return self.cache_bytes + live * self.config.state_bytes
 
     def add_checkpoint(self, text: _Text, position: int) -> None:
-        """Save the state after ``position`` ids of a slot's text, which is computed to there."""
+        """Save the state after ``position`` ids of a slot's text, which is computed up to there."""
         kept, place, last = text.checkpoints, 0, None
         while len(kept) + 1 >= self.max_checkpoints and place < len(kept):
             at, made_by = kept[place]
@@ -140,7 +144,8 @@ class LlamaServerCache:
                 del longest.text.checkpoints[0]
 
     def _take_slot(self, tokens: Tokens, namespace: Hashable) -> tuple[_Slot, int]:
-        """The slot for a prompt, with the text it will go on from; and bytes loaded for it."""
+        """Return the slot for a prompt, with the text to continue from, and the number of bytes
+        loaded for it."""
         free = [slot for slot in self.slots if not slot.is_running]
         best = max(free, key=lambda slot: slot.text.shared(namespace, tokens))
         shared = best.text.shared(namespace, tokens)
@@ -153,7 +158,7 @@ class LlamaServerCache:
         return best, self._load(best, tokens, namespace)
 
     def _save(self, text: _Text) -> None:
-        """A copy of a slot's text to the cache, if it fits there."""
+        """Copy a slot's text to the cache, if it fits there."""
         size, length = self._size(text), len(text.tokens)
         if not length or size + self.host_used - self.cache_bytes > self.config.host_bytes:
             return
@@ -169,8 +174,8 @@ class LlamaServerCache:
         self.spilled_bytes += length * self.row_bytes + self.config.state_bytes
 
     def _load(self, slot: _Slot, tokens: Tokens, namespace: Hashable) -> int:
-        """Put into ``slot`` the cached text that serves ``tokens`` best, if it does so better than
-        the slot's own; returns bytes copied to the device."""
+        """Load the cached text that serves ``tokens`` best into ``slot``, if it is better than the
+        slot's own. Returns the number of bytes copied to the device."""
         shared, length = slot.text.shared(namespace, tokens), len(slot.text.tokens)
         found = None
         for text in self.cache:
@@ -222,8 +227,8 @@ class LlamaServerSession:
         self.num_chunks = self._prefill(start)
 
     def _prefill(self, start: int) -> int:
-        """Compute the prompt in batches, with a checkpoint before each that begins near its end;
-        returns how many there were."""
+        """Compute the prompt in batches, with a checkpoint before each that begins near its end.
+        Returns the number of batches."""
         cache, text, length = self.cache, self.slot.text, len(self.tokens)
         unit = cache.config.unit
         stops = {(length * unit - before) // unit for before in (PASS + 4, 4)}
@@ -240,7 +245,8 @@ class LlamaServerSession:
         return num_batches
 
     def finish(self, output: Tokens) -> None:
-        """Decode ``output``, all but its last token computed; the slot keeps it all. Call once."""
+        """Decode ``output``, all but its last token computed; the slot keeps everything. Call
+        once."""
         cache, text = self.cache, self.slot.text
         computed = output[: max(0, len(output) - 1)] if cache.config.unit == 1 else output
         text.tokens = np.concatenate((text.tokens, computed[: cache.num_free]))

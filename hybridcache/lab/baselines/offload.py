@@ -1,20 +1,21 @@
-"""vLLM's native offload: a store of blocks in host memory beside its block pool.
+"""vLLM's native offload: a store of blocks in host memory next to its block pool.
 
 Source: the published behaviour of its ``OffloadingConnector`` and CPU manager at 0.33, defaults.
 
 - A chunk is one block of any group, so a state takes as many as there are state groups.
-- *Stored*, as soon as they are computed: whole attention blocks of the *prompt*, and the states at
-  block boundaries of the prompt that the device's cache keeps (its retention); never the answer,
-  never a part of a block. What the device already had is offered too, unless the request fetched.
-- A whole offer is stored or none of it: it may push out all that is older, not what it names.
-- *Fetched*: looked up past the device's own hit. Attention must be there block after block, then
-  the deepest boundary at which all state groups are; at most ``prompt - 1`` tokens. Attention that
-  the device still has past its last state is not counted on. Whatever is there is fetched.
-- *Order*: a request's blocks are as recent as the request's end, the deeper the older; a state that
-  is hit on the device is not.
+- *Stored* as soon as they are computed: whole attention blocks of the *prompt*, and the states at
+  block boundaries of the prompt that the device's cache keeps (its retention). Answers and parts of
+  a block are never stored. Blocks that the device already had are offered too, unless the request
+  loaded some.
+- An offer is stored whole or not at all. It may evict older entries, but none that it names.
+- *Loaded*: looked up past the device's own hit. Attention must be present block after block, up to
+  the deepest boundary that has all state groups; at most ``prompt - 1`` tokens. Attention that the
+  device still has past its last state does not count. Everything found is loaded.
+- *Order*: a request's blocks are as recent as the request's end, and deeper blocks are older. A
+  state that is hit on the device is not refreshed.
 
-Left out: parts of a block (with a match unit; the device's tail is then not added to), copies that
-are still under way, ARC, and the tiers below.
+Left out: parts of a block (with a match unit; the device's tail is then not extended), copies that
+are still in progress, ARC, and the tiers below.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ _Key = TypeVar("_Key", bound=Hashable)
 
 
 class ChunkStore(Generic[_Key]):
-    """``num_chunks`` chunks by key, the one to go first in O(log n). Keys can be ordered."""
+    """``num_chunks`` chunks by key; the next to be evicted is found in O(log n). Keys must be
+    orderable."""
 
     def __init__(self, num_chunks: int) -> None:
         self.num_chunks = num_chunks
@@ -46,14 +48,14 @@ class ChunkStore(Generic[_Key]):
         return len(self._rank_of)
 
     def tick(self) -> int:
-        """A new request's recency, later than all before."""
+        """Return the recency of a new request, later than all before."""
         self._clock += 1
         return self._clock
 
     def offer(self, keys: Mapping[_Key, int], recency: int) -> bool:
-        """Store what of ``keys`` (key: where it ends) is missing; False: there is no room for all
-        of it beside the rest of the offer, and nothing was stored or let go. O(keys log n) and
-        the keys that stay."""
+        """Store the missing ones of ``keys``, a map from key to end position. Returns False, and
+        stores and evicts nothing, if there is no room for them next to the rest of the offer.
+        O(keys log n + keys that are kept)."""
         self.use(keys, recency)
         missing = [key for key in keys if key not in self._rank_of]
         if len(keys) > self.num_chunks:
@@ -69,14 +71,15 @@ class ChunkStore(Generic[_Key]):
         return True
 
     def use(self, keys: Mapping[_Key, int], recency: int) -> None:
-        """A request of ``recency`` came by ``keys``: those that are here are as recent as it."""
+        """Refresh the stored ones of ``keys`` to the ``recency`` of a request that used them."""
         for key, end in keys.items():
             rank = self._rank_of.get(key)
             if rank is not None and rank[:2] < (recency, -end):
                 self._set(key, (recency, -end, key))
 
     def finish(self, keys: Iterable[_Key]) -> None:
-        """A request ended that came by ``keys``, from the head to the tail: the tail is older."""
+        """Record the end of a request that used ``keys``, ordered from head to tail: the tail is
+        older."""
         for key in reversed(list(keys)):
             if key in self._rank_of:
                 self._set(key, (self.tick(), 0, key))
@@ -85,7 +88,8 @@ class ChunkStore(Generic[_Key]):
         return iter(self._rank_of)
 
     def check(self) -> None:
-        """AssertionError unless no more is held than fits, and both indices agree. O(n)."""
+        """Check that no more is stored than fits and that both indices agree. Raises AssertionError
+        otherwise. O(n)."""
         assert len(self._rank_of) <= self.num_chunks, "more chunks than there is room for"
         assert {key: rank for rank, key in self._by_rank.items()} == self._rank_of, "two orders"
 

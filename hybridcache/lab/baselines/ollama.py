@@ -2,16 +2,17 @@
 
 Source: the published rules and defaults of its runner's input cache and recurrent cache (2026).
 
-- *One slot*: its scheduler serves hybrid architectures one request at a time, whatever is asked.
-  ``num_slots`` above 1 is the rule that others have: the slot that shares most of the prompt, the
-  first of equals, is taken, and what it holds past that is lost.
-- *Checkpoints*: a ring of 32 a slot, reserved on the device. A forward pass (512 tokens of a
+- *One slot*: its scheduler always serves hybrid architectures one request at a time.
+  ``num_slots`` above 1 applies the rule for other architectures: the first slot that shares most
+  of the prompt is taken, and its contents past the shared part are lost.
+- *Checkpoints*: a ring of 32 per slot, reserved on the device. A forward pass (512 tokens of a
   prompt, one of decode) leaves one at its end if that is 16 tokens or more into the text and 1,280
   or more past the last one.
-- *Resuming* is always from a checkpoint, also where the slot's text goes on: the deepest within
-  what is shared; those past it are lost. Without one, all is computed anew.
+- *Resuming* is always from a checkpoint, even if the prompt continues the slot's text. The deepest
+  one within the shared part is used, and those past it are lost. Without one, everything is
+  computed again.
 
-Nothing lies in host memory. Left out: context shift, forks between slots, the MLX runner.
+No host memory is used. Left out: context shift, forks between slots, the MLX runner.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from hybridcache.tokens import Tokens, common_prefix_len
 
 PASS = 512
 FIRST, INTERVAL = 16, 1280
-"""Tokens into the text, and between checkpoints."""
+"""Least tokens before the first checkpoint, and between checkpoints."""
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +35,7 @@ class _Slot:
     namespace: Hashable = None
     tokens: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
     ring: list[int] = field(default_factory=list)
-    """Ids before each checkpoint, in the order in which they will be written over."""
+    """Ids before each checkpoint, in the order in which they will be overwritten."""
     is_running: bool = False
 
 
@@ -49,13 +50,13 @@ class OllamaCache:
         reserved = num_slots * (1 + ring) * config.state_bytes
         row_bytes = config.kv_bytes_per_token * config.unit
         self.num_rows = max(0, config.budget_bytes - reserved) // row_bytes // num_slots
-        """Of each slot."""
+        """KV rows of each slot."""
         self.slots = [_Slot() for _ in range(num_slots)]
         self.spilled_bytes = 0
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> OllamaSession | None:
-        """Take the slot that shares most of the prompt; None: all are taken, or it is longer than a
-        slot. O(slots x prompt)."""
+        """Take the slot that shares most of the prompt. Returns None if all are taken, or if the
+        prompt is longer than a slot. O(slots x prompt)."""
         free = [slot for slot in self.slots if not slot.is_running]
         if not free or len(tokens) > self.num_rows:
             return None
@@ -67,7 +68,8 @@ class OllamaCache:
         return OllamaSession(self, free[best], tokens, namespace, shared[best])
 
     def check(self) -> None:
-        """AssertionError unless texts and rings are within their bounds. O(slots)."""
+        """Check that texts and rings are within their bounds. Raises AssertionError otherwise.
+        O(slots)."""
         for slot in self.slots:
             assert len(slot.tokens) <= self.num_rows, "a text longer than its slot"
             assert len(slot.ring) <= self.ring, "more checkpoints than the ring has"
@@ -106,13 +108,13 @@ class OllamaSession:
         slot.is_running = False
 
     def _next(self, done: int) -> int:
-        """Where decode, ``done`` ids in, next leaves a checkpoint."""
+        """Return the position at which decoding, after ``done`` ids, saves its next checkpoint."""
         unit = self.cache.config.unit
         wanted = self._last + -(-INTERVAL // unit) if self._last else -(-(FIRST + 1) // unit)
         return max(wanted, done + 1)
 
     def _pass(self, end: int) -> None:
-        """A forward pass ends after ``end`` ids."""
+        """End a forward pass after ``end`` ids."""
         slot, unit = self.slot, self.cache.config.unit
         since = (end - self._last) * unit
         if end * unit <= FIRST or (self._last and since < INTERVAL):

@@ -1,5 +1,5 @@
-"""The compressed radix tree that SGLang's and Marconi's caches share: splits, and a state flag at
-node ends."""
+"""Compressed radix tree shared by SGLang's and Marconi's caches: splits, and a state flag at node
+ends."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hybridcache.tokens import Tokens, common_prefix_len
 
 
 class PrefixNode:
-    """One edge and its end. ``time`` and ``state_time`` are the owner's recency marks; where the
-    KV and the state are is said by those that have host memory."""
+    """One edge and its end. ``time`` and ``state_time`` are the owner's recency marks. Caches with
+    host memory record the places of KV and state separately."""
 
     __slots__ = (
         "children",
@@ -41,7 +41,7 @@ class PrefixNode:
         self.state_locks = 0
 
     def path(self) -> Iterator[PrefixNode]:
-        """From this node up, the root excluded."""
+        """Yield the nodes from this one up, without the root."""
         node = self
         while node.parent is not None:
             yield node
@@ -49,13 +49,13 @@ class PrefixNode:
 
 
 def new_root() -> PrefixNode:
-    """An empty tree."""
+    """Return an empty tree."""
     return PrefixNode(np.empty(0, np.int32), None)
 
 
 def walk(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
-    """The last node reached and how many tokens matched: less than its depth when the match ends
-    inside its edge. O(n)."""
+    """Return the last node reached and the number of matched tokens, which is less than its depth
+    if the match ends inside its edge. O(n)."""
     node, matched = root, 0
     while matched < len(tokens):
         child = node.children.get(int(tokens[matched]))
@@ -70,7 +70,7 @@ def walk(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
 
 
 def split(node: PrefixNode, depth: int) -> PrefixNode:
-    """Cut ``node``'s edge at ``depth``; returns the new upper node, which has the KV locks but no
+    """Split ``node``'s edge at ``depth``; returns the new upper node, which has the KV locks but no
     state."""
     parent = node.parent
     assert parent is not None and parent.depth < depth < node.depth
@@ -85,8 +85,8 @@ def split(node: PrefixNode, depth: int) -> PrefixNode:
 
 
 def grow(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int, PrefixNode | None]:
-    """Make ``tokens`` end at a node; returns it, how many tokens are new, and the node a split made
-    where the new tokens leave the tree (None: no edge was split there). O(n)."""
+    """Make ``tokens`` end at a node. Returns it, the number of new tokens, and the node made by a
+    split where the new tokens leave the tree (None if no edge was split there). O(n)."""
     node, matched = walk(root, tokens)
     fork = None
     if matched < node.depth:
@@ -100,7 +100,7 @@ def grow(root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int, PrefixNode 
 
 
 def remove_leaf(node: PrefixNode) -> PrefixNode:
-    """Take a leaf out of the tree; returns its parent."""
+    """Remove a leaf from the tree; returns its parent."""
     parent = node.parent
     assert parent is not None and not node.children
     del parent.children[int(node.tokens[0])]
@@ -108,7 +108,7 @@ def remove_leaf(node: PrefixNode) -> PrefixNode:
 
 
 def merge_into_child(node: PrefixNode) -> PrefixNode:
-    """Give an inner node's edge to its only child, which is returned."""
+    """Join an inner node's edge to its only child, which is returned."""
     (child,) = node.children.values()
     parent = node.parent
     assert parent is not None
@@ -118,8 +118,8 @@ def merge_into_child(node: PrefixNode) -> PrefixNode:
 
 
 def nodes(root: PrefixNode) -> Iterator[PrefixNode]:
-    """Every node below ``root``, each before its children, these in the order in which they first
-    came. O(tree)."""
+    """Yield every node below ``root``, each before its children, children in the order of
+    insertion. O(tree)."""
     stack = list(reversed(root.children.values()))
     while stack:
         node = stack.pop()

@@ -1,9 +1,9 @@
-"""What a rebuilt peer must answer, and what it is given.
+"""Protocol and configuration of a rebuilt peer cache.
 
-A peer owns its memory in its own unit (inflated pages, hash pages, two pools), so it does not stand
-behind ``PrefixCache``: a request is *begun* (matched, its prompt computed) and *finished* (its
-answer decoded, everything released). Between the two it holds its memory, so concurrent requests
-press on each other as they do in the peer.
+A peer manages its memory in its own unit (inflated pages, hash pages, two pools), so it does not
+implement ``PrefixCache``. A request is *begun* (matched, its prompt computed) and *finished* (its
+answer decoded, everything released). It holds its memory in between, so concurrent requests compete
+for memory as they do in the peer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hybridcache.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class BaselineConfig:
-    """The memory a peer is given and the model's sizes. One byte budget, unless the peer splits it
-    (see ``split``)."""
+    """Memory of a peer, and the sizes of the model. One byte budget, unless the peer splits it (see
+    ``split``)."""
 
     budget_bytes: int
     kv_bytes_per_token: int
@@ -29,13 +29,13 @@ class BaselineConfig:
     num_full_layers: int = 12
     num_linear_layers: int = 36
     grid: int = GRID
-    """The linear kernel's chunk, tokens."""
+    """Chunk of the linear kernel, in tokens."""
     unit: int = 1
-    """Tokens that one id of the trace stands for (1; 64 or 512 for traces of block hashes)."""
+    """Tokens per id of the trace (1; 64 or 512 for traces of block hashes)."""
     prefill_chunk: int = 8192
     """Most prompt tokens computed in one forward pass."""
     host_bytes: int = 0
-    """Of host memory beside the budget, for all that a peer keeps there; 0: none."""
+    """Bytes of host memory in addition to the budget, or 0 if there is none."""
 
 
 class Session(Protocol):
@@ -44,9 +44,9 @@ class Session(Protocol):
     cached_len: int
     """Prompt ids reused (in trace units)."""
     num_chunks: int
-    """Forward passes its prefill took."""
+    """Number of forward passes of the prefill."""
     fetched_bytes: int
-    """From host memory to the device, before the prompt could be computed."""
+    """Bytes loaded from host memory to the device before the prompt could be computed."""
 
     def finish(self, output: Tokens) -> None:
         """Decode ``output``, then release the request. Call once."""
@@ -54,21 +54,21 @@ class Session(Protocol):
 
 
 class Baseline(Protocol):
-    """A peer's prefix cache."""
+    """Prefix cache of a peer."""
 
     @property
     def spilled_bytes(self) -> int:
-        """From the device to host memory so far."""
+        """Bytes copied from the device to host memory so far."""
         ...
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> Session | None:
-        """Match ``tokens``, take what the prefill needs (evicting), compute the prompt. None: too
-        little memory is free of running requests; nothing is held and the caller waits.
-        O(prompt)."""
+        """Match ``tokens``, take memory for the prefill (evicting if needed), and compute the
+        prompt. Returns None, and holds nothing, if running requests leave too little memory; the
+        caller must wait. O(prompt)."""
         ...
 
     def check(self) -> None:
-        """AssertionError if the peer's books do not balance. O(cache)."""
+        """Check the peer's accounting. Raises AssertionError if it is inconsistent. O(cache)."""
         ...
 
 
@@ -76,8 +76,8 @@ BaselineFactory = Callable[[BaselineConfig], Baseline]
 
 
 def replay(baseline: Baseline, tokens: Tokens, output: Tokens, namespace: Hashable = None) -> int:
-    """One request on its own, begun and finished; returns its ``cached_len`` (0 if it does not fit
-    at all)."""
+    """Begin and finish one request on its own; returns its ``cached_len`` (0 if it does not fit at
+    all)."""
     session = baseline.begin(tokens, namespace)
     if session is None:
         return 0

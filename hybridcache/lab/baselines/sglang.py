@@ -1,26 +1,25 @@
-"""SGLang 0.5.23's hybrid radix cache: one tree, one component for KV and one for states, two LRUs,
-a static split.
+"""SGLang 0.5.23's hybrid radix cache: one tree, separate KV and state components and LRUs, static
+split.
 
-Source: the published behaviour of its unified radix cache and Mamba component at 0.5.23. What
-decides its hit rates:
+Source: the published behaviour of its unified radix cache and Mamba component at 0.5.23. Rules that
+decide its hit rates:
 
-- A match asks for ``prompt - 1`` tokens and ends at the deepest node with a state; only that node's
-  state is refreshed. It splits edges, and a split leaves the state on the lower node.
+- A match considers ``prompt - 1`` tokens and ends at the deepest node with a state; only that
+  node's state is refreshed. It splits edges, and a split leaves the state on the lower node.
 - ``extra_buffer`` saves one state per extend: at ``prefix + floor(extend / grid) * grid``, *or
-  instead* at the branch point (how deep KV alone matched, floored to the grid); in decode one every
-  256 tokens. A finished request that crossed no such boundary keeps nothing of its answer. ``end``
-  saves one state at the very end of the request.
-- KV is evicted leaf by leaf, least recently used, and a leaf's state goes with it. States are
-  evicted least recently used: an inner node's becomes a tombstone, a leaf's takes the leaf's KV
-  along.
+  instead* at the branch point (the length of the KV match, floored to the grid). In decode it
+  saves one every 256 tokens. A finished request that crossed no such boundary keeps nothing of its
+  answer. ``end`` saves one state at the very end of the request.
+- KV is evicted leaf by leaf, least recently used, together with a leaf's state. States are evicted
+  least recently used: an inner node becomes a tombstone, and a leaf also loses its KV.
 - ``max_states_per_path`` drops the shallowest states of the inserted path beyond it, never the tail
   or a fork.
 - Memory is split between states and KV in the ratio 0.9, once.
 
 Left out: pages of more than one token, the host tier (``hicache``), speculative decoding,
-retraction, the slots that a strategy reserves but does not use, that the server dies where no slot
-is available (here the request waits), and the sweep of leaves that are left without a state (here
-they are the next to go).
+retraction, and slots that a strategy reserves but does not use. The server crashes if no slot is
+available; here the request waits. The server sweeps leaves that are left without a state; here they
+are the next to be evicted.
 """
 
 from __future__ import annotations
@@ -82,8 +81,8 @@ class SglangCache:
         self.leaves: SortedDict[int, PrefixNode] = SortedDict()
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> SglangSession | None:
-        """Match ``tokens``, take memory (evicting) and compute the prompt; None if it does not fit
-        beside running requests. O(prompt)."""
+        """Match ``tokens``, take memory (evicting) and compute the prompt. Returns None if it does
+        not fit next to running requests. O(prompt)."""
         root = self.roots.setdefault(namespace, new_root())
         node, kv_len = self.match(root, tokens[:-1])
         session = SglangSession(self, root, tokens, node)
@@ -93,8 +92,8 @@ class SglangCache:
         return session
 
     def check(self) -> None:
-        """AssertionError if tokens or slots are lost or twice owned, or a list is not what the tree
-        says. O(tree)."""
+        """Check that no token or slot is lost or owned twice and that the lists match the tree.
+        Raises AssertionError otherwise. O(tree)."""
         cached = 0
         leaves, with_state = set(), set()
         for root in self.roots.values():
@@ -113,8 +112,8 @@ class SglangCache:
         assert leaves == set(self.leaves.values()), "leaf set"
 
     def match(self, root: PrefixNode, tokens: Tokens) -> tuple[PrefixNode, int]:
-        """The deepest node with a state and how deep KV alone matched; splits where the match ends
-        inside an edge."""
+        """Return the deepest node with a state, and the length of the KV match; splits the edge at
+        which the match ends."""
         node, matched = walk(root, tokens)
         if matched < node.depth:
             node = split(node, matched)
@@ -137,12 +136,12 @@ class SglangCache:
             self.list_leaf(step)
 
     def list_leaf(self, node: PrefixNode) -> None:
-        """Make an unlocked leaf a candidate; nothing for other nodes. O(log leaves)."""
+        """Make an unlocked leaf a candidate; has no effect on other nodes. O(log leaves)."""
         if node.parent is not None and not node.children and not node.locks:
             self.leaves[node.time] = node
 
     def unlist_leaf(self, node: PrefixNode) -> None:
-        """Take a node out of the candidates if it is one. O(log leaves)."""
+        """Remove a node from the candidates if it is one. O(log leaves)."""
         if self.leaves.get(node.time) is node:
             del self.leaves[node.time]
 
@@ -155,8 +154,8 @@ class SglangCache:
             self.list_leaf(step)
 
     def allocate_tokens(self, num_tokens: int) -> bool:
-        """Take KV rows, evicting leaves; False, with nothing taken, if all that may go does not
-        suffice."""
+        """Take KV rows, evicting leaves. Returns False, and takes nothing, if evicting every
+        candidate is not enough."""
         while self.free_tokens < num_tokens and self.leaves:
             _, leaf = self.leaves.popitem(0)
             self.drop_leaf(leaf)
@@ -167,7 +166,8 @@ class SglangCache:
         return True
 
     def allocate_slot(self) -> bool:
-        """Take a slot, evicting the state least recently used; False if every state is in use."""
+        """Take a slot, evicting the least recently used state. Returns False if every state is in
+        use."""
         if not self.free_slots:
             victim = next((node for node in self.states if not node.state_locks), None)
             if victim is None:
@@ -182,7 +182,7 @@ class SglangCache:
         return True
 
     def drop_state(self, node: PrefixNode) -> None:
-        """Free a node's slot; its KV stays."""
+        """Free a node's slot and keep its KV."""
         del self.states[node]
         node.has_state = False
         self.free_slots += 1
@@ -195,8 +195,8 @@ class SglangCache:
         self.list_leaf(remove_leaf(leaf))
 
     def insert(self, root: PrefixNode, tokens: Tokens) -> PrefixNode:
-        """Hand over one held slot and the KV of ``tokens`` that the tree lacks; the slot comes back
-        to the caller (freed here) if a state is there already. New KV leaves the caller's hands."""
+        """Transfer one held slot, and the KV of ``tokens`` that the tree lacks, to the tree. The
+        slot is freed if a state is already present. The caller no longer owns the new KV."""
         walked, _ = walk(root, tokens)
         if walked.parent is not None:
             self.unlist_leaf(walked)
@@ -227,7 +227,8 @@ class SglangCache:
 
 
 class SglangSession:
-    """One request: a locked node, one live slot, and the KV rows it holds beyond the tree's."""
+    """One request: a locked node, one live slot, and the KV rows that it holds in addition to the
+    tree's."""
 
     def __init__(
         self, cache: SglangCache, root: PrefixNode, tokens: Tokens, node: PrefixNode
@@ -244,7 +245,8 @@ class SglangSession:
         cache.lock(node, 1)
 
     def prefill(self, kv_len: int) -> bool:
-        """Take memory and compute the prompt, publishing after each extend; False: no memory."""
+        """Take memory and compute the prompt, publishing after each extend. Returns False if memory
+        is insufficient."""
         cache, length = self.cache, len(self.tokens)
         if not self.num_slots and not self.take_slot():
             return False
@@ -267,7 +269,8 @@ class SglangSession:
         return True
 
     def finish(self, output: Tokens) -> None:
-        """Decode ``output``, publish what its placement tracks, release the rest. Call once."""
+        """Decode ``output``, publish the tracked states and their KV, and release the rest. Call
+        once."""
         cache, length = self.cache, len(self.tokens)
         total = length + len(output)
         if self._take_tokens(len(output)):
@@ -281,7 +284,7 @@ class SglangSession:
         self.abort()
 
     def abort(self) -> None:
-        """Let go of everything held."""
+        """Release everything held."""
         cache = self.cache
         cache.lock(self.node, -1)
         cache.free_tokens += self.held
@@ -291,7 +294,7 @@ class SglangSession:
         self.held = self.num_slots = 0
 
     def take_slot(self) -> bool:
-        """One slot more; False: there is none."""
+        """Take one more slot; returns False if there is none."""
         taken = self.cache.allocate_slot()
         self.num_slots += taken
         return taken

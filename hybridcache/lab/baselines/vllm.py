@@ -1,35 +1,33 @@
-"""vLLM 0.33's hybrid prefix cache: chained block hashes, one free queue, states only where a
-prefill chunk ends.
+"""vLLM 0.33's hybrid prefix cache: chained block hashes, one free queue, states at ends of chunks.
 
 Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block pool, chunk split) at
-0.33.0, `align` mode, one attention group, no speculative decoding. What decides its hit rates:
+0.33.0, `align` mode, one attention group, no speculative decoding. Rules that decide its hit rates:
 
 - *Inflation.* An attention block holds as many bytes as a state page (1,056 tokens on Qwen3-Next in
   float32). Layers are grouped by the number of full-attention layers: a state costs one block in
   each of the ``num_linear / num_full`` groups.
-- *One free queue* for all groups, least recently freed first, blind to kind and cost; a block
-  without content goes first. One block of the pool, the null block, is never used.
-- *Chunks* end at the prompt's last block boundary, at the *junction* (how deep attention blocks
-  matched beyond the state, so that a fork pays on its third sighting, floored to a block), and with
-  a match unit also at the prompt's last unit boundary and at the first block boundary after a
-  resume inside a block.
-- *Retention.* 0 registers the states of those stops; ``None`` every chunk end and every block
-  crossed in decode.
+- *One free queue* for all groups, least recently freed first, independent of kind and cost. A block
+  without content is first. One block of the pool, the null block, is never used.
+- *Chunks* end at the prompt's last block boundary and at the *junction*: the length of the
+  attention match beyond the state, floored to a block. So a fork is useful from its third sighting
+  on. With a match unit, chunks also end at the prompt's last unit boundary and at the first block
+  boundary after a resume inside a block.
+- *Retention.* 0 registers the states of those stops; ``None`` registers every chunk end and every
+  block crossed in decode.
 - *Match unit* below the block size: the blocks of the prompt's last unit boundary are registered
-  under their part. The attention block goes on growing under both keys. The states' block is
-  written over, so a copy is made for the cache, and the cache lets go of it at once: it is older in
-  the queue than all else of its request.
-- *Resuming inside a block* copies the tail (attention and states); the blocks copied from are let
-  go after that pass.
-- *Release.* A superseded state is let go one pass after the next block was entered, before the
-  request's attention blocks; at the end the attention blocks go, deepest first, then the states.
-  The last token decoded is never computed.
-- Blocks are never de-duplicated: what is computed again is stored again.
+  under their part. The attention block keeps growing under both keys. The states' block is
+  overwritten, so a copy is made for the cache and released at once. In the queue, it is older than
+  everything else of its request.
+- *Resuming inside a block* copies the tail (attention and states); the source blocks are released
+  after that pass.
+- *Release.* A superseded state is released one pass after the next block was entered, before the
+  request's attention blocks. At the end the attention blocks are released, deepest first, then the
+  states. The last decoded token is never computed.
+- Blocks are never de-duplicated: content computed again is stored again.
+- *Host memory*, if there is any: see ``offload``.
 
-- *Host memory*, where there is any: see ``offload``.
-
-Left out: preemption, the wait of a request for a state that another produces in the same step, and
-states exported from within a chunk (an option of one backend).
+Left out: preemption, waiting for a state that another request produces in the same step, and states
+exported from within a chunk (an option of one backend).
 """
 
 from __future__ import annotations
@@ -47,14 +45,14 @@ from hybridcache.lab.baselines.protocol import BaselineConfig
 from hybridcache.tokens import Tokens
 
 KERNEL_BLOCK = 16
-"""The attention kernel's page, tokens: inflated block sizes are multiples of it."""
+"""Page of the attention kernel, in tokens: inflated block sizes are multiples of it."""
 _ATTENTION = -1
-"""The attention group's number in a key; the state groups count from 0."""
+"""Number of the attention group in a key; the state groups count from 0."""
 
 
 def inflated_block_size(config: BaselineConfig, match_unit: int = 1) -> int:
-    """Tokens per block: the least multiple of the kernel block, the match unit and the trace's unit
-    whose attention page holds a state page."""
+    """Return the tokens per block: the least multiple of the kernel block, the match unit and the
+    trace's unit with an attention page that holds a state page."""
     attention_row = config.kv_bytes_per_token // config.num_full_layers
     state_page = -(-config.state_bytes // config.num_linear_layers)
     step = math.lcm(KERNEL_BLOCK, config.unit, match_unit)
@@ -62,7 +60,7 @@ def inflated_block_size(config: BaselineConfig, match_unit: int = 1) -> int:
 
 
 class PrefixHashes:
-    """A digest of the text up to every multiple of ``unit`` ids; ``digests[i]`` ends at ``(i + 1) *
+    """Digests of the text up to every multiple of ``unit`` ids; ``digests[i]`` ends at ``(i + 1) *
     unit``. O(ids)."""
 
     def __init__(self, namespace: Hashable, unit: int) -> None:
@@ -87,15 +85,15 @@ class _Hit:
     attention: tuple[int, ...]
     states: tuple[int, ...]
     junction: int
-    """How deep attention alone matched, or 0 if no deeper than the states."""
+    """Length of the attention match, or 0 if it is no longer than the state match."""
 
 
 class VllmCache:
     """vLLM 0.33 in ``align`` mode.
 
-    ``match_unit``: tokens (None: the block). ``retention``: 0 keeps the states of prompt ends and
-    junctions, N (a multiple of the block) those and every N tokens where a chunk ends, None all.
-    Raises ValueError on any other retention.
+    ``match_unit``: tokens (None for a whole block). ``retention``: 0 keeps the states of prompt
+    ends and junctions; N (a multiple of the block) those and every N tokens at ends of chunks; None
+    all. Raises ValueError on any other retention.
     """
 
     def __init__(
@@ -104,9 +102,9 @@ class VllmCache:
         self.config = config
         self.block_tokens = inflated_block_size(config, match_unit or 1)
         self.block_size = self.block_tokens // config.unit
-        """Tokens of the trace in a block."""
+        """Tokens of the trace per block."""
         self.unit = self.block_size if match_unit is None else max(1, match_unit // config.unit)
-        """Tokens of the trace in a match unit; divides the block."""
+        """Tokens of the trace per match unit; divides the block."""
         if retention is not None and (retention < 0 or retention % self.block_tokens):
             raise ValueError(
                 f"retention {retention} is not a multiple of the block, {self.block_tokens} tokens"
@@ -127,29 +125,31 @@ class VllmCache:
 
     @property
     def partial(self) -> bool:
-        """Whether a hit may end inside a block."""
+        """True if a hit may end inside a block."""
         return self.unit < self.block_size
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> VllmSession | None:
-        """Match ``tokens`` and compute the prompt; None if its blocks do not fit beside running
-        requests. O(prompt)."""
+        """Match ``tokens`` and compute the prompt. Returns None if its blocks do not fit next to
+        those of running requests. O(prompt)."""
         hashes = PrefixHashes(namespace, self.unit)
         hashes.extend(tokens)
         hit = self._match(hashes.digests, len(tokens) - 1)
         blocks_needed = -(-len(tokens) // self.block_size) - len(hit.attention)
-        # What is hit and held by nobody is in the free queue too, and will leave it.
+        # Unreferenced blocks of the hit are in the free queue too, and will leave it.
         claimed = sum(block in self.pool.free for block in (*hit.attention, *hit.states))
         if blocks_needed + 3 * self.num_state_groups + 1 > len(self.pool.free) - claimed:
             return None
         return VllmSession(self, tokens, hashes, hit)
 
     def check(self) -> None:
-        """AssertionError if the pool's or the store's books do not balance. O(blocks)."""
+        """Check the accounting of the pool and the store. Raises AssertionError if it is
+        inconsistent. O(blocks)."""
         self.pool.check()
         self.store.check()
 
     def num_stored(self, digests: list[bytes], hit: _Hit, limit: int) -> int:
-        """Blocks past ``hit`` that the store brings: attention in a row, states at its end."""
+        """Return the number of blocks past ``hit`` that can be loaded: contiguous attention, with
+        states at its end."""
         first, per_block = hit.length // self.block_size, self.block_size // self.unit
         if hit.length % self.block_size:
             return 0
@@ -163,8 +163,8 @@ class VllmCache:
         return depth - first
 
     def _match(self, digests: list[bytes], limit: int) -> _Hit:
-        """Attention left to right, then the deepest state at or before its end. At most ``limit``
-        tokens."""
+        """Match attention from left to right, then the deepest state at or before its end. At most
+        ``limit`` tokens."""
         attention, reach = self._match_attention(digests, limit)
         for count in range(reach // self.unit, 0, -1):
             states = self._states(digests[count - 1])
@@ -175,8 +175,8 @@ class VllmCache:
         return _Hit(0, (), (), reach)
 
     def _match_attention(self, digests: list[bytes], limit: int) -> tuple[list[int], int]:
-        """Full blocks from the start, then the deepest registered part of the next; and how many
-        tokens that is."""
+        """Return the full blocks from the start, then the deepest registered part of the next one,
+        and the number of tokens in them."""
         lookup, per_block = self.pool.lookup, self.block_size // self.unit
         blocks: list[int] = []
         for depth in range(1, limit // self.block_size + 1):
@@ -192,7 +192,8 @@ class VllmCache:
         return blocks, full * self.unit
 
     def _states(self, digest: bytes) -> tuple[int, ...]:
-        """The blocks of the state there, one a group; () unless every group has it."""
+        """Return the blocks of the state at a digest, one per group, or () unless every group has
+        it."""
         found = []
         for group in range(self.num_state_groups):
             block = self.pool.lookup((group, digest))
@@ -205,8 +206,8 @@ class VllmCache:
 class VllmSession:
     """One request: its block tables, one of attention and one of each state group.
 
-    A table of states has a block where a state stands and nothing elsewhere: {depth in blocks:
-    block}.
+    A table of states has a block at each position of a state and nothing elsewhere: {depth in
+    blocks: block}.
     """
 
     def __init__(self, cache: VllmCache, tokens: Tokens, hashes: PrefixHashes, hit: _Hit) -> None:
@@ -233,7 +234,7 @@ class VllmSession:
             self.pool.take(block)
         self._recency = cache.store.tick()
         self._accessed: dict[tuple[int, bytes], int] = {}
-        """What of the store this request came by: key, and where it ends in the text."""
+        """Entries of the store that this request used: key, and end position in the text."""
         self._num_offered = 0
         num_fetched = cache.num_stored(hashes.digests, hit, self._length - 1)
         self.fetched_bytes = 0
@@ -262,7 +263,7 @@ class VllmSession:
             self.pool.release(table[depth] for depth in sorted(table, reverse=True))
 
     def _chunk_end(self, start: int) -> int:
-        """Where the chunk that begins at ``start`` ends."""
+        """Return the end of the chunk that begins at ``start``."""
         length, size, unit = self._length, self.cache.block_size, self.cache.unit
         budget = max(1, self.cache.config.prefill_chunk // self.cache.config.unit)
         end = min(start + budget, length)
@@ -279,8 +280,8 @@ class VllmSession:
         return min((stop for stop in stops if start < stop < end), default=end)
 
     def _decode_stops(self, total: int) -> Iterator[int]:
-        """The tokens of decode at which blocks change hands: the first, and each block's last,
-        first and second."""
+        """Yield the decoded tokens at which blocks are allocated or released: the first, and each
+        block's last, first and second."""
         size = self.cache.block_size
         stops = {self._length + 1}
         for boundary in range(self._length // size * size, total + 1, size):
@@ -288,8 +289,8 @@ class VllmSession:
         return (stop for stop in sorted(stops) if self._length < stop <= total)
 
     def _step(self, computed: int, end: int) -> None:
-        """One forward pass from ``computed`` to ``end``: superseded states go, blocks come, what is
-        complete is registered, and what was only needed for copying is let go."""
+        """Run one forward pass from ``computed`` to ``end``. Releases superseded states, allocates
+        blocks, registers complete ones, and releases blocks that were needed only for copying."""
         self._retire(computed)
         copied = self._allocate(end)
         self._register_attention(end)
@@ -299,7 +300,7 @@ class VllmSession:
             self._offer(end, saved)
 
     def _fetch(self, num_blocks: int) -> None:
-        """Blocks from the store follow those of the hit, with the states at their end."""
+        """Append blocks from the store to those of the hit, with the states at their end."""
         cache, size = self.cache, self.cache.block_size
         first = len(self._attention)
         length = (first + num_blocks) * size
@@ -323,7 +324,7 @@ class VllmSession:
         return {key: length}
 
     def _offer(self, end: int, saved: list[tuple[int, int]]) -> None:
-        """Give the store what a pass of the prompt left: states, each (group, where it ends), then
+        """Offer the results of a prompt pass to the store: states, each (group, end position), then
         attention that was not yet stored."""
         store, size = self.cache.store, self.cache.block_size
         for group, length in saved:
@@ -335,15 +336,15 @@ class VllmSession:
             self._num_offered = max(self._num_offered, end // size)
 
     def _retire(self, computed: int) -> None:
-        """Let go of states that lie a block or more behind."""
+        """Release states that are a block or more behind."""
         behind = (computed - 1) // self.cache.block_size
         for table in self._states:
             old = [depth for depth in sorted(table, reverse=True) if depth < behind]
             self.pool.release([table.pop(depth) for depth in old])
 
     def _allocate(self, end: int) -> list[int]:
-        """Blocks for the tokens up to ``end``, and copies of a tail; returns the blocks to let go
-        after the pass."""
+        """Allocate blocks for the tokens up to ``end``, and copies of a tail. Returns the blocks to
+        release after the pass."""
         num_columns = -(-end // self.cache.block_size)
         tail = self._num_columns - 1
         copied = []
@@ -375,7 +376,7 @@ class VllmSession:
             self._register(self._attention[boundary // size], _ATTENTION, boundary)
 
     def _register_states(self, end: int) -> list[tuple[int, int]]:
-        """Say which states stand; returns those at block boundaries: (group, where it ends)."""
+        """Register the current states. Returns those at block boundaries: (group, end position)."""
         saved = []
         size, unit = self.cache.block_size, self.cache.unit
         at_tail = end % size != 0 and end == (self._length - 1) // unit * unit
@@ -391,7 +392,7 @@ class VllmSession:
         return saved
 
     def _keeps(self, num_blocks: int) -> bool:
-        """Whether the state after so many blocks is worth a key."""
+        """Return whether the state after ``num_blocks`` blocks is worth a key."""
         retention = self.cache.retention
         if retention is None or num_blocks in self._kept:
             return True

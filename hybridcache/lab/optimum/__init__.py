@@ -1,4 +1,4 @@
-"""The best anyone could do: the offline optimum over KV segments, checkpoints and placement."""
+"""Offline optimum over KV segments, checkpoints and their placement: a bound for every policy."""
 
 from hybridcache.lab.optimum.plan import Budget, LowerBudget, Plan
 from hybridcache.lab.optimum.price import lower_budgets

@@ -1,10 +1,11 @@
-"""A clairvoyant greedy: the plan built hit by hit, the one that saves most per byte and step first.
+"""Clairvoyant greedy: builds a plan hit by hit, with the most tokens saved per byte and step first.
 
-Not a bound, but close to the optimum where the MILP can tell, quick on traces of many thousand
-requests, and the plan the MILP starts from. A hit is one request resuming at one position; what it
-needs is everything on the path kept since the position's last visit, and its checkpoint. Densities
-only fall as the plan fills where nothing is shared, and are measured again when a hit comes to the
-top, so the order is right up to that.
+The result is not a bound. It is close to the optimum where the MILP can be solved, quick on traces
+of many thousand requests, and the plan from which the MILP starts.
+
+A hit is one request resuming at one position. It needs its checkpoint and everything on the path,
+kept since the position's last visit. If nothing is shared, densities only fall as the plan fills.
+They are measured again when a hit comes to the top, so the order is exact up to sharing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from hybridcache.lab.optimum.trie import VisitedTrie
 
 
 class _Growing:
-    """A plan under construction, with what is kept as one bool array per position and the bytes in
+    """Plan under construction, with one bool array of kept intervals per position and the bytes in
     use per step."""
 
     def __init__(self, trie: VisitedTrie, budget: Budget) -> None:
@@ -37,22 +38,22 @@ class _Growing:
             trie.span(position) * budget.kv_bytes_per_token for position in trie.positions
         ]
         self.capacity_bytes = budget.capacity_bytes
-        """Of the tier that is being filled, whose ``usage`` it is."""
+        """Capacity of the tier that is being filled; ``usage`` is of the same tier."""
         self.usage = np.zeros(trie.num_requests, dtype=np.int64)
         self.lower: list[tuple[set[Interval], set[Interval]]] = []
-        """What was put in each lower tier so far, the last the one being filled."""
+        """Entries stored in each tier below the device so far; the last one is being filled."""
         self.hit_depth = np.zeros(trie.num_requests, dtype=np.int64)
         self.hits: dict[int, int] = {}
         self.paid: dict[int, float] = {}
-        """By request, the tokens that its copies cost."""
+        """Cost of the copies of each request, in tokens."""
         self.ordinal_of = [
             dict(zip(path, ordinals, strict=True))
             for path, ordinals in zip(trie.paths, trie.ordinals, strict=True)
         ]
 
     def needs(self, request: int, index: int) -> set[Interval]:
-        """Checkpoint intervals that must be added for ``request`` to resume at ``index``, its own
-        first."""
+        """Return the checkpoint intervals that must be added for ``request`` to resume at
+        ``index``, its own first."""
         needed = self._state_since(index, self.ordinal_of[request][index] - 1)
         depth = self.trie.positions[index].depth
         for above in self.trie.paths[request]:
@@ -69,8 +70,8 @@ class _Growing:
         return needed
 
     def _state_since(self, index: int, interval: int) -> set[Interval]:
-        """Intervals back to the last visit that computed the state at ``index``, those kept already
-        left out."""
+        """Return the intervals back to the last visit that computed the state at ``index``, without
+        those already kept."""
         needed = set()
         depth = self.trie.positions[index].depth
         while not self.checkpoints[index][interval]:
@@ -81,7 +82,7 @@ class _Growing:
         return needed
 
     def missing(self, states: set[Interval]) -> list[tuple[int, int, npt.NDArray[np.intp]]]:
-        """(position, bytes, intervals) to add: the checkpoints and the KV above them."""
+        """Return (position, bytes, intervals) to add: the checkpoints and the KV above them."""
         added = [
             (index, self.budget.state_bytes, np.asarray([interval])) for index, interval in states
         ]
@@ -99,11 +100,11 @@ class _Growing:
             if len(absent):
                 added.append((index, self.sizes[index], absent))
             elif len(states) == 1:
-                break  # what is kept is kept with all above it
+                break  # kept KV has all KV above it
         return added
 
     def cost(self, added: list[tuple[int, int, npt.NDArray[np.intp]]]) -> float:
-        """Bytes times steps."""
+        """Return bytes times steps."""
         return float(
             sum(size * int(self.lengths[index][which].sum()) for index, size, which in added)
         )
@@ -111,7 +112,8 @@ class _Growing:
     def fits(
         self, added: list[tuple[int, int, npt.NDArray[np.intp]]]
     ) -> npt.NDArray[np.int64] | None:
-        """Usage with ``added`` in place, or None if it would go over the capacity somewhere."""
+        """Return the usage with ``added`` in place, or None if it would exceed the capacity at any
+        step."""
         change = np.zeros(self.trie.num_requests + 1, dtype=np.int64)
         for index, size, which in added:
             np.add.at(change, self.visits[index][which], size)
@@ -120,7 +122,7 @@ class _Growing:
         return usage if usage.max(initial=0) <= self.capacity_bytes else None
 
     def open_tier(self, capacity_bytes: int) -> None:
-        """Put what comes into the next lower tier."""
+        """Direct further additions to the next tier."""
         self.capacity_bytes = capacity_bytes
         self.usage = np.zeros(self.trie.num_requests, dtype=np.int64)
         self.lower.append((set(), set()))
@@ -132,7 +134,8 @@ class _Growing:
         states: set[Interval],
         added: list[tuple[int, int, npt.NDArray[np.intp]]],
     ) -> float:
-        """What ``request`` pays, in tokens, to resume at ``index`` once ``added`` is in place."""
+        """Return the cost, in tokens, for ``request`` to resume at ``index`` once ``added`` is in
+        place."""
         if not self.lower:
             return 0.0
         trie, budget = self.trie, self.budget
@@ -186,9 +189,9 @@ class _Growing:
 
 
 def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
-    """Build a plan by density, the device first, then tier by tier what it left. Of the O(requests
-    x depth) candidates only those that come to the top are measured, each in O(depth + steps) in
-    numpy."""
+    """Build a plan by density, the device first, then tier by tier from the remaining hits. Of the
+    O(requests x depth) candidates only those that come to the top are measured, each in O(depth +
+    steps) in numpy."""
     growing = _Growing(trie, budget)
     _fill(growing, trie, budget)
     for tier in budget.lower:
@@ -198,10 +201,11 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
 
 
 def _fill(growing: _Growing, trie: VisitedTrie, budget: Budget) -> None:
-    """Add hits to the tier that is open, until none that is left pays or fits."""
+    """Add hits to the current tier until no remaining hit is worthwhile or fits."""
 
     def first_density(index: int, interval: int) -> float:
-        """Of an empty plan: all above the position was visited at both ends of the interval too."""
+        """Return the density in an empty plan: everything above the position was also visited at
+        both ends of the interval."""
         position = trie.positions[index]
         start, end = position.visits[interval : interval + 2]
         size = position.depth * budget.kv_bytes_per_token + budget.state_bytes

@@ -1,5 +1,5 @@
-"""A plan: what an all-knowing cache keeps over which interval, and what each request then skips.
-With its verifier."""
+"""Plan of a clairvoyant cache, with its verifier: intervals to keep, and positions to resume
+from."""
 
 from __future__ import annotations
 
@@ -12,61 +12,61 @@ import numpy.typing as npt
 from hybridcache.lab.optimum.trie import VisitedTrie
 
 Interval = tuple[int, int]
-"""(position, interval number): from the position's visit of that number to its next one."""
+"""(position, interval number): from the position's visit with that number to its next one."""
 
 
 @dataclass(frozen=True, slots=True)
 class LowerBudget:
-    """A tier below the device."""
+    """Capacity and transfer cost of a tier below the device."""
 
     capacity_bytes: int
     tokens_per_byte: float
-    """What bringing a byte to the device costs: tokens that are computed in the same time."""
+    """Cost of copying a byte to the device: the number of tokens computed in the same time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Bytes that may be kept between two requests, and what things cost.
+    """Bytes that may be kept between two requests, and the sizes and costs of entries.
 
-    Memory that the running request itself holds is not counted, so the optimum also bounds caches
-    that count it.
+    Memory held by the running request itself is not counted, so the optimum also bounds caches that
+    count it.
     """
 
     capacity_bytes: int
     kv_bytes_per_token: int
     state_bytes: int
     lower: tuple[LowerBudget, ...] = ()
-    """Tiers below, the nearest first. An interval is kept on the device or in one of them, whole;
-    what a request needs of them is copied when it comes."""
+    """Tiers below the device, the nearest first. An interval is kept whole, on the device or in one
+    of them. A request copies the entries that it needs when it arrives."""
 
 
 @dataclass(slots=True)
 class Plan:
-    """KV segments and checkpoints kept, and the position each request resumes from (None: from the
-    start)."""
+    """KV segments and checkpoints to keep, and the position from which each request resumes (None
+    for the start)."""
 
     kv: set[Interval] = field(default_factory=set)
     checkpoints: set[Interval] = field(default_factory=set)
     hits: dict[int, int] = field(default_factory=dict)
     lower: tuple[tuple[set[Interval], set[Interval]], ...] = ()
-    """(KV, checkpoints) of those kept in each lower tier."""
+    """(KV, checkpoints) kept in each tier below the device."""
 
     def cached_lens(self, trie: VisitedTrie) -> npt.NDArray[np.int64]:
-        """Tokens each request skips: int64[requests]."""
+        """Return the tokens skipped by each request: int64[requests]."""
         lens = np.zeros(trie.num_requests, dtype=np.int64)
         for request, index in self.hits.items():
             lens[request] = trie.positions[index].depth
         return lens
 
     def usage(self, trie: VisitedTrie, budget: Budget) -> npt.NDArray[np.int64]:
-        """Bytes kept on the device between request t and t + 1: int64[requests]."""
+        """Return the bytes kept on the device between request t and t + 1: int64[requests]."""
         kv, checkpoints = self.kv, self.checkpoints
         for lower_kv, lower_checkpoints in self.lower:
             kv, checkpoints = kv - lower_kv, checkpoints - lower_checkpoints
         return self._usage(trie, budget, kv, checkpoints)
 
     def copy_tokens(self, trie: VisitedTrie, budget: Budget) -> float:
-        """What all copies to the device cost, in tokens computed."""
+        """Return the cost of all copies to the device, in computed tokens."""
         spent = 0.0
         for request, index in self.hits.items():
             path = trie.paths[request]
@@ -102,7 +102,7 @@ class Plan:
         return np.cumsum(change)[:-1]
 
     def verify(self, trie: VisitedTrie, budget: Budget) -> None:
-        """Check from scratch that a cache could really do this (capacity to a millionth, the
+        """Check from scratch that a cache could execute the plan (capacity to a millionth, the
         solver's tolerance). Raises AssertionError naming the rule that is broken."""
         most = self.usage(trie, budget).max(initial=0)
         assert most <= budget.capacity_bytes * (1 + 1e-6), "over capacity"
@@ -149,5 +149,6 @@ class Plan:
 
 
 def overlapping(visits: list[int], start: int, end: int) -> range:
-    """Intervals of ``visits`` that overlap (start, end], both visits themselves. O(log n)."""
+    """Return the intervals of ``visits`` that overlap (start, end], both visits themselves. O(log
+    n)."""
     return range(bisect_left(visits, start), bisect_left(visits, end))

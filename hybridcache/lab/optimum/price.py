@@ -1,4 +1,4 @@
-"""What lower tiers hold and what their copies cost, from sizes and bandwidths."""
+"""Capacities and copy costs of tiers, from sizes and bandwidths."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from hybridcache.lab.optimum.plan import LowerBudget
 
 
 def lower_budgets(geometry: ModelGeometry, *tiers: tuple[int, float]) -> tuple[LowerBudget, ...]:
-    """``tiers``: (bytes, bytes a second to a device), the nearest first; those of no bytes are left
-    out."""
+    """Return the budgets of ``tiers``: (bytes, bytes per second to a device), the nearest first.
+    Tiers of zero bytes are omitted."""
     return tuple(
         LowerBudget(num_bytes, tokens_per_byte(geometry, bytes_per_s))
         for num_bytes, bytes_per_s in tiers

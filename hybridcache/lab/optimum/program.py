@@ -1,5 +1,5 @@
-"""The offline optimum as a linear program: every decision a variable in [0, 1], integral for the
-MILP, relaxed for the LP.
+"""Offline optimum as a linear program: variables in [0, 1], integral for the MILP, relaxed for the
+LP.
 
 Over a ``VisitedTrie``, with k the interval between a position's visits k and k + 1:
 
@@ -8,20 +8,22 @@ Over a ``VisitedTrie``, with k the interval between a position's visits k and k 
 - ``S[r, v]``: request r resumes at v or deeper.  ``S[v] - S[next]`` is then "resumes exactly at v";
 - ``U[t]``: bytes kept between requests t and t + 1, at most the capacity.
 
-maximise sum over r, v of  S[r, v] * (depth of v - depth of the candidate above it), subject to
+maximise sum over r, v of S[r, v] * (depth of v - depth of the candidate above it), subject to
 
 - S[r, next] <= S[r, v] <= X[v, k] for every position on the path, and S[r, v] - S[r, next] <= Y[v,
   k]: a hit needs its KV and its checkpoint, kept from the last visit until this one;
 - Y[v, k] <= X[v, k], and X[v, k] <= X[parent, j] for every j that overlaps (long runs of j through
   shared columns): residency is closed under ancestors;
 - Y[v, k] <= Y[v, k - 1] + 1 - S[r, next]: a request that resumes below v never computes v's state,
-  so it can only be there afterwards if it was there before;
+  so the state can be present afterwards only if it was present before;
 - U[t] = U[t - 1] + bytes of the intervals that begin at t - bytes of those that end at t.
 
 The dual of ``U[t] <= capacity`` is the price of a byte at time t: tokens that one more byte would
-save. Only Y and S need be declared integral: the least X that allows them then is, too. Solved by
-HiGHS (https://highs.dev). Source of the idea: the LP/MILP bounds used for offline caching with
-variable sizes, carried over here to two resources on a tree.
+save. Only Y and S must be declared integral: the least X that allows them is then integral too.
+Solved by HiGHS (https://highs.dev).
+
+Source of the idea: the LP/MILP bounds used for offline caching with variable sizes, applied here to
+two resources on a tree.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ Kept = tuple[dict[Interval, int], dict[Interval, int]]
 
 
 def add_lower(program: Program) -> list[Kept]:
-    """The columns and rows of all lower tiers; by tier, the columns of what it keeps."""
+    """Add the columns and rows of all tiers below the device. Returns the columns of kept entries
+    by tier."""
     tiers: list[Kept] = []
     for _ in program.budget.lower:
         kv = {item: program.column() for item in program.kv}
@@ -73,7 +76,7 @@ def _add_copies(program: Program, tiers: list[Kept], request: int) -> None:
         interval = (index, ordinal - 1)
         mine = program.resume.get((request, index)) if index in usable else following
         if mine is None:
-            continue  # no position from here on can be resumed from
+            continue  # no resumable position from here on
         size = trie.span(trie.positions[index]) * budget.kv_bytes_per_token
         _need(program, tiers, 0, interval, [(mine, 1.0)], size)
         if index in usable:
@@ -90,7 +93,8 @@ def _need(
     wanted: list[tuple[int, float]],
     size_bytes: int,
 ) -> None:
-    """``wanted`` needs ``interval`` on the device, or its copy. ``place``: 0 KV, 1 a state."""
+    """Require ``interval`` on the device, or its copy, for ``wanted``. ``place`` is 0 for KV, 1 for
+    a state."""
     kept = (program.kv, program.checkpoint)[place][interval]
     row = [*wanted, (kept, -1.0)]
     for tier, budget in zip(tiers, program.budget.lower, strict=True):
@@ -103,15 +107,15 @@ def _need(
 
 @dataclass(frozen=True, slots=True)
 class Solution:
-    """What the solver found. ``saved`` and ``bound`` are prompt tokens skipped over the whole
+    """Result of the solver. ``saved`` and ``bound`` are prompt tokens skipped over the whole
     trace."""
 
     saved: float
-    """Of the best plan found (MILP), or of the relaxation (LP, where it is the bound itself)."""
+    """Value of the best plan found (MILP), or of the relaxation (LP, equal to the bound)."""
     bound: float
-    """No policy can save more."""
+    """Upper bound on the tokens that any policy can save."""
     plan: Plan | None
-    """None for an LP."""
+    """Best plan found, or None for an LP."""
     prices: npt.NDArray[np.float64] | None
     """LP only: float64[requests - 1], tokens per byte between requests t and t + 1."""
     num_variables: int
@@ -125,7 +129,7 @@ class Solution:
 
 
 class Program:
-    """The program of one trace and one budget, in columns and rows."""
+    """Linear program of one trace and one budget, in columns and rows."""
 
     def __init__(self, trie: VisitedTrie, budget: Budget) -> None:
         self.trie, self.budget = trie, budget
@@ -143,7 +147,7 @@ class Program:
         self._add_hits()
         self._add_residency()
         self.lower: list[Kept] = []
-        """By lower tier, the columns of what it keeps."""
+        """Columns of kept entries for each tier below the device."""
         if budget.lower:
             self.lower = add_lower(self)
         self._add_capacity()
@@ -153,7 +157,7 @@ class Program:
         return len(self.gain) - 1
 
     def row(self, terms: list[tuple[int, float]], upper: float) -> None:
-        """sum of value * column <= upper."""
+        """Add the row: sum of value * column <= upper."""
         self.rows.extend([len(self.upper)] * len(terms))
         self.columns.extend(column for column, _ in terms)
         self.values.extend(value for _, value in terms)
@@ -189,8 +193,8 @@ class Program:
             self._add_holes(request, dict(usable))
 
     def _add_holes(self, request: int, usable: dict[int, int]) -> None:
-        """Segments that end off the grid carry no checkpoint, but a deeper hit needs their KV
-        too."""
+        """Add rows for segments that end off the grid: they have no checkpoint, but a deeper hit
+        needs their KV too."""
         pending: list[int] = []
         path, ordinals = self.trie.paths[request], self.trie.ordinals[request]
         for index, ordinal in zip(path, ordinals, strict=True):
@@ -218,9 +222,9 @@ class Program:
                 self.row([(column, 1), (self._throughout(position.parent, first, size), -1)], 0)
 
     def _throughout(self, index: int, first: int, size: int) -> int:
-        """A column that is at most X over the ``size`` (a power of two) intervals from ``first``: a
-        hot parent is visited far more often than its children, and two such columns cover any run
-        of its intervals."""
+        """Return a column that is at most X over the ``size`` (a power of two) intervals from
+        ``first``. A hot parent is visited far more often than its children, and two such columns
+        cover any run of its intervals."""
         if size == 1:
             return self.kv[index, first]
         key = (index, first, size)
@@ -232,8 +236,8 @@ class Program:
         return self.runs[key]
 
     def _add_capacity(self) -> None:
-        """U[t] in units of each tier's capacity, as equality rows appended last. What a lower tier
-        keeps is kept, but not on the device."""
+        """Add U[t] in units of each tier's capacity, as equality rows appended last. Entries kept
+        in a tier do not use the device."""
         self.num_inequalities = len(self.upper)
         here: Kept = self.kv, self.checkpoint
         kept = [(here, 1.0), *((lower, -1.0) for lower in self.lower)]
@@ -267,10 +271,13 @@ class Program:
         relative_gap: float = RELATIVE_GAP,
         limit_s: float = LIMIT_S,
     ) -> Solution:
-        """Run HiGHS on one thread. ``start`` is a plan to improve on; with ``window`` = (first,
-        last) request only what touches those requests may change, the rest stays as in ``start``
-        (the bound then holds for the window alone). TimeoutError if it ends without a solution or,
-        where not ``integral``, without the bound."""
+        """Run HiGHS on one thread.
+
+        ``start`` is a plan to improve on. With ``window`` = (first, last) request, only variables
+        that touch those requests may change, and the rest stays as in ``start``. The bound then
+        holds for the window alone. Raises TimeoutError if it ends without a solution or, if not
+        ``integral``, without the bound.
+        """
         import highspy
 
         began = time.perf_counter()
@@ -335,7 +342,7 @@ class Program:
         return solver
 
     def values_of(self, plan: Plan) -> npt.NDArray[np.float64]:
-        """A plan as column values: float64[columns]."""
+        """Return a plan as column values: float64[columns]."""
         values = np.zeros(len(self.gain))
         values[[self.kv[item] for item in plan.kv]] = 1
         values[[self.checkpoint[item] for item in plan.checkpoints]] = 1
@@ -351,7 +358,7 @@ class Program:
         return values
 
     def _outside(self, first: int, last: int) -> npt.NDArray[np.int32]:
-        """Columns that decide nothing about requests first .. last."""
+        """Return the columns that do not affect requests first .. last."""
         outside = [
             column
             for columns in (self.kv, self.checkpoint)

@@ -1,5 +1,5 @@
-"""``optimum``: a trace and a budget in, the best hit rate anyone could reach out, with its gap
-always beside it."""
+"""``optimum``: the best hit rate that any policy could reach for a trace and a budget, with its
+gap."""
 
 from __future__ import annotations
 
@@ -26,18 +26,19 @@ WINDOW_LIMIT_S = 8.0
 
 @dataclass(frozen=True, slots=True)
 class Optimum:
-    """The best anyone could do on one trace with one budget.
+    """Best possible result on one trace with one budget.
 
-    ``reached`` is a plan's token hit rate, verified from scratch; ``bound`` what no policy can
-    exceed (None where only the greedy ran: it proves nothing). The truth lies between.
+    ``reached`` is the token hit rate of a plan, verified from scratch. ``bound`` cannot be exceeded
+    by any policy; it is None if only the greedy ran, which proves no bound. The optimum is between
+    the two.
     """
 
     trace: str
     capacity_bytes: int
     method: Method
     plan_by: Literal["greedy", "milp"]
-    """Whose plan it is: the greedy's too where ``milp`` bettered nothing in its time, and always
-    with ``lp``."""
+    """Source of the plan. It is also ``greedy`` if ``milp`` found no improvement in its time, and
+    always with ``lp``."""
     num_requests: int
     prompt_tokens: int
     reached: float
@@ -45,18 +46,17 @@ class Optimum:
     cached_tokens: npt.NDArray[np.int64]
     """Tokens that each request skips under the plan: int64[requests]."""
     prices: npt.NDArray[np.float64] | None
-    """Shadow price of a byte between requests t and t + 1 (tokens per byte): what one more byte
-    would save."""
+    """Shadow price of a byte between requests t and t + 1: tokens that one more byte would save."""
     num_variables: int
     num_nonzeros: int
     wall_s: float
     lower: tuple[LowerBudget, ...] = ()
-    """Tiers below the device; ``reached`` and ``bound`` are then less what copies cost."""
+    """Tiers below the device. If there are any, ``reached`` and ``bound`` are net of copy costs."""
 
     @property
     def gib_worth(self) -> float | None:
-        """Token hit rate that one more GiB throughout would add to the bound; None where only the
-        greedy ran. From the prices, so it holds for a little more memory."""
+        """Token hit rate that one more GiB throughout would add to the bound; None if only the
+        greedy ran. It is derived from the prices, so it holds for small increases only."""
         if self.prices is None:
             return None
         return float(self.prices.sum()) * GIB / self.prompt_tokens
@@ -69,8 +69,8 @@ class Optimum:
         return (self.bound - self.reached) / self.bound if self.bound else 0.0
 
     def record(self, *, with_prices: bool = False) -> dict[str, object]:
-        """For a JSON line: everything but the tokens that each request skips; the prices, in tokens
-        a GiB, if asked for."""
+        """Return a record for a JSON line: all fields except the tokens that each request skips.
+        Prices are included if ``with_prices``, in tokens per GiB."""
         record: dict[str, object] = {
             "trace": self.trace,
             "capacity_bytes": self.capacity_bytes,
@@ -111,15 +111,16 @@ def optimum(
     lower: tuple[LowerBudget, ...] = (),
     on_progress: Callable[[str], None] | None = None,
 ) -> Optimum:
-    """The offline optimum over what to keep, when, and where to checkpoint.
+    """Compute the offline optimum over the contents of the cache and the positions of checkpoints.
 
-    ``greedy`` builds a plan (any length of trace); ``lp`` adds the relaxation's bound and the
-    prices; ``milp`` improves the plan window by window, then as a whole, until the gap is
+    ``greedy`` builds a plan (any length of trace). ``lp`` adds the relaxation's bound and the
+    prices. ``milp`` improves the plan window by window, then as a whole, until the gap is
     ``relative_gap`` or ``limit_s`` is over. ``lower``: tiers below the device, for ``greedy`` and
-    ``lp``; what is reached and bounded is then less what the copies cost, in tokens. ``grid`` in
-    tokens. ValueError for a budget, a grid or a time that is not positive and for a trace without a
-    request; TimeoutError where ``limit_s`` was too short for any bound; ImportError without the
-    extra ``lab`` (not needed by ``greedy``).
+    ``lp``; results are then net of copy costs, in tokens. ``grid`` is in tokens.
+
+    Raises ValueError for a budget, a grid or a time that is not positive and for a trace without a
+    request; TimeoutError if ``limit_s`` was too short for any bound; ImportError without the extra
+    ``lab`` (not needed by ``greedy``).
 
     >>> from hybridcache.lab.generators import resend
     >>> best = optimum(resend().head(60), capacity_bytes=4 << 30, kv_bytes_per_token=24576,
@@ -132,8 +133,8 @@ def optimum(
     _refuse_bad_limits(grid, trace.unit, relative_gap, limit_s)
     if lower and method == "milp":
         raise ValueError(
-            "method milp knows no tiers below the device: take greedy, which makes a plan, or lp, "
-            "which also bounds it"
+            "method milp does not support tiers below the device: use greedy, which makes a plan, "
+            "or lp, which also bounds it"
         )
     say = on_progress or (lambda _: None)
     began = time.perf_counter()
@@ -204,9 +205,9 @@ def _improve(
     say: Callable[[str], None],
     rate: float,
 ) -> tuple[Plan, float]:
-    """Better the plan by solving one window of requests at a time, the rest held still, then lower
-    the bound by solving the whole from there. ``deadline`` in perf_counter seconds; a third of the
-    time is left to the whole."""
+    """Improve the plan by solving one window of requests at a time with the rest fixed. Then lower
+    the bound by solving the whole program from there. ``deadline`` is in perf_counter seconds; a
+    third of the time is reserved for the whole."""
     num_requests = program.trie.num_requests
     saved = float(plan.cached_lens(program.trie).sum())
 

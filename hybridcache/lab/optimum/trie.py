@@ -1,10 +1,9 @@
-"""A trace as the offline optimum sees it: the positions where keeping something could ever pay, and
-who visits them when.
+"""Trie of the positions of a trace where keeping entries could be useful, with their visits.
 
 A *position* is a node of the static trie over all sequences (prompt + output) of the trace: a
-branch point, or a candidate for a checkpoint. Everything between two of its consecutive visits is
-one *interval*: keeping its KV segment or its checkpoint over that interval is one decision.
-Positions that only one request visits can never be reused and are left out.
+branch point, or a candidate for a checkpoint. The time between two of its consecutive visits is one
+*interval*: keeping its KV segment or its checkpoint over that interval is one decision. Positions
+that only one request visits can never be reused and are left out.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ Placement = Literal["shared", "every"]
 
 
 class Sequenced(Protocol):
-    """The part of a trace request that the optimum reads."""
+    """Fields of a trace request that the optimum reads."""
 
     @property
     def namespace(self) -> object: ...
@@ -41,7 +40,7 @@ class Position:
     parent: int | None
     visits: list[int]
     is_candidate: bool
-    """A checkpoint may sit here: its depth is on the grid."""
+    """True if a checkpoint may be saved here: its depth is on the grid."""
 
     @property
     def num_intervals(self) -> int:
@@ -50,9 +49,12 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class VisitedTrie:
-    """``positions`` in an order where parents come first; ``paths[r]`` the positions request r
-    visits, top down; ``ordinals[r][i]`` says the index of the visit of ``paths[r][i]`` it is;
-    ``prompt_lens[r]`` its prompt's tokens."""
+    """Positions and the paths of requests through them.
+
+    In ``positions``, parents come first. ``paths[r]`` lists the positions that request r visits,
+    top down. ``ordinals[r][i]`` is the index of that visit among the visits of ``paths[r][i]``.
+    ``prompt_lens[r]`` is the length of its prompt in tokens.
+    """
 
     positions: list[Position]
     paths: list[list[int]]
@@ -64,13 +66,13 @@ class VisitedTrie:
         return len(self.paths)
 
     def span(self, position: Position) -> int:
-        """Tokens of the segment that ends at ``position``."""
+        """Return the tokens of the segment that ends at ``position``."""
         above = 0 if position.parent is None else self.positions[position.parent].depth
         return position.depth - above
 
     def usable(self, request: int) -> list[tuple[int, int]]:
-        """(position, interval) from which ``request`` could resume, top down: candidates it is not
-        the first to visit, at most one token short of its prompt."""
+        """Return (position, interval) from which ``request`` could resume, top down: candidates
+        visited before, at most one token short of its prompt."""
         limit = self.prompt_lens[request] - 1
         return [
             (index, ordinal - 1)
@@ -82,7 +84,7 @@ class VisitedTrie:
 
 
 class _Edge:
-    """A trie node under construction: the edge that leads to it is ``tokens[start:depth]``."""
+    """Trie node under construction: the edge that leads to it is ``tokens[start:depth]``."""
 
     __slots__ = ("children", "depth", "parent", "start", "tokens")
 
@@ -91,7 +93,7 @@ class _Edge:
         self.children: dict[int, _Edge] = {}
 
     def split(self, depth: int) -> _Edge:
-        """Cut the edge at ``depth``; the lower part stays this node, the upper part is new and
+        """Cut the edge at ``depth``. This node stays the lower part; the new upper part is
         returned."""
         assert self.parent is not None and self.start < depth < self.depth
         upper = _Edge(self.parent, self.tokens, self.start, depth)
@@ -119,7 +121,7 @@ def _insert(root: _Edge, tokens: Tokens) -> _Edge:
 
 
 def _cut(node: _Edge, depth: int) -> None:
-    """Make sure a node exists at ``depth`` on the path from the root to ``node``."""
+    """Ensure that a node exists at ``depth`` on the path from the root to ``node``."""
     while node.parent is not None and node.start >= depth:
         node = node.parent
     if node.start < depth < node.depth:
@@ -129,9 +131,9 @@ def _cut(node: _Edge, depth: int) -> None:
 def _cut_candidates(
     root: _Edge, ends: list[_Edge], lens: list[int], grid: int, every: bool
 ) -> None:
-    """Give every depth at which a checkpoint could pay a node: on the grid at or above each branch
-    point, and at or above the last position each prompt may resume from; with ``every``, all grid
-    positions."""
+    """Insert a node at every depth where a checkpoint could be useful. These are the grid positions
+    at or above each branch point, and at or above the last position from which each prompt may
+    resume. With ``every``, they are all grid positions."""
     below = [root]
     branch_points = []
     while below:
@@ -155,10 +157,10 @@ def build_trie(
 ) -> VisitedTrie:
     """Read a trace into its visited positions. O(tokens).
 
-    ``placement`` says where a checkpoint may be put: ``"shared"``, at the deepest position a set of
-    requests shares (branch points, ends, prompt ends, floored to ``grid``), which loses nothing but
-    the option to keep part of a segment; ``"every"``, at every multiple of ``grid`` (exact, for
-    small traces). ValueError: a ``grid`` that is not positive.
+    ``placement`` selects the positions of checkpoints. ``"shared"``: the deepest position that a
+    set of requests shares (branch points, ends, prompt ends, floored to ``grid``). It loses nothing
+    but the option to keep part of a segment. ``"every"``: every multiple of ``grid`` (exact, for
+    small traces). Raises ValueError if ``grid`` is not positive.
     """
     if grid < 1:
         raise ValueError(f"grid must be at least 1, not {grid}")

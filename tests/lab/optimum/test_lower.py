@@ -79,5 +79,5 @@ def test_the_command_line_prints_it(capsys: pytest.CaptureFixture[str], tmp_path
 
 
 def test_no_plan_with_tiers_is_improved_by_milp():
-    with pytest.raises(ValueError, match="method milp knows no tiers"):
+    with pytest.raises(ValueError, match="method milp does not support tiers"):
         best(0.5, (1.0, 0.0), method="milp")
