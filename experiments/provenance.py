@@ -16,11 +16,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hybridcache.lab.extras import CACHE_DISTRIBUTION
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "experiments" / "figures"
 CODE = (".py", ".cpp", ".h", ".jinja", ".json")
-PACKAGES = ("torch", "triton", "transformers", "numpy", "hybridcache")
+PACKAGES = ("torch", "triton", "transformers", "numpy", CACHE_DISTRIBUTION)
 
 
 def provenance() -> dict[str, Any]:

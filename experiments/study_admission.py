@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.provenance import provenance
+from experiments.provenance import code_hash, provenance
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import LinearSteps
 from hybridcache.lab.figures import closed_loop_figure
@@ -34,6 +34,7 @@ SPLITS = tomllib.loads((HERE / "splits.toml").read_text(encoding="utf-8"))["admi
 RESULTS, TABLE = HERE / "results/admission.jsonl", HERE / "results/admission.txt"
 FIGURE = HERE / "figures/admission.png"
 VOCABULARY = 50_000
+CODE = ("hybridcache",)
 UNLIMITED = ("oldest", "cached-first", "sessions")
 NEAR = 1.05
 """Up to so many times the best makespan and mean TTFT count as near the best."""
@@ -157,10 +158,13 @@ def serve(cell: tuple[str, int, float, str]) -> ClosedLoopRun:
 
 
 def known_runs() -> list[ClosedLoopRun]:
+    """Return the finished runs. SystemExit if other code made them."""
     if not RESULTS.exists():
         return []
-    lines = RESULTS.read_text(encoding="utf-8").splitlines()
-    return [ClosedLoopRun(**record) for line in lines if "trace" in (record := json.loads(line))]
+    first, *lines = RESULTS.read_text(encoding="utf-8").splitlines()
+    if json.loads(first)["code"] != code_hash(CODE):
+        raise SystemExit(f"{RESULTS} was made by other code: delete it to run every cell again.")
+    return [ClosedLoopRun(**json.loads(line)) for line in lines]
 
 
 def mean(runs: Sequence[ClosedLoopRun], field: str) -> float:
@@ -219,7 +223,7 @@ def main() -> None:
     todo = [cell for cell in cells if cell not in done]
     with ProcessPoolExecutor(options.workers) as pool, RESULTS.open("a", encoding="utf-8") as out:
         if not done:
-            out.write(json.dumps({"provenance": provenance()}) + "\n")
+            out.write(json.dumps({"provenance": provenance(), "code": code_hash(CODE)}) + "\n")
         for run in pool.map(serve, todo):
             out.write(json.dumps(asdict(run)) + "\n")
             out.flush()

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.guided.bindings import Mask, reason
 from engine.guided.grammar import GrammarError, TooComplex
-from engine.guided.library import Mask, reason
 from hybridcache.tokens import Tokens
 
 NICENESS = 10

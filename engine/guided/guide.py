@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from engine.guided.background import BackgroundGrammar, Budget, Follower, Place
+from engine.guided.bindings import Mask
 from engine.guided.grammar import GrammarError
-from engine.guided.library import Mask
 from hybridcache.tokens import Tokens
 
 SHARE, BURST_S = 0.08, 0.015

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.guided.background import BackgroundGrammar, Budget
-from engine.guided.grammar import Grammar, GrammarError
-from engine.guided.guide import Compiled, Guide, Shared, StepTime
-from engine.guided.library import (
+from engine.guided.bindings import (
     LIMITS,
     STEP_LIMITS,
     check_beginning,
@@ -22,6 +20,8 @@ from engine.guided.library import (
     make_matcher,
     make_vocabulary,
 )
+from engine.guided.grammar import Grammar, GrammarError
+from engine.guided.guide import Compiled, Guide, Shared, StepTime
 from engine.guided.marks import FreeText, MarkGuide, Overshoots
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from engine.guided.bindings import Mask
 from engine.guided.grammar import GrammarError
 from engine.guided.guide import NO_TOKENS, Guide
-from engine.guided.library import Mask
 from engine.text.answers.reasoning import CLOSE, OPEN
 from hybridcache.tokens import Tokens
 

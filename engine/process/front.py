@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
@@ -30,6 +30,7 @@ from engine.process.messages import (
     End,
     FromEngine,
     Outputs,
+    Question,
     Ready,
     Reply,
     Submit,
@@ -46,18 +47,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 PATIENCE_S = 5.0
 """How long a process may take to end after it was told to stop; then it is killed."""
-Question = Literal[
-    "report",
-    "view",
-    "reset",
-    "end session",
-    "stop accepting",
-    "watch",
-    "take",
-    "whole",
-    "node",
-    "unwatch",
-]
 
 
 class ProcessEngine:

@@ -43,23 +43,26 @@ class Abort(Message, frozen=True):
     request_id: str
 
 
+Question = Literal[
+    "report",
+    "view",
+    "reset",
+    "end session",
+    "stop accepting",
+    "watch",
+    "take",
+    "whole",
+    "node",
+    "unwatch",
+]
+
+
 class Ask(Message, frozen=True):
     """A question about the engine, done between two steps."""
 
     number: int
     """Of its reply."""
-    what: Literal[
-        "report",
-        "view",
-        "reset",
-        "end session",
-        "stop accepting",
-        "watch",
-        "take",
-        "whole",
-        "node",
-        "unwatch",
-    ]
+    what: Question
     argument: int = 0
     """Which watch is asked; of ``node``: see ``node``."""
     node: int = 0

@@ -27,8 +27,8 @@ from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
+    from engine.guided.bindings import Mask
     from engine.guided.guides import AnswerGuide
-    from engine.guided.library import Mask
     from engine.requests.token_rules import Additions
 
 

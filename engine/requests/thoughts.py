@@ -10,7 +10,7 @@ from engine.text.tokenizer import EncodeOptions
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.guided.library import Mask
+    from engine.guided.bindings import Mask
     from engine.text.tokenizer import Tokenizer
 
 AS_IT_STANDS = EncodeOptions(add_special_tokens=False)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from engine.guided.library import Mask
+from engine.guided.bindings import Mask
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ import openai
 import pytest
 
 from engine import Engine, EngineConfig
-from engine.guided.library import Mask
+from engine.guided.bindings import Mask
 from engine.requests.sampling_params import SamplingInput
 from engine.run.oracle import OracleRunner
 from engine.run.oracle_sampler import OracleDrawn, OracleSampler
