@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from engine.config import EngineConfig
 from engine.engine_loop import EngineLoop, failed
 from engine.errors import EngineStopped, QueueFull, RequestError, StepFailed
-from engine.guided.grammar import Grammar
+from engine.plugins.guided.grammar import Grammar
+from engine.plugins.observe.cache_watch import Watch
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.text.outputs import RequestOutput
-from engine.watch import Watch
 
 if TYPE_CHECKING:
     from engine.engine import Engine

@@ -8,15 +8,15 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.below import LowerMemory, LowerSizes
 from engine.config import ConfigError, EngineConfig
-from engine.drafts.drafting import Drafting
-from engine.drafts.suffix import IndexMemory
 from engine.interfaces import Runner, TokenSampler
+from engine.plugins.disaggregation.counts import TransferCounts
+from engine.plugins.speculation.draft_manager import Drafting
+from engine.plugins.speculation.suffix import IndexMemory
+from engine.plugins.tiers.cache_tiers import LowerMemory, LowerSizes
 from engine.requests.sampling_defaults import read_sampling_defaults
 from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.scheduler import Scheduler
-from engine.transfer.counts import TransferCounts
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import LeaseLog
@@ -27,9 +27,9 @@ from hybridcache.variants import TieredRadixCache
 
 if TYPE_CHECKING:
     from engine.engine import Engine
-    from engine.run.model_runner import ModelRunner
+    from engine.plugins.disaggregation.prefill_server import PrefillServer
+    from engine.runner.model_runner import ModelRunner
     from engine.text.tokenizer import Tokenizer
-    from engine.transfer.serve import PrefillServer
 
 
 class Parts(NamedTuple):
@@ -95,9 +95,9 @@ def make_parts(
 
 def load(config: EngineConfig) -> tuple[Runner, TokenSampler, Tokenizer]:
     """Model, sampler and tokenizer that ``config`` names. Imports torch."""
-    from engine.run.model_runner import ModelRunner
-    from engine.run.ranks.leader import LeadingRunner
-    from engine.run.sampler import Sampler
+    from engine.plugins.tensor_parallel.coordinator import LeadingRunner
+    from engine.runner.model_runner import ModelRunner
+    from engine.runner.sampler import Sampler
 
     runner = ModelRunner(config) if config.tp == 1 else LeadingRunner(config)
     return runner, Sampler(runner.vocab_size), load_tokenizer_of(config, runner.vocab_size)
@@ -194,8 +194,8 @@ def peer_fetcher(
     config: EngineConfig, runner: Runner, manager: CacheManager, counts: TransferCounts | None
 ) -> Fetcher:
     """What a decode engine has its prompts computed by. Imports torch."""
-    from engine.transfer.fetch import Peer, PeerFetcher
-    from engine.transfer.identity import identity
+    from engine.plugins.disaggregation.peer_identity import identity
+    from engine.plugins.disaggregation.prefix_fetch import Peer, PeerFetcher
 
     assert counts is not None
     model_runner = _model_runner(runner)
@@ -212,8 +212,8 @@ def prefill_server(
     config = engine.config
     if config.role != "prefill" or counts is None:
         return None
-    from engine.transfer.identity import identity
-    from engine.transfer.serve import PrefillServer
+    from engine.plugins.disaggregation.peer_identity import identity
+    from engine.plugins.disaggregation.prefill_server import PrefillServer
 
     runner = _model_runner(engine.runner)
     try:
@@ -239,7 +239,7 @@ def prefill_server(
 
 def _model_runner(runner: Runner) -> ModelRunner:
     """A runner whose memory can be read and written between two steps. ConfigError."""
-    from engine.run.model_runner import ModelRunner
+    from engine.runner.model_runner import ModelRunner
 
     if not isinstance(runner, ModelRunner):
         raise ConfigError("a role needs the runner of a model, whose memory can be read.")

@@ -27,7 +27,7 @@ MAX_LOAD_WORKERS = 16
 """Unless more are asked for."""
 
 BUILTIN_NAME = "builtin"
-BUILTIN_DIR = Path(__file__).parent / "run" / "models" / BUILTIN_NAME
+BUILTIN_DIR = Path(__file__).parent / "models" / BUILTIN_NAME
 """Of the model that comes with the engine: a small hybrid of Qwen3-Next's kind over bytes, trained
 by ``experiments/train_builtin.py``; its ``training.json`` says on what and how well."""
 

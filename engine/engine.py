@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 from engine.build import load, make_parts, prefill_server, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
-from engine.drafts.drafting import Drafting
 from engine.errors import DuplicateId, QueueFull
 from engine.generate import follow, generate
-from engine.guided.grammar import Grammar
 from engine.hub import display_name, resolve_config
 from engine.interfaces import Runner, TokenSampler
 from engine.mailboxes import Mailboxes
-from engine.requests.intake import Intake
-from engine.requests.recent import RecentRequests
+from engine.plugins.guided.grammar import Grammar
+from engine.plugins.speculation.draft_manager import Drafting
+from engine.requests.recent_requests import RecentRequests
 from engine.requests.request import Request
+from engine.requests.request_factory import Intake
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
-from engine.run.sample_step import NO_STEP, InFlight, LateDraws, sample_step
+from engine.runner.sample_step import NO_STEP, InFlight, LateDraws, sample_step
 from engine.schedule.batch import BytesLost
 from engine.schedule.fetching import Fetcher, Outside
 from engine.schedule.observed import Observer, StepReport

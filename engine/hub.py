@@ -164,10 +164,10 @@ def check(
     Returns ``{"refusal": sentence}`` for a model that is not served, and otherwise the name of the
     device, the free bytes of its memory and the bytes that the weights take there.
     """
-    from engine.run.device import Device
-    from engine.run.loading import DTYPES, resolve_dtype
-    from engine.run.model_config import ModelError, read_config
-    from engine.run.models import read_model
+    from engine.models import read_model
+    from engine.runner.device import Device
+    from engine.weights.loading import DTYPES, resolve_dtype
+    from engine.weights.model_config import ModelError, read_config
 
     try:
         _, model = read_model(read_config(Path(folder)))

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from engine.drafts.drafter import Newest
+from engine.plugins.tiers.disk import Disk
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
-from engine.store.disk import Disk
+from engine.schedule.drafter import Newest
 from engine.text.outputs import SampledToken
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.memory import MemorySizes

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch
 from experiments.bench_engine import NUM_SLOTS, Decode, Result, Turns, compare, kv_rows, prefill
 from experiments.provenance import RESULTS, write_json_lines

@@ -23,7 +23,7 @@ import numpy as np
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
-from engine.run.model_config import read_config
+from engine.weights.model_config import read_config
 from experiments.measure_prefill import measured
 from experiments.provenance import provenance
 from hybridcache.geometry.model import ModelGeometry

@@ -2,7 +2,7 @@
 
 64 sequences with three drafts each, in 36 layers; of each some tokens count. Compared are a loop
 that copies every state of every layer, one launch that copies them all, and the engine's commit,
-which leaves them where they are (`engine/run/running_states.py`): with the lists it makes before
+which leaves them where they are (`engine/runner/state_slots.py`): with the lists it makes before
 the next verification, and with the checkpoints that three of these sequences save in a step (a
 grid of 64 tokens and three tokens a step). A sequence that stops drafting pays the launch then.
 
@@ -22,12 +22,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from engine.run.backends import Kernels
-from engine.run.copies import Copies
-from engine.run.device import Device
-from engine.run.memory import Memory
-from engine.run.model_runner import ModelRunner
-from engine.run.running_states import RunningStates
+from engine.runner.backends import Kernels
+from engine.runner.device import Device
+from engine.runner.memory import Memory
+from engine.runner.model_runner import ModelRunner
+from engine.runner.state_mover import Copies
+from engine.runner.state_slots import RunningStates
 from engine.schedule.batch import Batch, Segment
 from experiments.provenance import RESULTS, write_json_lines
 

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
-from engine.run.backends import Kernels
-from engine.run.device import Device
-from engine.run.model_runner import ModelRunner
+from engine.runner.backends import Kernels
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from experiments.provenance import RESULTS, write_json_lines
 

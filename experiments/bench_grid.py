@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.run.model_runner import ModelRunner
+from engine.runner.model_runner import ModelRunner
 from experiments.bench_engine import GEOMETRY_530M, Decode, prefill
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import open_trace

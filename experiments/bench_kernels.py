@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from engine.run.device import Device
+from engine.runner.device import Device
 from experiments import interpreter, kernel_rivals
 from experiments.provenance import RESULTS, provenance, write_json_lines
 

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 from engine import EngineConfig
-from engine.run.model_runner import ModelRunner
+from engine.runner.model_runner import ModelRunner
 from experiments import llama as rival
 from experiments.bench_engine import (
     GEOMETRY_7M,

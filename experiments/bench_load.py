@@ -82,10 +82,10 @@ def tensors_of(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of every tensor of a model's files."""
     import torch
 
-    from engine.run.backends import Kernels
-    from engine.run.device import Device
-    from engine.run.layers.parameters import Build, WeightSpec
-    from engine.run.models import read_model
+    from engine.layers.parameters import Build, WeightSpec
+    from engine.models import read_model
+    from engine.runner.backends import Kernels
+    from engine.runner.device import Device
 
     family, parsed = read_model(config)
     place = WeightSpec(torch.device("meta"), torch.bfloat16)
@@ -155,16 +155,16 @@ def prepare(kind: str, directory: Path) -> Callable[[], object]:
 
         return load
     if kind in CONVERSIONS:
-        from engine.run.quantization.convert import convert
+        from engine.weights.convert import convert
 
         out, to = directory.with_name("out"), "int8" if kind.endswith("int8") else "fp8"
         return lambda: convert(directory, out, to, show_progress=False)
-    from engine.run.backends import Kernels
-    from engine.run.device import Device
-    from engine.run.layers.parameters import Build, WeightSpec
-    from engine.run.model_config import read_config
-    from engine.run.model_runner import load_model
-    from engine.run.models import read_model
+    from engine.layers.parameters import Build, WeightSpec
+    from engine.models import read_model
+    from engine.runner.backends import Kernels
+    from engine.runner.device import Device
+    from engine.runner.model_runner import load_model
+    from engine.weights.model_config import read_config
 
     family, config = read_model(read_config(directory))
     place = WeightSpec(torch.device("cpu"), torch.bfloat16)

@@ -30,13 +30,13 @@ import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
-from engine.process.channel import Channel, make_folder, remove_folder
-from engine.process.host import news_of
-from engine.process.messages import FromEngine, Outputs
-from engine.run.sampler import Drawn, Sampler
+from engine.runner.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
+from engine.worker.channel import Channel, make_folder, remove_folder
+from engine.worker.engine_worker import news_of
+from engine.worker.messages import FromEngine, Outputs
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import ModelGeometry
 from hybridcache.scheduling.memory import MemorySizes

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.drafts.drafting import Drafting, Source
-from engine.drafts.pace import Pace
 from engine.engine import StepReport
+from engine.plugins.speculation.draft_length import Pace
+from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
 from engine.schedule.batch import Batch
 from engine.text.byte_tokenizer import ByteTokenizer

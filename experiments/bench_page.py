@@ -25,10 +25,10 @@ import httpx
 import numpy as np
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
-from engine.server.feed import EVERY_S
-from engine.watch import Watch
+from engine.plugins.observe.cache_watch import Watch
+from engine.plugins.observe.feed import EVERY_S
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.watch.page import Recording, recorded_page

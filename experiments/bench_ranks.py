@@ -26,10 +26,10 @@ import numpy.typing as npt
 import torch
 
 from engine.config import EngineConfig
-from engine.run.model_runner import ModelRunner
-from engine.run.ranks.leader import LeadingRunner
-from engine.run.ranks.rank import Group
-from engine.run.ranks.shared import SharedGroup
+from engine.layers.rank import Group
+from engine.plugins.tensor_parallel.coordinator import LeadingRunner
+from engine.plugins.tensor_parallel.shared_memory import SharedGroup
+from engine.runner.model_runner import ModelRunner
 from experiments.bench_engine import NUM_SLOTS, SIZES, Decode, Result, Turns, compare, prefill
 from experiments.provenance import RESULTS, write_json_lines
 

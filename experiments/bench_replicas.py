@@ -18,8 +18,8 @@ import numpy as np
 
 from engine import EngineConfig, SamplingParams
 from engine.command.inspect import load_geometry
-from engine.fleet.front import FleetEngine
-from engine.fleet.start import FleetSize, PerToken, start_fleet
+from engine.plugins.replicas.replicas_client import FleetEngine
+from engine.plugins.replicas.start_replicas import FleetSize, PerToken, start_fleet
 from engine.requests.spec import RequestSpec
 from experiments.lab import STATIC_PLACEMENT, keep, rounded
 from hybridcache import Trace, TraceRequest

@@ -30,8 +30,8 @@ import torch
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from experiments.lab import figure_path
 from experiments.provenance import RESULTS, write_json_lines

@@ -29,8 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.store.disk import Disk
-from engine.store.records import RecordStore
+from engine.plugins.tiers.disk import Disk
+from engine.plugins.tiers.records import RecordStore
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.geometry.units import GIB
 from hybridcache.tokens import Tokens

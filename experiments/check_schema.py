@@ -103,8 +103,8 @@ def a_right_request_is_refused_for_what_it_says(ctx, response, case):
 def oracle_server() -> Iterator[str]:
     """A server on a runner that computes nothing; its address."""
     from engine import Engine, EngineConfig
-    from engine.run.oracle import OracleRunner
-    from engine.run.oracle_sampler import OracleSampler
+    from engine.testing.oracle import OracleRunner
+    from engine.testing.oracle_sampler import OracleSampler
     from engine.text.byte_tokenizer import ByteTokenizer
     from experiments.served import serving
 

@@ -20,8 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import EngineConfig
-from engine.run.backends import all_plain
-from engine.run.model_runner import ModelRunner
+from engine.runner.backends import all_plain
+from engine.runner.model_runner import ModelRunner
 from experiments.bench_engine import Decode
 from experiments.provenance import RESULTS, write_json_lines
 from kernels.native import recorded

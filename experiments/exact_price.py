@@ -24,8 +24,8 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 from engine.text.outputs import RequestOutput
 from experiments.provenance import RESULTS, write_json_lines
 

@@ -10,12 +10,12 @@ import tokenizers
 import torch
 from safetensors.torch import save_file
 
-from engine.run.backends import Kernels
-from engine.run.device import Device
-from engine.run.layers.parameters import Build, Parameter, WeightSpec
-from engine.run.models import read_model
-from engine.run.weights import Dummy
+from engine.layers.parameters import Build, Parameter, WeightSpec
+from engine.models import read_model
+from engine.runner.backends import Kernels
+from engine.runner.device import Device
 from engine.text.byte_tokenizer import BUILTIN_TEMPLATE
+from engine.weights.reader import Dummy
 
 QWEN3_NEXT_80B: dict[str, Any] = {
     "model_type": "qwen3_next",

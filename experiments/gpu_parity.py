@@ -26,10 +26,10 @@ import torch
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
-from engine.run.backends import all_fused
-from engine.run.device import Device
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.backends import all_fused
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from experiments import interpreter
 from experiments.gpu_models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry

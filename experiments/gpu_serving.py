@@ -31,10 +31,10 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
-from engine.run.backends import all_fused
-from engine.run.device import Device
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.backends import all_fused
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 from engine.schedule.observed import StepReport
 from engine.text.outputs import RequestOutput
 from experiments import exact_price, interpreter

@@ -24,8 +24,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.store.fingerprint import StoreError
-from engine.store.records import RecordStore, record_bytes
+from engine.plugins.tiers.fingerprint import StoreError
+from engine.plugins.tiers.records import RecordStore, record_bytes
 from experiments.provenance import RESULTS, write_json_lines
 
 FIELDS = {"writer": "experiments.kill_store"}

@@ -28,8 +28,8 @@ import torch
 
 from engine import Engine, SamplingParams
 from engine.config import TILE, EngineConfig
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from engine.text.byte_tokenizer import ByteTokenizer
 from experiments.lab import STATIC_PLACEMENT

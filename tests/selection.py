@@ -280,11 +280,20 @@ def sources_of(item: pytest.Item) -> tuple[str, str] | None:
 # --- Families -----------------------------------------------------------------------------------
 
 FAMILY_FOLDERS = (
-    "engine/run/models",
+    "engine/models",
     "hybridcache/geometry/families",
     "tests/engine/numerics/families",
 )
-FAMILY_SOURCES = ("engine/run", "kernels", "hybridcache/geometry", "tests/engine/numerics/families")
+FAMILY_SOURCES = (
+    "engine/runner",
+    "engine/layers",
+    "engine/models",
+    "engine/weights",
+    "engine/plugins",
+    "kernels",
+    "hybridcache/geometry",
+    "tests/engine/numerics/families",
+)
 
 
 @cache

@@ -309,7 +309,7 @@ def _add_top(top: Parser) -> None:
 
 
 def _top(arguments: argparse.Namespace) -> int:
-    from engine.command.top import top
+    from engine.plugins.observe.top import top
 
     return top(arguments.url, arguments.key_file, arguments.once)
 
@@ -332,7 +332,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         address = f"http://{host}:{port}/v1"
         engine_config = resolve_config(engine_config)
         if server_config.has_replicas:
-            from engine.command.replicas import start_replicas
+            from engine.plugins.replicas.replicas_command import start_replicas
 
             _server().check(server_config)
             served, screen = start_replicas(engine_config, server_config, address)
@@ -407,7 +407,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from engine.command.convert import as_record, as_text
-    from engine.run.quantization.convert import convert
+    from engine.weights.convert import convert
 
     done = convert(
         Path(resolve_folder(arguments.model, with_weights=True)),
@@ -420,7 +420,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _record_trace(arguments: argparse.Namespace) -> int:
-    from engine.command.record import record
+    from engine.plugins.record.record_command import record
 
     return record(
         arguments.to,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from hybridcache.geometry.units import counted, format_bytes
 
 if TYPE_CHECKING:
-    from engine.run.quantization.convert import Conversion, Converted
+    from engine.weights.convert import Conversion, Converted
 
 
 def as_record(done: Conversion) -> dict[str, object]:

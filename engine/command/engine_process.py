@@ -22,9 +22,9 @@ from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
 from engine.exit_codes import describe_exit
 from engine.interfaces import RunnerLost
-from engine.process.channel import Channel, make_folder, remove_folder
-from engine.process.front import ProcessEngine
-from engine.process.messages import FromEngine, Ready, Refused
+from engine.worker.channel import Channel, make_folder, remove_folder
+from engine.worker.engine_client import ProcessEngine
+from engine.worker.messages import FromEngine, Ready, Refused
 from hybridcache.lab.extras import how_to_install
 
 BOOT = (
@@ -102,9 +102,9 @@ def main(folder: str, config: str, address: str, trace: str, log_level: str) -> 
     logging.getLogger("engine").setLevel(log_level.upper())
     from engine.command.screen import start_screen
     from engine.engine import Engine
-    from engine.process.host import Host
+    from engine.plugins.observe.step_trace import start_trace
     from engine.server.workers import SWITCH_S
-    from engine.trace import start_trace
+    from engine.worker.engine_worker import Host
 
     host = Host(folder, sys.stdin.fileno())
     try:

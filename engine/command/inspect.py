@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.config import BUILTIN_DIR
 from engine.hub import display_name
-from engine.run.quantization.names import MODEL_OPT_FILE, MODEL_SLIM_FILE
+from engine.weights.layer_names import MODEL_OPT_FILE, MODEL_SLIM_FILE
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB, format_bytes, format_count
@@ -64,8 +64,8 @@ def describe_files(word: str | None) -> str | None:
     files = (directory / MODEL_SLIM_FILE, directory / MODEL_OPT_FILE)
     if "quantization_config" not in json.dumps(raw) and not any(map(Path.is_file, files)):
         return None
-    from engine.run.model_config import ModelError
-    from engine.run.quantization.formats import read_quantization
+    from engine.weights.model_config import ModelError
+    from engine.weights.quantized_formats import read_quantization
 
     try:
         found = read_quantization(raw, directory)
@@ -80,10 +80,10 @@ def describe_refusal(word: str | None) -> str | None:
     config = _config_file(word)
     if config is None:
         return None
-    from engine.run.model_config import ModelError
+    from engine.weights.model_config import ModelError
 
     try:
-        from engine.run.models import read_model
+        from engine.models import read_model
     except ModuleNotFoundError as error:
         return f"cannot be said here, {how_to_install(error, 'engine')}"
     try:

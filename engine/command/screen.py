@@ -15,7 +15,7 @@ from hybridcache.geometry.units import counted, format_bytes
 from hybridcache.scheduling.memory import MemorySizes
 
 if TYPE_CHECKING:
-    from engine.run.model_runner import ModelRunner
+    from engine.runner.model_runner import ModelRunner
 
 
 def start_screen(engine: Engine, address: str) -> str:

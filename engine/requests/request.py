@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from engine.guided.grammar import GrammarError
+from engine.plugins.guided.grammar import GrammarError
 from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.requests.token_counts import TokenCounts
@@ -27,8 +27,8 @@ from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.guided.bindings import Mask
-    from engine.guided.guides import AnswerGuide
+    from engine.plugins.guided.bindings import Mask
+    from engine.plugins.guided.guides import AnswerGuide
     from engine.requests.token_rules import Additions
 
 

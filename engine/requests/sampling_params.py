@@ -9,7 +9,7 @@ from numbers import Integral, Real
 
 from msgspec import Struct
 
-from engine.guided.bindings import Mask
+from engine.plugins.guided.bindings import Mask
 from engine.requests.token_counts import TokenCounts
 from engine.requests.token_rules import Additions
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from engine.guided.bindings import Mask
+from engine.plugins.guided.bindings import Mask
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
-    from engine.requests.thoughts import ThoughtLimit
+    from engine.requests.reasoning_budget import ThoughtLimit
 
 Additions = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """Token ids, and what is added to the logit of each."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from msgspec import Struct
 
-from engine.drafts.drafter import Draft
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
+from engine.schedule.drafter import Draft
 from engine.text.outputs import SampledToken
 from hybridcache.tokens import Tokens
 

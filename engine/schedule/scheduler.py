@@ -9,11 +9,11 @@ import logging
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from engine.drafts.drafter import Draft
-from engine.drafts.drafting import Drafting
 from engine.errors import QueueFull as QueueFull  # its name before it moved
+from engine.plugins.speculation.draft_manager import Drafting
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
+from engine.schedule.drafter import Draft
 from engine.schedule.plan import EMPTY, Plan, Task
 from engine.text.outputs import NO_TOKEN, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager

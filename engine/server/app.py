@@ -18,9 +18,16 @@ import uvicorn
 from fastapi import FastAPI, Request, Response
 
 from engine.async_engine import EngineStopped, ServedEngine
+from engine.plugins.diagnostics.replays import compiled
+from engine.plugins.dialects.response_store import ResponseStore
+from engine.plugins.dialects.routes import add_messages, add_responses
+from engine.plugins.observe.feed import Feed
+from engine.plugins.observe.page import add_page
 from engine.server import access, errors, openapi
 from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
+from engine.server.chat_session import render
+from engine.server.compat_routes import add_peers_paths
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
 from engine.server.connections import (
@@ -29,18 +36,11 @@ from engine.server.connections import (
     most_connections,
     raise_descriptor_limit,
 )
-from engine.server.dialects.exchange import render
-from engine.server.dialects.response_store import ResponseStore
-from engine.server.dialects.routes import add_messages, add_responses
+from engine.server.context import ServingContext
 from engine.server.errors import APIError, PlainJSON
-from engine.server.feed import Feed
-from engine.server.front import ServingContext
-from engine.server.heap import TRIM_S, trim
 from engine.server.listening import ACCEPTED_AT_ONCE, BACKLOG
+from engine.server.malloc_trim import TRIM_S, trim
 from engine.server.operator import Operator
-from engine.server.page import add_page
-from engine.server.peers_paths import add_peers_paths
-from engine.server.replays import compiled
 from engine.server.request_log import RequestLog, is_wanted, set_up_logging
 from engine.server.schemas import (
     ChatRequest,

@@ -9,14 +9,15 @@ from typing import Any
 from fastapi import Request, Response
 
 from engine import RequestOutput
-from engine.server import logprobs, reported
-from engine.server.dialects.exchange import Answer, Exchange, News, ask
-from engine.server.explanations import Inquiry
-from engine.server.front import ServingContext, usage
+from engine.plugins.diagnostics.explanations import Inquiry
+from engine.server import logprobs
+from engine.server import response_extras as reported
+from engine.server.chat_session import Answer, Exchange, News, ask
+from engine.server.context import ServingContext, usage
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
 from engine.server.tenants import new_id
-from engine.text.answers.events import (
+from engine.text.answer_events import (
     CallArguments,
     CallBegin,
     Event,

@@ -11,9 +11,10 @@ from fastapi import Request, Response
 
 from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
-from engine.server import logprobs, reported
-from engine.server.explanations import cache_headers
-from engine.server.front import ServingContext, usage
+from engine.plugins.diagnostics.explanations import cache_headers
+from engine.server import logprobs
+from engine.server import response_extras as reported
+from engine.server.context import ServingContext, usage
 from engine.server.schemas import CompletionRequest
 from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
 from engine.server.tenants import AnswerId, Tenant

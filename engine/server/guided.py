@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, PrivateAttr
 
-from engine.guided.grammar import Grammar, GrammarError
+from engine.plugins.guided.grammar import Grammar, GrammarError
 from engine.server.strict import Listed, Strict
 
 Schema = dict[str, Any] | bool

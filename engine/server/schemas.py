@@ -22,7 +22,7 @@ from pydantic import (
 )
 
 from engine import Grammar, SamplingParams
-from engine.guided.call_grammars import Form, grammar_of_calls, grammar_of_strict_calls
+from engine.plugins.guided.call_grammars import Form, grammar_of_calls, grammar_of_strict_calls
 from engine.requests.sampling_params import MAX_COUNT
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted

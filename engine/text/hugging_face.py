@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.text.answers.forms import MARKS
+from engine.text.answer_forms import MARKS
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.piece_memory import PieceMemory
 from engine.text.stream_decoders import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.text.answers.forms import MARKS as PARTS
+from engine.text.answer_forms import MARKS as PARTS
 from engine.text.tokenizer import Tokenizer
 
 FIRST, LAST = 0x100000, 0x10FFFD

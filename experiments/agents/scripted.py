@@ -9,9 +9,9 @@ from typing import Any
 
 from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
 from engine.requests.sampling_params import SamplingInput
-from engine.run.oracle import Fingerprints, OracleRunner
-from engine.run.oracle_sampler import OracleDrawn
 from engine.server.config import ServerConfig
+from engine.testing.oracle import Fingerprints, OracleRunner
+from engine.testing.oracle_sampler import OracleDrawn
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import Tokenizer

@@ -17,8 +17,8 @@ from typing import Any
 import httpx
 
 from engine import Engine, EngineConfig
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from experiments.served import serving
 

@@ -1,7 +1,7 @@
 """A runner of the attack's own: each row holds a link of a chain of tokens, each slot where a chain
 stood, and reads walk them.
 
-Only the sizes of its memory are ``engine.run.oracle``'s. The next token is a function of the
+Only the sizes of its memory are ``engine.testing.oracle``'s. The next token is a function of the
 prefix's hash, so that an answer can be worked out from its prompt alone, with no engine at all.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from engine.run.oracle import OracleRunner
+from engine.testing.oracle import OracleRunner
 from engine.text.outputs import SampledToken
 
 VOCAB = 320

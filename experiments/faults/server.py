@@ -29,7 +29,7 @@ import os
 import engine.command.engine_process as there
 there.BOOT = '''
 import os
-import engine.run.model_runner as runner
+import engine.runner.model_runner as runner
 forward = runner.ModelRunner.forward
 def failing(self, *given):
     if os.path.exists({trigger!r}):

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from engine.run.device import Device
+from engine.runner.device import Device
 from experiments.kernel_cases import Case, Setup
 from kernels.linear import fused, reference
 from kernels.linear.reference import Format

@@ -1,4 +1,4 @@
-"""Sizes of a runner's memory in rows and slots. The tensors are in ``engine.run.memory``."""
+"""Sizes of a runner's memory in rows and slots. The tensors are in ``engine.runner.memory``."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from engine import Engine, EngineConfig, RequestOutput
-from engine.drafts.drafting import Drafting, Source
-from engine.drafts.pace import Pace
+from engine.plugins.speculation.draft_length import Pace
+from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 from engine.text.byte_tokenizer import ByteTokenizer
 
 MODEL = {

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.run.oracle import Fingerprints, OracleRunner
-from engine.run.oracle_sampler import OracleSampler
 from engine.schedule.batch import Batch, Segment
+from engine.testing.oracle import Fingerprints, OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 

@@ -10,8 +10,8 @@ import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
 from engine.async_engine import EngineStopped, StepFailed
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 
 ONE = SamplingParams(max_tokens=1)
 LONG = SamplingParams(max_tokens=200)

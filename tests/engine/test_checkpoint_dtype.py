@@ -11,8 +11,8 @@ import torch
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.config import ConfigError
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 from hybridcache.geometry.checkpoints import CODE_BYTES, SCALINGS, CheckpointFormat
 from hybridcache.geometry.units import GIB
 from kernels.state_copy.narrow import LARGEST, narrow, widen
@@ -79,7 +79,7 @@ def test_a_step_with_many_checkpoints_is_computed_in_pieces(
     all."""
     runs, staged = [], []
     for num_bytes in (GIB, 1, 40_000):
-        monkeypatch.setattr("engine.run.model_runner.STAGING_BYTES", num_bytes)
+        monkeypatch.setattr("engine.runner.model_runner.STAGING_BYTES", num_bytes)
         settings = {"checkpoints": ("every:64",), "draft": draft, "cache_gib": 0.01}
         engine = make_engine(tmp_path, HYBRID, checkpoint_dtype="int8", exact=True, **settings)
         staged.append(len(engine.runner.tensors.checkpoints.staging))

@@ -11,10 +11,10 @@ import pytest
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.command.screen import start_screen
-from engine.drafts.drafting import Drafting, Source
-from engine.drafts.pace import Pace
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.plugins.speculation.draft_length import Pace
+from engine.plugins.speculation.draft_manager import Drafting, Source
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from tests.engine.drafted import Guesses, MakeEngine, guessing_engine, prompts
 
 

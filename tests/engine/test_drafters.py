@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import RequestSpec
-from engine.drafts import suffix
-from engine.drafts.drafting import Drafting, Source
-from engine.drafts.odds import Luck, Odds
-from engine.drafts.pace import MAX_IDLE, MAX_MISSES, Pace
-from engine.drafts.suffix import BYTES_PER_TOKEN, SIZES, IndexMemory, SuffixIndex
-from engine.drafts.tree import MAX_KEPT, MAX_READ, MAX_TEXTS, SuffixDrafter
-from engine.drafts.tries import MAX_GAP, MAX_REST, MIN_REST, Turns
+from engine.plugins.speculation import suffix
+from engine.plugins.speculation.draft_length import MAX_IDLE, MAX_MISSES, Pace
+from engine.plugins.speculation.draft_manager import Drafting, Source
+from engine.plugins.speculation.mtp_draft_length import Luck, Odds
+from engine.plugins.speculation.probe import MAX_GAP, MAX_REST, MIN_REST, Turns
+from engine.plugins.speculation.suffix import BYTES_PER_TOKEN, SIZES, IndexMemory, SuffixIndex
+from engine.plugins.speculation.tree import MAX_KEPT, MAX_READ, MAX_TEXTS, SuffixDrafter
 from engine.requests.request import Request
 
 

@@ -37,9 +37,9 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.config import ConfigError
-from engine.drafts.drafter import Draft
 from engine.requests.sampling_params import SamplingInput
-from engine.run.sampler import Sampler
+from engine.runner.sampler import Sampler
+from engine.schedule.drafter import Draft
 from engine.schedule.plan import Task
 from tests.engine.drafted import Guesses, MakeEngine, assert_same, guessing_engine, prompts
 

@@ -19,10 +19,10 @@ from engine import (
     RequestSpec,
     SamplingParams,
 )
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.schedule.batch import Batch
 from engine.schedule.observed import StepReport
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import LeaseLog, replay

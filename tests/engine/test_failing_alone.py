@@ -12,12 +12,12 @@ import torch
 
 from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
-from engine.guided.grammar import Grammar
+from engine.plugins.guided.grammar import Grammar
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
 from engine.schedule.batch import Batch
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.stream_decoders import StreamDecoder
 from tests.engine.drafted import Guesses, assert_same, guessing_engine, prompts

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.config import MAX_SCORED, TILE
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.scheduling.budget import TILES
 
 

@@ -14,8 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.requests.request import Request
-from engine.run.oracle import OracleRunner, State, fingerprint
-from engine.run.oracle_sampler import OracleSampler
+from engine.testing.oracle import OracleRunner, State, fingerprint
+from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.api import PrefixMatch
 from hybridcache.export.arrival import Arrival
 from hybridcache.geometry.model import ModelGeometry

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.store.fingerprint import StoreError
+from engine.plugins.tiers.fingerprint import StoreError
 from tests.engine.test_hits_change_nothing import (
     HYBRID,
     REPORT,

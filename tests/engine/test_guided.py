@@ -19,14 +19,14 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
-from engine.guided import background, guide, library
-from engine.guided import guides as registry
-from engine.guided.call_grammars import grammar_of_calls, grammar_of_strict_calls
-from engine.guided.grammar import GrammarError, TooComplex
-from engine.guided.guides import Guides
-from engine.guided.marks import Overshoots
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleDrawn, OracleSampler
+from engine.plugins.guided import background, guide, library
+from engine.plugins.guided import guides as registry
+from engine.plugins.guided.call_grammars import grammar_of_calls, grammar_of_strict_calls
+from engine.plugins.guided.grammar import GrammarError, TooComplex
+from engine.plugins.guided.guides import Guides
+from engine.plugins.guided.marks import Overshoots
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from hybridcache.lab.extras import install_command

@@ -40,14 +40,14 @@ import pytest
 import torch
 
 from engine import Grammar, RequestOutput, RequestSpec, SamplingParams
-from engine.drafts.drafter import Newest
-from engine.drafts.mtp import HeadDrafter
-from engine.drafts.tries import MIN_REST
+from engine.layers.parameters import Parameter
+from engine.plugins.speculation.mtp import HeadDrafter
+from engine.plugins.speculation.mtp_head import Predictor
+from engine.plugins.speculation.probe import MIN_REST
 from engine.requests.request import Request
-from engine.run.layers.parameters import Parameter
-from engine.run.predict import Predictor
-from engine.run.weights import Dummy
 from engine.schedule.batch import Batch, Segment
+from engine.schedule.drafter import Newest
+from engine.weights.reader import Dummy
 from tests.engine.drafted import MODEL, MakeEngine, assert_same, engine_with_head, prompts
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2)
@@ -88,7 +88,7 @@ def make_engine(tmp_path: Path) -> MakeEngine:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are made even where none was ever right."""
-    monkeypatch.setattr("engine.drafts.odds.MIN_ODDS", 0.0)
+    monkeypatch.setattr("engine.plugins.speculation.mtp_draft_length.MIN_ODDS", 0.0)
 
 
 @pytest.fixture
@@ -357,7 +357,7 @@ def test_no_more_rows_wait_than_there_is_room_for(
     the same tokens."""
     params = SamplingParams(max_tokens=45, temperature=0)
     for capacity in (1, 256):
-        monkeypatch.setattr("engine.run.head_rows.CAPACITY", capacity)
+        monkeypatch.setattr("engine.plugins.speculation.mtp_kv_buffer.CAPACITY", capacity)
         engine = make_engine("mtp:2", model={"num_experts": 0})
         engine.generate(prompts()[:3], params)
     assert engine.runner._predictor.pending._most == 256
@@ -388,7 +388,9 @@ def test_what_happens_to_a_request(
     """Preemptions, rows that move, stops inside an accepted run, aborts, and a next turn."""
     if head == "right":
         request.getfixturevalue("right_head")
-    monkeypatch.setattr("engine.drafts.tries.MAX_GAP", MIN_REST)  # Short requests are tried too.
+    monkeypatch.setattr(
+        "engine.plugins.speculation.probe.MAX_GAP", MIN_REST
+    )  # Short requests are tried too.
     params = SamplingParams(max_tokens=60, temperature=0, logprobs=1)
     model = {"num_experts": 0}
     plain = make_engine("none", model=model, prefix_cache="none").generate(prompts(), params)

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import save_file
 
 from engine import EngineConfig
-from engine.run.loading import load_model
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
-from engine.run.tensor_files import WeightsError
-from engine.run.warm_up import guesses as guesses_of
-from engine.run.weights import Dummy
+from engine.runner.model_runner import ModelRunner
+from engine.runner.warm_up import guesses as guesses_of
+from engine.weights.loading import load_model
+from engine.weights.model_config import ModelError
+from engine.weights.reader import Dummy
+from engine.weights.tensor_files import WeightsError
 from tests.engine.drafted import MODEL, MakeEngine, engine_with_head
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.sizes import StateSpec

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.run import lower
-from engine.run.lower import BLOCK_BYTES, MIN_RUN_BYTES, copy_rows
+from engine.plugins.tiers import tier_copies as lower
+from engine.plugins.tiers.tier_copies import BLOCK_BYTES, MIN_RUN_BYTES, copy_rows
 from hybridcache.tokens import Indices
 
 ROWS = 4000

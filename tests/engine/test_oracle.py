@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.run.oracle import OracleRunner
 from engine.schedule.batch import Batch, Segment
+from engine.testing.oracle import OracleRunner
 
 Write = tuple[int, int, np.ndarray]
 

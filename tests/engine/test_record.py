@@ -37,11 +37,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from engine.command.record import record
-from engine.record import trace
-from engine.record.chats import Chats
-from engine.record.proxy import create_proxy
-from engine.record.trace import TraceWriter
+from engine.plugins.record import trace_writer as trace
+from engine.plugins.record.chats import Chats
+from engine.plugins.record.proxy import create_proxy
+from engine.plugins.record.record_command import record
+from engine.plugins.record.trace_writer import TraceWriter
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.tokenizer import Tokenizer
 from experiments.agents.scripted import ScriptedEngine
@@ -191,7 +191,7 @@ def test_what_is_passed_on_but_not_written_is_counted_by_why(
         return httpx.Response(400 if b"bad" in request.content else 200, json={})
 
     upstream = functools.partial(httpx.AsyncClient, transport=httpx.MockTransport(answer))
-    monkeypatch.setattr("engine.record.proxy.httpx.AsyncClient", upstream)
+    monkeypatch.setattr("engine.plugins.record.proxy.httpx.AsyncClient", upstream)
     with (tmp_path / "log").open("w+b") as file:
         writer = TraceWriter(file, keeps_text=False, tokenizer=None)
         with TestClient(create_proxy("http://upstream", writer)) as client:
@@ -505,7 +505,8 @@ def recording(to: str, out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]
     """(a process that records, its address), started as by a shell that ignores SIGINT."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-        "import engine.command.record as r; r.GRACE_S = 1; from engine.command.cli import main;"
+        "import engine.plugins.record.record_command as r; r.GRACE_S = 1;"
+        "from engine.command.cli import main;"
         f"sys.exit(main(['record', '--to', {to!r}, '--out', {str(out)!r}, '--port', '0']))"
     )
     command = [sys.executable, "-c", code]

@@ -15,8 +15,8 @@ import pytest
 
 from engine import Engine, SamplingParams
 from engine.async_engine import AsyncEngine
-from engine.remembering import NAME
-from engine.schedule.exchange import MeasuredExchange
+from engine.plugins.tiers.fetch_cost import MeasuredExchange
+from engine.plugins.tiers.policy_state import NAME
 from hybridcache.export.warm_state import unpack, write_memory
 from tests.engine.test_hits_change_nothing import (
     MakeEngine,
@@ -175,7 +175,7 @@ def test_a_file_system_that_refuses_it_is_reported_once_and_the_engine_goes_on(
         raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    monkeypatch.setattr("engine.store.disk.write_atomically", refuse)
+    monkeypatch.setattr("engine.plugins.tiers.disk.write_atomically", refuse)
     for number in range(2):
         serve(engine, prompts(3)[number:])
         engine._lower.remembering.save()
@@ -214,7 +214,7 @@ def test_an_engine_that_waits_for_requests_writes_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.remembering.IDLE_EVERY_S", 0.05)
+    monkeypatch.setattr("engine.plugins.tiers.policy_state.IDLE_EVERY_S", 0.05)
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
     loop = AsyncEngine(engine)
     loop.start()

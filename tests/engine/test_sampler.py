@@ -14,8 +14,8 @@ from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
 from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.requests.token_counts import TokenCounts
-from engine.run import sampler
-from engine.run.sampler import Sampler, uniform
+from engine.runner import sampler
+from engine.runner.sampler import Sampler, uniform
 from engine.text.outputs import NO_TOKEN
 from kernels.upload import upload
 

@@ -10,9 +10,9 @@ import pytest
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.requests.sampling_params import SamplingInput
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.schedule.observed import StepReport
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 
 
 def make_engine(kv_tokens: int = 4096, slots: int = 16, **settings: Any) -> Engine:

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.drafts.drafter import Newest
-from engine.drafts.drafting import Drafting, Source
-from engine.drafts.pace import Pace
+from engine.plugins.speculation.draft_length import Pace
+from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
-from engine.run.oracle import Fingerprints, OracleRunner, fingerprint
-from engine.run.oracle_sampler import OracleSampler
 from engine.schedule.batch import Batch
+from engine.schedule.drafter import Newest
+from engine.testing.oracle import Fingerprints, OracleRunner, fingerprint
+from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
 from engine.schedule.batch import Batch, Segment
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from tests.selection import is_quick
 
 

@@ -18,11 +18,11 @@ import pytest
 from engine import AsyncEngine, ConfigError, Engine, EngineConfig, SamplingParams
 from engine.engine_loop import EngineStopped
 from engine.interfaces import RunnerLost
-from engine.run.model_config import ModelError
-from engine.run.ranks import followers
-from engine.run.ranks.group import TorchGroup
-from engine.run.ranks.leader import LeadingRunner
-from engine.run.ranks.shared import SharedGroup
+from engine.plugins.tensor_parallel import worker_pool as followers
+from engine.plugins.tensor_parallel.coordinator import LeadingRunner
+from engine.plugins.tensor_parallel.group import TorchGroup
+from engine.plugins.tensor_parallel.shared_memory import SharedGroup
+from engine.weights.model_config import ModelError
 from kernels import exchange
 
 PARAMS = SamplingParams(max_tokens=6, temperature=0, logprobs=2)

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.requests.thoughts import END, ThoughtLimit
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.requests.reasoning_budget import END, ThoughtLimit
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

@@ -19,15 +19,15 @@ import pytest
 from engine import Engine, EngineConfig, SamplingParams
 from engine.command.screen import start_screen
 from engine.config import ConfigError
-from engine.fleet.reports import summed
+from engine.plugins.replicas.summed_reports import summed
+from engine.plugins.tiers.disk import RETRY_S
+from engine.plugins.tiers.fetch_cost import MeasuredExchange
+from engine.plugins.tiers.fingerprint import StoreError
+from engine.plugins.tiers.records import SUFFIX, RecordStore
+from engine.plugins.tiers.staging import MAX_READS
 from engine.schedule.batch import Batch, Segment
-from engine.schedule.exchange import MeasuredExchange
 from engine.schedule.plan import Plan, Task
-from engine.schedule.staging import MAX_READS
 from engine.server.metrics import Metrics
-from engine.store.disk import RETRY_S
-from engine.store.fingerprint import StoreError
-from engine.store.records import SUFFIX, RecordStore
 from experiments.served import serving
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
@@ -303,14 +303,14 @@ def test_whatever_the_file_system_refuses_the_engine_serves_on(
         serves()
         folder = engine.report().lower.folder
         assert folder.is_written and folder.problem is None, call
-    monkeypatch.setattr("engine.store.disk.DEADLINE_S", 0.05)
+    monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 0.05)
     faults.responds.clear()
     while not disk.is_detached:
         ask(engine, next(rounds))
     assert "has not responded" in engine.report().lower.folder.problem
     assert engine.report().lower.tiers[-1].cached == 0, "what cannot be read is in no tree"
     engine.check()
-    monkeypatch.setattr("engine.store.disk.DEADLINE_S", 60)
+    monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 60)
     faults.heal()
     disk.flush()
     serves()
@@ -353,13 +353,13 @@ def test_health_tells_of_a_disk_that_does_not_respond(
 
         ask()
         assert health() == {"status": "ok"}
-        monkeypatch.setattr("engine.store.disk.DEADLINE_S", 0.05)
+        monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 0.05)
         faults.responds.clear()
         while (found := health())["status"] == "ok":
             engine._lower.disk.remove_file("nothing")
         assert found["status"] == "degraded" and "has not responded" in found["state_dir"]
         ask()
-        monkeypatch.setattr("engine.store.disk.DEADLINE_S", 60)
+        monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 60)
         faults.heal()
         while health()["status"] != "ok":
             pass

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.plugins.observe.step_trace import Trace, start_trace
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
-from engine.trace import Trace, start_trace
 
 
 def an_engine() -> Engine:

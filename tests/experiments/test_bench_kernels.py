@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from engine.run.device import TRAITS
+from engine.runner.device import TRAITS
 from experiments import bench_kernels
 from experiments.bench_kernels import Clock, Machine, error, measure, row
 from experiments.kernel_cases import Case

@@ -15,8 +15,8 @@ import pytest
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from experiments import bench_serving
 from experiments.bench_serving import random_jobs, sweep, table

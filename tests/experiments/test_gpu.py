@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.run.model_runner import ModelRunner
+from engine.runner.model_runner import ModelRunner
 from experiments import gpu, gpu_serving, provenance
 from experiments.gpu_models import TINY, write_geometry, write_tokenizer
 from experiments.provenance import read_json_lines, write_json_lines
@@ -180,7 +180,7 @@ def test_all_parts_together_take_25_minutes_at_most_and_each_under_8():
 
 
 @pytest.mark.full
-@pytest.mark.sources("kernels", "engine/run")
+@pytest.mark.sources("kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_speeds_are_taken_with_graphs_and_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -203,7 +203,7 @@ def test_speeds_are_taken_with_graphs_and_without(
 
 
 @pytest.mark.full
-@pytest.mark.sources("kernels", "engine/run")
+@pytest.mark.sources("kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_steps_with_drafts_are_taken_with_a_graph_and_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -219,7 +219,7 @@ def test_steps_with_drafts_are_taken_with_a_graph_and_without(
 
 
 @pytest.mark.full
-@pytest.mark.sources("kernels", "engine/run")
+@pytest.mark.sources("kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="stubs the interpreter")
 def test_what_this_code_has_measured_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

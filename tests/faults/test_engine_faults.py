@@ -16,12 +16,12 @@ import pytest
 from msgspec import structs
 
 from engine import Engine, SamplingParams
-from engine.drafts.pace import Pace
+from engine.plugins.speculation.draft_length import Pace
+from engine.plugins.tiers.records import RecordStore
 from engine.requests.token_counts import TokenCounts
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
 from engine.schedule.batch import Batch
-from engine.store.records import RecordStore
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.allocators.moves import Move
 from hybridcache.lease import Lease
 from tests.engine import test_drafters, test_engine

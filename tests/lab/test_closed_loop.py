@@ -16,9 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
-from engine.run.model_config import read_config
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
+from engine.weights.model_config import read_config
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import LinearSteps

@@ -12,9 +12,9 @@ import pytest
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
-from engine.run.model_config import read_config
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
+from engine.weights.model_config import read_config
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline

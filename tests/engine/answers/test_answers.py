@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.text.answers import calls
-from engine.text.answers.events import (
+from engine.plugins.tool_calls import calls
+from engine.plugins.tool_calls.hermes import HermesReader
+from engine.plugins.tool_calls.qwen_xml import QwenXMLReader
+from engine.text.answer_events import (
     BrokenCall,
     CallArguments,
     CallBegin,
@@ -20,9 +22,7 @@ from engine.text.answers.events import (
     TextDelta,
     joined,
 )
-from engine.text.answers.forms import AnswerForm, AnswerReader
-from engine.text.answers.hermes import HermesReader
-from engine.text.answers.qwen_xml import QwenXMLReader
+from engine.text.answer_forms import AnswerForm, AnswerReader
 
 SCHEMA = {
     "type": "object",

@@ -7,9 +7,9 @@ import pickle
 import numpy as np
 
 from engine import Engine, EngineConfig, RequestSpec, SamplingParams
-from engine.fleet.answer import Answer, news_of
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.plugins.replicas.replica_output import Answer, news_of
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 
 

@@ -10,12 +10,12 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.async_engine import EngineStopped, NoSingleEngine, QueueFull, StepFailed
-from engine.fleet.fleet import Fleet
-from engine.fleet.front import FleetEngine
-from engine.fleet.order import Order
-from engine.fleet.replica import EngineReplica, ReplicaGone
-from engine.fleet.reports import summed
-from engine.fleet.start import spec_of
+from engine.plugins.replicas.fleet import Fleet
+from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
+from engine.plugins.replicas.replica_call import Order
+from engine.plugins.replicas.replicas_client import FleetEngine
+from engine.plugins.replicas.start_replicas import spec_of
+from engine.plugins.replicas.summed_reports import summed
 from engine.requests.spec import RequestSpec
 from hybridcache.routing.words import find_router
 

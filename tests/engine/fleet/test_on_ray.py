@@ -21,8 +21,8 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.errors import DuplicateId, QueueFull
-from engine.fleet import start
-from engine.fleet.start import FleetSize, start_fleet
+from engine.plugins.replicas import start_replicas as start
+from engine.plugins.replicas.start_replicas import FleetSize, start_fleet
 from engine.requests.spec import RequestSpec
 
 ray = pytest.importorskip("ray")

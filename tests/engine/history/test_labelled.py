@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from engine import RequestSpec
-from engine.history.dialects import for_anthropic, for_openai
-from engine.history.explain import CAUSES, Change, Explanation, Found, How
-from engine.server.explanations import Explanations
+from engine.plugins.diagnostics.dialects import for_anthropic, for_openai
+from engine.plugins.diagnostics.explain import CAUSES, Change, Explanation, Found, How
+from engine.plugins.diagnostics.explanations import Explanations
 from engine.server.tenants import Tenant
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.templates import ChatTemplate, render_chat

@@ -12,9 +12,9 @@ import httpx
 import pytest
 
 from engine.config import BUILTIN_NAME
-from engine.history.answers import AnswerMemory
+from engine.plugins.diagnostics.answers import AnswerMemory
+from engine.plugins.diagnostics.replays import VolatileLines
 from engine.server.config import ServerConfig
-from engine.server.replays import VolatileLines
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.hugging_face import HFTokenizer
 from engine.text.splice import SampledTurn

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
-from engine.run.model_runner import ModelRunner
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from tests.engine.numerics import families
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from engine.run.device import TRAITS, Device
+from engine.runner.device import TRAITS, Device
 
 FREE_BYTES = 2**30
 

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
+from engine.runner.model_runner import ModelRunner
+from engine.weights.model_config import ModelError
 from tests.engine.numerics.conftest import FAMILIES, Driver, make_oracle
 
 IS_FULL = os.environ.get("HYBRIDCACHE_TESTS") == "all"

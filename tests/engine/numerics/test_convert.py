@@ -13,15 +13,15 @@ from transformers import FineGrainedFP8Config
 
 from engine.command.cli import main
 from engine.config import EngineConfig
-from engine.run import tensor_files
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
-from engine.run.quantization import convert as module
-from engine.run.quantization.convert import convert, quantize_rows
-from engine.run.quantization.formats import read_quantization
-from engine.run.quantization.plan import plan_pieces
-from engine.run.quantization.scheme import Scheme
-from engine.run.tensor_files import open_file
+from engine.runner.model_runner import ModelRunner
+from engine.weights import convert as module
+from engine.weights import tensor_files
+from engine.weights.convert import convert, quantize_rows
+from engine.weights.convert_plan import plan_pieces
+from engine.weights.model_config import ModelError
+from engine.weights.quantized_formats import read_quantization
+from engine.weights.scheme import Scheme
+from engine.weights.tensor_files import open_file
 from kernels.linear.reference import quantize
 from tests.engine.numerics import eight_bit
 

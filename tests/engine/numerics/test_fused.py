@@ -10,13 +10,15 @@ import torch
 from torch.testing import assert_close
 
 from engine.config import EngineConfig
-from engine.run.backends import all_fused
-from engine.run.model_runner import ModelRunner
+from engine.runner.backends import all_fused
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 from experiments import interpreter
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.sources("kernels", "engine/run")
+pytestmark = pytest.mark.sources(
+    "kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights"
+)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -13,15 +13,17 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.run.device import TRAITS, Device
-from engine.run.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
+from engine.runner.device import TRAITS, Device
+from engine.runner.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
+from engine.weights.model_config import ModelError
 from experiments.gpu_models import write_geometry
 from kernels.attention import fused, splits
 
-pytestmark = pytest.mark.sources("kernels", "engine/run")
+pytestmark = pytest.mark.sources(
+    "kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights"
+)
 WORDS = "attention=fused,gdn=fused,conv1d=fused,cache_write=fused"
 
 
@@ -237,7 +239,7 @@ def test_verify_graphs(options, verifying, within_bounds, monkeypatch):
     driver = verifying(**options)
     expected = verify(driver, PROMPTS, STEPS)
     driver.reset()
-    monkeypatch.setattr("engine.run.graphs.KV_BOUNDS", (10, 40))
+    monkeypatch.setattr("engine.runner.graphs.KV_BOUNDS", (10, 40))
     recorder = Recorder()
     driver.runner.use_graphs("decode", recorder)
     graphs = driver.runner.verify_graphs
@@ -271,7 +273,7 @@ def test_what_is_more_than_one_chunk_is_no_graph(verifying, within_bounds, monke
 
 
 def test_a_mixer_that_only_decodes_has_no_verify_graphs(verifying, monkeypatch):
-    monkeypatch.setattr("engine.run.layers.attention.Attention.verifies", False)
+    monkeypatch.setattr("engine.layers.attention.Attention.verifies", False)
     driver = verifying("attention")
     driver.runner.use_graphs("decode", Recorder())
     assert driver.runner.graphs[0] is not None and driver.runner.verify_graphs is None

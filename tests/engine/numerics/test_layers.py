@@ -10,24 +10,24 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.run import model_runner
-from engine.run.backends import Kernels
-from engine.run.device import Device
-from engine.run.layers.attention import Attention
-from engine.run.layers.gated_delta_net import GatedDeltaNet
-from engine.run.layers.linear import Part
-from engine.run.layers.mla import LatentAttention
-from engine.run.layers.mlp import MLP
-from engine.run.layers.norm import RMSNorm
-from engine.run.layers.parameters import Build, WeightSpec
-from engine.run.layers.residual import FeedForwardStep, MixerStep, Parallel
-from engine.run.layers.shortconv import ShortConv
-from engine.run.model_config import ModelConfig, ModelError, Rope
-from engine.run.model_runner import ModelRunner
-from engine.run.models import families, read_model
-from engine.run.models.decoder import Decoder
-from engine.run.weights import Dummy
+from engine.layers.attention import Attention
+from engine.layers.gated_delta_net import GatedDeltaNet
+from engine.layers.linear import Part
+from engine.layers.mla import LatentAttention
+from engine.layers.mlp import MLP
+from engine.layers.norm import RMSNorm
+from engine.layers.parameters import Build, WeightSpec
+from engine.layers.residual import FeedForwardStep, MixerStep, Parallel
+from engine.layers.shortconv import ShortConv
+from engine.models import families, read_model
+from engine.models.decoder import Decoder
+from engine.runner import model_runner
+from engine.runner.backends import Kernels
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
+from engine.weights.model_config import ModelConfig, ModelError, Rope
+from engine.weights.reader import Dummy
 from hybridcache.geometry.mixers import (
     AttentionSizes,
     DeltaSizes,
@@ -216,7 +216,7 @@ def test_gate_and_up_as_one_matrix_of_another_name():
 
 
 def test_every_family_is_found_by_its_file():
-    files = {path.stem for path in Path("engine/run/models").glob("*.py")}
+    files = {path.stem for path in Path("engine/models").glob("*.py")}
     helpers = {"__init__", "decoder"}
     assert {family.__module__.rpartition(".")[2] for family in families().values()} == (
         files - helpers

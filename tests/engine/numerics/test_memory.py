@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from engine.config import BUILTIN_DIR, ConfigError, EngineConfig
-from engine.run.backends import Kernels
-from engine.run.device import TRAITS, Device
-from engine.run.memory import (
+from engine.models import read_model
+from engine.runner.backends import Kernels
+from engine.runner.device import TRAITS, Device
+from engine.runner.memory import (
     ACCELERATOR_SHARE,
     Memory,
     MemoryPlan,
@@ -23,9 +24,8 @@ from engine.run.memory import (
     kv_row_bytes,
     state_slot_bytes,
 )
-from engine.run.model_config import ModelError, read_config
-from engine.run.model_runner import ModelRunner
-from engine.run.models import read_model
+from engine.runner.model_runner import ModelRunner
+from engine.weights.model_config import ModelError, read_config
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from kernels.native import shared_library

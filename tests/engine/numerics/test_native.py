@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.run import backends
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
+from engine.runner import backends
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
+from engine.weights.model_config import ModelError
 from experiments.count_ops import count
 from kernels.native import shared_library
 

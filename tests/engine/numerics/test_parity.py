@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.run.model_runner import ModelRunner
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 
 LENGTHS = (1, 63, 64, 65, 777)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.run.layers.inputs import pad_rows
-from engine.run.model_runner import ModelRunner
+from engine.layers.inputs import pad_rows
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from hybridcache.geometry.sizes import KVSpec
 

@@ -9,8 +9,8 @@ import pytest
 from huggingface_hub.dataclasses import type_validator
 from transformers import CONFIG_MAPPING
 
-from engine.run.model_config import ModelError, check_all_read
-from engine.run.models import families, read_model
+from engine.models import families, read_model
+from engine.weights.model_config import ModelError, check_all_read
 from hybridcache.geometry.config_format import COMMON, ROPE_KEYS, WITHOUT_EFFECT, fits
 from hybridcache.geometry.families import COMPOSITES, format_of
 from hybridcache.geometry.model import ModelGeometry

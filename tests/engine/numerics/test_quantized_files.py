@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import EngineConfig
-from engine.run.backends import Kernels
-from engine.run.device import Device
-from engine.run.layers.linear import Linear, Part
-from engine.run.layers.parameters import Build, WeightSpec
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
-from engine.run.quantization.formats import read_quantization
-from engine.run.quantization.names import Names
-from engine.run.quantization.scheme import Scheme, widen
-from engine.run.weights import WeightFiles, WeightsError
+from engine.layers.linear import Linear, Part
+from engine.layers.parameters import Build, WeightSpec
+from engine.runner.backends import Kernels
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
+from engine.weights.layer_names import Names
+from engine.weights.model_config import ModelError
+from engine.weights.quantized_formats import read_quantization
+from engine.weights.reader import WeightFiles, WeightsError
+from engine.weights.scheme import Scheme, widen
 from tests.engine.numerics import eight_bit
 
 BLOCK = (16, 48)

@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save_file
 
 from engine.config import EngineConfig
-from engine.run import weights
-from engine.run.layers.parameters import Parameter
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
-from engine.run.quantization.scheme import Scheme
-from engine.run.ranks.rank import Cut, Group, Rank
-from engine.run.tensor_files import WeightsError
+from engine.layers.parameters import Parameter
+from engine.layers.rank import Cut, Group, Rank
+from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
+from engine.weights import reader as weights
+from engine.weights.model_config import ModelError
+from engine.weights.scheme import Scheme
+from engine.weights.tensor_files import WeightsError
 from tests.engine.numerics import eight_bit
 
 NOT_SHARED = {

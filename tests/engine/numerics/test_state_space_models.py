@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from engine.run.model_config import ModelError
-from engine.run.models import read_model
+from engine.models import read_model
+from engine.weights.model_config import ModelError
 from tests.engine.numerics.families import falcon_h1, granite_moe_hybrid, jamba, nemotron_h
 
 CONFIGS = {

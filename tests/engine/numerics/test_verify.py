@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.run.memory import state_slot_bytes
-from engine.run.model_runner import ModelRunner
-from engine.run.warm_up import rehearsals
+from engine.runner.memory import state_slot_bytes
+from engine.runner.model_runner import ModelRunner
+from engine.runner.warm_up import rehearsals
 from engine.schedule.batch import Batch, Segment
 
 ANSWER = 14
@@ -211,8 +211,8 @@ def test_step_states_lie_beside_the_plan(make_driver) -> None:
 def test_a_mixer_that_only_decodes_gives_the_same_bits(
     make_driver, random_tokens, monkeypatch
 ) -> None:
-    from engine.run.layers.attention import Attention
-    from engine.run.layers.gated_delta_net import GatedDeltaNet
+    from engine.layers.attention import Attention
+    from engine.layers.gated_delta_net import GatedDeltaNet
 
     rows = []
     for _ in range(2):

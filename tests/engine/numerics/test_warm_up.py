@@ -13,23 +13,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from engine.config import MAX_SCORED, EngineConfig
-from engine.drafts.drafting import Drafting
-from engine.drafts.tree import TreeDrafter
 from engine.engine import Engine
+from engine.plugins.speculation.draft_manager import Drafting
+from engine.plugins.speculation.tree import TreeDrafter
 from engine.requests.sampling_params import SamplingParams
-from engine.run.graphs import DecodeGraphs
-from engine.run.memory import ACCELERATOR_SHARE
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Drawn, Sampler
-from engine.run.warm_up import captures, lengths, rehearsals
+from engine.runner.graphs import DecodeGraphs
+from engine.runner.memory import ACCELERATOR_SHARE
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Drawn, Sampler
+from engine.runner.warm_up import captures, lengths, rehearsals
+from engine.weights.model_config import ModelError
 from experiments.gpu_models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
 from tests.selection import is_quick
 
 pytest.importorskip("triton")
 pytestmark = [
-    pytest.mark.sources("kernels", "engine/run"),
+    pytest.mark.sources(
+        "kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights"
+    ),
     pytest.mark.skipif(
         os.environ.get("TRITON_INTERPRET") != "1",
         reason="launches are intercepted in the interpreter",

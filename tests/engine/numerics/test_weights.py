@@ -15,14 +15,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from engine.config import BUILTIN_DIR, EngineConfig
-from engine.run import tensor_files, weights
-from engine.run.backends import Kernels
-from engine.run.device import Device
-from engine.run.layers.parameters import Build, Parameter, WeightSpec
-from engine.run.model_config import ModelError
-from engine.run.model_runner import ModelRunner
-from engine.run.models import decoder, read_model
-from engine.run.weights import Dummy, WeightsError
+from engine.layers.parameters import Build, Parameter, WeightSpec
+from engine.models import decoder, read_model
+from engine.runner.backends import Kernels
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner
+from engine.weights import reader as weights
+from engine.weights import tensor_files
+from engine.weights.model_config import ModelError
+from engine.weights.reader import Dummy, WeightsError
 from experiments.gpu_models import TINY
 from hybridcache.geometry.units import format_count
 

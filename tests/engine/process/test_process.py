@@ -16,19 +16,19 @@ import pytest
 from engine import Engine, EngineConfig, QueueFull, RequestOutput, RequestSpec, SamplingParams
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
 from engine.command.engine_process import start_engine
-from engine.process import front
-from engine.process.front import ProcessEngine
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
+from engine.worker import engine_client as front
+from engine.worker.engine_client import ProcessEngine
 
 BOOT = """
 import json, sys, time
 sys.path[:] = json.loads(sys.argv[1])
 import engine.command.screen, engine.engine
 from engine.command.engine_process import main
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleSampler
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 
 class Runner(OracleRunner):

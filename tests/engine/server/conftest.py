@@ -18,13 +18,13 @@ import openai
 import pytest
 
 from engine import Engine, EngineConfig
-from engine.guided.bindings import Mask
+from engine.plugins.guided.bindings import Mask
 from engine.requests.sampling_params import SamplingInput
-from engine.run.oracle import OracleRunner
-from engine.run.oracle_sampler import OracleDrawn, OracleSampler
 from engine.schedule.batch import Batch
 from engine.server.app import Server
 from engine.server.config import ServerConfig
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from engine.text.templates import ChatTemplate

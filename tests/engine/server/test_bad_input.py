@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
+from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
+from engine.plugins.dialects.responses_body import ResponsesRequest
 from engine.server.config import ServerConfig
-from engine.server.dialects.messages_body import CountRequest, MessagesRequest
-from engine.server.dialects.responses_body import ResponsesRequest
 from engine.server.schemas import (
     ChatRequest,
     CompletionRequest,

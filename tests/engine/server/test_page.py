@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.server import feed
+from engine.plugins.observe import feed
 from engine.server.config import ServerConfig
 from hybridcache.api import members_of
 from tests.watch.follower import follow, truth
@@ -221,7 +221,7 @@ def test_a_tree_too_large_to_show_is_refused(
 ) -> None:
     live = serve_oracle()
     ask(live, PROMPT)
-    monkeypatch.setattr("engine.watch.MAX_NODES", 1)
+    monkeypatch.setattr("engine.plugins.observe.cache_watch.MAX_NODES", 1)
     answer = live.get("/v1/cache/events")
     assert answer.status_code == 503 and "1 at most" in answer.json()["error"]["message"]
     assert listeners(live) == 0

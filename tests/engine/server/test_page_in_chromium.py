@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from engine import AsyncEngine
+from engine.plugins.observe.feed import Feed
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
-from engine.server.feed import Feed
 from tests.watch.browser import chromium, errors, tab
 
 from .conftest import Live, oracle_engine, serving

@@ -25,17 +25,17 @@ from engine.errors import (
     RequestError,
     StepFailed,
 )
-from engine.fleet import replica
-from engine.fleet.fleet import Fleet
-from engine.fleet.front import FleetEngine
-from engine.fleet.order import Order
-from engine.fleet.replica import EngineReplica
-from engine.fleet.start import spec_of
+from engine.plugins.replicas import replica
+from engine.plugins.replicas.fleet import Fleet
+from engine.plugins.replicas.replica import EngineReplica
+from engine.plugins.replicas.replica_call import Order
+from engine.plugins.replicas.replicas_client import FleetEngine
+from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.request import Request
-from engine.run.oracle_sampler import OracleSampler
 from engine.server.app import create_app
 from engine.server.config import ServerConfig
-from engine.text.answers.forms import AnswerReader
+from engine.testing.oracle_sampler import OracleSampler
+from engine.text.answer_forms import AnswerReader
 from engine.text.byte_tokenizer import ByteTokenizer
 from hybridcache.routing.words import find_router
 from tests.engine.fleet.test_fleet import Handle

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from engine.server.dialects.response_store import ResponseStore, StoredResponse, held_bytes
+from engine.plugins.dialects.response_store import ResponseStore, StoredResponse, held_bytes
 
 from .conftest import Live
 from .test_tools import BONN, HERMES_CALL, QWEN_XML, SCHEMA, XML_CALL

@@ -12,8 +12,8 @@ pytest.importorskip("rich", reason="rich is not installed")
 
 from rich.console import Console
 
-from engine.command import top
 from engine.command.cli import main
+from engine.plugins.observe import top
 from engine.server.config import ServerConfig
 
 from .conftest import Live, oracle_engine, serving

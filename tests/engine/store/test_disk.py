@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.store import disk as disk_module
-from engine.store import records
-from engine.store.disk import Disk, FutureRows, Rows
-from engine.store.prefixes import Prefixes, Run, State, covering
-from engine.store.records import RecordStore
+from engine.plugins.tiers import disk as disk_module
+from engine.plugins.tiers import records
+from engine.plugins.tiers.disk import Disk, FutureRows, Rows
+from engine.plugins.tiers.prefixes import Prefixes, Run, State, covering
+from engine.plugins.tiers.records import RecordStore
 from hybridcache.tokens import Indices, Tokens
 
 ROW_BYTES, STATE_ROWS, NUM_ROWS = 16, 5, 400

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.store.fingerprint import FORMAT, NAME, StoreError, check_fingerprint, digest_of
+from engine.plugins.tiers.fingerprint import FORMAT, NAME, StoreError, check_fingerprint, digest_of
 
 FIELDS = {"weights": "a" * 32, "checkpoint grid": "64", "exact": "False"}
 

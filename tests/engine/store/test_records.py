@@ -16,9 +16,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine.store import records
-from engine.store.fingerprint import NAME, StoreError
-from engine.store.records import LOCK_NAME, RecordStore, StoreFull, record_bytes
+from engine.plugins.tiers import records
+from engine.plugins.tiers.fingerprint import NAME, StoreError
+from engine.plugins.tiers.records import LOCK_NAME, RecordStore, StoreFull, record_bytes
 from tests.engine.store.reference import ReferenceStore
 
 OURS, THEIRS = {"weights": "ours"}, {"weights": "theirs"}
@@ -271,7 +271,7 @@ def test_a_reader_of_a_folder_in_motion_finds_sound_records_only(tmp_path: Path)
     one lists and opens them."""
     child = (
         "from pathlib import Path; import sys, random;"
-        "from engine.store.records import RecordStore;"
+        "from engine.plugins.tiers.records import RecordStore;"
         f"s = RecordStore.open(Path({str(tmp_path)!r}), {OURS!r}, 1 << 22); ids = list(s.scan());"
         "print('open', flush=True)\n"
         "while True:\n"

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.store import weights_digest
-from engine.store.weights_digest import NAME, load_digest, save_digest
+from engine.plugins.tiers import weights_digest
+from engine.plugins.tiers.weights_digest import NAME, load_digest, save_digest
 
 
 @pytest.fixture

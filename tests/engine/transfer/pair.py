@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine import AsyncEngine, Engine, EngineConfig, SamplingParams
-from engine.run.model_runner import ModelRunner
-from engine.run.sampler import Sampler
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parents[3]
 GREEDY = SamplingParams(max_tokens=12, temperature=0, logprobs=3)

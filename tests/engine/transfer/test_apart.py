@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from engine import Engine
-from engine.process.answer import Answer
-from engine.process.host import news_of
-from engine.server.front import usage
-from engine.transfer import fetch
+from engine.plugins.disaggregation import prefix_fetch as fetch
+from engine.server.context import usage
+from engine.worker.engine_worker import news_of
+from engine.worker.output_accumulator import Answer
 from tests.engine.transfer.pair import (
     GREEDY,
     assert_same,

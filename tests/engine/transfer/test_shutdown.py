@@ -18,12 +18,14 @@ import pytest
 from engine import AsyncEngine, Engine, RequestSpec, SamplingParams
 from engine.async_engine import EngineStopped
 from engine.errors import WireError
+from engine.plugins.disaggregation import outgoing
+from engine.plugins.disaggregation import prefill_server as serve
+from engine.plugins.disaggregation import prefix_fetch as fetch
+from engine.plugins.disaggregation.peer_identity import identity
+from engine.plugins.disaggregation.prefix_fetch import Linked, Peer
+from engine.plugins.disaggregation.wire import TransferError
 from engine.server.app import Server
 from engine.server.config import ServerConfig
-from engine.transfer import fetch, outgoing, serve
-from engine.transfer.fetch import Linked, Peer
-from engine.transfer.identity import identity
-from engine.transfer.wire import TransferError
 from tests.engine.transfer.pair import decode_engine, plain_engine, prefill_config
 
 ONE = SamplingParams(max_tokens=1, temperature=0)

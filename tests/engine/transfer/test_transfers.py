@@ -14,11 +14,11 @@ import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import ConfigError
-from engine.run.model_runner import ModelRunner
+from engine.plugins.disaggregation import outgoing
+from engine.plugins.disaggregation.link import GroupTransfer
+from engine.plugins.disaggregation.wire import TransferError, Wire
+from engine.runner.model_runner import ModelRunner
 from engine.server.metrics import Metrics
-from engine.transfer import outgoing
-from engine.transfer.link import GroupTransfer
-from engine.transfer.wire import TransferError, Wire
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
 from tests.engine.transfer.pair import (
     GREEDY,

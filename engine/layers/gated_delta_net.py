@@ -1,0 +1,217 @@
+"""Gated DeltaNet behind a short causal convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+
+from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.linear import Linear, Part, shared
+from engine.layers.parameters import Build, Parameter
+from engine.runner.memory import Pools
+from hybridcache.geometry.mixers import DeltaSizes
+from hybridcache.geometry.shares import share
+
+
+class GatedDeltaNet:
+    """All inputs are one product, laid out ``[query | key | value | z | b | a]``; of 8-bit weights
+    the gates b and a, few rows on which the whole state hangs, are another."""
+
+    verifies = True
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: DeltaSizes,
+        inputs: Sequence[Part],
+        build: Build,
+        *,
+        eps: float,
+        convs: Mapping[str, int] | None = None,
+        output: str = "out_proj",
+        norm: str = "norm",
+        max_beta: float = 1.0,
+    ) -> None:
+        """``inputs``: the matrices of the input product, in the order of its layout. ``convs``: the
+        convolutions' names, with the channels of each; None: ``conv1d``, one. ``output``, ``norm``:
+        what the last product and the norm before it are called. ``eps``: that norm's.
+        ``max_beta``: largest step of the delta rule."""
+        rank = build.rank
+        keys, values = (
+            (sizes.num_key_heads, sizes.key_dim),
+            (sizes.num_value_heads, sizes.value_dim),
+        )
+        each = sizes.num_value_heads, 1
+        inputs = shared(inputs, [keys, keys, values, values, each, each], rank)
+        self._projection = Linear(hidden_size, inputs, build)
+        outputs = [Part(f"{name}.{output}", hidden_size)]
+        self._output = Linear(sizes.value_width, outputs, build, shares_inputs=True)
+        convs = convs or {"conv1d": sizes.conv_channels}
+        channels = list(convs.values())
+        self._convs = dict(zip(convs, rank.cuts(channels, [keys, keys, values]), strict=True))
+        self._heads_cut = rank.cut(each)
+        self.sizes = sizes = share(sizes, rank.count)
+        self._channels = [
+            size if cut is None else len(cut)
+            for size, cut in zip(channels, self._convs.values(), strict=True)
+        ]
+        self.name, self.keeps, self.eps = name, sizes.keeps, eps
+        heads = sizes.num_value_heads
+        self._widths = [sizes.conv_channels, sizes.value_width, heads, heads]
+        self.projected_size = sum(self._widths)
+        self.mixed_shape = heads, sizes.value_dim
+        weights = build.weights
+        self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
+        self._A_log = weights.empty(heads, dtype=torch.float32)
+        self._dt_bias = weights.empty(heads, dtype=torch.float32)
+        self._norm_name, self._max_beta = norm, max_beta
+        self._norm_weight = weights.empty(sizes.value_dim)
+        self._conv1d, self._gdn = build.kernels["conv1d"], build.kernels["gdn"]
+        self._norm = build.kernels["norm"]
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self._projection.parameters()
+        weights = self._conv_weight.unsqueeze(1).split(self._channels)
+        for (conv, cut), weight in zip(self._convs.items(), weights, strict=True):
+            yield f"{self.name}.{conv}.weight", Parameter(weight, cut=cut)
+        heads = self._heads_cut
+        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay", cut=heads)
+        yield f"{self.name}.dt_bias", Parameter(self._dt_bias, "time_bias", cut=heads)
+        yield f"{self.name}.{self._norm_name}.weight", Parameter(self._norm_weight, "norm")
+        yield from self._output.parameters()
+
+    def seal(self) -> None:
+        self._projection.seal()
+        self._output.seal()
+        self._norm_weight = self._norm_weight.float()
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._projection(hidden)
+
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
+        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, HV,
+        V]``."""
+        qkv, _, b, a = projected[: inputs.num_tokens].split(self._widths, dim=-1)
+        windows, states = pools
+        outs, decodes = [], inputs.num_decode
+        verified = decodes + inputs.num_verify
+        if inputs.decode is not None:
+            outs.append(
+                self._decode(qkv[:decodes], a[:decodes], b[:decodes], inputs, windows, states)
+            )
+        if inputs.verify is not None:
+            part = slice(decodes, verified)
+            outs.append(self._verify(qkv[part], a[part], b[part], inputs, windows, states))
+        if inputs.prefill is not None:
+            outs.append(
+                self._prefill(qkv[verified:], a[verified:], b[verified:], inputs, windows, states)
+            )
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _decode(
+        self,
+        qkv: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        inputs: LayerInputs,
+        windows: torch.Tensor,
+        states: torch.Tensor,
+    ) -> torch.Tensor:
+        assert inputs.decode is not None
+        slots = inputs.decode.slots
+        qkv = self._conv1d.decode_conv1d(qkv, self._conv_weight, None, states=windows, slots=slots)
+        query, key, value = self._heads(qkv)
+        return self._gdn.decode_gdn(
+            query,
+            key,
+            value,
+            a,
+            b,
+            self._A_log,
+            self._dt_bias,
+            states=states,
+            slots=slots,
+            max_beta=self._max_beta,
+        )
+
+    def _verify(
+        self,
+        qkv: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        inputs: LayerInputs,
+        windows: torch.Tensor,
+        states: torch.Tensor,
+    ) -> torch.Tensor:
+        part = inputs.verify
+        assert part is not None
+        where = {"packed": part.packed, "slots": part.slots, "step_slots": part.step_slots}
+        qkv = self._conv1d.verify_conv1d(qkv, self._conv_weight, None, states=windows, **where)
+        query, key, value = self._heads(qkv)
+        return self._gdn.verify_gdn(
+            query,
+            key,
+            value,
+            a,
+            b,
+            self._A_log,
+            self._dt_bias,
+            states=states,
+            max_beta=self._max_beta,
+            **where,
+        )
+
+    def _prefill(
+        self,
+        qkv: torch.Tensor,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        inputs: LayerInputs,
+        windows: torch.Tensor,
+        states: torch.Tensor,
+    ) -> torch.Tensor:
+        part = inputs.prefill
+        assert part is not None
+        qkv = self._conv1d.prefill_conv1d(
+            qkv,
+            self._conv_weight,
+            None,
+            states=windows,
+            packed=part.packed,
+            slots=part.slots,
+            resumed=part.resumed,
+            exports=part.exports,
+        )
+        query, key, value = self._heads(qkv)
+        gate, beta = self._gdn.gates(a, b, self._A_log, self._dt_bias, max_beta=self._max_beta)
+        return self._gdn.chunk_gdn(
+            query,
+            key,
+            value,
+            gate,
+            beta,
+            states=states,
+            packed=part.packed,
+            slots=part.slots,
+            resumed=part.resumed,
+            exports=part.exports,
+        )
+
+    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sizes, tokens = self.sizes, len(qkv)
+        widths = [sizes.key_width, sizes.key_width, sizes.value_width]
+        query, key, value = qkv.split(widths, dim=-1)
+        return (
+            query.view(tokens, sizes.num_key_heads, sizes.key_dim),
+            key.view(tokens, sizes.num_key_heads, sizes.key_dim),
+            value.view(tokens, sizes.num_value_heads, sizes.value_dim),
+        )
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The layer's output, ``[num_rows, H]``."""
+        first, width = self._widths[:2]
+        z = projected[: len(mixed), first : first + width]
+        gated = self._norm.gated_rms_norm(mixed, self._norm_weight, z.view(mixed.shape), self.eps)
+        return self._output(pad_rows(gated.flatten(1), len(projected)))

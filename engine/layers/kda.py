@@ -1,0 +1,131 @@
+"""Kimi Delta Attention behind a short causal convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.linear import Linear, Part, shared
+from engine.layers.norm import RMSNorm
+from engine.layers.parameters import Build, Parameter
+from engine.runner.memory import Pools
+from hybridcache.geometry.mixers import DeltaSizes
+from hybridcache.geometry.shares import share
+
+
+class KimiDeltaAttention:
+    """Decays and the output's gate are two products each, through a width of one head. What ``mix``
+    and ``finish`` see is laid out ``[query | key | value | decay | gate | beta]``."""
+
+    def __init__(
+        self, name: str, hidden_size: int, sizes: DeltaSizes, build: Build, norm: RMSNorm
+    ) -> None:
+        """``norm``: of a head, before the output's gate."""
+        heads, head, width = sizes.num_value_heads, sizes.value_dim, sizes.value_width
+        rank, by_head, all_of_it = build.rank, (heads, head), (1, head)
+        inputs = [Part(f"{name}.{word}_proj", width) for word in "qkv"]
+        inputs += [Part(f"{name}.{word}_a_proj", head) for word in "gf"]
+        inputs += [Part(f"{name}.b_proj", heads)]
+        kinds = [*[by_head] * 3, all_of_it, all_of_it, (heads, 1)]
+        self._projection = Linear(hidden_size, shared(inputs, kinds, rank), build)
+        self._decay, self._gate = (
+            Linear(head, shared([Part(f"{name}.{word}_b_proj", width)], [by_head], rank), build)
+            for word in "fg"
+        )
+        outputs = [Part(f"{name}.o_proj", hidden_size)]
+        self._output = Linear(width, outputs, build, shares_inputs=True)
+        self._channels_cut, self._heads_cut = rank.cut(by_head), rank.cut((heads, 1), dim=2)
+        sizes = share(sizes, rank.count)
+        self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
+        heads, width = sizes.num_value_heads, sizes.value_width
+        self._narrow_widths = [sizes.conv_channels, head, head, heads]
+        self._widths = [sizes.conv_channels, width, width, heads]
+        self.projected_size, self.mixed_shape = sum(self._widths), (heads, head)
+        weights = build.weights
+        self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
+        self._A_log = weights.empty(heads, dtype=torch.float32)
+        self._dt_bias = weights.empty(heads, head, dtype=torch.float32)
+        self._norm = norm
+        self._conv1d, self._kda = build.kernels["conv1d"], build.kernels["kda"]
+        self._sigmoid_mul = build.kernels["activation"].sigmoid_mul
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for layer in self._layers():
+            yield from layer.parameters()
+        for word, weight in zip("qkv", self._conv_weight.chunk(3), strict=True):
+            taps = Parameter(weight.unsqueeze(1), cut=self._channels_cut)
+            yield f"{self.name}.{word}_conv1d.weight", taps
+        yield (
+            f"{self.name}.A_log",
+            Parameter(self._A_log.view(1, 1, -1, 1), "log_decay", cut=self._heads_cut),
+        )
+        yield (
+            f"{self.name}.dt_bias",
+            Parameter(self._dt_bias.flatten(), "time_bias", cut=self._channels_cut),
+        )
+
+    def seal(self) -> None:
+        for layer in self._layers():
+            layer.seal()
+
+    def _layers(self) -> tuple[Linear | RMSNorm, ...]:
+        return self._projection, self._decay, self._gate, self._norm, self._output
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        qkv, gate, decay, beta = self._projection(hidden).split(self._narrow_widths, dim=-1)
+        decay, gate = self._decay(decay.contiguous()), self._gate(gate.contiguous())
+        return torch.cat([qkv, decay, gate, beta], dim=-1)
+
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
+        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, H,
+        V]``."""
+        parts = projected[: inputs.num_tokens].split(self._widths, dim=-1)
+        outs, decodes = [], inputs.num_decode
+        if inputs.decode is not None:
+            outs.append(self._mix_decode([part[:decodes] for part in parts], inputs, pools))
+        if inputs.prefill is not None:
+            outs.append(self._mix_prefill([part[decodes:] for part in parts], inputs, pools))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _mix_decode(
+        self, parts: list[torch.Tensor], inputs: LayerInputs, pools: Pools
+    ) -> torch.Tensor:
+        assert inputs.decode is not None
+        (qkv, decay, _, beta), (windows, states) = parts, pools
+        slots = inputs.decode.slots
+        qkv = self._conv1d.decode_conv1d(qkv, self._conv_weight, None, states=windows, slots=slots)
+        return self._kda.decode_kda(
+            *self._by_head(qkv, decay),
+            beta,
+            self._A_log,
+            self._dt_bias,
+            states=states,
+            slots=slots,
+        )
+
+    def _mix_prefill(
+        self, parts: list[torch.Tensor], inputs: LayerInputs, pools: Pools
+    ) -> torch.Tensor:
+        assert inputs.prefill is not None
+        (qkv, decay, _, beta), (windows, states) = parts, pools
+        where = {
+            "packed": inputs.prefill.packed,
+            "slots": inputs.prefill.slots,
+            "resumed": inputs.prefill.resumed,
+            "exports": inputs.prefill.exports,
+        }
+        qkv = self._conv1d.prefill_conv1d(qkv, self._conv_weight, None, states=windows, **where)
+        query, key, value, decay = self._by_head(qkv, decay)
+        gate, beta = self._kda.gates(decay, beta, self._A_log, self._dt_bias)
+        return self._kda.chunk_kda(query, key, value, gate, beta, states=states, **where)
+
+    def _by_head(self, qkv: torch.Tensor, decay: torch.Tensor) -> list[torch.Tensor]:
+        return [x.unflatten(1, self.mixed_shape) for x in (*qkv.chunk(3, dim=-1), decay)]
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The layer's output, ``[num_rows, H]``."""
+        gate = projected[: len(mixed)].split(self._widths, dim=-1)[2]
+        gated = self._sigmoid_mul(self._norm(mixed).flatten(1), gate)
+        return self._output(pad_rows(gated, len(projected)))

@@ -1,0 +1,144 @@
+"""Dense projections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from engine.layers.parameters import Build, Parameter, Storage
+from engine.layers.rank import ALONE, Cut, Kinds, Rank
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One matrix of the weight files among those that read the same input."""
+
+    name: str
+    """Full, without ``.weight``."""
+    num_rows: int
+    """In the files."""
+    rows: torch.Tensor | None = None
+    """As ``Parameter.rows``."""
+    cut: Cut | None = None
+    """As ``Parameter.cut``, of rows."""
+
+    @property
+    def num_outputs(self) -> int:
+        """Rows that this rank has."""
+        return self.num_rows if self.cut is None else len(self.cut)
+
+
+def shared(parts: Sequence[Part], kinds: Kinds, rank: Rank) -> list[Part]:
+    """What ``rank`` has of ``parts`` whose outputs together are made of ``kinds``."""
+    cuts = rank.cuts([part.num_rows for part in parts], kinds)
+    return [replace(part, cut=cut) for part, cut in zip(parts, cuts, strict=True)]
+
+
+class Linear:
+    """``x @ weight.T + bias``, rows independent of how many there are. The outputs of all parts
+    stand side by side; neighbours that are stored alike, which each part's name decides, are one
+    product."""
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Sequence[Part],
+        build: Build,
+        *,
+        bias: bool = False,
+        weight: torch.Tensor | None = None,
+        shares_inputs: bool = False,
+        sums: bool = True,
+    ) -> None:
+        """``weight``: of all parts, in place of one of its own. ``shares_inputs``: each rank has
+        its part of the inputs, and the outputs are summed over ranks; or not yet, where whoever
+        calls ``sums`` them with others."""
+        stacks = groupby(parts, key=lambda part: build.weights.storage(part.name))
+        inputs = build.rank.cut((in_features, 1), dim=1) if shares_inputs else None
+        self._stacks = [
+            _Stack(in_features, list(stacked), storage, build, inputs, bias=bias, weight=weight)
+            for storage, stacked in stacks
+        ]
+        self._kernel = build.kernels["linear"]
+        self._rank = build.rank if shares_inputs and sums else ALONE
+        self._products: list[Product] = []
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for stack in self._stacks:
+            yield from stack.parameters()
+
+    def seal(self) -> None:
+        self._products = [stack.product(self._kernel) for stack in self._stacks]
+        self._stacks.clear()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self._products) == 1:
+            return self._rank.sum(self._products[0](x))
+        return self._rank.sum(torch.cat([product(x) for product in self._products], dim=-1))
+
+
+class _Stack:
+    """Parts that are stored alike, below each other in one weight."""
+
+    def __init__(
+        self,
+        in_features: int,
+        parts: Sequence[Part],
+        storage: Storage,
+        build: Build,
+        inputs: Cut | None,
+        *,
+        bias: bool,
+        weight: torch.Tensor | None,
+    ) -> None:
+        if weight is not None:
+            storage = Storage(None)
+        self._parts, self._storage, self._weights = parts, storage, build.weights
+        self._inputs, self._adds_bias = inputs, inputs is None or build.rank.number == 0
+        num_rows, weights = sum(part.num_outputs for part in parts), build.weights
+        in_features = in_features if inputs is None else len(inputs)
+        self._weight = (
+            weights.empty(num_rows, in_features, dtype=storage.dtype) if weight is None else weight
+        )
+        self._scale: torch.Tensor | None = None
+        if storage.dtype is not None:
+            shape = storage.scales(num_rows, in_features)
+            self._scale = weights.empty(*shape, dtype=torch.float32)
+        self._bias = weights.empty(num_rows) if bias else None
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        sizes = [part.num_outputs for part in self._parts]
+        weights = self._weight.split(sizes)
+        scales = len(sizes) * [None] if self._scale is None else self._scale.split(sizes)
+        for part, weight, scale in zip(self._parts, weights, scales, strict=True):
+            scheme = self._weights.scheme(part.name)
+            cut = part.cut or self._inputs
+            yield f"{part.name}.weight", Parameter(weight, "matrix", part.rows, scheme, scale, cut)
+        if self._bias is not None:
+            for part, bias in zip(self._parts, self._bias.split(sizes), strict=True):
+                yield f"{part.name}.bias", Parameter(bias, rows=part.rows, cut=part.cut)
+
+    def product(self, kernel: Any) -> Product:
+        made: Product
+        if self._bias is not None and not self._adds_bias:
+            self._bias.zero_()  # One rank's is in the sum.
+        if self._storage.precision is None:
+            made = kernel.prepare(self._weight, self._bias)
+        elif self._scale is None:
+            quantized, scale = kernel.quantize(self._weight, self._storage.precision)
+            made = kernel.prepare_8bit(quantized, scale, self._bias, self._weights.dtype)
+        else:
+            scale = as_kernels_take(self._scale)
+            made = kernel.prepare_8bit(self._weight, scale, self._bias, self._weights.dtype)
+        return made
+
+
+def as_kernels_take(scale: torch.Tensor) -> torch.Tensor:
+    """Scales ``[..., M, blocks]`` as ``[..., M]`` where a row has one."""
+    return scale.squeeze(-1) if scale.shape[-1] == 1 else scale

@@ -1,0 +1,149 @@
+"""Mamba-1 behind a short causal convolution, with Jamba's norms of time steps, B and C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.linear import Linear, Part, shared
+from engine.layers.norm import RMSNorm
+from engine.layers.parameters import Build, Layer, Parameter
+from engine.runner.memory import Pools
+from hybridcache.geometry.mixers import MambaSizes
+from hybridcache.geometry.shares import share
+
+
+class Mamba1:
+    """The input product is laid out ``[x | z]``. Time steps, B and C are a product of what the
+    convolution gives: so ``mix`` has dense products, too."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: MambaSizes,
+        rank: int,
+        build: Build,
+        *,
+        eps: float,
+        bias: bool = False,
+        conv_bias: bool = True,
+    ) -> None:
+        """``rank``: of the time steps' product. ``eps``: of the norms. ``bias``: of input and
+        output products."""
+        inner, state, weights = sizes.inner, sizes.state_dim, build.weights
+        self._widths, channels = [rank, state, state], (inner, 1)
+        inputs = shared([Part(f"{name}.in_proj", 2 * inner)], [channels] * 2, build.rank)
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        selected = [Part(f"{name}.x_proj", sum(self._widths))]
+        self._selection = Linear(inner, selected, build, shares_inputs=True)
+        steps = shared([Part(f"{name}.dt_proj", inner)], [channels], build.rank)
+        self._steps = Linear(rank, steps, build)
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._output = Linear(inner, outputs, build, bias=bias, shares_inputs=True)
+        self._cut, sizes = build.rank.cut(channels), share(sizes, build.rank.count)
+        self.name, self.sizes, self.keeps, inner = name, sizes, sizes.keeps, sizes.inner
+        self.projected_size, self.mixed_shape = 2 * inner, (inner,)
+        self._norms = [
+            RMSNorm(f"{name}.{word}_layernorm", size, build, eps=eps)
+            for word, size in zip(("dt", "b", "c"), self._widths, strict=True)
+        ]
+        self._conv_weight = weights.empty(inner, sizes.conv_width)
+        self._conv_bias = weights.empty(inner) if conv_bias else None
+        self._A_log = weights.empty(inner, state, dtype=torch.float32)
+        self._dt_bias = weights.empty(inner, dtype=torch.float32)
+        self._D = weights.empty(inner, dtype=torch.float32)
+        self._conv1d, self._mamba1 = build.kernels["conv1d"], build.kernels["mamba1"]
+        self._gate = build.kernels["activation"].silu_mul
+
+    def _layers(self) -> tuple[Layer, ...]:
+        return self._projection, self._selection, self._steps, self._output, *self._norms
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for layer in self._layers():
+            yield from layer.parameters()
+        yield f"{self.name}.conv1d.weight", Parameter(self._conv_weight.unsqueeze(1), cut=self._cut)
+        if self._conv_bias is not None:
+            yield f"{self.name}.conv1d.bias", Parameter(self._conv_bias, cut=self._cut)
+        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay", cut=self._cut)
+        yield f"{self.name}.dt_proj.bias", Parameter(self._dt_bias, "time_bias", cut=self._cut)
+        yield f"{self.name}.D", Parameter(self._D, "skip", cut=self._cut)
+
+    def seal(self) -> None:
+        for layer in self._layers():
+            layer.seal()
+        self._A = self._A_log.exp().neg().mT.contiguous()
+        del self._A_log
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._projection(hidden)
+
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
+        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, V]``."""
+        x = self._convolve(projected[: inputs.num_tokens, : self.sizes.inner], inputs, pools[0])
+        selected = self._selection(pad_rows(x, inputs.num_rows)).split(self._widths, dim=-1)
+        dt, B, C = (norm(part) for norm, part in zip(self._norms, selected, strict=True))
+        tokens = [part[: inputs.num_tokens] for part in (x, B, C, self._steps(dt))]
+        states, decodes, outs = pools[1][:, 0], inputs.num_decode, []
+        if inputs.decode is not None:
+            outs.append(
+                self._mamba1.decode_mamba1(
+                    *(rows[:decodes] for rows in tokens),
+                    self._A,
+                    self._dt_bias,
+                    self._D,
+                    states=states,
+                    slots=inputs.decode.slots,
+                )
+            )
+        if inputs.prefill is not None:
+            part = inputs.prefill
+            x, B, C, dt = (rows[decodes:] for rows in tokens)
+            outs.append(
+                self._mamba1.chunk_mamba1(
+                    x,
+                    B,
+                    C,
+                    self._mamba1.time_steps(dt, self._dt_bias),
+                    self._A,
+                    self._D,
+                    states=states,
+                    packed=part.packed,
+                    slots=part.slots,
+                    resumed=part.resumed,
+                    exports=part.exports,
+                )
+            )
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _convolve(
+        self, x: torch.Tensor, inputs: LayerInputs, windows: torch.Tensor
+    ) -> torch.Tensor:
+        weight, bias, decodes, outs = self._conv_weight, self._conv_bias, inputs.num_decode, []
+        if inputs.decode is not None:
+            slots = inputs.decode.slots
+            outs.append(
+                self._conv1d.decode_conv1d(x[:decodes], weight, bias, states=windows, slots=slots)
+            )
+        if inputs.prefill is not None:
+            part = inputs.prefill
+            outs.append(
+                self._conv1d.prefill_conv1d(
+                    x[decodes:],
+                    weight,
+                    bias,
+                    states=windows,
+                    packed=part.packed,
+                    slots=part.slots,
+                    resumed=part.resumed,
+                    exports=part.exports,
+                )
+            )
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The layer's output, ``[num_rows, H]``."""
+        z = projected[: len(mixed), self.sizes.inner :]
+        return self._output(pad_rows(self._gate(mixed, z), len(projected)))

@@ -1,0 +1,195 @@
+"""Mamba-2 behind a short causal convolution: Nemotron-H, Granite 4, Falcon-H1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.linear import Linear, Part, shared
+from engine.layers.parameters import Build, Parameter
+from engine.runner.memory import Pools
+from engine.weights.model_config import ModelError
+from hybridcache.geometry.mixers import MambaSizes
+from hybridcache.geometry.shares import share
+
+
+@dataclass(frozen=True, slots=True)
+class GatedNorm:
+    """The norm before the output product, of each group of channels on its own."""
+
+    eps: float
+    gate_first: bool
+    """Whether the gate is applied to what is normed, or to the norm."""
+
+
+class Mamba2:
+    """All inputs are one product, laid out ``[z | x | B | C | dt]``."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: MambaSizes,
+        build: Build,
+        *,
+        norm: GatedNorm | None,
+        limits: tuple[float, float],
+        bias: bool = False,
+        output_bias: bool = False,
+        conv_bias: bool = True,
+        multipliers: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0),
+    ) -> None:
+        """``norm`` None: the output is gated as it is. ``limits``: of time steps. ``bias``,
+        ``output_bias``, ``conv_bias``: which products and convolution have one. ``multipliers``: of
+        z, x, B, C and dt."""
+        if norm is not None and sizes.num_groups % build.rank.count:
+            raise ModelError(
+                f"--tp {build.rank.count} is not served where the norm behind a scan runs over the "
+                f"parts of several ranks: {name} norms {sizes.num_groups} groups of channels."
+            )
+        rank, groups = build.rank, (sizes.num_groups, sizes.state_dim)
+        by_head, each = (sizes.num_heads, sizes.head_dim), (sizes.num_heads, 1)
+        inputs = [Part(f"{name}.in_proj", sizes.inner + sizes.conv_channels + sizes.num_heads)]
+        inputs = shared(inputs, [by_head, by_head, groups, groups, each], rank)
+        self._projection = Linear(hidden_size, inputs, build, bias=bias)
+        outputs = [Part(f"{name}.out_proj", hidden_size)]
+        self._output = Linear(sizes.inner, outputs, build, bias=output_bias, shares_inputs=True)
+        self._conv_cut = rank.cut(by_head, groups, groups)
+        self._heads_cut, self._channels_cut = rank.cut(each), rank.cut(by_head)
+        sizes = share(sizes, rank.count)
+        self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
+        self._limits, self._gated_norm = limits, norm
+        heads, keys = sizes.num_heads, sizes.num_groups * sizes.state_dim
+        self._widths = [sizes.inner, sizes.conv_channels, heads]
+        self._mixed_widths = [sizes.inner, keys, keys]
+        self.projected_size, self.mixed_shape = sum(self._widths), (heads, sizes.head_dim)
+        weights = build.weights
+        self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
+        self._conv_bias = weights.empty(sizes.conv_channels) if conv_bias else None
+        self._A_log = weights.empty(heads, dtype=torch.float32)
+        self._dt_bias = weights.empty(heads, dtype=torch.float32)
+        self._D = weights.empty(heads, dtype=torch.float32)
+        self._norm_weight = weights.empty(sizes.inner) if norm is not None else None
+        self._multipliers = None
+        if set(multipliers) != {1.0}:
+            spans = [sizes.inner, *self._mixed_widths, heads]
+            pairs = zip(multipliers, spans, strict=True)
+            values = [value for factor, span in pairs for value in [factor] * span]
+            self._multipliers = torch.tensor(values, dtype=weights.dtype, device=weights.device)
+        self._conv1d, self._mamba2 = build.kernels["conv1d"], build.kernels["mamba2"]
+        self._norm, self._activation = build.kernels["norm"], build.kernels["activation"]
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self._projection.parameters()
+        yield (
+            f"{self.name}.conv1d.weight",
+            Parameter(self._conv_weight.unsqueeze(1), cut=self._conv_cut),
+        )
+        if self._conv_bias is not None:
+            yield f"{self.name}.conv1d.bias", Parameter(self._conv_bias, cut=self._conv_cut)
+        yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay", cut=self._heads_cut)
+        yield f"{self.name}.dt_bias", Parameter(self._dt_bias, "time_bias", cut=self._heads_cut)
+        yield f"{self.name}.D", Parameter(self._D, "skip", cut=self._heads_cut)
+        if self._norm_weight is not None:
+            yield (
+                f"{self.name}.norm.weight",
+                Parameter(self._norm_weight, "norm", cut=self._channels_cut),
+            )
+        yield from self._output.parameters()
+
+    def seal(self) -> None:
+        self._projection.seal()
+        self._output.seal()
+        if self._norm_weight is not None:
+            self._norm_weight = self._norm_weight.float().view(self.sizes.num_groups, -1)
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        projected = self._projection(hidden)
+        return projected if self._multipliers is None else projected * self._multipliers
+
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
+        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, H,
+        D]``."""
+        _, mixed, dt = projected[: inputs.num_tokens].split(self._widths, dim=-1)
+        outs, decodes = [], inputs.num_decode
+        if inputs.decode is not None:
+            outs.append(self._decode(mixed[:decodes], dt[:decodes], inputs, pools))
+        if inputs.prefill is not None:
+            outs.append(self._prefill(mixed[decodes:], dt[decodes:], inputs, pools))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _decode(
+        self, mixed: torch.Tensor, dt: torch.Tensor, inputs: LayerInputs, pools: Pools
+    ) -> torch.Tensor:
+        assert inputs.decode is not None
+        windows, states = pools
+        slots = inputs.decode.slots
+        mixed = self._conv1d.decode_conv1d(
+            mixed, self._conv_weight, self._conv_bias, states=windows, slots=slots
+        )
+        out: torch.Tensor = self._mamba2.decode_mamba2(
+            *self._heads(mixed),
+            dt,
+            self._A_log,
+            self._dt_bias,
+            self._D,
+            states=states,
+            slots=slots,
+            limits=self._limits,
+        )
+        return out
+
+    def _prefill(
+        self, mixed: torch.Tensor, dt: torch.Tensor, inputs: LayerInputs, pools: Pools
+    ) -> torch.Tensor:
+        part = inputs.prefill
+        assert part is not None
+        windows, states = pools
+        mixed = self._conv1d.prefill_conv1d(
+            mixed,
+            self._conv_weight,
+            self._conv_bias,
+            states=windows,
+            packed=part.packed,
+            slots=part.slots,
+            resumed=part.resumed,
+            exports=part.exports,
+        )
+        gate, step = self._mamba2.gates(dt, self._A_log, self._dt_bias, self._limits)
+        out: torch.Tensor = self._mamba2.chunk_mamba2(
+            *self._heads(mixed),
+            gate,
+            step,
+            self._D,
+            states=states,
+            packed=part.packed,
+            slots=part.slots,
+            resumed=part.resumed,
+            exports=part.exports,
+        )
+        return out
+
+    def _heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        sizes, tokens = self.sizes, len(mixed)
+        x, B, C = mixed.split(self._mixed_widths, dim=-1)
+        groups = tokens, sizes.num_groups, sizes.state_dim
+        return x.view(tokens, sizes.num_heads, sizes.head_dim), B.view(groups), C.view(groups)
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The layer's output, ``[num_rows, H]``."""
+        mixed, z = mixed.flatten(1), projected[: len(mixed), : self.sizes.inner]
+        if self._gated_norm is None:
+            gated = self._activation.silu_mul(mixed, z)
+        else:
+            groups = len(mixed), self.sizes.num_groups, -1
+            gated = self._norm.gated_rms_norm(
+                mixed.view(groups),
+                self._norm_weight,
+                z.view(groups),
+                self._gated_norm.eps,
+                gate_first=self._gated_norm.gate_first,
+            ).flatten(1)
+        return self._output(pad_rows(gated, len(projected)))

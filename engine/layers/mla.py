@@ -1,0 +1,109 @@
+"""Multi-head latent attention without rotation, in absorbed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.linear import Linear, Part, shared
+from engine.layers.norm import RMSNorm
+from engine.layers.parameters import Build, Parameter
+from engine.runner.memory import Pools
+from hybridcache.geometry.mixers import LatentAttentionSizes
+from hybridcache.geometry.shares import share
+
+
+class LatentAttention:
+    """Queries and the latent row are one product, laid out ``[query | latent | shared key]``. The
+    matrices that would expand a latent into keys and values multiply queries and outputs instead,
+    in full precision: a prompt and a decode, a hit and a cold run all read latents. Ranks share the
+    heads, and all of them keep the latent row."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: LatentAttentionSizes,
+        build: Build,
+        norm: RMSNorm,
+        *,
+        bias: bool,
+    ) -> None:
+        """``norm``: of the latent. ``bias``: of the latent's product and of the output's."""
+        rank, beside = build.rank, sizes.rope_dim
+        by_head = sizes.num_heads, sizes.nope_dim + beside
+        expanded = sizes.num_heads, sizes.nope_dim + sizes.value_dim
+        queries = shared([Part(f"{name}.q_proj", math.prod(by_head))], [by_head], rank)
+        self._query = Linear(hidden_size, queries, build)
+        latent = Part(f"{name}.kv_a_proj_with_mqa", sizes.rank + beside)
+        self._latent = Linear(hidden_size, [latent], build, bias=bias)
+        self._output = Linear(
+            sizes.num_heads * sizes.value_dim,
+            [Part(f"{name}.o_proj", hidden_size)],
+            build,
+            bias=bias,
+            shares_inputs=True,
+        )
+        self._expand_cut, sizes = rank.cut(expanded), share(sizes, rank.count)
+        self.name, self.sizes, self.keeps = name, sizes, sizes.keeps
+        heads = sizes.num_heads
+        self._widths = [heads * by_head[1], sizes.rank, beside]
+        self.projected_size, self.mixed_shape = sum(self._widths), (heads * sizes.value_dim,)
+        self._norm = norm
+        self._expand_scheme = build.weights.scheme(f"{name}.kv_b_proj")
+        self._expand = build.weights.empty(heads, expanded[1], sizes.rank)
+        self._scale = by_head[1] ** -0.5
+        self._mla, self._cache_write = build.kernels["mla"], build.kernels["cache_write"]
+
+    def _layers(self) -> tuple[Linear | RMSNorm, ...]:
+        return self._query, self._latent, self._norm, self._output
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for layer in self._layers():
+            yield from layer.parameters()
+        yield (
+            f"{self.name}.kv_b_proj.weight",
+            Parameter(self._expand.flatten(0, 1), scheme=self._expand_scheme, cut=self._expand_cut),
+        )
+
+    def seal(self) -> None:
+        for layer in self._layers():
+            layer.seal()
+        keys, values = self._expand.split([self.sizes.nope_dim, self.sizes.value_dim], dim=1)
+        self._to_keys, self._from_latent = keys.contiguous(), values.mT.contiguous()
+        del self._expand
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._query(hidden), self._latent(hidden)], dim=-1)
+
+    def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
+        """Attend to this step's and all earlier tokens; writes this step's rows. ``[T, H * V]``."""
+        (pool,), decodes, outs = pools, inputs.num_decode, []
+        query, latent, shared = projected[: inputs.num_tokens].split(self._widths, dim=-1)
+        rows = torch.cat([self._norm(latent.contiguous()), shared], dim=-1)
+        self._cache_write.write_rows(rows, pool, inputs.kv_indices)
+        own, query_shared = query.unflatten(1, (self.sizes.num_heads, -1)).split(
+            [self.sizes.nope_dim, self.sizes.rope_dim], dim=-1
+        )
+        query = torch.cat([self._mla.multiply_heads(own, self._to_keys), query_shared], dim=-1)
+        where = {"table": inputs.table, "scale": self._scale, "rank": self.sizes.rank}
+        if inputs.decode is not None:
+            sequences = inputs.decode.sequences
+            outs.append(self._mla.decode_mla(query[:decodes], pool, sequences=sequences, **where))
+        if inputs.prefill is not None:
+            part = inputs.prefill
+            outs.append(
+                self._mla.prefill_mla(
+                    query[decodes:], pool, sequences=part.sequences, packed=part.packed, **where
+                )
+            )
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        mixed: torch.Tensor = self._mla.multiply_heads(out, self._from_latent).flatten(1)
+        return mixed
+
+    def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
+        """The layer's output, ``[num_rows, H]``."""
+        return self._output(pad_rows(mixed, len(projected)))

@@ -1,0 +1,137 @@
+"""The feed-forward half of a layer: one dense MLP, or experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from engine.layers.experts import ExpertNames, Experts
+from engine.layers.linear import Linear, Part, shared
+from engine.layers.parameters import Build, Parameter
+from hybridcache.geometry.sizes import ExpertsSizes
+
+
+class MLP:
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``; gate and up are one product."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        intermediate_size: int,
+        build: Build,
+        *,
+        inputs: Sequence[str] = ("gate_proj", "up_proj"),
+        output: str = "down_proj",
+        bias: bool = False,
+        gate_multiplier: float = 1.0,
+        sums: bool = True,
+    ) -> None:
+        """``inputs``, ``output``: names of gate and up, which may be one matrix, and of down.
+        ``gate_multiplier``: of what silu is applied to. ``sums``: as ``Linear``'s."""
+        rows = 2 * intermediate_size // len(inputs)
+        parts = [Part(f"{name}.{word}", rows) for word in inputs]
+        parts = shared(parts, [(intermediate_size, 1)] * 2, build.rank)
+        self.gate_up = Linear(hidden_size, parts, build, bias=bias)
+        outputs = [Part(f"{name}.{output}", hidden_size)]
+        self.down = Linear(
+            intermediate_size, outputs, build, bias=bias, shares_inputs=True, sums=sums
+        )
+        self._gate_multiplier = gate_multiplier
+        self._activate = build.kernels["activation"].silu_and_mul
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self.gate_up.parameters()
+        yield from self.down.parameters()
+
+    def seal(self) -> None:
+        self.gate_up.seal()
+        self.down.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        gate_up = self.gate_up(x)
+        if self._gate_multiplier != 1.0:
+            gate, up = gate_up.chunk(2, dim=-1)
+            gate_up = torch.cat([gate * self._gate_multiplier, up], dim=-1)
+        return self.down(self._activate(gate_up))
+
+
+class SquaredReluMLP:
+    """``down(relu(up(x))^2)``."""
+
+    def __init__(
+        self, name: str, hidden_size: int, intermediate_size: int, build: Build, *, bias: bool
+    ) -> None:
+        inputs, outputs = [
+            [Part(f"{name}.{word}", size)]
+            for word, size in (("up_proj", intermediate_size), ("down_proj", hidden_size))
+        ]
+        inputs = shared(inputs, [(intermediate_size, 1)], build.rank)
+        self.up = Linear(hidden_size, inputs, build, bias=bias)
+        self.down = Linear(intermediate_size, outputs, build, bias=bias, shares_inputs=True)
+        self._activate = build.kernels["activation"].relu_squared
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self.up.parameters()
+        yield from self.down.parameters()
+
+    def seal(self) -> None:
+        self.up.seal()
+        self.down.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        return self.down(self._activate(self.up(x)))
+
+
+class ExpertsMLP:
+    """A few experts per token, chosen by a router, beside a shared expert with a gate of its
+    own."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: ExpertsSizes,
+        build: Build,
+        *,
+        renormalises: bool,
+        stacked_names: bool,
+    ) -> None:
+        """``renormalises``: whether the weights of the chosen experts are made to sum to one.
+        ``stacked_names``: whether all experts come as one tensor."""
+        self._k, self._renormalises = sizes.experts_per_token, renormalises
+        self._num_experts, stem = sizes.num_experts, f"{name}.experts"
+        one = f"{stem}.{{}}"
+        names = ExpertNames(
+            (f"{one}.gate_proj.weight", f"{one}.up_proj.weight"), f"{one}.down_proj.weight"
+        )
+        if stacked_names:
+            names = ExpertNames((f"{stem}.gate_up_proj",), f"{stem}.down_proj")
+        self._experts = Experts(stem, hidden_size, sizes, names, build)
+        # Router and shared gate read the same input: one product.
+        gates = [Part(f"{name}.gate", sizes.num_experts), Part(f"{name}.shared_expert_gate", 1)]
+        self._router = Linear(hidden_size, gates, build)
+        self._shared = MLP(
+            f"{name}.shared_expert", hidden_size, sizes.shared_intermediate, build, sums=False
+        )
+        self._rank = build.rank
+        self._route = build.kernels["moe"].route
+        self._gate = build.kernels["activation"].sigmoid_mul
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for layer in (self._router, self._shared, self._experts):
+            yield from layer.parameters()
+
+    def seal(self) -> None:
+        for layer in (self._router, self._shared, self._experts):
+            layer.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Padding rows meet no expert: each would wake experts that nobody needs."""
+        scores = self._router(x)
+        logits, shared_gate = scores.split([self._num_experts, 1], dim=-1)
+        weights, experts = self._route(logits[:num_tokens], self._k, self._renormalises)
+        out = self._gate(self._shared(x, num_tokens), shared_gate)
+        out[:num_tokens] += self._experts(x[:num_tokens], weights, experts)
+        return self._rank.sum(out)

@@ -1,0 +1,216 @@
+"""Multi-token prediction: a checkpoint's own head that guesses tokens ahead.
+
+Which row holds what. With h[p] the hidden vector behind the model's final norm at position p, the
+head's input at p is ``fc([norm(embedding of token p) | norm(h[p - 1])])``, for p >= 1. Its keys and
+values lie in the row of position p, beside the model's own. They depend on the tokens up to p and
+on nothing else: not on the token after, nor (there is one layer) on other rows of the head. So
+
+- a row is the same whoever writes it, in whatever chunk, and the tree shares it as it shares the
+  model's; rows of rejected tokens are written again with the model's;
+- what a sequence takes along is h of its last position, in a state ``hidden``: a checkpoint at s
+  carries h[s - 1], from which a request that resumes there writes row s as a cold one does;
+- position 0 has no such row. What lies there is never read: the head's keys begin at 1.
+
+``follow`` writes the rows of a step that the model has computed, and moves ``hidden`` on; where the
+rows can wait, ``carry`` does the second alone, and ``write`` the first later. ``draft`` guesses,
+from a state that has taken all but the newest token in: it writes to rows of its own, so nothing
+has to be rolled back.
+
+Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2, for one head that is chained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from engine.layers.attention import Attention
+from engine.layers.inputs import DecodePart, LayerInputs, pad_rows
+from engine.layers.linear import Linear, Part
+from engine.layers.norm import RMSNorm
+from engine.layers.parameters import Build, Layer, Parameter
+from engine.layers.residual import FeedForwardStep, MixerStep
+from engine.layers.rotary import RotaryTable
+from engine.runner.memory import Pools
+from hybridcache.geometry.sizes import Spec, StateSpec
+from kernels.attention.sequences import Sequences
+from kernels.packed import running_sum
+from kernels.upload import upload
+
+
+class PredictionHead:
+    """One layer of attention and an MLP, between a product that takes in the next token and a norm.
+    Embeds and reads its guesses as the model does."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        build: Build,
+        *,
+        norms: tuple[RMSNorm, RMSNorm, RMSNorm],
+        attention: MixerStep,
+        mlp: FeedForwardStep,
+    ) -> None:
+        """``norms``: of embeddings, of hidden vectors, and of what leaves."""
+        assert isinstance(attention.block, Attention)
+        self._attention, self._mlp = attention, mlp
+        self._embedding_norm, self._hidden_norm, self._norm = norms
+        self._row_multiple: int = build.kernels["linear"].ROWS
+        self._write_rows = build.kernels["cache_write"].write_rows
+        self._fc = Linear(2 * hidden_size, [Part(f"{name}.fc", hidden_size)], build)
+        self.keeps: tuple[Spec, ...] = (
+            *attention.block.keeps,
+            StateSpec("hidden", (hidden_size,), "conv"),
+        )
+        """Keys, values, and h of a sequence's last position."""
+
+    def _layers(self) -> tuple[Layer, ...]:
+        norms = self._embedding_norm, self._hidden_norm, self._norm
+        return self._fc, *norms, self._attention, self._mlp
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for layer in self._layers():
+            yield from layer.parameters()
+
+    def seal(self) -> None:
+        for layer in self._layers():
+            layer.seal()
+
+    def _enter(self, embedded: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+        """The layer's input, ``[num_rows, H]`` as both arguments."""
+        parts = self._embedding_norm(embedded), self._hidden_norm(before)
+        return self._fc(torch.cat(parts, dim=-1))
+
+    def follow(
+        self, embedded: torch.Tensor, hidden: torch.Tensor, inputs: LayerInputs, pools: Pools
+    ) -> None:
+        """Write the rows of a step's tokens, and h of every sequence where its states go.
+
+        ``embedded``, ``hidden``: ``[num_rows, H]``, the tokens' embeddings and what ``forward``
+        left of them. Reads no number of the device on the host, so that it can be captured with the
+        model's step.
+        """
+        carried = pools[-1]
+        befores, kept = _trail(hidden, inputs, carried)
+        before = befores[0] if len(befores) == 1 else torch.cat(befores)
+        self.write(embedded, pad_rows(before, len(hidden)), inputs, pools)
+        for slots, last in kept:
+            carried[slots] = last
+
+    def write(
+        self, embedded: torch.Tensor, before: torch.Tensor, inputs: LayerInputs, pools: Pools
+    ) -> None:
+        """Write the rows of tokens, of their embeddings and h before each: ``[num_rows, H]``. Costs
+        two small products a token: no attention."""
+        projected, _ = self._attention.project(self._enter(embedded, before), None)
+        block = self._attention.block
+        assert isinstance(block, Attention)
+        block.write(projected, inputs, pools[:2])
+
+    def carry(self, hidden: torch.Tensor, part: DecodePart, pools: Pools) -> None:
+        """Keep h of a step that decodes and does nothing else; its rows are left for `write`."""
+        self._write_rows(hidden[: len(part.slots)], pools[-1], part.slots)
+
+    def draft(
+        self,
+        embedded: torch.Tensor,
+        before: torch.Tensor,
+        positions: Sequence[int],
+        rows: torch.Tensor,
+        rotary: RotaryTable,
+        pools: Pools,
+    ) -> torch.Tensor:
+        """What stands in for h of one token of each of B sequences: ``[B, H]``.
+
+        ``embedded``, ``before`` ``[B, H]``: of the tokens, and h before them (or what this gave for
+        it). ``positions`` of the tokens, 1 or more. ``rows``: int32 ``[B, M]``, where the head's
+        rows of positions 1, 2, ... lie; that of the token is written.
+        """
+        count, device = len(positions), embedded.device
+        at = upload(positions, torch.int64, device)
+        inputs = ahead(
+            at, rows.gather(1, at[:, None] - 1)[:, 0].long(), rows,
+            Sequences.of(range(count), positions, device), rotary,
+            num_rows=-(-count // self._row_multiple) * self._row_multiple,
+        )  # fmt: skip
+        return self.advance(embedded, before, inputs, pools)
+
+    def advance(
+        self, embedded: torch.Tensor, before: torch.Tensor, inputs: LayerInputs, pools: Pools
+    ) -> torch.Tensor:
+        """``draft``, with ``inputs`` as `ahead` makes them."""
+        count, num_rows = inputs.num_tokens, inputs.num_rows
+        entered = self._enter(pad_rows(embedded, num_rows), pad_rows(before, num_rows))
+        projected, residual = self._attention.project(entered, None)
+        mixed = self._attention.block.mix(projected, inputs, pools[:2])
+        hidden = self._attention.finish(mixed, projected)
+        hidden, residual = self._mlp(hidden, residual, count)
+        return self._norm.add(hidden, residual)[0][:count]
+
+
+def ahead(
+    positions: torch.Tensor,
+    kv_indices: torch.Tensor,
+    rows: torch.Tensor,
+    sequences: Sequences,
+    rotary: RotaryTable,
+    *,
+    num_rows: int,
+) -> LayerInputs:
+    """What the head's layer reads where one token of each sequence is taken to be at
+    ``positions``: int64 ``[B]``, as the rows ``kv_indices`` that are written."""
+    cos, sin = rotary(positions)
+    slots = torch.empty(0, dtype=torch.int32, device=positions.device)
+    return LayerInputs(
+        num_tokens=len(positions),
+        num_decode=len(positions),
+        num_rows=num_rows,
+        cos=cos,
+        sin=sin,
+        kv_indices=kv_indices,
+        table=rows,
+        decode=DecodePart(sequences, slots),
+        prefill=None,
+    )
+
+
+Kept = list[tuple[torch.Tensor, torch.Tensor]]
+"""(slots, vectors for them)."""
+
+
+def _trail(
+    hidden: torch.Tensor, inputs: LayerInputs, carried: torch.Tensor
+) -> tuple[list[torch.Tensor], Kept]:
+    """Of a step that left ``hidden``, with each sequence's h before it in ``carried``: the h before
+    each token, in parts, and what is to be carried on."""
+    befores: list[torch.Tensor] = []
+    kept: Kept = []
+    first, verified = inputs.num_decode, inputs.num_decode + inputs.num_verify
+    if inputs.decode is not None:
+        slots = inputs.decode.slots.long()
+        befores.append(carried[slots])
+        kept.append((slots, hidden[:first]))
+    if inputs.verify is not None:
+        part, own = inputs.verify, hidden[first:verified]
+        befores.append(torch.cat([own, carried[part.slots.long()]])[part.before])
+        kept.append((part.step_slots.long(), own))
+    if inputs.prefill is not None:
+        filled, own = inputs.prefill, hidden[verified : inputs.num_tokens]
+        slots, bounds = filled.slots.long(), running_sum(filled.packed.lengths)
+        firsts, lasts = (
+            upload(ends, torch.int64, hidden.device)
+            for ends in (bounds[:-1], [end - 1 for end in bounds[1:]])
+        )
+        before = own.roll(1, 0)
+        before[firsts] = torch.where(filled.resumed[:, None], carried[slots], 0)
+        befores.append(before)
+        kept.append((slots, own[lasts]))
+        if filled.exports is not None:
+            exports = filled.exports
+            ends = zip(exports.sequences, exports.ends, strict=True)
+            tokens = [bounds[rank] + end - 1 for rank, end in ends]
+            saved = own[upload(tokens, torch.int64, hidden.device)]
+            kept.append((exports.tables.slots.long(), saved))
+    return befores, kept

@@ -1,0 +1,157 @@
+"""Experts with any router and any names, and blocks that work side by side on one input."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+
+from engine.layers.experts import ExpertNames, Experts
+from engine.layers.inputs import pad_rows
+from engine.layers.linear import Linear, Part
+from engine.layers.parameters import Build, Layer, Parameter
+from engine.layers.residual import FeedForward
+from hybridcache.geometry.sizes import ExpertsSizes
+
+
+class Router(Layer, Protocol):
+    """Which experts a token meets, and how they weigh."""
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights ``[T, k]`` and experts ``[T, k]`` of the first tokens of ``x [num_rows, H]``."""
+        ...
+
+
+class SoftmaxRouter:
+    """The most probable experts, weighed by their probabilities."""
+
+    def __init__(
+        self, name: str, hidden_size: int, sizes: ExpertsSizes, build: Build, *, renormalises: bool
+    ) -> None:
+        """``renormalises``: whether the weights of the chosen experts are made to sum to one."""
+        self._k, self._renormalises = sizes.experts_per_token, renormalises
+        self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], build)
+        self._route = build.kernels["moe"].route
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self._linear.parameters()
+
+    def seal(self) -> None:
+        self._linear.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = self._route(self._linear(x)[:num_tokens], self._k, self._renormalises)
+        return weights, experts
+
+
+class SigmoidRouter:
+    """The experts of the highest sigmoids after a bias is added that only chooses; in float32."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: ExpertsSizes,
+        build: Build,
+        *,
+        bias: str | None,
+        renormalises: bool,
+        scale: float,
+        eps: float = 1e-20,
+    ) -> None:
+        """``bias``: its tensor's name; None: there is none. ``renormalises``: whether the chosen
+        sigmoids are divided by their sum plus ``eps``; ``scale``: what they are multiplied with
+        then."""
+        self._bias_name, self._k = bias, sizes.experts_per_token
+        self._renormalises, self._scale, self._eps = renormalises, scale, eps
+        exact = replace(build, weights=replace(build.weights, dtype=torch.float32))
+        self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], exact)
+        self._bias = None if bias is None else exact.weights.empty(sizes.num_experts)
+        self._route = build.kernels["moe"].route_sigmoid
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield from self._linear.parameters()
+        if self._bias is not None and self._bias_name is not None:
+            yield self._bias_name, Parameter(self._bias)
+
+    def seal(self) -> None:
+        self._linear.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        weights, experts = self._route(
+            self._linear(x.float())[:num_tokens],
+            self._bias,
+            self._k,
+            self._renormalises,
+            scale=self._scale,
+            eps=self._eps,
+        )
+        return weights, experts
+
+
+class RoutedExperts:
+    """A few experts per token, chosen by a router. Where ``sizes.width`` is the experts'
+    own, a product before them narrows and one behind them widens."""
+
+    def __init__(
+        self,
+        name: str,
+        hidden_size: int,
+        sizes: ExpertsSizes,
+        router: Router,
+        names: ExpertNames,
+        build: Build,
+        *,
+        narrow: Part | None = None,
+        widen: Part | None = None,
+        bias: bool = False,
+    ) -> None:
+        """``name``: of the experts, by which their precision is chosen. ``bias``: whether the
+        products around them have one."""
+        width = sizes.width or hidden_size
+        self._router, self._experts = router, Experts(name, width, sizes, names, build)
+        self._narrow = None if narrow is None else Linear(hidden_size, [narrow], build, bias=bias)
+        self._widen = None if widen is None else Linear(width, [widen], build, bias=bias)
+        self._rank = build.rank
+
+    def _layers(self) -> list[Layer]:
+        layers = self._router, self._experts, self._narrow, self._widen
+        return [layer for layer in layers if layer is not None]
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for layer in self._layers():
+            yield from layer.parameters()
+
+    def seal(self) -> None:
+        for layer in self._layers():
+            layer.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        """Padding rows meet no expert: each would wake experts that nobody needs."""
+        weights, experts = self._router(x, num_tokens)
+        inner = x if self._narrow is None else self._narrow(x)
+        out = self._rank.sum(self._experts(inner[:num_tokens], weights, experts))
+        out = pad_rows(out, len(x))
+        return out if self._widen is None else self._widen(out)
+
+
+class Beside:
+    """Feed-forward blocks on one input, their outputs summed: experts and what every token
+    meets."""
+
+    def __init__(self, blocks: Sequence[FeedForward]) -> None:
+        self._blocks = blocks
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        for block in self._blocks:
+            yield from block.parameters()
+
+    def seal(self) -> None:
+        for block in self._blocks:
+            block.seal()
+
+    def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
+        outs = [block(x, num_tokens) for block in self._blocks]
+        return sum(outs[1:], outs[0])

@@ -1,0 +1,60 @@
+"""Model families, one flat file each. A file is found by the ``model_types`` its class names;
+nothing else lists it."""
+
+from __future__ import annotations
+
+import pkgutil
+from difflib import get_close_matches
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+from engine.models.decoder import Decoder
+from engine.weights.model_config import ModelConfig, ModelError, check_all_read, check_attends
+from hybridcache.geometry.families import COMPOSITES, Fields, read, text_part
+from hybridcache.geometry.sizes import SizesError
+
+
+def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
+    """The class that serves a ``config.json``, and what it reads there. Raises ModelError."""
+    try:
+        text = text_part(raw)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+    model_type = text.get("model_type")
+    family = families().get(str(model_type))
+    if text is not raw and raw.get("model_type") not in (*COMPOSITES, model_type, None):
+        model_type, family = raw["model_type"], None  # Its class may do more than the text part's.
+    if family is None:
+        supported = sorted(families())
+        near = get_close_matches(str(model_type), supported, n=1, cutoff=0.5)
+        nearest = f" The nearest is {near[0]!r}." if near else ""
+        raise ModelError(
+            f"models of model_type {model_type!r} are not supported; supported are "
+            f"{', '.join(supported)}.{nearest}"
+        )
+    return family, _read(family, text)
+
+
+def _read(family: type[Decoder], text: Fields) -> ModelConfig:
+    try:
+        sizes, config = read(text)
+        assert config is not None
+        check_attends(config, sizes)
+        made = family.read(config, sizes)
+        check_all_read(config)
+        return made
+    except SizesError as error:
+        raise ModelError(str(error)) from None
+
+
+@cache
+def families() -> dict[str, type[Decoder]]:
+    """``model_type`` of a config.json to the class that serves it."""
+    found: dict[str, type[Decoder]] = {}
+    for file in pkgutil.iter_modules(__path__):
+        module = import_module(f"{__name__}.{file.name}")
+        for part in vars(module).values():
+            if isinstance(part, type) and part.__module__ == module.__name__:
+                found.update(dict.fromkeys(getattr(part, "model_types", ()), part))
+    return found

@@ -1,0 +1,249 @@
+"""The decoder that all families share: embedding, residual steps, final norm, head. A family says
+what its layers are made of."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+from engine.layers.attention import Attention
+from engine.layers.inputs import LayerInputs
+from engine.layers.linear import Linear, Part
+from engine.layers.mlp import MLP
+from engine.layers.norm import RMSNorm
+from engine.layers.parameters import Build, Layer, Parameter
+from engine.layers.prediction import PredictionHead
+from engine.layers.rank import Cut
+from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.layers.sealing import Sealing
+from engine.layers.stepwise import mix
+from engine.runner.memory import Pools
+from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
+from engine.weights.tensor_files import Tensor
+from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.mixers import AttentionSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+from kernels.recording import repeated
+
+T = TypeVar("T", bound=Layer)
+
+Step = MixerStep | FeedForwardStep
+Fill = Callable[[Layer], None]
+"""Called with every part right after it is made: fills in its weights."""
+
+
+class Decoder(ABC):
+    """One model with its weights. A subclass is a family: it reads its config, and says how the
+    layers are built and named."""
+
+    model_types: ClassVar[tuple[str, ...]] = ()
+    """``model_type`` values of a config.json that it serves."""
+    centred_norms: ClassVar[bool] = False
+    """Whether the norms of the residual stream are stored around zero."""
+    embedding_name: ClassVar[str] = "model.embed_tokens"
+    layers_name: ClassVar[str] = "model.layers"
+    norm_name: ClassVar[str] = "model.norm"
+    head_name: ClassVar[str] = "lm_head"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        build: Build,
+        fill: Fill | None = None,
+        *,
+        stacked_experts: bool = False,
+    ) -> None:
+        self.config, self.build, self.stacked_experts = config, build, stacked_experts
+        self._parts: list[Layer] = []
+        self._sealing = Sealing(beside=build.weights.device.type == "cpu")
+        self.embedding = self._add(Embedding(self.embedding_name, config, build), fill)
+        self.mixers: list[MixerStep] = []
+        self._between: list[list[FeedForwardStep]] = [[]]
+        """Before the first mixer, between each two, and behind the last."""
+        for rank, sizes in enumerate(config.sizes.layers):
+            for step in self.steps(f"{self.layers_name}.{rank}", sizes):
+                self._add(step, fill)
+                if isinstance(step, MixerStep):
+                    self.mixers.append(step)
+                    self._between.append([])
+                else:
+                    self._between[-1].append(step)
+        self.norm = self._add(self.norm_of(self.norm_name), fill)
+        self.head = self._add(Head(self.head_name, config, self.embedding, build), fill)
+        self._sealing.wait()
+
+    @classmethod
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        """Read the config of a model of this family. Raises ModelError."""
+        attention = mixer_of(sizes, AttentionSizes)
+        return ModelConfig(**common(config, sizes), rope=read_rope(config, attention.head_dim))
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of a checkpoint under the names, and in the shapes, of the published files,
+        where transformers' ``save_pretrained`` writes others. Here it writes the same."""
+        return dict(tensors)
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        """The layer called ``name``: here a mixer and an MLP, each behind a norm."""
+        assert sizes.mlp is not None
+        before, between = f"{name}.input_layernorm", f"{name}.post_attention_layernorm"
+        return [
+            MixerStep(self.mixer(name, sizes.mixers[0]), before=self.norm_of(before)),
+            FeedForwardStep(self.mlp(name, sizes.mlp), before=self.norm_of(between)),
+        ]
+
+    @abstractmethod
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        """A mixer of the layer called ``name``."""
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        """The MLP of the layer called ``name``: here a dense one."""
+        return MLP(f"{name}.mlp", self.config.hidden_size, sizes.intermediate, self.build)
+
+    def attention(self, name: str, sizes: AttentionSizes, **options: Any) -> Attention:
+        """Attention with the config's biases and rotation. ``options``: as ``Attention``'s."""
+        config = self.config
+        own = {"bias": config.attention_bias, "rotates": config.rope is not None}
+        return Attention(name, config.hidden_size, sizes, self.build, **(own | options))
+
+    def head_norms(self, name: str, sizes: AttentionSizes) -> tuple[RMSNorm, RMSNorm]:
+        """Norms over each head of queries and keys."""
+        size = sizes.head_dim
+        return self.norm_of(f"{name}.q_norm", size), self.norm_of(f"{name}.k_norm", size)
+
+    def norm_of(self, name: str, size: int | None = None) -> RMSNorm:
+        """A norm as wide as the model, or of ``size``."""
+        config = self.config
+        return RMSNorm(
+            name,
+            size or config.hidden_size,
+            self.build,
+            eps=config.norm_eps,
+            centred=self.centred_norms,
+        )
+
+    def prediction_head(self) -> PredictionHead | None:
+        """The multi-token head of the family's checkpoints, its weights not filled in; None: they
+        have none that is served."""
+        return None
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        """Every checkpoint tensor of the model; only before it is sealed."""
+        for part in self._parts:
+            yield from part.parameters()
+
+    def forward(
+        self, token_ids: torch.Tensor, inputs: LayerInputs, pools: Sequence[Pools]
+    ) -> torch.Tensor:
+        """Hidden states ``[num_rows, H]`` behind the final norm; moves the pools, one entry a
+        mixer, on."""
+        out, residual = self.start(token_ids, inputs.num_tokens)
+        for rank, step in enumerate(self.mixers):
+            mixed = mix(step.block, out, inputs, pools[rank])
+            if inputs.on_mixed is not None:
+                inputs.on_mixed(rank)
+            out, residual = self.resume(rank, mixed, out, residual, inputs.num_tokens)
+        return out
+
+    def start(self, token_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Up to the first mixer: (its input product, the residual stream)."""
+        return self._advance(0, self.embedding(token_ids), None, num_tokens)
+
+    def resume(
+        self,
+        rank: int,
+        mixed: torch.Tensor,
+        projected: torch.Tensor,
+        residual: torch.Tensor,
+        num_tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """From what mixer ``rank`` left to the input product of the next, or to the hidden states
+        behind the final norm: (either, the residual stream)."""
+        hidden = self.mixers[rank].finish(mixed, projected)
+        return self._advance(rank + 1, hidden, residual, num_tokens)
+
+    def _advance(
+        self, rank: int, hidden: torch.Tensor, residual: torch.Tensor | None, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for step in self._between[rank]:
+            hidden, residual = step(hidden, residual, num_tokens)
+        if rank == len(self.mixers):
+            return self.norm.add(hidden, residual)
+        return self.mixers[rank].project(hidden, residual)
+
+    def _add(self, part: T, fill: Fill | None) -> T:
+        self._parts.append(part)
+        if fill is not None:
+            fill(part)
+            self._sealing.seal(part)
+        return part
+
+
+def vocabulary_cut(config: ModelConfig, build: Build) -> Cut | None:
+    """The tokens whose rows of embedding and head this rank has; None: all."""
+    if build.rank.count == 1:
+        return None
+    span = build.rank.span(config.vocab_size)
+    return Cut(config.vocab_size, torch.arange(span.start, span.stop))
+
+
+class Embedding:
+    """Token ids to hidden states."""
+
+    def __init__(self, name: str, config: ModelConfig, build: Build) -> None:
+        self.name, self._multiplier = name, config.embedding_multiplier
+        self._rank, self._ids = build.rank, build.rank.span(config.vocab_size)
+        self.weight = build.weights.empty(len(self._ids), config.hidden_size)
+        self.cut = vocabulary_cut(config, build)
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        yield f"{self.name}.weight", Parameter(self.weight, cut=self.cut)
+
+    def seal(self) -> None:
+        pass
+
+    def __call__(self, token_ids: torch.Tensor) -> torch.Tensor:
+        if self._rank.count == 1:
+            hidden = F.embedding(token_ids, self.weight)
+        else:
+            hidden = self.weight.new_empty(len(token_ids), self.weight.shape[1])
+            repeated(self._look_up, token_ids, hidden)
+            hidden = self._rank.sum(hidden)
+        return hidden if self._multiplier == 1.0 else hidden * self._multiplier
+
+    def _look_up(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
+        """The rows of this rank's tokens, zeros for others'."""
+        own = token_ids - self._ids.start
+        is_own = (own >= 0) & (own < len(self._ids))
+        found = F.embedding(own.where(is_own, 0), self.weight)
+        out.copy_(found.where(is_own[:, None], 0.0))
+
+
+class Head:
+    """Hidden states to logits; where a model ties its embeddings it has no weights of its own."""
+
+    def __init__(self, name: str, config: ModelConfig, embedding: Embedding, build: Build) -> None:
+        self._is_tied, self._multiplier = config.tie_embeddings, config.logit_multiplier
+        self._rank, self._vocab_size = build.rank, config.vocab_size
+        self._linear = Linear(
+            config.hidden_size,
+            [Part(name, config.vocab_size, cut=embedding.cut)],
+            build,
+            weight=embedding.weight if self._is_tied else None,
+        )
+
+    def parameters(self) -> Iterator[tuple[str, Parameter]]:
+        if not self._is_tied:
+            yield from self._linear.parameters()
+
+    def seal(self) -> None:
+        self._linear.seal()
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self._rank.join(self._linear(hidden), self._vocab_size)
+        return logits if self._multiplier == 1.0 else logits * self._multiplier

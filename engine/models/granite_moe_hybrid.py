@@ -1,0 +1,125 @@
+"""Granite 4: Mamba-2 with attention now and then, multipliers around, and an MLP for every token,
+in most models with experts beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.layers.experts import ExpertNames
+from engine.layers.mamba2 import GatedNorm, Mamba2
+from engine.layers.mlp import MLP
+from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.layers.routed import Beside, RoutedExperts, SoftmaxRouter
+from engine.models.decoder import Decoder, Step
+from engine.weights.model_config import (
+    ModelConfig,
+    ModelError,
+    common,
+    mixer_of,
+    read_rope,
+    time_limits,
+)
+from hybridcache.geometry.config_format import ROPE_KEYS, Config
+from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraniteMoeHybridConfig(ModelConfig):
+    """``mamba_bias``, ``conv_bias``: which products have one. ``attention_scale``: of the products
+    of queries and keys. ``residual_multiplier``: of what a block adds to the stream.
+    ``time_limits``: of Mamba's time steps."""
+
+    mamba_bias: bool
+    conv_bias: bool
+    attention_scale: float
+    residual_multiplier: float
+    time_limits: tuple[float, float]
+
+
+class GraniteMoeHybrid(Decoder):
+    """Experts come as two tensors of all, or one by one where ``engine convert`` wrote them; gate
+    and up of every MLP as one."""
+
+    model_types = ("granitemoehybrid",)
+    config: GraniteMoeHybridConfig
+
+    @classmethod
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        """Raises ModelError for scales of which logits would be no numbers."""
+        if not config["logits_scaling"]:
+            raise ModelError("logits_scaling must not be 0 in config.json.")
+        if config["attention_multiplier"] <= 0:
+            raise ModelError(
+                f"attention_multiplier must be greater than 0 in config.json (got "
+                f"{config['attention_multiplier']})."
+            )
+        rope = None
+        if config["position_embedding_type"] == "rope":
+            rope = read_rope(config, mixer_of(sizes, AttentionSizes).head_dim)
+        config.ignore(*ROPE_KEYS, "intermediate_size", "num_experts_per_tok")
+        return GraniteMoeHybridConfig(
+            **common(config, sizes),
+            rope=rope,
+            embedding_multiplier=config["embedding_multiplier"],
+            logit_multiplier=1.0 / config["logits_scaling"],
+            mamba_bias=config["mamba_proj_bias"],
+            conv_bias=config["mamba_conv_bias"],
+            attention_scale=config["attention_multiplier"],
+            residual_multiplier=config["residual_multiplier"],
+            time_limits=time_limits(config),
+        )
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        assert sizes.mlp is not None
+        return [
+            MixerStep(
+                self.mixer(name, sizes.mixers[0]),
+                before=self.norm_of(f"{name}.input_layernorm"),
+                multiplier=self.config.residual_multiplier,
+            ),
+            FeedForwardStep(
+                self.mlp(name, sizes.mlp),
+                before=self.norm_of(f"{name}.post_attention_layernorm"),
+                multiplier=self.config.residual_multiplier,
+            ),
+        ]
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        config = self.config
+        if isinstance(sizes, AttentionSizes):
+            return self.attention(f"{name}.self_attn", sizes, scale=config.attention_scale)
+        assert isinstance(sizes, MambaSizes)
+        return Mamba2(
+            f"{name}.mamba",
+            config.hidden_size,
+            sizes,
+            self.build,
+            norm=GatedNorm(config.norm_eps, gate_first=True),
+            limits=config.time_limits,
+            bias=config.mamba_bias,
+            output_bias=config.mamba_bias,
+            conv_bias=config.conv_bias,
+        )
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        if isinstance(sizes, MLPSizes):
+            return self.shared(name, sizes.intermediate)
+        hidden, stem = self.config.hidden_size, f"{name}.block_sparse_moe"
+        router = SoftmaxRouter(f"{stem}.router.layer", hidden, sizes, self.build, renormalises=True)
+        each = stem if self.stacked_experts else f"{stem}.experts.{{}}"
+        names = ExpertNames((f"{each}.input_linear.weight",), f"{each}.output_linear.weight")
+        experts = RoutedExperts(stem, hidden, sizes, router, names, self.build)
+        return Beside([experts, self.shared(name, sizes.shared_intermediate)])
+
+    def shared(self, name: str, intermediate_size: int) -> FeedForward:
+        """What every token meets."""
+        return MLP(
+            f"{name}.shared_mlp",
+            self.config.hidden_size,
+            intermediate_size,
+            self.build,
+            inputs=["input_linear"],
+            output="output_linear",
+        )

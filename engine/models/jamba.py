@@ -1,0 +1,85 @@
+"""Jamba: Mamba-1 with an attention layer now and then, experts in place of some MLPs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.layers.experts import ExpertNames
+from engine.layers.mamba1 import Mamba1
+from engine.layers.mlp import MLP
+from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.layers.routed import RoutedExperts, SoftmaxRouter
+from engine.models.decoder import Decoder, Step
+from engine.weights.model_config import ModelConfig, ModelError, common
+from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JambaConfig(ModelConfig):
+    """``mamba_bias``, ``conv_bias``: which products have one. ``step_rank``: of the product that
+    makes Mamba's time steps."""
+
+    mamba_bias: bool
+    conv_bias: bool
+    step_rank: int
+
+
+class Jamba(Decoder):
+    """Attention rotates nothing: positions come from the state space layers."""
+
+    model_types = ("jamba",)
+    norm_name = "model.final_layernorm"
+    config: JambaConfig
+
+    @classmethod
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        """Raises ModelError for time steps of rank zero."""
+        rank = config["mamba_dt_rank"]
+        if not isinstance(rank, int) or rank < 1:
+            raise ModelError(
+                f"mamba_dt_rank must be auto or 1 or more in config.json (got {rank})."
+            )
+        return JambaConfig(
+            **common(config, sizes),
+            rope=None,
+            mamba_bias=config["mamba_proj_bias"],
+            conv_bias=config["mamba_conv_bias"],
+            step_rank=rank,
+        )
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        assert sizes.mlp is not None
+        before, between = f"{name}.input_layernorm", f"{name}.pre_ff_layernorm"
+        return [
+            MixerStep(self.mixer(name, sizes.mixers[0]), before=self.norm_of(before)),
+            FeedForwardStep(self.mlp(name, sizes.mlp), before=self.norm_of(between)),
+        ]
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        config, hidden = self.config, self.config.hidden_size
+        if isinstance(sizes, AttentionSizes):
+            return self.attention(f"{name}.self_attn", sizes, bias=False)
+        assert isinstance(sizes, MambaSizes)
+        return Mamba1(
+            f"{name}.mamba",
+            hidden,
+            sizes,
+            config.step_rank,
+            self.build,
+            eps=config.norm_eps,
+            bias=config.mamba_bias,
+            conv_bias=config.conv_bias,
+        )
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        hidden, name = self.config.hidden_size, f"{name}.feed_forward"
+        if isinstance(sizes, MLPSizes):
+            return MLP(name, hidden, sizes.intermediate, self.build)
+        router = SoftmaxRouter(f"{name}.router", hidden, sizes, self.build, renormalises=False)
+        stem = f"{name}.experts.{{}}"
+        inputs = f"{stem}.gate_proj.weight", f"{stem}.up_proj.weight"
+        names = ExpertNames(inputs, f"{stem}.down_proj.weight")
+        return RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)

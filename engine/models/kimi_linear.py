@@ -1,0 +1,107 @@
+"""Kimi Linear: three layers of Kimi Delta Attention to one of latent attention, nothing rotated,
+experts with a shared one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from engine.layers.experts import ExpertNames
+from engine.layers.kda import KimiDeltaAttention
+from engine.layers.mla import LatentAttention
+from engine.layers.mlp import MLP
+from engine.layers.norm import RMSNorm
+from engine.layers.residual import FeedForward, Mixer
+from engine.layers.routed import Beside, RoutedExperts, SigmoidRouter
+from engine.models.decoder import Decoder
+from engine.weights.model_config import ModelConfig, ModelError, check_only, common
+from engine.weights.tensor_files import Tensor
+from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.mixers import DeltaSizes, LatentAttentionSizes
+from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, ModelSizes
+
+DENSE_MLP = re.compile(r"\.block_sparse_moe\.((gate|up|down)_proj\.)")
+LATENT_NORM_EPS = 1e-6
+"""Whatever the config says of the other norms."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KimiLinearConfig(ModelConfig):
+    """``renormalises``: whether the weights of a token's experts are made to sum to one, before
+    they are multiplied with ``expert_scale``."""
+
+    renormalises: bool
+    expert_scale: float
+
+
+class KimiLinear(Decoder):
+    """The names are those of the published checkpoint: ``mlp`` where a layer is dense,
+    ``block_sparse_moe`` where it has experts."""
+
+    model_types = ("kimi_linear",)
+    config: KimiLinearConfig
+
+    @classmethod
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        """Raises ModelError for what no published model of the family has."""
+        check_only(config, moe_router_activation_func=("sigmoid",), moe_layer_freq=(1,))
+        check_only(config, q_lora_rank=(None,), mla_use_nope=(True,), topk_group=(1,))
+        if config["linear_attn_config"]:
+            raise ModelError(
+                f"linear_attn_config in config.json has keys that are not supported: "
+                f"{', '.join(sorted(config['linear_attn_config']))}."
+            )
+        if config["n_group"] != 1:
+            raise ModelError(
+                f"experts in groups are not supported: num_expert_group (n_group) must be 1 in "
+                f"config.json (got {config['n_group']})."
+            )
+        if config["num_key_value_heads"] != config["num_attention_heads"]:
+            raise ModelError(
+                "num_key_value_heads must be num_attention_heads in config.json: latent attention "
+                "has no groups of heads."
+            )
+        return KimiLinearConfig(
+            **common(config, sizes),
+            rope=None,
+            renormalises=config["norm_topk_prob"],
+            expert_scale=config["routed_scaling_factor"],
+        )
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """transformers writes the MLP of dense layers under the name of the experts."""
+        return {DENSE_MLP.sub(r".mlp.\1", name): tensor for name, tensor in tensors.items()}
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        config, build, attention = self.config, self.build, f"{name}.self_attn"
+        if isinstance(sizes, DeltaSizes):
+            norm = self.norm_of(f"{attention}.o_norm", sizes.value_dim)
+            return KimiDeltaAttention(attention, config.hidden_size, sizes, build, norm)
+        assert isinstance(sizes, LatentAttentionSizes)
+        norm = RMSNorm(f"{attention}.kv_a_layernorm", sizes.rank, build, eps=LATENT_NORM_EPS)
+        return LatentAttention(
+            attention, config.hidden_size, sizes, build, norm, bias=config.attention_bias
+        )
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        if isinstance(sizes, MLPSizes):
+            return super().mlp(name, sizes)
+        config, hidden, name = self.config, self.config.hidden_size, f"{name}.block_sparse_moe"
+        router = SigmoidRouter(
+            f"{name}.gate",
+            hidden,
+            sizes,
+            self.build,
+            bias=f"{name}.gate.e_score_correction_bias",
+            renormalises=config.renormalises,
+            scale=config.expert_scale,
+        )
+        stem = f"{name}.experts.{{}}"
+        names = ExpertNames((f"{stem}.w1.weight", f"{stem}.w3.weight"), f"{stem}.w2.weight")
+        experts = RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)
+        if not sizes.shared_intermediate:
+            return experts
+        shared = MLP(f"{name}.shared_experts", hidden, sizes.shared_intermediate, self.build)
+        return Beside([experts, shared])

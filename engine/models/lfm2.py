@@ -1,0 +1,88 @@
+"""LFM2, dense or with experts: short convolutions, and attention with normed heads now and then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.layers.experts import ExpertNames
+from engine.layers.mlp import MLP
+from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.layers.routed import RoutedExperts, SigmoidRouter
+from engine.layers.shortconv import ShortConv
+from engine.models.decoder import Decoder, Step
+from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
+from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.mixers import AttentionSizes, ShortConvSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+
+ROPE_THETA = 1e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lfm2Config(ModelConfig):
+    """``conv_bias``: of all that belongs to the convolutions. ``expert_bias``: whether a bias helps
+    to choose experts. ``renormalises``: whether their weights are made to sum to one, before they
+    are multiplied with ``expert_scale``."""
+
+    conv_bias: bool
+    expert_bias: bool
+    renormalises: bool
+    expert_scale: float
+
+
+class Lfm2(Decoder):
+    """A mixer and an MLP in every layer, each behind a norm; the last norm is called after the
+    embedding."""
+
+    model_types = ("lfm2", "lfm2_moe")
+    norm_name = "model.embedding_norm"
+    config: Lfm2Config
+
+    @classmethod
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        head_dim = mixer_of(sizes, AttentionSizes).head_dim
+        return Lfm2Config(
+            **common(config, sizes, eps="norm_eps"),
+            rope=read_rope(config, head_dim, theta=ROPE_THETA),
+            conv_bias=config["conv_bias"],
+            expert_bias=config.get("use_expert_bias", False),
+            renormalises=config.get("norm_topk_prob", False),
+            expert_scale=config.get("routed_scaling_factor", 1.0),
+        )
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        assert sizes.mlp is not None
+        mixer, mlp = self.mixer(name, sizes.mixers[0]), self.mlp(name, sizes.mlp)
+        return [
+            MixerStep(mixer, before=self.norm_of(f"{name}.operator_norm")),
+            FeedForwardStep(mlp, before=self.norm_of(f"{name}.ffn_norm")),
+        ]
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        if isinstance(sizes, ShortConvSizes):
+            name, config = f"{name}.conv", self.config
+            return ShortConv(name, config.hidden_size, sizes, self.build, bias=config.conv_bias)
+        assert isinstance(sizes, AttentionSizes)
+        name, size = f"{name}.self_attn", sizes.head_dim
+        norms = self.norm_of(f"{name}.q_layernorm", size), self.norm_of(f"{name}.k_layernorm", size)
+        return self.attention(name, sizes, norms=norms, output="out_proj")
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        config, hidden, name = self.config, self.config.hidden_size, f"{name}.feed_forward"
+        if isinstance(sizes, MLPSizes):
+            inputs, output = ("w1", "w3"), "w2"
+            return MLP(name, hidden, sizes.intermediate, self.build, inputs=inputs, output=output)
+        router = SigmoidRouter(
+            f"{name}.gate",
+            hidden,
+            sizes,
+            self.build,
+            bias=f"{name}.expert_bias" if config.expert_bias else None,
+            renormalises=config.renormalises,
+            scale=config.expert_scale,
+            eps=1e-6,
+        )
+        stem = f"{name}.experts.{{}}"
+        names = ExpertNames((f"{stem}.w1.weight", f"{stem}.w3.weight"), f"{stem}.w2.weight")
+        return RoutedExperts(f"{name}.experts", hidden, sizes, router, names, self.build)

@@ -1,0 +1,117 @@
+"""Nemotron-H: every layer is one block, a Mamba-2 mixer, attention, an MLP or experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.layers.experts import ExpertNames
+from engine.layers.linear import Part
+from engine.layers.mamba2 import GatedNorm, Mamba2
+from engine.layers.mlp import SquaredReluMLP
+from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.layers.routed import Beside, RoutedExperts, SigmoidRouter
+from engine.models.decoder import Decoder, Step
+from engine.weights.model_config import ACTIVATIONS, ModelConfig, check_only, common, time_limits
+from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.mixers import AttentionSizes, MambaSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NemotronHConfig(ModelConfig):
+    """``mamba_bias``, ``conv_bias``, ``mlp_bias``: which products have one. ``time_limits``: of
+    Mamba's time steps. ``renormalises``: whether the weights of a token's experts are made to sum
+    to one, before they are multiplied with ``expert_scale``."""
+
+    mamba_bias: bool
+    conv_bias: bool
+    mlp_bias: bool
+    time_limits: tuple[float, float]
+    renormalises: bool
+    expert_scale: float
+
+
+class NemotronH(Decoder):
+    """Attention rotates nothing: positions come from the state space layers."""
+
+    model_types = ("nemotron_h",)
+    embedding_name = "backbone.embeddings"
+    layers_name = "backbone.layers"
+    norm_name = "backbone.norm_f"
+    config: NemotronHConfig
+
+    @classmethod
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        """Raises ModelError for what no published model of the family has."""
+        check_only(config, mlp_hidden_act=("relu2",), mamba_hidden_act=ACTIVATIONS)
+        check_only(config, sliding_window=(None,), n_group=(1,), topk_group=(1,))
+        return NemotronHConfig(
+            **common(config, sizes, eps="layer_norm_epsilon"),
+            rope=None,
+            mamba_bias=config["use_bias"],
+            conv_bias=config["use_conv_bias"],
+            mlp_bias=config["mlp_bias"],
+            time_limits=time_limits(config),
+            renormalises=config["norm_topk_prob"],
+            expert_scale=config["routed_scaling_factor"],
+        )
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        before, block = self.norm_of(f"{name}.norm"), f"{name}.mixer"
+        if sizes.mixers:
+            return [MixerStep(self.mixer(block, sizes.mixers[0]), before=before)]
+        assert sizes.mlp is not None
+        return [FeedForwardStep(self.mlp(block, sizes.mlp), before=before)]
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        config = self.config
+        if isinstance(sizes, AttentionSizes):
+            return self.attention(name, sizes, bias=False)
+        assert isinstance(sizes, MambaSizes)
+        return Mamba2(
+            name,
+            config.hidden_size,
+            sizes,
+            self.build,
+            norm=GatedNorm(config.norm_eps, gate_first=True),
+            limits=config.time_limits,
+            bias=config.mamba_bias,
+            output_bias=config.mamba_bias,
+            conv_bias=config.conv_bias,
+        )
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        if isinstance(sizes, MLPSizes):
+            return self.squared_relu(name, sizes.intermediate)
+        config, hidden = self.config, self.config.hidden_size
+        router = SigmoidRouter(
+            f"{name}.gate",
+            hidden,
+            sizes,
+            self.build,
+            bias=f"{name}.gate.e_score_correction_bias",
+            renormalises=config.renormalises,
+            scale=config.expert_scale,
+        )
+        stem = f"{name}.experts"
+        experts = RoutedExperts(
+            stem,
+            hidden,
+            sizes,
+            router,
+            ExpertNames((f"{stem}.{{}}.up_proj.weight",), f"{stem}.{{}}.down_proj.weight"),
+            self.build,
+            narrow=Part(f"{name}.fc1_latent_proj", sizes.width) if sizes.width else None,
+            widen=Part(f"{name}.fc2_latent_proj", hidden) if sizes.width else None,
+            bias=config.mlp_bias,
+        )
+        shared = self.squared_relu(f"{name}.shared_experts", sizes.shared_intermediate)
+        return Beside([experts, shared])
+
+    def squared_relu(self, name: str, intermediate_size: int) -> FeedForward:
+        """An MLP without a gate."""
+        config = self.config
+        return SquaredReluMLP(
+            name, config.hidden_size, intermediate_size, self.build, bias=config.mlp_bias
+        )

@@ -1,0 +1,102 @@
+"""Olmo Hybrid: Gated DeltaNet with steps up to two, and attention whose norms stand behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from engine.layers.gated_delta_net import GatedDeltaNet
+from engine.layers.linear import Part
+from engine.layers.residual import FeedForwardStep, Mixer, MixerStep
+from engine.models.decoder import Decoder, Step
+from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
+from engine.weights.tensor_files import Joined, Tensor
+from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
+from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
+
+OUTPUT_EPS = 1e-5
+"""Of the norm behind the scan, whatever the config says of the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OlmoHybridConfig(ModelConfig):
+    """``max_beta``: largest step of the delta rule."""
+
+    max_beta: float
+
+
+class OlmoHybrid(Decoder):
+    """Norms stand before the linear layers and behind the attention ones, which norm queries and
+    keys over all heads; six matrices and three convolutions make a linear layer's inputs."""
+
+    model_types = ("olmo_hybrid",)
+    config: OlmoHybridConfig
+
+    @classmethod
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        head_dim = mixer_of(sizes, AttentionSizes).head_dim
+        return OlmoHybridConfig(
+            **common(config, sizes),
+            rope=read_rope(config, head_dim, is_optional=True),
+            max_beta=2.0 if config["linear_allow_neg_eigval"] else 1.0,
+        )
+
+    @classmethod
+    def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """transformers cuts the convolution over queries, keys and values into thirds, and calls
+        the norm behind attention as the one before the MLP of a linear layer."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            layer, _, word = name.partition(".feedforward_layer_norm.")
+            attends = bool(word) and f"{layer}.self_attn.q_proj.weight" in tensors
+            found[f"{layer}.post_attention_layernorm.{word}" if attends else name] = tensor
+        for name in [name for name in found if name.endswith(".linear_attn.q_conv1d.weight")]:
+            stem = name.removesuffix("q_conv1d.weight")
+            convs = [f"{stem}{word}_conv1d.weight" for word in "qkv"]
+            products = [f"{stem}{word}_proj.weight" for word in "qkv"]
+            if not all(other in found for other in (*convs, *products)):
+                continue
+            parts = tuple(found[conv] for conv in convs)
+            ends = list(accumulate(found[product].shape[0] for product in products))
+            if ends[-1] == sum(part.shape[0] for part in parts):
+                for conv, rows in zip(convs, pairwise([0, *ends]), strict=True):
+                    found[conv] = Joined.of(conv, parts, range(*rows))
+        return found
+
+    def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
+        assert sizes.mlp is not None
+        mixer, mlp = self.mixer(name, sizes.mixers[0]), self.mlp(name, sizes.mlp)
+        if isinstance(sizes.mixers[0], DeltaSizes):
+            return [
+                MixerStep(mixer, before=self.norm_of(f"{name}.attention_layer_norm")),
+                FeedForwardStep(mlp, before=self.norm_of(f"{name}.feedforward_layer_norm")),
+            ]
+        return [
+            MixerStep(mixer, after=self.norm_of(f"{name}.post_attention_layernorm")),
+            FeedForwardStep(mlp, after=self.norm_of(f"{name}.post_feedforward_layernorm")),
+        ]
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        if isinstance(sizes, AttentionSizes):
+            name = f"{name}.self_attn"
+            queries, keys = sizes.num_heads * sizes.head_dim, sizes.num_kv_heads * sizes.head_dim
+            norms = self.norm_of(f"{name}.q_norm", queries), self.norm_of(f"{name}.k_norm", keys)
+            return self.attention(name, sizes, norms=norms)
+        assert isinstance(sizes, DeltaSizes)
+        name, heads = f"{name}.linear_attn", sizes.num_value_heads
+        qkv = {"q": sizes.key_width, "k": sizes.key_width, "v": sizes.value_width}
+        widths = qkv | {"g": sizes.value_width, "b": heads, "a": heads}
+        return GatedDeltaNet(
+            name,
+            self.config.hidden_size,
+            sizes,
+            [Part(f"{name}.{word}_proj", width) for word, width in widths.items()],
+            self.build,
+            eps=OUTPUT_EPS,
+            convs={f"{word}_conv1d": width for word, width in qkv.items()},
+            output="o_proj",
+            norm="o_norm",
+            max_beta=self.config.max_beta,
+        )

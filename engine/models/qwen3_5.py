@@ -1,0 +1,34 @@
+"""Qwen3.5, dense or with experts: Qwen3-Next's layers, input projections of the linear ones split
+by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.layers.linear import Part
+from engine.models.qwen3_next import Qwen3Next
+from engine.weights.model_config import ModelConfig, check_only
+from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.mixers import DeltaSizes
+from hybridcache.geometry.sizes import ModelSizes
+
+
+class Qwen3_5(Qwen3Next):
+    """The text part of a Qwen3.5 checkpoint; its experts come as one tensor each of gate-and-up and
+    of down, and their weights always sum to one."""
+
+    model_types = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+
+    @classmethod
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        check_only(config, mlp_only_layers=([], None))
+        return super().read(config, sizes)
+
+    def inputs(self, name: str, sizes: DeltaSizes) -> Sequence[Part]:
+        heads = sizes.num_value_heads
+        return [
+            Part(f"{name}.in_proj_qkv", sizes.conv_channels),
+            Part(f"{name}.in_proj_z", sizes.value_width),
+            Part(f"{name}.in_proj_b", heads),
+            Part(f"{name}.in_proj_a", heads),
+        ]

@@ -1,0 +1,108 @@
+"""Qwen3-Next: three Gated DeltaNet layers to one of gated attention, experts with a shared one in
+every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from engine.layers.gated_delta_net import GatedDeltaNet
+from engine.layers.linear import Part
+from engine.layers.mlp import ExpertsMLP
+from engine.layers.prediction import PredictionHead
+from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
+from engine.models.decoder import Decoder
+from engine.weights.model_config import ModelConfig, check_only, common, mixer_of, read_rope
+from hybridcache.geometry.config_format import Config
+from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
+from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLPSizes, ModelSizes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Qwen3NextConfig(ModelConfig):
+    """``renormalises``: whether the weights of a token's experts are made to sum to one."""
+
+    renormalises: bool
+
+
+class Qwen3Next(Decoder):
+    """Input projections of the linear layers come interleaved by key head, experts one by one."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("qwen3_next",)
+    centred_norms = True
+    config: Qwen3NextConfig
+
+    @classmethod
+    def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
+        check_only(config, attn_output_gate=(True,))
+        attention = mixer_of(sizes, AttentionSizes)
+        return Qwen3NextConfig(
+            **common(config, sizes),
+            rope=read_rope(config, attention.head_dim, fraction=0.25),
+            renormalises=config.get("norm_topk_prob", True),
+        )
+
+    def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
+        if isinstance(sizes, AttentionSizes):
+            name = f"{name}.self_attn"
+            return self.attention(name, sizes, norms=self.head_norms(name, sizes))
+        assert isinstance(sizes, DeltaSizes)
+        name, config = f"{name}.linear_attn", self.config
+        inputs = self.inputs(name, sizes)
+        return GatedDeltaNet(
+            name, config.hidden_size, sizes, inputs, self.build, eps=config.norm_eps
+        )
+
+    def inputs(self, name: str, sizes: DeltaSizes) -> Sequence[Part]:
+        """Queries, keys, values and z are one matrix, b and a another, key head by key head."""
+        group = sizes.num_value_heads // sizes.num_key_heads
+        values = group * sizes.value_dim
+        qkvz = _by_kind(sizes, [sizes.key_dim, sizes.key_dim, values, values])
+        ba = _by_kind(sizes, [group, group])
+        return [
+            Part(f"{name}.in_proj_qkvz", len(qkvz), qkvz),
+            Part(f"{name}.in_proj_ba", len(ba), ba),
+        ]
+
+    def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
+        if isinstance(sizes, MLPSizes):
+            return super().mlp(name, sizes)
+        return ExpertsMLP(
+            f"{name}.mlp",
+            self.config.hidden_size,
+            sizes,
+            self.build,
+            renormalises=self.config.renormalises,
+            stacked_names=self.stacked_experts,
+        )
+
+    def prediction_head(self) -> PredictionHead:
+        """The head under ``mtp``, its weights not filled in: a layer of attention, with experts
+        where the model has any."""
+        sizes = self.config.sizes
+        mlps = [layer.mlp for layer in sizes.layers]
+        mlp = next((mlp for mlp in mlps if isinstance(mlp, ExpertsSizes)), mlps[-1])
+        layer = LayerSizes((mixer_of(sizes, AttentionSizes),), mlp)
+        attention, feed_forward = self.steps("mtp.layers.0", layer)
+        assert isinstance(attention, MixerStep) and isinstance(feed_forward, FeedForwardStep)
+        words = "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"
+        embedding, hidden, last = (self.norm_of(f"mtp.{word}") for word in words)
+        return PredictionHead(
+            "mtp",
+            self.config.hidden_size,
+            self.build,
+            norms=(embedding, hidden, last),
+            attention=attention,
+            mlp=feed_forward,
+        )
+
+
+def _by_kind(sizes: DeltaSizes, widths: list[int]) -> torch.Tensor:
+    """Rows of a matrix that has ``widths`` next to each other for every key head, ordered by kind
+    instead."""
+    heads = sizes.num_key_heads
+    rows = torch.arange(heads * sum(widths)).view(heads, sum(widths))
+    return torch.cat([part.flatten() for part in rows.split(widths, dim=1)])

@@ -1,0 +1,1 @@
+"""Optional capabilities: each imports the core; the core imports none of them."""

@@ -1,0 +1,291 @@
+"""Why a prompt was not read from the cache: where it parts from an earlier one (the client's side,
+or the template's), and what the cache no longer had of what both share (ours)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast
+
+from engine.plugins.diagnostics.outline import SYSTEM_ROLES, MessageOutline, Outline
+from hybridcache.api import Losses
+from hybridcache.tokens import Tokens, common_prefix_len
+
+SHOWN = 12
+"""Tokens shown on each side of where two prompts part."""
+Change = Literal[
+    "model",  # another model was asked
+    "tools",  # the list of tools
+    "system",  # the system message
+    "variables",  # the template's switches, such as enable_thinking
+    "messages",  # an earlier message
+    "answer",  # the answer came back other than it was sampled
+    "template",  # the same messages, which the template writes, or the tokenizer cuts, otherwise
+]
+How = Literal["changed", "added", "removed", "reordered"]
+CAUSES = (
+    "refused",
+    "not_fetched",
+    "checkpoint_evicted",
+    "never_checkpointed",
+    "below_grid",
+    "kv_evicted",
+    "forgotten",
+)
+"""Why shared tokens were computed again, in the order of their positions: as ``Losses``, and
+``forgotten``: the cache does not even remember that it saw them."""
+
+USUAL_FIELDS = ("content", "reasoning_content", "tool_calls", "tool_call_id", "name")
+"""Names of a message's fields that tell nothing of who wrote it."""
+_USUAL = ("never_checkpointed", "below_grid")
+Decode = Callable[[Sequence[int]], str]
+Locate = Callable[[int], "str | None"]
+
+
+class Found(NamedTuple):
+    """What the cache had of a prompt."""
+
+    cached_len: int
+    losses: Losses
+
+
+@dataclass(frozen=True, slots=True)
+class Parting:
+    """Where two prompts part."""
+
+    at: int
+    """Tokens that both share."""
+    change: Change
+    how: How
+    path: str | None
+    """Which part of the request, as in ``messages[3].content``; None: not known."""
+    before: str | None
+    """The last tokens that both share, as text; None: a namespace's are not shown."""
+    was: str | None
+    """Tokens of the earlier request, as text; None if they may be another client's."""
+    now: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a request computed what it did, beside an earlier one."""
+
+    prompt_len: int
+    cached_len: int
+    earlier_len: int
+    """Tokens of the earlier prompt."""
+    known_len: int
+    """With those of its answer."""
+    shared_len: int
+    """Tokens that could have been read, had the cache kept all of the earlier request."""
+    parting: Parting | None
+    """None: the prompt goes on where the earlier request ended, or is a beginning of it."""
+    lost: dict[str, int]
+    """Why tokens below ``shared_len`` were computed again, by cause."""
+
+    @property
+    def cause(self) -> str | None:
+        """The one word: what cost most tokens; None: all that is shared was read, and it goes on.
+
+        Where prompts part there need be no state, and nowhere off the grid: these two causes count
+        where nothing else does.
+        """
+        costs: dict[str, int] = {n: lost for n, lost in self.lost.items() if n not in _USUAL}
+        if self.parting is not None:
+            costs[self.parting.change] = max(self.known_len - self.parting.at, 1)
+        for names in (costs, {name: self.lost[name] for name in _USUAL}):
+            worst = max(names, key=lambda name: names[name])
+            if names[worst]:
+                return worst
+        return None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; engine/README.md has the fields."""
+        parting = self.parting
+        parted = None if parting is None else {n: getattr(parting, n) for n in Parting.__slots__}
+        return {
+            "prompt_tokens": self.prompt_len,
+            "cached_tokens": self.cached_len,
+            "earlier_tokens": self.earlier_len,
+            "shared_tokens": self.shared_len,
+            "new_tokens": self.prompt_len - self.shared_len,
+            "parted": parted,
+            "lost": {name: number for name, number in self.lost.items() if number},
+            "cause": self.cause,
+            "text": self.text,
+        }
+
+    @property
+    def text(self) -> str:
+        """In a sentence or two."""
+        computed = self.prompt_len - self.cached_len
+        words = [
+            f"{self.cached_len:,} of {self.prompt_len:,} tokens were read, {computed:,} computed."
+        ]
+        if self.parting is not None:
+            words.append(_say(self.parting))
+        lost = [f"{number:,} {WORDS[name]}" for name, number in self.lost.items() if number]
+        if lost:
+            words.append(f"Of the {self.shared_len:,} that both share: {', '.join(lost)}.")
+        return " ".join(words)
+
+
+WORDS = {
+    "refused": "found no memory to be resumed in",
+    "not_fetched": "lie in a lower tier and were not worth fetching",
+    "checkpoint_evicted": "lie past a state that was evicted",
+    "never_checkpointed": "lie past the last state that was saved",
+    "below_grid": "lie past the last position at which a state may be saved",
+    "kv_evicted": "were evicted",
+    "forgotten": "are no longer known to the cache",
+}
+SAID = {
+    "model": "another model was asked",
+    "tools": "the tools were {how}",
+    "system": "the system message was {how}",
+    "variables": "the template's variables were {how}",
+    "messages": "an earlier message was {how}",
+    "answer": "the earlier answer came back other than it was sampled",
+    "template": "the template writes the same messages otherwise",
+}
+
+
+def _say(parting: Parting) -> str:
+    where = "" if parting.path is None else f" ({parting.path})"
+    said = SAID[parting.change].format(how=parting.how)
+    shown = "" if parting.was is None else f": {parting.was!r} became {parting.now!r}"
+    at = f"It parts from the earlier request after {parting.at:,} tokens"
+    return f"{at}, since {said}{where}{shown}."
+
+
+def explain(
+    earlier: Outline,
+    later: Outline,
+    found: Found,
+    *,
+    decode: Decode | None = None,
+    locate: Locate | None = None,
+    tools_first: bool = True,
+    shows_earlier: bool = True,
+) -> Explanation:
+    """Why ``later`` was computed as far as it was, though ``earlier`` had been.
+
+    Both are of one namespace. Unless ``shows_earlier``, no text or name of ``earlier`` is in the
+    explanation that ``later`` does not have: they may be of clients that do not know each other.
+    ``decode`` shows ids as text; ``locate`` names the part of the later
+    request that a position of its prompt lies in, and is asked only where the template alone is the
+    cause; ``tools_first``: the template writes tools before the system message. O(tokens).
+    """
+    limit = later.prompt_len
+    left, right = earlier.tokens, later.tokens[:limit]
+    at = common_prefix_len(cast(Tokens, left), cast(Tokens, right))
+    if earlier.model != later.model:
+        at = 0
+    # The newest token of an answer was never computed, and one of a prompt has to be.
+    shared_len = min(at, max(len(left) - 1, 0), limit - 1)
+    parting = None
+    if earlier.model != later.model or at < min(len(left), limit):
+        change, how, path = _change(earlier, later, at, tools_first, shows_earlier)
+        if path is None and locate is not None and not later.is_hashed:
+            path = locate(at)
+        shown: tuple[str | None, ...] = (None, None, None)
+        if decode is not None and not later.is_hashed and earlier.model == later.model:
+            was = left[at : at + SHOWN] if shows_earlier else None
+            spans = (right[max(at - SHOWN, 0) : at], was, right[at : at + SHOWN])
+            shown = tuple(None if span is None else decode(span.tolist()) for span in spans)
+        parting = Parting(at, change, how, path, *shown)
+    lost = _lost(found, shared_len)
+    return Explanation(
+        limit, found.cached_len, earlier.prompt_len, len(left), shared_len, parting, lost
+    )
+
+
+def _lost(found: Found, shared_len: int) -> dict[str, int]:
+    """Tokens of each cause below ``shared_len``: the causes follow one another in a prompt."""
+    by_cause = found.losses._asdict() | {"forgotten": found.losses.never_seen}
+    start, lost = found.cached_len, {}
+    for name in CAUSES:
+        end = start + by_cause[name]
+        lost[name] = max(min(end, shared_len) - start, 0)
+        start = end
+    return lost
+
+
+def _change(
+    earlier: Outline, later: Outline, at: int, tools_first: bool, shows_earlier: bool
+) -> tuple[Change, How, str | None]:
+    """(what differs, how, which part of the later request) of two prompts that part ``at``."""
+    if earlier.model != later.model:
+        return "model", "changed", "model"
+    before, after = _split(earlier), _split(later)
+    sides: list[tuple[Change, Sequence[Any], Sequence[Any], str]] = [
+        ("tools", earlier.tools, later.tools, "tools"),
+        ("system", before[0], after[0], "messages"),
+    ]
+    for change, old, new, name in sides if tools_first else reversed(sides):
+        if list(old) != list(new):
+            index, how = _first_difference(old, new)
+            return change, how, _path(name, index, how, old, new, shows_earlier)
+    shift = len(after[0])
+    old, new = before[1], after[1]
+    if list(new[: len(old)]) != list(old):
+        index, how = _first_difference(old, new)
+        path = _path("messages", index, how, old, new, shows_earlier, shift)
+        return "messages", how, path
+    if earlier.variables != later.variables:
+        names = [name for name, _ in set(earlier.variables) ^ set(later.variables)]
+        known = dict(earlier.variables).keys()
+        how = "changed" if min(names) in known else "added"
+        how = how if min(names) in dict(later.variables) else "removed"
+        is_shown = shows_earlier or how != "removed"
+        return "variables", how, f"chat_template_kwargs.{min(names)}" if is_shown else None
+    if at < earlier.turn_start:
+        return "template", "changed", None
+    index = len(earlier.messages)
+    echo = later.messages[index].said if index < len(later.messages) else None
+    is_echoed = echo is not None and echo == earlier.answer
+    return "template" if is_echoed else "answer", "changed", f"messages[{index}]"
+
+
+def _split(outline: Outline) -> tuple[Sequence[MessageOutline], Sequence[MessageOutline]]:
+    """(the system messages that it begins with, the others)."""
+    messages = outline.messages
+    roles = [message.role in SYSTEM_ROLES for message in messages]
+    end = roles.index(False) if False in roles else len(messages)
+    return messages[:end], messages[end:]
+
+
+def _first_difference(old: Sequence[Any], new: Sequence[Any]) -> tuple[int, How]:
+    """(index of the first entry that differs, what became of it)."""
+    pairs = enumerate(zip(old, new, strict=False))
+    index = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+    rest_old, rest_new = old[index:], new[index:]
+    if not rest_old or not rest_new:
+        return index, "added" if rest_new else "removed"
+    if rest_new[0] in rest_old and rest_old[0] in rest_new:
+        return index, "reordered"
+    if rest_new[0] in rest_old:
+        return index, "removed"
+    return index, "added" if rest_old[0] in rest_new else "changed"
+
+
+def _path(
+    name: str,
+    index: int,
+    how: How,
+    old: Sequence[Any],
+    new: Sequence[Any],
+    shows_earlier: bool,
+    shift: int = 0,
+) -> str:
+    path = f"{name}[{index + shift}]"
+    if how != "changed" or not isinstance(old[index], MessageOutline):
+        return path
+    a, b = old[index], new[index]
+    if a.role != b.role:
+        return f"{path}.role"
+    names = [field for field, _ in (*b.fields, *a.fields)]
+    differs = (field for field in names if dict(a.fields).get(field) != dict(b.fields).get(field))
+    field = next(differs, "content")
+    is_shown = shows_earlier or field in dict(b.fields) or field.partition("[")[0] in USUAL_FIELDS
+    return f"{path}.{field}" if is_shown else path

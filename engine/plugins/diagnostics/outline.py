@@ -1,0 +1,137 @@
+"""What is remembered of one request, to compare a later one with: digests of what it asked for, and
+its tokens, or keyed hashes of them where they are a tenant's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.plugins.diagnostics.answers import said_by
+from hybridcache.tokens import Tokens
+
+Marks = npt.NDArray[np.int32] | npt.NDArray[np.uint64]
+"""What stands for a sequence of ids."""
+Digest = bytes
+ENTRY_BYTES = 512
+"""What an outline takes beside its tokens and digests."""
+SYSTEM_ROLES = ("system", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class MessageOutline:
+    """One message: its role, and a digest of each of its fields."""
+
+    role: str
+    fields: tuple[tuple[str, Digest], ...]
+    said: Digest
+    """Of what it says, in whatever spelling."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """One request, and the answer it got."""
+
+    model: str
+    namespace: Hashable
+    tools: tuple[Digest, ...]
+    variables: tuple[tuple[str, Digest], ...]
+    """The template's switches, by name."""
+    messages: tuple[MessageOutline, ...]
+    tokens: Marks
+    """Prompt and answer: ids, int32[n]; of a namespace keyed hashes of (position, id), uint64[n],
+    which are equal where the ids are and tell nothing else."""
+    prompt_len: int
+    turn_start: int
+    """Where the header of the answer begins: what is past it is the answer's own turn."""
+    answer: Digest | None = None
+    """Of what the answer said, as ``MessageOutline.said``; None: not known."""
+
+    @property
+    def is_hashed(self) -> bool:
+        return self.tokens.dtype == np.uint64
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes."""
+        fields = sum(len(message.fields) for message in self.messages)
+        return ENTRY_BYTES + self.tokens.nbytes + 128 * (fields + len(self.tools))
+
+
+class Outliner:
+    """Makes the outlines of one server, with one key: nobody can try texts or ids against what is
+    remembered."""
+
+    def __init__(self, key: bytes, control_ids: Sequence[int]) -> None:
+        """``control_ids``: what begins and ends a turn."""
+        self._key = key
+        self._control_ids = np.asarray(control_ids, np.int32)
+        seed = np.frombuffer(self._digest("ids"), np.uint64)
+        self._secret, self._stride = seed[0], seed[1] | np.uint64(1)
+
+    def outline(
+        self,
+        tokens: Tokens,
+        *,
+        model: str,
+        namespace: Hashable = None,
+        messages: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
+    ) -> Outline:
+        """The outline of a prompt. O(its size)."""
+        ends = np.flatnonzero(np.isin(tokens, self._control_ids))
+        return Outline(
+            model,
+            namespace,
+            tuple(self._digest(tool) for tool in tools),
+            tuple((name, self._digest(value)) for name, value in sorted((variables or {}).items())),
+            tuple(self._message(message) for message in messages),
+            self._kept(tokens, namespace),
+            len(tokens),
+            int(ends[-1]) if len(ends) else len(tokens),
+        )
+
+    def answered(
+        self, outline: Outline, answer: Tokens, message: Mapping[str, Any] | None = None
+    ) -> Outline:
+        """``outline`` with the ids of its answer, and with what it said as a ``message``. O(its
+        tokens)."""
+        kept = self._kept(answer, outline.namespace, outline.prompt_len)
+        tokens: Any = np.concatenate((outline.tokens[: outline.prompt_len], kept))
+        said = None if message is None else self._digest(said_by(message))
+        return replace(outline, tokens=tokens, answer=said)
+
+    def _message(self, message: Mapping[str, Any]) -> MessageOutline:
+        fields = []
+        for name, value in message.items():
+            if name == "role" or value in (None, "", []):
+                continue
+            if isinstance(value, list):
+                entries = enumerate(value)
+                fields += [(f"{name}[{index}]", self._digest(entry)) for index, entry in entries]
+            else:
+                fields.append((name, self._digest(value)))
+        said = self._digest(said_by(message))
+        return MessageOutline(str(message.get("role")), tuple(fields), said)
+
+    def _digest(self, value: Any) -> Digest:
+        """Of ``value`` as JSON in its own order, which is what a template prints."""
+        text = json.dumps(value, default=repr).encode()
+        return hashlib.blake2b(text, key=self._key, digest_size=16).digest()
+
+    def _kept(self, tokens: Tokens, namespace: Hashable, start: int = 0) -> Marks:
+        if namespace is None:
+            return np.array(tokens, np.int32)
+        places = np.arange(start, start + len(tokens), dtype=np.uint64)
+        mixed = places * self._stride + tokens.astype(np.uint64) * self._secret + self._secret
+        # The finaliser of splitmix64 (Steele, Lea and Flood 2014).
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
+        result: npt.NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
+        return result

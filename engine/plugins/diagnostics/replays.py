@@ -1,0 +1,191 @@
+"""Prompts that keep the beginning of earlier ones: sampled tokens for the answers that come back,
+and lines that change with every request out of the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from engine import RequestOutput
+from engine.plugins.diagnostics.answers import AnswerMemory, said_by
+from engine.plugins.diagnostics.outline import SYSTEM_ROLES
+from engine.server.config import ServerConfig
+from engine.server.tenants import Tenant
+from engine.text.answer_events import (
+    CallArguments,
+    CallBegin,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+)
+from engine.text.answer_forms import MARKS as PARTS
+from engine.text.splice import SampledTurn
+from engine.text.templates import ChatPrompt
+from engine.text.tokenizer import Tokenizer
+
+KEEPS_THINKING = "preserve_thinking"
+"""The switch that newer templates know, and that is ours where they do not."""
+logger = logging.getLogger(__name__)
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a chat."""
+
+    tenant: Tenant
+    index: int
+    """Messages before it."""
+    chat: bytes | None
+    """Digest of what is before it. None if a secret tells the tenant from others: it may have the
+    reasoning of its answers back, wherever they stand."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """A chat as it is rendered."""
+
+    messages: list[Message]
+    variables: Mapping[str, Any] | None
+    sampled: Mapping[int, SampledTurn]
+    """What was sampled for the messages that are answers of ours, by their index."""
+    keeps_thinking: bool
+    place: Place
+    """The place of its answer."""
+
+
+class Replays:
+    """Makes what comes in into what was said before, as far as it is the same."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ServerConfig) -> None:
+        self._tokenizer = tokenizer
+        self._keeps_thinking = config.preserve_thinking
+        self._volatile = VolatileLines(config.volatile_line, config.volatile)
+        self.answers = AnswerMemory(int(config.replay_mib * 2**20))
+        control = [text for text in tokenizer.control_tokens if text not in PARTS]
+        self._control_ids = frozenset(i for text in control for i in tokenizer.encode(text)[:1])
+
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        tenant: Tenant,
+    ) -> ChatInput:
+        """A chat as it is to be rendered. O(its size)."""
+        keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
+        if keeps:
+            variables = {**(variables or {}), KEEPS_THINKING: True}
+        chat, sampled = self._volatile.settle(messages), {}
+        seen = None if tenant.is_known else hashlib.blake2b(digest_size=16)
+        _see(seen, tools)
+        for index, message in enumerate(chat):
+            before = None if seen is None else seen.digest()
+            _see(seen, [message.get("role"), *said_by(self._volatile.without(message))[:2]])
+            turn = self.answers.find(tenant, index, message, keeps, before)
+            if turn is not None:
+                sampled[index] = turn
+                if turn.reasoning and not message.get("reasoning_content"):
+                    chat[index] = {**message, "reasoning_content": turn.reasoning}
+        place = Place(tenant, len(chat), None if seen is None else seen.digest())
+        return ChatInput(chat, variables, sampled, keeps, place)
+
+    def remember(
+        self,
+        prompt: ChatPrompt,
+        place: Place,
+        message: Message,
+        output: RequestOutput,
+    ) -> None:
+        """Keep the tokens of an answer, given as ``message``, that the model ended itself or that
+        was cut by its length: one that a client can send back whole. O(its size)."""
+        token_ids = output.output.tolist()
+        if output.finish_reason == "stop" and token_ids[-1] in self._tokenizer.eos_token_ids:
+            token_ids.pop()
+        elif output.finish_reason != "length":
+            return
+        if not prompt.header or not self._control_ids.isdisjoint(token_ids):
+            return
+        turn = SampledTurn(prompt.header, token_ids, message["reasoning_content"])
+        self.answers.put(place.tenant, place.index, message, turn, place.chat)
+
+
+def _see(seen: Any, value: Any) -> None:
+    """Add ``value`` to a running digest, if there is one."""
+    if seen is not None:
+        seen.update(json.dumps(value, default=repr).encode())
+
+
+def as_message(events: Sequence[Event]) -> Message:
+    """An answer as a template takes it. O(length)."""
+    content: list[str] = []
+    reasoning: list[str] = []
+    calls: list[tuple[str, list[str]]] = []
+    for one in events:
+        match one:
+            case TextDelta(text):
+                content.append(text)
+            case ReasoningDelta(text):
+                reasoning.append(text)
+            case CallBegin(name):
+                calls.append((name, []))
+            case CallArguments(text):
+                calls[-1][1].append(text)
+    functions = [{"name": name, "arguments": "".join(pieces)} for name, pieces in calls]
+    return {
+        "role": "assistant",
+        "content": "".join(content),
+        "reasoning_content": "".join(reasoning),
+        "tool_calls": [{"type": "function", "function": function} for function in functions],
+    }
+
+
+def compiled(pattern: str | None) -> re.Pattern[str] | None:
+    """Of ``--volatile-line``. ValueError: it is no regular expression."""
+    try:
+        return None if pattern is None else re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"--volatile-line {pattern!r} can not be read ({error}).") from error
+
+
+class VolatileLines:
+    """Lines of the system message that change with every request, so that nothing below hits."""
+
+    def __init__(self, pattern: str | None, what: Literal["move", "drop"]) -> None:
+        """ValueError: ``pattern`` is no regular expression."""
+        self._drops = what == "drop"
+        self._pattern = compiled(pattern)
+        if pattern is not None:
+            done = "dropped from" if self._drops else "moved to the end of"
+            logger.warning("Lines that match %r are %s the system message.", pattern, done)
+
+    def without(self, message: Message) -> Message:
+        """Return ``message`` without these lines, if it is a system message. O(its size)."""
+        if self._pattern is None or message.get("role") not in SYSTEM_ROLES:
+            return message
+        lines = str(message.get("content") or "").split("\n")
+        return {**message, "content": "\n".join(x for x in lines if not self._pattern.search(x))}
+
+    def settle(self, messages: Sequence[Message]) -> list[Message]:
+        """``messages`` with these lines at the end of the system message that has them, or without
+        them. O(its size)."""
+        chat = list(messages)
+        if self._pattern is None:
+            return chat
+        for index, message in enumerate(chat):
+            if message.get("role") not in SYSTEM_ROLES:
+                break
+            lines = str(message.get("content") or "").split("\n")
+            moved = [line for line in lines if self._pattern.search(line)]
+            if moved:
+                kept = [line for line in lines if not self._pattern.search(line)]
+                told = "dropped" if self._drops else "moved"
+                logger.info("%d lines of message %d were %s.", len(moved), index, told)
+                text = "\n".join(kept if self._drops else [*kept, *moved])
+                chat[index] = {**message, "content": text}
+        return chat

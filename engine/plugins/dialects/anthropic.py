@@ -1,0 +1,231 @@
+"""POST /v1/messages: Anthropic's dialect of a chat."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncIterator, Iterator, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+
+from engine import RequestOutput
+from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
+from engine.server.body import to_json
+from engine.server.chat_session import Answer, Exchange, Finish, ask, render, settle_system
+from engine.server.context import ServingContext
+from engine.server.errors import ANTHROPIC, APIError, request_name
+from engine.server.schemas import parsed_arguments
+from engine.server.streaming import EventStream, named_event, unless_gone, with_pauses
+from engine.server.tenants import AnswerId, new_id
+from engine.text.answer_events import (
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    Event,
+    ReasoningDelta,
+    TextDelta,
+)
+
+PING_S = 10.0
+"""Silence after which a stream says that it lives."""
+REASONS: dict[Finish, str] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+
+
+async def messages(front: ServingContext, request: Request, body: MessagesRequest) -> Response:
+    """Answer one request."""
+    front.check_limit(body.max_tokens, "max_tokens")
+    size = len(await request.body())
+    chat = await front.workers.run(size, body.as_chat)
+    chat = settle_system(front, chat)
+    tenant = front.tenant_of(request, body.cache_salt)
+    exchange = await ask(front, chat, size, tenant, AnswerId.random("msg", "_"))
+    writer = _Writer(front, body, exchange)
+    if body.stream:
+        name = request_name(request.scope)
+
+        def as_event(failure: APIError) -> bytes:
+            return named_event(failure.body(ANTHROPIC, name))
+
+        return EventStream(writer.events(), exchange.inquiry.headers, as_event)
+    [answer] = await unless_gone(request, exchange.answers())
+    content = await front.workers.run(
+        len(answer.output.output), lambda: to_json(writer.whole(answer))
+    )
+    headers = exchange.inquiry.headers()
+    return Response(content, media_type="application/json", headers=headers)
+
+
+async def count_tokens(front: ServingContext, request: Request, body: CountRequest) -> Response:
+    """How long the prompt of a request would be."""
+    front.check_model(body.model)
+    size = len(await request.body())
+    chat = await front.workers.run(size, body.as_chat)
+    tenant = front.tenant_of(request, body.cache_salt)
+    prompt, _ = await render(front, settle_system(front, chat), size, tenant)
+    return Response(to_json({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
+
+
+class _Writer:
+    """Writes one answer, whole or in events."""
+
+    def __init__(self, front: ServingContext, body: MessagesRequest, exchange: Exchange) -> None:
+        self._front = front
+        self._body = body
+        self._exchange = exchange
+
+    def whole(self, answer: Answer) -> dict[str, Any]:
+        ending = self._ending(answer.finish, answer.output)
+        if answer.warning is not None:
+            ending["warning"] = answer.warning
+        return self._message(_content(answer.events), ending, self._usage(answer.output))
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """``message_start`` with the first output, which says what the cache had; a block at a
+        time; ``ping`` where nothing comes."""
+        blocks = _Blocks()
+        has_begun = False
+        async for news in with_pauses(self._exchange.news(), PING_S):
+            if news is None:
+                if has_begun:
+                    yield named_event({"type": "ping"})
+                continue
+            if not has_begun:
+                has_begun = True
+                message = self._message([], _NO_ENDING, self._usage(news.output))
+                yield named_event({"type": "message_start", "message": message})
+                yield named_event({"type": "ping"})
+            said = b"".join(map(named_event, blocks.write(news.events)))
+            if said:
+                yield said
+            if news.finish is not None:
+                ending = self._ending(news.finish, news.output)
+                if news.warning is not None:
+                    ending["warning"] = news.warning
+                usage = self._usage(news.output)
+                last = {"type": "message_delta", "delta": ending, "usage": usage}
+                closing = [*blocks.close(), last, {"type": "message_stop"}]
+                yield b"".join(map(named_event, closing))
+
+    def _message(
+        self, content: list[dict[str, Any]], ending: dict[str, Any], usage: dict[str, Any]
+    ) -> dict[str, Any]:
+        return {
+            "id": self._exchange.inquiry.answer_id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._front.model_name,
+            "content": content,
+            **ending,
+            "usage": usage,
+            **self._exchange.inquiry.diagnostics(),
+        }
+
+    def _ending(self, finish: Finish, output: RequestOutput) -> dict[str, Any]:
+        reason, stop = REASONS.get(finish, "end_turn"), None
+        if finish == "length" and len(output.output) < self._body.max_tokens:
+            reason = "model_context_window_exceeded"
+        elif finish == "stop" and self._body.stop_sequences:
+            stop = self._stop_of(output, self._body.stop_sequences)
+            reason = reason if stop is None else "stop_sequence"
+        return {"stop_reason": reason, "stop_sequence": stop}
+
+    def _stop_of(self, output: RequestOutput, stops: Sequence[str]) -> str | None:
+        """The stop sequence that ended an answer: it follows its text. O(tokens)."""
+        text = self._front.tokenizer.decode(output.token_ids)
+        met = [stop for stop in stops if text.startswith(stop, len(output.text))]
+        return min(met, key=len, default=None)
+
+    def _usage(self, output: RequestOutput) -> dict[str, Any]:
+        """``cache_creation_input_tokens``: what was computed up to the last place that
+        ``cache_control`` marks. The three counts of input sum to the prompt."""
+        prompt, num_cached = self._exchange.prompt, output.cached_len
+        marked = [*prompt.cuts, *(prompt.boundaries[-1:] if self._body.marks_end else ())]
+        num_created = max(0, max(marked, default=0) - num_cached)
+        return {
+            "input_tokens": len(output.prompt_token_ids) - num_cached - num_created,
+            "cache_creation_input_tokens": num_created,
+            "cache_read_input_tokens": num_cached,
+            "output_tokens": len(output.output),
+        }
+
+
+_NO_ENDING = {"stop_reason": None, "stop_sequence": None}
+
+
+def _content(events: Sequence[Event]) -> list[dict[str, Any]]:
+    """An answer as blocks."""
+    blocks: list[dict[str, Any]] = []
+    arguments = ""
+    for one in events:
+        match one:
+            case ReasoningDelta(text):
+                sign = _signature(hashlib.sha256(text.encode()))
+                blocks.append({"type": "thinking", "thinking": text, "signature": sign})
+            case TextDelta(text):
+                blocks.append({"type": "text", "text": text})
+            case CallBegin(name):
+                blocks.append(_tool_use(name))
+                arguments = ""
+            case CallArguments(text):
+                arguments += text
+            case CallEnd():
+                blocks[-1]["input"] = parsed_arguments(arguments)
+    return blocks
+
+
+def _tool_use(name: str) -> dict[str, Any]:
+    return {"type": "tool_use", "id": new_id("toolu", "_"), "name": name, "input": {}}
+
+
+def _signature(digest: Any) -> str:
+    """Clients drop thinking without one; nothing is proved by it."""
+    return str(digest.hexdigest())
+
+
+class _Blocks:
+    """Writes events as blocks: one is open at a time."""
+
+    def __init__(self) -> None:
+        self._index = -1
+        self._open: type[Event] | None = None
+        self._thoughts = hashlib.sha256()
+
+    def write(self, events: Sequence[Event]) -> Iterator[dict[str, Any]]:
+        for one in events:
+            match one:
+                case ReasoningDelta(text):
+                    empty = {"type": "thinking", "thinking": "", "signature": ""}
+                    yield from self._turn_to(ReasoningDelta, empty)
+                    self._thoughts.update(text.encode())
+                    yield self._delta({"type": "thinking_delta", "thinking": text})
+                case TextDelta(text):
+                    yield from self._turn_to(TextDelta, {"type": "text", "text": ""})
+                    yield self._delta({"type": "text_delta", "text": text})
+                case CallBegin(name):
+                    yield from self.close()
+                    yield from self._turn_to(CallBegin, _tool_use(name))
+                case CallArguments(text):
+                    yield self._delta({"type": "input_json_delta", "partial_json": text})
+                case CallEnd():
+                    yield from self.close()
+
+    def close(self) -> Iterator[dict[str, Any]]:
+        """End the block that is open, if one is."""
+        if self._open is ReasoningDelta:
+            sign = _signature(self._thoughts)
+            yield self._delta({"type": "signature_delta", "signature": sign})
+        if self._open is not None:
+            self._open = None
+            yield {"type": "content_block_stop", "index": self._index}
+
+    def _turn_to(self, kind: type[Event], block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        if self._open is kind:
+            return
+        yield from self.close()
+        self._open = kind
+        self._index += 1
+        self._thoughts = hashlib.sha256()
+        yield {"type": "content_block_start", "index": self._index, "content_block": block}
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": self._index, "delta": delta}

@@ -1,0 +1,324 @@
+"""What Anthropic's clients may send to /v1/messages, and the chat that it is.
+
+Blocks become the messages that chat templates know: a result of a tool is a message of its own,
+thinking is an assistant's ``reasoning_content``, and a use of a tool one of its calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from engine.plugins.dialects.translated import chat_request
+from engine.requests.sampling_params import MAX_COUNT
+from engine.server.errors import APIError, quoted
+from engine.server.schemas import (
+    MAX_TEMPERATURE,
+    AnswerLimit,
+    CacheControl,
+    ChatRequest,
+    Diagnostics,
+)
+from engine.server.strict import Listed, Name, Strict
+from engine.server.token_options import Texts
+
+BLOCKS = ("text", "thinking", "tool_use", "tool_result")
+IGNORED = frozenset({"service_tier"})
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+
+
+def _is_known(block: Any) -> Any:
+    """Blocks of other types are refused by name."""
+    if (
+        isinstance(block, dict)
+        and isinstance(kind := block.get("type"), str)
+        and kind not in BLOCKS
+    ):
+        raise ValueError(f"{quoted(kind)} blocks are not read here: this model reads text only.")
+    return block
+
+
+class Text(Strict):
+    type: Literal["text"]
+    text: str
+    cache_control: CacheControl | None = None
+    citations: list[Any] | None = Field(default=None, max_length=0)
+    parsed_output: Any = Field(default=None, exclude=True)
+    """Anthropic's client puts it there, by what an answer was to be."""
+
+
+class Thinking(Strict):
+    """``signature`` is not checked: whoever sends thinking may as well have written it."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str = ""
+
+
+class ToolUse(Strict):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+    cache_control: CacheControl | None = None
+    caller: dict[str, Any] | None = None
+
+
+TextBlocks = Listed[Annotated[Text, BeforeValidator(_is_known)]]
+
+
+class ToolResult(Strict):
+    type: Literal["tool_result"]
+    tool_use_id: str
+    content: str | TextBlocks | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+    def as_message(self) -> dict[str, Any]:
+        """Templates know no failed tools: the text says it."""
+        parts = [self.content] if isinstance(self.content, str) else self.content or []
+        texts = [part if isinstance(part, str) else part.text for part in parts]
+        text = "\n".join(texts)
+        if self.is_error and not text.lower().startswith("error"):
+            text = f"Error: {text}"
+        nested = [part.cache_control for part in parts if not isinstance(part, str)]
+        marks = [one for one in (self.cache_control, *nested) if one is not None]
+        message = {"role": "tool", "tool_call_id": self.tool_use_id, "content": text}
+        return message | ({"cache_control": marks[0].model_dump()} if marks else {})
+
+
+Block = Annotated[
+    Annotated[Text | Thinking | ToolUse | ToolResult, Field(discriminator="type")],
+    BeforeValidator(_is_known),
+]
+
+
+class Message(Strict):
+    role: Literal["user", "assistant", "system"]
+    content: str | Listed[Block]
+
+    def as_messages(self) -> Iterator[dict[str, Any]]:
+        """The messages that it is, in the order of its blocks."""
+        if isinstance(self.content, str):
+            yield {"role": self.role, "content": self.content}
+        elif self.role == "assistant":
+            yield _of_assistant(self.content)
+        else:
+            yield from _of_user(self.role, self.content)
+
+
+def _of_assistant(blocks: list[Block]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant"}
+    texts: list[dict[str, Any]] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for block in blocks:
+        if isinstance(block, Text):
+            texts.append(_part(block))
+        elif isinstance(block, Thinking):
+            thoughts.append(block.thinking)
+        elif isinstance(block, ToolUse):
+            function = {"name": block.name, "arguments": block.input}
+            calls.append({"id": block.id, "type": "function", "function": function})
+            if block.cache_control is not None:
+                message["cache_control"] = block.cache_control.model_dump()
+        else:
+            raise ValueError("A 'tool_result' is the user's: send it in a message of theirs.")
+    message["content"] = texts
+    if thoughts:
+        message["reasoning_content"] = "\n".join(thoughts)
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _of_user(role: str, blocks: list[Block]) -> Iterator[dict[str, Any]]:
+    texts: list[dict[str, Any]] = []
+    for block in blocks:
+        if isinstance(block, Text):
+            texts.append(_part(block))
+        elif isinstance(block, ToolResult):
+            if texts:
+                yield {"role": role, "content": texts}
+                texts = []
+            yield block.as_message()
+        else:
+            raise ValueError(f"A '{block.type}' is the assistant's: send it in a message of its.")
+    if texts or not blocks:
+        yield {"role": role, "content": texts}
+
+
+def _part(block: Text) -> dict[str, Any]:
+    return block.model_dump(exclude={"citations"}, exclude_none=True)
+
+
+def _is_custom(tool: Any) -> Any:
+    if isinstance(tool, dict) and tool.get("type") not in (None, "custom"):
+        raise ValueError(
+            f"{quoted(str(tool['type']))} tools do not run here: offer tools of yours."
+        )
+    return tool
+
+
+class Tool(Strict):
+    """``eager_input_streaming`` changes nothing: input comes when it is whole."""
+
+    type: Literal["custom"] | None = None
+    name: Name
+    description: str | None = None
+    input_schema: dict[str, Any]
+    cache_control: CacheControl | None = None
+    strict: bool | None = None
+    eager_input_streaming: bool | None = None
+
+    def as_tool(self) -> dict[str, Any]:
+        function: dict[str, Any] = {"name": self.name}
+        if self.description is not None:
+            function["description"] = self.description
+        if self.strict is not None:
+            function["strict"] = self.strict
+        tool = {"type": "function", "function": function | {"parameters": self.input_schema}}
+        mark = self.cache_control
+        return tool if mark is None else tool | {"cache_control": mark.model_dump()}
+
+
+class ToolChoice(Strict):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool = False
+
+    @model_validator(mode="after")
+    def _names_its_tool(self) -> ToolChoice:
+        if (self.type == "tool") != (self.name is not None):
+            raise ValueError("A 'tool_choice' of the type 'tool', and no other, has a 'name'.")
+        return self
+
+    def as_choice(self) -> str | dict[str, Any]:
+        if self.name is not None:
+            return {"type": "function", "function": {"name": self.name}}
+        return CHOICES[self.type]
+
+
+class ThinkingConfig(Strict):
+    """Thinking is ended behind ``budget_tokens``, if the model does not before."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
+    display: Literal["summarized"] | None = None
+
+
+class JSONFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Strict):
+    effort: str | None = None
+    """For the template, as ``reasoning_effort``."""
+    format: JSONFormat | None = None
+
+
+class CountRequest(Strict):
+    """POST /v1/messages/count_tokens: what makes the prompt."""
+
+    model: str
+    messages: Listed[Message] = Field(min_length=1)
+    system: str | TextBlocks | None = None
+    tools: Listed[Annotated[Tool, BeforeValidator(_is_custom)]] | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: ThinkingConfig | None = None
+    output_config: OutputConfig | None = None
+    cache_control: CacheControl | None = None
+    """Later prompts will share all of this one."""
+    diagnostics: Diagnostics | None = None
+    cache_salt: str | None = None
+    """Requests with different salts share nothing of the cache."""
+    metadata: Any = None
+    """Changes no answer; ``session_end`` in it says that no request of the session follows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        return {name: value for name, value in body.items() if name not in IGNORED}
+
+    @model_validator(mode="after")
+    def _ends_with_the_user(self) -> CountRequest:
+        if self.messages[-1].role == "assistant":
+            raise ValueError(
+                "The last message is the assistant's, and beginning its answer is not served here: "
+                "end with the user's."
+            )
+        return self
+
+    @property
+    def marks_end(self) -> bool:
+        """``cache_control`` stands at the end of the chat."""
+        content = self.messages[-1].content
+        last = content[-1] if isinstance(content, list) and content else None
+        is_marked = last is not None and getattr(last, "cache_control", None) is not None
+        return is_marked or self.cache_control is not None
+
+    def fields(self) -> dict[str, Any]:
+        """What it says as a chat request."""
+        messages: list[dict[str, Any]] = []
+        if isinstance(self.system, str):
+            messages.append({"role": "system", "content": self.system})
+        elif self.system is not None:
+            messages.append({"role": "system", "content": [_part(part) for part in self.system]})
+        for message in self.messages:
+            messages.extend(message.as_messages())
+        choice, config = self.tool_choice, self.output_config or OutputConfig()
+        return {
+            "model": self.model,
+            "messages": messages,
+            "diagnostics": self.diagnostics and self.diagnostics.model_dump(),
+            "tools": None if self.tools is None else [tool.as_tool() for tool in self.tools],
+            "tool_choice": None if choice is None else choice.as_choice(),
+            "parallel_tool_calls": choice is None or not choice.disable_parallel_tool_use,
+            "chat_template_kwargs": self._switches(config) or None,
+            "response_format": None if config.format is None else _format(config.format),
+            "cache_salt": self.cache_salt,
+            "metadata": self.metadata,
+        }
+
+    def _switches(self, config: OutputConfig) -> dict[str, Any]:
+        switches: dict[str, Any] = {}
+        if config.effort is not None:
+            switches["reasoning_effort"] = config.effort
+        if self.thinking is not None and self.thinking.type != "adaptive":
+            switches["enable_thinking"] = self.thinking.type == "enabled"
+        return switches
+
+    def as_chat(self) -> ChatRequest:
+        """The chat that it is. APIError 400: it asks for what is not served."""
+        try:
+            return chat_request(self.fields(), "output_config.format")
+        except ValueError as error:
+            raise APIError(400, str(error), param="messages") from error
+
+
+def _format(asked: JSONFormat) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": asked.schema_}}
+
+
+class MessagesRequest(CountRequest):
+    """POST /v1/messages."""
+
+    max_tokens: AnswerLimit
+    stream: bool = False
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
+    stop_sequences: Texts | None = None
+
+    def fields(self) -> dict[str, Any]:
+        return super().fields() | {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "stop": self.stop_sequences,
+            "thinking_token_budget": self.thinking and self.thinking.budget_tokens,
+        }

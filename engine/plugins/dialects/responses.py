@@ -1,0 +1,226 @@
+"""/v1/responses: OpenAI's dialect of a conversation that the server may hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi import Request, Response
+
+from engine import RequestOutput
+from engine.plugins.dialects.response_items import ResponseItems
+from engine.plugins.dialects.response_store import ResponseStore, StoredResponse, held_bytes
+from engine.plugins.dialects.responses_body import ResponsesRequest, TextConfig
+from engine.server.body import to_json
+from engine.server.chat_session import Exchange, Finish, ask, settle_system
+from engine.server.context import ServingContext
+from engine.server.errors import APIError, quoted
+from engine.server.schemas import ChatRequest
+from engine.server.streaming import EventStream, named_event, unless_gone
+from engine.server.tenants import AnswerId
+
+
+class Responses:
+    """Answers requests, and holds what they may go on from."""
+
+    def __init__(self, front: ServingContext, store: ResponseStore) -> None:
+        self._front = front
+        self._store = store
+
+    async def create(self, request: Request, body: ResponsesRequest) -> Response:
+        """Answer one request. APIError 400: the response that it goes on from is not held."""
+        front, size = self._front, len(await request.body())
+        front.check_limit(body.max_output_tokens, "max_output_tokens")
+        tenant = front.tenant_of(request, body.cache_salt)
+        before = None
+        if body.previous_response_id is not None:
+            before = self._store.get(tenant, body.previous_response_id)
+            if before is None:
+                raise APIError(
+                    400,
+                    f"Previous response with id {quoted(body.previous_response_id)} not found: "
+                    "send the conversation as 'input'.",
+                    param="previous_response_id",
+                    code="previous_response_not_found",
+                )
+            size += before.items_bytes
+        earlier = [] if before is None else before.items
+        earlier_bytes = 0 if before is None else before.items_bytes
+
+        def read() -> tuple[ChatRequest, list[dict[str, Any]], int]:
+            new = body.items
+            return body.as_chat(earlier), new, earlier_bytes + held_bytes(new)
+
+        chat, new, items_bytes = await front.workers.run(size, read)
+        chat = settle_system(front, chat)
+        answer_id = AnswerId.random("resp", "_")
+        exchange = await ask(front, chat, size, tenant, answer_id, prompt_name="input")
+        writer = _Writer(front, body, exchange)
+
+        def keep(response: dict[str, Any]) -> None:
+            if body.store:
+                output = response["output"]
+                stored = StoredResponse.of(
+                    [*earlier, *new, *output], response, items_bytes + held_bytes(output)
+                )
+                self._store.put(tenant, response["id"], stored)
+
+        if body.stream:
+            return EventStream(writer.events(keep), exchange.inquiry.headers, writer.failed)
+        [answer] = await unless_gone(request, exchange.answers())
+        num_tokens = len(answer.output.output)
+
+        def work() -> dict[str, Any]:
+            for _ in writer.items.write(answer.events):
+                pass
+            return writer.ended(answer.finish, answer.output, answer.warning)
+
+        response = await front.workers.run(num_tokens, work)
+        keep(response)
+        content = await front.workers.run(num_tokens, lambda: to_json(response))
+        headers = exchange.inquiry.headers()
+        return Response(content, media_type="application/json", headers=headers)
+
+    async def retrieve(self, request: Request, response_id: str) -> Response:
+        """A stored response. APIError 404: there is none, or it is another tenant's."""
+        if request.query_params.get("stream", "false").lower() == "true":
+            raise APIError(400, "'stream' is not served here: leave it out.", param="stream")
+        stored = self._store.get(self._front.tenant_of(request), response_id)
+        if stored is None:
+            raise self._unknown(response_id)
+        content = await self._front.workers.run(stored.num_bytes, lambda: to_json(stored.response))
+        return Response(content, media_type="application/json")
+
+    async def delete(self, request: Request, response_id: str) -> dict[str, Any]:
+        """Forget a stored response; the newest of a chain ends its session. APIError as
+        ``retrieve``."""
+        if not self._store.delete(self._front.tenant_of(request), response_id):
+            raise self._unknown(response_id)
+        await self._front.engine.end_session(response_id)
+        return {"id": response_id, "object": "response", "deleted": True}
+
+    def _unknown(self, response_id: str) -> APIError:
+        return APIError(
+            404,
+            f"Response with id {quoted(response_id)} not found: it was not stored, or had to make "
+            "room.",
+        )
+
+
+class _Writer:
+    """Writes one response, whole or in events."""
+
+    def __init__(self, front: ServingContext, body: ResponsesRequest, exchange: Exchange) -> None:
+        self._body = body
+        self._exchange = exchange
+        self.items = ResponseItems()
+        self._num_events = 0
+        choice = body.tool_choice
+        self._head = {
+            "id": exchange.inquiry.answer_id,
+            "object": "response",
+            "created_at": int(time.time()),
+            "background": False,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": front.model_name,
+            "parallel_tool_calls": body.parallel_tool_calls,
+            "previous_response_id": body.previous_response_id,
+            "reasoning": {
+                "effort": None if body.reasoning is None else body.reasoning.effort,
+                "summary": None,
+            },
+            "store": body.store,
+            "temperature": body.temperature,
+            "text": {"format": (body.text or TextConfig()).as_asked()},
+            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "tools": [_tool(tool.model_dump()) for tool in body.tools or ()],
+            "top_p": body.top_p,
+            "truncation": "disabled",
+        }
+
+    async def events(self, keep: Callable[[dict[str, Any]], None]) -> AsyncIterator[bytes]:
+        """``response.created`` with the first output, whose headers say what the cache had, the
+        items as they come, and the whole response at the end."""
+        has_begun = False
+        async for news in self._exchange.news():
+            if not has_begun:
+                has_begun = True
+                yield self._started()
+            said = b"".join(map(self._event, self.items.write(news.events)))
+            if said:
+                yield said
+            if news.finish is not None:
+                closing = self._close(news.finish)
+                response = self.ended(news.finish, news.output, news.warning)
+                keep(response)
+                last = {"type": f"response.{response['status']}", "response": response}
+                yield b"".join(map(self._event, [*closing, last]))
+
+    def failed(self, failure: APIError) -> bytes:
+        """Write the event of a failure in the middle of a stream."""
+        error = {"code": failure.code or "server_error", "message": str(failure)}
+        response = self._response("failed", self.items.output, None) | {"error": error}
+        return self._event({"type": "response.failed", "response": response})
+
+    def _started(self) -> bytes:
+        response = self._response("in_progress", [], None)
+        names = ("created", "in_progress")
+        events = ({"type": f"response.{name}", "response": response} for name in names)
+        return b"".join(map(self._event, events))
+
+    def ended(
+        self, finish: Finish, output: RequestOutput, warning: str | None = None
+    ) -> dict[str, Any]:
+        """The response with all that was written."""
+        self._close(finish)
+        status = "incomplete" if finish == "length" else "completed"
+        response = self._response(status, self.items.output, self._usage(output))
+        return response if warning is None else response | {"warning": warning}
+
+    def _close(self, finish: Finish) -> list[dict[str, Any]]:
+        return list(self.items.close("incomplete" if finish == "length" else "completed"))
+
+    def _response(
+        self, status: str, output: Sequence[dict[str, Any]], usage: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        is_cut = status == "incomplete"
+        return {
+            **self._head,
+            "status": status,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
+            "output": list(output),
+            "usage": usage,
+            **({} if usage is None else self._exchange.inquiry.told()),
+        }
+
+    def _event(self, data: dict[str, Any]) -> bytes:
+        number = self._num_events
+        self._num_events += 1
+        return named_event({**data, "sequence_number": number})
+
+    def _usage(self, output: RequestOutput) -> dict[str, Any]:
+        """``cache_write_tokens``: what was computed up to the last place that later prompts are
+        known to share."""
+        num_prompt, num_new = len(output.prompt_token_ids), len(output.output)
+        shared = max(self._exchange.prompt.boundaries, default=0)
+        return {
+            "input_tokens": num_prompt,
+            "input_tokens_details": {
+                "cached_tokens": output.cached_len,
+                "cache_write_tokens": max(0, shared - output.cached_len),
+            },
+            "output_tokens": num_new,
+            "output_tokens_details": {
+                "reasoning_tokens": self._exchange.num_reasoning_tokens(),
+            },
+            "total_tokens": num_prompt + num_new,
+        }
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """As it is given back, where a schema that is not there is empty."""
+    return tool | {"parameters": tool["parameters"] or {}, "strict": bool(tool["strict"])}

@@ -1,0 +1,345 @@
+"""What clients may send to /v1/responses, and the chat that it is.
+
+A conversation is a flat list of items. What an assistant did between two of the user's messages
+(reasoning, text, calls) is one message of a chat; the result of a call is a message of its own.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
+
+from engine.plugins.dialects.translated import chat_request
+from engine.server.errors import APIError, of_validation, quoted
+from engine.server.guided import NamedSchema
+from engine.server.schemas import (
+    MAX_TEMPERATURE,
+    AnswerLimit,
+    CacheOptions,
+    ChatRequest,
+    parsed_arguments,
+)
+from engine.server.stream_options import Streamed
+from engine.server.strict import Listed, Name, Strict, without_what_asks_for_nothing
+
+ITEMS = ("message", "reasoning", "function_call", "function_call_output")
+TEXTS = ("input_text", "output_text", "text")
+IGNORED = frozenset(
+    {
+        "user",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
+)
+Included = Literal[
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+"""What ``include`` may ask for: parts of items that no answer has here. Reasoning is given as text,
+there is nothing encrypted."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "background": (False,),
+    "truncation": ("disabled",),
+    "conversation": (),
+    "prompt": (),
+    "max_tool_calls": (),
+    "top_logprobs": (0,),
+    "context_management": ([],),
+}
+"""Parameters of OpenAI's that are not served, with the values that ask for nothing."""
+
+
+def _known_part(part: Any) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if isinstance(kind, str) and kind not in TEXTS:
+        raise ValueError(f"This model reads text only: drop the {quoted(kind)} part.")
+    return part
+
+
+def _known_item(item: Any) -> Any:
+    if not isinstance(item, dict):
+        return item
+    kind = "message" if item.get("type") is None else item["type"]
+    if kind not in ITEMS:
+        raise ValueError(f"{quoted(str(kind))} items are not read here: leave them out.")
+    return item | {"type": kind}
+
+
+class Part(Strict):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+    annotations: list[Any] | None = None
+    logprobs: list[Any] | None = None
+    parsed: Any = Field(default=None, exclude=True)
+    """OpenAI's client puts it there, by what an answer was to be."""
+
+
+class ReasoningPart(Strict):
+    type: Literal["reasoning_text", "summary_text"]
+    text: str
+
+
+Parts = Listed[Annotated[Part, BeforeValidator(_known_part)]]
+
+
+class Item(Strict):
+    id: str | None = None
+    status: str | None = None
+
+
+class MessageItem(Item):
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: str | Parts
+    phase: str | None = None
+
+
+class ReasoningItem(Item):
+    type: Literal["reasoning"]
+    summary: Listed[ReasoningPart] | None = None
+    content: Listed[ReasoningPart] | None = None
+    encrypted_content: str | None = None
+
+    @model_validator(mode="after")
+    def _can_be_read(self) -> ReasoningItem:
+        if self.encrypted_content is not None and not self.content:
+            raise ValueError("Reasoning that is encrypted can not be read here: leave it out.")
+        return self
+
+
+class CallItem(Item):
+    type: Literal["function_call"]
+    call_id: str
+    name: str
+    arguments: str
+    caller: dict[str, Any] | None = None
+    parsed_arguments: Any = Field(default=None, exclude=True)
+    """OpenAI's client puts them there."""
+
+
+class ResultItem(Item):
+    type: Literal["function_call_output"]
+    call_id: str
+    output: str | Parts
+
+
+AnyItem = MessageItem | ReasoningItem | CallItem | ResultItem
+InputItem = Annotated[Annotated[AnyItem, Field(discriminator="type")], BeforeValidator(_known_item)]
+_ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(Listed[InputItem])
+
+
+def _is_function(tool: Any) -> Any:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if kind is not None and kind != "function":
+        raise ValueError(f"{quoted(str(kind))} tools do not run here: offer functions of your own.")
+    return tool
+
+
+class FunctionTool(Strict):
+    """``strict`` changes nothing: arguments come as the model writes them."""
+
+    type: Literal["function"]
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def as_tool(self) -> dict[str, Any]:
+        fields = {"name", "description", "parameters", "strict"}
+        function = self.model_dump(include=fields, exclude_none=True)
+        return {"type": "function", "function": function}
+
+
+class NamedFunction(Strict):
+    type: Literal["function"]
+    name: Name
+
+
+class Reasoning(Strict):
+    """``summary`` changes nothing: reasoning is given as it is."""
+
+    effort: str | None = None
+    """``none`` switches it off, any other on; and for the template, as ``reasoning_effort``."""
+    summary: str | None = None
+    generate_summary: str | None = None
+
+
+class TextFormat(NamedSchema):
+    """``response_format`` of a chat, where a schema lies deeper."""
+
+    type: Literal["text", "json_object", "json_schema"]
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> TextFormat:
+        if self.type != "json_schema" and self._rest:
+            raise ValueError(f"A 'text.format' of type {self.type} has nothing beside its type.")
+        if self.type == "json_schema" and self.schema_ is None:
+            raise ValueError("A 'text.format' of type json_schema needs a 'schema'.")
+        return self
+
+    def of_chat(self) -> dict[str, Any]:
+        if self.type != "json_schema":
+            return {"type": self.type}
+        return {"type": self.type, "json_schema": self._rest}
+
+    @property
+    def _rest(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"type"}, exclude_none=True, by_alias=True)
+
+
+class TextConfig(Strict):
+    format: TextFormat | None = None
+    verbosity: str | None = None
+
+    def as_asked(self) -> dict[str, Any]:
+        """The format as an answer gives it back."""
+        asked = self.format or TextFormat(type="text")
+        return asked.model_dump(exclude_none=True, by_alias=True)
+
+    @property
+    def form(self) -> dict[str, Any] | None:
+        return None if self.format is None else self.format.of_chat()
+
+
+class ResponsesRequest(Streamed):
+    """POST /v1/responses."""
+
+    model: str | None = None
+    input: str | Listed[InputItem]
+    instructions: str | None = None
+    previous_response_id: str | None = None
+    store: bool = True
+    max_output_tokens: AnswerLimit | None = None
+    temperature: float | None = Field(default=None, ge=0, le=MAX_TEMPERATURE)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    tools: Listed[Annotated[FunctionTool, BeforeValidator(_is_function)]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedFunction = "auto"
+    parallel_tool_calls: bool = True
+    reasoning: Reasoning | None = None
+    text: TextConfig | None = None
+    include: Listed[Included] | None = None
+    metadata: dict[str, str] | None = None
+    prompt_cache_options: CacheOptions | None = None
+    cache_salt: str | None = None
+    """Requests with different salts share nothing: of the cache, and of what is stored."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        return without_what_asks_for_nothing(body, IGNORED, NEUTRAL)
+
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """The input as items, in plain data."""
+        if isinstance(self.input, str):
+            return [{"type": "message", "role": "user", "content": self.input}]
+        return [item.model_dump(exclude_none=True) for item in self.input]
+
+    def as_chat(self, before: Sequence[dict[str, Any]]) -> ChatRequest:
+        """The chat that it is, after the items of earlier responses. APIError 400: it asks for what
+        is not served. O(all items)."""
+        conversation = [*before, *self.items]
+        try:
+            items = _ITEMS.validate_python(conversation)
+        except ValidationError as error:
+            raise of_validation(error, conversation) from None
+        messages = _messages(self.instructions, items)
+        if not messages:
+            raise APIError(
+                400, "'input' has nothing to answer: send at least one item.", param="input"
+            )
+        choice: Any = self.tool_choice
+        options = self.prompt_cache_options
+        if isinstance(choice, NamedFunction):
+            choice = {"type": "function", "function": {"name": choice.name}}
+        try:
+            return chat_request(
+                {
+                    "model": self.model,
+                    "messages": messages,
+                    "tools": None if not self.tools else [tool.as_tool() for tool in self.tools],
+                    "tool_choice": choice,
+                    "parallel_tool_calls": self.parallel_tool_calls,
+                    "max_completion_tokens": self.max_output_tokens,
+                    "temperature": self.temperature,
+                    "top_p": self.top_p,
+                    "chat_template_kwargs": self._switches() or None,
+                    "response_format": None if self.text is None else self.text.form,
+                    "cache_salt": self.cache_salt,
+                    "prompt_cache_options": options and options.model_dump(),
+                    "metadata": self.metadata,
+                },
+                "text.format",
+            )
+        except ValueError as error:
+            raise APIError(400, str(error), param="input") from error
+
+    def _switches(self) -> dict[str, Any]:
+        effort = None if self.reasoning is None else self.reasoning.effort
+        if effort is None:
+            return {}
+        return {"enable_thinking": effort != "none", "reasoning_effort": effort}
+
+
+def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[str, Any]]:
+    """As chats have them. Templates know one system message at the beginning: instructions, and
+    what developers say before anybody else, are one."""
+    beginning = list(itertools.takewhile(_is_system, items))
+    texts = [] if instructions is None else [instructions]
+    texts.extend(_text(item.content) for item in beginning if isinstance(item, MessageItem))
+    messages: list[dict[str, Any]] = []
+    if texts:
+        messages.append({"role": "system", "content": "\n\n".join(texts)})
+    for item in items[len(beginning) :]:
+        match item:
+            case MessageItem(role="assistant"):
+                _add_to_assistant(messages, "content", _text(item.content))
+            case MessageItem(role="user"):
+                messages.append({"role": "user", "content": _text(item.content)})
+            case MessageItem():
+                messages.append({"role": "system", "content": _text(item.content)})
+            case ReasoningItem():
+                thoughts = "\n".join(part.text for part in item.content or item.summary or ())
+                _add_to_assistant(messages, "reasoning_content", thoughts)
+            case CallItem():
+                function = {"name": item.name, "arguments": parsed_arguments(item.arguments)}
+                call = {"id": item.call_id, "type": "function", "function": function}
+                _add_to_assistant(messages, "tool_calls", [call])
+            case ResultItem():
+                result = {"role": "tool", "tool_call_id": item.call_id}
+                messages.append({**result, "content": _text(item.output)})
+    return messages
+
+
+def _text(content: str | list[Part]) -> str:
+    return content if isinstance(content, str) else "\n".join(part.text for part in content)
+
+
+def _is_system(item: AnyItem) -> bool:
+    return isinstance(item, MessageItem) and item.role in ("system", "developer")
+
+
+ORDER = ("reasoning_content", "content", "tool_calls")
+"""In which an assistant's message has its parts."""
+
+
+def _add_to_assistant(messages: list[dict[str, Any]], field: str, value: Any) -> None:
+    """``value`` goes into the last message where that is the assistant's and has no later part
+    yet; only calls may be several."""
+    last: dict[str, Any] = messages[-1] if messages else {"role": None}
+    taken = ORDER[ORDER.index(field) + (field == "tool_calls") :]
+    if last["role"] != "assistant" or any(name in last for name in taken):
+        messages.append({"role": "assistant", field: value})
+    elif field in last:
+        last[field].extend(value)
+    else:
+        last[field] = value

@@ -1,0 +1,166 @@
+"""The prefill side: one prefix that another engine asked for, computed here like any request's, and
+handed out layer by layer as it is computed.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from engine.errors import RequestError, StepFailed
+from engine.plugins.disaggregation.prefix_buffer import Copied, Unit
+from engine.requests.request import Request
+from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import RequestSpec
+from hybridcache.api import PrefixCache
+from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.tokens import Indices, Tokens
+
+PIECE_BYTES = 4 << 20
+"""At most in one piece."""
+MAX_QUEUED_BYTES = 64 << 20
+"""Copied and not sent, of one prefix; what follows waits in the cache."""
+
+
+def failure(error: RequestError) -> dict[str, Any]:
+    """Return the message that a prefix does not come because of ``error``."""
+    return {"failed": msgspec.to_builtins(error.to_wire())}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message for the asker, and the bytes that follow it."""
+
+    said: dict[str, Any]
+    copied: Copied | None = None
+    num_bytes: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """A prefix on its way out. Its messages are taken by the thread of the connection; all else
+    is the engine's thread's."""
+
+    tokens: Tokens
+    """The prefix and one token more, so that its last position can be resumed from."""
+    start: int
+    """The first position whose KV is wanted."""
+    namespace: Hashable
+    boundaries: tuple[int, ...]
+    request: Request | None = None
+    """What computes it; None: all of it was cached."""
+    messages: queue.Queue[Message] = field(default_factory=queue.Queue)
+    is_cancelled: bool = False
+    """Set by the connection's thread: the asker has gone."""
+    has_ended: bool = False
+    is_whole: bool = False
+    """All of it is on its way."""
+    num_queued_bytes: int = 0
+    num_taken_bytes: int = 0
+    """Of these, sent: counted by the connection's thread."""
+    _sent: list[int] = field(default_factory=list)
+    """By part: positions below this one are on their way."""
+    _receipt: Any = None
+    """A lock on the prefix, once it is whole."""
+
+    @property
+    def end(self) -> int:
+        return len(self.tokens) - 1
+
+    def spec(self, request_id: str) -> RequestSpec:
+        """The request that computes it."""
+        return RequestSpec(
+            self.tokens,
+            SamplingParams(max_tokens=1, temperature=0),
+            namespace=self.namespace,
+            boundaries=self.boundaries,
+            answer_survives=False,
+            save_at=(self.end,),
+            request_id=request_id,
+        )
+
+    def say(self, said: dict[str, Any]) -> None:
+        """The last message."""
+        self.messages.put(Message(said))
+        self.has_ended = True
+
+    def fail(self, error: RequestError) -> None:
+        """Say ``error`` as the last message."""
+        self.say(failure(error))
+
+    def send_layer(self, unit: Unit, part: int) -> None:
+        """The step that is being computed has written ``part``: send what is there of it."""
+        request = self.request
+        if request is None or request.lease is None or self.has_ended or self._receipt is not None:
+            return
+        self._send_rows(unit, part, request.lease.kv_indices, request.scheduled_len)
+
+    def advance(self, unit: Unit, manager: CacheManager) -> None:
+        """Between two steps: once the prefix is whole, send what is left of it, then its state."""
+        cache = manager.cache
+        if self._receipt is None and not self._settle(unit, cache):
+            return
+        match = cache.match(self.tokens, self.namespace)
+        rows = cache.gather(match.node)
+        for part in range(len(unit.part_bytes)):
+            self._send_rows(unit, part, rows, self.end)
+        if any(sent < self.end for sent in self._sent):
+            return
+        if match.checkpoint is not None:
+            copied = unit.read_state(match.checkpoint)
+            self._put([None, self.end, self.end], copied, unit.state_bytes)
+        cache.unlock(self._receipt)
+        self._receipt = None
+        self.is_whole = True
+        self.say({"done": {"computed": 0 if self.request is None else self._num_computed}})
+
+    @property
+    def _num_computed(self) -> int:
+        assert self.request is not None
+        return self.request.prompt_len - self.request.cached_len
+
+    def _settle(self, unit: Unit, cache: PrefixCache) -> bool:
+        """Lock the prefix where it is whole."""
+        request = self.request
+        self._sent = self._sent or [self.start] * len(unit.part_bytes)
+        if request is not None and request.finish_reason is None:
+            return False
+        match = cache.match(self.tokens, self.namespace)
+        if match.cached_len < self.end:
+            why = "it was aborted" if request is None else request.error or "memory is short"
+            self.fail(StepFailed(f"the prefill engine could not keep it: {why}"))
+            return False
+        self._receipt = cache.lock(match.node)
+        return True
+
+    def give_up(self, why: str, cache: PrefixCache, abort: Callable[[str], object]) -> None:
+        """End without the rest; ``abort`` ends a request by its id."""
+        if self._receipt is not None:
+            cache.unlock(self._receipt)
+            self._receipt = None
+        if self.request is not None and self.request.finish_reason is None:
+            abort(self.request.request_id)
+        self.fail(StepFailed(why))
+
+    def _send_rows(self, unit: Unit, part: int, rows: Indices, known: int) -> None:
+        self._sent = self._sent or [self.start] * len(unit.part_bytes)
+        until, step = min(known, self.end), max(1, PIECE_BYTES // unit.part_bytes[part])
+        while (start := self._sent[part]) < until and self._has_room:
+            end = min(start + step, until)
+            piece = np.ascontiguousarray(rows[start:end])
+            num_bytes = (end - start) * unit.part_bytes[part]
+            self._put([part, start, end], unit.read_rows(part, piece), num_bytes)
+            self._sent[part] = end
+
+    @property
+    def _has_room(self) -> bool:
+        return self.num_queued_bytes - self.num_taken_bytes < MAX_QUEUED_BYTES
+
+    def _put(self, piece: list[int | None], copied: Copied, num_bytes: int) -> None:
+        self.num_queued_bytes += num_bytes
+        self.messages.put(Message({"piece": piece}, copied, num_bytes))

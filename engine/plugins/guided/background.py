@@ -1,0 +1,252 @@
+"""Grammars that are too slow for the engine's thread, each followed by a thread of its own.
+
+Every call of llguidance that may take long is made without holding the interpreter's lock, by a
+thread of lower priority. The engine's thread reads results and never waits for one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from engine.plugins.guided.bindings import Mask, reason
+from engine.plugins.guided.grammar import GrammarError, TooComplex
+from hybridcache.tokens import Tokens
+
+NICENESS = 10
+"""Added to the niceness of background threads (Linux only)."""
+IDLE_S = 1.0
+"""Seconds without work after which a background thread ends."""
+SECONDS_PER_TOKEN = 0.005
+"""Grammar time that every token of an answer may take without being charged to the budget."""
+
+
+class Budget(NamedTuple):
+    """Grammar time that one request may take in the background."""
+
+    seconds: float
+
+    def check(self, spent_s: float, num_tokens: int) -> None:
+        """Raise TooComplex if ``spent_s`` is more than an answer of ``num_tokens`` may take."""
+        if spent_s > self.seconds + SECONDS_PER_TOKEN * num_tokens:
+            raise TooComplex(
+                f"it took {spent_s:.1f} s for {num_tokens} tokens; a request has a budget of "
+                f"{self.seconds:g} s, and {1e3 * SECONDS_PER_TOKEN:g} ms for each token"
+            )
+
+
+class Place(NamedTuple):
+    """What a grammar says of one answer."""
+
+    mask: Mask
+    is_over: bool
+    """Nothing can follow the answer."""
+
+
+class BackgroundGrammar:
+    """One compiled grammar and the thread that follows all answers to it.
+
+    Copies of a matcher share a lock inside of llguidance, so more threads would not be faster.
+    """
+
+    def __init__(self, library: Any, vocabulary: Any, make_matcher: Callable[[], Any]) -> None:
+        """``make_matcher`` compiles the grammar. It is called when the first answer begins."""
+        self._library = library
+        self._broken = library.LLMatcher(vocabulary, "", log_level=0)
+        self._make_matcher = make_matcher
+        self._matcher: Any = None
+        self._executor: Any = None
+        self._lock = threading.Lock()
+        self._wake = threading.Condition(self._lock)
+        self._work: deque[Callable[[], None]] = deque()
+        self._thread: threading.Thread | None = None
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Have the thread call ``work``, which must not raise, after all earlier work."""
+        with self._lock:
+            self._work.append(work)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="grammar", daemon=True)
+                _running.add(self)
+                self._thread.start()
+            self._wake.notify()
+
+    def copy(self, spent: Any = None) -> Any:
+        """Return a matcher at the beginning of an answer.
+
+        ``spent`` is a shared matcher whose limits its copies have used up: it is compiled again,
+        unless another answer has had that done.
+        """
+        if self._matcher is spent:
+            self._matcher = None
+        return self.first().deep_copy()
+
+    def first(self) -> Any:
+        """Return the matcher that copies are made of. Raises GrammarError as its compilation."""
+        if self._matcher is None:
+            self._matcher = self._make_matcher()
+        return self._matcher
+
+    def consume(self, matcher: Any, token: int) -> None:
+        """Move ``matcher`` on by one token, without holding the interpreter's lock.
+
+        The library releases it for two matchers or more, so one that is broken comes along.
+        """
+        if self._executor is None:
+            self._executor = self._library.LLExecutor(1)
+        self._executor.consume_token_par([(matcher, token), (self._broken, 0)])
+
+    def _run(self) -> None:
+        _lower_priority()
+        while True:
+            with self._wake:
+                if not self._work:
+                    self._wake.wait(IDLE_S)
+                if not self._work or _is_exiting:
+                    self._executor = self._thread = None
+                    _running.discard(self)
+                    return
+                work = self._work.popleft()
+            work()
+            del work
+
+    def stop(self) -> None:
+        """End the thread after the call of the library that it is in."""
+        with self._lock:
+            thread = self._thread
+            self._wake.notify()
+        if thread is not None:
+            thread.join(2.0)
+
+
+class Follower:
+    """Follows one answer in the background. The engine's thread calls its public methods."""
+
+    def __init__(
+        self,
+        grammar: BackgroundGrammar,
+        budget: Budget,
+        num_bytes: int,
+        when_done: Callable[[], None],
+    ) -> None:
+        """``num_bytes``: length of a mask. ``when_done`` is called by the thread for each place."""
+        self._grammar = grammar
+        self._budget = budget
+        self._num_bytes = num_bytes
+        self._when_done = when_done
+        self._ordered: tuple[int, int] | None = None
+        self._found: tuple[tuple[int, int], Place] | None = None
+        self._error: GrammarError | None = None
+        self._is_closed = False
+        # The fields below belong to the background thread.
+        self._matcher: Any = None
+        self._shared: Any = None
+        self._num_taken = 0
+        self._spent_s = 0.0
+        self._was_renewed = False
+
+    def order(self, answer: Tokens) -> None:
+        """Begin to find the place of ``answer``, unless that was ordered last."""
+        key = _key(answer)
+        if key != self._ordered and self._error is None:
+            self._ordered = key
+            # A view is safe: an answer's buffer only grows, and one that was replaced stays as is.
+            self._grammar.submit(lambda: self._work(key, answer))
+
+    def place(self, answer: Tokens) -> Place | None:
+        """Return the place of ``answer``, None if it is not found yet. Raises GrammarError if the
+        grammar can not be followed that far."""
+        if self._error is not None:
+            raise self._error
+        if self._found is None or self._found[0] != _key(answer):
+            return None
+        return self._found[1]
+
+    def close(self) -> None:
+        """Skip all work that is left."""
+        self._is_closed = True
+
+    def _work(self, key: tuple[int, int], answer: Tokens) -> None:
+        if self._is_closed:
+            self._matcher = self._shared = None
+            return
+        try:
+            self._found = key, self._find(answer)
+        except GrammarError as error:
+            self._error = error
+        except Exception as error:
+            self._error = GrammarError(f"the grammar can not be followed: {error!r}.")
+        self._when_done()
+
+    def _find(self, answer: Tokens) -> Place:
+        place = self._try(answer)
+        if place is None and not self._was_renewed:
+            # Other answers may have used up the limits that all copies share.
+            self._was_renewed, self._matcher = True, None
+            place = self._try(answer)
+        if place is None:
+            raise TooComplex(reason(self._matcher.get_error()))
+        return place
+
+    def _try(self, answer: Tokens) -> Place | None:
+        """Follow ``answer``; None if the library refuses to."""
+        if self._matcher is None:
+            self._matcher = self._grammar.copy(self._shared)
+            self._shared, self._num_taken = self._grammar.first(), 0
+        matcher = self._matcher
+        if self._num_taken > len(answer):
+            matcher.rollback(self._num_taken - len(answer))
+            self._num_taken = len(answer)
+        for token in answer[self._num_taken :].tolist():
+            # The library's thread has no clock of its own to ask. Of the time that passes, what
+            # other processes took of the processors is nobody's here.
+            started_s, worked_s = time.perf_counter(), time.process_time()
+            self._grammar.consume(matcher, token)
+            self._num_taken += 1
+            passed_s, worked_s = time.perf_counter() - started_s, time.process_time() - worked_s
+            self._charge(min(passed_s, worked_s), len(answer))
+            if self._is_closed or _is_exiting:
+                raise GrammarError("the request has ended.")
+        is_over = bool(matcher.is_stopped())
+        started_s = time.thread_time()
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)[: self._num_bytes]
+        self._charge(time.thread_time() - started_s, len(answer))
+        return None if matcher.is_error() else Place(mask, is_over)
+
+    def _charge(self, seconds: float, num_tokens: int) -> None:
+        self._spent_s += seconds
+        self._budget.check(self._spent_s, num_tokens)
+
+
+def _key(answer: Tokens) -> tuple[int, int]:
+    """Tell answers of one request apart: they grow, and only the newest token is ever redrawn."""
+    return len(answer), int(answer[-1]) if len(answer) else -1
+
+
+def _lower_priority() -> None:
+    """Give way to other threads, where the system has priorities of threads."""
+    if sys.platform == "linux":
+        thread = threading.get_native_id()
+        lower = min(os.getpriority(os.PRIO_PROCESS, thread) + NICENESS, 19)
+        os.setpriority(os.PRIO_PROCESS, thread, lower)
+
+
+_running: set[BackgroundGrammar] = set()
+_is_exiting = False
+
+
+@atexit.register
+def _stop_all() -> None:
+    """Leave no thread inside of the library when the interpreter ends."""
+    global _is_exiting
+    _is_exiting = True
+    for grammar in tuple(_running):
+        grammar.stop()

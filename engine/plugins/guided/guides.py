@@ -1,0 +1,145 @@
+"""Compiles grammars for one vocabulary, and remembers them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.plugins.guided.background import BackgroundGrammar, Budget
+from engine.plugins.guided.bindings import (
+    LIMITS,
+    STEP_LIMITS,
+    check_beginning,
+    load_library,
+    make_matcher,
+    make_vocabulary,
+)
+from engine.plugins.guided.grammar import Grammar, GrammarError
+from engine.plugins.guided.guide import Compiled, Guide, Shared, StepTime
+from engine.plugins.guided.marks import FreeText, MarkGuide, Overshoots
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+NUM_REMEMBERED = 64
+"""Compiled grammars."""
+BUDGET_S = 10.0
+"""Default grammar time of one request in the background."""
+AnswerGuide = Guide | MarkGuide
+
+
+class Guides:
+    """Makes the guides of one engine. Safe to call from any thread."""
+
+    def __init__(
+        self, tokenizer: Tokenizer | None, vocab_size: int, budget_s: float = BUDGET_S
+    ) -> None:
+        """``budget_s``: grammar time of one request in the background."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        ends = frozenset() if tokenizer is None else tokenizer.eos_token_ids
+        self.shared = Shared(
+            num_mask_bytes=-(-vocab_size // 8),
+            ends=np.array(sorted(ends), np.int32),
+            budget=Budget(budget_s),
+            step_time=StepTime(time.perf_counter()),
+            news=threading.Event(),
+        )
+        self._lock = threading.Lock()
+        self._vocabulary: Any = None
+        self._compiled: OrderedDict[Grammar, Compiled] = OrderedDict()
+        self._overshoots: dict[tuple[bytes, ...], Overshoots] = {}
+
+    def load(self) -> None:
+        """Load the library and build its vocabulary, which would stop all threads later. Does
+        nothing where answers cannot be guided."""
+        try:
+            self._load()
+        except GrammarError:
+            return
+
+    def compile(self, grammar: Grammar) -> None:
+        """Compile ``grammar``, and remember it, so that ``guide`` is quick.
+
+        Raises GrammarError if the library is missing, or the grammar is wrong, too large, or fits
+        the empty answer only; TooComplex if its first two tokens take too much time.
+        """
+        if grammar.marks:
+            self._overshoots_of(grammar)
+        for _, part in _parts(grammar):
+            self._compiled_of(part)
+
+    def guide(self, grammar: Grammar) -> AnswerGuide:
+        """Return the guide of a new answer. Raises GrammarError as ``compile``, and takes its time
+        if the grammar is not one of the last that were compiled."""
+        make = {
+            mark: partial(Guide, self._compiled_of(part), self.shared)
+            for mark, part in _parts(grammar)
+        }
+        if not grammar.marks:
+            return make[b""]()
+        assert self._tokenizer is not None
+        overshoots = self._overshoots_of(grammar)
+        thinks = grammar.end_of_reasoning is not None
+        free = FreeText(overshoots.marks, thinks=thinks, may_think=grammar.may_think)
+        return MarkGuide(free, make, overshoots, self._tokenizer.token_bytes)
+
+    def _compiled_of(self, grammar: Grammar) -> Compiled:
+        with self._lock:
+            known = self._compiled.get(grammar)
+            if known is not None and not known.is_spent:
+                self._compiled.move_to_end(grammar)
+                return known
+        # Not under the lock: it may take a tenth of a second, and others compile theirs.
+        compiled = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = compiled
+            self._compiled.move_to_end(grammar)
+            while len(self._compiled) > NUM_REMEMBERED:
+                self._compiled.popitem(last=False)
+        return compiled
+
+    def _compile(self, grammar: Grammar) -> Compiled:
+        library, vocabulary = self._load()
+        ends = self.shared.ends
+        make = partial(make_matcher, library, vocabulary, grammar)
+        background = BackgroundGrammar(library, vocabulary, lambda: make(LIMITS))
+        try:
+            matcher = make(STEP_LIMITS)
+            check_beginning(matcher, ends, lambda tried, token: tried.consume_token(token))
+        except GrammarError:
+            # Which limit it met, if it did, is for the larger ones to say.
+            check_beginning(background.first(), ends, background.consume)
+            matcher = None
+        return Compiled(matcher, background)
+
+    def _overshoots_of(self, grammar: Grammar) -> Overshoots:
+        self._load()
+        assert self._tokenizer is not None
+        marks = tuple(mark for mark, _ in _parts(grammar))
+        found = self._overshoots.get(marks)
+        if found is None:
+            found = Overshoots(marks, self._tokenizer, self._vocab_size)
+            self._overshoots[marks] = found
+        return found
+
+    def _load(self) -> tuple[Any, Any]:
+        library = load_library()
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = make_vocabulary(library, self._tokenizer, self._vocab_size)
+            return library, self._vocabulary
+
+
+def _parts(grammar: Grammar) -> Iterator[tuple[bytes, Grammar]]:
+    """Yield what is compiled of ``grammar``: behind each mark, or all of it behind none."""
+    if not grammar.marks:
+        yield b"", grammar
+    for mark, text in grammar.marks:
+        yield mark.encode(), Grammar("lark", text)

@@ -1,0 +1,250 @@
+"""Answers that follow a grammar only behind a mark, such as the one that opens a call of a tool.
+
+Up to a mark, and behind what its grammar allows, an answer is free and costs nothing. Only tokens
+that would complete a mark and go on behind it are forbidden, so that a mark ends with a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.plugins.guided.bindings import Mask
+from engine.plugins.guided.grammar import GrammarError
+from engine.plugins.guided.guide import NO_TOKENS, Guide
+from engine.text.reasoning import CLOSE, OPEN
+from hybridcache.tokens import Tokens
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+THINK, END_THINK = OPEN.encode(), CLOSE.encode()
+
+
+class Overshoots:
+    """Tokens of one vocabulary that complete a mark and go on behind it."""
+
+    def __init__(self, marks: Sequence[bytes], tokenizer: Tokenizer, vocab_size: int) -> None:
+        """O(vocabulary)."""
+        self.marks = tuple(marks)
+        self._vocab_size = vocab_size
+        self._always: list[int] = []
+        self._behind: dict[bytes, list[int]] = {}
+        """By the rest of a mark with which they begin."""
+        self._masks: dict[tuple[bytes, ...], Mask] = {}
+        lasts = {mark[-1:] for mark in marks}
+        for token in range(min(vocab_size, tokenizer.vocab_size)):
+            text = tokenizer.token_bytes(token)
+            if len(text) > 1 and any(last in text for last in lasts):
+                self._look_at(token, text)
+
+    def _look_at(self, token: int, text: bytes) -> None:
+        for end in range(1, len(text)):
+            head = text[:end]
+            for mark in self.marks:
+                if mark.endswith(head):
+                    self._behind.setdefault(head, []).append(token)
+                if head.endswith(mark):
+                    self._always.append(token)
+
+    def mask(self, text: bytes) -> Mask | None:
+        """Return what may follow ``text``, the end of the free part of an answer; None if
+        everything may."""
+        rests = tuple(
+            mark[size:]
+            for mark in self.marks
+            for size in range(1, len(mark))
+            if text.endswith(mark[:size]) and mark[size:] in self._behind
+        )
+        if not rests and not self._always:
+            return None
+        if rests not in self._masks:
+            allowed = np.ones(-(-self._vocab_size // 8) * 8, np.uint8)
+            allowed[self._always] = 0
+            for rest in rests:
+                allowed[self._behind[rest]] = 0
+            self._masks[rests] = np.packbits(allowed, bitorder="little")
+        return self._masks[rests]
+
+
+class FreeText:
+    """The end of an answer that follows no grammar, as far as it says what comes next."""
+
+    __slots__ = ("_longest", "_marks", "_may_think", "_thinks", "text")
+
+    def __init__(self, marks: Sequence[bytes], *, thinks: bool, may_think: bool) -> None:
+        """``thinks``: the answer begins inside of reasoning; ``may_think``: it may begin with
+        it."""
+        self._marks = marks
+        self._longest = max(len(text) for text in (*marks, THINK, END_THINK))
+        self._thinks = thinks
+        self._may_think = may_think and not thinks
+        self.text = b""
+        """As much as may be the beginning of a mark."""
+
+    def copy(self) -> FreeText:
+        other = FreeText(self._marks, thinks=self._thinks, may_think=self._may_think)
+        other.text = self.text
+        return other
+
+    @property
+    def is_reasoning(self) -> bool:
+        """Whether marks are looked for only later."""
+        return self._thinks or self._may_think
+
+    def add(self, text: bytes) -> bytes | None:
+        """Read on; returns the mark that the text ends with, None if it does not."""
+        self.text += text
+        if self._may_think:
+            begin = self.text.lstrip()
+            if len(begin) < len(THINK) and THINK.startswith(begin):
+                return None
+            self._thinks, self._may_think = begin.startswith(THINK), False
+        if self._thinks:
+            at = self.text.find(END_THINK)
+            if at < 0:
+                self.text = self.text[1 - self._longest :]
+                return None
+            self._thinks, self.text = False, self.text[at + len(END_THINK) :]
+        found = next((mark for mark in self._marks if self.text.endswith(mark)), None)
+        self.text = self.text[1 - self._longest :]
+        return found
+
+
+class MarkGuide:
+    """Follows an answer that is free but for what stands behind marks; used as a ``Guide`` is."""
+
+    __slots__ = (
+        "_begin",
+        "_call",
+        "_free",
+        "_free_from",
+        "_last_call",
+        "_make",
+        "_num_read",
+        "_overshoots",
+        "_token_bytes",
+    )
+
+    def __init__(
+        self,
+        free: FreeText,
+        make: Mapping[bytes, Callable[[], Guide]],
+        overshoots: Overshoots,
+        token_bytes: Callable[[int], bytes],
+    ) -> None:
+        """``make`` has a function for each mark, which makes the guide of the text behind it."""
+        self._make = make
+        self._overshoots = overshoots
+        self._token_bytes = token_bytes
+        self._free, self._begin = free, free.copy()
+        """The free text that is being read, and as it was at ``_free_from``."""
+        self._free_from = self._num_read = 0
+        self._call: tuple[int, Guide] | None = None
+        """Where the text behind a mark begins, and its guide."""
+        self._last_call: tuple[int, Guide] | None = None
+        """The one before, which the newest token has ended: that token may be taken back."""
+
+    def masks(
+        self, answer: Tokens, drafts: Tokens = NO_TOKENS, *, may_be_over: bool = True
+    ) -> list[Mask | None] | None:
+        """See ``Guide.masks``; a mask is None if everything may follow."""
+        try:
+            if not self._read(answer):
+                return None
+        except GrammarError:
+            return None
+        if self._call is not None:
+            start, guide = self._call
+            found = guide.masks(answer[start:], drafts)
+            if found is None:
+                return None
+            masks: list[Mask | None] = [*found]
+            if len(drafts) and guide.is_done(np.concatenate([answer[start:], drafts])):
+                masks[-1] = self._overshoots.mask(b"")
+            return masks
+        free = self._free.copy()
+        masks = [self._free_mask(free)]
+        for token in drafts.tolist():
+            mark = free.add(self._token_bytes(token))
+            if mark is not None:
+                begun = self._make[mark]().masks(NO_TOKENS)
+                return None if begun is None else [*masks, *begun]
+            masks.append(self._free_mask(free))
+        return masks
+
+    def cut(self, answer: Tokens, drafts: Tokens) -> Tokens:
+        """See ``Guide.cut``: drafts end where a mark, or the text behind one, does."""
+        try:
+            if not self._read(answer):
+                return drafts[:0]
+            if self._call is not None:
+                start, guide = self._call
+                drafts = guide.cut(answer[start:], drafts)
+                for size in range(1, len(drafts) + 1):
+                    if guide.is_done(np.concatenate([answer[start:], drafts[:size]])):
+                        return drafts[:size]
+                return drafts
+        except GrammarError:
+            return drafts[:0]
+        free = self._free.copy()
+        for size, token in enumerate(drafts.tolist()):
+            mask = self._free_mask(free)
+            if mask is not None and not mask[token >> 3] >> (token & 7) & 1:
+                return drafts[:size]
+            if free.add(self._token_bytes(token)) is not None:
+                return drafts[: size + 1]
+        return drafts
+
+    def is_done(self, answer: Tokens) -> bool:
+        """Return False: a free answer may always go on. Raises TooComplex as ``Guide.is_done``."""
+        self._read(answer)
+        return False
+
+    def close(self) -> None:
+        """Give up all work: the request has ended."""
+        for call in (self._call, self._last_call):
+            if call is not None:
+                call[1].close()
+
+    def _free_mask(self, free: FreeText) -> Mask | None:
+        return None if free.is_reasoning else self._overshoots.mask(free.text)
+
+    def _read(self, answer: Tokens) -> bool:
+        """Read ``answer``. False if a grammar does not say yet whether its text is over."""
+        if len(answer) < self._num_read:
+            self._go_back(len(answer))
+        while self._num_read < len(answer):
+            end = self._num_read + 1
+            if self._call is not None:
+                start, guide = self._call
+                is_over = guide.is_over(answer[start:end])
+                if is_over is None:
+                    return False
+                if is_over:
+                    self._last_call, self._call = self._call, None
+                    self._free = FreeText(self._overshoots.marks, thinks=False, may_think=False)
+                    self._begin, self._free_from = self._free.copy(), end
+            else:
+                mark = self._free.add(self._token_bytes(int(answer[end - 1])))
+                if mark is not None:
+                    self._call = end, self._make[mark]()
+                elif self._last_call is not None and end > self._free_from + 1:
+                    self._last_call[1].close()
+                    self._last_call = None
+            self._num_read = end
+        return True
+
+    def _go_back(self, length: int) -> None:
+        """Read no further than to ``length``: the newest token was taken back."""
+        if self._call is not None and self._call[0] > length:
+            self._call[1].close()
+            self._call = None
+        if self._call is None and length < self._free_from:
+            assert self._last_call is not None, "more than the newest token was taken back"
+            self._call, self._last_call = self._last_call, None
+        if self._call is None:
+            self._free, length = self._begin.copy(), self._free_from
+        self._num_read = length

@@ -1,0 +1,1 @@
+"""Views of a running engine: the page, the terminal, the trace of its steps."""

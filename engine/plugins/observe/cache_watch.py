@@ -1,0 +1,228 @@
+"""What the page is told of an engine: changes of the tree, requests, memory. Made when somebody
+looks, and gone when nobody does; until then the cache has no listener and a step does nothing for
+it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from engine.requests.recent_requests import Ended
+from engine.requests.request import Request
+from hybridcache.watch.page import FORM
+from hybridcache.watch.recorder import Record, Recorder, node_id
+from hybridcache.watch.records import RequestShown, slabs_record
+
+if TYPE_CHECKING:
+    from engine.engine import Engine
+
+MEMORY_EVERY_S = 0.25
+SLABS_EVERY_S = 0.5
+MAX_NODES = 100_000
+"""Of a tree that is shown: to tell a page of so many takes a fifth of a second, between two
+steps."""
+
+
+class Watch:
+    """Follows one engine for all who look. Called in the engine's thread, between two steps."""
+
+    def __init__(self, engine: Engine) -> None:
+        """ValueError: the tree has more nodes than a page shows."""
+        self._engine = engine
+        self._recorder = Recorder()
+        self._ended: list[Record] = []
+        self._shown: dict[str, tuple[Any, ...]] = {}
+        """Of each request that goes on, what was last told of it."""
+        self._memory = _memory_record(engine)
+        self._slabs: Record = []
+        self._memory_s = self._slabs_s = 0.0
+        if _num_nodes(engine) > MAX_NODES:
+            raise ValueError(
+                f"The tree has {_num_nodes(engine):,} nodes, and a page shows {MAX_NODES:,} at "
+                "most: /v1/cache has an outline."
+            )
+        self._recent = [self._of_ended(ended) for ended in engine.recent]
+        engine.cache.subscribe(self._recorder)
+        engine.recent.listeners.append(self._on_end)
+        self.take()
+
+    def close(self) -> None:
+        """Nobody looks any more."""
+        self._engine.cache.unsubscribe(self._recorder)
+        self._engine.recent.listeners.remove(self._on_end)
+
+    def whole(self) -> dict[str, Any]:
+        """All there is now, as ``take`` left it: what a page begins with. O(tree)."""
+        now = Recorder()
+        self._engine.cache.subscribe(now)
+        self._engine.cache.unsubscribe(now)
+        running = [self._of_request(request) for request in self._engine.requests]
+        records = [self._time(), *now.take(), *self._recent, *running, self._memory]
+        if self._slabs:
+            records.append(self._slabs)
+        return {"form": FORM, "meta": self._meta(), "records": records}
+
+    def take(self) -> list[Record]:
+        """What changed since the last time; empty: nothing. O(changes + requests), and twice a
+        second O(slabs)."""
+        records = self._recorder.take()
+        records += self._ended
+        self._recent = [*self._recent, *self._ended][-256:]
+        self._ended = []
+        going = {}
+        for request in self._engine.requests:
+            state = _progress(request)
+            going[request.request_id] = state
+            if self._shown.get(request.request_id) != state:
+                records.append(self._of_request(request))
+        self._shown = going
+        records += self._memory_changes()
+        return [self._time(), *records] if records else []
+
+    def node(self, id_: int) -> dict[str, Any] | None:
+        """What is asked of one node; None: it is not resident. ``tokens`` are its ids, the last
+        4,096, None where they are a tenant's. O(path)."""
+        node = self._recorder.nodes.get(id_)
+        if node is None or node.kv is None:
+            return None
+        root = node
+        while root.parent is not None:
+            root = root.parent
+        item = node.kv if node.checkpoint is None else node.checkpoint
+        arena = self._engine.cache.arena
+        rows = node.kv.indices
+        return {
+            "id": id_,
+            "start": node.start,
+            "end": node.end,
+            "tokens": None if root.key is not None else node.tokens[-4096:].tolist(),
+            "locks": node.locks,
+            "frees_bytes": item.size_bytes,
+            "recompute_tokens": item.span,
+            "slabs": [] if arena is None else sorted(set((rows // arena.slab_rows).tolist())),
+        }
+
+    def _time(self) -> Record:
+        engine = self._engine
+        stats = engine.cache.stats
+        counted = sum(usage.requests for usage in stats.by_namespace.values())
+        return ["time", round(engine.clock(), 4), counted + stats.folded.requests]
+
+    def _meta(self) -> dict[str, Any]:
+        engine = self._engine
+        memory, config, arena = engine.runner.memory, engine.config, engine.cache.arena
+        return {
+            "title": engine.model_name,
+            "kv_bytes": memory.row_bytes,
+            "state_bytes": memory.state_bytes if memory.is_stateful else 0,
+            "total_bytes": memory.total_bytes,
+            "memory": memory.memory,
+            "slab_rows": arena.slab_rows if arena is not None and arena.num_slabs else None,
+            "num_slabs": 0 if arena is None else arena.num_slabs,
+            "grid": engine.cache.grid,
+            "eviction": config.eviction,
+            "checkpoints": list(config.checkpoints),
+        }
+
+    def _on_end(self, ended: Ended) -> None:
+        self._ended.append(self._of_ended(ended))
+
+    def _of_ended(self, ended: Ended) -> Record:
+        node = self._engine.cache.match(ended.tokens, ended.namespace).node
+        return RequestShown(
+            id=ended.request_id,
+            conversation=ended.session,
+            namespace=ended.namespace,
+            state=ended.reason,
+            prompt=ended.prompt_len,
+            computed=len(ended.tokens),
+            answer=len(ended.tokens) - ended.prompt_len,
+            cached=ended.cached_len,
+            losses=ended.losses,
+            node=node_id(node),
+            preemptions=ended.num_preemptions,
+            arrived_s=ended.arrival_s,
+            scheduled_s=ended.scheduled_s,
+            first_token_s=ended.first_token_s,
+            finished_s=ended.finished_s,
+        ).record()
+
+    def _of_request(self, request: Request) -> Record:
+        state, computed_len, answer_len, node = _progress(request)
+        return RequestShown(
+            id=request.request_id,
+            conversation=request.session.number,
+            namespace=request.namespace,
+            state=state,
+            prompt=request.prompt_len,
+            computed=computed_len,
+            answer=answer_len,
+            cached=request.cached_len,
+            losses=request.losses,
+            node=node,
+            preemptions=request.num_preemptions,
+            arrived_s=request.arrival_s,
+            scheduled_s=request.scheduled_s,
+            first_token_s=request.first_token_s,
+            finished_s=None,
+        ).record()
+
+    def _memory_changes(self) -> list[Record]:
+        engine, now_s = self._engine, self._engine.clock()
+        changes = []
+        if now_s - self._memory_s >= MEMORY_EVERY_S:
+            self._memory_s, memory = now_s, _memory_record(engine)
+            if memory != self._memory:
+                self._memory = memory
+                changes.append(memory)
+        if engine.cache.arena is not None and now_s - self._slabs_s >= SLABS_EVERY_S:
+            self._slabs_s, slabs = now_s, slabs_record(engine.cache.arena)
+            if slabs != self._slabs:
+                self._slabs = slabs
+                changes.append(slabs)
+        return changes
+
+
+def _memory_record(engine: Engine) -> Record:
+    report = engine.report()
+    pools = {"bytes": report.bytes, "kv": report.kv, "slots": report.slots}
+    shown: dict[str, Any] = {
+        name: [pool.free, pool.cached, pool.held] for name, pool in pools.items()
+    }
+    usage = report.usage
+    return [
+        "memory",
+        shown
+        | {
+            "running": report.num_running,
+            "waiting": report.num_waiting,
+            "sessions": [report.queue.live_sessions, report.queue.waiting_sessions],
+            "admission": _admission_text(report.admission, report.queue.figures),
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["cached_tokens"],
+            "evicted_tokens": usage["evicted_tokens"],
+            "evicted_checkpoints": usage["evicted_slots"],
+        },
+    ]
+
+
+def _admission_text(policy: str, figures: Mapping[str, float | str]) -> str:
+    """Return policy, limit and reason in a line."""
+    reason = figures.get("reason", "")
+    numbers = [f"{name} {value:g}" for name, value in figures.items() if not isinstance(value, str)]
+    return "; ".join(filter(None, [policy, str(reason), ", ".join(numbers)]))
+
+
+def _num_nodes(engine: Engine) -> int:
+    """0 where nothing is kept."""
+    return getattr(engine.cache, "num_nodes", 0)
+
+
+def _progress(request: Request) -> tuple[str, int, int, int | None]:
+    """(what it does, tokens computed, tokens answered, the node it stands on)."""
+    node = None if request.lease is None else node_id(request.lease.node)
+    answer_len = request.num_tokens - request.prompt_len
+    if request.lease is None:
+        return "waiting", 0, answer_len, None
+    state = "prefill" if request.is_prefilling else "decode"
+    return state, request.computed_len, answer_len, node

@@ -1,0 +1,158 @@
+"""One engine as a replica of Ray Serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+
+from engine.async_engine import AsyncEngine, RequestStream
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import RequestError, WireError
+from engine.plugins.replicas.replica_call import Order, ReplicaFacts
+from engine.plugins.replicas.replica_output import news_of
+from engine.requests.sampling_params import SamplingParams
+from engine.schedule.observed import StepReport
+from engine.schedule.report import CacheReport
+from engine.text.outputs import RequestOutput
+from hybridcache.routing.outbox import EventBatch, Outbox
+
+logger = logging.getLogger(__name__)
+TRIAL_TOKENS = 512
+"""Prompt whose prefill is timed at the start."""
+
+
+class ReplicaGone(RuntimeError):
+    """An order came to a replica that it was not for."""
+
+
+class EngineReplica:
+    """Computes; its events are followed by whoever routes. A method's only argument is an
+    ``Order``."""
+
+    def __init__(self, config: EngineConfig, replica: str | None = None) -> None:
+        """``replica``: its id; None: Ray Serve knows it, and has given it a core of its own."""
+        if replica is None:
+            import torch
+            from ray import serve
+
+            torch.set_num_threads(1)
+            replica = serve.get_replica_context().replica_id.unique_id
+        self._id = replica
+        self._engine = Engine(config, observer=self._stepped)
+        self._engine.prepare_grammars()
+        self._tokens_per_s = self._timed()
+        self._engine.reset_prefix_cache()
+        self._engine.cache.stats.clear()
+        self._outbox = Outbox(self._engine.cache)
+        self._async = AsyncEngine(self._engine)
+        self._async.start()
+        self._news = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+
+    def _timed(self) -> float:
+        """Tokens a second of a prefill, the second of two."""
+        length = min(TRIAL_TOKENS, self._engine.max_model_len - 1)
+        for first in (0, 1):
+            prompt = (
+                np.arange(first, first + length, dtype=np.int32) % self._engine.runner.vocab_size
+            )
+            start = time.perf_counter()
+            self._engine.generate([prompt], SamplingParams(max_tokens=1))
+        return length / (time.perf_counter() - start)
+
+    def _stepped(self, report: StepReport) -> None:
+        """In the engine's thread, after each step."""
+        if hasattr(self, "_loop") and self._outbox.flush():
+            self._loop.call_soon_threadsafe(self._news.set)
+
+    async def check_health(self) -> None:
+        """Ray Serve replaces a replica where this raises."""
+        if not self._async.is_alive:
+            raise RuntimeError("the engine of this replica has ended; its log says why")
+
+    def _check_address(self, order: Order) -> None:
+        if order.replica is not None and order.replica != self._id:
+            raise ReplicaGone(f"replica {order.replica} is gone")
+
+    async def facts(self, order: Order) -> ReplicaFacts:
+        """What it is."""
+        memory, cache = self._engine.runner.memory, self._engine.cache
+        report = await self._async.report()
+        return ReplicaFacts(
+            vocab_size=self._engine.runner.vocab_size,
+            max_model_len=self._engine.max_model_len,
+            grid=cache.grid,
+            page_size=cache.page_size,
+            kv_bytes=memory.row_bytes,
+            state_bytes=memory.state_bytes,
+            capacity_bytes=report.bytes.total,
+            stateful=memory.is_stateful,
+            prefill_tokens_per_s=self._tokens_per_s,
+        )
+
+    async def generate(self, order: Order) -> AsyncIterator[RequestOutput | WireError]:
+        """Yield outputs without what the server knows already: the prompt, and earlier tokens. An
+        error of the request comes last. Left early, the request ends."""
+        assert order.spec is not None
+        stream: RequestStream | None = None
+        is_covered = False
+        try:
+            stream = self._async.submit(order.spec)
+            async for output in stream:
+                if not is_covered and output.new_token_ids:
+                    is_covered = True
+                    await self._cover(order.request_id)
+                yield news_of(output)
+        except Exception as error:
+            if not isinstance(error, ValueError | RequestError):
+                logger.exception("The request %s failed.", order.request_id)
+            yield RequestError.of(error).to_wire()
+        finally:
+            if stream is not None:
+                stream.abort()
+
+    async def _cover(self, request_id: str) -> None:
+        self._outbox.cover(request_id)
+        if await self._async.call(lambda _: self._outbox.flush()):
+            self._news.set()
+
+    async def events(self, order: Order) -> AsyncIterator[EventBatch]:
+        """Batches from ``order.sequence`` on, as they come, or from 0 where that one is gone. For
+        one reader."""
+        self._check_address(order)
+        due = order.sequence
+        while True:
+            self._news.clear()
+            batches = self._outbox.since(due)
+            if batches is None:
+                await self._async.call(lambda _: self._outbox.restart())
+                due = 0
+                continue
+            for batch in batches:
+                yield batch
+                due = batch.sequence + 1
+            if not batches:
+                await self._news.wait()
+
+    async def report(self, order: Order) -> CacheReport:
+        """See ``Engine.report``."""
+        self._check_address(order)
+        return await self._async.report()
+
+    async def view(self, order: Order) -> dict[str, Any]:
+        """See ``AsyncEngine.cache_view``."""
+        self._check_address(order)
+        return await self._async.cache_view()
+
+    async def reset(self, order: Order) -> None:
+        """Forget every prefix that no running request stands on."""
+        self._check_address(order)
+        await self._async.reset_prefix_cache()
+        if await self._async.call(lambda _: self._outbox.flush()):
+            self._news.set()

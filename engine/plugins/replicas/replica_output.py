@@ -1,0 +1,75 @@
+"""One answer put together from what a replica sends: the news of each step, without what the other
+side has."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import structs
+
+from engine.plugins.replicas.replica_call import NO_TOKENS
+from engine.text.growing import GrowingTokens
+from engine.text.outputs import RequestOutput, SampledToken
+from hybridcache.geometry.units import counted
+
+
+def news_of(output: RequestOutput) -> RequestOutput:
+    """``output`` without the prompt and what earlier steps gave: what is sent."""
+    return structs.replace(
+        output,
+        prompt_token_ids=NO_TOKENS,
+        output=NO_TOKENS,
+        all_text=(),
+        num_pieces=0,
+        all_logprobs=(),
+    )
+
+
+class Answer:
+    """What has come of one request's answer."""
+
+    def __init__(self, request_id: str, prompt: npt.NDArray[np.int32]) -> None:
+        self._request_id, self._prompt = request_id, prompt
+        self._last: RequestOutput | None = None
+        self._tokens = GrowingTokens()
+        self._text: list[str] = []
+        self._logprobs: list[SampledToken] = []
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def broken_off(self) -> str:
+        """What a client is told whose replica died."""
+        return (
+            f"the replica that computed it died after {counted(self.num_tokens, 'token')} of the "
+            "answer; send the request again"
+        )
+
+    def whole(self, output: RequestOutput) -> RequestOutput:
+        """The output that ``news_of`` made ``output`` of. O(new tokens), amortised."""
+        if output.new_text:
+            self._text.append(output.new_text)
+        self._logprobs.extend(output.new_logprobs)
+        self._last = structs.replace(
+            output,
+            request_id=self._request_id,
+            prompt_token_ids=self._prompt,
+            output=self._tokens.extended(output.new_token_ids),
+            all_text=self._text,
+            num_pieces=len(self._text),
+            all_logprobs=self._logprobs,
+        )
+        return self._last
+
+    def aborted(self, first: RequestOutput) -> RequestOutput:
+        """Return the last output of an answer that its reader ended; ``first`` stands for it where
+        none has come."""
+        return structs.replace(
+            self._last or first,
+            new_token_ids=(),
+            new_text="",
+            new_logprobs=(),
+            finish_reason="abort",
+        )

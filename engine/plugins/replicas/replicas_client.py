@@ -1,0 +1,313 @@
+"""Replicas as a server sees them: what ``AsyncEngine`` is for one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from engine.async_engine import (
+    EngineStopped,
+    NoSingleEngine,
+    QueueFull,
+    RequestStream,
+    StepFailed,
+    Watching,
+)
+from engine.build import load_tokenizer_of, sampling_defaults
+from engine.config import EngineConfig
+from engine.errors import DuplicateId, RequestError, WireError
+from engine.plugins.guided.grammar import Grammar
+from engine.plugins.replicas.fleet import Fleet
+from engine.plugins.replicas.replica_call import Order, ReplicaFacts
+from engine.plugins.replicas.replica_output import Answer
+from engine.plugins.replicas.summed_reports import summed
+from engine.requests.request_factory import Intake
+from engine.requests.spec import Prompt, RequestSpec
+from engine.schedule.report import CacheReport
+from engine.text.outputs import RequestOutput
+from engine.text.tokenizer import Tokenizer
+from hybridcache.routing.outbox import EventsLost
+from hybridcache.routing.protocol import RouteRequest
+
+CALL_S = 30.0
+"""How long a replica may take to report."""
+RETRY_S = 0.2
+MAX_DEATHS = 3
+"""Replicas that one request may lose before its first token: it may be what ends them."""
+logger = logging.getLogger(__name__)
+
+
+class FleetEngine:
+    """Several engines. ``submit``, ``drain`` and what is awaited belong to one event loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        handle: Any,
+        fleet: Fleet,
+        facts: ReplicaFacts,
+        model_name: str,
+        shut_down: Callable[[], None],
+        is_death: Callable[[Exception], bool],
+    ) -> None:
+        """``handle``: Ray Serve's, of ``EngineReplica``; ``is_death`` tells what it raises where a
+        replica goes from what the replica itself raised."""
+        self.config = config
+        self.facts = facts
+        self.model_name = model_name
+        self.sampling_defaults = sampling_defaults(config)
+        self.tokenizer: Tokenizer | None = load_tokenizer_of(config, facts.vocab_size)
+        self._handle, self._fleet = handle, fleet
+        self._shut_down, self._is_death = shut_down, is_death
+        self._intake = Intake(
+            self.tokenizer,
+            vocab_size=facts.vocab_size,
+            max_model_len=facts.max_model_len,
+            sampling_defaults=self.sampling_defaults,
+            seed=config.seed,
+            clock=time.perf_counter,
+        )
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._numbers = itertools.count()
+        self._waiting: set[str] = set()
+        self._reports: dict[str, CacheReport] = {}
+        self._gone: Counter[str] = Counter()
+        self._followers: dict[str, asyncio.Task[None]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_open = True
+
+    @property
+    def max_model_len(self) -> int:
+        return self.facts.max_model_len
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a replica is up."""
+        return self._is_open and bool(self._fleet.members)
+
+    def start(self) -> None:
+        """Follow the events of those that are up, and of those that join."""
+        self._loop = asyncio.get_running_loop()
+        self._follow_members()
+
+    def members_changed(self) -> None:
+        """Replicas came or went; called from any thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._follow_members)
+
+    def _follow_members(self) -> None:
+        """Hand the events of each replica to the router for as long as it is up; one that finishes
+        its last requests is waited for no longer."""
+        members = self._fleet.members
+        for replica in members if self._is_open else ():
+            if replica not in self._followers:
+                self._followers[replica] = asyncio.ensure_future(self._follow(replica))
+        for replica, follower in self._followers.items():
+            if replica not in members:
+                follower.cancel()
+
+    async def _follow(self, replica: str) -> None:
+        due = 0
+        try:
+            while replica in self._fleet.members:
+                follow = self._handle.options(method_name="events", stream=True)
+                batches = follow.remote(Order(replica=replica, sequence=due))
+                try:
+                    async for batch in batches:
+                        self._fleet.on_events(replica, batch)
+                        due = batch.sequence + 1
+                except EventsLost:
+                    batches.cancel()
+                    due = 0  # a mirror that contradicts itself is made anew
+                except asyncio.CancelledError:
+                    batches.cancel()
+                    raise
+                except Exception as error:  # whatever Ray raises while a replica goes
+                    logger.info("the events of replica %s broke off: %s", replica, error)
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            del self._followers[replica]
+
+    def compile(self, grammar: Grammar) -> None:
+        """See ``Engine.compile``; replicas compile it once more, when it reaches them."""
+        self._intake.guides.compile(grammar)
+
+    def submit(self, prompt: Prompt | RequestSpec) -> RequestStream:
+        """See ``AsyncEngine.submit``."""
+        if not self._is_open:
+            raise EngineStopped("The engine is stopping and takes no more requests.")
+        asked = RequestSpec.of(prompt, None, {})
+        request = self._intake.prepare(asked)
+        if len(self._waiting) >= self.config.max_queue:
+            raise QueueFull(self.config.max_queue)
+        request_id = request.request_id
+        if request_id in self._tasks:
+            raise DuplicateId(request_id)
+        stream = RequestStream(request_id, self._abort)
+        first = request.report()
+        tokens = first.prompt_token_ids.copy()
+        # A replica may still end an earlier request of this id.
+        unique_id = f"{request_id}#{next(self._numbers)}"
+        spec = replace(
+            asked,
+            prompt=tokens,
+            sampling=replace(request.params, seed=request.seed),
+            boundaries=request.boundaries,
+            request_id=unique_id,
+        )
+        route = RouteRequest(
+            unique_id, tuple(tokens.tolist()), spec.namespace, boundaries=tuple(spec.boundaries)
+        )
+        order, answer = Order(unique_id, spec, route), Answer(request_id, tokens)
+        self._waiting.add(unique_id)
+        task = asyncio.ensure_future(self._follow_answer(order, answer, stream))
+        self._tasks[request_id] = task
+        task.add_done_callback(
+            lambda task: self._settle(task, order, answer.aborted(first), stream)
+        )
+        return stream
+
+    def _abort(self, request_id: str) -> None:
+        task = self._tasks.get(request_id)
+        if task is not None:
+            task.cancel()
+
+    async def _follow_answer(self, order: Order, answer: Answer, stream: RequestStream) -> None:
+        """Hand the outputs of one request to ``stream``, from another replica where the first one
+        died before the first token."""
+        generate = self._handle.options(method_name="generate", stream=True)
+        num_deaths = 0
+        while True:
+            self._fleet.expect(order.request_id)
+            outputs = generate.remote(order)
+            try:
+                async for output in outputs:
+                    if isinstance(output, WireError):
+                        self._end(order, stream, RequestError.from_wire(output))
+                        return
+                    if not answer.num_tokens and output.new_token_ids:
+                        self._waiting.discard(order.request_id)
+                        self._fleet.prefilled(order.request_id)
+                    whole = answer.whole(output)
+                    if not output.is_finished:
+                        stream.put(whole)
+                    else:
+                        self._end(order, stream, whole)
+                return
+            except asyncio.CancelledError:
+                outputs.cancel()
+                raise
+            except Exception as error:
+                if not self._is_death(error):
+                    self._end(order, stream, StepFailed(_cause(error)))
+                    return
+                num_deaths += 1
+                if answer.num_tokens or num_deaths == MAX_DEATHS:
+                    self._end(order, stream, StepFailed(answer.broken_off))
+                    return
+                logger.warning("request %s lost its replica and begins anew", stream.request_id)
+                self._fleet.ended(order.request_id)
+
+    def _settle(
+        self, task: asyncio.Task[None], order: Order, aborted: RequestOutput, stream: RequestStream
+    ) -> None:
+        """End a request that its ``task`` has not: it was cancelled, maybe before it began, or
+        broke off."""
+        if self._tasks.get(stream.request_id) is not task:
+            return
+        last: RequestOutput | RequestError = aborted
+        if not task.cancelled():
+            last = StepFailed("its replica ended before the answer was done")
+            if task.exception() is not None:
+                logger.error("A request broke off.", exc_info=task.exception())
+        elif not self._is_open:
+            last = EngineStopped("The engine stopped before the answer was done.")
+        self._end(order, stream, last)
+
+    def _end(self, order: Order, stream: RequestStream, last: RequestOutput | RequestError) -> None:
+        """Hand out the last of a request, whose id is free from here on."""
+        del self._tasks[stream.request_id]
+        self._fleet.ended(order.request_id)
+        self._waiting.discard(order.request_id)
+        stream.put(last)
+
+    async def _each(self, method: str) -> dict[str, Any]:
+        """What a method says on each replica that is up and answers."""
+        asked = {
+            replica: self._handle.options(method_name=method).remote(Order(replica=replica))
+            for replica in self._fleet.members
+        }
+        found = {}
+        for replica, response in asked.items():
+            try:
+                found[replica] = await asyncio.wait_for(response, CALL_S)
+            except Exception as error:  # whatever Ray raises while a replica goes
+                logger.info("replica %s did not answer %s: %s", replica, method, error)
+        if not found:
+            raise EngineStopped("No replica answers.")
+        return found
+
+    async def report(self) -> CacheReport:
+        """The replicas' reports as one; what those that are gone had counted stays counted.
+        EngineStopped: none answers."""
+        found = await self._each("report")
+        members = self._fleet.members
+        for replica in [each for each in self._reports if each not in members]:
+            self._gone.update(self._reports.pop(replica).usage)
+        self._reports |= {each: report for each, report in found.items() if each in members}
+        return summed(list(found.values()), self._gone)
+
+    async def watch(self) -> Watching:
+        """NoSingleEngine: the page reads one engine's tree, and there is none to read here."""
+        raise NoSingleEngine(
+            "This page draws one engine's cache; of replicas it has the sums, and /v1/cache what "
+            "each holds."
+        )
+
+    async def cache_view(self) -> dict[str, Any]:
+        """The sum, and each replica's own."""
+        replicas = await self._each("view")
+        total = (await self.report()).as_dict()
+        return total | {"replicas": replicas}
+
+    async def reset_prefix_cache(self) -> None:
+        """On every replica."""
+        await self._each("reset")
+
+    async def end_session(self, request_id: str) -> None:
+        """Do nothing: replicas learn of an end with the session's last request alone."""
+
+    async def stop_accepting(self) -> None:
+        """Do nothing: replicas have no role, and serve no other engines."""
+
+    async def drain(self) -> None:
+        """Take no more requests, finish those there are, and end the replicas."""
+        self._is_open = False
+        while self._tasks:
+            await asyncio.wait(tuple(self._tasks.values()))
+        for follower in tuple(self._followers.values()):
+            follower.cancel()
+        await asyncio.to_thread(self._shut_down)
+
+    def stop(self) -> None:
+        """Requests that are not done fail with EngineStopped. From any thread."""
+        self._is_open = False
+        if self._loop is not None and not self._loop.is_closed():
+            with suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._cancel_all)
+
+    def _cancel_all(self) -> None:
+        for task in tuple(self._tasks.values()):
+            task.cancel()
+
+
+def _cause(error: Exception) -> str:
+    cause = getattr(error, "cause", None) or error
+    return str(cause).splitlines()[0] if str(cause) else type(cause).__name__

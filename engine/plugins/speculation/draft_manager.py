@@ -1,0 +1,211 @@
+"""Who gets drafts in a step, how long, from whom, and what is learnt from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from functools import partial
+from typing import NamedTuple
+
+from engine.plugins.speculation.draft_length import Pace
+from engine.plugins.speculation.mtp import Guess, HeadDrafter
+from engine.plugins.speculation.mtp_draft_length import Luck, Odds
+from engine.plugins.speculation.probe import MAX_REST, Tries, Turns
+from engine.plugins.speculation.suffix import IndexMemory
+from engine.plugins.speculation.tree import SuffixDrafter, TreeDrafter
+from engine.requests.request import Request
+from engine.schedule.drafter import Draft, Drafter
+from engine.text.outputs import DraftCounts
+
+
+class Source(NamedTuple):
+    """A drafter, and what makes the turns of a request that it drafts for."""
+
+    drafter: Drafter
+    make_turns: Callable[[], Turns]
+
+
+class Means(NamedTuple):
+    """What drafters may use beside the requests themselves."""
+
+    guess: Guess
+    """As ``Runner.guess``."""
+    shares: bool
+    """One request may be guessed for from another's text."""
+    memory: IndexMemory
+    """For the indices of all texts."""
+
+
+def _tree(max_tokens: int, means: Means) -> list[Source]:
+    suffixes = SuffixDrafter(shares=means.shares, memory=means.memory)
+    drafters: tuple[Drafter, ...] = TreeDrafter(), suffixes
+    return [Source(drafter, partial(Pace, max_tokens)) for drafter in drafters]
+
+
+def _mtp(max_tokens: int, means: Means) -> list[Source]:
+    return [Source(HeadDrafter(means.guess), partial(Odds, max_tokens, Luck()))]
+
+
+WORDS: dict[str, Callable[[int, Means], list[Source]]] = {"tree": _tree, "mtp": _mtp}
+"""Drafters for each word of ``EngineConfig.draft``, in the order in which they are asked."""
+
+
+class _Known:
+    """What is remembered of one request."""
+
+    __slots__ = ("turns", "wakes")
+
+    def __init__(self, turns: list[Turns]) -> None:
+        self.turns = turns
+        """Of each source, in the order in which they are asked."""
+        self.wakes = 0
+        """No drafter is to be asked before this step."""
+
+
+class Drafting:
+    """Asks the drafters, shares out what a step may verify, and keeps each request's turns with
+    each of them. A step in which nobody is to be asked costs a look at each request."""
+
+    def __init__(self, sources: Sequence[Source], *, max_verified: int) -> None:
+        """``max_verified`` tokens, sure ones included, of all requests with drafts in one step."""
+        self._sources = sources
+        self._ranks = {drafter.name: rank for rank, (drafter, _) in enumerate(sources)}
+        self._max_verified = max_verified
+        self._known: dict[Request, _Known] = {}
+        self._tries = Tries()
+        self._tried = [0] * len(sources)
+        """The newest step with a try of each."""
+        self._step = 0
+
+    @classmethod
+    def of(
+        cls,
+        words: Mapping[str, int],
+        max_verified: int,
+        guess: Guess,
+        *,
+        shares: bool,
+        memory: IndexMemory | None = None,
+    ) -> Drafting:
+        """Ask the drafters that ``words`` name, for at most so many tokens of each.
+
+        ``guess`` is what ``Runner.guess`` does. ``shares``: one request may be guessed for from
+        another's text. ``memory`` is for the indices of all texts.
+        """
+        means = Means(guess, shares, memory or IndexMemory(64 << 20))
+        sources = [source for word, most in words.items() for source in WORDS[word](most, means)]
+        return cls(sources, max_verified=max_verified)
+
+    @property
+    def requests(self) -> Set[Request]:
+        """Those that something is remembered of."""
+        return self._known.keys()
+
+    def propose(self, decoding: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
+        """Drafts for some of the (request, most tokens that still fit) that decode: the first
+        drafter that has any. The more want some, the fewer each gets."""
+        self._step += 1
+        wanted: dict[Request, list[int]] = {}
+        for request, room in decoding:
+            known = self._known.get(request) or self._meet(request)
+            if known.wakes <= self._step:
+                lengths = self._lengths(known, room)
+                if max(lengths) > 0:
+                    wanted[request] = lengths
+        return self._as_fits(self._ask(wanted)) if wanted else {}
+
+    def _ask(self, wanted: Mapping[Request, Sequence[int]]) -> dict[Request, Draft]:
+        """Drafts for those that want one of as many tokens of each source."""
+        share = max(1, self._max_verified // len(wanted) - 1)
+        drafts: dict[Request, Draft] = {}
+        for rank, (drafter, _) in enumerate(self._sources):
+            missing = [
+                (request, min(lengths[rank], share))
+                for request, lengths in wanted.items()
+                if lengths[rank] and request not in drafts
+            ]
+            if not missing:
+                continue
+            for (request, _), tokens in zip(missing, drafter.propose(missing), strict=True):
+                if tokens is None:
+                    continue
+                if not len(tokens):
+                    self._known[request].turns[rank].learn(self._step, 0, 0)
+                    continue
+                tokens = request.possible(tokens)
+                if len(tokens):
+                    drafts[request] = Draft(tokens, drafter.name)
+        return drafts
+
+    def _lengths(self, known: _Known, room: int) -> list[int]:
+        """Most tokens of each source in this step. Of several that would try, the one whose last
+        try is the oldest."""
+        lengths, trying = [0] * len(known.turns), []
+        known.wakes = self._step + MAX_REST
+        for rank, turns in enumerate(known.turns):
+            due = turns.wakes
+            if turns.is_trying and due < self._tries.opens:
+                due = self._tries.opens
+            if due < known.wakes:
+                known.wakes = due
+            if due <= self._step:
+                lengths[rank] = min(turns.length, room)
+                if turns.is_trying:
+                    trying.append(rank)
+        if len(trying) > 1:
+            for rank in sorted(trying, key=self._tried.__getitem__)[1:]:
+                lengths[rank] = 0
+        return lengths
+
+    def may_guess(self, decoding: Iterable[Request]) -> bool:
+        """Whether any of them is to be drafted for in its next step."""
+        for request in decoding:
+            known = self._known.get(request) or self._meet(request)
+            if known.wakes <= self._step + 1:
+                self._lengths(known, 0)
+                if known.wakes <= self._step + 1:
+                    return True
+        return False
+
+    def pass_over(self) -> None:
+        """A step of those that ``may_guess`` denied, made without ``propose``."""
+        self._step += 1
+
+    def _as_fits(self, drafts: dict[Request, Draft]) -> dict[Request, Draft]:
+        """The first of ``drafts`` that a step has room for."""
+        room, fitting = self._max_verified, {}
+        for request, draft in drafts.items():
+            room -= 1 + len(draft.tokens)
+            if room >= 0:
+                fitting[request] = draft
+                rank = self._ranks[draft.source]
+                if self._known[request].turns[rank].is_trying:
+                    self._tries.take(self._step)
+                    self._tried[rank] = self._step
+        return fitting
+
+    def learn(self, request: Request, draft: Draft, num_accepted: int) -> None:
+        """What became of the draft of the last step."""
+        turns = self._known[request].turns[self._ranks[draft.source]]
+        if turns.is_trying:
+            self._tries.learn(self._step, num_accepted > 0)
+        turns.learn(self._step, len(draft.tokens), num_accepted)
+        self._known[request].wakes = 0
+        counts = request.drafts
+        assert counts is not None
+        counts.count(draft.source, len(draft.tokens), num_accepted)
+
+    def forget(self, request: Request) -> None:
+        """``request`` has ended."""
+        self._known.pop(request, None)
+        for drafter, _ in self._sources:
+            drafter.forget(request)
+
+    def reset(self) -> None:
+        """The cache was emptied."""
+        for drafter, _ in self._sources:
+            drafter.reset()
+
+    def _meet(self, request: Request) -> _Known:
+        known = self._known[request] = _Known([make() for _, make in self._sources])
+        request.drafts = request.drafts or DraftCounts()
+        return known

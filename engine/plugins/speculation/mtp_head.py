@@ -1,0 +1,203 @@
+"""The model's multi-token head beside it: its rows are written as the model computes, and it
+guesses what comes next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.prediction import PredictionHead, ahead
+from engine.layers.rotary import RotaryTable
+from engine.models.decoder import Decoder
+from engine.plugins.speculation.mtp_kv_buffer import PendingRows
+from engine.runner.graphs import Record, Replay
+from engine.runner.memory import Memory, Pools, RequestTable
+from engine.schedule.drafter import Newest
+from hybridcache.tokens import Tokens
+from kernels.attention.sequences import Sequences
+from kernels.upload import upload
+
+
+class Predictor:
+    """A multi-token head, the pool of what it keeps, and rows for guesses, which nobody else
+    reads."""
+
+    def __init__(
+        self,
+        head: PredictionHead,
+        model: Decoder,
+        memory: Memory,
+        table: RequestTable,
+        rotary: RotaryTable,
+    ) -> None:
+        """``memory``'s last pools are the head's, and what lies behind its padding row is for
+        guesses."""
+        self._model, self._head = model, head
+        self._pools, self._table, self._rotary = memory.pools[-1], table, rotary
+        self._first_row = memory.padding_row + 1
+        self._row_multiple: int = model.build.kernels["linear"].ROWS
+        self.pending = PendingRows(head, model, memory, table, rotary)
+        """Rows of steps that were followed by `PendingRows.carry` alone."""
+        self._passes: Passes | None = None
+
+    def record(self, record: Record) -> None:
+        """Have passes of the head recorded; what NotRecordableError is raised for is not."""
+        passes = Passes(
+            self._model, self._head, self._pools, self._rotary, record,
+            num_requests=len(self._table.host) - 1, max_len=self._table.host.shape[1],
+            first_row=self._first_row,
+        )  # fmt: skip
+        passes.capture()
+        self._passes = passes
+        self.pending.record(record)
+
+    def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
+        """Take in a step that the model has computed; ``hidden`` is what it left. The rows of one
+        that only decodes are ``pending``."""
+        if step.decode is not None and step.num_decode == step.num_tokens:
+            self.pending.carry(token_ids, hidden, step)
+            return
+        hidden = hidden[: len(token_ids)]
+        self._head.follow(self._model.embedding(token_ids), hidden, step, self._pools)
+
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
+        """For each request the ``most`` (1 or more) likeliest tokens behind its newest one, each as
+        if those before it were right. One pass of the head a token, over all requests that still
+        want one."""
+        self.pending.settle()
+        order = sorted(range(len(newest)), key=lambda rank: -most[rank])
+        requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
+        if self._passes is not None:
+            guessed = self._passes.run(requests, wanted, self._table.host)
+        else:
+            guessed = self._run(requests, wanted)
+        found: list[Tokens] = [guessed[0]] * len(newest)
+        for place, rank in enumerate(order):
+            found[rank] = guessed[place, : most[rank]]
+        return found
+
+    def _run(self, requests: Sequence[Newest], wanted: Sequence[int]) -> npt.NDArray[np.int32]:
+        """int32[B, D]: tokens of each pass; those behind what a request wants mean nothing."""
+        device = self._table.device.device
+        tokens = upload([request.token_id for request in requests], torch.int64, device)
+        slots = upload([request.slot for request in requests], torch.int64, device)
+        before, rows = self._pools[-1][slots], self._rows(requests, wanted[0])
+        guessed = []
+        for step in range(wanted[0]):
+            count = sum(length > step for length in wanted)
+            before = self._head.draft(
+                self._model.embedding(tokens[:count]),
+                before[:count],
+                [request.position + step for request in requests[:count]],
+                rows[:count],
+                self._rotary,
+                self._pools,
+            )
+            padded = -(-count // self._row_multiple) * self._row_multiple
+            tokens = self._model.head(pad_rows(before, padded))[:count].argmax(-1)
+            guessed.append(tokens)
+        return torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
+
+    def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
+        """int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest token, then
+        ``depth`` rows of its own for that and the guesses."""
+        device, count = self._table.device.device, len(requests)
+        ends = [request.position - 1 for request in requests]
+        known = max(ends)
+        rows = self._table.device.new_zeros(count, known + depth)
+        table_rows = upload([request.row for request in requests], torch.int64, device)
+        rows[:, :known] = self._table.device[table_rows, 1 : 1 + known]
+        ahead = torch.arange(depth, device=device)
+        own = torch.arange(count, device=device)[:, None] * depth + ahead + self._first_row
+        columns = upload(ends, torch.int64, device)[:, None] + ahead
+        return rows.scatter_(1, columns, own.int())
+
+
+class Passes:
+    """Passes of the head on a CPU, recorded: one graph for each number of requests, which reads
+    lengths where they lie."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        head: PredictionHead,
+        pools: Pools,
+        rotary: RotaryTable,
+        record: Record,
+        *,
+        num_requests: int,
+        max_len: int,
+        first_row: int,
+    ) -> None:
+        self._model, self._head, self._pools = model, head, pools
+        self._rotary, self._record, self._first_row = rotary, record, first_row
+        self._replays: dict[int, Replay] = {}
+        self._depths = np.arange(max_len)[:, None, None]
+        self._columns = torch.zeros(3, num_requests, dtype=torch.int64)
+        """Newest token, its position and its row, of each request."""
+        self._lengths = torch.ones(num_requests, dtype=torch.int32)
+        self._ranks = torch.arange(num_requests, dtype=torch.int32)
+        self._rows = torch.zeros(num_requests, max_len, dtype=torch.int32)
+        """Those of positions 1, 2, ... of each request."""
+        self._before = pools[-1].new_zeros(num_requests, pools[-1].shape[1])
+        self._host_before = [x.view(torch.uint8).numpy() for x in (self._before, pools[-1])]
+
+    def capture(self) -> None:
+        """Make the graph of one request. Computes on what is nobody's."""
+        self._columns[1], self._columns[2] = 1, self._first_row
+        self._rows[0, 0] = self._first_row
+        self._replays[1] = self._record(self._work(1))
+
+    def run(
+        self, requests: Sequence[Newest], wanted: Sequence[int], table: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int32]:
+        """int32[B, D]: tokens of each pass over the ``requests`` that still want one; ``wanted``
+        descends, and what lies behind it means nothing."""
+        columns, rows, lengths = self._columns.numpy(), self._rows.numpy(), self._lengths.numpy()
+        count, depth = len(requests), wanted[0]
+        for b, request in enumerate(requests):
+            end, own = request.position - 1, self._first_row + b * depth
+            rows[b, :end] = table[request.row, 1 : 1 + end]
+            columns[:, b] = request.token_id, request.position, own
+        # Between two replays the processor's caches are cold: an assignment is cheap, a sum is not.
+        ahead = columns[1:, :count] + self._depths[:depth]
+        for b, (request, length) in enumerate(zip(requests, wanted, strict=True)):
+            rows[b, request.position - 1 :][:length] = ahead[:length, 1, b]
+        before, carried = self._host_before
+        before[:count] = carried[[request.slot for request in requests]]
+        guessed = np.zeros((count, depth), np.int32)
+        for step in range(depth):
+            while wanted[count - 1] <= step:
+                count -= 1
+            columns[1:, :count] = ahead[step, :, :count]
+            lengths[:count] = ahead[step, 0, :count]
+            if count in self._replays:
+                self._replays[count]()
+            else:
+                self._replays[count] = self._record(self._work(count))
+            guessed[:count, step] = columns[0, :count]
+        return guessed
+
+    def _work(self, count: int) -> Callable[[], None]:
+        tokens, positions, kv_indices = self._columns[:, :count].unbind()
+        sequences = Sequences(
+            rows=tuple(range(count)),
+            kv_lens=(1,) * count,
+            row_table=self._ranks[:count],
+            kv_len_table=self._lengths[:count],
+        )
+
+        def work() -> None:
+            inputs = ahead(
+                positions, kv_indices, self._rows, sequences, self._rotary, num_rows=count
+            )
+            embedded, before = self._model.embedding(tokens), self._before[:count]
+            hidden = self._head.advance(embedded, before, inputs, self._pools)
+            before.copy_(hidden)
+            tokens.copy_(self._model.head(hidden).argmax(-1))
+
+        return work

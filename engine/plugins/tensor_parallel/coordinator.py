@@ -1,0 +1,99 @@
+"""The runner of the first rank, which has the others compute every batch beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from engine.config import EngineConfig
+from engine.interfaces import RunnerLost
+from engine.layers.rank import Rank
+from engine.models import read_model
+from engine.plugins.tensor_parallel.group import TIMEOUT_S
+from engine.plugins.tensor_parallel.group_init import meet
+from engine.plugins.tensor_parallel.rank_commands import Commit, Forward, Ready
+from engine.plugins.tensor_parallel.worker_pool import Followers
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner, shared_sizes
+from engine.schedule.batch import Batch
+from engine.weights.model_config import read_config
+from kernels import exchange
+
+
+class LeadingRunner(ModelRunner):
+    """``--tp N``: scheduler and cache know this runner alone. What it allocates, moves and saves,
+    every rank does with its own part, so that a row and a slot mean the same on each."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Starts the other processes and loads all parts. ModelError; RunnerLost: one ended."""
+        self._followers: Followers | None = None
+        _, model = read_model(read_config(config.model_dir))
+        shared_sizes(model, config.tp)  # What is refused is before any process starts.
+        places = [Device.resolve(config.device).of_rank(number) for number in range(config.tp)]
+        device = places[0]
+        num_threads = torch.get_num_threads()
+        if device.is_cpu:
+            num_threads = max(1, num_threads // config.tp)
+            torch.set_num_threads(num_threads)
+        shares_memory = device.is_cpu and exchange.is_available()
+        followers = Followers(config, num_threads, shares_memory=shares_memory)
+        try:
+            self.group = meet(followers.first, device, followers.lines)
+            super().__init__(config, Rank(0, config.tp, self.group))
+            self.group.check()
+            followers.wait_for(Ready)
+            self.group.set_timeout(TIMEOUT_S)
+        except RunnerLost as error:
+            raise followers.lost(error) from error
+        except BaseException:
+            followers.close()
+            raise
+        self._followers = followers
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """See ``Runner.forward``. RunnerLost: a rank has gone; nothing can be computed any more."""
+        num_drawn = None if drawn is None else len(drawn)
+        with self._together(Forward(batch, num_drawn)):
+            if drawn is not None:
+                self.group.gather(drawn.contiguous())
+            return super().forward(batch, drawn)
+
+    @torch.inference_mode()
+    def commit(self, batch: Batch, taken: Sequence[int]) -> None:
+        """See ``Runner.commit``."""
+        with self._together(Commit(batch, tuple(taken))):
+            super().commit(batch, taken)
+
+    @contextmanager
+    def _together(self, order: Forward | Commit) -> Iterator[None]:
+        """Have all ranks do what is done within. While they load they do it by themselves."""
+        if self._followers is None:
+            yield
+            return
+        self._followers.order(order)
+        try:
+            yield
+            self.group.check()
+        except Exception as error:
+            raise self._followers.lost(error) from error
+        except BaseException as error:
+            self._followers.lost(error)
+            raise
+
+    def when_lost(self, order: Callable[[Callable[[], None]], None]) -> None:
+        """See ``Losable``."""
+        if self._followers is not None:
+            self._followers.watch(order)
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Process ids of ranks 1, 2, ..."""
+        return () if self._followers is None else self._followers.processes
+
+    def close(self) -> None:
+        """End the other processes."""
+        if self._followers is not None:
+            self._followers.close()

@@ -1,0 +1,20 @@
+"""How ranks come to exchange what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.layers.rank import Group
+from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, TorchGroup
+from engine.plugins.tensor_parallel.rank_commands import Start
+from engine.plugins.tensor_parallel.shared_memory import SharedGroup
+from engine.runner.device import Device
+
+
+def meet(start: Start, device: Device, lines: Sequence[int]) -> Group:
+    """The group of the rank that was started so. ``lines``: descriptors of its lines to others.
+    RunnerLost, ModelError: see ``TorchGroup``."""
+    if start.memory is not None:
+        return SharedGroup(start.number, start.count, start.memory, lines, START_TIMEOUT_S)
+    return TorchGroup(start.number, start.count, Path(start.meeting), device)

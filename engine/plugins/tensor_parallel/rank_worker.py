@@ -1,0 +1,82 @@
+"""What every rank but the first runs: it loads its part, and then computes the batches that the
+first one does."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import traceback
+from contextlib import suppress
+
+import torch
+
+from engine.interfaces import RunnerLost
+from engine.layers.rank import Rank
+from engine.plugins.tensor_parallel.group import TIMEOUT_S
+from engine.plugins.tensor_parallel.group_init import meet
+from engine.plugins.tensor_parallel.pipe import Line
+from engine.plugins.tensor_parallel.rank_commands import (
+    Commit,
+    Failed,
+    Forward,
+    Here,
+    Lost,
+    Ready,
+    Refused,
+    Start,
+)
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner
+from engine.weights.model_config import ModelError
+
+
+def main(descriptor: int) -> None:
+    """Run the rank whose end of the line is open as ``descriptor``, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The first rank's to handle.
+    line = Line(socket.socket(fileno=descriptor))
+    last_words = _follow(line)
+    if last_words is not None:
+        with suppress(OSError):
+            line.send(last_words)
+        sys.exit(1)
+
+
+def _follow(line: Line) -> Refused | Lost | Failed | None:
+    """What ended it; None: the first rank closed the line."""
+    try:
+        _run(line)
+    except (EOFError, ConnectionError):
+        return None
+    except ModelError as error:
+        return Refused(str(error))
+    except RunnerLost as error:
+        return Lost(str(error))
+    except Exception as error:
+        traceback.print_exc()
+        return Failed(f"{type(error).__name__}: {error}")
+    return None
+
+
+def _run(line: Line) -> None:
+    start: Start = line.receive()
+    line.send(Here())
+    device = Device.resolve(start.config.device).of_rank(start.number)
+    if device.is_cpu:
+        torch.set_num_threads(start.num_threads)
+    device.make_current()
+    group = meet(start, device, [line.fileno()])
+    runner = ModelRunner(start.config, Rank(start.number, start.count, group))
+    group.check()
+    line.send(Ready())
+    group.set_timeout(TIMEOUT_S)
+    while True:
+        order: Forward | Commit = line.receive(group.spin_s)
+        if isinstance(order, Commit):
+            runner.commit(order.batch, order.taken)
+        elif order.num_drawn is None:
+            runner.forward(order.batch)
+        else:
+            place = torch.empty(order.num_drawn, dtype=torch.int64, device=device.torch_device)
+            runner.forward(order.batch, group.gather(place)[0])
+        group.check()

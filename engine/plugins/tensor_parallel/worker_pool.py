@@ -1,0 +1,193 @@
+"""The processes of all ranks but the first: their start, their orders, and what became of them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.config import EngineConfig
+from engine.exit_codes import describe_exit
+from engine.interfaces import RunnerLost
+from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, TIMEOUT_S
+from engine.plugins.tensor_parallel.pipe import Line
+from engine.plugins.tensor_parallel.rank_commands import Failed, Here, Lost, Ready, Refused, Start
+from engine.plugins.tensor_parallel.shared_memory import make_memory
+from engine.weights.model_config import ModelError
+
+LAST_WORDS_S = 5.0
+"""How long the others are listened to when an exchange broke off: whoever died says nothing, and
+whoever is silent and alive is the one that did not answer."""
+CODE = (
+    "import sys; sys.path[:0] = {paths!r}; "
+    "from engine.plugins.tensor_parallel.rank_worker import main; main({fd})"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Follower:
+    """One of them."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    line: Line
+
+
+class Followers:
+    """Ranks 1 to ``count - 1``. They end when this is closed or collected, or this process ends."""
+
+    def __init__(self, config: EngineConfig, num_threads: int, *, shares_memory: bool) -> None:
+        """Starts them, and waits until all of them run. ``shares_memory``: through which they
+        exchange what they compute. RunnerLost."""
+        self._count, self._sentence = config.tp, ""
+        self._folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
+        meeting = str(Path(self._folder.name) / "meeting")
+        memory = make_memory(self._count) if shares_memory else None
+        self.first = Start(0, self._count, config, meeting, memory, num_threads)
+        """What this process, the first rank, is started with."""
+        self._all = [_start(number, memory) for number in range(1, self._count)]
+        self._end = weakref.finalize(self, _end, self._all, self._folder, memory)
+        try:
+            for one in self._all:
+                one.line.send(replace(self.first, number=one.number))
+            self.wait_for(Here)
+        except OSError as error:
+            raise self.lost(error) from None
+
+    def wait_for(self, kind: type[Here] | type[Ready]) -> None:
+        """Until all have said so. RunnerLost, ModelError: one says or does something else."""
+        for one in self._all:
+            try:
+                answer = one.line.receive()
+            except (EOFError, OSError) as error:
+                raise self.lost(error) from None
+            if not isinstance(answer, kind):
+                raise self.lost(RunnerLost("it was not ready"), {one.number: answer})
+        if kind is Ready:
+            for one in self._all:
+                one.line.set_timeout(TIMEOUT_S)
+
+    def order(self, order: object) -> None:
+        """Have all do something beside this process. RunnerLost: one has gone."""
+        if self._sentence:
+            raise RunnerLost(self._sentence)
+        for one in self._all:
+            try:
+                one.line.send(order)
+            except OSError as error:
+                raise self.lost(error) from None
+
+    def lost(self, error: BaseException, said: dict[int, Any] | None = None) -> Exception:
+        """End all, for after ``error`` they can not go on: what to raise instead of it, a sentence
+        that names the rank. ``said``: last words that were heard already."""
+        said = dict(said or {})
+        deadline = time.monotonic() + LAST_WORDS_S
+        is_own = not isinstance(error, RunnerLost | OSError | EOFError)
+        for one in () if is_own else self._all:
+            one.line.set_timeout(max(0.01, deadline - time.monotonic()))
+            with suppress(EOFError, OSError):
+                while one.number not in said:
+                    answer = one.line.receive()
+                    if isinstance(answer, Refused | Lost | Failed):
+                        said[one.number] = answer
+        refused = [answer.sentence for answer in said.values() if isinstance(answer, Refused)]
+        self._sentence = self._what_happened(error, is_own, said)
+        for one in self._all:
+            one.process.kill()
+        self.close()
+        return ModelError(refused[0]) if refused else RunnerLost(self._sentence)
+
+    def _what_happened(self, error: BaseException, is_own: bool, said: dict[int, Any]) -> str:
+        if is_own:
+            return f"rank 0 failed within a step, and the others with it: {error!r}."
+        for number, answer in said.items():
+            if isinstance(answer, Failed):
+                return f"rank {number} of {self._count} failed: {answer.sentence}."
+        silent = [one for one in self._all if one.number not in said]
+        for one in silent:
+            with suppress(subprocess.TimeoutExpired):
+                one.process.wait(0.2)
+            if one.process.returncode is not None:
+                how = describe_exit(one.process.returncode)
+                return f"rank {one.number} of {self._count} {how}; start the engine again."
+        names = " and ".join(f"rank {one.number}" for one in silent) or "a rank"
+        return f"{names} of {self._count} did not answer in time ({error}); start the engine again."
+
+    @property
+    def lines(self) -> list[int]:
+        """Descriptors of sockets that close when one of them ends."""
+        return [one.line.fileno() for one in self._all]
+
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """Their ids, in the order of ranks."""
+        return tuple(one.process.pid for one in self._all)
+
+    def watch(self, order: Callable[[Callable[[], None]], None]) -> None:
+        """Have ``order`` called, in a thread, with what raises RunnerLost where one of them ends
+        that nobody ended. Keeps nothing alive."""
+        bound = weakref.WeakMethod(self._check), weakref.WeakMethod(order)
+        for one in self._all:
+            arguments = one.process, *bound
+            threading.Thread(target=_await, args=arguments, name="ranks", daemon=True).start()
+
+    def _check(self) -> None:
+        if self._sentence:
+            raise RunnerLost(self._sentence)
+        if self._end.alive:
+            raise self.lost(EOFError("one has ended"))
+
+    def close(self) -> None:
+        """End all processes."""
+        self._end()
+
+
+def _start(number: int, memory: int | None) -> Follower:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        descriptor = theirs.fileno()
+        code = CODE.format(paths=[path or os.getcwd() for path in sys.path], fd=descriptor)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            pass_fds=[descriptor] if memory is None else [descriptor, memory],
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    return Follower(number, process, Line(ours, START_TIMEOUT_S))
+
+
+def _await(
+    process: subprocess.Popen[bytes], check: weakref.WeakMethod[Any], order: weakref.WeakMethod[Any]
+) -> None:
+    process.wait()
+    found, give = check(), order()
+    if found is not None and give is not None:
+        with suppress(RuntimeError):  # Whoever takes orders has stopped.
+            give(found)
+
+
+def _end(
+    followers: Sequence[Follower], folder: tempfile.TemporaryDirectory[str], memory: int | None
+) -> None:
+    """One that waits for an order ends when its line closes; one that computes is killed."""
+    for one in followers:
+        one.line.close()
+    for one in followers:
+        try:
+            one.process.wait(2.0)
+        except subprocess.TimeoutExpired:
+            one.process.kill()
+            one.process.wait()
+    folder.cleanup()
+    if memory is not None:
+        os.close(memory)

@@ -1,0 +1,608 @@
+"""Disk tier: the records of one store as prefixes, and the rows of the cache's disk tier.
+
+Restart and disk tier share their records:
+
+- Everything that a request publishes is written in the background (``write_through``), so a killed
+  process loses only what was not written yet.
+- The rows that the cache offloads to its disk tier (``offload``) point into these records, which
+  mostly exist by then. A record stays as long as a row points into it.
+- If there is no room, records without such rows are removed, the least recently used first.
+
+All methods are for the engine's thread. ``RecordStore`` is used by the disk thread alone, after the
+constructor. An ``OSError`` there is counted and logged, and comes back to the engine's thread as an
+event that ``settle`` handles: a record that was not written or cannot be read is forgotten, and a
+file that cannot be removed still counts. After a failed write or removal nothing is written for
+``RETRY_S``. If a job of the disk thread takes longer than ``DEADLINE_S``, the file system is
+considered hung until the job ends; nobody waits for it meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Future, wait
+from functools import partial
+from threading import Condition
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.plugins.tiers.atomic_file import write_atomically
+from engine.plugins.tiers.disk_thread import POLL_S, DiskThread
+from engine.plugins.tiers.pointers import Pointers
+from engine.plugins.tiers.prefixes import Piece, Prefixes, Run, State, covering
+from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
+from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
+
+Kind = Literal["kv", "checkpoint"]
+Rows = npt.NDArray[np.uint8]
+"""``[n, row_bytes]``."""
+FutureRows = Callable[[], Rows]
+"""Waits for rows that may still be on their way from the device, and returns them."""
+ReadRows = Callable[[int, int], FutureRows]
+"""The rows [first, end) of what is written, with their current bytes."""
+
+KV, STATE = 1, 2
+KV_HEAD, STATE_HEAD = struct.Struct("<QQI"), struct.Struct("<QQ")
+MAX_RECORD_BYTES = 1 << 22
+"""Limit of a KV record: a hit reads at most one record of which it needs only a part."""
+MIN_RECORDS = 32
+"""KV records that a small folder has room for at least."""
+TOKEN_BYTES = 4
+MAX_PENDING_BYTES = 1 << 28
+"""Limit of the bytes that wait to be written; above it, write-through skips."""
+DEADLINE_S, CLOSE_DEADLINE_S = 20.0, 60.0
+"""Time of one job after which the file system is considered hung, at run time and at the end."""
+RETRY_S = 60.0
+"""Pause in writing after the file system refused a change."""
+FADING = 0.95
+"""Weight of the previous reads in the measured read speed, per read."""
+
+logger = logging.getLogger(__name__)
+
+
+class _Event(NamedTuple):
+    """A failure that the disk thread reports to the engine's thread."""
+
+    record_id: int
+    what: Literal["missing", "skipped", "unreadable", "undeleted"]
+    """``missing``: there is no such record, or it is damaged; ``skipped``: there was no room for
+    it; ``unreadable``: the file may be readable later; ``undeleted``: the file should be gone."""
+    size: int = 0
+    """Disk space of an undeleted file."""
+
+
+class Disk:
+    """The records of one ``RecordStore`` as prefixes, and the rows that point into them."""
+
+    def __init__(
+        self,
+        store: RecordStore,
+        *,
+        row_bytes: int,
+        state_rows: int,
+        num_rows: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Load the index of ``store``. O(records); no payload is read. StoreError as ``scan``.
+
+        Args:
+            row_bytes: size of one row of the tier.
+            state_rows: number of rows of one state.
+            num_rows: number of rows of the cache's disk tier.
+        """
+        self.row_bytes, self.state_rows = row_bytes, state_rows
+        self._store = store
+        self._clock = clock
+        self.prefixes = Prefixes()
+        self._sizes: dict[int, int] = {}
+        """Disk space of all records, once the queued jobs are done."""
+        self._num_bytes = 0
+        self._unwanted: deque[int] = deque()
+        """Records whose file is there and should not be."""
+        self._pointers = Pointers(num_rows)
+        self._pending: dict[int, FutureRows] = {}
+        self._pending_bytes = 0
+        self._written = Condition()
+        self._events: deque[_Event] = deque()
+        self._staged: dict[int, Future[Rows | None]] = {}
+        self._retry_at = 0.0
+        self._failure: str | None = None
+        self._reported: set[tuple[str, int | None]] = set()
+        self.is_detached = False
+        """True since the file system was found hung: nothing is read until this is cleared."""
+        self.has_lost_rows = False
+        """True if rows may point nowhere although the cache uses them; see ``is_lost``."""
+        self._read_bytes = self._read_s = 0.0
+        self.num_errors = 0
+        """Operations that the file system refused."""
+        self.num_skipped = 0
+        """Runs and states not written for lack of room or time."""
+        record_bytes_limit = min(MAX_RECORD_BYTES, store.max_bytes // MIN_RECORDS)
+        self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
+        for record in store.scan():
+            self._count(record.id, record_bytes(len(record.meta), record.payload_bytes))
+            item = self._parse(record.kind, record.meta, record.payload_bytes)
+            if item is None or not self.prefixes.add(record.id, item):
+                self._unwanted.append(record.id)
+        self._thread = DiskThread()
+        self._next_id = store.next_id
+        self.max_bytes = store.max_bytes - store.other_bytes
+        """Limit of the disk space of all records."""
+        if not self.is_read_only:
+            while self._unwanted:
+                self._remove(self._unwanted.popleft())
+            self._make_room(0, 0)  # the limit may have been higher before
+
+    @property
+    def is_read_only(self) -> bool:
+        """True if this process may not write to the folder."""
+        return self._store.is_read_only
+
+    @property
+    def is_writable(self) -> bool:
+        """True if records can be written now."""
+        return not (self.is_read_only or self.is_hung or self._clock() < self._retry_at)
+
+    @property
+    def is_hung(self) -> bool:
+        """True if the file system has not responded for ``DEADLINE_S``."""
+        return self._thread.busy_s > DEADLINE_S
+
+    @property
+    def problem(self) -> str | None:
+        """Why the folder cannot be used at present. None if it can, as it was opened."""
+        if self.is_hung:
+            return f"its file system has not responded for {self._thread.busy_s:.0f} s"
+        return self._failure
+
+    @property
+    def bytes_per_s(self) -> float | None:
+        """Measured speed of reads, the latest most of all. None before the first."""
+        return self._read_bytes / self._read_s if self._read_s else None
+
+    @property
+    def num_bytes(self) -> int:
+        """Disk space of all records."""
+        return self._num_bytes
+
+    def write_through(
+        self, kind: Kind, path: tuple[Hashable, Tokens], num_rows: int, read: ReadRows
+    ) -> list[Piece]:
+        """Write the KV of the last ``num_rows`` tokens of ``path``, or the state at its end.
+
+        What is there already is not written again. Returns the parts of records that hold it; fewer
+        than asked for if there is no room or time.
+        """
+        return self._write_missing(kind, path, num_rows, read, must=False)
+
+    def offload(
+        self, kind: Kind, path: tuple[Hashable, Tokens], rows: Indices, read: ReadRows
+    ) -> None:
+        """Let ``rows`` of the tier hold what ``write_through`` wrote, or write it now.
+
+        O(len(path) + bytes that are not there yet).
+        """
+        self.bind(rows, self._write_missing(kind, path, len(rows), read, must=True))
+
+    def bind(self, rows: Indices, pieces: list[Piece]) -> None:
+        """Let ``rows`` point into ``pieces``; those past their end point nowhere."""
+        self._pointers.bind(rows, pieces)
+        self.has_lost_rows |= sum(piece.num_tokens for piece in pieces) < len(rows)
+
+    def drop(self, rows: Indices) -> None:
+        """Let ``rows`` point nowhere; the records they pointed into are the first to be removed."""
+        for record_id in self._pointers.unbind(rows):
+            if record_id not in self._pointers and self.prefixes.is_leaf(record_id):
+                self.prefixes.used.move_to_end(record_id, last=False)
+
+    def is_lost(self, rows: Indices) -> bool:
+        """True if some of ``rows`` point nowhere, or if nothing is read at present."""
+        return self.is_detached or any(not part.record for part in self._pointers.parts(rows))
+
+    def load(self, rows: Indices) -> list[tuple[int, Rows]] | None:
+        """Read ``rows``, which then point nowhere.
+
+        Waits for the disk if they were not staged. Returns views of the records that were read, as
+        (place of the first in ``rows``, bytes from there on). None if some cannot be read.
+        """
+        parts = self._pointers.parts(rows)
+        self._pointers.unbind(rows)
+        payloads = {number: self._payload(number) for number in {part.record for part in parts}}
+        pieces = []
+        for part in parts:
+            payload = payloads[part.record]
+            if payload is None:
+                return None
+            pieces.append((part.first, payload[part.offset : part.offset + part.num_rows]))
+        return pieces
+
+    def stage(self, rows: Indices) -> tuple[int, ...]:
+        """Begin to read the records of ``rows``; returns their ids, for ``is_staged``."""
+        found = {part.record: None for part in self._pointers.parts(rows) if part.record}
+        for number in found:
+            if number not in self._staged and number not in self._pending:
+                self._staged[number] = self._thread.submit(self._reader(number), urgent=True)
+        return tuple(found)
+
+    def is_staged(self, record_ids: Iterable[int]) -> bool:
+        """True if ``load`` need not wait for these records, or cannot have them.
+
+        Losses are handled first, by ``settle`` and ``has_lost_rows``.
+        """
+        if self._events or self.has_lost_rows:
+            return False
+        return self.is_detached or all(
+            number not in self._staged or self._staged[number].done() for number in record_ids
+        )
+
+    def wait(self, record_ids: Iterable[int], timeout_s: float) -> None:
+        """Sleep until all of these records have been read, at most ``timeout_s``."""
+        wait([done for n in record_ids if (done := self._staged.get(n)) is not None], timeout_s)
+
+    def unstage(self, record_ids: Iterable[int]) -> None:
+        """Release what was read of these records."""
+        for number in record_ids:
+            self._staged.pop(number, None)
+
+    def touch(self, namespace: Hashable, tokens: Tokens) -> None:
+        """Mark the path of ``tokens``, and the state at its end, as used. O(len(tokens))."""
+        self.prefixes.touch(self.prefixes.find(namespace, tokens), len(tokens))
+
+    def clear(self) -> None:
+        """Remove all records, also from what survives a power loss."""
+        self.unbind_all()
+        for number in sorted(self.prefixes.used, reverse=True):
+            self._forget(number)
+        while self._unwanted:
+            self._remove(self._unwanted.popleft())
+        self._run_later("sync the folder", self._store.sync)
+
+    def unbind_all(self) -> None:
+        """Let no row point anywhere; records stay."""
+        self._pointers.clear()
+        self.has_lost_rows = False
+
+    def settle(self) -> None:
+        """Handle the failures that the disk thread reported. O(failures)."""
+        while self._events:
+            number, what, size = self._events.popleft()
+            if what == "undeleted":
+                self._count(number, size)
+                self._unwanted.append(number)
+            elif number in self.prefixes:
+                self.num_skipped += what == "skipped"
+                self._lose(number, is_readable_later=what == "unreadable")
+            elif number in self._sizes and what != "unreadable":
+                self._unwanted.remove(number)
+                self._remove(number)
+        if self.is_hung and not self.is_detached:
+            self.is_detached = self.has_lost_rows = True
+            logger.warning(
+                "The file system of %s has not responded for %.0f s: the disk tier is not used "
+                "until it does.",
+                self._store.folder,
+                DEADLINE_S,
+            )
+
+    def write_file(self, name: str, content: Callable[[], bytes | None]) -> None:
+        """Replace a file in the folder, in the background.
+
+        ``content`` is called in the disk thread; with None nothing is written.
+        """
+
+        def write() -> None:
+            data = content()
+            if data is not None:
+                write_atomically(self._store.folder_fd, name, data)
+
+        self._run_later(f"write {name}", write)
+
+    def remove_file(self, name: str) -> None:
+        """Remove a file from the folder, in the background."""
+        self._run_later(f"remove {name}", lambda: self._store.remove_file(name))
+
+    def when_idle(self, work: Callable[[], object]) -> None:
+        """Run ``work`` in the disk thread if that has nothing else to do before the end."""
+        self._thread.when_idle(work)
+
+    def flush(self, deadline_s: float | None = None) -> bool:
+        """Wait until all queued work is done. Returns False if the file system hangs."""
+        is_done = self._result(self._thread.submit(lambda: True), deadline_s) or False
+        self.settle()
+        return is_done
+
+    def close(self) -> None:
+        """Write what is pending, so that it survives a power loss too, and release the folder."""
+        if not self.is_read_only:
+            self._run_later("sync the folder", self._store.sync)
+        if self.flush(CLOSE_DEADLINE_S) and self._thread.close(CLOSE_DEADLINE_S):
+            self._store.close()
+        else:
+            logger.warning(
+                "The file system of %s does not respond: what was not written to it is lost.",
+                self._store.folder,
+            )
+
+    def check(self) -> None:
+        """AssertionError unless every invariant holds. O(records + rows of the tier)."""
+        self._pointers.check()
+        assert self._num_bytes == sum(self._sizes.values())
+        unwanted = set(self._unwanted)
+        assert not unwanted & set(self.prefixes.used)
+        assert set(self._sizes) == unwanted | set(self.prefixes.used)
+
+    def _run_later(self, what: str, work: Callable[[], object]) -> None:
+        """Run ``work`` in the disk thread. ``what`` names it in the report of an OSError."""
+
+        def attempt() -> None:
+            try:
+                work()
+            except OSError as error:
+                self._report(what, error)
+
+        self._thread.run_later(attempt)
+
+    def _write_missing(
+        self, kind: Kind, path: tuple[Hashable, Tokens], num_rows: int, read: ReadRows, must: bool
+    ) -> list[Piece]:
+        namespace, tokens = path
+        pieces = self.prefixes.find(namespace, tokens)
+        known = sum(piece.num_tokens for piece in pieces)
+        if kind == "checkpoint":
+            found = self.prefixes.state(pieces, len(tokens)) if known == len(tokens) else None
+            if found is None and known == len(tokens):
+                found = self._write_state(pieces, len(tokens), read, must)
+            return [] if found is None else [Piece(found, 0, self.state_rows)]
+        first = len(tokens) - num_rows
+        if first <= known < len(tokens):
+            self._write_run(pieces, namespace, tokens, known, (first, read), must)
+            pieces = self.prefixes.find(namespace, tokens)
+        return covering(pieces, first, len(tokens))
+
+    def _write_state(
+        self, pieces: list[Piece], position: int, read: ReadRows, must: bool
+    ) -> int | None:
+        state = State(self._parent_at(pieces, position), position)
+        meta = STATE_HEAD.pack(*state)
+        return self._write(state, STATE, meta, partial(read, 0, self.state_rows), must)
+
+    def _parent_at(self, pieces: list[Piece], position: int) -> int:
+        """The parent of a state at ``position``, or of a run that begins there."""
+        at = 0
+        for piece in pieces:
+            at += piece.num_tokens
+            if at >= position:
+                return piece.id
+        raise AssertionError("the path is not known so far")
+
+    def _write_run(
+        self,
+        pieces: list[Piece],
+        namespace: Hashable,
+        tokens: Tokens,
+        start: int,
+        source: tuple[int, ReadRows],
+        must: bool,
+    ) -> None:
+        """Write the KV of ``tokens`` from ``start`` on, in records of a bounded size."""
+        try:
+            text = write_namespace(namespace).encode()
+        except ValueError:
+            return
+        first, read = source
+        parent = self._parent_at(pieces, start) if start else 0
+        while start < len(tokens):
+            end = min(start + self._run_tokens, len(tokens))
+            run = Run(parent, start, tokens[start:end].copy(), namespace)
+            name = b"" if parent else text
+            meta = KV_HEAD.pack(parent, start, len(name)) + name
+            meta += run.tokens.astype("<i4").tobytes()
+            number = self._write(run, KV, meta, partial(read, start - first, end - first), must)
+            if number is None:
+                return
+            parent, start = number, end
+
+    def _write(
+        self, item: Run | State, kind: int, meta: bytes, read: Callable[[], FutureRows], must: bool
+    ) -> int | None:
+        """Queue a record; returns its id. None if there is no room or time."""
+        num_rows = len(item.tokens) if isinstance(item, Run) else self.state_rows
+        num_bytes = num_rows * self.row_bytes
+        size = record_bytes(len(meta), num_bytes)
+        if not (self.is_writable and self._has_time(num_bytes, must)):
+            self.num_skipped += 1
+            return None
+        number = self._next_id
+        if not self.prefixes.add(number, item):
+            return None
+        # The new item and its ancestors are the last used now, so none of them makes room for it.
+        if not self._make_room(size, number):
+            self.prefixes.remove(number)
+            self.num_skipped += 1
+            return None
+        self._next_id = number + 1
+        self._count(number, size)
+        payload = read()
+        self._pending[number] = payload
+        with self._written:
+            self._pending_bytes += num_bytes
+        self._thread.run_later(lambda: self._write_record(number, kind, meta, payload, num_bytes))
+        return number
+
+    def _write_record(
+        self, number: int, kind: int, meta: bytes, payload: FutureRows, num_bytes: int
+    ) -> None:
+        """Write a record, in the disk thread."""
+        failure: _Event | None = _Event(number, "missing")
+        try:
+            self._store.write(number, kind, meta, payload().data.cast("B"))
+            failure = self._failure = None
+        except StoreFull:  # a file that should have made room could not be removed
+            failure = _Event(number, "skipped")
+        except OSError as error:
+            self._pause("write a record", error)
+        finally:
+            if failure is not None:
+                self._events.append(failure)
+            del self._pending[number]
+            with self._written:
+                self._pending_bytes -= num_bytes
+                self._written.notify_all()
+
+    def _has_time(self, num_bytes: int, must: bool) -> bool:
+        """True if ``num_bytes`` more may wait to be written. With ``must``, wait for that as long
+        as the disk responds."""
+        with self._written:
+            while self._pending_bytes and self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
+                if not must or self.is_hung:
+                    return False
+                self._written.wait(POLL_S)
+        return True
+
+    def _make_room(self, size: int, new: int) -> bool:
+        """Remove records that no row points into, the least recently used first, until ``size``
+        bytes fit. False if they do not."""
+        while self._unwanted and self._num_bytes + size > self.max_bytes:
+            self._remove(self._unwanted.popleft())
+        for _ in range(2 * len(self.prefixes)):
+            if self._num_bytes + size <= self.max_bytes:
+                return True
+            oldest = next(iter(self.prefixes.used))
+            if oldest in self._pointers or oldest == new or not self.prefixes.is_leaf(oldest):
+                self.prefixes.refresh(oldest)
+            else:
+                self._forget(oldest)
+        return self._num_bytes + size <= self.max_bytes
+
+    def _forget(self, number: int) -> None:
+        """Remove a record that no other one needs."""
+        self.prefixes.remove(number)
+        self._staged.pop(number, None)
+        self._remove(number)
+
+    def _remove(self, number: int) -> None:
+        """Queue the removal of a record's file."""
+        size = self._sizes.pop(number)
+        self._num_bytes -= size
+        if not self.is_read_only:
+            self._thread.run_later(lambda: self._remove_record(number, size))
+
+    def _remove_record(self, number: int, size: int) -> None:
+        """Remove a record's file, in the disk thread; it may never have been written."""
+        if number not in self._store:
+            return
+        try:
+            self._store.remove(number)
+        except OSError as error:
+            self._pause("remove a record", error)
+            self._events.append(_Event(number, "undeleted", size))
+
+    def _lose(self, number: int, *, is_readable_later: bool) -> None:
+        """Forget a record that cannot be read, and its descendants.
+
+        Files that may be readable later are left for the next start, unless their room is needed.
+        """
+        for one in reversed(self.prefixes.descendants(number)):
+            self.has_lost_rows |= one in self._pointers
+            self._pointers.lose(one)
+            if is_readable_later:
+                self.prefixes.remove(one)
+                self._staged.pop(one, None)
+                self._unwanted.append(one)
+            else:
+                self._forget(one)
+
+    def _payload(self, number: int) -> Rows | None:
+        """The rows of a record. None if it cannot be read."""
+        if number not in self.prefixes or self.is_detached:
+            return None
+        pending = self._pending.get(number)
+        if pending is not None:
+            return pending()
+        staged = self._staged.get(number)
+        if staged is None:
+            staged = self._thread.submit(self._reader(number), urgent=True)
+        payload: Rows | None = self._result(staged)
+        self.settle()
+        return payload
+
+    def _result(self, done: Future[Any], deadline_s: float | None = None) -> Any:
+        """Wait for a job. None if it hangs, or another one before it."""
+        limit = DEADLINE_S if deadline_s is None else deadline_s
+        while not done.done():
+            if self._thread.busy_s > limit:
+                return None
+            wait([done], POLL_S)
+        return done.result()
+
+    def _reader(self, number: int) -> Callable[[], Rows | None]:
+        item = self.prefixes.used[number]
+        num_rows = len(item.tokens) if isinstance(item, Run) else self.state_rows
+
+        def read() -> Rows | None:
+            out = np.empty((num_rows, self.row_bytes), np.uint8)
+            start = time.perf_counter()
+            try:
+                if not self._store.read(number, out.data.cast("B")):
+                    logger.warning("Record %x on disk is damaged: it is computed again.", number)
+                    self._events.append(_Event(number, "missing"))
+                    return None
+            except OSError as error:
+                is_gone = isinstance(error, FileNotFoundError)
+                if not (is_gone and self.is_read_only):  # the writer of the folder removes records
+                    self._report("read a record", error)
+                self._events.append(_Event(number, "missing" if is_gone else "unreadable"))
+                return None
+            self._read_s = FADING * self._read_s + time.perf_counter() - start
+            self._read_bytes = FADING * self._read_bytes + out.nbytes
+            return out
+
+        return read
+
+    def _pause(self, what: str, error: OSError) -> None:
+        """Report a refused change and stop writing for a while. For the disk thread."""
+        self._failure = f"it was not possible to {what} ({error.strerror or error})"
+        self._retry_at = self._clock() + RETRY_S
+        self._report(what, error)
+
+    def _report(self, what: str, error: OSError) -> None:
+        """Count an error, and log the first of its sort. For the disk thread."""
+        self.num_errors += 1
+        sort = what, error.errno
+        if sort not in self._reported:
+            self._reported.add(sort)
+            logger.warning(
+                "It was not possible to %s in %s: %s. Later errors of this sort are only counted.",
+                what,
+                self._store.folder,
+                error.strerror or error,
+            )
+
+    def _count(self, number: int, size: int) -> None:
+        self._sizes[number] = size
+        self._num_bytes += size
+
+    def _parse(self, kind: int, meta: bytes, payload_bytes: int) -> Run | State | None:
+        """The run or state that a record holds. None if this version does not write such one."""
+        try:
+            if kind == STATE:
+                is_whole = payload_bytes == self.state_rows * self.row_bytes
+                return State(*STATE_HEAD.unpack(meta)) if is_whole else None
+            parent, start, length = KV_HEAD.unpack_from(meta)
+            first = KV_HEAD.size + length
+            tokens = np.frombuffer(meta[first:], "<i4").astype(np.int32)
+            if kind != KV or payload_bytes != len(tokens) * self.row_bytes:
+                return None
+            if parent:
+                above = self.prefixes.used.get(parent)
+                namespace = above.namespace if isinstance(above, Run) else None
+            else:
+                namespace = read_namespace(meta[KV_HEAD.size : first].decode())
+            return Run(parent, start, tokens, namespace)
+        except (ValueError, struct.error):
+            return None

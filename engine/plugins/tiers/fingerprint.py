@@ -1,0 +1,126 @@
+"""Fingerprint of a store: everything that the bytes of its records depend on, field by field.
+
+``fingerprint.json`` is written before the first record: ``{"digest": hex, "fields": {...}}``. If
+any field differs, opening fails and the folder is left unchanged.
+
+Each record carries the digest too. If ``fingerprint.json`` is damaged or missing and all records
+have the engine's own digest, the folder is proven to be the engine's, and the file is rebuilt.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from engine.plugins.tiers.atomic_file import open_folder, write_atomically
+
+NAME = "fingerprint.json"
+FORMAT = "engine state 2"
+"""Changes with the layout of records and of their meta."""
+DIGEST_BYTES = 32
+MAX_SHOWN = 20
+"""Characters of a value that a refusal repeats; digests have more."""
+FLAGS = {"checkpoint grid": "--grid", "page size": "--page-size", "dtype": "--dtype"}
+"""Flags that set a field."""
+
+logger = logging.getLogger(__name__)
+
+
+class StoreError(ValueError):
+    """A store cannot be used, in one sentence that says what to do."""
+
+
+def digest_of(fields: Mapping[str, str]) -> bytes:
+    """Digest of a fingerprint, 32 bytes."""
+    text = json.dumps(fields, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
+
+
+def check_fingerprint(
+    folder: Path,
+    fields: Mapping[str, str],
+    record_digests: Callable[[], Iterable[bytes]],
+    *,
+    may_write: bool,
+) -> bytes:
+    """Check that ``folder`` belongs to ``fields``, and write its fingerprint if it has none.
+
+    Args:
+        record_digests: yields the digest of each record in the folder; called only if
+            ``fingerprint.json`` is missing or damaged.
+        may_write: False if another process writes to the folder.
+
+    Returns:
+        The digest of the fingerprint, for the records.
+
+    Raises:
+        StoreError: the folder belongs to another fingerprint; it is unchanged.
+        OSError: ``fingerprint.json`` cannot be read or written.
+    """
+    ours = {"format": FORMAT, **fields}
+    path = folder / NAME
+    stored = _read(path)
+    if stored is None:
+        digests = set(record_digests())
+        if digests - {digest_of(ours)}:
+            raise StoreError(
+                f"{path} is missing or damaged, and records of another model or setting are "
+                f"there: give another folder, or delete {folder} with its contents."
+            )
+        if digests or path.exists():
+            logger.warning(
+                "%s is missing or damaged and is rebuilt: all records in the folder carry the "
+                "fingerprint of this engine.",
+                path,
+            )
+        if may_write:
+            content = {"digest": digest_of(ours).hex(), "fields": ours}
+            with open_folder(folder) as folder_fd:
+                write_atomically(folder_fd, NAME, json.dumps(content, indent=1).encode())
+    elif stored != ours:
+        raise StoreError(_refusal(folder, stored, ours))
+    return digest_of(ours)
+
+
+def _refusal(folder: Path, stored: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    if stored.get("format") != FORMAT:
+        return (
+            f"{folder} was written by another version of the engine (format "
+            f"{stored.get('format')!r}, this version writes {FORMAT!r}): give another folder, or "
+            "delete it with its contents."
+        )
+    names = dict.fromkeys((*ours, *stored))
+    differing = [name for name in names if ours.get(name) != stored.get(name)]
+    named = ", ".join(_difference(name, stored, ours) for name in differing)
+    return (
+        f"{folder} holds the state of an engine with another {named}: start with the same, or "
+        "give another folder."
+    )
+
+
+def _difference(name: str, stored: Mapping[str, str], ours: Mapping[str, str]) -> str:
+    """``name``, and both values if they are short: digests say nothing to a reader."""
+    values = [stored.get(name), ours.get(name)]
+    if any(value is None or len(value) > MAX_SHOWN for value in values):
+        return name
+    flag = f": {FLAGS[name]}" if name in FLAGS else ""
+    return f"{name} ({values[0]} there, {values[1]} here{flag})"
+
+
+def _read(path: Path) -> dict[str, str] | None:
+    """The fields in ``fingerprint.json``. None if it is missing or damaged."""
+    try:
+        content = json.loads(path.read_bytes())
+        fields = content["fields"]
+        is_sound = content["digest"] == digest_of(fields).hex()
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EIO):
+            return None
+        raise
+    except (ValueError, TypeError, LookupError):
+        return None
+    return fields if is_sound else None

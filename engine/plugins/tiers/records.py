@@ -1,0 +1,403 @@
+"""Record store: a folder with one file per record, written by one process at a time.
+
+Layout of ``<id in 16 hex digits>.record``, little-endian:
+
+    head      8s "HCRECRD2"  32s digest of the fingerprint  u64 id  u32 kind  u64 meta bytes
+              u64 payload bytes  u32 CRC of the meta  u32 CRC of the payload  u32 CRC of the head
+    meta
+    payload
+
+All CRCs are CRC-32 (zlib). A record is written to ``<id>.part`` and renamed when it is complete, so
+a killed process leaves complete records, and at most one ``.part`` file that the next start
+removes. Nothing is synced per record. After a power loss a file may be shorter than its head says,
+or hold other bytes: opening checks the size of each file and the CRCs of its head and meta, reading
+checks the CRC of the payload.
+
+Ids are never reused, also by later processes, so a file that an unfinished unlink brings back
+cannot be taken for the parent of another record.
+
+The store holds two descriptors, of the folder and of its lock. All paths are relative to the first:
+a folder that was deleted or replaced at run time gives errors, and nothing is written into its
+successor.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import logging
+import os
+import struct
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.plugins.tiers.fingerprint import DIGEST_BYTES, StoreError, check_fingerprint
+
+MAGIC = b"HCRECRD2"
+HEAD = struct.Struct(f"<8s{DIGEST_BYTES}sQIQQII")
+CRC = struct.Struct("<I")
+HEAD_BYTES = HEAD.size + CRC.size
+FIRST_READ_BYTES = 1 << 13
+"""Read of a file at once when its head and meta are checked."""
+SUFFIX, PART, LOCK_NAME = ".record", ".part", "lock"
+OLD_NAMES = ("whose.json", ".segment")
+BLOCK_BYTES, ENTRY_BYTES = 1 << 12, 1 << 6
+"""Allocation unit of a file, and its entry in the folder, as counted towards ``max_bytes``."""
+
+Bytes = bytes | bytearray | memoryview
+
+logger = logging.getLogger(__name__)
+
+
+class StoreFull(StoreError):
+    """The store has no room for a record."""
+
+
+class Record(NamedTuple):
+    """A record without its payload."""
+
+    id: int
+    kind: int
+    meta: bytes
+    payload_bytes: int
+
+
+class _Head(NamedTuple):
+    magic: bytes
+    digest: bytes
+    id: int
+    kind: int
+    meta_bytes: int
+    payload_bytes: int
+    meta_crc: int
+    payload_crc: int
+
+    @classmethod
+    def parse(cls, data: bytes) -> _Head | None:
+        """The head at the start of ``data``. None if it is damaged."""
+        raw = data[: HEAD.size]
+        if len(data) < HEAD_BYTES or CRC.pack(zlib.crc32(raw)) != data[HEAD.size : HEAD_BYTES]:
+            return None
+        head = cls(*HEAD.unpack(raw))
+        return head if head.magic == MAGIC else None
+
+    @property
+    def file_bytes(self) -> int:
+        return HEAD_BYTES + self.meta_bytes + self.payload_bytes
+
+
+class RecordStore:
+    """The records of one folder. Create it with ``open``, then call ``scan`` once."""
+
+    def __init__(self, folder: Path, max_bytes: int, folder_fd: int, lock_fd: int | None) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self.folder_fd = folder_fd
+        self._lock_fd = lock_fd
+        self._digest = b""
+        self._sizes: dict[int, int] = {}
+        self.other_bytes = 0
+        """Disk space of files that are no records and could not be removed."""
+        self._num_bytes = 0
+        self.next_id = time.time_ns()
+        """Larger than every id given so far, by this process or an earlier one."""
+
+    @classmethod
+    def open(cls, folder: Path, fields: Mapping[str, str], max_bytes: int) -> RecordStore:
+        """Open the store in ``folder``, creating it if there is none.
+
+        It is read only if another process writes to it, or if the folder is not writable.
+
+        Args:
+            fields: the fingerprint: everything that the bytes of a record depend on.
+            max_bytes: limit of the disk space of all records.
+
+        Raises:
+            StoreError: the folder belongs to another fingerprint or format, or cannot be used.
+                Nothing in it was changed.
+        """
+        try:
+            if folder.is_file():
+                raise StoreError(f"{folder} is a file: give a folder, or the name of a new one.")
+            folder.mkdir(parents=True, exist_ok=True)
+            folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                store = cls(folder, max_bytes, folder_fd, None)
+                store._lock_fd = store._lock()
+                store._check_format()
+                store._digest = check_fingerprint(
+                    folder, fields, store._digests, may_write=not store.is_read_only
+                )
+            except BaseException:
+                store.close()
+                raise
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be used as a store: {error.strerror}.") from error
+        return store
+
+    @property
+    def is_read_only(self) -> bool:
+        """True if this process may not write to the folder."""
+        return self._lock_fd is None
+
+    @property
+    def num_bytes(self) -> int:
+        """Disk space of all record files, at most ``max_bytes`` after every ``write``."""
+        return self._num_bytes + self.other_bytes
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __contains__(self, record_id: int) -> bool:
+        return record_id in self._sizes
+
+    def scan(self) -> Iterator[Record]:
+        """Yield all complete records, by ascending id.
+
+        The writer removes every other ``.record`` and ``.part`` file. O(records); no payload is
+        read. StoreError if the folder cannot be listed.
+        """
+        num_damaged = 0
+        try:
+            names = self._names()
+        except OSError as error:
+            raise StoreError(f"{self.folder} cannot be read: {error.strerror}.") from error
+        for name in names:
+            try:
+                record = self._check_file(name)
+            except FileNotFoundError:  # removed by the writer of the folder
+                continue
+            except OSError as error:
+                logger.warning("%s cannot be read: %s.", self.folder / name, error.strerror)
+                self.other_bytes += self._size_of(name)
+                continue
+            if record is not None:
+                size = record_bytes(len(record.meta), record.payload_bytes)
+                self._sizes[record.id] = size
+                self._num_bytes += size
+                self.next_id = max(self.next_id, record.id + 1)
+                yield record
+            elif not self.is_read_only:
+                num_damaged += name.endswith(SUFFIX)
+                self._remove_leftover(name)
+        if num_damaged:
+            logger.warning(
+                "Damaged records left out of %s: %d. Their contents are computed again.",
+                self.folder,
+                num_damaged,
+            )
+
+    def write(self, record_id: int, kind: int, meta: bytes, payload: Bytes) -> None:
+        """Write one record; no part of it is left if this raises.
+
+        Args:
+            record_id: ``next_id`` or larger.
+
+        Raises:
+            StoreFull: the record does not fit into ``max_bytes``.
+            OSError: the file system refused.
+        """
+        assert not self.is_read_only, "this process may not write to the store"
+        assert record_id >= self.next_id, "the id was given before"
+        view = memoryview(payload).cast("B")
+        size = record_bytes(len(meta), len(view))
+        if self.num_bytes + size > self.max_bytes:
+            raise StoreFull(
+                f"{self.folder} holds {self.num_bytes:,} of at most {self.max_bytes:,} bytes and "
+                f"has no room for {size:,} more."
+            )
+        crcs = zlib.crc32(meta), zlib.crc32(view)
+        head = HEAD.pack(MAGIC, self._digest, record_id, kind, len(meta), len(view), *crcs)
+        part = f"{record_id:016x}{PART}"
+        try:
+            self._write_file(part, [head + CRC.pack(zlib.crc32(head)) + meta, view])
+            os.rename(part, _name(record_id), src_dir_fd=self.folder_fd, dst_dir_fd=self.folder_fd)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(part, dir_fd=self.folder_fd)
+            raise
+        self.next_id = record_id + 1
+        self._sizes[record_id] = size
+        self._num_bytes += size
+
+    def read(self, record_id: int, out: memoryview) -> bool:
+        """Read the payload of a record into ``out``, which has its length.
+
+        Returns False if the file does not hold what was written.
+
+        Raises:
+            OSError: the file could not be read; FileNotFoundError if it is gone.
+        """
+        file = os.open(_name(record_id), os.O_RDONLY, dir_fd=self.folder_fd)
+        try:
+            head = _Head.parse(os.pread(file, HEAD_BYTES, 0))
+            if (
+                head is None
+                or (head.digest, head.id) != (self._digest, record_id)
+                or head.payload_bytes != len(out)
+            ):
+                return False
+            done, first = 0, HEAD_BYTES + head.meta_bytes
+            while done < len(out):
+                count = os.preadv(file, [out[done:]], first + done)
+                if not count:
+                    return False
+                done += count
+            return zlib.crc32(out) == head.payload_crc
+        finally:
+            os.close(file)
+
+    def remove(self, record_id: int) -> None:
+        """Remove a record. KeyError if there is none; OSError if its file stays, and counts."""
+        size = self._sizes[record_id]
+        with suppress(FileNotFoundError):
+            os.unlink(_name(record_id), dir_fd=self.folder_fd)
+        del self._sizes[record_id]
+        self._num_bytes -= size
+
+    def remove_file(self, name: str) -> None:
+        """Remove another file from the folder, if it is there. OSError."""
+        with suppress(FileNotFoundError):
+            os.unlink(name, dir_fd=self.folder_fd)
+
+    def sync(self) -> None:
+        """Wait until everything written or removed so far survives a power loss. OSError."""
+        sync_file_system(self.folder_fd)
+
+    def close(self) -> None:
+        """Release the folder. No record needs it to be complete."""
+        os.close(self.folder_fd)
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
+            self._lock_fd = None
+
+    def _lock(self) -> int | None:
+        """Lock the folder for this process. None if it is locked, or not writable."""
+        try:
+            file = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600, dir_fd=self.folder_fd)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                return None
+            raise
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(file)
+            if isinstance(error, BlockingIOError):
+                return None
+            raise
+        return file
+
+    def _check_format(self) -> None:
+        if any(entry.name.endswith(OLD_NAMES) for entry in os.scandir(self.folder_fd)):
+            raise StoreError(
+                f"{self.folder} holds a store of an earlier version, which this version cannot "
+                "read: delete it, or give another folder."
+            )
+
+    def _names(self) -> list[str]:
+        names = (entry.name for entry in os.scandir(self.folder_fd))
+        return sorted(name for name in names if _id_of(name) is not None)
+
+    def _digests(self) -> Iterator[bytes]:
+        """Yield the fingerprint digests of all files with a sound head. O(records)."""
+        for name in self._names():
+            with suppress(OSError):
+                head = _Head.parse(self._read_start(name, HEAD_BYTES)[0])
+                if head is not None:
+                    yield head.digest
+
+    def _check_file(self, name: str) -> Record | None:
+        """The record in file ``name``. None if it is not a complete one of this fingerprint."""
+        if not name.endswith(SUFFIX):
+            return None
+        data, size = self._read_start(name, FIRST_READ_BYTES)
+        head = _Head.parse(data)
+        if head is None or head.digest != self._digest or head.id != _id_of(name):
+            return None
+        end = HEAD_BYTES + head.meta_bytes
+        if size != head.file_bytes:
+            return None
+        if end > len(data):
+            data, _ = self._read_start(name, end)
+        meta = data[HEAD_BYTES:end]
+        if len(meta) != head.meta_bytes or zlib.crc32(meta) != head.meta_crc:
+            return None
+        return Record(head.id, head.kind, meta, head.payload_bytes)
+
+    def _read_start(self, name: str, num_bytes: int) -> tuple[bytes, int]:
+        """(up to ``num_bytes`` from the start of file ``name``, its size). OSError."""
+        file = os.open(name, os.O_RDONLY, dir_fd=self.folder_fd)
+        try:
+            return os.pread(file, num_bytes, 0), os.fstat(file).st_size
+        finally:
+            os.close(file)
+
+    def _remove_leftover(self, name: str) -> None:
+        size = self._size_of(name)
+        try:
+            os.unlink(name, dir_fd=self.folder_fd)
+        except OSError as error:
+            logger.warning("%s cannot be removed: %s.", self.folder / name, error.strerror)
+            self.other_bytes += size
+
+    def _size_of(self, name: str) -> int:
+        with suppress(OSError):
+            return _disk_bytes(os.stat(name, dir_fd=self.folder_fd).st_size)
+        return 0
+
+    def _write_file(self, name: str, parts: list[Bytes]) -> None:
+        """Write ``parts``, in one call where the system takes all of them: between two calls a
+        thread that holds the interpreter lock may delay this one. OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        file = os.open(name, flags, 0o600, dir_fd=self.folder_fd)
+        try:
+            left = [view for part in parts if len(view := memoryview(part))]
+            while left:
+                count = os.writev(file, left)
+                while left and count >= len(left[0]):
+                    count -= len(left.pop(0))
+                if count:
+                    left[0] = left[0][count:]
+        finally:
+            os.close(file)
+
+
+def record_bytes(meta_bytes: int, payload_bytes: int) -> int:
+    """Disk space that a record is counted with."""
+    return _disk_bytes(HEAD_BYTES + meta_bytes + payload_bytes)
+
+
+def sync_file_system(file: int) -> None:
+    """Sync the file system of descriptor ``file``, which for many files costs much less than a sync
+    of each. OSError."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "syncfs"):  # other systems than Linux
+        os.sync()
+    elif libc.syncfs(file):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def _disk_bytes(file_bytes: int) -> int:
+    return -(-file_bytes // BLOCK_BYTES) * BLOCK_BYTES + ENTRY_BYTES
+
+
+def _name(record_id: int) -> str:
+    return f"{record_id:016x}{SUFFIX}"
+
+
+def _id_of(name: str) -> int | None:
+    """The id in the name of a ``.record`` or ``.part`` file. None for any other file."""
+    stem, dot, suffix = name.partition(".")
+    if dot + suffix not in (SUFFIX, PART) or len(stem) != 16:
+        return None
+    try:
+        return int(stem, 16)
+    except ValueError:
+        return None

@@ -1,0 +1,234 @@
+"""The bytes below the device's: host memory, and the way to disk.
+
+A state lies in a slab of the arena, which is rows, so whatever goes from one tier to another goes
+row by row: ``[n, row_bytes]``. On an accelerator what is spilled is gathered on the device, in the
+order of its work, and crosses in a stream of its own while the next steps compute; what is fetched
+crosses there too, and only its last move, within the device, takes its turn among the steps. Host
+memory is what was asked for and registered as it is: torch's own pinned memory comes in powers of
+two, up to twice of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.plugins.tiers.disk import Disk, FutureRows, Rows
+from engine.runner.device import Device
+from engine.runner.memory import allocate
+from engine.schedule.batch import KEPT, BytesLost
+from engine.weights.model_config import ModelError
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, Drop
+from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.tokens import Indices
+from kernels import huge_pages
+from kernels.upload import upload
+
+MIN_RUN_BYTES = 1 << 14
+"""Of rows that follow each other, on average, from which copying run by run is worth its calls."""
+BLOCK_BYTES = 1 << 18
+"""Of single rows that are gathered before they are scattered: while in cache."""
+POPULATED_BYTES = 1 << 22
+"""At a time: who waits for the disk waits for one of those at most."""
+PROBE_BYTES = 1 << 26
+"""Copied to find out how fast host memory reaches the device."""
+
+
+class LowerRows:
+    """Makes the orders between tiers, each as if it were complete before the next."""
+
+    def __init__(
+        self,
+        rows: torch.Tensor | None,
+        memory: MemorySizes,
+        device: Device,
+        num_host_rows: int,
+        disk: Disk | None,
+    ) -> None:
+        """``rows``: the device's arena, uint8 ``[N, row_bytes]``, of ``memory``. ModelError: there
+        is none, or no such host memory."""
+        if rows is None or not memory.slab_rows:
+            raise ModelError("host and disk tiers need one arena of KV and states: --cache-gib.")
+        self._rows = rows
+        self._slab_rows = memory.slab_rows
+        self._device = device
+        self.host = allocate((num_host_rows, rows.shape[1]), torch.uint8, Device.resolve("cpu"))
+        self.is_pinned = device.register(self.host)
+        self.disk = disk
+        self._stream: Any = None if device.is_cpu else device.module.Stream()
+        self.host_bytes_per_s = self._measure() if num_host_rows else None
+        """To the device, measured; None: there is no host tier."""
+        if disk is not None and device.is_cpu:
+            self._have_pages_for(disk)
+
+    def make(self, order: Copy | Drop) -> None:
+        """Make one order. BytesLost: what was to be fetched is not whole on disk."""
+        if isinstance(order, Drop):
+            if self.disk is not None and order.tier == DISK:
+                self.disk.drop(order.rows)
+            return
+        src = self._rows_of(order, order.src_tier, order.src)
+        if order.dst_tier in (DISK, KEPT):
+            self._to_disk(order, src)
+            return
+        dst = self._rows_of(order, order.dst_tier, order.dst)
+        if order.src_tier == DISK:
+            assert self.disk is not None
+            pieces = self.disk.load(src)
+            if pieces is None:
+                raise BytesLost("records on disk cannot be read: they are computed again")
+            for first, piece in pieces:
+                self._write(order.dst_tier, dst[first : first + len(piece)], piece)
+        elif self._device.is_cpu:
+            copy_rows(self._near(order.dst_tier), dst, self._near(order.src_tier), src)
+        elif order.dst_tier == DEVICE:
+            self._rows[self._index(dst)] = self._bring(src)
+        else:
+            self._spill(src, dst)
+
+    def _have_pages_for(self, disk: Disk) -> None:
+        """Have the system give the device's memory for what may come from ``disk`` before it
+        comes, beside the first steps: the first writes to a page wait for it to be cleared."""
+        num_rows, step = disk.num_bytes // disk.row_bytes, POPULATED_BYTES // disk.row_bytes + 1
+        for first in range(0, min(num_rows, len(self._rows)), step):
+            disk.when_idle(partial(huge_pages.populate, self._rows[first : first + step]))
+
+    def _near(self, tier: str) -> Rows:
+        """The rows of ``tier``, which are in this process's memory."""
+        return (self.host if tier == HOST else self._rows).numpy()
+
+    def _rows_of(self, order: Copy, tier: str, what: Indices) -> Indices:
+        """``what``, or the rows of the slab that a slot of the device is."""
+        if tier != DEVICE or order.kind == "kv":
+            return what
+        first = int(what[0]) * self._slab_rows
+        return np.arange(first, first + self._slab_rows, dtype=np.int32)
+
+    def _to_disk(self, order: Copy, src: Indices) -> None:
+        assert self.disk is not None and order.path is not None
+
+        def read(first: int, end: int) -> FutureRows:
+            return self._future_rows(order.src_tier, src[first:end])
+
+        if order.dst_tier == KEPT:
+            self.disk.write_through(order.kind, order.path, len(src), read)
+        else:
+            self.disk.offload(order.kind, order.path, order.dst, read)
+
+    def _future_rows(self, tier: str, src: Indices) -> FutureRows:
+        """The bytes of ``src`` as they are now, in memory of their own once they have come."""
+        if tier == HOST or self._device.is_cpu:
+            self._wait()
+            kept = _gathered(self._near(tier), src)
+            return lambda: kept
+        taken = self._rows[self._index(src)]
+        out = torch.empty(taken.shape, dtype=torch.uint8, pin_memory=True)
+        with self._aside():
+            out.copy_(taken, non_blocking=True)
+            taken.record_stream(self._stream)
+            event = self._stream.record_event()
+
+        def come() -> Rows:
+            event.synchronize()
+            return out.numpy()
+
+        return come
+
+    def _spill(self, src: Indices, dst: Indices) -> None:
+        taken = self._rows[self._index(src)]
+        with self._aside():
+            for first, end in _runs(dst):
+                place = int(dst[first])
+                self.host[place : place + end - first].copy_(taken[first:end], non_blocking=True)
+            taken.record_stream(self._stream)
+
+    def _bring(self, src: Indices) -> torch.Tensor:
+        """Rows of the host, near the device."""
+        if self._device.is_cpu:
+            return torch.from_numpy(_gathered(self.host.numpy(), src))
+        taken = torch.empty(
+            (len(src), self.host.shape[1]), dtype=torch.uint8, device=self._rows.device
+        )
+        with self._aside():
+            for first, end in _runs(src):
+                place = int(src[first])
+                taken[first:end].copy_(self.host[place : place + end - first], non_blocking=True)
+            taken.record_stream(self._stream)
+        self._device.module.current_stream().wait_stream(self._stream)
+        return taken
+
+    def _write(self, tier: str, dst: Indices, data: Rows) -> None:
+        if tier == HOST or self._device.is_cpu:
+            self._wait()
+            copy_rows(self._near(tier), dst, data, np.arange(len(dst), dtype=np.int32))
+        else:
+            self._rows[self._index(dst)] = torch.from_numpy(data).to(self._rows.device)
+
+    def _aside(self) -> Any:
+        """Work in the other stream, behind all that this one was told so far."""
+        if self._stream is None:
+            return nullcontext()
+        self._stream.wait_stream(self._device.module.current_stream())
+        return self._device.module.stream(self._stream)
+
+    def _wait(self) -> None:
+        """Until the host's rows are what the orders so far made them."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def _index(self, rows: Indices) -> torch.Tensor:
+        return upload(rows.astype(np.int64), torch.int64, self._rows.device)
+
+    def _measure(self) -> float:
+        num_rows = max(1, min(len(self.host), PROBE_BYTES // self.host.shape[1], len(self._rows)))
+        src = np.arange(num_rows, dtype=np.int32)
+        best = min(self._time(lambda: self._bring(src)) for _ in range(3))
+        return num_rows * self.host.shape[1] / max(best, 1e-9)
+
+    def _time(self, work: Callable[[], object]) -> float:
+        self._device.synchronize()
+        start = time.perf_counter()
+        work()
+        self._device.synchronize()
+        return time.perf_counter() - start
+
+
+def _gathered(rows: Rows, src: Indices) -> Rows:
+    """``rows[src]``, in memory of its own."""
+    out = np.empty((len(src), rows.shape[1]), np.uint8)
+    copy_rows(out, np.arange(len(src), dtype=np.int32), rows, src)
+    return out
+
+
+def copy_rows(to: Rows, dst: Indices, rows: Rows, src: Indices) -> None:
+    """``to[dst] = rows[src]``: run by run, which reads and writes once, unless runs are short.
+    Single rows are copied whole, as items of one type: by its bytes an index costs ten times as
+    much, in torch and here."""
+    whole = np.dtype((np.void, rows.shape[1]))
+    target, source = to.view(whole)[:, 0], rows.view(whole)[:, 0]
+    breaks = np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1
+    if (len(breaks) + 1) * MIN_RUN_BYTES > len(src) * rows.shape[1]:
+        step = max(1, BLOCK_BYTES // rows.shape[1])
+        for first in range(0, len(src), step):
+            target[dst[first : first + step]] = source[src[first : first + step]]
+        return
+    first = 0
+    for end in (*breaks.tolist(), len(src)):
+        place, origin, count = int(dst[first]), int(src[first]), end - first
+        target[place : place + count] = source[origin : origin + count]
+        first = end
+
+
+def _runs(rows: Indices) -> Iterator[tuple[int, int]]:
+    """(first, end) of the places in ``rows`` between which each row follows the one before."""
+    ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
+    first = 0
+    for end in ends:
+        yield first, end
+        first = end

@@ -1,0 +1,161 @@
+"""What the forms of tool calls share: text around them, and one state after the other.
+
+A call is given out when it is whole. One whose arguments are not JSON, of a tool that was not
+offered, or that breaks off, cannot be made: it is text, with a ``BrokenCall`` that says why.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+from engine.text.answer_events import (
+    BrokenCall,
+    CallArguments,
+    CallBegin,
+    CallEnd,
+    Event,
+    TextDelta,
+)
+from engine.text.json_text import read_json, write_json
+from engine.text.marker_scan import MarkSearch, Space
+
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+MAX_NAME = 256
+"""Characters of a name; a longer one is no call."""
+MAX_RETRIES = 8
+"""Broken calls of an answer whose text is searched for calls again. Later ones are text as far as
+they were read, so that an answer is read in linear time."""
+BROKEN_OFF = "it breaks off"
+NOT_JSON = "it is not a JSON object with a name and arguments"
+
+State = Callable[[str], str | None]
+"""Reads a text and returns what is left for the next state; None if all was read. What is left is
+always the end of what was pushed so far."""
+
+
+class CallReader:
+    """Reads one answer's text and calls. White space around a call is not text."""
+
+    MARKS: tuple[str, ...] = (OPEN,)
+    """What a call begins with."""
+    FORM: Literal["hermes", "xml"] = "hermes"
+
+    def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
+        self._tools = tools
+        self._names = {_name_of(tool) for tool in tools}
+        self._search = MarkSearch(*self.MARKS)
+        self._next_mark = re.compile("|".join(map(re.escape, (CLOSE, *self.MARKS))))
+        self._space = Space()
+        self._events: list[Event] = []
+        self._state: State = self._text
+        self._held = ""
+        self._is_first = True
+        self._raw: list[str] | None = None
+        """All that was pushed since the mark of the call that is being read; None outside of
+        one."""
+        self._num_retries = 0
+
+    def push(self, text: str) -> list[Event]:
+        """Return what became certain. O(len(text)) over an answer."""
+        if self._raw is not None:
+            self._raw.append(text)
+        self._read(text)
+        return self._take()
+
+    def flush(self, is_cut: bool) -> list[Event]:
+        """Return what was held back: there is no more text. ``is_cut``: the model had not ended."""
+        while left := self._end(is_cut):
+            self._read(left)
+        self._write(self._space.push(self._search.flush()))
+        space = self._space.take()
+        if self._is_first:
+            self._write(space)
+        return self._take()
+
+    def _read(self, text: str) -> None:
+        left: str | None = text
+        while left:
+            left = self._state(left)
+
+    def _opened(self, mark: str) -> State:
+        """Return the state that reads on after ``mark``."""
+        raise TypeError("a form of calls says what follows its marks")
+
+    def _end(self, is_cut: bool) -> str | None:
+        """Settle a call that breaks off; returns what is left to read."""
+        raise TypeError("a form of calls says where it may end")
+
+    def _take(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+    def _text(self, text: str) -> str | None:
+        before, mark, rest = self._search.push(text)
+        self._write(self._space.push(before))
+        if mark is None:
+            return None
+        self._state = self._opened(mark)
+        self._raw = [mark, rest]
+        return rest
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._events.append(TextDelta(text))
+
+    def _make(self, name: str, arguments: str) -> None:
+        """Give out a whole call; its closing mark may follow. ``arguments``: a JSON object, which
+        is given out as the model wrote it, unless it escapes half a character."""
+        if r"\ud" in arguments.lower():
+            arguments = write_json(read_json(arguments))
+        self._space.take()
+        self._is_first = False
+        self._events += [CallBegin(name), CallArguments(arguments), CallEnd()]
+        self._raw, self._held = None, ""
+        self._state = self._closing
+
+    def _fail(self, why: str, left: str = "") -> str:
+        """Return to the text what was read of a call that cannot be made, up to the mark behind it;
+        the rest is ``left``, too."""
+        assert self._raw is not None, "a call that never began"
+        read = "".join(self._raw)
+        read = read[: len(read) - len(left)]
+        found = self._next_mark.search(read, 1) if self._num_retries < MAX_RETRIES else None
+        if found is not None:
+            self._num_retries += 1
+            end = found.end() if found.group() == CLOSE else found.start()
+            read, left = read[:end], read[end:] + left
+        self._events.append(BrokenCall(why))
+        self._write(self._space.push(read))
+        self._raw, self._held = None, ""
+        self._state = self._text
+        return left
+
+    def _closing(self, text: str) -> str | None:
+        """Drop white space and one closing mark."""
+        held = self._held + text if self._held else text.lstrip()
+        if len(held) < len(CLOSE) and CLOSE.startswith(held):
+            self._held = held
+            return None
+        self._held = ""
+        self._state = self._text
+        return held.removeprefix(CLOSE)
+
+    def _end_closing(self, is_cut: bool) -> None:
+        """Give back part of a closing mark, unless the model was writing it."""
+        if not is_cut:
+            self._write(self._space.push(self._held))
+        self._held = ""
+        self._state = self._text
+
+
+def not_offered(name: str) -> str:
+    """Say that no tool of this ``name`` was offered."""
+    return f"no tool {name[:MAX_NAME]!r} was offered"
+
+
+def _name_of(tool: Mapping[str, Any]) -> Any:
+    function = tool.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) else None

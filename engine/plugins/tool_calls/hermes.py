@@ -1,0 +1,136 @@
+"""Calls as Hermes writes them, and Qwen3 and the built-in model after it:
+``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from engine.plugins.tool_calls.calls import (
+    BROKEN_OFF,
+    MAX_NAME,
+    NOT_JSON,
+    CallReader,
+    State,
+    not_offered,
+)
+from engine.text.json_text import read_json
+
+_BEFORE_ARGUMENTS = re.compile(
+    r'\s*\{\s*"name"\s*:\s*"(?:[^"\\]|\\.)*"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)'
+)
+
+
+class HermesReader(CallReader):
+    """Reads calls that are one JSON object each."""
+
+    def _opened(self, mark: str) -> State:
+        self._pieces: list[str] = []
+        self._nesting = Nesting()
+        self._has_begun = False
+        return self._object
+
+    def _object(self, text: str) -> str | None:
+        """Collect the object that is a call, and read it once it is whole."""
+        if not self._has_begun:
+            begin = text.lstrip()
+            if not begin:
+                return None
+            if not begin.startswith("{"):
+                return self._fail(NOT_JSON, begin)
+            self._has_begun, text = True, begin
+        end = self._nesting.end(text)
+        self._pieces.append(text if end is None else text[:end])
+        if end is None:
+            return None
+        left = text[end:]
+        written = "".join(self._pieces)
+        try:
+            call = read_json(written)
+        except ValueError:
+            return self._fail(NOT_JSON, left)
+        name, arguments = _call_of(call, written)
+        if name is None or arguments is None:
+            return self._fail(NOT_JSON, left)
+        if name not in self._names:
+            return self._fail(not_offered(name), left)
+        self._make(name, arguments)
+        return left
+
+    def _end(self, is_cut: bool) -> str | None:
+        if self._state == self._object:
+            return self._fail(BROKEN_OFF)
+        if self._state == self._closing:
+            self._end_closing(is_cut)
+        return None
+
+
+class Nesting:
+    """Where a JSON object or list ends in a text that comes in pieces."""
+
+    __slots__ = ("_depth", "_is_escaped", "_is_string")
+
+    _STEPS = re.compile(r'["\\{}\[\]<]')
+
+    def __init__(self, depth: int = 0) -> None:
+        """``depth``: how many are open already."""
+        self._depth = depth
+        self._is_string = self._is_escaped = False
+
+    def end(self, text: str) -> int | None:
+        """Where the outermost one ends in ``text``; also before a ``<`` that stands in no string,
+        which no JSON has. O(len(text))."""
+        at = 0
+        while at < len(text):
+            if self._is_escaped:
+                self._is_escaped = False
+                at += 1
+                continue
+            found = self._STEPS.search(text, at)
+            if found is None:
+                return None
+            at = found.end()
+            letter = found.group()
+            if self._is_string:
+                self._is_escaped = letter == "\\"
+                self._is_string = letter != '"'
+            elif letter == "<":
+                return at - 1
+            elif letter == '"':
+                self._is_string = True
+            elif letter in "{[":
+                self._depth += 1
+            elif letter in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return at
+        return None
+
+
+def _call_of(call: Any, written: str) -> tuple[str | None, str | None]:
+    """Return name and arguments of a parsed ``call``: the arguments as they were ``written``, if
+    they come behind the name. None for what is missing."""
+    if not isinstance(call, dict):
+        return None, None
+    name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))
+    if not isinstance(name, str) or not 0 < len(name) <= MAX_NAME:
+        return None, None
+    if isinstance(arguments, str):
+        return name, arguments if _is_object(arguments) else None
+    if not isinstance(arguments, dict):
+        return name, None
+    found = _BEFORE_ARGUMENTS.match(written)
+    end = None if found is None else Nesting().end(written[found.end() :])
+    if found is not None and end is not None:
+        as_written = written[found.end() : found.end() + end]
+        if read_json(as_written) == arguments:
+            return name, as_written
+    return name, json.dumps(arguments, ensure_ascii=False)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(read_json(text), dict)
+    except ValueError:
+        return False

@@ -1,0 +1,193 @@
+"""Where prompts come in: each is checked and becomes a Request, or is refused in one sentence."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from engine.errors import ContextOverflow
+from engine.plugins.guided.guides import BUDGET_S, Guides
+from engine.requests.reasoning_budget import ThoughtLimit
+from engine.requests.request import Request
+from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import Prompt, RequestSpec
+from engine.requests.token_rules import NO_RULES, TokenRules, packed
+from engine.text.outputs import TextStream
+from engine.text.token_ids import IdTokenizer
+from engine.text.tokenizer import EncodeOptions
+from hybridcache.tokens import Tokens, require_namespace
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+MAX_LOGPROBS = 50
+AS_WORD = EncodeOptions(add_special_tokens=False)
+
+
+class Intake:
+    """Makes requests for one engine. Safe to call from any thread."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        *,
+        vocab_size: int,
+        max_model_len: int,
+        sampling_defaults: Mapping[str, Any],
+        seed: int,
+        clock: Callable[[], float],
+        grammar_budget_s: float = BUDGET_S,
+    ) -> None:
+        """Without a ``tokenizer`` prompts are token ids and answers have no text."""
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._default_sampling = SamplingParams(**sampling_defaults)
+        self._seed = seed
+        self._clock = clock
+        self._arrivals = itertools.count()
+        self.guides = Guides(tokenizer, vocab_size, grammar_budget_s)
+
+    def prepare(self, spec: RequestSpec) -> Request:
+        """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of
+        the prompt)."""
+        spec, max_len = self._checked(spec)
+        sampling = spec.sampling or self._default_sampling
+        end_token_ids = self._end_token_ids(sampling)
+        arrival = next(self._arrivals)
+        return Request(
+            spec,
+            arrival=arrival,
+            arrival_s=self._clock(),
+            max_len=max_len,
+            seed=sampling.seed if sampling.seed is not None else self._seed + arrival,
+            end_token_ids=end_token_ids,
+            text_stream=self._text_stream(sampling),
+            rules=self._rules(sampling, end_token_ids, np.asarray(spec.prompt)),
+            guide=None if spec.grammar is None else self.guides.guide(spec.grammar),
+        )
+
+    def check(self, spec: RequestSpec) -> RequestSpec:
+        """``spec`` as ``prepare`` takes it: token ids, and sampling parameters whatever it says.
+        ValueError as there, but for what is wrong with a grammar. O(length of the prompt)."""
+        spec, _ = self._checked(spec)
+        sampling = spec.sampling or self._default_sampling
+        self._text_stream(sampling)
+        self._rules(sampling, self._end_token_ids(sampling), np.asarray(spec.prompt))
+        return spec
+
+    def _checked(self, spec: RequestSpec) -> tuple[RequestSpec, int]:
+        """(the spec, how long prompt and answer may be together)."""
+        tokens = self._tokens(spec.prompt)
+        sampling, num_scores = spec.sampling or self._default_sampling, spec.prompt_logprobs
+        if num_scores is not None and num_scores not in range(MAX_LOGPROBS + 1):
+            raise ValueError(
+                f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {num_scores}."
+            )
+        require_namespace(spec.namespace)
+        max_len = self._max_len(len(tokens), sampling, num_scores)
+        if spec.grammar is not None and sampling.allowed_token_ids is not None:
+            raise ValueError("a grammar and allowed_token_ids can not go together: drop one.")
+        settled = replace(
+            spec,
+            prompt=tokens,
+            sampling=sampling,
+            boundaries=tuple(sorted(b for b in spec.boundaries if 0 < b <= len(tokens))),
+        )
+        return settled, max_len
+
+    def _tokens(self, prompt: Prompt) -> Tokens:
+        if isinstance(prompt, str):
+            if self._tokenizer is None:
+                raise ValueError("there is no tokenizer here: give the prompt as token ids.")
+            prompt = self._tokenizer.encode(prompt)
+        if isinstance(prompt, Sequence) and len(prompt) > self._max_model_len:
+            raise ContextOverflow(len(prompt), 1, self._max_model_len)
+        try:
+            tokens = np.asarray(prompt)
+        except ValueError:
+            tokens = np.empty((0, 0))
+        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
+            if all(type(token) is int for token in prompt):  # some past 64 bits
+                raise ValueError(self._not_ids())
+            raise ValueError("a prompt is a string or a flat list of token ids.")
+        if not len(tokens):
+            raise ValueError("the prompt is empty: give at least one token.")
+        if tokens.min() < 0 or tokens.max() >= self._vocab_size:
+            raise ValueError(self._not_ids())
+        return tokens.astype(np.int32, copy=False)
+
+    def _not_ids(self) -> str:
+        return f"token ids must be from 0 to {self._vocab_size - 1}."
+
+    def _max_len(
+        self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None
+    ) -> int:
+        limit = self._max_model_len
+        if sampling.max_tokens == 0 and prompt_logprobs is None:
+            raise ValueError("max_tokens must be at least 1, but for prompt log-probabilities.")
+        max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
+        if prompt_len + max_tokens > limit:
+            raise ContextOverflow(prompt_len, max_tokens, limit)
+        return limit if sampling.max_tokens is None else prompt_len + max_tokens
+
+    def _end_token_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        own = frozenset(sampling.stop_token_ids)
+        if self._tokenizer is None or sampling.ignore_eos:
+            return own
+        return own | self._tokenizer.eos_token_ids
+
+    def _rules(
+        self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens
+    ) -> TokenRules:
+        """ValueError: a token that there is not."""
+        allowed, biased = sampling.allowed_token_ids, [token for token, _ in sampling.logit_bias]
+        for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
+            if tokens and max(tokens) >= self._vocab_size:
+                raise ValueError(f"{name} must hold token ids from 0 to {self._vocab_size - 1}.")
+        rules = TokenRules(
+            bias=sampling.logit_bias,
+            ends=tuple(token for token in sorted(end_token_ids) if token < self._vocab_size),
+            min_tokens=sampling.min_tokens,
+            bad_words=self._bad_words(sampling.bad_words),
+            allowed=None if allowed is None else packed(allowed, self._vocab_size),
+            thoughts=self._thoughts(sampling.thinking_token_budget, prompt),
+        )
+        is_used = rules.bias or rules.min_tokens or rules.bad_words
+        has_masks = rules.allowed is not None or rules.thoughts is not None
+        return rules if is_used or has_masks else NO_RULES
+
+    def _thoughts(self, budget: int | None, prompt: Tokens) -> ThoughtLimit | None:
+        if budget is None:
+            return None
+        if self._tokenizer is None or isinstance(self._tokenizer, IdTokenizer):
+            raise ValueError("there is no tokenizer here: thinking_token_budget can not be kept.")
+        return ThoughtLimit(self._tokenizer, self._vocab_size, prompt, budget)
+
+    def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word as it begins an answer, and behind a space where these are as
+        many and others (vLLM's rule)."""
+        if words and self._tokenizer is None:
+            raise ValueError("there is no tokenizer here: bad_words can not be found.")
+        runs: list[tuple[int, ...]] = []
+        for word in words:
+            assert self._tokenizer is not None
+            plain, spaced = (
+                tuple(self._tokenizer.encode(space + word.lstrip(), AS_WORD)) for space in ("", " ")
+            )
+            runs.append(plain)
+            if len(spaced) == len(plain) and spaced[:1] != plain[:1]:
+                runs.append(spaced)
+        return tuple(run for run in runs if run)
+
+    def _text_stream(self, sampling: SamplingParams) -> TextStream | None:
+        if self._tokenizer is None:
+            if sampling.stop:
+                raise ValueError("there is no tokenizer here: stop strings can not be found.")
+            return None
+        decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens)
+        return TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)

@@ -1,0 +1,256 @@
+"""Device graphs: launches that are captured once and repeated, so that the host is not what a step
+waits for.
+
+A graph repeats the same launches on the same memory. So inputs are copied into buffers that stay
+where they are, and sizes are rounded up to buckets; what is too much is padding, which reads and
+writes the padding rows and slots of the pools.
+
+- `DecodeGraphs`: a step in which everybody decodes is one graph.
+- `verify_graphs.VerifyGraphs`: so is one in which some have drafts.
+- `PrefillGraphs`: any other step is a graph per dense piece, from one mixer to the next. The mixers
+  between them, whose launches depend on the sequences' lengths, are launched one by one.
+
+Graphs are captured in a warm-up, the largest first so that the others fit into its memory; without
+one, when a bucket first occurs. ``record`` is what `Device.recorder` gives: no graph's own memory
+outlives the next replay, so what a graph leaves goes to buffers, which all buckets share.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+
+from engine.layers.inputs import DecodePart, LayerInputs
+from engine.layers.residual import Mixer
+from engine.layers.rotary import RotaryTable
+from engine.layers.stepwise import mix
+from engine.models.decoder import Decoder
+from engine.runner.memory import Memory, RequestTable
+from engine.schedule.batch import Segment
+from kernels.attention.sequences import Sequences
+from kernels.upload import upload
+
+Replay = Callable[[], None]
+Record = Callable[[Callable[[], None]], Replay]
+"""Captures what a function launches; the result launches it again."""
+Forward = Callable[[torch.Tensor, LayerInputs], torch.Tensor]
+"""Hidden states ``[num_rows, H]`` of token ids ``[num_rows]``; moves the pools on."""
+
+KV_BOUNDS = (2048, 8192, 32768, 131072)
+"""A graph of decodes attends to at most this many tokens; more bounds than one, or every step would
+walk the longest."""
+PREFILL_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+"""Tokens. In a step of more than the last the device has more to do than the host, and needs no
+graph."""
+
+
+def prefill_buckets(most_tokens: int) -> tuple[int, ...]:
+    """Those below ``most_tokens``, and it: no step is larger."""
+    smaller = tuple(bucket for bucket in PREFILL_BUCKETS if bucket < most_tokens)
+    return (*smaller, most_tokens) if most_tokens <= PREFILL_BUCKETS[-1] else PREFILL_BUCKETS
+
+
+def bucket_for(size: int, buckets: Sequence[int]) -> int | None:
+    """The smallest bucket that holds ``size``; None if it is too large for all. ``buckets``
+    ascend."""
+    rank = bisect_left(buckets, size)
+    return buckets[rank] if rank < len(buckets) else None
+
+
+def kv_bounds(max_model_len: int) -> tuple[int, ...]:
+    """Those of ``KV_BOUNDS`` below ``max_model_len``, and it."""
+    return (*(bound for bound in KV_BOUNDS if bound < max_model_len), max_model_len)
+
+
+def decode_buckets(max_running: int) -> tuple[int, ...]:
+    """1, 2, 4, 8, then every multiple of 8 up to 64 and of 32 beyond, the last at least
+    ``max_running``."""
+    sizes = [1, 2, 4]
+    while sizes[-1] < max_running:
+        sizes.append(sizes[-1] + (4 if sizes[-1] < 8 else 8 if sizes[-1] < 64 else 32))
+    return tuple(sizes)
+
+
+class DecodeGraphs:
+    """Steps of nothing but decoding sequences."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        forward: Forward,
+        memory: Memory,
+        table: RequestTable,
+        rotary: RotaryTable,
+        record: Record,
+        *,
+        max_running: int,
+        max_model_len: int,
+    ) -> None:
+        self._forward, self._head = forward, model.head
+        self._table, self._rotary, self._record = table, rotary, record
+        self._sizes = decode_buckets(max_running)
+        self._bounds = kv_bounds(max_model_len)
+        self._replays: dict[tuple[int, int], Replay] = {}
+        slot = memory.padding_slot or 0
+        column = np.array([0, 0, memory.padding_row, table.padding_row, 1, slot])
+        most = self._sizes[-1]
+        self._padding = upload(
+            np.repeat(column[:, None], most, axis=1), torch.int64, table.device.device
+        )
+        self._inputs = self._padding.clone()
+        """int64[6, D]: token, position, KV index, row, KV length and slot of each sequence."""
+        self._logits = model.embedding.weight.new_empty(most, model.config.vocab_size)
+
+    @property
+    def buckets(self) -> list[tuple[int, int]]:
+        """(sequences, KV bound) of every graph, the largest first."""
+        return [(size, bound) for size in self._sizes[::-1] for bound in self._bounds[::-1]]
+
+    def run(
+        self, segments: Sequence[Segment], patch: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor | None:
+        """Logits ``[len(segments), vocab]``, or None for more sequences than any bucket holds.
+
+        ``patch`` puts tokens that only the device knows into the token ids.
+        """
+        count = len(segments)
+        size = bucket_for(count, self._sizes)
+        bound = bucket_for(max(segment.end for segment in segments), self._bounds)
+        if size is None or bound is None:
+            return None
+        if (size, bound) not in self._replays:
+            self.capture((size, bound))
+        self._inputs[:, :count].copy_(self._columns(segments))
+        if count < size:
+            self._inputs[:, count:size].copy_(self._padding[:, count:size])
+        patch(self._inputs[0])
+        self._replays[size, bound]()
+        return self._logits[:count].clone()
+
+    def _columns(self, segments: Sequence[Segment]) -> torch.Tensor:
+        host = self._table.host
+        columns = [
+            (
+                int(segment.token_ids[0]),
+                segment.start,
+                host[segment.row, segment.start],
+                segment.row,
+                segment.end,
+                segment.slot or 0,
+            )
+            for segment in segments
+        ]
+        values = np.array(columns, dtype=np.int64).T.copy()
+        return upload(values, torch.int64, self._table.device.device)
+
+    def capture(self, bucket: tuple[int, int]) -> None:
+        """Make the graph of one of the ``buckets``. Computes on padding."""
+        size, bound = bucket
+        self._inputs.copy_(self._padding)
+
+        def work() -> None:
+            token_ids, positions, kv_indices, rows, kv_lens, slots = self._inputs[:, :size].unbind()
+            cos, sin = self._rotary(positions)
+            sequences = Sequences(
+                rows=(self._table.padding_row,) * size,
+                kv_lens=(bound,) * size,
+                row_table=rows.int(),
+                kv_len_table=kv_lens.int(),
+            )
+            step = LayerInputs(
+                num_tokens=size,
+                num_decode=size,
+                num_rows=size,
+                cos=cos,
+                sin=sin,
+                kv_indices=kv_indices,
+                table=self._table.device,
+                decode=DecodePart(sequences, slots.int()),
+                prefill=None,
+            )
+            self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
+
+        self._replays[bucket] = self._record(work)
+
+
+class PrefillGraphs:
+    """Steps with prompts in them, piece by piece: up to the first mixer, between each two, and
+    behind the last."""
+
+    def __init__(self, model: Decoder, memory: Memory, record: Record, *, most_tokens: int) -> None:
+        self._model, self._pools, self._record = model, memory.pools, record
+        self._sizes = prefill_buckets(most_tokens)
+        self._replays: dict[int, list[Replay]] = {}
+        weight = model.embedding.weight
+        self._token_ids = torch.zeros(self._sizes[-1], dtype=torch.int64, device=weight.device)
+        self._residual = weight.new_zeros(self._sizes[-1], weight.shape[1])
+        self._hidden = torch.zeros_like(self._residual)
+        self._buffers: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        """What a mixer reads and what it leaves; mixers of the same sizes share them."""
+        for step in model.mixers:
+            size, shape = step.block.projected_size, step.block.mixed_shape
+            if (size, *shape) not in self._buffers:
+                self._buffers[size, *shape] = (
+                    weight.new_zeros(self._sizes[-1], size),
+                    weight.new_zeros(self._sizes[-1], *shape),
+                )
+
+    @property
+    def buckets(self) -> list[int]:
+        """Tokens of every bucket, the largest first."""
+        return list(self._sizes[::-1])
+
+    def run(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor | None:
+        """Hidden states as ``Decoder.forward`` gives them, or None for more tokens than any bucket
+        holds."""
+        size = bucket_for(step.num_tokens, self._sizes)
+        if size is None:
+            return None
+        if size not in self._replays:
+            self.capture(size)
+        self._token_ids[: step.num_tokens].copy_(token_ids[: step.num_tokens])
+        self._token_ids[step.num_tokens : size].zero_()
+        step = replace(step, num_rows=size)
+        *replays, last = self._replays[size]
+        pools_of = self._pools[: len(replays)]
+        for rank, (replay, mixer, pools) in enumerate(
+            zip(replays, self._mixers, pools_of, strict=True)
+        ):
+            replay()
+            projected, mixed = self._buffers_of(mixer)
+            mixed[: step.num_tokens].copy_(mix(mixer, projected[:size], step, pools))
+            if step.on_mixed is not None:
+                step.on_mixed(rank)
+        last()
+        return self._hidden[:size]
+
+    def capture(self, size: int) -> None:
+        """Make the graphs of one of the ``buckets``."""
+        ranks = range(len(self._mixers) + 1)
+        self._replays[size] = [self._record(partial(self._piece, rank, size)) for rank in ranks]
+
+    @property
+    def _mixers(self) -> list[Mixer]:
+        return [step.block for step in self._model.mixers]
+
+    def _buffers_of(self, mixer: Mixer) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._buffers[mixer.projected_size, *mixer.mixed_shape]
+
+    def _piece(self, rank: int, size: int) -> None:
+        """Everything between the mixers ``rank - 1`` and ``rank``."""
+        mixers, residual = self._mixers, self._residual[:size]
+        if rank == 0:
+            out, stream = self._model.start(self._token_ids[:size], size)
+        else:
+            projected, mixed = (x[:size] for x in self._buffers_of(mixers[rank - 1]))
+            out, stream = self._model.resume(rank - 1, mixed, projected, residual, size)
+        if rank == len(mixers):
+            self._hidden[:size].copy_(out)
+        else:
+            self._buffers_of(mixers[rank])[0][:size].copy_(out)
+            residual.copy_(stream)

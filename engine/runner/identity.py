@@ -1,0 +1,78 @@
+"""What the bits of KV and states depend on: who reads them back must be the same in all of it."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.plugins.tiers.weights_digest import load_digest
+from engine.runner.backends import Kernels
+from engine.weights.tensor_files import find_files
+from hybridcache.geometry.checkpoints import CheckpointFormat
+
+CHUNK_BYTES = 1 << 24
+
+
+def digest_of(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def weights_digest(model_dir: Path, num_workers: int) -> str:
+    """Of every byte of the model's weight files, not of their names. O(bytes), at the speed of
+    reading. WeightsError, OSError."""
+    chunks = [
+        (file, first)
+        for file in find_files(model_dir)
+        for first in range(0, file.stat().st_size, CHUNK_BYTES)
+    ]
+    with ThreadPoolExecutor(num_workers) as pool:
+        return digest_of("".join(pool.map(_chunk_digest, chunks)).encode())
+
+
+def identity_of(
+    config: EngineConfig, kernels: Kernels, dtype: torch.dtype, device: torch.device
+) -> dict[str, str]:
+    """In words, for a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of
+    the weights), or of their names where the folder of ``config.state_dir`` knows their digest."""
+    checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
+    return {
+        "weights": _weights(config),
+        "config": digest_of((config.model_dir / "config.json").read_bytes()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "state dtype": config.state_dtype,
+        "checkpoint dtype": "auto" if checkpoints is None else checkpoints.word,
+        "quantization": config.quantization or "none",
+        "multi-token head": str("mtp" in config.drafters),
+        "tile": str(config.tile_size),
+        "kernels": ",".join(f"{name}={word}" for name, word in sorted(kernels.words().items())),
+        **machine_words(device),
+    }
+
+
+def _weights(config: EngineConfig) -> str:
+    if config.load_format == "dummy":
+        return f"dummy, seed {config.seed}"
+    known = None
+    if config.state_dir is not None:
+        known = load_digest(Path(config.state_dir), config.model_dir)
+    return known or weights_digest(config.model_dir, config.load_workers or 1)
+
+
+def machine_words(device: torch.device) -> dict[str, str]:
+    """What computes: another may round otherwise."""
+    if device.type == "cpu":
+        name = torch.backends.cpu.get_cpu_capability()
+    else:
+        name = str(torch.get_device_module(device).get_device_name(device))
+    return {"device": f"{device.type}, {name}", "torch": torch.__version__}
+
+
+def _chunk_digest(chunk: tuple[Path, int]) -> str:
+    path, first = chunk
+    with open(path, "rb") as file:
+        file.seek(first)
+        return digest_of(file.read(CHUNK_BYTES))

@@ -1,0 +1,401 @@
+"""The tensors behind the integers: KV rows, states, and which rows a running request has.
+
+Allocators hand out rows and slots; nothing here knows who owns them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.layers.rank import Rank
+from engine.runner.checkpoints import Checkpoints
+from engine.runner.device import Device
+from engine.weights.model_config import ModelError
+from hybridcache.allocators.arena import slab_rows
+from hybridcache.geometry.checkpoints import CheckpointFormat, aligned
+from hybridcache.geometry.sizes import KVSpec, ModelSizes, Spec
+from hybridcache.geometry.units import GIB
+from hybridcache.scheduling.memory import SLOTS_OF_ONE, MemorySizes
+from kernels.upload import upload
+
+CPU_SHARE = 0.25
+CPU_MAX_BYTES = 4 * GIB
+ACCELERATOR_SHARE = 0.9
+"""Of what is free beside weights, graphs and the largest step; the rest is for sampling and for
+gaps."""
+MIN_KV_TOKENS = 256
+MIN_SLOTS = 2
+"""Of a pool: one for a running request, one for a checkpoint."""
+
+
+class MemoryPlan(MemorySizes):
+    """``MemorySizes`` that fit. Beside them a row and a slot are allocated that padding writes
+    to."""
+
+    __slots__ = ()
+
+    @classmethod
+    def fit(
+        cls,
+        sizes: ModelSizes,
+        dtype: torch.dtype,
+        device: Device,
+        *,
+        kv_bytes: int | None,
+        state_bytes: int | None,
+        cache_bytes: int | None,
+        page_size: int = 1,
+        state_dtype: torch.dtype = torch.float32,
+        reserved_bytes: int = 0,
+        checkpoints: CheckpointFormat | None = None,
+        num_ranks: int = 1,
+    ) -> MemoryPlan:
+        """Of one rank; what is given is for all ``num_ranks``. The rule: one arena of
+        ``cache_bytes``, or two pools where bytes are given for one of them; the other then has what
+        is given for it, or half the default. The default is a quarter of the memory that is free
+        without the ``reserved_bytes``, at most 4 GiB, on a CPU, and elsewhere 90 % of it. Raises
+        ModelError naming the bytes a budget would need."""
+        row = kv_row_bytes(sizes, dtype)
+        state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
+        owns = checkpoints is not None and state > 0
+        if not row:
+            raise ModelError("a model without a single attention layer is not supported.")
+        kv_bytes, state_bytes, cache_bytes = (
+            None if given is None else given // num_ranks
+            for given in (kv_bytes, state_bytes, cache_bytes)
+        )
+        if kv_bytes is None and state_bytes is None:
+            if cache_bytes is None:
+                cache_bytes = default_cache_bytes(device, reserved_bytes, num_ranks)
+            return replace(cls._arena(cache_bytes, row, state, page_size), owns_states=owns)
+        if kv_bytes is None or (state_bytes is None and state):
+            other = default_cache_bytes(device, reserved_bytes, num_ranks) // (2 if state else 1)
+            kv_bytes = other if kv_bytes is None else kv_bytes
+            state_bytes = other if state_bytes is None else state_bytes
+        plan = cls._pools(kv_bytes, state_bytes or 0, row, state, page_size)
+        return replace(plan, owns_states=owns)
+
+    def agreed(self, rank: Rank, device: Device) -> MemoryPlan:
+        """The same on every rank: what the one with the least room holds."""
+        if rank.group is None:
+            return self
+        own = [self.num_kv_tokens, self.num_slots]
+        counts = torch.tensor(own, dtype=torch.int64, device=device.torch_device)
+        tokens, slots = torch.stack(rank.group.gather(counts)).amin(0).tolist()
+        return replace(self, num_kv_tokens=tokens, num_slots=slots)
+
+    @classmethod
+    def _arena(cls, num_bytes: int, row: int, state: int, page_size: int) -> MemoryPlan:
+        slab = slab_rows(state, row, page_size) if state else 0
+        num_rows = num_bytes // row // page_size * page_size
+        least = MIN_KV_TOKENS + SLOTS_OF_ONE * slab
+        if num_rows < least:
+            states = f" and {SLOTS_OF_ONE} states" if state else ""
+            raise ModelError(
+                f"{_gib(num_bytes)} hold {num_rows} tokens of this model; at least {MIN_KV_TOKENS} "
+                f"tokens{states}, "
+                f"{_gib(least * row)}, are needed."
+            )
+        return cls("arena", num_rows, num_rows // slab if slab else 0, row, state, page_size)
+
+    @classmethod
+    def _pools(
+        cls, kv_bytes: int, state_bytes: int, row: int, state: int, page_size: int
+    ) -> MemoryPlan:
+        num_rows = kv_bytes // row // page_size * page_size
+        num_slots = state_bytes // state if state else 0
+        if num_rows < MIN_KV_TOKENS:
+            raise ModelError(
+                f"{_gib(kv_bytes)} for KV hold {num_rows} tokens of this model; "
+                f"at least {MIN_KV_TOKENS} tokens, {_gib(MIN_KV_TOKENS * row)}, are needed."
+            )
+        if state and num_slots < MIN_SLOTS:
+            raise ModelError(
+                f"{_gib(state_bytes)} for states hold {num_slots} of this model's; "
+                f"at least {MIN_SLOTS}, {_gib(MIN_SLOTS * state)}, are needed."
+            )
+        return cls("pools", num_rows, num_slots, row, state, page_size)
+
+    @classmethod
+    def smallest(
+        cls,
+        sizes: ModelSizes,
+        dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        checkpoints: CheckpointFormat | None = None,
+    ) -> MemoryPlan:
+        """Enough to rehearse steps with."""
+        row = kv_row_bytes(sizes, dtype)
+        state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
+        slab = slab_rows(state, row) if state else 0
+        plan = cls._arena((MIN_KV_TOKENS + SLOTS_OF_ONE * slab) * row, row, state, 1)
+        return replace(plan, owns_states=checkpoints is not None and state > 0)
+
+
+def kv_row_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:
+    """Of one token in all layers."""
+    return aligned(sizes.row_size * dtype.itemsize)
+
+
+def state_slot_bytes(
+    sizes: ModelSizes,
+    dtype: torch.dtype,
+    state_dtype: torch.dtype = torch.float32,
+    checkpoints: CheckpointFormat | None = None,
+) -> int:
+    """Of one sequence's conv and recurrent states in all layers, or of a checkpoint in the format
+    ``checkpoints``; 0 for an attention-only model."""
+    num_conv, num_recurrent = sizes.state_size("conv"), sizes.state_size("recurrent")
+    if checkpoints is not None:
+        return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
+    return aligned(num_conv * dtype.itemsize) + aligned(num_recurrent * state_dtype.itemsize)
+
+
+def default_cache_bytes(device: Device, reserved_bytes: int = 0, num_ranks: int = 1) -> int:
+    """For KV and states together where nothing was asked for. Ranks share a CPU, and have other
+    devices for themselves."""
+    if device.is_cpu:
+        free_bytes = device.free_bytes() - reserved_bytes
+        return min(int(free_bytes * CPU_SHARE), CPU_MAX_BYTES) // num_ranks
+    return max(0, int((device.unused_bytes() - reserved_bytes) * ACCELERATOR_SHARE))
+
+
+Pools = tuple[torch.Tensor, ...]
+"""What one mixer declares to keep, in its order: KV ``[N, ...]`` by row, states ``[S, ...]`` by
+slot."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """The tensors behind a ``MemoryPlan``. What padding reads and writes shares no byte with a row
+    or slot that is handed out, nor do its row and its slot with each other."""
+
+    pools: tuple[Pools, ...]
+    """A mixer's each."""
+    padding_row: int
+    padding_slot: int | None
+    """None: an attention-only model."""
+    step_slots: range
+    """Slots beside the plan's: for the states after each token of a verification."""
+    states: Pools
+    """Every byte of all states as few tensors ``[L, S, ...]``, to copy whole states in: of an
+    arena, one."""
+    rows: torch.Tensor | None
+    """uint8 ``[N, row_bytes]``: the rows of an arena, as they move; None: two pools, where none
+    does."""
+    checkpoints: Checkpoints | None = None
+    """In a format of their own; None: checkpoints are states in slots like any other."""
+
+    @property
+    def padding_checkpoint(self) -> int | None:
+        """The slot to save what nobody wants."""
+        return self.padding_slot if self.checkpoints is None else len(self.checkpoints.slots) - 1
+
+    @classmethod
+    def allocate(
+        cls,
+        plan: MemorySizes,
+        keeps: Sequence[tuple[Spec, ...]],
+        dtype: torch.dtype,
+        state_dtype: torch.dtype,
+        device: Device,
+        *,
+        num_step_states: int = 0,
+        num_scratch_rows: int = 0,
+        checkpoints: CheckpointFormat | None = None,
+        num_own_states: int = 0,
+        num_staged: int = 0,
+    ) -> Memory:
+        """Zeros, for mixers that keep what ``keeps`` says, with room for the states of
+        ``num_step_states`` verified tokens, and for ``num_scratch_rows`` behind the padding row.
+        With ``checkpoints`` in a format of their own, ``num_own_states`` running ones lie beside
+        them, and ``num_staged`` that a step exports. Raises ModelError where there is no memory."""
+        kept = [
+            [_Kept(spec, state_dtype if _kind(spec) == "recurrent" else dtype) for spec in specs]
+            for specs in keeps
+        ]
+        make = _allocate_arena if plan.memory == "arena" else _allocate_pools
+        if checkpoints is None or not plan.owns_states:
+            return make(plan, kept, device, num_step_states, num_scratch_rows)
+        cached = make(plan, _part(kept, of_tokens=True), device, 0, num_scratch_rows)
+        own = _allocate_pools(
+            replace(plan, num_slots=num_own_states),
+            _part(kept, of_tokens=False),
+            device,
+            num_step_states + num_staged,
+            0,
+        )
+        slots = cached.states[0][0] if cached.states else None
+        if slots is None:
+            slots = allocate((plan.num_slots + 1, plan.state_bytes), torch.uint8, device)
+        kinds = [_kind(one.spec) for one in dict.fromkeys(k for mixer in kept for k in mixer)]
+        recurrent = [kind == "recurrent" for kind in kinds if kind != "kv"]
+        steps = own.step_slots
+        return Memory(
+            tuple(
+                _in_order(mixer, *both)
+                for mixer, *both in zip(kept, cached.pools, own.pools, strict=True)
+            ),
+            cached.padding_row,
+            own.padding_slot,
+            steps[:num_step_states],
+            own.states,
+            cached.rows,
+            Checkpoints(
+                slots,
+                tuple(zip(own.states, recurrent, strict=True)),
+                checkpoints,
+                steps[num_step_states:],
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """One tensor that a mixer keeps, and its dtype here."""
+
+    spec: Spec
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        """Of one token or sequence."""
+        return self.spec.size * self.dtype.itemsize
+
+
+def _part(mixers: Sequence[Sequence[_Kept]], *, of_tokens: bool) -> list[list[_Kept]]:
+    """What mixers keep of each token, or of each sequence."""
+    return [[k for k in mixer if isinstance(k.spec, KVSpec) == of_tokens] for mixer in mixers]
+
+
+def _in_order(mixer: Sequence[_Kept], of_tokens: Pools, of_sequences: Pools) -> Pools:
+    parts = {True: iter(of_tokens), False: iter(of_sequences)}
+    return tuple(next(parts[isinstance(kept.spec, KVSpec)]) for kept in mixer)
+
+
+def _kind(spec: Spec) -> str:
+    return "kv" if isinstance(spec, KVSpec) else spec.dtype
+
+
+def _allocate_pools(
+    plan: MemorySizes,
+    mixers: Sequence[Sequence[_Kept]],
+    device: Device,
+    num_step_states: int,
+    num_scratch_rows: int,
+) -> Memory:
+    """Tensors of one name, shape and dtype lie side by side, so that few hold all states."""
+    groups = Counter(kept for mixer in mixers for kept in mixer)
+    num_rows = plan.num_kv_tokens + 1 + num_scratch_rows
+    units = {True: num_rows, False: plan.num_slots + 1 + num_step_states}
+    made = {
+        kept: allocate(
+            (count, units[isinstance(kept.spec, KVSpec)], *kept.spec.shape), kept.dtype, device
+        )
+        for kept, count in groups.items()
+    }
+    layers = {kept: iter(tensor) for kept, tensor in made.items()}
+    pools = tuple(tuple(next(layers[kept]) for kept in mixer) for mixer in mixers)
+    states = tuple(tensor for kept, tensor in made.items() if not isinstance(kept.spec, KVSpec))
+    if not states:
+        return Memory(pools, plan.num_kv_tokens, None, range(0), (), None)
+    first = plan.num_slots + 1
+    steps = range(first, first + num_step_states)
+    return Memory(pools, plan.num_kv_tokens, plan.num_slots, steps, states, None)
+
+
+def _allocate_arena(
+    plan: MemorySizes,
+    mixers: Sequence[Sequence[_Kept]],
+    device: Device,
+    num_step_states: int,
+    num_scratch_rows: int,
+) -> Memory:
+    """Rows side by side; behind the last, the first whole slab is padding's, the steps' follow, the
+    row after them is padding's, and scratch rows come last. In a slot all conv states come
+    first."""
+    slab, row_bytes = plan.slab_rows, plan.row_bytes
+    padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
+    num_slots = padding_slot + 1 + num_step_states
+    padding_row = num_slots * slab if slab else plan.num_kv_tokens
+    rows = allocate((padding_row + 1 + num_scratch_rows, row_bytes), torch.uint8, device)
+    sizes = Counter[str]()
+    for kept in (kept for mixer in mixers for kept in mixer):
+        sizes[_kind(kept.spec)] += kept.num_bytes
+    place = {"kv": 0, "conv": 0, "recurrent": aligned(sizes["conv"])}
+
+    def view(kept: _Kept) -> torch.Tensor:
+        kind = _kind(kept.spec)
+        first = place[kind]
+        place[kind] += kept.num_bytes
+        unit, count = (row_bytes, len(rows)) if kind == "kv" else (plan.slot_bytes, num_slots)
+        return _view(rows, kept.dtype, (count, *kept.spec.shape), unit, first)
+
+    pools = tuple(tuple(view(kept) for kept in mixer) for mixer in mixers)
+    if not slab:
+        return Memory(pools, padding_row, None, range(0), (), rows)
+    states = _view(rows, torch.uint8, (num_slots, plan.state_bytes), plan.slot_bytes)[None]
+    steps = range(padding_slot + 1, num_slots)
+    return Memory(pools, padding_row, padding_slot, steps, (states,), rows)
+
+
+def _view(
+    rows: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    unit_bytes: int,
+    first_byte: int = 0,
+) -> torch.Tensor:
+    """``[units, ...]`` of an arena: what begins at ``first_byte`` of every unit (a row, a slab)."""
+    inner = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]
+    strides = (unit_bytes // dtype.itemsize, *inner)
+    return rows.flatten().view(dtype).as_strided(shape, strides, first_byte // dtype.itemsize)
+
+
+class RequestTable:
+    """The KV indices of every running request: int32 ``[rows, max_model_len]``, on the host and on
+    the device."""
+
+    def __init__(self, num_rows: int, max_model_len: int, padding_index: int, device: Device):
+        host = allocate((num_rows + 1, max_model_len), torch.int32, Device.resolve("cpu"))
+        self.host: npt.NDArray[np.int32] = host.numpy()
+        self.host[num_rows] = padding_index
+        self.padding_row = num_rows
+        self._is_shared = device.is_cpu
+        self.device = host if self._is_shared else host.to(device.torch_device)
+
+    def write(self, writes: Sequence[tuple[int, int, npt.NDArray[np.int32]]]) -> None:
+        """Put KV indices at (row, start). One copy to the device per write."""
+        for row, start, indices in writes:
+            end = start + len(indices)
+            self.host[row, start:end] = indices
+            if not self._is_shared:
+                self.device[row, start:end] = upload(indices, torch.int32, self.device.device)
+
+
+def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
+    """Zeros. On a CPU the pages are only touched when they are written. Raises ModelError where
+    there is no memory."""
+    num_bytes = math.prod(shape) * dtype.itemsize
+    try:
+        if not device.is_cpu:
+            return torch.zeros(shape, dtype=dtype, device=device.torch_device)
+        untouched = np.zeros(num_bytes, dtype=np.uint8)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise ModelError(
+            f"{device.describe()} has no {_gib(num_bytes)} left: give less memory, or have fewer "
+            "requests run."
+        ) from None
+    return torch.from_numpy(untouched).view(dtype).view(shape)
+
+
+def _gib(num_bytes: int) -> str:
+    gib = num_bytes / GIB
+    return f"{gib:.3g} GiB" if gib < 1000 else f"{gib:,.0f} GiB"

@@ -1,0 +1,445 @@
+"""From a Batch to logits: the model, its pools, and the tensors of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from engine.config import EngineConfig
+from engine.layers.inputs import LayerInputs
+from engine.layers.parameters import Build, WeightSpec
+from engine.layers.rank import ALONE, Rank
+from engine.layers.rotary import RotaryTable
+from engine.models import read_model
+from engine.plugins.disaggregation.prefix_buffer import Unit
+from engine.plugins.speculation.mtp_head import Predictor
+from engine.plugins.tiers.disk import Disk
+from engine.plugins.tiers.tier_copies import LowerRows
+from engine.runner.backends import Kernels
+from engine.runner.checkpoints import STAGING_BYTES
+from engine.runner.device import Device
+from engine.runner.graphs import DecodeGraphs, PrefillGraphs, Record
+from engine.runner.identity import identity_of
+from engine.runner.memory import Memory, MemoryPlan, RequestTable, state_slot_bytes
+from engine.runner.state_mover import Copies
+from engine.runner.state_slots import RunningStates
+from engine.runner.step_inputs import StepInputs
+from engine.runner.verify_graphs import VerifyGraphs
+from engine.runner.warm_up import WarmUp, measure, warm_up
+from engine.schedule.batch import Batch, logit_rows, pieces
+from engine.schedule.drafter import Newest
+from engine.weights.loading import DTYPES, load_model, resolve_dtype
+from engine.weights.model_config import ModelConfig, ModelError, read_config
+from engine.weights.quantized_formats import read_quantization
+from hybridcache.geometry.checkpoints import CheckpointFormat
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.shares import share_of
+from hybridcache.geometry.sizes import ModelSizes, SizesError
+from hybridcache.geometry.units import GIB, counted
+from hybridcache.tokens import Indices, Tokens
+from kernels.recording import NotRecordableError
+from kernels.recording import record as record_native
+from kernels.upload import upload
+
+
+class ModelRunner:
+    """Owns the weights and the pools; computes one Batch after the other. Knows no cache and no
+    request."""
+
+    def __init__(self, config: EngineConfig, rank: Rank = ALONE) -> None:
+        self.rank, self.device = rank, Device.resolve(config.device)
+        if rank.count > 1:
+            self.device = self.device.of_rank(rank.number)
+            config = config if self.device.is_cpu else replace(config, graphs="off")
+        self._config = config
+        self.device.make_current()
+        config = config.settled(on_cpu=self.device.is_cpu)
+        self.kernels = Kernels.choose(self.device, config.kernels)
+        if not self.device.supports(config.quantization):
+            raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
+        raw = read_config(config.model_dir)
+        family, self.config = read_model(raw)
+        self.sizes = shared_sizes(self.config, rank.count)
+        """What this rank computes and keeps."""
+        self.name = config.model_dir.name
+        self.dtype = resolve_dtype(config.dtype, self.config, self.device)
+        self.state_dtype = DTYPES[config.state_dtype]
+        has_sums = self.sizes.state_size("recurrent") > 0
+        self.checkpoints = CheckpointFormat.parse(config.checkpoint_dtype) if has_sums else None
+        self.num_step_states = config.num_step_states
+        self.most_step_tokens, self.max_running_rows = config.most_step_tokens, config.max_running
+        self.model, self._head, self.weights_note = load_model(
+            config.model_dir,
+            family,
+            self.config,
+            Build(self.kernels, self._weight_spec(config, raw), rank),
+            load_format=config.load_format,
+            num_workers=config.load_workers or 1,
+            seed=config.seed,
+            with_head="mtp" in config.drafters,
+        )
+        if self._head is not None:
+            sizes = replace(self.config.sizes, beside=self._head.keeps)
+            self.config = replace(self.config, sizes=sizes)
+            self.sizes = sizes
+        self.num_guesses = config.drafters.get("mtp", 0)
+        self.geometry = ModelGeometry.from_sizes(
+            self.name,
+            self.config.sizes,
+            kv_dtype=str(self.dtype).removeprefix("torch."),
+            conv_dtype=str(self.dtype).removeprefix("torch."),
+            state_dtype=config.state_dtype,
+            checkpoint_dtype=config.checkpoint_dtype,
+        )
+        state_bytes = state_slot_bytes(self.sizes, self.dtype, self.state_dtype)
+        self.step_state_bytes = self.num_step_states * state_bytes
+        """Of the states after each verified token, beside the cache's memory."""
+        most_staged = self.most_step_tokens // config.tile_size + self.max_running_rows
+        self._num_staged = max(1, min(most_staged, STAGING_BYTES // max(state_bytes, 1)))
+        num_own = 0 if self.checkpoints is None else self._num_staged + self.max_running_rows
+        self.own_state_bytes = num_own * state_bytes
+        """Of running states and exported ones, where they lie beside that memory too."""
+        warms_up = config.warm_up and not self.device.is_cpu
+        reserved_bytes = (
+            self._rehearse(config) if warms_up else self.step_state_bytes + self.own_state_bytes
+        )
+        plan = MemoryPlan.fit(
+            self.sizes,
+            self.dtype,
+            self.device,
+            kv_bytes=_bytes(config.kv_gib),
+            state_bytes=_bytes(config.state_gib),
+            cache_bytes=_bytes(config.cache_gib),
+            page_size=config.page_size,
+            state_dtype=self.state_dtype,
+            reserved_bytes=reserved_bytes,
+            checkpoints=self.checkpoints,
+            num_ranks=rank.count,
+        ).agreed(rank, self.device)
+        self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
+        self.warmed: WarmUp | None = self._warm_up() if warms_up else None
+        """What the start took; None: no warm-up (disabled, or a CPU)."""
+
+    def _weight_spec(self, config: EngineConfig, raw: Mapping[str, Any]) -> WeightSpec:
+        """Raises ModelError where the files are quantised in a way that is not served."""
+        place = self.device.torch_device, self.dtype, config.quantization
+        if config.load_format == "dummy":
+            return WeightSpec(*place)
+        products = {
+            (format, columns)
+            for format, columns in self.kernels["linear"].PRODUCTS
+            if self.device.supports(format)
+        }
+        files = read_quantization(raw, config.model_dir)
+        return WeightSpec(*place, files, frozenset(products))
+
+    def _warm_up(self) -> WarmUp:
+        try:
+            return warm_up(self)
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                "the pools leave no memory for graphs and the largest step: give them less, or use "
+                "--graphs off."
+            ) from None
+
+    def _rehearse(self, config: EngineConfig) -> int:
+        """Bytes to keep free beside the pools for tables, graphs and the largest step, found out
+        with the smallest pools."""
+        longest = config.max_model_len or self.config.max_len
+        free_bytes = self.device.unused_bytes()
+        smallest = MemoryPlan.smallest(self.sizes, self.dtype, self.state_dtype, self.checkpoints)
+        self._allocate(smallest, longest, config.graphs)
+        num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
+        del self.tensors, self.table, self._rotary, self.step_inputs, self.unit
+        del self._predictor, self.graphs, self.verify_graphs, self._copies, self.running
+        return num_bytes
+
+    def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
+        """The pools, and the tables and graphs that go with them."""
+        self.memory, self.max_model_len = plan, max_model_len
+        keeps = [step.block.keeps for step in self.model.mixers]
+        if self._head is not None:
+            keeps.append(self._head.keeps)
+        self.tensors = Memory.allocate(
+            plan,
+            keeps,
+            self.dtype,
+            self.state_dtype,
+            self.device,
+            num_step_states=self.num_step_states,
+            num_scratch_rows=self.num_guesses * self.max_running_rows,
+            checkpoints=self.checkpoints,
+            num_own_states=self.max_running_rows,
+            num_staged=self._num_staged,
+        )
+        self.running = RunningStates(self.tensors.step_slots)
+        self._copies = Copies(self.tensors, self.kernels, self.device)
+        self.table = RequestTable(
+            self.max_running_rows, max_model_len, self.tensors.padding_row, self.device
+        )
+        rope, device = self.config.rope, self.device.torch_device
+        self._rotary = RotaryTable(rope, max_model_len, device, self.dtype)
+        self.step_inputs = StepInputs(
+            self.tensors,
+            self.table,
+            self._rotary,
+            self.running,
+            multiple=self.kernels["linear"].ROWS,
+            tile_size=self._config.tile_size,
+        )
+        parts = self.model, self.tensors, self.table, self._rotary
+        self._predictor = None if self._head is None else Predictor(self._head, *parts)
+        self._copies.pending = None if self._predictor is None else self._predictor.pending
+        self.unit = Unit(self.tensors, keeps, partial(self._copies.settle, self.running))
+        self.use_graphs(graphs)
+
+    def watch_layers(self, on_mixed: Callable[[int], None]) -> None:
+        """Call ``on_mixed`` in every step with prompts in it: see ``LayerInputs``."""
+        self.step_inputs.on_mixed = on_mixed
+
+    @property
+    def is_asynchronous(self) -> bool:
+        """``forward`` returns before the device is done."""
+        return not self.device.is_cpu
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def table_row(self, row: int, end: int) -> Indices:
+        """KV indices of the positions of ``row`` below ``end``: a view of the host's table."""
+        return self.table.host[row, :end]
+
+    def use_graphs(self, word: str, record: Record | None = None) -> None:
+        """Capture decode steps, with drafts or without (``decode``), prefills too (``all``), what
+        the device can (``auto``), or nothing (``off``). On a CPU decode steps are recorded where
+        all their kernels are native.
+
+        ``record`` in place of the device's own. Raises ModelError for a device without graphs, and
+        where a kernel is the reference, which reads lengths on the host: a graph would repeat those
+        it was captured with.
+        """
+        self.graphs: tuple[DecodeGraphs | None, PrefillGraphs | None] = None, None
+        self.verify_graphs: VerifyGraphs | None = None
+        if word == "off":
+            return
+        if record is None and self.device.is_cpu and word != "all" and self._record_decode():
+            return
+        if record is None:
+            obstacle = self._graph_obstacle()
+            if obstacle is not None:
+                if word == "auto":
+                    return
+                raise ModelError(f"{obstacle}; use --graphs off.")
+            record = self.device.recorder()
+        decodes, self.verify_graphs = self._decode_graphs(record)
+        prefills = None
+        if word != "decode":
+            prefills = PrefillGraphs(
+                self.model, self.tensors, record, most_tokens=self.most_step_tokens
+            )
+        self.graphs = decodes, prefills
+
+    def _decode_graphs(
+        self, record: Record, *, is_native: bool = False
+    ) -> tuple[DecodeGraphs, VerifyGraphs | None]:
+        """Of steps without drafts, and with."""
+        parts = self.model, self._forward, self.tensors, self.table, self._rotary
+        decodes = DecodeGraphs(
+            *parts, record, max_running=self.max_running_rows, max_model_len=self.max_model_len
+        )
+        verifies = VerifyGraphs.of(
+            *parts,
+            self.running,
+            record,
+            sizes=self.sizes,
+            draft_len=self._config.draft_len,
+            max_verified=self.num_step_states,
+            is_native=is_native,
+        )
+        return decodes, verifies
+
+    @torch.inference_mode()
+    def _record_decode(self) -> bool:
+        """Have decode steps recorded, where all they compute are native kernels; whether they
+        are."""
+        if self.kernels.words().get("linear") != "native":
+            return False
+        decodes, verify_graphs = self._decode_graphs(record_native, is_native=True)
+        try:
+            decodes.capture(decodes.buckets[-1])
+            if verify_graphs is not None:
+                verify_graphs.capture(verify_graphs.buckets[-1])
+                self.verify_graphs = verify_graphs
+            if self._predictor is not None:
+                self._predictor.record(record_native)
+        except NotRecordableError:
+            return False
+        self.graphs = decodes, None
+        return True
+
+    def _graph_obstacle(self) -> str | None:
+        """Why nothing can be captured here; None where it can."""
+        if self.device.traits.graph_class is None:
+            return f"{self.device.describe()} has no graphs"
+        others = [name for name, word in self.kernels.words().items() if word != "fused"]
+        if others:
+            return f"graphs need Triton kernels, and others serve for {', '.join(others)}"
+        return None
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[rows, vocab]`` in the model's dtype, on the device; rows in segment order: 1
+        for "last", one per token for "all", none for "none". First the batch's moves, row writes
+        and restores; the states it exports are in their slots after.
+
+        ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's
+        ``late_tokens``."""
+        self.device.make_current()  # The thread that calls may be another than the one that loaded.
+        self._place(batch)
+        if self.checkpoints is None:
+            return self._forward_piece(batch, drawn)
+        parts = [self._forward_piece(one, drawn) for one in pieces(batch, self._num_staged)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _forward_piece(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
+        if self._predictor is not None:
+            self._predictor.pending.admit(batch)
+        self._copies.move(batch.moves)
+        self.table.write(batch.row_writes)
+        self._copies.restore(batch.restores)
+        logits = self._logits(batch, drawn)
+        if self._predictor is not None:
+            self._predictor.pending.count()
+        saved = batch.saved_by_decodes
+        if self.tensors.checkpoints is not None:
+            exports = [slot for s in batch.segments if not s.is_decode for _, slot in s.exports]
+            saved += zip(self.tensors.checkpoints.staging, exports, strict=False)
+        self._copies.save(saved)
+        return logits
+
+    def _place(self, batch: Batch) -> None:
+        """Say where the states of a verification go. What ``batch`` has moved or copied, or does
+        not verify, is at home after."""
+        self.running.give_up()
+        moves = batch.moves or batch.restores
+        verified = [
+            (segment.slot, len(segment.token_ids))
+            for segment in batch.segments
+            if segment.num_drafts and segment.slot is not None
+        ]
+        self._copies.bring_home(self.running, () if moves else dict(verified))
+        self.running.verify(verified)
+
+    @torch.inference_mode()
+    def commit(self, batch: Batch, taken: Sequence[int]) -> None:
+        """Keep the states of the segments with drafts after the tokens ``taken`` of each, where
+        they lie, and save those they export up to there."""
+        if not self.tensors.states:
+            return
+        saved: list[tuple[int, int]] = []
+        verified = [segment for segment in batch.segments if segment.num_drafts]
+        for segment, count, slots in zip(verified, taken, self.running.step_slots, strict=True):
+            saved += [
+                (slots[position - segment.start - 1], slot)
+                for position, slot in segment.exports
+                if segment.start < position <= segment.start + count
+            ]
+        self.running.take(taken)
+        self._copies.save(saved)
+
+    def _logits(self, batch: Batch, drawn: torch.Tensor | None) -> torch.Tensor:
+        if not batch.segments:
+            return self.model.embedding.weight.new_empty(0, self.vocab_size)
+
+        def patch(token_ids: torch.Tensor) -> None:
+            if batch.late_tokens and drawn is not None:
+                places, rows = self._int64(np.array(batch.late_tokens, dtype=np.int64).T.copy())
+                token_ids[places] = drawn[rows]
+
+        if self._predictor is not None:
+            self._predictor.pending.hold(batch)
+        rows = logit_rows(batch.segments)
+        decodes, prefills = self.graphs
+        if all(segment.is_decode for segment in batch.segments):
+            logits: torch.Tensor | None = None
+            if any(segment.num_drafts for segment in batch.segments):
+                if self.verify_graphs is not None and not batch.late_tokens:
+                    logits = self.verify_graphs.run(batch.segments)
+            elif decodes is not None:
+                logits = decodes.run(batch.segments, patch)
+            if logits is not None:
+                return logits if len(rows) == len(logits) else logits[self._int64(rows)]
+        token_ids, step = self.step_inputs.of(batch)
+        patch(token_ids)
+        hidden: torch.Tensor | None = None
+        if prefills is not None:
+            hidden = prefills.run(token_ids, step)
+        if hidden is None:
+            hidden = self._forward(token_ids, step)
+        elif self._predictor is not None:
+            self._predictor.follow(token_ids, hidden, step)
+        return self.model.head(hidden[self._int64(rows)])
+
+    def _forward(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
+        """Hidden states of a step, which the multi-token head follows."""
+        mixers = self.tensors.pools[: len(self.model.mixers)]
+        hidden = self.model.forward(token_ids, step, mixers)
+        if self._predictor is not None:
+            self._predictor.follow(token_ids, hidden, step)
+        return hidden
+
+    @torch.inference_mode()
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
+        """What the model's multi-token head takes to follow each newest token, which is not
+        computed yet: int32, as many as ``most`` says, 1 or more. Between a commit and the next
+        forward."""
+        assert self._predictor is not None, "no head was asked for"
+        self.device.make_current()
+        at = [one._replace(slot=self.running.at(one.slot)) for one in newest]
+        return self._predictor.guess(at, most)
+
+    def attach(self, num_host_rows: int, disk: Disk | None) -> LowerRows:
+        """Give the arena memory below it; see ``LowerRows``. ModelError."""
+        lower = LowerRows(self.tensors.rows, self.memory, self.device, num_host_rows, disk)
+        self._copies.lower = lower
+        return lower
+
+    def identity(self) -> Mapping[str, str]:
+        """See ``Runner.identity``. O(bytes of the weights)."""
+        return identity_of(self._config, self.kernels, self.dtype, self.device.torch_device)
+
+    def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return upload(values, torch.int64, self.device.torch_device)
+
+    def _max_model_len(self, plan: MemoryPlan, asked: int | None) -> int:
+        longest = plan.max_request_len
+        if asked is None:
+            return min(self.config.max_len, longest)
+        if asked > longest:
+            need = (asked + plan.num_kv_tokens - longest) * plan.row_bytes / GIB
+            what = "its KV and states" if plan.slab_rows else "KV"
+            raise ModelError(
+                f"one request of max_model_len {asked} needs {need:.3g} GiB for {what}; "
+                f"there is room for {counted(longest, 'token')}."
+            )
+        return asked
+
+
+def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:
+    """What each of ``num_ranks`` computes and keeps. Raises ModelError where there is no even
+    share."""
+    try:
+        return share_of(config.sizes, num_ranks)
+    except SizesError as error:
+        raise ModelError(f"--tp {num_ranks} does not suit this model: {error}.") from None
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else int(gib * GIB)

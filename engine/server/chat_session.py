@@ -1,0 +1,301 @@
+"""One chat and its answers, whatever dialect it came in: a request is rendered and submitted, and
+what comes back is events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Container, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from engine import Grammar, RequestOutput, RequestSpec
+from engine.async_engine import RequestStream
+from engine.plugins.diagnostics.explanations import Inquiry
+from engine.plugins.diagnostics.replays import Place, as_message
+from engine.server.chat_tools import callable_tools
+from engine.server.context import ServingContext
+from engine.server.errors import APIError
+from engine.server.schemas import ChatRequest, TokenizeRequest, cuts_of
+from engine.server.tenants import AnswerId, Tenant
+from engine.text.answer_events import BrokenCall, CallBegin, CallEnd, Event, joined
+from engine.text.answer_forms import AnswerForm, AnswerReader
+from engine.text.templates import ChatPrompt, TemplateError, render_chat
+
+BROKEN = "A call of a tool was left in the text, because "
+"""Begins the warning of an answer; the reason follows."""
+Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What one step of the engine added to one answer."""
+
+    index: int
+    """Which of the request's answers."""
+    events: list[Event]
+    output: RequestOutput
+    finish: Finish | None
+    """Why the answer ended, with its last news."""
+    warning: str | None = None
+    """With the last news: part of the text looks like a call that cannot be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer, whole."""
+
+    events: list[Event]
+    """No two neighbours are of one kind, but for calls."""
+    output: RequestOutput
+    finish: Finish
+    num_reasoning_tokens: int
+    warning: str | None = None
+    """As of ``News``."""
+
+
+async def render(
+    front: ServingContext, body: ChatRequest | TokenizeRequest, size: int, tenant: Tenant
+) -> tuple[ChatPrompt, Place]:
+    """Return the chat of a ``body`` of ``size`` bytes as the model reads it, and the place of its
+    answer. APIError 400: the template refuses it."""
+
+    def work() -> tuple[ChatPrompt, Place]:
+        messages = [message.as_template_input() for message in body.messages or ()]
+        tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
+        chat = front.replays.prepare(messages, tools, body.chat_template_kwargs, tenant)
+        prompt = render_chat(
+            front.tokenizer,
+            chat.messages,
+            tools=tools,
+            add_generation_prompt=body.begins_answer,
+            continues_last=body.continue_final_message,
+            variables=chat.variables,
+            special_in_content=front.special_in_content,
+            namespace=tenant.namespace,
+            cuts=cuts_of(body.messages, body.tools),
+            sampled=chat.sampled,
+            keeps_thinking=chat.keeps_thinking,
+        )
+        return prompt, chat.place
+
+    try:
+        return await front.workers.run(size, work)
+    except TemplateError as error:
+        raise APIError(400, f"The chat template refuses these messages: {error}") from error
+    except ValueError as error:
+        raise APIError(400, str(error), param="messages") from error
+
+
+def settle_system(front: ServingContext, body: ChatRequest) -> ChatRequest:
+    """The same chat, in which system messages after the first others are the user's where the
+    template takes none there: where they stand, since a prompt that changes at its front is not in
+    the cache."""
+    template = front.tokenizer.chat_template
+    if template is None or template.takes_late_system:
+        return body
+    roles = [message.role for message in body.messages]
+    first = next((at for at, role in enumerate(roles) if role != "system"), len(roles))
+    for message in body.messages[max(first, 1) :]:
+        if message.role == "system":
+            message.role = "user"
+    return body
+
+
+def _plain(tool: dict[str, object]) -> dict[str, object]:
+    """Return a tool without what is said to the server: the model is told neither of the cache, nor
+    that its calls are strict."""
+    plain = {name: value for name, value in tool.items() if name != "cache_control"}
+    if isinstance(function := plain.get("function"), dict):
+        plain["function"] = {name: value for name, value in function.items() if name != "strict"}
+    return plain
+
+
+async def ask(
+    front: ServingContext,
+    body: ChatRequest,
+    size: int,
+    tenant: Tenant,
+    answer_id: AnswerId,
+    prompt_name: str = "messages",
+) -> Exchange:
+    """Submit a chat of ``size`` bytes. An answer ends where the context does, if not before.
+    ``prompt_name``: the prompt as the dialect calls it. APIError, RequestError: it is refused."""
+    front.check_model(body.model)
+    front.check_number(body.n)
+    template = front.tokenizer.chat_template
+    form = AnswerForm.of("" if template is None else template.source)
+    tools = None if template is None else callable_tools(body, form)
+    prompt, place = await render(front, body, size, tenant)
+    front.check_length(len(prompt.token_ids), prompt_name)
+    limit = front.answer_limit(len(prompt.token_ids), body.limit)
+    num_top = (body.top_logprobs or 0) if body.logprobs else None
+    [token_ids] = await front.as_arrays([prompt.token_ids])
+    samplings = body.samplings(limit, num_top, front.engine.sampling_defaults)
+
+    def call_grammar() -> Grammar | None:
+        written = "hermes" if form.calls is None else form.calls.FORM
+        return body.call_grammar(written, may_think=form.thinks)
+
+    grammar = await front.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
+    inquiry = await _inquire(front, body, np.asarray(token_ids), tenant, size, answer_id)
+    streams = await front.submit(
+        RequestSpec(
+            token_ids,
+            sampling,
+            namespace=tenant.namespace,
+            boundaries=prompt.boundaries,
+            answer_survives=prompt.answer_survives,
+            ends_session=body.ends_session,
+            request_id=answer_id.request_id(choice),
+            grammar=grammar,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        for choice, sampling in enumerate(samplings)
+    )
+    readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
+    is_single, ends = not body.parallel_tool_calls, front.tokenizer.eos_token_ids
+    readings = [_Reading(each, is_single, ends) for each in readers]
+    return Exchange(front, prompt, streams, readings, inquiry, place)
+
+
+async def _inquire(
+    front: ServingContext,
+    body: ChatRequest,
+    token_ids: np.ndarray,
+    tenant: Tenant,
+    size: int,
+    answer_id: AnswerId,
+) -> Inquiry:
+    def work() -> Inquiry:
+        asked = front.explanations.begin(
+            answer_id.public,
+            token_ids.astype(np.int32, copy=False),
+            request_id=answer_id.request_id(0),
+            model=front.model_name,
+            tenant=tenant,
+            messages=[message.as_template_input() for message in body.messages],
+            tools=body.tools,
+            variables=body.chat_template_kwargs,
+            size=size,
+        )
+        is_asked = body.diagnostics is not None
+        return Inquiry(front.explanations, asked, body.compared_with, is_asked)
+
+    return await front.workers.run(size, work)
+
+
+class Exchange:
+    """A chat that is being answered."""
+
+    def __init__(
+        self,
+        front: ServingContext,
+        prompt: ChatPrompt,
+        streams: Sequence[RequestStream],
+        readings: Sequence[_Reading],
+        inquiry: Inquiry,
+        place: Place,
+    ) -> None:
+        self._front = front
+        self._place = place
+        self.inquiry = inquiry
+        self.prompt = prompt
+        self._streams = streams
+        self._readings = readings
+
+    @property
+    def num_answers(self) -> int:
+        return len(self._streams)
+
+    def num_reasoning_tokens(self, index: int = 0) -> int:
+        """Tokens so far that came while the answer was reasoning."""
+        return self._readings[index].num_reasoning_tokens
+
+    async def news(self) -> AsyncIterator[News]:
+        """What comes, of all answers, until all have ended."""
+        async for index, output in self._front.outputs(self._streams):
+            if index == 0:
+                await self.inquiry.see(output, self._front.workers)
+            reading = self._readings[index]
+            events = reading.read(output)
+            finish = reading.finish(output)
+            if reading.is_over and finish is None:
+                self._streams[index].abort()
+            if finish is not None:
+                message = as_message(reading.events)
+                if not reading.is_over:
+                    self._front.replays.remember(self.prompt, self._place, message, output)
+                if index == 0:
+                    self.inquiry.end(output, message)
+            yield News(index, events, output, finish, reading.warning if finish else None)
+
+    async def answers(self) -> list[Answer]:
+        """All answers, in order."""
+        events: list[list[Event]] = [[] for _ in self._streams]
+        ends: dict[int, tuple[RequestOutput, Finish, str | None]] = {}
+        async for news in self.news():
+            events[news.index].extend(news.events)
+            if news.finish is not None:
+                ends[news.index] = news.output, news.finish, news.warning
+        answers = []
+        for index, each in enumerate(events):
+            output, finish, warning = ends[index]
+            num_reasoning = self.num_reasoning_tokens(index)
+            answers.append(Answer(joined(each), output, finish, num_reasoning, warning))
+        return answers
+
+
+class _Reading:
+    """Reads one answer, no further than its first call where there shall be no more."""
+
+    def __init__(self, reader: AnswerReader, is_single: bool, ends: Container[int]) -> None:
+        """``ends``: tokens by which a model ends its answer."""
+        self._reader = reader
+        self._is_single = is_single
+        self._ends = ends
+        self._has_calls = False
+        self._is_broken_off = False
+        """In its last call, by a limit or a stop string, not by the model's own end."""
+        self.warning: str | None = None
+        """Why the first of the calls that cannot be made is part of the text."""
+        self.events: list[Event] = []
+        """All so far."""
+        self.is_over = False
+        """The first call ended, and no more is read."""
+        self.num_reasoning_tokens = 0
+
+    def read(self, output: RequestOutput) -> list[Event]:
+        """What ``output`` adds."""
+        if self.is_over:
+            return []
+        was_thinking = self._reader.is_thinking
+        events = self._reader.push(output.new_text)
+        if was_thinking or self._reader.is_thinking:
+            self.num_reasoning_tokens += len(output.new_token_ids)
+        if output.is_finished:
+            is_cut = output.finish_reason != "stop" or int(output.output[-1]) not in self._ends
+            rest = self._reader.flush(is_cut)
+            self._is_broken_off = is_cut and any(isinstance(one, BrokenCall) for one in rest)
+            events = [*events, *rest]
+        for one in events:
+            if isinstance(one, BrokenCall) and self.warning is None:
+                self.warning = f"{BROKEN}{one.why}."
+        events = joined(one for one in events if not isinstance(one, BrokenCall))
+        self._has_calls = self._has_calls or any(isinstance(one, CallBegin) for one in events)
+        if self._is_single:
+            ends = (at for at, one in enumerate(events, 1) if isinstance(one, CallEnd))
+            end = next(ends, None)
+            self.is_over = end is not None
+            events = events[:end]
+        self.events += events
+        return events
+
+    def finish(self, output: RequestOutput) -> Finish | None:
+        """Why the answer ended, if it did."""
+        if output.finish_reason is None:
+            return None
+        has_stopped = output.finish_reason == "stop" and not self._is_broken_off
+        if self.is_over or (self._has_calls and has_stopped):
+            return "tool_calls"
+        return output.finish_reason

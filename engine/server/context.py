@@ -1,0 +1,289 @@
+"""What the endpoints share: the engine, its name for clients, and how a prompt becomes requests and
+numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+from fastapi import Request, Response
+
+from engine import Grammar, RequestOutput, RequestSpec
+from engine.async_engine import RequestStream, ServedEngine
+from engine.errors import ContextOverflow, QueueFull, RequestError
+from engine.plugins.diagnostics.explanations import Explanations
+from engine.plugins.diagnostics.replays import Replays
+from engine.server import request_log
+from engine.server.body import to_json
+from engine.server.config import ServerConfig
+from engine.server.errors import APIError, of_failure, quoted
+from engine.server.guided import Guided
+from engine.server.metrics import Metrics
+from engine.server.streaming import interleave
+from engine.server.tenants import AnswerIds, Tenant, Tenants
+from engine.server.workers import Workers
+from engine.text.outputs import DraftCounts, Transferred
+from engine.text.reasoning import CLOSE
+from engine.text.tokenizer import EncodeOptions, Tokenizer
+from hybridcache.api import Losses
+
+logger = logging.getLogger(__name__)
+
+
+class ServingContext:
+    """One engine behind one model name."""
+
+    def __init__(self, engine: ServedEngine, config: ServerConfig, workers: Workers) -> None:
+        self.engine = engine
+        self.model_name = config.served_model_name or engine.model_name
+        self.special_in_content = config.special_in_content
+        self.workers = workers
+        self._tenants = Tenants()
+        self.ids = AnswerIds()
+        self.metrics = Metrics()
+        self.replays = Replays(self.tokenizer, config)
+        self.explanations = Explanations(self.tokenizer, int(config.explain_mib * 2**20))
+        self.created = int(time.time())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        assert self.engine.tokenizer is not None, "a served engine was loaded with its tokenizer"
+        return self.engine.tokenizer
+
+    def check_model(self, model: str | None) -> None:
+        """APIError 404 where a client names a model that is not served."""
+        if model is not None and model != self.model_name:
+            raise APIError(
+                404,
+                f"The model {quoted(model)} is not served here: use '{self.model_name}'.",
+                param="model",
+                code="model_not_found",
+            )
+
+    def check_number(self, num_choices: int) -> None:
+        """APIError 400 where a client asks for more answers at once than may ever wait: trying
+        again would not help."""
+        if num_choices > self.engine.config.max_queue:
+            raise APIError(
+                400,
+                f"{num_choices} answers at once are more than the {self.engine.config.max_queue} "
+                "that may wait here: "
+                "send fewer prompts or lower 'n'.",
+            )
+
+    async def encode(
+        self,
+        prompts: Sequence[str | list[int]],
+        how: EncodeOptions,
+    ) -> list[list[int]]:
+        """Ids of each prompt; those that are long together are encoded in a thread. APIError 400: a
+        text that this model's tokenizer does not take."""
+
+        def work() -> list[list[int]]:
+            return [
+                self.tokenizer.encode(prompt, how) if isinstance(prompt, str) else prompt
+                for prompt in prompts
+            ]
+
+        try:
+            return await self.workers.run(sum(map(len, prompts)), work)
+        except ValueError as error:
+            raise APIError(400, str(error)) from error
+
+    async def grammar_of(
+        self,
+        body: Guided,
+        calls: Callable[[], Grammar | None] = lambda: None,
+        is_thinking: bool = False,
+    ) -> Grammar | None:
+        """What the answer must be, ready to be used: by the ``body``, or the ``calls`` that are
+        demanded, and behind its reasoning where it begins inside of it; None: anything. APIError
+        400: it can not be served."""
+        param = body.form_name
+
+        def work() -> Grammar | None:
+            grammar = calls() or body.grammar()
+            if grammar is None:
+                return None
+            if is_thinking:
+                grammar = grammar.behind(CLOSE)
+            try:
+                self.engine.compile(grammar)
+            except ValueError as error:
+                raise ValueError(str(error) if param is None else f"'{param}': {error}") from error
+            return grammar
+
+        if not body.is_guided:
+            return None
+        try:
+            return await self.workers.compile(work)
+        except ValueError as error:
+            raise APIError(400, str(error), param=param) from error
+
+    def tenant_of(self, request: Request, salt: str | None = None) -> Tenant:
+        """Return the tenant of a ``request`` whose body names ``salt``. APIError 400: its salts
+        differ, or one is not text."""
+        return self._tenants.of(request.scope, salt)
+
+    def check_length(self, num_tokens: int, param: str, min_answer: int = 1) -> None:
+        """Raise APIError 400 unless a prompt of ``num_tokens`` leaves room for an answer of
+        ``min_answer`` tokens. ``param`` names the prompt in the body."""
+        limit = self.engine.max_model_len
+        if num_tokens + min_answer > limit:
+            raise of_failure(ContextOverflow(num_tokens, min_answer, limit), param=param)
+
+    def check_limit(self, limit: int | None, param: str) -> None:
+        """Raise APIError 400 if no context holds an answer of ``limit`` tokens, which ``param`` of
+        the body asks for. It is no fault of the prompt, so it has no code that asks for a shorter
+        one."""
+        most = self.engine.max_model_len
+        if limit is not None and limit > most:
+            raise APIError(
+                400,
+                f"'{param}' must be at most {most}, this model's context length (got {limit}): "
+                f"lower {param}.",
+                param=param,
+                for_anthropic=f"{param}: {limit} > {most}, which is the maximum allowed number of "
+                f"output tokens for {self.model_name}",
+            )
+
+    def answer_limit(self, num_tokens: int, limit: int | None) -> int | None:
+        """Return how long an answer to a prompt of ``num_tokens`` may be where ``limit`` is asked
+        for; None: as long as the context allows."""
+        fits = limit is not None and num_tokens + limit <= self.engine.max_model_len
+        return limit if fits else None
+
+    async def as_arrays(self, prompts: Sequence[list[int]]) -> list[list[int] | np.ndarray]:
+        """The prompts as the engine keeps them, made once for all their choices; as they are where
+        the engine will refuse them."""
+        return await self.workers.run(
+            sum(map(len, prompts)), lambda: [_as_array(prompt) for prompt in prompts]
+        )
+
+    async def submit(self, specs: Iterable[RequestSpec]) -> list[RequestStream]:
+        """A stream for each of ``specs``, in order; all of them or none. RequestError: the engine
+        refuses one."""
+        streams: list[RequestStream] = []
+        record = request_log.CURRENT.get()
+        try:
+            for spec in specs:
+                if record is not None:
+                    record.expect(spec)
+                streams.append(self.engine.submit(spec))
+                await asyncio.sleep(0)  # The event loop has a turn between two choices.
+        except BaseException as error:
+            for stream in streams:
+                stream.abort()
+            if not isinstance(error, Exception):
+                raise
+            if not isinstance(error, ValueError | RequestError):
+                logger.exception("A request could not be begun.")
+            self._count_refusal(error)
+            raise RequestError.of(error) from error
+        return streams
+
+    def _count_refusal(self, error: Exception) -> bool:
+        """Count a request that was refused before it was queued; return whether it was."""
+        is_full = isinstance(error, QueueFull)
+        self.metrics.rejected.inc(is_full)
+        return is_full or isinstance(error, ValueError)
+
+    async def outputs(
+        self, streams: Sequence[RequestStream]
+    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """The streams' outputs as they come, each counted when it is the last. Left early, the rest
+        counts as aborted. RequestError: one ended without an answer; an engine in another process
+        refuses requests here."""
+        num_left = len(streams)
+        record = request_log.CURRENT.get()
+        merged = interleave(streams)
+        try:
+            async for index, output in merged:
+                if record is not None:
+                    record.take(index, output)
+                if output.finish_reason is not None:
+                    self.metrics.observe(output)
+                    num_left -= 1
+                yield index, output
+        except RequestError as error:
+            num_left -= self._count_refusal(error)
+            raise
+        finally:
+            self.metrics.count_aborted(num_left)
+            await merged.aclose()
+
+    async def finals(self, streams: Sequence[RequestStream]) -> list[RequestOutput]:
+        """The last output of each stream, in order."""
+        finals: dict[int, RequestOutput] = {}
+        async for index, output in self.outputs(streams):
+            finals[index] = output
+        return [finals[index] for index in range(len(streams))]
+
+    async def answer(
+        self,
+        outputs: Sequence[RequestOutput],
+        whole: Callable[[], dict[str, object]],
+        echoes: bool = False,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        """What ``whole`` makes of ``outputs`` as an answer; a long one is written in a thread."""
+        size = sum(len(output.output) * (1 + (output.logprobs is not None)) for output in outputs)
+        if echoes:
+            size += sum(len(output.prompt_token_ids) for output in outputs)
+        content = await self.workers.run(size, lambda: to_json(whole()))
+        return Response(content, media_type="application/json", headers=headers)
+
+
+def _as_array(prompt: list[int]) -> list[int] | np.ndarray:
+    try:
+        tokens = np.asarray(prompt, np.int32)
+    except (OverflowError, ValueError):
+        return prompt
+    return tokens
+
+
+def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:
+    """Token counts of an answer. ``outputs`` lists ``num_choices`` choices a prompt; a prompt
+    counts once, with what its first choice found in the cache. ``lost_tokens`` (ours) says why the
+    others were computed; ``transferred`` (ours), where other engines were asked, what went over the
+    wire. ``completion_tokens_details`` where tokens are guessed ahead."""
+    firsts = outputs[::num_choices]
+    num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
+    num_new = sum(len(output.token_ids) for output in outputs)
+    losses = [output.losses for output in firsts if output.losses is not None]
+    lost = {cause: sum(getattr(loss, cause) for loss in losses) for cause in Losses._fields}
+    drafts = [output.drafts for output in outputs if output.drafts is not None]
+    transferred = [output.transferred for output in firsts if output.transferred is not None]
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_new,
+        "total_tokens": num_prompt + num_new,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(output.cached_len for output in firsts),
+            "lost_tokens": lost,
+            **({"transferred": _sums(transferred)} if transferred else {}),
+        },
+    } | ({"completion_tokens_details": _drafted(drafts, num_new)} if drafts else {})
+
+
+def _sums(transferred: Sequence[Transferred]) -> dict[str, int]:
+    return {name: sum(getattr(one, name) for one in transferred) for name in Transferred._fields}
+
+
+def _drafted(drafts: Sequence[DraftCounts], num_new: int) -> dict[str, float | None]:
+    """What became of the tokens guessed ahead. Ours are ``verifications``, steps that had some,
+    ``acceptance_length``, mean tokens that such a step gave, and ``tokens_per_step``, of all steps
+    that gave any of the ``num_new`` tokens; null before the first."""
+    num_accepted = sum(counts.accepted.total() for counts in drafts)
+    num_verified = sum(counts.num_verified for counts in drafts)
+    num_steps = num_new - num_accepted
+    return {
+        "accepted_prediction_tokens": num_accepted,
+        "rejected_prediction_tokens": sum(c.drafted.total() for c in drafts) - num_accepted,
+        "verifications": num_verified,
+        "acceptance_length": 1 + num_accepted / num_verified if num_verified else None,
+        "tokens_per_step": num_new / num_steps if num_steps > 0 else None,
+    }

@@ -1,0 +1,1 @@
+"""A runner and a sampler without a model, which verify every read."""

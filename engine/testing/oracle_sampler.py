@@ -1,0 +1,63 @@
+"""A sampler that chooses tokens as a function of what the oracle's runner gives for logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from engine.requests.sampling_params import SamplingInput
+from engine.testing.oracle import Fingerprints
+from engine.text.outputs import SampledToken
+
+
+class OracleDrawn:
+    """Tokens that a runner may read at once, and the host later."""
+
+    def __init__(self, sampled: list[SampledToken]) -> None:
+        self.tokens = [one.token_id for one in sampled]
+        self._sampled = sampled
+
+    def wait(self) -> list[SampledToken]:
+        return self._sampled
+
+
+class OracleSampler:
+    """Chooses tokens as a function of the fingerprint."""
+
+    def __init__(self, vocab_size: int = 320) -> None:
+        self._vocab_size = vocab_size
+
+    def launch(
+        self, logits: Fingerprints, requests: Sequence[SamplingInput], rows: Sequence[int]
+    ) -> OracleDrawn:
+        assert len(rows) == len(requests)
+        for request in requests:
+            num_seen = request.draw if request.counts is None else request.counts.num_counted
+            assert num_seen == request.draw, "a sampling rule that did not see every token"
+        pairs = zip(rows, requests, strict=True)
+        return OracleDrawn([self.choose(int(logits[row]), request) for row, request in pairs])
+
+    def keep(self, logits: Fingerprints, row: int) -> Fingerprints:
+        """See ``TokenSampler.keep``."""
+        return logits[row : row + 1].copy()
+
+    def choose(self, logits: int, request: SamplingInput | None = None) -> SampledToken:
+        """The one token that follows a prefix, among those that ``request`` may have."""
+        possible = np.arange(self._vocab_size)
+        if request is not None and request.mask is not None:
+            possible = possible[np.unpackbits(request.mask, bitorder="little")[possible] == 1]
+        if request is not None and request.added is not None:
+            ids, values = request.added
+            possible = np.setdiff1d(possible, ids[np.isneginf(values)])
+        token = int(possible[logits % len(possible)])
+        return SampledToken(token, -(logits % 9973) / 1000)
+
+    def score(self, logits: Fingerprints, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
+        """A log-probability that depends on the prefix and on the token."""
+        return OracleDrawn(
+            [
+                SampledToken(int(token), -((int(one) + int(token)) % 9973) / 1000)
+                for one, token in zip(logits, token_ids, strict=True)
+            ]
+        )

@@ -1,0 +1,188 @@
+"""``quantization_config`` of a config.json, and ModelSlim's description, as one kind of record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.weights.layer_names import MODEL_OPT_FILE, MODEL_SLIM_FILE, Names
+from engine.weights.model_config import ModelError
+from engine.weights.scheme import Group, Quantization, Scheme
+from kernels.linear.reference import Format
+
+REMEDY = (
+    "served are fp8 in blocks, compressed-tensors with int8 or float8 weights, ModelSlim's "
+    "W8A8_DYNAMIC, and the model in full precision with --quantization int8 or fp8"
+)
+REFUSED = {
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+    "gguf": "GGUF",
+    "bitsandbytes": "bitsandbytes",
+    "modelopt": "ModelOpt (NVFP4, FP8)",
+    "nvfp4": "NVFP4",
+    "mxfp4": "MXFP4",
+}
+"""Known kinds that are not served, as people call them."""
+FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
+"""Of compressed-tensors: weights lie unpacked."""
+
+
+def read_quantization(
+    config: Mapping[str, Any], model_dir: Path | None = None
+) -> Quantization | None:
+    """How a checkpoint's weights are quantised, from its ``config.json``, or else from ModelSlim's
+    file in its directory; None: not at all. Raises ModelError, also for kinds that are not
+    served."""
+    text = config.get("text_config")
+    nested = text.get("quantization_config") if isinstance(text, Mapping) else None
+    section = config.get("quantization_config") or nested
+    if not section:
+        if model_dir is not None and (model_dir / MODEL_OPT_FILE).is_file():
+            raise ModelError(
+                f"{REFUSED['modelopt']} weights, which {MODEL_OPT_FILE} describes, are not served; "
+                f"{REMEDY}."
+            )
+        return _model_slim(model_dir / MODEL_SLIM_FILE) if model_dir is not None else None
+    if not isinstance(section, Mapping):
+        raise ModelError("quantization_config in config.json must be an object.")
+    method = str(section.get("quant_method", section.get("quant_algo", ""))).lower()
+    try:
+        if method == "fp8":
+            return _fp8(section)
+        if method == "compressed-tensors":
+            return _compressed_tensors(section)
+    except (TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(
+            f"quantization_config in config.json has a value of the wrong type: {error}."
+        ) from None
+    raise ModelError(
+        f"{REFUSED.get(method, method or 'unnamed')} weights are not served; {REMEDY}."
+    )
+
+
+def _fp8(section: Mapping[str, Any]) -> Quantization:
+    """Of DeepSeek's and Qwen's form: e4m3, a scale for each block. Where no list says otherwise
+    everything but the head is in 8 bits, as in Qwen3's dense models."""
+    if section.get("fmt", "e4m3") != "e4m3":
+        raise ModelError(f"fp8 weights in {section['fmt']} are not served; e4m3 is.")
+    activations = section.get("activation_scheme", "dynamic")
+    if activations != "dynamic":
+        raise ModelError(f"fp8 weights with {activations} activations are not served; {REMEDY}.")
+    size = section.get("weight_block_size")
+    if size is None:
+        raise ModelError(f"fp8 weights without weight_block_size are not served; {REMEDY}.")
+    key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
+    scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
+    ignored = Names.of(section.get(key) or ("lm_head",), anywhere=True)
+    return Quantization("quant_method fp8", (Group(scheme, None),), ignored, key)
+
+
+def _block(size: Any, name: str) -> tuple[int, int]:
+    if not (
+        isinstance(size, list | tuple)
+        and len(size) == 2
+        and all(isinstance(n, int) and n > 0 for n in size)
+    ):
+        raise ModelError(f"{name} must be two positive integers in config.json, not {size}.")
+    return size[0], size[1]
+
+
+def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
+    """Raises ModelError for every part of the format that changes numbers and is not served."""
+    _refuse(section, "transform_config", "sparsity_config", "kv_cache_scheme")
+    groups = section.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise ModelError("quantization_config in config.json has no config_groups.")
+    parsed = []
+    for name, group in groups.items():
+        _refuse(group, "output_activations")
+        layout = group.get("format") or section.get("format")
+        scheme = _group_scheme(name, group, layout)
+        targets = group.get("targets") or ()
+        parsed.append(Group(scheme, None if "Linear" in targets else Names.of(targets)))
+    ignored = Names.of(section.get("ignore") or ())
+    return Quantization("compressed-tensors", tuple(parsed), ignored, "ignore")
+
+
+def _refuse(section: Mapping[str, Any], *keys: str) -> None:
+    """Raises ModelError where one of the keys has a value; an empty one, and a sparsity that leaves
+    all weights in place, are none."""
+    for key in keys:
+        value = section.get(key)
+        is_dense = isinstance(value, Mapping) and value.get("format") == "dense"
+        if value and not is_dense:
+            raise ModelError(f"{key} of compressed-tensors is not served; {REMEDY}.")
+
+
+def _group_scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
+    weights = group.get("weights")
+    if not isinstance(weights, Mapping):
+        raise ModelError(f"{name} of compressed-tensors says nothing about weights; {REMEDY}.")
+    bits, kind = weights.get("num_bits"), weights.get("type", "int")
+    if bits != 8 or kind not in ("int", "float") or layout not in FORMATS:
+        raise ModelError(
+            f"{name} of compressed-tensors has {kind}{bits} weights as {layout}, which is not "
+            f"served; {REMEDY}."
+        )
+    if not weights.get("symmetric", True):
+        raise ModelError(f"{name} of compressed-tensors has zero points: only symmetric is served.")
+    strategy = weights.get("strategy")
+    if strategy == "block":
+        block: tuple[int | None, int | None] = _block(weights.get("block_structure"), name)
+    elif strategy in ("channel", "tensor"):
+        block = (1 if strategy == "channel" else None), None
+    else:
+        raise ModelError(
+            f"{name} of compressed-tensors has a scale per {strategy}: per channel, tensor or "
+            "block is served."
+        )
+    activations = group.get("input_activations")
+    if activations is not None:
+        _check_activations(name, activations, kind)
+    format: Format = "int8" if kind == "int" else "fp8"
+    return Scheme(format, block, "weight_scale", is_weight_only=activations is None)
+
+
+def _check_activations(name: str, activations: Mapping[str, Any], kind: str) -> None:
+    """Raises ModelError for activations that are not rounded as ours: to 8 bits of the weights'
+    kind, symmetric, by a scale for each token that is found as it comes. With float8 weights ours
+    are not rounded at all, so any scale that is found as tokens come will do."""
+    strategies = ("token", None) if kind == "int" else ("token", "group", "tensor", None)
+    defaults = {"type": kind, "symmetric": True, "dynamic": False, "strategy": None}
+    found = {**defaults, **activations}
+    served = {"num_bits": (8,), "type": (kind,), "symmetric": (True,), "dynamic": (True,)}
+    for key, values in {**served, "strategy": strategies}.items():
+        if found.get(key) not in values:
+            raise ModelError(
+                f"{name} of compressed-tensors has input_activations with {key} "
+                f"{found.get(key)!r}, which is not served: dynamic ones of 8 bits, a scale for "
+                "each token, are."
+            )
+
+
+def _model_slim(path: Path) -> Quantization | None:
+    """Ascend's tool lists every tensor's kind: FLOAT, W8A8_DYNAMIC ..."""
+    if not path.is_file():
+        return None
+    try:
+        kinds = json.loads(path.read_text(encoding="utf-8"))
+        listed = {
+            name.removesuffix(".weight"): kind
+            for name, kind in kinds.items()
+            if name.endswith(".weight") and isinstance(kind, str)
+        }
+    except (ValueError, AttributeError):
+        raise ModelError(f"{path.name} is not a valid description of weights.") from None
+    for module, kind in listed.items():
+        if kind not in ("FLOAT", "W8A8_DYNAMIC"):
+            raise ModelError(f"{module} is {kind} in {path.name}, which is not served; {REMEDY}.")
+    quantized = Names.of(module for module, kind in listed.items() if kind == "W8A8_DYNAMIC")
+    if quantized.is_empty:
+        return None
+    group = Group(Scheme("int8", (1, None), "weight_scale"), quantized)
+    return Quantization("ModelSlim", (group,), Names.of(()), MODEL_SLIM_FILE)

@@ -1,0 +1,333 @@
+"""The server's side of an engine's process: what ``AsyncEngine`` is for one in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import subprocess
+import threading
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from engine.async_engine import RequestStream
+from engine.build import sampling_defaults
+from engine.config import EngineConfig
+from engine.engine_loop import FAILED, STOPPED, STOPPING
+from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError
+from engine.exit_codes import describe_exit
+from engine.plugins.guided.grammar import Grammar
+from engine.requests.request_factory import Intake
+from engine.requests.spec import Prompt, RequestSpec
+from engine.schedule.report import CacheReport
+from engine.worker.channel import Channel
+from engine.worker.messages import (
+    Abort,
+    Ask,
+    Compile,
+    End,
+    FromEngine,
+    Outputs,
+    Question,
+    Ready,
+    Reply,
+    Submit,
+)
+from engine.worker.output_accumulator import Answer
+
+if TYPE_CHECKING:
+    from engine.async_engine import Watching
+    from engine.text.tokenizer import Tokenizer
+    from hybridcache.watch.recorder import Record
+
+logger = logging.getLogger(__name__)
+PATIENCE_S = 5.0
+"""How long a process may take to end after it was told to stop; then it is killed."""
+
+
+class ProcessEngine:
+    """An engine in a process of its own, which has loaded. From ``start`` on everything but
+    ``compile`` and ``stop`` belongs to one event loop."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        process: subprocess.Popen[bytes],
+        channel: Channel[FromEngine],
+        facts: Ready,
+        tokenizer: Tokenizer,
+    ) -> None:
+        """Takes over ``process`` and ``channel``: ``stop`` or ``drain`` ends them."""
+        self.config = config
+        self.tokenizer: Tokenizer | None = tokenizer
+        self.sampling_defaults = sampling_defaults(config)
+        self.model_name = facts.model_name
+        self.max_model_len = facts.max_model_len
+        self.pid = process.pid
+        self.failure: str | None = None
+        """Why the process ended that nobody had told to; None: it goes on, or was told."""
+        self._process, self._channel = process, channel
+        self._intake = Intake(
+            tokenizer,
+            vocab_size=facts.vocab_size,
+            max_model_len=facts.max_model_len,
+            sampling_defaults=self.sampling_defaults,
+            seed=config.seed,
+            clock=time.perf_counter,
+        )
+        self._streams: dict[str, tuple[RequestStream, Answer]] = {}
+        self._replies: dict[int, asyncio.Future[Any]] = {}
+        self._numbers = itertools.count(1)
+        self._num_sent = self._num_received = self._num_waiting = 0
+        self._is_open = True
+        self._ended = threading.Event()
+        self._was_killed = self._is_released = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return not self._ended.is_set()
+
+    def start(self) -> None:
+        """Follow the process in the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self._closed = asyncio.Event()
+        self._fd = self._channel.fd
+        self._loop.add_reader(self._fd, self._read)
+        self._read()
+        threading.Thread(target=self._wait, name="engine process", daemon=True).start()
+
+    def submit(self, prompt: Prompt | RequestSpec) -> RequestStream:
+        """See ``AsyncEngine.submit``."""
+        spec = self._intake.check(RequestSpec.of(prompt, None, {}))
+        if self.failure is not None:
+            raise EngineStopped(self.failure)
+        if not self._is_open:
+            raise EngineStopped(STOPPING)
+        request_id = spec.request_id or f"request-{self._num_sent}"
+        if request_id in self._streams:
+            raise DuplicateId(request_id)
+        if self._num_waiting + self._num_sent - self._num_received >= self.config.max_queue:
+            raise QueueFull(self.config.max_queue)
+        tokens = np.ascontiguousarray(spec.prompt, np.int32)
+        stream = RequestStream(request_id, self._abort)
+        self._send(_submission(spec, request_id, tokens))
+        self._num_sent += 1
+        self._streams[request_id] = stream, Answer(tokens)
+        return stream
+
+    def _send(self, message: Submit | Abort | Ask | Compile | End) -> None:
+        try:
+            self._channel.send(message)
+        except UnicodeEncodeError:
+            raise ValueError(
+                "a text of this request has no UTF-8 form: leave half surrogates (\\ud800 to "
+                "\\udfff) out."
+            ) from None
+        except OverflowError:
+            raise ValueError(
+                "an integer of this request does not fit into 64 bits: give a smaller one."
+            ) from None
+
+    def _abort(self, request_id: str) -> None:
+        if request_id in self._streams:
+            self._send(Abort(request_id))
+
+    def compile(self, grammar: Grammar) -> None:
+        """See ``Engine.compile``: to be called from a thread that is not the event loop's."""
+        assert self._loop is not None
+        compiled = self._question(Compile(next(self._numbers), grammar))
+        asyncio.run_coroutine_threadsafe(compiled, self._loop).result()
+
+    async def _question(self, message: Ask | Compile) -> Any:
+        """Return the value of the reply, or raise the RequestError that it holds."""
+        if self._ended.is_set():
+            raise EngineStopped(self.failure or "The engine has stopped.")
+        assert self._loop is not None
+        reply = self._replies[message.number] = self._loop.create_future()
+        try:
+            self._send(message)
+            return await reply
+        finally:
+            self._replies.pop(message.number, None)
+
+    async def _ask(
+        self, what: Question, argument: int = 0, node: int = 0, request_id: str = ""
+    ) -> Any:
+        return await self._question(Ask(next(self._numbers), what, argument, node, request_id))
+
+    async def report(self) -> CacheReport:
+        """See ``Engine.report``."""
+        return msgspec.convert(await self._ask("report"), CacheReport)
+
+    async def cache_view(self) -> dict[str, Any]:
+        """See ``Engine.cache_view``."""
+        view: dict[str, Any] = await self._ask("view")
+        return view
+
+    async def reset_prefix_cache(self) -> None:
+        await self._ask("reset")
+
+    async def end_session(self, request_id: str) -> None:
+        """See ``Engine.end_session``."""
+        await self._ask("end session", request_id=request_id)
+
+    async def stop_accepting(self) -> None:
+        """See ``Engine.stop_accepting``."""
+        await self._ask("stop accepting")
+
+    async def watch(self) -> Watching:
+        """See ``AsyncEngine.watch``."""
+        return _ProcessWatch(self, await self._ask("watch"))
+
+    async def drain(self) -> None:
+        """Take no more requests, finish those there are, and end the process."""
+        self._is_open = False
+        if self._loop is None:
+            self._kill()
+            return
+        self._send(End(at_once=False))
+        await self._closed.wait()
+        self._loop.remove_reader(self._fd)
+        self._release()
+
+    def stop(self) -> None:
+        """Take no more requests and end the process after its step, or kill it where that takes
+        longer than ``PATIENCE_S``; requests that are not done fail with EngineStopped. From any
+        thread."""
+        self._is_open = False
+        if self._loop is None:
+            self._kill()
+            return
+        self._send(End(at_once=True))
+        if not self._ended.wait(PATIENCE_S):
+            self._was_killed = True
+            self._process.kill()
+            self._ended.wait()
+
+    def _kill(self) -> None:
+        """Before ``start``: nobody waits for anything."""
+        self._process.kill()
+        self._process.wait()
+        self._ended.set()
+        self._release()
+
+    def _release(self) -> None:
+        if self._is_released:
+            return
+        self._is_released = True
+        self._channel.close()
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def _wait(self) -> None:
+        """In a thread: until the process has ended."""
+        code = self._process.wait()
+        loop = self._loop
+        assert loop is not None
+        self._ended.set()
+        if not loop.is_closed():
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._close, code)
+
+    def _close(self, code: int) -> None:
+        """The process has ended: whoever still waits is told."""
+        try:
+            self._read()
+        except Exception:
+            logger.exception("The last messages of the engine's process can not be read.")
+        if code and not self._was_killed:
+            self.failure = _death(code)
+        self._is_open = False
+        ended = EngineStopped(self.failure or STOPPED)
+        for stream, _ in self._streams.values():
+            stream.put(ended)
+        self._streams.clear()
+        for reply in self._replies.values():
+            if not reply.done():
+                reply.set_exception(ended)
+        self._closed.set()
+
+    def _read(self) -> None:
+        """All that has come."""
+        while (message := self._channel.receive()) is not None:
+            match message:
+                case Outputs():
+                    self._take(message)
+                case Reply():
+                    self._answered(message)
+
+    def _take(self, outputs: Outputs) -> None:
+        self._num_received, self._num_waiting = outputs.num_received, outputs.num_waiting
+        for news in outputs.news:
+            followed = self._streams.get(news.request_id)
+            if followed is not None:
+                stream, answer = followed
+                stream.put(answer.add(news))
+                if news.finish_reason is not None:
+                    del self._streams[news.request_id]
+        for ended in outputs.ended:
+            followed = self._streams.pop(ended.request_id, None)
+            if followed is not None:
+                followed[0].put(RequestError.from_wire(ended.error))
+
+    def _answered(self, said: Reply) -> None:
+        reply = self._replies.get(said.number)
+        if reply is None or reply.done():
+            return
+        if said.error is not None:
+            reply.set_exception(RequestError.from_wire(said.error))
+        else:
+            reply.set_result(said.value)
+
+
+class _ProcessWatch:
+    """A ``Watch`` over there, by the number it has."""
+
+    def __init__(self, engine: ProcessEngine, number: int) -> None:
+        self._engine, self._number = engine, number
+
+    async def take(self) -> list[Record]:
+        records: list[Record] = await self._engine._ask("take", self._number)
+        return records
+
+    async def whole(self) -> tuple[list[Record], dict[str, Any]]:
+        records, state = await self._engine._ask("whole", self._number)
+        return records, state
+
+    async def node(self, id_: int) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = await self._engine._ask("node", self._number, id_)
+        return found
+
+    async def close(self) -> None:
+        await self._engine._ask("unwatch", self._number)
+
+
+def _submission(spec: RequestSpec, request_id: str, tokens: np.ndarray) -> Submit:
+    assert spec.sampling is not None, "a checked spec has sampling parameters"
+    assert spec.namespace is None or isinstance(spec.namespace, str)
+    return Submit(
+        request_id,
+        tokens.tobytes(),
+        spec.sampling,
+        spec.namespace,
+        tuple(spec.boundaries),
+        spec.answer_survives,
+        spec.ends_session,
+        spec.prompt_logprobs,
+        spec.grammar,
+        time.perf_counter(),
+    )
+
+
+def _death(code: int) -> str:
+    """Return why an engine whose process ended with exit code ``code``, not 0, serves nobody."""
+    if code > 0:
+        return FAILED  # The process has logged why.
+    return f"The engine's process {describe_exit(code)}: restart the server."

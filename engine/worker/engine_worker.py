@@ -1,0 +1,220 @@
+"""The engine's side: orders come in by a thread, and each step's outputs leave in one message."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from engine.engine import Engine
+from engine.engine_loop import EngineLoop
+from engine.errors import EngineStopped, RequestError
+from engine.plugins.observe.cache_watch import Watch
+from engine.requests.spec import RequestSpec
+from engine.text.outputs import DraftCounts, RequestOutput
+from engine.worker.channel import Channel, ChannelClosed, remove_folder
+from engine.worker.messages import (
+    Abort,
+    Ask,
+    Compile,
+    DraftNews,
+    End,
+    Ended,
+    News,
+    Outputs,
+    Ready,
+    Refused,
+    Reply,
+    Submit,
+    ToEngine,
+)
+
+LOST = 3
+"""Exit code where the server has gone."""
+logger = logging.getLogger(__name__)
+
+
+class Host:
+    """Serves one engine over a channel. Made before the model is loaded, so that the end of the
+    server is noticed while that takes its time."""
+
+    def __init__(self, folder: str, lifeline: int) -> None:
+        """``lifeline``: a pipe whose other end is open for as long as the server lives."""
+        self._channel: Channel[ToEngine] = Channel(folder, is_server=False)
+        self._folder = folder
+        self._lifeline = lifeline
+        self._engine: Engine | None = None
+        self._loop: EngineLoop[str] | None = None
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
+        self._watches: dict[int, Watch] = {}
+        self._num_refused = 0
+        self._told = (0, 0)
+        threading.Thread(target=self._follow, name="server", daemon=True).start()
+
+    def refuse(self, reason: str) -> None:
+        """The model can not be loaded."""
+        self._channel.send(Refused(reason))
+        self._channel.finish()
+
+    def run(self, engine: Engine, screen: str) -> bool:
+        """Serve ``engine`` until the server ends it. False: it failed."""
+        self._engine = engine
+        self._loop = loop = EngineLoop(engine, self._deliver)
+        ready = Ready(engine.runner.vocab_size, engine.max_model_len, engine.model_name, screen)
+        self._channel.send(ready)
+        loop.run()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
+        self._channel.finish()
+        return not loop.has_failed
+
+    def _follow(self) -> None:
+        """Do what the server says, in a thread of its own; without a server, end."""
+        try:
+            while self._channel.wait(None, self._lifeline):
+                while (message := self._channel.receive()) is not None:
+                    self._obey(message)
+        except ChannelClosed:
+            return
+        except BaseException:
+            logger.exception("The engine can not hear its server any more, and ends.")
+        remove_folder(self._folder)  # A server that was killed while the model loaded left it.
+        os._exit(LOST)
+
+    def _obey(self, message: ToEngine) -> None:
+        assert self._loop is not None and self._engine is not None
+        match message:
+            case Submit():
+                self._submit(message, self._engine, self._loop)
+            case Abort():
+                self._loop.abort(message.request_id)
+            case Ask():
+                self._answer(message, self._engine, self._loop)
+            case Compile():
+                self._compile(message, self._engine)
+            case End():
+                self._loop.end(at_once=message.at_once)
+
+    def _submit(self, asked: Submit, engine: Engine, loop: EngineLoop[str]) -> None:
+        spec = RequestSpec(
+            np.frombuffer(asked.prompt, np.int32),
+            asked.sampling,
+            namespace=asked.namespace,
+            boundaries=asked.boundaries,
+            answer_survives=asked.answer_survives,
+            ends_session=asked.ends_session,
+            prompt_logprobs=asked.prompt_logprobs,
+            request_id=asked.request_id,
+            grammar=asked.grammar,
+        )
+        try:
+            request = engine.prepare(spec)
+            request.arrival_s = asked.arrival_s
+            loop.enqueue(request, asked.request_id)
+        except Exception as error:
+            if not isinstance(error, ValueError | RequestError):
+                logger.exception("The request %s could not be begun.", asked.request_id)
+            self._num_refused += 1
+            ended = Ended(asked.request_id, RequestError.of(error).to_wire())
+            self._send_outputs((), (ended,))
+
+    def _answer(self, asked: Ask, engine: Engine, loop: EngineLoop[str]) -> None:
+        number = asked.number
+
+        def answer() -> None:
+            self._reply(number, lambda: self._value(asked, engine))
+
+        try:
+            loop.order(answer)
+        except EngineStopped as error:
+            self._channel.send(Reply(number, error=error.to_wire()))
+
+    def _value(self, asked: Ask, engine: Engine) -> Any:
+        match asked.what:
+            case "report":
+                return engine.report()
+            case "view":
+                return engine.cache_view()
+            case "reset":
+                return engine.reset_prefix_cache()
+            case "end session":
+                return engine.end_session(asked.request_id)
+            case "stop accepting":
+                return engine.stop_accepting()
+            case "watch":
+                self._watches[asked.number] = Watch(engine)
+                return asked.number
+        watch = self._watches[asked.argument]
+        match asked.what:
+            case "take":
+                return watch.take()
+            case "whole":
+                return watch.take(), watch.whole()
+            case "node":
+                return watch.node(asked.node)
+        return self._watches.pop(asked.argument).close()
+
+    def _compile(self, asked: Compile, engine: Engine) -> None:
+        def work() -> None:
+            self._reply(asked.number, lambda: engine.compile(asked.grammar))
+
+        with suppress(RuntimeError):  # The engine ends, and with it every question.
+            self._compiler.submit(work)
+
+    def _reply(self, number: int, work: Callable[[], Any]) -> None:
+        try:
+            self._channel.send(Reply(number, work()))
+        except Exception as error:
+            if not isinstance(error, ValueError | RequestError):
+                logger.exception("A question to the engine failed.")
+            self._channel.send(Reply(number, error=RequestError.of(error).to_wire()))
+
+    def _deliver(self, letters: Sequence[tuple[str, Any]]) -> None:
+        """In the engine's thread, after each step."""
+        news, ended = [], []
+        for request_id, letter in letters:
+            if isinstance(letter, RequestOutput):
+                news.append(news_of(letter))
+            else:
+                ended.append(Ended(request_id, letter.to_wire()))
+        self._send_outputs(tuple(news), tuple(ended))
+
+    def _send_outputs(self, news: tuple[News, ...], ended: tuple[Ended, ...]) -> None:
+        assert self._engine is not None and self._loop is not None
+        num_received = self._loop.num_arrived + self._num_refused
+        counts = num_received, self._engine.num_waiting
+        if news or ended or counts != self._told:
+            self._told = counts
+            self._channel.send(Outputs(*counts, news, ended))
+
+
+def news_of(output: RequestOutput) -> News:
+    """``output`` without what its reader has already."""
+    is_first = len(output.output) == len(output.new_token_ids)
+    return News(
+        output.request_id,
+        output.new_token_ids,
+        output.new_text,
+        output.new_logprobs,
+        output.cached_len,
+        output.losses,
+        output.finish_reason,
+        output.timings,
+        output.num_preemptions,
+        output.prompt_logprobs if is_first else None,
+        None if output.drafts is None else _draft_news(output.drafts),
+        output.transferred,
+    )
+
+
+def _draft_news(counts: DraftCounts) -> DraftNews:
+    drafted, accepted = (
+        tuple((source, place, number) for (source, place), number in each.items())
+        for each in (counts.drafted, counts.accepted)
+    )
+    return DraftNews(counts.num_verified, drafted, accepted)
