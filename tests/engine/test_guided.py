@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
-from engine.plugins.guided import background, guide, library
+from engine.plugins.guided import background, guide
+from engine.plugins.guided import bindings as library
 from engine.plugins.guided import guides as registry
 from engine.plugins.guided.call_grammars import grammar_of_calls, grammar_of_strict_calls
 from engine.plugins.guided.grammar import GrammarError, TooComplex
