@@ -27,6 +27,7 @@ from engine.hub import resolve_config, resolve_folder
 from engine.server.config import ServerConfig
 from hybridcache.geometry.units import counted, format_seconds
 from hybridcache.lab.extras import how_to_install, version
+from hybridcache.lab.signals import end_by_exception
 
 if TYPE_CHECKING:
     from engine.async_engine import ServedEngine
@@ -65,10 +66,7 @@ SKIPPED = ("seed", "stop", "logit_bias")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the process's exit code."""
     if arguments is None:
-        # Shells without job control start background commands with SIGINT ignored, and Python then
-        # installs no handler for it.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, _terminate)
+        end_by_exception(signal.SIGINT, signal.SIGTERM)
     try:
         parsed = _parser(sys.argv[1:] if arguments is None else arguments).parse_args(arguments)
     except ModuleNotFoundError as error:
@@ -98,11 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 141
     except KeyboardInterrupt:
         return 130
-
-
-def _terminate(number: int, _: object) -> None:
-    """End as after Ctrl-C: other processes are ended and temporary files removed."""
-    sys.exit(128 + number)
 
 
 def _parser(arguments: Sequence[str]) -> Parser:

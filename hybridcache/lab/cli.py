@@ -14,6 +14,7 @@ from hybridcache.lab.command.optimum import add_optimum
 from hybridcache.lab.command.simulate import add_simulate
 from hybridcache.lab.command.trace import add_trace
 from hybridcache.lab.extras import how_to_install, version
+from hybridcache.lab.signals import end_by_exception
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -22,9 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; 0 when it did its work, 2 when it was asked for something impossible, 130
     when it was stopped."""
     if arguments is None:
-        # Shells without job control start background commands with SIGINT ignored, and Python then
-        # installs no handler for it.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        end_by_exception(signal.SIGINT)
     options = _parser().parse_args(arguments)
     run: Command = options.run
     try:

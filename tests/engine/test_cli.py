@@ -412,6 +412,7 @@ def test_a_command_can_be_interrupted_though_its_shell_ignores_sigint(
 ) -> None:
     """As in ``command &`` of a script, nohup, and some CI runners."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     try:
         monkeypatch.setattr(sys, "argv", ["command", "--help"])
         with pytest.raises(SystemExit):
@@ -423,6 +424,33 @@ def test_a_command_can_be_interrupted_though_its_shell_ignores_sigint(
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a caller's handler is its own"
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_callback_ends_the_command_all_the_same(number: signal.Signals) -> None:
+    """Python discards what a handler raises while an object is deleted."""
+    code = f"""
+import os, sys, time
+from hybridcache.lab.signals import end_by_exception
+
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), {number:d})
+        for _ in range(100):
+            pass
+
+end_by_exception({signal.SIGINT:d}, {signal.SIGTERM:d})
+Deleted()
+print("goes on", flush=True)
+try:
+    time.sleep(60)
+finally:
+    print("cleans up")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout == "goes on\ncleans up\n"
+    assert ended.returncode in (128 + number, -number)
+    assert "ignored" not in ended.stderr
 
 
 TURNS = "\n".join((BUILTIN_PROMPTS[0], "", BUILTIN_PROMPTS[1])) + "\n"

@@ -1,0 +1,57 @@
+"""Signals that end a command."""
+
+from __future__ import annotations
+
+import _thread
+import signal
+import sys
+import time
+from types import FrameType
+from typing import NoReturn
+
+RETRY_S = 0.02
+
+
+def end_by_exception(*numbers: int) -> None:
+    """Let each of these signals end the main thread by an exception, so that it cleans up.
+
+    SIGINT raises KeyboardInterrupt and any other signal SystemExit with 128 + its number. The
+    handlers are installed even if the process was started with the signal ignored, as shells
+    without job control do for SIGINT in the background.
+
+    Python discards an exception that a handler raises while a ``__del__`` method or the callback of
+    a weak reference runs. Such a signal is handled again `RETRY_S` seconds later.
+    """
+    for number in numbers:
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else _raise_exit
+        )
+    report = sys.unraisablehook
+
+    def retry(lost: sys.UnraisableHookArgs) -> None:
+        error = lost.exc_value
+        if isinstance(error, KeyboardInterrupt):
+            _thread.start_new_thread(_send_again, (signal.SIGINT,))
+        elif isinstance(error, _Told):
+            _thread.start_new_thread(_send_again, (error.number,))
+        else:
+            report(lost)
+
+    sys.unraisablehook = retry
+
+
+class _Told(SystemExit):
+    """The exit that a signal asked for."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.number = number
+
+
+def _raise_exit(number: int, _: FrameType | None) -> NoReturn:
+    raise _Told(number)
+
+
+def _send_again(number: int) -> None:
+    time.sleep(RETRY_S)
+    _thread.interrupt_main(number)
