@@ -13,7 +13,7 @@ RETRY_S = 0.02
 
 
 def end_by_exception(*numbers: int) -> None:
-    """Let each of these signals end the main thread by an exception, so that it cleans up.
+    """Install handlers that end the main thread by an exception, so that it cleans up.
 
     SIGINT raises KeyboardInterrupt and any other signal SystemExit with 128 + its number. The
     handlers are installed even if the process was started with the signal ignored, as shells
