@@ -64,25 +64,25 @@ lint: install  ## ruff, format, types, known faults of what is installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m experiments.audit
+	$(BIN)/python -m experiments.system.audit
 
 # A rented machine has torch, triton and transformers, and often no network: take what is there.
 bench: install  ## the timed figures, one after another, on a machine that does nothing else
-	$(BIN)/python -m experiments.bench_tree
-	$(BIN)/python -m experiments.bench_simulate
-	$(BIN)/python -m experiments.bench_overhead
-	$(BIN)/python -m experiments.bench_optimum
-	$(BIN)/python -m experiments.bench_engine
+	$(BIN)/python -m experiments.benchmarks.tree
+	$(BIN)/python -m experiments.benchmarks.simulate
+	$(BIN)/python -m experiments.benchmarks.overhead
+	$(BIN)/python -m experiments.benchmarks.optimum
+	$(BIN)/python -m experiments.benchmarks.engine
 
 tiers: install  ## memory below the device: a store whose writer is killed 200 times; restarts, spilling, memory used
-	$(BIN)/python -m experiments.kill_store
-	$(BIN)/python -m experiments.bench_tiers
+	$(BIN)/python -m experiments.system.kill_store
+	$(BIN)/python -m experiments.benchmarks.tiers
 
 stress: install  ## ten million random operations on the cache, its invariants checked as they go
-	$(BIN)/python -m experiments.stress_tree
+	$(BIN)/python -m experiments.system.stress_tree
 
 attack: install  ## cache, engine, server and files against models and clients of their own, nine minutes
-	$(BIN)/python -m experiments.attack
+	$(BIN)/python -m experiments.system.attack
 
 # Beside .venv and not in it: what they bring along is theirs. litellm and instructor ask for versions (of certifi, jiter, rich)
 # that openai's newest client, or an index, has not, and pip would go back a hundred releases: they come without what they ask for.
@@ -100,13 +100,13 @@ clients: install out/clients/.installed  ## published clients and frameworks for
 		tests/engine/server/test_other_clients.py tests/engine/server/test_clients.py tests/engine/server/test_messages.py tests/engine/server/test_responses.py
 
 faults: install  ## clients, sockets, processes, memory, clock and disk that fail: all memory is accounted for after
-	$(BIN)/python -m experiments.faults
+	$(BIN)/python -m experiments.system.faults
 
 soak: install  ## 200,000 requests with everything on (hours): nothing grows, every count adds up
-	$(BIN)/python -m experiments.soak --requests 200000
+	$(BIN)/python -m experiments.system.soak --requests 200000
 
 hostile: install  ## how long another client waits for a token, whatever body somebody sends
-	$(BIN)/python -m experiments.hostile
+	$(BIN)/python -m experiments.system.hostile
 
 # Beside .venv and not in it: nothing else needs it.
 out/mutation/.installed: Makefile
@@ -129,7 +129,7 @@ out/sglang/.installed: Makefile
 
 sglang: install out/sglang/.installed  ## SGLang on a CPU with our cache in it: its scheduler, both trees side by side
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/sglang
-	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.bench_sglang
+	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.benchmarks.sglang
 
 out/ray/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/ray 'ray[serve]>=2.60,<3' -c constraints.txt
@@ -140,8 +140,8 @@ replicas: install out/ray/.installed  ## replicas on Ray Serve: a death, scaling
 	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/lab/test_on_ray.py
 
 page: install  ## the page in a Chromium (pip install playwright first): how fast it is, and its pictures
-	$(BIN)/python -m experiments.bench_page
-	$(BIN)/python -m experiments.page_figures
+	$(BIN)/python -m experiments.benchmarks.page
+	$(BIN)/python -m experiments.benchmarks.page_figures
 
 .venv/.docs: $(INSTALLED)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(if $(LOCK),--no-build-isolation) -e '.[docs]'
@@ -151,14 +151,14 @@ docs: .venv/.docs  ## the documentation as a site in out/docs; a warning is an e
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs
 
 wheels: install  ## what is published: the cache with its laboratory, and the engine
-	$(BIN)/python -m experiments.wheels
+	$(BIN)/python -m experiments.system.wheels
 
 llama:  ## llama.cpp for this processor, for its benchmark alone to find (some minutes)
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \
 		--no-binary llama-cpp-python 'llama-cpp-python==0.3.36' 'gguf>=0.19' diskcache
 
 tune:  ## on a machine with a GPU: launch parameters that are fast there, into kernels/tuned.json
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.bench_kernels --tune
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu.kernels --tune
 
 gpu:  ## on a machine with a GPU: kernels, exactness, speed, serving; in parts that need not be repeated
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu

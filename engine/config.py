@@ -29,7 +29,7 @@ MAX_LOAD_WORKERS = 16
 BUILTIN_NAME = "builtin"
 BUILTIN_DIR = Path(__file__).parent / "models" / BUILTIN_NAME
 """Of the model that comes with the engine: a small hybrid of Qwen3-Next's kind over bytes, trained
-by ``experiments/train_builtin.py``; its ``training.json`` says on what and how well."""
+by ``experiments/training/train_builtin.py``; its ``training.json`` says on what and how well."""
 
 BUILTIN_PROMPTS = (
     "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?",
@@ -391,7 +391,7 @@ class EngineConfig:
 
 def default_load_workers() -> int:
     """One for every two cores: on two, 16 took 1.2 to 1.7 times as long as one and 1.7 times the
-    processor's time, for packing wants the cores too (``experiments/bench_load.py``)."""
+    processor's time, for packing wants the cores too."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # Linux alone knows what a process may use.

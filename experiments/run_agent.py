@@ -22,11 +22,11 @@ from typing import Any
 from engine.server.config import ServerConfig
 from engine.text.hugging_face import HFTokenizer
 from experiments import provenance
-from experiments.agents import scripts
-from experiments.agents.clients import AGENTS, Asked
-from experiments.agents.scripted import ScriptedEngine
-from experiments.agents.templates import TEMPLATES
-from experiments.agents.tokenizers import make_model_dir, sampled_like
+from experiments.system.agents import scripts
+from experiments.system.agents.clients import AGENTS, Asked
+from experiments.system.agents.scripted import ScriptedEngine
+from experiments.system.agents.templates import TEMPLATES
+from experiments.system.agents.tokenizers import make_model_dir, sampled_like
 from hybridcache.lab.report import text_table
 
 MODES = {

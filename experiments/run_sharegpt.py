@@ -37,13 +37,12 @@ if not __package__:  # run by its path: the project's root is where its modules 
 from engine.command.flags import HelpFormatter, Parser
 from engine.config import EngineConfig
 from engine.text.hugging_face import load_tokenizer
-from experiments.conversations import (
+from experiments.benchmarks.conversations import (
     chat_text,
     load_trace,
     synthetic_conversations,
 )
-from experiments.provenance import RESULTS, provenance, write_json_lines
-from experiments.replay import (
+from experiments.benchmarks.replay import (
     DEFAULT_CHECKPOINTS,
     DEFAULT_EVICTION,
     Result,
@@ -51,7 +50,8 @@ from experiments.replay import (
     replay,
     replay_dry,
 )
-from experiments.sharegpt_figures import CAUSES, describe, draw
+from experiments.benchmarks.sharegpt_figures import CAUSES, describe, draw
+from experiments.provenance import RESULTS, provenance, write_json_lines
 from hybridcache import ModelGeometry, Trace, TraceRequest, optimum, parse_placement
 from hybridcache.geometry.units import GIB, format_seconds
 from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations

@@ -110,19 +110,20 @@ def all_parts() -> list[Part]:
     browser = None if importlib.util.find_spec("playwright") else "playwright is not installed"
     return [
         *parts,
-        Part("page in a browser", [*python, "experiments.bench_page"], missing=browser),
-        Part("system: attack", [*python, "experiments.attack"]),
+        Part("page in a browser", [*python, "experiments.benchmarks.page"], missing=browser),
+        Part("system: attack", [*python, "experiments.system.attack"]),
         Part(
             "system: soak",
-            [*python, "experiments.soak", "--requests", "5000", "--out", out / "soak"],
+            [*python, "experiments.system.soak", "--requests", "5000", "--out", out / "soak"],
         ),
-        Part("system: faults", [*python, "experiments.faults", "--out", out / "faults"]),
+        Part("system: faults", [*python, "experiments.system.faults", "--out", out / "faults"]),
         Part(
-            "hostile", [*python, "experiments.hostile", "--rounds", "1", "--out", out / "hostile"]
+            "hostile",
+            [*python, "experiments.system.hostile", "--rounds", "1", "--out", out / "hostile"],
         ),
         Part(
             "killed stores",
-            [*python, "experiments.kill_store", "--kills", "50", "--out", out / "k"],
+            [*python, "experiments.system.kill_store", "--kills", "50", "--out", out / "k"],
         ),
         Part("mutation", ["make", "mutate"]),
     ]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import wheels
+from experiments.system import wheels
 from hybridcache.lab.extras import (
     CACHE_DISTRIBUTION,
     ENGINE_DISTRIBUTION,

@@ -16,7 +16,7 @@ import pytest
 import engine
 import hybridcache
 from engine import Engine, EngineConfig
-from experiments import served
+from experiments.system import served
 from tests import documents
 from tests.documents import ROOT
 

@@ -252,7 +252,7 @@ class MeasuredSteps:
         if not self.table.decodes:
             raise ValueError(
                 f"{self.table.source} has no times of decode steps: measure it again with "
-                "experiments.measure_prefill"
+                "experiments.benchmarks.measure_prefill"
             )
 
     def describe(self) -> str:

@@ -45,10 +45,9 @@ SERVABLE_PRECISIONS = ("float32", "bfloat16")
 PRECISIONS = (*SERVABLE_PRECISIONS, "int8")
 """A smaller state never reuses less, but what it costs in logits is not seen here."""
 FORECAST = (
-    "of this very trace, from an empty cache; on later requests of the five traces of "
-    "experiments/study_advise.py, which grow "
-    "while they run, the hit rate came out up to 47 points lower: advise on traffic as heavy as "
-    "what will come"
+    "of this very trace, from an empty cache; on later requests of five traces that grow while "
+    "they run, the hit rate came out up to 47 points lower: advise on traffic as heavy as what "
+    "will come"
 )
 """What the expected figures stand for."""
 WORTH = 0.005

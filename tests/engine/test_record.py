@@ -44,7 +44,7 @@ from engine.plugins.record.record_command import record
 from engine.plugins.record.trace_writer import TraceWriter
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.tokenizer import Tokenizer
-from experiments.agents.scripted import ScriptedEngine
+from experiments.system.agents.scripted import ScriptedEngine
 from hybridcache import open_trace, simulate
 from hybridcache.tokens import common_prefix_len
 

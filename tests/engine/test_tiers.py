@@ -28,7 +28,7 @@ from engine.plugins.tiers.staging import MAX_READS
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.plan import Plan, Task
 from engine.server.metrics import Metrics
-from experiments.served import serving
+from experiments.system.served import serving
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB
 from tests.engine.test_hits_change_nothing import (

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import accuracy
-from experiments.accuracy import Outcome, Setting, differences, num_moved
+from experiments.benchmarks import accuracy
+from experiments.benchmarks.accuracy import Outcome, Setting, differences, num_moved
 from experiments.training.evaluation import KINDS, TEMPLATE, called, questions
 from experiments.training.harness import PROBLEMS, write_problems
 from experiments.training.tasks import TOOLS, tool_chat

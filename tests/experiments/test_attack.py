@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from engine.server import errors
-from experiments.attack import __main__ as attack
-from experiments.attack import bodies, cache, churn
-from experiments.attack.runner import ChainRunner
+from experiments.system.attack import __main__ as attack
+from experiments.system.attack import bodies, cache, churn
+from experiments.system.attack.runner import ChainRunner
 from hybridcache.hybrid import HybridRadixCache
 
 

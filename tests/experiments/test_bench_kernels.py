@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from engine.runner.device import TRAITS
-from experiments import bench_kernels
-from experiments.bench_kernels import Clock, Machine, error, measure, row
-from experiments.kernel_cases import Case
+from experiments.gpu import kernels as bench_kernels
+from experiments.gpu.kernel_cases import Case
+from experiments.gpu.kernels import Clock, Machine, error, measure, row
 from experiments.provenance import read_json_lines
 
 MACHINE = Machine("a machine", copy_bytes_s=1e9, gemm_flops_s=1e12)
@@ -150,7 +150,7 @@ def test_without_a_device_nothing_is_measured() -> None:
 def test_every_case_runs_dry(tmp_path) -> None:
     """And every rival that is installed is right."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "experiments.bench_kernels", "--dry", "--out", tmp_path]
+    command = [sys.executable, "-m", "experiments.gpu.kernels", "--dry", "--out", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]
     counts, num_cases = json.loads(run.stdout.splitlines()[-1]), 0
@@ -169,7 +169,7 @@ def test_candidates_are_right_dry(tmp_path) -> None:
     """Of the kernels whose choices hang on the number of tokens: and no bit differs. Each folder's
     by hand, with --tune."""
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "experiments.bench_kernels", "--tune", "--dry"]
+    command = [sys.executable, "-m", "experiments.gpu.kernels", "--tune", "--dry"]
     command += ["--kernels", "linear,state_copy", "--out", tmp_path]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout + run.stderr[-4000:]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments import bench_llama, llama
+from experiments.benchmarks import llama as bench_llama
+from experiments.benchmarks import llama_cpp as llama
 
 CONFIG = {
     "linear_num_key_heads": 2,

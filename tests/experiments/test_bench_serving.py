@@ -18,10 +18,9 @@ from engine.engine import Engine
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
-from experiments import bench_serving
-from experiments.bench_serving import random_jobs, sweep, table
-from experiments.served import serving
-from experiments.serving_load import (
+from experiments.benchmarks import serving as bench_serving
+from experiments.benchmarks.serving import random_jobs, sweep, table
+from experiments.benchmarks.serving_load import (
     Answer,
     Ask,
     EngineClient,
@@ -33,6 +32,7 @@ from experiments.serving_load import (
     drive,
     summary,
 )
+from experiments.system.served import serving
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.1)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.faults.__main__ import live_faults
-from experiments.faults.files import damaged, full_disk
+from experiments.system.faults.__main__ import live_faults
+from experiments.system.faults.files import damaged, full_disk
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")

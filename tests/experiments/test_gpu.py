@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from engine.runner.model_runner import ModelRunner
-from experiments import gpu, gpu_serving, provenance
-from experiments.gpu_models import TINY, write_geometry, write_tokenizer
+from experiments import provenance
+from experiments.gpu import __main__ as gpu
+from experiments.gpu import serving as gpu_serving
+from experiments.gpu.models import TINY, write_geometry, write_tokenizer
 from experiments.provenance import read_json_lines, write_json_lines
 from tests.engine.numerics.stub_device import stubbed
 

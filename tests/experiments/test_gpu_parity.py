@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from experiments import gpu_parity
-from experiments.gpu_models import TINY, write_checkpoint
-from experiments.gpu_parity import Feed, compare, make_runner
+from experiments.gpu import parity as gpu_parity
+from experiments.gpu.models import TINY, write_checkpoint
+from experiments.gpu.parity import Feed, compare, make_runner
 
 PLAIN = {"device": "cpu", "kernels": "", "kv_gib": 0.01, "state_gib": 0.01}
 

@@ -9,8 +9,8 @@ import os
 import pytest
 import torch
 
-from experiments import interpreter
-from experiments.kernel_cases import Case, Setup
+from experiments.gpu import interpreter
+from experiments.gpu.kernel_cases import Case, Setup
 
 pytest.importorskip("triton")
 FOLDERS = ("gdn", "norm", "state_copy")
@@ -44,7 +44,9 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def cases() -> list[Case]:
     torch.manual_seed(0)
     setup = Setup("cpu", is_dry=True)
-    modules = (importlib.import_module(f"experiments.kernel_cases.{folder}") for folder in FOLDERS)
+    modules = (
+        importlib.import_module(f"experiments.gpu.kernel_cases.{folder}") for folder in FOLDERS
+    )
     every = [case for module in modules for case in module.cases(setup)]
     return [case for case in every if case.moved_bytes is not None]
 

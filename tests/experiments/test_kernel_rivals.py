@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from experiments import kernel_rivals
+from experiments.gpu import kernel_rivals
 from kernels.packed import Packed
 
 SIGNATURES = {

@@ -8,9 +8,9 @@ from itertools import cycle
 import pytest
 import torch
 
-from experiments.bench_kernels import error
-from experiments.kernel_cases import Case
-from experiments.kernel_tuning import table_of, tune
+from experiments.gpu.kernel_cases import Case
+from experiments.gpu.kernel_tuning import table_of, tune
+from experiments.gpu.kernels import error
 from kernels import tuning
 
 PLAIN, BY_TOKENS = "a.plain_kernel", "a.by_tokens_kernel"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import run_sharegpt
-from experiments.conversations import synthetic_conversations
+from experiments.benchmarks.conversations import synthetic_conversations
 from experiments.provenance import read_json_lines
 
 SECRET = "the private word of somebody"
@@ -102,7 +102,7 @@ def test_a_dry_run_hits_what_the_engine_hits(data: Path) -> None:
     agree token for token."""
     from engine import EngineConfig
     from engine.command.inspect import load_geometry
-    from experiments.replay import Setting, replay, replay_dry
+    from experiments.benchmarks.replay import Setting, replay, replay_dry
 
     options = run_sharegpt._parser().parse_args(["--data", str(data)])
     trace = [

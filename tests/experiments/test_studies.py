@@ -9,38 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from experiments import lab, provenance
+from experiments import provenance
+from experiments.studies import common as lab
 
-STUDIES = {
-    "study_capacity": "short",
-    "study_placement": "short",
-    "study_losses": "short",
-    "study_marconi": "short",
-    "study_cost_awareness": "short",
-    "study_state_bytes": "short",
-    "study_ratio": "short",
-    "study_page_grid": "short",
-    "study_grid": "short",
-    "study_regret": "short",
-    "study_advise": "short",
-}
+STUDIES = ("capacity", "ratio", "grid", "arena")
 
 
-@pytest.mark.full("study_capacity")
-@pytest.mark.parametrize("study", list(STUDIES))
+@pytest.mark.full("capacity")
+@pytest.mark.parametrize("study", STUDIES)
 def test_a_study_runs(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(provenance, "RESULTS", tmp_path)
     monkeypatch.setattr(provenance, "FIGURES", tmp_path)
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
-    monkeypatch.setattr("sys.argv", [study, "--traces", STUDIES[study], "--points", "2"])
-    importlib.import_module(f"experiments.{study}").main()
-    head, *records = (tmp_path / f"{study}.jsonl").read_text().splitlines()
+    monkeypatch.setattr("sys.argv", [study, "--traces", "short", "--points", "2"])
+    importlib.import_module(f"experiments.studies.{study}").main()
+    head, *records = (tmp_path / f"study_{study}.jsonl").read_text().splitlines()
     assert "commit" in json.loads(head)["provenance"]
     for record in map(json.loads, records):
         rates = record["token_hit_rate"]
         assert record["trace"] == "short"
         assert all(0 <= rate <= 1 for rate in (rates if isinstance(rates, list) else [rates]))
-    assert (tmp_path / f"{study}.png").stat().st_size > 10_000
+    assert (tmp_path / f"study_{study}.png").stat().st_size > 10_000
 
 
 def test_a_workload_that_is_not_here_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,7 @@ import transformers
 from engine import Engine, EngineConfig, SamplingParams
 from engine.plugins.speculation.mtp import HeadDrafter
 from engine.text.byte_tokenizer import ByteTokenizer
-from experiments import train_builtin
-from experiments.training import corpus, tasks
+from experiments.training import corpus, tasks, train_builtin
 from experiments.training.model import Model, delta_rule, losses
 from kernels.gdn.reference import gates
 

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from experiments.attack.snapshots import attack
+from experiments.system.attack.snapshots import attack
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.export import snapshot_file
 from hybridcache.export.snapshot import load_snapshot, save_snapshot

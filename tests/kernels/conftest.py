@@ -12,7 +12,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from experiments import interpreter
+from experiments.gpu import interpreter
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 """Root mean square error over root mean square, by dtype."""

@@ -17,7 +17,7 @@ from engine.plugins.diagnostics.explanations import Explanations
 from engine.server.tenants import Tenant
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.templates import ChatTemplate, render_chat
-from experiments.agents.scripted import ScriptedEngine
+from experiments.system.agents.scripted import ScriptedEngine
 from hybridcache.api import Losses
 
 THINKING = """\

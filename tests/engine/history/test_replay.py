@@ -20,10 +20,10 @@ from engine.text.hugging_face import HFTokenizer
 from engine.text.splice import SampledTurn
 from engine.text.templates import ChatPrompt, ChatTemplate, render_chat
 from experiments import run_agent
-from experiments.agents.clients import AGENTS
-from experiments.agents.scripted import ScriptedEngine
-from experiments.agents.templates import TEMPLATES
-from experiments.agents.tokenizers import make_model_dir, sampled_like
+from experiments.system.agents.clients import AGENTS
+from experiments.system.agents.scripted import ScriptedEngine
+from experiments.system.agents.templates import TEMPLATES
+from experiments.system.agents.tokenizers import make_model_dir, sampled_like
 
 CALL = {"id": "c", "type": "function", "function": {"name": "read", "arguments": {"path": "a"}}}
 CHAT: list[dict[str, Any]] = [

@@ -13,7 +13,7 @@ from engine.config import EngineConfig
 from engine.runner.backends import all_fused
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
-from experiments import interpreter
+from experiments.gpu import interpreter
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.sources(

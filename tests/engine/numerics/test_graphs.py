@@ -18,7 +18,7 @@ from engine.runner.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from engine.weights.model_config import ModelError
-from experiments.gpu_models import write_geometry
+from experiments.gpu.models import write_geometry
 from kernels.attention import fused, splits
 
 pytestmark = pytest.mark.sources(

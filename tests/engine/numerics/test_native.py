@@ -12,7 +12,7 @@ from engine.runner import backends
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from engine.weights.model_config import ModelError
-from experiments.count_ops import count
+from experiments.benchmarks.count_ops import count
 from kernels.native import shared_library
 
 COMPILED = pytest.mark.skipif(shared_library() is None, reason="no C++ compiler")

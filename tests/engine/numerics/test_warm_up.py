@@ -23,7 +23,7 @@ from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Drawn, Sampler
 from engine.runner.warm_up import captures, lengths, rehearsals
 from engine.weights.model_config import ModelError
-from experiments.gpu_models import QWEN3_NEXT_80B, TINY, write_geometry
+from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
 from tests.selection import is_quick
 

@@ -24,7 +24,7 @@ from engine.weights import reader as weights
 from engine.weights import tensor_files
 from engine.weights.model_config import ModelError
 from engine.weights.reader import Dummy, WeightsError
-from experiments.gpu_models import TINY
+from experiments.gpu.models import TINY
 from hybridcache.geometry.units import format_count
 
 

@@ -28,7 +28,7 @@ from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
 from engine.text.templates import ChatTemplate
-from experiments import served
+from experiments.system import served
 
 
 @dataclass

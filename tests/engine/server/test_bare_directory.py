@@ -13,7 +13,7 @@ from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.command.cli import main
 from engine.command.screen import start_screen
 from engine.text.token_ids import IdTokenizer
-from experiments.gpu_models import TINY, write_geometry
+from experiments.gpu.models import TINY, write_geometry
 
 from .conftest import Live, serving
 

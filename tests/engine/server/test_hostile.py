@@ -2,7 +2,7 @@
 quoting of megabytes.
 
 Costs are counted, not timed: how many errors are made, what is sent back, which thread does the
-work. Times are in ``python -m experiments.hostile``.
+work. Times are in ``python -m experiments.system.hostile``.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def test_a_flush_tells_the_router():
 
 def soak(*arguments, hash_seed="0"):
     """What ``soak_sglang`` served, in a process of its own: SGLang's settings are global."""
-    command = [sys.executable, "-m", "experiments.soak_sglang", "--no-record", *arguments]
+    command = [sys.executable, "-m", "experiments.system.soak_sglang", "--no-record", *arguments]
     environment = os.environ | {"PYTHONHASHSEED": hash_seed}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

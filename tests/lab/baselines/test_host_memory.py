@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import record_vllm_store
-from experiments.record_hicache import LOADS, requests_of, summary
+from experiments.studies import record_vllm_store
+from experiments.studies.record_hicache import LOADS, requests_of, summary
 from hybridcache.lab.baselines import (
     HOST_TIERS,
     Baseline,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.record_vllm import VARIANTS, summary
+from experiments.studies.record_vllm import VARIANTS, summary
 from hybridcache.lab.baselines import BaselineConfig, replay
 from hybridcache.lab.baselines.blocks import BlockPool
 from hybridcache.lab.baselines.vllm import VllmCache, inflated_block_size

@@ -1,0 +1,97 @@
+"""How many operations PyTorch dispatches for one decode step, and for each layer of it: with the
+plain kernels, with the native ones, and with a recorded step of these.
+
+    python -m experiments.benchmarks.count_ops
+
+Counted, not timed: the built-in model on the CPU, views and allocations included.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from engine import EngineConfig
+from engine.runner.backends import all_plain
+from engine.runner.model_runner import ModelRunner
+from experiments.benchmarks.engine import Decode
+from experiments.provenance import RESULTS, write_json_lines
+from kernels.native import recorded
+
+WAYS: dict[str, dict[str, Any]] = {
+    "reference": {"kernels": all_plain()},
+    "native": {"graphs": "off"},
+    "native, recorded": {},
+}
+CONTEXT = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    way: str
+    streams: int
+    dispatched: int
+    """Operations of PyTorch in a step."""
+    per_layer: float
+    native_calls: int
+    """Of the kernels in C++, from Python; recorded ones are repeated without."""
+    most: str
+    """The three that are most."""
+
+
+class Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.names[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def count(way: str, streams: int) -> Counted:
+    """Of one step in which ``streams`` requests of the built-in model decode."""
+    runner = ModelRunner(EngineConfig(device="cpu", max_running=9, cache_gib=0.25, **WAYS[way]))
+    with torch.inference_mode():
+        decode = Decode(runner, np.arange(CONTEXT, dtype=np.int32), streams)
+        decode.step()
+        calls: list[Callable[[], object]] = []
+        with Counting() as counting, recorded(calls.append):
+            decode.step()
+    names = counting.names
+    return Counted(
+        way,
+        streams,
+        names.total(),
+        names.total() / len(runner.model.mixers),
+        len(calls),
+        ", ".join(f"{name} {number}" for name, number in names.most_common(3)),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS / "count_ops.jsonl")
+    args = parser.parse_args()
+    results = [count(way, streams) for way in WAYS for streams in (1, 8)]
+    write_json_lines(args.out, map(asdict, results))
+    print(f"{'kernels':18} {'streams':>7} {'dispatched':>10} {'a layer':>8} {'native':>7} most")
+    for r in results:
+        print(
+            f"{r.way:18} {r.streams:7} {r.dispatched:10} {r.per_layer:8.1f} {r.native_calls:7} "
+            f"{r.most}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""Our engine on the CPU beside llama.cpp, on the same weights: one stream, eight streams, a prompt
+of 512.
+
+    make llama                                              # once: builds llama.cpp, some minutes
+    python -m experiments.benchmarks.llama             # about 4 minutes on two quiet cores
+    python -m experiments.benchmarks.llama --sizes 7m --dtypes float32
+
+Float32, bfloat16 and int8 (W8A8) stand beside F32, BF16 and Q8_0; int8 also beside our own
+bfloat16. Both sides take turns, so that a noisy machine is noisy for both; medians and their ratio
+are reported, with the spread. Where llama.cpp is not built the script says so, and ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from engine import EngineConfig
+from engine.runner.model_runner import ModelRunner
+from experiments.benchmarks import llama_cpp as rival
+from experiments.benchmarks.engine import (
+    GEOMETRY_7M,
+    GEOMETRY_530M,
+    Decode,
+    Result,
+    Turns,
+    compare,
+    make_checkpoint,
+    prefill,
+    table,
+)
+from experiments.provenance import RESULTS, write_json_lines
+
+NOT_DENSE_QWEN35 = {"model_type", "full_attention_interval", "num_experts", "dtype"}
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "7m": {
+        **{name: value for name, value in GEOMETRY_7M.items() if name not in NOT_DENSE_QWEN35},
+        "model_type": "qwen3_5_text",
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": GEOMETRY_7M["rope_theta"],
+            "partial_rotary_factor": GEOMETRY_7M["partial_rotary_factor"],
+        },
+    },
+    "530m": GEOMETRY_530M,
+}
+"""The small geometry in Qwen3.5's names: llama.cpp's Qwen3-Next has experts in every layer."""
+FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
+GOALS = {
+    ("530m", "one stream"): 1.0,
+    ("530m", "8 streams"): 1.3,
+    ("530m", "prefill"): 1.3,
+    ("7m", "one stream"): 0.6,
+}
+PROMPT, CONTEXT, ROOM = 512, 128, 768
+TURNS = {"7m": 60, "530m": 15}
+MAX_ERROR = 2e-2
+"""Of logits in float32 beside llama.cpp's, whose KV is float16: relative to their spread."""
+
+
+def runner_of(directory: str, word: str) -> ModelRunner:
+    quantization: Literal["int8"] | None = "int8" if word == "int8" else None
+    return ModelRunner(
+        EngineConfig(
+            model=directory,
+            dtype="float32" if word == "float32" else "bfloat16",
+            quantization=quantization,
+            device="cpu",
+            max_running=9,
+            cache_gib=0.5,
+        )
+    )
+
+
+def against_llama(
+    modules: tuple[ModuleType, ModuleType],
+    size: str,
+    word: str,
+    directory: str,
+    turns: Turns,
+    threads: int,
+) -> Iterator[Result]:
+    """Prefill, one stream and eight, on the checkpoint in ``directory``."""
+    llama, gguf = modules
+    path = Path(directory) / f"{FORMATS[word]}.gguf"
+    rival.export(gguf, Path(directory), path, FORMATS[word])
+    theirs = rival.Model(llama, path, streams=8, room=ROOM, threads=threads)
+    ours = runner_of(directory, word)
+    tokens = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
+    prompt = tokens.tolist()
+
+    def prefill_theirs() -> None:
+        theirs.clear()
+        theirs.forward([(0, 0, prompt)])
+
+    if word == "float32":
+        check(ours, theirs, tokens)
+    taken = turns.time(lambda: prefill(ours, tokens), prefill_theirs, TURNS[size] // 3)
+    yield result("prefill", size, word, taken, PROMPT)
+    for streams in (1, 8):
+        theirs.clear()
+        for stream in range(streams):
+            theirs.forward([(stream, 0, prompt[:CONTEXT])])
+        decode = Decode(ours, tokens[:CONTEXT], streams)
+        position = CONTEXT
+
+        def step_theirs(streams: int = streams) -> None:
+            nonlocal position
+            theirs.forward([(stream, position, [5]) for stream in range(streams)])
+            position += 1
+
+        taken = turns.time(decode.step, step_theirs, TURNS[size])
+        name = "one stream" if streams == 1 else f"{streams} streams"
+        yield result(name, size, word, taken, streams)
+    theirs.close()
+    path.unlink()
+
+
+def check(ours: ModelRunner, theirs: rival.Model, tokens: np.ndarray) -> None:
+    """Both compute the same model: logits behind the prompt. Raises ValueError."""
+    prefill(ours, tokens)
+    decode = Decode(ours, tokens[:CONTEXT], 1)
+    logits = decode.step().float()[0].numpy()
+    theirs.clear()
+    theirs.forward([(0, 0, [*tokens[:CONTEXT].tolist(), 5])])
+    error = np.abs(logits - theirs.logits()).max() / logits.std()
+    if not error < MAX_ERROR:
+        raise ValueError(f"logits differ by {error:.3g} of their spread: not the same model")
+
+
+def result(
+    measure: str, size: str, word: str, taken: tuple[list[float], list[float]], tokens: int
+) -> Result:
+    goal = GOALS.get((size, measure), 0.0)
+    return compare(f"{measure} beside llama.cpp", size, word, *taken, tokens=tokens, goal=goal)
+
+
+def eight_bits(size: str, directory: str, turns: Turns) -> Iterator[Result]:
+    """int8 beside our own bfloat16."""
+    int8, wide = (runner_of(directory, word) for word in ("int8", "bfloat16"))
+    tokens = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
+    taken = turns.time(
+        lambda: prefill(int8, tokens), lambda: prefill(wide, tokens), TURNS[size] // 3
+    )
+    name = "int8 beside bfloat16"
+    yield compare(f"prefill, {name}", size, "int8", *taken, tokens=PROMPT, goal=1.5)
+    first, second = (Decode(runner, tokens[:CONTEXT], 1) for runner in (int8, wide))
+    taken = turns.time(first.step, second.step, TURNS[size])
+    yield compare(f"one stream, {name}", size, "int8", *taken, tokens=1, goal=1.8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", default="7m,530m")
+    parser.add_argument("--dtypes", default=",".join(FORMATS))
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--share", type=float, default=1.0, help="of the turns of each measure")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: this thread's own time, for a busy machine and --threads 1",
+    )
+    parser.add_argument("--llama", type=Path, default=rival.FOLDER, help="where it was built")
+    parser.add_argument("--out", type=Path, default=RESULTS / "bench_llama.jsonl")
+    args = parser.parse_args()
+    modules = rival.load(args.llama)
+    if modules is None:
+        print(rival.ABSENT)
+        return
+    torch.set_num_threads(args.threads)
+    turns = Turns(time.perf_counter if args.clock == "wall" else time.thread_time, args.share)
+    results: list[Result] = []
+    sizes, words = args.sizes.split(","), args.dtypes.split(",")
+    with tqdm(total=len(sizes) * len(words), unit="part") as progress, torch.inference_mode():
+        for size in sizes:
+            with tempfile.TemporaryDirectory() as directory:
+                make_checkpoint(GEOMETRIES[size], "float32", directory)
+                for word in words:
+                    progress.set_description(f"{size} {word}")
+                    results += against_llama(modules, size, word, directory, turns, args.threads)
+                    if word == "int8" and size == "530m":
+                        results += eight_bits(size, directory, turns)
+                    progress.update()
+    version = modules[0].__version__
+    lines = (
+        {"threads": args.threads, "clock": args.clock, "llama_cpp": version, **asdict(r)}
+        for r in results
+    )
+    write_json_lines(args.out, lines)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

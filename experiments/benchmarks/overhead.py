@@ -1,0 +1,271 @@
+"""What a step costs beside the forward pass: scheduling, sampling, committing, and sending its
+outputs to the server's process, with 1, 8 and 64 requests decoding; and how much of that is hidden
+where a device computes by itself.
+
+A runner stands in that returns the same logits at once; cache, scheduler, sampler and tokenizer are
+the engine's own. For what is hidden there is a clock in place of a device: it is busy for so long
+with every step, and tokens are there when it is through. Conversations end and others begin all the
+time, so that matching, publishing and evicting are in the steps.
+
+    python -m experiments.benchmarks.overhead
+    python -m experiments.benchmarks.overhead --starts 5    # until `engine serve` answers
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.engine import StepReport
+from engine.runner.sampler import Drawn, Sampler
+from engine.schedule.batch import Batch
+from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.outputs import SampledToken
+from engine.worker.channel import Channel, make_folder, remove_folder
+from engine.worker.engine_worker import news_of
+from engine.worker.messages import FromEngine, Outputs
+from experiments.provenance import RESULTS, write_json_lines
+from hybridcache import ModelGeometry
+from hybridcache.scheduling.memory import MemorySizes
+
+PROMPT_LEN = 1_000
+SAMPLINGS = {
+    "greedy": SamplingParams(max_tokens=None, temperature=0, ignore_eos=True),
+    "temperature 0.8": SamplingParams(max_tokens=None, temperature=0.8, ignore_eos=True),
+}
+STAGES = ("schedule_s", "sample_s", "commit_s")
+
+
+class IdleRunner:
+    """Memory that nobody reads, and logits that are always the same."""
+
+    max_model_len = 8_192
+    vocab_size = 320
+    is_asynchronous = False
+
+    def __init__(self) -> None:
+        self.geometry = geometry = ModelGeometry.preset("qwen3-next")
+        self.memory = MemorySizes(
+            "pools", 1_000_000, 512, geometry.kv_bytes_per_token, geometry.state_bytes
+        )
+        self._logits = torch.randn(256, self.vocab_size)
+
+    def forward(self, batch: Batch, drawn: Any = None) -> torch.Tensor:
+        return self._logits[: sum(segment.num_logits for segment in batch.segments)]
+
+
+class Clock:
+    """A device that does nothing for ``step_s`` a step, one step after the other."""
+
+    def __init__(self, step_s: float) -> None:
+        self.step_s = step_s
+        self.free_at = 0.0
+
+    def launch(self) -> None:
+        self.free_at = max(time.perf_counter(), self.free_at) + self.step_s
+
+    def wait(self, until: float) -> None:
+        time.sleep(max(0.0, until - time.perf_counter()))
+
+
+class ClockedRunner(IdleRunner):
+    """Returns at once; its steps are through when the clock says so."""
+
+    is_asynchronous = True
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+
+    def forward(self, batch: Batch, drawn: Any = None) -> torch.Tensor:
+        self._clock.launch()
+        return super().forward(batch, drawn)
+
+
+class ClockedDrawn:
+    """Tokens that are there when the step is through that drew them."""
+
+    def __init__(self, drawn: Drawn, clock: Clock) -> None:
+        self.tokens = drawn.tokens
+        self._drawn, self._clock, self._until = drawn, clock, clock.free_at
+
+    def wait(self) -> list[SampledToken]:
+        self._clock.wait(self._until)
+        return self._drawn.wait()
+
+
+class ClockedSampler(Sampler):
+    def __init__(self, vocab_size: int, clock: Clock) -> None:
+        super().__init__(vocab_size)
+        self._clock = clock
+
+    def launch(self, logits: Any, requests: Any, rows: Any) -> Any:
+        return ClockedDrawn(super().launch(logits, requests, rows), self._clock)
+
+
+def hidden(num_running: int, step_ms: float, num_steps: int) -> dict[str, float]:
+    """Microseconds of the host's work, the device's and both together in a step, medians; and the
+    part of the host's that the device did not wait for."""
+    clock = Clock(step_ms / 1e3)
+    hosts: list[float] = []
+
+    def observe(report: StepReport) -> None:
+        hosts.append(sum(getattr(report, stage) for stage in STAGES))
+
+    engine = Engine(
+        EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
+        runner=ClockedRunner(clock),
+        sampler=ClockedSampler(IdleRunner.vocab_size, clock),
+        tokenizer=ByteTokenizer(),
+        observer=observe,
+    )
+    sampling = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
+    draw = np.random.default_rng(0)
+
+    def step() -> None:
+        while engine.num_waiting < 2:
+            engine.submit(draw.integers(0, 256, PROMPT_LEN), sampling)
+        engine.step()
+
+    while len(hosts) < 150:
+        step()
+    hosts.clear()
+    walls = []
+    for _ in range(num_steps):
+        begin = time.perf_counter()
+        step()
+        walls.append(time.perf_counter() - begin)
+    host_s, wall_s = statistics.median(hosts), statistics.median(walls)
+    return {
+        "host_us": host_s * 1e6,
+        "device_us": clock.step_s * 1e6,
+        "wall_us": wall_s * 1e6,
+        "hidden": 1 - min(1.0, max(0.0, wall_s - clock.step_s) / host_s),
+    }
+
+
+def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[str, float]:
+    """Median microseconds per stage of steps in which all requests decode, and their 99th
+    percentile together."""
+    reports: list[StepReport] = []
+    sending_s: list[float] = []
+    folder = make_folder()
+    server: Channel[FromEngine] = Channel(folder, is_server=True)
+    channel: Channel[Any] = Channel(folder, is_server=False)
+    engine = Engine(
+        EngineConfig(max_running=num_running, token_budget=num_running * 1_024),
+        runner=IdleRunner(),
+        sampler=Sampler(IdleRunner.vocab_size),
+        tokenizer=ByteTokenizer(),
+        observer=reports.append,
+    )
+    for i in range(num_running):
+        engine.submit([i % 256] * PROMPT_LEN, sampling)
+    while len(reports) < 50 + num_steps:
+        outputs = engine.step()
+        begin = time.perf_counter()
+        channel.send(Outputs(num_running, 0, tuple(map(news_of, outputs)), ()))
+        sending_s.append(time.perf_counter() - begin)
+        while server.receive() is not None:
+            pass  # The other side's work.
+    for end in (channel, server):
+        end.close()
+    remove_folder(folder)
+    steps = [report for report in reports[50:] if report.num_decode_tokens == num_running]
+    found = {
+        stage.removesuffix("_s") + "_us": statistics.median(getattr(r, stage) for r in steps) * 1e6
+        for stage in STAGES
+    }
+    totals = [sum(getattr(report, stage) for stage in STAGES) * 1e6 for report in steps]
+    return found | {
+        "send_us": statistics.median(sending_s[50:]) * 1e6,
+        "total_us": statistics.median(totals) + statistics.median(sending_s[50:]) * 1e6,
+        "p99_us": statistics.quantiles(totals, n=100)[98],
+    }
+
+
+def run(num_steps: int) -> Iterator[dict[str, Any]]:
+    for name, sampling in SAMPLINGS.items():
+        for num_running in (1, 8, 64):
+            yield {"running": num_running, "sampling": name} | measure(
+                num_running, sampling, num_steps
+            )
+
+
+def start_s() -> float:
+    """From the command line of ``engine serve``, with the built-in model, to its first answer."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    begin = time.perf_counter()
+    command = [sys.executable, "-m", "engine", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60):
+                    return time.perf_counter() - begin
+            except OSError:
+                time.sleep(0.01)
+        raise RuntimeError(f"engine serve ended with code {process.returncode}")
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--starts", type=int, default=0, help="only time so many starts")
+    parser.add_argument("--steps", type=int, default=1000, help="steps measured for each row")
+    parser.add_argument("--out", type=Path, help="none: overhead.jsonl or starts.jsonl, in results")
+    arguments = parser.parse_args()
+    if arguments.starts:
+        times = [start_s() for _ in range(arguments.starts)]
+        print(f"engine serve answers after {statistics.median(times):.2f} s: median of", end=" ")
+        print(*(f"{seconds:.2f}" for seconds in times))
+        median = {"median_s": statistics.median(times), "times_s": times}
+        write_json_lines(arguments.out or RESULTS / "starts.jsonl", [median])
+        return
+    torch.set_num_threads(1)
+    records = [
+        {"running": n, "hidden_behind_ms": ms} | hidden(n, ms, arguments.steps)
+        for n in (1, 8, 64)
+        for ms in (5.0, 10.0)
+    ]
+    for record in records:
+        print(
+            f"{record['running']:7} running, {record['hidden_behind_ms']:g} ms a step: "
+            f"{record['host_us']:.0f} µs of host work, {record['hidden']:.0%} hidden"
+        )
+    print(
+        f"{'running':>7}  "
+        f"{'sampling':16}{'schedule':>9}{'sample':>9}{'commit':>9}{'send':>9}{'all':>9}{'p99':>9}  "
+        "µs"
+    )
+    for record in run(arguments.steps):
+        records.append(record)
+        numbers = [
+            record[f"{key}_us"] for key in ("schedule", "sample", "commit", "send", "total", "p99")
+        ]
+        print(
+            f"{record['running']:7}  {record['sampling']:16}"
+            + "".join(f"{n:9.0f}" for n in numbers)
+        )
+    write_json_lines(arguments.out or RESULTS / "overhead.jsonl", records)
+
+
+if __name__ == "__main__":
+    main()

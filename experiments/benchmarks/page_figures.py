@@ -1,0 +1,118 @@
+"""The page's pictures in the README: conversations through a live server, and what Chromium shows.
+
+python -m experiments.benchmarks.page_figures [--requests 80] [--gib 0.04]
+
+The conversations are made up (lengths of ShareGPT's, cut short) and share three system prompts;
+answers are the built-in model's own. Needs playwright and a Chromium.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+import httpx
+
+from experiments.benchmarks.conversations import synthetic_conversations
+from experiments.benchmarks.page import chromium
+from experiments.provenance import FIGURES
+
+PORT = 8798
+SYSTEMS = (
+    "You are a careful programmer. Read before you write, and say what you have not tried. " * 6,
+    "You answer in one sentence. " * 5,
+    "You are an agent with tools: read a file, write a file, run the tests, and then say so. " * 8,
+)
+MAX_CHARS = 260
+"""Of one message."""
+NUM_AT_ONCE = 3
+CHOOSE_REQUEST = """() => {
+    const [view] = hybridcache.views;
+    const done = [...view.model.requests.values()].filter((one) => one.state === "length");
+    const lost = (one) => one.losses.checkpoint_evicted + one.losses.kv_evicted;
+    view.selectRequest(done.reduce((a, b) => (lost(b) >= lost(a) ? b : a)).id);
+}"""
+CHOOSE_NODE = """() => {
+    const [view] = hybridcache.views;
+    view.select(view.tree.items.find((node) => node.end - node.start > 150 && node.end > 700));
+}"""
+
+
+async def talk(client: httpx.AsyncClient, number: int, texts: list[str], turn: Any) -> None:
+    """One conversation, each turn with all that was said."""
+    messages = [{"role": "system", "content": SYSTEMS[number % len(SYSTEMS)]}]
+    for text in texts:
+        messages.append({"role": "user", "content": text})
+        body = {"messages": messages, "max_tokens": 24}
+        async with turn:
+            answer = await client.post("/v1/chat/completions", json=body)
+        answer.raise_for_status()
+        messages.append(answer.json()["choices"][0]["message"])
+        await asyncio.sleep(0.3)
+
+
+async def load(num_requests: int) -> None:
+    """Conversations in their order, ``NUM_AT_ONCE`` requests at a time, until so many were sent."""
+    turn, left, talks = asyncio.Semaphore(NUM_AT_ONCE), num_requests, []
+    url = f"http://127.0.0.1:{PORT}"
+    async with httpx.AsyncClient(base_url=url, timeout=300) as client:
+        for number, conversation in enumerate(synthetic_conversations(num_requests)):
+            asked = [text[:MAX_CHARS] for role, text in conversation.turns if role == "user"]
+            texts = list(itertools.islice(asked, min(5, left)))
+            left -= len(texts)
+            talks.append(talk(client, number, texts, turn))
+            if not left:
+                break
+        await asyncio.gather(*talks)
+
+
+def take(num_requests: int) -> None:
+    """Both pictures, near the end of the load."""
+    url = f"http://127.0.0.1:{PORT}"
+    thread = threading.Thread(target=lambda: asyncio.run(load(num_requests)))
+    thread.start()
+    with chromium() as browser:
+        pages = {}
+        for scheme in ("light", "dark"):
+            size = {"width": 1440, "height": 900}
+            pages[scheme] = browser.new_page(viewport=size, color_scheme=scheme)
+            pages[scheme].goto(url)
+        light, dark = pages.values()
+        while light.evaluate("hybridcache.views[0].model.time") < num_requests - 12:
+            time.sleep(0.2)
+        light.evaluate(CHOOSE_REQUEST)
+        dark.evaluate(CHOOSE_NODE)
+        time.sleep(0.8)
+        for scheme, page in pages.items():
+            page.screenshot(path=FIGURES / f"page_{scheme}.png")
+            print(FIGURES / f"page_{scheme}.png")
+    thread.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--requests", type=int, default=80)
+    parser.add_argument("--gib", type=float, default=0.04)
+    options = parser.parse_args()
+    command = [sys.executable, "-m", "engine", "serve", "--port", str(PORT)]
+    command += ["--cache-gib", str(options.gib), "--max-model-len", "4096"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert server.stdout is not None
+        while b"address" not in (line := server.stdout.readline()):
+            if not line:
+                raise RuntimeError("the server did not start")
+        take(options.requests)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,222 @@
+"""Our cache beside SGLang's own, behind SGLang's interface: hits, and what each operation costs.
+
+python -m experiments.benchmarks.sglang [--runs 3] [--quick]
+
+Wants SGLang 0.5.23 (`make sglang`). The requests are those of bench_tree (2,000 conversations x 5
+turns x 200-1,000 tokens, 16 system prompts of 500), 1.07 M KV tokens and 320 states in SGLang's own
+pools and allocators, which both caches are given. Both get the same calls in the same order, keys
+and indices in SGLang's types: match, read the rows, lock, allocate (evicting what is short), insert
+with a state, read the rows again, move the lock and give it back. Runs alternate in one process.
+"quiet" is, request by request, the fastest of all runs, which leaves out what other processes did;
+"cpu" the thread's own processor time, the clocks and a concatenation of rows in it.
+
+Placement "end" saves one state at the end of each answer; "extra_buffer" is SGLang's own: a prefill
+saves one at its last 64th token or at the branch the cache names, decode one at each 256th token,
+and what lies past the last state is dropped. Writes results/bench_sglang.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+from array import array
+from time import perf_counter_ns, thread_time_ns
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.benchmarks.tree_work import Work, Workload
+from experiments.provenance import RESULTS, write_json_lines
+from experiments.system.sglang.cpu import VERSION, stand_in
+
+stand_in()
+
+import torch  # noqa: E402
+from sglang.srt.mem_cache.base_prefix_cache import (  # noqa: E402
+    EvictParams,
+    InsertParams,
+    MatchPrefixParams,
+)
+from sglang.srt.mem_cache.radix_cache import RadixKey  # noqa: E402
+
+from experiments.system.sglang.pools import CHUNK, World, new_world  # noqa: E402
+
+VERBS = ("match", "rows", "lock", "evict", "allocate", "insert", "rows again", "unlock")
+NUM_KV_TOKENS, NUM_SLOTS = 1_070_000, 320
+DECODE_INTERVAL = 256
+CACHES = (("rust", "lru"), ("hybridcache", "lru"), ("hybridcache", "regret"))
+
+
+class Keys:
+    """One request's ids in SGLang's form, made before the clock runs."""
+
+    def __init__(self, work: Work) -> None:
+        self.ids = array("q", work.everything.astype(np.int64).tobytes())
+        self.prompt_len = len(work.prompt)
+
+
+class Replay:
+    """One cache serving requests, its verbs timed."""
+
+    def __init__(self, world: World, placement: str) -> None:
+        self.world = world
+        self.placement = placement
+        self.times: list[tuple[int, ...]] = []
+        self.cpu: list[int] = []
+        self.cached_tokens = self.prompt_tokens = 0
+
+    def run(self, work: list[Keys]) -> None:
+        serve = self._end if self.placement == "end" else self._extra_buffer
+        for keys in work:
+            serve(keys)
+
+    def _end(self, keys: Keys) -> None:
+        """One insert at the end of the answer, with a state there."""
+        now, (cache, rows, requests) = perf_counter_ns, self.world
+        ids, prompt_len = keys.ids, keys.prompt_len
+        end = len(ids)
+        began = thread_time_ns()
+        t0 = now()
+        match = cache.match_prefix(MatchPrefixParams(key=RadixKey(ids, limit=prompt_len - 1)))
+        t1 = now()
+        hit, node = match.device_prefix_len, match.last_device_node
+        known = cache.path_device_indices(node)
+        t2 = now()
+        lock = cache.lock(node)
+        t3 = now()
+        self._make_room(end - hit)
+        t4 = now()
+        new, slot = rows.alloc(end - hit), requests.mamba_allocator.alloc(1)
+        t5 = now()
+        value = torch.cat((known[:hit], new))
+        t6 = now()
+        result = cache.insert(
+            InsertParams(key=RadixKey(ids), value=value, mamba_value=slot, prev_prefix_len=hit)
+        )
+        t7 = now()
+        cache.path_device_indices(result.last_device_node)
+        t8 = now()
+        moved = cache.lock(result.last_device_node)
+        cache.unlock(lock)
+        cache.unlock(moved)
+        t9 = now()
+        self.cpu.append(thread_time_ns() - began)
+        if result.mamba_exist:
+            requests.mamba_allocator.free(slot)
+        self.times.append((t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4, t7 - t6, t8 - t7, t9 - t8))
+        self._count(hit, prompt_len)
+
+    def _extra_buffer(self, keys: Keys) -> None:
+        """Where SGLang's scheduler would have states: one a prefill, then every 256 tokens."""
+        cache, rows, requests = self.world
+        ids, prompt_len = keys.ids, keys.prompt_len
+        match = cache.match_prefix(MatchPrefixParams(key=RadixKey(ids, limit=prompt_len - 1)))
+        hit = match.device_prefix_len
+        lock = cache.lock(match.last_device_node)
+        held = cache.path_device_indices(match.last_device_node)[:hit]
+        position = prompt_len - (prompt_len - hit) % CHUNK
+        branch = match.mamba_branching_seqlen
+        if branch is not None and hit < branch < prompt_len and (branch - hit) % CHUNK == 0:
+            position = branch
+        self._make_room(len(ids) - hit)
+        held = torch.cat((held, rows.alloc(len(ids) - hit)))
+        last = len(ids) // DECODE_INTERVAL * DECODE_INTERVAL
+        owned = hit
+        for at in (position, last if last > prompt_len else 0):
+            if at <= owned:
+                continue
+            self._make_room(0)
+            slot = requests.mamba_allocator.alloc(1)
+            key = RadixKey(ids[:at])
+            result = cache.insert(
+                InsertParams(key=key, value=held[:at], mamba_value=slot, prev_prefix_len=owned)
+            )
+            if result.mamba_exist:
+                requests.mamba_allocator.free(slot)
+            held[:at] = cache.path_device_indices(result.last_device_node)
+            moved = cache.lock(result.last_device_node)
+            cache.unlock(lock)
+            lock, owned = moved, at
+        rows.free(held[owned:])
+        cache.unlock(lock)
+        self._count(hit, prompt_len)
+
+    def _make_room(self, num_tokens: int) -> None:
+        cache, rows, requests = self.world
+        short = num_tokens - rows.available_size()
+        if short > 0:
+            cache.evict_for_alloc(EvictParams(num_tokens=short))
+        if not requests.mamba_allocator.available_size():
+            cache.evict_for_alloc(EvictParams(mamba_num=1))
+
+    def _count(self, hit: int, prompt_len: int) -> None:
+        self.cached_tokens += hit
+        self.prompt_tokens += prompt_len
+
+
+def measure(live: int, placement: str, runs: int, quick: bool, bar: Any) -> list[dict[str, Any]]:
+    """All caches on one workload, in turn, ``runs`` times."""
+    work = [Keys(one) for one in Workload(live, 200 if quick else 2000, 5)]
+    replays: dict[tuple[str, str], list[Replay]] = {cache: [] for cache in CACHES}
+    for _ in range(runs):
+        for backend, eviction in CACHES:
+            world = new_world(backend, NUM_KV_TOKENS, NUM_SLOTS, eviction=eviction)
+            replay = Replay(world, placement)
+            gc.collect()
+            replay.run(work)
+            bar.update()
+            replays[backend, eviction].append(replay)
+    records = []
+    for (backend, eviction), done in replays.items():
+        record = {
+            "cache": backend,
+            "eviction": eviction,
+            "placement": placement,
+            "live": live,
+            "requests": len(work),
+            "token_hit_rate": round(done[-1].cached_tokens / done[-1].prompt_tokens, 4),
+        }
+        records.append(record | (_times(done) if placement == "end" else {}))
+    return records
+
+
+def _times(replays: list[Replay]) -> dict[str, Any]:
+    means = [np.array(replay.times).mean(0) / 1e3 for replay in replays]
+    verbs = np.median(means, axis=0)
+    medians = [float(np.median(np.array(replay.times).sum(1))) / 1e3 for replay in replays]
+    cpu = [float(np.mean(replay.cpu)) / 1e3 for replay in replays]
+    quiet = np.minimum.reduce([np.array(replay.times).sum(1) for replay in replays])
+    return {
+        "request_us_mean": round(statistics.median(float(one.sum()) for one in means), 1),
+        "request_us_median": round(statistics.median(medians), 1),
+        "request_us_cpu_mean": round(statistics.median(cpu), 1),
+        "request_us_quiet_mean": round(float(quiet.mean()) / 1e3, 1),
+        "verb_us_mean": {verb: round(float(us), 2) for verb, us in zip(VERBS, verbs, strict=True)},
+        "runs": len(replays),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3, help="replays of each cache")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    records = []
+    lives = (64, 128, 256)
+    with tqdm(total=(options.runs + 1) * len(lives) * len(CACHES)) as bar:
+        for live in lives:
+            records += measure(live, "end", options.runs, options.quick, bar)
+            records += measure(live, "extra_buffer", 1, options.quick, bar)
+    name = "bench_sglang_quick" if options.quick else "bench_sglang"
+    path = RESULTS / f"{name}.jsonl"
+    write_json_lines(path, records, {"sglang": VERSION, "kv": NUM_KV_TOKENS, "slots": NUM_SLOTS})
+    for record in records:
+        print(*(f"{key} {value}" for key, value in record.items()), sep="; ")
+    print(path)
+
+
+if __name__ == "__main__":
+    main()

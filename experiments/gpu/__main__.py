@@ -1,0 +1,217 @@
+"""Everything that only a GPU can tell, in one command: is it right, is it exact, how fast is it?
+
+    python -m experiments.gpu [--part kernels bench parity serve http big] [--again] [--tar FILE]
+    python -m experiments.gpu --dry
+
+`make gpu` and `make gpu-dry` call it.
+
+Parts run one after another, each in a process of its own and in less than eight minutes: the
+kernels' tests on the device; their benchmarks; the engine beside the CPU's and hits beside cold
+runs; a 2B geometry's speed; a server of it under load; the speed of Qwen3-Next-80B-A3B's geometry
+with 8-bit weights. Each writes JSON lines into experiments/results/gpu/. A part that passed with
+this very code (a hash of its files; no git is needed) is not done again; one that failed or ran out
+of time always is, and then `serve` and `big` go on behind the records they have. --dry runs the
+same script with tiny shapes in Triton's interpreter and writes into out/gpu-dry/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from experiments.provenance import RESULTS, ROOT, code_hash, read_json_lines, write_json_lines
+
+Verdict = Literal["passed", "failed", "timed out", "done before"]
+
+LIMITS_S = {
+    "kernels": 310.0,
+    "bench": 290.0,
+    "parity": 170.0,
+    "serve": 170.0,
+    "http": 210.0,
+    "big": 350.0,
+}
+"""Of each part; 25 minutes in all. A part that ran out of time keeps its records and is done again
+by the next call."""
+
+
+def module(name: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", name, *arguments]
+
+
+def kernels(out: Path, dry: bool) -> list[str]:
+    """Dry, one file of them: the others are interpreted by the test suite. Compiling keeps four
+    processes busy, where pytest-xdist is there to start them."""
+    side_by_side = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    what = ["tests/kernels/test_pointwise.py"] if dry else ["tests/kernels", *side_by_side]
+    skipped = ["--deselect", "tests/kernels/test_aot.py"]
+    report = [
+        "-o",
+        "junit_family=xunit1",
+        f"--junitxml={out / 'kernels.xml'}",
+    ]  # the other has no properties of a test
+    return module("pytest", "-q", *what, *skipped, *report)
+
+
+def bench(out: Path, dry: bool) -> list[str]:
+    return module("experiments.gpu.kernels", "--out", str(out), *_dry(dry))
+
+
+def parity(out: Path, dry: bool) -> list[str]:
+    return module("experiments.gpu.parity", "--out", str(out), *_dry(dry))
+
+
+def serve(out: Path, dry: bool) -> list[str]:
+    return module("experiments.gpu.serving", "--part", "serve", "--out", str(out), *_dry(dry))
+
+
+def http(out: Path, dry: bool) -> list[str]:
+    return module("experiments.gpu.serving", "--part", "http", "--out", str(out), *_dry(dry))
+
+
+def big(out: Path, dry: bool) -> list[str]:
+    return module("experiments.gpu.serving", "--part", "big", "--out", str(out), *_dry(dry))
+
+
+PARTS: dict[str, Callable[[Path, bool], list[str]]] = {
+    part.__name__: part for part in (kernels, bench, parity, serve, http, big)
+}
+
+
+def _dry(dry: bool) -> list[str]:
+    return ["--dry"] if dry else []
+
+
+def run_part(part: str, out: Path, dry: bool) -> Verdict:
+    """One part to its end or its limit; its verdict and duration go to ``<part>.done``."""
+    environment = dict(os.environ)
+    environment.pop("TRITON_INTERPRET", None)
+    if dry:
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    else:
+        environment["KERNELS_ON_DEVICE"] = "1"  # tests that would interpret fail instead
+    begin = time.monotonic()
+    verdict = run_for(PARTS[part](out, dry), environment, LIMITS_S[part])
+    seconds = time.monotonic() - begin
+    report = out / "kernels.xml"
+    if part == "kernels" and report.exists():
+        write_json_lines(out / "kernels.jsonl", test_records(report))
+        report.unlink()
+    record = {"part": part, "verdict": verdict, "seconds": round(seconds, 1), "device": device()}
+    write_json_lines(done_file(out, part), [record], {"code": code_hash()})
+    return verdict
+
+
+def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> Verdict:
+    """A command to its end or its limit, with all that it started: what it left would share the
+    device with the next."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True) as process:
+        try:
+            return "failed" if process.wait(limit_s) else "passed"
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            if isinstance(error, subprocess.TimeoutExpired):
+                return "timed out"
+            raise
+
+
+def test_records(report: Path) -> list[dict[str, object]]:
+    """How many tests of each file passed, on what device, and the names of those that did not."""
+    files: dict[str, dict[str, list[str]]] = {}
+    devices: dict[str, set[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        found = {child.tag for child in case}
+        outcome = next((tag for tag in ("failure", "error", "skipped") if tag in found), "passed")
+        file = case.get("classname", "")
+        outcomes = files.setdefault(file, {})
+        devices.setdefault(file, set()).update(
+            note.get("value", "") for note in case.iter("property") if note.get("name") == "device"
+        )
+        outcomes.setdefault(outcome, []).append(case.get("name", ""))
+    return [
+        {"file": file, "devices": sorted(devices[file])}
+        | {outcome: len(names) for outcome, names in outcomes.items()}
+        | {"wrong": outcomes.get("failure", []) + outcomes.get("error", [])}
+        for file, outcomes in sorted(files.items())
+    ]
+
+
+def done_file(out: Path, part: str) -> Path:
+    return out / f"{part}.done.jsonl"
+
+
+def is_done(out: Path, part: str) -> bool:
+    """Whether this part passed with this very code."""
+    try:
+        before, [record] = read_json_lines(done_file(out, part))
+    except (OSError, ValueError, KeyError, json.JSONDecodeError):
+        return False
+    return record["verdict"] == "passed" and before["settings"]["code"] == code_hash()
+
+
+def device() -> str:
+    """What the figures are of."""
+    found = torch.accelerator.current_accelerator(check_available=True)
+    if found is None:
+        return "cpu, interpreted"
+    return str(torch.get_device_module(found).get_device_name())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    summary, _, rest = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.gpu",
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--again", action="store_true", help="also what passed with this code")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument(
+        "--tar", type=Path, help="all results there are, in one .tar.gz to take home"
+    )
+    options = parser.parse_args(arguments)
+    if not options.dry and torch.accelerator.current_accelerator(check_available=True) is None:
+        print("There is no GPU here: --dry tries the script without one.", file=sys.stderr)
+        return 2
+    out = options.out or (ROOT / "out" / "gpu-dry" if options.dry else RESULTS / "gpu")
+    out = out.resolve()  # parts run elsewhere
+    out.mkdir(parents=True, exist_ok=True)
+    missing = [name for name in ("pytest", "hypothesis") if not importlib.util.find_spec(name)]
+    if "kernels" in options.part and missing:
+        print(f"The kernels' tests need them: pip install {' '.join(missing)}.", file=sys.stderr)
+        return 2
+    verdicts: dict[str, Verdict] = {}
+    for part in options.part:
+        if not options.again and is_done(out, part):
+            verdicts[part] = "done before"
+            continue
+        if options.again:
+            (out / f"{part}.jsonl").unlink(missing_ok=True)
+        print(f"-- {part}", flush=True)
+        verdicts[part] = run_part(part, out, options.dry)
+    if options.tar:
+        options.tar.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(options.tar, "w:gz") as archive:
+            archive.add(out, arcname=out.name)
+    print(f"{device()}: " + ", ".join(f"{part} {verdict}" for part, verdict in verdicts.items()))
+    return int(any(verdict in ("failed", "timed out") for verdict in verdicts.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

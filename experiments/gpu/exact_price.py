@@ -1,0 +1,113 @@
+"""What does `--exact` cost? Conversations that grow turn by turn, reusing all that was computed,
+and only what prefills did.
+
+With `--exact` an answer's states and KV are computed again as part of the next prompt. No kernel
+runs slower, so the price is those tokens: in the hit rate, and in the TTFT of every turn but the
+first.
+
+    python -m experiments.gpu.exact_price [--model DIR] [--device cpu]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.requests.sampling_params import SamplingParams
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
+from engine.text.outputs import RequestOutput
+from experiments.provenance import RESULTS, write_json_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Talk:
+    """How much is said. Lengths in tokens."""
+
+    num_conversations: int
+    """At the same time."""
+    num_turns: int
+    num_question: int
+    num_answer: int
+    num_repeats: int
+
+
+FULL = Talk(num_conversations=4, num_turns=6, num_question=200, num_answer=100, num_repeats=5)
+
+
+def price(runner: ModelRunner, config: EngineConfig, talk: Talk) -> Iterator[dict[str, Any]]:
+    """A record for each mode, their runs in alternation: medians over all later turns, and over
+    runs."""
+    runs: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    for repeat in range(talk.num_repeats):
+        for exact in (False, True) if repeat % 2 else (True, False):
+            engine = Engine(
+                replace(config, exact=exact), runner=runner, sampler=Sampler(runner.vocab_size)
+            )
+            runs[exact].append(converse(engine, talk, seed=repeat))
+    for exact, found in runs.items():
+        medians = {key: statistics.median(run[key] for run in found) for key in found[0]}
+        yield {"measure": "exact", "exact": exact, "repeats": talk.num_repeats} | medians
+    pairs = zip(runs[True], runs[False], strict=True)
+    ratios = [exact["ttft_ms"] / fast["ttft_ms"] for exact, fast in pairs]
+    yield {
+        "measure": "exact",
+        "ttft_ratio_median": statistics.median(ratios),
+        "ttft_ratios": [min(ratios), max(ratios)],
+    }
+
+
+def converse(engine: Engine, talk: Talk, seed: int) -> dict[str, float]:
+    """All conversations, a turn of each at once; what every turn but the first took."""
+    draw = np.random.default_rng(seed)
+
+    def words(count: int) -> list[int]:
+        return draw.integers(0, 256, count).tolist()
+
+    histories = [words(talk.num_question) for _ in range(talk.num_conversations)]
+    sampling = SamplingParams(max_tokens=talk.num_answer, temperature=0.0, ignore_eos=True)
+    later: list[RequestOutput] = []
+    begin = time.perf_counter()
+    for turn in range(talk.num_turns):
+        outputs = engine.generate(histories, sampling)
+        later += outputs if turn else []
+        for history, output in zip(histories, outputs, strict=True):
+            history += [*output.token_ids, *words(talk.num_question)]
+    num_prompt = sum(len(output.prompt_token_ids) for output in later)
+    num_cached = sum(output.cached_len for output in later)
+    return {
+        "token_hit_rate": num_cached / num_prompt,
+        "computed_per_turn": (num_prompt - num_cached) / len(later),
+        "ttft_ms": 1e3 * statistics.median(output.timings.ttft_s or 0.0 for output in later),
+        "tpot_ms": 1e3 * statistics.median(o.timings.tpot_s(len(o.output)) or 0.0 for o in later),
+        "seconds": time.perf_counter() - begin,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", help="model directory; default: the built-in model")
+    parser.add_argument("--device", default="cpu", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS / "exact_price.jsonl")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    config = EngineConfig(model=options.model, device=options.device, cache_gib=0.5)
+    records = []
+    for record in price(ModelRunner(config), config, FULL):
+        print(record, flush=True)
+        records.append(record)
+    write_json_lines(options.out, records)
+
+
+if __name__ == "__main__":
+    main()

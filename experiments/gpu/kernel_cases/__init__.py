@@ -1,0 +1,60 @@
+"""What `experiments.gpu.kernels` measures: a module per kernel folder, each with
+``cases(setup)``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Where the cases are built."""
+
+    device: str
+    is_dry: bool
+    """Tiny shapes, to prove that every case runs; the times mean nothing."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations. Triton's interpreter can not multiply bfloat16."""
+        return torch.float32 if self.is_dry else torch.bfloat16
+
+    def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Normal numbers, of the activations' dtype unless told."""
+        return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
+
+    def int32(self, values: Any) -> torch.Tensor:
+        """A table for a kernel."""
+        return torch.tensor(list(values), dtype=torch.int32, device=self.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One kernel on one shape. The first call of each contender is compared, the later ones are
+    timed."""
+
+    name: str
+    run: Callable[[], torch.Tensor]
+    """Ours; the tensor it returns is compared with ``expected``."""
+    expected: Callable[[], torch.Tensor]
+    """What is right, computed once, anywhere."""
+    num_bytes: int
+    """That must be read and written at least."""
+    num_flops: int = 0
+    """That must be computed at least."""
+    rivals: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    """Others that do the same work, or ours done otherwise; compared too."""
+    tolerance: float = 2e-2
+    """Root mean square error over the root mean square of ``expected``."""
+    rival_tolerance: float | None = None
+    """Of rivals that round more than ours; as ``tolerance`` if None."""
+    moved_bytes: int | None = None
+    """That ours asks of memory: all its loads and stores, launched with its own parameters. Over
+    ``num_bytes``: what it reads twice."""
+    reset: Callable[[], object] | None = None
+    """Brings back what calls of ours have changed, so that the next one is a first one again; None
+    if nothing is."""

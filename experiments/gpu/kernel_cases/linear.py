@@ -1,0 +1,89 @@
+"""Products of Qwen3-Next's layers: 2048 x 12288 (a GDN layer's input), 4096 x 2048 (its output),
+full precision and 8-bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from engine.runner.device import Device
+from experiments.gpu.kernel_cases import Case, Setup
+from kernels.linear import fused, reference
+from kernels.linear.reference import Format
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """From one token to a prefill's worth, and 8-bit floats where the device has them."""
+    formats = ["int8"]
+    if setup.is_dry or Device.resolve(setup.device).supports("fp8"):
+        formats.append("fp8")
+    for size, num_outputs in ((80, 48),) if setup.is_dry else ((2048, 12288), (4096, 2048)):
+        weight = setup.randn(num_outputs, size)
+        for num_tokens in (1, 20) if setup.is_dry else (1, 16, 64, 1024, 8192):
+            x = setup.randn(num_tokens, size)
+            shape = f"{num_tokens} x {size} x {num_outputs}"
+            yield _full(shape, x, weight)
+            for format in formats:
+                yield _quantized(shape, x, weight, format)
+
+
+def _full(shape: str, x: torch.Tensor, weight: torch.Tensor) -> Case:
+    return Case(
+        name=shape,
+        run=partial(fused.linear, x, weight),
+        expected=partial(_float32, x, weight),
+        num_bytes=x.nbytes + weight.nbytes + x.element_size() * len(x) * len(weight),
+        num_flops=2 * x.numel() * len(weight),
+        rivals={"torch": partial(F.linear, x, weight)},
+    )
+
+
+def _quantized(shape: str, x: torch.Tensor, weight: torch.Tensor, format: Format) -> Case:
+    """Beside torch with full weights, and with rows in 8 bits too: less exact, and twice the rate
+    of the tensor cores."""
+    quantized, scale = reference.quantize(weight, format)
+    widened = quantized.float() * scale[:, None]
+    narrow = widened.to(x.dtype)
+    rivals = {"torch, full weights": partial(F.linear, x, narrow)}
+    if format == "int8":
+        rivals["torch, rows in 8 bits"] = partial(_torch_int8, x, quantized, scale)
+    elif x.device.type != "cpu" or torch.__version__ >= (2, 13):  # CPUs had one scale for all rows
+        rivals["torch, rows in 8 bits"] = partial(_torch_fp8, x, quantized, scale)
+    return Case(
+        name=f"{format} {shape}",
+        run=partial(fused.linear_8bit, x, quantized, scale),
+        expected=partial(_float32, x, widened),
+        num_bytes=x.nbytes + quantized.nbytes + x.element_size() * len(x) * len(weight),
+        num_flops=2 * x.numel() * len(weight),
+        rivals=rivals,
+        rival_tolerance=6e-2,
+    )
+
+
+def _torch_int8(x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """cuBLAS takes more than 16 rows, and all sizes in multiples of 8."""
+    rows, row_scale = reference.quantize(x, "int8")
+    short, missing = max(32 - len(rows), 0), -x.shape[1] % 8
+    rows, quantized = F.pad(rows, (0, missing, 0, short)), F.pad(quantized, (0, missing))
+    product = torch._int_mm(rows, quantized.T)[: len(x)]
+    return (product * row_scale[:, None] * scale).to(x.dtype)
+
+
+def _torch_fp8(x: torch.Tensor, quantized: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """It takes sizes in multiples of 16, and gives bfloat16."""
+    rows, row_scale = reference.quantize(x, "fp8")
+    product = torch._scaled_mm(
+        rows,
+        quantized.T,
+        scale_a=row_scale[:, None],
+        scale_b=scale[None],
+        out_dtype=torch.bfloat16,
+    )
+    return product.to(x.dtype)
+
+
+def _float32(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x.float() @ weight.float().T

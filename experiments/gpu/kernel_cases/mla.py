@@ -1,0 +1,81 @@
+"""Latent attention of Kimi-Linear: 32 heads, latents of 512 and shared keys of 64, rows scattered
+over a pool."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from experiments.gpu.kernel_cases import Case, Setup
+from kernels.attention.sequences import Sequences
+from kernels.mla import fused, reference
+from kernels.packed import Packed
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """Prompts from zero and on top of cached tokens; decoding; the products around them."""
+    for cached, new in (
+        ((64, 20),) if setup.is_dry else ((0, 1024), (0, 8192), (8128, 64), (7168, 1024))
+    ):
+        yield _prefill(setup, cached, new)
+    for num, length in (
+        ((2, 70),) if setup.is_dry else ((1, 1024), (1, 8192), (64, 1024), (64, 8192))
+    ):
+        yield _decode(setup, num, length)
+    for num_tokens in (5,) if setup.is_dry else (1, 64, 8192):
+        yield _products(setup, num_tokens)
+
+
+def _sizes(setup: Setup) -> tuple[int, int, int]:
+    """Heads, latent, shared key."""
+    return (2, 32, 16) if setup.is_dry else (32, 512, 64)
+
+
+def _pool(setup: Setup, num: int, length: int) -> tuple[torch.Tensor, dict]:
+    _, rank, shared = _sizes(setup)
+    pool = setup.randn(num * length, rank + shared)
+    table = setup.int32(torch.randperm(num * length).tolist()).view(num, length)
+    sequences = Sequences.of(range(num), [length] * num, setup.device)
+    return pool, {"table": table, "sequences": sequences, "scale": 192**-0.5, "rank": rank}
+
+
+def _prefill(setup: Setup, cached: int, new: int) -> Case:
+    (heads, rank, shared), (pool, where) = _sizes(setup), _pool(setup, 1, cached + new)
+    where["packed"] = Packed.from_lengths([new], setup.device)
+    query = setup.randn(new, heads, rank + shared)
+    seen = cached + (new + 1) / 2
+    return Case(
+        name=f"mla prefill {new} after {cached}",
+        run=partial(fused.prefill_mla, query, pool, **where),
+        expected=partial(reference.prefill_mla, query.float(), pool.float(), **where),
+        num_bytes=2 * query.nbytes + pool.nbytes,
+        num_flops=int(2 * new * seen * heads * (2 * rank + shared)),
+    )
+
+
+def _decode(setup: Setup, num: int, length: int) -> Case:
+    (heads, rank, shared), (pool, where) = _sizes(setup), _pool(setup, num, length)
+    query = setup.randn(num, heads, rank + shared)
+    return Case(
+        name=f"mla decode {num} x {length}",
+        run=partial(fused.decode_mla, query, pool, **where),
+        expected=partial(reference.decode_mla, query.float(), pool.float(), **where),
+        num_bytes=2 * query.nbytes + pool.nbytes,
+        num_flops=2 * num * length * heads * (2 * rank + shared),
+        rivals={"torch": partial(reference.decode_mla, query, pool, **where)},
+    )
+
+
+def _products(setup: Setup, num_tokens: int) -> Case:
+    heads, rank, _ = _sizes(setup)
+    x, weight = setup.randn(num_tokens, heads, 128), setup.randn(heads, 128, rank)
+    return Case(
+        name=f"mla heads {num_tokens}",
+        run=partial(fused.multiply_heads, x, weight),
+        expected=partial(reference.multiply_heads, x.float(), weight.float()),
+        num_bytes=x.nbytes + weight.nbytes + x.element_size() * num_tokens * heads * rank,
+        num_flops=2 * num_tokens * weight.numel(),
+        rivals={"torch": lambda: torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)},
+    )

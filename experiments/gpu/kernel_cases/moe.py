@@ -1,0 +1,81 @@
+"""Experts of Qwen3-Next: 10 of 512, 2048 -> 512 -> 2048, full precision and 8-bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from experiments.gpu.kernel_cases import Case, Setup
+from kernels.moe import fused, reference
+
+
+def cases(setup: Setup) -> Iterator[Case]:
+    """Routing, and the experts of one token up to a prefill."""
+    num_experts, k, hidden, inner = (6, 2, 32, 24) if setup.is_dry else (512, 10, 2048, 512)
+    w13 = _weights(setup, num_experts, 2 * inner, hidden)
+    w2 = _weights(setup, num_experts, hidden, inner)
+    eight_bit = [part for w in (w13, w2) for part in reference.quantize_experts(w, "int8")]
+    for num_tokens in (2, 20) if setup.is_dry else (1, 4, 16, 64, 1024, 4096):
+        logits = setup.randn(num_tokens, num_experts)
+        x = setup.randn(num_tokens, hidden)
+        yield Case(
+            name=f"route {num_tokens}",
+            run=lambda logits=logits: fused.route(logits, k, True)[0],
+            expected=lambda logits=logits: reference.route(logits, k, True)[0],
+            num_bytes=logits.nbytes + 8 * num_tokens * k,
+            rivals={"torch": lambda logits=logits: _torch_route(logits, k)},
+        )
+        weights, experts = reference.route(logits, k, True)
+        num_used = len(experts.unique())
+        for name, run, plain, parts in (
+            ("experts", fused.experts, reference.experts, (w13, w2)),
+            ("int8 experts", fused.experts_8bit, reference.experts_8bit, eight_bit),
+        ):
+            read = sum(part.nbytes for part in parts) * num_used // num_experts
+            given = (x, weights, experts)
+            yield Case(
+                name=f"{name} {num_tokens}",
+                run=partial(run, *given, *parts),
+                expected=partial(plain, *given, *parts),
+                num_bytes=2 * x.nbytes + read,
+                num_flops=6 * num_tokens * k * hidden * inner,
+                rivals={
+                    "loop": partial(plain, *given, *parts),
+                    "torch grouped_mm, full weights": partial(_torch_experts, *given, w13, w2),
+                },
+                rival_tolerance=6e-2 if parts is eight_bit else None,
+            )
+
+
+def _weights(setup: Setup, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, device=setup.device, dtype=setup.dtype).normal_(0, 0.05)
+
+
+def _torch_route(logits: torch.Tensor, k: int) -> torch.Tensor:
+    weights = logits.float().softmax(dim=-1).topk(k, dim=-1).values
+    return weights / weights.sum(dim=-1, keepdim=True)
+
+
+def _torch_experts(
+    hidden: torch.Tensor,
+    weights: torch.Tensor,
+    experts: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+) -> torch.Tensor:
+    """Sorted by expert, two grouped products, and back; no value comes to the host."""
+    num_tokens, k = experts.shape
+    flat = experts.flatten().long()
+    order = flat.argsort(stable=True)
+    counts = torch.zeros(len(w13), dtype=torch.int32, device=flat.device)
+    ends = counts.index_add_(0, flat, torch.ones_like(flat, dtype=torch.int32)).cumsum(0).int()
+    rows = hidden.index_select(0, order // k)
+    gate, up = torch._grouped_mm(rows, w13.mT, offs=ends).chunk(2, dim=-1)
+    sorted_results = torch._grouped_mm(F.silu(gate) * up, w2.mT, offs=ends)
+    results = torch.empty_like(sorted_results).index_copy_(0, order, sorted_results)
+    return torch.einsum("tkh,tk->th", results.view(num_tokens, k, -1).float(), weights).to(
+        hidden.dtype
+    )

@@ -1,0 +1,188 @@
+"""flash-linear-attention's kernels (fla-core 0.6), called with our tensors: what
+`experiments.gpu.kernels` sets beside ours.
+
+fla-core needs no environment of its own, but a folder of its own: where transformers finds it,
+transformers uses it. So `make rivals` puts it into ``out/rivals``, as `pip install --no-deps
+--target` does anywhere, and the benchmark alone looks there, with the torch and triton that it runs
+on. A rival that is not installed is left out; one that fails is reported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from experiments.provenance import ROOT
+from kernels.packed import Packed
+
+FOLDER = ROOT / "out" / "rivals"
+Rivals = Mapping[str, Callable[[], torch.Tensor]]
+
+
+def find(folder: Path) -> None:
+    """Let ``import fla`` look into ``folder`` too, after everything else."""
+    if folder.is_dir():
+        sys.path.append(str(folder))
+
+
+def _fla(run: Callable[[], torch.Tensor]) -> Rivals:
+    return {"fla": run} if importlib.util.find_spec("fla") else {}
+
+
+def chunk_gdn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    gate: torch.Tensor,
+    beta: torch.Tensor,
+    packed: Packed,
+    initial: torch.Tensor,
+) -> Rivals:
+    """Prompts ``[T, heads, size]``, packed; ``initial`` float32 ``[B, HV, K, V]``. Its last states
+    are new tensors."""
+    tokens = [x[None] for x in (query, key, value, gate, beta.to(query.dtype))]
+    starts = packed.cu_seqlens.long()
+
+    def run() -> torch.Tensor:
+        from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+
+        out, _ = chunk_gated_delta_rule(
+            *tokens,
+            initial_state=initial,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            cu_seqlens=starts,
+        )
+        return out[0]
+
+    return _fla(run)
+
+
+def decode_gdn(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    initial: torch.Tensor,
+) -> Rivals:
+    """One token of B sequences, ``[B, heads, size]``, gates computed on the way as in ours. Its
+    states are new tensors."""
+    query, key, value, a, b = (x[:, None] for x in (query, key, value, a, b))
+
+    def run() -> torch.Tensor:
+        from fla.ops.gated_delta_rule import fused_recurrent_gated_delta_rule
+
+        out, _ = fused_recurrent_gated_delta_rule(
+            query,
+            key,
+            value,
+            g=a,
+            beta=b,
+            A_log=A_log,
+            dt_bias=dt_bias,
+            initial_state=initial,
+            output_final_state=True,
+            use_qk_l2norm_in_kernel=True,
+            use_gate_in_kernel=True,
+            use_beta_sigmoid_in_kernel=True,
+        )
+        return out[:, 0]
+
+    return _fla(run)
+
+
+def gates(a: torch.Tensor, A_log: torch.Tensor, dt_bias: torch.Tensor) -> Rivals:
+    """The log-decay ``[T, HV]`` alone."""
+
+    def run() -> torch.Tensor:
+        from fla.ops.gated_delta_rule.gate import fused_gdn_gate
+
+        return fused_gdn_gate(a[None], A_log, dt_bias)[0]
+
+    return _fla(run)
+
+
+def prefill_conv1d(x: torch.Tensor, weight: torch.Tensor, packed: Packed) -> Rivals:
+    """``[T, C]`` from zeros, packed, with the last windows as new tensors."""
+    starts = packed.cu_seqlens.long()
+
+    def run() -> torch.Tensor:
+        from fla.modules.causal_conv1d import causal_conv1d
+
+        out, _ = causal_conv1d(
+            x[None], weight, activation="silu", output_final_state=True, cu_seqlens=starts
+        )
+        return out[0]
+
+    return _fla(run)
+
+
+def decode_conv1d(x: torch.Tensor, weight: torch.Tensor, states: torch.Tensor) -> Rivals:
+    """One token of B sequences ``[B, C]``; its windows hold W inputs, ours W - 1. Moves ``states``
+    on in a copy."""
+    cache = F.pad(states, (1, 0))
+
+    def run() -> torch.Tensor:
+        from fla.modules.causal_conv1d import causal_conv1d_update
+
+        return causal_conv1d_update(x, cache, weight=weight, activation="silu")[0]
+
+    return _fla(run)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> Rivals:
+    """``x [..., N]`` times ``weight``; with a residual the sum is written too."""
+
+    def run() -> torch.Tensor:
+        from fla.modules.norm.layernorm import rms_norm
+
+        if residual is None:
+            return rms_norm(x, weight, None, eps=eps)
+        return rms_norm(x, weight, None, residual=residual, eps=eps, prenorm=True)[0]
+
+    return _fla(run)
+
+
+def gated_rms_norm(x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor, eps: float) -> Rivals:
+    """``rms_norm(x) * silu(gate)``."""
+
+    def run() -> torch.Tensor:
+        from fla.modules.norm.fused_norm_gate import rms_norm_gated
+
+        return rms_norm_gated(x, gate, weight, None, eps=eps)
+
+    return _fla(run)
+
+
+def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Rivals:
+    """Both, one after the other. It takes half of the R columns: both halves are equal."""
+    cos, sin = (x.chunk(2, dim=-1)[0].contiguous() for x in (cos, sin))
+
+    def run() -> torch.Tensor:
+        from fla.modules.rotary import rotary_embedding
+
+        turned, _ = (rotary_embedding(x[None], cos, sin) for x in (query, key))
+        return turned[0]
+
+    return _fla(run)
+
+
+def silu_and_mul(gate: torch.Tensor, up: torch.Tensor) -> Rivals:
+    """``silu(gate) * up``."""
+
+    def run() -> torch.Tensor:
+        from fla.modules.activations import swiglu
+
+        return swiglu(gate, up)
+
+    return _fla(run)

@@ -1,0 +1,310 @@
+"""How fast is each kernel beside flash-linear-attention's, PyTorch's and what the machine could do
+at best?
+
+    python -m experiments.gpu.kernels [--kernels gdn,conv1d] [--out DIR] [--rivals DIR] [--dry]
+    python -m experiments.gpu.kernels --tune [--kernels linear] [--dry]
+
+A contender is captured into a device graph, and replays of it are timed: what its launches cost the
+host is then no part of its time. One that can not be captured is timed as it is called, behind work
+that covers the host's; the record says so, and where the host took longer than the cover the row is
+``host_bound`` and says nothing of the kernel.
+
+Ours, the rivals and the limit (bytes over the measured copy bandwidth, FLOPs over the measured GEMM
+rate, whichever takes longer) are timed in one run, in alternation. A contender that computes
+something wrong gets no time; where that is ours, the run fails. A rival that raises is reported;
+without a device it fails the run, so that it works when there is one, unless it is Triton's
+interpreter that cannot run it. `experiments.gpu.kernel_rivals` finds flash-linear-attention.
+
+One JSON Lines file per kernel folder goes to DIR (default experiments/results), so that a run can
+be made in parts. With --dry, or without a GPU, tiny shapes run in Triton's interpreter, nothing is
+written unless DIR is given, and every time reads "not measured".
+
+--tune tries other launch parameters (`experiments.gpu.kernel_tuning`) and writes the fast ones to
+kernels/tuned.json, where the launchers find them; dry, it only sees that each candidate is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from engine.runner.device import Device
+from experiments.gpu import interpreter, kernel_rivals
+from experiments.provenance import RESULTS, provenance, write_json_lines
+
+if TYPE_CHECKING:
+    from experiments.gpu.kernel_cases import Case, Setup
+
+ROUNDS = 5
+"""Turns that every contender of a case gets."""
+CALLS = 8
+"""Timed calls in a turn."""
+
+
+class Machine(NamedTuple):
+    """What the device does at best."""
+
+    name: str
+    copy_bytes_s: float
+    gemm_flops_s: float
+
+    def limit_s(self, case: Case) -> float:
+        """The least time in which a case's bytes can be moved and its FLOPs computed."""
+        return max(case.num_bytes / self.copy_bytes_s, case.num_flops / self.gemm_flops_s)
+
+
+class Prepared(NamedTuple):
+    """A contender, ready to be timed."""
+
+    run: Callable[[], object]
+    host_s: float
+    """Of the host, until a call has launched everything; not of a replay."""
+    is_captured: bool
+    """``run`` replays a graph."""
+
+
+class Clock:
+    """Times calls on a device, each with a cold L2 cache."""
+
+    def __init__(self, device: str, scratch_bytes: int = 2**28) -> None:
+        self._device = torch.get_device_module(device)
+        self._where = Device.resolve(device)
+        # Writing this also keeps the device busy while a call and its launches are queued.
+        self._scratch = torch.empty(scratch_bytes, dtype=torch.int8, device=device)
+        self.cover_s = statistics.median(self.seconds(self._scratch.zero_, 3 * CALLS)[CALLS:])
+        """How long that takes: so much of the host's work is hidden behind it."""
+
+    def prepare(self, run: Callable[[], object]) -> Prepared:
+        """Compiles and tunes what is compiled or tuned on first use, then captures, where the
+        device can and ``run`` lets it."""
+        for _ in range(2):
+            run()
+        self._device.synchronize()
+        begin = time.perf_counter()
+        for _ in range(CALLS):
+            run()
+        host_s = (time.perf_counter() - begin) / CALLS
+        self._device.synchronize()
+        if self._where.traits.graph_class is None:
+            return Prepared(run, host_s, False)
+        try:
+            replay = self._where.recorder()(run)
+            replay()
+            self._device.synchronize()
+        except (
+            Exception
+        ):  # it reads on the host what the device computed, or allocates as no graph may
+            self._device.synchronize()
+            return Prepared(run, host_s, False)
+        return Prepared(replay, host_s, True)
+
+    def prepared_seconds(self, run: Callable[[], object]) -> list[float]:
+        """``seconds`` of a contender that is prepared for them alone."""
+        return self.seconds(self.prepare(run).run)
+
+    def seconds(self, run: Callable[[], object], calls: int = CALLS) -> list[float]:
+        """Device time of each of ``calls`` calls."""
+        marks = []
+        for _ in range(calls):
+            self._scratch.zero_()
+            start, end = (self._device.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            marks.append((start, end))
+        self._device.synchronize()
+        return [start.elapsed_time(end) * 1e-3 for start, end in marks]
+
+    def machine(self, device: str) -> Machine:
+        """The copy bandwidth on 1 GiB and the bfloat16 GEMM rate on 8,192 cubed."""
+        source = torch.empty(2**29, dtype=torch.bfloat16, device=device)
+        target = torch.empty_like(source)
+        left, right = (torch.randn(8192, 8192, device=device).bfloat16() for _ in range(2))
+        copy_s = statistics.median(self.seconds(lambda: target.copy_(source), 3 * CALLS)[CALLS:])
+        gemm_s = statistics.median(self.seconds(lambda: left @ right, 3 * CALLS)[CALLS:])
+        name = self._device.get_device_name()
+        return Machine(name, 2 * source.nbytes / copy_s, 2 * 8192**3 / gemm_s)
+
+
+def error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Root mean square error over the root mean square of what is expected; NaN counts as
+    infinite."""
+    result, expected = (x.detach().to("cpu", torch.float64) for x in (result, expected))
+    ratio = (result - expected).square().mean().sqrt() / expected.square().mean().sqrt().clamp(
+        1e-30
+    )
+    return float(ratio.nan_to_num(nan=float("inf"), posinf=float("inf")))
+
+
+def measure(case: Case, clock: Clock | None, machine: Machine | None) -> dict[str, Any]:
+    """A case's record: the gate first, then, on a device, the times of all that passed it."""
+    expected = case.expected()
+    contenders, errors, failures = {"ours": case.run}, {}, {}
+    errors["ours"] = error(case.run(), expected)
+    if errors["ours"] > case.tolerance:
+        del contenders["ours"]
+    tolerance = case.tolerance if case.rival_tolerance is None else case.rival_tolerance
+    for word, run in case.rivals.items():
+        try:
+            errors[word] = error(run(), expected)
+        except Exception as failure:  # another's code must not end a run that is ours
+            failures[word] = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            continue
+        if errors[word] <= tolerance:
+            contenders[word] = run
+    record: dict[str, Any] = {
+        "case": case.name,
+        "is_right": "ours" in contenders,
+        "errors": errors,
+        "failures": failures,
+        "bytes": case.num_bytes,
+        "flops": case.num_flops,
+    }
+    if case.moved_bytes is not None:
+        record["moved_over_least"] = case.moved_bytes / case.num_bytes
+    if clock is None or machine is None:
+        return record | {"seconds": "not measured"}
+    turns: dict[str, list[float]] = {word: [] for word in contenders}
+    prepared = {word: clock.prepare(run) for word, run in contenders.items()}
+    for _ in range(ROUNDS):
+        for word, contender in prepared.items():
+            turns[word] += clock.seconds(contender.run)
+    medians = {word: statistics.median(times) for word, times in turns.items()}
+    spread = {word: statistics.quantiles(times, n=10)[::8] for word, times in turns.items()}
+    limit_s = machine.limit_s(case)
+    record |= {"seconds": medians, "spread_s": spread, "limit_s": limit_s}
+    record |= {
+        "host_s": {word: contender.host_s for word, contender in prepared.items()},
+        "cover_s": clock.cover_s,
+        "not_captured": [word for word, contender in prepared.items() if not contender.is_captured],
+        "host_bound": [
+            word
+            for word, contender in prepared.items()
+            if not contender.is_captured and contender.host_s > clock.cover_s
+        ],
+    }
+    if "ours" in medians:
+        record["share_of_limit"] = limit_s / medians["ours"]
+        record["speedup"] = {w: s / medians["ours"] for w, s in medians.items() if w != "ours"}
+    return record
+
+
+def row(record: dict[str, Any]) -> str:
+    """A record as a line of the table."""
+    gate = "right" if record["is_right"] else f"WRONG ({record['errors']['ours']:.1e})"
+    failed = [f"{word} FAILED" for word in record["failures"]]
+    failed += [f"{word} HOST-BOUND" for word in record.get("host_bound", ())]
+    start = f"{record['case']:<34} {gate:<7}"
+    if isinstance(record["seconds"], str):
+        return "  ".join([f"{start} {record['seconds']}", *failed])
+    if not record["is_right"]:
+        return start
+    versus = [
+        f"{word} {record['speedup'][word]:.2f}x" if word in record["speedup"] else f"{word} WRONG"
+        for word in record["errors"]
+        if word != "ours"
+    ]
+    times = (
+        f"{record['seconds']['ours'] * 1e6:10.1f} us  {record['share_of_limit']:6.1%} of the limit"
+    )
+    if "moved_over_least" in record:
+        times += f", {record['moved_over_least']:.2f}x its bytes"
+    return "  ".join([f"{start} {times}", *versus, *failed])
+
+
+def folders() -> list[str]:
+    """The kernel folders that have cases."""
+    package = importlib.import_module("experiments.gpu.kernel_cases")
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__))
+
+
+def cases(folder: str, setup: Setup) -> Iterator[Case]:
+    """The cases of one kernel folder, built one at a time."""
+    return importlib.import_module(f"experiments.gpu.kernel_cases.{folder}").cases(setup)
+
+
+def bench(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
+    """Measure all cases of these folders; whether ours is right everywhere and, dry, every rival
+    has run."""
+    machine = clock and clock.machine(setup.device)
+    if machine:
+        print(
+            f"{machine.name}: copies {machine.copy_bytes_s:.3g} B/s, GEMM "
+            f"{machine.gemm_flops_s:.3g} FLOP/s"
+        )
+    counts = {"right": 0, "wrong": 0, "failed rivals": 0}
+    for folder in names:
+        torch.manual_seed(0)
+        records, start = [], time.monotonic()
+        for case in cases(folder, setup):
+            records.append(measure(case, clock, machine))
+            counts["right" if records[-1]["is_right"] else "wrong"] += 1
+            counts["failed rivals"] += sum(
+                not why.startswith("InterpreterError") for why in records[-1]["failures"].values()
+            )
+            print(row(records[-1]), flush=True)
+        print(f"-- {folder}: {len(records)} cases in {time.monotonic() - start:.0f} s", flush=True)
+        if out:
+            header = {"machine": machine._asdict() if machine else "not measured"}
+            write_json_lines(out / f"bench_kernels_{folder}.jsonl", [header, *records])
+    print(json.dumps(counts))
+    return not counts["wrong"] and not (setup.is_dry and counts["failed rivals"])
+
+
+def tune(names: list[str], setup: Setup, clock: Clock | None, out: Path | None) -> bool:
+    """Try the launch parameters of these folders' kernels; whether dry every candidate is right."""
+    from experiments.gpu import kernel_tuning
+    from kernels import tuning
+
+    seconds = clock and clock.prepared_seconds
+    records = []
+    for folder in names:
+        torch.manual_seed(0)
+        trials = kernel_tuning.tune(cases(folder, setup), error, seconds)
+        for trial in trials:
+            records.append(trial.record())
+            print(json.dumps(records[-1]), flush=True)
+        if clock:
+            device = torch.get_device_module(setup.device).get_device_name()
+            tuning.write(tuning.PATH, device, kernel_tuning.table_of(trials), provenance())
+    if out:
+        write_json_lines(out / "tune_kernels.jsonl", records)
+    return not setup.is_dry or not any(record["refused"] for record in records)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", help="folders, separated by commas (default: all)")
+    parser.add_argument("--out", type=Path, help="where the JSON lines go")
+    parser.add_argument(
+        "--rivals", type=Path, default=kernel_rivals.FOLDER, help="folder with fla-core in it"
+    )
+    parser.add_argument("--tune", action="store_true", help="look for fast launch parameters")
+    parser.add_argument("--dry", action="store_true", help="tiny shapes in the interpreter")
+    args = parser.parse_args()
+    is_dry = args.dry or not torch.accelerator.is_available()
+    if is_dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # before a kernel module imports triton
+        interpreter.repair()
+    kernel_rivals.find(args.rivals)
+    device = "cpu" if is_dry else torch.accelerator.current_accelerator().type
+    setup = importlib.import_module("experiments.gpu.kernel_cases").Setup(device, is_dry)
+    clock = None if is_dry else Clock(device)
+    names = args.kernels.split(",") if args.kernels else folders()
+    out = args.out or (None if is_dry else RESULTS)
+    sys.exit(0 if (tune if args.tune else bench)(names, setup, clock, out) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""Is the engine on this device right, and exact? Logits beside the CPU's; hits beside cold runs,
+bit for bit.
+
+    python -m experiments.gpu.parity --out DIR [--dry]
+
+A part of `make gpu`. Fails where logits are far from the CPU's or a hit changes a bit. In float32
+they must be the CPU's but for the order of sums. In bfloat16 every device rounds elsewhere, so both
+are held against the CPU in float32: the device may be little further from it than the CPU in
+bfloat16 is. That is measured without experts: rounding decides between near-equal ones, and another
+expert is another answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.requests.sampling_params import SamplingParams
+from engine.runner.backends import all_fused
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
+from engine.schedule.batch import Batch, Segment
+from experiments.gpu import interpreter
+from experiments.gpu.models import SMALL, SMALL_DENSE, TINY, write_checkpoint, write_geometry
+from experiments.provenance import write_json_lines
+
+FLOAT32_ERROR = 1e-3
+"""Root mean square error of logits against the CPU in float32, over their spread."""
+MORE_THAN_CPU = 1.5
+"""In bfloat16: that error over the CPU's own in bfloat16."""
+
+MAX_RUNNING = 64
+
+
+@dataclass
+class Prompt:
+    """A prompt's places in one runner."""
+
+    tokens: list[int]
+    row: int
+    slot: int
+    kv: np.ndarray
+    checkpoints: dict[int, int] = field(default_factory=dict)
+    """Position to slot."""
+
+
+class Feed:
+    """Drives a runner by hand: rows, slots and scattered KV rows are counted out and never
+    returned."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self._rows = iter(range(MAX_RUNNING))
+        self._slots = iter(range(runner.memory.num_slots))
+        self._kv = (
+            np.random.default_rng(1).permutation(runner.memory.num_kv_tokens).astype(np.int32)
+        )
+
+    def place(self, tokens: Sequence[int], base: Prompt | None = None, at: int = 0) -> Prompt:
+        """A prompt, with the KV rows of the first ``at`` tokens of ``base``."""
+        new, self._kv = np.split(self._kv, [len(tokens) - at])
+        kv = np.concatenate([base.kv[:at], new]) if base is not None else new
+        return Prompt(list(tokens), next(self._rows), next(self._slots), kv)
+
+    def forward(
+        self, parts: Sequence[tuple[Prompt, int, int]], restores: Sequence[tuple[int, int]] = ()
+    ) -> list[torch.Tensor]:
+        """Logits of every token start:end of each prompt, in one batch; states at multiples of 64
+        go to ``checkpoints``."""
+        segments = []
+        for prompt, start, end in parts:
+            exports = [(at, next(self._slots)) for at in range(start + 64, end + 1, 64)]
+            prompt.checkpoints.update(exports)
+            tokens = np.array(prompt.tokens[start:end], np.int32)
+            segments.append(
+                Segment(prompt.row, prompt.slot, tokens, start, False, tuple(exports), "all")
+            )
+        writes = tuple((prompt.row, 0, prompt.kv) for prompt, _, _ in parts)
+        logits = self.runner.forward(Batch(tuple(segments), tuple(restores), writes))
+        return list(logits.cpu().split([end - start for _, start, end in parts]))
+
+
+def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner:
+    """On the device tried, with every kernel fused; in a dry run on the CPU, interpreted."""
+    where: dict[str, Any] = {"device": "cpu", "kernels": all_fused()} if dry else {}
+    memory = {"kv_gib": 0.01, "state_gib": 0.01} if dry else {"kv_gib": 2.0, "state_gib": 8.0}
+    config = EngineConfig(
+        model=path,
+        dtype=dtype,
+        max_running=MAX_RUNNING,
+        warm_up=False,
+        **(where | memory | options),
+    )
+    return ModelRunner(config)
+
+
+def parity(path: str, dry: bool, dtype: str, tokens: list[int]) -> dict[str, Any]:
+    """Logits of one prompt, against the CPU's plain PyTorch."""
+
+    def logits(runner: ModelRunner) -> torch.Tensor:
+        feed = Feed(runner)
+        return feed.forward([(feed.place(tokens), 0, len(tokens))])[0].float()
+
+    def on_cpu(dtype: str) -> torch.Tensor:
+        plain: dict[str, Any] = {"device": "cpu", "kernels": "", "kv_gib": 0.1, "state_gib": 0.5}
+        return logits(make_runner(path, dry, dtype, **plain))
+
+    expected = on_cpu("float32")
+    rounded = on_cpu(dtype) if dtype != "float32" else None
+    return {"check": "parity", "dtype": dtype} | compare(
+        logits(make_runner(path, dry, dtype)), expected, rounded
+    )
+
+
+def compare(
+    got: torch.Tensor, expected: torch.Tensor, rounded: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """How far ``got`` is from ``expected``, both ``[T, vocab]``, and whether that passes;
+    ``rounded`` is the CPU's in the dtype of ``got``, None for float32."""
+
+    def error(logits: torch.Tensor) -> float:
+        return float((logits - expected).square().mean().sqrt() / expected.std())
+
+    bound = FLOAT32_ERROR if rounded is None else MORE_THAN_CPU * error(rounded)
+    divergence = torch.nn.functional.kl_div(
+        got.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="batchmean"
+    )
+    return {
+        "passed": error(got) < bound,
+        "relative_error": error(got),
+        "bound": bound,
+        "kl": float(divergence),
+        "same_argmax": float((got.argmax(-1) == expected.argmax(-1)).float().mean()),
+    }
+
+
+def exactness(
+    path: str, dry: bool, dtype: str, lengths: Sequence[int], **options: Any
+) -> dict[str, Any]:
+    """Every prompt computed alone from zero, then all resumed in one batch: the first at its last
+    checkpoint, others anywhere."""
+    feed = Feed(make_runner(path, dry, dtype, load_format="dummy", **options))
+    draw = np.random.default_rng(2)
+    cold, logits, resumed, parts, restores = [], [], [], [], []
+    for length in lengths:
+        tokens = draw.integers(0, 256, length).tolist()
+        prompt = feed.place(tokens)
+        cold.append(prompt)
+        logits += feed.forward([(prompt, 0, length)])
+        last = (length - 1) // 64
+        at = 64 * int(draw.integers(0, last + 1) if resumed else last)
+        resumed.append(feed.place(tokens, prompt, at))
+        parts.append((resumed[-1], at, length))
+        if at:
+            restores.append((prompt.checkpoints[at], resumed[-1].slot))
+    hits = feed.forward(parts, restores)
+    num_wrong = sum(
+        int((hit != whole[start:]).sum())
+        for hit, whole, (_, start, _) in zip(hits, logits, parts, strict=True)
+    )
+    return {
+        "check": "hits are exact",
+        "dtype": dtype,
+        "passed": num_wrong == 0,
+        "prompts": len(lengths),
+        "resumed_at": [start for _, start, _ in parts],
+        "logits": sum(hit.numel() for hit in hits),
+        "logits_that_differ": num_wrong,
+        **options,
+    }
+
+
+def same_answers(
+    path: str, dry: bool, num_turns: int, num_prompt: int, num_output: int
+) -> dict[str, Any]:
+    """Greedy answers of conversations through the whole engine, with and without the cache, as many
+    at once as there are."""
+    answers, cached = {}, {}
+    for cache in ("hybrid", "none"):
+        dtype = "float32" if dry else "bfloat16"
+        runner = make_runner(path, dry, dtype, load_format="dummy", prefix_cache=cache)
+        config = EngineConfig(model=path, prefix_cache=cache, exact=True)
+        engine = Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+        draw = np.random.default_rng(3)
+        histories: list[list[int]] = [
+            draw.integers(0, 256, num_prompt).tolist() for _ in range(1 if dry else 16)
+        ]
+        sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
+        outputs, cached[cache] = [], 0
+        for _ in range(num_turns):
+            done = engine.generate(histories, sampling)
+            outputs.append([output.token_ids for output in done])
+            cached[cache] += sum(output.cached_len for output in done)
+            for history, output in zip(histories, done, strict=True):
+                history += [*output.token_ids, *draw.integers(0, 256, num_prompt // 8).tolist()]
+        engine.check()
+        answers[cache] = outputs
+    same = sum(a == b for a, b in zip(answers["hybrid"], answers["none"], strict=True))
+    return {
+        "check": "a cache changes no answer",
+        "passed": same == num_turns and cached["hybrid"] > 0 == cached["none"],
+        "turns": num_turns,
+        "turns_alike": same,
+        "cached_tokens": cached["hybrid"],
+    }
+
+
+def checks(dry: bool, directory: Path) -> Iterator[dict[str, Any]]:
+    """Parity on written weights, which are the same on both devices; the rest on weights drawn on
+    the device tried."""
+    geometry = TINY if dry else SMALL
+    written = write_checkpoint(directory / "experts", geometry)
+    tokens = np.random.default_rng(0).integers(0, 256, 40 if dry else 700).tolist()
+    lengths = [70, 40] if dry else [2500, 1, 63, 64, 65, 130, 700, 1030, 333, 96]
+    yield parity(written, dry, "float32", tokens)
+    if not dry:  # Triton's interpreter can not multiply bfloat16
+        dense = write_checkpoint(directory / "dense", SMALL_DENSE)
+        yield parity(dense, dry, "bfloat16", tokens)
+    path = write_geometry(directory / "drawn", geometry)
+    for dtype in ("float32",) if dry else ("float32", "bfloat16"):
+        yield exactness(path, dry, dtype, lengths)
+    for quantization in () if dry else ("int8", "fp8"):
+        if Device.resolve(None).supports(quantization):
+            yield exactness(path, dry, "bfloat16", lengths, quantization=quantization)
+    yield same_answers(path, dry, *((2, 66, 1) if dry else (4, 300, 32)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
+    parser.add_argument("--out", type=Path, required=True, help="folder of parity.jsonl")
+    options = parser.parse_args()
+    if options.dry:
+        interpreter.repair()
+    records = []
+    with tempfile.TemporaryDirectory() as directory:
+        for record in checks(options.dry, Path(directory)):
+            print(record, flush=True)
+            records.append(record)
+            write_json_lines(options.out / "parity.jsonl", records)
+    failed = [record["check"] for record in records if not record["passed"]]
+    print(f"{len(records) - len(failed)} of {len(records)} checks passed.")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,395 @@
+"""How fast does one device serve? Decoding at 1 to 64 streams with graphs and without, steps that
+verify drafts with a graph of their own and without, what a prefix hit spares, what `--exact` costs,
+and a sweep of loads on a server.
+
+    python -m experiments.gpu.serving --part serve|http|big --out DIR [--dry]
+
+Parts of `make gpu`: dummy weights in the geometry of real models. ``serve`` and ``http`` take one
+of 2 billion parameters, ``big`` Qwen3-Next-80B-A3B's with 8-bit weights. Each writes
+DIR/<part>.jsonl; ``serve`` and ``big`` keep what this code has measured already.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import importlib.util
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from engine.async_engine import AsyncEngine
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.requests.sampling_params import SamplingParams
+from engine.runner.backends import all_fused
+from engine.runner.device import Device
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
+from engine.schedule.observed import StepReport
+from engine.text.outputs import RequestOutput
+from experiments.benchmarks.serving import conversation_jobs, over_http, sweep, table
+from experiments.benchmarks.serving_load import Client, EngineClient, Load, Targets
+from experiments.gpu import exact_price, interpreter
+from experiments.gpu.exact_price import Talk
+from experiments.gpu.models import DENSE_2B, QWEN3_NEXT_80B, TINY, write_geometry, write_tokenizer
+from experiments.provenance import code_hash, read_json_lines, write_json_lines
+from hybridcache.geometry.units import GIB
+
+MAX_RUNNING = 64
+MAX_DRAFTED = 4
+"""Streams that are drafted for: as many as get full drafts."""
+SERVED_RUNNING = 256
+"""Requests at the same time on a server under load: its most clients."""
+SERVED_SHARE = 0.5
+"""Of the free memory that a server's cache gets, with the cache or without: said outright, or what
+one leaves would size the next."""
+
+TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much is measured."""
+
+    streams: tuple[int, ...]
+    num_input: int
+    num_output: int
+    num_long: int
+    """Length of the prompt that hits."""
+    num_repeats: int
+    talk: Talk
+    concurrency: tuple[int, ...]
+    rates: tuple[float, ...]
+    """Conversations that begin in a second."""
+    num_jobs: int
+    num_answer: int
+    seconds: float
+    """Longest time under one load."""
+    max_model_len: int
+
+
+FULL = Scale(
+    streams=(1, 4, 16, 64),
+    num_input=1024,
+    num_output=128,
+    num_long=8192,
+    num_repeats=5,
+    talk=Talk(16, 4, 500, 100, 2),
+    concurrency=(1, 4, 16, 64, 256),
+    rates=(4.0, 16.0),
+    num_jobs=256,
+    num_answer=128,
+    seconds=6.0,
+    max_model_len=16384,
+)
+BIG = replace(FULL, streams=(1, 8, 16, 64), talk=Talk(16, 3, 500, 100, 1))
+DRY = Scale(
+    streams=(2,),
+    num_input=8,
+    num_output=3,
+    num_long=72,
+    num_repeats=1,
+    talk=Talk(1, 2, 60, 5, 1),
+    concurrency=(2,),
+    rates=(),
+    num_jobs=2,
+    num_answer=3,
+    seconds=30.0,
+    max_model_len=1024,
+)
+DRY_BIG = replace(DRY, talk=Talk(1, 2, 2, 2, 1))
+
+
+class Bench:
+    """One engine, and the reports of its steps."""
+
+    def __init__(self, path: str, dry: bool, scale: Scale, **options: Any) -> None:
+        where: dict[str, Any] = {"max_running": MAX_RUNNING, "max_model_len": scale.max_model_len}
+        if dry:
+            where = {"device": "cpu", "kernels": all_fused(), "cache_gib": 0.02}
+        self.config = EngineConfig(model=path, load_format="dummy", **(where | options))
+        self.steps: list[StepReport] = []
+        begin = time.perf_counter()
+        self.runner = ModelRunner(self.config)
+        self.load_s = time.perf_counter() - begin
+        self.engine = Engine(
+            self.config,
+            runner=self.runner,
+            sampler=Sampler(self.runner.vocab_size),
+            observer=self.steps.append,
+        )
+        self._draw = np.random.default_rng(0)
+
+    def close(self) -> None:
+        """Give the device's memory back, so that the next engine is sized by all of it."""
+        device = self.runner.device
+        del self.engine, self.runner
+        gc.collect()
+        device.release()
+
+    def tokens(self, count: int) -> list[int]:
+        return self._draw.integers(0, 256, count).tolist()
+
+    def answer(
+        self, prompts: Sequence[list[int]], num_output: int, boundary: int | None = None
+    ) -> list[RequestOutput]:
+        """All prompts at once, to the end."""
+        sampling = SamplingParams(max_tokens=num_output, temperature=0.0, ignore_eos=True)
+        boundaries = () if boundary is None else (boundary,)
+        for prompt in prompts:
+            self.engine.submit(prompt, sampling, boundaries=boundaries)
+        self.steps.clear()
+        done = []
+        while self.engine.has_work():
+            done += [output for output in self.engine.step() if output.is_finished]
+        return done
+
+    def decoding(self, streams: int, scale: Scale) -> dict[str, Any]:
+        """Streams that begin together. The decode step is one in which all decode and nothing else
+        happens: what others publish as the time per token of so many streams. TPOT beside it is
+        what a request sees whose first tokens share their steps with the prompts behind it."""
+        prompts = [self.tokens(scale.num_input) for _ in range(streams)]
+        self.answer(prompts, 2)
+        self.engine.reset_prefix_cache()
+        done = self.answer(prompts, scale.num_output)
+        full = [
+            s for s in self.steps if not s.num_prefill_tokens and s.num_decode_tokens == streams
+        ]
+        times = [seconds(step) for step in full]
+        hosts = [(s.schedule_s + s.commit_s) / t for s, t in zip(full, times, strict=True)]
+        tpot = [output.timings.tpot_s(len(output.output)) or 0.0 for output in done]
+        return {
+            "measure": "decoding",
+            "streams": streams,
+            "input": scale.num_input,
+            "output": scale.num_output,
+            "ttft_ms_mean": 1e3 * statistics.mean(output.timings.ttft_s or 0.0 for output in done),
+            "decode_step_ms_median": 1e3 * statistics.median(times) if times else None,
+            "decode_steps": len(full),
+            "tpot_with_others_prefills_ms_median": 1e3 * statistics.median(tpot),
+            "host_share_median": statistics.median(hosts) if hosts else None,
+        }
+
+    def verifying(self, streams: int, scale: Scale) -> dict[str, Any]:
+        """Answers given once more, so that the tree guesses what follows: steps that verify drafts
+        and do nothing else."""
+        prompts = [self.tokens(scale.num_input) for _ in range(streams)]
+        self.engine.reset_prefix_cache()
+        self.answer(prompts, scale.num_output)
+        done = self.answer(prompts, scale.num_output)
+        full = [
+            s
+            for s in self.steps
+            if not s.num_prefill_tokens and s.num_decode_tokens > s.num_running
+        ]
+        lengths = [output.drafts.acceptance_len for output in done]
+        return {
+            "measure": "verifying",
+            "streams": streams,
+            "input": scale.num_input,
+            "output": scale.num_output,
+            "verify_step_ms_median": 1e3 * statistics.median(map(seconds, full)) if full else None,
+            "verify_steps": len(full),
+            "tokens_verified_median": (
+                statistics.median(s.num_decode_tokens for s in full) if full else None
+            ),
+            "acceptance_len": lengths,
+        }
+
+    def hit(self, scale: Scale, share: float = 0.9) -> dict[str, Any]:
+        """TTFT of a prompt of which ``share`` was computed before, over that of one that is new."""
+        at = int(scale.num_long * share) // 64 * 64
+        self.answer([self.tokens(scale.num_long)], 1)
+        cold, warm, cached = [], [], []
+        for _ in range(scale.num_repeats):
+            prefix = self.tokens(at)
+            for times in (cold, warm):
+                prompt = prefix + self.tokens(scale.num_long - at)
+                [output] = self.answer([prompt], 1, boundary=at)
+                times.append(output.timings.ttft_s or 0.0)
+            cached.append(output.cached_len)
+        return {
+            "measure": "prefix hit",
+            "prompt": scale.num_long,
+            "cached": cached,
+            "cold_ttft_ms": [1e3 * t for t in cold],
+            "hit_ttft_ms": [1e3 * t for t in warm],
+            "ratio_median": statistics.median(b / a for a, b in zip(cold, warm, strict=True)),
+        }
+
+
+def seconds(step: StepReport) -> float:
+    """From its scheduling to its commit."""
+    return step.schedule_s + step.forward_s + step.sample_s + step.wait_s + step.commit_s
+
+
+Records = Sequence[dict[str, Any]]
+
+
+def known_records(file: Path, code: str) -> Records:
+    """What an earlier run of the same code has left in ``file``."""
+    try:
+        before, records = read_json_lines(file)
+    except (OSError, ValueError, KeyError):
+        return []
+    return records if (before.get("settings") or {}).get("code") == code else []
+
+
+def measure(
+    path: str, dry: bool, scale: Scale, known: Records = (), **options: Any
+) -> Iterator[dict[str, Any]]:
+    """Everything on one load of the weights; the graphs captured at the start are used, or left
+    aside. What is ``known`` is not measured again."""
+
+    def found(**key: Any) -> Records:
+        return [record for record in known if key.items() <= record.items()]
+
+    bench = Bench(path, dry, scale, **options)
+    runner = bench.runner
+    warmed = runner.warmed
+    yield {
+        "measure": "start",
+        "load_s": bench.load_s,
+        "warm_up_s": warmed.seconds if warmed else None,
+        "warm_up_bytes": warmed.num_bytes if warmed else None,
+        "warm_up": warmed.describe() if warmed else None,
+        "token_budget": bench.engine.config.token_budget,
+        "max_running": bench.config.max_running,
+        "device": runner.device.describe(),
+        **options,
+    }
+    decodes, prefills = runner.graphs
+    uses = {"all": (decodes, prefills), "decode": (decodes, None), "off": (None, None)}
+    for graphs in uses if decodes is not None else ("off",):
+        runner.graphs = uses[graphs]
+        setting = {"graphs": graphs, **options}
+        for streams in scale.streams:
+            before = found(measure="decoding", graphs=graphs, streams=streams)
+            yield before[0] if before else bench.decoding(streams, scale) | setting
+        before = found(measure="prefix hit", graphs=graphs)
+        yield before[0] if before else bench.hit(scale) | setting
+    runner.graphs = decodes, prefills
+    prices = found(measure="exact")
+    if any("ttft_ratio_median" in record for record in prices):
+        yield from prices
+    else:
+        for record in exact_price.price(runner, bench.config, scale.talk):
+            yield record | options
+    bench.close()
+
+
+def drafted(path: str, dry: bool, scale: Scale, known: Records = ()) -> Iterator[dict[str, Any]]:
+    """Steps with drafts on a load of its own: each one graph, a graph per dense piece, or launched
+    kernel by kernel."""
+    before = [record for record in known if record["measure"] == "verifying"]
+    if before:
+        yield from before
+        return
+    bench = Bench(path, dry, scale, draft="tree:4", max_running=MAX_DRAFTED)
+    runner = bench.runner
+    graphs, verifies = runner.graphs, runner.verify_graphs
+    uses: dict[str, Any] = {"all": (graphs, verifies), "pieces": (graphs, None)}
+    uses = (uses if verifies is not None else {}) | {"off": ((None, None), None)}
+    streams = sorted({min(count, MAX_DRAFTED) for count in scale.streams})
+    records = []
+    for word, (runner.graphs, runner.verify_graphs) in uses.items():
+        records += [bench.verifying(count, scale) | {"graphs": word} for count in streams]
+    bench.close()
+    yield from records
+
+
+def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
+    """Conversations with lengths like ShareGPT's, with the cache and without: on a server process
+    where its packages are installed, else on an engine in this one."""
+    missing = [name for name in ("fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    scale = replace(scale, max_model_len=scale.max_model_len // 2)  # twice the longest prompt
+    device = Device.resolve("cpu" if dry else None)
+    settings: dict[str, Any] = {
+        "max_running": SERVED_RUNNING,
+        "max_model_len": scale.max_model_len,
+        "cache_gib": 0.02 if dry else round(SERVED_SHARE * device.free_bytes() / GIB, 1),
+    }
+    settings["token_budget"] = EngineConfig().settled(on_cpu=device.is_cpu).token_budget
+    flags = ["--model", path, "--load-format", "dummy", *(["--device", "cpu"] if dry else [])]
+    for name, value in settings.items():
+        flags += [f"--{name.replace('_', '-')}", str(value)]
+
+    @asynccontextmanager
+    async def in_process(cache: Literal["hybrid", "none"]) -> AsyncIterator[Client]:
+        bench = Bench(path, dry, scale, prefix_cache=cache, **settings)
+        client = EngineClient(AsyncEngine(bench.engine))
+        try:
+            yield client
+        finally:
+            await client.close()
+            del client
+            bench.close()
+
+    if missing:
+        print(f"Without {' and '.join(missing)} there is no server here: no HTTP in these figures.")
+        servers = {cache: in_process(cache) for cache in ("hybrid", "none")}
+    else:
+        servers = {c: over_http([*flags, "--prefix-cache", c]) for c in ("hybrid", "none")}
+    loads = [
+        *(Load(concurrency=n) for n in scale.concurrency),
+        *(Load(per_s=r) for r in scale.rates),
+    ]
+    jobs = conversation_jobs(
+        path, scale.num_jobs, cap=scale.max_model_len // 2, num_output=scale.num_answer, made_up=dry
+    )
+    records = asyncio.run(sweep(servers, jobs, loads, TARGETS, scale.seconds))
+    print(table(records))
+    by = "engine" if missing else "server"
+    return [{"measure": "serving", "by": by} | record | settings for record in records]
+
+
+def records_of(
+    part: str, dry: bool, directory: Path, known: Records = ()
+) -> Iterator[dict[str, Any]]:
+    full, small = (BIG, DRY_BIG) if part == "big" else (FULL, DRY)
+    scale = small if dry else full
+    config = TINY if dry else QWEN3_NEXT_80B if part == "big" else DENSE_2B
+    path = write_geometry(directory, config)
+    if part == "http":
+        write_tokenizer(directory)
+        yield from http(path, dry, scale)
+    elif part == "big":
+        quantization = "fp8" if Device.resolve(None).supports("fp8") and not dry else "int8"
+        yield from measure(path, dry, scale, known, quantization=quantization)
+    else:
+        yield from measure(path, dry, scale, known)
+        yield from drafted(path, dry, scale, known)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--part", choices=("serve", "http", "big"), required=True)
+    parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results")
+    options = parser.parse_args()
+    if options.dry:
+        interpreter.repair()
+    code, file = code_hash(), options.out / f"{options.part}.jsonl"
+    known, records = known_records(file, code), []
+    with tempfile.TemporaryDirectory() as directory:
+        for record in records_of(options.part, options.dry, Path(directory), known):
+            print(record, flush=True)
+            records.append(record)
+            rest = [record for record in known if record not in records]
+            write_json_lines(file, [*records, *rest], {"code": code})
+    write_json_lines(file, records, {"code": code})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,244 @@
+"""Sweep admission policies over the rate of sessions: which stay on the good side of the cliff?
+
+    python -m experiments.studies.admission [--seeds 11 12] [--workers 2] [--only proto chat]
+
+Three agent and two chat workloads, five rates each, on the learned pair of policies, in closed
+loop. Finished runs are kept in ``results/admission.jsonl`` and not repeated; the table
+``results/admission.txt`` and ``figures/admission.png`` are made of all that it holds. Seeds, rates
+and memory are declared in ``splits.toml``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from experiments.provenance import code_hash, provenance
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import LinearSteps
+from hybridcache.lab.figures import closed_loop_figure
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.closed_loop import ClosedLoop, ClosedLoopRun, run_closed_loop
+from hybridcache.lab.simulation.target import RunConfig
+from hybridcache.lab.trace import Trace, TraceRequest
+
+HERE = Path(__file__).resolve().parents[1]
+SPLITS = tomllib.loads((HERE / "splits.toml").read_text(encoding="utf-8"))["admission"]
+RESULTS, TABLE = HERE / "results/admission.jsonl", HERE / "results/admission.txt"
+FIGURE = HERE / "figures/admission.png"
+VOCABULARY = 50_000
+CODE = ("hybridcache",)
+UNLIMITED = ("oldest", "cached-first", "sessions")
+NEAR = 1.05
+"""Up to so many times the best makespan and mean TTFT count as near the best."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How the sessions of one workload look; pairs are the least and the most, in tokens."""
+
+    first: tuple[int, int]
+    turns: tuple[int, int]
+    added: tuple[int, int]
+    answer: tuple[int, int]
+    pause_s: tuple[float, float]
+    """Median, and spread of the logarithm."""
+    head: int = 0
+    """Tokens of the system prompt; one of ``num_heads``."""
+    num_heads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Sessions whose kind may change over time, and the engine that serves them."""
+
+    num_sessions: int
+    kinds: tuple[Kind, ...]
+    """One after the other, for equal parts of the sessions."""
+    num_rows: int
+    """KV rows that the memory holds."""
+    token_budget: int
+    fixed: tuple[int, ...]
+    """Fixed numbers of live sessions to compare with."""
+
+    def trace(self, name: str, seed: int) -> Trace:
+        """Return the sessions that ``seed`` draws."""
+        requests = tuple(self._requests(np.random.default_rng(seed)))
+        return Trace(name, 1, requests.__iter__)
+
+    def _requests(self, rng: np.random.Generator) -> Iterator[TraceRequest]:
+        def text(lengths: tuple[int, int]) -> np.ndarray:
+            return rng.integers(0, VOCABULARY, rng.integers(*lengths, endpoint=True), np.int32)
+
+        heads = {
+            kind: [text((kind.head, kind.head)) for _ in range(kind.num_heads)]
+            for kind in self.kinds
+        }
+        for session in range(self.num_sessions):
+            kind = self.kinds[session * len(self.kinds) // self.num_sessions]
+            head = heads[kind][session % kind.num_heads]
+            said, now_s = np.concatenate((head, text(kind.first))), 0.0
+            boundaries = (kind.head,) if kind.head else ()
+            for _ in range(rng.integers(*kind.turns, endpoint=True)):
+                said, answer = np.concatenate((said, text(kind.added))), text(kind.answer)
+                yield TraceRequest(now_s, session, None, said, answer, boundaries)
+                said = np.concatenate((said, answer))
+                median, spread = kind.pause_s
+                now_s += float(rng.lognormal(np.log(median), spread))
+
+
+AGENT = Kind((2000, 6000), (6, 30), (100, 700), (30, 120), (4.0, 0.9))
+WORKLOADS = {
+    "agents": Workload(60, (AGENT,), 260_000, 2048, (10, 14, 18, 24)),
+    "changing agents": Workload(
+        60,
+        (
+            AGENT,
+            Kind((15_000, 30_000), (5, 15), (200, 1500), (30, 120), (4.0, 0.9)),
+            Kind((500, 1500), (3, 10), (50, 300), (30, 120), (15.0, 1.0)),
+        ),
+        260_000,
+        2048,
+        (6, 10, 14, 20),
+    ),
+    "coding agents": Workload(
+        40,
+        (Kind((500, 3000), (10, 40), (100, 1500), (30, 250), (3.0, 1.2), 8000),),
+        300_000,
+        2048,
+        (8, 12, 16, 24),
+    ),
+    "chats": Workload(
+        120,
+        (Kind((0, 100), (3, 16), (20, 300), (100, 500), (25.0, 1.0), 1500, 4),),
+        160_000,
+        2048,
+        (24, 32, 48, 64),
+    ),
+    "short chats": Workload(
+        150,
+        (Kind((0, 50), (1, 10), (20, 200), (100, 600), (30.0, 1.0), 300),),
+        160_000,
+        2048,
+        (24, 32, 48, 64),
+    ),
+}
+
+
+def admissions(name: str) -> tuple[str, ...]:
+    return *UNLIMITED, *(f"live:{limit}" for limit in WORKLOADS[name].fixed)
+
+
+def serve(cell: tuple[str, int, float, str]) -> ClosedLoopRun:
+    """One run. Clients of a fixed limit say when a session has ended; others need not."""
+    name, seed, rate, admission = cell
+    workload, geometry = WORKLOADS[name], ModelGeometry.preset("qwen3-next")
+    config = RunConfig(
+        geometry,
+        budget_bytes=workload.num_rows * geometry.kv_bytes_per_token,
+        policy="regret",
+        checkpoints="regret",
+    )
+    loop = ClosedLoop(
+        LinearSteps(),
+        rate,
+        seed=seed,
+        token_budget=workload.token_budget,
+        admission=admission,
+        tells_ends=admission.startswith("live"),
+    )
+    return run_closed_loop(workload.trace(name, seed), config, loop)
+
+
+def known_runs() -> list[ClosedLoopRun]:
+    """Return the finished runs. SystemExit if other code made them."""
+    if not RESULTS.exists():
+        return []
+    first, *lines = RESULTS.read_text(encoding="utf-8").splitlines()
+    if json.loads(first)["code"] != code_hash(CODE):
+        raise SystemExit(f"{RESULTS} was made by other code: delete it to run every cell again.")
+    return [ClosedLoopRun(**json.loads(line)) for line in lines]
+
+
+def mean(runs: Sequence[ClosedLoopRun], field: str) -> float:
+    return sum(getattr(run, field) for run in runs) / len(runs)
+
+
+def summary(runs: Sequence[ClosedLoopRun]) -> str:
+    """A row for each workload and rate: the policies against the best fixed number of sessions."""
+    header = ["workload, sessions/s", "seeds", "best fixed: mean TTFT, makespan"]
+    for word in UNLIMITED:
+        header += [f"{word}: hit, %", "TTFT", "p99", "goodput/s", "makespan"]
+    rows = []
+    for name, rate in dict.fromkeys((run.trace, run.rate) for run in runs):
+        cell = [run for run in runs if (run.trace, run.rate) == (name, rate)]
+        by_word = {
+            word: [run for run in cell if run.admission == word] for word in admissions(name)
+        }
+        seeds = set.intersection(*({run.seed for run in each} for each in by_word.values()))
+        if not seeds:
+            continue
+        by_word = {
+            word: [run for run in each if run.seed in seeds] for word, each in by_word.items()
+        }
+        fixed = [each for word, each in by_word.items() if word not in UNLIMITED]
+        ttft_s = min(mean(each, "ttft_mean_s") for each in fixed)
+        makespan_s = min(mean(each, "makespan_s") for each in fixed)
+        row = [f"{name}, {rate:g}", str(len(seeds)), f"{ttft_s:.2f} s, {makespan_s:.0f} s"]
+        for word in UNLIMITED:
+            each = by_word[word]
+            row += [
+                f"{100 * mean(each, 'token_hit_rate'):.1f}",
+                f"{mean(each, 'ttft_mean_s') / ttft_s:.2f}x",
+                f"{mean(each, 'ttft_p99_s'):.1f} s",
+                f"{mean(each, 'goodput'):.2f}",
+                f"{mean(each, 'makespan_s') / makespan_s:.3f}x",
+            ]
+        rows.append(row)
+    note = "TTFT and makespan are ratios to the best fixed number, chosen for each separately."
+    return f"{text_table(header, rows)}\n{note}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=SPLITS["evaluation"]["seeds"])
+    parser.add_argument("--only", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    parser.add_argument("--workers", type=int, default=1)
+    options = parser.parse_args()
+    done = {(run.trace, run.seed, run.rate, run.admission) for run in known_runs()}
+    cells = [
+        (name, seed, rate, admission)
+        for seed in options.seeds
+        for name in options.only
+        for rate in SPLITS["rates"][name]
+        for admission in admissions(name)
+    ]
+    todo = [cell for cell in cells if cell not in done]
+    with ProcessPoolExecutor(options.workers) as pool, RESULTS.open("a", encoding="utf-8") as out:
+        if not done:
+            out.write(json.dumps({"provenance": provenance(), "code": code_hash(CODE)}) + "\n")
+        for run in pool.map(serve, todo):
+            out.write(json.dumps(asdict(run)) + "\n")
+            out.flush()
+    runs = known_runs()
+    TABLE.write_text(summary(runs), encoding="utf-8")
+    print(TABLE.read_text(encoding="utf-8"))
+    seeds = sorted({run.seed for run in runs})
+    closed_loop_figure(
+        runs,
+        FIGURE,
+        f"Admission in closed loop, {len(seeds)} seeds: bars reach from the least to the most. "
+        "live:N admits N sessions at most, whose clients say when they end.",
+    )
+    print(FIGURE)
+
+
+if __name__ == "__main__":
+    main()

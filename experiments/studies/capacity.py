@@ -1,0 +1,184 @@
+"""Which eviction policy wins at which size, on every trace? Policies, the rebuilt peers, the best
+plan with hindsight.
+
+    python -m experiments.studies.capacity [--traces chat,agent] [--few] [--points 8] [--full]
+    [--resume out/capacity]
+
+Results and figure are written after every trace; with --resume also every single run is kept, and a
+study that was stopped goes on. On the long traces, and with --few on all, five policies stand for
+all 21, and Marconi's score keeps one weight: tuning it replays the trace 21 times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments.studies.common import (
+    WORKLOADS,
+    arguments,
+    by_competitor,
+    figure_path,
+    keep,
+    rounded,
+    sweep,
+    workloads,
+)
+from hybridcache.lab.figures import (
+    COLOURS,
+    PLAN,
+    panels,
+    save,
+    size_axis,
+)
+from hybridcache.lab.simulation.simulate import SimulationResult
+from hybridcache.policies.words import EVICTION
+
+OURS = "regret @ regret"
+"""Eviction and placement both by regret; all other policies with ``STATIC_PLACEMENT``."""
+PEERS = ("vllm", "sglang", "lightllm", "marconi")
+LONG = ("conversations", "mooncake", "coding-agent", "tau-bench", "sharegpt")
+FEW_PEERS = (*PEERS[:-1], "marconi-static")
+FEW_POLICIES = ("lru", "lfu", "lhd", "gdsf", "regret")
+CAPTION = (
+    "Left of each pair the token hit rate, right of it the same as a share of the best plan with "
+    "hindsight: the clairvoyant greedy's; up to "
+    "700 requests the LP proves that no plan passes the thin line. Policies differ where memory is "
+    "short and tie where it is not; what "
+    "hindsight would still gain is largest at the left. Grey: between the best and the worst of "
+    "all other policies tried. Marconi "
+    "saves states at any token (on long traces with one fixed weight), all others, the plan too, "
+    "on the grid; LightLLM's states lie in host "
+    "memory that the size does not count: both can pass 100 %."
+)
+
+
+def main() -> None:
+    options = arguments(__doc__, *WORKLOADS, policy=True, few=True)
+    results: list[SimulationResult] = []
+    for word in (bar := workloads(options)):
+        few = options.few or word in LONG
+        result = sweep(
+            word,
+            options,
+            bar,
+            policy=(*(FEW_POLICIES if few else sorted(EVICTION)), *options.policy),
+            baseline=FEW_PEERS if few else PEERS,
+            proven=True,
+        )
+        ours = sweep(
+            word, options, bar, policy="regret", checkpoints="regret", bound=False, proven=True
+        )
+        results.append(result.beside(ours))
+        kept = [line for result in results for line in records(result)]
+        path = keep("study_capacity", kept)
+        draw(kept, (OURS, "lru", *options.policy), options.full)
+    for result in results:
+        print(result.table(), result.table("optimum"), sep="\n\n", end="\n\n")
+    print(path)
+
+
+def records(result: SimulationResult) -> list[dict[str, Any]]:
+    """A record a competitor, with a number a size; last the best plan with hindsight."""
+    by_label = by_competitor(result)
+    first = next(iter(by_label.values()))
+    common = {
+        "trace": result.trace,
+        "model": result.geometry.name,
+        "requests": first[0].requests,
+        "prompt_tokens": first[0].prompt_tokens,
+        "grid": first[0].config.grid,
+        "gib": rounded([run.gib for run in first]),
+    }
+    kept = [
+        common
+        | {
+            "label": label,
+            "token_hit_rate": rounded([run.token_hit_rate for run in runs]),
+            "share_of_optimum": rounded([run.share_of_optimum for run in runs]),
+            "ttft_p99_s": rounded([run.ttft_s[99] for run in runs]),
+        }
+        for label, runs in by_label.items()
+    ]
+    plan = [(run.optimum_tokens or 0) / run.prompt_tokens for run in first]
+    proven = [result.plan_bounds.get(run.gib or 0.0) for run in first]
+    limits = {
+        "label": PLAN,
+        "token_hit_rate": rounded(plan),
+        "no_plan_passes": rounded(proven),
+        "infinite_cache": rounded(result.bound_rate),
+    }
+    return [*kept, common | limits]
+
+
+def draw(kept: list[dict[str, Any]], named: Sequence[str], full: bool) -> None:
+    """Two panels a trace, the hit rate and its share of the optimum: what is ``named`` and the
+    peers as lines, all others as a band, the best plan and the bounds."""
+    words = list(dict.fromkeys(record["trace"] for record in kept))
+    figure, axes = panels(2 * len(words), width=4.3, height=2.9, columns=4)
+    for number, word in enumerate(words):
+        *runs, limits = (record for record in kept if record["trace"] == word)
+        hit, share = axes[2 * number : 2 * number + 2]
+        _draw(hit, runs, named, "token_hit_rate")
+        _draw(share, runs, named, "share_of_optimum")
+        _draw_limits(hit, limits)
+        share.axhline(100, color="black", linewidth=0.8)
+        hit.set_ylim(0, min(100, 125 * limits["infinite_cache"]))
+        share.set_ylim(0, 120)
+        hit.set_ylabel("token hit rate, %")
+        share.set_ylabel("share of the best plan, %")
+        first = "" if full or WORKLOADS[word].quick is None else "first "
+        for axis in (hit, share):
+            size_axis(axis)
+            axis.set_title(
+                f"{word}, {first}{limits['requests']:,} requests ({limits['model']})", fontsize=8.5
+            )
+    save(figure, axes, figure_path("study_capacity"), CAPTION)
+
+
+def _draw(axis: Any, runs: Sequence[dict[str, Any]], named: Sequence[str], what: str) -> None:
+    lines = {run["label"]: [100 * (value or 0) for value in run[what]] for run in runs}
+    sizes = runs[0]["gib"]
+    rebuilt = [label for label in lines if label.endswith("(rebuilt)")]
+    named = [label for label in (*named, *rebuilt) if label in lines]
+    others = [line for label, line in lines.items() if label not in named]
+    if others:
+        low, high = (_envelope(others, pick) for pick in (min, max))
+        axis.fill_between(
+            sizes, low, high, color="#cccccc", alpha=0.6, linewidth=0, label="all other policies"
+        )
+    for number, label in enumerate(named):
+        axis.plot(
+            sizes,
+            lines[label],
+            color=COLOURS[number % len(COLOURS)],
+            linewidth=2.2 if label == OURS else 1.2,
+            linestyle="--" if label in rebuilt else "-",
+            label=label.replace("-static", ""),
+        )
+
+
+def _draw_limits(axis: Any, limits: dict[str, Any]) -> None:
+    sizes = limits["gib"]
+    plan = [100 * rate for rate in limits["token_hit_rate"]]
+    axis.plot(sizes, plan, "k.-", linewidth=1.0, markersize=4, label=PLAN)
+    if None not in limits["no_plan_passes"]:
+        proven = [100 * rate for rate in limits["no_plan_passes"]]
+        axis.plot(sizes, proven, color="black", linewidth=0.6, label="no plan passes (LP)")
+    axis.axhline(
+        100 * limits["infinite_cache"],
+        color="black",
+        linewidth=0.8,
+        linestyle=":",
+        label="infinite cache",
+    )
+
+
+def _envelope(
+    lines: Sequence[Sequence[float]], pick: Callable[[Sequence[float]], float]
+) -> list[float]:
+    return [pick(column) for column in zip(*lines, strict=True)]
+
+
+if __name__ == "__main__":
+    main()

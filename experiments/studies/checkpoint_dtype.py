@@ -1,0 +1,343 @@
+"""What do checkpoints in fewer bits cost in a model's answers, and what do they gain in hits?
+
+    python -m experiments.studies.checkpoint_dtype
+    python -m experiments.studies.checkpoint_dtype --families
+
+Cost: held-out modules and word problems on the built-in model. Each text is computed to its end
+from a checkpoint half way; the divergence (KL, nats a token) is of the next-byte distributions
+after it from those of a run that resumed from nothing, and the greedy choice that changed is
+counted. Gain: the simulator with Qwen3-Next's sizes, whose checkpoints weigh what the format says.
+
+``--families``: the cost alone, of a small model of every family with states, whose heads and states
+have the sizes of the published models. Weights are drawn as transformers draws them, and scaled so
+that every block adds as much to the stream as the embedding brings; nothing passes a state space by
+(its skip is zero). So the figures are those of a model that leans on its states.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import Engine, SamplingParams
+from engine.config import TILE, EngineConfig
+from engine.runner.model_runner import ModelRunner
+from engine.runner.sampler import Sampler
+from engine.schedule.batch import Batch, Segment
+from engine.text.byte_tokenizer import ByteTokenizer
+from experiments.provenance import FIGURES, RESULTS, write_json_lines
+from experiments.studies.common import STATIC_PLACEMENT
+from experiments.training import corpus, tasks
+from hybridcache import ModelGeometry, simulate
+from hybridcache.lab.figures import COLOURS, panels, save, size_axis
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.simulate import SimulationResult
+
+WORDS = (
+    "auto",
+    "bfloat16",
+    "int8:head",
+    "int8:row",
+    "int8:column",
+    "fp8:head",
+    "fp8:row",
+    "fp8:column",
+)
+FORMATS = ("bfloat16", "int8:head", "int8:row", "int8:column", "fp8:column")
+"""Measured for every family."""
+SIMULATED = ("auto", "bfloat16", "int8:head", "int8:row")
+GOAL = 0.01
+"""Nats a token that a format may cost."""
+
+
+def texts(kind: str, count: int, length: int) -> list[np.ndarray]:
+    """Held-out bytes of a kind, each ``length`` long."""
+    encode = ByteTokenizer().encode
+    if kind == "code":
+        code = encode("".join(corpus.sources(held_out=True)))
+        starts = np.linspace(0, len(code) - length, count).astype(int)
+        return [np.array(code[start : start + length], np.int32) for start in starts]
+    rng, found = random.Random("checkpoint dtype"), []
+    for _ in range(count):
+        text = ""
+        while len(text) < length:
+            prompt, problem = tasks.few_shot(rng, 4)
+            text += f"{prompt} {problem.working}\n"
+        found.append(np.array(encode(text)[:length], np.int32))
+    return found
+
+
+class Resumer:
+    """Log-probabilities of a text's second half, computed from a checkpoint at its middle."""
+
+    def __init__(self, word: str, model: str | None = None, gib: float = 0.05) -> None:
+        config = EngineConfig(
+            model=model,
+            device="cpu",
+            checkpoint_dtype=word,
+            cache_gib=gib,
+            max_running=2,
+            draft="none",
+        )
+        self._runner = ModelRunner(config)
+        self._vocab_size = ByteTokenizer.vocab_size if model is None else VOCAB
+        self.state_bytes = self._runner.memory.state_bytes
+
+    def logprobs(self, token_ids: np.ndarray) -> torch.Tensor:
+        """float64 ``[half, vocab]``."""
+        runner = self._runner
+        half = len(token_ids) // 2 // TILE * TILE
+        memory = runner.memory
+        # Rows from the first on; slots from the last down, which lie over none of them.
+        own, slot = (0, memory.num_slots - 1)
+        if not memory.owns_states:
+            own = memory.num_slots - 2
+        rows = np.arange(len(token_ids), dtype=np.int32)
+        first = Segment(0, own, token_ids[:half], 0, False, ((half, slot),), "none")
+        runner.forward(Batch((first,), (), ((0, 0, rows),)))
+        second = Segment(0, own, token_ids[half:], half, False, (), "all")
+        logits = runner.forward(Batch((second,), ((slot, own),)))
+        return logits[:, : self._vocab_size].double().log_softmax(-1)
+
+
+def costs(count: int, length: int) -> list[dict[str, Any]]:
+    """A record for each format and kind of text."""
+    records: list[dict[str, Any]] = []
+    exact: dict[str, list[torch.Tensor]] = {}
+    asked = {kind: texts(kind, count, length) for kind in ("code", "problems")}
+    for word in WORDS:
+        resumer = Resumer(word)
+        for kind, some in asked.items():
+            found = [resumer.logprobs(text) for text in some]
+            expected = exact.setdefault(kind, found)
+            pairs = list(zip(expected, found, strict=True))
+            divergence = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs])
+            changed = torch.cat([p.argmax(-1) != q.argmax(-1) for p, q in pairs])
+            near = torch.cat([(p.exp() * (p - q)).sum(-1)[:TILE] for p, q in pairs])
+            records.append(
+                {
+                    "checkpoint_dtype": word,
+                    "text": kind,
+                    "state_bytes": resumer.state_bytes,
+                    "kl_mean": float(divergence.mean()),
+                    "kl_first_64": float(near.mean()),
+                    "kl_max": float(divergence.max()),
+                    "choices_changed": float(changed.double().mean()),
+                    "below_goal": float(divergence.mean()) < GOAL,
+                }
+            )
+    return records
+
+
+VOCAB = 512
+LOGIT_STD = 3.0
+SHARED = {"vocab_size": VOCAB, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4}
+SHARED |= {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": None}
+SHARED |= {"bos_token_id": None, "pad_token_id": None}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 128}
+DELTA |= {"linear_value_head_dim": 128, "head_dim": 64}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 128, "mamba_expand": 2}
+KDA = {"linear_num_heads": 2, "linear_head_dim": 128, "kv_lora_rank": 64, "num_experts": 1}
+KDA |= {"num_key_value_heads": 4, "first_k_dense_replace": 9, "num_experts_per_token": 1}
+KDA |= {"qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+SORTS = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+MODELS: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": DELTA | {"layer_types": SORTS},
+    "olmo_hybrid": DELTA | {"layer_types": SORTS, "linear_num_key_heads": 4},
+    "kimi_linear": KDA | {"layer_types": SORTS},
+    "falcon_h1": MAMBA | {"mamba_d_ssm": 512, "head_dim": 64},
+    "granitemoehybrid": MAMBA
+    | {"layer_types": SORTS, "num_local_experts": 0}
+    | {"shared_intermediate_size": 512, "attention_multiplier": 0.125},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 128}
+    | {"n_groups": 1, "head_dim": 64}
+    | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"]},
+    "jamba": {"num_experts": 1, "attn_layer_period": 4, "attn_layer_offset": 3},
+}
+"""``model_type`` to what its small model has besides ``SHARED``."""
+
+
+def write_model(model_type: str, directory: Path) -> str:
+    """A small model of a family, with seeded weights; its path."""
+    import transformers
+
+    torch.manual_seed(1)
+    config = transformers.AutoConfig.for_model(model_type, **(SHARED | MODELS[model_type]))
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith(".D"):
+            parameter.zero_()
+
+    def to_one(module: Any, _: Any, out: torch.Tensor) -> torch.Tensor:
+        factor = 1.0 / out.square().mean().sqrt()
+        module.weight.mul_(factor)
+        return out * factor
+
+    last = ("embed_tokens", "embeddings", "out_proj", "o_proj", "down_proj", "output_linear")
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in last:
+            module.register_forward_hook(to_one)
+    logits = model(torch.randint(0, VOCAB, (1, 512)), use_cache=False).logits
+    model.lm_head.weight.mul_(LOGIT_STD / logits.std())
+    model.save_pretrained(directory)
+    return str(directory)
+
+
+def family_costs(count: int, length: int, words: Sequence[str]) -> list[dict[str, Any]]:
+    """A record for each family and format: divergence after a checkpoint, and greedy answers of
+    ``length // 16`` tokens that changed."""
+    records: list[dict[str, Any]] = []
+    rng = np.random.default_rng(3)
+    some = [rng.integers(0, VOCAB, length).astype(np.int32) for _ in range(count)]
+    for model_type in MODELS:
+        exact: list[torch.Tensor] = []
+        answers: list[list[tuple[int, ...]]] = []
+        with TemporaryDirectory() as folder:
+            model = write_model(model_type, Path(folder))
+            for word in ("auto", *words):
+                resumer = Resumer(word, model, 0.25)
+                found = [resumer.logprobs(text) for text in some]
+                exact = exact or found
+                divergence = torch.cat(
+                    [(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, found, strict=True)]
+                )
+                answers.append(greedy_answers(model, word, some))
+                changed = sum(a != b for a, b in zip(answers[0], answers[-1], strict=True))
+                records.append(
+                    {
+                        "family": model_type,
+                        "checkpoint_dtype": word,
+                        "state_bytes": resumer.state_bytes,
+                        "kl_mean": float(divergence.mean()),
+                        "kl_max": float(divergence.max()),
+                        "answers_changed": changed,
+                        "answers": count,
+                    }
+                )
+                print(*records[-1].values(), flush=True)
+    return records
+
+
+def greedy_answers(model: str, word: str, some: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
+    """What follows each text, which is resumed from a checkpoint near its end."""
+    config = EngineConfig(
+        model=model,
+        device="cpu",
+        checkpoint_dtype=word,
+        cache_gib=0.25,
+        max_running=2,
+        draft="none",
+    )
+    runner = ModelRunner(config)
+    engine = Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
+    answer = SamplingParams(temperature=0.0, max_tokens=len(some[0]) // 16, ignore_eos=True)
+    engine.generate(some, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+    outputs = engine.generate(some, answer)
+    assert all(output.cached_len for output in outputs)
+    return [tuple(output.token_ids) for output in outputs]
+
+
+def gains(trace: str, gib: str) -> dict[str, SimulationResult]:
+    """Hits of LRU over memory, by format, with Qwen3-Next's sizes."""
+    return {
+        word: simulate(
+            trace,
+            model=ModelGeometry.preset("qwen3-next", checkpoint_dtype=word),
+            gib=gib,
+            policy=["lru"],
+            checkpoints=STATIC_PLACEMENT,
+        )
+        for word in SIMULATED
+    }
+
+
+def draw(records: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:
+    """What each format costs; what it gains, a panel a trace."""
+    figure, axes = panels(1 + len(found))
+    words = [word for word in WORDS if word != "auto"]
+    for colour, kind in zip(COLOURS, ("code", "problems"), strict=False):
+        costs_of = {r["checkpoint_dtype"]: r["kl_mean"] for r in records if r.get("text") == kind}
+        axes[0].plot(
+            [costs_of[word] for word in words], words, "o", color=colour, label=f"KL on {kind}"
+        )
+    axes[0].axvline(GOAL, color="grey", linestyle=":", label="what may be lost")
+    axes[0].set_xscale("log")
+    axes[0].set_xlabel("KL, nats a token")
+    for axis, (trace, results) in zip(axes[1:], found.items(), strict=True):
+        for colour, (word, result) in zip(COLOURS[2:], results.items(), strict=False):
+            axis.plot(
+                [run.gib for run in result.runs],
+                [100 * run.token_hit_rate for run in result.runs],
+                color=colour,
+                label=f"{word} ({result.geometry.state_bytes / 2**20:.0f} MiB)",
+            )
+        size_axis(axis)
+        axis.set_ylim(0, 100)
+        axis.set_ylabel("token hit rate, %")
+        axis.set_title(trace, fontsize=9)
+    caption = (
+        "Left: the built-in model, whose second half of a text is computed from a checkpoint in "
+        "each format. Right: LRU on the arena with Qwen3-Next's sizes; running states lie beside "
+        "it where checkpoints have a format of their own."
+    )
+    save(figure, axes, FIGURES / "study_checkpoint_dtype.png", caption)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--texts", type=int, default=8, help="of each kind")
+    parser.add_argument("--length", type=int, default=1024, help="bytes of a text")
+    parser.add_argument("--traces", default="chat,resend", help="words, commas between")
+    parser.add_argument("--gib", default="1:16:7", help="sizes to simulate")
+    parser.add_argument("--families", action="store_true", help="cost alone, of every family")
+    parser.add_argument("--formats", default=",".join(FORMATS), help="for --families")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    if options.families:
+        records = family_costs(options.texts, options.length, options.formats.split(","))
+        rows = [
+            (
+                *(r["family"], r["checkpoint_dtype"], f"{r['state_bytes']:,}"),
+                *(f"{r['kl_mean']:.2g}", f"{r['kl_max']:.2g}"),
+                f"{r['answers_changed']} of {r['answers']}",
+            )
+            for r in records
+        ]
+        print(text_table(["family", "format", "bytes", "KL", "KL, most", "answers changed"], rows))
+        write_json_lines(RESULTS / "study_checkpoint_families.jsonl", records, vars(options))
+        return
+    records = costs(options.texts, options.length)
+    rows = [
+        [r["checkpoint_dtype"], r["text"], f"{r['state_bytes']:,}"]
+        + [f"{r[name]:.2g}" for name in ("kl_mean", "kl_first_64", "kl_max", "choices_changed")]
+        for r in records
+    ]
+    header = ["format", "text", "bytes", "KL", "KL, first 64", "KL, most", "choices changed"]
+    print(text_table(header, rows), end="\n\n", flush=True)
+    found = {trace: gains(trace, options.gib) for trace in options.traces.split(",")}
+    for trace, results in found.items():
+        for word, result in results.items():
+            print(trace, word, *(f"{100 * run.token_hit_rate:.1f}" for run in result.runs))
+            records += [
+                {
+                    "trace": trace,
+                    "checkpoint_dtype": word,
+                    "gib": run.gib,
+                    "token_hit_rate": run.token_hit_rate,
+                    "state_bytes": result.geometry.state_bytes,
+                }
+                for run in result.runs
+            ]
+    write_json_lines(RESULTS / "study_checkpoint_dtype.jsonl", records, vars(options))
+    draw(records, found)
+
+
+if __name__ == "__main__":
+    main()

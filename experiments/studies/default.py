@@ -1,0 +1,212 @@
+"""How far is the default pair from the best pair of this project's policies?
+
+    python -m experiments.studies.default --split tuning
+    python -m experiments.studies.default --split evaluation
+    python -m experiments.studies.default --draw            # the table and the figure only
+
+Traces, sizes and seeds are those of ``experiments/splits.toml``. The loss of a pair in a cell (one
+trace at one size) is the mean over seeds of its token hit rate, in points below that of the best
+pair of the cell. Runs of the split are written anew; those of the other one are kept. Cells of the
+evaluation split that were looked at while rules were chosen are left out of the row of unseen ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from experiments.provenance import RESULTS, ROOT
+from experiments.studies.common import STATIC_PLACEMENT, figure_path, keep, rounded
+from hybridcache import open_trace, simulate
+from hybridcache.lab.figures import COLOURS, panels, save
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.sweep import collect_seldom
+
+NAME = "study_default"
+SPLITS = ("tuning", "evaluation")
+DEFAULT = "regret@regret"
+PAIRS = (
+    f"lru@{STATIC_PLACEMENT}",
+    "lru@regret",
+    f"regret@{STATIC_PLACEMENT}",
+    DEFAULT,
+    "regret@backoff",
+    "regret@boundary",
+    "regret@branch,boundary",
+)
+DATA = (ROOT / "data", ROOT.parent / "shared" / "data")
+
+Cell = tuple[str, float]
+"""(trace, GiB)."""
+Losses = dict[str, dict[Cell, float]]
+"""Points below the best pair, by pair and cell."""
+
+
+class Job(NamedTuple):
+    """All pairs and sizes on one trace."""
+
+    trace: str
+    seed: int | None
+    gib: tuple[float, ...]
+    path: str = ""
+    """Where the trace's file is."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--split", choices=SPLITS, default="tuning")
+    parser.add_argument("--seeds", type=int, help="only the first so many")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--data", type=Path, help="folder of the trace files")
+    parser.add_argument("--draw", action="store_true", help="draw what was run before")
+    options = parser.parse_args()
+    path = RESULTS / f"{NAME}.jsonl"
+    records = read(path)
+    config = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
+    if not options.draw:
+        data = options.data or next((folder for folder in DATA if folder.is_dir()), None)
+        jobs = list(jobs_of(config[options.split], options.seeds, data))
+        records = [record for record in records if record["split"] != options.split]
+        work = partial(run, config["model"], options.split)
+        with ProcessPoolExecutor(options.processes, initializer=collect_seldom) as pool:
+            for found in tqdm(pool.map(work, jobs), total=len(jobs), unit=" traces", disable=None):
+                records += found
+        keep(NAME, records)
+    by_split = {split: losses(records, split) for split in SPLITS}
+    seen = set(config["evaluation"]["seen"])
+    unseen = [record for record in records if record["trace"] not in seen]
+    by_split["evaluation, unseen"] = losses(unseen, "evaluation")
+    for split, found in by_split.items():
+        if found:
+            print(table(split, found), end="\n\n")
+            print(worst_cells(records, found[DEFAULT], split.partition(",")[0]), end="\n\n")
+    draw({split: found for split, found in by_split.items() if found})
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Runs that were kept, without the line that says where they come from."""
+    if not path.exists():
+        return []
+    lines = map(json.loads, path.read_text().splitlines())
+    return [line for line in lines if "split" in line]
+
+
+def jobs_of(split: dict[str, Any], seeds: int | None, data: Path | None) -> Iterator[Job]:
+    """Traces of ``split``; files that are missing are left out."""
+    for spec, gib in split["gib"].items():
+        for seed in split["seeds"][:seeds]:
+            yield Job(spec, seed, tuple(gib))
+    for spec, gib in split.get("files", {}).items():
+        name, _, options = spec.partition("?")
+        if data is not None and (data / name).exists():
+            yield Job(spec, None, tuple(gib), f"{data / name}?{options}")
+
+
+def run(model: str, split: str, job: Job) -> list[dict[str, Any]]:
+    """One record for each pair and size."""
+    recipe = job.path
+    if job.seed is not None:
+        recipe = f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
+    trace = open_trace(recipe).kept()
+    records = []
+    for pair in PAIRS:
+        eviction, _, placement = pair.partition("@")
+        result = simulate(
+            trace,
+            model=model,
+            gib=job.gib,
+            policy=eviction,
+            checkpoints=[placement],
+            bound=False,
+        )
+        for gib, each in zip(job.gib, result.runs, strict=True):
+            rate = rounded(each.token_hit_rate)
+            record = {"split": split, "trace": job.trace, "gib": gib, "seed": job.seed}
+            records.append(record | {"pair": pair, "token_hit_rate": rate})
+    return records
+
+
+def losses(records: list[dict[str, Any]], split: str) -> Losses:
+    """Loss of each pair in each cell."""
+    rates: dict[Cell, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record["split"] == split:
+            cell = record["trace"], record["gib"]
+            rates[cell][record["pair"]].append(100 * record["token_hit_rate"])
+    found: Losses = {}
+    for cell, by_pair in rates.items():
+        means = {pair: statistics.mean(each) for pair, each in by_pair.items()}
+        best = max(means.values())
+        for pair, mean in means.items():
+            found.setdefault(pair, {})[cell] = best - mean
+    return found
+
+
+def table(split: str, found: Losses) -> str:
+    """A row a pair: mean, median, ninth decile and worst loss."""
+    rows = []
+    for pair, by_cell in found.items():
+        each = list(by_cell.values())
+        figures = (
+            statistics.mean(each),
+            statistics.median(each),
+            float(np.quantile(each, 0.9)),
+            max(each),
+        )
+        within = sum(loss <= 0.5 for loss in each)
+        rows.append([pair, *(f"{figure:.2f}" for figure in figures), f"{within} of {len(each)}"])
+    heads = [f"{split}: points below the best", "mean", "median", "p90", "worst", "within 0.5"]
+    return text_table(heads, rows)
+
+
+def worst_cells(records: list[dict[str, Any]], found: dict[Cell, float], split: str) -> str:
+    """The cells in which the default pair loses most, and the best pair there."""
+    rows = []
+    for cell in sorted(found, key=lambda cell: -found[cell])[:8]:
+        rates: dict[str, list[float]] = defaultdict(list)
+        for record in records:
+            if record["split"] == split and (record["trace"], record["gib"]) == cell:
+                rates[record["pair"]].append(100 * record["token_hit_rate"])
+        means = {pair: statistics.mean(each) for pair, each in rates.items()}
+        best = max(means, key=lambda pair: means[pair])
+        rows.append([*map(str, cell), f"{means[DEFAULT]:.1f}", f"{means[best]:.1f}", best])
+    return text_table(["trace", "GiB", "default", "best", "pair"], rows)
+
+
+def draw(found: dict[str, Losses]) -> None:
+    """A panel a split: share of the cells within a loss, a line a pair."""
+    if not found:
+        return
+    figure, axes = panels(len(found), width=5.4, height=3.4)
+    for axis, (split, by_pair) in zip(axes, found.items(), strict=True):
+        for colour, (pair, by_cell) in zip(COLOURS, by_pair.items(), strict=False):
+            each = np.sort(list(by_cell.values()))
+            shares = np.arange(1, len(each) + 1) / len(each)
+            width = 2.5 if pair == DEFAULT else 1.2
+            axis.step(each, 100 * shares, where="post", color=colour, linewidth=width, label=pair)
+        axis.set_xscale("symlog", linthresh=0.5)
+        axis.set_xlim(0)
+        axis.set_ylim(0, 101)
+        axis.set_title(f"{split}, {len(each)} cells")
+        axis.set_xlabel("points of token hit rate below the best pair")
+        axis.set_ylabel("cells, %")
+    caption = (
+        "Share of the cells (a trace at one size) in which a pair loses at most so much, mean over "
+        "the seeds. Higher is better."
+    )
+    save(figure, axes, figure_path(NAME), caption)
+
+
+if __name__ == "__main__":
+    main()

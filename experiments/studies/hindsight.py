@@ -1,0 +1,139 @@
+"""The best plan with hindsight for each trace and size that a study looks at: worked out once, kept
+in a results file, shared by all.
+
+The plan is the clairvoyant greedy's. It proves nothing by itself; for traces of up to 700 requests
+the LP's bound on what any plan could reuse is possible too: 0 to 8 % above, 12 to 15 % where next
+to nothing fits. Both are the same on every machine.
+
+    python -m experiments.studies.hindsight    # table of the file: distance between plan and bound
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import provenance
+from hybridcache import ModelGeometry, Trace, optimum
+from hybridcache.lab.optimum import Method
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.sizes import budget_bytes
+
+LP_REQUESTS = 700
+"""Longest trace for which the bound is worked out too."""
+NAME = "hindsight.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Hindsight:
+    """What was worked out for one trace, model, grid and size. Rates are token hit rates."""
+
+    trace: str
+    content: str
+    """Checksum of all prompts and answers, so that another trace of the same name is not taken for
+    it."""
+    requests: int
+    kv_bytes_per_token: int
+    state_bytes: int
+    grid: int
+    capacity_bytes: int
+    method: Method
+    cached_tokens: int
+    reached: float
+    bound: float | None
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        sizes = self.kv_bytes_per_token, self.state_bytes, self.grid, self.capacity_bytes
+        return self.content, *sizes, self.method
+
+
+def checksum(trace: Trace) -> str:
+    """Of every id, namespace and unit. O(tokens)."""
+    found = zlib.crc32(repr(trace.unit).encode())
+    for request in trace:
+        for part in (repr(request.namespace).encode(), request.tokens.tobytes()):
+            found = zlib.crc32(part, found)
+        found = zlib.crc32(request.output.tobytes(), found)
+    return f"{found:08x}"
+
+
+class Hindsights:
+    """The plans of one trace, those in the file and those worked out now."""
+
+    def __init__(self, trace: Trace) -> None:
+        self._trace, self._content = trace, checksum(trace)
+        self._requests = sum(1 for _ in trace)
+
+    def at(
+        self, gib: float, geometry: ModelGeometry, grid: int, *, proven: bool = False
+    ) -> Hindsight:
+        """The plan for one size, ``proven`` with the bound where the trace is short enough; kept in
+        the file before it is returned."""
+        method: Method = "lp" if proven and self._requests <= LP_REQUESTS else "greedy"
+        kv_bytes, state_bytes = geometry.kv_bytes_per_token, geometry.state_bytes
+        capacity_bytes = budget_bytes(gib)
+        sizes = kv_bytes, state_bytes, grid, capacity_bytes
+        known = _read()
+        found = known.get((self._content, *sizes, "lp")) or known.get(
+            (self._content, *sizes, method)
+        )
+        if found is not None:
+            return found
+        best = optimum(
+            self._trace,
+            capacity_bytes=capacity_bytes,
+            kv_bytes_per_token=kv_bytes,
+            state_bytes=state_bytes,
+            grid=grid,
+            method=method,
+            limit_s=600,
+        )
+        found = Hindsight(
+            self._trace.name,
+            self._content,
+            self._requests,
+            *sizes,
+            method,
+            int(best.cached_tokens.sum()),
+            round(best.reached, 6),
+            None if best.bound is None else round(best.bound, 6),
+        )
+        known = _read() | {found.key: found}
+        whole = _path().with_suffix(".new")  # another study may be reading
+        provenance.write_json_lines(whole, map(asdict, known.values()))
+        whole.replace(_path())
+        return found
+
+
+def _path() -> Path:
+    return provenance.RESULTS / NAME
+
+
+def _read() -> dict[tuple[Any, ...], Hindsight]:
+    if not _path().exists():
+        return {}
+    _, records = provenance.read_json_lines(_path())
+    return {found.key: found for found in (Hindsight(**record) for record in records)}
+
+
+def main() -> None:
+    """A row a trace and model: sizes, and the largest distance between plan and bound."""
+    groups: dict[tuple[Any, ...], list[Hindsight]] = {}
+    for found in _read().values():
+        group = found.trace, found.requests, found.method, found.state_bytes, found.grid
+        groups.setdefault(group, []).append(found)
+    rows = []
+    for (trace, requests, method, state_bytes, grid), plans in sorted(groups.items()):
+        gaps = [1 - plan.reached / plan.bound for plan in plans if plan.bound]
+        gap = f"{100 * max(gaps):.1f}" if gaps else "-"
+        state = f"{state_bytes / 2**20:.1f}"
+        rows.append([trace, f"{requests:,}", method, state, str(grid), str(len(plans)), gap])
+    header = ["trace", "requests", "method", "state, MiB", "grid", "sizes", "largest gap, %"]
+    print(text_table(header, rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,159 @@
+"""An agent's side of a conversation: what it keeps of the answers, and how it sends it back."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import anthropic
+import httpx
+import openai
+
+from experiments.system.agents import scripts
+
+Message = dict[str, Any]
+
+
+class Asked(NamedTuple):
+    """One request of an agent, and what it cost."""
+
+    prompt_len: int
+    cached_len: int
+    known_len: int
+    """Tokens of the prompt and its answer that were computed."""
+    cause: str | None
+
+
+class Agent(ABC):
+    """One conversation. Requests name no seed: the n-th draws the n-th script."""
+
+    def __init__(self, url: str, model: str, thinks: bool) -> None:
+        self._url, self._model, self._thinks = url, model, thinks
+        self._messages: list[Message] = []
+        self._calls: list[str] = []
+        self._earlier: str | None = None
+
+    def question(self, text: str) -> None:
+        """The user says something."""
+        self._messages.append({"role": "user", "content": text})
+
+    @abstractmethod
+    def ask(self, max_tokens: int) -> tuple[Asked, int]:
+        """(what it cost, how many tools are called)."""
+
+    @abstractmethod
+    def results(self, texts: Sequence[str]) -> None:
+        """What the tools said that were called."""
+
+
+class OpenAIAgent(Agent):
+    """/v1/chat/completions."""
+
+    def __init__(self, url: str, model: str, thinks: bool) -> None:
+        super().__init__(url, model, thinks)
+        self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        self._messages.append({"role": "system", "content": scripts.SYSTEM})
+
+    def ask(self, max_tokens: int) -> tuple[Asked, int]:
+        earlier = self._earlier
+        answer = self._client.chat.completions.create(
+            model=self._model,
+            messages=self._messages,
+            tools=scripts.TOOLS,
+            max_tokens=max_tokens,
+            extra_body={
+                "chat_template_kwargs": {} if self._thinks else {"enable_thinking": False},
+                "prompt_cache_options": {"comparison_response_id": earlier} if earlier else {},
+            },
+        )
+        said, usage = answer.choices[0].message, answer.usage
+        self._messages.append(_echo(said))
+        self._calls = [call.id for call in said.tool_calls or ()]
+        self._earlier = answer.id
+        prompt_len, cached_len = usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
+        known_len = prompt_len + usage.completion_tokens - 1
+        told = getattr(answer, "cache_explanation", None) or {}
+        return Asked(prompt_len, cached_len, known_len, told.get("cause")), len(self._calls)
+
+    def results(self, texts: Sequence[str]) -> None:
+        self._messages += [
+            {"role": "tool", "tool_call_id": call, "content": text}
+            for call, text in zip(self._calls, texts, strict=True)
+        ]
+
+
+class AnthropicAgent(Agent):
+    """/v1/messages."""
+
+    def __init__(self, url: str, model: str, thinks: bool) -> None:
+        super().__init__(url, model, thinks)
+        self._client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
+
+    def ask(self, max_tokens: int) -> tuple[Asked, int]:
+        earlier = self._earlier
+        answer = self._client.messages.create(
+            model=self._model,
+            system=scripts.SYSTEM,
+            messages=self._messages,
+            tools=[_tool(one["function"]) for one in scripts.TOOLS],
+            thinking={"type": "adaptive" if self._thinks else "disabled"},
+            max_tokens=max_tokens,
+            extra_body={"diagnostics": {"previous_message_id": earlier}} if earlier else {},
+        )
+        blocks = [block.model_dump(exclude_none=True) for block in answer.content]
+        for block in blocks:
+            if block["type"] == "tool_use":
+                block["input"] = dict(sorted(block["input"].items()))
+        self._messages.append({"role": "assistant", "content": blocks})
+        self._calls = [block["id"] for block in blocks if block["type"] == "tool_use"]
+        self._earlier, usage = answer.id, answer.usage
+        cause = None
+        if earlier is not None:  # the documented diagnostics say what the client changed, no more
+            asked = {"compared_with": earlier}
+            told = httpx.get(f"{self._url}/v1/cache/explanations/{answer.id}", params=asked)
+            cause = told.json()["cause"]
+        cached_len = usage.cache_read_input_tokens
+        prompt_len = usage.input_tokens + cached_len + usage.cache_creation_input_tokens
+        known_len = prompt_len + usage.output_tokens - 1
+        return Asked(prompt_len, cached_len, known_len, cause), len(self._calls)
+
+    def results(self, texts: Sequence[str]) -> None:
+        blocks = [
+            {"type": "tool_result", "tool_use_id": call, "content": text}
+            for call, text in zip(self._calls, texts, strict=True)
+        ]
+        if blocks:
+            self._messages.append({"role": "user", "content": blocks})
+
+
+AGENTS: dict[str, type[Agent]] = {"openai": OpenAIAgent, "anthropic": AnthropicAgent}
+
+
+def _echo(said: Any) -> Message:
+    """An answer as a client sends it back, its JSON parsed and written again."""
+    message: Message = {"role": "assistant", "content": said.content or ""}
+    if thoughts := getattr(said, "reasoning_content", None):
+        message["reasoning_content"] = thoughts
+    if said.tool_calls:
+        message["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {
+                    "name": call.function.name,
+                    "arguments": json.dumps(json.loads(call.function.arguments), sort_keys=True),
+                },
+            }
+            for call in said.tool_calls
+        ]
+    return message
+
+
+def _tool(function: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": function["name"],
+        "description": function["description"],
+        "input_schema": function["parameters"],
+    }

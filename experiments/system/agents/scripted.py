@@ -1,0 +1,70 @@
+"""An engine whose answers are written beforehand, token by token, over a runner that proves every
+read; and a server in front of it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
+from engine.requests.sampling_params import SamplingInput
+from engine.server.config import ServerConfig
+from engine.testing.oracle import Fingerprints, OracleRunner
+from engine.testing.oracle_sampler import OracleDrawn
+from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.outputs import SampledToken
+from engine.text.tokenizer import Tokenizer
+from experiments.system.served import serving
+
+
+class ScriptedSampler:
+    """Draws the tokens of the script that a request names by its seed."""
+
+    def __init__(self) -> None:
+        self.scripts: list[Sequence[int]] = []
+
+    def add(self, token_ids: Sequence[int]) -> int:
+        """The seed of a new script."""
+        self.scripts.append(token_ids)
+        return len(self.scripts) - 1
+
+    def launch(
+        self, logits: Fingerprints, requests: Sequence[SamplingInput], rows: Sequence[int]
+    ) -> OracleDrawn:
+        return OracleDrawn([SampledToken(self.scripts[r.seed][r.draw], None) for r in requests])
+
+    def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
+        raise AssertionError("nobody asks for scores here")
+
+
+class ScriptedEngine:
+    """Answers what it is told to."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None = None,
+        num_kv_tokens: int = 8192,
+        num_slots: int = 16,
+        **config: Any,
+    ) -> None:
+        self.tokenizer = tokenizer or ByteTokenizer()
+        self.sampler = ScriptedSampler()
+        runner = OracleRunner(num_kv_tokens, num_slots, vocab_size=self.tokenizer.vocab_size)
+        self.engine = Engine(
+            EngineConfig(**config), runner=runner, sampler=self.sampler, tokenizer=self.tokenizer
+        )
+
+    def answer(self, spec: RequestSpec, answer: Sequence[int]) -> RequestOutput:
+        """The last output of one request."""
+        sampling = SamplingParams(max_tokens=len(answer), seed=self.sampler.add(answer))
+        options = {name: getattr(spec, name) for name in ("namespace", "boundaries")}
+        options["answer_survives"] = spec.answer_survives
+        [output] = self.engine.generate([spec.prompt], sampling, **options)
+        return output
+
+    @contextlib.contextmanager
+    def serving(self, config: ServerConfig | None = None) -> Iterator[str]:
+        """The address of a server of its own, in a thread."""
+        with serving(self.engine, config) as (_, port):
+            yield f"http://127.0.0.1:{port}"

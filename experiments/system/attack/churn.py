@@ -1,0 +1,135 @@
+"""Callers that come and go: whole answers, early leavers, aborts, cancelled tasks, calls that
+raise, resets, steps that fail.
+
+The runner is the attack's own and proves every row and state that is read; a whole answer must be
+what follows from its prompt alone. In the end nothing is held and nobody still waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from typing import Any
+
+from engine import AsyncEngine, Engine, EngineConfig, QueueFull, SamplingParams
+from engine.async_engine import EngineStopped, StepFailed
+from experiments.system.attack.runner import ChainRunner, ChainSampler, answer
+
+WAYS = ("whole", "whole", "leave", "abort", "drop", "cancel", "call", "reset")
+
+
+class Failing(ChainRunner):
+    """One of which a step breaks off now and then."""
+
+    failure_share = 0.0
+    draw = random.Random(0)
+
+    def forward(self, batch: Any, drawn: Any = ()) -> Any:
+        if self.draw.random() < self.failure_share:
+            raise MemoryError("no room for this step")
+        return super().forward(batch, drawn)
+
+
+def make_engine(seed: int) -> Engine:
+    draw = random.Random(seed)
+    settings: dict[str, Any] = {
+        "max_running": draw.choice((1, 3, 8)),
+        "token_budget": draw.choice((64, 128, 1024)),
+        "max_queue": draw.choice((4, 512)),
+        "overlap": draw.choice(("on", "off")),
+        "eviction": draw.choice(("lru", "regret", "arc")),
+        "checkpoints": (draw.choice(("none", "branch,boundary,backoff,end", "every:64,end")),),
+    }
+    settings["checkpoints"] = tuple(settings["checkpoints"][0].split(","))
+    runner = Failing(draw.choice((512, 2048, 8192)), draw.choice((4, 8, 24)), max_model_len=400)
+    if draw.random() < 0.3:
+        runner.failure_share, runner.draw = 0.05, random.Random(seed)
+    return Engine(EngineConfig(**settings), runner=runner, sampler=ChainSampler())
+
+
+def prompt_of(draw: random.Random) -> list[int]:
+    return [draw.randrange(3)] * draw.choice((5, 64, 130)) + [draw.randrange(9)] * draw.randrange(
+        99
+    )
+
+
+async def caller(engine: AsyncEngine, draw: random.Random, seen: Counter[str]) -> None:
+    """One caller with one way of leaving."""
+    way = draw.choice(WAYS)
+    try:
+        if way == "call":
+            await engine.call(lambda _: 1 // 0)
+        elif way == "reset":
+            await engine.reset_prefix_cache()
+        else:
+            await ask(engine, way, draw)
+    except ZeroDivisionError:
+        way = "call that raised"
+    except (QueueFull, StepFailed, EngineStopped) as error:
+        way = type(error).__name__
+    seen[way] += 1
+
+
+async def ask(engine: AsyncEngine, way: str, draw: random.Random) -> None:
+    prompt, length = prompt_of(draw), draw.randrange(1, 40)
+    stream = engine.submit(
+        prompt, SamplingParams(max_tokens=length), namespace=draw.choice((None, "a"))
+    )
+    if way == "drop":
+        return
+    if way == "cancel":
+        task = asyncio.create_task(_drain(stream))
+        await asyncio.sleep(draw.random() * 0.01)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        stream.abort()
+        return
+    tokens: list[int] = []
+    async for output in stream:
+        tokens += output.new_token_ids
+        if way in ("leave", "abort") and draw.random() < 0.3:
+            stream.abort()
+            if way == "leave":
+                return
+    if way == "whole":
+        assert tokens == answer(prompt, length), "an answer that is not its prompt's"
+
+
+async def _drain(stream: Any) -> None:
+    async for _ in stream:
+        pass
+
+
+def attack(seed: int, seconds: float) -> dict[str, int]:
+    """Engines of random settings, a hundred callers each, until the time is up. AssertionError
+    names the seed."""
+    deadline, runs, seen = time.monotonic() + seconds, 0, Counter[str]()
+
+    while time.monotonic() < deadline:
+        engine = make_engine(seed + runs)
+        try:
+            if asyncio.run(_run(engine, seed + runs, seen)):
+                engine.check()
+                report = engine.report()
+                held = report.kv.held, report.slots.held, report.num_running, report.num_waiting
+                assert held == (0, 0, 0, 0), f"held {held}"
+            else:  # two steps in a row failed: what it held went with it
+                seen["engine ended"] += 1
+        except Exception as error:
+            raise AssertionError(f"churn, seed {seed + runs}: {error!r}") from error
+        runs += 1
+    return {"engines": runs, **dict(sorted(seen.items()))}
+
+
+async def _run(engine: Engine, seed: int, seen: Counter[str]) -> bool:
+    """Whether the engine lived to the end."""
+    serving = AsyncEngine(engine)
+    serving.start()
+    callers = (caller(serving, random.Random(seed * 1000 + n), seen) for n in range(100))
+    try:
+        await asyncio.wait_for(asyncio.gather(*callers), 120)
+    finally:
+        await serving.drain()
+    return not serving._has_failed

@@ -1,0 +1,178 @@
+"""What happens when ten thousand clients come at once, and some of them leave in the middle?
+
+Starts ``engine serve`` with the built-in model, opens all connections at the same time, lets a
+tenth hang up, and then asks the server whether it lives and whether every KV row and state slot is
+accounted for. Loopback only.
+
+    python -m experiments.system.flood --requests 10000 [--tight]
+
+The server makes steps ahead, and proves after each that every request reads its own KV rows
+(``--check``): a step that fails gives answers of 5xx. Equal prompts must get equal answers. With
+``--tight`` the pool holds one long prompt: requests are preempted, and steps come out empty.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import resource
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.command.flags import Parser
+from engine.command.inspect import load_geometry
+from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.geometry.units import GIB
+
+TIGHT_TOKENS, TIGHT_SLOTS = 384, 6
+Answers = dict[int, set[str]]
+"""What each prompt was answered with."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m experiments.system.flood", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--requests", type=int, default=10_000, help="default: %(default)s")
+    parser.add_argument("--max-queue", type=int, default=1024, help="default: %(default)s")
+    parser.add_argument("--tight", action="store_true", help="a pool for one long prompt")
+    options = parser.parse_args(arguments)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most < options.requests + 100:
+        print(f"flood: only {most} files may be open here: lower --requests.", file=sys.stderr)
+        return 2
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    command = [sys.executable, "-m", "engine", "serve", "--port", "0", *_sizes(options.tight)]
+    command += ["--max-queue", str(options.max_queue), "--overlap", "on", "--check", "--exact"]
+    answers: Answers = {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            port = server_port(server)
+            started = time.perf_counter()
+            outcomes = asyncio.run(_flood(port, options.requests, answers))
+            spent_s = time.perf_counter() - started
+            report = _settled(port)
+        finally:
+            server.terminate()
+    for outcome, count in sorted(outcomes.items()):
+        print(f"{count:>8,}  {outcome}")
+    conserved = all(
+        pool["free"] + pool["cached"] == pool["total"] and not pool["held"]
+        for pool in (report["kv"], report["slots"])
+    )
+    num_torn = sum(len(texts) > 1 for texts in answers.values())
+    record = {
+        "requests": options.requests,
+        "tight": options.tight,
+        "seconds": round(spent_s, 1),
+        "conserved": conserved,
+        "prompts": len(answers),
+        "prompts_with_two_answers": num_torn,
+    }
+    write_json_lines(RESULTS / "flood.jsonl", [{**record, "outcomes": dict(outcomes)}])
+    print(
+        f"{options.requests:,} requests in {spent_s:.1f} s; afterwards the server answers, and "
+        "free "
+        f"+ cached + held == total for KV and slots: {conserved}; of {len(answers)} prompts "
+        f"{num_torn} got more than one answer"
+    )
+    has_failed = any(outcome.startswith("answered 5") for outcome in outcomes)
+    is_well = conserved and answers and not num_torn and not has_failed
+    return 0 if is_well and server.returncode == 0 else 1
+
+
+def _sizes(tight: bool) -> list[str]:
+    """Flags for the server's memory: where it is tight, KV for the longest prompt, and chunks so
+    short that a prompt is let in before it is known to find no memory for its end."""
+    if not tight:
+        return ["--cache-gib", "0.1", "--max-model-len", "2048"]
+    sizes = load_geometry(None)
+    kv_gib = TIGHT_TOKENS * sizes.kv_bytes_per_token / GIB
+    state_gib = TIGHT_SLOTS * sizes.state_bytes / GIB
+    return [
+        *("--kv-gib", f"{kv_gib:.9f}", "--state-gib", f"{state_gib:.9f}"),
+        *("--token-budget", "64", "--max-running", "3"),
+    ]
+
+
+def server_port(server: subprocess.Popen[str]) -> int:
+    """The port that ``engine serve`` says it listens on. RuntimeError: it ended before."""
+    assert server.stdout is not None
+    for line in server.stdout:
+        if found := re.search(r"address .*:(\d+)/v1", line):
+            return int(found[1])
+    raise RuntimeError("the server did not start")
+
+
+async def _flood(port: int, num_requests: int, answers: Answers) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    with tqdm(total=num_requests, unit=" requests", leave=False) as bar:
+
+        async def ask(number: int) -> None:
+            outcomes[await _ask(port, number, answers)] += 1
+            bar.update()
+
+        await asyncio.gather(*map(ask, range(num_requests)))
+    return outcomes
+
+
+async def _ask(port: int, number: int, answers: Answers) -> str:
+    """One client: one of fifty prompts, which begin alike; every tenth leaves after a moment."""
+    family = number % 50
+    prompt = "hello, says " + f"{family} " * (20 + 2 * family)
+    body = {
+        "prompt": prompt,
+        "max_tokens": 2 + family % 9,
+        "stream": number % 2 == 0,
+        "temperature": 0,
+    }
+    payload = json.dumps(body).encode()
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(payload)}\r\nConnection: close\r\n\r\n"
+    )
+    try:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(head.encode() + payload)
+        if number % 10 == 0:
+            await asyncio.sleep(0.2)
+            writer.close()
+            return "hung up"
+        answer = await reader.read()
+        writer.close()
+    except OSError as error:
+        return f"connection failed: {error.strerror}"
+    status = answer[9:12].decode() or "nothing"
+    if status == "200":
+        answers.setdefault(family, set()).add(_text(answer))
+    has_advice = b"retry-after" in answer.lower()
+    return f"answered {status}" + (" with Retry-After" if has_advice else "")
+
+
+def _text(answer: bytes) -> str:
+    """What a whole answer, or a stream, says."""
+    found = re.findall(rb'\{"id".*\}', answer)
+    return "".join(json.loads(one)["choices"][0]["text"] for one in found)
+
+
+def _settled(port: int, timeout_s: float = 120) -> dict[str, Any]:
+    """The report of /v1/cache once nothing runs or waits."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/cache", timeout=60) as answer:
+            report: dict[str, Any] = json.load(answer)
+        if not report["num_running"] + report["num_waiting"] or time.monotonic() > deadline:
+            return report
+        time.sleep(0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

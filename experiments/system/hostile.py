@@ -1,0 +1,509 @@
+"""Measure what one client can do to another: how long it waits for a token, how much it slows down.
+
+Starts ``engine serve`` with the built-in model, streams an answer to one client, and attacks the
+server meanwhile, one attack after another: bodies as large as the limits let them be, or larger;
+grammars of up to 1 kB that are slow to follow; connections that never end their headers; long
+prompts that are drafted for. Printed for each: the longest time between two tokens of the first
+client, its tokens a second, and the loss against a control. The control of a grammar is the same
+request without it, of a drafted prompt the same without drafts, of other attacks the time before.
+
+Other processes of the machine take their share of both. So each figure is printed, too, without the
+time in which the threads that a token passes waited for a processor (Linux says how long), and the
+limits are for those. Loss is judged where the control is the same work. Loopback only.
+
+    python -m experiments.system.hostile
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from engine.command.flags import Parser
+from experiments.provenance import RESULTS, write_json_lines
+from experiments.system.flood import server_port
+
+LIMIT_S, LIMIT_LOSS = 0.1, 0.1
+"""No attack may delay another client's token by more, or take a larger share of its speed."""
+MAX_CONNECTIONS = 100
+"""Of the server that is attacked."""
+ATTACK_S = 10.0
+"""An attacker hangs up after so long."""
+
+
+class Hostile(NamedTuple):
+    """One attack by a body."""
+
+    name: str
+    path: str
+    make: Callable[[], bytes]
+    control: Callable[[], bytes] | None = None
+    """Makes the body that the speed of the other client is compared with; None: no body."""
+
+
+class Outcome(NamedTuple):
+    """Effect of an attack on its sender and on another client."""
+
+    name: str
+    mib: float
+    status: int
+    seconds: float
+    median_ms: float
+    """Of the times between two tokens of the other client meanwhile."""
+    worst_ms: float
+    net_ms: float
+    """The worst without waiting for a processor."""
+    tokens_per_s: float
+    """Of the other client meanwhile, net."""
+    control_per_s: float
+    """Of the other client beside the control, net."""
+    is_judged: bool
+    """The control is the same work, so that there should be no loss."""
+
+    @property
+    def loss(self) -> float:
+        """Share of its speed that the other client lost."""
+        return 1 - self.tokens_per_s / self.control_per_s
+
+
+def _body(**fields: Any) -> Callable[[], bytes]:
+    return lambda: json.dumps(fields, ensure_ascii=False).encode()
+
+
+def _raw(before: str, entry: str, number: int, after: str) -> Callable[[], bytes]:
+    return lambda: (before + ",".join([entry] * number) + after).encode()
+
+
+EMPTY, USER = '{"role":"user"}', {"role": "user", "content": "hi"}
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
+ITEM, PART = '{"role":"developer","content":"x"}', '{"type":"text","text":"x"}'
+LONG_PART = '{"type":"text","text":"' + "x" * 1_000_000 + '"}'
+USE = '{"type":"tool_use","id":"1","name":"f","input":{}}'
+TURN = '{"model":"builtin","max_tokens":1,"messages":[{"role":"assistant","content":['
+RESULT = TURN.replace("assistant", "user") + '{"type":"tool_result","tool_use_id":"1","content":['
+PROMPT = '{"max_tokens":1,"prompt":['
+BODIES: tuple[Hostile, ...] = (
+    Hostile("no body", COMPLETIONS, lambda: b""),
+    Hostile("1.6M numbers for messages", CHAT, _raw('{"messages":[', "1", 1_600_000, "]}")),
+    Hostile("65k empty lists for messages", CHAT, _raw('{"messages":[', "[]", 65_000, "]}")),
+    Hostile("4,096 numbers for messages", CHAT, _raw('{"messages":[', "1", 4096, "]}")),
+    Hostile("4,096 empty messages", CHAT, _raw('{"messages":[', EMPTY, 4096, "]}")),
+    Hostile("4,096 empty messages", "/tokenize", _raw('{"messages":[', EMPTY, 4096, "]}")),
+    Hostile("100k empty messages", "/tokenize", _raw('{"messages":[', EMPTY, 100_000, "]}")),
+    Hostile("32k nested lists for tools", CHAT, lambda: _tools("[[]]", 32_000)),
+    Hostile("65k names in a tool", CHAT, lambda: _names(65_000)),
+    Hostile("250k names in a call's arguments", CHAT, lambda: _arguments(250_000)),
+    Hostile("65k numbers in a tool", CHAT, lambda: _tools("1e5", 65_000)),
+    Hostile("300k numbers in a tool", CHAT, lambda: _tools("1e5", 299_000)),
+    Hostile("a text that never ends", COMPLETIONS, lambda: b'{"prompt":"' + rb"\"," * 1_300_000),
+    Hostile(
+        "1.9M empty texts", COMPLETIONS, lambda: b"[]" * 60_000 + b'""' * 1_900_000 + b"[" * 9999
+    ),
+    Hostile("a text of 3.9 MiB", COMPLETIONS, _body(prompt="hello, world " * 314_000)),
+    Hostile("a text of 3.9 MiB", "/tokenize", _body(prompt="hello, world " * 314_000)),
+    Hostile("a message of 3.9 MiB", CHAT, _body(messages=[{**USER, "content": "x" * 4_080_000}])),
+    Hostile(
+        "3.9 MiB of escapes", "/tokenize", lambda: b'{"prompt":"' + rb"\ud800" * 680_000 + b'"}'
+    ),
+    Hostile("a message of < alone", CHAT, _body(messages=[{**USER, "content": "<" * 4_080_000}])),
+    Hostile("3.9 MiB of commas", "/tokenize", _body(prompt="," * 4_080_000)),
+    Hostile("a role of 3.9 MiB", CHAT, _body(messages=[{"role": "r" * 4_080_000}])),
+    Hostile("reasoning of 3.9 MiB", CHAT, _body(messages=[USER | {"reasoning": "r" * 4_080_000}])),
+    Hostile("299k token ids, n=128", COMPLETIONS, _raw('{"n":128,"prompt":[', "65", 299_000, "]}")),
+    Hostile("a prompt of 900 ids, n=128", COMPLETIONS, lambda: _prompts(1, 900, n=128)),
+    Hostile("1,000 prompts of 20 ids", COMPLETIONS, lambda: _prompts(1000, 20)),
+    Hostile("60k empty prompts", COMPLETIONS, _raw(PROMPT, "[]", 60_000, "]}")),
+    Hostile("299k prompts of a letter", COMPLETIONS, _raw(PROMPT, '"x"', 299_000, "]}")),
+    Hostile("1,900 ids echoed with logprobs, n=4", COMPLETIONS, lambda: _echoed(1900, 4)),
+    Hostile("1.6M stop tokens", COMPLETIONS, _raw('{"stop_token_ids":[', '"x"', 1_600_000, "]}")),
+    Hostile("64 stops of 1,024", COMPLETIONS, lambda: _stops(64, 1024)),
+    Hostile("64 stops of 30,000", COMPLETIONS, lambda: _stops(64, 30_000)),
+    Hostile("4,096 empty items", RESPONSES, _raw('{"input":[', ITEM, 4096, "]}")),
+    Hostile("20k uses of tools", MESSAGES, _raw(TURN, USE, 20_000, "]}]}")),
+    Hostile("16k parts of a result", MESSAGES, _raw(RESULT, PART, 16_000, "]}]}]}")),
+    Hostile("results of 3.9 MiB", MESSAGES, _raw(RESULT, LONG_PART, 4, "]}]}]}")),
+    Hostile("an item of 3.9 MiB", RESPONSES, _body(input="<" * 4_080_000)),
+    Hostile("260k token ids", "/detokenize", _body(tokens=[65] * 260_000)),
+    Hostile("1.3M token ids", "/detokenize", _body(tokens=[65] * 1_300_000)),
+    Hostile("4 MiB of brackets", COMPLETIONS, lambda: b"[" * 4_190_000),
+    Hostile("5 MiB", COMPLETIONS, lambda: b"x" * (5 << 20)),
+)
+AMBIGUOUS = 'start: e\ne: e e | /[a-z]/ | e "+" e | e e e e | '
+WIDE = (
+    f"start: /[a-z]{{5}}/ {'a ' * 60}\na: {' | '.join(f'b{i}' for i in range(30))} |\n"
+    + "\n".join(f'b{i}: a a | "x" |' for i in range(30))
+)
+OPTIONAL = {
+    "type": "object",
+    "properties": {f"p{i}": {"anyOf": [{"type": "array"}, {"type": "string"}]} for i in range(14)},
+}
+SLOW_TEXT = {"type": "string", "pattern": "^(.|\\n)*e(.|\\n){14}e(.|\\n)*$"}
+HOSTILE_TOOL = {"name": "f", "parameters": {"type": "object", "properties": {"x": SLOW_TEXT}}}
+GRAMMARS: dict[str, dict[str, Any]] = {
+    "ambiguous": {"guided_grammar": AMBIGUOUS},
+    "ambiguous, n=4": {"guided_grammar": AMBIGUOUS, "n": 4},
+    "ambiguous, eight at once": {"guided_grammar": "start: e\ne: e e e e e e e e | /[a-z]/ | "},
+    "ambiguous behind text": {"guided_grammar": AMBIGUOUS.replace("start:", "start: /[a-z]{50}/")},
+    "empty rules": {
+        "guided_grammar": 'start: (a? b? c?)*\na: "a"?\nb: "b"*\nc: ("a"|"b")*',
+        "n": 4,
+    },
+    "60 x 30 empty rules": {"guided_grammar": WIDE},
+    "palindromes, n=4": {
+        "guided_grammar": "start: p\np: /[a-z]/ p /[a-z]/ | /[a-z]/ |",
+        "n": 4,
+    },
+    "GBNF": {"guided_grammar": "root ::= e\ne ::= e e | [a-z] | e e e e"},
+    "2^16 states": {"guided_regex": r"(.|\n)*e(.|\n){16}e(.|\n)*"},
+    "words": {"guided_regex": r"(\w+\s?){60}\p{L}{50}"},
+    "14 optional names": {"guided_json": OPTIONAL, "n": 4},
+}
+"""At most 1 kB each."""
+
+
+def _guided(fields: dict[str, Any]) -> Hostile:
+    name = next(name for name, known in GRAMMARS.items() if known is fields)
+    plain = {"prompt": "import os\n" * 10, "max_tokens": 400, "temperature": 1, "seed": 3}
+    plain |= {"ignore_eos": True, "n": fields.get("n", 1)}
+    return Hostile(f"grammar: {name}", COMPLETIONS, _body(**plain | fields), _body(**plain))
+
+
+def _called(name: str, strict: bool, **fields: Any) -> Hostile:
+    """A call of a tool whose schema is slow to follow."""
+    function = HOSTILE_TOOL | {"strict": strict}
+    chat = {"messages": [USER], "max_tokens": 400, "temperature": 1, "ignore_eos": True}
+    tools = {"tools": [{"type": "function", "function": function}]}
+    return Hostile(f"grammar: {name}", CHAT, _body(**chat | tools | fields), _body(**chat))
+
+
+SLOW_TO_FOLLOW = (
+    *map(_guided, GRAMMARS.values()),
+    _called("a demanded call", False, tool_choice="required", n=4),
+    _called("a strict call", True),
+    Hostile(
+        "grammar: ambiguous, behind reasoning",
+        CHAT,
+        _body(
+            messages=[USER], max_tokens=400, guided_grammar=AMBIGUOUS, ignore_eos=True, n=4,
+            chat_template_kwargs={"enable_thinking": True}, thinking_token_budget=8,
+        ),
+        _body(messages=[USER], max_tokens=400, ignore_eos=True, n=4),
+    ),
+)  # fmt: skip
+LONG_PROMPT = random.Random(1).choices(range(250), k=30_000)
+DRAFTED = tuple(
+    Hostile(
+        f"30,000 cached ids and {number} more, drafted for",
+        COMPLETIONS,
+        _body(prompt=[*LONG_PROMPT, *range(number)], max_tokens=200, ignore_eos=True),
+    )
+    for number in (0, 1, 2)
+)
+"""The first computes the prompt, the others find it in the cache."""
+
+
+def _tools(entry: str, number: int) -> bytes:
+    listed = ",".join([entry] * number)
+    tool = f'{{"type":"function","function":{{"name":"f","parameters":{{"enum":[{listed}]}}}}}}'
+    return f'{{"max_tokens":1,"messages":[{json.dumps(USER)}],"tools":[{tool}]}}'.encode()
+
+
+def _names(number: int) -> bytes:
+    names = {f"{index:x}": 1 for index in range(number)}
+    tool = {"type": "function", "function": {"name": "f", "parameters": names}}
+    return json.dumps({"max_tokens": 1, "messages": [USER], "tools": [tool]}).encode()
+
+
+def _arguments(number: int) -> bytes:
+    names = json.dumps({f"{index:x}": 1 for index in range(number)})
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": names}}
+    messages = [USER, {"role": "assistant", "tool_calls": [call]}, USER]
+    return json.dumps({"max_tokens": 1, "messages": messages}).encode()
+
+
+def _prompts(number: int, length: int, **fields: Any) -> bytes:
+    prompts = [[index % 250] * length for index in range(number)]
+    return json.dumps({"prompt": prompts, "max_tokens": 1} | fields).encode()
+
+
+def _echoed(length: int, n: int) -> bytes:
+    fields = {"echo": True, "logprobs": 20, "n": n, "max_tokens": 1}
+    return json.dumps({"prompt": [65] * length} | fields).encode()
+
+
+def _stops(number: int, length: int) -> bytes:
+    stops = ["a" * (length - 3) + f"{index:03}" for index in range(number)]
+    return json.dumps({"prompt": "a" * 500, "stop": stops, "max_tokens": 64}).encode()
+
+
+class Piece(NamedTuple):
+    """When a piece of an answer came, and how long threads had waited for a processor by then."""
+
+    at_s: float
+    engine_s: float
+    all_s: float
+    """The engine's thread, the server's and the reader's together."""
+
+
+class Reader(threading.Thread):
+    """A client that reads an endless answer, and notes when each piece of it came."""
+
+    def __init__(self, port: int, server: int) -> None:
+        """``server``: its process id."""
+        super().__init__(daemon=True)
+        self._port = port
+        self._server, self._engine = server, _child_of(server)
+        self._ends = False
+        self.gaps: list[tuple[Piece, Piece]] = []
+        """Two neighbouring pieces of one answer."""
+
+    def run(self) -> None:
+        fields = {"prompt": "Tell me more.", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+        threads = [(self._server, self._server), (os.getpid(), threading.get_native_id())]
+        while not self._ends:
+            connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", COMPLETIONS, json.dumps(fields), headers)
+            answer = connection.getresponse()
+            before: Piece | None = None
+            while not self._ends and (line := answer.readline()):
+                if line.startswith(b"data: {"):
+                    engine_s = _waited_s(self._engine, self._engine)
+                    others_s = sum(_waited_s(*thread) for thread in threads)
+                    piece = Piece(time.perf_counter(), engine_s, engine_s + others_s)
+                    if before is not None:
+                        self.gaps.append((before, piece))
+                    before = piece
+            connection.close()
+
+    def end(self) -> None:
+        self._ends = True
+        self.join()
+
+    def tokens_per_s(self, start_s: float, end_s: float) -> float:
+        """Pieces a second that came between two times, without the time in which the engine's
+        thread waited for a processor."""
+        found = [after for _, after in self.gaps if start_s < after.at_s <= end_s]
+        if len(found) < 2:
+            return 1 / (end_s - start_s)
+        waited_s = found[-1].engine_s - found[0].engine_s
+        return len(found) / max(found[-1].at_s - found[0].at_s - waited_s, 1e-3)
+
+    def gaps_s(self, start_s: float, end_s: float) -> list[tuple[float, float]]:
+        """Times between two pieces, of those that were not over at ``start_s`` and had begun at
+        ``end_s``, gross and net of waiting for a processor."""
+        return [
+            (gross_s := after.at_s - before.at_s, max(gross_s - (after.all_s - before.all_s), 0.0))
+            for before, after in self.gaps
+            if after.at_s > start_s and before.at_s < end_s
+        ]
+
+
+def _child_of(pid: int) -> int:
+    """The engine's process; the server's own where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/task/{pid}/children", encoding="utf-8") as children:
+            return int(children.read().split()[0])
+    except (OSError, IndexError):
+        return pid
+
+
+def _waited_s(pid: int, thread: int) -> float:
+    """How long a thread was ready to run, and did not; 0 where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/task/{thread}/schedstat", encoding="utf-8") as figures:
+            return int(figures.read().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0
+
+
+def attack(
+    port: int, reader: Reader, hostile: Hostile, control_per_s: float | None = None
+) -> Outcome:
+    """Send one body and wait for its answer, and a moment longer; its control before, unless its
+    outcome is known."""
+    payload = hostile.make()
+    time.sleep(0.2)  # what making it cost the reader, which is of this process, is over
+    is_judged = control_per_s is not None or hostile.control is not None
+    start_s = time.perf_counter()
+    if hostile.control is not None:
+        _post(port, hostile.path, hostile.control())
+    elif control_per_s is None:
+        time.sleep(1.0)
+    control_per_s = control_per_s or reader.tokens_per_s(start_s, time.perf_counter())
+    start_s = time.perf_counter()
+    status = _post(port, hostile.path, payload) if payload else 200
+    sent = f"{hostile.path} {hostile.name}", len(payload) / 2**20, status
+    return _outcome(reader, sent, start_s, control_per_s, is_judged)
+
+
+def _outcome(
+    reader: Reader,
+    sent: tuple[str, float, int],
+    start_s: float,
+    control_per_s: float,
+    is_judged: bool,
+) -> Outcome:
+    """What the reader saw of an attack (name, MiB, status), for a second at least."""
+    end_s = time.perf_counter()
+    time.sleep(1.0)
+    last_s = max(end_s, start_s + 1.0)
+    gross, net = zip(*reader.gaps_s(start_s, last_s), strict=True)
+    figures = statistics.median(gross), max(gross), max(net)
+    middle_ms, worst_ms, net_ms = (round(1e3 * one, 1) for one in figures)
+    speeds = (round(one) for one in (reader.tokens_per_s(start_s, last_s), control_per_s))
+    name, mib, status = sent
+    seconds = round(end_s - start_s, 2)
+    told = name, round(mib, 2), status, seconds, middle_ms, worst_ms, net_ms
+    return Outcome(*told, *speeds, is_judged)
+
+
+def _post(port: int, path: str, payload: bytes) -> int:
+    """Post a body and read its answer, for at most ``ATTACK_S``; returns its status, 0 if there was
+    none by then."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ATTACK_S)
+    status = 0
+    try:
+        connection.request("POST", path, payload, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        status = answer.status
+        answer.read()
+    except (BrokenPipeError, ConnectionResetError):
+        status = 413  # refused before all of it was sent
+    except TimeoutError:
+        pass
+    finally:
+        connection.close()
+    return status
+
+
+def hold_connections(port: int, reader: Reader) -> Outcome:
+    """Open more connections than there may be, with headers that never end, and see whether the
+    server still answers; the status is that of the last /health."""
+    start_s = time.perf_counter()
+    time.sleep(1.0)
+    control_per_s = reader.tokens_per_s(start_s, time.perf_counter())
+    start_s, status, held = time.perf_counter(), 0, []
+    for _ in range(5):
+        for _ in range(MAX_CONNECTIONS):
+            held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+            with suppress(OSError):
+                held[-1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Half: ")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+        connection.close()
+    sent = f"{len(held)} connections whose headers never end", 0.0, status
+    outcome = _outcome(reader, sent, start_s, control_per_s, False)
+    for one in held:
+        one.close()
+    return outcome
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[int, Reader, subprocess.Popen[str]]]:
+    """A server of its own, its port, and a client that reads from it."""
+    command = [sys.executable, "-m", "engine", "serve", "--port", "0", "--cache-gib", "0.25"]
+    # What is computed for others takes its share of every step; here the smallest there is.
+    command += ["--token-budget", "64", "--max-connections", str(MAX_CONNECTIONS), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            port = server_port(server)
+            reader = Reader(port, server.pid)
+            reader.start()
+            time.sleep(2)
+            yield port, reader, server
+            reader.end()
+        finally:
+            server.terminate()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m experiments.system.hostile", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--only", default="", metavar="TEXT", help="attacks whose name has it")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "hostile.jsonl", help="default: %(default)s"
+    )
+    options = parser.parse_args(arguments)
+
+    def chosen(attacks: Sequence[Hostile]) -> list[Hostile]:
+        return [one for one in attacks if options.only in f"{one.path} {one.name}"]
+
+    bodies, drafted = chosen((*BODIES, *SLOW_TO_FOLLOW)), chosen(DRAFTED)
+    rounds: list[list[Outcome]] = [[] for _ in range(options.rounds)]
+    undrafted: list[list[Outcome]] = []
+    with serving() as (port, reader, server):
+        for outcomes in rounds:
+            outcomes += [attack(port, reader, body) for body in bodies]
+            if options.only in "connections":
+                outcomes.append(hold_connections(port, reader))
+            undrafted.append([attack(port, reader, body) for body in drafted])
+        peak_mib = _peak_mib(server.pid)
+    if drafted:
+        with serving("--draft", "tree:8") as (port, reader, _):
+            for outcomes, controls in zip(rounds, undrafted, strict=True):
+                for body, control in zip(drafted, controls, strict=True):
+                    outcomes.append(attack(port, reader, body, control.tokens_per_s))
+    rows = [_middle(one) for one in zip(*rounds, strict=True)]
+    heads = f"{'token ms':>9} {'worst ms':>9} {'net ms':>7} {'tokens/s':>9} {'loss':>6}"
+    print(f"{'MiB':>5} {'answer':>6} {'s':>6} {heads}  attack")
+    for row in rows:
+        loss = f"{row.loss:6.0%}" if row.is_judged else " " * 6
+        print(
+            f"{row.mib:5.2f} {row.status:6} {row.seconds:6.2f} {row.median_ms:9.1f} "
+            f"{row.worst_ms:9.1f} {row.net_ms:7.1f} {row.tokens_per_s:9.0f} {loss}  {row.name}"
+        )
+    worst_ms, net_ms = max(row.worst_ms for row in rows), max(row.net_ms for row in rows)
+    loss_most = max((row.loss for row in rows if row.is_judged), default=0.0)
+    print(
+        f"longest wait for a token {worst_ms:.0f} ms, {net_ms:.0f} net; largest loss of speed "
+        f"{loss_most:.0%}; peak memory of the server {peak_mib:.0f} MiB"
+    )
+    record = {"rounds": options.rounds, "worst_ms": worst_ms, "worst_net_ms": net_ms}
+    record |= {"worst_loss": round(loss_most, 3), "peak_mib": round(peak_mib)}
+    write_json_lines(
+        options.out, [record, *(row._asdict() | {"loss": round(row.loss, 3)} for row in rows)]
+    )
+    return 0 if net_ms <= 1e3 * LIMIT_S and loss_most <= LIMIT_LOSS else 1
+
+
+FIGURES = ("seconds", "median_ms", "worst_ms", "net_ms", "tokens_per_s", "control_per_s")
+
+
+def _middle(rounds: Sequence[Outcome]) -> Outcome:
+    """Return the median of each figure over several rounds of one attack: the machine stalls now
+    and then by itself."""
+    first = rounds[0]
+    figures = {
+        name: statistics.median(getattr(outcome, name) for outcome in rounds) for name in FIGURES
+    }
+    return first._replace(**figures)
+
+
+def _peak_mib(pid: int) -> float:
+    """Most memory that the process had at once; 0 where the system does not say."""
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8") as status:
+            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        return 0.0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,129 @@
+"""Random requests through SGLang's scheduler under pressure, checked after every step."""
+
+from __future__ import annotations
+
+import random
+from typing import Any, NamedTuple
+
+from experiments.system.sglang.serve import VOCAB, CPUScheduler, hashes
+from sglang.srt.managers.io_struct import AbortReq
+
+
+class Served(NamedTuple):
+    """What a random load came to."""
+
+    requests: int
+    aborted: int
+    retracted: int
+    flushes: int
+    prompt_tokens: int
+    cached_tokens: int
+    checked_tokens: int
+    """Tokens resumed from, chunks included, whose row and state were compared."""
+    steps: int
+
+
+class RandomLoad:
+    """Conversations that go on, fork and come again, some cut off in the middle."""
+
+    def __init__(self, scheduler: CPUScheduler, seed: int) -> None:
+        self.scheduler = scheduler
+        self.random = random.Random(seed)
+        self.histories: list[list[int]] = [[]]
+        self.running: dict[str, Any] = {}
+        self.submitted = self.aborted = self.retracted = self.flushes = self.steps = 0
+        self.prompt_tokens = self.cached_tokens = 0
+
+    def run(self, num_requests: int, *, check_every: int = 1) -> Served:
+        """Serve ``num_requests``, then until nothing runs. AssertionError: something leaked, or a
+        request resumed from what was not its prefix."""
+        draining = False
+        while self.submitted < num_requests or self.running:
+            while self.submitted < num_requests and not draining and self.random.random() < 0.6:
+                self._submit()
+            if self.running and self.random.random() < 0.01:
+                self._abort()
+            idle = not self.scheduler.step()
+            self.steps += 1
+            self._collect()
+            if self.steps % check_every == 0:
+                self.check()
+            draining = draining or self.random.random() < 0.002
+            if draining and idle:
+                draining = False
+                self.check(idle=True)
+                assert self.scheduler.flush_cache()
+                self.flushes += 1
+        while self.scheduler.step():
+            self.check()
+        self.check(idle=True)
+        return Served(
+            self.submitted - self.aborted,
+            self.aborted,
+            self.retracted,
+            self.flushes,
+            self.prompt_tokens,
+            self.cached_tokens,
+            self.scheduler.tp_worker.checked_tokens,
+            self.steps,
+        )
+
+    def _submit(self) -> None:
+        pick, draw = self.random, self.random.randrange
+        history = pick.choice(self.histories)
+        if pick.random() < 0.3:
+            history = history[: draw(len(history) + 1)]
+        tokens = history + [draw(VOCAB) for _ in range(draw(1, pick.choice((4, 40, 400))))]
+        rid = f"r{self.submitted}"
+        length = pick.choice((1, 3, 9, 70))
+        request = self.scheduler.submit(rid, tokens[-1200:], length)
+        request.extra_key = pick.choice((None, None, None, "adapter"))
+        self.running[rid] = request
+        self.submitted += 1
+
+    def _abort(self) -> None:
+        rid = self.random.choice(list(self.running))
+        request = self.running[rid]
+        if not request.finished():
+            self.scheduler.abort_request(AbortReq(rid=rid))
+            del self.running[rid]
+            self.aborted += 1
+
+    def _collect(self) -> None:
+        for rid, request in list(self.running.items()):
+            if not request.finished():
+                continue
+            del self.running[rid]
+            self._verify(request)
+            self.retracted += request.retraction_count
+            self.prompt_tokens += len(request.origin_input_ids)
+            self.cached_tokens += request.cached_tokens
+            self.histories.append([*request.origin_input_ids, *request.output_ids])
+            if len(self.histories) > 60:
+                del self.histories[self.random.randrange(60)]
+
+    def _verify(self, request: Any) -> None:
+        """Its answer is what the model says to these tokens without a cache."""
+        prompt, answer = request.origin_input_ids, request.output_ids
+        chain = hashes([*prompt, *answer])
+        expected = [int(abs(one)) % VOCAB for one in chain[len(prompt) - 1 : -1]]
+        assert list(answer) == expected, f"{request.rid}: its answer"
+
+    def check(self, idle: bool = False) -> None:
+        """Ours and SGLang's invariants: every row and slot is free, cached or held by a request."""
+        scheduler = self.scheduler
+        tree = scheduler.tree_cache
+        held = scheduler.invariant_checker._requests_owning_rows()
+        rows = sum(r.kv.kv_allocated_len - r.kv.cache_protected_len for r in held)
+        tree.tree.check(held_tokens=rows)
+        pool = scheduler.req_to_token_pool
+        slots = pool.mamba_allocator.available_size() + sum(_slots(r.kv) for r in held)
+        assert slots + tree.tree.num_checkpoints == pool.mamba_pool.size, "a state slot leaked"
+        if idle:
+            tree.sanity_check()
+            assert not held and tree.full_protected_size() == 0, "something is still locked"
+
+
+def _slots(kv: Any) -> int:
+    tracking = kv.mamba_ping_pong_empty
+    return int(kv.holds_mamba) + (0 if tracking is None else tracking.count(False))

@@ -1,0 +1,307 @@
+"""SGLang's own scheduler on a CPU, over a model that only remembers what it was shown.
+
+``Remembers`` stands for the model worker. A KV row holds the hash of the prefix that ends with its
+token, a state slot the hash of all tokens that went into it, so that each forward can tell whether
+what it resumes from is what it should be: a wrong row, a stale state, a state at another length.
+The next token is a function of that hash.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.system.sglang.pools import CHUNK, World, new_pools
+from hybridcache.export.sglang import NAME, plug_in
+from sglang.srt.arg_groups import mamba_hook
+from sglang.srt.distributed import bootstrap
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers import scheduler as scheduler_module
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_components.ipc_channels import SchedulerIpcChannels
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.mem_cache.registry import registered_radix_cache_backends
+from sglang.srt.model_executor.model_runner_components.ngram_embedding_manager import (
+    NgramEmbeddingManager,
+)
+from sglang.srt.runtime_context import SpawnRanks, get_context, get_parallel, publish
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import PortArgs, ServerArgs
+
+VOCAB = 64
+CONFIG = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 8192,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "full_attention_interval": 4,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 1023,
+}
+_POWERS = np.cumprod(np.full(8192, 6364136223846793005, np.uint64)).view(np.int64)
+
+
+def hashes(tokens: Iterable[int]) -> np.ndarray:
+    """The hash of every prefix that ends with each token: int64[n]."""
+    ids = np.fromiter(tokens, np.int64) + 1
+    return np.cumsum(ids * _POWERS[: len(ids)])
+
+
+class Remembers:
+    """What SGLang's scheduler asks of a model worker, and of its model runner."""
+
+    is_hybrid_swa = False
+    sliding_window_size = None
+    weight_load_time = 0.0
+    graph_time_usage = graph_memory_usage = None
+
+    def __init__(self, world: World, model_config: Any, max_requests: int) -> None:
+        self.world = world
+        self.model_config = model_config
+        self.max_requests = max_requests
+        self.rows = np.zeros(world.rows.size + 1, np.int64)
+        states = world.requests.mamba_pool.mamba_cache.temporal[0]
+        self.states = states.flatten(1).view(torch.int64)[:, 0]
+        self.checked_tokens = 0
+        """Tokens resumed from, each compared with what it should be."""
+        self.model_runner = SimpleNamespace(
+            model_config=model_config,
+            token_to_kv_pool=world.rows.get_kvcache(),
+            token_to_kv_pool_allocator=world.rows,
+            req_to_token_pool=world.requests,
+            mtp_draft_device_pools=(),
+            mtp_draft_mamba_pools=(),
+            spec_algorithm=SimpleNamespace(is_dspark=lambda: False, is_none=lambda: True),
+            canary_manager=None,
+            ngram_embedding_manager=NgramEmbeddingManager(enabled=False, table=None, n=0),
+            attn_backend=SimpleNamespace(needs_cpu_seq_lens=True),
+            forward_stream=torch.cpu.Stream(),
+            device="cpu",
+            weight_load_mem_usage=0.0,
+            prefill_aware_swa=False,
+            device_timer=None,
+            eplb_manager=None,
+            lora_manager=None,
+            hisparse_coordinator=None,
+            memory_pool_config=None,
+            model=None,
+        )
+
+    def get_memory_pool(self) -> tuple[Any, Any]:
+        return self.world.requests, self.world.rows
+
+    def get_pad_input_ids_func(self) -> None:
+        return None
+
+    def forward_batch_generation(self, batch: Any, **_: Any) -> GenerationBatchResult:
+        self._copy_and_clear(batch)
+        pool = self.world.requests
+        slots = pool.get_mamba_indices(batch.req_pool_indices).to(torch.int64)
+        work = self._extend if batch.forward_mode.is_extend() else self._decode
+        after = work(batch, slots)
+        tokens = torch.from_numpy(np.abs(after) % VOCAB)
+        return GenerationBatchResult(
+            logits_output=LogitsProcessorOutput(next_token_logits=None),
+            next_token_ids=tokens,
+            can_run_cuda_graph=False,
+        )
+
+    def _copy_and_clear(self, batch: Any) -> None:
+        """What the model runner does before a forward."""
+        pool = self.world.requests.mamba_pool
+        if batch.mamba_clear_indices is not None:
+            pool.clear_slots(batch.mamba_clear_indices)
+        if batch.mamba_cow_src_indices is not None:
+            pool.copy_from(batch.mamba_cow_src_indices, batch.mamba_cow_dst_indices)
+        batch.mamba_clear_indices = None
+        batch.mamba_cow_src_indices = batch.mamba_cow_dst_indices = None
+
+    def _extend(self, batch: Any, slots: torch.Tensor) -> np.ndarray:
+        after = np.zeros(len(batch.reqs), np.int64)
+        for index, req in enumerate(batch.reqs):
+            start, end = batch.prefix_lens[index], req.extend_end
+            chain = hashes(req.full_untruncated_fill_ids[:end])
+            rows = self.world.requests.req_to_token[req.kv.req_pool_idx, :end].numpy()
+            assert np.array_equal(self.rows[rows[:start]], chain[:start]), f"{req.rid}: its rows"
+            state, expected = int(self.states[slots[index]]), chain[start - 1] if start else 0
+            assert state == expected, f"{req.rid}: its state at {start}"
+            self.checked_tokens += start
+            self.rows[rows[start:]] = chain[start:]
+            self.states[slots[index]] = int(chain[-1])
+            if batch.mamba_track_mask is not None and batch.mamba_track_mask[index]:
+                covered = int(batch.mamba_track_seqlens[index]) - start
+                at = start + covered // CHUNK * CHUNK
+                self.states[batch.mamba_track_indices[index]] = int(chain[at - 1])
+            after[index] = chain[-1]
+        return after
+
+    def _decode(self, batch: Any, slots: torch.Tensor) -> np.ndarray:
+        positions = batch.seq_lens.numpy() - 1
+        before = self.states[slots].numpy()
+        after = before + (batch.input_ids.numpy() + 1) * _POWERS[positions]
+        self.states[slots] = torch.from_numpy(after)
+        self.rows[batch.out_cache_loc.numpy()] = after
+        if batch.mamba_track_mask is not None:
+            mask = batch.mamba_track_mask
+            self.states[batch.mamba_track_indices[mask]] = torch.from_numpy(after)[mask]
+        return after
+
+
+class CPUScheduler(Scheduler):
+    """SGLang's scheduler, its loop turned one step at a time, over ``Remembers``."""
+
+    make_worker: Callable[[Any], Remembers]
+
+    def init_ipc_channels(self, port_args: PortArgs) -> None:
+        self.ipc_channels = SchedulerIpcChannels.create(
+            port_args=port_args,
+            is_rank_zero=False,
+            skip_tokenizer_init=True,
+            metrics_enabled=False,
+            enable_scripted_runtime=False,
+        )
+        self.load_snapshot_writer = self.recv_from_tokenizer = None
+
+    def init_model_worker(self) -> None:
+        worker = type(self).make_worker(self.model_config)
+        self.tp_worker = self.model_worker = worker
+        self.draft_worker = None
+        self.kv_cache_allocation_time = 0.0
+        self.device = "cpu"
+        self.schedule_stream = torch.cpu.Stream()
+        self.forward_stream = worker.model_runner.forward_stream
+        self.max_total_num_tokens = worker.world.rows.size
+        self.max_prefill_tokens = 16384
+        self.max_running_requests = worker.max_requests
+        self.max_queued_requests = None
+        self.max_req_len = min(self.model_config.context_len, self.max_total_num_tokens) - 1
+        self.max_req_input_len = self.max_req_len - 5
+        self.random_seed = 0
+        self.min_free_slots_delayer = None
+        get_context().override("cpu", pp_max_micro_batch_size=self.max_running_requests)
+        parallel = get_parallel()
+        self.tp_group, self.attn_tp_group = parallel.tp_group, parallel.attn_tp_group
+        self.attn_cp_group, self.pp_group = parallel.attn_cp_group, parallel.pp_group
+        self.world_group = parallel.world_group
+        self.tp_cpu_group = self.tp_group.cpu_group
+        self.attn_tp_cpu_group = self.attn_tp_group.cpu_group
+        self.attn_cp_cpu_group = self.attn_cp_group.cpu_group
+        self.dp_tp_group = scheduler_module.get_dp_tp_group()
+        self.dp_tp_cpu_group = self.dp_tp_group.cpu_group
+        self.pad_input_ids_func = None
+        self.startup_available_gpu_memory_gb = 0.0
+
+    def step(self) -> bool:
+        """One turn of SGLang's event loop; False: nothing was there to do."""
+        plan = self.get_next_batch_to_run(
+            running_batch=self.running_batch, last_batch=self.last_batch
+        )
+        self.running_batch = plan.running_batch
+        busy = (self._turn_overlap if self.enable_overlap else self._turn)(plan.batch_to_run)
+        self.invariant_checker.self_check_during_busy()
+        return busy
+
+    def _turn(self, batch: Any) -> bool:
+        """As ``event_loop_normal``."""
+        if batch:
+            self.process_batch_result(batch, self.run_batch(batch))
+        else:
+            self.on_idle()
+        self.last_batch = batch
+        return batch is not None
+
+    def _turn_overlap(self, batch: Any) -> bool:
+        """As ``event_loop_overlap``: the last batch's result is processed after this one began."""
+        last = self.last_batch
+        at_once = self.is_disable_overlap_for_batch(batch, last_batch=last)
+        if at_once:
+            self.process_batch_result(*self.result_queue.popleft())
+        result = None
+        if batch:
+            result = self.run_batch(batch)
+            self.result_queue.append((batch.copy(), result))
+        if last and not at_once:
+            self.process_batch_result(*self.result_queue.popleft())
+        elif not last and batch is None:
+            self.on_idle()
+        self.launch_batch_sample_if_needed(result, batch)
+        self.last_batch = batch
+        return batch is not None or bool(last)
+
+    def submit(self, rid: str, tokens: Iterable[int], max_new_tokens: int) -> Req:
+        """A request with the ids ``tokens``, greedy, into the waiting queue."""
+        req = Req(
+            rid=rid,
+            origin_input_text="",
+            origin_input_ids=array("q", tokens),
+            sampling_params=SamplingParams(
+                temperature=0, max_new_tokens=max_new_tokens, ignore_eos=True
+            ),
+            vocab_size=self.model_config.vocab_size,
+        )
+        req.sampling_params.normalize(None)
+        self.init_req_max_new_tokens(req)
+        self._add_request_to_queue(req)
+        return req
+
+
+def new_scheduler(
+    folder: Path,
+    num_kv_tokens: int,
+    num_slots: int,
+    *,
+    max_requests: int = 6,
+    strategy: str = "extra_buffer",
+    overlap: bool = False,
+    **settings: Any,
+) -> CPUScheduler:
+    """SGLang's scheduler with our cache behind its flag. One a process: its settings are global."""
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    if NAME not in registered_radix_cache_backends():
+        plug_in()
+    # What SGLang asks of a device, and no CPU has.
+    mamba_hook._platform_supports_mamba_cache_extra_buffer = lambda: True
+    bootstrap._bind_threads_if_cpu = lambda *, device: None
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor
+    args = ServerArgs(
+        model_path=str(folder),
+        device="cpu",
+        skip_tokenizer_init=True,
+        disable_cuda_graph=True,
+        attention_backend="torch_native",
+        radix_cache_backend=NAME,
+        max_running_requests=max_requests,
+        max_total_tokens=num_kv_tokens,
+        context_length=4096,
+        disable_overlap_schedule=not overlap,
+        mamba_radix_cache_strategy=strategy,
+        **settings,
+    )
+    publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, dp_rank=None, gpu_id=0))
+    pools = {"extra_buffer": strategy != "no_buffer", "lazy": strategy == "extra_buffer_lazy"}
+    world = new_pools(num_kv_tokens, num_slots, max_requests=max_requests, **pools)
+    CPUScheduler.make_worker = lambda config: Remembers(world, config, max_requests)
+    return CPUScheduler(args, PortArgs.init_new(args))

@@ -1,0 +1,305 @@
+"""Does a server that answers for hours grow, or lose count?
+
+Starts ``engine serve`` with the built-in model and keeps 16 clients busy with everything at once:
+conversations that go on, tools, guided answers, drafts, several answers at once, clients that leave
+in the middle, three dialects, tenants; a page watches all the while. Now and then the memory of
+both processes is read. At the end requests, prompt tokens and memory must add up, and in the second
+half of the run neither process may have grown past ``GROWTH``. Loopback only. Words and answers are
+few: what a request costs is mostly the model's, and the model is not what could grow.
+
+    python -m experiments.system.soak --requests 200000 [--minutes 60]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import random
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+from tqdm import tqdm
+
+from engine.command.flags import Parser
+from experiments.provenance import RESULTS, write_json_lines
+from experiments.system.faults.server import parts_of
+from experiments.system.flood import server_port
+
+NUM_CLIENTS = 16
+MIB = ("--explain-mib", "2", "--replay-mib", "2", "--responses-mib", "2", "--cache-gib", "0.1")
+"""Small, so that every memory is full, and forgets, before the run is half over."""
+FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--max-queue", "64", *MIB)
+FORGOTTEN = "forgotten"
+"""How a request ends that goes on from a response which had to make room."""
+GROWTH = 1.1
+"""Of either process, from the mean of the run's third quarter to that of its last."""
+PAGE_BYTES = 4096
+SAMPLE_S = 10.0
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+    },
+}
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+class Client:
+    """One client: a conversation at a time, and other requests in between."""
+
+    def __init__(self, port: int, seed: int) -> None:
+        self._port = port
+        self._draw = random.Random(seed)
+        self._turns: list[dict[str, Any]] = []
+        self._response: str | None = None
+        self.num_choices = 0
+        """Asked for, in requests that were let in."""
+
+    async def ask(self) -> str:
+        """One request of some kind; how it ended."""
+        kinds = (
+            (self._turn, 5),
+            (self._guided, 2),
+            (self._tools, 2),
+            (self._several, 1),
+            (self._leave, 2),
+            (self._message, 1),
+            (self._respond, 1),
+            (self._tenant, 1),
+        )
+        work = self._draw.choices([one for one, _ in kinds], [weight for _, weight in kinds])[0]
+        try:
+            return f"{work.__name__[1:]} {await work()}"
+        except (ConnectionError, asyncio.IncompleteReadError) as error:
+            return f"{work.__name__[1:]} {type(error).__name__}"
+
+    async def _post(
+        self, path: str, body: dict[str, Any], choices: int = 1, leave: bool = False
+    ) -> tuple[int, Any]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._port, limit=1 << 24)
+        try:
+            data = json.dumps({"max_tokens": self._draw.randrange(4, 16)} | body).encode()
+            head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
+            head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+            writer.write(head.encode() + data)
+            status = int((await reader.readline()).split()[1])
+            self.num_choices += choices if status == 200 else 0
+            if leave:
+                await reader.readuntil(b"data: ")
+                writer.transport.abort()
+                return status, None
+            answer = (await reader.read()).partition(b"\r\n\r\n")[2]
+            return status, json.loads(answer) if not body.get("stream") else answer
+        finally:
+            writer.close()
+
+    def _words(self) -> str:
+        return " ".join(self._draw.choice(("red", "blue", "seven", "to")) for _ in range(8))
+
+    async def _turn(self) -> str:
+        """The next turn of a conversation, which now and then begins anew."""
+        if len(self._turns) > 8 or not self._turns:
+            self._turns = [{"role": "system", "content": f"You are {self._draw.randrange(9)}."}]
+        self._turns.append({"role": "user", "content": self._words()})
+        status, answer = await self._post("/v1/chat/completions", {"messages": self._turns})
+        if status != 200:
+            self._turns = []
+            return str(status)
+        message = answer["choices"][0]["message"]
+        self._turns.append({"role": "assistant", "content": message["content"] or "-"})
+        return "200"
+
+    def _chat(self) -> list[dict[str, str]]:
+        return [{"role": "user", "content": self._words()}]
+
+    async def _guided(self) -> str:
+        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+        body = {"messages": self._chat(), "response_format": form, "max_tokens": 24}
+        return str((await self._post("/v1/chat/completions", body))[0])
+
+    async def _tools(self) -> str:
+        choice = self._draw.choice(("auto", "required"))
+        body = {"messages": self._chat(), "tools": [TOOL], "tool_choice": choice, "stream": True}
+        return str((await self._post("/v1/chat/completions", body))[0])
+
+    async def _several(self) -> str:
+        body = {"prompt": [self._words(), "x"], "n": 2, "logprobs": 2, "temperature": 0.9}
+        return str((await self._post("/v1/completions", body, choices=4))[0])
+
+    async def _leave(self) -> str:
+        body = {"prompt": self._words(), "stream": True, "max_tokens": 400, "ignore_eos": True}
+        return str((await self._post("/v1/completions", body, leave=True))[0])
+
+    async def _message(self) -> str:
+        body = {"model": "builtin", "messages": self._chat(), "stream": True}
+        return str((await self._post("/v1/messages", body))[0])
+
+    async def _respond(self) -> str:
+        body = {"input": self._words(), "previous_response_id": self._response}
+        limit = {"max_output_tokens": 8, "max_tokens": None}
+        status, answer = await self._post("/v1/responses", body | limit)
+        self._response = answer["id"] if status == 200 and self._draw.random() < 0.7 else None
+        if status == 400 and answer["error"]["code"] == "previous_response_not_found":
+            return FORGOTTEN
+        return str(status)
+
+    async def _tenant(self) -> str:
+        body = {"messages": self._chat(), "cache_salt": f"tenant {self._draw.randrange(50)}"}
+        return str((await self._post("/v1/chat/completions", body))[0])
+
+
+async def watch(port: int) -> None:
+    """What a page does: read every change."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /v1/cache/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    try:
+        while await reader.read(1 << 16):
+            pass
+    finally:
+        writer.close()
+
+
+def resident_mib(pid: int) -> float:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return round(pages * PAGE_BYTES / 2**20, 1)
+
+
+def engine_of(server: int) -> int:
+    """The process of a server's engine."""
+    stats = Path("/proc").glob("[0-9]*/stat")
+    return next(int(s.parent.name) for s in stats if parts_of(s)[1] == str(server))
+
+
+async def soak(
+    port: int, pids: Sequence[int], num_requests: int, num_seconds: float
+) -> tuple[Counter[str], int, list[dict[str, Any]]]:
+    """(how requests ended, choices that were let in, memory as it went), of so many requests, or of
+    so many seconds where they are over sooner."""
+    clients = [Client(port, seed) for seed in range(NUM_CLIENTS)]
+    outcomes: Counter[str] = Counter()
+    samples: list[dict[str, Any]] = []
+    numbers = iter(range(num_requests))
+    started = time.monotonic()
+    page = asyncio.create_task(watch(port))
+
+    def sample() -> None:
+        server, engine = map(resident_mib, pids)
+        at = {"requests": outcomes.total(), "seconds": round(time.monotonic() - started, 1)}
+        samples.append(at | {"server_mib": server, "engine_mib": engine})
+
+    async def keep_sampling() -> None:
+        while True:
+            sample()
+            await asyncio.sleep(SAMPLE_S)
+
+    with tqdm(total=num_requests, unit=" requests", mininterval=5) as bar:
+
+        async def work(client: Client) -> None:
+            for _ in numbers:
+                outcomes[await client.ask()] += 1
+                bar.update()
+                if time.monotonic() - started > num_seconds:
+                    return
+
+        sampling = asyncio.create_task(keep_sampling())
+        await asyncio.gather(*map(work, clients))
+        sampling.cancel()
+        sample()
+    assert not page.done(), "the page lost its server"
+    page.cancel()
+    return outcomes, sum(client.num_choices for client in clients), samples
+
+
+def totals(port: int) -> dict[str, float]:
+    """Sums of each metric over its labels, once nothing runs."""
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+            text = answer.read().decode()
+        found: Counter[str] = Counter()
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                found[sample.name] += sample.value
+                if "owner" in sample.labels:
+                    found[f"{sample.name}.{sample.labels['owner']}"] += sample.value
+        if not found["engine_running_requests"] + found["engine_waiting_requests"]:
+            return dict(found)
+        time.sleep(0.1)
+
+
+def growth(samples: Sequence[dict[str, Any]], name: str) -> float:
+    """Mean of the last quarter over that of the third."""
+    quarter = max(len(samples) // 4, 1)
+    third, last = samples[-2 * quarter : -quarter], samples[-quarter:]
+    means = [sum(sample[name] for sample in part) / len(part) for part in (third, last)]
+    return means[1] / means[0]
+
+
+def verdict(
+    outcomes: Counter[str], num_choices: int, before: dict[str, float], after: dict[str, float]
+) -> None:
+    """AssertionError: something does not add up."""
+    wrong = {
+        end: number
+        for end, number in outcomes.items()
+        if end.split()[1] not in ("200", "429", FORGOTTEN)
+    }
+    assert not wrong, f"answers that should not be: {wrong}"
+    assert after["engine_requests_total"] == num_choices, (after, num_choices)
+    spared = after["engine_cached_tokens_total"] + after["engine_lost_tokens_total"]
+    assert after["engine_prompt_tokens_total"] == spared
+    for pool in ("kv_tokens", "state_slots", "memory_bytes"):
+        assert after[f"engine_{pool}.held"] == 0
+    assert after["engine_memory_bytes"] == before["engine_memory_bytes"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = Parser(
+        prog="python -m experiments.system.soak", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--requests", type=int, default=5_000, help="default: %(default)s")
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="at most; default: no limit"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "soak.jsonl")
+    options = parser.parse_args(arguments)
+    command = [sys.executable, "-m", "engine", "serve", "--port", "0", *FLAGS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            port = server_port(server)
+            pids = server.pid, engine_of(server.pid)
+            before = totals(port)
+            outcomes, num_choices, samples = asyncio.run(
+                soak(port, pids, options.requests, 60 * options.minutes)
+            )
+            after = totals(port)
+        finally:
+            server.terminate()
+    grown = {name: growth(samples, name) for name in ("server_mib", "engine_mib")}
+    spent_s = samples[-1]["seconds"]
+    summary = {
+        "requests": outcomes.total(),
+        "a_minute": round(60 * outcomes.total() / spent_s),
+        "outcomes": dict(sorted(outcomes.items())),
+        "growth": {name: round(ratio, 4) for name, ratio in grown.items()},
+        "prompt_tokens": after["engine_prompt_tokens_total"],
+        "cached_tokens": after["engine_cached_tokens_total"],
+        "accepted_drafts": after.get("engine_accepted_tokens_total", 0),
+    }
+    print(json.dumps(summary, indent=1))
+    write_json_lines(options.out, [summary, *samples])
+    verdict(outcomes, num_choices, before, after)
+    assert max(grown.values()) < GROWTH, f"memory grew: {grown}"
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""Build the two published wheels: the cache with its laboratory, and the engine.
+
+python -m experiments.system.wheels [--out dist]
+
+The cache's wheel (``hybrid-radix-cache``) holds neither ``engine`` nor ``kernels``: SGLang depends
+on a Hugging Face distribution whose package is also called ``kernels``, and ``pip install
+'hybrid-radix-cache[sglang]'`` must not replace it. The engine's wheel (``hybrid-radix-engine``)
+holds both, and the extra ``hybrid-radix-cache[engine]`` asks for it. A clone installs everything
+at once (``pip install -e .``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from experiments.provenance import ROOT
+from hybridcache.lab.extras import CACHE_DISTRIBUTION, ENGINE_DISTRIBUTION
+
+PACKAGES = {
+    CACHE_DISTRIBUTION: ("hybridcache",),
+    ENGINE_DISTRIBUTION: ("engine", "kernels"),
+}
+
+
+def described(name: str) -> dict[str, Any]:
+    """Return the ``[project]`` table of one of the two, made from pyproject.toml's."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras, version = project["optional-dependencies"], project["version"]
+    command = PACKAGES[name][0]
+    project["scripts"] = {command: project["scripts"][command]}
+    if name == ENGINE_DISTRIBUTION:
+        project |= {
+            "name": name,
+            "description": "The engine that serves hybrid LLMs with hybridcache",
+            "dependencies": [f"{CACHE_DISTRIBUTION}=={version}", *extras["engine"]],
+        }
+        del project["optional-dependencies"], project["entry-points"]
+    else:
+        extras["engine"] = [f"{ENGINE_DISTRIBUTION}=={version}"]
+    return dict(project)
+
+
+def build(name: str, out: Path) -> Path:
+    """Build the wheel of ``name`` into ``out``, without a network. RuntimeError: what setuptools
+    said."""
+    whole = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    tables = {
+        "build-system": whole["build-system"],
+        "project": described(name),
+        "tool.setuptools.packages.find": {"include": [f"{one}*" for one in PACKAGES[name]]},
+        "tool.setuptools.package-data": whole["tool"]["setuptools"]["package-data"],
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder)
+        for package in PACKAGES[name]:
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / package, source / package, ignore=ignored)
+        for file in ("README.md", "LICENSE"):
+            shutil.copy(ROOT / file, source)
+        (source / "pyproject.toml").write_text("\n".join(_lines(tables)))
+        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", str(source)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+        [wheel] = (source / "dist").glob("*.whl")
+        out.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copy(wheel, out))
+
+
+def _lines(tables: dict[str, dict[str, Any]]) -> list[str]:
+    """TOML of tables whose values are texts, lists of texts, or tables of those."""
+    lines, below = [], {}
+    for name, table in tables.items():
+        lines.append(f"[{name}]")
+        for key, value in table.items():
+            if isinstance(value, dict):
+                below[f"{name}.{json.dumps(key)}"] = value
+            else:
+                lines.append(f"{json.dumps(key)} = {json.dumps(value)}")
+    return lines + _lines(below) if below else lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("dist"), help="folder for the wheels")
+    options = parser.parse_args()
+    for name in PACKAGES:
+        print(build(name, options.out))
+
+
+if __name__ == "__main__":
+    main()
