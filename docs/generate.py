@@ -144,23 +144,23 @@ def _table(words: Mapping[str, Any]) -> str:
 
 def eviction() -> str:
     """Return the eviction policies."""
-    from hybridcache.policies.words import EVICTION_WORDS
+    from hybridcache.policies.registry import EVICTION_NAMES
 
-    return _table(EVICTION_WORDS)
+    return _table(EVICTION_NAMES)
 
 
 def placement() -> str:
     """Return the placement policies."""
-    from hybridcache.policies.words import PLACEMENT_WORDS
+    from hybridcache.policies.registry import PLACEMENT_NAMES
 
-    return _table(PLACEMENT_WORDS)
+    return _table(PLACEMENT_NAMES)
 
 
 def admission() -> str:
     """Return the admission policies."""
-    from hybridcache.policies.words import ADMISSION_WORDS
+    from hybridcache.policies.registry import ADMISSION_NAMES
 
-    return _table(ADMISSION_WORDS)
+    return _table(ADMISSION_NAMES)
 
 
 # --- Library ------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from engine.schedule.scheduler import Scheduler
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import LeaseLog
-from hybridcache.policies.words import make_admission, parse_placement
+from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.variants import TieredRadixCache

@@ -125,13 +125,13 @@ class EngineConfig:
         "hybrid", "hybrid: KV and state checkpoints; radix: KV alone, attention-only models"
     )
     checkpoints: tuple[str, ...] = _setting(
-        ("regret",),
-        "where states are saved: placement names joined by commas (regret, branch, boundary, "
+        ("adaptive",),
+        "where states are saved: placement names joined by commas (adaptive, branch, boundary, "
         "backoff, end, every:1024, ...)",
     )
     eviction: str = _setting(
-        "regret",
-        "eviction policy: regret, lru, gdsf, s3-fifo, ...; an unknown name lists all",
+        "survival",
+        "eviction policy: survival, lru, gdsf, s3-fifo, ...; an unknown name lists all",
     )
     grid: int = _setting(
         TILE,

@@ -32,7 +32,7 @@ from engine.schedule.report import CacheReport, cache_report
 from engine.text.outputs import RequestOutput
 from hybridcache.api import PrefixCache
 from hybridcache.lease import LeaseLog
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer

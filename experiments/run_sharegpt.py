@@ -56,7 +56,7 @@ from hybridcache import ModelGeometry, Trace, TraceRequest, optimum, parse_place
 from hybridcache.geometry.units import GIB, format_seconds
 from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.lab.traces.text import ChatText, load_chat_text
-from hybridcache.policies.words import make_eviction
+from hybridcache.policies.registry import make_eviction
 
 GRID = 64
 """Positions of checkpoints, tokens: for the best plan with hindsight."""

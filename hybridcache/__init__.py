@@ -38,7 +38,7 @@ if TYPE_CHECKING:
         PlacementPolicy,
         Prefill,
     )
-    from hybridcache.policies.words import parse_placement
+    from hybridcache.policies.registry import parse_placement
 
 _LAZY = {
     "ModelGeometry": "geometry.model",
@@ -55,7 +55,7 @@ _LAZY = {
     "Placed": "policies.protocol",
     "PlacementPolicy": "policies.protocol",
     "Prefill": "policies.protocol",
-    "parse_placement": "policies.words",
+    "parse_placement": "policies.registry",
 }
 """Public names whose modules are imported at first use."""
 
@@ -64,7 +64,7 @@ _MOVED = {
     "BASELINES": "lab.baselines",
     "Baseline": "lab.baselines",
     "BaselineConfig": "lab.baselines",
-    "EVICTION": "policies.words",
+    "EVICTION": "policies.registry",
     "GENERATORS": "lab.generators",
     "InfiniteCache": "lab.infinite",
     "Job": "lab.simulation.sweep",
@@ -86,7 +86,7 @@ _MOVED = {
     "Tokens": "tokens",
     "build_target": "lab.simulation.target",
     "interleave": "lab.arrivals",
-    "make_eviction": "policies.words",
+    "make_eviction": "policies.registry",
     "run_sweep": "lab.simulation.sweep",
     "serve": "lab.simulation.serving",
     "sizes": "lab.simulation.sizes",

@@ -41,7 +41,7 @@ class Losses(NamedTuple):
     length. ``match`` fills in all but the last two; ``losses_of`` adds those."""
 
     never_seen: int
-    """Past ``branch_len``: no request ever brought these tokens in this position."""
+    """Past ``seen_len``: no request ever brought these tokens in this position."""
     kv_evicted: int
     """Seen (a ghost remembers), but their KV was evicted."""
     checkpoint_evicted: int
@@ -77,10 +77,10 @@ class PrefixMatch(NamedTuple):
     cached_len: int
     """Deepest position with all KV and a checkpoint, at most ``num_tokens - 1``: what can be
     skipped."""
-    kv_len: int
+    kv_match_len: int
     """How deep KV alone reaches; >= ``cached_len``."""
-    branch_len: int
-    """How deep the tokens were ever seen, ghosts included; >= ``kv_len``."""
+    seen_len: int
+    """How deep the tokens were ever seen, ghosts included; >= ``kv_match_len``."""
     checkpoint: int | None
     """Slot with the state at ``cached_len``; None at 0 and in attention-only caches."""
     losses: Losses
@@ -94,10 +94,10 @@ class PrefixMatch(NamedTuple):
     resumed: Item | None = None
     """The checkpoint (a policy ``Item``) at ``cached_len``; None at 0 and in attention-only
     caches."""
-    lower: tuple[Resumable, ...] = ()
+    loadable: tuple[Resumable, ...] = ()
     """Past ``cached_len``, ascending: what ``fetch`` could bring."""
     forks: bool = True
-    """Whether other tokens were seen to follow at ``branch_len``; False: all that was seen ends
+    """Whether other tokens were seen to follow at ``seen_len``; False: all that was seen ends
     there. True where it is not known."""
 
     @property
@@ -415,16 +415,17 @@ def introduce(listener: Listener, nodes: Iterable[RadixNode]) -> None:
             listener.checkpoint_stored(node)
 
 
-class LowerMemory(Protocol):
-    """The tiers below the device (``core.lower``), as their owner sees them."""
+class Offload(Protocol):
+    """Host and disk tiers of a cache (``hybridcache.offload``), as an engine uses them."""
 
-    words: tuple[str, ...]
-    """The tiers that there are, the nearest first: ``host``, ``disk``."""
+    names: tuple[str, ...]
+    """Names of the tiers, the nearest first: ``host``, ``disk``."""
     row_bytes: int
+    """Bytes of one row, the same in all tiers."""
     state_rows: int
-    """Rows of any tier that a state takes."""
+    """Rows that one state takes in a tier."""
     copied_rows: dict[tuple[str, str], int]
-    """Rows that went from one tier to another, by their words, so far."""
+    """Rows copied so far, by (source tier, destination tier)."""
 
 
 class PrefixCache(Protocol):
@@ -441,7 +442,7 @@ class PrefixCache(Protocol):
     arena: ArenaAllocator | None
     """Where rows and slots are of one memory: what tells holders of moves. None: rows never
     move."""
-    lower: LowerMemory | None
+    offload: Offload | None
     """Host and disk tiers, or None if there are none."""
     steps: StepQueue
     """The next step plan while it grows; leases register here."""

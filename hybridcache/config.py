@@ -14,9 +14,9 @@ from hybridcache.api import PrefixCache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.offload import Tier
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.tiers import Tiers
+from hybridcache.policies.eviction.priority_classes import PriorityClasses
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.policies.words import DEFAULT_EVICTION, EvictionSpec, make_eviction
+from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_eviction
 from hybridcache.radix.tree import ItemBytes
 from hybridcache.variants import NullCache, RadixCache, TieredRadixCache
 
@@ -104,7 +104,7 @@ class CacheConfig:
 
     def _refuse_bad_tiers(self) -> None:
         """ValueError for lower tiers that can hold nothing."""
-        for word, num_bytes in self.lower_bytes.items():
+        for word, num_bytes in self.tier_bytes.items():
             if self.prefix_cache != "hybrid":
                 raise ValueError(
                     f"{word}_bytes are for a hybrid cache, whose states decide what they are worth;"
@@ -117,7 +117,7 @@ class CacheConfig:
                 )
 
     @property
-    def lower_bytes(self) -> dict[str, int]:
+    def tier_bytes(self) -> dict[str, int]:
         """Bytes of each tier below the device, by its word, the nearest first."""
         sizes = {HOST: self.host_bytes, DISK: self.disk_bytes}
         return {word: size for word, size in sizes.items() if size}
@@ -142,7 +142,7 @@ class CacheConfig:
     def _refuse_unknown_bytes(self) -> None:
         """Raise ValueError if memory is shared by bytes and the defaults stand: a state never
         weighs as little as a token."""
-        shares = self.total_bytes is not None or bool(self.lower_bytes)
+        shares = self.total_bytes is not None or bool(self.tier_bytes)
         if self.prefix_cache == "hybrid" and shares and not self._has_known_bytes:
             raise ValueError(
                 "give kv_bytes_per_token and state_bytes, those of the model "
@@ -190,15 +190,15 @@ def build_policy(config: CacheConfig) -> EvictionPolicy:
     if make is LRU:
         return LRU(config.dead_first, config.demote_superseded)
     policy = make()
-    if policy.orders_tiers or not (config.dead_first or config.demote_superseded):
+    if policy.orders_classes or not (config.dead_first or config.demote_superseded):
         return policy
     dead = make() if config.dead_first else policy
     superseded = make() if config.demote_superseded else policy
-    return Tiers(policy, dead, superseded)
+    return PriorityClasses(policy, dead, superseded)
 
 
 def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator) -> PrefixCache:
-    make = TieredRadixCache if config.lower_bytes else HybridRadixCache
+    make = TieredRadixCache if config.tier_bytes else HybridRadixCache
     cache = make(
         pages,
         slots,
@@ -215,10 +215,10 @@ def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocato
 def _attach_tiers(cache: TieredRadixCache, config: CacheConfig) -> None:
     row_bytes, page_size = config.kv_bytes_per_token, config.page_size
     tiers, policy = [], cache.policy
-    for word, num_bytes in config.lower_bytes.items():
+    for word, num_bytes in config.tier_bytes.items():
         num_rows = num_bytes // row_bytes
         pages = PageAllocator(num_rows - num_rows % page_size, page_size, row_bytes)
-        shared = policy.below()
+        shared = policy.for_tier()
         policy = build_policy(config) if shared is None else shared
         tiers.append(Tier(word, pages, policy, shared is not None))
     cache.attach(tuple(tiers), slab_rows(config.state_bytes, row_bytes, page_size))

@@ -17,7 +17,7 @@ from hybridcache.api import (
     InsertResult,
     Listener,
     Losses,
-    LowerMemory,
+    Offload,
     PrefixMatch,
     Protected,
     Resumable,
@@ -142,7 +142,7 @@ class HybridRadixCache:
         self.stats = CacheStats()
         self._step = lcm(grid, pages.page_size)
         self.arena = arena_of(pages)
-        self.lower: LowerMemory | None = None
+        self.offload: Offload | None = None
         self._pages = pages
         self._slots = slots
         self._num_slots = slots.capacity
@@ -167,12 +167,12 @@ class HybridRadixCache:
             losses = Losses(num_tokens, 0, 0, 0, 0)
             return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)
         node: RadixNode | None
-        node, inside, kv_len = self._tree.walk(root, tokens)
-        branch_len = kv_len
+        node, inside, kv_match_len = self._tree.walk(root, tokens)
+        seen_len = kv_match_len
         missed: Checkpoint | None = None
         forks = inside is not None or bool(node.children)
         if inside is None and node.ghosts:
-            branch_len, missed, forks = read_ghosts(self._tree, node, tokens)
+            seen_len, missed, forks = read_ghosts(self._tree, node, tokens)
         lost_len = 0
         while node is not root:
             assert node is not None
@@ -184,22 +184,22 @@ class HybridRadixCache:
                     missed = missed or node.lost_checkpoint
             node = node.parent
         cached_len = 0 if node is root else node.end
-        reachable = min(kv_len, num_tokens - 1)
+        reachable = min(kv_match_len, num_tokens - 1)
         saved_len = max(cached_len, lost_len)
         grid_len = max(saved_len, reachable - reachable % self._step)
         losses = Losses(
-            num_tokens - branch_len,
-            branch_len - kv_len,
+            num_tokens - seen_len,
+            seen_len - kv_match_len,
             saved_len - cached_len,
             grid_len - saved_len,
-            kv_len - grid_len,
+            kv_match_len - grid_len,
         )
         checkpoint = node.checkpoint  # none: the node is the root
         return PrefixMatch(
             num_tokens,
             cached_len,
-            kv_len,
-            branch_len,
+            kv_match_len,
+            seen_len,
             None if checkpoint is None else checkpoint.slot,
             losses,
             None if checkpoint is None else node,
@@ -261,12 +261,12 @@ class HybridRadixCache:
             residency.use(node)
         if match.missed is not None:
             policy = residency.policy
-            policy.missed(match.missed)
+            policy.on_ghost_hit(match.missed)
             # Most policies ignore further ghost hits: then the path is not searched for them.
-            is_asked = type(policy).missed_above is not EvictionPolicy.missed_above
+            is_asked = type(policy).on_ghost_hit_above is not EvictionPolicy.on_ghost_hit_above
             if is_asked and isinstance(match.missed, Checkpoint):
                 for ghost in ghosts_above(match.missed.node):
-                    policy.missed_above(ghost)
+                    policy.on_ghost_hit_above(ghost)
 
     def lock(self, node: NodeHandle | None) -> LockHandle:
         """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1).
@@ -286,9 +286,9 @@ class HybridRadixCache:
         root = self._tree.find_root(namespace)
         if root is None:
             return None, LockHandle(None, None)
-        node, inside, kv_len = self._tree.walk(root, tokens)
-        if inside is not None and kv_len > node.end:
-            node = self._residency.split(inside, kv_len)
+        node, inside, kv_match_len = self._tree.walk(root, tokens)
+        if inside is not None and kv_match_len > node.end:
+            node = self._residency.split(inside, kv_match_len)
         if node is root:
             return None, LockHandle(None, None)
         return node, self.lock(node)
@@ -342,28 +342,32 @@ class HybridRadixCache:
         while base is not None and base.end > owned_from:
             base = base.parent
         node = base if base is not None else tree.root(namespace)
-        inside, kv_len = None, node.end
+        inside, kv_match_len = None, node.end
         if node.children is not None:
-            node, inside, kv_len = tree.walk(node, tokens[kv_len:num_tokens])
-        if owned_from > kv_len:
+            node, inside, kv_match_len = tree.walk(node, tokens[kv_match_len:num_tokens])
+        if owned_from > kv_match_len:
             tree.prune_root(namespace)
             raise ValueError(
-                f"rows up to {owned_from} are said to be the cache's, which holds {kv_len}: keep a "
-                "lock over them"
+                f"owned_from is {owned_from}, but the cache holds only {kv_match_len} of these "
+                "tokens: keep a lock on rows that the cache owns"
             )
-        if inside is not None and kv_len > node.end:
-            node = residency.split(inside, kv_len)
+        if inside is not None and kv_match_len > node.end:
+            node = residency.split(inside, kv_match_len)
         leaf = node
-        if kv_len < num_tokens:
+        if kv_match_len < num_tokens:
             residency.expect_child(node)
-            rows = kv_indices[kv_len:num_tokens]
-            leaf = append(residency, step, node, tokens[kv_len:num_tokens], rows, checkpoints)
+            rows = kv_indices[kv_match_len:num_tokens]
+            leaf = append(residency, step, node, tokens[kv_match_len:num_tokens], rows, checkpoints)
         else:
             refresh(residency, node)
-        rejected = place(residency, step, leaf, checkpoints, labels, kv_len) if checkpoints else ()
-        if kv_len < num_tokens:
+        rejected = (
+            place(residency, step, leaf, checkpoints, labels, kv_match_len) if checkpoints else ()
+        )
+        if kv_match_len < num_tokens:
             residency.offer_leaf(leaf)
-        duplicates = kv_indices[owned_from:kv_len] if kv_len > owned_from else NO_INDICES
+        duplicates = (
+            kv_indices[owned_from:kv_match_len] if kv_match_len > owned_from else NO_INDICES
+        )
         if leaf.parent is None:
             tree.prune_root(namespace)
             return InsertResult(0, duplicates, rejected, None)

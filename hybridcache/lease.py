@@ -338,7 +338,7 @@ def bring_up(
     tokens: Tokens,
     exchange: FetchRule | None,
 ) -> tuple[PrefixMatch, Any]:
-    """Load the checkpoint of ``match.lower`` that saves the most time, if one saves any.
+    """Load the checkpoint of ``match.loadable`` that saves the most time, if one saves any.
 
     ``receipt`` is a lock on ``match.node``. Returns a match of ``tokens`` after the load and a lock
     on its node; both are the ones given if nothing was loaded. O(len(tokens)).
@@ -352,12 +352,13 @@ def bring_up(
 
 def _fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> bool:
     """Return False if no load saves time, or the device has no room for it."""
-    lower = cache.lower
-    assert lower is not None
+    offload = cache.offload
+    assert offload is not None
     best, most = None, 0.0
-    for one in match.lower:
+    for one in match.loadable:
         num_bytes = {
-            word: rows * lower.row_bytes for word, rows in zip(lower.words, one.rows, strict=True)
+            name: rows * offload.row_bytes
+            for name, rows in zip(offload.names, one.rows, strict=True)
         }
         saved = exchange.seconds_saved(match.cached_len, one.position, match.num_tokens, num_bytes)
         if saved > most:
@@ -513,12 +514,12 @@ class Lease:
                 checkpoint=match.checkpoint,
                 node=match.node,
                 resumed=match.resumed,
-                lower=match.lower if request.reuse else (),
+                loadable=match.loadable if request.reuse else (),
             )
-        if match.lower and request.reuse:
+        if match.loadable and request.reuse:
             match, receipt = bring_up(cache, match, receipt, readable, exchange)
-        if match is not found or match.lower:
-            loadable_len = match.lower[-1].position if match.lower else 0
+        if match is not found or match.loadable:
+            loadable_len = match.loadable[-1].position if match.loadable else 0
             match = match._replace(losses=losses_of(found, match.cached_len, loadable_len))
         return cls(cache, placement, request, match, receipt, slot)
 
@@ -539,8 +540,8 @@ class Lease:
         prefill = Prefill(
             self.prompt_len,
             match.cached_len,
-            match.kv_len,
-            match.branch_len,
+            match.kv_match_len,
+            match.seen_len,
             request.boundaries,
             self._step,
             match.resumed,

@@ -42,7 +42,7 @@ from hybridcache.allocators.arena import arena_of
 from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.api import CacheStats, Listener, Protected, introduce
-from hybridcache.offload import LowerTiers, check_lower
+from hybridcache.offload import OffloadTiers, check_offload
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 from hybridcache.radix.check import check_tree
 from hybridcache.radix.checkpoints import Link, is_last_above, last_above, last_at, link
@@ -168,7 +168,7 @@ class Residency:
         self.policy = policy
         self.item_bytes = item_bytes
         self.stats = stats
-        self.lower: LowerTiers | None = None
+        self.offload: OffloadTiers | None = None
         """Where what is evicted may go; None costs a comparison."""
         self.listener: Listener | None = None
         """Notified of every change; None costs a comparison."""
@@ -225,7 +225,7 @@ class Residency:
         upper = self.tree.split(lower, position)
         kv = lower.kv
         if kv is None:
-            if self.lower is None or not self.lower.split(upper, lower):
+            if self.offload is None or not self.offload.split(upper, lower):
                 self.ghosts.shrink(len(upper.edge))
             return upper
         if lower.deeper is not None:
@@ -243,8 +243,8 @@ class Residency:
 
     def revive(self, ghost: RadixNode, rows: Indices) -> None:
         """A ghost's tokens came again with ``rows``. ``offer_leaf`` is owed if it stays a leaf."""
-        if self.lower is not None and self.lower.is_stored(ghost):
-            self.lower.drop_kv(ghost)
+        if self.offload is not None and self.offload.is_stored(ghost):
+            self.offload.drop_kv(ghost)
         else:
             self.ghosts.discard(ghost)
         self.tree.revive(ghost)
@@ -289,8 +289,8 @@ class Residency:
         if node.locks:
             self.locked_paths.checkpoint_stored(node)
         node.lost_checkpoint = None
-        if node.below is not None and self.lower is not None:
-            self.lower.drop_state(node)
+        if node.offloaded is not None and self.offload is not None:
+            self.offload.drop_state(node)
         self.policy.add(checkpoint)
         if revives is not None:
             self.policy.add(revives)
@@ -341,8 +341,8 @@ class Residency:
         node.lost_checkpoint = checkpoint
         self.num_checkpoints -= 1
         self.stats.evicted_slots += 1
-        if self.lower is not None:
-            self.lower.spill_state(node, checkpoint)
+        if self.offload is not None:
+            self.offload.add_checkpoint(node, checkpoint)
         self.slots.free(checkpoint.slot)
 
     def _drop_leaf(self, leaf: RadixNode) -> None:
@@ -408,7 +408,7 @@ class Residency:
         leaf.kv = None
         kv.indices = NO_ROWS  # a policy's queue may hold the segment for a while yet
         self.tree.fade(leaf)
-        if leaf.below is None or self.lower is None or not self.lower.spill_kv(leaf, rows):
+        if leaf.offloaded is None or self.offload is None or not self.offload.add_kv(leaf, rows):
             self.ghosts.add(leaf)
         return parent
 
@@ -592,8 +592,8 @@ def append(
         if inside is not None and length > node.end:
             upper = residency.split(inside, length)
             residency.tree.revive(upper)
-            if residency.lower is not None:
-                residency.lower.drop_kv(upper)
+            if residency.offload is not None:
+                residency.offload.drop_kv(upper)
             residency.store_rows(upper, rows[node.end - first : length - first].copy())
             node = upper
     start, num_tokens = node.end - first, len(tokens)
@@ -736,8 +736,8 @@ def check_cache(residency: Residency, step: int) -> None:
         assert item.node.locks, f"{item} is withheld but not locked"
         assert item in (item.node.kv, item.node.checkpoint), f"{item} is withheld but gone"
     _check_candidates(residency)
-    if residency.lower is not None:
-        check_lower(residency.lower, list(tree.nodes()), [*tree.roots.values()])
+    if residency.offload is not None:
+        check_offload(residency.offload, list(tree.nodes()), [*tree.roots.values()])
     serials = [item.serial for node in resident for item in (node.kv, node.checkpoint) if item]
     assert len(set(serials)) == len(serials), "two items share a serial"
     assert all(serial < residency.num_items for serial in serials), "a serial from the future"

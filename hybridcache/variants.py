@@ -20,26 +20,30 @@ from hybridcache.api import (
     Resumable,
 )
 from hybridcache.hybrid import EVICTED, HybridRadixCache, LockHandle
-from hybridcache.offload import LowerTiers, Tier
+from hybridcache.offload import OffloadTiers, Tier
 from hybridcache.radix.ghosts import read_ghosts
-from hybridcache.radix.tree import Checkpoint, NodeHandle, RadixNode, StoredState
+from hybridcache.radix.tree import Checkpoint, NodeHandle, OffloadedCheckpoint, RadixNode
 from hybridcache.residency import Residency, make_room_for_kv, make_room_for_slot
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 
-def fetch(residency: Residency, lower: LowerTiers, target: NodeHandle) -> bool:
+def fetch(residency: Residency, offload: OffloadTiers, target: NodeHandle) -> bool:
     """Make the state at ``target`` and the KV down to it resident. False, and nothing changed but
     what was evicted for it: it is there no more, or the device has no room for it.
 
     O(tokens fetched), and what making room costs.
     """
-    if not isinstance(target, RadixNode) or target.below is None or target.below.state is None:
+    if (
+        not isinstance(target, RadixNode)
+        or target.offloaded is None
+        or target.offloaded.state is None
+    ):
         return False
     now = residency.now + 1
-    lower.used(target.below.state, now)
+    offload.used(target.offloaded.state, now)
     if target.lost_checkpoint is not None:
-        residency.policy.missed(target.lost_checkpoint)
-    taken = lower.take(target)
+        residency.policy.on_ghost_hit(target.lost_checkpoint)
+    taken = offload.take(target)
     base = taken.nodes[0].parent if taken.nodes else target
     assert base is not None
     is_locked = base.parent is not None
@@ -51,14 +55,14 @@ def fetch(residency: Residency, lower: LowerTiers, target: NodeHandle) -> bool:
     if slot is None or rows is None:
         if slot is not None:
             residency.slots.free(slot)
-        lower.unused(taken.state)
-        lower.put_back(taken)
+        offload.unused(taken.state)
+        offload.put_back(taken)
         residency.ghosts.trim()
     else:
         _revive(residency, taken.nodes, rows)
-        lower.give(taken, rows, slot)
+        offload.give(taken, rows, slot)
         state = taken.state
-        lower.unused(state)  # Who resumes from it touches it there, and that is the use.
+        offload.unused(state)  # Who resumes from it touches it there, and that is the use.
         residency.store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
         if taken.nodes:
             residency.offer_leaf(target)
@@ -96,31 +100,31 @@ def _revive(residency: Residency, nodes: tuple[RadixNode, ...], rows: Indices) -
 
 
 def adopt(
-    residency: Residency, lower: LowerTiers, tokens: Tokens, namespace: Hashable, number: int
+    residency: Residency, offload: OffloadTiers, tokens: Tokens, namespace: Hashable, number: int
 ) -> tuple[int, Indices, Indices] | None:
     """See ``TieredRadixCache.adopt``."""
-    tree, tier = residency.tree, lower.tiers[number]
+    tree, tier = residency.tree, offload.tiers[number]
     node, inside, length = tree.walk(tree.root(namespace), tokens)
     if inside is None:
         node, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
     known = node
-    while known.parent is not None and known.kv is None and not lower.is_stored(known):
+    while known.parent is not None and known.kv is None and not offload.is_stored(known):
         known = known.parent
     start = known.end
     if inside is not None and known is node:
-        is_there = inside.kv is not None or lower.is_stored(inside)
+        is_there = inside.kv is not None or offload.is_stored(inside)
         start, known = (length, inside) if is_there else (start, known)
     # A resident node may have a ``below`` for its children's sake, whose ``kv_tier`` means nothing.
-    below = known.below
-    too_low = below is not None and below.kv is not None and below.kv_tier > number
+    entry = known.offloaded
+    too_low = entry is not None and entry.kv is not None and entry.kv_tier > number
     is_whole = inside is None and length == len(tokens)
     has_state = is_whole and (node.checkpoint is not None or _has_state(node))
-    num_rows = len(tokens) - start + lower.state_rows
+    num_rows = len(tokens) - start + offload.state_rows
     if too_low or has_state or num_rows > tier.pages.num_free:
         tree.prune_root(namespace)
         return None
     if inside is not None and length > node.end:
-        is_plain = inside.kv is None and not lower.is_stored(inside)
+        is_plain = inside.kv is None and not offload.is_stored(inside)
         node = residency.split(inside, length)
         if is_plain:
             residency.ghosts.add(node)
@@ -129,31 +133,33 @@ def adopt(
         tree.fade(node)
         residency.ghosts.add(node)
     kv_rows = tier.pages.allocate(len(tokens) - start)
-    state_rows = tier.pages.allocate(lower.state_rows)
+    state_rows = tier.pages.allocate(offload.state_rows)
     assert kv_rows is not None and state_rows is not None
     target = node
     while node.end > start:
         assert node.parent is not None
         residency.ghosts.discard(node)
-        lower.hold_kv(node, number, kv_rows[node.parent.end - start : node.end - start].copy())
+        offload.hold_kv(node, number, kv_rows[node.parent.end - start : node.end - start].copy())
         node = node.parent
-    lower.hold_state(_known(residency, target, number, state_rows))
+    offload.hold_state(_known(residency, target, number, state_rows))
     return start, kv_rows, state_rows
 
 
-def _known(residency: Residency, target: RadixNode, number: int, rows: Indices) -> StoredState:
+def _known(
+    residency: Residency, target: RadixNode, number: int, rows: Indices
+) -> OffloadedCheckpoint:
     """A state at ``target`` that an earlier process made: as old and as used as is remembered."""
     was = target.lost_checkpoint
     if was is not None:
-        was.stored = StoredState.offered(was, number, rows)
+        was.stored = OffloadedCheckpoint.offered(was, number, rows)
         return was.stored
     serial = residency.num_items
     residency.num_items = serial + 1
-    return StoredState(target, number, rows, residency.now, serial, residency.item_bytes)
+    return OffloadedCheckpoint(target, number, rows, residency.now, serial, residency.item_bytes)
 
 
 def _has_state(node: RadixNode) -> bool:
-    return node.below is not None and node.below.state is not None
+    return node.offloaded is not None and node.offloaded.state is not None
 
 
 class TieredRadixCache(HybridRadixCache):
@@ -177,9 +183,9 @@ class TieredRadixCache(HybridRadixCache):
     >>> cache.evict(num_tokens=10)
     Eviction(num_tokens=10, num_slots=1)
     >>> match = cache.match(prompt)
-    >>> match.cached_len, [(one.position, one.rows) for one in match.lower]
+    >>> match.cached_len, [(one.position, one.rows) for one in match.loadable]
     (0, [(8, (12,))])
-    >>> cache.fetch(match.lower[0]), cache.match(prompt).cached_len
+    >>> cache.fetch(match.loadable[0]), cache.match(prompt).cached_len
     (True, 8)
     >>> [(copy.kind, copy.src_tier, copy.dst_tier) for copy in cache.take_step().transfers]
     ... # doctest: +NORMALIZE_WHITESPACE
@@ -188,16 +194,16 @@ class TieredRadixCache(HybridRadixCache):
     >>> cache.check(held_tokens=0, held_slots=0)
     """
 
-    lower: LowerTiers
+    offload: OffloadTiers
 
     def attach(
-        self, tiers: tuple[Tier, ...], state_rows: int, make: type[LowerTiers] = LowerTiers
+        self, tiers: tuple[Tier, ...], state_rows: int, make: type[OffloadTiers] = OffloadTiers
     ) -> None:
         """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows, before
         anything is cached. ``make``: another rule for what goes there, of a study."""
         residency = self._residency
-        lower = make(tiers, residency.ghosts, residency.item_bytes, state_rows, self.steps)
-        self.lower = residency.lower = lower
+        offload = make(tiers, residency.ghosts, residency.item_bytes, state_rows, self.steps)
+        self.offload = residency.offload = offload
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """As ``HybridRadixCache.match``, with what lower tiers could bring. O(n)."""
@@ -208,8 +214,8 @@ class TieredRadixCache(HybridRadixCache):
         node, inside, _ = self._tree.walk(root, tokens)
         if inside is None and node.ghosts:
             node, _, _ = self._tree.walk(node, tokens[node.end :], ghosts=True)
-        lower = self._resumable(node, found.cached_len, found.num_tokens)
-        return found._replace(lower=lower) if lower else found
+        loadable = self._resumable(node, found.cached_len, found.num_tokens)
+        return found._replace(loadable=loadable) if loadable else found
 
     def _resumable(
         self, node: RadixNode, cached_len: int, num_tokens: int
@@ -220,16 +226,16 @@ class TieredRadixCache(HybridRadixCache):
         while node.parent is not None and node.end > cached_len:
             path.append(node)
             node = node.parent
-        found, num_rows = [], [0] * len(self.lower.tiers)
+        found, num_rows = [], [0] * len(self.offload.tiers)
         for node in reversed(path):
-            below = node.below
+            entry = node.offloaded
             if node.kv is None:
-                if below is None or below.kv is None:
+                if entry is None or entry.kv is None:
                     break
-                num_rows[below.kv_tier] += len(below.kv)
-            if below is not None and below.state is not None and node.end < num_tokens:
+                num_rows[entry.kv_tier] += len(entry.kv)
+            if entry is not None and entry.state is not None and node.end < num_tokens:
                 rows = list(num_rows)
-                rows[below.state.tier] += self.lower.state_rows
+                rows[entry.state.tier] += self.offload.state_rows
                 found.append(Resumable(node.end, tuple(rows), node))
         return tuple(found)
 
@@ -239,7 +245,7 @@ class TieredRadixCache(HybridRadixCache):
         The tree names the new rows at once; the bytes follow with the next ``take_step``. O(tokens
         fetched), and the evictions that make room.
         """
-        return fetch(self._residency, self.lower, resumable.node)
+        return fetch(self._residency, self.offload, resumable.node)
 
     def adopt(
         self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"
@@ -252,12 +258,12 @@ class TieredRadixCache(HybridRadixCache):
         ValueError: not int32[n], n no multiple of the grid and the page, no such tier. O(n).
         """
         require_int32(tokens, "tokens")
-        if tier not in self.lower.words:
-            raise ValueError(f"no tier {tier!r}; this cache has {', '.join(self.lower.words)}")
+        if tier not in self.offload.names:
+            raise ValueError(f"no tier {tier!r}; this cache has {', '.join(self.offload.names)}")
         if not len(tokens) or len(tokens) % self._step:
             raise ValueError(f"a state after {len(tokens)} tokens: not a multiple of {self._step}")
-        number = self.lower.words.index(tier)
-        return adopt(self._residency, self.lower, tokens, namespace, number)
+        number = self.offload.names.index(tier)
+        return adopt(self._residency, self.offload, tokens, namespace, number)
 
     def drop_lost(self, tier: str, is_lost: Callable[[Indices], bool]) -> None:
         """Forget what ``tier`` cannot give back.
@@ -267,21 +273,21 @@ class TieredRadixCache(HybridRadixCache):
         pending: rows that an order is about to fill are not lost. O(tree).
         """
         nodes = list(self._tree.nodes())
-        self.lower.lose(nodes, self.lower.words.index(tier), is_lost)
+        self.offload.lose(nodes, self.offload.names.index(tier), is_lost)
         self._residency.ghosts.trim()
 
     def touch(self, match: PrefixMatch) -> None:
         """As ``HybridRadixCache.touch``; the tier that let go of what was missed is told."""
         super().touch(match)
         if isinstance(match.missed, Checkpoint):
-            self.lower.missed(match.missed)
+            self.offload.on_ghost_hit(match.missed)
 
     def reset(self) -> None:
         """Drop everything that is not locked, in all tiers. O(tree)."""
-        self.lower.clear()
-        self._residency.lower = None
+        self.offload.clear()
+        self._residency.offload = None
         super().reset()
-        self._residency.lower = self.lower
+        self._residency.offload = self.offload
 
 
 class PathPart(NodeHandle):
@@ -326,19 +332,21 @@ class RadixCache(HybridRadixCache):
         if root is None:
             losses = Losses(num_tokens, 0, 0, 0, 0)
             return PrefixMatch(num_tokens, 0, 0, 0, None, losses, None, namespace)
-        node, inside, kv_len = self._tree.walk(root, tokens)
-        branch_len = kv_len
+        node, inside, kv_match_len = self._tree.walk(root, tokens)
+        seen_len = kv_match_len
         if inside is None and node.ghosts:
-            branch_len, _, _ = read_ghosts(self._tree, node, tokens)
-        reachable = min(kv_len, num_tokens - 1)
+            seen_len, _, _ = read_ghosts(self._tree, node, tokens)
+        reachable = min(kv_match_len, num_tokens - 1)
         cached_len = max(reachable - reachable % self._step, 0)
-        losses = Losses(num_tokens - branch_len, branch_len - kv_len, 0, 0, kv_len - cached_len)
+        losses = Losses(
+            num_tokens - seen_len, seen_len - kv_match_len, 0, 0, kv_match_len - cached_len
+        )
         part = None
         if cached_len:
             deepest = inside if inside is not None else node
             part = PathPart(PathPart(deepest, cached_len).last(), cached_len)
         return PrefixMatch(
-            num_tokens, cached_len, kv_len, branch_len, None, losses, part, namespace
+            num_tokens, cached_len, kv_match_len, seen_len, None, losses, part, namespace
         )
 
     def continuation(
@@ -416,7 +424,7 @@ class NullCache(PrefixCache):
         self.grid = grid
         self.stats = CacheStats()
         self.arena = arena_of(pages)
-        self.lower = None
+        self.offload = None
         self.steps = step_queue_of(pages)
         self._pages = pages
         self._slots = slots

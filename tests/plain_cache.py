@@ -66,8 +66,8 @@ class PlainMatch:
     """The part of a ``PrefixMatch`` that can be compared."""
 
     cached_len: int
-    kv_len: int
-    branch_len: int
+    kv_match_len: int
+    seen_len: int
     slot: int | None
     losses: Losses
     missed_len: int
@@ -157,25 +157,25 @@ class PlainCache:
         ids = tuple(tokens.tolist())
         n = len(ids)
         ours = [p for p in self.pieces if p.namespace == namespace]
-        kv_len = max((self._shared(p, ids) for p in ours if p.rows is not None), default=0)
-        branch_len = max((self._shared(p, ids) for p in ours), default=0)
+        kv_match_len = max((self._shared(p, ids) for p in ours if p.rows is not None), default=0)
+        seen_len = max((self._shared(p, ids) for p in ours), default=0)
         usable = [p for p in self._path(ids, namespace) if p.end < n]
         slot, cached_len = None, 0
         for piece in usable:
             if piece.state is not None:
                 slot, cached_len = piece.state.slot, piece.end
         lost = [p.end for p in usable if p.lost and p.end > cached_len]
-        lost_len = max((end for end in lost if end <= kv_len), default=cached_len)
-        reachable = min(kv_len, n - 1) if n else 0
+        lost_len = max((end for end in lost if end <= kv_match_len), default=cached_len)
+        reachable = min(kv_match_len, n - 1) if n else 0
         grid_len = max(lost_len, reachable - reachable % self.step)
         losses = Losses(
-            never_seen=n - branch_len,
-            kv_evicted=branch_len - kv_len,
+            never_seen=n - seen_len,
+            kv_evicted=seen_len - kv_match_len,
             checkpoint_evicted=lost_len - cached_len,
             never_checkpointed=grid_len - lost_len,
-            below_grid=kv_len - grid_len,
+            below_grid=kv_match_len - grid_len,
         )
-        return PlainMatch(cached_len, kv_len, branch_len, slot, losses, max(lost, default=0))
+        return PlainMatch(cached_len, kv_match_len, seen_len, slot, losses, max(lost, default=0))
 
     def gather(self, tokens: Tokens, length: int, namespace: Hashable) -> list[int]:
         """Rows of the first ``length`` tokens, all resident."""
@@ -231,11 +231,11 @@ class PlainCache:
         """(duplicates, rejected slots)."""
         n = len(tokens) - len(tokens) % self.page_size
         ids = tuple(tokens[:n].tolist())
-        kv_len = min(self.match(tokens[:n], namespace).kv_len, n)
-        branch_len = min(self.match(tokens[:n], namespace).branch_len, n)
-        self._cut(ids[:kv_len], namespace)
-        if branch_len > kv_len:
-            self._cut(ids[:branch_len], namespace)
+        kv_match_len = min(self.match(tokens[:n], namespace).kv_match_len, n)
+        seen_len = min(self.match(tokens[:n], namespace).seen_len, n)
+        self._cut(ids[:kv_match_len], namespace)
+        if seen_len > kv_match_len:
+            self._cut(ids[:seen_len], namespace)
         for ghost in self._path(ids, namespace):
             if ghost.rows is None:
                 ghost.rows = kv_indices[ghost.start : ghost.end].tolist()
@@ -243,9 +243,9 @@ class PlainCache:
                 ghost.uses = 0
                 if ghost in self.ghosts:
                     self.ghosts.remove(ghost)
-        if branch_len < n:
-            rows = kv_indices[branch_len:n].tolist()
-            self.pieces.append(Piece(namespace, ids, branch_len, rows, self.now, self._serial()))
+        if seen_len < n:
+            rows = kv_indices[seen_len:n].tolist()
+            self.pieces.append(Piece(namespace, ids, seen_len, rows, self.now, self._serial()))
         for piece in self._path(ids, namespace):
             piece.last_used = self.now
         rejected = set()
@@ -260,7 +260,7 @@ class PlainCache:
                 continue
             piece.state = State(slot, self.now, self._serial())
             piece.lost = False
-        return kv_indices[owned_from:kv_len].tolist(), rejected
+        return kv_indices[owned_from:kv_match_len].tolist(), rejected
 
     def candidates(self, kind: Kind | None) -> list[tuple[int, int, int, Kind, Piece]]:
         """(tier, last use, serial, kind, piece) of everything that may go."""

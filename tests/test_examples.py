@@ -13,7 +13,7 @@ import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, simulate
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 

@@ -282,7 +282,7 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Refuse())
 import hybridcache
-print(hybridcache.simulate("short?head=5", gib=[1.0], processes=1).table().count("regret"))
+print(hybridcache.simulate("short?head=5", gib=[1.0], processes=1).table().count("survival"))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and int(done.stdout) >= 1, done.stderr

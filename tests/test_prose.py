@@ -46,8 +46,8 @@ NOT_YET = (
     "hybridcache/lab/trace.py",
     "hybridcache/lab/trace_stats.py",
     "hybridcache/policies/eviction/regret.py",
-    "hybridcache/policies/eviction/survival.py",
-    "hybridcache/policies/placement/learned.py",
+    "hybridcache/policies/eviction/hazards.py",
+    "hybridcache/policies/placement/adaptive.py",
 )
 """Files and folders that are still to be rewritten."""
 

@@ -167,7 +167,7 @@ class Fetching:
         if request.fetched_len is not None or request.wants_scores:
             return False
         match = self._manager.match(request)
-        other = self._loading_for_another(request, match.kv_len)
+        other = self._loading_for_another(request, match.kv_match_len)
         must_load = other is not None or self._fetcher.wants(request, match)
         if other is not None or (must_load and not self._fetcher.has_room):
             self._held[request] = other
@@ -179,10 +179,10 @@ class Fetching:
         self._pending[request] = fetch
         return True
 
-    def _loading_for_another(self, request: Request, kv_len: int) -> Request | None:
-        """Return a request whose load brings KV of ``request`` past ``kv_len``, the length that is
-        cached; None if there is none."""
-        least = kv_len + self._manager.checkpoint_grid
+    def _loading_for_another(self, request: Request, kv_match_len: int) -> Request | None:
+        """Return a request whose load brings KV of ``request`` past ``kv_match_len``, the
+        cached length; None if there is none."""
+        least = kv_match_len + self._manager.checkpoint_grid
         for other, fetch in self._pending.items():
             if (
                 other.namespace == request.namespace

@@ -38,7 +38,7 @@ class SecondChance(EvictionPolicy):
         if evicted and item.kind == "checkpoint":
             self.evictions[item.label] += 1
 
-    def missed(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item) -> None:
         """Note that evicting ``item`` cost a request its prefix."""
         self.misses[item.label] += 1
 

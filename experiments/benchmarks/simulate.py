@@ -55,7 +55,7 @@ from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.sweep import collect_seldom
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.policies.placement.rules import Placement
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 from hybridcache.tokens import Tokens
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")

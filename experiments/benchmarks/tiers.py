@@ -68,7 +68,7 @@ def restart(count: int, num_tokens: int) -> dict[str, float]:
         for turn in turns:
             for word, engine in engines.items():
                 found[word].append(first_token_s(engine, turn))
-        lower = again.cache.lower
+        lower = again.cache.offload
         fetched = 0 if lower is None else lower.copied_rows.get(("disk", "device"), 0)
         for engine in engines.values():
             engine.close()
@@ -105,9 +105,9 @@ def spilling(rounds: int, num_tokens: int) -> dict[str, float]:
                     seconds[word].append(time.perf_counter() - start)
                     cpu_s[word].append(time.process_time() - start_cpu)
         moved = {
-            word: sum(engine.cache.lower.copied_rows.values())
+            word: sum(engine.cache.offload.copied_rows.values())
             for word, engine in engines.items()
-            if engine.cache.lower is not None
+            if engine.cache.offload is not None
         }
         for engine in engines.values():
             engine.close()
@@ -194,7 +194,7 @@ def grown_bytes(host_gib: float, num_tokens: int) -> float:
     the device's own memory among it, is there before."""
     gc.collect()  # an engine of before frees nothing meanwhile
     engine = Engine(EngineConfig(cache_gib=0.01, host_gib=host_gib))
-    lower, seed = engine.cache.lower, 1000
+    lower, seed = engine.cache.offload, 1000
     assert lower is not None
     before = already = 0
     capacity = lower.tiers[0].pages.capacity

@@ -32,7 +32,7 @@ from hybridcache.lab.figures import (
     size_axis,
 )
 from hybridcache.lab.simulation.simulate import SimulationResult
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 
 OURS = "regret @ regret"
 """Eviction and placement both by regret; all other policies with ``STATIC_PLACEMENT``."""

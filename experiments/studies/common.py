@@ -22,7 +22,7 @@ from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.simulate import SimulationResult
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.policies.words import make_eviction
+from hybridcache.policies.registry import make_eviction
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")

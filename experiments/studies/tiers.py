@@ -48,7 +48,7 @@ from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.lab.trace import Trace
-from hybridcache.offload import LowerTiers
+from hybridcache.offload import OffloadTiers
 from hybridcache.radix.tree import Checkpoint, RadixNode
 from hybridcache.tokens import Indices
 from hybridcache.variants import TieredRadixCache
@@ -74,14 +74,14 @@ ALL_CELLS = "regret"
 Change = Callable[[LeaseTarget], None]
 
 
-class StatesAlone(LowerTiers):
+class StatesAlone(OffloadTiers):
     """States of which the KV stays on the device, and nothing else."""
 
-    def spill_state(self, node: RadixNode, checkpoint: Checkpoint) -> None:
+    def offload_checkpoint(self, node: RadixNode, checkpoint: Checkpoint) -> None:
         if node.children is not None:
-            super().spill_state(node, checkpoint)
+            super().offload_checkpoint(node, checkpoint)
 
-    def spill_kv(self, ghost: RadixNode, rows: Indices) -> bool:
+    def offload_kv(self, ghost: RadixNode, rows: Indices) -> bool:
         self._prune(ghost)
         return False
 
@@ -100,7 +100,7 @@ class Whatever:
 def states_alone(target: LeaseTarget) -> None:
     cache = target.cache
     assert isinstance(cache, TieredRadixCache)
-    cache.attach(cache.lower.tiers, cache.lower.state_rows, StatesAlone)
+    cache.attach(cache.offload.tiers, cache.offload.state_rows, StatesAlone)
 
 
 def fetch_whatever(target: LeaseTarget) -> None:

@@ -26,7 +26,7 @@ from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.allocators.moves import Move
 from hybridcache.config import MEMORIES
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 from hybridcache.tokens import Tokens
 
 EVERY_STEP_SHARE = 200
@@ -153,7 +153,7 @@ class Stress:
         namespace = self.rng.choice(NAMESPACES)
         match = cache.match(tokens, namespace)
         assert match.cached_len + sum(match.losses) == len(tokens), "losses do not sum up"
-        if match.lower and self.rng.random() < 0.7:
+        if match.loadable and self.rng.random() < 0.7:
             match = self.fetch(tokens, match)
         receipt = cache.lock(match.node)
         cache.touch(match)
@@ -173,7 +173,7 @@ class Stress:
 
     def fetch(self, tokens: Tokens, match: Any) -> Any:
         """Bring up something that lies below; the match then."""
-        cache, wanted = self.cache, self.rng.choice(match.lower)
+        cache, wanted = self.cache, self.rng.choice(match.loadable)
         is_there = cache.fetch(wanted)
         found = cache.match(tokens, match.namespace)
         assert not is_there or found.cached_len >= wanted.position, "what was fetched is not there"

@@ -64,7 +64,7 @@ class Arrival:
 
         O(n), plus evictions.
         """
-        known = min(cache.match(tokens, namespace).kv_len, len(tokens))
+        known = min(cache.match(tokens, namespace).kv_match_len, len(tokens))
         known -= known % cache.page_size
         node, receipt = cache.lock_kv(tokens[:known], namespace)
         arrival = cls(cache, tokens, namespace, node, receipt, known)

@@ -13,7 +13,7 @@ follows a stream and computes match lengths for a router without contacting the 
 >>> prompt = np.arange(10, dtype=np.int32)
 >>> result = cache.insert(prompt, cache.allocate_kv(10), [(8, cache.allocate_slot())])
 >>> mirror.match(prompt)
-MirrorMatch(cached_len=8, kv_len=10)
+MirrorMatch(cached_len=8, kv_match_len=10)
 
 Over a wire that can lose batches:
 
@@ -21,7 +21,7 @@ Over a wire that can lose batches:
 >>> cache.subscribe(EventStream(batches))
 >>> remote.apply_batch(*decode(batches.take()))
 >>> remote.match(prompt)
-MirrorMatch(cached_len=8, kv_len=10)
+MirrorMatch(cached_len=8, kv_match_len=10)
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ class MirrorMatch(NamedTuple):
     """Match lengths of a prompt in the mirrored cache."""
 
     cached_len: int
-    kv_len: int
+    kv_match_len: int
 
 
 class _Piece:

@@ -40,7 +40,7 @@ import numpy as np
 from hybridcache.allocators.moves import DEVICE
 from hybridcache.policies.memory import Reader, Writer, remembers, take_over
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
-from hybridcache.radix.tree import Checkpoint, RadixNode, RadixTree, StoredState
+from hybridcache.radix.tree import Checkpoint, OffloadedCheckpoint, RadixNode, RadixTree
 from hybridcache.tokens import Indices, read_namespace, require_int32, write_namespace
 from hybridcache.variants import TieredRadixCache
 
@@ -104,7 +104,7 @@ def _body(
         "grid": cache.grid,
         "now": cache.now,
         "num_items": cache.num_items,
-        "tiers": list(cache.lower.words),
+        "tiers": list(cache.offload.names),
         "namespaces": list(namespaces),
         "nodes": np.array(rows, np.int64).reshape(-1, 8),
         "labels": labels,
@@ -182,7 +182,7 @@ class Memory:
         roots = [tree.root(read_namespace(text)) for text in plain["namespaces"]]
         rows, tokens = reader.read(plain["nodes"]).tolist(), reader.read(plain["tokens"])
         require_int32(tokens, "tokens")
-        item_bytes, at, words = cache.item_bytes, 0, cache.lower.words
+        item_bytes, at, words = cache.item_bytes, 0, cache.offload.names
         tiers = [words.index(word) if word in words else None for word in plain["tiers"]]
         for row, label in zip(rows, plain["labels"], strict=True):
             above, end, serial, created, last_used, uses, superseded, tier = row
@@ -202,7 +202,7 @@ class Memory:
                 item.last_used, item.uses = last_used, uses
                 number = tiers[tier] if tier >= 0 else None
                 if number is not None:
-                    item.stored = StoredState.offered(item, number, NO_ROWS)
+                    item.stored = OffloadedCheckpoint.offered(item, number, NO_ROWS)
                 node.lost_checkpoint = item
                 self._items.append((item, bool(superseded)))
         return tree, nodes
@@ -249,7 +249,7 @@ class Memory:
             for item, _ in self._items:
                 item.memo = memos.get(item.serial)
             return
-        number = cache.lower.words.index(word)
+        number = cache.offload.names.index(word)
         for item, _ in self._items:
             if item.stored is not None and item.stored.tier == number:
                 item.stored.memo = memos.get(item.serial)
@@ -264,28 +264,28 @@ class Memory:
 
 def _policies(cache: TieredRadixCache) -> Iterator[tuple[str, EvictionPolicy]]:
     yield DEVICE, cache.policy
-    for tier in cache.lower.tiers:
-        yield tier.word, tier.policy
+    for tier in cache.offload.tiers:
+        yield tier.name, tier.policy
 
 
 def _is_shared(cache: TieredRadixCache, word: str) -> bool:
-    return any(tier.word == word and tier.is_shared for tier in cache.lower.tiers)
+    return any(tier.name == word and tier.is_shared for tier in cache.offload.tiers)
 
 
 def _share_anew(cache: TieredRadixCache, word: str) -> None:
     """Start the policy of ``word`` from the present state of the tier above it. O(tree)."""
-    policies, number = dict(_policies(cache)), cache.lower.words.index(word)
-    above = policies[cache.lower.words[number - 1] if number else DEVICE]
-    take_over(policies[word], above.below())
+    policies, number = dict(_policies(cache)), cache.offload.names.index(word)
+    above = policies[cache.offload.names[number - 1] if number else DEVICE]
+    take_over(policies[word], above.for_tier())
     for state in _states(cache, word).values():
         state.memo = None
         policies[word].add(state)
 
 
-def _states(cache: TieredRadixCache, word: str) -> dict[int, StoredState]:
+def _states(cache: TieredRadixCache, word: str) -> dict[int, OffloadedCheckpoint]:
     """Return the states stored in tier ``word``, by serial. O(tree)."""
-    number = cache.lower.words.index(word)
-    states = (node.below.state for node in cache.iter_nodes() if node.below is not None)
+    number = cache.offload.names.index(word)
+    states = (node.offloaded.state for node in cache.iter_nodes() if node.offloaded is not None)
     return {state.serial: state for state in states if state is not None and state.tier == number}
 
 
@@ -329,24 +329,24 @@ def _is_writable(root: RadixNode) -> bool:
     return True
 
 
-def _item_at(node: RadixNode) -> Checkpoint | StoredState | None:
+def _item_at(node: RadixNode) -> Checkpoint | OffloadedCheckpoint | None:
     """Return the checkpoint at the end of ``node`` in any tier, or its evicted one."""
-    if node.below is not None and node.below.state is not None:
-        return node.below.state
+    if node.offloaded is not None and node.offloaded.state is not None:
+        return node.offloaded.state
     return node.checkpoint or node.lost_checkpoint
 
 
-def _numbers(item: Checkpoint | StoredState | None) -> tuple[int, int, int, int, int, int]:
+def _numbers(item: Checkpoint | OffloadedCheckpoint | None) -> tuple[int, int, int, int, int, int]:
     if item is None:
         return NOTHING
-    stored = item if isinstance(item, StoredState) else item.stored
+    stored = item if isinstance(item, OffloadedCheckpoint) else item.stored
     tier = -1 if stored is None else stored.tier
     return item.serial, item.created, item.last_used, item.uses, int(item.superseded), tier
 
 
 def _items_of(
     cache: TieredRadixCache, word: str, nodes: list[RadixNode]
-) -> Iterator[Checkpoint | StoredState]:
+) -> Iterator[Checkpoint | OffloadedCheckpoint]:
     """Yield the items at ``nodes`` that the policy of ``word`` tracks, or tracked until evicted."""
     for node in nodes:
         checkpoint = node.checkpoint or node.lost_checkpoint
@@ -354,8 +354,8 @@ def _items_of(
             if checkpoint is not None:
                 yield checkpoint
             continue
-        state = None if node.below is None else node.below.state
+        state = None if node.offloaded is None else node.offloaded.state
         if state is None and checkpoint is not None:
             state = checkpoint.stored
-        if state is not None and cache.lower.words[state.tier] == word:
+        if state is not None and cache.offload.names[state.tier] == word:
             yield state

@@ -25,10 +25,10 @@ from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.tier_worth import TierWorth, tier_worth
 from hybridcache.lab.trace import Trace
 
-DEFAULT_POLICIES = ("regret", "lru")
+DEFAULT_POLICIES = ("survival", "lru")
 PLACEMENTS = (
     "branch,boundary,backoff,end",
-    "regret",
+    "adaptive",
     "branch,boundary,backoff",
     "branch,backoff",
     "boundary,end",

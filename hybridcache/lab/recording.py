@@ -84,7 +84,7 @@ class _RecordedTarget:
         assert isinstance(inner, LeaseTarget)
         self._inner, self._config, self._unit = inner, config, unit
         self._max_records = max_records
-        self.cache, self.tiers = inner.cache, inner.tiers
+        self.cache, self.priority_classes = inner.cache, inner.priority_classes
         self._recorder = Recorder(unit)
         self.cache.subscribe(self._recorder)
         self.records: list[Record] = []

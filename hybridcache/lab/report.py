@@ -54,8 +54,8 @@ METRICS: dict[str, Metric] = {
     "ttft-p50": Metric("TTFT P50, ms", lambda run: 1e3 * run.ttft_s[50]),
     "ttft-p95": Metric("TTFT P95, ms", lambda run: 1e3 * run.ttft_s[95]),
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
-    "regret": Metric(
-        "regret, % of prompt tokens",
+    "missed_tokens": Metric(
+        "missed tokens, % of prompt tokens",
         # Files of before peers were kept apart here have 0 for them; what counts no causes has no
         # regret either.
         lambda run: (
@@ -81,7 +81,11 @@ METRICS: dict[str, Metric] = {
 
 
 def find_metric(word: str) -> Metric:
-    """The metric called ``word``. ValueError lists the words there are."""
+    """Return the metric ``word``; ``regret`` is a former name of ``missed_tokens``.
+
+    ValueError lists the known names.
+    """
+    word = "missed_tokens" if word == "regret" else word
     if word not in METRICS:
         raise ValueError(f"unknown metric {word!r}; known: {', '.join(METRICS)}")
     return METRICS[word]
@@ -290,19 +294,20 @@ def _size(run: RunResult) -> tuple[Any, ...]:
 
 def tier_notes(result: SweepRuns) -> list[str]:
     """For whom dead KV and superseded checkpoints went first, whatever the policy."""
-    by_tiers = {
-        tiers: dict.fromkeys(
-            str(run.config.policy) for run in result.runs if run.config.tiers is tiers
+    by_classes = {
+        classes: dict.fromkeys(
+            str(run.config.policy) for run in result.runs if run.config.priority_classes is classes
         )
-        for tiers in (True, False)
+        for classes in (True, False)
     }
     notes = []
-    if by_tiers[True]:
+    if by_classes[True]:
         notes.append(
-            f"tiers (dead KV, superseded checkpoints, the rest): {', '.join(by_tiers[True])}"
+            "priority classes (unreachable KV, superseded checkpoints, the rest): "
+            f"{', '.join(by_classes[True])}"
         )
-    if by_tiers[False]:
-        notes.append(f"no tiers, the policy orders all: {', '.join(by_tiers[False])}")
+    if by_classes[False]:
+        notes.append(f"no priority classes, the policy orders all: {', '.join(by_classes[False])}")
     return notes
 
 

@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.regret import Regret
-from hybridcache.policies.placement.learned import Learned
+from hybridcache.policies.eviction.regret import Survival
+from hybridcache.policies.placement.adaptive import Adaptive
 
-REMEMBERING: tuple[type, ...] = (Regret, Learned)
+REMEMBERING: tuple[type, ...] = (Survival, Adaptive)
 """Policies that learn more than the uses and the age of items."""
 PACKAGE = "hybridcache.policies."
 PLAIN = (bool, int, float, str)

@@ -5,6 +5,7 @@ An *item* is a unit of eviction: one checkpoint, or the KV of one node. Policies
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple, Protocol
@@ -21,7 +22,8 @@ class Item(Protocol):
 
     memo: Any
     """Data of the policy. None at first, and kept as long as the item lives. Snapshots do not save
-    it, so ``missed`` can be called with an item without a ``memo``."""
+    it, so ``on_ghost_hit`` can be called with an item without a
+    ``memo``."""
 
     @property
     def kind(self) -> Kind:
@@ -103,24 +105,46 @@ class Item(Protocol):
         ...
 
 
+RENAMED = {
+    "missed": "on_ghost_hit",
+    "missed_above": "on_ghost_hit_above",
+    "below": "for_tier",
+    "orders_tiers": "orders_classes",
+}
+"""Attributes of ``EvictionPolicy`` in 0.1, with their present names; removed in 0.3."""
+
+
 class EvictionPolicy(ABC):
     """Eviction order over the items of one cache.
 
-    Each cache makes one instance, which sees all items unless ``orders_tiers`` is False. Subclasses
-    implement ``add``, ``discard`` and ``victim``. The other methods do nothing by default.
+    Each cache makes one instance, which sees all items unless ``orders_classes`` is False.
+    Subclasses implement ``add``, ``discard`` and ``victim``. The other methods do nothing by
+    default.
 
     ``add`` makes an item a candidate: every checkpoint, and the KV of a leaf. ``discard`` removes
     it, because its node got a child or it was evicted. Locks have no immediate effect: a victim
     that is locked is discarded at that moment, and added again when it is unlocked. An item that
-    changes its priority class (``policies.tiers``) moves to another instance of the policy and
-    keeps its ``memo``. Calls should take O(log n) or less.
+    changes its priority class (``priority_classes.py``) moves to another instance of the policy
+    and keeps its ``memo``. Calls should take O(log n) or less.
     """
 
-    orders_tiers: bool = True
+    orders_classes: bool = True
     """Class attribute. True if the policy sees all items and ranks dead KV and superseded
     checkpoints itself. If False, the cache makes an instance per priority class: dead KV,
     superseded checkpoints and the rest. Classes are evicted in this order
     (``CacheConfig.dead_first``, ``demote_superseded``)."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Accept the method names of 0.1, with a warning."""
+        super().__init_subclass__(**options)
+        for old, new in RENAMED.items():
+            if old in cls.__dict__ and new not in cls.__dict__:
+                setattr(cls, new, cls.__dict__[old])
+                warnings.warn(
+                    f"{cls.__name__}.{old} is deprecated: rename it to {new}",
+                    DeprecationWarning,
+                    stacklevel=2,
+                )
 
     @abstractmethod
     def add(self, item: Item) -> None:
@@ -145,21 +169,22 @@ class EvictionPolicy(ABC):
     def touch(self, item: Item) -> None:  # noqa: B027
         """Record a use of the candidate ``item``. Its ``last_used`` and ``uses`` include it."""
 
-    def missed(self, item: Item) -> None:  # noqa: B027
+    def on_ghost_hit(self, item: Item) -> None:  # noqa: B027
         """Record a ghost hit: a request would have resumed from ``item``, an evicted checkpoint.
 
         Called at most once per request, with the deepest such checkpoint on its path. ``item`` has
         its values at eviction, including ``memo`` (None if it was loaded from a snapshot).
         """
 
-    def missed_above(self, item: Item) -> None:  # noqa: B027
-        """Record a further ghost hit of the same request, above the one passed to ``missed``.
+    def on_ghost_hit_above(self, item: Item) -> None:  # noqa: B027
+        """Record a further ghost hit of the same request, above the one passed to
+        ``on_ghost_hit``.
 
         Called for each evicted checkpoint between that one and the position where the request
         resumed, the deepest first. Each of them would have sufficed to resume deeper.
         """
 
-    def below(self) -> EvictionPolicy | None:
+    def for_tier(self) -> EvictionPolicy | None:
         """Return a policy for the next lower tier that shares the learned state, or None.
 
         If None, the tier gets a separate instance, which learns from the items offered to it. A
@@ -209,9 +234,9 @@ class Prefill(NamedTuple):
     prompt_len: int
     cached_len: int
     """Resumed length. Positions at or before it need no checkpoint."""
-    kv_len: int
+    kv_match_len: int
     """Length of the matching KV, at least ``cached_len``."""
-    branch_len: int
+    seen_len: int
     """Length of the tokens seen before, including ghosts."""
     boundaries: tuple[int, ...]
     """Positions that later prompts are known to share (end of the system segment, last stable
@@ -223,7 +248,7 @@ class Prefill(NamedTuple):
     missed: Item | None = None
     """Deepest evicted checkpoint that the request would have resumed from, or None."""
     forks: bool = True
-    """True if other prompts continued differently at ``branch_len``. False if the prompt extends
+    """True if other prompts continued differently at ``seen_len``. False if the prompt extends
     an earlier request from its end."""
     answer_survives: bool = True
     """False if no checkpoint of the answer will be saved, because later prompts omit the answer or

@@ -130,7 +130,7 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def __init__(self, label: str, policy: EvictionPolicy) -> None:
         super().__init__(label, policy)
         self._held: set[Item] = set()
-        self.orders_tiers = bool(policy.orders_tiers)
+        self.orders_classes = bool(policy.orders_classes)
 
     def add(self, item: Item) -> None:
         self._held.add(item)
@@ -143,15 +143,15 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def touch(self, item: Item) -> None:
         self._call(self._policy.touch, item)
 
-    def missed(self, item: Item) -> None:
-        self._call(self._policy.missed, item)
+    def on_ghost_hit(self, item: Item) -> None:
+        self._call(self._policy.on_ghost_hit, item)
 
-    def missed_above(self, item: Item) -> None:
-        self._call(self._policy.missed_above, item)
+    def on_ghost_hit_above(self, item: Item) -> None:
+        self._call(self._policy.on_ghost_hit_above, item)
 
-    def below(self) -> EvictionPolicy | None:
+    def for_tier(self) -> EvictionPolicy | None:
         """Return the policy's result, guarded as well."""
-        lower = self._call(self._policy.below)
+        lower = self._call(self._policy.for_tier)
         if lower is None:
             return None
         if not isinstance(lower, EvictionPolicy):
@@ -297,7 +297,7 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         self._call(self._policy.on_dropped, position, label)
 
 
-def word_of(own: type[Any]) -> str | None:
+def spec_of(own: type[Any]) -> str | None:
     """Return ``module:Class`` of a class that is an attribute of its module, or None.
 
     Works for classes defined in a notebook cell.

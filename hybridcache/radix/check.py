@@ -27,7 +27,7 @@ def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
     for node in tree.nodes():
         num_nodes += 1
         _check_node(node, tree.page_size)
-        if node.kv is None and node.below is not None and node.below.kv is not None:
+        if node.kv is None and node.offloaded is not None and node.offloaded.kv is not None:
             assert node not in listed, f"{node} is in the ghost list, and its KV is in a tier"
             num_stored += 1
         elif node.kv is None:

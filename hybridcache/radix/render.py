@@ -69,13 +69,13 @@ def describe(node: RadixNode) -> str:
     """One node in one line of printable letters."""
     words = [f"{node.start}..{node.end}"]
     if node.kv is None:
-        stored = node.below is not None and node.below.kv is not None
+        stored = node.offloaded is not None and node.offloaded.kv is not None
         words.append("v below" if stored else "~ ghost")
     if node.checkpoint is not None:
         superseded = " superseded" if node.checkpoint.superseded else ""
         label = f" {printable(node.checkpoint.label)}" if node.checkpoint.label else ""
         words.append(f"* slot {node.checkpoint.slot}{label}{superseded}")
-    elif node.below is not None and node.below.state is not None:
+    elif node.offloaded is not None and node.offloaded.state is not None:
         words.append("v checkpoint below")
     elif node.lost_checkpoint is not None:
         words.append("- checkpoint evicted")

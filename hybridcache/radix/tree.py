@@ -15,8 +15,8 @@ node without a segment is a *ghost*: its tokens are remembered, nothing can be r
 
 What of a node lies in lower memory: the rows of its KV, and a state.
 
-A node on which something hangs there, or a child of which does, has a ``Below``; all others have
-None and cost nothing. ``StoredState`` is what a tier's policy orders.
+A node with offloaded KV or an offloaded state, or with such a child, has an ``OffloadedEntry``;
+all others have None. ``OffloadedCheckpoint`` is the item that a tier's policy orders.
 
 The compressed radix tree over token ids: walk, split, grow, revive, detach.
 
@@ -88,7 +88,6 @@ class RadixNode(NodeHandle):
     ``ghosts`` of its parent."""
 
     __slots__ = (
-        "below",
         "checkpoint",
         "children",
         "deeper",
@@ -99,6 +98,7 @@ class RadixNode(NodeHandle):
         "kv",
         "locks",
         "lost_checkpoint",
+        "offloaded",
         "parent",
         "pins",
     )
@@ -126,7 +126,7 @@ class RadixNode(NodeHandle):
         """At the top of a run: its first checkpoint (``radix.forks``)."""
         self.pins = 0
         """See ``locked_paths``."""
-        self.below: Below | None = None
+        self.offloaded: OffloadedEntry | None = None
         """What lower memory holds of it (``radix.stored``)."""
 
     @property
@@ -241,7 +241,7 @@ class Checkpoint:
         self.shallower: RadixNode | Checkpoint | None = None
         self.deeper: Checkpoint | None = None
         """Its neighbours on its run (``radix.forks``); None and None once it was evicted."""
-        self.stored: StoredState | None = None
+        self.stored: OffloadedCheckpoint | None = None
         """What it became in a lower tier when it was evicted, if one let it in."""
         self.memo: Any = None
 
@@ -340,7 +340,7 @@ def members(family: Family) -> Collection[RadixNode]:
     return () if family is None else (family,)
 
 
-class Below:
+class OffloadedEntry:
     """The lower part of one node. Tiers are numbered from the nearest, 0."""
 
     __slots__ = ("kv", "kv_tier", "num_children", "state")
@@ -349,7 +349,7 @@ class Below:
         self.kv: Indices | None = None
         """Rows of the edge, of a ghost only: what is on the device is nowhere else."""
         self.kv_tier = 0
-        self.state: StoredState | None = None
+        self.state: OffloadedCheckpoint | None = None
         """None where the checkpoint is on the device, or nowhere."""
         self.num_children = [0] * num_tiers
         """By tier: ghosts below this node whose KV is there."""
@@ -372,25 +372,27 @@ def is_superseded(node: RadixNode) -> bool:
     """Whether going down single children from ``node``, on the device or below, a state comes
     before a fork or the end. O(nodes to it)."""
     while (child := _only_child(node)) is not None:
-        if child.checkpoint is not None or (child.below is not None and child.below.state):
+        if child.checkpoint is not None or (child.offloaded is not None and child.offloaded.state):
             return True
         node = child
     return False
 
 
 def _only_child(node: RadixNode) -> RadixNode | None:
-    resident, below = members(node.children), node.below
-    num_stored = 0 if below is None else sum(below.num_children)
+    resident, entry = members(node.children), node.offloaded
+    num_stored = 0 if entry is None else sum(entry.num_children)
     if len(resident) + num_stored != 1:
         return None
     if resident:
         return next(iter(resident))
     return next(
-        ghost for ghost in members(node.ghosts) if ghost.below and ghost.below.kv is not None
+        ghost
+        for ghost in members(node.ghosts)
+        if ghost.offloaded and ghost.offloaded.kv is not None
     )
 
 
-class StoredState:
+class OffloadedCheckpoint:
     """A state in a lower tier: an evictable item of kind ``checkpoint``."""
 
     __slots__ = (
@@ -434,7 +436,9 @@ class StoredState:
         self.memo: Any = None
 
     @classmethod
-    def offered(cls, was: Checkpoint | StoredState, tier: int, rows: Indices) -> StoredState:
+    def offered(
+        cls, was: Checkpoint | OffloadedCheckpoint, tier: int, rows: Indices
+    ) -> OffloadedCheckpoint:
         """What ``was`` one tier nearer. Use and age carry over; the memo does not, where another
         policy made it."""
         state = cls(was.node, tier, rows, was.created, was.serial, was.item_bytes)
@@ -447,13 +451,13 @@ class StoredState:
         return self.node.end
 
     @property
-    def above(self) -> StoredState | None:
+    def above(self) -> OffloadedCheckpoint | None:
         """The nearest one above it that is of the same tier. O(nodes between)."""
         above = self.node.parent
         while above is not None:
-            below = above.below
-            if below is not None and below.state is not None and below.state.tier == self.tier:
-                return below.state
+            entry = above.offloaded
+            if entry is not None and entry.state is not None and entry.state.tier == self.tier:
+                return entry.state
             above = above.parent
         return None
 
@@ -462,7 +466,7 @@ class StoredState:
         """Tokens back to the nearest state above, in whatever tier. O(nodes between)."""
         above = self.node.parent
         while above is not None and above.checkpoint is None:
-            if above.below is not None and above.below.state is not None:
+            if above.offloaded is not None and above.offloaded.state is not None:
                 break
             above = above.parent
         return self.node.end - (0 if above is None else above.end)
@@ -475,17 +479,17 @@ class StoredState:
             # It has just left the device: where it was a leaf, its tail is about to follow.
             return item_bytes.state + (0 if node.children else tail_bytes(node, item_bytes))
         num_tokens, tier = 0, self.tier
-        below = node.below
-        while below is not None and below.kv is not None and below.kv_tier == tier:
-            if any(below.num_children[: tier + 1]) and num_tokens == 0:
+        entry = node.offloaded
+        while entry is not None and entry.kv is not None and entry.kv_tier == tier:
+            if any(entry.num_children[: tier + 1]) and num_tokens == 0:
                 break
             assert node.parent is not None
             num_tokens += node.end - node.parent.end
             node = node.parent
-            below = node.below
-            if below is None or below.num_children[tier] > 1:
+            entry = node.offloaded
+            if entry is None or entry.num_children[tier] > 1:
                 break
-            if below.state is not None and below.state.tier <= tier:
+            if entry.state is not None and entry.state.tier <= tier:
                 break
         return item_bytes.state + num_tokens * item_bytes.kv_token
 

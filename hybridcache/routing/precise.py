@@ -135,15 +135,15 @@ class KVScores(MirrorRouter):
         best_score = float("-inf")
         for replica, load in self.loads.items():
             mirror = self.mirrors[replica]
-            kv_len = mirror.match(request.tokens, request.namespace).kv_len
-            share = kv_len / max(len(request.tokens), 1)
+            kv_match_len = mirror.match(request.tokens, request.namespace).kv_match_len
+            share = kv_match_len / max(len(request.tokens), 1)
             shortness = (most - load.num_waiting) / span if span else 1.0
             parts = share, shortness, 1.0 - self.used(replica)
             score = sum(w * part for w, part in zip(self._weights, parts, strict=True))
             if score > best_score:
                 best, best_score = [], score
             if score == best_score:
-                best.append(Choice(replica, min(kv_len, max(len(request.tokens) - 1, 0))))
+                best.append(Choice(replica, min(kv_match_len, max(len(request.tokens) - 1, 0))))
         return self._lots.choice(best)
 
 
@@ -207,7 +207,7 @@ class CheckpointSeconds(MirrorRouter):
             found = self.find(replica, request)
             depth = max(found.cached_len, self.on_the_way[replica].depth(request))
             depths[replica] = depth
-            new_bytes = self.new_bytes(request, depth, found.kv_len)
+            new_bytes = self.new_bytes(request, depth, found.kv_match_len)
             lost = pressures[replica] * self.displaced(replica, new_bytes)
             work = self.seconds(depth, num_ids) + per_id * lost
             cost[replica] = self.wait_s(replica, now) + delays * work
@@ -216,10 +216,10 @@ class CheckpointSeconds(MirrorRouter):
         chosen = rendezvous(self._branch(request, max(depths.values())), equal)
         return Choice(chosen, depths[chosen])
 
-    def new_bytes(self, request: RouteRequest, depth: int, kv_len: int) -> int:
-        """Bytes stored by computing a prompt from ``depth``, with KV for ``kv_len`` ids."""
-        num_states = len(self.forecast(request, depth, kv_len))
-        num_ids = len(request.tokens) - max(kv_len, depth)
+    def new_bytes(self, request: RouteRequest, depth: int, kv_match_len: int) -> int:
+        """Bytes stored by computing a prompt from ``depth``, with KV for ``kv_match_len`` ids."""
+        num_states = len(self.forecast(request, depth, kv_match_len))
+        num_ids = len(request.tokens) - max(kv_match_len, depth)
         return num_ids * self.spec.kv_bytes + num_states * self.spec.state_bytes
 
     def displaced(self, replica: ReplicaId, new_bytes: int) -> float:
@@ -254,32 +254,32 @@ class CheckpointSeconds(MirrorRouter):
 
     def routed(self, request: RouteRequest, choice: Choice, now: float) -> None:
         found = self.find(choice.replica, request)
-        num_new = len(request.tokens) - max(found.kv_len, choice.expected_len)
-        positions = self.forecast(request, choice.expected_len, found.kv_len)
+        num_new = len(request.tokens) - max(found.kv_match_len, choice.expected_len)
+        positions = self.forecast(request, choice.expected_len, found.kv_match_len)
         self.on_the_way[choice.replica].sent(request, positions, num_new)
-        new_bytes = self.new_bytes(request, choice.expected_len, found.kv_len)
+        new_bytes = self.new_bytes(request, choice.expected_len, found.kv_match_len)
         work_s = self.seconds(choice.expected_len, len(request.tokens))
         self.turnovers[choice.replica].sent(new_bytes, work_s, now)
         self._without_first_token.add(request.id)
-        planned = self._plan(request, choice.expected_len, found.kv_len)
+        planned = self._plan(request, choice.expected_len, found.kv_match_len)
         self._planned[request.id] = tuple(planned.values())
 
-    def forecast(self, request: RouteRequest, cached_len: int, kv_len: int) -> list[int]:
+    def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
         """Return the positions at which computing a prompt from ``cached_len`` saves checkpoints.
 
         O(positions).
         """
         if self.spec.placement is None or not self.spec.stateful:
             return [len(request.tokens)]
-        planned = self._plan(request, cached_len, kv_len)
+        planned = self._plan(request, cached_len, kv_match_len)
         return [position for position, label in planned.items() if self.shares.is_saved(label)]
 
-    def _plan(self, request: RouteRequest, cached_len: int, kv_len: int) -> dict[int, str]:
+    def _plan(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> dict[int, str]:
         """Return the label of each position at which the placement policy may save."""
         placement, step = self.spec.placement, math.lcm(self.spec.grid, self.spec.page_size)
         if placement is None or not self.spec.stateful:
             return {}
-        known = max(cached_len, kv_len)
+        known = max(cached_len, kv_match_len)
         prefill = Prefill(len(request.tokens), cached_len, known, known, request.boundaries, step)
         return prefill.on_grid(placement.plan(prefill))
 
@@ -334,8 +334,8 @@ class KVSeconds(CheckpointSeconds):
     """Control experiment: the same rule, assuming that KV without a state can be resumed."""
 
     def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
-        kv_len = super().find(replica, request).kv_len
-        return MirrorMatch(min(kv_len, max(len(request.tokens) - 1, 0)), kv_len)
+        kv_match_len = super().find(replica, request).kv_match_len
+        return MirrorMatch(min(kv_match_len, max(len(request.tokens) - 1, 0)), kv_match_len)
 
-    def forecast(self, request: RouteRequest, cached_len: int, kv_len: int) -> list[int]:
+    def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
         return list(range(self.spec.grid, len(request.tokens), self.spec.grid))

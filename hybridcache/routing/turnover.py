@@ -49,9 +49,12 @@ class Turnover:
         return self._seconds - self._log[0][2]
 
     def rate(self, now: float) -> float:
-        """Bytes per second since ``since_s``, or 0 if no time has passed."""
+        """Bytes per second since ``since_s``, or 0 if no time has passed.
+
+        Periods under a microsecond count as one: a quotient by less can overflow.
+        """
         since, before, _ = self._log[0]
-        return (self._bytes - before) / (now - since) if now > since else 0.0
+        return (self._bytes - before) / max(now - since, 1e-6) if now > since else 0.0
 
     def check(self) -> None:
         """Raise AssertionError unless the log covers one capacity and no more than needed."""

@@ -269,16 +269,16 @@ class CacheManager:
         lost, self._has_given_moves = self._has_given_moves, False
         return lost
 
-    def checkpoint_positions(self, request: ScheduledRequest, branch_len: int) -> Iterable[int]:
+    def checkpoint_positions(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:
         """Return the positions where ``request`` would save its state if only the KV of its first
-        ``branch_len`` tokens were cached, without a checkpoint."""
+        ``seen_len`` tokens were cached, without a checkpoint."""
         if not self._stateful:
-            return (branch_len - branch_len % self.checkpoint_grid,)
+            return (seen_len - seen_len % self.checkpoint_grid,)
         prefill = Prefill(
             prompt_len=request.num_tokens,
             cached_len=0,
-            kv_len=branch_len,
-            branch_len=branch_len,
+            kv_match_len=seen_len,
+            seen_len=seen_len,
             boundaries=request.boundaries,
             grid=self.checkpoint_grid,
         )

@@ -438,7 +438,7 @@ class StepPlanner(Generic[R]):
             request.scheduled_s = self.now_s
             request.cached_len, request.losses = lease.cached_len, lease.losses
             if request.session.num_requests == 1:
-                request.session.shared_len = min(lease.match.kv_len, request.prompt_len)
+                request.session.shared_len = min(lease.match.kv_match_len, request.prompt_len)
         self._admission.admitted(request, self._load)
         return True
 

@@ -10,7 +10,7 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.events import EventStream
 from hybridcache.export.snapshot import load_snapshot, save_snapshot
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 
 GRID = 4

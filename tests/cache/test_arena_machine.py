@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.words import EVICTION, parse_placement
+from hybridcache.policies.registry import EVICTION, parse_placement
 from hybridcache.tokens import Tokens
 from tests.cache.test_machine import at_least
 from tests.cache.twins import Twins
@@ -243,7 +243,7 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
 
 
 class EveryPolicyArenaMachine(ArenaLeaseMachine):
-    eviction = "regret"
+    eviction = "survival"
 
 
 @pytest.mark.parametrize("machine", [ArenaLeaseMachine, EveryPolicyArenaMachine])

@@ -7,7 +7,7 @@ import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.arrival import Arrival
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 from tests.cache.test_lease import begin, make_cache, prefill, tokens
 
 
@@ -37,13 +37,13 @@ def test_only_what_is_missing_is_claimed_and_what_is_there_stays() -> None:
     lease = begin(cache, prompt[:150], "none")
     prefill(lease, prompt[:150])
     lease.finish(prompt[:150], 150, donate=False)
-    assert (cache.match(prompt).cached_len, cache.match(prompt).kv_len) == (0, 150)
+    assert (cache.match(prompt).cached_len, cache.match(prompt).kv_match_len) == (0, 150)
     whole, half = (Arrival.begin(cache, prompt[:n], stateful=True) for n in (320, 128))
     assert whole is not None and half is not None
     assert (whole.start, len(whole.rows)) == (150, 170)
     assert (half.start, len(half.rows)) == (128, 0)
     cache.evict(num_tokens=512, num_slots=4)
-    assert cache.match(prompt).kv_len == 150
+    assert cache.match(prompt).kv_match_len == 150
     half.publish()
     whole.publish()
     check(cache)
@@ -105,7 +105,9 @@ def test_an_arrival_that_is_given_up_changes_no_order_of_eviction(kind: str, evi
         found = []
         while cache.cached_tokens:
             cache.evict(num_tokens=1)
-            found.append([cache.match(np.append(p, 9).astype(np.int32)).kv_len for p in prompts])
+            found.append(
+                [cache.match(np.append(p, 9).astype(np.int32)).kv_match_len for p in prompts]
+            )
         return found
 
     untouched = survivors(0)

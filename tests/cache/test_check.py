@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 from tests.cache.serving import hybrid, ids, publish
 
 TELLING = ("lru", "fifo", "hyperbolic", "hybridcache.policies.eviction.fifo:FIFO")

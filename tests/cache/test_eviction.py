@@ -31,9 +31,9 @@ def test_the_least_recently_used_goes_first():
         serve(cache, ids(prompt), [3])
     cache.touch(cache.match(ids("one!")))
     cache.evict(num_tokens=3)
-    assert cache.match(ids("two!")).kv_len == 0
+    assert cache.match(ids("two!")).kv_match_len == 0
     cache.evict(num_tokens=3)
-    assert cache.match(ids("six!")).kv_len == 0
+    assert cache.match(ids("six!")).kv_match_len == 0
     assert cache.match(ids("one!")).cached_len == 3
 
 
@@ -57,9 +57,9 @@ def test_recency_is_handed_up_when_a_child_goes():
     receipt = cache.lock(cache.match(ids("xther!")).node)
     cache.evict(num_tokens=1)
     cache.unlock(receipt)
-    assert cache.match(ids("old", "young", "!")).kv_len == 3
+    assert cache.match(ids("old", "young", "!")).kv_match_len == 3
     cache.evict(num_tokens=1)
-    assert cache.match(ids("xther!")).kv_len == 0, "older than the last use through 'old'"
+    assert cache.match(ids("xther!")).kv_match_len == 0, "older than the last use through 'old'"
     assert cache.match(ids("old!")).cached_len == 3
 
 
@@ -68,10 +68,10 @@ def test_a_use_counts_for_what_became_a_leaf_by_an_eviction():
     serve(cache, ids("old", "leaf"), [3, 7])
     serve(cache, ids("xther"), [5])
     cache.evict(num_tokens=1)
-    assert cache.match(ids("old", "leaf")).kv_len == 3
+    assert cache.match(ids("old", "leaf")).kv_match_len == 3
     cache.touch(cache.match(ids("old!")))
     cache.evict(num_tokens=1)
-    assert cache.match(ids("xther!")).kv_len == 0
+    assert cache.match(ids("xther!")).kv_match_len == 0
     assert cache.match(ids("old!")).cached_len == 3
 
 
@@ -81,7 +81,7 @@ def test_the_least_recently_used_checkpoint_goes_first():
         serve(cache, ids(prompt), [3])
     cache.touch(cache.match(ids("one!")))
     assert cache.evict(num_slots=1) == (3, 1)
-    assert cache.match(ids("two!")).kv_len == 0
+    assert cache.match(ids("two!")).kv_match_len == 0
     assert cache.match(ids("one!")).cached_len == 3
 
 
@@ -91,7 +91,7 @@ def test_kv_that_a_later_checkpoint_revived_is_not_dead_any_more():
     serve(cache, ids("later"))
     serve(cache, ids("later"), [5])
     cache.evict(num_tokens=1)
-    assert cache.match(ids("alive!")).kv_len == 0
+    assert cache.match(ids("alive!")).kv_match_len == 0
     assert cache.match(ids("later!")).cached_len == 5
 
 
@@ -100,7 +100,7 @@ def test_a_locked_node_without_a_state_outlives_what_is_below_it():
     receipt = cache.lock(publish(cache, ids("ab")).node)
     publish(cache, ids("abcd"), [4])
     assert cache.evict(num_tokens=10) == (2, 1)
-    assert cache.match(ids("abX")).kv_len == 2
+    assert cache.match(ids("abX")).kv_match_len == 2
     cache.unlock(receipt)
     assert cache.evict(num_tokens=10) == (2, 0)
 
@@ -112,7 +112,7 @@ def test_kv_that_nothing_can_resume_from_goes_first(eviction):
     serve(cache, ids("dead!"))
     cache.touch(cache.match(ids("dead!!")))
     cache.evict(num_tokens=1)
-    assert cache.match(ids("dead!!")).kv_len == 0
+    assert cache.match(ids("dead!!")).kv_match_len == 0
     assert cache.match(ids("alive!")).cached_len == 5
 
 
@@ -128,7 +128,7 @@ def test_without_dead_first_recency_alone_decides():
     serve(cache, ids("alive"), [5])
     serve(cache, ids("dead!"))
     cache.evict(num_tokens=1)
-    assert cache.match(ids("alive!")).kv_len == 0
+    assert cache.match(ids("alive!")).kv_match_len == 0
 
 
 @pytest.mark.parametrize("eviction", ["lru", "slru"])
@@ -247,7 +247,7 @@ def test_evicting_an_inner_checkpoint_leaves_a_tombstone():
     serve(cache, ids("ab", "cd"), [4])
     assert cache.evict(num_slots=1) == (0, 1)
     match = cache.match(ids("abX"))
-    assert (match.cached_len, match.kv_len) == (0, 2)
+    assert (match.cached_len, match.kv_match_len) == (0, 2)
     assert match.losses.checkpoint_evicted == 2
     assert cache.match(ids("abcd!")).cached_len == 4
 
@@ -269,7 +269,7 @@ def test_evicting_the_last_checkpoint_under_a_leaf_frees_the_tail_with_it():
     serve(cache, ids("ab", "cdef"), [6])
     serve(cache, ids("zz"), [2])
     assert cache.evict(num_slots=2) == (6, 2)
-    assert cache.match(ids("abcdef!")).kv_len == 0
+    assert cache.match(ids("abcdef!")).kv_match_len == 0
     assert cache.match(ids("zz!")).cached_len == 2
 
 
@@ -289,7 +289,7 @@ def test_the_cascade_stops_at_a_checkpoint_a_fork_and_a_lock():
         assert leaf.cached_len == 6
         cache._residency._drop_leaf(leaf.node)
         cache.check(held_tokens=0, held_slots=0)
-        assert cache.match(ids("abcdef!")).kv_len == 4
+        assert cache.match(ids("abcdef!")).kv_match_len == 4
 
 
 def test_a_chain_of_tombstones_goes_with_its_leaf():
@@ -318,6 +318,6 @@ def test_a_prompt_comes_back_after_everything_was_evicted():
     cache = hybrid()
     serve(cache, ids("hello"), [5])
     cache.evict(num_tokens=100)
-    assert cache.match(ids("hello!")).kv_len == 0
+    assert cache.match(ids("hello!")).kv_match_len == 0
     serve(cache, ids("hello"), [5])
     assert cache.match(ids("hello!")).cached_len == 5

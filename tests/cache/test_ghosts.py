@@ -16,7 +16,7 @@ def test_a_ghost_is_no_hit_but_remembers_how_deep_the_tokens_were_seen():
     serve(cache, ids("hello world"), [5, 11])
     cache.evict(num_tokens=100)
     match = cache.match(ids("hello wonder"))
-    assert (match.cached_len, match.kv_len, match.branch_len) == (0, 0, 8)
+    assert (match.cached_len, match.kv_match_len, match.seen_len) == (0, 0, 8)
     assert match.losses.kv_evicted == 8 and match.losses.never_seen == 4
     assert cache.ghost_tokens == 11
 
@@ -42,7 +42,7 @@ def test_of_two_evicted_checkpoints_the_deeper_one_was_missed():
     locks = [cache.lock(cache.match(ids(prompt)).node) for prompt in ("abcdX!", "abZ")]
     cache.evict(num_slots=10)
     match = cache.match(ids("abcdefgh!"))
-    assert (match.cached_len, match.kv_len, match.branch_len) == (2, 4, 8)
+    assert (match.cached_len, match.kv_match_len, match.seen_len) == (2, 4, 8)
     assert match.losses.checkpoint_evicted == 2, "a tombstone stands at 4"
     assert match.missed.position == 8
     assert len(locks) == 2
@@ -50,7 +50,7 @@ def test_of_two_evicted_checkpoints_the_deeper_one_was_missed():
 
 def test_the_policy_hears_of_what_was_missed_once_a_request():
     cache, told = hybrid(), []
-    cache._residency.policy.missed = told.append
+    cache._residency.policy.on_ghost_hit = told.append
     serve(cache, ids("hello"), [4])
     cache.touch(cache.match(ids("hello")))
     assert told == []
@@ -68,7 +68,7 @@ def test_a_ghost_that_comes_again_is_resident_again():
     serve(cache, ids("hello wonder"), [12])
     assert cache.ghost_tokens == 3
     assert cache.match(ids("hello wonder!")).cached_len == 12
-    assert cache.match(ids("hello world")).branch_len == 11
+    assert cache.match(ids("hello world")).seen_len == 11
     cache.check(held_tokens=0, held_slots=0)
 
 
@@ -77,9 +77,9 @@ def test_ghosts_are_bounded_and_the_oldest_are_forgotten_first():
     for prompt in ("first", "other", "third"):
         serve(cache, ids(prompt), [5])
         cache.evict(num_tokens=5)
-    assert cache.match(ids("first")).branch_len == 0
-    assert cache.match(ids("other")).branch_len == 5
-    assert cache.match(ids("third")).branch_len == 5
+    assert cache.match(ids("first")).seen_len == 0
+    assert cache.match(ids("other")).seen_len == 5
+    assert cache.match(ids("third")).seen_len == 5
     cache.check(held_tokens=0, held_slots=0)
 
 

@@ -9,7 +9,7 @@ from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseLog, LeaseRequest, replay
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 
 
@@ -98,7 +98,7 @@ def test_only_what_is_computed_is_published() -> None:
     assert lease.take_checkpoint_slots(128, 300) == ((256, 1),)
     lease.abort()
     check(cache)
-    assert cache.match(prompt).kv_len == 128
+    assert cache.match(prompt).kv_match_len == 128
     assert cache.free_slots == 8
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_was_not_computed_is_not_published(end: str) -> None:
     assert lease.extend(300) and lease.take_checkpoint_slots(100, 300) == ((256, 1),)
     getattr(lease, end)(prompt, 100)
     check(cache)
-    assert (cache.num_checkpoints, cache.match(prompt).kv_len) == (0, 100)
+    assert (cache.num_checkpoints, cache.match(prompt).kv_match_len) == (0, 100)
 
 
 def test_a_lease_resumes_on_a_copy_and_never_holds_the_checkpoint() -> None:
@@ -172,7 +172,7 @@ def test_preemption_donates_on_any_grid_position(computed_len: int, cached_len: 
     lease.preempt(prompt, computed_len)
     check(cache)
     match = cache.match(prompt)
-    assert (match.cached_len, match.kv_len) == (cached_len, computed_len)
+    assert (match.cached_len, match.kv_match_len) == (cached_len, computed_len)
 
 
 def decode(lease: Lease, history: Tokens, start: int) -> list[tuple[int, int]]:
@@ -230,7 +230,7 @@ def test_in_exact_mode_nothing_past_the_prompt_is_published() -> None:
     assert decode(lease, history, 100) == []
     lease.finish(history, 340)
     check(cache)
-    assert cache.match(history).kv_len == 100
+    assert cache.match(history).kv_match_len == 100
 
 
 def test_without_reuse_nothing_is_read_and_nothing_counted() -> None:

@@ -22,11 +22,11 @@ from hypothesis.stateful import (
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.eviction.regret import Regret
-from hybridcache.policies.placement.learned import Learned
+from hybridcache.policies.eviction.regret import Survival
+from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import Placed, Prefill
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.precise import CheckpointSeconds
 from hybridcache.routing.protocol import ReplicaSpec, RouteRequest
@@ -35,9 +35,9 @@ from tests.cache.test_machine import at_least
 
 ROW_BYTES = 2
 PLACEMENTS = (
-    "regret",
-    "regret",
-    "regret,every:8,cap:2",
+    "adaptive",
+    "adaptive",
+    "adaptive,every:8,cap:2",
     "branch,boundary,backoff,end",
     "planned:2,end",
     "every:8",
@@ -48,7 +48,7 @@ OWN_LABELS = ("decode", "preempt")
 """Labels of checkpoints that a lease saves without a plan."""
 
 
-class Mine(Regret):
+class Mine(Survival):
     """A policy of the user's own."""
 
 
@@ -138,7 +138,7 @@ class LeaseMachine(RuleBasedStateMachine):
             state_bytes=state_bytes,
             page_size=page_size,
             grid=grid,
-            eviction=rng.choice(["lru", "regret", "regret", Mine, "lfu"]),
+            eviction=rng.choice(["lru", "survival", "survival", Mine, "lfu"]),
             ghost_bytes=rng.choice([0, 4000, 1 << 20]),
             **sizes,
         )
@@ -229,9 +229,9 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         assert sum(lease.losses) + lease.cached_len == prompt_len and min(lease.losses) >= 0
         assert asked.reuse or not lease.cached_len
-        loadable_len = lease.match.lower[-1].position if lease.match.lower else 0
+        loadable_len = lease.match.loadable[-1].position if lease.match.loadable else 0
         assert lease.losses.not_fetched == max(loadable_len - lease.cached_len, 0)
-        assert asked.reuse or not (lease.losses.not_fetched or lease.match.lower)
+        assert asked.reuse or not (lease.losses.not_fetched or lease.match.loadable)
         one = Running(self.num_requests, tokens, prompt_len, lease, lease.cached_len)
         self.running.append(one)
 
@@ -373,7 +373,7 @@ class LeaseMachine(RuleBasedStateMachine):
             sum(holder.held_slots for holder in holders),
         )
         for rule_ in self.ledger.rules:
-            if isinstance(rule_, Learned):
+            if isinstance(rule_, Adaptive):
                 assert sum(rule_.num_saved().values()) == self.num_saved
 
     def teardown(self):

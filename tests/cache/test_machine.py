@@ -16,7 +16,7 @@ from hypothesis.stateful import (
 )
 
 from hybridcache.config import MEMORIES, CacheConfig
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 from tests import selection
 from tests.cache.twins import Twins
 
@@ -92,7 +92,7 @@ class CacheMachine(RuleBasedStateMachine):
         if request is not None:
             n = len(request.tokens)
             grid = self.twins.cache._step
-            wanted = {n // grid * grid, (n - 1) // grid * grid, request.match.branch_len}
+            wanted = {n // grid * grid, (n - 1) // grid * grid, request.match.seen_len}
             self.twins.publish(request, n, sorted(wanted - {0}), data.draw(st.booleans()))
             self.twins.end(request)
 

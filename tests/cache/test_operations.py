@@ -98,7 +98,7 @@ def state_churn(cache: HybridRadixCache) -> None:
         cache.evict(num_slots=1)
 
 
-@pytest.mark.parametrize("eviction", ["lru", "fifo", "random", "coverage", "regret"])
+@pytest.mark.parametrize("eviction", ["lru", "fifo", "random", "coverage", "survival"])
 def test_evicting_a_checkpoint_costs_the_same_at_any_depth(steps: Steps, eviction: str) -> None:
     per_item = []
     for num_states in (100, 800):

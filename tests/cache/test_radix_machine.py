@@ -49,10 +49,10 @@ class RadixMachine(RuleBasedStateMachine):
     def begin(self, blocks, cut):
         tokens = self.prompt(blocks, cut)
         match = self.cache.match(tokens)
-        mirrored, kv_len = self.mirror.match(tokens.tolist())
+        mirrored, kv_match_len = self.mirror.match(tokens.tolist())
         assert mirrored == match.cached_len
-        reachable = min(kv_len, len(tokens) - 1)
-        assert match.kv_len == kv_len
+        reachable = min(kv_match_len, len(tokens) - 1)
+        assert match.kv_match_len == kv_match_len
         assert match.cached_len == reachable - reachable % self.step
         assert match.cached_len + sum(match.losses) == len(tokens)
         receipt = self.cache.lock(match.node)

@@ -21,9 +21,9 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.offload import path_of
-from hybridcache.policies.eviction.regret import Regret
+from hybridcache.policies.eviction.regret import Survival
 from hybridcache.policies.memory import Reader, Unfit, Writer, take_over
-from hybridcache.policies.placement.learned import Learned
+from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.variants import TieredRadixCache
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
@@ -52,7 +52,7 @@ class Chosen(Listener):
 
 def make(trace, gib=1.0, disk_gib=8.0, **options):
     """Everything in one budget, where the order of what is free decides nothing."""
-    settings = {"policy": "regret", "checkpoints": "regret", "memory": "budget"} | options
+    settings = {"policy": "survival", "checkpoints": "adaptive", "memory": "budget"} | options
     config = RunConfig(
         GEOMETRY, int(gib * GIB), disk_bytes=int(disk_gib * GIB), disk_bytes_per_s=1e12, **settings
     )
@@ -72,7 +72,7 @@ def serve(target, requests):
         served.prefilled()
         served.finish()
     target.cache.unsubscribe(chosen)
-    return hits, chosen.items, dict(target.cache.lower.copied_rows)
+    return hits, chosen.items, dict(target.cache.offload.copied_rows)
 
 
 def restarted(target, fresh, has_room=False):
@@ -80,7 +80,9 @@ def restarted(target, fresh, has_room=False):
     rules = target.placement.rules
     memory = unpack(pack(write_memory(target.cache, rules)))
     memory.recall_tree(fresh.cache)
-    stored = [node for node in target.cache._tree.nodes() if node.below and node.below.state]
+    stored = [
+        node for node in target.cache._tree.nodes() if node.offloaded and node.offloaded.state
+    ]
     for node in stored:
         namespace, tokens = path_of(node)
         assert fresh.cache.adopt(tokens, namespace) is not None or not has_room
@@ -93,7 +95,7 @@ def empty_the_device(target):
     """All that a restart takes away: what was there goes a tier down, as it does whenever there is
     no room."""
     target.cache.evict(1 << 40, 1 << 40)
-    target.cache.lower.copied_rows.clear()
+    target.cache.offload.copied_rows.clear()
 
 
 @pytest.mark.full("0.6-agent", "2.0-chat")
@@ -140,7 +142,7 @@ def test_what_is_remembered_is_bounded_and_the_latest():
     ghosts = fresh.cache._residency.ghosts
     assert 20_000 < ghosts.num_bytes <= 40_000
     last = list(trace)[-1]
-    assert fresh.cache.match(last.tokens, last.namespace).branch_len > 0
+    assert fresh.cache.match(last.tokens, last.namespace).seen_len > 0
 
 
 @pytest.mark.parametrize("eviction", ["lru", "w-tinylfu", "arc", "class-age", "lhd"])
@@ -217,7 +219,7 @@ def test_what_is_written_can_be_read_however_much_is_remembered(monkeypatch):
         fresh = make(trace)
         unpack(pack(body)).recall_tree(fresh.cache)
         last = list(trace)[-1]
-        known.append((fresh.cache.num_nodes, fresh.cache.match(last.tokens).branch_len > 0))
+        known.append((fresh.cache.num_nodes, fresh.cache.match(last.tokens).seen_len > 0))
         fresh.cache.check(0, 0)
     assert known == sorted(known, reverse=True) and known[1][1] and known[-1] == (0, False)
     with pytest.raises(ValueError, match="unpacks to more than 1,000 bytes"):
@@ -294,21 +296,21 @@ def test_plain_values_come_back(value):
 
 
 def test_tables_generators_and_shared_objects_come_back():
-    regret = Regret(seed=5)
+    regret = Survival(seed=5)
     for turn in range(9):
         row = regret.survival.row((("a", True), turn % 3))
         regret.survival.close(regret.survival.open(row, turn), turn + 2, used=turn % 2 == 0)
     regret.survival.refresh(20)
     again = Reader(lambda _: None).read(json.loads(json.dumps(Writer().write(regret))))
-    fresh = Regret()
+    fresh = Survival()
     take_over(fresh, again)
     fresh.survival.check()
     assert np.array_equal(fresh.survival.index, regret.survival.index)
     assert fresh.survival._open == regret.survival._open
     assert fresh._random.random() == regret._random.random()
-    learned = Learned()
+    learned = Adaptive()
     twice = Reader(lambda _: None).read(Writer().write([learned, learned]))
-    assert twice[0] is twice[1] and isinstance(twice[0], Learned)
+    assert twice[0] is twice[1] and isinstance(twice[0], Adaptive)
 
 
 @pytest.mark.parametrize(
@@ -333,15 +335,15 @@ def test_no_class_but_the_policies_own_is_made(plain):
 
 
 def test_a_policy_with_other_attributes_takes_nothing_over():
-    other = Learned()
+    other = Adaptive()
     other.another = 3
-    own = Learned()
-    with pytest.raises(Unfit, match="Learned has other attributes"):
+    own = Adaptive()
+    with pytest.raises(Unfit, match="Adaptive has other attributes"):
         take_over(own, other)
-    with pytest.raises(Unfit, match=r"Regret\.survival\._events has another table layout"):
-        wide = Regret()
+    with pytest.raises(Unfit, match=r"Survival\.survival\._events has another table layout"):
+        wide = Survival()
         wide.survival._events = np.zeros((64, 3))
-        take_over(Regret(), wide)
+        take_over(Survival(), wide)
 
 
 def test_the_head_is_what_the_page_says():

@@ -24,7 +24,7 @@ def test_slots_are_evicted_for_slots():
     serve(cache, ids("one"), [3])
     serve(cache, ids("two"), [3])
     assert cache.allocate_slot() is not None
-    assert cache.match(ids("one!")).kv_len == 0
+    assert cache.match(ids("one!")).kv_match_len == 0
     assert cache.match(ids("two!")).cached_len == 3
 
 
@@ -59,7 +59,7 @@ def test_reset_drops_all_but_what_is_locked():
     receipt = cache.lock(cache.match(ids("one!")).node)
     cache.reset()
     assert cache.match(ids("one!")).cached_len == 3
-    assert cache.match(ids("two!")).branch_len == 0
+    assert cache.match(ids("two!")).seen_len == 0
     cache.unlock(receipt)
     cache.reset()
     assert cache.num_nodes == 0
@@ -92,7 +92,7 @@ def test_one_budget_gives_up_the_older_of_both_kinds():
     serve(cache, ids("aa"))
     serve(cache, ids("bb"), [2])
     assert len(cache.allocate_kv(19)) == 19
-    assert cache.match(ids("aa!")).kv_len == 0
+    assert cache.match(ids("aa!")).kv_match_len == 0
     assert cache.match(ids("bb!")).cached_len == 2
 
 

@@ -17,7 +17,7 @@ def test_a_prompt_resumes_from_the_checkpoint_of_an_earlier_one():
     cache = hybrid()
     result = publish(cache, ids("hello"), [5])
     match = cache.match(ids("hello", " world"))
-    assert (match.cached_len, match.kv_len, match.branch_len) == (5, 5, 5)
+    assert (match.cached_len, match.kv_match_len, match.seen_len) == (5, 5, 5)
     assert match.checkpoint is not None
     assert cache.gather(match.node).tolist() == cache.gather(result.node).tolist()
 
@@ -42,7 +42,7 @@ def test_kv_without_a_checkpoint_gives_nothing_to_resume_from():
     cache = hybrid()
     publish(cache, ids("hello"))
     match = cache.match(ids("hello", "!"))
-    assert (match.cached_len, match.kv_len) == (0, 5)
+    assert (match.cached_len, match.kv_match_len) == (0, 5)
     assert match.losses.never_checkpointed == 5
 
 
@@ -77,8 +77,8 @@ def test_token_ids_up_to_the_largest_are_told_apart():
     top = 2**31 - 1
     publish(cache, ids([top, 0, top]), [3])
     assert cache.match(ids([top, 0, top, 1])).cached_len == 3
-    assert cache.match(ids([top, 0, top - 1, 1])).kv_len == 2
-    assert cache.match(ids([0, 0])).kv_len == 0
+    assert cache.match(ids([top, 0, top - 1, 1])).kv_match_len == 2
+    assert cache.match(ids([0, 0])).kv_match_len == 0
 
 
 def test_ids_of_another_type_are_refused_before_anything_changes():
@@ -97,7 +97,7 @@ def test_a_fork_inside_an_edge_splits_it_and_keeps_both_sides():
     assert cache.num_nodes == 3
     assert cache.match(ids("system", "one", "!")).cached_len == 9
     assert cache.match(ids("system", "two", "!")).cached_len == 9
-    assert cache.match(ids("system", "xxx")).kv_len == 6
+    assert cache.match(ids("system", "xxx")).kv_match_len == 6
 
 
 def test_a_split_leaves_checkpoint_and_lock_with_the_lower_node():
@@ -179,7 +179,7 @@ def test_what_the_caller_does_with_its_array_later_is_nothing_to_the_cache():
     result = cache.insert(tokens, given)
     given[:], tokens[:] = 99, 99
     assert cache.gather(result.node).tolist() == rows.tolist()
-    assert cache.match(ids("hello!")).kv_len == 5
+    assert cache.match(ids("hello!")).kv_match_len == 5
 
 
 def test_rows_that_were_the_trees_already_are_no_duplicates():
@@ -246,11 +246,11 @@ def test_tokens_past_the_last_whole_page_stay_the_callers():
 def test_prompts_part_at_page_boundaries():
     cache = hybrid(num_kv_tokens=64, page_size=4, grid=4)
     publish(cache, ids("aaaabbbbcccc"), [12])
-    assert cache.match(ids("aaaabbXbcccc")).kv_len == 4
+    assert cache.match(ids("aaaabbXbcccc")).kv_match_len == 4
     publish(cache, ids("aaaabbXbcccc"), [12])
     assert cache.match(ids("aaaabbbbcccc!")).cached_len == 12
     assert cache.match(ids("aaaabbXbcccc!")).cached_len == 12
-    assert cache.match(ids("aaaabb")).kv_len == 4
+    assert cache.match(ids("aaaabb")).kv_match_len == 4
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 64, 256])
@@ -298,10 +298,10 @@ def test_what_is_locked_stays_and_so_does_all_above_it():
     cache.evict(num_tokens=100, num_slots=100)
     match = cache.match(ids("abcdX"))
     assert match.cached_len == 4 and match.checkpoint is not None
-    assert cache.match(ids("abcdef!")).kv_len == 4
+    assert cache.match(ids("abcdef!")).kv_match_len == 4
     cache.unlock(receipt)
     cache.evict(num_tokens=100)
-    assert cache.match(ids("abcdX")).kv_len == 0
+    assert cache.match(ids("abcdX")).kv_match_len == 0
 
 
 def test_a_lock_is_counted_and_each_receipt_opens_once():
@@ -322,7 +322,7 @@ def test_locked_branches_are_passed_over_for_others():
     publish(cache, ids("sys", "b"), [4])
     receipt = cache.lock(cache.match(ids("sys", "a", "!")).node)
     assert cache.evict(num_tokens=1).num_tokens == 1
-    assert cache.match(ids("sys", "b", "!")).kv_len == 3
+    assert cache.match(ids("sys", "b", "!")).kv_match_len == 3
     assert cache.match(ids("sys", "a", "!")).cached_len == 4
     cache.unlock(receipt)
 

@@ -12,7 +12,7 @@ import pytest
 
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 
 GRID = 64
 RNG = np.random.default_rng(0)

@@ -78,7 +78,7 @@ def test_4_and_5_a_fork_inside_a_node_finds_no_state_and_a_look_changes_nothing(
     publish(cache, PATH, [12])
     before = cache.render()
     match = cache.match(ids(PATH[:8], [50, 51]))
-    assert (match.cached_len, match.kv_len) == (0, 8)
+    assert (match.cached_len, match.kv_match_len) == (0, 8)
     assert match.losses.never_checkpointed == 8
     assert cache.render() == before and cache.num_nodes == 1
     publish(cache, ids(PATH[:8], [50, 51]))
@@ -99,7 +99,7 @@ def test_6_three_requests_with_one_beginning_hit_nothing_nothing_256():
     found = []
     for tail in range(3):
         tokens = ids(range(257), [1000 + tail] * 40)
-        branch = cache.match(tokens).branch_len // 64 * 64
+        branch = cache.match(tokens).seen_len // 64 * 64
         found.append(serve(cache, tokens, [branch] if branch else []).cached_len)
     assert found == [0, 0, 256]
 

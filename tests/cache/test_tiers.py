@@ -10,7 +10,7 @@ import pytest
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.geometry.exchange import Exchange
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 from hybridcache.variants import TieredRadixCache
 from tests.cache.serving import ids, serve
@@ -44,7 +44,7 @@ def churn(seed: int, num_requests: int, eviction: str = "lru") -> Counter[tuple[
     return Counter((order.kind, order.src_tier, order.dst_tier) for order in memory.copied)
 
 
-@pytest.mark.parametrize("eviction", ["lru", "regret"])
+@pytest.mark.parametrize("eviction", ["lru", "survival"])
 def test_a_stream_of_requests_keeps_every_byte_in_its_place(eviction: str):
     copied: Counter[tuple[str, str, str]] = Counter()
     for seed in range(4):
@@ -63,14 +63,14 @@ def tiered(**options: object) -> TieredRadixCache:
 
 
 def lower(cache: TieredRadixCache, tokens: Tokens) -> list[tuple[int, tuple[int, ...]]]:
-    return [(one.position, one.rows) for one in cache.match(tokens).lower]
+    return [(one.position, one.rows) for one in cache.match(tokens).loadable]
 
 
 def test_without_lower_tiers_nothing_is_lower():
     config = CacheConfig(num_kv_tokens=20, num_slots=2, grid=1, state_bytes=10)
     cache = build_prefix_cache(config)
     serve(cache, ids("abcd"), [4])
-    assert cache.lower is None and cache.match(ids("abcd")).lower == ()
+    assert cache.offload is None and cache.match(ids("abcd")).loadable == ()
 
 
 def test_what_leaves_the_device_lies_on_the_host_state_and_kv():
@@ -86,7 +86,7 @@ def test_kv_that_no_state_needs_is_not_kept():
     serve(cache, ids("abcd"), [2])
     cache.evict(num_tokens=1)
     assert [order.kind for order in cache.take_step().transfers] == []
-    assert cache.match(ids("abcd")).kv_len == 2
+    assert cache.match(ids("abcd")).kv_match_len == 2
     cache.evict(num_tokens=1)
     assert [order.kind for order in cache.take_step().transfers] == ["checkpoint", "kv"]
 
@@ -96,7 +96,7 @@ def test_a_tombstone_is_resumed_by_its_state_alone():
     serve(cache, ids("abcd"), [2])
     cache.evict(num_slots=1)
     assert lower(cache, ids("abX")) == [(2, (5,))]
-    assert cache.fetch(cache.match(ids("abX")).lower[0])
+    assert cache.fetch(cache.match(ids("abX")).loadable[0])
     assert cache.match(ids("abX")).cached_len == 2
     cache.check(held_tokens=0, held_slots=0)
 
@@ -107,7 +107,7 @@ def test_what_is_computed_anew_leaves_the_host():
     cache.evict(num_tokens=4)
     serve(cache, ids("abcd"), [4])
     assert cache.match(ids("abcdX")).cached_len == 4
-    assert all(tier.pages.num_taken == 0 for tier in cache.lower.tiers)
+    assert all(tier.pages.num_taken == 0 for tier in cache.offload.tiers)
 
 
 def test_a_fetch_that_finds_no_room_changes_nothing():
@@ -116,19 +116,19 @@ def test_a_fetch_that_finds_no_room_changes_nothing():
     cache.evict(num_tokens=4)
     slot = cache.allocate_slot()
     before = lower(cache, ids("abcdX"))
-    assert not cache.fetch(cache.match(ids("abcdX")).lower[0])
+    assert not cache.fetch(cache.match(ids("abcdX")).loadable[0])
     assert slot is not None and lower(cache, ids("abcdX")) == before
     cache.check(held_tokens=0, held_slots=1)
 
 
-@pytest.mark.parametrize("eviction", ["lru", "lfu", "lhd", "regret"])
+@pytest.mark.parametrize("eviction", ["lru", "lfu", "lhd", "survival"])
 def test_a_use_through_a_tier_is_one_use_as_on_the_device(eviction: str):
     cache = tiered(eviction=eviction)
     serve(cache, ids("abcd"), [4])
     for uses in range(1, 5):
         if uses % 2:
             cache.evict(num_tokens=4)
-            cache.fetch(cache.match(ids("abcdX")).lower[0])
+            cache.fetch(cache.match(ids("abcdX")).loadable[0])
         match = cache.match(ids("abcdX"))
         cache.touch(match)
         assert match.node.checkpoint.uses == uses
@@ -140,8 +140,8 @@ def test_a_state_that_finds_no_room_was_not_used():
     cache.evict(num_tokens=4)
     cache.allocate_slot()
     match = cache.match(ids("abcdX"))
-    assert not cache.fetch(match.lower[0])
-    assert match.lower[0].node.below.state.uses == 0
+    assert not cache.fetch(match.loadable[0])
+    assert match.loadable[0].node.offloaded.state.uses == 0
 
 
 def test_making_room_for_a_fetch_spares_the_path_that_it_hangs_on():
@@ -150,7 +150,7 @@ def test_making_room_for_a_fetch_spares_the_path_that_it_hangs_on():
     cache.evict(num_tokens=2)
     serve(cache, ids("wxyz"), [4])
     assert (cache.free_tokens, cache.free_slots) == (0, 0)
-    assert cache.fetch(cache.match(ids("abcdX")).lower[0])
+    assert cache.fetch(cache.match(ids("abcdX")).loadable[0])
     assert cache.match(ids("abcdX")).cached_len == 4
     cache.check(held_tokens=0, held_slots=0)
 
@@ -160,8 +160,8 @@ def test_the_host_lets_its_own_policy_s_victim_go_and_the_disk_takes_it():
     for prompt in ("abcd", "efgh"):
         serve(cache, ids(prompt), [4])
     cache.evict(num_tokens=8)
-    assert cache.match(ids("abcdX")).lower[0].rows == (0, 9)
-    assert cache.match(ids("efghX")).lower[0].rows == (9, 0)
+    assert cache.match(ids("abcdX")).loadable[0].rows == (0, 9)
+    assert cache.match(ids("efghX")).loadable[0].rows == (9, 0)
     written = [order for order in cache.take_step().transfers if getattr(order, "path", None)]
     assert {order.kind for order in written} == {"kv", "checkpoint"}
     assert all(order.path[1].tolist() == ids("abcd").tolist() for order in written)
@@ -217,7 +217,7 @@ def without_a_free_slot(num_slots: int = 2) -> TieredRadixCache:
     while cache.free_slots:
         cache.allocate_slot()
     match = cache.match(ids("abcdX"))
-    assert match.cached_len == 2 and [one.position for one in match.lower] == [4]
+    assert match.cached_len == 2 and [one.position for one in match.loadable] == [4]
     return cache
 
 
@@ -241,10 +241,10 @@ def test_a_request_that_reuses_nothing_was_not_short_of_a_load():
     serve(cache, ids("abcdefgh"), [8])
     cache.evict(num_slots=1)
     found = cache.match(ids("abcdefghX"))
-    assert [at.position for at in found.lower] == [8]
+    assert [at.position for at in found.loadable] == [8]
     asked = LeaseRequest(ids("abcdefghX"), reuse=False)
     lease = Lease.begin(cache, parse_placement("none"), asked)
-    assert lease.match.lower == () and lease.losses == found.losses
+    assert lease.match.loadable == () and lease.losses == found.losses
     lease.abort()
 
 
@@ -319,14 +319,14 @@ def test_a_fetch_that_finds_no_room_leaves_kv_where_something_needs_it():
     cache = tiered(host_bytes=2 * 13, disk_bytes=400, eviction="lru")
     serve(cache, ids("abcdefgh"), [4, 8])
     cache.evict(num_tokens=8, num_slots=2)
-    near, far = cache.match(ids("abcdefghX")).lower
+    near, far = cache.match(ids("abcdefghX")).loadable
     assert (near.rows, far.rows) == ((4, 5), (13, 0)), "the shallow state is on disk"
     serve(cache, ids("xy"), [2])
     held = cache.allocate_kv(17)
     assert held is not None and cache.allocate_slot() is not None
     assert not cache.fetch(near)
     cache.check(held_tokens=17, held_slots=1)
-    near, far = cache.match(ids("abcdefghX")).lower
+    near, far = cache.match(ids("abcdefghX")).loadable
     assert (near.rows, far.rows) == ((0, 9), (0, 13)), "all of the path is on disk now"
 
 
@@ -338,10 +338,10 @@ def test_what_hangs_on_a_node_that_came_back_to_the_device_is_adopted():
     for other in ("efgh", "ijkl"):
         serve(cache, ids(other), [4])
     cache.evict(num_tokens=8)
-    near, _ = cache.match(ids("abcdX")).lower
+    near, _ = cache.match(ids("abcdX")).loadable
     assert near.rows[0] == 0 < near.rows[1], "on disk"
     assert cache.fetch(near) and cache.match(ids("abcdX")).cached_len == 2
-    assert cache.fetch(cache.match(ids("ijklX")).lower[0]), "the host is empty now"
+    assert cache.fetch(cache.match(ids("ijklX")).loadable[0]), "the host is empty now"
     taken = cache.adopt(ids("abxy"), None, "host")
     assert taken is not None and taken[0] == 2
 
@@ -386,12 +386,12 @@ def test_a_state_is_superseded_below_only_as_long_as_something_supersedes_it():
     cache = tiered(num_slots=4, num_kv_tokens=40, host_bytes=2 * (4 + 5 + 5))
     serve(cache, ids("abcd"), [2, 4])
     cache.evict(num_tokens=4, num_slots=2)
-    (shallow, deep) = (one.node.below.state for one in cache.match(ids("abcdX")).lower)
+    (shallow, deep) = (one.node.offloaded.state for one in cache.match(ids("abcdX")).loadable)
     assert (shallow.superseded, deep.superseded) == (True, False)
-    cache.lower.drop_state(deep.node)
-    assert cache.lower._victim(0) is shallow and not shallow.superseded
+    cache.offload.drop_state(deep.node)
+    assert cache.offload._victim(0) is shallow and not shallow.superseded
     fork = tiered(num_slots=4, num_kv_tokens=40, host_bytes=200)
     serve(fork, ids("abcd"), [2, 4])
     serve(fork, ids("abxy"), [4])
     fork.evict(num_tokens=6, num_slots=3)
-    assert not fork.match(ids("abX")).lower[0].node.below.state.superseded
+    assert not fork.match(ids("abX")).loadable[0].node.offloaded.state.superseded

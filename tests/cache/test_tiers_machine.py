@@ -43,7 +43,7 @@ def configs(draw: st.DrawFn) -> CacheConfig:
         grid=grid,
         kv_bytes_per_token=2,
         state_bytes=state_bytes,
-        eviction=draw(st.sampled_from(["lru", "regret", "fifo"])),
+        eviction=draw(st.sampled_from(["lru", "survival", "fifo"])),
         ghost_bytes=draw(st.sampled_from([0, 2000, 1 << 20])),
         host_bytes=host_bytes,
         disk_bytes=draw(sizes if not host_bytes else st.just(0) | sizes),
@@ -85,14 +85,14 @@ class TieredMachine(RuleBasedStateMachine):
         prompt = self.draw_prompt(data)
         whole = prompt[: len(prompt) // self.step * self.step]
         assume(len(whole))
-        tier = data.draw(st.sampled_from(self.memory.cache.lower.words))
+        tier = data.draw(st.sampled_from(self.memory.cache.offload.names))
         self.memory.adopt(whole, namespace, tier)
 
     @rule(data=st.data(), every=st.integers(1, 5))
     def lose(self, data: st.DataObject, every: int) -> None:
         """Some rows of a tier cannot be read any more."""
         self.memory.carry_out()
-        tier = data.draw(st.sampled_from(self.memory.cache.lower.words))
+        tier = data.draw(st.sampled_from(self.memory.cache.offload.names))
         self.memory.lose(tier, every)
 
     @rule()

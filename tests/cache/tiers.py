@@ -30,7 +30,7 @@ class TieredMemory:
         cache = build_prefix_cache(config)
         assert isinstance(cache, TieredRadixCache)
         self.cache = cache
-        self.rows: dict[str, dict[int, Any]] = {word: {} for word in (DEVICE, *cache.lower.words)}
+        self.rows: dict[str, dict[int, Any]] = {word: {} for word in (DEVICE, *cache.offload.names)}
         self.slots: dict[int, Any] = {}
         self.held_rows = 0
         self.copied: list[Copy] = []
@@ -68,15 +68,15 @@ class TieredMemory:
 
     @property
     def state_rows(self) -> int:
-        return self.cache.lower.state_rows
+        return self.cache.offload.state_rows
 
     def serve(self, tokens: Tokens, namespace: Hashable, positions: list[int], fetch: int) -> None:
         """One request. ``fetch``: which of what lies below it fetches; past the last: none."""
         cache = self.cache
         match = cache.match(tokens, namespace)
         self.compare(match, tokens, namespace)
-        if fetch < len(match.lower):
-            wanted = match.lower[fetch]
+        if fetch < len(match.loadable):
+            wanted = match.loadable[fetch]
             if cache.fetch(wanted):
                 match = cache.match(tokens, namespace)
                 assert match.cached_len == wanted.position
@@ -116,21 +116,21 @@ class TieredMemory:
         return namespace, tuple(tokens[: match.cached_len].tolist())
 
     def compare(self, match: PrefixMatch, tokens: Tokens, namespace: Hashable) -> None:
-        """``match.lower`` by its definition: positions whose state is somewhere, and the KV of
+        """``match.loadable`` by its definition: positions whose state is somewhere, and the KV of
         every token before."""
         whole = tuple(tokens.tolist())
         has_kv, has_state = {0}, set()
         for node in self.cache._tree.nodes():
             space, prefix = prefix_of(node)
-            below = node.below
+            entry = node.offloaded
             shared = 0
             while shared < min(len(prefix), len(whole)) and prefix[shared] == whole[shared]:
                 shared += 1
             if space != namespace:
                 continue
-            if node.kv is not None or (below is not None and below.kv is not None):
+            if node.kv is not None or (entry is not None and entry.kv is not None):
                 has_kv.update(range(node.start + 1, shared + 1))
-            is_there = below is not None and below.state is not None
+            is_there = entry is not None and entry.state is not None
             if shared == len(prefix) and is_there:
                 has_state.add(shared)
         due = [
@@ -138,7 +138,7 @@ class TieredMemory:
             for position in sorted(has_state)
             if match.cached_len < position < len(whole) and has_kv.issuperset(range(position + 1))
         ]
-        assert [one.position for one in match.lower] == due
+        assert [one.position for one in match.loadable] == due
 
     def adopt(self, tokens: Tokens, namespace: Hashable, tier: str) -> None:
         """As if an earlier process had left it there."""
@@ -155,7 +155,7 @@ class TieredMemory:
     def lose(self, tier: str, every: int) -> None:
         """Forget what lies in one row of ``every`` so many of ``tier``. Nothing else goes but what
         cannot be resumed without it."""
-        number = self.cache.lower.words.index(tier)
+        number = self.cache.offload.names.index(tier)
 
         def is_lost(rows: Indices) -> bool:
             return bool((rows % every == 0).any())
@@ -163,13 +163,13 @@ class TieredMemory:
         def stored() -> dict[int, list[Indices]]:
             found: dict[int, list[Indices]] = {}
             for node in self.cache._tree.nodes():
-                below = node.below
-                if below is not None and below.state is not None:
-                    kept = found[id(node)] = [below.state.rows] * (below.state.tier == number)
+                entry = node.offloaded
+                if entry is not None and entry.state is not None:
+                    kept = found[id(node)] = [entry.state.rows] * (entry.state.tier == number)
                     above: RadixNode | None = node
-                    while above is not None and above.kv is None and above.below is not None:
-                        if above.below.kv is not None and above.below.kv_tier == number:
-                            kept.append(above.below.kv)
+                    while above is not None and above.kv is None and above.offloaded is not None:
+                        if above.offloaded.kv is not None and above.offloaded.kv_tier == number:
+                            kept.append(above.offloaded.kv)
                         above = above.parent
             return found
 
@@ -179,9 +179,9 @@ class TieredMemory:
         whole = {node for node, rows in before.items() if not any(map(is_lost, rows))}
         assert set(after) == whole, "states that can be resumed, and no others, are left"
         for node in self.cache._tree.nodes():
-            below = node.below
-            if below is not None and below.kv is not None and below.kv_tier == number:
-                assert not is_lost(below.kv)
+            entry = node.offloaded
+            if entry is not None and entry.kv is not None and entry.kv_tier == number:
+                assert not is_lost(entry.kv)
 
     def check(self) -> None:
         """The tree's invariants, and the bytes behind every number."""
@@ -197,11 +197,11 @@ class TieredMemory:
             assert [self.rows[DEVICE][row] for row in node.kv.indices.tolist()] == expected
         if node.checkpoint is not None:
             assert self.slots[node.checkpoint.slot] == (space, prefix)
-        below = node.below
-        if below is not None and below.kv is not None:
-            memory = self.rows[self.cache.lower.words[below.kv_tier]]
-            assert [memory[row] for row in below.kv.tolist()] == expected
-        if below is not None and below.state is not None:
-            memory = self.rows[self.cache.lower.words[below.state.tier]]
-            pieces = [memory[row] for row in below.state.rows.tolist()]
+        entry = node.offloaded
+        if entry is not None and entry.kv is not None:
+            memory = self.rows[self.cache.offload.names[entry.kv_tier]]
+            assert [memory[row] for row in entry.kv.tolist()] == expected
+        if entry is not None and entry.state is not None:
+            memory = self.rows[self.cache.offload.names[entry.state.tier]]
+            pieces = [memory[row] for row in entry.state.rows.tolist()]
             assert pieces == [((space, prefix), piece) for piece in range(self.state_rows)]

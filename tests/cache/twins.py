@@ -15,7 +15,7 @@ from hybridcache.api import PrefixMatch
 from hybridcache.config import CacheConfig, build_policy, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
-from hybridcache.policies.words import make_eviction
+from hybridcache.policies.registry import make_eviction
 from hybridcache.radix.tree import RadixNode
 from hybridcache.tokens import Tokens
 from tests.plain_cache import PlainCache, Victim
@@ -45,12 +45,12 @@ class CandidateLedger(EvictionPolicy):
         assert item in self.held, f"{item} touched but no candidate"
         self.inner.touch(item)
 
-    def missed(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item) -> None:
         self.told.append(item)
-        self.inner.missed(item)
+        self.inner.on_ghost_hit(item)
 
-    def missed_above(self, item: Item) -> None:
-        self.inner.missed_above(item)
+    def on_ghost_hit_above(self, item: Item) -> None:
+        self.inner.on_ghost_hit_above(item)
 
     def candidates(self) -> Iterable[Item] | None:
         return self.inner.candidates()
@@ -141,7 +141,7 @@ class Twins:
         self.cache.subscribe(self.log)
         other = build_prefix_cache(config)
         assert isinstance(other, HybridRadixCache)
-        ranks_itself = make_eviction(config.eviction)().orders_tiers
+        ranks_itself = make_eviction(config.eviction)().orders_classes
         self.plain = PlainCache(
             other._pages,
             other._slots,
@@ -178,8 +178,8 @@ class Twins:
         found = self.cache.match(tokens, namespace)
         plain = self.plain.match(tokens, namespace)
         assert found.cached_len == plain.cached_len
-        assert found.kv_len == plain.kv_len
-        assert found.branch_len == plain.branch_len
+        assert found.kv_match_len == plain.kv_match_len
+        assert found.seen_len == plain.seen_len
         assert found.checkpoint == plain.slot
         assert found.losses == plain.losses
         assert sum(found.losses) + found.cached_len == len(tokens)

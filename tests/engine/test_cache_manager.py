@@ -10,7 +10,7 @@ from engine.requests.spec import RequestSpec
 from hybridcache.allocators.moves import Move
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 
 

@@ -144,7 +144,9 @@ def test_a_wrong_guess_is_never_published(make_engine: MakeEngine) -> None:
     assert_same(drafted.generate([prompt], params), first)
     tokens = np.array([*prompt, *first[0].token_ids, 9], np.int32)
     ours, theirs = (engine._cache.match(tokens) for engine in (drafted, plain))
-    assert (ours.cached_len, ours.kv_len) == (theirs.cached_len, theirs.kv_len) == (0, 63)
+    assert (
+        (ours.cached_len, ours.kv_match_len) == (theirs.cached_len, theirs.kv_match_len) == (0, 63)
+    )
     assert drafted.report().kv.cached == 63
 
 

@@ -26,7 +26,7 @@ from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import LeaseLog, replay
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 
 GREEDY = SamplingParams(max_tokens=8)
 

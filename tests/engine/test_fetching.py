@@ -322,7 +322,8 @@ class FetchMachine(RuleBasedStateMachine):
         for request in waiting:
             match = self.engine._manager.match(request)
             is_behind = any(
-                common_prefix_len(request.tokens, other.tokens) > match.kv_len for other in loading
+                common_prefix_len(request.tokens, other.tokens) > match.kv_match_len
+                for other in loading
             )
             assert request in loading or is_behind or self.fetcher.wants(request, match)
         assert not waiting or len(loading) > 0

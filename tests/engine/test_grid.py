@@ -86,8 +86,8 @@ def test_a_folder_is_of_one_grid(make_engine: MakeEngine, tmp_path: Path) -> Non
         assert_same(outputs, expected)
         assert any(output.cached_len % 64 for output in outputs)
         if known:
-            assert engine.cache.lower is not None
-            assert engine.cache.lower.copied_rows["disk", "device"] > 0
+            assert engine.cache.offload is not None
+            assert engine.cache.offload.copied_rows["disk", "device"] > 0
         engine.close()
     for grid in (32, 128):
         differs = rf"another tile.*, checkpoint grid \(16 there, {grid} here: --grid\): start"

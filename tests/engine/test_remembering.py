@@ -29,8 +29,8 @@ LEARNING = {
     "kv_tokens": 700,
     "slots": 6,
     "disk_gib": 0.02,
-    "eviction": "regret",
-    "checkpoints": ("regret",),
+    "eviction": "survival",
+    "checkpoints": ("adaptive",),
 }
 
 

@@ -54,8 +54,8 @@ def always_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def lower(engine: Engine) -> dict[tuple[str, str], int]:
-    assert engine.cache.lower is not None
-    return engine.cache.lower.copied_rows
+    assert engine.cache.offload is not None
+    return engine.cache.offload.copied_rows
 
 
 def one_by_one(engine: Engine, asked: list[list[int]]) -> list[object]:

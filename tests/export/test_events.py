@@ -63,7 +63,7 @@ def test_a_mirror_equals_the_tree_and_answers_like_it(page_size, form):
         for tokens in traffic(seed, 60):
             for namespace in (None, "tenant", ("a", 1)):
                 match = cache.match(tokens, namespace)
-                assert mirror.match(tokens, namespace) == (match.cached_len, match.kv_len)
+                assert mirror.match(tokens, namespace) == (match.cached_len, match.kv_match_len)
     cache.reset()
     for event in sent:
         mirror.apply(event)
@@ -180,7 +180,7 @@ def test_every_cache_can_be_subscribed_to(kind):
     cache.subscribe(stream)
     serve(cache, ids("hello"))
     held = 0 if kind == "none" else 5
-    assert mirror.match(ids("hello")).kv_len == cache.match(ids("hello")).kv_len == held
+    assert mirror.match(ids("hello")).kv_match_len == cache.match(ids("hello")).kv_match_len == held
     cache.unsubscribe(stream)
 
 
@@ -196,7 +196,7 @@ def test_a_segment_is_told_without_a_walk_to_the_root():
     root.key = "nobody looks here"
     cache.insert(tokens, rows, (), "tenant", 999, after=cache.lock(node).node)
     root.key = "tenant"
-    assert mirror.match(tokens, "tenant").kv_len == 1000
+    assert mirror.match(tokens, "tenant").kv_match_len == 1000
 
 
 def test_namespaces_that_look_alike_stay_apart_and_equal_ones_together():
@@ -223,8 +223,8 @@ def test_namespaces_that_look_alike_stay_apart_and_equal_ones_together():
     mirror = Mirror(page_size=1)
     mirror.apply_batch(*decode(batches.take()))
     for number, tenant in enumerate(tenants):
-        assert mirror.match(ids("shared", range(number)), tenant).kv_len == 6 + number
-        assert mirror.match(ids("shared", range(40)), tenant).kv_len == 6 + number
+        assert mirror.match(ids("shared", range(number)), tenant).kv_match_len == 6 + number
+        assert mirror.match(ids("shared", range(40)), tenant).kv_match_len == 6 + number
     cache.reset()
     mirror.apply_batch(*decode(batches.take()))
     assert mirror.segments() == set()
@@ -310,7 +310,7 @@ def test_a_mirror_finds_namespaces_that_are_equal_however_they_are_written(equal
         for asked in equals:
             assert stored == asked
             match = cache.match(prompt, asked)
-            assert mirror.match(prompt, asked) == (match.cached_len, match.kv_len) == (3, 4)
+            assert mirror.match(prompt, asked) == (match.cached_len, match.kv_match_len) == (3, 4)
     assert len({write_namespace(equal) for equal in equals}) == 1
 
 
@@ -376,4 +376,4 @@ def test_a_mirror_of_an_attention_only_cache_answers_where_it_resumes() -> None:
     for length in (1, 3, 4, 5, 29, 30, 40):
         prompt = ids(range(length))
         found = cache.match(prompt)
-        assert mirror.match(prompt.tolist()) == (found.cached_len, found.kv_len)
+        assert mirror.match(prompt.tolist()) == (found.cached_len, found.kv_match_len)

@@ -73,12 +73,12 @@ class EventsMachine(RuleBasedStateMachine):
 
     def serve(self, tokens, namespace):
         match = self.cache.match(tokens, namespace)
-        assert self.mirror.match(tokens, namespace) == (match.cached_len, match.kv_len)
+        assert self.mirror.match(tokens, namespace) == (match.cached_len, match.kv_match_len)
         receipt = self.cache.lock(match.node)
         self.cache.touch(match)
         positions = {
             len(tokens) // self.step * self.step,
-            match.branch_len // self.step * self.step,
+            match.seen_len // self.step * self.step,
         }
         new = self.cache.allocate_kv(len(tokens) - match.cached_len)
         if new is not None:

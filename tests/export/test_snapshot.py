@@ -99,7 +99,7 @@ def test_a_subscriber_is_told_of_all_that_is_loaded(saved):
     assert mirror.segments() == segments_of(loaded._tree.nodes()) != set()
     for tokens in (ids("system", "world!?"), ids("system", "hello!?")):
         match = loaded.match(tokens)
-        assert mirror.match(tokens) == (match.cached_len, match.kv_len)
+        assert mirror.match(tokens) == (match.cached_len, match.kv_match_len)
     serve(loaded, ids("system", "another"), [6])
     assert mirror.segments() == segments_of(loaded._tree.nodes())
     loaded.reset()

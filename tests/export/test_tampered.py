@@ -103,7 +103,9 @@ def test_an_array_that_says_it_is_longer_is_not_allocated(saved):  # noqa: F811
         load_snapshot(hybrid(page_size=2), path)
 
 
-@pytest.mark.parametrize("eviction", ["arc", "class-age", "regret", "lhd", "w-tinylfu", "s3-fifo"])
+@pytest.mark.parametrize(
+    "eviction", ["arc", "class-age", "survival", "lhd", "w-tinylfu", "s3-fifo"]
+)
 def test_a_loaded_tombstone_can_be_missed_under_every_policy(tmp_path, eviction):
     """A policy of this process has never seen it: it has no ``memo``."""
 

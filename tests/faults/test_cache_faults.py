@@ -16,8 +16,8 @@ from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.export.events import EventStream
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRows
-from hybridcache.policies.eviction.regret import Regret
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.eviction.regret import Survival
+from hybridcache.policies.registry import EVICTION
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.text_tree import TextTree
 from hybridcache.variants import TieredRadixCache
@@ -112,7 +112,7 @@ def ghosts_are_not_read(patch: Patch) -> None:
     @patch(HybridRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
         found = original(self, tokens, namespace)
-        return found._replace(branch_len=found.kv_len, missed=None)
+        return found._replace(seen_len=found.kv_match_len, missed=None)
 
 
 @FAULTS.noticed_by(arena)
@@ -365,7 +365,7 @@ def a_match_offers_the_nearest_offloaded_state_alone(patch: Patch) -> None:
     @patch(TieredRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
         found = original(self, tokens, namespace)
-        return found._replace(lower=found.lower[:1])
+        return found._replace(lower=found.loadable[:1])
 
 
 # --- Policies -----------------------------------------------------------------------------------
@@ -395,8 +395,8 @@ def uses_are_not_seen(word: str, patch: Patch) -> None:
 
 
 def misses_are_not_seen(word: str, patch: Patch) -> None:
-    @patch(EVICTION[word], "missed")
-    def missed(original: Any, self: Any, item: Any) -> None:
+    @patch(EVICTION[word], "on_ghost_hit")
+    def on_ghost_hit(original: Any, self: Any, item: Any) -> None:
         pass
 
 
@@ -409,8 +409,8 @@ FAULTS["arc does not learn from ghosts"] = Fault(partial(misses_are_not_seen, "a
     test_regret.test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_one
 )
 def ghosts_above_the_missed_one_teach_nothing(patch: Patch) -> None:
-    @patch(Regret, "missed_above")
-    def missed_above(original: Any, self: Any, item: Any) -> None:
+    @patch(Survival, "on_ghost_hit_above")
+    def on_ghost_hit_above(original: Any, self: Any, item: Any) -> None:
         pass
 
 

@@ -29,7 +29,7 @@ from hybridcache.lab.report import METRICS, optimum_table
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.words import eviction_words, placement_words
+from hybridcache.policies.registry import eviction_names, placement_names
 
 SAMPLE = str(Path(__file__).parent / "samples" / "mooncake.jsonl.gz")
 
@@ -74,7 +74,7 @@ def test_simulate_prints_a_table_and_draws(
 ) -> None:
     figure, output = tmp_path / "f.png", tmp_path / "runs.jsonl"
     arguments = ["simulate", "--trace", "short", "--gib", "1:4:3", "--baseline", "vllm"]
-    arguments += ["--metric", "hit,regret", "--losses", "--bins"]
+    arguments += ["--metric", "hit,missed_tokens", "--losses", "--bins"]
     arguments += ["--figure", str(figure), "--output", str(output)]
     code, out, _ = run(capsys, *arguments)
     assert code == 0 and "(infinite cache)" in out and "85.9" in out and "never seen" in out
@@ -276,7 +276,7 @@ def test_help_lists_the_words(
     with pytest.raises(SystemExit):
         main(["simulate", "--help"])
     words = capsys.readouterr().out.replace(",", " ").split()
-    assert {*eviction_words(), *placement_words(), *BASELINES, *METRICS} <= set(words)
+    assert {*eviction_names(), *placement_names(), *BASELINES, *METRICS} <= set(words)
 
 
 def test_tables_name_the_machine_and_what_a_cause_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ from hybridcache.lab.simulation.closed_loop import (
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, WaitingRequest
-from hybridcache.policies.words import make_admission, parse_placement
+from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
@@ -358,8 +358,8 @@ def test_simulator_and_engine_agree_on_every_admission_eviction_and_hit(
         admission=admission,
         max_running=max_running,
         token_budget=256,
-        eviction="regret",
-        checkpoints=("regret",),
+        eviction="survival",
+        checkpoints=("adaptive",),
         overlap="off",
     )
     engine = Engine(
@@ -372,8 +372,8 @@ def test_simulator_and_engine_agree_on_every_admission_eviction_and_hit(
     run = RunConfig(
         geometry,
         budget_bytes=runner.memory.total_bytes,
-        policy="regret",
-        checkpoints="regret",
+        policy="survival",
+        checkpoints="adaptive",
     )
     loop = ClosedLoop(
         TIMES, rate, seed=seed, max_running=max_running, token_budget=256, admission=admission

@@ -10,7 +10,7 @@ import pytest
 from hybridcache import simulate
 
 ray = pytest.importorskip("ray")
-SWEEP = {"model": "qwen3-next", "gib": [1, 4], "policy": ["lru", "regret"]}
+SWEEP = {"model": "qwen3-next", "gib": [1, 4], "policy": ["lru", "survival"]}
 COMMAND = ["simulate", "--trace", "short", "--model", "qwen3-next", "--gib", "1,4"]
 
 

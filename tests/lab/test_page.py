@@ -16,8 +16,8 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
 from hybridcache.lab.traces import READERS, open_trace
-from hybridcache.policies.words import EVICTION_WORDS, PLACEMENT_WORDS
-from hybridcache.routing.words import ROUTERS
+from hybridcache.policies.registry import EVICTION_NAMES, PLACEMENT_NAMES
+from hybridcache.routing.registry import ROUTERS
 
 PAGE = (Path(hybridcache.lab.__file__).parent / "README.md").read_text(encoding="utf-8")
 
@@ -38,8 +38,8 @@ def _words() -> set[str]:
 @pytest.mark.parametrize(
     "registry",
     [
-        EVICTION_WORDS,
-        PLACEMENT_WORDS,
+        EVICTION_NAMES,
+        PLACEMENT_NAMES,
         BASELINES,
         METRICS,
         READERS,

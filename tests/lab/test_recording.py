@@ -27,7 +27,7 @@ def runs_in(page: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("memory", ["arena", "budget"])
 def test_a_page_shows_what_was_simulated(trace: str, memory: str) -> None:
     opened = open_trace(trace)
-    sweep = Sweep(gib=2.0, policy=("lru", "regret"), memory=memory, bound=False)
+    sweep = Sweep(gib=2.0, policy=("lru", "survival"), memory=memory, bound=False)
     runs = runs_in(page_of(opened, sweep))
     results = simulate(opened, sweep).runs
     assert len(runs) == len(results) == 2
@@ -71,6 +71,6 @@ def test_the_command_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str
     asked = ["simulate", "--trace", "short?head=20", "--gib", "2", "--page", str(page)]
     assert main(asked) == 0
     [run] = runs_in(page.read_text())
-    assert run["meta"]["title"] == "regret, 2 GiB" and run["meta"]["trace"].startswith("short")
+    assert run["meta"]["title"] == "survival, 2 GiB" and run["meta"]["trace"].startswith("short")
     assert main([*asked, "--trace", "branch"]) == 2
     assert "one trace" in capsys.readouterr().err

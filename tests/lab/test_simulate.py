@@ -36,7 +36,7 @@ from hybridcache.lab.simulation.target import (
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.protocol import EvictionPolicy
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 
 SAMPLES = Path(__file__).parent / "samples"
 GEOMETRY = ModelGeometry.preset("qwen3.5-0.8b")
@@ -247,9 +247,9 @@ def test_every_result_says_how_memory_is_shared() -> None:
     ]
     assert [run.config.memory for run in runs] == ["arena", "budget", "pools"]
     assert [run.label for run in runs] == [
-        "regret",
-        "regret (budget)",
-        "regret (pools 50% KV)",
+        "survival",
+        "survival (budget)",
+        "survival (pools 50% KV)",
     ]
     assert [run.gib for run in runs] == [2, 2, 2]
     assert runs[0].moved_slabs is not None and runs[1].moved_slabs is runs[2].moved_slabs is None
@@ -310,15 +310,18 @@ def test_two_caches_never_share_a_row() -> None:
     coarse = simulate("short?head=40", gib=[1.0], bound=False)
     fine = simulate("short?head=40", gib=[1.0, 2.0], grid=1, bound=False)
     both = coarse.beside(fine)
-    assert [*both.by_label()] == ["regret (grid 64)", "regret (grid 1)"]
+    assert [*both.by_label()] == ["survival (grid 64)", "survival (grid 1)"]
     header, _, first, second, *_ = both.table().splitlines()[1:]
     assert header.split()[-2:] == ["1", "2"]
     assert first.split()[-1] == "-" and len(second.split()) == 5
     lru, bare = (
-        simulate("short?head=40", gib=1, policy="lru", tiers=tiers, bound=False)
-        for tiers in (True, False)
+        simulate("short?head=40", gib=1, policy="lru", priority_classes=classes, bound=False)
+        for classes in (True, False)
     )
-    assert [*lru.beside(bare).by_label()] == ["lru (tiers True)", "lru (tiers False)"]
+    assert [*lru.beside(bare).by_label()] == [
+        "lru (priority_classes True)",
+        "lru (priority_classes False)",
+    ]
     again = coarse.beside(coarse).by_label()
     assert [len(runs) for runs in again.values()] == [1]
     with pytest.raises(ValueError, match="different traces"):
@@ -329,7 +332,7 @@ def test_two_caches_never_share_a_row() -> None:
 
 def test_a_result_says_what_it_is_of(tmp_path: Path) -> None:
     options = {"gib": 1, "grid": 128, "page_size": 16, "servers": 2, "max_running": 3}
-    result = simulate("short?seed=3&head=20", policy=["sieve", "regret"], **options)
+    result = simulate("short?seed=3&head=20", policy=["sieve", "survival"], **options)
     result.write_jsonl(tmp_path / "runs.jsonl")
     records = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [RunResult.from_record(record) for record in records] == list(result.runs)
@@ -338,9 +341,12 @@ def test_a_result_says_what_it_is_of(tmp_path: Path) -> None:
     assert (config.gib, config.grid, config.page_size, config.memory) == (1.0, 128, 16, "arena")
     assert (config.servers, config.max_running, config.tpot_s) == (2, 3, 0.02)
     assert config.times.startswith("a roofline of")
-    assert [run.config.tiers for run in result.runs] == [True, False]
-    assert "tiers (dead KV, superseded checkpoints, the rest): sieve\n" in result.table()
-    assert "no tiers, the policy orders all: regret" in result.table()
+    assert [run.config.priority_classes for run in result.runs] == [True, False]
+    assert (
+        "priority classes (unreachable KV, superseded checkpoints, the rest): sieve\n"
+        in result.table()
+    )
+    assert "no priority classes, the policy orders all: survival" in result.table()
 
 
 def test_traces_that_differ_have_different_names_in_full() -> None:
@@ -383,8 +389,8 @@ GOLDEN_TRACES = {
 
 def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
     """Cached tokens of each competitor at each size: every eviction with rules that learn nothing,
-    and the default pair as ``regret @ regret``. Peers manage memory in their own way: they stand
-    next to the ideal budget."""
+    and the default pair as ``survival @ adaptive``. Peers manage memory in their own way: they
+    stand next to the ideal budget."""
     spec, gib = GOLDEN_TRACES[trace]
     kept = open_trace(spec).kept()
     shared = {"gib": gib, "bound": False, "memory": memory}
@@ -392,14 +398,14 @@ def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
     static = "branch,boundary,backoff,end"
     result = simulate(kept, policy=sorted(EVICTION), checkpoints=static, baseline=peers, **shared)
     ours = simulate(kept, **shared)
-    assert [run.config.policy for run in ours.runs] == ["regret"] * len(gib)
+    assert [run.config.policy for run in ours.runs] == ["survival"] * len(gib)
     hits = {
         label.removesuffix(" (budget)").removesuffix(f" @ {static}"): runs
         for label, runs in result.by_label().items()
     }
     return {
         label: [run.cached_tokens for run in runs]
-        for label, runs in (*hits.items(), ("regret @ regret", ours.runs))
+        for label, runs in (*hits.items(), ("survival @ adaptive", ours.runs))
     }
 
 

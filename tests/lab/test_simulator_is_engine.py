@@ -23,7 +23,7 @@ from hybridcache.lab.simulation.simulate import Sweep
 from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import LeaseLog, replay
-from hybridcache.policies.words import (
+from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
     EVICTION,
@@ -164,7 +164,7 @@ def test_in_turn_many_requests(
 @pytest.mark.parametrize(
     ("policy", "checkpoints"),
     [
-        *((policy, CHECKPOINTS) for policy in ("lru", "gdsf", "marconi", "regret")),
+        *((policy, CHECKPOINTS) for policy in ("lru", "gdsf", "marconi", "survival")),
         (DEFAULT_EVICTION, DEFAULT_PLACEMENT),
     ],
 )
@@ -197,7 +197,7 @@ def test_concurrent_requests_by_replaying_the_lease_log(
 
 
 def test_the_defaults_are_the_learned_pair_everywhere() -> None:
-    assert CacheConfig(num_kv_tokens=8, num_slots=1).eviction == DEFAULT_EVICTION == "regret"
+    assert CacheConfig(num_kv_tokens=8, num_slots=1).eviction == DEFAULT_EVICTION == "survival"
     config = RunConfig(ModelGeometry.preset("qwen3-next"))
     assert (config.policy, config.checkpoints) == (DEFAULT_EVICTION, DEFAULT_PLACEMENT)
     sweep = Sweep()

@@ -61,7 +61,7 @@ def test_a_record_says_which_tiers_there_were_and_who_had_none():
     result = simulate(TRACE, gib=2, host_gib=8, baseline="marconi", bound=False)
     ours, peer = result.runs
     assert (ours.config.host_gib, peer.config.host_gib) == (8, 0)
-    assert ours.label == "regret + 8 GiB host" and peer.tier_bytes is None
+    assert ours.label == "survival + 8 GiB host" and peer.tier_bytes is None
     assert RunResult.from_record(ours.as_record()) == ours
 
 
@@ -84,7 +84,7 @@ def test_advice_says_what_a_tier_is_worth_on_the_device(monkeypatch: pytest.Monk
 def test_the_command_line_takes_tiers_and_refuses_what_is_none(capsys: pytest.CaptureFixture[str]):
     command = ["simulate", "--trace", "short?head=20", "--gib", "0.3", "--host-gib"]
     assert main([*command, "1"]) == 0
-    assert "regret + 1 GiB host" in capsys.readouterr().out
+    assert "survival + 1 GiB host" in capsys.readouterr().out
     assert main([*command, "-1"]) == 2
     assert "--host-gib -1.0: GiB of 0" in capsys.readouterr().err
     assert main([*command, "0.001"]) == 2

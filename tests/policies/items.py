@@ -81,7 +81,7 @@ class Shelf:
                 self.policy.touch(item)
             return
         if name in self.ghosts:
-            self.policy.missed(self.ghosts.pop(name))
+            self.policy.on_ghost_hit(self.ghosts.pop(name))
         while len(self.items) >= self.capacity:
             victim = self.policy.victim(None)
             if victim is None:

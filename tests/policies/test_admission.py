@@ -13,7 +13,7 @@ from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, 
 from hybridcache.policies.admission.matched import LOOK_AHEAD, TOKENS_A_PASS
 from hybridcache.policies.admission.session_gate import CREDIT_S, FLOOR, MAX_TURNS, SessionGate
 from hybridcache.policies.protocol import PolicyError
-from hybridcache.policies.words import make_admission
+from hybridcache.policies.registry import make_admission
 
 
 @dataclass(eq=False)

@@ -19,16 +19,16 @@ PROMPTS = st.lists(
 class Told(LRU):
     """LRU over all items that notes the positions of the ghosts that it is told of."""
 
-    orders_tiers = True
+    orders_classes = True
 
     def __init__(self) -> None:
         super().__init__()
         TOLD.clear()
 
-    def missed(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item) -> None:
         TOLD.append(item.position)
 
-    def missed_above(self, item: Item) -> None:
+    def on_ghost_hit_above(self, item: Item) -> None:
         TOLD.append(item.position)
 
 

@@ -26,7 +26,7 @@ from hybridcache.policies.eviction.ttl import TTL
 from hybridcache.policies.eviction.two_queue import TwoQueue
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
 from hybridcache.policies.protocol import Item
-from hybridcache.policies.words import EVICTION, LRU, make_eviction
+from hybridcache.policies.registry import EVICTION, LRU, make_eviction
 from tests.policies.items import FakeItem, Shelf, offer
 
 
@@ -105,7 +105,7 @@ def test_arc_hears_only_ghosts_of_its_own() -> None:
     policy, other = ARC(), ARC()
     shelf = Shelf(other, 2).ask("abc")
     policy.add(FakeItem("z"))
-    policy.missed(shelf.ghosts["a"])
+    policy.on_ghost_hit(shelf.ghosts["a"])
     assert policy._policies["checkpoint"].target_bytes == 0
 
 
@@ -118,7 +118,7 @@ def test_a_ghost_is_asked_back_soon_or_not_at_all() -> None:
         policy.add(ghost)
         assert policy.victim(None) is ghost
         policy.discard(ghost, evicted=True)
-        policy.missed(ghost)
+        policy.on_ghost_hit(ghost)
         back = FakeItem("back", position=640, created=created, last_used=created)
         fresh = FakeItem("fresh", position=64, created=created, last_used=created)
         return offer(policy, back, fresh)[-1]
@@ -283,7 +283,7 @@ def test_class_age_learns_which_label_comes_back_and_hears_ghosts() -> None:
         good = FakeItem("good", label="end", created=number, last_used=number)
         policy.add(good)
         policy.discard(good, evicted=True)
-        policy.missed(good)
+        policy.on_ghost_hit(good)
         bad = FakeItem("bad", label="branch", created=number, last_used=number)
         policy.add(bad)
         policy.discard(bad, evicted=True)
@@ -342,7 +342,7 @@ def test_seglen_sees_what_an_eviction_made_longer() -> None:
 
 
 def test_dead_kv_goes_before_all_that_is_alive() -> None:
-    for make in (EVICTION["marconi"], EVICTION["seglen"], EVICTION["regret"]):
+    for make in (EVICTION["marconi"], EVICTION["seglen"], EVICTION["survival"]):
         dead = FakeItem("dead", kind="kv", dead=True, last_used=100)
         alive = FakeItem("alive", last_used=1)
         assert offer(make(), alive, dead) == ["dead", "alive"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hybridcache.policies.words import EVICTION, make_eviction
+from hybridcache.policies.registry import EVICTION, make_eviction
 from tests.cache.serving import hybrid, ids, serve
 from tests.policies.items import FakeItem
 
@@ -36,7 +36,7 @@ def test_a_locked_victim_that_stays_is_no_eviction(word: str) -> None:
 
 
 def test_a_locked_tip_hands_no_demand_up() -> None:
-    policy = EVICTION["regret"]()
+    policy = EVICTION["survival"]()
     first = FakeItem("first", superseded=True, position=10, span=10)
     tip = FakeItem("tip", above=first, created=1, position=20, span=10)
     policy.add(first)
@@ -50,7 +50,7 @@ def test_a_locked_tip_hands_no_demand_up() -> None:
 
 def test_a_tip_evicted_with_its_kv_hands_its_demand_up() -> None:
     """Two pools: the leaf's KV is the victim, and its checkpoint goes with it."""
-    cache = hybrid(eviction="regret")
+    cache = hybrid(eviction="survival")
     serve(cache, ids("one turn"), [8])
     serve(cache, ids("one turn, and another"), [21])
     first = cache.match(ids("one turn.")).resumed
@@ -77,7 +77,7 @@ def test_a_ghost_without_a_memo_is_no_fault(word: str) -> None:
     """As of a loaded snapshot: the evicted checkpoint is known, what its policy thought of it is
     not."""
     policy = make_eviction(word)()
-    policy.missed(FakeItem("ghost"))
+    policy.on_ghost_hit(FakeItem("ghost"))
     fresh = FakeItem("fresh", created=1, last_used=1)
     policy.add(fresh)
     assert policy.victim(None) is fresh

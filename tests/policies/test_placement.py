@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hybridcache.policies.placement.planned import Planned, plan
 from hybridcache.policies.placement.rules import Backoff
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
-from hybridcache.policies.words import PLACEMENT_WORDS, parse_placement, placement_words
+from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement, placement_names
 from tests.policies.items import FakeItem
 
 
@@ -80,7 +80,7 @@ def test_a_class_of_the_users_own_derives_from_the_base_class() -> None:
 
 
 @pytest.mark.parametrize(
-    "word", [name.partition(":")[0] for name in placement_words() if ":" in name]
+    "word", [name.partition(":")[0] for name in placement_names() if ":" in name]
 )
 def test_numbers_must_be_positive(word: str) -> None:
     with pytest.raises(ValueError, match=word):
@@ -95,9 +95,9 @@ def test_every_word_stays_inside_the_prompt_and_on_the_grid(
     branch = data.draw(st.integers(cached, length))
     prefill = Prefill(length, cached, branch, branch, (length // 2,), 64)
     numbers = {"tokens": "70", "checkpoints": "3"}
-    words = [name for name, word in PLACEMENT_WORDS.items() if not word.example]
+    words = [name for name, word in PLACEMENT_NAMES.items() if not word.example]
     words += [
-        f"{name}:{numbers[word.counts]}" for name, word in PLACEMENT_WORDS.items() if word.counts
+        f"{name}:{numbers[word.counts]}" for name, word in PLACEMENT_NAMES.items() if word.counts
     ]
     for word in [*words, "backoff,cap:3"]:
         for position, label in prefill.on_grid(parse_placement(word).plan(prefill)).items():
@@ -107,11 +107,11 @@ def test_every_word_stays_inside_the_prompt_and_on_the_grid(
 def words_with_numbers() -> list[str]:
     """Every registered placement, with a number where one is needed."""
     return [
-        f"{name}:{word.example}" if word.example else name for name, word in PLACEMENT_WORDS.items()
+        f"{name}:{word.example}" if word.example else name for name, word in PLACEMENT_NAMES.items()
     ]
 
 
-@pytest.mark.parametrize("words", [*words_with_numbers(), "regret,planned:2,cap:3"])
+@pytest.mark.parametrize("words", [*words_with_numbers(), "adaptive,planned:2,cap:3"])
 def test_planning_changes_nothing(words: str) -> None:
     """A placement that is also asked by a router, for requests that never come, plans as one that
     is not, whatever both learn."""
@@ -188,9 +188,9 @@ def test_planned_follows_the_overlaps_and_forgets() -> None:
     rule = Planned(1)
     prompt = Prefill(1000, 0, 0, 0, (), 1)
 
-    def overlap(branch_len: int, times: int) -> list[int]:
+    def overlap(seen_len: int, times: int) -> list[int]:
         for _ in range(times):
-            rule.on_prefill(prompt._replace(branch_len=branch_len))
+            rule.on_prefill(prompt._replace(seen_len=seen_len))
         return [position for position, _ in rule.plan(prompt)]
 
     assert overlap(300, 30) == [300]

@@ -1,4 +1,4 @@
-"""`regret` and what it stands on: hazards from uses and ghosts, lineage, and placements that earn
+"""`survival` and `adaptive`: hazards from uses and ghosts, lineage, and placements that earn
 their keep."""
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lab.generators import append_only_chat, chat, conversations, resend
 from hybridcache.lab.trace import Trace
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.eviction.regret import Regret
-from hybridcache.policies.eviction.survival import (
+from hybridcache.policies.eviction.hazards import (
     EDGES,
     NUM_BINS,
     WIDTHS,
-    Survival,
+    Hazards,
     age_bins,
     index_of,
 )
-from hybridcache.policies.placement.learned import Learned
+from hybridcache.policies.eviction.regret import Survival
+from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import Prefill
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.variants import TieredRadixCache
 from tests.policies.items import FakeItem, offer
 
@@ -79,7 +79,7 @@ def test_index_of_a_falling_hazard_is_the_hazard_now_and_of_a_loop_grows_with_ag
 
 
 def test_ghosts_count_as_much_as_uses() -> None:
-    survival = Survival()
+    survival = Hazards()
     row = survival.row(("class",))
     for start in range(0, 2000, 2):
         stage = survival.open(row, start)
@@ -92,7 +92,7 @@ def test_ghosts_count_as_much_as_uses() -> None:
 
 
 def test_a_class_departs_from_its_parent_only_beyond_doubt() -> None:
-    survival = Survival()
+    survival = Hazards()
     rows = {name: survival.row(("parent", name)) for name in ("much", "little")}
     for start in range(0, 4000, 4):
         survival.close(survival.open(rows["much"], start), start + 5, used=True)
@@ -107,18 +107,18 @@ def test_superseded_and_speculative_checkpoints_go_before_tips() -> None:
     tip = FakeItem("tip", label="decode")
     superseded = FakeItem("superseded", label="decode", superseded=True)
     guess = FakeItem("guess", label="back:64", superseded=True)
-    assert offer(Regret(), tip, superseded, guess) == ["guess", "superseded", "tip"]
+    assert offer(Survival(), tip, superseded, guess) == ["guess", "superseded", "tip"]
 
 
 def test_tokens_saved_per_byte_freed() -> None:
     dear = FakeItem("dear", span=100, size_bytes=10)
     bulky = FakeItem("bulky", span=100, size_bytes=50)
     short = FakeItem("short", span=20, size_bytes=20)
-    assert offer(Regret(), dear, bulky, short) == ["short", "bulky", "dear"]
+    assert offer(Survival(), dear, bulky, short) == ["short", "bulky", "dear"]
 
 
 def test_lineage_passes_to_the_successor_and_back() -> None:
-    policy = Regret()
+    policy = Survival()
     first = FakeItem("first", label="decode", created=1, last_used=1, span=100, position=100)
     policy.add(first)
     first.uses, first.last_used = 1, 2
@@ -143,7 +143,7 @@ def test_lineage_passes_to_the_successor_and_back() -> None:
 def test_a_shared_prefix_that_is_used_often_keeps_its_own_demand() -> None:
     """A system prompt with one conversation left below it: the conversation goes, and the prompt is
     still asked for as often as before."""
-    policy = Regret()
+    policy = Survival()
     shared = FakeItem("shared", label="boundary", position=100)
     policy.add(shared)
     for now in range(1, 80):
@@ -164,25 +164,25 @@ def test_a_shared_prefix_that_is_used_often_keeps_its_own_demand() -> None:
 
 
 def test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_one() -> None:
-    policy = Regret()
+    policy = Survival()
     shared, behind, tip = (FakeItem(name, label=name) for name in ("boundary", "back:4", "decode"))
     behind.superseded = True
     for item in (shared, behind, tip):
         policy.add(item)
         policy.discard(item, evicted=True)
-    policy.missed(tip)
+    policy.on_ghost_hit(tip)
     for item in (behind, shared):
-        policy.missed_above(item)
+        policy.on_ghost_hit_above(item)
     survival = policy.survival
     uses = [survival.num_uses(item.memo.cell // NUM_BINS) for item in (shared, behind, tip)]
     assert uses == [1, 0, 1]
-    policy.missed_above(FakeItem("of a snapshot"))
+    policy.on_ghost_hit_above(FakeItem("of a snapshot"))
     open_stages = len(survival._places)
     assert open_stages == 0, "nothing stays at risk of a use that came"
 
 
 def test_kv_with_a_pool_of_its_own_is_ranked_when_first_asked_for() -> None:
-    policy = Regret()
+    policy = Survival()
     old, new = (FakeItem(f"kv{n}", kind="kv", last_used=n, created=n) for n in (1, 50))
     policy.add(old)
     policy.add(new)
@@ -194,14 +194,14 @@ def test_a_loop_that_does_not_fit_is_held_in_part() -> None:
     trace = resend(seed=1)
     budget = 6 << 30
     assert hit_rate(trace, "lru", "end,branch,backoff", total_bytes=budget) < 0.05
-    assert hit_rate(trace, "regret", "regret", total_bytes=budget) > 0.55
+    assert hit_rate(trace, "survival", "adaptive", total_bytes=budget) > 0.55
 
 
 def test_finished_conversations_are_found_out() -> None:
     trace = conversations(live=48).head(2000)
     pools = {"num_kv_tokens": 200_000, "num_slots": 300}
     lru = hit_rate(trace, "lru", "end,branch", **pools)
-    assert hit_rate(trace, "regret", "end,branch", **pools) > lru + 0.003
+    assert hit_rate(trace, "survival", "end,branch", **pools) > lru + 0.003
 
 
 def prefill(number: int, **facts: object) -> Prefill:
@@ -209,7 +209,7 @@ def prefill(number: int, **facts: object) -> Prefill:
     return base._replace(**facts)  # type: ignore[arg-type]
 
 
-def labels_of(placement: Learned, prefill: Prefill) -> set[str]:
+def labels_of(placement: Adaptive, prefill: Prefill) -> set[str]:
     """Labels that ``placement`` plans for a request, all of which are then saved."""
     if prefill.resumed is not None:
         placement.on_hit(prefill.resumed)
@@ -223,7 +223,7 @@ def labels_of(placement: Learned, prefill: Prefill) -> set[str]:
 
 
 def test_words_that_never_earn_are_dropped_and_tried_again() -> None:
-    placement = Learned()
+    placement = Adaptive()
     asked = [labels_of(placement, prefill(n)) for n in range(400)]
     assert asked[0] == {"back:1", "back:4", "back:16", "back:64", "back:256"}
     late = asked[100:]
@@ -231,7 +231,7 @@ def test_words_that_never_earn_are_dropped_and_tried_again() -> None:
 
 
 def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
-    placement = Learned()
+    placement = Adaptive()
     won = FakeItem("won", label="back:64", span=900, position=900)
     for number in range(300):
         used = won if number % 3 == 0 else None
@@ -247,7 +247,7 @@ def test_a_word_that_earns_stays_and_pressure_raises_the_price() -> None:
 
 
 def test_where_everything_is_lost_before_it_is_used_few_checkpoints_are_placed() -> None:
-    placement = Learned()
+    placement = Adaptive()
     lost = FakeItem("lost", label="back:1", span=900, position=999)
     asked = [labels_of(placement, prefill(n, missed=lost)) for n in range(400)]
     assert any("back:1" in labels for labels in asked[150:]), "now and then it is tried again"
@@ -257,7 +257,7 @@ def test_where_everything_is_lost_before_it_is_used_few_checkpoints_are_placed()
 def test_back_offs_do_not_take_an_end_s_earnings() -> None:
     """A prompt goes on from its end, 3 tokens below a back-off that would have served nearly as
     well: the end is worth what the two save together, or both would look idle."""
-    placement = Learned()
+    placement = Adaptive()
     old = FakeItem("old", label="decode", position=500)
     guess = FakeItem("guess", label="back:4", position=996, above=old)
     end = FakeItem("end", label="back:1", span=3, position=999, above=guess)
@@ -268,19 +268,19 @@ def test_back_offs_do_not_take_an_end_s_earnings() -> None:
 
 
 def test_branches_and_boundaries_are_always_placed_but_going_on_is_no_fork() -> None:
-    placement = Learned()
-    placed = dict(placement.plan(prefill(0, branch_len=300, boundaries=(200, 950))))
+    placement = Adaptive()
+    placed = dict(placement.plan(prefill(0, seen_len=300, boundaries=(200, 950))))
     assert placed[300] == "branch" and placed[200] == placed[950] == "boundary"
     tip = FakeItem("tip", label="decode", position=300)
-    placed = dict(placement.plan(prefill(1, branch_len=300, missed=tip, forks=False)))
+    placed = dict(placement.plan(prefill(1, seen_len=300, missed=tip, forks=False)))
     assert placed[300] == "rejoin", "it has to pay, and nothing is known yet"
-    placed = dict(placement.plan(prefill(2, branch_len=300, missed=tip)))
+    placed = dict(placement.plan(prefill(2, seen_len=300, missed=tip)))
     assert placed[300] == "branch", "others went elsewhere from where the evicted tip stood"
 
 
 def test_a_label_that_is_planned_and_never_saved_is_not_charged() -> None:
     """Decode saves nothing for these requests: its account stays as it was."""
-    placement = Learned()
+    placement = Adaptive()
     for number in range(300):
         labels_of(placement, prefill(number, answer_survives=False))
     assert placement.num_saved().get("decode", 0.0) == 0.0
@@ -290,13 +290,13 @@ def test_a_label_that_is_planned_and_never_saved_is_not_charged() -> None:
 @pytest.mark.parametrize(
     ("options", "num_slots", "words"),
     [
-        ({"answer_survives": False}, 1000, "regret"),
-        ({"exact": True}, 1000, "regret"),
-        ({"boundaries": (30,)}, 1000, "regret"),
-        ({"boundaries": (300, 310, 450)}, 1000, "regret"),
-        ({}, 3, "regret"),
-        ({"boundaries": (100, 200, 300)}, 1000, "regret,cap:2"),
-        ({}, 1000, "backoff,every:128,regret"),
+        ({"answer_survives": False}, 1000, "adaptive"),
+        ({"exact": True}, 1000, "adaptive"),
+        ({"boundaries": (30,)}, 1000, "adaptive"),
+        ({"boundaries": (300, 310, 450)}, 1000, "adaptive"),
+        ({}, 3, "adaptive"),
+        ({"boundaries": (100, 200, 300)}, 1000, "adaptive,cap:2"),
+        ({}, 1000, "backoff,every:128,adaptive"),
     ],
 )
 def test_the_placement_believes_in_what_was_saved_and_nothing_else(
@@ -306,7 +306,7 @@ def test_the_placement_believes_in_what_was_saved_and_nothing_else(
     cap, no slot, the request is given up."""
     config = CacheConfig(num_kv_tokens=100_000, num_slots=num_slots, grid=64, eviction="lru")
     cache, placement = build_prefix_cache(config), parse_placement(words)
-    [learned] = [rule for rule in placement.rules if isinstance(rule, Learned)]
+    [learned] = [rule for rule in placement.rules if isinstance(rule, Adaptive)]
     rng = np.random.default_rng(0)
     for number in range(100):
         prompt = rng.integers(0, 1000, 500, dtype=np.int32)
@@ -327,10 +327,10 @@ def test_the_placement_believes_in_what_was_saved_and_nothing_else(
     assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
 
 
-def under_pressure() -> Learned:
+def under_pressure() -> Adaptive:
     """A placement that has seen end after end lost before it was used, so that none of them
     pays."""
-    placement = Learned()
+    placement = Adaptive()
     lost = FakeItem("lost", label="back:1", span=900, position=999)
     for number in range(400):
         labels_of(placement, prefill(number, missed=lost))
@@ -344,19 +344,19 @@ def test_a_prompt_that_resumes_from_its_tip_places_the_successor_under_pressure(
     tip = FakeItem("tip", label="back:1", position=600, span=600)
     for number in range(5):
         placement = under_pressure()
-        again = prefill(number, cached_len=600, branch_len=600, forks=False, resumed=tip)
+        again = prefill(number, cached_len=600, seen_len=600, forks=False, resumed=tip)
         assert "back:1" in labels_of(placement, again)
     behind = FakeItem("behind", label="back:1", position=600, span=600, superseded=True)
     shared = FakeItem("shared", label="boundary", position=600, span=600)
     for other in (behind, shared):
         placement = under_pressure()
-        facts = prefill(0, cached_len=600, branch_len=600, forks=False, resumed=other)
+        facts = prefill(0, cached_len=600, seen_len=600, forks=False, resumed=other)
         assert not labels_of(placement, facts), "these are no tips: an end displaces others"
 
 
 def test_a_tip_has_one_successor() -> None:
     """Answers that never serve a prompt: only the prompt's end succeeds."""
-    placement = Learned()
+    placement = Adaptive()
     for _ in range(200):
         placement.on_saved(999, "decode")
         placement.on_saved(999, "back:1")
@@ -370,7 +370,7 @@ def test_a_tip_has_one_successor() -> None:
 def test_a_label_that_saves_more_than_forks_do_is_placed_with_them() -> None:
     """Forks are placed whatever they earn. The price they cause does not keep out a label whose
     checkpoints save more."""
-    placement = Learned()
+    placement = Adaptive()
     fork = FakeItem("fork", label="branch", span=200, position=500)
     for number in range(200):
         placement.on_saved(500, "branch")
@@ -378,7 +378,7 @@ def test_a_label_that_saves_more_than_forks_do_is_placed_with_them() -> None:
             placement.on_ghost_hit(fork, 900)
         else:
             placement.on_hit(fork)
-    joint = prefill(0, branch_len=700, forks=False)
+    joint = prefill(0, seen_len=700, forks=False)
     for _ in range(20):
         placement.on_saved(700, "rejoin")
     assert "rejoin" not in labels_of(placement, joint)
@@ -389,10 +389,10 @@ def test_a_label_that_saves_more_than_forks_do_is_placed_with_them() -> None:
 
 def test_back_offs_that_have_earned_nothing_take_free_memory_only() -> None:
     many, none = ({"free_slots": free, "num_checkpoints": 20} for free in (20, 0))
-    assert "back:64" in labels_of(Learned(), prefill(0, **many))
-    assert labels_of(Learned(), prefill(0, **none)) == {"back:1"}
+    assert "back:64" in labels_of(Adaptive(), prefill(0, **many))
+    assert labels_of(Adaptive(), prefill(0, **none)) == {"back:1"}
     earned = FakeItem("earned", label="back:64", span=900, position=900)
-    placement = Learned()
+    placement = Adaptive()
     for number in range(60):
         labels_of(placement, prefill(number, resumed=earned, **many))
     assert "back:64" in labels_of(placement, prefill(99, **none))
@@ -401,9 +401,9 @@ def test_back_offs_that_have_earned_nothing_take_free_memory_only() -> None:
 @pytest.mark.parametrize(("fit", "most"), [(0, 1), (1, 1), (3, 1), (4, 2), (40, 4)])
 def test_one_prompt_takes_at_most_half_of_what_fits(fit: int, most: int) -> None:
     """The answer's end counts, and equal places count once."""
-    placement = Learned()
+    placement = Adaptive()
     facts = prefill(
-        0, grid=64, boundaries=(100, 101, 500), branch_len=101, num_checkpoints=fit, free_slots=0
+        0, grid=64, boundaries=(100, 101, 500), seen_len=101, num_checkpoints=fit, free_slots=0
     )
     placement.on_prefill(facts)
     positions = facts.on_grid(placement.plan(facts))
@@ -414,7 +414,7 @@ def test_one_prompt_takes_at_most_half_of_what_fits(fit: int, most: int) -> None
 def test_the_placement_is_told_what_is_free_and_what_is_held() -> None:
     facts: list[Prefill] = []
 
-    class Watching(Learned):
+    class Watching(Adaptive):
         def on_prefill(self, prefill: Prefill) -> None:
             facts.append(prefill)
             super().on_prefill(prefill)
@@ -436,7 +436,7 @@ def test_sessions_in_a_loop_that_does_not_fit_do_not_starve() -> None:
     back-off alone does."""
     trace = append_only_chat(sessions=25, turns=12)
     rates = [
-        hit_rate(trace, "regret", words, total_bytes=1 << 30) for words in ("regret", "backoff")
+        hit_rate(trace, "survival", words, total_bytes=1 << 30) for words in ("adaptive", "backoff")
     ]
     assert rates[0] > 0.98 * rates[1] > 0.1
 
@@ -444,7 +444,7 @@ def test_sessions_in_a_loop_that_does_not_fit_do_not_starve() -> None:
 def test_one_use_in_a_bin_does_not_order_the_first_evictions() -> None:
     """A single use, by chance at an age of twelve, says little of items of that age: until more is
     known, the older is hardly worth more than the younger."""
-    survival = Survival()
+    survival = Hazards()
     row = survival.row((True,))
     for start in range(24):
         survival.open(row, start)
@@ -471,13 +471,13 @@ def test_a_match_says_whether_others_went_on_elsewhere() -> None:
     assert forks(5, 3) and forks(10, 3), "inside an edge; where a checkpoint split it"
     assert not forks(20, 3), "all that was seen ends there"
     cache.evict(num_tokens=64)
-    assert cache.match(np.arange(20, dtype=np.int32)).kv_len == 0
+    assert cache.match(np.arange(20, dtype=np.int32)).kv_match_len == 0
     assert forks(5, 3) and forks(10, 3) and not forks(20, 3), "ghosts say so too"
 
 
 @pytest.mark.full
 def test_the_pair_reaches_the_bound_where_memory_is_ample() -> None:
-    assert hit_rate(chat().head(120), "regret", "regret", total_bytes=40 << 30) > 0.8
+    assert hit_rate(chat().head(120), "survival", "adaptive", total_bytes=40 << 30) > 0.8
 
 
 def test_what_lies_below_is_ordered_by_what_the_device_has_learnt() -> None:
@@ -486,22 +486,22 @@ def test_what_lies_below_is_ordered_by_what_the_device_has_learnt() -> None:
         total_bytes=size,
         host_bytes=size,
         disk_bytes=size,
-        eviction="regret",
+        eviction="survival",
         kv_bytes_per_token=KV_BYTES,
         state_bytes=1 << 16,
     )
     cache = build_prefix_cache(config)
     assert isinstance(cache, TieredRadixCache)
-    policies = [cache.policy, *(tier.policy for tier in cache.lower.tiers)]
-    assert all(tier.is_shared for tier in cache.lower.tiers)
-    assert all(isinstance(policy, Regret) for policy in policies)
+    policies = [cache.policy, *(tier.policy for tier in cache.offload.tiers)]
+    assert all(tier.is_shared for tier in cache.offload.tiers)
+    assert all(isinstance(policy, Survival) for policy in policies)
     assert len({id(policy.survival) for policy in policies}) == 1
 
 
 def test_the_predecessor_takes_over_only_where_the_tip_leaves_the_last_tier() -> None:
     for lies_below in (False, True):
-        device = Regret()
-        below = device.below() if lies_below else None
+        device = Survival()
+        below = device.for_tier() if lies_below else None
         first = FakeItem("first", created=1, last_used=1, superseded=True)
         tip = FakeItem("tip", created=2, last_used=2, above=first)
         for item in (first, tip):
@@ -534,7 +534,7 @@ def test_the_stop_reason_is_a_class_of_its_own() -> None:
             prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
     assert labels == {"tool_use": "decode/tool_use"}
     policy = cache.policy
-    assert isinstance(policy, Regret)
+    assert isinstance(policy, Survival)
     survival = policy.survival
     survival.refresh(survival.now + 100)
     used, ended = (
@@ -544,7 +544,7 @@ def test_the_stop_reason_is_a_class_of_its_own() -> None:
         if key == ((False, False), f"decode/{reason}")
     )
     assert used > 4 * ended
-    learned = Learned()
+    learned = Adaptive()
     learned.on_saved(60, "decode/tool_use")
     learned.on_hit(FakeItem("tip", label="decode/tool_use"))
     assert learned.num_saved().keys() == {"decode"}, "a placement decides before the answer ends"

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybridcache.hybrid import HybridRadixCache
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 from hybridcache.radix.tree import RadixNode
 from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.cache.twins import VictimLog

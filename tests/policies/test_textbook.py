@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 from tests.policies import textbook
 from tests.policies.items import FakeItem, Shelf
 

@@ -30,13 +30,17 @@ from hybridcache.policies.protocol import (
     PolicyError,
     Prefill,
 )
-from hybridcache.policies.user import MAX_OUTSIDE
-from hybridcache.policies.words import (
+from hybridcache.policies.registry import (
+    DEFAULT_EVICTION,
+    DEFAULT_PLACEMENT,
     EVICTION,
-    PLACEMENT_WORDS,
+    PLACEMENT_NAMES,
+    eviction_names,
     make_eviction,
     parse_placement,
+    placement_names,
 )
+from hybridcache.policies.user import MAX_OUTSIDE
 from hybridcache.variants import TieredRadixCache
 from tests.cache.serving import ids, serve, traffic
 from tests.cache.twins import VictimLog
@@ -53,7 +57,7 @@ class CheapestFirst(ScorePolicy):
 
 
 class InTiers(CheapestFirst):
-    orders_tiers = False
+    orders_classes = False
 
 
 class Dice(ScorePolicy):
@@ -147,7 +151,30 @@ def strangers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 def test_a_policy_runs_wherever_a_word_does(word: str) -> None:
     result = simulate("short?head=60", gib=1, policy=["lru", word], bound=False)
     assert [run.label for run in result.runs] == ["lru", word]
-    assert make_eviction(word)().orders_tiers is not word.endswith("InTiers")
+    assert make_eviction(word)().orders_classes is not word.endswith("InTiers")
+
+
+def test_method_names_of_the_last_release_still_work_with_a_warning() -> None:
+    heard: list[Item] = []
+    with pytest.warns(
+        DeprecationWarning, match=r"Former\.missed is deprecated: rename it to on_gh"
+    ):
+
+        class Former(LRU):
+            def missed(self, item: Item) -> None:
+                heard.append(item)
+
+    policy: EvictionPolicy = Former()
+    ghost = FakeItem("ghost")
+    policy.on_ghost_hit(ghost)
+    assert heard == [ghost]
+
+
+def test_former_names_select_the_same_policies() -> None:
+    assert make_eviction("regret") is make_eviction("survival") is make_eviction(DEFAULT_EVICTION)
+    former, present = parse_placement("regret,cap:2"), parse_placement(f"{DEFAULT_PLACEMENT},cap:2")
+    assert [type(rule) for rule in former.rules] == [type(rule) for rule in present.rules]
+    assert "regret" not in (*eviction_names(), *placement_names())
 
 
 def test_a_placement_runs_wherever_a_word_does() -> None:
@@ -220,7 +247,7 @@ def test_a_module_that_can_not_be_read_is_one_sentence(word: str, sentence: str)
 def test_a_guard_passes_everything_on() -> None:
     policy: EvictionPolicy = make_eviction("strangers:CheapestFirst")()
     cheap, dear = FakeItem("cheap", span=1), FakeItem("dear", span=9)
-    policy.missed(cheap)
+    policy.on_ghost_hit(cheap)
     assert offer(policy, dear, cheap) == ["cheap", "dear"]
     assert policy.victim(None) is None
 
@@ -279,7 +306,7 @@ class Weighted(ScorePolicy):
 
 
 class InTiers(Weighted):
-    orders_tiers = False
+    orders_classes = False
 
 
 @pytest.mark.parametrize(("policy", "number"), [(Weighted, 1), (InTiers, 3)])
@@ -424,7 +451,7 @@ def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -
 
 
 PLACEMENTS = [
-    f"{name}:{word.example}" if word.example else name for name, word in PLACEMENT_WORDS.items()
+    f"{name}:{word.example}" if word.example else name for name, word in PLACEMENT_NAMES.items()
 ]
 
 
@@ -435,12 +462,12 @@ def test_a_subclass_of_any_placement_saves_as_the_placement_does(cell: str) -> N
 
     def subclass(words: str) -> Callable[[], PlacementPolicy]:
         name, _, number = words.partition(":")
-        made = same(PLACEMENT_WORDS[name].make)
+        made = same(PLACEMENT_NAMES[name].make)
         return partial(made, int(number)) if number else made  # type: ignore[return-value]
 
-    theirs = outcomes(trace, checkpoints=PLACEMENTS, policy="regret", **options)
+    theirs = outcomes(trace, checkpoints=PLACEMENTS, policy="survival", **options)
     mine = outcomes(
-        trace, checkpoints=[subclass(words) for words in PLACEMENTS], policy="regret", **options
+        trace, checkpoints=[subclass(words) for words in PLACEMENTS], policy="survival", **options
     )
     assert dict(zip(PLACEMENTS, mine, strict=True)) == dict(zip(PLACEMENTS, theirs, strict=True))
 
@@ -448,16 +475,16 @@ def test_a_subclass_of_any_placement_saves_as_the_placement_does(cell: str) -> N
 class Shared(Weighted):
     """A policy of three classes, each of which shares what it learns with its like below."""
 
-    orders_tiers = False
+    orders_classes = False
     heard: ClassVar[list[tuple[str, int]]] = []
 
-    def missed(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item) -> None:
         self.heard.append(("deepest", item.position))
 
-    def missed_above(self, item: Item) -> None:
+    def on_ghost_hit_above(self, item: Item) -> None:
         self.heard.append(("above", item.position))
 
-    def below(self) -> Shared:
+    def for_tier(self) -> Shared:
         return Shared()
 
 
@@ -468,7 +495,7 @@ def test_all_classes_of_a_policy_hear_of_ghosts_and_are_asked_below() -> None:
     )
     cache = build_prefix_cache(config)
     assert isinstance(cache, TieredRadixCache)
-    assert all(tier.is_shared for tier in cache.lower.tiers)
+    assert all(tier.is_shared for tier in cache.offload.tiers)
     serve(cache, ids("abcdefgh"), [2, 4, 6])
     cache.evict(num_tokens=100)
     serve(cache, ids("abcdefgh"))

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hybridcache.export.events import CheckpointStored, EventStream
 from hybridcache.export.mirror import EventsLost
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.precise import MOST_BUSY, CheckpointSeconds, KVSeconds, MirrorRouter
 from hybridcache.routing.protocol import (
     Choice,
@@ -20,7 +20,7 @@ from hybridcache.routing.protocol import (
     Router,
     RouteRequest,
 )
-from hybridcache.routing.words import ROUTERS, find_router
+from hybridcache.routing.registry import ROUTERS, find_router
 from tests.cache.serving import hybrid
 
 GRID, KV_BYTES, STATE_BYTES = 4, 10, 50
@@ -181,7 +181,7 @@ def plain_choice(router, request, now):
         found = mirror.match(request.tokens)
         depth = max(found.cached_len, router.on_the_way[replica].depth(request))
         held = sum(len(segment[4]) for segment in mirror.segments())
-        known = max(depth, found.kv_len)
+        known = max(depth, found.kv_match_len)
         wanted = {known // GRID * GRID: "branch"}
         wanted.setdefault((num_ids - 1) // GRID * GRID, "backoff")
         saved = [p for p in wanted if p > depth and router.shares.is_saved(wanted[p])]
@@ -212,6 +212,13 @@ def test_prompts_that_will_share_a_branch_meet_before_any_event() -> None:
         chosen.add(router.route(request, 10.0 * number).replica)
         router.ended(number, 10.0 * number)
     assert len(chosen) == 1
+
+
+def test_a_replica_is_chosen_even_if_almost_no_time_has_passed() -> None:
+    """Bytes per second of a period that short are infinite, and costs were not comparable."""
+    router = fleet("checkpoint", 1)
+    for number, now in enumerate((0.0, 5e-324, 1e-300)):
+        assert router.route(RouteRequest(number, (0,)), now).replica == 0
 
 
 def test_kv_without_a_state_promises_what_is_not_there() -> None:
@@ -280,7 +287,7 @@ def test_what_is_sent_takes_the_place_of_its_ids_and_its_states() -> None:
 
 def test_a_forecast_changes_no_placement() -> None:
     """However many requests are routed, each replica's copies learn from their own requests."""
-    for placement in ("branch,boundary,backoff", "regret", "planned:2"):
+    for placement in ("branch,boundary,backoff", "adaptive", "planned:2"):
         router = fleet("checkpoint", 4, placement=placement)
         assert isinstance(router, CheckpointSeconds)
         found = []
@@ -298,8 +305,8 @@ def test_a_forecast_changes_no_placement() -> None:
 def test_a_forecast_follows_what_the_replicas_placement_has_learnt(goes_on: bool) -> None:
     """Conversations resume at the last prompt's end, so the replica drops all other back-offs;
     prompts that never come again teach it to save next to nothing."""
-    replica = Replica("regret", num_kv_tokens=60_000, num_slots=300)
-    router = fleet("checkpoint", 1, placement="regret", capacity_bytes=None)
+    replica = Replica("adaptive", num_kv_tokens=60_000, num_slots=300)
+    router = fleet("checkpoint", 1, placement="adaptive", capacity_bytes=None)
     assert isinstance(router, CheckpointSeconds)
     wrong = saved_in_all = 0
     turns, rng = [(), (), (), ()], np.random.default_rng(0)
@@ -309,7 +316,7 @@ def test_a_forecast_follows_what_the_replicas_placement_has_learnt(goes_on: bool
         turns[number % 4] = tokens
         request = RouteRequest(number, tokens)
         found = router.find(0, request)
-        forecast = set(router.forecast(request, found.cached_len, found.kv_len))
+        forecast = set(router.forecast(request, found.cached_len, found.kv_match_len))
         router.route(request, float(number))
         replica.compute(request)
         router.prefilled(number, number + 0.2)

@@ -96,7 +96,7 @@ def _times(records: list[Record]) -> list[int]:
 
 def test_two_runs_beside_each_other_share_a_slider(tab: Any, tmp_path: Path) -> None:
     records, _ = records_of(40)
-    runs = [Recording(META | {"title": name}, records) for name in ("lru", "regret", "fifo")]
+    runs = [Recording(META | {"title": name}, records) for name in ("lru", "survival", "fifo")]
     opened(tab, tmp_path, *runs)
     assert tab.locator(".view").count() == 2
     tab.get_by_label("Time", exact=True).last.fill("3")

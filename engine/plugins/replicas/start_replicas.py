@@ -12,9 +12,9 @@ from engine.config import BUILTIN_NAME, EngineConfig
 from engine.plugins.replicas.fleet import FLEETS, Fleet
 from engine.plugins.replicas.replica_call import Order, ReplicaFacts
 from engine.plugins.replicas.replicas_client import FleetEngine
-from hybridcache.policies.words import parse_placement
+from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.protocol import ReplicaSpec, Router
-from hybridcache.routing.words import find_router
+from hybridcache.routing.registry import find_router
 
 START_S = 600.0
 """How long replicas may take to load their models."""

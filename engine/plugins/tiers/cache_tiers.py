@@ -95,7 +95,7 @@ class LowerMemory:
         """StoreError, in one sentence: the folder has another fingerprint, or cannot be used."""
         self._cache = cache
         self.folder = None if config.state_dir is None else Path(config.state_dir)
-        rows = {tier.word: tier.pages.capacity for tier in cache.lower.tiers}
+        rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
         self.disk: Disk | None = None
         self.remembering: Remembering | None = None
         if self.folder is not None:
@@ -110,7 +110,7 @@ class LowerMemory:
             self.remembering.recall_tree()
             self.adopt()
             if self.disk.is_read_only:
-                cache.lower.close(DISK)
+                cache.offload.close(DISK)
                 logger.warning(
                     "Another engine writes to %s, or nobody may: what is there is read, and "
                     "nothing of this engine is kept.",
@@ -160,7 +160,7 @@ class LowerMemory:
         from the tree. While the file system hangs, all of them are; what is on disk is adopted
         again when it responds.
         """
-        disk, lower = self.disk, self._cache.lower
+        disk, lower = self.disk, self._cache.offload
         if disk is None:
             return
         disk.settle()
@@ -179,18 +179,18 @@ class LowerMemory:
 
     def report(self) -> LowerReport:
         """What lies where, in bytes. O(tiers)."""
-        disk, lower = self.disk, self._cache.lower
+        disk, lower = self.disk, self._cache.offload
         tiers = []
         for tier in lower.tiers:
-            taken_in = sum(n for (_, to), n in lower.copied_rows.items() if to == tier.word)
+            taken_in = sum(n for (_, to), n in lower.copied_rows.items() if to == tier.name)
             rows = (
                 tier.pages.capacity,
                 tier.pages.num_free,
                 tier.pages.capacity - tier.pages.num_free,
                 taken_in,
-                lower.copied_rows.get((tier.word, DEVICE), 0),
+                lower.copied_rows.get((tier.name, DEVICE), 0),
             )
-            tiers.append(TierReport(tier.word, *(n * lower.row_bytes for n in rows)))
+            tiers.append(TierReport(tier.name, *(n * lower.row_bytes for n in rows)))
         folder = None
         if disk is not None:
             folder = FolderReport(
@@ -209,7 +209,7 @@ class LowerMemory:
         disk, cache = self.disk, self._cache
         if disk is None or disk.is_detached:
             return 0
-        prefixes, tier = disk.prefixes, cache.lower.tiers[cache.lower.words.index(DISK)]
+        prefixes, tier = disk.prefixes, cache.offload.tiers[cache.offload.names.index(DISK)]
         newest = prefixes.newest_states(tier.pages.num_free, disk.state_rows)
         num_adopted = 0
         for number in reversed(newest):

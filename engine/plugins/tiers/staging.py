@@ -93,19 +93,19 @@ class Staging(Fetcher):
 
     @property
     def _tier(self) -> int:
-        lower = self._manager.cache.lower
+        lower = self._manager.cache.offload
         assert lower is not None
-        return lower.words.index(DISK)
+        return lower.names.index(DISK)
 
     def _best(self, match: PrefixMatch) -> Resumable | None:
         """What a lease would fetch, where some of it is on disk."""
-        lower = self._manager.cache.lower
+        lower = self._manager.cache.offload
         assert lower is not None
         best, most = None, 0.0
-        for one in match.lower:
+        for one in match.loadable:
             num_bytes = {
                 word: rows * lower.row_bytes
-                for word, rows in zip(lower.words, one.rows, strict=True)
+                for word, rows in zip(lower.names, one.rows, strict=True)
             }
             saved = self._exchange.seconds_saved(
                 match.cached_len, one.position, match.num_tokens, num_bytes
@@ -125,12 +125,12 @@ def _needs_its_records(read: Read) -> bool:
 def _disk_rows(target: RadixNode, tier: int) -> Indices:
     """The rows of tier number ``tier`` that resuming at the end of ``target`` would bring."""
     found: list[Indices] = []
-    below = target.below
+    below = target.offloaded
     if below is not None and below.state is not None and below.state.tier == tier:
         found.append(below.state.rows)
     node: RadixNode | None = target
-    while node is not None and node.kv is None and node.below is not None:
-        if node.below.kv is not None and node.below.kv_tier == tier:
-            found.append(node.below.kv)
+    while node is not None and node.kv is None and node.offloaded is not None:
+        if node.offloaded.kv is not None and node.offloaded.kv_tier == tier:
+            found.append(node.offloaded.kv)
         node = node.parent
     return np.concatenate(found)

@@ -17,7 +17,7 @@ import numpy as np
 
 from hybridcache import CacheConfig, build_prefix_cache
 from hybridcache.api import PrefixCache
-from hybridcache.policies.words import EVICTION
+from hybridcache.policies.registry import EVICTION
 
 NAMESPACES: tuple[Hashable, ...] = (None, "a", ("a", 1), 7, b"x", (None,))
 

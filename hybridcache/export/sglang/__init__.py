@@ -13,8 +13,8 @@ NAME = "hybridcache"
 
 PLAIN_LRU = "plain-lru"
 """Least recently used, under a name that differs from SGLang's default."""
-ADDED_EVICTION = ("regret", PLAIN_LRU)
-"""Values added to ``--radix-eviction-policy``."""
+ADDED_EVICTION = ("survival", "regret", PLAIN_LRU)
+"""Values added to ``--radix-eviction-policy``. ``regret`` is a former name of ``survival``."""
 
 
 def eviction_name(asked: str) -> str:
@@ -24,11 +24,12 @@ def eviction_name(asked: str) -> str:
     translated to this project's default. ``plain-lru`` is LRU.
 
     >>> [eviction_name(asked) for asked in ("lru", "plain-lru", "slru")]
-    ['regret', 'lru', 'slru']
+    ['survival', 'lru', 'slru']
     """
-    from hybridcache.policies.words import DEFAULT_EVICTION
+    from hybridcache.policies.registry import DEFAULT_EVICTION
 
-    return {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru"}.get(asked, asked)
+    names = {"lru": DEFAULT_EVICTION, PLAIN_LRU: "lru", "regret": "survival"}
+    return names.get(asked, asked)
 
 
 def plug_in() -> None:

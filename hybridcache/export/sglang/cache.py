@@ -116,7 +116,7 @@ class HybridRadixBackend(BasePrefixCache):
             last_host_node=handle,
             best_match_node=handle,
             mamba_branching_seqlen=branch,
-            full_kv_hit_length=min(found.kv_len, len(prompt) - 1),
+            full_kv_hit_length=min(found.kv_match_len, len(prompt) - 1),
         )
 
     def touch_prefix(self, key: Any) -> None:

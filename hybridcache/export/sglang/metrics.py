@@ -53,7 +53,7 @@ class LossMeter:
 def on_grid(match: PrefixMatch, grid: int) -> Losses:
     """Correct ``match.losses`` for states at a distance of ``grid`` (the tree's own grid is 1)."""
     losses = match.losses
-    below = min(losses.never_checkpointed, match.kv_len % grid)
+    below = min(losses.never_checkpointed, match.kv_match_len % grid)
     return losses._replace(
         never_checkpointed=losses.never_checkpointed - below, below_grid=losses.below_grid + below
     )

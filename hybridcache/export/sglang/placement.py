@@ -19,7 +19,7 @@ def branch_position(prompt: Tokens, match: PrefixMatch, grid: int) -> int | None
     has no fork, and the state at its end is more valuable. O(1).
     """
     cached_len = match.cached_len
-    seen = min(match.branch_len, len(prompt) - 1)
+    seen = min(match.seen_len, len(prompt) - 1)
     position = seen - (seen - cached_len) % grid
     if position <= cached_len or not match.forks:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hybridcache.export.sglang import eviction_name
-from hybridcache.policies.words import EVICTION_WORDS
+from hybridcache.policies.registry import EVICTION_NAMES
 
 WITHOUT = "or --radix-cache-backend hybridcache"
 
@@ -53,9 +53,9 @@ def why_not(ctx: Any, memory: Any, disagg: Any, parallel: Any) -> str | None:
             f"drop --speculative-algorithm, {WITHOUT}",
         ),
         (
-            eviction_name(params.eviction_policy) not in EVICTION_WORDS,
+            eviction_name(params.eviction_policy) not in EVICTION_NAMES,
             f"hybridcache has no eviction {params.eviction_policy!r}: choose "
-            "--radix-eviction-policy regret, plain-lru, lfu or slru",
+            "--radix-eviction-policy survival, plain-lru, lfu or slru",
         ),
     )
     return next((sentence for refused, sentence in refusals if refused), None)

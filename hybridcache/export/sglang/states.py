@@ -82,7 +82,7 @@ class RequestStates:
                 now = now._replace(cached_len=0, checkpoint=None, node=None, resumed=None)
             match = found._replace(
                 cached_len=now.cached_len,
-                kv_len=now.kv_len,
+                kv_match_len=now.kv_match_len,
                 checkpoint=now.checkpoint,
                 losses=losses_of(found, now.cached_len),
                 node=now.node,

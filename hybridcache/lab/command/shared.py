@@ -105,9 +105,9 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
 
 def split(words: str) -> tuple[str, ...]:
     """Words with commas between, none of them empty."""
-    from hybridcache.policies.words import split_words
+    from hybridcache.policies.registry import split_specs
 
-    return tuple(filter(None, split_words(words)))
+    return tuple(filter(None, split_specs(words)))
 
 
 def check_figure(path: Path | None) -> None:

@@ -36,11 +36,11 @@ def add_simulate(commands: Commands) -> None:
     from hybridcache.lab.replicas.command import add_fleet
     from hybridcache.lab.report import METRICS
     from hybridcache.lab.simulation.target import MEMORIES
-    from hybridcache.policies.words import (
+    from hybridcache.policies.registry import (
         DEFAULT_EVICTION,
         DEFAULT_PLACEMENT,
-        eviction_words,
-        placement_words,
+        eviction_names,
+        placement_names,
     )
 
     parser = commands.add_parser("simulate", help="replay a trace through caches of many sizes")
@@ -52,13 +52,13 @@ def add_simulate(commands: Commands) -> None:
         "--policy",
         default=DEFAULT_EVICTION,
         help=f"eviction policies, commas between (default {DEFAULT_EVICTION}): "
-        f"{', '.join(eviction_words())}, module:Class",
+        f"{', '.join(eviction_names())}, module:Class",
     )
     add(
         "--checkpoints",
         action="append",
         help=f"placement words, commas between; repeat to compare (default {DEFAULT_PLACEMENT}): "
-        f"{', '.join(placement_words())}, none, module:Class",
+        f"{', '.join(placement_names())}, none, module:Class",
     )
     add("--baseline", default="", help=f"rebuilt peers, commas between: {', '.join(BASELINES)}")
     add("--bound", action=argparse.BooleanOptionalAction, default=True, help="the infinite cache")
@@ -77,10 +77,11 @@ def add_simulate(commands: Commands) -> None:
     add("--kv-share", type=float, help="with --memory pools: the part that is for KV, 0 to 1")
     add_tiers(parser)
     add(
-        "--tiers",
+        "--priority-classes",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="dead KV, then superseded checkpoints go first; without, each policy orders all",
+        help="evict unreachable KV first, then superseded checkpoints; without, each policy "
+        "orders all items",
     )
     add("--page-size", type=int, default=1, help="tokens of a KV page")
     add("--max-running", type=int, help="serve so many requests at once instead of in turn")
@@ -119,7 +120,7 @@ CLOSED_LOOP: dict[str, dict[str, Any]] = {
 
 
 def _add_closed_loop(parser: argparse.ArgumentParser) -> None:
-    from hybridcache.policies.words import admission_words
+    from hybridcache.policies.registry import admission_names
 
     parser.add_argument(
         "--closed-loop",
@@ -128,7 +129,7 @@ def _add_closed_loop(parser: argparse.ArgumentParser) -> None:
         "requests are scheduled as in the engine",
     )
     for flag, facts in CLOSED_LOOP.items():
-        known = f": {', '.join(admission_words())}, module:Class" if flag == "--admission" else ""
+        known = f": {', '.join(admission_names())}, module:Class" if flag == "--admission" else ""
         parser.add_argument(flag, **facts | {"help": facts["help"] + known})
 
 
@@ -142,7 +143,7 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
     from hybridcache.lab.simulation.closed_loop import ClosedLoop, ClosedLoopRun, run_closed_loop
     from hybridcache.lab.simulation.simulate import Sweep
     from hybridcache.lab.simulation.sizes import budget_bytes, rates, sizes
-    from hybridcache.policies.words import make_admission
+    from hybridcache.policies.registry import make_admission
 
     for flag, default in ALONE.items():
         name = flag.removeprefix("--").replace("-", "_")
@@ -264,12 +265,12 @@ def _simulate(options: argparse.Namespace) -> int:
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
     """The fields of a ``Sweep`` that say who competes, with what memory and on which machine."""
-    from hybridcache.policies.words import DEFAULT_PLACEMENT
+    from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
     as_they_are = [
         "model",
         "gib",
-        "tiers",
+        "priority_classes",
         "memory",
         "kv_share",
         "state_dtype",

@@ -36,7 +36,7 @@ ALONE = {
     "--figure": None,
     "--servers": 1,
     "--bound": True,
-    "--tiers": True,
+    "--priority-classes": True,
     "--kv-share": None,
     "--checkpoint-dtype": "auto",
     "--host-gib": 0.0,
@@ -61,7 +61,7 @@ CLOSED_LOOP = {
 
 def add_fleet(parser: argparse.ArgumentParser) -> None:
     """The flags of fleets."""
-    from hybridcache.routing.words import ROUTERS
+    from hybridcache.routing.registry import ROUTERS
 
     words = ", ".join((*ROUTERS, "oracle"))
     parser.add_argument(
@@ -99,7 +99,7 @@ def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Tra
     from hybridcache.lab.simulation.grid import Place
     from hybridcache.lab.simulation.simulate import Sweep
     from hybridcache.lab.simulation.sizes import sizes
-    from hybridcache.policies.words import DEFAULT_PLACEMENT
+    from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
     for flag, default in (ALONE | CLOSED_LOOP).items():
         if _value(options, flag) != default:

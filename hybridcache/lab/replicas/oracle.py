@@ -35,7 +35,7 @@ class Oracle(CheckpointSeconds):
     def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
         tokens = np.array(request.tokens, np.int32)
         found = self._truth.cache(replica).match(tokens, request.namespace)
-        return MirrorMatch(found.cached_len, found.kv_len)
+        return MirrorMatch(found.cached_len, found.kv_match_len)
 
     def wait_s(self, replica: ReplicaId, now: float) -> float:
         return self._truth.wait_s(replica, now)

@@ -20,7 +20,7 @@ from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_targ
 from hybridcache.lab.trace import Trace
 from hybridcache.policies.user import source_of
 from hybridcache.routing.protocol import ReplicaSpec
-from hybridcache.routing.words import find_router
+from hybridcache.routing.registry import find_router
 
 
 @dataclass(frozen=True, slots=True)

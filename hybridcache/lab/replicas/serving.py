@@ -25,7 +25,7 @@ from hybridcache.lab.simulation.target import LeaseTarget, Served
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.routing.load import Load
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, Router, RouteRequest
-from hybridcache.routing.words import find_router
+from hybridcache.routing.registry import find_router
 
 
 class _Asked:

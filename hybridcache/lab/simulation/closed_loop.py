@@ -27,7 +27,7 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.policies.admission.base import AdmissionPolicy
-from hybridcache.policies.words import AdmissionSpec, make_admission
+from hybridcache.policies.registry import AdmissionSpec, make_admission
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner

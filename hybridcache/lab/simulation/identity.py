@@ -32,7 +32,7 @@ class RunIdentity:
     policy: str | None
     """None, and so the next: a peer."""
     checkpoints: str | None
-    tiers: bool | None
+    priority_classes: bool | None
     """Whether the cache puts dead KV and superseded checkpoints before what ``policy`` orders;
     False where that orders them itself; None: a peer."""
     baseline: str | None
@@ -55,8 +55,10 @@ SIZES = ("gib", "num_kv_tokens", "num_slots")
 """Fields that say how much memory there is: the columns of a table."""
 
 
-def identify(config: RunConfig, serving: Serving, trace: str, tiers: bool | None) -> RunIdentity:
-    """``trace``: its recipe. ``tiers``: whether the target has them."""
+def identify(
+    config: RunConfig, serving: Serving, trace: str, priority_classes: bool | None
+) -> RunIdentity:
+    """``trace``: its recipe. ``priority_classes``: whether the target has them."""
     geometry, is_ours = config.geometry, config.baseline is None
     return RunIdentity(
         trace=trace,
@@ -70,7 +72,7 @@ def identify(config: RunConfig, serving: Serving, trace: str, tiers: bool | None
         num_slots=config.num_slots or None,
         policy=str(config.policy) if is_ours else None,
         checkpoints=str(config.checkpoints) if is_ours else None,
-        tiers=tiers,
+        priority_classes=priority_classes,
         baseline=config.baseline,
         page_size=config.page_size,
         grid=config.grid,

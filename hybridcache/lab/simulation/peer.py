@@ -12,7 +12,7 @@ from hybridcache.lab.trace import TraceRequest
 class BaselineTarget:
     """A rebuilt peer. ``exchange``: what its copies from host memory take; None: it has none."""
 
-    tiers: bool | None = None
+    priority_classes: bool | None = None
 
     def __init__(self, word: str, config: BaselineConfig, exchange: Exchange | None = None) -> None:
         self.baseline = build_baseline(word, config)

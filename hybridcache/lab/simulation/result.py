@@ -170,7 +170,7 @@ def summarise(
     spent = sum(prefill_seconds(serving.times, cached, lengths)) + copied
     cold = sum(prefill_seconds(serving.times, np.zeros_like(lengths), lengths))
     return RunResult(
-        config=identify(config, serving, trace, target.tiers),
+        config=identify(config, serving, trace, target.priority_classes),
         requests=len(lengths),
         hits=resumed,
         bypassed=log.num_bypassed,

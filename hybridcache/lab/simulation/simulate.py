@@ -1,9 +1,9 @@
 """Replay a trace through caches: who wins, at which size, and why each token was lost.
 
 >>> from hybridcache.lab.simulation.simulate import simulate
->>> result = simulate("short", gib="1:8:3", policy=("regret", "lru"))
+>>> result = simulate("short", gib="1:8:3", policy=("survival", "lru"))
 >>> [run.label for run in result.runs]
-['regret', 'regret', 'regret', 'lru', 'lru', 'lru']
+['survival', 'survival', 'survival', 'lru', 'lru', 'lru']
 >>> all(run.token_hit_rate <= result.bound_rate for run in result.runs)
 True
 """
@@ -33,13 +33,13 @@ from hybridcache.lab.simulation.sweep import Job, identity_of, run_sweep
 from hybridcache.lab.simulation.target import RunConfig, check_words
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.user import OwnPolicy, own_policy, word_of
-from hybridcache.policies.words import (
+from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
     EvictionSpec,
     PlacementSpec,
 )
+from hybridcache.policies.user import OwnPolicy, own_policy, spec_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -148,7 +148,7 @@ class Sweep:
     checkpoints: Policies = DEFAULT_PLACEMENT
     """One placement (words with commas, or your own) or a sequence of them."""
     baseline: Words = ()
-    tiers: bool = True
+    priority_classes: bool = True
     """False: no policy is helped by tiers; each orders dead KV and superseded checkpoints
     itself."""
     bound: bool = True
@@ -215,8 +215,8 @@ class Sweep:
             kv_share=self.kv_share,
             page_size=self.page_size,
             grid=self.grid,
-            dead_first=self.tiers,
-            demote_superseded=self.tiers,
+            dead_first=self.priority_classes,
+            demote_superseded=self.priority_classes,
             host_bytes=tier_bytes("host", self.host_gib),
             disk_bytes=tier_bytes("disk", self.disk_gib),
             host_bytes_per_s=self.host_gb_s * 1e9,
@@ -381,4 +381,4 @@ def _policy(one: Policy) -> str | OwnPolicy:
     """A class by its word where it has one, so that other processes find it."""
     if isinstance(one, str):
         return one
-    return (isinstance(one, type) and word_of(one)) or own_policy(one)
+    return (isinstance(one, type) and spec_of(one)) or own_policy(one)

@@ -14,8 +14,8 @@ from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.target import RunConfig, build_target
 from hybridcache.lab.trace import Trace
+from hybridcache.policies.registry import split_specs
 from hybridcache.policies.user import source_of
-from hybridcache.policies.words import split_words
 
 __all__ = ["Job", "collect_seldom", "identity_of", "run_sweep"]
 
@@ -39,7 +39,7 @@ class Job:
                 "it is kept: name the policy "
                 "module:Class, or keep no runs"
             )
-        own = "".join(map(source_of, (policy, *split_words(checkpoints)))).encode()
+        own = "".join(map(source_of, (policy, *split_specs(checkpoints)))).encode()
         text = repr((self.config, self.serving)).encode() + own + trace_identity
         return hashlib.sha256(text).hexdigest()[:16]
 

@@ -24,17 +24,17 @@ from hybridcache.lab.simulation.peer import BaselineTarget
 from hybridcache.lab.trace import TraceRequest
 from hybridcache.lab.traces.base import LONGEST
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.eviction.tiers import in_tiers
+from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.policies.user import OwnPolicy
-from hybridcache.policies.words import (
+from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
     in_units,
     make_eviction,
     parse_placement,
 )
+from hybridcache.policies.user import OwnPolicy
 
 MEMORIES = ("arena", "budget", "pools")
 """Words for ``RunConfig.memory``."""
@@ -229,7 +229,7 @@ class Served(Protocol):
 class Target(Protocol):
     """A cache that requests are served with."""
 
-    tiers: bool | None
+    priority_classes: bool | None
     """Whether dead KV and superseded checkpoints go before what the policy orders; None: a peer."""
 
     def begin(self, request: TraceRequest) -> Served | None:
@@ -308,7 +308,7 @@ class LeaseTarget:
         """Tokens at an answer's end that have no KV: the last sampled token is never computed; in
         units of many tokens it is within the last one."""
         self._stateful, self._own_slot = stateful, own_slot
-        self.tiers: bool | None = in_tiers(getattr(cache, "policy", None))
+        self.priority_classes: bool | None = has_priority_classes(getattr(cache, "policy", None))
 
     def begin(self, request: TraceRequest) -> Served | None:
         asked = LeaseRequest(
@@ -338,14 +338,14 @@ class LeaseTarget:
 
     def _fetched_bytes(self) -> dict[str, int]:
         """By tier, what went from it to the device so far."""
-        lower = self.cache.lower
+        lower = self.cache.offload
         if lower is None:
             return {}
         rows = lower.copied_rows
-        return {word: rows.get((word, DEVICE), 0) * lower.row_bytes for word in lower.words}
+        return {word: rows.get((word, DEVICE), 0) * lower.row_bytes for word in lower.names}
 
     def counters(self) -> dict[str, int]:
-        lower, copied = self.cache.lower, {}
+        lower, copied = self.cache.offload, {}
         if lower is not None:
             copied = {
                 f"{src}_to_{dst}_bytes": rows * lower.row_bytes

@@ -50,9 +50,9 @@ class ArcQueues(QueuePolicy):
         if evicted:
             self.num_ghosts[record.queue is self.recent] += 1
 
-    def missed(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item) -> None:
         """Enlarge the list of the ghost by the item's bytes times the ratio of ghost counts."""
-        super().missed(item)
+        super().on_ghost_hit(item)
         record: Record | None = item.memo
         if record is None or record.owner is not self:
             return

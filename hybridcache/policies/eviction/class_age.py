@@ -13,14 +13,14 @@ Class = tuple[str, str, int, bool]
 class ClassAge(SampledPolicy):
     """Evict the least P(reuse | class) * span / (bytes freed * age), among 64 samples.
 
-    Source: the first draft of this project's ``regret``. A class is (kind, label, uses up to 3,
+    Source: the first draft of this project's ``survival``. A class is (kind, label, uses up to 3,
     superseded). P is the fraction of all items that ever entered the class and were used again,
     starting at one in two. Ghost hits count as uses.
     Candidates: leaf KV, any unlocked checkpoint. Refresh: a use resets the age.
     Two kinds, unequal sizes: ``span`` over ``size_bytes`` for both.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
@@ -40,7 +40,7 @@ class ClassAge(SampledPolicy):
         super().touch(item)
         self._count(item)
 
-    def missed(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item) -> None:
         if item.memo is not None:
             self._reused[item.memo[1]] += 1
 

@@ -17,7 +17,7 @@ class Coverage(ScorePolicy):
     reduces the coverage of an item, this takes effect at its next use.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def score(self, item: Item) -> tuple[float, ...]:
         if item.kind == "kv":

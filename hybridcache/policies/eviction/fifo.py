@@ -14,7 +14,7 @@ class FIFO(ScorePolicy):
     Two kinds, unequal sizes: one order over both. Sizes are ignored.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def score(self, item: Item) -> float:
         return item.created

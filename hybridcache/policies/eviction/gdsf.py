@@ -15,7 +15,7 @@ class GDSF(ScorePolicy):
     Two kinds, unequal sizes: cost is ``span``, size is ``size_bytes`` in MiB; one order over both.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ class HitsPerToken(ScorePolicy):
     Two kinds: tokens are replaced by ``size_bytes``, so that states count with their size.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def score(self, item: Item) -> tuple[float, ...]:
         return (item.uses / item.size_bytes, item.last_used)

@@ -15,7 +15,7 @@ class Hyperbolic(SampledPolicy):
     Two kinds, unequal sizes: cost ``span``, size ``size_bytes``, one order over both.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def score(self, item: Item) -> float:
         age = self.now - item.created + 1

@@ -16,7 +16,7 @@ class LFU(ScorePolicy):
     Two kinds: one order over both. Sizes are ignored (``gdsf`` adds sizes and costs).
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def __init__(self) -> None:
         super().__init__()

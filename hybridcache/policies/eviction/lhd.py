@@ -27,7 +27,7 @@ class LHD(SampledPolicy):
     Two kinds, unequal sizes: the kind is part of the class; density is per byte of ``size_bytes``.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)

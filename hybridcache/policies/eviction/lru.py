@@ -20,11 +20,11 @@ class LRU(EvictionPolicy):
     reaches the front. ``discard`` only marks the entry as stale. O(log n) amortised per call, O(1)
     if items are added in order of use.
 
-    Called about ten times per request, so it implements the priority classes of ``policies.tiers``
-    itself.
+    Called about ten times per request, so it implements the priority classes of
+    ``policies.eviction.priority_classes`` itself.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def __init__(self, dead_first: bool = False, demote_superseded: bool = False) -> None:
         self._kv, self._checkpoints = _Line(), _Line()
@@ -32,7 +32,7 @@ class LRU(EvictionPolicy):
         self._superseded = _Line() if demote_superseded else self._checkpoints
 
     @property
-    def has_tiers(self) -> bool:
+    def has_priority_classes(self) -> bool:
         """True if dead KV or superseded checkpoints have separate queues."""
         return self._dead is not self._kv or self._superseded is not self._checkpoints
 

@@ -81,7 +81,8 @@ class QueuePolicy(ABC):
 
     - Each kind has a separate instance (``BothKinds``), and shares are in bytes held.
     - Uses during a lock are applied when the item returns.
-    - An item that changes its priority class (``policies.tiers``) is new to the other instance.
+    - An item that changes its priority class (``priority_classes.py``) is new to the other
+      instance.
     - Ghosts are identified by position, not by path: the next new checkpoint at that position
       within 16 requests counts as the returned one.
     """
@@ -141,7 +142,7 @@ class QueuePolicy(ABC):
         record.queue.remove(record.ticket)
         self.gone(item, record, evicted)
 
-    def missed(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item) -> None:
         """Store the record of a ghost until its return. Ghosts without a memo are ignored."""
         if item.memo is not None:
             self._asked_back[item.position] = (item.memo, self._now)
@@ -167,7 +168,7 @@ class BothKinds(EvictionPolicy):
     With a shared budget, the less recently used of both victims is evicted.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def __init__(self, kv: QueuePolicy, checkpoint: QueuePolicy) -> None:
         self._policies: dict[Kind, QueuePolicy] = {"kv": kv, "checkpoint": checkpoint}
@@ -181,8 +182,8 @@ class BothKinds(EvictionPolicy):
     def discard(self, item: Item, evicted: bool) -> None:
         self._policies[item.kind].discard(item, evicted)
 
-    def missed(self, item: Item) -> None:
-        self._policies[item.kind].missed(item)
+    def on_ghost_hit(self, item: Item) -> None:
+        self._policies[item.kind].on_ghost_hit(item)
 
     def victim(self, kind: Kind | None) -> Item | None:
         if kind is not None:

@@ -15,7 +15,7 @@ class Random(SampledPolicy):
     Two kinds: drawn together, so the kind with more candidates loses more.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     sample = 1
 

@@ -1,4 +1,4 @@
-"""regret: what a byte is worth, learnt from what was used and from what ghosts say was missed. No
+"""survival: what a byte is worth, learnt from what was used and from what ghosts say was missed. No
 knob."""
 
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.survival import NUM_BINS, Survival, age_bins
+from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, age_bins
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
@@ -67,17 +67,17 @@ class _Memo:
         less is expected of that than of what it was before."""
 
 
-class Regret(EvictionPolicy):
+class Survival(EvictionPolicy):
     """Least (index of class and age) * (tokens lost) / (bytes freed).
 
     *Class*: label, superseded or not, uses, and how many generations its lineage has; the index is
-    ``Survival``'s. *Tokens lost*: back to the nearest checkpoint above, so what a neighbour covers
+    ``Hazards``'s. *Tokens lost*: back to the nearest checkpoint above, so what a neighbour covers
     is not paid twice. *Bytes freed*: the state, and at a leaf the KV tail that dies with it, so
     tails and states trade at what they save per byte. *Lineage*: a checkpoint takes over its
     predecessor's generation + 1; when a tip leaves the last tier, the predecessor takes over the
-    tip's demand, where that is more than its own. *Regret*: the use a ghost reports counts as a use
-    of its class, for every ghost that the request would have resumed from had it alone been kept:
-    what is judged is the eviction of one item, the rest being as it is.
+    tip's demand, where that is more than its own. *Ghosts*: the use that a ghost reports counts as
+    a use of its class, for every ghost that the request would have resumed from had it alone been
+    kept: what is judged is the eviction of one item, the rest being as it is.
 
     Source: this project; the index is Gittins' (1979) on hazards as in LHD (NSDI'18), marginal
     coverage as in k-median on a tree. Candidates: leaf KV without a checkpoint at once; else
@@ -86,7 +86,7 @@ class Regret(EvictionPolicy):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.survival = Survival()
+        self.survival = Hazards()
         self._is_last = True
         """Nothing lies below: what it lets go is gone."""
         self._random = random.Random(seed)
@@ -103,9 +103,9 @@ class Regret(EvictionPolicy):
         self._just_used = False
         """The latest call was a use: a ghost that speaks now belongs to the same request."""
 
-    def below(self) -> Regret:
+    def for_tier(self) -> Survival:
         """Hazards and clock are one for all tiers: a stage goes on wherever its item lies."""
-        lower = Regret()
+        lower = Survival()
         lower.survival = self.survival
         self._is_last = False
         return lower
@@ -174,7 +174,7 @@ class Regret(EvictionPolicy):
                 memo.turn = max(memo.turn, item.memo.turn)
                 memo.demand = item.memo.key
 
-    def missed(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item) -> None:
         memo = item.memo
         if isinstance(memo, _Memo):
             survival = self.survival
@@ -182,7 +182,7 @@ class Regret(EvictionPolicy):
             survival.close(memo.stage, now, used=True)
             self._ghost_turn = (now, memo.turn)
 
-    def missed_above(self, item: Item) -> None:
+    def on_ghost_hit_above(self, item: Item) -> None:
         """``item`` would have been resumed from, had it alone been kept: a use, unless it went
         while superseded. What it is worth beside a deeper one ended when that went too."""
         memo = item.memo

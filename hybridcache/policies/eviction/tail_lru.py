@@ -19,7 +19,7 @@ class TailLRU(ScorePolicy):
     items are not linked.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def __init__(self, target_tokens: int = 1024) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ class TTL(ScorePolicy):
     Two kinds: KV and unknown labels live one ``ttl``. Sizes are ignored.
     """
 
-    orders_tiers = False
+    orders_classes = False
 
     def __init__(self, ttl: int = 256, patience: Mapping[str, float] | None = None) -> None:
         super().__init__()

@@ -114,7 +114,7 @@ class Planned(PlacementPolicy):
 
     def on_prefill(self, prefill: Prefill) -> None:
         """Count the overlap of the prompt with earlier ones."""
-        self._observe(min(prefill.branch_len, prefill.prompt_len - 1), prefill.grid)
+        self._observe(min(prefill.seen_len, prefill.prompt_len - 1), prefill.grid)
 
     def _observe(self, overlap: int, grid: int) -> None:
         depth = overlap - overlap % grid

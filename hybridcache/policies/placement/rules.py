@@ -11,7 +11,7 @@ class Branch(PlacementPolicy):
     """Save where the prompt diverges from earlier ones: similar prompts will share that prefix."""
 
     def plan(self, prefill: Prefill) -> Iterable[Placed]:
-        return (Placed(prefill.branch_len, "branch"),)
+        return (Placed(prefill.seen_len, "branch"),)
 
 
 class Boundary(PlacementPolicy):

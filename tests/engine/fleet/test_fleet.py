@@ -17,7 +17,7 @@ from engine.plugins.replicas.replicas_client import FleetEngine
 from engine.plugins.replicas.start_replicas import spec_of
 from engine.plugins.replicas.summed_reports import summed
 from engine.requests.spec import RequestSpec
-from hybridcache.routing.words import find_router
+from hybridcache.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)
 PROMPT = np.arange(300, dtype=np.int32) % 200

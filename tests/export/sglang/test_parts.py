@@ -352,7 +352,7 @@ def test_a_fork_is_known_after_its_kv_is_gone():
     cache, *_ = world()
     publish(cache, range(20))
     cache.evict(num_tokens=100)
-    assert cache.match(np.arange(20, dtype=np.int32)).kv_len == 0
+    assert cache.match(np.arange(20, dtype=np.int32)).kv_match_len == 0
     assert branch(cache, [*range(11), 90, 91, 92]) == 8
     assert branch(cache, [*range(20), 90, 91, 92]) is None
 
@@ -436,9 +436,9 @@ def test_what_it_does_is_not_refused():
 
 
 def test_sglangs_default_eviction_stands_for_ours():
-    assert eviction_name("lru") == CacheConfig(num_kv_tokens=8, num_slots=1).eviction == "regret"
+    assert eviction_name("lru") == CacheConfig(num_kv_tokens=8, num_slots=1).eviction == "survival"
     assert [eviction_name(name) for name in ("plain-lru", "lfu", "regret")] == [
         "lru",
         "lfu",
-        "regret",
+        "survival",
     ]

@@ -27,7 +27,7 @@ from hybridcache.lab.simulation.target import RunConfig, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.lab.traces import open_trace
 from hybridcache.routing.protocol import Choice, Router
-from hybridcache.routing.words import ROUTERS
+from hybridcache.routing.registry import ROUTERS
 
 GEOMETRY = ModelGeometry.preset("qwen3-next")
 TIMES = Roofline.fitting(GEOMETRY)
@@ -217,7 +217,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path) -> None:
             (["--replicas", "2", flag, *value], f"{flag} has no meaning with --replicas")
             for flag, *value in (
                 ("--no-bound",),
-                ("--no-tiers",),
+                ("--no-priority-classes",),
                 ("--kv-share", "0.5"),
                 ("--checkpoint-dtype", "int8"),
                 ("--host-gib", "1"),

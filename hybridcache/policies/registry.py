@@ -1,7 +1,7 @@
 """Policy registry: names of eviction, placement and admission policies, and their parser.
 
 >>> from hybridcache.policies.protocol import Prefill
->>> prefill = Prefill(1000, cached_len=0, kv_len=0, branch_len=300, boundaries=(996,), grid=64)
+>>> prefill = Prefill(1000, cached_len=0, kv_match_len=0, seen_len=300, boundaries=(996,), grid=64)
 >>> prefill.on_grid(parse_placement("branch,boundary,backoff,every:512").plan(prefill))
 {256: 'branch', 960: 'boundary', 512: 'every'}
 """
@@ -31,7 +31,7 @@ from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.marconi import Marconi
 from hybridcache.policies.eviction.random_choice import Random
-from hybridcache.policies.eviction.regret import Regret
+from hybridcache.policies.eviction.regret import Survival
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
 from hybridcache.policies.eviction.seglen import SegLen
 from hybridcache.policies.eviction.sieve import Sieve
@@ -40,6 +40,7 @@ from hybridcache.policies.eviction.tail_lru import TailLRU
 from hybridcache.policies.eviction.ttl import TTL
 from hybridcache.policies.eviction.two_queue import TwoQueue
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
+from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.by_length import (
     Aligned,
     Balanced,
@@ -48,7 +49,6 @@ from hybridcache.policies.placement.by_length import (
     Sqrt,
     Thinned,
 )
-from hybridcache.policies.placement.learned import Learned
 from hybridcache.policies.placement.planned import Planned
 from hybridcache.policies.placement.rules import (
     Backoff,
@@ -69,14 +69,14 @@ AdmissionSpec = str | OwnPolicy | AdmissionPolicy | Callable[[], AdmissionPolicy
 PlacementSpec = str | OwnPolicy | PlacementPolicy | Callable[[], PlacementPolicy]
 
 
-DEFAULT_EVICTION = "regret"
+DEFAULT_EVICTION = "survival"
 """Eviction policy if none is named. It takes more CPU time per request than ``lru``, and hits more
 (``hybridcache/README.md``)."""
-DEFAULT_PLACEMENT = "regret"
+DEFAULT_PLACEMENT = "adaptive"
 """Checkpoint placement if none is named."""
 
 
-class Word(NamedTuple):
+class Entry(NamedTuple):
     """One policy name."""
 
     make: Callable[..., Any]
@@ -86,88 +86,94 @@ class Word(NamedTuple):
     """Example of the number, if it is required."""
 
 
-EVICTION_WORDS: dict[str, Word] = {
-    "lru": Word(LRU),
-    "fifo": Word(FIFO),
-    "lfu": Word(LFU),
-    "slru": Word(SLRU),
-    "2q": Word(TwoQueue),
-    "clock": Word(Clock),
-    "sieve": Word(Sieve),
-    "s3-fifo": Word(S3Fifo),
-    "arc": Word(ARC),
-    "w-tinylfu": Word(WTinyLFU),
-    "lhd": Word(LHD),
-    "gdsf": Word(GDSF),
-    "hyperbolic": Word(Hyperbolic),
-    "random": Word(Random),
-    "hits-per-token": Word(HitsPerToken),
-    "tail-lru": Word(TailLRU, "tokens"),
-    "ttl": Word(TTL, "requests"),
-    "marconi": Word(Marconi, "alpha"),
-    "seglen": Word(SegLen),
-    "coverage": Word(Coverage),
-    "class-age": Word(ClassAge),
-    "regret": Word(Regret),
+EVICTION_NAMES: dict[str, Entry] = {
+    "lru": Entry(LRU),
+    "fifo": Entry(FIFO),
+    "lfu": Entry(LFU),
+    "slru": Entry(SLRU),
+    "2q": Entry(TwoQueue),
+    "clock": Entry(Clock),
+    "sieve": Entry(Sieve),
+    "s3-fifo": Entry(S3Fifo),
+    "arc": Entry(ARC),
+    "w-tinylfu": Entry(WTinyLFU),
+    "lhd": Entry(LHD),
+    "gdsf": Entry(GDSF),
+    "hyperbolic": Entry(Hyperbolic),
+    "random": Entry(Random),
+    "hits-per-token": Entry(HitsPerToken),
+    "tail-lru": Entry(TailLRU, "tokens"),
+    "ttl": Entry(TTL, "requests"),
+    "marconi": Entry(Marconi, "alpha"),
+    "seglen": Entry(SegLen),
+    "coverage": Entry(Coverage),
+    "class-age": Entry(ClassAge),
+    "survival": Entry(Survival),
 }
 """Names for ``CacheConfig.eviction``."""
 
 EVICTION: Mapping[str, Callable[..., EvictionPolicy]] = {
-    name: word.make for name, word in EVICTION_WORDS.items()
+    name: entry.make for name, entry in EVICTION_NAMES.items()
 }
 """Classes of the eviction policies, by name."""
 
-PLACEMENT_WORDS: dict[str, Word] = {
-    "end": Word(End),
-    "branch": Word(Branch),
-    "boundary": Word(Boundary),
-    "backoff": Word(Backoff, "checkpoints"),
-    "prompt": Word(Prompt),
-    "sqrt": Word(Sqrt),
-    "dyadic": Word(Dyadic),
-    "regret": Word(Learned),
-    "every": Word(Every, "tokens", "1024"),
-    "aligned": Word(Aligned, "tokens", "1024"),
-    "chunks": Word(Chunks, "tokens", "1024"),
-    "balanced": Word(Balanced, "checkpoints", "4"),
-    "thinned": Word(Thinned, "checkpoints", "4"),
-    "planned": Word(Planned, "checkpoints", "4"),
+PLACEMENT_NAMES: dict[str, Entry] = {
+    "end": Entry(End),
+    "branch": Entry(Branch),
+    "boundary": Entry(Boundary),
+    "backoff": Entry(Backoff, "checkpoints"),
+    "prompt": Entry(Prompt),
+    "sqrt": Entry(Sqrt),
+    "dyadic": Entry(Dyadic),
+    "adaptive": Entry(Adaptive),
+    "every": Entry(Every, "tokens", "1024"),
+    "aligned": Entry(Aligned, "tokens", "1024"),
+    "chunks": Entry(Chunks, "tokens", "1024"),
+    "balanced": Entry(Balanced, "checkpoints", "4"),
+    "thinned": Entry(Thinned, "checkpoints", "4"),
+    "planned": Entry(Planned, "checkpoints", "4"),
 }
 """Names of checkpoint placement rules, combined with commas."""
 
-ADMISSION_WORDS: dict[str, Word] = {
-    "oldest": Word(Oldest),
-    "cached-first": Word(CachedFirst),
-    "longest-match": Word(LongestMatch),
-    "sessions": Word(SessionGate),
-    "window": Word(Window, "requests", "32"),
-    "live": Word(Live, "sessions", "16"),
+ADMISSION_NAMES: dict[str, Entry] = {
+    "oldest": Entry(Oldest),
+    "cached-first": Entry(CachedFirst),
+    "longest-match": Entry(LongestMatch),
+    "sessions": Entry(SessionGate),
+    "window": Entry(Window, "requests", "32"),
+    "live": Entry(Live, "sessions", "16"),
 }
 """Names of admission policies."""
 
-_CAP = Word(int, "checkpoints", "2")
-_PLACEMENT_AND_CAP = PLACEMENT_WORDS | {"cap": _CAP}
+ALIASES = {
+    ("eviction policy", "regret"): "survival",
+    ("checkpoint placement", "regret"): "adaptive",
+}
+"""Former names, which are still accepted."""
+
+_CAP = Entry(int, "checkpoints", "2")
+_PLACEMENT_AND_CAP = PLACEMENT_NAMES | {"cap": _CAP}
 
 
-def known_words(table: Mapping[str, Word]) -> list[str]:
+def known_names(table: Mapping[str, Entry]) -> list[str]:
     """Return the names of ``table``, as ``name:N`` if a number is possible."""
-    plain = [name for name, word in table.items() if not word.example]
-    return [*plain, *(f"{name}:N" for name, word in table.items() if word.counts)]
+    plain = [name for name, entry in table.items() if not entry.example]
+    return [*plain, *(f"{name}:N" for name, entry in table.items() if entry.counts)]
 
 
-def eviction_words() -> list[str]:
+def eviction_names() -> list[str]:
     """Return the names that ``make_eviction`` accepts in addition to ``module:Class``."""
-    return known_words(EVICTION_WORDS)
+    return known_names(EVICTION_NAMES)
 
 
-def placement_words() -> list[str]:
+def placement_names() -> list[str]:
     """Return the names for ``parse_placement``, in addition to ``none`` and ``module:Class``."""
-    return known_words(_PLACEMENT_AND_CAP)
+    return known_names(_PLACEMENT_AND_CAP)
 
 
-def admission_words() -> list[str]:
+def admission_names() -> list[str]:
     """Return the names that ``make_admission`` accepts in addition to ``module:Class``."""
-    return known_words(ADMISSION_WORDS)
+    return known_names(ADMISSION_NAMES)
 
 
 def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
@@ -178,7 +184,7 @@ def make_eviction(spec: EvictionSpec) -> Callable[[], EvictionPolicy]:
     """
     if not isinstance(spec, str):
         return eviction_of(spec)
-    found = _maker("eviction policy", EVICTION_WORDS, spec)
+    found = _maker("eviction policy", EVICTION_NAMES, spec)
     return eviction_of(load(spec, EvictionPolicy)) if found is None else found
 
 
@@ -196,7 +202,7 @@ def parse_placement(spec: PlacementSpec) -> Placement:
     if spec.strip() == "none":
         return Placement(())
     rules, cap = [], None
-    for word in split_words(spec):
+    for word in split_specs(spec):
         make = _maker("checkpoint placement", _PLACEMENT_AND_CAP, word)
         if make is None:
             rules.append(placement_of(load(word, PlacementPolicy))())
@@ -219,15 +225,15 @@ def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
     """
     if not isinstance(spec, str):
         return admission_of(spec)
-    make = _maker("admission policy", ADMISSION_WORDS, spec)
+    make = _maker("admission policy", ADMISSION_NAMES, spec)
     policy: AdmissionPolicy = make() if make else admission_of(load(spec, AdmissionPolicy))
     return policy
 
 
-def split_words(text: str) -> list[str]:
+def split_specs(text: str) -> list[str]:
     """Split at commas outside parentheses. Empty words are kept.
 
-    >>> split_words("lru, mine:Class(a=1, b=2),ttl:5")
+    >>> split_specs("lru, mine:Class(a=1, b=2),ttl:5")
     ['lru', 'mine:Class(a=1, b=2)', 'ttl:5']
     """
     words, depth = [""], 0
@@ -244,36 +250,37 @@ def in_units(words: str, unit: int) -> str:
     """Convert the lengths in placement ``words`` from tokens to units of ``unit`` tokens."""
 
     def convert() -> Iterator[str]:
-        for text in split_words(words):
+        for text in split_specs(words):
             name, _, number = text.partition(":")
-            word = PLACEMENT_WORDS.get(name)
-            is_length = word is not None and word.counts == "tokens" and number.isdecimal()
+            entry = PLACEMENT_NAMES.get(name)
+            is_length = entry is not None and entry.counts == "tokens" and number.isdecimal()
             yield f"{name}:{max(1, int(number) // unit)}" if is_length else text
 
     return ",".join(convert())
 
 
-def _maker(what: str, table: Mapping[str, Word], text: str) -> Callable[[], Any] | None:
+def _maker(what: str, table: Mapping[str, Entry], text: str) -> Callable[[], Any] | None:
     """Return the factory for ``text``, or None if it has the form ``module:Class``."""
     name, colon, number = text.partition(":")
-    word = table.get(name)
-    if word is None:
+    name = ALIASES.get((what, name), name)
+    entry = table.get(name)
+    if entry is None:
         if colon:
             return None
         raise ValueError(
-            f"unknown {what} {name!r}; known: {', '.join(known_words(table))}, or module:Class"
+            f"unknown {what} {name!r}; known: {', '.join(known_names(table))}, or module:Class"
         )
-    if not colon and not word.example:
-        make: Callable[[], Any] = word.make
+    if not colon and not entry.example:
+        make: Callable[[], Any] = entry.make
         return make
-    if not word.counts:
+    if not entry.counts:
         raise ValueError(f"{what} {name!r} takes no number, got {text!r}")
-    value = _number(word.counts, number)
+    value = _number(entry.counts, number)
     if value is None:
-        kind = "number of at least 0" if word.counts == "alpha" else "whole number of at least 1"
-        as_in = f", as in {name}:{word.example}" if word.example else ""
-        raise ValueError(f"{what} {name!r} needs a {kind} ({word.counts}){as_in}, got {text!r}")
-    return partial(word.make, value)
+        kind = "number of at least 0" if entry.counts == "alpha" else "whole number of at least 1"
+        as_in = f", as in {name}:{entry.example}" if entry.example else ""
+        raise ValueError(f"{what} {name!r} needs a {kind} ({entry.counts}){as_in}, got {text!r}")
+    return partial(entry.make, value)
 
 
 def _number(counts: str, text: str) -> float | None:

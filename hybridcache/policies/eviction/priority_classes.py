@@ -8,7 +8,7 @@ from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 
-class Tiers(EvictionPolicy):
+class PriorityClasses(EvictionPolicy):
     """Combination of three instances of one policy, evicted from in the order below.
 
     ``dead`` and ``superseded`` can be the same object as ``rest``, which disables that class.
@@ -40,28 +40,28 @@ class Tiers(EvictionPolicy):
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
         tier.touch(item)
 
-    def missed(self, item: Item) -> None:
+    def on_ghost_hit(self, item: Item) -> None:
         """Notify both classes with checkpoints, because the ghost can be from either."""
-        self._rest.missed(item)
+        self._rest.on_ghost_hit(item)
         if self._superseded is not self._rest:
-            self._superseded.missed(item)
+            self._superseded.on_ghost_hit(item)
 
-    def missed_above(self, item: Item) -> None:
+    def on_ghost_hit_above(self, item: Item) -> None:
         """Notify both classes with checkpoints."""
-        self._rest.missed_above(item)
+        self._rest.on_ghost_hit_above(item)
         if self._superseded is not self._rest:
-            self._superseded.missed_above(item)
+            self._superseded.on_ghost_hit_above(item)
 
-    def below(self) -> EvictionPolicy | None:
+    def for_tier(self) -> EvictionPolicy | None:
         """Return the same classes over the shared policies of ``rest`` and ``superseded``.
 
         Lower tiers store only checkpoints, so dead KV has no class there.
         """
-        rest = self._rest.below()
+        rest = self._rest.for_tier()
         if rest is None or self._superseded is self._rest:
             return rest
-        superseded = self._superseded.below()
-        return None if superseded is None else Tiers(rest, rest, superseded)
+        superseded = self._superseded.for_tier()
+        return None if superseded is None else PriorityClasses(rest, rest, superseded)
 
     def candidates(self) -> Iterable[Item] | None:
         """Return the items of all classes, or None if one of them cannot list its items."""
@@ -83,6 +83,8 @@ class Tiers(EvictionPolicy):
         return first if first is not None else self._rest.victim(kind)
 
 
-def in_tiers(policy: object) -> bool:
+def has_priority_classes(policy: object) -> bool:
     """True if ``policy`` has priority classes before its main order."""
-    return isinstance(policy, Tiers) or (isinstance(policy, LRU) and policy.has_tiers)
+    return isinstance(policy, PriorityClasses) or (
+        isinstance(policy, LRU) and policy.has_priority_classes
+    )

@@ -1,4 +1,4 @@
-"""Placement learnt by regret: every label earns its checkpoints."""
+"""Adaptive placement: every label earns its checkpoints."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class _Account:
             self.wait = min(self.wait * TRIAL_GROWTH, MEMORY)
 
 
-class Learned(PlacementPolicy):
+class Adaptive(PlacementPolicy):
     """Forks and boundaries always; the successor of the tip that the prompt resumes from; other
     positions while they earn more than they displace.
 
@@ -117,8 +117,8 @@ class Learned(PlacementPolicy):
     back-off, for those only stand in for it. It *displaces* the worth of a checkpoint at the
     margin: the tokens that requests missed because their checkpoint had been evicted, per
     checkpoint saved. With ample memory nothing is displaced and all labels that ever earn are
-    placed; under pressure the labels in use follow the regret. A label that does not pay is tried
-    more and more seldom.
+    placed; under pressure the labels in use follow the ghost hits. A label that does not pay is
+    tried more and more seldom.
 
     Four rules keep this from starving useful positions or crowding them out:
 
@@ -172,7 +172,7 @@ class Learned(PlacementPolicy):
         back_offs = _back_offs(prefill)
         for _, label in back_offs:
             self._offer(label)
-        if not prefill.forks and prefill.floor(prefill.branch_len) is not None:
+        if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
             self._offer(REJOIN)
         if prefill.answer_survives:
             self._offer("decode")
@@ -200,11 +200,11 @@ class Learned(PlacementPolicy):
         end."""
         cached_len, free_slots = prefill.cached_len, prefill.free_slots
         wanted: list[Placed] = []
-        if prefill.branch_len > cached_len:
+        if prefill.seen_len > cached_len:
             if prefill.forks:
-                wanted.append(Placed(prefill.branch_len, "branch"))
+                wanted.append(Placed(prefill.seen_len, "branch"))
             elif self._wants(REJOIN, None):
-                wanted.append(Placed(prefill.branch_len, REJOIN))
+                wanted.append(Placed(prefill.seen_len, REJOIN))
         for boundary in reversed(prefill.boundaries):
             if boundary > cached_len:
                 wanted.append(Placed(boundary, "boundary"))

@@ -81,7 +81,7 @@ class _Generation(NamedTuple):
     """Where the rows of each begin."""
 
 
-class Survival:
+class Hazards:
     """Hazards and indices of all classes.
 
     ``open`` and ``close`` are O(1); ``refresh``, called now and then, O(open stages + classes *

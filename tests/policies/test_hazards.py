@@ -18,14 +18,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from hybridcache.policies.eviction.survival import (
+from hybridcache.policies.eviction.hazards import (
     DOUBT,
     EDGES,
     NUM_BINS,
     SHAPE_WEIGHT,
     TOP_WEIGHT,
     WIDTHS,
-    Survival,
+    Hazards,
     index_of,
 )
 
@@ -104,7 +104,7 @@ class SurvivalMachine(RuleBasedStateMachine):
 
     @initialize()
     def make(self) -> None:
-        self.survival, self.plain, self.now = Survival(MAX_OPEN), PlainSurvival(), 0
+        self.survival, self.plain, self.now = Hazards(MAX_OPEN), PlainSurvival(), 0
         self.rows: dict[tuple[object, ...], int] = {}
 
     @rule(requests=st.sampled_from([1, 1, 3, 40, 700]))
