@@ -14,6 +14,7 @@ names another one: `thorough` for hours, `mutate` to ask only whether a test fai
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import ssl
@@ -94,6 +95,12 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         if any(text in shown for text in said):
             report.outcome, report.longrepr = "skipped", (str(item.path), 0, "needs torch")
     return report
+
+
+def pytest_collection_finish() -> None:
+    """Exempt what is imported from garbage collection, which would visit it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 LEFT_OUT = pytest.StashKey[int]()

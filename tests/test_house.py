@@ -12,6 +12,7 @@ import importlib.util
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -25,6 +26,13 @@ ALLOWED = {
     "engine": {"engine", "hybridcache", "kernels"},
     "experiments": {"experiments", "engine", "hybridcache", "kernels"},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forgets_trees() -> Iterator[None]:
+    """Drop the syntax trees at the end: garbage collection would visit them in every later test."""
+    yield
+    parsed.cache_clear()
 
 
 @cache

@@ -486,6 +486,7 @@ def test_a_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "has no chat template: use `engine generate`" in capsys.readouterr().err
 
 
+@pytest.mark.full("ctrl-c")
 @pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["ctrl-c", "ctrl-d"])
 def test_a_chat_in_a_terminal_ends_cleanly(key: str) -> None:
     controller, terminal = pty.openpty()

@@ -36,9 +36,9 @@ def _start(*flags: str, **options: object) -> subprocess.Popen[str]:
 
 
 @pytest.fixture
-def server() -> subprocess.Popen[str]:
-    """``engine serve`` as a process of its own, listening."""
-    process = _start(*SMALL)
+def server(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
+    """``engine serve`` as a process of its own, listening; with the parameter's flags, if any."""
+    process = _start(*SMALL, *getattr(request, "param", ()))
     yield process
     process.kill()
     process.communicate()
@@ -83,6 +83,7 @@ def test_what_the_server_refuses_is_said_before_a_model_is_shown(flag: str, valu
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("server", [("--log-requests", "--log-level", "error")], indirect=True)
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
     screen, url = _address(server)
     for word in (
@@ -104,6 +105,7 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     name, _, value = header.partition(": ")
     said = httpx.post(pasted, content=content, headers={name: value}, timeout=60).json()
     assert said["choices"][0]["message"]["content"].endswith("#### 8")
+    httpx.get(url + "/nothing", timeout=60)
     body = {"prompt": "drain me", "max_tokens": 300, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
         events = answer.iter_lines()
@@ -115,6 +117,8 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     assert server.wait(30) == 0
     with pytest.raises(httpx.ConnectError):
         httpx.get(url + "/health")
+    log = server.stderr.read()
+    assert re.search(r"^\d\d:\d\d:\d\d GET /nothing 404  \d+ ms$", log, re.M), log
 
 
 def _is_gone(pid: int) -> bool:
@@ -132,18 +136,6 @@ def _engine_of(server: subprocess.Popen[str]) -> int:
             if stat.read_text().rpartition(")")[2].split()[1] == str(server.pid):
                 return int(stat.parent.name)
     raise AssertionError("the server has no engine")
-
-
-def test_requests_are_logged_where_that_is_asked() -> None:
-    process = _start(*SMALL, "--log-requests", "--log-level", "error")
-    try:
-        _, url = _address(process)
-        _until_it_answers(url)
-        httpx.get(url + "/nothing", timeout=60)
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        _, log = process.communicate(timeout=60)
-    assert re.fullmatch(r"\d\d:\d\d:\d\d GET /nothing 404  \d+ ms\n", log), log
 
 
 LONG = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}
@@ -167,6 +159,7 @@ def test_a_killed_engine_ends_every_stream_and_the_server_with_one_sentence(
     assert said.startswith("engine serve: The engine's process") and said.count("\n") == 1
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_the_engine_of_a_killed_server_ends_itself(server: subprocess.Popen[str]) -> None:
     _, url = _address(server)
@@ -248,7 +241,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.full("combined-loading-SIGTERM", "combined-screen-SIGINT")
+@pytest.mark.full("combined-screen-SIGINT")
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize(
     ("role", "phase", "number"), ENDS, ids=[f"{r}-{p}-{n.name}" for r, p, n in ENDS]

@@ -218,6 +218,7 @@ def last_outputs(engine: Engine, wanted: set[str]) -> dict[str, RequestOutput]:
     raise AssertionError(f"{wanted - finals.keys()} never finished")
 
 
+@pytest.mark.full("4-12")
 @pytest.mark.parametrize(("most", "num_long"), [(1, 1), (4, 4), (4, 12), (2, 300)])
 def test_full_load_slots_delay_no_request_that_loads_nothing(most: int, num_long: int) -> None:
     """Short prompts come behind any number of long ones whose loads never end, and finish in the

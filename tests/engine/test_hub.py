@@ -344,6 +344,7 @@ def test_commands_take_names_of_the_hub(hub: Hub, capsys: pytest.CaptureFixture[
     assert "There is no folder no/such here" in error and error.count("\n") == 1
 
 
+@pytest.mark.full
 def test_the_environment_and_the_token_are_those_of_the_hub_library(
     hub: Hub, tmp_path: Path
 ) -> None:

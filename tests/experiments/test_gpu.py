@@ -242,6 +242,7 @@ def test_what_this_code_has_measured_is_kept(
     ]
 
 
+@pytest.mark.full
 def test_without_the_servers_packages_the_engine_itself_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

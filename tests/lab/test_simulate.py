@@ -409,6 +409,7 @@ def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
     }
 
 
+@pytest.mark.full("chat-budget", "coding-agent-arena")
 @pytest.mark.parametrize("memory", list(GOLDEN_FILES))
 @pytest.mark.parametrize("trace", list(GOLDEN_TRACES))
 def test_golden_hit_counts(trace: str, memory: str) -> None:

@@ -84,7 +84,7 @@ def guesses(monkeypatch) -> None:
     monkeypatch.setattr(Drafting, "learn", lambda *draft: None)
 
 
-@pytest.mark.full("tree:4-all-tiny")
+@pytest.mark.full("none-all-tiny")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("graphs", ["all", "decode", "off"])
 @pytest.mark.parametrize("draft", ["none", "tree:4"])

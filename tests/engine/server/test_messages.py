@@ -152,9 +152,6 @@ def test_why_an_answer_stopped(say: Say, tools: Any) -> None:
     assert stopped["content"] == [{"type": "text", "text": "One "}] or tools
     assert message(live)["stop_reason"] == "end_turn"
     assert message(live, max_tokens=3)["stop_reason"] == "max_tokens"
-    live = say("x" * 5000)
-    full = message(live, max_tokens=4096)
-    assert full["stop_reason"] == "model_context_window_exceeded"
     live = say(HERMES_CALL)
     cut = message(live, tools=TOOLS, max_tokens=60)
     assert cut["stop_reason"] == "max_tokens"
