@@ -247,6 +247,7 @@ class RecordingLibrary:
             setattr(self, name, getattr(library, name))
 
 
+@pytest.mark.full("how1")
 @pytest.mark.parametrize("how", [{}, {"draft": "tree:4"}, {"asynchronous": True, "overlap": "on"}])
 def test_the_engines_thread_makes_only_calls_that_are_bounded(
     monkeypatch: pytest.MonkeyPatch, how: dict[str, Any]

@@ -74,6 +74,7 @@ def test_its_placement_gives_what_it_says(
     assert [row[3] for row in rows] == [other, mine]
 
 
+@pytest.mark.full
 def test_its_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     monkeypatch.chdir(tmp_path)
