@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from hybridcache.lab.command.advise import add_advise
+from hybridcache.lab.command.leaderboard import add_leaderboard
 from hybridcache.lab.command.optimum import add_optimum
 from hybridcache.lab.command.simulate import add_simulate
 from hybridcache.lab.command.trace import add_trace
@@ -80,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"hybridcache {version()}")
     commands = parser.add_subparsers(title="commands", required=True)
-    for add in (add_trace, add_simulate, add_optimum, add_advise):
+    for add in (add_trace, add_simulate, add_optimum, add_advise, add_leaderboard):
         add(commands)
     return parser
 

@@ -40,6 +40,8 @@ class _Growing:
         self.capacity_bytes = budget.capacity_bytes
         """Capacity of the tier that is being filled; ``usage`` is of the same tier."""
         self.usage = np.zeros(trie.num_requests, dtype=np.int64)
+        self.running = budget.running_bytes
+        """Bytes of running requests, less the KV that they reuse; None if they are not counted."""
         self.lower: list[tuple[set[Interval], set[Interval]]] = []
         """Entries stored in each tier below the device so far; the last one is being filled."""
         self.hit_depth = np.zeros(trie.num_requests, dtype=np.int64)
@@ -109,8 +111,18 @@ class _Growing:
             sum(size * int(self.lengths[index][which].sum()) for index, size, which in added)
         )
 
+    def running_with(self, request: int, tokens: int) -> npt.NDArray[np.int64] | None:
+        """Return ``running`` once ``request`` reuses that many more tokens."""
+        if self.running is None or not self.running[request]:
+            return self.running
+        running = self.running.copy()
+        running[request] -= tokens * self.budget.kv_bytes_per_token
+        return running
+
     def fits(
-        self, added: list[tuple[int, int, npt.NDArray[np.intp]]]
+        self,
+        added: list[tuple[int, int, npt.NDArray[np.intp]]],
+        running: npt.NDArray[np.int64] | None,
     ) -> npt.NDArray[np.int64] | None:
         """Return the usage with ``added`` in place, or None if it would exceed the capacity at any
         step."""
@@ -119,11 +131,15 @@ class _Growing:
             np.add.at(change, self.visits[index][which], size)
             np.add.at(change, self.visits[index][which + 1], -size)
         usage: npt.NDArray[np.int64] = self.usage + np.cumsum(change)[:-1]
-        return usage if usage.max(initial=0) <= self.capacity_bytes else None
+        most = usage.max(initial=0)
+        if running is not None:
+            most = max(most, (usage[:-1] + running[1:]).max(initial=0))
+        return usage if most <= self.capacity_bytes else None
 
     def open_tier(self, capacity_bytes: int) -> None:
         """Direct further additions to the next tier."""
         self.capacity_bytes = capacity_bytes
+        self.running = None  # requests run on the device
         self.usage = np.zeros(self.trie.num_requests, dtype=np.int64)
         self.lower.append((set(), set()))
 
@@ -233,7 +249,10 @@ def _fill(growing: _Growing, trie: VisitedTrie, budget: Budget) -> None:
         if heap and now < -heap[0][0] * (1 - 1e-9):
             heapq.heappush(heap, (-now, request, index))
             continue
-        usage = growing.fits(added)
+        tokens = trie.positions[index].depth - int(growing.hit_depth[request])
+        running = growing.running_with(request, tokens)
+        usage = growing.fits(added, running)
         if usage is not None:
+            growing.running = running
             growing.add(request, index, states, added, usage)
             growing.paid[request] = copied

@@ -28,8 +28,8 @@ class LowerBudget:
 class Budget:
     """Bytes that may be kept between two requests, and the sizes and costs of entries.
 
-    Memory held by the running request itself is not counted, so the optimum also bounds caches that
-    count it.
+    Without ``running_bytes``, memory held by the running request itself is not counted, so the
+    optimum also bounds caches that do not count it.
     """
 
     capacity_bytes: int
@@ -38,6 +38,9 @@ class Budget:
     lower: tuple[LowerBudget, ...] = ()
     """Tiers below the device, the nearest first. An interval is kept whole, on the device or in one
     of them. A request copies the entries that it needs when it arrives."""
+    running_bytes: npt.NDArray[np.int64] | None = None
+    """Bytes that each request holds while it runs, if nothing of it is cached: int64[requests].
+    Counted next to the entries kept since the request before; cached KV is counted once."""
 
 
 @dataclass(slots=True)
@@ -104,8 +107,14 @@ class Plan:
     def verify(self, trie: VisitedTrie, budget: Budget) -> None:
         """Check from scratch that a cache could execute the plan (capacity to a millionth, the
         solver's tolerance). Raises AssertionError naming the rule that is broken."""
-        most = self.usage(trie, budget).max(initial=0)
-        assert most <= budget.capacity_bytes * (1 + 1e-6), "over capacity"
+        usage = self.usage(trie, budget)
+        assert usage.max(initial=0) <= budget.capacity_bytes * (1 + 1e-6), "over capacity"
+        if budget.running_bytes is not None:
+            saved_bytes = self.cached_lens(trie) * budget.kv_bytes_per_token
+            running = budget.running_bytes - saved_bytes
+            running[budget.running_bytes == 0] = 0
+            most = (usage[:-1] + running[1:]).max(initial=0)
+            assert most <= budget.capacity_bytes, "over capacity while a request runs"
         self._verify_lower(trie, budget)
         for request, index in self.hits.items():
             path = trie.paths[request]

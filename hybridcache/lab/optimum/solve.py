@@ -4,7 +4,7 @@ gap."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from hybridcache.lab.optimum.greedy import clairvoyant_greedy
 from hybridcache.lab.optimum.plan import Budget, LowerBudget, Plan
 from hybridcache.lab.optimum.program import Program, Solution
 from hybridcache.lab.optimum.trie import Placement, build_trie
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.trace import Trace, TraceRequest
 
 Method = Literal["milp", "lp", "greedy"]
 WINDOW = 100
@@ -109,6 +109,7 @@ def optimum(
     relative_gap: float = RELATIVE_GAP,
     limit_s: float = LIMIT_S,
     lower: tuple[LowerBudget, ...] = (),
+    counts_running: bool = False,
     on_progress: Callable[[str], None] | None = None,
 ) -> Optimum:
     """Compute the offline optimum over the contents of the cache and the positions of checkpoints.
@@ -117,6 +118,8 @@ def optimum(
     prices. ``milp`` improves the plan window by window, then as a whole, until the gap is
     ``relative_gap`` or ``limit_s`` is over. ``lower``: tiers below the device, for ``greedy`` and
     ``lp``; results are then net of copy costs, in tokens. ``grid`` is in tokens.
+    ``counts_running``: the running request's KV and state take memory too, as in every cache of
+    this project; for ``greedy`` alone. A request that the memory cannot hold counts nothing.
 
     Raises ValueError for a budget, a grid or a time that is not positive and for a trace without a
     request; TimeoutError if ``limit_s`` was too short for any bound; ImportError without the extra
@@ -136,6 +139,10 @@ def optimum(
             "method milp does not support tiers below the device: use greedy, which makes a plan, "
             "or lp, which also bounds it"
         )
+    if counts_running and method != "greedy":
+        raise ValueError(
+            f"counts_running needs method greedy (got {method}): the bound does not count them"
+        )
     say = on_progress or (lambda _: None)
     began = time.perf_counter()
     requests = list(trace)
@@ -147,6 +154,9 @@ def optimum(
         kv_bytes_per_token * trace.unit,
         state_bytes,
         tuple(LowerBudget(at.capacity_bytes, at.tokens_per_byte / trace.unit) for at in lower),
+        _running_bytes(requests, capacity_bytes, kv_bytes_per_token * trace.unit, state_bytes)
+        if counts_running
+        else None,
     )
     prompt_tokens = sum(request.num_tokens(trace.unit) for request in requests)
     say(f"{len(requests)} requests, {len(trie.positions)} shared positions; greedy")
@@ -183,6 +193,16 @@ def optimum(
         wall_s=time.perf_counter() - began,
         lower=lower,
     )
+
+
+def _running_bytes(
+    requests: Sequence[TraceRequest], capacity_bytes: int, kv_bytes: int, state_bytes: int
+) -> npt.NDArray[np.int64]:
+    """Return the bytes of each request while it runs; 0 for one that is larger than the memory."""
+    tokens = [len(request.tokens) + len(request.output) for request in requests]
+    found = np.asarray(tokens, dtype=np.int64) * kv_bytes + state_bytes
+    found[found > capacity_bytes] = 0
+    return found
 
 
 def _refuse_bad_limits(grid: int, unit: int, relative_gap: float, limit_s: float) -> None:

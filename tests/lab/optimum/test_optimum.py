@@ -71,6 +71,36 @@ def test_every_way_is_ordered_greedy_milp_lp_and_every_plan_is_real(
     assert round(milp.saved) <= round(Program(finer, budget).solve(integral=True).bound + 0.5)
 
 
+@settings(max_examples=60)
+@given(
+    pairs=pairs, capacity=st.integers(3, 60), state=st.integers(1, 3), grid=st.sampled_from([1, 2])
+)
+def test_a_plan_beside_running_requests_is_real_and_where_nothing_is_short_the_same(
+    pairs: list[Pair], capacity: int, state: int, grid: int
+) -> None:
+    sizes = {"capacity_bytes": capacity, "kv_bytes_per_token": 1, "state_bytes": state}
+    trace = trace_of(pairs)
+    free = optimum(trace, **sizes, grid=grid, method="greedy")
+    counted = optimum(trace, **sizes, grid=grid, method="greedy", counts_running=True)
+    if capacity >= 48:
+        assert counted.reached == free.reached
+
+
+def test_a_running_request_takes_room_from_the_plan() -> None:
+    """The third prompt can resume at 3 only if 5 bytes stay next to the second one's 6."""
+    first, other = [1, 2, 3, 9], [5, 6, 7, 8]
+    trace = trace_of([(first, []), (other, []), (first, [])])
+    for capacity, free, counted in ((5, 3, 3), (10, 3, 0), (11, 3, 3)):
+        sizes = {"capacity_bytes": capacity, "kv_bytes_per_token": 1, "state_bytes": 2}
+        best = optimum(trace, **sizes, method="greedy")
+        beside = optimum(trace, **sizes, method="greedy", counts_running=True)
+        assert best.cached_tokens.tolist() == [0, 0, free]
+        # with 5 bytes no request fits, so none is counted
+        assert beside.cached_tokens.tolist() == [0, 0, counted]
+    with pytest.raises(ValueError, match="counts_running needs method greedy"):
+        optimum(trace, **sizes, counts_running=True)
+
+
 def test_a_worked_example_one_checkpoint_or_the_other() -> None:
     """Two prompts of 4 and 3 tokens alternate and each comes twice; there is room for one's KV and
     state only."""

@@ -1,0 +1,63 @@
+"""``hybridcache leaderboard``: your policy against every built-in one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hybridcache.lab.command.shared import share, split
+
+if TYPE_CHECKING:
+    from hybridcache.lab.command.shared import Commands
+
+
+def add_leaderboard(commands: Commands) -> None:
+    """The command's parser."""
+    parser = commands.add_parser(
+        "leaderboard", help="your policy against every built-in one on the evaluation split"
+    )
+    add = parser.add_argument
+    add(
+        "policies",
+        nargs="*",
+        metavar="POLICY",
+        help="module:Class of an eviction policy, or eviction@placement",
+    )
+    add("--built-in", metavar="NAMES", help="built-in evictions, commas between (default: all)")
+    add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all ten)")
+    add("--only", default="", metavar="TEXT", help="only traces whose name contains this")
+    add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
+    share(parser, "--processes")
+    add("--output", type=Path, help="JSON lines of finished traces; a repeated command continues")
+    add("--json", action="store_true", help="JSON lines, one a policy, instead of a table")
+    parser.set_defaults(run=_leaderboard, goes_on=True)
+
+
+def _leaderboard(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from hybridcache.lab.leaderboard import BUILT_IN, Split, leaderboard
+
+    if options.seeds is not None and options.seeds < 1:
+        raise ValueError(f"--seeds must be at least 1 (got {options.seeds}).")
+    chosen = Split.load(options.split).head(options.seeds, options.only)
+    total = len(chosen.gib) * len(chosen.seeds)
+    with tqdm(total=total, unit=" traces", disable=None, file=sys.stderr) as bar:
+        board = leaderboard(
+            options.policies,
+            chosen,
+            built_in=BUILT_IN if options.built_in is None else split(options.built_in),
+            processes=options.processes,
+            resume_from=options.output,
+            progress=lambda done, _: bar.update(done - bar.n) and None,
+        )
+    if options.json:
+        for row in board.rows():
+            print(json.dumps(asdict(row)))
+    else:
+        print(board.table())
+    return 0

@@ -1,0 +1,285 @@
+"""Compare a policy with every built-in one on the evaluation split, with intervals.
+
+A cell is one generated trace at one memory size. Each policy runs in every cell with every seed.
+A score is the mean over cells, so that every cell weighs the same; its interval comes from the
+seeds. Differences are paired: policies are compared seed by seed.
+
+Next to the token hit rate stands its share of the best plan found with hindsight, in two counts.
+The first plan may fill the whole memory between two requests; the second also leaves room for the
+KV and the state of the running request, which every cache of this project must hold.
+
+>>> split = Split("tiny", "qwen3-next", (0, 1, 2), {"short?head=20": (1.0,)})
+>>> board = leaderboard((), split, built_in=("lru", "fifo"))
+>>> [row.name for row in board.rows()]
+['lru', 'fifo']
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hybridcache.config import GRID
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.lab.extras import version
+from hybridcache.lab.intervals import Interval, interval, paired
+from hybridcache.lab.optimum import optimum
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.grid import Place, run_grid
+from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.simulation.sizes import budget_bytes
+from hybridcache.lab.trace import Trace
+from hybridcache.lab.traces import open_trace
+from hybridcache.policies.user import source_of
+from hybridcache.policies.words import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION, split_words
+
+BUILT_IN = tuple(sorted(EVICTION))
+"""Eviction policies on the board, each with the default placement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Traces, sizes and seeds on which policies are compared."""
+
+    name: str
+    model: str
+    seeds: tuple[int, ...]
+    gib: Mapping[str, tuple[float, ...]]
+    """Sizes by trace specification."""
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> Split:
+        """Read a TOML file of the form of ``leaderboard.toml``; None for the packaged one.
+
+        Raises ValueError if a field is missing, OSError if the file cannot be read.
+        """
+        source = resources.files(__package__) / "leaderboard.toml" if path is None else path
+        try:
+            read = tomllib.loads(source.read_text(encoding="utf-8"))
+            gib = {trace: tuple(map(float, sizes)) for trace, sizes in read["gib"].items()}
+            return cls(
+                "evaluation" if path is None else path.name,
+                read["model"],
+                tuple(read["seeds"]),
+                gib,
+            )
+        except (KeyError, AttributeError, TypeError, tomllib.TOMLDecodeError) as error:
+            raise ValueError(f"{source} is not a split: {error} (see leaderboard.toml)") from error
+
+    def head(self, num_seeds: int | None, only: str = "") -> Split:
+        """Return the split with its first seeds, and the traces whose name contains ``only``."""
+        gib = {trace: sizes for trace, sizes in self.gib.items() if only in trace}
+        if not gib:
+            raise ValueError(f"no trace of the split contains {only!r}: {', '.join(self.gib)}")
+        return Split(self.name, self.model, self.seeds[:num_seeds], gib)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """All sizes of one trace with one seed, under all policies."""
+
+    model: str
+    trace: str
+    seed: int
+    gib: tuple[float, ...]
+    policies: tuple[str, ...]
+    """``eviction`` or ``eviction@placement``."""
+
+    @property
+    def label(self) -> str:
+        return f"{self.trace}, seed {self.seed}"
+
+    def key(self) -> str:
+        """Return an identity of the job, the version, and the code of own policies."""
+        own = "".join(
+            source_of(word)
+            for policy in self.policies
+            for part in policy.split("@")
+            for word in split_words(part)
+        )
+        return hashlib.sha256(repr((self, version(), own)).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Token hit rates of one job, a number per size."""
+
+    trace: str
+    seed: int
+    gib: list[float]
+    rates: dict[str, list[float]]
+    """By policy."""
+    plan: list[float]
+    """Best plan found with hindsight, in the whole memory."""
+    plan_running: list[float]
+    """The same next to the running request."""
+
+
+def run_job(_trace: Trace, job: Job) -> Scores:
+    """Simulate every policy and compute both plans. O(policies * requests * sizes)."""
+    trace = open_trace(f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}").kept()
+    rates: dict[str, list[float]] = {}
+    for policy in job.policies:
+        eviction, _, placement = policy.partition("@")
+        result = simulate(
+            trace,
+            model=job.model,
+            gib=job.gib,
+            policy=eviction,
+            checkpoints=[placement or DEFAULT_PLACEMENT],
+            bound=False,
+        )
+        rates[policy] = [run.token_hit_rate for run in result.runs]
+    geometry = ModelGeometry.load(job.model)
+    plans: tuple[list[float], list[float]] = [], []
+    for gib in job.gib:
+        for counts_running, found in enumerate(plans):
+            best = optimum(
+                trace,
+                capacity_bytes=budget_bytes(gib),
+                kv_bytes_per_token=geometry.kv_bytes_per_token,
+                state_bytes=geometry.state_bytes,
+                grid=GRID,
+                method="greedy",
+                counts_running=bool(counts_running),
+            )
+            found.append(best.reached)
+    return Scores(job.trace, job.seed, list(job.gib), rates, *plans)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One policy on the board; all figures in percent or points."""
+
+    name: str
+    hit_rate: Interval
+    difference: Interval
+    """To the first policy, paired by seed."""
+    share: Interval
+    """Share of the plan in the whole memory."""
+    share_running: Interval
+    """Share of the plan that leaves room for the running request."""
+
+
+@dataclass(frozen=True, slots=True)
+class Board:
+    """Scores of all jobs of a split."""
+
+    split: Split
+    reference: str
+    scores: tuple[Scores, ...]
+
+    def rows(self) -> list[Row]:
+        """Return a row per policy, the highest hit rate first."""
+        rates, plan, plan_running = self._by_seed()
+        reference = 100 * rates[self.reference].mean(axis=1)
+        found = []
+        for name, values in rates.items():
+            means = 100 * values.mean(axis=1)
+            found.append(
+                Row(
+                    name,
+                    interval(means.tolist()),
+                    paired(means.tolist(), reference.tolist()),
+                    interval((100 * _shares(values, plan)).tolist()),
+                    interval((100 * _shares(values, plan_running)).tolist()),
+                )
+            )
+        return sorted(found, key=lambda row: -row.hit_rate.mean)
+
+    def table(self) -> str:
+        """Return the board as text."""
+        heads = ["policy", "token hit rate, %", f"less {self.reference}, points"]
+        heads += ["% of plan", "% of plan beside running requests"]
+        rows = [
+            [row.name, *map(str, (row.hit_rate, row.difference, row.share, row.share_running))]
+            for row in self.rows()
+        ]
+        num_cells = sum(map(len, self.split.gib.values()))
+        return (
+            f"{num_cells} cells of {len(self.split.gib)} traces, {len(self.split.seeds)} seeds "
+            f"each, {self.split.model}. Mean over cells [95 % interval over seeds].\n\n"
+            + text_table(heads, rows)
+        )
+
+    def records(self) -> list[dict[str, Any]]:
+        """Return the scores as dictionaries for JSON lines."""
+        return [asdict(scores) for scores in self.scores]
+
+    def _by_seed(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+        """Return rates by policy, the plan and the plan beside running requests: [seeds, cells]."""
+        by_place = {(scores.trace, scores.seed): scores for scores in self.scores}
+
+        def matrix(read: Callable[[Scores], list[float]]) -> np.ndarray:
+            return np.array(
+                [
+                    [rate for cell in self.split.gib for rate in read(by_place[cell, seed])]
+                    for seed in self.split.seeds
+                ]
+            )
+
+        rates = {
+            name: matrix(lambda scores, name=name: scores.rates[name])  # type: ignore[misc]
+            for name in self.scores[0].rates
+        }
+        return rates, matrix(lambda s: s.plan), matrix(lambda s: s.plan_running)
+
+
+def _shares(rates: np.ndarray, plan: np.ndarray) -> np.ndarray:
+    """Return the mean share of each seed over the cells where a plan reuses anything."""
+    shares = np.divide(rates, plan, out=np.full(rates.shape, np.nan), where=plan > 0)
+    means: np.ndarray = np.nanmean(shares, axis=1)
+    return means
+
+
+def leaderboard(
+    policies: Sequence[str] = (),
+    split: Split | None = None,
+    *,
+    built_in: Sequence[str] = BUILT_IN,
+    processes: int = 1,
+    resume_from: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Board:
+    """Run ``policies`` and the built-in ones on a split.
+
+    Args:
+        policies: ``eviction`` or ``eviction@placement``; own ones as ``module:Class``.
+        split: traces, sizes and seeds; None for the packaged evaluation split.
+        built_in: names of built-in evictions; each uses the default placement.
+        processes: runs at the same time; changes no result.
+        resume_from: JSON lines of finished jobs, read first and appended to.
+        progress: called with (jobs done, all jobs).
+
+    Raises:
+        ValueError: a policy or a trace is unknown, or there is no policy.
+    """
+    split = split or Split.load()
+    names = tuple(dict.fromkeys((*policies, *built_in)))
+    if not names:
+        raise ValueError("nothing to compare: name a policy, or keep the built-in ones")
+    reference = DEFAULT_EVICTION if DEFAULT_EVICTION in names else names[0]
+    jobs = [
+        Job(split.model, trace, seed, sizes, names)
+        for trace, sizes in split.gib.items()
+        for seed in split.seeds
+    ]
+    scores = run_grid(
+        Trace("leaderboard", 1, tuple),
+        jobs,
+        run_job,
+        keys=[job.key() for job in jobs] if resume_from else (),
+        read=lambda record: Scores(**{name: record[name] for name in Scores.__slots__}),
+        write=asdict,
+        place=Place(processes),
+        resume_from=resume_from,
+        progress=progress,
+    )
+    return Board(split, reference, tuple(scores))

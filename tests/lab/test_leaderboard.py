@@ -1,0 +1,80 @@
+"""The leaderboard on a split of a few cells: own policies, pairs, intervals, resumed runs."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hybridcache.lab import leaderboard as module
+from hybridcache.lab.cli import main
+from hybridcache.lab.leaderboard import BUILT_IN, Board, Split, leaderboard
+
+SPLITS = Path(__file__).resolve().parents[2] / "experiments" / "splits.toml"
+TINY = Split("tiny", "qwen3-next", (1, 2, 3, 4, 5), {"short?head=20": (0.3, 1.0)})
+
+
+@pytest.fixture(scope="module")
+def board() -> Board:
+    return leaderboard((), TINY, built_in=("lru", "fifo", module.DEFAULT_EVICTION))
+
+
+def test_the_packaged_split_is_the_evaluation_split_of_the_studies() -> None:
+    ours = Split.load()
+    studies = tomllib.loads(SPLITS.read_text())["default-pair"]["evaluation"]
+    assert list(ours.seeds) == studies["seeds"] and len(ours.seeds) >= 10
+    assert {trace: list(sizes) for trace, sizes in ours.gib.items()} == studies["gib"]
+    assert len(BUILT_IN) > 20
+
+
+def test_scores_are_means_over_cells_with_intervals_over_seeds(board: Board) -> None:
+    [row] = [row for row in board.rows() if row.name == "lru"]
+    by_seed = [100 * np.mean(scores.rates["lru"]) for scores in board.scores]
+    assert row.hit_rate.mean == pytest.approx(np.mean(by_seed))
+    assert min(by_seed) <= row.hit_rate.low <= row.hit_rate.mean <= row.hit_rate.high
+    own = [100 * np.mean(scores.rates[board.reference]) for scores in board.scores]
+    assert row.difference.mean == pytest.approx(np.mean(by_seed) - np.mean(own))
+    assert row.share_running.mean >= row.share.mean > 0
+    for scores in board.scores:
+        assert all(a >= b for a, b in zip(scores.plan, scores.plan_running, strict=True))
+    means = [row.hit_rate.mean for row in board.rows()]
+    assert means == sorted(means, reverse=True)
+    assert "[95 % interval over seeds]" in board.table()
+
+
+def test_an_own_policy_stands_on_the_board(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "from hybridcache.policies.eviction.lru import LRU\nclass Mine(LRU):\n    pass\n"
+    (tmp_path / "mine_board.py").write_text(text)
+    split = tmp_path / "split.toml"
+    split.write_text('model = "qwen3-next"\nseeds = [1, 2]\n[gib]\n"short?head=20" = [0.5]\n')
+    monkeypatch.chdir(tmp_path)
+    arguments = ["leaderboard", "mine_board:Mine", "lru@backoff", "--built-in", "lru"]
+    assert main([*arguments, "--split", str(split), "--json", "--output", "kept.jsonl"]) == 0
+    rows = {row["name"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert set(rows) == {"mine_board:Mine", "lru@backoff", "lru"}
+    assert rows["mine_board:Mine"]["hit_rate"] == rows["lru"]["hit_rate"]
+    assert len((tmp_path / "kept.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setattr(module, "simulate", lambda *_, **__: pytest.fail("a run was repeated"))
+    assert main([*arguments, "--split", str(split), "--output", "kept.jsonl"]) == 0
+    assert "2 seeds each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--only", "nowhere"], "no trace of the split contains 'nowhere'"),
+        (["--seeds", "0"], "--seeds must be at least 1 (got 0)."),
+        (["none:Such", "--seeds", "1", "--only", "short"], "'none:Such': no module 'none'"),
+        (["--split", "absent.toml"], "absent.toml: No such file"),
+    ],
+)
+def test_what_cannot_be_done_is_one_sentence(
+    arguments: list[str], error: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["leaderboard", *arguments]) == 2
+    assert error in capsys.readouterr().err
