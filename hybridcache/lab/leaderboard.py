@@ -74,7 +74,7 @@ class Split:
             raise ValueError(f"{source} is not a split: {error} (see leaderboard.toml)") from error
 
     def head(self, num_seeds: int | None, only: str = "") -> Split:
-        """Return the split with its first seeds, and the traces whose name contains ``only``."""
+        """Return the split with its first seeds, and the traces with ``only`` in their name."""
         gib = {trace: sizes for trace, sizes in self.gib.items() if only in trace}
         if not gib:
             raise ValueError(f"no trace of the split contains {only!r}: {', '.join(self.gib)}")
@@ -197,7 +197,7 @@ class Board:
     def table(self) -> str:
         """Return the board as text."""
         heads = ["policy", "token hit rate, %", f"less {self.reference}, points"]
-        heads += ["% of plan", "% of plan beside running requests"]
+        heads += ["% of plan", "% of plan next to running requests"]
         rows = [
             [row.name, *map(str, (row.hit_rate, row.difference, row.share, row.share_running))]
             for row in self.rows()
@@ -214,7 +214,7 @@ class Board:
         return [asdict(scores) for scores in self.scores]
 
     def _by_seed(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """Return rates by policy, the plan and the plan beside running requests: [seeds, cells]."""
+        """Return rates by policy, and both plans: [seeds, cells]."""
         by_place = {(scores.trace, scores.seed): scores for scores in self.scores}
 
         def matrix(read: Callable[[Scores], list[float]]) -> np.ndarray:
