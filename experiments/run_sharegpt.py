@@ -52,8 +52,9 @@ from experiments.benchmarks.replay import (
 )
 from experiments.benchmarks.sharegpt_figures import CAUSES, describe, draw
 from experiments.provenance import RESULTS, provenance, write_json_lines
-from hybridcache import ModelGeometry, Trace, TraceRequest, optimum, parse_placement
+from hybridcache import ModelGeometry, Trace, TraceRequest, parse_placement
 from hybridcache.geometry.units import GIB, format_seconds
+from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.lab.traces.text import ChatText, load_chat_text
 from hybridcache.policies.registry import make_eviction
@@ -243,7 +244,7 @@ def _plans(
     held = Trace("sharegpt", 1, tuple(trace).__iter__)
     gibs = sorted({setting.cache_gib for setting in settings if setting.cache == "hybrid"})
     return {
-        gib: optimum(
+        gib: best_plan(
             held,
             capacity_bytes=int(gib * GIB),
             kv_bytes_per_token=geometry.kv_bytes_per_token,

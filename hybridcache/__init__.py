@@ -25,8 +25,7 @@ from hybridcache.lease import Lease, LeaseRequest
 if TYPE_CHECKING:
     from hybridcache.geometry.model import ModelGeometry
     from hybridcache.lab.advise import advise
-    from hybridcache.lab.optimum import optimum
-    from hybridcache.lab.simulation.simulate import simulate
+    from hybridcache.lab.simulation.simulate import optimum, simulate
     from hybridcache.lab.trace import Trace, TraceRequest
     from hybridcache.lab.traces import open_trace
     from hybridcache.policies.admission.base import AdmissionPolicy
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "ModelGeometry": "geometry.model",
     "advise": "lab.advise",
-    "optimum": "lab.optimum",
+    "optimum": "lab.simulation.simulate",
     "simulate": "lab.simulation.simulate",
     "Trace": "lab.trace",
     "TraceRequest": "lab.trace",

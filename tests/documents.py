@@ -198,6 +198,11 @@ def update(page: Path) -> int:
     return len(corrections)
 
 
+def check_command(command: str) -> None:
+    """Raise AssertionError unless the flags of a ``hybridcache`` or ``engine`` command exist."""
+    _check_commands(command, command)
+
+
 def _check_commands(text: str, where: str) -> None:
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)

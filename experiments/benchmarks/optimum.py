@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.studies.common import GB, MARCONI_7B, QWEN3_NEXT, WORKLOADS
-from hybridcache import ModelGeometry, Trace, optimum
+from hybridcache import ModelGeometry, Trace
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import sharegpt_like
-from hybridcache.lab.optimum import Method
+from hybridcache.lab.optimum import Method, best_plan
 
 Case = tuple[Trace, ModelGeometry, float, Method]
 
@@ -42,7 +42,7 @@ def main() -> None:
         f"{'gap':>7} {'s':>6}"
     )
     for trace, geometry, gigabytes, method in tqdm(list(cases()), unit="optimum"):
-        best = optimum(
+        best = best_plan(
             trace,
             capacity_bytes=round(gigabytes * GB * GIB),
             kv_bytes_per_token=geometry.kv_bytes_per_token,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments import provenance
-from hybridcache import ModelGeometry, Trace, optimum
-from hybridcache.lab.optimum import Method
+from hybridcache import ModelGeometry, Trace
+from hybridcache.lab.optimum import Method, best_plan
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.sizes import budget_bytes
 
@@ -82,7 +82,7 @@ class Hindsights:
         )
         if found is not None:
             return found
-        best = optimum(
+        best = best_plan(
             self._trace,
             capacity_bytes=capacity_bytes,
             kv_bytes_per_token=kv_bytes,

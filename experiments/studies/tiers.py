@@ -200,7 +200,7 @@ def measure(word: str, policy: str, few: bool, bar: tqdm[Any]) -> list[dict[str,
                 "seconds": result.seconds,
                 "seconds_saved": result.seconds_saved,
                 "copy_seconds": result.copy_seconds,
-                "not_fetched": (result.losses or {}).get("not_fetched", 0),
+                "not_fetched": getattr(result.losses, "not_fetched", 0),
                 "tier_bytes": result.tier_bytes,
                 "written_bytes": (result.written_kv_bytes or 0)
                 + (result.checkpoints_made or 0) * workload.geometry.state_bytes,

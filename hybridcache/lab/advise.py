@@ -1,21 +1,25 @@
-"""What to run a trace with: policy, placement, interval, precision of states, split of the memory,
-with what each should give.
+"""Advice for a trace and a memory size: policy, placement, interval, precision of states, split.
 
-One question after the other, each with the answers so far: eviction policy and placement together;
-a periodic checkpoint beside the placement; the precision of states; the grid of checkpoints; the
-split of the memory into a pool for KV and one for states (for engines that need it fixed).
+One question is answered after the other, each with the answers so far: eviction policy and
+placement together; a periodic checkpoint in addition to the placement; the precision of states; the
+grid of checkpoints; the split of the memory into a pool for KV and one for states (for engines that
+need it fixed). The choice is made on the first part of the trace and checked on the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from hybridcache.config import GRID
+from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
-from hybridcache.geometry.times import MeasuredTimes, Roofline
+from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
 from hybridcache.geometry.units import format_bytes
 from hybridcache.lab.defaults import MODEL
+from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
@@ -24,6 +28,7 @@ from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.tier_worth import TierWorth, tier_worth
 from hybridcache.lab.trace import Trace
+from hybridcache.lab.traces import open_trace
 
 DEFAULT_POLICIES = ("survival", "lru")
 PLACEMENTS = (
@@ -35,31 +40,25 @@ PLACEMENTS = (
     "backoff,end",
 )
 INTERVALS = (512, 1024, 2048, 4096, 8192)
-"""Tokens between periodic checkpoints, beside none."""
+"""Tokens between periodic checkpoints, as alternatives to none."""
 FINER_GRIDS = (32, 16)
-"""Tokens: what the engine's kernels have beside the default. On a CPU they are as quick; on a GPU
-that was not measured."""
+"""Grids, in tokens, that the engine's kernels support in addition to the default. They are equally
+fast on a CPU; on a GPU that was not measured."""
 KV_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SERVABLE_PRECISIONS = ("float32", "bfloat16")
-"""What the engine can keep states in; others are tried only where they are asked for."""
+"""Precisions of states that the engine supports; others are tried only if named."""
 PRECISIONS = (*SERVABLE_PRECISIONS, "int8")
-"""A smaller state never reuses less, but what it costs in logits is not seen here."""
-FORECAST = (
-    "of this very trace, from an empty cache; on later requests of five traces that grow while "
-    "they run, the hit rate came out up to 47 points lower: advise on traffic as heavy as what "
-    "will come"
-)
-"""What the expected figures stand for."""
+"""Precisions of states. A smaller state never reuses less; its error in logits is not simulated."""
 WORTH = 0.005
 """Token hit rate that a periodic checkpoint, a coarser precision or a finer grid must gain to be
 advised."""
-
-Progress = Callable[[int, int], None]
+TUNE_SHARE = 0.5
+"""Share of the requests on which the choice is made, by default."""
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One option of one question, and what it gave."""
+    """One option of one question, and its run."""
 
     question: str
     option: str
@@ -68,8 +67,22 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class Check:
+    """The advised configuration on the requests after those of the choice, with the cache as those
+    left it."""
+
+    requests: int
+    prompt_tokens: int
+    cached_tokens: int
+
+    @property
+    def token_hit_rate(self) -> float:
+        return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Advice:
-    """Every option that was tried, and the configuration that came out."""
+    """The advised configuration, and every option that was tried."""
 
     trace: str
     model: str
@@ -80,26 +93,66 @@ class Advice:
     state_dtype: str
     grid: int
     kv_share: float
-    """Of the memory, if it has to be split once and for all."""
+    """Share of the memory for KV, if it has to be split into fixed pools."""
     result: RunResult
-    """Of the advice, with one budget for both."""
+    """Run of the advice, with one memory for KV and states, over the requests of the choice."""
+    check: Check | None = None
+    """Result on the other requests; None if all were used for the choice."""
     tiers: TierWorth | None = None
-    """What the memory below the device would be worth, where it was asked."""
+    """Worth of the tiers below the device, if sizes were given for them."""
+    source: str = ""
+    """Folder of the model, or empty if it was named by a preset."""
+
+    @property
+    def command(self) -> str:
+        """The ``engine serve`` command for this advice."""
+        model = self.source or f"ORG/{self.model}"
+        words = [
+            f"engine serve --model {model}",
+            f"--cache-gib {self.gib:g}",
+            f"--eviction {self.policy}",
+            f"--checkpoints {self.checkpoints}",
+        ]
+        if self.state_dtype in SERVABLE_PRECISIONS:
+            words.append(f"--state-dtype {self.state_dtype}")
+        if self.grid != GRID:
+            words.append(f"--grid {self.grid}")
+        if self.tiers is not None and self.tiers.host_gib:
+            words.append(f"--host-gib {self.tiers.host_gib:g}")
+        return " ".join(words)
+
+    @property
+    def forecast(self) -> str:
+        """The expected hit rate, and how it was checked, in one or two sentences."""
+        tuned = 100 * self.result.token_hit_rate
+        if self.check is None:
+            return (
+                f"expected token hit rate {tuned:.1f} %, of the requests that the choice was made "
+                "on: not checked on others"
+            )
+        checked = 100 * self.check.token_hit_rate
+        first = self.result.requests + 1
+        return (
+            f"expected token hit rate {checked:.1f} %: requests {first:,} to "
+            f"{first + self.check.requests - 1:,}, which were not used for the choice; "
+            f"{tuned:.1f} % on those that were, so the error of the forecast is "
+            f"{checked - tuned:+.1f} points"
+        )
 
     def text(self) -> str:
-        """The advice, then the table it rests on."""
+        """Return the advice, then the table of all options."""
         kv_gib = self.gib * self.kv_share
         run = self.result
         lines = [
             f"{self.trace}, {self.model}, {self.gib:g} GiB:",
             f"  eviction {self.policy}, checkpoints {self.checkpoints}, states in "
             f"{self.state_dtype}, grid {self.grid}",
-            f"  expected token hit rate {100 * run.token_hit_rate:.1f} %, "
-            f"TTFT P50 {1e3 * run.ttft_s[50]:.1f} ms, P99 {1e3 * run.ttft_s[99]:.1f} ms",
-            f"  forecast {FORECAST}",
+            f"  {self.forecast}",
+            f"  TTFT P50 {1e3 * run.ttft_s[50]:.1f} ms, P99 {1e3 * run.ttft_s[99]:.1f} ms",
             f"  with two fixed pools: {kv_gib:.3g} GiB for KV, {self.gib - kv_gib:.3g} GiB for "
             "states",
             *([] if self.tiers is None else [f"  {self.tiers.text()}"]),
+            f"  to serve: {self.command}",
             "",
         ]
         rows = [
@@ -115,8 +168,18 @@ class Advice:
         header = ["question", "option (* chosen)", "token hit, %", "TTFT P50, ms", "TTFT P99, ms"]
         return "\n".join(lines) + text_table(header, rows)
 
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        """Return one line: trace, memory and the advised configuration."""
+        return (
+            f"{type(self).__name__}({self.trace}, {self.gib:g} GiB: eviction {self.policy}, "
+            f"checkpoints {self.checkpoints}, states in {self.state_dtype}, grid {self.grid})"
+        )
+
     def as_record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a record for JSON."""
         return {
             "trace": self.trace,
             "model": self.model,
@@ -127,8 +190,10 @@ class Advice:
             "grid": self.grid,
             "kv_share": self.kv_share,
             "token_hit_rate": self.result.token_hit_rate,
+            "unseen_token_hit_rate": None if self.check is None else self.check.token_hit_rate,
             "ttft_s": self.result.ttft_s,
-            "forecast": FORECAST,
+            "forecast": self.forecast,
+            "command": self.command,
             "tiers": None if self.tiers is None else self.tiers.as_record(),
             "answers": [
                 {
@@ -144,64 +209,123 @@ class Advice:
 
 
 def advise(
-    trace: Trace,
+    trace: str | Trace,
     *,
     gib: float,
     model: str | ModelGeometry = MODEL,
-    policies: Sequence[str] = DEFAULT_POLICIES,
+    policy: str | Sequence[str] = DEFAULT_POLICIES,
+    checkpoints: str | Sequence[str] = PLACEMENTS,
     state_dtypes: Sequence[str] = SERVABLE_PRECISIONS,
     grids: Sequence[int] = FINER_GRIDS,
-    servers: int = 1,
-    times: str | None = None,
+    tune_share: float = TUNE_SHARE,
     host_gib: float = 0.0,
     disk_gib: float = 0.0,
+    host_gb_s: float = PCIE_BYTES_PER_S / 1e9,
+    disk_gb_s: float = DISK_BYTES_PER_S / 1e9,
+    servers: int = 1,
+    times: str | PrefillTimes | None = None,
     processes: int = 1,
-    progress: Progress | None = None,
+    progress: Progress = None,
 ) -> Advice:
-    """Advice for ``gib`` of memory; some thirty runs over ``trace``. The option that reuses most
-    tokens is chosen, the first of equals; of intervals none, of precisions the finest, of grids the
-    coarsest, where that is within ``WORTH`` of the best. ``state_dtypes``, ``grids`` (coarsest
-    first): those to choose among beside the model's own and the default. ``host_gib``,
-    ``disk_gib``: also what so much memory below the device would be worth.
+    """Choose a configuration for ``gib`` of memory, in some thirty runs.
 
-    The figures are those of ``trace`` itself, not of later traffic. Raises what ``simulate``
-    raises."""
+    Arguments that ``simulate`` has too mean the same. ``policy`` and ``checkpoints`` are the
+    eviction policies and placements to choose among; ``state_dtypes`` and ``grids`` (coarsest
+    first) are precisions and grids to try in addition to the model's own and the default.
+
+    The choice is made on the first ``tune_share`` of the requests: the option that reuses most
+    tokens, and the first of equals. No interval, the finest precision and the coarsest grid are
+    preferred within ``WORTH`` of the best. One more run over the whole trace then shows how far the
+    forecast was off on the other requests. With ``tune_share=1`` all are used for the choice.
+
+    With ``host_gib`` or ``disk_gib``, the worth of that memory is computed too.
+
+    Raises the errors of ``simulate``.
+    """
+    if not 0 < tune_share <= 1:
+        raise ValueError(f"tune_share must be above 0 and at most 1 (got {tune_share:g})")
+    opened = open_trace(trace) if isinstance(trace, str) else trace
     (size,) = sizes(gib)
     host_bytes, disk_bytes = tier_bytes("host", host_gib), tier_bytes("disk", disk_gib)
     geometry = ModelGeometry.load(model) if isinstance(model, str) else model
-    precisions(
-        RunConfig(geometry), state_dtypes
-    )  # an unknown word is reported before anything runs
-    _check_room(RunConfig(geometry, budget_bytes=budget_bytes(size)), state_dtypes, trace.unit)
-    timing = MeasuredTimes.load(times) if times else Roofline.fitting(geometry)
-    adviser = _Adviser(trace, Serving(timing, servers), processes, progress)
     config = RunConfig(geometry, budget_bytes=budget_bytes(size))
-    options = {
-        f"{policy} @ {placement}": replace(config, policy=policy, checkpoints=placement)
-        for policy in policies
-        for placement in PLACEMENTS
-    }
-    config = adviser.ask("policy @ checkpoints", options)
-    if not geometry.num_linear_layers:  # no state: nothing to save, to split or to shrink
-        return adviser.advice(config, size, kv_share=1.0, result=adviser.chosen_run())
-    config = adviser.ask("periodic checkpoints", intervals(config, trace.unit), WORTH)
-    config = adviser.ask("precision of states", precisions(config, state_dtypes), WORTH)
-    if finer := [word for word in grids if word % trace.unit == 0]:
-        options = {str(word): replace(config, grid=word) for word in (config.grid, *finer)}
-        config = adviser.ask("grid of checkpoints", options, WORTH)
-    result = adviser.chosen_run()
-    split = adviser.ask("KV share of two pools", splits(config))
-    assert split.kv_share is not None
-    advice = adviser.advice(config, size, split.kv_share, result)
-    if not host_bytes and not disk_bytes:
-        return advice
-    tiered = replace(config, host_bytes=host_bytes, disk_bytes=disk_bytes)
-    worth = tier_worth(trace, tiered, adviser.serving, processes=processes, progress=progress)
-    return replace(advice, tiers=worth)
+    precisions(config, state_dtypes)  # reports an unknown name before anything runs
+    _check_room(config, state_dtypes, opened.unit)
+    timing = MeasuredTimes.load(times) if isinstance(times, str) else times
+    serving = Serving(timing or Roofline.fitting(geometry), servers)
+    policies = [policy] if isinstance(policy, str) else policy
+    placements = [checkpoints] if isinstance(checkpoints, str) else checkpoints
+    num_requests = sum(1 for _ in opened) if tune_share < 1 else 0
+    num_tuned = round(num_requests * tune_share)
+    is_checked = 0 < num_tuned < num_requests
+    tuned = opened.head(num_tuned) if is_checked else opened
+    with shown_progress(progress, "runs", opened.name) as show:
+        adviser = _Adviser(tuned, serving, processes, show)
+        options = {
+            f"{word} @ {placement}": replace(config, policy=word, checkpoints=placement)
+            for word in policies
+            for placement in placements
+        }
+        config = adviser.ask("policy @ checkpoints", options)
+        kv_share, result = 1.0, adviser.chosen_run()
+        if geometry.num_linear_layers:  # else there are no states to save, to split or to shrink
+            config = adviser.ask("periodic checkpoints", intervals(config, opened.unit), WORTH)
+            config = adviser.ask("precision of states", precisions(config, state_dtypes), WORTH)
+            if finer := [word for word in grids if word % opened.unit == 0]:
+                options = {str(word): replace(config, grid=word) for word in (config.grid, *finer)}
+                config = adviser.ask("grid of checkpoints", options, WORTH)
+            result = adviser.chosen_run()
+            kv_share = adviser.ask("KV share of two pools", splits(config)).kv_share or 0.0
+        check = _check(adviser.run(opened, config), result) if is_checked else None
+        worth = None
+        if host_bytes or disk_bytes:
+            tiered = replace(
+                config,
+                host_bytes=host_bytes,
+                disk_bytes=disk_bytes,
+                host_bytes_per_s=host_gb_s * 1e9,
+                disk_bytes_per_s=disk_gb_s * 1e9,
+            )
+            worth = tier_worth(tuned, tiered, serving, processes=processes, progress=adviser.show)
+    return Advice(
+        opened.name,
+        config.geometry.name,
+        size,
+        tuple(adviser.answers),
+        str(config.policy),
+        str(config.checkpoints),
+        config.geometry.state_dtype,
+        config.grid,
+        kv_share,
+        result,
+        check,
+        worth,
+        _folder(model),
+    )
+
+
+def _folder(model: str | ModelGeometry) -> str:
+    """Return the folder of a model that is given by path; else an empty text."""
+    if not isinstance(model, str) or not Path(model).exists():
+        return ""
+    path = Path(model)
+    return str(path.parent if path.is_file() else path)
+
+
+def _check(whole: RunResult, tuned: RunResult) -> Check:
+    """Return the part of a run over the whole trace that follows its beginning ``tuned``.
+
+    A run is deterministic, so a longer one begins with exactly the shorter one.
+    """
+    return Check(
+        whole.requests - tuned.requests,
+        whole.prompt_tokens - tuned.prompt_tokens,
+        whole.cached_tokens - tuned.cached_tokens,
+    )
 
 
 def _check_room(config: RunConfig, words: Sequence[str], unit: int) -> None:
-    """ValueError for memory in which no checkpoint fits beside an id's KV, whatever is chosen."""
+    """Raise ValueError if no checkpoint fits next to the KV of one id, in any precision."""
     tried = precisions(config, words) if config.geometry.num_linear_layers else {"": config}
     states = min(one.geometry.state_bytes for one in tried.values())
     least = states + unit * config.geometry.kv_bytes_per_token
@@ -213,7 +337,7 @@ def _check_room(config: RunConfig, words: Sequence[str], unit: int) -> None:
 
 
 def intervals(config: RunConfig, unit: int) -> dict[str, RunConfig]:
-    """``config`` without and with periodic checkpoints."""
+    """Return ``config`` without and with periodic checkpoints."""
     return {"none": config} | {
         f"every {interval}": replace(config, checkpoints=f"{config.checkpoints},every:{interval}")
         for interval in INTERVALS
@@ -222,13 +346,13 @@ def intervals(config: RunConfig, unit: int) -> dict[str, RunConfig]:
 
 
 def splits(config: RunConfig) -> dict[str, RunConfig]:
-    """``config`` with its memory in two fixed pools."""
+    """Return ``config`` with its memory in two fixed pools."""
     return {f"{share:.0%}": replace(config, memory="pools", kv_share=share) for share in KV_SHARES}
 
 
 def precisions(config: RunConfig, words: Sequence[str] = PRECISIONS) -> dict[str, RunConfig]:
-    """``config`` with states in the model's own precision and in those of ``words`` below it,
-    finest first. ValueError for a word that is no precision."""
+    """Return ``config`` with states in the model's own precision and in the coarser ones of
+    ``words``, finest first. Raises ValueError for an unknown precision."""
     own = config.geometry.state_dtype
     unknown = [word for word in words if word not in DTYPE_BYTES]
     if unknown:
@@ -245,19 +369,30 @@ def precisions(config: RunConfig, words: Sequence[str] = PRECISIONS) -> dict[str
 
 
 class _Adviser:
-    """Asks questions and keeps the answers."""
+    """Answers questions by simulation, and keeps the answers."""
 
     def __init__(
-        self, trace: Trace, serving: Serving, processes: int, progress: Progress | None
+        self, trace: Trace, serving: Serving, processes: int, show: Callable[[int, int], None]
     ) -> None:
-        self._trace, self.serving = trace, serving
-        self._processes, self._progress = processes, progress
+        self._trace, self._serving, self._processes = trace, serving, processes
+        self._show, self._num_done = show, 0
         self.answers: list[Answer] = []
 
+    def show(self, done: int, total: int) -> None:
+        """Report one more run; later questions depend on the answers, so their number is
+        unknown."""
+        self._num_done += 1
+        self._show(self._num_done, 0)
+
+    def run(self, trace: Trace, config: RunConfig) -> RunResult:
+        """Return the run of one configuration over ``trace``."""
+        (result,) = run_sweep(trace, [Job(config, self._serving)], progress=self.show)
+        return result
+
     def ask(self, question: str, options: dict[str, RunConfig], worth: float = 0.0) -> RunConfig:
-        """The first of ``options`` whose token hit rate is within ``worth`` of the best."""
-        jobs = [Job(config, self.serving) for config in options.values()]
-        runs = run_sweep(self._trace, jobs, processes=self._processes, progress=self._progress)
+        """Return the first of ``options`` with a token hit rate within ``worth`` of the best."""
+        jobs = [Job(config, self._serving) for config in options.values()]
+        runs = run_sweep(self._trace, jobs, processes=self._processes, progress=self.show)
         least = max(run.token_hit_rate for run in runs) - worth
         best = next(number for number, run in enumerate(runs) if run.token_hit_rate >= least)
         self.answers += [
@@ -266,21 +401,6 @@ class _Adviser:
         ]
         return jobs[best].config
 
-    def advice(self, config: RunConfig, gib: float, kv_share: float, result: RunResult) -> Advice:
-        """``config`` with all the answers so far."""
-        return Advice(
-            self._trace.name,
-            config.geometry.name,
-            gib,
-            tuple(self.answers),
-            str(config.policy),
-            str(config.checkpoints),
-            config.geometry.state_dtype,
-            config.grid,
-            kv_share,
-            result,
-        )
-
     def chosen_run(self) -> RunResult:
-        """What the latest choice gave."""
+        """Return the run of the latest choice."""
         return next(answer.run for answer in reversed(self.answers) if answer.chosen)

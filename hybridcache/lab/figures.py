@@ -1,15 +1,21 @@
-"""Figures of results: panels over the memory size, one legend below, a caption. matplotlib is
-loaded only when one is drawn."""
+"""Figures of results, and plots on a user's own axes.
+
+Figures have a panel per trace, one legend below and a caption. matplotlib is imported when one is
+drawn.
+"""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.api import Losses
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.extras import how_to_install
 from hybridcache.lab.report import (
     LOSSES_NOTE,
     METRICS,
@@ -22,16 +28,137 @@ from hybridcache.lab.report import (
 from hybridcache.lab.simulation.result import RunResult, SweepRuns
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from hybridcache.lab.optimum import Optimum
     from hybridcache.lab.simulation.closed_loop import ClosedLoopRun
 
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#d99a1c", "#555555", "#46a5b5", "#a83250")
-"""Told apart in print and by most colour-blind readers; lines repeat them with other dashes."""
-_DASHES = ("-", "--", ":", "-.")
+"""Colours that differ in print and for most colour-blind readers."""
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+_MARKERS = "osD^vPX"
 PLAN = "best plan with hindsight"
-"""How figures call what the optimum reaches."""
+"""Label of the optimum in figures."""
+
+Labels = Literal["legend", "direct"]
+
+
+@dataclass(frozen=True, slots=True)
+class FigureStyle:
+    """Look of a figure, for a page of a paper or a slide."""
+
+    size: tuple[float, float] | None = None
+    """Width and height of one panel in inches; None for the figure's own."""
+    font: str = ""
+    """Font family; empty for matplotlib's."""
+    font_size: float = 9.0
+    """Size of the titles in points; other texts are in proportion."""
+    labels: Labels = "legend"
+    """``direct`` writes the names of competitors at the ends of their lines."""
+
+    def points(self, size: float) -> float:
+        """Return a font size that is ``size`` points in the default style."""
+        return size * self.font_size / 9
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Draw with these fonts. Text in PDF files stays text."""
+        matplotlib = _matplotlib()
+        changed: dict[str, Any] = {"font.size": self.points(10), "pdf.fonttype": 42}
+        if self.font:
+            changed["font.family"] = self.font
+        with matplotlib.rc_context(changed):
+            yield
+
+
+DEFAULT_STYLE = FigureStyle()
+
+
+def _matplotlib() -> Any:
+    """Import matplotlib, or say which extra has it."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(how_to_install(error), name="matplotlib") from None
+    return matplotlib
+
+
+@dataclass(frozen=True, slots=True)
+class Plot:
+    """Plots of one result on the axes of a matplotlib figure of your own. Colours, fonts and grids
+    are those of your style. Without ``ax`` a new figure is made. The axes are returned."""
+
+    result: SweepRuns
+
+    def capacity(
+        self,
+        ax: Axes | None = None,
+        metric: str = "hit",
+        *,
+        labels: Labels = "legend",
+        limits: bool = True,
+    ) -> Axes:
+        """Plot a metric over the memory size, a line per competitor.
+
+        ``limits`` adds the infinite cache and the best plan, if the result has them and the metric
+        is the token hit rate.
+        """
+        ax = _axes(ax)
+        found = find_metric(metric)
+        lines = draw_curves(ax, self.result, found)
+        if limits and metric == "hit":
+            draw_limits(ax, self.result)
+        size_axis(ax)
+        ax.set_ylabel(found.title)
+        if labels == "direct":
+            label_directly(ax, lines)
+        if ax.get_legend_handles_labels()[1]:
+            ax.legend()
+        return ax
+
+    def losses(self, ax: Axes | None = None, gib: float | None = None) -> Axes:
+        """Plot reused and lost prompt tokens by cause, a bar per competitor, at the size nearest to
+        ``gib`` (the middle one if None). ValueError if no run has causes."""
+        ax = _axes(ax)
+        shown = {
+            label: run
+            for label, runs in self.result.by_label().items()
+            if (run := _nearest(runs, gib)).losses is not None
+        }
+        if not shown:
+            raise ValueError(NO_CAUSES)
+        parts = {"reused": [run.cached_tokens for run in shown.values()]}
+        for number, cause in enumerate(Losses._fields):
+            parts[_words(cause)] = [(run.losses or ())[number] for run in shown.values()]
+        totals = [run.prompt_tokens for run in shown.values()]
+        left = [0.0] * len(shown)
+        for name, tokens in parts.items():
+            widths = [100 * part / total for part, total in zip(tokens, totals, strict=True)]
+            if max(widths) > 0.05:
+                ax.barh(list(shown), widths, left=left, label=name)
+            left = [start + width for start, width in zip(left, widths, strict=True)]
+        ax.invert_yaxis()
+        ax.set_xlim(0, 100)
+        ax.set_xlabel("prompt tokens, %")
+        size = size_label(next(iter(shown.values())))
+        ax.set_title(f"{self.result.trace}, {size} GiB")
+        ax.legend()
+        return ax
+
+
+def _axes(ax: Axes | None) -> Any:
+    """Return ``ax``, or the axes of a new figure."""
+    if ax is not None:
+        return ax
+    _matplotlib()
+    from matplotlib import pyplot
+
+    return pyplot.subplots()[1]
+
+
+def _words(cause: str) -> str:
+    return cause.replace("kv_", "KV ").replace("_", " ")
 
 
 def sweep_figure(
@@ -41,33 +168,48 @@ def sweep_figure(
     *,
     emphasised: Sequence[str] = (),
     caption: str = "",
+    style: FigureStyle = DEFAULT_STYLE,
 ) -> Figure:
-    """A panel a trace and metric: each of ``words`` over memory size on a log axis, a line a
-    competitor. Beside the token hit rate stands its share of the best plan with hindsight, where
-    that was worked out; the plan and the bounds are black lines.
+    """Draw metrics over the memory size: a panel per trace and metric, a line per competitor.
 
-    ``emphasised`` labels are drawn thick, all others thin.
+    A panel of token hit rates is followed by one of shares of the best plan with hindsight, if
+    plans were computed. Plans and bounds are black lines. ``emphasised`` labels are drawn thick.
     """
+    with style.applied():
+        return _sweep_figure(results, path, words, emphasised, caption, style)
+
+
+def _sweep_figure(
+    results: Sequence[SweepRuns],
+    path: Path | None,
+    words: str | Sequence[str],
+    emphasised: Sequence[str],
+    caption: str,
+    style: FigureStyle,
+) -> Figure:
     words = [words] if isinstance(words, str) else list(words)
     known = any(run.optimum_tokens for result in results for run in result.runs)
     if known and "hit" in words and "optimum" not in words:
         words.insert(words.index("hit") + 1, "optimum")
     in_a_row = next((count for count in (4, 3, 2) if count % len(words) == 0), 3)
-    figure, axes = panels(len(words) * len(results), columns=in_a_row)
+    figure, axes = panels(len(words) * len(results), columns=in_a_row, size=style.size)
     for number, result in enumerate(results):
         for word, axis in zip(words, axes[number * len(words) :], strict=False):
             metric = find_metric(word)
-            _draw_lines(axis, result, metric, emphasised)
-            size_axis(axis)
+            lines = draw_curves(axis, result, metric, COLOURS, emphasised)
+            size_axis(axis, style=style)
             axis.set_ylabel(metric.title)
-            axis.set_title(title(result), fontsize=9)
+            axis.set_title(title(result), fontsize=style.points(9))
             if word == "hit":
                 draw_limits(axis, result)
-    return save(figure, axes, path, " ".join(filter(None, [caption, *_notes(results, words)])))
+            if style.labels == "direct":
+                label_directly(axis, lines, style.points(8))
+    notes = " ".join(filter(None, [caption, *_notes(results, words)]))
+    return save(figure, axes, path, notes, style)
 
 
 def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
-    """What the numbers that are drawn rest on: each trace's sentences, each once."""
+    """Return the notes on the numbers that are drawn, each once."""
     found = {note: None for result in results for note in notes_on(result, words)}
     return [
         note[:1].upper() + note[1:].replace("* above", "Above 100: above") + "." for note in found
@@ -79,10 +221,23 @@ def bins_figure(
     path: Path | None,
     gib: float | None = None,
     caption: str = "",
+    style: FigureStyle = DEFAULT_STYLE,
 ) -> Figure:
-    """Two panels a trace, at the size nearest to ``gib`` (None: the middle one): token hit rate by
-    prompt length and by how many requests of the session came before."""
-    figure, axes = panels(2 * len(results), columns=4 if len(results) > 1 else 2)
+    """Draw two panels per trace, at the size nearest to ``gib`` (the middle one if None): token hit
+    rate by prompt length, and by the number of earlier requests of the session."""
+    with style.applied():
+        return _bins_figure(results, path, gib, caption, style)
+
+
+def _bins_figure(
+    results: Sequence[SweepRuns],
+    path: Path | None,
+    gib: float | None,
+    caption: str,
+    style: FigureStyle,
+) -> Figure:
+    columns = 4 if len(results) > 1 else 2
+    figure, axes = panels(2 * len(results), columns=columns, size=style.size)
     for number, result in enumerate(results):
         for axis, by, words in zip(
             axes[2 * number :],
@@ -99,10 +254,7 @@ def bins_figure(
                     [bin_.start for bin_ in bins],
                     [100 * bin_.cached_tokens / bin_.prompt_tokens for bin_ in bins],
                     color=COLOURS[place % len(COLOURS)],
-                    linestyle=_DASHES[place // len(COLOURS) % len(_DASHES)],
-                    marker="o",
-                    markersize=3,
-                    linewidth=1.3,
+                    **line_look(place, len(result.by_label())),
                     label=label,
                 )
             axis.set_xscale("symlog", base=2, linthresh=256 if by == "length" else 1)
@@ -113,8 +265,8 @@ def bins_figure(
             axis.set_xlabel(f"{words}, from")
             axis.set_ylabel(METRICS["hit"].title)
             size = _nearest(result.runs, gib)
-            axis.set_title(f"{title(result)}, {size_label(size)} GiB", fontsize=8.5)
-    return save(figure, axes, path, caption)
+            axis.set_title(f"{title(result)}, {size_label(size)} GiB", fontsize=style.points(8.5))
+    return save(figure, axes, path, caption, style)
 
 
 def _nearest(runs: Sequence[RunResult], gib: float | None) -> RunResult:
@@ -131,11 +283,24 @@ LOSSES = dict(
     )
 )
 """Causes of lost tokens and their colours."""
+NO_CAUSES = "none of these runs has loss causes: rebuilt peers do not record them"
 
 
-def losses_figure(results: Sequence[SweepRuns], path: Path | None, caption: str = "") -> Figure:
-    """A panel a trace and competitor that knows: the causes stacked over the size; what is white
-    was reused. ValueError: none knows."""
+def losses_figure(
+    results: Sequence[SweepRuns],
+    path: Path | None,
+    caption: str = "",
+    style: FigureStyle = DEFAULT_STYLE,
+) -> Figure:
+    """Draw the loss causes stacked over the size, a panel per trace and competitor. The white area
+    was reused. ValueError if no run has causes."""
+    with style.applied():
+        return _losses_figure(results, path, caption, style)
+
+
+def _losses_figure(
+    results: Sequence[SweepRuns], path: Path | None, caption: str, style: FigureStyle
+) -> Figure:
     shown = [
         (result, label, runs)
         for result in results
@@ -143,25 +308,27 @@ def losses_figure(results: Sequence[SweepRuns], path: Path | None, caption: str 
         if all(run.losses is not None for run in runs)
     ]
     if not shown:
-        raise ValueError("none of these runs says why tokens were lost: rebuilt peers do not")
-    figure, axes = panels(len(shown), 4.2, 3.2, columns=4)
+        raise ValueError(NO_CAUSES)
+    figure, axes = panels(len(shown), 4.2, 3.2, columns=4, size=style.size)
     for axis, (result, label, runs) in zip(axes, shown, strict=True):
         stack_losses(axis, runs)
         draw_limits(axis, result)
-        size_axis(axis)
+        size_axis(axis, style=style)
         axis.set_ylim(0, 100)
         axis.set_ylabel("prompt tokens, %")
-        axis.set_title(f"{title(result)}\n{label}", fontsize=8)
-    return save(figure, axes, path, f"{caption} {LOSSES_NOTE}".strip())
+        axis.set_title(f"{title(result)}\n{label}", fontsize=style.points(8))
+    return save(figure, axes, path, f"{caption} {LOSSES_NOTE}".strip(), style)
 
 
 def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
-    """Lost tokens by cause over the sizes of ``runs``, from the top."""
+    """Stack the lost tokens by cause over the sizes of ``runs``, from the top."""
     sizes = [run.gib or 0.0 for run in runs]
+    if len(sizes) == 1:  # an area needs two points
+        sizes, runs = [sizes[0] / 1.1, sizes[0] * 1.1], [*runs, *runs]
     top = [100.0] * len(runs)
     for cause, colour in LOSSES.items():
-        words = cause.replace("kv_", "KV ").replace("_", " ")
-        lost = [100 * (run.losses or {}).get(cause, 0) / run.prompt_tokens for run in runs]
+        words = _words(cause)
+        lost = [100 * getattr(run.losses, cause, 0) / run.prompt_tokens for run in runs]
         floor = [high - part for high, part in zip(top, lost, strict=True)]
         if max(lost) > 0.05:
             axis.fill_between(sizes, floor, top, color=colour, linewidth=0, label=words)
@@ -170,29 +337,94 @@ def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
 
 
 def title(result: SweepRuns) -> str:
-    """What a panel shows: the trace, how many of its requests, and the model."""
+    """Return the title of a panel: trace, number of requests, and model."""
     num_requests = f"{result.runs[0].requests:,} requests" if result.runs else "no requests"
     return f"{result.trace}, {num_requests} ({result.geometry.name})"
 
 
-def _draw_lines(axis: Any, result: SweepRuns, metric: Metric, emphasised: Sequence[str]) -> None:
-    for number, (label, runs) in enumerate(result.by_label().items()):
+def line_look(place: int, count: int) -> dict[str, Any]:
+    """Return marker, dashes and widths for line ``place`` of ``count``.
+
+    Earlier lines are wider, later ones dashed and on top, and markers are hollow: where lines
+    coincide, all of them are visible.
+    """
+    behind = (count - 1 - place) / max(1, count - 1)
+    return {
+        "linestyle": _DASHES[place % len(_DASHES)],
+        "linewidth": 1.2 + 1.3 * behind,
+        "marker": _MARKERS[place % len(_MARKERS)],
+        "markersize": 4 + 2 * behind,
+        "markerfacecolor": "none",
+        "zorder": 2 + place / max(1, count),
+    }
+
+
+def draw_curves(
+    axis: Any,
+    result: SweepRuns,
+    metric: Metric,
+    colours: Sequence[str] = (),
+    emphasised: Sequence[str] = (),
+) -> list[Any]:
+    """Draw a metric over the sizes, a line per competitor with a marker at each simulated size.
+    Without ``colours`` those of the axes are used. Return the lines."""
+    by_label = result.by_label()
+    lines = []
+    for number, (label, runs) in enumerate(by_label.items()):
         points = [(run.gib, metric.value(run)) for run in runs]
         kept = [(gib, value) for gib, value in points if gib is not None and value is not None]
-        axis.plot(
-            [gib for gib, _ in kept],
-            [value for _, value in kept],
-            color=COLOURS[number % len(COLOURS)],
-            linestyle=_DASHES[number // len(COLOURS) % len(_DASHES)],
-            linewidth=2.4 if label in emphasised else 1.3,
-            marker="o" if len(kept) == 1 else None,
-            label=label,
+        look = line_look(number, len(by_label))
+        if colours:
+            look["color"] = colours[number % len(colours)]
+        if emphasised:
+            look["linewidth"] = 2.4 if label in emphasised else 1.3
+        lines += axis.plot(
+            [gib for gib, _ in kept], [value for _, value in kept], label=label, **look
+        )
+    return lines
+
+
+def label_directly(axis: Any, lines: Sequence[Any], font_size: float | None = None) -> None:
+    """Write the label of each line at its right end, in its colour, and take it out of the legend.
+    Labels are moved apart so that none overlaps another."""
+    figure = axis.figure
+    height = axis.get_position().height * figure.get_size_inches()[1] * 72
+    from matplotlib.font_manager import FontProperties
+
+    size = font_size or FontProperties(size="small").get_size_in_points()
+    gap = 1.25 * size / height
+    axis.autoscale_view()
+    to_axes = axis.transData + axis.transAxes.inverted()
+    ends = []
+    for line in lines:
+        x, y = line.get_data()
+        if len(x):
+            ends.append((float(to_axes.transform((x[-1], y[-1]))[1]), line))
+    ends.sort(key=lambda end: end[0])
+    places: list[float] = []
+    for place, _ in ends:
+        places.append(max(place, places[-1] + gap) if places else place)
+    top = 1.0
+    for number in reversed(range(len(places))):  # back down from the upper edge
+        places[number] = min(places[number], top)
+        top = places[number] - gap
+    for place, (_, line) in zip(places, ends, strict=True):
+        label, colour = line.get_label(), line.get_color()
+        line.set_label(f"_{label}")
+        axis.text(
+            1.02,
+            place,
+            label,
+            color=colour,
+            fontsize=size,
+            va="center",
+            transform=axis.transAxes,
         )
 
 
 def draw_limits(axis: Any, result: SweepRuns) -> None:
-    """What bounds a panel of token hit rates: the best plan with hindsight, what no plan can pass,
-    the infinite cache."""
+    """Draw the limits of token hit rates: the best plan with hindsight, its upper bound, and the
+    infinite cache."""
     plans = sorted(
         {(run.gib, hindsight_percent(run)) for run in result.runs if run.optimum_tokens and run.gib}
     )
@@ -207,25 +439,37 @@ def draw_limits(axis: Any, result: SweepRuns) -> None:
         axis.axhline(bound, color="black", linewidth=0.8, linestyle=":", label="infinite cache")
 
 
-def size_axis(axis: Any, label: str = "memory for KV and checkpoints, GiB") -> None:
-    """A logarithmic x axis in plain numbers."""
+def size_axis(
+    axis: Any,
+    label: str = "memory for KV and checkpoints, GiB",
+    style: FigureStyle | None = None,
+) -> None:
+    """Make the x axis logarithmic, with plain numbers."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
     axis.xaxis.set_major_formatter("{x:g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.tick_params(axis="x", labelsize=8)
+    if style is not None:
+        axis.tick_params(axis="x", labelsize=style.points(8))
     axis.set_xlabel(label)
 
 
 def panels(
-    count: int, width: float = 4.6, height: float = 3.5, columns: int = 3
+    count: int,
+    width: float = 4.6,
+    height: float = 3.5,
+    columns: int = 3,
+    size: tuple[float, float] | None = None,
 ) -> tuple[Figure, list[Any]]:
-    """A figure of ``count`` panels, at most ``columns`` in a row, and their axes. It belongs to no
-    window and no notebook: their backend stays as it is."""
+    """Return a figure of ``count`` panels, at most ``columns`` in a row, and their axes. ``size``
+    replaces width and height. The figure belongs to no window and no notebook, so their backend is
+    not changed."""
+    _matplotlib()
     from matplotlib.figure import Figure
 
+    width, height = size or (width, height)
     columns = min(count, columns)
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns, height * rows))
@@ -239,9 +483,15 @@ def panels(
     return figure, axes[:count]
 
 
-def save(figure: Figure, axes: Sequence[Any], path: Path | None, caption: str = "") -> Figure:
-    """Finish the figure, and write it where there is a ``path``: one legend below for all panels,
-    the caption under it; the figure grows by both."""
+def save(
+    figure: Figure,
+    axes: Sequence[Any],
+    path: Path | None,
+    caption: str = "",
+    style: FigureStyle = DEFAULT_STYLE,
+) -> Figure:
+    """Add one legend for all panels and the caption below them, and write the figure to ``path``,
+    if there is one. The figure grows by the height of both."""
     entries = {
         label: handle
         for axis in axes
@@ -249,11 +499,12 @@ def save(figure: Figure, axes: Sequence[Any], path: Path | None, caption: str = 
     }
     width, height = figure.get_size_inches()
     widest = max(map(len, entries), default=0)
-    columns = max(1, min(len(entries), 6, int(width / (0.6 + 0.068 * widest))))
+    scale = style.points(1)
+    columns = max(1, min(len(entries), 6, int(width / (0.6 + 0.068 * scale * widest))))
     rows = -(-len(entries) // columns)
-    lines = textwrap.wrap(caption, int(width * 15))
-    below = 0.17 * len(lines) + 0.1  # inches that the caption takes
-    added = below + 0.22 * rows + 0.1
+    lines = textwrap.wrap(caption, int(width * 15 / scale))
+    below = 0.17 * scale * len(lines) + 0.1  # inches that the caption takes
+    added = below + 0.22 * scale * rows + 0.1
     height += added
     figure.set_size_inches(width, height)
     figure.tight_layout(rect=(0, added / height, 1, 1))
@@ -264,19 +515,20 @@ def save(figure: Figure, axes: Sequence[Any], path: Path | None, caption: str = 
             loc="lower center",
             bbox_to_anchor=(0.5, below / height),
             ncol=columns,
-            fontsize=8,
+            fontsize=style.points(8),
             frameon=False,
         )
-    figure.text(0.5, 0.08 / height, "\n".join(lines), ha="center", va="bottom", fontsize=8.5)
+    text = "\n".join(lines)
+    figure.text(0.5, 0.08 / height, text, ha="center", va="bottom", fontsize=style.points(8.5))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
+        figure.savefig(path, dpi=130 if style.size is None else 300)
     return figure
 
 
 def optimum_figure(found: Sequence[Optimum], path: Path | None) -> Figure:
-    """Left the plan's hit rate and the bound over the size; right the price of memory over the
-    trace at some of the sizes, where the LP told it."""
+    """Draw the plan's hit rate and the bound over the size, and to its right the price of memory
+    over the trace at some of the sizes, if the LP computed it."""
     priced = [best for best in found if best.prices is not None]
     figure, axes = panels(1 + bool(priced), columns=2)
     sizes = [best.capacity_bytes / GIB for best in found]
@@ -316,14 +568,24 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 
 
 def closed_loop_figure(
-    runs: Sequence[ClosedLoopRun], path: Path | None, caption: str = ""
+    runs: Sequence[ClosedLoopRun],
+    path: Path | None,
+    caption: str = "",
+    style: FigureStyle = DEFAULT_STYLE,
 ) -> Figure:
-    """A row of panels for each trace and cache: hits, times to first token and makespan over the
-    rate of sessions, a line for each admission policy. Points are means over seeds, bars reach from
-    the least to the most."""
+    """Draw hits, times to first token and makespan over the rate of sessions: a row of panels per
+    trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
+    smallest to the largest."""
+    with style.applied():
+        return _closed_loop_figure(runs, path, caption, style)
+
+
+def _closed_loop_figure(
+    runs: Sequence[ClosedLoopRun], path: Path | None, caption: str, style: FigureStyle
+) -> Figure:
     cells = list(dict.fromkeys((run.trace, run.label, run.gib) for run in runs))
     admissions = list(dict.fromkeys(run.admission for run in runs))
-    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), 3.9, 3.0, columns=4)
+    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), 3.9, 3.0, 4, style.size)
     for row, cell in enumerate(cells):
         here = [run for run in runs if (run.trace, run.label, run.gib) == cell]
         for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
@@ -338,28 +600,28 @@ def closed_loop_figure(
                     means,
                     yerr=(lows, highs),
                     color=COLOURS[place % len(COLOURS)],
-                    linestyle=_DASHES[place // len(COLOURS) % len(_DASHES)],
+                    linestyle=_DASHES[place % len(_DASHES)],
                     marker="o",
                     markersize=3,
                     linewidth=2.0 if admission == "sessions" else 1.1,
                     elinewidth=0.6,
                     label=admission,
                 )
-            size_axis(axis, "sessions a second")
+            size_axis(axis, "sessions a second", style)
             axis.set_ylabel(name)
             if name.endswith("TTFT, s"):
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(bottom=0)
             size = "" if cell[2] is None else f", {cell[2]:.3g} GiB"
-            axis.set_title(f"{cell[0]}{size}", fontsize=9)
-    return save(figure, axes, path, caption)
+            axis.set_title(f"{cell[0]}{size}", fontsize=style.points(9))
+    return save(figure, axes, path, caption, style)
 
 
 def _over_rates(
     runs: Sequence[ClosedLoopRun], value: Callable[[ClosedLoopRun], float]
 ) -> list[tuple[float, float, float, float]]:
-    """(rate, mean over seeds, mean - least, most - mean), by rate."""
+    """Return (rate, mean over seeds, mean - smallest, largest - mean) by rate."""
     points = []
     for rate in sorted({run.rate for run in runs}):
         values = [value(run) for run in runs if run.rate == rate]

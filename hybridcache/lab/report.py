@@ -221,8 +221,8 @@ def flat_record(run: RunResult) -> dict[str, Any]:
         "missed_tokens": run.missed_tokens,
         "control_us": run.control_us,
     }
-    lost = None if run.losses is None else dict(run.losses)
-    causes = {f"lost_{cause}": lost and lost.get(cause, 0) for cause in Losses._fields}
+    lost = run.losses or (None,) * len(Losses._fields)
+    causes = {f"lost_{cause}": tokens for cause, tokens in zip(Losses._fields, lost, strict=True)}
     return known | causes
 
 
@@ -318,7 +318,21 @@ def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
         notes.append(f"prefill times: {result.times}")
     if any(weighs_as_another(run) for run in result.runs):
         notes.append(MARCONI_NOTE)
+    notes += dict.fromkeys(filter(None, map(no_hit_note, result.runs)))
+    if result.counted_by:
+        notes.append(f"tokens counted by: {result.counted_by}")
     return notes
+
+
+def no_hit_note(run: RunResult) -> str:
+    """Explain a peer that cannot hit because its page is longer than every prompt; else empty."""
+    page, longest = run.page_tokens, run.longest_prompt
+    if page is None or longest is None or longest > page:
+        return ""
+    return (
+        f"{run.label}: no hit is possible, because its pages have {page:,} tokens and the "
+        f"longest prompt has {longest:,}"
+    )
 
 
 MARCONI_NOTE = (
@@ -404,7 +418,7 @@ def losses_table(runs: Sequence[RunResult]) -> str:
     for run in runs:
         if run.losses is None:
             continue
-        parts = [run.cached_tokens, *(run.losses.get(cause, 0) for cause in Losses._fields)]
+        parts = [run.cached_tokens, *run.losses]
         shares = [f"{100 * part / run.prompt_tokens:.1f}" for part in parts]
         rows.append([run.label, size_label(run), *shares])
     return f"{text_table(header, rows)}\n{LOSSES_NOTE}"
@@ -434,6 +448,12 @@ def bins_table(runs: Sequence[RunResult], by: Literal["length", "turn"]) -> str:
     return text_table(header, rows)
 
 
+def _counting(stats: TraceStats) -> str:
+    if stats.counted_by:
+        return f"counted by the tokenizer {stats.counted_by}"
+    return f"one id stands for {stats.unit}"
+
+
 def stats_table(stats: TraceStats) -> str:
     """What a trace is like, in some thirty lines."""
 
@@ -456,7 +476,7 @@ def stats_table(stats: TraceStats) -> str:
         f"requests {stats.num_requests:,} in {stats.num_sessions:,} sessions and "
         f"{stats.num_namespaces:,} namespaces, over {stats.duration_s:,.0f} s; {stats.num_bad} bad "
         "records skipped",
-        f"prompt tokens {stats.prompt_tokens:,}; one id stands for {stats.unit}",
+        f"prompt tokens {stats.prompt_tokens:,}; {_counting(stats)}",
         f"distinct tokens, answers included {stats.distinct_tokens:,}",
         f"ideal token hit rate {100 * stats.ideal_hit_rate:.2f} %, "
         f"of requests {100 * stats.ideal_requests / max(stats.num_requests, 1):.2f} %",

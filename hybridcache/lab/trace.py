@@ -72,6 +72,8 @@ class Trace:
     share a trace by recipe."""
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     """What was skipped in the latest iteration."""
+    counted_by: str = ""
+    """Tokenizer of a trace of texts: its name, or the path of its file. Empty for traces of ids."""
     recipe: str = ""
     """All that makes it, options and seed included, as ``open_trace`` takes it; empty where it was
     made otherwise."""

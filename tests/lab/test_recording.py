@@ -37,7 +37,7 @@ def test_a_page_shows_what_was_simulated(trace: str, memory: str) -> None:
         assert sum(one["prompt"] for one in shown) == result.prompt_tokens
         assert sum(one["cached"] for one in shown) == result.cached_tokens
         assert result.losses is not None
-        for cause, tokens in result.losses.items():
+        for cause, tokens in result.losses._asdict().items():
             assert sum(one["losses"][cause] for one in shown) == tokens, cause
         nodes: dict[int, dict[str, Any]] = {}
         follow(nodes, run["records"])

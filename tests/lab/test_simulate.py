@@ -3,7 +3,10 @@ reports say."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
+import inspect
+import itertools
 import json
 import sys
 from dataclasses import replace
@@ -19,12 +22,14 @@ from hypothesis import strategies as st
 from hybridcache.api import Losses
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
+from hybridcache.lab.advise import advise
 from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.cli import main
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
-from hybridcache.lab.simulation.simulate import SimulationResult, Sweep, simulate
+from hybridcache.lab.simulation.simulate import SimulationResult, Sweep, optimum, simulate
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import (
@@ -139,7 +144,7 @@ def test_too_little_memory_is_no_error() -> None:
     result = simulate(short().head(20), model=SMALL, gib=300 * 10 / 2**30)
     [run] = result.runs
     assert run.bypassed > 0 and run.cached_tokens == 0
-    assert run.losses is not None and run.losses["refused"] > 0
+    assert run.losses is not None and run.losses.refused > 0
 
 
 def test_taking_memory_in_the_engines_pieces_changes_little() -> None:
@@ -287,7 +292,7 @@ def test_a_result_survives_json() -> None:
 def test_the_figures_of_a_run_fit_together() -> None:
     [run] = simulate("chat", gib=8).runs
     assert run.losses is not None and run.bound_tokens is not None
-    assert sum(run.losses.values()) + run.cached_tokens == run.prompt_tokens
+    assert sum(run.losses) + run.cached_tokens == run.prompt_tokens
     assert sum(bin_.cached_tokens for bin_ in run.by_length) == run.cached_tokens
     assert sum(bin_.requests for bin_ in run.by_turn) == run.requests == 320
     geometry = ModelGeometry.preset("qwen3-next")
@@ -366,12 +371,89 @@ def test_a_trace_that_can_not_be_sent_is_one_sentence(tmp_path: Path) -> None:
             simulate(own, gib=(1, 2), **option)
 
 
-def test_options_are_the_fields_of_a_sweep() -> None:
-    sweep = Sweep(gib=1, policy="fifo", bound=False)
-    one, other = simulate("short?head=9", sweep), simulate("short?head=9", sweep, policy="lru")
-    assert [one.runs[0].label, other.runs[0].label] == ["fifo", "lru"]
+def test_functions_of_the_laboratory_share_names_types_and_defaults() -> None:
+    named = inspect.signature(simulate).parameters
+    fields = {field.name: field for field in dataclasses.fields(Sweep)}
+    assert set(named) - {"trace"} == set(fields), "Sweep has the arguments of simulate"
+    for name, field in fields.items():
+        assert (named[name].default, named[name].annotation) == (field.default, field.type), name
+    for other in (optimum, advise):
+        own = {"gib", "policy", "checkpoints"} if other is advise else set()
+        for name, parameter in inspect.signature(other).parameters.items():
+            assert parameter.kind is not parameter.VAR_KEYWORD
+            if name in named and name not in own:
+                mine = named[name]
+                assert (mine.default, mine.annotation) == (parameter.default, parameter.annotation)
     with pytest.raises(TypeError, match="polcy"):
         simulate("short?head=9", polcy="lru")
+
+
+def test_the_optimum_takes_a_model_and_sizes() -> None:
+    found = optimum("resend?head=45", model="qwen3-next", gib=[2, 4], method="greedy")
+    assert [plan.capacity_bytes for plan in found] == [2 << 30, 4 << 30] and len(found) == 2
+    assert found[0].reached <= found[1].reached
+    assert "greedy" in found.table() and "\n" not in repr(found) and "at 2 GiB" in repr(found)
+    shares = simulate("resend?head=45", gib=[2, 4], optimum="greedy", bound=False).runs
+    for run, plan in zip(shares, found, strict=True):
+        assert run.optimum_tokens == plan.cached_tokens.sum()
+    [with_host] = optimum("resend?head=45", gib=1, host_gib=4, method="greedy")
+    assert [tier.capacity_bytes for tier in with_host.lower] == [4 << 30]
+
+
+def test_progress_is_a_function_a_bar_or_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    seen: list[tuple[int, int]] = []
+    sweep = {"gib": [1, 2], "bound": False}
+    simulate("short?head=9", **sweep, progress=lambda *at: seen.append(at))
+    assert seen[-1] == (2, 2) and seen == sorted(seen)
+    simulate("short?head=9", **sweep)
+    simulate("short?head=9", **sweep, progress=False)
+    optimum("short?head=9", gib=1, method="greedy")
+    advise("short?head=20", gib=1, policy="lru", checkpoints="adaptive")
+    assert capfd.readouterr().err == "", "this is no terminal"
+
+
+def test_a_peer_that_cannot_hit_says_so_in_the_table() -> None:
+    result = simulate("short?head=9", gib=1, baseline=["vllm", "marconi"])
+    [note] = [line for line in result.table().splitlines() if "no hit is possible" in line]
+    assert note.startswith("vllm (rebuilt): ") and "1,056 tokens" in note and "has 380" in note
+    assert "no hit is possible" not in simulate("chat?head=9", gib=1, baseline="vllm").table()
+
+
+def test_advice_is_checked_on_requests_that_were_not_used_for_it() -> None:
+    asked = {"gib": 1, "policy": ["lru", "fifo"], "checkpoints": ["adaptive", "end"], "grids": ()}
+    advice = advise("short?head=60", **asked)
+    assert (advice.result.requests, advice.check.requests) == (30, 30)
+    whole = simulate(
+        "short?head=60",
+        gib=1,
+        policy=advice.policy,
+        checkpoints=advice.checkpoints,
+        state_dtype=advice.state_dtype,
+        bound=False,
+    ).runs[0]
+    half = advice.result
+    assert advice.check.cached_tokens == whole.cached_tokens - half.cached_tokens
+    error = 100 * (advice.check.token_hit_rate - half.token_hit_rate)
+    assert f"the error of the forecast is {error:+.1f} points" in advice.text()
+    alone = advise("short?head=60", **asked, tune_share=1)
+    assert alone.check is None and "not checked" in alone.text()
+    assert alone.result.requests == 60
+    with pytest.raises(ValueError, match="tune_share must be above 0"):
+        advise("short", gib=1, tune_share=0)
+
+
+def test_advice_ends_in_a_command_that_the_engine_takes(tmp_path: Path) -> None:
+    from tests import documents  # needs the engine
+
+    model = tmp_path / "my-model"
+    model.mkdir()
+    config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    (model / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4}))
+    for word, shown in (("qwen3-next", "ORG/Qwen3-Next-80B-A3B"), (str(model), str(model))):
+        advice = advise("short?head=20", model=word, gib=1, policy="lru", checkpoints="branch,end")
+        assert f"to serve: {advice.command}" in advice.text()
+        assert f"--model {shown} --cache-gib 1 --eviction lru" in advice.command
+        documents.check_command(advice.command)
 
 
 GOLDEN_FILES = {
@@ -478,21 +560,6 @@ def test_frames_come_from_packages_that_may_be_missing(
         convert()
 
 
-if __name__ == "__main__":
-    # One trace a line, so that a change of one policy reads as such.
-    for memory, path in GOLDEN_FILES.items():
-        rows = [
-            f" {json.dumps(trace)}: {{\n"
-            + ",\n".join(
-                f"  {json.dumps(label)}: {hits}"
-                for label, hits in golden_hits(trace, memory).items()
-            )
-            + "\n }"
-            for trace in GOLDEN_TRACES
-        ]
-        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-
-
 def test_checkpoints_in_fewer_bits_hold_more(tmp_path: Path) -> None:
     """The format is part of a run's identity, so a file of one format's runs is not the other's."""
     found = {
@@ -507,3 +574,78 @@ def test_checkpoints_in_fewer_bits_hold_more(tmp_path: Path) -> None:
     }
     assert found["int8"].token_hit_rate > found["auto"].token_hit_rate
     assert [run.config.checkpoint_dtype for run in found.values()] == ["auto", "int8"]
+
+
+# --- Plots --------------------------------------------------------------------------------------
+
+
+def test_plots_draw_on_the_axes_and_in_the_style_of_the_user(small: SimulationResult) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from cycler import cycler
+
+    with pyplot.rc_context({"axes.prop_cycle": cycler(color=["#112233", "#445566", "#778899"])}):
+        _, (left, right) = pyplot.subplots(1, 2)
+        assert small.plot.capacity(left, labels="direct") is left
+        assert small.plot.losses(right, gib=2) is right
+    lines = {line.get_color(): line for line in left.get_lines() if line.get_marker() != "None"}
+    assert [*lines] == ["#112233", "#445566", "#778899"], "not the user's colours"
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines.values()}) == 3
+    widths = [line.get_linewidth() for line in lines.values()]
+    assert widths == sorted(widths, reverse=True), "a line hides the ones below"
+    for line, runs in zip(lines.values(), small.by_label().values(), strict=True):
+        assert list(line.get_xdata()) == [1, 2], "a marker at each simulated size"
+        assert list(line.get_ydata()) == [100 * run.token_hit_rate for run in runs]
+    heights = sorted(text.get_position()[1] for text in left.texts)
+    assert {text.get_text() for text in left.texts} == set(small.by_label())
+    assert min(b - a for a, b in itertools.pairwise(heights)) > 0.02, "labels overlap"
+    named = left.get_legend_handles_labels()[1]
+    assert named == ["infinite cache"], "a line is named twice"
+    bars = {bar.get_label(): [part.get_width() for part in bar] for bar in right.containers}
+    ours = [run for run in small.runs if run.losses is not None and run.gib == 2]
+    assert bars["reused"] == [pytest.approx(100 * run.token_hit_rate) for run in ours]
+    assert np.sum([*bars.values()], axis=0) == pytest.approx([100] * len(ours), abs=0.2)
+    peers = replace(small, runs=tuple(run for run in small.runs if run.config.baseline))
+    with pytest.raises(ValueError, match="rebuilt peers do not record them"):
+        peers.plot.losses(right)
+    before = pyplot.get_fignums()
+    assert small.plot.capacity(metric="ttft-p50").get_ylabel() == "TTFT P50, ms"
+    assert len(pyplot.get_fignums()) == len(before) + 1
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_figures_of_a_paper_have_its_size_and_fonts(tmp_path: Path, suffix: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / f"f.{suffix}"
+    sweep = ["simulate", "--trace", "short?head=20", "--gib", "1,2", "--policy", "lru,fifo"]
+    look = ["--figure-size", "3x2", "--figure-font-size", "5", "--figure-labels", "direct"]
+    assert main([*sweep, "--figure", str(path), *look, "--figure-font", "serif", "--losses"]) == 0
+    content = path.read_bytes()
+    assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
+    assert path.with_name(f"f-losses.{suffix}").exists()
+    if suffix == "svg":
+        width = float(content.decode().split('width="')[1].split("pt")[0])
+        assert width == pytest.approx(3 * 72)
+
+
+@pytest.mark.parametrize("size", ["3", "3x", "ax2", "0x2", "3x-1"])
+def test_a_size_that_no_figure_has_is_refused(
+    size: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["simulate", "--trace", "short?head=2", "--gib", "1", "--figure-size", size]) == 2
+    assert "width and height in inches are needed" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    # One trace a line, so that a change of one policy reads as such.
+    for memory, path in GOLDEN_FILES.items():
+        rows = [
+            f" {json.dumps(trace)}: {{\n"
+            + ",\n".join(
+                f"  {json.dumps(label)}: {hits}"
+                for label, hits in golden_hits(trace, memory).items()
+            )
+            + "\n }"
+            for trace in GOLDEN_TRACES
+        ]
+        path.write_text("{\n" + ",\n".join(rows) + "\n}\n")

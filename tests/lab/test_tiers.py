@@ -33,7 +33,7 @@ def test_host_memory_saves_what_the_device_has_no_room_for():
     assert alone.seconds_saved < tiered.seconds_saved <= whole.seconds_saved * 1.001
     assert tiered.token_hit_rate > alone.token_hit_rate + 0.2
     assert tiered.losses is not None
-    assert sum(tiered.losses.values()) + tiered.cached_tokens == tiered.prompt_tokens
+    assert sum(tiered.losses) + tiered.cached_tokens == tiered.prompt_tokens
 
 
 def test_what_is_copied_is_waited_for_at_the_bandwidth_of_every_device():
@@ -47,8 +47,8 @@ def test_what_is_copied_is_waited_for_at_the_bandwidth_of_every_device():
 def test_what_is_slower_than_computing_is_left_and_said():
     alone, slow = run(), run(host_gib=8, host_gb_s=1e-4)
     assert slow.cached_tokens == alone.cached_tokens and slow.copy_seconds == 0
-    assert slow.losses is not None and slow.losses["not_fetched"] > 0
-    assert alone.losses is not None and alone.losses["not_fetched"] == 0
+    assert slow.losses is not None and slow.losses.not_fetched > 0
+    assert alone.losses is not None and alone.losses.not_fetched == 0
 
 
 def test_disk_takes_what_host_memory_has_no_room_for():
@@ -74,7 +74,7 @@ def test_the_exchange_counts_in_the_trace_s_units():
 
 def test_advice_says_what_a_tier_is_worth_on_the_device(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("hybridcache.lab.tier_worth.NUM_SIZES", 4)
-    advice = advise(TRACE.head(25), gib=1, policies=("lru",), state_dtypes=(), host_gib=4)
+    advice = advise(TRACE.head(25), gib=1, policy="lru", state_dtypes=(), host_gib=4)
     assert advice.tiers is not None
     assert 0 < advice.tiers.device_gib <= 4
     assert "4 GiB of host memory are worth" in advice.text()

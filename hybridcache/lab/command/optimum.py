@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def add_optimum(commands: Commands) -> None:
-    """The command's parser."""
+    """Add the command's parser."""
     parser = commands.add_parser("optimum", help="the best that any policy could have done")
     add = parser.add_argument
     share(parser, "--trace", "--model", "--gib", "--state-dtype", "--grid", "--skip-bad")
@@ -40,48 +39,43 @@ def add_optimum(commands: Commands) -> None:
 
 
 def _optimum(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
     from hybridcache.geometry.model import ModelGeometry
     from hybridcache.lab.figures import optimum_figure
-    from hybridcache.lab.optimum import lower_budgets, optimum
+    from hybridcache.lab.progress import shown_progress
     from hybridcache.lab.report import optimum_table
-    from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
+    from hybridcache.lab.simulation.simulate import optimum
+    from hybridcache.lab.simulation.sizes import sizes
 
     check_figure(options.figure)
-    geometry = ModelGeometry.load(options.model)
-    if options.state_dtype:
-        geometry = geometry.with_state_dtype(options.state_dtype)
+    model = ModelGeometry.load(options.model).name
+    points = sizes(options.gib)
     tiers = tiers_asked(options)
-    lower = lower_budgets(
-        geometry,
-        (tier_bytes("host", tiers["host_gib"]), tiers["host_gb_s"] * 1e9),
-        (tier_bytes("disk", tiers["disk_gib"]), tiers["disk_gb_s"] * 1e9),
-    )
     trace = opened(options.trace, options).kept()
-    found = []
-    with tqdm(sizes(options.gib), unit=" sizes", disable=None, file=sys.stderr) as bar:
-        for size in bar:
-            best = optimum(
+    plans = []
+    with shown_progress(None, "sizes", options.trace) as show:
+        for done, size in enumerate(points):
+            show(done, len(points))
+            [best] = optimum(
                 trace,
-                capacity_bytes=budget_bytes(size),
-                kv_bytes_per_token=geometry.kv_bytes_per_token,
-                state_bytes=geometry.state_bytes,
-                grid=options.grid,
-                method=options.method or ("lp" if lower else "milp"),
+                model=options.model,
+                gib=size,
+                method=options.method,
                 placement=options.placement,
                 relative_gap=options.gap,
                 limit_s=options.limit,
-                lower=lower,
-                on_progress=bar.set_postfix_str,
+                state_dtype=options.state_dtype,
+                grid=options.grid,
+                progress=False,
+                **tiers,
             )
-            found.append(best)
+            plans.append(best)
             if options.output:
                 with options.output.open("a", encoding="utf-8") as file:
-                    record = best.record(with_prices=True) | {"model": geometry.name}
+                    record = best.record(with_prices=True) | {"model": model}
                     file.write(json.dumps(record) + "\n")
-    print(optimum_table(found))
+        show(len(points), len(points))
+    print(optimum_table(plans))
     if options.figure:
-        optimum_figure(found, options.figure)
+        optimum_figure(plans, options.figure)
         print(f"figure: {options.figure}")
     return 0

@@ -1,16 +1,17 @@
-"""What several commands share: options, opening a trace, checks."""
+"""Options and checks of several commands, and opening a trace."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from hybridcache.config import GRID
 from hybridcache.lab.defaults import GIB_SPEC, MODEL
 
 if TYPE_CHECKING:
+    from hybridcache.lab.figures import FigureStyle
     from hybridcache.lab.trace import Trace
 
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -36,7 +37,7 @@ SHARED: dict[str, dict[str, Any]] = {
     "--checkpoint-dtype": {
         "default": "auto",
         "help": "of checkpoints alone: bfloat16, int8 or fp8, the last two with :head, :row or "
-        ":column (meant where none is said); running states then lie beside the memory (default: "
+        ":column (meant where none is said); running states are then outside this memory (default: "
         "as states are)",
     },
     "--servers": {"type": int, "default": 1, "help": "prefills at the same time, for the TTFT"},
@@ -45,33 +46,43 @@ SHARED: dict[str, dict[str, Any]] = {
     "--ray": {
         "help": "spread the runs over the Ray cluster at this address (auto: this machine's)"
     },
-    "--skip-bad": {"action": "store_true", "help": "count records that can not be read"},
+    "--skip-bad": {"action": "store_true", "help": "skip and count records that cannot be read"},
 }
 """Options of more than one command."""
 
 
 def share(parser: argparse.ArgumentParser, *flags: str) -> None:
-    """Give ``parser`` some of ``SHARED``."""
+    """Add some of the ``SHARED`` options to ``parser``."""
     for flag in flags:
         parser.add_argument(flag, **SHARED[flag])
 
 
 def add_tiers(parser: argparse.ArgumentParser) -> None:
-    """Memory below the device's, and how fast it is."""
+    """Add the options for memory below the device, and its speed."""
     from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 
     for word, rate in (("host", PCIE_BYTES_PER_S), ("disk", DISK_BYTES_PER_S)):
         size = f"GiB of {word} memory for what leaves the device; 0: none"
         speed = (
-            f"GB/s from {word} to a device, which decide what is fetched (default {rate / 1e9:g})"
+            f"GB/s from {word} to a device; decides which entries are loaded "
+            f"(default {rate / 1e9:g})"
         )
         parser.add_argument(f"--{word}-gib", type=float, default=0.0, help=size)
         parser.add_argument(f"--{word}-gb-s", type=float, help=speed)
 
 
-def tiers_asked(options: argparse.Namespace) -> dict[str, float]:
-    """``host_gib``, ``host_gb_s``, ``disk_gib`` and ``disk_gb_s``. ValueError for a speed that none
-    can be, or of a tier that is not there."""
+class Tiers(TypedDict):
+    """Arguments of ``simulate``, ``optimum`` and ``advise`` for tiers below the device."""
+
+    host_gib: float
+    host_gb_s: float
+    disk_gib: float
+    disk_gb_s: float
+
+
+def tiers_asked(options: argparse.Namespace) -> Tiers:
+    """Return the tiers that were asked for. ValueError for an invalid speed, or the speed of a tier
+    without a size."""
     from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 
     found: dict[str, float] = {}
@@ -85,12 +96,12 @@ def tiers_asked(options: argparse.Namespace) -> dict[str, float]:
             )
         found[f"{word}_gib"] = gib
         found[f"{word}_gb_s"] = rate / 1e9 if gb_s is None else gb_s
-    return found
+    return cast(Tiers, found)
 
 
 def opened(spec: str, options: argparse.Namespace) -> Trace:
-    """The trace; with ``--skip-bad`` it is read once more, to say what is left out of it.
-    ValueError: all of it is."""
+    """Open the trace. With ``--skip-bad`` it is read once more, to report how many records are
+    bad. ValueError if all are."""
     from hybridcache.lab.traces import open_trace
 
     trace = open_trace(spec, skip_bad=options.skip_bad)
@@ -104,13 +115,53 @@ def opened(spec: str, options: argparse.Namespace) -> Trace:
 
 
 def split(words: str) -> tuple[str, ...]:
-    """Words with commas between, none of them empty."""
+    """Split at the commas between names, and omit empty ones."""
     from hybridcache.policies.registry import split_specs
 
     return tuple(filter(None, split_specs(words)))
 
 
 def check_figure(path: Path | None) -> None:
-    """ValueError for a file that no figure can be written to."""
-    if path is not None and path.suffix not in (".png", ".svg"):
-        raise ValueError(f"--figure {path}: its name must end in .png or .svg")
+    """Raise ValueError unless a figure can be written to the file."""
+    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--figure {path}: its name must end in .png, .svg or .pdf")
+
+
+def add_figure_style(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the look of figures."""
+    add = parser.add_argument
+    add("--figure-size", help="inches of a panel, as in 3.3x2.4 (default: the figure's own)")
+    add("--figure-font", default="", help="font family of figures (default: matplotlib's)")
+    add(
+        "--figure-font-size",
+        type=float,
+        default=9.0,
+        help="points of titles in figures, other texts in proportion (default %(default)s)",
+    )
+    add(
+        "--figure-labels",
+        choices=("legend", "direct"),
+        default="legend",
+        help="names of competitors in a legend or at the ends of lines (default %(default)s)",
+    )
+
+
+def figure_style(options: argparse.Namespace) -> FigureStyle:
+    """Return the look of figures that was asked for. ValueError for an invalid size."""
+    from hybridcache.lab.figures import FigureStyle
+
+    size = None
+    if options.figure_size is not None:
+        width, _, height = options.figure_size.partition("x")
+        try:
+            size = float(width), float(height)
+        except ValueError:
+            size = 0.0, 0.0
+        if not all(0 < length < 100 for length in size):
+            raise ValueError(
+                f"--figure-size {options.figure_size}: width and height in inches are needed, as "
+                "in 3.3x2.4"
+            )
+    if not 0 < options.figure_font_size < 100:
+        raise ValueError(f"--figure-font-size {options.figure_font_size:g}: points are needed")
+    return FigureStyle(size, options.figure_font, options.figure_font_size, options.figure_labels)

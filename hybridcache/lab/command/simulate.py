@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from hybridcache.lab.command.shared import (
     TRACE_HELP,
+    add_figure_style,
     add_tiers,
     check_figure,
+    figure_style,
     opened,
     share,
     split,
@@ -22,7 +23,7 @@ from hybridcache.lab.defaults import GIB_SPEC
 from hybridcache.lab.replicas.command import ALONE
 
 CLOSED_LOOP_GIB = "16"
-"""Memory of a closed-loop run, where none is given."""
+"""Default memory of a closed-loop run."""
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def add_simulate(commands: Commands) -> None:
-    """The command's parser."""
+    """Add the command's parser."""
     from hybridcache.lab.baselines import BASELINES
     from hybridcache.lab.replicas.command import add_fleet
     from hybridcache.lab.report import METRICS
@@ -61,7 +62,12 @@ def add_simulate(commands: Commands) -> None:
         f"{', '.join(placement_names())}, none, module:Class",
     )
     add("--baseline", default="", help=f"rebuilt peers, commas between: {', '.join(BASELINES)}")
-    add("--bound", action=argparse.BooleanOptionalAction, default=True, help="the infinite cache")
+    add(
+        "--bound",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also an infinite cache",
+    )
     add("--optimum", choices=("greedy", "lp", "milp"), help="also the best plan with hindsight")
     known = ", ".join(METRICS)
     add("--metric", default="hit", help=f"what tables and figure show, commas between: {known}")
@@ -80,18 +86,16 @@ def add_simulate(commands: Commands) -> None:
         "--priority-classes",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="evict unreachable KV first, then superseded checkpoints; without, each policy "
-        "orders all items",
+        help="evict unreachable KV and superseded checkpoints first; else each policy orders all",
     )
     add("--page-size", type=int, default=1, help="tokens of a KV page")
-    add("--max-running", type=int, help="serve so many requests at once instead of in turn")
+    add("--max-running", type=int, help="number of requests served at once (default: in turn)")
     _add_closed_loop(parser)
     add_fleet(parser)
     add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
-    add("--figure", type=Path, help="PNG or SVG to draw; losses and bins, if asked for, beside it")
-    add(
-        "--page", type=Path, help="HTML file to write: the runs to look at, side by side, over time"
-    )
+    add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses and bins, if any, next to it")
+    add_figure_style(parser)
+    add("--page", type=Path, help="HTML file to write: the runs side by side, over time")
     parser.set_defaults(run=_simulate, goes_on=True)
 
 
@@ -125,8 +129,8 @@ def _add_closed_loop(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--closed-loop",
         action="store_true",
-        help="sessions arrive by themselves, then wait for their answers and the trace's pauses; "
-        "requests are scheduled as in the engine",
+        help="sessions arrive at a rate, and each request follows the answer and the pause before "
+        "it; requests are scheduled as in the engine",
     )
     for flag, facts in CLOSED_LOOP.items():
         known = f": {', '.join(admission_names())}, module:Class" if flag == "--admission" else ""
@@ -135,10 +139,9 @@ def _add_closed_loop(parser: argparse.ArgumentParser) -> None:
 
 def _simulate_closed_loop(options: argparse.Namespace) -> int:
     """Serve every trace at every rate with every admission policy, and print their tables."""
-    from tqdm import tqdm
-
     from hybridcache.geometry.times import step_times
     from hybridcache.lab.figures import closed_loop_figure
+    from hybridcache.lab.progress import shown_progress
     from hybridcache.lab.report import closed_loop_table
     from hybridcache.lab.simulation.closed_loop import ClosedLoop, ClosedLoopRun, run_closed_loop
     from hybridcache.lab.simulation.simulate import Sweep
@@ -152,6 +155,7 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
     if options.output is not None or options.replicas is not None:
         raise ValueError("--output and --replicas have no meaning with --closed-loop")
     check_figure(options.figure)
+    style = figure_style(options)
     words = split(options.admission or "oldest,sessions")
     for word in words:
         make_admission(word)
@@ -172,24 +176,25 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
     ]
     runs: list[ClosedLoopRun] = []
     for spec in options.trace:
-        trace, found = opened(spec, options), []
-        for config, word, rate, seed in tqdm(
-            cells, unit=" runs", desc=spec, disable=None, file=sys.stderr
-        ):
-            loop = ClosedLoop(
-                times,
-                rate,
-                seed=seed,
-                max_running=options.max_running or 16,
-                token_budget=options.token_budget or 8192,
-                admission=word,
-                max_share=options.max_share,
-                tells_ends=options.tells_ends,
-            )
-            found.append(run_closed_loop(trace, config, loop, options.ttft_limit or 2.0))
+        trace = opened(spec, options)
+        found: list[ClosedLoopRun] = []
+        with shown_progress(None, "runs", spec) as show:
+            for config, word, rate, seed in cells:
+                show(len(found), len(cells))
+                loop = ClosedLoop(
+                    times,
+                    rate,
+                    seed=seed,
+                    max_running=options.max_running or 16,
+                    token_budget=options.token_budget or 8192,
+                    admission=word,
+                    max_share=options.max_share,
+                    tells_ends=options.tells_ends,
+                )
+                found.append(run_closed_loop(trace, config, loop, options.ttft_limit or 2.0))
         runs += found
         if options.figure:
-            closed_loop_figure(runs, options.figure)
+            closed_loop_figure(runs, options.figure, style=style)
         print(closed_loop_table(found, times.describe()), end="\n\n")
     if options.figure:
         print(f"figure: {options.figure}")
@@ -197,7 +202,7 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
 
 
 def _refuse_without_closed_loop(options: argparse.Namespace) -> None:
-    """ValueError if an option of closed-loop runs stands alone."""
+    """Raise ValueError for an option of closed-loop runs without ``--closed-loop``."""
     for flag in CLOSED_LOOP:
         if getattr(options, flag.removeprefix("--").replace("-", "_")):
             raise ValueError(f"{flag} is about sessions that wait for answers: add --closed-loop")
@@ -207,8 +212,6 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.closed_loop:
         return _simulate_closed_loop(options)
     _refuse_without_closed_loop(options)
-    from tqdm import tqdm
-
     from hybridcache.lab.replicas.command import refuse_without_replicas, simulate_fleets
 
     if options.replicas is not None:
@@ -224,6 +227,7 @@ def _simulate(options: argparse.Namespace) -> int:
     if "optimum" in metrics and not known:
         raise ValueError("--metric optimum needs a plan: add --optimum greedy, lp or milp")
     check_figure(options.figure)
+    figure_style(options)
     if options.page and len(options.trace) > 1:
         raise ValueError("--page shows the runs of one trace: name one")
     results: list[SimulationResult] = []
@@ -232,24 +236,17 @@ def _simulate(options: argparse.Namespace) -> int:
         trace = opened(spec, options)
         if options.page:
             _write_page(trace, options)
-        with tqdm(unit=" runs", desc=spec, disable=None, file=sys.stderr) as bar:
-
-            def show(done: int, total: int, bar: tqdm = bar) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            result = simulate(
-                trace,
-                **_asked(options),
-                bound=options.bound,
-                optimum=options.optimum,
-                processes=options.processes,
-                ray=options.ray,
-                resume_from=options.output,
-                progress=show,
-            )
+        result = simulate(
+            trace,
+            **_asked(options),
+            bound=options.bound,
+            optimum=options.optimum,
+            processes=options.processes,
+            ray=options.ray,
+            resume_from=options.output,
+        )
         results.append(result)
-        if options.figure:  # before anything is printed: whoever reads may stop reading
+        if options.figure:  # before anything is printed: a pipe that reads it may close early
             drawn = _draw(results, options, metrics)
         for word in metrics:
             print(result.table(word), end="\n\n")
@@ -264,7 +261,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _asked(options: argparse.Namespace) -> dict[str, Any]:
-    """The fields of a ``Sweep`` that say who competes, with what memory and on which machine."""
+    """Return the arguments of ``simulate`` for competitors, memory and machine."""
     from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
     as_they_are = [
@@ -299,17 +296,18 @@ def _write_page(trace: Trace, options: argparse.Namespace) -> None:
 def _draw(
     results: Sequence[SimulationResult], options: argparse.Namespace, metrics: Sequence[str]
 ) -> list[Path]:
-    """The figures that were asked for, of the traces so far."""
+    """Draw the figures that were asked for, of the traces so far."""
     from hybridcache.lab.figures import bins_figure, losses_figure, sweep_figure
 
     drawn: list[Path] = [options.figure]
-    sweep_figure(results, options.figure, metrics)
+    style = figure_style(options)
+    sweep_figure(results, options.figure, metrics, style=style)
     if options.losses:
         drawn.append(_beside(options.figure, "losses"))
-        losses_figure(results, drawn[-1])
+        losses_figure(results, drawn[-1], style=style)
     if options.bins:
         drawn.append(_beside(options.figure, "bins"))
-        bins_figure(results, drawn[-1])
+        bins_figure(results, drawn[-1], style=style)
     return drawn
 
 

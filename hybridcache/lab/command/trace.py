@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,15 +50,14 @@ def add_trace(commands: Commands) -> None:
 
 
 def _trace_stats(options: argparse.Namespace) -> int:
-    from tqdm import tqdm
-
+    from hybridcache.lab.progress import shown_progress
     from hybridcache.lab.report import stats_table
     from hybridcache.lab.trace_stats import trace_stats
     from hybridcache.lab.traces import open_trace
 
     trace = open_trace(options.trace, skip_bad=options.skip_bad)
-    with tqdm(unit=" requests", disable=None, file=sys.stderr) as bar:
-        stats = trace_stats(trace, progress=lambda _: bar.update() and None)
+    with shown_progress(None, "requests") as show:
+        stats = trace_stats(trace, progress=lambda done: show(done, 0))
     if not stats.num_requests:
         raise ValueError(f"{options.trace}: {trace.is_empty_because}")
     print(json.dumps(stats.as_record()) if options.json else stats_table(stats))

@@ -2,6 +2,6 @@
 
 from hybridcache.lab.optimum.plan import Budget, LowerBudget, Plan
 from hybridcache.lab.optimum.price import lower_budgets
-from hybridcache.lab.optimum.solve import Method, Optimum, optimum
+from hybridcache.lab.optimum.solve import Method, Optimum, best_plan
 
-__all__ = ["Budget", "LowerBudget", "Method", "Optimum", "Plan", "lower_budgets", "optimum"]
+__all__ = ["Budget", "LowerBudget", "Method", "Optimum", "Plan", "best_plan", "lower_budgets"]

@@ -1,5 +1,4 @@
-"""``optimum``: the best hit rate that any policy could reach for a trace and a budget, with its
-gap."""
+"""The best hit rate that any policy could reach for a trace and a budget, with its gap."""
 
 from __future__ import annotations
 
@@ -97,7 +96,7 @@ class Optimum:
         return record
 
 
-def optimum(
+def best_plan(
     trace: Trace,
     *,
     capacity_bytes: int,
@@ -126,8 +125,8 @@ def optimum(
     ``lab`` (not needed by ``greedy``).
 
     >>> from hybridcache.lab.generators import resend
-    >>> best = optimum(resend().head(60), capacity_bytes=4 << 30, kv_bytes_per_token=24576,
-    ...                state_bytes=77_266_944, method="greedy")
+    >>> best = best_plan(resend().head(60), capacity_bytes=4 << 30, kv_bytes_per_token=24576,
+    ...                  state_bytes=77_266_944, method="greedy")
     >>> 0 < best.reached < 1
     True
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -91,8 +90,7 @@ def _value(options: argparse.Namespace, flag: str) -> Any:
 def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Trace]) -> int:
     """Run every router at every size, and print their tables. ValueError: a flag that has no
     meaning here."""
-    from tqdm import tqdm
-
+    from hybridcache.lab.progress import shown_progress
     from hybridcache.lab.replicas.fleet import FleetConfig
     from hybridcache.lab.replicas.report import fleet_table
     from hybridcache.lab.replicas.runs import fleet_jobs, run_fleets
@@ -129,12 +127,7 @@ def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Tra
         trace = open_trace(spec)
         for config in sweep.competitors(geometry):
             jobs = fleet_jobs(config, fleet, times, routers, points)
-            with tqdm(unit=" runs", desc=spec, disable=None, file=sys.stderr) as bar:
-
-                def show(done: int, total: int, bar: tqdm = bar) -> None:
-                    bar.total = total
-                    bar.update(done - bar.n)
-
+            with shown_progress(None, "runs", spec) as show:
                 results = run_fleets(
                     trace,
                     jobs,

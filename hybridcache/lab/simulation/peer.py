@@ -10,7 +10,7 @@ from hybridcache.lab.trace import TraceRequest
 
 
 class BaselineTarget:
-    """A rebuilt peer. ``exchange``: what its copies from host memory take; None: it has none."""
+    """A rebuilt peer. ``exchange``: cost of its copies from host memory; None if it has none."""
 
     priority_classes: bool | None = None
 
@@ -32,6 +32,8 @@ class BaselineTarget:
 
     def counters(self) -> dict[str, int]:
         found = {"prefill_chunks": self.num_chunks}
+        # Peers without pages reuse single tokens.
+        found["page_tokens"] = getattr(self.baseline, "page_tokens", 1)
         if self.exchange is not None:
             found[f"{DEVICE}_to_{HOST}_bytes"] = self.baseline.spilled_bytes
             found[f"{HOST}_to_{DEVICE}_bytes"] = self.fetched_bytes
@@ -39,7 +41,7 @@ class BaselineTarget:
 
 
 class PeerRequest:
-    """One request that a peer serves: a ``Served``."""
+    """One request of a peer, as a ``Served``."""
 
     __slots__ = ("_request", "_session", "cached_len", "copy_s", "losses", "missed_len")
 
@@ -51,7 +53,7 @@ class PeerRequest:
         self.copy_s = 0.0
 
     def prefilled(self) -> None:
-        """Peers publish when they finish."""
+        """Do nothing: peers publish when they finish."""
 
     def finish(self) -> None:
         self._session.finish(self._request.output)

@@ -44,7 +44,7 @@ class RunResult:
     """Requests larger than the memory there was: computed without the cache."""
     prompt_tokens: int
     cached_tokens: int
-    losses: dict[str, int] | None
+    losses: Losses | None
     """Tokens not reused, by cause; None where the target does not say."""
     flops: int
     flops_saved: int
@@ -74,7 +74,11 @@ class RunResult:
     by_turn: tuple[Bin, ...]
     """By number of earlier requests of the session, bins doubling."""
     control_us: float
-    """Microseconds in the cache's own code, mean a request. Not reproducible; all else is."""
+    """Microseconds per request in the cache's own code, mean. Not reproducible; all else is."""
+    longest_prompt: int | None = None
+    """Tokens of the longest prompt; None in files of earlier versions."""
+    page_tokens: int | None = None
+    """Tokens of the smallest prefix that a rebuilt peer can reuse; None for our own cache."""
     moved_slabs: int | None = None
     """Slabs that were emptied for a state; None, here and below, where memory is no arena."""
     moved_kv_bytes: int | None = None
@@ -127,8 +131,9 @@ class RunResult:
         return self.cached_tokens / self.optimum_tokens if self.optimum_tokens else None
 
     def as_record(self) -> dict[str, Any]:
-        """For JSON; the rates are written out beside the counts they come from."""
+        """Return a record for JSON, with the rates next to the counts that they are made of."""
         return asdict(self) | {
+            "losses": None if self.losses is None else self.losses._asdict(),
             "token_hit_rate": self.token_hit_rate,
             "request_hit_rate": self.request_hit_rate,
             "flops_saved_rate": self.flops_saved_rate,
@@ -142,6 +147,8 @@ class RunResult:
         values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
         values["config"] = RunIdentity(**record["config"])
         values["ttft_s"] = {int(rank): value for rank, value in record["ttft_s"].items()}
+        if record["losses"] is not None:
+            values["losses"] = Losses(**record["losses"])
         for name in ("by_length", "by_turn"):
             values[name] = tuple(Bin(**bin_) for bin_ in record[name])
         return cls(**values)
@@ -176,7 +183,7 @@ def summarise(
         bypassed=log.num_bypassed,
         prompt_tokens=int(lengths.sum()),
         cached_tokens=int(cached.sum()),
-        losses=dict(zip(Losses._fields, log.losses, strict=True)) if log.has_losses else None,
+        losses=Losses(*log.losses) if log.has_losses else None,
         flops=int(_flops(config, lengths)) - flops_saved,
         flops_saved=flops_saved,
         seconds=spent,
@@ -201,6 +208,8 @@ def summarise(
         by_length=_bins(lengths, lengths, cached, first=256),
         by_turn=_bins(np.frombuffer(log.turns, np.int32), lengths, cached, first=1),
         control_us=log.control_s / max(len(lengths), 1) * 1e6,
+        longest_prompt=int(lengths.max(initial=0)),
+        page_tokens=counters.get("page_tokens"),
     )
 
 
@@ -258,8 +267,10 @@ class SweepRuns:
     """What the prefill times stand for: the machine assumed or the file measured; empty where a
     model of the user's own gives them."""
     plans_by: Mapping[float, str] = field(default_factory=dict)
-    """Whose the best plan is at each size in GiB, ``greedy`` or ``milp``, where one was asked
-    for."""
+    """Solver that found the best plan at each size in GiB, ``greedy`` or ``milp``; empty without
+    plans."""
+    counted_by: str = ""
+    """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
 
     def beside(self, other: SweepRuns) -> Self:
         """These runs and those of another sweep over the same trace, measured with the same

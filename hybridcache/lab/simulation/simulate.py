@@ -1,22 +1,25 @@
-"""Replay a trace through caches: who wins, at which size, and why each token was lost.
+"""Simulation of a trace with several policies and sizes, and the offline optimum.
 
->>> from hybridcache.lab.simulation.simulate import simulate
+>>> from hybridcache.lab.simulation.simulate import optimum, simulate
 >>> result = simulate("short", gib="1:8:3", policy=("survival", "lru"))
 >>> [run.label for run in result.runs]
 ['survival', 'survival', 'survival', 'lru', 'lru', 'lru']
 >>> all(run.token_hit_rate <= result.bound_rate for run in result.runs)
+True
+>>> [plan] = optimum("short", gib=1, method="greedy")
+>>> plan.reached > result.runs[0].token_hit_rate
 True
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from hybridcache.config import GRID
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
@@ -24,8 +27,13 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import HOST_TIERS
-from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL
+from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL, RELATIVE_GAP
 from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.optimum.plan import LowerBudget
+from hybridcache.lab.optimum.price import lower_budgets
+from hybridcache.lab.optimum.solve import Method, Optimum, best_plan
+from hybridcache.lab.optimum.trie import Placement
+from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.simulation.result import RunResult, SweepRuns
 from hybridcache.lab.simulation.serving import Serving
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
@@ -44,13 +52,13 @@ from hybridcache.policies.user import OwnPolicy, own_policy, spec_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hybridcache.lab.optimum import Optimum
+    from hybridcache.lab.figures import Plot
 
 
 Words = str | Sequence[str]
 Policy = EvictionSpec | PlacementSpec
 Policies = Policy | Sequence[Policy]
-OptimumMethod = Literal["greedy", "lp", "milp"]
+Sizes = str | float | Sequence[float]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -88,37 +96,80 @@ class SimulationResult(SweepRuns):
         return frame(self.to_dicts(), infer_schema_length=None)
 
     def table(self, metric: str = "hit") -> str:
-        """A table of one metric: a row a competitor, a column a size. See
-        ``hybridcache.lab.report.METRICS``."""
+        """Return a table of one of ``hybridcache.lab.report.METRICS``: a row per competitor, a
+        column per size."""
         from hybridcache.lab.report import sweep_table
 
         return sweep_table(self, metric)
 
     def write_jsonl(self, path: str | Path) -> None:
-        """Every run as one JSON line."""
+        """Write every run as one JSON line."""
         from hybridcache.lab.report import write_runs
 
         write_runs(self, Path(path))
 
+    @property
+    def plot(self) -> Plot:
+        """Plots on your own matplotlib axes, in your own style: ``plot.capacity(ax=None)`` and
+        ``plot.losses(ax=None)``."""
+        from hybridcache.lab.figures import Plot
+
+        return Plot(self)
+
     def figure(self, path: str | Path | None = None, metric: Words = "hit") -> Figure:
-        """Metrics over the sizes, a panel each: matplotlib's figure, written as PNG or SVG where
-        there is a ``path``."""
+        """Draw metrics over the sizes, a panel each. The figure is also written to ``path`` (PNG,
+        SVG or PDF), if there is one."""
         from hybridcache.lab.figures import sweep_figure
 
         return sweep_figure([self], Path(path) if path else None, metric)
 
     def bins_figure(self, path: str | Path | None = None, gib: float | None = None) -> Figure:
-        """Token hit rate by prompt length and by turn at the size nearest to ``gib``; None: in the
-        middle."""
+        """Draw the token hit rate by prompt length and by turn, at the size nearest to ``gib`` (the
+        middle one if None)."""
         from hybridcache.lab.figures import bins_figure
 
         return bins_figure([self], Path(path) if path else None, gib)
 
     def losses_figure(self, path: str | Path | None = None) -> Figure:
-        """Where the prompt tokens went over the sizes, a panel a competitor."""
+        """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
         from hybridcache.lab.figures import losses_figure
 
         return losses_figure([self], Path(path) if path else None)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class OptimumResult(Sequence[Optimum]):
+    """Best plans for one trace, by size: a sequence of ``Optimum``."""
+
+    plans: tuple[Optimum, ...]
+
+    def __len__(self) -> int:
+        return len(self.plans)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.plans[index]
+
+    def __repr__(self) -> str:
+        """Return one line: trace, method, and the token hit rate at each size."""
+        first = self.plans[0]
+        rates = ", ".join(
+            f"{100 * plan.reached:.1f} % at {plan.capacity_bytes / GIB:.4g} GiB"
+            for plan in self.plans
+        )
+        return f"{type(self).__name__}({first.trace}, {first.method}: {rates})"
+
+    def table(self) -> str:
+        """Return a table: plan, bound, gap and worth of memory, a row per size."""
+        from hybridcache.lab.report import optimum_table
+
+        return optimum_table(self.plans)
+
+    def figure(self, path: str | Path | None = None) -> Figure:
+        """Draw plan and bound over the sizes, and the price of memory over the trace. The figure is
+        also written to ``path`` (PNG, SVG or PDF), if there is one."""
+        from hybridcache.lab.figures import optimum_figure
+
+        return optimum_figure(self.plans, Path(path) if path else None)
 
 
 def _optional(package: str, method: str) -> ModuleType:
@@ -137,62 +188,37 @@ def _optional(package: str, method: str) -> ModuleType:
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What ``simulate`` runs: competitors, sizes, yardsticks, the machine around them, and how."""
+    """Arguments of ``simulate``, which documents them, without the trace."""
 
     model: str | ModelGeometry = MODEL
-    """A preset's name, the path of a config.json, or a geometry."""
-    gib: str | float | Sequence[float] = GIB_SPEC
-    """``low:high:points``, a list, or one number."""
+    gib: Sizes = GIB_SPEC
     policy: Policies = DEFAULT_EVICTION
-    """Words, ``module:Class(alpha=2)``, classes, functions that make a policy, or policies."""
     checkpoints: Policies = DEFAULT_PLACEMENT
-    """One placement (words with commas, or your own) or a sequence of them."""
     baseline: Words = ()
     priority_classes: bool = True
-    """False: no policy is helped by tiers; each orders dead KV and superseded checkpoints
-    itself."""
     bound: bool = True
-    """Also what an infinite token-granular cache reuses."""
-    optimum: OptimumMethod | None = None
-    """Also what the best plan with hindsight reuses at each size: ``greedy`` for long traces;
-    ``lp`` adds what no plan can pass; ``milp`` improves the plan, practical up to a few hundred
-    requests."""
+    optimum: Method | None = None
     optimum_limit_s: float = LIMIT_S
-    """At most so long for one size."""
     memory: str = "arena"
-    """How KV and states share it: ``arena``, as in the engine; ``budget``, the ideal, where only
-    bytes count; ``pools``, two, of which KV has ``kv_share``. Peers have their own."""
     kv_share: float | None = None
     host_gib: float = 0.0
-    """GiB of host memory next to the device's ``gib``; 0 for none. Rebuilt peers that offload to
-    the host (``baselines.HOST_TIERS``) get the same; others have none, and no peer has disk."""
     disk_gib: float = 0.0
     host_gb_s: float = PCIE_BYTES_PER_S / 1e9
-    """From host memory to the device, GB/s."""
     disk_gb_s: float = DISK_BYTES_PER_S / 1e9
     state_dtype: str | None = None
-    """None keeps the model's own."""
     checkpoint_dtype: str = "auto"
-    """Of checkpoints alone, as the engine's ``--checkpoint-dtype``; for a model by name or path."""
     page_size: int = 1
     grid: int = GRID
     servers: int = 1
     max_running: int | None = None
-    """None replays requests in turn."""
     times: str | PrefillTimes | None = None
-    """A file of measured prefill times, or a model of your own; None: a roofline of as many H100 as
-    hold the model."""
     processes: int = 1
-    """Changes no result."""
     ray: str | None = None
-    """Address of a Ray cluster that computes the runs, in place of ``processes``."""
     resume_from: str | Path | None = None
-    """JSON lines: runs that it has are read, new ones appended."""
-    progress: Callable[[int, int], None] | None = None
-    """Called with (runs done, all)."""
+    progress: Progress = None
 
     def geometry(self) -> ModelGeometry:
-        """The model, with states of the precision asked for."""
+        """Return the model, with states of the precision asked for."""
         found = self.model
         if isinstance(found, str):
             found = ModelGeometry.load(found, checkpoint_dtype=self.checkpoint_dtype)
@@ -201,14 +227,24 @@ class Sweep:
         return found
 
     def serving(self, geometry: ModelGeometry) -> Serving:
-        """The machine around the caches."""
+        """Return the machine around the caches."""
         times = MeasuredTimes.load(self.times) if isinstance(self.times, str) else self.times
         return Serving(times or Roofline.fitting(geometry), self.servers, self.max_running)
 
-    def competitors(self, geometry: ModelGeometry) -> list[RunConfig]:
-        """One config each, without a size: every policy with every placement, then every peer.
+    def lower_budgets(self, geometry: ModelGeometry) -> tuple[LowerBudget, ...]:
+        """Return the tiers below the device, as the optimum counts them."""
+        return lower_budgets(
+            geometry,
+            (tier_bytes("host", self.host_gib), self.host_gb_s * 1e9),
+            (tier_bytes("disk", self.disk_gib), self.disk_gb_s * 1e9),
+        )
 
-        ValueError for one that can not be, for none, and for two that no table could tell apart."""
+    def competitors(self, geometry: ModelGeometry) -> list[RunConfig]:
+        """Return one config each, without a size: every policy with every placement, then every
+        peer.
+
+        Raises ValueError for an invalid name, if there is no competitor, and if two have the same
+        label."""
         common = RunConfig(
             geometry,
             memory=self.memory,
@@ -250,35 +286,108 @@ class Sweep:
         return found
 
 
-def simulate(trace: str | Trace, sweep: Sweep | None = None, **options: Any) -> SimulationResult:
+def simulate(
+    trace: str | Trace,
+    *,
+    model: str | ModelGeometry = MODEL,
+    gib: Sizes = GIB_SPEC,
+    policy: Policies = DEFAULT_EVICTION,
+    checkpoints: Policies = DEFAULT_PLACEMENT,
+    baseline: Words = (),
+    priority_classes: bool = True,
+    bound: bool = True,
+    optimum: Method | None = None,
+    optimum_limit_s: float = LIMIT_S,
+    memory: str = "arena",
+    kv_share: float | None = None,
+    host_gib: float = 0.0,
+    disk_gib: float = 0.0,
+    host_gb_s: float = PCIE_BYTES_PER_S / 1e9,
+    disk_gb_s: float = DISK_BYTES_PER_S / 1e9,
+    state_dtype: str | None = None,
+    checkpoint_dtype: str = "auto",
+    page_size: int = 1,
+    grid: int = GRID,
+    servers: int = 1,
+    max_running: int | None = None,
+    times: str | PrefillTimes | None = None,
+    processes: int = 1,
+    ray: str | None = None,
+    resume_from: str | Path | None = None,
+    progress: Progress = None,
+) -> SimulationResult:
     """Run every policy with every placement, and every baseline, at every size.
 
-    ``trace``: what ``open_trace`` takes, or a ``Trace``. ``options`` are the fields of ``Sweep``,
-    whose other values are those of ``sweep``, or its defaults. Each cell stands for itself, so
-    results do not depend on ``processes``. O(requests) a cell. Raises ValueError, KeyError (model)
-    or OSError, each with one sentence, for what can not be read or done; TypeError for an option
-    that does not exist.
+    - ``trace``: a trace, or a specification that ``open_trace`` reads.
+    - ``model``: name of a preset, path of a config.json, or a geometry.
+    - ``gib``: memory for KV and states together; ``low:high:points``, a list, or one number.
+    - ``policy``: eviction policies: names, ``module:Class(alpha=2)``, classes, functions that make
+      a policy, or policies.
+    - ``checkpoints``: one placement (names with commas, or your own), or a list of them.
+    - ``baseline``: names of rebuilt peers.
+    - ``priority_classes``: evict unreachable KV and superseded checkpoints before all else; False
+      leaves the order to each policy.
+    - ``bound``: also compute the reuse of an infinite token-granular cache.
+    - ``optimum``: also compute the best plan with hindsight at each size: ``greedy`` for long
+      traces; ``lp`` adds a bound; ``milp`` improves the plan, for a few hundred requests. Each size
+      takes at most ``optimum_limit_s``.
+    - ``memory``: ``arena``, as in the engine; ``budget``, an ideal that only counts bytes; or
+      ``pools``, two, of which ``kv_share`` is for KV. Peers have their own.
+    - ``host_gib``, ``disk_gib``: tiers below the device, read at ``host_gb_s`` and ``disk_gb_s``
+      GB/s. Peers that offload to the host (``baselines.HOST_TIERS``) get the same host memory.
+    - ``state_dtype``, ``checkpoint_dtype``: precision of states, and of checkpoints alone; the
+      model's own by default.
+    - ``page_size``, ``grid``: tokens of a KV page; checkpoints lie at multiples of ``grid`` tokens.
+    - ``servers``, ``max_running``: prefills at the same time; requests served at the same time
+      (None replays them in turn).
+    - ``times``: file or model of prefill times; by default a roofline of as many H100 as hold the
+      model.
+    - ``processes``, ``ray``: number of processes, or the address of a Ray cluster; neither changes
+      a result.
+    - ``resume_from``: file of JSON lines; its runs are read, new ones are appended.
+    - ``progress``: function of (runs done, all); False for none. By default a bar in terminals and
+      notebooks.
+
+    O(requests) per run. Raises ValueError, KeyError (model) or OSError, each with one sentence, for
+    invalid arguments and unreadable files.
     """
-    sweep = replace(sweep or Sweep(), **options)
     opened = open_trace(trace) if isinstance(trace, str) else trace
+    sweep = Sweep(
+        model=model,
+        gib=gib,
+        policy=policy,
+        checkpoints=checkpoints,
+        baseline=baseline,
+        priority_classes=priority_classes,
+        optimum_limit_s=optimum_limit_s,
+        memory=memory,
+        kv_share=kv_share,
+        host_gib=host_gib,
+        disk_gib=disk_gib,
+        host_gb_s=host_gb_s,
+        disk_gb_s=disk_gb_s,
+        state_dtype=state_dtype,
+        checkpoint_dtype=checkpoint_dtype,
+        page_size=page_size,
+        grid=grid,
+        servers=servers,
+        max_running=max_running,
+        times=times,
+    )
     geometry = sweep.geometry()
     serving = sweep.serving(geometry)
     competitors = sweep.competitors(geometry)
-    points = sizes(sweep.gib)
+    points = sizes(gib)
     jobs = [
         Job(replace(config, budget_bytes=budget_bytes(size)), serving)
         for config in competitors
         for size in points
     ]
-    kept = Path(sweep.resume_from) if sweep.resume_from else None
-    runs = run_sweep(
-        opened,
-        jobs,
-        processes=sweep.processes,
-        ray=sweep.ray,
-        resume_from=kept,
-        progress=sweep.progress,
-    )
+    kept = Path(resume_from) if resume_from else None
+    with shown_progress(progress, "runs", opened.name) as show:
+        runs = run_sweep(
+            opened, jobs, processes=processes, ray=ray, resume_from=kept, progress=show
+        )
     is_known = isinstance(serving.times, Roofline | MeasuredTimes)
     result = SimulationResult(
         opened.name,
@@ -286,32 +395,106 @@ def simulate(trace: str | Trace, sweep: Sweep | None = None, **options: Any) -> 
         tuple(runs),
         None,
         times=describe_times(serving.times) if is_known else "",
+        counted_by=opened.counted_by,
     )
-    if sweep.bound:
-        result = _beside_the_bound(result, opened)
-    if sweep.optimum is not None:
-        result = _beside_the_optimum(result, opened, sweep, sweep.optimum)
-    if kept and (sweep.bound or sweep.optimum):
+    if bound:
+        result = _with_bound(result, opened)
+    if optimum is not None:
+        result = _with_optimum(result, opened, sweep, optimum)
+    if kept and (bound or optimum):
         identity = identity_of(opened)
         _complete(kept, [job.key(identity) for job in jobs], result.runs, result.plan_bounds)
     return result
 
 
-def _beside_the_bound(result: SimulationResult, trace: Trace) -> SimulationResult:
-    """With what an infinite token-granular cache reuses. O(tokens)."""
+def optimum(
+    trace: str | Trace,
+    *,
+    model: str | ModelGeometry = MODEL,
+    gib: Sizes = GIB_SPEC,
+    method: Method | None = None,
+    placement: Placement = "shared",
+    relative_gap: float = RELATIVE_GAP,
+    limit_s: float = LIMIT_S,
+    host_gib: float = 0.0,
+    disk_gib: float = 0.0,
+    host_gb_s: float = PCIE_BYTES_PER_S / 1e9,
+    disk_gb_s: float = DISK_BYTES_PER_S / 1e9,
+    state_dtype: str | None = None,
+    checkpoint_dtype: str = "auto",
+    grid: int = GRID,
+    progress: Progress = None,
+) -> OptimumResult:
+    """Compute the best plan with hindsight at every size: a bound for every policy.
+
+    Arguments that ``simulate`` has too mean the same. ``method``: ``greedy`` for long traces;
+    ``lp`` adds a bound; ``milp`` improves the plan (the default; ``lp`` with tiers below the
+    device).
+    ``placement``: positions of checkpoints, ``shared`` by several requests or at ``every`` grid
+    point. A size is done when bound and plan differ by at most ``relative_gap``, or after
+    ``limit_s``.
+
+    Raises the errors of ``simulate``; TimeoutError if ``limit_s`` was too short for a bound;
+    ImportError without the extra ``lab`` (not needed by ``greedy``).
+    """
+    opened = (open_trace(trace) if isinstance(trace, str) else trace).kept()
+    sweep = Sweep(
+        model=model,
+        host_gib=host_gib,
+        disk_gib=disk_gib,
+        host_gb_s=host_gb_s,
+        disk_gb_s=disk_gb_s,
+        state_dtype=state_dtype,
+        checkpoint_dtype=checkpoint_dtype,
+    )
+    geometry = sweep.geometry()
+    lower = sweep.lower_budgets(geometry)
+    points = sizes(gib)
+    plans = []
+    with shown_progress(progress, "sizes", opened.name) as show:
+        for done, size in enumerate(points):
+            show(done, len(points))
+            plans.append(
+                best_plan(
+                    opened,
+                    capacity_bytes=budget_bytes(size),
+                    kv_bytes_per_token=geometry.kv_bytes_per_token,
+                    state_bytes=geometry.state_bytes,
+                    grid=grid,
+                    method=method or ("lp" if lower else "milp"),
+                    placement=placement,
+                    relative_gap=relative_gap,
+                    limit_s=limit_s,
+                    lower=lower,
+                )
+            )
+        show(len(points), len(points))
+    return OptimumResult(tuple(plans))
+
+
+def _with_bound(result: SimulationResult, trace: Trace) -> SimulationResult:
+    """Add the reuse of an infinite token-granular cache. O(tokens)."""
     cache = InfiniteCache()
     tokens = sum(cache.ideal_tokens(request, trace.unit) for request in trace)
     runs = tuple(replace(run, bound_tokens=tokens) for run in result.runs)
     return replace(result, runs=runs, bound_rate=tokens / runs[0].prompt_tokens)
 
 
-def _beside_the_optimum(
-    result: SimulationResult, trace: Trace, sweep: Sweep, method: OptimumMethod
+def _with_optimum(
+    result: SimulationResult, trace: Trace, sweep: Sweep, method: Method
 ) -> SimulationResult:
-    """With the best plan at each size."""
+    """Add the best plan at each size."""
+    geometry = result.geometry
     best = {
-        budget_bytes(size) / GIB: _best_possible(
-            trace, result.geometry, budget_bytes(size), sweep, method
+        budget_bytes(size) / GIB: best_plan(
+            trace,
+            capacity_bytes=budget_bytes(size),
+            kv_bytes_per_token=geometry.kv_bytes_per_token,
+            state_bytes=geometry.state_bytes,
+            grid=sweep.grid,
+            method=method,
+            limit_s=sweep.optimum_limit_s,
+            lower=sweep.lower_budgets(geometry),
         )
         for size in sizes(sweep.gib)
     }
@@ -327,8 +510,8 @@ def _beside_the_optimum(
 def _complete(
     path: Path, keys: Sequence[str], runs: Sequence[RunResult], bounds: Mapping[float, float]
 ) -> None:
-    """Write the yardsticks into the lines of ``path`` that were written run by run, before they
-    were known."""
+    """Write the yardsticks into the lines of ``path``: these were written run by run, before bound
+    and optimum were known."""
     known = {}
     for key, run in zip(keys, runs, strict=True):
         bound = bounds.get(run.gib or 0.0)
@@ -344,41 +527,13 @@ def _complete(
     whole.replace(path)
 
 
-def _best_possible(
-    trace: Trace,
-    geometry: ModelGeometry,
-    capacity_bytes: int,
-    sweep: Sweep,
-    method: OptimumMethod,
-) -> Optimum:
-    """The offline plan at one size: proven best within the solver's gap for ``milp``, else the best
-    known."""
-    from hybridcache.lab.optimum import lower_budgets, optimum
-
-    lower = lower_budgets(
-        geometry,
-        (tier_bytes("host", sweep.host_gib), sweep.host_gb_s * 1e9),
-        (tier_bytes("disk", sweep.disk_gib), sweep.disk_gb_s * 1e9),
-    )
-    return optimum(
-        trace,
-        capacity_bytes=capacity_bytes,
-        kv_bytes_per_token=geometry.kv_bytes_per_token,
-        state_bytes=geometry.state_bytes,
-        grid=sweep.grid,
-        method=method,
-        limit_s=sweep.optimum_limit_s,
-        lower=lower,
-    )
-
-
 def _policies(given: Policies) -> tuple[str | OwnPolicy, ...]:
     several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
     return tuple(map(_policy, several))
 
 
 def _policy(one: Policy) -> str | OwnPolicy:
-    """A class by its word where it has one, so that other processes find it."""
+    """Replace a class by its name, if it has one, so that other processes find it."""
     if isinstance(one, str):
         return one
     return (isinstance(one, type) and spec_of(one)) or own_policy(one)

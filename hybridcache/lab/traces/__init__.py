@@ -30,12 +30,13 @@ from hybridcache.lab.traces.base import (
     Reader,
     csv_lines,
     json_lines,
+    looks_like_csv,
     open_bytes,
 )
 from hybridcache.lab.traces.blis import BlisReader
 from hybridcache.lab.traces.coding_agent import CodingAgentReader
 from hybridcache.lab.traces.few_shot import FewShotReader
-from hybridcache.lab.traces.http_log import HttpLogReader
+from hybridcache.lab.traces.http_log import CsvReader, HttpLogReader
 from hybridcache.lab.traces.jsonl import OwnReader
 from hybridcache.lab.traces.mooncake import MooncakeReader
 from hybridcache.lab.traces.otel import OtelReader
@@ -46,6 +47,7 @@ from hybridcache.lab.traces.sharegpt import (
     packaged_file,
 )
 from hybridcache.lab.traces.taubench import TauBenchReader
+from hybridcache.lab.traces.text import NO_TOKENIZER
 from hybridcache.lab.traces.token_ids import TokenIdsReader
 
 # Formats are tried in this order.
@@ -63,6 +65,7 @@ READERS: dict[str, type[Any]] = {
         FewShotReader,
         OtelReader,
         HttpLogReader,
+        CsvReader,
         TokenIdsReader,
         BlisReader,
     )
@@ -190,8 +193,11 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     unit = reader.unit
     if unit < 1:
         raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
+    counted_by = getattr(reader, "tokenizer", None)
+    if counted_by == "":
+        raise ValueError(f"{rest}: {NO_TOKENIZER}")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
-    return Trace(path.name.split(".")[0], unit, reader, bad, recipe)
+    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by or "", recipe)
 
 
 def recognise(path: Path) -> str:
@@ -203,15 +209,22 @@ def recognise(path: Path) -> str:
     if b'"resourceSpans"' in head:  # one object, possibly on many lines
         return OtelReader.word
     records = json_array if head.startswith(b"[") else json_lines
-    if b"," in head.partition(b"\n")[0] and head[:1].isalpha():
+    is_csv = looks_like_csv(head)
+    if is_csv:
         records = csv_lines
     _, first = next(records(path, BadRecords(skip=True)), (0, None))
     if first is None:
         next(records(path, BadRecords(skip=False)), None)  # raises at the first unreadable record
         raise ValueError(f"{path}: there is no record in it")
     for word, reader in READERS.items():
-        if reader.recognises(first):
+        if reader.is_csv == is_csv and reader.recognises(first):
             return word
+    if is_csv:
+        columns = ", ".join(first)
+        raise ValueError(
+            f"{path}: no format recognises its columns ({columns}); a file of prompts has a "
+            "column prompt or messages"
+        )
     raise ValueError(
         f"{path}: no format recognises its first record; say one of {', '.join(READERS)}"
     )

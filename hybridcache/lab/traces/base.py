@@ -9,6 +9,7 @@ import heapq
 import io
 import json
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -39,7 +40,9 @@ class Reader(Protocol):
     again, one record at a time."""
 
     word: ClassVar[str]
-    """Name of the format: ``--format word``, or ``word:path``."""
+    """Name of the format, as in ``word:path``."""
+    is_csv: ClassVar[bool] = False
+    """True if the file has comma-separated values, false if it has JSON."""
 
     @property
     def unit(self) -> int:
@@ -115,6 +118,12 @@ def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]
                 yield number, record
             else:
                 bad.report(path, number, f"a JSON object was expected, not {type(record).__name__}")
+
+
+def looks_like_csv(head: bytes) -> bool:
+    """Return whether a file that begins with ``head`` has a header line of column names."""
+    first = head.partition(b"\n")[0].strip()
+    return re.fullmatch(rb'"?[A-Za-z][^{}\[\]:]*,[^{}\[\]:]*|prompt', first) is not None
 
 
 def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:

@@ -43,6 +43,7 @@ class BlisReader(FileReader):
     """One request per row. Models and tenants share nothing, as in BLIS's routing."""
 
     word: ClassVar[str] = "blis"
+    is_csv: ClassVar[bool] = True
     growth: str = "none"
     """Growth of sessions' prompts in a trace v2: ``none`` or ``accumulate``."""
     unit: int = 1

@@ -30,7 +30,7 @@ class FewShotReader(FileReader):
 
     word: ClassVar[str] = "few-shot-questions"
     shots: int = 8
-    tokenizer: str = "bytes"
+    tokenizer: str = ""
     starts: Starts = field(default_factory=lambda: Poisson(4.0))
     seed: int = 0
     unit: int = 1

@@ -1,4 +1,4 @@
-"""Logs of HTTP requests written by a proxy: bodies with times, as JSON lines.
+"""Logs of HTTP requests: bodies with times, as JSON lines, and prompts in CSV files.
 
 ``engine record`` writes our own format (``jsonl``), which needs no other reader. This reader
 accepts the logs of other proxies, under common field names:
@@ -11,7 +11,11 @@ accepts the logs of other proxies, under common field names:
 Bodies are OpenAI's chat and text completions and Anthropic's messages, as objects or as text. A
 response may be a stream of events. Failed requests (``status_code`` of 400 or more) and requests to
 other paths are skipped. Times are seconds, milliseconds since 1970 if above 10**11, or ISO 8601.
-They are counted from the first request.
+They are counted from the first request. If the log contains neither the answer nor its length, the
+length is the ``max_tokens`` of the request.
+
+A CSV file has a column ``prompt`` (text) or ``messages`` (JSON); columns for time, session, model,
+answer and ``max_tokens`` are optional, under the same names.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, ClassVar
@@ -30,21 +35,37 @@ from hybridcache.lab.traces.base import (
     Clock,
     FileReader,
     Record,
+    csv_lines,
     in_order,
     json_lines,
     key,
     objects,
+    parsed,
     read_ids,
     seconds,
+    whole,
 )
 from hybridcache.lab.traces.messages import plain_chat
 from hybridcache.lab.traces.text import ChatText, load_chat_text
 from hybridcache.tokens import Tokens
 
-TIMES = ("timestamp", "ts", "time", "timestamp_rel_s", "start_time", "startTime", "timestamp_utc")
+TIMES = (
+    "timestamp",
+    "ts",
+    "time",
+    "seconds",
+    "arrival_time",
+    "timestamp_rel_s",
+    "start_time",
+    "startTime",
+    "timestamp_utc",
+)
 REQUESTS = ("request", "request_body", "body", "req")
 RESPONSES = ("response", "response_body", "answer", "resp")
-SESSIONS = ("session_id", "session", "conversation_id")
+SESSIONS = ("session_id", "session", "conversation_id", "conversation")
+LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+TEXTS = ("answer", "response", "output", "completion")
+"""Columns of a CSV file that contain the answer."""
 STATUSES = ("status_code", "status")
 PATHS = ("path", "url", "endpoint")
 WAITING = 1024
@@ -62,7 +83,7 @@ class HttpLogReader(FileReader):
     """
 
     word: ClassVar[str] = "http-log"
-    tokenizer: str = "bytes"
+    tokenizer: str = ""
     template: str = "chatml"
     unit: int = 1
 
@@ -79,8 +100,28 @@ class HttpLogReader(FileReader):
 
     def __call__(self) -> Iterator[TraceRequest]:
         parser = _Parser(load_chat_text(self.tokenizer, self.template))
-        exchanges = _joined(json_lines(self.path, self.bad))
-        return _from_zero(in_order(self.path, exchanges, parser.parse, self.bad))
+        return _from_zero(in_order(self.path, self._exchanges(), parser.parse, self.bad))
+
+    def _exchanges(self) -> Iterator[tuple[int, Record]]:
+        """Yield (line number, request and response) in the order of the requests."""
+        return _joined(json_lines(self.path, self.bad))
+
+
+@dataclass(frozen=True, slots=True)
+class CsvReader(HttpLogReader):
+    """Prompts in a CSV file, a request per row, in the tokens of ``tokenizer`` and ``template``."""
+
+    word: ClassVar[str] = "csv"
+    is_csv: ClassVar[bool] = True
+
+    @staticmethod
+    def recognises(record: Record) -> bool:
+        """Return whether there is a column of prompts."""
+        return "prompt" in record or "messages" in record
+
+    def _exchanges(self) -> Iterator[tuple[int, Record]]:
+        for line, row in csv_lines(self.path, self.bad):
+            yield from parsed(self.path, [(line, (line, row))], _from_row, self.bad)
 
 
 class _Parser:
@@ -108,6 +149,9 @@ class _Parser:
     def _asked(self, body: Record, response: Any) -> TraceRequest:
         """Return prompt, answer and boundaries as a request without session and time."""
         answer, length = answer_of(response)
+        if answer is None and not length:
+            named = _first(body, LENGTHS)
+            length = whole(body, named) if named else 0
         if "messages" in body:
             messages = objects(body, "messages")
             chat = plain_chat(messages, body.get("system"), body.get("tools"))
@@ -139,6 +183,25 @@ class _Parser:
             beginning = messages[: roles.index("user") + 1 if "user" in roles else 1]
         said = json.dumps([body.get("system"), beginning])
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
+
+
+def _from_row(numbered: tuple[int, Record]) -> Iterable[tuple[int, Record]]:
+    """Convert a numbered row of texts to a record as a proxy writes it."""
+    line, row = numbered
+    record: dict[str, Any] = {name: text for name, text in row.items() if text}
+    if "messages" in record:
+        record["messages"] = _object(record["messages"])
+    else:
+        record.setdefault("prompt", "")
+    time, length, answer = (_first(record, names) for names in (TIMES, LENGTHS, TEXTS))
+    if time is not None:
+        with suppress(ValueError):  # else it is a date
+            record[time] = float(record[time])
+    if length is not None:
+        record[length] = int(record[length])
+    if answer is not None:
+        record["response"] = {"choices": [{"text": record.pop(answer)}]}
+    yield line, record
 
 
 def _from_zero(requests: Iterable[TraceRequest]) -> Iterator[TraceRequest]:

@@ -50,7 +50,7 @@ class OtelReader(FileReader):
     ``gen_ai.conversation.id``, else a trace; models share nothing. Holds the file in memory."""
 
     word: ClassVar[str] = "otel"
-    tokenizer: str = "bytes"
+    tokenizer: str = ""
     template: str = "chatml"
     unit: int = 1
 

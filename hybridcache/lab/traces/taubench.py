@@ -36,7 +36,7 @@ class TauBenchReader(FileReader):
     """Trajectories as sessions; customers and tools answer within a few seconds."""
 
     word: ClassVar[str] = "taubench"
-    tokenizer: str = "bytes"
+    tokenizer: str = ""
     template: str = "chatml"
     starts: Starts = field(default_factory=lambda: Poisson(0.2))
     pauses: Pauses = field(default_factory=lambda: Pauses(median_s=5.0))

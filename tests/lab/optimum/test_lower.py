@@ -11,13 +11,13 @@ from hybridcache import ModelGeometry
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.cli import main
 from hybridcache.lab.generators import agent
-from hybridcache.lab.optimum import LowerBudget, Method, Optimum, lower_budgets, optimum
+from hybridcache.lab.optimum import LowerBudget, Method, Optimum, best_plan, lower_budgets
 
 TRACE = agent().head(40)
 
 
 def best(device_gib: float, *lower: tuple[float, float], method: Method = "lp") -> Optimum:
-    return optimum(
+    return best_plan(
         TRACE,
         capacity_bytes=int(device_gib * GIB),
         kv_bytes_per_token=24576,

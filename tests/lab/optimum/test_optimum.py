@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.optimum import Budget, optimum
+from hybridcache.lab.optimum import Budget, best_plan
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
 from hybridcache.lab.optimum.program import Program
 from hybridcache.lab.optimum.trie import build_trie
@@ -118,7 +118,9 @@ def test_a_worked_example_one_checkpoint_or_the_other() -> None:
 
 def test_unlimited_memory_reaches_the_infinite_cache() -> None:
     trace = GENERATORS["chat"]().head(80)
-    best = optimum(trace, capacity_bytes=1 << 50, kv_bytes_per_token=24576, state_bytes=77_266_944)
+    best = best_plan(
+        trace, capacity_bytes=1 << 50, kv_bytes_per_token=24576, state_bytes=77_266_944
+    )
     infinite = InfiniteCache()
     reused = sum(infinite.ideal_tokens(request, trace.unit) for request in trace)
     assert best.gap == pytest.approx(0, abs=1e-9)
@@ -128,7 +130,7 @@ def test_unlimited_memory_reaches_the_infinite_cache() -> None:
 def test_more_bytes_never_save_less_and_the_price_is_zero_when_all_fits() -> None:
     trace = GENERATORS["few-shot"]().head(60)
     found = [
-        optimum(
+        best_plan(
             trace,
             capacity_bytes=mib << 20,
             kv_bytes_per_token=24576,
@@ -145,10 +147,10 @@ def test_more_bytes_never_save_less_and_the_price_is_zero_when_all_fits() -> Non
 
 def test_units_scale_bytes_and_tokens() -> None:
     pairs = [([1, 2, 3], [4]), ([1, 2, 3, 4, 5], [])]
-    plain = optimum(
+    plain = best_plan(
         trace_of(pairs), capacity_bytes=1000, kv_bytes_per_token=64, state_bytes=64, method="milp"
     )
-    units = optimum(
+    units = best_plan(
         trace_of(pairs, unit=64), capacity_bytes=1000, kv_bytes_per_token=1, state_bytes=64
     )
     assert (units.cached_tokens == plain.cached_tokens * 64).all()
@@ -157,9 +159,9 @@ def test_units_scale_bytes_and_tokens() -> None:
 
 def test_bad_settings_are_one_sentence() -> None:
     with pytest.raises(ValueError, match="positive capacity"):
-        optimum(trace_of([([1], [])]), capacity_bytes=0, kv_bytes_per_token=1, state_bytes=1)
+        best_plan(trace_of([([1], [])]), capacity_bytes=0, kv_bytes_per_token=1, state_bytes=1)
     with pytest.raises(ValueError, match="grid"):
-        optimum(
+        best_plan(
             trace_of([([1], [])], 512),
             capacity_bytes=1,
             kv_bytes_per_token=1,

@@ -1,0 +1,35 @@
+"""Progress bars of long calls, in terminals and notebooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[int, int], None] | bool | None
+"""Argument of functions that take long: a function of (done, all); False for no progress; None for
+a bar if the output is a terminal or a notebook."""
+
+
+@contextmanager
+def shown_progress(
+    progress: Progress, unit: str, name: str | None = None
+) -> Iterator[Callable[[int, int], None]]:
+    """Yield the function to call with (done, all); 0 if the number of all is unknown.
+
+    The bar appears after half a second, on the standard error stream.
+    """
+    if progress is False:
+        yield lambda done, total: None
+        return
+    if callable(progress):
+        yield progress
+        return
+    from tqdm.auto import tqdm
+
+    with tqdm(unit=f" {unit}", desc=name, disable=None, delay=0.5) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total or None
+            bar.update(done - bar.n)
+
+        yield show
