@@ -27,9 +27,9 @@ def runs_in(page: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("memory", ["arena", "budget"])
 def test_a_page_shows_what_was_simulated(trace: str, memory: str) -> None:
     opened = open_trace(trace)
-    sweep = Sweep(gib=2.0, policy=("lru", "survival"), memory=memory, bound=False)
-    runs = runs_in(page_of(opened, sweep))
-    results = simulate(opened, sweep).runs
+    asked: dict[str, Any] = {"gib": 2.0, "policy": ("lru", "survival"), "memory": memory}
+    runs = runs_in(page_of(opened, Sweep(**asked)))
+    results = simulate(opened, **asked, bound=False).runs
     assert len(runs) == len(results) == 2
     for run, result in zip(runs, results, strict=True):
         shown = [rest[0] for kind, *rest in run["records"] if kind == "request"]
