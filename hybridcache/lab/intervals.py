@@ -1,6 +1,6 @@
 """Intervals for hit rates: paired differences, bootstrap over sessions and seeds, bands of curves.
 
-There are two sources of variation. Seeds of a generator are independent traces: one number per seed.
+There are two sources of variation. Seeds of a generator are independent traces: one number each.
 Sessions of one trace share a cache, but each adds its own reused and prompt tokens: the rate is a
 ratio of sums, and sessions are the units drawn again. Requests of one session are not independent
 and must not be drawn one by one.

@@ -37,8 +37,8 @@ from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.simulation.sizes import budget_bytes
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION, split_specs
 from hybridcache.policies.user import source_of
-from hybridcache.policies.words import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION, split_words
 
 BUILT_IN = tuple(sorted(EVICTION))
 """Eviction policies on the board, each with the default placement."""
@@ -102,7 +102,7 @@ class Job:
             source_of(word)
             for policy in self.policies
             for part in policy.split("@")
-            for word in split_words(part)
+            for word in split_specs(part)
         )
         return hashlib.sha256(repr((self, version(), own)).encode()).hexdigest()[:16]
 
