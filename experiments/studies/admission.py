@@ -2,8 +2,10 @@
 
     python -m experiments.studies.admission [--seeds 11 12] [--workers 2] [--only proto chat]
 
-Three agent and two chat workloads, five rates each, on the learned pair of policies, in closed
-loop. Finished runs are kept in ``results/admission.jsonl`` and not repeated; the table
+Five agent and three chat workloads, five rates each, on the default pair of policies, in closed
+loop. Three of them replay the sessions of published traces, whose files are looked up in
+``data/`` or ``../shared/data/``; one that is missing is left out. Finished runs are kept in
+``results/admission.jsonl`` and not repeated; the table
 ``results/admission.txt`` and ``figures/admission.png`` are made of all that it holds. Seeds, rates
 and memory are declared in ``splits.toml``.
 """
@@ -21,6 +23,8 @@ from pathlib import Path
 import numpy as np
 
 from experiments.provenance import code_hash, provenance
+from experiments.studies.default import DATA
+from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import LinearSteps
 from hybridcache.lab.figures import closed_loop_figure
@@ -61,15 +65,31 @@ class Workload:
 
     num_sessions: int
     kinds: tuple[Kind, ...]
-    """One after the other, for equal parts of the sessions."""
+    """One after the other, for equal parts of the sessions; none for a published trace."""
     num_rows: int
     """KV rows that the memory holds."""
     token_budget: int
     fixed: tuple[int, ...]
     """Fixed numbers of live sessions to compare with."""
+    file: str = ""
+    """A published trace, with options."""
+
+    @property
+    def path(self) -> Path | None:
+        """The trace's file, or None if it is missing or the sessions are drawn."""
+        name = self.file.partition("?")[0]
+        paths = (folder / name for folder in DATA)
+        return next((path for path in paths if path.is_file()), None)
+
+    @property
+    def is_available(self) -> bool:
+        return not self.file or self.path is not None
 
     def trace(self, name: str, seed: int) -> Trace:
-        """Return the sessions that ``seed`` draws."""
+        """Return the sessions that ``seed`` draws, or those of the file."""
+        if self.file:
+            read = open_trace(f"{self.path}?{self.file.partition('?')[2]}")
+            return Trace(name, read.unit, read.__iter__)
         requests = tuple(self._requests(np.random.default_rng(seed)))
         return Trace(name, 1, requests.__iter__)
 
@@ -129,6 +149,25 @@ WORKLOADS = {
         2048,
         (24, 32, 48, 64),
     ),
+    "airline agents (tau-bench)": Workload(
+        78, (), 160_000, 2048, (8, 12, 18, 26), "agent/taubench_gpt-4o-airline.json.gz?head=800"
+    ),
+    "Claude Code": Workload(
+        34,
+        (),
+        800_000,
+        8192,
+        (6, 9, 13, 18),
+        "traces/weka_claude_code_train.rle.jsonl.gz?head=700",
+    ),
+    "ShareGPT chats": Workload(
+        517,
+        (),
+        160_000,
+        2048,
+        (16, 24, 36, 54),
+        "traces/sharegpt_qwen35_turns.jsonl.gz?cap=8192&head=1200",
+    ),
 }
 
 
@@ -143,8 +182,8 @@ def serve(cell: tuple[str, int, float, str]) -> ClosedLoopRun:
     config = RunConfig(
         geometry,
         budget_bytes=workload.num_rows * geometry.kv_bytes_per_token,
-        policy="regret",
-        checkpoints="regret",
+        policy="survival",
+        checkpoints="adaptive",
     )
     loop = ClosedLoop(
         LinearSteps(),
@@ -209,7 +248,8 @@ def summary(runs: Sequence[ClosedLoopRun]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SPLITS["evaluation"]["seeds"])
-    parser.add_argument("--only", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
+    known = [name for name, workload in WORKLOADS.items() if workload.is_available]
+    parser.add_argument("--only", nargs="+", default=known, choices=known)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     done = {(run.trace, run.seed, run.rate, run.admission) for run in known_runs()}
