@@ -30,7 +30,7 @@ from hybridcache.config import GRID
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.extras import version
 from hybridcache.lab.intervals import Interval, interval, paired
-from hybridcache.lab.optimum import optimum
+from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.simulate import simulate
@@ -141,7 +141,7 @@ def run_job(_trace: Trace, job: Job) -> Scores:
     plans: tuple[list[float], list[float]] = [], []
     for gib in job.gib:
         for counts_running, found in enumerate(plans):
-            best = optimum(
+            best = best_plan(
                 trace,
                 capacity_bytes=budget_bytes(gib),
                 kv_bytes_per_token=geometry.kv_bytes_per_token,

@@ -24,7 +24,7 @@ def test_a_plan_is_worked_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     proven = hindsight.Hindsights(trace).at(1.0, QWEN3_NEXT, 64, proven=True)
     assert proven.bound is not None and 0 < proven.reached <= proven.bound + 1e-6
     calls: list[str] = []
-    monkeypatch.setattr(hindsight, "optimum", lambda *_, **__: calls.append("worked out"))
+    monkeypatch.setattr(hindsight, "best_plan", lambda *_, **__: calls.append("worked out"))
     again = hindsight.Hindsights(trace)
     assert again.at(1.0, QWEN3_NEXT, 64, proven=True) == proven
     assert again.at(1.0, QWEN3_NEXT, 64) == proven, "with its bound it serves those who need none"

@@ -80,8 +80,8 @@ def test_a_plan_beside_running_requests_is_real_and_where_nothing_is_short_the_s
 ) -> None:
     sizes = {"capacity_bytes": capacity, "kv_bytes_per_token": 1, "state_bytes": state}
     trace = trace_of(pairs)
-    free = optimum(trace, **sizes, grid=grid, method="greedy")
-    counted = optimum(trace, **sizes, grid=grid, method="greedy", counts_running=True)
+    free = best_plan(trace, **sizes, grid=grid, method="greedy")
+    counted = best_plan(trace, **sizes, grid=grid, method="greedy", counts_running=True)
     if capacity >= 48:
         assert counted.reached == free.reached
 
@@ -92,13 +92,13 @@ def test_a_running_request_takes_room_from_the_plan() -> None:
     trace = trace_of([(first, []), (other, []), (first, [])])
     for capacity, free, counted in ((5, 3, 3), (10, 3, 0), (11, 3, 3)):
         sizes = {"capacity_bytes": capacity, "kv_bytes_per_token": 1, "state_bytes": 2}
-        best = optimum(trace, **sizes, method="greedy")
-        beside = optimum(trace, **sizes, method="greedy", counts_running=True)
+        best = best_plan(trace, **sizes, method="greedy")
+        beside = best_plan(trace, **sizes, method="greedy", counts_running=True)
         assert best.cached_tokens.tolist() == [0, 0, free]
         # with 5 bytes no request fits, so none is counted
         assert beside.cached_tokens.tolist() == [0, 0, counted]
     with pytest.raises(ValueError, match="counts_running needs method greedy"):
-        optimum(trace, **sizes, counts_running=True)
+        best_plan(trace, **sizes, counts_running=True)
 
 
 def test_a_worked_example_one_checkpoint_or_the_other() -> None:
