@@ -33,7 +33,7 @@ def end_by_exception(*numbers: int) -> None:
         if isinstance(error, KeyboardInterrupt):
             _thread.start_new_thread(_send_again, (signal.SIGINT,))
         elif isinstance(error, _Told):
-            _thread.start_new_thread(_send_again, (error.number,))
+            _thread.start_new_thread(_send_again, (signal.Signals(error.number),))
         else:
             report(lost)
 
@@ -52,6 +52,6 @@ def _raise_exit(number: int, _: FrameType | None) -> NoReturn:
     raise _Told(number)
 
 
-def _send_again(number: int) -> None:
+def _send_again(number: signal.Signals) -> None:
     time.sleep(RETRY_S)
     _thread.interrupt_main(number)
