@@ -54,4 +54,4 @@ def _raise_exit(number: int, _: FrameType | None) -> NoReturn:
 
 def _send_again(number: signal.Signals) -> None:
     time.sleep(RETRY_S)
-    _thread.interrupt_main(number)
+    _thread.interrupt_main(signal.Signals(number))

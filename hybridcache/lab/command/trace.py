@@ -1,4 +1,4 @@
-"""``hybridcache trace``: look at a trace, or rewrite it."""
+"""``hybridcache trace``: statistics, conversion and download of traces."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 FORMS = {
-    "jsonl": "the project's own, nothing left out (default)",
-    "mooncake": "whole prompts as hashes, which serving benchmarks replay by the clock",
-    "aiperf": "turns of conversations, each after the answer before",
+    "jsonl": "this project's own form, complete (default)",
+    "mooncake": "whole prompts as hashes, for benchmarks that replay by the clock",
+    "aiperf": "turns of conversations, each after the previous answer",
 }
 
 
 def add_trace(commands: Commands) -> None:
-    """The command's parser."""
-    trace = commands.add_parser("trace", help="look at a trace, or rewrite it")
+    """Add the command's parser."""
+    trace = commands.add_parser("trace", help="look at a trace, rewrite it, or download one")
     verbs = trace.add_subparsers(title="verbs", required=True)
     stats = verbs.add_parser(
         "stats", help="requests, lengths, ideal hit rate, reuse, sharing by depth"
@@ -44,9 +44,12 @@ def add_trace(commands: Commands) -> None:
         default="jsonl",
         help=", ".join(f"{w}: {h}" for w, h in FORMS.items()),
     )
-    add("--block", type=int, default=512, help="tokens a hash stands for in the last two")
+    add("--block", type=int, default=512, help="tokens of a hashed block, for the last two")
     share(convert, "--skip-bad")
     convert.set_defaults(run=_trace_convert)
+    fetch = verbs.add_parser("fetch", help="download a published trace into the cache folder")
+    fetch.add_argument("name", nargs="?", help="name of the trace; without it, all are listed")
+    fetch.set_defaults(run=_trace_fetch)
 
 
 def _trace_stats(options: argparse.Namespace) -> int:
@@ -83,10 +86,24 @@ def _trace_convert(options: argparse.Namespace) -> int:
     return 0
 
 
+def _trace_fetch(options: argparse.Namespace) -> int:
+    from hybridcache.lab.report import text_table
+    from hybridcache.lab.traces.fetch import PUBLISHED, fetch, find_published
+
+    if options.name is None:
+        rows = [[name, one.licence, one.content] for name, one in PUBLISHED.items()]
+        print(text_table(["name", "licence", "content"], rows))
+        return 0
+    path, published = fetch(options.name), find_published(options.name)
+    print(f"{path}\nlicence {published.licence}, from {published.address}")
+    print(f"hybridcache trace stats published:{options.name}")
+    return 0
+
+
 @contextmanager
 def _written_whole(path: Path) -> Iterator[TextIO]:
-    """A text file that stands at ``path`` once all is written, and not at all after an error. What
-    is no plain file (a pipe) is written as it comes."""
+    """Open a text file that appears at ``path`` when all is written, and not after an error. Pipes
+    and devices are written directly."""
     if path.exists() and not path.is_file():
         with path.open("w", encoding="utf-8") as file:
             yield file

