@@ -9,7 +9,7 @@ JOBS ?= 2
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
-.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas page docs wheels tune gpu gpu-dry clean
+.PHONY: help install lock demo serve test test-all test-changed test-environments lint bench reproduce tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas page docs wheels tune gpu gpu-dry clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -73,6 +73,9 @@ bench: install  ## the timed figures, one after another, on a machine that does 
 	$(BIN)/python -m experiments.benchmarks.overhead
 	$(BIN)/python -m experiments.benchmarks.optimum
 	$(BIN)/python -m experiments.benchmarks.engine
+
+reproduce: install  ## every published figure at one commit, and docs/results.md (six hours; may be stopped and repeated)
+	$(BIN)/python -m experiments.reproduce
 
 tiers: install  ## memory below the device: a store whose writer is killed 200 times; restarts, spilling, memory used
 	$(BIN)/python -m experiments.system.kill_store

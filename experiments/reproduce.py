@@ -1,0 +1,366 @@
+"""Regenerate every published figure at one commit: ``make reproduce``.
+
+    python -m experiments.reproduce              # all parts, the resumable way
+    python -m experiments.reproduce --list       # parts, minutes, and which are done
+    python -m experiments.reproduce --part default --part capacity
+    python -m experiments.reproduce --page       # docs/results.md from the results that exist
+
+A part is one command with the files that it writes. Finished parts are recorded in
+``results/reproduce.json`` with a hash of the code, the commit, and versions (seeds are part of the
+code: ``splits.toml`` and defaults). A part is done if the code has not changed since and its files
+are the recorded ones. A stopped run continues with the first part that is not done. A dirty tree is
+refused: its results would name a commit that does not hold their code.
+
+Parts are declared in ``parts.toml``.
+
+``docs/results.md`` is generated from ``results_page.md`` and the result files. No figure in it is
+typed by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments import provenance
+from experiments.provenance import ROOT
+from hybridcache.lab.intervals import interval, paired
+from hybridcache.lab.leaderboard import Board, Scores, Split
+
+CODE = ("hybridcache", "engine", "kernels", "experiments")
+"""Folders whose code decides the results."""
+RECORD = "reproduce.json"
+PAGE = ROOT / "docs" / "results.md"
+PARTS_FILE = ROOT / "experiments" / "parts.toml"
+TEMPLATE = ROOT / "experiments" / "results_page.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One command and the files that it writes."""
+
+    name: str
+    command: str
+    """Module and arguments of ``python -m``."""
+    outputs: tuple[str, ...]
+    """Below ``experiments/``."""
+    minutes: float
+    """Estimate for two quiet cores."""
+    publishes: str
+    needs: str = ""
+    """A package, or a path below the root, that may be absent; the part is then skipped."""
+    how: str = ""
+    """Command that provides it."""
+    pythonpath: str = ""
+    """Folder of packages that only this part imports."""
+
+    @property
+    def missing(self) -> str:
+        """Return the absent need and how to get it; empty if the part can run."""
+        if not self.needs:
+            return ""
+        if "/" in self.needs:
+            is_here = (ROOT / self.needs).exists()
+        else:
+            is_here = importlib.util.find_spec(self.needs) is not None
+        return "" if is_here else f"needs {self.needs}" + (f" ({self.how})" if self.how else "")
+
+
+def read_parts(path: Path = PARTS_FILE) -> tuple[Part, ...]:
+    """Return the declared parts in their order."""
+    declared = tomllib.loads(path.read_text(encoding="utf-8"))["part"]
+    return tuple(Part(**one | {"outputs": tuple(one["outputs"])}) for one in declared)
+
+
+# --- State of the tree and of finished parts ----------------------------------------------------
+
+
+def dirty_files() -> list[str]:
+    """Return changed or untracked files outside results, figures and the generated page.
+
+    Raises ValueError outside a clone: without a commit, results name no code.
+    """
+    free = (":!experiments/results", ":!experiments/figures", f":!{PAGE.relative_to(ROOT)}")
+    try:
+        command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *free]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"{ROOT} is not a git clone: results would name no commit") from error
+    return [line[3:] for line in done.stdout.splitlines()]
+
+
+def code_hash() -> str:
+    """Return the hash of all code and settings that decide results."""
+    return provenance.code_hash(CODE)
+
+
+def read_record() -> dict[str, Any]:
+    """Return the finished parts by name."""
+    path = provenance.RESULTS / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def is_done(part: Part, record: dict[str, Any], code: str) -> bool:
+    """Return True if the part ran on this code and its files are those that it wrote."""
+    known = record.get(part.name)
+    return bool(known) and known["code"] == code and known["files"] == digests(part)
+
+
+def digests(part: Part) -> dict[str, str]:
+    """Return a hash of each output; of an absent one an empty string."""
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
+        for name, path in ((name, output_path(name)) for name in part.outputs)
+    }
+
+
+def output_path(name: str) -> Path:
+    """Return the path of ``results/...`` or ``figures/...``."""
+    folder, _, file = name.partition("/")
+    return (provenance.RESULTS if folder == "results" else provenance.FIGURES) / file
+
+
+# --- Running ------------------------------------------------------------------------------------
+
+
+def run(parts: Sequence[Part], again: bool = False) -> int:
+    """Run the parts that are not done; returns 0 if all parts that can run are done."""
+    dirty = dirty_files()
+    if dirty:
+        print(
+            f"reproduce: the tree is dirty; commit or remove: {', '.join(dirty[:8])}",
+            file=sys.stderr,
+        )
+        return 2
+    code, failed = code_hash(), []
+    due = [part for part in parts if again or not is_done(part, read_record(), code)]
+    started, left = time.monotonic(), sum(part.minutes for part in due if not part.missing)
+    pace = 1.0
+    planned = spent = 0.0
+    for number, part in enumerate(due, 1):
+        if part.missing:
+            print(f"[{number}/{len(due)}] {part.name}: skipped, {part.missing}", flush=True)
+            continue
+        print(f"[{number}/{len(due)}] {part.name}: about {part.minutes * pace:.0f} min; "
+              f"{left * pace:.0f} min left in all", flush=True)  # fmt: skip
+        began = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", *shlex.split(part.command)], cwd=ROOT, env=environment(part)
+        )
+        seconds = time.monotonic() - began
+        absent = [name for name in part.outputs if not output_path(name).exists()]
+        if done.returncode or absent:
+            why = f"exit code {done.returncode}" if done.returncode else f"no {', '.join(absent)}"
+            print(f"reproduce: {part.name} failed: {why}", file=sys.stderr)
+            failed.append(part.name)
+        else:
+            write_record(part, code, seconds)
+        left -= part.minutes
+        planned, spent = planned + part.minutes, (time.monotonic() - started) / 60
+        pace = spent / planned if planned else 1.0
+    write_page()
+    if failed:
+        print(f"reproduce: failed: {', '.join(failed)}; the others are kept", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def environment(part: Part) -> dict[str, str]:
+    """Return the environment of a part: the root and its own packages can be imported."""
+    paths = [str(ROOT / part.pythonpath)] if part.pythonpath else []
+    paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def write_record(part: Part, code: str, seconds: float) -> None:
+    """Record a finished part."""
+    record = read_record()
+    origin = provenance.provenance()
+    origin["command"] = f"python -m {part.command}"
+    record[part.name] = {"code": code, "seconds": round(seconds), "files": digests(part)} | origin
+    path = provenance.RESULTS / RECORD
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def listing(parts: Sequence[Part]) -> str:
+    """Return a line per part: name, minutes, state, question."""
+    code, record = code_hash(), read_record()
+    lines = []
+    for part in parts:
+        state = "done" if is_done(part, record, code) else part.missing or "due"
+        lines.append(f"{part.name:18} {part.minutes:4.0f} min  {state:10}  {part.publishes}")
+    lines.append(f"{'all':18} {sum(part.minutes for part in parts):4.0f} min")
+    return "\n".join(lines)
+
+
+# --- The results page ---------------------------------------------------------------------------
+
+
+def write_page() -> None:
+    """Write ``docs/results.md``."""
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """Return the template with each ``<!-- result: NAME -->`` replaced by its table."""
+    text = TEMPLATE.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        mark = f"<!-- result: {name} -->"
+        if mark in text:
+            try:
+                text = text.replace(mark, table())
+            except FileNotFoundError as error:
+                text = text.replace(mark, f"Not run yet: no `{Path(error.filename).name}`.")
+    return text
+
+
+def records_of(name: str) -> list[dict[str, Any]]:
+    """Return the records of a result file without its provenance."""
+    _, records = provenance.read_json_lines(provenance.RESULTS / name)
+    return records
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def parts_table() -> str:
+    """Return question, command, files and origin of every part."""
+    rows = []
+    for part in read_parts():
+        files = ", ".join(
+            f"`experiments/{name}`" for name in part.outputs if output_path(name).exists()
+        )
+        rows.append([part.publishes, f"`{part.command}`", files, origin_of(part)])
+    return markdown(["question", "`python -m`", "files", "commit, date"], rows)
+
+
+def origin_of(part: Part) -> str:
+    """Return commit and date of a part's results; a ``+`` marks a dirty tree."""
+    known = read_record().get(part.name)
+    if not known or known["files"] != digests(part):
+        known = first_line(part)
+    if not known:
+        is_here = any(output_path(name).exists() for name in part.outputs)
+        return "not recorded" if is_here else "not run"
+    return f"{known.get('commit') or 'no commit'}, {known['date'][:10]}"
+
+
+def first_line(part: Part) -> dict[str, Any] | None:
+    """Return the provenance in the first result file; None if there is none."""
+    for name in part.outputs:
+        path = output_path(name)
+        if path.suffix == ".jsonl" and path.exists():
+            return provenance.read_json_lines(path)[0]
+    return None
+
+
+def default_speed_table() -> str:
+    """Return the default policies against LRU at sizes where both evict."""
+    rows = [
+        [
+            record["trace"],
+            f"{record['gib']:g}",
+            f"{100 * record['default_token_hit_rate']:.1f}",
+            f"{100 * record['lru_token_hit_rate']:.1f}",
+            f"{record['ratio']:.2f}",
+        ]
+        for record in records_of("bench_simulate_default.jsonl")
+    ]
+    return markdown(
+        ["trace", "GiB", "default, %", "LRU with fixed rules, %", "CPU time, ratio"], rows
+    )
+
+
+def leaderboard_table() -> str:
+    """Return the board of the built-in policies."""
+    records = records_of("leaderboard.jsonl")
+    scores = tuple(Scores(**{name: one[name] for name in Scores.__slots__}) for one in records)
+    seeds = tuple(dict.fromkeys(one.seed for one in scores))
+    split = Split.load()
+    split = Split(split.name, split.model, seeds, {one.trace: tuple(one.gib) for one in scores})
+    board = Board(split, records[0]["reference"], scores)
+    rows = [
+        [row.name, *map(str, (row.hit_rate, row.difference, row.share, row.share_running))]
+        for row in board.rows()
+    ]
+    heads = ["eviction", "token hit rate, %", "less default, points", "% of plan"]
+    cells = sum(map(len, split.gib.values()))
+    return markdown([*heads, "% of plan next to running requests"], rows) + (
+        f"\n\n{cells} cells of {len(split.gib)} traces, {len(seeds)} seeds; intervals over seeds."
+    )
+
+
+def admission_table() -> str:
+    """Return hit rates at the middle rate of each workload, paired by seed."""
+    found: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for record in records_of("admission.jsonl"):
+        if "rate" not in record:
+            continue
+        place = record["trace"], record["rate"]
+        rates = found.setdefault(place, {}).setdefault(record["admission"], [])
+        rates.append(100 * record["cached_tokens"] / record["prompt_tokens"])
+    rows = []
+    for trace in dict.fromkeys(trace for trace, _ in found):
+        rate = statistics.median_low([rate for name, rate in found if name == trace])
+        by_policy = found[trace, rate]
+        oldest, sessions = by_policy["oldest"], by_policy["sessions"]
+        gain = paired(sessions, oldest) if len(sessions) == len(oldest) else None
+        figures = [str(interval(one)) for one in (oldest, sessions)]
+        rows.append([trace, f"{rate:g}", str(len(oldest)), *figures, str(gain or "")])
+    heads = ["workload", "sessions/s", "seeds", "oldest, %", "sessions, %", "gain, points"]
+    return markdown(heads, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "parts": parts_table,
+    "default speed": default_speed_table,
+    "leaderboard": leaderboard_table,
+    "admission": admission_table,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.reproduce", description=(__doc__ or "").splitlines()[0]
+    )
+    every = read_parts()
+    names = [part.name for part in every]
+    parser.add_argument(
+        "--part", action="append", choices=names, metavar="NAME", help="may be repeated"
+    )
+    parser.add_argument("--list", action="store_true", help="parts, minutes, and which are done")
+    parser.add_argument("--again", action="store_true", help="run finished parts too")
+    parser.add_argument("--page", action="store_true", help="only write docs/results.md")
+    options = parser.parse_args(arguments)
+    parts = [part for part in every if not options.part or part.name in options.part]
+    if options.list:
+        print(listing(parts))
+        return 0
+    if options.page:
+        write_page()
+        return 0
+    try:
+        return run(parts, options.again)
+    except ValueError as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

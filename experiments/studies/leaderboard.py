@@ -1,0 +1,38 @@
+"""All built-in evictions on the packaged evaluation split, kept for the results page.
+
+    python -m experiments.studies.leaderboard [--seeds 3] [--processes 2]
+
+The same board as ``hybridcache leaderboard``; results/leaderboard.jsonl has a line per trace and
+seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from tqdm import tqdm
+
+from experiments.studies.common import keep
+from hybridcache.lab.leaderboard import Split, leaderboard
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, help="only the first of them (default: all ten)")
+    parser.add_argument("--only", default="", help="only traces with this in their name")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    split = Split.load().head(options.seeds, options.only)
+    with tqdm(total=len(split.gib) * len(split.seeds), unit=" traces", disable=None) as bar:
+        board = leaderboard(
+            (),
+            split,
+            processes=options.processes,
+            progress=lambda done, _: bar.update(done - bar.n) and None,
+        )
+    keep("leaderboard", [one | {"reference": board.reference} for one in board.records()])
+    print(board.table())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""`make reproduce` on a tree of its own with two small parts; the declared parts; the page."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import provenance, reproduce
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = """
+import json, sys
+from pathlib import Path
+with Path(sys.argv[1]).open("w") as file:
+    print(json.dumps({"provenance": {"commit": "abc", "date": "2026-01-01T00:00:00"}}), file=file)
+    for record in {"trace": "chat", "gib": 6, "default_token_hit_rate": 0.5,
+                   "lru_token_hit_rate": 0.4, "ratio": 2}, :
+        print(json.dumps(record), file=file)
+with Path(sys.argv[1] + ".runs").open("a") as file:
+    print("run", file=file)
+"""
+OUTPUT = "results/bench_simulate_default.jsonl"
+
+
+class Tree:
+    """A clone with one commit, in which parts run."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.results = root, root / "experiments" / "results"
+        self.results.mkdir(parents=True)
+        (root / "docs").mkdir()
+        (root / "experiments" / "tiny_part.py").write_text(TINY)
+        (root / ".gitignore").write_text("*.runs\n__pycache__\n")
+        self.template = root / "experiments" / "page.md"
+        self.template.write_text("Hits:\n\n<!-- result: default speed -->\n")
+        self.git("init", "-q")
+        self.commit()
+
+    def git(self, *arguments: str) -> None:
+        identity = ("-c", "user.name=a", "-c", "user.email=a@b.invalid")
+        subprocess.run(["git", "-C", self.root, *identity, *arguments], check=True)
+
+    def commit(self) -> None:
+        self.git("add", "-A")
+        self.git("commit", "-q", "-m", "all")
+
+    @property
+    def runs(self) -> int:
+        file = Path(f"{self.root / 'experiments' / OUTPUT}.runs")
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def part(self, **more: object) -> reproduce.Part:
+        command = f"experiments.tiny_part {self.root / 'experiments' / OUTPUT}"
+        return replace(reproduce.Part("tiny", command, (OUTPUT,), 1, "a figure"), **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Tree:
+    made = Tree(tmp_path / "clone")
+    monkeypatch.setattr(provenance, "ROOT", made.root)
+    monkeypatch.setattr(provenance, "RESULTS", made.results)
+    monkeypatch.setattr(provenance, "FIGURES", made.root / "experiments" / "figures")
+    monkeypatch.setattr(reproduce, "ROOT", made.root)
+    monkeypatch.setattr(reproduce, "TEMPLATE", made.template)
+    monkeypatch.setattr(reproduce, "PAGE", made.root / "docs" / "results.md")
+    return made
+
+
+def test_a_part_runs_once_and_again_after_its_code_or_its_files_changed(
+    tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = [tree.part()]
+    assert reproduce.run(parts) == 0 and tree.runs == 1
+    assert "| chat | 6 | 50.0 | 40.0 | 2.00 |" in (tree.root / "docs/results.md").read_text()
+    record = json.loads((tree.results / "reproduce.json").read_text())["tiny"]
+    assert record["commit"] and "+" not in record["commit"] and record["versions"]["numpy"]
+    assert "about 1 min" in capsys.readouterr().out
+    tree.commit()
+    assert reproduce.run(parts) == 0 and tree.runs == 1, "results may be committed"
+    assert " done " in reproduce.listing(parts)
+    (tree.root / "experiments" / OUTPUT).unlink()
+    assert reproduce.run(parts) == 0 and tree.runs == 2, "a file of it was gone"
+    (tree.root / "experiments" / "other.py").write_text("SEEDS = (1, 2)\n")
+    tree.commit()
+    assert reproduce.run(parts) == 0 and tree.runs == 3, "code has changed"
+    assert reproduce.run(parts, again=True) == 0 and tree.runs == 4
+
+
+@pytest.mark.parametrize("name", ["experiments/tiny_part.py", "experiments/new.py"])
+def test_a_dirty_tree_is_refused(name: str, tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    with (tree.root / name).open("a") as file:
+        file.write("# changed\n")
+    assert reproduce.run([tree.part()]) == 2 and tree.runs == 0
+    assert f"the tree is dirty; commit or remove: {name}" in capsys.readouterr().err
+
+
+def test_a_failed_part_does_not_end_the_others_and_is_due_again(
+    tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fails = tree.part(name="fails", command="experiments.no_such_part")
+    absent = tree.part(name="absent", needs="out/nowhere", how="make nowhere")
+    mute = tree.part(name="mute", outputs=("results/never.jsonl",))
+    assert reproduce.run([fails, absent, mute, tree.part()]) == 1
+    shown = capsys.readouterr()
+    assert "fails failed: exit code 1" in shown.err and "failed: fails, mute;" in shown.err
+    assert "mute failed: no results/never.jsonl" in shown.err
+    assert "absent: skipped, needs out/nowhere (make nowhere)" in shown.out
+    assert list(reproduce.read_record()) == ["tiny"]
+
+
+def test_outside_a_clone_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert reproduce.main(["--part", "stress"]) == 2
+
+
+def published(pages: Sequence[Path]) -> set[str]:
+    """Return result files and figures that pages name."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    return set(re.findall(r"experiments/((?:results|figures)/[\w.]+\w)", text))
+
+
+def test_every_published_figure_is_made_by_a_part() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    made = [name for part in reproduce.read_parts() for name in part.outputs]
+    assert len(made) == len(set(made)), "two parts write the same file"
+    named = published(pages)
+    assert len(named) > 10 and named - set(made) - {"results/reproduce.json"} == set()
+
+
+def test_the_parts_exist_and_take_less_than_six_hours() -> None:
+    parts = reproduce.read_parts()
+    assert sum(part.minutes for part in parts) <= 360
+    for part in parts:
+        assert importlib.util.find_spec(part.command.split()[0]), part.name
+
+
+def test_the_page_of_results_is_the_generated_one() -> None:
+    """If this fails: python -m experiments.reproduce --page"""
+    assert reproduce.PAGE.read_text(encoding="utf-8") == reproduce.page()
