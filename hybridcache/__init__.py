@@ -56,7 +56,7 @@ _LAZY = {
     "Prefill": "policies.protocol",
     "parse_placement": "policies.registry",
 }
-"""Public names whose modules are imported at first use."""
+"""Modules of the public names that are imported at first use."""
 
 _MOVED = {
     "Advice": "lab.advise",

@@ -1,24 +1,20 @@
-"""The protocol of a prefix cache, the data that it returns, and its counters.
+"""Protocol of a prefix cache, the data that it returns, and its counters.
 
-Counters: every prompt token is a hit or a loss with a cause, per namespace; and what came and
-went.
+A prefix cache keeps two resources for prefixes that may come again. *KV indices* are rows of the KV
+pool of the full-attention layers, one per token. *Checkpoints* are state slots: one holds the conv
+and recurrent state of all linear layers after exactly ``position`` tokens. The cache stores
+integers only, never tensors.
 
-The contract of a prefix cache: its verbs, and who owns which index at every moment.
+Ownership. At any moment, an index or slot has exactly one of three owners:
 
-A prefix cache keeps two resources for prefixes that may come again: *KV indices* (one per token,
-rows of the full-attention layers' KV pool) and *checkpoints* (one state slot each: conv + recurrent
-state of all linear layers after exactly ``position`` tokens). It stores integers only, never
-tensors.
+- *free*: the allocator;
+- *held*: a request, from ``allocate_kv`` / ``allocate_slot`` until the index is passed to
+  ``insert`` or freed;
+- *cached*: the cache, from ``insert`` until the eviction, which returns it to the allocator.
 
-Ownership. An index or slot has, at every moment, exactly one of three owners:
+``check`` verifies that ``free + cached + held == total`` for both resources.
 
-- *free*: in its allocator;
-- *held*: by a request, from ``allocate_kv`` / ``allocate_slot`` until it is passed to ``insert`` or
-  freed;
-- *cached*: by the cache, from ``insert`` until it is evicted, when the cache itself frees it to the
-  allocator.
-
-``free + cached + held == total`` for both resources is what ``check`` verifies.
+Counters. Each prompt token is a hit or a loss with one cause (``Losses``), counted per namespace.
 """
 
 from __future__ import annotations
@@ -37,92 +33,99 @@ if TYPE_CHECKING:
 
 
 class Losses(NamedTuple):
-    """Prompt tokens that were computed, by cause. They sum with ``cached_len`` to the prompt's
-    length. ``match`` fills in all but the last two; ``losses_of`` adds those."""
+    """Number of prompt tokens that were computed, by cause.
+
+    The counts and ``cached_len`` sum to the length of the prompt. ``match`` sets all but the last
+    two; ``losses_of`` adds those.
+    """
 
     never_seen: int
-    """Past ``seen_len``: no request ever brought these tokens in this position."""
+    """Tokens past ``seen_len``: no earlier request had them in this position."""
     kv_evicted: int
-    """Seen (a ghost remembers), but their KV was evicted."""
+    """Tokens seen before (a ghost remembers them) with evicted KV."""
     checkpoint_evicted: int
-    """KV is there; a checkpoint that would have reached them was evicted."""
+    """Tokens with KV that an evicted checkpoint would have covered."""
     never_checkpointed: int
-    """KV is there; no checkpoint was ever saved at or past them."""
+    """Tokens with KV, but no checkpoint was ever saved at or past them."""
     below_grid: int
-    """KV is there, but no grid position lies between them and the last token that may be
-    skipped."""
+    """Tokens with KV, without a grid position between them and the last token that may be skipped.
+    """
     refused: int = 0
-    """A checkpoint was there, but no memory was available to resume from it."""
+    """Tokens with a checkpoint that could not be used, because no memory was available."""
     not_fetched: int = 0
-    """State and KV were stored, partly in lower tiers, and were not loaded: computing was faster,
+    """Tokens with a state and KV in a lower tier that were not loaded, because computing was faster
     or the device had no free memory."""
 
 
 class Resumable(NamedTuple):
-    """A position that could be resumed from if what lies in lower tiers were fetched."""
+    """Position that could be resumed from after a load from offload tiers."""
 
     position: int
     rows: tuple[int, ...]
-    """By tier, the nearest first: rows to copy to the device."""
+    """Number of rows to copy to the device, per tier, the nearest tier first."""
     node: RadixNode
-    """The position that ``fetch`` loads."""
+    """Node that ends at ``position``, for ``fetch``."""
 
 
 class PrefixMatch(NamedTuple):
-    """What the cache holds of one prompt. Made by ``match``, which changes nothing; stale after the
-    next insert or evict unless locked."""
+    """Cached part of one prompt.
+
+    Made by ``match``, which changes nothing. It is stale after the next insertion or eviction
+    unless ``node`` is locked.
+    """
 
     num_tokens: int
     """Length of the prompt."""
     cached_len: int
-    """Deepest position with all KV and a checkpoint, at most ``num_tokens - 1``: what can be
-    skipped."""
+    """Deepest position with all KV and a checkpoint, at most ``num_tokens - 1``. These tokens can
+    be skipped."""
     kv_match_len: int
-    """How deep KV alone reaches; >= ``cached_len``."""
+    """Length of the matching KV; at least ``cached_len``."""
     seen_len: int
-    """How deep the tokens were ever seen, ghosts included; >= ``kv_match_len``."""
+    """Length of the tokens seen before, ghosts included; at least ``kv_match_len``."""
     checkpoint: int | None
-    """Slot with the state at ``cached_len``; None at 0 and in attention-only caches."""
+    """Slot of the state at ``cached_len``. None at 0 and in attention-only caches."""
     losses: Losses
     node: NodeHandle | None
-    """The node that ends at ``cached_len``, for ``lock`` and ``gather``; None at 0."""
+    """Node that ends at ``cached_len``, for ``lock`` and ``gather``. None at 0."""
     namespace: Hashable
     missed: Item | None = None
-    """The deepest evicted checkpoint (a policy ``Item``) in (cached_len, num_tokens - 1] whose node
-    or ghost is on the path: had it and its KV been kept, ``missed_tokens`` more tokens would have
-    been reused."""
+    """Deepest evicted checkpoint in (cached_len, num_tokens - 1] on the path of the prompt, or
+    None. With it and its KV, ``missed_tokens`` more tokens would have been reused."""
     resumed: Item | None = None
-    """The checkpoint (a policy ``Item``) at ``cached_len``; None at 0 and in attention-only
-    caches."""
+    """Checkpoint at ``cached_len``. None at 0 and in attention-only caches."""
     loadable: tuple[Resumable, ...] = ()
-    """Past ``cached_len``, ascending: what ``fetch`` could bring."""
+    """Positions past ``cached_len`` that ``fetch`` could load, ascending."""
     forks: bool = True
-    """Whether other tokens were seen to follow at ``seen_len``; False: all that was seen ends
-    there. True where it is not known."""
+    """True if other tokens were seen after ``seen_len``, or if that is not known. False if all
+    known prompts end there."""
 
     @property
     def missed_tokens(self) -> int:
-        """Tokens that ``missed`` would have saved beyond the checkpoint that was found; 0 if
-        nothing was missed. A refused checkpoint was found, so its tokens do not count."""
+        """Number of tokens that ``missed`` would have saved beyond the checkpoint that was found.
+
+        It is 0 if nothing was missed. Tokens of a refused checkpoint do not count, because it was
+        found.
+        """
         if self.missed is None:
             return 0
         return max(int(self.missed.position) - self.cached_len - self.losses.refused, 0)
 
 
 NEAREST_FIRST = (2, 3, 4, 1, 0)
-"""Fields of ``Losses`` in the order in which their tokens follow ``cached_len``."""
+"""Indices of the fields of ``Losses``, in the order in which their tokens follow ``cached_len``."""
 
 
 def losses_of(found: PrefixMatch, cached_len: int, loadable_len: int = 0) -> Losses:
     """Attribute each prompt token that a request computes to exactly one cause.
 
-    ``found`` is the match before any memory was taken for the request, ``cached_len`` the position
-    that it resumes from after refusals and loads, and ``loadable_len`` the deepest position that it
-    could have loaded from lower tiers and did not (0 if there is none). The sum of the result and
-    ``cached_len`` is ``found.num_tokens``. O(1).
+    ``found`` is the match before any memory was taken for the request. ``cached_len`` is the
+    position that it resumes from, after refusals and loads. ``loadable_len`` is the deepest
+    position that could have been loaded from offload tiers and was not, or 0. The sum of the result
+    and ``cached_len`` is ``found.num_tokens``. O(1).
 
-    Tokens up to ``found.cached_len`` that are not reused were refused; those after it up to
-    ``loadable_len`` were not fetched; all others keep the cause that ``found`` gives them.
+    Tokens up to ``found.cached_len`` that are not reused count as refused. Those after it up to
+    ``loadable_len`` count as not fetched. All others keep their cause in ``found``.
     """
     refused = max(found.cached_len - cached_len, 0)
     reached_len = max(found.cached_len, cached_len)
@@ -137,42 +140,42 @@ def losses_of(found: PrefixMatch, cached_len: int, loadable_len: int = 0) -> Los
 
 
 class InsertResult(NamedTuple):
-    """What ``insert`` did with what it was given."""
+    """Result of ``insert``."""
 
     inserted_len: int
-    """Leading tokens that are now in the tree (page-aligned down)."""
+    """Number of leading tokens that are now in the tree, in whole pages."""
     duplicates: Indices
-    """The caller's KV indices the tree already had rows for, still held by the caller: switch to
-    the tree's (``gather``) and free these."""
+    """KV indices of the caller for which the tree already had rows. The caller still holds them:
+    use the rows of the tree (``gather``) and free these."""
     rejected_slots: tuple[int, ...]
-    """Slots not taken (a checkpoint is there already, or the position can not carry one), still
-    held by the caller."""
+    """Slots that were not taken, still held by the caller. The position already has a checkpoint,
+    or cannot have one."""
     node: NodeHandle | None
-    """The node that ends at ``inserted_len``; None if nothing was inserted."""
+    """Node that ends at ``inserted_len``, or None if nothing was inserted."""
 
 
 class Protected(NamedTuple):
-    """Cached memory that no eviction can free now, because it is under locks."""
+    """Cached memory that cannot be evicted now, because it is locked."""
 
     num_tokens: int
     num_checkpoints: int
 
 
 class Eviction(NamedTuple):
-    """What one ``evict`` freed to the allocators."""
+    """Memory that one ``evict`` returned to the allocators."""
 
     num_tokens: int
     num_slots: int
 
 
 MAX_NAMESPACES = 1024
-"""Namespaces counted apart; beyond that, those that did not come again are folded into
+"""Number of namespaces that are counted separately. The counts of others are added to
 ``CacheStats.folded``."""
 
 
 class Usage:
-    """What the requests of one namespace asked for and got. Tokens, but for ``requests``, ``hits``
-    and ``missed``."""
+    """Counters of the requests of one namespace, in tokens except for ``requests``, ``hits`` and
+    ``missed``."""
 
     __slots__ = (
         "below_grid",
@@ -193,7 +196,7 @@ class Usage:
     def __init__(self) -> None:
         self.requests = 0
         self.hits = 0
-        """Requests that reused anything."""
+        """Number of requests that reused at least one token."""
         self.prompt_tokens = 0
         self.cached_tokens = 0
         self.never_seen = 0
@@ -204,9 +207,9 @@ class Usage:
         self.refused = 0
         self.not_fetched = 0
         self.missed = 0
-        """Requests that would have resumed deeper from a checkpoint that was evicted."""
+        """Number of requests that would have resumed deeper from an evicted checkpoint."""
         self.missed_tokens = 0
-        """Tokens that those checkpoints would have saved."""
+        """Number of tokens that those checkpoints would have saved."""
 
     def record(self, match: PrefixMatch) -> None:
         cached_len = match.cached_len
@@ -233,7 +236,7 @@ class Usage:
 
     @property
     def token_hit_rate(self) -> float:
-        """Reused share of the prompt tokens; 0 before the first."""
+        """Reused fraction of the prompt tokens; 0 before the first request."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
@@ -245,7 +248,7 @@ class Usage:
 
 
 class CacheStats:
-    """What one cache has seen since it was made.
+    """Counters of one cache since its construction.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -259,20 +262,20 @@ class CacheStats:
         self.by_namespace: OrderedDict[Hashable, Usage] = OrderedDict()
         self._known_requests: dict[Hashable, int] = {}
         self.folded = Usage()
-        """Usage of namespaces that are no longer counted apart."""
+        """Sum over the namespaces that are no longer counted separately."""
         self.inserted_tokens = 0
-        """KV rows that entered the cache."""
+        """Number of KV rows that entered the cache."""
         self.inserted_slots = 0
         self.evicted_tokens = 0
         self.evicted_slots = 0
         self.evictions = 0
-        """Times an item was chosen to go; its node's KV and checkpoint may both go with it."""
+        """Number of victims. One eviction can free the KV and the checkpoint of its node."""
         self.refusals = 0
-        """Allocations that could not be met."""
+        """Number of allocations that could not be met."""
 
     @property
     def num_changes(self) -> int:
-        """Grows whenever entries came or went, so that the result of a match may differ."""
+        """Counter that grows whenever an entry is added or removed, so that a match may differ."""
         inserted = self.inserted_tokens + self.inserted_slots
         return inserted + self.evicted_tokens + self.evicted_slots
 
@@ -284,7 +287,7 @@ class CacheStats:
         usage.record(match)
 
     def _open(self, namespace: Hashable) -> Usage:
-        """Amortised O(1)."""
+        """Start the counters of ``namespace``. Amortised O(1)."""
         # A second chance for each that came again since it was looked at, as in CLOCK: a use costs
         # nothing for it.
         while len(self.by_namespace) >= MAX_NAMESPACES:
@@ -299,7 +302,7 @@ class CacheStats:
 
     @property
     def total(self) -> Usage:
-        """All namespaces together. O(namespaces)."""
+        """Sum over all namespaces. O(namespaces)."""
         total = Usage()
         for usage in (self.folded, *self.by_namespace.values()):
             total.merge(usage)
@@ -310,55 +313,56 @@ class CacheStats:
         return self.total.token_hit_rate
 
     def clear(self) -> None:
-        """Count from here on."""
+        """Set all counters to 0."""
         vars(self).update(vars(CacheStats()))
 
     def as_dict(self) -> dict[str, int]:
-        """All counters, namespaces added up."""
+        """Return all counters, summed over namespaces."""
         return self.total.as_dict() | {
             name: value for name, value in sorted(vars(self).items()) if isinstance(value, int)
         }
 
 
 class Listener(Protocol):
-    """Called right after (stored, split) or right before (chosen, removed) the change. Must not
-    change the cache.
+    """Subscriber to the changes of a cache.
 
-    Nor should it raise: the change is half done when it is notified, and is completed, so that the
-    caller learns what it owns; the listener is unsubscribed and its error logged.
+    A method is called right after the change (stored, split) or right before it (chosen, removed).
+    It must not change the cache. It should not raise: the change is completed nevertheless, the
+    listener is unsubscribed and its error is logged.
 
-    A resident node is known by the serial of its KV, ``node.kv.serial``: unique for as long as the
-    cache lives.
+    ``node.kv.serial`` identifies a resident node. It is unique for the lifetime of the cache.
     """
 
     def kv_stored(self, node: RadixNode) -> None:
-        """``node`` became resident. Its parent was before it."""
+        """Handle that ``node`` became resident. Its parent already is."""
         ...
 
     def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
-        """``lower`` was cut in two; ``upper`` is the new one, above it."""
+        """Handle that ``lower`` was split; ``upper`` is the new node above it."""
         ...
 
     def kv_removed(self, node: RadixNode) -> None:
-        """A leaf's KV goes; its checkpoint went before."""
+        """Handle that a leaf loses its KV. Its checkpoint was removed before."""
         ...
 
     def checkpoint_stored(self, node: RadixNode) -> None:
-        """``node`` has a checkpoint at its end now; its KV was resident before."""
+        """Handle that ``node``, which is resident, has a checkpoint at its end."""
         ...
 
     def checkpoint_removed(self, node: RadixNode) -> None:
-        """The checkpoint at the end of ``node`` goes; the KV stays for now."""
+        """Handle that ``node`` loses its checkpoint. Its KV remains for now."""
         ...
 
     def chosen(self, item: Item) -> None:
-        """The policy chose ``item`` to go; what goes with it follows."""
+        """Handle that the policy chose ``item`` as the victim. The removals follow."""
         ...
 
 
 class Listeners(Listener):
-    """Several listeners, notified one after the other. One that raises is dropped, and the logger
-    ``hybridcache`` says so."""
+    """Several listeners, notified one after another.
+
+    A listener that raises is removed, and the logger ``hybridcache`` reports the error.
+    """
 
     def __init__(self, members: tuple[Listener, ...]) -> None:
         self.members = members
@@ -395,19 +399,19 @@ class Listeners(Listener):
 
 
 def members_of(listener: Listener | None) -> tuple[Listener, ...]:
-    """The listeners behind ``listener``: those it forwards to, itself alone, or none."""
+    """Return the listeners that ``listener`` forwards to, itself alone, or none."""
     if isinstance(listener, Listeners):
         return listener.members
     return () if listener is None else (listener,)
 
 
 def joined(members: tuple[Listener, ...]) -> Listener | None:
-    """One listener for all ``members``; None where there is none."""
+    """Return one listener for all ``members``, or None if there are none."""
     return Listeners(members) if members else None
 
 
 def introduce(listener: Listener, nodes: Iterable[RadixNode]) -> None:
-    """Tell ``listener`` of all that is cached in ``nodes``, parents before children. O(nodes)."""
+    """Notify ``listener`` of everything cached in ``nodes``, parents before children. O(nodes)."""
     for node in nodes:
         if node.kv is not None:
             listener.kv_stored(node)
@@ -429,47 +433,48 @@ class Offload(Protocol):
 
 
 class PrefixCache(Protocol):
-    """A prefix cache as HybridRadixCache, RadixCache, NullCache and PlainCache implement it.
+    """Protocol of HybridRadixCache, RadixCache and NullCache.
 
     ``tokens`` is int32[n]. ``namespace`` is None, a str, bytes, an int, or a tuple of these
-    (``hybridcache.tokens``; ValueError for others): requests in different namespaces never
-    share.
+    (ValueError for others). Requests in different namespaces share nothing.
     """
 
     page_size: int
     grid: int
     stats: CacheStats
     arena: ArenaAllocator | None
-    """Where rows and slots are of one memory: what tells holders of moves. None: rows never
-    move."""
+    """Shared memory of rows and slots, or None if rows never move."""
     offload: Offload | None
     """Host and disk tiers, or None if there are none."""
     steps: StepQueue
-    """The next step plan while it grows; leases register here."""
+    """Step plan under construction. Leases register here."""
 
     @property
     def free_tokens(self) -> int:
-        """KV rows available without evicting. O(1), as the next three."""
+        """Number of KV rows available without eviction. O(1), like the next three."""
         ...
 
     @property
     def free_slots(self) -> int:
-        """State slots available without evicting."""
+        """Number of state slots available without eviction."""
         ...
 
     @property
     def cached_tokens(self) -> int:
-        """KV rows that the cache owns."""
+        """Number of KV rows that the cache owns."""
         ...
 
     @property
     def num_checkpoints(self) -> int:
-        """State slots that the cache owns."""
+        """Number of state slots that the cache owns."""
         ...
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """Read how much of ``tokens`` is cached. Changes nothing: no split, no recency. O(n).
-        ValueError: not int32[n]."""
+        """Look up how much of ``tokens`` is cached. Changes nothing: no split, no recency. O(n).
+
+        Raises:
+            ValueError: ``tokens`` is not int32[n].
+        """
         ...
 
     def continuation(
@@ -479,45 +484,60 @@ class PrefixCache(Protocol):
         namespace: Hashable = None,
         after: NodeHandle | None = None,
     ) -> Tokens:
-        """Up to ``max_tokens`` ids that followed ``tokens`` before, in this namespace, as far as is
-        remembered (evicted KV does not matter); empty: nothing did. Changes nothing. Where several
-        did, what was used last.
+        """Return up to ``max_tokens`` ids that followed ``tokens`` in earlier requests of this
+        namespace.
 
-        ``after`` as in ``insert``: a locked node whose path begins ``tokens``. O(n less that
-        node's position), a few microseconds.
+        The result is empty if ``tokens`` never occurred, and follows the branch that was used last.
+        Ghosts count: evicted KV does not matter. Changes nothing.
+
+        ``after`` is a locked node with a prefix of ``tokens`` as its path, as in ``insert``. O(n
+        minus the position of that node).
         """
         ...
 
     def gather(self, node: NodeHandle | None) -> Indices:
-        """KV indices from the root to the end of ``node``: int32[position]. O(position)."""
+        """Return the KV indices from the root to the end of ``node``: int32[position].
+
+        O(position).
+        """
         ...
 
     def fetch(self, resumable: Resumable) -> bool:
-        """Bring to the device what lies in lower tiers; see ``TieredRadixCache.fetch``. False: it
-        is there no more, or there is no room."""
+        """Load ``resumable`` from offload tiers to the device; see ``TieredRadixCache.fetch``.
+
+        Returns False if it is gone or if the device has no room.
+        """
         ...
 
     def touch(self, match: PrefixMatch) -> None:
-        """Count a use: refresh the consumed checkpoint (not the path's others) and the KV path's
-        recency; record losses."""
+        """Record the use of a match: refresh the recency of its checkpoint and KV, and count its
+        losses."""
         ...
 
     def lock(self, node: NodeHandle | None) -> Any:
-        """Protect ``node``, its checkpoint and its path's KV from eviction; returns the receipt
-        ``unlock`` takes. ValueError: ``node`` was evicted."""
+        """Protect ``node``, its checkpoint and the KV of its path from eviction.
+
+        Returns a handle for ``unlock``, which is also a context manager.
+
+        Raises:
+            ValueError: ``node`` was evicted.
+        """
         ...
 
     def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[NodeHandle | None, Any]:
-        """Protect the cached KV of ``tokens``, whether or not a checkpoint stands at its end.
+        """Protect the cached KV of ``tokens``, whether or not there is a checkpoint at its end.
 
-        Returns (the node that ends where the cached KV does, a receipt for ``unlock``); the node is
-        None if nothing is cached. Not a use: no recency changes. O(n).
+        Returns the node that ends where the cached KV ends, and a handle for ``unlock``. The node
+        is None if nothing is cached. This is not a use: no recency changes. O(n).
         """
         ...
 
     def unlock(self, receipt: Any) -> None:
-        """Undo the ``lock`` that gave ``receipt``, which is void from then on. O(1). ValueError:
-        another cache gave it."""
+        """Undo the ``lock`` that returned ``receipt``. O(1).
+
+        Raises:
+            ValueError: another cache returned it.
+        """
         ...
 
     def insert(
@@ -533,84 +553,95 @@ class PrefixCache(Protocol):
         """Publish ``tokens`` with their KV rows, int32[n] each, and checkpoints [(position, slot),
         ...].
 
-        ``kv_indices[:owned_from]`` are the tree's own (the caller holds a lock over them); the rest
-        the caller holds, and ownership of whatever is not in ``duplicates`` or past
-        ``inserted_len`` passes to the cache; likewise slots not in ``rejected_slots``. ``labels``
-        are the placement words that asked for the checkpoints, one each (or none). ``after`` is a
-        locked node whose path is ``tokens[:owned_from]`` (``match.node``, later ``result.node``):
-        the walk then starts there, O(n - owned_from) instead of O(n).
+        The rows ``kv_indices[:owned_from]`` belong to the tree, under a lock of the caller; the
+        caller holds the others. Ownership of the held rows passes to the cache, except for
+        ``duplicates`` and rows past ``inserted_len``. Ownership of the slots passes to the cache,
+        except for ``rejected_slots``. ``labels`` are the placement labels of the checkpoints: one
+        each, or none at all. ``after`` is a locked node with the path ``tokens[:owned_from]``
+        (``match.node``, later ``result.node``). The walk then starts there and takes O(n -
+        owned_from) instead of O(n).
 
-        ValueError, and nothing changed: arrays that are not int32[n], fewer tokens in the tree than
-        ``owned_from``, an ``after`` that is evicted or not locked, malformed checkpoints or labels,
-        a namespace that does not equal itself. Not checked, because it would cost a pass: that rows
-        and slots are the caller's, that those below ``owned_from`` are the tree's, that ``after``
-        is of these tokens and this namespace. ``check`` finds rows and slots that are in two hands.
+        Three facts are not checked, because it would cost a pass over the rows: that the caller
+        holds the rows and slots, that the tree owns those below ``owned_from``, and that ``after``
+        belongs to these tokens and this namespace. ``check`` finds rows and slots with two owners.
+
+        Raises:
+            ValueError: arrays are not int32[n], the tree has fewer tokens than ``owned_from``,
+                ``after`` is evicted or not locked, or checkpoints, labels or the namespace are
+                malformed. Nothing is changed.
         """
         ...
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
-        """Take rows for ``num_tokens`` tokens (whole pages), evicting as needed; None if that many
-        are not available."""
+        """Take rows for ``num_tokens`` tokens in whole pages, evicting as needed.
+
+        Returns None if that many are not available.
+        """
         ...
 
     def allocate_slot(self) -> int | None:
-        """Take one state slot, evicting as needed; None if none is available."""
+        """Take one state slot, evicting as needed. Returns None if none is available."""
         ...
 
     def protected(self) -> Protected:
-        """Return how much of the cached memory is under locks, shared paths counted once. Amortised
-        O(1) per lock taken or returned since the last call."""
+        """Return how much of the cached memory is locked, shared paths counted once.
+
+        Amortised O(1) per lock taken or returned since the last call.
+        """
         ...
 
     def iter_nodes(self) -> Iterator[RadixNode]:
-        """Iterate over the nodes of the tree, parents before children, ghosts included.
+        """Iterate over the nodes of the tree, parents before children, ghosts included. O(tree).
 
-        For reading only: ``node.kv`` is None for ghosts, ``node.checkpoint`` is None where there is
-        no state. The cache must not change meanwhile. O(tree).
+        For reading only. ``node.kv`` is None for ghosts, and ``node.checkpoint`` is None without a
+        state. The cache must not change during the iteration.
         """
         ...
 
     def take_step(self) -> StepPlan:
         """Return all work on the tensors that is due before the next step, once.
 
-        The owner of the tensors carries it out in the order given there: transfers (moves and tier
-        copies), row writes, restores. Rows and slots that the cache hands out are valid for a step
-        only after the plan was taken that follows them. A caller without tensors takes plans too,
-        and drops them: they would pile up otherwise. O(transfers + rows written).
+        The owner of the tensors carries it out in this order: transfers (moves and tier copies),
+        row writes, restores. Rows and slots returned by the cache are valid for a step only if a
+        plan was taken after they were returned. A caller without tensors takes plans too and drops
+        them, because they accumulate otherwise. O(transfers + rows written).
         """
         ...
 
     def free_kv(self, kv_indices: Indices) -> None:
-        """Give rows back that the caller holds: taken by ``allocate_kv`` and never passed on.
-        O(rows)."""
+        """Return held rows: rows from ``allocate_kv`` that were never published. O(rows)."""
         ...
 
     def free_slot(self, slot: int) -> None:
-        """Give a slot back that the caller holds. O(1)."""
+        """Return a held slot. O(1)."""
         ...
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
-        """Evict until that much was freed or nothing evictable is left. O(log n) per item."""
+        """Evict until that much was freed or nothing evictable remains. O(log n) per item."""
         ...
 
     def reset(self) -> None:
-        """Drop everything that is not locked."""
+        """Remove everything that is not locked."""
         ...
 
     def subscribe(self, listener: Listener) -> None:
-        """Notify ``listener``, beside those subscribed already, of all that is cached and of every
-        change from now on. O(cache)."""
+        """Notify ``listener`` of everything that is cached, and of every later change. O(cache)."""
         ...
 
     def unsubscribe(self, listener: Listener) -> None:
-        """Notify ``listener`` of nothing more."""
+        """Stop notifying ``listener``."""
         ...
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:
-        """A picture of what is cached: ``text``, ``graphviz`` or ``svg``. O(nodes drawn)."""
+        """Draw the cached prefixes as ``text``, ``graphviz`` or ``svg``. O(nodes drawn)."""
         ...
 
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
-        """Recompute every invariant from scratch; AssertionError names the first that fails. With
-        ``held_*`` also ``free + cached + held == total``. O(tree)."""
+        """Recompute every invariant from scratch. O(tree).
+
+        With ``held_*`` this includes ``free + cached + held == total``.
+
+        Raises:
+            AssertionError: an invariant fails; the message names the first.
+        """
         ...

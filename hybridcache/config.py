@@ -21,13 +21,19 @@ from hybridcache.radix.tree import ItemBytes
 from hybridcache.variants import NullCache, RadixCache, TieredRadixCache
 
 GRID = 64
-"""Positions a checkpoint may take are its multiples, unless set otherwise: the kernels' chunk."""
+"""Default checkpoint grid, tokens: the chunk length of the kernels."""
 
 
 @dataclass(frozen=True, slots=True)
 class CacheConfig:
-    """What a prefix cache is made from. Either pool sizes, or one number of bytes for KV and states
-    (``memory``)."""
+    """Sizes and policies of a prefix cache.
+
+    Memory is given as two pool sizes (``num_kv_tokens``, ``num_slots``), or as one number of bytes
+    for KV and states (``total_bytes``, ``memory``).
+
+    >>> CacheConfig(num_kv_tokens=1000, num_slots=4).eviction
+    'survival'
+    """
 
     prefix_cache: str = field(
         default="hybrid", metadata={"help": "hybrid, radix (attention-only models) or none"}
@@ -88,37 +94,39 @@ class CacheConfig:
             raise ValueError("kv_bytes_per_token and state_bytes must be at least 1")
         if self.total_bytes is not None:
             if self.num_kv_tokens or self.num_slots:
-                raise ValueError("give total_bytes, or num_kv_tokens and num_slots, not both")
+                raise ValueError(
+                    "give either total_bytes, or num_kv_tokens and num_slots (got both)"
+                )
         elif self.memory == "arena":
-            raise ValueError("an arena is made of total_bytes: give those, not pool sizes")
+            raise ValueError("memory='arena' needs total_bytes instead of pool sizes")
         elif self.num_kv_tokens < self.page_size:
             raise ValueError(f"num_kv_tokens {self.num_kv_tokens} is less than one page")
         elif self.num_slots is None and self.prefix_cache == "hybrid":
             raise ValueError(
-                "a hybrid cache keeps states: give num_slots (0: none is ever kept), or "
-                "prefix_cache=radix for a model without any"
+                "num_slots must be given for a hybrid cache (0 if no state is ever saved); use "
+                "prefix_cache='radix' for a model without states"
             )
         make_eviction(self.eviction)
         self._refuse_unknown_bytes()
         self._refuse_bad_tiers()
 
     def _refuse_bad_tiers(self) -> None:
-        """ValueError for lower tiers that can hold nothing."""
+        """Raise ValueError for tiers that are too small to hold anything."""
         for word, num_bytes in self.tier_bytes.items():
             if self.prefix_cache != "hybrid":
                 raise ValueError(
-                    f"{word}_bytes are for a hybrid cache, whose states decide what they are worth;"
-                    f" prefix_cache is {self.prefix_cache}: leave them 0"
+                    f"{word}_bytes needs a hybrid cache, because tiers store KV for its states "
+                    f"(prefix_cache is {self.prefix_cache!r}): set it to 0"
                 )
             if num_bytes < self.state_bytes + self.page_size * self.kv_bytes_per_token:
                 raise ValueError(
-                    f"{word}_bytes {num_bytes} hold no state of {self.state_bytes} bytes with a "
-                    "page of KV: give more, or 0"
+                    f"{word}_bytes must hold at least one state of {self.state_bytes} bytes and "
+                    f"one page of KV (got {num_bytes}); 0 turns the tier off"
                 )
 
     @property
     def tier_bytes(self) -> dict[str, int]:
-        """Bytes of each tier below the device, by its word, the nearest first."""
+        """Bytes of each tier below the device, by name, the nearest first."""
         sizes = {HOST: self.host_bytes, DISK: self.disk_bytes}
         return {word: size for word, size in sizes.items() if size}
 
@@ -126,8 +134,8 @@ class CacheConfig:
     def item_bytes(self) -> ItemBytes:
         """Weights of one token's KV and of one state, by which policies compare items.
 
-        Two pools without known sizes weigh the same: a state counts as many tokens as there are for
-        each slot.
+        If the sizes of two pools are unknown, both pools weigh the same: a state counts as many
+        tokens as there are per slot.
         """
         if self.prefix_cache == "radix":
             return ItemBytes(self.kv_bytes_per_token, 0)
@@ -140,20 +148,19 @@ class CacheConfig:
         return self.kv_bytes_per_token > 1 or self.state_bytes > 1
 
     def _refuse_unknown_bytes(self) -> None:
-        """Raise ValueError if memory is shared by bytes and the defaults stand: a state never
-        weighs as little as a token."""
+        """Raise ValueError if memory is shared by bytes, but the sizes are the defaults: a state
+        never weighs as little as a token."""
         shares = self.total_bytes is not None or bool(self.tier_bytes)
         if self.prefix_cache == "hybrid" and shares and not self._has_known_bytes:
             raise ValueError(
-                "give kv_bytes_per_token and state_bytes, those of the model "
-                "(hybridcache.ModelGeometry has them): "
-                "without them a state weighs as little as one token, and what goes first would be "
-                "chosen by that"
+                "kv_bytes_per_token and state_bytes must be given if memory is shared by bytes; "
+                "hybridcache.ModelGeometry computes them for a model. By default a state would "
+                "weigh as little as one token"
             )
 
 
 def build_prefix_cache(config: CacheConfig) -> PrefixCache:
-    """A fresh cache with its own allocators.
+    """Return a new cache with its own allocators.
 
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=4))
     >>> len(cache.allocate_kv(10))
@@ -183,9 +190,10 @@ def _pools(
 
 
 def build_policy(config: CacheConfig) -> EvictionPolicy:
-    """The eviction order that ``config`` names: one instance that sees all items, or, where the
-    policy leaves the order of tiers to the cache and ``config`` wants tiers, one instance a
-    tier."""
+    """Return the eviction policy that ``config`` names.
+
+    This is one instance that sees all items, or, with priority classes, one instance per class.
+    """
     make = make_eviction(config.eviction)
     if make is LRU:
         return LRU(config.dead_first, config.demote_superseded)
@@ -240,11 +248,11 @@ def _build_null(config: CacheConfig, pages: PageAllocator, slots: SlotAllocator)
 
 
 MEMORIES = ("arena", "budget")
-"""Words for ``CacheConfig.memory``."""
+"""Values of ``CacheConfig.memory``."""
 
 PREFIX_CACHES: dict[str, Callable[[CacheConfig, PageAllocator, SlotAllocator], PrefixCache]] = {
     "hybrid": _build_hybrid,
     "radix": _build_radix,
     "none": _build_null,
 }
-"""Words for ``CacheConfig.prefix_cache``."""
+"""Values of ``CacheConfig.prefix_cache``."""

@@ -52,24 +52,26 @@ NO_INDICES: Indices = np.empty(0, np.int32)
 NO_INDICES.setflags(write=False)
 
 EVICTED = (
-    "what this match or result named was evicted since: match again, and lock before anything is "
-    "evicted"
+    "the node of this match or result was evicted: match again, and lock the node before the next "
+    "eviction"
 )
 
 FORMS = ("text", "graphviz", "svg")
-"""In which a tree is drawn."""
+"""Formats of ``render``."""
 
 
 def own(node: NodeHandle | None) -> RadixNode | None:
     """Return ``node`` as the tree's own type; ValueError for a handle of another kind of cache."""
     if node is not None and not isinstance(node, RadixNode):
-        raise ValueError(f"{type(node).__name__} is no node of this cache: pass what it returned")
+        kind = type(node).__name__
+        raise ValueError(f"expected a node that this cache returned, got {kind}")
     return node
 
 
 class LockHandle:
-    """A lock on one node and its path. Return it with ``cache.unlock(handle)``, or use it in a
-    ``with`` statement.
+    """Lock on one node and its path.
+
+    Return it with ``cache.unlock(handle)``, or use it in a ``with`` statement.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
@@ -85,7 +87,7 @@ class LockHandle:
 
     def __init__(self, node: RadixNode | None, residency: Residency | None) -> None:
         self.node = node
-        """The locked node; None if nothing was cached, or after ``unlock``."""
+        """Locked node. None if nothing was cached, or after ``unlock``."""
         self._residency = residency
 
     def release(self) -> None:
@@ -106,10 +108,10 @@ class LockHandle:
 
 
 class HybridRadixCache:
-    """Prefixes whose KV *and* state can be resumed, for models with linear-attention layers.
+    """Prefix cache for models with linear-attention layers: resumes where KV *and* a state exist.
 
-    ``grid``: positions a checkpoint may take are its multiples (and whole pages). Eviction order is
-    ``policy``'s.
+    Checkpoints are at multiples of ``grid``, in whole pages. ``policy`` orders evictions. A cache
+    is not thread-safe.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=4))
@@ -152,7 +154,8 @@ class HybridRadixCache:
         self.steps = step_queue_of(pages)
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n).
+        """Look up how much of ``tokens`` is cached, and the causes of the losses. Changes nothing.
+        O(n).
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
@@ -216,8 +219,10 @@ class HybridRadixCache:
         namespace: Hashable = None,
         after: NodeHandle | None = None,
     ) -> Tokens:
-        """Up to ``max_tokens`` ids that followed ``tokens`` before; see
-        ``PrefixCache.continuation``. Changes nothing. O(n), or what lies behind ``after``.
+        """Return up to ``max_tokens`` ids that followed ``tokens`` before; see
+        ``PrefixCache.continuation``.
+
+        O(n), or O(tokens past ``after``).
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
@@ -233,10 +238,10 @@ class HybridRadixCache:
         return continuation(node, tokens[node.end :], max_tokens, self.page_size)
 
     def gather(self, node: NodeHandle | None) -> Indices:
-        """KV indices from the root to the end of ``node``: int32[position], read-only. O(position).
+        """Return the KV indices from the root to the end of ``node``: int32[position], read-only.
 
-        The latest answers are kept: a request asks when it begins and again below that when it has
-        published, and the next turn of its conversation asks for the same again.
+        O(position). The latest results are kept, because a request and its next turn need the same
+        rows again.
         """
         last = own(node)
         if last is None or last.kv is None:
@@ -247,12 +252,14 @@ class HybridRadixCache:
         return self._gathered.join(last.kv, self._residency.cached_tokens)
 
     def fetch(self, resumable: Resumable) -> bool:
-        """False: nothing lies below the device."""
+        """Return False, because this cache has no offload tiers."""
         return False
 
     def touch(self, match: PrefixMatch) -> None:
-        """Count one request: refresh what it resumes from, record hits and losses. O(1),
-        and a step for each node between what it resumes from and the ghost it missed."""
+        """Record one request: refresh its checkpoint and KV, and count its hits and losses.
+
+        O(1), plus the nodes between the checkpoint and the ghost that was missed.
+        """
         residency = self._residency
         residency.now += 1
         self.stats.record(match)
@@ -269,8 +276,11 @@ class HybridRadixCache:
                     policy.on_ghost_hit_above(ghost)
 
     def lock(self, node: NodeHandle | None) -> LockHandle:
-        """Protect ``node``, its checkpoint and its path's KV; None (nothing cached) is fine. O(1).
-        ValueError: it was evicted."""
+        """Protect ``node``, its checkpoint and the KV of its path. ``node`` may be None. O(1).
+
+        Raises:
+            ValueError: ``node`` was evicted.
+        """
         last = own(node)
         if last is not None:
             if last.kv is None:
@@ -282,7 +292,9 @@ class HybridRadixCache:
         self, tokens: Tokens, namespace: Hashable = None
     ) -> tuple[RadixNode | None, LockHandle]:
         """Protect the cached KV of ``tokens`` without counting a use; see ``PrefixCache.lock_kv``.
-        An edge that ``tokens`` leave is split. O(n)."""
+
+        Splits an edge if ``tokens`` end or differ inside it. O(n).
+        """
         root = self._tree.find_root(namespace)
         if root is None:
             return None, LockHandle(None, None)
@@ -296,7 +308,10 @@ class HybridRadixCache:
     def lock_of(self, node: NodeHandle | None) -> LockHandle:
         """Return a handle for a lock that is already held on ``node``, to be unlocked once.
 
-        For callers that keep only nodes. O(1). ValueError if ``node`` is not locked.
+        For callers that keep only nodes. O(1).
+
+        Raises:
+            ValueError: ``node`` is not locked.
         """
         last = own(node)
         if last is not None and last not in self._residency.locked:
@@ -304,10 +319,14 @@ class HybridRadixCache:
         return LockHandle(last, self._residency)
 
     def unlock(self, handle: LockHandle) -> None:
-        """Return a lock; a second call does nothing. O(1). ValueError if another cache gave it."""
+        """Return a lock. A second call does nothing. O(1).
+
+        Raises:
+            ValueError: another cache returned the handle.
+        """
         if handle.node is not None:
             if not handle.belongs_to(self._residency):
-                raise ValueError("this lock was given by another cache: unlock it there")
+                raise ValueError("this lock belongs to another cache: unlock it there")
             handle.release()
 
     def insert(
@@ -322,9 +341,12 @@ class HybridRadixCache:
     ) -> InsertResult:
         """Publish ``tokens`` with their rows and checkpoints; see ``PrefixCache.insert``.
 
-        O(n), or O(n - owned_from) with ``after``, a locked node whose path is
-        ``tokens[:owned_from]``; where a checkpoint or a fork comes, also a step for each node up to
-        the nearest checkpoint above. ValueError: as there; nothing is changed.
+        O(n), or O(n - owned_from) with ``after``, a locked node with the path
+        ``tokens[:owned_from]``. A new checkpoint or fork adds the nodes up to the nearest
+        checkpoint above.
+
+        Raises:
+            ValueError: as for ``PrefixCache.insert``; nothing is changed.
         """
         base = own(after)
         refuse_bad_insert(
@@ -374,8 +396,11 @@ class HybridRadixCache:
         return InsertResult(num_tokens, duplicates, rejected, leaf)
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
-        """Rows for ``num_tokens`` tokens in whole pages, evicting as needed; None, and nothing
-        evicted, if so many are not available. O(num_tokens + log of the tree per evicted item)."""
+        """Take rows for ``num_tokens`` tokens in whole pages, evicting as needed.
+
+        Returns None, with nothing evicted, if that many are not available. O(num_tokens), plus
+        O(log n) per evicted item.
+        """
         rows = self._pages.allocate(num_tokens)
         if rows is None:
             whole = -(-num_tokens // self.page_size) * self.page_size
@@ -385,7 +410,8 @@ class HybridRadixCache:
         return rows
 
     def allocate_slot(self) -> int | None:
-        """One state slot, evicting as needed; None, and nothing evicted, if none is available."""
+        """Take one state slot, evicting as needed. Returns None, with nothing evicted, if none is
+        available."""
         slot = self._slots.allocate()
         if slot is None:
             if make_room_for_slot(self._residency):
@@ -429,12 +455,14 @@ class HybridRadixCache:
     ) -> None:
         """Fill this empty cache with the nodes of ``tree``, as an earlier cache left them.
 
-        For files that describe a cache. The rows and slots named in the tree are taken from the
-        allocators. ``ghosts`` are its nodes without KV, the oldest first; call ``ghosts.trim()``
-        once all of them have been read. ``now`` and ``num_items`` are added to this cache's clock.
-        The policy and the subscribers are notified of everything. O(tree + pools).
+        For readers of files that describe a cache. The rows and slots named in the tree are taken
+        from the allocators. ``ghosts`` are its nodes without KV, the oldest first; call
+        ``ghosts.trim()`` once all of them have been read. ``now`` and ``num_items`` are added to
+        the clock of this cache. The policy and the subscribers are notified of everything. O(tree +
+        pools).
 
-        ValueError, and the cache as it was, if it is not empty or the pools lack a row or slot.
+        Raises:
+            ValueError: the cache is not empty, or the pools lack a row or slot. Nothing is changed.
         """
         if self.num_nodes:
             raise ValueError("only an empty cache can be filled; reset() it first")
@@ -454,8 +482,7 @@ class HybridRadixCache:
         self._slots.free(slot)
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
-        """Evict until that much was freed or nothing evictable is left. O(log of the tree) per
-        item.
+        """Evict until that much was freed or nothing evictable remains. O(log n) per item.
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
@@ -471,7 +498,7 @@ class HybridRadixCache:
         return Eviction(stats.evicted_tokens - tokens, stats.evicted_slots - slots)
 
     def reset(self) -> None:
-        """Drop everything that is not locked, ghosts included. O(tree)."""
+        """Remove everything that is not locked, ghosts included. O(tree)."""
         while self._residency.evict_one(None):
             pass
         self._residency.ghosts.clear()
@@ -489,8 +516,11 @@ class HybridRadixCache:
             assert held == held_slots, f"{held} slots held, the caller has {held_slots}"
 
     def subscribe(self, listener: Listener) -> None:
-        """Notify ``listener``, beside those subscribed already, of all that is cached and of every
-        change from now on. O(tree). ValueError: it is subscribed already."""
+        """Notify ``listener`` of everything that is cached, and of every later change. O(tree).
+
+        Raises:
+            ValueError: it is already subscribed.
+        """
         members = members_of(self._residency.listener)
         if listener in members:
             raise ValueError("this listener is subscribed already: unsubscribe it first")
@@ -498,15 +528,21 @@ class HybridRadixCache:
         self._residency.listener = joined((*members, listener))
 
     def unsubscribe(self, listener: Listener) -> None:
-        """Notify ``listener`` of nothing more. O(listeners). ValueError: it is not subscribed."""
+        """Stop notifying ``listener``. O(listeners).
+
+        Raises:
+            ValueError: it is not subscribed.
+        """
         members = members_of(self._residency.listener)
         if listener not in members:
             raise ValueError("this listener is not subscribed")
         self._residency.listener = joined(tuple(one for one in members if one is not listener))
 
     def render(self, form: str = "text", max_nodes: int = 1000) -> str:
-        """A picture of the tree: ``text``, ``graphviz`` or ``svg``. O(nodes drawn). ValueError:
-        another word.
+        """Draw the tree as ``text``, ``graphviz`` or ``svg``. O(nodes drawn).
+
+        Raises:
+            ValueError: ``form`` is unknown.
 
         >>> from hybridcache import CacheConfig, build_prefix_cache
         >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
@@ -517,7 +553,7 @@ class HybridRadixCache:
         `- 0..3
         """
         if form not in FORMS:
-            raise ValueError(f"a tree is drawn as {', '.join(FORMS)}, not {form!r}")
+            raise ValueError(f"form must be one of {', '.join(FORMS)} (got {form!r})")
         # Not at the top: few processes ever draw, and all import this file.
         from hybridcache.radix.render import render_graphviz, render_svg, render_text
 
@@ -526,7 +562,7 @@ class HybridRadixCache:
 
     @property
     def cached_tokens(self) -> int:
-        """Tokens with KV in the cache. O(1)."""
+        """Number of tokens with KV in the cache. O(1)."""
         return self._residency.cached_tokens
 
     @property
@@ -535,7 +571,7 @@ class HybridRadixCache:
 
     @property
     def free_tokens(self) -> int:
-        """Unallocated KV rows. O(1)."""
+        """Number of unallocated KV rows. O(1)."""
         return self._pages.num_free
 
     @property
@@ -544,32 +580,32 @@ class HybridRadixCache:
 
     @property
     def policy(self) -> EvictionPolicy:
-        """What orders its evictions: for looking at."""
+        """Eviction policy, for inspection."""
         return self._residency.policy
 
     @property
     def num_nodes(self) -> int:
-        """Nodes, ghosts included. O(1)."""
+        """Number of nodes, ghosts included. O(1)."""
         return self._tree.num_nodes
 
     @property
     def ghosts(self) -> GhostList:
-        """The nodes of which only the tokens are left, for reading."""
+        """Nodes with evicted KV, for inspection."""
         return self._residency.ghosts
 
     @property
     def item_bytes(self) -> ItemBytes:
-        """Bytes of one token's KV and of one state, as policies weigh them."""
+        """Bytes of one token's KV and of one state, as used by policies."""
         return self._residency.item_bytes
 
     @property
     def now(self) -> int:
-        """Logical time: requests counted so far."""
+        """Logical time: number of requests counted so far."""
         return self._residency.now
 
     @property
     def num_items(self) -> int:
-        """Items made so far: the serial number of the next one."""
+        """Number of items created so far: the serial number of the next one."""
         return self._residency.num_items
 
     @property

@@ -1,20 +1,19 @@
 """A request's claim on the cache, from its match to its last token.
 
-One request's claims on a prefix cache, from its match to its release: integers only.
+A ``Lease`` holds integers only. The engine's cache manager and the simulator use the same class, so
+a policy behaves the same in both. The caller owns the tensors: it copies states, writes KV and
+fills its request table.
 
-The engine's cache manager and the simulator drive this same class, so a policy that was studied is
-the policy that is served. The tensors' side (copying a state, writing KV, filling a request table)
-is the caller's.
+Life of a lease:
 
-Life of a lease: ``begin`` (match, lock, own state slot), then per piece of work ``extend`` (KV for
-it), ``take_checkpoint_slots`` (checkpoint slots for planned positions in it), the computation,
-``publish`` (what was computed goes to the tree), and in the end exactly one of ``finish``,
-``preempt`` and ``abort``, after which nothing is held.
+1. ``begin`` matches the prompt, locks the cached part and takes a state slot.
+2. For each chunk of work: ``extend`` takes KV rows, ``take_checkpoint_slots`` takes slots for the
+   checkpoints in the chunk, the caller computes, and ``publish`` passes the result to the tree.
+3. Exactly one of ``finish``, ``preempt`` and ``abort`` ends the lease. Then it holds nothing.
 
-A record of everything that leases did to one cache, in order, and its replay on another.
-
-The engine can keep one while it serves; replaying it on a fresh cache of the same sizes and
-policies takes the very same decisions, hit for hit and eviction for eviction, without a model.
+``LeaseLog`` records the calls of all leases of one cache, and ``replay`` repeats them on another. A
+fresh cache of the same sizes and policies then makes the same decisions, hit for hit and eviction
+for eviction, without a model.
 """
 
 from __future__ import annotations
@@ -31,12 +30,15 @@ from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.tokens import Indices, Tokens
 
 SPARE_ROWS = 512
-"""Room for the rows of a short answer, so that they need no second array."""
+"""Spare capacity for the rows of a short answer, so that they need no second array."""
 
 
 class LeaseRows:
-    """Rows of one lease: the tree's in [0, ``published_len``), held ones in [``published_len``,
-    ``num_rows``)."""
+    """Row table of one lease.
+
+    Rows of positions in [0, ``published_len``) belong to the tree. Those in [``published_len``,
+    ``num_rows``) are held.
+    """
 
     __slots__ = (
         "_rows",
@@ -48,34 +50,41 @@ class LeaseRows:
     )
 
     def __init__(self, cached_len: int, num_expected: int) -> None:
-        """The tree's for ``cached_len`` positions, and room for ``num_expected``."""
+        """Start with ``cached_len`` rows of the tree, and capacity for ``num_expected``."""
         self.num_rows = cached_len
         self.published_len = cached_len
-        # Rows in [_unread_start, _unread_end) are the tree's and stand in it alone: a caller that
-        # moves no tensors never asks for them. All others are here, up to date.
+        # Rows in [_unread_start, _unread_end) are only in the tree, because a caller without
+        # tensors never reads them. All others are here, up to date.
         self._unread_start, self._unread_end = 0, cached_len
         self._rows: Indices = np.empty(num_expected + SPARE_ROWS, np.int32)
         self.changed: tuple[int, int] | None = None
-        """(start, end) of the marked positions; None if there are none."""
+        """(start, end) of the marked positions, or None if there are none."""
 
     @property
     def unread_len(self) -> int:
-        """How far the tree's rows must be known for ``view``; 0: all are. O(1)."""
+        """Length up to which rows of the tree must be read before ``view``, or 0 if all are known.
+        O(1)."""
         return self._unread_end if self._unread_start < self._unread_end else 0
 
     def read(self, gathered: Indices) -> None:
-        """Copy the rows that were not read from ``gathered``, the tree's from the first position
-        on. O(``unread_len``)."""
+        """Copy the unknown rows from ``gathered``, the rows of the tree from position 0 on.
+
+        O(``unread_len``).
+        """
         start, end = self._unread_start, self._unread_end
         self._rows[start:end] = gathered[start:end]
         self._unread_start = end
 
     def view(self, start: int, end: int) -> Indices:
-        """Of positions [start, end): int32, a view; what was not read is undefined. O(1)."""
+        """Return the rows of positions [start, end): int32, a view. Rows that were not read are
+        undefined.
+
+        O(1).
+        """
         return self._rows[start:end]
 
     def append(self, rows: Indices) -> None:
-        """Hold ``rows``, int32[k], for the next k positions. O(k), and amortised what is there."""
+        """Add held ``rows``, int32[k], for the next k positions. O(k) amortised."""
         end = self.num_rows + len(rows)
         if end > len(self._rows):
             larger = np.empty(max(end, 2 * len(self._rows)), np.int32)
@@ -89,8 +98,11 @@ class LeaseRows:
         self.num_rows = end
 
     def publish(self, to_len: int, num_duplicates: int) -> None:
-        """The rows below ``to_len`` are the tree's, and the first ``num_duplicates`` of those that
-        were held are others now than were here. O(1)."""
+        """Pass the rows below ``to_len`` to the tree.
+
+        The first ``num_duplicates`` of the rows that were held are replaced by rows of the tree.
+        O(1).
+        """
         first = self.published_len
         self.published_len = to_len
         if num_duplicates:
@@ -99,8 +111,10 @@ class LeaseRows:
             self._unread_end = first + num_duplicates
 
     def rows_moved(self, move: Move) -> int:
-        """Rename the rows of an emptied slab; return how many of them are held. O(``num_rows``), a
-        nanosecond each."""
+        """Rename the rows of an emptied slab, and return how many of them are held.
+
+        O(``num_rows``), about a nanosecond each.
+        """
         first_known = self._unread_end
         moved = move.rename(self._rows[first_known : self.num_rows]) + first_known
         num_held = len(moved) - int(np.searchsorted(moved, self.published_len))
@@ -111,35 +125,38 @@ class LeaseRows:
         return num_held
 
     def known_from(self, start: int) -> Indices:
-        """Return the rows of positions from ``start`` on, without those not read. O(k)."""
+        """Return the rows of positions from ``start`` on, without those that were not read.
+
+        O(k).
+        """
         if self._unread_start == self._unread_end:
             return self._rows[start : self.num_rows]
         before = self._rows[start : self._unread_start]
         return np.concatenate((before, self._rows[max(start, self._unread_end) : self.num_rows]))
 
     def mark(self, start: int, end: int) -> None:
-        """Note that the rows of positions [start, end) are new or have changed. O(1)."""
+        """Record that the rows of positions [start, end) are new or have changed. O(1)."""
         if self.changed is not None:
             start, end = min(start, self.changed[0]), max(end, self.changed[1])
         self.changed = start, end
 
     def clear(self) -> None:
-        """Forget them all: the lease has ended. O(1)."""
+        """Drop all rows at the end of the lease. O(1)."""
         self.num_rows = self.published_len = self._unread_start = self._unread_end = 0
         self.changed = None
 
 
 Saved = tuple[int, int]
-"""(position, slot) of a checkpoint that is, or is being, written to a held slot."""
+"""(position, slot) of a checkpoint in a held slot, written or about to be written."""
 
 
 class Saving:
     """Checkpoint plan of one lease.
 
-    A position is planned, gets a slot when it is about to be computed, and keeps it until the
-    ``publish`` that covers the position. In decode one slot rolls: it is written again at each
-    crossing and published only at the end. The placement learns of each planned checkpoint whether
-    it was saved or dropped.
+    A planned position gets a slot shortly before it is computed, and keeps it until the ``publish``
+    that covers the position. Decode has one rolling slot: it is overwritten at each crossing and
+    published only at the end. The placement policy is notified of each planned checkpoint, whether
+    saved or dropped.
     """
 
     __slots__ = (
@@ -157,7 +174,7 @@ class Saving:
     def __init__(
         self, cache: PrefixCache, placement: PlacementPolicy, step: int, prompt_len: int
     ) -> None:
-        """``step``: checkpoints sit on its multiples."""
+        """``step``: checkpoints are at its multiples."""
         self._cache = cache
         self._placement = placement
         self._step = step
@@ -166,11 +183,11 @@ class Saving:
         self._pending: dict[Saved, str] = {}
         self._rolling: Saved | None = None
         self._overwritten: Saved | None = None
-        """Earlier contents of the rolling slot, for as long as it may still hold them."""
+        """Earlier contents of the rolling slot, until they are overwritten for certain."""
         self._interval: int | None = None
 
     def ask(self, prefill: Prefill) -> None:
-        """Plan what the placement wants of ``prefill``, and of its answer."""
+        """Plan the checkpoints that the placement policy chooses for ``prefill`` and its answer."""
         plan, step = self._plan, self._step
         for position, label in prefill.on_grid(self._placement.plan(prefill)).items():
             plan.setdefault(position, label)
@@ -181,17 +198,17 @@ class Saving:
 
     @property
     def planned(self) -> tuple[int, ...]:
-        """Positions that have no slot yet, ascending."""
+        """Positions without a slot yet, ascending."""
         return tuple(sorted(self._plan))
 
     @property
     def slots(self) -> tuple[int, ...]:
-        """Slots held."""
+        """Held slots."""
         rolling = (self._rolling[1],) if self._rolling is not None else ()
         return (*(slot for _, slot in self._pending), *rolling)
 
     def plan(self, position: int, label: str) -> None:
-        """Plan a checkpoint, unless one at ``position`` has its slot already."""
+        """Plan a checkpoint, unless one at ``position`` already has a slot."""
         if not self.is_pending(position):
             self._plan.setdefault(position, label)
 
@@ -201,7 +218,7 @@ class Saving:
         return any(saved == position for saved, _ in self._pending)
 
     def wants(self, position: int) -> bool:
-        """Return whether a state at ``position``, where the request ends, is one to keep."""
+        """Return whether to keep a state at ``position``, where the request ends."""
         if position > self._prompt_len:
             return self._interval is not None
         return position in self._plan
@@ -273,8 +290,10 @@ class Saving:
         return 1 << 30 if interval is None else interval - 1 - computed_len % interval
 
     def done(self, computed_len: int) -> dict[Saved, str]:
-        """Hand over the checkpoints of a prefill whose positions are computed, with their labels.
-        ``settle`` is owed for them."""
+        """Remove and return the checkpoints at computed positions, with their labels.
+
+        Callers must call ``settle`` afterwards.
+        """
         done = self._pending
         if not done:
             return done
@@ -288,9 +307,12 @@ class Saving:
     def end(
         self, published_len: int, donated: Saved | None = None, stop_reason: str = ""
     ) -> dict[Saved, str]:
-        """Hand over all checkpoints up to ``published_len`` that have a slot, with the rolling one
-        and ``donated``, and drop the others. Callers must call ``settle`` afterwards. The label of
-        the answer's end carries ``stop_reason``."""
+        """Remove and return all checkpoints up to ``published_len`` that have a slot, and drop the
+        others.
+
+        The result includes the rolling one and ``donated``. Callers must call ``settle``
+        afterwards. The label at the end of the answer carries ``stop_reason``.
+        """
         answer = f"decode/{stop_reason}" if stop_reason else "decode"
         saved = self._pending
         if self._rolling is not None:
@@ -307,7 +329,8 @@ class Saving:
         return saved
 
     def settle(self, saved: dict[Saved, str], rejected_slots: Sequence[int]) -> None:
-        """Note the result of publishing ``saved``; free the slots that the cache did not take."""
+        """Process the result of publishing ``saved``: free the slots that the cache did not
+        take."""
         placement = self._placement
         for (position, slot), label in saved.items():
             if slot in rejected_slots:
@@ -341,7 +364,7 @@ def bring_up(
     """Load the checkpoint of ``match.loadable`` that saves the most time, if one saves any.
 
     ``receipt`` is a lock on ``match.node``. Returns a match of ``tokens`` after the load and a lock
-    on its node; both are the ones given if nothing was loaded. O(len(tokens)).
+    on its node. Both are the given ones if nothing was loaded. O(len(tokens)).
     """
     if exchange is None or not _fetch_best(cache, match, exchange):
         return match, receipt
@@ -366,8 +389,7 @@ def _fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> 
     return best is not None and cache.fetch(best)
 
 
-# Who owns which tokens' KV rows, and when it changes hands (P: page_size, all borders multiples of
-# it but computed_len):
+# Owner of the KV row of each token. All borders except computed_len are multiples of page_size.
 #
 # 0 ............ cached_len ........ published_len ........ computed_len ........ len(kv_indices)
 #     |  the tree's, since before us     |  ours: held          |  ours: held, not    |
@@ -399,36 +421,53 @@ def _fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> 
 
 
 class LeaseRequest(NamedTuple):
-    """What a lease is asked for."""
+    """Input of ``Lease.begin``."""
 
     tokens: Tokens
-    """All that is known before computing: the prompt, or after a preemption the prompt and what was
-    generated."""
+    """Tokens known before computing: the prompt, or after a preemption the prompt and the tokens
+    generated so far."""
     namespace: Hashable = None
     boundaries: tuple[int, ...] = ()
-    """Positions known to survive into later prompts, ascending."""
+    """Positions that later prompts are known to keep, ascending."""
     reuse: bool = True
-    """False: read no cache (a caller that wants every position's logits); publishing goes on."""
+    """Whether to read cached entries. Set it to False to get the logits of every position; the
+    result is published nevertheless."""
     exact: bool = False
-    """True: nothing past ``tokens`` is ever published, so all that is cached was computed by a
-    prefill."""
+    """Whether to publish nothing past ``tokens``, so that all cached entries were computed by
+    prefills."""
     stateful: bool = True
-    """False: the model has no linear layers; no slot is taken and no checkpoint planned."""
+    """Whether the model has linear layers. If not, no slot is taken and no checkpoint planned."""
     answer_survives: bool = True
-    """False: later prompts are known to leave this one before its end (a chat template that drops
-    the reasoning). A state saved in decode would never be used, and would make the boundary's look
-    superseded: none is saved."""
+    """Whether later prompts contain the answer. Some chat templates drop the reasoning. Then decode
+    saves no state: it would never be used, and would make the checkpoint at the boundary look
+    superseded."""
     table_row: int | None = None
-    """The request's row in the caller's request table. If it is given, ``cache.take_step()`` lists
-    every position whose KV row is new or has changed (``RowWrite``)."""
+    """Row of this request in the caller's request table, or None. With it, ``cache.take_step()``
+    lists every position with a new or changed KV row (``RowWrite``)."""
     own_slot: int | None = None
-    """Slot of its state where running states lie beside the cache's memory; None: one of the
-    cache's is taken, and may be donated."""
+    """State slot of the request, if running states are stored outside of the cache's memory. If
+    None, a slot of the cache is taken, and may be donated."""
 
 
 class Lease:
-    """One request's claims on a cache. Made by ``begin``; not to be used after ``finish``,
-    ``preempt`` or ``abort``."""
+    """Claim of one request on a cache.
+
+    Made by ``begin``. It must not be used after ``finish``, ``preempt`` or ``abort``.
+
+    >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=8))
+    >>> placement, prompt = parse_placement("backoff"), np.arange(20, dtype=np.int32)
+    >>> for _ in range(2):
+    ...     lease = Lease.begin(cache, placement, LeaseRequest(prompt))
+    ...     _ = lease.extend(20)
+    ...     saves = lease.take_checkpoint_slots(lease.cached_len, 20)
+    ...     _ = cache.take_step()  # compute here
+    ...     print(lease.cached_len, saves, lease.losses.never_seen)
+    ...     lease.finish(prompt, 20)
+    0 ((16, 1),) 20
+    16 () 0
+    >>> cache.check(held_tokens=0, held_slots=0)
+    """
 
     __slots__ = (
         "_cache",
@@ -454,18 +493,19 @@ class Lease:
         receipt: Any,
         state_slot: int | None,
     ) -> None:
-        """Take over ``receipt`` (a lock on ``match.node``) and ``state_slot``: see ``begin``."""
+        """Take ownership of ``receipt`` (a lock on ``match.node``) and of ``state_slot``; see
+        ``begin``."""
         self._cache = cache
         self._placement = placement
         self._request = request
         self._node = match.node
         self._receipt = receipt
         self.match = match
-        """What was found at ``begin`` and is resumed from."""
+        """Match from which the request resumes, with its final losses."""
         self.prompt_len = len(request.tokens)
-        """Tokens that are prefilled: those of the request."""
+        """Number of tokens of the request, which are prefilled."""
         self.state_slot = state_slot
-        """The request's own slot; None for attention-only models."""
+        """State slot of the request; None for attention-only models."""
         self._rows = LeaseRows(match.cached_len, self.prompt_len + cache.page_size)
         self._is_counted = False
         self._step = lcm(cache.grid, cache.page_size)
@@ -484,13 +524,14 @@ class Lease:
         request: LeaseRequest,
         exchange: FetchRule | None = None,
     ) -> Lease | None:
-        """Match, lock, take a state slot, and load from lower tiers what saves time. None if no
-        slot is available; nothing is held then.
+        """Match the tokens, lock the result, take a state slot, and load from tiers if that saves
+        time.
 
-        If the only available slot is that of the checkpoint found, the request resumes from the
-        next shallower one, and ``losses.refused`` counts the difference. With ``reuse=False`` it
-        counts everything that was found. A loaded checkpoint belongs to the cache like any other.
-        Without an ``exchange`` nothing is loaded. O(len(tokens)).
+        Returns None, with nothing held, if no slot is available. If the only available slot is that
+        of the matching checkpoint, the request resumes from the next shallower one, and
+        ``losses.refused`` counts the difference. With ``reuse=False`` it counts the whole match. A
+        loaded checkpoint belongs to the cache like any other. Without an ``exchange`` nothing is
+        loaded. O(len(tokens)).
         """
         readable = request.tokens if request.reuse else request.tokens[:1]
         found = cache.match(request.tokens, request.namespace)
@@ -508,7 +549,7 @@ class Lease:
                 cache.unlock(receipt)
                 return None
         if match is not found:
-            # The rest of ``found`` says what the request met before it took memory itself.
+            # The other fields of ``found`` describe the cache before the request took memory.
             match = found._replace(
                 cached_len=match.cached_len,
                 checkpoint=match.checkpoint,
@@ -524,8 +565,7 @@ class Lease:
         return cls(cache, placement, request, match, receipt, slot)
 
     def _count(self) -> None:
-        """Count the lease as a use and plan its checkpoints: it has its first memory, so it is
-        going to compute."""
+        """Count the lease as a use and plan its checkpoints, when it gets its first memory."""
         self._is_counted = True
         request, match, placement = self._request, self.match, self._placement
         if request.reuse:
@@ -556,32 +596,33 @@ class Lease:
 
     @property
     def cached_len(self) -> int:
-        """Tokens that need not be computed."""
+        """Number of tokens that need not be computed."""
         return self.match.cached_len
 
     @property
     def losses(self) -> Losses:
-        """Prompt tokens to compute, by cause; sums with ``cached_len`` to the prompt's length."""
+        """Prompt tokens to compute, by cause. With ``cached_len`` they sum to the prompt length."""
         return self.match.losses
 
     @property
     def node(self) -> Any:
-        """Opaque: the node that ends at ``published_len``, on which the lock is; None at 0."""
+        """Node that ends at ``published_len``, which the lease has locked. None at 0."""
         return self._node
 
     @property
     def restore(self) -> tuple[int, int] | None:
-        """(checkpoint slot, own slot): the state copy to make before computing; None: the state
-        starts from zero."""
+        """(checkpoint slot, own slot) of the state copy to make before computing, or None if the
+        state starts from zero."""
         if self.match.checkpoint is None or self.state_slot is None:
             return None
         return self.match.checkpoint, self.state_slot
 
     @property
     def kv_indices(self) -> Indices:
-        """KV row of every position so far, the tree's and those held: int32[``extended_len``], a
-        view. O(``published_len``) when the tree's have not been read since they became so, else
-        O(1)."""
+        """KV rows of all positions so far: int32[``extended_len``], a view.
+
+        O(1), but O(``published_len``) if rows of the tree were not read yet.
+        """
         if self._rows.unread_len:
             self._cache.steps.rows_added(self, 0)
             self._rows.read(self._cache.gather(self._node))
@@ -589,12 +630,12 @@ class Lease:
 
     @property
     def extended_len(self) -> int:
-        """Positions that have a row: at least what the last ``extend`` was asked for."""
+        """Number of positions that have a row: at least the ``to_len`` of the last ``extend``."""
         return self._rows.num_rows
 
     @property
     def published_len(self) -> int:
-        """Tokens whose rows are the tree's, under this lease's lock."""
+        """Number of tokens with rows that belong to the tree, under the lock of this lease."""
         return self._rows.published_len
 
     @property
@@ -604,7 +645,7 @@ class Lease:
 
     @property
     def held_tokens(self) -> int:
-        """KV rows held: neither free nor the tree's."""
+        """Number of held KV rows."""
         return self._rows.num_rows - self._rows.published_len
 
     @property
@@ -613,34 +654,40 @@ class Lease:
 
     @property
     def _cached_slot(self) -> int | None:
-        """The own slot, where it is one of the cache's."""
+        """Own slot if it belongs to the cache, else None."""
         return self.state_slot if self._request.own_slot is None else None
 
     def plan_checkpoint(self, position: int, label: str) -> None:
-        """Plan a checkpoint at ``position``, floored to the grid; one that is planned, has its slot
-        or is out of reach already changes nothing. Beside the placement's own: another request is
-        known to leave this one's path there."""
+        """Plan a checkpoint at ``position``, floored to the grid, in addition to those of the
+        placement.
+
+        For a position at which another request continues differently. Does nothing if
+        the checkpoint is already planned, has a slot or is out of range.
+        """
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len:
             self._saving.plan(position, label)
 
     def is_saving_at(self, position: int) -> bool:
-        """Whether a checkpoint at ``position`` was handed out by ``take_checkpoint_slots`` and
-        waits for its ``publish``."""
+        """Return whether ``take_checkpoint_slots`` returned ``position`` and no ``publish`` covered
+        it yet."""
         return self._saving.is_pending(position)
 
     def continuation(self, tokens: Tokens, max_tokens: int) -> Tokens:
-        """Up to ``max_tokens`` ids that followed ``tokens``, all of the request's so far, before.
-        O(tokens past ``published_len``)."""
+        """Return up to ``max_tokens`` ids that followed ``tokens``, all tokens of the request so
+        far.
+
+        O(tokens past ``published_len``).
+        """
         return self._cache.continuation(tokens, max_tokens, self._request.namespace, self._node)
 
     def extend(self, to_len: int) -> bool:
-        """Hold KV rows for every position below ``to_len``, evicting as needed. False: refused,
-        nothing changed.
+        """Take KV rows for every position below ``to_len``, evicting as needed.
 
-        The first that succeeds counts the lease as a use of the cache (``touch``) and asks the
-        placement where to save: a caller that begins, is refused, aborts and tries again later is
-        counted once.
+        Returns False, with nothing changed, if that many rows are not available. The first success
+        counts the lease as a use of the cache (``touch``) and plans its checkpoints. So a request
+        that is refused, aborted and begun again is counted once. O(new rows), plus O(log n) per
+        evicted item.
         """
         missing = to_len - self._rows.num_rows
         if missing <= 0:
@@ -658,40 +705,48 @@ class Lease:
         return True
 
     def take_checkpoint_slots(self, start: int, end: int) -> tuple[Saved, ...]:
-        """(position, slot) of the checkpoints that computing [start, end) has to save, positions in
-        (start, end]: planned ones in a prefill, the rolling one in decode. A position without an
-        available slot is skipped.
+        """Return (position, slot) of each checkpoint to save while computing [start, end).
 
-        The rolling one is written over what it held: a caller that works a step ahead and then
-        finds that the request had ended before it, has neither.
+        Positions are in (start, end]: planned ones in a prefill, the rolling one in decode. A
+        position without an available slot is skipped. The rolling checkpoint overwrites its
+        predecessor. A caller that works one step ahead, and finds that the request ended before it,
+        has neither.
         """
         return self._saving.take(start, end)
 
     def num_quiet_tokens(self, computed_len: int) -> int:
-        """How many tokens after ``computed_len`` decode may compute one by one while ``extend`` and
-        ``take_checkpoint_slots`` change nothing. O(1)."""
+        """Return the number of decode steps for which the row and slot calls have no effect.
+
+        During that many tokens after ``computed_len``, ``extend`` and ``take_checkpoint_slots``
+        need not be called. O(1).
+        """
         rows = self._rows.num_rows - computed_len
         return min(rows, self._saving.num_before_crossing(computed_len))
 
     def roll_back(self, computed_len: int) -> None:
-        """Of what the last step was to compute only the tokens below ``computed_len`` count (the
-        others were guesses, and wrong): a rolling checkpoint past it was not written, and its slot
-        holds what it held before."""
+        """Undo the last step past ``computed_len``, because its drafts were rejected.
+
+        A rolling checkpoint past ``computed_len`` was not written; its slot keeps its previous
+        contents. O(1).
+        """
         self._saving.roll_back(computed_len)
 
     def reserve_checkpoint_slots(self, start: int, end: int, max_slots: int) -> int:
-        """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, in its
-        order, and keep them for it; returns how many it would still ask for. For a caller that
-        wants few slabs of an arena emptied at a time."""
+        """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, and keep
+        them.
+
+        Returns how many slots are still missing. For callers that limit the number of slabs emptied
+        per step.
+        """
         return self._saving.reserve(start, end, max_slots)
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
-        """Hand what is computed to the tree, with the checkpoints that are done, and move the lock
-        to its end.
+        """Pass the computed tokens and finished checkpoints to the tree, and move the lock to the
+        new end.
 
-        ``tokens`` are all tokens so far, ``computed_len`` of them computed. Returns (start, end) of
-        the positions whose row in ``kv_indices`` changed because the tree had them already; None:
-        no row changed. O(computed_len).
+        ``tokens`` are all tokens so far, of which ``computed_len`` are computed. Returns (start,
+        end) of the positions with changed rows in ``kv_indices``, because the tree already had rows
+        for them, or None if no row changed. O(computed_len - published_len).
         """
         cache = self._cache
         computed_len = self._publishable(computed_len)
@@ -738,8 +793,8 @@ class Lease:
     def _insert(
         self, tokens: Tokens, computed_len: int, saved: dict[Saved, str]
     ) -> tuple[Any, int]:
-        """Returns (the node that ends at the new ``published_len``, rows from the old one on that
-        were duplicates)."""
+        """Insert and return (node that ends at the new ``published_len``, number of duplicate
+        rows)."""
         cache = self._cache
         inserted_len, duplicates, rejected_slots, node = cache.insert(
             tokens[:computed_len],
@@ -762,19 +817,21 @@ class Lease:
     def finish(
         self, tokens: Tokens, computed_len: int, donate: bool = True, stop_reason: str = ""
     ) -> None:
-        """Publish what is computed and end the lease. With ``donate`` the own slot becomes a
-        checkpoint where its state sits on a position that the placement wants: no copy.
+        """Publish the computed tokens and end the lease.
 
-        ``stop_reason``: a word for why the answer ended ("tool_use", "end_turn", "length"), or
-        "session_end" if no further turn will come; empty if it is not known. Eviction policies that
-        learn keep a class for each word.
+        With ``donate`` the own slot becomes a checkpoint, without a copy, if the placement chose
+        this position. ``stop_reason`` says why the answer ended ("tool_use", "end_turn",
+        "length"). It is "session_end" if no further turn will come, and empty if it is not known.
+        Learning eviction policies distinguish these reasons.
         """
         donate = donate and self._saving.wants(computed_len)
         self._end(tokens, computed_len, donate, stop_reason)
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
-        """Publish what is computed and end the lease, to begin again later: any grid position is
-        worth donating."""
+        """Publish the computed tokens and end the lease, to begin again later.
+
+        The own slot becomes a checkpoint at any grid position.
+        """
         self._end(tokens, computed_len, True)
 
     def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str = "") -> None:
@@ -797,7 +854,7 @@ class Lease:
         self._close(first_held)
 
     def abort(self) -> None:
-        """Give everything back and end the lease; what was published stays the tree's."""
+        """Free everything held and end the lease. Published tokens stay in the tree."""
         self._saving.abort()
         if self._cached_slot is not None:
             self._cache.free_slot(self._cached_slot)
@@ -813,22 +870,23 @@ class Lease:
 
 
 class LeaseEvent(NamedTuple):
-    """One verb of one lease, or of the cache itself."""
+    """One call on a lease, or on the cache itself."""
 
     verb: str
-    """begin, extend, reserve_checkpoint_slots, take_checkpoint_slots, roll_back, plan_checkpoint,
-    publish, finish, preempt, abort: the lease's; reset: the cache's."""
+    """Name of the method: begin, extend, reserve_checkpoint_slots, take_checkpoint_slots,
+    roll_back, plan_checkpoint, publish, finish, preempt or abort of a lease, or reset of the cache.
+    """
     lease: int | None
-    """Number of the lease, counted from 0; None: ``begin`` was refused, or the verb is the
-    cache's."""
+    """Number of the lease, counted from 0. None if ``begin`` was refused, or for calls on the
+    cache."""
     arguments: tuple[Any, ...]
     result: Any
-    """What it gave: begin (cached_len or None), extend (bool), reserve_checkpoint_slots (how many
-    are still wanted), take_checkpoint_slots ((position, slot), ...); else None."""
+    """Returned value: cached_len or None (begin), bool (extend), int (reserve_checkpoint_slots),
+    ((position, slot), ...) (take_checkpoint_slots). None for the others."""
 
 
 class LeaseLog:
-    """Events, appended as they happen. Holds every request's tokens: for tests and studies."""
+    """Record of events, in order. It holds the tokens of every request: for tests and studies."""
 
     def __init__(self) -> None:
         self.events: list[LeaseEvent] = []
@@ -836,7 +894,7 @@ class LeaseLog:
         self._num_begun = 0
 
     def begin(self, lease: Lease | None, request: LeaseRequest) -> None:
-        """A lease began, or (None) was refused."""
+        """Record that a lease began, or was refused (None)."""
         if lease is None:
             self.events.append(LeaseEvent("begin", None, (request,), None))
             return
@@ -847,22 +905,21 @@ class LeaseLog:
     def record(
         self, verb: str, lease: Lease, arguments: tuple[Any, ...] = (), result: Any = None
     ) -> None:
-        """``lease`` did ``verb``; see ``LeaseEvent`` for what ``result`` is."""
+        """Record a call of ``lease``; see ``LeaseEvent`` for ``result``."""
         self.events.append(LeaseEvent(verb, self._numbers[id(lease)], arguments, result))
         if verb in ("finish", "preempt", "abort"):
             del self._numbers[id(lease)]
 
     def reset(self) -> None:
-        """The cache was reset."""
+        """Record that the cache was reset."""
         self.events.append(LeaseEvent("reset", None, (), None))
 
 
 def replay(cache: PrefixCache, placement: PlacementPolicy, log: LeaseLog) -> LeaseLog:
-    """Do to ``cache`` what was recorded; returns the record of that, which equals ``log`` where
-    both decided alike.
+    """Repeat the recorded calls on ``cache`` and return their record.
 
-    Stops at the first ``begin`` or ``extend`` whose outcome differs, since what follows would have
-    been different.
+    It equals ``log`` if both caches made the same decisions. Stops at the first ``begin`` or
+    ``extend`` with another result.
     """
     again = LeaseLog()
     leases: dict[int, Lease] = {}

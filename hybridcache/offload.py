@@ -1,20 +1,20 @@
-"""Host and disk tiers: what they hold, what moves between them.
+"""Offload tiers: host memory and disk for entries evicted from the device.
 
-Memory below the device's: what is evicted from one tier is offered to the next.
+An entry evicted from one tier is offered to the next. The tree keeps its shape: a node that left
+the device is a tombstone or a ghost, and its KV and state can be in a lower tier
+(``RadixNode.offloaded``). Each is in one tier only: when it is loaded or computed again on the
+device, it leaves its tier.
 
-The tree stays as it is: what left the device is a tombstone or a ghost, whose KV and state may now
-be in a lower tier (``RadixNode.offloaded``). Each is in one tier only: when it is loaded or
-computed again on the device, it leaves the tier it was in.
+A tier consists of rows, which never move. The KV of a token takes one row; a state takes as many as
+hold its bytes. Rules:
 
-A tier is rows, and nothing in it ever moves: a token's KV takes one, a state as many as hold its
-bytes, anywhere. Rules:
-
-- KV in tier t has its parent's KV in t or nearer, so a path is resumable from wherever it lies;
-- KV is in a tier only for something that needs it there: a state of that tier or nearer, at it or
-  below it. So what a tier's policy orders are its states, and KV follows them: when the last that
-  needs it goes a tier down, so does the KV; when that goes for good, the KV is freed;
-- a state that is offered is a candidate at once, and is let in unless it is itself the one that the
-  tier's policy would let go: admission is the eviction policy's word, ghosts and all.
+- If KV is in tier t, the KV of its parent is in t or nearer. So a path can be resumed wherever its
+  parts are.
+- KV stays in a tier only if a state of that tier or nearer, at its node or deeper, needs it. So the
+  policy of a tier orders states, and KV follows them. When the last such state moves down, the KV
+  moves with it; when that state is dropped, the KV is freed.
+- An offered state is a candidate at once. It is stored unless the policy of the tier chooses it as
+  the victim. So the eviction policy also decides admission.
 """
 
 from __future__ import annotations
@@ -43,33 +43,33 @@ NO_ROWS: Indices = np.empty(0, np.int32)
 
 
 class Tier(NamedTuple):
-    """One lower memory."""
+    """One offload tier."""
 
     name: str
     pages: PageAllocator
-    """Its rows."""
+    """Allocator of its rows."""
     policy: EvictionPolicy
-    """Orders the states that it holds, and them alone."""
+    """Eviction policy of the states stored in it."""
     is_shared: bool = False
-    """True if the policy shares what the device's policy learns (``EvictionPolicy.for_tier``). Then
-    only the device's is notified of uses and ghost hits, and items keep their memos."""
+    """True if the policy shares the learned state of the device's (``EvictionPolicy.for_tier``).
+    Then only the device's is notified of uses and ghost hits, and items keep their memos."""
 
 
 class Taken(NamedTuple):
-    """What was on its way to the device and belongs to no node for the moment."""
+    """Entry on its way to the device, detached from its nodes."""
 
     nodes: tuple[RadixNode, ...]
-    """Ghosts, parents first; the last is the target unless that is resident."""
+    """Ghosts, parents first. The last one is the target unless the target is resident."""
     pieces: tuple[tuple[int, Indices], ...]
-    """(tier, rows) of the KV of each."""
+    """(tier, rows) of the KV of each node."""
     state: OffloadedCheckpoint
 
 
 class OffloadTiers:
-    """The offloaded parts of one cache's nodes. Every change is also a transfer of the next
-    ``StepPlan``; the numbers are in force at once.
+    """Offloaded KV and states of one cache.
 
-    An eviction costs O(log of the tier) in its policy, and O(1) a node that goes with it.
+    Every change adds a transfer to the next ``StepPlan``; the new row numbers are valid at once. An
+    eviction costs O(log of the tier) in its policy, plus O(1) per node that moves with it.
     """
 
     def __init__(
@@ -83,25 +83,26 @@ class OffloadTiers:
         """``steps`` receives a transfer for every change."""
         self.tiers = tiers
         self.names = tuple(tier.name for tier in tiers)
-        """Of the tiers, the nearest first."""
+        """Names of the tiers, the nearest first."""
         self.state_rows = state_rows
         self.row_bytes = item_bytes.kv_token
         self._steps = steps
         self._closed: set[int] = set()
         self.copied_rows: dict[tuple[str, str], int] = {}
-        """Rows that went from one tier to another, by their words, so far."""
+        """Rows copied so far, by (source tier, destination tier)."""
         self._ghosts = ghosts
 
     def close(self, word: str) -> None:
-        """Offload nothing more to the tier ``word``, which cannot be written; it can be read."""
+        """Stop offloading to the tier ``word``, which cannot be written. It can still be read."""
         self._closed.add(self.names.index(word))
 
     def open(self, word: str) -> None:
-        """Offload to the tier ``word`` again."""
+        """Resume offloading to the tier ``word``."""
         self._closed.discard(self.names.index(word))
 
     def add_checkpoint(self, node: RadixNode, checkpoint: Checkpoint) -> None:
-        """``checkpoint`` is about to leave the device: offer it to the nearest tier, and so on."""
+        """Offer ``checkpoint``, which is about to leave the device, to the tiers, the nearest
+        first."""
         src = np.array([checkpoint.slot], np.int32)
         self._offer_state(checkpoint, 0, DEVICE, src)
         entry = node.offloaded
@@ -110,7 +111,7 @@ class OffloadTiers:
     def _offer_state(
         self, was: Checkpoint | OffloadedCheckpoint, number: int, src_tier: str, src: Indices
     ) -> bool:
-        """Let ``was`` into tier ``number`` or a lower one. False: none has it."""
+        """Store ``was`` in tier ``number`` or a lower one. Returns False if none stores it."""
         while number < len(self.tiers):
             if number in self._closed:
                 number += 1
@@ -141,13 +142,15 @@ class OffloadTiers:
         return False
 
     def add_kv(self, ghost: RadixNode, rows: Indices) -> bool:
-        """``ghost`` has just left the device with ``rows``: keep its KV where something below it
-        needs it. False: nothing does, or there is no room, and then nothing below it stays
-        either."""
+        """Keep the KV of ``ghost``, which just left the device, if an offloaded state needs it.
+
+        Returns False if none does or there is no room. In the latter case, the states that need it
+        are dropped too.
+        """
         return self._offer_kv(ghost, 0, DEVICE, rows)
 
     def _offer_kv(self, node: RadixNode, first: int, src_tier: str, src: Indices) -> bool:
-        """Let ``node``'s KV into the tier that needs it, ``first`` or below."""
+        """Store the KV of ``node`` in the tier that needs it, ``first`` or a lower one."""
         while node.offloaded is not None and (number := node.offloaded.nearest) is not None:
             number = max(number, first)
             tier = self.tiers[number]
@@ -168,7 +171,7 @@ class OffloadTiers:
         return False
 
     def _victim(self, number: int) -> OffloadedCheckpoint | None:
-        """What tier ``number`` lets go first, by what is known of it now."""
+        """Return the next victim of tier ``number``, after updating which states are superseded."""
         policy = self.tiers[number].policy
         while (item := policy.victim("checkpoint")) is not None:
             assert isinstance(item, OffloadedCheckpoint)
@@ -177,7 +180,8 @@ class OffloadTiers:
         return None
 
     def _review(self, state: OffloadedCheckpoint) -> bool:
-        """Whether ``state`` has become superseded, or is so no more; its policy is told."""
+        """Update whether ``state`` is superseded, notify its policy, and return whether that
+        changed."""
         superseded = is_superseded(state.node)
         if superseded == state.superseded:
             return False
@@ -188,8 +192,11 @@ class OffloadTiers:
         return True
 
     def _supersede_above(self, node: RadixNode) -> None:
-        """A state came to ``node``: the one above it on its path is superseded now, unless the path
-        forks between them. O(nodes between)."""
+        """Mark the state above ``node``, which got a state, as superseded unless the path forks
+        between them.
+
+        O(nodes between).
+        """
         above = node.parent
         while above is not None and above.checkpoint is None:
             if above.offloaded is not None and above.offloaded.state is not None:
@@ -198,8 +205,8 @@ class OffloadTiers:
             above = above.parent
 
     def _evict(self, item: OffloadedCheckpoint) -> None:
-        """``item``, its tier's victim, goes a tier down or for good, and the KV with it that its
-        tier held for it alone."""
+        """Move ``item``, the victim of its tier, one tier down, or drop it. KV needed by it alone
+        follows."""
         node, number = item.node, item.tier
         tier, entry = self.tiers[number], node.offloaded
         assert entry is not None and entry.state is item
@@ -210,8 +217,8 @@ class OffloadTiers:
         self._sink(node, number)
 
     def _sink(self, node: RadixNode, number: int) -> None:
-        """KV of tier ``number`` that nothing in it needs any more, from ``node`` upward, goes a
-        tier down with what needs it there, or is freed."""
+        """Walk up from ``node``, and demote or free KV that nothing in tier ``number`` needs any
+        more."""
         above: RadixNode | None = node
         while above is not None:
             node, above = above, above.parent
@@ -232,7 +239,7 @@ class OffloadTiers:
             self._release(number, rows)
 
     def _prune(self, node: RadixNode) -> None:
-        """Free all that lies at ``node`` and below it, but for its own KV."""
+        """Free everything offloaded at ``node`` and deeper, except for its own KV."""
         found = [node]
         for one in found:
             found += [child for child in members(one.ghosts) if child.offloaded is not None]
@@ -250,7 +257,8 @@ class OffloadTiers:
             self._tidy(one)
 
     def drop_state(self, node: RadixNode) -> None:
-        """``node``'s stored state goes: it is on the device again, or can not be resumed from."""
+        """Free the offloaded state of ``node``: it is on the device again, or cannot be resumed
+        from."""
         entry = node.offloaded
         if entry is None or entry.state is None:
             return
@@ -261,7 +269,7 @@ class OffloadTiers:
         self._tidy(node)
 
     def drop_kv(self, node: RadixNode) -> None:
-        """``node``'s KV is on the device again, computed anew; it is a ghost still, or was one."""
+        """Free the offloaded KV of ``node``, which was computed again on the device."""
         entry = node.offloaded
         if entry is None or entry.kv is None:
             return
@@ -271,7 +279,8 @@ class OffloadTiers:
         self._tidy(node)
 
     def split(self, upper: RadixNode, lower: RadixNode) -> bool:
-        """A ghost was cut in two. False: it holds no KV here. O(tokens)."""
+        """Divide the offloaded KV of a ghost that was split. Returns False if it has none.
+        O(tokens)."""
         entry = lower.offloaded
         if entry is None or entry.kv is None:
             return False
@@ -283,8 +292,11 @@ class OffloadTiers:
         return True
 
     def take(self, target: RadixNode) -> Taken:
-        """Part the state at ``target`` and the KV down to it from their nodes, before room is made
-        for them on the device, which may need theirs. ``put_back`` or ``give`` is owed. O(path)."""
+        """Detach the state at ``target`` and the KV of its path, before room is made on the device.
+
+        Making room may need their place. Callers must call ``put_back`` or ``give`` afterwards.
+        O(path).
+        """
         assert target.offloaded is not None and target.offloaded.state is not None
         state = target.offloaded.state
         self.tiers[state.tier].policy.discard(state, evicted=False)
@@ -301,18 +313,21 @@ class OffloadTiers:
         return Taken(tuple(reversed(nodes)), tuple(reversed(pieces)), state)
 
     def put_back(self, taken: Taken) -> None:
-        """Undo ``take``: the device had no room. O(path)."""
+        """Undo ``take``, because the device had no room. O(path)."""
         for node, (number, rows) in zip(taken.nodes, taken.pieces, strict=True):
             self.hold_kv(node, number, rows)
         self.hold_state(taken.state)
-        # What was evicted meanwhile may have been all that needed some of this KV where it was.
+        # Some of this KV may have been needed only by a state that was evicted meanwhile.
         for node in reversed(taken.nodes):
             if node.offloaded is not None and node.offloaded.kv is not None:
                 self._sink(node, node.offloaded.kv_tier)
 
     def give(self, taken: Taken, rows: Indices, slot: int) -> None:
-        """What was taken goes to ``rows``, the KV of all its nodes one after the other, and to
-        ``slot`` on the device. O(rows)."""
+        """Copy the detached entry to the device: its KV to ``rows``, in order of the nodes, its
+        state to ``slot``.
+
+        O(rows).
+        """
         start = 0
         for node, (number, src) in zip(taken.nodes, taken.pieces, strict=True):
             end = start + len(src)
@@ -327,8 +342,8 @@ class OffloadTiers:
         self._tidy(state.node)
 
     def used(self, state: OffloadedCheckpoint, now: int) -> None:
-        """A request resumes from ``state``, which is about to be fetched: its tier's policy learns
-        of the use. ``unused`` is owed."""
+        """Record a use of ``state``, which is about to be loaded. Callers must call ``unused``
+        afterwards."""
         state.last_used = now
         state.uses += 1
         tier = self.tiers[state.tier]
@@ -336,12 +351,12 @@ class OffloadTiers:
             tier.policy.touch(state)
 
     def unused(self, state: OffloadedCheckpoint) -> None:
-        """``state``, which belongs to no tier for the moment, is counted as before ``used``."""
+        """Undo the count of ``used`` for ``state``, which is detached from its tier."""
         state.uses -= 1
 
     def on_ghost_hit(self, checkpoint: Checkpoint) -> None:
-        """A request would have resumed from ``checkpoint``: if a tier had it, and let it go, its
-        policy is told, unless the device's has learnt it for both."""
+        """Notify the policy of the tier that dropped ``checkpoint``, unless it shares the
+        device's."""
         state = checkpoint.stored
         if state is None or self.tiers[state.tier].is_shared:
             return
@@ -352,8 +367,10 @@ class OffloadTiers:
     def lose(
         self, nodes: Iterable[RadixNode], number: int, is_lost: Callable[[Indices], bool]
     ) -> None:
-        """Free the states and KV of tier ``number`` whose rows ``is_lost``, and everything that
-        cannot be resumed without them. ``nodes``: parents first. O(nodes)."""
+        """Free lost states and KV of tier ``number``, and everything that depends on them.
+
+        ``nodes`` are listed parents first. O(nodes).
+        """
         for node in nodes:
             entry = node.offloaded
             if entry is None:
@@ -380,7 +397,7 @@ class OffloadTiers:
                 self._sink(node, number)
 
     def is_stored(self, node: RadixNode) -> bool:
-        """Whether the KV of ``node``, a ghost, lies here. O(1)."""
+        """Return whether the KV of ``node``, a ghost, is offloaded. O(1)."""
         return node.offloaded is not None and node.offloaded.kv is not None
 
     def _entry(self, node: RadixNode) -> OffloadedEntry:
@@ -393,19 +410,19 @@ class OffloadTiers:
             node.offloaded = None
 
     def hold_state(self, state: OffloadedCheckpoint) -> None:
-        """``state``, whose rows are its tier's already, hangs on its node from now on."""
+        """Attach ``state``, which has its rows, to its node."""
         self._entry(state.node).state = state
         self.tiers[state.tier].policy.add(state)
 
     def hold_kv(self, node: RadixNode, number: int, rows: Indices) -> None:
-        """``rows`` of tier ``number`` are those of ``node``, a ghost, from now on."""
+        """Attach ``rows`` of tier ``number`` to ``node``, a ghost."""
         entry, parent = self._entry(node), node.parent
         assert entry.kv is None and parent is not None
         entry.kv, entry.kv_tier = rows, number
         self._entry(parent).num_children[number] += 1
 
     def _let_go_of_kv(self, node: RadixNode) -> None:
-        """``node``'s rows are the caller's."""
+        """Detach the rows of ``node``. The caller then owns them."""
         entry, parent = node.offloaded, node.parent
         assert entry is not None and parent is not None and parent.offloaded is not None
         entry.kv = None
@@ -413,7 +430,7 @@ class OffloadTiers:
         self._tidy(parent)
 
     def _forget(self, ghost: RadixNode) -> None:
-        """Only the tokens of ``ghost`` are left."""
+        """Add ``ghost``, of which only the tokens remain, to the ghost list."""
         self._tidy(ghost)
         self._ghosts.add(ghost)
 
@@ -440,7 +457,7 @@ class OffloadTiers:
 
 
 def path_of(node: RadixNode) -> tuple[object, Tokens]:
-    """(namespace, tokens from the root to the end of ``node``). O(position)."""
+    """Return (namespace, tokens from the root to the end of ``node``). O(position)."""
     parts = []
     while node.parent is not None:
         parts.append(node.tokens)
@@ -449,11 +466,15 @@ def path_of(node: RadixNode) -> tuple[object, Tokens]:
 
 
 ON_DEVICE = -1
-"""The device, where tiers are numbered from the nearest, 0."""
+"""Number of the device; tiers are numbered from the nearest, 0."""
 
 
 def check_offload(offload: OffloadTiers, nodes: list[RadixNode], roots: list[RadixNode]) -> None:
-    """AssertionError names the first invariant that fails. O(tree + pools)."""
+    """Recompute the invariants of the tiers from scratch. O(tree + pools).
+
+    Raises:
+        AssertionError: an invariant fails; the message names the first.
+    """
     num_tiers = len(offload.tiers)
     for node in (*roots, *nodes):
         _check_counts(node, num_tiers)
@@ -471,7 +492,7 @@ def check_offload(offload: OffloadTiers, nodes: list[RadixNode], roots: list[Rad
 
 
 def _place(node: RadixNode) -> int | None:
-    """The tier in which the KV of ``node`` lies; None: in none."""
+    """Return the number of the tier that holds the KV of ``node``, or None."""
     if node.kv is not None or node.parent is None:
         return ON_DEVICE
     return (

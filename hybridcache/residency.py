@@ -1,35 +1,23 @@
 """State transitions of the cache: insert, lock, make room, evict.
 
-How much KV stands under locks, and how many checkpoints: the paths of all locked nodes, a shared
-part counted once.
+``Residency`` owns the tree, the allocators and the eviction policy of one cache. Rules:
 
-It is asked for only where locks may stand in the way of an allocation, far less often than they
-change. So a lock leaves no work behind, a lock that is gone again before anybody asked does not
-either, and asking follows each change upward to the first node that another lock pins: amortised
-O(1) a node that a request brought or resumed from.
+- KV is resident on an ancestor-closed part of the tree: only leaves lose it (``_drop_leaf``).
+- A checkpoint exists only where KV is resident. Evicted from an inner node, it leaves a tombstone.
+- A leaf that loses its last checkpoint loses its KV too, and so does every stateless node above it
+  that becomes a leaf, because nothing could resume from them.
+- A locked node keeps its checkpoint. All KV above it stays because it is not in a leaf. So a lock
+  needs one counter at its node: O(1).
+- The policy holds the candidates: checkpoints, and KV of leaves. A locked victim is withheld from
+  it until it is unlocked. So locking and unlocking, done for every request, do not involve the
+  policy.
 
-What of the tree is resident, what of it may go, and what goes: where tree, allocators and policy
-meet.
+Recency of KV is recorded at the node of the use only. When a child is evicted, its parent takes
+over the later last use and the sum of uses. The result is the same as updating the whole path at
+every use.
 
-Rules kept here, each by one method:
-
-- KV is resident on an ancestor-closed part of the tree: only leaves lose it (``drop_leaf``);
-- a checkpoint stands only where KV is resident, and leaves a tombstone when it goes from an inner
-  node;
-- a leaf that loses its last checkpoint loses its KV too, and so does every stateless node above it
-  that becomes a leaf: nothing could resume from them;
-- a locked node stays with its checkpoint, and so does all KV above it because it is no leaf. The
-  lock needs a count only there: O(1);
-- the policy holds the candidates: checkpoints, and KV of leaves. One that it chose while it was
-  locked is withheld from it until the lock is gone, so that locking and unlocking, done for every
-  request, cost the policy nothing.
-
-Recency of KV is kept at the place of use only. When a child goes, its parent takes over the later
-last use and the sum of uses: that is what stamping the whole path at every use would have left
-there, at the one time when it can matter.
-
-Making room: whether eviction could free enough, and if so, evicting until it did. A refusal
-evicts nothing.
+Locked memory is counted lazily (``LockedPaths``), because the sum is needed only if locks may
+prevent an allocation. A refused allocation evicts nothing.
 """
 
 from __future__ import annotations
@@ -53,30 +41,31 @@ from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, 
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 NEW, COUNTED, WITH_CHECKPOINT = range(3)
-"""How a locked node stands in the counts: not yet (false), its path, its path and its
-checkpoint."""
+"""Accounting state of a lock: not counted yet, path counted, path and checkpoint counted."""
 
 
 class LockedPaths:
-    """Counts what is under locks.
+    """Count of the memory under locks, shared paths counted once.
 
-    ``RadixNode.pins``: 1 if its own lock was counted, and 1 for each child that is pinned. Who has
-    pins counts once.
+    ``RadixNode.pins`` is 1 for a counted lock of the node, plus 1 per pinned child. A node with
+    pins is counted once. A lock, or a lock that is returned before ``protected`` is called, needs
+    no work. ``protected`` follows each change upward to the first node with another pin: amortised
+    O(1) per node.
     """
 
     __slots__ = ("_num_checkpoints", "_num_tokens", "nodes", "released")
 
     def __init__(self) -> None:
         self.nodes: dict[RadixNode, int] = {}
-        """The locked ones, the latest last, and how each was counted: none before one that was
-        not."""
+        """Locked nodes and their accounting states, the latest last. New ones are behind all
+        counted ones."""
         self.released: dict[RadixNode, int] = {}
-        """Those that are still counted though their lock is gone."""
+        """Nodes that are still counted although their lock was returned."""
         self._num_tokens = 0
         self._num_checkpoints = 0
 
     def protected(self) -> Protected:
-        """O(nodes that came under locks, or from under them, since the last call)."""
+        """Return the locked memory. O(nodes locked or unlocked since the last call)."""
         nodes, released = self.nodes, self.released
         for node in reversed(nodes):
             if nodes[node] != NEW:
@@ -93,13 +82,13 @@ class LockedPaths:
         return Protected(self._num_tokens, self._num_checkpoints)
 
     def checkpoint_stored(self, node: RadixNode) -> None:
-        """``node``, which is locked, has a checkpoint now. O(1)."""
+        """Count the new checkpoint of ``node``, which is locked. O(1)."""
         if self.nodes[node] == COUNTED:
             self.nodes[node] = WITH_CHECKPOINT
             self._num_checkpoints += 1
 
     def forget(self, leaf: RadixNode) -> None:
-        """``leaf``, pinned but no longer locked, loses its KV."""
+        """Uncount ``leaf``, which is pinned but no longer locked and loses its KV."""
         self._num_checkpoints -= self.released.pop(leaf) == WITH_CHECKPOINT
         self._unpin(leaf)
 
@@ -122,7 +111,7 @@ class LockedPaths:
             node, parent = parent, parent.parent
 
     def check(self, nodes: Iterable[RadixNode]) -> None:
-        """``nodes``: all there are. O(those)."""
+        """Recompute the counts from all ``nodes``. O(nodes)."""
         num_tokens = num_checkpoints = 0
         for node in nodes:
             how, before = self.nodes.get(node, NEW), self.released.get(node, NEW)
@@ -143,7 +132,7 @@ NO_ROWS: Indices = np.empty(0, np.int32)
 
 
 class Residency:
-    """State changes of one cache's nodes; the verbs above it decide when."""
+    """State changes of the nodes of one cache. The cache class decides when they happen."""
 
     def __init__(
         self,
@@ -160,7 +149,7 @@ class Residency:
         self.pages = pages
         self.arena = arena_of(pages)
         self.owners: RowOwners | None = None
-        """The owner of each row, where rows can move."""
+        """Buffer of each row, if rows can move, else None."""
         if self.arena is not None:
             self.owners = RowOwners(pages.capacity, self.gathered)
             self.arena.holders[self.owners] = None
@@ -169,25 +158,27 @@ class Residency:
         self.item_bytes = item_bytes
         self.stats = stats
         self.offload: OffloadTiers | None = None
-        """Where what is evicted may go; None costs a comparison."""
+        """Offload tiers, or None if there are none."""
         self.listener: Listener | None = None
-        """Notified of every change; None costs a comparison."""
+        """Listener that is notified of every change, or None."""
         self.now = 0
-        """Logical time: requests so far."""
+        """Logical time: number of requests so far."""
         self.num_items = 0
-        """Items ever made: the next serial."""
+        """Number of items created so far: the next serial number."""
         self.cached_tokens = 0
         self.num_checkpoints = 0
         self.locked_paths = LockedPaths()
         self.locked = self.locked_paths.nodes
         self.withheld: set[Checkpoint | Segment] = set()
-        """Locked candidates that the policy chose and must not know until they are unlocked."""
+        """Locked victims, withheld from the policy until they are unlocked."""
         self.locked_path_tokens = 0
-        """Sum of the locked nodes' positions: an upper bound of the KV under locks."""
+        """Sum of the positions of locked nodes: an upper bound of the KV under locks."""
 
     def store_rows(self, node: RadixNode, rows: Indices) -> None:
-        """``node`` becomes resident with ``rows``, which pass to the cache, array and all.
-        ``offer_leaf`` is owed if it stays a leaf."""
+        """Make ``node`` resident with ``rows``; the cache takes over the array.
+
+        Callers must call ``offer_leaf`` afterwards if the node is still a leaf.
+        """
         serial, num_tokens = self.num_items, len(rows)
         self.num_items = serial + 1
         node.kv = Segment(node, rows, self.now, serial, self.item_bytes)
@@ -199,8 +190,7 @@ class Residency:
             self.listener.kv_stored(node)
 
     def expect_child(self, parent: RadixNode) -> None:
-        """To be called before ``parent`` gains a resident child: it is no leaf any more, or its
-        path forks."""
+        """Prepare ``parent`` for a new resident child: it stops being a leaf, or its path forks."""
         family = parent.children
         if isinstance(family, dict) or parent.parent is None:
             return
@@ -216,12 +206,12 @@ class Residency:
             self._withdraw(parent.kv)
 
     def offer_leaf(self, leaf: RadixNode) -> None:
-        """Tell the policy of a leaf that has just become resident."""
+        """Add a leaf that has just become resident to the candidates."""
         if leaf.kv is not None and not leaf.children:
             self.policy.add(leaf.kv)
 
     def split(self, lower: RadixNode, position: int) -> RadixNode:
-        """Split with the KV rows: two views of one array. O(page)."""
+        """Split a node with its KV rows, which become two views of one array. O(page)."""
         upper = self.tree.split(lower, position)
         kv = lower.kv
         if kv is None:
@@ -242,7 +232,10 @@ class Residency:
         return upper
 
     def revive(self, ghost: RadixNode, rows: Indices) -> None:
-        """A ghost's tokens came again with ``rows``. ``offer_leaf`` is owed if it stays a leaf."""
+        """Make a ghost resident again with ``rows``.
+
+        Callers must call ``offer_leaf`` afterwards if the node is still a leaf.
+        """
         if self.offload is not None and self.offload.is_stored(ghost):
             self.offload.drop_kv(ghost)
         else:
@@ -259,12 +252,12 @@ class Residency:
         before: Link | None = None,
         uses: int = 0,
     ) -> Link:
-        """``slot`` becomes ``node``'s checkpoint, used ``uses`` times before. ``offered``: the
-        policy knows ``node``'s KV if it is a leaf.
+        """Store ``slot`` as the checkpoint of ``node``, with ``uses`` earlier uses.
 
-        Returns what it follows in its run, for the next checkpoint above it to be given as
-        ``before``: else each of many that come together would look for it past all the others'
-        places. O(1) with it, else O(nodes up to it).
+        ``offered`` is True if the policy holds the KV of ``node`` as a candidate. Returns the
+        predecessor in its run. Pass it as ``before`` for the next checkpoint above, so that many
+        checkpoints of one insertion do not each search for their place. O(1) with ``before``, else
+        O(nodes up to the predecessor).
         """
         serial = self.num_items
         self.num_items = serial + 1
@@ -299,8 +292,10 @@ class Residency:
         return before
 
     def evict_one(self, kind: Kind | None) -> bool:
-        """Let the policy's victim go; False if nothing evictable is left. Amortised O(log n) an
-        item freed."""
+        """Evict the policy's victim. Returns False if nothing evictable remains.
+
+        Amortised O(log n) per freed item.
+        """
         while True:
             item = self.policy.victim(kind)
             if item is None:
@@ -322,8 +317,10 @@ class Residency:
         return True
 
     def _drop_checkpoint(self, node: RadixNode) -> None:
-        """Free an unlocked node's checkpoint; the evicted item stays with the node for as long as
-        its tokens do."""
+        """Free the checkpoint of an unlocked node.
+
+        The node keeps the evicted item as a tombstone.
+        """
         checkpoint = node.checkpoint
         assert checkpoint is not None
         if self.listener is not None:
@@ -346,8 +343,10 @@ class Residency:
         self.slots.free(checkpoint.slot)
 
     def _drop_leaf(self, leaf: RadixNode) -> None:
-        """Free an unlocked leaf's KV and checkpoint, and the stateless nodes above that nothing can
-        resume from then."""
+        """Free the KV and checkpoint of an unlocked leaf, and the stateless nodes above it.
+
+        Nothing could resume from those any more.
+        """
         assert leaf.kv is not None
         self.policy.discard(leaf.kv, evicted=True)
         stateful = self.item_bytes.state > 0
@@ -368,8 +367,11 @@ class Residency:
             leaf = parent
 
     def _join_runs(self, parent: RadixNode, only: RadixNode) -> None:
-        """The path forks no more between ``parent`` and ``only``, the child that it has left.
-        O(nodes up to a checkpoint)."""
+        """Join the runs of ``parent`` and ``only``, its last child, because the path does not fork
+        any more.
+
+        O(nodes up to a checkpoint).
+        """
         below = only.deeper
         if below is None:
             return
@@ -380,7 +382,7 @@ class Residency:
             self._set_superseded(before, True)
 
     def _fade(self, leaf: RadixNode) -> RadixNode:
-        """Turn a leaf into a ghost, free its rows, hand its recency up; returns the parent."""
+        """Turn a leaf into a ghost, free its rows, pass its recency up, and return the parent."""
         kv, parent = leaf.kv, leaf.parent
         assert kv is not None and parent is not None
         if self.listener is not None:
@@ -423,8 +425,7 @@ class Residency:
         self.policy.add(checkpoint)
 
     def use(self, node: RadixNode) -> None:
-        """A request resumed at the end of ``node``: refresh its checkpoint and its KV, none above.
-        O(1)."""
+        """Record a use at the end of ``node``: refresh its checkpoint and its KV only. O(1)."""
         now, policy = self.now, self.policy
         checkpoint = node.checkpoint
         if checkpoint is not None:
@@ -462,7 +463,7 @@ class Residency:
                     self.policy.add(item)
 
     def _withdraw(self, item: Checkpoint | Segment) -> None:
-        """``item`` is no candidate any more."""
+        """Remove ``item`` from the candidates."""
         if item in self.withheld:
             self.withheld.discard(item)
         else:
@@ -501,8 +502,8 @@ class Residency:
             introduce(self.listener, self.tree.nodes())
 
     def _link_runs(self) -> None:
-        """Link the checkpoints of every run, and tell which are superseded, before the policy knows
-        any. O(tree)."""
+        """Link the checkpoints of every run and mark superseded ones, before the policy gets any.
+        O(tree)."""
         for node in self.tree.nodes():
             if node.checkpoint is not None:
                 before = last_above(node)
@@ -511,7 +512,7 @@ class Residency:
                     before.superseded = True
 
     def candidates(self) -> Iterator[Item]:
-        """What the policy must hold, found from scratch. O(tree)."""
+        """Iterate over the items that the policy must hold, found from scratch. O(tree)."""
         for node in self.tree.nodes():
             if node.checkpoint is not None and node.checkpoint not in self.withheld:
                 yield node.checkpoint
@@ -530,7 +531,7 @@ def refuse_bad_insert(
     page_size: int,
     num_slots: int,
 ) -> None:
-    """ValueError for what is wrong whatever the tree holds. O(checkpoints)."""
+    """Raise ValueError for arguments that are wrong regardless of the tree. O(checkpoints)."""
     if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
         require_int32(tokens, "tokens")
     if getattr(kv_indices, "dtype", None) is not INT32 or kv_indices.ndim != 1:
@@ -538,30 +539,29 @@ def refuse_bad_insert(
     num_tokens = len(tokens)
     if len(kv_indices) != num_tokens:
         raise ValueError(
-            f"{len(kv_indices)} KV indices for {num_tokens} tokens: as many as tokens are needed"
+            f"kv_indices must have one index per token (got {len(kv_indices)} for {num_tokens} "
+            "tokens)"
         )
     if labels and len(labels) != len(checkpoints):
         raise ValueError(
-            f"{len(labels)} labels for {len(checkpoints)} checkpoints: give one each, or none"
+            f"labels must be empty or have one per checkpoint (got {len(labels)} for "
+            f"{len(checkpoints)} checkpoints)"
         )
     for position, slot in checkpoints:
         if not (type(slot) is type(position) is int and 0 <= slot < num_slots):
             raise ValueError(
-                f"checkpoint ({position!r}, {slot!r}) is no (position, slot): two ints, the "
-                "slot "
-                f"below {num_slots}"
+                f"a checkpoint must be (position: int, slot: int) with 0 <= slot < {num_slots} "
+                f"(got ({position!r}, {slot!r}))"
             )
     if len(checkpoints) > 1 and len({slot for _, slot in checkpoints}) < len(checkpoints):
-        raise ValueError("two checkpoints share a slot: each needs one of its own")
+        raise ValueError("two checkpoints have the same slot: give each a separate one")
     num_tokens -= num_tokens % page_size
     if not 0 <= owned_from <= num_tokens:
         raise ValueError(
-            f"owned_from is {owned_from}: it must lie in 0..{num_tokens}, in whole pages"
+            f"owned_from must be from 0 to {num_tokens}, the whole pages given (got {owned_from})"
         )
     if after is not None and not after.locks:
-        raise ValueError(
-            "the node given as ``after`` is not locked: keep its lock until insert is done"
-        )
+        raise ValueError("after is not locked: keep its lock until insert returns")
 
 
 def append(
@@ -572,11 +572,10 @@ def append(
     rows: Indices,
     checkpoints: Sequence[tuple[int, int]],
 ) -> RadixNode:
-    """Make ``tokens`` resident below ``node`` with copies of ``rows``: revive ghosts, then
-    grow. Returns the new leaf.
+    """Make ``tokens`` resident below ``node`` with copies of ``rows``, and return the new leaf.
 
-    What grows ends a node where a checkpoint will stand, so that none of it is split at once:
-    nodes that grew apart share no buffer.
+    Ghosts on the path are revived first, then nodes are added. A new node ends at each planned
+    checkpoint, so that none is split at once: separate nodes share no buffer.
     """
     first = node.end
     if node.ghosts is not None:
@@ -612,7 +611,7 @@ def append(
 
 
 def refresh(residency: Residency, node: RadixNode) -> None:
-    """``node``'s KV came again."""
+    """Refresh the recency of the KV of ``node``, which was published again."""
     kv = node.kv
     if kv is not None:
         kv.last_used = residency.now
@@ -628,11 +627,10 @@ def place(
     labels: Sequence[str],
     offered_to: int,
 ) -> tuple[int, ...]:
-    """Store checkpoints on the path to ``leaf``, splitting where needed; returns the slots not
+    """Store checkpoints on the path to ``leaf``, splitting where needed; return the slots not
     taken.
 
-    Nodes that end at or before ``offered_to`` were there before, so the policy knows them.
-    O(path).
+    The policy already holds nodes that end at or before ``offered_to``. O(path).
     """
     rejected: list[int] = []
     node, end = leaf, leaf.end
@@ -659,11 +657,10 @@ def place(
 
 
 def make_room_for_kv(residency: Residency, num_tokens: int) -> bool:
-    """Evict until ``num_tokens``, whole pages, are free. False, and nothing evicted, if they can
-    not be.
+    """Evict until ``num_tokens`` rows, whole pages, are free.
 
-    O(log of the tree) an evicted item, and, where locks may stand in the way, O(1) a node that came
-    under locks or from under them since that was last asked.
+    Returns False, with nothing evicted, if that is impossible. O(log n) per evicted item. If locks
+    may prevent it, also O(1) per node locked or unlocked since the last such call.
     """
     pages = residency.pages
     if not _possible(residency, num_tokens * pages.unit_bytes, num_tokens - pages.num_free):
@@ -675,8 +672,10 @@ def make_room_for_kv(residency: Residency, num_tokens: int) -> bool:
 
 
 def make_room_for_slot(residency: Residency) -> bool:
-    """Evict until a slot is free. False, and nothing evicted, if none can be. Costs as
-    ``make_room_for_kv``."""
+    """Evict until a slot is free. Returns False, with nothing evicted, if that is impossible.
+
+    Costs as ``make_room_for_kv``.
+    """
     slots = residency.slots
     budget = slots.budget
     if budget is None or not slots.num_unused:
@@ -690,8 +689,11 @@ def make_room_for_slot(residency: Residency) -> bool:
 
 
 def _possible(residency: Residency, wanted_bytes: int, short_tokens: int) -> bool:
-    """Whether eviction could free that much: bytes in all under a shared budget, else tokens beyond
-    the free ones."""
+    """Return whether eviction could free that much.
+
+    Under a shared budget this is ``wanted_bytes`` in all, else ``short_tokens`` beyond the free
+    ones.
+    """
     budget = residency.pages.budget
     if budget is None:
         if short_tokens <= residency.cached_tokens - residency.locked_path_tokens:
@@ -711,8 +713,13 @@ def _possible(residency: Residency, wanted_bytes: int, short_tokens: int) -> boo
 
 
 def check_cache(residency: Residency, step: int) -> None:
-    """AssertionError names the first invariant that fails. ``step``: what checkpoint positions are
-    multiples of. O(tree + pools)."""
+    """Recompute every invariant of the cache from scratch. O(tree + pools).
+
+    ``step``: checkpoints are at its multiples.
+
+    Raises:
+        AssertionError: an invariant fails; the message names the first.
+    """
     tree = residency.tree
     check_tree(tree, residency.ghosts)
     resident = [node for node in tree.nodes() if node.kv is not None]
@@ -758,14 +765,17 @@ def _check_candidates(residency: Residency) -> None:
     held, due = list(listed), set(residency.candidates())
     assert len(set(held)) == len(held), "the policy holds an item twice"
     for item in due.difference(held):
-        raise AssertionError(f"the policy does not know of {item}")
+        raise AssertionError(f"the policy lacks {item}")
     for item in set(held) - due:
-        raise AssertionError(f"the policy holds {item}, which is no candidate")
+        raise AssertionError(f"the policy holds {item}, which must not be a candidate")
 
 
 def is_superseded(checkpoint: Checkpoint) -> bool:
-    """By definition: going down single children from it, a checkpoint comes before a fork or the
-    end. O(path)."""
+    """Return whether a checkpoint is superseded, by definition: a deeper one is on its unforked
+    path.
+
+    O(path).
+    """
     node: RadixNode = checkpoint.node
     while len(children := list(members(node.children))) == 1:
         node = children[0]

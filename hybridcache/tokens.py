@@ -1,9 +1,7 @@
-"""Token ids, row indices and namespaces: the types that everything else uses.
+"""Token ids, row indices and namespaces: the types used by all other modules.
 
-Namespaces of a cache: the values that may name one, and their text in files.
-
-A namespace is None, a str, bytes, an int that is no bool, or a tuple of these. Other values are
-refused, because Python takes some of them for equal (``1 == True == 1.0``) and equal namespaces
+A namespace is None, a str, bytes, an int that is not a bool, or a tuple of these. Other values are
+refused, because Python compares some of them as equal (``1 == True == 1.0``), and equal namespaces
 share their tokens.
 """
 
@@ -23,12 +21,15 @@ Indices = npt.NDArray[np.int32]
 
 INT32 = np.dtype(np.int32)
 _BLOCK = 4096
-"""Tokens that are compared at once: prompts that part early are not read to their ends."""
+"""Number of tokens compared at once, so that prompts that differ early are not read to the end."""
 
 
 def require_int32(array: object, what: str) -> None:
-    """ValueError unless ``array`` is int32[n]: bytes of another type would be taken for other ids.
-    O(1)."""
+    """Raise ValueError unless ``array`` is int32[n], because other types would be read as other
+    ids.
+
+    O(1).
+    """
     if not isinstance(array, np.ndarray):
         kind = type(array).__name__
     elif array.dtype != INT32 or array.ndim != 1:
@@ -39,7 +40,7 @@ def require_int32(array: object, what: str) -> None:
 
 
 def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:
-    """Tokens that both share from their starts, whole pages only. O(what they share).
+    """Return the number of leading tokens that two arrays share, in whole pages. O(result).
 
     >>> prompt = np.array([5, 6, 7, 8], dtype=np.int32)
     >>> common_prefix_len(prompt[:3], prompt), common_prefix_len(prompt[:3], prompt, page_size=2)
@@ -57,11 +58,11 @@ def common_prefix_len(left: Tokens, right: Tokens, page_size: int = 1) -> int:
 
 
 PLAIN = frozenset({type(None), str, bytes, int})
-"""Types that need no closer look."""
+"""Types of namespaces that need no further check."""
 
 
 def require_namespace(namespace: object) -> None:
-    """Raise ValueError unless ``namespace`` may name one. O(its size).
+    """Raise ValueError unless ``namespace`` is valid. O(its size).
 
     >>> require_namespace(("tenant", 7))
     >>> require_namespace(True)
@@ -82,20 +83,27 @@ def require_namespace(namespace: object) -> None:
 
 
 def read_namespace(text: str) -> Hashable:
-    """Return the namespace that ``write_namespace`` wrote. ValueError: it wrote no such text. No
-    code of the text is run."""
+    """Return the namespace that ``write_namespace`` wrote. Executes no code of the text.
+
+    Raises:
+        ValueError: ``write_namespace`` writes no such text.
+    """
     try:
         namespace: Hashable = ast.literal_eval(text)
         if write_namespace(namespace) == text:
             return namespace
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         pass
-    raise ValueError(f"{text[:40]!r} is no namespace")
+    raise ValueError(f"expected a namespace as write_namespace writes it (got {text[:40]!r})")
 
 
 def write_namespace(namespace: Hashable) -> str:
-    """Return ``namespace`` as text that ``read_namespace`` reads. ValueError: it cannot be
-    written, because it is a subclass of those types or nested too deeply."""
+    """Return ``namespace`` as text for ``read_namespace``.
+
+    Raises:
+        ValueError: it cannot be written, because it is a subclass of the allowed types or is nested
+            too deeply.
+    """
     require_namespace(namespace)
     text = repr(namespace)
     try:
@@ -103,5 +111,5 @@ def write_namespace(namespace: Hashable) -> str:
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         same = False
     if not same:
-        raise ValueError(f"namespace {namespace!r} can not be written as text")
+        raise ValueError(f"namespace {namespace!r} cannot be written as text")
     return text

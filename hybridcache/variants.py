@@ -1,4 +1,4 @@
-"""Caches beside the hybrid one: with offload tiers, attention-only, and without a cache."""
+"""Other caches: with offload tiers, attention-only, and none at all."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 
 def fetch(residency: Residency, offload: OffloadTiers, target: NodeHandle) -> bool:
-    """Make the state at ``target`` and the KV down to it resident. False, and nothing changed but
-    what was evicted for it: it is there no more, or the device has no room for it.
+    """Make the state at ``target`` and the KV of its path resident.
 
-    O(tokens fetched), and what making room costs.
+    Returns False if the entry is gone or the device has no room for it. Evictions made on the way
+    remain. O(tokens loaded), plus the evictions.
     """
     if (
         not isinstance(target, RadixNode)
@@ -62,7 +62,7 @@ def fetch(residency: Residency, offload: OffloadTiers, target: NodeHandle) -> bo
         _revive(residency, taken.nodes, rows)
         offload.give(taken, rows, slot)
         state = taken.state
-        offload.unused(state)  # Who resumes from it touches it there, and that is the use.
+        offload.unused(state)  # The request that resumes from it counts as its use.
         residency.store_checkpoint(target, slot, state.label, not taken.nodes, None, state.uses)
         if taken.nodes:
             residency.offer_leaf(target)
@@ -86,7 +86,7 @@ def _allocate_kv(residency: Residency, num_tokens: int) -> Indices | None:
 
 
 def _revive(residency: Residency, nodes: tuple[RadixNode, ...], rows: Indices) -> None:
-    """``nodes``, a path of ghosts that no list has, become resident."""
+    """Make ``nodes``, a path of ghosts that are in no list, resident."""
     start = 0
     for node in nodes:
         parent = node.parent
@@ -114,7 +114,7 @@ def adopt(
     if inside is not None and known is node:
         is_there = inside.kv is not None or offload.is_stored(inside)
         start, known = (length, inside) if is_there else (start, known)
-    # A resident node may have a ``below`` for its children's sake, whose ``kv_tier`` means nothing.
+    # A resident node may have an ``OffloadedEntry`` for its children. Its ``kv_tier`` is undefined.
     entry = known.offloaded
     too_low = entry is not None and entry.kv is not None and entry.kv_tier > number
     is_whole = inside is None and length == len(tokens)
@@ -148,7 +148,8 @@ def adopt(
 def _known(
     residency: Residency, target: RadixNode, number: int, rows: Indices
 ) -> OffloadedCheckpoint:
-    """A state at ``target`` that an earlier process made: as old and as used as is remembered."""
+    """Return the item for a state that an earlier process stored, with its remembered age and
+    uses."""
     was = target.lost_checkpoint
     if was is not None:
         was.stored = OffloadedCheckpoint.offered(was, number, rows)
@@ -163,7 +164,7 @@ def _has_state(node: RadixNode) -> bool:
 
 
 class TieredRadixCache(HybridRadixCache):
-    """A ``HybridRadixCache`` whose evictions go to host memory and disk, and can be loaded again.
+    """``HybridRadixCache`` that offloads evicted entries to host memory and disk.
 
     Made by ``CacheConfig(host_bytes=..., disk_bytes=...)``. The copies between tiers are part of
     ``take_step().transfers``.
@@ -199,14 +200,17 @@ class TieredRadixCache(HybridRadixCache):
     def attach(
         self, tiers: tuple[Tier, ...], state_rows: int, make: type[OffloadTiers] = OffloadTiers
     ) -> None:
-        """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows, before
-        anything is cached. ``make``: another rule for what goes there, of a study."""
+        """Use ``tiers``, the nearest first, in which a state takes ``state_rows`` rows.
+
+        The cache must be empty. ``make`` is a subclass with another rule, for studies.
+        """
         residency = self._residency
         offload = make(tiers, residency.ghosts, residency.item_bytes, state_rows, self.steps)
         self.offload = residency.offload = offload
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """As ``HybridRadixCache.match``, with what lower tiers could bring. O(n)."""
+        """Look up ``tokens`` as in ``HybridRadixCache.match``, with the positions that could be
+        loaded. O(n)."""
         found = super().match(tokens, namespace)
         root = self._tree.find_root(namespace)
         if root is None:
@@ -220,8 +224,10 @@ class TieredRadixCache(HybridRadixCache):
     def _resumable(
         self, node: RadixNode, cached_len: int, num_tokens: int
     ) -> tuple[Resumable, ...]:
-        """States on the path of ``node`` past ``cached_len`` to which all KV is somewhere. O(nodes
-        of the path)."""
+        """Return the loadable states past ``cached_len`` on the path of ``node``.
+
+        O(nodes of the path).
+        """
         path = []
         while node.parent is not None and node.end > cached_len:
             path.append(node)
@@ -240,50 +246,59 @@ class TieredRadixCache(HybridRadixCache):
         return tuple(found)
 
     def fetch(self, resumable: Resumable) -> bool:
-        """Bring to the device what ``resumable``, of the latest ``match``, needs. False: no room.
+        """Load ``resumable``, of the latest ``match``, to the device. Returns False if there is no
+        room.
 
-        The tree names the new rows at once; the bytes follow with the next ``take_step``. O(tokens
-        fetched), and the evictions that make room.
+        The new rows are valid at once; the bytes follow with the next ``take_step``. O(tokens
+        loaded), plus evictions that make room.
         """
         return fetch(self._residency, self.offload, resumable.node)
 
     def adopt(
         self, tokens: Tokens, namespace: Hashable = None, tier: str = "disk"
     ) -> tuple[int, Indices, Indices] | None:
-        """Make known that ``tier`` holds the KV of ``tokens`` and the state after them: what an
-        earlier process left there.
+        """Register KV of ``tokens`` and the state after them that an earlier process left in
+        ``tier``.
 
-        Returns (start, KV rows of tokens[start:], rows of the state), taken in ``tier`` for what is
-        not known yet; None: it is known, or there is no room. Makes no orders: the bytes are there.
-        ValueError: not int32[n], n no multiple of the grid and the page, no such tier. O(n).
+        Returns (start, KV rows of tokens[start:], rows of the state), newly taken in ``tier``, or
+        None if they are already known or there is no room. Adds no transfers, because the bytes are
+        already there. O(n).
+
+        Raises:
+            ValueError: ``tokens`` is not int32[n], n is not a multiple of the grid and the page, or
+                there is no such tier.
         """
         require_int32(tokens, "tokens")
         if tier not in self.offload.names:
-            raise ValueError(f"no tier {tier!r}; this cache has {', '.join(self.offload.names)}")
+            raise ValueError(f"tier must be one of {', '.join(self.offload.names)} (got {tier!r})")
         if not len(tokens) or len(tokens) % self._step:
-            raise ValueError(f"a state after {len(tokens)} tokens: not a multiple of {self._step}")
+            raise ValueError(
+                f"the number of tokens must be a positive multiple of {self._step}, the grid in "
+                f"whole pages (got {len(tokens)})"
+            )
         number = self.offload.names.index(tier)
         return adopt(self._residency, self.offload, tokens, namespace, number)
 
     def drop_lost(self, tier: str, is_lost: Callable[[Indices], bool]) -> None:
-        """Forget what ``tier`` cannot give back.
+        """Remove entries that ``tier`` can no longer read.
 
-        ``is_lost`` gets the rows of one state, or of the KV of one node. What cannot be resumed
-        without them is freed too, in this tier and in those after it. Call it when no orders are
-        pending: rows that an order is about to fill are not lost. O(tree).
+        ``is_lost`` is called with the rows of one state, or of the KV of one node. Entries that
+        depend on them are freed too, in this tier and in those after it. Call it only if no
+        transfers are pending, because rows that a transfer is about to fill are not lost. O(tree).
         """
         nodes = list(self._tree.nodes())
         self.offload.lose(nodes, self.offload.names.index(tier), is_lost)
         self._residency.ghosts.trim()
 
     def touch(self, match: PrefixMatch) -> None:
-        """As ``HybridRadixCache.touch``; the tier that let go of what was missed is told."""
+        """Record a use as in ``HybridRadixCache.touch``, and notify the tier that dropped the
+        missed entry."""
         super().touch(match)
         if isinstance(match.missed, Checkpoint):
             self.offload.on_ghost_hit(match.missed)
 
     def reset(self) -> None:
-        """Drop everything that is not locked, in all tiers. O(tree)."""
+        """Remove everything that is not locked, in all tiers. O(tree)."""
         self.offload.clear()
         self._residency.offload = None
         super().reset()
@@ -291,8 +306,8 @@ class TieredRadixCache(HybridRadixCache):
 
 
 class PathPart(NodeHandle):
-    """The first ``length`` tokens of the path to ``node``: a hit may end inside an edge, and a
-    match splits nothing."""
+    """First ``length`` tokens of the path to ``node``. A hit can end inside an edge, and ``match``
+    does not split it."""
 
     __slots__ = ("length", "node")
 
@@ -301,8 +316,7 @@ class PathPart(NodeHandle):
         self.length = length
 
     def last(self) -> RadixNode:
-        """The node that the part ends in, or at: splits since the match put nodes above ``node``.
-        O(those)."""
+        """Return the node in which the part ends. O(splits since the match)."""
         node = self.node
         while node.start >= self.length:
             assert node.parent is not None
@@ -311,9 +325,9 @@ class PathPart(NodeHandle):
 
 
 class RadixCache(HybridRadixCache):
-    """KV alone is enough to resume, at any multiple of grid and page. Takes no checkpoints.
+    """Attention-only cache: resumes from KV alone, at any multiple of grid and page.
 
-    Made with ``ItemBytes(state=0)``, so that no KV is ever dead for want of a checkpoint.
+    It stores no checkpoints, and has ``ItemBytes(state=0)``, so no KV is ever dead.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -324,7 +338,8 @@ class RadixCache(HybridRadixCache):
     """
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """Read how much of ``tokens`` is cached and why not more. Changes nothing. O(n)."""
+        """Look up how much of ``tokens`` is cached, and the causes of the losses. Changes nothing.
+        O(n)."""
         if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
         num_tokens = len(tokens)
@@ -356,19 +371,22 @@ class RadixCache(HybridRadixCache):
         namespace: Hashable = None,
         after: NodeHandle | None = None,
     ) -> Tokens:
-        """Up to ``max_tokens`` ids that followed ``tokens`` before; see
-        ``PrefixCache.continuation``. O(n), or what lies behind ``after``."""
+        """Return up to ``max_tokens`` ids that followed ``tokens``; see
+        ``PrefixCache.continuation``.
+
+        O(n), or O(tokens past ``after``).
+        """
         node = after.last().parent if isinstance(after, PathPart) else after
         return super().continuation(tokens, max_tokens, namespace, node)
 
     def gather(self, node: NodeHandle | None) -> Indices:
-        """KV indices of ``match.node`` or ``result.node``. O(position)."""
+        """Return the KV indices of ``match.node`` or ``result.node``. O(position)."""
         if isinstance(node, PathPart):
             return super().gather(node.last())[: node.length]
         return super().gather(node)
 
     def touch(self, match: PrefixMatch) -> None:
-        """Count one request: refresh what it resumes from, record hits and losses. O(1)."""
+        """Record one request: refresh its KV, and count its hits and losses. O(1)."""
         node = match.node.last() if isinstance(match.node, PathPart) else match.node
         super().touch(match._replace(node=node))
 
@@ -377,12 +395,16 @@ class RadixCache(HybridRadixCache):
         return super().lock_of(node.last() if isinstance(node, PathPart) else node)
 
     def refresh(self, node: NodeHandle | None) -> None:
-        """Count a use of ``node`` without a request. O(1)."""
+        """Record a use of ``node`` without a request. O(1)."""
         super().refresh(node.last() if isinstance(node, PathPart) else node)
 
     def lock(self, node: NodeHandle | None) -> LockHandle:
-        """Protect the path's KV, and nothing past it: an edge is split where a hit ends inside.
-        O(page). ValueError: it was evicted."""
+        """Protect the KV of the path up to ``node``. Splits an edge if the hit ends inside it.
+        O(page).
+
+        Raises:
+            ValueError: ``node`` was evicted.
+        """
         if isinstance(node, PathPart):
             last = node.last()
             if last.kv is None:
@@ -400,7 +422,7 @@ class RadixCache(HybridRadixCache):
         labels: Sequence[str] = (),
         after: NodeHandle | None = None,
     ) -> InsertResult:
-        """Publish ``tokens`` with their rows; every checkpoint is handed back."""
+        """Publish ``tokens`` with their rows. All checkpoints are rejected."""
         node = after.last() if isinstance(after, PathPart) else after
         rejected_slots = tuple(slot for _, slot in checkpoints)
         result = super().insert(tokens, kv_indices, (), namespace, owned_from, (), node)
@@ -408,7 +430,8 @@ class RadixCache(HybridRadixCache):
 
 
 class NullCache(PrefixCache):
-    """Hands out KV rows and slots, and forgets. Every verb O(1), but for the rows handed out.
+    """Allocator of KV rows and slots that caches nothing. Every method is O(1) plus the rows
+    returned.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(prefix_cache="none", num_kv_tokens=100))
@@ -438,13 +461,13 @@ class NullCache(PrefixCache):
         return self._slots.num_free
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
-        """Always a miss: every token counts as never seen. O(1)."""
+        """Return a miss: every token counts as never seen. O(1)."""
         require_int32(tokens, "tokens")
         n = len(tokens)
         return PrefixMatch(n, 0, 0, 0, None, Losses(n, 0, 0, 0, 0), None, namespace)
 
     def fetch(self, resumable: Resumable) -> bool:
-        """Nothing is anywhere: False. O(1)."""
+        """Return False, because nothing is stored."""
         return False
 
     def continuation(
@@ -454,7 +477,7 @@ class NullCache(PrefixCache):
         namespace: Hashable = None,
         after: NodeHandle | None = None,
     ) -> Tokens:
-        """Nothing is remembered: always empty. O(1)."""
+        """Return no tokens: nothing is remembered."""
         return tokens[:0]
 
     def gather(self, node: NodeHandle | None) -> Indices:
@@ -464,7 +487,7 @@ class NullCache(PrefixCache):
         self.stats.record(match)
 
     def lock(self, node: NodeHandle | None) -> LockHandle:
-        """Return a handle that protects nothing: nothing is cached."""
+        """Return a handle that protects nothing."""
         return LockHandle(None, None)
 
     def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[None, LockHandle]:
@@ -472,7 +495,7 @@ class NullCache(PrefixCache):
         return None, LockHandle(None, None)
 
     def unlock(self, handle: LockHandle) -> None:
-        """Do nothing: no lock protects anything."""
+        """Do nothing."""
 
     def protected(self) -> Protected:
         """Return zeros: nothing is cached."""
@@ -492,20 +515,19 @@ class NullCache(PrefixCache):
         labels: Sequence[str] = (),
         after: NodeHandle | None = None,
     ) -> InsertResult:
-        """Nothing is taken: all rows and slots stay the caller's."""
+        """Store nothing: the caller still holds all rows and slots."""
         require_int32(tokens, "tokens")
         require_int32(kv_indices, "KV indices")
         return InsertResult(0, kv_indices[:0], tuple(slot for _, slot in checkpoints), None)
 
     def allocate_kv(self, num_tokens: int) -> Indices | None:
-        """Rows that are free; None, counted as a refusal, where there are too few: nothing can be
-        evicted."""
+        """Take free rows, or return None and count a refusal if there are too few."""
         rows = self._pages.allocate(num_tokens)
         self.stats.refusals += rows is None
         return rows
 
     def allocate_slot(self) -> int | None:
-        """A slot that is free; None, counted as a refusal, where there is none."""
+        """Take a free slot, or return None and count a refusal if there is none."""
         slot = self._slots.allocate()
         self.stats.refusals += slot is None
         return slot
@@ -521,14 +543,14 @@ class NullCache(PrefixCache):
         self._slots.free(slot)
 
     def evict(self, num_tokens: int = 0, num_slots: int = 0) -> Eviction:
-        """Frees nothing: nothing is kept."""
+        """Free nothing."""
         return Eviction(0, 0)
 
     def reset(self) -> None:
         return None
 
     def subscribe(self, listener: Listener) -> None:
-        """There is nothing to tell, now or later."""
+        """Do nothing: there are no changes to report."""
 
     def unsubscribe(self, listener: Listener) -> None:
         return None

@@ -20,18 +20,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 COVERED = ("hybridcache", "kernels")
 NOT_YET = (
-    "hybridcache/__init__.py",
-    "hybridcache/__main__.py",
-    "hybridcache/api.py",
-    "hybridcache/config.py",
-    "hybridcache/hybrid.py",
-    "hybridcache/lease.py",
-    "hybridcache/offload.py",
-    "hybridcache/residency.py",
-    "hybridcache/tokens.py",
-    "hybridcache/variants.py",
-    "hybridcache/allocators",
-    "hybridcache/radix",
     "hybridcache/lab/advise.py",
     "hybridcache/lab/arrivals.py",
     "hybridcache/lab/cli.py",

@@ -1,29 +1,29 @@
-"""One memory: a KV row and a state slot are two views of the same bytes.
+"""Shared memory of KV rows and state slots, which are two views of the same bytes.
 
-The arena is ``capacity`` *rows* of ``row_bytes``, one token's keys and values of all layers each,
-numbered from 0. A *slab* is ``slab_rows`` consecutive rows that begin at a multiple of it: enough
-for one state. Slot s is slab s, so a slot lies at row ``s * slab_rows``. What is left at the end,
-less than a slab, is the *tail*: it holds KV only.
+The arena is ``capacity`` *rows* of ``row_bytes``: keys and values of one token in all layers. Rows
+are numbered from 0. A *slab* is ``slab_rows`` consecutive rows that begin at a multiple of
+``slab_rows``: enough for one state. Slot s is slab s, so it begins at row ``s * slab_rows``. The
+remainder at the end, less than a slab, is the *tail*. It holds KV only.
 
-Who owns what. At every moment a slab is in one of three uses:
+Ownership. At any moment a slab has one of three uses:
 
-- *free*: none of its rows is taken, and it is in ``ArenaAllocator``'s list of free slabs;
-- *KV*: its rows are taken and free one page at a time, through ``ArenaAllocator.pages``;
+- *free*: no row of it is allocated, and it is in the list of free slabs of ``ArenaAllocator``;
+- *KV*: its rows are allocated and freed in pages, through ``ArenaAllocator.pages``;
 - *state*: it is one slot, through ``ArenaAllocator.slots``.
 
-A row or slot that is not free is *cached* or *held*, as in every pool (``hybridcache.api``),
-and ``free + cached + held == total`` in rows, in slabs and in bytes.
+An allocated row or slot is *cached* or *held*, as in every pool (``hybridcache.api``), and ``free +
+cached + held == total`` in rows, in slabs and in bytes.
 
-Moving. A slot wants a whole slab. Where rows enough are free but no slab is, the KV slab with the
-fewest living rows is emptied: they get the holes of others, and every *holder* is notified
-(``RowHolder.rows_moved``) before ``slots.allocate`` returns. There is always such a slab: with
-``slab_rows`` free rows in all, the living rows of any slab fit into the holes of the others. So the
-arena takes and refuses exactly what one number of bytes would, with a state counted as
+Moves. A slot needs a whole slab. If enough rows are free but no slab is, the KV slab with the
+fewest living rows is emptied. Its rows move to holes in other slabs, and every *holder* is notified
+(``RowHolder.rows_moved``) before ``slots.allocate`` returns. Such a slab always exists: with
+``slab_rows`` free rows in total, the living rows of any slab fit into the holes of the others. So
+the arena accepts and refuses exactly the same requests as a byte budget in which a state counts as
 ``slab_rows`` rows. States never move.
 
-Whoever holds rows of an arena must be a holder in ``ArenaAllocator.holders`` from the first row on
-until the last is given back; the cache is one, each lease is one. An emptied slab whose living rows
-are not all claimed is an error at once. ``allocators.moves`` says in which order the tensors
+An owner of rows must be in ``ArenaAllocator.holders`` from its first row until its last row is
+freed. The cache is one holder, and each lease is one. It is an error if the holders do not claim
+all living rows of an emptied slab. ``allocators.moves`` defines the order in which the tensors
 follow.
 """
 
@@ -43,16 +43,15 @@ from hybridcache.tokens import Indices
 
 
 class ArenaAllocator(BaseAllocator):
-    """The arena, and its two seats: ``pages`` for KV rows and ``slots`` for states, with the verbs
-    of ``PageAllocator`` and ``SlotAllocator`` and one ``ByteBudget`` between them. Counts in rows.
+    """Arena with two allocators: ``pages`` for KV rows and ``slots`` for states. Counts in rows.
 
-    ``row_bytes``, ``state_bytes``: of one token's KV and of one state; ``state_bytes`` 0: no
-    states, all is tail.
+    ``row_bytes`` and ``state_bytes`` are the sizes of one token's KV and of one state. With
+    ``state_bytes=0`` there are no states, and everything is tail.
 
-    KV fills holes before it opens a free slab, and an opened slab's rows come after all other
-    holes, so that it is the emptiest and few rows move when it is emptied. Rows come and go on one
-    stack, as in ``PageAllocator``; to which slab they belong is asked only when a slot finds no
-    free slab. Then the fullest slabs' holes come to the top.
+    KV fills holes before it opens a free slab. The rows of an opened slab are used after all other
+    holes, so that it is the emptiest and few rows move when it is emptied. Free rows are on one
+    stack, as in ``PageAllocator``; their slabs are determined only if a slot finds no free slab.
+    Then the holes of the fullest slabs are put on top.
 
     >>> arena = ArenaAllocator(1000, row_bytes=10, state_bytes=95)
     >>> arena.capacity, arena.slab_rows, arena.num_slabs
@@ -65,17 +64,18 @@ class ArenaAllocator(BaseAllocator):
     def __init__(
         self, total_bytes: int, row_bytes: int, state_bytes: int, page_size: int = 1
     ) -> None:
-        """ValueError: a row without bytes, a page without rows, not a page in all."""
+        """Raise ValueError if a size is too small for one row, one page or one row per page."""
         if row_bytes < 1 or state_bytes < 0 or page_size < 1:
             raise ValueError(
-                f"row_bytes {row_bytes}, state_bytes {state_bytes}, page_size {page_size}: "
-                "a row has at least a byte, a page at least a row"
+                f"row_bytes and page_size must be at least 1 and state_bytes at least 0 "
+                f"(got {row_bytes}, {page_size} and {state_bytes})."
             )
         capacity = total_bytes // row_bytes
         capacity -= capacity % page_size
         if not capacity:
             raise ValueError(
-                f"{total_bytes} bytes hold no page of {page_size} rows of {row_bytes} bytes"
+                f"total_bytes must hold at least one page: {page_size} rows of {row_bytes} bytes "
+                f"(got {total_bytes})."
             )
         budget = ByteBudget(capacity * row_bytes)
         super().__init__(capacity, row_bytes, budget)
@@ -83,15 +83,15 @@ class ArenaAllocator(BaseAllocator):
         self.slab_rows = (
             capacity if not state_bytes else slab_rows(state_bytes, row_bytes, page_size)
         )
-        """Rows of a slab, whole pages."""
+        """Rows of a slab, in whole pages."""
         self.num_slabs = capacity // self.slab_rows if state_bytes else 0
-        """Whole slabs: how many slots there are."""
+        """Number of whole slabs, which is the number of slots."""
         self.pages = ArenaPages(self, budget)
         self.slots = ArenaSlots(self, budget)
         self.holders: dict[RowHolder, None] = {}
-        """All that are notified of moves, in this order."""
+        """Holders that are notified of moves, in this order."""
         self.num_moves = 0
-        """Slabs that were emptied so far."""
+        """Number of slabs emptied so far."""
         self.num_moved_rows = 0
         self._slab_pages = self.slab_rows // page_size
         self._free_slabs = list(range(self.num_slabs - 1, -1, -1))
@@ -101,19 +101,21 @@ class ArenaAllocator(BaseAllocator):
 
     @property
     def num_unused(self) -> int:
-        """Rows that are neither KV nor under a state. O(1)."""
+        """Number of rows that are neither KV nor part of a state. O(1)."""
         assert self.budget is not None
         return self.budget.free_bytes // self.unit_bytes
 
     @property
     def free_slabs(self) -> Sequence[int]:
-        """Slabs that a slot can have without a search. O(1); not to be changed."""
+        """Slabs that a slot can get without a search. Do not change the list. O(1)."""
         return self._free_slabs
 
     def find_slab(self) -> None:
-        """Make at least one slab free: one that lost its last row unnoticed, or one that is
-        emptied. To be called while ``slab_rows`` rows are free. O(slabs + holes), and for a move
-        what the holders need."""
+        """Make at least one slab free: one without living rows, or the emptiest one after a move.
+
+        At least ``slab_rows`` rows must be free. O(slabs + holes), plus the work of the holders for
+        a move.
+        """
         slabs, counts = self._count_holes()
         emptiest = int(counts[:-1].argmax())
         if counts[emptiest] == self._slab_pages:
@@ -122,11 +124,11 @@ class ArenaAllocator(BaseAllocator):
             self._empty(emptiest, slabs, counts)
 
     def collect_free_slabs(self) -> None:
-        """Notice the KV slabs that have lost their last row: they are free. O(slabs + holes)."""
+        """List KV slabs without living rows as free. O(slabs + holes)."""
         self._collect(*self._count_holes())
 
     def occupancy(self) -> npt.NDArray[np.int64]:
-        """Living KV rows of each slab; a free one has none, and so has one with a state. O(slabs +
+        """Return the number of living KV rows of each slab, 0 for free slabs and states. O(slabs +
         holes)."""
         _, counts = self._count_holes()
         living = (self._slab_pages - counts[:-1]) * self.page_size
@@ -134,7 +136,8 @@ class ArenaAllocator(BaseAllocator):
         return living.astype(np.int64, copy=False)
 
     def _count_holes(self) -> tuple[Indices, npt.NDArray[np.intp]]:
-        """(the slab of each hole, in the stack's order; holes by slab, the tail's last)."""
+        """Return the slab of each hole in the order of the stack, and the holes per slab, the tail
+        last."""
         slabs = self.pages.stacked() // np.int32(self._slab_pages)
         return slabs, np.bincount(slabs, minlength=self.num_slabs + 1)
 
@@ -145,8 +148,10 @@ class ArenaAllocator(BaseAllocator):
         self._free_slabs += np.flatnonzero(is_whole)[::-1].tolist()
 
     def _empty(self, slab: int, slabs: Indices, counts: npt.NDArray[np.intp]) -> None:
-        """Move the living rows of ``slab`` into holes elsewhere; it is free then. Holes that are
-        left are stacked anew, those of the fullest slabs on top."""
+        """Move the living rows of ``slab`` to holes elsewhere, and list it as free.
+
+        The remaining holes are stacked again, with those of the fullest slabs on top.
+        """
         first = slab * self._slab_pages
         pages, is_inside = self.pages.stacked(), slabs == slab
         is_living = np.ones(self._slab_pages, np.bool_)
@@ -173,40 +178,48 @@ class ArenaAllocator(BaseAllocator):
         if claimed != len(src):
             raise RuntimeError(
                 f"{len(src)} rows of slab {slab} moved, but holders claim {claimed}: "
-                "whoever holds rows must be in holders"
+                "add every owner of rows to ArenaAllocator.holders"
             )
 
     def fill(self, num_pages: int) -> None:
-        """Bring ``num_pages`` more free pages on the stack, which are in free slabs. O(those)."""
+        """Put ``num_pages`` free pages of free slabs on the stack. O(num_pages)."""
         num_slabs = -(-num_pages // self._slab_pages)
         opened = self._free_slabs[-num_slabs:]
         del self._free_slabs[-num_slabs:]
         self._open(opened[::-1])
 
     def open_slabs(self, slabs: Sequence[int]) -> None:
-        """Turn those of ``slabs`` that are free into KV slabs without living rows. O(slabs +
-        rows)."""
+        """Turn those of ``slabs`` that are free into KV slabs without living rows.
+
+        O(slabs + rows).
+        """
         opened = set(slabs).intersection(self._free_slabs)
         self._free_slabs[:] = [slab for slab in self._free_slabs if slab not in opened]
         self._open(list(opened))
 
     def _open(self, slabs: list[int]) -> None:
-        """``slabs``, in the list no more, become holes: the last one's are used first, and all of
-        them after the holes that there are."""
+        """Turn ``slabs``, which are not in the list any more, into holes below all others on the
+        stack.
+
+        The last one is used first.
+        """
         size = self._slab_pages
         bottom = self.pages.lift(len(slabs) * size)
         for rank, slab in enumerate(slabs):
             np.add(self._offsets, slab * size, out=bottom[rank * size : (rank + 1) * size])
 
     def free_pages(self) -> Indices:
-        """All pages that are neither KV nor under a state, in no order. O(pages)."""
+        """Return all pages that are neither KV nor part of a state, unordered. O(pages)."""
         first = np.array(self._free_slabs, np.int32)[:, None] * np.int32(self._slab_pages)
         whole = (first + self._offsets).reshape(-1)
         return np.concatenate([self.pages.stacked(), whole])
 
     def check(self) -> None:
-        """AssertionError unless every row is free once, or taken; in rows, slabs and bytes.
-        O(pages)."""
+        """Check that every row is free once, or allocated; in rows, slabs and bytes. O(pages).
+
+        Raises:
+            AssertionError: an invariant fails.
+        """
         assert self.budget is not None
         free = self.free_pages()
         num_pages = self.capacity // self.page_size
@@ -228,8 +241,11 @@ class ArenaAllocator(BaseAllocator):
         assert self.pages.num_taken >= 0, "more rows are under states than there are"
 
     def check_taken(self, rows: Indices) -> None:
-        """AssertionError if one of ``rows``, KV in somebody's hands, lies under a state.
-        O(rows)."""
+        """Check that none of ``rows``, which are allocated KV rows, is part of a state. O(rows).
+
+        Raises:
+            AssertionError: one is.
+        """
         states = self.slots.states
         assert states.isdisjoint(np.unique(rows // self.slab_rows).tolist()), (
             "a taken KV row lies under a state"
@@ -237,7 +253,7 @@ class ArenaAllocator(BaseAllocator):
 
 
 def slab_rows(state_bytes: int, row_bytes: int, page_size: int = 1) -> int:
-    """Rows that one state takes, whole pages.
+    """Return the number of rows that one state takes, in whole pages.
 
     >>> slab_rows(state_bytes=95, row_bytes=10), slab_rows(95, 10, page_size=4)
     (10, 12)
@@ -247,7 +263,7 @@ def slab_rows(state_bytes: int, row_bytes: int, page_size: int = 1) -> int:
 
 
 def step_queue_of(pages: PageAllocator) -> StepQueue:
-    """Return an empty step queue; if ``pages`` are an arena's, it is notified of every move."""
+    """Return an empty step queue. If ``pages`` belong to an arena, it is notified of every move."""
     arena = arena_of(pages)
     if arena is None or not arena.num_slabs:
         return StepQueue()
@@ -257,13 +273,15 @@ def step_queue_of(pages: PageAllocator) -> StepQueue:
 
 
 def arena_of(pages: PageAllocator) -> ArenaAllocator | None:
-    """Return the arena that ``pages`` belong to, in which rows can move; None for a fixed pool."""
+    """Return the arena of ``pages``, or None for a fixed pool."""
     return pages.arena if isinstance(pages, ArenaPages) else None
 
 
 class ArenaPages(PageAllocator):
-    """The arena's KV rows. ``capacity`` is all of the arena; what states take of it is neither
-    unused nor free."""
+    """KV rows of the arena.
+
+    ``capacity`` is the whole arena. Rows of states are neither unused nor free.
+    """
 
     def __init__(self, arena: ArenaAllocator, budget: ByteBudget) -> None:
         super().__init__(arena.capacity, arena.page_size, arena.unit_bytes, budget)
@@ -272,79 +290,88 @@ class ArenaPages(PageAllocator):
 
     @property
     def num_unused(self) -> int:
-        """Rows that are not KV, whether free or under a state. O(1)."""
+        """Number of rows that are not KV, whether free or part of a state. O(1)."""
         return self.num_free + len(self.arena.slots.states) * self.arena.slab_rows
 
     @property
     def num_free(self) -> int:
-        """Rows that ``allocate`` can hand out now, whole pages. O(1)."""
+        """Number of rows that ``allocate`` can return now, in whole pages. O(1)."""
         assert self.budget is not None
         return self.budget.free_bytes // self.unit_bytes
 
     def allocate(self, num_tokens: int) -> Indices | None:
-        """As ``PageAllocator.allocate``. O(n), and O(slabs) where holes were sorted since the last
-        time."""
+        """Return rows as ``PageAllocator.allocate``.
+
+        O(n), plus O(slabs) after a sort of the holes.
+        """
         missing = -(-num_tokens // self.page_size) - self._height
         if missing > 0 and num_tokens <= self.num_free:
             self.arena.fill(missing)
         return super().allocate(num_tokens)
 
     def reserve(self, rows: Indices) -> None:
-        """Take exactly ``rows``, whole pages. O(capacity). ValueError: some are not free."""
+        """Take exactly ``rows``, whole pages. O(capacity).
+
+        Raises:
+            ValueError: some are not free.
+        """
         if len(rows) > self.num_free or len(rows) % self.page_size:
             raise ValueError(f"{len(rows)} rows asked for, {self.num_free} are free")
         self.arena.open_slabs(np.unique(rows // self.arena.slab_rows).tolist())
         super().reserve(rows)
 
     def free_rows(self) -> Indices:
-        """All rows that are neither KV nor under a state, in no order. O(capacity)."""
+        """Return all rows that are neither KV nor part of a state, unordered. O(capacity)."""
         return self.rows_of(self.arena.free_pages())
 
     def rows_of(self, pages: Indices) -> Indices:
-        """The rows of ``pages``: int32[n * page_size]."""
+        """Return the rows of ``pages``: int32[n * page_size]."""
         if self.page_size == 1:
             return pages
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
     def lift(self, num_pages: int) -> Indices:
-        """Room for ``num_pages`` under the stack, handed out last, which the caller fills."""
+        """Reserve space for ``num_pages`` at the bottom of the stack, to be filled by the
+        caller."""
         height = self._height
         self._height = top = height + num_pages
         self._stack[num_pages:top] = self._stack[:height]
         return self._stack[:num_pages]
 
     def restack(self, pages: Indices) -> None:
-        """Let the stack be ``pages``."""
+        """Replace the stack by ``pages``."""
         self._height = len(pages)
         self._stack[: self._height] = pages
 
     def stacked(self) -> Indices:
-        """What is on the stack; not to be changed."""
+        """Return the pages on the stack. Do not change the result."""
         return self._stack[: self._height]
 
     def check(self) -> None:
-        """See ``ArenaAllocator.check``."""
+        """Check the whole arena; see ``ArenaAllocator.check``."""
         self.arena.check()
 
 
 class ArenaSlots(SlotAllocator):
-    """The arena's slots: slot s is slab s."""
+    """Slots of the arena: slot s is slab s."""
 
     def __init__(self, arena: ArenaAllocator, budget: ByteBudget) -> None:
         super().__init__(0, arena.slab_rows * arena.unit_bytes, budget)
         self.capacity = arena.num_slabs
         self.states: set[int] = set()
-        """Slots that are taken."""
+        """Allocated slots."""
         self._arena = arena
 
     @property
     def num_unused(self) -> int:
-        """Slots that are not taken, whether free or KV. O(1)."""
+        """Number of slots that are not allocated, whether free or KV. O(1)."""
         return self.capacity - len(self.states)
 
     def allocate(self) -> int | None:
-        """One slot, or None where fewer rows are free than one takes. O(1), or as
-        ``ArenaAllocator.find_slab``."""
+        """Return a slot, or None if fewer rows are free than it takes.
+
+        O(1), or as ``ArenaAllocator.find_slab``.
+        """
         assert self.budget is not None
         if self.budget.free_bytes < self.unit_bytes or not self.capacity:
             return None
@@ -357,8 +384,12 @@ class ArenaSlots(SlotAllocator):
         return slot
 
     def free(self, slot: int) -> None:
-        """Take back ``slot``, which is taken. O(1). ValueError: it is not; TypeError: no whole
-        number."""
+        """Return ``slot``, which was allocated, to the arena. O(1).
+
+        Raises:
+            ValueError: it is not allocated.
+            TypeError: it is not an integer.
+        """
         if index(slot) not in self.states:
             raise ValueError(f"slot {slot} given back, which is not taken")
         assert self.budget is not None
@@ -367,7 +398,11 @@ class ArenaSlots(SlotAllocator):
         self._arena._free_slabs.append(slot)
 
     def reserve(self, slots: Sequence[int]) -> None:
-        """Take exactly ``slots``. O(capacity). ValueError: some are taken, or KV lies in them."""
+        """Take exactly ``slots``. O(capacity).
+
+        Raises:
+            ValueError: some are allocated, or contain KV.
+        """
         taken = set(slots)
         self._arena.collect_free_slabs()
         free = self._arena._free_slabs
@@ -379,7 +414,7 @@ class ArenaSlots(SlotAllocator):
         self.budget.take(len(slots) * self.unit_bytes)
 
     def free_slots(self) -> list[int]:
-        """Slabs that are free, in no order, those not noticed yet left out. O(slabs)."""
+        """Return the slabs that are listed as free, unordered. O(slabs)."""
         return list(self._arena.free_slabs)
 
     def check(self) -> None:

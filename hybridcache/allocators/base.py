@@ -1,4 +1,4 @@
-"""The interface of all allocators, and the byte budget that they can share."""
+"""Interface of all allocators, and the byte budget that several can share."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 
 class ByteBudget:
-    """Counts bytes; knows nothing of what they are for.
+    """Counter of free bytes.
 
     >>> budget = ByteBudget(100)
     >>> budget.take(60)
@@ -20,14 +20,14 @@ class ByteBudget:
     __slots__ = ("free_bytes", "total_bytes")
 
     def __init__(self, total_bytes: int) -> None:
-        """ValueError: no bytes."""
+        """Raise ValueError if ``total_bytes`` is not positive."""
         if total_bytes <= 0:
             raise ValueError(f"total_bytes must be positive, got {total_bytes}")
         self.total_bytes = total_bytes
         self.free_bytes = total_bytes
 
     def take(self, num_bytes: int) -> None:
-        """The caller has made sure that they are free."""
+        """Subtract ``num_bytes``, which the caller has checked to be free."""
         self.free_bytes -= num_bytes
 
     def give_back(self, num_bytes: int) -> None:
@@ -35,41 +35,44 @@ class ByteBudget:
 
 
 class BaseAllocator(ABC):
-    """Hands out units of one kind from a fixed range of indices, each to one owner at a time.
+    """Allocator of units of one kind from a fixed range of indices, each with one owner at a time.
 
-    With a ``budget`` the units of several allocators share one number of bytes; then what can be
-    taken is also limited by what the others have left. Nothing here evicts: a request that does not
-    fit is refused with None.
+    With a ``budget``, several allocators share one number of bytes, and each can allocate only the
+    rest. Allocators evict nothing: they return None if a request does not fit.
     """
 
     def __init__(self, capacity: int, unit_bytes: int = 0, budget: ByteBudget | None = None):
-        """ValueError: a negative ``capacity``, a ``budget`` without the bytes of a unit."""
+        """Raise ValueError if ``capacity`` is negative, or a ``budget`` has no ``unit_bytes``."""
         if capacity < 0:
             raise ValueError(f"capacity must not be negative, got {capacity}")
         if budget is not None and unit_bytes < 1:
             raise ValueError(f"a share of a budget needs the bytes of one unit, got {unit_bytes}")
         self.capacity = capacity
-        """Units in all."""
+        """Total number of units."""
         self.unit_bytes = unit_bytes
         self.budget = budget
 
     @property
     @abstractmethod
     def num_unused(self) -> int:
-        """Unallocated units, whether or not the budget would let them be taken. O(1)."""
+        """Number of unallocated units, even if the budget does not allow to take them. O(1)."""
 
     @property
     def num_free(self) -> int:
-        """Units that ``allocate`` can hand out now. O(1)."""
+        """Number of units that ``allocate`` can return now. O(1)."""
         if self.budget is None:
             return self.num_unused
         return min(self.num_unused, self.budget.free_bytes // self.unit_bytes)
 
     @property
     def num_taken(self) -> int:
-        """Allocated units. O(1)."""
+        """Number of allocated units. O(1)."""
         return self.capacity - self.num_unused
 
     @abstractmethod
     def check(self) -> None:
-        """AssertionError unless every free index is in range and listed once. O(capacity)."""
+        """Check that every free index is in range and listed once. O(capacity).
+
+        Raises:
+            AssertionError: one is not.
+        """

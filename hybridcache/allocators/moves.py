@@ -1,30 +1,30 @@
-"""Work on the tensors that follows from the cache's decisions, in the order in which it is done.
+"""Work on the tensors that follows from the cache's decisions, in order of execution.
 
-The cache changes its index numbers at once. When it empties a slab of an arena, offloads an entry
-or loads one, the new numbers are in force before the verb returns, and freed rows may be handed
-out again. The bytes follow later: the owner of the tensors takes one ``StepPlan`` before each step
+The cache changes its index numbers at once. When it empties an arena slab, offloads an entry or
+loads one, the new numbers are valid before the method returns, and freed rows may be allocated
+again. The bytes follow later: the owner of the tensors takes one ``StepPlan`` before each step
 (``PrefixCache.take_step``) and carries it out:
 
-1. ``transfers``, one after the other: moves of rows within the arena
-   (``memory[dst] = memory[src]``), copies between tiers, and notes of dropped disk rows. A transfer
-   may read rows that an earlier one wrote, or overwrite rows that an earlier one read, so moves and
-   tier copies share one list. Within one move no row is both source and target.
+1. ``transfers``, one after another: moves of rows within the arena (``memory[dst] = memory[src]``),
+   copies between tiers, and notes of dropped disk rows. A transfer may read rows that an earlier
+   one wrote, or overwrite rows that an earlier one read, so moves and tier copies share one list.
+   Within one move no row is both source and target.
 2. ``row_writes``: parts of the request table that are new or out of date.
 3. ``restores``: state copies of requests that resume from a checkpoint.
 
 Then the step computes, and writes the KV rows and checkpoint slots that it was given.
 
-The fixed order is safe. A slot is handed out after its slab was emptied, so all writes to slots (3
+The fixed order is safe. A slot is allocated after its slab was emptied, so all writes to slots (3
 and the step) must follow the transfers (1). A move that comes later in the same plan writes and
 reads only rows of KV slabs. It could disturb a restore only through a slot that was freed in
 between. The source of a restore is a checkpoint under the request's lock, and its target is the
-request's own slot; if the request ends before the step, its restore is dropped from the plan. So no
+request's own slot. If the request ends before the step, its restore is dropped from the plan. So no
 slot of a pending restore is ever used for KV.
 
 A step in flight may still read and write old rows: the bytes that must move are those present when
 it ends. On a device with streams, the transfers are therefore ordered after the step in flight and
 before the next one, and the host does not wait. A plan that was taken must be carried out even if
-its step computes nothing: its numbers are in force already.
+its step computes nothing, because its numbers are already valid.
 
 Work may overlap where no row is shared. A request that resumes from a copy still under way waits
 for it.
@@ -42,20 +42,22 @@ from hybridcache.tokens import Indices, Tokens
 
 
 class Move(NamedTuple):
-    """The living rows of one slab, and where they are from now on."""
+    """Living rows of one slab and their new places."""
 
     slab: int
     src: Indices
     """Rows of ``slab`` that were taken, ascending: int32[n], n <= ``slab_rows``, whole pages."""
     dst: Indices
-    """Where each is now, in other slabs: int32[n]."""
+    """New row of each, in other slabs: int32[n]."""
     new_rows: Indices
-    """By the offset in the slab: the new row, or the old one where nothing lived.
-    int32[``slab_rows``]."""
+    """New row per offset in the slab, or the old row if nothing lived there. int32[``slab_rows``].
+    """
 
     def rename(self, rows: Indices) -> npt.NDArray[np.intp]:
-        """Put new rows for old into ``rows``, int32[k], in place; the positions that changed,
-        ascending. O(k)."""
+        """Replace old rows by new ones in ``rows``, int32[k], in place. O(k).
+
+        Returns the positions that changed, ascending.
+        """
         size = len(self.new_rows)
         offsets = rows - np.int32(self.slab * size)
         positions = (offsets.view(np.uint32) < size).nonzero()[0]
@@ -65,38 +67,39 @@ class Move(NamedTuple):
 
 
 class RowHolder(Protocol):
-    """Whoever keeps row numbers of an arena. Hashable, by identity."""
+    """Object that keeps row numbers of an arena. Hashable by identity."""
 
     def rows_moved(self, move: Move) -> int:
-        """Rename what is kept of ``move.src``, at once; return how many of these rows are owned
-        here. Must not call the arena."""
+        """Rename the kept rows of ``move.src`` and return how many of them are owned here.
+
+        Must not call the arena.
+        """
         ...
 
 
 DEVICE, HOST, DISK = "device", "host", "disk"
-"""The tiers' words, the nearest first."""
+"""Names of the tiers, the nearest first."""
 
 
 class Copy(NamedTuple):
-    """Bytes that go from one tier to another."""
+    """Copy of bytes between tiers."""
 
     kind: Literal["kv", "checkpoint"]
     src_tier: str
     src: Indices
-    """Rows there: int32[n]. Of a checkpoint on the device: int32[1], its slot."""
+    """Rows in ``src_tier``: int32[n]. For a checkpoint on the device, its slot: int32[1]."""
     dst_tier: str
     dst: Indices
-    """As ``src``. KV has as many here as there; a state fills its rows in this order, row by
-    row."""
+    """Rows in ``dst_tier``. KV has as many as ``src``; a state fills its rows in this order."""
     position: int
-    """Tokens from the root to the end of what is copied: KV is of the ``len(src)`` tokens before
-    it."""
+    """Number of tokens from the root to the end of the copied part. KV is that of the ``len(src)``
+    tokens before it."""
     path: tuple[Hashable, Tokens] | None = None
-    """(namespace, tokens[:position]) of what goes to disk; else None."""
+    """(namespace, tokens[:position]) for copies to disk, else None."""
 
 
 class Drop(NamedTuple):
-    """What rows on disk held is no more in the tree."""
+    """Rows on disk with contents that are no longer in the tree."""
 
     tier: str
     rows: Indices
@@ -179,7 +182,7 @@ class StepQueue:
     def __init__(self, num_slabs: int = 0, slab_rows: int = 1) -> None:
         """``num_slabs`` is 0 if rows never move."""
         self.num_moves = 0
-        """Slabs emptied since the last ``take``. A scheduler that wants at most one per step stops
+        """Slabs emptied since the last ``take``. A scheduler that allows at most one per step stops
         adding requests to the step when it is 1."""
         self._transfers: list[Transfer] = []
         self._restores: dict[RunningLease, tuple[int, int]] = {}

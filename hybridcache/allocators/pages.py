@@ -1,4 +1,4 @@
-"""KV rows, handed out in whole pages."""
+"""Allocator of KV rows in whole pages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ MAX_ROWS = 1 << 31
 
 
 class PageAllocator(BaseAllocator):
-    """A stack of free pages; a page is ``page_size`` consecutive KV rows.
+    """Stack of free pages. A page is ``page_size`` consecutive KV rows.
 
-    Capacity and counts are in rows (tokens). The stack is one int32 array and its height, so that
-    taking or returning many pages is one copy.
+    Capacity and counts are in rows (tokens). The stack is one int32 array with its height, so that
+    taking or freeing many pages is one copy.
 
     >>> pages = PageAllocator(8, page_size=4)
     >>> rows = pages.allocate(5)
@@ -34,7 +34,7 @@ class PageAllocator(BaseAllocator):
         token_bytes: int = 0,
         budget: ByteBudget | None = None,
     ) -> None:
-        """ValueError: no whole pages, or more rows than int32 can number."""
+        """Raise ValueError for partial pages, or for more rows than int32 can number."""
         super().__init__(num_tokens, token_bytes, budget)
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
@@ -56,17 +56,20 @@ class PageAllocator(BaseAllocator):
 
     @property
     def num_free(self) -> int:
-        """Rows that ``allocate`` can hand out now, whole pages. O(1)."""
+        """Number of rows that ``allocate`` can return now, in whole pages. O(1)."""
         if self.budget is None:
             return self._height * self.page_size
         affordable = self.budget.free_bytes // self.unit_bytes
         return min(self.num_unused, affordable - affordable % self.page_size)
 
     def allocate(self, num_tokens: int) -> Indices | None:
-        """Rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]; None if so many are
-        not free. O(n).
+        """Return rows for ``num_tokens`` tokens, rounded up to whole pages: int32[n]. O(n).
 
-        TypeError: not a whole number; ValueError: a negative one.
+        Returns None if that many are not free.
+
+        Raises:
+            ValueError: ``num_tokens`` is negative.
+            TypeError: it is not an integer.
         """
         num_pages = -(-num_tokens // self.page_size)
         if num_pages > self._height:
@@ -85,11 +88,14 @@ class PageAllocator(BaseAllocator):
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 
     def free(self, rows: Indices) -> None:
-        """Take back ``rows``: whole pages in row order, allocated until now. O(n).
+        """Return ``rows``, which were allocated, to the pool: whole pages in row order. O(n).
 
-        ValueError, and nothing taken: parts of pages, a first or last row that is none of this
-        pool's, more rows than are allocated. A page given back twice while others are out would
-        cost a search: only ``check`` finds it, until it is taken.
+        A page that is freed twice while others are allocated is found only by ``check``, because it
+        would need a search.
+
+        Raises:
+            ValueError: partial pages, a first or last row out of range, or more rows than are
+                allocated. Nothing is freed.
         """
         if not len(rows):
             return
@@ -103,7 +109,7 @@ class PageAllocator(BaseAllocator):
         self.release(rows)
 
     def release(self, rows: Indices) -> None:
-        """As ``free``, unchecked: for rows that the cache itself kept. O(n)."""
+        """Free ``rows`` without checks, for rows that the cache itself kept. O(n)."""
         pages = rows
         if self.page_size > 1:
             pages = rows[:: self.page_size] // self.page_size
@@ -114,8 +120,11 @@ class PageAllocator(BaseAllocator):
         self._stack[bottom:top] = pages
 
     def reserve(self, rows: Indices) -> None:
-        """Take exactly ``rows``, whole pages. O(capacity). ValueError: some are not free, or the
-        budget is too small."""
+        """Take exactly ``rows``, whole pages. O(capacity).
+
+        Raises:
+            ValueError: some are not free, or the budget is too small.
+        """
         if len(rows) > self.num_free or len(rows) % self.page_size:
             raise ValueError(f"{len(rows)} rows asked for, {self.num_free} are free")
         pages = rows[:: self.page_size] // self.page_size
@@ -129,7 +138,7 @@ class PageAllocator(BaseAllocator):
             self.budget.take(len(rows) * self.unit_bytes)
 
     def free_rows(self) -> Indices:
-        """All unused rows, in no order: int32[num_unused]. O(capacity)."""
+        """Return all unused rows, unordered: int32[num_unused]. O(capacity)."""
         pages = self._stack[: self._height]
         return (pages[:, None] * self.page_size + self._offsets).reshape(-1)
 

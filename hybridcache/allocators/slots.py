@@ -1,4 +1,4 @@
-"""State slots (and request rows): one index at a time."""
+"""Allocator of state slots and request rows, one index at a time."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hybridcache.allocators.base import BaseAllocator, ByteBudget
 
 
 class SlotAllocator(BaseAllocator):
-    """A stack of free slots, the last freed handed out first. Every operation O(1).
+    """Stack of free slots. The slot freed last is returned first. Every operation is O(1).
 
     >>> slots = SlotAllocator(2)
     >>> slots.allocate(), slots.allocate(), slots.allocate()
@@ -30,7 +30,7 @@ class SlotAllocator(BaseAllocator):
         return len(self._stack)
 
     def allocate(self) -> int | None:
-        """One slot, or None if none is free. O(1)."""
+        """Return a slot, or None if none is free. O(1)."""
         if not self._stack:
             return None
         if self.budget is not None:
@@ -40,11 +40,14 @@ class SlotAllocator(BaseAllocator):
         return self._stack.pop()
 
     def free(self, slot: int) -> None:
-        """Take back ``slot``, allocated until now. O(1).
+        """Return ``slot``, which was allocated, to the pool. O(1).
 
-        ValueError: it is none of this pool, or all are here already; TypeError: no whole number. A
-        slot given back twice while others are out would cost a search: only ``check`` finds it,
-        until it is taken.
+        A slot that is freed twice while others are allocated is found only by ``check``, because it
+        would need a search.
+
+        Raises:
+            ValueError: the slot is out of range, or no slot is allocated.
+            TypeError: it is not an integer.
         """
         if not 0 <= index(slot) < self.capacity:
             raise ValueError(f"slot {slot} is not one of {self.capacity}")
@@ -55,8 +58,11 @@ class SlotAllocator(BaseAllocator):
         self._stack.append(slot)
 
     def reserve(self, slots: Sequence[int]) -> None:
-        """Take exactly ``slots``. O(capacity). ValueError: some are not free, or the budget is too
-        small."""
+        """Take exactly ``slots``. O(capacity).
+
+        Raises:
+            ValueError: some are not free, or the budget is too small.
+        """
         taken = set(slots)
         if len(slots) > self.num_free or len(taken) < len(slots) or not taken <= set(self._stack):
             raise ValueError(f"{len(slots)} slots asked for that are not free")
@@ -65,7 +71,7 @@ class SlotAllocator(BaseAllocator):
             self.budget.take(len(slots) * self.unit_bytes)
 
     def free_slots(self) -> list[int]:
-        """All unused slots, in no order. O(capacity)."""
+        """Return all unused slots, unordered. O(capacity)."""
         return list(self._stack)
 
     def check(self) -> None:

@@ -1,1 +1,1 @@
-"""The radix tree: nodes, edges and what hangs on them. Knows no pool, no policy, no model."""
+"""Radix tree: nodes, edges and their items. Independent of pools, policies and models."""

@@ -1,4 +1,4 @@
-"""The tree's invariants, recomputed from scratch."""
+"""Invariants of the tree, recomputed from scratch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from hybridcache.radix.tree import (
 
 
 def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
-    """AssertionError names the first invariant that fails. O(tree)."""
+    """Recompute the invariants of ``tree`` and its ghosts. O(tree).
+
+    Raises:
+        AssertionError: an invariant fails; the message names the first.
+    """
     num_nodes = num_stored = 0
     ghost_bytes = 0
     listed = {ghost: place for place, ghost in enumerate(ghosts.oldest_first())}
@@ -44,8 +48,10 @@ def check_tree(tree: RadixTree, ghosts: GhostList) -> None:
 
 
 def _check_run(node: RadixNode) -> None:
-    """The checkpoints listed at the top of a run are those that stand on it. O(nodes of the run),
-    at its top only."""
+    """Check that the checkpoints listed at the top of a run are those on it.
+
+    O(nodes of the run).
+    """
     assert node.parent is not None
     top = node.parent.parent is None or isinstance(node.parent.children, dict)
     if node.kv is None or not top:

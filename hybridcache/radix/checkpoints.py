@@ -1,13 +1,12 @@
-"""Runs of checkpoints on unforked paths.
+"""Runs of checkpoints on unforked paths, for the detection of superseded checkpoints.
 
-Which checkpoints are superseded: those with a deeper one on the same unforked path (one resident
-child at each step).
-
-A *run* is such a path, from the child of a fork or of a root (its *top*) down to the next fork or
-leaf. The checkpoints of a run are a doubly linked list, from shallow to deep, whose head is the top
-node. So a checkpoint goes in O(1), however many tombstones lie around it. One that comes, and a
-fork that begins or ends, look upward for their place in the list: no further than to the root,
-which is on the path of the request that brought them, and never down into what others brought.
+A checkpoint is superseded if a deeper one is on the same unforked path (one resident child at each
+step). A *run* is such a path, from the child of a fork or of a root (its *top*) down to the next
+fork or leaf. The checkpoints of a run form a doubly linked list, from shallow to deep, with the
+top node as its head. So a checkpoint is removed in O(1), regardless of the number of
+tombstones around it. A new checkpoint, or a fork that begins or ends, searches upward for its place
+in the list. The search ends at the root at the latest, stays on the path of the request that caused
+it, and never descends.
 """
 
 from __future__ import annotations
@@ -15,12 +14,14 @@ from __future__ import annotations
 from hybridcache.radix.tree import Checkpoint, RadixNode
 
 Link = RadixNode | Checkpoint
-"""A place in the list of a run: its top, or one of its checkpoints."""
+"""Place in the list of a run: its top, or one of its checkpoints."""
 
 
 def last_above(node: RadixNode) -> Link:
-    """The nearest checkpoint strictly above ``node`` on its run, or the run's top. O(nodes
-    between)."""
+    """Return the nearest checkpoint strictly above ``node`` on its run, or the top of the run.
+
+    O(nodes between).
+    """
     above = node.parent
     assert above is not None
     while above.parent is not None and not isinstance(above.children, dict):
@@ -31,10 +32,11 @@ def last_above(node: RadixNode) -> Link:
 
 
 def is_last_above(link: Link, node: RadixNode) -> bool:
-    """Whether ``link``, which was the last above some node below ``node`` on its path, is the last
-    above ``node`` too. O(1).
+    """Return whether ``link`` is the last above ``node``, given that it was for a deeper node of
+    the path.
 
-    False where it may be: it lies at ``node`` or below, or a split has put another top above it.
+    O(1). False also in cases that would need a search: ``link`` is at ``node`` or deeper, or a
+    split put another top above it.
     """
     if isinstance(link, Checkpoint):
         return link.node.end < node.end
@@ -44,12 +46,12 @@ def is_last_above(link: Link, node: RadixNode) -> bool:
 
 
 def last_at(node: RadixNode) -> Link:
-    """As ``last_above``, with ``node``'s own checkpoint counted."""
+    """Return the checkpoint of ``node`` itself, or else ``last_above``."""
     return node.checkpoint if node.checkpoint is not None else last_above(node)
 
 
 def link(before: Link, after: Checkpoint | None) -> None:
-    """Make ``after`` follow ``before``, None: nothing does. O(1)."""
+    """Make ``after`` follow ``before``. ``after`` is None if nothing follows. O(1)."""
     before.deeper = after
     if after is not None:
         after.shallower = before

@@ -1,10 +1,9 @@
-"""Views keep their whole buffer alive: when most of a split buffer is dead, the living part moves
-to one of its own.
+"""Compaction of buffers that are mostly dead, because a view keeps its whole buffer alive.
 
-A buffer (an edge's bytes, a segment's rows) is born with one insert, so the nodes that share it
-after splits are a chain from top to bottom, and they go from the bottom up: what lives is always a
-prefix of the buffer. When a node goes and less than half of the buffer is left, that prefix is
-copied once and the buffer is let go: amortised O(1) a token.
+A buffer (bytes of an edge, rows of a segment) is created by one insertion. The nodes that share it
+after splits form a chain from top to bottom and are removed from the bottom up. So the living part
+is always a prefix of the buffer. When a node is removed and less than half of the buffer is alive,
+that prefix is copied and the buffer is released: amortised O(1) per token.
 """
 
 from __future__ import annotations
@@ -17,8 +16,11 @@ from hybridcache.tokens import Indices
 
 
 def compact_rows(node: RadixNode, gone: Indices) -> Indices | None:
-    """``gone`` were the rows of a child of ``node`` that has just left. What is left of their
-    buffer, perhaps in a new one; None: nothing. O(1), or O(rows that live)."""
+    """Compact the buffer of ``gone``, the rows of a child of ``node`` that was just removed.
+
+    Returns the living rows of that buffer, possibly in a new one, or None if there are none. O(1),
+    or O(living rows).
+    """
     base = gone.base
     if not isinstance(base, np.ndarray) or node.kv is None:
         return None
@@ -38,8 +40,10 @@ def compact_rows(node: RadixNode, gone: Indices) -> Indices | None:
 
 
 def compact_edges(node: RadixNode, gone: bytes | memoryview) -> None:
-    """``gone`` was the edge of a child of ``node`` that has just left. O(1), or O(tokens that
-    live)."""
+    """Compact the buffer of ``gone``, the edge of a child of ``node`` that was just removed.
+
+    O(1), or O(living tokens).
+    """
     if not isinstance(gone, memoryview) or not isinstance(node.edge, memoryview):
         return
     whole = gone.obj

@@ -1,5 +1,4 @@
-"""What followed a path before: read off the tree, ghosts included, since tokens are all that is
-wanted."""
+"""Lookup of the tokens that followed a path before, ghosts included."""
 
 from __future__ import annotations
 
@@ -13,17 +12,17 @@ from hybridcache.radix.tree import TOKEN_BYTES, Family, RadixNode, edge_tokens, 
 from hybridcache.tokens import Tokens
 
 MAX_BRANCHES = 64
-"""Children that are looked at where several go on alike: the newest."""
+"""Number of children, the newest, that are compared if several continue alike."""
 NOTHING: Tokens = np.empty(0, np.int32)
 NOTHING.setflags(write=False)
 
 
 def continuation(node: RadixNode, tokens: Tokens, max_tokens: int, page_size: int) -> Tokens:
-    """Up to ``max_tokens`` ids that followed ``tokens`` when these came after ``node``'s end; empty
-    where they never did. Reads only.
+    """Return up to ``max_tokens`` ids that followed ``tokens`` after the end of ``node`` before.
 
-    At a fork the child that was used last is followed, and resident ones before ghosts. O(length of
-    ``tokens``, compared as bytes, + nodes on the way, of a fork up to ``MAX_BRANCHES``).
+    The result is empty if they never did. Changes nothing. At a fork, the child that was used last
+    is followed, resident ones before ghosts. O(length of ``tokens``, compared as bytes, plus nodes
+    on the path, plus up to ``MAX_BRANCHES`` per fork).
     """
     rest, at, found = tokens.tobytes(), 0, []
     num_missing = max_tokens
@@ -43,8 +42,10 @@ def continuation(node: RadixNode, tokens: Tokens, max_tokens: int, page_size: in
 
 
 def _next(node: RadixNode, tokens: Tokens, at: int, page_size: int) -> RadixNode | None:
-    """The child that ``tokens`` go on to from ``at``, or may: where less than a page is left, the
-    one used last of those that begin so."""
+    """Return the child on which ``tokens`` continue at ``at``, or None.
+
+    If less than a page remains, this is the child used last of those that begin with it.
+    """
     families = (node.children, node.ghosts)
     if len(tokens) - at >= page_size:
         key = first_page(tokens, at, page_size)

@@ -1,8 +1,8 @@
-"""Ghosts: nodes of which only the tokens are left, bounded in bytes, oldest forgotten first.
+"""Ghosts: nodes of which only the tokens remain, bounded in bytes, the oldest removed first.
 
-Order is the order in which their KV went. KV goes from the leaves up, so a ghost's children always
-stand before it and the oldest ghost never has children: forgetting is O(1) and needs no search. A
-ghost that comes again is revived.
+They are ordered by the eviction of their KV. KV is evicted from the leaves up, so the children of a
+ghost precede it, and the oldest ghost never has children. Removing it is O(1) and needs no search.
+A ghost is revived if its tokens are published again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from hybridcache.radix.tree import TOKEN_BYTES, Checkpoint, RadixNode, RadixTree
 from hybridcache.tokens import Tokens
 
 GHOST_NODE_BYTES = 640
-"""Host bytes a ghost node takes beside its tokens (measured: node, two views, dict entries)."""
+"""Host bytes of a ghost node in addition to its tokens (measured: node, two views, dict entries).
+"""
 
 
 def read_ghosts(
     tree: RadixTree, node: RadixNode, tokens: Tokens
 ) -> tuple[int, Checkpoint | None, bool]:
-    """(how deep ``tokens``, whose resident part ends with ``node``, were ever seen, the deepest
-    evicted checkpoint down there that could be resumed from, whether other tokens were seen to
-    follow). O(len(tokens))."""
+    """Follow ``tokens`` through the ghosts below ``node``, the end of their resident part. O(n).
+
+    Returns the length of the tokens seen before, the deepest evicted checkpoint on the way that
+    could be resumed from (or None), and whether other tokens were seen to follow.
+    """
     ghost, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
     forks = inside is not None or bool(ghost.children) or bool(ghost.ghosts)
     while ghost is not node:
@@ -35,7 +38,7 @@ def read_ghosts(
 
 
 class GhostList:
-    """The ghosts of one tree. Every operation O(1); ``trim`` O(1) a ghost forgotten."""
+    """Ghosts of one tree. Every operation is O(1); ``trim`` is O(1) per removed ghost."""
 
     def __init__(self, tree: RadixTree, limit_bytes: int) -> None:
         self.tree = tree
@@ -48,7 +51,7 @@ class GhostList:
         return len(self._order)
 
     def oldest_first(self) -> Iterator[RadixNode]:
-        """All ghosts, the next to be forgotten first."""
+        """Iterate over all ghosts, the next to be removed first."""
         return iter(self._order)
 
     @property
@@ -56,7 +59,7 @@ class GhostList:
         return (self.num_bytes - GHOST_NODE_BYTES * len(self._order)) // TOKEN_BYTES
 
     def add(self, ghost: RadixNode) -> None:
-        """``ghost`` has just lost its KV."""
+        """Add ``ghost``, which has just lost its KV."""
         assert ghost.parent is not None
         self._order[ghost] = None
         # The edge's length without looking at the edge: it has been cold for as long as the node
@@ -64,17 +67,17 @@ class GhostList:
         self.num_bytes += (ghost.end - ghost.parent.end) * TOKEN_BYTES + GHOST_NODE_BYTES
 
     def discard(self, ghost: RadixNode) -> None:
-        """``ghost`` is resident again."""
+        """Remove ``ghost``, which is resident again."""
         del self._order[ghost]
         self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
 
     def shrink(self, num_bytes: int) -> None:
-        """A ghost lost the first ``num_bytes`` of its edge to a node that was split off above it
-        and revived."""
+        """Subtract the first ``num_bytes`` of the edge of a ghost, which became a resident node
+        above it."""
         self.num_bytes -= num_bytes
 
     def trim(self) -> None:
-        """Forget the oldest until the rest fits."""
+        """Remove the oldest ghosts until the others fit in ``limit_bytes``."""
         while self.num_bytes > self.limit_bytes:
             ghost, _ = self._order.popitem(last=False)
             self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES

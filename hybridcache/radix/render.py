@@ -22,31 +22,30 @@ from typing import NamedTuple
 from hybridcache.radix.tree import RadixNode, RadixTree, members
 
 MAX_LETTERS = 80
-"""Of a label or a namespace; what is longer is cut."""
+"""Maximum length of a drawn label or namespace; longer ones are shortened."""
 
 
 class Drawn(NamedTuple):
-    """One node on its way to a picture."""
+    """Node to be drawn."""
 
     node: RadixNode
     depth: int
     last: bool
-    """The last among its siblings."""
+    """True for the last of its siblings."""
     only: bool
-    """It has no siblings."""
+    """True if it has no siblings."""
 
 
 class Plan(NamedTuple):
-    """What a picture shows: namespaces in the order in which they came, nodes depth first, resident
-    ones before ghosts."""
+    """Contents of a drawing: namespaces in order of creation, nodes depth first, ghosts last."""
 
     namespaces: list[tuple[str, list[Drawn]]]
     left_out: str | None
-    """What it does not show, in words; None: nothing."""
+    """Sentence about the parts that are not drawn, or None."""
 
 
 def plan_of(tree: RadixTree, max_nodes: int) -> Plan:
-    """The first ``max_nodes`` nodes and the namespaces they are in. O(nodes drawn)."""
+    """Return the first ``max_nodes`` nodes with their namespaces. O(nodes drawn)."""
     namespaces: list[tuple[str, list[Drawn]]] = []
     room = max_nodes
     for root in tree.roots.values():
@@ -66,7 +65,7 @@ def plan_of(tree: RadixTree, max_nodes: int) -> Plan:
 
 
 def describe(node: RadixNode) -> str:
-    """One node in one line of printable letters."""
+    """Return one line of printable letters about a node."""
     words = [f"{node.start}..{node.end}"]
     if node.kv is None:
         stored = node.offloaded is not None and node.offloaded.kv is not None
@@ -85,8 +84,10 @@ def describe(node: RadixNode) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` in one line that any picture can hold: what does not print is escaped, as Python
-    does, and no more than ``MAX_LETTERS`` are kept."""
+    """Return ``text`` in one printable line of at most ``MAX_LETTERS`` letters.
+
+    Unprintable letters are escaped as in Python.
+    """
     if len(text) > MAX_LETTERS:
         text = text[: MAX_LETTERS - 3] + "..."
     return "".join(
@@ -96,10 +97,10 @@ def printable(text: str) -> str:
 
 
 def render_text(tree: RadixTree, max_nodes: int) -> str:
-    """An outline, a line a node. An only child stands below its parent, no deeper; what was left
-    out is counted at the end.
+    """Return an outline with one line per node. An only child is not indented.
 
-    ``*`` checkpoint, ``-`` tombstone, ``~`` ghost, ``v`` in a lower tier.
+    ``*`` checkpoint, ``-`` tombstone, ``~`` ghost, ``v`` offloaded. The last line counts omitted
+    nodes.
     """
     plan = plan_of(tree, max_nodes)
     lines: list[str] = []
@@ -122,8 +123,7 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
 
 
 def render_graphviz(tree: RadixTree, max_nodes: int) -> str:
-    """Source for ``dot``: boxes for resident nodes, dashed for ghosts, filled where a checkpoint
-    stands."""
+    """Return source for ``dot``. Ghosts are dashed; nodes with a checkpoint are filled."""
     plan = plan_of(tree, max_nodes)
     lines = ["digraph cache {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
     names: dict[RadixNode, str] = {}
@@ -142,7 +142,7 @@ def render_graphviz(tree: RadixTree, max_nodes: int) -> str:
 
 
 def _walk(root: RadixNode) -> Iterator[Drawn]:
-    """Nodes below ``root``, depth first. Looks at no node before it is asked for it."""
+    """Iterate lazily over the nodes below ``root``, depth first."""
     stack = [_children(root)]
     while stack:
         child = next(stack[-1], None)
@@ -155,7 +155,7 @@ def _walk(root: RadixNode) -> Iterator[Drawn]:
 
 
 def _children(node: RadixNode) -> Iterator[tuple[RadixNode, bool, bool]]:
-    """(child, is it the last, is it the only one)."""
+    """Iterate over (child, whether it is the last, whether it is the only one)."""
     resident, ghosts = members(node.children), members(node.ghosts)
     num_children = len(resident) + len(ghosts)
     for number, child in enumerate(chain(resident, ghosts), 1):
@@ -171,7 +171,8 @@ def _quoted(text: str) -> str:
 
 
 WIDTH, MARGIN, LANE, TITLE, LETTER = 1000, 16, 20, 24, 6.1
-"""Of the drawing, around it, a leaf's lane, a namespace's title, a letter of the labels; pixels."""
+"""Lengths in pixels: drawing, its margin, lane of a leaf, title of a namespace, letter of a label.
+"""
 FILLS = {"resident": "#9ecae1", "dead": "#fdd0a2", "ghost": "#e8e8e8"}
 INK, FAINT, DARK, RED = "#333", "#d9d9d9", "#08306b", "#c00"
 LEGEND = (
@@ -186,7 +187,7 @@ LEGEND = (
 
 
 class _Place(NamedTuple):
-    """Where a bar stands; pixels."""
+    """Position and size of a bar, pixels."""
 
     x: float
     y: float
@@ -195,8 +196,10 @@ class _Place(NamedTuple):
 
 
 def render_svg(tree: RadixTree, max_nodes: int) -> str:
-    """The drawing, with its legend, its axis of tokens, and a note of what was left out. Each bar
-    tells of its node when pointed at."""
+    """Return a drawing with a legend, an axis of tokens, and a note about omitted nodes.
+
+    Each bar has a tooltip that describes its node.
+    """
     plan = plan_of(tree, max_nodes)
     deepest = max((drawn.node.end for _, nodes in plan.namespaces for drawn in nodes), default=1)
     scale = (WIDTH - 2 * MARGIN) / deepest
@@ -256,7 +259,7 @@ def _mark_of(node: RadixNode) -> str | None:
 
 
 def _mark(kind: str, x: float, y: float) -> str:
-    """A dot, hollow where superseded; a cross for a tombstone."""
+    """Return a dot for a checkpoint, hollow if superseded, or a cross for a tombstone."""
     if kind == "tombstone":
         cross = f"M{x - 3:.1f} {y - 3:.1f}l6 6m0 -6l-6 6"
         return f'<path d="{cross}" stroke="{RED}" stroke-width="1.5" fill="none"/>'
@@ -266,7 +269,7 @@ def _mark(kind: str, x: float, y: float) -> str:
 
 
 def _legend() -> tuple[list[str], int]:
-    """What the colours and marks mean, in one row, and where it ends."""
+    """Return a row that explains the colours and marks, and its lower edge."""
     parts, x, y = [], float(MARGIN), MARGIN
     for kind, words in LEGEND:
         if kind in FILLS or kind == "locked":
@@ -281,7 +284,7 @@ def _legend() -> tuple[list[str], int]:
 
 
 def _axis(deepest: int, scale: float, spans: list[tuple[int, int]], bottom: int) -> list[str]:
-    """Lines through ``spans`` and numbers below them at round positions, at most a dozen."""
+    """Return lines through ``spans``, and numbers below them at up to a dozen round positions."""
     step = next(
         step
         for power in range(20)
@@ -307,8 +310,7 @@ def _words(x: float, y: float, text: str, anchor: str = "start", weight: str = "
 
 
 def _lanes(nodes: list[Drawn]) -> dict[RadixNode, tuple[int, int]]:
-    """First and last lane of each node: its own where no child of it is drawn, else all of its
-    children's."""
+    """Return the first and last lane of each node: its own, or those of all its drawn children."""
     lanes: dict[RadixNode, tuple[int, int]] = {}
     num_leaves = 0
     for drawn, following in zip(nodes, [*nodes[1:], None], strict=True):

@@ -1,15 +1,13 @@
-"""Which KV rows belong to which node, and their concatenation along a path.
+"""KV rows along a path, and the node that owns each row.
 
-Rows that were gathered lately: a conversation's next turn asks for what its last one
-got.
+``GatherCache`` keeps concatenated rows of recent paths, because the next turn of a conversation
+needs those of its last one.
 
-Who in the tree owns a row of an arena, known without a search; and what a move changes.
-
-The rows of what one insert brought are one buffer, and the nodes that came of it by splits hold
-views of it (``radix.compact``). So a row has a buffer, whatever is split, and renaming it there
-renames it in the node. A table of all rows holds the numbers of their buffers. It is brought up to
-date only when a slab is emptied: what comes and goes between two moves costs an entry in a
-dictionary.
+``RowOwners`` finds the rows of an emptied arena slab in the tree without a search. The rows of one
+insertion are one buffer, and nodes that result from splits hold views of it (``radix.compact``). So
+a row has one buffer regardless of splits, and renaming it there renames it in the node. A table of
+all rows holds the numbers of their buffers. It is updated only when a slab is emptied: until then,
+a change costs one dictionary entry.
 """
 
 from __future__ import annotations
@@ -23,17 +21,16 @@ from hybridcache.radix.tree import Segment
 from hybridcache.tokens import Indices
 
 ENTRY_ROWS = 64
-"""What an answer takes beside its rows, in rows of 4 bytes (measured: the array's head and the
-entry of the dictionary)."""
+"""Overhead of one cached result, in rows of 4 bytes (measured: array header and dictionary entry).
+"""
 
 
 class GatherCache:
-    """The latest answers of ``gather``, by the segment they end with.
+    """Recent results of ``gather``, by their last segment.
 
-    An answer stays true for as long as its segment is resident, whatever is split above or below,
-    until rows move (in an arena: then all are dropped); it goes with its segment. All together
-    weigh no more than the rows that are cached, or only the newest is left: then they are over by
-    ``ENTRY_ROWS`` at most.
+    A result is valid while its segment is resident, regardless of splits, until rows move (then all
+    are dropped). It is removed with its segment. All together weigh no more than the cached rows,
+    or only the newest remains: then they exceed the limit by at most ``ENTRY_ROWS``.
     """
 
     __slots__ = ("num_rows", "rows")
@@ -41,18 +38,22 @@ class GatherCache:
     def __init__(self) -> None:
         self.rows: OrderedDict[Segment, Indices] = OrderedDict()
         self.num_rows = 0
-        """What all answers weigh."""
+        """Weight of all results, in rows."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def get(self, segment: Segment) -> Indices | None:
-        """The rows from the root to the end of ``segment``, if they are known. O(1)."""
+        """Return the rows from the root to the end of ``segment`` if they are cached, else None.
+        O(1)."""
         return self.rows.get(segment)
 
     def join(self, segment: Segment, limit_rows: int) -> Indices:
-        """The rows from the root to the end of ``segment``, from the pieces on its path, and
-        ``keep`` them: read-only. O(rows)."""
+        """Concatenate the rows from the root to the end of ``segment``, and keep the result.
+        O(rows).
+
+        The result is read-only.
+        """
         parts = [segment.indices]
         extends = None
         above = segment.node.parent
@@ -73,8 +74,11 @@ class GatherCache:
     def keep(
         self, segment: Segment, rows: Indices, extends: Segment | None, limit_rows: int
     ) -> None:
-        """Remember an answer. Before all others goes one that a later one ``extends``: its
-        conversation went on. O(1) amortised."""
+        """Store a result. O(1) amortised.
+
+        A result that a later one ``extends`` is evicted before all others, because its conversation
+        continued.
+        """
         if extends is not None:
             self.rows.move_to_end(extends, last=False)
         self.rows[segment] = rows
@@ -83,18 +87,19 @@ class GatherCache:
             self.trim(limit_rows)
 
     def discard(self, segment: Segment) -> None:
-        """``segment``, an answer's, is resident no more. O(1)."""
+        """Remove the result of ``segment``, which is no longer resident. O(1)."""
         self.num_rows -= len(self.rows.pop(segment)) + ENTRY_ROWS
 
     def trim(self, limit_rows: int) -> None:
-        """Let the oldest go until the rest fits, or only the newest is left."""
+        """Remove the oldest results until the others fit in ``limit_rows``, or only the newest
+        remains."""
         known = self.rows
         while self.num_rows > limit_rows and len(known) > 1:
             _, rows = known.popitem(last=False)
             self.num_rows -= len(rows) + ENTRY_ROWS
 
     def check(self, limit_rows: int) -> None:
-        """O(answers)."""
+        """Recompute the weight and check all results. O(results)."""
         num_rows = sum(len(rows) + ENTRY_ROWS for rows in self.rows.values())
         assert num_rows == self.num_rows, f"gathers weigh {num_rows} rows, counted {self.num_rows}"
         assert num_rows <= limit_rows + ENTRY_ROWS, "gathers are over their limit"
@@ -108,29 +113,31 @@ class GatherCache:
 
 
 class RowOwners:
-    """The buffers of one tree. A ``RowHolder``, which owns the cached rows."""
+    """Row buffers of one tree. A ``RowHolder``, which owns the cached rows."""
 
     __slots__ = ("_free_numbers", "_gathered", "_new", "_numbered", "_numbers")
 
     def __init__(self, num_rows: int, gathered: GatherCache) -> None:
-        """``gathered``: answers that name rows too; they are forgotten when rows move."""
+        """``gathered``: cached results, which are dropped when rows move."""
         self._gathered = gathered
         # By row the number of its buffer: right for rows that the tree had at the last move and
         # still has. Host memory is taken as rows are used.
         self._numbers = np.zeros(num_rows, np.int32)
         self._numbered: list[Indices | None] = []
-        """By number: what lives of a buffer."""
+        """Living part of each buffer, by number."""
         self._free_numbers: list[int] = []
         self._new: dict[int, Indices] = {}
-        """By identity of the buffer: those that have no number yet."""
+        """Buffers without a number yet, by identity."""
 
     def add(self, rows: Indices) -> None:
-        """A buffer came, all of it alive. O(1)."""
+        """Add a buffer, all of it alive. O(1)."""
         self._new[id(rows)] = rows
 
     def shrink(self, gone: Indices, living: Indices | None) -> None:
-        """``gone``, the last rows of a buffer, went; ``living`` is left of it, perhaps in a new
-        array; None: nothing. O(1)."""
+        """Remove ``gone``, the last rows of a buffer. O(1).
+
+        ``living`` is the remaining part, possibly in a new array, or None if nothing remains.
+        """
         if self._new.pop(id(_buffer(gone)), None) is not None:
             if living is not None:
                 self._new[id(_buffer(living))] = living
@@ -141,16 +148,18 @@ class RowOwners:
             self._free_numbers.append(number)
 
     def rows_moved(self, move: Move) -> int:
-        """Rename ``move``'s rows in their buffers; how many are cached. O(rows of those buffers +
-        rows that came since the last move)."""
+        """Rename the rows of ``move`` in their buffers, and return how many of them are cached.
+
+        O(rows of those buffers + rows added since the last move).
+        """
         self._gathered.clear()
         self._number_new()
         numbers = self._numbers.take(move.src)
         self._numbers[move.dst.astype(np.intp)] = numbers
         num_owned = 0
         for number in np.flatnonzero(np.bincount(numbers)).tolist():
-            # A row that left the tree still has its old number, which may be another's by now, or
-            # nobody's: what counts is what the buffer holds.
+            # A row that left the tree keeps its old number, which may be unused or reused by now.
+            # Only the rows in the buffer count.
             rows = self._numbered[number] if number < len(self._numbered) else None
             if rows is not None:
                 num_owned += len(move.rename(rows))
@@ -175,8 +184,12 @@ class RowOwners:
         self._numbers[index] = np.repeat(np.array(numbers, np.int32), lengths)
 
     def check(self, segments: list[Indices]) -> None:
-        """``segments``: the rows of all resident nodes. AssertionError unless each is known in its
-        buffer. O(rows)."""
+        """Check that each row of ``segments``, the rows of all resident nodes, is in its buffer.
+        O(rows).
+
+        Raises:
+            AssertionError: one is not.
+        """
         numbered = [rows for rows in self._numbered if rows is not None]
         lengths: dict[int, int] = {}
         for rows in segments:

@@ -1,28 +1,19 @@
-"""Radix tree: nodes, the items on them, walks, splits.
+"""Radix tree over token ids: nodes, their items, walks and splits.
 
-Token ids as bytes: how an edge is compared with a prompt and how a child is found.
+``RadixTree`` has one root per namespace. ``RadixNode`` is the structure; its evictable items are
+the ``Segment`` (KV rows of its edge) and the ``Checkpoint`` (state at its end). They have the
+attributes that policies see (``policies.protocol.Item``). A node without a segment is a *ghost*:
+its tokens are remembered, but it has no KV on the device. Resident children and ghosts are separate
+families, so that the length of the KV and the length of the seen tokens are two plain walks without
+recursion.
 
-An edge is int32 ids as bytes (4 a token), so that comparing a whole edge is one ``memcmp``; a split
-makes two views of the same bytes. A child is found by the edge's first page: by its int id where a
-page is one token (a memoryview hands it out without a numpy scalar), by its bytes where a page is
-longer.
+An edge is stored as the bytes of its int32 ids (4 per token), so that an edge is compared with one
+``memcmp``. A split makes two views of the same bytes. The key of a child is the first page of its
+edge: an int if pages have one token, else bytes. A memoryview yields the int without a numpy
+scalar.
 
-One node of the tree, and the two things that can hang on it: KV rows and a checkpoint.
-
-``RadixNode`` is the structure. ``Segment`` (the KV rows of its edge) and ``Checkpoint`` (a state at
-its end) are the evictable items: they carry what a policy may see (``policies.protocol.Item``). A
-node without a segment is a *ghost*: its tokens are remembered, nothing can be read from it.
-
-What of a node lies in lower memory: the rows of its KV, and a state.
-
-A node with offloaded KV or an offloaded state, or with such a child, has an ``OffloadedEntry``;
-all others have None. ``OffloadedCheckpoint`` is the item that a tier's policy orders.
-
-The compressed radix tree over token ids: walk, split, grow, revive, detach.
-
-Pure structure: one root per namespace, edges as byte views that a split shares, resident children
-and ghost children apart so that "how deep does KV reach" and "how deep were the tokens seen" are
-two plain walks. No recursion.
+A node with offloaded KV or an offloaded state, or with such a child, has an ``OffloadedEntry``; all
+others have None. ``OffloadedCheckpoint`` is the item that a tier's policy orders.
 """
 
 from __future__ import annotations
@@ -43,49 +34,53 @@ Edge = bytes | memoryview
 
 
 def child_key(edge: Edge, page_size: int) -> ChildKey:
-    """The dict key under which an edge hangs at its parent: its first page. O(page)."""
+    """Return the dict key of a child with this edge: its first page. O(page)."""
     if page_size == 1:
         return int.from_bytes(edge[:TOKEN_BYTES], sys.byteorder, signed=True)
     return bytes(edge[: page_size * TOKEN_BYTES])
 
 
 def first_page(tokens: Tokens, at: int, page_size: int) -> ChildKey:
-    """The key of the child that ``tokens`` go on to from ``at``. O(page)."""
+    """Return the key of the child on which ``tokens`` continue at ``at``. O(page)."""
     return tokens.item(at) if page_size == 1 else tokens[at : at + page_size].tobytes()
 
 
 def edge_tokens(edge: Edge) -> Tokens:
-    """The ids of an edge: int32 view, read-only. O(1)."""
+    """Return the ids of an edge: an int32 view, read-only. O(1)."""
     return np.frombuffer(edge, dtype=np.int32)
 
 
 Family: TypeAlias = "RadixNode | dict[Hashable, RadixNode] | None"
-"""The children of a node: None, the one child itself, or a dict of two and more by their keys. Most
-nodes have one child or none, since a conversation is a chain: a dict for each would take 64 to 224
-bytes and two cold cache lines at every step of a walk."""
+"""Children of a node: None, the only child itself, or a dict of two or more by their keys.
+
+Most nodes have at most one child, since a conversation is a chain. A dict for each would take 64 to
+224 bytes and two cold cache lines at every step of a walk.
+"""
 
 
 class ItemBytes(NamedTuple):
-    """What one cached thing weighs on the device, bytes."""
+    """Bytes of one token's KV and of one state on the device."""
 
     kv_token: int
     state: int
-    """0 in an attention-only cache."""
+    """It is 0 in an attention-only cache."""
 
 
 class NodeHandle:
-    """An opaque position in a cache's tree, as ``match`` and ``insert`` return it.
+    """Opaque position in the tree of a cache, returned by ``match`` and ``insert``.
 
-    Pass it to ``lock``, ``gather``, ``insert(after=...)`` of the same cache, and look at nothing in
-    it. It is valid until the next insertion or eviction, or for as long as it is locked.
+    Pass it to ``lock``, ``gather`` or ``insert(after=...)`` of the same cache. It is valid until
+    the next insertion or eviction, or for as long as it is locked.
     """
 
     __slots__ = ()
 
 
 class RadixNode(NodeHandle):
-    """Tokens (``start``, ``end``] of some prompts. Mutable; one of the ``children`` or of the
-    ``ghosts`` of its parent."""
+    """Node for the tokens in (``start``, ``end``] of some prompts.
+
+    Mutable. It is in ``children`` or ``ghosts`` of its parent.
+    """
 
     __slots__ = (
         "checkpoint",
@@ -105,29 +100,29 @@ class RadixNode(NodeHandle):
 
     def __init__(self, parent: RadixNode | None, key: Hashable, edge: Edge, end: int) -> None:
         self.parent = parent
-        """None at a root."""
+        """Parent node; None for a root."""
         self.key = key
         self.edge = edge
-        """The edge's int32 ids as bytes, or a view of some."""
+        """Bytes of the int32 ids of the edge, possibly a view."""
         self.end = end
-        """Tokens from the root to this node's end."""
+        """Number of tokens from the root to the end of this node."""
         self.children: Family = None
-        """Children whose KV is resident."""
+        """Children with resident KV."""
         self.ghosts: Family = None
-        """Children of which only tokens are left."""
+        """Children with evicted KV."""
         self.kv: Segment | None = None
-        """None: a ghost (or a root)."""
+        """KV rows of the edge; None for ghosts and roots."""
         self.checkpoint: Checkpoint | None = None
         self.locks = 0
         self.lost_checkpoint: Checkpoint | None = None
-        """The checkpoint that stood here and was evicted: a tombstone while KV is resident, a
-        regret in a ghost."""
+        """Checkpoint that was evicted from here, or None. A resident node with one is a tombstone.
+        """
         self.deeper: Checkpoint | None = None
-        """At the top of a run: its first checkpoint (``radix.forks``)."""
+        """First checkpoint of the run, if this node is the top of a run (``radix.checkpoints``)."""
         self.pins = 0
-        """See ``locked_paths``."""
+        """Number of counted locks (``residency.LockedPaths``)."""
         self.offloaded: OffloadedEntry | None = None
-        """What lower memory holds of it (``radix.stored``)."""
+        """Offloaded KV and state of this node, or None."""
 
     @property
     def start(self) -> int:
@@ -135,7 +130,7 @@ class RadixNode(NodeHandle):
 
     @property
     def tokens(self) -> Tokens:
-        """The edge's ids: int32[end - start], read-only."""
+        """Ids of the edge: int32[end - start], read-only."""
         return edge_tokens(self.edge)
 
     def __repr__(self) -> str:
@@ -145,7 +140,7 @@ class RadixNode(NodeHandle):
 
 
 class Segment:
-    """The KV rows of one node's edge: an evictable item of kind ``kv``."""
+    """KV rows of the edge of one node: an evictable item of kind ``kv``."""
 
     __slots__ = ("created", "indices", "item_bytes", "last_used", "memo", "node", "serial", "uses")
 
@@ -175,14 +170,17 @@ class Segment:
 
     @property
     def dead(self) -> bool:
-        """A leaf from which nothing can be resumed. O(1)."""
+        """True for a leaf without a checkpoint, which nothing can be resumed from. O(1)."""
         node = self.node
         return node.checkpoint is None and not node.children and self.item_bytes.state > 0
 
     @property
     def span(self) -> int:
-        """Tokens back to the nearest checkpoint above; its own where there are no states. O(nodes
-        between)."""
+        """Number of tokens back to the nearest checkpoint above, or its own length in a cache
+        without states.
+
+        O(nodes between).
+        """
         if not self.item_bytes.state:
             return len(self.indices)
         above = self.above
@@ -190,8 +188,11 @@ class Segment:
 
     @property
     def size_bytes(self) -> int:
-        """Its rows, the state that can not outlive them, and the tail above that goes with them.
-        O(nodes in the tail)."""
+        """Bytes of its rows, the state that depends on them, and the tail above that is evicted
+        with them.
+
+        O(nodes in the tail).
+        """
         state = 0 if self.node.checkpoint is None else self.item_bytes.state
         return state + tail_bytes(self.node, self.item_bytes)
 
@@ -200,7 +201,7 @@ class Segment:
 
 
 class Checkpoint:
-    """A state after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
+    """State after exactly ``node.end`` tokens: an evictable item of kind ``checkpoint``."""
 
     __slots__ = (
         "created",
@@ -240,9 +241,10 @@ class Checkpoint:
         self.superseded = False
         self.shallower: RadixNode | Checkpoint | None = None
         self.deeper: Checkpoint | None = None
-        """Its neighbours on its run (``radix.forks``); None and None once it was evicted."""
+        """Next deeper checkpoint of its run; ``shallower`` is the previous one. Both are None once
+        evicted."""
         self.stored: OffloadedCheckpoint | None = None
-        """What it became in a lower tier when it was evicted, if one let it in."""
+        """Item in an offload tier that replaced it, or None."""
         self.memo: Any = None
 
     @property
@@ -251,8 +253,7 @@ class Checkpoint:
 
     @property
     def above(self) -> Checkpoint | None:
-        """Nearest checkpoint above. O(1) on its own run, else O(nodes between its top and that
-        one)."""
+        """Nearest checkpoint above. O(1) on its own run, else O(nodes between)."""
         before = self.shallower
         if isinstance(before, Checkpoint):
             return before
@@ -260,14 +261,16 @@ class Checkpoint:
 
     @property
     def span(self) -> int:
-        """Tokens back to the nearest checkpoint above. Costs as ``above``."""
+        """Number of tokens back to the nearest checkpoint above. Costs as ``above``."""
         above = self.above
         return self.node.end - (0 if above is None else above.node.end)
 
     @property
     def size_bytes(self) -> int:
-        """Its state, and at a leaf the KV tail that nothing could resume from any more. O(nodes in
-        the tail)."""
+        """Bytes of its state. For a leaf, also the KV tail that nothing else could be resumed from.
+
+        O(nodes in the tail).
+        """
         size = self.item_bytes.state
         return size if self.node.children else size + tail_bytes(self.node, self.item_bytes)
 
@@ -276,8 +279,10 @@ class Checkpoint:
 
 
 def checkpoint_above(node: RadixNode) -> Checkpoint | None:
-    """The nearest checkpoint strictly above ``node``'s end; None up to the root. O(nodes
-    between)."""
+    """Return the nearest checkpoint strictly above the end of ``node``, or None.
+
+    O(nodes between).
+    """
     above = node.parent
     while above is not None and above.checkpoint is None:
         above = above.parent
@@ -285,8 +290,10 @@ def checkpoint_above(node: RadixNode) -> Checkpoint | None:
 
 
 def ghosts_above(node: RadixNode) -> Iterator[Checkpoint]:
-    """Evicted checkpoints strictly above ``node``'s end, up to the nearest one that is there, the
-    deepest first. O(nodes between)."""
+    """Iterate over evicted checkpoints strictly above the end of ``node``, the deepest first.
+
+    Stops at the nearest live checkpoint. O(nodes between).
+    """
     above = node.parent
     while above is not None and above.checkpoint is None:
         if above.lost_checkpoint is not None:
@@ -295,8 +302,11 @@ def ghosts_above(node: RadixNode) -> Iterator[Checkpoint]:
 
 
 def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:
-    """Bytes of KV that go with ``node``'s: its own rows, and those of the stateless, unlocked,
-    unforked nodes above it, from which nothing could resume any more. O(nodes in the tail)."""
+    """Return the bytes of KV that are evicted together with the KV of ``node``.
+
+    These are its own rows and those of the stateless, unlocked, unforked nodes above, which nothing
+    could be resumed from any more. O(nodes in the tail).
+    """
     num_tokens = 0
     while node.kv is not None and node.parent is not None:
         num_tokens += node.end - node.parent.end
@@ -308,7 +318,7 @@ def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:
 
 
 def with_child(family: Family, child: RadixNode) -> Family:
-    """``family`` and ``child``, which has a key of its own. O(1)."""
+    """Return ``family`` with ``child`` added. O(1)."""
     if family is None:
         return child
     if isinstance(family, dict):
@@ -318,7 +328,7 @@ def with_child(family: Family, child: RadixNode) -> Family:
 
 
 def without_child(family: Family, child: RadixNode) -> Family:
-    """``family`` less ``child``, which is in it. O(1)."""
+    """Return ``family`` with ``child`` removed. O(1)."""
     if not isinstance(family, dict):
         return None
     del family[child.key]
@@ -329,30 +339,30 @@ def without_child(family: Family, child: RadixNode) -> Family:
 
 
 def only_child(family: Family) -> RadixNode | None:
-    """The one child; None if there is none, or more than one. O(1)."""
+    """Return the only child, or None if there is none or more than one. O(1)."""
     return None if isinstance(family, dict) else family
 
 
 def members(family: Family) -> Collection[RadixNode]:
-    """All of them, in the order in which they came. O(1)."""
+    """Return all children, in order of their creation. O(1)."""
     if isinstance(family, dict):
         return family.values()
     return () if family is None else (family,)
 
 
 class OffloadedEntry:
-    """The lower part of one node. Tiers are numbered from the nearest, 0."""
+    """Offloaded parts of one node. Tiers are numbered from the nearest, 0."""
 
     __slots__ = ("kv", "kv_tier", "num_children", "state")
 
     def __init__(self, num_tiers: int) -> None:
         self.kv: Indices | None = None
-        """Rows of the edge, of a ghost only: what is on the device is nowhere else."""
+        """Rows of the edge in tier ``kv_tier``, or None. Only ghosts have offloaded KV."""
         self.kv_tier = 0
         self.state: OffloadedCheckpoint | None = None
-        """None where the checkpoint is on the device, or nowhere."""
+        """Offloaded state, or None if the checkpoint is on the device or does not exist."""
         self.num_children = [0] * num_tiers
-        """By tier: ghosts below this node whose KV is there."""
+        """Number of ghosts below this node with KV in each tier."""
 
     @property
     def is_empty(self) -> bool:
@@ -360,8 +370,7 @@ class OffloadedEntry:
 
     @property
     def nearest(self) -> int | None:
-        """The nearest tier that holds something that needs this node's KV; None: nothing does.
-        O(tiers)."""
+        """Nearest tier with an entry that needs the KV of this node, or None. O(tiers)."""
         for tier, num_children in enumerate(self.num_children):
             if num_children or (self.state is not None and self.state.tier == tier):
                 return tier
@@ -369,8 +378,10 @@ class OffloadedEntry:
 
 
 def is_superseded(node: RadixNode) -> bool:
-    """Whether going down single children from ``node``, on the device or below, a state comes
-    before a fork or the end. O(nodes to it)."""
+    """Return whether a state, on the device or offloaded, is on the unforked path below ``node``.
+
+    O(nodes to it).
+    """
     while (child := _only_child(node)) is not None:
         if child.checkpoint is not None or (child.offloaded is not None and child.offloaded.state):
             return True
@@ -393,7 +404,7 @@ def _only_child(node: RadixNode) -> RadixNode | None:
 
 
 class OffloadedCheckpoint:
-    """A state in a lower tier: an evictable item of kind ``checkpoint``."""
+    """State in an offload tier: an evictable item of kind ``checkpoint``."""
 
     __slots__ = (
         "created",
@@ -424,13 +435,13 @@ class OffloadedCheckpoint:
         self.node = node
         self.tier = tier
         self.rows = rows
-        """Of its tier; none until there is room for them."""
+        """Rows of its tier. Empty until there is room for them."""
         self.created = self.last_used = now
         self.uses = 0
         self.serial = serial
         self.superseded = False
-        """A deeper state, in whatever tier, stands on its unforked path. Brought up to date where
-        it decides: when the item is let in, when a deeper one is, and before it goes."""
+        """True if a deeper state, in any tier, is on its unforked path. Updated only when it
+        matters: when this item or a deeper one is stored, and before it is evicted."""
         self.label = ""
         self.item_bytes = item_bytes
         self.memo: Any = None
@@ -439,8 +450,7 @@ class OffloadedCheckpoint:
     def offered(
         cls, was: Checkpoint | OffloadedCheckpoint, tier: int, rows: Indices
     ) -> OffloadedCheckpoint:
-        """What ``was`` one tier nearer. Use and age carry over; the memo does not, where another
-        policy made it."""
+        """Return the item for ``was`` in ``tier``, with its uses and age but without its memo."""
         state = cls(was.node, tier, rows, was.created, was.serial, was.item_bytes)
         state.last_used, state.uses = was.last_used, was.uses
         state.superseded, state.label = is_superseded(was.node), was.label
@@ -452,7 +462,7 @@ class OffloadedCheckpoint:
 
     @property
     def above(self) -> OffloadedCheckpoint | None:
-        """The nearest one above it that is of the same tier. O(nodes between)."""
+        """Nearest item above in the same tier. O(nodes between)."""
         above = self.node.parent
         while above is not None:
             entry = above.offloaded
@@ -463,7 +473,7 @@ class OffloadedCheckpoint:
 
     @property
     def span(self) -> int:
-        """Tokens back to the nearest state above, in whatever tier. O(nodes between)."""
+        """Number of tokens back to the nearest state above, in any tier. O(nodes between)."""
         above = self.node.parent
         while above is not None and above.checkpoint is None:
             if above.offloaded is not None and above.offloaded.state is not None:
@@ -473,7 +483,10 @@ class OffloadedCheckpoint:
 
     @property
     def size_bytes(self) -> int:
-        """Its state, and the KV that its tier holds for it alone. O(nodes of that)."""
+        """Bytes of its state, and of the KV that its tier holds for it alone.
+
+        O(nodes of that KV).
+        """
         node, item_bytes = self.node, self.item_bytes
         if node.kv is not None:
             # It has just left the device: where it was a leaf, its tail is about to follow.
@@ -498,45 +511,54 @@ class OffloadedCheckpoint:
 
 
 Walk = tuple[RadixNode, RadixNode | None, int]
-"""How far a prompt follows the resident part of the tree:
+"""Result of following a prompt through the resident part of the tree:
 
-- the deepest node whose edge, and all edges above, the prompt has whole;
-- the child of it in whose edge the walk ended (the prompt leaves it there, or ends there), or None;
-- tokens from the root to where it ended, whole pages.
+- the deepest node with a fully matched path;
+- its child with a partly matched edge, or None;
+- the number of matched tokens from the root, in whole pages.
 """
 
 
 class RadixTree:
-    """Nodes under one root per namespace. Every length given to it is a multiple of
-    ``page_size``."""
+    """Nodes under one root per namespace.
+
+    All lengths passed to it are multiples of ``page_size``.
+    """
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.roots: dict[Hashable, RadixNode] = {}
         self.num_nodes = 0
-        """Resident and ghost nodes, roots not counted."""
+        """Number of resident nodes and ghosts, without roots."""
 
     def root(self, namespace: Hashable) -> RadixNode:
-        """Return the root of ``namespace``, made if it is not there. O(1). ValueError: no value
-        for a namespace (``hybridcache.tokens``)."""
+        """Return the root of ``namespace``, creating it if needed. O(1).
+
+        Raises:
+            ValueError: the namespace is invalid (``hybridcache.tokens``).
+        """
         node = self.find_root(namespace)
         if node is None:
             node = self.roots[namespace] = RadixNode(None, namespace, b"", 0)
         return node
 
     def find_root(self, namespace: Hashable) -> RadixNode | None:
-        """Return the root of ``namespace``, or None if nothing is known of it. O(1). ValueError: no
-        value for a namespace."""
+        """Return the root of ``namespace``, or None. O(1).
+
+        Raises:
+            ValueError: the namespace is invalid.
+        """
         if type(namespace) not in PLAIN:
             require_namespace(namespace)
         return self.roots.get(namespace)
 
     def walk(self, node: RadixNode, tokens: Tokens, ghosts: bool = False) -> Walk:
-        """Follow ``tokens``, which start at ``node``'s end, through resident edges, or through
-        ghosts only. Reads only. O(len(tokens)).
+        """Follow ``tokens``, which start at the end of ``node``, through resident edges or through
+        ghosts.
 
-        A whole edge is compared by one ``memcmp``; where it differs is looked for once, at the end.
-        An only child is compared unasked: its key need not be looked up.
+        Changes nothing. O(len(tokens)): an edge is compared with one ``memcmp``, and the position
+        of a difference is searched once, at the end. An only child is compared without looking up
+        its key.
         """
         base = end = node.end
         family = node.ghosts if ghosts else node.children
@@ -568,7 +590,7 @@ class RadixTree:
         return node, None, end
 
     def grow(self, parent: RadixNode, tokens: Tokens) -> RadixNode:
-        """Hang a new node with a copy of ``tokens`` under ``parent``, as a resident child.
+        """Add a resident child with a copy of ``tokens`` to ``parent``, and return it.
         O(len(tokens))."""
         edge = tokens.tobytes()
         key = tokens.item(0) if self.page_size == 1 else child_key(edge, self.page_size)
@@ -578,11 +600,11 @@ class RadixTree:
         return child
 
     def split(self, lower: RadixNode, position: int) -> RadixNode:
-        """Cut ``lower``'s edge at ``position``; the new upper node is returned. Copies no tokens.
-        O(page).
+        """Split the edge of ``lower`` at ``position``, and return the new upper node. Copies no
+        tokens.
 
-        ``lower`` keeps its identity: its end, checkpoint and locks. The upper half is a ghost if
-        ``lower`` is one, else the caller owes it a segment.
+        ``lower`` keeps its end, checkpoint and locks. The upper half is a ghost if ``lower`` is
+        one; otherwise the caller must give it a segment. O(page).
         """
         parent = lower.parent
         assert parent is not None and parent.end < position < lower.end
@@ -607,7 +629,7 @@ class RadixTree:
         return upper
 
     def revive(self, ghost: RadixNode) -> None:
-        """Make a ghost a resident child again; the caller owes it a segment. O(1)."""
+        """Turn a ghost into a resident child. The caller must give it a segment. O(1)."""
         parent = ghost.parent
         assert parent is not None
         parent.ghosts = without_child(parent.ghosts, ghost)
@@ -628,14 +650,16 @@ class RadixTree:
         self.num_nodes -= 1
 
     def prune_root(self, namespace: Hashable) -> None:
-        """Drop the root of ``namespace`` if nothing hangs on it. O(1)."""
+        """Remove the root of ``namespace`` if it has no children. O(1)."""
         root = self.roots.get(namespace)
         if root is not None and not root.children and not root.ghosts:
             del self.roots[namespace]
 
     def nodes(self, start: RadixNode | None = None) -> Iterator[RadixNode]:
-        """Every node below ``start`` (default: below all roots), parents before children. O(tree),
-        no recursion."""
+        """Iterate over all nodes below ``start`` (default: all roots), parents before children.
+
+        O(tree), without recursion.
+        """
         stack = [start] if start is not None else list(self.roots.values())
         while stack:
             node = stack.pop()

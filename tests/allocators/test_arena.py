@@ -297,9 +297,9 @@ def test_rename_leaves_other_rows():
 
 def test_a_bad_call_is_refused_before_anything_changes():
     for bad in ((100, 0, 5, 1), (100, 1, -1, 1), (100, 1, 5, 0)):
-        with pytest.raises(ValueError, match="at least a byte"):
+        with pytest.raises(ValueError, match="must be at least 1"):
             ArenaAllocator(*bad)
-    with pytest.raises(ValueError, match="hold no page"):
+    with pytest.raises(ValueError, match="must hold at least one page"):
         ArenaAllocator(7, 2, 5, 4)
     arena = ArenaAllocator(20, 1, 10)
     rows, slot = arena.pages.allocate(5), arena.slots.allocate()

@@ -190,6 +190,6 @@ def test_words_for_memory():
     weights = {"kv_bytes_per_token": 2, "state_bytes": 5}
     with pytest.raises(ValueError, match="unknown memory 'ram'; known: arena, budget"):
         CacheConfig(total_bytes=10, memory="ram", **weights)
-    with pytest.raises(ValueError, match="an arena is made of total_bytes"):
+    with pytest.raises(ValueError, match="needs total_bytes"):
         CacheConfig(num_kv_tokens=10, num_slots=1, memory="arena", **weights)
     assert build_prefix_cache(CacheConfig(total_bytes=10, **weights)).arena is None

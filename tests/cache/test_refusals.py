@@ -77,15 +77,15 @@ def test_a_namespace_that_is_no_plain_value_is_refused():
 @pytest.mark.parametrize(
     ("positions", "slots", "labels", "sentence"),
     [
-        ((2, 4), (0, 1), ["end"], "1 labels for 2 checkpoints"),
-        ((2,), (0,), ["end", "branch"], "2 labels for 1 checkpoints"),
-        ((), (), ["end"], "1 labels for 0 checkpoints"),
-        ((2.0,), (0,), (), "two ints"),
-        (("2",), (0,), (), "two ints"),
-        ((2,), (None,), (), "two ints"),
-        ((2,), (10,), (), "the slot below 10"),
-        ((2,), (-1,), (), "the slot below 10"),
-        ((2, 4), (0, 0), (), "share a slot"),
+        ((2, 4), (0, 1), ["end"], "got 1 for 2 checkpoints"),
+        ((2,), (0,), ["end", "branch"], "got 2 for 1 checkpoints"),
+        ((), (), ["end"], "got 1 for 0 checkpoints"),
+        ((2.0,), (0,), (), "position: int, slot: int"),
+        (("2",), (0,), (), "position: int, slot: int"),
+        ((2,), (None,), (), "position: int, slot: int"),
+        ((2,), (10,), (), "0 <= slot < 10"),
+        ((2,), (-1,), (), "0 <= slot < 10"),
+        ((2, 4), (0, 0), (), "have the same slot"),
     ],
 )
 def test_malformed_checkpoints_are_refused_before_anything_changes(
@@ -116,7 +116,7 @@ def test_an_owned_part_that_is_no_part_of_the_prompt_is_refused(owned_from):
     cache = hybrid()
     publish(cache, ids("abcdefgh"), [8])
     rows = cache.allocate_kv(5)
-    with pytest.raises(ValueError, match="must lie in 0"):
+    with pytest.raises(ValueError, match="must be from 0"):
         cache.insert(ids("abcde"), rows, owned_from=owned_from)
     cache.check(held_tokens=5, held_slots=0)
 

@@ -307,7 +307,7 @@ def test_what_an_earlier_process_left_is_adopted_and_fetched():
     memory.check()
     assert memory.cache.match(ids("abcdefX")).cached_len == 6
     assert memory.cache.adopt(ids("abcd"), None, "disk") is None
-    with pytest.raises(ValueError, match="no tier 'host'"):
+    with pytest.raises(ValueError, match=r"tier must be one of .* \(got 'host'\)"):
         memory.cache.adopt(ids("ab"), None, "host")
     with pytest.raises(ValueError, match="multiple of 2"):
         memory.cache.adopt(ids("abc"), None, "disk")
@@ -371,9 +371,12 @@ def test_a_state_is_adopted_on_kv_that_was_on_disk_before_it_was_fetched():
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"host_bytes": 5}, "host_bytes 5 hold no state"),
-        ({"prefix_cache": "radix"}, "are for a hybrid cache"),
-        ({"kv_bytes_per_token": 1, "state_bytes": 1}, "give kv_bytes_per_token"),
+        ({"host_bytes": 5}, "host_bytes must hold at least one state"),
+        ({"prefix_cache": "radix"}, "host_bytes needs a hybrid cache"),
+        (
+            {"kv_bytes_per_token": 1, "state_bytes": 1},
+            "kv_bytes_per_token and state_bytes must be given",
+        ),
     ],
 )
 def test_tiers_that_can_not_be_are_refused(options: dict[str, object], why: str):
