@@ -33,11 +33,12 @@ import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from experiments import provenance
 from experiments.provenance import ROOT
-from hybridcache.lab.intervals import interval, paired
+from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.leaderboard import Board, Scores, Split
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
@@ -306,6 +307,50 @@ def leaderboard_table() -> str:
     )
 
 
+def default_table() -> str:
+    """Return hit rates of the candidate pairs on the generated traces of the evaluation split."""
+    from experiments.studies.default import DEFAULT
+
+    found: dict[str, dict[int, list[float]]] = {}
+    for record in records_of("study_default.jsonl"):
+        if record["split"] == "evaluation" and record["seed"] is not None:
+            by_seed = found.setdefault(record["pair"], {})
+            by_seed.setdefault(record["seed"], []).append(100 * record["token_hit_rate"])
+    means = {pair: [fmean(rates) for rates in by_seed.values()] for pair, by_seed in found.items()}
+    reference = DEFAULT if DEFAULT in means else next(iter(means))
+    rows = [
+        [f"`{pair}`", str(interval(each)), str(paired(each, means[reference]))]
+        for pair, each in sorted(means.items(), key=lambda item: -fmean(item[1]))
+    ]
+    heads = ["eviction@placement", "token hit rate, %", f"less `{reference}`, points"]
+    return markdown(heads, rows)
+
+
+def capacity_table() -> str:
+    """Return the gain of the default pair over LRU with fixed rules, at three sizes."""
+    rows = []
+    for record in records_of("study_capacity.jsonl"):
+        if "gain" in record:
+            places = [round(part * (len(record["gib"]) - 1)) for part in (0.2, 0.4, 0.6)]
+            cells = [
+                f"{record['gib'][at]:.3g} GiB: {Interval(*record['gain'][at])}" for at in places
+            ]
+            rows.append([record["trace"], str(record["seeds"]), *cells])
+    if not rows:
+        return "No bands: the study was last run with one seed."
+    return markdown(["trace", "seeds", "short memory", "more", "more still"], rows)
+
+
+def hints_table() -> str:
+    """Return the worth of boundary hints."""
+    from experiments.studies.hints import gains
+
+    rows = [
+        [pair, *map(str, both)] for pair, both in gains(records_of("study_hints.jsonl")).items()
+    ]
+    return markdown(["pair", "token hit rate with hints, %", "gain from hints, points"], rows)
+
+
 def admission_table() -> str:
     """Return hit rates at the middle rate of each workload, paired by seed."""
     found: dict[tuple[str, float], dict[str, list[float]]] = {}
@@ -328,6 +373,9 @@ def admission_table() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "default": default_table,
+    "capacity": capacity_table,
+    "hints": hints_table,
     "parts": parts_table,
     "default speed": default_speed_table,
     "leaderboard": leaderboard_table,

@@ -2,7 +2,11 @@
 plan with hindsight.
 
     python -m experiments.studies.capacity [--traces chat,agent] [--few] [--points 8] [--full]
-    [--resume out/capacity]
+    [--resume out/capacity] [--seeds 10]
+
+The default pair and LRU with fixed rules are run with ``--seeds`` seeds of each generated trace.
+Their curves get 95 % bands, and the gain of the default pair an interval at each size, paired by
+seed. Published traces have one seed and no band.
 
 Results and figure are written after every trace; with --resume also every single run is kept, and a
 study that was stopped goes on. On the long traces, and with --few on all, five policies stand for
@@ -11,15 +15,20 @@ all 21, and Marconi's score keeps one weight: tuning it replays the trace 21 tim
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tqdm import tqdm
+
 from experiments.studies.common import (
+    STATIC_PLACEMENT,
     WORKLOADS,
     arguments,
     by_competitor,
     figure_path,
     keep,
+    plan_beside_running,
     rounded,
     sweep,
     workloads,
@@ -31,15 +40,17 @@ from hybridcache.lab.figures import (
     save,
     size_axis,
 )
-from hybridcache.lab.simulation.simulate import SimulationResult
-from hybridcache.policies.registry import EVICTION
+from hybridcache.lab.intervals import FEWEST_UNITS, band
+from hybridcache.lab.simulation.simulate import SimulationResult, simulate
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION
 
-OURS = "regret @ regret"
-"""Eviction and placement both by regret; all other policies with ``STATIC_PLACEMENT``."""
+OURS = f"{DEFAULT_EVICTION} @ {DEFAULT_PLACEMENT}"
+"""The default pair; all other policies use ``STATIC_PLACEMENT``."""
+LRU_PAIR = ("lru", STATIC_PLACEMENT)
 PEERS = ("vllm", "sglang", "lightllm", "marconi")
 LONG = ("conversations", "mooncake", "coding-agent", "tau-bench", "sharegpt")
 FEW_PEERS = (*PEERS[:-1], "marconi-static")
-FEW_POLICIES = ("lru", "lfu", "lhd", "gdsf", "regret")
+FEW_POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
 CAPTION = (
     "Left of each pair the token hit rate, right of it the same as a share of the best plan with "
     "hindsight: the clairvoyant greedy's; up to "
@@ -49,12 +60,13 @@ CAPTION = (
     "all other policies tried. Marconi "
     "saves states at any token (on long traces with one fixed weight), all others, the plan too, "
     "on the grid; LightLLM's states lie in host "
-    "memory that the size does not count: both can pass 100 %."
+    "memory that the size does not count: both can pass 100 %. Coloured bands: 95 % over seeds."
 )
 
 
 def main() -> None:
-    options = arguments(__doc__, *WORKLOADS, policy=True, few=True)
+    options = arguments(__doc__, *WORKLOADS, policy=True, few=True, seeds=True)
+    kept: list[dict[str, Any]] = []
     results: list[SimulationResult] = []
     for word in (bar := workloads(options)):
         few = options.few or word in LONG
@@ -67,15 +79,62 @@ def main() -> None:
             proven=True,
         )
         ours = sweep(
-            word, options, bar, policy="regret", checkpoints="regret", bound=False, proven=True
+            word,
+            options,
+            bar,
+            policy=DEFAULT_EVICTION,
+            checkpoints=DEFAULT_PLACEMENT,
+            bound=False,
+            proven=True,
         )
         results.append(result.beside(ours))
-        kept = [line for result in results for line in records(result)]
+        lines = records(results[-1])
+        lines[-1]["next_to_running"] = plan_beside_running(results[-1], word, options.full)
+        if bands := over_seeds(word, options, bar):
+            for line in lines:
+                line |= bands.get(line["label"], {})
+        kept += lines
         path = keep("study_capacity", kept)
         draw(kept, (OURS, "lru", *options.policy), options.full)
     for result in results:
         print(result.table(), result.table("optimum"), sep="\n\n", end="\n\n")
     print(path)
+
+
+def over_seeds(word: str, options: argparse.Namespace, bar: tqdm[Any]) -> dict[str, dict[str, Any]]:
+    """Return limits of the curves over seeds by label; empty for a published trace."""
+    workload = WORKLOADS[word]
+    if workload.data or options.seeds < FEWEST_UNITS:
+        return {}
+    curves: dict[str, list[list[float]]] = {OURS: [], "lru": []}
+    for seed in range(options.seeds):
+        bar.set_description(f"{word}, seed {seed}")
+        trace = workload.open(word, options.full, seed).kept()
+        for label, pair in ((OURS, (DEFAULT_EVICTION, DEFAULT_PLACEMENT)), ("lru", LRU_PAIR)):
+            result = simulate(
+                trace,
+                model=workload.geometry,
+                grid=workload.grid,
+                gib=workload.sizes(options.points),
+                policy=pair[0],
+                checkpoints=[pair[1]],
+                bound=False,
+                processes=options.processes,
+            )
+            curves[label].append([run.token_hit_rate for run in result.runs])
+    found: dict[str, dict[str, Any]] = {}
+    for label, several in curves.items():
+        points = band(several)
+        found[label] = {
+            "seeds": options.seeds,
+            "low": rounded([point.low for point in points]),
+            "high": rounded([point.high for point in points]),
+        }
+    gains = band(
+        [[a - b for a, b in zip(*pair, strict=True)] for pair in zip(*curves.values(), strict=True)]
+    )
+    found[OURS]["gain"] = [rounded([100 * part for part in gain]) for gain in gains]
+    return found
 
 
 def records(result: SimulationResult) -> list[dict[str, Any]]:
@@ -148,6 +207,11 @@ def _draw(axis: Any, runs: Sequence[dict[str, Any]], named: Sequence[str], what:
             sizes, low, high, color="#cccccc", alpha=0.6, linewidth=0, label="all other policies"
         )
     for number, label in enumerate(named):
+        [line] = [run for run in runs if run["label"] == label]
+        if what == "token_hit_rate" and "low" in line:
+            low, high = ([100 * rate for rate in line[end]] for end in ("low", "high"))
+            colour = COLOURS[number % len(COLOURS)]
+            axis.fill_between(sizes, low, high, color=colour, alpha=0.25, linewidth=0)
         axis.plot(
             sizes,
             lines[label],
@@ -165,6 +229,9 @@ def _draw_limits(axis: Any, limits: dict[str, Any]) -> None:
     if None not in limits["no_plan_passes"]:
         proven = [100 * rate for rate in limits["no_plan_passes"]]
         axis.plot(sizes, proven, color="black", linewidth=0.6, label="no plan passes (LP)")
+    if "next_to_running" in limits:
+        counted = [100 * rate for rate in limits["next_to_running"]]
+        axis.plot(sizes, counted, "k:", linewidth=1.0, label="plan next to running requests")
     axis.axhline(
         100 * limits["infinite_cache"],
         color="black",

@@ -118,6 +118,7 @@ def arguments(
     policy: bool = False,
     checkpoints: bool = False,
     few: bool = False,
+    seeds: bool = False,
 ) -> argparse.Namespace:
     """The flags that every study has: which traces, all of them or their beginnings, how many
     processes; and ``--policy`` or ``--checkpoints`` for more competitors, where it compares those,
@@ -131,6 +132,8 @@ def arguments(
         parser.add_argument("--policy", default=(), type=_split, help=help)
     if few:
         parser.add_argument("--few", action="store_true", help="some policies on all traces")
+    if seeds:
+        parser.add_argument("--seeds", type=int, default=10, help="seeds of generated traces")
     if checkpoints:
         help = "one more placement: words or module:Class, commas between; may be repeated"
         parser.add_argument("--checkpoints", default=[], action="append", help=help)
@@ -213,6 +216,15 @@ def measured(
     )
     bounds = {gib: plan.bound for gib, plan in plans.items() if plan.bound is not None}
     return replace(result, runs=tuple(runs), plan_bounds=bounds)
+
+
+def plan_beside_running(result: SimulationResult, word: str, full: bool) -> list[float]:
+    """Return hit rates of the plan that leaves room for running requests, one per size."""
+    hindsights = _hindsights(WORKLOADS[word], word, full)
+    sizes = dict.fromkeys(run.gib for run in result.runs if run.gib is not None)
+    grid = WORKLOADS[word].grid
+    plans = (hindsights.at(gib, result.geometry, grid, counts_running=True) for gib in sizes)
+    return [rounded(plan.reached) for plan in plans]
 
 
 @cache

@@ -43,11 +43,13 @@ class Hindsight:
     cached_tokens: int
     reached: float
     bound: float | None
+    counts_running: bool = False
+    """True if the plan leaves room for the running request."""
 
     @property
     def key(self) -> tuple[Any, ...]:
         sizes = self.kv_bytes_per_token, self.state_bytes, self.grid, self.capacity_bytes
-        return self.content, *sizes, self.method
+        return self.content, *sizes, self.method, self.counts_running
 
 
 def checksum(trace: Trace) -> str:
@@ -68,7 +70,13 @@ class Hindsights:
         self._requests = sum(1 for _ in trace)
 
     def at(
-        self, gib: float, geometry: ModelGeometry, grid: int, *, proven: bool = False
+        self,
+        gib: float,
+        geometry: ModelGeometry,
+        grid: int,
+        *,
+        proven: bool = False,
+        counts_running: bool = False,
     ) -> Hindsight:
         """The plan for one size, ``proven`` with the bound where the trace is short enough; kept in
         the file before it is returned."""
@@ -77,8 +85,8 @@ class Hindsights:
         capacity_bytes = budget_bytes(gib)
         sizes = kv_bytes, state_bytes, grid, capacity_bytes
         known = _read()
-        found = known.get((self._content, *sizes, "lp")) or known.get(
-            (self._content, *sizes, method)
+        found = known.get((self._content, *sizes, "lp", counts_running)) or known.get(
+            (self._content, *sizes, method, counts_running)
         )
         if found is not None:
             return found
@@ -90,6 +98,7 @@ class Hindsights:
             grid=grid,
             method=method,
             limit_s=600,
+            counts_running=counts_running,
         )
         found = Hindsight(
             self._trace.name,
@@ -100,6 +109,7 @@ class Hindsights:
             int(best.cached_tokens.sum()),
             round(best.reached, 6),
             None if best.bound is None else round(best.bound, 6),
+            counts_running,
         )
         known = _read() | {found.key: found}
         whole = _path().with_suffix(".new")  # another study may be reading

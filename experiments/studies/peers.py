@@ -10,8 +10,10 @@ that band, the stated workload does not settle the figure: the published one is 
 Not here, because the workload is not stated well enough to draw it again: Marconi's own tables on
 LMSys, ShareGPT and SWE-bench sessions (the traces are not public), the artifact's runs on synthetic
 chats "like" them, and what users and maintainers of SGLang and vLLM told of their own traffic.
-Single prompts with known answers (block sizes, third sightings, what a request pins, the branching
-kit) are tests: tests/baselines.
+No public page holds the measured figures: they come from runs of those systems on workloads stated
+to this project. The rebuilt systems get no boundary hints; `experiments.studies.hints` says what
+those are worth. Single prompts with known answers (block sizes, third sightings, pinned memory, the
+branching kit) are tests: tests/lab/baselines.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from hybridcache.lab.baselines.marconi import MarconiCache
 from hybridcache.lab.baselines.sglang import SglangCache
 from hybridcache.lab.baselines.vllm import VllmCache
 from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.intervals import interval
 
 KV_BYTES = 24_576
 FP32_STATE = 36 * (49_152 + 2_097_152)
@@ -260,6 +263,7 @@ def measure(cell: Cell) -> dict[str, Any]:
         "rebuilt": round(median(figures), 4),
         "lowest": round(min(figures), 4),
         "highest": round(max(figures), 4),
+        "mean": list(map(partial(round, ndigits=4), interval(figures))),
         "draws": cell.draws,
         "near": sum(abs(figure - cell.published) <= band for figure in figures),
         "verdict": verdict(cell.published, figures, band),
@@ -294,14 +298,15 @@ def served(cell: Cell, seed: int) -> float:
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """The rows as markdown, and how many are within."""
-    head = "peer | workload | size | figure | published | rebuilt, median | draws from - to | near"
+    head = (
+        "peer | workload | size | figure | measured | rebuilt, median | mean of draws [95 %] | near"
+    )
     yield f"| {head} | |"
     yield "|---|---|---|---|---|---|---|---|---|"
     words = {"within": "within", "among": "*among our draws*", "apart": "**apart**"}
     for row in rows:
-        spread = (
-            "" if row["lowest"] == row["highest"] else f"{row['lowest']:.3f} - {row['highest']:.3f}"
-        )
+        mean, low, high = row["mean"]
+        spread = "" if row["lowest"] == row["highest"] else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
         yield (
             f"| {row['peer']} | {row['workload']} | {row['size']} | {row['figure']} | "
             f"{row['published']:.3f} "

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from experiments import provenance
+from experiments.studies import capacity, hints
 from experiments.studies import common as lab
+from hybridcache import open_trace
+from hybridcache.lab.leaderboard import Split
 
 STUDIES = ("capacity", "ratio", "grid", "arena")
 
@@ -22,6 +26,8 @@ def test_a_study_runs(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setattr(provenance, "FIGURES", tmp_path)
     monkeypatch.setitem(lab.WORKLOADS, "short", lab.Workload("short?head=24", "1:4:2"))
     monkeypatch.setattr("sys.argv", [study, "--traces", "short", "--points", "2"])
+    if study == "capacity":
+        sys.argv += ["--few", "--seeds", "5"]
     importlib.import_module(f"experiments.studies.{study}").main()
     head, *records = (tmp_path / f"study_{study}.jsonl").read_text().splitlines()
     assert "commit" in json.loads(head)["provenance"]
@@ -30,6 +36,31 @@ def test_a_study_runs(study: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         assert record["trace"] == "short"
         assert all(0 <= rate <= 1 for rate in (rates if isinstance(rates, list) else [rates]))
     assert (tmp_path / f"study_{study}.png").stat().st_size > 10_000
+    if study == "capacity":
+        [ours] = [one for one in map(json.loads, records) if one["label"] == capacity.OURS]
+        [plan] = [one for one in map(json.loads, records) if "next_to_running" in one]
+        assert ours["seeds"] == 5 and len(ours["gain"]) == 2
+        for low, high, (gain, least, most) in zip(
+            *map(ours.get, ("low", "high", "gain")), strict=True
+        ):
+            assert 0 <= low <= high <= 1 and least <= gain <= most
+        assert all(
+            a <= b for a, b in zip(plan["next_to_running"], plan["token_hit_rate"], strict=True)
+        )
+
+
+def test_hints_are_taken_away_and_nothing_else() -> None:
+    split = Split("tiny", "qwen3-next", (1, 2), {"short": (1.0,)})
+    records = hints.measure(split)
+    assert len(records) == 2 * len(hints.PAIRS)
+    trace = open_trace("short?head=40")
+    plain = hints.without_hints(trace)
+    assert any(request.boundaries for request in trace)
+    for one, other in zip(trace, plain, strict=True):
+        assert other.boundaries == ()
+        assert (other.tokens == one.tokens).all() and other.session == one.session
+    gain = hints.gains(records)["lru, fixed rules"][1]
+    assert gain.mean > 0, "chats have a boundary in front of each turn"
 
 
 def test_a_workload_that_is_not_here_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
