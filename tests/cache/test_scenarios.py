@@ -85,7 +85,7 @@ def test_ids_of_another_type_are_refused_before_anything_changes():
     cache = hybrid()
     with pytest.raises(ValueError, match="int32"):
         cache.insert(np.arange(4, dtype=np.int64), np.arange(4, dtype=np.int32))
-    with pytest.raises(ValueError, match="3 KV indices for 4 tokens"):
+    with pytest.raises(ValueError, match="got 3 for 4 tokens"):
         cache.insert(ids("abcd"), np.arange(3, dtype=np.int32))
     assert cache.num_nodes == 0
 

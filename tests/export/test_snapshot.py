@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     with pytest.raises(ValueError, match="rows asked for"):
         load_snapshot(hybrid(num_kv_tokens=3), tmp_path / "cache.npz")
     serve(cache, ids("hello"), [5], namespace=np.str_("tenant"))
-    with pytest.raises(ValueError, match="can not be written"):
+    with pytest.raises(ValueError, match="cannot be written"):
         save_snapshot(cache, tmp_path / "cache.npz")
 
 
