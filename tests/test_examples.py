@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
+import json
 import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, simulate
-from hybridcache.lab.traces import open_trace
 from hybridcache.policies.registry import parse_placement
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -32,7 +33,7 @@ two pools
 def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """Make the examples importable, and forget them afterwards."""
     before = set(sys.modules)
-    for name in ("policies", "traces", "."):
+    for name in ("policies", "."):
         monkeypatch.syspath_prepend(EXAMPLES / name)
     yield monkeypatch
     for name in set(sys.modules) - before:
@@ -41,7 +42,7 @@ def folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 
 def test_the_minimal_engine_prints_what_its_page_shows(capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(EXAMPLES / "minimal_engine.py"), run_name="__main__")
+    runpy.run_path(str(EXAMPLES / "04_minimal_engine.py"), run_name="__main__")
     shown = capsys.readouterr().out
     assert shown.startswith(MINIMAL_ENGINE)
     _, arena, tiers = (part.split("\n")[0] for part in shown.split("every KV row and ")[1:])
@@ -54,7 +55,7 @@ def test_the_minimal_engine_prints_what_its_page_shows(capsys: pytest.CaptureFix
 def test_the_minimal_engine_notices_wrong_bytes(
     folder: pytest.MonkeyPatch, kind: str, wrong: str
 ) -> None:
-    example = importlib.import_module("minimal_engine")
+    example = importlib.import_module("04_minimal_engine")
     config = {
         "two pools": {"num_kv_tokens": 96, "num_slots": 6},
         "arena": {"memory": "arena", "total_bytes": 8 * 144},
@@ -71,7 +72,7 @@ def test_the_minimal_engine_notices_wrong_bytes(
         engine.step()
 
 
-@pytest.mark.parametrize("name", ["tokens_per_byte:TokensPerByte", "second_chance:SecondChance"])
+@pytest.mark.parametrize("name", ["02_own_policy:TokensPerByte", "second_chance:SecondChance"])
 def test_an_eviction_policy_of_the_examples_keeps_every_invariant(
     folder: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -126,21 +127,74 @@ def test_a_placement_policy_of_the_examples_learns(folder: pytest.MonkeyPatch) -
     assert run.checkpoints_made
 
 
-def test_a_csv_file_becomes_a_trace(
-    folder: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    monkeypatch.setattr(matplotlib, "rcParams", matplotlib.rcParams.copy())
+    matplotlib.use("Agg")
+    cells = json.loads((EXAMPLES / "01_first_simulation.ipynb").read_text())["cells"]
+    assert {cell["cell_type"] for cell in cells} == {"markdown", "code"}
+    assert not any(cell.get("outputs") for cell in cells), "outputs are made when the site is built"
+    namespace: dict[str, Any] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), namespace)
+    import matplotlib.pyplot as pyplot
+
+    pyplot.close("all")
+    rates = {
+        label: runs[-1].token_hit_rate for label, runs in namespace["result"].by_label().items()
+    }
+    assert set(rates) == {"lru", "gdsf", "survival"}
+    assert all(plan.reached >= min(rates.values()) for plan in namespace["plans"][-1:])
+    assert namespace["advice"].command.startswith("engine serve --model ORG/")
+
+
+def test_an_own_policy_is_compared_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    source, target = tmp_path / "requests.csv", tmp_path / "requests.jsonl"
-    source.write_text(
-        "seconds,user,prompt,answer\n"
-        '9,ada,"be brief. who, then, are you",a cache\n'
-        "4.5,bob,be brief. who goes there,\n"
-    )
-    folder.setattr(sys, "argv", ["from_csv.py", str(source), str(target)])
-    runpy.run_path(str(EXAMPLES / "traces" / "from_csv.py"), run_name="__main__")
-    assert "2 requests" in capsys.readouterr().out
-    first, second = open_trace(str(target))
-    assert (first.session, first.timestamp_s, len(first.output)) == ("bob", 4.5, 0)
-    assert (second.session, second.timestamp_s, len(second.tokens)) == ("ada", 9.0, 6)
-    assert len(second.output) == 2
-    assert second.tokens[:2].tolist() == first.tokens[:2].tolist()
-    assert second.tokens[2] != first.tokens[2], "'who,' and 'who' are different words"
+    pytest.importorskip("matplotlib")
+    run_example("02_own_policy.py", str(tmp_path / "f.pdf"))
+    shown = capsys.readouterr().out
+    assert "TokensPerByte" in shown and "best at 1 GiB: " in shown
+    assert (tmp_path / "f.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_own_traces_are_read_and_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_example("03_own_trace.py")
+    shown = capsys.readouterr().out
+    assert "prompts, " in shown and "3 requests, 160 prompt tokens" in shown
+    assert "database, " in shown and "lru                        42.1" in shown
+    path = tmp_path / "mine.csv"
+    path.write_text("prompt\nhello\nhello you\n")
+    run_example("03_own_trace.py", str(path))
+    assert "mine, Qwen3-Next-80B-A3B: 2 requests, 14 prompt tokens" in capsys.readouterr().out
+
+
+def test_an_agent_reads_why_its_second_run_missed(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    from engine import Engine, EngineConfig
+    from experiments.system import served
+
+    with served.serving(Engine(EngineConfig(cache_gib=0.125))) as (_, port):
+        run_example("05_serve_an_agent.py", f"http://127.0.0.1:{port}")
+    lines = capsys.readouterr().out.splitlines()
+    turns = [line for line in lines if line.endswith(" reused")]
+    assert len(turns) == 6
+    reused = [int(line.rsplit(": ", 1)[1].split(" of ")[0]) for line in turns]
+    assert reused[0] == 0 and reused[2] > reused[1] > 0, "a later turn reuses no more"
+    assert 0 < reused[3] < 300, "the second run agrees in half of its system message"
+    assert any("messages[0].content" in line for line in lines)
+
+
+def test_the_page_about_sglang_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests import documents
+
+    monkeypatch.chdir(tmp_path)
+    page = EXAMPLES / "06_sglang.md"
+    assert documents.run(page, tmp_path) == 2
+    assert documents.broken_links(page) == []
+
+
+def run_example(name: str, *arguments: str) -> None:
+    """Run the main function of an example."""
+    runpy.run_path(str(EXAMPLES / name))["main"]([*arguments])

@@ -126,8 +126,8 @@ class RowWrite(NamedTuple):
 class StepPlan(NamedTuple):
     """All work on the tensors that is due before the next step, in this order.
 
-    See the module for why the order is safe. ``examples/minimal_engine.py`` carries plans out with
-    numpy arrays.
+    See the module for why the order is safe. ``examples/04_minimal_engine.py`` carries plans out
+    with numpy arrays.
     """
 
     transfers: tuple[Transfer, ...] = ()

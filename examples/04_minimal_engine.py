@@ -1,6 +1,6 @@
 """A minimal engine around a prefix cache: numpy only, and a model of one multiplication.
 
-    python examples/minimal_engine.py
+    python examples/04_minimal_engine.py
 
 The cache decides with integers: which KV row holds which token, which slot holds which state. The
 engine owns the memory. Each step it (1) asks every running request's lease for rows and checkpoint

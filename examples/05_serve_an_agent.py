@@ -1,0 +1,50 @@
+"""An agent of three turns against a running server, and the reason for each recomputed token.
+
+engine serve                                # in another terminal
+python examples/05_serve_an_agent.py [http://127.0.0.1:8000]
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import httpx
+
+SYSTEM = "Answer with one number. " * 20
+QUESTIONS = [
+    "Tom has 5 apples and buys 3 more. How many apples does Tom have?",
+    "Ann has 9 pens and loses 4. How many pens does Ann have?",
+    "Bob reads 6 pages and then 7 pages. How many pages does Bob read?",
+]
+
+
+def turn(client: httpx.Client, model: str, messages: list[dict[str, str]]) -> dict[str, Any]:
+    """Send one turn, append its answer to ``messages``, and return the response."""
+    body = {"model": model, "messages": messages, "max_tokens": 32, "temperature": 0}
+    response = client.post("/v1/chat/completions", json=body).raise_for_status().json()
+    messages.append({"role": "assistant", "content": response["choices"][0]["message"]["content"]})
+    return response
+
+
+def main(arguments: list[str]) -> None:
+    """Run the agent twice: the second one changes the middle of its system message."""
+    address = arguments[0] if arguments else "http://127.0.0.1:8000"
+    with httpx.Client(base_url=address, timeout=60) as client:
+        model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+        for system in (SYSTEM, SYSTEM.replace("number", "word", 11).replace("word", "number", 10)):
+            messages = [{"role": "system", "content": system}]
+            for question in QUESTIONS:
+                messages.append({"role": "user", "content": question})
+                response = turn(client, model, messages)
+                usage = response["usage"]
+                reused = usage["prompt_tokens_details"]["cached_tokens"]
+                print(f"{messages[-1]['content']!r}: {reused} of {usage['prompt_tokens']} reused")
+                if len(messages) == 3:
+                    place = f"/v1/cache/explanations/{response['id']}"
+                    found = client.get(place).raise_for_status().json()
+                    print(found.get("text", "no earlier request shares a prefix"))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
