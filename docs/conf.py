@@ -1,5 +1,10 @@
-"""Sphinx configuration: `make docs` builds the site into out/docs, with warnings as errors."""
+"""Sphinx configuration: `make docs` builds the site into out/docs, with warnings as errors.
 
+The notebooks of ``examples/`` are copied here and executed while the site is built.
+"""
+
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,7 +16,10 @@ import generate  # noqa: E402
 project = "hybridcache"
 author = "The hybridcache authors"
 copyright = "2026, the hybridcache authors"
-extensions = ["myst_parser"]
+extensions = ["myst_nb"]
+nb_execution_mode = "force"
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
 myst_heading_anchors = 3
 myst_enable_extensions = ["html_image"]
 html_theme = "furo"
@@ -19,6 +27,14 @@ html_title = "hybridcache"
 html_static_path = ["figures"]
 exclude_patterns = ["figures"]
 nitpicky = True
+
+
+NOTEBOOKS = ROOT / "docs" / "examples"
+NOTEBOOKS.mkdir(exist_ok=True)
+for notebook in (ROOT / "examples").glob("*.ipynb"):
+    shutil.copyfile(notebook, NOTEBOOKS / notebook.name)
+# The kernels of notebooks import this checkout too.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
 
 
 def setup(app):

