@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from hybridcache.policies.protocol import Item
 from hybridcache.radix.tree import NodeHandle, RadixNode
@@ -419,6 +419,54 @@ def introduce(listener: Listener, nodes: Iterable[RadixNode]) -> None:
             listener.checkpoint_stored(node)
 
 
+class LockOwner(Protocol):
+    """Object that counts the locks of its nodes."""
+
+    def unlock(self, node: RadixNode) -> None:
+        """Undo one lock of ``node``."""
+        ...
+
+
+class LockHandle:
+    """Lock on one node and its path.
+
+    Return it with ``cache.unlock(handle)``, or use it in a ``with`` statement.
+
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+    >>> result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
+    >>> with cache.lock(result.node):
+    ...     cache.evict(num_tokens=10), cache.protected().num_tokens
+    (Eviction(num_tokens=0, num_slots=0), 10)
+    >>> cache.evict(num_tokens=10)
+    Eviction(num_tokens=10, num_slots=0)
+    """
+
+    __slots__ = ("_owner", "node")
+
+    def __init__(self, node: RadixNode | None, owner: LockOwner | None) -> None:
+        self.node = node
+        """Locked node. None if nothing was cached, or after ``unlock``."""
+        self._owner = owner
+
+    def release(self) -> None:
+        """Return the lock. Does nothing if it was returned before. O(1)."""
+        node, self.node = self.node, None
+        if node is not None and self._owner is not None:
+            self._owner.unlock(node)
+
+    def belongs_to(self, owner: LockOwner) -> bool:
+        """Return whether the lock was taken in that cache."""
+        return self._owner is owner
+
+    def __enter__(self) -> LockHandle:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
 class Offload(Protocol):
     """Host and disk tiers of a cache (``hybridcache.offload``), as an engine uses them."""
 
@@ -514,7 +562,7 @@ class PrefixCache(Protocol):
         losses."""
         ...
 
-    def lock(self, node: NodeHandle | None) -> Any:
+    def lock(self, node: NodeHandle | None) -> LockHandle:
         """Protect ``node``, its checkpoint and the KV of its path from eviction.
 
         Returns a handle for ``unlock``, which is also a context manager.
@@ -524,7 +572,9 @@ class PrefixCache(Protocol):
         """
         ...
 
-    def lock_kv(self, tokens: Tokens, namespace: Hashable = None) -> tuple[NodeHandle | None, Any]:
+    def lock_kv(
+        self, tokens: Tokens, namespace: Hashable = None
+    ) -> tuple[NodeHandle | None, LockHandle]:
         """Protect the cached KV of ``tokens``, whether or not there is a checkpoint at its end.
 
         Returns the node that ends where the cached KV ends, and a handle for ``unlock``. The node
@@ -532,8 +582,8 @@ class PrefixCache(Protocol):
         """
         ...
 
-    def unlock(self, receipt: Any) -> None:
-        """Undo the ``lock`` that returned ``receipt``. O(1).
+    def unlock(self, handle: LockHandle) -> None:
+        """Undo the ``lock`` that returned ``handle``. A second call does nothing. O(1).
 
         Raises:
             ValueError: another cache returned it.

@@ -16,6 +16,7 @@ from hybridcache.api import (
     Eviction,
     InsertResult,
     Listener,
+    LockHandle,
     Losses,
     Offload,
     PrefixMatch,
@@ -66,45 +67,6 @@ def own(node: NodeHandle | None) -> RadixNode | None:
         kind = type(node).__name__
         raise ValueError(f"expected a node that this cache returned, got {kind}")
     return node
-
-
-class LockHandle:
-    """Lock on one node and its path.
-
-    Return it with ``cache.unlock(handle)``, or use it in a ``with`` statement.
-
-    >>> from hybridcache import CacheConfig, build_prefix_cache
-    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
-    >>> result = cache.insert(np.arange(10, dtype=np.int32), cache.allocate_kv(10))
-    >>> with cache.lock(result.node):
-    ...     cache.evict(num_tokens=10), cache.protected().num_tokens
-    (Eviction(num_tokens=0, num_slots=0), 10)
-    >>> cache.evict(num_tokens=10)
-    Eviction(num_tokens=10, num_slots=0)
-    """
-
-    __slots__ = ("_residency", "node")
-
-    def __init__(self, node: RadixNode | None, residency: Residency | None) -> None:
-        self.node = node
-        """Locked node. None if nothing was cached, or after ``unlock``."""
-        self._residency = residency
-
-    def release(self) -> None:
-        """Return the lock. Does nothing if it was returned before. O(1)."""
-        node, self.node = self.node, None
-        if node is not None and self._residency is not None:
-            self._residency.unlock(node)
-
-    def belongs_to(self, residency: Residency) -> bool:
-        """Return whether the lock was taken in that cache."""
-        return self._residency is residency
-
-    def __enter__(self) -> LockHandle:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
 
 
 class HybridRadixCache:

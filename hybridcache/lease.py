@@ -25,8 +25,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hybridcache.allocators.moves import Move, RowWrite
-from hybridcache.api import Losses, PrefixCache, PrefixMatch, losses_of
+from hybridcache.api import LockHandle, Losses, PrefixCache, PrefixMatch, losses_of
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
+from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import Indices, Tokens
 
 SPARE_ROWS = 512
@@ -357,10 +358,10 @@ class Saving:
 def bring_up(
     cache: PrefixCache,
     match: PrefixMatch,
-    receipt: Any,
+    receipt: LockHandle,
     tokens: Tokens,
     exchange: FetchRule | None,
-) -> tuple[PrefixMatch, Any]:
+) -> tuple[PrefixMatch, LockHandle]:
     """Load the checkpoint of ``match.loadable`` that saves the most time, if one saves any.
 
     ``receipt`` is a lock on ``match.node``. Returns a match of ``tokens`` after the load and a lock
@@ -490,7 +491,7 @@ class Lease:
         placement: PlacementPolicy,
         request: LeaseRequest,
         match: PrefixMatch,
-        receipt: Any,
+        receipt: LockHandle,
         state_slot: int | None,
     ) -> None:
         """Take ownership of ``receipt`` (a lock on ``match.node``) and of ``state_slot``; see
@@ -605,7 +606,7 @@ class Lease:
         return self.match.losses
 
     @property
-    def node(self) -> Any:
+    def node(self) -> NodeHandle | None:
         """Node that ends at ``published_len``, which the lease has locked. None at 0."""
         return self._node
 
@@ -792,7 +793,7 @@ class Lease:
 
     def _insert(
         self, tokens: Tokens, computed_len: int, saved: dict[Saved, str]
-    ) -> tuple[Any, int]:
+    ) -> tuple[NodeHandle | None, int]:
         """Insert and return (node that ends at the new ``published_len``, number of duplicate
         rows)."""
         cache = self._cache
@@ -865,7 +866,7 @@ class Lease:
             self._cache.free_kv(self._rows.view(first_held, self._rows.num_rows))
         self._cache.steps.close(self)
         self._cache.unlock(self._receipt)
-        self._node = self._receipt = self.state_slot = None
+        self._node = self.state_slot = None
         self._rows.clear()
 
 

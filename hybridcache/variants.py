@@ -13,13 +13,14 @@ from hybridcache.api import (
     Eviction,
     InsertResult,
     Listener,
+    LockHandle,
     Losses,
     PrefixCache,
     PrefixMatch,
     Protected,
     Resumable,
 )
-from hybridcache.hybrid import EVICTED, HybridRadixCache, LockHandle
+from hybridcache.hybrid import EVICTED, HybridRadixCache
 from hybridcache.offload import OffloadTiers, Tier
 from hybridcache.radix.ghosts import read_ghosts
 from hybridcache.radix.tree import Checkpoint, NodeHandle, OffloadedCheckpoint, RadixNode

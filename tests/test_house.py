@@ -102,7 +102,7 @@ MAY_IMPORT = {
     "hybridcache/hybrid.py": "allocators api policies radix residency tokens",
     "hybridcache/variants.py": "allocators api hybrid offload radix residency tokens",
     "hybridcache/config.py": "allocators api hybrid offload policies radix variants",
-    "hybridcache/lease.py": "allocators api policies tokens",
+    "hybridcache/lease.py": "allocators api policies tokens radix",
     "hybridcache/geometry": "",
     "hybridcache/watch": "allocators api policies radix",
     "hybridcache/export": "allocators api config hybrid policies radix residency tokens variants",

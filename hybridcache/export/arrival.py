@@ -9,12 +9,12 @@ locked meanwhile. An arrival does not count as a use of the prefix; resuming fro
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
 
 import numpy as np
 
 from hybridcache.allocators.moves import Move
-from hybridcache.api import PrefixCache
+from hybridcache.api import LockHandle, PrefixCache
+from hybridcache.radix.tree import NodeHandle
 from hybridcache.tokens import Indices, Tokens
 
 LABEL = "arrived"
@@ -32,8 +32,8 @@ class Arrival:
         cache: PrefixCache,
         tokens: Tokens,
         namespace: Hashable,
-        node: Any,
-        receipt: Any,
+        node: NodeHandle | None,
+        receipt: LockHandle,
         start: int,
     ) -> None:
         """Take over ``receipt``, a lock on ``node`` with path ``tokens[:start]``. See ``begin``."""
@@ -145,5 +145,5 @@ class Arrival:
         if self._cache.arena is not None:
             del self._cache.arena.holders[self]
         self._cache.unlock(self._receipt)
-        self._node = self._receipt = self.slot = None
+        self._node = self.slot = None
         self._rows = self._rows[:0]

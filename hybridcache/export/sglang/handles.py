@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.mem_cache.base_prefix_cache import DecLockRefParams, IncLockRefResult
 
-from hybridcache.hybrid import LockHandle
+from hybridcache.api import LockHandle
 from hybridcache.radix.tree import NodeHandle, RadixNode
 from hybridcache.variants import PathPart
 
