@@ -153,8 +153,13 @@ page: install  ## the page in a Chromium (pip install playwright first): how fas
 docs: .venv/.docs  ## the documentation as a site in out/docs; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs
 
-wheels: install  ## what is published: the cache with its laboratory, and the engine
-	$(BIN)/python -m experiments.system.wheels
+out/wheels/.installed: constraints.txt
+	$(PYTHON) -m venv out/wheels
+	out/wheels/bin/pip install $(PIP_FLAGS) -q -c constraints.txt build setuptools numpy sortedcontainers tqdm
+	@touch $@
+
+wheels: out/wheels/.installed  ## what is published: the cache with its laboratory, and the engine
+	out/wheels/bin/python -m experiments.system.wheels
 
 llama:  ## llama.cpp for this processor, for its benchmark alone to find (some minutes)
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \

@@ -13,9 +13,9 @@ import httpx
 
 SYSTEM = "Answer with one number. " * 20
 QUESTIONS = [
-    "Tom has 5 apples and buys 3 more. How many apples does Tom have?",
-    "Ann has 9 pens and loses 4. How many pens does Ann have?",
-    "Bob reads 6 pages and then 7 pages. How many pages does Bob read?",
+    "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?",
+    "Kira starts with 6 pens. Then Kira gets 3 times as many. How many pens does Kira have now?",
+    "Leo has 10 eggs. Leo finds 5 eggs in a basket. How many eggs does Leo have now?",
 ]
 
 

@@ -182,7 +182,7 @@ def test_an_agent_reads_why_its_second_run_missed(capsys: pytest.CaptureFixture[
     assert len(turns) == 6
     reused = [int(line.rsplit(": ", 1)[1].split(" of ")[0]) for line in turns]
     assert reused[0] == 0 and reused[2] > reused[1] > 0, "a later turn reuses no more"
-    assert 0 < reused[3] < 300, "the second run agrees in half of its system message"
+    assert reused[3] < reused[1], "a changed system message was reused whole"
     assert any("messages[0].content" in line for line in lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -110,6 +111,33 @@ def test_the_engine_is_published_apart(tmp_path: Path) -> None:
     assert f"hybrid-radix-cache=={VERSION}" in asked and any(
         one.startswith("torch") for one in asked
     )
+
+
+@pytest.mark.full
+def test_both_wheels_work_where_they_are_installed(tmp_path: Path) -> None:
+    """Next to the packages of this environment, and away from the clone."""
+    site = tmp_path / "site"
+    both = [str(wheels.build(name, tmp_path)) for name in wheels.PACKAGES]
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index"]
+    subprocess.run([*install, "--target", str(site), *both], check=True, capture_output=True)
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+
+    def run(*command: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *command],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    where = run("-c", "import engine, hybridcache; print(engine.__file__, hybridcache.__file__)")
+    assert where.count(str(site)) == 2
+    table = run("-m", "hybridcache", "simulate", "--trace", "sample:short", "--gib", "1")
+    assert "120 requests" in table and "(infinite cache)" in table
+    assert VERSION in run("-m", "engine", "--version")
 
 
 def test_every_direct_dependency_is_pinned_within_its_range() -> None:

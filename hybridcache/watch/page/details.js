@@ -36,14 +36,14 @@ class Details {
       ["last used", ago(model.time - (node.recent ?? node.last))],
       ["namespace", node.namespace === null ? null : `tenant ${node.namespace.slice(0, 8)}`],
     ];
-    if (node.ghost === null) pairs.push(["evicting it frees", cost.isLeaf ? size(cost.kvBytes + cost.stateBytes) : node.saved ? `${size(cost.stateBytes)}: its state` : "nothing: others below need its KV"], ["and then costs", `${count(cost.recompute, "token")} to compute again`]);
+    if (node.ghost === null) pairs.push(["evicting it frees", cost.isLeaf ? size(cost.kvBytes + cost.stateBytes) : node.saved ? `${size(cost.stateBytes)}: its state` : "nothing: others below need its KV"], ["its next use then costs", `${count(cost.recompute, "token")} to compute again`]);
     this.body.replaceChildren(this.facts(pairs), exact, this.talks(model.users(node)), text);
     if (this.ask && node.ghost === null) this.asked(node, text, exact);
   }
 
   talks(users) {
     if (!users.size) return element("p.soft", {}, "No request that is shown used it.");
-    const chips = [...users].slice(-24).map(([talk, times]) => element("button", { type: "button", title: count(times, "request"), onclick: () => this.view.selectRequest(this.view.model.talks.get(talk)?.ids.at(-1)) }, typeof talk === "number" ? `conversation ${talk}` : talk));
+    const chips = [...users].slice(-24).map(([talk, times]) => element("button", { type: "button", title: count(times, "request"), onclick: () => this.view.selectRequest(this.view.model.talks.get(talk)?.ids.at(-1)) }, typeof talk === "number" ? `#${talk}` : talk));
     return element("div", {}, element("p.soft", {}, `Used by ${count(users.size, "conversation")}`), element("div.chips", {}, ...chips));
   }
 
@@ -52,7 +52,7 @@ class Details {
     try {
       const found = await this.ask(`/v1/cache/nodes/${id}`);
       if (this.view.tree.selected !== node) return;
-      const pairs = [["locked by", found.locks ? count(found.locks, "request") : null], ["with the tail above", size(found.frees_bytes)], ["slabs", found.slabs.length ? count(found.slabs.length, "slab") : null]];
+      const pairs = [["locked by", found.locks ? count(found.locks, "request") : null], ["evicting it with KV above that only it needs frees", size(found.frees_bytes)], ["slabs", found.slabs.length ? count(found.slabs.length, "slab") : null]];
       exact.replaceChildren(this.facts(pairs));
       this.view.strip.mark([...found.slabs, ...(node.saved ? [node.saved.slot] : [])]);
       text.hidden = false;
@@ -73,7 +73,7 @@ class Details {
     const node = this.view.model.nodes.get(one.node);
     this.body.replaceChildren(
       this.facts([
-        ["prompt", count(one.prompt, "token")], ["reused", percent(one.cached, one.prompt)], ["answer", count(one.answer, "token")], ["state", one.state],
+        ["prompt", count(one.prompt, "token")], ["reused", percent(one.cached, one.prompt)], ["answer", count(one.answer, "token")], [GOING.has(one.state) ? "state" : "ended by", one.state],
         ["waited", queue === null ? null : seconds(queue)], ["time to first token", seconds(one.first_token_s === null ? null : one.first_token_s - one.arrived_s)], ["tokens a second", rate ? rate.toFixed(1) : null],
         ["preempted", one.preemptions ? count(one.preemptions, "time") : null], ["namespace", one.namespace === null ? null : `tenant ${one.namespace.slice(0, 8)}`],
       ]),

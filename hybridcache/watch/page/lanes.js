@@ -10,7 +10,8 @@ class Lanes {
     this.empty = element("p.empty", {}, "No request yet.");
     this.more = element("span.soft");
     this.title = element("h2", {}, "Conversations");
-    this.element = element("section.card", { "aria-label": "Conversations" }, element("header", {}, this.title, this.more), this.list, this.empty, this.legend());
+    this.filter = element("input.filter", { type: "search", placeholder: "conversation, tenant or request", "aria-label": "Show only conversations whose number, tenant or request contains this", oninput: () => this.update() });
+    this.element = element("section.card", { "aria-label": "Conversations" }, element("header", {}, this.title, this.more, element("div.tools", {}, this.filter)), this.list, this.empty, this.legend());
     this.list.addEventListener("click", (event) => {
       const bar = event.target.closest(".bar");
       if (bar) this.view.selectRequest(bar.dataset.id);
@@ -25,13 +26,15 @@ class Lanes {
 
   update() {
     const model = this.view.model;
-    const talks = [...model.talks.values()].reverse();
+    const wanted = this.filter.value.trim().toLowerCase();
+    const talks = [...model.talks.values()].reverse().filter((talk) => !wanted || matches(talk, wanted));
     const shown = talks.slice(0, MAX_LANES);
     const all = shown.map((talk) => talk.ids.slice(-MAX_BARS).map((id) => model.requests.get(id)));
     const longest = Math.max(64, ...all.map((requests) => requests.reduce((sum, one) => sum + one.prompt, 0)));
     const room = Math.max(120, (this.list.clientWidth || 600) - (innerWidth <= 560 ? 26 : innerWidth <= 1020 ? 344 : 350));
     const scale = Math.min(room / longest, 0.5);
     this.empty.hidden = talks.length > 0;
+    this.empty.textContent = model.talks.size ? "No conversation matches." : "No request yet.";
     this.list.hidden = talks.length === 0;
     this.more.textContent = talks.length > MAX_LANES ? `the latest ${MAX_LANES} of ${whole.format(talks.length)}` : talks.length ? whole.format(talks.length) : "";
     const rows = new Map();
@@ -49,9 +52,9 @@ class Lanes {
   }
 
   row(talk) {
-    const who = element("span.who", {}, `conversation ${talk.id}`);
-    if (talk.namespace !== null) { who.textContent = `${talk.id} · ${talk.namespace.slice(0, 6)}`; who.title = `tenant ${talk.namespace}`; }
-    if (typeof talk.id === "string") { who.textContent = talk.id; who.title = talk.id; }
+    const tenant = talk.namespace === null ? "" : ` · ${talk.namespace.slice(0, 6)}`;
+    const name = typeof talk.id === "string" ? talk.id : `#${talk.id}${tenant}`;
+    const who = element("span.who", { title: `conversation ${talk.id}${talk.namespace === null ? "" : `, tenant ${talk.namespace}`}` }, name);
     const bars = element("div.bars");
     const last = element("span.last");
     return { element: element("li.lane", {}, who, bars, last), bars, last, drawn: new Map() };
@@ -117,6 +120,11 @@ class Lanes {
     event.preventDefault();
     to.focus();
   }
+}
+
+// Whether a conversation's number, tenant or one of its requests contains the text.
+function matches(talk, wanted) {
+  return [`#${talk.id}`, talk.namespace ?? "", ...talk.ids].some((text) => String(text).toLowerCase().includes(wanted));
 }
 
 // Tokens a second after the first; null where there were not two.

@@ -139,8 +139,10 @@ class Live {
 
   askForKey(error) {
     this.say("broken", "not allowed");
-    const input = element("input", { type: "password", "aria-label": "Key", placeholder: "key of --admin-key-file", autocomplete: "off" });
-    const form = element("form.key.card", {}, element("p", {}, error.message), input, element("button.main", {}, "Open"));
+    const input = element("input", { type: "password", "aria-label": "Key", placeholder: "key", autocomplete: "off" });
+    this.view.tree.note.replaceChildren(element("strong", {}, "Locked"), element("span", {}, "Give the key above to see the cache."));
+    const said = "Only operators may see the cache. Give a key of --admin-key-file (or --api-key-file, if there is no other); it is kept until this tab is closed.";
+    const form = element("form.key.card", { title: error.message }, element("p", {}, said), input, element("button.main", {}, "Open"));
     this.view.element.prepend(form);
     return new Promise((done) => form.addEventListener("submit", (event) => {
       event.preventDefault();

@@ -5,7 +5,8 @@ class Strip {
     this.words = element("p");
     this.canvas = element("canvas", { role: "img", height: 18 });
     this.marked = new Set();
-    this.element = element("div.memory", {}, this.words, this.canvas);
+    this.key = element("div.legend");
+    this.element = element("div.memory", {}, this.words, this.canvas, this.key);
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     new ResizeObserver(() => this.update()).observe(this.element);
   }
@@ -25,6 +26,20 @@ class Strip {
     );
     if (slabs?.percent.length) this.cells(slabs);
     else this.pools(memory);
+    this.explain(Boolean(slabs?.percent.length));
+  }
+
+  // Meaning of the colours, as they are drawn.
+  explain(isArena) {
+    const { tree, model } = this.view;
+    const item = (colour, label, title) => element("span", { title }, element("i", { style: `background: ${colour}` }), label);
+    const [kv, state] = isArena ? [tree.ramps.age[Math.round(STEPS * 0.55)], tree.ramps.bytes[STEPS - 2]] : [tree.ramps.age[STEPS - 3], tree.ramps.bytes[STEPS - 2]];
+    this.key.replaceChildren(
+      item(kv, isArena ? "KV, filled to its share of rows" : "cached KV", isArena ? "A cell is a slab: memory for one state, or for the KV of that many bytes." : "Rows of tokens"),
+      ...(model.meta.state_bytes ? [item(state, "checkpoint", "A saved state of the cache")] : []),
+      item(tree.colour.lock, isArena ? "state of a running request" : "held by requests", "In use: it cannot be evicted."),
+      item(tree.faded.line(0.55), "free", "Not in use"),
+    );
   }
 
   context(height) {

@@ -25,7 +25,7 @@ class View {
     const toggle = element("button.quiet", { type: "button", "aria-pressed": "false", onclick: () => this.toggleTable(toggle) }, "table");
     return element("header", {}, title ?? element("h2", {}, "Tree"), this.size, element("div.tools", {},
       element("fieldset.seg", { style: "margin: 0; padding: 0", "aria-label": "Colour by" }, ...choices),
-      button("−", "Zoom out", () => this.tree.zoomBy(1 / 1.5)), button("+", "Zoom in", () => this.tree.zoomBy(1.5)), button("fit", "Show all", () => this.tree.focusOn(null)), toggle));
+      element("span.soft.wheel", {}, "Ctrl + wheel zooms"), button("−", "Zoom out", () => this.tree.zoomBy(1 / 1.5)), button("+", "Zoom in", () => this.tree.zoomBy(1.5)), button("fit", "Show all", () => this.tree.focusOn(null)), toggle));
   }
 
   colourBy(by) {
@@ -47,11 +47,11 @@ class View {
   showLegend() {
     const { by, ramps } = this.tree;
     const ends = { age: ["long ago", "just used"], hits: ["no hit", "many"], bytes: ["light", "heavy"] }[by];
-    const item = (kind, label) => element("span", {}, element(`i.${kind}`), label);
+    const item = (kind, label, title) => element("span", { title }, element(`i.${kind}`), label);
     this.legend.replaceChildren(
       element("span", {}, ends[0], element("i.ramp", { style: `background: linear-gradient(90deg, ${ramps[by].join(",")})` }), ends[1]),
-      ...(this.model.meta.state_bytes ? [item("tick", "checkpoint"), item("lost", "evicted checkpoint"), item("hatch", "KV without a state")] : []),
-      item("ghost", "ghost"), item("lock", "locked"),
+      ...(this.model.meta.state_bytes ? [item("tick", "checkpoint", "A saved state: requests can resume here."), item("lost", "evicted checkpoint", "The state was here and was evicted; the KV may remain."), item("hatch", "KV without a state", "No checkpoint follows: no request can resume from this KV.")] : []),
+      item("ghost", "ghost", "Its tokens are remembered; its KV was evicted."), item("lock", "locked", "A running request uses it: it cannot be evicted."),
     );
   }
 
@@ -93,15 +93,17 @@ class View {
     const rate = middle(done.map(speed).filter((one) => one !== null));
     const prompt = memory ? memory.prompt_tokens : model.tokens.prompt;
     const cached = memory ? memory.cached_tokens : model.tokens.cached;
+    const curve = hitCurve([...model.requests.values()].filter((one) => !GOING.has(one.state) && one.losses).slice(-240));
     let [tokens, checkpoints] = [0, 0];
     for (const node of model.nodes.values()) { tokens += node.end - node.start; checkpoints += node.saved ? 1 : 0; }
     const pair = (name, value, unit, big) => element(big ? "div.big" : "div", {}, element("dt", {}, name), element("dd", {}, value, ...(unit ? [element("small", {}, unit)] : [])));
     this.stats.replaceChildren(
       pair("prompt tokens reused", percent(cached, prompt), prompt ? `of ${brief.format(prompt)}` : "", true),
+      ...(curve ? [pair("reused, over the latest requests", curve)] : []),
       pair("cached", brief.format(tokens), "tokens"), ...(model.meta.state_bytes ? [pair("checkpoints", whole.format(checkpoints))] : []),
       pair("requests", whole.format(model.time)), ...(memory?.running !== undefined ? [pair("running", whole.format(memory.running), memory.waiting ? `+ ${memory.waiting} waiting` : "")] : []),
       ...(memory?.sessions ? [pair("live sessions", whole.format(memory.sessions[0]), memory.sessions[1] ? `${memory.sessions[1]} waiting` : ""), pair("admission", element("span", { title: memory.admission }, memory.admission.split(";").slice(0, 2).join(":")))] : []),
-      ...(ttft !== undefined ? [pair("TTFT, median", seconds(ttft))] : []), ...(rate !== undefined ? [pair("tokens/s a request", rate.toFixed(0))] : []),
+      ...(ttft !== undefined ? [pair("TTFT, median", seconds(ttft))] : []), ...(rate !== undefined ? [pair("tokens/s per request, median", rate.toFixed(0))] : []),
     );
     this.size.textContent = count(model.nodes.size, "node");
     const sums = Object.fromEntries(CAUSES.map(([name]) => [name, 0]));
@@ -153,4 +155,24 @@ class View {
       this.details.request(one);
     }
   }
+}
+
+// Share of reused prompt tokens over time as a small curve, 0 to 100 %; null for fewer than three points.
+function hitCurve(done) {
+  const step = Math.max(1, Math.ceil(done.length / 40));
+  const rates = [];
+  for (let at = 0; at < done.length; at += step) {
+    const some = done.slice(at, at + step);
+    const prompt = some.reduce((sum, one) => sum + one.prompt, 0);
+    if (prompt) rates.push(some.reduce((sum, one) => sum + one.cached, 0) / prompt);
+  }
+  if (rates.length < 3) return null;
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  const line = document.createElementNS("http://www.w3.org/2000/svg", "polyline");
+  line.setAttribute("points", rates.map((rate, at) => `${(1 + 118 * at / (rates.length - 1)).toFixed(1)},${(21 - 20 * rate).toFixed(1)}`).join(" "));
+  svg.setAttribute("viewBox", "0 0 120 22");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", `Reused share of the latest ${done.length} requests, from ${percent(rates[0], 1)} to ${percent(rates.at(-1), 1)}`);
+  svg.append(line);
+  return element("span.curve", { title: `${done.length} requests, 0 to 100 %` }, svg);
 }
