@@ -151,7 +151,7 @@ Saved = tuple[int, int]
 """(position, slot) of a checkpoint in a held slot, written or about to be written."""
 
 
-class Saving:
+class CheckpointPlan:
     """Checkpoint plan of one lease.
 
     A planned position gets a slot shortly before it is computed, and keeps it until the ``publish``
@@ -355,7 +355,7 @@ class Saving:
         self._plan, self._pending, self._rolling = {}, {}, None
 
 
-def bring_up(
+def load_best(
     cache: PrefixCache,
     match: PrefixMatch,
     receipt: LockHandle,
@@ -475,10 +475,10 @@ class Lease:
         "_is_counted",
         "_node",
         "_placement",
+        "_plan",
         "_receipt",
         "_request",
         "_rows",
-        "_saving",
         "_step",
         "match",
         "prompt_len",
@@ -510,7 +510,7 @@ class Lease:
         self._rows = LeaseRows(match.cached_len, self.prompt_len + cache.page_size)
         self._is_counted = False
         self._step = lcm(cache.grid, cache.page_size)
-        self._saving = Saving(cache, placement, self._step, self.prompt_len)
+        self._plan = CheckpointPlan(cache, placement, self._step, self.prompt_len)
         cache.steps.open(self)
         if match.cached_len:
             self._note_changed(0, match.cached_len)
@@ -559,7 +559,7 @@ class Lease:
                 loadable=match.loadable if request.reuse else (),
             )
         if match.loadable and request.reuse:
-            match, receipt = bring_up(cache, match, receipt, readable, exchange)
+            match, receipt = load_best(cache, match, receipt, readable, exchange)
         if match is not found or match.loadable:
             loadable_len = match.loadable[-1].position if match.loadable else 0
             match = match._replace(losses=losses_of(found, match.cached_len, loadable_len))
@@ -593,7 +593,7 @@ class Lease:
             self._cache.num_checkpoints,
         )
         placement.on_prefill(prefill)
-        self._saving.ask(prefill)
+        self._plan.ask(prefill)
 
     @property
     def cached_len(self) -> int:
@@ -642,7 +642,7 @@ class Lease:
     @property
     def planned(self) -> tuple[int, ...]:
         """Positions at which this prefill should still save a checkpoint, ascending."""
-        return self._saving.planned
+        return self._plan.planned
 
     @property
     def held_tokens(self) -> int:
@@ -651,7 +651,7 @@ class Lease:
 
     @property
     def held_slots(self) -> int:
-        return (self._cached_slot is not None) + len(self._saving.slots)
+        return (self._cached_slot is not None) + len(self._plan.slots)
 
     @property
     def _cached_slot(self) -> int | None:
@@ -667,12 +667,12 @@ class Lease:
         """
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len:
-            self._saving.plan(position, label)
+            self._plan.plan(position, label)
 
     def is_saving_at(self, position: int) -> bool:
         """Return whether ``take_checkpoint_slots`` returned ``position`` and no ``publish`` covered
         it yet."""
-        return self._saving.is_pending(position)
+        return self._plan.is_pending(position)
 
     def continuation(self, tokens: Tokens, max_tokens: int) -> Tokens:
         """Return up to ``max_tokens`` ids that followed ``tokens``, all tokens of the request so
@@ -713,7 +713,7 @@ class Lease:
         predecessor. A caller that works one step ahead, and finds that the request ended before it,
         has neither.
         """
-        return self._saving.take(start, end)
+        return self._plan.take(start, end)
 
     def num_quiet_tokens(self, computed_len: int) -> int:
         """Return the number of decode steps for which the row and slot calls have no effect.
@@ -722,7 +722,7 @@ class Lease:
         need not be called. O(1).
         """
         rows = self._rows.num_rows - computed_len
-        return min(rows, self._saving.num_before_crossing(computed_len))
+        return min(rows, self._plan.num_before_crossing(computed_len))
 
     def roll_back(self, computed_len: int) -> None:
         """Undo the last step past ``computed_len``, because its drafts were rejected.
@@ -730,7 +730,7 @@ class Lease:
         A rolling checkpoint past ``computed_len`` was not written; its slot keeps its previous
         contents. O(1).
         """
-        self._saving.roll_back(computed_len)
+        self._plan.roll_back(computed_len)
 
     def reserve_checkpoint_slots(self, start: int, end: int, max_slots: int) -> int:
         """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, and keep
@@ -739,7 +739,7 @@ class Lease:
         Returns how many slots are still missing. For callers that limit the number of slabs emptied
         per step.
         """
-        return self._saving.reserve(start, end, max_slots)
+        return self._plan.reserve(start, end, max_slots)
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
         """Pass the computed tokens and finished checkpoints to the tree, and move the lock to the
@@ -754,7 +754,7 @@ class Lease:
         first = self.published_len
         if computed_len - computed_len % cache.page_size <= first:
             return None
-        node, num_duplicates = self._insert(tokens, computed_len, self._saving.done(computed_len))
+        node, num_duplicates = self._insert(tokens, computed_len, self._plan.done(computed_len))
         receipt = cache.lock(node)
         cache.unlock(self._receipt)
         self._node, self._receipt = node, receipt
@@ -812,7 +812,7 @@ class Lease:
             cache.free_kv(duplicates)
             self._note_changed(first, first + num_duplicates)
         if saved:
-            self._saving.settle(saved, rejected_slots)
+            self._plan.settle(saved, rejected_slots)
         return node, num_duplicates
 
     def finish(
@@ -825,7 +825,7 @@ class Lease:
         "length"). It is "session_end" if no further turn will come, and empty if it is not known.
         Learning eviction policies distinguish these reasons.
         """
-        donate = donate and self._saving.wants(computed_len)
+        donate = donate and self._plan.wants(computed_len)
         self._end(tokens, computed_len, donate, stop_reason)
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
@@ -847,7 +847,7 @@ class Lease:
                 donated = computed_len, own_slot
             else:
                 cache.free_slot(own_slot)
-        saved = self._saving.end(published_len, donated, stop_reason)
+        saved = self._plan.end(published_len, donated, stop_reason)
         first_held = self.published_len
         if saved or published_len > first_held:
             self._insert(tokens, published_len, saved)
@@ -856,7 +856,7 @@ class Lease:
 
     def abort(self) -> None:
         """Free everything held and end the lease. Published tokens stay in the tree."""
-        self._saving.abort()
+        self._plan.abort()
         if self._cached_slot is not None:
             self._cache.free_slot(self._cached_slot)
         self._close(self.published_len)

@@ -36,7 +36,7 @@ from hybridcache.radix.check import check_tree
 from hybridcache.radix.checkpoints import Link, is_last_above, last_above, last_at, link
 from hybridcache.radix.compact import compact_rows
 from hybridcache.radix.ghosts import GhostList
-from hybridcache.radix.rows import GatherCache, RowOwners
+from hybridcache.radix.rows import GatherCache, RowIndex
 from hybridcache.radix.tree import Checkpoint, ItemBytes, RadixNode, RadixTree, Segment, members
 from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
@@ -148,10 +148,10 @@ class Residency:
         self.gathered = GatherCache()
         self.pages = pages
         self.arena = arena_of(pages)
-        self.owners: RowOwners | None = None
+        self.owners: RowIndex | None = None
         """Buffer of each row, if rows can move, else None."""
         if self.arena is not None:
-            self.owners = RowOwners(pages.capacity, self.gathered)
+            self.owners = RowIndex(pages.capacity, self.gathered)
             self.arena.holders[self.owners] = None
         self.slots = slots
         self.policy = policy

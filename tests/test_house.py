@@ -362,7 +362,7 @@ def test_private_accesses_are_found() -> None:
 @pytest.mark.parametrize("folder", ADAPTERS)
 def test_adapters_use_the_public_interface_of_the_cache(folder: str) -> None:
     """The SGLang adapter, snapshots and the engine do nothing that a stranger could not do."""
-    core = {"_residency", "_tree", "_pages", "_slots", "_gathered", "_step", "_rows", "_saving"}
+    core = {"_residency", "_tree", "_pages", "_slots", "_gathered", "_step", "_rows", "_plan"}
     found = {
         str(file.relative_to(ROOT)): [
             access

@@ -38,7 +38,7 @@ from typing import Any
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
-from hybridcache.policies.memory import Reader, Writer, remembers, take_over
+from hybridcache.policies.memory import Reader, Writer, load_state, remembers
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tree import Checkpoint, OffloadedCheckpoint, RadixNode, RadixTree
 from hybridcache.tokens import Indices, read_namespace, require_int32, write_namespace
@@ -231,7 +231,7 @@ class Memory:
         try:
             read = [Reader(lambda _: None).read(plain) for plain in written]
             for rule, remembered in zip(rules, read, strict=True):
-                take_over(rule, remembered)
+                load_state(rule, remembered)
         except UNREADABLE:
             unfit.append("placement")
         cache.ghosts.trim()
@@ -244,7 +244,7 @@ class Memory:
         reader = Reader(states.get, before)
         remembered = reader.read(self._plain["policies"][word])
         memos = {serial: reader.read(memo) for serial, memo in self._plain["memos"][word]}
-        take_over(policy, remembered)
+        load_state(policy, remembered)
         if word == DEVICE:
             for item, _ in self._items:
                 item.memo = memos.get(item.serial)
@@ -276,7 +276,7 @@ def _share_anew(cache: TieredRadixCache, word: str) -> None:
     """Start the policy of ``word`` from the present state of the tier above it. O(tree)."""
     policies, number = dict(_policies(cache)), cache.offload.names.index(word)
     above = policies[cache.offload.names[number - 1] if number else DEVICE]
-    take_over(policies[word], above.for_tier())
+    load_state(policies[word], above.for_tier())
     for state in _states(cache, word).values():
         state.memo = None
         policies[word].add(state)

@@ -165,7 +165,7 @@ def remembers(policy: object) -> bool:
     return isinstance(policy, REMEMBERING)
 
 
-def take_over(policy: Any, remembered: Any) -> None:
+def load_state(policy: Any, remembered: Any) -> None:
     """Replace the state of ``policy`` by ``remembered``, the result of a ``Reader``.
 
     Raises Unfit, with ``policy`` unchanged, if the class or the attributes differ.

@@ -3,7 +3,7 @@
 ``GatherCache`` keeps concatenated rows of recent paths, because the next turn of a conversation
 needs those of its last one.
 
-``RowOwners`` finds the rows of an emptied arena slab in the tree without a search. The rows of one
+``RowIndex`` finds the rows of an emptied arena slab in the tree without a search. The rows of one
 insertion are one buffer, and nodes that result from splits hold views of it (``radix.compact``). So
 a row has one buffer regardless of splits, and renaming it there renames it in the node. A table of
 all rows holds the numbers of their buffers. It is updated only when a slab is emptied: until then,
@@ -112,7 +112,7 @@ class GatherCache:
         self.num_rows = 0
 
 
-class RowOwners:
+class RowIndex:
     """Row buffers of one tree. A ``RowHolder``, which owns the cached rows."""
 
     __slots__ = ("_free_numbers", "_gathered", "_new", "_numbered", "_numbers")

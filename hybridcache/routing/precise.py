@@ -11,9 +11,9 @@ from hybridcache.export.events import CheckpointStored, Event
 from hybridcache.export.mirror import Mirror, MirrorMatch
 from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.hashing import rendezvous
-from hybridcache.routing.on_the_way import OnTheWay
+from hybridcache.routing.in_flight import InFlightPrompts
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
-from hybridcache.routing.turnover import Turnover
+from hybridcache.routing.write_rate import WriteRate
 
 MOST_BUSY = 0.95
 """Upper bound of the estimated utilisation. Above it queues grow without limit."""
@@ -168,8 +168,8 @@ class CheckpointSeconds(MirrorRouter):
 
     def __init__(self, spec: ReplicaSpec) -> None:
         super().__init__(spec)
-        self.on_the_way: dict[ReplicaId, OnTheWay] = {}
-        self.turnovers: dict[ReplicaId, Turnover] = {}
+        self.in_flight: dict[ReplicaId, InFlightPrompts] = {}
+        self.write_rates: dict[ReplicaId, WriteRate] = {}
         self._without_first_token: set[Hashable] = set()
         self._planned: dict[Hashable, tuple[str, ...]] = {}
         """Planned labels of each request that events do not cover yet."""
@@ -177,14 +177,14 @@ class CheckpointSeconds(MirrorRouter):
 
     def joined(self, replica: ReplicaId, now: float) -> None:
         super().joined(replica, now)
-        self.on_the_way[replica] = OnTheWay()
-        self.turnovers[replica] = Turnover(self.spec.capacity_bytes, now)
+        self.in_flight[replica] = InFlightPrompts()
+        self.write_rates[replica] = WriteRate(self.spec.capacity_bytes, now)
 
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
-        gone = self.on_the_way.pop(replica, None)
+        gone = self.in_flight.pop(replica, None)
         for request in () if gone is None else gone.requests():
             self._planned.pop(request, None)
-        self.turnovers.pop(replica, None)
+        self.write_rates.pop(replica, None)
         lost = super().left(replica, now)
         self._without_first_token.difference_update(lost)
         return lost
@@ -205,7 +205,7 @@ class CheckpointSeconds(MirrorRouter):
         pressures, delays = self.pressures(now), 1.0 / (1.0 - self.utilisation(now))
         for replica in self.loads:
             found = self.find(replica, request)
-            depth = max(found.cached_len, self.on_the_way[replica].depth(request))
+            depth = max(found.cached_len, self.in_flight[replica].depth(request))
             depths[replica] = depth
             new_bytes = self.new_bytes(request, depth, found.kv_match_len)
             lost = pressures[replica] * self.displaced(replica, new_bytes)
@@ -233,7 +233,7 @@ class CheckpointSeconds(MirrorRouter):
         It is the square root of the rate, as for cache misses (Hartstein et al., "Cache miss
         behavior: is it sqrt(2)?", 2006).
         """
-        rates = {replica: own.rate(now) for replica, own in self.turnovers.items()}
+        rates = {replica: own.rate(now) for replica, own in self.write_rates.items()}
         mean = sum(rates.values()) / max(len(rates), 1)
         return {replica: math.sqrt(rate / mean) if mean else 1.0 for replica, rate in rates.items()}
 
@@ -242,8 +242,8 @@ class CheckpointSeconds(MirrorRouter):
 
         Estimated from the requests sent to them.
         """
-        work_s = sum(own.work_s for own in self.turnovers.values())
-        seconds = sum(now - own.since_s for own in self.turnovers.values())
+        work_s = sum(own.work_s for own in self.write_rates.values())
+        seconds = sum(now - own.since_s for own in self.write_rates.values())
         return min(work_s / seconds, MOST_BUSY) if seconds > 0 else 0.0
 
     def _branch(self, request: RouteRequest, depth: int) -> bytes:
@@ -256,10 +256,10 @@ class CheckpointSeconds(MirrorRouter):
         found = self.find(choice.replica, request)
         num_new = len(request.tokens) - max(found.kv_match_len, choice.expected_len)
         positions = self.forecast(request, choice.expected_len, found.kv_match_len)
-        self.on_the_way[choice.replica].sent(request, positions, num_new)
+        self.in_flight[choice.replica].sent(request, positions, num_new)
         new_bytes = self.new_bytes(request, choice.expected_len, found.kv_match_len)
         work_s = self.seconds(choice.expected_len, len(request.tokens))
-        self.turnovers[choice.replica].sent(new_bytes, work_s, now)
+        self.write_rates[choice.replica].sent(new_bytes, work_s, now)
         self._without_first_token.add(request.id)
         planned = self._plan(request, choice.expected_len, found.kv_match_len)
         self._planned[request.id] = tuple(planned.values())
@@ -293,7 +293,7 @@ class CheckpointSeconds(MirrorRouter):
         if request in self._without_first_token and where is not None:
             self._without_first_token.discard(request)
             self._planned.pop(request, None)
-            self.on_the_way[where].over(request)
+            self.in_flight[where].over(request)
 
     def on_events(
         self,
@@ -304,7 +304,7 @@ class CheckpointSeconds(MirrorRouter):
     ) -> None:
         events = tuple(events)
         super().on_events(replica, sequence, events)
-        if replica not in self.on_the_way:
+        if replica not in self.in_flight:
             return
         # Batch 0 can repeat checkpoints that were already counted.
         counts = self.follows_events and sequence > 0
@@ -313,20 +313,20 @@ class CheckpointSeconds(MirrorRouter):
                 if isinstance(event, CheckpointStored):
                     self.shares.save(event.label)
         for request in covered:
-            self.on_the_way[replica].over(request)
+            self.in_flight[replica].over(request)
             for label in self._planned.pop(request, ()):
                 if counts:
                     self.shares.plan(label)
 
     def check(self) -> None:
         super().check()
-        assert self.on_the_way.keys() == self.turnovers.keys() == self.loads.keys()
-        for turnover in self.turnovers.values():
-            turnover.check()
+        assert self.in_flight.keys() == self.write_rates.keys() == self.loads.keys()
+        for write_rate in self.write_rates.values():
+            write_rate.check()
         assert self._without_first_token <= self._where.keys()
-        underway = [each for way in self.on_the_way.values() for each in way.requests()]
+        underway = [each for way in self.in_flight.values() for each in way.requests()]
         assert sorted(map(repr, self._planned)) == sorted(map(repr, underway))
-        for way in self.on_the_way.values():
+        for way in self.in_flight.values():
             way.check()
 
 

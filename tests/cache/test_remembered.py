@@ -22,7 +22,7 @@ from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.offload import path_of
 from hybridcache.policies.eviction.regret import Survival
-from hybridcache.policies.memory import Reader, Unfit, Writer, take_over
+from hybridcache.policies.memory import Reader, Unfit, Writer, load_state
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.variants import TieredRadixCache
 
@@ -303,7 +303,7 @@ def test_tables_generators_and_shared_objects_come_back():
     regret.survival.refresh(20)
     again = Reader(lambda _: None).read(json.loads(json.dumps(Writer().write(regret))))
     fresh = Survival()
-    take_over(fresh, again)
+    load_state(fresh, again)
     fresh.survival.check()
     assert np.array_equal(fresh.survival.index, regret.survival.index)
     assert fresh.survival._open == regret.survival._open
@@ -339,11 +339,11 @@ def test_a_policy_with_other_attributes_takes_nothing_over():
     other.another = 3
     own = Adaptive()
     with pytest.raises(Unfit, match="Adaptive has other attributes"):
-        take_over(own, other)
+        load_state(own, other)
     with pytest.raises(Unfit, match=r"Survival\.survival\._events has another table layout"):
         wide = Survival()
         wide.survival._events = np.zeros((64, 3))
-        take_over(Survival(), wide)
+        load_state(Survival(), wide)
 
 
 def test_the_head_is_what_the_page_says():

@@ -162,7 +162,7 @@ class RoutersMachine(RuleBasedStateMachine):
         for name, replica in self.replicas.items():
             for batch in replica.batches:
                 self.router.on_events(name, *batch)
-            assert len(self.router.on_the_way[name]) == 0
+            assert len(self.router.in_flight[name]) == 0
 
 
 def plain_choice(router, request, now):
@@ -171,15 +171,15 @@ def plain_choice(router, request, now):
     if type(router) is not CheckpointSeconds:
         return None
     num_ids, costs = len(request.tokens), {}
-    rates = {replica: own.rate(now) for replica, own in router.turnovers.items()}
+    rates = {replica: own.rate(now) for replica, own in router.write_rates.items()}
     mean = sum(rates.values()) / len(rates)
-    passed = sum(now - own.since_s for own in router.turnovers.values())
-    work = sum(own.work_s for own in router.turnovers.values())
+    passed = sum(now - own.since_s for own in router.write_rates.values())
+    work = sum(own.work_s for own in router.write_rates.values())
     idle = max(1 - work / passed, 0.05) if passed else 1.0
     for replica, load in router.loads.items():
         mirror = router.mirrors[replica]
         found = mirror.match(request.tokens)
-        depth = max(found.cached_len, router.on_the_way[replica].depth(request))
+        depth = max(found.cached_len, router.in_flight[replica].depth(request))
         held = sum(len(segment[4]) for segment in mirror.segments())
         known = max(depth, found.kv_match_len)
         wanted = {known // GRID * GRID: "branch"}
@@ -267,7 +267,7 @@ def test_where_memory_is_written_over_faster_a_place_is_dearer() -> None:
     assert isinstance(router, CheckpointSeconds)
     for name, num_bytes in ((0, 900), (1, 100)):
         router.on_events(name, *replica.batches[0])
-        router.turnovers[name].sent(num_bytes, 0.0, 1.0)
+        router.write_rates[name].sent(num_bytes, 0.0, 1.0)
     assert router.pressures(2.0) == pytest.approx({0: 1.8**0.5, 1: 0.2**0.5})
     for number in range(8):
         request = RouteRequest(number, tuple(range(100 + number, 110 + number)))
@@ -282,7 +282,7 @@ def test_what_is_sent_takes_the_place_of_its_ids_and_its_states() -> None:
     router.route(request, 0.0)
     assert positions and spec.state_bytes and spec.kv_bytes
     sent = 50 * spec.kv_bytes + len(positions) * spec.state_bytes
-    assert router.turnovers[0].rate(1.0) == sent
+    assert router.write_rates[0].rate(1.0) == sent
 
 
 def test_a_forecast_changes_no_placement() -> None:
@@ -295,7 +295,7 @@ def test_a_forecast_changes_no_placement() -> None:
             request = RouteRequest(number, tuple(range(number * 100, number * 100 + 90)))
             found.append(router.forecast(request, 0, 0))
             replica = router.route(request, float(number)).replica
-            assert router.on_the_way[replica]._prompts[number][1] == tuple(sorted(found[-1]))
+            assert router.in_flight[replica]._prompts[number][1] == tuple(sorted(found[-1]))
             router.prefilled(number, number + 0.2)
             router.ended(number, number + 0.5)
         assert found[0] and all(positions == found[0] for positions in found)
@@ -341,7 +341,7 @@ def test_the_busier_the_fleet_the_more_a_hit_is_worth() -> None:
         router = fleet("checkpoint", 2, capacity_bytes=None)
         assert isinstance(router, CheckpointSeconds)
         router.on_events(0, *replica.batches[0])
-        router.turnovers[0].sent(1, work_s, 0.0)
+        router.write_rates[0].sent(1, work_s, 0.0)
         router.loads[0].sent("other", 5.0, 10.0)
         choice = router.choose(RouteRequest(1, tuple(range(18))), 10.0)
         assert (choice.replica == 0) == is_worth_it

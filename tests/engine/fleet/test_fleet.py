@@ -145,7 +145,7 @@ def test_a_life_of_two_replicas() -> None:
         assert (first.cached_len, first.finish_reason, len(first.output)) == (0, "length", 3)
         assert first.prompt_token_ids.tolist() == [*PROMPT, 1, 2]
         home = handle.chosen[0]
-        await until(lambda: len(router.on_the_way[home]) == 0)
+        await until(lambda: len(router.in_flight[home]) == 0)
         assert router.mirrors[home].num_checkpoints > 0
         again = await answer(engine, asked(1, 2))
         assert again[-1].cached_len >= 256 and handle.chosen[1] == home

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections import deque
 
 
-class Turnover:
+class WriteRate:
     """Log of the bytes stored on one replica and of the prefill seconds that they took.
 
     It covers the last ``capacity_bytes`` written. Under LRU, the next eviction victim has been
     unused for about that period. ``sent`` is O(1) amortised, the other methods O(1).
 
-    >>> turnover = Turnover(100, now=0.0)
+    >>> write_rate = WriteRate(100, now=0.0)
     >>> for second in range(1, 5):
-    ...     turnover.sent(50, 0.25, now=float(second))
-    >>> turnover.rate(now=4.0), turnover.rate(now=8.0), turnover.work_s
+    ...     write_rate.sent(50, 0.25, now=float(second))
+    >>> write_rate.rate(now=4.0), write_rate.rate(now=8.0), write_rate.work_s
     (50.0, 16.666666666666668, 0.5)
     """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.routing.turnover import Turnover
+from hybridcache.routing.write_rate import WriteRate
 
 SENT = st.tuples(st.integers(0, 60), st.integers(0, 8), st.integers(0, 5))
 
@@ -14,19 +14,19 @@ SENT = st.tuples(st.integers(0, 60), st.integers(0, 8), st.integers(0, 5))
 def test_it_reaches_back_one_memory_full(
     sent: list[tuple[int, int, int]], capacity: int | None
 ) -> None:
-    turnover, now = Turnover(capacity, 0.0), 0.0
+    write_rate, now = WriteRate(capacity, 0.0), 0.0
     num_bytes = seconds = 0
     points = [(0.0, 0, 0)]
     for more_bytes, more_seconds, pause in sent:
         now += pause
-        turnover.sent(more_bytes, more_seconds, now)
-        turnover.check()
+        write_rate.sent(more_bytes, more_seconds, now)
+        write_rate.check()
         num_bytes, seconds = num_bytes + more_bytes, seconds + more_seconds
         if more_bytes:
             points.append((now, num_bytes, seconds))
         full = num_bytes - capacity if capacity is not None else -1
         since, bytes_before, before = [points[0], *(p for p in points[:-1] if p[1] <= full)][-1]
-        assert (turnover.since_s, turnover.work_s) == (since, seconds - before)
+        assert (write_rate.since_s, write_rate.work_s) == (since, seconds - before)
         later = now + 2.0
-        assert turnover.rate(later) == (num_bytes - bytes_before) / (later - since)
-        assert turnover.rate(since) == 0.0
+        assert write_rate.rate(later) == (num_bytes - bytes_before) / (later - since)
+        assert write_rate.rate(since) == 0.0

@@ -8,10 +8,10 @@ from collections.abc import Hashable, Iterable
 from hybridcache.routing.protocol import RouteRequest
 
 
-class OnTheWay:
+class InFlightPrompts:
     """Prompts in flight to one replica: running requests, and those that ended since its events.
 
-    >>> way = OnTheWay()
+    >>> way = InFlightPrompts()
     >>> way.sent(RouteRequest("a", (1, 2, 3, 4, 5)), (2, 4), num_new=5)
     >>> way.depth(RouteRequest("b", (1, 2, 3, 9)))
     2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hybridcache.routing.on_the_way import OnTheWay
+from hybridcache.routing.in_flight import InFlightPrompts
 from hybridcache.routing.protocol import RouteRequest
 from tests.routing.reference import PlainWay
 
@@ -16,7 +16,7 @@ SPACES = st.sampled_from((None, "other"))
 class OnTheWayMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
-        self.way, self.plain, self.num_sent = OnTheWay(), PlainWay(), 0
+        self.way, self.plain, self.num_sent = InFlightPrompts(), PlainWay(), 0
 
     @rule(tokens=PROMPTS, namespace=SPACES, steps=st.sets(st.integers(1, 9), max_size=3))
     def sent(self, tokens, namespace, steps):
