@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from engine.config import ConfigError, EngineConfig
     from engine.engine import Engine
     from engine.errors import QueueFull
-    from engine.plugins.guided.grammar import Grammar
+    from engine.requests.grammar import Grammar
     from engine.requests.sampling_params import SamplingParams
     from engine.requests.spec import RequestSpec
     from engine.text.outputs import RequestOutput
@@ -23,7 +23,7 @@ _MODULES = {
     "ConfigError": "engine.config",
     "Engine": "engine.engine",
     "EngineConfig": "engine.config",
-    "Grammar": "engine.plugins.guided.grammar",
+    "Grammar": "engine.requests.grammar",
     "QueueFull": "engine.errors",
     "RequestOutput": "engine.text.outputs",
     "RequestSpec": "engine.requests.spec",

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from engine.config import EngineConfig
 from engine.engine_loop import EngineLoop, failed
 from engine.errors import EngineStopped, QueueFull, RequestError, StepFailed
-from engine.plugins.guided.grammar import Grammar
-from engine.plugins.observe.cache_watch import Watch
+from engine.interfaces import EngineWatch
+from engine.plugins import cache_watch
+from engine.requests.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.text.outputs import RequestOutput
@@ -135,6 +136,8 @@ Letter = tuple[RequestStream, RequestOutput | RequestError]
 class AsyncEngine(EngineLoop[RequestStream]):
     """Runs an ``Engine`` in a thread, from ``start`` until ``drain`` or ``stop``."""
 
+    _engine: Engine
+
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, _post)
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
@@ -241,7 +244,7 @@ class AsyncEngine(EngineLoop[RequestStream]):
 
     async def watch(self) -> Watching:
         """Follow the cache and its requests. ValueError: the tree is too large to show."""
-        return _ThreadWatch(self, await self.call(Watch))
+        return _ThreadWatch(self, await self.call(cache_watch))
 
     async def drain(self) -> None:
         """Take no more requests, finish those there are, and end the thread."""
@@ -265,7 +268,7 @@ class AsyncEngine(EngineLoop[RequestStream]):
 class _ThreadWatch:
     """A ``Watch``, called in the engine's thread."""
 
-    def __init__(self, engine: AsyncEngine, watch: Watch) -> None:
+    def __init__(self, engine: AsyncEngine, watch: EngineWatch) -> None:
         self._engine, self._watch = engine, watch
 
     async def take(self) -> list[Record]:

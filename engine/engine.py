@@ -4,20 +4,21 @@ own."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.build import load, make_parts, prefill_server, sampling_defaults
+from tqdm import tqdm
+
+from engine.build import load, make_parts, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
-from engine.generate import follow, generate
 from engine.hub import display_name, resolve_config
-from engine.interfaces import Runner, TokenSampler
-from engine.mailboxes import Mailboxes
-from engine.plugins.guided.grammar import Grammar
-from engine.plugins.speculation.draft_manager import Drafting
+from engine.interfaces import Observer, Runner, StepReport, TokenSampler
+from engine.plugins import engine_plugins
+from engine.requests.grammar import Grammar
 from engine.requests.recent_requests import RecentRequests
 from engine.requests.request import Request
 from engine.requests.request_factory import Intake
@@ -25,8 +26,9 @@ from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
 from engine.runner.sample_step import NO_STEP, InFlight, LateDraws, sample_step
 from engine.schedule.batch import BytesLost
-from engine.schedule.fetching import Fetcher, Outside
-from engine.schedule.observed import Observer, StepReport
+from engine.schedule.drafter import DraftPlanner
+from engine.schedule.fetching import Fetcher
+from engine.schedule.hooks import StepHooks
 from engine.schedule.plan import EMPTY, Plan
 from engine.schedule.report import CacheReport, cache_report
 from engine.text.outputs import RequestOutput
@@ -59,7 +61,7 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         observer: Observer | None = None,
         log: LeaseLog | None = None,
-        drafting: Drafting | None = None,
+        drafting: DraftPlanner | None = None,
         fetcher: Fetcher | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -75,9 +77,13 @@ class Engine:
         parse_placement(",".join(config.checkpoints))
         if runner is None:
             config = resolve_config(config)
-            runner, sampler, tokenizer = load(config)
+        plugins = engine_plugins(config)
+        self.plugins = {plugin.name: plugin for plugin in plugins}
+        """Optional capabilities that the settings ask for, by name."""
+        if runner is None:
+            runner, sampler, tokenizer = load(config, plugins)
         if sampler is None:
-            raise TypeError("a runner of one's own needs a sampler of one's own.")
+            raise TypeError("pass a sampler together with a runner.")
         self.config = config = config.settled(on_cpu=not runner.is_asynchronous)
         self.runner = runner
         self.tokenizer = tokenizer
@@ -89,14 +95,17 @@ class Engine:
         self.clock = clock
         self.recent = RecentRequests()
         parts = make_parts(
-            config, runner, tokenizer, log=log, drafting=drafting, fetcher=fetcher, clock=clock
+            config,
+            runner,
+            tokenizer,
+            plugins,
+            log=log,
+            drafting=drafting,
+            fetcher=fetcher,
+            clock=clock,
         )
-        self._cache_kind, self._cache = parts.cache_kind, parts.cache
-        self._lower, self._manager = parts.lower, parts.manager
-        self._fetching, self._scheduler = parts.fetching, parts.scheduler
-        self._drafting, self._draft_memory = parts.drafting, parts.draft_memory
-        self.transfers = parts.transfers
-        """What went to or came from other engines; None: nothing does."""
+        self._cache_kind, self._cache, self._manager = parts.cache_kind, parts.cache, parts.manager
+        self._scheduler, self._drafting = parts.scheduler, parts.drafting
         self._overlaps = config.overlap == "on" or (
             config.overlap == "auto" and runner.is_asynchronous
         )
@@ -106,7 +115,8 @@ class Engine:
         self._requests: dict[str, Request] = {}
         self._committing = EMPTY
         """The step that is being published."""
-        self._mailboxes = Mailboxes()
+        self._mailboxes: dict[str, deque[RequestOutput]] = {}
+        """Outputs of the requests that ``stream`` and ``generate`` follow, not yet taken."""
         self._intake = Intake(
             tokenizer,
             vocab_size=runner.vocab_size,
@@ -116,11 +126,11 @@ class Engine:
             clock=clock,
             grammar_budget_s=config.grammar_budget_s,
         )
-        self.prefill_server = prefill_server(self, self._manager, self.transfers)
-        """What computes prefixes for other engines; None: it is none of its roles."""
-        late_draws = LateDraws(self._scheduler, sampler, self._intake.guides.shared.news)
-        outside: tuple[Outside | None, ...] = late_draws, self._fetching, self.prefill_server
-        self._outside = tuple(part for part in outside if part is not None)
+        late_draws = LateDraws(self._scheduler, sampler, self._intake.grammar_news)
+        fetching = () if parts.fetching is None else (parts.fetching,)
+        self._hooks: tuple[StepHooks, ...] = (late_draws, *fetching, *plugins)
+        for plugin in plugins:
+            plugin.attach(self, self._manager)
 
     @property
     def model_name(self) -> str:
@@ -168,12 +178,12 @@ class Engine:
         """Make ``grammar`` ready, so that ``prepare`` need not. Safe to call from any thread; up to
         a second for the first one of all (see ``prepare_grammars``), then milliseconds, a tenth of
         a second for the worst. ValueError as there."""
-        self._intake.guides.compile(grammar)
+        self._intake.grammars.compile(grammar)
 
     def prepare_grammars(self) -> None:
         """Build what the first grammar needs. It takes a second for a large vocabulary, in which
         no other thread of the process runs. Does nothing if answers cannot be guided here."""
-        self._intake.guides.load()
+        self._intake.grammars.load()
 
     def enqueue(self, request: Request) -> None:
         """The second half of ``submit``."""
@@ -208,7 +218,7 @@ class Engine:
         self._scheduler.abort(request)
         self.recent.add(request, self.clock())
         output = request.report()
-        self._mailboxes.deliver([output])
+        self._deliver([output])
         return output
 
     def has_work(self) -> bool:
@@ -217,27 +227,32 @@ class Engine:
             self._scheduler.has_work()
             or self._in_flight is not None
             or self._scheduler.has_progressed
-            or (self._lower is not None and self._manager.has_moves)
-            or any(part.has_work for part in self._outside)
+            or any(hooks.has_work for hooks in self._hooks)
         )
 
-    def rest(self) -> float | None:
-        """There is nothing to compute: what can wait is done. Seconds until more of it can be;
-        None: there is no more."""
+    def run_idle_tasks(self) -> float | None:
+        """Run background work while there is nothing to compute. Returns the seconds until there is
+        more of it; None if there is not."""
         if self.config.check:
             self.check()
-        return None if self._lower is None else self._lower.rest()
+        delays = [hooks.on_idle() for hooks in self._hooks]
+        return min((delay for delay in delays if delay is not None), default=None)
+
+    def on_work(self, wake: Callable[[], None]) -> None:
+        """Call ``wake``, from any thread, whenever a plugin has work for an idle engine."""
+        for plugin in self.plugins.values():
+            plugin.wake = wake
 
     def stop_accepting(self) -> None:
         """Take no more work from other engines, and finish what is in progress for them: for an
         engine that is to end. Requests of one's own can still be submitted."""
-        for part in self._outside:
-            part.stop_accepting()
+        for hooks in self._hooks:
+            hooks.stop_accepting()
 
     def disconnect(self) -> None:
         """End at once what is done for and by other engines."""
-        for part in self._outside:
-            part.close()
+        for hooks in self._hooks:
+            hooks.disconnect()
 
     def step(self) -> list[RequestOutput]:
         """Compute one batch; returns what is new, per request.
@@ -249,8 +264,8 @@ class Engine:
         """
         with self._recovering():
             if not self._scheduler.must_commit:
-                for part in self._outside:
-                    part.advance()
+                for hooks in self._hooks:
+                    hooks.before_step()
             plan = self._schedule()
             logits = self._forward(plan)
             in_flight = self._sample(plan, logits)
@@ -265,16 +280,14 @@ class Engine:
         except BaseException as error:
             self._in_flight = None
             interrupted = tuple(r.request_id for r in self._scheduler.recover())
-            if self.prefill_server is not None:
-                self.prefill_server.give_up()
+            for hooks in self._hooks:
+                hooks.on_step_failed()
             half_done, self._committing = self._committing, EMPTY
             # What a step with drafts published has its states where the runner's commit puts them.
             if self._manager.lost_moves() or half_done.has_drafts:
-                if self._fetching is not None:
-                    self._fetching.give_up()
-                self._forget()
-                if self._lower is not None:
-                    self._lower.start_over()
+                for hooks in self._hooks:
+                    hooks.on_cache_lost()
+                self._forget(was_lost=True)
             if not isinstance(error, BytesLost):
                 self.interrupted = interrupted
                 raise
@@ -283,8 +296,8 @@ class Engine:
         self._laps = [self.clock()]
         plan = self._scheduler.schedule()
         if plan is EMPTY and self._in_flight is None:
-            for part in self._outside:
-                part.wait()
+            for hooks in self._hooks:
+                hooks.wait()
             if self._scheduler.withholds_all:
                 time.sleep(WITHHELD_S)
         self._laps.append(self.clock())
@@ -318,8 +331,8 @@ class Engine:
         tokens = drawn.wait() if drawn is not None else ()
         scored = [score.wait() for score in scores]
         self._laps.append(self.clock())
-        if self._lower is not None:
-            self._lower.step_done(plan, self._laps[-1] - self._laps[1])
+        for hooks in self._hooks:
+            hooks.after_step(plan, self._laps[-1] - self._laps[1])
         self._committing = plan
         taken = self._scheduler.commit(plan, tokens, scored, late)
         if taken:
@@ -341,7 +354,7 @@ class Engine:
                 request = self._requests.pop(output.request_id, None)
                 if request is not None:
                     self.recent.add(request, self.clock())
-        self._mailboxes.deliver(outputs)
+        self._deliver(outputs)
         return outputs
 
     def _tell_observer(self, plan: Plan) -> None:
@@ -374,9 +387,46 @@ class Engine:
         """Answer all ``prompts``; their last outputs, in order. ``sampling`` is one for all or one
         each, ``options`` are for all (see ``submit``). ValueError as there, before anything is
         computed of the prompt it names."""
-        return generate(
-            self, self._mailboxes, prompts, sampling, options, show_progress=show_progress
-        )
+        if isinstance(prompts, str):
+            raise ValueError("generate takes a list of prompts; give a single one as [prompt].")
+        each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
+        if len(each) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts came with {len(each)} sampling parameters.")
+        finals: dict[str, RequestOutput] = {}
+        unfinished: set[str] = set()
+        order: list[str] = []
+        queue = deque(zip(prompts, each, strict=True))
+        with tqdm(total=len(prompts), disable=not show_progress, unit="request") as bar:
+            try:
+                while queue or unfinished:
+                    while queue and self.has_room:
+                        prompt, params = queue.popleft()
+                        order.append(self.submit(prompt, params, **options))
+                        self._mailboxes[order[-1]] = deque()
+                        unfinished.add(order[-1])
+                    self.step()
+                    for output in self._take_finals(unfinished):
+                        finals[output.request_id] = output
+                        bar.update()
+            finally:
+                for request_id in unfinished:
+                    self.abort(request_id)
+                    del self._mailboxes[request_id]
+        return [finals[request_id] for request_id in order]
+
+    def _take_finals(self, unfinished: set[str]) -> list[RequestOutput]:
+        """Return the last outputs of requests in ``unfinished`` that have ended. These leave the
+        set; earlier outputs of the others are dropped."""
+        ended = []
+        for request_id in tuple(unfinished):
+            box = self._mailboxes[request_id]
+            if box and box[-1].is_finished:
+                ended.append(box[-1])
+                unfinished.remove(request_id)
+                del self._mailboxes[request_id]
+            else:
+                box.clear()
+        return ended
 
     def stream(
         self,
@@ -387,7 +437,32 @@ class Engine:
         """Answer one prompt; its outputs as they come. Closing or dropping the iterator ends the
         request."""
         request_id = self.submit(prompt, sampling, **options)
-        return follow(self, self._mailboxes, request_id)
+        outputs = self._follow(request_id)
+        next(outputs)  # A generator that never began would not clean up.
+        return outputs
+
+    def _follow(self, request_id: str) -> Iterator[Any]:
+        """Yield None, then the outputs of a request."""
+        mailbox = self._mailboxes[request_id] = deque()
+        try:
+            yield None
+            while True:
+                while not mailbox:
+                    self.step()
+                output = mailbox.popleft()
+                yield output
+                if output.is_finished:
+                    return
+        finally:
+            del self._mailboxes[request_id]
+            self.abort(request_id)
+
+    def _deliver(self, outputs: Iterable[RequestOutput]) -> None:
+        if self._mailboxes:
+            for output in outputs:
+                box = self._mailboxes.get(output.request_id)
+                if box is not None:
+                    box.append(output)
 
     def end_session(self, request_id: str) -> None:
         """End the session whose newest request is ``request_id``: no request follows it. Does
@@ -396,16 +471,16 @@ class Engine:
 
     def reset_prefix_cache(self) -> None:
         """Forget every prefix that no running request stands on, wherever it is kept."""
-        self._forget()
-        if self._lower is not None:
-            self._lower.reset()
+        self._forget(was_lost=False)
 
-    def _forget(self) -> None:
+    def _forget(self, *, was_lost: bool) -> None:
         self._cache.reset()
         if self._drafting is not None:
             self._drafting.reset()
         if self._log is not None:
             self._log.reset()
+        for hooks in self._hooks:
+            hooks.on_cache_emptied(was_lost=was_lost)
 
     def report(self) -> CacheReport:
         """Sizes, rates and losses of the cache, now."""
@@ -417,9 +492,7 @@ class Engine:
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting,
             queue=self._scheduler.admission_report(),
-            transfers=None if self.transfers is None else self.transfers.as_dict(),
-            lower=None if self._lower is None else self._lower.report(),
-            draft_index_bytes=self._draft_memory.used_bytes,
+            optional={key: value for hooks in self._hooks for key, value in hooks.report().items()},
         )
 
     def outline(self, max_nodes: int = 40) -> str:
@@ -443,8 +516,8 @@ class Engine:
         self.disconnect()
         while self.has_work():
             self.step()
-        if self._lower is not None:
-            self._lower.close()
+        for hooks in self._hooks:
+            hooks.close()
 
     def check(self) -> None:
         """AssertionError unless every invariant of the cache holds, ``free + cached + held ==

@@ -25,11 +25,10 @@ from engine.errors import (
     RequestError,
     StepFailed,
 )
-from engine.interfaces import Losable, RunnerLost
+from engine.interfaces import EngineCore, Losable, RunnerLost
 from engine.text.outputs import RequestOutput
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
     from engine.requests.request import Request
 
 Reader = TypeVar("Reader")
@@ -52,7 +51,7 @@ class EngineLoop(Generic[Reader]):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: EngineCore,
         deliver: Callable[[Sequence[tuple[Reader, RequestOutput | RequestError]]], None],
     ) -> None:
         """``deliver`` is called in the engine's thread after every step, also with nothing."""
@@ -68,8 +67,7 @@ class EngineLoop(Generic[Reader]):
         self._must_stop = False
         self._is_closed = False
         self._has_failed = self._last_step_failed = False
-        if engine.prefill_server is not None:
-            engine.prefill_server.wake = self._notify
+        engine.on_work(self._notify)
 
     @property
     def has_failed(self) -> bool:
@@ -193,7 +191,7 @@ class EngineLoop(Generic[Reader]):
         ends."""
         engine = self._engine
         while True:
-            rest_s = None if engine.has_work() else engine.rest()
+            rest_s = None if engine.has_work() else engine.run_idle_tasks()
             with self._wake:
                 if not self._orders and not engine.has_work() and self._is_open:
                     self._wake.wait(rest_s)

@@ -1,29 +1,65 @@
-"""What may stand behind an engine: a runner of the model, a sampler of tokens."""
+"""Seams of the engine: the runner of a model, the sampler, the observer, and the engine itself."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from engine.plugins.tiers.disk import Disk
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
 from engine.schedule.drafter import Newest
-from engine.text.outputs import SampledToken
+from engine.text.outputs import RequestOutput, SampledToken
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.tokens import Indices, Tokens
 
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
+    from engine.requests.request import Request
+    from engine.requests.spec import RequestSpec
 
-class RunnerLost(RuntimeError):
-    """The runner can compute nothing any more, in one sentence that says why."""
 
-
-class Below(Protocol):
+class HostTier(Protocol):
     """Memory below a runner's own."""
 
     host_bytes_per_s: float | None
-    """To the device, measured; None: there is no host tier."""
+    """Measured bandwidth to the device; None if there is no host tier."""
+
+
+class TierCopies(HostTier, Protocol):
+    """Executes transfers between tiers."""
+
+    def make(self, order: Any) -> None:
+        """Execute one transfer, as if it were complete before the next."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """Times and sizes of one step."""
+
+    schedule_s: float
+    forward_s: float
+    sample_s: float
+    wait_s: float
+    """Time spent waiting for the device beyond the host's own work."""
+    commit_s: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_running: int
+    num_waiting: int
+
+
+Observer = Callable[[StepReport], None]
+"""Called after every step."""
+TierCopierFactory = Callable[..., TierCopies]
+"""Makes a copier from ``(rows, memory, device, num_host_rows)``: the arena as uint8
+``[N, row_bytes]``, its sizes, and the device."""
+
+
+class RunnerLost(RuntimeError):
+    """The runner can compute nothing any more, in one sentence that says why."""
 
 
 @runtime_checkable
@@ -75,13 +111,15 @@ class Runner(Protocol):
         a batch and the next ``forward``."""
         ...
 
-    def attach(self, num_host_rows: int, disk: Disk | None) -> Below:
-        """Have so many rows of host memory, and ``disk``, below the arena; batches may then order
-        copies between them. ModelError: there is no such memory."""
+    def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> HostTier:
+        """Have the transfers between tiers in batches executed by a copier that ``copier`` makes
+        for this runner's arena, with ``num_host_rows`` of host memory. Raises ModelError if there
+        is no such memory."""
         ...
 
-    def identity(self) -> Mapping[str, str]:
-        """All that the bits it computes depend on, in words."""
+    def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
+        """Describe everything that the computed bits depend on. ``weights_digest`` is a saved
+        digest of the weights; they are read if it is None."""
         ...
 
     def table_row(self, row: int, end: int) -> Indices:
@@ -117,4 +155,54 @@ class TokenSampler(Protocol):
 
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> PendingTokens:
         """Begin to find the log-probabilities of given tokens, one per row."""
+        ...
+
+
+class EngineCore(Protocol):
+    """Part of ``Engine`` that loops, plugins and observers use; see there."""
+
+    config: EngineConfig
+    runner: Runner
+    interrupted: tuple[str, ...]
+
+    @property
+    def num_waiting(self) -> int: ...
+    def prepare(self, spec: RequestSpec) -> Request: ...
+    def enqueue(self, request: Request) -> None: ...
+    def abort(self, request_id: str) -> RequestOutput | None: ...
+    def step(self) -> list[RequestOutput]: ...
+    def take_outputs(self) -> list[RequestOutput]: ...
+    def has_work(self) -> bool: ...
+    def run_idle_tasks(self) -> float | None: ...
+    def on_work(self, wake: Callable[[], None]) -> None: ...
+    def stop_accepting(self) -> None: ...
+    def disconnect(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class EngineWatch(Protocol):
+    """View of one engine for the page. Called in the engine's thread, between two steps."""
+
+    def take(self) -> list[Any]:
+        """Return the changes since the last call."""
+        ...
+
+    def whole(self) -> dict[str, Any]:
+        """Return the state as of the last ``take``."""
+        ...
+
+    def node(self, id_: int) -> dict[str, Any] | None:
+        """Return details of one node; None if it is not resident."""
+        ...
+
+    def close(self) -> None:
+        """End the view."""
+        ...
+
+
+class StepTrace(Protocol):
+    """File that the steps of one engine are written to."""
+
+    def close(self) -> None:
+        """Complete the file."""
         ...

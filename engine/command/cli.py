@@ -7,9 +7,12 @@ import importlib
 import json
 import math
 import os
+import re
 import signal
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -24,14 +27,61 @@ from engine.command.flags import (
 from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.environment import check_no_foreign_kernels
 from engine.hub import resolve_config, resolve_folder
+from engine.plugins import plugin_verb, plugin_verbs, start_replicas
 from engine.server.config import ServerConfig
-from hybridcache.geometry.units import counted, format_seconds
+from hybridcache.geometry.units import counted, format_bytes, format_seconds
 from hybridcache.lab.extras import how_to_install, version
 from hybridcache.lab.signals import end_by_exception
 
 if TYPE_CHECKING:
     from engine.async_engine import ServedEngine
     from engine.text.outputs import RequestOutput
+    from engine.weights.convert import Conversion, Converted
+
+
+def as_record(done: Conversion) -> dict[str, object]:
+    """Everything, matrix by matrix, for machines."""
+    return {
+        "became": done.scheme.describe(),
+        "source_bytes": done.source_bytes,
+        "written_bytes": done.written_bytes,
+        "num_files": done.num_files,
+        "modules": {
+            one.module: {"shape": one.shape, "error": one.error, "left": one.reason or None}
+            for one in done.modules
+        },
+    }
+
+
+def as_text(done: Conversion) -> str:
+    """Matrices of one name in all layers, and all experts, in one line."""
+    alike: dict[tuple[str, str], list[Converted]] = defaultdict(list)
+    for one in done.modules:
+        alike[re.sub(r"\.\d+(?=\.)", ".*", one.module), one.reason].append(one)
+    width = max(len(name) for name, _ in alike)
+    return "\n".join(
+        [
+            f"{done.scheme.describe()}: {format_bytes(done.source_bytes)} became "
+            f"{format_bytes(done.written_bytes)} in {counted(done.num_files, 'file')}",
+            f"  {'converted':<{width}} {'matrices':>9}   error, mean and largest",
+            *(_line(name, ones, width) for (name, why), ones in alike.items() if not why),
+            f"  {'left as they are':<{width}} {'matrices':>9}   because",
+            *(
+                f"  {name:<{width}} {len(ones):>9,}   {why}"
+                for (name, why), ones in alike.items()
+                if why
+            ),
+        ]
+    )
+
+
+def _line(name: str, ones: list[Converted], width: int) -> str:
+    errors = {one.module: one.error for one in ones if one.error is not None}
+    worst = max(errors, key=lambda module: errors[module])
+    mean = sum(errors.values()) / len(errors)
+    line = f"  {name:<{width}} {len(ones):>9,}   {mean:.2%} {errors[worst]:.2%}"
+    return line if len(ones) == 1 else f"{line} ({worst})"
+
 
 Command = Callable[[argparse.Namespace], int]
 GROUPS = {
@@ -150,7 +200,6 @@ def _parser(arguments: Sequence[str]) -> Parser:
         "say what a model's prefixes weigh and what a budget holds",
         _add_inspect,
     )
-    add("top", _top, "[options]", "watch a server's cache in this terminal", _add_top)
     add(
         "convert",
         _convert,
@@ -158,50 +207,29 @@ def _parser(arguments: Sequence[str]) -> Parser:
         "write a model's weights in eight bits",
         _add_convert,
     )
-    add(
-        "record",
-        _record_trace,
-        "--to URL --out FILE [options]",
-        "pass requests on to any OpenAI-compatible server and write them as a trace",
-        _add_record,
-    )
+    for verb, (usage, help) in plugin_verbs().items():
+        # The plugin is not loaded for other verbs.
+        flags = partial(_add_plugin_flags, verb) if verb in arguments else _add_nothing
+        add(verb, partial(_run_plugin, verb), usage, help, flags)
     return parser
+
+
+def _add_plugin_flags(verb: str, parser: Parser) -> None:
+    plugin_verb(verb).add_flags(parser)
+
+
+def _add_nothing(parser: Parser) -> None:
+    """Leave ``parser`` as it is."""
+
+
+def _run_plugin(verb: str, arguments: argparse.Namespace) -> int:
+    code: int = plugin_verb(verb).run(arguments)
+    return code
 
 
 def _add_serve(serve: Parser) -> None:
     serve.epilog = SERVE_EXAMPLES
     add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS)
-
-
-def _add_record(record: Parser) -> None:
-    record.add_argument("--to", required=True, metavar="URL", help="the server to pass on to")
-    record.add_argument("--out", required=True, metavar="FILE", help="the trace to make")
-    record.add_argument(
-        "--text",
-        choices=("hash", "keep"),
-        default="hash",
-        help="hash: only which prompts begin alike can be told from the trace; keep: all that was "
-        "said is in it (default: hash)",
-    )
-    record.add_argument(
-        "--tokenizer",
-        metavar="DIR",
-        help="directory of the served model's tokenizer and chat template; without it four "
-        "characters count as a token",
-    )
-    record.add_argument(
-        "--host",
-        default="127.0.0.1",
-        metavar="TEXT",
-        help="address to listen on (default: %(default)s)",
-    )
-    record.add_argument(
-        "--port",
-        type=int,
-        default=8001,
-        metavar="N",
-        help="port to listen on (default: %(default)s)",
-    )
 
 
 def _add_generate(generate: Parser) -> None:
@@ -293,20 +321,6 @@ def _add_convert(convert: Parser) -> None:
     convert.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _add_top(top: Parser) -> None:
-    top.add_argument(
-        "--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)"
-    )
-    top.add_argument("--key-file", metavar="FILE", help="the server's --admin-key-file")
-    top.add_argument("--once", action="store_true", help="print one screen and end")
-
-
-def _top(arguments: argparse.Namespace) -> int:
-    from engine.plugins.observe.top import top
-
-    return top(arguments.url, arguments.key_file, arguments.once)
-
-
 def _server() -> ModuleType:
     """Half a second of imports, which the engine's process need not wait for."""
     return importlib.import_module("engine.server.app")
@@ -325,8 +339,6 @@ def _serve(arguments: argparse.Namespace) -> int:
         address = f"http://{host}:{port}/v1"
         engine_config = resolve_config(engine_config)
         if server_config.has_replicas:
-            from engine.plugins.replicas.replicas_command import start_replicas
-
             _server().check(server_config)
             served, screen = start_replicas(engine_config, server_config, address)
             print(screen, flush=True)
@@ -399,7 +411,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from engine.command.convert import as_record, as_text
+    from engine.command.cli import as_record, as_text
     from engine.weights.convert import convert
 
     done = convert(
@@ -410,19 +422,6 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     print(json.dumps(as_record(done)) if arguments.json else as_text(done))
     return 0
-
-
-def _record_trace(arguments: argparse.Namespace) -> int:
-    from engine.plugins.record.record_command import record
-
-    return record(
-        arguments.to,
-        Path(arguments.out),
-        host=arguments.host,
-        port=arguments.port,
-        keeps_text=arguments.text == "keep",
-        tokenizer=None if arguments.tokenizer is None else resolve_folder(arguments.tokenizer),
-    )
 
 
 def _record(prompt: str, output: RequestOutput) -> dict[str, object]:

@@ -102,7 +102,7 @@ def main(folder: str, config: str, address: str, trace: str, log_level: str) -> 
     logging.getLogger("engine").setLevel(log_level.upper())
     from engine.command.screen import start_screen
     from engine.engine import Engine
-    from engine.plugins.observe.step_trace import start_trace
+    from engine.plugins import start_trace
     from engine.server.workers import SWITCH_S
     from engine.worker.engine_worker import Host
 

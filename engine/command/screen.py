@@ -67,7 +67,7 @@ def start_screen(engine: Engine, address: str) -> str:
             f"{config.max_running} running, {config.max_queue:,} waiting, "
             f"{counted(config.most_step_tokens, 'token')} a step at most",
         ),
-        *_role(engine),
+        *(line for plugin in engine.plugins.values() for line in plugin.start_screen()),
         *_first_steps(engine, address),
         ("page", f"{address.removesuffix('/v1')}/"),
         ("address", address),
@@ -96,15 +96,6 @@ def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:
     header = "Content-Type: application/json"
     command = f"curl {address}/{path} -H '{header}' -d '{json.dumps(body)}'"
     return [*rows, ("try", command)]
-
-
-def _role(engine: Engine) -> list[tuple[str, str]]:
-    config, server = engine.config, engine.prefill_server
-    if server is not None:
-        return [("role", "prefill, for decode engines at {}:{}".format(*server.address))]
-    if config.role == "decode":
-        return [("role", f"decode, with prefill at {', '.join(config.prefill)}")]
-    return []
 
 
 def _memory_words(memory: MemorySizes, report: CacheReport) -> str:

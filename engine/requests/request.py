@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.plugins.guided.grammar import GrammarError
+from engine.requests.grammar import GrammarError
+from engine.requests.logit_rules import FREE, LogitRule, Ruling
 from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.requests.token_counts import TokenCounts
-from engine.requests.token_rules import NO_RULES, TokenRules
 from engine.text.outputs import (
     NO_TOKEN,
     DraftCounts,
@@ -25,11 +24,6 @@ from engine.text.outputs import (
 )
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
-
-if TYPE_CHECKING:
-    from engine.plugins.guided.bindings import Mask
-    from engine.plugins.guided.guides import AnswerGuide
-    from engine.requests.token_rules import Additions
 
 
 class Request(ScheduledRequest):
@@ -50,7 +44,6 @@ class Request(ScheduledRequest):
         "finish_reason",
         "finished_s",
         "first_token_s",
-        "guide",
         "is_refused",
         "logprobs",
         "params",
@@ -71,8 +64,7 @@ class Request(ScheduledRequest):
         seed: int,
         end_token_ids: frozenset[int] = frozenset(),
         text_stream: TextStream | None = None,
-        rules: TokenRules = NO_RULES,
-        guide: AnswerGuide | None = None,
+        rules: Sequence[LogitRule] = (),
     ) -> None:
         """``spec`` was checked: its prompt is token ids, its boundaries are ascending."""
         prompt = np.asarray(spec.prompt, np.int32)
@@ -96,10 +88,8 @@ class Request(ScheduledRequest):
         """Which row of the newest step's drawn tokens is this request's."""
         self.drafts: DraftCounts | None = None
         self.end_token_ids = end_token_ids
-        self._rules = rules
-        self.guide = guide
-        """Follows the answer in its grammar; None if it has none."""
-        self._is_plain = guide is None and rules is NO_RULES and not self.params.has_penalties
+        self._rules = tuple(rules)
+        self._is_plain = not rules and not self.params.has_penalties
         self.text_stream = text_stream
         self.logprobs: list[SampledToken] = []
         self.prompt_logprobs = spec.prompt_logprobs
@@ -139,16 +129,17 @@ class Request(ScheduledRequest):
     def must_see_its_token(self) -> bool:
         """A sampling rule looks at every token, and one is drawn that the host does not know
         yet."""
-        looks_back = self.params.needs_history or self._rules.must_see(
-            self.known_len - self.prompt_len
-        )
-        return self.num_drawn > 0 and looks_back
+        if not self.num_drawn:
+            return False
+        draw = self.known_len - self.prompt_len
+        return self.params.needs_history or any(rule.must_see(draw) for rule in self._rules)
 
     def possible(self, drafts: Tokens) -> Tokens:
         """As many of ``drafts`` as may follow what it has."""
-        if self.guide is None or not len(drafts):
-            return drafts
-        return self.guide.cut(self.output, drafts)
+        for rule in self._rules:
+            if len(drafts):
+                drafts = rule.possible(self.output, drafts)
+        return drafts
 
     def sampling_inputs(
         self, drafts: Tokens, drawn: Callable[[], int] | None = None
@@ -189,36 +180,31 @@ class Request(ScheduledRequest):
                 self.seed,
                 counts.ahead(drafts[:place]) if counts is not None and place else counts,
                 draw + place,
-                *rules[place],
+                rules[place].mask,
+                rules[place].added,
             )
             for place in range(1 + len(drafts))
         ]
 
     def _rules_after(
         self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
-    ) -> list[tuple[Mask | None, Additions | None]] | None:
+    ) -> Sequence[Ruling] | None:
         """Return the rules for the token with number ``draw``, and one after each of ``drafts``;
         None as ``sampling_inputs``."""
-        num_rows = 1 + len(drafts)
-        if self.guide is None and self._rules is NO_RULES:
-            return [(None, None)] * num_rows
+        rulings: Sequence[Ruling] | None = [FREE] * (1 + len(drafts))
+        if not self._rules:
+            return rulings
         answer = self.output
-        masks: list[Mask | None] = [None] * num_rows
-        if self.guide is not None:
-            if drawn is not None:
-                token = drawn()
-                if token == NO_TOKEN:  # The request ends when this step is committed.
-                    return [(None, None)] * num_rows
-                answer = np.append(answer, np.int32(token))
-            allowed = self.guide.masks(answer, drafts, may_be_over=drawn is not None)
-            if allowed is None:
-                return None
-            masks = [*allowed]
-        known = np.concatenate([answer, drafts])
-        return [
-            self._rules.at(draw + place, known[: len(answer) + place], masks[place])
-            for place in range(num_rows)
-        ]
+        may_be_over = drawn is not None
+        if drawn is not None and any(rule.needs_newest for rule in self._rules):
+            token = drawn()
+            if token == NO_TOKEN:  # The request ends when this step is committed.
+                return rulings
+            answer = np.append(answer, np.int32(token))
+        for rule in self._rules:
+            if rulings is not None:
+                rulings = rule.apply(draw, answer, drafts, rulings, may_be_over=may_be_over)
+        return rulings
 
     def _count(self) -> TokenCounts | None:
         if not self.params.has_penalties:
@@ -263,7 +249,7 @@ class Request(ScheduledRequest):
             self.finish("stop", now_s)
         elif self._read_on(token_id):
             self.finish("stop", now_s, flush=False)
-        elif self.guide is not None and self.guide.is_done(self.output):
+        elif any(rule.is_done(self.output) for rule in self._rules):
             self.finish("stop", now_s)
         elif self.num_tokens >= self.max_len:
             self.finish("length", now_s)
@@ -279,7 +265,7 @@ class Request(ScheduledRequest):
     def finish_if_over(self, now_s: float) -> None:
         """End if the grammar says that nothing can follow. Raises GrammarError if it cannot be
         followed."""
-        if self.guide is not None and self.guide.is_done(self.output):
+        if any(rule.is_done(self.output) for rule in self._rules):
             self.finish("stop", now_s)
 
     def fail(self, error: Exception, now_s: float) -> None:
@@ -296,8 +282,8 @@ class Request(ScheduledRequest):
         self.finish_reason = reason
         self.finished_s = now_s
         self.held_logits = None
-        if self.guide is not None:
-            self.guide.close()
+        for rule in self._rules:
+            rule.close()
 
     def report(self) -> RequestOutput:
         """What is new since the last report, and all so far. O(new tokens), amortised."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.errors import ContextOverflow
-from engine.plugins.guided.guides import BUDGET_S, Guides
-from engine.requests.reasoning_budget import ThoughtLimit
+from engine.plugins import grammar_compiler
+from engine.requests.logit_rules import (
+    GRAMMAR_BUDGET_S,
+    AllowedTokens,
+    BansAndBiases,
+    GrammarCompiler,
+    LogitRule,
+    ReasoningBudget,
+)
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import Prompt, RequestSpec
-from engine.requests.token_rules import NO_RULES, TokenRules, packed
 from engine.text.outputs import TextStream
 from engine.text.token_ids import IdTokenizer
 from engine.text.tokenizer import EncodeOptions
@@ -40,7 +47,7 @@ class Intake:
         sampling_defaults: Mapping[str, Any],
         seed: int,
         clock: Callable[[], float],
-        grammar_budget_s: float = BUDGET_S,
+        grammar_budget_s: float = GRAMMAR_BUDGET_S,
     ) -> None:
         """Without a ``tokenizer`` prompts are token ids and answers have no text."""
         self._tokenizer = tokenizer
@@ -50,7 +57,21 @@ class Intake:
         self._seed = seed
         self._clock = clock
         self._arrivals = itertools.count()
-        self.guides = Guides(tokenizer, vocab_size, grammar_budget_s)
+        self._grammar_budget_s = grammar_budget_s
+        self.grammar_news = threading.Event()
+        """Set whenever a grammar that could not tell the next tokens now can."""
+        self._lock = threading.Lock()
+        self._grammars: GrammarCompiler | None = None
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """Compiler of grammars, loaded on first use."""
+        with self._lock:
+            if self._grammars is None:
+                self._grammars = grammar_compiler(
+                    self._tokenizer, self._vocab_size, self._grammar_budget_s, self.grammar_news
+                )
+            return self._grammars
 
     def prepare(self, spec: RequestSpec) -> Request:
         """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of
@@ -67,8 +88,10 @@ class Intake:
             seed=sampling.seed if sampling.seed is not None else self._seed + arrival,
             end_token_ids=end_token_ids,
             text_stream=self._text_stream(sampling),
-            rules=self._rules(sampling, end_token_ids, np.asarray(spec.prompt)),
-            guide=None if spec.grammar is None else self.guides.guide(spec.grammar),
+            rules=[
+                *([] if spec.grammar is None else [self.grammars.rule(spec.grammar)]),
+                *self._rules(sampling, end_token_ids, np.asarray(spec.prompt)),
+            ],
         )
 
     def check(self, spec: RequestSpec) -> RequestSpec:
@@ -143,30 +166,27 @@ class Intake:
 
     def _rules(
         self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens
-    ) -> TokenRules:
+    ) -> list[LogitRule]:
         """ValueError: a token that there is not."""
         allowed, biased = sampling.allowed_token_ids, [token for token, _ in sampling.logit_bias]
         for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
             if tokens and max(tokens) >= self._vocab_size:
                 raise ValueError(f"{name} must hold token ids from 0 to {self._vocab_size - 1}.")
-        rules = TokenRules(
-            bias=sampling.logit_bias,
-            ends=tuple(token for token in sorted(end_token_ids) if token < self._vocab_size),
-            min_tokens=sampling.min_tokens,
-            bad_words=self._bad_words(sampling.bad_words),
-            allowed=None if allowed is None else packed(allowed, self._vocab_size),
-            thoughts=self._thoughts(sampling.thinking_token_budget, prompt),
-        )
-        is_used = rules.bias or rules.min_tokens or rules.bad_words
-        has_masks = rules.allowed is not None or rules.thoughts is not None
-        return rules if is_used or has_masks else NO_RULES
+        rules: list[LogitRule] = []
+        if allowed is not None:
+            rules.append(AllowedTokens(allowed, self._vocab_size))
+        if sampling.thinking_token_budget is not None:
+            rules.append(self._reasoning_budget(sampling.thinking_token_budget, prompt))
+        bad_words = self._bad_words(sampling.bad_words)
+        if sampling.logit_bias or sampling.min_tokens or bad_words:
+            ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
+            rules.append(BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens, bad_words))
+        return rules
 
-    def _thoughts(self, budget: int | None, prompt: Tokens) -> ThoughtLimit | None:
-        if budget is None:
-            return None
+    def _reasoning_budget(self, budget: int, prompt: Tokens) -> ReasoningBudget:
         if self._tokenizer is None or isinstance(self._tokenizer, IdTokenizer):
             raise ValueError("there is no tokenizer here: thinking_token_budget can not be kept.")
-        return ThoughtLimit(self._tokenizer, self._vocab_size, prompt, budget)
+        return ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget)
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """The tokens of each word as it begins an answer, and behind a space where these are as

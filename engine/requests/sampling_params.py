@@ -9,9 +9,8 @@ from numbers import Integral, Real
 
 from msgspec import Struct
 
-from engine.plugins.guided.bindings import Mask
+from engine.requests.logit_rules import Additions, Mask
 from engine.requests.token_counts import TokenCounts
-from engine.requests.token_rules import Additions
 
 GREEDY_BELOW = 1e-5
 """Temperatures below it divide logits out of float32's range: they mean the most likely token."""

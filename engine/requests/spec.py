@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.plugins.guided.grammar import Grammar
+from engine.requests.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 
 Prompt = str | Sequence[int] | np.ndarray

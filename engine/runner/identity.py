@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
-from engine.plugins.tiers.weights_digest import load_digest
 from engine.runner.backends import Kernels
 from engine.weights.tensor_files import find_files
 from hybridcache.geometry.checkpoints import CheckpointFormat
@@ -34,13 +33,17 @@ def weights_digest(model_dir: Path, num_workers: int) -> str:
 
 
 def identity_of(
-    config: EngineConfig, kernels: Kernels, dtype: torch.dtype, device: torch.device
+    config: EngineConfig,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    device: torch.device,
+    weights_digest: str | None = None,
 ) -> dict[str, str]:
-    """In words, for a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of
-    the weights), or of their names where the folder of ``config.state_dir`` knows their digest."""
+    """Describe a runner that computes with ``kernels`` in ``dtype`` on ``device``. O(bytes of the
+    weights), unless their digest is given."""
     checkpoints = CheckpointFormat.parse(config.checkpoint_dtype)
     return {
-        "weights": _weights(config),
+        "weights": _weights(config, weights_digest),
         "config": digest_of((config.model_dir / "config.json").read_bytes()),
         "dtype": str(dtype).removeprefix("torch."),
         "state dtype": config.state_dtype,
@@ -53,12 +56,9 @@ def identity_of(
     }
 
 
-def _weights(config: EngineConfig) -> str:
+def _weights(config: EngineConfig, known: str | None) -> str:
     if config.load_format == "dummy":
         return f"dummy, seed {config.seed}"
-    known = None
-    if config.state_dir is not None:
-        known = load_digest(Path(config.state_dir), config.model_dir)
     return known or weights_digest(config.model_dir, config.load_workers or 1)
 
 

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from engine.config import EngineConfig
+from engine.interfaces import HostTier, TierCopierFactory
 from engine.layers.inputs import LayerInputs
 from engine.layers.parameters import Build, WeightSpec
 from engine.layers.rank import ALONE, Rank
 from engine.layers.rotary import RotaryTable
 from engine.models import read_model
-from engine.plugins.disaggregation.prefix_buffer import Unit
-from engine.plugins.speculation.mtp_head import Predictor
-from engine.plugins.tiers.disk import Disk
-from engine.plugins.tiers.tier_copies import LowerRows
+from engine.plugins import engine_plugins
 from engine.runner.backends import Kernels
 from engine.runner.checkpoints import STAGING_BYTES
 from engine.runner.device import Device
@@ -46,6 +43,26 @@ from hybridcache.tokens import Indices, Tokens
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload
+
+
+class PendingRows(Protocol):
+    """Rows of a multi-token head that are not computed yet."""
+
+    def admit(self, batch: Batch) -> None: ...
+    def hold(self, batch: Batch) -> None: ...
+    def count(self) -> None: ...
+    def settle(self) -> None: ...
+
+
+class ModelFollower(Protocol):
+    """Multi-token head that follows every step of the model and drafts tokens; see
+    ``Plugin.model_follower``."""
+
+    pending: PendingRows
+
+    def record(self, record: Record) -> None: ...
+    def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None: ...
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]: ...
 
 
 class ModelRunner:
@@ -88,6 +105,8 @@ class ModelRunner:
             sizes = replace(self.config.sizes, beside=self._head.keeps)
             self.config = replace(self.config, sizes=sizes)
             self.sizes = sizes
+        followers = [plugin.model_follower() for plugin in engine_plugins(config)]
+        self._follower = next((follower for follower in followers if follower is not None), None)
         self.num_guesses = config.drafters.get("mtp", 0)
         self.geometry = ModelGeometry.from_sizes(
             self.name,
@@ -156,7 +175,7 @@ class ModelRunner:
         smallest = MemoryPlan.smallest(self.sizes, self.dtype, self.state_dtype, self.checkpoints)
         self._allocate(smallest, longest, config.graphs)
         num_bytes = max(0, free_bytes - self.device.unused_bytes()) + measure(self)
-        del self.tensors, self.table, self._rotary, self.step_inputs, self.unit
+        del self.tensors, self.table, self._rotary, self.step_inputs
         del self._predictor, self.graphs, self.verify_graphs, self._copies, self.running
         return num_bytes
 
@@ -194,10 +213,19 @@ class ModelRunner:
             tile_size=self._config.tile_size,
         )
         parts = self.model, self.tensors, self.table, self._rotary
-        self._predictor = None if self._head is None else Predictor(self._head, *parts)
-        self._copies.pending = None if self._predictor is None else self._predictor.pending
-        self.unit = Unit(self.tensors, keeps, partial(self._copies.settle, self.running))
+        self._predictor: ModelFollower | None = None
+        if self._head is not None:
+            assert self._follower is not None, "a plugin asked for the multi-token head"
+            self._predictor = self._follower(self._head, *parts)
+            self._copies.pending = self._predictor.pending
+        self.pool_specs = keeps
+        """Declared tensors of each entry of ``tensors.pools``."""
         self.use_graphs(graphs)
+
+    def flush_pending(self) -> None:
+        """Bring rows and states to where their owners know them, except those of a step that is
+        still to be committed."""
+        self._copies.settle(self.running)
 
     def watch_layers(self, on_mixed: Callable[[int], None]) -> None:
         """Call ``on_mixed`` in every step with prompts in it: see ``LayerInputs``."""
@@ -405,15 +433,16 @@ class ModelRunner:
         at = [one._replace(slot=self.running.at(one.slot)) for one in newest]
         return self._predictor.guess(at, most)
 
-    def attach(self, num_host_rows: int, disk: Disk | None) -> LowerRows:
-        """Give the arena memory below it; see ``LowerRows``. ModelError."""
-        lower = LowerRows(self.tensors.rows, self.memory, self.device, num_host_rows, disk)
-        self._copies.lower = lower
-        return lower
+    def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> HostTier:
+        """See ``Runner.attach_tiers``."""
+        tier = copier(self.tensors.rows, self.memory, self.device, num_host_rows)
+        self._copies.copier = tier
+        return tier
 
-    def identity(self) -> Mapping[str, str]:
-        """See ``Runner.identity``. O(bytes of the weights)."""
-        return identity_of(self._config, self.kernels, self.dtype, self.device.torch_device)
+    def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
+        """See ``Runner.identity``. O(bytes of the weights), unless their digest is given."""
+        device = self.device.torch_device
+        return identity_of(self._config, self.kernels, self.dtype, device, weights_digest)
 
     def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
         return upload(values, torch.int64, self.device.torch_device)

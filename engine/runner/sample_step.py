@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from engine.interfaces import PendingTokens, TokenSampler
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.fetching import IDLE_S
+from engine.schedule.hooks import StepHooks
 from engine.schedule.plan import EMPTY, Plan, Task
 from engine.schedule.scheduler import Scheduler
 
@@ -77,7 +78,7 @@ def _score(task: Task, logits: Any, sampler: TokenSampler) -> PendingTokens:
     return sampler.score(logits[: len(following)], following.tolist(), request.prompt_logprobs or 0)
 
 
-class LateDraws:
+class LateDraws(StepHooks):
     """Draws the tokens of requests whose grammars were late, between two steps.
 
     Such a request keeps its lease, its row and the logits of its newest token, and sits out the
@@ -90,12 +91,7 @@ class LateDraws:
         self._sampler = sampler
         self._news = news
 
-    @property
-    def has_work(self) -> bool:
-        """False: its requests run."""
-        return False
-
-    def advance(self) -> None:
+    def before_step(self) -> None:
         """Draw every token whose mask was found."""
         self._news.clear()
         for request in self._scheduler.awaiting_draw:
@@ -110,12 +106,3 @@ class LateDraws:
         """Nothing can be computed: sleep a little, or until a mask is found."""
         if self._scheduler.awaiting_draw:
             self._news.wait(IDLE_S)
-
-    def give_up(self) -> None:
-        """A step broke off: the scheduler has let go of all leases, and of the logits."""
-
-    def stop_accepting(self) -> None:
-        """Do nothing: the draws are of requests of this engine."""
-
-    def close(self) -> None:
-        """The engine ends."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from engine.plugins.speculation.mtp_kv_buffer import PendingRows
-from engine.plugins.tiers.tier_copies import LowerRows
+from engine.interfaces import TierCopies
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.memory import Memory
@@ -17,14 +17,22 @@ from hybridcache.allocators.moves import Move, Transfer
 from kernels.upload import upload
 
 
+class PendingWrites(Protocol):
+    """Rows that are written later than the step that computed them."""
+
+    def settle(self) -> None:
+        """Write them now."""
+        ...
+
+
 class Copies:
     """Of rows and of states, in the order of the device's work."""
 
     def __init__(self, tensors: Memory, kernels: Kernels, device: Device) -> None:
-        self.lower: LowerRows | None = None
-        """Memory below the device's."""
-        self.pending: PendingRows | None = None
-        """Rows of a head that are not computed yet; None: there is no head."""
+        self.copier: TierCopies | None = None
+        """Executes transfers between tiers; None if there is only the device."""
+        self.pending: PendingWrites | None = None
+        """Rows of a multi-token head that are not computed yet; None if there is no head."""
         self._tensors, self._device = tensors, device.torch_device
         self._cache_write, self._state_copy = kernels["cache_write"], kernels["state_copy"]
 
@@ -32,8 +40,8 @@ class Copies:
         """Carry out ``transfers`` one after the other: one may read rows that another wrote."""
         for transfer in transfers:
             if not isinstance(transfer, Move):
-                assert self.lower is not None, "there is no memory below the device's"
-                self.lower.make(transfer)
+                assert self.copier is not None, "there is no memory below the device's"
+                self.copier.make(transfer)
                 continue
             rows = self._tensors.rows
             assert rows is not None, "rows of a pool do not move"

@@ -9,10 +9,10 @@ whatever its length is. All steps are computed on padding: they read and write n
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,28 @@ from engine.schedule.drafter import Newest
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from engine.runner.model_runner import ModelRunner
+    from engine.runner.device import Device
+    from engine.runner.graphs import DecodeGraphs, PrefillGraphs
+    from engine.runner.memory import Memory, RequestTable
+    from engine.runner.verify_graphs import VerifyGraphs
+
+
+class WarmableRunner(Protocol):
+    """Part of ``ModelRunner`` that a warm-up uses; see there."""
+
+    device: Device
+    tensors: Memory
+    table: RequestTable
+    graphs: tuple[DecodeGraphs | None, PrefillGraphs | None]
+    verify_graphs: VerifyGraphs | None
+    max_model_len: int
+    max_running_rows: int
+    most_step_tokens: int
+    num_guesses: int
+    num_step_states: int
+
+    def forward(self, batch: Batch, drawn: Any = None) -> Any: ...
+    def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +79,7 @@ class WarmUp:
 
 
 @torch.inference_mode()
-def warm_up(runner: ModelRunner) -> WarmUp:
+def warm_up(runner: WarmableRunner) -> WarmUp:
     """Capture every graph that ``runner`` may ever replay, the largest first, and compile what runs
     beside them."""
     began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
@@ -82,7 +103,7 @@ def warm_up(runner: ModelRunner) -> WarmUp:
 
 
 @torch.inference_mode()
-def measure(runner: ModelRunner) -> int:
+def measure(runner: WarmableRunner) -> int:
     """Bytes that graphs and the largest step take beside what is there already. The first graph of
     each kind takes what all share; the second is taken for what each of the others adds.
 
@@ -105,7 +126,7 @@ def measure(runner: ModelRunner) -> int:
     return num_bytes + max(0, before - device.free_bytes())
 
 
-def captures(runner: ModelRunner) -> tuple[list[Callable[[], None]], ...]:
+def captures(runner: WarmableRunner) -> tuple[list[Callable[[], None]], ...]:
     """What captures each decode graph, each verify graph, and each bucket of prefill graphs, the
     largest of each kind first."""
     (decodes, prefills), verifies = runner.graphs, runner.verify_graphs
@@ -121,7 +142,7 @@ def lengths(most: int) -> list[int]:
     return [most, *(2**power for power in reversed(range((most - 1).bit_length())))]
 
 
-def guesses(runner: ModelRunner) -> list[list[Newest]]:
+def guesses(runner: WarmableRunner) -> list[list[Newest]]:
     """What a multi-token head is asked for, if there is one."""
     slot = runner.tensors.padding_slot
     if not runner.num_guesses or slot is None:
@@ -130,7 +151,7 @@ def guesses(runner: ModelRunner) -> list[list[Newest]]:
     return [[newest] * count for count in (4, 3, 2, 1) if count <= runner.max_running_rows]
 
 
-def rehearsals(runner: ModelRunner) -> Iterator[Batch]:
+def rehearsals(runner: WarmableRunner) -> Iterator[Batch]:
     """Steps of every kind, the largest first."""
     row = runner.table.padding_row
     slot, saved = runner.tensors.padding_slot, runner.tensors.padding_checkpoint

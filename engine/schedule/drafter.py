@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -59,4 +59,37 @@ class Drafter(Protocol):
 
     def reset(self) -> None:
         """The cache was emptied: nothing is known of requests that ended."""
+        ...
+
+
+class DraftPlanner(Protocol):
+    """Decides which decoding requests get drafts, and of which length; see ``Drafting``."""
+
+    @property
+    def requests(self) -> Set[Request]:
+        """Requests with state of their own."""
+        ...
+
+    def propose(self, decoding: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
+        """Return drafts for some of the (request, most tokens that still fit) that decode."""
+        ...
+
+    def may_guess(self, decoding: Iterable[Request]) -> bool:
+        """Return True if any of them may get a draft in its next step."""
+        ...
+
+    def pass_over(self) -> None:
+        """Count a step without drafts."""
+        ...
+
+    def learn(self, request: Request, draft: Draft, num_accepted: int) -> None:
+        """Note how much of a draft was accepted."""
+        ...
+
+    def forget(self, request: Request) -> None:
+        """Drop the state of a request that has ended."""
+        ...
+
+    def reset(self) -> None:
+        """Drop what was learnt from ended requests: the cache was emptied."""
         ...

@@ -15,42 +15,11 @@ from __future__ import annotations
 from typing import Protocol
 
 from engine.requests.request import Request
+from engine.schedule.hooks import StepHooks
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import common_prefix_len
-
-
-class Outside(Protocol):
-    """Work beside the steps, for other processes or memories. The engine's thread calls it."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether ``advance`` has something to do though no request waits or runs."""
-        ...
-
-    def advance(self) -> None:
-        """Between two steps: do what has become possible, in a bounded time."""
-        ...
-
-    def wait(self) -> None:
-        """Nothing can be computed: sleep a little, or until something has become possible."""
-        ...
-
-    def give_up(self) -> None:
-        """End the work in progress: a step broke off, and what it computed is not known."""
-        ...
-
-    def stop_accepting(self) -> None:
-        """Take no more work from other processes, and finish what is in progress: the engine
-        drains. May be called again."""
-        ...
-
-    def close(self) -> None:
-        """End the work in progress and let go of everything: the engine ends. May be called
-        again."""
-        ...
-
 
 IDLE_S = 0.01
 """A step with nothing to compute waits so long for what is fetched: orders come between two
@@ -122,7 +91,7 @@ class Fetcher(Protocol):
         ...
 
 
-class Fetching:
+class Fetching(StepHooks):
     """Loads in progress and the waiting requests that are held for them."""
 
     def __init__(self, manager: CacheManager, fetcher: Fetcher) -> None:
@@ -131,11 +100,6 @@ class Fetching:
         self._held: dict[Request, Request | None] = {}
         """Requests without a load of their own, each with the request whose load brings its prefix;
         None if it waits for a load slot."""
-
-    @property
-    def has_work(self) -> bool:
-        """See ``Outside``: its requests wait."""
-        return False
 
     @property
     def requests(self) -> set[Request]:
@@ -200,14 +164,14 @@ class Fetching:
         if fetch is not None:
             fetch.cancel()
 
-    def give_up(self) -> None:
-        """Nobody may know what the rows hold any more: cancel all; those that wait compute."""
+    def on_cache_lost(self) -> None:
+        """Cancel all loads: the contents of rows are unknown. Waiting requests compute."""
         for request in tuple(self._pending):
             self.forget(request)
             request.fetched_len = 0
 
-    def advance(self) -> None:
-        """Take in what has come."""
+    def before_step(self) -> None:
+        """Publish loads that have arrived."""
         self._fetcher.advance()
 
     def wait(self) -> None:
@@ -215,9 +179,6 @@ class Fetching:
         if self._pending:
             self._fetcher.wait(IDLE_S)
 
-    def stop_accepting(self) -> None:
-        """See ``Outside``: nothing is done for other processes."""
-
-    def close(self) -> None:
-        """See ``Outside``."""
+    def disconnect(self) -> None:
+        """See ``StepHooks``."""
         self._fetcher.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,12 +117,10 @@ def cache_report(
     num_running: int,
     num_waiting: int,
     queue: AdmissionReport,
-    transfers: dict[str, int] | None,
-    lower: LowerReport | None,
-    draft_index_bytes: int,
+    optional: Mapping[str, Any],
 ) -> CacheReport:
-    """Read off the allocators, the tree and the leases; ``kind`` is the cache in use. O(running
-    requests + namespaces)."""
+    """Read the allocators, the tree and the leases. ``kind`` is the cache in use, ``optional`` has
+    the fields that plugins report. O(running requests + namespaces)."""
     cache = manager.cache
     held_tokens, held_slots = manager.held()
     kv = _pool(cache.free_tokens, cache.cached_tokens, held_tokens)
@@ -144,9 +143,7 @@ def cache_report(
         usage=cache.stats.as_dict(),
         admission=str(config.admission),
         queue=queue,
-        transfers=transfers,
-        lower=lower,
-        draft_index_bytes=draft_index_bytes,
+        **optional,
     )
 
 

@@ -10,10 +10,9 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from engine.errors import QueueFull as QueueFull  # its name before it moved
-from engine.plugins.speculation.draft_manager import Drafting
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
-from engine.schedule.drafter import Draft
+from engine.schedule.drafter import Draft, DraftPlanner
 from engine.schedule.plan import EMPTY, Plan, Task
 from engine.text.outputs import NO_TOKEN, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -27,7 +26,7 @@ class Scheduler(StepPlanner[Request]):
     """Plans steps, and takes them in once they are computed."""
 
     def __init__(
-        self, manager: CacheManager, *, drafting: Drafting | None = None, **options: Any
+        self, manager: CacheManager, *, drafting: DraftPlanner | None = None, **options: Any
     ) -> None:
         """``drafting``: decoding requests may get several tokens in a step. ``options`` are those
         of ``StepPlanner``."""

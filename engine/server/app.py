@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import math
 import os
@@ -12,22 +13,19 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
 
 from engine.async_engine import EngineStopped, ServedEngine
-from engine.plugins.diagnostics.replays import compiled
-from engine.plugins.dialects.response_store import ResponseStore
-from engine.plugins.dialects.routes import add_messages, add_responses
-from engine.plugins.observe.feed import Feed
-from engine.plugins.observe.page import add_page
-from engine.server import access, errors, openapi
+from engine.plugins import server_extensions
+from engine.server import access, errors
 from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
 from engine.server.chat_session import render
-from engine.server.compat_routes import add_peers_paths
 from engine.server.completions import complete
 from engine.server.config import ServerConfig
 from engine.server.connections import (
@@ -37,12 +35,14 @@ from engine.server.connections import (
     raise_descriptor_limit,
 )
 from engine.server.context import ServingContext
-from engine.server.errors import APIError, PlainJSON
+from engine.server.errors import ANTHROPIC, APIError, PlainJSON
+from engine.server.extension import Dialect
 from engine.server.listening import ACCEPTED_AT_ONCE, BACKLOG
-from engine.server.malloc_trim import TRIM_S, trim
 from engine.server.operator import Operator
 from engine.server.request_log import RequestLog, is_wanted, set_up_logging
 from engine.server.schemas import (
+    IGNORED,
+    NEUTRAL,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -52,6 +52,183 @@ from engine.server.schemas import (
 from engine.server.streaming import ClientGone
 from engine.server.workers import SWITCH_S, Workers
 from engine.text.tokenizer import EncodeOptions
+from hybridcache.lab.extras import version as installed_version
+
+
+def add_peers_paths(app: FastAPI, front: ServingContext, operator: Operator) -> None:
+    @app.get("/version")
+    async def version() -> dict[str, str]:
+        return {"version": installed_version()}
+
+    @app.get("/tokenizer_info")
+    async def tokenizer_info() -> dict[str, Any]:
+        return _tokenizer_info(front)
+
+    # SGLang's benchmark posts, its documentation shows both.
+    @app.post("/flush_cache")
+    async def flush_cache(request: Request) -> dict[str, bool]:
+        operator.check(request)
+        await front.engine.reset_prefix_cache()
+        return {"reset": True}
+
+
+def _tokenizer_info(front: ServingContext) -> dict[str, Any]:
+    """What lm-eval's remote tokenizer, and vLLM's clients, ask of a tokenizer."""
+    tokenizer, template = front.tokenizer, front.tokenizer.chat_template
+    named = {} if template is None else template.special_tokens
+    ends = sorted(tokenizer.eos_token_ids)
+    end = tokenizer.token_bytes(ends[0]).decode("utf-8", "replace") if ends else None
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "vocab_size": tokenizer.vocab_size,
+        "model_max_length": front.engine.max_model_len,
+        "bos_token": named.get("bos_token") or None,
+        "eos_token": named.get("eos_token") or end,
+        "pad_token": named.get("pad_token") or None,
+        "unk_token": named.get("unk_token") or None,
+        "chat_template": None if template is None else template.source,
+    }
+
+
+OPERATORS = ("/reset_prefix_cache", "/flush_cache")
+STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")
+REASONS = {
+    "400": "The request is wrong, or asks for what can not be served.",
+    "401": "A key is asked for.",
+    "403": "Only the operator may ask.",
+    "404": "There is no such model, or nothing of this name.",
+    "408": "The body did not arrive in time.",
+    "413": "The body is too large.",
+    "429": "As many requests wait as may.",
+    "500": "The engine failed on this request.",
+    "503": "The engine has stopped.",
+}
+PLAIN = {
+    "/metrics": "text/plain",
+    "/": "text/html",
+    "/v1/cache/events": "text/event-stream",
+}
+TEXT_OR_NULL = {"type": ["string", "null"]}
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": TEXT_OR_NULL,
+                "code": TEXT_OR_NULL,
+            },
+        }
+    },
+}
+ANTHROPIC_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
+
+
+def _describe_api(app: FastAPI) -> None:
+    """Have ``app`` describe itself so; the document is made when it is first asked for."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
+            app.openapi_schema = _described(document)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _described(document: dict[str, Any]) -> dict[str, Any]:
+    shapes = {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR}
+    for path, methods in document["paths"].items():
+        for operation in methods.values():
+            body = operation.get("requestBody")
+            if body is not None:
+                schema = body["content"]["application/json"]["schema"]
+                kind = schema["title"]
+                for name, shape in schema.pop("$defs", {}).items():
+                    _say_what_null_means(shape)
+                    shapes[f"{kind}.{name}"] = shape
+                _say_what_null_means(schema)
+                _say_what_is_ignored(schema["properties"])
+            operation["responses"] = _responses(path, operation["responses"], body is not None)
+    document["components"] = {"schemas": shapes}
+    return document
+
+
+def _responses(path: str, known: dict[str, Any], has_body: bool) -> dict[str, Any]:
+    """Everything that ``path`` may answer."""
+    kinds = {PLAIN[path]: {}} if path in PLAIN else dict(known["200"].get("content", {}))
+    if path in STREAMED:
+        kinds["text/event-stream"] = {}
+    answers: dict[str, Any] = {"200": {"description": "Done.", "content": kinds}}
+    codes = ["401", "500", "503"]
+    if has_body:
+        codes += ["400", "404", "408", "413", "429"]
+    if path in OPERATORS or path.startswith("/v1/cache"):
+        codes.append("403")
+    if "{" in path:
+        codes += ["400", "404"]
+    shape = "AnthropicError" if path.startswith(ANTHROPIC) else "Error"
+    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}}
+    return answers | {
+        code: {"description": REASONS[code], "content": content} for code in sorted(set(codes))
+    }
+
+
+def _say_what_null_means(schema: dict[str, Any]) -> None:
+    """Null is the default of every name that may be left out, and of names that are not known."""
+    if schema.get("additionalProperties") is not False:
+        return
+    schema["additionalProperties"] = {"type": "null"}
+    required = schema.get("required", [])
+    properties = schema["properties"]
+    for name, shape in properties.items():
+        if name not in required:
+            properties[name] = {"anyOf": [shape, {"type": "null"}]}
+
+
+def _say_what_is_ignored(properties: dict[str, Any]) -> None:
+    """Names of OpenAI's that ask for nothing."""
+    if "temperature" in properties and "n" in properties:
+        properties |= {name: {} for name in sorted(IGNORED - properties.keys())}
+        properties |= {name: {"enum": [*neutral, None]} for name, neutral in NEUTRAL.items()}
+
+
+TRIM_S = 30
+"""Between two times."""
+
+
+def _trimmer() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None  # not glibc
+
+
+_malloc_trim = _trimmer()
+
+
+async def trim() -> None:
+    """Give the system back every page that is free inside malloc's arenas: what lives long, between
+    what was freed, keeps them else. Up to a millisecond for 100 MiB; nothing where there is no
+    glibc."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
 
 HEALTH_WAIT_S = 0.2
 """Most time that ``/health`` waits for the engine to finish a step."""
@@ -73,7 +250,7 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         workers.close()
 
     app = FastAPI(title="hybridcache engine", lifespan=lifespan, default_response_class=PlainJSON)
-    app.state.feed = feed = Feed(engine, workers)
+    app.state.extensions = [make(front, config) for make in server_extensions()]
     app.state.metrics = front.metrics
     errors.install(app)
     app.add_middleware(errors.BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
@@ -83,29 +260,30 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         return Response(status_code=499)
 
     _add_generation(app, front, reader)
-    add_messages(app, front, reader)
-    add_responses(app, front, reader, ResponseStore(int(config.responses_mib * 2**20)))
+    for extension in app.state.extensions:
+        for dialect in extension.dialects():
+            dialect.add_to(app, reader)
     _add_tokens(app, front, reader, config)
     _add_watching(app, front)
     operator = Operator.of(config)
     _add_administration(app, front, operator)
-    add_page(app, front, feed, operator)
+    for extension in app.state.extensions:
+        extension.add_routes(app, operator)
     add_peers_paths(app, front, operator)
     access.install(app, config)
     if is_wanted(config.log_requests):
         app.add_middleware(RequestLog)
-    openapi.install(app)
+    _describe_api(app)
     return app
 
 
 def _add_generation(app: FastAPI, front: ServingContext, reader: BodyReader) -> None:
-    @app.post("/v1/completions", openapi_extra=described(CompletionRequest))
-    async def completions(request: Request) -> Response:
-        return await complete(front, request, await reader.read(request, CompletionRequest))
-
-    @app.post("/v1/chat/completions", openapi_extra=described(ChatRequest))
-    async def chat_completions(request: Request) -> Response:
-        return await chat(front, request, await reader.read(request, ChatRequest))
+    own = (
+        Dialect("/v1/completions", CompletionRequest, partial(complete, front), "completions"),
+        Dialect("/v1/chat/completions", ChatRequest, partial(chat, front), "chat_completions"),
+    )
+    for dialect in own:
+        dialect.add_to(app, reader)
 
     def card() -> dict[str, Any]:
         return {
@@ -224,20 +402,6 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
         operator.check(request)
         return await front.engine.cache_view()
 
-    @app.get("/v1/cache/explanations/{answer_id}")
-    async def explanation(
-        request: Request, answer_id: str, compared_with: str | None = None
-    ) -> dict[str, Any]:
-        operator.check(request)
-        told = front.explanations.look_up(answer_id, compared_with)
-        if told is None:
-            raise APIError(
-                404,
-                "This answer, or the one it is compared with, is not remembered: raise "
-                "--explain-mib to remember more.",
-            )
-        return told
-
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> dict[str, bool]:
         operator.check(request)
@@ -273,7 +437,7 @@ class Server(uvicorn.Server):
             )
         )
         self._engine = engine
-        self._feed: Feed = app.state.feed
+        self._extensions = app.state.extensions
         self._drain_s = config.drain_s
         self._must_end = must_end
 
@@ -287,7 +451,8 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self._must_end()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._feed.close()  # or open pages would hold the server up
+        for extension in self._extensions:
+            extension.close()
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
         ending.cancel()
@@ -306,7 +471,8 @@ def check(config: ServerConfig) -> None:
     ``serve`` refuses the same."""
     access.api_keys(config, os.environ)
     Operator.of(config)
-    compiled(config.volatile_line)
+    for extension in server_extensions():
+        extension.check(config)
 
 
 def serve(

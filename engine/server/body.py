@@ -20,8 +20,8 @@ from starlette.requests import ClientDisconnect
 
 from engine.server.config import ServerConfig, flag
 from engine.server.errors import APIError, of_validation
+from engine.server.schemas import Strict
 from engine.server.streaming import ClientGone
-from engine.server.strict import Strict
 from engine.server.workers import Workers, give_way
 from engine.text.json_text import JSONValueError, read_json, write_json
 

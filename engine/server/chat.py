@@ -9,11 +9,11 @@ from typing import Any
 from fastapi import Request, Response
 
 from engine import RequestOutput
-from engine.plugins.diagnostics.explanations import Inquiry
 from engine.server import logprobs
 from engine.server import response_extras as reported
 from engine.server.chat_session import Answer, Exchange, News, ask
 from engine.server.context import ServingContext, usage
+from engine.server.extension import ChatDiagnostics
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
 from engine.server.tenants import new_id
@@ -47,7 +47,7 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
 class _Writer:
     """Writes a chat's answers, whole or in events."""
 
-    def __init__(self, front: ServingContext, body: ChatRequest, inquiry: Inquiry) -> None:
+    def __init__(self, front: ServingContext, body: ChatRequest, inquiry: ChatDiagnostics) -> None:
         self._front = front
         self._inquiry = inquiry
         self._body = body

@@ -3,24 +3,56 @@ what comes back is events."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Container, Sequence
+from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from engine import Grammar, RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
-from engine.plugins.diagnostics.explanations import Inquiry
-from engine.plugins.diagnostics.replays import Place, as_message
-from engine.server.chat_tools import callable_tools
 from engine.server.context import ServingContext
-from engine.server.errors import APIError
-from engine.server.schemas import ChatRequest, TokenizeRequest, cuts_of
+from engine.server.errors import APIError, quoted
+from engine.server.extension import ChatDiagnostics
+from engine.server.schemas import ChatRequest, NamedTool, TokenizeRequest, cuts_of
 from engine.server.tenants import AnswerId, Tenant
-from engine.text.answer_events import BrokenCall, CallBegin, CallEnd, Event, joined
+from engine.text.answer_events import BrokenCall, CallBegin, CallEnd, Event, as_message, joined
 from engine.text.answer_forms import AnswerForm, AnswerReader
-from engine.text.templates import ChatPrompt, TemplateError, render_chat
+from engine.text.chat_template import TemplateError
+from engine.text.templates import ChatPrompt, render_chat
+
+
+def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:
+    """The tools whose calls are read in an answer; None: what looks like a call is text.
+
+    APIError 400: this model does not call tools, or not as it is asked to.
+    """
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
+            raise APIError(400, "'tool_choice' needs 'tools': send them.", param="tool_choice")
+        return None
+    if not form.offers_tools:
+        raise APIError(
+            400, "This model's chat template shows it no tools: leave 'tools' out.", param="tools"
+        )
+    if body.tool_choice == "none":
+        return None
+    if form.calls is None:
+        raise APIError(
+            400,
+            "This model writes calls in a form that is not read here: leave 'tools' out, or send "
+            "'tool_choice' 'none' and read them in the text.",
+            param="tools",
+        )
+    choice = body.tool_choice
+    if isinstance(choice, NamedTool):
+        name = choice.function.name
+        if all(tool["function"]["name"] != name for tool in body.tools):
+            raise APIError(
+                400, f"There is no tool {quoted(name)} among 'tools'.", param="tool_choice"
+            )
+    return body.tools
+
 
 BROKEN = "A call of a tool was left in the text, because "
 """Begins the warning of an answer; the reason follows."""
@@ -56,14 +88,14 @@ class Answer:
 
 async def render(
     front: ServingContext, body: ChatRequest | TokenizeRequest, size: int, tenant: Tenant
-) -> tuple[ChatPrompt, Place]:
+) -> tuple[ChatPrompt, Any]:
     """Return the chat of a ``body`` of ``size`` bytes as the model reads it, and the place of its
     answer. APIError 400: the template refuses it."""
 
-    def work() -> tuple[ChatPrompt, Place]:
+    def work() -> tuple[ChatPrompt, Any]:
         messages = [message.as_template_input() for message in body.messages or ()]
         tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
-        chat = front.replays.prepare(messages, tools, body.chat_template_kwargs, tenant)
+        chat = front.chats.before_render(messages, tools, body.chat_template_kwargs, tenant)
         prompt = render_chat(
             front.tokenizer,
             chat.messages,
@@ -166,11 +198,13 @@ async def _inquire(
     tenant: Tenant,
     size: int,
     answer_id: AnswerId,
-) -> Inquiry:
-    def work() -> Inquiry:
-        asked = front.explanations.begin(
+) -> ChatDiagnostics:
+    def work() -> ChatDiagnostics:
+        return front.chats.diagnose(
             answer_id.public,
-            token_ids.astype(np.int32, copy=False),
+            token_ids,
+            compared_with=body.compared_with,
+            is_asked=body.diagnostics is not None,
             request_id=answer_id.request_id(0),
             model=front.model_name,
             tenant=tenant,
@@ -179,8 +213,6 @@ async def _inquire(
             variables=body.chat_template_kwargs,
             size=size,
         )
-        is_asked = body.diagnostics is not None
-        return Inquiry(front.explanations, asked, body.compared_with, is_asked)
 
     return await front.workers.run(size, work)
 
@@ -194,8 +226,8 @@ class Exchange:
         prompt: ChatPrompt,
         streams: Sequence[RequestStream],
         readings: Sequence[_Reading],
-        inquiry: Inquiry,
-        place: Place,
+        inquiry: ChatDiagnostics,
+        place: Any,
     ) -> None:
         self._front = front
         self._place = place
@@ -225,7 +257,7 @@ class Exchange:
             if finish is not None:
                 message = as_message(reading.events)
                 if not reading.is_over:
-                    self._front.replays.remember(self.prompt, self._place, message, output)
+                    self._front.chats.after_answer(self.prompt, self._place, message, output)
                 if index == 0:
                     self.inquiry.end(output, message)
             yield News(index, events, output, finish, reading.warning if finish else None)

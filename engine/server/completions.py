@@ -11,7 +11,6 @@ from fastapi import Request, Response
 
 from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
-from engine.plugins.diagnostics.explanations import cache_headers
 from engine.server import logprobs
 from engine.server import response_extras as reported
 from engine.server.context import ServingContext, usage
@@ -40,7 +39,7 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
         outputs,
         lambda: answer.whole(outputs),
         echoes=shows_prompt,
-        headers=cache_headers(outputs[0]),
+        headers=reported.cache_headers(outputs[0]),
     )
 
 
@@ -110,7 +109,7 @@ class _Answer:
 
     def headers(self) -> dict[str, str]:
         """What the cache had of the first prompt, in short; nothing before the first output."""
-        return {} if self._first is None else cache_headers(self._first)
+        return {} if self._first is None else reported.cache_headers(self._first)
 
     async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
         """One event an output. Text that was sent is never taken back."""

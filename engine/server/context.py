@@ -14,14 +14,13 @@ from fastapi import Request, Response
 from engine import Grammar, RequestOutput, RequestSpec
 from engine.async_engine import RequestStream, ServedEngine
 from engine.errors import ContextOverflow, QueueFull, RequestError
-from engine.plugins.diagnostics.explanations import Explanations
-from engine.plugins.diagnostics.replays import Replays
+from engine.plugins import chat_hooks
 from engine.server import request_log
 from engine.server.body import to_json
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
-from engine.server.guided import Guided
 from engine.server.metrics import Metrics
+from engine.server.schemas import Guided
 from engine.server.streaming import interleave
 from engine.server.tenants import AnswerIds, Tenant, Tenants
 from engine.server.workers import Workers
@@ -44,8 +43,7 @@ class ServingContext:
         self._tenants = Tenants()
         self.ids = AnswerIds()
         self.metrics = Metrics()
-        self.replays = Replays(self.tokenizer, config)
-        self.explanations = Explanations(self.tokenizer, int(config.explain_mib * 2**20))
+        self.chats = chat_hooks(self.tokenizer, config)
         self.created = int(time.time())
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine import RequestOutput
 from engine.server.logprobs import PIECE, finite, token_text
-from engine.server.token_options import TokenOptions
+from engine.server.schemas import TokenOptions
 from engine.server.workers import give_way
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import Tokenizer
@@ -62,3 +62,16 @@ def cache_details(body: TokenOptions, outputs: Sequence[RequestOutput]) -> dict[
     if not body.return_cached_tokens_details:
         return {}
     return {"sglext": {"cached_tokens_details": {"device": outputs[0].cached_len}}}
+
+
+def cache_headers(output: RequestOutput) -> dict[str, str]:
+    """Return the headers of every answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``, and
+    ``x-cache-lost`` with its causes."""
+    headers = {
+        "x-cache-prompt-tokens": str(len(output.prompt_token_ids)),
+        "x-cache-hit-tokens": str(output.cached_len),
+    }
+    if output.losses is not None:
+        lost = [f"{name}={number}" for name, number in output.losses._asdict().items() if number]
+        headers["x-cache-lost"] = ", ".join(lost) or "none"
+    return headers

@@ -7,8 +7,9 @@ A parameter that would change the answer and is not served is refused by name; o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -16,29 +17,312 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     WithJsonSchema,
     field_validator,
     model_validator,
 )
 
-from engine import Grammar, SamplingParams
-from engine.plugins.guided.call_grammars import Form, grammar_of_calls, grammar_of_strict_calls
-from engine.requests.sampling_params import MAX_COUNT
+from engine import SamplingParams
+from engine.plugins import call_grammar, strict_call_grammar
+from engine.requests.grammar import Grammar, GrammarError
+from engine.requests.sampling_params import MAX_BIAS, MAX_BIASES, MAX_COUNT
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
-from engine.server.rendering import Rendering
-from engine.server.stream_options import Streamed
-from engine.server.strict import (
-    Listed,
-    Name,
-    Strict,
-    whole_numbers,
-    without_nulls,
-    without_what_asks_for_nothing,
-)
-from engine.server.token_options import Text, Texts, TokenIds, TokenOptions, seed_of
 from engine.text.json_text import read_json
 from engine.text.templates import Cut
+
+MAX_NAMES = 64
+"""Names that an object of a fixed form may have: each that it should not have is an error of its
+own."""
+Entry = TypeVar("Entry")
+Listed = Annotated[list[Entry], Field(fail_fast=True)]
+"""A list of which the first wrong entry is the only error."""
+Name = Annotated[str, Field(min_length=1)]
+"""Of a tool."""
+
+
+class Strict(BaseModel):
+    """No unknown names, no guessed types, no infinities. A null asks for nothing, also under a name
+    that is unknown: clients send answers back with all the fields that their own classes know."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    HOLDS_IDS: ClassVar[bool] = False
+    """It may be a long list of token ids."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_read(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        if len(body) > MAX_NAMES:
+            raise ValueError(f"An object here has at most {MAX_NAMES} names, not {len(body)}.")
+        return {name: _whole(value) for name, value in without_nulls(body).items()}
+
+
+def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
+    """``body`` without its nulls, but for those further down: null means "your default" everywhere
+    in this API."""
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def whole_numbers(values: Any) -> Any:
+    """A list with 3 for 3.0, which is an integer in JSON's own word for it. O(len(values))."""
+    if isinstance(values, list) and float in set(map(type, values)):
+        return [_whole(value) for value in values]
+    return values
+
+
+def _whole(value: Any) -> Any:
+    is_whole = isinstance(value, float) and abs(value) <= 2**53 and value.is_integer()
+    return int(value) if is_whole else value
+
+
+def without_what_asks_for_nothing(
+    body: Any, ignored: Container[str], neutral: Mapping[str, Container[Any]]
+) -> Any:
+    """``body`` without what is ``ignored`` or ``neutral``. ValueError: a name of ``neutral`` with
+    another value."""
+    if not isinstance(body, dict):
+        return body
+    for name, values in neutral.items():
+        if body.get(name) is not None and body[name] not in values:
+            raise ValueError(f"'{name}' is not served here: leave it out.")
+    return {
+        name: value for name, value in body.items() if name not in ignored and name not in neutral
+    }
+
+
+Schema = dict[str, Any] | bool
+NAMES = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+
+class NamedSchema(Strict):
+    name: str | None = None
+    description: str | None = None
+    schema_: Schema | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+    """An answer always follows the schema, whatever this says."""
+
+
+class ResponseFormat(Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """vLLM's, but for ``structural_tag``. One of them."""
+
+    json_: Schema | str | None = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Listed[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class Guided(Strict):
+    """The part of a request that says what an answer must be."""
+
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: Schema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Listed[str] | None = None
+    guided_grammar: str | None = None
+    _format_name: str = PrivateAttr("response_format")
+    """What the client calls ``response_format``."""
+
+    def with_format_name(self, name: str) -> Self:
+        """Itself: another dialect's ``name`` for ``response_format`` stands in its errors."""
+        self._format_name = name
+        return self
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether ``grammar`` has any work."""
+        asked = (self.response_format, self.structured_outputs, self.guided_json, self.guided_regex)
+        return any(a is not None for a in (*asked, self.guided_choice, self.guided_grammar))
+
+    @property
+    def form_name(self) -> str | None:
+        """The parameter that asks for the form; None: there is none, or more than one."""
+        newer = self.structured_outputs or StructuredOutputs()
+        asked = {name: getattr(self, name) for name in NAMES}
+        asked |= {f"structured_outputs.{n.rstrip('_')}": v for n, v in newer if v is not None}
+        names = [name for name, value in asked.items() if value is not None]
+        if len(names) != 1:
+            return None
+        return self._format_name if names[0] == "response_format" else names[0]
+
+    def grammar(self) -> Grammar | None:
+        """None: anything may be answered. GrammarError: more is asked for than one form, or one
+        that can not be served. O(its length)."""
+        forms = [form for form in (self._of_format(), *self._of_names()) if form is not None]
+        if len(forms) > 1:
+            raise GrammarError("an answer has one form: ask for it under one name.")
+        return forms[0] if forms else None
+
+    def _of_format(self) -> Grammar | None:
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return None
+        if wanted.type == "json_object":
+            return Grammar.of_object()
+        if wanted.json_schema is None or wanted.json_schema.schema_ is None:
+            raise GrammarError("'response_format' of type json_schema needs 'json_schema.schema'.")
+        return Grammar.of_schema(wanted.json_schema.schema_)
+
+    def _of_names(self) -> list[Grammar | None]:
+        newer = self.structured_outputs or StructuredOutputs()
+        schemas = (self.guided_json, newer.json_)
+        return [
+            *(None if schema is None else Grammar.of_schema(schema) for schema in schemas),
+            *(None if r is None else Grammar.of_regex(r) for r in (self.guided_regex, newer.regex)),
+            *(
+                None if choices is None else Grammar.of_choices(choices)
+                for choices in (self.guided_choice, newer.choice)
+            ),
+            *(
+                None if text is None else Grammar.of_text(text)
+                for text in (self.guided_grammar, newer.grammar)
+            ),
+            Grammar.of_object() if newer.json_object else None,
+        ]
+
+
+MAX_ID_CHARS = 128
+"""Of a request's name."""
+LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
+"""No control characters, and nothing that breaks lines."""
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[Listed[TokenId], BeforeValidator(whole_numbers)]
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[Listed[Text], Field(max_length=MAX_STOPS)]
+Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
+ALL = (-1, 0)
+"""What clients send as ``top_k`` that mean every token."""
+
+
+def _by_id(biases: dict[str, float]) -> dict[int, float]:
+    """JSON's names are strings."""
+    return {int(name): value for name, value in biases.items()}
+
+
+def _one_line(request_id: str) -> str:
+    """It comes back in answers and stands in logs, which are lines."""
+    if not re.match(LINE, request_id):
+        raise ValueError("'request_id' may have no control characters: send one line of text.")
+    return request_id
+
+
+class TokenOptions(Guided):
+    """The part of a request that says which tokens may come, and what is reported of them."""
+
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern="^[0-9]{1,9}$")], Bias],
+            Field(max_length=MAX_BIASES, json_schema_extra={"additionalProperties": False}),
+            AfterValidator(_by_id),
+        ]
+        | None
+    ) = None
+    min_tokens: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    thinking_token_budget: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
+    bad_words: Texts | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    """None are put there, which is no difference with the tokenizers that are served."""
+    include_stop_str_in_output: bool | None = None
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
+    return_token_ids: bool = False
+    return_cached_tokens_details: bool = False
+    """SGLang's: also as its ``sglext``."""
+    request_id: (
+        Annotated[
+            str,
+            Field(min_length=1, max_length=MAX_ID_CHARS, json_schema_extra={"pattern": LINE}),
+            AfterValidator(_one_line),
+        ]
+        | None
+    ) = None
+    """What the answer's id ends with."""
+    priority: Annotated[int, Field(ge=0, le=0)] = 0
+    """Who came first goes first."""
+
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "top_k",
+        "logit_bias",
+        "min_tokens",
+        "thinking_token_budget",
+        "allowed_token_ids",
+        "bad_words",
+        "skip_special_tokens",
+        "include_stop_str_in_output",
+    )
+
+    def options(self) -> dict[str, Any]:
+        """Those of ``SamplingParams`` that are given."""
+        given = {name: value for name in self.OPTIONS if (value := getattr(self, name)) is not None}
+        if given.get("top_k") in ALL:
+            given["top_k"] = None
+        return given
+
+
+def seed_of(seed: int | None, choice: int) -> int | None:
+    """Of one of a request's choices, which must differ, and be the same ones the next time: in the
+    range of 64 bits, into which any other is folded."""
+    return None if seed is None else (seed + choice + 2**63) % 2**64 - 2**63
+
+
+class StreamOptions(Strict):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+    """Usage so far with every event."""
+    include_obfuscation: bool = False
+
+
+class Streamed(Strict):
+    """The part of a request that says whether its answer comes in events, and how."""
+
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _streams_with_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError(
+                "'stream_options' is for streamed answers: set 'stream' to true, or leave it out."
+            )
+        return self
+
+    @property
+    def includes_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def repeats_usage(self) -> bool:
+        """Every event has the usage so far."""
+        return self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+
+class Rendering(Strict):
+    """The part of a request that is the chat template's."""
+
+    add_generation_prompt: bool | None = None
+    """None: but for ``continue_final_message``."""
+    continue_final_message: bool = False
+    """The answer goes on in the last message."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """The template's own switches, such as ``enable_thinking``."""
+
+    @property
+    def begins_answer(self) -> bool:
+        """The prompt ends with the beginning of an answer."""
+        return self.add_generation_prompt is not False and not self.continue_final_message
+
 
 IGNORED = frozenset(
     {
@@ -417,20 +701,20 @@ class ChatRequest(Sampling, Rendering):
     def form_name(self) -> str | None:
         return "tools" if self.demands_call or self.has_strict_calls else super().form_name
 
-    def call_grammar(self, form: Form, may_think: bool) -> Grammar | None:
+    def call_grammar(self, form: str, may_think: bool) -> Grammar | None:
         """Return the grammar of the calls that the answer must have, or may have if some are
         strict; None if it is neither. ``form`` is the model's, and ``may_think`` says whether it
         may begin with reasoning. ValueError: a tool's schema cannot be served, or another form is
         asked for, too."""
         if self.has_strict_calls:
-            return grammar_of_strict_calls(self.tools or (), form, may_think=may_think)
+            return strict_call_grammar(self.tools or (), form, may_think=may_think)
         if not self.demands_call:
             return None
         if super().is_guided:
             raise ValueError("'tool_choice' demands a call, which has its form: ask for no other.")
         choice = self.tool_choice
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
-        return grammar_of_calls(self.tools or (), name, form, in_parallel=self.parallel_tool_calls)
+        return call_grammar(self.tools or (), name, form, in_parallel=self.parallel_tool_calls)
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> ChatRequest:

@@ -24,7 +24,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engine.plugins.tiers.disk import Disk
 from engine.schedule.batch import KEPT, Batch, Segment
 from engine.schedule.drafter import Newest
 from hybridcache.allocators.arena import slab_rows
@@ -140,13 +139,13 @@ class OracleRunner:
         """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any."""
         return self._table.get(row, np.empty(0, np.int32))[:end]
 
-    def attach(self, num_host_rows: int, disk: Disk | None) -> OracleRunner:
-        """What lies below is remembered, whatever ``disk`` does."""
+    def attach_tiers(self, copier: object, num_host_rows: int) -> OracleRunner:
+        """See ``Runner.attach_tiers``: transfers are followed here, whatever ``copier`` does."""
         return self
 
     host_bytes_per_s: float | None = None
 
-    def identity(self) -> Mapping[str, str]:
+    def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """It computes like every other of its size."""
         return {"runner": "oracle"}
 

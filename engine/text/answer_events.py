@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+"""Marks around a tool call in the text of an answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,3 +65,27 @@ def joined(events: Iterable[Event]) -> list[Event]:
         else:
             merged.extend(group)
     return merged
+
+
+def as_message(events: Sequence[Event]) -> dict[str, Any]:
+    """Return an answer in the form that chat templates take. O(length)."""
+    content: list[str] = []
+    reasoning: list[str] = []
+    calls: list[tuple[str, list[str]]] = []
+    for one in events:
+        match one:
+            case TextDelta(text):
+                content.append(text)
+            case ReasoningDelta(text):
+                reasoning.append(text)
+            case CallBegin(name):
+                calls.append((name, []))
+            case CallArguments(text):
+                calls[-1][1].append(text)
+    functions = [{"name": name, "arguments": "".join(pieces)} for name, pieces in calls]
+    return {
+        "role": "assistant",
+        "content": "".join(content),
+        "reasoning_content": "".join(reasoning),
+        "tool_calls": [{"type": "function", "function": function} for function in functions],
+    }

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from engine.plugins.tool_calls import calls, qwen_xml
-from engine.plugins.tool_calls.calls import CallReader
-from engine.plugins.tool_calls.hermes import HermesReader
-from engine.plugins.tool_calls.qwen_xml import QwenXMLReader
+from engine.plugins import call_form
 from engine.text import reasoning
-from engine.text.answer_events import Event, TextDelta, joined
+from engine.text.answer_events import CALL_CLOSE, CALL_OPEN, Event, TextDelta, joined
 from engine.text.reasoning import ReasoningReader
 
-MARKS = (reasoning.OPEN, reasoning.CLOSE, calls.OPEN, calls.CLOSE)
+MARKS = (reasoning.OPEN, reasoning.CLOSE, CALL_OPEN, CALL_CLOSE)
 """Tokens of a vocabulary that stand for a part of an answer: they are text, also where the
 vocabulary has them among those that are not shown."""
 PIECE = 512
 """Characters that are read at a time."""
+
+
+class CallReading(Protocol):
+    """Reads one answer's text and calls as the answer grows."""
+
+    def push(self, text: str) -> list[Event]:
+        """Return what became certain."""
+        ...
+
+    def flush(self, is_cut: bool) -> list[Event]:
+        """Return what was held back: there is no more text."""
+        ...
+
+
+class CallForm(Protocol):
+    """One form of tool calls."""
+
+    FORM: str
+    """Name of the form, for grammars of calls."""
+
+    def __call__(self, tools: Sequence[Mapping[str, Any]]) -> CallReading:
+        """Return a reader of one answer that may call ``tools``."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +48,15 @@ class AnswerForm:
     thinks: bool
     offers_tools: bool
     """The template shows the model its tools."""
-    calls: type[CallReader] | None
+    calls: CallForm | None
     """Reads its calls; None: it makes none, or in a form that is not known here."""
 
     @classmethod
     def of(cls, template: str) -> AnswerForm:
         """The form that the source of a chat template asks for. O(len(template))."""
-        reader: type[CallReader] | None = None
-        if qwen_xml.FUNCTION in template:
-            reader = QwenXMLReader
-        elif calls.OPEN in template:
-            reader = HermesReader
-        return cls(reasoning.CLOSE in template, "tools" in template, reader)
+        offers_tools = "tools" in template
+        calls = call_form(template) if offers_tools else None
+        return cls(reasoning.CLOSE in template, offers_tools, calls)
 
 
 class AnswerReader:

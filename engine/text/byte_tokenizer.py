@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from engine.text.chat_template import ChatTemplate
 from engine.text.stream_decoders import ByteStreamDecoder, StreamDecoder
-from engine.text.templates import ChatTemplate
 from engine.text.tokenizer import AS_PROMPT, SLICE, EncodeOptions
 
 BUILTIN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")

@@ -8,108 +8,20 @@ the template: render the history as the next turn would, and take the common pre
 
 from __future__ import annotations
 
-import datetime
 import itertools
-import json
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
-
+from engine.text.chat_template import PROBE, Message, TemplateError
 from engine.text.splice import SampledTurn, find_splices, header_of
 from engine.text.tokenizer import SLICE, EncodeOptions, Tokenizer
 
-Message = Mapping[str, Any]
-
-PROBE = "\ue000"
-"""Stands for words not yet said. Private use: no template and no tokenizer's merges begin with
-it."""
 THINK, END_THINK = "<think>", "</think>"
 """Open and close reasoning."""
 MARKS = range(0xE001, 0xF900)
 """Characters that may stand inside a control token that is text. Private use, as the probe."""
-
-
-class TemplateError(ValueError):
-    """The template does not take this chat; the message is the template's own."""
-
-
-class ChatTemplate:
-    """A Hugging Face chat template: sandboxed Jinja with the filters and globals such templates
-    count on.
-
-    >>> template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
-    >>> template.render([{"role": "user", "content": "hi"}])
-    '<user>hi'
-    """
-
-    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True,
-            lstrip_blocks=True,
-            extensions=[jinja2.ext.loopcontrols, _GenerationTag],
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        self.source = source
-        self.special_tokens = dict(special_tokens or {})
-        try:
-            self._template = environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"The chat template does not parse: {error}.") from error
-
-    @cached_property
-    def takes_late_system(self) -> bool:
-        """Whether a system message may follow others. One render, the first time."""
-        chat: list[Message] = [
-            {"role": "system", "content": "a"},
-            {"role": "user", "content": "b"},
-            {"role": "assistant", "content": "c"},
-            {"role": "system", "content": PROBE},
-            {"role": "user", "content": "d"},
-        ]
-        try:
-            return PROBE in self.render(chat)
-        except TemplateError:
-            return False
-
-    def render(
-        self,
-        messages: Sequence[Message],
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = False,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:
-        """Return the chat as text. ``variables`` are the template's own switches
-        (``enable_thinking``). Raises TemplateError for whatever the template raises."""
-        try:
-            return self._template.render(
-                self.special_tokens
-                | dict(variables or {})
-                | {
-                    "messages": messages,
-                    "tools": tools,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except TemplateError:
-            raise
-        except RecursionError as error:
-            raise TemplateError("something in it is nested too deep.") from error
-        except jinja2.TemplateError as error:
-            raise TemplateError(str(error)) from error
-        except Exception as error:
-            # A template is a program, and a client chooses what it computes with.
-            raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 class Cut(NamedTuple):
@@ -422,22 +334,3 @@ def _last_special(special_tokens: Sequence[str], text: str, end: int) -> int:
         if begin == 0:
             return 0
         window *= 8
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks what training learns from; serving renders what is inside."""
-
-    tags = {"generation"}  # noqa: RUF012 the base class declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """JSON without HTML escapes, which Jinja's own filter would add."""
-    return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent)
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)

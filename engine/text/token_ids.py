@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from engine.text.chat_template import ChatTemplate
 from engine.text.stream_decoders import ByteStreamDecoder, StreamDecoder
-from engine.text.templates import ChatTemplate
 from engine.text.tokenizer import AS_PROMPT, EncodeOptions
 
 

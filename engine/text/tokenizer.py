@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from engine.text.stream_decoders import StreamDecoder
 
 if TYPE_CHECKING:
-    from engine.text.templates import ChatTemplate
+    from engine.text.chat_template import ChatTemplate
 
 SLICE = 65_536
 """Bytes or ids handled at a time, so that other threads have a turn between."""

@@ -15,7 +15,8 @@ import numpy as np
 from engine.engine import Engine
 from engine.engine_loop import EngineLoop
 from engine.errors import EngineStopped, RequestError
-from engine.plugins.observe.cache_watch import Watch
+from engine.interfaces import EngineWatch
+from engine.plugins import cache_watch
 from engine.requests.spec import RequestSpec
 from engine.text.outputs import DraftCounts, RequestOutput
 from engine.worker.channel import Channel, ChannelClosed, remove_folder
@@ -52,7 +53,7 @@ class Host:
         self._engine: Engine | None = None
         self._loop: EngineLoop[str] | None = None
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._watches: dict[int, Watch] = {}
+        self._watches: dict[int, EngineWatch] = {}
         self._num_refused = 0
         self._told = (0, 0)
         threading.Thread(target=self._follow, name="server", daemon=True).start()
@@ -147,7 +148,7 @@ class Host:
             case "stop accepting":
                 return engine.stop_accepting()
             case "watch":
-                self._watches[asked.number] = Watch(engine)
+                self._watches[asked.number] = cache_watch(engine)
                 return asked.number
         watch = self._watches[asked.argument]
         match asked.what:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from engine.errors import WireError
-from engine.plugins.guided.grammar import Grammar
+from engine.requests.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
 from engine.text.outputs import FinishReason, SampledToken, Timings, Transferred
 from hybridcache.api import Losses

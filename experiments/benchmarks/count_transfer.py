@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from engine import AsyncEngine, Engine, EngineConfig, SamplingParams
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from experiments.provenance import RESULTS, write_json_lines
 
 SETTINGS = {"device": "cpu", "cache_gib": 0.5}
@@ -55,8 +56,8 @@ def serve() -> None:
     engine = Engine(EngineConfig(role="prefill", transfer_at="127.0.0.1:0", **SETTINGS))
     running = AsyncEngine(engine)
     running.start()
-    assert engine.prefill_server is not None
-    print(engine.prefill_server.address[1], flush=True)
+    assert engine.plugins["disaggregation"].server is not None
+    print(engine.plugins["disaggregation"].server.address[1], flush=True)
     sys.stdin.read()
     running.stop()
 
@@ -81,7 +82,7 @@ def count(engine: Engine, name: str, *pieces: int) -> Counted:
     (output,) = engine.generate([prompt], SamplingParams(max_tokens=1, temperature=0))
     sent = output.transferred
     assert sent is not None and sent.tokens
-    unit = engine.runner.unit  # type: ignore[attr-defined]
+    unit = PrefixBuffer.of(engine.runner)  # type: ignore[attr-defined]
     needed = sent.tokens * unit.row_bytes + unit.state_bytes
     assert sent.needed_bytes == needed
     ratio = round(sent.wire_bytes / needed, 4)

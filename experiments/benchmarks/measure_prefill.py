@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.schedule.observed import StepReport
+from engine.interfaces import StepReport
 from experiments.provenance import provenance
 
 STARTS = (0, 512, 2048, 8192)

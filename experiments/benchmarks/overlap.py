@@ -27,7 +27,7 @@ import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
-from engine.plugins.speculation.draft_length import Pace
+from engine.plugins.speculation.draft_length import LookupLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
 from engine.schedule.batch import Batch
@@ -113,7 +113,7 @@ def measure(num_running: int, guess: str, step_ms: float, num_steps: int) -> dic
     clock, hosts = IdleClock(step_ms / 1e3), list[float]()
     drafting = None
     if guess != "none":
-        source = Source(Guesser(GUESSES[guess]), partial(Pace, NUM_DRAFTS))
+        source = Source(Guesser(GUESSES[guess]), partial(LookupLength, NUM_DRAFTS))
         drafting = Drafting([source], max_verified=num_running * (1 + NUM_DRAFTS))
 
     def observe(report: StepReport) -> None:

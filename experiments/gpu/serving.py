@@ -30,12 +30,12 @@ import numpy as np
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.interfaces import StepReport
 from engine.requests.sampling_params import SamplingParams
 from engine.runner.backends import all_fused
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
-from engine.schedule.observed import StepReport
 from engine.text.outputs import RequestOutput
 from experiments.benchmarks.serving import conversation_jobs, over_http, sweep, table
 from experiments.benchmarks.serving_load import Client, EngineClient, Load, Targets

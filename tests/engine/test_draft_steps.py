@@ -11,8 +11,9 @@ import pytest
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.command.screen import start_screen
-from engine.plugins.speculation.draft_length import Pace
+from engine.plugins.speculation.draft_length import LookupLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
+from engine.schedule.hooks import StepHooks
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from tests.engine.drafted import Guesses, MakeEngine, guessing_engine, prompts
@@ -77,7 +78,7 @@ def test_a_step_waits_for_drafts_whose_request_has_left() -> None:
         EngineConfig(check=True, overlap="on"),
         runner=OracleRunner(1024, 8),
         sampler=OracleSampler(),
-        drafting=Drafting([Source(guesses, partial(Pace, 4))], max_verified=20),
+        drafting=Drafting([Source(guesses, partial(LookupLength, 4))], max_verified=20),
     )
     told: list[int] = []
     forward = engine.runner.forward
@@ -117,7 +118,7 @@ def test_a_guess_takes_no_memory_from_others() -> None:
 
     plain = serve(None)
     guesses.learn(plain)
-    outputs = serve(Drafting([Source(guesses, partial(Pace, 4))], max_verified=20))
+    outputs = serve(Drafting([Source(guesses, partial(LookupLength, 4))], max_verified=20))
     assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
     assert [output.num_preemptions for output in (*plain, *outputs)] == [0] * 4
     assert outputs[0].drafts.accepted.total() > 40
@@ -131,16 +132,11 @@ def test_memory_is_nobody_elses_while_a_verification_is_in_flight(make_engine: M
     engine = make_engine(guesses, overlap="on")
     told: list[bool] = []
 
-    class Other:
-        has_work = False
-
-        def advance(self) -> None:
+    class Other(StepHooks):
+        def before_step(self) -> None:
             told.append(engine._scheduler.must_commit)
 
-        def wait(self) -> None:
-            pass
-
-    engine._outside = (Other(),)  # type: ignore[assignment]
+    engine._hooks = (Other(),)
     outputs = engine.generate(prompts(), params)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in plain]
     assert told and not any(told)

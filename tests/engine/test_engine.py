@@ -19,8 +19,8 @@ from engine import (
     RequestSpec,
     SamplingParams,
 )
+from engine.interfaces import StepReport
 from engine.schedule.batch import Batch
-from engine.schedule.observed import StepReport
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer

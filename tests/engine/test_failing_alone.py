@@ -12,7 +12,7 @@ import torch
 
 from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
-from engine.plugins.guided.grammar import Grammar
+from engine.requests.grammar import Grammar
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from engine.schedule.batch import Batch

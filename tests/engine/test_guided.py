@@ -11,6 +11,7 @@ import re
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -22,10 +23,10 @@ from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
 from engine.plugins.guided import background, guide
 from engine.plugins.guided import bindings as library
 from engine.plugins.guided import guides as registry
-from engine.plugins.guided.call_grammars import grammar_of_calls, grammar_of_strict_calls
-from engine.plugins.guided.grammar import GrammarError, TooComplex
 from engine.plugins.guided.guides import Guides
 from engine.plugins.guided.marks import Overshoots
+from engine.plugins.tool_calls.call_grammars import grammar_of_calls, grammar_of_strict_calls
+from engine.requests.grammar import GrammarError, TooComplex
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
@@ -197,7 +198,7 @@ def test_the_model_draws_the_same_for_an_answer_in_the_background() -> None:
     specs = [spec(grammar, "abc", **sampling) for grammar in (Grammar.of_object(), None)]
     engine = Engine(config)
     expected = engine.generate(specs)
-    engine._intake.guides._compiled_of(Grammar.of_object()).is_costly = True
+    engine._intake.grammars._compiled_of(Grammar.of_object()).is_costly = True
     engine.reset_prefix_cache()
     outputs = engine.generate(specs)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
@@ -264,7 +265,7 @@ def test_the_engines_thread_makes_only_calls_that_are_bounded(
     engine.step()
     calls.clear()
     left = set(names)
-    boxes = {name: engine._mailboxes.open(name) for name in names}
+    boxes = {name: engine._mailboxes.setdefault(name, deque()) for name in names}
     while left:
         outputs = {output.request_id: output for output in engine.step()}
         left -= {name for name, output in outputs.items() if output.is_finished}
@@ -339,7 +340,7 @@ def test_strict_calls_follow_their_grammar_from_their_mark_on(
     specs = [spec(grammar, f"{seed}" * 40, seed=seed, max_tokens=200) for seed in range(4)]
     engine = oracle(**how)
     engine._sampler = Stubborn()
-    engine._outside[0]._sampler = Stubborn()  # type: ignore[attr-defined]
+    engine._hooks[0]._sampler = Stubborn()  # type: ignore[attr-defined]
     texts: dict[int, str] = {}
     commit, num_steps = engine._commit, 0
 
@@ -466,7 +467,7 @@ def test_a_request_that_waits_for_its_grammar_holds_up_nobody(
     engine = oracle(**how)
     plain = engine.submit(spec(None, "other", max_tokens=200, ignore_eos=True))
     waiting = engine.submit(spec(grammar))
-    box = engine._mailboxes.open(waiting)
+    box = engine._mailboxes.setdefault(waiting, deque())
     outputs = [output.request_id for _ in range(40) for output in engine.step()]
     assert outputs.count(plain) > 30 and waiting not in outputs and len(held) == 1
     if what == "abort":
@@ -539,7 +540,7 @@ def test_an_abort_and_a_broken_step_leave_the_next_answer_right(engine: Engine) 
     with pytest.raises(TypeError):
         other.step()
     other.runner.forward = forward  # type: ignore[method-assign]
-    box = other._mailboxes.open(kept)
+    box = other._mailboxes.setdefault(kept, deque())
     while other.has_work():
         other.step()
     assert box[-1].text == whole and re.fullmatch(expected, whole)

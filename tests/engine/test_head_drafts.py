@@ -41,9 +41,10 @@ import torch
 
 from engine import Grammar, RequestOutput, RequestSpec, SamplingParams
 from engine.layers.parameters import Parameter
-from engine.plugins.speculation.mtp import HeadDrafter
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
+from engine.plugins.speculation.draft_length import MIN_REST
 from engine.plugins.speculation.mtp_head import Predictor
-from engine.plugins.speculation.probe import MIN_REST
+from engine.plugins.speculation.suffix import HeadDrafter
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.drafter import Newest
@@ -88,7 +89,7 @@ def make_engine(tmp_path: Path) -> MakeEngine:
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts are made even where none was ever right."""
-    monkeypatch.setattr("engine.plugins.speculation.mtp_draft_length.MIN_ODDS", 0.0)
+    monkeypatch.setattr("engine.plugins.speculation.draft_length.MIN_ACCEPTANCE", 0.0)
 
 
 @pytest.fixture
@@ -268,10 +269,10 @@ def test_rows_that_wait_are_there_for_who_asks_for_them(make_engine: MakeEngine)
     for segment in decodes[:6]:
         runner.forward(Batch((segment,)))
     assert pending._num_held == 6
-    part = len(runner.unit.part_bytes) - 1
-    sent = runner.unit.read_rows(part, rows[60:71]).wait()
+    part = len(PrefixBuffer.of(runner).part_bytes) - 1
+    sent = PrefixBuffer.of(runner).read_rows(part, rows[60:71]).wait()
     assert not pending._num_held
-    assert torch.equal(sent, runner.unit.read_rows(part, rows[60:71]).wait())
+    assert torch.equal(sent, PrefixBuffer.of(runner).read_rows(part, rows[60:71]).wait())
     computed, runner._logits = runner._logits, Mock(side_effect=MemoryError)
     with pytest.raises(MemoryError):
         runner.forward(Batch((decodes[6],)))
@@ -389,7 +390,7 @@ def test_what_happens_to_a_request(
     if head == "right":
         request.getfixturevalue("right_head")
     monkeypatch.setattr(
-        "engine.plugins.speculation.probe.MAX_GAP", MIN_REST
+        "engine.plugins.speculation.draft_length.MAX_GAP", MIN_REST
     )  # Short requests are tried too.
     params = SamplingParams(max_tokens=60, temperature=0, logprobs=1)
     model = {"num_experts": 0}

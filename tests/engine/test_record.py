@@ -39,8 +39,8 @@ from hypothesis.stateful import (
 
 from engine.plugins.record import trace_writer as trace
 from engine.plugins.record.chats import Chats
+from engine.plugins.record.command import record
 from engine.plugins.record.proxy import create_proxy
-from engine.plugins.record.record_command import record
 from engine.plugins.record.trace_writer import TraceWriter
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.tokenizer import Tokenizer
@@ -505,7 +505,7 @@ def recording(to: str, out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]
     """(a process that records, its address), started as by a shell that ignores SIGINT."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-        "import engine.plugins.record.record_command as r; r.GRACE_S = 1;"
+        "import engine.plugins.record.command as r; r.GRACE_S = 1;"
         "from engine.command.cli import main;"
         f"sys.exit(main(['record', '--to', {to!r}, '--out', {str(out)!r}, '--port', '0']))"
     )

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine.interfaces import StepReport
 from engine.requests.sampling_params import SamplingInput
-from engine.schedule.observed import StepReport
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 

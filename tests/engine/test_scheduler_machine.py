@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
-from engine.plugins.speculation.draft_length import Pace
+from engine.plugins.speculation.draft_length import LookupLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
 from engine.schedule.batch import Batch
@@ -208,7 +208,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
             drafts = "guesses"  # A head keeps a state.
         self.guesses = Guesses()
-        room, pace = 2 * (1 + draft_len), partial(Pace, draft_len)
+        room, pace = 2 * (1 + draft_len), partial(LookupLength, draft_len)
         drafting = {
             "none": None,
             "guesses": Drafting([Source(self.guesses, pace)], max_verified=room),
@@ -367,7 +367,7 @@ class TightMachine(SchedulerMachine):
     )
     def start(self, drafts: bool, **settings: object) -> None:
         self.guesses = Guesses()
-        source = Source(self.guesses, partial(Pace, 3))
+        source = Source(self.guesses, partial(LookupLength, 3))
         drafting = Drafting([source], max_verified=8) if drafts else None
         self.serve(make_engine(overlap="on", drafting=drafting, **settings))
 

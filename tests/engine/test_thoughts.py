@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.requests.reasoning_budget import END, ThoughtLimit
+from engine.requests.logit_rules import END, ReasoningBudget
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
@@ -28,7 +28,7 @@ def test_what_is_said_is_ended_once_at_its_budget(
 ) -> None:
     """Beside a plain reading of the whole text, in which the model says ``said`` of itself."""
     prompt = np.array([65, *([OPEN, 10] if is_open else [66])], np.int32)
-    limit = ThoughtLimit(TOKENIZER, 320, prompt, budget)
+    limit = ReasoningBudget(TOKENIZER, 320, prompt, budget)
     answer: list[int] = []
     for token in [*said, *wanted, *b"x" * 40]:
         mask = limit.mask(len(answer), np.array(answer, np.int32))

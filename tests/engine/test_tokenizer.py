@@ -16,10 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engine.text import byte_tokenizer
 from engine.text.byte_tokenizer import ByteTokenizer
-from engine.text.hugging_face import HFTokenizer, load_tokenizer
-from engine.text.piece_memory import PieceMemory
+from engine.text.chat_template import ChatTemplate
+from engine.text.hugging_face import HFTokenizer, PieceMemory, load_tokenizer
 from engine.text.stream_decoders import WindowStreamDecoder
-from engine.text.templates import ChatTemplate
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 
 CORPUS = [

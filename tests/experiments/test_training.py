@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from engine import Engine, EngineConfig, SamplingParams
-from engine.plugins.speculation.mtp import HeadDrafter
+from engine.plugins.speculation.suffix import HeadDrafter
 from engine.text.byte_tokenizer import ByteTokenizer
 from experiments.training import corpus, tasks, train_builtin
 from experiments.training.model import Model, delta_rule, losses
@@ -189,7 +189,7 @@ def test_the_engine_drafts_what_the_training_model_chains(tmp_path: Path) -> Non
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(HeadDrafter, "propose", spy)
-        patch.setattr("engine.plugins.speculation.mtp_draft_length.MIN_ODDS", 0.0)
+        patch.setattr("engine.plugins.speculation.draft_length.MIN_ACCEPTANCE", 0.0)
         prompts = [torch.randint(0, 250, (length,)).tolist() for length in (5, 70, 70)]
         prompts[2][:66] = prompts[1][:66]
         params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)

@@ -3,24 +3,246 @@ is told."""
 
 from __future__ import annotations
 
+import json
+import re
 import secrets
-from collections.abc import Mapping, Sequence
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from engine import RequestOutput
-from engine.plugins.diagnostics.answer_memory import ChatParts, Remembered, RequestMemory
-from engine.plugins.diagnostics.dialects import for_anthropic, for_openai
-from engine.plugins.diagnostics.explain import Explanation, Found, explain
-from engine.plugins.diagnostics.locate import locate, writes_tools_first
+from engine.plugins.diagnostics.explain import Change, Explanation, Found, Parting, explain
 from engine.plugins.diagnostics.outline import Outline, Outliner
+from engine.server.response_extras import cache_headers
 from engine.server.tenants import Tenant
 from engine.server.workers import Workers
+from engine.text.chat_template import ChatTemplate, TemplateError
 from engine.text.tokenizer import Tokenizer
-from hybridcache.tokens import Tokens
+from hybridcache.tokens import Tokens, common_prefix_len
+
+NEAREST = 64
+"""Requests that are looked through for the one that shares most."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatParts:
+    """A chat as a template renders it, of ``size`` bytes."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None
+    variables: Mapping[str, Any] | None
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Remembered:
+    """One request: what it asked for, and what the cache had of it."""
+
+    outline: Outline
+    found: Found
+    chat: ChatParts | None = None
+    """To name the part that a position lies in; None: a namespace's is not kept."""
+    request_id: str | None = None
+    """The engine's id of the request; None if nobody asks by it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes."""
+        return self.outline.num_bytes + (self.chat.size if self.chat is not None else 0)
+
+
+class RequestMemory:
+    """Requests by their tenant and the id of their answer, the latest in ``limit_bytes``. Safe from
+    any thread."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._known: OrderedDict[tuple[Hashable, str], Remembered] = OrderedDict()
+        self._lock = threading.Lock()
+        self.num_bytes = 0
+
+    def get(self, tenant: Hashable, answer_id: str) -> Remembered | None:
+        """Return what is known of an answer of ``tenant``. O(1)."""
+        with self._lock:
+            return self._known.get((tenant, answer_id))
+
+    def find(self, name: str) -> tuple[str, Remembered] | None:
+        """Return the id of the latest answer with this id, or this ``request_id``, of any tenant,
+        and what is known of it: for the operator. O(requests)."""
+        with self._lock:
+            listed = list(self._known.items())
+        return next(
+            (
+                (answer_id, known)
+                for (_, answer_id), known in reversed(listed)
+                if name in (answer_id, known.request_id)
+            ),
+            None,
+        )
+
+    def put(self, tenant: Hashable, answer_id: str, remembered: Remembered) -> None:
+        """Remember a request, in place of an earlier one with this id, and forget the oldest. O(1)
+        amortised."""
+        size = remembered.num_bytes
+        if size > self._limit_bytes:
+            return
+        with self._lock:
+            earlier = self._known.pop((tenant, answer_id), None)
+            self._known[tenant, answer_id] = remembered
+            self.num_bytes += size - (0 if earlier is None else earlier.num_bytes)
+            while self.num_bytes > self._limit_bytes:
+                _, oldest = self._known.popitem(last=False)
+                self.num_bytes -= oldest.num_bytes
+
+    def nearest(self, later: Remembered) -> tuple[str, Remembered] | None:
+        """Return the id of the request before ``later`` in its namespace that shares most with it,
+        the latest of equals, and what is known of it; None if none shares a token."""
+        with self._lock:
+            listed = list(self._known.items())
+        at = next((i for i, (_, known) in enumerate(listed) if known is later), 0)
+        outline = later.outline
+        best, best_len = None, 0
+        for (_, answer_id), other in listed[max(at - NEAREST, 0) : at]:
+            if other.outline.namespace != outline.namespace:
+                continue
+            mine = outline.tokens[: outline.prompt_len]
+            shared = common_prefix_len(cast(Tokens, other.outline.tokens), cast(Tokens, mine))
+            if shared and shared >= best_len:
+                best, best_len = (answer_id, other), shared
+        return best
+
+    def check(self) -> None:
+        """AssertionError: the books are wrong. O(requests)."""
+        sizes = [remembered.num_bytes for remembered in self._known.values()]
+        assert sum(sizes) == self.num_bytes <= self._limit_bytes
+
+
+FIRST, LAST = 0xF0000, 0xFFFFD
+"""A private-use plane: as many marks as it has characters."""
+_TOOL, _SYSTEM = "tool_to_find", "text to find"
+_MARK = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
+
+
+def locate(
+    template: ChatTemplate,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any] | None,
+    num_chars: int,
+) -> str | None:
+    """The field of the chat, as in ``messages[3].content``, that the rendered text is in after
+    ``num_chars``; None: it is in none yet, or the chat has marks itself. One render."""
+    paths: list[str] = []
+    chat = [
+        {name: _marked(value, f"messages[{i}].{name}", paths) for name, value in message.items()}
+        for i, message in enumerate(messages)
+    ]
+    offered = None if tools is None else _marked(tools, "tools", paths)
+    if len(paths) > LAST - FIRST or _MARK.search(json.dumps([messages, tools], ensure_ascii=False)):
+        return None
+    try:
+        text = template.render(chat, tools=offered, add_generation_prompt=True, variables=variables)
+    except TemplateError:
+        return None
+    found = None
+    for before, mark in enumerate(_MARK.finditer(text)):
+        if mark.start() - before > num_chars:
+            break
+        index = ord(mark.group()) - FIRST
+        found = paths[index] if index < len(paths) else None
+    return found
+
+
+def _marked(value: Any, path: str, paths: list[str]) -> Any:
+    """``value`` with a mark in each of its texts, after the blanks that it begins with: templates
+    strip those. A role stays what it is."""
+    if isinstance(value, str) and not path.endswith((".role", ".type", ".id", "_id")):
+        paths.append(path)
+        stripped = value.lstrip()
+        blanks = value[: len(value) - len(stripped)]
+        return f"{blanks}{chr(FIRST + len(paths) - 1)}{stripped}"
+    if isinstance(value, Mapping):
+        return {name: _marked(entry, f"{path}.{name}", paths) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(entry, f"{path}[{i}]", paths) for i, entry in enumerate(value)]
+    return value
+
+
+def writes_tools_first(template: ChatTemplate) -> bool:
+    """Whether tools stand before the system message's own text. One render."""
+    tool = {"type": "function", "function": {"name": _TOOL, "parameters": {}}}
+    chat = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "hi"}]
+    try:
+        text = template.render(chat, tools=[tool])
+    except TemplateError:
+        return True
+    return text.find(_TOOL) < text.find(_SYSTEM)
+
+
+ANTHROPIC: dict[Change, str] = {
+    "model": "model_changed",
+    "system": "system_changed",
+    "tools": "tools_changed",
+    "messages": "messages_changed",
+    "variables": "unavailable",
+}
+"""``unavailable``: another parameter that makes the prompt is the cause."""
+OPENAI: dict[Change, str] = {
+    "model": "model_changed",
+    "system": "input_changed",
+    "tools": "tools_changed",
+    "messages": "input_changed",
+}
+EFFORT = ("reasoning_effort", "enable_thinking", "thinking", "thinking_budget")
+"""Switches of templates that say how much is thought."""
+
+
+def for_anthropic(explanation: Explanation | None) -> dict[str, Any] | None:
+    """``diagnostics`` of an answer that a comparison was asked for; None: no request differs.
+    ``explanation`` None: the earlier message is not known here."""
+    if explanation is None:
+        return {"cache_miss_reason": {"type": "previous_message_not_found"}}
+    parting = explanation.parting
+    kind = None if parting is None else ANTHROPIC.get(parting.change)
+    if parting is None or kind is None:
+        return None
+    reason: dict[str, Any] = {"type": kind}
+    if kind != "unavailable":
+        reason["cache_missed_input_tokens"] = explanation.prompt_len - parting.at
+    return {"cache_miss_reason": reason}
+
+
+def for_openai(explanation: Explanation | None) -> dict[str, Any]:
+    """``prompt_cache_diagnostics`` of an answer that a comparison was asked for; None: the earlier
+    response is not known here."""
+    if explanation is None:
+        return {"type": "comparison_response_not_found"}
+    parting = explanation.parting
+    if parting is None or parting.change in ("answer", "template"):
+        return {"type": "cache_hit"}
+    reason = _openai_reason(parting)
+    if reason is None:
+        return {"type": "unavailable"}
+    return {
+        "type": "cache_miss",
+        "reason": reason,
+        "cache_missed_tokens": max(explanation.earlier_len - parting.at, 0),
+        "comparison_reusable_tokens": explanation.earlier_len,
+    }
+
+
+def _openai_reason(parting: Parting) -> str | None:
+    if parting.change == "variables":
+        name = (parting.path or "").rpartition(".")[2]
+        return "reasoning_effort_changed" if name in EFFORT else None
+    if parting.change == "messages" and parting.how == "removed":
+        return "context_compacted"
+    return OPENAI.get(parting.change)
 
 
 @dataclass(slots=True)
@@ -193,8 +415,16 @@ class Inquiry:
         self._explanations.end(self._asked, output, message)
 
     def headers(self) -> dict[str, str]:
-        """What the cache had, in short; nothing before the first output."""
-        return {} if self._first is None else cache_headers(self._first, self.explanation)
+        """Return ``cache_headers``, and ``x-cache-parted`` if a comparison was asked for and is
+        possible; empty before the first output."""
+        if self._first is None:
+            return {}
+        headers = cache_headers(self._first)
+        if self.explanation is not None:
+            parting = self.explanation.parting
+            said = "no" if parting is None else f"{parting.change}; at={parting.at}"
+            headers["x-cache-parted"] = said
+        return headers
 
     def told(self) -> dict[str, Any]:
         """Why it missed, in OpenAI's form and in ours, where that was asked."""
@@ -212,20 +442,3 @@ class Inquiry:
             return {}
         is_compared = self._compared_with is not None
         return {"diagnostics": for_anthropic(self.explanation) if is_compared else None}
-
-
-def cache_headers(output: RequestOutput, explanation: Explanation | None = None) -> dict[str, str]:
-    """The short form, for every answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``,
-    ``x-cache-lost`` with its causes, and where a comparison was asked for ``x-cache-parted``."""
-    headers = {
-        "x-cache-prompt-tokens": str(len(output.prompt_token_ids)),
-        "x-cache-hit-tokens": str(output.cached_len),
-    }
-    if output.losses is not None:
-        lost = [f"{name}={number}" for name, number in output.losses._asdict().items() if number]
-        headers["x-cache-lost"] = ", ".join(lost) or "none"
-    if explanation is not None:
-        parting = explanation.parting
-        said = "no" if parting is None else f"{parting.change}; at={parting.at}"
-        headers["x-cache-parted"] = said
-    return headers

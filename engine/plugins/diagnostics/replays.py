@@ -15,14 +15,8 @@ from engine import RequestOutput
 from engine.plugins.diagnostics.answers import AnswerMemory, said_by
 from engine.plugins.diagnostics.outline import SYSTEM_ROLES
 from engine.server.config import ServerConfig
+from engine.server.extension import ChatInput, Message
 from engine.server.tenants import Tenant
-from engine.text.answer_events import (
-    CallArguments,
-    CallBegin,
-    Event,
-    ReasoningDelta,
-    TextDelta,
-)
 from engine.text.answer_forms import MARKS as PARTS
 from engine.text.splice import SampledTurn
 from engine.text.templates import ChatPrompt
@@ -31,7 +25,6 @@ from engine.text.tokenizer import Tokenizer
 KEEPS_THINKING = "preserve_thinking"
 """The switch that newer templates know, and that is ours where they do not."""
 logger = logging.getLogger(__name__)
-Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +37,6 @@ class Place:
     chat: bytes | None
     """Digest of what is before it. None if a secret tells the tenant from others: it may have the
     reasoning of its answers back, wherever they stand."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChatInput:
-    """A chat as it is rendered."""
-
-    messages: list[Message]
-    variables: Mapping[str, Any] | None
-    sampled: Mapping[int, SampledTurn]
-    """What was sampled for the messages that are answers of ours, by their index."""
-    keeps_thinking: bool
-    place: Place
-    """The place of its answer."""
 
 
 class Replays:
@@ -119,30 +99,6 @@ def _see(seen: Any, value: Any) -> None:
     """Add ``value`` to a running digest, if there is one."""
     if seen is not None:
         seen.update(json.dumps(value, default=repr).encode())
-
-
-def as_message(events: Sequence[Event]) -> Message:
-    """An answer as a template takes it. O(length)."""
-    content: list[str] = []
-    reasoning: list[str] = []
-    calls: list[tuple[str, list[str]]] = []
-    for one in events:
-        match one:
-            case TextDelta(text):
-                content.append(text)
-            case ReasoningDelta(text):
-                reasoning.append(text)
-            case CallBegin(name):
-                calls.append((name, []))
-            case CallArguments(text):
-                calls[-1][1].append(text)
-    functions = [{"name": name, "arguments": "".join(pieces)} for name, pieces in calls]
-    return {
-        "role": "assistant",
-        "content": "".join(content),
-        "reasoning_content": "".join(reasoning),
-        "tool_calls": [{"type": "function", "function": function} for function in functions],
-    }
 
 
 def compiled(pattern: str | None) -> re.Pattern[str] | None:

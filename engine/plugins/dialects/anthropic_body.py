@@ -20,9 +20,11 @@ from engine.server.schemas import (
     CacheControl,
     ChatRequest,
     Diagnostics,
+    Listed,
+    Name,
+    Strict,
+    Texts,
 )
-from engine.server.strict import Listed, Name, Strict
-from engine.server.token_options import Texts
 
 BLOCKS = ("text", "thinking", "tool_use", "tool_result")
 IGNORED = frozenset({"service_tier"})

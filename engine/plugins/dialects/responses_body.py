@@ -14,16 +14,19 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model
 
 from engine.plugins.dialects.translated import chat_request
 from engine.server.errors import APIError, of_validation, quoted
-from engine.server.guided import NamedSchema
 from engine.server.schemas import (
     MAX_TEMPERATURE,
     AnswerLimit,
     CacheOptions,
     ChatRequest,
+    Listed,
+    Name,
+    NamedSchema,
+    Streamed,
+    Strict,
     parsed_arguments,
+    without_what_asks_for_nothing,
 )
-from engine.server.stream_options import Streamed
-from engine.server.strict import Listed, Name, Strict, without_what_asks_for_nothing
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 TEXTS = ("input_text", "output_text", "text")

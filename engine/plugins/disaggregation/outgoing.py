@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from engine.errors import RequestError, StepFailed
-from engine.plugins.disaggregation.prefix_buffer import Copied, Unit
+from engine.plugins.disaggregation.prefix_buffer import Copied, PrefixBuffer
 from engine.requests.request import Request
 from engine.requests.sampling_params import SamplingParams
 from engine.requests.spec import RequestSpec
@@ -93,14 +93,14 @@ class Outgoing:
         """Say ``error`` as the last message."""
         self.say(failure(error))
 
-    def send_layer(self, unit: Unit, part: int) -> None:
+    def send_layer(self, unit: PrefixBuffer, part: int) -> None:
         """The step that is being computed has written ``part``: send what is there of it."""
         request = self.request
         if request is None or request.lease is None or self.has_ended or self._receipt is not None:
             return
         self._send_rows(unit, part, request.lease.kv_indices, request.scheduled_len)
 
-    def advance(self, unit: Unit, manager: CacheManager) -> None:
+    def advance(self, unit: PrefixBuffer, manager: CacheManager) -> None:
         """Between two steps: once the prefix is whole, send what is left of it, then its state."""
         cache = manager.cache
         if self._receipt is None and not self._settle(unit, cache):
@@ -124,7 +124,7 @@ class Outgoing:
         assert self.request is not None
         return self.request.prompt_len - self.request.cached_len
 
-    def _settle(self, unit: Unit, cache: PrefixCache) -> bool:
+    def _settle(self, unit: PrefixBuffer, cache: PrefixCache) -> bool:
         """Lock the prefix where it is whole."""
         request = self.request
         self._sent = self._sent or [self.start] * len(unit.part_bytes)
@@ -147,7 +147,7 @@ class Outgoing:
             abort(self.request.request_id)
         self.fail(StepFailed(why))
 
-    def _send_rows(self, unit: Unit, part: int, rows: Indices, known: int) -> None:
+    def _send_rows(self, unit: PrefixBuffer, part: int, rows: Indices, known: int) -> None:
         self._sent = self._sent or [self.start] * len(unit.part_bytes)
         until, step = min(known, self.end), max(1, PIECE_BYTES // unit.part_bytes[part])
         while (start := self._sent[part]) < until and self._has_room:

@@ -21,12 +21,10 @@ from typing import Any
 import numpy as np
 
 from engine.errors import EngineStopped, RequestError
-from engine.plugins.disaggregation.counts import TransferCounts
 from engine.plugins.disaggregation.link import Transfer, link
 from engine.plugins.disaggregation.outgoing import Outgoing, failure
-from engine.plugins.disaggregation.peer_identity import difference
-from engine.plugins.disaggregation.prefix_buffer import Unit
-from engine.plugins.disaggregation.wire import TransferError, Wire, join
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, difference
+from engine.plugins.disaggregation.wire import TransferCounts, TransferError, Wire, join
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -51,7 +49,7 @@ class PrefillServer:
     def __init__(
         self,
         manager: CacheManager,
-        unit: Unit,
+        unit: PrefixBuffer,
         address: tuple[str, int],
         own: Mapping[str, str],
         counts: TransferCounts,
@@ -60,13 +58,14 @@ class PrefillServer:
         prepare: Callable[[RequestSpec], Request],
         enqueue: Callable[[Request], None],
         abort: Callable[[str], object],
+        wake: Callable[[], None],
     ) -> None:
         """Listens from here on; ``own`` is the engine's identity, the callables are its own.
         OSError: the address can not be listened on."""
         self._manager, self._unit, self._own, self.counts = manager, unit, own, counts
         self._prepare, self._enqueue, self._abort = prepare, enqueue, abort
         self._timeout_s = timeout_s
-        self.wake: Callable[[], None] = lambda: None
+        self.wake = wake
         """Called by any thread: there is work."""
         self._asked: queue.Queue[Outgoing] = queue.Queue()
         self._active: list[Outgoing] = []
@@ -189,7 +188,7 @@ class PrefillServer:
 
     @property
     def has_work(self) -> bool:
-        """See ``Outside``. While the engine drains, prefixes that are still being sent count."""
+        """See ``StepHooks``. While the engine drains, prefixes that are still being sent count."""
         if self._is_closed:
             return False
         is_sending = not self._is_accepting and bool(self._answering)
@@ -241,12 +240,12 @@ class PrefillServer:
             self.counts.add(failed=1)
 
     def wait(self) -> None:
-        """See ``Outside``."""
+        """See ``StepHooks``."""
         if self.has_work:
             self._news.wait(IDLE_S)
 
     def give_up(self) -> None:
-        """See ``Outside``: nobody knows what was sent of the step that broke off."""
+        """See ``StepHooks``: nobody knows what was sent of the step that broke off."""
         self._end_all("a step of the prefill engine broke off")
 
     def _end_all(self, why: str) -> None:
@@ -257,7 +256,7 @@ class PrefillServer:
         self._active = []
 
     def stop_accepting(self) -> None:
-        """See ``Outside``. Decode engines whose prefix is in progress get it; all others find the
+        """See ``StepHooks``. Decode engines whose prefix is in progress get it; all others find the
         connection closed, and compute for themselves or ask elsewhere."""
         with self._lock:
             self._is_accepting = False
@@ -269,7 +268,7 @@ class PrefillServer:
             wire.break_off()
 
     def close(self) -> None:
-        """See ``Outside``: ends what is in progress, and all connections."""
+        """See ``StepHooks``: ends what is in progress, and all connections."""
         if self._is_closed:
             return
         self._is_closed = True

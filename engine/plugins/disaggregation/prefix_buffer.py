@@ -6,16 +6,42 @@ drafts keeps (its rows, its hidden vector) is in it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from engine.config import EngineConfig
+from engine.runner.identity import digest_of
 from engine.runner.memory import Memory
+from engine.runner.model_runner import ModelRunner
 from hybridcache.geometry.sizes import KVSpec, Spec
 from hybridcache.tokens import Indices
 from kernels.upload import upload
+
+PROTOCOL = "2"
+"""Version of the messages between two engines; changes with them."""
+
+
+def identity(config: EngineConfig, runner: ModelRunner) -> dict[str, str]:
+    """Describe everything that two engines must have in common. O(bytes of the weights)."""
+    return {
+        "transfer protocol": PROTOCOL,
+        **runner.identity(),
+        "layout of memory": digest_of(PrefixBuffer.of(runner).layout.encode()),
+        "page size": str(config.page_size),
+        "checkpoint grid": str(config.grid),
+        "exact": str(config.exact),
+    }
+
+
+def difference(own: Mapping[str, str], other: object) -> str | None:
+    """What differs and what to do, the end of a sentence; None: nothing."""
+    if not isinstance(other, dict):
+        return "all, for it says nothing of itself"
+    names = ", ".join(name for name in own if own[name] != other.get(name))
+    return f"{names}: give both the same" if names else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +59,7 @@ class Copied:
         return self.data
 
 
-class Unit:
+class PrefixBuffer:
     """Reads and writes one memory. For the thread that computes, between two steps."""
 
     def __init__(
@@ -62,6 +88,11 @@ class Unit:
         kind = "pools" if tensors.rows is None else "arena"
         self.layout = f"{kind} {form} {' '.join(layout)}"
         """In words: two memories with the same can exchange units."""
+
+    @classmethod
+    def of(cls, runner: ModelRunner) -> PrefixBuffer:
+        """Return the buffer of a runner's memory."""
+        return cls(runner.tensors, runner.pool_specs, runner.flush_pending)
 
     @property
     def row_bytes(self) -> int:

@@ -21,10 +21,9 @@ import msgspec
 import torch
 
 from engine.errors import InvalidRequest, RequestError, WireError
-from engine.plugins.disaggregation.counts import TransferCounts
 from engine.plugins.disaggregation.link import Transfer, link
-from engine.plugins.disaggregation.prefix_buffer import Unit
-from engine.plugins.disaggregation.wire import TransferError, Wire, join
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
+from engine.plugins.disaggregation.wire import TransferCounts, TransferError, Wire, join
 from engine.requests.request import Request
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
@@ -218,7 +217,7 @@ class PeerFetcher:
     def __init__(
         self,
         manager: CacheManager,
-        unit: Unit,
+        unit: PrefixBuffer,
         peers: Sequence[Peer],
         counts: TransferCounts,
         *,

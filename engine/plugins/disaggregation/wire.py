@@ -9,6 +9,7 @@ here.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import select
 import socket
@@ -16,7 +17,38 @@ import struct
 import threading
 import time
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
+
+
+@dataclass(slots=True)
+class TransferCounts:
+    """Of one engine, since its start. Any thread may add."""
+
+    prefixes: int = 0
+    """That went over whole."""
+    failed: int = 0
+    """That did not: their requests computed here, or their askers there."""
+    tokens: int = 0
+    """Whose KV went over."""
+    needed_bytes: int = 0
+    """KV and states of the prefixes that went over whole."""
+    wire_bytes: int = 0
+    """Everything sent and received: these, messages, and what was in vain."""
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def add(self, **counts: int) -> None:
+        """Add to the counts named."""
+        with self._lock:
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
+
+    def as_dict(self) -> dict[str, int]:
+        """By name."""
+        names = [one.name for one in dataclasses.fields(self) if one.name[0] != "_"]
+        with self._lock:
+            return {name: getattr(self, name) for name in names}
+
 
 FRAME = struct.Struct("!II")
 MAX_JSON, MAX_BYTES = 1 << 20, 1 << 28

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from engine.plugins.guided.bindings import Mask, reason
-from engine.plugins.guided.grammar import GrammarError, TooComplex
+from engine.plugins.guided.bindings import reason
+from engine.requests.grammar import GrammarError, TooComplex
+from engine.requests.logit_rules import Mask
 from hybridcache.tokens import Tokens
 
 NICENESS = 10

@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
-from engine.plugins.guided.grammar import CALL, Grammar, GrammarError, TooComplex
+from engine.requests.grammar import CALL, Grammar, GrammarError, TooComplex
+from engine.requests.logit_rules import Mask
 from hybridcache.lab.extras import how_to_install
 from hybridcache.tokens import Tokens
 
@@ -53,9 +53,6 @@ TOOL = re.compile(
     rf'^ *\d+ \| {CALL}\d+: .*?"name": {{"const": ("(?:[^"\\]|\\.)*").*\n *\^', re.MULTILINE
 )
 """The line of a message that quotes our own grammar of a call, and in it the tool's name."""
-
-Mask = npt.NDArray[np.uint8]
-"""Bit ``i % 8`` of byte ``i // 8`` is set if token i is allowed."""
 
 
 def load_library() -> Any:

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from engine.plugins.guided.background import BackgroundGrammar, Budget, Follower, Place
-from engine.plugins.guided.bindings import Mask
-from engine.plugins.guided.grammar import GrammarError
+from engine.requests.grammar import GrammarError
+from engine.requests.logit_rules import Mask
 from hybridcache.tokens import Tokens
 
 SHARE, BURST_S = 0.08, 0.015

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,27 +20,66 @@ from engine.plugins.guided.bindings import (
     make_matcher,
     make_vocabulary,
 )
-from engine.plugins.guided.grammar import Grammar, GrammarError
 from engine.plugins.guided.guide import Compiled, Guide, Shared, StepTime
 from engine.plugins.guided.marks import FreeText, MarkGuide, Overshoots
+from engine.requests.grammar import Grammar, GrammarError
+from engine.requests.logit_rules import GRAMMAR_BUDGET_S, LogitRule, Ruling
+from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 NUM_REMEMBERED = 64
 """Compiled grammars."""
-BUDGET_S = 10.0
-"""Default grammar time of one request in the background."""
 AnswerGuide = Guide | MarkGuide
+
+
+class GrammarRule(LogitRule):
+    """Rule of one answer that must follow a grammar."""
+
+    needs_newest = True
+
+    def __init__(self, guide: AnswerGuide) -> None:
+        self._guide = guide
+
+    def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
+        """See ``LogitRule``."""
+        return self._guide.cut(answer, drafts)
+
+    def apply(
+        self,
+        draw: int,
+        answer: Tokens,
+        drafts: Tokens,
+        rulings: Sequence[Ruling],
+        *,
+        may_be_over: bool,
+    ) -> list[Ruling] | None:
+        """See ``LogitRule``."""
+        masks = self._guide.masks(answer, drafts, may_be_over=may_be_over)
+        return None if masks is None else [Ruling(mask) for mask in masks]
+
+    def is_done(self, answer: Tokens) -> bool:
+        """See ``LogitRule``."""
+        return self._guide.is_done(answer)
+
+    def close(self) -> None:
+        """See ``LogitRule``."""
+        self._guide.close()
 
 
 class Guides:
     """Makes the guides of one engine. Safe to call from any thread."""
 
     def __init__(
-        self, tokenizer: Tokenizer | None, vocab_size: int, budget_s: float = BUDGET_S
+        self,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        budget_s: float = GRAMMAR_BUDGET_S,
+        news: threading.Event | None = None,
     ) -> None:
-        """``budget_s``: grammar time of one request in the background."""
+        """``budget_s``: grammar time of one request in the background. ``news`` is set whenever a
+        mask was found there."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         ends = frozenset() if tokenizer is None else tokenizer.eos_token_ids
@@ -49,7 +88,7 @@ class Guides:
             ends=np.array(sorted(ends), np.int32),
             budget=Budget(budget_s),
             step_time=StepTime(time.perf_counter()),
-            news=threading.Event(),
+            news=news or threading.Event(),
         )
         self._lock = threading.Lock()
         self._vocabulary: Any = None
@@ -74,6 +113,10 @@ class Guides:
             self._overshoots_of(grammar)
         for _, part in _parts(grammar):
             self._compiled_of(part)
+
+    def rule(self, grammar: Grammar) -> GrammarRule:
+        """Return the rule of a new answer; see ``guide``."""
+        return GrammarRule(self.guide(grammar))
 
     def guide(self, grammar: Grammar) -> AnswerGuide:
         """Return the guide of a new answer. Raises GrammarError as ``compile``, and takes its time

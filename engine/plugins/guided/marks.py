@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.plugins.guided.bindings import Mask
-from engine.plugins.guided.grammar import GrammarError
 from engine.plugins.guided.guide import NO_TOKENS, Guide
+from engine.requests.grammar import GrammarError
+from engine.requests.logit_rules import Mask
 from engine.text.reasoning import CLOSE, OPEN
 from hybridcache.tokens import Tokens
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.engine import Engine
+    from engine.interfaces import StepReport
     from engine.requests.recent_requests import Ended
-    from engine.schedule.observed import StepReport
 
 MAX_BYTES = 1 << 30
 """Where the file ends, whatever still comes."""

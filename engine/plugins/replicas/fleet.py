@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterable
 
-from engine.plugins.replicas.replica_call import Order
+from engine.plugins.replicas.replica_output import Order
 from hybridcache.routing.outbox import EventBatch
 from hybridcache.routing.protocol import Router
 

@@ -14,10 +14,9 @@ from engine.async_engine import AsyncEngine, RequestStream
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import RequestError, WireError
-from engine.plugins.replicas.replica_call import Order, ReplicaFacts
-from engine.plugins.replicas.replica_output import news_of
+from engine.interfaces import StepReport
+from engine.plugins.replicas.replica_output import Order, ReplicaFacts, news_of
 from engine.requests.sampling_params import SamplingParams
-from engine.schedule.observed import StepReport
 from engine.schedule.report import CacheReport
 from engine.text.outputs import RequestOutput
 from hybridcache.routing.outbox import EventBatch, Outbox

@@ -7,9 +7,9 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from engine.async_engine import (
@@ -23,18 +23,78 @@ from engine.async_engine import (
 from engine.build import load_tokenizer_of, sampling_defaults
 from engine.config import EngineConfig
 from engine.errors import DuplicateId, RequestError, WireError
-from engine.plugins.guided.grammar import Grammar
 from engine.plugins.replicas.fleet import Fleet
-from engine.plugins.replicas.replica_call import Order, ReplicaFacts
-from engine.plugins.replicas.replica_output import Answer
-from engine.plugins.replicas.summed_reports import summed
+from engine.plugins.replicas.replica_output import Answer, Order, ReplicaFacts
+from engine.requests.grammar import Grammar
 from engine.requests.request_factory import Intake
 from engine.requests.spec import Prompt, RequestSpec
-from engine.schedule.report import CacheReport
+from engine.schedule.report import CacheReport, LowerReport, PoolReport, TierReport
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import Tokenizer
 from hybridcache.routing.outbox import EventsLost
 from hybridcache.routing.protocol import RouteRequest
+from hybridcache.scheduling.planner import AdmissionReport
+
+
+def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:
+    """Sizes and counts added up, rates of the sums; settings are those of the first. ``gone`` is
+    what replicas that are no more had counted in ``usage``: a counter never falls.
+
+    ValueError: there is no report."""
+    if not reports:
+        raise ValueError("no replica is up")
+    usage = {
+        name: gone.get(name, 0) + sum(each.usage[name] for each in reports)
+        for name in reports[0].usage
+    }
+    return replace(
+        reports[0],
+        bytes=_pool([each.bytes for each in reports]),
+        kv=_pool([each.kv for each in reports]),
+        slots=_pool([each.slots for each in reports]),
+        num_running=sum(each.num_running for each in reports),
+        num_waiting=sum(each.num_waiting for each in reports),
+        queue=_queue([each.queue for each in reports]),
+        token_hit_rate=_rate(usage["cached_tokens"], usage["prompt_tokens"]),
+        request_hit_rate=_rate(usage["hits"], usage["requests"]),
+        usage=usage,
+        lower=_lower([each.lower for each in reports if each.lower is not None]),
+    )
+
+
+def _queue(reports: Sequence[AdmissionReport]) -> AdmissionReport:
+    """Sessions added up, the longest wait; the policies' figures are those of the first."""
+    return AdmissionReport(
+        sum(each.live_sessions for each in reports),
+        sum(each.waiting_sessions for each in reports),
+        max(each.oldest_wait_s for each in reports),
+        reports[0].figures,
+    )
+
+
+def _pool(pools: Sequence[PoolReport]) -> PoolReport:
+    names = [field.name for field in fields(PoolReport)]
+    return PoolReport(**{name: sum(getattr(pool, name) for pool in pools) for name in names})
+
+
+def _lower(reports: Sequence[LowerReport]) -> LowerReport | None:
+    """Tiers added up; the folder, which replicas of one machine share, as the first one sees it
+    that has a problem with it, or the first of all."""
+    if not reports:
+        return None
+    names = [field.name for field in fields(TierReport) if field.name != "tier"]
+    tiers = tuple(
+        replace(same[0], **{name: sum(getattr(tier, name) for tier in same) for name in names})
+        for same in zip(*(report.tiers for report in reports), strict=True)
+    )
+    folders = [report.folder for report in reports if report.folder is not None]
+    folders.sort(key=lambda folder: folder.problem is None)
+    return LowerReport(tiers, folders[0] if folders else None)
+
+
+def _rate(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
 
 CALL_S = 30.0
 """How long a replica may take to report."""
@@ -137,7 +197,7 @@ class FleetEngine:
 
     def compile(self, grammar: Grammar) -> None:
         """See ``Engine.compile``; replicas compile it once more, when it reaches them."""
-        self._intake.guides.compile(grammar)
+        self._intake.grammars.compile(grammar)
 
     def submit(self, prompt: Prompt | RequestSpec) -> RequestStream:
         """See ``AsyncEngine.submit``."""

@@ -6,12 +6,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import NamedTuple
 
-from engine.plugins.speculation.draft_length import Pace
-from engine.plugins.speculation.mtp import Guess, HeadDrafter
-from engine.plugins.speculation.mtp_draft_length import Luck, Odds
-from engine.plugins.speculation.probe import MAX_REST, Tries, Turns
-from engine.plugins.speculation.suffix import IndexMemory
-from engine.plugins.speculation.tree import SuffixDrafter, TreeDrafter
+from engine.plugins.speculation.draft_length import (
+    MAX_REST,
+    DraftLength,
+    GlobalAcceptance,
+    HeadLength,
+    LookupLength,
+    ProbeSchedule,
+)
+from engine.plugins.speculation.suffix import (
+    Guess,
+    HeadDrafter,
+    IndexMemory,
+    SuffixDrafter,
+    TreeDrafter,
+)
 from engine.requests.request import Request
 from engine.schedule.drafter import Draft, Drafter
 from engine.text.outputs import DraftCounts
@@ -21,7 +30,7 @@ class Source(NamedTuple):
     """A drafter, and what makes the turns of a request that it drafts for."""
 
     drafter: Drafter
-    make_turns: Callable[[], Turns]
+    make_turns: Callable[[], DraftLength]
 
 
 class Means(NamedTuple):
@@ -38,11 +47,11 @@ class Means(NamedTuple):
 def _tree(max_tokens: int, means: Means) -> list[Source]:
     suffixes = SuffixDrafter(shares=means.shares, memory=means.memory)
     drafters: tuple[Drafter, ...] = TreeDrafter(), suffixes
-    return [Source(drafter, partial(Pace, max_tokens)) for drafter in drafters]
+    return [Source(drafter, partial(LookupLength, max_tokens)) for drafter in drafters]
 
 
 def _mtp(max_tokens: int, means: Means) -> list[Source]:
-    return [Source(HeadDrafter(means.guess), partial(Odds, max_tokens, Luck()))]
+    return [Source(HeadDrafter(means.guess), partial(HeadLength, max_tokens, GlobalAcceptance()))]
 
 
 WORDS: dict[str, Callable[[int, Means], list[Source]]] = {"tree": _tree, "mtp": _mtp}
@@ -54,7 +63,7 @@ class _Known:
 
     __slots__ = ("turns", "wakes")
 
-    def __init__(self, turns: list[Turns]) -> None:
+    def __init__(self, turns: list[DraftLength]) -> None:
         self.turns = turns
         """Of each source, in the order in which they are asked."""
         self.wakes = 0
@@ -71,7 +80,7 @@ class Drafting:
         self._ranks = {drafter.name: rank for rank, (drafter, _) in enumerate(sources)}
         self._max_verified = max_verified
         self._known: dict[Request, _Known] = {}
-        self._tries = Tries()
+        self._tries = ProbeSchedule()
         self._tried = [0] * len(sources)
         """The newest step with a try of each."""
         self._step = 0

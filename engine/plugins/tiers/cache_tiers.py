@@ -4,35 +4,195 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from engine.config import ConfigError, EngineConfig
-from engine.interfaces import Below, Runner
+from engine.interfaces import HostTier, Runner, TierCopies
 from engine.plugins.tiers.disk import Disk
-from engine.plugins.tiers.fetch_cost import MeasuredExchange
-from engine.plugins.tiers.policy_state import Remembering
 from engine.plugins.tiers.prefixes import Piece, covering
 from engine.plugins.tiers.records import RecordStore
-from engine.plugins.tiers.staging import Staging
-from engine.plugins.tiers.weights_digest import save_digest
-from engine.plugins.tiers.write_through import Keeping
+from engine.plugins.tiers.staging import MeasuredExchange, Staging
+from engine.plugins.tiers.weights_digest import load_digest, save_digest
 from engine.schedule.batch import KEPT
 from engine.schedule.fetching import Fetcher
 from engine.schedule.plan import Plan
 from engine.schedule.report import FolderReport, LowerReport, TierReport
 from hybridcache.allocators.arena import slab_rows
-from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue
 from hybridcache.allocators.pages import MAX_ROWS
+from hybridcache.api import Listener
+from hybridcache.export.warm_state import Memory, pack, unpack, write_memory
 from hybridcache.geometry.units import GIB, format_bytes
 from hybridcache.policies.placement.rules import Placement
+from hybridcache.policies.protocol import Item, PlacementPolicy
+from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.tokens import Indices, Tokens
 from hybridcache.variants import TieredRadixCache
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
+
+
+NO_ROWS: Indices = np.empty(0, np.int32)
+
+
+class Keeping(Listener):
+    """Listens to a cache while something is published into it, and at no other time: what is
+    fetched was kept before, and its bytes are not there yet."""
+
+    def __init__(self, steps: StepQueue) -> None:
+        self._steps = steps
+        self._is_publishing = False
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """What becomes resident in here was computed, and is to be kept."""
+        self._is_publishing = True
+        try:
+            yield
+        finally:
+            self._is_publishing = False
+
+    def kv_stored(self, node: RadixNode) -> None:
+        if self._is_publishing and node.kv is not None:
+            rows = node.kv.indices.copy()
+            self._steps.add(Copy("kv", DEVICE, rows, KEPT, NO_ROWS, node.end, _path(node)))
+
+    def checkpoint_stored(self, node: RadixNode) -> None:
+        if self._is_publishing and node.checkpoint is not None:
+            slot = np.array([node.checkpoint.slot], np.int32)
+            path = _path(node)
+            self._steps.add(Copy("checkpoint", DEVICE, slot, KEPT, NO_ROWS, node.end, path))
+
+    def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
+        pass
+
+    def kv_removed(self, node: RadixNode) -> None:
+        pass
+
+    def checkpoint_removed(self, node: RadixNode) -> None:
+        pass
+
+    def chosen(self, item: Item) -> None:
+        pass
+
+
+def _path(node: RadixNode) -> tuple[Hashable, Tokens]:
+    """(namespace, tokens from the first to the end of ``node``). O(position)."""
+    parts: list[Tokens] = []
+    while node.parent is not None:
+        parts.append(node.tokens)
+        node = node.parent
+    return node.key, np.concatenate(parts[::-1])
+
+
+NAME = "memory"
+IDLE_EVERY_S, BUSY_EVERY_S = 1.0, 30.0
+SHARE = 0.005
+"""Of the engine's time that may go into it."""
+
+
+class Remembering:
+    """The file ``memory`` of one folder. The engine's thread calls it; the disk's writes."""
+
+    def __init__(
+        self,
+        cache: TieredRadixCache,
+        disk: Disk,
+        folder: Path,
+        max_bytes: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``max_bytes``: of the file, of which there may be two for a moment."""
+        self._cache, self._disk, self._path = cache, disk, folder / NAME
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._placement: Sequence[PlacementPolicy] = ()
+        self._memory: Memory | None = None
+        self._saved_at, self._took_s = clock(), 0.0
+        self.has_news = False
+        """Something was computed since."""
+        self._has_warned = False
+
+    def recall_tree(self) -> None:
+        """Let the cache, which is empty, know what it has seen before: what is on disk is adopted
+        after. O(file)."""
+        try:
+            memory = unpack(self._path.read_bytes())
+            memory.recall_tree(self._cache)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            logger.warning("%s is left out, %s: what was learnt is learnt anew.", self._path, error)
+            return
+        self._memory = memory
+
+    def recall_policies(self, placement: Sequence[PlacementPolicy]) -> None:
+        """Let the cache's policies and the rules of ``placement`` know what they knew. O(file)."""
+        self._placement = placement
+        memory, self._memory = self._memory, None
+        if memory is None:
+            return
+        unfit = memory.recall_policies(self._cache, placement)
+        if unfit:
+            logger.warning(
+                "What other words had learnt (%s) is left out of %s: eviction and placement begin "
+                "anew there.",
+                ", ".join(unfit),
+                self._path,
+            )
+
+    def rest(self, *, is_idle: bool) -> float | None:
+        """Between two steps: write what is new, if it is time; else the seconds until then. None:
+        nothing is new. O(1), or O(tree)."""
+        if not (self.has_news and self._disk.is_writable):
+            return None
+        every = max(IDLE_EVERY_S if is_idle else BUSY_EVERY_S, self._took_s / SHARE)
+        left = self._saved_at + every - self._clock()
+        if left > 0:
+            return left
+        self.save()
+        return None
+
+    def save(self) -> None:
+        """Write what is new. O(tree)."""
+        if not (self.has_news and self._disk.is_writable):
+            return
+        start = self._clock()
+        body = write_memory(self._cache, self._placement)
+        self.has_news, self._saved_at = False, self._clock()
+        self._took_s = self._saved_at - start
+        self._disk.write_file(NAME, lambda: self._packed(body))
+
+    def _packed(self, body: bytes) -> bytes | None:
+        """The content of the file, made in the disk thread. None if it would be too large."""
+        data = pack(body)
+        if len(data) <= self._max_bytes:
+            return data
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "What is learnt is not written to %s: it would take %s of at most %s bytes.",
+                self._path,
+                f"{len(data):,}",
+                f"{self._max_bytes:,}",
+            )
+        return None
+
+    def forget(self) -> None:
+        """The cache was emptied because somebody wanted it."""
+        if not self._disk.is_read_only:
+            self._disk.remove_file(NAME)
+
 
 USUAL_DISK = 2.5
 """Bytes of a folder for one of device and host memory: all that these hold is kept there too, and
@@ -45,7 +205,7 @@ REMEMBERED, MAX_REMEMBERED_BYTES = 32, 1 << 25
 logger = logging.getLogger(__name__)
 
 
-class LowerSizes(NamedTuple):
+class TierSizes(NamedTuple):
     """Bytes of the tiers below the device, and of what the folder has of the last of them."""
 
     host: int = 0
@@ -56,7 +216,7 @@ class LowerSizes(NamedTuple):
     """Of the file of what cache and policies remember, of which there may be two for a moment."""
 
     @classmethod
-    def of(cls, config: EngineConfig, memory: MemorySizes) -> LowerSizes:
+    def of(cls, config: EngineConfig, memory: MemorySizes) -> TierSizes:
         """What ``config`` asks for below ``memory``. ConfigError: nothing can be below it."""
         if not config.has_lower:
             return cls()
@@ -81,13 +241,13 @@ class LowerSizes(NamedTuple):
         return cls(host, disk, store, remembered)
 
 
-class LowerMemory:
+class CacheTiers:
     """What an engine with lower tiers has beside its cache and its runner."""
 
     def __init__(
         self,
         config: EngineConfig,
-        sizes: LowerSizes,
+        sizes: TierSizes,
         cache: TieredRadixCache,
         runner: Runner,
         tokenizer: Tokenizer | None,
@@ -116,7 +276,7 @@ class LowerMemory:
                     "nothing of this engine is kept.",
                     self.folder,
                 )
-        self._below: Below = runner.attach(rows.get(HOST, 0), self.disk)
+        self._host: HostTier = runner.attach_tiers(partial(_copier, self.disk), rows.get(HOST, 0))
         self.exchange = MeasuredExchange(runner.geometry, self._bytes_per_s)
         self.keeping: Keeping | None = None
         if self.disk is not None:
@@ -141,7 +301,7 @@ class LowerMemory:
     def _bytes_per_s(self) -> Mapping[str, float | None]:
         disk = self.disk
         return {
-            HOST: self._below.host_bytes_per_s,
+            HOST: self._host.host_bytes_per_s,
             DISK: None if disk is None else disk.bytes_per_s,
         }
 
@@ -252,6 +412,14 @@ class LowerMemory:
             self.disk.close()
 
 
+def _copier(disk: Disk | None, *arena: Any) -> TierCopies:
+    """Make the copier of ``Runner.attach_tiers``. Imports torch."""
+    from engine.plugins.tiers.tier_copies import TierCopier
+
+    rows, memory, device, num_host_rows = arena
+    return TierCopier(rows, memory, device, num_host_rows, disk)
+
+
 def slab_rows_of(memory: MemorySizes) -> int:
     """Rows of the arena that hold a state."""
     return slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size)
@@ -279,8 +447,11 @@ def fingerprint_of(
 ) -> dict[str, str]:
     """Everything that the bytes of KV and states, and the tokens that name them, depend on."""
     template = None if tokenizer is None else tokenizer.chat_template
+    digest = None
+    if config.load_format != "dummy" and config.state_dir is not None:
+        digest = load_digest(Path(config.state_dir), config.model_dir)
     return {
-        **runner.identity(),
+        **runner.identity(digest),
         "row bytes": str(runner.memory.row_bytes),
         "state bytes": str(runner.memory.state_bytes),
         "page size": str(config.page_size),

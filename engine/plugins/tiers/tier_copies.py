@@ -40,7 +40,7 @@ PROBE_BYTES = 1 << 26
 """Copied to find out how fast host memory reaches the device."""
 
 
-class LowerRows:
+class TierCopier:
     """Makes the orders between tiers, each as if it were complete before the next."""
 
     def __init__(

@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+from engine.text.answer_events import CALL_CLOSE as CLOSE
+from engine.text.answer_events import CALL_OPEN as OPEN
 from engine.text.answer_events import (
     BrokenCall,
     CallArguments,
@@ -21,7 +23,6 @@ from engine.text.answer_events import (
 from engine.text.json_text import read_json, write_json
 from engine.text.marker_scan import MarkSearch, Space
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
 MAX_NAME = 256
 """Characters of a name; a longer one is no call."""
 MAX_RETRIES = 8

@@ -9,13 +9,13 @@ from typing import Any
 
 from engine.plugins.tool_calls.calls import (
     BROKEN_OFF,
-    CLOSE,
     MAX_NAME,
-    OPEN,
     CallReader,
     State,
     not_offered,
 )
+from engine.text.answer_events import CALL_CLOSE as CLOSE
+from engine.text.answer_events import CALL_OPEN as OPEN
 from engine.text.json_text import read_json
 from engine.text.marker_scan import MarkSearch
 

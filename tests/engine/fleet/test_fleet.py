@@ -12,10 +12,9 @@ from engine import EngineConfig, SamplingParams
 from engine.async_engine import EngineStopped, NoSingleEngine, QueueFull, StepFailed
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
-from engine.plugins.replicas.replica_call import Order
-from engine.plugins.replicas.replicas_client import FleetEngine
+from engine.plugins.replicas.replica_output import Order
+from engine.plugins.replicas.replicas_client import FleetEngine, summed
 from engine.plugins.replicas.start_replicas import spec_of
-from engine.plugins.replicas.summed_reports import summed
 from engine.requests.spec import RequestSpec
 from hybridcache.routing.registry import find_router
 

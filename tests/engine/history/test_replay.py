@@ -16,9 +16,10 @@ from engine.plugins.diagnostics.answers import AnswerMemory
 from engine.plugins.diagnostics.replays import VolatileLines
 from engine.server.config import ServerConfig
 from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.chat_template import ChatTemplate
 from engine.text.hugging_face import HFTokenizer
 from engine.text.splice import SampledTurn
-from engine.text.templates import ChatPrompt, ChatTemplate, render_chat
+from engine.text.templates import ChatPrompt, render_chat
 from experiments import run_agent
 from experiments.system.agents.clients import AGENTS
 from experiments.system.agents.scripted import ScriptedEngine

@@ -9,6 +9,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.layers.inputs import pad_rows
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
 from hybridcache.geometry.sizes import KVSpec
@@ -213,7 +214,7 @@ def test_verification_leaves_what_single_steps_do(make_head, random_tokens) -> N
         runner.forward(batch)
         runner.commit(batch, (taken,))
         head.pools[2][verified.slot] = head.pools[2][runner.running.at(verified.slot)]
-        runner.unit.read_state(verified.slot)
+        PrefixBuffer.of(runner).read_state(verified.slot)
     verified.computed_len = 35
     assert torch.equal(head.rows_of(verified, 35), head.rows_of(single, 35))
     assert torch.equal(head.guess([verified], [1], 3), head.guess([single], [1], 3))

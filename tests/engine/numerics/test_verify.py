@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.runner.memory import state_slot_bytes
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warm_up import rehearsals
@@ -183,7 +184,8 @@ def test_who_asks_for_a_state_by_its_slot_gets_the_newest(make_driver, random_to
     runner.forward(Batch((driver.decode_segment(other, 7),)))
     assert is_home(), "another step"
     assert verify()
-    runner.unit.write_state(other.slot, runner.unit.read_state(sequence.slot).wait())
+    buffer = PrefixBuffer.of(runner)
+    buffer.write_state(other.slot, buffer.read_state(sequence.slot).wait())
     assert is_home() and is_newest(other.slot)
     assert verify()
     done -= 2

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from engine.config import MAX_SCORED, EngineConfig
 from engine.engine import Engine
 from engine.plugins.speculation.draft_manager import Drafting
-from engine.plugins.speculation.tree import TreeDrafter
+from engine.plugins.speculation.suffix import TreeDrafter
 from engine.requests.sampling_params import SamplingParams
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.memory import ACCELERATOR_SHARE

@@ -26,8 +26,8 @@ from engine.server.config import ServerConfig
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.chat_template import ChatTemplate
 from engine.text.outputs import SampledToken
-from engine.text.templates import ChatTemplate
 from experiments.system import served
 
 

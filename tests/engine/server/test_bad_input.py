@@ -17,9 +17,9 @@ from engine.server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    Strict,
     TokenizeRequest,
 )
-from engine.server.strict import Strict
 
 from .conftest import Live
 

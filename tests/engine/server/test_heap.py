@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.server import malloc_trim as heap
+from engine.server import app as heap
 
 from .conftest import Live
 

@@ -28,7 +28,7 @@ from engine.errors import (
 from engine.plugins.replicas import replica
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica
-from engine.plugins.replicas.replica_call import Order
+from engine.plugins.replicas.replica_output import Order
 from engine.plugins.replicas.replicas_client import FleetEngine
 from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.request import Request

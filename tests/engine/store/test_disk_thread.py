@@ -6,7 +6,7 @@ from threading import Event
 
 import pytest
 
-from engine.plugins.tiers.disk_thread import DiskThread
+from engine.plugins.tiers.disk import DiskThread
 
 
 def test_what_somebody_waits_for_goes_first_and_idle_work_last() -> None:

@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.plugins.tiers.pointers import Pointers
-from engine.plugins.tiers.prefixes import Piece
+from engine.plugins.tiers.prefixes import Piece, Pointers
 from hybridcache.tokens import Indices
 
 NUM_ROWS = 30

@@ -13,9 +13,10 @@ import pytest
 
 from engine import Engine
 from engine.plugins.disaggregation import prefix_fetch as fetch
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.server.context import usage
+from engine.worker.engine_client import Answer
 from engine.worker.engine_worker import news_of
-from engine.worker.output_accumulator import Answer
 from tests.engine.transfer.pair import (
     GREEDY,
     assert_same,
@@ -49,17 +50,18 @@ def test_two_processes_give_the_tokens_of_one_cold_and_on_hits(
     engine = decode_engine(far[1])
     first, second = text(0, 700), text(0, 300) + text(1, 250)
     assert_same(plain, engine, [first, second])
-    assert engine.transfers is not None
-    counts = engine.transfers.as_dict()
-    row, state = engine.runner.unit.row_bytes, engine.runner.unit.state_bytes
+    transferred = engine.plugins["disaggregation"].counts
+    counts = transferred.as_dict()
+    buffer = PrefixBuffer.of(engine.runner)
+    row, state = buffer.row_bytes, buffer.state_bytes
     assert (counts["prefixes"], counts["failed"]) == (2, 0)
     assert counts["tokens"] == 640 + 512 - 300
     assert counts["needed_bytes"] == counts["tokens"] * row + 2 * state
     assert counts["needed_bytes"] < counts["wire_bytes"] <= 1.05 * counts["needed_bytes"]
     assert_same(plain, engine, [first, second, text(0, 290) + text(2, 30)])
-    before, longer = engine.transfers.as_dict(), first + text(3, 400)
+    before, longer = transferred.as_dict(), first + text(3, 400)
     assert_same(plain, engine, [longer])
-    sent = {name: count - before[name] for name, count in engine.transfers.as_dict().items()}
+    sent = {name: count - before[name] for name, count in transferred.as_dict().items()}
     assert sent["tokens"] == (len(longer) - 1) // 64 * 64 - len(first)
     engine.check()
 
@@ -67,8 +69,9 @@ def test_two_processes_give_the_tokens_of_one_cold_and_on_hits(
 def test_a_request_says_what_went_over_for_it(far: tuple[int, int]) -> None:
     """Exactly: all requests together are what the engine counts."""
     engine = decode_engine(far[1])
-    assert engine.transfers is not None
-    row, state = engine.runner.unit.row_bytes, engine.runner.unit.state_bytes
+    transferred = engine.plugins["disaggregation"].counts
+    buffer = PrefixBuffer.of(engine.runner)
+    row, state = buffer.row_bytes, buffer.state_bytes
     outputs = engine.generate([text(20, 300), text(21, 200), text(22, 30)], GREEDY)
     said = [output.transferred for output in outputs]
     assert said[2] is None
@@ -77,7 +80,7 @@ def test_a_request_says_what_went_over_for_it(far: tuple[int, int]) -> None:
         (192, 192 * row + state),
     ]
     whole = usage(outputs, 1)["prompt_tokens_details"]["transferred"]
-    counts = engine.transfers.as_dict()
+    counts = transferred.as_dict()
     assert whole == {name: counts[name] for name in ("tokens", "needed_bytes", "wire_bytes")}
     news = [news_of(output) for output in outputs]
     answers = [
@@ -107,8 +110,8 @@ def test_a_prefill_engine_killed_in_the_middle_costs_no_token(
     prompts = [text(10, 900), text(11, 200)]
     with caplog.at_level(logging.WARNING):  # type: ignore[attr-defined]
         assert_same(plain, engine, prompts)
-    assert engine.transfers is not None
-    assert engine.transfers.failed >= 1 and num_pieces >= 3
+    transferred = engine.plugins["disaggregation"].counts
+    assert transferred.failed >= 1 and num_pieces >= 3
     assert "computed here" in caplog.text  # type: ignore[attr-defined]
     engine.check()
     assert_same(plain, engine, [prompts[0] + text(12, 300)])  # nobody there any more

@@ -21,7 +21,7 @@ from engine.errors import WireError
 from engine.plugins.disaggregation import outgoing
 from engine.plugins.disaggregation import prefill_server as serve
 from engine.plugins.disaggregation import prefix_fetch as fetch
-from engine.plugins.disaggregation.peer_identity import identity
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
 from engine.plugins.disaggregation.prefix_fetch import Linked, Peer
 from engine.plugins.disaggregation.wire import TransferError
 from engine.server.app import Server
@@ -64,7 +64,7 @@ class GatedEngine:
         self.running = AsyncEngine(self.engine)
         if starts:
             self.running.start()
-        self.address: tuple[str, int] = self.engine.prefill_server.address
+        self.address: tuple[str, int] = self.engine.plugins["disaggregation"].server.address
 
     def open(self) -> None:
         self.is_open = True
@@ -115,7 +115,7 @@ class Asker:
     def __init__(self, far: GatedEngine, timeout_s: float = 20.0) -> None:
         runner = far.engine.runner
         own = identity(far.engine.config, runner)
-        self.unit = runner.unit
+        self.unit = PrefixBuffer.of(runner)
         self.linked: Linked = Peer(far.address, own, timeout_s).take(lambda wire: None)
         far.askers.append(self)
 
@@ -173,7 +173,7 @@ def test_a_drain_finishes_the_prefixes_in_progress_and_takes_no_more(
     time.sleep(0.3)  # Its last bytes are read late.
     assert first.hear_all() == "done"
     gated.has_ended(ending)
-    assert gated.engine.transfers.prefixes == 1
+    assert gated.engine.plugins["disaggregation"].counts.prefixes == 1
 
 
 @pytest.mark.parametrize("how", ["drain", "stop"])
@@ -282,7 +282,7 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
 def test_close_of_an_engine_without_a_thread_ends_what_it_does_for_others() -> None:
     far = GatedEngine.__new__(GatedEngine)
     far.engine, far.askers = Engine(prefill_config(token_budget=64)), []
-    far.address = far.engine.prefill_server.address
+    far.address = far.engine.plugins["disaggregation"].server.address
     asker, idle = Asker(far), Asker(far)
     asker.ask(text(12, 193))
     until(far.engine.has_work, "it was asked")
@@ -290,7 +290,7 @@ def test_close_of_an_engine_without_a_thread_ends_what_it_does_for_others() -> N
     far.engine.submit(text(13, 90), FEW)
     late = Asker(far)
     late.ask(text(15, 193))
-    until(lambda: far.engine.prefill_server._asked.qsize(), "it was asked again")
+    until(lambda: far.engine.plugins["disaggregation"].server._asked.qsize(), "it was asked again")
     far.engine.close()
     assert not far.engine.has_work() and not far.accepts()
     assert late.hear_all() == "failed" and asker.hear_all() in ("failed", "gone")
@@ -303,7 +303,7 @@ def test_close_of_an_engine_without_a_thread_ends_what_it_does_for_others() -> N
 
 def test_an_engine_that_never_started_lets_go_of_its_address() -> None:
     engine = Engine(prefill_config())
-    address = engine.prefill_server.address
+    address = engine.plugins["disaggregation"].server.address
     AsyncEngine(engine).stop()
     with pytest.raises(OSError):
         socket.create_connection(address, 5)
@@ -340,7 +340,7 @@ def test_connections_are_probed_and_leave_no_thread(gated: GatedEngine) -> None:
     for number in range(5):
         asker = Asker(gated)
         assert asker.hear_all(text(6 + number, 193)) == "done"
-        for wire in (asker.linked.wire, *gated.engine.prefill_server._wires):
+        for wire in (asker.linked.wire, *gated.engine.plugins["disaggregation"].server._wires):
             assert wire._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
             assert wire._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
         asker.close()
@@ -448,7 +448,9 @@ def test_two_roles_end_in_any_order_under_load(seed: int) -> None:
     choose = random.Random(seed)
     plain = plain_engine()
     prefill = Engine(prefill_config())
-    decode = decode_engine(prefill.prefill_server.address[1], transfer_timeout_s=3.0)
+    decode = decode_engine(
+        prefill.plugins["disaggregation"].server.address[1], transfer_timeout_s=3.0
+    )
     engines = {"prefill": AsyncEngine(prefill), "decode": AsyncEngine(decode)}
     prompts = [text(100 * seed + k, choose.choice([30, 300, 700])) for k in range(14)]
     expected = {k: output.token_ids for k, output in enumerate(plain.generate(prompts, FEW))}

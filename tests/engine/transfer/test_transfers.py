@@ -16,6 +16,7 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.config import ConfigError
 from engine.plugins.disaggregation import outgoing
 from engine.plugins.disaggregation.link import GroupTransfer
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.plugins.disaggregation.wire import TransferError, Wire
 from engine.runner.model_runner import ModelRunner
 from engine.server.metrics import Metrics
@@ -45,20 +46,20 @@ def plain() -> Engine:
 
 
 def port_of(engine: Engine) -> int:
-    assert engine.prefill_server is not None
-    return engine.prefill_server.address[1]
+    assert engine.plugins["disaggregation"].server is not None
+    return engine.plugins["disaggregation"].server.address[1]
 
 
 def counts_of(engine: Engine) -> dict[str, int]:
-    assert engine.transfers is not None
-    return engine.transfers.as_dict()
+    assert engine.plugins["disaggregation"].counts is not None
+    return engine.plugins["disaggregation"].counts.as_dict()
 
 
 def settled(engine: Engine) -> None:
     """Wait until a prefill engine has nothing left to do."""
-    assert engine.prefill_server is not None
+    assert engine.plugins["disaggregation"].server is not None
     for _ in range(500):
-        if not (engine.has_work() or engine.prefill_server.has_work):
+        if not (engine.has_work() or engine.plugins["disaggregation"].server.has_work):
             return
         time.sleep(0.01)
     raise AssertionError("it never came to rest")
@@ -124,7 +125,7 @@ def test_layers_leave_while_the_step_that_computes_them_goes_on(
     monkeypatch.setattr(outgoing.Outgoing, "_put", noting_put)
     monkeypatch.setattr(outgoing.Outgoing, "advance", noting_advance)
     assert_same(plain, decode_engine(port_of(far)), [text(20, 1500)])
-    parts = list(range(len(far.runner.unit.part_bytes)))  # type: ignore[attr-defined]
+    parts = list(range(len(PrefixBuffer.of(far.runner).part_bytes)))  # type: ignore[attr-defined]
     computed = [event for event in events if event != "step"]
     assert computed == [*parts, *parts, None]  # two chunks, and the state at the end
     first = events.index(0)
@@ -214,7 +215,7 @@ def test_an_engine_that_computes_nothing_counts_as_gone(
     far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its connection lives, and says so only as long as its engine steps."""
-    server = far.prefill_server
+    server = far.plugins["disaggregation"].server
     assert server is not None
     engine = decode_engine(port_of(far), transfer_timeout_s=1.0)
     monkeypatch.setattr(server, "_timeout_s", 1.0)
@@ -227,13 +228,13 @@ def test_an_engine_that_computes_nothing_counts_as_gone(
 
 
 def test_what_is_no_message_ends_the_connection_and_nothing_else(far: Engine) -> None:
-    assert far.prefill_server is not None
+    assert far.plugins["disaggregation"].server is not None
     for said in ({"hello": 3}, {"hello": {}}):
-        wire = Wire.connect(far.prefill_server.address, 5.0)
+        wire = Wire.connect(far.plugins["disaggregation"].server.address, 5.0)
         wire.send(said)
         assert "refused" in wire.receive()[0]
         wire.close()
-    wire = Wire.connect(far.prefill_server.address, 5.0)
+    wire = Wire.connect(far.plugins["disaggregation"].server.address, 5.0)
     wire._socket.sendall(b"GET / HTTP/1.1\r\n\r\n")
     with pytest.raises(TransferError):
         wire.receive()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from engine.hub import resolve_folder
 
 GRACE_S = 5
 """For requests in progress when the recording is told to end; then they are broken off."""
@@ -59,3 +62,47 @@ def record(
         print(f"not in the trace: {number:,}, since {why}")
     print(f"{writer.num_requests} requests; hybridcache simulate --trace {out}", flush=True)
     return 0
+
+
+def add_flags(record: argparse.ArgumentParser) -> None:
+    """Add the flags of the verb."""
+    record.add_argument("--to", required=True, metavar="URL", help="the server to pass on to")
+    record.add_argument("--out", required=True, metavar="FILE", help="the trace to make")
+    record.add_argument(
+        "--text",
+        choices=("hash", "keep"),
+        default="hash",
+        help="hash: only which prompts begin alike can be told from the trace; keep: all that was "
+        "said is in it (default: hash)",
+    )
+    record.add_argument(
+        "--tokenizer",
+        metavar="DIR",
+        help="directory of the served model's tokenizer and chat template; without it four "
+        "characters count as a token",
+    )
+    record.add_argument(
+        "--host",
+        default="127.0.0.1",
+        metavar="TEXT",
+        help="address to listen on (default: %(default)s)",
+    )
+    record.add_argument(
+        "--port",
+        type=int,
+        default=8001,
+        metavar="N",
+        help="port to listen on (default: %(default)s)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the verb; returns the exit code of the process."""
+    return record(
+        arguments.to,
+        Path(arguments.out),
+        host=arguments.host,
+        port=arguments.port,
+        keeps_text=arguments.text == "keep",
+        tokenizer=None if arguments.tokenizer is None else resolve_folder(arguments.tokenizer),
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from engine.plugins.guided.grammar import (
+from engine.plugins.tool_calls.qwen_xml import END_FUNCTION, FUNCTION, PARAMETER, json_types
+from engine.requests.grammar import (
     CALL,
     MAX_CHARS,
     Grammar,
@@ -14,8 +15,8 @@ from engine.plugins.guided.grammar import (
     json_rule,
     quoted,
 )
-from engine.plugins.tool_calls.calls import CLOSE, OPEN
-from engine.plugins.tool_calls.qwen_xml import END_FUNCTION, FUNCTION, PARAMETER, json_types
+from engine.text.answer_events import CALL_CLOSE as CLOSE
+from engine.text.answer_events import CALL_OPEN as OPEN
 
 Form = Literal["hermes", "xml"]
 """JSON objects, or as Qwen3-Coder does, a tag for each argument."""

@@ -1,0 +1,69 @@
+"""Seam of the engine's optional capabilities.
+
+A plugin is made from the engine's settings before anything is loaded. While the engine is built,
+the hooks are called in the order in which they are listed here; afterwards those of ``StepHooks``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from engine.config import EngineConfig
+from engine.interfaces import EngineCore, Runner
+from engine.schedule.drafter import DraftPlanner
+from engine.schedule.fetching import Fetcher
+from engine.schedule.hooks import StepHooks
+from hybridcache.api import PrefixCache
+from hybridcache.config import CacheConfig
+from hybridcache.scheduling.cache_manager import CacheManager
+
+if TYPE_CHECKING:
+    from engine.text.tokenizer import Tokenizer
+
+
+class Plugin(StepHooks):
+    """One optional capability of one engine. Every method does nothing unless it is overridden."""
+
+    name: str
+    """Name of its folder."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.wake: Callable[[], None] = lambda: None
+        """Wakes an idle engine, from any thread: ``before_step`` has something to do."""
+
+    def load_runner(self) -> Runner | None:
+        """Return a runner in place of ``ModelRunner``; None to keep that. Imports torch."""
+        return None
+
+    def model_follower(self) -> Callable[..., Any] | None:
+        """Return the class of a ``ModelFollower``, for a runner with a multi-token head; None if
+        there is none. Imports torch."""
+        return None
+
+    def size_cache(self, cache: CacheConfig, runner: Runner) -> CacheConfig:
+        """Return ``cache`` with the sizes of this plugin. Raises ConfigError."""
+        return cache
+
+    def open_cache(
+        self, cache: PrefixCache, runner: Runner, tokenizer: Tokenizer | None
+    ) -> Mapping[str, Any]:
+        """Prepare the new ``cache``. Returns options of ``CacheManager``."""
+        return {}
+
+    def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
+        """Prepare the new ``manager``. Returns a fetcher of prefixes; None if there is none."""
+        return None
+
+    def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
+        """Return a planner of drafts; None if there is none. ``shares``: requests may be drafted
+        for from the text of others."""
+        return None
+
+    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
+        """Begin work for the engine, which is complete."""
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        """Return lines of the start screen: (title, text)."""
+        return ()

@@ -1,0 +1,86 @@
+"""Replay of sampled answers, and explanations of cache misses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Request
+
+from engine import RequestOutput
+from engine.plugins.diagnostics.explanations import Explanations, Inquiry
+from engine.plugins.diagnostics.replays import Replays, compiled
+from engine.server.config import ServerConfig
+from engine.server.errors import APIError
+from engine.server.extension import ChatDiagnostics, ChatInput, Message, ServerExtension
+from engine.server.operator import Operator
+from engine.server.tenants import Tenant
+from engine.text.templates import ChatPrompt
+from engine.text.tokenizer import Tokenizer
+
+
+class Hooks:
+    """Hooks around every chat of one server; see ``ChatHooks``."""
+
+    def __init__(self, tokenizer: Tokenizer, config: ServerConfig) -> None:
+        self.replays = Replays(tokenizer, config)
+        self.explanations = Explanations(tokenizer, int(config.explain_mib * 2**20))
+
+    def before_render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        tenant: Tenant,
+    ) -> ChatInput:
+        """See ``ChatHooks``."""
+        return self.replays.prepare(messages, tools, variables, tenant)
+
+    def diagnose(
+        self,
+        answer_id: str,
+        token_ids: np.ndarray,
+        *,
+        compared_with: str | None,
+        is_asked: bool,
+        **chat: Any,
+    ) -> ChatDiagnostics:
+        """See ``ChatHooks``."""
+        tokens = token_ids.astype(np.int32, copy=False)
+        asked = self.explanations.begin(answer_id, tokens, **chat)
+        return Inquiry(self.explanations, asked, compared_with, is_asked)
+
+    def after_answer(
+        self, prompt: ChatPrompt, place: Any, message: Message, output: RequestOutput
+    ) -> None:
+        """See ``ChatHooks``."""
+        self.replays.remember(prompt, place, message, output)
+
+
+class Extension(ServerExtension):
+    """Explains misses to the operator."""
+
+    @classmethod
+    def check(cls, config: ServerConfig) -> None:
+        """See ``ServerExtension``."""
+        compiled(config.volatile_line)
+
+    def add_routes(self, app: FastAPI, operator: Operator) -> None:
+        """See ``ServerExtension``."""
+        hooks = self.front.chats
+        assert isinstance(hooks, Hooks)
+
+        @app.get("/v1/cache/explanations/{answer_id}")
+        async def explanation(
+            request: Request, answer_id: str, compared_with: str | None = None
+        ) -> dict[str, Any]:
+            operator.check(request)
+            told = hooks.explanations.look_up(answer_id, compared_with)
+            if told is None:
+                raise APIError(
+                    404,
+                    "This answer, or the one it is compared with, is not remembered: raise "
+                    "--explain-mib to remember more.",
+                )
+            return told

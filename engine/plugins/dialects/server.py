@@ -1,0 +1,46 @@
+"""Anthropic's messages and OpenAI's responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from engine.plugins.dialects.anthropic import count_tokens, messages
+from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
+from engine.plugins.dialects.response_store import ResponseStore
+from engine.plugins.dialects.responses import Responses
+from engine.plugins.dialects.responses_body import ResponsesRequest
+from engine.server.config import ServerConfig
+from engine.server.context import ServingContext
+from engine.server.extension import Dialect, ServerExtension
+from engine.server.operator import Operator
+
+
+class Extension(ServerExtension):
+    """Serves chats in two more dialects."""
+
+    def __init__(self, front: ServingContext, config: ServerConfig) -> None:
+        super().__init__(front, config)
+        self._responses = Responses(front, ResponseStore(int(config.responses_mib * 2**20)))
+
+    def dialects(self) -> Iterator[Dialect]:
+        """See ``ServerExtension``."""
+        answer, count = partial(messages, self.front), partial(count_tokens, self.front)
+        create = self._responses.create
+        yield Dialect("/v1/messages", MessagesRequest, answer, "_messages")
+        yield Dialect("/v1/messages/count_tokens", CountRequest, count, "_count_tokens")
+        yield Dialect("/v1/responses", ResponsesRequest, create, "_create")
+
+    def add_routes(self, app: FastAPI, operator: Operator) -> None:
+        """Add the paths of conversations that the server holds."""
+
+        @app.get("/v1/responses/{response_id}")
+        async def _retrieve(request: Request, response_id: str) -> Response:
+            return await self._responses.retrieve(request, response_id)
+
+        @app.delete("/v1/responses/{response_id}")
+        async def _delete(request: Request, response_id: str) -> dict[str, Any]:
+            return await self._responses.delete(request, response_id)

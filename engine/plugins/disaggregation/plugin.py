@@ -1,0 +1,123 @@
+"""Disaggregation: prefill engines compute the prompts of decode engines."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from engine.config import ConfigError, EngineConfig
+from engine.interfaces import EngineCore, Runner
+from engine.plugin import Plugin
+from engine.plugins.disaggregation.wire import TransferCounts
+from engine.schedule.fetching import Fetcher
+from hybridcache.scheduling.cache_manager import CacheManager
+
+if TYPE_CHECKING:
+    from engine.plugins.disaggregation.prefill_server import PrefillServer
+    from engine.runner.model_runner import ModelRunner
+
+
+class EnginePlugin(Plugin):
+    """Serves prefixes to other engines, or loads them from there (setting ``role``)."""
+
+    name = "disaggregation"
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.counts = TransferCounts()
+        self.server: PrefillServer | None = None
+        """None if this is no prefill engine."""
+
+    def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
+        """See ``Plugin``. Imports torch."""
+        if self.config.role != "decode":
+            return None
+        from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
+        from engine.plugins.disaggregation.prefix_fetch import Peer, PeerFetcher
+
+        config, buffer = self.config, PrefixBuffer.of(model_runner(runner))
+        own = identity(config, model_runner(runner))
+        peers = [Peer(address, own, config.transfer_timeout_s) for address in config.addresses]
+        return PeerFetcher(manager, buffer, peers, self.counts, fetch_above=config.fetch_above)
+
+    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
+        """See ``Plugin``: a prefill engine listens from here on. Raises ConfigError if the address
+        cannot be listened on. Imports torch."""
+        config = self.config
+        if config.role != "prefill":
+            return
+        from engine.plugins.disaggregation.prefill_server import PrefillServer
+        from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
+
+        runner = model_runner(engine.runner)
+        buffer = PrefixBuffer.of(runner)
+        try:
+            self.server = PrefillServer(
+                manager,
+                buffer,
+                config.addresses[0],
+                identity(config, runner),
+                self.counts,
+                timeout_s=config.transfer_timeout_s,
+                prepare=engine.prepare,
+                enqueue=engine.enqueue,
+                abort=engine.abort,
+                wake=lambda: self.wake(),
+            )
+        except OSError as error:
+            why = str(error.strerror or error)
+            if error.errno == errno.EADDRNOTAVAIL:
+                why = "this machine has no such address; give one of its own, or 0.0.0.0 for all"
+            raise ConfigError(f"--transfer-at {config.transfer_at}: {why}.") from error
+        runner.watch_layers(self.server.send_layer)
+
+    @property
+    def has_work(self) -> bool:
+        """See ``StepHooks``."""
+        return self.server is not None and self.server.has_work
+
+    def before_step(self) -> None:
+        """See ``StepHooks``."""
+        if self.server is not None:
+            self.server.advance()
+
+    def wait(self) -> None:
+        """See ``StepHooks``."""
+        if self.server is not None:
+            self.server.wait()
+
+    def on_step_failed(self) -> None:
+        """See ``StepHooks``."""
+        if self.server is not None:
+            self.server.give_up()
+
+    def stop_accepting(self) -> None:
+        """See ``StepHooks``."""
+        if self.server is not None:
+            self.server.stop_accepting()
+
+    def disconnect(self) -> None:
+        """See ``StepHooks``."""
+        if self.server is not None:
+            self.server.close()
+
+    def report(self) -> Mapping[str, Any]:
+        """See ``StepHooks``."""
+        return {"transfers": self.counts.as_dict()}
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        """See ``Plugin``."""
+        if self.server is not None:
+            return [("role", "prefill, for decode engines at {}:{}".format(*self.server.address))]
+        return [("role", f"decode, with prefill at {', '.join(self.config.prefill)}")]
+
+
+def model_runner(runner: Runner) -> ModelRunner:
+    """Return ``runner``, whose memory can be read and written between two steps. Raises ConfigError
+    for another kind of runner."""
+    from engine.runner.model_runner import ModelRunner
+
+    if not isinstance(runner, ModelRunner):
+        raise ConfigError("a role needs the runner of a model, whose memory can be read.")
+    return runner

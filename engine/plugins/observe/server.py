@@ -1,0 +1,65 @@
+"""The page, and what it asks for: changes as they come, and what one node holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+
+from engine.plugins.observe.feed import Feed
+from engine.server.config import ServerConfig
+from engine.server.context import ServingContext
+from engine.server.errors import APIError
+from engine.server.extension import ServerExtension
+from engine.server.operator import Operator
+from engine.server.streaming import EventStream
+from hybridcache.watch.page import POLICY, live_page
+
+HEADERS = {
+    "Content-Security-Policy": POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+class Extension(ServerExtension):
+    """Serves the page. The page itself holds no data and is open to all; its data are the
+    operator's."""
+
+    def __init__(self, front: ServingContext, config: ServerConfig) -> None:
+        super().__init__(front, config)
+        self._feed = Feed(front.engine, front.workers)
+
+    def close(self) -> None:
+        """See ``ServerExtension``: open pages would delay the shutdown."""
+        self._feed.close()
+
+    def add_routes(self, app: FastAPI, operator: Operator) -> None:
+        """See ``ServerExtension``."""
+        front, feed = self.front, self._feed
+
+        @app.get("/", include_in_schema=False)
+        async def page() -> Response:
+            return Response(live_page(), media_type="text/html", headers=HEADERS)
+
+        @app.get("/v1/cache/events")
+        async def events(request: Request) -> Response:
+            operator.check(request)
+            return EventStream(await feed.subscribe(request.headers.get("last-event-id")))
+
+        @app.get("/v1/cache/nodes/{number}")
+        async def node(request: Request, number: int) -> dict[str, Any]:
+            operator.check(request)
+            found = await feed.node(number)
+            if found is None:
+                raise APIError(404, "This node is not in the cache, or nobody watches it.")
+            tokens = found.pop("tokens")
+            text = None
+            if tokens is not None:
+
+                def decode() -> str:
+                    return front.tokenizer.decode(tokens, skip_special_tokens=False)
+
+                text = await front.workers.run(len(tokens), decode)
+            return found | {"text": text, "is_cut": tokens is not None and len(tokens) == 4096}

@@ -1,0 +1,270 @@
+"""Seams of the engine: what a plugin, a rule for logits and a dialect can rely on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi import FastAPI, Request, Response
+from fastapi.testclient import TestClient
+
+from engine import Engine, EngineConfig, SamplingParams
+from engine.engine_loop import EngineLoop
+from engine.plugin import Plugin
+from engine.plugins import engine_plugins
+from engine.requests.logit_rules import (
+    FREE,
+    AllowedTokens,
+    BansAndBiases,
+    LogitRule,
+    Ruling,
+    packed,
+)
+from engine.server.extension import Dialect
+from engine.server.schemas import TokenizeRequest
+from engine.testing.oracle import OracleRunner
+from engine.testing.oracle_sampler import OracleSampler
+from hybridcache.scheduling.cache_manager import CacheManager
+
+GREEDY = SamplingParams(max_tokens=3, temperature=0)
+
+
+class Recording(Plugin):
+    """Notes the hooks that are called."""
+
+    name = "recording"
+    pending = 0
+
+    def __init__(self, config: EngineConfig) -> None:
+        super().__init__(config)
+        self.calls: list[str] = []
+
+    def size_cache(self, cache: Any, runner: Any) -> Any:
+        self.calls.append("size_cache")
+        return cache
+
+    def open_cache(self, cache: Any, runner: Any, tokenizer: Any) -> Mapping[str, Any]:
+        self.calls.append("open_cache")
+        return {}
+
+    def open_manager(self, manager: CacheManager, runner: Any) -> None:
+        self.calls.append("open_manager")
+
+    def draft_planner(self, runner: Any, *, shares: bool) -> None:
+        self.calls.append("draft_planner")
+
+    def attach(self, engine: Any, manager: CacheManager) -> None:
+        self.calls.append("attach")
+
+    @property
+    def has_work(self) -> bool:
+        return self.pending > 0
+
+    def before_step(self) -> None:
+        self.pending = max(0, self.pending - 1)
+        self.calls.append("before_step")
+
+    def after_step(self, plan: Any, seconds: float) -> None:
+        assert seconds >= 0
+        self.calls.append("after_step")
+
+    def on_step_failed(self) -> None:
+        self.calls.append("on_step_failed")
+
+    def on_cache_lost(self) -> None:
+        self.calls.append("on_cache_lost")
+
+    def on_cache_emptied(self, *, was_lost: bool) -> None:
+        self.calls.append(f"on_cache_emptied {was_lost}")
+
+    def on_idle(self) -> float | None:
+        return 0.25
+
+    def stop_accepting(self) -> None:
+        self.calls.append("stop_accepting")
+
+    def disconnect(self) -> None:
+        self.calls.append("disconnect")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+    def report(self) -> Mapping[str, Any]:
+        return {"draft_index_bytes": 7}
+
+
+def make(monkeypatch: pytest.MonkeyPatch) -> tuple[Engine, Recording]:
+    config = EngineConfig(max_running=4, token_budget=128)
+    plugin = Recording(config)
+    monkeypatch.setattr("engine.engine.engine_plugins", lambda config: (plugin,))
+    runner = OracleRunner(num_kv_tokens=2048, num_slots=8)
+    engine = Engine(config, runner=runner, sampler=OracleSampler(runner.vocab_size))
+    return engine, plugin
+
+
+def taken(plugin: Recording) -> list[str]:
+    calls, plugin.calls = plugin.calls, []
+    return calls
+
+
+def test_a_plugin_takes_part_in_every_phase_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plugin = make(monkeypatch)
+    assert engine.plugins == {"recording": plugin}
+    built = ["size_cache", "open_cache", "open_manager", "draft_planner", "attach"]
+    assert taken(plugin) == built
+
+    engine.generate([[1, 2, 3]], GREEDY)
+    assert taken(plugin) == ["before_step", "after_step"] * 3
+
+    assert not engine.has_work() and engine.run_idle_tasks() == 0.25
+    plugin.pending = 1
+    assert engine.has_work()
+    engine.step()
+    assert not engine.has_work() and "before_step" in taken(plugin)
+    assert engine.report().draft_index_bytes == 7
+
+    engine.reset_prefix_cache()
+    assert taken(plugin) == ["on_cache_emptied False"]
+    engine.stop_accepting()
+    engine.close()
+    calls = taken(plugin)
+    assert calls[:2] == ["stop_accepting", "disconnect"] and calls[-1] == "close"
+
+
+def test_a_plugin_learns_of_a_step_that_breaks_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plugin = make(monkeypatch)
+    forward = engine.runner.forward
+    engine.submit([1, 2, 3], GREEDY)
+    taken(plugin)
+
+    def fail(batch: Any, drawn: Any = None) -> Any:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine.runner, "forward", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.step()
+    assert taken(plugin)[:2] == ["before_step", "on_step_failed"]
+    monkeypatch.setattr(engine.runner, "forward", forward)
+    while engine.has_work():
+        engine.step()
+    engine.check()
+
+
+def test_a_loop_is_woken_by_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, plugin = make(monkeypatch)
+    loop: EngineLoop[str] = EngineLoop(engine, lambda letters: None)
+    woken: list[int] = []
+    monkeypatch.setattr(loop._wake, "notify", lambda: woken.append(1))
+    plugin.wake()
+    assert woken == [1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, []),
+        ({"exact": True, "grid": 128, "max_queue": 7}, []),
+        ({"draft": "tree:4"}, ["speculation"]),
+        ({"host_gib": 1.0}, ["tiers"]),
+        ({"state_dir": "cache"}, ["tiers"]),
+        ({"role": "decode", "prefill": ("127.0.0.1:7000",)}, ["disaggregation"]),
+        ({"tp": 2, "draft": "tree"}, ["tensor_parallel", "speculation"]),
+    ],
+)
+def test_settings_choose_plugins(settings: dict[str, Any], names: list[str]) -> None:
+    assert [plugin.name for plugin in engine_plugins(EngineConfig(**settings))] == names
+
+
+LOADED = """
+import json, sys
+def loaded():
+    names = [m.split(".")[2] for m in sys.modules if m.startswith("engine.plugins.")]
+    return sorted(set(names))
+"""
+OWN = LOADED + (
+    """
+from engine import Engine, EngineConfig, SamplingParams
+engine = Engine(EngineConfig(cache_gib=0.02, max_running=2))
+engine.generate(["one"], SamplingParams(max_tokens=2))
+of_engine = loaded()
+from engine.async_engine import AsyncEngine
+from engine.command import cli
+from engine.server.app import check, create_app
+from engine.server.config import ServerConfig
+cli._parser(["serve"])
+check(ServerConfig())
+create_app(AsyncEngine(engine), ServerConfig())
+print(json.dumps([of_engine, loaded()]))
+"""
+)
+
+
+def test_plugins_without_their_settings_are_not_imported() -> None:
+    """Neither by an engine that answers, nor by the server, whose own three are always served."""
+    done = subprocess.run(
+        [sys.executable, "-c", OWN], capture_output=True, text=True, check=True, timeout=300
+    )
+    of_engine, of_server = json.loads(done.stdout.splitlines()[-1])
+    assert of_engine == []
+    assert of_server == ["diagnostics", "dialects", "observe"]
+
+
+class Only(LogitRule):
+    """Allows one token."""
+
+    def __init__(self, token: int) -> None:
+        self._mask = packed([token], 320)
+
+    def apply(self, draw: int, answer: Any, drafts: Any, rulings: Any, **_: Any) -> list[Ruling]:
+        return [Ruling(self._mask, None, is_final=True) for _ in rulings]
+
+
+def test_rules_are_applied_to_the_result_of_those_before_them() -> None:
+    answer = np.array([1, 2], np.int32)
+    drafts = np.array([3], np.int32)
+    start = [FREE, FREE]
+    bans = BansAndBiases(((9, 2.5),), ends=(5,), min_tokens=3, bad_words=((2, 7), (3, 8)))
+
+    first, second = bans.apply(2, answer, drafts, start, may_be_over=False)
+    assert first.mask is None and first.added is not None and second.added is not None
+    assert first.added[0].tolist() == [9, 5, 7], "the bias, an end before min_tokens, a bad word"
+    assert second.added[0].tolist() == [9, 8], "the third token may end the answer"
+
+    allowed = AllowedTokens([5, 6], 320).apply(2, answer, drafts, start, may_be_over=False)
+    kept, _ = bans.apply(2, answer, drafts, allowed, may_be_over=False)
+    assert kept.mask is not None and np.array_equal(kept.mask, packed([6], 320))
+    alone = AllowedTokens([5], 320).apply(2, answer, drafts, start, may_be_over=False)
+    kept, _ = bans.apply(2, answer, drafts, alone, may_be_over=False)
+    assert kept.mask is not None and np.array_equal(kept.mask, packed([5], 320)), "all there is"
+
+    final = Only(5).apply(2, answer, drafts, start)
+    assert list(bans.apply(2, answer, drafts, final, may_be_over=False)) == list(final)
+
+
+def test_a_rule_of_ones_own_restricts_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make(monkeypatch)
+    build = engine._intake._rules
+    monkeypatch.setattr(engine._intake, "_rules", lambda *given: [*build(*given), Only(42)])
+    [output] = engine.generate([[1, 2, 3]], SamplingParams(max_tokens=5))
+    assert output.token_ids == [42] * 5
+
+
+def test_a_dialect_is_a_path_a_body_and_an_answer() -> None:
+    async def answer(request: Request, body: TokenizeRequest) -> Response:
+        return Response(f"{request.url.path} {body.prompt}")
+
+    class Reader:
+        async def read(self, request: Request, model: type[Any]) -> Any:
+            return model(**await request.json())
+
+    app = FastAPI()
+    Dialect("/v9/words", TokenizeRequest, answer, "words").add_to(app, Reader())  # type: ignore[arg-type]
+    with TestClient(app) as client:
+        assert client.post("/v9/words", json={"prompt": "hi"}).text == "/v9/words hi"
+        operation = client.get("/openapi.json").json()["paths"]["/v9/words"]["post"]
+    assert operation["operationId"].startswith("words")
