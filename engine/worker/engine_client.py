@@ -8,14 +8,11 @@ import logging
 import subprocess
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from engine.async_engine import RequestStream
 from engine.build import sampling_defaults
@@ -27,17 +24,14 @@ from engine.requests.grammar import Grammar
 from engine.requests.request_factory import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport
-from engine.text.growing import GrowingTokens
-from engine.text.outputs import DraftCounts, RequestOutput, SampledToken
+from engine.text.output_delta import OutputAccumulator
 from engine.worker.channel import Channel
 from engine.worker.messages import (
     Abort,
     Ask,
     Compile,
-    DraftNews,
     End,
     FromEngine,
-    News,
     Outputs,
     Question,
     Ready,
@@ -49,55 +43,6 @@ if TYPE_CHECKING:
     from engine.async_engine import Watching
     from engine.text.tokenizer import Tokenizer
     from hybridcache.watch.recorder import Record
-
-
-class Answer:
-    """What has come of one request's answer."""
-
-    def __init__(self, prompt: npt.NDArray[np.int32]) -> None:
-        self._prompt = prompt
-        self._tokens = GrowingTokens()
-        self._text: list[str] = []
-        self._logprobs: list[SampledToken] = []
-        self._prompt_logprobs: tuple[SampledToken | None, ...] | None = None
-
-    def add(self, news: News) -> RequestOutput:
-        """``news`` with all that came before. O(new tokens), amortised."""
-        new = news.new_token_ids
-        if news.new_text:
-            self._text.append(news.new_text)
-        self._logprobs.extend(news.new_logprobs)
-        if news.prompt_logprobs is not None:
-            self._prompt_logprobs = news.prompt_logprobs
-        return RequestOutput(
-            request_id=news.request_id,
-            prompt_token_ids=self._prompt,
-            new_token_ids=new,
-            new_text=news.new_text,
-            new_logprobs=news.new_logprobs,
-            output=self._tokens.extended(new),
-            all_text=self._text,
-            num_pieces=len(self._text),
-            cached_len=news.cached_len,
-            losses=news.losses,
-            finish_reason=news.finish_reason,
-            error=None,
-            is_refused=False,
-            timings=news.timings,
-            num_preemptions=news.num_preemptions,
-            all_logprobs=self._logprobs,
-            prompt_logprobs=self._prompt_logprobs,
-            drafts=None if news.drafts is None else _counts(news.drafts),
-            transferred=news.transferred,
-        )
-
-
-def _counts(news: DraftNews) -> DraftCounts:
-    return DraftCounts(news.num_verified, _counter(news.drafted), _counter(news.accepted))
-
-
-def _counter(entries: Iterable[tuple[str, int, int]]) -> Counter[tuple[str, int]]:
-    return Counter({(source, place): number for source, place, number in entries})
 
 
 logger = logging.getLogger(__name__)
@@ -135,7 +80,7 @@ class ProcessEngine:
             seed=config.seed,
             clock=time.perf_counter,
         )
-        self._streams: dict[str, tuple[RequestStream, Answer]] = {}
+        self._streams: dict[str, tuple[RequestStream, OutputAccumulator]] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._numbers = itertools.count(1)
         self._num_sent = self._num_received = self._num_waiting = 0
@@ -174,7 +119,7 @@ class ProcessEngine:
         stream = RequestStream(request_id, self._abort)
         self._send(_submission(spec, request_id, tokens))
         self._num_sent += 1
-        self._streams[request_id] = stream, Answer(tokens)
+        self._streams[request_id] = stream, OutputAccumulator(request_id, tokens)
         return stream
 
     def _send(self, message: Submit | Abort | Ask | Compile | End) -> None:

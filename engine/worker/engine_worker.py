@@ -18,16 +18,15 @@ from engine.errors import EngineStopped, RequestError
 from engine.interfaces import EngineWatch
 from engine.plugins import cache_watch
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import DraftCounts, RequestOutput
+from engine.text.output_delta import OutputDelta, delta_of
+from engine.text.outputs import RequestOutput
 from engine.worker.channel import Channel, ChannelClosed, remove_folder
 from engine.worker.messages import (
     Abort,
     Ask,
     Compile,
-    DraftNews,
     End,
     Ended,
-    News,
     Outputs,
     Ready,
     Refused,
@@ -180,42 +179,15 @@ class Host:
         news, ended = [], []
         for request_id, letter in letters:
             if isinstance(letter, RequestOutput):
-                news.append(news_of(letter))
+                news.append(delta_of(letter))
             else:
                 ended.append(Ended(request_id, letter.to_wire()))
         self._send_outputs(tuple(news), tuple(ended))
 
-    def _send_outputs(self, news: tuple[News, ...], ended: tuple[Ended, ...]) -> None:
+    def _send_outputs(self, news: tuple[OutputDelta, ...], ended: tuple[Ended, ...]) -> None:
         assert self._engine is not None and self._loop is not None
         num_received = self._loop.num_arrived + self._num_refused
         counts = num_received, self._engine.num_waiting
         if news or ended or counts != self._told:
             self._told = counts
             self._channel.send(Outputs(*counts, news, ended))
-
-
-def news_of(output: RequestOutput) -> News:
-    """``output`` without what its reader has already."""
-    is_first = len(output.output) == len(output.new_token_ids)
-    return News(
-        output.request_id,
-        output.new_token_ids,
-        output.new_text,
-        output.new_logprobs,
-        output.cached_len,
-        output.losses,
-        output.finish_reason,
-        output.timings,
-        output.num_preemptions,
-        output.prompt_logprobs if is_first else None,
-        None if output.drafts is None else _draft_news(output.drafts),
-        output.transferred,
-    )
-
-
-def _draft_news(counts: DraftCounts) -> DraftNews:
-    drafted, accepted = (
-        tuple((source, place, number) for (source, place), number in each.items())
-        for each in (counts.drafted, counts.accepted)
-    )
-    return DraftNews(counts.num_verified, drafted, accepted)

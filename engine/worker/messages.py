@@ -12,8 +12,7 @@ import msgspec
 from engine.errors import WireError
 from engine.requests.grammar import Grammar
 from engine.requests.sampling_params import SamplingParams
-from engine.text.outputs import FinishReason, SampledToken, Timings, Transferred
-from hybridcache.api import Losses
+from engine.text.output_delta import OutputDelta
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -102,34 +101,6 @@ class Refused(Message, frozen=True):
     reason: str
 
 
-class DraftNews(msgspec.Struct, frozen=True, array_like=True):
-    """A request's ``DraftCounts`` so far."""
-
-    num_verified: int
-    drafted: tuple[tuple[str, int, int], ...]
-    """(source, place, tokens)."""
-    accepted: tuple[tuple[str, int, int], ...]
-
-
-class News(msgspec.Struct, frozen=True, array_like=True, gc=False):
-    """What one step did for one request, without what the other side has: prompt, answer and text
-    so far."""
-
-    request_id: str
-    new_token_ids: tuple[int, ...]
-    new_text: str
-    new_logprobs: tuple[SampledToken, ...]
-    cached_len: int
-    losses: Losses | None
-    finish_reason: FinishReason | None
-    timings: Timings
-    num_preemptions: int
-    prompt_logprobs: tuple[SampledToken | None, ...] | None
-    """With the first tokens."""
-    drafts: DraftNews | None
-    transferred: Transferred | None
-
-
 class Ended(msgspec.Struct, frozen=True, array_like=True):
     """A request that gets no more news."""
 
@@ -143,7 +114,7 @@ class Outputs(Message, frozen=True):
     num_received: int
     """Prompts that came so far."""
     num_waiting: int
-    news: tuple[News, ...]
+    news: tuple[OutputDelta, ...]
     ended: tuple[Ended, ...]
 
 

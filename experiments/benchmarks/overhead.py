@@ -33,9 +33,9 @@ from engine.engine import StepReport
 from engine.runner.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
 from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.output_delta import delta_of
 from engine.text.outputs import SampledToken
 from engine.worker.channel import Channel, make_folder, remove_folder
-from engine.worker.engine_worker import news_of
 from engine.worker.messages import FromEngine, Outputs
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import ModelGeometry
@@ -177,7 +177,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
     while len(reports) < 50 + num_steps:
         outputs = engine.step()
         begin = time.perf_counter()
-        channel.send(Outputs(num_running, 0, tuple(map(news_of, outputs)), ()))
+        channel.send(Outputs(num_running, 0, tuple(map(delta_of, outputs)), ()))
         sending_s.append(time.perf_counter() - begin)
         while server.receive() is not None:
             pass  # The other side's work.

@@ -15,10 +15,10 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import RequestError, WireError
 from engine.interfaces import StepReport
-from engine.plugins.replicas.replica_output import Order, ReplicaFacts, news_of
+from engine.plugins.replicas.replica_output import Order, ReplicaFacts
 from engine.requests.sampling_params import SamplingParams
 from engine.schedule.report import CacheReport
-from engine.text.outputs import RequestOutput
+from engine.text.output_delta import OutputDelta, delta_of
 from hybridcache.routing.outbox import EventBatch, Outbox
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class EngineReplica:
             prefill_tokens_per_s=self._tokens_per_s,
         )
 
-    async def generate(self, order: Order) -> AsyncIterator[RequestOutput | WireError]:
+    async def generate(self, order: Order) -> AsyncIterator[OutputDelta | WireError]:
         """Yield outputs without what the server knows already: the prompt, and earlier tokens. An
         error of the request comes last. Left early, the request ends."""
         assert order.spec is not None
@@ -107,7 +107,7 @@ class EngineReplica:
                 if not is_covered and output.new_token_ids:
                     is_covered = True
                     await self._cover(order.request_id)
-                yield news_of(output)
+                yield delta_of(output)
         except Exception as error:
             if not isinstance(error, ValueError | RequestError):
                 logger.exception("The request %s failed.", order.request_id)

@@ -24,7 +24,7 @@ from engine.build import load_tokenizer_of, sampling_defaults
 from engine.config import EngineConfig
 from engine.errors import DuplicateId, RequestError, WireError
 from engine.plugins.replicas.fleet import Fleet
-from engine.plugins.replicas.replica_output import Answer, Order, ReplicaFacts
+from engine.plugins.replicas.replica_output import Order, ReplicaAnswer, ReplicaFacts
 from engine.requests.grammar import Grammar
 from engine.requests.request_factory import Intake
 from engine.requests.spec import Prompt, RequestSpec
@@ -225,7 +225,7 @@ class FleetEngine:
         route = RouteRequest(
             unique_id, tuple(tokens.tolist()), spec.namespace, boundaries=tuple(spec.boundaries)
         )
-        order, answer = Order(unique_id, spec, route), Answer(request_id, tokens)
+        order, answer = Order(unique_id, spec, route), ReplicaAnswer(request_id, tokens)
         self._waiting.add(unique_id)
         task = asyncio.ensure_future(self._follow_answer(order, answer, stream))
         self._tasks[request_id] = task
@@ -239,7 +239,9 @@ class FleetEngine:
         if task is not None:
             task.cancel()
 
-    async def _follow_answer(self, order: Order, answer: Answer, stream: RequestStream) -> None:
+    async def _follow_answer(
+        self, order: Order, answer: ReplicaAnswer, stream: RequestStream
+    ) -> None:
         """Hand the outputs of one request to ``stream``, from another replica where the first one
         died before the first token."""
         generate = self._handle.options(method_name="generate", stream=True)
@@ -255,8 +257,8 @@ class FleetEngine:
                     if not answer.num_tokens and output.new_token_ids:
                         self._waiting.discard(order.request_id)
                         self._fleet.prefilled(order.request_id)
-                    whole = answer.whole(output)
-                    if not output.is_finished:
+                    whole = answer.add(output)
+                    if not whole.is_finished:
                         stream.put(whole)
                     else:
                         self._end(order, stream, whole)

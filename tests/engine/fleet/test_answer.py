@@ -7,10 +7,11 @@ import pickle
 import numpy as np
 
 from engine import Engine, EngineConfig, RequestSpec, SamplingParams
-from engine.plugins.replicas.replica_output import Answer, news_of
+from engine.plugins.replicas.replica_output import ReplicaAnswer
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.output_delta import delta_of
 
 
 def test_an_answer_is_whole_on_the_other_side_and_a_step_sends_its_news() -> None:
@@ -23,10 +24,10 @@ def test_an_answer_is_whole_on_the_other_side_and_a_step_sends_its_news() -> Non
     sampling = SamplingParams(max_tokens=400, ignore_eos=True, logprobs=0)
     sent, outputs = [], []
     for output in engine.stream(RequestSpec([*range(300)], sampling)):
-        sent.append(pickle.dumps(news_of(output)))
+        sent.append(pickle.dumps(delta_of(output)))
         outputs.append(output)
-    answer = Answer("mine", outputs[0].prompt_token_ids)
-    arrived = [answer.whole(pickle.loads(one)) for one in sent]
+    answer = ReplicaAnswer("mine", outputs[0].prompt_token_ids)
+    arrived = [answer.add(pickle.loads(one)) for one in sent]
     for ours, theirs in zip(arrived, outputs, strict=True):
         assert (ours.text, ours.logprobs) == (theirs.text, theirs.logprobs)
         assert ours.token_ids == theirs.token_ids and ours.request_id == "mine"

@@ -15,8 +15,8 @@ from engine import Engine
 from engine.plugins.disaggregation import prefix_fetch as fetch
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.server.context import usage
+from engine.text.output_delta import delta_of
 from engine.worker.engine_client import Answer
-from engine.worker.engine_worker import news_of
 from tests.engine.transfer.pair import (
     GREEDY,
     assert_same,
@@ -82,7 +82,7 @@ def test_a_request_says_what_went_over_for_it(far: tuple[int, int]) -> None:
     whole = usage(outputs, 1)["prompt_tokens_details"]["transferred"]
     counts = transferred.as_dict()
     assert whole == {name: counts[name] for name in ("tokens", "needed_bytes", "wire_bytes")}
-    news = [news_of(output) for output in outputs]
+    news = [delta_of(output) for output in outputs]
     answers = [
         Answer(output.prompt_token_ids).add(one) for output, one in zip(outputs, news, strict=True)
     ]
