@@ -17,7 +17,7 @@ SCALE_BYTES = 4
 SCALINGS = ("head", "row", "column")
 DEFAULT_SCALING = "column"
 """Scaling used if none is given: the most exact for every kind of state, and no larger than
-``row`` (engine/README.md has the figures). A state is ``[heads, keys or state, values or
+``row`` (docs/engine/steps.md has the figures). A state is ``[heads, keys or state, values or
 channels]``, so a column is one channel."""
 ALIGNMENT = 16
 """Alignment in bytes of each of the three parts of a checkpoint."""

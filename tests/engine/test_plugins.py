@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,7 @@ from engine.requests.logit_rules import (
     Ruling,
     packed,
 )
+from engine.server.config import ServerConfig
 from engine.server.extension import Dialect
 from engine.server.schemas import TokenizeRequest
 from engine.testing.oracle import OracleRunner
@@ -268,3 +272,19 @@ def test_a_dialect_is_a_path_a_body_and_an_answer() -> None:
         assert client.post("/v9/words", json={"prompt": "hi"}).text == "/v9/words hi"
         operation = client.get("/openapi.json").json()["paths"]["/v9/words"]["post"]
     assert operation["operationId"].startswith("words")
+
+
+PLUGINS = Path(__file__).parents[2] / "engine" / "plugins"
+
+
+@pytest.mark.parametrize("folder", sorted(path.parent for path in PLUGINS.glob("*/__init__.py")))
+def test_the_readme_of_a_plugin_names_flags_that_exist(folder: Path) -> None:
+    text = (folder / "README.md").read_text()
+    known = {field.name for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
+    named = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", text)}
+    assert named <= known
+    assert {"| Flags |", "| Seam |", "| Tests |", "| Limits |"} <= set(
+        re.findall(r"\| \w+ \|", text)
+    )
+    for path in re.findall(r"`(tests/[\w/]+(?:\.py)?)", text):
+        assert (PLUGINS.parents[1] / path).exists(), path

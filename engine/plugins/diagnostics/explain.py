@@ -100,7 +100,7 @@ class Explanation:
         return None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; engine/README.md has the fields."""
+        """For JSON; docs/engine/capabilities.md has the fields."""
         parting = self.parting
         parted = None if parting is None else {n: getattr(parting, n) for n in Parting.__slots__}
         return {

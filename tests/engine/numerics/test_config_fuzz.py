@@ -231,7 +231,7 @@ def reference(case: Case, directory: Path, tokens: list[int]) -> torch.Tensor | 
 
 def follow_published_time_limits(model: Any) -> None:
     """The one place where transformers is not the reference: its Nemotron-H keeps time steps above
-    ``time_step_min``, the published code within ``time_step_limit`` (see engine/README.md)."""
+    ``time_step_min``, the published code within ``time_step_limit`` (see docs/engine/models.md)."""
     if model.config.get_text_config().model_type == "nemotron_h":
         for module in model.modules():
             if hasattr(module, "time_step_limit"):
