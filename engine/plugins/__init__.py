@@ -14,15 +14,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import threading
 
-    from engine.async_engine import ServedEngine
     from engine.config import EngineConfig
     from engine.interfaces import EngineCore, EngineWatch, StepTrace
     from engine.plugin import Plugin
     from engine.requests.grammar import Grammar
     from engine.requests.logit_rules import GrammarCompiler
     from engine.server.config import ServerConfig
-    from engine.server.extension import ChatHooks, ServerExtension
-    from engine.text.answer_forms import CallForm
+    from engine.text.answer_events import CallForm
     from engine.text.tokenizer import Tokenizer
 
 SETTINGS = {
@@ -110,15 +108,14 @@ def start_trace(engine: EngineCore, path: str) -> StepTrace:
     return trace
 
 
-def server_extensions() -> list[type[ServerExtension]]:
-    """Return the extensions of every server."""
+def server_extensions() -> list[Any]:
+    """Return the extensions of every server: subclasses of ``ServerExtension``."""
     return [_find(plugin, "server", "Extension") for plugin in SERVER]
 
 
-def chat_hooks(tokenizer: Tokenizer, config: ServerConfig) -> ChatHooks:
-    """Return the hooks around the chats of one server."""
-    hooks: ChatHooks = _find("diagnostics", "server", "Hooks")(tokenizer, config)
-    return hooks
+def chat_hooks(tokenizer: Tokenizer, config: ServerConfig) -> Any:
+    """Return the ``ChatHooks`` of one server."""
+    return _find("diagnostics", "server", "Hooks")(tokenizer, config)
 
 
 def plugin_verbs() -> dict[str, tuple[str, str]]:
@@ -131,11 +128,10 @@ def plugin_verb(verb: str) -> Any:
     return import_module(f"{__name__}.{VERBS[verb][0]}.command")
 
 
-def start_replicas(
-    config: EngineConfig, server: ServerConfig, address: str
-) -> tuple[ServedEngine, str]:
-    """Return (replicas that have loaded, the start screen). Raises ValueError."""
-    started: tuple[ServedEngine, str] = _find("replicas", "start_replicas", "start_replicas")(
+def start_replicas(config: EngineConfig, server: ServerConfig, address: str) -> tuple[Any, str]:
+    """Return (replicas that have loaded, as a ``ServedEngine``; the start screen). Raises
+    ValueError."""
+    started: tuple[Any, str] = _find("replicas", "start_replicas", "start_replicas")(
         config, server, address
     )
     return started

@@ -8,12 +8,11 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from engine import RequestOutput
 from engine.server import logprobs
 from engine.server import response_extras as reported
+from engine.server.chat_hooks import ChatDiagnostics
 from engine.server.chat_session import Answer, Exchange, News, ask
 from engine.server.context import ServingContext, usage
-from engine.server.extension import ChatDiagnostics
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
 from engine.server.tenants import new_id
@@ -24,7 +23,7 @@ from engine.text.answer_events import (
     ReasoningDelta,
     TextDelta,
 )
-from engine.text.outputs import SampledToken
+from engine.text.outputs import RequestOutput, SampledToken
 
 
 async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:

@@ -9,16 +9,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from engine import Grammar, RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
+from engine.requests.grammar import Grammar
+from engine.requests.spec import RequestSpec
+from engine.server.chat_hooks import ChatDiagnostics
 from engine.server.context import ServingContext
 from engine.server.errors import APIError, quoted
-from engine.server.extension import ChatDiagnostics
 from engine.server.schemas import ChatRequest, NamedTool, TokenizeRequest, cuts_of
 from engine.server.tenants import AnswerId, Tenant
 from engine.text.answer_events import BrokenCall, CallBegin, CallEnd, Event, as_message, joined
 from engine.text.answer_forms import AnswerForm, AnswerReader
 from engine.text.chat_template import TemplateError
+from engine.text.outputs import RequestOutput
 from engine.text.templates import ChatPrompt, render_chat
 
 

@@ -9,15 +9,15 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from engine import RequestOutput, RequestSpec
 from engine.async_engine import RequestStream
+from engine.requests.spec import RequestSpec
 from engine.server import logprobs
 from engine.server import response_extras as reported
 from engine.server.context import ServingContext, usage
 from engine.server.schemas import CompletionRequest
 from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
 from engine.server.tenants import AnswerId, Tenant
-from engine.text.outputs import SampledToken
+from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import EncodeOptions
 
 

@@ -11,12 +11,14 @@ from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 import numpy as np
 from fastapi import Request, Response
 
-from engine import Grammar, RequestOutput, RequestSpec
 from engine.async_engine import RequestStream, ServedEngine
 from engine.errors import ContextOverflow, QueueFull, RequestError
 from engine.plugins import chat_hooks
+from engine.requests.grammar import Grammar
+from engine.requests.spec import RequestSpec
 from engine.server import request_log
 from engine.server.body import to_json
+from engine.server.chat_hooks import ChatHooks
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, of_failure, quoted
 from engine.server.metrics import Metrics
@@ -24,7 +26,7 @@ from engine.server.schemas import Guided
 from engine.server.streaming import interleave
 from engine.server.tenants import AnswerIds, Tenant, Tenants
 from engine.server.workers import Workers
-from engine.text.outputs import DraftCounts, Transferred
+from engine.text.outputs import DraftCounts, RequestOutput, Transferred
 from engine.text.reasoning import CLOSE
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.api import Losses
@@ -43,7 +45,7 @@ class ServingContext:
         self._tenants = Tenants()
         self.ids = AnswerIds()
         self.metrics = Metrics()
-        self.chats = chat_hooks(self.tokenizer, config)
+        self.chats: ChatHooks = chat_hooks(self.tokenizer, config)
         self.created = int(time.time())
 
     @property

@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from engine import RequestOutput
 from engine.server.logprobs import PIECE, finite, token_text
 from engine.server.schemas import TokenOptions
 from engine.server.workers import give_way
-from engine.text.outputs import SampledToken
+from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import Tokenizer
 
 

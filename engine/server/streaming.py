@@ -19,10 +19,10 @@ from fastapi import Request
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from engine import RequestOutput
 from engine.async_engine import RequestStream
 from engine.server.errors import APIError, of_failure
 from engine.text.json_text import write_json
+from engine.text.outputs import RequestOutput
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")

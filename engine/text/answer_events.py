@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 """Marks around a tool call in the text of an answer."""
@@ -54,6 +54,29 @@ class BrokenCall:
 
 Event = ReasoningDelta | TextDelta | CallBegin | CallArguments | CallEnd | BrokenCall
 _TEXTS = (ReasoningDelta, TextDelta, CallArguments)
+
+
+class CallReading(Protocol):
+    """Reads one answer's text and calls as the answer grows."""
+
+    def push(self, text: str) -> list[Event]:
+        """Return what became certain."""
+        ...
+
+    def flush(self, is_cut: bool) -> list[Event]:
+        """Return what was held back: there is no more text."""
+        ...
+
+
+class CallForm(Protocol):
+    """One form of tool calls."""
+
+    FORM: str
+    """Name of the form, for grammars of calls."""
+
+    def __call__(self, tools: Sequence[Mapping[str, Any]]) -> CallReading:
+        """Return a reader of one answer that may call ``tools``."""
+        ...
 
 
 def joined(events: Iterable[Event]) -> list[Event]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from engine.plugins import call_form
 from engine.text import reasoning
-from engine.text.answer_events import CALL_CLOSE, CALL_OPEN, Event, TextDelta, joined
+from engine.text.answer_events import CALL_CLOSE, CALL_OPEN, CallForm, Event, TextDelta, joined
 from engine.text.reasoning import ReasoningReader
 
 MARKS = (reasoning.OPEN, reasoning.CLOSE, CALL_OPEN, CALL_CLOSE)
@@ -16,29 +16,6 @@ MARKS = (reasoning.OPEN, reasoning.CLOSE, CALL_OPEN, CALL_CLOSE)
 vocabulary has them among those that are not shown."""
 PIECE = 512
 """Characters that are read at a time."""
-
-
-class CallReading(Protocol):
-    """Reads one answer's text and calls as the answer grows."""
-
-    def push(self, text: str) -> list[Event]:
-        """Return what became certain."""
-        ...
-
-    def flush(self, is_cut: bool) -> list[Event]:
-        """Return what was held back: there is no more text."""
-        ...
-
-
-class CallForm(Protocol):
-    """One form of tool calls."""
-
-    FORM: str
-    """Name of the form, for grammars of calls."""
-
-    def __call__(self, tools: Sequence[Mapping[str, Any]]) -> CallReading:
-        """Return a reader of one answer that may call ``tools``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

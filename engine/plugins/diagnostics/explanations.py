@@ -15,13 +15,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from engine import RequestOutput
 from engine.plugins.diagnostics.explain import Change, Explanation, Found, Parting, explain
 from engine.plugins.diagnostics.outline import Outline, Outliner
 from engine.server.response_extras import cache_headers
 from engine.server.tenants import Tenant
 from engine.server.workers import Workers
 from engine.text.chat_template import ChatTemplate, TemplateError
+from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import Tokenizer
 from hybridcache.tokens import Tokens, common_prefix_len
 

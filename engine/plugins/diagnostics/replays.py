@@ -11,13 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from engine import RequestOutput
 from engine.plugins.diagnostics.answers import AnswerMemory, said_by
 from engine.plugins.diagnostics.outline import SYSTEM_ROLES
+from engine.server.chat_hooks import ChatInput, Message
 from engine.server.config import ServerConfig
-from engine.server.extension import ChatInput, Message
 from engine.server.tenants import Tenant
 from engine.text.answer_forms import MARKS as PARTS
+from engine.text.outputs import RequestOutput
 from engine.text.splice import SampledTurn
 from engine.text.templates import ChatPrompt
 from engine.text.tokenizer import Tokenizer

@@ -8,14 +8,15 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request
 
-from engine import RequestOutput
 from engine.plugins.diagnostics.explanations import Explanations, Inquiry
 from engine.plugins.diagnostics.replays import Replays, compiled
+from engine.server.chat_hooks import ChatDiagnostics, ChatInput, Message
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError
-from engine.server.extension import ChatDiagnostics, ChatInput, Message, ServerExtension
+from engine.server.extension import ServerExtension
 from engine.server.operator import Operator
 from engine.server.tenants import Tenant
+from engine.text.outputs import RequestOutput
 from engine.text.templates import ChatPrompt
 from engine.text.tokenizer import Tokenizer
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from engine import RequestOutput
 from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
 from engine.server.body import to_json
 from engine.server.chat_session import Answer, Exchange, Finish, ask, render, settle_system
@@ -25,6 +24,7 @@ from engine.text.answer_events import (
     ReasoningDelta,
     TextDelta,
 )
+from engine.text.outputs import RequestOutput
 
 PING_S = 10.0
 """Silence after which a stream says that it lives."""

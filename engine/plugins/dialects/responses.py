@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from fastapi import Request, Response
 
-from engine import RequestOutput
 from engine.plugins.dialects.response_store import ResponseStore, StoredResponse, held_bytes
 from engine.plugins.dialects.responses_body import ResponsesRequest, TextConfig
 from engine.server.body import to_json
@@ -26,6 +25,7 @@ from engine.text.answer_events import (
     ReasoningDelta,
     TextDelta,
 )
+from engine.text.outputs import RequestOutput
 
 Kind = Literal["reasoning", "message", "function_call"]
 PREFIXES: dict[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}

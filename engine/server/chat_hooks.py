@@ -1,0 +1,98 @@
+"""Seam around each chat of a server, whatever its dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from engine.text.splice import SampledTurn
+
+if TYPE_CHECKING:
+    from engine.server.tenants import Tenant
+    from engine.server.workers import Workers
+    from engine.text.outputs import RequestOutput
+    from engine.text.templates import ChatPrompt
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """A chat as it is rendered."""
+
+    messages: list[Message]
+    variables: Mapping[str, Any] | None
+    sampled: Mapping[int, SampledTurn]
+    """Tokens that were sampled for messages that are earlier answers, by index of the message."""
+    keeps_thinking: bool
+    place: Any
+    """Place of its answer, for ``ChatHooks.after_answer``."""
+
+
+class ChatDiagnostics(Protocol):
+    """Observes one chat while it is answered, and explains its cache misses if asked."""
+
+    @property
+    def answer_id(self) -> str: ...
+
+    async def see(self, output: RequestOutput, workers: Workers) -> None:
+        """Take the next output of the first answer."""
+        ...
+
+    def end(self, output: RequestOutput, message: Mapping[str, Any]) -> None:
+        """Take the last output of the first answer, and the answer as a message."""
+        ...
+
+    def headers(self) -> dict[str, str]:
+        """Return response headers about the cache; empty before the first output."""
+        ...
+
+    def told(self) -> dict[str, Any]:
+        """Return the explanation in OpenAI's form, if one was asked for."""
+        ...
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return the explanation in Anthropic's form, if one was asked for."""
+        ...
+
+
+class ChatHooks(Protocol):
+    """Hooks around every chat of a server, whatever its dialect."""
+
+    def before_render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        tenant: Tenant,
+    ) -> ChatInput:
+        """Return the chat as it is to be rendered. O(its size)."""
+        ...
+
+    def diagnose(
+        self,
+        answer_id: str,
+        token_ids: np.ndarray,
+        *,
+        compared_with: str | None,
+        is_asked: bool,
+        request_id: str | None,
+        model: str,
+        tenant: Tenant,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        size: int,
+    ) -> ChatDiagnostics:
+        """Return the observer of a chat of ``size`` bytes before it is answered. ``compared_with``:
+        id of an earlier answer to compare it with. ``is_asked``: Anthropic's form is wanted."""
+        ...
+
+    def after_answer(
+        self, prompt: ChatPrompt, place: Any, message: Message, output: RequestOutput
+    ) -> None:
+        """Take a whole answer, given to the client as ``message``. O(its size)."""
+        ...
