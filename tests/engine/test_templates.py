@@ -9,9 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.chat_template import ChatTemplate, TemplateError
 from engine.text.templates import (
-    ChatTemplate,
-    TemplateError,
     mark_control_tokens,
     render_chat,
 )

@@ -15,8 +15,7 @@ from engine import Engine
 from engine.plugins.disaggregation import prefix_fetch as fetch
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.server.context import usage
-from engine.text.output_delta import delta_of
-from engine.worker.engine_client import Answer
+from engine.text.output_delta import OutputAccumulator, delta_of
 from tests.engine.transfer.pair import (
     GREEDY,
     assert_same,
@@ -84,7 +83,8 @@ def test_a_request_says_what_went_over_for_it(far: tuple[int, int]) -> None:
     assert whole == {name: counts[name] for name in ("tokens", "needed_bytes", "wire_bytes")}
     news = [delta_of(output) for output in outputs]
     answers = [
-        Answer(output.prompt_token_ids).add(one) for output, one in zip(outputs, news, strict=True)
+        OutputAccumulator(one.request_id, output.prompt_token_ids).add(one)
+        for output, one in zip(outputs, news, strict=True)
     ]
     assert [answer.transferred for answer in answers] == said
     hit = engine.generate([text(20, 300)], GREEDY)[0]
