@@ -1,7 +1,7 @@
-"""An engine in a thread of its own, for callers that live in asyncio.
+"""Engine in a separate thread, for callers in asyncio.
 
 Outputs are handed to the caller's event loop; a caller that reads slowly finds its outputs queued
-up. ``engine_loop.py`` has what the thread does.
+up. ``engine_loop.py`` is the loop of the thread.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 
 
 class NoSingleEngine(RuntimeError):
-    """What reads one engine's tree was asked of several engines."""
+    """A view of one engine's tree was requested from several engines."""
 
 
 class RequestStream:
@@ -77,7 +77,7 @@ class RequestStream:
         return output
 
     def abort(self) -> None:
-        """End the request; what it held is free before the next step. Does nothing to one that has
+        """End the request; its memory is free before the next step. Does nothing if it has
         ended."""
         if not (self._has_all or self._was_aborted):
             self._was_aborted = True
@@ -90,11 +90,11 @@ class RequestStream:
 
 
 class Watching(Protocol):
-    """What one engine's ``Watch`` tells, asked from an event loop. EngineStopped: it has ended."""
+    """View of one engine for an event loop; see ``EngineWatch``. Raises EngineStopped."""
 
     async def take(self) -> list[Record]: ...
     async def whole(self) -> tuple[list[Record], dict[str, Any]]:
-        """(what was not yet taken, all there is with it)."""
+        """Return (changes not yet taken, the state with them)."""
         ...
 
     async def node(self, id_: int) -> dict[str, Any] | None: ...
@@ -102,8 +102,8 @@ class Watching(Protocol):
 
 
 class ServedEngine(Protocol):
-    """What a server needs of an engine: one in a process of its own or in a thread, or replicas of
-    it; see ``AsyncEngine``."""
+    """Engine as a server uses it: in a thread, in another process, or replicas; see
+    ``AsyncEngine``."""
 
     @property
     def config(self) -> EngineConfig: ...
@@ -202,8 +202,8 @@ class AsyncEngine(EngineLoop[RequestStream]):
             stream.abort()
 
     async def call(self, function: Callable[[Engine], Result]) -> Result:
-        """What ``function`` makes of the engine, called in its thread between two steps.
-        EngineStopped: it has ended."""
+        """Return ``function(engine)``, called in the engine's thread between two steps. Raises
+        EngineStopped if it has ended."""
         answer: Future[Result] = Future()
 
         def run() -> None:
@@ -260,7 +260,7 @@ class AsyncEngine(EngineLoop[RequestStream]):
     def _join(self) -> None:
         if self._thread.ident is not None:
             self._thread.join()
-        else:  # It never started, so nobody else tells those who wait.
+        else:  # It never started: its loop cannot end the streams.
             self._engine.disconnect()
             self._close()
 
@@ -285,8 +285,8 @@ class _ThreadWatch:
 
 
 def _post(letters: Sequence[Letter]) -> None:
-    """Have ``letters`` delivered in the event loops of their streams, one call for each loop;
-    nobody reads any more in a loop that is closed."""
+    """Deliver ``letters`` in the event loops of their streams, with one call per loop. Closed loops
+    are skipped."""
     mail: dict[asyncio.AbstractEventLoop, list[Letter]] = {}
     for letter in letters:
         mail.setdefault(letter[0].loop, []).append(letter)

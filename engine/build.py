@@ -1,4 +1,4 @@
-"""How an engine's settings find the parts it is made of."""
+"""Construction of an engine's parts from its settings."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def make_parts(
     fetcher: Fetcher | None,
     clock: Callable[[], float],
 ) -> Parts:
-    """Make the parts that the settled ``config`` asks for; see ``Engine.__init__``."""
+    """Make the parts of a settled ``config``; see ``Engine.__init__``."""
     assert config.token_budget is not None
     built = cache_config(config, runner)
     for plugin in plugins:
@@ -116,17 +116,17 @@ def names_tokenizer(config: EngineConfig) -> bool:
 
 
 def sampling_defaults(config: EngineConfig) -> dict[str, float]:
-    """What requests that say nothing are sampled with, where the model has an opinion."""
+    """Return the sampling defaults that the model recommends."""
     if config.model is None or config.sampling_defaults == "none":
         return {}
     return read_sampling_defaults(Path(config.model))
 
 
 def read_sampling_defaults(model_dir: Path) -> dict[str, float]:
-    """Fields of ``SamplingParams`` that ``generation_config.json`` names; none without the file.
+    """Return the fields of ``SamplingParams`` in ``generation_config.json``; none without the file.
 
-    ValueError: a value that could not be served, in one sentence. Its ``do_sample`` is not asked,
-    as in vLLM: whoever wants no draw says temperature 0.
+    Raises ValueError for a value out of range. ``do_sample`` is ignored, as in vLLM: requests set
+    temperature 0 for greedy decoding.
     """
     path = model_dir / "generation_config.json"
     named = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -141,7 +141,7 @@ def read_sampling_defaults(model_dir: Path) -> dict[str, float]:
 
 
 def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
-    """What the runner's pools hold, as the cache that ``config`` names. ConfigError: the model does
+    """Return the config of the cache for the runner's pools. Raises ConfigError if the model does
     not suit it."""
     memory, kind = runner.memory, config.prefix_cache
     if memory.is_stateful and kind == "radix":

@@ -65,13 +65,12 @@ class Engine:
         fetcher: Fetcher | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """Load what ``config`` names, or serve with the ``runner``, ``sampler`` and ``tokenizer``
-        given.
+        """Load the model that ``config`` names, or serve with the given ``runner``, ``sampler`` and
+        ``tokenizer``.
 
-        ``observer`` is notified of every step, ``log`` records every lease, ``drafting`` stands in
-        place of what ``config.draft`` names, ``fetcher`` has prefixes that the cache has not.
-        ConfigError: settings that can not work together; what loading refuses is a ValueError of
-        one sentence too.
+        ``observer`` is notified of every step, ``log`` records every lease. ``drafting`` replaces
+        the planner of ``config.draft``; ``fetcher`` loads prefixes that the cache lacks. Raises
+        ConfigError for settings that contradict each other, and ValueError if loading fails.
         """
         config = config or EngineConfig()
         parse_placement(",".join(config.checkpoints))
@@ -79,7 +78,7 @@ class Engine:
             config = resolve_config(config)
         plugins = engine_plugins(config)
         self.plugins = {plugin.name: plugin for plugin in plugins}
-        """Optional capabilities that the settings ask for, by name."""
+        """Optional capabilities chosen by the settings, by name."""
         if runner is None:
             runner, sampler, tokenizer = load(config, plugins)
         if sampler is None:
@@ -88,7 +87,7 @@ class Engine:
         self.runner = runner
         self.tokenizer = tokenizer
         self.sampling_defaults = sampling_defaults(config)
-        """Fields of ``SamplingParams`` that the model recommends, for whoever says nothing."""
+        """Defaults of ``SamplingParams`` that the model recommends."""
         self._sampler = sampler
         self._observer = observer
         self._log = log
@@ -139,8 +138,8 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a prompt and its answer together: what the model takes and the memory
-        holds."""
+        """Most tokens of a prompt and its answer together: the smaller of the model's limit and
+        the memory's."""
         return min(self.runner.max_model_len, self.runner.memory.max_request_len)
 
     def observe(self, observer: Observer) -> None:
@@ -155,10 +154,10 @@ class Engine:
     ) -> str:
         """Queue a prompt; returns the request's id. O(length of the prompt).
 
-        ``options`` are the other fields of ``RequestSpec``, which says what each means:
-        ``submit([1, 2, 3], params, namespace="tenant")``; or give a whole one in place of the
-        prompt. ValueError: a request that can not be served, in one sentence; QueueFull: as many
-        wait as may.
+        ``options`` are the other fields of ``RequestSpec``, as in
+        ``submit([1, 2, 3], params, namespace="tenant")``. A whole ``RequestSpec`` may be given in
+        place of the prompt. Raises ValueError for a request that cannot be served, and QueueFull if
+        the queue is full.
         """
         spec = RequestSpec.of(prompt, sampling, options)
         if not self.has_room:
@@ -181,8 +180,8 @@ class Engine:
         self._intake.grammars.compile(grammar)
 
     def prepare_grammars(self) -> None:
-        """Build what the first grammar needs. It takes a second for a large vocabulary, in which
-        no other thread of the process runs. Does nothing if answers cannot be guided here."""
+        """Load the grammar library and build its vocabulary. A large one takes a second, during
+        which no other thread of the process runs. Does nothing if answers cannot be guided."""
         self._intake.grammars.load()
 
     def enqueue(self, request: Request) -> None:
@@ -196,12 +195,12 @@ class Engine:
 
     @property
     def cache(self) -> PrefixCache:
-        """The cache itself, for whoever follows its changes; not to be changed."""
+        """Cache of this engine, for listeners; read-only."""
         return self._cache
 
     @property
     def requests(self) -> Collection[Request]:
-        """Those that wait or run."""
+        """Waiting and running requests."""
         return self._requests.values()
 
     @property
@@ -210,8 +209,8 @@ class Engine:
         return self._scheduler.num_waiting < self.config.max_queue
 
     def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request at once; everything it held is free when this returns. None: it had ended
-        already."""
+        """End a request at once; its memory is free when this returns. Returns its last output, or
+        None if it had ended already."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
@@ -244,23 +243,23 @@ class Engine:
             plugin.wake = wake
 
     def stop_accepting(self) -> None:
-        """Take no more work from other engines, and finish what is in progress for them: for an
-        engine that is to end. Requests of one's own can still be submitted."""
+        """Accept no more work from other engines and finish the work in progress for them: the
+        engine is about to end. Local requests can still be submitted."""
         for hooks in self._hooks:
             hooks.stop_accepting()
 
     def disconnect(self) -> None:
-        """End at once what is done for and by other engines."""
+        """End all work for and by other engines at once."""
         for hooks in self._hooks:
             hooks.disconnect()
 
     def step(self) -> list[RequestOutput]:
-        """Compute one batch; returns what is new, per request.
+        """Compute one batch; returns the new output of each request.
 
-        Where the device works by itself, a step is committed only after the next one was handed to
-        it, so that it never waits for the host: outputs then come one call later. A step that
-        raises is lost, its requests are not; what it had committed by then comes with the next
-        call, or from ``take_outputs``.
+        On an asynchronous device a step is committed after the next one was launched, so that the
+        device never waits for the host: outputs then come one call later. If a step raises, its
+        requests survive. Outputs that it had committed come with the next call, or from
+        ``take_outputs``.
         """
         with self._recovering():
             if not self._scheduler.must_commit:
@@ -274,7 +273,7 @@ class Engine:
 
     @contextmanager
     def _recovering(self) -> Iterator[None]:
-        """Whatever breaks a step off (an interrupt, say), the engine can go on with the next."""
+        """Restore a consistent state after any exception in a step, an interrupt included."""
         try:
             yield
         except BaseException as error:
@@ -283,7 +282,7 @@ class Engine:
             for hooks in self._hooks:
                 hooks.on_step_failed()
             half_done, self._committing = self._committing, EMPTY
-            # What a step with drafts published has its states where the runner's commit puts them.
+            # States that a step with drafts published are in place after the runner's commit only.
             if self._manager.lost_moves() or half_done.has_drafts:
                 for hooks in self._hooks:
                     hooks.on_cache_lost()
@@ -347,7 +346,7 @@ class Engine:
         return outputs
 
     def take_outputs(self) -> list[RequestOutput]:
-        """What is committed and was not returned by a step, because it broke off."""
+        """Return outputs that were committed by a step that broke off."""
         outputs = [request.report() for request in self._scheduler.take_progressed()]
         for output in outputs:
             if output.finish_reason is not None:
@@ -465,8 +464,8 @@ class Engine:
                     box.append(output)
 
     def end_session(self, request_id: str) -> None:
-        """End the session whose newest request is ``request_id``: no request follows it. Does
-        nothing if another one has. O(sessions)."""
+        """End the session with the newest request ``request_id``: no request follows it. Does
+        nothing if one did. O(sessions)."""
         self._scheduler.end_session_of(request_id)
 
     def reset_prefix_cache(self) -> None:
@@ -509,8 +508,8 @@ class Engine:
         return self.cache_report() | {"tree": self.outline().splitlines()}
 
     def close(self) -> None:
-        """End all requests, those of other engines too, and write what is still to be kept. Only
-        engines with a role or with lower tiers need it."""
+        """End all requests, those of other engines too, and complete pending writes. Only engines
+        with plugins need it."""
         for request_id in tuple(self._requests):
             self.abort(request_id)
         self.disconnect()

@@ -1,12 +1,11 @@
-"""An engine that steps for others: their orders are done between two steps, and what a step made is
-delivered to whoever follows its requests.
+"""Loop of the engine's thread: commands of other threads between two steps, outputs after each.
 
-One thread calls ``run``. Callers share nothing with it but an inbox of orders; a step never waits
-for a caller.
+One thread calls ``run``. Callers share an inbox of commands with it and nothing else; a step never
+waits for a caller.
 
-A step that fails (for want of memory, say) takes the requests that ran along with it, and the
-engine goes on; if the next one fails too, or what computes has gone, the engine ends, and says so
-to everybody.
+A step that fails, for lack of memory for example, fails the requests that ran, and the engine goes
+on. If the next step fails too, or the runner is lost, the engine ends and all waiting callers get
+an error.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
     from engine.requests.request import Request
 
 Reader = TypeVar("Reader")
-"""Who follows a request."""
+"""Receiver of a request's outputs."""
 STOPPED = "The engine stopped before the answer was done."
 STOPPING = "The engine is stopping and takes no more requests."
 FAILED = "The engine has failed, its log says why: restart it."
@@ -75,9 +74,9 @@ class EngineLoop(Generic[Reader]):
         return self._has_failed
 
     def enqueue(self, request: Request, reader: Reader) -> None:
-        """Have a prepared request queued before the next step. From any thread; raises before
-        anything is queued: QueueFull, EngineStopped where the engine is stopping, or DuplicateId
-        where a request of the same id goes on."""
+        """Queue a prepared request before the next step. From any thread. Raises QueueFull,
+        EngineStopped if the engine is stopping, or DuplicateId if a request of the same id is in
+        progress."""
         request_id = request.request_id
 
         def arrive() -> None:
@@ -100,7 +99,7 @@ class EngineLoop(Generic[Reader]):
             self._order(arrive)
 
     def order(self, order: Callable[[], None]) -> None:
-        """Have ``order`` done before the next step. From any thread. EngineStopped: it has
+        """Run ``order`` before the next step. From any thread. Raises EngineStopped if the loop has
         ended."""
         with self._wake:
             if self._is_closed:
@@ -129,7 +128,7 @@ class EngineLoop(Generic[Reader]):
             self._wake.notify()
 
     def _order(self, order: Callable[[], None]) -> None:
-        """Have ``order`` done by the thread before its next step. The caller holds ``_wake``."""
+        """Queue ``order`` for the thread, before its next step. The caller holds ``_wake``."""
         self._orders.append(order)
         self._wake.notify()
 
@@ -138,7 +137,7 @@ class EngineLoop(Generic[Reader]):
             self._wake.notify()
 
     def run(self) -> None:
-        """Step until ``end``, or until the engine fails; afterwards nobody waits any more."""
+        """Step until ``end``, or until the engine fails. No caller waits afterwards."""
         if isinstance(self._engine.runner, Losable):
             self._engine.runner.when_lost(self.order)
         try:
@@ -160,7 +159,7 @@ class EngineLoop(Generic[Reader]):
                 self._close()
 
     def _step(self) -> None:
-        """One step, or what one that failed leaves to do. Raises where the one before it failed
+        """Run one step and deliver its outputs. Raises if it fails and the one before it did
         too."""
         try:
             outputs = self._engine.step()
@@ -187,8 +186,8 @@ class EngineLoop(Generic[Reader]):
                 self._deliver([(reader, StepFailed("the step that computed it broke off"))])
 
     def _run_commands(self) -> bool:
-        """Do all orders, and wait for one where there is nothing to compute. False: the thread
-        ends."""
+        """Run all queued commands, and wait for one if there is nothing to compute. Returns False
+        if the thread is to end."""
         engine = self._engine
         while True:
             rest_s = None if engine.has_work() else engine.run_idle_tasks()
@@ -219,7 +218,7 @@ class EngineLoop(Generic[Reader]):
         self._deliver(mail)
 
     def _close(self) -> None:
-        """Tell everybody who waits that nothing will come."""
+        """End all streams with an error."""
         with self._wake:
             self._is_open, self._is_closed = False, True
             orders, self._orders = self._orders, deque()

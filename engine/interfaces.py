@@ -64,16 +64,16 @@ class RunnerLost(RuntimeError):
 
 @runtime_checkable
 class Losable(Protocol):
-    """A runner whose parts may go while it has nothing to do."""
+    """Runner with processes or devices that may fail while it is idle."""
 
     def when_lost(self, order: Callable[[Callable[[], None]], None]) -> None:
-        """Where that happens ``order`` gets, from any thread, what is to be called between two
-        steps: it raises RunnerLost."""
+        """Pass ``order`` a function that raises RunnerLost, from any thread, when a part fails.
+        ``order`` has it called between two steps."""
         ...
 
 
 class Runner(Protocol):
-    """What the engine asks of a model runner."""
+    """Runner of a model, as the engine uses it."""
 
     @property
     def memory(self) -> MemorySizes: ...
@@ -93,28 +93,28 @@ class Runner(Protocol):
         ...
 
     def forward(self, batch: Batch, drawn: Any = None) -> Any:
-        """Logits, indexable by row: one for a segment that wants its last, one per token where it
-        wants all.
+        """Compute a batch. Returns logits by row: one row for a segment with ``logits`` "last", one
+        per token for "all".
 
         ``drawn`` are the ``tokens`` drawn by the step before, for ``batch.late_tokens``."""
         ...
 
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """Of the ``batch`` computed last, each segment with drafts keeps so many of its tokens (0:
-        nobody wants its state): its state moves on by them, and the states that it exports at
-        positions up to there are in their slots after. Not called for a batch without drafts."""
+        """Keep ``taken`` tokens of each segment with drafts of the ``batch`` computed last; 0 if
+        its state is not needed. Its state moves on by that many tokens, and its exports up to there
+        are in their slots afterwards. Not called for a batch without drafts."""
         ...
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
-        """What the model's own multi-token head takes to follow each newest token, which is not
-        computed yet: int32, at most as many as ``most`` says, 1 or more. Between the ``commit`` of
-        a batch and the next ``forward``."""
+        """Draft tokens after each newest token, which is not computed yet, with the model's
+        multi-token head. Returns at most ``most`` tokens each, 1 or more, as int32. Called between
+        the ``commit`` of a batch and the next ``forward``."""
         ...
 
     def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> HostTier:
-        """Have the transfers between tiers in batches executed by a copier that ``copier`` makes
-        for this runner's arena, with ``num_host_rows`` of host memory. Raises ModelError if there
-        is no such memory."""
+        """Execute transfers between tiers with the copier that ``copier`` makes for this runner's
+        arena and ``num_host_rows`` of host memory. Raises ModelError if that cannot be
+        allocated."""
         ...
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
@@ -132,7 +132,7 @@ class PendingTokens(Protocol):
     """Tokens on their way from the device."""
 
     tokens: Any
-    """What ``Runner.forward`` takes: they need not be waited for."""
+    """Argument of ``Runner.forward``, before the tokens have arrived."""
 
     def wait(self) -> Sequence[SampledToken]:
         """The tokens, as soon as they are there."""
@@ -140,13 +140,13 @@ class PendingTokens(Protocol):
 
 
 class TokenSampler(Protocol):
-    """What the engine asks of a sampler."""
+    """Sampler, as the engine uses it."""
 
     def launch(
         self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
     ) -> PendingTokens:
-        """Begin to draw a token for each request, from its row of ``logits``; what else the device
-        has to do may go on."""
+        """Start to draw a token for each request, from its row of ``logits``, without waiting for
+        the device."""
         ...
 
     def keep(self, logits: Any, row: int) -> Any:

@@ -52,7 +52,7 @@ def _find(plugin: str, module: str, name: str) -> Any:
 
 
 def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
-    """Return the plugins that ``config`` asks for, in the order of ``SETTINGS``."""
+    """Return the plugins with settings in ``config``, in the order of ``SETTINGS``."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     return tuple(
         _find(plugin, "plugin", "EnginePlugin")(config)
@@ -72,8 +72,7 @@ def grammar_compiler(
 
 
 def call_form(template: str) -> CallForm | None:
-    """Return the form of the tool calls that a chat template asks for; None if it has none that is
-    known."""
+    """Return the form of tool calls that a chat template shows; None if it shows no known one."""
     form: CallForm | None = _find("tool_calls", "forms", "call_form")(template)
     return form
 

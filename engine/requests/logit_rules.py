@@ -59,8 +59,8 @@ class LogitRule:
     """True if the rule reads the newest token, which the host may still have to wait for."""
 
     def must_see(self, draw: int) -> bool:
-        """Return True if the rule for draw number ``draw`` reads the token before it, and the host
-        must know that token before the step is scheduled."""
+        """Return True if the rule for draw number ``draw`` reads the token before it. The host
+        must have that token before the step is scheduled."""
         return False
 
     def possible(self, answer: Tokens, drafts: Tokens) -> Tokens:
@@ -97,7 +97,7 @@ class GrammarCompiler(Protocol):
     """Compiles grammars for one engine. Safe to call from any thread."""
 
     def load(self) -> None:
-        """Load what the first grammar needs; see ``Engine.prepare_grammars``."""
+        """Load the library and the vocabulary; see ``Engine.prepare_grammars``."""
         ...
 
     def compile(self, grammar: Grammar) -> None:

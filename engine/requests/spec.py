@@ -1,5 +1,4 @@
-"""What a request asks for, in one place: the server's front, the command line and a user's own code
-build it, everything behind them reads it."""
+"""Specification of one request, built by the server, the command line or user code."""
 
 from __future__ import annotations
 
@@ -22,36 +21,36 @@ class RequestSpec:
     prompt: Prompt
     """A text, or token ids: a list or int[n]."""
     sampling: SamplingParams | None = None
-    """None: as the model recommends."""
+    """None for the model's recommendation."""
     namespace: Hashable = None
     """Requests of different namespaces share nothing of the cache. None, a str, bytes, an int, or a
     tuple of these."""
     boundaries: Sequence[int] = ()
     """Positions known to survive into later prompts; those outside the prompt are left out."""
     answer_survives: bool = True
-    """False: later prompts are known to leave this one before its end, and no state is saved past
+    """False if later prompts are known to leave this one before its end: no state is saved past
     it."""
     ends_session: bool = False
-    """True: the client says that no request of this session follows."""
+    """True if no request of this session follows, as the client says."""
     save_at: Sequence[int] = ()
-    """Positions of the prompt where its state is saved whatever the placement says, floored to the
+    """Positions of the prompt at which its state is saved for any placement policy, floored to the
     grid."""
     prompt_logprobs: int | None = None
-    """Report the prompt's own log-probabilities with this many alternatives, for which no cache is
-    read; None: do not."""
+    """Number of alternatives to report with the prompt's log-probabilities, which are computed
+    without the cache; None to report none."""
     request_id: str | None = None
-    """None: one is given."""
+    """None to have one chosen."""
     grammar: Grammar | None = None
-    """What the answer must be; None: anything."""
+    """Grammar of the answer; None if it is free."""
 
     @classmethod
     def of(
         cls, prompt: Prompt | RequestSpec, sampling: SamplingParams | None, options: dict[str, Any]
     ) -> RequestSpec:
-        """``prompt`` where it is a whole spec already, else one of these fields. TypeError: an
-        option that is no field, or options beside a whole spec."""
+        """Return ``prompt`` if it is a whole spec already, else a spec of these fields. Raises
+        TypeError for an unknown option, or for options next to a whole spec."""
         if not isinstance(prompt, RequestSpec):
             return cls(prompt, sampling, **options)
         if sampling is not None or options:
-            raise TypeError("a RequestSpec says everything: set its fields, give nothing beside.")
+            raise TypeError("a RequestSpec is complete: set its fields, and pass no other options.")
         return prompt

@@ -1,5 +1,4 @@
-"""One step's input, built whole by the scheduler and read by the model runner. Knows no cache and
-no policy."""
+"""Input of one step, built by the scheduler and read by the model runner."""
 
 from __future__ import annotations
 
@@ -14,12 +13,11 @@ from msgspec import Struct, structs
 from hybridcache.allocators.moves import Transfer
 
 KEPT = "kept"
-"""The tier of what is copied to disk and stays where it is: what was published, against the end of
-the process."""
+"""Target of write-through copies to disk: the entry stays in its tier as well."""
 
 
 class BytesLost(RuntimeError):
-    """What a batch had to bring is not there: nobody may read what it names."""
+    """Data that a batch had to load is missing: its rows must not be read."""
 
 
 class Segment(Struct, frozen=True):
@@ -42,13 +40,12 @@ class Segment(Struct, frozen=True):
     """Checkpoints to save in this step: (absolute position, slot), positions on the grid in (start,
     end]."""
     logits: Literal["last", "all", "none"] = "last"
-    """Which positions' logits the caller wants."""
+    """Positions that need logits."""
     namespace: Hashable = None
-    """Whose prefixes it reads. Nothing is computed with it; a runner that proves its reads needs
-    it."""
+    """Namespace of its prefixes. Only a runner that verifies its reads uses it."""
     num_drafts: int = 0
-    """Of a decode: how many of its tokens, the last ones, are guesses. Its state and its exports
-    are written when ``Runner.commit`` says how many tokens were taken."""
+    """Number of drafted tokens at the end of a decode. ``Runner.commit`` writes its state and its
+    exports."""
 
     @property
     def end(self) -> int:
@@ -56,7 +53,7 @@ class Segment(Struct, frozen=True):
 
     @property
     def num_logits(self) -> int:
-        """Rows of logits that it asks for."""
+        """Number of rows of logits."""
         return len(self.token_ids) if self.logits == "all" else int(self.logits == "last")
 
 
@@ -74,10 +71,10 @@ class Batch:
     row_writes: tuple[tuple[int, int, npt.NDArray[np.int32]], ...] = ()
     """RequestTable updates to make before the forward pass: (row, start, KV indices)."""
     late_tokens: tuple[tuple[int, int], ...] = ()
-    """Decode tokens that only the device knows yet: (segment, row of the tokens drawn by the step
-    before)."""
+    """Decode tokens that are only on the device so far: (segment, row of the tokens drawn by the
+    step before)."""
     moves: tuple[Transfer, ...] = ()
-    """Rows of an arena to move, and what is copied between tiers, one after the other:
+    """Moves of arena rows and transfers between tiers, in this order; see
     ``hybridcache.allocators.moves``."""
 
     def __post_init__(self) -> None:
@@ -141,7 +138,7 @@ def _cut(segment: Segment, position: int) -> tuple[Segment, Segment]:
 
 
 def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
-    """The rows of the hidden states whose logits are wanted."""
+    """Return the rows of hidden states that need logits."""
     rows: list[npt.NDArray[np.int64]] = []
     offset = 0
     for segment in segments:

@@ -1,4 +1,4 @@
-"""What may guess the next tokens of a request."""
+"""Drafters of tokens, and the planner that distributes them over a step."""
 
 from __future__ import annotations
 
@@ -21,27 +21,25 @@ class Draft:
 
 
 class Newest(NamedTuple):
-    """A request's newest token, which is not computed yet, and where the device has what came
-    before it."""
+    """Newest token of a request, which is not computed yet, and the location of the tokens
+    before it on the device."""
 
     row: int
-    """Of the request table."""
+    """Row in the request table."""
     slot: int
-    """Of its state."""
+    """Slot of its state."""
     token_id: int
     position: int
     """1 or more."""
 
 
 class Drafter(Protocol):
-    """Guesses tokens. A wrong guess costs time, never a token: what the model chooses is what
-    counts.
+    """Source of drafts. A wrong draft costs time and changes no token.
 
-    It is asked between two steps, for all requests at once that may take drafts: so one that
-    computes (a model's own prediction head) makes one pass over the batch. Such a one reads what
-    the last step left on the device for each request: a hidden vector declared as a state of the
-    sequence is saved in checkpoints, kept for each verified token and moved on by what was taken,
-    as every other state.
+    It is called between two steps, for all requests at once that may take drafts. A drafter that
+    computes, such as the model's multi-token head, makes one pass over the batch. It reads a hidden
+    vector of each request, declared as a state of the sequence: checkpoints save it, and commits
+    move it on, as any other state.
     """
 
     @property
@@ -67,7 +65,7 @@ class DraftPlanner(Protocol):
 
     @property
     def requests(self) -> Set[Request]:
-        """Requests with state of their own."""
+        """Requests with private state."""
         ...
 
     def propose(self, decoding: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
@@ -91,5 +89,5 @@ class DraftPlanner(Protocol):
         ...
 
     def reset(self) -> None:
-        """Drop what was learnt from ended requests: the cache was emptied."""
+        """Drop statistics of ended requests: the cache was emptied."""
         ...

@@ -17,7 +17,7 @@ class StepHooks:
         return False
 
     def before_step(self) -> None:
-        """Do what has become possible since the last step, in a bounded time."""
+        """Take in events since the last step, in a bounded time."""
 
     def wait(self) -> None:
         """Sleep briefly, or until ``before_step`` has something to do: nothing can be computed."""
@@ -47,7 +47,7 @@ class StepHooks:
         """End all work for and by other processes. May be called again."""
 
     def close(self) -> None:
-        """Write what has to be kept: the last step is done."""
+        """Complete pending writes: the last step is done."""
 
     def report(self) -> Mapping[str, Any]:
         """Return fields of ``CacheReport``."""

@@ -1,4 +1,4 @@
-"""What one step is to do: a batch, and the task of each request in it."""
+"""Plan of one step: a batch, and the task of each request in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Task(Struct, frozen=True):
     scores: bool
     """All its positions' logits are wanted, for the prompt's log-probabilities."""
     draft: Draft | None
-    """What is guessed to follow; its tokens are computed too, and are the last below ``end``."""
+    """Draft that is verified in this step; its tokens are the last below ``end``."""
     is_late: bool = False
     """Its token is drawn, but not known to the host."""
 
@@ -62,7 +62,7 @@ class Task(Struct, frozen=True):
 
     @property
     def token_ids(self) -> Tokens:
-        """Those it computes; a late one is not among them, something stands in its place."""
+        """Tokens that it computes, with a placeholder for a late one."""
         if self.is_late:
             return UNKNOWN
         if self.draft is None:
@@ -71,7 +71,7 @@ class Task(Struct, frozen=True):
         return np.concatenate([sure, self.draft.tokens])
 
     def segment(self, exports: tuple[tuple[int, int], ...]) -> Segment:
-        """What a runner must know of it; ``exports`` as there."""
+        """Return the segment of this task; ``exports`` as there."""
         lease, row = self.request.claims
         return Segment(
             row=row,
@@ -103,7 +103,7 @@ class Task(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A batch, and what each of its segments is for; in the same order."""
+    """Batch and its tasks, in the same order."""
 
     batch: Batch
     tasks: tuple[Task, ...]

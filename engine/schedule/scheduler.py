@@ -37,7 +37,7 @@ class Scheduler(StepPlanner[Request]):
 
     @property
     def must_commit(self) -> bool:
-        """The step in flight has drafts: nobody else may touch memory before its commit."""
+        """True if the step in flight has drafts: memory must not change before its commit."""
         return self._verifies and self._num_in_flight > 0
 
     @property
@@ -60,8 +60,9 @@ class Scheduler(StepPlanner[Request]):
             self._fail(request, error)
 
     def recover(self) -> tuple[Request, ...]:
-        """A step broke off: nobody knows what the running requests' states hold. All begin again
-        from what is published. Returns them, without those that had their last token already."""
+        """Requeue the running requests: a step broke off, and the contents of their states are
+        unknown. They continue from published entries. Returns them, except those that had their
+        last token already."""
         interrupted = []
         for request in tuple(self._running):
             if request.finish_reason is None:
@@ -84,12 +85,12 @@ class Scheduler(StepPlanner[Request]):
     def schedule(self) -> Plan:
         """Choose the next step's tasks and claim the memory for it.
 
-        Steps may be made before the one before them is committed (one at most). Then requests go on
-        from ``scheduled_len``, with tokens that the host does not know; but nobody is preempted,
-        and where memory is short the step is empty: commit first. A request whose sampling rule
-        must see every token sits the step out. Empty too: where the step before has drafts, since a
-        runner commits those of its newest batch alone; and where somebody is to be drafted for,
-        since a guess follows the newest token.
+        One step may be scheduled before the one before it is committed. Requests then continue from
+        ``scheduled_len``, with tokens that are only on the device. No request is preempted, and
+        requests with a rule that reads every token sit the step out.
+
+        Such a step is empty if memory is short, if the step before has drafts, or if a request is
+        due for a draft, which follows the newest token. The other step is then committed first.
         """
         if self.must_commit or (self._num_in_flight and (self._must_wait or self._may_guess())):
             return EMPTY
@@ -103,14 +104,14 @@ class Scheduler(StepPlanner[Request]):
             if (exports := self._manager.take_checkpoint_slots(task.request, task.end)) is not None
         ]
         if not ready and not self._manager.has_moves:
-            # What publish changed in a request's row waits for a batch that the runner is given.
+            # Changes of ``publish`` to a request's row wait for the next batch with tasks.
             return EMPTY
         self._num_in_flight += bool(ready)
         self._verifies = bool(drafts)
         return Plan(self._batch(ready), tuple(task for task, _ in ready))
 
     def _batch(self, ready: Sequence[tuple[Task, Exports]]) -> Batch:
-        """What the runner must do for the tasks, with every copy that is due before it."""
+        """Build the batch of the tasks, with every copy that is due before it."""
         segments: list[Segment] = []
         late_tokens: list[tuple[int, int]] = []
         num_drawn = 0
@@ -128,8 +129,8 @@ class Scheduler(StepPlanner[Request]):
         return Batch(tuple(segments), restores, row_writes, tuple(late_tokens), moves)
 
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
-        """What is guessed to follow for those that compute their newest token, where there is
-        memory for it; nobody is preempted for a guess."""
+        """Return drafts for requests that compute their newest token, if there is memory for them.
+        No request is preempted for a draft."""
         if self._drafting is None:
             return {}
         if self._num_in_flight:
@@ -161,13 +162,13 @@ class Scheduler(StepPlanner[Request]):
         scored: Sequence[Sequence[SampledToken]] = (),
         late: Container[int] = (),
     ) -> tuple[int, ...]:
-        """Take a computed step in: publish, append tokens, end what is finished. Returns how many
+        """Take a computed step in: publish, append tokens, end finished requests. Returns how many
         computed tokens of each task with a draft count, in the step's order.
 
         ``sampled`` has one token for each task that samples and each token of its draft, ``scored``
-        the log-probabilities for each that scores, both in the step's order. The tokens of the
-        tasks whose places are ``late`` are not drawn yet: see ``take_late``. A request whose token
-        can not be taken, or whose logits are NaN, ends alone, with its ``error``.
+        the log-probabilities for each that scores, both in the step's order. Tokens of the
+        tasks at the places ``late`` are not drawn yet: see ``take_late``. A request with an
+        invalid token or NaN logits ends alone, with its ``error``.
         """
         self._num_in_flight -= bool(plan.tasks)
         taken: list[int] = []
@@ -196,7 +197,7 @@ class Scheduler(StepPlanner[Request]):
 
     @property
     def awaiting_draw(self) -> list[Request]:
-        """Running requests whose newest token is computed and whose next one waits for its
+        """Running requests with a computed newest token and a next one that waits for its
         grammar."""
         return [r for r in self._running if r.awaits_draw and not r.num_drawn]
 
@@ -235,16 +236,16 @@ class Scheduler(StepPlanner[Request]):
             self._fail(request, error)
 
     def _end_if_finished(self, request: Request, has_logits: bool = True) -> None:
-        """Take back what a request held that is done."""
+        """Release the memory of a request that is done."""
         if request.finish_reason is not None:
             # Without logits the KV and states of this step may be NaN too.
             self.leave(request, publishes=has_logits)
             self._forget_drafts(request)
 
     def _settle(self, task: Task, draft: Draft, num_accepted: int) -> int:
-        """Decide by what a request took of its draft where it stands: its newest token is not
-        computed, unless the next one is late (``num_accepted`` -1), and tokens behind a stop do not
-        count. Returns how many of the task's tokens do."""
+        """Move a request to the end of the accepted part of its draft. Its newest token is not
+        computed, unless the next one is late (``num_accepted`` -1), and tokens after a stop do not
+        count. Returns the number of the task's tokens that count."""
         assert self._drafting is not None
         request = task.request
         request.computed_len = request.scheduled_len = request.num_tokens - (num_accepted >= 0)
@@ -254,8 +255,7 @@ class Scheduler(StepPlanner[Request]):
         return request.computed_len - task.start
 
     def _fail(self, request: Request, error: Exception) -> None:
-        """What was raised for ``request`` (by the decoder of its text, say) ends it and nobody
-        else."""
+        """End ``request`` alone with an error that was raised for it."""
         request.fail(error, self._clock())
         if request.is_refused or isinstance(error, FloatingPointError):
             logger.warning("Request %s ends: %s", request.request_id, error)

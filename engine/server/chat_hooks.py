@@ -1,4 +1,4 @@
-"""Seam around each chat of a server, whatever its dialect."""
+"""Seam around each chat of a server, in any dialect."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ChatDiagnostics(Protocol):
 
 
 class ChatHooks(Protocol):
-    """Hooks around every chat of a server, whatever its dialect."""
+    """Hooks around every chat of a server, in any dialect."""
 
     def before_render(
         self,

@@ -1,4 +1,4 @@
-"""Seams of the server: dialects, and extensions with routes of their own."""
+"""Seams of the server: dialects, and extensions with additional routes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wire format of a step's output, for every process that serves another one's requests.
+"""Wire format of a step's output, for every process that serves requests of another.
 
 An ``OutputDelta`` leaves out everything that the receiver has: prompt, earlier tokens and text. The
 worker process and replicas send it; an ``OutputAccumulator`` makes whole outputs of it again.
