@@ -307,14 +307,13 @@ def tail_bytes(node: RadixNode, item_bytes: ItemBytes) -> int:
     These are its own rows and those of the stateless, unlocked, unforked nodes above, which nothing
     could be resumed from any more. O(nodes in the tail).
     """
-    num_tokens = 0
-    while node.kv is not None and node.parent is not None:
-        num_tokens += node.end - node.parent.end
-        node = node.parent
-        kept = node.checkpoint is not None or node.locks or isinstance(node.children, dict)
-        if kept or not item_bytes.state:
+    top, has_states = node, bool(item_bytes.state)
+    while top.kv is not None and (above := top.parent) is not None:
+        top = above
+        kept = top.checkpoint is not None or top.locks or isinstance(top.children, dict)
+        if kept or not has_states:
             break
-    return num_tokens * item_bytes.kv_token
+    return (node.end - top.end) * item_bytes.kv_token
 
 
 def with_child(family: Family, child: RadixNode) -> Family:

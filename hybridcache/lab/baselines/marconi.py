@@ -103,6 +103,41 @@ class LayerFlops:
         return self.attention(length) + self.mlp(length) + self.linear(length)
 
 
+@dataclass(frozen=True, slots=True)
+class ModelFlops(LayerFlops):
+    """Forward FLOPs of any model, from its FLOPs per token and per pair of tokens.
+
+    All weights count as MLP: the split among linear layers, projections and MLPs changes no
+    efficiency of the paper's reading.
+    """
+
+    token_flops: float = 0.0
+    pair_flops: float = 0.0
+
+    @classmethod
+    def of(cls, config: BaselineConfig) -> ModelFlops:
+        """Return the FLOPs of the model that a config describes."""
+        num_mlp = config.num_full_layers + config.num_linear_layers
+        return cls(
+            num_attention=max(1, config.num_full_layers),
+            num_mlp=num_mlp,
+            token_flops=config.token_flops,
+            pair_flops=config.pair_flops,
+        )
+
+    def one_attention(self, length: int) -> float:
+        """FLOPs of one attention layer: each token attends to all before it and to itself."""
+        return self.pair_flops / self.num_attention * length * (length + 1) / 2
+
+    def mlp(self, length: int) -> float:
+        """FLOPs of all weights and recurrences."""
+        return self.token_flops * length
+
+    def linear(self, length: int) -> float:
+        """Return 0: recurrences are part of ``mlp``."""
+        return 0.0
+
+
 class MarconiCache:
     """Marconi cache in one of its readings, with one byte budget.
 
@@ -112,7 +147,8 @@ class MarconiCache:
         alpha: Weight of the efficiency, or None to tune it.
         window: Tuning starts after this multiple of the requests before the first eviction.
             Published values are 5 to 15.
-        flops: FLOPs by layer kind.
+        flops: FLOPs by layer kind. Default: those of the model in ``config``, or of the paper's 7B
+            model if ``config`` describes none.
         leaf_lru: True for the paper's baseline SGLang+: the same admission, LRU eviction of leaves
             only, and hits that refresh the whole path.
         counted: True to subtract the memory of running requests from the budget, as a serving
@@ -134,7 +170,8 @@ class MarconiCache:
         self.config = config
         self.reading: Reading = reading
         self.alpha = alpha or 0.0
-        self.flops = flops or LayerFlops()
+        model = ModelFlops.of(config) if config.token_flops else LayerFlops()
+        self.flops = flops or model
         self.leaf_lru = leaf_lru
         self.kv_bytes = config.kv_bytes_per_token * config.unit
         self.used_bytes = 0

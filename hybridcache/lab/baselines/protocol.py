@@ -36,6 +36,10 @@ class BaselineConfig:
     """Most prompt tokens computed in one forward pass."""
     host_bytes: int = 0
     """Bytes of host memory in addition to the budget, or 0 if there is none."""
+    token_flops: float = 0.0
+    """FLOPs of a token without attention to earlier tokens, or 0 if the model is not described."""
+    pair_flops: float = 0.0
+    """FLOPs of attention per pair of tokens, over all attention layers."""
 
 
 class Session(Protocol):

@@ -201,6 +201,8 @@ class RunConfig:
             grid=self.grid,
             unit=unit,
             host_bytes=self.host_bytes,
+            token_flops=geometry.flops(0, 1) - geometry.attention_flops_per_pair,
+            pair_flops=geometry.attention_flops_per_pair,
         )
 
 

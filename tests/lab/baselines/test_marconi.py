@@ -6,10 +6,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.baselines import BaselineConfig, build_baseline, replay
 from hybridcache.lab.baselines.marconi import LayerFlops, MarconiCache, Reading
 from hybridcache.lab.baselines.prefix_tree import nodes
 from hybridcache.lab.generators import few_shot, short
+from hybridcache.lab.simulation.peer import BaselineTarget
+from hybridcache.lab.simulation.target import RunConfig, build_target
 from hybridcache.tokens import Tokens
 from tests.lab.baselines.prompts import QWEN3_NEXT, sightings, text
 
@@ -46,6 +49,18 @@ def test_the_branch_point_and_the_last_token_are_kept() -> None:
     replay(peer, prompt, answer)
     assert replay(peer, np.concatenate((prompt, answer, text(3, 9))), text(4, 1)) == 340
     assert replay(peer, prompt, answer) == 0, "the same prompt again finds no state before its end"
+
+
+def test_flops_follow_the_model_that_is_simulated() -> None:
+    """The paper's 7B model is assumed only if a config describes no model."""
+    for name in ("qwen3-next", "marconi-7b"):
+        geometry = ModelGeometry.preset(name)
+        run = RunConfig(geometry, budget_bytes=1 << 30, baseline="marconi")
+        target = build_target(run, unit=1)
+        assert isinstance(target, BaselineTarget) and isinstance(target.baseline, MarconiCache)
+        for length in (1, 64, 100_000):
+            assert target.baseline.flops.total(length) == pytest.approx(geometry.flops(0, length))
+    assert MarconiCache(MODEL_7B).flops == LayerFlops()
 
 
 def test_sizes_and_flops_are_the_papers() -> None:
