@@ -134,7 +134,7 @@ class ModelFlops(LayerFlops):
         return self.token_flops * length
 
     def linear(self, length: int) -> float:
-        """Return 0: recurrences are part of ``mlp``."""
+        """Return zero. Recurrences are part of ``mlp``."""
         return 0.0
 
 
