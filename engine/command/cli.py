@@ -397,7 +397,7 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     engine_config = read_config(EngineConfig, arguments)
     read_config(SamplingParams, arguments)  # Before anything slow: it may refuse.
-    from engine.command.chat import chat
+    from engine.command.terminal_chat import chat
     from engine.engine import Engine
 
     engine = Engine(engine_config)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from engine.layers.parameters import Build, Parameter, Storage
-from engine.layers.rank import ALONE, Cut, Kinds, Rank
+from engine.layers.rank import ALONE, Kinds, Rank, RankCut
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -25,7 +25,7 @@ class Part:
     """In the files."""
     rows: torch.Tensor | None = None
     """As ``Parameter.rows``."""
-    cut: Cut | None = None
+    cut: RankCut | None = None
     """As ``Parameter.cut``, of rows."""
 
     @property
@@ -92,7 +92,7 @@ class _Stack:
         parts: Sequence[Part],
         storage: Storage,
         build: Build,
-        inputs: Cut | None,
+        inputs: RankCut | None,
         *,
         bias: bool,
         weight: torch.Tensor | None,

@@ -110,7 +110,10 @@ class ExpertsMLP:
             names = ExpertNames((f"{stem}.gate_up_proj",), f"{stem}.down_proj")
         self._experts = Experts(stem, hidden_size, sizes, names, build)
         # Router and shared gate read the same input: one product.
-        gates = [Part(f"{name}.gate", sizes.num_experts), Part(f"{name}.shared_expert_gate", 1)]
+        gates = [
+            Part(f"{name}.gate", sizes.num_experts),
+            Part(f"{name}.shared_expert_gate", 1),
+        ]
         self._router = Linear(hidden_size, gates, build)
         self._shared = MLP(
             f"{name}.shared_expert", hidden_size, sizes.shared_intermediate, build, sums=False

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from engine.layers.rank import ALONE, Cut, Rank
+from engine.layers.rank import ALONE, Rank, RankCut
 from engine.runner.backends import Kernels
 from engine.weights.model_config import ModelError
 from engine.weights.scheme import Quantization, Scheme, widen
@@ -52,7 +52,7 @@ class Parameter:
     scale: torch.Tensor | None = None
     """Where the scales of the target's rows go, if they stay quantised: float32 ``[M, blocks of
     columns]``."""
-    cut: Cut | None = None
+    cut: RankCut | None = None
     """What the target is of ``tensor[rows]``; None: all of it."""
 
     @property

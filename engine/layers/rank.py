@@ -67,7 +67,7 @@ class Group(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class RankCut:
     """The part of a tensor of the weight files that one rank has: some of it along one
     dimension."""
 
@@ -105,13 +105,13 @@ class Rank:
     group: Group | None = None
     """None: the only one."""
 
-    def cut(self, *kinds: tuple[int, int], dim: int = 0) -> Cut | None:
+    def cut(self, *kinds: tuple[int, int], dim: int = 0) -> RankCut | None:
         """What this rank has of a tensor whose dimension ``dim`` is made of ``kinds``; None: all
         of it."""
         (made,) = self.cuts([sum(units * width for units, width in kinds)], kinds, dim=dim)
         return made
 
-    def cuts(self, sizes: Sequence[int], kinds: Kinds, *, dim: int = 0) -> list[Cut | None]:
+    def cuts(self, sizes: Sequence[int], kinds: Kinds, *, dim: int = 0) -> list[RankCut | None]:
         """The same of several tensors that together make up the dimension, ``sizes`` of it each:
         borders of kinds need not be theirs."""
         if self.count == 1:
@@ -119,7 +119,7 @@ class Rank:
         held, first, made = self._held(kinds), 0, []
         for size in sizes:
             own = held[(held >= first) & (held < first + size)] - first
-            made.append(Cut(size, own, dim))
+            made.append(RankCut(size, own, dim))
             first += size
         return list(made)
 

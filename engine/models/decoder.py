@@ -17,7 +17,7 @@ from engine.layers.mlp import MLP
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Layer, Parameter
 from engine.layers.prediction import PredictionHead
-from engine.layers.rank import Cut
+from engine.layers.rank import RankCut
 from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.layers.sealing import Sealing
 from engine.layers.stepwise import mix
@@ -184,12 +184,12 @@ class Decoder(ABC):
         return part
 
 
-def vocabulary_cut(config: ModelConfig, build: Build) -> Cut | None:
+def vocabulary_cut(config: ModelConfig, build: Build) -> RankCut | None:
     """The tokens whose rows of embedding and head this rank has; None: all."""
     if build.rank.count == 1:
         return None
     span = build.rank.span(config.vocab_size)
-    return Cut(config.vocab_size, torch.arange(span.start, span.stop))
+    return RankCut(config.vocab_size, torch.arange(span.start, span.stop))
 
 
 class Embedding:

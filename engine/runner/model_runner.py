@@ -45,7 +45,7 @@ from kernels.recording import record as record_native
 from kernels.upload import upload
 
 
-class PendingRows(Protocol):
+class PendingHeadRows(Protocol):
     """Rows of a multi-token head that are not computed yet."""
 
     def admit(self, batch: Batch) -> None: ...
@@ -58,7 +58,7 @@ class ModelFollower(Protocol):
     """Multi-token head that follows every step of the model and drafts tokens; see
     ``Plugin.model_follower``."""
 
-    pending: PendingRows
+    pending: PendingHeadRows
 
     def record(self, record: Record) -> None: ...
     def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None: ...

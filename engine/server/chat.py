@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from engine.server import logprobs
 from engine.server import response_extras as reported
 from engine.server.chat_hooks import ChatDiagnostics
-from engine.server.chat_session import Answer, Exchange, News, ask
+from engine.server.chat_session import ChatAnswer, ChatDelta, ChatSession, ask
 from engine.server.context import ServingContext, usage
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
@@ -34,7 +34,7 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
     with front.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
         exchange = await ask(front, body, len(await request.body()), tenant, answer_id)
     inquiry = exchange.inquiry
-    writer = _Writer(front, body, inquiry)
+    writer = _ChatWriter(front, body, inquiry)
     if body.stream:
         return EventStream(writer.events(exchange), inquiry.headers, as_event)
     answers = await unless_gone(request, exchange.answers())
@@ -43,7 +43,7 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
     return await front.answer(outputs, lambda: writer.whole(answers), headers=headers)
 
 
-class _Writer:
+class _ChatWriter:
     """Writes a chat's answers, whole or in events."""
 
     def __init__(self, front: ServingContext, body: ChatRequest, inquiry: ChatDiagnostics) -> None:
@@ -56,7 +56,7 @@ class _Writer:
             "model": front.model_name,
         }
 
-    def whole(self, answers: Sequence[Answer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[ChatAnswer]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,
@@ -85,7 +85,7 @@ class _Writer:
         ids.pop("token_ids", None)
         return ids | reported.prompt_scores(self._front.tokenizer, self._body, output)
 
-    async def events(self, exchange: Exchange) -> AsyncIterator[bytes]:
+    async def events(self, exchange: ChatSession) -> AsyncIterator[bytes]:
         """The role of each choice, then one event an output. Text that was sent is never taken
         back."""
         last: dict[int, RequestOutput] = {}
@@ -113,7 +113,7 @@ class _Writer:
         """Why it missed, where that was asked."""
         return self._inquiry.told() | self._inquiry.diagnostics()
 
-    def _delta(self, deltas: _Deltas, news: News) -> dict[str, Any]:
+    def _delta(self, deltas: _Deltas, news: ChatDelta) -> dict[str, Any]:
         scores = self._scores(news.output.new_logprobs)
         choice = _choice(news.index, deltas.write(news.events), scores, news.finish)
         new = news.output.new_token_ids

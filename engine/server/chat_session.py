@@ -62,7 +62,7 @@ Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class ChatDelta:
     """What one step of the engine added to one answer."""
 
     index: int
@@ -76,7 +76,7 @@ class News:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class ChatAnswer:
     """One answer, whole."""
 
     events: list[Event]
@@ -85,7 +85,7 @@ class Answer:
     finish: Finish
     num_reasoning_tokens: int
     warning: str | None = None
-    """As of ``News``."""
+    """As of ``ChatDelta``."""
 
 
 async def render(
@@ -152,7 +152,7 @@ async def ask(
     tenant: Tenant,
     answer_id: AnswerId,
     prompt_name: str = "messages",
-) -> Exchange:
+) -> ChatSession:
     """Submit a chat of ``size`` bytes. An answer ends where the context does, if not before.
     ``prompt_name``: the prompt as the dialect calls it. APIError, RequestError: it is refused."""
     front.check_model(body.model)
@@ -190,7 +190,7 @@ async def ask(
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
     is_single, ends = not body.parallel_tool_calls, front.tokenizer.eos_token_ids
     readings = [_Reading(each, is_single, ends) for each in readers]
-    return Exchange(front, prompt, streams, readings, inquiry, place)
+    return ChatSession(front, prompt, streams, readings, inquiry, place)
 
 
 async def _inquire(
@@ -219,7 +219,7 @@ async def _inquire(
     return await front.workers.run(size, work)
 
 
-class Exchange:
+class ChatSession:
     """A chat that is being answered."""
 
     def __init__(
@@ -246,7 +246,7 @@ class Exchange:
         """Tokens so far that came while the answer was reasoning."""
         return self._readings[index].num_reasoning_tokens
 
-    async def news(self) -> AsyncIterator[News]:
+    async def news(self) -> AsyncIterator[ChatDelta]:
         """What comes, of all answers, until all have ended."""
         async for index, output in self._front.outputs(self._streams):
             if index == 0:
@@ -262,9 +262,9 @@ class Exchange:
                     self._front.chats.after_answer(self.prompt, self._place, message, output)
                 if index == 0:
                     self.inquiry.end(output, message)
-            yield News(index, events, output, finish, reading.warning if finish else None)
+            yield ChatDelta(index, events, output, finish, reading.warning if finish else None)
 
-    async def answers(self) -> list[Answer]:
+    async def answers(self) -> list[ChatAnswer]:
         """All answers, in order."""
         events: list[list[Event]] = [[] for _ in self._streams]
         ends: dict[int, tuple[RequestOutput, Finish, str | None]] = {}
@@ -276,7 +276,7 @@ class Exchange:
         for index, each in enumerate(events):
             output, finish, warning = ends[index]
             num_reasoning = self.num_reasoning_tokens(index)
-            answers.append(Answer(joined(each), output, finish, num_reasoning, warning))
+            answers.append(ChatAnswer(joined(each), output, finish, num_reasoning, warning))
         return answers
 
 

@@ -42,7 +42,7 @@ def fingerprint(before: int, token: int, by_decode: bool = False) -> int:
     return mixed ^ (mixed >> 29)
 
 
-class State(NamedTuple):
+class OracleState(NamedTuple):
     """What stands in a slot."""
 
     position: int
@@ -58,7 +58,7 @@ class RowMark(NamedTuple):
     by_decode: int
 
 
-Stored = tuple[RowMark | State, int]
+Stored = tuple[RowMark | OracleState, int]
 """In a row of a lower tier: that of a KV row and whose it is, or a piece of a state and which."""
 
 
@@ -95,8 +95,8 @@ class OracleRunner:
         """Whose each row is: an index of ``_namespaces``; -1: nobody wrote it, or a state lies over
         it."""
         self._namespaces: list[Hashable] = []
-        self._states: list[State | None] = [None] * self.memory.num_slots
-        self._own: dict[int, State | None] = {}
+        self._states: list[OracleState | None] = [None] * self.memory.num_slots
+        self._own: dict[int, OracleState | None] = {}
         """Running states by their slots, where these are no slots of the memory."""
         self._below: dict[tuple[str, int], Stored] = {}
         """What lies in rows of lower tiers."""
@@ -172,7 +172,7 @@ class OracleRunner:
         elif order.kind == "checkpoint":
             state = stored[0][0]
             whole = [(state, piece) for piece in range(len(stored))]
-            assert isinstance(state, State) and stored == whole, "pieces of several states"
+            assert isinstance(state, OracleState) and stored == whole, "pieces of several states"
             self._write_state(int(order.dst[0]), state)
         else:
             for row, (token, place) in zip(order.dst.tolist(), stored, strict=True):
@@ -212,18 +212,18 @@ class OracleRunner:
         for slot in self._slots_over(rows):
             self._states[slot] = None
 
-    def _write_state(self, slot: int, state: State | None) -> None:
+    def _write_state(self, slot: int, state: OracleState | None) -> None:
         self._states[slot] = state
         size = self.memory.slab_rows
         self._writers[slot * size : (slot + 1) * size] = -1
 
-    def _write_own(self, slot: int, state: State | None) -> None:
+    def _write_own(self, slot: int, state: OracleState | None) -> None:
         if self.memory.owns_states:
             self._own[slot] = state
         else:
             self._write_state(slot, state)
 
-    def _read_own(self, slot: int) -> State | None:
+    def _read_own(self, slot: int) -> OracleState | None:
         return self._own.get(slot) if self.memory.owns_states else self._states[slot]
 
     def _slots_over(self, rows: Indices) -> set[int]:
@@ -336,8 +336,8 @@ class OracleRunner:
         """The state has taken ``new`` in; checkpoints past them are not written."""
         end = segment.start + len(new)
 
-        def state(position: int) -> State:
-            return State(position, int(new[position - segment.start - 1]), segment.namespace)
+        def state(position: int) -> OracleState:
+            return OracleState(position, int(new[position - segment.start - 1]), segment.namespace)
 
         for position, slot in segment.exports:
             if position <= end:
@@ -411,7 +411,7 @@ def _prove_path(order: Copy, stored: list[Stored]) -> None:
     found = [mark for mark, _ in stored]
     if order.kind == "checkpoint":
         (state,) = set(found)
-        assert isinstance(state, State) and state.position == order.position, "another state"
+        assert isinstance(state, OracleState) and state.position == order.position, "another state"
         assert state.namespace == namespace, "a state of another namespace"
         return
     first = order.position - len(found)

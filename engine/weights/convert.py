@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine.weights.convert_plan import Piece, into_shards, plan_pieces, shard_paths
+from engine.weights.convert_plan import FilePiece, into_shards, plan_pieces, shard_paths
 from engine.weights.model_config import ModelError, read_config
 from engine.weights.quantized_formats import read_quantization
 from engine.weights.scheme import BAND_ELEMENTS, Scheme, quantize_blocks, widen
@@ -108,7 +108,7 @@ def _check_target(target: Path) -> None:
 
 
 def _write(
-    shards: Sequence[Sequence[Piece]], directory: Path, show_progress: bool | None
+    shards: Sequence[Sequence[FilePiece]], directory: Path, show_progress: bool | None
 ) -> list[Converted]:
     weight_map: dict[str, str] = {}
     modules: list[Converted] = []
@@ -130,7 +130,7 @@ def _write(
     return modules
 
 
-def _convert_one(piece: Piece, file: FileWriter) -> list[Converted]:
+def _convert_one(piece: FilePiece, file: FileWriter) -> list[Converted]:
     """Write what ``piece`` becomes; a record where it is a matrix."""
     weight = piece.source.read_part(piece.first, piece.shape)
     if piece.scheme is None:
@@ -179,7 +179,7 @@ def _copy_rest(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _section(pieces: Sequence[Piece], scheme: Scheme) -> dict[str, Any]:
+def _section(pieces: Sequence[FilePiece], scheme: Scheme) -> dict[str, Any]:
     """``quantization_config``: every matrix that was left alone by its full name, and the head,
     which has no tensor where it is tied, but which other readers take for a linear layer."""
     left = [

@@ -34,7 +34,7 @@ STACKED = re.compile(
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class FilePiece:
     """One tensor to write: a tensor of the source, or one expert's part of it."""
 
     source: Tensor
@@ -71,17 +71,19 @@ class Piece:
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.entries().values())
 
 
-def plan_pieces(tensors: Iterable[Tensor], scheme: Scheme, ignore: Sequence[str]) -> list[Piece]:
+def plan_pieces(
+    tensors: Iterable[Tensor], scheme: Scheme, ignore: Sequence[str]
+) -> list[FilePiece]:
     """A piece for each tensor, experts one by one. Raises ModelError for a pattern of ``ignore``
     that matches no linear layer, and where nothing is left to quantise."""
     lists = [(text, Names.of([text], anywhere=True)) for text in ignore]
     unused, defaults = dict(lists), Names.of(LEFT_ALONE)
-    pieces: list[Piece] = []
+    pieces: list[FilePiece] = []
     for tensor in tensors:
         parts = _parts(tensor)
         decided = [_decide(part, scheme, defaults, lists, unused) for part in parts]
         if len(parts) > 1 and all(part.scheme is None for part in decided):
-            decided = [Piece(tensor, tensor.name, tensor.shape, reason=decided[0].reason)]
+            decided = [FilePiece(tensor, tensor.name, tensor.shape, reason=decided[0].reason)]
         pieces += decided
     if unused:
         raise ModelError(
@@ -94,12 +96,12 @@ def plan_pieces(tensors: Iterable[Tensor], scheme: Scheme, ignore: Sequence[str]
     return pieces
 
 
-def _parts(tensor: Tensor) -> list[Piece]:
+def _parts(tensor: Tensor) -> list[FilePiece]:
     """The tensor itself, or each expert's gate, up and down projection of a stacked one; of
     Granite's, gate and up in one."""
     stacked = STACKED.fullmatch(tensor.name)
     if stacked is None or len(tensor.shape) != 3:
-        return [Piece(tensor, tensor.name, tensor.shape)]
+        return [FilePiece(tensor, tensor.name, tensor.shape)]
     stem, kind = stacked.group(1, 2) if stacked.group(1) else stacked.group(3, 4)
     if stacked.group(3):
         stem += ".experts"
@@ -107,7 +109,7 @@ def _parts(tensor: Tensor) -> list[Piece]:
     words = ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)
     height = rows // len(words)
     return [
-        Piece(
+        FilePiece(
             tensor,
             f"{stem}.{expert}.{word}.weight",
             (height, columns),
@@ -119,12 +121,12 @@ def _parts(tensor: Tensor) -> list[Piece]:
 
 
 def _decide(
-    piece: Piece,
+    piece: FilePiece,
     scheme: Scheme,
     defaults: Names,
     lists: Sequence[tuple[str, Names]],
     unused: dict[str, Names],
-) -> Piece:
+) -> FilePiece:
     """``piece`` with a scheme or a reason for none; strikes the patterns that match it from
     ``unused``."""
     is_matrix = len(piece.shape) == 2 and piece.name.endswith(".weight")
@@ -150,9 +152,11 @@ def _is_whole(shape: tuple[int, ...], scheme: Scheme) -> bool:
     return all(size is None or n % size == 0 for n, size in zip(shape, scheme.block, strict=True))
 
 
-def into_shards(pieces: Iterable[Piece], most_bytes: int = SHARD_BYTES) -> list[list[Piece]]:
+def into_shards(
+    pieces: Iterable[FilePiece], most_bytes: int = SHARD_BYTES
+) -> list[list[FilePiece]]:
     """In their order, each shard at most ``most_bytes`` unless one piece is more."""
-    shards: list[list[Piece]] = [[]]
+    shards: list[list[FilePiece]] = [[]]
     filled = 0
     for piece in pieces:
         if shards[-1] and filled + piece.num_bytes > most_bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.weights.layer_names import MODEL_OPT_FILE, MODEL_SLIM_FILE, Names
 from engine.weights.model_config import ModelError
-from engine.weights.scheme import Group, Quantization, Scheme
+from engine.weights.scheme import Quantization, ScaleGroup, Scheme
 from kernels.linear.reference import Format
 
 REMEDY = (
@@ -79,7 +79,7 @@ def _fp8(section: Mapping[str, Any]) -> Quantization:
     key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
     scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
     ignored = Names.of(section.get(key) or ("lm_head",), anywhere=True)
-    return Quantization("quant_method fp8", (Group(scheme, None),), ignored, key)
+    return Quantization("quant_method fp8", (ScaleGroup(scheme, None),), ignored, key)
 
 
 def _block(size: Any, name: str) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
         layout = group.get("format") or section.get("format")
         scheme = _group_scheme(name, group, layout)
         targets = group.get("targets") or ()
-        parsed.append(Group(scheme, None if "Linear" in targets else Names.of(targets)))
+        parsed.append(ScaleGroup(scheme, None if "Linear" in targets else Names.of(targets)))
     ignored = Names.of(section.get("ignore") or ())
     return Quantization("compressed-tensors", tuple(parsed), ignored, "ignore")
 
@@ -184,5 +184,5 @@ def _model_slim(path: Path) -> Quantization | None:
     quantized = Names.of(module for module, kind in listed.items() if kind == "W8A8_DYNAMIC")
     if quantized.is_empty:
         return None
-    group = Group(Scheme("int8", (1, None), "weight_scale"), quantized)
+    group = ScaleGroup(Scheme("int8", (1, None), "weight_scale"), quantized)
     return Quantization("ModelSlim", (group,), Names.of(()), MODEL_SLIM_FILE)

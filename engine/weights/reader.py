@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from engine.layers.parameters import Layer, Parameter
-from engine.layers.rank import Cut
+from engine.layers.rank import RankCut
 from engine.weights.layer_names import model_name
 from engine.weights.scheme import SCALE_DTYPES, Quantization, Scheme
 from engine.weights.tensor_files import (
@@ -281,7 +281,7 @@ def _read_rows(source: Tensor, parameter: Parameter) -> int:
     return staged.nbytes
 
 
-def _read_columns(source: Tensor, cut: Cut, target: torch.Tensor, rows: range) -> int:
+def _read_columns(source: Tensor, cut: RankCut, target: torch.Tensor, rows: range) -> int:
     """The columns that a rank has, of some rows, which are read whole."""
     shape = len(rows), *source.shape[1:]
     found = source.read_part(rows.start * math.prod(shape[1:]), shape)

@@ -113,7 +113,7 @@ def quantize_blocks(
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class ScaleGroup:
     """Modules that share a scheme."""
 
     scheme: Scheme
@@ -128,7 +128,7 @@ class Quantization:
 
     label: str
     """What wrote it: compressed-tensors, ModelSlim ..."""
-    groups: tuple[Group, ...]
+    groups: tuple[ScaleGroup, ...]
     ignored: Names
     ignore_key: str
     """Of config.json: where modules are listed that are not 8-bit."""

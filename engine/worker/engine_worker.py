@@ -26,11 +26,11 @@ from engine.worker.messages import (
     Ask,
     Compile,
     End,
-    Ended,
     Outputs,
     Ready,
     Refused,
     Reply,
+    RequestFailed,
     Submit,
     ToEngine,
 )
@@ -120,7 +120,7 @@ class Host:
             if not isinstance(error, ValueError | RequestError):
                 logger.exception("The request %s could not be begun.", asked.request_id)
             self._num_refused += 1
-            ended = Ended(asked.request_id, RequestError.of(error).to_wire())
+            ended = RequestFailed(asked.request_id, RequestError.of(error).to_wire())
             self._send_outputs((), (ended,))
 
     def _answer(self, asked: Ask, engine: Engine, loop: EngineLoop[str]) -> None:
@@ -181,10 +181,12 @@ class Host:
             if isinstance(letter, RequestOutput):
                 news.append(delta_of(letter))
             else:
-                ended.append(Ended(request_id, letter.to_wire()))
+                ended.append(RequestFailed(request_id, letter.to_wire()))
         self._send_outputs(tuple(news), tuple(ended))
 
-    def _send_outputs(self, news: tuple[OutputDelta, ...], ended: tuple[Ended, ...]) -> None:
+    def _send_outputs(
+        self, news: tuple[OutputDelta, ...], ended: tuple[RequestFailed, ...]
+    ) -> None:
         assert self._engine is not None and self._loop is not None
         num_received = self._loop.num_arrived + self._num_refused
         counts = num_received, self._engine.num_waiting

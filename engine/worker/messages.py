@@ -15,11 +15,11 @@ from engine.requests.sampling_params import SamplingParams
 from engine.text.output_delta import OutputDelta
 
 
-class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+class WorkerMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A frozen record; which one it is stands at its beginning."""
 
 
-class Submit(Message, frozen=True):
+class Submit(WorkerMessage, frozen=True):
     """A prompt, checked."""
 
     request_id: str
@@ -36,7 +36,7 @@ class Submit(Message, frozen=True):
     """By ``time.perf_counter``, which is one clock for all processes of a machine."""
 
 
-class Abort(Message, frozen=True):
+class Abort(WorkerMessage, frozen=True):
     """Its client has left."""
 
     request_id: str
@@ -56,7 +56,7 @@ Question = Literal[
 ]
 
 
-class Ask(Message, frozen=True):
+class Ask(WorkerMessage, frozen=True):
     """A question about the engine, done between two steps."""
 
     number: int
@@ -69,14 +69,14 @@ class Ask(Message, frozen=True):
     """Newest request of the session that ends."""
 
 
-class Compile(Message, frozen=True):
+class Compile(WorkerMessage, frozen=True):
     """A grammar to make ready; done in a thread of its own."""
 
     number: int
     grammar: Grammar
 
 
-class End(Message, frozen=True):
+class End(WorkerMessage, frozen=True):
     """Take no more requests; finish those there are, or none ``at_once``."""
 
     at_once: bool
@@ -85,7 +85,7 @@ class End(Message, frozen=True):
 ToEngine = Submit | Abort | Ask | Compile | End
 
 
-class Ready(Message, frozen=True):
+class Ready(WorkerMessage, frozen=True):
     """The model is loaded."""
 
     vocab_size: int
@@ -95,30 +95,30 @@ class Ready(Message, frozen=True):
     """What is said of it at the start."""
 
 
-class Refused(Message, frozen=True):
+class Refused(WorkerMessage, frozen=True):
     """It can not be loaded, in one sentence."""
 
     reason: str
 
 
-class Ended(msgspec.Struct, frozen=True, array_like=True):
+class RequestFailed(msgspec.Struct, frozen=True, array_like=True):
     """A request that gets no more news."""
 
     request_id: str
     error: WireError
 
 
-class Outputs(Message, frozen=True):
+class Outputs(WorkerMessage, frozen=True):
     """All that one step made."""
 
     num_received: int
     """Prompts that came so far."""
     num_waiting: int
     news: tuple[OutputDelta, ...]
-    ended: tuple[Ended, ...]
+    ended: tuple[RequestFailed, ...]
 
 
-class Reply(Message, frozen=True):
+class Reply(WorkerMessage, frozen=True):
     """To an ``Ask`` or ``Compile``."""
 
     number: int

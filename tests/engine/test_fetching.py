@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.requests.request import Request
-from engine.testing.oracle import OracleRunner, State, fingerprint
+from engine.testing.oracle import OracleRunner, OracleState, fingerprint
 from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.api import PrefixMatch
 from hybridcache.export.arrival import Arrival
@@ -100,7 +100,7 @@ def write(runner: OracleRunner, arrival: Arrival, request: Request) -> None:
     runner._writers[rows] = runner._writer(request.namespace)
     runner._forget_states(rows)
     if arrival.slot is not None:
-        runner._write_state(arrival.slot, State(arrival.end, before, request.namespace))
+        runner._write_state(arrival.slot, OracleState(arrival.end, before, request.namespace))
 
 
 MakeEngine = Callable[..., Engine]

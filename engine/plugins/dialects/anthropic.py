@@ -10,7 +10,7 @@ from fastapi import Request, Response
 
 from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
 from engine.server.body import to_json
-from engine.server.chat_session import Answer, Exchange, Finish, ask, render, settle_system
+from engine.server.chat_session import ChatAnswer, ChatSession, Finish, ask, render, settle_system
 from engine.server.context import ServingContext
 from engine.server.errors import ANTHROPIC, APIError, request_name
 from engine.server.schemas import parsed_arguments
@@ -39,7 +39,7 @@ async def messages(front: ServingContext, request: Request, body: MessagesReques
     chat = settle_system(front, chat)
     tenant = front.tenant_of(request, body.cache_salt)
     exchange = await ask(front, chat, size, tenant, AnswerId.random("msg", "_"))
-    writer = _Writer(front, body, exchange)
+    writer = _MessagesWriter(front, body, exchange)
     if body.stream:
         name = request_name(request.scope)
 
@@ -65,15 +65,15 @@ async def count_tokens(front: ServingContext, request: Request, body: CountReque
     return Response(to_json({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
 
 
-class _Writer:
+class _MessagesWriter:
     """Writes one answer, whole or in events."""
 
-    def __init__(self, front: ServingContext, body: MessagesRequest, exchange: Exchange) -> None:
+    def __init__(self, front: ServingContext, body: MessagesRequest, exchange: ChatSession) -> None:
         self._front = front
         self._body = body
         self._exchange = exchange
 
-    def whole(self, answer: Answer) -> dict[str, Any]:
+    def whole(self, answer: ChatAnswer) -> dict[str, Any]:
         ending = self._ending(answer.finish, answer.output)
         if answer.warning is not None:
             ending["warning"] = answer.warning

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from engine.plugins.dialects.response_store import ResponseStore, StoredResponse, held_bytes
 from engine.plugins.dialects.responses_body import ResponsesRequest, TextConfig
 from engine.server.body import to_json
-from engine.server.chat_session import Exchange, Finish, ask, settle_system
+from engine.server.chat_session import ChatSession, Finish, ask, settle_system
 from engine.server.context import ServingContext
 from engine.server.errors import APIError, quoted
 from engine.server.schemas import ChatRequest
@@ -153,7 +153,7 @@ class Responses:
         chat = settle_system(front, chat)
         answer_id = AnswerId.random("resp", "_")
         exchange = await ask(front, chat, size, tenant, answer_id, prompt_name="input")
-        writer = _Writer(front, body, exchange)
+        writer = _ResponsesWriter(front, body, exchange)
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
@@ -205,10 +205,12 @@ class Responses:
         )
 
 
-class _Writer:
+class _ResponsesWriter:
     """Writes one response, whole or in events."""
 
-    def __init__(self, front: ServingContext, body: ResponsesRequest, exchange: Exchange) -> None:
+    def __init__(
+        self, front: ServingContext, body: ResponsesRequest, exchange: ChatSession
+    ) -> None:
         self._body = body
         self._exchange = exchange
         self.items = ResponseItems()

@@ -33,7 +33,7 @@ def failure(error: RequestError) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class OutgoingMessage:
     """One message for the asker, and the bytes that follow it."""
 
     said: dict[str, Any]
@@ -54,7 +54,7 @@ class Outgoing:
     boundaries: tuple[int, ...]
     request: Request | None = None
     """What computes it; None: all of it was cached."""
-    messages: queue.Queue[Message] = field(default_factory=queue.Queue)
+    messages: queue.Queue[OutgoingMessage] = field(default_factory=queue.Queue)
     is_cancelled: bool = False
     """Set by the connection's thread: the asker has gone."""
     has_ended: bool = False
@@ -86,7 +86,7 @@ class Outgoing:
 
     def say(self, said: dict[str, Any]) -> None:
         """The last message."""
-        self.messages.put(Message(said))
+        self.messages.put(OutgoingMessage(said))
         self.has_ended = True
 
     def fail(self, error: RequestError) -> None:
@@ -163,4 +163,4 @@ class Outgoing:
 
     def _put(self, piece: list[int | None], copied: Copied, num_bytes: int) -> None:
         self.num_queued_bytes += num_bytes
-        self.messages.put(Message({"piece": piece}, copied, num_bytes))
+        self.messages.put(OutgoingMessage({"piece": piece}, copied, num_bytes))

@@ -48,7 +48,7 @@ REST_S = 5.0
 NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
-class Piece(NamedTuple):
+class ArrivedPiece(NamedTuple):
     """Some KV of one part, or a state."""
 
     part: int | None
@@ -127,7 +127,7 @@ class PeerFetch:
         self.tokens, self.namespace, self.boundaries = tokens, request.namespace, request.boundaries
         self.start, self.end = arrival.start, arrival.end
         self.needs_state = arrival.slot is not None
-        self.pieces: queue.Queue[Piece] = queue.Queue(MAX_PIECES)
+        self.pieces: queue.Queue[ArrivedPiece] = queue.Queue(MAX_PIECES)
         self.outcome: str | None = None
         """How its thread ended: empty, or what went wrong."""
         self.is_cancelled = False
@@ -155,19 +155,19 @@ class PeerFetch:
         needed_bytes = self.needed_bytes if self.num_fetched else 0
         return Transferred(self.num_fetched, needed_bytes, self.wire_bytes)
 
-    def expect(self, said: object) -> Piece:
+    def expect(self, said: object) -> ArrivedPiece:
         """The piece that is said to come next, still without its bytes. TransferError: it is none
         of this prefix."""
         match said:
             case [None, int(), int()] if self.needs_state:
-                return Piece(None, self.end, self.end, self._unit.state_bytes)
+                return ArrivedPiece(None, self.end, self.end, self._unit.state_bytes)
             case [int(part), int(start), int(end)] if (
                 0 <= part < len(self._unit.part_bytes) and self.start <= start < end <= self.end
             ):
-                return Piece(part, start, end, (end - start) * self._unit.part_bytes[part])
+                return ArrivedPiece(part, start, end, (end - start) * self._unit.part_bytes[part])
         raise TransferError(f"the piece {said!r} is none of what was asked for")
 
-    def write(self, piece: Piece) -> None:
+    def write(self, piece: ArrivedPiece) -> None:
         """Copy ``piece`` to where its rows and slot are now."""
         if piece.part is None:
             assert self.arrival.slot is not None
@@ -200,7 +200,7 @@ class PeerFetch:
             self._wire = None
             return not self.is_cancelled
 
-    def hand_over(self, piece: Piece) -> None:
+    def hand_over(self, piece: ArrivedPiece) -> None:
         """Called by the thread: wait until there is room for ``piece``. TransferError: nobody wants
         it any more."""
         while not self.is_cancelled:

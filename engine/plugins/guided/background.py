@@ -44,7 +44,7 @@ class Budget(NamedTuple):
             )
 
 
-class Place(NamedTuple):
+class GrammarPlace(NamedTuple):
     """What a grammar says of one answer."""
 
     mask: Mask
@@ -128,7 +128,7 @@ class BackgroundGrammar:
             thread.join(2.0)
 
 
-class Follower:
+class GrammarFollower:
     """Follows one answer in the background. The engine's thread calls its public methods."""
 
     def __init__(
@@ -144,7 +144,7 @@ class Follower:
         self._num_bytes = num_bytes
         self._when_done = when_done
         self._ordered: tuple[int, int] | None = None
-        self._found: tuple[tuple[int, int], Place] | None = None
+        self._found: tuple[tuple[int, int], GrammarPlace] | None = None
         self._error: GrammarError | None = None
         self._is_closed = False
         # The fields below belong to the background thread.
@@ -162,7 +162,7 @@ class Follower:
             # A view is safe: an answer's buffer only grows, and one that was replaced stays as is.
             self._grammar.submit(lambda: self._work(key, answer))
 
-    def place(self, answer: Tokens) -> Place | None:
+    def place(self, answer: Tokens) -> GrammarPlace | None:
         """Return the place of ``answer``, None if it is not found yet. Raises GrammarError if the
         grammar can not be followed that far."""
         if self._error is not None:
@@ -187,7 +187,7 @@ class Follower:
             self._error = GrammarError(f"the grammar can not be followed: {error!r}.")
         self._when_done()
 
-    def _find(self, answer: Tokens) -> Place:
+    def _find(self, answer: Tokens) -> GrammarPlace:
         place = self._try(answer)
         if place is None and not self._was_renewed:
             # Other answers may have used up the limits that all copies share.
@@ -197,7 +197,7 @@ class Follower:
             raise TooComplex(reason(self._matcher.get_error()))
         return place
 
-    def _try(self, answer: Tokens) -> Place | None:
+    def _try(self, answer: Tokens) -> GrammarPlace | None:
         """Follow ``answer``; None if the library refuses to."""
         if self._matcher is None:
             self._matcher = self._grammar.copy(self._shared)
@@ -220,7 +220,7 @@ class Follower:
         started_s = time.thread_time()
         mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)[: self._num_bytes]
         self._charge(time.thread_time() - started_s, len(answer))
-        return None if matcher.is_error() else Place(mask, is_over)
+        return None if matcher.is_error() else GrammarPlace(mask, is_over)
 
     def _charge(self, seconds: float, num_tokens: int) -> None:
         self._spent_s += seconds

@@ -18,7 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from engine.plugins.guided.background import BackgroundGrammar, Budget, Follower, Place
+from engine.plugins.guided.background import (
+    BackgroundGrammar,
+    Budget,
+    GrammarFollower,
+    GrammarPlace,
+)
 from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import Mask
 from hybridcache.tokens import Tokens
@@ -116,7 +121,7 @@ class Guide:
         self._shared = shared
         self._matcher: Any = None
         self._num_taken = 0
-        self._follower: Follower | None = None
+        self._follower: GrammarFollower | None = None
 
     def masks(
         self, answer: Tokens, drafts: Tokens = NO_TOKENS, *, may_be_over: bool = True
@@ -172,7 +177,7 @@ class Guide:
         if self._follower is not None:
             self._follower.close()
 
-    def _place(self, answer: Tokens) -> Place | None:
+    def _place(self, answer: Tokens) -> GrammarPlace | None:
         follower = self._in_background()
         follower.order(answer)
         try:
@@ -205,11 +210,11 @@ class Guide:
             self._compiled.is_costly = True
         return False
 
-    def _in_background(self) -> Follower:
+    def _in_background(self) -> GrammarFollower:
         """Have the answer followed in the background from here on."""
         if self._follower is None:
             shared = self._shared
-            self._follower = Follower(
+            self._follower = GrammarFollower(
                 self._compiled.background, shared.budget, shared.num_mask_bytes, shared.news.set
             )
             self._matcher = None

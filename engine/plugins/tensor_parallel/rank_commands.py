@@ -48,12 +48,12 @@ class Here:
 
 
 @dataclass(frozen=True, slots=True)
-class Ready:
+class RankReady:
     """Its part of the model is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class RankRefused:
     """The model is not served so; the process ends."""
 
     sentence: str

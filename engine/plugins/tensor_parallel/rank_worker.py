@@ -22,8 +22,8 @@ from engine.plugins.tensor_parallel.rank_commands import (
     Forward,
     Here,
     Lost,
-    Ready,
-    Refused,
+    RankReady,
+    RankRefused,
     Start,
 )
 from engine.runner.device import Device
@@ -42,14 +42,14 @@ def main(descriptor: int) -> None:
         sys.exit(1)
 
 
-def _follow(line: Line) -> Refused | Lost | Failed | None:
+def _follow(line: Line) -> RankRefused | Lost | Failed | None:
     """What ended it; None: the first rank closed the line."""
     try:
         _run(line)
     except (EOFError, ConnectionError):
         return None
     except ModelError as error:
-        return Refused(str(error))
+        return RankRefused(str(error))
     except RunnerLost as error:
         return Lost(str(error))
     except Exception as error:
@@ -68,7 +68,7 @@ def _run(line: Line) -> None:
     group = meet(start, device, [line.fileno()])
     runner = ModelRunner(start.config, Rank(start.number, start.count, group))
     group.check()
-    line.send(Ready())
+    line.send(RankReady())
     group.set_timeout(TIMEOUT_S)
     while True:
         order: Forward | Commit = line.receive(group.spin_s)

@@ -21,7 +21,14 @@ from engine.exit_codes import describe_exit
 from engine.interfaces import RunnerLost
 from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, TIMEOUT_S
 from engine.plugins.tensor_parallel.pipe import Line
-from engine.plugins.tensor_parallel.rank_commands import Failed, Here, Lost, Ready, Refused, Start
+from engine.plugins.tensor_parallel.rank_commands import (
+    Failed,
+    Here,
+    Lost,
+    RankReady,
+    RankRefused,
+    Start,
+)
 from engine.plugins.tensor_parallel.shared_memory import make_memory
 from engine.weights.model_config import ModelError
 
@@ -64,7 +71,7 @@ class Followers:
         except OSError as error:
             raise self.lost(error) from None
 
-    def wait_for(self, kind: type[Here] | type[Ready]) -> None:
+    def wait_for(self, kind: type[Here] | type[RankReady]) -> None:
         """Until all have said so. RunnerLost, ModelError: one says or does something else."""
         for one in self._all:
             try:
@@ -73,7 +80,7 @@ class Followers:
                 raise self.lost(error) from None
             if not isinstance(answer, kind):
                 raise self.lost(RunnerLost("it was not ready"), {one.number: answer})
-        if kind is Ready:
+        if kind is RankReady:
             for one in self._all:
                 one.line.set_timeout(TIMEOUT_S)
 
@@ -98,9 +105,9 @@ class Followers:
             with suppress(EOFError, OSError):
                 while one.number not in said:
                     answer = one.line.receive()
-                    if isinstance(answer, Refused | Lost | Failed):
+                    if isinstance(answer, RankRefused | Lost | Failed):
                         said[one.number] = answer
-        refused = [answer.sentence for answer in said.values() if isinstance(answer, Refused)]
+        refused = [answer.sentence for answer in said.values() if isinstance(answer, RankRefused)]
         self._sentence = self._what_happened(error, is_own, said)
         for one in self._all:
             one.process.kill()

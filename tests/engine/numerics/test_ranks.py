@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from engine.config import EngineConfig
 from engine.layers.parameters import Parameter
-from engine.layers.rank import Cut, Group, Rank
+from engine.layers.rank import Group, Rank, RankCut
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 from engine.weights import reader as weights
@@ -191,9 +191,9 @@ def test_a_rank_reads_its_part(dtype, least, tmp_path, monkeypatch) -> None:
     }
     save_file(tensors, tmp_path / "model.safetensors")
     cuts = {
-        "rows": Cut(8, torch.tensor([1, 2, 6])),
-        "stacked": Cut(6, torch.tensor([1, 2, 4]), 1),
-        "cols": Cut(8, torch.arange(4, 8), 1),
+        "rows": RankCut(8, torch.tensor([1, 2, 6])),
+        "stacked": RankCut(6, torch.tensor([1, 2, 4]), 1),
+        "cols": RankCut(8, torch.arange(4, 8), 1),
     }
     expected = {name: cut.of(tensors[name]) for name, cut in cuts.items()}
     expected["rows"] = cuts["rows"].of(tensors["rows"][order])
@@ -225,7 +225,7 @@ def test_scales_go_with_their_columns_and_rows() -> None:
     scheme = Scheme("fp8", (4, 2), "weight_scale_inv")
     stored = torch.randn(8, 12).to(torch.float8_e4m3fn)
     scale = torch.rand(2, 6)
-    for cut in (Cut(12, torch.arange(6, 12), 1), Cut(8, torch.tensor([2, 3, 6]))):
+    for cut in (RankCut(12, torch.arange(6, 12), 1), RankCut(8, torch.tensor([2, 3, 6]))):
         shape = list(stored.shape)
         shape[cut.dim] = len(cut)
         target, kept = torch.empty(shape).to(stored.dtype), torch.empty(shape[0], shape[1] // 2)

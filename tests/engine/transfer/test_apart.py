@@ -99,7 +99,7 @@ def test_a_prefill_engine_killed_in_the_middle_costs_no_token(
     engine = decode_engine(far[1])
     hand_over, num_pieces = fetch.PeerFetch.hand_over, 0
 
-    def kill_at_the_third(self: fetch.PeerFetch, piece: fetch.Piece) -> None:
+    def kill_at_the_third(self: fetch.PeerFetch, piece: fetch.ArrivedPiece) -> None:
         nonlocal num_pieces
         num_pieces += 1
         if num_pieces == 3:
