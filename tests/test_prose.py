@@ -18,7 +18,30 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-COVERED = ("hybridcache", "kernels")
+COVERED = (
+    "hybridcache",
+    "kernels",
+    "engine/__init__.py",
+    "engine/async_engine.py",
+    "engine/build.py",
+    "engine/engine.py",
+    "engine/engine_loop.py",
+    "engine/errors.py",
+    "engine/interfaces.py",
+    "engine/plugin.py",
+    "engine/plugins/__init__.py",
+    "engine/requests/logit_rules.py",
+    "engine/requests/spec.py",
+    "engine/schedule/batch.py",
+    "engine/schedule/drafter.py",
+    "engine/schedule/hooks.py",
+    "engine/schedule/plan.py",
+    "engine/schedule/scheduler.py",
+    "engine/server/chat_hooks.py",
+    "engine/server/extension.py",
+    "engine/text/output_delta.py",
+)
+"""Folders and files that follow the rules, except for those in ``NOT_YET``."""
 NOT_YET = (
     "hybridcache/lab/advise.py",
     "hybridcache/lab/arrivals.py",
@@ -90,7 +113,7 @@ def test_the_rules_find_the_habits_they_name() -> None:
 
 
 def test_every_exception_is_still_needed() -> None:
-    assert [path for path in NOT_YET if not (ROOT / path).exists()] == []
+    assert [path for path in (*NOT_YET, *COVERED) if not (ROOT / path).exists()] == []
 
 
 @pytest.mark.parametrize("rule", [*RULES, "long"])
@@ -128,7 +151,8 @@ def without_code(text: str) -> str:
 
 def all_prose() -> Iterator[Prose]:
     for folder in COVERED:
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        place = ROOT / folder
+        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
             name = str(path.relative_to(ROOT))
             if not any(name == skip or name.startswith(f"{skip}/") for skip in NOT_YET):
                 yield from prose_of(name, path.read_text(encoding="utf-8"))
