@@ -112,15 +112,15 @@ class CacheConfig:
 
     def _refuse_bad_tiers(self) -> None:
         """Raise ValueError for tiers that are too small to hold anything."""
-        for word, num_bytes in self.tier_bytes.items():
+        for name, num_bytes in self.tier_bytes.items():
             if self.prefix_cache != "hybrid":
                 raise ValueError(
-                    f"{word}_bytes needs a hybrid cache, because tiers store KV for its states "
+                    f"{name}_bytes needs a hybrid cache, because tiers store KV for its states "
                     f"(prefix_cache is {self.prefix_cache!r}): set it to 0"
                 )
             if num_bytes < self.state_bytes + self.page_size * self.kv_bytes_per_token:
                 raise ValueError(
-                    f"{word}_bytes must hold at least one state of {self.state_bytes} bytes and "
+                    f"{name}_bytes must hold at least one state of {self.state_bytes} bytes and "
                     f"one page of KV (got {num_bytes}); 0 turns the tier off"
                 )
 
@@ -128,7 +128,7 @@ class CacheConfig:
     def tier_bytes(self) -> dict[str, int]:
         """Bytes of each tier below the device, by name, the nearest first."""
         sizes = {HOST: self.host_bytes, DISK: self.disk_bytes}
-        return {word: size for word, size in sizes.items() if size}
+        return {name: size for name, size in sizes.items() if size}
 
     @property
     def item_bytes(self) -> ItemBytes:
@@ -223,12 +223,12 @@ def _build_hybrid(config: CacheConfig, pages: PageAllocator, slots: SlotAllocato
 def _attach_tiers(cache: TieredRadixCache, config: CacheConfig) -> None:
     row_bytes, page_size = config.kv_bytes_per_token, config.page_size
     tiers, policy = [], cache.policy
-    for word, num_bytes in config.tier_bytes.items():
+    for name, num_bytes in config.tier_bytes.items():
         num_rows = num_bytes // row_bytes
         pages = PageAllocator(num_rows - num_rows % page_size, page_size, row_bytes)
         shared = policy.for_tier()
         policy = build_policy(config) if shared is None else shared
-        tiers.append(Tier(word, pages, policy, shared is not None))
+        tiers.append(Tier(name, pages, policy, shared is not None))
     cache.attach(tuple(tiers), slab_rows(config.state_bytes, row_bytes, page_size))
 
 

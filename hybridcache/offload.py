@@ -92,13 +92,13 @@ class OffloadTiers:
         """Rows copied so far, by (source tier, destination tier)."""
         self._ghosts = ghosts
 
-    def close(self, word: str) -> None:
-        """Stop offloading to the tier ``word``, which cannot be written. It can still be read."""
-        self._closed.add(self.names.index(word))
+    def close(self, name: str) -> None:
+        """Stop offloading to the tier ``name``, which cannot be written. It can still be read."""
+        self._closed.add(self.names.index(name))
 
-    def open(self, word: str) -> None:
-        """Resume offloading to the tier ``word``."""
-        self._closed.discard(self.names.index(word))
+    def open(self, name: str) -> None:
+        """Resume offloading to the tier ``name``."""
+        self._closed.discard(self.names.index(name))
 
     def add_checkpoint(self, node: RadixNode, checkpoint: Checkpoint) -> None:
         """Offer ``checkpoint``, which is about to leave the device, to the tiers, the nearest

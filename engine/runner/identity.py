@@ -47,7 +47,7 @@ def identity_of(
         "config": digest_of((config.model_dir / "config.json").read_bytes()),
         "dtype": str(dtype).removeprefix("torch."),
         "state dtype": config.state_dtype,
-        "checkpoint dtype": "auto" if checkpoints is None else checkpoints.word,
+        "checkpoint dtype": "auto" if checkpoints is None else checkpoints.spec,
         "quantization": config.quantization or "none",
         "multi-token head": str("mtp" in config.drafters),
         "tile": str(config.tile_size),

@@ -90,12 +90,12 @@ def _body(
         labels.append("" if item is None else item.label)
         tokens.append(node.tokens)
     policies, memos, writer = {}, {}, Writer()
-    for word, policy in _policies(cache):
+    for name, policy in _policies(cache):
         if with_policies and remembers(policy):
-            policies[word] = writer.write(policy)
-            memos[word] = [
+            policies[name] = writer.write(policy)
+            memos[name] = [
                 [item.serial, writer.write(item.memo)]
-                for item in _items_of(cache, word, nodes)
+                for item in _items_of(cache, name, nodes)
                 if item.memo is not None
             ]
     body = {
@@ -182,8 +182,8 @@ class Memory:
         roots = [tree.root(read_namespace(text)) for text in plain["namespaces"]]
         rows, tokens = reader.read(plain["nodes"]).tolist(), reader.read(plain["tokens"])
         require_int32(tokens, "tokens")
-        item_bytes, at, words = cache.item_bytes, 0, cache.offload.names
-        tiers = [words.index(word) if word in words else None for word in plain["tiers"]]
+        item_bytes, at, names = cache.item_bytes, 0, cache.offload.names
+        tiers = [names.index(name) if name in names else None for name in plain["tiers"]]
         for row, label in zip(rows, plain["labels"], strict=True):
             above, end, serial, created, last_used, uses, superseded, tier = row
             parent = nodes[above] if above >= 0 else roots[-1 - above]
@@ -216,16 +216,16 @@ class Memory:
         """
         unfit, recalled = list[str](), set[str]()
         reader = Reader(lambda _: None)
-        for word, policy in _policies(cache):
-            is_shared = _is_shared(cache, word)
-            if word in self._plain["policies"] and (not is_shared or DEVICE in recalled):
+        for name, policy in _policies(cache):
+            is_shared = _is_shared(cache, name)
+            if name in self._plain["policies"] and (not is_shared or DEVICE in recalled):
                 try:
-                    self._recall_policy(cache, word, policy, reader)
-                    recalled.add(word)
+                    self._recall_policy(cache, name, policy, reader)
+                    recalled.add(name)
                 except UNREADABLE:
-                    unfit.append(word)
-            if is_shared and DEVICE in recalled and word not in recalled:
-                _share_anew(cache, word)
+                    unfit.append(name)
+            if is_shared and DEVICE in recalled and name not in recalled:
+                _share_anew(cache, name)
         rules = [rule for rule in placement if remembers(rule)]
         written = self._plain["placement"]
         try:
@@ -238,18 +238,18 @@ class Memory:
         return unfit
 
     def _recall_policy(
-        self, cache: TieredRadixCache, word: str, policy: EvictionPolicy, before: Reader
+        self, cache: TieredRadixCache, name: str, policy: EvictionPolicy, before: Reader
     ) -> None:
-        states = {} if word == DEVICE else _states(cache, word)
+        states = {} if name == DEVICE else _states(cache, name)
         reader = Reader(states.get, before)
-        remembered = reader.read(self._plain["policies"][word])
-        memos = {serial: reader.read(memo) for serial, memo in self._plain["memos"][word]}
+        remembered = reader.read(self._plain["policies"][name])
+        memos = {serial: reader.read(memo) for serial, memo in self._plain["memos"][name]}
         load_state(policy, remembered)
-        if word == DEVICE:
+        if name == DEVICE:
             for item, _ in self._items:
                 item.memo = memos.get(item.serial)
             return
-        number = cache.offload.names.index(word)
+        number = cache.offload.names.index(name)
         for item, _ in self._items:
             if item.stored is not None and item.stored.tier == number:
                 item.stored.memo = memos.get(item.serial)
@@ -268,23 +268,23 @@ def _policies(cache: TieredRadixCache) -> Iterator[tuple[str, EvictionPolicy]]:
         yield tier.name, tier.policy
 
 
-def _is_shared(cache: TieredRadixCache, word: str) -> bool:
-    return any(tier.name == word and tier.is_shared for tier in cache.offload.tiers)
+def _is_shared(cache: TieredRadixCache, name: str) -> bool:
+    return any(tier.name == name and tier.is_shared for tier in cache.offload.tiers)
 
 
-def _share_anew(cache: TieredRadixCache, word: str) -> None:
-    """Start the policy of ``word`` from the present state of the tier above it. O(tree)."""
-    policies, number = dict(_policies(cache)), cache.offload.names.index(word)
+def _share_anew(cache: TieredRadixCache, name: str) -> None:
+    """Start the policy of ``name`` from the present state of the tier above it. O(tree)."""
+    policies, number = dict(_policies(cache)), cache.offload.names.index(name)
     above = policies[cache.offload.names[number - 1] if number else DEVICE]
-    load_state(policies[word], above.for_tier())
-    for state in _states(cache, word).values():
+    load_state(policies[name], above.for_tier())
+    for state in _states(cache, name).values():
         state.memo = None
-        policies[word].add(state)
+        policies[name].add(state)
 
 
-def _states(cache: TieredRadixCache, word: str) -> dict[int, OffloadedCheckpoint]:
-    """Return the states stored in tier ``word``, by serial. O(tree)."""
-    number = cache.offload.names.index(word)
+def _states(cache: TieredRadixCache, name: str) -> dict[int, OffloadedCheckpoint]:
+    """Return the states stored in tier ``name``, by serial. O(tree)."""
+    number = cache.offload.names.index(name)
     states = (node.offloaded.state for node in cache.iter_nodes() if node.offloaded is not None)
     return {state.serial: state for state in states if state is not None and state.tier == number}
 
@@ -345,17 +345,17 @@ def _numbers(item: Checkpoint | OffloadedCheckpoint | None) -> tuple[int, int, i
 
 
 def _items_of(
-    cache: TieredRadixCache, word: str, nodes: list[RadixNode]
+    cache: TieredRadixCache, name: str, nodes: list[RadixNode]
 ) -> Iterator[Checkpoint | OffloadedCheckpoint]:
-    """Yield the items at ``nodes`` that the policy of ``word`` tracks, or tracked until evicted."""
+    """Yield the items at ``nodes`` that the policy of ``name`` tracks, or tracked until evicted."""
     for node in nodes:
         checkpoint = node.checkpoint or node.lost_checkpoint
-        if word == DEVICE:
+        if name == DEVICE:
             if checkpoint is not None:
                 yield checkpoint
             continue
         state = None if node.offloaded is None else node.offloaded.state
         if state is None and checkpoint is not None:
             state = checkpoint.stored
-        if state is not None and cache.offload.names[state.tier] == word:
+        if state is not None and cache.offload.names[state.tier] == name:
             yield state

@@ -34,7 +34,7 @@ class CheckpointFormat:
     ``column``. None if nothing is scaled."""
 
     @classmethod
-    def parse(cls, word: str) -> CheckpointFormat | None:
+    def parse(cls, spec: str) -> CheckpointFormat | None:
         """Parse ``bfloat16``, ``int8`` or ``fp8``, the last two with an optional scaling.
 
         Scalings are ``:head``, ``:row`` and ``:column`` (the default). Returns None for ``auto``:
@@ -43,19 +43,19 @@ class CheckpointFormat:
         Raises:
             ValueError: the format is unknown.
         """
-        if word == "auto":
+        if spec == "auto":
             return None
-        dtype, colon, per = word.partition(":")
+        dtype, colon, per = spec.partition(":")
         scaled = dtype in CODE_BYTES and dtype != "bfloat16"
         if dtype not in CODE_BYTES or (colon and not (scaled and per in SCALINGS)):
             raise ValueError(
                 "checkpoint_dtype must be auto, bfloat16, int8 or fp8, the last two with :head, "
-                f":row or :column, as in int8:row (got {word!r})."
+                f":row or :column, as in int8:row (got {spec!r})."
             )
         return cls(dtype, (per or DEFAULT_SCALING) if scaled else None)
 
     @property
-    def word(self) -> str:
+    def spec(self) -> str:
         """Full name of the format, such as ``int8:column``. It determines the byte layout."""
         return self.dtype if self.per is None else f"{self.dtype}:{self.per}"
 

@@ -106,7 +106,7 @@ class ModelGeometry:
         return cls.from_sizes(name, sizes, **dtypes)
 
     @classmethod
-    def load(cls, word: str, **dtypes: str) -> ModelGeometry:
+    def load(cls, name: str, **dtypes: str) -> ModelGeometry:
         """Resolve the value of ``--model``: a preset name, a ``config.json``, or its directory.
 
         The result is named after the file, or after the directory if the file is ``config.json``.
@@ -116,7 +116,7 @@ class ModelGeometry:
             OSError: the file cannot be read.
             ValueError: the file is not the config of a supported model. The message has the path.
         """
-        path = Path(word)
+        path = Path(name)
         if path.is_dir():
             path = path / "config.json"
         if path.suffix == ".json":
@@ -128,7 +128,7 @@ class ModelGeometry:
                 raise ValueError(f"{path}: not valid JSON ({error})") from error
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
-        return cls.preset(word, **dtypes)
+        return cls.preset(name, **dtypes)
 
     @classmethod
     def from_sizes(
@@ -202,6 +202,6 @@ def _how_many(sizes: ModelSizes, kind: type[KVSpec | StateSpec]) -> int:
 
 
 def _refuse_unknown(**dtypes: str) -> None:
-    for name, word in dtypes.items():
-        if word not in DTYPE_BYTES:
-            raise ValueError(f"{name} must be one of {', '.join(DTYPE_BYTES)} (got {word!r}).")
+    for name, dtype in dtypes.items():
+        if dtype not in DTYPE_BYTES:
+            raise ValueError(f"{name} must be one of {', '.join(DTYPE_BYTES)} (got {dtype!r}).")

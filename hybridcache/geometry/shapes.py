@@ -43,10 +43,10 @@ def presets() -> dict[str, dict[str, Any]]:
     return shapes
 
 
-def preset_name(word: str) -> str:
-    """Resolve ``word`` to the full name of one preset.
+def preset_name(name: str) -> str:
+    """Resolve ``name`` to the full name of one preset.
 
-    ``word`` is a name or the beginning of one. Case and punctuation are ignored.
+    ``name`` is a name or the beginning of one. Case and punctuation are ignored.
 
     Raises:
         KeyError: no preset or several presets match. The message lists the names.
@@ -56,13 +56,13 @@ def preset_name(word: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())
 
     names = list(presets())
-    exact = [name for name in names if plain(name) == plain(word)]
-    begins = [name for name in names if plain(name).startswith(plain(word))]
+    exact = [each for each in names if plain(each) == plain(name)]
+    begins = [each for each in names if plain(each).startswith(plain(name))]
     found = exact or begins
     if len(found) == 1:
         return found[0]
     problem = f"means several: {', '.join(found)}" if found else f"is none of: {', '.join(names)}"
-    raise KeyError(f"model {word!r} {problem}")
+    raise KeyError(f"model {name!r} {problem}")
 
 
 def sizes_of_shape(shape: Shape) -> ModelSizes:

@@ -217,8 +217,8 @@ def _class(name: str) -> type:
     return found
 
 
-def _table(word: str, shape: list[int] | None, data: bytes) -> dict[str, Any]:
-    return {"array": word, "shape": shape, "data": base64.b64encode(data).decode()}
+def _table(kind: str, shape: list[int] | None, data: bytes) -> dict[str, Any]:
+    return {"array": kind, "shape": shape, "data": base64.b64encode(data).decode()}
 
 
 def _read_table(plain: Mapping[str, Any]) -> Any:

@@ -202,17 +202,17 @@ def parse_placement(spec: PlacementSpec) -> Placement:
     if spec.strip() == "none":
         return Placement(())
     rules, cap = [], None
-    for word in split_specs(spec):
-        make = _maker("checkpoint placement", _PLACEMENT_AND_CAP, word)
+    for part in split_specs(spec):
+        make = _maker("checkpoint placement", _PLACEMENT_AND_CAP, part)
         if make is None:
-            rules.append(placement_of(load(word, PlacementPolicy))())
-        elif word.partition(":")[0] == "cap":
+            rules.append(placement_of(load(part, PlacementPolicy))())
+        elif part.partition(":")[0] == "cap":
             cap = make()
         else:
             rules.append(make())
     if cap is not None and not rules:
         raise ValueError(
-            f"{spec!r} saves nothing: cap limits other words, as in branch,every:512,cap:2"
+            f"{spec!r} saves nothing: cap limits other rules, as in branch,every:512,cap:2"
         )
     return Placement(tuple(rules), cap)
 
@@ -231,26 +231,26 @@ def make_admission(spec: AdmissionSpec) -> AdmissionPolicy:
 
 
 def split_specs(text: str) -> list[str]:
-    """Split at commas outside parentheses. Empty words are kept.
+    """Split at commas outside parentheses. Empty parts are kept.
 
     >>> split_specs("lru, mine:Class(a=1, b=2),ttl:5")
     ['lru', 'mine:Class(a=1, b=2)', 'ttl:5']
     """
-    words, depth = [""], 0
+    parts, depth = [""], 0
     for letter in text:
         depth += (letter == "(") - (letter == ")")
         if letter == "," and not depth:
-            words.append("")
+            parts.append("")
         else:
-            words[-1] += letter
-    return [word.strip() for word in words]
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
-def in_units(words: str, unit: int) -> str:
-    """Convert the lengths in placement ``words`` from tokens to units of ``unit`` tokens."""
+def in_units(spec: str, unit: int) -> str:
+    """Convert the lengths in the placement ``spec`` from tokens to units of ``unit`` tokens."""
 
     def convert() -> Iterator[str]:
-        for text in split_specs(words):
+        for text in split_specs(spec):
             name, _, number = text.partition(":")
             entry = PLACEMENT_NAMES.get(name)
             is_length = entry is not None and entry.counts == "tokens" and number.isdecimal()

@@ -308,28 +308,28 @@ def spec_of(own: type[Any]) -> str | None:
     return f"{module_name}:{name}"
 
 
-def source_of(word: str) -> str:
-    """Return the source of the module in a word like ``module:Class``.
+def source_of(spec: str) -> str:
+    """Return the source of the module in a spec like ``module:Class``.
 
-    Empty for other words, including numbered ones such as ``ttl:500``.
+    Empty for other specs, including numbered ones such as ``ttl:500``.
 
     Raises:
         ValueError: the source cannot be read.
     """
-    module_name, colon, rest = word.strip().partition(":")
+    module_name, colon, rest = spec.strip().partition(":")
     if not colon or rest.replace(".", "", 1).isdecimal():
         return ""
     try:
-        return inspect.getsource(_imported(word, module_name))
+        return inspect.getsource(_imported(spec, module_name))
     except (OSError, TypeError) as error:
         raise ValueError(
-            f"{word!r}: its source cannot be read, so stored runs cannot be matched with this "
+            f"{spec!r}: its source cannot be read, so stored runs cannot be matched with this "
             "class; put the class in "
             "a file, or store no runs"
         ) from error
 
 
-def load(word: str, protocol: type[Any]) -> OwnPolicy:
+def load(spec: str, protocol: type[Any]) -> OwnPolicy:
     """Load ``module:Class`` or ``module:Class(alpha=2)``, a subclass of ``protocol``.
 
     The module is installed or in the working directory, which is appended to ``sys.path`` because
@@ -339,17 +339,17 @@ def load(word: str, protocol: type[Any]) -> OwnPolicy:
         ValueError: the module or the class is not found or does not fit. The message is one
             sentence.
     """
-    module_name, _, rest = word.partition(":")
-    class_name, arguments, keywords = _arguments(word, rest)
-    found = getattr(_imported(word, module_name), class_name, None)
+    module_name, _, rest = spec.partition(":")
+    class_name, arguments, keywords = _arguments(spec, rest)
+    found = getattr(_imported(spec, module_name), class_name, None)
     if not isinstance(found, type):
-        raise ValueError(f"{word!r}: {module_name} has no class {class_name!r}")
-    _refuse_unfit(OwnPolicy(word, found), found, protocol)
+        raise ValueError(f"{spec!r}: {module_name} has no class {class_name!r}")
+    _refuse_unfit(OwnPolicy(spec, found), found, protocol)
     make = partial(found, *arguments, **keywords) if arguments or keywords else found
-    return OwnPolicy(word, make)
+    return OwnPolicy(spec, make)
 
 
-def _arguments(word: str, call: str) -> tuple[str, list[Any], dict[str, Any]]:
+def _arguments(spec: str, call: str) -> tuple[str, list[Any], dict[str, Any]]:
     """Parse ``Class`` or ``Class(1, alpha=2)`` into (name, arguments, keyword arguments)."""
     if "(" not in call:
         return call, [], {}
@@ -361,7 +361,7 @@ def _arguments(word: str, call: str) -> tuple[str, list[Any], dict[str, Any]]:
         return tree.func.id, [ast.literal_eval(part) for part in tree.args], keywords
     except (SyntaxError, ValueError) as error:
         raise ValueError(
-            f"{word!r}: write module:Class(alpha=2), with numbers, strings and lists ({error})"
+            f"{spec!r}: write module:Class(alpha=2), with numbers, strings and lists ({error})"
         ) from error
 
 
@@ -381,7 +381,7 @@ def _refuse_unfit(own: OwnPolicy, found: type[Any], protocol: type[Any]) -> None
         )
 
 
-def _imported(word: str, module_name: str) -> ModuleType:
+def _imported(spec: str, module_name: str) -> ModuleType:
     here = str(Path.cwd())
     if here not in sys.path and "" not in sys.path:
         sys.path.append(here)
@@ -390,7 +390,7 @@ def _imported(word: str, module_name: str) -> ModuleType:
     except Exception as error:  # a user's module can raise anything
         hint = "; leave out .py" if module_name.endswith(".py") else ""
         raise ValueError(
-            f"{word!r}: no module {module_name!r} can be imported ({error}){hint}"
+            f"{spec!r}: no module {module_name!r} can be imported ({error}){hint}"
         ) from error
 
 

@@ -23,12 +23,12 @@ ROUTERS: dict[str, type[Router]] = {
 }
 
 
-def find_router(word: str) -> Callable[[ReplicaSpec], Router]:
-    """Return the factory of the router that ``word`` names. Raises ValueError if there is none."""
-    if word in ROUTERS:
-        return ROUTERS[word]
-    if ":" not in word:
+def find_router(name: str) -> Callable[[ReplicaSpec], Router]:
+    """Return the factory of the router that ``name`` names. Raises ValueError if there is none."""
+    if name in ROUTERS:
+        return ROUTERS[name]
+    if ":" not in name:
         raise ValueError(
-            f"router must be one of {', '.join(ROUTERS)}, or module:Class (got {word!r})."
+            f"router must be one of {', '.join(ROUTERS)}, or module:Class (got {name!r})."
         )
-    return cast(Callable[[ReplicaSpec], Router], load(word, Router).make)
+    return cast(Callable[[ReplicaSpec], Router], load(name, Router).make)

@@ -119,7 +119,7 @@ def test_a_small_channel_survives_beside_a_large_one(word: str, shape: tuple[int
     """Where no scale is asked for: channels of a state may differ a thousandfold, as Mamba-1's
     do."""
     format = CheckpointFormat.parse(word)
-    assert format is not None and format.word == f"{word}:column"
+    assert format is not None and format.spec == f"{word}:column"
     torch.manual_seed(0)
     x = torch.randn(1, *shape) * torch.logspace(-3, 0, shape[-1])
     dims = (0, *(1 + dim for dim in format.kept_dims(len(shape))))

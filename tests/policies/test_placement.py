@@ -200,5 +200,5 @@ def test_planned_follows_the_overlaps_and_forgets() -> None:
 
 
 def test_a_cap_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="saves nothing: cap limits other words"):
+    with pytest.raises(ValueError, match="saves nothing: cap limits other rules"):
         parse_placement("cap:2")

@@ -39,7 +39,7 @@ def plug_in() -> None:
 
     registry.register_radix_cache_backend(NAME, _build)
     choices.add_radix_eviction_policy_choices(
-        [word for word in ADDED_EVICTION if word not in choices.RADIX_EVICTION_POLICY_CHOICES]
+        [name for name in ADDED_EVICTION if name not in choices.RADIX_EVICTION_POLICY_CHOICES]
     )
 
 

@@ -93,7 +93,7 @@ class Thinned(PlacementPolicy):
             yield Placed(middle, "thinned")
 
 
-def _positive(word: str, number: int) -> int:
+def _positive(name: str, number: int) -> int:
     if number < 1:
-        raise ValueError(f"{word}:N requires N >= 1 (got {number}).")
+        raise ValueError(f"{name}:N requires N >= 1 (got {number}).")
     return number
