@@ -1,9 +1,7 @@
-"""When sessions start and how long they pause: arrival processes, and the interleaving of sessions
-they cause.
+"""Arrival processes of sessions, pauses between turns, and the resulting order of requests.
 
-A session is a list of turns with no clock of their own. ``interleave`` gives each session a start
-(Poisson, fixed, bursts) and each turn a pause, and merges them by time, holding only the sessions
-that are open.
+A session is a list of turns without times. ``interleave`` gives each session a start (Poisson,
+fixed, bursts) and each turn a pause, and merges them by time. It holds only the open sessions.
 """
 
 from __future__ import annotations
@@ -81,7 +79,7 @@ class Pauses:
     answer_tokens_per_s: float = 50.0
 
     def next(self, rng: np.random.Generator, num_answer_tokens: int) -> float:
-        """Seconds until the turn after an answer of so many tokens; draws from ``rng``."""
+        """Draw the seconds between an answer of this length and the next turn."""
         thinking = (
             float(rng.lognormal(math.log(self.median_s), self.spread)) if self.median_s else 0.0
         )

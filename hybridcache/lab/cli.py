@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     run: Command = options.run
     try:
-        if arguments is None:  # a process of our own, not somebody's call
+        if arguments is None:  # only as the main program of a process
             from hybridcache.lab.simulation.sweep import collect_seldom
 
             collect_seldom()
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = run(options)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever reads has seen enough; what is left goes nowhere, at exit too
+    except BrokenPipeError:  # the reader has closed the pipe: discard the rest, also at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:

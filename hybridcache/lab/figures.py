@@ -527,8 +527,8 @@ def save(
 
 
 def optimum_figure(found: Sequence[Optimum], path: Path | None) -> Figure:
-    """Draw the plan's hit rate and the bound over the size, and to its right the price of memory
-    over the trace at some of the sizes, if the LP computed it."""
+    """Draw plan and bound over the size. If the LP computed prices, a second panel shows the price
+    of memory over the trace."""
     priced = [best for best in found if best.prices is not None]
     figure, axes = panels(1 + bool(priced), columns=2)
     sizes = [best.capacity_bytes / GIB for best in found]

@@ -1,8 +1,6 @@
-"""The infinite cache: every prefix ever seen, token by token. The bound of every policy, and what
-traces are measured with.
+"""Infinite cache of every token ever seen: a bound for every policy, and a measure for traces.
 
-Plain on purpose: a compressed trie of its own, sharing no code with the cache it is the yardstick
-of.
+It is a plain compressed trie and shares no code with the cache that it measures.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from hybridcache.tokens import Tokens, common_prefix_len
 
 
 class Seen(NamedTuple):
-    """What was seen before of one sequence."""
+    """Known part of one sequence."""
 
     length: int
     """Leading ids that some earlier sequence began with too."""
@@ -50,7 +48,7 @@ class InfiniteCache:
         """Tokens remembered, those that sequences share counted once."""
 
     def serve(self, request: TraceRequest) -> Seen:
-        """How much of the prompt was seen before (perhaps all of it); remembers prompt and answer.
+        """Return the known part of the prompt (possibly all of it), and store prompt and answer.
         O(len)."""
         seen = self.visit(request.tokens, request.namespace)
         if len(request.output):
@@ -63,7 +61,7 @@ class InfiniteCache:
         return min(self.serve(request).length * unit, request.num_tokens(unit) - 1)
 
     def visit(self, ids: Tokens, namespace: Hashable = None) -> Seen:
-        """How much of ``ids`` was seen before; remembers the rest. O(len(ids))."""
+        """Return the known part of ``ids``, and store the rest. O(len(ids))."""
         self.num_visits += 1
         return self._walk(ids, namespace)
 

@@ -19,7 +19,7 @@ from hybridcache.watch.records import RequestShown, slabs_record
 
 MAX_RUNS = 8
 MAX_RECORDS = 300_000
-"""Of all runs together: some 20 MB."""
+"""Limit for all runs together: about 20 MB."""
 
 
 def page_of(trace: Trace, sweep: Sweep) -> str:
@@ -77,7 +77,7 @@ def _meta(trace: Trace, config: RunConfig, target: _RecordedTarget) -> dict[str,
 
 
 class _RecordedTarget:
-    """The project's own cache as ``build_target`` makes it, with what happens written down."""
+    """Cache as ``build_target`` makes it, with a record of every change."""
 
     def __init__(self, config: RunConfig, unit: int, serving: Serving, max_records: int) -> None:
         inner = build_target(config, unit)
@@ -103,7 +103,7 @@ class _RecordedTarget:
         return self._inner.counters()
 
     def write(self, request: TraceRequest, served: Served | None) -> None:
-        """What ``request`` changed, and itself."""
+        """Record the changes made by ``request``, and the request."""
         if self._first_s is None:
             self._first_s = request.timestamp_s
         now_s = request.timestamp_s - self._first_s

@@ -56,8 +56,8 @@ METRICS: dict[str, Metric] = {
     "ttft-p99": Metric("TTFT P99, ms", lambda run: 1e3 * run.ttft_s[99]),
     "missed_tokens": Metric(
         "missed tokens, % of prompt tokens",
-        # Files of before peers were kept apart here have 0 for them; what counts no causes has no
-        # regret either.
+        # Files of earlier versions have 0 for peers. Runs without causes have no missed tokens
+        # either.
         lambda run: (
             None
             if run.losses is None or run.missed_tokens is None
@@ -77,7 +77,7 @@ METRICS: dict[str, Metric] = {
     "written": Metric("KV bytes written, GiB", lambda run: _gib(run.written_kv_bytes)),
     "control": Metric("cache code, us a request", lambda run: run.control_us, "{:.0f}"),
 }
-"""Words for what a table or figure shows."""
+"""Metrics of tables and figures, by name."""
 
 
 def find_metric(word: str) -> Metric:
@@ -105,8 +105,11 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def sweep_table(result: SweepRuns, word: str = "hit") -> str:
-    """A row a competitor, a column a size; where the metric is the token hit rate, also the best
-    plan with hindsight and what no plan can pass, if they were worked out, and the bound."""
+    """Return a table with a row per competitor and a column per size.
+
+    Tables of token hit rates also have the best plan with hindsight, its upper bound and the
+    infinite cache, if they were computed.
+    """
     metric = find_metric(word)
     by_label = result.by_label()
     by_size: dict[tuple[Any, ...], RunResult] = {}
@@ -288,12 +291,12 @@ def _closed_loop_cells(runs: Sequence[ClosedLoopRun]) -> list[str]:
 
 
 def _size(run: RunResult) -> tuple[Any, ...]:
-    """What a column of a table is: how much memory there was."""
+    """Return the key of a table's column: the sizes of all memories."""
     return tuple(getattr(run.config, name) for name in SIZES)
 
 
 def tier_notes(result: SweepRuns) -> list[str]:
-    """For whom dead KV and superseded checkpoints went first, whatever the policy."""
+    """Name the policies with and without priority classes."""
     by_classes = {
         classes: dict.fromkeys(
             str(run.config.policy) for run in result.runs if run.config.priority_classes is classes
@@ -312,7 +315,7 @@ def tier_notes(result: SweepRuns) -> list[str]:
 
 
 def notes_on(result: SweepRuns, words: Sequence[str]) -> list[str]:
-    """What stands under a table or figure of the metrics ``words``: what their numbers rest on."""
+    """Return the notes under a table or figure of the metrics ``words``."""
     notes = plan_notes(result) if "optimum" in words else []
     if result.times and any(word.startswith(("ttft", "seconds")) for word in words):
         notes.append(f"prefill times: {result.times}")
@@ -348,7 +351,7 @@ def weighs_as_another(run: RunResult) -> bool:
 
 
 def _marked(run: RunResult, word: str) -> str:
-    """A cell; what is above the best plan gets a star."""
+    """Return the text of a cell, with a star if the run is above the best plan."""
     text = METRICS[word].text(run)
     return text + "*" if word == "optimum" and above_plan(run) else text
 
@@ -364,8 +367,7 @@ def _bound_share(result: SweepRuns, run: RunResult) -> str:
 
 
 def plan_notes(result: SweepRuns) -> list[str]:
-    """What "best plan" means here, in a sentence or two: whose it is, how far the optimum can be,
-    what a star says."""
+    """Explain "best plan": its solver, its distance to the optimum, and the star."""
     planned = [run for run in result.runs if run.optimum_tokens]
     if not planned:
         return []
@@ -410,8 +412,8 @@ def size_label(run: RunResult) -> str:
 
 
 def losses_table(runs: Sequence[RunResult]) -> str:
-    """Where the prompt tokens went: reused, or lost by cause; % of the prompt tokens.
-    ``LOSSES_NOTE`` says what a cause is."""
+    """Return a table of the prompt tokens in %: reused, or lost by cause. ``LOSSES_NOTE`` explains
+    the causes."""
     header = ["% of prompt tokens", "GiB", "reused"]
     header += [cause.replace("_", " ") for cause in Losses._fields]
     rows = []
@@ -429,7 +431,7 @@ LOSSES_NOTE = (
     "others may stand behind it, so a "
     "share is not what undoing the cause would regain."
 )
-"""What stands under tables and figures of losses."""
+"""Note under tables and figures of losses."""
 
 
 def bins_table(runs: Sequence[RunResult], by: Literal["length", "turn"]) -> str:
@@ -455,7 +457,7 @@ def _counting(stats: TraceStats) -> str:
 
 
 def stats_table(stats: TraceStats) -> str:
-    """What a trace is like, in some thirty lines."""
+    """Return the statistics of a trace as a table, in some thirty lines."""
 
     def spread(name: str, values: Summary, form: str = "{:,.0f}") -> list[str]:
         cells = [values.mean, *values.percentiles.values(), values.largest]
@@ -497,8 +499,8 @@ def stats_table(stats: TraceStats) -> str:
 
 
 def optimum_table(found: Sequence[Optimum]) -> str:
-    """A row a size: the plan's hit rate, the proven bound, what lies between, and what more memory
-    is worth."""
+    """Return a table with a row per size: hit rate of the plan, bound, gap, and worth of more
+    memory."""
     rows = [
         [
             f"{best.capacity_bytes / GIB:.3g}",

@@ -1,4 +1,4 @@
-"""What host memory and disk are worth for a trace, in GiB of the device's memory."""
+"""Worth of host memory and disk for a trace, in GiB of device memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace
 
 NUM_SIZES = 8
-"""Of device memory, from what there is to what there would be were all of it the device's."""
+"""Number of device sizes, from the present one to the sum of all tiers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +65,14 @@ def tier_worth(
     processes: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> TierWorth:
-    """Replay ``config``, which has lower tiers, beside more and more memory on the device alone.
+    """Replay ``config``, which has lower tiers, and the same without them at increasing sizes of
+    device memory.
 
-    Between the sizes tried the seconds saved are taken as a straight line, and never as falling.
-    ``NUM_SIZES`` + 1 runs. ValueError: it has no lower tier, or no budget of bytes."""
+    Saved seconds are interpolated linearly between the sizes, and never decrease. ``NUM_SIZES`` + 1
+    runs. ValueError without a lower tier, or without a budget of bytes.
+    """
     if config.budget_bytes is None or not (config.host_bytes or config.disk_bytes):
-        raise ValueError("what tiers are worth needs a budget of bytes and host memory or disk")
+        raise ValueError("the worth of tiers needs a budget of bytes, and host memory or disk")
     most = config.budget_bytes + config.host_bytes + config.disk_bytes
     sizes = np.geomspace(config.budget_bytes, most, NUM_SIZES).astype(np.int64).tolist()
     alone = replace(config, host_bytes=0, disk_bytes=0)
@@ -78,7 +80,7 @@ def tier_worth(
     jobs += [Job(replace(alone, budget_bytes=size), serving) for size in sizes]
     tiered, *runs = run_sweep(trace, jobs, processes=processes, progress=progress)
     saved = np.maximum.accumulate([run.seconds_saved for run in runs])
-    # Of equal sizes the smallest: what a curve that has gone flat would add is worth nothing.
+    # Use the smallest of equal sizes: where the curve is flat, more memory has no worth.
     first = np.concatenate(([True], np.diff(saved) > 0))
     size = float(np.interp(tiered.seconds_saved, saved[first], np.array(sizes)[first]))
     return TierWorth(

@@ -24,7 +24,7 @@ class TraceRequest(NamedTuple):
 
     timestamp_s: float
     session: Hashable
-    """What belongs together: a conversation, an agent's run. Requests of one session never overlap
+    """Conversation or agent run that the request belongs to. Requests of one session never overlap
     in time."""
     namespace: Hashable
     """Requests in different namespaces never share (model, adapter, tenant)."""
@@ -38,7 +38,7 @@ class TraceRequest(NamedTuple):
     partial_tokens: int | None = None
     """Tokens that the prompt's last id stands for, where that is fewer than the unit."""
     answer_survives: bool = True
-    """False: later prompts are known to leave this one before its end."""
+    """False if later prompts are known to diverge before the end of this one."""
     answer_tokens: int | None = None
     """Tokens of the answer, where its ids do not tell: its first may fill the prompt's last id, its
     last may not fill its own."""
@@ -71,7 +71,7 @@ class Trace:
     """Starts the requests over, in order of their timestamps. Picklable, so that processes can
     share a trace by recipe."""
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
-    """What was skipped in the latest iteration."""
+    """Records that were skipped in the latest iteration."""
     counted_by: str = ""
     """Tokenizer of a trace of texts: its name, or the path of its file. Empty for traces of ids."""
     recipe: str = ""
@@ -122,12 +122,12 @@ class _Head:
 
 
 class BadRecordError(ValueError):
-    """A record that can not be read, named by file and line in one sentence."""
+    """A record that cannot be read, named by file and line in one sentence."""
 
 
 @dataclass(slots=True)
 class BadRecords:
-    """What a reader does about records it can not read: stop, or skip and count."""
+    """Rule of a reader for invalid records: stop, or skip and count."""
 
     skip: bool
     count: int = 0
@@ -140,7 +140,8 @@ class BadRecords:
 
 
 class FreshIds:
-    """Tokens no prompt has: answers whose tokens a trace does not tell. Counts down from 2**31 - 1.
+    """Source of ids that no prompt contains, for answers without known tokens. It counts down from
+    2**31 - 1.
 
     A trace's own ids must stay below ``FreshIds.FLOOR``.
     """
@@ -154,7 +155,7 @@ class FreshIds:
         """int32[num_ids], never taken before. ValueError for a negative number, OverflowError when
         all are taken."""
         if num_ids < 0:
-            raise ValueError(f"an answer can not have {num_ids} ids")
+            raise ValueError(f"an answer cannot have {num_ids} ids")
         if self._next - num_ids < self.FLOOR:
             raise OverflowError("more than 2**30 unknown answer ids in one trace")
         self._next -= num_ids

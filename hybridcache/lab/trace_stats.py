@@ -112,7 +112,8 @@ class _Gathered:
         self.prompts: list[float] = []
         self.outputs: list[float] = []
         self.ideal: list[int] = []
-        # Tokens in the cache after each visit: the difference of two is what came between them.
+        # Tokens in the cache after each visit: the difference of two is the number added between
+        # them.
         self.held_after: list[int] = []
         self.reuse: tuple[list[float], list[float], list[float]] = ([], [], [])
 

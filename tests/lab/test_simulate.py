@@ -367,7 +367,7 @@ def test_a_trace_that_can_not_be_sent_is_one_sentence(tmp_path: Path) -> None:
     own = Trace("mine", 1, lambda: iter(open_trace("short?head=9")))
     assert simulate(own, gib=1, bound=False).runs[0].requests == 9
     for option in ({"processes": 2}, {"resume_from": tmp_path / "runs.jsonl"}):
-        with pytest.raises(ValueError, match="trace 'mine' can not be sent to another process"):
+        with pytest.raises(ValueError, match="trace 'mine' cannot be sent to another process"):
             simulate(own, gib=(1, 2), **option)
 
 

@@ -541,7 +541,7 @@ def test_a_policy_that_has_no_word_is_not_kept_and_not_sent(tmp_path: Path) -> N
     kept = tmp_path / "runs.jsonl"
     with pytest.raises(ValueError, match="name the policy module:Class, or keep no runs"):
         simulate("short?head=9", gib=1, policy=Local, resume_from=kept)
-    with pytest.raises(ValueError, match="can not be sent to another process"):
+    with pytest.raises(ValueError, match="cannot be sent to another process"):
         simulate("short?head=9", gib=(1, 2), policy=Local, processes=2)
 
 

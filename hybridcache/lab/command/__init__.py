@@ -1,1 +1,1 @@
-"""The command line, a noun a file: what each command takes, and what it does."""
+"""Commands of ``hybridcache``: one file per command, with its options and its work."""

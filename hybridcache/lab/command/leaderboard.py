@@ -29,7 +29,7 @@ def add_leaderboard(commands: Commands) -> None:
     )
     add("--built-in", metavar="NAMES", help="built-in evictions, commas between (default: all)")
     add("--seeds", type=int, metavar="N", help="only the first N seeds (default: all ten)")
-    add("--only", default="", metavar="TEXT", help="only traces whose name contains this")
+    add("--only", default="", metavar="TEXT", help="only traces with this text in their names")
     add("--split", type=Path, metavar="FILE", help="another split (default: the packaged one)")
     share(parser, "--processes")
     add("--output", type=Path, help="JSON lines of finished traces; a repeated command continues")

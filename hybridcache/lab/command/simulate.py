@@ -70,7 +70,7 @@ def add_simulate(commands: Commands) -> None:
     )
     add("--optimum", choices=("greedy", "lp", "milp"), help="also the best plan with hindsight")
     known = ", ".join(METRICS)
-    add("--metric", default="hit", help=f"what tables and figure show, commas between: {known}")
+    add("--metric", default="hit", help=f"metrics of tables and figure, commas between: {known}")
     add("--losses", action="store_true", help="also where the tokens went, by cause")
     add("--bins", action="store_true", help="also by prompt length and by turn of the session")
     add(
@@ -150,7 +150,11 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
 
     for flag, default in ALONE.items():
         name = flag.removeprefix("--").replace("-", "_")
-        if name != "max_running" and name != "figure" and getattr(options, name) != default:
+        if (
+            name != "max_running"
+            and not name.startswith("figure")
+            and getattr(options, name) != default
+        ):
             raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
     if options.output is not None or options.replicas is not None:
         raise ValueError("--output and --replicas have no meaning with --closed-loop")

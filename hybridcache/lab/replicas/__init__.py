@@ -1,1 +1,1 @@
-"""Several caches behind one router: who finds most, and how long the first token takes."""
+"""Simulation of several caches behind one router: hit rates and times to first token."""

@@ -16,11 +16,11 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
     "--event-delay": {
         "type": float,
-        "help": "seconds until a router knows of a change in a cache (default 0)",
+        "help": "seconds until a change in a cache reaches a router (default 0)",
     },
     "--failures": {
         "type": int,
-        "help": "replicas that die, evenly over the trace, an empty one taking their place after "
+        "help": "replicas that fail, evenly over the trace, each replaced by an empty one after "
         "30 s (default 0)",
     },
 }
@@ -33,6 +33,10 @@ ALONE = {
     "--metric": "hit",
     "--max-running": None,
     "--figure": None,
+    "--figure-size": None,
+    "--figure-font": "",
+    "--figure-font-size": 9.0,
+    "--figure-labels": "legend",
     "--servers": 1,
     "--bound": True,
     "--priority-classes": True,
@@ -59,14 +63,14 @@ CLOSED_LOOP = {
 
 
 def add_fleet(parser: argparse.ArgumentParser) -> None:
-    """The flags of fleets."""
+    """Add the options of fleets."""
     from hybridcache.routing.registry import ROUTERS
 
     words = ", ".join((*ROUTERS, "oracle"))
     parser.add_argument(
         "--replicas",
         type=int,
-        help="so many caches behind a router, each of --gib; other tables, see the page",
+        help="number of caches behind a router, each of --gib; prints other tables",
     )
     parser.add_argument(
         "--router",

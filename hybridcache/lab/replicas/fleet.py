@@ -1,5 +1,4 @@
-"""What is simulated when a trace is served by replicas: how many, of what speed, behind which
-router, and what goes wrong on the way."""
+"""Description of a simulated fleet: number and speed of replicas, router, and failures."""
 
 from __future__ import annotations
 
@@ -13,8 +12,8 @@ from hybridcache.lab.trace import TraceRequest
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """A prefill takes its FLOPs at a constant rate: what a server reaches that computes prompts in
-    large batches, so that reading weights costs none of them anything by itself."""
+    """Prefill times proportional to FLOPs, as on a server with large batches, where the cost of
+    reading weights is shared."""
 
     geometry: ModelGeometry
     flops_per_s: float
@@ -33,12 +32,12 @@ class FleetConfig:
     router: str = "checkpoint"
     """A word, ``oracle`` too, or ``module:Class``."""
     load: float | None = None
-    """The replicas' speed is such that all prompts computed cold would keep them busy for this
-    share of the trace's time; None: as fast as the prefill times say."""
+    """Share of the trace's time that all prompts, computed cold, would keep the replicas busy. It
+    sets their speed; None keeps the prefill times."""
     delay_s: float = 0.0
-    """From a change in a cache until its router knows."""
+    """Seconds from a change in a cache until its event reaches the router."""
     failures: int = 0
-    """So many replicas die, evenly over the trace, each replaced by an empty one."""
+    """Number of replicas that fail, evenly over the trace; each is replaced by an empty one."""
     replaced_s: float = 30.0
     """Until the one that replaces it is up."""
     tpot_s: float = 0.02
@@ -52,19 +51,19 @@ class FleetConfig:
         if self.load is not None and not self.load > 0:
             raise ValueError(f"--load must be above 0, got {self.load}")
         if self.delay_s < 0 or self.replaced_s < 0 or self.tpot_s < 0:
-            raise ValueError("--event-delay, replaced_s and tpot_s can not be negative")
+            raise ValueError("--event-delay, replaced_s and tpot_s must be at least 0")
         if self.failures < 0:
             raise ValueError(f"--failures must be at least 0, got {self.failures}")
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """What a trace asks of a fleet in all."""
+    """Total work of a trace."""
 
     first_s: float
     last_s: float
     cold_flops: int
-    """Of computing every prompt from its first token."""
+    """FLOPs of computing every prompt from its first token."""
     requests: int
 
     @classmethod

@@ -16,15 +16,15 @@ from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, RouteRequest
 
 @dataclass(frozen=True, slots=True)
 class Truth:
-    """What the oracle asks of the replicas themselves."""
+    """View of the replicas that the oracle reads."""
 
     cache: Callable[[ReplicaId], PrefixCache]
     wait_s: Callable[[ReplicaId, float], float]
 
 
 class Oracle(CheckpointSeconds):
-    """The rule of ``CheckpointSeconds`` on what is true instead of what events tell. It knows no
-    future: what its choice costs later requests is as uncertain to it as to anybody."""
+    """Router with the rule of ``CheckpointSeconds`` on the true state of the replicas, instead of
+    their events. The cost of a choice for later requests is estimated as in that rule."""
 
     follows_events: ClassVar[bool] = False
 

@@ -17,7 +17,7 @@ from hybridcache.lab.simulation.target import RunConfig
 
 @dataclass(frozen=True, slots=True)
 class FleetResult:
-    """One cell. Tokens are tokens, whatever the trace's unit; sizes are one replica's."""
+    """One cell. Counts are in tokens, for any unit of the trace; sizes are those of one replica."""
 
     trace: str
     model: str
@@ -30,22 +30,22 @@ class FleetResult:
     prompt_tokens: int
     cached_tokens: int
     overpromised_tokens: int
-    """That the router expected on the replica it chose and that were computed."""
+    """Tokens that the router expected on the chosen replica and that were computed."""
     underpromised_tokens: int
-    """That were there beyond what it expected."""
+    """Reused tokens that the router did not expect."""
     ttft_s: dict[int, float]
     """Percentiles of the time from when a request could be asked to its first token."""
     ttft_mean_s: float
     cold_mean_s: float
-    """Mean prefill of a prompt of which nothing is cached: what to hold the others against."""
+    """Mean prefill time of a prompt without any reuse, for comparison."""
     busy_share: float
-    """Of the fleet's time, spent in prefills."""
+    """Share of the fleet's time spent in prefills."""
     imbalance: float
     """Prefill seconds of the busiest place over the mean; 1 is perfect."""
     rerouted: int
     """Requests that lost their replica before the first token, and were routed again."""
     broken: int
-    """Those that lost it later: their answers ended early."""
+    """Requests that lost their replica after the first token: their answers ended early."""
     bypassed: int
 
     @property

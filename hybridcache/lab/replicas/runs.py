@@ -28,12 +28,12 @@ class FleetJob:
     """One cell."""
 
     config: RunConfig
-    """Of one replica."""
+    """Memory of one replica, in bytes."""
     fleet: FleetConfig
     times: PrefillTimes
 
     def key(self, trace_identity: bytes) -> str:
-        """What tells whether a results file has this run: all that its figures depend on but this
+        """Return the key of this run in a results file, which covers all inputs except this
         project's own code."""
         words = (self.config.policy, self.config.checkpoints, self.fleet.router)
         own = "".join(source_of(word) for word in words if isinstance(word, str)).encode()
@@ -42,11 +42,11 @@ class FleetJob:
 
 
 def check_fleet(config: RunConfig, fleet: FleetConfig) -> None:
-    """ValueError, in a sentence, for what can not be run."""
+    """Raise ValueError, with one sentence, if the job cannot be run."""
     if config.baseline is not None:
         raise ValueError(
-            f"baseline {config.baseline}: rebuilt peers publish no events, and routers would know "
-            "nothing of them: leave out --baseline with --replicas"
+            f"baseline {config.baseline}: rebuilt peers publish no events for routers: leave out "
+            "--baseline with --replicas"
         )
     check_words(config)
     if fleet.router != "oracle":
@@ -85,8 +85,8 @@ def run_fleets(
     resume_from: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[FleetResult]:
-    """Results in the order of ``jobs``; see ``run_grid``. ValueError before anything runs for a
-    cell that can not be."""
+    """Return the results in the order of ``jobs``; see ``run_grid``. ValueError, before anything
+    runs, for an invalid cell."""
     for job in jobs:
         check_fleet(job.config, job.fleet)
     identity = identity_of(trace) if resume_from else b""

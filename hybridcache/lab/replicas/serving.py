@@ -1,10 +1,10 @@
-"""Serving a trace with several caches behind a router: events in order of time.
+"""Simulated serving with several caches behind a router: events in order of time.
 
-Each replica prefills one prompt after the other, in the order in which they came to it, and decodes
-beside that. A request waits for its session's last answer, then is routed at once; it holds its
-lease from the start of its prefill to the end of its answer. A replica that dies takes its cache
-along: requests without a first token are routed again and their clocks go on, those past it are
-broken off. What its cache changes a replica publishes at once, and the router knows ``delay_s``
+Each replica prefills one prompt after the other, in the order of their arrival, and decodes at the
+same time. A request waits for the last answer of its session and is then routed at once. It holds
+its lease from the start of its prefill to the end of its answer. A failed replica loses its cache.
+Its requests without a first token are routed again, with their clocks running; the others are
+aborted. A replica publishes changes of its cache at once, and they reach the router ``delay_s``
 later.
 """
 
@@ -41,7 +41,7 @@ class _Asked:
 
 
 class _Replica:
-    """One cache, its queue, and what it has done."""
+    """One cache, its queue, and its counters."""
 
     def __init__(self, id_: int, target: LeaseTarget) -> None:
         self.id = id_
@@ -60,11 +60,11 @@ class _Replica:
 
 
 class FleetLog(NamedTuple):
-    """What happened to each request, and to the fleet."""
+    """Log of all requests, and of the fleet."""
 
     requests: RequestLog
     expected_tokens: array[int]
-    """By request: what its router expected not to be computed."""
+    """Tokens that the router expected to be reused, by request."""
     busy_s: tuple[float, ...]
     """Prefill seconds of each place, the replica that died and those that replaced it together."""
     seconds: float

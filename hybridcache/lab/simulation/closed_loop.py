@@ -43,7 +43,7 @@ class ClosedLoop:
     rate: float
     """Sessions that arrive in a second, on average."""
     seed: int = 0
-    """Of the arrivals."""
+    """Seed of the arrivals."""
     max_running: int = 16
     token_budget: int = 8192
     admission: AdmissionSpec = "sessions"
@@ -79,7 +79,7 @@ class Turn:
 
 
 class SimulatedRequest(ScheduledRequest):
-    """A request whose answer is known beforehand."""
+    """A request with a fixed answer."""
 
     __slots__ = ("first_token_s", "place", "turn")
 
@@ -101,7 +101,7 @@ class SimulatedRequest(ScheduledRequest):
 
 
 class RequestTable:
-    """What happened to each request, in the order in which they were asked. Times in seconds."""
+    """Times and counts of all requests, in the order of their submission. Times in seconds."""
 
     def __init__(self) -> None:
         self.session = array("q")
@@ -289,7 +289,7 @@ class _Run:
             self._coast([request for request, _ in tasks], context)
 
     def _sample(self, request: SimulatedRequest) -> bool:
-        """The next token of ``request`` is known. False: it was the last one."""
+        """Commit the next token of ``request``. Returns False if it was the last one."""
         request.num_tokens += 1
         if request.first_token_s is None:
             request.first_token_s = self.now_s

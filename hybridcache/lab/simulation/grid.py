@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from hybridcache.lab.trace import BadRecords, Trace, TraceRequest
 
 _KEEP_BYTES = 256 << 20
-"""A trace whose ids fit in this is held in memory between runs."""
+"""Bytes of ids up to which a trace is kept in memory between runs."""
 _LATER = 2
 """Tasks that wait for each that runs on a cluster, so that no worker is idle for long."""
 
@@ -32,11 +32,11 @@ Run = Callable[[Trace, Job], Result]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a grid is computed; changes no result."""
+    """Place of computation of a grid of runs; it changes no result."""
 
     processes: int = 1
     ray: str | None = None
-    """Address of a Ray cluster (``auto``: the one that runs on this machine); None: none."""
+    """Address of a Ray cluster (``auto`` for the one on this machine), or None."""
 
     def __post_init__(self) -> None:
         if self.processes < 1:
@@ -64,12 +64,13 @@ def run_grid(
     resume_from: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Result]:
-    """``run(trace, job)`` of each of ``jobs``, in their order. With ``resume_from``, runs that file
-    has under a job's key are read from it and new ones are appended as they are done, a JSON line
-    each; ``progress`` is called with (done, all).
+    """Return ``run(trace, job)`` for each of ``jobs``, in their order.
 
-    ``run`` is a function of a module's top level. ValueError for a trace or a job that can not be
-    sent where it is to be computed.
+    With ``resume_from``, runs that are in that file under a job's key are read from it, and new
+    ones are appended as they finish, one JSON line each. ``progress`` is called with (done, all).
+
+    ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
+    be pickled for the process or machine that computes it.
     """
     if not place.is_here:
         pickled(f"trace {trace.name!r}", trace)
@@ -95,14 +96,14 @@ def run_grid(
 
 
 def pickled(name: str, value: object) -> bytes:
-    """ValueError, naming it, for what can not be sent to another process."""
+    """Pickle ``value``. Raises ValueError, which names it, if that is impossible."""
     try:
         return pickle.dumps(value)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"{name} can not be sent to another process, nor distinguished from another when "
-            f"runs are kept ({error}): define what makes it at the top of "
-            "a module, or use one process and keep no runs"
+            f"{name} cannot be sent to another process, or be identified in a file of runs "
+            f"({error}): define its functions and classes at the top of a module, or use one "
+            "process and keep no runs"
         ) from error
 
 
@@ -122,7 +123,7 @@ def _read(
 
 
 def _end_last_line(path: Path) -> None:
-    """So that what is appended to a file that was cut begins a line of its own."""
+    """Append a line feed if the file was cut inside a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and path.stat().st_size and not path.read_bytes().endswith(b"\n"):
         with path.open("a", encoding="utf-8") as file:
@@ -154,7 +155,7 @@ def _in_processes(
         try:
             for future in futures:
                 yield _warned(*future.result())
-        except KeyboardInterrupt:  # do not wait for what runs
+        except KeyboardInterrupt:  # do not wait for running jobs
             for child in multiprocessing.active_children():
                 if child not in others:
                     child.terminate()
@@ -167,8 +168,8 @@ def _in_processes(
 def _on_ray(
     trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], address: str
 ) -> Iterator[tuple[int, Result]]:
-    """As Ray tasks of a core each, results as they come; a task whose machine dies is started
-    again by Ray."""
+    """Run the jobs as Ray tasks of one core each and yield results as they finish. Ray restarts a
+    task if its machine fails."""
     import ray
 
     is_ours = not ray.is_initialized()
@@ -214,10 +215,12 @@ def _warned(numbered: tuple[int, Result], caught: Warnings) -> tuple[int, Result
 
 
 def collect_seldom() -> None:
-    """For a process that does nothing but simulate, never for the caller's: let the garbage
-    collector look after 20,000 new objects rather than 700, and not at what is there already.
-    Nearly all that a run makes is part of a tree and stays for long, so that looking takes 8 % of a
-    sweep and finds next to nothing."""
+    """Run the garbage collector after 20,000 new objects instead of 700, and ignore present
+    ones.
+
+    Only for processes that do nothing but simulate. Nearly all objects of a run are part of a tree
+    and live long, so that the default collections take 8 % of a sweep and find almost nothing.
+    """
     gc.set_threshold(20_000, 20, 20)
     gc.freeze()
 
@@ -245,21 +248,21 @@ class _Worker:
             if num_bytes > _KEEP_BYTES:
                 self._too_large = True
                 return
-        # What was skipped in reading stays counted with the trace that was read.
+        # The number of skipped records stays with the trace that was read.
         own = BadRecords(skip=False)
         self._trace = replace(self._trace, source=tuple(kept).__iter__, bad=own)
         self._is_kept = True
 
 
 _worker: _Worker | None = None
-"""Of this process, where it is one of a pool."""
+"""Worker of this process, if it is one of a pool."""
 
 
 def _start_worker(trace: Trace, run: Run[Any, Any]) -> None:
     global _worker
     # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A parent that is killed ends nobody.
+    # A killed parent cannot end its workers: this thread does.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     collect_seldom()
     _worker = _Worker(trace, run)

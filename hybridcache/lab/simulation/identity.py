@@ -1,4 +1,4 @@
-"""What a result is of: every choice that its figures depend on, beside this project's own code."""
+"""Identity of a result: every choice that its figures depend on, except this project's own code."""
 
 from __future__ import annotations
 
@@ -13,28 +13,30 @@ from hybridcache.lab.simulation.target import RunConfig
 
 @dataclass(frozen=True, slots=True)
 class RunIdentity:
-    """One cell of a sweep, in plain words and numbers: what a results file says of it."""
+    """One cell of a sweep as plain text and numbers, as in a results file."""
 
     trace: str
     """As ``open_trace`` takes it, options and seed included."""
     label: str
-    """How tables and figures call it; two of one label may differ in the rest: see ``names``."""
+    """Name in tables and figures. Two cells with one label may differ in other fields; see
+    ``names``."""
     model: str
     state_dtype: str
     gib: float | None
-    """Of KV and states together; None: two pools."""
+    """GiB for KV and states together, or None with two pools."""
     memory: str | None
-    """How they share it: ``arena``, ``budget`` or ``pools``; None: a peer's own way."""
+    """Division of the memory: ``arena``, ``budget`` or ``pools``; None for a peer, which has its
+    own."""
     kv_share: float | None
-    """Of two pools made of ``gib``."""
+    """Share of ``gib`` for KV, with two pools."""
     num_kv_tokens: int | None
     num_slots: int | None
     policy: str | None
     """None, and so the next: a peer."""
     checkpoints: str | None
     priority_classes: bool | None
-    """Whether the cache puts dead KV and superseded checkpoints before what ``policy`` orders;
-    False where that orders them itself; None: a peer."""
+    """True if the cache evicts unreachable KV and superseded checkpoints before all other items;
+    False if ``policy`` orders them too; None for a peer."""
     baseline: str | None
     page_size: int
     grid: int
@@ -42,7 +44,7 @@ class RunIdentity:
     max_running: int | None
     tpot_s: float
     times: str
-    """What gives the prefill times."""
+    """Source of the prefill times."""
     checkpoint_dtype: str = "auto"
     host_gib: float = 0.0
     disk_gib: float = 0.0
@@ -95,12 +97,13 @@ def _memory(config: RunConfig) -> str | None:
 
 
 def without_size(identity: RunIdentity) -> RunIdentity:
-    """The same competitor, whatever memory it has."""
+    """Return the identity of the same competitor without a memory size."""
     return replace(identity, gib=None, num_kv_tokens=None, num_slots=None)
 
 
 def names(identities: Iterable[RunIdentity]) -> dict[RunIdentity, str]:
-    """A name for each competitor: its label, and what tells it from others of that label."""
+    """Return a name for each competitor: its label, and the differing fields if labels are
+    equal."""
     competitors = dict.fromkeys(map(without_size, identities))
     by_label: dict[str, list[RunIdentity]] = {}
     for competitor in competitors:

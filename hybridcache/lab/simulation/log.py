@@ -1,4 +1,4 @@
-"""What happened to each request of a run, in flat arrays: a million requests take some 80 MB."""
+"""Log of a run's requests, in flat arrays: a million requests take about 80 MB."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RequestLog:
         self.missed_tokens = array("q")
         """Further tokens that a checkpoint which was evicted would have saved."""
         self.turns = array("i")
-        """How many requests of the same session came before."""
+        """Number of earlier requests of the same session."""
         self.copy_s = array("d")
         """Seconds of copies from lower tiers."""
         self.ttft_s = array("d")
@@ -32,7 +32,8 @@ class RequestLog:
         self._bypassed_tokens = 0
         self.has_losses = True
         self.has_missed = True
-        """Whether the target says what evicted checkpoints would have saved."""
+        """False if the target does not report the tokens that evicted checkpoints would have
+        saved."""
         self.control_s = 0.0
         """Spent in the cache's own code."""
 
@@ -68,8 +69,8 @@ class RequestLog:
 
     @property
     def losses(self) -> list[int]:
-        """Tokens lost by cause, in the order of ``Losses``. What no other cause has was never seen:
-        a prompt's last id may stand for less than a unit. O(requests)."""
+        """Tokens lost by cause, in the order of ``Losses``. Tokens without another cause count as
+        never seen: a prompt's last id may stand for less than a unit. O(requests)."""
         lost = Losses(*(num_ids * self.unit for num_ids in self._lost_ids))
         known = lost._replace(never_seen=0, refused=lost.refused + self._bypassed_tokens)
         never_seen = sum(self.prompt_tokens) - sum(self.cached_tokens) - sum(known)

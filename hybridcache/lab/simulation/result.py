@@ -21,8 +21,7 @@ PERCENTILES = (5, 50, 95, 99)
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Requests of which some quantity lies in [start, end), their prompt tokens and the reused
-    ones."""
+    """Requests with some quantity in [start, end), their prompt tokens and the reused ones."""
 
     start: int
     end: int
@@ -33,10 +32,10 @@ class Bin:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class RunResult:
-    """One cell of a sweep. Tokens are tokens, whatever the trace's unit."""
+    """One cell of a sweep. Counts are in tokens, for any unit of the trace."""
 
     config: RunIdentity
-    """What was simulated."""
+    """Identity of the run."""
     requests: int
     hits: int
     """Requests that reused anything."""
@@ -65,7 +64,7 @@ class RunResult:
     checkpoint_copies: int | None
     """States written by prefills and decodes; donated ones cost no copy."""
     copied_bytes: int | None
-    """Of states: one copy a checkpoint written, one a request resumed."""
+    """Bytes of copied states: one copy per checkpoint written and one per request that resumed."""
     written_kv_bytes: int | None
     evicted_kv_tokens: int | None
     evicted_checkpoints: int | None
@@ -80,18 +79,18 @@ class RunResult:
     page_tokens: int | None = None
     """Tokens of the smallest prefix that a rebuilt peer can reuse; None for our own cache."""
     moved_slabs: int | None = None
-    """Slabs that were emptied for a state; None, here and below, where memory is no arena."""
+    """Slabs that were emptied for a state. None, here and below, if the memory is not an arena."""
     moved_kv_bytes: int | None = None
     """KV that was copied for that."""
     copy_seconds: float = 0.0
-    """Of ``seconds``, what went into copies from lower tiers."""
+    """Seconds of copies from lower tiers, which are part of ``seconds``."""
     tier_bytes: dict[str, int] | None = None
     """Copied between tiers, by ``source_to_destination_bytes``; None where there is one tier."""
     bound_tokens: int | None = None
-    """What an infinite token-granular cache would reuse."""
+    """Tokens that an infinite token-granular cache would reuse."""
     optimum_tokens: int | None = None
-    """What the best plan with hindsight that was found reuses with this memory: the optimum only
-    where a bound says so."""
+    """Tokens that the best known plan with hindsight reuses with this memory. It is the optimum
+    only if a bound proves it."""
 
     def __repr__(self) -> str:
         """Return one line: competitor, size and token hit rate. ``as_record`` has all figures."""
@@ -126,8 +125,11 @@ class RunResult:
 
     @property
     def share_of_optimum(self) -> float | None:
-        """Of the best plan that was found. Above 1 where that is not the optimum, or not this
-        run's: a greedy's plan, a grid coarser than a peer's, memory that a peer does not count."""
+        """Share of the tokens of the best known plan.
+
+        It can be above 1 if the plan is not the optimum for this run: it may be a greedy's, keep to
+        a coarser grid than a peer, or count memory that a peer does not count.
+        """
         return self.cached_tokens / self.optimum_tokens if self.optimum_tokens else None
 
     def as_record(self) -> dict[str, Any]:
@@ -264,8 +266,8 @@ class SweepRuns:
     """Token hit rate that no policy can pass at each size in GiB, where ``lp`` or ``milp`` proved
     one."""
     times: str = ""
-    """What the prefill times stand for: the machine assumed or the file measured; empty where a
-    model of the user's own gives them."""
+    """Source of the prefill times: the assumed machine or the measured file. Empty for times of a
+    user's own model."""
     plans_by: Mapping[float, str] = field(default_factory=dict)
     """Solver that found the best plan at each size in GiB, ``greedy`` or ``milp``; empty without
     plans."""
@@ -273,9 +275,12 @@ class SweepRuns:
     """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
 
     def beside(self, other: SweepRuns) -> Self:
-        """These runs and those of another sweep over the same trace, measured with the same
-        yardsticks. Competitors of one label that differ get names that say how. ValueError: another
-        trace."""
+        """Return these runs with those of another sweep over the same trace, measured with the same
+        yardsticks.
+
+        Competitors with equal labels that differ get names with the difference. ValueError if the
+        traces differ.
+        """
         traces = {run.config.trace for run in (*self.runs, *other.runs)}
         if len(traces) > 1:
             raise ValueError(

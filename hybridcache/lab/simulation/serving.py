@@ -1,14 +1,14 @@
-"""Serving a trace: one request after the other, or as many at once as memory and servers allow.
+"""Simulated serving of a trace: one request after the other, or concurrently.
 
-In turn: every request is matched, prefilled, decoded and released before the next; what it would
-have waited is worked out afterwards from the prefill times (first come, first served, over all
-servers). This is the usual view of a cache, and the fast one.
+In turn: every request is matched, prefilled, decoded and released before the next. Waiting times
+are computed afterwards from the prefill times (first come, first served, over all servers). This is
+the usual view of a cache, and the fast one.
 
-Concurrent: events in order of time. A request waits for its session's last answer, for a server and
-for memory, holds its lease from the start of its prefill to the end of its answer, and publishes
-when its prefill is done; what others hold can not be evicted, and what they have not published can
-not be hit. Its time to first token counts from when it could be asked: from its timestamp, or from
-the end of its session's last answer where that came later, for nobody asks on before having read.
+Concurrent: events in order of time. A request waits for the last answer of its session, for a
+server and for memory. It holds its lease from the start of its prefill to the end of its answer,
+and publishes when its prefill is done. Entries held by other requests cannot be evicted, and
+unpublished entries cannot be hit. The time to first token counts from the timestamp, or from the
+end of the session's last answer if that was later.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Serving:
     servers: int = 1
     """Prefills at the same time; all share one cache."""
     max_running: int | None = None
-    """Requests that hold memory at the same time; None: one after the other."""
+    """Number of requests that hold memory at the same time, or None to serve them in turn."""
     tpot_s: float = 0.02
     """Seconds per answer token, concurrent mode only."""
 
@@ -51,7 +51,7 @@ class Serving:
 def serve(
     target: Target, requests: Iterable[TraceRequest], unit: int, serving: Serving
 ) -> RequestLog:
-    """Serve all of ``requests``; what happened to each."""
+    """Serve all of ``requests`` and return their log."""
     log = RequestLog(unit)
     if serving.max_running is None:
         _serve_in_turn(target, requests, log)
@@ -114,7 +114,7 @@ class _Concurrent:
         self._max_running = max_running
         # With when each could be asked.
         self._waiting: deque[tuple[TraceRequest, int, float]] = deque()
-        # Sessions with a request that waits or runs, and what of theirs came meanwhile.
+        # Sessions with a waiting or running request, and their requests that arrived meanwhile.
         self._later: dict[Hashable, deque[tuple[TraceRequest, int]]] = {}
         self._events: list[tuple[float, int, _Kind, _Running]] = []
         self._num_events = 0

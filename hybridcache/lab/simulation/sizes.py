@@ -10,7 +10,7 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.traces.base import shown
 
 TOO_LARGE_GIB = 2.0**50
-"""So many GiB no sum of bytes is meant for."""
+"""Sizes of this many GiB or more are refused as mistakes."""
 MOST_POINTS = 1000
 
 
@@ -69,8 +69,8 @@ def budget_bytes(gib: float) -> int:
 
 
 def tier_bytes(word: str, gib: float) -> int:
-    """Of a tier below the device, which may be left out. ValueError unless in [0,
-    ``TOO_LARGE_GIB``)."""
+    """Return the size of a tier below the device in bytes; 0 for none. ValueError unless it is in
+    [0, ``TOO_LARGE_GIB``)."""
     if not 0 <= gib < TOO_LARGE_GIB:
         raise ValueError(
             f"--{word}-gib {gib}: GiB of 0 (none) or more, below {TOO_LARGE_GIB:.2g} are needed"

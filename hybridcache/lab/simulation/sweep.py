@@ -1,5 +1,5 @@
-"""Many runs over one trace: in as many processes as wanted, or on a cluster, resumable, the same
-results in the same order whatever their number."""
+"""Many runs over one trace, in several processes or on a cluster, with the same results in the same
+order."""
 
 from __future__ import annotations
 
@@ -28,16 +28,18 @@ class Job:
     serving: Serving
 
     def key(self, trace_identity: bytes) -> str:
-        """What tells whether a results file has this run already: all that its figures depend on
-        but this project's own code. A policy of the user's own that was edited makes another run,
-        and so does a trace file (see ``identity_of``). ValueError: a policy or a placement that is
-        an object, which no file can name."""
+        """Return the key of this run in a results file, which covers all inputs except this
+        project's own code.
+
+        An edited policy of the user makes another run, and so does another trace file (see
+        ``identity_of``). ValueError if a policy or a placement is an object, which has no name in a
+        file.
+        """
         policy, checkpoints = self.config.policy, self.config.checkpoints
         if not isinstance(policy, str) or not isinstance(checkpoints, str):
             raise ValueError(
-                f"{self.config.label}: a run of it can not be distinguished from another when "
-                "it is kept: name the policy "
-                "module:Class, or keep no runs"
+                f"{self.config.label}: its runs cannot be identified in a file of runs: name the "
+                "policy module:Class, or keep no runs"
             )
         own = "".join(map(source_of, (policy, *split_specs(checkpoints)))).encode()
         text = repr((self.config, self.serving)).encode() + own + trace_identity
@@ -45,8 +47,8 @@ class Job:
 
 
 def identity_of(trace: Trace) -> bytes:
-    """What tells one trace from another: its recipe and, where it is read from a file, that file's
-    content. O(bytes of the file)."""
+    """Return bytes that identify a trace: its recipe, and the content of its file if it has one.
+    O(bytes of the file)."""
     name = repr((trace.name, trace.unit)).encode()
     identity = name + pickled(f"trace {trace.name!r}", trace.source)
     reader: Any = trace.source

@@ -1,5 +1,5 @@
-"""What is simulated: the project's own cache behind leases, or a rebuilt peer, distinguished by one
-small config."""
+"""Simulated caches: the project's own behind leases, or a rebuilt peer, described by one small
+config."""
 
 from __future__ import annotations
 
@@ -59,21 +59,21 @@ class EngineSteps:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """One cell of a sweep: who manages how much memory for which model. Sizes are in tokens and
-    bytes, whatever the trace's unit."""
+    """One cell of a sweep: cache, memory and model. Sizes are in tokens and bytes, for any unit of
+    the trace."""
 
     geometry: ModelGeometry
     budget_bytes: int | None = None
-    """For KV and states together, divided as ``memory`` says; None: two pools, ``num_kv_tokens``
-    and ``num_slots``."""
+    """Bytes for KV and states together, divided as ``memory`` states; None for two pools of
+    ``num_kv_tokens`` and ``num_slots``."""
     num_kv_tokens: int = 0
     num_slots: int = 0
     memory: str = "arena"
-    """How ``budget_bytes`` are divided: ``arena``, as the engine does it; ``budget``, by bytes
-    alone, the ideal; ``pools``, two, of which KV has ``kv_share``."""
+    """Division of ``budget_bytes``: ``arena``, as in the engine; ``budget``, an ideal that only
+    counts bytes; or ``pools``, two, of which ``kv_share`` is for KV."""
     kv_share: float | None = None
     policy: str | OwnPolicy = DEFAULT_EVICTION
-    """Eviction: a word, ``module:Class``, or what makes a policy of your own."""
+    """Eviction policy: a name, ``module:Class``, or an object that makes one."""
     checkpoints: str | OwnPolicy = DEFAULT_PLACEMENT
     """Placement: words with commas between, numbers in tokens, or ``module:Class``; or your own."""
     baseline: str | None = None
@@ -84,14 +84,14 @@ class RunConfig:
     dead_first: bool = True
     demote_superseded: bool = True
     steps: EngineSteps | None = None
-    """None: a prompt is one piece, an answer another. Given: as the engine; for traces of single
-    tokens."""
+    """Tokens computed at once, as in the engine, for traces of single tokens. None computes a
+    prompt as one piece and its answer as another."""
     host_bytes: int = 0
-    """Of host memory below the device's; 0: none."""
+    """Bytes of host memory below the device, or 0."""
     disk_bytes: int = 0
     host_bytes_per_s: float = PCIE_BYTES_PER_S
-    """From host memory to one device. Those of a roofline share the bytes as they share the work,
-    and each has a link of its own."""
+    """Bytes per second from host memory to one device. The devices of a roofline share the bytes as
+    they share the work, each with its own link."""
     disk_bytes_per_s: float = DISK_BYTES_PER_S
     """From disk to all devices together."""
 
@@ -116,7 +116,7 @@ class RunConfig:
 
     @property
     def label(self) -> str:
-        """How tables and figures call it."""
+        """Name in tables and figures."""
         name = str(self.policy)
         if self.baseline is not None:
             name = f"{self.baseline} (rebuilt)"
@@ -133,7 +133,7 @@ class RunConfig:
 
     @property
     def pools(self) -> tuple[int, int]:
-        """(KV tokens, slots) of two pools; what is left of a token or slot is lost."""
+        """Return (KV tokens, slots) of two pools, rounded down."""
         if self.budget_bytes is None:
             return self.num_kv_tokens, self.num_slots
         geometry, share = self.geometry, self.kv_share or 0.0
@@ -149,7 +149,7 @@ class RunConfig:
         for name, size in (("page_size", self.page_size), ("grid", self.grid)):
             if size % unit and unit % size:
                 raise ValueError(
-                    f"{name} {size} is no multiple of the trace's unit, {unit} tokens, and no part "
+                    f"{name} {size} must divide the trace's unit ({unit} tokens), or be a multiple "
                     "of it"
                 )
         _check_tiers(self, unit)
@@ -173,8 +173,8 @@ class RunConfig:
         )
 
     def exchange(self, unit: int, times: PrefillTimes) -> Exchange | None:
-        """Seconds of copy against seconds of prefill, for lengths in units; None: nothing lies
-        below the device."""
+        """Return the rule that compares seconds of copies with seconds of prefill, for lengths in
+        units. None if there is nothing below the device."""
         if not self.host_bytes and not self.disk_bytes:
             return None
         num_links = times.devices if isinstance(times, Roofline) else 1
@@ -217,7 +217,7 @@ class Served(Protocol):
     """Prompt ids that could have been reused, had a checkpoint not been evicted; 0 where there was
     none, None where the target does not say."""
     copy_s: float
-    """Seconds in which what it resumes from came to the device from lower tiers."""
+    """Seconds of copies from lower tiers that this request waited for."""
 
     def prefilled(self) -> None:
         """The prompt is computed: publish it."""
@@ -232,15 +232,16 @@ class Target(Protocol):
     """A cache that requests are served with."""
 
     priority_classes: bool | None
-    """Whether dead KV and superseded checkpoints go before what the policy orders; None: a peer."""
+    """True if unreachable KV and superseded checkpoints are evicted before all other items; None
+    for a peer."""
 
     def begin(self, request: TraceRequest) -> Served | None:
-        """Match, and hold memory for the prompt and its checkpoints. None: too little memory is
-        free of running requests; nothing is held."""
+        """Match, and take memory for the prompt and its checkpoints. Returns None, and holds
+        nothing, if running requests leave too little memory."""
         ...
 
     def counters(self) -> dict[str, int]:
-        """What it counted, in ids and slots."""
+        """Return the counters of the cache, in ids and slots."""
         ...
 
 
@@ -257,8 +258,7 @@ def check_words(config: RunConfig) -> None:
     elif not config.geometry.num_linear_layers:
         raise ValueError(
             f"baseline {config.baseline}: {config.geometry.name} has no linear layers, and peers "
-            "are rebuilt for what they do "
-            "with states; compare policies for this model"
+            "are rebuilt for hybrid models only; compare policies for this model"
         )
 
 
@@ -275,8 +275,8 @@ def _check_tiers(config: RunConfig, unit: int) -> None:
 
 
 def build_target(config: RunConfig, unit: int, times: PrefillTimes | None = None) -> Target:
-    """A fresh, empty target. ``times``: what a copy from a lower tier is weighed against; None: a
-    roofline."""
+    """Build an empty target. ``times`` are the prefill times that copies are compared with; a
+    roofline if None."""
     exchange = config.exchange(unit, times or Roofline.fitting(config.geometry))
     if config.baseline is not None:
         return BaselineTarget(config.baseline, config.baseline_config(unit), exchange)
@@ -300,7 +300,7 @@ class LeaseTarget:
         own_slot: int | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        """``own_slot``: any number, where running states lie beside the cache's memory."""
+        """Any number is valid for ``own_slot`` if running states are outside the cache's memory."""
         self.cache = cache
         self.exchange = exchange
         self.placement = placement
@@ -323,7 +323,7 @@ class LeaseTarget:
             request.answer_survives,
             self._own_slot,
         )
-        self.cache.take_step()  # There are no tensors: nobody needs the work in it.
+        self.cache.take_step()  # There are no tensors, so the plan is discarded.
         before = self._fetched_bytes()
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)
         if lease is None:
@@ -339,7 +339,7 @@ class LeaseTarget:
         return served
 
     def _fetched_bytes(self) -> dict[str, int]:
-        """By tier, what went from it to the device so far."""
+        """Bytes copied to the device so far, by tier."""
         lower = self.cache.offload
         if lower is None:
             return {}
@@ -380,7 +380,8 @@ class _LeasedRequest:
         self.copy_s = 0.0
 
     def claim(self, start: int) -> bool:
-        """Memory for the piece of the prompt that begins at ``start``. False: refused."""
+        """Take memory for the piece of the prompt that begins at ``start``. Returns False if it is
+        refused."""
         steps, end = self._target.steps, len(self._request.tokens)
         if steps is not None and start + steps.token_budget < end:
             end = (start + steps.token_budget) // steps.tile * steps.tile
