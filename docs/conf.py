@@ -4,6 +4,7 @@ The notebooks of ``examples/`` are copied here and executed while the site is bu
 """
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -38,9 +39,21 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("P
 
 
 def setup(app):
-    """Insert the generated parts of the reference when a page is read."""
+    """Insert the generated parts of the reference, and name pages outside of the site by path."""
 
-    def insert(app, name, source):
-        source[0] = generate.insert(source[0])
+    def read(app, name, source):
+        folder = (ROOT / "docs" / name).parent
+        source[0] = OUTSIDE.sub(lambda link: shown(folder, link), generate.insert(source[0]))
 
-    app.connect("source-read", insert)
+    app.connect("source-read", read)
+
+
+OUTSIDE = re.compile(r"\[([^\]\n]+)\]\(((?:\.\./)+[\w./-]+\.md)(?:#[\w-]+)?\)")
+
+
+def shown(folder, link):
+    """Return a link to a page; if the page is not part of the site, its text and its path."""
+    page = (folder / link[2]).resolve()
+    if page.is_relative_to(ROOT / "docs"):
+        return link[0]
+    return f"{link[1]} (`{page.relative_to(ROOT)}`)"
