@@ -35,15 +35,15 @@ from hybridcache.lab.simulation.sweep import collect_seldom
 
 NAME = "study_default"
 SPLITS = ("tuning", "evaluation")
-DEFAULT = "regret@regret"
+DEFAULT = "survival@adaptive"
 PAIRS = (
     f"lru@{STATIC_PLACEMENT}",
-    "lru@regret",
-    f"regret@{STATIC_PLACEMENT}",
+    "lru@adaptive",
+    f"survival@{STATIC_PLACEMENT}",
     DEFAULT,
-    "regret@backoff",
-    "regret@boundary",
-    "regret@branch,boundary",
+    "survival@backoff",
+    "survival@boundary",
+    "survival@branch,boundary",
 )
 DATA = (ROOT / "data", ROOT.parent / "shared" / "data")
 

@@ -141,26 +141,61 @@ def test_lineage_passes_to_the_successor_and_back() -> None:
 
 
 def test_a_shared_prefix_that_is_used_often_keeps_its_own_demand() -> None:
-    """A system prompt with one conversation left below it: the conversation goes, and the prompt is
-    still asked for as often as before."""
+    """A system prompt is used by every request while one conversation stays below it. The
+    conversation is evicted, and the prompt does not inherit its lower demand."""
     policy = Survival()
-    shared = FakeItem("shared", label="boundary", position=100)
+    shared = FakeItem("shared", label="boundary", position=100, superseded=True)
+    tip = FakeItem("tip", label="decode", above=shared, position=200)
     policy.add(shared)
+    policy.add(tip)
     for now in range(1, 80):
         shared.uses, shared.last_used = now, now
         policy.touch(shared)
         policy.survival.refresh(now)
-    tip = FakeItem("tip", label="decode", created=79, last_used=79, above=shared, position=200)
-    policy.add(tip)
-    policy.discard(shared, evicted=False)
-    shared.superseded = True
-    policy.add(shared)
     policy.discard(tip, evicted=True)
     policy.discard(shared, evicted=False)
     shared.superseded = False
     policy.add(shared)
     assert shared.memo.demand == tip.memo.key
-    assert shared.memo.key[1] == "boundary", "what is used every time waits for no conversation"
+    assert shared.memo.key[1] == "boundary"
+
+
+def test_a_tip_left_behind_by_a_finished_conversation_is_no_tip_again() -> None:
+    """The deeper tip is evicted after it was never used. Its predecessor had its use already, so
+    it does not return to the class of tips that wait for theirs."""
+    policy = Survival()
+    first = FakeItem("first", label="decode", position=100)
+    policy.add(first)
+    tip_class = first.memo.key
+    second = FakeItem("second", label="back:64", created=1, last_used=1, above=first, position=200)
+    policy.add(second)
+    for superseded in (True, False):
+        policy.discard(first, evicted=False)
+        first.superseded = superseded
+        policy.add(first)
+        if superseded:
+            policy.discard(second, evicted=True)
+    assert first.memo.key != tip_class
+    assert first.memo.key in (second.memo.key, ((True, False), *tip_class[1:]))
+
+
+def test_the_generation_of_a_ghost_counts_for_deeper_items_only() -> None:
+    """A request finds the ghost of its conversation's tip. Its new tip continues that generation;
+    the system prompt that it saves again, above the ghost, starts a new line."""
+    policy = Survival()
+    tip = FakeItem("tip", label="decode", position=200)
+    policy.add(tip)
+    tip.memo.turn = 3
+    policy.discard(tip, evicted=True)
+    policy.on_ghost_hit(tip)
+    now = policy.survival.now + 1
+    prompt = FakeItem("prompt", label="boundary", created=now, last_used=now, position=100)
+    policy.add(prompt)
+    answer = FakeItem(
+        "answer", label="decode", created=now, last_used=now, above=prompt, position=300
+    )
+    policy.add(answer)
+    assert (prompt.memo.turn, answer.memo.turn) == (0, 4)
 
 
 def test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_one() -> None:

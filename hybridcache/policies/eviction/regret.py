@@ -63,8 +63,7 @@ class _Memo:
         self.key: Class
         """Its class."""
         self.demand: Class | None = None
-        """The class of the evicted tip it stands in for, while it is the tip itself: its own, where
-        less is expected of that than of what it was before."""
+        """Class of the evicted tip that the item stands in for, or None."""
 
 
 class Survival(EvictionPolicy):
@@ -95,8 +94,8 @@ class Survival(EvictionPolicy):
         self._dead: dict[Item, None] = {}
         self._idle_kv: dict[Item, None] | None = {}
         """Leaf KV while nobody has asked for a victim among KV alone; None from then on."""
-        self._ghost_turn = (0, 0)
-        """(time, generation) of the latest ghost that spoke."""
+        self._ghost = (0, 0, 0)
+        """(time, position, generation) of the latest ghost that spoke."""
         self._stale: dict[Item, None] = {}
         """Checkpoints below which something went (they may free more than when they were last
         looked at) and new ones (others of the same prompt may have come to stand above them)."""
@@ -171,7 +170,6 @@ class Survival(EvictionPolicy):
             memo = above.memo
             if isinstance(memo, _Memo):
                 memo.active = max(memo.active, item.memo.active)
-                memo.turn = max(memo.turn, item.memo.turn)
                 memo.demand = item.memo.key
 
     def on_ghost_hit(self, item: Item) -> None:
@@ -180,7 +178,7 @@ class Survival(EvictionPolicy):
             survival = self.survival
             now = survival.now + (not self._just_used)
             survival.close(memo.stage, now, used=True)
-            self._ghost_turn = (now, memo.turn)
+            self._ghost = (now, item.position, memo.turn)
 
     def on_ghost_hit_above(self, item: Item) -> None:
         """``item`` would have been resumed from, had it alone been kept: a use, unless it went
@@ -228,8 +226,8 @@ class Survival(EvictionPolicy):
         turn = 0
         if above is not None and isinstance(above.memo, _Memo):
             turn = above.memo.turn + (above.created < item.created)
-        when, ghost_turn = self._ghost_turn
-        if when == item.created:
+        when, position, ghost_turn = self._ghost
+        if when == item.created and item.position > position:
             turn = max(turn, ghost_turn + 1)
         return turn
 
@@ -244,12 +242,15 @@ class Survival(EvictionPolicy):
         survival = self.survival
         memo.superseded = item.superseded
         memo.key = _class_of(item, memo.turn)
+        demand = None if item.superseded else memo.demand
+        if demand is not None:
+            memo.key = ((True, memo.key[0][1]), *memo.key[1:])
         row = survival.row(memo.key, PRIORS[memo.key[0]])
-        if memo.demand is not None and not item.superseded:
-            tip_row = survival.row(memo.demand, PRIORS[memo.demand[0]])
+        if demand is not None:
+            tip_row = survival.row(demand, PRIORS[demand[0]])
             age = survival.now - memo.active
             if survival.index_at(tip_row, age) >= survival.index_at(row, age):
-                memo.key, row = memo.demand, tip_row
+                memo.key, row = demand, tip_row
         memo.cell, memo.entered = row * NUM_BINS, memo.active
         memo.stage = survival.open(row, memo.active)
 

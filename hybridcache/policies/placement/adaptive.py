@@ -54,10 +54,10 @@ class _Account:
         "wait",
     )
 
-    def __init__(self, hope: float, mean_prompt: float, offered: int) -> None:
+    def __init__(self, hope: float, mean_prompt: float, offered: int, most: float) -> None:
         self.hope_tokens = self.earned = hope * mean_prompt
         """``hope_tokens`` is 0 once the label has to live on what it earned."""
-        self.hope_lasts = hope * HOPE_LASTS
+        self.hope_lasts = min(hope * HOPE_LASTS, most)
         self.used = 0.0
         """Part of ``earned`` that requests did resume from: neither hope nor ghosts."""
         self.placed = 1.0
@@ -141,6 +141,8 @@ class Adaptive(PlacementPolicy):
         self._num_placed = 1.0
         self._mean_prompt = 0.0
         self._num_prompts = 0
+        self._room = 1 << 30
+        """Checkpoints that fit, as of the latest prefill."""
         self._saves_answer = True
         """Whether the latest prefill's answer gets a checkpoint."""
         self._latest: tuple[Prefill, list[Placed]] | None = None
@@ -169,7 +171,13 @@ class Adaptive(PlacementPolicy):
         """Count the prompt, and each label that it could have."""
         self._num_prompts = min(self._num_prompts + 1, MEMORY)
         self._mean_prompt += (prefill.prompt_len - self._mean_prompt) / self._num_prompts
+        if prefill.free_slots is not None:
+            self._room = prefill.free_slots + prefill.num_checkpoints
         back_offs = _back_offs(prefill)
+        if prefill.forks and prefill.seen_len > prefill.cached_len:
+            self._account("branch")
+        if prefill.boundaries and prefill.boundaries[-1] > prefill.cached_len:
+            self._account("boundary")
         for _, label in back_offs:
             self._offer(label)
         if not prefill.forks and prefill.floor(prefill.seen_len) is not None:
@@ -217,15 +225,30 @@ class Adaptive(PlacementPolicy):
         if free_slots is None:
             return wanted, saves_answer
         room = max((free_slots + prefill.num_checkpoints) // 2, 1)
-        if len(wanted) < room:
+        if len(wanted) + saves_answer <= room:
             return wanted, saves_answer
+        if saves_answer:
+            wanted.append(Placed(prefill.prompt_len + prefill.grid, "decode"))
         kept: dict[int, Placed] = {}
-        for placed in wanted:
-            position = prefill.floor(placed.position)
+        for placed in self._ranked(wanted):
+            is_answer = placed.label == "decode"
+            position = placed.position if is_answer else prefill.floor(placed.position)
             if position is not None and len(kept) < room:
                 kept.setdefault(position, placed)
-        saves_answer &= successor == "decode" or len(kept) < room
-        return list(kept.values()), saves_answer
+        found = [placed for placed in kept.values() if placed.label != "decode"]
+        return found, len(found) < len(kept)
+
+    def _ranked(self, wanted: list[Placed]) -> list[Placed]:
+        shared = {placed.label for placed in wanted} & SHARED
+        bar = MARGIN * max((self._account(label).yield_tokens for label in shared), default=0.0)
+
+        def rank(placed: Placed) -> int:
+            if placed.label in SHARED:
+                return 1
+            account = self._account(placed.label)
+            return 0 if account.earned - account.hope_tokens > bar * account.placed else 2
+
+        return sorted(wanted, key=rank)
 
     def _successor(self, prefill: Prefill) -> str | None:
         """Return the end word that succeeds the tip that ``prefill`` resumes from, or None if it
@@ -245,7 +268,7 @@ class Adaptive(PlacementPolicy):
         account = self._accounts.get(label)
         if account is None:
             offered = TRIAL_AFTER * (len(self._accounts) + 1) // 8
-            account = _Account(_hope(label), self._mean_prompt, offered)
+            account = _Account(_hope(label), self._mean_prompt, offered, max(self._room, 2))
             self._accounts[label] = account
         return account
 
@@ -254,7 +277,7 @@ class Adaptive(PlacementPolicy):
         labels that have earned nothing yet; None for no limit."""
         account = self._accounts.get(label)
         if account is None:
-            account = _Account(_hope(label), self._mean_prompt or 1.0, 0)
+            account = _Account(_hope(label), self._mean_prompt or 1.0, 0, 2)
         if account.is_tried:
             return True
         is_unproven = account.hope_tokens > 0 and label not in TIPS
@@ -273,7 +296,7 @@ class Adaptive(PlacementPolicy):
 
 
 def _hope(label: str) -> float:
-    return HOPE if label in END_WORDS else SPECULATIVE_HOPE
+    return HOPE if label in END_WORDS or label in SHARED else SPECULATIVE_HOPE
 
 
 def _back_offs(prefill: Prefill) -> list[Placed]:
