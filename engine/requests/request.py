@@ -120,6 +120,12 @@ class Request(ScheduledRequest):
         computed."""
         return self.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
 
+    @property
+    def stop_reason(self) -> str:
+        """See ``ScheduledRequest``. Also "length" for an answer that was cut off: tool calls and
+        ends of a turn are told apart only by the server, from the text."""
+        return super().stop_reason or ("length" if self.finish_reason == "length" else "")
+
     def restart(self) -> None:
         """See ``ScheduledRequest``."""
         if self.wants_scores:

@@ -213,8 +213,9 @@ class CacheManager:
         lease, _ = request.claims
         is_state_final = request.scheduled_len == request.computed_len
         with self._publishing():
-            lease.finish(request.tokens, request.computed_len, donate=is_state_final)
-        self._record("finish", lease, (request.tokens, request.computed_len, is_state_final))
+            end = request.tokens, request.computed_len, is_state_final, request.stop_reason
+            lease.finish(*end)
+        self._record("finish", lease, end)
         self._release(request)
 
     def preempt(self, request: ScheduledRequest) -> None:

@@ -141,6 +141,11 @@ class ScheduledRequest:
         return False
 
     @property
+    def stop_reason(self) -> str:
+        """Reason why the answer ended, as ``Lease.finish`` takes it. Empty if it is not known."""
+        return "session_end" if self.ends_session else ""
+
+    @property
     def must_see_its_token(self) -> bool:
         """True if the next step needs the value of a token that is sampled but not known yet."""
         return False

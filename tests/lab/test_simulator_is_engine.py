@@ -107,7 +107,11 @@ def serve_in_turn(engine: Engine, turns: Sequence[tuple[int, np.ndarray]]) -> li
         [output] = engine.generate([prompt.tolist()], sampling)
         answer = np.asarray(output.token_ids, np.int32)
         histories[session] = np.concatenate((prompt, answer))
-        served.append(TraceRequest(float(output.cached_len), session, None, prompt, answer))
+        served.append(
+            TraceRequest(
+                float(output.cached_len), session, None, prompt, answer, stop_reason="length"
+            )
+        )
     return served
 
 
@@ -194,6 +198,23 @@ def test_concurrent_requests_by_replaying_the_lease_log(
     assert len(again.events) == len(log.events)
     assert sum(hit or 0 for hit in hits) > 0 and len(by_engine) > 8
     assert evictions == by_engine
+
+
+def test_the_lease_gets_the_reason_why_an_answer_ended() -> None:
+    engine, log = engine_of("survival", arena_runner(3200), OracleSampler(), DEFAULT_PLACEMENT)
+    sampling = SamplingParams(max_tokens=70, ignore_eos=True, temperature=0.0)
+    [output] = engine.generate([list(range(1, 60))], sampling)
+    stopping = SamplingParams(
+        max_tokens=70, stop_token_ids=(output.token_ids[65],), temperature=0.0
+    )
+    engine.generate([list(range(1, 60))], stopping)
+    engine.submit(list(range(1, 60)), sampling, ends_session=True)
+    while engine.has_work():
+        engine.step()
+    reasons = [event.arguments[3] for event in log.events if event.verb == "finish"]
+    assert reasons == ["length", "", "session_end"]
+    labels = {item.label for item in engine._cache.policy._checkpoints.items}
+    assert "decode/length" in labels
 
 
 def test_the_defaults_are_the_learned_pair_everywhere() -> None:
