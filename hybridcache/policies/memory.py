@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from hybridcache.policies.eviction.columns import Columns
-from hybridcache.policies.eviction.regret import Survival
+from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 
 REMEMBERING: tuple[type, ...] = (Survival, Adaptive)

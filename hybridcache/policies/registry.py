@@ -31,11 +31,11 @@ from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.marconi import Marconi
 from hybridcache.policies.eviction.random_choice import Random
-from hybridcache.policies.eviction.regret import Survival
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
 from hybridcache.policies.eviction.seglen import SegLen
 from hybridcache.policies.eviction.sieve import Sieve
 from hybridcache.policies.eviction.slru import SLRU
+from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.eviction.tail_lru import TailLRU
 from hybridcache.policies.eviction.ttl import TTL
 from hybridcache.policies.eviction.two_queue import TwoQueue

@@ -22,7 +22,7 @@ from hypothesis.stateful import (
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseRequest
-from hybridcache.policies.eviction.regret import Survival
+from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import Placed, Prefill

@@ -21,7 +21,7 @@ from hybridcache.geometry.units import GIB
 from hybridcache.lab.generators import agent, chat
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target
 from hybridcache.offload import path_of
-from hybridcache.policies.eviction.regret import Survival
+from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.memory import Reader, Unfit, Writer, load_state
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.variants import TieredRadixCache
@@ -298,15 +298,15 @@ def test_plain_values_come_back(value):
 def test_tables_generators_and_shared_objects_come_back():
     regret = Survival(seed=5)
     for turn in range(9):
-        row = regret.survival.row((("a", True), turn % 3))
-        regret.survival.close(regret.survival.open(row, turn), turn + 2, used=turn % 2 == 0)
-    regret.survival.refresh(20)
+        row = regret.hazards.row((("a", True), turn % 3))
+        regret.hazards.close(regret.hazards.open(row, turn), turn + 2, used=turn % 2 == 0)
+    regret.hazards.refresh(20)
     again = Reader(lambda _: None).read(json.loads(json.dumps(Writer().write(regret))))
     fresh = Survival()
     load_state(fresh, again)
-    fresh.survival.check()
-    assert np.array_equal(fresh.survival.index, regret.survival.index)
-    assert fresh.survival._open == regret.survival._open
+    fresh.hazards.check()
+    assert np.array_equal(fresh.hazards.index, regret.hazards.index)
+    assert fresh.hazards._open == regret.hazards._open
     assert fresh._random.random() == regret._random.random()
     learned = Adaptive()
     twice = Reader(lambda _: None).read(Writer().write([learned, learned]))
@@ -340,9 +340,9 @@ def test_a_policy_with_other_attributes_takes_nothing_over():
     own = Adaptive()
     with pytest.raises(Unfit, match="Adaptive has other attributes"):
         load_state(own, other)
-    with pytest.raises(Unfit, match=r"Survival\.survival\._events has another table layout"):
+    with pytest.raises(Unfit, match=r"Survival\.hazards\._events has another table layout"):
         wide = Survival()
-        wide.survival._events = np.zeros((64, 3))
+        wide.hazards._events = np.zeros((64, 3))
         load_state(Survival(), wide)
 
 

@@ -16,7 +16,7 @@ from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.export.events import EventStream
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRows
-from hybridcache.policies.eviction.regret import Survival
+from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.registry import EVICTION
 from hybridcache.routing.outbox import Outbox
 from hybridcache.routing.text_tree import TextTree

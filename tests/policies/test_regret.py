@@ -18,7 +18,7 @@ from hybridcache.policies.eviction.hazards import (
     age_bins,
     index_of,
 )
-from hybridcache.policies.eviction.regret import Survival
+from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.registry import parse_placement
@@ -151,7 +151,7 @@ def test_a_shared_prefix_that_is_used_often_keeps_its_own_demand() -> None:
     for now in range(1, 80):
         shared.uses, shared.last_used = now, now
         policy.touch(shared)
-        policy.survival.refresh(now)
+        policy.hazards.refresh(now)
     policy.discard(tip, evicted=True)
     policy.discard(shared, evicted=False)
     shared.superseded = False
@@ -188,7 +188,7 @@ def test_the_generation_of_a_ghost_counts_for_deeper_items_only() -> None:
     tip.memo.turn = 3
     policy.discard(tip, evicted=True)
     policy.on_ghost_hit(tip)
-    now = policy.survival.now + 1
+    now = policy.hazards.now + 1
     prompt = FakeItem("prompt", label="boundary", created=now, last_used=now, position=100)
     policy.add(prompt)
     answer = FakeItem(
@@ -208,7 +208,7 @@ def test_every_ghost_that_would_have_served_alone_is_used_but_not_a_superseded_o
     policy.on_ghost_hit(tip)
     for item in (behind, shared):
         policy.on_ghost_hit_above(item)
-    survival = policy.survival
+    survival = policy.hazards
     uses = [survival.num_uses(item.memo.cell // NUM_BINS) for item in (shared, behind, tip)]
     assert uses == [1, 0, 1]
     policy.on_ghost_hit_above(FakeItem("of a snapshot"))
@@ -530,7 +530,7 @@ def test_what_lies_below_is_ordered_by_what_the_device_has_learnt() -> None:
     policies = [cache.policy, *(tier.policy for tier in cache.offload.tiers)]
     assert all(tier.is_shared for tier in cache.offload.tiers)
     assert all(isinstance(policy, Survival) for policy in policies)
-    assert len({id(policy.survival) for policy in policies}) == 1
+    assert len({id(policy.hazards) for policy in policies}) == 1
 
 
 def test_the_predecessor_takes_over_only_where_the_tip_leaves_the_last_tier() -> None:
@@ -570,7 +570,7 @@ def test_the_stop_reason_is_a_class_of_its_own() -> None:
     assert labels == {"tool_use": "decode/tool_use"}
     policy = cache.policy
     assert isinstance(policy, Survival)
-    survival = policy.survival
+    survival = policy.hazards
     survival.refresh(survival.now + 100)
     used, ended = (
         survival.index[row, 0]

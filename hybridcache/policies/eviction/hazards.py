@@ -1,17 +1,16 @@
-"""How long until it is used again: reuse hazards by class and age, learnt online, and the worth
-rate they give.
+"""Reuse hazards by class and age, learned online, and the value rate of keeping an item.
 
-A *class* is a short tuple of facts about an item; its *age* is the number of requests since it came
-to its present stage (was made, used, superseded). For every class the hazard of a use is kept per
-age bin, two bins an octave. Items that were evicted stay at risk: their ghosts report the use that
-would have been, so the estimate does not depend on what the policy kept. Stages that have not ended
-count with the age they have reached (censored).
+A *class* is a short tuple of facts about an item. Its *age* is the number of requests since it
+entered its present stage (was created, used or superseded). For every class and age bin the hazard
+of a use is estimated; an octave has two bins. Evicted items stay at risk, because their ghosts
+report the uses that were missed. The estimate therefore does not depend on the evictions. Stages
+that have not ended count with their present age (censored).
 
-The *index* of a class at an age is the best rate of uses per unit of time that keeping can give,
-``max over T of P(used within T) / E[time kept until then]``: Gittins' index for a job that is worth
-its use and costs its residence. Where hazard falls with age it is the hazard now, and ranks as LRU;
-where uses come at a known distance (a loop) the old are worth more than the young, and a fixed part
-of the loop is kept.
+The *index* of a class at an age is the highest rate of uses per unit of time from keeping an item,
+``max over T of P(used within T) / E[time kept until then]``. This is the index of Gittins for a job
+with a value of one use and a cost per unit of residence. Where the hazard falls with age, the index
+is the present hazard, and the ranking is that of LRU. Where uses come at a known distance (a loop),
+old items have a higher index than young ones, and a fixed part of the loop is kept.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def _bin_edges() -> Ints:
 
 
 EDGES = _bin_edges()
-"""Left edges of the age bins, requests; the last bin is open."""
+"""Left edges of the age bins, in requests. The last bin has no right edge."""
 NUM_BINS = len(EDGES)
 _EDGE_LIST: list[int] = EDGES.tolist()
 WIDTHS: Floats = np.diff(EDGES, append=2 * EDGES[-1]).astype(np.float64)
@@ -43,87 +42,88 @@ _PRIOR_AGES: Floats = EDGES + WIDTHS / 2 + 16.0
 _SMALL = 1 << 16
 _BIN_OF = (np.searchsorted(EDGES, np.arange(_SMALL), side="right") - 1).astype(np.intp)
 AHEAD = 6
-"""Bins past the oldest age that an index looks ahead, half an octave each. Further on nothing was
-seen, and the hazard that is believed falls."""
+"""Number of bins after the oldest age that an index includes, half an octave each. Later bins have
+no evidence, and their assumed hazard falls."""
 DOUBT = 2.0
-"""Standard deviations by which a class's uses must differ from what its parent's hazard foretells
-before its level departs from it, and then only by what is left."""
+"""Standard deviations by which the uses of a class must differ from the prediction of its parent
+before its level changes. Only the rest of the difference counts."""
 SHAPE_WEIGHT = 16.0
-"""Uses that an age bin needs before it is as much its own as what the class's level and the
-parent's shape give."""
+"""Uses in an age bin that weigh as much as the prediction from the level of the class and the shape
+of the parent."""
 TOP_WEIGHT = 4.0
-"""The same of a class without a parent. One use in a bin is chance: believed, it would order the
-first evictions of a cache worse than recency does."""
+"""The same number for a class without a parent. It limits the effect of a single use by chance,
+which would make the first evictions worse than those of LRU."""
 MEMORY = 4096.0
-"""Uses after which a class has forgotten half."""
+"""Uses after which the counts of a class are halved."""
 _ROW_BITS = 24
 _ROW_MASK = (1 << _ROW_BITS) - 1
-"""A stage as one number: when it was entered, or its age, above; so many bits of its row below."""
+"""Stages are coded as one number: time of entry or age, shifted by this number of bits, and row."""
 
 
 def age_bins(ages: Ints, oldest: int) -> npt.NDArray[np.intp]:
-    """Bin of every age, none above ``oldest``; below 0 counts as 0. O(n)."""
+    """Return the bin of every age. No age exceeds ``oldest``; negative ages count as 0. O(n)."""
     if oldest >= _SMALL:
         return np.searchsorted(EDGES, np.maximum(ages, 0), side="right") - 1
     return _BIN_OF.take(ages, mode="clip")
 
 
 class _Generation(NamedTuple):
-    """The rows whose keys are equally long."""
+    """Rows with keys of equal length."""
 
     rows: Ints
-    """Those of one parent stand together."""
+    """Rows, grouped by parent."""
     parents: Ints
-    """Of each; none where the keys are of length one."""
+    """Parent of each row; -1 for keys of length one."""
     heirs: Ints
-    """The parents, each once."""
+    """Distinct parents."""
     first: Ints
-    """Where the rows of each begin."""
+    """First row of each parent, as an index of ``rows``."""
 
 
 class Hazards:
     """Hazards and indices of all classes.
 
-    ``open`` and ``close`` are O(1); ``refresh``, called now and then, O(open stages + classes *
-    bins**2).
+    ``open`` and ``close`` take O(1). ``refresh`` takes O(open stages + classes * bins**2).
     """
 
     def __init__(self, max_open: int = 8192) -> None:
         self.now = 0
-        """Logical time of the newest use seen, for those that share this: kept by them."""
+        """Logical time of the newest use. Set by the policies that share the object."""
         self._max_open = max_open
         self._rows: dict[tuple[Hashable, ...], int] = {}
         self._parents: list[int | None] = []
         self._priors: list[float] = []
         self._generations: list[_Generation] | None = None
-        """All rows, those without a parent first; None: a row came since they were sorted."""
+        """All rows, parents first, or None if a row was added since the last sort."""
         self._events: Floats = np.zeros((64, NUM_BINS))
         self._reached: Floats = np.zeros((64, NUM_BINS))
-        """Stages that ended in each bin, and below the time they spent in it."""
+        """Number of ended stages by last bin. ``_partial``: the time they spent in this bin."""
         self._partial: Floats = np.zeros((64, NUM_BINS))
         self.index: Floats = np.zeros((64, NUM_BINS))
-        """Uses per request that keeping gives, by row and age bin; up to the bins that an age can
-        reach before the next ``refresh``."""
+        """Index by row and age bin, in uses per request. Valid for the bins that an age can reach
+        before the next ``refresh``."""
         self._open = array("q", [-1]) * max_open
-        """When each open stage was entered and its row in one number; -1: unused."""
+        """Code of each open stage, or -1 for unused places."""
         self._unused = list(range(max_open))
         self._places: dict[int, int] = {}
-        """Where in ``_open`` a stage lies; the oldest first."""
+        """Place of each open stage in ``_open``, oldest stage first."""
         self._oldest = 0
-        """No stage before it is open. The first key of a dictionary is not found in O(1) once many
-        before it were taken out."""
+        """Lower bound of the open stages. Finding the first key of a dictionary takes more than
+        O(1) after many removals in front of it."""
         self._num_opened = 0
         self._changes = 0
         self._refreshed_at = 0
         self._ended: list[int] = []
-        """Stages that ended since they were last counted: ages and rows, as those that are open."""
+        """Codes of the stages that ended since the last count, with their ages."""
         self._used: list[int] = []
-        """Those of them that ended in a use."""
+        """Codes of those that ended in a use."""
 
     def row(self, key: tuple[Hashable, ...], prior: float = 1.0) -> int:
-        """The row of class ``key``; ``key[:-1]`` is its parent. ``prior`` scales what is believed
-        of a class without any evidence, at the top of its line: one use in ``(age + 16) / prior``
-        requests. O(len(key)) the first time."""
+        """Return the row of class ``key``. Its parent is ``key[:-1]``.
+
+        ``prior`` scales the assumed hazard of a class without parent and evidence, which is one use
+        in ``(age + 16) / prior`` requests. O(len(key)) for a new key, else O(1).
+        """
         found = self._rows.get(key)
         if found is not None:
             return found
@@ -139,7 +139,7 @@ class Hazards:
         return row
 
     def open(self, row: int, now: int) -> int:
-        """An item enters a class; returns the number of the stage that begins."""
+        """Begin a stage in the class of ``row``. Returns the number of the stage."""
         stage = self._num_opened
         self._num_opened = stage + 1
         if not self._unused:
@@ -151,8 +151,7 @@ class Hazards:
         return stage
 
     def close(self, stage: int, now: int, used: bool) -> None:
-        """The stage ends: by a use (real, or reported by a ghost), or otherwise. Closing it again
-        changes nothing."""
+        """End a stage. ``used`` is True for a use or a ghost hit. A second call has no effect."""
         place = self._places.pop(stage, None)
         if place is None:
             return
@@ -166,16 +165,16 @@ class Hazards:
             self._changes += 1
 
     def index_at(self, row: int, age: int) -> float:
-        """The index of the class of ``row`` at ``age``, as of the latest ``refresh``. O(1)."""
+        """Return the index of the class of ``row`` at ``age``, as of the last ``refresh``. O(1)."""
         return float(self.index[row, max(bisect_right(_EDGE_LIST, age) - 1, 0)])
 
     def num_uses(self, row: int) -> float:
-        """Uses counted in the class of ``row`` itself; those long past count for less."""
+        """Return the uses counted in the class of ``row`` alone. Old uses count less."""
         self._count_ended()
         return float(self._events[row].sum())
 
     def refresh(self, now: int) -> bool:
-        """Recompute the indices if enough has happened since the last time; says whether it did."""
+        """Recompute the indices if enough has changed. Returns whether it did."""
         waited = now - self._refreshed_at
         if waited < 8 or (not self._changes and waited < 64):
             return False
@@ -191,8 +190,10 @@ class Hazards:
         return True
 
     def _hazards(self, now: int, num_bins: int = NUM_BINS) -> Floats:
-        """Uses per unit of time at risk, by row and bin, the first ``num_bins`` of them: what a
-        class has not seen itself it has from its parent. No stage is older than these bins."""
+        """Return uses per unit of time at risk, by row and bin, for the first ``num_bins`` bins.
+
+        Classes without evidence take the hazard of their parent. No stage is older than these bins.
+        """
         if self._generations is None:
             self._generations = _sorted_by_parent(self._parents)
         self._count_ended()
@@ -216,7 +217,7 @@ class Hazards:
         return hazard
 
     def _at_risk(self, now: int, num_bins: int) -> Floats:
-        """Time spent in each of the first bins by all stages, ended or not, by row."""
+        """Return the time spent in each bin by all stages, open or ended, by row."""
         codes = np.frombuffer(self._open, np.int64)
         codes = codes[codes >= 0]
         reached, partial = self._by_age(now - (codes >> _ROW_BITS), codes & _ROW_MASK, now)
@@ -227,8 +228,8 @@ class Hazards:
         return np.asarray(beyond * WIDTHS[:num_bins] + partial)
 
     def _by_age(self, ages: Ints, rows: Ints, oldest: int) -> tuple[Floats, Floats]:
-        """Stages by row and age bin, and the time that they spent in it; none is older than
-        ``oldest``."""
+        """Return the number of stages by row and last bin, and the time that they spent in it. No
+        stage is older than ``oldest``."""
         shape = len(self._parents), NUM_BINS
         bins = age_bins(ages, oldest)
         cells = rows * NUM_BINS + bins
@@ -238,7 +239,7 @@ class Hazards:
         return reached.reshape(shape).astype(np.float64), partial.reshape(shape).astype(np.float64)
 
     def _count_ended(self) -> None:
-        """Add what ended to the tables."""
+        """Add the stages that ended to the tables."""
         codes = np.array(self._ended + self._used, np.int64)
         ages, rows, num_ended = codes >> _ROW_BITS, codes & _ROW_MASK, len(self._ended)
         oldest = int(ages.max(initial=0))
@@ -251,11 +252,10 @@ class Hazards:
         self._used.clear()
 
     def check(self) -> None:
-        """AssertionError unless every place holds one open stage or is unused, and no count is
-        negative. O(places)."""
+        """Raise AssertionError unless every place has one open stage or is unused. O(places)."""
         taken = sorted(self._places.values())
         assert sorted(taken + self._unused) == list(range(self._max_open)), (
-            "a place is lost, or held twice"
+            "a place is lost or used twice"
         )
         assert taken == [place for place, code in enumerate(self._open) if code >= 0], (
             "an unused place has a stage"
@@ -272,7 +272,7 @@ class Hazards:
 
 
 def _sorted_by_parent(parents: list[int | None]) -> list[_Generation]:
-    """All rows, the shortest keys first. O(rows log rows)."""
+    """Return all rows, shortest keys first. O(rows log rows)."""
     depths: list[int] = []
     for parent in parents:
         depths.append(0 if parent is None else depths[parent] + 1)
@@ -288,8 +288,8 @@ def _sorted_by_parent(parents: list[int | None]) -> list[_Generation]:
 
 
 def _level(uses: Floats, foretold: Floats, doubt: float) -> Floats:
-    """Uses per use foretold, where the difference exceeds doubt; one use is believed of either
-    beforehand."""
+    """Return the ratio of ``uses`` to ``foretold`` uses, with their difference reduced by ``doubt``
+    standard deviations. One use is added to each."""
     difference = uses - foretold
     spread = np.sqrt(np.maximum(np.maximum(uses, foretold), 1.0))
     clear = np.maximum(np.abs(difference) - doubt * spread, 0.0)
@@ -298,8 +298,10 @@ def _level(uses: Floats, foretold: Floats, doubt: float) -> Floats:
 
 
 def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
-    """max over T of P(use within T) / E[time until then], for every row and the first ``num_bins``
-    bins to start from. T is the end of one of the bins of ``hazard``."""
+    """Return ``max over T of P(use within T) / E[time until then]`` by row and first bin.
+
+    T is the end of one of the bins of ``hazard``. The result has ``num_bins`` columns.
+    """
     num_ends = hazard.shape[1]
     num_bins = min(num_bins, num_ends)
     widths = WIDTHS[:num_ends, None]
@@ -311,7 +313,7 @@ def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:
     np.cumsum(survive[:-1] * -np.expm1(-steps) * widths / steps, axis=0, out=spent[1:])
     best = np.empty((num_bins, len(hazard)))
     used, time = np.empty_like(steps), np.empty_like(steps)
-    # Where hardly any survive, the time until then may not grow for rounding.
+    # With very few survivors, rounding can keep the expected time from growing.
     stuck = np.any(spent[1:] <= spent[:-1], axis=1)
     for start in range(num_bins):
         np.subtract(survive[start], survive[start + 1 :], out=used[start:])

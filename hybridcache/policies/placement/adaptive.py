@@ -1,46 +1,44 @@
-"""Adaptive placement: every label earns its checkpoints."""
+"""Adaptive placement: positions of each kind are saved while their checkpoints earn enough."""
 
 from __future__ import annotations
 
 from hybridcache.policies.protocol import Item, Placed, PlacementPolicy, Prefill, base_label
 
 STRIDE = 4
-"""Each back-off lies this many times further from the prompt's end than the one before."""
+"""Ratio of the distances of two successive back-offs from the end of the prompt."""
 HOPE = 1.0
-"""What the end of the prompt and of the answer are believed to earn with their first checkpoint:
-this part of a prompt."""
+"""Assumed earnings of the first checkpoint of a common label, as a part of the mean prompt."""
 SPECULATIVE_HOPE = 0.125
-"""The same of the back-offs further up."""
+"""Assumed earnings for the back-offs further up and the rejoin."""
 HOPE_LASTS = 128
-"""Checkpoints after which those two must live on what they earned; the others after as large a part
-of it as their hope is."""
+"""Checkpoints after which the assumed earnings of a label with a hope of 1 are withdrawn. Scaled by
+the hope of the label, and at most the number of checkpoints that fit."""
 COPY = 1 / 4096
-"""What saving one costs by itself: a copy of a state takes about the time that this part of a
-prompt takes to prefill."""
+"""Cost of saving a checkpoint, as a part of the mean prompt: the time to copy a state, in units of
+prefill time."""
 MARGIN = 3.0
-"""Times what it displaces that a checkpoint has to earn: the word that looks best by chance is not
-the best."""
+"""Factor by which earnings must exceed the displaced value. It keeps a label that looks best by
+chance from displacing better ones."""
 TRIAL_AFTER = 32
-"""A word that does not pay is tried again after so many prefills, and after ``TRIAL_GROWTH`` times
-as many every time it fails."""
+"""Prefills before the first trial of a label that does not pay."""
 TRIAL_GROWTH = 4
+"""Growth of that number after each failed trial."""
 MEMORY = 1024
-"""Checkpoints after which a word has forgotten half, and prefills after which it is tried again at
-the latest."""
-END_WORDS = ("back:1", "decode")
-"""The ends of the prompt and of the answer."""
+"""Checkpoints after which the counts of a label are halved, and maximum prefills between trials."""
+END_LABELS = ("back:1", "decode")
+"""Labels of the end of the prompt and of the answer."""
 REJOIN = "rejoin"
-"""Label of a checkpoint where a prompt continues the end of all that was seen."""
-TIPS = frozenset({*END_WORDS, REJOIN})
-"""Labels of positions from which one conversation goes on."""
+"""Label of a checkpoint at which a prompt continues the end of a known text."""
+TIPS = frozenset({*END_LABELS, REJOIN})
+"""Labels of positions from which one conversation continues."""
 SHARED = frozenset({"branch", "boundary"})
-"""Labels that are placed whatever they earn: several prompts meet there."""
+"""Labels of positions that several prompts share. They are always candidates."""
 FEW = 8
-"""Checkpoints that a label needs before others are compared with it."""
+"""Checkpoints that a label needs before other labels are compared with it."""
 
 
 class _Account:
-    """Checkpoints of one label that were saved, and the tokens that they earned; both fade."""
+    """Saved checkpoints of one label and the tokens that they earned. Old counts fade."""
 
     __slots__ = (
         "due",
@@ -56,32 +54,32 @@ class _Account:
 
     def __init__(self, hope: float, mean_prompt: float, offered: int, most: float) -> None:
         self.hope_tokens = self.earned = hope * mean_prompt
-        """``hope_tokens`` is 0 once the label has to live on what it earned."""
+        """``hope_tokens`` is the assumed part of ``earned``, and 0 once it is withdrawn."""
         self.hope_lasts = min(hope * HOPE_LASTS, most)
         self.used = 0.0
-        """Part of ``earned`` that requests did resume from: neither hope nor ghosts."""
+        """Part of ``earned`` from real hits, without hope and ghost hits."""
         self.placed = 1.0
         self.offered = offered
-        """Prefills that could have had it. Labels start apart, so that not all of them are tried in
-        the same prefill."""
+        """Prefills in which the label was possible. Labels start with different counts, so that
+        their trials fall on different prefills."""
         self.is_tried = False
-        """Whether the latest of these prefills gets it as a trial."""
+        """True if the latest of these prefills is a trial."""
         self.due = self.wait = TRIAL_AFTER
-        """While it does not pay, the next trial comes at ``due``, later ones after ``wait`` more
-        prefills."""
+        """While the label does not pay: ``offered`` at the next trial, and the number of prefills
+        from there to the trial after it."""
 
     @property
     def yield_tokens(self) -> float:
-        """Tokens that one checkpoint of this label earns."""
+        """Mean tokens earned by one checkpoint of this label."""
         return self.earned / self.placed
 
     @property
     def used_tokens(self) -> float:
-        """Tokens that one checkpoint of this label saved in fact."""
+        """Mean tokens from real hits of one checkpoint of this label."""
         return self.used / self.placed
 
     def save(self) -> None:
-        """Count a checkpoint that was saved."""
+        """Count a saved checkpoint."""
         self.placed += 1
         if self.hope_tokens and self.placed > self.hope_lasts:
             self.earned -= self.hope_tokens
@@ -92,7 +90,7 @@ class _Account:
             self.used *= 0.5
 
     def offer(self, pays: bool) -> None:
-        """Count a prefill that could have it, and decide whether that is a trial."""
+        """Count a prefill in which the label is possible, and decide if it is a trial."""
         self.offered += 1
         self.is_tried = False
         if pays:
@@ -104,33 +102,33 @@ class _Account:
 
 
 class Adaptive(PlacementPolicy):
-    """Forks and boundaries always; the successor of the tip that the prompt resumes from; other
-    positions while they earn more than they displace.
+    """Save forks and boundaries, the successor of the resumed tip, and other positions that pay.
 
-    Other positions are the end of the answer, back-offs from the prompt's end (one token and 4, 16,
-    64 … grid steps), and the *rejoin*. A prompt *forks* where other tokens were seen to follow.
-    Where it continues the end of all that was seen, it rejoins: a checkpoint there serves only
-    prompts that continue the same text again, so it has to pay.
+    Other positions are the end of the answer, back-offs from the end of the prompt (one token and
+    4, 16, 64 … grid steps), and the *rejoin*. A prompt *forks* where other tokens were seen to
+    follow. It rejoins where it continues the end of all known text. A checkpoint there serves only
+    repetitions of the same text, so it must pay.
 
-    A checkpoint *earns* the tokens between it and the checkpoint above when a request resumes from
-    it, or would have, had it not been evicted; one at an end earns down to the nearest that is no
-    back-off, for those only stand in for it. It *displaces* the worth of a checkpoint at the
-    margin: the tokens that requests missed because their checkpoint had been evicted, per
-    checkpoint saved. With ample memory nothing is displaced and all labels that ever earn are
-    placed; under pressure the labels in use follow the ghost hits. A label that does not pay is
-    tried more and more seldom.
+    A checkpoint *earns* the tokens between it and the checkpoint above if a request resumes from
+    it, or would have done so without its eviction. An end earns the tokens down to the nearest
+    checkpoint that is not a back-off, because back-offs only replace it. A checkpoint *displaces*
+    the mean loss per saved checkpoint: the tokens missed because of evictions. A label *pays* if it
+    earns ``MARGIN`` times as much. With ample memory nothing is displaced, and every label with
+    earnings is saved. Trials of a label that does not pay become rarer with each failure.
 
-    Four rules keep this from starving useful positions or crowding them out:
+    Five rules keep useful positions from being starved or displaced:
 
-    - *Succession*: a prompt that resumes from the tip of its conversation places its own end, the
-      prompt's or the answer's, whichever earns more. It supersedes the old tip, which can be
-      evicted in its place, so a conversation that is held stays held.
-    - *Rank*: a label that does not pay by the price still does if its checkpoints save more tokens
-      in fact than those of forks, which are placed anyway.
-    - *Free memory*: a back-off that has earned nothing yet takes free memory only. Under pressure
-      it is placed in trials.
-    - *Room*: one prompt, its answer included, takes at most half of the checkpoints that fit, and
-      at least one.
+    - *Succession*: a prompt that resumes from the tip of its conversation saves the end, of prompt
+      or answer, with the higher earnings. This supersedes the old tip, which is then evicted in its
+      place. A conversation in the cache therefore stays there.
+    - *Rank*: a label also pays if its real hits save more tokens per checkpoint than those of
+      forks.
+    - *Free memory*: a back-off without earnings is saved in free memory only. Under pressure it is
+      saved in trials.
+    - *Room*: a prompt with its answer takes at most half of the checkpoints that fit, and at least
+      one. Forks and boundaries go first, except before labels with ``MARGIN`` times their earnings.
+    - *Hope*: the assumed earnings of a new label last for at most as many checkpoints as fit, so
+      that a small cache is not filled with trials.
 
     Source: this project. O(log prompt) per prefill.
     """
@@ -144,13 +142,13 @@ class Adaptive(PlacementPolicy):
         self._room = 1 << 30
         """Checkpoints that fit, as of the latest prefill."""
         self._saves_answer = True
-        """Whether the latest prefill's answer gets a checkpoint."""
+        """True if the answer of the latest prefill gets a checkpoint."""
         self._latest: tuple[Prefill, list[Placed]] | None = None
-        """Plan of the latest prefill until it is asked for."""
+        """Latest prefill and its plan, until ``plan`` returns it."""
 
     @property
     def price_tokens(self) -> float:
-        """Tokens that one more checkpoint displaces."""
+        """Tokens displaced by one more checkpoint."""
         return self._missed_tokens / self._num_placed
 
     def num_saved(self) -> dict[str, float]:
@@ -168,12 +166,13 @@ class Adaptive(PlacementPolicy):
         return 1 if self._saves_answer else None
 
     def on_prefill(self, prefill: Prefill) -> None:
-        """Count the prompt, and each label that it could have."""
+        """Count the prompt and its possible labels."""
         self._num_prompts = min(self._num_prompts + 1, MEMORY)
         self._mean_prompt += (prefill.prompt_len - self._mean_prompt) / self._num_prompts
         if prefill.free_slots is not None:
             self._room = prefill.free_slots + prefill.num_checkpoints
         back_offs = _back_offs(prefill)
+        # The assumed earnings of shared positions start before those of the other labels.
         if prefill.forks and prefill.seen_len > prefill.cached_len:
             self._account("branch")
         if prefill.boundaries and prefill.boundaries[-1] > prefill.cached_len:
@@ -204,8 +203,8 @@ class Adaptive(PlacementPolicy):
             self._missed_tokens *= 0.5
 
     def _choose(self, prefill: Prefill, back_offs: list[Placed]) -> tuple[list[Placed], bool]:
-        """Return the positions to save, the most wanted first, and whether to save the answer's
-        end."""
+        """Return the positions to save, by descending priority, and whether to save the end of the
+        answer."""
         cached_len, free_slots = prefill.cached_len, prefill.free_slots
         wanted: list[Placed] = []
         if prefill.seen_len > cached_len:
@@ -239,6 +238,7 @@ class Adaptive(PlacementPolicy):
         return found, len(found) < len(kept)
 
     def _ranked(self, wanted: list[Placed]) -> list[Placed]:
+        """Return ``wanted`` in the order of the *room* rule."""
         shared = {placed.label for placed in wanted} & SHARED
         bar = MARGIN * max((self._account(label).yield_tokens for label in shared), default=0.0)
 
@@ -251,14 +251,14 @@ class Adaptive(PlacementPolicy):
         return sorted(wanted, key=rank)
 
     def _successor(self, prefill: Prefill) -> str | None:
-        """Return the end word that succeeds the tip that ``prefill`` resumes from, or None if it
-        resumes from no tip."""
+        """Return the label of the successor of the tip that ``prefill`` resumes from, or None if it
+        does not resume from a tip."""
         resumed = prefill.resumed
         if resumed is None or resumed.superseded or base_label(resumed.label) not in TIPS:
             return None
         if not prefill.answer_survives:
             return "back:1"
-        return max(END_WORDS, key=lambda label: self._account(label).yield_tokens)
+        return max(END_LABELS, key=lambda label: self._account(label).yield_tokens)
 
     def _offer(self, label: str) -> None:
         account = self._account(label)
@@ -273,8 +273,10 @@ class Adaptive(PlacementPolicy):
         return account
 
     def _wants(self, label: str, free_slots: int | None) -> bool:
-        """Return whether a checkpoint of ``label`` is worth saving. ``free_slots``: those left for
-        labels that have earned nothing yet; None for no limit."""
+        """Return whether a checkpoint of ``label`` is worth saving.
+
+        ``free_slots`` is the free memory left for labels without earnings, or None for no limit.
+        """
         account = self._accounts.get(label)
         if account is None:
             account = _Account(_hope(label), self._mean_prompt or 1.0, 0, 2)
@@ -296,11 +298,11 @@ class Adaptive(PlacementPolicy):
 
 
 def _hope(label: str) -> float:
-    return HOPE if label in END_WORDS or label in SHARED else SPECULATIVE_HOPE
+    return HOPE if label in END_LABELS or label in SHARED else SPECULATIVE_HOPE
 
 
 def _back_offs(prefill: Prefill) -> list[Placed]:
-    """Return the back-offs of ``prefill``, the deepest first. O(log prompt)."""
+    """Return the back-offs of ``prefill``, deepest first. O(log prompt)."""
     found = []
     distance, furthest = 1, prefill.prompt_len - prefill.cached_len - prefill.grid
     while distance <= furthest:
@@ -310,11 +312,11 @@ def _back_offs(prefill: Prefill) -> list[Placed]:
 
 
 def _covers(item: Item) -> int:
-    """Return the tokens that ``item`` saved the request that resumed from it."""
+    """Return the number of tokens saved by resuming from ``item``."""
     above = item.above
-    if base_label(item.label) in END_WORDS:
+    if base_label(item.label) in END_LABELS:
         while (
-            above is not None and above.label.startswith("back:") and above.label not in END_WORDS
+            above is not None and above.label.startswith("back:") and above.label not in END_LABELS
         ):
             above = above.above
     return item.position - (0 if above is None else above.position)

@@ -1,5 +1,4 @@
-"""survival: what a byte is worth, learnt from what was used and from what ghosts say was missed. No
-knob."""
+"""Eviction by the expected value of a byte, learned from uses and ghost hits. No parameters."""
 
 from __future__ import annotations
 
@@ -10,12 +9,11 @@ from hybridcache.policies.eviction.hazards import NUM_BINS, Hazards, age_bins
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
 SUPERSEDED_PRIOR = 0.125
-"""What a superseded checkpoint is believed to be worth, against one that is not, before anything
-was seen."""
+"""Assumed hazard of a superseded checkpoint relative to other checkpoints, without evidence."""
 COMMON = frozenset(
     {"", "decode", "end", "prompt", "branch", "boundary", "backoff", "back:1", "rejoin"}
 )
-"""Labels of places where prompts are known to part; all others speculate."""
+"""Labels of positions where prompts are known to diverge. All other labels are speculative."""
 SPECULATIVE_PRIOR = 0.125
 PRIORS = {
     (False, False): 1.0,
@@ -23,11 +21,11 @@ PRIORS = {
     (True, False): SUPERSEDED_PRIOR,
     (True, True): SUPERSEDED_PRIOR * SPECULATIVE_PRIOR,
 }
-"""By (superseded, speculative)."""
+"""Assumed hazard, relative to a common tip, by (superseded, speculative)."""
 MAX_TURN = 8
-"""Generations of a lineage that are distinguished."""
+"""Highest generation that has its classes apart."""
 SAMPLE = 1024
-"""Candidates looked at for one victim; all, while there are no more."""
+"""Maximum number of candidates compared for one victim."""
 
 
 Class = tuple[tuple[bool, bool], str, int, int, int]
@@ -35,8 +33,7 @@ Class = tuple[tuple[bool, bool], str, int, int, int]
 
 
 class _Memo:
-    """What the policy knows of one item: its stage, and its place in the line of checkpoints it
-    descends from."""
+    """Data of one item: its stage and its place in its lineage."""
 
     __slots__ = (
         "active",
@@ -55,64 +52,66 @@ class _Memo:
         self.superseded = item.superseded
         self.turn = turn
         self.active = item.last_used
-        """Latest use of the item or of a descendant that was evicted."""
+        """Latest use of the item or of an evicted descendant."""
         self.stage: int
         self.cell: int
-        """Where the indices of its class begin."""
+        """First cell of its class in the table of indices."""
         self.entered: int
         self.key: Class
-        """Its class."""
+        """Class of the item."""
         self.demand: Class | None = None
         """Class of the evicted tip that the item stands in for, or None."""
 
 
 class Survival(EvictionPolicy):
-    """Least (index of class and age) * (tokens lost) / (bytes freed).
+    """Evict the item with the least (index of its class and age) * (tokens lost) / (bytes freed).
 
-    *Class*: label, superseded or not, uses, and how many generations its lineage has; the index is
-    ``Hazards``'s. *Tokens lost*: back to the nearest checkpoint above, so what a neighbour covers
-    is not paid twice. *Bytes freed*: the state, and at a leaf the KV tail that dies with it, so
-    tails and states trade at what they save per byte. *Lineage*: a checkpoint takes over its
-    predecessor's generation + 1; when a tip leaves the last tier, the predecessor takes over the
-    tip's demand, where that is more than its own. *Ghosts*: the use that a ghost reports counts as
-    a use of its class, for every ghost that the request would have resumed from had it alone been
-    kept: what is judged is the eviction of one item, the rest being as it is.
+    - *Class*: superseded or not, label, uses, generation and position. ``Hazards`` has the indices.
+    - *Tokens lost*: the distance to the nearest checkpoint above.
+    - *Bytes freed*: the state, and for a leaf also its KV tail. States and tails are compared by
+      the tokens that they save per byte.
+    - *Generation*: one more than the predecessor's. It counts the turns of a conversation. Shared
+      prefixes do not take it over from a conversation below them.
+    - *Demand*: if a tip leaves the last tier, its predecessor takes over its class.
+    - *Ghosts*: a ghost hit counts as a use of the class. This holds for each ghost from which the
+      request would have resumed if only this item had been kept.
 
-    Source: this project; the index is Gittins' (1979) on hazards as in LHD (NSDI'18), marginal
-    coverage as in k-median on a tree. Candidates: leaf KV without a checkpoint at once; else
-    checkpoints, a leaf's with its tail; leaf KV by itself where KV has a pool of its own. Refresh:
-    the consumed checkpoint. O(1) per event, O(1024) per victim.
+    Candidates are leaf KV without a checkpoint, which goes first, and checkpoints, for a leaf with
+    its tail. Leaf KV is a candidate alone if KV has a separate pool. A use refreshes the consumed
+    checkpoint. O(1) per event, O(1024) per victim.
+
+    Source: this project. The index is that of Gittins (1979), on hazards as in LHD (NSDI'18).
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.survival = Hazards()
+        self.hazards = Hazards()
         self._is_last = True
-        """Nothing lies below: what it lets go is gone."""
+        """True if there is no lower tier, so that eviction is final."""
         self._random = random.Random(seed)
         self._checkpoints = Columns()
         self._kv = Columns()
         self._dead: dict[Item, None] = {}
         self._idle_kv: dict[Item, None] | None = {}
-        """Leaf KV while nobody has asked for a victim among KV alone; None from then on."""
+        """Leaf KV until the first call of ``victim`` that needs it ranked. None from then on."""
         self._ghost = (0, 0, 0)
-        """(time, position, generation) of the latest ghost that spoke."""
+        """(time, position, generation) of the latest ghost hit."""
         self._stale: dict[Item, None] = {}
-        """Checkpoints below which something went (they may free more than when they were last
-        looked at) and new ones (others of the same prompt may have come to stand above them)."""
+        """Checkpoints with an outdated value: those with an evicted descendant, which can free more
+        bytes now, and new ones, which can have got a checkpoint above them since."""
         self._just_used = False
-        """The latest call was a use: a ghost that speaks now belongs to the same request."""
+        """True if the latest call was a use. A ghost hit then belongs to the same request."""
 
     def for_tier(self) -> Survival:
-        """Hazards and clock are one for all tiers: a stage goes on wherever its item lies."""
+        """Return a policy that shares hazards and clock, so that stages continue in other tiers."""
         lower = Survival()
-        lower.survival = self.survival
+        lower.hazards = self.hazards
         self._is_last = False
         return lower
 
     def add(self, item: Item) -> None:
-        survival = self.survival
-        if item.last_used > survival.now:
-            survival.now = item.last_used
+        hazards = self.hazards
+        if item.last_used > hazards.now:
+            hazards.now = item.last_used
         self._just_used = False
         columns = self._checkpoints
         if item.kind == "kv":
@@ -134,14 +133,14 @@ class Survival(EvictionPolicy):
         if item.uses > memo.uses:
             self._used(item, memo)
         elif item.superseded != memo.superseded:
-            survival.close(memo.stage, survival.now, used=False)
+            hazards.close(memo.stage, hazards.now, used=False)
             self._enter(item, memo)
         columns.put(item, memo.cell, memo.entered, _worth(item))
 
     def touch(self, item: Item) -> None:
-        survival = self.survival
-        if item.last_used > survival.now:
-            survival.now = item.last_used
+        hazards = self.hazards
+        if item.last_used > hazards.now:
+            hazards.now = item.last_used
         self._just_used = True
         memo = item.memo
         if memo is not None and item.uses > memo.uses:
@@ -175,23 +174,26 @@ class Survival(EvictionPolicy):
     def on_ghost_hit(self, item: Item) -> None:
         memo = item.memo
         if isinstance(memo, _Memo):
-            survival = self.survival
-            now = survival.now + (not self._just_used)
-            survival.close(memo.stage, now, used=True)
+            hazards = self.hazards
+            now = hazards.now + (not self._just_used)
+            hazards.close(memo.stage, now, used=True)
             self._ghost = (now, item.position, memo.turn)
 
     def on_ghost_hit_above(self, item: Item) -> None:
-        """``item`` would have been resumed from, had it alone been kept: a use, unless it went
-        while superseded. What it is worth beside a deeper one ended when that went too."""
+        """Count a use of ``item``, unless it was evicted while superseded.
+
+        Without its eviction the request would have resumed from it. Its value next to a deeper
+        checkpoint ended when that one was evicted too.
+        """
         memo = item.memo
         if isinstance(memo, _Memo):
-            now = self.survival.now + (not self._just_used)
-            self.survival.close(memo.stage, now, used=not memo.superseded)
+            now = self.hazards.now + (not self._just_used)
+            self.hazards.close(memo.stage, now, used=not memo.superseded)
 
     def victim(self, kind: Kind | None) -> Item | None:
         if kind != "checkpoint" and self._dead:
             return next(iter(self._dead))
-        self.survival.refresh(self.survival.now)
+        self.hazards.refresh(self.hazards.now)
         self._revalue()
         chosen = None if kind == "kv" else self._least(self._checkpoints)
         if chosen is None and kind != "checkpoint":
@@ -200,8 +202,8 @@ class Survival(EvictionPolicy):
         return chosen
 
     def _revalue(self) -> None:
-        """Bring the worth of stale candidates up to date, and of one more at random: what is missed
-        is met in time."""
+        """Update the value of stale candidates and of a random one, which bounds the age of any
+        change that was not noticed."""
         candidates = self._checkpoints.items
         if candidates:
             self._stale[candidates[self._random.randrange(len(candidates))]] = None
@@ -213,15 +215,18 @@ class Survival(EvictionPolicy):
         self._stale.clear()
 
     def _rank_kv(self) -> None:
-        """From now on follow leaf KV for itself: it has a pool of its own, or nothing else is
-        left."""
+        """Rank leaf KV from now on: it has a separate pool, or no checkpoint is left."""
         if self._idle_kv is not None:
             waiting, self._idle_kv = self._idle_kv, None
             for item in waiting:
                 self.add(item)
 
     def _turn(self, item: Item) -> int:
-        """Generation of a new item: its predecessor's, one more if another request made that."""
+        """Return the generation of a new item: one more than the item above, if that is older.
+
+        A ghost hit continues its lineage only at deeper positions. Shallower items are shared with
+        other conversations.
+        """
         above = item.above
         turn = 0
         if above is not None and isinstance(above.memo, _Memo):
@@ -232,35 +237,40 @@ class Survival(EvictionPolicy):
         return turn
 
     def _used(self, item: Item, memo: _Memo) -> None:
-        self.survival.close(memo.stage, item.last_used, used=True)
+        self.hazards.close(memo.stage, item.last_used, used=True)
         memo.uses = item.uses
         memo.active = item.last_used
         self._enter(item, memo)
 
     def _enter(self, item: Item, memo: _Memo) -> None:
-        """Begin a stage in the class that ``item`` has now."""
-        survival = self.survival
+        """Begin a stage in the present class of ``item``.
+
+        An item that stands in for an evicted tip had its own continuation already. It is used by
+        the request that the tip waits for, or by a fork, as superseded items are. The class with
+        the higher index counts.
+        """
+        hazards = self.hazards
         memo.superseded = item.superseded
         memo.key = _class_of(item, memo.turn)
         demand = None if item.superseded else memo.demand
         if demand is not None:
             memo.key = ((True, memo.key[0][1]), *memo.key[1:])
-        row = survival.row(memo.key, PRIORS[memo.key[0]])
+        row = hazards.row(memo.key, PRIORS[memo.key[0]])
         if demand is not None:
-            tip_row = survival.row(demand, PRIORS[demand[0]])
-            age = survival.now - memo.active
-            if survival.index_at(tip_row, age) >= survival.index_at(row, age):
+            tip_row = hazards.row(demand, PRIORS[demand[0]])
+            age = hazards.now - memo.active
+            if hazards.index_at(tip_row, age) >= hazards.index_at(row, age):
                 memo.key, row = demand, tip_row
         memo.cell, memo.entered = row * NUM_BINS, memo.active
-        memo.stage = survival.open(row, memo.active)
+        memo.stage = hazards.open(row, memo.active)
 
     def _least(self, columns: Columns) -> Item | None:
-        """The candidate worth least per byte. Worths that neighbours changed are put right as they
-        come up."""
+        """Return the candidate with the least value per byte, or None. Corrects outdated values of
+        chosen candidates."""
         count = len(columns.items)
         if not count:
             return None
-        first, last, rates, now = 0, count, None, self.survival.now
+        first, last, rates, now = 0, count, None, self.hazards.now
         for _ in range(8):
             if count > SAMPLE:
                 first = self._random.randrange(count - SAMPLE)
@@ -268,7 +278,7 @@ class Survival(EvictionPolicy):
             if rates is None:
                 bins = age_bins(now - columns.times[first:last], now)
                 bins += columns.cells[first:last]
-                rates = self.survival.index.take(bins)
+                rates = self.hazards.index.take(bins)
                 worths = columns.worths[first:last]
                 values = rates * worths
             place = int(values.argmin())
@@ -282,8 +292,8 @@ class Survival(EvictionPolicy):
 
 
 def _class_of(item: Item, turn: int) -> Class:
-    """From coarse to fine: each entry narrows the one before, and where evidence is short the
-    coarser one speaks."""
+    """Return the class of ``item``, from coarse to fine. Classes with little evidence use the
+    hazards of the coarser class."""
     label, uses = item.label, item.uses
     place = label.partition("/")[0]
     return (
