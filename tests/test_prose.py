@@ -42,8 +42,7 @@ COVERED = (
     "engine/text/output_delta.py",
 )
 """Folders and files that follow the rules, except for those in ``NOT_YET``."""
-NOT_YET = (
-)
+NOT_YET = ()
 """Files and folders that are still to be rewritten."""
 
 MAX_WORDS = 30
