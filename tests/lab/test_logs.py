@@ -211,6 +211,15 @@ def test_a_csv_file_of_prompts_is_a_trace(tmp_path: Path) -> None:
     chats.write_text(f'timestamp,messages\n2026-01-01T00:00:00,"{said}"\n')
     [request] = open_trace(f"{chats}?tokenizer=bytes")
     assert b"hello" in bytes(request.tokens[request.tokens < 256].astype("u1"))
+    named = tmp_path / "named.csv"
+    named.write_text("date,who,question,n,\n2026-01-01,u,hello,7,\n")
+    with pytest.raises(ValueError, match=r"named csv:.*named\.csv\?prompt=COLUMN"):
+        open_trace(f"{named}?tokenizer=bytes")
+    spec = f"csv:{named}?tokenizer=bytes&time=date&session=who&length=n"
+    [request] = open_trace(f"{spec}&prompt=question")
+    assert (request.session, len(request.tokens), len(request.output)) == ("u", 5, 7)
+    with pytest.raises(BadRecordError, match=r"named\.csv, line 2: field 'ask' is missing"):
+        list(open_trace(f"{spec}&prompt=ask"))
     only = tmp_path / "only.csv"
     only.write_text("prompt\nhello\n\nhello you\n")
     assert [len(request.tokens) for request in open_trace(f"{only}?tokenizer=bytes")] == [5, 9]

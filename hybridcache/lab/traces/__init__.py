@@ -230,7 +230,7 @@ def recognise(path: Path) -> str:
         columns = ", ".join(first)
         raise ValueError(
             f"{path}: no format recognises its columns ({columns}); a file of prompts has a "
-            "column prompt or messages"
+            f"column prompt or messages, or is named csv:{path}?prompt=COLUMN"
         )
     raise ValueError(
         f"{path}: no format recognises its first record; say one of {', '.join(READERS)}"

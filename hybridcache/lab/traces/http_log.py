@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -113,6 +113,12 @@ class CsvReader(HttpLogReader):
 
     word: ClassVar[str] = "csv"
     is_csv: ClassVar[bool] = True
+    prompt: str = ""
+    """Name of the column of prompts in a file with other names; so are the next four."""
+    time: str = ""
+    session: str = ""
+    answer: str = ""
+    length: str = ""
 
     @staticmethod
     def recognises(record: Record) -> bool:
@@ -120,8 +126,12 @@ class CsvReader(HttpLogReader):
         return "prompt" in record or "messages" in record
 
     def _exchanges(self) -> Iterator[tuple[int, Record]]:
+        own = {"prompt": self.prompt, "timestamp": self.time, "session": self.session}
+        own |= {"answer": self.answer, "max_tokens": self.length}
+        renamed = {name: column for name, column in own.items() if column}
         for line, row in csv_lines(self.path, self.bad):
-            yield from parsed(self.path, [(line, (line, row))], _from_row, self.bad)
+            numbered = [(line, (line, row, renamed))]
+            yield from parsed(self.path, numbered, _from_row, self.bad)
 
 
 class _Parser:
@@ -185,9 +195,13 @@ class _Parser:
         return hashlib.blake2b(said.encode(), digest_size=8).hexdigest()
 
 
-def _from_row(numbered: tuple[int, Record]) -> Iterable[tuple[int, Record]]:
-    """Convert a numbered row of texts to a record as a proxy writes it."""
-    line, row = numbered
+def _from_row(
+    numbered: tuple[int, Record, Mapping[str, str]],
+) -> Iterable[tuple[int, Record]]:
+    """Convert a numbered row of texts, with the columns of some fields, to a record as a proxy
+    writes it."""
+    line, row, renamed = numbered
+    row = {**row, **{name: row[column] for name, column in renamed.items()}}
     record: dict[str, Any] = {name: text for name, text in row.items() if text}
     if "messages" in record:
         record["messages"] = _object(record["messages"])
