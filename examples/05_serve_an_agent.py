@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-SYSTEM = "Answer with one number. " * 20
+SYSTEM = "Be brief. " * 60
 QUESTIONS = [
     "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?",
     "Kira starts with 6 pens. Then Kira gets 3 times as many. How many pens does Kira have now?",
@@ -32,7 +32,7 @@ def main(arguments: list[str]) -> None:
     address = arguments[0] if arguments else "http://127.0.0.1:8000"
     with httpx.Client(base_url=address, timeout=60) as client:
         model = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-        for system in (SYSTEM, SYSTEM.replace("number", "word", 11).replace("word", "number", 10)):
+        for system in (SYSTEM, SYSTEM.replace("brief", "short", 31).replace("short", "brief", 30)):
             messages = [{"role": "system", "content": system}]
             for question in QUESTIONS:
                 messages.append({"role": "user", "content": question})
