@@ -214,6 +214,8 @@ class PlannerMachine(RuleBasedStateMachine):
         for _ in range(20_000):
             if not self.requests:
                 break
+            if not self.planner.num_running and self.planner.wakes_at_s is not None:
+                self.now_s = max(self.now_s, self.planner.wakes_at_s)  # as the engine sleeps
             self.step()
         assert not self.requests
         assert not self.planner.has_work()
