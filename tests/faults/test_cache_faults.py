@@ -36,7 +36,7 @@ from tests.routing.test_outbox_machine import OutboxMachine
 from tests.routing.test_text_tree_machine import TextTreeMachine
 
 FAULTS = Faults()
-CACHE = machine(CacheMachine)
+CACHE = machine(CacheMachine, max_examples=400)
 TIERS = machine(TieredMachine)
 
 
