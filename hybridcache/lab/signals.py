@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import signal
 import sys
+import threading
 import time
 from types import FrameType
 from typing import NoReturn
@@ -54,4 +55,5 @@ def _raise_exit(number: int, _: FrameType | None) -> NoReturn:
 
 def _send_again(number: signal.Signals) -> None:
     time.sleep(RETRY_S)
-    _thread.interrupt_main(signal.Signals(number))
+    # To the main thread, which may wait in a system call.
+    signal.pthread_kill(threading.main_thread().ident or 0, number)

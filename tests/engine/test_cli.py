@@ -447,7 +447,8 @@ try:
 finally:
     print("cleans up")
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert ended.stdout == "goes on\ncleans up\n"
     assert ended.returncode in (128 + number, -number)
     assert "ignored" not in ended.stderr

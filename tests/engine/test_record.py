@@ -374,7 +374,7 @@ def test_lines_stand_in_order_of_arrival_and_at_once(setup: Setup) -> None:
     setup.end("long")
     assert long.result().status_code == 200
     until(lambda: setup.prompts() == ["long", "short 0", "short 1", "short 2", "middle", "late"])
-    assert setup.writer.num_requests == 6
+    until(lambda: setup.writer.num_requests == 6)
 
 
 @pytest.mark.parametrize("seed", range(3))
