@@ -408,6 +408,7 @@ def test_the_public_names_are_few_and_explained() -> None:
         assert (getattr(hybridcache, name).__doc__ or "").strip(), f"{name} has no docstring"
 
 
+@pytest.mark.full
 def test_deprecated_names_still_work_and_we_do_not_use_them() -> None:
     import hybridcache
 

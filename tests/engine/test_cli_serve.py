@@ -241,7 +241,7 @@ ENDS = [
 ]
 
 
-@pytest.mark.full("combined-screen-SIGINT")
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 @pytest.mark.parametrize(
     ("role", "phase", "number"), ENDS, ids=[f"{r}-{p}-{n.name}" for r, p, n in ENDS]

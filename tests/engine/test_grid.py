@@ -76,6 +76,7 @@ def test_every_checkpoint_of_a_step_has_a_place(make_engine: MakeEngine) -> None
     assert any(output.cached_len % 64 for output in outputs)
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("always_fetches")
 def test_a_folder_is_of_one_grid(make_engine: MakeEngine, tmp_path: Path) -> None:  # noqa: F811
     folder = tmp_path / "state"

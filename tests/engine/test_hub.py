@@ -255,6 +255,7 @@ def test_an_unknown_revision_is_refused(hub: Hub) -> None:
         resolve_config(EngineConfig(revision="v9"))
 
 
+@pytest.mark.full
 def test_a_family_that_is_not_served_is_refused_before_its_weights_are_downloaded(hub: Hub) -> None:
     hub.files["config.json"] = json.dumps({"model_type": "qwen3_nest"}).encode()
     with pytest.raises(HubError, match=r"not downloaded: .*'qwen3_nest'.*nearest is 'qwen3_next'"):
@@ -296,6 +297,7 @@ def test_weights_are_counted_in_the_format_in_which_they_run() -> None:
     assert (own, wide, eight) == (size, 2 * size, size // 2)
 
 
+@pytest.mark.full
 def test_without_the_hub_the_cache_serves(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

@@ -131,6 +131,7 @@ def test_a_rank_that_dies_within_a_step_ends_the_engine(engine: Engine) -> None:
     assert time.monotonic() - began < 60
 
 
+@pytest.mark.full
 def test_drafts_change_no_token_and_a_rank_that_is_stuck_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

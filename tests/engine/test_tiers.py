@@ -234,6 +234,7 @@ class Faults:
         self.now_s += RETRY_S
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("always_fetches")
 def test_whatever_the_file_system_refuses_the_engine_serves_on(
     make_engine: MakeEngine,  # noqa: F811

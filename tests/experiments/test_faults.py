@@ -10,6 +10,7 @@ from experiments.system.faults.__main__ import live_faults
 from experiments.system.faults.files import damaged, full_disk
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_a_server_survives_killed_clients_and_a_step_without_memory() -> None:
     names = ("killed clients", "out of memory in a step")

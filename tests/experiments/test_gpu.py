@@ -127,6 +127,7 @@ def test_a_part_that_hangs_is_ended(
     assert gpu.run_part("big", tmp_path, dry=True) == "timed out"
 
 
+@pytest.mark.full
 def test_what_a_hanging_part_started_ends_with_it(
     parts: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

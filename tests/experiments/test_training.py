@@ -140,6 +140,7 @@ def test_what_a_task_draws_hardly_counts() -> None:
     torch.testing.assert_close(mean, (each * counts).sum() / counts.sum())
 
 
+@pytest.mark.full
 def test_held_out_sources_are_never_trained_on() -> None:
     trained = {text.partition("\n")[0] for text in corpus.sources(held_out=False)}
     held_out = {text.partition("\n")[0] for text in corpus.sources(held_out=True)}

@@ -43,7 +43,7 @@ LAUNCHES = [
 ]
 
 
-@pytest.mark.full("state_copy")
+@pytest.mark.full
 @pytest.mark.parametrize("launches", LAUNCHES)
 def test_compiles_ahead_of_time(launches: Path) -> None:
     run = subprocess.run(

@@ -177,6 +177,7 @@ def test_of_answers_alike_the_one_at_its_place_is_taken_and_memory_is_bounded() 
     assert memory.find(None, 1, {**done, "content": "49"}, False) is not None
 
 
+@pytest.mark.full("openai")
 @pytest.mark.parametrize("client", AGENTS)
 def test_an_agent_computes_what_is_new_and_at_most_a_grid_more(tmp_path: Path, client: str) -> None:
     template = TEMPLATES["thinking"]
