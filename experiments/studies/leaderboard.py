@@ -9,6 +9,7 @@ seed.
 from __future__ import annotations
 
 import argparse
+import sys
 
 from tqdm import tqdm
 
@@ -22,8 +23,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only traces with this in their name")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
+    pause_s = 0.1 if sys.stderr.isatty() else 30
     split = Split.load().head(options.seeds, options.only)
-    with tqdm(total=len(split.gib) * len(split.seeds), unit=" traces", disable=None) as bar:
+    with tqdm(total=len(split.gib) * len(split.seeds), unit=" traces", mininterval=pause_s) as bar:
         board = leaderboard(
             (),
             split,

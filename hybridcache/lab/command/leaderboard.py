@@ -46,7 +46,9 @@ def _leaderboard(options: argparse.Namespace) -> int:
         raise ValueError(f"--seeds must be at least 1 (got {options.seeds}).")
     chosen = Split.load(options.split).head(options.seeds, options.only)
     total = len(chosen.gib) * len(chosen.seeds)
-    with tqdm(total=total, unit=" traces", disable=None, file=sys.stderr) as bar:
+    # Without a terminal, in a log, a line every half minute is enough.
+    pause_s = 0.1 if sys.stderr.isatty() else 30
+    with tqdm(total=total, unit=" traces", mininterval=pause_s, file=sys.stderr) as bar:
         board = leaderboard(
             options.policies,
             chosen,
