@@ -218,6 +218,8 @@ def _check_commands(text: str, where: str) -> None:
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             missing = {word for word in words[1:] if "=" not in word} - set(targets)
             assert not missing, f"{where}: the Makefile has no target {missing}"
+        elif words[0] == "pytest":
+            assert all((ROOT / word).exists() for word in words[1:] if "/" in word), where
         elif words[0] == "python":
             name = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
             assert (ROOT / name).exists(), f"{where}: there is no {name}"

@@ -17,12 +17,24 @@ import engine
 import hybridcache
 from engine import Engine, EngineConfig
 from experiments.system import served
+from hybridcache.lab.baselines import BASELINES
+from hybridcache.lab.generators import GENERATORS
+from hybridcache.lab.report import METRICS
+from hybridcache.lab.traces import READERS
+from hybridcache.policies.registry import ADMISSION_NAMES, EVICTION_NAMES, PLACEMENT_NAMES
+from hybridcache.routing.registry import ROUTERS
 from tests import documents
 from tests.documents import ROOT
 
 README = ROOT / "README.md"
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [README, *DOCS]
+PACKAGES = [
+    path
+    for folder in ("engine", "hybridcache", "kernels")
+    for path in sorted((ROOT / folder).rglob("README.md"))
+]
+"""Pages of the packages, for readers of the code."""
 
 
 def name_of(page: Path) -> str:
@@ -46,14 +58,26 @@ def test_the_code_blocks_run(
     documents.run(page, tmp_path, server)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *PACKAGES], ids=name_of)
 def test_the_links_lead_somewhere(page: Path) -> None:
     assert documents.broken_links(page) == []
+
+
+@pytest.mark.parametrize("page", PACKAGES, ids=name_of)
+def test_the_commands_of_a_package_exist(page: Path) -> None:
+    for block in documents.blocks(page):
+        if block.language == "sh":
+            documents.check_command(block.text)
 
 
 def test_the_readme_is_short() -> None:
     text = README.read_text()
     assert len(text.splitlines()) <= 120 and len(text.split()) <= 900
+
+
+@pytest.mark.parametrize("page", PACKAGES, ids=name_of)
+def test_the_page_of_a_package_is_one_page(page: Path) -> None:
+    assert len(page.read_text().split()) <= 1000
 
 
 def test_the_policy_of_the_readme_is_simulated(tmp_path: Path) -> None:
@@ -113,10 +137,27 @@ def test_the_generated_reference_has_every_option_policy_and_name(generate: Modu
     for option in ("--cache-gib", "--admission", "--closed-loop", "--tokenizer", "--once"):
         assert f"`{option}" in cli
     policies = generate.insert(reference("policies"))
-    assert {f"| `{name}` " in policies for name in hybridcache.EVICTION} == {True}
+    for names in (EVICTION_NAMES, PLACEMENT_NAMES, ADMISSION_NAMES):
+        assert [name for name in names if f"| `{name}` " not in policies] == []
     api = generate.insert(reference("api"))
     assert {f"### {name}\n" in api for name in (*hybridcache.__all__, *engine.__all__)} == {True}
     assert "<!-- generated" not in cli + policies + api
+
+
+@pytest.mark.parametrize(
+    ("names", "page"),
+    [
+        (READERS, "traces"),
+        (GENERATORS, "traces"),
+        (METRICS, "metrics"),
+        (BASELINES, "simulator"),
+        (ROUTERS, "simulator"),
+    ],
+    ids=["readers", "generators", "metrics", "baselines", "routers"],
+)
+def test_every_name_is_in_the_reference(names: dict[str, object], page: str) -> None:
+    named = set(re.findall(r"`([\w-]+)`", reference(page)))
+    assert set(names) - named == set()
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
