@@ -121,6 +121,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items if not is_all else ():
         selection.draw_fewer(item)
     config.stash[HASHES] = chosen.hashes
+    if hasattr(config, "workerinput"):
+        items.sort(key=selection.rank)
+        kept.sort(key=selection.rank)
     if is_all or is_picked:
         return
     config.stash[LEFT_OUT] = len(chosen.left_out)
@@ -167,6 +170,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
 
     if config.getoption("dist") != "loadscope":
         return None
+    config.option.loadscopereorder = False  # The order is that of selection.rank.
 
     class ByFixtures(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:

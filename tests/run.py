@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.selection import ROOT, closure, has_torch_fixtures
+from tests.selection import ROOT, TOUCHY, closure, has_torch_fixtures
 
 PYTEST = (sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadscope")
 OUT = ROOT / "out"
@@ -203,12 +203,6 @@ def run_changed(base: str | None) -> int:
 
 
 # --- make test-environments ---------------------------------------------------------------------
-
-TOUCHY = re.compile(
-    r"^\s*(?:import|from) (?:subprocess|signal|socket|multiprocessing|tempfile|httpx|shutil)\b",
-    re.M,
-)
-"""Imports of tests that can depend on the environment."""
 
 
 def touchy_tests() -> list[Path]:

@@ -452,3 +452,21 @@ def scope_of(nodeid: str) -> str:
     """Return what a worker runs in one piece: a file, or a folder whose fixtures are expensive."""
     path = nodeid.partition("::")[0]
     return next((folder for folder in TOGETHER if path.startswith(folder)), path)
+
+
+TOUCHY = re.compile(
+    r"^\s*(?:import|from) (?:subprocess|signal|socket|multiprocessing|tempfile|httpx|shutil)\b",
+    re.M,
+)
+"""Imports of tests that start processes, open sockets or write files of their own."""
+
+
+@cache
+def _file_rank(path: Path) -> int:
+    return 1 if TOUCHY.search(path.read_text(encoding="utf-8")) else 2
+
+
+def rank(item: pytest.Item) -> int:
+    """Return when an item runs, if several processes share the work: first folders that one of
+    them runs alone, then files that wait for processes and sockets, so that none ends the run."""
+    return 0 if scope_of(item.nodeid).endswith("/") else _file_rank(item.path)

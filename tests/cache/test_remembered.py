@@ -226,6 +226,7 @@ def test_what_is_written_can_be_read_however_much_is_remembered(monkeypatch):
         unpack(pack(b" " * 1001))
 
 
+@pytest.mark.full
 def test_damaged_data_is_refused_where_python_drops_assertions():
     """Run with ``python -O``: nodes without tokens, tokens that are no ids, another namespace."""
     script = """

@@ -154,6 +154,7 @@ def test_a_step_that_breaks_off_loses_no_move(
     assert num_broken >= 3
 
 
+@pytest.mark.full("on")
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_aborts_while_rows_move(expected: list[list[int]], overlap: str) -> None:
     """Whoever leaves between the move and the batch that makes it takes nothing along."""

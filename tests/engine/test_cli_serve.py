@@ -106,7 +106,7 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     said = httpx.post(pasted, content=content, headers={name: value}, timeout=60).json()
     assert said["choices"][0]["message"]["content"].endswith("#### 8")
     httpx.get(url + "/nothing", timeout=60)
-    body = {"prompt": "drain me", "max_tokens": 300, "ignore_eos": True, "stream": True}
+    body = {"prompt": "drain me", "max_tokens": 100, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
         events = answer.iter_lines()
         first = next(events)
@@ -141,6 +141,7 @@ def _engine_of(server: subprocess.Popen[str]) -> int:
 LONG = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": True}
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 def test_a_killed_engine_ends_every_stream_and_the_server_with_one_sentence(
     server: subprocess.Popen[str],

@@ -120,6 +120,7 @@ def accepted(outputs: Sequence[RequestOutput]) -> int:
     return sum(output.drafts.accepted.total() for output in outputs)
 
 
+@pytest.mark.full("mtp:4-greedy", "tree,mtp:2-penalties")
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("draft", ["mtp:4", "tree,mtp:2"])
 def test_drafts_of_a_head_change_nothing(
@@ -164,6 +165,7 @@ def test_a_guess_depends_on_the_tokens_alone(
     assert 80 < len(guesses) < 6 * 20
 
 
+@pytest.mark.full("tree,mtp-right")
 @pytest.mark.parametrize("head", ["random", "right"])
 @pytest.mark.parametrize("draft", ["mtp:3", "tree,mtp"])
 def test_grammars_and_a_head(

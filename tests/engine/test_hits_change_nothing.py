@@ -144,6 +144,7 @@ def test_rows_leave_a_slab_before_a_state_is_copied_into_it(make_engine: MakeEng
         assert torch.equal(states[:, 1].view(torch.uint8), expected.view(torch.uint8))
 
 
+@pytest.mark.full("hybrid-float32", "side-by-side-float32-states16", "attention-only-bfloat16")
 @formats
 @pytest.mark.parametrize(
     "model",

@@ -333,6 +333,7 @@ def test_a_folder_wins_over_a_name_of_the_hub(
         assert not is_hub_name(path), path
 
 
+@pytest.mark.full
 def test_commands_take_names_of_the_hub(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", NAME]) == 0
     assert capsys.readouterr().out.startswith(f"{NAME}\n")

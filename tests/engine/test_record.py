@@ -493,6 +493,7 @@ def test_headers_pass_as_they_came_and_cookies_stay_with_their_client(setup: Set
     until(lambda: setup.writer.skipped.total() == 1)  # It is no JSON as it stands.
 
 
+@pytest.mark.full
 def test_more_than_a_hundred_streams_pass_at_once(setup: Setup) -> None:
     """Each waits for all others to have begun."""
     streams = [setup.ask(f"{number}", wait="all", stream=True) for number in range(120)]
@@ -515,6 +516,7 @@ def recording(to: str, out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]
         yield process, process.stdout.readline().split()[0]
 
 
+@pytest.mark.full("SIGTERM")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: int) -> None:
     """With a stream in progress."""

@@ -31,6 +31,7 @@ def combinations() -> Iterator[tuple[int, int, int, int]]:
     yield from itertools.islice(itertools.chain(*products), 0, None, 7 if is_quick() else 1)
 
 
+@pytest.mark.full("off")
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_two_prompts_with_one_token_in_common_read_their_own_rows(overlap: str) -> None:
     """The second publishes what the first has: its row changes, and it has no memory to go on."""

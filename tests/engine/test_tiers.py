@@ -152,7 +152,7 @@ def test_a_second_engine_reads_what_the_first_has_kept(
     first.close()
 
 
-@pytest.mark.full("0.3")
+@pytest.mark.full
 @pytest.mark.usefixtures("always_fetches")
 @pytest.mark.parametrize("share", [0.3, 0.9])
 def test_damaged_records_are_computed_again(

@@ -11,7 +11,7 @@ from experiments.system.attack.runner import ChainRunner
 from hybridcache.hybrid import HybridRadixCache
 
 
-@pytest.mark.full("cache", "files")
+@pytest.mark.full("cache")
 @pytest.mark.parametrize("part", sorted(attack.PARTS))
 def test_each_part_holds_for_a_moment(part: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert attack.main(["--only", part, "--minutes", "0.02", "--seed", "5"]) == 0

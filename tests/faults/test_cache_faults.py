@@ -445,7 +445,18 @@ def texts_of_a_replica_that_left_are_kept(patch: Patch) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", FAULTS)
+DEAR = {
+    "an eviction takes more than it was asked for",
+    "a checkpoint is stored one step too early",
+    "evicted prefixes are reported as never seen",
+    "ghosts are not read",
+}
+"""Faults that only a long run notices."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name in DEAR)) for name in FAULTS]
+)
 def test_a_fault_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_noticed(FAULTS[name], monkeypatch)
 

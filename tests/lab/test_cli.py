@@ -248,6 +248,7 @@ def simulating(output: Path, processes: int) -> Iterator[subprocess.Popen[str]]:
         yield process
 
 
+@pytest.mark.full("1")
 @pytest.mark.parametrize("processes", [1, 2])
 def test_control_c_is_one_sentence_that_says_what_is_kept(tmp_path: Path, processes: int) -> None:
     output = tmp_path / "runs.jsonl"
@@ -307,6 +308,7 @@ def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:
     assert "mine:Shallow" in done.stdout
 
 
+@pytest.mark.full
 def test_a_policy_that_was_edited_is_run_again(tmp_path: Path) -> None:
     text = (
         "from hybridcache.policies.eviction.scored import ScorePolicy\n\n\n"

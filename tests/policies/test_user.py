@@ -398,6 +398,7 @@ PRESSURED = {
 }
 
 
+@pytest.mark.full("host", "short")
 @pytest.mark.parametrize("cell", list(PRESSURED))
 def test_a_subclass_of_any_policy_evicts_as_the_policy_does(cell: str) -> None:
     spec, options = PRESSURED[cell]
@@ -455,6 +456,7 @@ PLACEMENTS = [
 ]
 
 
+@pytest.mark.full("host")
 @pytest.mark.parametrize("cell", ["searches", "host", "ample"])
 def test_a_subclass_of_any_placement_saves_as_the_placement_does(cell: str) -> None:
     spec, options = PRESSURED[cell]

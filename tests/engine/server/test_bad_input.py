@@ -354,7 +354,6 @@ LIMITS = [
 @pytest.mark.full(
     '/v1/chat/completions-max_completion_tokens-"finish_reason":"length"-streamed',
     '/v1/messages-max_tokens-"model_context_window_exceeded"-whole',
-    '/v1/responses-max_output_tokens-"status":"incomplete"-streamed',
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("path", "name", "cut"), LIMITS)

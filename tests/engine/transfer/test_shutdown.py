@@ -205,6 +205,7 @@ def test_decode_engines_that_keep_asking_hold_no_end_up(gated: GatedEngine, how:
     assert len(served) <= 3 * len(askers)
 
 
+@pytest.mark.full("dies-drain")
 @pytest.mark.parametrize("how", ["drain", "stop"])
 @pytest.mark.parametrize("fault", ["dies", "hangs"])
 def test_a_decode_engine_that_dies_or_hangs_holds_no_end_up(
@@ -279,6 +280,7 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
     assert not serving.is_alive() and not gated.running.is_alive
 
 
+@pytest.mark.full
 def test_close_of_an_engine_without_a_thread_ends_what_it_does_for_others() -> None:
     far = GatedEngine.__new__(GatedEngine)
     far.engine, far.askers = Engine(prefill_config(token_budget=64)), []

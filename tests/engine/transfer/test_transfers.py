@@ -96,6 +96,7 @@ def test_any_form_of_memory_travels(form: str, tmp_path: Path) -> None:
         engine.check()
 
 
+@pytest.mark.full
 def test_a_head_that_drafts_finds_its_rows_and_its_hidden_vector(plain: Engine) -> None:
     settings = {"draft": "mtp:3"}
     prompt = list(b"for i in range(10): print(i)\n" * 14)
@@ -211,6 +212,7 @@ def test_a_prompt_that_is_refused_there_says_nothing_of_the_next(
     settled(far)
 
 
+@pytest.mark.full
 def test_an_engine_that_computes_nothing_counts_as_gone(
     far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
