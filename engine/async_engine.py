@@ -1,7 +1,7 @@
 """Engine in a separate thread, for callers in asyncio.
 
-Outputs are handed to the caller's event loop; a caller that reads slowly finds its outputs queued
-up. ``engine_loop.py`` is the loop of the thread.
+Outputs are queued in the caller's event loop, so a slow reader delays neither the engine nor other
+readers. The loop of the thread is in ``engine_loop.py``.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ class RequestStream:
         self._on_abort = on_abort
         self._outputs: asyncio.Queue[RequestOutput | RequestError] = asyncio.Queue()
         self._has_all = self._has_ended = self._was_aborted = False
-        """``_has_all``: nothing more will be put; ``_has_ended``: nothing more will be read."""
+        """``_has_all``: the last output was put. ``_has_ended``: the last output was read."""
 
     def __aiter__(self) -> AsyncIterator[RequestOutput]:
         return self
 
     async def __anext__(self) -> RequestOutput:
-        """The next output; the last one has a ``finish_reason``. RequestError: there will be
-        none."""
+        """Return the next output; the last one has a ``finish_reason``. Raises RequestError if the
+        request failed; no output follows."""
         if self._has_ended:
             raise StopAsyncIteration
         output = await self._outputs.get()
@@ -84,7 +84,7 @@ class RequestStream:
             self._on_abort(self.request_id)
 
     def put(self, output: RequestOutput | RequestError) -> None:
-        """Hand ``output`` to the reader; called in the stream's event loop."""
+        """Queue ``output`` for the reader. Must be called in the stream's event loop."""
         self._has_all = isinstance(output, RequestError) or output.is_finished
         self._outputs.put_nowait(output)
 
@@ -164,7 +164,7 @@ class AsyncEngine(EngineLoop[RequestStream]):
 
     @property
     def is_alive(self) -> bool:
-        """Whether the thread runs: not before ``start``, not after it ended or failed."""
+        """True while the thread runs: after ``start``, until it ends or fails."""
         return self._thread.is_alive()
 
     def start(self) -> None:
@@ -176,15 +176,18 @@ class AsyncEngine(EngineLoop[RequestStream]):
         sampling: SamplingParams | None = None,
         **options: Any,
     ) -> RequestStream:
-        """Queue a prompt; see ``Engine.submit``. Returns at once; raises before anything is queued:
-        RequestError, QueueFull or EngineStopped among them, or a ValueError."""
+        """Queue a prompt; see ``Engine.submit``. Returns at once.
+
+        Raises a RequestError such as QueueFull or EngineStopped, or a ValueError, before anything
+        is queued.
+        """
         request = self._engine.prepare(RequestSpec.of(prompt, sampling, options))
         stream = RequestStream(request.request_id, self.abort)
         self.enqueue(request, stream)
         return stream
 
     def compile(self, grammar: Grammar) -> None:
-        """See ``Engine.compile``: to be called from a thread of the caller's."""
+        """See ``Engine.compile``. Call it from a separate thread, because it may take long."""
         self._engine.compile(grammar)
 
     async def generate(
@@ -193,7 +196,8 @@ class AsyncEngine(EngineLoop[RequestStream]):
         sampling: SamplingParams | None = None,
         **options: Any,
     ) -> AsyncIterator[RequestOutput]:
-        """Outputs of one prompt as they come; left early or cancelled, the request ends."""
+        """Yield the outputs of one prompt. The request ends if the iterator is closed or
+        cancelled."""
         stream = self.submit(prompt, sampling, **options)
         try:
             async for output in stream:
@@ -214,7 +218,8 @@ class AsyncEngine(EngineLoop[RequestStream]):
             except Exception as error:
                 answer.set_exception(error)
             except BaseException as error:
-                # SystemExit, say: it would end this thread, and then the caller's event loop.
+                # For example SystemExit, which would end this thread and then the caller's event
+                # loop.
                 answer.set_exception(RuntimeError(f"a call to the engine raised {error!r}"))
 
         self.order(run)
@@ -243,24 +248,25 @@ class AsyncEngine(EngineLoop[RequestStream]):
         await self.call(lambda engine: engine.stop_accepting())
 
     async def watch(self) -> Watching:
-        """Follow the cache and its requests. ValueError: the tree is too large to show."""
+        """Return a view of the cache and its requests. Raises ValueError if the tree is too large
+        to show."""
         return _ThreadWatch(self, await self.call(cache_watch))
 
     async def drain(self) -> None:
-        """Take no more requests, finish those there are, and end the thread."""
+        """Accept no more requests, finish those in progress, and end the thread."""
         self.end(at_once=False)
         await asyncio.to_thread(self._join)
 
     def stop(self) -> None:
-        """Take no more requests and end the thread after its step; requests that are not done fail
-        with EngineStopped."""
+        """Accept no more requests and end the thread after its step. Unfinished requests fail with
+        EngineStopped."""
         self.end(at_once=True)
         self._join()
 
     def _join(self) -> None:
         if self._thread.ident is not None:
             self._thread.join()
-        else:  # It never started: its loop cannot end the streams.
+        else:  # It never started, so its loop cannot end the streams.
             self._engine.disconnect()
             self._close()
 

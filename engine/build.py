@@ -50,7 +50,7 @@ def make_parts(
     fetcher: Fetcher | None,
     clock: Callable[[], float],
 ) -> Parts:
-    """Make the parts of a settled ``config``; see ``Engine.__init__``."""
+    """Make the parts of a complete ``config``; see ``Engine.__init__``."""
     assert config.token_budget is not None
     built = cache_config(config, runner)
     for plugin in plugins:
@@ -86,7 +86,7 @@ def make_parts(
 def load(
     config: EngineConfig, plugins: Sequence[Plugin] = ()
 ) -> tuple[Runner, TokenSampler, Tokenizer]:
-    """Load the model, the sampler and the tokenizer that ``config`` names. Imports torch."""
+    """Load the model, the sampler and the tokenizer named by ``config``. Imports torch."""
     from engine.runner.model_runner import ModelRunner
     from engine.runner.sampler import Sampler
 
@@ -98,7 +98,8 @@ def load(
 
 
 def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
-    """The tokenizer that ``config`` names, or token ids as they are. Imports no torch by itself."""
+    """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one. Does
+    not import torch itself."""
     from engine.text.hugging_face import load_tokenizer, named_eos
     from engine.text.token_ids import IdTokenizer
 
@@ -108,7 +109,7 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
 
 
 def names_tokenizer(config: EngineConfig) -> bool:
-    """Whether ``config`` names a tokenizer; else prompts are token ids."""
+    """Return True if ``config`` names a tokenizer. Otherwise prompts are token ids."""
     from engine.text.hugging_face import has_tokenizer
 
     named = config.tokenizer is not None or config.model is None
@@ -123,7 +124,8 @@ def sampling_defaults(config: EngineConfig) -> dict[str, float]:
 
 
 def read_sampling_defaults(model_dir: Path) -> dict[str, float]:
-    """Return the fields of ``SamplingParams`` in ``generation_config.json``; none without the file.
+    """Return the fields of ``SamplingParams`` that ``generation_config.json`` sets, {} without the
+    file.
 
     Raises ValueError for a value out of range. ``do_sample`` is ignored, as in vLLM: requests set
     temperature 0 for greedy decoding.
@@ -132,17 +134,17 @@ def read_sampling_defaults(model_dir: Path) -> dict[str, float]:
     named = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     found = {name: named[name] for name in RECOMMENDED if named.get(name) is not None}
     if found.get("top_k") == 0:
-        del found["top_k"]  # as it says "all"
+        del found["top_k"]  #  0 means "all tokens", which is the default
     try:
         SamplingParams(**found)
     except ValueError as error:
-        raise ValueError(f"{path}: {error} Mend it, or use --sampling-defaults none.") from None
+        raise ValueError(f"{path}: {error} Correct it, or use --sampling-defaults none.") from None
     return found
 
 
 def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
     """Return the config of the cache for the runner's pools. Raises ConfigError if the model does
-    not suit it."""
+    not support it."""
     memory, kind = runner.memory, config.prefix_cache
     if memory.is_stateful and kind == "radix":
         raise ConfigError(

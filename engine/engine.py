@@ -1,5 +1,5 @@
-"""The engine: prompts in, tokens out. One thread calls it; ``AsyncEngine`` gives it one of its
-own."""
+"""The engine: takes prompts and returns tokens. It is used by one thread; see ``AsyncEngine`` for
+asyncio."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 WITHHELD_S = 0.002
-"""Pause between two looks at requests that the admission policy withholds while nothing runs."""
+"""Pause between two checks of requests that the admission policy withholds while nothing runs."""
 
 
 class Engine:
@@ -110,7 +110,7 @@ class Engine:
         )
         self._in_flight: InFlight | None = None
         self.interrupted: tuple[str, ...] = ()
-        """Requests that ran when a step last broke off."""
+        """Requests that were running when a step last failed."""
         self._requests: dict[str, Request] = {}
         self._committing = EMPTY
         """The step that is being published."""
@@ -138,12 +138,12 @@ class Engine:
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a prompt and its answer together: the smaller of the model's limit and
-        the memory's."""
+        """Maximum number of tokens of a prompt and its answer together: the smaller of the model's
+        limit and the memory's limit."""
         return min(self.runner.max_model_len, self.runner.memory.max_request_len)
 
     def observe(self, observer: Observer) -> None:
-        """Notify ``observer`` of every step from now on, in place of the one that was given."""
+        """Notify ``observer`` of every further step, in place of the previous observer."""
         self._observer = observer
 
     def submit(
@@ -169,19 +169,25 @@ class Engine:
         return request.request_id
 
     def prepare(self, spec: RequestSpec) -> Request:
-        """The first half of ``submit``: check a prompt and make its request. Safe to call from any
+        """Check a prompt and make its request: the first half of ``submit``. Safe to call from any
         thread."""
         return self._intake.prepare(spec)
 
     def compile(self, grammar: Grammar) -> None:
-        """Make ``grammar`` ready, so that ``prepare`` need not. Safe to call from any thread; up to
-        a second for the first one of all (see ``prepare_grammars``), then milliseconds, a tenth of
-        a second for the worst. ValueError as there."""
+        """Compile ``grammar`` in advance, so that ``prepare`` does not have to.
+
+        Safe to call from any thread. Takes milliseconds, and at worst a tenth of a second; the
+        first call takes up to a second more (see ``prepare_grammars``). Raises ValueError for an
+        invalid grammar.
+        """
         self._intake.grammars.compile(grammar)
 
     def prepare_grammars(self) -> None:
-        """Load the grammar library and build its vocabulary. A large one takes a second, during
-        which no other thread of the process runs. Does nothing if answers cannot be guided."""
+        """Load the grammar library and build its vocabulary.
+
+        A large vocabulary takes a second, during which no other thread of the process runs. Does
+        nothing if the tokenizer does not support grammars.
+        """
         self._intake.grammars.load()
 
     def enqueue(self, request: Request) -> None:
@@ -205,7 +211,7 @@ class Engine:
 
     @property
     def has_room(self) -> bool:
-        """Whether one more request may wait."""
+        """True if one more request may wait."""
         return self._scheduler.num_waiting < self.config.max_queue
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -221,7 +227,7 @@ class Engine:
         return output
 
     def has_work(self) -> bool:
-        """Whether ``step`` has something to compute or to hand out."""
+        """Return True if ``step`` has something to compute or outputs to return."""
         return (
             self._scheduler.has_work()
             or self._in_flight is not None
@@ -230,26 +236,27 @@ class Engine:
         )
 
     def run_idle_tasks(self) -> float | None:
-        """Run background work while there is nothing to compute. Returns the seconds until there is
-        more of it; None if there is not."""
+        """Run background work while there is nothing to compute. Returns the seconds until the next
+        task is due, or None if there is none."""
         if self.config.check:
             self.check()
         delays = [hooks.on_idle() for hooks in self._hooks]
         return min((delay for delay in delays if delay is not None), default=None)
 
     def on_work(self, wake: Callable[[], None]) -> None:
-        """Call ``wake``, from any thread, whenever a plugin has work for an idle engine."""
+        """Register ``wake``, which is called from any thread whenever a plugin has work for an idle
+        engine."""
         for plugin in self.plugins.values():
             plugin.wake = wake
 
     def stop_accepting(self) -> None:
-        """Accept no more work from other engines and finish the work in progress for them: the
-        engine is about to end. Local requests can still be submitted."""
+        """Accept no more work from other engines and finish the work in progress for them, because
+        the engine is about to end. Local requests can still be submitted."""
         for hooks in self._hooks:
             hooks.stop_accepting()
 
     def disconnect(self) -> None:
-        """End all work for and by other engines at once."""
+        """End at once all work done for other engines or requested from them."""
         for hooks in self._hooks:
             hooks.disconnect()
 
@@ -257,7 +264,7 @@ class Engine:
         """Compute one batch; returns the new output of each request.
 
         On an asynchronous device a step is committed after the next one was launched, so that the
-        device never waits for the host: outputs then come one call later. If a step raises, its
+        device never waits for the host; outputs then come one call later. If a step raises, its
         requests survive. Outputs that it had committed come with the next call, or from
         ``take_outputs``.
         """
@@ -273,7 +280,7 @@ class Engine:
 
     @contextmanager
     def _recovering(self) -> Iterator[None]:
-        """Restore a consistent state after any exception in a step, an interrupt included."""
+        """Restore a consistent state after any exception in a step, including interrupts."""
         try:
             yield
         except BaseException as error:
@@ -282,7 +289,8 @@ class Engine:
             for hooks in self._hooks:
                 hooks.on_step_failed()
             half_done, self._committing = self._committing, EMPTY
-            # States that a step with drafts published are in place after the runner's commit only.
+            # After a step with drafts, published states are in their slots only after the runner's
+            # commit.
             if self._manager.lost_moves() or half_done.has_drafts:
                 for hooks in self._hooks:
                     hooks.on_cache_lost()
@@ -318,8 +326,8 @@ class Engine:
         return in_flight
 
     def _due(self, in_flight: InFlight) -> InFlight:
-        """The step to commit now: this one, or the one before it, which the device has had time
-        for."""
+        """Return the step to commit now: this one, or with overlap the previous one, which the
+        device has probably finished."""
         if not self._overlaps:
             return in_flight
         due, self._in_flight = self._in_flight, in_flight if in_flight.plan.tasks else None
@@ -346,7 +354,7 @@ class Engine:
         return outputs
 
     def take_outputs(self) -> list[RequestOutput]:
-        """Return outputs that were committed by a step that broke off."""
+        """Return committed outputs that were not returned yet, for example after a failed step."""
         outputs = [request.report() for request in self._scheduler.take_progressed()]
         for output in outputs:
             if output.finish_reason is not None:
@@ -383,9 +391,12 @@ class Engine:
         show_progress: bool = False,
         **options: Any,
     ) -> list[RequestOutput]:
-        """Answer all ``prompts``; their last outputs, in order. ``sampling`` is one for all or one
-        each, ``options`` are for all (see ``submit``). ValueError as there, before anything is
-        computed of the prompt it names."""
+        """Answer all ``prompts`` and return their last outputs, in the same order.
+
+        ``sampling`` is one object for all prompts or a sequence with one per prompt; ``options``
+        apply to all (see ``submit``). Raises ValueError for an invalid prompt before anything of it
+        is computed.
+        """
         if isinstance(prompts, str):
             raise ValueError("generate takes a list of prompts; give a single one as [prompt].")
         each = [sampling] * len(prompts) if not isinstance(sampling, Sequence) else list(sampling)
@@ -433,11 +444,11 @@ class Engine:
         sampling: SamplingParams | None = None,
         **options: Any,
     ) -> Iterator[RequestOutput]:
-        """Answer one prompt; its outputs as they come. Closing or dropping the iterator ends the
+        """Answer one prompt and yield its outputs. Closing or dropping the iterator ends the
         request."""
         request_id = self.submit(prompt, sampling, **options)
         outputs = self._follow(request_id)
-        next(outputs)  # A generator that never began would not clean up.
+        next(outputs)  # A generator that was never started would not clean up.
         return outputs
 
     def _follow(self, request_id: str) -> Iterator[Any]:
@@ -464,12 +475,12 @@ class Engine:
                     box.append(output)
 
     def end_session(self, request_id: str) -> None:
-        """End the session with the newest request ``request_id``: no request follows it. Does
-        nothing if one did. O(sessions)."""
+        """End the session of ``request_id``, its newest request: no request will follow it. Does
+        nothing if a newer request followed. O(sessions)."""
         self._scheduler.end_session_of(request_id)
 
     def reset_prefix_cache(self) -> None:
-        """Forget every prefix that no running request stands on, wherever it is kept."""
+        """Forget every prefix that no running request uses, in every tier."""
         self._forget(was_lost=False)
 
     def _forget(self, *, was_lost: bool) -> None:
@@ -482,7 +493,7 @@ class Engine:
             hooks.on_cache_emptied(was_lost=was_lost)
 
     def report(self) -> CacheReport:
-        """Sizes, rates and losses of the cache, now."""
+        """Return the current sizes, rates and losses of the cache."""
         return cache_report(
             self.config,
             self._cache_kind,
@@ -495,21 +506,21 @@ class Engine:
         )
 
     def outline(self, max_nodes: int = 40) -> str:
-        """The cache's tree in text, a line a node, without its tokens; empty where nothing is
-        kept."""
+        """Render the cache's tree as text, one line per node, without tokens. Empty if there is no
+        cache."""
         return self._cache.render("text", max_nodes)
 
     def cache_report(self) -> dict[str, Any]:
-        """``report`` as plain data."""
+        """Return ``report`` as plain data."""
         return self.report().as_dict()
 
     def cache_view(self) -> dict[str, Any]:
-        """The same with an outline of the tree."""
+        """Return ``cache_report`` with an outline of the tree."""
         return self.cache_report() | {"tree": self.outline().splitlines()}
 
     def close(self) -> None:
-        """End all requests, those of other engines too, and complete pending writes. Only engines
-        with plugins need it."""
+        """End all requests, including those of other engines, and complete pending writes. Only
+        required for engines with plugins."""
         for request_id in tuple(self._requests):
             self.abort(request_id)
         self.disconnect()
@@ -519,7 +530,10 @@ class Engine:
             hooks.close()
 
     def check(self) -> None:
-        """AssertionError unless every invariant of the cache holds, ``free + cached + held ==
-        total``, and the runner reads for each request the KV rows of its lease. O(cache)."""
+        """Verify all invariants. O(cache).
+
+        Raises AssertionError unless every invariant of the cache holds, ``free + cached + held ==
+        total``, and the runner reads for each request the KV rows of its lease.
+        """
         self._scheduler.check()
         self._manager.check(self.runner.table_row)

@@ -1,11 +1,11 @@
-"""Loop of the engine's thread: commands of other threads between two steps, outputs after each.
+"""Loop of the engine's thread: runs commands of other threads between steps, and delivers outputs.
 
-One thread calls ``run``. Callers share an inbox of commands with it and nothing else; a step never
-waits for a caller.
+One thread calls ``run``. It shares only an inbox of commands with callers, and a step never waits
+for a caller.
 
-A step that fails, for lack of memory for example, fails the requests that ran, and the engine goes
-on. If the next step fails too, or the runner is lost, the engine ends and all waiting callers get
-an error.
+If a step fails, for lack of memory for example, the requests that ran fail and the engine goes on.
+If the next step fails too, or the runner is lost, the engine ends and all waiting callers get an
+error.
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ Reader = TypeVar("Reader")
 """Receiver of a request's outputs."""
 STOPPED = "The engine stopped before the answer was done."
 STOPPING = "The engine is stopping and takes no more requests."
-FAILED = "The engine has failed, its log says why: restart it."
+FAILED = "The engine has failed; see its log for the reason, and restart it."
 logger = logging.getLogger(__name__)
 
 
 def failed(output: RequestOutput) -> RequestError:
-    """Return the ``error`` of ``output``, the last one of its request."""
+    """Return the ``error`` of ``output``, the last output of its request."""
     assert output.error is not None
     return (InvalidRequest if output.is_refused else StepFailed)(output.error)
 
 
 class EngineLoop(Generic[Reader]):
-    """Steps an ``Engine`` for as long as there is work, and waits for orders where there is
-    none."""
+    """Steps an ``Engine`` while there is work, and waits for commands otherwise."""
 
     def __init__(
         self,
         engine: EngineCore,
         deliver: Callable[[Sequence[tuple[Reader, RequestOutput | RequestError]]], None],
     ) -> None:
-        """``deliver`` is called in the engine's thread after every step, also with nothing."""
+        """Prepare the loop; ``deliver`` is called in the engine's thread after every step, even
+        without outputs."""
         self._engine = engine
         self._deliver = deliver
         self._streams: dict[str, Reader] = {}
         self._orders: deque[Callable[[], None]] = deque()
         self._arriving: set[str] = set()
         self.num_arrived = 0
-        """Requests that were queued so far. The engine's thread counts."""
+        """Number of requests queued so far. Written by the engine's thread only."""
         self._wake = threading.Condition()
         self._is_open = True
         self._must_stop = False
@@ -70,13 +70,15 @@ class EngineLoop(Generic[Reader]):
 
     @property
     def has_failed(self) -> bool:
-        """Whether it ended because it could not go on."""
+        """True if the loop ended because the engine failed."""
         return self._has_failed
 
     def enqueue(self, request: Request, reader: Reader) -> None:
-        """Queue a prepared request before the next step. From any thread. Raises QueueFull,
-        EngineStopped if the engine is stopping, or DuplicateId if a request of the same id is in
-        progress."""
+        """Queue a prepared request before the next step. Safe to call from any thread.
+
+        Raises QueueFull, EngineStopped if the engine is stopping, or DuplicateId if a request of
+        the same id is in progress.
+        """
         request_id = request.request_id
 
         def arrive() -> None:
@@ -99,15 +101,15 @@ class EngineLoop(Generic[Reader]):
             self._order(arrive)
 
     def order(self, order: Callable[[], None]) -> None:
-        """Run ``order`` before the next step. From any thread. Raises EngineStopped if the loop has
-        ended."""
+        """Run the command ``order`` before the next step. Safe to call from any thread. Raises
+        EngineStopped if the loop has ended."""
         with self._wake:
             if self._is_closed:
                 raise EngineStopped("The engine has stopped.")
             self._order(order)
 
     def abort(self, request_id: str) -> None:
-        """End a request before the next step; nothing happens to one that has ended. From any
+        """End a request before the next step. Does nothing if it has ended. Safe to call from any
         thread."""
 
         def leave() -> None:
@@ -120,8 +122,8 @@ class EngineLoop(Generic[Reader]):
                 self._order(leave)
 
     def end(self, *, at_once: bool) -> None:
-        """Take no more requests; ``run`` returns when those there are have finished, or ``at_once``
-        after its step. From any thread."""
+        """Accept no more requests. ``run`` returns when those in progress have finished, or with
+        ``at_once`` after its current step. Safe to call from any thread."""
         with self._wake:
             self._is_open = False
             self._must_stop = self._must_stop or at_once
@@ -137,7 +139,8 @@ class EngineLoop(Generic[Reader]):
             self._wake.notify()
 
     def run(self) -> None:
-        """Step until ``end``, or until the engine fails. No caller waits afterwards."""
+        """Step until ``end``, or until the engine fails. All callers have an answer or an error
+        afterwards."""
         if isinstance(self._engine.runner, Losable):
             self._engine.runner.when_lost(self.order)
         try:
@@ -159,8 +162,8 @@ class EngineLoop(Generic[Reader]):
                 self._close()
 
     def _step(self) -> None:
-        """Run one step and deliver its outputs. Raises if it fails and the one before it did
-        too."""
+        """Run one step and deliver its outputs. Raises if this step and the previous one both
+        failed."""
         try:
             outputs = self._engine.step()
         except RunnerLost:
@@ -187,7 +190,7 @@ class EngineLoop(Generic[Reader]):
 
     def _run_commands(self) -> bool:
         """Run all queued commands, and wait for one if there is nothing to compute. Returns False
-        if the thread is to end."""
+        if the thread must end."""
         engine = self._engine
         while True:
             rest_s = None if engine.has_work() else engine.run_idle_tasks()
@@ -199,7 +202,7 @@ class EngineLoop(Generic[Reader]):
             if not is_open:
                 engine.stop_accepting()
             for _ in range(num_orders):
-                self._orders.popleft()()  # If it raises, those after it are left to _close.
+                self._orders.popleft()()  # If it raises, _close runs the commands after it.
             if must_stop:
                 return False
             if engine.has_work():

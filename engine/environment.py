@@ -1,4 +1,4 @@
-"""What the Python environment must not hold."""
+"""Check of the Python environment for a conflicting distribution."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from engine.config import ConfigError
 
 
 def check_no_foreign_kernels() -> None:
-    """ConfigError where Hugging Face's ``kernels`` distribution is installed: its package has the
-    name of ours, and which of the two an import finds depends on the order of the path."""
+    """Raise ConfigError if Hugging Face's ``kernels`` distribution is installed.
+
+    Its package has the same name as ours, so the order of ``sys.path`` would decide which of the
+    two is imported.
+    """
     try:
         version = metadata.version("kernels")
     except metadata.PackageNotFoundError:
         return
     raise ConfigError(
-        f"The distribution 'kernels' {version} is installed beside this project, whose own package "
-        "has that name: "
-        "run `pip uninstall kernels`, or install this project into an environment of its own."
+        f"The distribution 'kernels' {version} is installed in the same environment as this "
+        "project, which has a package of the same name: run  `pip uninstall kernels`, or install "
+        "this project into a separate "
+        "environment."
     )

@@ -1,4 +1,4 @@
-"""Reasons why a request gets no answer, and the form in which they cross between processes."""
+"""Reasons why a request gets no answer, and their form on the wire between processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import msgspec
 
 
 class WireError(msgspec.Struct, frozen=True, array_like=True):
-    """A ``RequestError`` as plain data: MessagePack, JSON and pickle carry it."""
+    """A ``RequestError`` as plain data for MessagePack, JSON and pickle."""
 
     kind: str
     message: str
@@ -17,20 +17,20 @@ class WireError(msgspec.Struct, frozen=True, array_like=True):
 
 
 class RequestError(RuntimeError):
-    """Base of every reason why a request gets no answer.
+    """Base class of the reasons why a request gets no answer.
 
-    ``to_wire`` and ``from_wire`` keep the class, the sentence and the numbers of an error, so that
-    a client gets the same status wherever its request was refused.
+    ``to_wire`` and ``from_wire`` keep the class, message and numbers of an error, so that a client
+    gets the same status no matter which process refused its request.
     """
 
     kind: ClassVar[str] = "failed"
     numbers: ClassVar[tuple[str, ...]] = ()
-    """Attributes that cross with the message."""
+    """Attributes that are sent with the message."""
 
     @staticmethod
     def of(error: BaseException) -> RequestError:
-        """Return ``error`` as a request error: a ValueError is a request that cannot be served,
-        anything else a failure of the engine."""
+        """Return ``error`` as a request error. A ValueError becomes InvalidRequest, any other error
+        StepFailed."""
         if isinstance(error, RequestError):
             return error
         if isinstance(error, ValueError):
@@ -39,7 +39,7 @@ class RequestError(RuntimeError):
 
     @staticmethod
     def from_wire(wire: WireError) -> RequestError:
-        """Rebuild the error that ``to_wire`` described; an unknown kind becomes a failure."""
+        """Rebuild the error that ``to_wire`` described; an unknown kind becomes StepFailed."""
         kind = KINDS.get(wire.kind, StepFailed)
         error = kind.__new__(kind, wire.message)
         vars(error).update((name, wire.numbers.get(name, 0)) for name in kind.numbers)
@@ -55,19 +55,19 @@ class RequestError(RuntimeError):
 
 
 class InvalidRequest(RequestError, ValueError):
-    """The request cannot be served as it is: the same request would fail again."""
+    """The request cannot be served; sending the same request again would fail again."""
 
     kind = "invalid"
 
 
 class ContextOverflow(InvalidRequest):
-    """The prompt, or the prompt and its answer, do not fit into the context."""
+    """The prompt, or the prompt with its answer, does not fit into the context."""
 
     kind = "context_overflow"
     numbers = ("prompt_len", "max_tokens", "max_model_len")
 
     def __init__(self, prompt_len: int, max_tokens: int, max_model_len: int) -> None:
-        """``max_tokens``: tokens asked for in the answer, at least 1 unless it may be empty."""
+        """``max_tokens``: requested length of the answer, at least 1 unless it may be empty."""
         self.prompt_len, self.max_tokens = prompt_len, max_tokens
         self.max_model_len = max_model_len
         is_prompt = prompt_len + min(max_tokens, 1) > max_model_len
@@ -80,7 +80,7 @@ class ContextOverflow(InvalidRequest):
 
 
 class DuplicateId(InvalidRequest):
-    """A request with this id is still being answered."""
+    """A request with the same id is in progress."""
 
     kind = "duplicate_id"
 
@@ -92,7 +92,7 @@ class DuplicateId(InvalidRequest):
 
 
 class QueueFull(RequestError):
-    """As many requests wait as may wait."""
+    """The queue of waiting requests is full."""
 
     kind = "queue_full"
 
@@ -101,13 +101,13 @@ class QueueFull(RequestError):
 
 
 class EngineStopped(RequestError):
-    """The engine takes no more requests, or ended before this one was done."""
+    """The engine accepts no more requests, or ended before this one was done."""
 
     kind = "stopped"
 
 
 class StepFailed(RequestError):
-    """The computation of this request broke off; others may go on."""
+    """The step that computed this request failed; others may go on."""
 
     kind = "failed"
 

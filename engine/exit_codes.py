@@ -6,9 +6,10 @@ import signal
 
 
 def describe_exit(code: int) -> str:
-    """Return how a process ended, as the end of a sentence. ``code`` is that of
-    ``subprocess.Popen``: negative if a signal ended the process, whether Python knows the signal
-    or not (real-time signals have no name).
+    """Return how a process ended, as the end of a sentence.
+
+    ``code`` is that of ``subprocess.Popen``: negative if a signal ended the process. Real-time
+    signals, which have no name in Python, are given by number.
 
     >>> describe_exit(3), describe_exit(-11), describe_exit(-40)
     ('ended with exit code 3', 'was ended by SIGSEGV', 'was ended by signal 40')

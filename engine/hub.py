@@ -1,8 +1,8 @@
 """Folders of models and tokenizers that are named as on the Hugging Face Hub (``ORG/NAME``).
 
-``huggingface_hub`` does the work: its cache, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and
-tokens apply. Nothing here imports torch; the check before a download runs in a process of its own,
-which leaves no device context behind.
+Downloads use ``huggingface_hub``: its cache, ``HF_HOME``, ``HF_ENDPOINT``, ``HF_HUB_OFFLINE`` and
+tokens apply. This module does not import torch. The check before a download runs in a separate
+process, so no device context remains.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SMALL_FILES = (
     "hf_quant_config.json",
     "*.safetensors.index.json",
 )
-"""Files besides the weights that the engine reads, all at the top of a repository."""
+"""Files besides the weights that the engine reads, all in the top folder of a repository."""
 CHECK_TIMEOUT_S = 120.0
 CHECK = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -50,11 +50,11 @@ Report = Callable[[str], object]
 
 
 class HubError(ValueError):
-    """A model that cannot be had from the hub, in one sentence that says why."""
+    """The model cannot be downloaded; the message gives the reason in one sentence."""
 
 
 class _Unreachable(Exception):
-    """The hub does not answer; the message is the end of a sentence that says why."""
+    """The hub does not answer; the message completes a sentence that gives the reason."""
 
 
 class _Listing(NamedTuple):
@@ -65,7 +65,7 @@ class _Listing(NamedTuple):
 
 
 def is_hub_name(model: str) -> bool:
-    """Return whether ``model`` names a repository. A folder or file of that name wins."""
+    """Return True if ``model`` names a repository and no folder or file has that name."""
     if model.endswith(".json") or HUB_NAME.fullmatch(model) is None:
         return False
     return not Path(model).exists()
@@ -114,7 +114,7 @@ def resolve_folder(model: str, *, with_weights: bool = False, report: Report | N
         return model
     if not with_weights:
         return str(fetch_small_files(model))
-    # Weights that are only converted need not fit any memory.
+    # Models that are only converted do not have to fit into memory.
     return str(fetch_model(model, None, report or _to_stderr))
 
 
@@ -130,9 +130,9 @@ def fetch_small_files(name: str, revision: str | None = None) -> Path:
 def fetch_model(name: str, config: EngineConfig | None, report: Report) -> Path:
     """Return the folder of ``name`` with all files that the engine reads.
 
-    Before weights are downloaded, the model must be of a supported family, and fit the disk and,
-    for the engine of ``config``, the device's memory. A connection that breaks is resumed; after
-    a download that failed, complete files are kept. Raises HubError.
+    Before weights are downloaded, the model must be of a supported family and fit on the disk. If
+    ``config`` is given, it must also fit into the device's memory. A broken connection is resumed;
+    after a failed download, complete files are kept. Raises HubError.
     """
     revision = None if config is None else config.revision
     if config is not None and config.load_format == "dummy":
@@ -159,10 +159,10 @@ def fetch_model(name: str, config: EngineConfig | None, report: Report) -> Path:
 def check(
     folder: str, weights_bytes: int, device: str | None, dtype: str, quantization: str | None
 ) -> dict[str, object]:
-    """Judge a model by its ``config.json`` alone. Imports torch.
+    """Check from its ``config.json`` whether a model can be served. Imports torch.
 
-    Returns ``{"refusal": sentence}`` for a model that is not served, and otherwise the name of the
-    device, the free bytes of its memory and the bytes that the weights take there.
+    Returns ``{"refusal": sentence}`` for a model that is not supported, and otherwise the name of
+    the device, the free bytes of its memory and the bytes that the weights take there.
     """
     from engine.models import read_model
     from engine.runner.device import Device
@@ -210,7 +210,8 @@ def _announce(
 
 
 def _memory_words(name: str, folder: Path, weights_bytes: int, config: EngineConfig) -> str:
-    """Say how much of the device's memory the weights take. HubError if it is not enough."""
+    """Return a sentence on the share of device memory that the weights take. Raises HubError if it
+    is too small."""
     facts = (str(folder), weights_bytes, config.device, config.dtype, config.quantization)
     command = [sys.executable, "-c", CHECK, json.dumps(sys.path), json.dumps(facts)]
     done = subprocess.run(
@@ -261,14 +262,14 @@ def _weight_files(folder: Path, sizes: Iterable[str]) -> list[str]:
         try:
             named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, AttributeError, TypeError):
-            continue  # Loading says what is wrong with it.
+            continue  # Loading reports the error.
         if named <= set(every):
             return sorted(named)
     return every
 
 
 def _list_files(name: str, revision: str | None) -> _Listing:
-    """Ask the hub for the files of ``name``. Raises HubError, and _Unreachable."""
+    """List the files of ``name`` on the hub. Raises HubError, and _Unreachable."""
     from huggingface_hub import HfApi, constants, errors
 
     if constants.HF_HUB_OFFLINE:
@@ -288,7 +289,7 @@ def _list_files(name: str, revision: str | None) -> _Listing:
 
 
 def _refusal(name: str, revision: str | None, error: HfHubHTTPError) -> str | None:
-    """Explain an answer that will be the same next time. None for any other."""
+    """Explain an error that would occur again, or return None for a temporary one."""
     from huggingface_hub import constants, errors
 
     log_in = "log in with `hf auth login` or set HF_TOKEN"
@@ -338,13 +339,13 @@ def _download(
 
 
 def _cached_folder(name: str, revision: str | None, why: str, *, with_weights: bool) -> Path:
-    """Return the folder of ``name`` in the cache. HubError, which says ``why`` the hub cannot be
-    asked, if files are missing."""
+    """Return the folder of ``name`` in the cache. Raises HubError with the reason ``why`` the hub
+    is unreachable if files are missing."""
     from huggingface_hub import constants, errors, get_cached_repo_tree, snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, local_files_only=True))
-    except errors.IncompleteSnapshotError as error:  # Other files than those used here count too.
+    except errors.IncompleteSnapshotError as error:  # Also for missing files not used here.
         folder = Path(error.snapshot_path)
     except errors.LocalEntryNotFoundError:
         raise HubError(

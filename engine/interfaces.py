@@ -1,4 +1,4 @@
-"""Seams of the engine: the runner of a model, the sampler, the observer, and the engine itself."""
+"""Interfaces of the engine: model runner, sampler, observer, and the engine itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class HostTier(Protocol):
-    """Memory below a runner's own."""
+    """Host memory that holds rows offloaded from the device."""
 
     host_bytes_per_s: float | None
     """Measured bandwidth to the device; None if there is no host tier."""
@@ -31,7 +31,7 @@ class TierCopies(HostTier, Protocol):
     """Executes transfers between tiers."""
 
     def make(self, order: Any) -> None:
-        """Execute one transfer, as if it were complete before the next."""
+        """Execute one transfer. The effect is as if it were complete before the next operation."""
         ...
 
 
@@ -43,7 +43,7 @@ class StepReport:
     forward_s: float
     sample_s: float
     wait_s: float
-    """Time spent waiting for the device beyond the host's own work."""
+    """Time spent waiting for the device after the host's own work."""
     commit_s: float
     num_prefill_tokens: int
     num_decode_tokens: int
@@ -54,12 +54,12 @@ class StepReport:
 Observer = Callable[[StepReport], None]
 """Called after every step."""
 TierCopierFactory = Callable[..., TierCopies]
-"""Makes a copier from ``(rows, memory, device, num_host_rows)``: the arena as uint8
-``[N, row_bytes]``, its sizes, and the device."""
+"""Makes a copier from ``(rows, memory, device, num_host_rows)``: the arena as uint8 ``[N,
+row_bytes]``, its sizes, and the device."""
 
 
 class RunnerLost(RuntimeError):
-    """The runner can compute nothing any more, in one sentence that says why."""
+    """The runner can compute nothing any more; the message gives the reason in one sentence."""
 
 
 @runtime_checkable
@@ -67,13 +67,13 @@ class Losable(Protocol):
     """Runner with processes or devices that may fail while it is idle."""
 
     def when_lost(self, order: Callable[[Callable[[], None]], None]) -> None:
-        """Pass ``order`` a function that raises RunnerLost, from any thread, when a part fails.
-        ``order`` has it called between two steps."""
+        """Register ``order``, a function that runs a command between two steps. It is called from
+        any thread when a part fails, with a command that raises RunnerLost."""
         ...
 
 
 class Runner(Protocol):
-    """Runner of a model, as the engine uses it."""
+    """Interface between the engine and the runner of a model."""
 
     @property
     def memory(self) -> MemorySizes: ...
@@ -89,26 +89,33 @@ class Runner(Protocol):
 
     @property
     def is_asynchronous(self) -> bool:
-        """``forward`` returns before the device is done."""
+        """True if ``forward`` returns before the device is done."""
         ...
 
     def forward(self, batch: Batch, drawn: Any = None) -> Any:
-        """Compute a batch. Returns logits by row: one row for a segment with ``logits`` "last", one
+        """Compute a batch and return its logits: one row for a segment with ``logits`` "last", one
         per token for "all".
 
-        ``drawn`` are the ``tokens`` drawn by the step before, for ``batch.late_tokens``."""
+        ``drawn`` are the ``tokens`` sampled by the previous step, for ``batch.late_tokens``.
+        """
         ...
 
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """Keep ``taken`` tokens of each segment with drafts of the ``batch`` computed last; 0 if
-        its state is not needed. Its state moves on by that many tokens, and its exports up to there
-        are in their slots afterwards. Not called for a batch without drafts."""
+        """Accept ``taken`` tokens of each segment with drafts of the ``batch`` computed last; 0 if
+        its state is not needed.
+
+        Its state advances by that many tokens. Exports up to that position are in their slots
+        afterwards. Not called for a batch without drafts.
+        """
         ...
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
         """Draft tokens after each newest token, which is not computed yet, with the model's
-        multi-token head. Returns at most ``most`` tokens each, 1 or more, as int32. Called between
-        the ``commit`` of a batch and the next ``forward``."""
+        multi-token head.
+
+        Returns at most ``most`` tokens for each (1 or more) as int32. Called between the ``commit``
+        of a batch and the next ``forward``.
+        """
         ...
 
     def attach_tiers(self, copier: TierCopierFactory, num_host_rows: int) -> HostTier:
@@ -119,33 +126,33 @@ class Runner(Protocol):
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
         """Describe everything that the computed bits depend on. ``weights_digest`` is a saved
-        digest of the weights; they are read if it is None."""
+        digest of the weights; if it is None, the weights are read."""
         ...
 
     def table_row(self, row: int, end: int) -> Indices:
-        """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any:
-        int32, a view."""
+        """Return the KV indices of the positions of ``row`` below ``end``, as far as batches
+        assigned them: int32, a view."""
         ...
 
 
 class PendingTokens(Protocol):
-    """Tokens on their way from the device."""
+    """Tokens that the device may still be computing."""
 
     tokens: Any
     """Argument of ``Runner.forward``, before the tokens have arrived."""
 
     def wait(self) -> Sequence[SampledToken]:
-        """The tokens, as soon as they are there."""
+        """Wait until the tokens are computed, and return them."""
         ...
 
 
 class TokenSampler(Protocol):
-    """Sampler, as the engine uses it."""
+    """Interface between the engine and the sampler."""
 
     def launch(
         self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
     ) -> PendingTokens:
-        """Start to draw a token for each request, from its row of ``logits``, without waiting for
+        """Start sampling a token for each request from its row of ``logits``, without waiting for
         the device."""
         ...
 
@@ -154,12 +161,12 @@ class TokenSampler(Protocol):
         ...
 
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> PendingTokens:
-        """Begin to find the log-probabilities of given tokens, one per row."""
+        """Start computing the log-probabilities of the given tokens, one per row."""
         ...
 
 
 class EngineCore(Protocol):
-    """Part of ``Engine`` that loops, plugins and observers use; see there."""
+    """Part of ``Engine`` that loops, plugins and observers use."""
 
     config: EngineConfig
     runner: Runner
@@ -181,7 +188,7 @@ class EngineCore(Protocol):
 
 
 class EngineWatch(Protocol):
-    """View of one engine for the page. Called in the engine's thread, between two steps."""
+    """View of one engine for the live page. Called in the engine's thread, between two steps."""
 
     def take(self) -> list[Any]:
         """Return the changes since the last call."""
@@ -201,7 +208,7 @@ class EngineWatch(Protocol):
 
 
 class StepTrace(Protocol):
-    """File that the steps of one engine are written to."""
+    """Trace file of one engine's steps."""
 
     def close(self) -> None:
         """Complete the file."""

@@ -1,7 +1,8 @@
-"""Seam of the engine's optional capabilities.
+"""Interface of the engine's optional capabilities.
 
 A plugin is made from the engine's settings before anything is loaded. While the engine is built,
-the hooks are called in the order in which they are listed here; afterwards those of ``StepHooks``.
+the hooks are called in the order in which they are listed here. Afterwards those of ``StepHooks``
+are called.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ class Plugin(StepHooks):
     """One optional capability of one engine. Every method does nothing unless it is overridden."""
 
     name: str
-    """Name of its folder."""
+    """Name of the plugin's folder."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.config = config
         self.wake: Callable[[], None] = lambda: None
-        """Wakes an idle engine, from any thread: ``before_step`` has something to do."""
+        """Wakes an idle engine because ``before_step`` has work. Safe to call from any thread."""
 
     def load_runner(self) -> Runner | None:
-        """Return a runner in place of ``ModelRunner``; None to keep that. Imports torch."""
+        """Return a runner that replaces ``ModelRunner``, or None. Imports torch."""
         return None
 
     def model_follower(self) -> Callable[..., Any] | None:
-        """Return the class of a ``ModelFollower``, for a runner with a multi-token head; None if
-        there is none. Imports torch."""
+        """Return the class of a ``ModelFollower``, for a runner with a multi-token head, or None.
+        Imports torch."""
         return None
 
     def size_cache(self, cache: CacheConfig, runner: Runner) -> CacheConfig:
-        """Return ``cache`` with the sizes of this plugin. Raises ConfigError."""
+        """Return ``cache`` with the sizes that this plugin requires. Raises ConfigError."""
         return cache
 
     def open_cache(
@@ -53,16 +54,16 @@ class Plugin(StepHooks):
         return {}
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
-        """Prepare the new ``manager``. Returns a fetcher of prefixes; None if there is none."""
+        """Prepare the new ``manager``. Returns a fetcher of prefixes, or None."""
         return None
 
     def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
-        """Return a planner of drafts; None if there is none. ``shares``: requests may be drafted
-        for from the text of others."""
+        """Return a planner of drafts, or None. ``shares``: drafts may use the text of other
+        requests."""
         return None
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
-        """Begin work for the engine, which is complete."""
+        """Start work for the complete engine."""
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         """Return lines of the start screen: (title, text)."""

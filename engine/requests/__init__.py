@@ -1,1 +1,1 @@
-"""A request: what may be asked, how it is checked, and how far it has come."""
+"""Requests: their specification and its validation, and the state of a request in progress."""

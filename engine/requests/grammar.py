@@ -1,7 +1,7 @@
-"""What an answer must look like: a JSON schema, a regular expression, a choice or a grammar.
+"""Grammars of answers: a JSON schema, a regular expression, a choice or a Lark or GBNF grammar.
 
-Whoever asks for one is not to keep others waiting: what would take long to compile is refused
-before.
+Compilation must not delay other requests, so a grammar that would take long to compile is refused
+first.
 """
 
 from __future__ import annotations
@@ -16,60 +16,60 @@ from typing import Any, Literal
 from engine.text.json_text import JSONValueError, read_json
 
 MAX_CHARS = 256 * 1024
-"""Of a schema, an expression or all choices."""
+"""Maximum length of a schema, of an expression, or of all choices together."""
 MAX_GRAMMAR_CHARS = 16 * 1024
-"""Of a grammar."""
+"""Maximum length of a grammar."""
 MAX_CHOICES = 4096
 MAX_DEPTH = 60
-"""Of a schema; the library stops at about twice that."""
+"""Maximum depth of a schema; the library fails at about twice that."""
 MAX_MULTIPLE = 10_000
-"""The product of the ``multipleOf`` in a schema, without their tens: the states of what checks
-them are as many, and the time to find them grows as the square."""
+"""Maximum product of the ``multipleOf`` values in a schema, without their factors of ten. The
+matcher has that many states, and the time to build them grows with the square."""
 WHITESPACE = r" |\n {0,8}"
-"""Between the parts of a JSON answer, at most once: a blank, or a new line and its indent. More
-would be spent of ``max_tokens`` by a model that goes on with it."""
+"""White space between the parts of a JSON answer, at most once: a blank, or a new line with its
+indent. More would let a model spend ``max_tokens`` on white space."""
 NESTED = ("%json", "%regex")
 CALL = "call_"
-"""Begins the names of the rules that are calls."""
+"""Prefix of the names of the rules that are tool calls."""
 
 
 class GrammarError(ValueError):
-    """A grammar that can not be served, in one sentence."""
+    """The grammar cannot be used; the message gives the reason in one sentence."""
 
 
 class TooComplex(GrammarError):
-    """A grammar that took too much to follow, at its beginning or far in an answer."""
+    """The matcher reached its limits, at the beginning of an answer or later in it."""
 
     def __init__(self, why: str) -> None:
         super().__init__(
-            "this grammar is too complex to be followed: ask for fewer repetitions or choices "
-            f"({why})."
+            f"this grammar is too complex to follow: use fewer repetitions or choices ({why})."
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """What a whole answer must be. Equal ones are compiled once."""
+    """Grammar of a whole answer. Equal grammars are compiled once."""
 
     kind: Literal["lark", "regex", "given", "marks"]
-    """In which form: ``lark`` in llguidance's dialect; ``given``: in that, or in GBNF; ``marks``:
-    see there."""
+    """Form of ``text``. ``lark``: llguidance's dialect of Lark; ``given``: that, or GBNF;
+    ``marks``: see the field ``marks``."""
     text: str = ""
     end_of_reasoning: str | None = None
-    """What comes first is free, up to this text; None: nothing does."""
+    """Text that ends the reasoning before the guided part, or None if there is no reasoning."""
     marks: tuple[tuple[str, str], ...] = ()
-    """(mark, Lark grammar of what follows it). An answer is free up to a mark that does not stand
-    in its reasoning, follows the mark's grammar to its end, and is free again."""
+    """(mark, Lark grammar of the text after it). An answer is free until a mark outside its
+    reasoning, follows the mark's grammar to its end, and is free again."""
     may_think: bool = False
-    """Of an answer with ``marks``: it may begin with reasoning."""
+    """True if an answer with ``marks`` may begin with reasoning."""
 
     def behind(self, end_of_reasoning: str) -> Grammar:
-        """The same, behind reasoning that ends so."""
+        """Return this grammar, preceded by reasoning that ends with the given text."""
         return replace(self, end_of_reasoning=end_of_reasoning)
 
     @classmethod
     def of_schema(cls, schema: str | bool | Mapping[str, Any]) -> Grammar:
-        """JSON that a schema (an object, or its text) allows. GrammarError: it is none."""
+        """Return the grammar of JSON that matches a schema, given as an object or as its text.
+        Raises GrammarError for an invalid schema."""
         if isinstance(schema, str):
             try:
                 schema = read_json(schema)
@@ -83,17 +83,19 @@ class Grammar:
 
     @classmethod
     def of_object(cls) -> Grammar:
-        """Any JSON object."""
+        """Return the grammar of any JSON object."""
         return cls.of_schema({"type": "object"})
 
     @classmethod
     def of_regex(cls, regex: str) -> Grammar:
-        """Text that a regular expression matches as a whole. GrammarError: it is too long."""
+        """Return the grammar of text that matches a regular expression as a whole. Raises
+        GrammarError if the expression is too long."""
         return cls("regex", bounded("a regular expression", regex, MAX_CHARS))
 
     @classmethod
     def of_choices(cls, choices: Sequence[str]) -> Grammar:
-        """One of the texts given. GrammarError: there is none, or an empty one."""
+        """Return the grammar of one of the given texts. Raises GrammarError if there is none, or
+        one is empty."""
         if not 1 <= len(choices) <= MAX_CHOICES or not all(choices):
             raise GrammarError(
                 f"a choice is made among 1 to {MAX_CHOICES} texts, none of them empty."
@@ -103,19 +105,22 @@ class Grammar:
 
     @classmethod
     def of_text(cls, text: str) -> Grammar:
-        """What ``start`` (of GBNF ``root``) derives in a grammar in llguidance's Lark, or in GBNF.
-        GrammarError: it is too long, or nests a schema or an expression in a form of its own."""
+        """Return the grammar given in llguidance's Lark (start symbol ``start``) or in GBNF
+        (``root``).
+
+        Raises GrammarError if it is too long, or contains a nested schema or expression.
+        """
         bounded("a grammar", text, MAX_GRAMMAR_CHARS)
         if any(word in text for word in NESTED):
             raise GrammarError(
-                f"a grammar may not hold {' or '.join(NESTED)}: ask for a JSON schema or a regular "
-                "expression by itself."
+                f"a grammar must not contain {' or '.join(NESTED)}: use a JSON schema or a regular "
+                "expression instead."
             )
         return cls("given", text)
 
 
 def json_rule(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """JSON that ``schema`` allows, as part of a Lark grammar."""
+    """Return a Lark expression for JSON that matches ``schema``."""
     if isinstance(schema, bool):
         schema = {} if schema else {"enum": []}
     _check(schema)
@@ -124,7 +129,8 @@ def json_rule(schema: bool | Mapping[str, Any], options: Mapping[str, Any]) -> s
 
 
 def _check(schema: Mapping[str, Any]) -> None:
-    """GrammarError: the schema is nested too deep, or would take long for its ``multipleOf``."""
+    """Raise GrammarError if the schema is nested too deep, or has ``multipleOf`` values that are
+    invalid or would take long to compile."""
     multiples: set[int] = set()
     for value in _multiples(schema):
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
@@ -133,18 +139,18 @@ def _check(schema: Mapping[str, Any]) -> None:
         multiples.add(int("".join(map(str, digits))))
     if prod(multiples) > MAX_MULTIPLE:
         raise GrammarError(
-            f"the multipleOf of a schema, multiplied, must stay within {MAX_MULTIPLE} without "
-            "their tens: leave some out."
+            f"the product of the multipleOf values of a schema must be at most {MAX_MULTIPLE}, "
+            "not counting factors of ten: remove some."
         )
 
 
 def _multiples(schema: Mapping[str, Any]) -> Iterator[Any]:
-    """Every ``multipleOf``, wherever it stands."""
+    """Yield every ``multipleOf`` at any depth."""
     left: list[tuple[Any, int]] = [(schema, 0)]
     while left:
         value, depth = left.pop()
         if depth > 2 * MAX_DEPTH:
-            raise GrammarError(f"a schema may be nested {MAX_DEPTH} deep, not deeper.")
+            raise GrammarError(f"a schema may be nested at most {MAX_DEPTH} levels deep.")
         if isinstance(value, Mapping):
             if "multipleOf" in value:
                 yield value["multipleOf"]
@@ -155,14 +161,15 @@ def _multiples(schema: Mapping[str, Any]) -> Iterator[Any]:
 
 def bounded(what: str, text: str, most: int) -> str:
     if len(text) > most:
-        raise GrammarError(f"{what} may have {most} characters here, not {len(text)}.")
+        raise GrammarError(f"{what} may have at most {most} characters (got {len(text)}).")
     return text
 
 
 def quoted(text: str) -> str:
-    """A string of Lark. GrammarError: a lone surrogate, which no text has."""
+    """Return ``text`` as a Lark string. Raises GrammarError for a lone surrogate, which cannot be
+    encoded."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise GrammarError("a choice must be text that has a UTF-8 form.") from None
+        raise GrammarError("a choice must be text that can be encoded in UTF-8.") from None
     return json.dumps(text, ensure_ascii=False)

@@ -1,8 +1,9 @@
-"""Rules that restrict or bias the tokens of one answer before any is drawn.
+"""Rules that restrict or bias the tokens of one answer before they are sampled.
 
-``LogitRule`` is the seam. The rules of a request are applied in order, each to the result of the
-ones before it: its grammar (a plugin), allowed tokens, the reasoning budget, then bans and biases.
-Penalties depend on all tokens drawn so far and are computed by the sampler from ``TokenCounts``.
+``LogitRule`` is the interface. The rules of a request are applied in order, each to the result of
+the previous ones: its grammar (a plugin), allowed tokens, the reasoning budget, then bans and
+biases. Penalties depend on all tokens sampled so far and are computed by the sampler from
+``TokenCounts``.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ Mask = npt.NDArray[np.uint8]
 Additions = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """Token ids, and the number added to the logit of each."""
 GRAMMAR_BUDGET_S = 10.0
-"""Default grammar time of one request in the background."""
+"""Default limit of the time spent in the background on one request's grammar."""
 WITHOUT_SPECIAL = EncodeOptions(add_special_tokens=False)
 END = f"\n{CLOSE}\n\n"
-"""End of reasoning in the form in which models write it."""
+"""End of reasoning as models write it."""
 TAIL = 16
-"""Last tokens of a prompt that contain ``<think>`` and white space after it, if it ends so."""
+"""Number of final prompt tokens that are searched for an open ``<think>``, with white space after
+it."""
 
 
 class Ruling(NamedTuple):
@@ -56,7 +58,7 @@ class LogitRule:
     """
 
     needs_newest = False
-    """True if the rule reads the newest token, which the host may still have to wait for."""
+    """True if the rule reads the newest token, which may not have reached the host yet."""
 
     def must_see(self, draw: int) -> bool:
         """Return True if the rule for draw number ``draw`` reads the token before it. The host
@@ -76,11 +78,11 @@ class LogitRule:
         *,
         may_be_over: bool,
     ) -> Sequence[Ruling] | None:
-        """Return ``rulings`` with this rule applied: one for draw number ``draw``, and one after
-        each of ``drafts``.
+        """Apply this rule to ``rulings``: one for draw number ``draw``, and one after each of
+        ``drafts``.
 
-        None if the rule cannot tell yet. ``may_be_over``: the step may still commit a token that
-        ends the answer.
+        Returns None if the rule is not ready yet. ``may_be_over``: the step may still commit a
+        token that ends the answer.
         """
         return rulings
 
@@ -110,7 +112,7 @@ class GrammarCompiler(Protocol):
 
 
 class AllowedTokens(LogitRule):
-    """Allows some tokens only, where no grammar says more."""
+    """Allows only the given tokens, unless a grammar already restricts the draw."""
 
     def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
         self._mask = packed(token_ids, vocab_size)
@@ -132,12 +134,12 @@ class AllowedTokens(LogitRule):
 
 
 class ReasoningBudget(LogitRule):
-    """Ends the reasoning of one answer after a number of tokens: only the end may follow."""
+    """Ends the reasoning of one answer after a number of tokens, by allowing only its end."""
 
     __slots__ = ("_ids", "_is_open", "_masks", "_tokenizer", "first")
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, prompt: Tokens, budget: int) -> None:
-        """``budget``: tokens of reasoning, without those of ``<think>`` in the answer."""
+        """``budget``: tokens of reasoning, not counting ``<think>`` in the answer."""
         self._tokenizer = tokenizer
         self._is_open = self._text(prompt[-TAIL:]).rstrip().endswith(OPEN)
         opening = [] if self._is_open else tokenizer.encode(OPEN, WITHOUT_SPECIAL)
@@ -151,8 +153,11 @@ class ReasoningBudget(LogitRule):
         return draw == self.first
 
     def mask(self, draw: int, answer: Tokens) -> Mask | None:
-        """Return the only token that draw number ``draw`` may give; None if the budget is not
-        used up. ``answer`` has the first ``first`` tokens at least. O(1), at the end O(budget)."""
+        """Return the mask of the one token that draw number ``draw`` may give, or None if the
+        budget is not used up.
+
+        ``answer`` has at least ``first`` tokens. O(1), at the end O(budget).
+        """
         place = draw - self.first
         if not 0 <= place < len(self._ids):
             return None
@@ -169,7 +174,7 @@ class ReasoningBudget(LogitRule):
         *,
         may_be_over: bool,
     ) -> list[Ruling]:
-        """See ``LogitRule``. Tokens that a grammar rules out stay ruled out."""
+        """See ``LogitRule``. Tokens excluded by a grammar stay excluded."""
         known, ruled = np.concatenate([answer, drafts]), []
         for place, ruling in enumerate(rulings):
             end = self.mask(draw + place, known[: len(answer) + place])
@@ -183,7 +188,7 @@ class ReasoningBudget(LogitRule):
 
 
 class BansAndBiases(LogitRule):
-    """Bans bad words and an early end, and adds biases. A ban never forbids all allowed tokens."""
+    """Bans bad words and an early end, and adds biases. A ban never excludes all allowed tokens."""
 
     __slots__ = ("_bad_words", "_bias", "_ends", "_min_tokens")
 

@@ -1,4 +1,4 @@
-"""The requests that ended last: for whoever opens the page later, and for the trace of a run."""
+"""Requests that ended recently, for the live page and for traces of a run."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from hybridcache.tokens import Tokens
 
 MAX_REQUESTS = 256
 MAX_TOKENS = 1 << 21
-"""Of all together: 8 MiB, for their ids are kept."""
+"""Maximum number of tokens of all kept requests together. Their ids take 8 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """One request that ended. Times are the engine's clock's; None: not reached."""
+    """One request that ended. Times are those of the engine's clock, or None if not reached."""
 
     request_id: str
     arrival: int
     namespace: Hashable
     tokens: Tokens
-    """Prompt and answer: a view of the request's."""
+    """Prompt and answer: a view of the request's tokens."""
     prompt_len: int
     session: int
-    """Number of the session that it belongs to."""
+    """Number of the session of this request."""
     cached_len: int
     losses: Losses | None
     num_preemptions: int
@@ -58,7 +58,7 @@ class Ended:
 
 
 class RecentRequests:
-    """A bounded queue of them, and who is notified of each. O(1) a request."""
+    """Bounded queue of the requests that ended last, with listeners. O(1) per request."""
 
     def __init__(self) -> None:
         self._ended: deque[Ended] = deque()
@@ -70,7 +70,7 @@ class RecentRequests:
         return iter(self._ended)
 
     def add(self, request: Request, now_s: float) -> None:
-        """``request`` has ended."""
+        """Append ``request``, which has ended, and notify the listeners."""
         ended = Ended.of(request, now_s)
         self.num_ended += 1
         self._ended.append(ended)

@@ -1,4 +1,4 @@
-"""One request as the engine lives with it: the only thing here that changes."""
+"""State of one request in the engine."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hybridcache.tokens import Tokens
 
 
 class Request(ScheduledRequest):
-    """A scheduled request with its sampling, its text and its times."""
+    """Scheduled request with its sampling parameters, text and times."""
 
     __slots__ = (
         "_counts",
@@ -66,7 +66,8 @@ class Request(ScheduledRequest):
         text_stream: TextStream | None = None,
         rules: Sequence[LogitRule] = (),
     ) -> None:
-        """``spec`` was checked: its prompt is token ids, its boundaries are ascending."""
+        """Start a request from a checked ``spec``: its prompt is token ids, its boundaries are
+        ascending."""
         prompt = np.asarray(spec.prompt, np.int32)
         super().__init__(
             f"request-{arrival}" if spec.request_id is None else spec.request_id,
@@ -85,7 +86,7 @@ class Request(ScheduledRequest):
         self._buffer = np.empty(self.prompt_len + min(max_len - self.prompt_len, 256), np.int32)
         self._buffer[: self.prompt_len] = prompt
         self.drawn_row = 0
-        """Which row of the newest step's drawn tokens is this request's."""
+        """Row of this request among the tokens drawn by the newest step."""
         self.drafts: DraftCounts | None = None
         self.end_token_ids = end_token_ids
         self._rules = tuple(rules)
@@ -93,15 +94,16 @@ class Request(ScheduledRequest):
         self.text_stream = text_stream
         self.logprobs: list[SampledToken] = []
         self.prompt_logprobs = spec.prompt_logprobs
-        """Report the prompt's log-probabilities with this many alternatives; None: do not."""
+        """Number of alternatives to report with the prompt's log-probabilities, or None to report
+        none."""
         self.scores: list[SampledToken] = []
         self._prompt_scores: tuple[SampledToken | None, ...] = ()
-        """Those reported: of prompt tokens 1, 2, ..."""
+        """Log-probabilities that were reported, of prompt tokens 1, 2, ..."""
         self.transferred: Transferred | None = None
         self.finish_reason: FinishReason | None = None
         self.error: str | None = None
         self.is_refused = False
-        """The error is of what was asked for."""
+        """True if the error is a fault of the request, not of the engine."""
         self.first_token_s: float | None = None
         self.finished_s: float | None = None
         self._reported = self.prompt_len
@@ -111,19 +113,19 @@ class Request(ScheduledRequest):
 
     @property
     def output(self) -> npt.NDArray[np.int32]:
-        """The answer so far: a view."""
+        """The answer so far, as a view."""
         return self._buffer[self.prompt_len : self.num_tokens]
 
     @property
     def wants_scores(self) -> bool:
-        """Prompt log-probabilities are asked for and not complete: every prompt position must be
-        computed."""
+        """True if prompt log-probabilities are requested and not complete, so every prompt position
+        must be computed."""
         return self.prompt_logprobs is not None and len(self.scores) < self.prompt_len - 1
 
     @property
     def stop_reason(self) -> str:
-        """See ``ScheduledRequest``. Also "length" for an answer that was cut off: tool calls and
-        ends of a turn are told apart only by the server, from the text."""
+        """See ``ScheduledRequest``. Also "length" for an answer that was cut off. The engine does
+        not distinguish tool calls from the end of a turn; the server does so from the text."""
         return super().stop_reason or ("length" if self.finish_reason == "length" else "")
 
     def restart(self) -> None:
@@ -133,15 +135,15 @@ class Request(ScheduledRequest):
 
     @property
     def must_see_its_token(self) -> bool:
-        """A sampling rule looks at every token, and one is drawn that the host does not know
-        yet."""
+        """True if a sampling rule reads every token, and one is drawn that has not reached the
+        host."""
         if not self.num_drawn:
             return False
         draw = self.known_len - self.prompt_len
         return self.params.needs_history or any(rule.must_see(draw) for rule in self._rules)
 
     def possible(self, drafts: Tokens) -> Tokens:
-        """As many of ``drafts`` as may follow what it has."""
+        """Return the beginning of ``drafts`` that may follow the answer so far."""
         for rule in self._rules:
             if len(drafts):
                 drafts = rule.possible(self.output, drafts)
@@ -150,24 +152,24 @@ class Request(ScheduledRequest):
     def sampling_inputs(
         self, drafts: Tokens, drawn: Callable[[], int] | None = None
     ) -> list[SamplingInput] | None:
-        """Return what the sampler must know to draw the token that was scheduled last, and one
-        after each of ``drafts``, as if these were the answer's.
+        """Return the sampling inputs for the token that was scheduled last, and for one after each
+        of ``drafts``, assuming that the drafts before it are accepted.
 
-        ``drawn`` waits for the token drawn before it, if the host does not know that yet; it is
-        called if a grammar depends on it. None if the grammar does not say yet what may come, or
-        found in the meantime that nothing can.
+        ``drawn`` waits for the previous token if it has not reached the host; it is called if a
+        grammar depends on that token. Returns None if the grammar is not ready yet, or found in the
+        meantime that the answer is complete.
         """
         return self._inputs(self.known_len - 1 - self.prompt_len, drafts, drawn)
 
     def late_input(self) -> SamplingInput | None:
-        """Return what the sampler must know for a draw that waits for the grammar; None while it
-        does, or if the answer is over."""
+        """Return the sampling input for a draw that waited for the grammar. None while it still
+        waits, or if the answer is complete."""
         inputs = self._inputs(self.num_tokens - self.prompt_len, self.output[:0], None)
         return None if inputs is None else inputs[0]
 
     def unguided_input(self) -> SamplingInput:
-        """Return what keeps the place of the token that was scheduled last among those drawn, if
-        that token cannot be drawn yet."""
+        """Return a placeholder input for the token that was scheduled last, if that token cannot be
+        drawn yet."""
         return SamplingInput(self.params, self.seed, None, self.known_len - 1 - self.prompt_len)
 
     def _inputs(
@@ -195,8 +197,8 @@ class Request(ScheduledRequest):
     def _rules_after(
         self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
     ) -> Sequence[Ruling] | None:
-        """Return the rules for the token with number ``draw``, and one after each of ``drafts``;
-        None as ``sampling_inputs``."""
+        """Return the rulings for the token with number ``draw`` and for one after each of
+        ``drafts``, or None as in ``sampling_inputs``."""
         rulings: Sequence[Ruling] | None = [FREE] * (1 + len(drafts))
         if not self._rules:
             return rulings
@@ -222,14 +224,14 @@ class Request(ScheduledRequest):
         return self._counts
 
     def accept_run(self, run: Sequence[SampledToken], now_s: float) -> None:
-        """Take the next tokens, up to the one that is the last."""
+        """Append the next tokens, up to one that ends the answer."""
         for sampled in run:
             self.accept(sampled, now_s)
             if self.finish_reason is not None:
                 return
 
     def accept_before_no_logits(self, run: Sequence[SampledToken], now_s: float) -> None:
-        """Take the tokens that were drawn before the logits were NaN or infinite. Raises
+        """Append the tokens that were drawn before the logits were NaN or infinite. Raises
         FloatingPointError unless one of them ends the answer."""
         self.accept_run([one for one in run if one.token_id != NO_TOKEN], now_s)
         if self.finish_reason is None:
@@ -241,7 +243,7 @@ class Request(ScheduledRequest):
             )
 
     def accept(self, sampled: SampledToken, now_s: float) -> None:
-        """Take the next token; sets ``finish_reason`` where it is the last."""
+        """Append the next token; sets ``finish_reason`` if it is the last."""
         if self.num_tokens == len(self._buffer):
             self._buffer = np.concatenate([self._buffer, np.empty_like(self._buffer)])
         token_id = sampled.token_id
@@ -269,13 +271,13 @@ class Request(ScheduledRequest):
         return stopped
 
     def finish_if_over(self, now_s: float) -> None:
-        """End if the grammar says that nothing can follow. Raises GrammarError if it cannot be
-        followed."""
+        """End the request if its grammar allows no further token. Raises GrammarError if the
+        grammar reached its limits."""
         if any(rule.is_done(self.output) for rule in self._rules):
             self.finish("stop", now_s)
 
     def fail(self, error: Exception, now_s: float) -> None:
-        """End, for a fault that is this request's alone, or of what it asked for."""
+        """End the request with an error that affects only this request."""
         self.is_refused = isinstance(error, GrammarError)
         self.error = str(error) if self.is_refused else f"{type(error).__name__}: {error}"
         self.finish("error", now_s, flush=False)
@@ -292,7 +294,7 @@ class Request(ScheduledRequest):
             rule.close()
 
     def report(self) -> RequestOutput:
-        """What is new since the last report, and all so far. O(new tokens), amortised."""
+        """Return the output with the tokens since the last report. O(new tokens), amortised."""
         new = self._buffer[self._reported : self.num_tokens]
         first = self._reported - self.prompt_len
         self._reported = self.num_tokens
@@ -326,7 +328,7 @@ class Request(ScheduledRequest):
         )
 
     def _reported_scores(self) -> tuple[SampledToken | None, ...] | None:
-        """One tuple for all steps, made anew where there are more."""
+        """Return one tuple that all steps share, rebuilt when scores were added."""
         if self.prompt_logprobs is not None and len(self._prompt_scores) <= len(self.scores):
             self._prompt_scores = (None, *self.scores)
         return None if self.prompt_logprobs is None else self._prompt_scores

@@ -1,4 +1,4 @@
-"""Where prompts come in: each is checked and becomes a Request, or is refused in one sentence."""
+"""Validation of request specifications, and construction of requests."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class Intake:
         clock: Callable[[], float],
         grammar_budget_s: float = GRAMMAR_BUDGET_S,
     ) -> None:
-        """Without a ``tokenizer`` prompts are token ids and answers have no text."""
+        """Prepare the factory. Without a ``tokenizer``, prompts are token ids and answers have no
+        text."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -59,7 +60,7 @@ class Intake:
         self._arrivals = itertools.count()
         self._grammar_budget_s = grammar_budget_s
         self.grammar_news = threading.Event()
-        """Set whenever a grammar that could not tell the next tokens now can."""
+        """Set whenever a grammar that was not ready has become ready."""
         self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
 
@@ -74,8 +75,8 @@ class Intake:
             return self._grammars
 
     def prepare(self, spec: RequestSpec) -> Request:
-        """A request that can be served; see ``Engine.submit``. ValueError: it can not. O(length of
-        the prompt)."""
+        """Make a request from ``spec``; see ``Engine.submit``. Raises ValueError for an invalid
+        one. O(length of the prompt)."""
         spec, max_len = self._checked(spec)
         sampling = spec.sampling or self._default_sampling
         end_token_ids = self._end_token_ids(sampling)
@@ -95,8 +96,11 @@ class Intake:
         )
 
     def check(self, spec: RequestSpec) -> RequestSpec:
-        """``spec`` as ``prepare`` takes it: token ids, and sampling parameters whatever it says.
-        ValueError as there, but for what is wrong with a grammar. O(length of the prompt)."""
+        """Return ``spec`` with token ids for its prompt and with complete sampling parameters.
+
+        Raises ValueError as ``prepare`` does, except for errors in the grammar. O(length of the
+        prompt).
+        """
         spec, _ = self._checked(spec)
         sampling = spec.sampling or self._default_sampling
         self._text_stream(sampling)
@@ -104,17 +108,19 @@ class Intake:
         return spec
 
     def _checked(self, spec: RequestSpec) -> tuple[RequestSpec, int]:
-        """(the spec, how long prompt and answer may be together)."""
+        """Return (the checked spec, maximum length of prompt and answer together)."""
         tokens = self._tokens(spec.prompt)
         sampling, num_scores = spec.sampling or self._default_sampling, spec.prompt_logprobs
         if num_scores is not None and num_scores not in range(MAX_LOGPROBS + 1):
             raise ValueError(
-                f"prompt_logprobs must be between 0 and {MAX_LOGPROBS}, not {num_scores}."
+                f"prompt_logprobs must be between 0 and {MAX_LOGPROBS} (got {num_scores})."
             )
         require_namespace(spec.namespace)
         max_len = self._max_len(len(tokens), sampling, num_scores)
         if spec.grammar is not None and sampling.allowed_token_ids is not None:
-            raise ValueError("a grammar and allowed_token_ids can not go together: drop one.")
+            raise ValueError(
+                "a grammar and allowed_token_ids cannot be combined: remove one of them."
+            )
         settled = replace(
             spec,
             prompt=tokens,
@@ -126,7 +132,7 @@ class Intake:
     def _tokens(self, prompt: Prompt) -> Tokens:
         if isinstance(prompt, str):
             if self._tokenizer is None:
-                raise ValueError("there is no tokenizer here: give the prompt as token ids.")
+                raise ValueError("the engine has no tokenizer: pass the prompt as token ids.")
             prompt = self._tokenizer.encode(prompt)
         if isinstance(prompt, Sequence) and len(prompt) > self._max_model_len:
             raise ContextOverflow(len(prompt), 1, self._max_model_len)
@@ -135,11 +141,11 @@ class Intake:
         except ValueError:
             tokens = np.empty((0, 0))
         if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
-            if all(type(token) is int for token in prompt):  # some past 64 bits
+            if all(type(token) is int for token in prompt):  # some do not fit into 64 bits
                 raise ValueError(self._not_ids())
             raise ValueError("a prompt is a string or a flat list of token ids.")
         if not len(tokens):
-            raise ValueError("the prompt is empty: give at least one token.")
+            raise ValueError("the prompt is empty; pass at least one token.")
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
             raise ValueError(self._not_ids())
         return tokens.astype(np.int32, copy=False)
@@ -152,7 +158,7 @@ class Intake:
     ) -> int:
         limit = self._max_model_len
         if sampling.max_tokens == 0 and prompt_logprobs is None:
-            raise ValueError("max_tokens must be at least 1, but for prompt log-probabilities.")
+            raise ValueError("max_tokens must be at least 1; 0 requires prompt_logprobs.")
         max_tokens = 1 if sampling.max_tokens is None else sampling.max_tokens
         if prompt_len + max_tokens > limit:
             raise ContextOverflow(prompt_len, max_tokens, limit)
@@ -167,11 +173,11 @@ class Intake:
     def _rules(
         self, sampling: SamplingParams, end_token_ids: frozenset[int], prompt: Tokens
     ) -> list[LogitRule]:
-        """ValueError: a token that there is not."""
+        """Build the rules of a request. Raises ValueError for token ids outside the vocabulary."""
         allowed, biased = sampling.allowed_token_ids, [token for token, _ in sampling.logit_bias]
         for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
             if tokens and max(tokens) >= self._vocab_size:
-                raise ValueError(f"{name} must hold token ids from 0 to {self._vocab_size - 1}.")
+                raise ValueError(f"{name} must contain token ids from 0 to {self._vocab_size - 1}.")
         rules: list[LogitRule] = []
         if allowed is not None:
             rules.append(AllowedTokens(allowed, self._vocab_size))
@@ -185,14 +191,14 @@ class Intake:
 
     def _reasoning_budget(self, budget: int, prompt: Tokens) -> ReasoningBudget:
         if self._tokenizer is None or isinstance(self._tokenizer, IdTokenizer):
-            raise ValueError("there is no tokenizer here: thinking_token_budget can not be kept.")
+            raise ValueError("thinking_token_budget requires a tokenizer, and the engine has none.")
         return ReasoningBudget(self._tokenizer, self._vocab_size, prompt, budget)
 
     def _bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """The tokens of each word as it begins an answer, and behind a space where these are as
-        many and others (vLLM's rule)."""
+        """Return the token runs of ``words``: each as at the start of a text, and after a space if
+        that gives the same number of tokens with another first one (vLLM's rule)."""
         if words and self._tokenizer is None:
-            raise ValueError("there is no tokenizer here: bad_words can not be found.")
+            raise ValueError("bad_words requires a tokenizer, and the engine has none.")
         runs: list[tuple[int, ...]] = []
         for word in words:
             assert self._tokenizer is not None
@@ -207,7 +213,7 @@ class Intake:
     def _text_stream(self, sampling: SamplingParams) -> TextStream | None:
         if self._tokenizer is None:
             if sampling.stop:
-                raise ValueError("there is no tokenizer here: stop strings can not be found.")
+                raise ValueError("stop strings require a tokenizer, and the engine has none.")
             return None
         decoder = self._tokenizer.stream_decoder(sampling.skip_special_tokens)
         return TextStream(decoder, sampling.stop, sampling.include_stop_str_in_output)

@@ -1,4 +1,4 @@
-"""How a request wants its tokens chosen, and when it wants to stop."""
+"""Sampling parameters of a request: how tokens are drawn, and when generation stops."""
 
 from __future__ import annotations
 
@@ -13,63 +13,67 @@ from engine.requests.logit_rules import Additions, Mask
 from engine.requests.token_counts import TokenCounts
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below it divide logits out of float32's range: they mean the most likely token."""
+"""Temperatures below it would make logits overflow float32, so they select the most likely
+token."""
 MAX_STOPS = 64
-"""Stop strings, stop token ids or bad words that one request may bring."""
+"""Maximum number of stop strings, stop token ids or bad words of one request."""
 MAX_BIASES = 1024
-"""Tokens whose logits one request may change."""
+"""Maximum number of tokens with a bias in one request."""
 MAX_BIAS = 100.0
 MAX_COUNT = 2**31 - 1
-"""Largest number of tokens that a request may name."""
+"""Largest value of a field that counts tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling and stopping rules of one request. A bad value is a ValueError of one sentence."""
+    """Sampling and stopping rules of one request. Raises ValueError for an invalid value."""
 
     temperature: float = 1.0
-    """0, or next to it: always the most likely token."""
+    """Softmax temperature. At 0 or nearly 0, every token is the most likely one."""
     top_p: float = 1.0
-    """Keep the most likely tokens whose probabilities sum to this, of what ``top_k`` keeps."""
+    """Keep the most likely tokens with this total probability, out of those that ``top_k``
+    keeps."""
     top_k: int | None = None
-    """Keep this many of the most likely tokens; None: all."""
+    """Number of most likely tokens to keep. By default all are kept."""
     min_p: float = 0.0
-    """Keep tokens at least this likely, relative to the most likely one. Like transformers, and
-    unlike vLLM, after ``top_p``: what it drops counts towards the sum."""
+    """Keep tokens at least this likely, relative to the most likely one. Applied after ``top_p`` as
+    in transformers, and unlike vLLM: tokens that it drops count towards the sum of ``top_p``."""
     max_tokens: int | None = 16
-    """Most tokens to generate; None: as many as the context holds; 0: only with prompt logprobs."""
+    """Maximum number of tokens to generate; if not set, as many as fit into the context. 0 requires
+    prompt log-probabilities."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer, themselves left out of it; one may be given as a plain
-    string."""
+    """Strings that end the answer and are not part of it. A single string may be passed
+    directly."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the answer, beside the tokenizer's own."""
+    """Tokens that end the answer, in addition to those of the tokenizer."""
     ignore_eos: bool = False
-    """Generate on through the tokenizer's end tokens."""
+    """Continue after the tokenizer's end tokens."""
     seed: int | None = None
-    """With a seed the same request gives the same tokens, whatever else runs."""
+    """With a seed, the same request gives the same tokens, independent of other requests."""
     logprobs: int | None = None
-    """Report each token's log-probability with this many alternatives; None: report none."""
+    """Number of alternatives to report with each token's log-probability. By default none are
+    reported."""
     repetition_penalty: float = 1.0
     """Divides (positive) or multiplies (negative) the logits of tokens in prompt and answer."""
     presence_penalty: float = 0.0
-    """Taken once from the logit of every token in the answer."""
+    """Subtracted once from the logit of every token in the answer."""
     frequency_penalty: float = 0.0
-    """Taken from the logit of a token for every time it is in the answer."""
+    """Subtracted from the logit of a token for each occurrence in the answer."""
     min_tokens: int = 0
-    """Nothing but ``max_tokens`` ends an answer that is shorter; a grammar does."""
+    """Below this length only ``max_tokens`` or a grammar ends the answer."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """(token id, what is added to its logit, from -100 to 100); may be given as a dict."""
+    """(token id, number from -100 to 100 that is added to its logit). A dict may be passed."""
     allowed_token_ids: tuple[int, ...] | None = None
-    """The only tokens that an answer may have; None: all."""
+    """The only tokens allowed in the answer. By default all are allowed."""
     bad_words: tuple[str, ...] = ()
-    """Texts whose tokens never stand in the answer in this order."""
+    """Texts that must not occur in the answer, compared by tokens."""
     thinking_token_budget: int | None = None
-    """Reasoning between <think> and </think> is ended after so many tokens; None: the model ends
-    it."""
+    """Maximum number of tokens between <think> and </think>. By default the model ends its
+    reasoning."""
     skip_special_tokens: bool = True
-    """Leave tokens such as the one that ends a turn out of the text."""
+    """Omit special tokens, such as the end of a turn, from the text."""
     include_stop_str_in_output: bool = False
-    """End the text behind the stop string, not before it."""
+    """Include the stop string in the text."""
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
@@ -79,22 +83,23 @@ class SamplingParams:
         for name in ("stop", "stop_token_ids", "bad_words"):
             given = getattr(self, name)
             if not isinstance(given, Iterable):
-                raise ValueError(f"{name} must be a list, not {given!r}.")
+                raise ValueError(f"{name} must be a list (got {given!r}).")
             object.__setattr__(self, name, tuple(given))
             if len(getattr(self, name)) > MAX_STOPS:
                 raise ValueError(
-                    f"{name} may hold at most {MAX_STOPS}: each is looked for at every token."
+                    f"{name} may have at most {MAX_STOPS} entries, because each is checked at "
+                    "every token."
                 )
         self._check_numbers()
         for name in ("stop", "bad_words"):
             if any(not isinstance(text, str) or not text for text in getattr(self, name)):
-                raise ValueError(f"{name} must hold non-empty strings.")
+                raise ValueError(f"{name} must contain only non-empty strings.")
         _check_ids("stop_token_ids", self.stop_token_ids)
         self._check_tokens()
 
     @property
     def is_greedy(self) -> bool:
-        """Nothing is drawn."""
+        """True if every token is the most likely one."""
         return self.temperature < GREEDY_BELOW
 
     @property
@@ -103,19 +108,21 @@ class SamplingParams:
 
     @property
     def needs_history(self) -> bool:
-        """A penalty looks at every token before, or bad words at the last."""
+        """True if a rule reads earlier tokens: a penalty reads all, bad words the last ones."""
         return self.has_penalties or bool(self.bad_words)
 
     def _check_tokens(self) -> None:
-        """What names tokens."""
+        """Check the fields that contain token ids."""
         allowed = self.allowed_token_ids
         if allowed is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(allowed))
             _check_ids("allowed_token_ids", tuple(allowed))
             if not tuple(allowed):
-                raise ValueError("allowed_token_ids must name at least one token, or be left out.")
+                raise ValueError(
+                    "allowed_token_ids must contain at least one token, or be omitted."
+                )
         if len(self.logit_bias) > MAX_BIASES:
-            raise ValueError(f"logit_bias may name at most {MAX_BIASES} tokens.")
+            raise ValueError(f"logit_bias may have at most {MAX_BIASES} tokens.")
         _check_ids("logit_bias", tuple(token for token, _ in self.logit_bias))
         for token, value in self.logit_bias:
             _check_range(f"logit_bias of token {token}", value, -MAX_BIAS, MAX_BIAS)
@@ -138,24 +145,24 @@ class SamplingParams:
 
 
 class SamplingInput(Struct, frozen=True):
-    """What the sampler must know of the request behind one row of logits."""
+    """Inputs of the sampler for one row of logits."""
 
     params: SamplingParams
     seed: int
-    """The request's own where it brought one."""
+    """Seed of the request, or the one chosen by the engine."""
     counts: TokenCounts | None
-    """Of all tokens before, where ``params.has_penalties``; else None."""
+    """Counts of all earlier tokens if ``params.has_penalties``, else None."""
     draw: int
-    """Number of the draw: how many tokens were generated before."""
+    """Number of the draw, which is the number of tokens generated before."""
     mask: Mask | None = None
-    """The tokens that may be drawn; None: all."""
+    """Tokens that may be drawn, or None to allow all."""
     added: Additions | None = None
-    """To logits, before the penalties."""
+    """Numbers added to logits before the penalties."""
 
 
 def _check_ids(name: str, tokens: Iterable[object]) -> None:
     if any(not _is_int(token) or int(token) < 0 for token in tokens):  # type: ignore[call-overload]
-        raise ValueError(f"{name} must hold token ids of 0 or more.")
+        raise ValueError(f"{name} must contain only token ids of 0 or more.")
 
 
 def _is_int(value: object) -> bool:
@@ -166,11 +173,11 @@ def _check_range(
     name: str, value: float, low: float, high: float, open_below: bool = False
 ) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number, not {value!r}.")
+        raise ValueError(f"{name} must be a finite number (got {value!r}).")
     if not low <= value <= high or (open_below and value == low):
         raise ValueError(
-            f"{name} must be {'above' if open_below else 'at least'} {low:g} and at most {high:g}, "
-            f"not {value!r}."
+            f"{name} must be {'above' if open_below else 'at least'} {low:g} and at most {high:g} "
+            f"(got {value!r})."
         )
 
 
@@ -178,6 +185,6 @@ def _check_int(name: str, value: int | None, low: int, high: int) -> None:
     if value is None:
         return
     if not _is_int(value):
-        raise ValueError(f"{name} must be an integer, not {value!r}.")
+        raise ValueError(f"{name} must be an integer (got {value!r}).")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, not {value}.")
+        raise ValueError(f"{name} must be between {low} and {high} (got {value}).")

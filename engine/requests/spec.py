@@ -16,22 +16,23 @@ Prompt = str | Sequence[int] | np.ndarray
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RequestSpec:
-    """One prompt and how it is to be answered."""
+    """One prompt and the parameters of its answer."""
 
     prompt: Prompt
     """A text, or token ids: a list or int[n]."""
     sampling: SamplingParams | None = None
-    """None for the model's recommendation."""
+    """Sampling parameters, or None for the model's recommendation."""
     namespace: Hashable = None
-    """Requests of different namespaces share nothing of the cache. None, a str, bytes, an int, or a
+    """Requests of different namespaces share no cache entries. None, a str, bytes, an int, or a
     tuple of these."""
     boundaries: Sequence[int] = ()
-    """Positions known to survive into later prompts; those outside the prompt are left out."""
+    """Positions at which later prompts are known to continue; positions outside the prompt are
+    ignored."""
     answer_survives: bool = True
-    """False if later prompts are known to leave this one before its end: no state is saved past
-    it."""
+    """False if later prompts are known to differ from this one before its end. No state is saved
+    past that point."""
     ends_session: bool = False
-    """True if no request of this session follows, as the client says."""
+    """True if the client declared that no request of this session follows."""
     save_at: Sequence[int] = ()
     """Positions of the prompt at which its state is saved for any placement policy, floored to the
     grid."""
@@ -39,16 +40,18 @@ class RequestSpec:
     """Number of alternatives to report with the prompt's log-probabilities, which are computed
     without the cache; None to report none."""
     request_id: str | None = None
-    """None to have one chosen."""
+    """Id of the request, or None to generate one."""
     grammar: Grammar | None = None
-    """Grammar of the answer; None if it is free."""
+    """Grammar of the answer, or None if the answer is free."""
 
     @classmethod
     def of(
         cls, prompt: Prompt | RequestSpec, sampling: SamplingParams | None, options: dict[str, Any]
     ) -> RequestSpec:
-        """Return ``prompt`` if it is a whole spec already, else a spec of these fields. Raises
-        TypeError for an unknown option, or for options next to a whole spec."""
+        """Return ``prompt`` if it is a complete spec, else a spec of these fields.
+
+        Raises TypeError for an unknown option, or for options next to a complete spec.
+        """
         if not isinstance(prompt, RequestSpec):
             return cls(prompt, sampling, **options)
         if sampling is not None or options:

@@ -1,4 +1,4 @@
-"""How often each token stands in an answer, kept as the answer grows."""
+"""Counts of the tokens in an answer, updated as the answer grows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hybridcache.tokens import Tokens
 
 
 class TokenCounts:
-    """The distinct tokens of an answer with their numbers, and its prompt's with 0.
+    """Distinct tokens of an answer with their counts, and tokens of its prompt with count 0.
 
     >>> counts = TokenCounts(np.array([7, 9, 7], np.int32))
     >>> counts.count(np.array([9, 9, 4], np.int32))
@@ -20,25 +20,25 @@ class TokenCounts:
     __slots__ = ("_at", "_ids", "_numbers", "num_counted")
 
     def __init__(self, prompt: Tokens) -> None:
-        """O(prompt log prompt), once for a request."""
+        """Count no answer yet. O(prompt log prompt), once per request."""
         self._ids: npt.NDArray[np.int64] = np.unique(prompt).astype(np.int64)
         self._numbers: npt.NDArray[np.int32] = np.zeros(len(self._ids), np.int32)
         self._at = {token: at for at, token in enumerate(self._ids.tolist())}
         self.num_counted = 0
-        """Tokens of the answer that are counted."""
+        """Number of answer tokens that are counted."""
 
     @property
     def ids(self) -> npt.NDArray[np.int64]:
-        """Each token once: int64[n], a view."""
+        """Distinct tokens: int64[n], a view."""
         return self._ids[: len(self._at)]
 
     @property
     def numbers(self) -> npt.NDArray[np.int32]:
-        """How often each is in the answer: int32[n], a view."""
+        """Number of occurrences of each token in the answer: int32[n], a view."""
         return self._numbers[: len(self._at)]
 
     def count(self, output: Tokens) -> None:
-        """Go on to the end of ``output``, which begins with all that was counted. O(new tokens)."""
+        """Count the new tokens of ``output``, which begins with all counted ones. O(new tokens)."""
         for token in output[self.num_counted :].tolist():
             at = self._at.setdefault(token, len(self._at))
             if at == len(self._ids):
@@ -49,7 +49,8 @@ class TokenCounts:
         self.num_counted = len(output)
 
     def ahead(self, tokens: Tokens) -> TokenCounts:
-        """What this would be if the answer went on with ``tokens``: a copy. O(distinct tokens)."""
+        """Return a copy that also counts ``tokens``, as a continuation of the answer. O(distinct
+        tokens)."""
         copy = TokenCounts(tokens[:0])
         copy._at = self._at.copy()
         copy._ids, copy._numbers = self.ids.copy(), self.numbers.copy()
@@ -58,7 +59,8 @@ class TokenCounts:
         return copy
 
     def check(self, prompt: Tokens, output: Tokens) -> None:
-        """AssertionError unless this is what counting both from the beginning gives. O(both)."""
+        """Raise AssertionError unless the counts equal those of the whole ``prompt`` and
+        ``output``. O(both)."""
         tokens, numbers = np.unique(output, return_counts=True)
         expected = dict.fromkeys(np.unique(prompt).tolist(), 0)
         expected |= dict(zip(tokens.tolist(), numbers.tolist(), strict=True))

@@ -1,1 +1,1 @@
-"""From a batch of integers to tokens: memory, model, kernels, sampler."""
+"""Execution of a batch of integers: memory, model, kernels and sampler."""

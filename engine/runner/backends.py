@@ -1,8 +1,8 @@
-"""Which implementation of each kernel serves: plain PyTorch (``reference``), Triton (``fused``), or
-C++ for the CPU (``native``) where there is a compiler.
+"""Selection of kernel implementations: PyTorch (``reference``), Triton (``fused``), or C++
+(``native``).
 
-``Kernels`` is chosen once, at start, and handed to the layers; a kernel is loaded when the first
-layer asks for it.
+``native`` requires a CPU and a compiler. ``Kernels`` is chosen once, at start, and passed to the
+layers. A kernel is loaded when the first layer uses it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BACKENDS: tuple[Backend, ...] = ("reference", "fused", "native")
 
 @cache
 def backends_of() -> dict[str, tuple[Backend, ...]]:
-    """Every kernel there is, and the backends it has: the folders and files of ``kernels``."""
+    """Return every kernel with its backends, from the folders and files of ``kernels``."""
     found: dict[str, tuple[Backend, ...]] = {}
     for folder in pkgutil.iter_modules(importlib.import_module("kernels").__path__):
         if folder.ispkg:
@@ -37,8 +37,8 @@ def backends_of() -> dict[str, tuple[Backend, ...]]:
 
 
 class Kernels(Mapping[str, ModuleType]):
-    """One module per kernel, by name; the functions in it have the same signatures whatever the
-    backend. Loads a module when it is first asked for."""
+    """One module per kernel, by name. Modules of all backends have functions with the same
+    signatures. A module is loaded on first use."""
 
     def __init__(self, chosen: Mapping[str, Backend]) -> None:
         self._chosen = dict(chosen)
@@ -46,9 +46,12 @@ class Kernels(Mapping[str, ModuleType]):
 
     @classmethod
     def choose(cls, device: Device, overrides: str = "") -> Kernels:
-        """``fused`` wherever the device runs Triton, it is installed and the kernel has it,
-        ``native`` for those that have it on a CPU with a compiler, else ``reference``;
-        ``overrides`` as in ``attention=reference,gdn=fused``. Raises ModelError."""
+        """Choose a backend for each kernel.
+
+        ``fused`` if the device supports Triton, it is installed and the kernel has it; ``native``
+        on a CPU with a compiler if the kernel has it; else ``reference``. ``overrides`` are written
+        as ``attention=reference,gdn=fused``. Raises ModelError.
+        """
         check_no_foreign_kernels()
         word: Backend = "reference"
         if device.traits.has_triton and importlib.util.find_spec("triton") is not None:
@@ -60,12 +63,15 @@ class Kernels(Mapping[str, ModuleType]):
             for name, backends in backends_of().items()
         }
         asked = parse_overrides(overrides)
-        for name, wanted in asked.items():  # Told at the start, used or not.
+        for (
+            name,
+            wanted,
+        ) in asked.items():  # Report a wrong override at once.
             _load(name, wanted)
         return cls(words | asked)
 
     def __getitem__(self, name: str) -> ModuleType:
-        """Raises ModelError where the kernel can not be loaded."""
+        """Return the module of a kernel. Raises ModelError if it cannot be loaded."""
         if name not in self._loaded:
             self._loaded[name] = _load(name, self._chosen[name])
         return self._loaded[name]
@@ -77,38 +83,42 @@ class Kernels(Mapping[str, ModuleType]):
         return len(self._chosen)
 
     def words(self) -> dict[str, str]:
-        """Kernel to backend, of those that are in use."""
+        """Return the backend of each kernel that is in use."""
         return {name: word for name, word in self._chosen.items() if name in self._loaded}
 
 
 def all_fused() -> str:
-    """The overrides that take Triton for every kernel that has it, whatever the device."""
+    """Return the overrides that select Triton for every kernel that has it, on any device."""
     return ",".join(f"{name}=fused" for name, words in backends_of().items() if "fused" in words)
 
 
 def all_plain() -> str:
-    """The overrides that take plain PyTorch for every kernel."""
+    """Return the overrides that select plain PyTorch for every kernel."""
     return ",".join(f"{name}=reference" for name in backends_of())
 
 
 def parse_overrides(text: str) -> dict[str, Backend]:
-    """``attention=reference,gdn=fused`` as a dict. Raises ModelError."""
+    """Parse overrides such as ``attention=reference,gdn=fused``. Raises ModelError."""
     chosen: dict[str, Backend] = {}
     known = backends_of()
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, word = item.partition("=")
         if name not in known:
-            raise ModelError(f"there is no kernel {name!r}; there are {', '.join(known)}.")
+            raise ModelError(f"unknown kernel {name!r}; choose from {', '.join(known)}.")
         if word not in known[name]:
-            raise ModelError(f"kernel {name} has no backend {word!r}; {' or '.join(known[name])}.")
+            raise ModelError(
+                f"kernel {name} has no backend {word!r}; choose {' or '.join(known[name])}."
+            )
         chosen[name] = word
     return chosen
 
 
 def _load(name: str, word: Backend) -> ModuleType:
     if word == "native" and native.shared_library() is None:
-        raise ModelError(f"kernel {name} can not be loaded as native: no C++ compiler works here.")
+        raise ModelError(
+            f"kernel {name} cannot be loaded as native: no working C++ compiler was found."
+        )
     try:
         return importlib.import_module(f"kernels.{name}.{word}")
     except ImportError as error:
-        raise ModelError(f"kernel {name} can not be loaded as {word}: {error}.") from None
+        raise ModelError(f"kernel {name} cannot be loaded as {word}: {error}.") from None

@@ -1,9 +1,9 @@
-"""Checkpoints in fewer bits than running states (``--checkpoint-dtype``): states are narrowed as
-they are saved and widened as they are restored.
+"""Checkpoints with fewer bits than running states (``--checkpoint-dtype``).
 
-Running states then have slots of their own beside the cache's memory, one a row of the request
-table, and the cache's slots hold checkpoints alone. A slot's bytes: conv states as they are, codes
-of all recurrent states, their scales.
+States are narrowed when they are saved and widened when they are restored. Running states then have
+separate slots outside the cache's memory, one per row of the request table, and the cache's slots
+hold checkpoints only. The bytes of a slot are: the conv states unchanged, the codes of all
+recurrent states, and their scales.
 """
 
 from __future__ import annotations
@@ -23,40 +23,42 @@ from kernels.state_copy.reference import Form
 from kernels.upload import upload
 
 STAGING_BYTES = GIB
-"""For states that prefills export, until they are narrowed: a step with more of them is computed in
-pieces. Of one state at least."""
+"""Memory for states that prefills export, until they are narrowed. At least one state fits. A step
+that exports more states is computed in pieces."""
 CODES = {"bfloat16": torch.bfloat16, "int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """The bytes of all checkpoints, and the running states that they are made of."""
+    """Memory of all checkpoints, and the running states that they are made of."""
 
     slots: torch.Tensor
-    """uint8 ``[S + 1, slot bytes]``, rows of any stride; the last is padding's."""
+    """uint8 ``[S + 1, slot bytes]``, rows of any stride; the last row is for padding."""
     states: tuple[tuple[torch.Tensor, bool], ...]
-    """Running states ``[L, own slots, ...]``, and whether they are recurrent."""
+    """Running states ``[L, own slots, ...]``, each with True if they are recurrent."""
     format: CheckpointFormat
     staging: range
     """Own slots for states that a prefill exports, until they are saved."""
 
     def save(self, copies: Sequence[tuple[int, int]], kernel: ModuleType) -> None:
-        """Narrow states into checkpoints: (own slot, checkpoint slot); by a ``state_copy``."""
+        """Narrow states into checkpoints with a ``state_copy`` kernel: (own slot, checkpoint
+        slot)."""
         if copies:
             sources, targets = self._indices(copies)
             for pool, form in self._forms():
                 kernel.narrow_states(pool, sources, self.slots, targets, form)
 
     def restore(self, copies: Sequence[tuple[int, int]], kernel: ModuleType) -> None:
-        """Widen checkpoints into running states: (checkpoint slot, own slot)."""
+        """Widen checkpoints into running states with a ``state_copy`` kernel: (checkpoint slot, own
+        slot)."""
         if copies:
             sources, targets = self._indices(copies)
             for pool, form in self._forms():
                 kernel.widen_states(self.slots, sources, pool, targets, form)
 
     def _forms(self) -> Iterator[tuple[torch.Tensor, Form]]:
-        """How each pool's states stand in a slot: conv states as they are, codes of recurrent ones,
-        their scales."""
+        """Yield the layout of each pool's states in a slot: conv states unchanged, codes of
+        recurrent ones, then their scales."""
         sizes = [pool[:, 0].numel() for pool, _ in self.states]
         kinds = [is_recurrent for _, is_recurrent in self.states]
         codes, first = CODES[self.format.dtype], 0
@@ -81,7 +83,7 @@ class Checkpoints:
                 first_scale += 4 * len(pool) * scaled
 
     def _dims(self, pool: torch.Tensor) -> tuple[int, ...]:
-        """Dimensions of states ``[N, L, ...]`` in which scales differ."""
+        """Return the dimensions of states ``[N, L, ...]`` along which scales differ."""
         return (0, 1, *(2 + dim for dim in self.format.kept_dims(pool.dim() - 2)))
 
     def _indices(self, copies: Sequence[tuple[int, int]]) -> torch.Tensor:

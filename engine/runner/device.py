@@ -1,4 +1,4 @@
-"""The one table of devices: what each can do, and how it is asked. No other module names one."""
+"""Table of devices and their features. No other module names a device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hybridcache.geometry.units import counted
 
 @dataclass(frozen=True, slots=True)
 class DeviceTraits:
-    """What the engine may use on one kind of device."""
+    """Features of one kind of device."""
 
     has_triton: bool
     graph_class: str | None
-    """Of the device's module, beside its context manager ``graph``; None: the device has no
-    graphs."""
+    """Name of the graph class in the device's module, which also has a context manager ``graph``.
+    None if the device has no graphs."""
     default_dtype: torch.dtype
 
 
@@ -43,8 +43,8 @@ class Device:
 
     @classmethod
     def resolve(cls, name: str | None) -> Device:
-        """By name (``cpu``, ``cuda``, ``cuda:1`` ...), or the accelerator found, or the CPU. Raises
-        ModelError."""
+        """Return the device of the given name (``cpu``, ``cuda``, ``cuda:1`` ...), else the
+        accelerator found, else the CPU. Raises ModelError."""
         if name is None:
             found = torch.accelerator.current_accelerator(check_available=True)
             device = torch.device("cpu") if found is None or found.type not in TRAITS else found
@@ -52,7 +52,7 @@ class Device:
             try:
                 device = torch.device(name)
             except RuntimeError:
-                raise ModelError(f"there is no device {name!r}; try cpu.") from None
+                raise ModelError(f"unknown device {name!r}; use cpu, for example.") from None
         if device.type != "cpu":
             try:
                 module = torch.get_device_module(device)
@@ -60,22 +60,22 @@ class Device:
             except (RuntimeError, AttributeError):
                 count = 0
             if (device.index or 0) >= count:
-                raise ModelError(f"the device {name!r} is not available here; try cpu.")
+                raise ModelError(f"the device {name!r} is not available; use cpu, for example.")
             if device.index is None and hasattr(module, "current_device"):
                 device = torch.device(device.type, module.current_device())
         return cls(device, TRAITS.get(device.type, OTHER))
 
     def of_rank(self, number: int) -> Device:
-        """Where one of several ranks computes: each has a device of its own, but for the CPU, which
-        they share. Raises ModelError."""
+        """Return the device of one of several ranks. Each rank has a separate device, except that
+        all share a CPU. Raises ModelError."""
         if self.is_cpu:
             return self
         try:
             return Device.resolve(f"{self.torch_device.type}:{number}")
         except ModelError:
             raise ModelError(
-                f"--tp needs a {self.torch_device.type} device for every rank, and there is none "
-                f"for rank {number}: lower it, or take --device cpu."
+                f"--tp needs one {self.torch_device.type} device per rank, and there is none "
+                f"for rank {number}: lower --tp, or use --device cpu."
             ) from None
 
     @property
@@ -84,52 +84,56 @@ class Device:
 
     @property
     def module(self) -> ModuleType:
-        """``torch.cpu``, ``torch.cuda`` ...: streams, graphs, memory figures."""
+        """Module of the device (``torch.cpu``, ``torch.cuda`` ...) with streams, graphs and memory
+        figures."""
         return cast(ModuleType, torch.get_device_module(self.torch_device))
 
     def make_current(self) -> None:
-        """For the thread that calls: what is launched, pinned or recorded without naming a device
-        means this one."""
+        """Select this device in the calling thread, for operations that do not name a device."""
         if not self.is_cpu and self.torch_device.index is not None:
             self.module.set_device(self.torch_device)
 
     def supports(self, quantization: str | None) -> bool:
-        """Whether weights in this 8-bit format (None: in none) can be multiplied here."""
+        """Return True if weights in this 8-bit format can be multiplied on the device, or if it is
+        None."""
         if quantization != "fp8" or not self.traits.has_triton:
             return True
         capability = getattr(self.module, "get_device_capability", lambda device: (0, 0))
         return bool(capability(self.torch_device) >= (8, 9))
 
     def free_bytes(self) -> int:
-        """Memory that could be had now."""
+        """Return the available memory in bytes."""
         if self.is_cpu:
             return _available_host_bytes()
         free, _ = self.module.mem_get_info(self.torch_device)
         return int(free)
 
     def unused_bytes(self) -> int:
-        """Memory that could be had if torch kept none for itself: it hands it back first."""
+        """Return the memory in bytes that is available after torch has released its cached
+        memory."""
         gc.collect()
         self.release()
         return self.free_bytes()
 
     def release(self) -> None:
-        """Hand back the memory that torch keeps for itself."""
+        """Release the memory that torch caches."""
         if not self.is_cpu:
             self.module.empty_cache()
 
     def register(self, host: torch.Tensor) -> bool:
-        """Have copies between ``host``, ordinary memory, and the device go by themselves; False:
-        they make the host wait here."""
+        """Page-lock ``host``, ordinary memory, so that copies to and from the device are
+        asynchronous. Returns False if that is not possible, so that copies block the host."""
         if not hasattr(self.module, "cudart") or not host.numel():
             return False
         return int(self.module.cudart().cudaHostRegister(host.data_ptr(), host.nbytes, 0)) == 0
 
     def recorder(self) -> Callable[[Callable[[], None]], Callable[[], None]]:
-        """What captures graphs: it runs ``work`` once, then captures what it launches; its result
-        launches that again, on the same memory. All graphs of one recorder work in one pool, each
-        over what the others left: one is replayed at a time, and what it leaves is read before the
-        next."""
+        """Return a function that captures graphs, all with one memory pool.
+
+        It runs ``work`` once, then captures its launches, and returns a function that repeats them
+        on the same memory. Graphs of one recorder overwrite each other's memory: one graph is
+        replayed at a time, and its results are read before the next replay.
+        """
         graph_class = self.traits.graph_class
         assert graph_class is not None
         pool = self.module.graph_pool_handle()
@@ -138,7 +142,7 @@ class Device:
             work()
             self.synchronize()
             graph = getattr(self.module, graph_class)()
-            # Threads of tiers and transfers may call the device meanwhile.
+            # Threads of tiers and transfers may call the device at the same time.
             with self.module.graph(graph, pool=pool, capture_error_mode="thread_local"):
                 work()
             return cast(Callable[[], None], graph.replay)
@@ -146,12 +150,12 @@ class Device:
         return record
 
     def synchronize(self) -> None:
-        """Wait until everything asked of the device is done."""
+        """Wait until all operations of the device are done."""
         if not self.is_cpu:
             self.module.synchronize(self.torch_device)
 
     def describe(self) -> str:
-        """As shown at start-up."""
+        """Return the description shown at start-up."""
         if self.is_cpu:
             return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
         return f"{self.torch_device}, {self.module.get_device_name(self.torch_device)}"

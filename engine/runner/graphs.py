@@ -1,18 +1,19 @@
-"""Device graphs: launches that are captured once and repeated, so that the host is not what a step
-waits for.
+"""Device graphs: launches that are captured once and replayed, to reduce the host's work per step.
 
-A graph repeats the same launches on the same memory. So inputs are copied into buffers that stay
-where they are, and sizes are rounded up to buckets; what is too much is padding, which reads and
-writes the padding rows and slots of the pools.
+A graph repeats the same launches on the same memory. Therefore inputs are copied into buffers with
+fixed addresses, and sizes are rounded up to buckets. The unused entries are padding, which reads
+and writes the padding rows and slots of the pools.
 
-- `DecodeGraphs`: a step in which everybody decodes is one graph.
-- `verify_graphs.VerifyGraphs`: so is one in which some have drafts.
-- `PrefillGraphs`: any other step is a graph per dense piece, from one mixer to the next. The mixers
-  between them, whose launches depend on the sequences' lengths, are launched one by one.
+- `DecodeGraphs`: a step with decodes only is one graph.
+- `verify_graphs.VerifyGraphs`: a step of decodes with drafts is one graph.
+- `PrefillGraphs`: any other step has one graph per dense piece, from one mixer to the next. The
+  mixers in between are launched one by one, because their launches depend on the sequences'
+  lengths.
 
-Graphs are captured in a warm-up, the largest first so that the others fit into its memory; without
-one, when a bucket first occurs. ``record`` is what `Device.recorder` gives: no graph's own memory
-outlives the next replay, so what a graph leaves goes to buffers, which all buckets share.
+Graphs are captured during warm-up, largest first so that the others fit into its memory. Without a
+warm-up, a graph is captured when its bucket first occurs. ``record`` is the result of
+`Device.recorder`. The memory of a graph is overwritten by the next replay, so results are written
+to buffers that all buckets share.
 """
 
 from __future__ import annotations
@@ -37,39 +38,40 @@ from kernels.upload import upload
 
 Replay = Callable[[], None]
 Record = Callable[[Callable[[], None]], Replay]
-"""Captures what a function launches; the result launches it again."""
+"""Captures the launches of a function, and returns a function that repeats them."""
 Forward = Callable[[torch.Tensor, LayerInputs], torch.Tensor]
-"""Hidden states ``[num_rows, H]`` of token ids ``[num_rows]``; moves the pools on."""
+"""Computes hidden states ``[num_rows, H]`` of token ids ``[num_rows]`` and advances the pools."""
 
 KV_BOUNDS = (2048, 8192, 32768, 131072)
-"""A graph of decodes attends to at most this many tokens; more bounds than one, or every step would
-walk the longest."""
+"""Maximum numbers of tokens that a decode graph attends to. With a single bound, every step would
+read the longest."""
 PREFILL_BUCKETS = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-"""Tokens. In a step of more than the last the device has more to do than the host, and needs no
-graph."""
+"""Sizes in tokens. In a larger step the device has more work than the host, so a graph brings
+nothing."""
 
 
 def prefill_buckets(most_tokens: int) -> tuple[int, ...]:
-    """Those below ``most_tokens``, and it: no step is larger."""
+    """Return the buckets below ``most_tokens``, and ``most_tokens`` itself, the size of the largest
+    step."""
     smaller = tuple(bucket for bucket in PREFILL_BUCKETS if bucket < most_tokens)
     return (*smaller, most_tokens) if most_tokens <= PREFILL_BUCKETS[-1] else PREFILL_BUCKETS
 
 
 def bucket_for(size: int, buckets: Sequence[int]) -> int | None:
-    """The smallest bucket that holds ``size``; None if it is too large for all. ``buckets``
+    """Return the smallest bucket of at least ``size``, or None if all are smaller. ``buckets``
     ascend."""
     rank = bisect_left(buckets, size)
     return buckets[rank] if rank < len(buckets) else None
 
 
 def kv_bounds(max_model_len: int) -> tuple[int, ...]:
-    """Those of ``KV_BOUNDS`` below ``max_model_len``, and it."""
+    """Return the bounds of ``KV_BOUNDS`` below ``max_model_len``, and ``max_model_len``."""
     return (*(bound for bound in KV_BOUNDS if bound < max_model_len), max_model_len)
 
 
 def decode_buckets(max_running: int) -> tuple[int, ...]:
-    """1, 2, 4, 8, then every multiple of 8 up to 64 and of 32 beyond, the last at least
-    ``max_running``."""
+    """Return 1, 2, 4, 8, then multiples of 8 up to 64 and of 32 beyond, until ``max_running`` is
+    reached."""
     sizes = [1, 2, 4]
     while sizes[-1] < max_running:
         sizes.append(sizes[-1] + (4 if sizes[-1] < 8 else 8 if sizes[-1] < 64 else 32))
@@ -77,7 +79,7 @@ def decode_buckets(max_running: int) -> tuple[int, ...]:
 
 
 class DecodeGraphs:
-    """Steps of nothing but decoding sequences."""
+    """Graphs of steps with decodes only."""
 
     def __init__(
         self,
@@ -108,15 +110,16 @@ class DecodeGraphs:
 
     @property
     def buckets(self) -> list[tuple[int, int]]:
-        """(sequences, KV bound) of every graph, the largest first."""
+        """List (sequences, KV bound) of every graph, largest first."""
         return [(size, bound) for size in self._sizes[::-1] for bound in self._bounds[::-1]]
 
     def run(
         self, segments: Sequence[Segment], patch: Callable[[torch.Tensor], None]
     ) -> torch.Tensor | None:
-        """Logits ``[len(segments), vocab]``, or None for more sequences than any bucket holds.
+        """Compute logits ``[len(segments), vocab]``, or return None if there are more sequences
+        than in any bucket.
 
-        ``patch`` puts tokens that only the device knows into the token ids.
+        ``patch`` writes tokens that only the device has into the token ids.
         """
         count = len(segments)
         size = bucket_for(count, self._sizes)
@@ -149,7 +152,7 @@ class DecodeGraphs:
         return upload(values, torch.int64, self._table.device.device)
 
     def capture(self, bucket: tuple[int, int]) -> None:
-        """Make the graph of one of the ``buckets``. Computes on padding."""
+        """Capture the graph of one of the ``buckets``, computed on padding."""
         size, bound = bucket
         self._inputs.copy_(self._padding)
 
@@ -179,8 +182,8 @@ class DecodeGraphs:
 
 
 class PrefillGraphs:
-    """Steps with prompts in them, piece by piece: up to the first mixer, between each two, and
-    behind the last."""
+    """Graphs of steps with prefills: one up to the first mixer, one between each two, and one after
+    the last."""
 
     def __init__(self, model: Decoder, memory: Memory, record: Record, *, most_tokens: int) -> None:
         self._model, self._pools, self._record = model, memory.pools, record
@@ -191,7 +194,7 @@ class PrefillGraphs:
         self._residual = weight.new_zeros(self._sizes[-1], weight.shape[1])
         self._hidden = torch.zeros_like(self._residual)
         self._buffers: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-        """What a mixer reads and what it leaves; mixers of the same sizes share them."""
+        """Input and output buffers of mixers by size; mixers of the same sizes share them."""
         for step in model.mixers:
             size, shape = step.block.projected_size, step.block.mixed_shape
             if (size, *shape) not in self._buffers:
@@ -202,12 +205,12 @@ class PrefillGraphs:
 
     @property
     def buckets(self) -> list[int]:
-        """Tokens of every bucket, the largest first."""
+        """List the number of tokens of every bucket, largest first."""
         return list(self._sizes[::-1])
 
     def run(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor | None:
-        """Hidden states as ``Decoder.forward`` gives them, or None for more tokens than any bucket
-        holds."""
+        """Compute hidden states as ``Decoder.forward`` does, or return None if there are more
+        tokens than in any bucket."""
         size = bucket_for(step.num_tokens, self._sizes)
         if size is None:
             return None
@@ -230,7 +233,7 @@ class PrefillGraphs:
         return self._hidden[:size]
 
     def capture(self, size: int) -> None:
-        """Make the graphs of one of the ``buckets``."""
+        """Capture the graphs of one of the ``buckets``."""
         ranks = range(len(self._mixers) + 1)
         self._replays[size] = [self._record(partial(self._piece, rank, size)) for rank in ranks]
 
@@ -242,7 +245,7 @@ class PrefillGraphs:
         return self._buffers[mixer.projected_size, *mixer.mixed_shape]
 
     def _piece(self, rank: int, size: int) -> None:
-        """Everything between the mixers ``rank - 1`` and ``rank``."""
+        """Compute the layers between the mixers ``rank - 1`` and ``rank``."""
         mixers, residual = self._mixers, self._residual[:size]
         if rank == 0:
             out, stream = self._model.start(self._token_ids[:size], size)

@@ -1,4 +1,5 @@
-"""What the bits of KV and states depend on: who reads them back must be the same in all of it."""
+"""Properties that the bits of KV and states depend on. Saved entries are valid only if all are
+equal."""
 
 from __future__ import annotations
 
@@ -21,8 +22,10 @@ def digest_of(data: bytes) -> str:
 
 
 def weights_digest(model_dir: Path, num_workers: int) -> str:
-    """Of every byte of the model's weight files, not of their names. O(bytes), at the speed of
-    reading. WeightsError, OSError."""
+    """Return a digest of all bytes of the model's weight files, without their names.
+
+    O(bytes), at reading speed. Raises WeightsError and OSError.
+    """
     chunks = [
         (file, first)
         for file in find_files(model_dir)
@@ -63,7 +66,7 @@ def _weights(config: EngineConfig, known: str | None) -> str:
 
 
 def machine_words(device: torch.device) -> dict[str, str]:
-    """What computes: another may round otherwise."""
+    """Return the properties of hardware and library that may change rounding."""
     if device.type == "cpu":
         name = torch.backends.cpu.get_cpu_capability()
     else:

@@ -1,6 +1,6 @@
-"""The tensors behind the integers: KV rows, states, and which rows a running request has.
+"""Memory of the runner: KV rows, states, and the table of the rows of each running request.
 
-Allocators hand out rows and slots; nothing here knows who owns them.
+Allocators assign rows and slots. This module does not use the assignment.
 """
 
 from __future__ import annotations
@@ -28,16 +28,15 @@ from kernels.upload import upload
 CPU_SHARE = 0.25
 CPU_MAX_BYTES = 4 * GIB
 ACCELERATOR_SHARE = 0.9
-"""Of what is free beside weights, graphs and the largest step; the rest is for sampling and for
-gaps."""
+"""Share of the memory that remains after weights, graphs and the largest step. The rest is for
+sampling and fragmentation."""
 MIN_KV_TOKENS = 256
 MIN_SLOTS = 2
-"""Of a pool: one for a running request, one for a checkpoint."""
+"""Minimum number of slots in a pool: one for a running request and one for a checkpoint."""
 
 
 class MemoryPlan(MemorySizes):
-    """``MemorySizes`` that fit. Beside them a row and a slot are allocated that padding writes
-    to."""
+    """``MemorySizes`` that fit on a device. One more row and slot are allocated for padding."""
 
     __slots__ = ()
 
@@ -57,11 +56,13 @@ class MemoryPlan(MemorySizes):
         checkpoints: CheckpointFormat | None = None,
         num_ranks: int = 1,
     ) -> MemoryPlan:
-        """Of one rank; what is given is for all ``num_ranks``. The rule: one arena of
-        ``cache_bytes``, or two pools where bytes are given for one of them; the other then has what
-        is given for it, or half the default. The default is a quarter of the memory that is free
-        without the ``reserved_bytes``, at most 4 GiB, on a CPU, and elsewhere 90 % of it. Raises
-        ModelError naming the bytes a budget would need."""
+        """Return the sizes for one rank; the given bytes are for all ``num_ranks``.
+
+        The memory is one arena of ``cache_bytes``, or two pools if bytes are given for one of them.
+        The other pool then has its given bytes, or half the default. The default on a CPU is a
+        quarter of the memory that is free after ``reserved_bytes``, at most 4 GiB, and on other
+        devices 90 % of it. Raises ModelError with the number of bytes that are needed.
+        """
         row = kv_row_bytes(sizes, dtype)
         state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
         owns = checkpoints is not None and state > 0
@@ -83,7 +84,7 @@ class MemoryPlan(MemorySizes):
         return replace(plan, owns_states=owns)
 
     def agreed(self, rank: Rank, device: Device) -> MemoryPlan:
-        """The same on every rank: what the one with the least room holds."""
+        """Return sizes that fit on every rank: those of the rank with the least memory."""
         if rank.group is None:
             return self
         own = [self.num_kv_tokens, self.num_slots]
@@ -131,7 +132,7 @@ class MemoryPlan(MemorySizes):
         state_dtype: torch.dtype,
         checkpoints: CheckpointFormat | None = None,
     ) -> MemoryPlan:
-        """Enough to rehearse steps with."""
+        """Return the smallest sizes on which steps can be rehearsed."""
         row = kv_row_bytes(sizes, dtype)
         state = state_slot_bytes(sizes, dtype, state_dtype, checkpoints)
         slab = slab_rows(state, row) if state else 0
@@ -140,7 +141,7 @@ class MemoryPlan(MemorySizes):
 
 
 def kv_row_bytes(sizes: ModelSizes, dtype: torch.dtype) -> int:
-    """Of one token in all layers."""
+    """Return the bytes of one token in all layers."""
     return aligned(sizes.row_size * dtype.itemsize)
 
 
@@ -150,8 +151,8 @@ def state_slot_bytes(
     state_dtype: torch.dtype = torch.float32,
     checkpoints: CheckpointFormat | None = None,
 ) -> int:
-    """Of one sequence's conv and recurrent states in all layers, or of a checkpoint in the format
-    ``checkpoints``; 0 for an attention-only model."""
+    """Return the bytes of one sequence's conv and recurrent states in all layers, or of a
+    checkpoint in the format ``checkpoints``. 0 for an attention-only model."""
     num_conv, num_recurrent = sizes.state_size("conv"), sizes.state_size("recurrent")
     if checkpoints is not None:
         return checkpoints.num_bytes(sizes, num_conv * dtype.itemsize)
@@ -159,8 +160,8 @@ def state_slot_bytes(
 
 
 def default_cache_bytes(device: Device, reserved_bytes: int = 0, num_ranks: int = 1) -> int:
-    """For KV and states together where nothing was asked for. Ranks share a CPU, and have other
-    devices for themselves."""
+    """Return the default size of the memory for KV and states. Ranks share a CPU; other devices
+    belong to one rank."""
     if device.is_cpu:
         free_bytes = device.free_bytes() - reserved_bytes
         return min(int(free_bytes * CPU_SHARE), CPU_MAX_BYTES) // num_ranks
@@ -168,34 +169,37 @@ def default_cache_bytes(device: Device, reserved_bytes: int = 0, num_ranks: int 
 
 
 Pools = tuple[torch.Tensor, ...]
-"""What one mixer declares to keep, in its order: KV ``[N, ...]`` by row, states ``[S, ...]`` by
+"""Tensors that one mixer declares, in its order: KV ``[N, ...]`` by row, states ``[S, ...]`` by
 slot."""
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The tensors behind a ``MemoryPlan``. What padding reads and writes shares no byte with a row
-    or slot that is handed out, nor do its row and its slot with each other."""
+    """Tensors of a ``MemoryPlan``.
+
+    The padding row and the padding slot share no byte with an allocated row or slot, nor with each
+    other.
+    """
 
     pools: tuple[Pools, ...]
-    """A mixer's each."""
+    """Pools of each mixer."""
     padding_row: int
     padding_slot: int | None
-    """None: an attention-only model."""
+    """Slot for padding, or None for an attention-only model."""
     step_slots: range
-    """Slots beside the plan's: for the states after each token of a verification."""
+    """Slots outside the plan, for the states after each token of a verification."""
     states: Pools
-    """Every byte of all states as few tensors ``[L, S, ...]``, to copy whole states in: of an
-    arena, one."""
+    """All bytes of all states, as few tensors ``[L, S, ...]`` for copies of whole states; one
+    tensor in an arena."""
     rows: torch.Tensor | None
-    """uint8 ``[N, row_bytes]``: the rows of an arena, as they move; None: two pools, where none
-    does."""
+    """Rows of an arena as uint8 ``[N, row_bytes]``, for moves. None for two pools, in which rows do
+    not move."""
     checkpoints: Checkpoints | None = None
-    """In a format of their own; None: checkpoints are states in slots like any other."""
+    """Checkpoints in a separate format, or None if checkpoints are stored like any other state."""
 
     @property
     def padding_checkpoint(self) -> int | None:
-        """The slot to save what nobody wants."""
+        """Slot for checkpoints that are not needed."""
         return self.padding_slot if self.checkpoints is None else len(self.checkpoints.slots) - 1
 
     @classmethod
@@ -213,10 +217,13 @@ class Memory:
         num_own_states: int = 0,
         num_staged: int = 0,
     ) -> Memory:
-        """Zeros, for mixers that keep what ``keeps`` says, with room for the states of
-        ``num_step_states`` verified tokens, and for ``num_scratch_rows`` behind the padding row.
-        With ``checkpoints`` in a format of their own, ``num_own_states`` running ones lie beside
-        them, and ``num_staged`` that a step exports. Raises ModelError where there is no memory."""
+        """Allocate zeros for mixers that declare ``keeps``.
+
+        There is room for the states of ``num_step_states`` verified tokens, and for
+        ``num_scratch_rows`` after the padding row. With ``checkpoints`` in a separate format,
+        ``num_own_states`` running states and ``num_staged`` exported ones are allocated next to
+        them. Raises ModelError if there is not enough memory.
+        """
         kept = [
             [_Kept(spec, state_dtype if _kind(spec) == "recurrent" else dtype) for spec in specs]
             for specs in keeps
@@ -259,19 +266,19 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    """One tensor that a mixer keeps, and its dtype here."""
+    """One declared tensor of a mixer, with its dtype."""
 
     spec: Spec
     dtype: torch.dtype
 
     @property
     def num_bytes(self) -> int:
-        """Of one token or sequence."""
+        """Bytes for one token or sequence."""
         return self.spec.size * self.dtype.itemsize
 
 
 def _part(mixers: Sequence[Sequence[_Kept]], *, of_tokens: bool) -> list[list[_Kept]]:
-    """What mixers keep of each token, or of each sequence."""
+    """Select the tensors that mixers declare per token, or per sequence."""
     return [[k for k in mixer if isinstance(k.spec, KVSpec) == of_tokens] for mixer in mixers]
 
 
@@ -291,7 +298,8 @@ def _allocate_pools(
     num_step_states: int,
     num_scratch_rows: int,
 ) -> Memory:
-    """Tensors of one name, shape and dtype lie side by side, so that few hold all states."""
+    """Allocate pools. Tensors of one name, shape and dtype are adjacent, so that few tensors hold
+    all states."""
     groups = Counter(kept for mixer in mixers for kept in mixer)
     num_rows = plan.num_kv_tokens + 1 + num_scratch_rows
     units = {True: num_rows, False: plan.num_slots + 1 + num_step_states}
@@ -318,9 +326,11 @@ def _allocate_arena(
     num_step_states: int,
     num_scratch_rows: int,
 ) -> Memory:
-    """Rows side by side; behind the last, the first whole slab is padding's, the steps' follow, the
-    row after them is padding's, and scratch rows come last. In a slot all conv states come
-    first."""
+    """Allocate an arena: all rows, then padding and step slots, then scratch rows.
+
+    After the last row, the first whole slab is the padding slot, followed by the step slots, the
+    padding row and the scratch rows. In a slot, all conv states come first.
+    """
     slab, row_bytes = plan.slab_rows, plan.row_bytes
     padding_slot = -(-plan.num_kv_tokens // slab) if slab else 0
     num_slots = padding_slot + 1 + num_step_states
@@ -353,15 +363,16 @@ def _view(
     unit_bytes: int,
     first_byte: int = 0,
 ) -> torch.Tensor:
-    """``[units, ...]`` of an arena: what begins at ``first_byte`` of every unit (a row, a slab)."""
+    """Return a view ``[units, ...]`` of an arena, starting at ``first_byte`` of every unit (a row
+    or a slab)."""
     inner = [math.prod(shape[i + 1 :]) for i in range(1, len(shape))]
     strides = (unit_bytes // dtype.itemsize, *inner)
     return rows.flatten().view(dtype).as_strided(shape, strides, first_byte // dtype.itemsize)
 
 
 class RequestTable:
-    """The KV indices of every running request: int32 ``[rows, max_model_len]``, on the host and on
-    the device."""
+    """KV indices of every running request: int32 ``[rows, max_model_len]``, on the host and on the
+    device."""
 
     def __init__(self, num_rows: int, max_model_len: int, padding_index: int, device: Device):
         host = allocate((num_rows + 1, max_model_len), torch.int32, Device.resolve("cpu"))
@@ -372,7 +383,7 @@ class RequestTable:
         self.device = host if self._is_shared else host.to(device.torch_device)
 
     def write(self, writes: Sequence[tuple[int, int, npt.NDArray[np.int32]]]) -> None:
-        """Put KV indices at (row, start). One copy to the device per write."""
+        """Write KV indices at (row, start). One copy to the device per write."""
         for row, start, indices in writes:
             end = start + len(indices)
             self.host[row, start:end] = indices
@@ -381,8 +392,8 @@ class RequestTable:
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torch.Tensor:
-    """Zeros. On a CPU the pages are only touched when they are written. Raises ModelError where
-    there is no memory."""
+    """Allocate zeros. On a CPU, pages take memory only when they are written. Raises ModelError if
+    there is not enough memory."""
     num_bytes = math.prod(shape) * dtype.itemsize
     try:
         if not device.is_cpu:
@@ -390,8 +401,9 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torc
         untouched = np.zeros(num_bytes, dtype=np.uint8)
     except (MemoryError, torch.OutOfMemoryError):
         raise ModelError(
-            f"{device.describe()} has no {_gib(num_bytes)} left: give less memory, or have fewer "
-            "requests run."
+            f"{device.describe()} cannot allocate {_gib(num_bytes)}: configure less memory or "
+            "fewer "
+            "running requests."
         ) from None
     return torch.from_numpy(untouched).view(dtype).view(shape)
 

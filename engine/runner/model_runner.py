@@ -1,4 +1,5 @@
-"""From a Batch to logits: the model, its pools, and the tensors of each step."""
+"""Model runner: computes the logits of a Batch, with the model, its pools and the tensors of each
+step."""
 
 from __future__ import annotations
 
@@ -66,8 +67,8 @@ class ModelFollower(Protocol):
 
 
 class ModelRunner:
-    """Owns the weights and the pools; computes one Batch after the other. Knows no cache and no
-    request."""
+    """Owns the weights and the pools, and computes one Batch after the other. Independent of cache
+    and requests."""
 
     def __init__(self, config: EngineConfig, rank: Rank = ALONE) -> None:
         self.rank, self.device = rank, Device.resolve(config.device)
@@ -79,11 +80,13 @@ class ModelRunner:
         config = config.settled(on_cpu=self.device.is_cpu)
         self.kernels = Kernels.choose(self.device, config.kernels)
         if not self.device.supports(config.quantization):
-            raise ModelError(f"{self.device.describe()} has no fp8; use --quantization int8.")
+            raise ModelError(
+                f"{self.device.describe()} does not support fp8; use --quantization int8."
+            )
         raw = read_config(config.model_dir)
         family, self.config = read_model(raw)
         self.sizes = shared_sizes(self.config, rank.count)
-        """What this rank computes and keeps."""
+        """Sizes of the part that this rank computes and stores."""
         self.name = config.model_dir.name
         self.dtype = resolve_dtype(config.dtype, self.config, self.device)
         self.state_dtype = DTYPES[config.state_dtype]
@@ -118,12 +121,13 @@ class ModelRunner:
         )
         state_bytes = state_slot_bytes(self.sizes, self.dtype, self.state_dtype)
         self.step_state_bytes = self.num_step_states * state_bytes
-        """Of the states after each verified token, beside the cache's memory."""
+        """Bytes of the states after each verified token, outside the cache's memory."""
         most_staged = self.most_step_tokens // config.tile_size + self.max_running_rows
         self._num_staged = max(1, min(most_staged, STAGING_BYTES // max(state_bytes, 1)))
         num_own = 0 if self.checkpoints is None else self._num_staged + self.max_running_rows
         self.own_state_bytes = num_own * state_bytes
-        """Of running states and exported ones, where they lie beside that memory too."""
+        """Bytes of running and exported states that are outside the cache's memory, with a
+        checkpoint format."""
         warms_up = config.warm_up and not self.device.is_cpu
         reserved_bytes = (
             self._rehearse(config) if warms_up else self.step_state_bytes + self.own_state_bytes
@@ -143,10 +147,11 @@ class ModelRunner:
         ).agreed(rank, self.device)
         self._allocate(plan, self._max_model_len(plan, config.max_model_len), config.graphs)
         self.warmed: WarmUp | None = self._warm_up() if warms_up else None
-        """What the start took; None: no warm-up (disabled, or a CPU)."""
+        """Result of the warm-up, or None if there was none (disabled, or on a CPU)."""
 
     def _weight_spec(self, config: EngineConfig, raw: Mapping[str, Any]) -> WeightSpec:
-        """Raises ModelError where the files are quantised in a way that is not served."""
+        """Return the format of the weights. Raises ModelError if the files are quantised in a way
+        that is not supported."""
         place = self.device.torch_device, self.dtype, config.quantization
         if config.load_format == "dummy":
             return WeightSpec(*place)
@@ -163,13 +168,14 @@ class ModelRunner:
             return warm_up(self)
         except torch.OutOfMemoryError:
             raise ModelError(
-                "the pools leave no memory for graphs and the largest step: give them less, or use "
+                "there is no memory left for graphs and the largest step: reduce --cache-gib, or "
+                "use "
                 "--graphs off."
             ) from None
 
     def _rehearse(self, config: EngineConfig) -> int:
-        """Bytes to keep free beside the pools for tables, graphs and the largest step, found out
-        with the smallest pools."""
+        """Measure the bytes to keep free for tables, graphs and the largest step, by allocating the
+        smallest pools."""
         longest = config.max_model_len or self.config.max_len
         free_bytes = self.device.unused_bytes()
         smallest = MemoryPlan.smallest(self.sizes, self.dtype, self.state_dtype, self.checkpoints)
@@ -180,7 +186,7 @@ class ModelRunner:
         return num_bytes
 
     def _allocate(self, plan: MemoryPlan, max_model_len: int, graphs: str) -> None:
-        """The pools, and the tables and graphs that go with them."""
+        """Allocate the pools, and make the tables and graphs for them."""
         self.memory, self.max_model_len = plan, max_model_len
         keeps = [step.block.keeps for step in self.model.mixers]
         if self._head is not None:
@@ -215,7 +221,7 @@ class ModelRunner:
         parts = self.model, self.tensors, self.table, self._rotary
         self._predictor: ModelFollower | None = None
         if self._head is not None:
-            assert self._follower is not None, "a plugin asked for the multi-token head"
+            assert self._follower is not None, "the multi-token head requires a plugin"
             self._predictor = self._follower(self._head, *parts)
             self._copies.pending = self._predictor.pending
         self.pool_specs = keeps
@@ -223,17 +229,17 @@ class ModelRunner:
         self.use_graphs(graphs)
 
     def flush_pending(self) -> None:
-        """Bring rows and states to where their owners know them, except those of a step that is
-        still to be committed."""
+        """Complete pending writes and move displaced states to the slots of their requests, except
+        for a step that is not committed yet."""
         self._copies.settle(self.running)
 
     def watch_layers(self, on_mixed: Callable[[int], None]) -> None:
-        """Call ``on_mixed`` in every step with prompts in it: see ``LayerInputs``."""
+        """Call ``on_mixed`` in every step with prefills; see ``LayerInputs``."""
         self.step_inputs.on_mixed = on_mixed
 
     @property
     def is_asynchronous(self) -> bool:
-        """``forward`` returns before the device is done."""
+        """True if ``forward`` returns before the device is done."""
         return not self.device.is_cpu
 
     @property
@@ -241,17 +247,20 @@ class ModelRunner:
         return self.config.vocab_size
 
     def table_row(self, row: int, end: int) -> Indices:
-        """KV indices of the positions of ``row`` below ``end``: a view of the host's table."""
+        """Return the KV indices of the positions of ``row`` below ``end``: a view of the host's
+        table."""
         return self.table.host[row, :end]
 
     def use_graphs(self, word: str, record: Record | None = None) -> None:
-        """Capture decode steps, with drafts or without (``decode``), prefills too (``all``), what
-        the device can (``auto``), or nothing (``off``). On a CPU decode steps are recorded where
-        all their kernels are native.
+        """Select the steps to capture as graphs.
 
-        ``record`` in place of the device's own. Raises ModelError for a device without graphs, and
-        where a kernel is the reference, which reads lengths on the host: a graph would repeat those
-        it was captured with.
+        ``decode`` captures steps of decodes, with or without drafts; ``all`` captures prefills too;
+        ``auto`` captures everything that the device supports; ``off`` captures nothing. On a CPU,
+        decode steps are recorded if all their kernels are native.
+
+        ``record`` replaces the device's function. Raises ModelError for a device without graphs,
+        and for reference kernels: they read lengths on the host, so a graph would repeat the
+        captured lengths.
         """
         self.graphs: tuple[DecodeGraphs | None, PrefillGraphs | None] = None, None
         self.verify_graphs: VerifyGraphs | None = None
@@ -277,7 +286,7 @@ class ModelRunner:
     def _decode_graphs(
         self, record: Record, *, is_native: bool = False
     ) -> tuple[DecodeGraphs, VerifyGraphs | None]:
-        """Of steps without drafts, and with."""
+        """Make the graphs of steps without drafts, and of steps with drafts."""
         parts = self.model, self._forward, self.tensors, self.table, self._rotary
         decodes = DecodeGraphs(
             *parts, record, max_running=self.max_running_rows, max_model_len=self.max_model_len
@@ -295,8 +304,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _record_decode(self) -> bool:
-        """Have decode steps recorded, where all they compute are native kernels; whether they
-        are."""
+        """Record decode steps if all their kernels are native. Returns True if they are."""
         if self.kernels.words().get("linear") != "native":
             return False
         decodes, verify_graphs = self._decode_graphs(record_native, is_native=True)
@@ -313,23 +321,24 @@ class ModelRunner:
         return True
 
     def _graph_obstacle(self) -> str | None:
-        """Why nothing can be captured here; None where it can."""
+        """Return the reason why graphs cannot be captured, or None if they can."""
         if self.device.traits.graph_class is None:
             return f"{self.device.describe()} has no graphs"
         others = [name for name, word in self.kernels.words().items() if word != "fused"]
         if others:
-            return f"graphs need Triton kernels, and others serve for {', '.join(others)}"
+            return f"graphs require Triton kernels, which are not used for {', '.join(others)}"
         return None
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
-        """Logits ``[rows, vocab]`` in the model's dtype, on the device; rows in segment order: 1
-        for "last", one per token for "all", none for "none". First the batch's moves, row writes
-        and restores; the states it exports are in their slots after.
+        """Compute logits ``[rows, vocab]`` in the model's dtype, on the device.
 
-        ``drawn`` are the tokens that the step before drew, int64 on the device, for the batch's
-        ``late_tokens``."""
-        self.device.make_current()  # The thread that calls may be another than the one that loaded.
+        Rows are in segment order: 1 for "last", one per token for "all", none for "none". The
+        batch's moves, row writes and restores are executed first. The states that it exports are in
+        their slots afterwards. ``drawn`` are the tokens that the previous step drew, int64 on the
+        device, for the batch's ``late_tokens``.
+        """
+        self.device.make_current()  # The calling thread may be a new one.
         self._place(batch)
         if self.checkpoints is None:
             return self._forward_piece(batch, drawn)
@@ -353,8 +362,8 @@ class ModelRunner:
         return logits
 
     def _place(self, batch: Batch) -> None:
-        """Say where the states of a verification go. What ``batch`` has moved or copied, or does
-        not verify, is at home after."""
+        """Assign slots to the states of a verification. States that ``batch`` moves, copies or does
+        not verify are in the slots of their requests afterwards."""
         self.running.give_up()
         moves = batch.moves or batch.restores
         verified = [
@@ -367,8 +376,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """Keep the states of the segments with drafts after the tokens ``taken`` of each, where
-        they lie, and save those they export up to there."""
+        """Keep the state of each segment with drafts after ``taken`` tokens, without copying it,
+        and save the checkpoints up to there."""
         if not self.tensors.states:
             return
         saved: list[tuple[int, int]] = []
@@ -416,7 +425,7 @@ class ModelRunner:
         return self.model.head(hidden[self._int64(rows)])
 
     def _forward(self, token_ids: torch.Tensor, step: LayerInputs) -> torch.Tensor:
-        """Hidden states of a step, which the multi-token head follows."""
+        """Compute the hidden states of a step, and run the multi-token head on them."""
         mixers = self.tensors.pools[: len(self.model.mixers)]
         hidden = self.model.forward(token_ids, step, mixers)
         if self._predictor is not None:
@@ -425,10 +434,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> Sequence[Tokens]:
-        """What the model's multi-token head takes to follow each newest token, which is not
-        computed yet: int32, as many as ``most`` says, 1 or more. Between a commit and the next
-        forward."""
-        assert self._predictor is not None, "no head was asked for"
+        """Draft tokens with the multi-token head; see ``Runner.guess``."""
+        assert self._predictor is not None, "no multi-token head is loaded"
         self.device.make_current()
         at = [one._replace(slot=self.running.at(one.slot)) for one in newest]
         return self._predictor.guess(at, most)
@@ -462,12 +469,12 @@ class ModelRunner:
 
 
 def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:
-    """What each of ``num_ranks`` computes and keeps. Raises ModelError where there is no even
-    share."""
+    """Return the sizes of one of ``num_ranks``. Raises ModelError if they cannot be divided
+    evenly."""
     try:
         return share_of(config.sizes, num_ranks)
     except SizesError as error:
-        raise ModelError(f"--tp {num_ranks} does not suit this model: {error}.") from None
+        raise ModelError(f"--tp {num_ranks} is not possible for this model: {error}.") from None
 
 
 def _bytes(gib: float | None) -> int | None:

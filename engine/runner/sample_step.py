@@ -1,5 +1,5 @@
-"""Between forward and commit: which rows of a step's logits become tokens, and which are only
-scored."""
+"""Sampling between forward pass and commit: draws tokens from some rows of logits and scores
+others."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from engine.schedule.scheduler import Scheduler
 
 
 class InFlight(NamedTuple):
-    """A step that is on its way, or through: what will come of it, in the step's order."""
+    """Step in flight or completed, with its results in the step's order."""
 
     plan: Plan
     drawn: PendingTokens | None
-    """The next token of each task that samples, and one behind each of its drafts; None: none
-    does."""
+    """Next token of each task that samples, and one after each of its drafts; None if no task
+    samples."""
     scores: Sequence[PendingTokens]
-    """The prompt's tokens with their log-probabilities, for each task that scores."""
+    """Prompt tokens with their log-probabilities, for each task that scores."""
     late: frozenset[int] = frozenset()
-    """Tasks whose tokens among those drawn only keep their place: their requests hold the logits
-    until their grammars say what may come."""
+    """Tasks with placeholder tokens: their requests keep the logits until their grammars are
+    ready."""
 
 
 NO_STEP = InFlight(EMPTY, None, ())
@@ -36,9 +36,11 @@ NO_STEP = InFlight(EMPTY, None, ())
 def sample_step(
     plan: Plan, logits: Any, sampler: TokenSampler, before: InFlight | None = None
 ) -> InFlight:
-    """Begin to draw the step's tokens, and to score the prompts that ask for it. Waits for
-    nothing; but where a grammar depends on a token that the step ``before`` draws, for that,
-    while the device computes this step."""
+    """Start drawing the step's tokens, and scoring prompts if requested.
+
+    Does not wait, except if a grammar depends on a token of the step ``before``: then it waits for
+    that token while the device computes this step.
+    """
     late_tokens = dict(plan.batch.late_tokens)
     late: list[int] = []
     inputs: list[SamplingInput] = []
@@ -66,33 +68,33 @@ def sample_step(
 
 
 def _token(before: InFlight | None, row: int) -> int:
-    """The token in ``row`` of those that the step ``before`` draws, waited for."""
+    """Wait for the token in ``row`` of those drawn by the step ``before``."""
     assert before is not None and before.drawn is not None
     return before.drawn.wait()[row].token_id
 
 
 def _score(task: Task, logits: Any, sampler: TokenSampler) -> PendingTokens:
-    """Of the prompt tokens that follow the task's tokens."""
+    """Start scoring the prompt tokens that follow the task's tokens."""
     request = task.request
     following = request.tokens[task.start + 1 : min(task.end + 1, request.prompt_len)]
     return sampler.score(logits[: len(following)], following.tolist(), request.prompt_logprobs or 0)
 
 
 class LateDraws(StepHooks):
-    """Draws the tokens of requests whose grammars were late, between two steps.
+    """Draws tokens, between two steps, for requests with late grammars.
 
-    Such a request keeps its lease, its row and the logits of its newest token, and sits out the
-    steps until its mask is found.
+    Such a request keeps its lease, its row and the logits of its newest token, and is not part of
+    any step until its mask is available.
     """
 
     def __init__(self, scheduler: Scheduler, sampler: TokenSampler, news: Event) -> None:
-        """``news`` is set whenever a mask was found in the background."""
+        """``news`` is set whenever a mask was computed in the background."""
         self._scheduler = scheduler
         self._sampler = sampler
         self._news = news
 
     def before_step(self) -> None:
-        """Draw every token whose mask was found."""
+        """Draw a token for each request with a new mask."""
         self._news.clear()
         for request in self._scheduler.awaiting_draw:
             found = request.late_input()
@@ -103,6 +105,6 @@ class LateDraws(StepHooks):
                 self._scheduler.take_late(request, sampled)
 
     def wait(self) -> None:
-        """Nothing can be computed: sleep a little, or until a mask is found."""
+        """Sleep briefly, or until a mask is computed, because nothing else can be."""
         if self._scheduler.awaiting_draw:
             self._news.wait(IDLE_S)

@@ -1,9 +1,9 @@
-"""Logits to tokens. A request's draw depends on its logits, its seed and how many tokens it has, on
-nothing else.
+"""Sampler: draws tokens from logits. A draw depends only on the request's logits, its seed and its
+length.
 
-A draw is one number in [0, 1), made from (seed, number of the draw), looked up in the
-distribution's running sum: so it needs no generator to be kept, and a request that is moved,
-preempted or batched differently draws the same.
+A draw is one number in [0, 1), made from (seed, number of the draw), which is looked up in the
+cumulative distribution. No generator state is stored, so a request that is moved, preempted or
+batched differently draws the same tokens.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from kernels.upload import upload
 
 MASK = 2**64 - 1
 TOP_WIDTHS = (64, 1024)
-"""Columns kept for a top_k: the first that it fits in. Few, so that few groups are drawn from."""
+"""Numbers of columns kept for a top_k; the first that is large enough is used. Few, to have few
+groups."""
 
 
 class Drawn:
-    """Tokens, and what is reported with them, on their way to the host."""
+    """Tokens with their log-probabilities, possibly still being copied to the host."""
 
     def __init__(
         self,
@@ -32,11 +33,14 @@ class Drawn:
         wanted: Sequence[int | None],
         scores: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> None:
-        """``sound``: bool ``[rows]``, whether a row's logits are numbers. ``wanted``: alternatives
-        to report for each row; None: not even its own log-probability. ``scores`` of the rows that
-        want any: own ``[rows]``, the most likely ones' ``[rows, n]`` and their ids."""
+        """``sound``: bool ``[rows]``, True if a row's logits are numbers.
+
+        ``wanted``: number of alternatives to report for each row, or None to report no
+        log-probability. ``scores`` of the rows with a number: own ``[rows]``, of the most likely
+        tokens ``[rows, n]``, and the ids of these.
+        """
         self.tokens = tokens
-        """int64 ``[rows]``, on the device: ids of tokens, whatever the logits."""
+        """int64 ``[rows]``, on the device: valid token ids, even for invalid logits."""
         self._wanted = wanted
         known = tokens.where(sound, NO_TOKEN)
         self._copies = [_to_host(tensor) for tensor in (known, *(scores or ()))]
@@ -46,8 +50,7 @@ class Drawn:
             self._event.record()
 
     def wait(self) -> list[SampledToken]:
-        """One token per row, as soon as the device has got so far; ``NO_TOKEN`` where there are no
-        logits to draw from."""
+        """Wait for one token per row. It is ``NO_TOKEN`` for a row without valid logits."""
         if self._event is not None:
             self._event.synchronize()
         tokens, *scores = (copy.tolist() for copy in self._copies)
@@ -66,21 +69,21 @@ class Drawn:
 
 
 class Sampler:
-    """Chooses the next token for each row of logits. Stateless."""
+    """Draws the next token for each row of logits. Stateless."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
     def sample(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> list[SampledToken]:
-        """One token per row of ``logits [rows, vocab]``, waited for."""
+        """Draw one token per row of ``logits [rows, vocab]``, and wait for it."""
         return self.launch(logits, requests, range(len(requests))).wait()
 
     @torch.inference_mode()
     def launch(
         self, logits: torch.Tensor, requests: Sequence[SamplingInput], rows: Sequence[int]
     ) -> Drawn:
-        """Begin to draw a token for each request, from its row of ``logits [N, vocab]``; ``rows``
-        ascend. Waits for nothing the device does."""
+        """Start drawing a token for each request, from its row of ``logits [N, vocab]``, without
+        waiting for the device. ``rows`` ascend."""
         logits = _pick(logits, rows)
         tokens, sound = self._choose(logits, requests), _are_numbers(logits)
         wanted = [request.params.logprobs for request in requests]
@@ -98,8 +101,8 @@ class Sampler:
 
     @torch.inference_mode()
     def score(self, logits: torch.Tensor, token_ids: Sequence[int], num_top: int) -> Drawn:
-        """Log-probabilities of given tokens, one per row, with the ``num_top`` most likely ones
-        beside each."""
+        """Compute the log-probabilities of given tokens, one per row, and of the ``num_top`` most
+        likely ones."""
         index = upload(token_ids, torch.int64, logits.device)
         wanted = [num_top] * len(token_ids)
         return Drawn(index, _are_numbers(logits), wanted, _score(logits, index, num_top))
@@ -109,8 +112,8 @@ class Sampler:
         if all(request.params.is_greedy for request in requests):
             return scores.argmax(dim=-1)
         tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
-        # Sums over other columns, or in another order, differ in their last bits: a request's own
-        # parameters decide which it is drawn from, never its batch mates'.
+        # Sums over other columns, or in another order, differ in their last bits. So the columns
+        # depend on the parameters of the request only, never on the rest of the batch.
         groups: dict[int | None, list[int]] = {}
         for row, request in enumerate(requests):
             groups.setdefault(_width(request.params, logits.shape[-1]), []).append(row)
@@ -127,13 +130,17 @@ class Sampler:
 
 
 def _are_numbers(logits: torch.Tensor) -> torch.Tensor:
-    """Whether a token can be drawn from each row: bool ``[rows]``, False where a logit is NaN or
-    infinity, or all are minus infinity. The largest of a row is NaN if one of them is."""
+    """Return True for rows with valid logits: bool ``[rows]``.
+
+    False if a logit is NaN or infinity, or all are minus infinity. The largest of a row is NaN if
+    one of them is.
+    """
     return logits.amax(dim=-1).isfinite()
 
 
 def uniform(seed: int, draw: int) -> float:
-    """The ``draw``-th number in [0, 1) of a seed's sequence (splitmix64, Steele et al. 2014)."""
+    """Return the ``draw``-th number in [0, 1) of a seed's sequence (splitmix64, Steele et al.
+    2014)."""
     z = (seed * 0xD1342543DE82EF95 + (draw + 1) * 0x9E3779B97F4A7C15) & MASK
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         z = ((z ^ (z >> shift)) * factor) & MASK
@@ -141,7 +148,8 @@ def uniform(seed: int, draw: int) -> float:
 
 
 def _width(params: SamplingParams, vocab_size: int) -> int | None:
-    """How many of the most likely tokens a draw is made from; 0: no draw; None: all, unsorted."""
+    """Return the number of most likely tokens to draw from. 0 for greedy, None to draw from all
+    without sorting."""
     if params.is_greedy:
         return 0
     if params.top_k is not None:
@@ -152,7 +160,8 @@ def _width(params: SamplingParams, vocab_size: int) -> int | None:
 
 
 def _added(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """Logits with what each row's rules add to some: float32 where any do. O(1) uploads."""
+    """Add the biases of each row's rules to its logits. Returns float32 if there are any. O(1)
+    uploads."""
     additions = [(row, q.added) for row, q in enumerate(requests) if q.added is not None]
     if not additions:
         return logits
@@ -168,7 +177,7 @@ def _added(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Ten
 
 
 def _masked(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """Scores of the tokens that each row's mask allows; minus infinity elsewhere. O(1) uploads."""
+    """Set the scores of tokens outside each row's mask to minus infinity. O(1) uploads."""
     rows = [row for row, q in enumerate(requests) if q.mask is not None]
     if not rows:
         return scores
@@ -183,7 +192,7 @@ def _masked(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Te
 
 
 def _penalised(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """Logits after the penalties of each row: float32 where any has some. O(1) uploads."""
+    """Apply the penalties of each row. Returns float32 if there are any. O(1) uploads."""
     index, factors, taken = [], [], []
     for row, request in enumerate(requests):
         if request.counts is not None:
@@ -206,7 +215,7 @@ def _penalised(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch
 
 
 def _draw(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """From all tokens, or those that ``min_p`` leaves, in the order of their ids."""
+    """Draw from all tokens, or those that pass ``min_p``, in the order of their ids."""
     probabilities = _tempered(scores, requests).softmax(dim=-1)
     least = _column([request.params.min_p for request in requests], scores)
     floor = probabilities.amax(dim=-1, keepdim=True) * least
@@ -216,7 +225,7 @@ def _draw(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tens
 def _draw_filtered(
     scores: torch.Tensor, requests: Sequence[SamplingInput], width: int
 ) -> torch.Tensor:
-    """From the tokens that ``_filter`` leaves, the most likely first."""
+    """Draw from the tokens that pass ``_filter``, most likely first."""
     ids, probabilities = _filter(scores, requests, width)
     return ids.gather(1, _look_up(probabilities, requests)[:, None])[:, 0]
 
@@ -224,8 +233,11 @@ def _draw_filtered(
 def _filter(
     scores: torch.Tensor, requests: Sequence[SamplingInput], width: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids, probabilities) ``[rows, width]``, falling: 0 for what is out by top_k, then by top_p of
-    what top_k left, then by min_p. ``width``: no row's top_k is greater."""
+    """Apply top_k, then top_p, then min_p.
+
+    Returns (ids, probabilities) ``[rows, width]``, most likely first, with probability 0 for
+    excluded tokens. No row's top_k is greater than ``width``.
+    """
     ids = _most_likely(scores, width)
     tempered = _tempered(scores.gather(1, ids), requests)
     params = [request.params for request in requests]
@@ -233,7 +245,7 @@ def _filter(
     beyond = ranks >= _column([float(p.top_k or width) for p in params], scores)
     probabilities = tempered.masked_fill_(beyond, -torch.inf).softmax(dim=-1)
     before = probabilities.cumsum(dim=-1, dtype=torch.float64) - probabilities
-    # The sum before the last may be rounded up to 1: a top_p of 1 keeps it.
+    # The sum before the last column may be rounded up to 1; a top_p of 1 must keep that column.
     out = before >= _column([p.top_p if p.top_p < 1 else 2.0 for p in params], before)
     out |= probabilities < probabilities[:, :1] * _column([p.min_p for p in params], scores)
     out[:, 0] = False
@@ -241,22 +253,24 @@ def _filter(
 
 
 def _most_likely(scores: torch.Tensor, width: int) -> torch.Tensor:
-    """Ids of the ``width`` highest of each row, falling; among equals the lower id first: int64.
+    """Return the ids of the ``width`` highest scores of each row, highest first: int64. Of equal
+    scores, the lower id comes first.
 
-    topk alone takes equals as it finds them. So it is given numbers of which no two are equal: the
-    float's bits, ordered as integers are, above the id counted from the end.
+    ``topk`` orders equal scores arbitrarily. So it is applied to distinct integer keys: the float's
+    bits, in integer order, above the id counted from the end.
     """
     num_ids = scores.shape[-1]
     if width == num_ids:
         return scores.sort(dim=-1, descending=True, stable=True).indices
-    bits = (scores + 0.0).view(torch.int32)  # The sum makes of -0.0 the 0.0 that it equals.
+    bits = (scores + 0.0).view(torch.int32)  # The sum turns -0.0 into 0.0, which is equal.
     keys = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
     keys.mul_(2**32).add_(torch.arange(num_ids - 1, -1, -1, device=scores.device))
     return num_ids - 1 - keys.topk(width, dim=-1).values % 2**32
 
 
 def _look_up(probabilities: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """The column at which each row's running sum passes its number: int64[rows]."""
+    """Return the column at which each row's cumulative sum passes its random number:
+    int64[rows]."""
     sums = probabilities.cumsum(dim=-1, dtype=torch.float64)
     points = _column([uniform(q.seed, q.draw) for q in requests], sums) * sums[:, -1:]
     return torch.searchsorted(sums, points, right=True)[:, 0].clamp_(max=sums.shape[-1] - 1)
@@ -275,15 +289,15 @@ def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
 
 
 def _pick(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
-    """The given rows, which ascend."""
+    """Select the given rows, which ascend."""
     return tensor if len(rows) == len(tensor) else tensor[_index(rows, tensor.device)]
 
 
 def _score(
     logits: torch.Tensor, tokens: torch.Tensor, num_top: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities of ``tokens [rows]``, of the ``num_top`` most likely ones ``[rows, n]``,
-    and the latter's ids."""
+    """Return the log-probabilities of ``tokens [rows]``, those of the ``num_top`` most likely
+    tokens ``[rows, n]``, and the ids of these."""
     logprobs = logits.float().log_softmax(dim=-1)
     own = logprobs.gather(1, tokens[:, None])[:, 0]
     ids = _most_likely(logprobs, min(num_top, logits.shape[-1]))
@@ -291,7 +305,7 @@ def _score(
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy for the host, on its way: read it after an event recorded from here on."""
+    """Start a copy to the host. Read it after an event that is recorded afterwards."""
     if tensor.device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

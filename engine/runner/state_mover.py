@@ -1,4 +1,4 @@
-"""What is moved and copied in a runner's memory, before a step computes and after it."""
+"""Moves and copies in a runner's memory, before and after the computation of a step."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class PendingWrites(Protocol):
     """Rows that are written later than the step that computed them."""
 
     def settle(self) -> None:
-        """Write them now."""
+        """Write the pending rows."""
         ...
 
 
 class Copies:
-    """Of rows and of states, in the order of the device's work."""
+    """Executes copies of rows and states, in the order of the device's operations."""
 
     def __init__(self, tensors: Memory, kernels: Kernels, device: Device) -> None:
         self.copier: TierCopies | None = None
@@ -37,10 +37,11 @@ class Copies:
         self._cache_write, self._state_copy = kernels["cache_write"], kernels["state_copy"]
 
     def move(self, transfers: Sequence[Transfer]) -> None:
-        """Carry out ``transfers`` one after the other: one may read rows that another wrote."""
+        """Execute ``transfers`` one after the other, because one may read rows that another
+        wrote."""
         for transfer in transfers:
             if not isinstance(transfer, Move):
-                assert self.copier is not None, "there is no memory below the device's"
+                assert self.copier is not None, "there is no tier outside the device"
                 self.copier.make(transfer)
                 continue
             rows = self._tensors.rows
@@ -50,34 +51,37 @@ class Copies:
             self._cache_write.move_rows(rows, sources, targets)
 
     def restore(self, copies: Sequence[tuple[int, int]]) -> None:
-        """(checkpoint slot, own slot)."""
+        """Copy checkpoints to running states: (checkpoint slot, own slot)."""
         if self._tensors.checkpoints is None:
             self.copy_states(copies)
         else:
             self._tensors.checkpoints.restore(copies, self._state_copy)
 
     def save(self, copies: Sequence[tuple[int, int]]) -> None:
-        """(slot of a state, checkpoint slot)."""
+        """Copy states to checkpoints: (slot of a state, checkpoint slot)."""
         if self._tensors.checkpoints is None:
             self.copy_states(copies)
         else:
             self._tensors.checkpoints.save(copies, self._state_copy)
 
     def settle(self, running: RunningStates) -> None:
-        """Rows and states are where their owners know them after, but those of a step that is to be
-        committed: for who reads or writes them by their numbers."""
+        """Complete pending writes and copy displaced states back, except for a step that is not
+        committed yet.
+
+        Rows and states can be read and written by their indices afterwards.
+        """
         if self.pending is not None:
             self.pending.settle()
         self.bring_home(running)
 
     def bring_home(self, running: RunningStates, but: Collection[int] = ()) -> None:
-        """Whoever is away comes home, but for the sequences with these own slots."""
+        """Copy displaced states back to their own slots, except those of the own slots ``but``."""
         astray = running.astray(but)
         self.copy_states(astray)
         running.come_home(astray)
 
     def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
-        """(slot of a state, another of these)."""
+        """Copy states: (slot of a state, target slot)."""
         if not copies or not self._tensors.states:
             return
         pairs = np.array(copies, dtype=np.int32).T.copy()

@@ -1,4 +1,4 @@
-"""What the layers read of a step: a Batch as tensors."""
+"""Inputs of the layers for one step: a Batch as tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kernels.upload import upload
 
 
 class StepInputs:
-    """Lays out the tokens of a batch, its decodes first, in rows of a ``multiple``."""
+    """Arranges the tokens of a batch, decodes first, padded to a multiple of ``multiple`` rows."""
 
     def __init__(
         self,
@@ -42,10 +42,10 @@ class StepInputs:
         self.tile_size = tile_size
         self._device = table.device.device
         self.on_mixed: Callable[[int], None] | None = None
-        """Called in steps with prompts in them: see ``LayerInputs``."""
+        """Called in steps with prefills; see ``LayerInputs``."""
 
     def of(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
-        """Token ids ``[num_rows]`` and everything the layers read."""
+        """Return token ids ``[num_rows]`` and all other inputs of the layers."""
         segments = batch.segments
         num_tokens = batch.num_tokens
         num_rows = -(-num_tokens // self._multiple) * self._multiple

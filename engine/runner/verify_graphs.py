@@ -1,17 +1,16 @@
-"""A step of decoding sequences of which some have drafts, as one graph.
+"""Graphs of steps with drafts: all decoding sequences are computed in one graph.
 
-It is one for a number of tokens, however many sequences share them: kernels read where a sequence
-begins and how long it is where these lie. A sequence without drafts is one of one token, whose
-state moves on in its own slot.
+There is one graph per number of tokens, for any number of sequences: kernels read the start and
+length of each sequence from memory. A sequence without drafts has one token, and its state is
+updated in its own slot.
 
-A graph of native kernels, on a CPU, is right for whatever lies there. Triton kernels are launched
-for bounds: KV lengths up to a bucket's, sequences of no more tokens than a draft and the sure one,
-and all tokens in one chunk of attention (`kernels.attention.splits.is_one_chunk`); beyond these
-there is no graph, and a step is launched kernel by kernel. Padding keeps to the same bounds: it is
-as many sequences as it takes.
+A graph of native kernels, on a CPU, is correct for all sizes. Triton kernels are launched for
+bounds: KV lengths up to a bucket's, sequences of at most a draft and one more token, and all tokens
+in one chunk of attention (`kernels.attention.splits.is_one_chunk`). There is no graph beyond these
+bounds, and the step is launched kernel by kernel. Padding sequences keep the same bounds.
 
-``record`` does what it records, once: the first step of a bucket costs no second one, and moves
-states that move on in their slots no further than any other step.
+``record`` also executes the recorded step exactly once, so states that are updated in place are not
+advanced twice.
 """
 
 from __future__ import annotations
@@ -37,21 +36,24 @@ from kernels.packed import Packed, running_sum
 from kernels.upload import upload
 
 NATIVE_SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 20, 24, 28, 32, 36, 40, 48, 56, 64)
-"""Tokens: every length of one sequence with its drafts, where that is the default's."""
+"""Numbers of tokens, including every length of one sequence with drafts of default length."""
 Bucket = tuple[int, int]
 """(tokens, KV bound)."""
 
 
 def native_buckets(max_model_len: int) -> list[Bucket]:
-    """Of native kernels: one bound is enough. The largest first."""
+    """Return the buckets of native kernels, largest first. They need only one KV bound."""
     return [(size, max_model_len) for size in NATIVE_SIZES[::-1]]
 
 
 def device_buckets(
     model: Decoder, sizes: ModelSizes, *, max_tokens: int, max_model_len: int
 ) -> list[Bucket]:
-    """Of Triton kernels, for steps of up to ``max_tokens``: powers of two, where each attention of
-    this rank's ``sizes`` is one chunk. The largest first."""
+    """Return the buckets of Triton kernels for steps of up to ``max_tokens``, largest first.
+
+    The numbers of tokens are powers of two for which each attention of this rank's ``sizes`` is one
+    chunk.
+    """
     is_one_chunk = model.build.kernels["attention"].is_one_chunk
     heads = [(m.num_heads, m.head_dim) for m in sizes.mixers if isinstance(m, AttentionSizes)]
     counts = [4]
@@ -66,7 +68,7 @@ def device_buckets(
 
 
 class VerifyGraphs:
-    """Graphs of the ``buckets``, of sequences of up to ``longest`` tokens each."""
+    """Graphs of the ``buckets``, for sequences of up to ``longest`` tokens each."""
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class VerifyGraphs:
         longest: int,
         is_native: bool,
     ) -> None:
-        """``buckets``: the largest first, one or more. ``is_native``: the kernels read the host's
+        """``buckets``: largest first, at least one. ``is_native``: the kernels read the host's
         memory."""
         self._forward, self._head, self._memory = forward, model.head, memory
         self._running, self._longest = running, longest
@@ -91,16 +93,16 @@ class VerifyGraphs:
         self._sizes, self._bounds = (sorted(set(part)) for part in zip(*buckets, strict=True))
         self._replays: dict[Bucket, Replay] = {}
         most, device = self._sizes[-1], table.device.device
-        # Rows of a multiple of 16 bytes: kernels are compiled for tables that are aligned.
+        # Rows of a multiple of 16 bytes, because kernels are compiled for aligned tables.
         self._host_tokens = np.zeros((4, most), np.int64)
-        """Id, position and KV index of each token, and which one comes before it."""
+        """Id, position and KV index of each token, and the index of the token before it."""
         self._host_tables = np.zeros((5, -(-(most + 1) // 4) * 4), np.int32)
-        """The slot of the state after each token; row, KV length and slot of each sequence; and
-        where the sequences begin."""
+        """Slot of the state after each token; row, KV length and slot of each sequence; start of
+        each sequence."""
         self._is_native = is_native
         host = torch.from_numpy(self._host_tokens), torch.from_numpy(self._host_tables)
         self._tokens, self._tables = (x.to(device, copy=not is_native) for x in host)
-        """The same where kernels read them."""
+        """The same tables in the memory that kernels read."""
         self._logits = model.embedding.weight.new_empty(most, model.config.vocab_size)
 
     @classmethod
@@ -119,9 +121,13 @@ class VerifyGraphs:
         max_verified: int,
         is_native: bool,
     ) -> VerifyGraphs | None:
-        """For steps with up to ``max_verified`` tokens of sequences with drafts, and sequences
-        without; ``sizes``: of this rank. None: nothing is verified, a mixer knows nothing of drafts
-        (``stepwise`` reads lengths on the host), or not even the smallest step suits a graph."""
+        """Make the graphs for steps with up to ``max_verified`` tokens of sequences with drafts,
+        and sequences without.
+
+        ``sizes`` are those of this rank. Returns None if nothing is verified, if a mixer does not
+        support drafts (``stepwise`` reads lengths on the host), or if the smallest step is too
+        large for a graph.
+        """
         if not max_verified or not all(verifies(step.block) for step in model.mixers):
             return None
         max_running, max_model_len = table.padding_row, table.host.shape[1]
@@ -139,8 +145,8 @@ class VerifyGraphs:
         return cls(*parts, buckets=buckets, longest=longest, is_native=is_native)
 
     def run(self, segments: Sequence[Segment]) -> torch.Tensor | None:
-        """Logits of every token, ``[num_tokens, vocab]``, or None for more, or longer sequences,
-        than any bucket holds."""
+        """Compute the logits of every token, ``[num_tokens, vocab]``, or return None if the step
+        does not fit into a bucket."""
         count = sum(len(segment.token_ids) for segment in segments)
         size = bucket_for(count, self._sizes)
         bound = bucket_for(max(segment.end for segment in segments), self._bounds)
@@ -154,12 +160,12 @@ class VerifyGraphs:
         return self._logits[:count].clone()
 
     def capture(self, bucket: Bucket) -> None:
-        """Make the graph of one of the ``buckets``. Computes on padding."""
+        """Capture the graph of one of the ``buckets``, computed on padding."""
         self._fill((), bucket[0])
         self._replays[bucket] = self._recorded(*bucket)
 
     def _fill(self, segments: Sequence[Segment], size: int) -> None:
-        """What is missing to ``size`` tokens is sequences of padding."""
+        """Write the inputs of ``segments``, and padding sequences up to ``size`` tokens."""
         tokens, tables = self._host_tokens, self._host_tables
         memory, host = self._memory, self._table.host
         step_slots = iter(self._running.step_slots)
@@ -193,7 +199,8 @@ class VerifyGraphs:
             self._tables.copy_(upload(tables, torch.int32, device))
 
     def _recorded(self, size: int, bound: int) -> Replay:
-        """Compute the step that is filled in; what computes another one."""
+        """Compute the step in the input tables, and return the function that computes the next
+        one."""
         token_ids, positions, kv_indices, before = self._tokens[:, :size].unbind()
         step_slots, rows, kv_lens, slots = self._tables[:4, :size].unbind()
         bounds = _in_pieces(size, self._longest)
@@ -230,7 +237,8 @@ class VerifyGraphs:
 
 
 def _in_pieces(num_tokens: int, longest: int) -> list[int]:
-    """
+    """Split a number of tokens into lengths of at most ``longest``.
+
     >>> _in_pieces(11, 5)
     [5, 5, 1]
     """

@@ -1,9 +1,8 @@
-"""Compiles kernels and captures graphs before the first request: Triton compiles, graphs are
-captured.
+"""Warm-up before the first request: compiles Triton kernels and captures graphs.
 
-A kernel is launched in other shapes for few tokens than for many, and what it chooses by changes
-at powers of two: one rehearsed step in every octave of lengths, and a served step finds its kernels
-whatever its length is. All steps are computed on padding: they read and write no request's memory.
+The launch parameters of a kernel change with the number of tokens, at powers of two. So one step in
+every octave of lengths is rehearsed, and a later step of any length finds its kernels compiled. All
+steps are computed on padding: they read and write no request's memory.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class WarmableRunner(Protocol):
-    """Part of ``ModelRunner`` that a warm-up uses; see there."""
+    """Part of ``ModelRunner`` that a warm-up uses."""
 
     device: Device
     tensors: Memory
@@ -50,20 +49,21 @@ class WarmableRunner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class WarmUp:
-    """What was made, and what it took."""
+    """Results and costs of a warm-up."""
 
     num_steps: int
     num_decode_graphs: int
     num_verify_graphs: int
-    """Of steps in which some have drafts."""
+    """Number of graphs of steps with drafts."""
     num_prefill_graphs: int
-    """A bucket of prefills counts once; it has a graph per layer and one more."""
+    """Number of buckets of prefills. Each has a graph per layer and one more."""
     num_bytes: int
-    """Of device memory, for good."""
+    """Device memory that stays allocated."""
     seconds: float
 
     def describe(self) -> str:
-        """
+        """Return the line for the start screen.
+
         >>> WarmUp(31, 25, 0, 8, 2**29, 41.5).describe()
         '25 decode graphs, 8 prefill graphs and 31 steps in 41.50 s, 512.0 MiB'
         """
@@ -80,8 +80,8 @@ class WarmUp:
 
 @torch.inference_mode()
 def warm_up(runner: WarmableRunner) -> WarmUp:
-    """Capture every graph that ``runner`` may ever replay, the largest first, and compile what runs
-    beside them."""
+    """Capture every graph that ``runner`` may replay, largest first, and compile all other
+    kernels."""
     began, free_bytes = time.perf_counter(), runner.device.unused_bytes()
     decodes, verifies, prefills = captures(runner)
     steps: list[Callable[[], object]] = [
@@ -104,12 +104,14 @@ def warm_up(runner: WarmableRunner) -> WarmUp:
 
 @torch.inference_mode()
 def measure(runner: WarmableRunner) -> int:
-    """Bytes that graphs and the largest step take beside what is there already. The first graph of
-    each kind takes what all share; the second is taken for what each of the others adds.
+    """Measure the additional bytes that graphs and the largest step take.
 
-    Before each reading but the last torch hands back what it keeps: what loading left would else be
-    counted as taken, until a capture hands it back and the graphs seem to take nothing. What the
-    step leaves is what it needs, and counts."""
+    The first graph of each kind takes the memory that all share; the second is used to estimate
+    each further one. Before each reading except the last, torch releases its cached memory.
+    Otherwise memory cached during loading would count as used until a capture releases it, and
+    graphs would seem to take nothing. The memory that the step leaves cached is needed by it, and
+    counts.
+    """
     device = runner.device
     before, num_bytes = device.unused_bytes(), 0
     for kind in captures(runner):
@@ -127,8 +129,8 @@ def measure(runner: WarmableRunner) -> int:
 
 
 def captures(runner: WarmableRunner) -> tuple[list[Callable[[], None]], ...]:
-    """What captures each decode graph, each verify graph, and each bucket of prefill graphs, the
-    largest of each kind first."""
+    """Return functions that capture each decode graph, each verify graph, and each bucket of
+    prefill graphs, largest of each kind first."""
     (decodes, prefills), verifies = runner.graphs, runner.verify_graphs
     return (
         [partial(decodes.capture, bucket) for bucket in decodes.buckets] if decodes else [],
@@ -138,12 +140,12 @@ def captures(runner: WarmableRunner) -> tuple[list[Callable[[], None]], ...]:
 
 
 def lengths(most: int) -> list[int]:
-    """From ``most`` down to 1: it and the powers of two below."""
+    """Return ``most`` and the smaller powers of two, down to 1."""
     return [most, *(2**power for power in reversed(range((most - 1).bit_length())))]
 
 
 def guesses(runner: WarmableRunner) -> list[list[Newest]]:
-    """What a multi-token head is asked for, if there is one."""
+    """Return the inputs for rehearsing a multi-token head, if there is one."""
     slot = runner.tensors.padding_slot
     if not runner.num_guesses or slot is None:
         return []
@@ -152,7 +154,7 @@ def guesses(runner: WarmableRunner) -> list[list[Newest]]:
 
 
 def rehearsals(runner: WarmableRunner) -> Iterator[Batch]:
-    """Steps of every kind, the largest first."""
+    """Yield steps of every kind, largest first."""
     row = runner.table.padding_row
     slot, saved = runner.tensors.padding_slot, runner.tensors.padding_checkpoint
     longest = runner.max_model_len

@@ -1,1 +1,2 @@
-"""Who computes what in the next step, and with which memory. Integers only: no torch."""
+"""Scheduling: selects the requests and token ranges of each step. Works on integers without
+torch."""

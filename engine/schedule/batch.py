@@ -13,38 +13,37 @@ from msgspec import Struct, structs
 from hybridcache.allocators.moves import Transfer
 
 KEPT = "kept"
-"""Target of write-through copies to disk: the entry stays in its tier as well."""
+"""Target of write-through copies to disk: the entry also stays in its tier."""
 
 
 class BytesLost(RuntimeError):
-    """Data that a batch had to load is missing: its rows must not be read."""
+    """Data that a batch had to load is missing, so its rows must not be read."""
 
 
 class Segment(Struct, frozen=True):
     """One request's tokens in one step."""
 
     row: int
-    """Its row of the RequestTable, which already lists a KV index for every position up to
-    ``end``."""
+    """Row in the RequestTable, which already lists a KV index for every position up to ``end``."""
     slot: int | None
-    """Its own state slot, read and written in place; None for attention-only models."""
+    """State slot of the request, read and written in place; None for attention-only models."""
     token_ids: npt.NDArray[np.int32]
     """The tokens to compute, int32[length]."""
     start: int
-    """Absolute position of the first; in a prefill a multiple of the grid. At 0 the state starts
-    from zero."""
+    """Absolute position of the first token; in a prefill a multiple of the grid. A segment that
+    starts at 0 starts with a zero state."""
     is_decode: bool
-    """One token, and drafts, by the recurrent path. A prefill segment of one token still takes the
-    chunked path, for exactness."""
+    """True for one token, and its drafts, on the recurrent path. A prefill segment of one token
+    still takes the chunked path, for exactness."""
     exports: tuple[tuple[int, int], ...] = ()
     """Checkpoints to save in this step: (absolute position, slot), positions on the grid in (start,
     end]."""
     logits: Literal["last", "all", "none"] = "last"
     """Positions that need logits."""
     namespace: Hashable = None
-    """Namespace of its prefixes. Only a runner that verifies its reads uses it."""
+    """Namespace of the request's prefixes. Only a runner that verifies its reads uses it."""
     num_drafts: int = 0
-    """Number of drafted tokens at the end of a decode. ``Runner.commit`` writes its state and its
+    """Number of draft tokens at the end of a decode. ``Runner.commit`` writes its state and its
     exports."""
 
     @property
@@ -59,27 +58,29 @@ class Segment(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decode segments first, those with drafts behind the others, then prefill segments. Without
-    segments it is made for its moves; with neither it is never computed, and may bring no copies:
-    AssertionError.
+    """Input of one step: decode segments without drafts, then those with drafts, then prefill
+    segments.
 
-    Before the forward pass, in this order: moves, row writes, restores."""
+    Before the forward pass, ``moves``, ``row_writes`` and ``restores`` are executed, in this order.
+    A batch without segments is executed for its moves only. A batch with neither is never executed
+    and must not contain copies (AssertionError).
+    """
 
     segments: tuple[Segment, ...]
     restores: tuple[tuple[int, int], ...] = ()
-    """State copies to make before the forward pass: (checkpoint slot, request slot)."""
+    """State copies before the forward pass: (checkpoint slot, request slot)."""
     row_writes: tuple[tuple[int, int, npt.NDArray[np.int32]], ...] = ()
-    """RequestTable updates to make before the forward pass: (row, start, KV indices)."""
+    """RequestTable updates before the forward pass: (row, start, KV indices)."""
     late_tokens: tuple[tuple[int, int], ...] = ()
-    """Decode tokens that are only on the device so far: (segment, row of the tokens drawn by the
-    step before)."""
+    """Decode tokens that are only on the device so far: (segment, row among the tokens drawn by the
+    previous step)."""
     moves: tuple[Transfer, ...] = ()
     """Moves of arena rows and transfers between tiers, in this order; see
     ``hybridcache.allocators.moves``."""
 
     def __post_init__(self) -> None:
         copies = self.restores or self.row_writes
-        assert self.segments or self.moves or not copies, "copies in a batch that nobody computes"
+        assert self.segments or self.moves or not copies, "copies in a batch that is not executed"
 
     @property
     def num_tokens(self) -> int:
@@ -98,9 +99,12 @@ class Batch:
 
 
 def pieces(batch: Batch, max_exports: int) -> list[Batch]:
-    """The same work in as many batches, one after the other, as prefills need that export at most
-    ``max_exports`` checkpoints, 1 or more, in each. A prefill is cut behind a checkpoint: on the
-    grid, so no bit changes. Rows of logits follow each other as in ``batch``."""
+    """Split a batch so that prefills export at most ``max_exports`` checkpoints (1 or more) in each
+    part.
+
+    The parts are executed one after the other. A prefill is cut after a checkpoint, which is on the
+    grid, so no bit changes. The rows of logits of all parts together are those of ``batch``.
+    """
     parts: list[list[Segment]] = [[]]
     room = max_exports
     for segment in batch.segments:
@@ -120,7 +124,7 @@ def pieces(batch: Batch, max_exports: int) -> list[Batch]:
 
 
 def _cut(segment: Segment, position: int) -> tuple[Segment, Segment]:
-    """A prefill up to ``position``, and from there on."""
+    """Split a prefill at ``position``."""
     tokens, exports = segment.token_ids, segment.exports
     first = structs.replace(
         segment,

@@ -1,4 +1,4 @@
-"""Drafters of tokens, and the planner that distributes them over a step."""
+"""Interfaces of drafters, and of the planner that distributes drafts over a step."""
 
 from __future__ import annotations
 
@@ -12,56 +12,58 @@ from hybridcache.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens guessed to follow those of a request."""
+    """Tokens proposed as a continuation of a request."""
 
     tokens: Tokens
-    """int32[d], d of 1 or more."""
+    """int32[d] with d of 1 or more."""
     source: str
-    """The name of the drafter."""
+    """Name of the drafter."""
 
 
 class Newest(NamedTuple):
-    """Newest token of a request, which is not computed yet, and the location of the tokens
-    before it on the device."""
+    """Newest token of a request, which is not computed yet, and where the device stores the tokens
+    before it."""
 
     row: int
     """Row in the request table."""
     slot: int
-    """Slot of its state."""
+    """State slot."""
     token_id: int
     position: int
-    """1 or more."""
+    """Position of the token, 1 or more."""
 
 
 class Drafter(Protocol):
-    """Source of drafts. A wrong draft costs time and changes no token.
+    """Source of drafts. A wrong draft costs time but changes no token.
 
-    It is called between two steps, for all requests at once that may take drafts. A drafter that
+    It is called between two steps, once for all requests that may take drafts. A drafter that
     computes, such as the model's multi-token head, makes one pass over the batch. It reads a hidden
-    vector of each request, declared as a state of the sequence: checkpoints save it, and commits
-    move it on, as any other state.
+    vector of each request, declared as a state of the sequence: like any other state, it is saved
+    with checkpoints and advanced by commits.
     """
 
     @property
     def name(self) -> str: ...
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens | None]:
-        """Return a guess for each (request, most tokens), in order: int32[d], d from 0 to that
-        number. None if the drafter needs more steps before it can say: it is asked again in the
-        next one. A bounded time: all requests wait for it."""
+        """Return a draft for each (request, maximum number of tokens), in order: int32[d].
+
+        None if the drafter needs more steps; the next step calls it again. Must take a bounded
+        time, because all requests wait for it.
+        """
         ...
 
     def forget(self, request: Request) -> None:
-        """``request`` has ended."""
+        """Drop the state of ``request``, which has ended."""
         ...
 
     def reset(self) -> None:
-        """The cache was emptied: nothing is known of requests that ended."""
+        """Drop the state of requests that ended: the cache was emptied."""
         ...
 
 
 class DraftPlanner(Protocol):
-    """Decides which decoding requests get drafts, and of which length; see ``Drafting``."""
+    """Decides which decoding requests get drafts, and how long the drafts are; see ``Drafting``."""
 
     @property
     def requests(self) -> Set[Request]:
@@ -69,7 +71,8 @@ class DraftPlanner(Protocol):
         ...
 
     def propose(self, decoding: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
-        """Return drafts for some of the (request, most tokens that still fit) that decode."""
+        """Return drafts for some of the decoding (request, maximum number of tokens that still
+        fit)."""
         ...
 
     def may_guess(self, decoding: Iterable[Request]) -> bool:
@@ -81,7 +84,7 @@ class DraftPlanner(Protocol):
         ...
 
     def learn(self, request: Request, draft: Draft, num_accepted: int) -> None:
-        """Note how much of a draft was accepted."""
+        """Record how many tokens of a draft were accepted."""
         ...
 
     def forget(self, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""Waiting requests whose prefix is loaded from another engine, host memory or a disk.
+"""Waiting requests with a prefix to load from another engine, host memory or a disk.
 
 Each waiting request is checked once before it is admitted. If a ``Fetcher`` can load more of its
 prompt than the cache holds, the request is held until that load has ended, successfully or not.
@@ -6,8 +6,8 @@ Then it is admitted like any other and computes the rest. A request is held for 
 reasons: its own load is in progress, another request's load brings the same prefix, or all load
 slots are taken.
 
-A request that loads nothing is never held, whatever the slots do: requests behind a held one are
-admitted as if it were not there, and running requests do not wait.
+A request that loads nothing is never held: requests behind a held one are admitted as if it were
+not there, and running requests do not wait.
 """
 
 from __future__ import annotations
@@ -22,72 +22,77 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import common_prefix_len
 
 IDLE_S = 0.01
-"""A step with nothing to compute waits so long for what is fetched: orders come between two
+"""Maximum wait for a load in a step with nothing to compute. Commands of callers run between two
 steps."""
 
 
 class Fetch(Protocol):
-    """One prefix on its way."""
+    """Load of one prefix."""
 
     @property
     def has_ended(self) -> bool:
-        """Nothing more will come: it is in the cache, or given up. Changes in ``Fetcher.advance``
-        alone."""
+        """True if the load is complete or was given up. Only ``Fetcher.advance`` changes it."""
         ...
 
     @property
     def end(self) -> int:
-        """Where the prefix ends."""
+        """Length of the prefix that is loaded."""
         ...
 
     @property
     def num_fetched(self) -> int:
-        """Tokens of KV that came into the cache; 0 as long as it has not ended, or where it was
-        given up."""
+        """Number of tokens of KV that were loaded into the cache. 0 before the end, or if the load
+        was given up."""
         ...
 
     @property
     def transferred(self) -> Transferred | None:
-        """What went between engines for it, once it has ended; None: another engine has no part in
-        it."""
+        """Statistics of the transfer between engines after the end, or None if no other engine is
+        involved."""
         ...
 
     def cancel(self) -> None:
-        """Nobody waits for it any more: what it holds is free when this returns."""
+        """End the load, because no request waits for it. Its memory is free when this returns."""
         ...
 
 
 class Fetcher(Protocol):
-    """Brings prefixes into the cache. Only the engine's thread calls it, between two steps or, to
-    begin a fetch, while a step is planned."""
+    """Loads prefixes into the cache. Called in the engine's thread only, between two steps or, to
+    begin a load, while a step is planned."""
 
     @property
     def has_room(self) -> bool:
-        """Whether another fetch may begin."""
+        """True if another load may begin."""
         ...
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
-        """Return whether ``begin`` would load anything for ``request``, whose prefix in the cache
-        is ``match``. Takes no memory and does not depend on ``has_room``."""
+        """Return True if ``begin`` would load anything for ``request``.
+
+        ``match`` is the request's prefix in the cache. Allocates no memory and does not depend on
+        ``has_room``.
+        """
         ...
 
     def begin(self, request: Request, match: PrefixMatch) -> Fetch | None:
-        """Load what ``request``, whose prefix in the cache is ``match``, lacks: called right after
-        ``wants`` was True and ``has_room``. None if there is no memory. May evict cached
-        entries."""
+        """Start to load the part of the prompt of ``request`` after ``match``, its prefix in the
+        cache.
+
+        Called directly after ``wants`` returned True, with ``has_room`` True. Returns None for lack
+        of memory. May evict cached entries.
+        """
         ...
 
     def advance(self) -> None:
-        """Copy what has come into rows and slots, and publish what is complete. A bounded time:
-        those who run wait for it."""
+        """Copy arrived data into rows and slots, and publish complete loads. Must take a bounded
+        time, because running requests wait for it."""
         ...
 
     def wait(self, timeout_s: float) -> None:
-        """Sleep until something has come that ``advance`` would take."""
+        """Sleep until data has arrived for ``advance``."""
         ...
 
     def close(self) -> None:
-        """The engine ends."""
+        """End all loads: the engine ends."""
         ...
 
 
@@ -98,8 +103,8 @@ class Fetching(StepHooks):
         self._manager, self._fetcher = manager, fetcher
         self._pending: dict[Request, Fetch] = {}
         self._held: dict[Request, Request | None] = {}
-        """Requests without a load of their own, each with the request whose load brings its prefix;
-        None if it waits for a load slot."""
+        """Requests without a load in progress, each with the request that loads its prefix, or None
+        if it waits for a load slot."""
 
     @property
     def requests(self) -> set[Request]:
@@ -107,7 +112,7 @@ class Fetching(StepHooks):
         return {*self._pending, *self._held}
 
     def is_holding(self, request: Request) -> bool:
-        """Return whether ``holds`` would be True again without looking at the tokens of waiting
+        """Return True if ``holds`` would be True again, without reading the tokens of waiting
         ``request``. O(1)."""
         fetch = self._pending.get(request)
         if fetch is not None:
@@ -120,8 +125,11 @@ class Fetching(StepHooks):
         return other in self._pending and not self._pending[other].has_ended
 
     def holds(self, request: Request) -> bool:
-        """Return whether waiting ``request`` must wait for a load; begins its own load if there is
-        one to begin and a free slot. O(1) while nothing changed for it, else O(its length)."""
+        """Return True if waiting ``request`` must wait for a load. Begins its load if one is due
+        and a slot is free.
+
+        O(1) while nothing changed for the request, else O(its length).
+        """
         if self.is_holding(request):
             return True
         self._held.pop(request, None)
@@ -144,8 +152,11 @@ class Fetching(StepHooks):
         return True
 
     def _loading_for_another(self, request: Request, kv_match_len: int) -> Request | None:
-        """Return a request whose load brings KV of ``request`` past ``kv_match_len``, the
-        cached length; None if there is none."""
+        """Return a request with a load that covers more than ``kv_match_len`` of ``request``, or
+        None.
+
+        ``kv_match_len`` is the cached length.
+        """
         least = kv_match_len + self._manager.checkpoint_grid
         for other, fetch in self._pending.items():
             if (
@@ -165,7 +176,8 @@ class Fetching(StepHooks):
             fetch.cancel()
 
     def on_cache_lost(self) -> None:
-        """Cancel all loads: the contents of rows are unknown. Waiting requests compute."""
+        """Cancel all loads, because the contents of all rows are unknown. Waiting requests compute
+        instead."""
         for request in tuple(self._pending):
             self.forget(request)
             request.fetched_len = 0
@@ -175,7 +187,7 @@ class Fetching(StepHooks):
         self._fetcher.advance()
 
     def wait(self) -> None:
-        """Nothing can be computed: sleep a little, or until something has come."""
+        """Sleep briefly, or until data has arrived, because nothing can be computed."""
         if self._pending:
             self._fetcher.wait(IDLE_S)
 

@@ -1,4 +1,4 @@
-"""Work of the engine's thread between steps: the hooks that an engine calls around each step."""
+"""Hooks that the engine calls around each step."""
 
 from __future__ import annotations
 
@@ -17,37 +17,40 @@ class StepHooks:
         return False
 
     def before_step(self) -> None:
-        """Take in events since the last step, in a bounded time."""
+        """Process events since the last step, in a bounded time."""
 
     def wait(self) -> None:
-        """Sleep briefly, or until ``before_step`` has something to do: nothing can be computed."""
+        """Sleep briefly, or until ``before_step`` has work, because nothing can be computed."""
 
     def after_step(self, plan: Plan, seconds: float) -> None:
-        """Note that ``plan`` was computed in ``seconds``. It is committed next."""
+        """Record that ``plan`` was computed in ``seconds``. It is committed next."""
 
     def on_step_failed(self) -> None:
-        """End work that depends on the step: it broke off, and its results are unknown."""
+        """End work that depends on the step, which failed with unknown results."""
 
     def on_cache_lost(self) -> None:
         """End transfers in progress: the contents of all rows are unknown, and the cache is about
         to be emptied."""
 
     def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """Follow the cache, which was emptied: on request, or since its rows were lost."""
+        """Update the plugin after the cache was emptied. ``was_lost``: its rows were lost, and no
+        caller requested it."""
 
     def on_idle(self) -> float | None:
-        """Do background work. Returns seconds until there is more of it; None if there is not."""
+        """Do background work. Returns the seconds until the next task is due, or None if there is
+        none."""
         return None
 
     def stop_accepting(self) -> None:
         """Accept no more work from other processes and finish the work in progress. May be called
-        again."""
+        repeatedly."""
 
     def disconnect(self) -> None:
-        """End all work for and by other processes. May be called again."""
+        """End all work done for other processes or requested from them. May be called
+        repeatedly."""
 
     def close(self) -> None:
-        """Complete pending writes: the last step is done."""
+        """Complete pending writes after the last step."""
 
     def report(self) -> Mapping[str, Any]:
         """Return fields of ``CacheReport``."""

@@ -17,7 +17,7 @@ from hybridcache.tokens import Tokens
 NO_TOKENS: Tokens = np.empty(0, np.int32)
 NO_TOKENS.setflags(write=False)
 UNKNOWN: Tokens = np.zeros(1, np.int32)
-"""Stands for a token that is drawn but not known to the host."""
+"""Placeholder for a token that is drawn but has not reached the host."""
 
 
 class Task(Struct, frozen=True):
@@ -25,24 +25,25 @@ class Task(Struct, frozen=True):
 
     request: Request
     lease: object
-    """The request's lease when the step was made: a request that lost it meanwhile takes nothing
-    from the step."""
+    """Lease of the request when the step was planned. If the request has lost it in the meantime,
+    the results of the step do not apply to it."""
     start: int
     end: int
     """``computed_len`` before and after the step."""
     is_decode: bool
     samples: bool
-    """Its last position's logits give the next token."""
+    """True if the logits of the last position give the next token."""
     scores: bool
-    """All its positions' logits are wanted, for the prompt's log-probabilities."""
+    """True if the logits of all positions are needed, for the prompt's log-probabilities."""
     draft: Draft | None
     """Draft that is verified in this step; its tokens are the last below ``end``."""
     is_late: bool = False
-    """Its token is drawn, but not known to the host."""
+    """True if the token to compute is drawn but has not reached the host."""
 
     @classmethod
     def of(cls, request: Request, end: int, draft: Draft | None = None) -> Task:
-        """``request`` computes from where it stands up to ``end``, and its ``draft``."""
+        """Make the task that computes ``request`` from its scheduled length up to ``end``, and
+        ``draft``."""
         is_decode = request.scheduled_len >= request.prefill_len
         return cls(
             request=request,
@@ -62,7 +63,7 @@ class Task(Struct, frozen=True):
 
     @property
     def token_ids(self) -> Tokens:
-        """Tokens that it computes, with a placeholder for a late one."""
+        """Token ids to compute, with a placeholder for a late one."""
         if self.is_late:
             return UNKNOWN
         if self.draft is None:
@@ -71,7 +72,7 @@ class Task(Struct, frozen=True):
         return np.concatenate([sure, self.draft.tokens])
 
     def segment(self, exports: tuple[tuple[int, int], ...]) -> Segment:
-        """Return the segment of this task; ``exports`` as there."""
+        """Return the segment of this task; see ``Segment`` for ``exports``."""
         lease, row = self.request.claims
         return Segment(
             row=row,
@@ -86,8 +87,11 @@ class Task(Struct, frozen=True):
         )
 
     def run_of(self, sampled: Iterator[SampledToken]) -> list[SampledToken]:
-        """The tokens that the step gave it: as many as its draft is right for, and one more. Takes
-        all that were drawn for it; each was drawn as if the draft before it were right."""
+        """Return the tokens that the step gave the request: the accepted drafts and one more.
+
+        Consumes all tokens that were drawn for the task. Each was drawn as if the drafts before it
+        were accepted.
+        """
         if not self.samples:
             return []
         run = [next(sampled)]
@@ -103,7 +107,7 @@ class Task(Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Batch and its tasks, in the same order."""
+    """A batch and its tasks, in the same order."""
 
     batch: Batch
     tasks: tuple[Task, ...]
@@ -122,4 +126,4 @@ class Plan:
 
 
 EMPTY = Plan(Batch(()), ())
-"""Nothing to compute now: the runner is not asked."""
+"""Plan without work: the runner is not called."""

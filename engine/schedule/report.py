@@ -1,4 +1,4 @@
-"""What the engine can say about its cache at any moment."""
+"""Report on the sizes, rates and losses of the engine's cache."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from hybridcache.scheduling.planner import AdmissionReport
 
 @dataclass(frozen=True, slots=True)
 class PoolReport:
-    """Where the units of one pool are: KV rows, state slots, or bytes. ``free + cached + held ==
-    total``.
+    """Usage of one pool, in KV rows, state slots or bytes. ``free + cached + held == total``.
 
-    In an arena what is free is free for rows and slots alike, so their totals change as it is used;
-    those of the bytes do not.
+    In an arena, free memory is available to rows and slots alike, so their totals change with its
+    use. The total of the bytes does not.
     """
 
     total: int
@@ -30,44 +29,45 @@ class PoolReport:
 
 @dataclass(frozen=True, slots=True)
 class TierReport:
-    """One memory below the device's, in bytes. ``free + cached == total``."""
+    """Usage of one tier outside the device, in bytes. ``free + cached == total``."""
 
     tier: str
     """``host`` or ``disk``."""
     total: int
     free: int
     cached: int
-    """Of what left the memory above and is nowhere nearer."""
+    """Bytes of entries that were offloaded and are in no faster tier."""
     taken_in: int
-    """That came from above since the start."""
+    """Bytes offloaded to this tier since the start."""
     fetched: int
-    """That went back to the device since the start."""
+    """Bytes loaded back to the device since the start."""
 
 
 @dataclass(frozen=True, slots=True)
 class FolderReport:
-    """The folder in which all that is cached is kept too, in bytes."""
+    """Folder to which all cached entries are also written, in bytes."""
 
     total: int
-    """The most that it may take."""
+    """Maximum size of the folder."""
     kept: int
-    """Of what can be read: what lies in a nearer memory too is counted with the rest."""
+    """Bytes that can be read from the folder, including entries that are also in a faster tier."""
     is_written: bool
-    """False if another engine writes to it, or while ``problem`` says why not."""
+    """True if this engine writes to the folder. False if another engine does, or if there is a
+    ``problem``."""
     skipped: int
-    """Runs and states not written since the start, for lack of room or time."""
+    """Number of runs and states not written since the start, for lack of room or time."""
     errors: int = 0
-    """Operations that the file system refused since the start."""
+    """Number of file system errors since the start."""
     problem: str | None = None
-    """Why the folder cannot be written, or not be used at all, at present. None if it can."""
+    """Reason why the folder currently cannot be written or used, or None if it can."""
 
 
 @dataclass(frozen=True, slots=True)
 class LowerReport:
-    """What lies below the device's memory."""
+    """Tiers outside the device."""
 
     tiers: tuple[TierReport, ...]
-    """The nearest first."""
+    """Tiers, fastest first."""
     folder: FolderReport | None
 
 
@@ -81,7 +81,8 @@ class CacheReport:
     grid: int
     page_size: int
     memory: str
-    """``arena``: KV rows and state slots are the same bytes; ``pools``: each has its own."""
+    """``arena`` if KV rows and state slots share one memory, ``pools`` if each has a separate
+    one."""
     bytes: PoolReport
     kv: PoolReport
     slots: PoolReport
@@ -91,18 +92,18 @@ class CacheReport:
     request_hit_rate: float
     usage: dict[str, int]
     """Counters since the start: requests, hits, prompt and cached tokens, tokens lost by cause, and
-    what came and went."""
+    insertions and evictions."""
     admission: str
-    """The policy that orders waiting requests."""
+    """Policy that orders waiting requests."""
     queue: AdmissionReport
     transfers: dict[str, int] | None = None
-    """What went to or came from other engines since the start, by the names of
-    ``TransferCounts``; None: nothing does."""
+    """Bytes and prefixes exchanged with other engines since the start, by the names of
+    ``TransferCounts``. None if there is no exchange."""
 
     lower: LowerReport | None = None
-    """None: there is nothing below the device's memory."""
+    """Tiers outside the device, or None if there are none."""
     draft_index_bytes: int = 0
-    """Host memory that drafters take for their indices of texts."""
+    """Host memory that the drafters' text indices take."""
 
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -119,8 +120,11 @@ def cache_report(
     queue: AdmissionReport,
     optional: Mapping[str, Any],
 ) -> CacheReport:
-    """Read the allocators, the tree and the leases. ``kind`` is the cache in use, ``optional`` has
-    the fields that plugins report. O(running requests + namespaces)."""
+    """Build the report from the allocators, the tree and the leases. O(running requests +
+    namespaces).
+
+    ``kind`` is the cache in use; ``optional`` has the fields that plugins report.
+    """
     cache = manager.cache
     held_tokens, held_slots = manager.held()
     kv = _pool(cache.free_tokens, cache.cached_tokens, held_tokens)
@@ -152,7 +156,7 @@ def _pool(free: int, cached: int, held: int) -> PoolReport:
 
 
 def _bytes(memory: MemorySizes, kv: PoolReport, slots: PoolReport) -> PoolReport:
-    """Of both together; what is free of an arena counts once."""
+    """Return the usage of rows and slots together. Free memory of an arena counts once."""
 
     def of(num_rows: int, num_slots: int) -> int:
         return num_rows * memory.row_bytes + num_slots * memory.slot_bytes

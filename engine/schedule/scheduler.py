@@ -1,6 +1,7 @@
-"""The engine's scheduler: the rules of ``StepPlanner``, the batches made of them, and their commit.
+"""The engine's scheduler: applies the rules of ``StepPlanner``, builds batches and commits their
+results.
 
-Where tokens are guessed ahead, the guesses come on top of a decoding request's one token.
+With speculation, draft tokens are added to the one token of a decoding request.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class Scheduler(StepPlanner[Request]):
-    """Plans steps, and takes them in once they are computed."""
+    """Plans steps and commits their results."""
 
     def __init__(
         self, manager: CacheManager, *, drafting: DraftPlanner | None = None, **options: Any
     ) -> None:
-        """``drafting``: decoding requests may get several tokens in a step. ``options`` are those
-        of ``StepPlanner``."""
+        """Prepare the scheduler. With ``drafting``, decoding requests may get several tokens per
+        step. ``options`` are those of ``StepPlanner``."""
         super().__init__(manager, **options)
         self._drafting = drafting
         self._verifies = False
@@ -37,16 +38,16 @@ class Scheduler(StepPlanner[Request]):
 
     @property
     def must_commit(self) -> bool:
-        """True if the step in flight has drafts: memory must not change before its commit."""
+        """True if the step in flight has drafts, so memory must not change before its commit."""
         return self._verifies and self._num_in_flight > 0
 
     @property
     def has_progressed(self) -> bool:
-        """Whether ``take_progressed`` has any."""
+        """True if ``take_progressed`` would return a request."""
         return bool(self._progressed)
 
     def abort(self, request: Request) -> None:
-        """End ``request`` at once, wherever it is; its rows, pages and slots are free when this
+        """End ``request`` at once, in any state. Its rows, pages and slots are free when this
         returns."""
         if request in self._progressed:
             self._progressed.remove(request)
@@ -60,9 +61,12 @@ class Scheduler(StepPlanner[Request]):
             self._fail(request, error)
 
     def recover(self) -> tuple[Request, ...]:
-        """Requeue the running requests: a step broke off, and the contents of their states are
-        unknown. They continue from published entries. Returns them, except those that had their
-        last token already."""
+        """Requeue the running requests after a failed step, which left the contents of their states
+        unknown.
+
+        They continue from published entries. Returns them, except those that had their last token
+        already.
+        """
         interrupted = []
         for request in tuple(self._running):
             if request.finish_reason is None:
@@ -77,20 +81,20 @@ class Scheduler(StepPlanner[Request]):
         return tuple(interrupted)
 
     def take_progressed(self) -> list[Request]:
-        """The requests that have something to report since the last call: after a commit that broke
-        off, those that it had come to."""
+        """Return the requests with something to report since the last call. After a failed commit,
+        these are the requests that it had processed."""
         progressed, self._progressed = self._progressed, []
         return progressed
 
     def schedule(self) -> Plan:
         """Choose the next step's tasks and claim the memory for it.
 
-        One step may be scheduled before the one before it is committed. Requests then continue from
+        A step may be scheduled before the previous one is committed. Requests then continue from
         ``scheduled_len``, with tokens that are only on the device. No request is preempted, and
-        requests with a rule that reads every token sit the step out.
+        requests with a rule that reads every token are not part of the step.
 
-        Such a step is empty if memory is short, if the step before has drafts, or if a request is
-        due for a draft, which follows the newest token. The other step is then committed first.
+        Such a step is empty if memory is short, if the previous step has drafts, or if a request is
+        due for a draft, which follows the newest token. The previous step is then committed first.
         """
         if self.must_commit or (self._num_in_flight and (self._must_wait or self._may_guess())):
             return EMPTY
@@ -104,7 +108,7 @@ class Scheduler(StepPlanner[Request]):
             if (exports := self._manager.take_checkpoint_slots(task.request, task.end)) is not None
         ]
         if not ready and not self._manager.has_moves:
-            # Changes of ``publish`` to a request's row wait for the next batch with tasks.
+            # Changes that ``publish`` makes to a request's row wait for the next batch with tasks.
             return EMPTY
         self._num_in_flight += bool(ready)
         self._verifies = bool(drafts)
@@ -162,20 +166,22 @@ class Scheduler(StepPlanner[Request]):
         scored: Sequence[Sequence[SampledToken]] = (),
         late: Container[int] = (),
     ) -> tuple[int, ...]:
-        """Take a computed step in: publish, append tokens, end finished requests. Returns how many
-        computed tokens of each task with a draft count, in the step's order.
+        """Commit a computed step: publish, append tokens, end finished requests.
 
-        ``sampled`` has one token for each task that samples and each token of its draft, ``scored``
-        the log-probabilities for each that scores, both in the step's order. Tokens of the
-        tasks at the places ``late`` are not drawn yet: see ``take_late``. A request with an
+        ``sampled`` has one token for each task that samples and each token of its draft. ``scored``
+        has the log-probabilities for each task that scores. Both are in the step's order. Tokens of
+        the tasks at the places ``late`` are not drawn yet: see ``take_late``. A request with an
         invalid token or NaN logits ends alone, with its ``error``.
+
+        Returns the number of computed tokens that count for each task with a draft, in the step's
+        order.
         """
         self._num_in_flight -= bool(plan.tasks)
         taken: list[int] = []
         tokens, scores, now_s = iter(sampled), iter(scored), self._clock()
         for place, task in enumerate(plan.tasks):
             run = task.run_of(tokens)
-            if place in late:  # Its tokens keep its place only.
+            if place in late:  # Its tokens are placeholders.
                 run = [one for one in run if one.token_id == NO_TOKEN]
             request = task.request
             scored_now = next(scores) if task.scores else ()
@@ -197,13 +203,16 @@ class Scheduler(StepPlanner[Request]):
 
     @property
     def awaiting_draw(self) -> list[Request]:
-        """Running requests with a computed newest token and a next one that waits for its
-        grammar."""
+        """Running requests with a computed newest token that wait for their grammar to draw the
+        next one."""
         return [r for r in self._running if r.awaits_draw and not r.num_drawn]
 
     def take_late(self, request: Request, sampled: SampledToken | None = None) -> None:
-        """Take the token that ``request`` awaited, drawn from its ``held_logits``. Without one, end
-        it if its grammar has: because the answer is over, or with an error."""
+        """Append the token that ``request`` waited for, drawn from its ``held_logits``.
+
+        Without a token, end the request if its grammar has ended: the answer is complete, or the
+        grammar failed.
+        """
         if sampled is not None:
             request.held_logits = None
             self._accept(request, [sampled], self._clock())
@@ -223,7 +232,7 @@ class Scheduler(StepPlanner[Request]):
         now_s: float,
         has_logits: bool = True,
     ) -> None:
-        """Append tokens; without any, the prompt was to be scored only."""
+        """Append tokens. Without any, the request only scored its prompt, and ends."""
         self._progressed.append(request)
         try:
             if not has_logits:
@@ -236,16 +245,19 @@ class Scheduler(StepPlanner[Request]):
             self._fail(request, error)
 
     def _end_if_finished(self, request: Request, has_logits: bool = True) -> None:
-        """Release the memory of a request that is done."""
+        """Release the memory of a finished request."""
         if request.finish_reason is not None:
-            # Without logits the KV and states of this step may be NaN too.
+            # Without logits, the KV and states of this step may be NaN too.
             self.leave(request, publishes=has_logits)
             self._forget_drafts(request)
 
     def _settle(self, task: Task, draft: Draft, num_accepted: int) -> int:
-        """Move a request to the end of the accepted part of its draft. Its newest token is not
-        computed, unless the next one is late (``num_accepted`` -1), and tokens after a stop do not
-        count. Returns the number of the task's tokens that count."""
+        """Move a request to the end of the accepted part of its draft. Returns the number of the
+        task's tokens that count.
+
+        The newest token is not computed, unless the next one is late (``num_accepted`` -1). Tokens
+        after a stop do not count.
+        """
         assert self._drafting is not None
         request = task.request
         request.computed_len = request.scheduled_len = request.num_tokens - (num_accepted >= 0)

@@ -1,1 +1,1 @@
-"""Text in, text out: tokenizers, chat templates, and the text of an answer as it grows."""
+"""Text processing: tokenizers, chat templates, and the text of growing answers."""

@@ -1,4 +1,4 @@
-"""What an answer is made of, in the order in which it comes."""
+"""Events of an answer, in the order of the answer: reasoning, text and tool calls."""
 
 from __future__ import annotations
 
@@ -13,41 +13,41 @@ CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 
 @dataclass(frozen=True, slots=True)
 class ReasoningDelta:
-    """More of what the model thinks before it answers."""
+    """Next part of the model's reasoning before its answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """More of the answer itself."""
+    """Next part of the answer."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallBegin:
-    """A tool is called; its arguments follow, until ``CallEnd``. A call is whole when it begins:
-    what follows is JSON, and the tool was offered."""
+    """Start of a tool call; its arguments follow, until ``CallEnd``. Emitted only for a complete
+    JSON call of an offered tool."""
 
     name: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """More of the JSON text of the arguments."""
+    """Next part of the JSON text of the arguments."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class CallEnd:
-    """The arguments are done."""
+    """End of the arguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class BrokenCall:
-    """The answer has a call that cannot be made; it is part of the text."""
+    """A call in the answer that cannot be made; it is part of the text."""
 
     why: str
 
@@ -60,11 +60,11 @@ class CallReading(Protocol):
     """Reads one answer's text and calls as the answer grows."""
 
     def push(self, text: str) -> list[Event]:
-        """Return what became certain."""
+        """Return the events that are certain after ``text``."""
         ...
 
     def flush(self, is_cut: bool) -> list[Event]:
-        """Return what was held back: there is no more text."""
+        """Return the events held back, after the end of the text."""
         ...
 
 
@@ -80,7 +80,7 @@ class CallForm(Protocol):
 
 
 def joined(events: Iterable[Event]) -> list[Event]:
-    """The same with neighbours of one kind in one event. O(length)."""
+    """Merge adjacent events of one kind. O(length)."""
     merged: list[Event] = []
     for kind, group in itertools.groupby(events, type):
         if issubclass(kind, _TEXTS):
@@ -91,7 +91,7 @@ def joined(events: Iterable[Event]) -> list[Event]:
 
 
 def as_message(events: Sequence[Event]) -> dict[str, Any]:
-    """Return an answer in the form that chat templates take. O(length)."""
+    """Return an answer as the message that chat templates take. O(length)."""
     content: list[str] = []
     reasoning: list[str] = []
     calls: list[tuple[str, list[str]]] = []

@@ -1,4 +1,4 @@
-"""Which form a model's answers have, by its chat template, and the reader of one answer."""
+"""Form of a model's answers, derived from its chat template, and the reader of one answer."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from engine.text.answer_events import CALL_CLOSE, CALL_OPEN, CallForm, Event, Te
 from engine.text.reasoning import ReasoningReader
 
 MARKS = (reasoning.OPEN, reasoning.CLOSE, CALL_OPEN, CALL_CLOSE)
-"""Tokens of a vocabulary that stand for a part of an answer: they are text, also where the
-vocabulary has them among those that are not shown."""
+"""Marks of the parts of an answer. They are part of the text, even if the vocabulary lists them as
+tokens that are not shown."""
 PIECE = 512
-"""Characters that are read at a time."""
+"""Number of characters that are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerForm:
-    """How one model writes reasoning and calls."""
+    """Form in which a model writes reasoning and tool calls."""
 
     thinks: bool
     offers_tools: bool
-    """The template shows the model its tools."""
+    """True if the template shows tools to the model."""
     calls: CallForm | None
-    """Reads its calls; None: it makes none, or in a form that is not known here."""
+    """Reader of the model's calls, or None if it makes none or their form is not supported."""
 
     @classmethod
     def of(cls, template: str) -> AnswerForm:
-        """The form that the source of a chat template asks for. O(len(template))."""
+        """Return the form for the source of a chat template. O(len(template))."""
         offers_tools = "tools" in template
         calls = call_form(template) if offers_tools else None
         return cls(reasoning.CLOSE in template, offers_tools, calls)
 
 
 class AnswerReader:
-    """Reads the text of one answer as it grows; in whatever pieces it comes, the events say the
-    same."""
+    """Reads the text of one answer as it grows. The events do not depend on the pieces in which the
+    text arrives."""
 
     def __init__(
         self,
@@ -47,26 +47,29 @@ class AnswerReader:
         tools: Sequence[Mapping[str, Any]] | None = None,
         is_thinking: bool = False,
     ) -> None:
-        """``tools``: those whose calls are read, None: calls are text. ``is_thinking``: the prompt
-        ends inside of reasoning."""
+        """``tools``: tools with calls that are read, or None to treat calls as text.
+        ``is_thinking``: the prompt ends inside reasoning."""
         self._reasoning = ReasoningReader(is_thinking) if form.thinks else None
         self._calls = form.calls(tools) if form.calls and tools else None
 
     @property
     def is_thinking(self) -> bool:
-        """What comes next is reasoning, as far as is known."""
+        """True if the next text is reasoning, as far as is known."""
         return self._reasoning is not None and self._reasoning.is_inside
 
     def push(self, text: str) -> list[Event]:
-        """What became certain. O(len(text)), over an answer."""
+        """Return the events that are certain after ``text``. O(len(text)), over an answer."""
         events: list[Event] = []
         for start in range(0, len(text), PIECE):
             events.extend(self._read(text[start : start + PIECE]))
         return joined(events)
 
     def flush(self, is_cut: bool = False) -> list[Event]:
-        """What was held back: there is no more text. ``is_cut``: the model had not ended; what it
-        had begun stays as it is, and may be no whole JSON."""
+        """Return the events held back, after the end of the text.
+
+        ``is_cut``: the answer was cut off, so a call in progress stays as it is and may be
+        incomplete JSON.
+        """
         events: list[Event] = []
         if self._reasoning is not None:
             thoughts, rest = self._reasoning.flush()

@@ -1,4 +1,4 @@
-"""The built-in model's tokenizer: text is its bytes."""
+"""Tokenizer of the built-in model: the tokens of a text are its bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BUILTIN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 class ByteTokenizer:
-    """One token a byte, five specials after them. 320 ids, so that tables of them divide well.
+    """One token per byte, followed by five special tokens. Padded to 320 ids, which divide evenly.
 
     >>> tokenizer = ByteTokenizer()
     >>> tokenizer.encode("hé<|im_end|>")
@@ -40,7 +40,7 @@ class ByteTokenizer:
         self._ids = {text: 256 + rank for rank, text in enumerate(self.special_tokens)}
         self._special = re.compile("|".join(map(re.escape, self.special_tokens)))
         self._longest = max(map(len, self.special_tokens))
-        # As in Qwen's vocabulary, the thinking marks are tokens of their own but part of the text.
+        # As in Qwen's vocabulary, the thinking marks are single tokens and part of the text.
         self._hidden = frozenset({256, 257, 258})
         self.control_tokens = self.special_tokens[:3]
 
@@ -51,8 +51,8 @@ class ByteTokenizer:
             if special is None:
                 if how.mark is not None:
                     piece = piece.replace(how.mark, "")
-                # A lone surrogate (JSON's "\ud800") has no UTF-8; the strict error would be the
-                # user's to see.
+                # A lone surrogate (JSON's "\ud800") has no UTF-8 form, and the user would get the
+                # error of strict encoding.
                 raw = piece.encode("utf-8", "replace")
                 for start in range(0, len(raw), SLICE):
                     token_ids.extend(raw[start : start + SLICE])
@@ -61,7 +61,7 @@ class ByteTokenizer:
         return token_ids
 
     def _pieces(self, text: str) -> Iterator[str]:
-        """``text`` cut around its special tokens; searched a slice at a time."""
+        """Split ``text`` at its special tokens; the search processes one slice at a time."""
         done = 0
         for start in range(0, len(text), SLICE):
             end = start + SLICE

@@ -16,17 +16,17 @@ import jinja2.sandbox
 
 Message = Mapping[str, Any]
 PROBE = "\ue000"
-"""Stands for text that is not known yet. Private use: no template and no tokenizer's merges begin
-with it."""
+"""Stands for text that is not known yet. It is a private-use character: no template and no merge of
+a tokenizer begins with it."""
 
 
 class TemplateError(ValueError):
-    """The template does not take this chat; the message is the template's own."""
+    """The template rejects this chat; the message is the template's."""
 
 
 class ChatTemplate:
-    """A Hugging Face chat template: sandboxed Jinja with the filters and globals such templates
-    count on.
+    """A Hugging Face chat template: sandboxed Jinja with the filters and globals that such
+    templates use.
 
     >>> template = ChatTemplate("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}")
     >>> template.render([{"role": "user", "content": "hi"}])
@@ -51,7 +51,7 @@ class ChatTemplate:
 
     @cached_property
     def takes_late_system(self) -> bool:
-        """Whether a system message may follow others. One render, the first time."""
+        """True if a system message may follow others. Takes one render, the first time."""
         chat: list[Message] = [
             {"role": "system", "content": "a"},
             {"role": "user", "content": "b"},
@@ -72,8 +72,11 @@ class ChatTemplate:
         add_generation_prompt: bool = False,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Return the chat as text. ``variables`` are the template's own switches
-        (``enable_thinking``). Raises TemplateError for whatever the template raises."""
+        """Return the chat as text.
+
+        ``variables`` are switches of the template such as ``enable_thinking``. Raises TemplateError
+        for any exception in the template.
+        """
         try:
             return self._template.render(
                 self.special_tokens
@@ -91,12 +94,12 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TemplateError(str(error)) from error
         except Exception as error:
-            # A template is a program, and a client chooses what it computes with.
+            # A template is a program, and clients choose its inputs.
             raise TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks what training learns from; serving renders what is inside."""
+    """Tag ``{% generation %}``, which marks text for training. Serving renders its contents."""
 
     tags = {"generation"}  # noqa: RUF012 the base class declares it so
 
@@ -106,7 +109,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    """JSON without HTML escapes, which Jinja's own filter would add."""
+    """Write JSON without HTML escapes, unlike Jinja's own filter."""
     return json.dumps(value, ensure_ascii=options.pop("ensure_ascii", False), indent=indent)
 
 

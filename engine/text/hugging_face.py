@@ -1,5 +1,4 @@
-"""The tokenizer of a Hugging Face directory, and the facts that stand beside it: template, special
-tokens, what ends an answer."""
+"""Tokenizer of a Hugging Face directory, with its chat template, special tokens and end tokens."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ if TYPE_CHECKING:
 
 
 ENTRY_BYTES = 256
-"""What a remembered stretch takes beside its text and its ids."""
+"""Approximate size of a cache entry without its text and ids."""
 
 
 class PieceMemory:
-    """Ids of stretches of text, the latest used of each namespace, in ``limit_bytes`` together.
-    Safe from any thread."""
+    """LRU cache of the token ids of text pieces, by namespace, in ``limit_bytes`` in total.
+    Thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -46,8 +45,8 @@ class PieceMemory:
             return known
 
     def put(self, namespace: Hashable, piece: str, token_ids: array[int]) -> None:
-        """Remember ``token_ids``, and forget what was not used for longest. One that would take a
-        quarter is not kept."""
+        """Store ``token_ids`` and evict the least recently used pieces. A piece larger than a
+        quarter of the limit is not stored."""
         size = _size(piece, token_ids)
         if size > self._limit_bytes // 4:
             return
@@ -61,7 +60,7 @@ class PieceMemory:
                 self.num_bytes -= _size(oldest, ids)
 
     def check(self) -> None:
-        """AssertionError: the books are wrong. O(pieces)."""
+        """Raise AssertionError if the recorded size is wrong. O(pieces)."""
         sizes = [_size(piece, ids) for (_, piece), ids in self._known.items()]
         assert sum(sizes) == self.num_bytes <= self._limit_bytes
 
@@ -71,16 +70,15 @@ def _size(piece: str, token_ids: array[int]) -> int:
 
 
 REMEMBERED_BYTES = 32 << 20
-"""Of stretches of text between special tokens and of their ids, which are remembered."""
+"""Limit of the cache of text pieces between special tokens, with their ids."""
 WORD_JOINER = "\u2060"
 
 
 class HFTokenizer:
-    """A ``tokenizer.json`` with the facts of its directory: template, specials, what ends an
-    answer.
+    """A ``tokenizer.json`` with the template, special tokens and end tokens of its directory.
 
-    Uses the ``tokenizers`` library alone; ``transformers`` is asked only where a directory has no
-    ``tokenizer.json`` and must be converted.
+    Uses only the ``tokenizers`` library. ``transformers`` is used only for a directory without a
+    ``tokenizer.json``, to convert its files.
     """
 
     def __init__(self, model_dir: Path) -> None:
@@ -103,8 +101,8 @@ class HFTokenizer:
         self.chat_template = _find_template(model_dir, settings)
         described = json.loads(self._backend.to_str())
         self._is_byte_level = (described["decoder"] or {}).get("type") == "ByteLevel"
-        # A special token is a wall: the texts on either side are encoded alone. Not so where a
-        # text's first word is special.
+        # Texts on either side of a special token are encoded independently, except by a tokenizer
+        # that treats the first word of a text differently.
         has_walls = self._is_byte_level and not _adds_prefix_space(described["pre_tokenizer"])
         self._walls = _pattern(self.special_tokens) if has_walls else None
         self.control_tokens = tuple(
@@ -113,17 +111,17 @@ class HFTokenizer:
         self._pieces = PieceMemory(REMEMBERED_BYTES)
 
     def _find_eos(self, model_dir: Path, settings: dict[str, Any]) -> frozenset[int]:
-        """What the model names, and the tokenizer's own end token."""
+        """Return the end tokens that the model names, and the tokenizer's end token."""
         found = named_eos(model_dir)
         own = self._backend.token_to_id(_content(settings.get("eos_token")) or "")
         return found if own is None else found | {own}
 
     def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
-        """As the protocol says. A chat's pieces are remembered, so that its next turn costs only
-        what is new.
+        """Return the ids of ``text``; see ``Tokenizer``. The pieces of a chat are cached, so its
+        next turn costs only the new text.
 
-        Where a text's first word is special, so that nothing can be encoded alone, a mark becomes a
-        word joiner, which is not seen.
+        If the tokenizer treats the first word of a text differently, pieces cannot be encoded
+        independently. A mark then becomes a word joiner, which is invisible.
         """
         clean = text.encode("utf-8", "replace").decode("utf-8")
         if self._walls is None or how.add_special_tokens:
@@ -145,7 +143,8 @@ class HFTokenizer:
         return known
 
     def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int]:
-        """A long text as a batch of one: the library then lets other threads run meanwhile."""
+        """Encode one text. A long text is encoded as a batch of one, because the library then lets
+        other threads run."""
         if len(text) > SLICE:
             (encoding,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
         else:
@@ -171,7 +170,7 @@ class HFTokenizer:
             return b""
         try:
             return bytes(_BYTE_OF[letter] for letter in token)
-        except KeyError:  # Not of the byte alphabet: it stands for itself, as in HF's decoder.
+        except KeyError:  # Not in the byte alphabet: kept as it is, as in HF's decoder.
             return token.encode()
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
@@ -186,15 +185,15 @@ class HFTokenizer:
 
 
 def load_tokenizer(model_dir: str | Path | None) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory; of the built-in model where None.
+    """Load the tokenizer of a Hugging Face directory, or of the built-in model for None.
 
-    FileNotFoundError names the directory that has none.
+    Raises FileNotFoundError if the directory has no tokenizer.
     """
     return ByteTokenizer() if model_dir is None else HFTokenizer(Path(model_dir))
 
 
 def named_eos(model_dir: Path) -> frozenset[int]:
-    """The end tokens that generation_config.json names, or else config.json."""
+    """Return the end tokens of generation_config.json, or else of config.json."""
     config = _read_json(model_dir / "config.json")
     candidates = (
         _read_json(model_dir / "generation_config.json").get("eos_token_id"),
@@ -206,7 +205,7 @@ def named_eos(model_dir: Path) -> frozenset[int]:
 
 
 def has_tokenizer(model_dir: Path) -> bool:
-    """Whether there is a tokenizer.json, or something that one can be made of."""
+    """Return True if there is a tokenizer.json, or a file that it can be converted from."""
     return any(
         found
         for form in ("tokenizer.json", "tokenizer.model", "vocab*")
@@ -222,7 +221,9 @@ def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
         try:
             return tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # The library raises nothing narrower.
-            raise ValueError(f"{path} is no tokenizer ({error}): download it again.") from None
+            raise ValueError(
+                f"{path} cannot be read as a tokenizer ({error}): download it again."
+            ) from None
     if not has_tokenizer(model_dir):
         raise FileNotFoundError(
             f"No tokenizer in {model_dir}: put the model's tokenizer.json there."
@@ -233,8 +234,8 @@ def _load_backend(model_dir: Path) -> tokenizers.Tokenizer:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in ``path``; empty where there is no such file. ValueError names a file that is
-    not JSON."""
+    """Return the object in ``path``, or {} if the file does not exist. Raises ValueError if the
+    file is not JSON."""
     if not path.exists():
         return {}
     try:
@@ -260,7 +261,7 @@ def _find_template(model_dir: Path, settings: dict[str, Any]) -> ChatTemplate | 
 
 
 def _content(token: str | dict[str, Any] | None) -> str | None:
-    """The text of a special token, which settings write as a string or as an object."""
+    """Return the text of a special token, which settings write as a string or as an object."""
     return token["content"] if isinstance(token, dict) else token
 
 
@@ -272,15 +273,15 @@ def _adds_prefix_space(pre_tokenizer: dict[str, Any] | None) -> bool:
 
 
 def _pattern(words: Sequence[str]) -> re.Pattern[str] | None:
-    """Matches any of ``words``, the longest first, and keeps it when splitting; None where there
-    are none."""
+    """Return a pattern that matches any of ``words``, longest first, and keeps it when splitting.
+    None if there are no words."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if words else None
 
 
 def _letters_of_bytes() -> dict[str, int]:
-    """The letters that byte-level BPE writes its bytes with: printable ones stand for themselves,
-    the rest from U+0100 on."""
+    """Map the letters of byte-level BPE to bytes: printable bytes stand for themselves, the others
+    start at U+0100."""
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in set(plain)]
     letters = {chr(byte): byte for byte in plain}

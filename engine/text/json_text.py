@@ -1,7 +1,7 @@
-"""JSON that every reader can read: no NaN, no Infinity, no half characters, bounded nesting.
+"""JSON that every reader accepts: no NaN, no Infinity, no lone surrogates, bounded nesting.
 
-Python's own module reads and writes all of these. Text that comes from a client or a model is read
-here, and answers are written here, so neither end needs to know which fields could hold them.
+Python's module reads and writes all of these. Text from clients and models is read with this
+module, and answers are written with it, so the rest of the code does not have to check for them.
 """
 
 from __future__ import annotations
@@ -13,24 +13,25 @@ from collections.abc import Callable
 from typing import Any
 
 MAX_DEPTH = 200
-"""Lists and objects inside each other. Python's own limit depends on who calls."""
+"""Maximum nesting of lists and objects. Python's own limit depends on the depth of the caller."""
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 PIECE = 1024
-"""Lists and objects that are looked through between two pauses."""
+"""Number of lists and objects that are checked between two pauses."""
 _HALVES = re.compile("[\ud800-\udfff]")
 _HALF_ESCAPES = (r"\ud", r"\uD")
 _OPENING = ("[", "{")
 
 
 class JSONValueError(ValueError):
-    """JSON in form, with a value that no answer could repeat; the message says which."""
+    """Valid JSON with a value that an answer cannot contain; the message names the value."""
 
 
 def read_json(text: str, pause: Callable[[], None] = lambda: None) -> Any:
-    """Parse ``text``. Half characters (lone surrogates, ``"\\ud800"``) become U+FFFD, in names too.
+    """Parse ``text``. Lone surrogates such as ``"\\ud800"`` become U+FFFD, also in names.
 
-    ``pause`` is called now and then while a large value is looked through. ValueError: not JSON;
-    JSONValueError: a number that is not finite, or more than ``MAX_DEPTH`` levels. O(len(text)).
+    ``pause`` is called regularly while a large value is checked. Raises ValueError if the text is
+    not JSON, and JSONValueError for a number that is not finite or for more than ``MAX_DEPTH``
+    levels. O(len(text)).
 
     >>> read_json('{"cut": "\\\\ud83d", "whole": "\\\\ud83d\\\\ude00"}')
     {'cut': '\ufffd', 'whole': '😀'}
@@ -46,8 +47,8 @@ def read_json(text: str, pause: Callable[[], None] = lambda: None) -> Any:
 
 
 def write_json(value: Any, *, compact: bool = False) -> str:
-    """Write ``value`` as JSON, whatever is in it: null for a number that is not finite, U+FFFD for
-    half a character. O(its size).
+    """Write any ``value`` as JSON: null for a number that is not finite, U+FFFD for a lone
+    surrogate. O(its size).
 
     >>> write_json({"logprob": float("-inf"), "text": "\\ud800"})
     '{"logprob": null, "text": "\ufffd"}'
@@ -62,12 +63,13 @@ def write_json(value: Any, *, compact: bool = False) -> str:
 
 
 def whole_text(text: str) -> str:
-    """Return ``text`` with U+FFFD in place of half characters. O(len(text))."""
+    """Return ``text`` with U+FFFD in place of lone surrogates. O(len(text))."""
     return text if text.isascii() else _HALVES.sub(REPLACEMENT, text)
 
 
 def has_half_characters(text: str) -> bool:
-    """Return whether ``text`` has no UTF-8 form. O(len(text))."""
+    """Return True if ``text`` contains lone surrogates, so it cannot be encoded in UTF-8.
+    O(len(text))."""
     return not text.isascii() and _HALVES.search(text) is not None
 
 
@@ -83,12 +85,12 @@ def _refuse(name: str) -> Any:
 
 
 def _too_deep() -> JSONValueError:
-    return JSONValueError(f"lists and objects may be nested {MAX_DEPTH} deep, not deeper")
+    return JSONValueError(f"lists and objects may be nested at most {MAX_DEPTH} levels deep")
 
 
 def _settled(root: Any, pause: Callable[[], None]) -> Any:
-    """Return ``root`` with half characters replaced, in place where it is a list or an object.
-    JSONValueError: it is nested too deep."""
+    """Return ``root`` with lone surrogates replaced, in place if it is a list or an object. Raises
+    JSONValueError if it is nested too deep."""
     holder = [root]
     left: list[tuple[Any, int]] = [(holder, 0)]
     num_seen = 0

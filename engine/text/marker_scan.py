@@ -1,4 +1,4 @@
-"""Marks in a text that comes in pieces."""
+"""Search for marks in a text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 
 class MarkSearch:
-    """Finds the first of some marks. What may still become one is held back.
+    """Finds the first of some marks. Text that may be the beginning of a mark is held back.
 
     >>> search = MarkSearch("</think>")
     >>> search.push("so </th"), search.push("en </think> x")
@@ -16,15 +16,15 @@ class MarkSearch:
     __slots__ = ("_heads", "_held", "_longest", "_pattern")
 
     def __init__(self, *marks: str) -> None:
-        """``marks``: none begins with another."""
+        """``marks``: no mark is the beginning of another."""
         self._pattern = re.compile("|".join(map(re.escape, marks)))
         self._heads = frozenset(mark[:end] for mark in marks for end in range(1, len(mark)))
         self._longest = max(map(len, marks))
         self._held = ""
 
     def push(self, text: str) -> tuple[str, str | None, str]:
-        """(text before the mark or certainly none, the mark that was found, what follows it).
-        O(len(text))."""
+        """Return (text before the mark or certainly without one, the mark if found, the text after
+        it). O(len(text))."""
         text = self._held + text
         found = self._pattern.search(text)
         if found:
@@ -37,13 +37,13 @@ class MarkSearch:
         return text[:cut], None, ""
 
     def flush(self) -> str:
-        """What was held back: there is no more text."""
+        """Return the text held back, after the end of the text."""
         held, self._held = self._held, ""
         return held
 
 
 class Space:
-    """White space at an end, held until it is known whether anything follows it."""
+    """White space at the end of a text, held back until other text follows."""
 
     __slots__ = ("_pieces",)
 
@@ -51,7 +51,7 @@ class Space:
         self._pieces: list[str] = []
 
     def push(self, text: str) -> str:
-        """``text`` with what was held before it, without the white space that it ends with."""
+        """Return the held space and ``text``, without the white space at its end."""
         kept = text.rstrip()
         if not kept:
             if text:
@@ -63,7 +63,7 @@ class Space:
         return before + kept
 
     def take(self) -> str:
-        """What was held, which is then forgotten. O(its length)."""
+        """Return the held space and forget it. O(its length)."""
         held = "".join(self._pieces)
         self._pieces.clear()
         return held

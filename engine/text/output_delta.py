@@ -1,7 +1,7 @@
-"""Wire format of a step's output, for every process that serves requests of another.
+"""Wire format of a step's output, for processes that serve requests of other processes.
 
-An ``OutputDelta`` leaves out everything that the receiver has: prompt, earlier tokens and text. The
-worker process and replicas send it; an ``OutputAccumulator`` makes whole outputs of it again.
+An ``OutputDelta`` omits everything that the receiver already has: prompt, earlier tokens and text.
+The worker process and replicas send it; an ``OutputAccumulator`` rebuilds complete outputs from it.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class OutputDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
 
 
 def delta_of(output: RequestOutput) -> OutputDelta:
-    """Return ``output`` without the parts that its receiver has."""
+    """Return ``output`` without the parts that its receiver already has."""
     is_first = len(output.output) == len(output.new_token_ids)
     return OutputDelta(
         output.request_id,
@@ -80,7 +80,7 @@ def _draft_delta(counts: DraftCounts) -> DraftDelta:
 
 
 class GrowingTokens:
-    """Token ids of an answer, which come a few at a time."""
+    """Growing array of the token ids of an answer."""
 
     def __init__(self) -> None:
         self._buffer = np.empty(64, np.int32)
@@ -90,8 +90,8 @@ class GrowingTokens:
         return self._num_tokens
 
     def extended(self, new: Sequence[int] | Tokens) -> Tokens:
-        """Append ``new`` and return all tokens, int32. Arrays returned before do not change.
-        O(new tokens), amortised."""
+        """Append ``new`` and return all tokens, int32. Arrays returned before do not change. O(new
+        tokens), amortised."""
         end = self._num_tokens + len(new)
         if end > len(self._buffer):
             self._buffer = np.concatenate((self._buffer, np.empty(end, np.int32)))
@@ -101,7 +101,7 @@ class GrowingTokens:
 
 
 class OutputAccumulator:
-    """Outputs of one request, put together from deltas."""
+    """Rebuilds the outputs of one request from deltas."""
 
     def __init__(self, request_id: str, prompt: npt.NDArray[np.int32]) -> None:
         """``request_id`` replaces the id in the deltas."""
@@ -111,15 +111,15 @@ class OutputAccumulator:
         self._logprobs: list[SampledToken] = []
         self._prompt_logprobs: tuple[SampledToken | None, ...] | None = None
         self.last: RequestOutput | None = None
-        """Newest output; None before the first."""
+        """Newest output, or None before the first."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the answer so far."""
+        """Number of tokens of the answer so far."""
         return len(self._tokens)
 
     def add(self, delta: OutputDelta) -> RequestOutput:
-        """Return the whole output that ``delta_of`` made ``delta`` of. O(new tokens), amortised."""
+        """Return the complete output that ``delta`` was made of. O(new tokens), amortised."""
         if delta.new_text:
             self._text.append(delta.new_text)
         self._logprobs.extend(delta.new_logprobs)

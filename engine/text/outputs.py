@@ -1,4 +1,4 @@
-"""What comes out of a request, and the text that its tokens make."""
+"""Outputs of a request, and the conversion of its tokens to text."""
 
 from __future__ import annotations
 
@@ -23,108 +23,110 @@ NO_TOKEN = -1
 
 
 class SampledToken(NamedTuple):
-    """One chosen token, and what the model thought of it."""
+    """One sampled token with its log-probabilities."""
 
     token_id: int
-    """``NO_TOKEN`` where the logits were NaN or infinite."""
+    """Token id, or ``NO_TOKEN`` if the logits were NaN or infinite."""
     logprob: float | None
-    """Natural logarithm of its probability, before penalties and temperature; None: not asked
-    for."""
+    """Natural logarithm of its probability, before penalties and temperature. None if not
+    requested."""
     top_logprobs: tuple[tuple[int, float], ...] = ()
-    """The most likely (token id, log-probability), best first."""
+    """Most likely (token id, log-probability), best first."""
 
 
 @dataclass(slots=True)
 class DraftCounts:
-    """What became of one request's drafts."""
+    """Statistics on the drafts of one request."""
 
     num_verified: int = 0
-    """Steps that verified a draft of it."""
+    """Number of steps that verified a draft of the request."""
     drafted: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """Tokens by (source, place in the draft, from 1)."""
+    """Number of draft tokens by (source, place in the draft, from 1)."""
     accepted: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """Those of them that the model chose too."""
+    """Number of accepted draft tokens, by the same keys."""
 
     @property
     def acceptance_len(self) -> float | None:
-        """Mean tokens that a verification gave: those accepted, and the one that is never a guess;
-        None before the first."""
+        """Mean number of tokens per verification: the accepted ones and the one that follows. None
+        before the first."""
         if not self.num_verified:
             return None
         return 1 + self.accepted.total() / self.num_verified
 
     def count(self, source: str, num_drafted: int, num_accepted: int) -> None:
-        """One draft, of whose tokens the first ``num_accepted`` were accepted."""
+        """Count one draft with ``num_accepted`` accepted tokens at its beginning."""
         self.num_verified += 1
         self.drafted.update((source, place) for place in range(1, num_drafted + 1))
         self.accepted.update((source, place) for place in range(1, num_accepted + 1))
 
 
 class Timings(NamedTuple):
-    """Where one request's time went; seconds. None: not reached yet."""
+    """Times of one request in seconds, or None if not reached yet."""
 
     queue_s: float | None
-    """From submit until its first tokens were scheduled."""
+    """Time from submission until its first tokens were scheduled."""
     ttft_s: float | None
-    """From submit until its first token."""
+    """Time from submission until its first token."""
     e2e_s: float | None
-    """From submit until it finished."""
+    """Time from submission until it finished."""
 
     def tpot_s(self, num_output_tokens: int) -> float | None:
-        """Mean time per output token after the first; None before two tokens or the end."""
+        """Return the mean time per output token after the first, or None before two tokens or
+        before the end."""
         if self.e2e_s is None or self.ttft_s is None or num_output_tokens < 2:
             return None
         return (self.e2e_s - self.ttft_s) / (num_output_tokens - 1)
 
 
 class Transferred(NamedTuple):
-    """What went between engines for one request."""
+    """Statistics on transfers between engines for one request."""
 
     tokens: int
-    """Whose KV came into the cache; 0: the prefix did not come whole."""
+    """Number of tokens of KV that were loaded into the cache. 0 if the prefix did not arrive
+    completely."""
     needed_bytes: int
-    """Of that KV, and of the state that came with it."""
+    """Bytes of that KV and of its state."""
     wire_bytes: int
-    """All that was sent and received: these, messages, and what was in vain."""
+    """All bytes sent and received, including messages and incomplete transfers."""
 
 
 class RequestOutput(Struct, frozen=True):
-    """What one step did for one request: the news, and all of it so far."""
+    """Output of one step for one request: the new part, and the whole output so far."""
 
     request_id: str
     prompt_token_ids: npt.NDArray[np.int32]
     new_token_ids: tuple[int, ...]
     new_text: str
-    """Text that is certain: it never holds what may still become a stop string."""
+    """New text that is certain: it contains no possible beginning of a stop string."""
     new_logprobs: tuple[SampledToken, ...]
-    """One per new token where the request asked for log-probabilities."""
+    """One per new token if the request has log-probabilities."""
     output: npt.NDArray[np.int32]
-    """All generated tokens, int32[m]: a view, never written again."""
+    """All generated tokens, int32[m]: a view that is never overwritten."""
     all_text: Sequence[str]
-    """Pieces of its text, shared with the request, which appends to them: read ``text``."""
+    """Pieces of its text, in a list to which the request appends. Use ``text`` instead."""
     num_pieces: int
-    """So many of them are of this step and of those before it."""
+    """Number of pieces that belong to this step and earlier ones."""
     cached_len: int
-    """Prompt tokens that were not computed."""
+    """Number of prompt tokens that were not computed."""
     losses: Losses | None
-    """Why the others were; sums with ``cached_len`` to the prompt. None: refused or ended before it
-    was scheduled."""
+    """Number of other prompt tokens by loss cause; with ``cached_len`` they sum to the prompt. None
+    if the request ended before it was scheduled."""
     finish_reason: FinishReason | None
     error: str | None
-    """Why it ended with ``finish_reason`` "error", in a few words; else None."""
+    """Short reason of ``finish_reason`` "error", else None."""
     is_refused: bool
-    """The ``error`` is of what was asked for, not of the engine."""
+    """True if the ``error`` is a fault of the request, not of the engine."""
     timings: Timings
     num_preemptions: int
     all_logprobs: Sequence[SampledToken]
-    """Shared with the request, which appends to it: read ``logprobs``."""
+    """Log-probabilities, in a list to which the request appends. Use ``logprobs`` instead."""
     prompt_logprobs: tuple[SampledToken | None, ...] | None
-    """One per prompt token, None for the first; where the request asked for them, with its first
-    token."""
+    """One per prompt token, None for the first; set from the first token on if the request has
+    them."""
     drafts: DraftCounts | None
-    """The request's own, which grow with it; None: nothing is drafted."""
+    """Draft statistics of the request, which keep changing. None without drafting."""
     transferred: Transferred | None
-    """None: nothing was asked of another engine."""
+    """Transfer statistics, or None if no other engine was involved."""
 
     @property
     def text(self) -> str:
@@ -138,7 +140,7 @@ class RequestOutput(Struct, frozen=True):
 
     @property
     def logprobs(self) -> list[SampledToken] | None:
-        """One per generated token; None: not asked for."""
+        """One per generated token, or None if not requested."""
         return list(self.all_logprobs[: len(self.output)]) or None
 
     @property
@@ -147,9 +149,9 @@ class RequestOutput(Struct, frozen=True):
 
 
 class TextStream:
-    """Text of one request as its tokens come, cut before the first stop string.
+    """Converts the tokens of one request to text, which is cut before the first stop string.
 
-    What could still become a stop string is held back, so that nothing sent is ever taken back.
+    Text that may be the beginning of a stop string is held back, so that no text is ever retracted.
     """
 
     __slots__ = ("_decoder", "_held", "_keeps_stop", "_stops")
@@ -157,20 +159,22 @@ class TextStream:
     def __init__(
         self, decoder: StreamDecoder, stop: Sequence[str] = (), keeps_stop: bool = False
     ) -> None:
-        """``keeps_stop``: it is cut behind the stop string."""
+        """``keeps_stop``: the text is cut after the stop string instead."""
         self._decoder = decoder
         self._keeps_stop = keeps_stop
         self._stops = tuple(map(_Stop, stop))
         self._held = ""
 
     def push(self, token_id: int, may_stop: bool = True) -> tuple[str, bool]:
-        """(the text that became certain, whether a stop string was met, which one that begins
-        before it ``may_stop`` is not). O(new text) per stop string, over an answer."""
+        """Return (the text that is certain now, True if a stop string was found).
+
+        Without ``may_stop`` no stop string is found. O(new text) per stop string, over an answer.
+        """
         new = self._decoder.push(token_id)
         return self._read(new) if self._stops and may_stop else (new, False)
 
     def flush(self) -> tuple[str, bool]:
-        """(all that was held, whether it met a stop string): there are no more tokens."""
+        """Return (the text held back, True if it contains a stop string), after the last token."""
         text, stopped = self._read(self._decoder.flush())
         if not stopped:
             text, self._held = text + self._held, ""
@@ -192,11 +196,11 @@ class TextStream:
 
 
 class _Stop:
-    """Looks for one stop string in a text that comes in pieces (Knuth, Morris, Pratt).
+    """Search for one stop string in a text that arrives in pieces (Knuth, Morris, Pratt).
 
-    ``borders[i]`` is the length of the longest proper beginning of ``text[: i + 1]`` that is also
-    its end: where to go on when the next character does not fit. It is worked out as far as the
-    text was ever matched.
+    ``borders[i]`` is the length of the longest proper prefix of ``text[: i + 1]`` that is also its
+    suffix: the position at which to continue after a mismatch. It is computed as far as the text
+    was ever matched.
     """
 
     __slots__ = ("borders", "matched", "text")
@@ -205,12 +209,15 @@ class _Stop:
         self.text = text
         self.borders = [0]
         self.matched = 0
-        """Length of the longest end of what was read that is a beginning of ``text``, and not all
-        of it."""
+        """Length of the longest suffix of the text read so far that is a proper prefix of
+        ``text``."""
 
     def read(self, new: str) -> int | None:
-        """Where the stop string begins, counted from the beginning of ``new``, once it is complete;
-        below 0: before it. O(len(new)), spread over all calls."""
+        """Return the start of the stop string relative to the start of ``new``, or None if it is
+        not complete.
+
+        Negative if it starts in an earlier piece. O(len(new)), amortised.
+        """
         text = self.text
         at = 0
         while at < len(new):
@@ -228,7 +235,8 @@ class _Stop:
         return None
 
     def _border(self, length: int) -> int:
-        """The longest proper beginning of ``text[:length]`` that is also its end."""
+        """Return the length of the longest proper prefix of ``text[:length]`` that is also its
+        suffix."""
         text, borders = self.text, self.borders
         while len(borders) < length:
             border = borders[-1]

@@ -1,4 +1,5 @@
-"""Reasoning before an answer: between ``<think>`` and ``</think>``, whoever wrote the first."""
+"""Reasoning before an answer, between ``<think>`` (in the prompt or the answer) and
+``</think>``."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ OPEN, CLOSE = "<think>", "</think>"
 
 
 class ReasoningReader:
-    """Splits reasoning off, without the white space around it.
+    """Separates reasoning from the answer and strips the white space around it.
 
-    Only the very beginning of an answer can open it, and only ``</think>`` closes it: an answer
+    Reasoning can start only at the beginning of an answer, and only ``</think>`` ends it: an answer
     that ends before is all reasoning.
     """
 
@@ -28,22 +29,22 @@ class ReasoningReader:
 
     @property
     def is_inside(self) -> bool:
-        """What comes next is reasoning, as far as is known."""
+        """True if the next text is reasoning, as far as is known."""
         return self._state == self._inside
 
     def push(self, text: str) -> tuple[list[Event], str]:
-        """(reasoning that became certain, what is left for the answer). O(len(text))."""
+        """Return (reasoning that is certain, text of the answer). O(len(text))."""
         return self._state(text)
 
     def flush(self) -> tuple[list[Event], str]:
-        """What was held back, likewise: there is no more text."""
+        """Return the text held back in the same form, after the end of the text."""
         if self.is_inside:
             return self._thoughts(self._close.flush()), ""
         begin, self._begin = self._space.take() + self._begin, ""
         return [], begin if self._state == self._before else ""
 
     def _before(self, text: str) -> tuple[list[Event], str]:
-        """Nothing has come yet but white space, or part of the mark."""
+        """State before any text other than white space or part of the mark."""
         if not self._begin:
             kept = text.lstrip()
             self._space.push(text[: len(text) - len(kept)])

@@ -1,18 +1,18 @@
-"""Sampled tokens in place of a second tokenisation of what they said.
+"""Replacement of earlier answers in a chat by the tokens that were sampled for them.
 
-A message of the assistant that comes back is written by the template again, and encoded again: its
-JSON may be spaced otherwise, its words cut otherwise, and the prompt then leaves the cache where
-the answer began. Where it is known which tokens were sampled for it, these are used, and all text
-around them stays what the template writes.
+When a client sends an answer back, the template writes it again and the tokenizer encodes it again.
+Its JSON may be spaced differently and its words split differently, so the prompt would differ from
+the cached one where the answer begins. If the sampled tokens are known, they are used instead, and
+all text around them stays as the template writes it.
 
 A turn is replaced only if
 
-- the template writes the message exactly once, in a turn of its own: from the last control token
-  before it to the next token that ends an answer, and the rest of the chat is the same text
-  whatever the message says;
-- the turn begins as the prompt ended that it was sampled for (``header``), and has the reasoning
-  where there was some. Templates that drop either from history are followed, unless
-  ``keeps_thinking`` says otherwise.
+- the template writes the message exactly once, in a separate turn (from the last control token
+  before it to the next end token);
+- the rest of the chat does not depend on the message;
+- the turn begins with the end of the prompt that it was sampled for (``header``), and contains its
+  reasoning if there was any. Templates that drop either from history are followed, unless
+  ``keeps_thinking`` is set.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from engine.text.answer_forms import MARKS as PARTS
 from engine.text.tokenizer import Tokenizer
 
 FIRST, LAST = 0x100000, 0x10FFFD
-"""A private-use plane: characters that stand for a message, and for its turn."""
+"""Private-use characters that stand for a message, and for its turn."""
 _PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
 
 Encode = Callable[[str], list[int]]
@@ -36,18 +36,18 @@ Render = Callable[[Sequence[Mapping[str, Any]]], str]
 
 @dataclass(frozen=True, slots=True)
 class SampledTurn:
-    """What was sampled for one message of the assistant."""
+    """Tokens sampled for one assistant message."""
 
     header: str
-    """What the prompt ended with, from its last control token on."""
+    """End of the prompt, from its last control token on."""
     token_ids: Sequence[int]
-    """Without the token that ended it."""
+    """Sampled tokens without the end token."""
     reasoning: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A turn in a rendered chat, and the tokens that stand for it."""
+    """A turn in a rendered chat, and the tokens that replace it."""
 
     start: int
     end: int
@@ -55,10 +55,10 @@ class Span:
 
 
 class Splices:
-    """The turns of one rendered chat that sampled tokens stand for."""
+    """Turns of one rendered chat that are replaced by sampled tokens."""
 
     def __init__(self, text: str, spans: Sequence[Span]) -> None:
-        """``spans``: of ``text``, ascending."""
+        """``spans`` of ``text``, ascending."""
         self._text = text
         self._spans = spans
 
@@ -67,8 +67,10 @@ class Splices:
         return len(self._spans)
 
     def apply(self, text: str) -> str:
-        """``text``, a rendering that begins as the chat does, with a character in place of each
-        turn that it has too. O(turns) in comparing."""
+        """Return ``text`` with a character in place of each turn that it shares with the chat.
+
+        ``text`` is a rendering that begins as the chat does. O(turns) comparisons.
+        """
         pieces, end = [], 0
         for number, span in enumerate(self._spans):
             if text[end : span.end + 1] != self._text[end : span.end + 1]:
@@ -78,7 +80,7 @@ class Splices:
         return "".join((*pieces, text[end:]))
 
     def encode(self, text: str, encode: Encode) -> list[int]:
-        """Ids of a text that ``apply`` made."""
+        """Return the ids of a text that ``apply`` made."""
         if not self._spans:
             return encode(text)
         token_ids: list[int] = []
@@ -96,7 +98,7 @@ NO_SPLICES = Splices("", ())
 
 
 def header_of(tokenizer: Tokenizer, text: str) -> str:
-    """What a prompt ends with, from its last control token on; empty where it has none."""
+    """Return the end of a prompt from its last control token on, or "" if it has none."""
     pattern = _control(tokenizer)
     starts = [found.start() for found in pattern.finditer(text, max(len(text) - 4096, 0))]
     return text[starts[-1] :] if starts else ""
@@ -110,8 +112,10 @@ def find_splices(
     turns: Mapping[int, SampledTurn],
     keeps_thinking: bool,
 ) -> Splices:
-    """Which of ``turns``, by the index of their message, can stand in ``text``, the rendering of
-    ``messages``. One render, and O(len(text)) for every turn that is looked for."""
+    """Return the turns that can be replaced in ``text``, the rendering of ``messages``.
+
+    ``turns`` are given by the index of their message. Takes one render, and O(len(text)) per turn.
+    """
     ends = _ends(tokenizer)
     if not turns or not ends or len(messages) > LAST - FIRST or _PLACES.search(text):
         return NO_SPLICES
@@ -131,13 +135,14 @@ def find_splices(
 
 
 def _is_kept(written: str, turn: SampledTurn) -> bool:
-    """The template writes the turn as it was sampled: behind its header, and with its reasoning."""
+    """Return True if the template writes the turn as it was sampled: after its header, and with its
+    reasoning."""
     return written.startswith(turn.header) and turn.reasoning.strip() in written
 
 
 def _content(message: Mapping[str, Any]) -> str:
-    """Its text without the blanks at its beginning, which templates strip where they stand
-    first."""
+    """Return the text of a message without leading blanks, which templates strip at the start of a
+    turn."""
     return str(message.get("content") or "").lstrip()
 
 
@@ -145,13 +150,13 @@ class _Region(NamedTuple):
     """One marked turn."""
 
     message: int | None
-    """Its index; None: the end of the chat."""
+    """Index of the message, or None for the end of the chat."""
     before: str
-    """The text between the turn before it and this one."""
+    """Text between the previous turn and this one."""
 
 
 def _regions(text: str, control: re.Pattern[str], ends: re.Pattern[str]) -> list[_Region]:
-    """The turns that are marked once in ``text``, each in a turn of its own."""
+    """Return the turns with a mark that occurs once in ``text``, each in a separate turn."""
     regions, last = [], 0
     counts = Counter(_PLACES.findall(text))
     for place in _PLACES.finditer(text):
@@ -167,8 +172,8 @@ def _regions(text: str, control: re.Pattern[str], ends: re.Pattern[str]) -> list
 def _aligned(
     text: str, regions: Sequence[_Region], ends: re.Pattern[str]
 ) -> list[tuple[int, int, int]]:
-    """(message, start, end) of each turn in ``text``, which must be the same around them; none
-    where it is not."""
+    """Return (message, start, end) of each turn in ``text``, or [] if the text around the turns
+    differs."""
     spans: list[tuple[int, int, int]] = []
     at = 0
     for index, before in regions:
@@ -185,13 +190,14 @@ def _aligned(
 
 
 def _control(tokenizer: Tokenizer) -> re.Pattern[str]:
-    """What begins and ends turns."""
+    """Return a pattern of the tokens that begin and end turns."""
     walls = set(tokenizer.special_tokens)
     return _any_of(t for t in tokenizer.control_tokens if t in walls and t not in PARTS)
 
 
 def _ends(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """What ends an answer; None: nothing does that the text around it may be cut at."""
+    """Return a pattern of the tokens that end an answer, or None if the text cannot be split at
+    them."""
     walls = set(tokenizer.special_tokens) & set(tokenizer.control_tokens)
     texts = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.eos_token_ids]
     known = [text for text in texts if text in walls]

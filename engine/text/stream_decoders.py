@@ -1,4 +1,4 @@
-"""Tokens to text as they come: nothing is given out that a later token could change."""
+"""Decoders from tokens to text. Text is returned only when later tokens cannot change it."""
 
 from __future__ import annotations
 
@@ -10,21 +10,20 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class StreamDecoder(Protocol):
-    """Turns tokens into text as they come. One per request."""
+    """Converts the tokens of one request to text."""
 
     def push(self, token_id: int) -> str:
-        """The text that became certain with this token; bytes of an unfinished character wait for
-        the next."""
+        """Return the text that is certain with this token. Bytes of an unfinished character wait
+        for the next token."""
         ...
 
     def flush(self) -> str:
-        """What still waited, as replacement characters: there will be no more tokens."""
+        """Return the bytes held back as replacement characters, after the last token."""
         ...
 
 
 class ByteStreamDecoder:
-    """For vocabularies whose tokens are byte strings: an incremental UTF-8 decoder over them. O(1)
-    a token."""
+    """Decoder for vocabularies of byte strings: an incremental UTF-8 decoder. O(1) per token."""
 
     def __init__(self, token_bytes: Callable[[int], bytes], hidden: frozenset[int]) -> None:
         self._token_bytes = token_bytes
@@ -39,12 +38,12 @@ class ByteStreamDecoder:
 
 
 class WindowStreamDecoder:
-    """For the other vocabularies, where a token's text depends on its neighbours: decodes a short
-    window twice.
+    """Decoder for other vocabularies, in which a token's text depends on its neighbours. Decodes a
+    short window twice.
 
-    The window starts one emission back, so that the joint is decoded with its context. A character
-    has at most four bytes: after that many tokens a replacement character is what the tokens mean,
-    and no longer waits.
+    The window starts one emission back, so that the boundary is decoded with its context. A
+    character has at most four bytes: after four tokens, a replacement character is final and no
+    longer held back.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:

@@ -1,9 +1,11 @@
-"""Chats to prompts, and the positions of a prompt that will still stand in the next one.
+"""Conversion of chats to prompts, and the positions at which the next prompt will differ.
 
-A chat template does not only append: it drops the generation header's extras and the reasoning of
-earlier turns, so the next turn of a thinking chat leaves this prompt a few tokens *before* its end,
-and a checkpoint at the exact end would never be used again. Where it will leave is found by asking
-the template: render the history as the next turn would, and take the common prefix.
+A chat template does not only append: it drops the end of the generation header and the reasoning of
+earlier turns. The next prompt of a chat with reasoning thus differs a few tokens before the end of
+this one. A checkpoint at the exact end would never be used again.
+
+The position is found with the template: the history is rendered as in the next turn, and the common
+prefix is taken.
 """
 
 from __future__ import annotations
@@ -19,44 +21,44 @@ from engine.text.splice import SampledTurn, find_splices, header_of
 from engine.text.tokenizer import SLICE, EncodeOptions, Tokenizer
 
 THINK, END_THINK = "<think>", "</think>"
-"""Open and close reasoning."""
+"""Marks that open and close reasoning."""
 MARKS = range(0xE001, 0xF900)
-"""Characters that may stand inside a control token that is text. Private use, as the probe."""
+"""Characters that may be inserted into a control token that is text. Private use, as the probe."""
 
 
 class Cut(NamedTuple):
-    """A place in a chat that whoever sent it says later chats will share."""
+    """A place in a chat up to which the client declares that later chats will be equal."""
 
     message: int | None
-    """Behind this message, or in it; None: behind the tools."""
+    """Index of the message that contains or ends at the cut, or None for the end of the tools."""
     content: str | None = None
-    """The beginning of its content that is shared; None: all."""
+    """Shared beginning of its content, or None if all of it is shared."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A chat as the model reads it."""
+    """A chat as the input of the model."""
 
     token_ids: list[int]
     boundaries: tuple[int, ...]
-    """Positions that will still be a prefix of later prompts, ascending: the end of the system
-    segment, where the next turn leaves this prompt, and in a tool loop where the tool's answer
-    does."""
+    """Positions up to which later prompts will be equal, ascending: the end of the system segment,
+    the position where the next turn differs, and in a tool loop the position where the prompt with
+    the tool's result differs."""
 
     cuts: tuple[int, ...] = ()
-    """Positions of the cuts that were asked for, in their order; where the template does not take
-    the chat before one, none."""
+    """Positions of the requested cuts, in their order, without those at which the template rejects
+    the chat."""
     is_thinking: bool = False
-    """It ends inside of reasoning, which the answer goes on with."""
+    """True if the prompt ends inside reasoning, which the answer continues."""
     header: str = ""
-    """What it ends with, from its last control token on: how the turn of the answer begins."""
+    """End of the prompt from its last control token on, with which the answer's turn begins."""
     num_replayed: int = 0
-    """Messages that the tokens sampled for them stand for."""
+    """Number of messages that were replaced by the tokens sampled for them."""
 
     @property
     def answer_survives(self) -> bool:
-        """Whether any later prompt goes on from this one's end; not where the template drops what
-        the prompt ends with."""
+        """True if a later prompt may continue from the end of this one. False if the template drops
+        the end of the prompt."""
         return not self.boundaries or self.boundaries[-1] == len(self.token_ids)
 
 
@@ -74,18 +76,20 @@ def render_chat(
     keeps_thinking: bool = False,
     continues_last: bool = False,
 ) -> ChatPrompt:
-    """Render and encode a chat. At most five renders and one for each of ``cuts``, one encoding of
-    the whole and a few of its ends.
+    """Render and encode a chat.
 
-    ``sampled`` has, by the index of its message, what was sampled for it: those tokens are used
-    where ``engine/text/splice.py`` allows it. ``keeps_thinking``: also where the template drops
-    reasoning from history; the prompt is then not what the template alone would write.
+    ``sampled`` has the sampled turns by the index of their message. Their tokens are used if
+    ``engine/text/splice.py`` allows it; with ``keeps_thinking`` also where the template drops
+    reasoning from history, so that the prompt differs from the template's.
 
-    What the chat's own texts (contents, names, arguments, tools) hold of
-    ``tokenizer.control_tokens`` is text, so that nobody can write a turn of somebody else's; with
-    ``special_in_content`` it becomes those tokens. ``namespace`` as in ``EncodeOptions``.
-    ``continues_last``: the prompt ends with the last message's content, and no turn after it.
-    TemplateError: the model has no chat template, or it refuses this chat.
+    ``tokenizer.control_tokens`` inside the chat's texts (contents, names, arguments, tools) are
+    encoded as text, so that a client cannot forge turns. With ``special_in_content`` they become
+    control tokens. ``namespace`` is that of ``EncodeOptions``. With ``continues_last``, the prompt
+    ends with the content of the last message.
+
+    Raises TemplateError if the model has no chat template, or if the template rejects the chat.
+    Takes at most five renders plus one for each of ``cuts``, one encoding of the whole chat and a
+    few of its ends.
     """
     template = tokenizer.chat_template
     if template is None:
@@ -128,7 +132,7 @@ def render_chat(
         try:
             later = splices.apply(render(future))
         except TemplateError:
-            continue  # This future can not happen with this template.
+            continue  # This continuation is impossible with this template.
         special = tokenizer.special_tokens
         shared = common_token_prefix(encode, special, text, token_ids, later)
         boundaries.add(shared)
@@ -140,17 +144,17 @@ def render_chat(
 
 
 def _up_to_content(text: str, message: Message) -> str:
-    """The rendered ``text`` as far as the content of its last ``message`` goes."""
+    """Return the rendered ``text`` up to the end of the content of its last ``message``."""
     content = str(message.get("content") or "").strip()
     at = text.rfind(content)
     if not content or at < 0:
-        raise TemplateError("the last message has no content that could be continued")
+        raise TemplateError("the last message has no content to continue")
     return text[: at + len(content)]
 
 
 def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> list[list[Message]]:
-    """The chats that may come and share a beginning with this one; ``thinks``: the answer may have
-    reasoning."""
+    """Return possible later chats that share a beginning with this one. ``thinks``: the answer may
+    contain reasoning."""
     system = list(
         itertools.takewhile(lambda message: message["role"] in ("system", "developer"), messages)
     )
@@ -167,7 +171,7 @@ def _futures(messages: Sequence[Message], with_tools: bool, thinks: bool) -> lis
 
 
 def _future_behind(cut: Cut, messages: Sequence[Message]) -> list[Message]:
-    """A chat that shares with this one what lies before ``cut``, and no more."""
+    """Return a chat that equals this one up to ``cut``, and differs right after it."""
     ask: Message = {"role": "user", "content": PROBE}
     if cut.message is None:
         return [{"role": "system", "content": PROBE}, ask]
@@ -181,11 +185,11 @@ def _future_behind(cut: Cut, messages: Sequence[Message]) -> list[Message]:
 
 
 def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str | None, Any]:
-    """(mark, ``value`` with marks in its texts, so that none can become a control token, alone or
-    with what stands beside it).
+    """Return (mark, ``value`` with marks in its texts that prevent control tokens).
 
-    The mark is a character that ``value`` has not; None where there is nothing to mark. O(size of
-    ``value``). TemplateError: it is nested too deep.
+    With the marks, no text can become a control token, alone or with adjacent text. The mark is a
+    character that does not occur in ``value``, or None if no mark is needed. O(size of ``value``).
+    Raises TemplateError if the value is nested too deep.
     """
     if not control_tokens:
         return None, value
@@ -205,17 +209,17 @@ def mark_control_tokens(control_tokens: Sequence[str], value: Any) -> tuple[str 
 
 
 class _Cuts:
-    """Where a text must be cut, whatever a template writes before and after it.
+    """Places at which a text must be cut, independent of the text that a template writes around it.
 
-    A control token that has a character of the text either lies in it; or begins in it, so that the
-    text ends as the token begins; or begins before it, so that the text begins as the token ends,
-    or is the middle of one.
+    There are three cases for a control token that shares a character with the text. It is inside
+    the text. Or it begins in the text, so that the text ends with a beginning of the token. Or it
+    begins before the text, so that the text starts with an end of the token, or is its middle.
     """
 
     def __init__(self, control_tokens: Sequence[str]) -> None:
         tokens = [token for token in control_tokens if len(token) > 1]
         listed = "|".join(map(re.escape, tokens)) or "(?!)"
-        # Only the first character is taken, so that those are found too that begin inside another.
+        # Matches one character only, so that tokens that begin inside another are found too.
         self._begins = re.compile(f"(?={listed}).", re.DOTALL)
         self._heads = tuple({token[:end] for token in tokens for end in range(1, len(token))})
         self._tails = tuple({token[start:] for token in tokens for start in range(1, len(token))})
@@ -233,7 +237,7 @@ class _Cuts:
         return before + within + (mark if self._joins_after(text) else "")
 
     def _starts(self, text: str) -> Iterator[int]:
-        """Where control tokens begin; a slice of the text at a time."""
+        """Yield the starts of control tokens, searching one slice of the text at a time."""
         for start in range(0, len(text), SLICE):
             end = start + SLICE
             for found in self._begins.finditer(text, start, end + self._longest - 1):
@@ -262,7 +266,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of ``value`` in which ``change`` has been at every text."""
+    """Return a copy of ``value`` in which ``change`` was applied to every text."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
@@ -276,7 +280,7 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _is_plain(name: Any) -> bool:
-    """A name that templates may ask for, such as ``text``, stays as it is: it is a word."""
+    """Return True for names that templates may use, such as ``text``: they stay as they are."""
     return not isinstance(name, str) or name.isidentifier()
 
 
@@ -287,11 +291,12 @@ def common_token_prefix(
     token_ids: Sequence[int],
     later: str,
 ) -> int:
-    """How many leading ``token_ids`` of ``text`` the encoding of ``later`` starts with.
+    """Return the number of leading ``token_ids`` of ``text`` that the encoding of ``later`` begins
+    with.
 
-    The texts are compared first; then only what follows the last special token of their common part
-    is encoded, since a special token splits the text around it. O(len(text)) in comparing, and the
-    shorter side of the split in encoding.
+    The texts are compared first. Then only the text after the last special token of their common
+    part is encoded, because the text is split at special tokens. O(len(text)) comparisons, and
+    encoding of the shorter side of the split.
     """
     shared = _common_prefix(text, later)
     split = _last_special(special_tokens, text, shared)
@@ -308,8 +313,8 @@ def common_token_prefix(
 
 
 def _common_prefix(first: str, second: str) -> int:
-    """Length of the common prefix, by bisection over slices: O(n) in comparing memory, O(log n) in
-    Python."""
+    """Return the length of the common prefix, by bisection over slices: O(n) memory comparison,
+    O(log n) in Python."""
     low, high = 0, min(len(first), len(second))
     while low < high:
         middle = (low + high + 1) // 2
@@ -321,7 +326,8 @@ def _common_prefix(first: str, second: str) -> int:
 
 
 def _last_special(special_tokens: Sequence[str], text: str, end: int) -> int:
-    """Where the last special token that lies whole in ``text[:end]`` starts; 0 if there is none."""
+    """Return the start of the last special token that is complete in ``text[:end]``, or 0 if there
+    is none."""
     if not special_tokens:
         return 0
     pattern = re.compile("|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))))

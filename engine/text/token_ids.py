@@ -1,4 +1,4 @@
-"""What serves as a tokenizer where a model's directory has none: text is token ids, as numbers."""
+"""Tokenizer for models without one: a text is a list of token ids in decimal."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from engine.text.tokenizer import AS_PROMPT, EncodeOptions
 
 
 class IdTokenizer:
-    """Each id is written in decimal, after a space.
+    """Writes each id in decimal, after a space.
 
     >>> tokenizer = IdTokenizer(320, frozenset({2}))
     >>> tokenizer.encode("17 4"), tokenizer.decode([17, 4])
@@ -26,12 +26,12 @@ class IdTokenizer:
         self.eos_token_ids = eos_token_ids
 
     def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
-        """ValueError: the text is not numbers."""
+        """Return the ids in ``text``. Raises ValueError if the text is not a list of numbers."""
         try:
             return [int(word) for word in text.split()]
         except ValueError:
             raise ValueError(
-                "this model has no tokenizer: give the prompt as token ids, or as text of their "
+                "this model has no tokenizer: pass the prompt as token ids, or as a text of "
                 "numbers."
             ) from None
 

@@ -1,6 +1,6 @@
-"""What the engine and the server need of a tokenizer.
+"""Interface of tokenizers, as the engine and the server use it.
 
-``decode`` and the pieces of a ``StreamDecoder`` give the same text, and no piece ever ends inside a
+``decode`` and the pieces of a ``StreamDecoder`` give the same text, and no piece ends inside a
 UTF-8 sequence.
 """
 
@@ -16,56 +16,55 @@ if TYPE_CHECKING:
     from engine.text.chat_template import ChatTemplate
 
 SLICE = 65_536
-"""Bytes or ids handled at a time, so that other threads have a turn between."""
+"""Number of bytes or ids processed at a time, so that other threads can run in between."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodeOptions:
-    """How a text is read."""
+    """Options of ``Tokenizer.encode``."""
 
     add_special_tokens: bool = True
-    """Give also the tokens that the model wants around a text (a BOS, say)."""
+    """Also return the tokens that the model expects around a text, such as a BOS."""
     mark: str | None = None
-    """A character that is no part of the text: it only keeps apart what is on either side of
-    it."""
+    """Character that is not part of the text; it separates the text on either side."""
     namespace: Hashable = None
-    """What is remembered to be quicker the next time is remembered for one namespace: another can
-    not tell from the time."""
+    """Namespace of cached pieces. The time of encoding does not reveal pieces of other
+    namespaces."""
 
 
 AS_PROMPT = EncodeOptions()
 
 
 class Tokenizer(Protocol):
-    """What the engine and the server need of a tokenizer."""
+    """Interface of tokenizers."""
 
     vocab_size: int
-    """One more than the highest id that there is: a model's own table may be longer."""
+    """Highest id plus one. The model's own table may be longer."""
     eos_token_ids: frozenset[int]
     """Ids that end an answer."""
     special_tokens: tuple[str, ...]
-    """Strings that always become one token and split the text around them: the text on either side
-    may be encoded alone."""
+    """Strings that always become one token and split the text around them. The text on either side
+    can be encoded independently."""
     control_tokens: tuple[str, ...]
-    """Special tokens that no text has: what begins and ends a turn. (``<think>`` is a token, and
-    part of the text.)"""
+    """Special tokens that never occur in a text, such as those at the beginning and end of a turn.
+    (``<think>`` is a token, but part of the text.)"""
     chat_template: ChatTemplate | None
 
     def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
-        """Ids of ``text``. O(len(text))."""
+        """Return the ids of ``text``. O(len(text))."""
         ...
 
     def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``token_ids``; ids without text (padding of the vocabulary) give none, broken
-        bytes give U+FFFD."""
+        """Return the text of ``token_ids``. Ids without text (padding of the vocabulary) give none,
+        invalid bytes give U+FFFD."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for, specials included."""
+        """Return the bytes of one token, special tokens included."""
         ...
 
     def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder: ...
 
     def as_json(self) -> str | None:
-        """What a ``tokenizer.json`` says; None: its tokens are bytes, and that is all."""
+        """Return the contents of a ``tokenizer.json``, or None if the tokens are bytes."""
         ...

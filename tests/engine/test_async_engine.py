@@ -274,7 +274,7 @@ def test_a_failing_engine_says_so_to_everybody(caplog: pytest.LogCaptureFixture)
             with pytest.raises(error):
                 await asyncio.wait_for(read(engine.submit([1, 2, 3], LONG)), 10)
         await asyncio.to_thread(engine.stop)
-        with pytest.raises(EngineStopped, match="has failed, its log says why: restart it"):
+        with pytest.raises(EngineStopped, match="see its log for the reason, and restart it"):
             engine.submit([1])
         assert not engine.is_alive
 

@@ -76,7 +76,7 @@ def run(*arguments: str) -> int:
         ("generate x --checkpoints every:x", "'every' needs a whole number"),
         ("generate x --eviction oracle", "unknown eviction policy 'oracle'"),
         ("serve --port 0 --model /no/such/model", "/no/such/model"),
-        ("generate x --device banana", "there is no device 'banana'"),
+        ("generate x --device banana", "unknown device 'banana'"),
         ("generate x --kernels attention=banana", "no backend 'banana'"),
         ("generate x --cache-gib 0.0001", "are needed"),
         ("generate x --prefix-cache radix", "use hybrid, or none"),
@@ -86,8 +86,11 @@ def run(*arguments: str) -> int:
         ("inspect /no/such/dir/config.json", "There is no /no/such/dir/config.json"),
         ("inspect --budget-gib 0", "--budget-gib must be finite and above 0"),
         ("inspect --budget-gib inf", "--budget-gib must be finite and above 0"),
-        ("generate x --kv-gib 100000", "GiB left: give less memory"),
-        ("generate x --cache-gib 0.1 --max-running 100000000", "have fewer requests run"),
+        ("generate x --kv-gib 100000", "GiB: configure less memory"),
+        (
+            "generate x --cache-gib 0.1 --max-running 100000000",
+            "memory or fewer running requests",
+        ),
     ],
 )
 def test_wrong_input_is_one_sentence_and_exit_code_2(
@@ -179,7 +182,7 @@ def test_hugging_faces_kernels_beside_ours_is_refused(
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.9.0\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert run("inspect") == 2
-    assert "'kernels' 0.9.0 is installed beside this project" in capsys.readouterr().err
+    assert "'kernels' 0.9.0 is installed in the same environment" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", ["serve", "generate", "chat"])

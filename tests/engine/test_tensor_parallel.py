@@ -185,7 +185,7 @@ async def _submit(engine: AsyncEngine) -> None:
         (
             {"tp": 3},
             ModelError,
-            r"^--tp 3 does not suit this model: 3 ranks cannot divide 4 key heads of .* evenly\.$",
+            r"^--tp 3 is not possible for this model: 3 ranks cannot divide 4 key .* evenly\.$",
         ),
     ],
 )

@@ -288,7 +288,9 @@ def test_missing_and_broken_files_are_named(tmp_path: Path, model_dir: Path) -> 
         load_tokenizer(tmp_path)
     for broken in (b"{broken", b"\xff\xfe"):
         (tmp_path / "tokenizer.json").write_bytes(broken)
-        with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer .*download it again"):
+        with pytest.raises(
+            ValueError, match=r"tokenizer.json cannot be read as a .*download it again"
+        ):
             load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text("{}")

@@ -301,7 +301,7 @@ def test_graphs_need_kernels_that_read_lengths_on_the_device(drivers, monkeypatc
     monkeypatch.setattr(runner, "device", Device(torch.device("cpu"), TRAITS["cuda"]))
     runner.use_graphs("auto")
     assert runner.graphs == (None, None)
-    with pytest.raises(ModelError, match=r"others serve for .*attention.*--graphs off"):
+    with pytest.raises(ModelError, match=r"not used for .*attention.*--graphs off"):
         runner.use_graphs("all")
 
 

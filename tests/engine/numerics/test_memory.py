@@ -200,8 +200,8 @@ def test_kernels_are_chosen_by_word():
     assert chosen.words() == {"attention": "fused", "gdn": word}
     assert {"moe", "norm", "state_copy"} < set(chosen)
     for text, sentence in (
-        ("attn=fused", "no kernel 'attn'; there are activation, attention"),
-        ("gdn=cutlass", "no backend 'cutlass'; reference or fused or native"),
+        ("attn=fused", "unknown kernel 'attn'; choose from activation, attention"),
+        ("gdn=cutlass", "no backend 'cutlass'; choose reference or fused or native"),
         ("gdn", "no backend ''"),
     ):
         with pytest.raises(ModelError, match=sentence):

@@ -186,5 +186,5 @@ def test_without_a_compiler(monkeypatch, driver_class, random_tokens) -> None:
     assert set(runner.kernels.words().values()) == {"reference"}
     [[logits]] = decoded(driver_class, runner, [random_tokens(10, 1)], 1)
     assert logits.isfinite().all()
-    with pytest.raises(ModelError, match="kernel gdn can not be loaded as native: no C"):
+    with pytest.raises(ModelError, match="kernel gdn cannot be loaded as native: no working C"):
         make_runner(kernels="gdn=native")

@@ -168,7 +168,7 @@ def test_pools_that_leave_no_room_for_graphs_are_told(monkeypatch, tmp_path) -> 
             "capture",
             lambda self, bucket: (capture if next(few, None) is not None else full)(self, bucket),
         )
-        with pytest.raises(ModelError, match="leave no memory for graphs"):
+        with pytest.raises(ModelError, match="no memory left for graphs"):
             make_engine(tmp_path, kv_gib=0.02, state_gib=0.02)
 
 

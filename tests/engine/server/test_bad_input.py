@@ -29,9 +29,9 @@ EPHEMERAL = {"type": "ephemeral"}
 
 BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({}, "'prompt' is missing: add it."),
-    ({"prompt": ""}, "give at least one token"),
+    ({"prompt": ""}, "pass at least one token"),
     ({"prompt": []}, "must be a text, a list of texts"),
-    ({"prompt": [[]]}, "give at least one token"),
+    ({"prompt": [[]]}, "pass at least one token"),
     ({"prompt": 7}, "must be a text, a list of texts"),
     ({"prompt": ["a", 1]}, "must be a text, a list of texts"),
     ({"prompt": [True]}, "must be a text, a list of texts"),
@@ -63,12 +63,12 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "max_token": 3}, "'max_token' is not a parameter of this endpoint"),
     ({"prompt": "x", "logit_bias": {"x": 1}}, "'logit_bias.x' must be a token id"),
     ({"prompt": "x", "logit_bias": {"5": 101}}, "'logit_bias.5' must be at most 100 (got 101)."),
-    ({"prompt": "x", "logit_bias": {"320": 1}}, "logit_bias must hold token ids from 0 to 319"),
+    ({"prompt": "x", "logit_bias": {"320": 1}}, "logit_bias must contain token ids from 0 to 319"),
     ({"prompt": "x", "allowed_token_ids": []}, "'allowed_token_ids' must have at least 1 entry"),
     ({"prompt": "x", "allowed_token_ids": [9999]}, "token ids from 0 to 319"),
     (
         {"prompt": "x", "allowed_token_ids": [1], "guided_regex": "a"},
-        "allowed_token_ids can not go together",
+        "allowed_token_ids cannot be combined",
     ),
     ({"prompt": "x", "bad_words": [""]}, "'bad_words.0' must be text that is not empty"),
     ({"prompt": "x", "min_tokens": 17}, "min_tokens must not be above max_tokens"),
@@ -168,7 +168,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": CHAT, "guided_regex": "a{1000000000}"}, "'guided_regex': this grammar is too"),
     (
         {"messages": CHAT, "guided_grammar": 'root ::= "a"{1000000}'},
-        "is too complex to be followed",
+        "is too complex to follow",
     ),
     (
         {"messages": CHAT, "structured_outputs": {"json": {"type": "foo"}}},
@@ -180,7 +180,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
             "max_tokens": 9,
             "guided_grammar": 'root ::= [b-d] [b-d] [b-d] "a"{1000000}',
         },
-        "is too complex to be",
+        "is too complex to follow",
     ),
     ({"messages": CHAT, "structured_outputs": {"structural_tag": "{}"}}, "structural_tag"),
     ({"messages": [{"role": "user", "content": "x" * 5000}]}, "shorten the prompt"),
@@ -239,8 +239,11 @@ def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
         (b"null", "The body"),
         (b'{"prompt": "\xff\xfe"}', "not valid UTF-8 JSON"),
         (b"\x00\x01\x02", "The body is not valid"),
-        (b"[" * 60_000, "may be nested 200 deep, not deeper"),
-        (b'{"prompt": "x", "user": ' + b"[" * 200 + b"]" * 200 + b"}", "may be nested 200 deep"),
+        (b"[" * 60_000, "may be nested at most 200 levels deep"),
+        (
+            b'{"prompt": "x", "user": ' + b"[" * 200 + b"]" * 200 + b"}",
+            "may be nested at most 200 levels deep",
+        ),
         (b'{"prompt": "x", "\\ud800": 1}', "'\N{REPLACEMENT CHARACTER}' is not a parameter"),
         (b'{"prompt": "x", "temperature": NaN}', "cannot be read: NaN is not a number of JSON."),
         (b'{"prompt": "x", "user": -Infinity}', "cannot be read: -Infinity is not a number"),
