@@ -1,6 +1,7 @@
 """Sphinx configuration: `make docs` builds the site into out/docs, with warnings as errors.
 
-The notebooks of ``examples/`` are copied here and executed while the site is built.
+The notebooks of ``examples/`` are copied here and executed while the site is built, and the figures
+in ``docs/figures`` are drawn.
 """
 
 import os
@@ -13,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 
 import generate  # noqa: E402
+import match_figure  # noqa: E402
 
 project = "hybridcache"
 author = "The hybridcache authors"
@@ -34,6 +36,7 @@ NOTEBOOKS = ROOT / "docs" / "examples"
 NOTEBOOKS.mkdir(exist_ok=True)
 for notebook in (ROOT / "examples").glob("*.ipynb"):
     shutil.copyfile(notebook, NOTEBOOKS / notebook.name)
+match_figure.draw(ROOT / "docs" / "figures")
 # The kernels of notebooks import this checkout too.
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))
 

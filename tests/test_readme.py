@@ -105,14 +105,31 @@ def reference(name: str) -> str:
     return (ROOT / "docs" / "reference" / f"{name}.md").read_text()
 
 
-@pytest.fixture(scope="module")
-def generate() -> ModuleType:
-    """The generator of the reference, which Sphinx calls."""
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+def script_of_docs(name: str) -> ModuleType:
+    """Import a script of docs/, which Sphinx calls."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def generate() -> ModuleType:
+    """The generator of the reference."""
+    return script_of_docs("generate")
+
+
+def test_the_figure_of_a_match_is_what_the_pages_say(tmp_path: Path) -> None:
+    figure = script_of_docs("match_figure")
+    steps = figure.run()
+    assert steps.cached_len + sum(steps.losses) == len(figure.THIRD)
+    assert [edge.end for edge in steps.before if edge.has_checkpoint] == [384, 320, 192]
+    assert (steps.kv_match_len, steps.cached_len, steps.saved) == (300, 192, (256, 384))
+    assert (steps.losses.never_checkpointed, steps.losses.below_grid) == (64, 44)
+    assert steps.next_cached_len == 256
+    for file in figure.draw(tmp_path):
+        assert "<svg" in file.read_text()
 
 
 def test_the_endpoints_are_those_of_the_server(server: str) -> None:
