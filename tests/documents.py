@@ -8,7 +8,10 @@ A page is run from top to bottom in an empty folder. The language of a block dec
 - ``console``: each line after ``$`` is a ``hybridcache`` or ``engine`` command, run in this
   process; its output must be the output shown, where ``...`` stands for any text.
 - ``sh``: the flags of each ``hybridcache`` and ``engine`` command exist, as do the targets of
-  ``make``, the extras of ``pip install`` and the scripts of ``python``.
+  ``make``, the extras of ``pip install`` and the scripts of ``python``. A ``curl`` command to the
+  server of the pages is sent, as curl would send it; the answer must be 200.
+
+A block may be indented, as in a list.
 
 An HTML comment on the line before a block changes that: ``<!-- file: NAME -->`` writes the block to
 a file, ``<!-- not run: REASON -->`` leaves it out.
@@ -25,11 +28,13 @@ import re
 import shlex
 import sys
 import tempfile
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import pytest
 
 from engine.command.cli import main as engine
@@ -42,7 +47,8 @@ SERVER = "http://127.0.0.1:8000"
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 _FENCE = re.compile(
-    r"^(?:<!-- *(?P<note>[^\n]*?) *-->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    r"^(?: *<!-- *(?P<note>[^\n]*?) *-->\n)?(?P<indent> *)```(?P<language>\w+)\n"
+    r"(?P<text>.*?)^(?P=indent)```$",
     re.DOTALL | re.MULTILINE,
 )
 
@@ -62,13 +68,16 @@ def blocks(page: Path) -> Iterator[Block]:
     content = page.read_text()
     for found in _FENCE.finditer(content):
         line = content.count("\n", 0, found.start("text"))
-        yield Block(line, found["language"], found["text"], found["note"] or "")
+        text = textwrap.dedent(found["text"]) if found["indent"] else found["text"]
+        yield Block(line, found["language"], text, found["note"] or "")
 
 
 def needs_server(page: Path) -> bool:
     """Return whether a block that runs speaks to a server."""
     return any(
-        block.language in ("python", "console") and SERVER in block.text and not block.note
+        SERVER in block.text
+        and not block.note
+        and (block.language in ("python", "console") or "curl " in block.text)
         for block in blocks(page)
     )
 
@@ -104,7 +113,7 @@ def run(
             elif block.language == "console":
                 _run_console(text, where, corrections)
             elif block.language == "sh":
-                _check_commands(text, where)
+                _check_commands(text, where, server)
             else:
                 continue
             num_run += 1
@@ -203,14 +212,15 @@ def check_command(command: str) -> None:
     _check_commands(command, command)
 
 
-def _check_commands(text: str, where: str) -> None:
-    for line in text.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
+def _check_commands(text: str, where: str, server: str | None = None) -> None:
+    for words in _commands(text):
         while words and re.fullmatch(r"\w+=\S*", words[0]):
             words = words[1:]
-        if not words or words[0] == "curl":
+        if not words:
             continue
-        if words[0] in COMMANDS:
+        if words[0] == "curl":
+            _run_curl(words[1:], where, server)
+        elif words[0] in COMMANDS:
             _check_flags(words, where)
         elif words[0] == "pip":
             _check_install(words, where)
@@ -225,6 +235,45 @@ def _check_commands(text: str, where: str) -> None:
             assert (ROOT / name).exists(), f"{where}: there is no {name}"
         else:
             assert words[0] in ("cd", "git", "ray", "export"), f"{where}: {words[0]}?"
+
+
+def _commands(text: str) -> Iterator[list[str]]:
+    """Yield the words of each command; a quoted word may have several lines."""
+    command = ""
+    for line in text.replace("\\\n", " ").splitlines():
+        command += line
+        try:
+            yield shlex.split(command, comments=True)
+            command = ""
+        except ValueError:  # a quotation that is still open
+            command += "\n"
+    assert not command, f"a quotation is never closed: {command}"
+
+
+def _run_curl(words: list[str], where: str, server: str | None) -> None:
+    """Send the request of a ``curl`` command if it goes to ``server``; its options must be known
+    here in any case. As with curl, a body without a header for its type is a form."""
+    method, body, headers, urls = None, None, {}, []
+    rest = iter(words)
+    for word in rest:
+        if word == "-H":
+            name, _, value = next(rest).partition(":")
+            headers[name.strip().lower()] = value.strip()
+        elif word == "-d":
+            body = next(rest)
+        elif word == "-X":
+            method = next(rest)
+        elif word not in ("-s", "-N"):
+            assert not word.startswith("-"), f"{where}: an option of curl that is not known: {word}"
+            urls.append(word)
+    [url] = urls
+    if server is None or not url.startswith(server):
+        return
+    if body is not None:
+        headers.setdefault("content-type", "application/x-www-form-urlencoded")
+    method = method or ("GET" if body is None else "POST")
+    answer = httpx.request(method, url, headers=headers, content=body, timeout=60)
+    assert answer.status_code == 200, f"{where}: curl {url}: {answer.status_code} {answer.text}"
 
 
 def _check_flags(words: list[str], where: str) -> None:

@@ -198,14 +198,18 @@ def test_every_page_is_in_the_table_of_contents() -> None:
         ("```sh\npython -m experiments.coffee\n```\n", "coffee"),
         ("```console\n$ hybridcache trace stats short\nnothing\n```\n", "expected"),
         ("<!-- not run: -->\n```python\n1\n```\n", "reason"),
+        ("1. Start:\n\n   ```sh\n   engine serve --prot 1\n   ```\n", "--prot"),
+        (f"```sh\ncurl {documents.SERVER}/v1/coffee\n```\n", "404"),
+        (f'```sh\ncurl {documents.SERVER}/tokenize -d \'{{"prompt": "x"}}\'\n```\n', "400"),
+        (f"```sh\ncurl --coffee {documents.SERVER}/health\n```\n", "--coffee"),
     ],
 )
 def test_a_wrong_block_is_noticed(
-    text: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: str
 ) -> None:
     monkeypatch.setattr(documents, "blocks", _blocks_of(text, documents.blocks, tmp_path))
     with pytest.raises(AssertionError, match=message):
-        documents.run(README, tmp_path)
+        documents.run(README, tmp_path, server)
 
 
 def _blocks_of(text, read, folder):  # type: ignore[no-untyped-def]

@@ -38,7 +38,10 @@ Body = TypeVar("Body", bound=Strict)
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.?){0,%d}+' % PIECE, re.DOTALL)
 _NOT_JSON = "The body is not valid UTF-8 JSON, or has too long a number: send one JSON object."
 _NO_OBJECT = "The body must be one JSON object, with names and values between { and }."
-_NO_HEADER = "The body came without the header Content-Type: application/json: send it along."
+_NO_HEADER = (
+    "The body needs the header Content-Type: application/json. "
+    "With curl, add -H 'Content-Type: application/json'."
+)
 
 
 class BodyReader:

@@ -265,7 +265,7 @@ def test_half_a_character_is_quoted_as_unreadable(live: Live) -> None:
 def test_json_must_be_called_json(live: Live, content_type: str) -> None:
     """As ``curl -d`` forgets, and as a foreign web page can not without asking."""
     answer = _send(live, b'{"prompt": "x"}', content_type)
-    check_error(answer, 400, "without the header Content-Type: application/json")
+    check_error(answer, 400, "add -H 'Content-Type: application/json'")
 
 
 def _send(live: Live, payload: bytes, content_type: str) -> httpx.Response:
