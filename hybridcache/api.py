@@ -175,7 +175,11 @@ MAX_NAMESPACES = 1024
 
 class Usage:
     """Counters of the requests of one namespace, in tokens except for ``requests``, ``hits`` and
-    ``missed``."""
+    ``missed``.
+
+    ``cached_tokens`` and the loss causes (``never_seen`` to ``not_fetched``) sum to
+    ``prompt_tokens``.
+    """
 
     __slots__ = (
         "below_grid",
@@ -195,17 +199,29 @@ class Usage:
 
     def __init__(self) -> None:
         self.requests = 0
+        """Number of requests that began to compute, without those that resumed after a
+        preemption."""
         self.hits = 0
         """Number of requests that reused at least one token."""
         self.prompt_tokens = 0
+        """Length of all prompts."""
         self.cached_tokens = 0
+        """Number of prompt tokens that were reused."""
         self.never_seen = 0
+        """Sum of ``Losses.never_seen``."""
         self.kv_evicted = 0
+        """Sum of ``Losses.kv_evicted``."""
         self.checkpoint_evicted = 0
+        """Sum of ``Losses.checkpoint_evicted``."""
         self.never_checkpointed = 0
+        """Sum of ``Losses.never_checkpointed``."""
         self.below_grid = 0
+        """Sum of ``Losses.below_grid``."""
         self.refused = 0
+        """Sum of ``Losses.refused``: tokens with a checkpoint that could not be used, because no
+        slot was available for the request."""
         self.not_fetched = 0
+        """Sum of ``Losses.not_fetched``."""
         self.missed = 0
         """Number of requests that would have resumed deeper from an evicted checkpoint."""
         self.missed_tokens = 0
@@ -241,14 +257,27 @@ class Usage:
 
     @property
     def request_hit_rate(self) -> float:
+        """Fraction of the requests that reused at least one token; 0 before the first request."""
         return self.hits / self.requests if self.requests else 0.0
 
     def as_dict(self) -> dict[str, int]:
+        """Return all counters by name."""
         return {name: getattr(self, name) for name in sorted(self.__slots__)}
+
+    def __repr__(self) -> str:
+        return f"Usage({_shown(self.as_dict())})"
+
+
+def _shown(counters: dict[str, int]) -> str:
+    """Return the counters that are not 0, as in the ``repr`` of a dataclass."""
+    return ", ".join(f"{name}={value}" for name, value in counters.items() if value)
 
 
 class CacheStats:
     """Counters of one cache since its construction.
+
+    ``total`` sums the requests, hits and losses of all namespaces, ``by_namespace`` has those of
+    each. The other counters are of the cache as a whole.
 
     >>> import numpy as np
     >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -256,22 +285,29 @@ class CacheStats:
     >>> cache.touch(cache.match(np.arange(10, dtype=np.int32), namespace="tenant"))
     >>> cache.stats.by_namespace["tenant"].never_seen, cache.stats.token_hit_rate
     (10, 0.0)
+    >>> cache.stats
+    CacheStats(never_seen=10, prompt_tokens=10, requests=1)
     """
 
     def __init__(self) -> None:
         self.by_namespace: OrderedDict[Hashable, Usage] = OrderedDict()
+        """Counters of each namespace, at most 1,024 of them."""
         self._known_requests: dict[Hashable, int] = {}
         self.folded = Usage()
         """Sum over the namespaces that are no longer counted separately."""
         self.inserted_tokens = 0
         """Number of KV rows that entered the cache."""
         self.inserted_slots = 0
+        """Number of checkpoints that entered the cache."""
         self.evicted_tokens = 0
+        """Number of KV rows that left the cache."""
         self.evicted_slots = 0
+        """Number of checkpoints that left the cache."""
         self.evictions = 0
         """Number of victims. One eviction can free the KV and the checkpoint of its node."""
         self.refusals = 0
-        """Number of allocations that could not be met."""
+        """Number of calls of ``allocate_kv`` and ``allocate_slot`` that returned None. A refused
+        ``begin`` or ``extend`` is one of them. (``refused`` counts tokens, not calls.)"""
 
     @property
     def num_changes(self) -> int:
@@ -310,6 +346,7 @@ class CacheStats:
 
     @property
     def token_hit_rate(self) -> float:
+        """Reused fraction of the prompt tokens; 0 before the first request."""
         return self.total.token_hit_rate
 
     def clear(self) -> None:
@@ -321,6 +358,9 @@ class CacheStats:
         return self.total.as_dict() | {
             name: value for name, value in sorted(vars(self).items()) if isinstance(value, int)
         }
+
+    def __repr__(self) -> str:
+        return f"CacheStats({_shown(self.as_dict())})"
 
 
 class Listener(Protocol):
@@ -488,8 +528,11 @@ class PrefixCache(Protocol):
     """
 
     page_size: int
+    """Tokens of one KV page."""
     grid: int
+    """Checkpoints are at multiples of it, in whole pages."""
     stats: CacheStats
+    """Counters since the construction: an attribute, not a method."""
     arena: ArenaAllocator | None
     """Shared memory of rows and slots, or None if rows never move."""
     offload: Offload | None
@@ -557,9 +600,13 @@ class PrefixCache(Protocol):
         """
         ...
 
-    def touch(self, match: PrefixMatch) -> None:
+    def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
         """Record the use of a match: refresh the recency of its checkpoint and KV, and count its
-        losses."""
+        losses.
+
+        A request that ``resumes`` after a preemption was counted before, so ``stats`` stays as it
+        is.
+        """
         ...
 
     def lock(self, node: NodeHandle | None) -> LockHandle:

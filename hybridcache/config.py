@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import lcm
 
 from hybridcache.allocators.arena import ArenaAllocator, slab_rows
 from hybridcache.allocators.base import ByteBudget
@@ -57,7 +58,13 @@ class CacheConfig:
     kv_bytes_per_token: int = field(default=1, metadata={"help": "bytes of one token's KV"})
     state_bytes: int = field(default=1, metadata={"help": "bytes of one state"})
     page_size: int = field(default=1, metadata={"help": "tokens of one KV page"})
-    grid: int = field(default=GRID, metadata={"help": "checkpoints sit at multiples of it, tokens"})
+    grid: int = field(
+        default=GRID,
+        metadata={
+            "help": "checkpoints are at multiples of it and of page_size, tokens; one of the two "
+            "must divide the other"
+        },
+    )
     eviction: EvictionSpec = field(
         default=DEFAULT_EVICTION,
         metadata={"help": "eviction policy: a name, or a policy of your own"},
@@ -88,6 +95,12 @@ class CacheConfig:
             raise ValueError(f"unknown memory {self.memory!r}; known: {known}")
         if self.page_size < 1 or self.grid < 1:
             raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
+        if self.grid % self.page_size and self.page_size % self.grid:
+            raise ValueError(
+                f"grid {self.grid} must be a multiple of page_size {self.page_size}, or divide it: "
+                "checkpoints are saved at common multiples, here only at those of "
+                f"{lcm(self.grid, self.page_size)} tokens"
+            )
         if self.ghost_bytes < 0:
             raise ValueError(f"ghost_bytes must not be negative, got {self.ghost_bytes}")
         if self.kv_bytes_per_token < 1 or self.state_bytes < 1:
@@ -148,14 +161,15 @@ class CacheConfig:
         return self.kv_bytes_per_token > 1 or self.state_bytes > 1
 
     def _refuse_unknown_bytes(self) -> None:
-        """Raise ValueError if memory is shared by bytes, but the sizes are the defaults: a state
+        """Raise ValueError if a memory is given in bytes, but the sizes are the defaults: a state
         never weighs as little as a token."""
-        shares = self.total_bytes is not None or bool(self.tier_bytes)
-        if self.prefix_cache == "hybrid" and shares and not self._has_known_bytes:
+        sizes = {"total_bytes": self.total_bytes, **self.tier_bytes}
+        given = [name if "_" in name else f"{name}_bytes" for name, size in sizes.items() if size]
+        if self.prefix_cache == "hybrid" and given and not self._has_known_bytes:
             raise ValueError(
-                "kv_bytes_per_token and state_bytes must be given if memory is shared by bytes; "
-                "hybridcache.ModelGeometry computes them for a model. By default a state would "
-                "weigh as little as one token"
+                f"kv_bytes_per_token and state_bytes must be given with {' and '.join(given)}, "
+                "because rows and states are counted in bytes there. hybridcache.ModelGeometry "
+                "computes both for a model"
             )
 
 

@@ -217,14 +217,16 @@ class HybridRadixCache:
         """Return False, because this cache has no offload tiers."""
         return False
 
-    def touch(self, match: PrefixMatch) -> None:
+    def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
         """Record one request: refresh its checkpoint and KV, and count its hits and losses.
 
-        O(1), plus the nodes between the checkpoint and the ghost that was missed.
+        A request that ``resumes`` was counted before. O(1), plus the nodes between the checkpoint
+        and the ghost that was missed.
         """
         residency = self._residency
         residency.now += 1
-        self.stats.record(match)
+        if not resumes:
+            self.stats.record(match)
         node = own(match.node)
         if node is not None:
             residency.use(node)

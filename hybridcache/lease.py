@@ -11,6 +11,8 @@ Life of a lease:
    checkpoints in the chunk, the caller computes, and ``publish`` passes the result to the tree.
 3. Exactly one of ``finish``, ``preempt`` and ``abort`` ends the lease. Then it holds nothing.
 
+A call that breaks these rules raises ValueError in O(1), and nothing is changed.
+
 ``LeaseLog`` records the calls of all leases of one cache, and ``replay`` repeats them on another. A
 fresh cache of the same sizes and policies then makes the same decisions, hit for hit and eviction
 for eviction, without a model.
@@ -28,7 +30,7 @@ from hybridcache.allocators.moves import Move, RowWrite
 from hybridcache.api import LockHandle, Losses, PrefixCache, PrefixMatch, losses_of
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
-from hybridcache.tokens import Indices, Tokens
+from hybridcache.tokens import INT32, Indices, Tokens, require_int32
 
 SPARE_ROWS = 512
 """Spare capacity for the rows of a short answer, so that they need no second array."""
@@ -270,13 +272,14 @@ class CheckpointPlan:
             self._overwritten, self._rolling = self._rolling, (position, slot)
         return ((position, slot),)
 
-    def roll_back(self, computed_len: int) -> None:
+    def roll_back(self, computed_len: int, unwritten: bool) -> None:
         """See ``Lease.roll_back``."""
         if self._rolling is None or self._rolling[0] <= computed_len:
             return
-        if self._overwritten is None:
+        kept = self._overwritten if unwritten else None
+        if kept is None:
             self._cache.free_slot(self._rolling[1])
-        self._rolling = self._overwritten
+        self._rolling = kept
 
     def _crossing(self, start: int, end: int) -> int | None:
         """Return the last position in (start, end] at which decode saves a state, or None."""
@@ -426,8 +429,10 @@ class LeaseRequest(NamedTuple):
 
     tokens: Tokens
     """Tokens known before computing: the prompt, or after a preemption the prompt and the tokens
-    generated so far."""
+    generated so far. At least one."""
     namespace: Hashable = None
+    """Requests in different namespaces share nothing: None, a str, bytes, an int or a tuple of
+    these."""
     boundaries: tuple[int, ...] = ()
     """Positions that later prompts are known to keep, ascending."""
     reuse: bool = True
@@ -448,12 +453,32 @@ class LeaseRequest(NamedTuple):
     own_slot: int | None = None
     """State slot of the request, if running states are stored outside of the cache's memory. If
     None, a slot of the cache is taken, and may be donated."""
+    resumes: bool = False
+    """Whether the request was counted before and continues after a ``preempt``. Its hits and losses
+    are then not added to ``cache.stats`` again. Policies learn from it as from any other."""
+
+
+def _refuse_bad_begin(
+    placement: PlacementPolicy, request: LeaseRequest, exchange: FetchRule | None
+) -> None:
+    """Raise TypeError for arguments of ``begin`` that would fail later, in another call."""
+    if not isinstance(placement, PlacementPolicy):
+        hint = " Build it once, for all requests, with parse_placement."
+        raise TypeError(f"placement must be a PlacementPolicy (got {placement!r}).{hint}")
+    if not isinstance(request, LeaseRequest):
+        raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
+    if exchange is not None and not hasattr(exchange, "seconds_saved"):
+        raise TypeError(f"exchange must have a method seconds_saved (got {exchange!r}).")
+
+
+ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
 
 
 class Lease:
     """Claim of one request on a cache.
 
-    Made by ``begin``. It must not be used after ``finish``, ``preempt`` or ``abort``.
+    Made by ``begin``. After ``finish``, ``preempt`` or ``abort`` it holds nothing: ``kv_indices``
+    is empty, ``state_slot`` is None, and every call but ``abort`` raises ValueError.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=8))
@@ -472,6 +497,7 @@ class Lease:
 
     __slots__ = (
         "_cache",
+        "_has_ended",
         "_is_counted",
         "_node",
         "_placement",
@@ -506,9 +532,10 @@ class Lease:
         self.prompt_len = len(request.tokens)
         """Number of tokens of the request, which are prefilled."""
         self.state_slot = state_slot
-        """State slot of the request; None for attention-only models."""
+        """State slot of the request, to be written in every step: the state after the computed
+        tokens. None for attention-only models, and after the end."""
         self._rows = LeaseRows(match.cached_len, self.prompt_len + cache.page_size)
-        self._is_counted = False
+        self._is_counted = self._has_ended = False
         self._step = lcm(cache.grid, cache.page_size)
         self._plan = CheckpointPlan(cache, placement, self._step, self.prompt_len)
         cache.steps.open(self)
@@ -528,14 +555,25 @@ class Lease:
         """Match the tokens, lock the result, take a state slot, and load from tiers if that saves
         time.
 
-        Returns None, with nothing held, if no slot is available. If the only available slot is that
-        of the matching checkpoint, the request resumes from the next shallower one, and
-        ``losses.refused`` counts the difference. With ``reuse=False`` it counts the whole match. A
-        loaded checkpoint belongs to the cache like any other. Without an ``exchange`` nothing is
-        loaded. O(len(tokens)).
+        Returns None, with nothing held, if no slot is available: keep the request in the queue. If
+        the only available slot is that of the matching checkpoint, the request resumes from the
+        next shallower one, and ``losses.refused`` counts the difference. With ``reuse=False`` it
+        counts the whole match.
+
+        ``placement`` is one object for all requests of a cache, because it can learn.
+        ``parse_placement`` makes one. ``exchange`` decides which offloaded prefixes to load.
+        Without it nothing is loaded. A loaded checkpoint belongs to the cache like any other.
+        O(len(tokens)).
+
+        Raises:
+            ValueError: the tokens are empty or not int32[n], or the namespace is malformed.
+            TypeError: ``placement``, ``request`` or ``exchange`` has another type.
         """
+        _refuse_bad_begin(placement, request, exchange)
         readable = request.tokens if request.reuse else request.tokens[:1]
         found = cache.match(request.tokens, request.namespace)
+        if not found.num_tokens:
+            raise ValueError("a request needs at least one token (got no tokens)")
         match = found if request.reuse else cache.match(readable, request.namespace)
         receipt = cache.lock(match.node)
         slot = request.own_slot if request.stateful else None
@@ -570,7 +608,7 @@ class Lease:
         self._is_counted = True
         request, match, placement = self._request, self.match, self._placement
         if request.reuse:
-            self._cache.touch(match)
+            self._cache.touch(match, request.resumes)
         if not request.stateful:
             return
         if request.reuse:
@@ -620,10 +658,16 @@ class Lease:
 
     @property
     def kv_indices(self) -> Indices:
-        """KV rows of all positions so far: int32[``extended_len``], a view.
+        """KV rows of all positions so far: int32[``extended_len``], a read-only view.
 
-        O(1), but O(``published_len``) if rows of the tree were not read yet.
+        Read it again in every step, after ``take_step``: rows of an arena move, and ``publish``
+        replaces duplicates. O(1), but O(``published_len``) if rows of the tree were not read yet.
         """
+        rows = self._all_rows()
+        rows.setflags(write=False)
+        return rows
+
+    def _all_rows(self) -> Indices:
         if self._rows.unread_len:
             self._cache.steps.rows_added(self, 0)
             self._rows.read(self._cache.gather(self._node))
@@ -651,6 +695,7 @@ class Lease:
 
     @property
     def held_slots(self) -> int:
+        """Number of held state slots: the own one, and those of unpublished checkpoints."""
         return (self._cached_slot is not None) + len(self._plan.slots)
 
     @property
@@ -665,6 +710,8 @@ class Lease:
         For a position at which another request continues differently. Does nothing if
         the checkpoint is already planned, has a slot or is out of range.
         """
+        if self._has_ended:
+            raise ValueError(ENDED)
         position -= position % self._step
         if self.cached_len < position <= self.prompt_len:
             self._plan.plan(position, label)
@@ -685,14 +732,19 @@ class Lease:
     def extend(self, to_len: int) -> bool:
         """Take KV rows for every position below ``to_len``, evicting as needed.
 
-        Returns False, with nothing changed, if that many rows are not available. The first success
-        counts the lease as a use of the cache (``touch``) and plans its checkpoints. So a request
-        that is refused, aborted and begun again is counted once. O(new rows), plus O(log n) per
-        evicted item.
+        Returns False, with nothing changed, if that many rows are not available: preempt another
+        request. The first success counts the lease as a use of the cache (``touch``) and plans its
+        checkpoints. So a request that is refused, aborted and begun again is counted once. O(new
+        rows), plus O(log n) per evicted item.
+
+        Raises:
+            ValueError: the lease has ended.
         """
         missing = to_len - self._rows.num_rows
         if missing <= 0:
             return True
+        if self._has_ended:
+            raise ValueError(ENDED)
         page = self._cache.page_size
         new = self._cache.allocate_kv(-(-missing // page) * page)
         if new is None:
@@ -708,11 +760,17 @@ class Lease:
     def take_checkpoint_slots(self, start: int, end: int) -> tuple[Saved, ...]:
         """Return (position, slot) of each checkpoint to save while computing [start, end).
 
+        Save into ``slot`` the state after exactly ``position`` tokens, before ``publish``.
         Positions are in (start, end]: planned ones in a prefill, the rolling one in decode. A
         position without an available slot is skipped. The rolling checkpoint overwrites its
         predecessor. A caller that works one step ahead, and finds that the request ended before it,
         has neither.
+
+        Raises:
+            ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``).
         """
+        if end > self._rows.num_rows:
+            raise self._misuse(end)
         return self._plan.take(start, end)
 
     def num_quiet_tokens(self, computed_len: int) -> int:
@@ -724,13 +782,21 @@ class Lease:
         rows = self._rows.num_rows - computed_len
         return min(rows, self._plan.num_before_crossing(computed_len))
 
-    def roll_back(self, computed_len: int) -> None:
+    def roll_back(self, computed_len: int, unwritten: bool = False) -> None:
         """Undo the last step past ``computed_len``, because its drafts were rejected.
 
-        A rolling checkpoint past ``computed_len`` was not written; its slot keeps its previous
-        contents. O(1).
+        Call it before ``publish``, and leave the state after ``computed_len`` tokens in
+        ``state_slot``. The rolling checkpoint of a rejected position is dropped together with its
+        predecessor, because the step may have overwritten it. With ``unwritten`` the predecessor is
+        kept. Pass it only if your engine writes checkpoint slots after acceptance, for positions up
+        to ``computed_len``. O(1).
+
+        Raises:
+            ValueError: the lease has ended, or tokens past ``computed_len`` are published.
         """
-        self._plan.roll_back(computed_len)
+        if self._has_ended or computed_len < self._rows.published_len:
+            raise self._misuse(computed_len)
+        self._plan.roll_back(computed_len, unwritten)
 
     def reserve_checkpoint_slots(self, start: int, end: int, max_slots: int) -> int:
         """Take up to ``max_slots`` of the slots that ``take_checkpoint_slots`` would take, and keep
@@ -738,17 +804,28 @@ class Lease:
 
         Returns how many slots are still missing. For callers that limit the number of slabs emptied
         per step.
+
+        Raises:
+            ValueError: as for ``take_checkpoint_slots``.
         """
+        if end > self._rows.num_rows:
+            raise self._misuse(end)
         return self._plan.reserve(start, end, max_slots)
 
     def publish(self, tokens: Tokens, computed_len: int) -> tuple[int, int] | None:
         """Pass the computed tokens and finished checkpoints to the tree, and move the lock to the
         new end.
 
-        ``tokens`` are all tokens so far, of which ``computed_len`` are computed. Returns (start,
-        end) of the positions with changed rows in ``kv_indices``, because the tree already had rows
-        for them, or None if no row changed. O(computed_len - published_len).
+        ``tokens`` are all tokens so far, of which ``computed_len`` are computed. Their KV and
+        checkpoints must be written now, because other requests may read them from the next step on.
+        Returns (start, end) of the positions with changed rows in ``kv_indices``, because the tree
+        already had rows for them, or None if no row changed. O(computed_len - published_len).
+
+        Raises:
+            ValueError: the lease has ended, ``tokens`` are not int32[n], or ``computed_len`` is
+                less than ``published_len`` or more than there are tokens or rows.
         """
+        self._refuse_uncomputed(tokens, computed_len)
         cache = self._cache
         computed_len = self._publishable(computed_len)
         first = self.published_len
@@ -781,12 +858,40 @@ class Lease:
         if self._rows.changed is None or self._request.table_row is None:
             return None
         start, end = self._rows.changed
-        return RowWrite(self._request.table_row, start, self.kv_indices[start:end].copy())
+        return RowWrite(self._request.table_row, start, self._all_rows()[start:end].copy())
 
     def _note_changed(self, start: int, end: int) -> None:
         if self._request.table_row is not None:
             self._rows.mark(start, end)
             self._cache.steps.row_write_due(self)
+
+    def _refuse_uncomputed(self, tokens: Tokens, computed_len: int) -> None:
+        """Raise ValueError unless ``computed_len`` of ``tokens`` can be published. O(1)."""
+        rows = self._rows
+        if self._has_ended or not rows.published_len <= computed_len <= rows.num_rows:
+            raise self._misuse(computed_len)
+        if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
+            require_int32(tokens, "tokens")
+        if computed_len > len(tokens):
+            raise ValueError(
+                f"computed_len is {computed_len}, but there are only {len(tokens)} tokens: pass "
+                "all tokens so far"
+            )
+
+    def _misuse(self, length: int) -> ValueError:
+        """Return the error of a call for ``length`` tokens on a lease that cannot have them."""
+        if self._has_ended:
+            return ValueError(ENDED)
+        rows = self._rows
+        if length > rows.num_rows:
+            return ValueError(
+                f"this lease has KV rows for {rows.num_rows} tokens (got {length}): call extend "
+                "first"
+            )
+        return ValueError(
+            f"{rows.published_len} tokens are published and stay so (got {length}): roll back "
+            "before publish"
+        )
 
     def _publishable(self, computed_len: int) -> int:
         return min(computed_len, self.prompt_len) if self._request.exact else computed_len
@@ -821,18 +926,30 @@ class Lease:
         """Publish the computed tokens and end the lease.
 
         With ``donate`` the own slot becomes a checkpoint, without a copy, if the placement chose
-        this position. ``stop_reason`` says why the answer ended ("tool_use", "end_turn",
-        "length"). It is "session_end" if no further turn will come, and empty if it is not known.
-        Learning eviction policies distinguish these reasons.
+        this position. Pass False if the own slot does not contain the state after ``computed_len``
+        tokens, for example because a step computed ahead.
+
+        ``stop_reason`` says why the answer ended ("tool_use", "end_turn", "length"). It is
+        "session_end" if no further turn will come, and empty if it is not known. Learning eviction
+        policies distinguish these reasons.
+
+        Raises:
+            ValueError: as for ``publish``. The lease goes on.
         """
+        self._refuse_uncomputed(tokens, computed_len)
         donate = donate and self._plan.wants(computed_len)
         self._end(tokens, computed_len, donate, stop_reason)
 
     def preempt(self, tokens: Tokens, computed_len: int) -> None:
         """Publish the computed tokens and end the lease, to begin again later.
 
-        The own slot becomes a checkpoint at any grid position.
+        The own slot becomes a checkpoint at any grid position, so it must contain the state after
+        ``computed_len`` tokens. Begin again with ``LeaseRequest(tokens, resumes=True)``.
+
+        Raises:
+            ValueError: as for ``publish``. The lease goes on.
         """
+        self._refuse_uncomputed(tokens, computed_len)
         self._end(tokens, computed_len, True)
 
     def _end(self, tokens: Tokens, computed_len: int, donate: bool, stop_reason: str = "") -> None:
@@ -855,7 +972,12 @@ class Lease:
         self._close(first_held)
 
     def abort(self) -> None:
-        """Free everything held and end the lease. Published tokens stay in the tree."""
+        """Free everything held and end the lease. Published tokens stay in the tree.
+
+        Does nothing if the lease has ended.
+        """
+        if self._has_ended:
+            return
         self._plan.abort()
         if self._cached_slot is not None:
             self._cache.free_slot(self._cached_slot)
@@ -867,6 +989,7 @@ class Lease:
         self._cache.steps.close(self)
         self._cache.unlock(self._receipt)
         self._node = self.state_slot = None
+        self._has_ended = True
         self._rows.clear()
 
 

@@ -291,10 +291,10 @@ class TieredRadixCache(HybridRadixCache):
         self.offload.lose(nodes, self.offload.names.index(tier), is_lost)
         self._residency.ghosts.trim()
 
-    def touch(self, match: PrefixMatch) -> None:
+    def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
         """Record a use as in ``HybridRadixCache.touch``, and notify the tier that dropped the
         missed entry."""
-        super().touch(match)
+        super().touch(match, resumes)
         if isinstance(match.missed, Checkpoint):
             self.offload.on_ghost_hit(match.missed)
 
@@ -386,10 +386,10 @@ class RadixCache(HybridRadixCache):
             return super().gather(node.last())[: node.length]
         return super().gather(node)
 
-    def touch(self, match: PrefixMatch) -> None:
+    def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
         """Record one request: refresh its KV, and count its hits and losses. O(1)."""
         node = match.node.last() if isinstance(match.node, PathPart) else match.node
-        super().touch(match._replace(node=node))
+        super().touch(match._replace(node=node), resumes)
 
     def lock_of(self, node: NodeHandle | None) -> LockHandle:
         """Return a handle for a lock that is already held on ``node``. O(1)."""
@@ -484,8 +484,9 @@ class NullCache(PrefixCache):
     def gather(self, node: NodeHandle | None) -> Indices:
         return self._pages.free_rows()[:0]
 
-    def touch(self, match: PrefixMatch) -> None:
-        self.stats.record(match)
+    def touch(self, match: PrefixMatch, resumes: bool = False) -> None:
+        if not resumes:
+            self.stats.record(match)
 
     def lock(self, node: NodeHandle | None) -> LockHandle:
         """Return a handle that protects nothing."""

@@ -85,6 +85,7 @@ class CacheManager:
             answer_survives=request.answer_survives,
             table_row=self._free_rows[-1],
             own_slot=self._free_rows[-1] if self._owns_states else None,
+            resumes=request.num_preemptions > 0,
         )
         exchange = self._after_reading if request.fetched_len else self._exchange
         lease = Lease.begin(self.cache, self.placement, asked, exchange)
@@ -139,8 +140,10 @@ class CacheManager:
     def roll_back(self, request: ScheduledRequest) -> None:
         """Discard the work of the last step at and after ``computed_len``."""
         lease, _ = request.claims
-        lease.roll_back(request.computed_len)
-        self._record("roll_back", lease, (request.computed_len,))
+        # The runner writes checkpoints after acceptance, up to computed_len.
+        undone = request.computed_len, True
+        lease.roll_back(*undone)
+        self._record("roll_back", lease, undone)
 
     @property
     def must_wait_for_slab(self) -> bool:

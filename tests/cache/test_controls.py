@@ -67,7 +67,15 @@ def test_no_cache_keeps_nothing():
         ),
         ({"num_kv_tokens": 0}, "less than one page"),
         ({"num_kv_tokens": 8}, "num_slots must be given for a hybrid cache"),
-        ({"total_bytes": 8}, "kv_bytes_per_token and state_bytes must be given"),
+        ({"total_bytes": 8}, "kv_bytes_per_token and state_bytes must be given with total_bytes"),
+        (
+            {"num_kv_tokens": 8, "num_slots": 1, "host_bytes": 99, "disk_bytes": 99},
+            "must be given with host_bytes and disk_bytes",
+        ),
+        (
+            {"num_kv_tokens": 90, "num_slots": 1, "grid": 8, "page_size": 3},
+            "grid 8 must be a multiple of page_size 3, or divide it: .* only at those of 24 tokens",
+        ),
         ({"num_kv_tokens": 8, "total_bytes": 8}, "got both"),
         ({"num_kv_tokens": 8, "grid": 0}, "at least 1"),
         ({"num_kv_tokens": 8, "ghost_bytes": -1}, "ghost_bytes"),

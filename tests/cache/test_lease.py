@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -198,28 +200,72 @@ def test_in_decode_one_checkpoint_rolls() -> None:
     assert cache.num_checkpoints == 1
 
 
-def test_a_rolling_checkpoint_that_was_guessed_past_is_taken_back() -> None:
-    """A step computes beyond the grid, and what counts of it ends before: the slot still holds the
-    state before, and is free where it held none."""
+@pytest.mark.parametrize("unwritten", [True, False])
+def test_a_rolling_checkpoint_that_was_guessed_past_is_taken_back(unwritten: bool) -> None:
+    """A step computes beyond the grid, and only tokens before it count. The slot is free if it had
+    no checkpoint before, or if the step may have overwritten that one."""
     cache, history = make_cache(), tokens(340)
     lease = begin(cache, history[:100], "end")
     prefill(lease, history[:100])
     num_held = lease.held_slots
     assert lease.extend(220)
     assert [position for position, _ in lease.take_checkpoint_slots(120, 133)] == [128]
-    lease.roll_back(127)
+    lease.roll_back(127, unwritten)
     check(cache, lease)
     assert lease.held_slots == num_held
     assert lease.reserve_checkpoint_slots(127, 130, 5) == 0  # and the step is not made
     ((position, slot),) = lease.take_checkpoint_slots(127, 131)
-    lease.roll_back(129)
+    lease.roll_back(129, unwritten)
     assert (position, lease.held_slots) == (128, num_held + 1)
     assert lease.take_checkpoint_slots(185, 194) == ((192, slot),)
-    lease.roll_back(190)
+    lease.roll_back(190, unwritten)
     check(cache, lease)
     lease.finish(history[:190], 190)
     check(cache)
-    assert cache.match(history).cached_len == 128
+    assert cache.match(history).cached_len == (128 if unwritten else 0)
+
+
+@pytest.mark.parametrize("unwritten", [True, False])
+@pytest.mark.parametrize("end", ["finish", "preempt", "publish"])
+def test_drafts_never_leave_a_checkpoint_with_the_state_of_another_position(
+    unwritten: bool, end: str
+) -> None:
+    """An engine that writes checkpoints while it computes calls ``roll_back`` alone. One that
+    writes them after acceptance says ``unwritten``. Both may only find states that fit."""
+    rng, cache = np.random.default_rng(5), make_cache(grid=8, slots=20)
+    placement, contents = parse_placement("end,backoff"), dict[int, bytes]()
+    num_resumed = num_rolled_back = 0
+    histories = rng.integers(0, 2, (3, 120), dtype=np.int32)
+    for _ in range(60):
+        history, prompt_len = rng.choice(histories), int(rng.integers(12, 60))
+        lease = Lease.begin(cache, placement, LeaseRequest(history[:prompt_len]))
+        assert lease is not None
+        if lease.match.checkpoint is not None:
+            num_resumed += 1
+            assert contents[lease.match.checkpoint] == history[: lease.cached_len].tobytes()
+        at, last = lease.cached_len, prompt_len + int(rng.integers(0, 50))
+        while at < last:
+            drafted, accepted = rng.integers(1, 9, 2).tolist()
+            to = prompt_len if at < prompt_len else at + drafted
+            at_next = min(to, at + accepted) if at >= prompt_len else to
+            assert lease.extend(to)
+            guessed = history.copy()
+            guessed[at_next:] ^= 1
+            saves = lease.take_checkpoint_slots(at, to)
+            cache.take_step()
+            for position, slot in saves:
+                if position <= at_next or not unwritten:
+                    contents[slot] = guessed[:position].tobytes()
+            num_rolled_back += at_next < to
+            lease.roll_back(at_next, unwritten)
+            at = at_next
+            if end == "publish":
+                lease.publish(history, at)
+        assert lease.state_slot is not None
+        contents[lease.state_slot] = history[:at].tobytes()
+        (lease.preempt if end == "preempt" else lease.finish)(history, at)
+        check(cache)
+    assert num_resumed > 10 and num_rolled_back > 10
 
 
 def test_in_exact_mode_nothing_past_the_prompt_is_published() -> None:
@@ -393,3 +439,124 @@ def test_what_is_not_resumed_from_is_no_checkpoint_that_was() -> None:
     unread.abort()
     alone.abort()
     check(cache)
+
+
+# --- Misuse --------------------------------------------------------------------------------------
+
+
+def ended(how: str) -> tuple[PrefixCache, Lease, Tokens]:
+    cache, prompt = make_cache(grid=8), tokens(40)
+    lease = begin(cache, prompt)
+    prefill(lease, prompt)
+    lease.abort() if how == "abort" else getattr(lease, how)(prompt, 40)
+    return cache, lease, prompt
+
+
+@pytest.mark.parametrize("how", ["finish", "preempt", "abort"])
+def test_a_lease_that_has_ended_refuses_every_call_and_changes_nothing(how: str) -> None:
+    cache, lease, prompt = ended(how)
+    after = cache.render(), cache.free_tokens, cache.free_slots
+    calls: dict[str, Any] = {
+        "extend": (41,),
+        "take_checkpoint_slots": (0, 40),
+        "reserve_checkpoint_slots": (0, 40, 1),
+        "plan_checkpoint": (8, "branch"),
+        "roll_back": (0,),
+        "publish": (prompt, 40),
+        "finish": (prompt, 40),
+        "preempt": (prompt, 0),
+    }
+    for call, arguments in calls.items():
+        with pytest.raises(ValueError, match="this lease has ended"):
+            getattr(lease, call)(*arguments)
+    lease.abort()
+    assert (lease.state_slot, lease.held_tokens, len(lease.kv_indices)) == (None, 0, 0)
+    assert (cache.render(), cache.free_tokens, cache.free_slots) == after
+    check(cache)
+
+
+LENGTHS = [
+    ("publish", (21,), "rows for 20 tokens .got 21.: call extend first"),
+    ("finish", (21,), "call extend first"),
+    ("preempt", (21,), "call extend first"),
+    ("publish", (9,), "10 tokens are published and stay so .got 9.: roll back before publish"),
+    ("finish", (9,), "10 tokens are published"),
+    ("preempt", (9,), "10 tokens are published"),
+    ("take_checkpoint_slots", (10, 21), "call extend first"),
+    ("reserve_checkpoint_slots", (10, 21, 4), "call extend first"),
+    ("roll_back", (9,), "roll back before publish"),
+]
+
+
+@pytest.mark.parametrize(("call", "numbers", "sentence"), LENGTHS)
+def test_a_length_that_a_lease_cannot_have_is_refused_and_the_lease_goes_on(
+    call: str, numbers: tuple[int, ...], sentence: str
+) -> None:
+    cache, prompt = make_cache(grid=8), tokens(40)
+    lease = begin(cache, prompt, "every:8")
+    assert lease.extend(20)
+    saves = lease.take_checkpoint_slots(0, 20)
+    lease.publish(prompt, 10)
+    arguments = numbers if len(numbers) > 1 or call == "roll_back" else (prompt, *numbers)
+    with pytest.raises(ValueError, match=sentence):
+        getattr(lease, call)(*arguments)
+    check(cache, lease)
+    lease.finish(prompt, 20)
+    check(cache)
+    assert [position for position, _ in saves] == [8, 16] and cache.num_checkpoints == 2
+
+
+@pytest.mark.parametrize("bad", [tokens(10), list(range(20)), np.arange(20)], ids=str)
+@pytest.mark.parametrize("call", ["publish", "finish", "preempt"])
+def test_tokens_that_are_not_all_tokens_are_refused_before_a_checkpoint_is_lost(
+    call: str, bad: Any
+) -> None:
+    cache, prompt = make_cache(grid=8), tokens(20)
+    lease = begin(cache, prompt)
+    assert lease.extend(20) and lease.take_checkpoint_slots(0, 20)
+    with pytest.raises(ValueError, match=r"only 10 tokens: pass all|must be a numpy array int32"):
+        getattr(lease, call)(bad, 20)
+    check(cache, lease)
+    lease.finish(prompt, 20)
+    assert cache.match(prompt).cached_len == 16
+    check(cache)
+
+
+def test_arguments_of_begin_that_would_fail_later_are_refused_at_once() -> None:
+    cache, placement, request = make_cache(), parse_placement("backoff"), LeaseRequest(tokens(9))
+    refused: list[tuple[tuple[Any, ...], type[Exception], str]] = [
+        (("backoff", request), TypeError, "got 'backoff'.. Build it once, .* parse_placement"),
+        ((None, request), TypeError, "placement must be a PlacementPolicy"),
+        ((placement, tokens(9)), TypeError, "request must be a LeaseRequest .got ndarray"),
+        ((placement, request, object()), TypeError, "a method seconds_saved"),
+        ((placement, LeaseRequest(tokens(0))), ValueError, "at least one token"),
+        ((placement, LeaseRequest([1, 2])), ValueError, "int32"),  # type: ignore[arg-type]
+    ]
+    for arguments, kind, sentence in refused:
+        with pytest.raises(kind, match=sentence):
+            Lease.begin(cache, *arguments)
+    check(cache)
+
+
+def test_the_rows_of_a_lease_are_for_reading() -> None:
+    cache, prompt = make_cache(), tokens(200)
+    for _ in range(2):
+        lease = begin(cache, prompt)
+        prefill(lease, prompt)
+        with pytest.raises(ValueError, match="read-only"):
+            lease.kv_indices[0] = 5
+        lease.finish(prompt, 200)
+    check(cache)
+
+
+def test_a_request_that_resumes_is_counted_once() -> None:
+    cache, prompt = make_cache(grid=8), tokens(40)
+    for resumes in (False, True, True):
+        lease = begin(cache, prompt, resumes=resumes)
+        assert lease.extend(40)
+        lease.preempt(prompt, 16 if lease.cached_len < 16 else 24)
+    usage = cache.stats.total
+    assert (usage.requests, usage.hits, usage.prompt_tokens, usage.never_seen) == (1, 0, 40, 40)
+    begin(cache, prompt).extend(40)
+    assert (cache.stats.total.requests, cache.stats.total.hits) == (2, 1)
+    assert "requests=2" in repr(cache.stats) and "cached_tokens=24" in repr(cache.stats)

@@ -177,7 +177,7 @@ class LeaseMachine(RuleBasedStateMachine):
             elif dice < 0.5:
                 self.prefill(which, rng.randint(1, 24))
             elif dice < 0.7:
-                self.decode(which, rng.randint(1, 6), rng.randint(1, 6))
+                self.decode(which, rng.randint(1, 6), rng.randint(1, 6), rng.random() < 0.5)
             elif dice < 0.75:
                 self.plan(which, rng.randrange(60))
             elif dice < 0.88:
@@ -286,8 +286,13 @@ class LeaseMachine(RuleBasedStateMachine):
             self.router.prefilled(one.id, float(self.num_requests))
             self.outbox.cover(one.id)
 
-    @rule(which=st.integers(0, 3), drafted=st.integers(1, 6), accepted=st.integers(1, 6))
-    def decode(self, which, drafted, accepted):
+    @rule(
+        which=st.integers(0, 3),
+        drafted=st.integers(1, 6),
+        accepted=st.integers(1, 6),
+        unwritten=st.booleans(),
+    )
+    def decode(self, which, drafted, accepted, unwritten):
         """A step of several tokens, of which the first few are right."""
         one = self.one(which)
         if one is None or one.computed_len < one.prompt_len:
@@ -298,7 +303,7 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         one.lease.take_checkpoint_slots(start, end)
         one.computed_len = min(start + accepted, end)
-        one.lease.roll_back(one.computed_len)
+        one.lease.roll_back(one.computed_len, unwritten)
         if accepted == 3:
             inserted = self.cache.stats.inserted_slots
             one.lease.publish(one.tokens, one.computed_len)

@@ -266,13 +266,6 @@ def test_checkpoints_stand_at_multiples_of_grid_and_page(page_size, grid):
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_grid_and_page_that_do_not_divide_each_other_meet_at_their_common_multiple():
-    cache = hybrid(num_kv_tokens=90, page_size=3, grid=2)
-    result = publish(cache, ids("abcdefghi"), [3, 6])
-    assert len(result.rejected_slots) == 1
-    assert cache.match(ids("abcdefghi")).cached_len == 6
-
-
 def test_namespaces_share_nothing():
     cache = hybrid()
     publish(cache, ids("hello"), [5], namespace="a")
