@@ -8,6 +8,8 @@ import gc
 import inspect
 import itertools
 import json
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.simulate import SimulationResult, Sweep, optimum, simulate
@@ -369,6 +372,30 @@ def test_a_trace_that_can_not_be_sent_is_one_sentence(tmp_path: Path) -> None:
     for option in ({"processes": 2}, {"resume_from": tmp_path / "runs.jsonl"}):
         with pytest.raises(ValueError, match="trace 'mine' cannot be sent to another process"):
             simulate(own, gib=(1, 2), **option)
+
+
+def test_a_script_without_a_main_guard_ends_with_one_sentence(tmp_path: Path) -> None:
+    """Its workers run it again. The trace is longer than the buffer of a pipe."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from hybridcache import open_trace, simulate\n"
+        "trace = open_trace('short?head=40').kept()\n"
+        "simulate(trace, gib=[1, 2], processes=2, bound=False)\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "put its calls below \"if __name__ == '__main__':\"" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("Traceback") == 1, "only that of the script itself"
+
+
+def _die(_trace: Trace, _job: int) -> int:
+    os._exit(9)
+
+
+def test_a_killed_process_is_one_sentence() -> None:
+    place = Place(processes=2)
+    with pytest.raises(ChildProcessError, match="lack of memory: use fewer processes"):
+        run_grid(short(), [1, 2], _die, keys=(), read=dict, write=dict, place=place)
 
 
 def test_functions_of_the_laboratory_share_names_types_and_defaults() -> None:

@@ -9,10 +9,12 @@ import multiprocessing
 import os
 import pickle
 import signal
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +72,7 @@ def run_grid(
     ones are appended as they finish, one JSON line each. ``progress`` is called with (done, all).
 
     ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
-    be pickled for the process or machine that computes it.
+    be pickled for the process or machine that computes it, ChildProcessError if a process ends.
     """
     if not place.is_here:
         pickled(f"trace {trace.name!r}", trace)
@@ -102,8 +104,8 @@ def pickled(name: str, value: object) -> bytes:
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise ValueError(
             f"{name} cannot be sent to another process, or be identified in a file of runs "
-            f"({error}): define its functions and classes at the top of a module, or use one "
-            "process and keep no runs"
+            f"({error}): define its functions and classes at the top of a module, name a policy "
+            "with its arguments as in 'mine:Policy(weight=2)', or use one process and keep no runs"
         ) from error
 
 
@@ -146,23 +148,49 @@ def _results(
 def _in_processes(
     trace: Trace, due: Sequence[tuple[int, Job]], run: Run[Job, Result], processes: int
 ) -> Iterator[tuple[int, Result]]:
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SystemExit(1)  # a worker that runs the script of its parent; see _why_it_ended
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        min(processes, len(due)), context, initializer=_start_worker, initargs=(trace, run)
-    ) as pool:
-        others = multiprocessing.active_children()
-        futures = [pool.submit(_run_job, numbered) for numbered in due]
-        try:
-            for future in futures:
-                yield _warned(*future.result())
-        except KeyboardInterrupt:  # do not wait for running jobs
-            for child in multiprocessing.active_children():
-                if child not in others:
-                    child.terminate()
-            raise
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    with tempfile.TemporaryDirectory() as name:
+        # The pipe of a new process would block for ever if the process ended before it read all of
+        # a long trace.
+        folder = Path(name)
+        (folder / _TRACE).write_bytes(pickle.dumps((trace, run)))
+        with ProcessPoolExecutor(
+            min(processes, len(due)), context, initializer=_start_worker, initargs=(folder,)
+        ) as pool:
+            others = multiprocessing.active_children()
+            try:
+                futures = [pool.submit(_run_job, numbered) for numbered in due]
+                for future in futures:
+                    yield _warned(*future.result())
+            except KeyboardInterrupt:  # do not wait for running jobs
+                for child in multiprocessing.active_children():
+                    if child not in others:
+                        child.terminate()
+                raise
+            except BrokenProcessPool:
+                raise ChildProcessError(_why_it_ended(folder)) from None
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+
+_TRACE, _STARTED = "trace", "started"
+"""Files between a pool and its workers: their arguments, and a mark of the first that has them."""
+
+
+def _why_it_ended(folder: Path) -> str:
+    """Explain the end of a worker, in one sentence."""
+    if (folder / _STARTED).exists():
+        return (
+            "a process ended before its run was done, perhaps for lack of memory: use fewer "
+            "processes"
+        )
+    return (
+        "no process could start: each runs your script again, so put its calls below "
+        "\"if __name__ == '__main__':\", and define a trace's functions in a file, or use one process"
+    )
 
 
 def _on_ray(
@@ -258,13 +286,15 @@ _worker: _Worker | None = None
 """Worker of this process, if it is one of a pool."""
 
 
-def _start_worker(trace: Trace, run: Run[Any, Any]) -> None:
+def _start_worker(folder: Path) -> None:
     global _worker
     # Ctrl-C goes to all of a terminal's processes: the parent ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A killed parent cannot end its workers: this thread does.
     threading.Thread(target=_end_with_parent, daemon=True).start()
     collect_seldom()
+    trace, run = pickle.loads((folder / _TRACE).read_bytes())
+    (folder / _STARTED).touch()
     _worker = _Worker(trace, run)
 
 

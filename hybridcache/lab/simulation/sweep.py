@@ -39,7 +39,7 @@ class Job:
         if not isinstance(policy, str) or not isinstance(checkpoints, str):
             raise ValueError(
                 f"{self.config.label}: its runs cannot be identified in a file of runs: name the "
-                "policy module:Class, or keep no runs"
+                "policy as in 'mine:Policy(weight=2)', or keep no runs"
             )
         own = "".join(map(source_of, (policy, *split_specs(checkpoints)))).encode()
         text = repr((self.config, self.serving)).encode() + own + trace_identity
