@@ -483,6 +483,15 @@ def stats_table(stats: TraceStats) -> str:
         f"ideal token hit rate {100 * stats.ideal_hit_rate:.2f} %, "
         f"of requests {100 * stats.ideal_requests / max(stats.num_requests, 1):.2f} %",
     ]
+    if stats.repeated_answers is not None:
+        lines.append(
+            f"answers found again in the next prompt {100 * stats.repeated_answers:.1f} % of their "
+            "tokens"
+        )
+        if stats.repeated_answers < 0.9:
+            lines[-1] += " (the rest is unknown, left out, or in other tokens there)"
+    if stats.columns:
+        lines.append(f"columns: {stats.columns}")
     if stats.ideal_by_page:
         pages = (f"{page}: {share * hit:.2f} %" for page, hit in stats.ideal_by_page.items())
         lines.append(f"ideal token hit rate in whole pages of {', '.join(pages)}")

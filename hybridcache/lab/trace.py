@@ -77,6 +77,8 @@ class Trace:
     recipe: str = ""
     """All that makes it, options and seed included, as ``open_trace`` takes it; empty where it was
     made otherwise."""
+    columns: str = ""
+    """Columns of a CSV file that are read for each field, and the unused ones."""
 
     @property
     def full_name(self) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.tokens import common_prefix_len
 
 _PERCENTILES = (5, 50, 95, 99)
 _PAGES = (16, 64, 512)
@@ -80,6 +81,11 @@ class TraceStats:
     sharing: tuple[DepthBin, ...]
     counted_by: str = ""
     """Tokenizer that counted the tokens of a trace of texts; empty for other traces."""
+    repeated_answers: float | None = None
+    """Share of the tokens of answers that the next prompt of the session repeats, behind the whole
+    prompt; None if no answer is followed by a prompt."""
+    columns: str = ""
+    """Columns of a CSV file that were read for each field, and the unused ones."""
 
     @property
     def ideal_hit_rate(self) -> float:
@@ -116,6 +122,9 @@ class _Gathered:
         # them.
         self.held_after: list[int] = []
         self.reuse: tuple[list[float], list[float], list[float]] = ([], [], [])
+        self.last: dict[Hashable, TraceRequest] = {}
+        self.num_answered = self.num_repeated = 0
+        """Ids of answers that a prompt of their session follows, and of those it repeats."""
 
     def add(self, request: TraceRequest) -> None:
         unit = self.unit
@@ -129,12 +138,23 @@ class _Gathered:
         self.prompts.append(num_tokens)
         self.outputs.append(request.num_answer_tokens(unit))
         self.ideal.append(min(seen.length * unit, num_tokens - 1))
+        self._compare_answers(request)
         if seen.length and seen.last_visit is not None:
             visit = seen.last_visit - 1
             requests, seconds, tokens = self.reuse
             requests.append(len(self.times) - 1 - visit)
             seconds.append(request.timestamp_s - self.times[visit])
             tokens.append((held_before - self.held_after[visit]) * unit)
+
+    def _compare_answers(self, request: TraceRequest) -> None:
+        before = self.last.get(request.session)
+        self.last[request.session] = request
+        if before is None:
+            return
+        self.num_answered += len(before.output)
+        if common_prefix_len(before.tokens, request.tokens) == len(before.tokens):
+            follows = request.tokens[len(before.tokens) :]
+            self.num_repeated += common_prefix_len(before.output, follows)
 
     def stats(self, trace: Trace) -> TraceStats:
         return TraceStats(
@@ -161,6 +181,8 @@ class _Gathered:
             reuse_new_tokens=Summary.of(self.reuse[2]),
             sharing=self._sharing(),
             counted_by=trace.counted_by,
+            repeated_answers=(self.num_repeated / self.num_answered if self.num_answered else None),
+            columns=trace.columns,
         )
 
     def _sharing(self) -> tuple[DepthBin, ...]:

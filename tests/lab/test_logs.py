@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hybridcache.lab.trace import BadRecordError, TraceRequest
 from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.lab.traces import http_log, open_trace, recognise
 from hybridcache.lab.traces.base import TraceOrderWarning
+from hybridcache.lab.traces.http_log import TraceColumnsWarning
 from tests.lab.records import lines, otel_batch, otel_span, otel_text
 
 HEADER = len("x") + len("user\n")  # <|im_start|> is one token
@@ -218,18 +220,76 @@ def test_a_csv_file_of_prompts_is_a_trace(tmp_path: Path) -> None:
     spec = f"csv:{named}?tokenizer=bytes&time=date&session=who&length=n"
     [request] = open_trace(f"{spec}&prompt=question")
     assert (request.session, len(request.tokens), len(request.output)) == ("u", 5, 7)
-    with pytest.raises(BadRecordError, match=r"named\.csv, line 2: field 'ask' is missing"):
-        list(open_trace(f"{spec}&prompt=ask"))
+    with pytest.raises(ValueError, match=r"named\.csv: there is no column 'ask'; it has date, who"):
+        open_trace(f"{spec}&prompt=ask")
     only = tmp_path / "only.csv"
     only.write_text("prompt\nhello\n\nhello you\n")
     assert [len(request.tokens) for request in open_trace(f"{only}?tokenizer=bytes")] == [5, 9]
 
 
+def test_columns_of_a_csv_file_are_named_and_unknown_ones_are_not_silent(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    rows = "0,a,hello,3\n5,a,hello hello,4\n"
+    path.write_text(f"arrival_time,session_id,prompt,output_tokens\n{rows}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trace = open_trace(f"{path}?tokenizer=bytes")
+    stats = trace_stats(trace)
+    assert (stats.duration_s, stats.num_sessions, stats.output.mean) == (5.0, 1, 3.5)
+    known = "prompt=prompt, time=arrival_time, session=session_id, length=output_tokens"
+    assert stats.columns == known and f"columns: {known}\n" in stats_table(stats) + "\n"
+    path.write_text(f"at,sid,prompt,output_tokens\n{rows}")
+    with pytest.warns(TraceColumnsWarning, match=r"time=none.*unused: at, sid.*\?time=at"):
+        trace = open_trace(f"{path}?tokenizer=bytes")
+    assert "session=none (rows that begin alike); unused: at, sid" in trace.columns
+    assert len(list(trace)) == 2
+
+
+def test_counts_are_no_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "counts.csv"
+    path.write_text("time,session,prompt_tokens,output_tokens\n0,a,950,80\n4,a,1157,68\n")
+    told = "Counts of tokens do not tell which prompts agree: the tutorial"
+    for spec in (f"{path}?tokenizer=bytes", f"csv:{path}?tokenizer=bytes"):
+        with pytest.raises(ValueError, match=told):
+            open_trace(spec)
+    with pytest.raises(ValueError, match=f"all prompts in column 'prompt_tokens' are .*{told}"):
+        open_trace(f"csv:{path}?tokenizer=bytes&prompt=prompt_tokens")
+    with pytest.raises(BadRecordError, match="field 'input_tokens' is missing"):
+        list(open_trace(f"blis:{path}"))
+    path.write_text("time,prompt\n0,42\n4,seven\n")
+    assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 2, "one may be a number"
+
+
+@pytest.mark.parametrize(
+    ("answer", "share"), [("a tree", 1.0), ("", None), ("a leaf", 2 / 6), ("tree", 0.0)]
+)
+def test_answers_that_the_next_prompt_repeats_are_counted(
+    tmp_path: Path, answer: str, share: float | None
+) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(f"time,session,prompt,answer\n0,s,what? ,{answer}\n1,s,what? a tree and?,\n")
+    stats = trace_stats(open_trace(f"{path}?tokenizer=bytes"))
+    assert stats.repeated_answers == pytest.approx(share)
+    assert ("answers found again" in stats_table(stats)) == (share is not None)
+
+
+def test_a_log_without_a_model_has_one_namespace_without_a_name(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "log.jsonl",
+        {"timestamp": 0, "prompt": "a"},
+        {"timestamp": 1, "prompt": "a", "model": "m"},
+        {"timestamp": 2, "prompt": "a", "model": "m", "cache_salt": "s"},
+        {"timestamp": 3, "prompt": "a", "cache_salt": "m"},
+    )
+    found = [request.namespace for request in open_trace(f"{path}?tokenizer=bytes")]
+    assert found[:2] == [None, "m"] and len(set(found)) == 4
+
+
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("0,hello,many", "invalid literal for int"),
-        ("noon,hello,1", "time is 'noon', not a time in ISO"),
+        ("0,hello,many", "max_tokens is 'many', not a whole number"),
+        ("noon,hello,1", "time is 'noon', not a number and not a time in ISO"),
         ("0,,1", "the prompt is empty"),
     ],
 )
@@ -312,7 +372,7 @@ def test_what_the_models_template_drops_is_not_hit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
-        (exchange(0, CHAT, "") | {"timestamp": "noon"}, "timestamp is 'noon', not a time in ISO"),
+        (exchange(0, CHAT, "") | {"timestamp": "noon"}, "timestamp is 'noon', not a number"),
         (exchange(0, [], ""), "there is no message in it"),
         (exchange(0, [{"role": "user", "content": 5}], ""), "content is 5, not a text or a list"),
         (exchange(0, [{"content": "q"}], ""), "field 'role' is missing"),

@@ -117,7 +117,7 @@ def test_blis_sessions_that_accumulate(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("0,r,m,5047,514", "prefill_tokens is a count, 5047, and counts do not tell which prompts"),
+        ("0,r,m,5047,514", "prefill_tokens is a count, 5047, and a list of ids is needed"),
         ('0,r,m,"[1,-2]",[]', "an id is not a whole number in"),
         ("0,r,m,[],[]", "the prompt is empty"),
         ("0,r,m,[1", "4 fields under 5 names"),

@@ -469,3 +469,14 @@ def test_packaged_traces_are_small_and_unknown_ones_are_refused() -> None:
     assert sum(sizes) < 1_000_000
     with pytest.raises(ValueError, match="chat, agent"):
         open_trace("sample:none")
+
+
+def test_dates_are_times_in_the_native_format(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "t.jsonl",
+        {"timestamp": "2026-01-01T00:00:00Z", "tokens": [1]},
+        {"timestamp": "2026-01-01T01:00:02.5+01:00", "tokens": [1]},
+        {"timestamp": "2026-01-01T00:00:04", "tokens": [1]},
+    )
+    first, second, third = (request.timestamp_s for request in open_trace(str(path)))
+    assert (second - first, third - first) == (2.5, 4.0)

@@ -189,7 +189,8 @@ def _why_it_ended(folder: Path) -> str:
         )
     return (
         "no process could start: each runs your script again, so put its calls below "
-        "\"if __name__ == '__main__':\", and define a trace's functions in a file, or use one process"
+        "\"if __name__ == '__main__':\", and define a trace's functions in a "
+        "file, or use one process"
     )
 
 

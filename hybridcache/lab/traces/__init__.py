@@ -26,6 +26,7 @@ from hybridcache.lab.trace import BadRecords, Trace
 from hybridcache.lab.traces.aiperf import AIPerfReader
 from hybridcache.lab.traces.bailian import BailianReader
 from hybridcache.lab.traces.base import (
+    COUNTS_ALONE,
     DAMAGED,
     Reader,
     csv_lines,
@@ -204,7 +205,8 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     if counted_by == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
-    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by or "", recipe)
+    columns = reader.describe() if isinstance(reader, CsvReader) else ""
+    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by or "", recipe, columns)
 
 
 def recognise(path: Path) -> str:
@@ -230,7 +232,7 @@ def recognise(path: Path) -> str:
         columns = ", ".join(first)
         raise ValueError(
             f"{path}: no format recognises its columns ({columns}); a file of prompts has a "
-            f"column prompt or messages, or is named csv:{path}?prompt=COLUMN"
+            f"column prompt or messages, or is named csv:{path}?prompt=COLUMN. {COUNTS_ALONE}"
         )
     raise ValueError(
         f"{path}: no format recognises its first record; say one of {', '.join(READERS)}"

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -29,6 +30,12 @@ LONGEST = 1 << 24
 """Longest plausible prompt or answer in a trace, in tokens."""
 DAMAGED = (EOFError, zlib.error, gzip.BadGzipFile)
 """Errors raised when reading a truncated or damaged gzip file."""
+
+COUNTS_ALONE = (
+    'Counts of tokens do not tell which prompts agree: the tutorial "Your own trace" turns them '
+    "into a trace"
+)
+"""End of errors about files that hold counts instead of texts or ids."""
 
 _BOM = b"\xef\xbb\xbf"
 _R = TypeVar("_R")
@@ -271,7 +278,7 @@ class Clock:
 
 def whole(record: Record, name: str, least: int = 0, most: int = LONGEST) -> int:
     """Return a whole number in [least, most]; 3.0 is accepted. Raises ValueError, as do the next
-    five functions, if the value is invalid."""
+    six functions, if the value is invalid."""
     value = record[name]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -288,6 +295,21 @@ def seconds(record: Record, name: str) -> float:
     if not 0 <= value < math.inf:
         raise ValueError(f"{name} is {shown(value)}, not a finite number of at least 0")
     return float(value)
+
+
+def moment(record: Record, name: str) -> float:
+    """Return a time in seconds: a number, or a date in ISO 8601 as seconds since 1970 (UTC if it
+    names no zone)."""
+    value = record[name]
+    if not isinstance(value, str):
+        return seconds(record, name)
+    try:
+        when = datetime.fromisoformat(value)
+        return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
+    except (ValueError, OverflowError):
+        raise ValueError(
+            f"{name} is {shown(value)}, not a number and not a time in ISO 8601"
+        ) from None
 
 
 def number(row: Record, name: str) -> float:

@@ -24,6 +24,7 @@ import numpy as np
 
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.base import (
+    COUNTS_ALONE,
     LONGEST,
     Clock,
     FileReader,
@@ -88,6 +89,8 @@ class _Rows:
         return TraceRequest(now, self._number, row.get("model") or None, prompt, answer)
 
     def _by_lengths(self, row: Record) -> TraceRequest:
+        if "input_tokens" not in row:
+            raise KeyError("input_tokens")
         group, session = row.get("prefix_group"), row.get("session_id")
         own, shared = _length(row, "input_tokens"), _length(row, "prefix_length")
         own = own if group else _length(row, "server_input_tokens") or own
@@ -106,7 +109,8 @@ class _Rows:
         if session:
             self._contexts[session] = np.concatenate((prompt, answer))
         boundaries = (len(before),) if len(before) else ()
-        namespace = (row.get("model") or "", row.get("tenant_id") or "")
+        named = [row[name] for name in ("model", "tenant_id") if row.get(name)]
+        namespace = ", ".join(named) or None
         return TraceRequest(now, session or self._number, namespace, prompt, answer, boundaries)
 
     def _prefix(self, group: str, length: int) -> Tokens:
@@ -140,7 +144,6 @@ def _ids(row: Record, name: str) -> Tokens:
         raise ValueError(f"{name} is {row[name]!r:.40}, not a JSON list of ids") from None
     if isinstance(listed, int):
         raise ValueError(
-            f"{name} is a count, {listed}, and counts do not tell which prompts agree: a list of "
-            "ids is needed"
+            f"{name} is a count, {listed}, and a list of ids is needed. {COUNTS_ALONE}"
         )
     return read_ids(listed)

@@ -14,24 +14,26 @@ other paths are skipped. Times are seconds, milliseconds since 1970 if above 10*
 They are counted from the first request. If the log contains neither the answer nor its length, the
 length is the ``max_tokens`` of the request.
 
-A CSV file has a column ``prompt`` (text) or ``messages`` (JSON); columns for time, session, model,
-answer and ``max_tokens`` are optional, under the same names.
+A CSV file has a column ``prompt`` (text) or ``messages`` (JSON). Columns for time, session, answer
+and its length are optional, under the names of ``COLUMNS``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from itertools import chain
 from typing import Any, ClassVar
 
-from hybridcache.lab.trace import FreshIds, TraceRequest
+from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.answers import answer_of
 from hybridcache.lab.traces.base import (
+    COUNTS_ALONE,
     Clock,
     FileReader,
     Record,
@@ -39,10 +41,10 @@ from hybridcache.lab.traces.base import (
     in_order,
     json_lines,
     key,
+    moment,
     objects,
     parsed,
     read_ids,
-    seconds,
     whole,
 )
 from hybridcache.lab.traces.messages import plain_chat
@@ -64,9 +66,26 @@ REQUESTS = ("request", "request_body", "body", "req")
 RESPONSES = ("response", "response_body", "answer", "resp")
 SESSIONS = ("session_id", "session", "conversation_id", "conversation")
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
-TEXTS = ("answer", "response", "output", "completion")
-"""Columns of a CSV file that contain the answer."""
 STATUSES = ("status_code", "status")
+COLUMNS = {
+    "prompt": ("prompt",),
+    "messages": ("messages",),
+    "time": TIMES,
+    "session": SESSIONS,
+    "answer": ("answer", "response", "output", "completion"),
+    "length": ("output_tokens", "completion_tokens", "answer_tokens", "output_length", *LENGTHS),
+    "model": ("model",),
+    "system": ("system",),
+    "cache_salt": ("cache_salt",),
+    "status": STATUSES,
+}
+"""Fields of a CSV file and the names of columns that contain them, the first present one counts."""
+ABSENT = {
+    "time": "one second between rows",
+    "session": "rows that begin alike",
+    "length": "answers are unknown",
+}
+"""Rules for fields without a column."""
 PATHS = ("path", "url", "endpoint")
 WAITING = 1024
 """Requests held until their response comes. Beyond that number, the first is yielded without
@@ -107,6 +126,10 @@ class HttpLogReader(FileReader):
         return _joined(json_lines(self.path, self.bad))
 
 
+class TraceColumnsWarning(UserWarning):
+    """Warning that a CSV file has unused columns and lacks a time, a session or answers."""
+
+
 @dataclass(frozen=True, slots=True)
 class CsvReader(HttpLogReader):
     """Prompts in a CSV file, a request per row, in the tokens of ``tokenizer`` and ``template``."""
@@ -125,13 +148,69 @@ class CsvReader(HttpLogReader):
         """Return whether there is a column of prompts."""
         return "prompt" in record or "messages" in record
 
+    def describe(self) -> str:
+        """Return the columns that are read for each field, and the unused ones.
+
+        Gives a TraceColumnsWarning if there are unused columns, and no time, session or length of
+        answers. Raises ValueError if a column is missing, or if all prompts are whole numbers.
+        """
+        rows = csv_lines(self.path, BadRecords(skip=True))
+        first = next(rows, (0, None))[1]
+        if first is None:
+            return ""
+        used = self._used(first)
+        if "messages" not in used and "prompt" not in used:
+            raise ValueError(
+                f"{self.path}: there is no column prompt or messages ({', '.join(first)}): name "
+                f"it as in csv:{self.path}?prompt=COLUMN. {COUNTS_ALONE}"
+            )
+        column = used.get("prompt", "")
+        if column and "messages" not in used:
+            texts = (row[column].strip() for row in chain([first], (row for _, row in rows)))
+            if all(text.isdecimal() for text in texts if text) and first[column]:
+                raise ValueError(
+                    f"{self.path}: all prompts in column {column!r} are whole numbers, as "
+                    f"{first[column]!r}. {COUNTS_ALONE}"
+                )
+        missing = [name for name in ABSENT if name not in used]
+        if "answer" in used and "length" in missing:
+            missing.remove("length")
+        read = [f"{name}={column}" for name, column in used.items()]
+        read += [f"{name}=none ({ABSENT[name]})" for name in missing]
+        unused = [column for column in first if column and column not in used.values()]
+        told = ", ".join(read) + (f"; unused: {', '.join(unused)}" if unused else "")
+        if unused and missing:
+            warnings.warn(
+                TraceColumnsWarning(
+                    f"{self.path}: {told}. Name columns as in "
+                    f"csv:{self.path}?{missing[0]}={unused[0]}"
+                ),
+                stacklevel=2,
+            )
+        return told
+
+    def _used(self, row: Record) -> dict[str, str]:
+        """Return the column of each field that the file of ``row`` has."""
+        own = {"prompt": self.prompt, "time": self.time, "session": self.session}
+        own |= {"answer": self.answer, "length": self.length}
+        used = {}
+        for name, known in COLUMNS.items():
+            named = own.get(name)
+            if named and named not in row:
+                raise ValueError(
+                    f"{self.path}: there is no column {named!r}; it has {', '.join(row)}"
+                )
+            if found := next((each for each in (named, *known) if each and each in row), None):
+                used[name] = found
+        if self.prompt:
+            used.pop("messages", None)
+        return used
+
     def _exchanges(self) -> Iterator[tuple[int, Record]]:
-        own = {"prompt": self.prompt, "timestamp": self.time, "session": self.session}
-        own |= {"answer": self.answer, "max_tokens": self.length}
-        renamed = {name: column for name, column in own.items() if column}
+        used: dict[str, str] = {}
         for line, row in csv_lines(self.path, self.bad):
-            numbered = [(line, (line, row, renamed))]
-            yield from parsed(self.path, numbered, _from_row, self.bad)
+            used = used or self._used(row)
+            yield from parsed(self.path, [(line, (line, row, used))], _from_row, self.bad)
 
 
 class _Parser:
@@ -148,13 +227,12 @@ class _Parser:
         if body is None or _failed(record) or not _asks_a_model(record, body):
             return
         asked = self._asked(body, _object(_named(record, RESPONSES)))
-        model = json.dumps([body.get("model"), body.get("cache_salt")])
         session = self._session(record, body)
         when_s = _time(record)
         if self._began_s is None:
             self._began_s = when_s
         now = self._clock.at(None if when_s is None else when_s - (self._began_s or 0.0))
-        yield asked._replace(timestamp_s=now, session=session, namespace=model)
+        yield asked._replace(timestamp_s=now, session=session, namespace=_namespace(body))
 
     def _asked(self, body: Record, response: Any) -> TraceRequest:
         """Return prompt, answer and boundaries as a request without session and time."""
@@ -198,23 +276,22 @@ class _Parser:
 def _from_row(
     numbered: tuple[int, Record, Mapping[str, str]],
 ) -> Iterable[tuple[int, Record]]:
-    """Convert a numbered row of texts, with the columns of some fields, to a record as a proxy
+    """Convert a numbered row of texts, with the columns of its fields, to a record as a proxy
     writes it."""
-    line, row, renamed = numbered
-    row = {**row, **{name: row[column] for name, column in renamed.items()}}
-    record: dict[str, Any] = {name: text for name, text in row.items() if text}
+    line, row, used = numbered
+    record: dict[str, Any] = {name: row[column] for name, column in used.items() if row[column]}
     if "messages" in record:
         record["messages"] = _object(record["messages"])
     else:
         record.setdefault("prompt", "")
-    time, length, answer = (_first(record, names) for names in (TIMES, LENGTHS, TEXTS))
-    if time is not None:
-        with suppress(ValueError):  # else it is a date
-            record[time] = float(record[time])
-    if length is not None:
-        record[length] = int(record[length])
-    if answer is not None:
-        record["response"] = {"choices": [{"text": record.pop(answer)}]}
+    for name in ("time", "length", "status"):
+        if name in record:
+            with suppress(ValueError):  # else it is a date, or an error
+                record[name] = float(record[name])
+    if "length" in record:
+        record["max_tokens"] = whole({used["length"]: record.pop("length")}, used["length"])
+    if "answer" in record:
+        record["response"] = {"choices": [{"text": record.pop("answer")}]}
     yield line, record
 
 
@@ -287,21 +364,22 @@ def _asks_a_model(record: Record, body: Record) -> bool:
 
 def _failed(record: Record) -> bool:
     status = _named(record, STATUSES)
-    return isinstance(status, int) and status >= 400
+    return isinstance(status, int | float) and status >= 400
+
+
+def _namespace(body: Record) -> str | None:
+    """Return a name for model and ``cache_salt``; None if there is neither."""
+    parts = {name: body[name] for name in ("model", "cache_salt") if body.get(name) is not None}
+    is_plain = set(parts) == {"model"} and isinstance(parts["model"], str)
+    return parts["model"] if is_plain else json.dumps(parts) if parts else None
 
 
 def _time(record: Record) -> float | None:
     name = _first(record, TIMES)
     if name is None:
         return None
-    if isinstance(record[name], str):
-        try:
-            when = datetime.fromisoformat(record[name])
-            return (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, OverflowError):
-            raise ValueError(f"{name} is {record[name]!r}, not a time in ISO 8601") from None
-    said = seconds(record, name)
-    return said / 1000 if said > 1e11 else said
+    said = moment(record, name)
+    return said / 1000 if said > 1e11 and not isinstance(record[name], str) else said
 
 
 def _object(value: Any) -> Any:

@@ -4,7 +4,7 @@ A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional 
 of tokens per id. Then one object per line, in order of time (small disorder is sorted, see
 ``base.in_order``):
 
-- ``timestamp``: seconds; default: one second after the previous line
+- ``timestamp``: seconds, or a date in ISO 8601; default: one second after the previous line
 - ``session``: string or number; default: unique to the line
 - ``namespace``: string, number or null
 - ``tokens``: the prompt's ids, or ``prefix``, [k, ids...]: the first k ids of the session's last
@@ -43,6 +43,7 @@ from hybridcache.lab.traces.base import (
     in_order,
     json_lines,
     key,
+    moment,
     read_ids,
     seconds,
     shown,
@@ -105,7 +106,7 @@ class _Parser:
         partial = record.get("partial")
         if partial is not None:
             partial = whole(record, "partial", 1, self._unit)
-        said_s = seconds(record, "timestamp") if "timestamp" in record else None
+        said_s = moment(record, "timestamp") if "timestamp" in record else None
         output, answer = self._output(record)
         boundaries = tuple(read_ids(record.get("boundaries", [])).tolist())
         if any(position > len(tokens) for position in boundaries):
