@@ -1,5 +1,5 @@
-"""Softmax attention: grouped queries, normed heads or rows, partial rotary, an optional gate on the
-output."""
+"""Softmax attention with grouped queries, norms, partial rotary embedding and optional output
+gate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from hybridcache.geometry.shares import share
 
 
 class Attention:
-    """Gate, queries, keys and values are one product, laid out ``[gate | query | key | value]``."""
+    """Attention in which gate, queries, keys and values are one product ``[gate | query | key |
+    value]``."""
 
     verifies = True
 
@@ -37,12 +38,15 @@ class Attention:
         rotates: bool = True,
         scale: float | None = None,
     ) -> None:
-        """``norms``: of queries and keys, each as wide as a head or as all of them. ``output``: the
-        last product's name; its bias as the others' where ``output_bias`` is None. ``scale``: of
-        the products with keys; None: ``head_dim ** -0.5``."""
+        """Make the layer.
+
+        ``norms`` are those of queries and keys, over one head or over all heads. ``output`` is the
+        name of the last product. Its bias is that of the others if ``output_bias`` is None.
+        ``scale`` multiplies the products with keys; None means ``head_dim ** -0.5``.
+        """
         if build.rank.count > 1 and norms is not None and norms[0].size != sizes.head_dim:
             raise ModelError(
-                f"--tp is not served where a norm runs over all heads, as in {name}: leave it out."
+                f"--tp does not support norms over all heads, as in {name}: omit --tp."
             )
         heads, keys = ((n, sizes.head_dim) for n in (sizes.num_heads, sizes.num_kv_heads))
         kinds = [heads] * (1 + sizes.gated) + [keys, keys]
@@ -87,7 +91,8 @@ class Attention:
         return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Attend to this step's and all earlier tokens; writes this step's KV. ``[T, HQ * D]``."""
+        """Attend to this step's and all earlier tokens, and write this step's KV. Returns ``[T, HQ
+        * D]``."""
         key_pool, value_pool = pools
         query = self.write(projected, inputs, pools)
         outs, verified = [], inputs.num_decode + inputs.num_verify
@@ -129,7 +134,7 @@ class Attention:
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
 
     def write(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Write this step's KV. The queries, ``[T, HQ, D]``."""
+        """Write this step's KV. Returns the queries, ``[T, HQ, D]``."""
         tokens = inputs.num_tokens
         _, query, key, value = projected[:tokens].split(self._widths, dim=-1)
         query, key = self._prepare(query, key, inputs)
@@ -140,7 +145,7 @@ class Attention:
     def _prepare(
         self, query: torch.Tensor, key: torch.Tensor, inputs: LayerInputs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries and keys by head, normed and rotated."""
+        """Split queries and keys by head, and apply norms and rotation."""
         per_head = inputs.num_tokens, -1, self.sizes.head_dim
         if self._norms is None:
             query, key = query.view(per_head), key.view(per_head)
@@ -158,7 +163,7 @@ class Attention:
         return rotated
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The layer's output, ``[num_rows, H]``."""
+        """Return the layer's output, ``[num_rows, H]``."""
         if self.sizes.gated:
             gate = projected[: len(mixed), : self._widths[0]]
             mixed = self._activation.sigmoid_mul(mixed, gate)
@@ -166,7 +171,8 @@ class Attention:
 
 
 def _gate_first(sizes: AttentionSizes) -> torch.Tensor | None:
-    """Checkpoints have query and gate head by head, ``[q_0 | g_0 | q_1 | g_1 ...]``."""
+    """Return the order of rows with the gates first. Checkpoints have query and gate head by head,
+    ``[q_0 | g_0 | q_1 | g_1 ...]``."""
     if not sizes.gated:
         return None
     rows = torch.arange(2 * sizes.num_heads * sizes.head_dim).view(-1, 2, sizes.head_dim)

@@ -1,4 +1,4 @@
-"""The weights of experts, whatever their files call them and however they are stored."""
+"""Weights of experts, with any names in the files and any storage format."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ Scales = torch.Tensor | None
 
 @dataclass(frozen=True, slots=True)
 class ExpertNames:
-    """What the weight files call the matrices of experts. A name with ``{}`` is one expert's, by
-    number; one without is of all."""
+    """Names of the matrices of experts in the weight files.
+
+    A name with ``{}`` is that of one expert, by number; a name without belongs to all.
+    """
 
     inputs: tuple[str, ...]
-    """Gate and up, or one name of both; or up alone, of experts without gates."""
+    """Gate and up, or one name of both; or only up, for experts without gates."""
     output: str
 
 
 class Experts:
-    """All experts of a layer: SwiGLU, or with ``sizes.matrices`` 2 squared ReLU. They are stored
-    alike, for they are multiplied together."""
+    """All experts of a layer: SwiGLU, or squared ReLU if ``sizes.matrices`` is 2. All have the same
+    storage format, because they are multiplied together."""
 
     def __init__(
         self, name: str, width: int, sizes: ExpertsSizes, names: ExpertNames, build: Build
     ) -> None:
-        """``name``: of all of them, by which their precision is chosen. ``width``: of their
-        input."""
+        """``name``: common name, which selects the precision. ``width``: size of their input."""
         self._names, self._weights = names, build.weights
         self._rank, own = build.rank, part(sizes.intermediate, build.rank.count, "units")
         self._count, self._inner = sizes.num_experts, (sizes.matrices - 1) * own
@@ -101,7 +102,7 @@ class Experts:
     def __call__(
         self, x: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor
     ) -> torch.Tensor:
-        """``[T, width]`` of ``x`` alike, this rank's summand of it; ``weights``, ``experts``
-        ``[T, k]``."""
+        """Compute this rank's summand of the output ``[T, width]`` from ``x`` of the same shape;
+        ``weights`` and ``experts`` are ``[T, k]``."""
         out: torch.Tensor = self._product(x, weights, experts)
         return out

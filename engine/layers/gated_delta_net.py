@@ -1,4 +1,4 @@
-"""Gated DeltaNet behind a short causal convolution."""
+"""Gated DeltaNet after a short causal convolution."""
 
 from __future__ import annotations
 
@@ -15,8 +15,11 @@ from hybridcache.geometry.shares import share
 
 
 class GatedDeltaNet:
-    """All inputs are one product, laid out ``[query | key | value | z | b | a]``; of 8-bit weights
-    the gates b and a, few rows on which the whole state hangs, are another."""
+    """Layer in which all inputs are one product ``[query | key | value | z | b | a]``.
+
+    With 8-bit weights, the gates b and a are a separate product, because their few rows determine
+    the whole state.
+    """
 
     verifies = True
 
@@ -34,10 +37,13 @@ class GatedDeltaNet:
         norm: str = "norm",
         max_beta: float = 1.0,
     ) -> None:
-        """``inputs``: the matrices of the input product, in the order of its layout. ``convs``: the
-        convolutions' names, with the channels of each; None: ``conv1d``, one. ``output``, ``norm``:
-        what the last product and the norm before it are called. ``eps``: that norm's.
-        ``max_beta``: largest step of the delta rule."""
+        """Make the layer.
+
+        ``inputs`` are the matrices of the input product, in the order of its layout. ``convs`` maps
+        the names of the convolutions to their numbers of channels; None means one, ``conv1d``.
+        ``output`` and ``norm`` name the last product and the norm before it, with epsilon ``eps``.
+        ``max_beta`` is the largest step of the delta rule.
+        """
         rank = build.rank
         keys, values = (
             (sizes.num_key_heads, sizes.key_dim),
@@ -91,8 +97,8 @@ class GatedDeltaNet:
         return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, HV,
-        V]``."""
+        """Convolve and scan, starting from each sequence's state and updating it in its slot.
+        Returns ``[T, HV, V]``."""
         qkv, _, b, a = projected[: inputs.num_tokens].split(self._widths, dim=-1)
         windows, states = pools
         outs, decodes = [], inputs.num_decode
@@ -210,7 +216,7 @@ class GatedDeltaNet:
         )
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The layer's output, ``[num_rows, H]``."""
+        """Return the layer's output, ``[num_rows, H]``."""
         first, width = self._widths[:2]
         z = projected[: len(mixed), first : first + width]
         gated = self._norm.gated_rms_norm(mixed, self._norm_weight, z.view(mixed.shape), self.eps)

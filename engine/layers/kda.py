@@ -1,4 +1,4 @@
-"""Kimi Delta Attention behind a short causal convolution."""
+"""Kimi Delta Attention after a short causal convolution."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from hybridcache.geometry.shares import share
 
 
 class KimiDeltaAttention:
-    """Decays and the output's gate are two products each, through a width of one head. What ``mix``
-    and ``finish`` see is laid out ``[query | key | value | decay | gate | beta]``."""
+    """Layer in which decays and the output gate are two products each, through a width of one head.
+
+    The input of ``mix`` and ``finish`` is laid out as ``[query | key | value | decay | gate |
+    beta]``.
+    """
 
     def __init__(
         self, name: str, hidden_size: int, sizes: DeltaSizes, build: Build, norm: RMSNorm
     ) -> None:
-        """``norm``: of a head, before the output's gate."""
+        """``norm``: norm over a head, before the output gate."""
         heads, head, width = sizes.num_value_heads, sizes.value_dim, sizes.value_width
         rank, by_head, all_of_it = build.rank, (heads, head), (1, head)
         inputs = [Part(f"{name}.{word}_proj", width) for word in "qkv"]
@@ -79,8 +82,8 @@ class KimiDeltaAttention:
         return torch.cat([qkv, decay, gate, beta], dim=-1)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, H,
-        V]``."""
+        """Convolve and scan, starting from each sequence's state and updating it in its slot.
+        Returns ``[T, H, V]``."""
         parts = projected[: inputs.num_tokens].split(self._widths, dim=-1)
         outs, decodes = [], inputs.num_decode
         if inputs.decode is not None:
@@ -125,7 +128,7 @@ class KimiDeltaAttention:
         return [x.unflatten(1, self.mixed_shape) for x in (*qkv.chunk(3, dim=-1), decay)]
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The layer's output, ``[num_rows, H]``."""
+        """Return the layer's output, ``[num_rows, H]``."""
         gate = projected[: len(mixed)].split(self._widths, dim=-1)[2]
         gated = self._sigmoid_mul(self._norm(mixed).flatten(1), gate)
         return self._output(pad_rows(gated, len(projected)))

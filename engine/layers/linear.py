@@ -17,33 +17,35 @@ Product = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One matrix of the weight files among those that read the same input."""
+    """One matrix of the weight files, out of those with the same input."""
 
     name: str
-    """Full, without ``.weight``."""
+    """Full name without ``.weight``."""
     num_rows: int
-    """In the files."""
+    """Number of rows in the files."""
     rows: torch.Tensor | None = None
-    """As ``Parameter.rows``."""
+    """See ``Parameter.rows``."""
     cut: RankCut | None = None
-    """As ``Parameter.cut``, of rows."""
+    """See ``Parameter.cut``; a cut of rows."""
 
     @property
     def num_outputs(self) -> int:
-        """Rows that this rank has."""
+        """Number of rows of this rank."""
         return self.num_rows if self.cut is None else len(self.cut)
 
 
 def shared(parts: Sequence[Part], kinds: Kinds, rank: Rank) -> list[Part]:
-    """What ``rank`` has of ``parts`` whose outputs together are made of ``kinds``."""
+    """Cut ``parts`` for ``rank``. Their outputs together consist of ``kinds``."""
     cuts = rank.cuts([part.num_rows for part in parts], kinds)
     return [replace(part, cut=cut) for part, cut in zip(parts, cuts, strict=True)]
 
 
 class Linear:
-    """``x @ weight.T + bias``, rows independent of how many there are. The outputs of all parts
-    stand side by side; neighbours that are stored alike, which each part's name decides, are one
-    product."""
+    """``x @ weight.T + bias``. Each row of the result is independent of the number of rows.
+
+    The outputs of all parts are concatenated. The name of a part determines its storage format;
+    adjacent parts of the same format are one product.
+    """
 
     def __init__(
         self,
@@ -56,9 +58,12 @@ class Linear:
         shares_inputs: bool = False,
         sums: bool = True,
     ) -> None:
-        """``weight``: of all parts, in place of one of its own. ``shares_inputs``: each rank has
-        its part of the inputs, and the outputs are summed over ranks; or not yet, where whoever
-        calls ``sums`` them with others."""
+        """Make the product.
+
+        ``weight`` is an existing weight for all parts. With ``shares_inputs``, each rank has a part
+        of the inputs, and the outputs are summed over ranks. Without ``sums``, the caller sums them
+        together with others.
+        """
         stacks = groupby(parts, key=lambda part: build.weights.storage(part.name))
         inputs = build.rank.cut((in_features, 1), dim=1) if shares_inputs else None
         self._stacks = [
@@ -84,7 +89,7 @@ class Linear:
 
 
 class _Stack:
-    """Parts that are stored alike, below each other in one weight."""
+    """Adjacent parts with the same storage format, stacked in one weight."""
 
     def __init__(
         self,
@@ -127,7 +132,7 @@ class _Stack:
     def product(self, kernel: Any) -> Product:
         made: Product
         if self._bias is not None and not self._adds_bias:
-            self._bias.zero_()  # One rank's is in the sum.
+            self._bias.zero_()  # The bias of one rank is in the sum.
         if self._storage.precision is None:
             made = kernel.prepare(self._weight, self._bias)
         elif self._scale is None:
@@ -140,5 +145,5 @@ class _Stack:
 
 
 def as_kernels_take(scale: torch.Tensor) -> torch.Tensor:
-    """Scales ``[..., M, blocks]`` as ``[..., M]`` where a row has one."""
+    """Return scales ``[..., M, blocks]`` as ``[..., M]`` if a row has one block."""
     return scale.squeeze(-1) if scale.shape[-1] == 1 else scale

@@ -1,4 +1,4 @@
-"""Mamba-1 behind a short causal convolution, with Jamba's norms of time steps, B and C."""
+"""Mamba-1 after a short causal convolution, with Jamba's norms of time steps, B and C."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hybridcache.geometry.shares import share
 
 
 class Mamba1:
-    """The input product is laid out ``[x | z]``. Time steps, B and C are a product of what the
-    convolution gives: so ``mix`` has dense products, too."""
+    """Layer with an input product ``[x | z]``. Time steps, B and C are products of the
+    convolution's output, so ``mix`` contains dense products."""
 
     def __init__(
         self,
@@ -31,8 +31,8 @@ class Mamba1:
         bias: bool = False,
         conv_bias: bool = True,
     ) -> None:
-        """``rank``: of the time steps' product. ``eps``: of the norms. ``bias``: of input and
-        output products."""
+        """``rank``: inner size of the time steps' product. ``eps``: epsilon of the norms. ``bias``:
+        True if input and output products have one."""
         inner, state, weights = sizes.inner, sizes.state_dim, build.weights
         self._widths, channels = [rank, state, state], (inner, 1)
         inputs = shared([Part(f"{name}.in_proj", 2 * inner)], [channels] * 2, build.rank)
@@ -81,7 +81,8 @@ class Mamba1:
         return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, V]``."""
+        """Convolve and scan, starting from each sequence's state and updating it in its slot.
+        Returns ``[T, V]``."""
         x = self._convolve(projected[: inputs.num_tokens, : self.sizes.inner], inputs, pools[0])
         selected = self._selection(pad_rows(x, inputs.num_rows)).split(self._widths, dim=-1)
         dt, B, C = (norm(part) for norm, part in zip(self._norms, selected, strict=True))
@@ -144,6 +145,6 @@ class Mamba1:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The layer's output, ``[num_rows, H]``."""
+        """Return the layer's output, ``[num_rows, H]``."""
         z = projected[: len(mixed), self.sizes.inner :]
         return self._output(pad_rows(self._gate(mixed, z), len(projected)))

@@ -1,4 +1,4 @@
-"""Mamba-2 behind a short causal convolution: Nemotron-H, Granite 4, Falcon-H1."""
+"""Mamba-2 after a short causal convolution: Nemotron-H, Granite 4, Falcon-H1."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from hybridcache.geometry.shares import share
 
 @dataclass(frozen=True, slots=True)
 class GatedNorm:
-    """The norm before the output product, of each group of channels on its own."""
+    """Norm before the output product, over each group of channels separately."""
 
     eps: float
     gate_first: bool
-    """Whether the gate is applied to what is normed, or to the norm."""
+    """True if the gate is applied before the norm, False if after it."""
 
 
 class Mamba2:
-    """All inputs are one product, laid out ``[z | x | B | C | dt]``."""
+    """Layer in which all inputs are one product ``[z | x | B | C | dt]``."""
 
     def __init__(
         self,
@@ -42,13 +42,16 @@ class Mamba2:
         conv_bias: bool = True,
         multipliers: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0),
     ) -> None:
-        """``norm`` None: the output is gated as it is. ``limits``: of time steps. ``bias``,
-        ``output_bias``, ``conv_bias``: which products and convolution have one. ``multipliers``: of
-        z, x, B, C and dt."""
+        """Make the layer.
+
+        Without ``norm``, the output is only gated. ``limits`` are those of time steps. ``bias``,
+        ``output_bias`` and ``conv_bias`` are True for the products and the convolution with a bias.
+        ``multipliers`` are those of z, x, B, C and dt.
+        """
         if norm is not None and sizes.num_groups % build.rank.count:
             raise ModelError(
-                f"--tp {build.rank.count} is not served where the norm behind a scan runs over the "
-                f"parts of several ranks: {name} norms {sizes.num_groups} groups of channels."
+                f"--tp {build.rank.count} is not supported if the norm after a scan covers the "
+                f"parts of several ranks: {name} has {sizes.num_groups} groups of channels."
             )
         rank, groups = build.rank, (sizes.num_groups, sizes.state_dim)
         by_head, each = (sizes.num_heads, sizes.head_dim), (sizes.num_heads, 1)
@@ -111,8 +114,8 @@ class Mamba2:
         return projected if self._multipliers is None else projected * self._multipliers
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Convolve and scan from each sequence's state, which moves on in its slot. ``[T, H,
-        D]``."""
+        """Convolve and scan, starting from each sequence's state and updating it in its slot.
+        Returns ``[T, H, D]``."""
         _, mixed, dt = projected[: inputs.num_tokens].split(self._widths, dim=-1)
         outs, decodes = [], inputs.num_decode
         if inputs.decode is not None:
@@ -179,7 +182,7 @@ class Mamba2:
         return x.view(tokens, sizes.num_heads, sizes.head_dim), B.view(groups), C.view(groups)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The layer's output, ``[num_rows, H]``."""
+        """Return the layer's output, ``[num_rows, H]``."""
         mixed, z = mixed.flatten(1), projected[: len(mixed), : self.sizes.inner]
         if self._gated_norm is None:
             gated = self._activation.silu_mul(mixed, z)

@@ -17,10 +17,12 @@ from hybridcache.geometry.shares import share
 
 
 class LatentAttention:
-    """Queries and the latent row are one product, laid out ``[query | latent | shared key]``. The
-    matrices that would expand a latent into keys and values multiply queries and outputs instead,
-    in full precision: a prompt and a decode, a hit and a cold run all read latents. Ranks share the
-    heads, and all of them keep the latent row."""
+    """Layer in which queries and the latent row are one product ``[query | latent | shared key]``.
+
+    The matrices that would expand a latent into keys and values are multiplied with queries and
+    outputs instead, in full precision. So prefills and decodes, hits and cold runs all read
+    latents. Ranks share the heads, and each stores the complete latent row.
+    """
 
     def __init__(
         self,
@@ -32,7 +34,8 @@ class LatentAttention:
         *,
         bias: bool,
     ) -> None:
-        """``norm``: of the latent. ``bias``: of the latent's product and of the output's."""
+        """``norm``: norm of the latent. ``bias``: True if the products of latent and output have
+        one."""
         rank, beside = build.rank, sizes.rope_dim
         by_head = sizes.num_heads, sizes.nope_dim + beside
         expanded = sizes.num_heads, sizes.nope_dim + sizes.value_dim
@@ -80,7 +83,8 @@ class LatentAttention:
         return torch.cat([self._query(hidden), self._latent(hidden)], dim=-1)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Attend to this step's and all earlier tokens; writes this step's rows. ``[T, H * V]``."""
+        """Attend to this step's and all earlier tokens, and write this step's rows. Returns ``[T, H
+        * V]``."""
         (pool,), decodes, outs = pools, inputs.num_decode, []
         query, latent, shared = projected[: inputs.num_tokens].split(self._widths, dim=-1)
         rows = torch.cat([self._norm(latent.contiguous()), shared], dim=-1)
@@ -105,5 +109,5 @@ class LatentAttention:
         return mixed
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The layer's output, ``[num_rows, H]``."""
+        """Return the layer's output, ``[num_rows, H]``."""
         return self._output(pad_rows(mixed, len(projected)))

@@ -1,4 +1,4 @@
-"""The feed-forward half of a layer: one dense MLP, or experts."""
+"""Feed-forward block of a layer: a dense MLP, or experts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class MLP:
         sums: bool = True,
     ) -> None:
         """``inputs``, ``output``: names of gate and up, which may be one matrix, and of down.
-        ``gate_multiplier``: of what silu is applied to. ``sums``: as ``Linear``'s."""
+        ``gate_multiplier``: factor before silu. ``sums``: see ``Linear``."""
         rows = 2 * intermediate_size // len(inputs)
         parts = [Part(f"{name}.{word}", rows) for word in inputs]
         parts = shared(parts, [(intermediate_size, 1)] * 2, build.rank)
@@ -85,8 +85,7 @@ class SquaredReluMLP:
 
 
 class ExpertsMLP:
-    """A few experts per token, chosen by a router, beside a shared expert with a gate of its
-    own."""
+    """A few experts per token, selected by a router, and a shared expert with a separate gate."""
 
     def __init__(
         self,
@@ -98,8 +97,8 @@ class ExpertsMLP:
         renormalises: bool,
         stacked_names: bool,
     ) -> None:
-        """``renormalises``: whether the weights of the chosen experts are made to sum to one.
-        ``stacked_names``: whether all experts come as one tensor."""
+        """``renormalises``: True if the weights of the selected experts are scaled to sum to one.
+        ``stacked_names``: True if all experts are one tensor in the files."""
         self._k, self._renormalises = sizes.experts_per_token, renormalises
         self._num_experts, stem = sizes.num_experts, f"{name}.experts"
         one = f"{stem}.{{}}"
@@ -109,7 +108,7 @@ class ExpertsMLP:
         if stacked_names:
             names = ExpertNames((f"{stem}.gate_up_proj",), f"{stem}.down_proj")
         self._experts = Experts(stem, hidden_size, sizes, names, build)
-        # Router and shared gate read the same input: one product.
+        # Router and shared gate have the same input, so they are one product.
         gates = [
             Part(f"{name}.gate", sizes.num_experts),
             Part(f"{name}.shared_expert_gate", 1),
@@ -131,7 +130,8 @@ class ExpertsMLP:
             layer.seal()
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Padding rows meet no expert: each would wake experts that nobody needs."""
+        """Compute the block. Padding rows are not routed, because they would load experts for
+        nothing."""
         scores = self._router(x)
         logits, shared_gate = scores.split([self._num_experts, 1], dim=-1)
         weights, experts = self._route(logits[:num_tokens], self._k, self._renormalises)

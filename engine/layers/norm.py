@@ -10,7 +10,7 @@ from engine.layers.parameters import Build, Parameter, Role
 
 
 class RMSNorm:
-    """``x / rms(x) * weight``; with ``centred`` the weight is stored around zero: ``* (1 +
+    """``x / rms(x) * weight``. With ``centred`` the weight is stored around zero: ``* (1 +
     weight)``."""
 
     def __init__(
@@ -34,7 +34,7 @@ class RMSNorm:
     def add(
         self, x: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(norm of x + residual, x + residual); the first layer has no residual yet."""
+        """Return (norm of x + residual, x + residual). ``residual`` is None in the first layer."""
         if residual is None:
             return self(x), x
         return self._norm(x, self.weight, self.eps, residual=residual)

@@ -1,4 +1,5 @@
-"""Where the tensors of the weight files go: layers declare it, the loader fills it in."""
+"""Parameters: layers declare the target of each tensor in the weight files, and the loader fills
+it."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ from engine.weights.scheme import Quantization, Scheme, widen
 from kernels import huge_pages
 
 Role = Literal["matrix", "norm", "centred_norm", "log_decay", "time_bias", "skip"]
-"""What a tensor is for: says how dummy weights are drawn. A centred norm's weight is around 0
-(Gemma-style), a norm's 1, as is what a state space lets pass."""
+"""Role of a tensor, which determines its dummy values. A centred norm's weight is around 0
+(Gemma-style); a norm's weight and the skip weight of a state space are around 1."""
 Precision = Literal["int8", "fp8"]
 
 FULL_PRECISION = (
@@ -35,7 +36,8 @@ FULL_PRECISION = (
     "dt_proj",
     "kv_b_proj",
 )
-"""Parts of a dotted name whose weights stay as they are: where few numbers decide much."""
+"""Parts of a dotted name of weights that stay in full precision, because a few numbers have a large
+effect."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,31 +45,33 @@ class Parameter:
     """One tensor of the weight files and its destination."""
 
     target: torch.Tensor
-    """The view to fill; without a cut its shape is the file's tensor's."""
+    """View to fill; without a cut it has the shape of the file's tensor."""
     role: Role = "matrix"
     rows: torch.Tensor | None = None
-    """Order in which the file's rows are taken: ``target = tensor[rows]``; None: as they are."""
+    """Order in which the file's rows are read: ``target = tensor[rows]``. None to keep the
+    order."""
     scheme: Scheme | None = None
-    """How the file's tensor is quantised; None: it is not."""
+    """Format of the file's tensor, or None if it is not quantised."""
     scale: torch.Tensor | None = None
-    """Where the scales of the target's rows go, if they stay quantised: float32 ``[M, blocks of
+    """Target of the row scales if the weight stays quantised: float32 ``[M, blocks of
     columns]``."""
     cut: RankCut | None = None
-    """What the target is of ``tensor[rows]``; None: all of it."""
+    """Part of ``tensor[rows]`` to copy, or None to copy all."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the file's tensor."""
+        """Shape of the file's tensor."""
         shape = tuple(self.target.shape)
         return shape if self.cut is None else self.cut.whole(shape)
 
     @property
     def row_size(self) -> int:
-        """Numbers in one row of ``runs``: of what lies behind the dimension that is cut."""
+        """Number of values in one row of ``runs``: those after the dimension that is cut."""
         return math.prod(self.target.shape[1 if self.cut is None else self.cut.dim + 1 :])
 
     def runs(self) -> list[tuple[int, int, int]]:
-        """(first row of the target, first row in the file, rows) of what lies together in both."""
+        """List (first row of the target, first row in the file, number of rows) of all contiguous
+        runs."""
         cut = self.cut
         if cut is not None and cut.dim and cut.span is not None:
             count, first = len(cut), cut.span.start
@@ -82,20 +86,23 @@ class Parameter:
         return [(start, first, end - start) for (start, end), first in pairs]
 
     def _file_rows(self) -> torch.Tensor | None:
-        """The file's row of each of the target's; None: they are the same."""
+        """Return the file's row of each row of the target, or None if they are the same."""
         cut = self.cut
         if cut is None:
             return self.rows
         if cut.dim == 0:
             return cut.index if self.rows is None else self.rows[cut.index]
-        assert self.rows is None, "rows in another order are cut as rows"
+        assert self.rows is None, "reordered rows can only be cut along rows"
         stacked = torch.arange(math.prod(self.target.shape[: cut.dim]))
         return (stacked[:, None] * cut.size + cut.index).flatten()
 
     @torch.inference_mode()
     def fill(self, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Copy a file's tensor of the target's shape, in the target's dtype. With a scheme
-        ``scale`` is the file's, and a target without scales of its own gets what it stands for."""
+        """Copy a file's tensor of the target's shape, in the target's dtype.
+
+        With a scheme, ``scale`` is that of the file. A target without scales gets the dequantised
+        values.
+        """
         if self.scheme is None:
             self.target.copy_(self._part(tensor))
             return
@@ -114,7 +121,7 @@ class Parameter:
         return tensor if self.cut is None else self.cut.of(tensor)
 
     def _part_of_scales(self, row_scales: torch.Tensor) -> torch.Tensor:
-        """Of the scales of all rows, ``[M, blocks of columns]``."""
+        """Return this part of the scales of all rows, ``[M, blocks of columns]``."""
         cut, scheme = self.cut, self.scheme
         if cut is None or cut.dim == 0:
             return self._part(row_scales)
@@ -125,56 +132,61 @@ class Parameter:
 
 
 class Layer(Protocol):
-    """Anything with weights."""
+    """Any object with weights."""
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Full names in the weight files and where they go; only before ``seal``."""
+        """Yield full names in the weight files and their parameters. Only before ``seal``."""
         ...
 
     def seal(self) -> None:
-        """Called once all weights are in: bring them into the form they are multiplied in."""
+        """Convert the weights to the form for computation. Called once, after all weights are
+        loaded."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Storage:
-    """What a product's weight is multiplied as, and what is kept of it until then."""
+    """Format of a product's weight, during the load and in the product."""
 
     precision: Precision | None
-    """None: full precision."""
+    """Precision of the product, or None for full precision."""
     dtype: torch.dtype | None = None
-    """Of a weight that stays quantised as it is in the files; None: the model's own."""
+    """dtype of a weight that stays quantised as in the files, or None for the model's dtype."""
     columns: int | None = None
-    """Of such a weight: that share a scale; None: all."""
+    """Number of columns of such a weight that share a scale, or None if all do."""
 
     def scales(self, num_rows: int, num_columns: int) -> tuple[int, int]:
-        """Shape of the scales of such a weight ``[num_rows, num_columns]``."""
+        """Return the shape of the scales of such a weight ``[num_rows, num_columns]``."""
         return num_rows, 1 if self.columns is None else -(-num_columns // self.columns)
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """Where and in what dtype weights live."""
+    """Device, dtype and formats of the weights."""
 
     device: torch.device
     dtype: torch.dtype
     quantization: Precision | None = None
-    """Format that the weights of large products are brought into when their layer is sealed."""
+    """Format to which the weights of large products are converted when their layer is sealed."""
     files: Quantization | None = None
-    """Which modules are quantised in the files."""
+    """Formats of the modules that are quantised in the files."""
     products: frozenset[tuple[Precision, int | None]] = frozenset()
-    """8-bit weights that can be multiplied with as they lie in the files: format, and columns that
-    share a scale (None: all)."""
+    """8-bit formats that can be multiplied without conversion: format, and number of columns that
+    share a scale (None if all do)."""
 
     def precision(self, name: str) -> Precision | None:
-        """Of the module ``name`` (full, without ``.weight``); None: the dtype as it is."""
+        """Return the precision of the module ``name`` (full, without ``.weight``), or None for full
+        precision."""
         if any(part in FULL_PRECISION for part in name.split(".")):
             return None
         return self.quantization
 
     def storage(self, name: str) -> Storage:
-        """Of the module ``name`` (full, without ``.weight``). What no product takes as it lies in
-        the files, or is asked for in another format, is widened on the way in."""
+        """Return the storage of the module ``name`` (full, without ``.weight``).
+
+        A weight is dequantised during the load if no product supports its format, or if another
+        format is configured.
+        """
         wanted, scheme = self.precision(name), self.scheme(name)
         if scheme is None or wanted not in (None, scheme.format):
             return Storage(wanted)
@@ -184,18 +196,18 @@ class WeightSpec:
         return Storage(None)
 
     def _multiplies(self, scheme: Scheme) -> bool:
-        """Whether weights are multiplied as they lie in the files. On a CPU such a product rounds
-        activations too, which is not what weights alone in 8 bits stand for."""
+        """Return True if weights are multiplied in the format of the files. On a CPU such a product
+        would also round activations, which weight-only formats do not do."""
         rounds = self.device.type == "cpu" and scheme.is_weight_only
         return not rounds and (scheme.format, scheme.block[1]) in self.products
 
     def scheme(self, name: str) -> Scheme | None:
-        """Of the module ``name`` in the files."""
+        """Return the format of the module ``name`` in the files."""
         return None if self.files is None else self.files.scheme(name)
 
     def note(self) -> str:
-        """What is done with weights that are quantised in the files, if any are: for the line that
-        says where they came from."""
+        """Describe the conversion of quantised weights for the line on the loaded files. Empty if
+        none are quantised."""
         dtype, notes = str(self.dtype).removeprefix("torch."), []
         for scheme in () if self.files is None else self.files.schemes():
             done = "multiplied as they are"
@@ -207,10 +219,10 @@ class WeightSpec:
         return "".join(notes)
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Raises ModelError where there is no memory for it."""
+        """Allocate a tensor for weights. Raises ModelError if there is not enough memory."""
         try:
             return huge_pages.empty(*shape, dtype=dtype or self.dtype, device=self.device)
-        except RuntimeError:  # All that torch's CPU allocator raises.
+        except RuntimeError:  # The only error of torch's CPU allocator.
             sizes = " x ".join(map(str, shape))
             raise ModelError(
                 f"the weights do not fit the memory of {self.device}: there was none left for one "
@@ -220,9 +232,9 @@ class WeightSpec:
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """What every layer is made with."""
+    """Common arguments of all layers."""
 
     kernels: Kernels
     weights: WeightSpec
     rank: Rank = ALONE
-    """Whose part of the model is built."""
+    """Rank for which the part of the model is built."""

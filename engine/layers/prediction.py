@@ -1,22 +1,22 @@
-"""Multi-token prediction: a checkpoint's own head that guesses tokens ahead.
+"""Multi-token prediction: a head of the checkpoint that drafts tokens.
 
-Which row holds what. With h[p] the hidden vector behind the model's final norm at position p, the
-head's input at p is ``fc([norm(embedding of token p) | norm(h[p - 1])])``, for p >= 1. Its keys and
-values lie in the row of position p, beside the model's own. They depend on the tokens up to p and
-on nothing else: not on the token after, nor (there is one layer) on other rows of the head. So
+Let h[p] be the hidden vector after the model's final norm at position p. The head's input at p is
+``fc([norm(embedding of token p) | norm(h[p - 1])])``, for p >= 1. Its keys and values are stored in
+the row of position p, next to the model's. They depend only on the tokens up to p: not on the token
+after, nor (there is one layer) on other rows of the head. So
 
-- a row is the same whoever writes it, in whatever chunk, and the tree shares it as it shares the
-  model's; rows of rejected tokens are written again with the model's;
-- what a sequence takes along is h of its last position, in a state ``hidden``: a checkpoint at s
-  carries h[s - 1], from which a request that resumes there writes row s as a cold one does;
-- position 0 has no such row. What lies there is never read: the head's keys begin at 1.
+- a row has the same contents in any chunk, and the tree shares it like the model's rows; rows of
+  rejected tokens are overwritten together with the model's;
+- the only state of a sequence is h of its last position, in a state ``hidden``: a checkpoint at s
+  contains h[s - 1], from which a request that resumes there writes row s as a cold one does;
+- position 0 has no such row. The contents of its row are never read: the head's keys begin at 1.
 
-``follow`` writes the rows of a step that the model has computed, and moves ``hidden`` on; where the
-rows can wait, ``carry`` does the second alone, and ``write`` the first later. ``draft`` guesses,
-from a state that has taken all but the newest token in: it writes to rows of its own, so nothing
-has to be rolled back.
+``follow`` writes the rows of a step that the model has computed, and updates ``hidden``. If the
+rows can wait, ``carry`` only updates ``hidden``, and ``write`` writes the rows later. ``draft``
+drafts tokens from a state that includes all but the newest token. It writes to separate rows, so
+nothing has to be rolled back.
 
-Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2, for one head that is chained.
+Source: DeepSeek-V3 (arXiv 2412.19437), section 2.2, with one head that is chained.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from kernels.upload import upload
 
 
 class PredictionHead:
-    """One layer of attention and an MLP, between a product that takes in the next token and a norm.
-    Embeds and reads its guesses as the model does."""
+    """One layer of attention and an MLP, between a product that adds the next token and a norm.
+    Embedding and logits are those of the model."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class PredictionHead:
         attention: MixerStep,
         mlp: FeedForwardStep,
     ) -> None:
-        """``norms``: of embeddings, of hidden vectors, and of what leaves."""
+        """``norms``: those of embeddings, of hidden vectors, and of the output."""
         assert isinstance(attention.block, Attention)
         self._attention, self._mlp = attention, mlp
         self._embedding_norm, self._hidden_norm, self._norm = norms
@@ -79,18 +79,18 @@ class PredictionHead:
             layer.seal()
 
     def _enter(self, embedded: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-        """The layer's input, ``[num_rows, H]`` as both arguments."""
+        """Return the layer's input, ``[num_rows, H]`` like both arguments."""
         parts = self._embedding_norm(embedded), self._hidden_norm(before)
         return self._fc(torch.cat(parts, dim=-1))
 
     def follow(
         self, embedded: torch.Tensor, hidden: torch.Tensor, inputs: LayerInputs, pools: Pools
     ) -> None:
-        """Write the rows of a step's tokens, and h of every sequence where its states go.
+        """Write the rows of a step's tokens, and the new h of every sequence to its slots.
 
-        ``embedded``, ``hidden``: ``[num_rows, H]``, the tokens' embeddings and what ``forward``
-        left of them. Reads no number of the device on the host, so that it can be captured with the
-        model's step.
+        ``embedded`` and ``hidden`` are ``[num_rows, H]``: the tokens' embeddings, and the result of
+        ``forward`` for them. Reads no value of the device on the host, so that it can be captured
+        with the model's step.
         """
         carried = pools[-1]
         befores, kept = _trail(hidden, inputs, carried)
@@ -102,15 +102,15 @@ class PredictionHead:
     def write(
         self, embedded: torch.Tensor, before: torch.Tensor, inputs: LayerInputs, pools: Pools
     ) -> None:
-        """Write the rows of tokens, of their embeddings and h before each: ``[num_rows, H]``. Costs
-        two small products a token: no attention."""
+        """Write the rows of tokens from their embeddings and the h before each: ``[num_rows, H]``.
+        Costs two small products per token and no attention."""
         projected, _ = self._attention.project(self._enter(embedded, before), None)
         block = self._attention.block
         assert isinstance(block, Attention)
         block.write(projected, inputs, pools[:2])
 
     def carry(self, hidden: torch.Tensor, part: DecodePart, pools: Pools) -> None:
-        """Keep h of a step that decodes and does nothing else; its rows are left for `write`."""
+        """Store h of a step with decodes only; its rows are left for `write`."""
         self._write_rows(hidden[: len(part.slots)], pools[-1], part.slots)
 
     def draft(
@@ -122,11 +122,11 @@ class PredictionHead:
         rotary: RotaryTable,
         pools: Pools,
     ) -> torch.Tensor:
-        """What stands in for h of one token of each of B sequences: ``[B, H]``.
+        """Return an approximation of h for one token of each of B sequences: ``[B, H]``.
 
-        ``embedded``, ``before`` ``[B, H]``: of the tokens, and h before them (or what this gave for
-        it). ``positions`` of the tokens, 1 or more. ``rows``: int32 ``[B, M]``, where the head's
-        rows of positions 1, 2, ... lie; that of the token is written.
+        ``embedded`` and ``before`` are ``[B, H]``: those of the tokens, and h before them (or a
+        result of this function). ``positions`` are those of the tokens, 1 or more. ``rows`` is
+        int32 ``[B, M]``: the head's rows of positions 1, 2, ...; that of the token is written.
         """
         count, device = len(positions), embedded.device
         at = upload(positions, torch.int64, device)
@@ -140,7 +140,7 @@ class PredictionHead:
     def advance(
         self, embedded: torch.Tensor, before: torch.Tensor, inputs: LayerInputs, pools: Pools
     ) -> torch.Tensor:
-        """``draft``, with ``inputs`` as `ahead` makes them."""
+        """Compute ``draft`` with ``inputs`` from `ahead`."""
         count, num_rows = inputs.num_tokens, inputs.num_rows
         entered = self._enter(pad_rows(embedded, num_rows), pad_rows(before, num_rows))
         projected, residual = self._attention.project(entered, None)
@@ -159,8 +159,8 @@ def ahead(
     *,
     num_rows: int,
 ) -> LayerInputs:
-    """What the head's layer reads where one token of each sequence is taken to be at
-    ``positions``: int64 ``[B]``, as the rows ``kv_indices`` that are written."""
+    """Return the inputs of the head's layer for one token of each sequence at ``positions``: int64
+    ``[B]``. ``kv_indices`` are the rows to write."""
     cos, sin = rotary(positions)
     slots = torch.empty(0, dtype=torch.int32, device=positions.device)
     return LayerInputs(
@@ -177,14 +177,16 @@ def ahead(
 
 
 Kept = list[tuple[torch.Tensor, torch.Tensor]]
-"""(slots, vectors for them)."""
+"""List of (slots, vectors for them)."""
 
 
 def _trail(
     hidden: torch.Tensor, inputs: LayerInputs, carried: torch.Tensor
 ) -> tuple[list[torch.Tensor], Kept]:
-    """Of a step that left ``hidden``, with each sequence's h before it in ``carried``: the h before
-    each token, in parts, and what is to be carried on."""
+    """Return the h before each token, in parts, and the values of h to store.
+
+    ``hidden`` is the result of the step; ``carried`` has each sequence's h before it.
+    """
     befores: list[torch.Tensor] = []
     kept: Kept = []
     first, verified = inputs.num_decode, inputs.num_decode + inputs.num_verify

@@ -1,9 +1,8 @@
-"""Which part of a model this process has, and how parts become wholes: what layers know of ranks.
+"""Parts of a model for tensor parallelism, and the collectives that layers use.
 
-A dimension that is shared out is made of kinds of units, one after the other: heads of queries,
-heads of keys ... Every rank has the same number of neighbouring units of each kind. Where a kind
-has fewer units than there are ranks, neighbours have the same unit; a kind of one unit is
-everybody's.
+A dimension that is divided consists of kinds of units, one after the other: heads of queries, heads
+of keys, and so on. Every rank has the same number of adjacent units of each kind. If a kind has
+fewer units than there are ranks, adjacent ranks share a unit; a kind with one unit is on all ranks.
 """
 
 from __future__ import annotations
@@ -18,37 +17,37 @@ import torch.nn.functional as F
 from kernels.recording import repeated
 
 Kinds = Sequence[tuple[int, int]]
-"""Units of each kind, and numbers in one of them."""
+"""Number of units of each kind, and size of a unit."""
 
 
 class Group(ABC):
-    """Collectives among all ranks; each is called by all of them, in the same order. Sums and
-    wholes are repeated with what is being recorded."""
+    """Collectives among all ranks. All ranks call each of them, in the same order. Sums and joins
+    are replayed with recorded steps."""
 
     def __init__(self, count: int, spin_s: float = 0.0) -> None:
-        """``spin_s``: how long a rank asks again and again for what it waits for."""
+        """``spin_s``: time that a rank polls for a message before it sleeps."""
         self.count, self.spin_s = count, spin_s
 
     @abstractmethod
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's ``x``, all of one shape, in the order of ranks: on every rank."""
+        """Return every rank's ``x``, all of one shape, in the order of ranks."""
 
     def sum(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """``x`` of all ranks, added in their order in float32 and rounded once, into ``out``."""
+        """Add ``x`` of all ranks, in their order in float32 and rounded once, into ``out``."""
         repeated(self._sum, x, out)
 
     def join(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """Every rank's ``x [T, span(C)]``, side by side, into ``out [T, C]``."""
+        """Concatenate every rank's ``x [T, span(C)]`` into ``out [T, C]``."""
         repeated(self._join, x, out)
 
     def check(self) -> None:
-        """RunnerLost: an exchange since the last call broke off, and what was computed since is
-        worth nothing. Here an exchange says so itself."""
+        """Raise RunnerLost if an exchange failed since the last call, so that the results since
+        then are invalid. Here the exchange itself raises."""
         return
 
     @abstractmethod
     def set_timeout(self, seconds: float) -> None:
-        """Of one exchange, from now on."""
+        """Set the timeout of each further exchange."""
 
     def _sum(self, x: torch.Tensor, out: torch.Tensor) -> None:
         first, *others = self.gather(x.contiguous())
@@ -58,7 +57,7 @@ class Group(ABC):
         out.copy_(total)
 
     def _join(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """All parts are exchanged as wide as the widest."""
+        """Concatenate parts that are padded to the width of the widest."""
         spans = [Rank(number, self.count).span(out.shape[1]) for number in range(self.count)]
         counts = [len(span) for span in spans]
         parts = self.gather(F.pad(x, (0, max(counts) - x.shape[1])))
@@ -68,31 +67,30 @@ class Group(ABC):
 
 @dataclass(frozen=True, slots=True)
 class RankCut:
-    """The part of a tensor of the weight files that one rank has: some of it along one
-    dimension."""
+    """The part of a tensor of the weight files that one rank has, along one dimension."""
 
     size: int
-    """Of the dimension in the file."""
+    """Size of the dimension in the file."""
     index: torch.Tensor
-    """int64: what the rank has of it, ascending."""
+    """int64: indices of the rank, ascending."""
     dim: int = 0
 
     def __len__(self) -> int:
         return len(self.index)
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This part of a whole ``tensor``."""
+        """Return this part of a whole ``tensor``."""
         before, span = (slice(None),) * self.dim, self.span
         return tensor[(*before, self.index.to(tensor.device) if span is None else span)]
 
     @property
     def span(self) -> slice | None:
-        """What the index is, where it has no gaps."""
+        """The index as a slice, or None if it has gaps."""
         first, end = int(self.index[0]), int(self.index[-1]) + 1
         return slice(first, end) if end - first == len(self.index) else None
 
     def whole(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Shape in the file of what is ``shape`` here."""
+        """Return the shape in the file of a tensor with ``shape`` on this rank."""
         return (*shape[: self.dim], self.size, *shape[self.dim + 1 :])
 
 
@@ -103,17 +101,17 @@ class Rank:
     number: int = 0
     count: int = 1
     group: Group | None = None
-    """None: the only one."""
+    """Collectives, or None for a single rank."""
 
     def cut(self, *kinds: tuple[int, int], dim: int = 0) -> RankCut | None:
-        """What this rank has of a tensor whose dimension ``dim`` is made of ``kinds``; None: all
-        of it."""
+        """Return this rank's part of a tensor with a dimension ``dim`` made of ``kinds``, or None
+        for all of it."""
         (made,) = self.cuts([sum(units * width for units, width in kinds)], kinds, dim=dim)
         return made
 
     def cuts(self, sizes: Sequence[int], kinds: Kinds, *, dim: int = 0) -> list[RankCut | None]:
-        """The same of several tensors that together make up the dimension, ``sizes`` of it each:
-        borders of kinds need not be theirs."""
+        """Return the parts of several tensors that together make up the dimension. ``sizes`` are
+        theirs; borders of kinds may be inside a tensor."""
         if self.count == 1:
             return [None] * len(sizes)
         held, first, made = self._held(kinds), 0, []
@@ -133,15 +131,15 @@ class Rank:
         return torch.cat(spans)
 
     def span(self, size: int) -> range:
-        """What this rank has of ``size`` rows, which need not be a multiple of the ranks."""
+        """Return this rank's part of ``size`` rows, which need not be a multiple of the ranks."""
         return range(
             self.number * size // self.count,
             (self.number + 1) * size // self.count,
         )
 
     def sum(self, x: torch.Tensor) -> torch.Tensor:
-        """``x`` of all ranks, added in their order whoever adds: the same bits on each. In float32,
-        rounded once."""
+        """Sum ``x`` over all ranks in float32, rounded once. The fixed order gives the same bits on
+        each rank."""
         if self.group is None:
             return x
         out = x.new_empty(x.shape)
@@ -149,7 +147,7 @@ class Rank:
         return out
 
     def join(self, x: torch.Tensor, size: int) -> torch.Tensor:
-        """``[T, size]`` of every rank's columns ``x [T, span(size)]``."""
+        """Concatenate every rank's columns ``x [T, span(size)]`` to ``[T, size]``."""
         if self.group is None:
             return x
         out = x.new_empty(len(x), size)

@@ -1,8 +1,8 @@
-"""How blocks stand around the residual stream: what a decoder is a list of.
+"""Blocks around the residual stream, of which a decoder consists.
 
-A mixer runs in three parts, so that the dense ones can be captured as device graphs around the
-middle one, which works on the pools: ``project`` (input product), ``mix`` (attention or scan),
-``finish`` (output product).
+A mixer runs in three parts: ``project`` (input product), ``mix`` (attention or scan), ``finish``
+(output product). The first and last are dense and can be captured as device graphs; the middle one
+works on the pools.
 """
 
 from __future__ import annotations
@@ -22,53 +22,54 @@ B = TypeVar("B", bound=Layer)
 
 
 class Mixer(Layer, Protocol):
-    """A block that looks at other tokens: attention, a scan, or several side by side."""
+    """A block that reads other tokens: attention, a scan, or several in parallel."""
 
     @property
     def keeps(self) -> tuple[Spec, ...]:
-        """What it keeps of every token and every sequence; ``mix`` gets a pool for each."""
+        """Declared tensors per token and per sequence; ``mix`` gets a pool for each."""
         ...
 
     @property
     def projected_size(self) -> int:
-        """Numbers that ``project`` gives for each token."""
+        """Number of values that ``project`` returns per token."""
         ...
 
     @property
     def mixed_shape(self) -> tuple[int, ...]:
-        """Of what ``mix`` gives for each token."""
+        """Shape of the result of ``mix`` per token."""
         ...
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[num_rows, H]`` to ``[num_rows, projected_size]``."""
+        """Convert ``[num_rows, H]`` to ``[num_rows, projected_size]``."""
         ...
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """``[T, *mixed_shape]``; moves the pools on. A mixer that computes ``inputs.verify`` too
-        says so by an attribute ``verifies``; for others ``stepwise`` decodes."""
+        """Return ``[T, *mixed_shape]`` and update the pools. A mixer that supports
+        ``inputs.verify`` has an attribute ``verifies``; for others ``stepwise`` decodes."""
         ...
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The block's output, ``[num_rows, H]``."""
+        """Return the block's output, ``[num_rows, H]``."""
         ...
 
 
 def verifies(mixer: Mixer) -> bool:
-    """Whether ``mixer`` can compute several tokens of a sequence and keep the state after each."""
+    """Return True if ``mixer`` can compute several tokens of a sequence and store the state after
+    each."""
     return getattr(mixer, "verifies", False)
 
 
 class FeedForward(Layer, Protocol):
-    """A block that works on each token alone."""
+    """A block that processes each token separately."""
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """``[num_rows, H]`` to the same; rows past ``num_tokens`` are padding."""
+        """Convert ``[num_rows, H]`` to the same shape; rows after ``num_tokens`` are padding."""
         ...
 
 
 class Residual(Generic[B]):
-    """The norms of one block, before it (pre-norm), behind it (post-norm) or both, and what its
-    output is multiplied with on its way into the residual stream."""
+    """A block with its norms, before it (pre-norm), after it (post-norm) or both, and the
+    multiplier of its output."""
 
     def __init__(
         self,
@@ -93,15 +94,18 @@ class Residual(Generic[B]):
     def enter(
         self, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the block's input, the residual stream), of the output of the block before, not yet
-        added, and the stream before that; None: there is none."""
+        """Return (the block's input, the residual stream).
+
+        ``hidden`` is the output of the previous block, not yet added; ``residual`` is the stream
+        before that block, or None.
+        """
         if self._before is not None:
             return self._before.add(hidden, residual)
         stream = hidden if residual is None else hidden + residual
         return stream, stream
 
     def leave(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The block's output as it is to be added."""
+        """Return the block's output in the form that is added to the stream."""
         if self._after is not None:
             hidden = self._after(hidden)
         return hidden if self._multiplier == 1.0 else hidden * self._multiplier
@@ -113,12 +117,12 @@ class MixerStep(Residual[Mixer]):
     def project(
         self, hidden: torch.Tensor, residual: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(the mixer's input product, the residual stream)."""
+        """Return (the mixer's input product, the residual stream)."""
         normed, residual = self.enter(hidden, residual)
         return self.block.project(normed), residual
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """What is to be added to the stream."""
+        """Return the output that is added to the stream."""
         return self.leave(self.block.finish(mixed, projected))
 
 
@@ -128,13 +132,13 @@ class FeedForwardStep(Residual[FeedForward]):
     def __call__(
         self, hidden: torch.Tensor, residual: torch.Tensor | None, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what is to be added to the stream, the stream)."""
+        """Return (the output that is added to the stream, the stream)."""
         normed, residual = self.enter(hidden, residual)
         return self.leave(self.block(normed, num_tokens)), residual
 
 
 class Parallel:
-    """Mixers side by side on one input, their outputs summed."""
+    """Mixers in parallel on one input, with summed outputs."""
 
     def __init__(self, mixers: Sequence[Mixer]) -> None:
         self.mixers = mixers

@@ -10,8 +10,8 @@ from engine.weights.model_config import LinearScaling, Llama3Scaling, Rope, Yarn
 
 
 class RotaryTable:
-    """cos and sin ``[max_model_len, R]`` in the model's dtype, both halves equal: looked up, so
-    that a position always has the same bits. R is 0 for a model that rotates nothing."""
+    """cos and sin ``[max_model_len, R]`` in the model's dtype, with equal halves. A table, so that
+    a position always has the same bits. R is 0 for a model without rotation."""
 
     def __init__(
         self, rope: Rope | None, max_model_len: int, device: torch.device, dtype: torch.dtype
@@ -27,12 +27,12 @@ class RotaryTable:
         self.sin = (angles.sin() * factor).to(device, dtype)
 
     def __call__(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of int64[T] positions: ``[T, R]`` each."""
+        """Return cos and sin of int64[T] positions: ``[T, R]`` each."""
         return self.cos[positions], self.sin[positions]
 
 
 def scaled_frequencies(rope: Rope) -> torch.Tensor:
-    """Radians per position of each pair of dimensions: float32 ``[rope.dim / 2]``."""
+    """Return the radians per position of each pair of dimensions: float32 ``[rope.dim / 2]``."""
     exponents = torch.arange(0, rope.dim, 2, dtype=torch.float) / rope.dim
     frequencies, scaling = 1.0 / rope.theta**exponents, rope.scaling
     if isinstance(scaling, LinearScaling):
@@ -49,7 +49,8 @@ def scaled_frequencies(rope: Rope) -> torch.Tensor:
 
 
 def _yarn_ramp(rope: Rope, scaling: YarnScaling) -> torch.Tensor:
-    """Grows from 0 at the last index that is kept to 1 at the first that is divided, and on."""
+    """Return a ramp from 0 at the last index that is kept to 1 at the first that is divided, and
+    linear beyond."""
     first, last = (
         _index_of(rotations, rope, scaling.original_len)
         for rotations in (scaling.fast, scaling.slow)
@@ -63,5 +64,6 @@ def _yarn_ramp(rope: Rope, scaling: YarnScaling) -> torch.Tensor:
 
 
 def _index_of(rotations: float, rope: Rope, length: float) -> float:
-    """Index, not whole, of the frequency that makes so many rotations within ``length``."""
+    """Return the (fractional) index of the frequency with the given number of rotations within
+    ``length``."""
     return rope.dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))

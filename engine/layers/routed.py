@@ -1,4 +1,4 @@
-"""Experts with any router and any names, and blocks that work side by side on one input."""
+"""Experts with any router and any names, and parallel feed-forward blocks."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from hybridcache.geometry.sizes import ExpertsSizes
 
 
 class Router(Layer, Protocol):
-    """Which experts a token meets, and how they weigh."""
+    """Selects the experts of each token and their weights."""
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weights ``[T, k]`` and experts ``[T, k]`` of the first tokens of ``x [num_rows, H]``."""
+        """Return weights ``[T, k]`` and experts ``[T, k]`` of the first tokens of ``x [num_rows,
+        H]``."""
         ...
 
 
 class SoftmaxRouter:
-    """The most probable experts, weighed by their probabilities."""
+    """Selects the most probable experts, weighted by their probabilities."""
 
     def __init__(
         self, name: str, hidden_size: int, sizes: ExpertsSizes, build: Build, *, renormalises: bool
     ) -> None:
-        """``renormalises``: whether the weights of the chosen experts are made to sum to one."""
+        """``renormalises``: True if the weights of the selected experts are scaled to sum to
+        one."""
         self._k, self._renormalises = sizes.experts_per_token, renormalises
         self._linear = Linear(hidden_size, [Part(name, sizes.num_experts)], build)
         self._route = build.kernels["moe"].route
@@ -47,7 +49,8 @@ class SoftmaxRouter:
 
 
 class SigmoidRouter:
-    """The experts of the highest sigmoids after a bias is added that only chooses; in float32."""
+    """Selects the experts with the highest sigmoids plus a bias that affects only the selection; in
+    float32."""
 
     def __init__(
         self,
@@ -61,9 +64,8 @@ class SigmoidRouter:
         scale: float,
         eps: float = 1e-20,
     ) -> None:
-        """``bias``: its tensor's name; None: there is none. ``renormalises``: whether the chosen
-        sigmoids are divided by their sum plus ``eps``; ``scale``: what they are multiplied with
-        then."""
+        """``bias``: name of its tensor, or None. ``renormalises``: True if the selected sigmoids
+        are divided by their sum plus ``eps``. ``scale``: factor applied afterwards."""
         self._bias_name, self._k = bias, sizes.experts_per_token
         self._renormalises, self._scale, self._eps = renormalises, scale, eps
         exact = replace(build, weights=replace(build.weights, dtype=torch.float32))
@@ -92,8 +94,8 @@ class SigmoidRouter:
 
 
 class RoutedExperts:
-    """A few experts per token, chosen by a router. Where ``sizes.width`` is the experts'
-    own, a product before them narrows and one behind them widens."""
+    """A few experts per token, selected by a router. If ``sizes.width`` is set, a product before
+    the experts narrows and one after them widens."""
 
     def __init__(
         self,
@@ -108,7 +110,7 @@ class RoutedExperts:
         widen: Part | None = None,
         bias: bool = False,
     ) -> None:
-        """``name``: of the experts, by which their precision is chosen. ``bias``: whether the
+        """``name``: common name of the experts, which selects the precision. ``bias``: True if the
         products around them have one."""
         width = sizes.width or hidden_size
         self._router, self._experts = router, Experts(name, width, sizes, names, build)
@@ -129,7 +131,8 @@ class RoutedExperts:
             layer.seal()
 
     def __call__(self, x: torch.Tensor, num_tokens: int) -> torch.Tensor:
-        """Padding rows meet no expert: each would wake experts that nobody needs."""
+        """Compute the block. Padding rows are not routed, because they would load experts for
+        nothing."""
         weights, experts = self._router(x, num_tokens)
         inner = x if self._narrow is None else self._narrow(x)
         out = self._rank.sum(self._experts(inner[:num_tokens], weights, experts))
@@ -138,8 +141,7 @@ class RoutedExperts:
 
 
 class Beside:
-    """Feed-forward blocks on one input, their outputs summed: experts and what every token
-    meets."""
+    """Parallel feed-forward blocks on one input, with summed outputs: routed and shared experts."""
 
     def __init__(self, blocks: Sequence[FeedForward]) -> None:
         self._blocks = blocks

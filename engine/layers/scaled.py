@@ -1,4 +1,4 @@
-"""A mixer whose input and output are multiplied: muP's numbers around one."""
+"""A mixer with multiplied input and output, as in muP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts of a model are sealed beside the reading of the next."""
+"""Sealing of loaded parts of a model while the next parts are read."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from engine.layers.parameters import Layer
 
 
 class Sealing:
-    """Seals one part at a time. On a CPU in a thread of its own, so that a weight is brought into
-    the form it is multiplied in while the next is read: two parts at most are there in both."""
+    """Seals one part at a time. On a CPU a separate thread converts weights while the next are
+    read, so at most two parts are in memory in both forms."""
 
     def __init__(self, *, beside: bool) -> None:
         self._beside = beside
@@ -17,7 +17,7 @@ class Sealing:
         self._error: BaseException | None = None
 
     def seal(self, part: Layer) -> None:
-        """Seal ``part``, now or soon; raises what the part before raised."""
+        """Seal ``part``, now or in the thread. Raises the error of the previous part."""
         if not self._beside:
             part.seal()
             return
@@ -26,7 +26,7 @@ class Sealing:
         self._thread.start()
 
     def wait(self) -> None:
-        """Until all parts are sealed; raises what the last one raised."""
+        """Wait until all parts are sealed. Raises the error of the last one."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

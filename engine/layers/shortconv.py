@@ -1,4 +1,4 @@
-"""A short causal convolution between two gates: a mixer whose state are its last few inputs."""
+"""A short causal convolution between two gates. Its state consists of its last few inputs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from hybridcache.geometry.shares import share
 
 
 class ShortConv:
-    """``out(C * conv(B * x))``; B, C and x are one product, laid out ``[B | C | x]``."""
+    """``out(C * conv(B * x))``; B, C and x are one product ``[B | C | x]``."""
 
     def __init__(
         self, name: str, hidden_size: int, sizes: ShortConvSizes, build: Build, *, bias: bool
     ) -> None:
-        """``bias``: of both products and of the convolution."""
+        """``bias``: True if both products and the convolution have one."""
         channels = sizes.channels, 1
         inputs = shared([Part(f"{name}.in_proj", 3 * sizes.channels)], [channels] * 3, build.rank)
         outputs = [Part(f"{name}.out_proj", hidden_size)]
@@ -49,7 +49,8 @@ class ShortConv:
         return self._projection(hidden)
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Convolve from each sequence's window, which moves on in its slot. ``[T, C]``."""
+        """Convolve, starting from each sequence's window and updating it in its slot. Returns ``[T,
+        C]``."""
         gate, _, x = projected[: inputs.num_tokens].chunk(3, dim=-1)
         x, (windows,), outs = gate * x, pools, []
         if inputs.decode is not None:
@@ -81,6 +82,6 @@ class ShortConv:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
-        """The layer's output, ``[num_rows, H]``."""
+        """Return the layer's output, ``[num_rows, H]``."""
         gate = projected[: len(mixed)].chunk(3, dim=-1)[1]
         return self._output(pad_rows(gate * mixed, len(projected)))

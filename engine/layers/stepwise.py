@@ -1,5 +1,5 @@
-"""Verification by a mixer that computes one token of a sequence at a time: as many decodes, each
-from a copy of the state before."""
+"""Verification of drafts by a mixer without support for it: as a series of decodes, each from a
+copy of the previous state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from kernels.packed import running_sum
 from kernels.upload import upload
 
 ROWS = 4
-"""As ``model_runner.ROWS``."""
+"""Number of rows to which the tokens of a decode are padded."""
 
 
 def mix(mixer: Mixer, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-    """``mixer.mix``, also where the mixer knows nothing of drafts."""
+    """Call ``mixer.mix``, or decode token by token if the mixer does not support drafts."""
     part = inputs.verify
     if part is None or verifies(mixer):
         return mixer.mix(projected, inputs, pools)
@@ -77,7 +77,7 @@ def _inputs(
     decode: DecodePart | None = None,
     prefill: PrefillPart | None = None,
 ) -> LayerInputs:
-    """Of some of the tokens alone."""
+    """Return the inputs of some of the tokens."""
     index = upload(list(rows), torch.int64, inputs.kv_indices.device)
     return LayerInputs(
         num_tokens=len(rows),

@@ -1,5 +1,4 @@
-"""Model families, one flat file each. A file is found by the ``model_types`` its class names;
-nothing else lists it."""
+"""Model families, one flat file each. A family is found by the ``model_types`` of its class."""
 
 from __future__ import annotations
 
@@ -16,7 +15,8 @@ from hybridcache.geometry.sizes import SizesError
 
 
 def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
-    """The class that serves a ``config.json``, and what it reads there. Raises ModelError."""
+    """Return the class that supports a ``config.json``, and the config that it reads. Raises
+    ModelError."""
     try:
         text = text_part(raw)
     except ValueError as error:
@@ -24,7 +24,7 @@ def read_model(raw: dict[str, Any]) -> tuple[type[Decoder], ModelConfig]:
     model_type = text.get("model_type")
     family = families().get(str(model_type))
     if text is not raw and raw.get("model_type") not in (*COMPOSITES, model_type, None):
-        model_type, family = raw["model_type"], None  # Its class may do more than the text part's.
+        model_type, family = raw["model_type"], None  # Its class may have more than the text part.
     if family is None:
         supported = sorted(families())
         near = get_close_matches(str(model_type), supported, n=1, cutoff=0.5)
@@ -50,7 +50,7 @@ def _read(family: type[Decoder], text: Fields) -> ModelConfig:
 
 @cache
 def families() -> dict[str, type[Decoder]]:
-    """``model_type`` of a config.json to the class that serves it."""
+    """Map each ``model_type`` of a config.json to the class that supports it."""
     found: dict[str, type[Decoder]] = {}
     for file in pkgutil.iter_modules(__path__):
         module = import_module(f"{__name__}.{file.name}")

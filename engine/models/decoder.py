@@ -1,5 +1,7 @@
-"""The decoder that all families share: embedding, residual steps, final norm, head. A family says
-what its layers are made of."""
+"""The decoder that all families share: embedding, residual steps, final norm, head.
+
+A family defines the layers.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +35,17 @@ T = TypeVar("T", bound=Layer)
 
 Step = MixerStep | FeedForwardStep
 Fill = Callable[[Layer], None]
-"""Called with every part right after it is made: fills in its weights."""
+"""Called with each part directly after it is made, to load its weights."""
 
 
 class Decoder(ABC):
-    """One model with its weights. A subclass is a family: it reads its config, and says how the
+    """One model with its weights. A subclass is a family: it reads its config and defines how
     layers are built and named."""
 
     model_types: ClassVar[tuple[str, ...]] = ()
-    """``model_type`` values of a config.json that it serves."""
+    """Supported ``model_type`` values of a config.json."""
     centred_norms: ClassVar[bool] = False
-    """Whether the norms of the residual stream are stored around zero."""
+    """True if the norms of the residual stream are stored around zero."""
     embedding_name: ClassVar[str] = "model.embed_tokens"
     layers_name: ClassVar[str] = "model.layers"
     norm_name: ClassVar[str] = "model.norm"
@@ -63,7 +65,7 @@ class Decoder(ABC):
         self.embedding = self._add(Embedding(self.embedding_name, config, build), fill)
         self.mixers: list[MixerStep] = []
         self._between: list[list[FeedForwardStep]] = [[]]
-        """Before the first mixer, between each two, and behind the last."""
+        """Feed-forward steps before the first mixer, between each two, and after the last."""
         for rank, sizes in enumerate(config.sizes.layers):
             for step in self.steps(f"{self.layers_name}.{rank}", sizes):
                 self._add(step, fill)
@@ -84,12 +86,13 @@ class Decoder(ABC):
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of a checkpoint under the names, and in the shapes, of the published files,
-        where transformers' ``save_pretrained`` writes others. Here it writes the same."""
+        """Convert the names and shapes of a checkpoint to those of the published files. Needed if
+        transformers' ``save_pretrained`` writes others; by default it does not."""
         return dict(tensors)
 
     def steps(self, name: str, sizes: LayerSizes) -> Sequence[Step]:
-        """The layer called ``name``: here a mixer and an MLP, each behind a norm."""
+        """Return the steps of the layer ``name``. By default a mixer and an MLP, each after a
+        norm."""
         assert sizes.mlp is not None
         before, between = f"{name}.input_layernorm", f"{name}.post_attention_layernorm"
         return [
@@ -99,25 +102,26 @@ class Decoder(ABC):
 
     @abstractmethod
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:
-        """A mixer of the layer called ``name``."""
+        """Return a mixer of the layer ``name``."""
 
     def mlp(self, name: str, sizes: MLPSizes | ExpertsSizes) -> FeedForward:
-        """The MLP of the layer called ``name``: here a dense one."""
+        """Return the MLP of the layer ``name``. By default a dense one."""
         return MLP(f"{name}.mlp", self.config.hidden_size, sizes.intermediate, self.build)
 
     def attention(self, name: str, sizes: AttentionSizes, **options: Any) -> Attention:
-        """Attention with the config's biases and rotation. ``options``: as ``Attention``'s."""
+        """Return attention with the config's biases and rotation. ``options`` are those of
+        ``Attention``."""
         config = self.config
         own = {"bias": config.attention_bias, "rotates": config.rope is not None}
         return Attention(name, config.hidden_size, sizes, self.build, **(own | options))
 
     def head_norms(self, name: str, sizes: AttentionSizes) -> tuple[RMSNorm, RMSNorm]:
-        """Norms over each head of queries and keys."""
+        """Return the norms over each head of queries and keys."""
         size = sizes.head_dim
         return self.norm_of(f"{name}.q_norm", size), self.norm_of(f"{name}.k_norm", size)
 
     def norm_of(self, name: str, size: int | None = None) -> RMSNorm:
-        """A norm as wide as the model, or of ``size``."""
+        """Return a norm over the hidden size, or over ``size``."""
         config = self.config
         return RMSNorm(
             name,
@@ -128,20 +132,20 @@ class Decoder(ABC):
         )
 
     def prediction_head(self) -> PredictionHead | None:
-        """The multi-token head of the family's checkpoints, its weights not filled in; None: they
-        have none that is served."""
+        """Return the multi-token head of the family's checkpoints without weights, or None if the
+        family has none that is supported."""
         return None
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
-        """Every checkpoint tensor of the model; only before it is sealed."""
+        """Yield every checkpoint tensor of the model. Only before it is sealed."""
         for part in self._parts:
             yield from part.parameters()
 
     def forward(
         self, token_ids: torch.Tensor, inputs: LayerInputs, pools: Sequence[Pools]
     ) -> torch.Tensor:
-        """Hidden states ``[num_rows, H]`` behind the final norm; moves the pools, one entry a
-        mixer, on."""
+        """Compute the hidden states ``[num_rows, H]`` after the final norm, and update the pools,
+        one entry per mixer."""
         out, residual = self.start(token_ids, inputs.num_tokens)
         for rank, step in enumerate(self.mixers):
             mixed = mix(step.block, out, inputs, pools[rank])
@@ -151,7 +155,8 @@ class Decoder(ABC):
         return out
 
     def start(self, token_ids: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Up to the first mixer: (its input product, the residual stream)."""
+        """Compute the layers up to the first mixer. Returns (its input product, the residual
+        stream)."""
         return self._advance(0, self.embedding(token_ids), None, num_tokens)
 
     def resume(
@@ -162,8 +167,11 @@ class Decoder(ABC):
         residual: torch.Tensor,
         num_tokens: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """From what mixer ``rank`` left to the input product of the next, or to the hidden states
-        behind the final norm: (either, the residual stream)."""
+        """Continue after mixer ``rank``, with its output.
+
+        Returns (the input product of the next mixer or the hidden states after the final norm, the
+        residual stream).
+        """
         hidden = self.mixers[rank].finish(mixed, projected)
         return self._advance(rank + 1, hidden, residual, num_tokens)
 
@@ -185,7 +193,7 @@ class Decoder(ABC):
 
 
 def vocabulary_cut(config: ModelConfig, build: Build) -> RankCut | None:
-    """The tokens whose rows of embedding and head this rank has; None: all."""
+    """Return the tokens for which this rank has rows of embedding and head, or None for all."""
     if build.rank.count == 1:
         return None
     span = build.rank.span(config.vocab_size)
@@ -193,7 +201,7 @@ def vocabulary_cut(config: ModelConfig, build: Build) -> RankCut | None:
 
 
 class Embedding:
-    """Token ids to hidden states."""
+    """Maps token ids to hidden states."""
 
     def __init__(self, name: str, config: ModelConfig, build: Build) -> None:
         self.name, self._multiplier = name, config.embedding_multiplier
@@ -217,7 +225,7 @@ class Embedding:
         return hidden if self._multiplier == 1.0 else hidden * self._multiplier
 
     def _look_up(self, token_ids: torch.Tensor, out: torch.Tensor) -> None:
-        """The rows of this rank's tokens, zeros for others'."""
+        """Write the rows of this rank's tokens, and zeros for other tokens."""
         own = token_ids - self._ids.start
         is_own = (own >= 0) & (own < len(self._ids))
         found = F.embedding(own.where(is_own, 0), self.weight)
@@ -225,7 +233,7 @@ class Embedding:
 
 
 class Head:
-    """Hidden states to logits; where a model ties its embeddings it has no weights of its own."""
+    """Maps hidden states to logits. A model with tied embeddings uses their weights."""
 
     def __init__(self, name: str, config: ModelConfig, embedding: Embedding, build: Build) -> None:
         self._is_tied, self._multiplier = config.tie_embeddings, config.logit_multiplier

@@ -1,5 +1,5 @@
-"""Falcon-H1: Mamba-2 and attention side by side on one norm, and an MLP behind them; multipliers
-(muP) at every turn."""
+"""Falcon-H1: Mamba-2 and attention in parallel after one norm, followed by an MLP; with muP
+multipliers."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FalconH1Config(ModelConfig):
-    """What is added to the sizes."""
+    """Numbers of the family in addition to the sizes."""
 
     norm: GatedNorm | None
-    """Before Mamba's output product; None: there is only the gate."""
+    """Norm before Mamba's output product, or None if there is only the gate."""
     time_limits: tuple[float, float]
     mlp_bias: bool
     mamba_bias: bool
     mamba_output_bias: bool
     conv_bias: bool
     attention_multipliers: tuple[float, float]
-    """Of what attention reads and gives."""
+    """Multipliers of attention's input and output."""
     key_multiplier: float
     mamba_multipliers: tuple[float, float]
-    """Of what Mamba reads and gives."""
+    """Multipliers of Mamba's input and output."""
     state_multipliers: tuple[float, ...]
-    """Of z, x, B, C and dt."""
+    """Multipliers of z, x, B, C and dt."""
     mlp_multipliers: tuple[float, float]
-    """Of the gate, and of what the MLP gives."""
+    """Multipliers of the gate and of the MLP's output."""
 
 
 class FalconH1(Decoder):
-    """A layer keeps a state and KV."""
+    """Decoder in which each layer has a state and KV."""
 
     model_types = ("falcon_h1",)
     norm_name = "model.final_layernorm"
@@ -55,7 +55,7 @@ class FalconH1(Decoder):
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Raises ModelError for another number of multipliers."""
+        """Read the config. Raises ModelError for a wrong number of multipliers."""
         for name, count in (("mlp_multipliers", 2), ("ssm_multipliers", 5)):
             if len(config[name]) != count:
                 raise ModelError(f"{name} must be {count} numbers in config.json.")

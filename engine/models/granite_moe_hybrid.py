@@ -1,5 +1,7 @@
-"""Granite 4: Mamba-2 with attention now and then, multipliers around, and an MLP for every token,
-in most models with experts beside it."""
+"""Granite 4: Mamba-2 with some attention layers, multipliers, and an MLP in every layer.
+
+Most models have experts in addition to the MLP.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +29,12 @@ from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraniteMoeHybridConfig(ModelConfig):
-    """``mamba_bias``, ``conv_bias``: which products have one. ``attention_scale``: of the products
-    of queries and keys. ``residual_multiplier``: of what a block adds to the stream.
-    ``time_limits``: of Mamba's time steps."""
+    """Numbers of the family in addition to the sizes.
+
+    ``mamba_bias`` and ``conv_bias`` are True for products with a bias. ``attention_scale``
+    multiplies the products of queries and keys, ``residual_multiplier`` the output of each block.
+    ``time_limits`` are those of Mamba's time steps.
+    """
 
     mamba_bias: bool
     conv_bias: bool
@@ -39,15 +44,15 @@ class GraniteMoeHybridConfig(ModelConfig):
 
 
 class GraniteMoeHybrid(Decoder):
-    """Experts come as two tensors of all, or one by one where ``engine convert`` wrote them; gate
-    and up of every MLP as one."""
+    """Decoder in which experts are two tensors for all, or one by one as ``engine convert`` writes
+    them; gate and up of every MLP are one matrix."""
 
     model_types = ("granitemoehybrid",)
     config: GraniteMoeHybridConfig
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Raises ModelError for scales of which logits would be no numbers."""
+        """Read the config. Raises ModelError for scales that would make logits NaN or infinite."""
         if not config["logits_scaling"]:
             raise ModelError("logits_scaling must not be 0 in config.json.")
         if config["attention_multiplier"] <= 0:
@@ -114,7 +119,7 @@ class GraniteMoeHybrid(Decoder):
         return Beside([experts, self.shared(name, sizes.shared_intermediate)])
 
     def shared(self, name: str, intermediate_size: int) -> FeedForward:
-        """What every token meets."""
+        """Return the MLP that computes every token."""
         return MLP(
             f"{name}.shared_mlp",
             self.config.hidden_size,

@@ -1,4 +1,4 @@
-"""Jamba: Mamba-1 with an attention layer now and then, experts in place of some MLPs."""
+"""Jamba: Mamba-1 with some attention layers, and experts in place of some MLPs."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JambaConfig(ModelConfig):
-    """``mamba_bias``, ``conv_bias``: which products have one. ``step_rank``: of the product that
-    makes Mamba's time steps."""
+    """Numbers of the family. ``mamba_bias`` and ``conv_bias`` are True for products with a bias.
+    ``step_rank`` is the inner size of the product for Mamba's time steps."""
 
     mamba_bias: bool
     conv_bias: bool
@@ -28,7 +28,7 @@ class JambaConfig(ModelConfig):
 
 
 class Jamba(Decoder):
-    """Attention rotates nothing: positions come from the state space layers."""
+    """Decoder without rotation in attention: the state space layers provide positions."""
 
     model_types = ("jamba",)
     norm_name = "model.final_layernorm"
@@ -36,7 +36,7 @@ class Jamba(Decoder):
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Raises ModelError for time steps of rank zero."""
+        """Read the config. Raises ModelError for time steps of rank zero."""
         rank = config["mamba_dt_rank"]
         if not isinstance(rank, int) or rank < 1:
             raise ModelError(

@@ -1,5 +1,8 @@
-"""Kimi Linear: three layers of Kimi Delta Attention to one of latent attention, nothing rotated,
-experts with a shared one."""
+"""Kimi Linear: three layers of Kimi Delta Attention for each one of latent attention, without
+rotation.
+
+The experts include a shared one.
+"""
 
 from __future__ import annotations
 
@@ -23,28 +26,29 @@ from hybridcache.geometry.sizes import ExpertsSizes, MixerSizes, MLPSizes, Model
 
 DENSE_MLP = re.compile(r"\.block_sparse_moe\.((gate|up|down)_proj\.)")
 LATENT_NORM_EPS = 1e-6
-"""Whatever the config says of the other norms."""
+"""Epsilon of the latent's norm, independent of the config."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KimiLinearConfig(ModelConfig):
-    """``renormalises``: whether the weights of a token's experts are made to sum to one, before
-    they are multiplied with ``expert_scale``."""
+    """Numbers of the family. With ``renormalises``, the weights of a token's experts are scaled to
+    sum to one, before they are multiplied with ``expert_scale``."""
 
     renormalises: bool
     expert_scale: float
 
 
 class KimiLinear(Decoder):
-    """The names are those of the published checkpoint: ``mlp`` where a layer is dense,
-    ``block_sparse_moe`` where it has experts."""
+    """Decoder with the names of the published checkpoint: ``mlp`` in dense layers,
+    ``block_sparse_moe`` in layers with experts."""
 
     model_types = ("kimi_linear",)
     config: KimiLinearConfig
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Raises ModelError for what no published model of the family has."""
+        """Read the config. Raises ModelError for settings that no published model of the family
+        has."""
         check_only(config, moe_router_activation_func=("sigmoid",), moe_layer_freq=(1,))
         check_only(config, q_lora_rank=(None,), mla_use_nope=(True,), topk_group=(1,))
         if config["linear_attn_config"]:
@@ -71,7 +75,7 @@ class KimiLinear(Decoder):
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """transformers writes the MLP of dense layers under the name of the experts."""
+        """Rename the MLP of dense layers, to which transformers gives the name of the experts."""
         return {DENSE_MLP.sub(r".mlp.\1", name): tensor for name, tensor in tensors.items()}
 
     def mixer(self, name: str, sizes: MixerSizes) -> Mixer:

@@ -1,4 +1,4 @@
-"""LFM2, dense or with experts: short convolutions, and attention with normed heads now and then."""
+"""LFM2, dense or with experts: short convolutions, and some attention layers with normed heads."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ ROPE_THETA = 1e6
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lfm2Config(ModelConfig):
-    """``conv_bias``: of all that belongs to the convolutions. ``expert_bias``: whether a bias helps
-    to choose experts. ``renormalises``: whether their weights are made to sum to one, before they
-    are multiplied with ``expert_scale``."""
+    """Numbers of the family.
+
+    ``conv_bias`` applies to the convolutions and their products. With ``expert_bias``, a bias is
+    part of the selection of experts. With ``renormalises``, their weights are scaled to sum to one,
+    before they are multiplied with ``expert_scale``.
+    """
 
     conv_bias: bool
     expert_bias: bool
@@ -32,8 +35,8 @@ class Lfm2Config(ModelConfig):
 
 
 class Lfm2(Decoder):
-    """A mixer and an MLP in every layer, each behind a norm; the last norm is called after the
-    embedding."""
+    """Decoder with a mixer and an MLP in every layer, each after a norm. The last norm is named
+    after the embedding."""
 
     model_types = ("lfm2", "lfm2_moe")
     norm_name = "model.embedding_norm"

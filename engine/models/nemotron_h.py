@@ -1,4 +1,4 @@
-"""Nemotron-H: every layer is one block, a Mamba-2 mixer, attention, an MLP or experts."""
+"""Nemotron-H: every layer is one block, either a Mamba-2 mixer, attention, an MLP or experts."""
 
 from __future__ import annotations
 
@@ -20,9 +20,12 @@ from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NemotronHConfig(ModelConfig):
-    """``mamba_bias``, ``conv_bias``, ``mlp_bias``: which products have one. ``time_limits``: of
-    Mamba's time steps. ``renormalises``: whether the weights of a token's experts are made to sum
-    to one, before they are multiplied with ``expert_scale``."""
+    """Numbers of the family.
+
+    ``mamba_bias``, ``conv_bias`` and ``mlp_bias`` are True for products with a bias.
+    ``time_limits`` are those of Mamba's time steps. With ``renormalises``, the weights of a token's
+    experts are scaled to sum to one, before they are multiplied with ``expert_scale``.
+    """
 
     mamba_bias: bool
     conv_bias: bool
@@ -33,7 +36,7 @@ class NemotronHConfig(ModelConfig):
 
 
 class NemotronH(Decoder):
-    """Attention rotates nothing: positions come from the state space layers."""
+    """Decoder without rotation in attention: the state space layers provide positions."""
 
     model_types = ("nemotron_h",)
     embedding_name = "backbone.embeddings"
@@ -43,7 +46,8 @@ class NemotronH(Decoder):
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Raises ModelError for what no published model of the family has."""
+        """Read the config. Raises ModelError for settings that no published model of the family
+        has."""
         check_only(config, mlp_hidden_act=("relu2",), mamba_hidden_act=ACTIVATIONS)
         check_only(config, sliding_window=(None,), n_group=(1,), topk_group=(1,))
         return NemotronHConfig(
@@ -110,7 +114,7 @@ class NemotronH(Decoder):
         return Beside([experts, shared])
 
     def squared_relu(self, name: str, intermediate_size: int) -> FeedForward:
-        """An MLP without a gate."""
+        """Return an MLP without a gate."""
         config = self.config
         return SquaredReluMLP(
             name, config.hidden_size, intermediate_size, self.build, bias=config.mlp_bias

@@ -1,4 +1,4 @@
-"""Olmo Hybrid: Gated DeltaNet with steps up to two, and attention whose norms stand behind it."""
+"""Olmo Hybrid: Gated DeltaNet with steps up to two, and attention with norms after it."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ from hybridcache.geometry.mixers import AttentionSizes, DeltaSizes
 from hybridcache.geometry.sizes import LayerSizes, MixerSizes, ModelSizes
 
 OUTPUT_EPS = 1e-5
-"""Of the norm behind the scan, whatever the config says of the others."""
+"""Epsilon of the norm after the scan, independent of the config."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OlmoHybridConfig(ModelConfig):
-    """``max_beta``: largest step of the delta rule."""
+    """Numbers of the family. ``max_beta`` is the largest step of the delta rule."""
 
     max_beta: float
 
 
 class OlmoHybrid(Decoder):
-    """Norms stand before the linear layers and behind the attention ones, which norm queries and
-    keys over all heads; six matrices and three convolutions make a linear layer's inputs."""
+    """Decoder with norms before the linear layers and after the attention layers.
+
+    Attention norms queries and keys over all heads. The inputs of a linear layer are six matrices
+    and three convolutions.
+    """
 
     model_types = ("olmo_hybrid",)
     config: OlmoHybridConfig
@@ -45,8 +48,8 @@ class OlmoHybrid(Decoder):
 
     @classmethod
     def published(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """transformers cuts the convolution over queries, keys and values into thirds, and calls
-        the norm behind attention as the one before the MLP of a linear layer."""
+        """Split the convolution over queries, keys and values into three, and rename the norm after
+        attention, which transformers names like the norm before the MLP of a linear layer."""
         found: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             layer, _, word = name.partition(".feedforward_layer_norm.")

@@ -1,4 +1,4 @@
-"""Qwen3, dense: attention only. The control that has no states."""
+"""Qwen3, dense: attention only. Serves as the control without states."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from hybridcache.geometry.sizes import MixerSizes, ModelSizes
 
 
 class Qwen3(Decoder):
-    """Attention without a gate, rotary over the whole head, plain norms."""
+    """Decoder with attention without a gate, rotary embedding over the whole head, and plain
+    norms."""
 
     model_types = ("qwen3",)
 
     @classmethod
     def read(cls, config: Config, sizes: ModelSizes) -> ModelConfig:
-        """Raises ModelError for sliding windows."""
+        """Read the config. Raises ModelError for sliding windows."""
         if "sliding_attention" in config["layer_types"]:
             raise ModelError(
                 "sliding-window attention is not supported: use_sliding_window must be false in "

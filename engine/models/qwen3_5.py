@@ -1,5 +1,5 @@
-"""Qwen3.5, dense or with experts: Qwen3-Next's layers, input projections of the linear ones split
-by kind."""
+"""Qwen3.5, dense or with experts: Qwen3-Next's layers, with separate input projections in the
+linear ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from hybridcache.geometry.sizes import ModelSizes
 
 
 class Qwen3_5(Qwen3Next):
-    """The text part of a Qwen3.5 checkpoint; its experts come as one tensor each of gate-and-up and
-    of down, and their weights always sum to one."""
+    """The text part of a Qwen3.5 checkpoint. Its experts are one tensor for gate and up and one for
+    down, and their weights always sum to one."""
 
     model_types = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
 

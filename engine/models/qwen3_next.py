@@ -1,5 +1,5 @@
-"""Qwen3-Next: three Gated DeltaNet layers to one of gated attention, experts with a shared one in
-every layer."""
+"""Qwen3-Next: three Gated DeltaNet layers for each one of gated attention, and experts with a
+shared one."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ from hybridcache.geometry.sizes import ExpertsSizes, LayerSizes, MixerSizes, MLP
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen3NextConfig(ModelConfig):
-    """``renormalises``: whether the weights of a token's experts are made to sum to one."""
+    """Numbers of the family. With ``renormalises``, the weights of a token's experts are scaled to
+    sum to one."""
 
     renormalises: bool
 
 
 class Qwen3Next(Decoder):
-    """Input projections of the linear layers come interleaved by key head, experts one by one."""
+    """Decoder with input projections interleaved by key head in the linear layers, and separate
+    experts."""
 
     model_types: ClassVar[tuple[str, ...]] = ("qwen3_next",)
     centred_norms = True
@@ -57,7 +59,8 @@ class Qwen3Next(Decoder):
         )
 
     def inputs(self, name: str, sizes: DeltaSizes) -> Sequence[Part]:
-        """Queries, keys, values and z are one matrix, b and a another, key head by key head."""
+        """Return the parts of the input product. Queries, keys, values and z are one matrix, b and
+        a another, interleaved by key head."""
         group = sizes.num_value_heads // sizes.num_key_heads
         values = group * sizes.value_dim
         qkvz = _by_kind(sizes, [sizes.key_dim, sizes.key_dim, values, values])
@@ -80,8 +83,8 @@ class Qwen3Next(Decoder):
         )
 
     def prediction_head(self) -> PredictionHead:
-        """The head under ``mtp``, its weights not filled in: a layer of attention, with experts
-        where the model has any."""
+        """Return the head under ``mtp`` without weights: a layer of attention, with experts if the
+        model has any."""
         sizes = self.config.sizes
         mlps = [layer.mlp for layer in sizes.layers]
         mlp = next((mlp for mlp in mlps if isinstance(mlp, ExpertsSizes)), mlps[-1])
@@ -101,8 +104,8 @@ class Qwen3Next(Decoder):
 
 
 def _by_kind(sizes: DeltaSizes, widths: list[int]) -> torch.Tensor:
-    """Rows of a matrix that has ``widths`` next to each other for every key head, ordered by kind
-    instead."""
+    """Return the order that groups the rows by kind, for a matrix with ``widths`` next to each
+    other for every key head."""
     heads = sizes.num_key_heads
     rows = torch.arange(heads * sum(widths)).view(heads, sum(widths))
     return torch.cat([part.flatten() for part in rows.split(widths, dim=1)])

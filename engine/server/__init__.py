@@ -1,1 +1,1 @@
-"""The OpenAI-compatible front. It sees the AsyncEngine, texts and plain data."""
+"""HTTP server with OpenAI's API. It uses AsyncEngine, texts and plain data only."""

@@ -1,4 +1,4 @@
-"""Who may come in, and what every answer carries: keys, other origins, the request's name."""
+"""Access control: API keys, CORS, and the request id of every answer."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from engine.server.config import API_KEY_VARIABLE, ServerConfig, flag
 from engine.server.errors import ANTHROPIC, APIError
 
 OPEN = ("/", "/health", "/metrics")
-"""Paths that ask for no key."""
+"""Paths that require no key."""
 NAME = re.compile(rb"[\x21-\x7e]{1,128}")
-"""What a client may call its request in ``X-Request-Id``."""
+"""Pattern of the ids that clients may send in ``X-Request-Id``."""
 
 
 def install(app: FastAPI, config: ServerConfig) -> None:
-    """Put them around ``app``, the last one outermost. ValueError: a file of a key is not there, or
-    empty."""
+    """Add the middleware to ``app``, the last one outermost. Raises ValueError if a key file is
+    missing or empty."""
     keys = api_keys(config, os.environ)
     if keys:
         app.add_middleware(Keys, keys=list(dict.fromkeys(keys)))
@@ -41,7 +41,7 @@ def install(app: FastAPI, config: ServerConfig) -> None:
 
 
 def api_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
-    """The keys that clients may have; none: nobody needs one. The operator's is one of them."""
+    """Return the accepted keys, including the operator's. Empty if no key is required."""
     named = environment.get(API_KEY_VARIABLE, "").strip().encode()
     keys = [named] if named else []
     if config.api_key_file is not None:
@@ -52,30 +52,32 @@ def api_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes
 
 
 def read_keys(setting: str, file: str) -> list[bytes]:
-    """Read the keys in the ``file`` of this ``setting``, one per line. ValueError: it cannot be
-    read, or has none."""
+    """Read the keys in the ``file`` of this ``setting``, one per line. Raises ValueError if it
+    cannot be read or is empty."""
     try:
         text = Path(file).read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
-        raise ValueError(f"{flag(setting)} {file} can not be read ({error.strerror}).") from error
+        raise ValueError(f"{flag(setting)} {file} cannot be read ({error.strerror}).") from error
     keys = [line.strip() for line in text.splitlines() if line.strip()]
     if not keys:
-        raise ValueError(f"{flag(setting)} {file} is empty: put a key there.")
+        raise ValueError(f"{flag(setting)} {file} is empty. Write a key into it.")
     return keys
 
 
 def read_key(setting: str, file: str) -> bytes:
-    """Read the only key in the ``file`` of this ``setting``. ValueError: it cannot be read, or has
-    no key or several."""
+    """Read the only key in the ``file`` of this ``setting``. Raises ValueError if it cannot be
+    read, or has no key or several."""
     keys = read_keys(setting, file)
     if len(keys) > 1:
-        raise ValueError(f"{flag(setting)} {file} has {len(keys)} lines: put a single key there.")
+        raise ValueError(
+            f"{flag(setting)} {file} has {len(keys)} lines; it must contain a single key."
+        )
     return keys[0]
 
 
 class Keys:
-    """ASGI middleware: answers 401 to requests that bring none of ``keys``, and notes which one
-    the others bring."""
+    """ASGI middleware that answers 401 to requests without a valid key, and records the key of the
+    others."""
 
     def __init__(self, app: ASGIApp, keys: Sequence[bytes]) -> None:
         self._app = app
@@ -92,27 +94,27 @@ class Keys:
             return
         refusal = APIError(
             401,
-            "This server asks for a key: send it as Authorization: Bearer KEY.",
+            "This server requires a key: send it as Authorization: Bearer KEY.",
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
         await refusal.response(scope)(scope, receive, send)
 
     def _place(self, scope: Scope) -> int | None:
-        """Return the place of the key that a request brings, in time that says nothing of the
-        keys; None if it is none of them."""
+        """Return the index of the request's key, or None if it is invalid, in time independent of
+        the keys."""
         headers = dict(scope["headers"])
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer":
-            given = headers.get(b"x-api-key", b"")  # as Anthropic's clients send it
-        # All are compared, whichever fits.
+            given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
+        # All keys are compared, even after a match.
         fits = [hmac.compare_digest(given.strip(), key) for key in self._keys]
         return fits.index(True) if any(fits) else None
 
 
 class RequestNames:
-    """ASGI middleware: every answer has an ``X-Request-Id``, the one that the client sent or a new
-    one. Anthropic's clients read it as ``request-id``."""
+    """ASGI middleware that adds an ``X-Request-Id`` to every answer: the one of the request, or a
+    new one. Anthropic's clients read it as ``request-id``."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,4 +1,4 @@
-"""The ASGI application: which path answers what, and how the server starts and stops."""
+"""The ASGI application: routes, API description, and start and stop of the server."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def add_peers_paths(app: FastAPI, front: ServingContext, operator: Operator) -> 
     async def tokenizer_info() -> dict[str, Any]:
         return _tokenizer_info(front)
 
-    # SGLang's benchmark posts, its documentation shows both.
+    # Used by SGLang's benchmark and documented there for both methods.
     @app.post("/flush_cache")
     async def flush_cache(request: Request) -> dict[str, bool]:
         operator.check(request)
@@ -73,7 +73,7 @@ def add_peers_paths(app: FastAPI, front: ServingContext, operator: Operator) -> 
 
 
 def _tokenizer_info(front: ServingContext) -> dict[str, Any]:
-    """What lm-eval's remote tokenizer, and vLLM's clients, ask of a tokenizer."""
+    """Return the properties of the tokenizer that lm-eval and vLLM's clients request."""
     tokenizer, template = front.tokenizer, front.tokenizer.chat_template
     named = {} if template is None else template.special_tokens
     ends = sorted(tokenizer.eos_token_ids)
@@ -93,13 +93,13 @@ def _tokenizer_info(front: ServingContext) -> dict[str, Any]:
 OPERATORS = ("/reset_prefix_cache", "/flush_cache")
 STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")
 REASONS = {
-    "400": "The request is wrong, or asks for what can not be served.",
-    "401": "A key is asked for.",
-    "403": "Only the operator may ask.",
-    "404": "There is no such model, or nothing of this name.",
+    "400": "The request is invalid or not supported.",
+    "401": "A key is required.",
+    "403": "Only the operator has access.",
+    "404": "The model or the object does not exist.",
     "408": "The body did not arrive in time.",
     "413": "The body is too large.",
-    "429": "As many requests wait as may.",
+    "429": "The queue of waiting requests is full.",
     "500": "The engine failed on this request.",
     "503": "The engine has stopped.",
 }
@@ -140,7 +140,7 @@ ANTHROPIC_ERROR = {
 
 
 def _describe_api(app: FastAPI) -> None:
-    """Have ``app`` describe itself so; the document is made when it is first asked for."""
+    """Set the OpenAPI description of ``app``, which is built on first use."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -170,7 +170,7 @@ def _described(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _responses(path: str, known: dict[str, Any], has_body: bool) -> dict[str, Any]:
-    """Everything that ``path`` may answer."""
+    """Return all possible answers of ``path``."""
     kinds = {PLAIN[path]: {}} if path in PLAIN else dict(known["200"].get("content", {}))
     if path in STREAMED:
         kinds["text/event-stream"] = {}
@@ -190,7 +190,7 @@ def _responses(path: str, known: dict[str, Any], has_body: bool) -> dict[str, An
 
 
 def _say_what_null_means(schema: dict[str, Any]) -> None:
-    """Null is the default of every name that may be left out, and of names that are not known."""
+    """Allow null for every optional name and for unknown names."""
     if schema.get("additionalProperties") is not False:
         return
     schema["additionalProperties"] = {"type": "null"}
@@ -202,14 +202,14 @@ def _say_what_null_means(schema: dict[str, Any]) -> None:
 
 
 def _say_what_is_ignored(properties: dict[str, Any]) -> None:
-    """Names of OpenAI's that ask for nothing."""
+    """Add the parameters of OpenAI's API that have no effect."""
     if "temperature" in properties and "n" in properties:
         properties |= {name: {} for name in sorted(IGNORED - properties.keys())}
         properties |= {name: {"enum": [*neutral, None]} for name, neutral in NEUTRAL.items()}
 
 
 TRIM_S = 30
-"""Between two times."""
+"""Interval between two calls of ``trim``."""
 
 
 def _trimmer() -> Callable[[int], int] | None:
@@ -223,21 +223,23 @@ _malloc_trim = _trimmer()
 
 
 async def trim() -> None:
-    """Give the system back every page that is free inside malloc's arenas: what lives long, between
-    what was freed, keeps them else. Up to a millisecond for 100 MiB; nothing where there is no
-    glibc."""
+    """Return free pages inside malloc's arenas to the system.
+
+    Long-lived allocations between freed ones otherwise keep these pages. Takes up to a millisecond
+    per 100 MiB. Does nothing without glibc.
+    """
     if _malloc_trim is not None:
         _malloc_trim(0)
 
 
 HEALTH_WAIT_S = 0.2
-"""Most time that ``/health`` waits for the engine to finish a step."""
+"""Maximum time that ``/health`` waits for the engine to finish a step."""
 FAREWELL_S = 5
-"""How long clients may take to read, after the drain, that their answer was cut short."""
+"""Time after the drain in which clients can read that their answer was cut off."""
 
 
 def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
-    """The application that serves ``engine``, which starts and stops with it."""
+    """Make the application that serves ``engine``. The engine starts and stops with it."""
     workers = Workers()
     front = ServingContext(engine, config, workers)
     reader = BodyReader(config, workers)
@@ -351,7 +353,7 @@ def _add_tokens(
 
 
 class Health:
-    """The answer of ``/health`` for an engine that runs."""
+    """State reported by ``/health`` for a running engine."""
 
     def __init__(self, engine: ServedEngine) -> None:
         self._engine = engine
@@ -359,10 +361,10 @@ class Health:
         self._problem: str | None = None
 
     async def check(self) -> dict[str, str]:
-        """``ok``, or ``degraded`` with the problem of the state directory.
+        """Return ``ok``, or ``degraded`` with the problem of the state directory.
 
-        Reports are made between two steps. During a long one the answer is that of the last report,
-        so that a probe need not wait for it.
+        Reports are made between two steps. During a long step the result is that of the last
+        report, so that a probe does not have to wait.
         """
         if self._engine.config.state_dir is not None:
             if self._asking is None or self._asking.done():
@@ -385,7 +387,7 @@ def _add_watching(app: FastAPI, front: ServingContext) -> None:
     @app.get("/health")
     async def health() -> dict[str, str]:
         if not front.engine.is_alive:
-            raise APIError(503, "The engine has stopped; the server's log says why.")
+            raise APIError(503, "The engine has stopped; see the server's log for the reason.")
         return await state.check()
 
     @app.get("/metrics")
@@ -395,7 +397,7 @@ def _add_watching(app: FastAPI, front: ServingContext) -> None:
 
 
 def _add_administration(app: FastAPI, front: ServingContext, operator: Operator) -> None:
-    """What is the operator's: it shows, or ends, what all clients have in the cache."""
+    """Add the operator's paths, which show or empty the cache of all clients."""
 
     @app.get("/v1/cache")
     async def cache(request: Request) -> dict[str, Any]:
@@ -410,8 +412,8 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
 
 
 class Server(uvicorn.Server):
-    """Ends what still runs ``drain_s`` after it was asked to stop, so that whoever waits for it
-    learns why."""
+    """Ends unfinished requests ``drain_s`` after the stop signal, with an error that gives the
+    reason."""
 
     def __init__(
         self,
@@ -419,7 +421,7 @@ class Server(uvicorn.Server):
         config: ServerConfig,
         must_end: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``must_end`` is asked ten times a second whether there is nothing left to serve."""
+        """``must_end`` is called ten times per second; True ends the server."""
         app = create_app(engine, config)
         limit = min(config.max_connections or MOST_DESCRIPTORS, most_connections())
         self._connections = Connections(limit, config.header_timeout_s)
@@ -458,7 +460,7 @@ class Server(uvicorn.Server):
         ending.cancel()
 
     async def _end(self) -> None:
-        """Stop serving other engines at once, and everybody after ``drain_s``."""
+        """Stop serving other engines at once, and all requests after ``drain_s``."""
         deadline_s = time.monotonic() + self._drain_s
         with suppress(EngineStopped, TimeoutError):
             await asyncio.wait_for(self._engine.stop_accepting(), self._drain_s)
@@ -467,8 +469,8 @@ class Server(uvicorn.Server):
 
 
 def check(config: ServerConfig) -> None:
-    """ValueError: a file or a pattern that it names can not be used. For before a model is loaded:
-    ``serve`` refuses the same."""
+    """Raise ValueError if a file or pattern in the settings cannot be used. ``serve`` checks the
+    same, but only after the model was loaded."""
     access.api_keys(config, os.environ)
     Operator.of(config)
     for extension in server_extensions():
@@ -481,18 +483,18 @@ def serve(
     listener: socket.socket,
     must_end: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Serve on ``listener`` until SIGTERM or SIGINT, or until it ``must_end``; then finish what
-    runs, for at most ``drain_s``."""
-    # A signal may come before uvicorn listens to signals, and uvicorn raises its own again once it
-    # has shut down: a drained server has ended well.
+    """Serve on ``listener`` until SIGTERM, SIGINT or ``must_end``; then finish running requests,
+    for at most ``drain_s``."""
+    # A signal may arrive before uvicorn handles signals, and uvicorn raises its own signals again
+    # after the shutdown. A drained server must exit normally.
     told: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: told.append(number))
     set_up_logging(config.log_level)
     sys.setswitchinterval(SWITCH_S)
     raise_descriptor_limit()
-    # What was made at the start stays: collecting garbage need not look at it again, which takes a
-    # quarter of a second.
+    # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
+    # second per run.
     gc.collect()
     gc.freeze()
     Server(engine, config, lambda: bool(told) or must_end()).run(sockets=[listener])

@@ -1,9 +1,7 @@
-"""From the bytes of a request to what its endpoint takes, at a cost that no client can make others
-pay.
+"""Parsing of request bodies within limits, without delays for other clients.
 
-A body is counted before it is parsed, and its lists before they are checked: an error is one
-sentence, found at the first thing that is wrong. Whatever is long is read by ``Workers``, in steps
-that are each short.
+A body is counted before it is parsed, and its lists before they are validated. An error is one
+sentence about the first fault. Long bodies are read by ``Workers`` in short steps.
 """
 
 from __future__ import annotations
@@ -26,17 +24,19 @@ from engine.server.workers import Workers, give_way
 from engine.text.json_text import JSONValueError, read_json, write_json
 
 SLICE = 256
-"""Entries of a list that are written as JSON at a time."""
+"""Number of list entries that are written as JSON at a time."""
 PIECE = 1024
-"""Strings of a body, or escapes of one string, that are passed over at a time."""
+"""Number of strings of a body, or escapes of one string, that are scanned at a time."""
 QUOTE = ord('"')
 COMMAS, NAMES = b",", b":[{"
-"""What is counted before a body is parsed: a value costs little, a name, a list or an object ten
-times as much."""
+"""Characters that are counted before a body is parsed. A value costs little; a name, a list or an
+object costs ten times as much."""
 
 Body = TypeVar("Body", bound=Strict)
 _INSIDE = re.compile(rb'(?:[^"\\]++|\\.?){0,%d}+' % PIECE, re.DOTALL)
-_NOT_JSON = "The body is not valid UTF-8 JSON, or has too long a number: send one JSON object."
+_NOT_JSON = (
+    "The body is not valid UTF-8 JSON, or has a number that is too long: send one JSON object."
+)
 _NO_OBJECT = "The body must be one JSON object, with names and values between { and }."
 _NO_HEADER = (
     "The body needs the header Content-Type: application/json. "
@@ -52,8 +52,11 @@ class BodyReader:
         self._workers = workers
 
     async def read(self, request: Request, kind: type[Body]) -> Body:
-        """The body of ``request`` as ``kind``. APIError 400: it is none, or past a limit; 408: it
-        did not come in time."""
+        """Return the body of ``request`` as ``kind``.
+
+        Raises APIError 400 for an invalid body or one beyond a limit, and 408 if it does not arrive
+        in time.
+        """
         try:
             raw = await asyncio.wait_for(request.body(), self._config.body_timeout_s)
         except TimeoutError:
@@ -68,10 +71,10 @@ class BodyReader:
 
     def _parse(self, raw: bytes, is_json: bool, kind: type[Body]) -> Body:
         if not raw:
-            raise APIError(400, "The body is empty: send one JSON object.")
+            raise APIError(400, "The body is empty. Send one JSON object.")
         if not is_json:
-            # Foreign web pages can not set the header without asking: they do not post to a server
-            # on localhost.
+            # Foreign web pages cannot set this header without permission, so they cannot post to a
+            # server on localhost.
             raise APIError(400, _NO_HEADER)
         self._check_marks(raw, kind)
         try:
@@ -92,8 +95,8 @@ class BodyReader:
             raise of_validation(error, body) from None
 
     def _check_marks(self, raw: bytes, kind: type[Body]) -> None:
-        """Refuse what would be long to parse. Where there are no token ids, a long list of values
-        is nothing to read, and is walked through more than once: the lower limit holds."""
+        """Refuse bodies that would take long to parse. Without token ids, a list of values is
+        walked through more than once, so the lower limit applies."""
         limits = self._config
         max_texts = limits.max_values + limits.max_names + 2
         for setting, marks, what in (
@@ -108,7 +111,7 @@ class BodyReader:
                 )
 
     def _check_lists(self, body: dict[str, Any]) -> None:
-        """Refuse what is longer than a setting allows, whatever it holds. O(messages + prompts)."""
+        """Refuse lists longer than a setting allows. O(messages + prompts)."""
         prompt, messages = body.get("prompt"), body.get("messages")
         if isinstance(prompt, list):
             num_ids = sum(len(part) if isinstance(part, list) else 1 for part in prompt)
@@ -130,7 +133,7 @@ class BodyReader:
                     self._check("max_stop_chars", len(text), "characters in a string", name)
 
     def _check_arguments(self, entries: list[Any], name: str) -> None:
-        """The same for what calls were made with, which is JSON inside of strings. O(its bytes)."""
+        """Refuse calls with long arguments, which are JSON inside strings. O(its bytes)."""
         limit, num = self._config.max_names, 0
         for text in _arguments(entries):
             num += _num_marks(text.encode("utf-8", "replace"), NAMES + COMMAS, limit, limit + 2)
@@ -154,7 +157,7 @@ class BodyReader:
 
 
 def _arguments(entries: list[Any]) -> Iterator[str]:
-    """The arguments of calls among messages (OpenAI's chats) or items (its responses)."""
+    """Yield the arguments of calls in messages (OpenAI's chats) or items (its responses)."""
     for entry in entries:
         calls = entry.get("tool_calls") if isinstance(entry, dict) else None
         made = [call.get("function") for call in _objects(calls)]
@@ -169,9 +172,11 @@ def _objects(entries: Any) -> list[dict[str, Any]]:
 
 
 def _num_marks(raw: bytes, marks: bytes, limit: int, max_texts: int) -> int:
-    """How many of ``marks`` a JSON text has; no further than to ``limit``, or ``max_texts``
-    strings: more than that only a text has that is not JSON. Those inside its strings count too,
-    unless they alone would pass ``limit``. O(bytes), without making an object of any."""
+    """Count ``marks`` in a JSON text, up to ``limit`` or ``max_texts`` strings.
+
+    A text with more strings is not valid JSON. Marks inside strings are only subtracted if the
+    total exceeds ``limit``. O(bytes), without creating objects.
+    """
     num = sum(raw.count(mark) for mark in marks)
     if num <= limit:
         return num
@@ -188,11 +193,11 @@ def _num_marks(raw: bytes, marks: bytes, limit: int, max_texts: int) -> int:
 
 
 def _end_of_text(raw: bytes, position: int) -> int:
-    """Where the string that ``position`` lies in is over; one that is never closed goes on to the
-    end."""
+    """Return the end of the string around ``position``, or the end of the text if it is not
+    closed."""
     while True:
         found = _INSIDE.match(raw, position)
-        assert found is not None, "it matches nothing, too"
+        assert found is not None, "it also matches the empty text"
         position = found.end()
         if position == len(raw):
             return position
@@ -202,7 +207,8 @@ def _end_of_text(raw: bytes, position: int) -> int:
 
 
 def to_json(value: Any) -> bytes:
-    """``value`` as JSON, long lists in slices, so that no step of it is long. O(its size)."""
+    """Return ``value`` as JSON. Long lists are written in slices, so that each step is short. O(its
+    size)."""
     return "".join(_pieces(value)).encode()
 
 

@@ -44,7 +44,7 @@ async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Re
 
 
 class _ChatWriter:
-    """Writes a chat's answers, whole or in events."""
+    """Writes a chat's answers, as a whole or as events."""
 
     def __init__(self, front: ServingContext, body: ChatRequest, inquiry: ChatDiagnostics) -> None:
         self._front = front
@@ -80,14 +80,14 @@ class _ChatWriter:
         }
 
     def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
-        """What is told of the prompt, which all answers share."""
+        """Return the fields about the prompt, which all answers share."""
         ids = reported.token_ids(self._body, output, (), True)
         ids.pop("token_ids", None)
         return ids | reported.prompt_scores(self._front.tokenizer, self._body, output)
 
     async def events(self, exchange: ChatSession) -> AsyncIterator[bytes]:
-        """The role of each choice, then one event an output. Text that was sent is never taken
-        back."""
+        """Yield the role of each choice, then one event per output. Text that was sent is never
+        retracted."""
         last: dict[int, RequestOutput] = {}
         deltas = [_Deltas() for _ in range(exchange.num_answers)]
         async for news in exchange.news():
@@ -110,7 +110,7 @@ class _ChatWriter:
         yield DONE
 
     def _told(self) -> dict[str, Any]:
-        """Why it missed, where that was asked."""
+        """Return the explanation of cache misses, if it was requested."""
         return self._inquiry.told() | self._inquiry.diagnostics()
 
     def _delta(self, deltas: _Deltas, news: ChatDelta) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _choice(
 
 
 def _message(events: Sequence[Event]) -> dict[str, Any]:
-    """An answer as a message that can be sent back as it is."""
+    """Return an answer as a message that clients can send back unchanged."""
     delta = _Deltas().write(events)
     message = {"role": "assistant", "content": delta.pop("content", ""), "refusal": None, **delta}
     for call in message.get("tool_calls", ()):
@@ -154,14 +154,14 @@ def _message(events: Sequence[Event]) -> dict[str, Any]:
 
 
 class _Deltas:
-    """Writes the events of one answer as deltas of its message: calls are numbered, and named
-    where they begin."""
+    """Writes the events of one answer as deltas of its message. Calls are numbered, and named in
+    their first delta."""
 
     def __init__(self) -> None:
         self._num_calls = 0
 
     def write(self, events: Sequence[Event]) -> dict[str, Any]:
-        """All of ``events`` in one delta. O(their length)."""
+        """Write all of ``events`` as one delta. O(their length)."""
         texts: dict[str, list[str]] = {}
         calls: list[dict[str, Any]] = []
         arguments: list[list[str]] = []

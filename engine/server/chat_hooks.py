@@ -1,4 +1,4 @@
-"""Seam around each chat of a server, in any dialect."""
+"""Interface of the hooks around each chat of a server, in any dialect."""
 
 from __future__ import annotations
 
@@ -21,41 +21,41 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ChatInput:
-    """A chat as it is rendered."""
+    """Inputs for rendering a chat."""
 
     messages: list[Message]
     variables: Mapping[str, Any] | None
     sampled: Mapping[int, SampledTurn]
-    """Tokens that were sampled for messages that are earlier answers, by index of the message."""
+    """Tokens that were sampled for earlier answers, by index of the message."""
     keeps_thinking: bool
     place: Any
-    """Place of its answer, for ``ChatHooks.after_answer``."""
+    """Handle of the answer's position in the chat, for ``ChatHooks.after_answer``."""
 
 
 class ChatDiagnostics(Protocol):
-    """Observes one chat while it is answered, and explains its cache misses if asked."""
+    """Observes one chat while it is answered, and explains its cache misses if requested."""
 
     @property
     def answer_id(self) -> str: ...
 
     async def see(self, output: RequestOutput, workers: Workers) -> None:
-        """Take the next output of the first answer."""
+        """Process the next output of the first answer."""
         ...
 
     def end(self, output: RequestOutput, message: Mapping[str, Any]) -> None:
-        """Take the last output of the first answer, and the answer as a message."""
+        """Process the last output of the first answer, and the answer as a message."""
         ...
 
     def headers(self) -> dict[str, str]:
-        """Return response headers about the cache; empty before the first output."""
+        """Return response headers about the cache, or {} before the first output."""
         ...
 
     def told(self) -> dict[str, Any]:
-        """Return the explanation in OpenAI's form, if one was asked for."""
+        """Return the explanation in OpenAI's form, if it was requested."""
         ...
 
     def diagnostics(self) -> dict[str, Any]:
-        """Return the explanation in Anthropic's form, if one was asked for."""
+        """Return the explanation in Anthropic's form, if it was requested."""
         ...
 
 
@@ -69,7 +69,7 @@ class ChatHooks(Protocol):
         variables: Mapping[str, Any] | None,
         tenant: Tenant,
     ) -> ChatInput:
-        """Return the chat as it is to be rendered. O(its size)."""
+        """Return the inputs for rendering a chat. O(its size)."""
         ...
 
     def diagnose(
@@ -87,12 +87,15 @@ class ChatHooks(Protocol):
         variables: Mapping[str, Any] | None,
         size: int,
     ) -> ChatDiagnostics:
-        """Return the observer of a chat of ``size`` bytes before it is answered. ``compared_with``:
-        id of an earlier answer to compare it with. ``is_asked``: Anthropic's form is wanted."""
+        """Return the observer of a chat of ``size`` bytes before it is answered.
+
+        ``compared_with`` is the id of an earlier answer to compare with. ``is_asked`` requests
+        Anthropic's form.
+        """
         ...
 
     def after_answer(
         self, prompt: ChatPrompt, place: Any, message: Message, output: RequestOutput
     ) -> None:
-        """Take a whole answer, given to the client as ``message``. O(its size)."""
+        """Process a complete answer, sent to the client as ``message``. O(its size)."""
         ...

@@ -1,5 +1,4 @@
-"""One chat and its answers, whatever dialect it came in: a request is rendered and submitted, and
-what comes back is events."""
+"""One chat in any dialect: it is rendered and submitted, and its answers are read as events."""
 
 from __future__ import annotations
 
@@ -25,9 +24,9 @@ from engine.text.templates import ChatPrompt, render_chat
 
 
 def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:
-    """The tools whose calls are read in an answer; None: what looks like a call is text.
+    """Return the tools with calls that are read in an answer, or None if calls are treated as text.
 
-    APIError 400: this model does not call tools, or not as it is asked to.
+    Raises APIError 400 if this model does not call tools, or not in the requested way.
     """
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
@@ -35,14 +34,14 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
         return None
     if not form.offers_tools:
         raise APIError(
-            400, "This model's chat template shows it no tools: leave 'tools' out.", param="tools"
+            400, "This model's chat template does not support tools: omit 'tools'.", param="tools"
         )
     if body.tool_choice == "none":
         return None
     if form.calls is None:
         raise APIError(
             400,
-            "This model writes calls in a form that is not read here: leave 'tools' out, or send "
+            "The form of this model's tool calls is not supported: omit 'tools', or send "
             "'tool_choice' 'none' and read them in the text.",
             param="tools",
         )
@@ -57,42 +56,42 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
 
 
 BROKEN = "A call of a tool was left in the text, because "
-"""Begins the warning of an answer; the reason follows."""
+"""Start of the warning about an answer; the reason follows."""
 Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class ChatDelta:
-    """What one step of the engine added to one answer."""
+    """Result of one step of the engine for one answer."""
 
     index: int
-    """Which of the request's answers."""
+    """Index of the answer within the request."""
     events: list[Event]
     output: RequestOutput
     finish: Finish | None
-    """Why the answer ended, with its last news."""
+    """Reason why the answer ended, in its last delta."""
     warning: str | None = None
-    """With the last news: part of the text looks like a call that cannot be made."""
+    """Set in the last delta if part of the text looks like a call that cannot be made."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatAnswer:
-    """One answer, whole."""
+    """One complete answer."""
 
     events: list[Event]
-    """No two neighbours are of one kind, but for calls."""
+    """Events of which no two adjacent ones are of one kind, except calls."""
     output: RequestOutput
     finish: Finish
     num_reasoning_tokens: int
     warning: str | None = None
-    """As of ``ChatDelta``."""
+    """Warning as in ``ChatDelta``."""
 
 
 async def render(
     front: ServingContext, body: ChatRequest | TokenizeRequest, size: int, tenant: Tenant
 ) -> tuple[ChatPrompt, Any]:
-    """Return the chat of a ``body`` of ``size`` bytes as the model reads it, and the place of its
-    answer. APIError 400: the template refuses it."""
+    """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the handle of its
+    answer. Raises APIError 400 if the template rejects it."""
 
     def work() -> tuple[ChatPrompt, Any]:
         messages = [message.as_template_input() for message in body.messages or ()]
@@ -116,15 +115,16 @@ async def render(
     try:
         return await front.workers.run(size, work)
     except TemplateError as error:
-        raise APIError(400, f"The chat template refuses these messages: {error}") from error
+        raise APIError(400, f"The chat template rejects these messages: {error}") from error
     except ValueError as error:
         raise APIError(400, str(error), param="messages") from error
 
 
 def settle_system(front: ServingContext, body: ChatRequest) -> ChatRequest:
-    """The same chat, in which system messages after the first others are the user's where the
-    template takes none there: where they stand, since a prompt that changes at its front is not in
-    the cache."""
+    """Change late system messages into user messages if the template supports none there.
+
+    They keep their places, because a prompt that changes at its beginning is not in the cache.
+    """
     template = front.tokenizer.chat_template
     if template is None or template.takes_late_system:
         return body
@@ -137,8 +137,8 @@ def settle_system(front: ServingContext, body: ChatRequest) -> ChatRequest:
 
 
 def _plain(tool: dict[str, object]) -> dict[str, object]:
-    """Return a tool without what is said to the server: the model is told neither of the cache, nor
-    that its calls are strict."""
+    """Return a tool without the fields that are meant for the server, such as ``cache_control`` and
+    ``strict``."""
     plain = {name: value for name, value in tool.items() if name != "cache_control"}
     if isinstance(function := plain.get("function"), dict):
         plain["function"] = {name: value for name, value in function.items() if name != "strict"}
@@ -153,8 +153,11 @@ async def ask(
     answer_id: AnswerId,
     prompt_name: str = "messages",
 ) -> ChatSession:
-    """Submit a chat of ``size`` bytes. An answer ends where the context does, if not before.
-    ``prompt_name``: the prompt as the dialect calls it. APIError, RequestError: it is refused."""
+    """Submit a chat of ``size`` bytes. An answer ends at the latest with the context.
+
+    ``prompt_name`` is the name of the prompt in the dialect. Raises APIError or RequestError if the
+    chat is refused.
+    """
     front.check_model(body.model)
     front.check_number(body.n)
     template = front.tokenizer.chat_template
@@ -220,7 +223,7 @@ async def _inquire(
 
 
 class ChatSession:
-    """A chat that is being answered."""
+    """A chat in progress."""
 
     def __init__(
         self,
@@ -243,11 +246,11 @@ class ChatSession:
         return len(self._streams)
 
     def num_reasoning_tokens(self, index: int = 0) -> int:
-        """Tokens so far that came while the answer was reasoning."""
+        """Number of reasoning tokens so far."""
         return self._readings[index].num_reasoning_tokens
 
     async def news(self) -> AsyncIterator[ChatDelta]:
-        """What comes, of all answers, until all have ended."""
+        """Yield the deltas of all answers until all have ended."""
         async for index, output in self._front.outputs(self._streams):
             if index == 0:
                 await self.inquiry.see(output, self._front.workers)
@@ -265,7 +268,7 @@ class ChatSession:
             yield ChatDelta(index, events, output, finish, reading.warning if finish else None)
 
     async def answers(self) -> list[ChatAnswer]:
-        """All answers, in order."""
+        """Wait for all answers and return them in order."""
         events: list[list[Event]] = [[] for _ in self._streams]
         ends: dict[int, tuple[RequestOutput, Finish, str | None]] = {}
         async for news in self.news():
@@ -281,26 +284,26 @@ class ChatSession:
 
 
 class _Reading:
-    """Reads one answer, no further than its first call where there shall be no more."""
+    """Reads one answer, at most up to the end of its first call if ``is_single``."""
 
     def __init__(self, reader: AnswerReader, is_single: bool, ends: Container[int]) -> None:
-        """``ends``: tokens by which a model ends its answer."""
+        """``ends``: tokens with which the model ends its answer."""
         self._reader = reader
         self._is_single = is_single
         self._ends = ends
         self._has_calls = False
         self._is_broken_off = False
-        """In its last call, by a limit or a stop string, not by the model's own end."""
+        """True if a limit or a stop string ended the answer inside a call."""
         self.warning: str | None = None
-        """Why the first of the calls that cannot be made is part of the text."""
+        """Reason why the first of the calls that cannot be made is part of the text."""
         self.events: list[Event] = []
-        """All so far."""
+        """All events so far."""
         self.is_over = False
-        """The first call ended, and no more is read."""
+        """True if the first call ended and the rest is ignored."""
         self.num_reasoning_tokens = 0
 
     def read(self, output: RequestOutput) -> list[Event]:
-        """What ``output`` adds."""
+        """Return the events that ``output`` adds."""
         if self.is_over:
             return []
         was_thinking = self._reader.is_thinking
@@ -326,7 +329,7 @@ class _Reading:
         return events
 
     def finish(self, output: RequestOutput) -> Finish | None:
-        """Why the answer ended, if it did."""
+        """Return the reason why the answer ended, or None."""
         if output.finish_reason is None:
             return None
         has_stopped = output.finish_reason == "stop" and not self._is_broken_off

@@ -1,5 +1,5 @@
-"""POST /v1/completions: prompts as text or token ids, one or many, echoed and scored where
-asked."""
+"""POST /v1/completions: one or several prompts as text or token ids, with optional echo and
+scores."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
 async def _submit(
     front: ServingContext, body: CompletionRequest, tenant: Tenant, answer_id: AnswerId
 ) -> list[RequestStream]:
-    """Submit all prompts and choices of ``body``. APIError, RequestError: one is refused."""
+    """Submit all prompts and choices of ``body``. Raises APIError or RequestError if one is
+    refused."""
     how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
     token_ids = await front.encode(body.prompts, how)
     for prompt in token_ids:
@@ -80,7 +81,7 @@ async def _submit(
 
 
 class _Answer:
-    """One completion's answer, whole or in events."""
+    """Writes one completion's answer, as a whole or as events."""
 
     def __init__(self, front: ServingContext, body: CompletionRequest, answer_id: AnswerId) -> None:
         self._front = front
@@ -108,11 +109,12 @@ class _Answer:
         }
 
     def headers(self) -> dict[str, str]:
-        """What the cache had of the first prompt, in short; nothing before the first output."""
+        """Return response headers about the first prompt's cache hit, or {} before the first
+        output."""
         return {} if self._first is None else reported.cache_headers(self._first)
 
     async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
-        """One event an output. Text that was sent is never taken back."""
+        """Yield one event per output. Text that was sent is never retracted."""
         choices = [_Choice(self._front, self._body, index) for index in range(len(streams))]
         last: dict[int, RequestOutput] = {}
         async for index, output in self._front.outputs(streams):
@@ -135,7 +137,8 @@ class _Answer:
         is_first: bool,
         so_far: Sequence[RequestOutput],
     ) -> bytes:
-        """``so_far``: the outputs that the usage is told of; none: it is not."""
+        """Write one event. ``so_far`` are the outputs for its usage, empty for an event without
+        usage."""
         write = choice.first if is_first else choice.next
 
         def work() -> bytes:
@@ -150,7 +153,7 @@ class _Answer:
 
 
 class _Choice:
-    """Writes one choice, whole or piece by piece."""
+    """Writes one choice, as a whole or piece by piece."""
 
     def __init__(self, front: ServingContext, body: CompletionRequest, index: int) -> None:
         self._tokenizer = front.tokenizer
@@ -170,7 +173,7 @@ class _Choice:
         token_ids: Sequence[int],
         scores: Sequence[SampledToken | None],
     ) -> dict[str, Any]:
-        """The beginning of an answer, or all of it: with the prompt where it is echoed."""
+        """Write the beginning of an answer, or all of it, with the echoed prompt."""
         told = reported.token_ids(self._body, output, token_ids, True)
         told |= reported.prompt_scores(self._tokenizer, self._body, output)
         if self._echo:
@@ -188,7 +191,7 @@ class _Choice:
         token_ids: Sequence[int],
         scores: Sequence[SampledToken | None],
     ) -> dict[str, Any]:
-        """What came to an answer, or all of it."""
+        """Write the next part of an answer, or all of it."""
         return {
             "index": self._index,
             "text": text,

@@ -1,8 +1,8 @@
-"""Connections of clients: how many there may be, and how long a request may take to begin.
+"""Connections of clients: their number, and the time in which a request must arrive.
 
-At the limit a connection without a request makes room for a new one, the one that has waited
-longest first, or one whose request body stalls. So whoever holds connections without using them
-keeps nobody else out.
+At the limit, an unused connection is closed for a new one: the one without a request for the
+longest time, or one with a stalled request body. So clients that hold unused connections cannot
+lock others out.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from engine.server.errors import APIError
 
 RESERVED = 64
-"""Descriptors that connections leave to the rest of the process."""
+"""Number of descriptors reserved for the rest of the process."""
 FEWEST = 8
-"""Connections that are allowed at least."""
+"""Minimum number of allowed connections."""
 NEW_S, STALLED_S = 0.5, 5.0
-"""Seconds that a connection may be without a request, and a request without its whole body, before
-it makes room for others first."""
+"""Seconds after which a connection without a request, and one with an incomplete body, are closed
+first."""
 MOST_DESCRIPTORS = 1 << 16
-"""The limit of descriptors is raised up to here, if the system allows it."""
+"""Upper limit to which the number of descriptors is raised, if the system allows it."""
 
 
 def raise_descriptor_limit() -> None:
-    """Have the system allow this process as many descriptors as its hard limit says, up to
-    ``MOST_DESCRIPTORS``."""
+    """Raise the process's limit of descriptors to its hard limit, at most ``MOST_DESCRIPTORS``."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -41,7 +40,7 @@ def raise_descriptor_limit() -> None:
 
 
 def most_connections() -> int:
-    """Return how many connections the descriptors that are free now allow."""
+    """Return the number of connections for which descriptors are free."""
     try:
         import resource
 
@@ -57,17 +56,17 @@ class Connections:
     """All connections of one server. Belongs to its event loop."""
 
     def __init__(self, limit: int, header_timeout_s: float) -> None:
-        """``limit`` connections may be open. The headers of a request must be complete
+        """Allow ``limit`` open connections. The headers of a request must be complete
         ``header_timeout_s`` after the connection was made, or after the last answer."""
         self._limit = limit
         self._header_timeout_s = header_timeout_s
         self._busy: dict[Connection, float] = {}
-        """Those with a request, and since when; the oldest first."""
+        """Start times of connections with a request, oldest first."""
         self._waiting: dict[Connection, float] = {}
-        """Those without a request, and since when; the oldest first."""
+        """Start times of connections without a request, oldest first."""
 
     def protocol(self, **how: Any) -> Connection:
-        """Make the protocol of a new connection, as uvicorn asks for it."""
+        """Make the protocol of a new connection for uvicorn."""
         return Connection(self, **how)
 
     @property
@@ -75,12 +74,12 @@ class Connections:
         return len(self._busy) + len(self._waiting) < self._limit
 
     def wait(self, connection: Connection) -> None:
-        """Take note that ``connection`` has no request, or has one no more."""
+        """Record that ``connection`` has no request, or its request has ended."""
         self._busy.pop(connection, None)
         self._waiting[connection] = asyncio.get_running_loop().time()
 
     def begin(self, connection: Connection) -> None:
-        """Take note that a request came."""
+        """Record that a request has begun."""
         if self._waiting.pop(connection, None) is not None:
             self._busy[connection] = asyncio.get_running_loop().time()
 
@@ -89,7 +88,7 @@ class Connections:
         self._busy.pop(connection, None)
 
     def make_room(self) -> bool:
-        """Close a connection whose request has not arrived. False if there is none.
+        """Close a connection without a complete request. Returns False if there is none.
         O(connections)."""
         now_s = asyncio.get_running_loop().time()
         receiving = {one: since_s for one, since_s in self._busy.items() if one.is_receiving}
@@ -106,7 +105,7 @@ class Connections:
         return False
 
     def sweep(self) -> None:
-        """Close the connections whose headers took too long."""
+        """Close the connections with late headers."""
         latest_s = asyncio.get_running_loop().time() - self._header_timeout_s
         late = []
         for connection, since_s in self._waiting.items():
@@ -120,7 +119,7 @@ class Connections:
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-    """One connection, which says when it begins and ends to have a request."""
+    """One connection that reports the begin and end of its requests to ``Connections``."""
 
     def __init__(self, connections: Connections, **how: Any) -> None:
         super().__init__(**how)
@@ -145,7 +144,7 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self._has_begun = False
         self._all.wait(self)
         super().on_response_complete()
-        if self._has_request:  # one that was sent ahead
+        if self._has_request:  # the next request was already sent
             self._all.begin(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -158,11 +157,11 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     @property
     def is_receiving(self) -> bool:
-        """Whether the body of its request has not arrived."""
+        """True if the body of its request is incomplete."""
         return self._has_request and self.cycle.more_body and not self.cycle.response_started
 
     def turn_away(self, error: APIError) -> None:
-        """Close the connection; say why if a request had begun."""
+        """Close the connection, with an error response if a request had begun."""
         self._all.remove(self)
         if self.transport.is_closing():
             return
@@ -174,14 +173,14 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 def _too_many() -> APIError:
     return APIError(
         503,
-        "There are as many connections as this server may have: try again later.",
+        "The server has reached its limit of connections: try again later.",
         code="too_many_connections",
         headers={"Retry-After": "1"},
     )
 
 
 def _response(error: APIError) -> bytes:
-    """Write ``error`` as a response that ends its connection."""
+    """Return ``error`` as a response that ends its connection."""
     body = json.dumps(error.body()).encode()
     phrase = {408: "Request Timeout", 503: "Service Unavailable"}[error.status]
     headers = {

@@ -1,5 +1,4 @@
-"""What the endpoints share: the engine, its name for clients, and how a prompt becomes requests and
-numbers."""
+"""Shared context of the endpoints: engine, model name, tokenization, submission and usage."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class ServingContext:
-    """One engine behind one model name."""
+    """One engine with its model name."""
 
     def __init__(self, engine: ServedEngine, config: ServerConfig, workers: Workers) -> None:
         self.engine = engine
@@ -50,27 +49,27 @@ class ServingContext:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        assert self.engine.tokenizer is not None, "a served engine was loaded with its tokenizer"
+        assert self.engine.tokenizer is not None, "a served engine always has a tokenizer"
         return self.engine.tokenizer
 
     def check_model(self, model: str | None) -> None:
-        """APIError 404 where a client names a model that is not served."""
+        """Raise APIError 404 if a client names another model."""
         if model is not None and model != self.model_name:
             raise APIError(
                 404,
-                f"The model {quoted(model)} is not served here: use '{self.model_name}'.",
+                f"The model {quoted(model)} is not served: use '{self.model_name}'.",
                 param="model",
                 code="model_not_found",
             )
 
     def check_number(self, num_choices: int) -> None:
-        """APIError 400 where a client asks for more answers at once than may ever wait: trying
-        again would not help."""
+        """Raise APIError 400 if a request has more answers than the queue can hold, so a retry
+        would fail too."""
         if num_choices > self.engine.config.max_queue:
             raise APIError(
                 400,
-                f"{num_choices} answers at once are more than the {self.engine.config.max_queue} "
-                "that may wait here: "
+                f"{num_choices} answers are more than the queue of {self.engine.config.max_queue} "
+                "requests can hold: "
                 "send fewer prompts or lower 'n'.",
             )
 
@@ -79,8 +78,8 @@ class ServingContext:
         prompts: Sequence[str | list[int]],
         how: EncodeOptions,
     ) -> list[list[int]]:
-        """Ids of each prompt; those that are long together are encoded in a thread. APIError 400: a
-        text that this model's tokenizer does not take."""
+        """Return the ids of each prompt. Long ones are encoded in a thread. Raises APIError 400 for
+        a text that the tokenizer rejects."""
 
         def work() -> list[list[int]]:
             return [
@@ -99,9 +98,11 @@ class ServingContext:
         calls: Callable[[], Grammar | None] = lambda: None,
         is_thinking: bool = False,
     ) -> Grammar | None:
-        """What the answer must be, ready to be used: by the ``body``, or the ``calls`` that are
-        demanded, and behind its reasoning where it begins inside of it; None: anything. APIError
-        400: it can not be served."""
+        """Compile the grammar of the answer, or return None if the answer is free.
+
+        The grammar comes from the ``body`` or from the required ``calls``. If the prompt ends
+        inside reasoning, the grammar applies after it. Raises APIError 400 if it cannot be used.
+        """
         param = body.form_name
 
         def work() -> Grammar | None:
@@ -124,8 +125,8 @@ class ServingContext:
             raise APIError(400, str(error), param=param) from error
 
     def tenant_of(self, request: Request, salt: str | None = None) -> Tenant:
-        """Return the tenant of a ``request`` whose body names ``salt``. APIError 400: its salts
-        differ, or one is not text."""
+        """Return the tenant of a ``request`` with ``salt`` in its body. Raises APIError 400 if its
+        salts differ, or one is not text."""
         return self._tenants.of(request.scope, salt)
 
     def check_length(self, num_tokens: int, param: str, min_answer: int = 1) -> None:
@@ -136,9 +137,11 @@ class ServingContext:
             raise of_failure(ContextOverflow(num_tokens, min_answer, limit), param=param)
 
     def check_limit(self, limit: int | None, param: str) -> None:
-        """Raise APIError 400 if no context holds an answer of ``limit`` tokens, which ``param`` of
-        the body asks for. It is no fault of the prompt, so it has no code that asks for a shorter
-        one."""
+        """Raise APIError 400 if the context is shorter than an answer of ``limit`` tokens.
+
+        ``param`` names the limit in the body. The error has no code for a long prompt, because a
+        shorter prompt would not help.
+        """
         most = self.engine.max_model_len
         if limit is not None and limit > most:
             raise APIError(
@@ -151,21 +154,21 @@ class ServingContext:
             )
 
     def answer_limit(self, num_tokens: int, limit: int | None) -> int | None:
-        """Return how long an answer to a prompt of ``num_tokens`` may be where ``limit`` is asked
-        for; None: as long as the context allows."""
+        """Return the maximum length of the answer to a prompt of ``num_tokens``: ``limit``, or None
+        if only the context limits it."""
         fits = limit is not None and num_tokens + limit <= self.engine.max_model_len
         return limit if fits else None
 
     async def as_arrays(self, prompts: Sequence[list[int]]) -> list[list[int] | np.ndarray]:
-        """The prompts as the engine keeps them, made once for all their choices; as they are where
-        the engine will refuse them."""
+        """Convert the prompts to arrays that all their choices share. Prompts with invalid ids stay
+        lists, which the engine refuses."""
         return await self.workers.run(
             sum(map(len, prompts)), lambda: [_as_array(prompt) for prompt in prompts]
         )
 
     async def submit(self, specs: Iterable[RequestSpec]) -> list[RequestStream]:
-        """A stream for each of ``specs``, in order; all of them or none. RequestError: the engine
-        refuses one."""
+        """Submit ``specs`` and return their streams in order; all are submitted or none. Raises
+        RequestError if the engine refuses one."""
         streams: list[RequestStream] = []
         record = request_log.CURRENT.get()
         try:
@@ -173,20 +176,20 @@ class ServingContext:
                 if record is not None:
                     record.expect(spec)
                 streams.append(self.engine.submit(spec))
-                await asyncio.sleep(0)  # The event loop has a turn between two choices.
+                await asyncio.sleep(0)  # Let the event loop run between two choices.
         except BaseException as error:
             for stream in streams:
                 stream.abort()
             if not isinstance(error, Exception):
                 raise
             if not isinstance(error, ValueError | RequestError):
-                logger.exception("A request could not be begun.")
+                logger.exception("A request could not be submitted.")
             self._count_refusal(error)
             raise RequestError.of(error) from error
         return streams
 
     def _count_refusal(self, error: Exception) -> bool:
-        """Count a request that was refused before it was queued; return whether it was."""
+        """Count a request that was refused before it was queued. Returns True if it was."""
         is_full = isinstance(error, QueueFull)
         self.metrics.rejected.inc(is_full)
         return is_full or isinstance(error, ValueError)
@@ -194,9 +197,12 @@ class ServingContext:
     async def outputs(
         self, streams: Sequence[RequestStream]
     ) -> AsyncIterator[tuple[int, RequestOutput]]:
-        """The streams' outputs as they come, each counted when it is the last. Left early, the rest
-        counts as aborted. RequestError: one ended without an answer; an engine in another process
-        refuses requests here."""
+        """Yield the outputs of the streams, and count each ended request.
+
+        If the iterator is closed early, the remaining requests count as aborted. Raises
+        RequestError if a request ended without an answer; an engine in another process refuses
+        requests this way.
+        """
         num_left = len(streams)
         record = request_log.CURRENT.get()
         merged = interleave(streams)
@@ -216,7 +222,7 @@ class ServingContext:
             await merged.aclose()
 
     async def finals(self, streams: Sequence[RequestStream]) -> list[RequestOutput]:
-        """The last output of each stream, in order."""
+        """Return the last output of each stream, in order."""
         finals: dict[int, RequestOutput] = {}
         async for index, output in self.outputs(streams):
             finals[index] = output
@@ -229,7 +235,7 @@ class ServingContext:
         echoes: bool = False,
         headers: Mapping[str, str] | None = None,
     ) -> Response:
-        """What ``whole`` makes of ``outputs`` as an answer; a long one is written in a thread."""
+        """Return the result of ``whole`` as a response. A long one is written in a thread."""
         size = sum(len(output.output) * (1 + (output.logprobs is not None)) for output in outputs)
         if echoes:
             size += sum(len(output.prompt_token_ids) for output in outputs)
@@ -246,10 +252,12 @@ def _as_array(prompt: list[int]) -> list[int] | np.ndarray:
 
 
 def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:
-    """Token counts of an answer. ``outputs`` lists ``num_choices`` choices a prompt; a prompt
-    counts once, with what its first choice found in the cache. ``lost_tokens`` (ours) says why the
-    others were computed; ``transferred`` (ours), where other engines were asked, what went over the
-    wire. ``completion_tokens_details`` where tokens are guessed ahead."""
+    """Return the token counts of an answer. ``outputs`` lists ``num_choices`` choices per prompt.
+
+    A prompt counts once, with the cache hit of its first choice. Not part of OpenAI's API are
+    ``lost_tokens``, the reasons why the other tokens were computed, and ``transferred``, the
+    transfers between engines. ``completion_tokens_details`` is present with speculation.
+    """
     firsts = outputs[::num_choices]
     num_prompt = sum(len(output.prompt_token_ids) for output in firsts)
     num_new = sum(len(output.token_ids) for output in outputs)
@@ -274,9 +282,13 @@ def _sums(transferred: Sequence[Transferred]) -> dict[str, int]:
 
 
 def _drafted(drafts: Sequence[DraftCounts], num_new: int) -> dict[str, float | None]:
-    """What became of the tokens guessed ahead. Ours are ``verifications``, steps that had some,
-    ``acceptance_length``, mean tokens that such a step gave, and ``tokens_per_step``, of all steps
-    that gave any of the ``num_new`` tokens; null before the first."""
+    """Return the statistics on draft tokens.
+
+    Not part of OpenAI's API are ``verifications``, the number of steps with drafts;
+    ``acceptance_length``, the mean number of tokens per such step; and ``tokens_per_step``, the
+    mean over all steps that gave any of the ``num_new`` tokens. The means are null before the first
+    step.
+    """
     num_accepted = sum(counts.accepted.total() for counts in drafts)
     num_verified = sum(counts.num_verified for counts in drafts)
     num_steps = num_new - num_accepted

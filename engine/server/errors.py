@@ -1,4 +1,4 @@
-"""Whatever goes wrong, in the shape of each dialect and one sentence that says what to do."""
+"""Error responses in the form of each dialect, with one sentence on how to correct the request."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ from hybridcache.geometry.units import counted
 
 logger = logging.getLogger(__name__)
 MAX_QUOTED, MAX_MESSAGE = 60, 280
-"""Characters of what a client sent that an answer quotes, and of the whole message."""
+"""Maximum length of a quotation from the request, and of the whole message."""
 ANTHROPIC = "/v1/messages"
-"""Paths below it answer in Anthropic's shape."""
+"""Prefix of the paths that answer in Anthropic's form."""
 ANTHROPIC_KINDS = {
     401: "authentication_error",
     403: "permission_error",
@@ -68,18 +68,18 @@ EXPECTED = {
     "string_unicode": "text that has a UTF-8 form",
     "union_tag_not_found": "an object with a 'type'",
 }
-"""What a value must be, by the type of pydantic's error."""
+"""Description of the expected value by the type of pydantic's error."""
 KINDS = {404: "not_found_error", 429: "rate_limit_error", 500: "server_error", 503: "server_error"}
 
 
 def request_name(scope: Scope) -> str | None:
-    """The ``X-Request-Id`` of a request, which ``RequestNames`` gave it."""
+    """Return the ``X-Request-Id`` of a request, set by ``RequestNames``."""
     name: str | None = scope.get("state", {}).get("request_name")
     return name
 
 
 class APIError(Exception):
-    """An answer other than 200."""
+    """An answer with a status other than 200."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class APIError(Exception):
         headers: Mapping[str, str] | None = None,
         for_anthropic: str | None = None,
     ) -> None:
-        """``for_anthropic``: the sentence of Anthropic's dialect, if its clients look for one."""
+        """``for_anthropic``: message in Anthropic's dialect, if its clients parse it."""
         super().__init__(_short(message, MAX_MESSAGE))
         self._for_anthropic = for_anthropic or str(self)
         self.status = status
@@ -100,7 +100,7 @@ class APIError(Exception):
         self.headers = headers
 
     def body(self, path: str = "", request_name: str | None = None) -> dict[str, Any]:
-        """The answer of ``path``, in the shape that its clients read."""
+        """Return the body of the answer in the form of the API of ``path``."""
         if path.startswith(ANTHROPIC):
             kind = ANTHROPIC_KINDS.get(self.status, "invalid_request_error")
             error = {"type": kind, "message": self._for_anthropic}
@@ -111,20 +111,20 @@ class APIError(Exception):
         }
 
     def response(self, scope: Scope) -> Response:
-        """To the request of ``scope``."""
+        """Return the response to the request of ``scope``."""
         body = self.body(scope["path"], request_name(scope))
         return PlainJSON(body, self.status, headers=self.headers)
 
 
 class PlainJSON(JSONResponse):
-    """JSON that every client can read."""
+    """JSON that every client can parse."""
 
     def render(self, content: Any) -> bytes:
         return write_json(content, compact=True).encode()
 
 
 def install(app: FastAPI) -> None:
-    """Make every failure of ``app`` answer as an ``APIError``."""
+    """Convert every failure of ``app`` to an ``APIError``."""
 
     @app.exception_handler(APIError)
     async def _api_error(request: Request, error: APIError) -> Response:
@@ -137,28 +137,28 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _path(request: Request, error: RequestValidationError) -> Response:
         field = str(error.errors()[0]["loc"][-1])
-        refusal = APIError(400, f"{quoted(field)} in the address is not of its kind.", param=field)
+        refusal = APIError(400, f"{quoted(field)} in the address has the wrong type.", param=field)
         return refusal.response(request.scope)
 
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         message = {
-            404: f"There is no {request.url.path} here: see /docs for what there is.",
-            405: f"{request.url.path} does not answer {request.method}: see /docs for what does.",
+            404: f"The path {request.url.path} does not exist: see /docs for all paths.",
+            405: f"{request.url.path} does not support {request.method}: see /docs.",
         }.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
-        if error.status_code == 405:  # the first route of this path, which refused, knows its own
+        if error.status_code == 405:  # the route that refused lists only its own methods
             headers["Allow"] = ", ".join(_methods(app, request))
         return APIError(error.status_code, message, headers=headers).response(request.scope)
 
     @app.exception_handler(Exception)
     async def _unexpected(request: Request, error: Exception) -> Response:
-        failed = APIError(500, "The server failed on this request; its log says why.")
+        failed = APIError(500, "The server failed on this request; see its log for the reason.")
         return failed.response(request.scope)
 
 
 def _methods(app: FastAPI, request: Request) -> list[str]:
-    """What the path of ``request`` answers."""
+    """Return the methods of the path of ``request``."""
     found: set[str] = set()
     for route in app.routes:
         if route.matches(request.scope)[0] is not Match.NONE:
@@ -167,8 +167,11 @@ def _methods(app: FastAPI, request: Request) -> list[str]:
 
 
 def of_validation(error: ValidationError, body: Any) -> APIError:
-    """Return what is wrong with ``body`` in one sentence. Errors that lie deepest come first: those
-    above them say only that one of several forms does not fit."""
+    """Describe the error in ``body`` in one sentence.
+
+    The most deeply nested error is chosen; the errors above it only mean that one of several forms
+    does not match.
+    """
     errors = error.errors(include_url=False)
     first = max(errors, key=lambda one: len(one["loc"]))
     param = _param(first, body)
@@ -181,8 +184,8 @@ def of_validation(error: ValidationError, body: Any) -> APIError:
             return APIError(400, message, param=param, code="unknown_parameter")
         case "value_error":
             return APIError(400, str(first["ctx"]["error"]), param=param)
-    # Each form that a value may have makes an error of its own. Where it has the form of one, the
-    # others say nothing.
+    # Every allowed form of a value gives an error. If the value has one of the forms, the errors of
+    # the other forms are irrelevant.
     here = [one for one in errors if _param(one, body) == param]
     of_form = [one for one in here if not one["type"].endswith("_type")]
     forms = dict.fromkeys(_expected(one) for one in of_form or here)
@@ -192,8 +195,8 @@ def of_validation(error: ValidationError, body: Any) -> APIError:
 
 
 def _param(error: Mapping[str, Any], body: Any) -> str | None:
-    """Return the names that lead to the value of ``error`` in ``body``, without pydantic's own
-    between them; None if the value is a name itself."""
+    """Return the path of names to the value of ``error`` in ``body``, without pydantic's internal
+    names. None if the error is in a name."""
     names, value = [], body
     for part, following in zip_longest(error["loc"], error["loc"][1:]):
         places: Any = value if isinstance(value, dict) else ()
@@ -209,7 +212,7 @@ def _param(error: Mapping[str, Any], body: Any) -> str | None:
 
 
 def _expected(error: Mapping[str, Any]) -> str:
-    """Return what a value must be or have, to follow "must"."""
+    """Return the requirement that a value violates, to follow "must"."""
     limits = error.get("ctx", {})
     match error["type"]:
         case "greater_than_equal":
@@ -242,12 +245,12 @@ def _number(value: float) -> str:
 
 
 def quoted(text: str) -> str:
-    """``text``, which a client sent, as a message may quote it."""
+    """Return text of a client in quotation marks, cut to a bounded length."""
     return f"'{_short(text, MAX_QUOTED)}'"
 
 
 def _shown(value: Any) -> str:
-    """``value`` as JSON, but not what is in it. O(1)."""
+    """Return ``value`` as JSON, without the contents of lists and objects. O(1)."""
     if isinstance(value, list | dict):
         return ("[...]" if value else "[]") if isinstance(value, list) else "{...}"
     shown = json.dumps(value[:MAX_QUOTED] if isinstance(value, str) else value, default=str)
@@ -261,13 +264,15 @@ def _short(text: str, most: int) -> str:
 
 
 def of_failure(error: Exception, param: str | None = None) -> APIError:
-    """Return ``error`` as its clients are told of it, wherever it was raised: here, in the engine's
-    process or in a replica. ``param`` names the part of the body that is at fault."""
+    """Convert ``error`` to the error that clients get, no matter which process raised it.
+
+    ``param`` names the part of the body that caused it.
+    """
     if isinstance(error, APIError):
         return error
     if not isinstance(error, RequestError):
         logger.error("A request failed.", exc_info=error)
-        return APIError(500, "The server failed on this request; its log says why.")
+        return APIError(500, "The server failed on this request; see its log for the reason.")
     if error.kind not in REFUSALS:
         return APIError(500, f"The engine failed on this request: {str(error).rstrip('.')}.")
     status, code = REFUSALS[error.kind]
@@ -289,7 +294,8 @@ def _too_long(error: ContextOverflow) -> str:
 
 
 class BodyLimit:
-    """ASGI middleware: answers 413 to bodies above ``max_bytes``, announced or not."""
+    """ASGI middleware that answers 413 to bodies above ``max_bytes``, with or without a
+    Content-Length."""
 
     def __init__(self, app: ASGIApp, max_bytes: int) -> None:
         self._app = app
@@ -310,8 +316,8 @@ class BodyLimit:
             message = await receive()
             num_bytes += len(message.get("body", b""))
             if num_bytes > self._max_bytes:
-                # An HTTPException: what else is raised while a body is read becomes FastAPI's own
-                # 400.
+                # An HTTPException, because FastAPI turns other errors during the reading of a body
+                # into 400.
                 raise HTTPException(413, str(self._refusal()))
             return message
 

@@ -1,4 +1,4 @@
-"""Seams of the server: dialects, and extensions with additional routes."""
+"""Interfaces of the server: dialects, and extensions with additional routes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """One path of an API: the model of its body, and the function that answers a request.
+    """One path of an API, with the model of its body and the function that answers a request.
 
     The function converts the body to a ``ChatRequest``, submits it with ``chat_session.ask``, and
     writes the answer in its own form.
@@ -32,7 +32,7 @@ class Dialect:
     """Name of the operation in the API's description."""
 
     def add_to(self, app: FastAPI, reader: BodyReader) -> None:
-        """Serve the path."""
+        """Add the path to ``app``."""
 
         async def operation(request: Request) -> Response:
             return await self.answer(request, await reader.read(request, self.body))
@@ -45,7 +45,7 @@ class ServerExtension:
 
     @classmethod
     def check(cls, config: ServerConfig) -> None:
-        """Raise ValueError for a setting that cannot be used, before a model is loaded."""
+        """Raise ValueError for an invalid setting, before a model is loaded."""
 
     def __init__(self, front: ServingContext, config: ServerConfig) -> None:
         self.front, self.config = front, config
@@ -55,7 +55,7 @@ class ServerExtension:
         yield from ()
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:
-        """Add routes that are no dialect."""
+        """Add routes that are not dialects."""
 
     def close(self) -> None:
-        """End open streams: the server shuts down."""
+        """End open streams when the server shuts down."""

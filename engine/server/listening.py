@@ -1,4 +1,4 @@
-"""The socket that is listened on: taken before anything slow is imported or loaded."""
+"""The listening socket, opened before anything slow is imported or loaded."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ import socket
 from engine.server.config import ServerConfig
 
 BACKLOG = 4096
-"""Connections that may wait to be accepted."""
+"""Maximum number of connections that wait to be accepted."""
 ACCEPTED_AT_ONCE = 8
-"""Connections that are accepted before the first of them is looked at; asyncio takes this number,
-too, for the backlog."""
+"""Number of connections that are accepted at a time. asyncio also uses it as the backlog."""
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """A listening socket at the configured address. Taken before the model is loaded: a port that
-    is in use is refused at once (ValueError), and a client that comes early waits."""
+    """Open a listening socket at the configured address.
+
+    It is opened before the model is loaded. So a port in use is reported at once (ValueError), and
+    an early client waits.
+    """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    # By name: asyncio sets TCP_NODELAY only on connections whose listener says that it is TCP, and
-    # without it every answer on a connection that is kept waits 40 ms for the client's delayed ACK.
+    # asyncio sets TCP_NODELAY only for a listener with an explicit TCP protocol. Without it every
+    # answer on a persistent connection waits 40 ms for the client's delayed ACK.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -27,7 +29,7 @@ def bind(config: ServerConfig) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ValueError(
-            f"Can not listen on {config.host}:{config.port} ({error.strerror}): choose another "
+            f"Cannot listen on {config.host}:{config.port} ({error.strerror}): choose another "
             "--port or --host."
         ) from error
     return listener

@@ -1,5 +1,5 @@
-"""Log probabilities in the two shapes OpenAI gives them: parallel lists for completions, a list of
-objects for chats."""
+"""Log-probabilities in OpenAI's two forms: parallel lists for completions, a list of objects for
+chats."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from engine.text.outputs import SampledToken
 from engine.text.tokenizer import Tokenizer
 
 LEAST = -9999.0
-"""Stands for a token that has no chance at all, as at OpenAI: JSON has no infinity."""
+"""Log-probability of an impossible token, as in OpenAI's API. JSON has no infinity."""
 PIECE = 32
-"""Tokens whose scores are written at a time: with their rivals a quarter of a millisecond."""
+"""Number of tokens with scores that are written at a time. With their alternatives this takes a
+quarter of a millisecond."""
 
 
 def finite(logprob: float | None) -> float | None:
-    """Return ``logprob`` as JSON can hold it."""
+    """Return ``logprob`` as a number that JSON can represent."""
     return None if logprob is None else max(logprob, LEAST)
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """A token as text; ``bytes:\\xe2\\x80`` where it is no whole characters, so that different
-    tokens look different."""
+    """Return a token as text, or as ``bytes:\\xe2\\x80`` if it is not valid UTF-8, so that
+    different tokens differ."""
     raw = tokenizer.token_bytes(token_id)
     try:
         return raw.decode("utf-8") if raw else f"token:{token_id}"
@@ -32,8 +33,8 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
 
 
 class CompletionScores:
-    """Writes the lists of one choice, whole or piece by piece; remembers where in the text it
-    is."""
+    """Writes the score lists of one choice, as a whole or piece by piece, with offsets into its
+    text."""
 
     def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
         self._tokenizer = tokenizer
@@ -44,8 +45,8 @@ class CompletionScores:
     def write(
         self, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
     ) -> dict[str, list[Any]]:
-        """The lists of the next tokens, one score each; None where nothing was predicted (the first
-        of a prompt)."""
+        """Return the lists for the next tokens. A score is None if the token was not predicted (the
+        first of a prompt)."""
         written: dict[str, list[Any]] = {
             name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
@@ -69,7 +70,7 @@ class CompletionScores:
 def for_chat(
     tokenizer: Tokenizer, scores: Iterable[SampledToken], num_top: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """One object a token, its ``num_top`` best rivals in it."""
+    """Return one object per token, with its ``num_top`` best alternatives."""
 
     def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
         return {

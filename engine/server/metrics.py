@@ -1,4 +1,4 @@
-"""Prometheus metrics: counted as requests finish, and read from the engine when scraped."""
+"""Prometheus metrics, counted when requests end and read from the engine at each scrape."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SLOW_S = (*FAST_S, 120, 300, 600)
 
 
 class Metrics:
-    """One engine's metrics in a registry of their own."""
+    """Metrics of one engine in a separate registry."""
 
     content_type = CONTENT_TYPE_LATEST
 
@@ -37,30 +37,31 @@ class Metrics:
 
         self.requests = counter("requests", "Requests that ended, by reason.", "finish_reason")
         self.rejected = counter(
-            "rejected_requests", "Requests refused with 429: the queue was full."
+            "rejected_requests", "Requests refused with 429 because the queue was full."
         )
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of scheduled requests.")
-        self.cached_tokens = counter("cached_tokens", "Prompt tokens that the cache spared.")
-        self.lost_tokens = counter("lost_tokens", "Prompt tokens computed, by cause.", "cause")
+        self.cached_tokens = counter("cached_tokens", "Prompt tokens found in the cache.")
+        self.lost_tokens = counter("lost_tokens", "Prompt tokens computed, by loss cause.", "cause")
         self.generated_tokens = counter("generated_tokens", "Tokens generated.")
         self.drafted_tokens = counter(
-            "drafted_tokens", "Tokens guessed ahead, by drafter and place.", "source", "place"
+            "drafted_tokens", "Draft tokens, by drafter and position.", "source", "place"
         )
         self.accepted_tokens = counter(
-            "accepted_tokens", "Guesses that were right, by drafter and place.", "source", "place"
+            "accepted_tokens", "Accepted draft tokens, by drafter and position.", "source", "place"
         )
         self.verifications = counter(
             "verifications",
-            "Steps of a request that verified guesses: each gives one token and those accepted.",
+            "Steps of a request that verified a draft; each gives one token and the accepted ones.",
         )
         self.giving_steps = counter(
-            "token_steps", "Steps of a request that gave tokens: 1 each, and accepted guesses."
+            "token_steps",
+            "Steps of a request that gave tokens; each gives one token and the accepted ones.",
         )
-        self.preemptions = counter("preemptions", "Times a request gave up its memory to others.")
-        self.queue_s = histogram("queue_seconds", "From arrival to being scheduled.", SLOW_S)
-        self.ttft_s = histogram("ttft_seconds", "From arrival to the first token.", SLOW_S)
-        self.tpot_s = histogram("tpot_seconds", "Per token after the first.", FAST_S)
-        self.e2e_s = histogram("e2e_seconds", "From arrival to the end.", SLOW_S)
+        self.preemptions = counter("preemptions", "Preemptions of requests for lack of memory.")
+        self.queue_s = histogram("queue_seconds", "Time from arrival to scheduling.", SLOW_S)
+        self.ttft_s = histogram("ttft_seconds", "Time from arrival to the first token.", SLOW_S)
+        self.tpot_s = histogram("tpot_seconds", "Time per token after the first.", FAST_S)
+        self.e2e_s = histogram("e2e_seconds", "Time from arrival to the end.", SLOW_S)
 
     def observe(self, output: RequestOutput) -> None:
         """Count a request that ended; ``output`` is its last."""
@@ -94,19 +95,18 @@ class Metrics:
                 histogram.observe(duration_s)
 
     def count_aborted(self, num_requests: int) -> None:
-        """Count requests whose clients left."""
+        """Count requests of clients that disconnected."""
         self.requests.labels("abort").inc(num_requests)
 
     def render(self, report: CacheReport) -> bytes:
-        """All metrics in Prometheus' text form, with the engine's own counts as ``report`` has
-        them."""
+        """Return all metrics in Prometheus' text format, including the counters of ``report``."""
         now = CollectorRegistry(auto_describe=False)
         now.register(_ReportCollector(report))
         return generate_latest(self._registry) + generate_latest(now)
 
 
 class _ReportCollector(Collector):
-    """The numbers of one report as metrics."""
+    """Metrics made from one report."""
 
     def __init__(self, report: CacheReport) -> None:
         self._report = report
@@ -114,9 +114,9 @@ class _ReportCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         report = self._report
         for name, help, pool in (
-            ("kv_tokens", "KV rows, by who has them.", report.kv),
-            ("state_slots", "State slots, by who has them.", report.slots),
-            ("memory_bytes", f"Bytes of the {report.memory}, by who has them.", report.bytes),
+            ("kv_tokens", "KV rows, by owner.", report.kv),
+            ("state_slots", "State slots, by owner.", report.slots),
+            ("memory_bytes", f"Bytes of the {report.memory}, by owner.", report.bytes),
         ):
             gauge = GaugeMetricFamily(f"engine_{name}", help, labels=["owner"])
             for owner in ("free", "cached", "held"):
@@ -131,30 +131,43 @@ class _ReportCollector(Collector):
         yield from _queue_metrics(report)
         yield GaugeMetricFamily(
             "engine_draft_index_bytes",
-            "Host memory of the drafters' indices of texts.",
+            "Host memory of the drafters' text indices.",
             report.draft_index_bytes,
         )
         for name, help, key in (
             ("evicted_tokens", "KV rows evicted from the cache.", "evicted_tokens"),
             ("evicted_checkpoints", "Checkpoints evicted from the cache.", "evicted_slots"),
-            ("allocation_refusals", "Allocations that found nothing to evict.", "refusals"),
+            ("allocation_refusals", "Failed allocations with nothing left to evict.", "refusals"),
         ):
             yield CounterMetricFamily(f"engine_{name}", help, report.usage[key])
         if report.lower is not None:
             yield from _lower_metrics(report.lower)
         if report.transfers is not None:
             for name, help, key in (
-                ("transferred_prefixes", "Prefixes to or from other engines.", "prefixes"),
-                ("failed_transfers", "Prefixes that did not go over whole.", "failed"),
-                ("transferred_tokens", "Tokens whose KV went over.", "tokens"),
-                ("transfer_needed_bytes", "KV and states that went over.", "needed_bytes"),
-                ("transfer_wire_bytes", "All bytes to and from other engines.", "wire_bytes"),
+                (
+                    "transferred_prefixes",
+                    "Prefixes sent to or received from other engines.",
+                    "prefixes",
+                ),
+                ("failed_transfers", "Prefixes that were not transferred completely.", "failed"),
+                ("transferred_tokens", "Tokens of KV that were transferred.", "tokens"),
+                (
+                    "transfer_needed_bytes",
+                    "Bytes of KV and states that were transferred.",
+                    "needed_bytes",
+                ),
+                (
+                    "transfer_wire_bytes",
+                    "All bytes sent to or received from other engines.",
+                    "wire_bytes",
+                ),
             ):
                 yield CounterMetricFamily(f"engine_{name}", help, report.transfers[key])
 
 
 def _queue_metrics(report: CacheReport) -> Iterator[Metric]:
-    """Sessions, and the numbers of the admission policy; its words are labels of one gauge."""
+    """Yield metrics of sessions and of the admission policy. The policy's text values are labels of
+    one gauge."""
     queue = report.queue
     yield GaugeMetricFamily(
         "engine_live_sessions",
@@ -178,7 +191,9 @@ def _queue_metrics(report: CacheReport) -> Iterator[Metric]:
             numbers.add_metric([name], value)
     yield numbers
     state = GaugeMetricFamily(
-        "engine_admission_state", "1: policy, and why its limit last moved.", labels=list(words)
+        "engine_admission_state",
+        "Always 1; the labels give the policy and the reason of its last limit change.",
+        labels=list(words),
     )
     state.add_metric(list(words.values()), 1)
     yield state
@@ -186,11 +201,11 @@ def _queue_metrics(report: CacheReport) -> Iterator[Metric]:
 
 def _lower_metrics(lower: LowerReport) -> Iterator[Metric]:
     held = GaugeMetricFamily(
-        "engine_tier_bytes", "Bytes of a tier below the device.", labels=["tier", "owner"]
+        "engine_tier_bytes", "Bytes of a tier outside the device.", labels=["tier", "owner"]
     )
     moved = CounterMetricFamily(
         "engine_tier_moved_bytes",
-        "Bytes into a tier from above (in), and from it to the device (fetched).",
+        "Bytes offloaded to a tier (in) and loaded from it to the device (fetched).",
         labels=["tier", "way"],
     )
     for tier in lower.tiers:
@@ -202,15 +217,21 @@ def _lower_metrics(lower: LowerReport) -> Iterator[Metric]:
     yield moved
     folder = lower.folder
     if folder is not None:
-        yield GaugeMetricFamily("engine_state_dir_bytes", "Bytes kept in --state-dir.", folder.kept)
         yield GaugeMetricFamily(
-            "engine_state_dir_written", "1: --state-dir is written to.", int(folder.is_written)
+            "engine_state_dir_bytes", "Bytes stored in --state-dir.", folder.kept
+        )
+        yield GaugeMetricFamily(
+            "engine_state_dir_written",
+            "1 if this engine writes to --state-dir, else 0.",
+            int(folder.is_written),
         )
         yield CounterMetricFamily(
-            "engine_state_dir_skipped", "Things not kept there, for want of room.", folder.skipped
+            "engine_state_dir_skipped",
+            "Entries not written to --state-dir, for lack of room.",
+            folder.skipped,
         )
         yield CounterMetricFamily(
             "engine_state_dir_errors",
-            "Operations that the file system of --state-dir refused.",
+            "File system errors in --state-dir.",
             folder.errors,
         )

@@ -1,5 +1,7 @@
-"""Who may look into the cache of all clients, and end it: whoever has the key, or else this machine
-alone."""
+"""Authorization of the operator, by key or, without one, by requests from this machine.
+
+The operator has access to the cache of all clients.
+"""
 
 from __future__ import annotations
 
@@ -15,37 +17,37 @@ from engine.server.config import ServerConfig
 from engine.server.errors import APIError
 
 FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
-"""Headers of a proxy, whose clients are not this machine's."""
+"""Headers that proxies add. Clients of a proxy are not on this machine."""
 
 
 @dataclass(frozen=True, slots=True)
 class Operator:
-    """Knows the operator's requests from all others."""
+    """Distinguishes the operator's requests from all others."""
 
     key: bytes | None
 
     @classmethod
     def of(cls, config: ServerConfig) -> Operator:
-        """ValueError: the file of the key is not there, or empty."""
+        """Read the key. Raises ValueError if its file is missing or empty."""
         if config.admin_key_file is None:
             return cls(None)
         return cls(read_key("admin_key_file", config.admin_key_file))
 
     def check(self, request: Request) -> None:
-        """APIError 401, 403: it is not the operator who asks.
+        """Raise APIError 401 or 403 unless the operator sent the request.
 
-        Without a key: a client of this machine, by its address, that names this machine as the
-        host. A foreign page in a browser here has its own ``Origin``, or its own ``Host`` where it
-        has bent a name to this address.
+        Without a key, the client must be on this machine, by its address and by the host that it
+        names. A foreign page in a local browser has a different ``Origin``, or a different ``Host``
+        if its name was rebound to this address.
         """
         if self.key is not None:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
-            # Header bytes as they came: latin-1 is what starlette read them as.
+            # Header bytes as received: starlette decodes them as latin-1.
             is_right = hmac.compare_digest(given.strip().encode("latin-1"), self.key)
             if scheme.lower() != "bearer" or not is_right:
                 raise APIError(
                     401,
-                    "This path is the operator's: send the key of --admin-key-file as "
+                    "This path is reserved for the operator: send the key of --admin-key-file as "
                     "Authorization: Bearer KEY.",
                     headers={"WWW-Authenticate": "Bearer"},
                 )
@@ -62,8 +64,9 @@ class Operator:
         if not is_here:
             raise APIError(
                 403,
-                "This path is the operator's: ask on the server's own machine, as localhost, or "
-                "start it with "
+                "This path is reserved for the operator: send the request from the server's "
+                "machine to "
+                "localhost, or start the server with "
                 "--admin-key-file.",
             )
 
@@ -71,7 +74,7 @@ class Operator:
 def _host_of(url: str) -> str | None:
     try:
         return urlsplit(url).hostname
-    except ValueError:  # brackets that hold no address
+    except ValueError:  # brackets without an address
         return None
 
 

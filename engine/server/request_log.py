@@ -1,4 +1,4 @@
-"""One line in the log for each request: method, path, status, tokens and time."""
+"""Request log: one line per request with method, path, status, tokens and time."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ logger = logging.getLogger(__name__)
 PROBES = ("/health", "/metrics")
 """Paths that monitors poll; their lines have the level DEBUG."""
 MAX_PATH = 200
-"""Characters of a path in a line."""
+"""Maximum length of a path in a line."""
 
 
 class RequestRecord:
-    """Tokens of one HTTP request. A prompt with several answers counts once."""
+    """Token counts of one HTTP request. A prompt with several answers counts once."""
 
     def __init__(self) -> None:
         self._prompts: list[int] = []
@@ -29,15 +29,15 @@ class RequestRecord:
         self._outputs: dict[int, RequestOutput] = {}
 
     def expect(self, spec: RequestSpec) -> None:
-        """Note one more generation that the request asks for."""
+        """Record one more generation of the request."""
         self._prompts.append(id(spec.prompt))
 
     def take(self, index: int, output: RequestOutput) -> None:
-        """Note the latest output of one generation."""
+        """Record the latest output of one generation."""
         self._outputs[index] = output
 
     def words(self) -> str:
-        """Return the token counts. Empty if nothing was generated."""
+        """Return the token counts, or "" if nothing was generated."""
         if not self._outputs:
             return ""
         firsts = [
@@ -52,11 +52,11 @@ class RequestRecord:
 
 
 CURRENT: ContextVar[RequestRecord | None] = ContextVar("request_record", default=None)
-"""Record of the request that is being answered. None if requests are not logged."""
+"""Record of the request that is being answered, or None if requests are not logged."""
 
 
 class RequestLog:
-    """ASGI middleware that logs one line when an answer has been sent, or its client has left."""
+    """ASGI middleware that logs one line when an answer was sent or its client has disconnected."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -82,7 +82,7 @@ class RequestLog:
             CURRENT.reset(token)
             spent_ms = 1000 * (time.perf_counter() - started_s)
             level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
-            left = "" if is_whole else "  not sent to its end"
+            left = "" if is_whole else "  not sent completely"
             logger.log(
                 level,
                 "%s %s %d%s  %.0f ms%s",
@@ -96,19 +96,20 @@ class RequestLog:
 
 
 def _safe_path(scope: Scope) -> str:
-    """Return the path as it was sent, without characters that a terminal would obey."""
+    """Return the path as it was sent, without control characters for terminals."""
     path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")
     return path if len(path) <= MAX_PATH else path[:MAX_PATH] + "..."
 
 
 def is_wanted(log_requests: bool | None) -> bool:
-    """Return whether requests are logged. None: they are if the log is a terminal."""
+    """Return True if requests are logged. If ``log_requests`` is None, they are if the log is a
+    terminal."""
     return sys.stderr.isatty() if log_requests is None else log_requests
 
 
 def set_up_logging(level: str) -> None:
-    """Send the log of the engine to the standard error output, from ``level`` on. Lines for
-    requests, where they are wanted, do not depend on ``level``."""
+    """Send the engine's log from ``level`` on to the standard error output. Request lines, if
+    enabled, do not depend on ``level``."""
     root = logging.getLogger("engine")
     root.setLevel(level.upper())
     logger.setLevel(min(root.level, logging.INFO))

@@ -1,5 +1,5 @@
-"""What an answer tells beside its text where it is asked for: token ids, the prompt's
-log-probabilities, and SGLang's word on the cache."""
+"""Optional fields of answers: token ids, log-probabilities of the prompt, and SGLang's cache
+details."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from engine.text.tokenizer import Tokenizer
 def token_ids(
     body: TokenOptions, output: RequestOutput, new: Sequence[int], is_first: bool
 ) -> dict[str, Any]:
-    """As vLLM has them in each choice: ids of the ``new`` tokens, the prompt's with the first."""
+    """Return the ids of the ``new`` tokens in vLLM's form, with those of the prompt in the first
+    part."""
     if not body.return_token_ids:
         return {}
     prompt = {"prompt_token_ids": output.prompt_token_ids.tolist()} if is_first else {}
@@ -26,8 +27,11 @@ def token_ids(
 def prompt_scores(
     tokenizer: Tokenizer, body: TokenOptions, output: RequestOutput
 ) -> dict[str, Any]:
-    """vLLM's form: for each prompt token an object by id, with the alternatives that were asked
-    for; null for the first."""
+    """Return the log-probabilities of the prompt in vLLM's form.
+
+    For each prompt token there is an object by id, with the requested alternatives; null for the
+    first.
+    """
     scores = output.prompt_logprobs
     if body.prompt_logprobs is None or scores is None:
         return {}
@@ -47,7 +51,7 @@ def _entry(tokenizer: Tokenizer, score: SampledToken, num_top: int) -> dict[str,
     return {
         str(token): {
             "logprob": finite(logprob),
-            # Of a token below those that were asked for it is not known.
+            # The rank of a less likely token is not known.
             "rank": ranks.get(token),
             "decoded_token": token_text(tokenizer, token),
         }
@@ -56,15 +60,17 @@ def _entry(tokenizer: Tokenizer, score: SampledToken, num_top: int) -> dict[str,
 
 
 def cache_details(body: TokenOptions, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """SGLang's ``sglext``: where the cached tokens of the first answer's prompt were read; what lay
-    below the device was copied there before."""
+    """Return SGLang's ``sglext`` with the number of cached tokens of the first answer's prompt.
+
+    All are counted as read on the device, because tokens from other tiers are copied there first.
+    """
     if not body.return_cached_tokens_details:
         return {}
     return {"sglext": {"cached_tokens_details": {"device": outputs[0].cached_len}}}
 
 
 def cache_headers(output: RequestOutput) -> dict[str, str]:
-    """Return the headers of every answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``, and
+    """Return the cache headers of an answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``, and
     ``x-cache-lost`` with its causes."""
     headers = {
         "x-cache-prompt-tokens": str(len(output.prompt_token_ids)),

@@ -1,8 +1,8 @@
-"""What clients may send. Types and the widest ranges are checked here, what the engine can do where
-the values are used (SamplingParams, the engine).
+"""Schemas of request bodies.
 
-A parameter that would change the answer and is not served is refused by name; one that would not
-(``user``, ``store``) is accepted and ignored.
+Types and the widest ranges are checked here. Limits of the engine are checked where the values are
+used (SamplingParams, the engine). An unsupported parameter that would change the answer is refused
+by name; one that would not (``user``, ``store``) is ignored.
 """
 
 from __future__ import annotations
@@ -32,23 +32,25 @@ from engine.text.json_text import read_json
 from engine.text.templates import Cut
 
 MAX_NAMES = 64
-"""Names that an object of a fixed form may have: each that it should not have is an error of its
-own."""
+"""Maximum number of names in an object of a fixed form, because every unknown name is an error."""
 Entry = TypeVar("Entry")
 Listed = Annotated[list[Entry], Field(fail_fast=True)]
-"""A list of which the first wrong entry is the only error."""
+"""A list in which the first wrong entry is the only error."""
 Name = Annotated[str, Field(min_length=1)]
-"""Of a tool."""
+"""Name of a tool."""
 
 
 class Strict(BaseModel):
-    """No unknown names, no guessed types, no infinities. A null asks for nothing, also under a name
-    that is unknown: clients send answers back with all the fields that their own classes know."""
+    """Base of all schemas, without unknown names, type conversions and infinities.
+
+    A null is ignored, also for an unknown name, because clients send answers back with all the
+    fields that their classes have.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     HOLDS_IDS: ClassVar[bool] = False
-    """It may be a long list of token ids."""
+    """True if the body may contain a long list of token ids."""
 
     @model_validator(mode="before")
     @classmethod
@@ -56,18 +58,18 @@ class Strict(BaseModel):
         if not isinstance(body, dict):
             return body
         if len(body) > MAX_NAMES:
-            raise ValueError(f"An object here has at most {MAX_NAMES} names, not {len(body)}.")
+            raise ValueError(f"An object may have at most {MAX_NAMES} names (got {len(body)}).")
         return {name: _whole(value) for name, value in without_nulls(body).items()}
 
 
 def without_nulls(body: dict[str, Any]) -> dict[str, Any]:
-    """``body`` without its nulls, but for those further down: null means "your default" everywhere
-    in this API."""
+    """Return ``body`` without the nulls of its top level. Null means the default everywhere in this
+    API."""
     return {name: value for name, value in body.items() if value is not None}
 
 
 def whole_numbers(values: Any) -> Any:
-    """A list with 3 for 3.0, which is an integer in JSON's own word for it. O(len(values))."""
+    """Return a list with 3 in place of 3.0, which is an integer in JSON. O(len(values))."""
     if isinstance(values, list) and float in set(map(type, values)):
         return [_whole(value) for value in values]
     return values
@@ -81,13 +83,13 @@ def _whole(value: Any) -> Any:
 def without_what_asks_for_nothing(
     body: Any, ignored: Container[str], neutral: Mapping[str, Container[Any]]
 ) -> Any:
-    """``body`` without what is ``ignored`` or ``neutral``. ValueError: a name of ``neutral`` with
-    another value."""
+    """Return ``body`` without ``ignored`` names and ``neutral`` values. Raises ValueError for
+    another value of a name in ``neutral``."""
     if not isinstance(body, dict):
         return body
     for name, values in neutral.items():
         if body.get(name) is not None and body[name] not in values:
-            raise ValueError(f"'{name}' is not served here: leave it out.")
+            raise ValueError(f"'{name}' is not supported: omit it.")
     return {
         name: value for name, value in body.items() if name not in ignored and name not in neutral
     }
@@ -102,7 +104,7 @@ class NamedSchema(Strict):
     description: str | None = None
     schema_: Schema | None = Field(default=None, alias="schema")
     strict: bool | None = None
-    """An answer always follows the schema, whatever this says."""
+    """Ignored: an answer always follows the schema."""
 
 
 class ResponseFormat(Strict):
@@ -111,7 +113,7 @@ class ResponseFormat(Strict):
 
 
 class StructuredOutputs(Strict):
-    """vLLM's, but for ``structural_tag``. One of them."""
+    """vLLM's structured outputs without ``structural_tag``. Only one of them may be set."""
 
     json_: Schema | str | None = Field(default=None, alias="json")
     regex: str | None = None
@@ -121,7 +123,7 @@ class StructuredOutputs(Strict):
 
 
 class Guided(Strict):
-    """The part of a request that says what an answer must be."""
+    """Part of a request that determines the form of an answer."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -130,22 +132,23 @@ class Guided(Strict):
     guided_choice: Listed[str] | None = None
     guided_grammar: str | None = None
     _format_name: str = PrivateAttr("response_format")
-    """What the client calls ``response_format``."""
+    """Client's name of ``response_format``."""
 
     def with_format_name(self, name: str) -> Self:
-        """Itself: another dialect's ``name`` for ``response_format`` stands in its errors."""
+        """Set another dialect's ``name`` for ``response_format`` in errors. Returns itself."""
         self._format_name = name
         return self
 
     @property
     def is_guided(self) -> bool:
-        """Whether ``grammar`` has any work."""
+        """True if ``grammar`` may return a grammar."""
         asked = (self.response_format, self.structured_outputs, self.guided_json, self.guided_regex)
         return any(a is not None for a in (*asked, self.guided_choice, self.guided_grammar))
 
     @property
     def form_name(self) -> str | None:
-        """The parameter that asks for the form; None: there is none, or more than one."""
+        """Name of the parameter that determines the form, or None if there is none or more than
+        one."""
         newer = self.structured_outputs or StructuredOutputs()
         asked = {name: getattr(self, name) for name in NAMES}
         asked |= {f"structured_outputs.{n.rstrip('_')}": v for n, v in newer if v is not None}
@@ -155,11 +158,13 @@ class Guided(Strict):
         return self._format_name if names[0] == "response_format" else names[0]
 
     def grammar(self) -> Grammar | None:
-        """None: anything may be answered. GrammarError: more is asked for than one form, or one
-        that can not be served. O(its length)."""
+        """Return the grammar of the answer, or None if it is free. O(its length).
+
+        Raises GrammarError if several forms are requested, or one cannot be used.
+        """
         forms = [form for form in (self._of_format(), *self._of_names()) if form is not None]
         if len(forms) > 1:
-            raise GrammarError("an answer has one form: ask for it under one name.")
+            raise GrammarError("an answer can have only one form; use one of these parameters.")
         return forms[0] if forms else None
 
     def _of_format(self) -> Grammar | None:
@@ -169,7 +174,9 @@ class Guided(Strict):
         if wanted.type == "json_object":
             return Grammar.of_object()
         if wanted.json_schema is None or wanted.json_schema.schema_ is None:
-            raise GrammarError("'response_format' of type json_schema needs 'json_schema.schema'.")
+            raise GrammarError(
+                "'response_format' of type json_schema requires 'json_schema.schema'."
+            )
         return Grammar.of_schema(wanted.json_schema.schema_)
 
     def _of_names(self) -> list[Grammar | None]:
@@ -191,32 +198,32 @@ class Guided(Strict):
 
 
 MAX_ID_CHARS = 128
-"""Of a request's name."""
+"""Maximum length of a request id."""
 LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
-"""No control characters, and nothing that breaks lines."""
+"""Pattern of text without control characters and line breaks."""
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[Listed[TokenId], BeforeValidator(whole_numbers)]
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[Listed[Text], Field(max_length=MAX_STOPS)]
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 ALL = (-1, 0)
-"""What clients send as ``top_k`` that mean every token."""
+"""Values of ``top_k`` that clients send for "all tokens"."""
 
 
 def _by_id(biases: dict[str, float]) -> dict[int, float]:
-    """JSON's names are strings."""
+    """Convert the names of JSON, which are strings, to ids."""
     return {int(name): value for name, value in biases.items()}
 
 
 def _one_line(request_id: str) -> str:
-    """It comes back in answers and stands in logs, which are lines."""
+    """Check a request id, which appears in answers and in the lines of logs."""
     if not re.match(LINE, request_id):
-        raise ValueError("'request_id' may have no control characters: send one line of text.")
+        raise ValueError("'request_id' must not contain control characters: send one line of text.")
     return request_id
 
 
 class TokenOptions(Guided):
-    """The part of a request that says which tokens may come, and what is reported of them."""
+    """Part of a request that restricts tokens and selects reported fields."""
 
     top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
     logit_bias: (
@@ -233,12 +240,12 @@ class TokenOptions(Guided):
     bad_words: Texts | None = None
     skip_special_tokens: bool | None = None
     spaces_between_special_tokens: bool | None = None
-    """None are put there, which is no difference with the tokenizers that are served."""
+    """Ignored: the supported tokenizers insert no spaces."""
     include_stop_str_in_output: bool | None = None
     prompt_logprobs: int | None = Field(default=None, ge=0, le=20)
     return_token_ids: bool = False
     return_cached_tokens_details: bool = False
-    """SGLang's: also as its ``sglext``."""
+    """Report SGLang's ``sglext``."""
     request_id: (
         Annotated[
             str,
@@ -247,9 +254,9 @@ class TokenOptions(Guided):
         ]
         | None
     ) = None
-    """What the answer's id ends with."""
+    """End of the answer's id."""
     priority: Annotated[int, Field(ge=0, le=0)] = 0
-    """Who came first goes first."""
+    """Only 0 is supported: requests are served in order of arrival."""
 
     OPTIONS: ClassVar[tuple[str, ...]] = (
         "top_k",
@@ -263,7 +270,7 @@ class TokenOptions(Guided):
     )
 
     def options(self) -> dict[str, Any]:
-        """Those of ``SamplingParams`` that are given."""
+        """Return the fields of ``SamplingParams`` that are set."""
         given = {name: value for name in self.OPTIONS if (value := getattr(self, name)) is not None}
         if given.get("top_k") in ALL:
             given["top_k"] = None
@@ -271,20 +278,22 @@ class TokenOptions(Guided):
 
 
 def seed_of(seed: int | None, choice: int) -> int | None:
-    """Of one of a request's choices, which must differ, and be the same ones the next time: in the
-    range of 64 bits, into which any other is folded."""
+    """Return the seed of one of a request's choices.
+
+    Choices must differ, and be reproducible. The seed is wrapped to 64 bits.
+    """
     return None if seed is None else (seed + choice + 2**63) % 2**64 - 2**63
 
 
 class StreamOptions(Strict):
     include_usage: bool = False
     continuous_usage_stats: bool = False
-    """Usage so far with every event."""
+    """Report the usage so far with every event."""
     include_obfuscation: bool = False
 
 
 class Streamed(Strict):
-    """The part of a request that says whether its answer comes in events, and how."""
+    """Part of a request that selects a streamed answer."""
 
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -293,7 +302,7 @@ class Streamed(Strict):
     def _streams_with_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ValueError(
-                "'stream_options' is for streamed answers: set 'stream' to true, or leave it out."
+                "'stream_options' requires a streamed answer: set 'stream' to true, or omit it."
             )
         return self
 
@@ -303,23 +312,24 @@ class Streamed(Strict):
 
     @property
     def repeats_usage(self) -> bool:
-        """Every event has the usage so far."""
+        """True if every event has the usage so far."""
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
 class Rendering(Strict):
-    """The part of a request that is the chat template's."""
+    """Part of a request that controls the chat template."""
 
     add_generation_prompt: bool | None = None
-    """None: but for ``continue_final_message``."""
+    """Append the beginning of an answer. None means True unless ``continue_final_message`` is
+    set."""
     continue_final_message: bool = False
-    """The answer goes on in the last message."""
+    """Continue the last message."""
     chat_template_kwargs: dict[str, Any] | None = None
-    """The template's own switches, such as ``enable_thinking``."""
+    """Switches of the template, such as ``enable_thinking``."""
 
     @property
     def begins_answer(self) -> bool:
-        """The prompt ends with the beginning of an answer."""
+        """True if the prompt ends with the beginning of an answer."""
         return self.add_generation_prompt is not False and not self.continue_final_message
 
 
@@ -346,7 +356,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "chat_template": (),
 }
-"""Parameters of OpenAI's that are not served, with the values that ask for nothing."""
+"""Parameters of OpenAI's API that are not supported, with the values that have no effect."""
 
 
 TOKEN_ID = {"type": "integer", "minimum": 0, "maximum": 2**31 - 1}
@@ -354,20 +364,20 @@ IDS = {"type": "array", "minItems": 1, "items": TOKEN_ID}
 TEXTS = {"type": "array", "minItems": 1, "items": {"type": "string"}}
 PROMPT = {"anyOf": [{"type": "string"}, TEXTS, IDS, {"type": "array", "minItems": 1, "items": IDS}]}
 BROKEN = "INVALID_JSON"
-"""Where the arguments of a call stand that are no JSON object: Anthropic's own word for it."""
+"""Name for the arguments of a call that are not a JSON object, as in Anthropic's API."""
 MAX_TEMPERATURE = 2
-"""As of OpenAI's."""
+"""Maximum temperature, as in OpenAI's API."""
 AnswerLimit = Annotated[
     int, Field(ge=1), WithJsonSchema({"type": "integer", "minimum": 1, "maximum": MAX_COUNT})
 ]
-"""Tokens of an answer. ``ServingContext.check_limit`` refuses more than the context holds, in words
-that name that length."""
+"""Number of tokens of an answer. ``ServingContext.check_limit`` refuses more than the context
+length, with an error that names it."""
 MAX_CUTS = 4
-"""Places of a chat that ``cache_control`` may mark, as at Anthropic."""
+"""Maximum number of ``cache_control`` marks in a chat, as in Anthropic's API."""
 
 
 class Sampling(TokenOptions, Streamed):
-    """The part of a request that says how tokens are chosen; None: the engine's default."""
+    """Part of a request that controls sampling. None selects the engine's default."""
 
     model: str | None = None
     n: int = Field(default=1, ge=1, le=128)
@@ -376,7 +386,7 @@ class Sampling(TokenOptions, Streamed):
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     metadata: Any = None
-    """Changes no answer; ``session_end`` in it says that no request of the session follows."""
+    """Ignored except ``session_end``, which declares that no request of the session follows."""
     stop: Text | Texts | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
@@ -384,7 +394,7 @@ class Sampling(TokenOptions, Streamed):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     cache_salt: str | None = None
-    """Requests with different salts share nothing of the cache."""
+    """Requests with different salts share no cache entries."""
 
     GIVEN: ClassVar[tuple[str, ...]] = (
         "temperature",
@@ -404,8 +414,8 @@ class Sampling(TokenOptions, Streamed):
     def samplings(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
     ) -> list[SamplingParams]:
-        """How each of the ``n`` choices is sampled; by ``defaults`` where the body says nothing.
-        APIError 400: a value out of range."""
+        """Return the sampling parameters of the ``n`` choices; ``defaults`` replace missing ones.
+        Raises APIError 400 for a value out of range."""
         given = dict(defaults)
         given |= {name: value for name in self.GIVEN if (value := getattr(self, name)) is not None}
         given |= self.options()
@@ -432,7 +442,7 @@ class CompletionRequest(Sampling):
     HOLDS_IDS: ClassVar[bool] = True
 
     prompt: Annotated[Any, WithJsonSchema(PROMPT)]
-    """A text, a list of texts, a list of token ids, or a list of such lists."""
+    """Text, list of texts, list of token ids, or list of such lists."""
     max_tokens: int = Field(default=16, ge=0, json_schema_extra={"maximum": MAX_COUNT})
     echo: bool = False
     logprobs: int | None = Field(default=None, ge=0, le=20)
@@ -460,7 +470,7 @@ class CompletionRequest(Sampling):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """One entry a prompt, whatever form it came in."""
+        """List of prompts, with one entry per prompt."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
             return [self.prompt]
         return list(self.prompt)
@@ -471,8 +481,8 @@ def _are_ids(values: list[Any]) -> bool:
 
 
 class CacheControl(Strict):
-    """Anthropic's: later prompts will share what lies before. Where a state is kept, and how long,
-    is the cache's to decide: ``ttl`` changes nothing."""
+    """Anthropic's mark: later prompts will share the text before it. ``ttl`` is ignored, because
+    the cache's policies decide on placement and eviction."""
 
     type: Literal["ephemeral"]
     ttl: str | None = None
@@ -485,7 +495,7 @@ class TextPart(Strict):
 
 
 class ChatMessage(BaseModel):
-    """One message. Names a template may know (reasoning_content) pass through."""
+    """One message. Unknown names such as ``reasoning_content`` are passed to the template."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -501,11 +511,12 @@ class ChatMessage(BaseModel):
             for part in content:
                 if isinstance(part, dict) and part.get("type", "text") != "text":
                     kind = quoted(str(part["type"]))
-                    raise ValueError(f"This model reads text only: drop the {kind} part.")
+                    raise ValueError(f"This model supports text only: remove the {kind} part.")
         return content
 
     def as_template_input(self) -> dict[str, Any]:
-        """As chat templates expect it: content as one string, tool arguments as an object."""
+        """Return the message for a chat template: content as one string, tool arguments as an
+        object."""
         extra = self.model_extra or {}
         message: dict[str, Any] = {"role": self.role}
         message |= without_nulls(extra)
@@ -518,7 +529,7 @@ class ChatMessage(BaseModel):
         return message
 
     def marks(self) -> Iterator[int | None]:
-        """After how many of its parts it says that later chats will share it; None: after all."""
+        """Yield the number of its parts before each mark, or None for a mark at its end."""
         parts = self.content if isinstance(self.content, list) else []
         for end, part in enumerate(parts[:-1], 1):
             if part.cache_control is not None:
@@ -527,7 +538,8 @@ class ChatMessage(BaseModel):
             yield None
 
     def cut(self, index: int, end: int | None) -> Cut:
-        """The place after its first ``end`` parts, of the message with this ``index``."""
+        """Return the cut after the first ``end`` parts of this message, which has the given
+        ``index``."""
         if end is None or not isinstance(self.content, list):
             return Cut(index)
         return Cut(index, _text(self.content[:end]))
@@ -540,15 +552,16 @@ def _text(parts: Sequence[TextPart]) -> str:
 def cuts_of(
     messages: Sequence[ChatMessage] | None, tools: Sequence[Mapping[str, Any]] | None
 ) -> list[Cut]:
-    """The places that ``cache_control`` marks, the end of the chat apart: it is known. ValueError:
-    more than there may be."""
+    """Return the marked places except the end of the chat, which is known anyway. Raises ValueError
+    if there are too many."""
     chat = messages or ()
     marks = [(index, end) for index, message in enumerate(chat) for end in message.marks()]
     has_tools = any(tool.get("cache_control") for tool in tools or ())
     if (number := len(marks) + has_tools) > MAX_CUTS:
         raise ValueError(
-            f"'cache_control' stands in {number} places of this chat, more than {MAX_CUTS}: "
-            "mark fewer."
+            f"'cache_control' marks {number} places of this chat, and at most {MAX_CUTS} are "
+            "allowed: "
+            "remove some."
         )
     last = len(chat) - 1, None
     cuts = [chat[index].cut(index, end) for index, end in marks if (index, end) != last]
@@ -564,16 +577,16 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _with_plain_function(entry: dict[str, Any]) -> dict[str, Any]:
-    """A call or a tool, and its function, without nulls; not what lies deeper, where a null may be
-    an argument, or a schema's."""
+    """Return a call or a tool, and its function, without nulls. Deeper nulls stay, because they may
+    be arguments or part of a schema."""
     entry = without_nulls(entry)
     function = entry.get("function")
     return entry | {"function": without_nulls(function)} if isinstance(function, dict) else entry
 
 
 def parsed_arguments(text: str) -> dict[str, Any]:
-    """The arguments of a call that a model wrote, whether or not they are JSON: an answer may have
-    been cut in them, and the conversation goes on."""
+    """Parse the arguments of a call that a model wrote. Invalid JSON, from an answer that was cut
+    off, is returned under ``BROKEN``."""
     try:
         value = read_json(text or "{}")
     except ValueError:
@@ -584,7 +597,7 @@ def parsed_arguments(text: str) -> dict[str, Any]:
 def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
     tool = _with_plain_function(tool)
     if (kind := tool.get("type", "function")) != "function":
-        raise ValueError(f"Tools of the type {quoted(str(kind))} are not served: offer functions.")
+        raise ValueError(f"Tools of type {quoted(str(kind))} are not supported: use functions.")
     function = tool.get("function")
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(function, dict) or not isinstance(name, str) or not name:
@@ -595,7 +608,7 @@ def _is_tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 Tools = Listed[Annotated[dict[str, Any], AfterValidator(_is_tool)]]
-"""Functions, as they reach the template."""
+"""Functions in the form in which the template reads them."""
 
 
 class FunctionName(Strict):
@@ -619,7 +632,7 @@ ToolChoice = Annotated[NamedTool | Literal["none", "auto", "required"], BeforeVa
 
 
 def says_session_end(metadata: object) -> bool:
-    """Return whether ``metadata`` has ``session_end``, as a truth value or as text.
+    """Return True if ``metadata`` has ``session_end``, as a boolean or as text.
 
     >>> says_session_end({"session_end": "true"}), says_session_end({"session_end": "0"})
     (True, False)
@@ -629,15 +642,17 @@ def says_session_end(metadata: object) -> bool:
 
 
 class CacheOptions(Strict):
-    """OpenAI's ``prompt_cache_options``. What is kept here, and how long, is the cache's own to
-    decide: ``mode`` and ``ttl`` change nothing."""
+    """OpenAI's ``prompt_cache_options``. ``mode`` and ``ttl`` are ignored, because the cache's
+    policies decide on placement and eviction."""
 
     mode: Literal["implicit"] | None = None
     ttl: str | None = None
     comparison_response_id: str | None = None
-    """Say in the answer why it missed the cache, beside this earlier one."""
+    """Id of an earlier answer; the response explains its cache misses by comparison with that
+    answer."""
     session_end: bool = False
-    """No request of this session follows. Not OpenAI's: a hint for admission and eviction."""
+    """True if no request of this session follows. Not part of OpenAI's API: a hint for admission
+    and eviction."""
 
 
 class Diagnostics(Strict):
@@ -657,18 +672,19 @@ class ChatRequest(Sampling, Rendering):
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True
-    """False: the answer ends behind its first call."""
+    """False to end the answer after its first call."""
     prompt_cache_options: CacheOptions | None = None
     diagnostics: Diagnostics | None = None
 
     @property
     def limit(self) -> int | None:
-        """Of an answer's tokens, by either of its two names; None: what the context holds."""
+        """Maximum number of tokens of an answer, by either name, or None if only the context limits
+        it."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     @property
     def compared_with(self) -> str | None:
-        """The earlier answer that this one is to be compared with."""
+        """Id of the earlier answer to compare this one with."""
         options, asked = self.prompt_cache_options, self.diagnostics
         if options is not None and options.comparison_response_id is not None:
             return options.comparison_response_id
@@ -676,18 +692,18 @@ class ChatRequest(Sampling, Rendering):
 
     @property
     def ends_session(self) -> bool:
-        """True if no request of this session follows, as the client says."""
+        """True if the client declared that no request of this session follows."""
         options = self.prompt_cache_options
         return says_session_end(self.metadata) or (options is not None and options.session_end)
 
     @property
     def demands_call(self) -> bool:
-        """The answer must be a call."""
+        """True if the answer must be a call."""
         return self.tool_choice not in (None, "none", "auto")
 
     @property
     def has_strict_calls(self) -> bool:
-        """The answer may be a call of a tool whose schema it must follow."""
+        """True if the answer may be a call of a tool with a schema that it must follow."""
         if self.demands_call or self.tool_choice == "none" or super().is_guided:
             return False
         return any(tool["function"].get("strict") is True for tool in self.tools or ())
@@ -701,16 +717,21 @@ class ChatRequest(Sampling, Rendering):
         return "tools" if self.demands_call or self.has_strict_calls else super().form_name
 
     def call_grammar(self, form: str, may_think: bool) -> Grammar | None:
-        """Return the grammar of the calls that the answer must have, or may have if some are
-        strict; None if it is neither. ``form`` is the model's, and ``may_think`` says whether it
-        may begin with reasoning. ValueError: a tool's schema cannot be served, or another form is
-        asked for, too."""
+        """Return the grammar of required calls, or of strict calls that the answer may contain;
+        None without either.
+
+        ``form`` is the model's form of calls; ``may_think`` is True if the answer may begin with
+        reasoning. Raises ValueError if a tool's schema cannot be used, or if another form is
+        requested too.
+        """
         if self.has_strict_calls:
             return strict_call_grammar(self.tools or (), form, may_think=may_think)
         if not self.demands_call:
             return None
         if super().is_guided:
-            raise ValueError("'tool_choice' demands a call, which has its form: ask for no other.")
+            raise ValueError(
+                "'tool_choice' requires a call, so no other form of the answer can be requested."
+            )
         choice = self.tool_choice
         name = choice.function.name if isinstance(choice, NamedTool) else "required"
         return call_grammar(self.tools or (), name, form, in_parallel=self.parallel_tool_calls)
@@ -719,19 +740,20 @@ class ChatRequest(Sampling, Rendering):
     def _says_one_thing(self) -> ChatRequest:
         if self.max_tokens not in (None, self.limit):
             raise ValueError(
-                f"'max_tokens' {self.max_tokens} and 'max_completion_tokens' {self.limit} are two "
-                "limits of one answer: send one of them."
+                f"'max_tokens' {self.max_tokens} and 'max_completion_tokens' {self.limit} are "
+                "different "
+                "limits for the same answer: send one of them."
             )
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("'top_logprobs' needs 'logprobs': set it to true.")
+            raise ValueError("'top_logprobs' requires 'logprobs': set it to true.")
         if self.continue_final_message and self.add_generation_prompt:
             raise ValueError(
-                "'continue_final_message' goes on in the last message: leave out "
-                "'add_generation_prompt', which begins another."
+                "'continue_final_message' continues the last message: omit "
+                "'add_generation_prompt', which begins another message."
             )
         if self.continue_final_message and self.messages[-1].role != "assistant":
             raise ValueError(
-                "'continue_final_message' goes on in an answer: the last message must be the "
+                "'continue_final_message' continues an answer: the last message must be the "
                 "assistant's."
             )
         return self
@@ -763,7 +785,7 @@ class DetokenizeRequest(Strict):
 
 
 def described(kind: type[BaseModel]) -> dict[str, Any]:
-    """What /docs says of a body of this kind."""
+    """Return the OpenAPI description of a body of this kind."""
     refs = f"#/components/schemas/{kind.__name__}.{{model}}"
     content = {"application/json": {"schema": kind.model_json_schema(ref_template=refs)}}
     return {"requestBody": {"required": True, "content": content}}

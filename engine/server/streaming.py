@@ -1,5 +1,5 @@
-"""From the engine's streams to HTTP: several choices as one sequence, server-sent events, and
-clients that hang up."""
+"""Streaming over HTTP: merged outputs of several choices, server-sent events, and client
+disconnects."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ DONE = b"data: [DONE]\n\n"
 
 
 class ClientGone(Exception):
-    """The client hung up before its answer was ready."""
+    """The client disconnected before its answer was ready."""
 
 
 def event(data: dict[str, Any]) -> bytes:
-    """One server-sent event."""
+    """Return one server-sent event."""
     return b"data: " + write_json(data).encode() + b"\n\n"
 
 
 def as_event(failure: APIError) -> bytes:
-    """Write a failure as OpenAI's clients read it in the middle of a stream."""
+    """Return a failure in the middle of a stream in the form of OpenAI's clients."""
     return event(failure.body())
 
 
 def named_event(data: dict[str, Any]) -> bytes:
-    """One server-sent event that is called what its ``type`` says."""
+    """Return one server-sent event named after its ``type``."""
     return b"event: " + str(data["type"]).encode() + b"\n" + event(data)
 
 
 async def with_pauses(items: AsyncIterator[Item], pause_s: float) -> AsyncIterator[Item | None]:
-    """``items``, and None whenever none came for ``pause_s``."""
+    """Yield ``items``, and None whenever none arrived for ``pause_s``."""
     waiting = asyncio.ensure_future(anext(items))
     try:
         while True:
@@ -75,8 +75,8 @@ async def with_pauses(items: AsyncIterator[Item], pause_s: float) -> AsyncIterat
 async def interleave(
     streams: Sequence[RequestStream],
 ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
-    """(index of the stream, output) as they come, until all ended. However it is left, no request
-    stays behind."""
+    """Yield (index of the stream, output) until all have ended. All requests are ended when the
+    iterator is closed."""
     outputs: asyncio.Queue[tuple[int, RequestOutput] | BaseException | None] = asyncio.Queue()
 
     async def forward(index: int, stream: RequestStream) -> None:
@@ -107,7 +107,7 @@ async def interleave(
 
 
 async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
-    """The result of ``work``, which is cancelled as soon as the client hangs up: ClientGone."""
+    """Return the result of ``work``. If the client disconnects, cancel it and raise ClientGone."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_hang_up(request.receive))
     try:
@@ -124,8 +124,8 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events that stop, and close their iterator, when the client hangs up: also while
-    none is due."""
+    """Server-sent events that stop, and close their iterator, when the client disconnects, even
+    between events."""
 
     media_type = "text/event-stream"
 
@@ -135,9 +135,11 @@ class EventStream(StreamingResponse):
         late_headers: Callable[[], Mapping[str, str]] | None = None,
         on_error: Callable[[APIError], bytes] | None = None,
     ) -> None:
-        """With ``on_error`` the answer begins with its first event: an error before it is raised
-        and has a status of its own, and one after it is written by ``on_error`` as the last event.
-        ``late_headers`` are asked for when the first event is there."""
+        """With ``on_error`` the response starts with the first event.
+
+        An earlier error is raised and gets its own status; a later one is written by ``on_error``
+        as the last event. ``late_headers`` is called when the first event is available.
+        """
         self._late_headers, self._on_error = late_headers, on_error
         super().__init__(
             _one_at_a_time(events), headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -159,12 +161,12 @@ class EventStream(StreamingResponse):
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
-                with suppress(OSError):  # The client left while something was being sent.
+                with suppress(OSError):  # The client disconnected during a send.
                     sending.result()
         finally:
             leaving.cancel()
             sending.cancel()
-            with suppress(asyncio.CancelledError, Exception):  # it was raised above
+            with suppress(asyncio.CancelledError, Exception):  # already raised above
                 await sending
             close: Callable[[], Awaitable[None]] | None = getattr(self._events, "aclose", None)
             if close is not None:
@@ -172,15 +174,15 @@ class EventStream(StreamingResponse):
 
 
 async def _one_at_a_time(events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The event loop has a turn between two: else a burst is written to a connection that is gone,
-    and asyncio complains."""
+    """Yield ``events``, and give the event loop a turn after each. Otherwise a burst is written to
+    a closed connection, and asyncio logs a warning."""
     async for one in events:
         yield one
         await asyncio.sleep(0)
 
 
 async def _head(events: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    """The first event alone."""
+    """Yield the first event only."""
     async for one in events:
         yield one
         return
@@ -199,6 +201,6 @@ async def _joined(
 
 
 async def _hang_up(receive: Receive) -> None:
-    """Returns when the client is gone."""
+    """Return when the client has disconnected."""
     while (await receive())["type"] != "http.disconnect":
         pass

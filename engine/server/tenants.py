@@ -1,4 +1,4 @@
-"""Tenants: which requests belong together, and the ids that each of them has used."""
+"""Tenants: owners of requests, and the ids that each of them has used."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from engine.server.errors import APIError
 from engine.text.json_text import REPLACEMENT
 
 SALT_HEADER = "x-cache-salt"
-"""Names the salt of a request in place of ``cache_salt`` in its body, on every method."""
+"""Header for the salt of a request, as an alternative to ``cache_salt`` in the body, on every
+method."""
 MAX_USED = 16_384
-"""Ids chosen by clients that are remembered, the latest of all tenants together."""
+"""Maximum number of remembered ids chosen by clients, the latest of all tenants together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +29,27 @@ class Tenant:
     """Owner of requests, of the answers to them and of their ids."""
 
     key: int | None = None
-    """Place of the API key among those of the server; None if the server asks for none."""
+    """Index of the API key among those of the server, or None if the server requires none."""
     namespace: str | None = None
-    """Keyed hash of the salt; None if the request has no salt. The cache knows this part alone."""
+    """Keyed hash of the salt, or None if the request has no salt. The cache uses only this part."""
 
     @property
     def is_known(self) -> bool:
-        """Whether a secret tells this tenant from others: without one, clients that do not know
-        each other are the same tenant."""
+        """True if a secret identifies this tenant. Without one, clients without any relation are
+        the same tenant."""
         return self.key is not None or self.namespace is not None
 
 
 class Tenants:
-    """Tells tenants apart. Salts are secrets and namespaces are shown: a key made at the start
-    stands between them, so that nobody can try salts."""
+    """Distinguishes tenants. Salts are secret and namespaces are visible, so they are hashed with a
+    key made at the start, which prevents guessing of salts."""
 
     def __init__(self) -> None:
         self._key = secrets.token_bytes(32)
 
     def of(self, scope: Scope, salt: str | None = None) -> Tenant:
-        """Return the tenant of a request whose body names ``salt``. APIError 400: its salts differ,
-        or one is not text."""
+        """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
+        salts differ, or one is not text."""
         name = SALT_HEADER.encode()
         given = {_header_salt(value) for header, value in scope["headers"] if header == name}
         if salt is not None:
@@ -60,11 +61,11 @@ class Tenants:
                 param="cache_salt",
             )
         if any(REPLACEMENT in one for one in given):
-            # Unreadable characters are read as this one, which would make different salts equal.
+            # Invalid characters are decoded as this one, which would make different salts equal.
             raise APIError(
                 400,
-                "A salt must not hold U+FFFD, the sign for characters that could not be read: "
-                "choose other text.",
+                "A salt must not contain U+FFFD, the replacement of invalid characters: "
+                "choose another text.",
                 param="cache_salt",
             )
         hashes = [hmac.new(self._key, one.encode(), hashlib.sha256) for one in given]
@@ -86,9 +87,9 @@ class AnswerId:
     """Id of one answer."""
 
     public: str
-    """Stands in the answer. No other answer of its tenant has it."""
+    """Id in the answer, unique for its tenant."""
     unique: str
-    """The engine's id of the request: nothing else has it, of whatever tenant."""
+    """Id of the request in the engine, unique for all tenants."""
 
     def request_id(self, choice: int) -> str:
         """Return the engine's id for one of the answer's choices."""
@@ -96,16 +97,16 @@ class AnswerId:
 
     @classmethod
     def random(cls, kind: str, joint: str = "-") -> AnswerId:
-        """Return an id that nobody can guess."""
+        """Return an id that cannot be guessed."""
         name = new_id(kind, joint)
         return cls(name, name)
 
 
 class AnswerIds:
-    """Ids of the answers of one server, of which clients choose a part by ``request_id``. Only an
-    event loop calls it.
+    """Ids of the answers of one server, of which clients choose a part by ``request_id``. Used in
+    the event loop only.
 
-    The same id may belong to several tenants: none learns which ids another has.
+    The same id may belong to several tenants, so a tenant cannot find out the ids of others.
     """
 
     def __init__(self) -> None:
@@ -114,9 +115,11 @@ class AnswerIds:
 
     @contextmanager
     def claimed(self, kind: str, tenant: Tenant, name: str | None) -> Iterator[AnswerId]:
-        """Yield an id that begins with ``kind`` and goes on with the ``name`` that a client chose;
-        if the tenant has used it before, it gets a random end. It is used unless the block raises.
-        O(1)."""
+        """Yield an id made of ``kind`` and the ``name`` that a client chose, with a random end if
+        the tenant has used it before.
+
+        The id counts as used unless the block raises. O(1).
+        """
         if name is None:
             yield AnswerId.random(kind)
             return
@@ -127,7 +130,7 @@ class AnswerIds:
         if len(self._used) > MAX_USED:
             self._used.popitem(last=False)
         try:
-            # Another tenant may have this id at the same time, and choices end in numbers too.
+            # Another tenant may have this id at the same time, and choices end with numbers too.
             yield AnswerId(public, f"{public}#{next(self._numbers)}")
         except BaseException:
             self._used.pop((tenant, public), None)

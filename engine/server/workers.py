@@ -1,9 +1,9 @@
-"""Threads for what would take the event loop too long, and how these leave others their turn.
+"""Threads for work that would block the event loop, with pauses for other threads.
 
-A thread that computes in Python holds the interpreter, and whoever waits for it gets it a switch
-interval later: a step of the engine, which takes it hundreds of times, would wait as often. So long
-work pauses between its pieces (``give_way``), and keeps each call into C short, since nothing else
-runs in this process meanwhile.
+A thread that computes in Python holds the interpreter, and another thread gets it only after a
+switch interval. A step of the engine needs it hundreds of times and would wait each time. So long
+work pauses between its pieces (``give_way``) and keeps each call into C short, because no other
+thread runs during the call.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 LONG = 4096
-"""Bytes of a body, characters of a text or tokens of an answer above which a thread does the
-work."""
+"""Threshold above which work is done in a thread: bytes of a body, characters of a text or tokens
+of an answer."""
 NUM_WORKERS = 2
 SWITCH_S = 0.0002
-"""What a thread waits for the interpreter while another computes in Python."""
+"""Time that a thread waits for the interpreter while another computes in Python."""
 PAUSE_S = 0.0003
 
 Result = TypeVar("Result")
@@ -28,7 +28,7 @@ _this_thread = threading.local()
 
 
 class Workers:
-    """A few threads for long work, which waits for long work only."""
+    """A few threads for long work. Short work is not delayed by it."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(
@@ -39,12 +39,13 @@ class Workers:
         )
 
     async def compile(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns, done in a thread of its own kind: who waits for a grammar keeps
-        nobody waiting who brings a long body."""
+        """Run ``work`` in a separate thread for grammars, so that grammars do not delay long
+        bodies."""
         return await asyncio.get_running_loop().run_in_executor(self._compiler, work)
 
     async def run(self, size: int, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns: done here where its ``size`` is small, else in a thread."""
+        """Run ``work`` directly if its ``size`` is small, else in a thread, and return its
+        result."""
         if size <= LONG:
             return work()
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
@@ -59,6 +60,7 @@ def _become_worker() -> None:
 
 
 def give_way() -> None:
-    """Between two pieces of long work: in a worker, let the other threads go on for a moment."""
+    """Pause between two pieces of long work, so that other threads can run. Does nothing outside
+    worker threads."""
     if getattr(_this_thread, "is_worker", False):
         time.sleep(PAUSE_S)

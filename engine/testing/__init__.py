@@ -1,1 +1,1 @@
-"""A runner and a sampler without a model, which verify every read."""
+"""Runner and sampler without a model that verify every read."""

@@ -1,17 +1,16 @@
-"""A runner without a model: its memory knows which prefix every row and every slot stands for, and
-every read is proved.
+"""Runner without a model that verifies every read against the prefix it should contain.
 
-In place of a KV row stands the fingerprint of the prefix that ends there; in place of a state, that
-and its length. A step that reads anything but the very prefix it claims to continue is an
-AssertionError that says what it read. The next token is a function of the fingerprint, so greedy
-answers must not depend on who else runs, what is cached, or how a prompt is cut. With ``exact`` a
-fingerprint also tells which tokens a decode step computed, as bits would. Rows and states also know
-the namespace that made them, and are read in no other.
+A KV row contains the fingerprint of the prefix that ends there; a state contains that and its
+length. A step that reads anything except the prefix that it continues raises AssertionError with
+the contents it read. The next token is a function of the fingerprint. So greedy answers must not
+depend on other requests, on the contents of the cache, or on the chunks of a prompt. With ``exact``
+a fingerprint also depends on the tokens that a decode step computed, as bits would. Rows and states
+are tagged with the namespace that made them, and must not be read in another.
 
-In an arena rows and slots are the same bytes: what is written to a slot is gone from the rows under
-it, and the other way round.
+In an arena rows and slots are the same bytes: a write to a slot erases the rows under it, and the
+other way round.
 
-For tests, and for studies that want the engine's schedule without the cost of a model.
+It serves tests, and studies that need the engine's schedule without the cost of a model.
 """
 
 from __future__ import annotations
@@ -37,13 +36,13 @@ MASK = (1 << 62) - 1
 
 
 def fingerprint(before: int, token: int, by_decode: bool = False) -> int:
-    """Of the prefix that one more token makes."""
+    """Return the fingerprint of a prefix that is extended by one token."""
     mixed = (before * 6364136223846793005 + 2 * token + by_decode + 1442695040888963407) & MASK
     return mixed ^ (mixed >> 29)
 
 
 class OracleState(NamedTuple):
-    """What stands in a slot."""
+    """Contents of a slot."""
 
     position: int
     fingerprint: int
@@ -51,7 +50,7 @@ class OracleState(NamedTuple):
 
 
 class RowMark(NamedTuple):
-    """What stands in a KV row."""
+    """Contents of a KV row."""
 
     fingerprint: int
     token: int
@@ -59,11 +58,12 @@ class RowMark(NamedTuple):
 
 
 Stored = tuple[RowMark | OracleState, int]
-"""In a row of a lower tier: that of a KV row and whose it is, or a piece of a state and which."""
+"""Contents of a row of a host or disk tier: a KV row with its namespace, or a state with the number
+of the piece."""
 
 
 class OracleRunner:
-    """Stands where a ModelRunner would; ``forward`` gives a fingerprint for each row of logits."""
+    """Replacement of ModelRunner; ``forward`` returns a fingerprint for each row of logits."""
 
     def __init__(
         self,
@@ -77,9 +77,12 @@ class OracleRunner:
         page_size: int = 1,
         owns_states: bool = False,
     ) -> None:
-        """Two pools; ``num_slots`` 0: an attention-only model. None: an arena of ``num_kv_tokens``
-        rows. ``geometry``, or the preset of that name, has the sizes that the memory is said to
-        have. ``owns_states``: as ``MemorySizes.owns_states``."""
+        """Make a runner with two pools, or with an arena of ``num_kv_tokens`` rows if ``num_slots``
+        is None.
+
+        ``num_slots`` 0 makes an attention-only model. ``geometry``, or the preset of that name, has
+        the reported sizes of the memory. ``owns_states`` is that of ``MemorySizes``.
+        """
         if isinstance(geometry, str):
             geometry = ModelGeometry.preset(geometry)
         self.geometry = geometry
@@ -92,23 +95,24 @@ class OracleRunner:
         self._tokens = np.zeros((num_kv_tokens, 2), np.int64)
         """(token, computed by a decode step)."""
         self._writers: npt.NDArray[np.int32] = np.full(num_kv_tokens, -1, np.int32)
-        """Whose each row is: an index of ``_namespaces``; -1: nobody wrote it, or a state lies over
-        it."""
+        """Namespace of each row as an index of ``_namespaces``; -1 for a row that was not written,
+        or is under a state."""
         self._namespaces: list[Hashable] = []
         self._states: list[OracleState | None] = [None] * self.memory.num_slots
         self._own: dict[int, OracleState | None] = {}
-        """Running states by their slots, where these are no slots of the memory."""
+        """Running states by their slots, if these are separate from the memory's slots."""
         self._below: dict[tuple[str, int], Stored] = {}
-        """What lies in rows of lower tiers."""
+        """Contents of the rows of host and disk tiers."""
         self._table: dict[int, npt.NDArray[np.int32]] = {}
         self._proved: dict[int, Fingerprints] = {}
         self._verified: list[tuple[Segment, Fingerprints]] = []
-        """Segments of the last step that wait for their ``commit``, and what was computed."""
+        """Segments of the last step that wait for their ``commit``, with the computed
+        fingerprints."""
         self.is_asynchronous = False
         self.num_steps = self.num_tokens_computed = 0
 
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
-        """Do the batch's copies, prove every read, and compute: int64[rows of logits]."""
+        """Make the batch's copies, verify every read, and compute: int64[rows of logits]."""
         self._forget_verified()
         for order in batch.moves:
             self._make(order)
@@ -129,28 +133,29 @@ class OracleRunner:
         return np.array([one for rows in logits for one in rows], np.int64)
 
     def _forget_verified(self) -> None:
-        """A step broke off before its commit: nobody knows those states."""
+        """Invalidate the states of a verification that failed before its commit."""
         for segment, _ in self._verified:
             if segment.slot is not None:
                 self._write_own(segment.slot, None)
         self._verified = []
 
     def table_row(self, row: int, end: int) -> Indices:
-        """KV indices of the positions of ``row`` below ``end``, as far as batches gave it any."""
+        """Return the KV indices of the positions of ``row`` below ``end``, as far as batches
+        assigned them."""
         return self._table.get(row, np.empty(0, np.int32))[:end]
 
     def attach_tiers(self, copier: object, num_host_rows: int) -> OracleRunner:
-        """See ``Runner.attach_tiers``: transfers are followed here, whatever ``copier`` does."""
+        """See ``Runner.attach_tiers``. Transfers are simulated here, and ``copier`` is ignored."""
         return self
 
     host_bytes_per_s: float | None = None
 
     def identity(self, weights_digest: str | None = None) -> Mapping[str, str]:
-        """It computes like every other of its size."""
+        """Return the same identity for every runner of this kind."""
         return {"runner": "oracle"}
 
     def _make(self, order: Transfer) -> None:
-        """A move, or what goes from one tier to another, which must be what it is said to be."""
+        """Execute a move or a transfer between tiers, and verify its contents."""
         if isinstance(order, Move):
             self._move(order)
         elif isinstance(order, Drop):
@@ -182,15 +187,15 @@ class OracleRunner:
             self._forget_states(order.dst)
 
     def _stored(self, order: Copy) -> list[Stored]:
-        """What ``order`` finds at its source."""
+        """Return the stored contents of the source rows of ``order``."""
         rows = order.src.tolist()
         if order.src_tier != DEVICE:
             return [self._below[order.src_tier, row] for row in rows]
         if order.kind == "checkpoint":
             state = self._states[rows[0]]
-            assert state is not None, f"slot {rows[0]} is spilled, and was never written"
+            assert state is not None, f"slot {rows[0]} is offloaded, and was never written"
             return [(state, piece) for piece in range(self._state_rows)]
-        assert (self._writers[order.src] >= 0).all(), "a KV row is spilled that nobody wrote"
+        assert (self._writers[order.src] >= 0).all(), "a KV row is offloaded that was never written"
         return [
             (RowMark(int(self._fingerprints[row]), *self._tokens[row].tolist()), writer)
             for row, writer in zip(rows, self._writers[order.src].tolist(), strict=True)
@@ -202,13 +207,13 @@ class OracleRunner:
         return slab_rows(sizes.state_bytes, sizes.row_bytes, sizes.page_size)
 
     def _move(self, move: Move) -> None:
-        assert not set(move.src.tolist()) & set(move.dst.tolist()), "a row moves into its own slab"
+        assert not set(move.src.tolist()) & set(move.dst.tolist()), "a row moves into its slab"
         for what in (self._fingerprints, self._tokens, self._writers):
             what[move.dst] = what[move.src]
         self._forget_states(move.dst)
 
     def _forget_states(self, rows: Indices) -> None:
-        """``rows`` were written: what was a state over them is none."""
+        """Invalidate the states over ``rows``, which were written."""
         for slot in self._slots_over(rows):
             self._states[slot] = None
 
@@ -227,7 +232,7 @@ class OracleRunner:
         return self._own.get(slot) if self.memory.owns_states else self._states[slot]
 
     def _slots_over(self, rows: Indices) -> set[int]:
-        """The slots that share bytes with ``rows``."""
+        """Return the slots that share bytes with ``rows``."""
         if not self.memory.slab_rows:
             return set()
         slots = np.unique(rows // self.memory.slab_rows).tolist()
@@ -291,7 +296,9 @@ class OracleRunner:
             "a checkpoint outside of its segment"
         )
         if segment.num_drafts:
-            assert segment.is_decode and end - start == 1 + segment.num_drafts, "drafts of nothing"
+            assert segment.is_decode and end - start == 1 + segment.num_drafts, (
+                "drafts without a decode"
+            )
             self._verified.append((segment, new))
         else:
             self._move_on(segment, new)
@@ -299,7 +306,7 @@ class OracleRunner:
         return [int(one) for one in rows_wanted]
 
     def commit(self, batch: Batch, taken: Sequence[int]) -> None:
-        """Move the states of the segments with drafts on by the tokens ``taken`` of each."""
+        """Advance the states of the segments with drafts by ``taken`` tokens each."""
         verified = [segment for segment in batch.segments if segment.num_drafts]
         assert all(map(is_, verified, (segment for segment, _ in self._verified)))
         for (segment, new), count in zip(self._verified, taken, strict=True):
@@ -311,13 +318,13 @@ class OracleRunner:
         self._verified = []
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
-        """Prove that each request's rows and state are those of the tokens before its newest one.
-        What it gives is right up to a place that changes with every prefix."""
-        assert not self._verified, "a guess from states that wait for their commit"
+        """Verify that each request's rows and state are those of the tokens before its newest one.
+        The drafts are right up to a place that depends on the prefix."""
+        assert not self._verified, "drafting from states that wait for their commit"
         found = []
         for request, count in zip(newest, most, strict=True):
             held = self._read_own(request.slot)
-            assert held is not None, "a guess from a slot that was never written"
+            assert held is not None, "drafting from a slot that was never written"
             token = np.array([request.token_id], np.int32)
             segment = Segment(
                 request.row, request.slot, token, request.position, True, namespace=held.namespace
@@ -333,7 +340,7 @@ class OracleRunner:
         return found
 
     def _move_on(self, segment: Segment, new: Fingerprints) -> None:
-        """The state has taken ``new`` in; checkpoints past them are not written."""
+        """Update the state with ``new`` and write the checkpoints up to its end."""
         end = segment.start + len(new)
 
         def state(position: int) -> OracleState:
@@ -351,7 +358,8 @@ class OracleRunner:
         return self._namespaces.index(namespace)
 
     def _prove_state(self, segment: Segment, before: int) -> None:
-        """The slot holds the state of the very tokens before ``segment``, made in its namespace."""
+        """Verify that the slot has the state of the tokens before ``segment``, made in its
+        namespace."""
         assert segment.slot is not None
         held = self._read_own(segment.slot)
         assert held is not None, f"slot {segment.slot} was never written, but resumed from"
@@ -365,8 +373,8 @@ class OracleRunner:
         )
 
     def _prove_kv(self, segment: Segment) -> Fingerprints:
-        """Fingerprints of the tokens before ``segment``, after proving that its rows hold exactly
-        those."""
+        """Return the fingerprints of the tokens before ``segment``, after verifying that its rows
+        have them."""
         rows = self._table[segment.row][: segment.start]
         self._prove_namespace(segment, rows)
         proved = self._proved.get(segment.row)
@@ -386,7 +394,7 @@ class OracleRunner:
         foreign = np.flatnonzero(writers != self._writer(segment.namespace))
         if len(foreign):
             position, writer = foreign[0], int(writers[foreign[0]])
-            owner = "nobody" if writer < 0 else f"namespace {self._namespaces[writer]!r}"
+            owner = "no namespace" if writer < 0 else f"namespace {self._namespaces[writer]!r}"
             raise AssertionError(
                 f"namespace {segment.namespace!r} reads at position {position} a KV row of {owner}"
             )
@@ -404,7 +412,7 @@ def _sizes(
 
 
 def _prove_path(order: Copy, stored: list[Stored]) -> None:
-    """What goes to disk is what its path says."""
+    """Verify that the data written to disk belongs to the path of ``order``."""
     assert order.path is not None
     namespace, tokens = order.path
     assert len(tokens) == order.position, "a path that ends elsewhere"

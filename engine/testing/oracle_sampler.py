@@ -1,4 +1,4 @@
-"""A sampler that chooses tokens as a function of what the oracle's runner gives for logits."""
+"""Sampler for the oracle: tokens are a function of the fingerprints that replace logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.text.outputs import SampledToken
 
 
 class OracleDrawn:
-    """Tokens that a runner may read at once, and the host later."""
+    """Tokens that are available to the runner and the host at once."""
 
     def __init__(self, sampled: list[SampledToken]) -> None:
         self.tokens = [one.token_id for one in sampled]
@@ -23,7 +23,7 @@ class OracleDrawn:
 
 
 class OracleSampler:
-    """Chooses tokens as a function of the fingerprint."""
+    """Selects tokens as a function of the fingerprint."""
 
     def __init__(self, vocab_size: int = 320) -> None:
         self._vocab_size = vocab_size
@@ -43,7 +43,7 @@ class OracleSampler:
         return logits[row : row + 1].copy()
 
     def choose(self, logits: int, request: SamplingInput | None = None) -> SampledToken:
-        """The one token that follows a prefix, among those that ``request`` may have."""
+        """Return the one token that follows a prefix, among those that ``request`` allows."""
         possible = np.arange(self._vocab_size)
         if request is not None and request.mask is not None:
             possible = possible[np.unpackbits(request.mask, bitorder="little")[possible] == 1]
@@ -54,7 +54,7 @@ class OracleSampler:
         return SampledToken(token, -(logits % 9973) / 1000)
 
     def score(self, logits: Fingerprints, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
-        """A log-probability that depends on the prefix and on the token."""
+        """Return log-probabilities that depend on the prefix and on the token."""
         return OracleDrawn(
             [
                 SampledToken(int(token), -((int(one) + int(token)) % 9973) / 1000)

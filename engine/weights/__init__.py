@@ -1,2 +1,1 @@
-"""Eight-bit weights in files: which modules of a checkpoint have them, in which layout, and how a
-full-precision checkpoint is converted into one."""
+"""Weights: readers of config.json and weight files, 8-bit formats, and conversion to 8 bits."""

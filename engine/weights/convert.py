@@ -1,4 +1,5 @@
-"""``engine convert``: a full-precision checkpoint into an 8-bit one, a matrix at a time."""
+"""``engine convert``: converts a full-precision checkpoint to an 8-bit one, one matrix at a
+time."""
 
 from __future__ import annotations
 
@@ -25,25 +26,26 @@ SCHEMES: dict[Format, Scheme] = {
     "int8": Scheme("int8", (1, None), "weight_scale"),
     "fp8": Scheme("fp8", (SCALE_BLOCK, SCALE_BLOCK), "weight_scale_inv"),
 }
-"""What is written: compressed-tensors' W8A8, and the layout of DeepSeek's and Qwen's fp8."""
+"""Formats that are written: compressed-tensors' W8A8, and the fp8 layout of DeepSeek and Qwen."""
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt")
-"""Of files that are not copied, besides config.json."""
+"""Endings of files that are not copied, in addition to config.json."""
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """What became of one matrix."""
+    """Result for one matrix."""
 
     module: str
     shape: tuple[int, ...]
     error: float | None
-    """Root mean square of the rounding over that of the weights; None: left as it is."""
+    """Root mean square of the rounding divided by that of the weights, or None if the matrix was
+    not converted."""
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What ``convert`` did."""
+    """Result of ``convert``."""
 
     scheme: Scheme
     source_bytes: int
@@ -62,22 +64,24 @@ def convert(
     shard_bytes: int | None = None,
     show_progress: bool | None = None,
 ) -> Conversion:
-    """Write the checkpoint of ``source`` into ``target``, linear layers in 8 bits, everything else
-    as it is. ``target`` appears when all is written.
+    """Write the checkpoint of ``source`` into ``target`` with linear layers in 8 bits, everything
+    else unchanged.
+
+    ``target`` appears when all is written.
 
     Args:
-        ignore: more layers to leave alone: words of names, or regular expressions after ``re:``.
-        scheme: in place of the one that ``to`` stands for.
-        show_progress: None: where somebody looks at the terminal.
+      ignore: additional layers to keep: words of names, or regular expressions after ``re:``.
+      scheme: replaces the scheme of ``to``.
+      show_progress: None to show progress if the output is a terminal.
 
-    Memory: the largest matrix, once as it was and once as it becomes. Raises ModelError.
+    Takes the memory of the largest matrix, before and after its conversion. Raises ModelError.
     """
     _check_target(target)
     config = read_config(source)
     quantization = read_quantization(config, source)
     if quantization is not None:
         raise ModelError(
-            f"{source} is {quantization.describe()} already: convert the model in full precision."
+            f"{source} is already {quantization.describe()}: convert the model in full precision."
         )
     files = find_files(source)
     scheme = scheme or SCHEMES[to]
@@ -95,7 +99,7 @@ def convert(
         written_bytes = sum(path.stat().st_size for path in partial.glob("*.safetensors"))
         os.replace(partial, target)
     except OSError as error:
-        raise ModelError(f"{target} can not be written: {error.strerror or error}.") from None
+        raise ModelError(f"{target} cannot be written: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     source_bytes = sum(path.stat().st_size for path in files)
@@ -104,7 +108,7 @@ def convert(
 
 def _check_target(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target} exists and is not an empty directory: name a new one.")
+        raise ModelError(f"{target} exists and is not an empty directory: choose a new one.")
 
 
 def _write(
@@ -131,15 +135,15 @@ def _write(
 
 
 def _convert_one(piece: FilePiece, file: FileWriter) -> list[Converted]:
-    """Write what ``piece`` becomes; a record where it is a matrix."""
+    """Write the converted ``piece``. Returns a record if it is a matrix."""
     weight = piece.source.read_part(piece.first, piece.shape)
     if piece.scheme is None:
         file.write(piece.name, weight)
         named = [Converted(piece.module, piece.shape, None, piece.reason)]
         return named if piece.reason else []
     stored, scale, error = quantize_rows(weight, piece.scheme)
-    if not error < 1:  # also where it is no number
-        raise ModelError(f"{piece.name} holds numbers that are not finite.")
+    if not error < 1:  # also true for NaN
+        raise ModelError(f"{piece.name} contains numbers that are not finite.")
     file.write(piece.name, stored)
     file.write(f"{piece.module}.{piece.scheme.scale_name}", scale)
     return [Converted(piece.module, piece.shape, error, "")]
@@ -147,8 +151,11 @@ def _convert_one(piece: FilePiece, file: FileWriter) -> list[Converted]:
 
 @torch.inference_mode()
 def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """``weight`` ``[M, N]`` as ``scheme`` stores it, the scales as in files, and the root mean
-    square of the rounding over that of the weights. A band of rows at a time."""
+    """Quantise ``weight`` ``[M, N]`` to ``scheme``, one band of rows at a time.
+
+    Returns the stored weight, the scales as in files, and the root mean square of the rounding
+    divided by that of the weights.
+    """
     num_rows, num_columns = weight.shape
     height, width = (
         size or whole for size, whole in zip(scheme.block, (num_rows, num_columns), strict=True)
@@ -172,7 +179,8 @@ def quantize_rows(weight: torch.Tensor, scheme: Scheme) -> tuple[torch.Tensor, t
 
 
 def _copy_rest(source: Path, target: Path) -> None:
-    """Tokenizer, templates, generation_config.json and whatever else lies beside the weights."""
+    """Copy the tokenizer, templates, generation_config.json and all other files except the
+    weights."""
     for path in sorted(source.iterdir()):
         is_copied = path.name != "config.json" and not path.name.endswith(WEIGHT_SUFFIXES)
         if path.is_file() and is_copied:
@@ -180,8 +188,11 @@ def _copy_rest(source: Path, target: Path) -> None:
 
 
 def _section(pieces: Sequence[FilePiece], scheme: Scheme) -> dict[str, Any]:
-    """``quantization_config``: every matrix that was left alone by its full name, and the head,
-    which has no tensor where it is tied, but which other readers take for a linear layer."""
+    """Return the section ``quantization_config``.
+
+    It lists every matrix that was not converted by its full name, and the head: a tied head has no
+    tensor, but other readers treat it as a linear layer.
+    """
     left = [
         piece.module
         for piece in pieces

@@ -1,4 +1,4 @@
-"""What ``engine convert`` makes of each weight, decided from the headers of the files alone."""
+"""Plan of ``engine convert``: the format of each weight, decided from the headers of the files."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from engine.weights.scheme import Scheme
 from engine.weights.tensor_files import FULL_DTYPES, Tensor, WeightsError
 
 SHARD_BYTES = 4 * 2**30
-"""A file is begun anew before it would be larger."""
+"""Maximum size of a file, unless a single piece is larger."""
 
 LEFT_ALONE = (
     *(f"re:(.*\\.)?{word}(\\.|$)" for word in FULL_PRECISION),
     "re:(.*\\.)?mtp\\.fc$",
 )
-"""Layers in which few numbers decide much: router and shared-expert gates, the gates of linear
-attention, the head, what joins the tokens of multi-token prediction."""
+"""Layers in which a few numbers have a large effect: router and shared-expert gates, the gates of
+linear attention, the head, and the input product of multi-token prediction."""
 OTHER_KINDS = re.compile(r"(.*\.)?(\w*embed\w*|wte|visual\..*|vision_tower\..*|vision_model\..*)")
-"""Matrices that are no linear layer, and those of towers that see."""
+"""Matrices that are not linear layers, and those of vision towers."""
 STACKED = re.compile(
     r"(.*\.experts)\.(gate_up_proj|down_proj)|"
     r"(.*\.block_sparse_moe)\.(input_linear|output_linear)\.weight"
@@ -39,21 +39,21 @@ class FilePiece:
 
     source: Tensor
     name: str
-    """To write it under."""
+    """Name of the written tensor."""
     shape: tuple[int, ...]
     scheme: Scheme | None = None
-    """None: as it is."""
+    """Format of the written tensor, or None to keep it unchanged."""
     first: int = 0
     """Index of its first number in the source."""
     reason: str = ""
-    """Why a matrix is left as it is."""
+    """Reason why a matrix is not converted."""
 
     @property
     def module(self) -> str:
         return self.name.removesuffix(".weight")
 
     def entries(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """Dtype and shape of each tensor to write, by name. Raises WeightsError."""
+        """Return dtype and shape of each tensor to write, by name. Raises WeightsError."""
         if self.scheme is not None:
             scale = f"{self.module}.{self.scheme.scale_name}"
             shape = self.scheme.scale_shape(*self.shape)
@@ -62,20 +62,23 @@ class FilePiece:
                 scale: (torch.float32, shape),
             }
         if self.source.torch_dtype is None:
-            raise WeightsError(f"{self.name} has numbers of type {self.source.dtype}.")
+            raise WeightsError(f"{self.name} has the unsupported type {self.source.dtype}.")
         return {self.name: (self.source.torch_dtype, self.shape)}
 
     @property
     def num_bytes(self) -> int:
-        """To write, with scales."""
+        """Bytes to write, including scales."""
         return sum(math.prod(shape) * dtype.itemsize for dtype, shape in self.entries().values())
 
 
 def plan_pieces(
     tensors: Iterable[Tensor], scheme: Scheme, ignore: Sequence[str]
 ) -> list[FilePiece]:
-    """A piece for each tensor, experts one by one. Raises ModelError for a pattern of ``ignore``
-    that matches no linear layer, and where nothing is left to quantise."""
+    """Return a piece for each tensor, with experts one by one.
+
+    Raises ModelError for a pattern of ``ignore`` that matches no linear layer, and if no layer is
+    left to quantise.
+    """
     lists = [(text, Names.of([text], anywhere=True)) for text in ignore]
     unused, defaults = dict(lists), Names.of(LEFT_ALONE)
     pieces: list[FilePiece] = []
@@ -87,7 +90,7 @@ def plan_pieces(
         pieces += decided
     if unused:
         raise ModelError(
-            f"--ignore {next(iter(unused))} matches no linear layer: give words of a name as "
+            f"--ignore {next(iter(unused))} matches no linear layer: use words of a name, such as "
             "mlp.gate, or a regular expression after re:."
         )
     if all(piece.scheme is None for piece in pieces):
@@ -97,8 +100,8 @@ def plan_pieces(
 
 
 def _parts(tensor: Tensor) -> list[FilePiece]:
-    """The tensor itself, or each expert's gate, up and down projection of a stacked one; of
-    Granite's, gate and up in one."""
+    """Return the tensor itself, or each expert's gate, up and down projection of a stacked one.
+    Gate and up stay together in Granite's."""
     stacked = STACKED.fullmatch(tensor.name)
     if stacked is None or len(tensor.shape) != 3:
         return [FilePiece(tensor, tensor.name, tensor.shape)]
@@ -127,8 +130,8 @@ def _decide(
     lists: Sequence[tuple[str, Names]],
     unused: dict[str, Names],
 ) -> FilePiece:
-    """``piece`` with a scheme or a reason for none; strikes the patterns that match it from
-    ``unused``."""
+    """Return ``piece`` with a scheme, or with the reason for keeping it. Removes the patterns that
+    match it from ``unused``."""
     is_matrix = len(piece.shape) == 2 and piece.name.endswith(".weight")
     if not is_matrix or OTHER_KINDS.fullmatch(piece.module):
         is_stacked = len(piece.shape) == 3 and piece.shape[1] > 1 and ".visual." not in piece.name
@@ -138,13 +141,13 @@ def _decide(
         unused.pop(text, None)
     reason = ""
     if matching:
-        reason = "asked for"
+        reason = "selected by --ignore"
     elif defaults.has(piece.module):
-        reason = "few numbers that decide much"
+        reason = "few numbers with a large effect"
     elif piece.source.dtype not in FULL_DTYPES:
         reason = f"{piece.source.dtype} already"
     elif not _is_whole(piece.shape, scheme):
-        reason = "not whole blocks"  # which other readers mistake
+        reason = "not whole blocks"  # which other readers misinterpret
     return replace(piece, scheme=None if reason else scheme, reason=reason)
 
 
@@ -155,7 +158,8 @@ def _is_whole(shape: tuple[int, ...], scheme: Scheme) -> bool:
 def into_shards(
     pieces: Iterable[FilePiece], most_bytes: int = SHARD_BYTES
 ) -> list[list[FilePiece]]:
-    """In their order, each shard at most ``most_bytes`` unless one piece is more."""
+    """Divide ``pieces``, in order, into shards of at most ``most_bytes`` each, unless one piece is
+    larger."""
     shards: list[list[FilePiece]] = [[]]
     filled = 0
     for piece in pieces:
@@ -168,7 +172,7 @@ def into_shards(
 
 
 def shard_paths(directory: Path, count: int) -> list[Path]:
-    """As Hugging Face names them."""
+    """Return the paths of ``count`` files, named as Hugging Face names them."""
     if count == 1:
         return [directory / "model.safetensors"]
     return [directory / f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from engine.weights.model_config import ModelError
 
 WRAPPINGS = ("model.language_model.", "language_model.model.")
-"""What multimodal checkpoints have in place of ``model.`` around their text part."""
+"""Prefixes of multimodal checkpoints that replace ``model.`` in their text part."""
 
 MODEL_SLIM_FILE = "quant_model_description.json"
 MODEL_OPT_FILE = "hf_quant_config.json"
-"""Ascend's list of what each tensor is."""
+"""Files that list the format of each tensor: Ascend's ModelSlim and ModelOpt."""
 
 
 def model_name(name: str) -> str:
-    """A tensor's name without the wrapping that multimodal models put around their text part."""
+    """Return a tensor's name without the prefix of the text part of a multimodal model."""
     for wrapping in WRAPPINGS:
         if name.startswith(wrapping):
             return "model." + name.removeprefix(wrapping)
@@ -26,18 +26,19 @@ def model_name(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """A list of modules: full names, and after ``re:`` regular expressions that are matched from a
-    name's beginning."""
+    """A list of modules: full names, and regular expressions after ``re:`` that match the start of
+    a name."""
 
     names: frozenset[str]
-    """Without a wrapping."""
+    """Names without the prefix of a multimodal model."""
     patterns: tuple[re.Pattern[str], ...]
     num_words: frozenset[int]
-    """Of the names that also stand for every module in which their words follow each other."""
+    """Numbers of words of the names that also match inside other names."""
 
     @classmethod
     def of(cls, texts: Iterable[object], *, anywhere: bool = False) -> Names:
-        """Raises ModelError for what is no regular expression."""
+        """Build the list. With ``anywhere``, a name also matches every module that contains its
+        words in sequence. Raises ModelError for an invalid regular expression."""
         names, patterns = set(), []
         for text in map(str, texts):
             if not text.startswith("re:"):
@@ -55,9 +56,12 @@ class Names:
         return not self.names and not self.patterns
 
     def has(self, module: str) -> bool:
-        """Whether ``module``, with its wrapping or without, is on the list. On whole words:
-        ``mlp.gate`` does not match ``mlp.gate_proj``. However many names there are, O(words *
-        lengths of names + regular expressions)."""
+        """Return True if ``module``, with or without the prefix of a multimodal model, is on the
+        list.
+
+        Names match whole words: ``mlp.gate`` does not match ``mlp.gate_proj``. O(words * lengths of
+        names + regular expressions), independent of the number of names.
+        """
         name = model_name(module)
         if name in self.names or not self.names.isdisjoint(_runs(name, self.num_words)):
             return True
@@ -67,12 +71,12 @@ class Names:
         return any(p.match(text) for p in self.patterns for text in (module, *spelled))
 
     def sample(self, most: int = 3) -> str:
-        """A few entries."""
+        """Return a few entries, for errors."""
         return ", ".join([*sorted(self.names), *(f"re:{p.pattern}" for p in self.patterns)][:most])
 
 
 def _runs(name: str, counts: Iterable[int]) -> Iterator[str]:
-    """So many words of a dotted name as follow each other."""
+    """Yield every run of ``counts`` words in a dotted name."""
     words = name.split(".") if counts else []
     for count in counts:
         for first in range(len(words) - count + 1):

@@ -1,4 +1,4 @@
-"""From a model directory to a model with its weights."""
+"""Construction of a model with its weights from a model directory."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Loaded(NamedTuple):
 
     model: Decoder
     head: PredictionHead | None
-    """Its multi-token head; None: not asked for."""
+    """Multi-token head, or None if it was not requested."""
     note: str
-    """How many weights there are, and where they came from."""
+    """Description of the number and the source of the weights."""
 
 
 def load_model(
@@ -43,10 +43,10 @@ def load_model(
     seed: int,
     with_head: bool = False,
 ) -> Loaded:
-    """A model with its weights, and with its multi-token head if that is asked for.
+    """Build a model with its weights, and with its multi-token head if requested.
 
-    Raises WeightsError before any tensor is read if the weight files do not fit the config or have
-    no head, ModelError where the family's is not served.
+    Raises WeightsError before any tensor is read if the weight files do not match the config or
+    have no head. Raises ModelError if the family's head is not supported.
     """
     outline = replace(build, weights=replace(build.weights, device=torch.device("meta")))
     if load_format == "dummy":
@@ -74,7 +74,8 @@ def load_model(
 
 
 def _counted(plan: Decoder, with_head: bool) -> str:
-    """The numbers in all tensors of a model, embeddings and what all ranks have included."""
+    """Describe the number of weights in all tensors, including embeddings and the parts of all
+    ranks."""
     said = f"{format_count(_num_weights(plan))} parameters"
     if not with_head:
         return said
@@ -86,12 +87,12 @@ def _num_weights(plan: Decoder | PredictionHead) -> int:
 
 
 def _head(model: Decoder, fill: Fill | None = None) -> PredictionHead:
-    """The head of ``model``, with its weights where ``fill`` gives them."""
+    """Make the head of ``model``, with weights if ``fill`` is given."""
     head = model.prediction_head()
     if head is None:
         raise ModelError(
-            f"draft mtp needs a multi-token head, and {type(model).__name__} is served without: "
-            "use draft tree, or none."
+            f"--draft mtp requires a multi-token head, which is not supported for "
+            f"{type(model).__name__}: use --draft tree, or none."
         )
     if fill is not None:
         fill(head)
@@ -100,7 +101,8 @@ def _head(model: Decoder, fill: Fill | None = None) -> PredictionHead:
 
 
 def resolve_dtype(word: str, config: ModelConfig, device: Device) -> torch.dtype:
-    """``auto`` is the weight files' own where the device computes in it. Raises ModelError."""
+    """Return a dtype by name. ``auto`` is that of the weight files if the device supports it.
+    Raises ModelError."""
     name = config.dtype if word == "auto" else word
     if name not in DTYPES:
         if word == "auto":

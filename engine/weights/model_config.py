@@ -1,5 +1,8 @@
-"""Read what the engine needs from a ``config.json``, besides the sizes, which
-``hybridcache.geometry`` reads. A family adds its own numbers in a subclass of ``ModelConfig``."""
+"""Reader of the engine's settings in a ``config.json``.
+
+The sizes are read by ``hybridcache.geometry``. A family adds its numbers in a subclass of
+``ModelConfig``.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from hybridcache.geometry.sizes import MixerSizes, ModelSizes
 
 M = TypeVar("M", bound=MixerSizes)
 ACTIVATIONS = ("silu", "swish")
-"""Names of the activation that is served."""
+"""Names of the supported activation."""
 LAYER_SORTS = (
     "layer_types",
     "layers_block_type",
@@ -23,46 +26,46 @@ LAYER_SORTS = (
     "attn_layer_offset",
     "num_hidden_layers",
 )
-"""Keys that say which layers attend."""
+"""Keys that determine which layers have attention."""
 CONVOLUTIONS = ("conv_L_cache", "conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv")
 """Keys of a causal convolution's number of taps."""
 DEFAULT_ROPE_THETA = 10_000.0
 
 
 class ModelError(ValueError):
-    """A model that can not be served, in one sentence that says why."""
+    """The model is not supported; the message gives the reason in one sentence."""
 
 
 @dataclass(frozen=True, slots=True)
 class LinearScaling:
-    """Every frequency divided by ``factor``."""
+    """Every frequency is divided by ``factor``."""
 
     factor: float
 
 
 @dataclass(frozen=True, slots=True)
 class Llama3Scaling:
-    """Low frequencies divided by ``factor``, high ones kept, those between interpolated."""
+    """Low frequencies are divided by ``factor``, high ones kept, those in between interpolated."""
 
     factor: float
     low: float
-    """Rotations within ``original_len`` below which a frequency is low."""
+    """Number of rotations within ``original_len`` below which a frequency is low."""
     high: float
     original_len: float
 
 
 @dataclass(frozen=True, slots=True)
 class YarnScaling:
-    """As ``Llama3Scaling``, interpolated over the indices of frequencies; cos and sin are scaled
-    too."""
+    """Like ``Llama3Scaling``, but interpolated over the indices of frequencies. cos and sin are
+    scaled too."""
 
     factor: float
     slow: float
-    """Rotations within ``original_len`` below which a frequency is low."""
+    """Number of rotations within ``original_len`` below which a frequency is low."""
     fast: float
     original_len: float
     truncates: bool
-    """Whether the interpolation begins and ends at whole indices."""
+    """True if the interpolation begins and ends at whole indices."""
     attention_factor: float
     """Factor of cos and sin."""
 
@@ -76,39 +79,41 @@ class Rope:
 
     theta: float
     dim: int
-    """Leading dimensions of a head that are rotated."""
+    """Number of leading dimensions of a head that are rotated."""
     scaling: Scaling | None = None
     """Change of the frequencies for contexts longer than those of the first training."""
 
     @property
     def extended_len(self) -> int:
-        """Positions that YaRN extends the context to; 0 for other scalings, with which
-        ``max_position_embeddings`` is the extended length."""
+        """Length to which YaRN extends the context.
+
+        0 for other scalings, for which ``max_position_embeddings`` is the extended length.
+        """
         scaling = self.scaling
         return int(scaling.factor * scaling.original_len) if isinstance(scaling, YarnScaling) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One model. Sizes are in elements."""
+    """Numbers of one model. Sizes are in elements."""
 
     sizes: ModelSizes
     norm_eps: float
     rope: Rope | None
     tie_embeddings: bool
-    """Whether the head has the weights of the embedding, unless the files have others for it."""
+    """True if the head has the weights of the embedding, unless the files have others for it."""
     max_position: int
     dtype: str
-    """The checkpoint's own: float32, bfloat16 ..."""
+    """dtype of the checkpoint: float32, bfloat16 ..."""
     attention_bias: bool = False
-    """Of the products of attention layers."""
+    """True if the products of attention layers have a bias."""
     embedding_multiplier: float = 1.0
-    """Of the embeddings, where they enter the residual stream."""
+    """Factor of the embeddings at the start of the residual stream."""
     logit_multiplier: float = 1.0
     described_sizes: str = field(default="", compare=False)
-    """The keys of config.json that shapes of tensors follow from: for errors."""
+    """Keys of config.json that determine shapes of tensors, for errors."""
     unknown_keys: tuple[str, ...] = field(default=(), compare=False)
-    """Keys of config.json that neither the engine nor transformers looks at."""
+    """Keys of config.json that neither the engine nor transformers reads."""
 
     @property
     def vocab_size(self) -> int:
@@ -125,7 +130,7 @@ class ModelConfig:
 
 
 class Common(TypedDict):
-    """Arguments of ``ModelConfig`` that all families name alike."""
+    """Arguments of ``ModelConfig`` with the same keys in all families."""
 
     sizes: ModelSizes
     norm_eps: float
@@ -138,7 +143,8 @@ class Common(TypedDict):
 
 
 def common(config: Config, sizes: ModelSizes, *, eps: str = "rms_norm_eps") -> Common:
-    """Read what all families share. ``eps``: the key of the norms' epsilon. Raises ModelError."""
+    """Read the settings that all families share. ``eps`` is the key of the norms' epsilon. Raises
+    ModelError."""
     check_only(config, hidden_act=ACTIVATIONS, is_causal=(True,), per_layer_config=(None, {}))
     check_only(config, transformers_weights=(None,), fusion_config=(None,))
     for name in CONVOLUTIONS:
@@ -167,14 +173,14 @@ def common(config: Config, sizes: ModelSizes, *, eps: str = "rms_norm_eps") -> C
 
 
 def check_attends(config: Config, sizes: ModelSizes) -> None:
-    """Raises ModelError for a model of which no layer attends."""
+    """Raise ModelError for a model without attention layers."""
     if not sizes.row_size:
         keys = ", ".join(name for name in LAYER_SORTS if name in config)
         raise ModelError(f"models without a layer of attention are not supported ({keys}).")
 
 
 def mixer_of(sizes: ModelSizes, kind: type[M]) -> M:
-    """The mixer of a kind, of which all that the model has are alike. Raises ModelError."""
+    """Return the mixer of a kind, which must be the same in all layers. Raises ModelError."""
     found = {mixer for mixer in sizes.mixers if isinstance(mixer, kind)}
     if len(found) != 1:
         word = kind.__name__.removesuffix("Sizes").lower()
@@ -192,19 +198,19 @@ def read_rope(
     fraction: float | None = None,
     is_optional: bool = False,
 ) -> Rope | None:
-    """Read a rotary embedding; None where nothing is rotated.
+    """Read a rotary embedding, or return None if there is no rotation.
 
-    ``rope_scaling`` wins over ``rope_parameters``, and ``rope_theta`` and ``partial_rotary_factor``
-    inside of these over the same keys beside them. Keys that a type of embedding does not use have
-    no effect.
+    ``rope_scaling`` takes precedence over ``rope_parameters``. ``rope_theta`` and
+    ``partial_rotary_factor`` inside these take precedence over the same keys outside. Keys that a
+    type of embedding does not use are ignored.
 
     Args:
-        theta: The base where the file says nothing.
-        fraction: Part of a head that is rotated where the file says nothing; None for a family that
-            always rotates whole heads.
-        is_optional: Whether a base of null stands for no rotation.
+      theta: Default base.
+      fraction: Default part of a head that is rotated, or None for a family that always
+        rotates whole heads.
+      is_optional: True if a base of null means no rotation.
 
-    Raises ModelError for types that are not served and values that make no sense.
+    Raises ModelError for unsupported types and invalid values.
     """
     section = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     found = config.get(section) or {}
@@ -265,7 +271,7 @@ def _scaling(
 
 
 def _yarn(found: Mapping[str, Any], longest: int, original: float) -> YarnScaling:
-    """Scaling after https://arxiv.org/abs/2309.00071."""
+    """Return the scaling of https://arxiv.org/abs/2309.00071."""
     if "factor" not in found:
         raise ModelError("factor is missing in the rope_parameters of type 'yarn' in config.json.")
     factor = longest / original if found["factor"] is None else found["factor"]
@@ -288,12 +294,13 @@ def _yarn(found: Mapping[str, Any], longest: int, original: float) -> YarnScalin
 
 
 def _yarn_scale(factor: float, weight: float) -> float:
-    """Factor by which attention is sharpened in a context that is ``factor`` times longer."""
+    """Return the factor by which attention is sharpened in a context that is ``factor`` times
+    longer."""
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
 def _number(name: str, value: object) -> float:
-    """Raises ModelError for what is no finite number."""
+    """Return ``value`` as a float. Raises ModelError unless it is a finite number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value):  # type: ignore[arg-type]
         raise ModelError(
@@ -303,7 +310,7 @@ def _number(name: str, value: object) -> float:
 
 
 def _positive(name: str, value: object) -> float:
-    """Raises ModelError for what is no number greater than zero."""
+    """Return ``value`` as a float. Raises ModelError unless it is a number greater than zero."""
     number = _number(name, value)
     if number <= 0:
         raise ModelError(f"{name} must be greater than 0 in config.json (got {number}).")
@@ -311,7 +318,7 @@ def _positive(name: str, value: object) -> float:
 
 
 def time_limits(config: Config) -> tuple[float, float]:
-    """Bounds of Mamba-2's time steps. Raises ModelError."""
+    """Return the bounds of Mamba-2's time steps. Raises ModelError."""
     limits = config["time_step_limit"]
     if len(limits) != 2:
         raise ModelError(f"time_step_limit must be two numbers in config.json (got {limits}).")
@@ -319,25 +326,25 @@ def time_limits(config: Config) -> tuple[float, float]:
 
 
 def check_only(config: Config, **served: tuple[object, ...]) -> None:
-    """Raises ModelError where a key has another value than those ``served``, of which the first is
-    named; a key that is not there has none."""
+    """Raise ModelError if a key has a value that is not ``served``. The error names the first
+    supported value. Missing keys are accepted."""
     for name, values in served.items():
         if name in config and config[name] not in values:
             raise ModelError(f"{name} {config[name]!r} is not supported; {values[0]!r} is.")
 
 
 def check_all_read(config: Config) -> None:
-    """Raises ModelError for a key that no reader looked at, though its value is not the default."""
+    """Raise ModelError for a key that was not read although its value is not the default."""
     for name, value in config.unread().items():
-        raise ModelError(f"{name} {value!r} in config.json is not supported; leave it out.")
+        raise ModelError(f"{name} {value!r} in config.json is not supported; remove it.")
 
 
 def read_config(model_dir: Path) -> dict[str, Any]:
-    """``config.json`` as it stands. Raises ModelError."""
+    """Return the contents of ``config.json``. Raises ModelError."""
     path = model_dir / "config.json"
     if not path.is_file():
         raise ModelError(
-            f"there is no config.json in {model_dir}: give a model directory, or ORG/NAME for a "
+            f"there is no config.json in {model_dir}: use a model directory, or ORG/NAME for a "
             "model of the Hugging Face Hub."
         )
     try:
@@ -345,5 +352,5 @@ def read_config(model_dir: Path) -> dict[str, Any]:
     except (ValueError, UnicodeDecodeError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path} does not hold a JSON object.")
+        raise ModelError(f"{path} does not contain a JSON object.")
     return config

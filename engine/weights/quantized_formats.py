@@ -1,4 +1,5 @@
-"""``quantization_config`` of a config.json, and ModelSlim's description, as one kind of record."""
+"""Readers of quantisation settings: ``quantization_config`` of a config.json, and ModelSlim's
+file."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from engine.weights.scheme import Quantization, ScaleGroup, Scheme
 from kernels.linear.reference import Format
 
 REMEDY = (
-    "served are fp8 in blocks, compressed-tensors with int8 or float8 weights, ModelSlim's "
+    "supported are fp8 in blocks, compressed-tensors with int8 or float8 weights, ModelSlim's "
     "W8A8_DYNAMIC, and the model in full precision with --quantization int8 or fp8"
 )
 REFUSED = {
@@ -25,25 +26,26 @@ REFUSED = {
     "nvfp4": "NVFP4",
     "mxfp4": "MXFP4",
 }
-"""Known kinds that are not served, as people call them."""
+"""Names of known formats that are not supported."""
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized")
-"""Of compressed-tensors: weights lie unpacked."""
+"""Formats of compressed-tensors with unpacked weights."""
 
 
 def read_quantization(
     config: Mapping[str, Any], model_dir: Path | None = None
 ) -> Quantization | None:
-    """How a checkpoint's weights are quantised, from its ``config.json``, or else from ModelSlim's
-    file in its directory; None: not at all. Raises ModelError, also for kinds that are not
-    served."""
+    """Read the formats of a checkpoint's weights from its ``config.json``, or else from ModelSlim's
+    file in its directory.
+
+    Returns None if no weight is quantised. Raises ModelError, also for unsupported formats.
+    """
     text = config.get("text_config")
     nested = text.get("quantization_config") if isinstance(text, Mapping) else None
     section = config.get("quantization_config") or nested
     if not section:
         if model_dir is not None and (model_dir / MODEL_OPT_FILE).is_file():
             raise ModelError(
-                f"{REFUSED['modelopt']} weights, which {MODEL_OPT_FILE} describes, are not served; "
-                f"{REMEDY}."
+                f"{REFUSED['modelopt']} weights (see {MODEL_OPT_FILE}) are not supported; {REMEDY}."
             )
         return _model_slim(model_dir / MODEL_SLIM_FILE) if model_dir is not None else None
     if not isinstance(section, Mapping):
@@ -61,21 +63,21 @@ def read_quantization(
             f"quantization_config in config.json has a value of the wrong type: {error}."
         ) from None
     raise ModelError(
-        f"{REFUSED.get(method, method or 'unnamed')} weights are not served; {REMEDY}."
+        f"{REFUSED.get(method, method or 'unnamed')} weights are not supported; {REMEDY}."
     )
 
 
 def _fp8(section: Mapping[str, Any]) -> Quantization:
-    """Of DeepSeek's and Qwen's form: e4m3, a scale for each block. Where no list says otherwise
-    everything but the head is in 8 bits, as in Qwen3's dense models."""
+    """Read the form of DeepSeek and Qwen: e4m3 with a scale for each block. Without a list of
+    exceptions everything except the head is in 8 bits, as in Qwen3's dense models."""
     if section.get("fmt", "e4m3") != "e4m3":
-        raise ModelError(f"fp8 weights in {section['fmt']} are not served; e4m3 is.")
+        raise ModelError(f"fp8 weights in {section['fmt']} are not supported; e4m3 is.")
     activations = section.get("activation_scheme", "dynamic")
     if activations != "dynamic":
-        raise ModelError(f"fp8 weights with {activations} activations are not served; {REMEDY}.")
+        raise ModelError(f"fp8 weights with {activations} activations are not supported; {REMEDY}.")
     size = section.get("weight_block_size")
     if size is None:
-        raise ModelError(f"fp8 weights without weight_block_size are not served; {REMEDY}.")
+        raise ModelError(f"fp8 weights without weight_block_size are not supported; {REMEDY}.")
     key = "ignored_layers" if "ignored_layers" in section else "modules_to_not_convert"
     scheme = Scheme("fp8", _block(size, "weight_block_size"), "weight_scale_inv")
     ignored = Names.of(section.get(key) or ("lm_head",), anywhere=True)
@@ -88,12 +90,13 @@ def _block(size: Any, name: str) -> tuple[int, int]:
         and len(size) == 2
         and all(isinstance(n, int) and n > 0 for n in size)
     ):
-        raise ModelError(f"{name} must be two positive integers in config.json, not {size}.")
+        raise ModelError(f"{name} must be two positive integers in config.json (got {size}).")
     return size[0], size[1]
 
 
 def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
-    """Raises ModelError for every part of the format that changes numbers and is not served."""
+    """Read compressed-tensors. Raises ModelError for every unsupported part of the format that
+    changes numbers."""
     _refuse(section, "transform_config", "sparsity_config", "kv_cache_scheme")
     groups = section.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
@@ -110,27 +113,29 @@ def _compressed_tensors(section: Mapping[str, Any]) -> Quantization:
 
 
 def _refuse(section: Mapping[str, Any], *keys: str) -> None:
-    """Raises ModelError where one of the keys has a value; an empty one, and a sparsity that leaves
-    all weights in place, are none."""
+    """Raise ModelError if one of the keys has a value. Empty values, and a sparsity that keeps all
+    weights, are accepted."""
     for key in keys:
         value = section.get(key)
         is_dense = isinstance(value, Mapping) and value.get("format") == "dense"
         if value and not is_dense:
-            raise ModelError(f"{key} of compressed-tensors is not served; {REMEDY}.")
+            raise ModelError(f"{key} of compressed-tensors is not supported; {REMEDY}.")
 
 
 def _group_scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
     weights = group.get("weights")
     if not isinstance(weights, Mapping):
-        raise ModelError(f"{name} of compressed-tensors says nothing about weights; {REMEDY}.")
+        raise ModelError(f"{name} of compressed-tensors does not describe weights; {REMEDY}.")
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if bits != 8 or kind not in ("int", "float") or layout not in FORMATS:
         raise ModelError(
             f"{name} of compressed-tensors has {kind}{bits} weights as {layout}, which is not "
-            f"served; {REMEDY}."
+            f"supported; {REMEDY}."
         )
     if not weights.get("symmetric", True):
-        raise ModelError(f"{name} of compressed-tensors has zero points: only symmetric is served.")
+        raise ModelError(
+            f"{name} of compressed-tensors has zero points: only symmetric weights are supported."
+        )
     strategy = weights.get("strategy")
     if strategy == "block":
         block: tuple[int | None, int | None] = _block(weights.get("block_structure"), name)
@@ -138,8 +143,9 @@ def _group_scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
         block = (1 if strategy == "channel" else None), None
     else:
         raise ModelError(
-            f"{name} of compressed-tensors has a scale per {strategy}: per channel, tensor or "
-            "block is served."
+            f"{name} of compressed-tensors has one scale per {strategy}; only scales per channel, "
+            "tensor or "
+            "block are supported."
         )
     activations = group.get("input_activations")
     if activations is not None:
@@ -149,9 +155,11 @@ def _group_scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
 
 
 def _check_activations(name: str, activations: Mapping[str, Any], kind: str) -> None:
-    """Raises ModelError for activations that are not rounded as ours: to 8 bits of the weights'
-    kind, symmetric, by a scale for each token that is found as it comes. With float8 weights ours
-    are not rounded at all, so any scale that is found as tokens come will do."""
+    """Raise ModelError if activations are rounded differently from this engine's kernels.
+
+    The kernels round to 8 bits of the weights' kind, symmetric, with a dynamic scale per token.
+    With float8 weights they do not round activations, so any dynamic scale is accepted.
+    """
     strategies = ("token", None) if kind == "int" else ("token", "group", "tensor", None)
     defaults = {"type": kind, "symmetric": True, "dynamic": False, "strategy": None}
     found = {**defaults, **activations}
@@ -160,13 +168,14 @@ def _check_activations(name: str, activations: Mapping[str, Any], kind: str) -> 
         if found.get(key) not in values:
             raise ModelError(
                 f"{name} of compressed-tensors has input_activations with {key} "
-                f"{found.get(key)!r}, which is not served: dynamic ones of 8 bits, a scale for "
-                "each token, are."
+                f"{found.get(key)!r}, which is not supported: use dynamic ones of 8 bits with one "
+                "scale "
+                "per token."
             )
 
 
 def _model_slim(path: Path) -> Quantization | None:
-    """Ascend's tool lists every tensor's kind: FLOAT, W8A8_DYNAMIC ..."""
+    """Read Ascend's file with the kind of every tensor: FLOAT, W8A8_DYNAMIC ..."""
     if not path.is_file():
         return None
     try:
@@ -180,7 +189,9 @@ def _model_slim(path: Path) -> Quantization | None:
         raise ModelError(f"{path.name} is not a valid description of weights.") from None
     for module, kind in listed.items():
         if kind not in ("FLOAT", "W8A8_DYNAMIC"):
-            raise ModelError(f"{module} is {kind} in {path.name}, which is not served; {REMEDY}.")
+            raise ModelError(
+                f"{module} is {kind} in {path.name}, which is not supported; {REMEDY}."
+            )
     quantized = Names.of(module for module, kind in listed.items() if kind == "W8A8_DYNAMIC")
     if quantized.is_empty:
         return None

@@ -1,4 +1,4 @@
-"""Weights into layers: from safetensors, every tensor accounted for, or seeded for tries without
+"""Loading of weights into layers from safetensors files, or seeded weights for tests without
 files."""
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from engine.weights.tensor_files import (
 )
 
 HEAD = "mtp."
-"""A multi-token prediction head, which is read where it is asked for."""
+"""Prefix of a multi-token prediction head, which is read only if requested."""
 SKIPPED = ("model.visual.", "visual.")
-"""Parts of a model's files that are known and not served: the visual tower."""
+"""Prefixes of known parts that are not supported: the visual tower."""
 STACKED_EXPERTS = "experts.gate_up_proj", "block_sparse_moe.input_linear.weight"
-"""How names end of what all experts of a layer have in one tensor."""
+"""Endings of the names of tensors that contain all experts of a layer."""
 TIED_HEAD = "lm_head.weight"
-"""A copy of the embedding where a model ties them: files may have it or not, and lists of modules
-name it either way."""
+"""Copy of the embedding if a model ties them. Files may or may not contain it, and lists of modules
+may name it in both cases."""
 DUMMY_STD = 0.02
 CHUNK_BYTES = 2**24
-"""What one worker reads of a tensor before another may go on with it."""
+"""Size of the parts of a tensor that workers read in parallel."""
 LEAST_READ_BYTES = 2**14
-"""Rows in another order are read run by run where a run has as many on average."""
+"""Minimum average size of the runs in which reordered rows are read."""
 
 
 class WeightFiles:
-    """The safetensors files of one model directory, open until ``close``. Reads headers only, until
-    ``fill``."""
+    """The safetensors files of one model directory, open until ``close``. Until ``fill``, only
+    headers are read."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class WeightFiles:
         *,
         with_head: bool = False,
     ) -> None:
-        """Raises WeightsError where the head is asked for and there is none."""
+        """Open the files. Raises WeightsError if the head is requested and there is none."""
         self._quantization = quantization
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="weights")
         self._started = time.monotonic()
@@ -74,8 +74,8 @@ class WeightFiles:
                 self.tensors[model_name(tensor.name)] = tensor
         if with_head and not any(name.startswith(HEAD) for name in self.tensors):
             raise WeightsError(
-                "draft mtp needs a multi-token head, and the checkpoint has none (no tensor "
-                f"{HEAD}*): use draft tree, or none."
+                "--draft mtp requires a multi-token head, and the checkpoint has none (no tensor "
+                f"{HEAD}*): use --draft tree, or none."
             )
         if quantization is not None:
             names = (*self.tensors, *self.skipped, TIED_HEAD)
@@ -83,12 +83,13 @@ class WeightFiles:
 
     @property
     def has_stacked_experts(self) -> bool:
-        """Whether all experts of a layer come as one tensor, in the model and in its head."""
+        """True if all experts of a layer are one tensor, in the model and in its head."""
         return any(name.endswith(STACKED_EXPERTS) for name in self.tensors)
 
     def ties(self, embedding: str) -> bool:
-        """Whether the head has the weights of the tensor ``embedding``, of a model that ties them
-        unless its files have others. Files that have the head alone have it for both."""
+        """Return True if the head has the weights of the tensor ``embedding``, for a model that
+        ties them unless its files have others. A head without an embedding in the files is used for
+        both."""
         head, own = self.tensors.get(TIED_HEAD), self.tensors.get(embedding)
         if head is None:
             return True
@@ -104,9 +105,11 @@ class WeightFiles:
     def check(
         self, parameters: Iterable[tuple[str, Parameter]], *, tied: bool, sizes: str = ""
     ) -> None:
-        """Check that every parameter has its tensor and every tensor its parameter. ``sizes``: the
-        keys of config.json that shapes follow from. Raises WeightsError naming all that do not
-        fit."""
+        """Check that every parameter has its tensor and every tensor its parameter.
+
+        ``sizes`` lists the keys of config.json that determine shapes. Raises WeightsError with the
+        names of all that do not match.
+        """
         wanted: dict[str, tuple[tuple[int, ...], ...]] = {}
         schemes: dict[str, Scheme | None] = {}
         for name, parameter in parameters:
@@ -137,12 +140,12 @@ class WeightFiles:
         ]
         if complaints:
             raise WeightsError(
-                f"the checkpoint's tensors do not fit its config.json: {'; '.join(complaints)}"
-                + (f"; sizes there are {sizes}." if sizes else ".")
+                f"the checkpoint's tensors do not match its config.json: {'; '.join(complaints)}"
+                + (f"; its sizes are {sizes}." if sizes else ".")
             )
 
     def _check_dtypes(self, schemes: Mapping[str, Scheme | None]) -> None:
-        """What config.json says is 8-bit is so in the files, and nothing else is."""
+        """Check that the tensors in 8 bits are those that config.json lists."""
         found = {name: self.tensors[name].dtype for name in schemes if name in self.tensors}
         plain, coded = [], []
         for name, dtype in sorted(found.items()):
@@ -154,26 +157,26 @@ class WeightFiles:
         if plain:
             assert self._quantization is not None
             raise WeightsError(
-                f"config.json says that {self._quantization.describe()} are {len(plain)} weights "
-                f"which are not ({enumerated(plain)}): name them under "
+                f"config.json describes as {self._quantization.describe()} {len(plain)} weights "
+                f"with another type ({enumerated(plain)}): list them under "
                 f"{self._quantization.ignore_key}."
             )
         if coded:
             raise WeightsError(
-                f"quantization_config in config.json does not say how {len(coded)} weights are "
+                f"quantization_config in config.json does not describe {len(coded)} weights that "
+                "are "
                 f"quantised: {enumerated(coded)}."
             )
 
     def fill(self, layer: Layer) -> None:
-        """Read the tensors of one layer, in parallel, and put them where they go. Raises
-        WeightsError."""
+        """Read the tensors of one layer in parallel into their targets. Raises WeightsError."""
         jobs = [job for item in layer.parameters() for job in self._jobs(*item)]
         for num_bytes in self._pool.map(lambda job: job(), jobs):
             self._num_bytes += num_bytes
 
     def _jobs(self, name: str, parameter: Parameter) -> Iterator[Callable[[], int]]:
-        """Reads that may run side by side; each gives its bytes. What lies in the file as it is
-        wanted is read into its place, a chunk at a time."""
+        """Yield reads that may run in parallel; each returns its number of bytes. If the format
+        matches, the file is read directly into the target, one chunk at a time."""
         source, target = self.tensors[name], parameter.target
         runs = parameter.runs() if is_place_for(source, parameter) else []
         if not runs or target.nbytes < LEAST_READ_BYTES * len(runs):
@@ -202,12 +205,14 @@ class WeightFiles:
             check_scale(name, tensor, scale, parameter.scheme)
             offset = self.tensors.get(offset_name(name))
             if offset is not None and offset.read().count_nonzero():
-                raise WeightsError(f"{offset.name} is not zero: only symmetric weights are served.")
+                raise WeightsError(
+                    f"{offset.name} is not zero: only symmetric weights are supported."
+                )
         parameter.fill(tensor, scale)
         return tensor.nbytes + (0 if scale is None else scale.nbytes)
 
     def close(self) -> str:
-        """End the workers and close the files; a line on what was read."""
+        """End the workers and close the files. Returns a line on the files that were read."""
         self._pool.shutdown()
         for file in self._files.values():
             file.close()
@@ -218,16 +223,15 @@ class WeightFiles:
         if heads:
             line += "; its multi-token head is read with --draft mtp only"
         if len(self.skipped) > len(heads):
-            line += "; its visual tower is not served"
+            line += "; its visual tower is not supported"
         return line
 
 
 def check_numbers(name: str, tensor: torch.Tensor) -> None:
-    """Raises WeightsError where one of the tensor's numbers is NaN or infinite. One pass over it,
-    as fast as memory is read."""
+    """Raise WeightsError if a number of the tensor is NaN or infinite. One pass at memory speed."""
     if not tensor.numel():
         return
-    if tensor.dtype is torch.float8_e4m3fn:  # NaN is 0x7f, or 0xff.
+    if tensor.dtype is torch.float8_e4m3fn:  # NaN is 0x7f or 0xff.
         codes = tensor.view(torch.uint8), tensor.view(torch.int8)
         is_sound = int(codes[0].max()) < 0xFF and int(codes[1].max()) < 0x7F
     elif tensor.dtype.is_floating_point:
@@ -236,42 +240,43 @@ def check_numbers(name: str, tensor: torch.Tensor) -> None:
         is_sound = True
     if not is_sound:
         raise WeightsError(
-            f"{name} holds NaN or infinite numbers: the file is damaged, or what wrote it failed; "
-            "fetch it again."
+            f"{name} contains NaN or infinite numbers: the file is damaged, or its writer failed; "
+            "download it again."
         )
 
 
 def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Scheme) -> None:
-    """Raises WeightsError where a scale of the weight ``name`` is no positive number. A scale of
-    zero is one of weights that are all zero."""
+    """Raise WeightsError if a scale of the weight ``name`` is not a positive number. A scale of
+    zero is allowed if all its weights are zero."""
     own = scale_name(name, scheme)
     if scale.dtype not in SCALE_DTYPES:
         dtype = str(scale.dtype).removeprefix("torch.")
-        raise WeightsError(f"{own} holds {dtype} numbers: scales are float32, bfloat16 or float16.")
+        raise WeightsError(f"{own} has type {dtype}: scales must be float32, bfloat16 or float16.")
     rows = scheme.row_scales(scale, *stored.shape)
     if not (rows.isfinite() & (rows >= 0)).all():
         raise WeightsError(
-            f"{own} holds scales that are NaN, infinite or negative: the file is damaged, or what "
-            "wrote it failed; fetch it again."
+            f"{own} contains scales that are NaN, infinite or negative: the file is damaged, or "
+            "its writer failed; download it again."
         )
     for row, block in (rows == 0).nonzero().tolist():
         columns = scheme.block[1] or stored.shape[1]
         if stored[row, block * columns : (block + 1) * columns].float().count_nonzero():
             raise WeightsError(
-                f"{own} holds a scale of zero for weights that are not: the file is damaged, or "
-                "what wrote it failed; fetch it again."
+                f"{own} contains a scale of zero for weights that are not zero: the file is "
+                "damaged, or "
+                "its writer failed; download it again."
             )
 
 
 def _read(source: Tensor, target: torch.Tensor, first: int) -> int:
-    """Read into ``target`` and check what came; the bytes read. Raises WeightsError."""
+    """Read into ``target`` and check the numbers. Returns the bytes read. Raises WeightsError."""
     num_bytes = source.read_into(target, first)
     check_numbers(source.name, target)
     return num_bytes
 
 
 def _read_rows(source: Tensor, parameter: Parameter) -> int:
-    """The rows that a rank has of a tensor that is not wanted as it lies in the file."""
+    """Read a rank's rows of a tensor that cannot be read directly into the target."""
     assert source.torch_dtype is not None
     staged = torch.empty(parameter.target.shape, dtype=source.torch_dtype)
     flat, width = staged.view(-1), parameter.row_size
@@ -282,7 +287,7 @@ def _read_rows(source: Tensor, parameter: Parameter) -> int:
 
 
 def _read_columns(source: Tensor, cut: RankCut, target: torch.Tensor, rows: range) -> int:
-    """The columns that a rank has, of some rows, which are read whole."""
+    """Read some rows completely and copy the columns of a rank."""
     shape = len(rows), *source.shape[1:]
     found = source.read_part(rows.start * math.prod(shape[1:]), shape)
     check_numbers(source.name, found)
@@ -291,7 +296,7 @@ def _read_columns(source: Tensor, cut: RankCut, target: torch.Tensor, rows: rang
 
 
 def is_place_for(source: Tensor, parameter: Parameter) -> bool:
-    """Whether the file's bytes can be read into the target, maybe with rows in another order."""
+    """Return True if the file's bytes can be read into the target, possibly with reordered rows."""
     target = parameter.target
     return (
         parameter.scheme is None
@@ -303,7 +308,7 @@ def is_place_for(source: Tensor, parameter: Parameter) -> bool:
 
 
 def _check_whole_blocks(name: str, parameter: Parameter) -> None:
-    """Raises WeightsError where a rank would have part of a block of columns."""
+    """Raise WeightsError if a rank would have part of a block of columns."""
     cut, scheme = parameter.cut, parameter.scheme
     columns = None if scheme is None else scheme.block[1]
     if cut is None or cut.dim == 0 or columns is None:
@@ -311,24 +316,25 @@ def _check_whole_blocks(name: str, parameter: Parameter) -> None:
     first, end = int(cut.index[0]), int(cut.index[-1]) + 1
     if first % columns or (end % columns and end != cut.size):
         raise WeightsError(
-            f"--tp would cut blocks of {columns} columns, which share a scale: {name} has "
-            f"{cut.size} columns, {len(cut)} a rank; use fewer ranks."
+            f"--tp would split blocks of {columns} columns that share a scale: {name} has "
+            f"{cut.size} columns, {len(cut)} per rank; use fewer ranks."
         )
 
 
 def scale_name(name: str, scheme: Scheme) -> str:
-    """Of the scales of the weight ``name``."""
+    """Return the name of the scales of the weight ``name``."""
     return f"{name.removesuffix('.weight')}.{scheme.scale_name}"
 
 
 def offset_name(name: str) -> str:
-    """Of the zero points of the weight ``name``, which ModelSlim writes where they are all 0."""
+    """Return the name of the zero points of the weight ``name``, which ModelSlim also writes if all
+    are 0."""
     return f"{name.removesuffix('.weight')}.weight_offset"
 
 
 def scale_shapes(scheme: Scheme, num_rows: int, num_columns: int) -> tuple[tuple[int, ...], ...]:
-    """All that the scales of a weight ``[num_rows, num_columns]`` may have; one for a row or for
-    all come without the last dimensions too."""
+    """Return the allowed shapes of the scales of a weight ``[num_rows, num_columns]``. One scale
+    per row or for all may also lack the last dimensions."""
     shape = scheme.scale_shape(num_rows, num_columns)
     if not scheme.has_channel_scales:
         return (shape,)
@@ -336,7 +342,7 @@ def scale_shapes(scheme: Scheme, num_rows: int, num_columns: int) -> tuple[tuple
 
 
 class Dummy:
-    """Seeded weights for any model: each tensor's are drawn from the seed and its name alone."""
+    """Seeded weights for any model. Each tensor depends only on the seed and its name."""
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
@@ -346,8 +352,8 @@ class Dummy:
             self.draw(name, parameter)
 
     def draw(self, name: str, parameter: Parameter) -> None:
-        """Magnitudes as a model has them at its first training step."""
-        if parameter.cut is not None:  # The same numbers, however many ranks share them.
+        """Fill a parameter with magnitudes as at a model's first training step."""
+        if parameter.cut is not None:  # The numbers must not depend on the number of ranks.
             whole = parameter.target.new_empty(parameter.shape)
             self.draw(name, Parameter(whole, parameter.role))
             parameter.target.copy_(parameter.cut.of(whole))

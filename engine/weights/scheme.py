@@ -1,4 +1,4 @@
-"""How an 8-bit weight lies in the files, and which modules of a checkpoint have one."""
+"""Layout of 8-bit weights in files, and the modules of a checkpoint that have one."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ from engine.weights.model_config import ModelError
 from kernels.linear.reference import STORAGE, Format, quantize
 
 BAND_ELEMENTS = 2**20
-"""Weights are widened so many at a time: the float32 copy never matters beside the weights."""
+"""Number of weights that are dequantised at a time, so that the float32 copy is small."""
 
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
-"""Dtypes that scales may have in files. Those in one byte are exponents (ue8m0)."""
+"""Supported dtypes of scales in files. Those of one byte are exponents (ue8m0)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """The layout of one 8-bit weight ``[M, N]``: ``weight ~ stored * scale``, each scale shared by
-    a block."""
+    """Layout of one 8-bit weight ``[M, N]``: ``weight ~ stored * scale``, with one scale per
+    block."""
 
     format: Format
     block: tuple[int | None, int | None]
-    """Rows and columns that share a scale, those at the end maybe fewer; None: all. ``(1, None)``:
-    one scale per output channel."""
+    """Rows and columns of a block; blocks at the end may be smaller. None means all; ``(1, None)``
+    is one scale per output channel."""
     scale_name: str
-    """Of the scale's tensor, beside ``weight``."""
+    """Last part of the name of the scales, in place of ``weight``."""
     is_weight_only: bool = False
-    """Whether activations stay in full precision."""
+    """True if activations stay in full precision."""
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the stored weight."""
+        """dtype of the stored weight."""
         return STORAGE[self.format][0]
 
     @property
     def has_channel_scales(self) -> bool:
-        """Whether every row has one scale, its own or one that others share too."""
+        """True if every row has one scale, possibly shared with other rows."""
         return self.block[1] is None
 
     def describe(self) -> str:
-        """``fp8 in blocks of 128 x 128``."""
+        """Return a description such as ``fp8 in blocks of 128 x 128``."""
         rows, columns = self.block
         if columns is not None:
             said = f"{self.format} in blocks of {rows or 'all'} x {columns}"
@@ -55,8 +55,8 @@ class Scheme:
         return f"{said}, weights only" if self.is_weight_only else said
 
     def scale_shape(self, num_rows: int, num_columns: int) -> tuple[int, int]:
-        """Of the scales of a weight ``[num_rows, num_columns]``: blocks at the ends count in
-        full."""
+        """Return the shape of the scales of a weight ``[num_rows, num_columns]``. Partial blocks
+        count."""
         rows, columns = self.block
         return (
             1 if rows is None else -(-num_rows // rows),
@@ -64,8 +64,8 @@ class Scheme:
         )
 
     def row_scales(self, scale: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:
-        """Scales as in the files, for each row by itself: float32 ``[num_rows, blocks of
-        columns]``. So rows can be taken in any order."""
+        """Expand the scales of a file to one line per row: float32 ``[num_rows, blocks of
+        columns]``. Rows can then be read in any order."""
         if scale.dtype is torch.uint8:
             scale = scale.view(torch.float8_e8m0fnu)
         grid = scale.float().reshape(self.scale_shape(num_rows, num_columns))
@@ -76,11 +76,11 @@ class Scheme:
 def widen(
     target: torch.Tensor, stored: torch.Tensor, row_scales: torch.Tensor, columns: int | None
 ) -> None:
-    """``target = stored * scale``, multiplied in float32 and rounded once, to target's dtype.
+    """Compute ``target = stored * scale`` in float32, rounded once to target's dtype.
 
     Args:
-        target, stored: ``[M, N]``; row_scales: float32 ``[M, ceil(N / columns)]``.
-        columns: that share a scale; None: all.
+      target, stored: ``[M, N]``; row_scales: float32 ``[M, ceil(N / columns)]``.
+      columns: number of columns that share a scale, or None if all do.
     """
     num_columns = stored.shape[1]
     band = max(1, BAND_ELEMENTS // num_columns)
@@ -95,14 +95,14 @@ def widen(
 def quantize_blocks(
     weight: torch.Tensor, format: Format, block: tuple[int, int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric, the largest magnitude of a block becoming the format's.
+    """Quantise symmetrically: the largest magnitude of a block becomes that of the format.
 
     Args:
-        weight: float32 ``[M, N]``; block: rows and columns that share a scale.
+      weight: float32 ``[M, N]``; block: rows and columns that share a scale.
 
     Returns:
-        The stored weight ``[M, N]``, and float32 scales ``[ceil(M / rows), ceil(N / columns)]``.
-        As ``kernels.linear.reference.quantize``, bit for bit, where a block is a row.
+      The stored weight ``[M, N]``, and float32 scales ``[ceil(M / rows), ceil(N / columns)]``.
+      For blocks of one row, the bits equal those of ``kernels.linear.reference.quantize``.
     """
     (num_rows, num_columns), (rows, columns) = weight.shape, block
     padded = F.pad(weight, (0, -num_columns % columns, 0, -num_rows % rows))
@@ -118,23 +118,23 @@ class ScaleGroup:
 
     scheme: Scheme
     targets: Names | None
-    """None: every linear layer."""
+    """Modules of the group, or None for every linear layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """Which modules of a checkpoint are 8-bit. Asked with names of linear layers, as they are in
-    the files or without a multimodal wrapping; never with the name of a fused product."""
+    """Formats of the modules of a checkpoint. Modules are named as in the files or without a
+    multimodal prefix; fused products are not supported."""
 
     label: str
-    """What wrote it: compressed-tensors, ModelSlim ..."""
+    """Name of the format: compressed-tensors, ModelSlim ..."""
     groups: tuple[ScaleGroup, ...]
     ignored: Names
     ignore_key: str
-    """Of config.json: where modules are listed that are not 8-bit."""
+    """Key of config.json that lists modules in full precision."""
 
     def scheme(self, module: str) -> Scheme | None:
-        """Of the linear layer ``module``; None: full precision."""
+        """Return the format of the linear layer ``module``, or None for full precision."""
         if self.ignored.has(module):
             return None
         for group in self.groups:
@@ -143,16 +143,16 @@ class Quantization:
         return None
 
     def schemes(self) -> tuple[Scheme, ...]:
-        """Every scheme there is, once."""
+        """Return every distinct scheme."""
         return tuple(dict.fromkeys(group.scheme for group in self.groups))
 
     def describe(self) -> str:
-        """``fp8 in blocks of 128 x 128``."""
+        """Return a description such as ``fp8 in blocks of 128 x 128``."""
         return " and ".join(scheme.describe() for scheme in self.schemes())
 
     def check_ignored(self, modules: Iterable[str]) -> None:
-        """Raises ModelError where there is a list of ignored modules and nothing of ``modules``,
-        names as in the files, is on it."""
+        """Raise ModelError if there is a list of ignored modules that contains none of ``modules``,
+        which are named as in the files."""
         if not self.ignored.is_empty and not any(map(self.ignored.has, modules)):
             raise ModelError(
                 f"{self.ignore_key} in config.json matches no module of the weight files "

@@ -1,7 +1,7 @@
-"""Safetensors files: what their headers list, and reads that go straight where a tensor is wanted.
+"""Safetensors files: headers, and reads directly into the target.
 
-Nothing is mapped: pages of a mapped file count as this process's memory for as long as it is open,
-and a page fault reads little at a time. https://huggingface.co/docs/safetensors, format.
+Files are not mapped: pages of a mapped file count as this process's memory while it is open, and a
+page fault reads little at a time. https://huggingface.co/docs/safetensors, format.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from engine.weights.model_config import ModelError
 
 MAX_NAMED = 8
-"""Tensors of each kind that an error names; the rest are counted."""
+"""Maximum number of tensors of each kind that an error names; the others are counted."""
 FULL_DTYPES = ("F64", "F32", "F16", "BF16")
 FILE_DTYPES = {"int8": "I8", "fp8": "F8_E4M3"}
-"""As headers spell them."""
+"""Dtypes as headers spell them."""
 TORCH_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,59 +39,58 @@ TORCH_DTYPES = {
     "BOOL": torch.bool,
 }
 INDEX_NAMES = ("model.safetensors.index.json", "quant_model_weights.safetensors.index.json")
-"""Of Hugging Face and of ModelSlim."""
+"""Index files of Hugging Face and of ModelSlim."""
 MAX_HEADER_BYTES = 100_000_000
-"""The format's own limit."""
+"""Limit of the format."""
 
 
 class WeightsError(ModelError):
-    """Weight files that do not fit the model, or can not be read: one message that names what is
-    wrong."""
+    """The weight files cannot be read or do not match the model; the message names the fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """One tensor of a weight file, unread."""
+    """One tensor of a weight file that has not been read."""
 
     name: str
-    """As the file has it."""
+    """Name in the file."""
     path: Path
     file: io.FileIO
-    """Open for as long as somebody has a tensor of it."""
+    """File that stays open while one of its tensors is in use."""
     start: int
-    """Of its first byte in the file."""
+    """Offset of its first byte in the file."""
     shape: tuple[int, ...]
     dtype: str
-    """As the header spells it: BF16, F8_E4M3 ..."""
+    """dtype as the header spells it: BF16, F8_E4M3 ..."""
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None: torch has none such."""
+        """dtype in torch, or None if torch has no such type."""
         return TORCH_DTYPES.get(self.dtype)
 
     @property
     def num_bytes(self) -> int:
-        """In the file. Of a dtype that torch has."""
+        """Size in the file, for a dtype that torch supports."""
         assert self.torch_dtype is not None
         return math.prod(self.shape) * self.torch_dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """All of it. Raises WeightsError."""
+        """Read the whole tensor. Raises WeightsError."""
         return self.read_part(0, self.shape)
 
     def read_part(self, first: int, shape: tuple[int, ...]) -> torch.Tensor:
-        """Numbers from the one with index ``first`` on, in the order of the file, as a tensor of
-        ``shape``. Raises WeightsError."""
+        """Read numbers from index ``first`` on, in the order of the file, as a tensor of ``shape``.
+        Raises WeightsError."""
         dtype = self.torch_dtype
         if dtype is None:
-            raise WeightsError(f"{self.name} has numbers of type {self.dtype}, which is not read.")
+            raise WeightsError(f"{self.name} has the unsupported type {self.dtype}.")
         tensor = torch.empty(shape, dtype=dtype)
         self.read_into(tensor, first)
         return tensor
 
     def read_into(self, target: torch.Tensor, first: int = 0) -> int:
         """Fill a contiguous ``target`` on the CPU, of the file's dtype, with numbers from index
-        ``first`` on; the bytes read. Raises WeightsError."""
+        ``first`` on. Returns the bytes read. Raises WeightsError."""
         if not target.numel():
             return 0
         rest = target.reshape(-1).view(torch.uint8).numpy().data
@@ -101,11 +100,11 @@ class Tensor:
                 count = os.preadv(self.file.fileno(), [rest], offset)
             except OSError as error:
                 raise WeightsError(
-                    f"{self.name} of {self.path.name} can not be read: {error.strerror}."
+                    f"{self.name} of {self.path.name} cannot be read: {error.strerror}."
                 ) from None
             if not count:
                 raise WeightsError(
-                    f"{self.path.name} was cut off within {self.name}; fetch it again."
+                    f"{self.path.name} was cut off within {self.name}; download it again."
                 )
             rest, offset = rest[count:], offset + count
         return target.nbytes
@@ -113,16 +112,16 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Joined(Tensor):
-    """Rows of several tensors that lie one behind the other, as one tensor."""
+    """Consecutive rows of several tensors, as one tensor."""
 
     parts: tuple[Tensor, ...] = ()
-    """All of one dtype and of one shape behind the first dimension."""
+    """Tensors of one dtype with equal shapes after the first dimension."""
     skip: int = 0
-    """Numbers of ``parts`` before its first."""
+    """Number of values of ``parts`` before the first."""
 
     @classmethod
     def of(cls, name: str, parts: tuple[Tensor, ...], rows: range) -> Joined:
-        """``rows`` of ``parts``, counted over all of them."""
+        """Join ``rows`` of ``parts``, counted over all of them."""
         first, width = parts[0], math.prod(parts[0].shape[1:])
         shape = len(rows), *first.shape[1:]
         start = rows.start * width
@@ -141,7 +140,7 @@ class Joined(Tensor):
 
 
 def open_file(path: Path) -> list[Tensor]:
-    """The tensors of one file. Raises WeightsError for a truncated or corrupted one."""
+    """List the tensors of one file. Raises WeightsError for a truncated or corrupted one."""
     try:
         file = path.open("rb", buffering=0)
         assert isinstance(file, io.FileIO)
@@ -157,18 +156,18 @@ def open_file(path: Path) -> list[Tensor]:
             raise ValueError(f"{end} bytes are listed")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(
-            f"{path.name} is truncated or corrupted ({error}); fetch it again."
+            f"{path.name} is truncated or corrupted ({error}); download it again."
         ) from None
     return sorted(tensors, key=lambda tensor: tensor.start)
 
 
 def _tensor(name: str, entry: dict[str, object], path: Path, file: io.FileIO, data: int) -> Tensor:
-    """From its entry in a header. Raises KeyError, TypeError, ValueError."""
+    """Make a tensor from its entry in a header. Raises KeyError, TypeError, ValueError."""
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not (isinstance(shape, list) and isinstance(offsets, list)):
-        raise TypeError(f"{name} has no shape or no place")
+        raise TypeError(f"{name} has no shape or no offsets")
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, *offsets)):
-        raise ValueError(f"{name} has no shape or no place")
+        raise ValueError(f"{name} has an invalid shape or invalid offsets")
     first, last = offsets
     tensor = Tensor(name, path, file, data + first, tuple(shape), str(entry["dtype"]))
     dtype = tensor.torch_dtype
@@ -178,14 +177,15 @@ def _tensor(name: str, entry: dict[str, object], path: Path, file: io.FileIO, da
 
 
 def find_files(model_dir: Path) -> list[Path]:
-    """The safetensors files of a model, single or sharded. Raises WeightsError."""
+    """List the safetensors files of a model, single or sharded. Raises WeightsError."""
     indices = [model_dir / name for name in INDEX_NAMES if (model_dir / name).is_file()]
     if not indices:
         files = sorted(model_dir.glob("*.safetensors"))
         if not files:
-            found = "GGUF is not served, and " if any(model_dir.glob("*.gguf")) else ""
+            found = "GGUF is not supported, and " if any(model_dir.glob("*.gguf")) else ""
             raise WeightsError(
-                f"{found}there are no .safetensors files in {model_dir}; use load_format dummy to "
+                f"{found}there are no .safetensors files in {model_dir}; use --load-format dummy "
+                "to "
                 "try without weights."
             )
         return files
@@ -203,14 +203,14 @@ def find_files(model_dir: Path) -> list[Path]:
 
 
 def enumerated(names: list[str], most: int = MAX_NAMED) -> str:
-    """``a, b and 3 more``."""
+    """Return a list such as ``a, b and 3 more``."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
 class FileWriter:
-    """A new file whose tensors are known by dtype and shape and written one at a time, in any
-    order: no more than one need be in memory."""
+    """A new file for tensors of known dtype and shape, written one at a time in any order, so that
+    at most one must be in memory."""
 
     def __init__(
         self, path: Path, entries: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -234,7 +234,7 @@ class FileWriter:
         self._file.truncate(data + end)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """One of the entries. Raises OSError."""
+        """Write one of the entries. Raises OSError."""
         offset = self._places[name]
         rest = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
         while rest:

@@ -1,1 +1,1 @@
-"""An engine in a process of its own, and what a server sees of it."""
+"""An engine in a separate process, and its client in the server."""

@@ -1,7 +1,7 @@
-"""Two sockets of ZeroMQ between a server and its engine's process, one for each direction.
+"""Channel between a server and its engine's process: two ZeroMQ sockets, one per direction.
 
-Sending never waits: what the other side has not read is kept by the library, in memory. A message
-comes whole or not at all, and in order.
+Sending never waits: messages that the other side has not read are queued in memory. Messages arrive
+complete or not at all, and in order.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Received = TypeVar("Received")
 
 
 class ChannelClosed(Exception):
-    """Nothing comes any more."""
+    """Another thread has closed this end of the channel."""
 
 
 class Channel(Generic[Received]):
-    """One side's end. ``send`` may be called by any thread, ``receive`` by one."""
+    """One end of a channel. Any thread may call ``send``, one thread ``receive``."""
 
     def __init__(self, folder: str, *, is_server: bool) -> None:
-        """``folder``: where the sockets are, which the server makes and nobody else may enter."""
+        """``folder``: contains the sockets. The server makes it, and no other user has access."""
         self._context = zmq.Context()
         self._out: zmq.Socket[bytes] = self._context.socket(zmq.PUSH)
         self._in: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
@@ -43,16 +43,16 @@ class Channel(Generic[Received]):
 
     @property
     def fd(self) -> int:
-        """Readable when something may have come; ``receive`` until None then, for it says so
-        once."""
+        """Descriptor that becomes readable when messages arrive. Call ``receive`` until it returns
+        None, because the descriptor is signalled only once."""
         return int(self._in.getsockopt(zmq.FD))
 
     def send(self, message: ToEngine | FromEngine) -> None:
-        """Send ``message``; nothing happens if the other side has gone. O(size of the message).
+        """Send ``message``. Does nothing if the other side has gone. O(size of the message).
 
         Raises:
-            ValueError: a text in it has no UTF-8 form.
-            OverflowError: an integer in it does not fit into 64 bits.
+          ValueError: a text in it cannot be encoded in UTF-8.
+          OverflowError: an integer in it does not fit into 64 bits.
         """
         data = self._encoder.encode(message)
         with self._lock, suppress(zmq.Again):
@@ -60,12 +60,13 @@ class Channel(Generic[Received]):
                 self._out.send(data, zmq.NOBLOCK)
 
     def meet(self, timeout_s: float) -> bool:
-        """Whether the other side can be sent to; waits for so long."""
+        """Wait at most ``timeout_s`` for a connection to the other side. Returns True if there is
+        one."""
         return bool(self._out.poll(round(1e3 * timeout_s), zmq.POLLOUT))
 
     def receive(self) -> Received | None:
-        """The next message; None: nothing has come. ChannelClosed: another thread has finished with
-        this end."""
+        """Return the next message, or None if none has arrived. Raises ChannelClosed if another
+        thread has closed this end."""
         try:
             data = self._in.recv(zmq.NOBLOCK)
         except zmq.Again:
@@ -77,8 +78,11 @@ class Channel(Generic[Received]):
         return message
 
     def wait(self, timeout_s: float | None, other_fd: int | None = None) -> bool:
-        """Until something comes, for so long at most. False: it did not, or ``other_fd`` is
-        readable. ChannelClosed: another thread has finished with this end."""
+        """Wait for a message, at most ``timeout_s``.
+
+        Returns False if none has arrived or ``other_fd`` is readable. Raises ChannelClosed if
+        another thread has closed this end.
+        """
         poller = zmq.Poller()
         poller.register(self._in, zmq.POLLIN)
         if other_fd is not None:
@@ -91,23 +95,23 @@ class Channel(Generic[Received]):
         return self._in in ready
 
     def close(self) -> None:
-        """For the thread that receives."""
+        """Close this end; called by the receiving thread."""
         self._in.close()
         self.finish()
 
     def finish(self) -> None:
-        """Returns when what was sent is on its way, after a second at most, and the thread that
-        waits has closed its socket."""
+        """Close this end from another thread. Returns when sent messages are on their way, after at
+        most a second, and the receiving thread has closed its socket."""
         with self._lock:
             self._out.close()
         self._context.term()
 
 
 def make_folder() -> str:
-    """A folder of this user's alone, for sockets."""
+    """Make a folder for sockets that only this user can access."""
     return tempfile.mkdtemp(prefix="engine-")
 
 
 def remove_folder(folder: str) -> None:
-    """Both sides are connected: nobody else finds the sockets from here on."""
+    """Remove the folder when both sides are connected, so that no other process can connect."""
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""The server's side of an engine's process: what ``AsyncEngine`` is for one in a thread."""
+"""Client of an engine in a separate process: the counterpart of ``AsyncEngine``."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 PATIENCE_S = 5.0
-"""How long a process may take to end after it was told to stop; then it is killed."""
+"""Time that a process may take to end after the stop command, before it is killed."""
 
 
 class ProcessEngine:
-    """An engine in a process of its own, which has loaded. From ``start`` on everything but
-    ``compile`` and ``stop`` belongs to one event loop."""
+    """A loaded engine in a separate process. After ``start``, everything except ``compile`` and
+    ``stop`` belongs to one event loop."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class ProcessEngine:
         facts: Ready,
         tokenizer: Tokenizer,
     ) -> None:
-        """Takes over ``process`` and ``channel``: ``stop`` or ``drain`` ends them."""
+        """Take over ``process`` and ``channel``, which ``stop`` or ``drain`` ends."""
         self.config = config
         self.tokenizer: Tokenizer | None = tokenizer
         self.sampling_defaults = sampling_defaults(config)
@@ -70,7 +70,7 @@ class ProcessEngine:
         self.max_model_len = facts.max_model_len
         self.pid = process.pid
         self.failure: str | None = None
-        """Why the process ended that nobody had told to; None: it goes on, or was told."""
+        """Reason of an unexpected end of the process, or None."""
         self._process, self._channel = process, channel
         self._intake = Intake(
             tokenizer,
@@ -91,7 +91,7 @@ class ProcessEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the process runs."""
+        """True while the process runs."""
         return not self._ended.is_set()
 
     def start(self) -> None:
@@ -127,12 +127,13 @@ class ProcessEngine:
             self._channel.send(message)
         except UnicodeEncodeError:
             raise ValueError(
-                "a text of this request has no UTF-8 form: leave half surrogates (\\ud800 to "
-                "\\udfff) out."
+                "a text of this request cannot be encoded in UTF-8: remove lone surrogates "
+                "(\\ud800 "
+                "to \\udfff)."
             ) from None
         except OverflowError:
             raise ValueError(
-                "an integer of this request does not fit into 64 bits: give a smaller one."
+                "an integer of this request does not fit into 64 bits: use a smaller one."
             ) from None
 
     def _abort(self, request_id: str) -> None:
@@ -140,13 +141,13 @@ class ProcessEngine:
             self._send(Abort(request_id))
 
     def compile(self, grammar: Grammar) -> None:
-        """See ``Engine.compile``: to be called from a thread that is not the event loop's."""
+        """See ``Engine.compile``. Must not be called in the event loop's thread."""
         assert self._loop is not None
         compiled = self._question(Compile(next(self._numbers), grammar))
         asyncio.run_coroutine_threadsafe(compiled, self._loop).result()
 
     async def _question(self, message: Ask | Compile) -> Any:
-        """Return the value of the reply, or raise the RequestError that it holds."""
+        """Return the value of the reply. Raises the RequestError in the reply, if any."""
         if self._ended.is_set():
             raise EngineStopped(self.failure or "The engine has stopped.")
         assert self._loop is not None
@@ -187,7 +188,7 @@ class ProcessEngine:
         return _ProcessWatch(self, await self._ask("watch"))
 
     async def drain(self) -> None:
-        """Take no more requests, finish those there are, and end the process."""
+        """Accept no more requests, finish those in progress, and end the process."""
         self._is_open = False
         if self._loop is None:
             self._kill()
@@ -198,9 +199,11 @@ class ProcessEngine:
         self._release()
 
     def stop(self) -> None:
-        """Take no more requests and end the process after its step, or kill it where that takes
-        longer than ``PATIENCE_S``; requests that are not done fail with EngineStopped. From any
-        thread."""
+        """Accept no more requests and end the process after its step. Safe to call from any thread.
+
+        The process is killed if that takes longer than ``PATIENCE_S``. Unfinished requests fail
+        with EngineStopped.
+        """
         self._is_open = False
         if self._loop is None:
             self._kill()
@@ -212,7 +215,7 @@ class ProcessEngine:
             self._ended.wait()
 
     def _kill(self) -> None:
-        """Before ``start``: nobody waits for anything."""
+        """Kill the process before ``start``, while no caller waits."""
         self._process.kill()
         self._process.wait()
         self._ended.set()
@@ -228,7 +231,7 @@ class ProcessEngine:
                 self._process.stdin.close()
 
     def _wait(self) -> None:
-        """In a thread: until the process has ended."""
+        """Wait for the end of the process, in a separate thread."""
         code = self._process.wait()
         loop = self._loop
         assert loop is not None
@@ -238,11 +241,11 @@ class ProcessEngine:
                 loop.call_soon_threadsafe(self._close, code)
 
     def _close(self, code: int) -> None:
-        """The process has ended: whoever still waits is told."""
+        """Fail all pending requests and questions after the end of the process."""
         try:
             self._read()
         except Exception:
-            logger.exception("The last messages of the engine's process can not be read.")
+            logger.exception("The last messages of the engine's process cannot be read.")
         if code and not self._was_killed:
             self.failure = _death(code)
         self._is_open = False
@@ -256,7 +259,7 @@ class ProcessEngine:
         self._closed.set()
 
     def _read(self) -> None:
-        """All that has come."""
+        """Process all messages that have arrived."""
         while (message := self._channel.receive()) is not None:
             match message:
                 case Outputs():
@@ -289,7 +292,7 @@ class ProcessEngine:
 
 
 class _ProcessWatch:
-    """A ``Watch`` over there, by the number it has."""
+    """A view in the engine's process, identified by its number."""
 
     def __init__(self, engine: ProcessEngine, number: int) -> None:
         self._engine, self._number = engine, number
@@ -328,7 +331,7 @@ def _submission(spec: RequestSpec, request_id: str, tokens: np.ndarray) -> Submi
 
 
 def _death(code: int) -> str:
-    """Return why an engine whose process ended with exit code ``code``, not 0, serves nobody."""
+    """Return the error message for an engine process with exit code ``code``, not 0."""
     if code > 0:
-        return FAILED  # The process has logged why.
+        return FAILED  # The process has logged the reason.
     return f"The engine's process {describe_exit(code)}: restart the server."

@@ -1,4 +1,5 @@
-"""The engine's side: orders come in by a thread, and each step's outputs leave in one message."""
+"""Engine in a separate process: a thread receives commands, and each step's outputs are one
+message."""
 
 from __future__ import annotations
 
@@ -36,16 +37,16 @@ from engine.worker.messages import (
 )
 
 LOST = 3
-"""Exit code where the server has gone."""
+"""Exit code if the server has gone."""
 logger = logging.getLogger(__name__)
 
 
 class Host:
-    """Serves one engine over a channel. Made before the model is loaded, so that the end of the
-    server is noticed while that takes its time."""
+    """Serves one engine over a channel. It is made before the model is loaded, so that the end of
+    the server is noticed during the load."""
 
     def __init__(self, folder: str, lifeline: int) -> None:
-        """``lifeline``: a pipe whose other end is open for as long as the server lives."""
+        """``lifeline``: a pipe with another end that is open while the server lives."""
         self._channel: Channel[ToEngine] = Channel(folder, is_server=False)
         self._folder = folder
         self._lifeline = lifeline
@@ -58,12 +59,12 @@ class Host:
         threading.Thread(target=self._follow, name="server", daemon=True).start()
 
     def refuse(self, reason: str) -> None:
-        """The model can not be loaded."""
+        """Report to the server that the model cannot be loaded."""
         self._channel.send(Refused(reason))
         self._channel.finish()
 
     def run(self, engine: Engine, screen: str) -> bool:
-        """Serve ``engine`` until the server ends it. False: it failed."""
+        """Serve ``engine`` until the server ends it. Returns False if the engine failed."""
         self._engine = engine
         self._loop = loop = EngineLoop(engine, self._deliver)
         ready = Ready(engine.runner.vocab_size, engine.max_model_len, engine.model_name, screen)
@@ -74,7 +75,8 @@ class Host:
         return not loop.has_failed
 
     def _follow(self) -> None:
-        """Do what the server says, in a thread of its own; without a server, end."""
+        """Execute the server's commands in a separate thread. End the process if the server has
+        gone."""
         try:
             while self._channel.wait(None, self._lifeline):
                 while (message := self._channel.receive()) is not None:
@@ -82,8 +84,8 @@ class Host:
         except ChannelClosed:
             return
         except BaseException:
-            logger.exception("The engine can not hear its server any more, and ends.")
-        remove_folder(self._folder)  # A server that was killed while the model loaded left it.
+            logger.exception("The engine has lost the connection to its server, and ends.")
+        remove_folder(self._folder)  # Left over if the server was killed while the model loaded.
         os._exit(LOST)
 
     def _obey(self, message: ToEngine) -> None:
@@ -118,7 +120,7 @@ class Host:
             loop.enqueue(request, asked.request_id)
         except Exception as error:
             if not isinstance(error, ValueError | RequestError):
-                logger.exception("The request %s could not be begun.", asked.request_id)
+                logger.exception("The request %s could not be submitted.", asked.request_id)
             self._num_refused += 1
             ended = RequestFailed(asked.request_id, RequestError.of(error).to_wire())
             self._send_outputs((), (ended,))
@@ -163,7 +165,7 @@ class Host:
         def work() -> None:
             self._reply(asked.number, lambda: engine.compile(asked.grammar))
 
-        with suppress(RuntimeError):  # The engine ends, and with it every question.
+        with suppress(RuntimeError):  # The engine ends, and with it all questions.
             self._compiler.submit(work)
 
     def _reply(self, number: int, work: Callable[[], Any]) -> None:
@@ -175,7 +177,7 @@ class Host:
             self._channel.send(Reply(number, error=RequestError.of(error).to_wire()))
 
     def _deliver(self, letters: Sequence[tuple[str, Any]]) -> None:
-        """In the engine's thread, after each step."""
+        """Send the outputs of a step; called in the engine's thread after each step."""
         news, ended = [], []
         for request_id, letter in letters:
             if isinstance(letter, RequestOutput):

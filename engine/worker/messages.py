@@ -1,6 +1,6 @@
-"""What crosses between a server and its engine's process: plain data, as MessagePack.
+"""Messages between a server and its engine's process: plain data in MessagePack.
 
-Numbers, texts and bytes alone: reading a message runs no code of the other side.
+Messages contain only numbers, texts and bytes, so reading one executes no code of the sender.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from engine.text.output_delta import OutputDelta
 
 
 class WorkerMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
-    """A frozen record; which one it is stands at its beginning."""
+    """Base of the messages. The type is encoded in the first field."""
 
 
 class Submit(WorkerMessage, frozen=True):
-    """A prompt, checked."""
+    """Submission of a checked prompt."""
 
     request_id: str
     prompt: bytes
@@ -33,11 +33,11 @@ class Submit(WorkerMessage, frozen=True):
     prompt_logprobs: int | None
     grammar: Grammar | None
     arrival_s: float
-    """By ``time.perf_counter``, which is one clock for all processes of a machine."""
+    """Time by ``time.perf_counter``, which is the same clock in all processes of a machine."""
 
 
 class Abort(WorkerMessage, frozen=True):
-    """Its client has left."""
+    """The client of a request has disconnected."""
 
     request_id: str
 
@@ -57,27 +57,27 @@ Question = Literal[
 
 
 class Ask(WorkerMessage, frozen=True):
-    """A question about the engine, done between two steps."""
+    """A question about the engine, answered between two steps."""
 
     number: int
-    """Of its reply."""
+    """Number of the reply."""
     what: Question
     argument: int = 0
-    """Which watch is asked; of ``node``: see ``node``."""
+    """Number of the view for questions to a view."""
     node: int = 0
     request_id: str = ""
     """Newest request of the session that ends."""
 
 
 class Compile(WorkerMessage, frozen=True):
-    """A grammar to make ready; done in a thread of its own."""
+    """A grammar to compile, in a separate thread."""
 
     number: int
     grammar: Grammar
 
 
 class End(WorkerMessage, frozen=True):
-    """Take no more requests; finish those there are, or none ``at_once``."""
+    """Accept no more requests, and finish those in progress unless ``at_once``."""
 
     at_once: bool
 
@@ -92,34 +92,34 @@ class Ready(WorkerMessage, frozen=True):
     max_model_len: int
     model_name: str
     screen: str
-    """What is said of it at the start."""
+    """Text of the start screen."""
 
 
 class Refused(WorkerMessage, frozen=True):
-    """It can not be loaded, in one sentence."""
+    """The model cannot be loaded; ``reason`` is one sentence."""
 
     reason: str
 
 
 class RequestFailed(msgspec.Struct, frozen=True, array_like=True):
-    """A request that gets no more news."""
+    """A request that failed; no further output follows."""
 
     request_id: str
     error: WireError
 
 
 class Outputs(WorkerMessage, frozen=True):
-    """All that one step made."""
+    """All outputs of one step."""
 
     num_received: int
-    """Prompts that came so far."""
+    """Number of prompts received so far."""
     num_waiting: int
     news: tuple[OutputDelta, ...]
     ended: tuple[RequestFailed, ...]
 
 
 class Reply(WorkerMessage, frozen=True):
-    """To an ``Ask`` or ``Compile``."""
+    """Reply to an ``Ask`` or ``Compile``."""
 
     number: int
     value: Any = None

@@ -206,7 +206,7 @@ def test_a_row_can_not_be_read_where_a_state_was_written_nor_the_other_way_round
     runner().forward(go_on(0, 0))
     over_rows = runner()
     over_rows.forward(prefill(1, 1, 80))
-    with pytest.raises(AssertionError, match="a KV row of nobody"):
+    with pytest.raises(AssertionError, match="a KV row of no namespace"):
         over_rows.forward(go_on(0, 0))
     over_state = runner()
     over_state.forward(prefill(1, 4, 0))
@@ -218,7 +218,7 @@ def test_a_row_can_not_be_read_where_a_state_was_written_nor_the_other_way_round
     move = Move(1, src, src + 100, src)
     moved.forward(Batch((), moves=(move,)))
     moved.forward(prefill(1, 1, 80))
-    with pytest.raises(AssertionError, match="a KV row of nobody"):
+    with pytest.raises(AssertionError, match="a KV row of no namespace"):
         moved.forward(go_on(0, 0))
     moved.forward(go_on(0, 0, (0, 0, np.arange(140, 180, dtype=np.int32))))
 

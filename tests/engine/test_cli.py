@@ -171,7 +171,7 @@ def test_a_taken_port_is_told_before_anything_is_loaded(capsys: pytest.CaptureFi
         taken.listen()
         port = taken.getsockname()[1]
         assert run("serve", "--port", str(port), "--model", "/no/such/model") == 2
-    assert f"Can not listen on 127.0.0.1:{port} (Address already in use)" in capsys.readouterr().err
+    assert f"Cannot listen on 127.0.0.1:{port} (Address already in use)" in capsys.readouterr().err
 
 
 def test_hugging_faces_kernels_beside_ours_is_refused(

@@ -58,11 +58,11 @@ def test_what_can_not_work_says_so(tmp_path: Path, make_engine: MakeEngine) -> N
     config = {**MODEL, "model_type": "qwen3", "num_experts": 0}
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01}
-    with pytest.raises(ModelError, match="Qwen3 is served without: use draft tree, or none"):
+    with pytest.raises(ModelError, match="not supported for Qwen3: use --draft tree, or none"):
         ModelRunner(EngineConfig(draft="mtp", load_format="dummy", **settings))
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
-    with pytest.raises(WeightsError, match=r"has none \(no tensor mtp.*use draft tree, or none"):
+    with pytest.raises(WeightsError, match=r"has none \(no tensor mtp.*use --draft tree, or none"):
         ModelRunner(EngineConfig(draft="mtp", **settings))
     assert make_engine("none").runner.geometry.num_full_layers == 2
 

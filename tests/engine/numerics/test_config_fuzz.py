@@ -253,8 +253,8 @@ def compare(case: Case, names: set[str], directory: Path, tokens: list[int]) -> 
         is_sentence = message.endswith(".") and "\n" not in message and len(message) < 2000
         if not is_sentence or not any(name in message for name in names):
             return f"wrong: does not name {names}: {message}"
-        if "do not fit" in message:
-            return "refused: tensors do not fit"
+        if "do not match" in message:
+            return "refused: tensors do not match"
         return "refused" if expected is None else "refused, though transformers serves it"
     except Exception as error:
         return f"wrong: {type(error).__name__}: {error}"

@@ -116,10 +116,11 @@ def test_qwen_names_every_exception_in_full(checkpoint):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError) as error:
         load(path)
-    assert "1 weights which are not (model.layers.0.linear_attn.in_proj_ba.weight is F32)" in str(
-        error.value
+    assert (
+        "1 weights with another type (model.layers.0.linear_attn.in_proj_ba.weight is F32)"
+        in str(error.value)
     )
-    assert "name them under modules_to_not_convert" in str(error.value)
+    assert "list them under modules_to_not_convert" in str(error.value)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
@@ -296,27 +297,27 @@ COMPRESSED = eight_bit.compressed_section(["lm_head"])
 @pytest.mark.parametrize(
     "section, message",
     [
-        ({"quant_method": "gptq", "bits": 4}, "GPTQ weights are not served; served are fp8 in"),
-        ({"quant_method": "awq"}, "AWQ weights are not served"),
-        ({"quant_method": "bitsandbytes"}, "bitsandbytes weights are not served"),
-        ({"quant_method": "gguf"}, "GGUF weights are not served"),
+        ({"quant_method": "gptq", "bits": 4}, "GPTQ weights are not supported; supported are fp8"),
+        ({"quant_method": "awq"}, "AWQ weights are not supported"),
+        ({"quant_method": "bitsandbytes"}, "bitsandbytes weights are not supported"),
+        ({"quant_method": "gguf"}, "GGUF weights are not supported"),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, r"ModelOpt \(NVFP4, FP8\) weights"),
-        ({"bits": 3}, "unnamed weights are not served"),
+        ({"bits": 3}, "unnamed weights are not supported"),
         (5, "quantization_config in config.json must be an object"),
-        ({"quant_method": "fp8"}, "fp8 weights without weight_block_size are not served"),
+        ({"quant_method": "fp8"}, "fp8 weights without weight_block_size are not supported"),
         ({"quant_method": "fp8", "weight_block_size": [0]}, "must be two positive integers"),
         (
             {"quant_method": "fp8", "activation_scheme": "static"},
-            "fp8 weights with static activations are not served",
+            "fp8 weights with static activations are not supported",
         ),
-        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 weights in e5m2 are not served; e4m3 is"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, "fp8 weights in e5m2 are not supported; e4m3 is"),
         (
             eight_bit.compressed_section([], weights={"num_bits": 4}),
-            "group_0 of compressed-tensors has int4 weights as int-quantized, which is not served",
+            "group_0 of compressed-tensors has int4 weights as int-quantized, which is not",
         ),
         ({**COMPRESSED, "format": "nvfp4-pack-quantized"}, "as nvfp4-pack-quantized, which is not"),
         (eight_bit.compressed_section([], weights={"symmetric": False}), "has zero points"),
-        (eight_bit.compressed_section([], weights={"strategy": "group"}), "a scale per group"),
+        (eight_bit.compressed_section([], weights={"strategy": "group"}), "one scale per group"),
         ({**COMPRESSED, "config_groups": {}}, "has no config_groups"),
         ({**COMPRESSED, "config_groups": {"a": 5}}, "a value of the wrong type"),
         ({**COMPRESSED, "ignore": ["re:("]}, "'re:\\(' is not a regular expression"),
@@ -354,7 +355,7 @@ HADAMARD = {"config_groups": {"u": {"type": "hadamard", "apply": [{"location": "
 @pytest.mark.parametrize(
     "more, message",
     [
-        ({"transform_config": HADAMARD}, "transform_config of compressed-tensors is not served"),
+        ({"transform_config": HADAMARD}, "transform_config of compressed-tensors is not supported"),
         ({"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme of compressed-tensors is not"),
         ({"sparsity_config": {"format": "sparse-24"}}, "sparsity_config of compressed-tensors"),
         ({"sparsity_config": {"format": "dense"}, "transform_config": {}}, None),
@@ -421,11 +422,11 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ),
         (
             lambda tensors, _: tensors.update({UP: tensors[UP].float()}),
-            r"1 weights which are not \(model\.layers\.1\.mlp\.up_proj\.weight is F32\)",
+            r"1 weights with another type \(model\.layers\.1\.mlp\.up_proj\.weight is F32\)",
         ),
         (
             lambda _, section: section["modules_to_not_convert"].append(UP.removesuffix(".weight")),
-            r"does not say how 1 weights are quantised: .*up_proj.weight is F8_E4M3",
+            r"does not describe 1 weights that are quantised: .*up_proj.weight is F8_E4M3",
         ),
         (
             lambda _, section: section.update(modules_to_not_convert=["blocks.0", "heads"]),
@@ -456,7 +457,7 @@ def test_scales_that_make_no_weights_are_refused(code, kind, checkpoint):
     broken(
         path,
         lambda tensors, _: SCALES[kind](tensors[own]),
-        rf"up_proj\.weight_scale\w* holds .*{kind}",
+        rf"up_proj\.weight_scale\w* contains .*{kind}",
     )
 
 
@@ -467,7 +468,7 @@ def test_scales_in_integers_are_refused(checkpoint):
     broken(
         path,
         lambda tensors, _: tensors.update({own: tensors[own].int()}),
-        r"up_proj\.weight_scale_inv holds int32 numbers: scales are float32",
+        r"up_proj\.weight_scale_inv has type int32: scales must be float32",
     )
 
 
@@ -478,7 +479,7 @@ def test_codes_that_are_no_numbers_are_refused(code, checkpoint):
     broken(
         path,
         lambda tensors, _: tensors[UP].view(torch.uint8)[-1, -1:].fill_(code),
-        r"up_proj\.weight holds NaN or infinite numbers",
+        r"up_proj\.weight contains NaN or infinite numbers",
     )
 
 
@@ -500,5 +501,5 @@ def test_truncated_shard(checkpoint):
     with pytest.raises(WeightsError, match=r"model\.safetensors is truncated or corrupted"):
         load(path)
     file.rename(path / "model.gguf")
-    with pytest.raises(WeightsError, match=r"GGUF is not served, and there are no \.safetensors"):
+    with pytest.raises(WeightsError, match=r"GGUF is not supported, and there are no \.safe"):
         load(path)

@@ -130,7 +130,7 @@ def test_multimodal_checkpoint_with_mtp(checkpoint, drivers, random_tokens):
     (path / "config.json").write_text(json.dumps(nested))
     same_as_whole(path, "qwen3_5", drivers, random_tokens)
     assert load(path).weights_note.endswith(
-        "; its multi-token head is read with --draft mtp only; its visual tower is not served"
+        "; its multi-token head is read with --draft mtp only; its visual tower is not supported"
     )
 
 
@@ -214,7 +214,7 @@ def test_all_that_does_not_fit_is_named_at_once(checkpoint):
     assert "1 missing: model.layers.1.mlp.up_proj.weight" in message
     assert "1 unexpected: model.layers.9.odd" in message
     assert "model.norm.weight is [65] instead of [64]" in message
-    assert "; sizes there are attention_bias true, head_dim 32, " in message
+    assert "; its sizes are attention_bias true, head_dim 32, " in message
     assert "hidden_size 64, " in message and "(default)" not in message
     assert "\n" not in message
 
@@ -269,7 +269,7 @@ def test_weights_that_are_no_numbers_are_refused(name, bad, dtype, checkpoint):
     path, tensors = checkpoint("qwen3_next")
     tensors[name].view(-1)[-1] = bad
     save_file(tensors, path / "model.safetensors")
-    with pytest.raises(WeightsError, match=rf"{re.escape(name)} holds NaN or infinite numbers"):
+    with pytest.raises(WeightsError, match=rf"{re.escape(name)} contains NaN or infinite numbers"):
         load(path, dtype=dtype)
 
 

@@ -52,7 +52,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "n": 0}, "'n' must be at least 1 (got 0)."),
     ({"prompt": "x", "n": 10**6}, "'n' must be at most 128 (got 1000000)."),
     ({"prompt": "x", "seed": "7"}, "'seed' must be a whole number (got \"7\")."),
-    ({"prompt": ["x"] * 100_000, "n": 128}, "12800000 answers at once are more than the 1024"),
+    ({"prompt": ["x"] * 100_000, "n": 128}, "12800000 answers are more than the queue of 1024"),
     ({"prompt": "x", "logprobs": 1000}, "'logprobs' must be at most 20 (got 1000)."),
     ({"prompt": "x", "stop": [""]}, "'stop.0' must be text that is not empty"),
     ({"prompt": "x", "stop": 3}, "'stop' must be text or a list (got 3)."),
@@ -73,13 +73,13 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "bad_words": [""]}, "'bad_words.0' must be text that is not empty"),
     ({"prompt": "x", "min_tokens": 17}, "min_tokens must not be above max_tokens"),
     ({"prompt": "x", "priority": 1}, "'priority' must be at most 0 (got 1)."),
-    ({"prompt": "x", "chat_template": "{{ x }}"}, "'chat_template' is not served here"),
+    ({"prompt": "x", "chat_template": "{{ x }}"}, "'chat_template' is not supported"),
     (
         {"prompt": "x", "thinking_token_budget": 2**31},
         "'thinking_token_budget' must be at most 2147483647",
     ),
     ({"prompt": "x", "prompt_logprobs": 99}, "'prompt_logprobs' must be at most 20 (got 99)."),
-    ({"prompt": "x", "best_of": 4}, "'best_of' is not served here"),
+    ({"prompt": "x", "best_of": 4}, "'best_of' is not supported"),
     (
         {"prompt": "x", "stream_options": {"include": 1}},
         "'stream_options.include' is not a parameter",
@@ -99,13 +99,13 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
                 {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
             ]
         },
-        "reads text only: drop the 'image_url' part",
+        "supports text only: remove the 'image_url' part",
     ),
-    ({"messages": CHAT, "top_logprobs": 3}, "'top_logprobs' needs 'logprobs'"),
+    ({"messages": CHAT, "top_logprobs": 3}, "'top_logprobs' requires 'logprobs'"),
     ({"messages": CHAT, "max_tokens": 0}, "'max_tokens' must be at least 1 (got 0)."),
     (
         {"messages": CHAT, "max_tokens": 5, "max_completion_tokens": 6},
-        "'max_tokens' 5 and 'max_completion_tokens' 6 are two limits of one answer: send one",
+        "'max_tokens' 5 and 'max_completion_tokens' 6 are different limits",
     ),
     (
         {"messages": CHAT, "response_format": {"type": "structural_tag"}},
@@ -119,7 +119,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
             "tools": TOOLS,
             "response_format": {"type": "json_object"},
         },
-        "'tool_choice' demands a call, which has its form",
+        "'tool_choice' requires a call, so no other form",
     ),
     ({"messages": CHAT, "tool_choice": "maybe", "tools": TOOLS}, "'none', 'auto', 'required'"),
     ({"messages": CHAT, "tool_choice": {"type": "function"}}, "'tool_choice.function' is missing"),
@@ -135,7 +135,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         },
         "no tool 'g' among",
     ),
-    ({"messages": CHAT, "tools": [{"type": "web_search"}]}, "of the type 'web_search' are not"),
+    ({"messages": CHAT, "tools": [{"type": "web_search"}]}, "of type 'web_search' are not"),
     ({"messages": CHAT, "tools": [{"type": "function"}]}, "a 'function' with a 'name'"),
     (
         {"messages": CHAT, "parallel_tool_calls": "no"},
@@ -143,24 +143,24 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"messages": [{"role": "user", "content": "x", "cache_control": EPHEMERAL}] * 6},
-        "in 6 places of this chat, more than 4",
+        "marks 6 places of this chat, and at most 4",
     ),
     (
         {"messages": CHAT, "response_format": {"type": "json_schema"}},
-        "needs 'json_schema.schema'",
+        "requires 'json_schema.schema'",
     ),
     (
         {"messages": CHAT, "guided_choice": ["a"], "guided_regex": "a"},
-        "an answer has one form",
+        "an answer can have only one form",
     ),
     (
         {"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True},
-        "goes on in the last message",
+        "continues the last message",
     ),
     ({"messages": CHAT, "continue_final_message": True}, "must be the assistant's"),
-    ({"messages": CHAT, "request_id": "a b\r\nX-Evil: 1"}, "may have no control characters"),
-    ({"messages": CHAT, "request_id": "a\u0087b"}, "may have no control characters"),
-    ({"messages": CHAT, "request_id": "a\u2028b"}, "may have no control characters"),
+    ({"messages": CHAT, "request_id": "a b\r\nX-Evil: 1"}, "must not contain control characters"),
+    ({"messages": CHAT, "request_id": "a\u0087b"}, "must not contain control characters"),
+    ({"messages": CHAT, "request_id": "a\u2028b"}, "must not contain control characters"),
     ({"messages": CHAT, "guided_choice": []}, "among 1 to 4096 texts"),
     ({"messages": CHAT, "guided_json": {"type": "foo"}}, "can not be served: Invalid type: foo"),
     ({"messages": CHAT, "guided_json": "{"}, "must be an object, or the text of one"),
@@ -215,7 +215,7 @@ def test_bad_completions(live: Live, body: dict[str, Any], message: str) -> None
 def test_stream_options_are_for_streams(
     live: Live, path: str, body: dict[str, Any], options: dict[str, bool]
 ) -> None:
-    said = "'stream_options' is for streamed answers: set 'stream' to true, or leave it out."
+    said = "'stream_options' requires a streamed answer: set 'stream' to true, or omit it."
     asked = body | {"stream_options": options}
     check_error(live.post(path, asked), 400, said)
     check_error(live.post(path, asked | {"stream": False}), 400, said)
@@ -231,7 +231,7 @@ def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("payload", "message"),
     [
-        (b"", "The body is empty: send one JSON object."),
+        (b"", "The body is empty. Send one JSON object."),
         (b"{", "The body is not valid JSON"),
         (b'{"prompt": "x"', "The body is not valid JSON"),
         (b"[1, 2]", "The body must be one JSON object, with names"),
@@ -248,7 +248,7 @@ def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
         (b'{"prompt": "x", "temperature": NaN}', "cannot be read: NaN is not a number of JSON."),
         (b'{"prompt": "x", "user": -Infinity}', "cannot be read: -Infinity is not a number"),
         (b'{"prompt": "x", "user": [{"a": 1e999}]}', "the number 1e999 is too large."),
-        (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "has too long a number"),
+        (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "has a number that is too long"),
     ],
     ids=lambda value: repr(value)[:30],
 )
@@ -258,7 +258,7 @@ def test_broken_bodies(live: Live, payload: bytes, message: str) -> None:
 
 def test_half_a_character_is_quoted_as_unreadable(live: Live) -> None:
     answer = _send(live, b'{"prompt": "x", "model": "\\ud800"}', "application/json")
-    check_error(answer, 404, "The model '\N{REPLACEMENT CHARACTER}' is not served here")
+    check_error(answer, 404, "The model '\N{REPLACEMENT CHARACTER}' is not served")
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])
@@ -275,12 +275,12 @@ def _send(live: Live, payload: bytes, content_type: str) -> httpx.Response:
 
 def test_unknown_models_and_paths(live: Live) -> None:
     answer = live.post("/v1/completions", {"model": "gpt-5", "prompt": "x"})
-    error = check_error(answer, 404, "The model 'gpt-5' is not served here: use 'builtin'.")
+    error = check_error(answer, 404, "The model 'gpt-5' is not served: use 'builtin'.")
     assert error["code"] == "model_not_found"
-    check_error(live.get("/v2/completions"), 404, "There is no /v2/completions here")
-    check_error(live.get("/v1/completions"), 405, "does not answer GET")
+    check_error(live.get("/v2/completions"), 404, "The path /v2/completions does not exist")
+    check_error(live.get("/v1/completions"), 405, "does not support GET")
     refused = live.post("/v1/responses/1", {})
-    check_error(refused, 405, "does not answer POST")
+    check_error(refused, 405, "does not support POST")
     assert refused.headers["allow"] == "DELETE, GET"
 
 

@@ -480,7 +480,7 @@ def test_the_log_has_requests_whose_clients_left(
     connection.close()
     [line] = _lines(live, caplog, 1)
     assert re.fullmatch(
-        r"POST /v1/completions 200  prompt 1  cached 0  answer \d+  \d+ ms  not sent to its end",
+        r"POST /v1/completions 200  prompt 1  cached 0  answer \d+  \d+ ms  not sent completely",
         line,
     )
 

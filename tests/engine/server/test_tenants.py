@@ -42,7 +42,7 @@ def test_a_salt_that_could_be_mistaken_for_another_is_refused(live: Live, salt: 
         ("/v1/chat/completions", '"messages": [{"role": "user", "content": "x"}]'),
     ):
         answer = live.post_raw(path, f'{{{prompt}, "cache_salt": "{salt}"}}')
-        assert answer.status_code == 400 and "A salt must not hold U+FFFD" in answer.text
+        assert answer.status_code == 400 and "A salt must not contain U+FFFD" in answer.text
 
 
 def test_a_salt_may_come_in_a_header_on_every_method(serve_oracle: Callable[..., Live]) -> None:
@@ -141,7 +141,7 @@ def test_with_a_key_they_answer_whoever_has_it(
     assert live.get("/health").status_code == live.get("/metrics").status_code == 200
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "can not be read"), ("\n", "is empty")])
+@pytest.mark.parametrize(("content", "message"), [(None, "cannot be read"), ("\n", "is empty")])
 def test_a_key_that_is_not_there_is_told_at_the_start(
     serve_oracle: Callable[..., Live], tmp_path: Path, content: str | None, message: str
 ) -> None:
@@ -175,7 +175,7 @@ def test_a_file_of_keys_has_one_on_each_line(
         headers = [(b"Authorization", b"Bearer " + wrong)]
         assert httpx.get(f"{live.url}/v1/models", headers=headers).status_code == 401
     (tmp_path / "admin").write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match="admin has 2 lines: put a single key there"):
+    with pytest.raises(ValueError, match="admin has 2 lines; it must contain a single key"):
         serve_oracle(ServerConfig(admin_key_file=str(tmp_path / "admin")))
 
 

@@ -343,7 +343,7 @@ def test_calls_before_one_that_breaks_off(say: Say) -> None:
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "shows it no tools"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not support tools"),
         ("{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}", "not read here"),
     ],
 )
