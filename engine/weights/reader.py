@@ -157,8 +157,8 @@ class WeightFiles:
         if plain:
             assert self._quantization is not None
             raise WeightsError(
-                f"config.json describes as {self._quantization.describe()} {len(plain)} weights "
-                f"with another type ({enumerated(plain)}): list them under "
+                f"config.json lists {len(plain)} weights as {self._quantization.describe()}, "
+                f"but their type differs ({enumerated(plain)}): list them under "
                 f"{self._quantization.ignore_key}."
             )
         if coded:

@@ -38,7 +38,7 @@ REASONS = (
     "at least 1; 0 requires prompt_logprobs",
     "template rejects",
     "no content to continue",
-    "this grammar can not be served",
+    "this grammar cannot be used",
     "no answer fits this grammar",
     "can have only one form",
     "no other form of the answer",

@@ -342,7 +342,7 @@ def test_inspect_says_what_serve_refuses(
     (tmp_path / "hf_quant_config.json").write_text("{}")
     assert run("inspect", str(tmp_path), "--json") == 0
     record = json.loads(capsys.readouterr().out)
-    assert record["refusal"] and record["files"].startswith("ModelOpt (NVFP4, FP8) weights, which")
+    assert record["refusal"] and record["files"].startswith("ModelOpt (NVFP4, FP8) weights (")
     del config["intermediate_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run("inspect", str(tmp_path)) == 2

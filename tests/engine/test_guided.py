@@ -628,7 +628,7 @@ WRONG: dict[str, tuple[Any, str]] = {
         r": at 1\(8\): a regular .* unclosed group",
     ),
     "pattern": (lambda: Grammar.of_schema({"pattern": "(a"}), "is wrong, unclosed group."),
-    "endless": (lambda: Grammar.of_text("root ::= root"), "rules never comes to an end."),
+    "endless": (lambda: Grammar.of_text("root ::= root"), "rules never ends."),
     "tool": (
         lambda: grammar_of_calls([*TOOLS, tool('say "x"', {"a": {"pattern": "(a"}})]),
         r"""^tool 'say "x"': .* unclosed group\.$""",

@@ -199,7 +199,7 @@ def test_a_damaged_record_costs_what_it_held_and_nothing_else(
     [hit] = one_by_one(again, [other])
     assert hit.cached_len > 0 and lower(again)["disk", "device"] > 0
     assert_same(before, one_by_one(again, [damaged]))
-    assert "is damaged" in caplog.text and "The cache begins anew" not in caplog.text
+    assert "is damaged" in caplog.text and "The cache restarts" not in caplog.text
     assert one_by_one(again, [other])[0].cached_len == hit.cached_len
     again.check()
     again.plugins["tiers"].tiers.disk.check()
@@ -471,9 +471,9 @@ def test_the_report_the_metrics_and_the_screen_say_what_lies_where(
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"host_gib": 1e-9}, "host_gib 1e-09 is too little for a single state"),
-        ({"disk_gib": 1e-9}, "disk_gib 1e-09 is too little for a single state"),
-        ({"host_gib": 1e6}, "host_gib 1e.06 is more memory than can be numbered"),
+        ({"host_gib": 1e-9}, "host_gib 1e-09 is too small for a single state"),
+        ({"disk_gib": 1e-9}, "disk_gib 1e-09 is too small for a single state"),
+        ({"host_gib": 1e6}, "host_gib 1e.06 is more memory than row numbers can"),
     ],
 )
 def test_sizes_that_make_no_tier_are_refused_by_the_name_of_the_flag(

@@ -1,4 +1,4 @@
-"""How tensors get from one process to another, behind an interface of three verbs."""
+"""Transfer of tensors between processes, behind an interface of three methods."""
 
 from __future__ import annotations
 
@@ -13,28 +13,31 @@ from engine.plugins.disaggregation.wire import TransferError, Wire
 
 
 class Transfer(Protocol):
-    """One end of a link between two processes. Tensors arrive in the order in which they were
-    sent; both sides know the size of each (it was said on the ``Wire``). Another means (NIXL,
-    Mooncake) is another class with these verbs, and a word in ``hello``."""
+    """One end of a link between two processes.
+
+    Tensors arrive in the order in which they were sent. The size of each is exchanged in messages
+    on the ``Wire``. Another transport (NIXL, Mooncake) is another class with these methods, and a
+    word in ``hello``.
+    """
 
     def send(self, data: torch.Tensor) -> None:
-        """Hand over uint8, contiguous, on the host. Blocks until it is taken. TransferError: the
-        other side has gone, or does not take it in time."""
+        """Send uint8, contiguous, on the host. Blocks until it is received. Raises TransferError if
+        the other side has gone, or does not receive it in time."""
         ...
 
     def receive(self, num_bytes: int) -> torch.Tensor:
-        """uint8 ``[num_bytes]`` on the host. Blocks. TransferError as in ``send``."""
+        """Return uint8 ``[num_bytes]`` on the host. Blocks. Raises TransferError as ``send``."""
         ...
 
     def close(self) -> None:
-        """The link is used no more."""
+        """Close the link."""
         ...
 
 
 class WireStore(Store):
-    """The store through which the two ends of one link learn each other's address.
+    """Store through which the two ends of one link exchange their addresses.
 
-    It is the ``Wire`` between them: nothing listens for it, and nothing of it outlives the link.
+    It uses the ``Wire`` between them. There is no listener, and nothing of it outlives the link.
     """
 
     def __init__(self, wire: Wire) -> None:
@@ -43,13 +46,13 @@ class WireStore(Store):
         self._values: dict[str, bytes] = {}
 
     def set(self, key: str, value: str | bytes) -> None:
-        """Keep ``value`` and send it to the other end."""
+        """Store ``value`` and send it to the other end."""
         self._values[key] = value.encode() if isinstance(value, str) else bytes(value)
         self._wire.send({"address": key}, self._values[key])
 
     def get(self, key: str) -> bytes:
-        """Return the value of ``key``; waits until the other end has sent it. TransferError if it
-        sends anything else, or nothing in time."""
+        """Return the value of ``key``, waiting until the other end has sent it. Raises
+        TransferError if it sends anything else, or nothing in time."""
         while key not in self._values:
             said, data = self._wire.receive()
             if not isinstance(said.get("address"), str):
@@ -66,9 +69,9 @@ class WireStore(Store):
 def link(wire: Wire, rank: int, timeout_s: float) -> GroupTransfer:
     """Make one end of a link: rank 0 at the prefill engine, 1 at the decode engine.
 
-    A process group of its own with two members, so that a link that breaks takes no other along.
-    Both ends must be called at the same time, while nothing else uses ``wire``. TransferError if
-    the other end does not answer.
+    Each link is a separate process group of two members, so that a broken link does not affect
+    others. Both ends must call this at the same time, while ``wire`` is unused. Raises
+    TransferError if the other end does not answer.
     """
     options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timedelta(seconds=timeout_s)
@@ -82,12 +85,12 @@ def link(wire: Wire, rank: int, timeout_s: float) -> GroupTransfer:
 
 
 class GroupTransfer:
-    """Point to point over a gloo process group of two."""
+    """Point-to-point transfers over a gloo process group of two."""
 
     def __init__(self, group: ProcessGroupGloo, other: int, store: Store) -> None:
         self._group: ProcessGroupGloo | None = group
         self._other = other
-        self._store = store  # The group calls it, and does not keep its Python half alive.
+        self._store = store  # The group calls it, but does not keep its Python half alive.
 
     def send(self, data: torch.Tensor) -> None:
         """See ``Transfer``."""
@@ -113,5 +116,5 @@ class GroupTransfer:
 
 
 def _first(error: Exception) -> str:
-    """The gist of what torch.distributed says at length."""
+    """Return the first sentence of an error of torch.distributed."""
     return str(error).split("] ", 1)[-1].split(". ")[0].splitlines()[0][:160]

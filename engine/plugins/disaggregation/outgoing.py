@@ -1,6 +1,4 @@
-"""The prefill side: one prefix that another engine asked for, computed here like any request's, and
-handed out layer by layer as it is computed.
-"""
+"""The prefill side of one prefix: it is computed like any request, and sent layer by layer."""
 
 from __future__ import annotations
 
@@ -22,19 +20,20 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens
 
 PIECE_BYTES = 4 << 20
-"""At most in one piece."""
+"""Maximum size of one piece."""
 MAX_QUEUED_BYTES = 64 << 20
-"""Copied and not sent, of one prefix; what follows waits in the cache."""
+"""Maximum number of bytes of one prefix that are copied and not sent; the rest waits in the
+cache."""
 
 
 def failure(error: RequestError) -> dict[str, Any]:
-    """Return the message that a prefix does not come because of ``error``."""
+    """Return the message that a prefix fails because of ``error``."""
     return {"failed": msgspec.to_builtins(error.to_wire())}
 
 
 @dataclass(frozen=True, slots=True)
 class OutgoingMessage:
-    """One message for the asker, and the bytes that follow it."""
+    """One message for the decode engine, and the bytes that follow it."""
 
     said: dict[str, Any]
     copied: Copied | None = None
@@ -43,37 +42,37 @@ class OutgoingMessage:
 
 @dataclass(slots=True, eq=False)
 class Outgoing:
-    """A prefix on its way out. Its messages are taken by the thread of the connection; all else
-    is the engine's thread's."""
+    """A prefix that is being sent. The thread of the connection takes its messages; all else
+    belongs to the engine's thread."""
 
     tokens: Tokens
-    """The prefix and one token more, so that its last position can be resumed from."""
+    """The prefix and one more token, so that its last position can be resumed from."""
     start: int
-    """The first position whose KV is wanted."""
+    """First position with KV to send."""
     namespace: Hashable
     boundaries: tuple[int, ...]
     request: Request | None = None
-    """What computes it; None: all of it was cached."""
+    """Request that computes it, or None if all of it was cached."""
     messages: queue.Queue[OutgoingMessage] = field(default_factory=queue.Queue)
     is_cancelled: bool = False
-    """Set by the connection's thread: the asker has gone."""
+    """Set by the connection's thread when the decode engine has gone."""
     has_ended: bool = False
     is_whole: bool = False
-    """All of it is on its way."""
+    """True if all of it is queued."""
     num_queued_bytes: int = 0
     num_taken_bytes: int = 0
-    """Of these, sent: counted by the connection's thread."""
+    """Number of queued bytes already sent; updated by the connection's thread."""
     _sent: list[int] = field(default_factory=list)
-    """By part: positions below this one are on their way."""
+    """For each part, the position up to which its rows are queued."""
     _receipt: Any = None
-    """A lock on the prefix, once it is whole."""
+    """Lock on the prefix once it is complete, else None."""
 
     @property
     def end(self) -> int:
         return len(self.tokens) - 1
 
     def spec(self, request_id: str) -> RequestSpec:
-        """The request that computes it."""
+        """Return the request that computes it."""
         return RequestSpec(
             self.tokens,
             SamplingParams(max_tokens=1, temperature=0),
@@ -85,23 +84,24 @@ class Outgoing:
         )
 
     def say(self, said: dict[str, Any]) -> None:
-        """The last message."""
+        """Queue the last message."""
         self.messages.put(OutgoingMessage(said))
         self.has_ended = True
 
     def fail(self, error: RequestError) -> None:
-        """Say ``error`` as the last message."""
+        """Queue ``error`` as the last message."""
         self.say(failure(error))
 
     def send_layer(self, unit: PrefixBuffer, part: int) -> None:
-        """The step that is being computed has written ``part``: send what is there of it."""
+        """Send the rows of ``part`` that the current step has written."""
         request = self.request
         if request is None or request.lease is None or self.has_ended or self._receipt is not None:
             return
         self._send_rows(unit, part, request.lease.kv_indices, request.scheduled_len)
 
     def advance(self, unit: PrefixBuffer, manager: CacheManager) -> None:
-        """Between two steps: once the prefix is whole, send what is left of it, then its state."""
+        """Send the rest of the prefix once it is complete, then its state. Called between two
+        steps."""
         cache = manager.cache
         if self._receipt is None and not self._settle(unit, cache):
             return
@@ -125,7 +125,7 @@ class Outgoing:
         return self.request.prompt_len - self.request.cached_len
 
     def _settle(self, unit: PrefixBuffer, cache: PrefixCache) -> bool:
-        """Lock the prefix where it is whole."""
+        """Lock the prefix if it is complete."""
         request = self.request
         self._sent = self._sent or [self.start] * len(unit.part_bytes)
         if request is not None and request.finish_reason is None:
@@ -139,7 +139,7 @@ class Outgoing:
         return True
 
     def give_up(self, why: str, cache: PrefixCache, abort: Callable[[str], object]) -> None:
-        """End without the rest; ``abort`` ends a request by its id."""
+        """End without sending the rest. ``abort`` ends a request by its id."""
         if self._receipt is not None:
             cache.unlock(self._receipt)
             self._receipt = None

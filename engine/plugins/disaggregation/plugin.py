@@ -27,7 +27,7 @@ class EnginePlugin(Plugin):
         super().__init__(config)
         self.counts = TransferCounts()
         self.server: PrefillServer | None = None
-        """None if this is no prefill engine."""
+        """Server of a prefill engine, else None."""
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
         """See ``Plugin``. Imports torch."""
@@ -42,8 +42,8 @@ class EnginePlugin(Plugin):
         return PeerFetcher(manager, buffer, peers, self.counts, fetch_above=config.fetch_above)
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
-        """See ``Plugin``: a prefill engine listens from here on. Raises ConfigError if the address
-        cannot be listened on. Imports torch."""
+        """See ``Plugin``. A prefill engine listens from now on. Raises ConfigError if the address
+        is not available. Imports torch."""
         config = self.config
         if config.role != "prefill":
             return
@@ -68,7 +68,7 @@ class EnginePlugin(Plugin):
         except OSError as error:
             why = str(error.strerror or error)
             if error.errno == errno.EADDRNOTAVAIL:
-                why = "this machine has no such address; give one of its own, or 0.0.0.0 for all"
+                why = "this machine does not have that address; use 0.0.0.0 to listen on all"
             raise ConfigError(f"--transfer-at {config.transfer_at}: {why}.") from error
         runner.watch_layers(self.server.send_layer)
 
@@ -114,10 +114,10 @@ class EnginePlugin(Plugin):
 
 
 def model_runner(runner: Runner) -> ModelRunner:
-    """Return ``runner``, whose memory can be read and written between two steps. Raises ConfigError
-    for another kind of runner."""
+    """Return ``runner``, with memory that can be read and written between two steps. Raises
+    ConfigError for another kind of runner."""
     from engine.runner.model_runner import ModelRunner
 
     if not isinstance(runner, ModelRunner):
-        raise ConfigError("a role needs the runner of a model, whose memory can be read.")
+        raise ConfigError("a role requires a ModelRunner, because its memory is read.")
     return runner

@@ -1,8 +1,8 @@
-"""The prefill side: listens for decode engines, and has their prompts computed beside its own.
+"""Server of a prefill engine: accepts decode engines and computes their prompts next to its own.
 
-A thread a connection: it takes one ask at a time, hands it to the engine's thread, and sends what
-that copies out of its memory. The wire is neither encrypted nor asks who is there: it is for
-engines in one network that trust each other.
+Each connection has a thread. It accepts one prefix at a time, passes it to the engine's thread, and
+sends the copied data. Connections are neither encrypted nor authenticated: they are for engines in
+one trusted network.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from hybridcache.scheduling.cache_manager import CacheManager
 
 logger = logging.getLogger(__name__)
 ALIVE_S = 1.0
-"""An asker is told so often that its prefix is being computed."""
+"""Interval of the messages that a prefix is still being computed."""
 IDLE_S = 0.01
 REST_S = 0.5
-"""Between two tries to accept a connection, and for a connection that is refused to say hello."""
+"""Pause after a failed accept, and time in which a refused connection may send its hello."""
 CLOSE_S = 1.0
-"""For all connections to end in by themselves, and again after they are broken off."""
+"""Time in which all connections may end by themselves, and again after they were broken off."""
 MAX_CONNECTIONS = 256
-"""At the same time: a thread, a socket and a process group each. A decode engine makes up to
-``fetch.MAX_FETCHES``."""
+"""Maximum number of connections, each with a thread, a socket and a process group. A decode engine
+makes up to ``fetch.MAX_FETCHES``."""
 STOPPING = "the prefill engine is stopping"
 
 
@@ -60,20 +60,20 @@ class PrefillServer:
         abort: Callable[[str], object],
         wake: Callable[[], None],
     ) -> None:
-        """Listens from here on; ``own`` is the engine's identity, the callables are its own.
-        OSError: the address can not be listened on."""
+        """Start listening. ``own`` is the engine's identity; the callables are methods of the
+        engine. Raises OSError if the address is not available."""
         self._manager, self._unit, self._own, self.counts = manager, unit, own, counts
         self._prepare, self._enqueue, self._abort = prepare, enqueue, abort
         self._timeout_s = timeout_s
         self.wake = wake
-        """Called by any thread: there is work."""
+        """Called by any thread when there is work."""
         self._asked: queue.Queue[Outgoing] = queue.Queue()
         self._active: list[Outgoing] = []
         self._numbers = itertools.count()
         self._news = threading.Event()
         self._advanced_s = time.monotonic()
         self._lock = threading.Lock()
-        """Guards the next four, which threads of connections change."""
+        """Guards the next four fields, which threads of connections change."""
         self._is_accepting = True
         self._is_closed = False
         self._wires: set[Wire] = set()
@@ -91,14 +91,14 @@ class PrefillServer:
             except OSError as error:
                 if not self._is_accepting:
                     return
-                # For want of descriptors, say: others may close theirs.
+                # For example for lack of descriptors, which other connections may close.
                 logger.warning("A decode engine could not be accepted (%s).", error)
                 time.sleep(REST_S)
                 continue
             self._receive_connection(connection)
 
     def _receive_connection(self, connection: socket.socket) -> None:
-        """Have a thread serve ``connection``, or turn it away."""
+        """Serve ``connection`` in a new thread, or refuse it."""
         try:
             wire = Wire(connection, self._timeout_s)
         except OSError:  # It has gone already.
@@ -106,7 +106,7 @@ class PrefillServer:
             return
         thread = threading.Thread(target=self._talk, args=(wire,), name="transfer", daemon=True)
         has_room = False
-        with self._lock, contextlib.suppress(RuntimeError):  # no room for a thread
+        with self._lock, contextlib.suppress(RuntimeError):  # no thread can be started
             if self._is_accepting and len(self._wires) < MAX_CONNECTIONS:
                 thread.start()
                 self._wires.add(wire)
@@ -116,7 +116,7 @@ class PrefillServer:
             _turn_away(wire)
 
     def _talk(self, wire: Wire) -> None:
-        """Serve one connection, in a thread of its own."""
+        """Serve one connection, in a separate thread."""
         transfer: Transfer | None = None
         try:
             hello, _ = wire.receive()
@@ -151,7 +151,7 @@ class PrefillServer:
                 transfer.close()
 
     def _accept(self, wire: Wire, outgoing: Outgoing) -> bool:
-        """Hand ``outgoing`` to the engine's thread; False if the engine is stopping."""
+        """Pass ``outgoing`` to the engine's thread. Returns False if the engine is stopping."""
         with self._lock:
             if not self._is_accepting:
                 return False
@@ -161,7 +161,8 @@ class PrefillServer:
         return True
 
     def _answer(self, outgoing: Outgoing, wire: Wire, transfer: Transfer) -> None:
-        """Send one accepted prefix as it comes. TransferError: the asker has gone."""
+        """Send the messages of one accepted prefix. Raises TransferError if the decode engine has
+        gone."""
         try:
             while True:
                 try:
@@ -195,21 +196,21 @@ class PrefillServer:
         return bool(self._active) or not self._asked.empty() or is_sending
 
     def send_layer(self, rank: int) -> None:
-        """Mixer ``rank`` of the step that is being computed has written its KV."""
+        """Send the KV that mixer ``rank`` has written in the current step."""
         part = self._unit.part_of.get(rank)
         if part is not None:
             for outgoing in self._active:
                 outgoing.send_layer(self._unit, part)
 
     def advance(self) -> None:
-        """Take in what is asked, hand out what is whole. Between two steps."""
+        """Accept new prefixes, and send the complete ones. Called between two steps."""
         self._advanced_s = time.monotonic()
         self._news.clear()
         while not self._asked.empty():
             self._take_in(self._asked.get_nowait())
         for outgoing in self._active:
             if outgoing.is_cancelled and not outgoing.has_ended:
-                self._give_up(outgoing, "nobody wants it any more")
+                self._give_up(outgoing, "the decode engine has gone")
             elif not self._manager.has_moves:
                 outgoing.advance(self._unit, self._manager)
             if outgoing.has_ended:
@@ -245,19 +246,19 @@ class PrefillServer:
             self._news.wait(IDLE_S)
 
     def give_up(self) -> None:
-        """See ``StepHooks``: nobody knows what was sent of the step that broke off."""
+        """See ``StepHooks``. Prefixes end, because the data sent in the failed step is unknown."""
         self._end_all("a step of the prefill engine broke off")
 
     def _end_all(self, why: str) -> None:
-        """End every prefix in progress without the rest."""
+        """End every prefix in progress without sending the rest."""
         for outgoing in self._active:
             self._give_up(outgoing, why)
             self._count(outgoing)
         self._active = []
 
     def stop_accepting(self) -> None:
-        """See ``StepHooks``. Decode engines whose prefix is in progress get it; all others find the
-        connection closed, and compute for themselves or ask elsewhere."""
+        """See ``StepHooks``. Prefixes in progress are completed. Other decode engines find the
+        connection closed; they compute the prompt or use another prefill engine."""
         with self._lock:
             self._is_accepting = False
             idle = self._wires - self._answering
@@ -268,7 +269,7 @@ class PrefillServer:
             wire.break_off()
 
     def close(self) -> None:
-        """See ``StepHooks``: ends what is in progress, and all connections."""
+        """See ``StepHooks``. Ends prefixes in progress and all connections."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -280,7 +281,7 @@ class PrefillServer:
 
     def _hang_up(self) -> None:
         """End all connections: groups of torch.distributed must not be alive when the process ends.
-        Those that have little left to send finish; the others are broken off."""
+        Those with little left to send finish; the others are broken off."""
         atexit.unregister(self._hang_up)
         self.stop_accepting()
         join(self._threads, CLOSE_S)
@@ -292,7 +293,7 @@ class PrefillServer:
 
 
 def _turn_away(wire: Wire) -> None:
-    """Refuse a connection that has just been made."""
+    """Refuse a new connection."""
     with contextlib.suppress(TransferError):
         wire.receive(timeout_s=REST_S)  # Unread bytes would destroy the refusal on its way.
         wire.send({"refused": "it has too many connections already, or is stopping"})
@@ -300,7 +301,7 @@ def _turn_away(wire: Wire) -> None:
 
 
 def _read_ask(said: dict[str, Any], data: bytes) -> Outgoing:
-    """TransferError: it asks for nothing that can be given."""
+    """Parse a request for a prefix. Raises TransferError if it is malformed."""
     match said.get("ask"):
         case {
             "start": int(start),
@@ -310,4 +311,4 @@ def _read_ask(said: dict[str, Any], data: bytes) -> Outgoing:
             tokens = np.frombuffer(data, np.int32).copy()
             if 0 <= start < len(tokens):
                 return Outgoing(tokens, start, namespace, tuple(boundaries))
-    raise TransferError("what was asked is no prefix")
+    raise TransferError("malformed prefix request")

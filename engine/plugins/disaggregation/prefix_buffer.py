@@ -1,6 +1,8 @@
-"""What travels of a prefix between two memories: the KV of its tokens, a layer at a time, and the
-state at its end, as bytes. The layout is that of the mixers' declarations, so what a head that
-drafts keeps (its rows, its hidden vector) is in it.
+"""Conversion of a prefix between memory and bytes: the KV of its tokens, by layer, and the state at
+its end.
+
+The layout follows the mixers' declarations, so it includes the rows and the hidden vector of a
+multi-token head.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from hybridcache.tokens import Indices
 from kernels.upload import upload
 
 PROTOCOL = "2"
-"""Version of the messages between two engines; changes with them."""
+"""Version of the messages between two engines."""
 
 
 def identity(config: EngineConfig, runner: ModelRunner) -> dict[str, str]:
-    """Describe everything that two engines must have in common. O(bytes of the weights)."""
+    """Describe all properties that two engines must share. O(bytes of the weights)."""
     return {
         "transfer protocol": PROTOCOL,
         **runner.identity(),
@@ -37,30 +39,32 @@ def identity(config: EngineConfig, runner: ModelRunner) -> dict[str, str]:
 
 
 def difference(own: Mapping[str, str], other: object) -> str | None:
-    """What differs and what to do, the end of a sentence; None: nothing."""
+    """Return the differing properties and the remedy as the end of a sentence, or None if there are
+    none."""
     if not isinstance(other, dict):
-        return "all, for it says nothing of itself"
+        return "all, because it sends no identity"
     names = ", ".join(name for name in own if own[name] != other.get(name))
-    return f"{names}: give both the same" if names else None
+    return f"{names}: configure both the same" if names else None
 
 
 @dataclass(frozen=True, slots=True)
 class Copied:
-    """Bytes on their way to the host."""
+    """Bytes that may still be on their way to the host."""
 
     data: torch.Tensor
     """uint8, contiguous, on the host."""
     event: torch.Event | None
 
     def wait(self) -> torch.Tensor:
-        """The bytes, as soon as they are there. From any thread."""
+        """Wait for the bytes and return them. Safe to call from any thread."""
         if self.event is not None:
             self.event.synchronize()
         return self.data
 
 
 class PrefixBuffer:
-    """Reads and writes one memory. For the thread that computes, between two steps."""
+    """Reads and writes the memory of one runner. For the thread that computes, between two
+    steps."""
 
     def __init__(
         self,
@@ -68,12 +72,12 @@ class PrefixBuffer:
         keeps: Sequence[tuple[Spec, ...]],
         settle: Callable[[], None],
     ) -> None:
-        """``keeps``: of each entry of ``tensors.pools``. Rows and states are where their owners
-        know them after ``settle``."""
+        """``keeps``: declared tensors of each entry of ``tensors.pools``. After ``settle``, rows
+        and states are in the places of their owners."""
         self._tensors, self._settle = tensors, settle
         self._parts: list[tuple[torch.Tensor, ...]] = []
         self.part_of: dict[int, int] = {}
-        """Mixer to its part, of those that keep KV."""
+        """Part of each mixer that stores KV."""
         layout = []
         for rank, (pools, specs) in enumerate(zip(tensors.pools, keeps, strict=True)):
             kept = [pool for pool, spec in zip(pools, specs, strict=True) if _is_kv(spec)]
@@ -82,12 +86,12 @@ class PrefixBuffer:
                 self.part_of[rank] = len(self._parts)
                 self._parts.append(tuple(kept))
         self.part_bytes = tuple(sum(map(_unit_bytes, pools)) for pools in self._parts)
-        """Of one token, by part."""
+        """Bytes per token, by part."""
         self.state_bytes = sum(one.numel() * one.itemsize for one in self._state(0))
         form = "" if tensors.checkpoints is None else tensors.checkpoints.format
         kind = "pools" if tensors.rows is None else "arena"
         self.layout = f"{kind} {form} {' '.join(layout)}"
-        """In words: two memories with the same can exchange units."""
+        """Layout as text. Two memories with the same layout can exchange prefixes."""
 
     @classmethod
     def of(cls, runner: ModelRunner) -> PrefixBuffer:
@@ -96,11 +100,11 @@ class PrefixBuffer:
 
     @property
     def row_bytes(self) -> int:
-        """Of one token, all parts."""
+        """Bytes per token, all parts together."""
         return sum(self.part_bytes)
 
     def _state(self, slot: int) -> list[torch.Tensor]:
-        """Views of all that a checkpoint's slot holds."""
+        """Return views of all tensors in a checkpoint's slot."""
         tensors = self._tensors
         if not tensors.states:
             return []
@@ -110,7 +114,7 @@ class PrefixBuffer:
 
     @torch.inference_mode()
     def read_rows(self, part: int, rows: Indices) -> Copied:
-        """uint8 ``[n, part_bytes]``: what the KV rows ``rows``, int32[n], have of a part."""
+        """Read a part of the KV rows ``rows``, int32[n]: uint8 ``[n, part_bytes]``."""
         self._settle()
         pools = self._parts[part]
         index = upload(rows.astype(np.int64), torch.int64, pools[0].device)
@@ -118,7 +122,7 @@ class PrefixBuffer:
 
     @torch.inference_mode()
     def write_rows(self, part: int, rows: Indices, data: torch.Tensor) -> None:
-        """Write what ``read_rows`` gave into other rows."""
+        """Write the result of ``read_rows`` to other rows."""
         self._settle()
         pools = self._parts[part]
         index = upload(rows.astype(np.int64), torch.int64, pools[0].device)
@@ -129,14 +133,14 @@ class PrefixBuffer:
 
     @torch.inference_mode()
     def read_state(self, slot: int) -> Copied:
-        """uint8 ``[state_bytes]``: the checkpoint in ``slot``."""
+        """Read the checkpoint in ``slot``: uint8 ``[state_bytes]``."""
         self._settle()
         views = [view.contiguous().view(-1).view(torch.uint8) for view in self._state(slot)]
         return _to_host(views, 0)
 
     @torch.inference_mode()
     def write_state(self, slot: int, data: torch.Tensor) -> None:
-        """Write what ``read_state`` gave into another slot."""
+        """Write the result of ``read_state`` to another slot."""
         self._settle()
         first = 0
         for view in self._state(slot):
@@ -155,14 +159,14 @@ def _unit_bytes(pool: torch.Tensor) -> int:
 
 
 def _to_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """As ``upload``: the host does not wait for what the device was told before."""
+    """Copy to the device like ``upload``, without waiting for the device's earlier work."""
     if device.type == "cpu":
         return values
     return values.pin_memory().to(device, non_blocking=True)
 
 
 def _to_host(pieces: Sequence[torch.Tensor], dim: int) -> Copied:
-    """A copy on the host of all ``pieces``, side by side."""
+    """Copy all ``pieces``, concatenated, to the host."""
     data = torch.cat(tuple(pieces), dim) if len(pieces) > 1 else pieces[0].clone()
     if data.device.type == "cpu":
         return Copied(data.contiguous(), None)

@@ -1,10 +1,10 @@
-"""The decode side: prefixes that a prefill engine computes come into this engine's cache.
+"""The decode side: loads prefixes that a prefill engine computes into this engine's cache.
 
-Of a request that waits, all tokens up to the last grid position below its end are asked for, but
-for the KV that is here. A thread of its own follows each prefix: it asks, and receives piece by
-piece. The engine's thread copies pieces into their rows between two steps, a bounded number of
-bytes at a time, and publishes the prefix when all is there. Whatever goes wrong ends the fetch, and
-the request computes here.
+For a waiting request, all tokens up to the last grid position before its end are requested, except
+for KV that is in the cache. Each prefix has a thread, which sends the request and receives the
+pieces. The engine's thread copies pieces into their rows between two steps, a bounded number of
+bytes at a time, and publishes the prefix when it is complete. Any error ends the load, and this
+engine computes the prompt.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from hybridcache.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 MAX_FETCHES = 8
-"""At the same time: a thread and a link each."""
+"""Maximum number of loads in progress, each with a thread and a link."""
 MAX_PIECES = 32
-"""Received and not yet copied, of one prefix; the sender waits."""
+"""Maximum number of received pieces of one prefix that are not yet copied. Then the sender
+waits."""
 MAX_COPIED_BYTES = 32 << 20
-"""Between two steps."""
+"""Maximum number of bytes copied between two steps."""
 CLOSE_S = 1.0
-"""For the threads of all fetches to end in, together."""
+"""Time in which the threads of all loads may end, together."""
 REST_S = 5.0
-"""For which a prefill engine that failed is not asked again."""
+"""Time in which a prefill engine is not used after a failure."""
 
 
 NOTHING = torch.empty(0, dtype=torch.uint8)
@@ -52,7 +53,7 @@ class ArrivedPiece(NamedTuple):
     """Some KV of one part, or a state."""
 
     part: int | None
-    """None: the state."""
+    """Index of the part, or None for the state."""
     start: int
     end: int
     num_bytes: int
@@ -60,30 +61,30 @@ class ArrivedPiece(NamedTuple):
 
 
 class Linked(NamedTuple):
-    """A connection to a prefill engine that knows us."""
+    """A connection to a prefill engine that has accepted this engine."""
 
     wire: Wire
     transfer: Transfer
 
     def close(self) -> None:
-        """Use it no more."""
+        """Close the connection."""
         self.wire.close()
         self.transfer.close()
 
 
 class Peer:
-    """One prefill engine, and the connections to it that nobody uses."""
+    """One prefill engine, with its unused connections."""
 
     def __init__(self, address: tuple[str, int], own: Mapping[str, str], timeout_s: float) -> None:
         self.address, self._own, self._timeout_s = address, dict(own), timeout_s
         self._idle: list[Linked] = []
         self._lock = threading.Lock()
         self.rests_until = 0.0
-        """By ``time.monotonic``."""
+        """Time by ``time.monotonic`` before which it is not used."""
 
     def take(self, on_wire: Callable[[Wire], None]) -> Linked:
-        """Return a connection; ``on_wire`` is called as soon as there is one to break off.
-        TransferError if nobody answers, or it is another model."""
+        """Return a connection. ``on_wire`` is called with its wire, so that it can be broken off.
+        Raises TransferError without an answer, or if the model differs."""
         with self._lock:
             while self._idle:
                 linked = self._idle.pop()
@@ -104,12 +105,12 @@ class Peer:
             raise
 
     def give_back(self, linked: Linked) -> None:
-        """It can be used again."""
+        """Return a connection that can be used again."""
         with self._lock:
             self._idle.append(linked)
 
     def close(self) -> None:
-        """Close those that nobody uses."""
+        """Close the unused connections."""
         with self._lock:
             idle, self._idle = self._idle, []
         for linked in idle:
@@ -117,8 +118,8 @@ class Peer:
 
 
 class PeerFetch:
-    """One prefix on its way. The thread that follows it fills ``pieces`` and ends with
-    ``outcome``; everything else is the engine's thread's."""
+    """Load of one prefix. The thread that follows it fills ``pieces`` and sets ``outcome`` at its
+    end; everything else belongs to the engine's thread."""
 
     def __init__(
         self, fetcher: PeerFetcher, peer: Peer, arrival: Arrival, tokens: Tokens, request: Request
@@ -129,24 +130,24 @@ class PeerFetch:
         self.needs_state = arrival.slot is not None
         self.pieces: queue.Queue[ArrivedPiece] = queue.Queue(MAX_PIECES)
         self.outcome: str | None = None
-        """How its thread ended: empty, or what went wrong."""
+        """Result of its thread: "" or the error. None while it runs."""
         self.is_cancelled = False
         self.has_ended = False
         self._lock = threading.Lock()
         self._wire: Wire | None = None
-        """The connection that its thread uses; None before and after."""
+        """Connection that its thread uses, else None."""
         self.num_fetched = self.wire_bytes = 0
         self._num_bytes = 0
 
     @property
     def needed_bytes(self) -> int:
-        """Of the KV and the state that are to come."""
+        """Bytes of the KV and the state to receive."""
         state = self._unit.state_bytes if self.needs_state else 0
         return (self.end - self.start) * self._unit.row_bytes + state
 
     @property
     def is_whole(self) -> bool:
-        """All bytes are copied."""
+        """True if all bytes are copied."""
         return self._num_bytes == self.needed_bytes
 
     @property
@@ -156,8 +157,8 @@ class PeerFetch:
         return Transferred(self.num_fetched, needed_bytes, self.wire_bytes)
 
     def expect(self, said: object) -> ArrivedPiece:
-        """The piece that is said to come next, still without its bytes. TransferError: it is none
-        of this prefix."""
+        """Return the announced piece without its bytes. Raises TransferError if it is not part of
+        this prefix."""
         match said:
             case [None, int(), int()] if self.needs_state:
                 return ArrivedPiece(None, self.end, self.end, self._unit.state_bytes)
@@ -165,10 +166,10 @@ class PeerFetch:
                 0 <= part < len(self._unit.part_bytes) and self.start <= start < end <= self.end
             ):
                 return ArrivedPiece(part, start, end, (end - start) * self._unit.part_bytes[part])
-        raise TransferError(f"the piece {said!r} is none of what was asked for")
+        raise TransferError(f"the piece {said!r} was not requested")
 
     def write(self, piece: ArrivedPiece) -> None:
-        """Copy ``piece`` to where its rows and slot are now."""
+        """Copy ``piece`` to the current place of its rows or slot."""
         if piece.part is None:
             assert self.arrival.slot is not None
             self._unit.write_state(self.arrival.slot, piece.data)
@@ -179,7 +180,7 @@ class PeerFetch:
         self._num_bytes += piece.num_bytes
 
     def cancel(self) -> None:
-        """See ``Fetch``. Its thread ends soon, whatever the other side does."""
+        """See ``Fetch``. The thread ends soon, independent of the other side."""
         with self._lock:
             self.is_cancelled = True
             if self._wire is not None:
@@ -188,21 +189,22 @@ class PeerFetch:
             self._fetcher.end(self, False)
 
     def uses(self, wire: Wire) -> None:
-        """Called by the thread: ``wire`` is its connection from now on."""
+        """Record ``wire`` as the connection of the thread, which calls this."""
         with self._lock:
             self._wire = wire
             if self.is_cancelled:
                 wire.break_off()
 
     def lets_go(self) -> bool:
-        """Called by the thread when it has finished: True if its connection can be used again."""
+        """Return True if the connection can be used again. Called by the thread when it has
+        finished."""
         with self._lock:
             self._wire = None
             return not self.is_cancelled
 
     def hand_over(self, piece: ArrivedPiece) -> None:
-        """Called by the thread: wait until there is room for ``piece``. TransferError: nobody wants
-        it any more."""
+        """Wait until there is room for ``piece``. Called by the thread. Raises TransferError if the
+        load was cancelled."""
         while not self.is_cancelled:
             try:
                 return self.pieces.put(piece, timeout=0.1)
@@ -212,7 +214,7 @@ class PeerFetch:
 
 
 class PeerFetcher:
-    """A ``Fetcher`` that asks prefill engines."""
+    """A ``Fetcher`` that loads from prefill engines."""
 
     def __init__(
         self,
@@ -223,7 +225,8 @@ class PeerFetcher:
         *,
         fetch_above: int,
     ) -> None:
-        """Prompts with fewer tokens to compute than ``fetch_above`` are computed here."""
+        """Prefixes with fewer tokens to compute than ``fetch_above`` are computed by this
+        engine."""
         self._manager, self.unit, self._peers = manager, unit, peers
         self._fetch_above, self.counts = fetch_above, counts
         self._active: list[PeerFetch] = []
@@ -236,8 +239,8 @@ class PeerFetcher:
         return len(self._active) < MAX_FETCHES
 
     def wants(self, request: Request, match: PrefixMatch) -> bool:
-        """See ``Fetcher``. Namespaces that are not text are never asked for: they have no wire
-        form."""
+        """See ``Fetcher``. Prefixes in a namespace that is not text are not loaded, because it
+        cannot be sent."""
         is_worth_it = self._end(request) - match.cached_len >= self._fetch_above
         is_sayable = isinstance(request.namespace, str | None)
         return is_worth_it and is_sayable and self._choose() is not None
@@ -265,14 +268,14 @@ class PeerFetcher:
         return (request.num_tokens - 1) // grid * grid
 
     def _choose(self) -> Peer | None:
-        """The one with least to do, of those that do not rest."""
+        """Return the available prefill engine with the fewest loads in progress, or None."""
         now = time.monotonic()
         awake = [peer for peer in self._peers if peer.rests_until <= now]
         busy = [fetch.peer for fetch in self._active]
         return min(awake, key=busy.count, default=None)
 
     def _follow(self, fetch: PeerFetch) -> None:
-        """What the thread of one prefix does."""
+        """Follow one prefix; the function of its thread."""
         linked, outcome, is_refused = None, "", False
         try:
             linked = fetch.peer.take(fetch.uses)
@@ -280,7 +283,7 @@ class PeerFetcher:
         except TransferError as error:
             outcome = str(error)
         except RequestError as error:
-            # A prompt that the other engine cannot serve says nothing of those to come.
+            # If the other engine cannot serve this prompt, later prompts may still work.
             outcome, is_refused = str(error).rstrip("."), isinstance(error, InvalidRequest)
         except Exception as error:
             logger.exception("A transfer failed.")
@@ -320,7 +323,7 @@ class PeerFetcher:
             self._news.set()
 
     def end(self, fetch: PeerFetch, is_whole: bool) -> None:
-        """Publish what came, or give its memory back."""
+        """Publish a complete prefix, or release its memory."""
         self._active.remove(fetch)
         self._manager.end_arrival(fetch.arrival, is_whole=is_whole)
         fetch.has_ended = True
@@ -346,7 +349,7 @@ class PeerFetcher:
 
 
 def _failure(said: object) -> RequestError:
-    """Return the error that the prefill engine sent. TransferError: it is not one."""
+    """Return the error that the prefill engine sent. Raises TransferError if it is malformed."""
     try:
         return RequestError.from_wire(msgspec.convert(said, WireError))
     except msgspec.ValidationError as error:
@@ -354,8 +357,8 @@ def _failure(said: object) -> RequestError:
 
 
 def _receive(fetch: PeerFetch, linked: Linked, news: threading.Event) -> None:
-    """Ask for the prefix and take its pieces, up to the last. TransferError: it does not come;
-    RequestError: the prefill engine says why."""
+    """Request the prefix and receive its pieces. Raises TransferError if it does not arrive, and
+    RequestError with the reason that the prefill engine gives."""
     wire, transfer = linked
     ask = {
         "start": fetch.start,

@@ -1,9 +1,8 @@
-"""Messages between two engines: a TCP connection on which a short JSON object goes at a time, with
-bytes behind it where it has some.
+"""Messages between two engines: short JSON objects over a TCP connection, each optionally with
+bytes.
 
-torch.distributed moves tensors whose size both sides know between processes that found each other.
-What comes before that (who asks, for which tokens, what is coming, that somebody has gone) is said
-here.
+torch.distributed moves tensors of known sizes between connected processes. Everything else
+(requests, tokens, announcements of data, failures) is exchanged here.
 """
 
 from __future__ import annotations
@@ -23,28 +22,28 @@ from typing import Any
 
 @dataclass(slots=True)
 class TransferCounts:
-    """Of one engine, since its start. Any thread may add."""
+    """Counters of one engine since its start. Safe to use from any thread."""
 
     prefixes: int = 0
-    """That went over whole."""
+    """Number of complete transfers."""
     failed: int = 0
-    """That did not: their requests computed here, or their askers there."""
+    """Number of failed transfers. The decode engines computed these prompts."""
     tokens: int = 0
-    """Whose KV went over."""
+    """Number of tokens of transferred KV."""
     needed_bytes: int = 0
-    """KV and states of the prefixes that went over whole."""
+    """Bytes of KV and states of complete transfers."""
     wire_bytes: int = 0
-    """Everything sent and received: these, messages, and what was in vain."""
+    """All bytes sent and received, including messages and failed transfers."""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def add(self, **counts: int) -> None:
-        """Add to the counts named."""
+        """Add to the named counters."""
         with self._lock:
             for name, count in counts.items():
                 setattr(self, name, getattr(self, name) + count)
 
     def as_dict(self) -> dict[str, int]:
-        """By name."""
+        """Return the counters by name."""
         names = [one.name for one in dataclasses.fields(self) if one.name[0] != "_"]
         with self._lock:
             return {name: getattr(self, name) for name in names}
@@ -53,12 +52,13 @@ class TransferCounts:
 FRAME = struct.Struct("!II")
 MAX_JSON, MAX_BYTES = 1 << 20, 1 << 28
 KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-"""Seconds of silence before the system probes the other side, seconds between probes, and probes
-without an answer after which the connection is gone. Idle connections have no other time limit."""
+"""Seconds of silence before the system probes the other side, seconds between probes, and number of
+unanswered probes after which the connection is closed. Idle connections have no other time
+limit."""
 
 
 class TransferError(RuntimeError):
-    """A transfer that did not come about, in one sentence."""
+    """The transfer failed; the message is one sentence."""
 
 
 class Wire:
@@ -73,33 +73,34 @@ class Wire:
             if hasattr(socket, name):  # not on every system
                 connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         self.num_bytes = 0
-        """Sent and received; whoever moves tensors beside adds theirs."""
+        """Bytes sent and received. Tensors sent next to it are added by the caller."""
 
     @classmethod
     def connect(cls, address: tuple[str, int], timeout_s: float) -> Wire:
-        """TransferError: nobody answers."""
+        """Connect to ``address``. Raises TransferError if there is no answer."""
         try:
             return cls(socket.create_connection(address, timeout_s), timeout_s)
         except OSError as error:
-            raise TransferError(f"nobody answers ({error})") from error
+            raise TransferError(f"there is no answer ({error})") from error
 
     @property
     def is_quiet(self) -> bool:
-        """Nothing has come that was not received, nor has the other side gone."""
+        """True if no message is waiting and the other side has not gone."""
         return not select.select([self._socket], [], [], 0)[0]
 
     def take_num_bytes(self) -> int:
-        """Bytes sent and received since the last time."""
+        """Return the number of bytes sent and received since the last call."""
         count, self.num_bytes = self.num_bytes, 0
         return count
 
     @property
     def own_host(self) -> str:
-        """This end's address."""
+        """Address of this end."""
         return str(self._socket.getsockname()[0])
 
     def send(self, message: dict[str, Any], data: bytes = b"") -> None:
-        """TransferError: the other side has gone, or does not take it in time."""
+        """Send a message. Raises TransferError if the other side has gone, or does not receive it
+        in time."""
         text = json.dumps(message).encode()
         frame = FRAME.pack(len(text), len(data)) + text + data
         try:
@@ -111,11 +112,12 @@ class Wire:
     def receive(
         self, *, idles: bool = False, timeout_s: float | None = None
     ) -> tuple[dict[str, Any], bytes]:
-        """Return the next message and the bytes behind it.
+        """Return the next message and its bytes.
 
-        ``idles``: it may be long in coming. ``timeout_s``: of silence, in place of the connection's
-        own. TransferError if the other side has gone, is silent for too long, or sends anything
-        else."""
+        With ``idles``, wait for the message without a limit. ``timeout_s`` replaces the
+        connection's limit of silence. Raises TransferError if the other side has gone, is silent
+        for too long, or sends anything else.
+        """
         usual_s = self._socket.gettimeout()
         rest_s = usual_s if timeout_s is None else timeout_s
         try:
@@ -124,14 +126,14 @@ class Wire:
             self._socket.settimeout(rest_s)
             num_text, num_data = FRAME.unpack(head)
             if num_text > MAX_JSON or num_data > MAX_BYTES:
-                raise TransferError("what came is no message of this protocol")
+                raise TransferError("the message does not follow this protocol")
             message, data = json.loads(self._read(num_text)), self._read(num_data)
             self._socket.settimeout(usual_s)
         except (OSError, ValueError, RecursionError) as error:
             raise TransferError(f"the other side is silent or unclear ({error})") from error
         self.num_bytes += FRAME.size + num_text + num_data
         if not isinstance(message, dict):
-            raise TransferError("what came is no message of this protocol")
+            raise TransferError("the message does not follow this protocol")
         return message, data
 
     def _read(self, num_bytes: int) -> bytes:
@@ -144,18 +146,18 @@ class Wire:
         return bytes(data)
 
     def break_off(self) -> None:
-        """Make the thread that sends or receives stop: for any other thread."""
+        """Stop the thread that sends or receives. Called in any other thread."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
-        """Close the connection: for the thread that uses it."""
+        """Close the connection. Called in the thread that uses it."""
         self.break_off()
         self._socket.close()
 
 
 def join(threads: Iterable[threading.Thread], timeout_s: float) -> None:
-    """Wait until all ``threads`` have ended, for ``timeout_s`` seconds in all."""
+    """Wait until all ``threads`` have ended, for ``timeout_s`` seconds in total."""
     deadline = time.monotonic() + timeout_s
     for thread in threads:
         thread.join(max(0.0, deadline - time.monotonic()))

@@ -1,1 +1,1 @@
-"""What an answer must look like, and which tokens can come next for it to."""
+"""Guided answers: answers that match a schema, an expression, a choice or a grammar."""

@@ -1,6 +1,7 @@
-"""Grammars that are too slow for the engine's thread, each followed by a thread of its own.
+"""Background threads for grammars that are too slow for the engine's thread, one thread per
+grammar.
 
-Every call of llguidance that may take long is made without holding the interpreter's lock, by a
+Every call of llguidance that may take long is made without holding the interpreter's lock, in a
 thread of lower priority. The engine's thread reads results and never waits for one.
 """
 
@@ -25,9 +26,9 @@ from hybridcache.tokens import Tokens
 NICENESS = 10
 """Added to the niceness of background threads (Linux only)."""
 IDLE_S = 1.0
-"""Seconds without work after which a background thread ends."""
+"""Idle time in seconds after which a background thread ends."""
 SECONDS_PER_TOKEN = 0.005
-"""Grammar time that every token of an answer may take without being charged to the budget."""
+"""Grammar time per token of an answer that is not charged to the budget."""
 
 
 class Budget(NamedTuple):
@@ -45,17 +46,17 @@ class Budget(NamedTuple):
 
 
 class GrammarPlace(NamedTuple):
-    """What a grammar says of one answer."""
+    """Result of following a grammar to the end of an answer."""
 
     mask: Mask
     is_over: bool
-    """Nothing can follow the answer."""
+    """True if nothing can follow the answer."""
 
 
 class BackgroundGrammar:
-    """One compiled grammar and the thread that follows all answers to it.
+    """One compiled grammar with the thread that follows all its answers.
 
-    Copies of a matcher share a lock inside of llguidance, so more threads would not be faster.
+    Copies of a matcher share a lock inside llguidance, so more threads would not be faster.
     """
 
     def __init__(self, library: Any, vocabulary: Any, make_matcher: Callable[[], Any]) -> None:
@@ -71,7 +72,7 @@ class BackgroundGrammar:
         self._thread: threading.Thread | None = None
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Have the thread call ``work``, which must not raise, after all earlier work."""
+        """Queue ``work``, which must not raise. The thread calls it after all earlier work."""
         with self._lock:
             self._work.append(work)
             if self._thread is None:
@@ -83,23 +84,24 @@ class BackgroundGrammar:
     def copy(self, spent: Any = None) -> Any:
         """Return a matcher at the beginning of an answer.
 
-        ``spent`` is a shared matcher whose limits its copies have used up: it is compiled again,
-        unless another answer has had that done.
+        ``spent`` is a shared matcher with limits that its copies have used up: it is compiled
+        again, unless that has happened for another answer.
         """
         if self._matcher is spent:
             self._matcher = None
         return self.first().deep_copy()
 
     def first(self) -> Any:
-        """Return the matcher that copies are made of. Raises GrammarError as its compilation."""
+        """Return the matcher that copies are made of. Raises GrammarError if its compilation
+        does."""
         if self._matcher is None:
             self._matcher = self._make_matcher()
         return self._matcher
 
     def consume(self, matcher: Any, token: int) -> None:
-        """Move ``matcher`` on by one token, without holding the interpreter's lock.
+        """Advance ``matcher`` by one token, without holding the interpreter's lock.
 
-        The library releases it for two matchers or more, so one that is broken comes along.
+        The library releases the lock only for two or more matchers, so a broken one is passed too.
         """
         if self._executor is None:
             self._executor = self._library.LLExecutor(1)
@@ -120,7 +122,7 @@ class BackgroundGrammar:
             del work
 
     def stop(self) -> None:
-        """End the thread after the call of the library that it is in."""
+        """End the thread after its current call of the library."""
         with self._lock:
             thread = self._thread
             self._wake.notify()
@@ -138,7 +140,7 @@ class GrammarFollower:
         num_bytes: int,
         when_done: Callable[[], None],
     ) -> None:
-        """``num_bytes``: length of a mask. ``when_done`` is called by the thread for each place."""
+        """``num_bytes``: length of a mask. ``when_done`` is called in the thread for each place."""
         self._grammar = grammar
         self._budget = budget
         self._num_bytes = num_bytes
@@ -155,16 +157,16 @@ class GrammarFollower:
         self._was_renewed = False
 
     def order(self, answer: Tokens) -> None:
-        """Begin to find the place of ``answer``, unless that was ordered last."""
+        """Queue the search for the place of ``answer``, unless it was the last one queued."""
         key = _key(answer)
         if key != self._ordered and self._error is None:
             self._ordered = key
-            # A view is safe: an answer's buffer only grows, and one that was replaced stays as is.
+            # A view is safe: an answer's buffer only grows, and a replaced buffer does not change.
             self._grammar.submit(lambda: self._work(key, answer))
 
     def place(self, answer: Tokens) -> GrammarPlace | None:
-        """Return the place of ``answer``, None if it is not found yet. Raises GrammarError if the
-        grammar can not be followed that far."""
+        """Return the place of ``answer``, or None if it is not found yet. Raises GrammarError if
+        the grammar cannot be followed that far."""
         if self._error is not None:
             raise self._error
         if self._found is None or self._found[0] != _key(answer):
@@ -172,7 +174,7 @@ class GrammarFollower:
         return self._found[1]
 
     def close(self) -> None:
-        """Skip all work that is left."""
+        """Skip all queued work."""
         self._is_closed = True
 
     def _work(self, key: tuple[int, int], answer: Tokens) -> None:
@@ -184,7 +186,7 @@ class GrammarFollower:
         except GrammarError as error:
             self._error = error
         except Exception as error:
-            self._error = GrammarError(f"the grammar can not be followed: {error!r}.")
+            self._error = GrammarError(f"the grammar cannot be followed: {error!r}.")
         self._when_done()
 
     def _find(self, answer: Tokens) -> GrammarPlace:
@@ -198,7 +200,7 @@ class GrammarFollower:
         return place
 
     def _try(self, answer: Tokens) -> GrammarPlace | None:
-        """Follow ``answer``; None if the library refuses to."""
+        """Follow ``answer``. Returns None if the library reports an error."""
         if self._matcher is None:
             self._matcher = self._grammar.copy(self._shared)
             self._shared, self._num_taken = self._grammar.first(), 0
@@ -207,8 +209,8 @@ class GrammarFollower:
             matcher.rollback(self._num_taken - len(answer))
             self._num_taken = len(answer)
         for token in answer[self._num_taken :].tolist():
-            # The library's thread has no clock of its own to ask. Of the time that passes, what
-            # other processes took of the processors is nobody's here.
+            # The library's thread has no separate clock. The smaller of the two times excludes the
+            # time that other processes took.
             started_s, worked_s = time.perf_counter(), time.process_time()
             self._grammar.consume(matcher, token)
             self._num_taken += 1
@@ -228,12 +230,13 @@ class GrammarFollower:
 
 
 def _key(answer: Tokens) -> tuple[int, int]:
-    """Tell answers of one request apart: they grow, and only the newest token is ever redrawn."""
+    """Return a key that distinguishes answers of one request: they grow, and only the newest token
+    is ever redrawn."""
     return len(answer), int(answer[-1]) if len(answer) else -1
 
 
 def _lower_priority() -> None:
-    """Give way to other threads, where the system has priorities of threads."""
+    """Lower the priority of the thread, if the system has priorities of threads."""
     if sys.platform == "linux":
         thread = threading.get_native_id()
         lower = min(os.getpriority(os.PRIO_PROCESS, thread) + NICENESS, 19)
@@ -246,7 +249,7 @@ _is_exiting = False
 
 @atexit.register
 def _stop_all() -> None:
-    """Leave no thread inside of the library when the interpreter ends."""
+    """End all threads inside the library when the interpreter ends."""
     global _is_exiting
     _is_exiting = True
     for grammar in tuple(_running):

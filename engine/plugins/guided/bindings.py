@@ -1,7 +1,7 @@
-"""Contact with llguidance: its vocabulary, its matchers, their limits and messages.
+"""Interface to llguidance: vocabulary, matchers, limits and messages.
 
 A matcher is made of a Lark grammar, a JSON schema or a regular expression. After any tokens it
-knows which tokens may follow.
+returns the tokens that may follow.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ STEP_LIMITS: Mapping[str, Any] = {
     "max_items_in_row": 300,
     "max_lexer_states": 5_000,
 }
-"""Limits on the engine's thread: 4,900 random ambiguous grammars of up to 1 kB took at most 26 ms
-for one call, schemas of ordinary size take microseconds."""
+"""Limits on the engine's thread. 4,900 random ambiguous grammars of up to 1 kB took at most 26 ms
+for one call; schemas of ordinary size take microseconds."""
 MARK = b"\xff"
-"""First byte of a token that no text contains, in the library's own form."""
+"""First byte of a token that no text contains, in the library's form."""
 OUR_PLACE = re.compile(r"^at \d+\(\d+\): (failed to compile JSON schema: )?")
 QUOTED_REGEX = re.compile(r'invalid regex ".*" \(in regex\): regex parse error:$')
 REGEX = "regex parse error:"
-"""End of a first line that says less than a later line that begins with ``ERROR``."""
+"""End of a first line that is less informative than a later line that begins with ``ERROR``."""
 ERROR = "error: "
 ENDLESS = "NoExtensionBias"
 """The library's whole message for a grammar that has a beginning but no end."""
 TOOL = re.compile(
     rf'^ *\d+ \| {CALL}\d+: .*?"name": {{"const": ("(?:[^"\\]|\\.)*").*\n *\^', re.MULTILINE
 )
-"""The line of a message that quotes our own grammar of a call, and in it the tool's name."""
+"""Line of a message that quotes the engine's grammar of a call, with the tool's name."""
 
 
 def load_library() -> Any:
@@ -61,16 +61,17 @@ def load_library() -> Any:
         return importlib.import_module("llguidance")
     except ModuleNotFoundError as error:
         missing = how_to_install(error)
-        raise GrammarError(f"an answer can not be guided here: {missing}.") from None
+        raise GrammarError(f"guided answers are not available: {missing}.") from None
 
 
 def make_vocabulary(library: Any, tokenizer: Tokenizer | None, vocab_size: int) -> Any:
-    """Build the library's form of a vocabulary. O(its tokens): a second for 150,000, during which
-    no other thread of the process runs. Raises GrammarError without a token that ends answers."""
+    """Build the library's form of a vocabulary. Raises GrammarError without a token that ends
+    answers.
+
+    O(its tokens): a second for 150,000, during which no other thread of the process runs.
+    """
     if tokenizer is None or not tokenizer.eos_token_ids:
-        raise GrammarError(
-            "an answer can not be guided without a tokenizer that has a token for its end."
-        )
+        raise GrammarError("guided answers require a tokenizer with a token that ends answers.")
     size = max(vocab_size, tokenizer.vocab_size)
     ends = sorted(tokenizer.eos_token_ids)
     if (described := tokenizer.as_json()) is not None:
@@ -101,7 +102,7 @@ class _ByteVocabulary:
 
 
 def make_matcher(library: Any, vocabulary: Any, grammar: Grammar, limits: Mapping[str, Any]) -> Any:
-    """Compile ``grammar``. Raises GrammarError if it is wrong or too large."""
+    """Compile ``grammar``. Raises GrammarError if it is invalid or too large."""
     text, bounds = grammar.text, library.LLParserLimits(**limits)
     if grammar.kind == "regex":
         text = json.loads(library.LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
@@ -118,16 +119,16 @@ def make_matcher(library: Any, vocabulary: Any, grammar: Grammar, limits: Mappin
     matcher = library.LLMatcher(vocabulary, text, log_level=0, limits=bounds)
     if matcher.is_error():
         message = matcher.get_error()
-        # A place in a text of our own making means nothing to the client.
+        # A position in generated text is useless for the client.
         raise _wrong(message if grammar.kind == "given" else OUR_PLACE.sub("", message))
     return matcher
 
 
 def check_beginning(matcher: Any, ends: Tokens, consume: Callable[[Any, int], object]) -> None:
-    """Try the first two tokens of an answer; ``consume`` moves a matcher on by a token.
+    """Try the first two tokens of an answer; ``consume`` advances a matcher by a token.
 
-    Raises GrammarError if no token can begin an answer, TooComplex if it takes too long to find
-    what can, or what can follow.
+    Raises GrammarError if no token can begin an answer, and TooComplex if it takes too long to find
+    the first or the second token.
     """
     tried = matcher.deep_copy()
     allowed = _allowed(tried)
@@ -135,19 +136,17 @@ def check_beginning(matcher: Any, ends: Tokens, consume: Callable[[Any, int], ob
     if not allowed.any():
         raise GrammarError("no answer fits this grammar, or only the empty one.")
     consume(tried, int(allowed.argmax()))
-    # Limits of repetitions are reached behind the first token only.
+    # Limits of repetitions are reached only after the first token.
     _allowed(tried)
 
 
 def _allowed(tried: Any) -> Mask:
-    """Return one number a token: 1 if it may come next."""
+    """Return one number per token: 1 if it may come next."""
     allowed = np.unpackbits(np.frombuffer(tried.compute_bitmask(), np.uint8), bitorder="little")
     if tried.is_error():
         why = reason(tried.get_error())
         if why == ENDLESS:
-            raise GrammarError(
-                "no answer fits this grammar: one of its rules never comes to an end."
-            )
+            raise GrammarError("no answer fits this grammar: one of its rules never ends.")
         raise TooComplex(why)
     return allowed
 
@@ -155,11 +154,11 @@ def _allowed(tried: Any) -> Mask:
 def _wrong(message: str) -> GrammarError:
     tool = TOOL.search(message)
     where = "" if tool is None else f"tool {json.loads(tool[1])!r}: "
-    return GrammarError(f"{where}this grammar can not be served: {reason(message)}.")
+    return GrammarError(f"{where}this grammar cannot be used: {reason(message)}.")
 
 
 def reason(message: str) -> str:
-    """Reduce a message of the library to one line that says what is wrong."""
+    """Reduce a message of the library to one line with the cause of the error."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     first = QUOTED_REGEX.sub(REGEX, lines[0]) if lines else "no reason given"
     errors = [line.removeprefix(ERROR) for line in lines if line.startswith(ERROR)]

@@ -1,11 +1,11 @@
-"""Which tokens may come next in a guided answer.
+"""Masks of the tokens that may come next in a guided answer.
 
-A grammar is compiled once, by whoever asks for it, and copied for each answer. Nearly all grammars
-cost microseconds a token and are followed on the engine's thread, where the library's own limits
-end every call within some 25 ms. A grammar that meets these limits, or takes more than a share of
-the engine's time, is followed by a thread of its own (``background.py``). Its requests sit out
-steps until their masks are found, and fail when their budget of grammar time is spent. Which thread
-finds a mask never changes it.
+A grammar is compiled once, in the thread of its caller, and copied for each answer. Nearly all
+grammars cost microseconds per token and are followed on the engine's thread, where the library's
+limits end every call within some 25 ms. A grammar that reaches these limits, or takes more than a
+share of the engine's time, is followed by a separate thread (``background.py``). Its requests are
+not part of steps until their masks are found, and fail when their budget of grammar time is spent.
+The thread that finds a mask has no influence on it.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from engine.requests.logit_rules import Mask
 from hybridcache.tokens import Tokens
 
 SHARE, BURST_S = 0.08, 0.015
-"""Share of the time that grammars may take on the engine's thread, and how much at once."""
+"""Share of the time that grammars may take on the engine's thread, and maximum at once."""
 CHEAP_S, NUM_CHEAP = 1e-4, 32
-"""Mean time a mask, and number of masks, by which a grammar has proved to be cheap."""
+"""Mean time per mask, and number of masks, with which a grammar counts as cheap."""
 COSTLY_S = 2e-3
-"""A grammar of which one mask takes longer leaves the engine's thread."""
+"""Time of one mask above which a grammar leaves the engine's thread."""
 NO_TOKENS: Tokens = np.empty(0, np.int32)
 SPENT_STATES = "lexer error: too many states"
-"""Message of a matcher whose copies have together found as many states as they may keep."""
+"""Message of a matcher with copies that have together reached the limit of states."""
 
 
 class StepTime:
@@ -68,22 +68,23 @@ class Compiled:
     """One grammar, for all answers that follow it."""
 
     def __init__(self, matcher: Any, background: BackgroundGrammar) -> None:
-        """``matcher`` has the limits of a step; None if the grammar does not fit them."""
+        """``matcher`` has the limits of a step; None if the grammar exceeds them."""
         self.matcher = matcher
         self.background = background
         self.is_costly = matcher is None
-        """Answers are followed in the background."""
+        """True if answers are followed in the background."""
         self.is_spent = False
-        """Its copies have together found as many states as they may keep: compile it again."""
+        """True if its copies have together reached the limit of states, so it must be compiled
+        again."""
         self._num_masks, self._seconds = 0, 0.0
 
     @property
     def is_cheap(self) -> bool:
-        """Whether many masks were found, in little time each."""
+        """True if many masks were found, each in little time."""
         return self._num_masks >= NUM_CHEAP and self._seconds <= CHEAP_S * self._num_masks
 
     def count(self, num_masks: int, seconds: float) -> None:
-        """Take note of time on the engine's thread."""
+        """Record time on the engine's thread."""
         self._num_masks += num_masks
         self._seconds += seconds
         if seconds > COSTLY_S * max(num_masks, 1):
@@ -92,20 +93,20 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the guides of one engine share."""
+    """Values that the guides of one engine share."""
 
     num_mask_bytes: int
     ends: Tokens
     """Tokens that end an answer."""
     budget: Budget
-    """Of one request in the background."""
+    """Budget of one request in the background."""
     step_time: StepTime
     news: threading.Event
     """Set whenever a place was found in the background."""
 
 
 class Guide:
-    """Follows one answer. Belongs to the engine's thread."""
+    """Follows one answer. Used in the engine's thread."""
 
     __slots__ = (
         "_compiled",
@@ -116,7 +117,8 @@ class Guide:
     )
 
     def __init__(self, compiled: Compiled, shared: Shared) -> None:
-        """The matcher is copied for the first token: queued requests do not allocate one."""
+        """Prepare the guide. The matcher is copied for the first token, so queued requests do not
+        allocate one."""
         self._compiled = compiled
         self._shared = shared
         self._matcher: Any = None
@@ -126,12 +128,12 @@ class Guide:
     def masks(
         self, answer: Tokens, drafts: Tokens = NO_TOKENS, *, may_be_over: bool = True
     ) -> Sequence[Mask | None] | None:
-        """Return what may follow ``answer``, and what may follow it with each beginning of
-        ``drafts``, which ``cut`` has left: 1 + d masks.
+        """Return 1 + d masks: for the token after ``answer``, and after each beginning of
+        ``drafts``, which ``cut`` returned.
 
-        None if they are not found yet, or will not be: ``is_done`` says so. If nothing can follow,
-        the mask allows a token that ends answers, or, unless the answer ``may_be_over``, is None.
-        O(new tokens) and the library's time for each.
+        None if they are not found yet, or never will be; ``is_done`` distinguishes these. If
+        nothing can follow, the mask allows a token that ends answers, or is None unless the answer
+        ``may_be_over``. O(new tokens) and the library's time for each.
         """
         if (begun := self._begin()) is not None:
             masks = self._masks(answer, drafts)
@@ -144,7 +146,7 @@ class Guide:
 
     def cut(self, answer: Tokens, drafts: Tokens) -> Tokens:
         """Return the beginning of ``drafts`` that the grammar allows after ``answer``, without a
-        token that ends it; empty for an answer that is followed in the background."""
+        token that ends it. Empty for an answer that is followed in the background."""
         if (begun := self._begin()) is None:
             return drafts[:0]
         self._go_to(answer)
@@ -155,12 +157,12 @@ class Guide:
         return drafts[: int(ends.argmax())] if ends.any() else drafts
 
     def is_done(self, answer: Tokens) -> bool:
-        """Return whether nothing can follow ``answer``, as far as is known now. Raises TooComplex
-        if following it takes too much time."""
+        """Return True if nothing can follow ``answer``, as far as known. Raises TooComplex if
+        following it takes too much time."""
         return self.is_over(answer) is True
 
     def is_over(self, answer: Tokens) -> bool | None:
-        """Return whether nothing can follow ``answer``; None if that is not known yet. Raises as
+        """Return True if nothing can follow ``answer``, or None if that is not known yet. Raises as
         ``is_done``."""
         if (begun := self._begin()) is not None:
             self._go_to(answer)
@@ -172,7 +174,7 @@ class Guide:
         return None if place is None else place.is_over
 
     def close(self) -> None:
-        """Give up all work: the request has ended."""
+        """Drop all work: the request has ended."""
         self._matcher = None
         if self._follower is not None:
             self._follower.close()
@@ -186,7 +188,8 @@ class Guide:
             return None
 
     def _begin(self) -> tuple[float, float] | None:
-        """Return the times at which work on the engine's thread begins; None if it may not."""
+        """Return the times at which work on the engine's thread begins, or None if it is not
+        allowed there."""
         if self._follower is not None or self._compiled.is_costly:
             return None
         now_s = time.perf_counter()
@@ -196,9 +199,9 @@ class Guide:
         return now_s, time.thread_time()
 
     def _end(self, begun: tuple[float, float], num_masks: int) -> bool:
-        """Charge the work since ``begun``. False if it met a limit of the library."""
+        """Charge the work since ``begun``. Returns False if it reached a limit of the library."""
         seconds = time.perf_counter() - begun[0]
-        if seconds > CHEAP_S:  # perhaps because another process had the processor
+        if seconds > CHEAP_S:  # possibly because another process used the processor
             seconds = time.thread_time() - begun[1]
         self._shared.step_time.spend(seconds)
         self._compiled.count(num_masks, seconds)
@@ -211,7 +214,7 @@ class Guide:
         return False
 
     def _in_background(self) -> GrammarFollower:
-        """Have the answer followed in the background from here on."""
+        """Follow the answer in the background from now on."""
         if self._follower is None:
             shared = self._shared
             self._follower = GrammarFollower(
@@ -234,7 +237,7 @@ class Guide:
         return masks
 
     def _go_to(self, answer: Tokens) -> None:
-        """Take just ``answer``, which begins with what was taken, or the reverse. O(difference)."""
+        """Move the matcher to the end of ``answer``, forwards or backwards. O(difference)."""
         if self._matcher is None:
             self._matcher = self._compiled.matcher.deep_copy()
         surplus = self._num_taken - len(answer)

@@ -1,4 +1,4 @@
-"""Compiles grammars for one vocabulary, and remembers them."""
+"""Compiles grammars for one vocabulary, and caches them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 NUM_REMEMBERED = 64
-"""Compiled grammars."""
+"""Number of compiled grammars that are cached."""
 AnswerGuide = Guide | MarkGuide
 
 
@@ -97,17 +97,17 @@ class Guides:
 
     def load(self) -> None:
         """Load the library and build its vocabulary, which would stop all threads later. Does
-        nothing where answers cannot be guided."""
+        nothing if guided answers are not available."""
         try:
             self._load()
         except GrammarError:
             return
 
     def compile(self, grammar: Grammar) -> None:
-        """Compile ``grammar``, and remember it, so that ``guide`` is quick.
+        """Compile ``grammar`` and cache it, so that ``guide`` is fast.
 
-        Raises GrammarError if the library is missing, or the grammar is wrong, too large, or fits
-        the empty answer only; TooComplex if its first two tokens take too much time.
+        Raises GrammarError if the library is missing, or the grammar is invalid, too large, or
+        matches only the empty answer. Raises TooComplex if its first two tokens take too much time.
         """
         if grammar.marks:
             self._overshoots_of(grammar)
@@ -119,8 +119,8 @@ class Guides:
         return GrammarRule(self.guide(grammar))
 
     def guide(self, grammar: Grammar) -> AnswerGuide:
-        """Return the guide of a new answer. Raises GrammarError as ``compile``, and takes its time
-        if the grammar is not one of the last that were compiled."""
+        """Return the guide of a new answer. Raises GrammarError as ``compile``, and compiles the
+        grammar if it is not cached."""
         make = {
             mark: partial(Guide, self._compiled_of(part), self.shared)
             for mark, part in _parts(grammar)
@@ -139,7 +139,7 @@ class Guides:
             if known is not None and not known.is_spent:
                 self._compiled.move_to_end(grammar)
                 return known
-        # Not under the lock: it may take a tenth of a second, and others compile theirs.
+        # Outside the lock: it may take a tenth of a second, and other threads compile too.
         compiled = self._compile(grammar)
         with self._lock:
             self._compiled[grammar] = compiled
@@ -157,7 +157,7 @@ class Guides:
             matcher = make(STEP_LIMITS)
             check_beginning(matcher, ends, lambda tried, token: tried.consume_token(token))
         except GrammarError:
-            # Which limit it met, if it did, is for the larger ones to say.
+            # The larger limits decide whether this limit was the cause.
             check_beginning(background.first(), ends, background.consume)
             matcher = None
         return Compiled(matcher, background)
@@ -181,7 +181,7 @@ class Guides:
 
 
 def _parts(grammar: Grammar) -> Iterator[tuple[bytes, Grammar]]:
-    """Yield what is compiled of ``grammar``: behind each mark, or all of it behind none."""
+    """Yield the parts of ``grammar`` to compile: one per mark, or all of it without marks."""
     if not grammar.marks:
         yield b"", grammar
     for mark, text in grammar.marks:

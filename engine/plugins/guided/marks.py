@@ -1,7 +1,8 @@
-"""Answers that follow a grammar only behind a mark, such as the one that opens a call of a tool.
+"""Answers that follow a grammar only after a mark, such as the one that opens a tool call.
 
-Up to a mark, and behind what its grammar allows, an answer is free and costs nothing. Only tokens
-that would complete a mark and go on behind it are forbidden, so that a mark ends with a token.
+Before a mark, and after the text that its grammar allows, an answer is free and costs nothing. Only
+tokens that would complete a mark and continue after it are forbidden, so that a mark ends with a
+token.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ THINK, END_THINK = OPEN.encode(), CLOSE.encode()
 
 
 class Overshoots:
-    """Tokens of one vocabulary that complete a mark and go on behind it."""
+    """Tokens of one vocabulary that complete a mark and continue after it."""
 
     def __init__(self, marks: Sequence[bytes], tokenizer: Tokenizer, vocab_size: int) -> None:
-        """O(vocabulary)."""
+        """Search the vocabulary. O(vocabulary)."""
         self.marks = tuple(marks)
         self._vocab_size = vocab_size
         self._always: list[int] = []
         self._behind: dict[bytes, list[int]] = {}
-        """By the rest of a mark with which they begin."""
+        """Tokens by the rest of a mark with which they begin."""
         self._masks: dict[tuple[bytes, ...], Mask] = {}
         lasts = {mark[-1:] for mark in marks}
         for token in range(min(vocab_size, tokenizer.vocab_size)):
@@ -50,8 +51,8 @@ class Overshoots:
                     self._always.append(token)
 
     def mask(self, text: bytes) -> Mask | None:
-        """Return what may follow ``text``, the end of the free part of an answer; None if
-        everything may."""
+        """Return the mask after ``text``, the end of the free part of an answer, or None if every
+        token is allowed."""
         rests = tuple(
             mark[size:]
             for mark in self.marks
@@ -70,19 +71,19 @@ class Overshoots:
 
 
 class FreeText:
-    """The end of an answer that follows no grammar, as far as it says what comes next."""
+    """End of the free part of an answer, as far as it affects the next token."""
 
     __slots__ = ("_longest", "_marks", "_may_think", "_thinks", "text")
 
     def __init__(self, marks: Sequence[bytes], *, thinks: bool, may_think: bool) -> None:
-        """``thinks``: the answer begins inside of reasoning; ``may_think``: it may begin with
-        it."""
+        """``thinks``: the answer begins inside reasoning; ``may_think``: it may begin with
+        reasoning."""
         self._marks = marks
         self._longest = max(len(text) for text in (*marks, THINK, END_THINK))
         self._thinks = thinks
         self._may_think = may_think and not thinks
         self.text = b""
-        """As much as may be the beginning of a mark."""
+        """End of the text that may be the beginning of a mark."""
 
     def copy(self) -> FreeText:
         other = FreeText(self._marks, thinks=self._thinks, may_think=self._may_think)
@@ -91,11 +92,11 @@ class FreeText:
 
     @property
     def is_reasoning(self) -> bool:
-        """Whether marks are looked for only later."""
+        """True if marks are ignored so far."""
         return self._thinks or self._may_think
 
     def add(self, text: bytes) -> bytes | None:
-        """Read on; returns the mark that the text ends with, None if it does not."""
+        """Append ``text``. Returns the mark with which the text ends, or None."""
         self.text += text
         if self._may_think:
             begin = self.text.lstrip()
@@ -114,7 +115,7 @@ class FreeText:
 
 
 class MarkGuide:
-    """Follows an answer that is free but for what stands behind marks; used as a ``Guide`` is."""
+    """Follows an answer that is free except after marks. It has the interface of ``Guide``."""
 
     __slots__ = (
         "_begin",
@@ -135,22 +136,22 @@ class MarkGuide:
         overshoots: Overshoots,
         token_bytes: Callable[[int], bytes],
     ) -> None:
-        """``make`` has a function for each mark, which makes the guide of the text behind it."""
+        """``make`` has a function for each mark, which makes the guide of the text after it."""
         self._make = make
         self._overshoots = overshoots
         self._token_bytes = token_bytes
         self._free, self._begin = free, free.copy()
-        """The free text that is being read, and as it was at ``_free_from``."""
+        """The free text so far, and its state at ``_free_from``."""
         self._free_from = self._num_read = 0
         self._call: tuple[int, Guide] | None = None
-        """Where the text behind a mark begins, and its guide."""
+        """Start of the text after a mark, and its guide."""
         self._last_call: tuple[int, Guide] | None = None
-        """The one before, which the newest token has ended: that token may be taken back."""
+        """The previous call, which the newest token has ended; that token may be taken back."""
 
     def masks(
         self, answer: Tokens, drafts: Tokens = NO_TOKENS, *, may_be_over: bool = True
     ) -> list[Mask | None] | None:
-        """See ``Guide.masks``; a mask is None if everything may follow."""
+        """See ``Guide.masks``. A mask is None if every token is allowed."""
         try:
             if not self._read(answer):
                 return None
@@ -176,7 +177,7 @@ class MarkGuide:
         return masks
 
     def cut(self, answer: Tokens, drafts: Tokens) -> Tokens:
-        """See ``Guide.cut``: drafts end where a mark, or the text behind one, does."""
+        """See ``Guide.cut``. Drafts end where a mark, or the text after one, ends."""
         try:
             if not self._read(answer):
                 return drafts[:0]
@@ -199,12 +200,13 @@ class MarkGuide:
         return drafts
 
     def is_done(self, answer: Tokens) -> bool:
-        """Return False: a free answer may always go on. Raises TooComplex as ``Guide.is_done``."""
+        """Return False, because a free answer may always continue. Raises TooComplex as
+        ``Guide.is_done``."""
         self._read(answer)
         return False
 
     def close(self) -> None:
-        """Give up all work: the request has ended."""
+        """Drop all work: the request has ended."""
         for call in (self._call, self._last_call):
             if call is not None:
                 call[1].close()
@@ -213,7 +215,8 @@ class MarkGuide:
         return None if free.is_reasoning else self._overshoots.mask(free.text)
 
     def _read(self, answer: Tokens) -> bool:
-        """Read ``answer``. False if a grammar does not say yet whether its text is over."""
+        """Read ``answer``. Returns False if it is not known yet whether the text of a grammar is
+        over."""
         if len(answer) < self._num_read:
             self._go_back(len(answer))
         while self._num_read < len(answer):
@@ -238,7 +241,7 @@ class MarkGuide:
         return True
 
     def _go_back(self, length: int) -> None:
-        """Read no further than to ``length``: the newest token was taken back."""
+        """Go back to ``length``, because the newest token was taken back."""
         if self._call is not None and self._call[0] > length:
             self._call[1].close()
             self._call = None

@@ -1,1 +1,1 @@
-"""Tokens guessed ahead: who guesses, how many, and what became of it. Integers only."""
+"""Speculative decoding: drafters, draft lengths and acceptance statistics."""

@@ -2,7 +2,7 @@
 
 ``DraftLength`` is the interface. ``LookupLength`` serves drafters that cost a look-up,
 ``HeadLength`` the multi-token head, by the acceptance of each place in a draft. Both pause after
-failures; ``ProbeSchedule`` spreads the probes that end a pause over the steps of all requests.
+failures; ``ProbeSchedule`` limits the steps with probes that end a pause, over all requests.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 MIN_REST, MAX_REST = 16, 512
-"""Steps, of one drafter and one request."""
+"""Minimum and maximum pause in steps, of one drafter and one request."""
 MAX_GAP = 128
-"""Steps between two with tries in them, whoever's. A try costs one to two steps: of these, some
-1 %."""
+"""Maximum gap between two steps with probes, over all requests. A probe costs one to two steps, so
+these cost 1 %."""
 
 
 class ProbeSchedule:
-    """Steps in which drafters that were wrong lately may try one token: all that are due in the
-    same one, whoever's and whichever, so that two drafters, or many short requests, cost no more
-    than one. Between two such steps lie 16, twice as many with each in which nothing was right, up
-    to 128; 16 again after one in which something was.
+    """Steps in which paused drafters may probe one token, for all requests and drafters together.
+
+    All probes that are due share one step, so two drafters, or many short requests, cost no more
+    than one. The gap between two such steps is 16. It doubles after each step without an accepted
+    probe, up to 128, and is 16 again after a step with one.
 
     >>> tries = ProbeSchedule()
     >>> tries.take(3); tries.learn(3, False); tries.opens
@@ -33,15 +34,15 @@ class ProbeSchedule:
 
     def __init__(self) -> None:
         self.opens = 0
-        """The first step for them."""
+        """First step in which probes are allowed."""
         self._gap, self._judged = MIN_REST, -1
 
     def take(self, step: int) -> None:
-        """There are tries in ``step``."""
+        """Record that ``step`` has probes."""
         self.opens = step + self._gap
 
     def learn(self, step: int, is_right: bool) -> None:
-        """What became of one of those of ``step``, the newest that has any."""
+        """Record the result of a probe of ``step``, the newest step with probes."""
         if is_right:
             self._gap = MIN_REST
         elif step > self._judged:
@@ -51,51 +52,54 @@ class ProbeSchedule:
 
 
 class DraftLength(ABC):
-    """When one drafter is asked for one request. Where its drafts did not pay, not for 16 steps;
-    then it may try one token, and where that is wrong, twice as many steps later again, up to 512.
-    A try that is right ends that."""
+    """Draft length of one drafter for one request, with pauses.
+
+    After rejected drafts the drafter pauses for 16 steps. Then it may probe one token. A wrong
+    probe doubles the next pause, up to 512 steps; a right one ends the pauses.
+    """
 
     __slots__ = ("_rest", "is_trying", "wakes")
 
     def __init__(self) -> None:
         self.wakes = 0
-        """The first step in which to ask."""
+        """First step in which the drafter may draft."""
         self.is_trying = False
         self._rest = MIN_REST
 
     @property
     @abstractmethod
     def length(self) -> int:
-        """Most tokens to draft."""
+        """Maximum number of tokens to draft."""
 
     @abstractmethod
     def learn(self, step: int, num_drafted: int, num_accepted: int) -> None:
-        """What became of the draft of ``step``; of none: nothing was found to guess."""
+        """Record the result of the draft of ``step``. ``num_drafted`` 0 means that the drafter
+        found nothing."""
 
     def _back_off(self, step: int) -> None:
-        """Drafts do not pay."""
+        """Start a pause: drafts do not pay off."""
         self.wakes, self.is_trying = step + 1 + self._rest, True
         self._rest = min(2 * self._rest, MAX_REST)
 
     def _reset_backoff(self) -> None:
-        """Something was right."""
+        """End the pauses: a draft was right."""
         self._rest, self.is_trying = MIN_REST, False
 
 
 FIRST_LEN = 4
 MAX_MISSES = 2
-"""Verifications in a row that accept nothing, after which no more drafts are made for a while."""
+"""Number of consecutive verifications without an accepted token, after which the drafter pauses."""
 MAX_IDLE = 8
-"""Steps between two questions to a drafter that had nothing lately."""
+"""Maximum number of steps between two calls of a drafter that found nothing."""
 
 
 class LookupLength(DraftLength):
-    """Follows what was accepted lately.
+    """Draft length that follows the number of tokens accepted last.
 
-    The length doubles after a draft that was accepted whole; else it is the accepted length plus
-    one. After ``MAX_MISSES`` verifications in a row that accepted nothing, the drafter pauses.
-    Drafts that are never right cost about one verification of two tokens in 500 steps. A drafter
-    without a draft is tried again 1, 2, 4 and then every 8 steps later.
+    The length doubles after a draft that was accepted completely; else it is the accepted length
+    plus one. After ``MAX_MISSES`` consecutive verifications without an accepted token, the drafter
+    pauses. Drafts that are never right cost about one verification of two tokens in 500 steps. A
+    drafter without a draft is called again 1, 2, 4 and then every 8 steps later.
 
     >>> pace = LookupLength(8)
     >>> pace.length
@@ -127,7 +131,7 @@ class LookupLength(DraftLength):
             self._reset_backoff()
             self._misses = 0
             grown = 2 * num_drafted if num_accepted == num_drafted else num_accepted + 1
-            # A draft that was cut short for want of room does not shorten the next.
+            # A draft that was shortened for lack of room does not shorten the next one.
             grown = max(grown, self._length) if num_accepted == num_drafted else grown
             self._length = min(grown, self._max_tokens)
             return
@@ -138,15 +142,15 @@ class LookupLength(DraftLength):
 
 
 FIRST_ACCEPTANCE = 0.7
-"""Before anything is known."""
+"""Assumed acceptance before the first draft."""
 MIN_ACCEPTANCE = 0.4
-"""A token that is right less often costs more than it gives."""
+"""Minimum acceptance: a token below it costs more than it gains."""
 WEIGHT = 1 / 8
-"""Of the newest draft of a request; half as much among those of all."""
+"""Weight of the newest draft of a request. Half of it is used for the average of all requests."""
 
 
 class GlobalAcceptance:
-    """How often the first token of a draft was right lately, whoever's."""
+    """Recent acceptance of the first token of a draft, over all requests."""
 
     __slots__ = ("right",)
 
@@ -160,11 +164,11 @@ class GlobalAcceptance:
 class HeadLength(DraftLength):
     """Draft length by the recent acceptance of each place in a draft, given those before it.
 
-    A draft is as long as the probability that all of it is accepted stays above
-    ``MIN_ACCEPTANCE``. If even the first token is below, the drafter pauses. The estimate of a
-    place that was not drafted rises a little with every draft that is accepted whole. New requests
-    start with the acceptance of all requests; if that is low, with a probe. A head that is never
-    right therefore costs short requests no more than long ones.
+    A draft is as long as the probability that all of it is accepted stays above ``MIN_ACCEPTANCE``.
+    If even the first token is below, the drafter pauses. The estimate of a place that was not
+    drafted rises a little with every draft that is accepted completely. New requests start with the
+    acceptance of all requests; if that is low, with a probe. So a head that is never right costs
+    short requests no more than long ones.
 
     >>> odds = HeadLength(3)
     >>> odds.length

@@ -1,4 +1,4 @@
-"""Who gets drafts in a step, how long, from whom, and what is learnt from them."""
+"""Draft manager: selects the requests that get drafts in a step, their drafters and lengths."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from engine.text.outputs import DraftCounts
 
 
 class Source(NamedTuple):
-    """A drafter, and what makes the turns of a request that it drafts for."""
+    """A drafter, and the factory of its draft lengths."""
 
     drafter: Drafter
     make_turns: Callable[[], DraftLength]
 
 
 class Means(NamedTuple):
-    """What drafters may use beside the requests themselves."""
+    """Resources for drafters in addition to the requests."""
 
     guess: Guess
-    """As ``Runner.guess``."""
+    """See ``Runner.guess``."""
     shares: bool
-    """One request may be guessed for from another's text."""
+    """True if drafts may use the texts of other requests."""
     memory: IndexMemory
-    """For the indices of all texts."""
+    """Memory for the indices of all texts."""
 
 
 def _tree(max_tokens: int, means: Means) -> list[Source]:
@@ -55,34 +55,37 @@ def _mtp(max_tokens: int, means: Means) -> list[Source]:
 
 
 WORDS: dict[str, Callable[[int, Means], list[Source]]] = {"tree": _tree, "mtp": _mtp}
-"""Drafters for each word of ``EngineConfig.draft``, in the order in which they are asked."""
+"""Drafters for each word of ``EngineConfig.draft``, in the order in which they are called."""
 
 
 class _Known:
-    """What is remembered of one request."""
+    """Draft state of one request."""
 
     __slots__ = ("turns", "wakes")
 
     def __init__(self, turns: list[DraftLength]) -> None:
         self.turns = turns
-        """Of each source, in the order in which they are asked."""
+        """Draft length of each source, in the order in which they are called."""
         self.wakes = 0
-        """No drafter is to be asked before this step."""
+        """First step in which a drafter may be called."""
 
 
 class Drafting:
-    """Asks the drafters, shares out what a step may verify, and keeps each request's turns with
-    each of them. A step in which nobody is to be asked costs a look at each request."""
+    """Calls the drafters, divides the tokens that a step may verify, and keeps draft lengths.
+
+    A step in which no drafter is due costs one look at each request.
+    """
 
     def __init__(self, sources: Sequence[Source], *, max_verified: int) -> None:
-        """``max_verified`` tokens, sure ones included, of all requests with drafts in one step."""
+        """``max_verified``: maximum number of tokens of all requests with drafts in one step,
+        including those that are not drafts."""
         self._sources = sources
         self._ranks = {drafter.name: rank for rank, (drafter, _) in enumerate(sources)}
         self._max_verified = max_verified
         self._known: dict[Request, _Known] = {}
         self._tries = ProbeSchedule()
         self._tried = [0] * len(sources)
-        """The newest step with a try of each."""
+        """Newest step with a probe of each source."""
         self._step = 0
 
     @classmethod
@@ -95,10 +98,10 @@ class Drafting:
         shares: bool,
         memory: IndexMemory | None = None,
     ) -> Drafting:
-        """Ask the drafters that ``words`` name, for at most so many tokens of each.
+        """Make a manager for the drafters named by ``words``, with their maximum lengths.
 
-        ``guess`` is what ``Runner.guess`` does. ``shares``: one request may be guessed for from
-        another's text. ``memory`` is for the indices of all texts.
+        ``guess`` is ``Runner.guess``. ``shares``: drafts may use the texts of other requests.
+        ``memory`` is for the indices of all texts.
         """
         means = Means(guess, shares, memory or IndexMemory(64 << 20))
         sources = [source for word, most in words.items() for source in WORDS[word](most, means)]
@@ -106,12 +109,16 @@ class Drafting:
 
     @property
     def requests(self) -> Set[Request]:
-        """Those that something is remembered of."""
+        """Requests with draft state."""
         return self._known.keys()
 
     def propose(self, decoding: Sequence[tuple[Request, int]]) -> dict[Request, Draft]:
-        """Drafts for some of the (request, most tokens that still fit) that decode: the first
-        drafter that has any. The more want some, the fewer each gets."""
+        """Return drafts for some of the decoding (request, maximum number of tokens that still
+        fit).
+
+        Each draft is from the first drafter that has one. The more requests have a draft, the
+        shorter each draft is.
+        """
         self._step += 1
         wanted: dict[Request, list[int]] = {}
         for request, room in decoding:
@@ -123,7 +130,8 @@ class Drafting:
         return self._as_fits(self._ask(wanted)) if wanted else {}
 
     def _ask(self, wanted: Mapping[Request, Sequence[int]]) -> dict[Request, Draft]:
-        """Drafts for those that want one of as many tokens of each source."""
+        """Return drafts for the ``wanted`` requests, with the given maximum length for each
+        source."""
         share = max(1, self._max_verified // len(wanted) - 1)
         drafts: dict[Request, Draft] = {}
         for rank, (drafter, _) in enumerate(self._sources):
@@ -146,8 +154,8 @@ class Drafting:
         return drafts
 
     def _lengths(self, known: _Known, room: int) -> list[int]:
-        """Most tokens of each source in this step. Of several that would try, the one whose last
-        try is the oldest."""
+        """Return the maximum number of tokens of each source in this step. Of several sources with
+        a probe, only the one with the oldest probe is included."""
         lengths, trying = [0] * len(known.turns), []
         known.wakes = self._step + MAX_REST
         for rank, turns in enumerate(known.turns):
@@ -166,7 +174,7 @@ class Drafting:
         return lengths
 
     def may_guess(self, decoding: Iterable[Request]) -> bool:
-        """Whether any of them is to be drafted for in its next step."""
+        """Return True if any of them may get a draft in its next step."""
         for request in decoding:
             known = self._known.get(request) or self._meet(request)
             if known.wakes <= self._step + 1:
@@ -176,11 +184,11 @@ class Drafting:
         return False
 
     def pass_over(self) -> None:
-        """A step of those that ``may_guess`` denied, made without ``propose``."""
+        """Count a step without ``propose``, after ``may_guess`` was False."""
         self._step += 1
 
     def _as_fits(self, drafts: dict[Request, Draft]) -> dict[Request, Draft]:
-        """The first of ``drafts`` that a step has room for."""
+        """Return the first of ``drafts`` that fit into a step."""
         room, fitting = self._max_verified, {}
         for request, draft in drafts.items():
             room -= 1 + len(draft.tokens)
@@ -193,7 +201,7 @@ class Drafting:
         return fitting
 
     def learn(self, request: Request, draft: Draft, num_accepted: int) -> None:
-        """What became of the draft of the last step."""
+        """Record the result of the draft of the last step."""
         turns = self._known[request].turns[self._ranks[draft.source]]
         if turns.is_trying:
             self._tries.learn(self._step, num_accepted > 0)
@@ -204,13 +212,13 @@ class Drafting:
         counts.count(draft.source, len(draft.tokens), num_accepted)
 
     def forget(self, request: Request) -> None:
-        """``request`` has ended."""
+        """Drop the state of ``request``, which has ended."""
         self._known.pop(request, None)
         for drafter, _ in self._sources:
             drafter.forget(request)
 
     def reset(self) -> None:
-        """The cache was emptied."""
+        """Drop the state of ended requests: the cache was emptied."""
         for drafter, _ in self._sources:
             drafter.reset()
 

@@ -1,5 +1,5 @@
-"""The model's multi-token head beside it: its rows are written as the model computes, and it
-guesses what comes next."""
+"""Multi-token head next to the model: its rows are written as the model computes, and it drafts
+tokens."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from kernels.upload import upload
 
 
 class Predictor:
-    """A multi-token head, the pool of what it keeps, and rows for guesses, which nobody else
-    reads."""
+    """A multi-token head, the pools of its state, and separate rows for drafts."""
 
     def __init__(
         self,
@@ -34,18 +33,19 @@ class Predictor:
         table: RequestTable,
         rotary: RotaryTable,
     ) -> None:
-        """``memory``'s last pools are the head's, and what lies behind its padding row is for
-        guesses."""
+        """Prepare the head. The last pools of ``memory`` are the head's; the rows after its padding
+        row are for drafts."""
         self._model, self._head = model, head
         self._pools, self._table, self._rotary = memory.pools[-1], table, rotary
         self._first_row = memory.padding_row + 1
         self._row_multiple: int = model.build.kernels["linear"].ROWS
         self.pending = PendingRows(head, model, memory, table, rotary)
-        """Rows of steps that were followed by `PendingRows.carry` alone."""
+        """Rows of steps that were only processed by `PendingRows.carry`."""
         self._passes: Passes | None = None
 
     def record(self, record: Record) -> None:
-        """Have passes of the head recorded; what NotRecordableError is raised for is not."""
+        """Record the passes of the head. Without a recording (NotRecordableError), they are
+        computed directly."""
         passes = Passes(
             self._model, self._head, self._pools, self._rotary, record,
             num_requests=len(self._table.host) - 1, max_len=self._table.host.shape[1],
@@ -56,8 +56,8 @@ class Predictor:
         self.pending.record(record)
 
     def follow(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
-        """Take in a step that the model has computed; ``hidden`` is what it left. The rows of one
-        that only decodes are ``pending``."""
+        """Process a step that the model has computed with the result ``hidden``. The rows of a step
+        with decodes only become ``pending``."""
         if step.decode is not None and step.num_decode == step.num_tokens:
             self.pending.carry(token_ids, hidden, step)
             return
@@ -65,9 +65,11 @@ class Predictor:
         self._head.follow(self._model.embedding(token_ids), hidden, step, self._pools)
 
     def guess(self, newest: Sequence[Newest], most: Sequence[int]) -> list[Tokens]:
-        """For each request the ``most`` (1 or more) likeliest tokens behind its newest one, each as
-        if those before it were right. One pass of the head a token, over all requests that still
-        want one."""
+        """Draft the ``most`` (1 or more) most likely tokens after each request's newest one, each
+        given those before it.
+
+        Takes one pass of the head per token, over all requests that still need one.
+        """
         self.pending.settle()
         order = sorted(range(len(newest)), key=lambda rank: -most[rank])
         requests, wanted = [newest[rank] for rank in order], [most[rank] for rank in order]
@@ -81,7 +83,8 @@ class Predictor:
         return found
 
     def _run(self, requests: Sequence[Newest], wanted: Sequence[int]) -> npt.NDArray[np.int32]:
-        """int32[B, D]: tokens of each pass; those behind what a request wants mean nothing."""
+        """Return int32[B, D], the tokens of each pass. Values after the end of a request's draft
+        are undefined."""
         device = self._table.device.device
         tokens = upload([request.token_id for request in requests], torch.int64, device)
         slots = upload([request.slot for request in requests], torch.int64, device)
@@ -103,8 +106,8 @@ class Predictor:
         return torch.nn.utils.rnn.pad_sequence(guessed).int().cpu().numpy()
 
     def _rows(self, requests: Sequence[Newest], depth: int) -> torch.Tensor:
-        """int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest token, then
-        ``depth`` rows of its own for that and the guesses."""
+        """Return int32[B, M]: KV rows of positions 1, 2, ... of each request up to its newest
+        token, then ``depth`` separate rows for that token and the drafts."""
         device, count = self._table.device.device, len(requests)
         ends = [request.position - 1 for request in requests]
         known = max(ends)
@@ -118,8 +121,8 @@ class Predictor:
 
 
 class Passes:
-    """Passes of the head on a CPU, recorded: one graph for each number of requests, which reads
-    lengths where they lie."""
+    """Recorded passes of the head on a CPU: one graph for each number of requests, which reads
+    lengths from memory."""
 
     def __init__(
         self,
@@ -142,12 +145,12 @@ class Passes:
         self._lengths = torch.ones(num_requests, dtype=torch.int32)
         self._ranks = torch.arange(num_requests, dtype=torch.int32)
         self._rows = torch.zeros(num_requests, max_len, dtype=torch.int32)
-        """Those of positions 1, 2, ... of each request."""
+        """Rows of positions 1, 2, ... of each request."""
         self._before = pools[-1].new_zeros(num_requests, pools[-1].shape[1])
         self._host_before = [x.view(torch.uint8).numpy() for x in (self._before, pools[-1])]
 
     def capture(self) -> None:
-        """Make the graph of one request. Computes on what is nobody's."""
+        """Record the graph for one request, computed on rows for drafts."""
         self._columns[1], self._columns[2] = 1, self._first_row
         self._rows[0, 0] = self._first_row
         self._replays[1] = self._record(self._work(1))
@@ -155,15 +158,17 @@ class Passes:
     def run(
         self, requests: Sequence[Newest], wanted: Sequence[int], table: npt.NDArray[np.int32]
     ) -> npt.NDArray[np.int32]:
-        """int32[B, D]: tokens of each pass over the ``requests`` that still want one; ``wanted``
-        descends, and what lies behind it means nothing."""
+        """Return int32[B, D], the tokens of each pass over the ``requests`` that still need one.
+
+        ``wanted`` descends. Values after the end of a request's draft are undefined.
+        """
         columns, rows, lengths = self._columns.numpy(), self._rows.numpy(), self._lengths.numpy()
         count, depth = len(requests), wanted[0]
         for b, request in enumerate(requests):
             end, own = request.position - 1, self._first_row + b * depth
             rows[b, :end] = table[request.row, 1 : 1 + end]
             columns[:, b] = request.token_id, request.position, own
-        # Between two replays the processor's caches are cold: an assignment is cheap, a sum is not.
+        # Between two replays the processor's caches are cold: assignments are cheap, sums are not.
         ahead = columns[1:, :count] + self._depths[:depth]
         for b, (request, length) in enumerate(zip(requests, wanted, strict=True)):
             rows[b, request.position - 1 :][:length] = ahead[:length, 1, b]

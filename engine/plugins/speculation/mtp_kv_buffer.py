@@ -1,5 +1,7 @@
-"""Rows of a multi-token head that wait: nothing reads them until something is guessed, and sixteen
-together cost little more than one."""
+"""Buffer of rows of a multi-token head that are computed later.
+
+The rows are read only when tokens are drafted, and sixteen together cost little more than one.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +20,22 @@ from engine.schedule.batch import Batch, Segment
 from kernels.upload import upload
 
 CAPACITY = 256
-"""Tokens that may wait; more where more decode in a step."""
+"""Number of tokens that may be pending; more if a step decodes more."""
 SIZES = (1, 4, 8, 12, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224)
-"""Tokens that are computed together where that is recorded; and as many as may wait."""
+"""Numbers of tokens that are computed together by recordings, in addition to the maximum."""
 
 
 class PendingRows:
-    """The rows of tokens that were decoded one a step.
+    """The rows of tokens that were decoded one per step.
 
-    They wait while step after step decodes the same sequences and nothing that they have moves or
-    changes hands: until then nobody but these sequences knows their rows. Before any other step
-    (`admit`), and before a guess (`settle`), they are computed, from the hidden vectors kept here:
-    the same bits as one by one, because a product gives a row the same bits in any company.
+    They stay pending while step after step decodes the same sequences and none of their rows moves
+    or changes its owner. Until then no other request reads the rows. Before any other step
+    (`admit`), and before drafting (`settle`), they are computed from the hidden vectors stored
+    here. The bits are those of separate computation, because a product gives a row the same bits
+    next to any other rows.
 
-    A step costs a few small copies for that: what its tokens' rows are made of is written where
-    they wait, and what it leaves where the next one's do, in the order of the sequences.
+    Each step costs a few small copies: the inputs of its tokens' rows are written to the pending
+    entries, and its results to those of the next step, in the order of the sequences.
     """
 
     def __init__(
@@ -53,38 +56,40 @@ class PendingRows:
         self._most = max(CAPACITY, widest)
         last = self._most + widest
         self._befores = carried.new_zeros(last + 1, carried.shape[1])
-        """Of each token that waits, of those that the next step computes; and a row of padding."""
+        """Hidden vector before each pending token and each token of the next step, and one row of
+        padding."""
         self._numbers = torch.zeros(2, last + 1, 1, 1, dtype=torch.int64, device=carried.device)
-        """Token and KV index of each that waits."""
+        """Token and KV index of each pending token."""
         self._angles = rotary.cos.new_zeros(2, last + 1, 1, rotary.cos.shape[1])
-        """Its cosines and sines."""
+        """Cosines and sines of each pending token."""
         self._host_places = np.full((2, widest), last)
         self._live = self._host_places[:, :0]
-        """Those of the sequences that decode."""
+        """Entries of the sequences that decode."""
         self._runs = np.empty((0, 2, 0), np.int64)
-        """What ``_live`` is in the first step that waits, in the second, ..."""
+        """Values of ``_live`` in the first pending step, in the second, and so on."""
         self._places = torch.from_numpy(self._host_places).to(carried.device)
-        """int64: where a step writes what its tokens' rows are made of, and where the hidden
-        vectors that it leaves. On a CPU the same memory as the host's."""
+        """int64: where a step writes the inputs of its tokens' rows, and where its hidden vectors.
+        On a CPU it shares the host's memory."""
         self._host_bytes = None
         if carried.is_cpu:
             befores, own = (x.view(torch.uint8).numpy() for x in (self._befores, carried))
             self._host_bytes = befores, own
         self._rows: tuple[int, ...] = ()
-        """Of the request table: those that decode in the step admitted last."""
+        """Rows of the request table that decode in the step admitted last."""
         self._num_held = 0
-        """Steps whose rows wait."""
+        """Number of steps with pending rows."""
         self._record: Record | None = None
         self._replays: dict[int, Replay] = {}
 
     def record(self, record: Record) -> None:
-        """Have them computed by recordings; what NotRecordableError is raised for is not."""
+        """Use recordings. Without a recording (NotRecordableError), rows are computed directly."""
         self._record = record
         self._numbers[1] = self._padding_row
         self._replays[SIZES[0]] = record(self._work(SIZES[0]))
 
     def admit(self, batch: Batch) -> None:
-        """Before anything of ``batch`` is done: compute what may not wait beyond it."""
+        """Compute all rows that must not stay pending in ``batch``. Called before ``batch`` is
+        executed."""
         rows = _decoding(batch.segments)
         is_full = (self._num_held + 1) * len(rows) > self._most
         if is_full or rows != self._rows or _changes(batch):
@@ -92,8 +97,8 @@ class PendingRows:
             self._rows = rows
 
     def hold(self, batch: Batch) -> None:
-        """Before the admitted ``batch`` is computed: say where what it leaves shall wait, if it
-        does nothing but decode."""
+        """Set the entries for the results of the admitted ``batch``, if it only decodes. Called
+        before it is computed."""
         if not self._rows:
             return
         if not self._num_held:
@@ -104,12 +109,12 @@ class PendingRows:
             places.copy_(upload(self._host_places, torch.int64, places.device))
 
     def count(self) -> None:
-        """The admitted batch is computed: what it left waits."""
+        """Count the admitted batch as pending, after it was computed."""
         self._num_held += bool(self._rows)
 
     @torch.inference_mode()
     def _begin(self, segments: Sequence[Segment]) -> None:
-        """Nothing waits: the first vectors are what the sequences carry."""
+        """Start with the hidden vectors of the sequences' states, when no row is pending."""
         width, slots = len(segments), [segment.slot or 0 for segment in segments]
         if self._host_bytes is not None:
             befores, carried = self._host_bytes
@@ -124,8 +129,8 @@ class PendingRows:
             self._runs = (steps + pair) * width + np.arange(width)
 
     def carry(self, token_ids: torch.Tensor, hidden: torch.Tensor, step: LayerInputs) -> None:
-        """Take in a ``step`` that decodes and does nothing else, and what it left; reads no number
-        of the device on the host."""
+        """Store the results of a ``step`` with decodes only, without reading values of the device
+        on the host."""
         assert step.decode is not None
         self._head.carry(hidden, step.decode, self._pools)
         count = step.num_decode
@@ -138,7 +143,7 @@ class PendingRows:
 
     @torch.inference_mode()
     def settle(self) -> None:
-        """Compute what waits."""
+        """Compute all pending rows."""
         count, self._num_held = self._num_held * len(self._rows), 0
         if not count:
             return
@@ -156,7 +161,7 @@ class PendingRows:
         return lambda: self._compute(size, size)
 
     def _compute(self, count: int, num_rows: int) -> None:
-        """The rows of the first ``count`` that wait."""
+        """Compute the rows of the first ``count`` pending tokens."""
         tokens, kv_indices = self._numbers[:, :count, 0, 0]
         cos, sin = self._angles[:, :count, 0]
         inputs = LayerInputs(
@@ -175,7 +180,7 @@ class PendingRows:
 
 
 def _decoding(segments: Sequence[Segment]) -> tuple[int, ...]:
-    """Of the request table, each; none where anything but decodes without drafts is among them."""
+    """Return the request table rows of a step with decodes without drafts only, else ()."""
     rows = []
     for segment in segments:
         if segment.num_drafts or not segment.is_decode:
@@ -185,7 +190,8 @@ def _decoding(segments: Sequence[Segment]) -> tuple[int, ...]:
 
 
 def _changes(batch: Batch) -> bool:
-    """Whether ``batch`` moves anything, or gives a sequence other rows than the next ones."""
+    """Return True if ``batch`` moves anything, or gives a sequence rows other than the next
+    ones."""
     if not batch.row_writes:
         return bool(batch.moves or batch.restores)
     starts = {segment.row: segment.start for segment in batch.segments}

@@ -1,4 +1,4 @@
-"""Index of short token runs in texts, for prompt lookup: what followed the last tokens before."""
+"""Drafters that look up earlier text: the radix tree, and an index of short token runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from engine.schedule.drafter import Newest
 from hybridcache.tokens import Tokens
 
 MAX_TEXTS, MAX_KEPT = 16, 1 << 16
-"""Finished texts that are kept, and their tokens together."""
+"""Maximum number of finished texts that are kept, and of their tokens in total."""
 MAX_READ = 1024
-"""Tokens indexed in one step, of all requests: 0.2 ms."""
+"""Maximum number of tokens indexed in one step, for all requests: 0.2 ms."""
 
 
 class TreeDrafter:
-    """What followed this very path in the radix tree of the request's namespace: answers to the
-    same prompt, earlier turns, retries. A read of the tree changes nothing."""
+    """Drafts the continuation of the request's path in the radix tree of its namespace.
+
+    It finds answers to the same prompt, earlier turns and retries. A read does not change the tree.
+    """
 
     name = "tree"
 
@@ -38,26 +40,27 @@ class TreeDrafter:
 
 
 class SuffixDrafter:
-    """Proposes what followed the request's last tokens earlier in the request itself (prompt
-    lookup), or in one of the texts of its namespace that ended last, while the cache is kept.
+    """Drafts the continuation of an earlier occurrence of the request's last tokens (prompt
+    lookup).
 
-    A long prompt is indexed in pieces, so that no step waits for it.
+    It searches the request itself and the texts of its namespace that ended last, while the cache
+    is kept. A long prompt is indexed in pieces, so that no step waits for it.
     """
 
     name = "suffix"
 
     def __init__(self, *, shares: bool, memory: IndexMemory) -> None:
-        """``shares``: keep texts that ended. ``memory`` is for all indices together; what does not
-        fit is not looked up."""
+        """``shares``: keep texts that ended. ``memory`` is for all indices together; text that does
+        not fit is not searched."""
         self._shares = shares
         self._memory = memory
         self._indices: dict[Request, SuffixIndex] = {}
         self._ended: deque[tuple[Hashable, SuffixIndex]] = deque()
-        """The newest first."""
+        """Ended texts, newest first."""
         self._num_kept = 0
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens | None]:
-        """See ``Drafter.propose``. O(new tokens), at most ``MAX_READ`` of all requests."""
+        """See ``Drafter.propose``. O(new tokens), at most ``MAX_READ`` for all requests."""
         left = MAX_READ
         found: list[Tokens | None] = []
         for request, max_tokens in wanted:
@@ -73,7 +76,7 @@ class SuffixDrafter:
         return found
 
     def _read(self, index: SuffixIndex, tokens: Tokens, most: int) -> int:
-        """Index up to ``most`` tokens, if need be in place of texts that ended."""
+        """Index up to ``most`` tokens, if necessary in place of texts that ended."""
         num_read = index.read(tokens, most)
         while index.is_full and self._ended:
             self._drop_oldest()
@@ -107,13 +110,15 @@ class SuffixDrafter:
 
 
 Guess = Callable[[Sequence[Newest], Sequence[int]], Sequence[Tokens]]
-"""As ``Runner.guess``."""
+"""See ``Runner.guess``."""
 
 
 class HeadDrafter:
-    """What the multi-token head takes to follow, chained: one pass of it a token, for all requests
-    together. It reads what the last step left on the device, so that a request which resumed from
-    the cache is drafted for as any other."""
+    """Drafts with the chained multi-token head: one pass per token, for all requests together.
+
+    It reads the states that the last step wrote on the device. So requests that resumed from the
+    cache have drafts like any other.
+    """
 
     name = "mtp"
 
@@ -139,17 +144,17 @@ def _newest(request: Request) -> Newest:
 
 
 SIZES = (6, 3)
-"""Lengths of the runs that must agree, longest first. Shorter runs agree by chance too often."""
+"""Lengths of the runs that must be equal, longest first. Shorter runs are often equal by chance."""
 FEW = 16
-"""Tokens; fewer are indexed one by one, because numpy would take longer."""
+"""Number of tokens below which they are indexed one by one, because numpy would take longer."""
 FACTOR = 0x9E3779B97F4A7C15
 MASK = (1 << 64) - 1
 FIRST_TOKENS, MAX_TOKENS = 256, 1 << 15
-"""Tokens of the first segment of an index at least, and of any at most."""
+"""Minimum size of the first segment of an index, and maximum size of any, in tokens."""
 BYTES_PER_TOKEN = 12 * len(SIZES)
-"""Of a segment."""
+"""Memory of a segment per token."""
 MAX_TRIES = 32
-"""Runs of one bucket that are compared: most buckets have one."""
+"""Maximum number of runs of one bucket that are compared. Most buckets have one."""
 
 
 class IndexMemory:
@@ -165,7 +170,7 @@ class IndexMemory:
         self.used_bytes = 0
 
     def take(self, num_bytes: int) -> bool:
-        """Reserve memory. False if there is not as much left."""
+        """Reserve memory. Returns False if not enough is left."""
         if self.used_bytes + num_bytes > self.max_bytes:
             return False
         self.used_bytes += num_bytes
@@ -176,11 +181,11 @@ class IndexMemory:
 
 
 class SuffixIndex:
-    """For every run of ``SIZES`` tokens that something followed, where it ended last.
+    """Index of the last end of every run of ``SIZES`` tokens that is followed by another token.
 
-    The text is divided into segments, each a hash table whose buckets are chained from the latest
-    run to earlier ones. What is found is compared with the text. A segment is allocated whole and
-    never grows, so that indexing n tokens takes O(n) at any time.
+    The text is divided into segments, each a hash table with buckets that are chained from the
+    latest run to earlier ones. Matches are compared with the text. A segment is allocated
+    completely and never grows, so indexing n tokens always takes O(n).
 
     >>> index = SuffixIndex()
     >>> text = np.array([7, 1, 2, 3, 8, 9, 1, 2, 3], np.int32)
@@ -193,14 +198,14 @@ class SuffixIndex:
     __slots__ = ("_memory", "_num_read", "_segments", "is_full", "text")
 
     def __init__(self, memory: IndexMemory | None = None) -> None:
-        """``memory`` is what all indices share; None if this one is not bounded."""
+        """``memory`` is shared by all indices; None for an unbounded index."""
         self._memory = memory
         self._segments: list[_Segment] = []
         self._num_read = 0
         self.is_full = False
-        """There was no memory for the rest of the text when it was last read."""
+        """True if there was no memory for the rest of the text at the last read."""
         self.text: Tokens | None = None
-        """The whole text, once it does not grow any more."""
+        """The whole text when it is complete, else None."""
 
     @property
     def num_bytes(self) -> int:
@@ -208,12 +213,16 @@ class SuffixIndex:
         return sum(segment.num_bytes for segment in self._segments)
 
     def has_read(self, tokens: Tokens) -> bool:
-        """Whether all runs of ``tokens`` are indexed that can be."""
+        """Return True if all possible runs of ``tokens`` are indexed."""
         return self.is_full or self._num_read >= len(tokens) - 1
 
     def read(self, tokens: Tokens, most: int | None = None) -> int:
-        """Index up to ``most`` more tokens of ``tokens``, which begins with all that was given
-        before; the last one is not followed by anything yet. Returns their number. O(that)."""
+        """Index up to ``most`` more tokens of ``tokens``, which begins with all tokens given
+        before.
+
+        The last token is not followed by any yet. Returns the number of indexed tokens. O(that
+        number).
+        """
         until = len(tokens) - 1
         if most is not None:
             until = min(until, self._num_read + most)
@@ -232,11 +241,12 @@ class SuffixIndex:
     def continuation(
         self, tokens: Tokens, max_tokens: int, others: Sequence[SuffixIndex] = ()
     ) -> Tokens:
-        """Return up to ``max_tokens`` ids that followed the longest of the runs that ends
-        ``tokens``; empty if none stood before in what was read.
+        """Return up to ``max_tokens`` ids that followed the longest earlier run that ends
+        ``tokens``.
 
-        The longest runs are also looked up in ``others``, whose texts are whole; the first that has
-        it counts. What reaches the end of ``tokens`` goes round. O(segments).
+        Empty if there is no such run. The longest runs are also searched in ``others``, which are
+        complete texts; the first match counts. A continuation that reaches the end of ``tokens``
+        wraps around. O(segments).
         """
         for size in SIZES:
             run = tokens[-size:].tolist()
@@ -253,7 +263,7 @@ class SuffixIndex:
         return tokens[:0]
 
     def free(self) -> None:
-        """Give all memory back."""
+        """Release all memory."""
         if self._memory is not None:
             self._memory.give_back(self.num_bytes)
         self._segments.clear()
@@ -267,7 +277,7 @@ class SuffixIndex:
         return None
 
     def _segment(self, num_tokens: int) -> _Segment | None:
-        """Return the segment of the next token; None if there is no memory for another."""
+        """Return the segment of the next token, or None if there is no memory for another."""
         if self._segments and self._num_read < self._segments[-1].end:
             return self._segments[-1]
         wanted = max(num_tokens - self._num_read, self._num_read, FIRST_TOKENS)
@@ -279,7 +289,7 @@ class SuffixIndex:
 
 
 class _Segment:
-    """Runs that end in one stretch of a text: behind ``capacity`` tokens from ``start`` on."""
+    """Runs that end in one part of a text: after ``capacity`` tokens from ``start`` on."""
 
     __slots__ = ("_before", "_latest", "_shift", "_start", "end")
 
@@ -288,7 +298,7 @@ class _Segment:
         self._start = start
         self.end = start + capacity
         self._shift = 64 - capacity.bit_length()
-        # Ends count from 1, so that 0 can stand for none.
+        # Ends count from 1, and 0 means that there is none.
         self._latest = {size: np.zeros(2 * capacity, np.int32) for size in SIZES}
         self._before = {size: np.zeros(capacity, np.int32) for size in SIZES}
 
@@ -297,7 +307,7 @@ class _Segment:
         return (self.end - self._start) * BYTES_PER_TOKEN
 
     def add(self, tokens: Tokens, start: int, end: int) -> None:
-        """Add the runs that end behind tokens ``start`` to ``end`` - 1."""
+        """Add the runs that end after tokens ``start`` to ``end`` - 1."""
         for size in SIZES:
             first = max(start, size - 1)
             if first >= end:
@@ -329,10 +339,10 @@ class _Segment:
         earlier[1:] = ends[order[:-1]]
         earlier[is_first] = latest[ordered[is_first]]
         before[ends[order] - 1 - self._start] = earlier
-        latest[buckets] = ends  # of equal buckets the last one stays
+        latest[buckets] = ends  # the last of equal buckets remains
 
     def find(self, size: int, key: int, run: list[int], text: Tokens) -> int | None:
-        """Return where ``run`` ended last in this stretch of ``text``, None if nowhere."""
+        """Return the last end of ``run`` in this part of ``text``, or None."""
         before = self._before[size]
         end = int(self._latest[size][((key * FACTOR) & MASK) >> self._shift])
         for _ in range(MAX_TRIES):
@@ -353,7 +363,7 @@ def _key(run: list[int]) -> int:
 
 
 def _hashes(tokens: Tokens, size: int) -> npt.NDArray[np.uint64]:
-    """Hash every run of ``size`` neighbours: uint64[n - size + 1]."""
+    """Hash every run of ``size`` adjacent tokens: uint64[n - size + 1]."""
     count = len(tokens) - size + 1
     wide = tokens.astype(np.uint64)
     hashes = np.zeros(count, np.uint64)

@@ -1,5 +1,5 @@
-"""Files that are replaced as a whole: after a kill or a power loss the old or the new content is
-there, never a mixture."""
+"""Atomic replacement of files: after a kill or a power loss a file has the old or the new
+content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PART = ".part"
 
 @contextmanager
 def open_folder(folder: Path) -> Iterator[int]:
-    """Open ``folder``; yields its descriptor. OSError."""
+    """Open ``folder`` and yield its descriptor. Raises OSError."""
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield file
@@ -23,9 +23,9 @@ def open_folder(folder: Path) -> Iterator[int]:
 
 
 def write_atomically(folder_fd: int, name: str, data: bytes) -> None:
-    """Make ``data`` the content of file ``name``.
+    """Replace the content of file ``name`` by ``data``.
 
-    File and folder are synced, in this order. OSError: the file is as it was before, or may be so
+    File and folder are synced, in this order. Raises OSError; the file is then unchanged, or may be
     after a power loss.
     """
     part = name + PART
@@ -43,5 +43,8 @@ def write_atomically(folder_fd: int, name: str, data: bytes) -> None:
     try:
         os.fsync(folder_fd)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # file systems that sync no folders
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some do not sync folders
             raise

@@ -1,4 +1,4 @@
-"""The memory below the device's, put together: host rows, a folder on disk, and what was in it."""
+"""Host and disk tiers of a cache, with write-through and saved policy state."""
 
 from __future__ import annotations
 
@@ -46,8 +46,11 @@ NO_ROWS: Indices = np.empty(0, np.int32)
 
 
 class Keeping(Listener):
-    """Listens to a cache while something is published into it, and at no other time: what is
-    fetched was kept before, and its bytes are not there yet."""
+    """Listener that queues write-through copies while a request publishes.
+
+    It ignores all other changes: loaded entries are on disk already, and their bytes have not
+    arrived yet.
+    """
 
     def __init__(self, steps: StepQueue) -> None:
         self._steps = steps
@@ -55,7 +58,7 @@ class Keeping(Listener):
 
     @contextmanager
     def publishing(self) -> Iterator[None]:
-        """What becomes resident in here was computed, and is to be kept."""
+        """Queue write-through copies of entries that become resident inside the context."""
         self._is_publishing = True
         try:
             yield
@@ -87,7 +90,7 @@ class Keeping(Listener):
 
 
 def _path(node: RadixNode) -> tuple[Hashable, Tokens]:
-    """(namespace, tokens from the first to the end of ``node``). O(position)."""
+    """Return (namespace, tokens from the first to the end of ``node``). O(position)."""
     parts: list[Tokens] = []
     while node.parent is not None:
         parts.append(node.tokens)
@@ -98,11 +101,12 @@ def _path(node: RadixNode) -> tuple[Hashable, Tokens]:
 NAME = "memory"
 IDLE_EVERY_S, BUSY_EVERY_S = 1.0, 30.0
 SHARE = 0.005
-"""Of the engine's time that may go into it."""
+"""Maximum share of the engine's time spent on saving."""
 
 
 class Remembering:
-    """The file ``memory`` of one folder. The engine's thread calls it; the disk's writes."""
+    """Policy state in the file ``memory`` of one folder. Called in the engine's thread; the disk
+    thread writes."""
 
     def __init__(
         self,
@@ -112,7 +116,7 @@ class Remembering:
         max_bytes: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``max_bytes``: of the file, of which there may be two for a moment."""
+        """``max_bytes``: limit of the file, of which there may be two for a moment."""
         self._cache, self._disk, self._path = cache, disk, folder / NAME
         self._max_bytes = max_bytes
         self._clock = clock
@@ -120,24 +124,26 @@ class Remembering:
         self._memory: Memory | None = None
         self._saved_at, self._took_s = clock(), 0.0
         self.has_news = False
-        """Something was computed since."""
+        """True if something was computed since the last save."""
         self._has_warned = False
 
     def recall_tree(self) -> None:
-        """Let the cache, which is empty, know what it has seen before: what is on disk is adopted
-        after. O(file)."""
+        """Restore the history of the cache, which must be empty. Entries on disk are adopted
+        afterwards. O(file)."""
         try:
             memory = unpack(self._path.read_bytes())
             memory.recall_tree(self._cache)
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:
-            logger.warning("%s is left out, %s: what was learnt is learnt anew.", self._path, error)
+            logger.warning(
+                "%s is ignored (%s): the policies start without history.", self._path, error
+            )
             return
         self._memory = memory
 
     def recall_policies(self, placement: Sequence[PlacementPolicy]) -> None:
-        """Let the cache's policies and the rules of ``placement`` know what they knew. O(file)."""
+        """Restore the state of the cache's policies and of the rules of ``placement``. O(file)."""
         self._placement = placement
         memory, self._memory = self._memory, None
         if memory is None:
@@ -145,15 +151,17 @@ class Remembering:
         unfit = memory.recall_policies(self._cache, placement)
         if unfit:
             logger.warning(
-                "What other words had learnt (%s) is left out of %s: eviction and placement begin "
-                "anew there.",
+                "The state of other policies (%s) in %s is ignored: eviction and placement start "
+                "without history.",
                 ", ".join(unfit),
                 self._path,
             )
 
     def rest(self, *, is_idle: bool) -> float | None:
-        """Between two steps: write what is new, if it is time; else the seconds until then. None:
-        nothing is new. O(1), or O(tree)."""
+        """Save if there are changes and a save is due; called between two steps. O(1), or O(tree).
+
+        Returns the seconds until the next save, or None if there are no changes.
+        """
         if not (self.has_news and self._disk.is_writable):
             return None
         every = max(IDLE_EVERY_S if is_idle else BUSY_EVERY_S, self._took_s / SHARE)
@@ -164,7 +172,7 @@ class Remembering:
         return None
 
     def save(self) -> None:
-        """Write what is new. O(tree)."""
+        """Write the changes. O(tree)."""
         if not (self.has_news and self._disk.is_writable):
             return
         start = self._clock()
@@ -174,14 +182,15 @@ class Remembering:
         self._disk.write_file(NAME, lambda: self._packed(body))
 
     def _packed(self, body: bytes) -> bytes | None:
-        """The content of the file, made in the disk thread. None if it would be too large."""
+        """Return the content of the file, or None if it would be too large. Called in the disk
+        thread."""
         data = pack(body)
         if len(data) <= self._max_bytes:
             return data
         if not self._has_warned:
             self._has_warned = True
             logger.warning(
-                "What is learnt is not written to %s: it would take %s of at most %s bytes.",
+                "The policy state is not written to %s: it would take %s of at most %s bytes.",
                 self._path,
                 f"{len(data):,}",
                 f"{self._max_bytes:,}",
@@ -189,41 +198,42 @@ class Remembering:
         return None
 
     def forget(self) -> None:
-        """The cache was emptied because somebody wanted it."""
+        """Remove the file: the cache was emptied on request."""
         if not self._disk.is_read_only:
             self._disk.remove_file(NAME)
 
 
 USUAL_DISK = 2.5
-"""Bytes of a folder for one of device and host memory: all that these hold is kept there too, and
-as much again has room below them."""
+"""Default size of the folder, relative to device and host memory. It holds all entries of these,
+and as much again for the disk tier."""
 ROWS_SHARE = 0.875
-"""Part of a folder that rows may take: the rest is for tokens, heads and partly filled blocks."""
+"""Maximum share of rows in a folder. The rest is for tokens, heads and partly filled blocks."""
 REMEMBERED, MAX_REMEMBERED_BYTES = 32, 1 << 25
-"""One part in so many of a folder, and at most so much, is for a file of what is remembered."""
+"""Size of the file of policy state: the folder's size divided by this number, and its maximum."""
 
 logger = logging.getLogger(__name__)
 
 
 class TierSizes(NamedTuple):
-    """Bytes of the tiers below the device, and of what the folder has of the last of them."""
+    """Sizes in bytes of the host and disk tiers and of the folder's parts."""
 
     host: int = 0
     disk: int = 0
     store: int = 0
-    """Of all records."""
+    """Size of all records."""
     memory: int = 0
-    """Of the file of what cache and policies remember, of which there may be two for a moment."""
+    """Maximum size of the policy state file, of which there may be two for a moment."""
 
     @classmethod
     def of(cls, config: EngineConfig, memory: MemorySizes) -> TierSizes:
-        """What ``config`` asks for below ``memory``. ConfigError: nothing can be below it."""
+        """Return the sizes that ``config`` selects next to ``memory``. Raises ConfigError if tiers
+        are not possible."""
         if not config.has_lower:
             return cls()
         if not memory.slab_rows or config.prefix_cache != "hybrid":
             raise ConfigError(
-                "host and disk tiers are for a model with states, the hybrid prefix cache and one "
-                "arena: leave host_gib and state_dir out."
+                "host and disk tiers require a model with states, the hybrid prefix cache and one "
+                "arena: omit host_gib and state_dir."
             )
         host = int((config.host_gib or 0) * GIB)
         state_rows = slab_rows_of(memory)
@@ -242,7 +252,7 @@ class TierSizes(NamedTuple):
 
 
 class CacheTiers:
-    """What an engine with lower tiers has beside its cache and its runner."""
+    """The tiers of one engine, with their disk, policy state and transfers."""
 
     def __init__(
         self,
@@ -252,7 +262,8 @@ class CacheTiers:
         runner: Runner,
         tokenizer: Tokenizer | None,
     ) -> None:
-        """StoreError, in one sentence: the folder has another fingerprint, or cannot be used."""
+        """Open the tiers. Raises StoreError if the folder has another fingerprint, or cannot be
+        used."""
         self._cache = cache
         self.folder = None if config.state_dir is None else Path(config.state_dir)
         rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
@@ -272,8 +283,8 @@ class CacheTiers:
             if self.disk.is_read_only:
                 cache.offload.close(DISK)
                 logger.warning(
-                    "Another engine writes to %s, or nobody may: what is there is read, and "
-                    "nothing of this engine is kept.",
+                    "Another engine writes to %s, or it is not writable: its entries are read, and "
+                    "entries of this engine are not written.",
                     self.folder,
                 )
         self._host: HostTier = runner.attach_tiers(partial(_copier, self.disk), rows.get(HOST, 0))
@@ -284,18 +295,18 @@ class CacheTiers:
             cache.subscribe(self.keeping)
 
     def recall(self, placement: Placement) -> None:
-        """Let the policies know what they knew when the folder was written last."""
+        """Restore the policies' state of the last save."""
         if self.remembering is not None:
             self.remembering.recall_policies(placement.rules)
 
     def rest(self) -> float | None:
-        """There is nothing to compute: seconds until this is to be called again, if nothing comes;
-        None: not before."""
+        """Run background work while there is nothing to compute. Returns the seconds until the next
+        task, or None."""
         self._follow_disk()
         return None if self.remembering is None else self.remembering.rest(is_idle=True)
 
     def fetcher(self, manager: CacheManager) -> Fetcher | None:
-        """Reads from disk for requests that wait."""
+        """Return the fetcher that reads from disk for waiting requests."""
         return None if self.disk is None else Staging(manager, self.disk, self.exchange)
 
     def _bytes_per_s(self) -> Mapping[str, float | None]:
@@ -306,7 +317,7 @@ class CacheTiers:
         }
 
     def step_done(self, plan: Plan, seconds: float) -> None:
-        """A step was computed in ``seconds``."""
+        """Record that a step was computed in ``seconds``."""
         self.exchange.learn(plan, seconds)
         self._follow_disk()
         if self.remembering is not None and plan.tasks:
@@ -314,11 +325,11 @@ class CacheTiers:
             self.remembering.rest(is_idle=False)
 
     def _follow_disk(self) -> None:
-        """Bring the cache's disk tier in line with the state of the disk.
+        """Update the cache's disk tier to the state of the disk.
 
-        The tier is closed while nothing can be written, and rows that cannot be read are dropped
-        from the tree. While the file system hangs, all of them are; what is on disk is adopted
-        again when it responds.
+        The tier is closed while the folder cannot be written, and rows that cannot be read are
+        dropped from the tree. While the file system hangs, all of them are; entries on disk are
+        adopted again when it responds.
         """
         disk, lower = self.disk, self._cache.offload
         if disk is None:
@@ -338,7 +349,7 @@ class CacheTiers:
             logger.warning("%s responds again: it holds %d states.", self.folder, self.adopt())
 
     def report(self) -> LowerReport:
-        """What lies where, in bytes. O(tiers)."""
+        """Return the usage of the tiers in bytes. O(tiers)."""
         disk, lower = self.disk, self._cache.offload
         tiers = []
         for tier in lower.tiers:
@@ -364,8 +375,8 @@ class CacheTiers:
         return LowerReport(tuple(tiers), folder)
 
     def adopt(self) -> int:
-        """Let the cache, which has nothing of it, know what the disk holds, the newest at most that
-        its tier has room for; states adopted. O(records)."""
+        """Add the states on disk to the cache, newest first, as many as fit into its tier. Returns
+        their number. O(records)."""
         disk, cache = self.disk, self._cache
         if disk is None or disk.is_detached:
             return 0
@@ -385,7 +396,7 @@ class CacheTiers:
         return num_adopted
 
     def reset(self) -> None:
-        """The cache was emptied because somebody wanted it: nothing is kept either."""
+        """Remove all entries on disk: the cache was emptied on request."""
         if self.disk is not None:
             steps = self._cache.steps
             for transfer in steps.take_transfers():
@@ -396,16 +407,16 @@ class CacheTiers:
             self.remembering.forget()
 
     def start_over(self) -> None:
-        """The cache was emptied because nobody knows what its rows hold: what is whole on disk is
-        known again."""
+        """Adopt the entries on disk again: the cache was emptied because the contents of its rows
+        are unknown."""
         self._cache.steps.take_transfers()
         if self.disk is not None:
             self.disk.settle()
             self.disk.unbind_all()
-            logger.warning("The cache begins anew with %d states from disk.", self.adopt())
+            logger.warning("The cache restarts with %d states from disk.", self.adopt())
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write all pending entries and close the disk."""
         if self.remembering is not None:
             self.remembering.save()
         if self.disk is not None:
@@ -421,31 +432,32 @@ def _copier(disk: Disk | None, *arena: Any) -> TierCopies:
 
 
 def slab_rows_of(memory: MemorySizes) -> int:
-    """Rows of the arena that hold a state."""
+    """Return the number of arena rows that hold a state."""
     return slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size)
 
 
 def _check_tier(name: str, gib: float | None, size: int, least: int, row_bytes: int) -> None:
-    """ConfigError: no tier of ``size`` bytes can be made, or it could hold nothing."""
+    """Raise ConfigError if a tier of ``size`` bytes is impossible, or too small for a state."""
     if gib is None:
         return
     if size < least:
         raise ConfigError(
-            f"{name} {gib:g} is too little for a single state with a page of KV, which take "
-            f"{format_bytes(least)}: give more, or leave it out."
+            f"{name} {gib:g} is too small for a single state with a page of KV, which take "
+            f"{format_bytes(least)}: use more, or omit it."
         )
     if size // row_bytes >= MAX_ROWS:
         most = MAX_ROWS * row_bytes / GIB
         raise ConfigError(
-            f"{name} {gib:g} is more memory than can be numbered by tokens of "
-            f"{format_bytes(row_bytes)}: give at most {most:,.0f}."
+            f"{name} {gib:g} is more memory than row numbers can address with tokens of "
+            f"{format_bytes(row_bytes)}: use at most {most:,.0f}."
         )
 
 
 def fingerprint_of(
     config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None
 ) -> dict[str, str]:
-    """Everything that the bytes of KV and states, and the tokens that name them, depend on."""
+    """Return the properties that the bytes of KV and states, and the tokens that name them, depend
+    on."""
     template = None if tokenizer is None else tokenizer.chat_template
     digest = None
     if config.load_format != "dummy" and config.state_dir is not None:

@@ -3,17 +3,17 @@
 Restart and disk tier share their records:
 
 - Everything that a request publishes is written in the background (``write_through``), so a killed
-  process loses only what was not written yet.
+  process loses only entries that were not written yet.
 - The rows that the cache offloads to its disk tier (``offload``) point into these records, which
   mostly exist by then. A record stays as long as a row points into it.
 - If there is no room, records without such rows are removed, the least recently used first.
 
 All methods are for the engine's thread. ``RecordStore`` is used by the disk thread alone, after the
 constructor. An ``OSError`` there is counted and logged, and comes back to the engine's thread as an
-event that ``settle`` handles: a record that was not written or cannot be read is forgotten, and a
-file that cannot be removed still counts. After a failed write or removal nothing is written for
+event that ``settle`` handles. A record that was not written or cannot be read is forgotten; a file
+that cannot be removed still counts. After a failed write or removal nothing is written for
 ``RETRY_S``. If a job of the disk thread takes longer than ``DEADLINE_S``, the file system is
-considered hung until the job ends; nobody waits for it meanwhile.
+considered hung until the job ends, and the engine does not wait for it.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ Work = tuple[int, int, Callable[[], Any] | None, "Future[Any] | None"]
 
 
 class DiskThread:
-    """Runs one job at a time: urgent ones first, others in the order in which they came.
+    """Runs one job at a time: urgent ones first, others in order of submission.
 
-    Nothing can interrupt a job that hangs in the system. ``busy_s`` says how long the current one
-    has been running, so that callers can stop waiting.
+    A job that hangs in the system cannot be interrupted. ``busy_s`` is the duration of the current
+    job, so that callers can stop waiting.
     """
 
     def __init__(self) -> None:
@@ -62,28 +62,28 @@ class DiskThread:
 
     @property
     def busy_s(self) -> float:
-        """Seconds since the current job began. 0 if there is none."""
+        """Seconds since the current job began, or 0 if there is none."""
         started = self._started
         return 0.0 if started is None else time.monotonic() - started
 
     def submit(self, work: Callable[[], Result], *, urgent: bool = False) -> Future[Result]:
-        """Queue ``work``; the future has its result, or what it raised."""
+        """Queue ``work``. The future has its result or its exception."""
         done: Future[Result] = Future()
         self._queue.put((URGENT if urgent else NORMAL, next(self._numbers), work, done))
         return done
 
     def run_later(self, work: Callable[[], object]) -> None:
-        """Queue ``work`` that nobody waits for; an exception is logged."""
+        """Queue ``work`` without a result. An exception is logged."""
         self._queue.put((NORMAL, next(self._numbers), work, None))
 
     def when_idle(self, work: Callable[[], object]) -> None:
-        """Run ``work`` if there is nothing else to do before ``close``."""
+        """Run ``work`` if the thread is idle before ``close``."""
         self._queue.put((IDLE, next(self._numbers), work, None))
 
     def close(self, deadline_s: float) -> bool:
         """Do the queued work except idle work, and end.
 
-        Returns False if a job ran longer than ``deadline_s``; the thread is then left alone.
+        Returns False if a job ran longer than ``deadline_s``; the thread then continues alone.
         """
         self._queue.put((LAST, next(self._numbers), None, None))
         while self._thread.is_alive():
@@ -117,19 +117,20 @@ Rows = npt.NDArray[np.uint8]
 FutureRows = Callable[[], Rows]
 """Waits for rows that may still be on their way from the device, and returns them."""
 ReadRows = Callable[[int, int], FutureRows]
-"""The rows [first, end) of what is written, with their current bytes."""
+"""Returns the rows [first, end) of a write, with their current bytes."""
 
 KV, STATE = 1, 2
 KV_HEAD, STATE_HEAD = struct.Struct("<QQI"), struct.Struct("<QQ")
 MAX_RECORD_BYTES = 1 << 22
-"""Limit of a KV record: a hit reads at most one record of which it needs only a part."""
+"""Limit of a KV record. A hit reads at most one record of which it needs only a part."""
 MIN_RECORDS = 32
-"""KV records that a small folder has room for at least."""
+"""Minimum number of KV records for which a small folder has room."""
 TOKEN_BYTES = 4
 MAX_PENDING_BYTES = 1 << 28
-"""Limit of the bytes that wait to be written; above it, write-through skips."""
+"""Limit of the bytes waiting to be written. Above it, write-through skips entries."""
 DEADLINE_S, CLOSE_DEADLINE_S = 20.0, 60.0
-"""Time of one job after which the file system is considered hung, at run time and at the end."""
+"""Duration of one job after which the file system is considered hung, at run time and at the
+end."""
 RETRY_S = 60.0
 """Pause in writing after the file system refused a change."""
 FADING = 0.95
@@ -143,8 +144,11 @@ class _Event(NamedTuple):
 
     record_id: int
     what: Literal["missing", "skipped", "unreadable", "undeleted"]
-    """``missing``: there is no such record, or it is damaged; ``skipped``: there was no room for
-    it; ``unreadable``: the file may be readable later; ``undeleted``: the file should be gone."""
+    """Kind of failure.
+
+    ``missing``: the record does not exist or is damaged; ``skipped``: there was no room for it;
+    ``unreadable``: the file may be readable later; ``undeleted``: the file could not be removed.
+    """
     size: int = 0
     """Disk space of an undeleted file."""
 
@@ -161,12 +165,13 @@ class Disk:
         num_rows: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Load the index of ``store``. O(records); no payload is read. StoreError as ``scan``.
+        """Load the index of ``store``. O(records); no payload is read. Raises StoreError as
+        ``scan``.
 
         Args:
-            row_bytes: size of one row of the tier.
-            state_rows: number of rows of one state.
-            num_rows: number of rows of the cache's disk tier.
+          row_bytes: size of one row of the tier.
+          state_rows: number of rows of one state.
+          num_rows: number of rows of the cache's disk tier.
         """
         self.row_bytes, self.state_rows = row_bytes, state_rows
         self._store = store
@@ -176,7 +181,7 @@ class Disk:
         """Disk space of all records, once the queued jobs are done."""
         self._num_bytes = 0
         self._unwanted: deque[int] = deque()
-        """Records whose file is there and should not be."""
+        """Records with a file that still has to be removed."""
         self._pointers = Pointers(num_rows)
         self._pending: dict[int, FutureRows] = {}
         self._pending_bytes = 0
@@ -187,14 +192,14 @@ class Disk:
         self._failure: str | None = None
         self._reported: set[tuple[str, int | None]] = set()
         self.is_detached = False
-        """True since the file system was found hung: nothing is read until this is cleared."""
+        """True after the file system was found hung. Nothing is read until this is cleared."""
         self.has_lost_rows = False
-        """True if rows may point nowhere although the cache uses them; see ``is_lost``."""
+        """True if rows that the cache uses may point nowhere; see ``is_lost``."""
         self._read_bytes = self._read_s = 0.0
         self.num_errors = 0
-        """Operations that the file system refused."""
+        """Number of file system errors."""
         self.num_skipped = 0
-        """Runs and states not written for lack of room or time."""
+        """Number of runs and states not written for lack of room or time."""
         record_bytes_limit = min(MAX_RECORD_BYTES, store.max_bytes // MIN_RECORDS)
         self._run_tokens = max(1, record_bytes_limit // (row_bytes + TOKEN_BYTES))
         for record in store.scan():
@@ -228,14 +233,15 @@ class Disk:
 
     @property
     def problem(self) -> str | None:
-        """Why the folder cannot be used at present. None if it can, as it was opened."""
+        """Reason why the folder currently cannot be used, or None if it can, in the mode in which
+        it was opened."""
         if self.is_hung:
             return f"its file system has not responded for {self._thread.busy_s:.0f} s"
         return self._failure
 
     @property
     def bytes_per_s(self) -> float | None:
-        """Measured speed of reads, the latest most of all. None before the first."""
+        """Measured speed of reads, recent ones weighted most. None before the first."""
         return self._read_bytes / self._read_s if self._read_s else None
 
     @property
@@ -248,40 +254,40 @@ class Disk:
     ) -> list[Piece]:
         """Write the KV of the last ``num_rows`` tokens of ``path``, or the state at its end.
 
-        What is there already is not written again. Returns the parts of records that hold it; fewer
-        than asked for if there is no room or time.
+        Parts that are on disk already are not written again. Returns the parts of records that hold
+        it, fewer than requested if there is no room or time.
         """
         return self._write_missing(kind, path, num_rows, read, must=False)
 
     def offload(
         self, kind: Kind, path: tuple[Hashable, Tokens], rows: Indices, read: ReadRows
     ) -> None:
-        """Let ``rows`` of the tier hold what ``write_through`` wrote, or write it now.
+        """Bind ``rows`` of the tier to the records of ``write_through``, or write these now.
 
-        O(len(path) + bytes that are not there yet).
+        O(len(path) + bytes that are not on disk yet).
         """
         self.bind(rows, self._write_missing(kind, path, len(rows), read, must=True))
 
     def bind(self, rows: Indices, pieces: list[Piece]) -> None:
-        """Let ``rows`` point into ``pieces``; those past their end point nowhere."""
+        """Bind ``rows`` to ``pieces``. Rows after the end of the pieces point nowhere."""
         self._pointers.bind(rows, pieces)
         self.has_lost_rows |= sum(piece.num_tokens for piece in pieces) < len(rows)
 
     def drop(self, rows: Indices) -> None:
-        """Let ``rows`` point nowhere; the records they pointed into are the first to be removed."""
+        """Unbind ``rows``. The records they pointed into are the first to be removed."""
         for record_id in self._pointers.unbind(rows):
             if record_id not in self._pointers and self.prefixes.is_leaf(record_id):
                 self.prefixes.used.move_to_end(record_id, last=False)
 
     def is_lost(self, rows: Indices) -> bool:
-        """True if some of ``rows`` point nowhere, or if nothing is read at present."""
+        """Return True if some of ``rows`` point nowhere, or if the disk is currently not read."""
         return self.is_detached or any(not part.record for part in self._pointers.parts(rows))
 
     def load(self, rows: Indices) -> list[tuple[int, Rows]] | None:
         """Read ``rows``, which then point nowhere.
 
         Waits for the disk if they were not staged. Returns views of the records that were read, as
-        (place of the first in ``rows``, bytes from there on). None if some cannot be read.
+        (index of the first in ``rows``, bytes from there on), or None if some cannot be read.
         """
         parts = self._pointers.parts(rows)
         self._pointers.unbind(rows)
@@ -295,7 +301,7 @@ class Disk:
         return pieces
 
     def stage(self, rows: Indices) -> tuple[int, ...]:
-        """Begin to read the records of ``rows``; returns their ids, for ``is_staged``."""
+        """Start reading the records of ``rows``. Returns their ids, for ``is_staged``."""
         found = {part.record: None for part in self._pointers.parts(rows) if part.record}
         for number in found:
             if number not in self._staged and number not in self._pending:
@@ -303,7 +309,7 @@ class Disk:
         return tuple(found)
 
     def is_staged(self, record_ids: Iterable[int]) -> bool:
-        """True if ``load`` need not wait for these records, or cannot have them.
+        """Return True if ``load`` does not have to wait for these records, or cannot read them.
 
         Losses are handled first, by ``settle`` and ``has_lost_rows``.
         """
@@ -318,7 +324,7 @@ class Disk:
         wait([done for n in record_ids if (done := self._staged.get(n)) is not None], timeout_s)
 
     def unstage(self, record_ids: Iterable[int]) -> None:
-        """Release what was read of these records."""
+        """Release the staged contents of these records."""
         for number in record_ids:
             self._staged.pop(number, None)
 
@@ -327,7 +333,7 @@ class Disk:
         self.prefixes.touch(self.prefixes.find(namespace, tokens), len(tokens))
 
     def clear(self) -> None:
-        """Remove all records, also from what survives a power loss."""
+        """Remove all records, also from the state after a power loss."""
         self.unbind_all()
         for number in sorted(self.prefixes.used, reverse=True):
             self._forget(number)
@@ -336,7 +342,7 @@ class Disk:
         self._run_later("sync the folder", self._store.sync)
 
     def unbind_all(self) -> None:
-        """Let no row point anywhere; records stay."""
+        """Unbind all rows; records stay."""
         self._pointers.clear()
         self.has_lost_rows = False
 
@@ -365,7 +371,7 @@ class Disk:
     def write_file(self, name: str, content: Callable[[], bytes | None]) -> None:
         """Replace a file in the folder, in the background.
 
-        ``content`` is called in the disk thread; with None nothing is written.
+        ``content`` is called in the disk thread; if it returns None, the file is not written.
         """
 
         def write() -> None:
@@ -380,7 +386,7 @@ class Disk:
         self._run_later(f"remove {name}", lambda: self._store.remove_file(name))
 
     def when_idle(self, work: Callable[[], object]) -> None:
-        """Run ``work`` in the disk thread if that has nothing else to do before the end."""
+        """Run ``work`` in the disk thread if it is idle before the end."""
         self._thread.when_idle(work)
 
     def flush(self, deadline_s: float | None = None) -> bool:
@@ -390,19 +396,19 @@ class Disk:
         return is_done
 
     def close(self) -> None:
-        """Write what is pending, so that it survives a power loss too, and release the folder."""
+        """Write pending records, so that they survive a power loss too, and release the folder."""
         if not self.is_read_only:
             self._run_later("sync the folder", self._store.sync)
         if self.flush(CLOSE_DEADLINE_S) and self._thread.close(CLOSE_DEADLINE_S):
             self._store.close()
         else:
             logger.warning(
-                "The file system of %s does not respond: what was not written to it is lost.",
+                "The file system of %s does not respond: pending writes are lost.",
                 self._store.folder,
             )
 
     def check(self) -> None:
-        """AssertionError unless every invariant holds. O(records + rows of the tier)."""
+        """Raise AssertionError unless every invariant holds. O(records + rows of the tier)."""
         self._pointers.check()
         assert self._num_bytes == sum(self._sizes.values())
         unwanted = set(self._unwanted)
@@ -445,13 +451,13 @@ class Disk:
         return self._write(state, STATE, meta, partial(read, 0, self.state_rows), must)
 
     def _parent_at(self, pieces: list[Piece], position: int) -> int:
-        """The parent of a state at ``position``, or of a run that begins there."""
+        """Return the parent of a state at ``position``, or of a run that begins there."""
         at = 0
         for piece in pieces:
             at += piece.num_tokens
             if at >= position:
                 return piece.id
-        raise AssertionError("the path is not known so far")
+        raise AssertionError("the path has no record at this position")
 
     def _write_run(
         self,
@@ -483,7 +489,7 @@ class Disk:
     def _write(
         self, item: Run | State, kind: int, meta: bytes, read: Callable[[], FutureRows], must: bool
     ) -> int | None:
-        """Queue a record; returns its id. None if there is no room or time."""
+        """Queue a record. Returns its id, or None if there is no room or time."""
         num_rows = len(item.tokens) if isinstance(item, Run) else self.state_rows
         num_bytes = num_rows * self.row_bytes
         size = record_bytes(len(meta), num_bytes)
@@ -493,7 +499,8 @@ class Disk:
         number = self._next_id
         if not self.prefixes.add(number, item):
             return None
-        # The new item and its ancestors are the last used now, so none of them makes room for it.
+        # The new item and its ancestors are now the most recently used, so they are not removed for
+        # it.
         if not self._make_room(size, number):
             self.prefixes.remove(number)
             self.num_skipped += 1
@@ -528,8 +535,8 @@ class Disk:
                 self._written.notify_all()
 
     def _has_time(self, num_bytes: int, must: bool) -> bool:
-        """True if ``num_bytes`` more may wait to be written. With ``must``, wait for that as long
-        as the disk responds."""
+        """Return True if ``num_bytes`` more may wait to be written. With ``must``, wait for that as
+        long as the disk responds."""
         with self._written:
             while self._pending_bytes and self._pending_bytes + num_bytes > MAX_PENDING_BYTES:
                 if not must or self.is_hung:
@@ -538,8 +545,8 @@ class Disk:
         return True
 
     def _make_room(self, size: int, new: int) -> bool:
-        """Remove records that no row points into, the least recently used first, until ``size``
-        bytes fit. False if they do not."""
+        """Remove records without rows, the least recently used first, until ``size`` bytes fit.
+        Returns False if they do not."""
         while self._unwanted and self._num_bytes + size > self.max_bytes:
             self._remove(self._unwanted.popleft())
         for _ in range(2 * len(self.prefixes)):
@@ -553,7 +560,7 @@ class Disk:
         return self._num_bytes + size <= self.max_bytes
 
     def _forget(self, number: int) -> None:
-        """Remove a record that no other one needs."""
+        """Remove a record without descendants."""
         self.prefixes.remove(number)
         self._staged.pop(number, None)
         self._remove(number)
@@ -591,7 +598,7 @@ class Disk:
                 self._forget(one)
 
     def _payload(self, number: int) -> Rows | None:
-        """The rows of a record. None if it cannot be read."""
+        """Return the rows of a record, or None if it cannot be read."""
         if number not in self.prefixes or self.is_detached:
             return None
         pending = self._pending.get(number)
@@ -605,7 +612,7 @@ class Disk:
         return payload
 
     def _result(self, done: Future[Any], deadline_s: float | None = None) -> Any:
-        """Wait for a job. None if it hangs, or another one before it."""
+        """Wait for a job. Returns None if it hangs, or a job before it."""
         limit = DEADLINE_S if deadline_s is None else deadline_s
         while not done.done():
             if self._thread.busy_s > limit:
@@ -638,19 +645,19 @@ class Disk:
         return read
 
     def _pause(self, what: str, error: OSError) -> None:
-        """Report a refused change and stop writing for a while. For the disk thread."""
+        """Report a refused change and stop writing for a while. Called in the disk thread."""
         self._failure = f"it was not possible to {what} ({error.strerror or error})"
         self._retry_at = self._clock() + RETRY_S
         self._report(what, error)
 
     def _report(self, what: str, error: OSError) -> None:
-        """Count an error, and log the first of its sort. For the disk thread."""
+        """Count an error, and log the first of its kind. Called in the disk thread."""
         self.num_errors += 1
         sort = what, error.errno
         if sort not in self._reported:
             self._reported.add(sort)
             logger.warning(
-                "It was not possible to %s in %s: %s. Later errors of this sort are only counted.",
+                "It was not possible to %s in %s: %s. Later errors of this kind are only counted.",
                 what,
                 self._store.folder,
                 error.strerror or error,
@@ -661,7 +668,8 @@ class Disk:
         self._num_bytes += size
 
     def _parse(self, kind: int, meta: bytes, payload_bytes: int) -> Run | State | None:
-        """The run or state that a record holds. None if this version does not write such one."""
+        """Return the run or state of a record, or None if this version does not write such
+        records."""
         try:
             if kind == STATE:
                 is_whole = payload_bytes == self.state_rows * self.row_bytes

@@ -1,10 +1,10 @@
-"""Fingerprint of a store: everything that the bytes of its records depend on, field by field.
+"""Fingerprint of a store: all properties that the bytes of its records depend on, field by field.
 
 ``fingerprint.json`` is written before the first record: ``{"digest": hex, "fields": {...}}``. If
 any field differs, opening fails and the folder is left unchanged.
 
-Each record carries the digest too. If ``fingerprint.json`` is damaged or missing and all records
-have the engine's own digest, the folder is proven to be the engine's, and the file is rebuilt.
+Each record contains the digest too. If ``fingerprint.json`` is damaged or missing and all records
+have the engine's digest, the folder is the engine's, and the file is rebuilt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMAT = "engine state 2"
 """Changes with the layout of records and of their meta."""
 DIGEST_BYTES = 32
 MAX_SHOWN = 20
-"""Characters of a value that a refusal repeats; digests have more."""
+"""Maximum length of a value in an error. Digests are longer."""
 FLAGS = {"checkpoint grid": "--grid", "page size": "--page-size", "dtype": "--dtype"}
 """Flags that set a field."""
 
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 class StoreError(ValueError):
-    """A store cannot be used, in one sentence that says what to do."""
+    """The store cannot be used; the message is one sentence with the reason and the remedy."""
 
 
 def digest_of(fields: Mapping[str, str]) -> bytes:
-    """Digest of a fingerprint, 32 bytes."""
+    """Return the digest of a fingerprint, 32 bytes."""
     text = json.dumps(fields, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=DIGEST_BYTES).digest()
 
@@ -69,7 +69,7 @@ def check_fingerprint(
         if digests - {digest_of(ours)}:
             raise StoreError(
                 f"{path} is missing or damaged, and records of another model or setting are "
-                f"there: give another folder, or delete {folder} with its contents."
+                f"in it: use another folder, or delete {folder} with its contents."
             )
         if digests or path.exists():
             logger.warning(
@@ -90,20 +90,20 @@ def _refusal(folder: Path, stored: Mapping[str, str], ours: Mapping[str, str]) -
     if stored.get("format") != FORMAT:
         return (
             f"{folder} was written by another version of the engine (format "
-            f"{stored.get('format')!r}, this version writes {FORMAT!r}): give another folder, or "
+            f"{stored.get('format')!r}, this version writes {FORMAT!r}): use another folder, or "
             "delete it with its contents."
         )
     names = dict.fromkeys((*ours, *stored))
     differing = [name for name in names if ours.get(name) != stored.get(name)]
     named = ", ".join(_difference(name, stored, ours) for name in differing)
     return (
-        f"{folder} holds the state of an engine with another {named}: start with the same, or "
-        "give another folder."
+        f"{folder} contains the state of an engine with another {named}: use the same, or "
+        "another folder."
     )
 
 
 def _difference(name: str, stored: Mapping[str, str], ours: Mapping[str, str]) -> str:
-    """``name``, and both values if they are short: digests say nothing to a reader."""
+    """Return ``name``, and both values if they are short. Digests are not shown."""
     values = [stored.get(name), ours.get(name)]
     if any(value is None or len(value) > MAX_SHOWN for value in values):
         return name
@@ -112,7 +112,7 @@ def _difference(name: str, stored: Mapping[str, str], ours: Mapping[str, str]) -
 
 
 def _read(path: Path) -> dict[str, str] | None:
-    """The fields in ``fingerprint.json``. None if it is missing or damaged."""
+    """Return the fields in ``fingerprint.json``, or None if it is missing or damaged."""
     try:
         content = json.loads(path.read_bytes())
         fields = content["fields"]

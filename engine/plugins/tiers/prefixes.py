@@ -20,10 +20,10 @@ class Part(NamedTuple):
     """Consecutive rows of a request that point to consecutive rows of one record."""
 
     first: int
-    """Place of the first one in the request."""
+    """Index of the first row in the request."""
     num_rows: int
     record: int
-    """Id of the record. 0 if the rows point nowhere."""
+    """Id of the record, or 0 if the rows point nowhere."""
     offset: int
     """Row of the record that the first one points to."""
 
@@ -36,7 +36,7 @@ class Pointers:
 
     def __init__(self, num_rows: int) -> None:
         self._records = np.zeros(num_rows, np.int64)
-        """0 for a row that points nowhere."""
+        """Record id of each row, or 0 if it points nowhere."""
         self._offsets = np.zeros(num_rows, np.int32)
         self._counts: dict[int, int] = {}
         """Number of rows that point into each record."""
@@ -46,7 +46,7 @@ class Pointers:
         return record in self._counts
 
     def bind(self, rows: Indices, pieces: list[Piece]) -> None:
-        """Let ``rows`` point into ``pieces``; those past their end point nowhere. O(rows)."""
+        """Bind ``rows`` to ``pieces``. Rows after the end of the pieces point nowhere. O(rows)."""
         self.unbind(rows)
         first = 0
         for piece in pieces:
@@ -59,7 +59,7 @@ class Pointers:
             first += piece.num_tokens
 
     def unbind(self, rows: Indices) -> Collection[int]:
-        """Let ``rows`` point nowhere; returns the records they pointed into. O(rows)."""
+        """Unbind ``rows``. Returns the records they pointed into. O(rows)."""
         found: dict[int, None] = {}
         for part in self.parts(rows):
             if part.record:
@@ -71,7 +71,7 @@ class Pointers:
         return found
 
     def parts(self, rows: Indices) -> list[Part]:
-        """The parts of records that ``rows`` point to, in the order of ``rows``. O(rows)."""
+        """Return the parts of records that ``rows`` point to, in the order of ``rows``. O(rows)."""
         if not len(rows):
             return []
         records, offsets = self._records[rows], self._offsets[rows]
@@ -83,17 +83,18 @@ class Pointers:
         ]
 
     def lose(self, record: int) -> None:
-        """Let no row point into ``record``. O(rows of the tier)."""
+        """Unbind all rows from ``record``. O(rows of the tier)."""
         if self._counts.pop(record, None) is not None:
             self._records[self._records == record] = 0
 
     def clear(self) -> None:
-        """Let no row point anywhere. O(rows of the tier)."""
+        """Unbind all rows. O(rows of the tier)."""
         self._records[:] = 0
         self._counts.clear()
 
     def check(self) -> None:
-        """AssertionError unless the rows of each record are counted. O(rows of the tier)."""
+        """Raise AssertionError unless the counts of rows per record are right. O(rows of the
+        tier)."""
         records, counts = np.unique(self._records[self._records != 0], return_counts=True)
         found = dict(zip(records.tolist(), counts.tolist(), strict=True))
         assert found == self._counts, f"rows point into {found}, counted {self._counts}"
@@ -103,7 +104,7 @@ class Run(NamedTuple):
     """The tokens of one record of KV."""
 
     parent: int
-    """Id of the run that it continues. 0 if it begins a prompt."""
+    """Id of the run that it continues, or 0 if it begins a prompt."""
     start: int
     """Position of its first token."""
     tokens: Tokens
@@ -127,7 +128,7 @@ class Piece(NamedTuple):
 
     id: int
     offset: int
-    """Place of its first token in the run."""
+    """Index of its first token in the run."""
     num_tokens: int
 
 
@@ -150,8 +151,8 @@ class Prefixes:
         return number in self.used
 
     def add(self, number: int, item: Run | State) -> bool:
-        """Add an item as the last used. False if its parent is not known, or its place is
-        taken."""
+        """Add an item as the last used. Returns False if its parent does not exist, or an item has
+        its place already."""
         if not self._fits(item):
             return False
         if isinstance(item, Run):
@@ -192,11 +193,11 @@ class Prefixes:
             self._num_children[item.parent] -= 1
 
     def is_leaf(self, number: int) -> bool:
-        """True if the item has no children."""
+        """Return True if the item has no children."""
         return not self._num_children[number]
 
     def descendants(self, number: int) -> list[int]:
-        """The item and everything that continues it, parents first. O(all items)."""
+        """Return the item and all its descendants, parents first. O(all items)."""
         found = {number}
         for other in sorted(self.used):
             if self.used[other].parent in found:
@@ -204,7 +205,7 @@ class Prefixes:
         return sorted(found)
 
     def find(self, namespace: Hashable, tokens: Tokens) -> list[Piece]:
-        """The pieces of runs that make up the longest known prefix of ``tokens``, in order.
+        """Return the pieces of runs that make up the longest stored prefix of ``tokens``, in order.
         O(len(tokens))."""
         pieces: list[Piece] = []
         above: Hashable = ("", namespace)
@@ -222,7 +223,7 @@ class Prefixes:
         return pieces
 
     def state(self, pieces: list[Piece], position: int) -> int | None:
-        """The id of the state at ``position`` on a path from ``find``. None if there is none."""
+        """Return the id of the state at ``position`` on a path from ``find``, or None."""
         at = 0
         for piece in pieces:
             if at < position <= at + piece.num_tokens:
@@ -239,8 +240,11 @@ class Prefixes:
             self.used.move_to_end(piece.id)
 
     def newest_states(self, room: int, state_rows: int) -> list[int]:
-        """The last used states, the newest first: as many as fit into ``room`` rows together with
-        their KV. O(states + runs on their paths)."""
+        """Return the last used states, newest first: as many as fit into ``room`` rows together
+        with their KV.
+
+        O(states + runs on their paths).
+        """
         covered: dict[int, int] = {}
         found = []
         for number, item in reversed(self.used.items()):
@@ -262,7 +266,7 @@ class Prefixes:
         return found
 
     def path(self, number: int) -> tuple[Hashable, Tokens]:
-        """(namespace, all tokens up to the end of the item). O(position)."""
+        """Return (namespace, all tokens up to the end of the item). O(position)."""
         item = self.used[number]
         end = item.position if isinstance(item, State) else item.end
         run = self.used[item.parent] if isinstance(item, State) else item
@@ -286,7 +290,7 @@ class Prefixes:
 
 
 def covering(pieces: list[Piece], first: int, end: int) -> list[Piece]:
-    """The parts of ``pieces``, a path from position 0, that cover [first, end)."""
+    """Return the parts of ``pieces``, a path from position 0, that cover [first, end)."""
     found, at = [], 0
     for piece in pieces:
         low, high = max(first, at), min(end, at + piece.num_tokens)

@@ -7,18 +7,17 @@ Layout of ``<id in 16 hex digits>.record``, little-endian:
     meta
     payload
 
-All CRCs are CRC-32 (zlib). A record is written to ``<id>.part`` and renamed when it is complete, so
+All CRCs are CRC-32 (zlib). A record is written to ``<id>.part`` and renamed when it is complete. So
 a killed process leaves complete records, and at most one ``.part`` file that the next start
 removes. Nothing is synced per record. After a power loss a file may be shorter than its head says,
-or hold other bytes: opening checks the size of each file and the CRCs of its head and meta, reading
-checks the CRC of the payload.
+or contain other bytes. Therefore opening checks the size of each file and the CRCs of its head and
+meta, and reading checks the CRC of the payload.
 
-Ids are never reused, also by later processes, so a file that an unfinished unlink brings back
-cannot be taken for the parent of another record.
+Ids are never reused, also by later processes. So a file that an unfinished unlink restores cannot
+be mistaken for the parent of another record.
 
 The store holds two descriptors, of the folder and of its lock. All paths are relative to the first:
-a folder that was deleted or replaced at run time gives errors, and nothing is written into its
-successor.
+a folder that was deleted or replaced at run time gives errors, and its successor is not written.
 """
 
 from __future__ import annotations
@@ -43,11 +42,12 @@ HEAD = struct.Struct(f"<8s{DIGEST_BYTES}sQIQQII")
 CRC = struct.Struct("<I")
 HEAD_BYTES = HEAD.size + CRC.size
 FIRST_READ_BYTES = 1 << 13
-"""Read of a file at once when its head and meta are checked."""
+"""Number of bytes read at once when head and meta of a file are checked."""
 SUFFIX, PART, LOCK_NAME = ".record", ".part", "lock"
 OLD_NAMES = ("whose.json", ".segment")
 BLOCK_BYTES, ENTRY_BYTES = 1 << 12, 1 << 6
-"""Allocation unit of a file, and its entry in the folder, as counted towards ``max_bytes``."""
+"""Allocation unit of a file, and size of its entry in the folder, as counted towards
+``max_bytes``."""
 
 Bytes = bytes | bytearray | memoryview
 
@@ -79,7 +79,7 @@ class _Head(NamedTuple):
 
     @classmethod
     def parse(cls, data: bytes) -> _Head | None:
-        """The head at the start of ``data``. None if it is damaged."""
+        """Return the head at the start of ``data``, or None if it is damaged."""
         raw = data[: HEAD.size]
         if len(data) < HEAD_BYTES or CRC.pack(zlib.crc32(raw)) != data[HEAD.size : HEAD_BYTES]:
             return None
@@ -102,10 +102,10 @@ class RecordStore:
         self._digest = b""
         self._sizes: dict[int, int] = {}
         self.other_bytes = 0
-        """Disk space of files that are no records and could not be removed."""
+        """Disk space of files that are not records and could not be removed."""
         self._num_bytes = 0
         self.next_id = time.time_ns()
-        """Larger than every id given so far, by this process or an earlier one."""
+        """Larger than every id used so far, by this process or an earlier one."""
 
     @classmethod
     def open(cls, folder: Path, fields: Mapping[str, str], max_bytes: int) -> RecordStore:
@@ -123,7 +123,7 @@ class RecordStore:
         """
         try:
             if folder.is_file():
-                raise StoreError(f"{folder} is a file: give a folder, or the name of a new one.")
+                raise StoreError(f"{folder} is a file: use a folder, or the name of a new one.")
             folder.mkdir(parents=True, exist_ok=True)
             folder_fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
             try:
@@ -160,7 +160,7 @@ class RecordStore:
         """Yield all complete records, by ascending id.
 
         The writer removes every other ``.record`` and ``.part`` file. O(records); no payload is
-        read. StoreError if the folder cannot be listed.
+        read. Raises StoreError if the folder cannot be listed.
         """
         num_damaged = 0
         try:
@@ -187,7 +187,7 @@ class RecordStore:
                 self._remove_leftover(name)
         if num_damaged:
             logger.warning(
-                "Damaged records left out of %s: %d. Their contents are computed again.",
+                "Damaged records ignored in %s: %d. Their contents are computed again.",
                 self.folder,
                 num_damaged,
             )
@@ -203,12 +203,13 @@ class RecordStore:
             OSError: the file system refused.
         """
         assert not self.is_read_only, "this process may not write to the store"
-        assert record_id >= self.next_id, "the id was given before"
+        assert record_id >= self.next_id, "the id was used before"
         view = memoryview(payload).cast("B")
         size = record_bytes(len(meta), len(view))
         if self.num_bytes + size > self.max_bytes:
             raise StoreFull(
-                f"{self.folder} holds {self.num_bytes:,} of at most {self.max_bytes:,} bytes and "
+                f"{self.folder} contains {self.num_bytes:,} of at most {self.max_bytes:,} bytes "
+                "and "
                 f"has no room for {size:,} more."
             )
         crcs = zlib.crc32(meta), zlib.crc32(view)
@@ -228,10 +229,10 @@ class RecordStore:
     def read(self, record_id: int, out: memoryview) -> bool:
         """Read the payload of a record into ``out``, which has its length.
 
-        Returns False if the file does not hold what was written.
+        Returns False if the file does not contain the bytes that were written.
 
         Raises:
-            OSError: the file could not be read; FileNotFoundError if it is gone.
+          OSError: the file could not be read; FileNotFoundError if it is gone.
         """
         file = os.open(_name(record_id), os.O_RDONLY, dir_fd=self.folder_fd)
         try:
@@ -253,7 +254,8 @@ class RecordStore:
             os.close(file)
 
     def remove(self, record_id: int) -> None:
-        """Remove a record. KeyError if there is none; OSError if its file stays, and counts."""
+        """Remove a record. Raises KeyError if there is none; OSError if its file remains, and
+        counts."""
         size = self._sizes[record_id]
         with suppress(FileNotFoundError):
             os.unlink(_name(record_id), dir_fd=self.folder_fd)
@@ -261,12 +263,12 @@ class RecordStore:
         self._num_bytes -= size
 
     def remove_file(self, name: str) -> None:
-        """Remove another file from the folder, if it is there. OSError."""
+        """Remove another file from the folder, if it exists. Raises OSError."""
         with suppress(FileNotFoundError):
             os.unlink(name, dir_fd=self.folder_fd)
 
     def sync(self) -> None:
-        """Wait until everything written or removed so far survives a power loss. OSError."""
+        """Wait until everything written or removed so far survives a power loss. Raises OSError."""
         sync_file_system(self.folder_fd)
 
     def close(self) -> None:
@@ -277,7 +279,7 @@ class RecordStore:
             self._lock_fd = None
 
     def _lock(self) -> int | None:
-        """Lock the folder for this process. None if it is locked, or not writable."""
+        """Lock the folder for this process. Returns None if it is locked, or not writable."""
         try:
             file = os.open(LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600, dir_fd=self.folder_fd)
         except OSError as error:
@@ -296,8 +298,8 @@ class RecordStore:
     def _check_format(self) -> None:
         if any(entry.name.endswith(OLD_NAMES) for entry in os.scandir(self.folder_fd)):
             raise StoreError(
-                f"{self.folder} holds a store of an earlier version, which this version cannot "
-                "read: delete it, or give another folder."
+                f"{self.folder} contains a store of an earlier version, which this version cannot "
+                "read: delete it, or use another folder."
             )
 
     def _names(self) -> list[str]:
@@ -305,7 +307,7 @@ class RecordStore:
         return sorted(name for name in names if _id_of(name) is not None)
 
     def _digests(self) -> Iterator[bytes]:
-        """Yield the fingerprint digests of all files with a sound head. O(records)."""
+        """Yield the fingerprint digests of all files with a valid head. O(records)."""
         for name in self._names():
             with suppress(OSError):
                 head = _Head.parse(self._read_start(name, HEAD_BYTES)[0])
@@ -313,7 +315,8 @@ class RecordStore:
                     yield head.digest
 
     def _check_file(self, name: str) -> Record | None:
-        """The record in file ``name``. None if it is not a complete one of this fingerprint."""
+        """Return the record in file ``name``, or None if it is not a complete one of this
+        fingerprint."""
         if not name.endswith(SUFFIX):
             return None
         data, size = self._read_start(name, FIRST_READ_BYTES)
@@ -331,7 +334,8 @@ class RecordStore:
         return Record(head.id, head.kind, meta, head.payload_bytes)
 
     def _read_start(self, name: str, num_bytes: int) -> tuple[bytes, int]:
-        """(up to ``num_bytes`` from the start of file ``name``, its size). OSError."""
+        """Return (up to ``num_bytes`` from the start of file ``name``, its size). Raises
+        OSError."""
         file = os.open(name, os.O_RDONLY, dir_fd=self.folder_fd)
         try:
             return os.pread(file, num_bytes, 0), os.fstat(file).st_size
@@ -352,8 +356,8 @@ class RecordStore:
         return 0
 
     def _write_file(self, name: str, parts: list[Bytes]) -> None:
-        """Write ``parts``, in one call where the system takes all of them: between two calls a
-        thread that holds the interpreter lock may delay this one. OSError."""
+        """Write ``parts``, in one call if the system takes all of them. Between two calls a thread
+        that holds the interpreter lock may delay this one. Raises OSError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         file = os.open(name, flags, 0o600, dir_fd=self.folder_fd)
         try:
@@ -369,15 +373,15 @@ class RecordStore:
 
 
 def record_bytes(meta_bytes: int, payload_bytes: int) -> int:
-    """Disk space that a record is counted with."""
+    """Return the disk space that a record counts."""
     return _disk_bytes(HEAD_BYTES + meta_bytes + payload_bytes)
 
 
 def sync_file_system(file: int) -> None:
     """Sync the file system of descriptor ``file``, which for many files costs much less than a sync
-    of each. OSError."""
+    of each. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
-    if not hasattr(libc, "syncfs"):  # other systems than Linux
+    if not hasattr(libc, "syncfs"):  # systems other than Linux
         os.sync()
     elif libc.syncfs(file):
         number = ctypes.get_errno()
@@ -393,7 +397,7 @@ def _name(record_id: int) -> str:
 
 
 def _id_of(name: str) -> int | None:
-    """The id in the name of a ``.record`` or ``.part`` file. None for any other file."""
+    """Return the id in the name of a ``.record`` or ``.part`` file, or None for any other file."""
     stem, dot, suffix = name.partition(".")
     if dot + suffix not in (SUFFIX, PART) or len(stem) != 16:
         return None

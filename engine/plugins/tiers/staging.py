@@ -1,5 +1,5 @@
-"""What a waiting request would fetch from disk is read before it is let in: no step waits for a
-disk."""
+"""Staging: records on disk that a waiting request needs are read before it is admitted, so that no
+step waits for a disk."""
 
 from __future__ import annotations
 
@@ -21,34 +21,36 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices
 
 FADING = 0.95
-"""What a step says counts for so much less after the next."""
+"""Weight of each measurement relative to the following one."""
 UNIT = 1e9
 SPREAD = 0.1
-"""Steps that differ by less in their operations, of the mean, show no line."""
+"""Minimum relative spread of operations for fitting a line through the steps."""
 
 
 class MeasuredExchange:
-    """A ``FetchRule`` that learns while the engine serves.
+    """``FetchRule`` that is measured while the engine serves.
 
-    A step's operations are the model's geometry; what a step costs here beside them, and what one
-    operation costs, is the line through the prefill steps so far, the latest most of all. Only the
-    operations are saved by a fetch. What is not measured yet is taken to be worth trying.
+    The number of operations of a step follows from the model's geometry. The fixed cost of a step
+    and the cost of one operation are those of the line through the prefill steps so far, recent
+    ones weighted most. A load saves only the operations. Before the first measurement, every load
+    is tried.
     """
 
     def __init__(
         self, geometry: ModelGeometry, bytes_per_s: Callable[[], Mapping[str, float | None]]
     ) -> None:
-        """``bytes_per_s``: from each tier to the device, as measured so far."""
+        """``bytes_per_s``: measured bandwidth from each tier to the device."""
         self._geometry = geometry
         self._bytes_per_s = bytes_per_s
         self._sums = np.zeros(5)
-        """Over steps: 1, x, y, xx, xy of operations x, in units of ``UNIT``, and seconds y."""
+        """Sums over steps of 1, x, y, xx, xy: operations x, in units of ``UNIT``, and seconds y."""
         self.after_reading = AfterReading(self)
-        """For a request whose part of the disk was read while it waited: that is paid."""
+        """Rule for a request with records that were read while it waited, so that reads are
+        free."""
 
     @property
     def seconds_per_operation(self) -> float | None:
-        """None: no prefill was measured."""
+        """Seconds per operation, or None before the first prefill."""
         count, x, y, xx, xy = self._sums.tolist()
         if not x:
             return None
@@ -60,7 +62,7 @@ class MeasuredExchange:
         return float(y / x / UNIT)
 
     def learn(self, plan: Plan, seconds: float) -> None:
-        """A step was computed in ``seconds``; what mixes prefills with decoding says little."""
+        """Record a step that was computed in ``seconds``. Steps with decodes are ignored."""
         if not plan.tasks or plan.num_decode_tokens:
             return
         x = sum(self._geometry.flops(task.start, task.end) for task in plan.tasks) / UNIT
@@ -72,7 +74,7 @@ class MeasuredExchange:
         """See ``policies.protocol.FetchRule``."""
         each_s = self.seconds_per_operation
         if each_s is None:
-            return position - cached_len  # The most is tried.
+            return position - cached_len  # Before the first measurement, the longest load is tried.
         rates = self._bytes_per_s()
         copy_s = 0.0
         for tier, size in num_bytes.items():
@@ -82,7 +84,7 @@ class MeasuredExchange:
 
 
 class AfterReading:
-    """A ``FetchRule`` by which what is on disk costs nothing more."""
+    """``FetchRule`` in which reads from disk are free."""
 
     def __init__(self, exchange: MeasuredExchange) -> None:
         self._exchange = exchange
@@ -96,7 +98,7 @@ class AfterReading:
 
 
 MAX_READS = 4
-"""Requests that are read for at a time; others wait for their turn."""
+"""Maximum number of requests with reads in progress."""
 
 
 @dataclass(eq=False, slots=True)
@@ -128,7 +130,7 @@ class Read(Fetch):
 
 
 class Staging(Fetcher):
-    """Reads ahead from one disk."""
+    """Fetcher that reads ahead from one disk."""
 
     def __init__(self, manager: CacheManager, disk: Disk, exchange: FetchRule) -> None:
         self._manager, self._disk, self._exchange = manager, disk, exchange
@@ -175,7 +177,7 @@ class Staging(Fetcher):
         return lower.names.index(DISK)
 
     def _best(self, match: PrefixMatch) -> Resumable | None:
-        """What a lease would fetch, where some of it is on disk."""
+        """Return the best resumable position, or None if nothing of it is on disk."""
         lower = self._manager.cache.offload
         assert lower is not None
         best, most = None, 0.0
@@ -193,14 +195,14 @@ class Staging(Fetcher):
 
 
 def _needs_its_records(read: Read) -> bool:
-    """Whether ``read`` was not made use of yet, and will be."""
+    """Return True if ``read`` was not used yet, and will be."""
     request = read.request
     is_waiting = request.lease is None and request.finish_reason is None
     return read.is_wanted and is_waiting
 
 
 def _disk_rows(target: RadixNode, tier: int) -> Indices:
-    """The rows of tier number ``tier`` that resuming at the end of ``target`` would bring."""
+    """Return the rows of tier number ``tier`` that a resume at the end of ``target`` would load."""
     found: list[Indices] = []
     below = target.offloaded
     if below is not None and below.state is not None and below.state.tier == tier:

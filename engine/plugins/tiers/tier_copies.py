@@ -1,11 +1,11 @@
-"""The bytes below the device's: host memory, and the way to disk.
+"""Copies between the device, host memory and disk.
 
-A state lies in a slab of the arena, which is rows, so whatever goes from one tier to another goes
-row by row: ``[n, row_bytes]``. On an accelerator what is spilled is gathered on the device, in the
-order of its work, and crosses in a stream of its own while the next steps compute; what is fetched
-crosses there too, and only its last move, within the device, takes its turn among the steps. Host
-memory is what was asked for and registered as it is: torch's own pinned memory comes in powers of
-two, up to twice of it.
+A state is stored in a slab of the arena, which consists of rows, so all transfers between tiers
+copy rows: ``[n, row_bytes]``. On an accelerator, offloaded rows are gathered on the device, in
+order with its other work, and copied to the host in a separate stream while the next steps compute.
+Loaded rows are copied in that stream too; only their last move, within the device, is in order with
+the steps. Host memory is allocated in the configured size and page-locked as it is: torch's own
+pinned memory comes in powers of two, up to twice the size.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from kernels import huge_pages
 from kernels.upload import upload
 
 MIN_RUN_BYTES = 1 << 14
-"""Of rows that follow each other, on average, from which copying run by run is worth its calls."""
+"""Minimum average length of runs of consecutive rows for which copying run by run pays off."""
 BLOCK_BYTES = 1 << 18
-"""Of single rows that are gathered before they are scattered: while in cache."""
+"""Size of single rows that are gathered before they are scattered, so that they stay in cache."""
 POPULATED_BYTES = 1 << 22
-"""At a time: who waits for the disk waits for one of those at most."""
+"""Memory that is populated at a time, which bounds the wait for the disk thread."""
 PROBE_BYTES = 1 << 26
-"""Copied to find out how fast host memory reaches the device."""
+"""Size of the copy that measures the bandwidth from host memory to the device."""
 
 
 class TierCopier:
-    """Makes the orders between tiers, each as if it were complete before the next."""
+    """Executes transfers between tiers, each as if it were complete before the next."""
 
     def __init__(
         self,
@@ -51,10 +51,12 @@ class TierCopier:
         num_host_rows: int,
         disk: Disk | None,
     ) -> None:
-        """``rows``: the device's arena, uint8 ``[N, row_bytes]``, of ``memory``. ModelError: there
-        is none, or no such host memory."""
+        """Prepare copies to and from ``rows``, the device's arena (uint8 ``[N, row_bytes]``) with
+        the sizes ``memory``. Raises ModelError if there is no arena, or not enough host memory."""
         if rows is None or not memory.slab_rows:
-            raise ModelError("host and disk tiers need one arena of KV and states: --cache-gib.")
+            raise ModelError(
+                "host and disk tiers require one arena of KV and states: use --cache-gib."
+            )
         self._rows = rows
         self._slab_rows = memory.slab_rows
         self._device = device
@@ -63,12 +65,12 @@ class TierCopier:
         self.disk = disk
         self._stream: Any = None if device.is_cpu else device.module.Stream()
         self.host_bytes_per_s = self._measure() if num_host_rows else None
-        """To the device, measured; None: there is no host tier."""
+        """Measured bandwidth to the device, or None if there is no host tier."""
         if disk is not None and device.is_cpu:
             self._have_pages_for(disk)
 
     def make(self, order: Copy | Drop) -> None:
-        """Make one order. BytesLost: what was to be fetched is not whole on disk."""
+        """Execute one transfer. Raises BytesLost if the data to load is not complete on disk."""
         if isinstance(order, Drop):
             if self.disk is not None and order.tier == DISK:
                 self.disk.drop(order.rows)
@@ -93,18 +95,18 @@ class TierCopier:
             self._spill(src, dst)
 
     def _have_pages_for(self, disk: Disk) -> None:
-        """Have the system give the device's memory for what may come from ``disk`` before it
-        comes, beside the first steps: the first writes to a page wait for it to be cleared."""
+        """Populate the device's memory for entries from ``disk`` in advance, during the first
+        steps. The first write to a page waits until the system has cleared it."""
         num_rows, step = disk.num_bytes // disk.row_bytes, POPULATED_BYTES // disk.row_bytes + 1
         for first in range(0, min(num_rows, len(self._rows)), step):
             disk.when_idle(partial(huge_pages.populate, self._rows[first : first + step]))
 
     def _near(self, tier: str) -> Rows:
-        """The rows of ``tier``, which are in this process's memory."""
+        """Return the rows of ``tier``, which are in this process's memory."""
         return (self.host if tier == HOST else self._rows).numpy()
 
     def _rows_of(self, order: Copy, tier: str, what: Indices) -> Indices:
-        """``what``, or the rows of the slab that a slot of the device is."""
+        """Return ``what``, or the rows of the slab of a slot on the device."""
         if tier != DEVICE or order.kind == "kv":
             return what
         first = int(what[0]) * self._slab_rows
@@ -122,7 +124,7 @@ class TierCopier:
             self.disk.offload(order.kind, order.path, order.dst, read)
 
     def _future_rows(self, tier: str, src: Indices) -> FutureRows:
-        """The bytes of ``src`` as they are now, in memory of their own once they have come."""
+        """Return the current bytes of ``src``, in a separate copy, when they have arrived."""
         if tier == HOST or self._device.is_cpu:
             self._wait()
             kept = _gathered(self._near(tier), src)
@@ -149,7 +151,7 @@ class TierCopier:
             taken.record_stream(self._stream)
 
     def _bring(self, src: Indices) -> torch.Tensor:
-        """Rows of the host, near the device."""
+        """Copy rows of the host to the device."""
         if self._device.is_cpu:
             return torch.from_numpy(_gathered(self.host.numpy(), src))
         taken = torch.empty(
@@ -171,14 +173,15 @@ class TierCopier:
             self._rows[self._index(dst)] = torch.from_numpy(data).to(self._rows.device)
 
     def _aside(self) -> Any:
-        """Work in the other stream, behind all that this one was told so far."""
+        """Select the other stream for further work, after all work submitted to this stream so
+        far."""
         if self._stream is None:
             return nullcontext()
         self._stream.wait_stream(self._device.module.current_stream())
         return self._device.module.stream(self._stream)
 
     def _wait(self) -> None:
-        """Until the host's rows are what the orders so far made them."""
+        """Wait until the transfers so far have updated the host's rows."""
         if self._stream is not None:
             self._stream.synchronize()
 
@@ -200,16 +203,19 @@ class TierCopier:
 
 
 def _gathered(rows: Rows, src: Indices) -> Rows:
-    """``rows[src]``, in memory of its own."""
+    """Return a copy of ``rows[src]``."""
     out = np.empty((len(src), rows.shape[1]), np.uint8)
     copy_rows(out, np.arange(len(src), dtype=np.int32), rows, src)
     return out
 
 
 def copy_rows(to: Rows, dst: Indices, rows: Rows, src: Indices) -> None:
-    """``to[dst] = rows[src]``: run by run, which reads and writes once, unless runs are short.
-    Single rows are copied whole, as items of one type: by its bytes an index costs ten times as
-    much, in torch and here."""
+    """Compute ``to[dst] = rows[src]``, run by run, which reads and writes once, unless runs are
+    short.
+
+    Single rows are copied as items of one type: indexing by bytes costs ten times as much, in torch
+    and here.
+    """
     whole = np.dtype((np.void, rows.shape[1]))
     target, source = to.view(whole)[:, 0], rows.view(whole)[:, 0]
     breaks = np.flatnonzero((np.diff(src) != 1) | (np.diff(dst) != 1)) + 1
@@ -226,7 +232,7 @@ def copy_rows(to: Rows, dst: Indices, rows: Rows, src: Indices) -> None:
 
 
 def _runs(rows: Indices) -> Iterator[tuple[int, int]]:
-    """(first, end) of the places in ``rows`` between which each row follows the one before."""
+    """Yield (first, end) of the places in ``rows`` between which rows are consecutive."""
     ends = [*(np.flatnonzero(np.diff(rows) != 1) + 1).tolist(), len(rows)]
     first = 0
     for end in ends:

@@ -1,7 +1,7 @@
 """Saved digest of a model's weight files, valid as long as no file changes.
 
 The file ``weights.json`` of a folder: ``{"digest": text, "files": [[path, bytes, mtime, ctime,
-inode], ...]}``, times in nanoseconds.
+inode], ...]}``, with times in nanoseconds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from engine.plugins.tiers.atomic_file import open_folder, write_atomically
 NAME, PATTERN = "weights.json", "*.safetensors"
 STARTED_NS = time.time_ns()
 CLOCK_NS = 2_000_000_000
-"""The clock of a file system may be behind by this much."""
+"""Maximum delay of a file system's clock."""
 
 Files = list[list[str | int]]
 
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 def load_digest(folder: Path, files_dir: Path) -> str | None:
     """Load the digest that was saved for the files in ``files_dir``.
 
-    None if there is none, or if a file may have changed since. O(files).
+    None if there is none, or if a file may have changed since then. O(files).
     """
     try:
         known = json.loads((folder / NAME).read_text(encoding="utf-8"))
@@ -40,7 +40,7 @@ def save_digest(folder: Path, files_dir: Path, digest: str) -> None:
     """Save ``digest``, which this process computed from the files in ``files_dir``.
 
     Does nothing if it is saved already, or if a file changed while this process ran. Logs a warning
-    if it cannot be written: the next start then computes it again.
+    if it cannot be written; the next start then computes it again.
     """
     try:
         files = _files(files_dir)

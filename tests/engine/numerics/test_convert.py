@@ -111,8 +111,8 @@ def test_what_is_left_alone(oracles, tmp_path):
         show_progress=False,
     )
     left = {one.module: one.reason for one in done.modules if one.reason}
-    assert left["model.layers.0.linear_attn.out_proj"] == "asked for"
-    assert left["model.layers.3.self_attn.k_proj"] == "asked for"
+    assert left["model.layers.0.linear_attn.out_proj"] == "selected by --ignore"
+    assert left["model.layers.3.self_attn.k_proj"] == "selected by --ignore"
     assert left["model.layers.0.mlp.gate"] == left["lm_head"] == "few numbers with a large effect"
     assert left["model.layers.0.mlp.experts.0.gate_proj"] == "not whole blocks"
     assert "model.layers.1.mlp.gate_proj" not in left
@@ -166,7 +166,7 @@ def test_what_is_left_alone_of_a_published_model(tmp_path):
     up = planned["model.layers.1.mlp.experts.2.up_proj.weight"]
     stacked = tensors["model.layers.1.mlp.experts.gate_up_proj"]
     assert torch.equal(up.source.read_part(up.first, up.shape), stacked[2, 4:])
-    assert planned["model.layers.2.mlp.experts.gate_up_proj"].reason == "asked for"
+    assert planned["model.layers.2.mlp.experts.gate_up_proj"].reason == "selected by --ignore"
     assert planned["model.layers.3.moe.input_linear.weight"].reason == "stacked under one name"
 
 

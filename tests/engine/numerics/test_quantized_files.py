@@ -116,9 +116,8 @@ def test_qwen_names_every_exception_in_full(checkpoint):
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError) as error:
         load(path)
-    assert (
-        "1 weights with another type (model.layers.0.linear_attn.in_proj_ba.weight is F32)"
-        in str(error.value)
+    assert "but their type differs (model.layers.0.linear_attn.in_proj_ba.weight is F32)" in str(
+        error.value
     )
     assert "list them under modules_to_not_convert" in str(error.value)
 
@@ -422,7 +421,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ),
         (
             lambda tensors, _: tensors.update({UP: tensors[UP].float()}),
-            r"1 weights with another type \(model\.layers\.1\.mlp\.up_proj\.weight is F32\)",
+            r"but their type differs \(model\.layers\.1\.mlp\.up_proj\.weight is F32\)",
         ),
         (
             lambda _, section: section["modules_to_not_convert"].append(UP.removesuffix(".weight")),

@@ -160,7 +160,7 @@ def test_what_is_refused_is_refused_at_once() -> None:
             engine.submit(RequestSpec([1], SamplingParams(logit_bias={9999: 1.0})))
         with pytest.raises(ValueError, match="does not fit into 64 bits"):
             engine.submit(RequestSpec([1], SamplingParams(stop_token_ids=(2**70,))))
-        with pytest.raises(ValueError, match="half surrogates"):
+        with pytest.raises(ValueError, match="lone surrogates"):
             engine.submit(RequestSpec([1], SamplingParams(stop=("\ud800",))))
         streams = [engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))]
         with pytest.raises(ValueError, match="the id 'mine' is being answered already"):

@@ -162,9 +162,9 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": CHAT, "request_id": "a\u0087b"}, "must not contain control characters"),
     ({"messages": CHAT, "request_id": "a\u2028b"}, "must not contain control characters"),
     ({"messages": CHAT, "guided_choice": []}, "among 1 to 4096 texts"),
-    ({"messages": CHAT, "guided_json": {"type": "foo"}}, "can not be served: Invalid type: foo"),
+    ({"messages": CHAT, "guided_json": {"type": "foo"}}, "cannot be used: Invalid type: foo"),
     ({"messages": CHAT, "guided_json": "{"}, "must be an object, or the text of one"),
-    ({"messages": CHAT, "guided_regex": "(?=a)b"}, "'guided_regex': this grammar can not be"),
+    ({"messages": CHAT, "guided_regex": "(?=a)b"}, "'guided_regex': this grammar cannot be"),
     ({"messages": CHAT, "guided_regex": "a{1000000000}"}, "'guided_regex': this grammar is too"),
     (
         {"messages": CHAT, "guided_grammar": 'root ::= "a"{1000000}'},

@@ -60,7 +60,7 @@ def test_token_ids_are_served_and_the_start_says_so(live: Live) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "sentence"),
     [
-        ("completions", {"prompt": "Once upon"}, "this model has no tokenizer: give the prompt"),
+        ("completions", {"prompt": "Once upon"}, "this model has no tokenizer: pass the prompt"),
         ("completions", {"prompt": "5 300"}, "token ids must be from 0 to 299"),
         ("chat/completions", {"messages": [{"role": "user", "content": "5"}]}, "no chat template"),
     ],

@@ -194,7 +194,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"thinking": {"type": "enabled", "display": "omitted"}}, "'thinking.display' must be 'summarized'"),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": EPHEMERAL}] * 6}]},
-        "more than 4",
+        "at most 4",
     ),
 ]  # fmt: skip
 

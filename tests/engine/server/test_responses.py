@@ -170,7 +170,7 @@ def test_a_broken_call_does_not_end_a_conversation(say: Say) -> None:
         ),
         (
             {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "b"}}}},
-            "'text.format': this grammar can not be served",
+            "'text.format': this grammar cannot be used",
         ),
         (
             {"text": {"format": {"type": "json_object", "schema": {}}}},

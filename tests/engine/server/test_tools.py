@@ -344,7 +344,7 @@ def test_calls_before_one_that_breaks_off(say: Say) -> None:
     ("template", "message"),
     [
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not support tools"),
-        ("{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}", "not read here"),
+        ("{{ tools }}{% for m in messages %}{{ m.content }}{% endfor %}", "is not supported"),
     ],
 )
 def test_a_model_that_calls_otherwise_says_so(say: Say, template: str, message: str) -> None:

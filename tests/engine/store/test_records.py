@@ -208,7 +208,7 @@ def test_a_folder_with_another_fingerprint_is_refused_and_unchanged(tmp_path: Pa
 @pytest.mark.parametrize("name", ["whose.json", "0000000000000001.segment"])
 def test_a_store_of_an_earlier_version_is_refused_and_unchanged(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"earlier")
-    with pytest.raises(StoreError, match=r"of an earlier version, .* delete it, or give another"):
+    with pytest.raises(StoreError, match=r"of an earlier version, .* delete it, or use another"):
         reopen(tmp_path)
     assert (tmp_path / name).read_bytes() == b"earlier" and not files(tmp_path)
 
@@ -326,7 +326,7 @@ def test_a_folder_that_cannot_be_written_is_read(
 
 def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreError, match="is a file: give a folder"):
+    with pytest.raises(StoreError, match="is a file: use a folder"):
         reopen(tmp_path / "file")
     with pytest.raises(StoreError, match="cannot be used as a store: Not a directory"):
         reopen(tmp_path / "file" / "folder")

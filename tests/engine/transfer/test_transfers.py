@@ -143,7 +143,7 @@ def test_another_model_is_refused_in_one_sentence(
     with caplog.at_level(logging.WARNING):
         assert_same(plain_engine(grid=grid), engine, [text(30, 300)])
     [said] = caplog.messages
-    assert said.endswith(f"it differs in {differs}: give both the same.")
+    assert said.endswith(f"it differs in {differs}: configure both the same.")
     assert counts_of(engine)["failed"] == 1
 
 
@@ -276,5 +276,5 @@ def test_an_address_in_use_is_one_sentence(far: Engine) -> None:
 
 
 def test_an_address_of_another_machine_is_refused_in_a_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"203\.0\.113\.7:0: this machine has no such address"):
+    with pytest.raises(ConfigError, match=r"203\.0\.113\.7:0: this machine does not have that"):
         Engine(EngineConfig(role="prefill", transfer_at="203.0.113.7:0", cache_gib=0.01))
