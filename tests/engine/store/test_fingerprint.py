@@ -22,7 +22,7 @@ def check(folder: Path, fields: dict[str, str]) -> bytes:
 
 def test_a_refusal_names_the_values_that_a_reader_understands(tmp_path: Path) -> None:
     assert check(tmp_path, FIELDS) == check(tmp_path, FIELDS)
-    named = r"another checkpoint grid \(64 there, 16 here: --grid\): start"
+    named = r"another checkpoint grid \(64 there, 16 here: --grid\): use"
     with pytest.raises(StoreError, match=named):
         check(tmp_path, FIELDS | {"checkpoint grid": "16"})
     with pytest.raises(StoreError, match=r"weights, exact \(False there, True here\): st"):
@@ -35,7 +35,7 @@ def test_another_format_is_named_as_such(tmp_path: Path) -> None:
     fields = {"format": "engine state 99", **FIELDS}
     content = {"digest": digest_of(fields).hex(), "fields": fields}
     (tmp_path / NAME).write_text(json.dumps(content))
-    with pytest.raises(StoreError, match=f"version .*'engine state 99', .*'{FORMAT}'.*: give anot"):
+    with pytest.raises(StoreError, match=f"version .*'engine state 99', .*'{FORMAT}'.*: use anot"):
         check(tmp_path, FIELDS)
 
 
