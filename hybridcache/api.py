@@ -669,6 +669,15 @@ class PrefixCache(Protocol):
         """
         ...
 
+    def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
+        """Add ``stop_reason`` to the label of the deepest checkpoint of the answer that ends at
+        ``node``.
+
+        Replaces an earlier stop reason. Does nothing if there is no checkpoint, or if the path
+        forks below it, because then it serves other conversations too. O(nodes between).
+        """
+        ...
+
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         """Take rows for ``num_tokens`` tokens in whole pages, evicting as needed.
 

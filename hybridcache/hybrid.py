@@ -359,6 +359,13 @@ class HybridRadixCache:
             return InsertResult(0, duplicates, rejected, None)
         return InsertResult(num_tokens, duplicates, rejected, leaf)
 
+    def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
+        """Add ``stop_reason`` to the label of the deepest checkpoint at or above ``node``; see
+        ``PrefixCache.label_tip``."""
+        last = own(node)
+        if last is not None:
+            self._residency.label_tip(last, stop_reason)
+
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         """Take rows for ``num_tokens`` tokens in whole pages, evicting as needed.
 

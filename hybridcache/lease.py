@@ -308,19 +308,16 @@ class CheckpointPlan:
         self._pending = later
         return done
 
-    def end(
-        self, published_len: int, donated: Saved | None = None, stop_reason: str = ""
-    ) -> dict[Saved, str]:
+    def end(self, published_len: int, donated: Saved | None = None) -> dict[Saved, str]:
         """Remove and return all checkpoints up to ``published_len`` that have a slot, and drop the
         others.
 
         The result includes the rolling one and ``donated``. Callers must call ``settle``
-        afterwards. The label at the end of the answer carries ``stop_reason``.
+        afterwards.
         """
-        answer = f"decode/{stop_reason}" if stop_reason else "decode"
         saved = self._pending
         if self._rolling is not None:
-            saved[self._rolling] = answer
+            saved[self._rolling] = "decode"
         if saved and max(saved)[0] > published_len:
             for unfinished in [one for one in saved if one[0] > published_len]:
                 self._cache.free_slot(unfinished[1])
@@ -328,7 +325,7 @@ class CheckpointPlan:
         if donated is not None:
             position = donated[0]
             in_decode = position > self._prompt_len
-            saved[donated] = answer if in_decode else self._plan.pop(position, "preempt")
+            saved[donated] = "decode" if in_decode else self._plan.pop(position, "preempt")
         self._drop_plan()
         return saved
 
@@ -929,9 +926,10 @@ class Lease:
         this position. Pass False if the own slot does not contain the state after ``computed_len``
         tokens, for example because a step computed ahead.
 
-        ``stop_reason`` says why the answer ended ("tool_use", "end_turn", "length"). It is
-        "session_end" if no further turn will come, and empty if it is not known. Learning eviction
-        policies distinguish these reasons.
+        ``stop_reason`` says why the answer ended ("tool_use", "end_turn", "stop_sequence",
+        "length"). It is "session_end" if no further turn will come, and empty if it is not known.
+        Learning eviction policies distinguish these reasons by the label of the conversation's tip
+        (``PrefixCache.label_tip``).
 
         Raises:
             ValueError: as for ``publish``. The lease goes on.
@@ -964,11 +962,13 @@ class Lease:
                 donated = computed_len, own_slot
             else:
                 cache.free_slot(own_slot)
-        saved = self._plan.end(published_len, donated, stop_reason)
-        first_held = self.published_len
+        saved = self._plan.end(published_len, donated)
+        first_held, tip = self.published_len, self._node
         if saved or published_len > first_held:
-            self._insert(tokens, published_len, saved)
+            tip, _ = self._insert(tokens, published_len, saved)
             first_held = max(first_held, self.published_len)
+        if stop_reason:
+            cache.label_tip(tip, stop_reason)
         self._close(first_held)
 
     def abort(self) -> None:

@@ -31,7 +31,7 @@ from hybridcache.allocators.pages import PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.api import CacheStats, Listener, Protected, introduce
 from hybridcache.offload import OffloadTiers, check_offload
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, base_label
 from hybridcache.radix.check import check_tree
 from hybridcache.radix.checkpoints import Link, is_last_above, last_above, last_at, link
 from hybridcache.radix.compact import compact_rows
@@ -413,6 +413,21 @@ class Residency:
         if leaf.offloaded is None or self.offload is None or not self.offload.add_kv(leaf, rows):
             self.ghosts.add(leaf)
         return parent
+
+    def label_tip(self, node: RadixNode, stop_reason: str) -> None:
+        """Add ``stop_reason`` to the label of the checkpoint that the answer ending at ``node``
+        would be continued from, unless the path forks below it. O(nodes between)."""
+        while not isinstance(node.children, dict):
+            tip = node.checkpoint
+            if tip is not None:
+                label = f"{base_label(tip.label)}/{stop_reason}"
+                if label != tip.label:
+                    tip.label = label
+                    self.policy.on_relabelled(tip)
+                return
+            if node.parent is None:
+                return
+            node = node.parent
 
     def _set_superseded(self, checkpoint: Checkpoint, superseded: bool) -> None:
         if checkpoint.superseded == superseded:

@@ -522,6 +522,9 @@ class NullCache(PrefixCache):
         require_int32(kv_indices, "KV indices")
         return InsertResult(0, kv_indices[:0], tuple(slot for _, slot in checkpoints), None)
 
+    def label_tip(self, node: NodeHandle | None, stop_reason: str) -> None:
+        """Do nothing."""
+
     def allocate_kv(self, num_tokens: int) -> Indices | None:
         """Take free rows, or return None and count a refusal if there are too few."""
         rows = self._pages.allocate(num_tokens)

@@ -22,6 +22,7 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
+from engine.text.reasoning import CLOSE
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
@@ -30,8 +31,10 @@ class Request(ScheduledRequest):
     """Scheduled request with its sampling parameters, text and times."""
 
     __slots__ = (
+        "_call_marks",
         "_counts",
         "_is_plain",
+        "_met_stop_string",
         "_new_text",
         "_prompt_scores",
         "_reported",
@@ -89,6 +92,9 @@ class Request(ScheduledRequest):
         """Row of this request among the tokens drawn by the newest step."""
         self.drafts: DraftCounts | None = None
         self.end_token_ids = end_token_ids
+        self._call_marks = tuple(spec.call_marks)
+        self._met_stop_string = False
+        """True if the answer ended with a stop string."""
         self._rules = tuple(rules)
         self._is_plain = not rules and not self.params.has_penalties
         self.text_stream = text_stream
@@ -124,9 +130,18 @@ class Request(ScheduledRequest):
 
     @property
     def stop_reason(self) -> str:
-        """See ``ScheduledRequest``. Also "length" for an answer that was cut off. The engine does
-        not distinguish tool calls from the end of a turn; the server does so from the text."""
-        return super().stop_reason or ("length" if self.finish_reason == "length" else "")
+        """See ``ScheduledRequest``. An answer in which a tool call begins after its reasoning is
+        "tool_use", whether or not the server can make that call. O(length of the text)."""
+        reason = super().stop_reason
+        if reason or self.finish_reason not in ("stop", "length"):
+            return reason
+        if self.finish_reason == "length":
+            return "length"
+        if self._call_marks:
+            answer = "".join((*self._text, self._new_text)).rpartition(CLOSE)[2]
+            if any(mark in answer for mark in self._call_marks):
+                return "tool_use"
+        return "stop_sequence" if self._met_stop_string else "end_turn"
 
     def restart(self) -> None:
         """See ``ScheduledRequest``."""
@@ -256,6 +271,7 @@ class Request(ScheduledRequest):
         if token_id in self.end_token_ids:
             self.finish("stop", now_s)
         elif self._read_on(token_id):
+            self._met_stop_string = True
             self.finish("stop", now_s, flush=False)
         elif any(rule.is_done(self.output) for rule in self._rules):
             self.finish("stop", now_s)
@@ -286,6 +302,7 @@ class Request(ScheduledRequest):
         if flush and self.text_stream is not None:
             text, stopped = self.text_stream.flush()
             self._new_text += text
+            self._met_stop_string = stopped
             reason = "stop" if stopped else reason
         self.finish_reason = reason
         self.finished_s = now_s

@@ -33,6 +33,9 @@ class RequestSpec:
     past that point."""
     ends_session: bool = False
     """True if the client declared that no request of this session follows."""
+    call_marks: Sequence[str] = ()
+    """Texts with which a tool call begins in the answer, for the stop reason. Empty if the request
+    offers no tools."""
     save_at: Sequence[int] = ()
     """Positions of the prompt at which its state is saved for any placement policy, floored to the
     grid."""

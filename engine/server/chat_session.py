@@ -184,6 +184,7 @@ async def ask(
             boundaries=prompt.boundaries,
             answer_survives=prompt.answer_survives,
             ends_session=body.ends_session,
+            call_marks=form.calls.MARKS if form.calls is not None and tools else (),
             request_id=answer_id.request_id(choice),
             grammar=grammar,
             prompt_logprobs=body.prompt_logprobs,

@@ -73,6 +73,8 @@ class CallForm(Protocol):
 
     FORM: str
     """Name of the form, for grammars of calls."""
+    MARKS: tuple[str, ...]
+    """Texts with which a call begins."""
 
     def __call__(self, tools: Sequence[Mapping[str, Any]]) -> CallReading:
         """Return a reader of one answer that may call ``tools``."""

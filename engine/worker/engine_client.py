@@ -324,6 +324,7 @@ def _submission(spec: RequestSpec, request_id: str, tokens: np.ndarray) -> Submi
         tuple(spec.boundaries),
         spec.answer_survives,
         spec.ends_session,
+        tuple(spec.call_marks),
         spec.prompt_logprobs,
         spec.grammar,
         time.perf_counter(),

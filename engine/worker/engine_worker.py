@@ -110,6 +110,7 @@ class Host:
             boundaries=asked.boundaries,
             answer_survives=asked.answer_survives,
             ends_session=asked.ends_session,
+            call_marks=asked.call_marks,
             prompt_logprobs=asked.prompt_logprobs,
             request_id=asked.request_id,
             grammar=asked.grammar,

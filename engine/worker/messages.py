@@ -30,6 +30,7 @@ class Submit(WorkerMessage, frozen=True):
     boundaries: tuple[int, ...]
     answer_survives: bool
     ends_session: bool
+    call_marks: tuple[str, ...]
     prompt_logprobs: int | None
     grammar: Grammar | None
     arrival_s: float

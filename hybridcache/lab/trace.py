@@ -46,8 +46,8 @@ class TraceRequest(NamedTuple):
     """Seconds from the timestamp until the answer was complete, when it was recorded; None if the
     source does not tell. The rest of the time until the session's next request is its pause."""
     stop_reason: str = ""
-    """Why the answer ended ("tool_use", "end_turn", "max_tokens"); empty where the source does not
-    say."""
+    """Why the answer ended ("tool_use", "end_turn", "stop_sequence", "length"); empty where the
+    source does not say."""
     session_end: bool = False
     """True if the client said that no further turn of the session will come."""
 

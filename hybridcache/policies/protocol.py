@@ -100,7 +100,8 @@ class Item(Protocol):
     def label(self) -> str:
         """Placement rule that saved it: end, branch, boundary, backoff, every ...
 
-        The end of an answer carries its stop reason if that is known: decode/tool_use.
+        The deepest checkpoint of a finished request carries its stop reason, if that is known:
+        decode/tool_use.
         """
         ...
 
@@ -168,6 +169,10 @@ class EvictionPolicy(ABC):
 
     def touch(self, item: Item) -> None:  # noqa: B027
         """Record a use of the candidate ``item``. Its ``last_used`` and ``uses`` include it."""
+
+    def on_relabelled(self, item: Item) -> None:  # noqa: B027
+        """Record that the label of ``item`` has changed: its answer ended, and the stop reason was
+        added. The item may be locked."""
 
     def on_ghost_hit(self, item: Item) -> None:  # noqa: B027
         """Record a ghost hit: a request would have resumed from ``item``, an evicted checkpoint.

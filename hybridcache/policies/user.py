@@ -143,6 +143,9 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def touch(self, item: Item) -> None:
         self._call(self._policy.touch, item)
 
+    def on_relabelled(self, item: Item) -> None:
+        self._call(self._policy.on_relabelled, item)
+
     def on_ghost_hit(self, item: Item) -> None:
         self._call(self._policy.on_ghost_hit, item)
 

@@ -212,9 +212,9 @@ def test_the_lease_gets_the_reason_why_an_answer_ended() -> None:
     while engine.has_work():
         engine.step()
     reasons = [event.arguments[3] for event in log.events if event.verb == "finish"]
-    assert reasons == ["length", "", "session_end"]
+    assert reasons == ["length", "end_turn", "session_end"]
     labels = {item.label for item in engine._cache.policy._checkpoints.items}
-    assert "decode/length" in labels
+    assert labels == {"decode/end_turn", "decode/session_end"}, "the latest answer counts"
 
 
 def test_the_defaults_are_the_learned_pair_everywhere() -> None:

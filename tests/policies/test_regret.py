@@ -549,10 +549,12 @@ def test_the_predecessor_takes_over_only_where_the_tip_leaves_the_last_tier() ->
             assert first.memo.demand == tip.memo.key
 
 
-def test_the_stop_reason_is_a_class_of_its_own() -> None:
-    """Answers that end for one reason are followed by a further turn, those of the other never."""
+@pytest.mark.parametrize("rule", ["end", "prompt"])
+def test_the_stop_reason_is_a_class_of_its_own(rule: str) -> None:
+    """Answers that end for one reason are followed by a further turn, those of the other never.
+    With ``prompt`` the next turn leaves out the answer, as chat templates leave out reasoning."""
     cache = build_prefix_cache(CacheConfig(num_kv_tokens=100_000, num_slots=1000, grid=1))
-    placement, labels = parse_placement("end"), dict[str, str]()
+    placement, labels = parse_placement(rule), dict[str, str]()
     rng = np.random.default_rng(0)
     for number in range(100):
         reason = ("tool_use", "end_turn")[number % 2]
@@ -563,23 +565,44 @@ def test_the_stop_reason_is_a_class_of_its_own() -> None:
             if turn:
                 assert lease.match.resumed is not None
                 labels[reason] = lease.match.resumed.label
+            lease.take_checkpoint_slots(lease.cached_len, len(prompt))
+            lease.publish(prompt, len(prompt))
+            said = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
+            lease.take_checkpoint_slots(len(prompt), len(said))
+            lease.finish(said, len(said), stop_reason=reason if not turn else "")
+            prompt = said if rule == "end" else prompt
             prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
-            lease.take_checkpoint_slots(len(prompt) - 10, len(prompt))
-            lease.finish(prompt, len(prompt), stop_reason=reason if not turn else "")
-            prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
-    assert labels == {"tool_use": "decode/tool_use"}
+    assert labels == {"tool_use": f"{'decode' if rule == 'end' else 'prompt'}/tool_use"}
     policy = cache.policy
     assert isinstance(policy, Survival)
     survival = policy.hazards
     survival.refresh(survival.now + 100)
+    survival.check()
     used, ended = (
-        survival.index[row, 0]
+        max(survival.index[row, 0] for key, row in survival._rows.items() if key[-1] == reason)
         for reason in ("tool_use", "end_turn")
-        for key, row in survival._rows.items()
-        if key == ((False, False), f"decode/{reason}")
     )
     assert used > 4 * ended
     learned = Adaptive()
     learned.on_saved(60, "decode/tool_use")
     learned.on_hit(FakeItem("tip", label="decode/tool_use"))
     assert learned.num_saved().keys() == {"decode"}, "a placement decides before the answer ends"
+
+
+def test_a_shared_checkpoint_gets_no_stop_reason() -> None:
+    """It serves several conversations, whose answers end for different reasons."""
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=1000, num_slots=10, grid=1))
+    system = np.arange(20, dtype=np.int32)
+
+    def serve(first: int, reason: str) -> set[str]:
+        prompt = np.concatenate((system, np.arange(first, first + 10, dtype=np.int32)))
+        lease = Lease.begin(cache, parse_placement("boundary"), LeaseRequest(prompt, None, (20,)))
+        assert lease is not None and lease.extend(30)
+        lease.take_checkpoint_slots(0, 30)
+        lease.finish(prompt, 30, donate=False, stop_reason=reason)
+        nodes = cache.iter_nodes()
+        return {node.checkpoint.label for node in nodes if node.checkpoint is not None}
+
+    assert serve(100, "tool_use") == {"boundary/tool_use"}, "one conversation alone"
+    assert serve(100, "end_turn") == {"boundary/end_turn"}, "its latest answer counts"
+    assert serve(200, "tool_use") == {"boundary/end_turn"}, "two conversations"

@@ -40,7 +40,7 @@ class CallReader:
     """Reads one answer's text and calls. White space around a call is not text."""
 
     MARKS: tuple[str, ...] = (OPEN,)
-    """What a call begins with."""
+    """Texts with which a call begins."""
     FORM: Literal["hermes", "xml"] = "hermes"
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:

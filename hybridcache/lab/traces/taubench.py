@@ -68,6 +68,7 @@ def _requests(messages: list[Record], name: str, chat: ChatText) -> list[TraceRe
         role, words = text(message, "role"), message_text(message)
         if role == "assistant" and said:
             turn = chat.turn(said, words, tools=True)
-            requests.append(turn.request(name))
+            reason = "tool_use" if message.get("tool_calls") else "end_turn"
+            requests.append(turn.request(name)._replace(stop_reason=reason))
         said.append({"role": role, "content": words})
     return requests

@@ -150,14 +150,21 @@ class Hazards:
         self._open[place] = now << _ROW_BITS | row
         return stage
 
-    def close(self, stage: int, now: int, used: bool) -> None:
-        """End a stage. ``used`` is True for a use or a ghost hit. A second call has no effect."""
+    def drop(self, stage: int) -> int | None:
+        """Remove an open stage without counting it, and return its code. None if it has ended."""
         place = self._places.pop(stage, None)
         if place is None:
-            return
+            return None
         code = self._open[place]
         self._open[place] = -1
         self._unused.append(place)
+        return code
+
+    def close(self, stage: int, now: int, used: bool) -> None:
+        """End a stage. ``used`` is True for a use or a ghost hit. A second call has no effect."""
+        code = self.drop(stage)
+        if code is None:
+            return
         ended = (now - (code >> _ROW_BITS)) << _ROW_BITS | code & _ROW_MASK
         self._ended.append(ended)
         if used:

@@ -40,6 +40,10 @@ class PriorityClasses(EvictionPolicy):
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest
         tier.touch(item)
 
+    def on_relabelled(self, item: Item) -> None:
+        tier = self._superseded if item.superseded else self._rest
+        tier.on_relabelled(item)
+
     def on_ghost_hit(self, item: Item) -> None:
         """Notify both classes with checkpoints, because the ghost can be from either."""
         self._rest.on_ghost_hit(item)

@@ -28,8 +28,9 @@ SAMPLE = 1024
 """Maximum number of candidates compared for one victim."""
 
 
-Class = tuple[tuple[bool, bool], str, int, int, int]
-"""((superseded, speculative), label, uses, generation, log2 of the position)."""
+Class = tuple[tuple[bool, bool], *tuple[str | int, ...]]
+"""((superseded, speculative), label, uses, generation, log2 of the position), and the stop reason
+of the answer behind it, if that is known."""
 
 
 class _Memo:
@@ -66,7 +67,8 @@ class _Memo:
 class Survival(EvictionPolicy):
     """Evict the item with the least (index of its class and age) * (tokens lost) / (bytes freed).
 
-    - *Class*: superseded or not, label, uses, generation and position. ``Hazards`` has the indices.
+    - *Class*: superseded or not, label, uses, generation, position and stop reason. ``Hazards`` has
+      the indices.
     - *Tokens lost*: the distance to the nearest checkpoint above.
     - *Bytes freed*: the state, and for a leaf also its KV tail. States and tails are compared by
       the tokens that they save per byte.
@@ -170,6 +172,14 @@ class Survival(EvictionPolicy):
             if isinstance(memo, _Memo):
                 memo.active = max(memo.active, item.memo.active)
                 memo.demand = item.memo.key
+
+    def on_relabelled(self, item: Item) -> None:
+        memo = item.memo
+        if isinstance(memo, _Memo):
+            self.hazards.drop(memo.stage)
+            self._enter(item, memo)
+            if item in self._checkpoints.places:
+                self._checkpoints.put(item, memo.cell, memo.entered, _worth(item))
 
     def on_ghost_hit(self, item: Item) -> None:
         memo = item.memo
@@ -294,15 +304,16 @@ class Survival(EvictionPolicy):
 def _class_of(item: Item, turn: int) -> Class:
     """Return the class of ``item``, from coarse to fine. Classes with little evidence use the
     hazards of the coarser class."""
-    label, uses = item.label, item.uses
-    place = label.partition("/")[0]
-    return (
-        (item.superseded, place not in COMMON),
+    uses = item.uses
+    label, _, stop_reason = item.label.partition("/")
+    found: Class = (
+        (item.superseded, label not in COMMON),
         label or item.kind,
         uses if uses < 2 else 2,
         turn if turn < MAX_TURN else MAX_TURN,
         item.position.bit_length(),
     )
+    return (*found, stop_reason) if stop_reason else found
 
 
 def _worth(item: Item) -> float:

@@ -287,6 +287,26 @@ def test_what_the_page_shows_comes_across() -> None:
     run(scenario)
 
 
+def test_marks_of_tool_calls_reach_the_cache() -> None:
+    """The process finds the mark in the text and labels the checkpoint at the end."""
+
+    async def scenario(engine: ProcessEngine) -> None:
+        *_, output = await read(engine.submit(RequestSpec([3] * 100, LONG)))
+        stopping = SamplingParams(max_tokens=200, stop_token_ids=(output.token_ids[100],))
+        for marks, reason in (((), "end_turn"), ((output.text[8:12],), "tool_use")):
+            *_, ended = await read(
+                engine.submit(RequestSpec([3] * 100, stopping, call_marks=marks))
+            )
+            assert ended.finish_reason == "stop"
+            watch = await engine.watch()
+            _, state = await watch.whole()
+            labels = [each[3] for each in state["records"] if each[0] == "checkpoint"]
+            assert any(label.endswith(f"/{reason}") for label in labels), labels
+            await watch.close()
+
+    run(scenario)
+
+
 def test_what_can_not_be_loaded_is_said_in_one_sentence(tmp_path: object) -> None:
     with pytest.raises(ValueError, match=r"no config.json"):
         start_engine(EngineConfig(model=str(tmp_path)), "here")

@@ -10,6 +10,8 @@ from typing import Any
 import openai
 import pytest
 
+from hybridcache.policies.eviction.survival import Survival
+
 from .conftest import Live
 
 Say = Callable[..., Live]
@@ -38,6 +40,7 @@ XML_CALL = (
     "<parameter=days>\n2\n</parameter>\n</function>\n</tool_call>"
 )
 OPTIONS: dict[str, Any] = {"model": "builtin", "messages": CHAT, "tools": TOOLS}
+WORDS = "A sentence that is long enough to reach the next position of the grid. "
 FORMS = [(None, HERMES_CALL, "<think>\n"), (QWEN_XML, XML_CALL, "")]
 
 
@@ -109,6 +112,34 @@ def test_one_call_at_a_time(say: Say) -> None:
         assert '"finish_reason":"tool_calls"' in text.replace(": ", ":")
     live.wait_until_idle()
     live.check_conserved()
+
+
+@pytest.mark.parametrize(
+    ("said", "options", "reason"),
+    [
+        (f"{WORDS}{HERMES_CALL}", {}, "tool_use"),
+        (f"<think>{HERMES_CALL}</think>{WORDS}", {}, "end_turn"),
+        (f"{WORDS}{HERMES_CALL}", {"tool_choice": "none"}, "end_turn"),
+        (f"{WORDS}{WORDS}", {}, "end_turn"),
+        (f"{WORDS}{WORDS}", {"max_tokens": 70}, "length"),
+        (f"{WORDS}Observation: dry", {"stop": "Observation:"}, "stop_sequence"),
+    ],
+    ids=["call", "call in a thought", "no call allowed", "text", "cut", "stop string"],
+)
+def test_the_cache_learns_why_an_answer_ended(
+    say: Say, said: str, options: dict[str, Any], reason: str
+) -> None:
+    """The stop reason is in the class of the checkpoint that the next turn would resume from."""
+    live = say(said)
+    content = f"Why does it say {said} with {options}?"
+    chat = [{"role": "user", "content": content}]
+    live.client.chat.completions.create(**(OPTIONS | {"messages": chat} | options))
+    live.wait_until_idle()
+    policy = live.engine.cache.policy
+    assert isinstance(policy, Survival)
+    newest = max(policy._checkpoints.items, key=lambda item: (item.created, item.position))
+    assert newest.label.endswith(f"/{reason}")
+    assert newest.memo.key[-1] == reason
 
 
 @pytest.mark.parametrize(
