@@ -21,6 +21,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hybridcache
+import hybridcache.allocators.arena
+import hybridcache.api
+from hybridcache.allocators.moves import RunningLease
+from hybridcache.api import PrefixCache
 
 MARK = re.compile(r"^<!-- generated: (\w+) -->$", re.MULTILINE)
 
@@ -177,12 +181,22 @@ def _first(thing: Any) -> str:
     return (text or "").split("\n\n")[0]
 
 
+SECTION = re.compile(r"(Args|Raises|Returns|Yields):\n")
+
+
 def _body(thing: Any) -> str:
-    """Return a docstring as Markdown: paragraphs, and doctests as code."""
+    """Return a docstring as Markdown: paragraphs, lists of arguments and errors, doctests as
+    code."""
     parts = []
     for part in (inspect.getdoc(thing) or "").split("\n\n"):
+        section = SECTION.match(part)
         if part.lstrip().startswith(">>>"):
             parts.append(f"```python\n{textwrap.dedent(part)}\n```")
+        elif section is not None:
+            items = re.split(r"\n(?=\S)", textwrap.dedent(part[section.end() :]))
+            lines = (" ".join(item.split()).partition(": ") for item in items)
+            listed = (f"- `{name}`: {_escape(_plain(text))}" for name, _, text in lines)
+            parts.append(f"{section[1]}:\n\n" + "\n".join(listed))
         else:
             parts.append(_escape(_plain(part)))
     return "\n\n".join(parts)
@@ -193,14 +207,34 @@ def _signature(thing: Any) -> str:
         signature = inspect.signature(thing)
     except (TypeError, ValueError):
         return ""
-    text = re.sub(r"ForwardRef\('(.+?)'\)", r"\1", str(signature))
+    text = re.sub(r"ForwardRef\((['\"])(.+?)\1\)", r"\2", str(signature))
     text = re.sub(r"(: |-> )'(.+?)'", r"\1\2", text)  # annotations are strings, defaults stay
     text = re.sub(r"^\((?:self|cls)(?:, )?", "(", text)
     return text.removesuffix(" -> None") if inspect.isclass(thing) else text
 
 
+def _documented(body: Sequence[ast.stmt], owner: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield (name, annotation, text) of every public variable in ``body``, or of every attribute
+    of ``owner`` that is assigned there. The text is the string that follows, or empty."""
+    for index, node in enumerate(body):
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if owner:
+            is_ours = isinstance(target, ast.Attribute) and ast.unparse(target.value) == owner
+            name = target.attr if is_ours else ""
+        else:
+            name = target.id if isinstance(target, ast.Name) else ""
+        if not name or name.startswith("_"):
+            continue
+        after = body[index + 1] if index + 1 < len(body) else None
+        text = ""
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+            text = _plain(inspect.cleandoc(str(after.value.value)))
+        yield name, ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign) else "", text
+
+
 def _fields(thing: type) -> Iterator[tuple[str, str]]:
-    """Yield the fields of a dataclass or named tuple with the strings that follow them."""
+    """Yield the fields and attributes of a class, with their types, and the strings that follow
+    them. An attribute that ``__init__`` assigns is public if a string follows it."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
     except (OSError, TypeError, SyntaxError):
@@ -209,33 +243,67 @@ def _fields(thing: type) -> Iterator[tuple[str, str]]:
     helps = {}
     if dataclasses.is_dataclass(thing):
         helps = {one.name: one.metadata.get("help", "") for one in dataclasses.fields(thing)}
-    for index, node in enumerate(body):
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        name, text = node.target.id, ""
-        after = body[index + 1] if index + 1 < len(body) else None
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-            text = str(after.value.value)
-        if not name.startswith("_"):
-            yield name, _plain(inspect.cleandoc(text or helps.get(name, "")))
+    for name, kind, text in _documented(body):
+        if kind and name not in INTERNAL:
+            yield f"{name}: {kind}", text or helps.get(name, "")
+    for node in body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+            for name, _, text in _documented(node.body, "self"):
+                if text:
+                    yield name, text
+
+
+INTERNAL = {name for name in vars(RunningLease) if not name.startswith("_")} | {"steps"}
+"""Public members that only the cache itself calls."""
+
+
+def _members(thing: type) -> dict[str, Any]:
+    """Return the public methods and properties that a class defines itself, by name."""
+    found = {}
+    for name, value in vars(thing).items():
+        raw = getattr(value, "__func__", value)
+        is_member = inspect.isfunction(raw) or isinstance(raw, property)
+        if is_member and not name.startswith("_") and name not in INTERNAL:
+            found[name] = raw
+    return found
 
 
 def _class(name: str, thing: type) -> str:
-    parts = [f"### {name}", f"`{name}{_signature(thing)}`", _body(thing)]
-    fields = list(_fields(thing))
-    if fields:
-        rows = [f"| `{field}` | {_cell(text)} |" for field, text in fields]
-        parts.append("\n".join(["| field | |", "|---|---|", *rows]))
-    rows = []
-    for member, value in vars(thing).items():
-        raw = getattr(value, "__func__", value)
-        if member.startswith("_") or not (inspect.isfunction(raw) or isinstance(raw, property)):
-            continue
-        shown = member if isinstance(raw, property) else f"{member}{_signature(raw)}"
-        rows.append(f"| `{_code(shown)}` | {_cell(_plain(_first(raw)))} |")
+    parts = [f"### {name}"]
+    text = _body(thing)
+    if not (getattr(thing, "_is_protocol", False) or "Made by" in text):
+        parts.append(f"`{name.rpartition('.')[2]}{_signature(thing)}`")
+    parts.append(text)
+    bases = [base.__name__ for base in thing.__bases__ if base.__name__ in hybridcache.__all__]
+    known = set()
+    if thing is not PrefixCache and _members(PrefixCache).keys() <= _members(thing).keys():
+        bases, known = [*bases, "PrefixCache"], {*_members(PrefixCache), *_names(PrefixCache)}
+    if bases:
+        parts.append(f"It has the members of {' and '.join(f'`{base}`' for base in bases)}.")
+    rows = [
+        f"| `{_code(field)}` | {_cell(help)} |"
+        for field, help in (*_fields(thing), *_properties(thing))
+        if field.partition(":")[0] not in known
+    ]
     if rows:
-        parts.append("\n".join(["| member | |", "|---|---|", *rows]))
+        parts.append("\n".join(["| attribute | |", "|---|---|", *rows]))
+    for member, raw in _members(thing).items():
+        if member not in known and not isinstance(raw, property):
+            title = f"#### {name.rpartition('.')[2]}.{member}"
+            parts += [title, f"`{member}{_signature(raw)}`", _body(raw)]
     return "\n\n".join(parts)
+
+
+def _properties(thing: type) -> Iterator[tuple[str, str]]:
+    """Yield the properties of a class, with their types, and their docstrings."""
+    for name, raw in _members(thing).items():
+        if isinstance(raw, property):
+            kind = _signature(raw.fget).rpartition(" -> ")[2]
+            yield f"{name}: {kind}", _plain(inspect.getdoc(raw) or "")
+
+
+def _names(thing: type) -> set[str]:
+    return {field.partition(":")[0] for field, _ in _fields(thing)}
 
 
 SECTIONS = (
@@ -267,7 +335,24 @@ def api() -> str:
             known = ", ".join(f"`{key}`" for key in thing) if isinstance(thing, Mapping) else ""
             text = f"### {name}\n\n{known or _cell(str(thing))}"
         parts.setdefault(title, []).append(text)
+    parts[OTHER] = _others("\n".join(text for texts in parts.values() for text in texts))
     return "\n\n".join(f"## {title}\n\n" + "\n\n".join(texts) for title, texts in parts.items())
+
+
+OTHER = "Types in these signatures"
+
+
+def _others(page: str) -> list[str]:
+    """Return the classes that ``page`` names in code and that have no name in ``hybridcache``."""
+    code = " ".join(re.findall(r"^(?:\| )?`([^`]+)`(?: \||$)", page, re.MULTILINE))
+    named = set(re.findall(r"\b[A-Z]\w+", code))
+    texts = []
+    for module in (hybridcache.api, hybridcache.allocators.arena):
+        for name, thing in vars(module).items():
+            is_own = getattr(thing, "__module__", "") == module.__name__
+            if is_own and inspect.isclass(thing) and name in named - {*hybridcache.__all__}:
+                texts.append(_class(f"{module.__name__}.{name}", thing))
+    return texts
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -144,22 +144,27 @@ class AsyncEngine(EngineLoop[RequestStream]):
 
     @property
     def config(self) -> EngineConfig:
+        """Configuration of the engine."""
         return self._engine.config
 
     @property
     def tokenizer(self) -> Tokenizer | None:
+        """Tokenizer, or None if the model has none."""
         return self._engine.tokenizer
 
     @property
     def sampling_defaults(self) -> dict[str, float]:
+        """Sampling parameters that the model's files recommend."""
         return self._engine.sampling_defaults
 
     @property
     def model_name(self) -> str:
+        """Name of the served model."""
         return self._engine.model_name
 
     @property
     def max_model_len(self) -> int:
+        """Longest request in tokens, prompt and answer together."""
         return self._engine.max_model_len
 
     @property
@@ -168,6 +173,7 @@ class AsyncEngine(EngineLoop[RequestStream]):
         return self._thread.is_alive()
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def submit(
@@ -234,9 +240,11 @@ class AsyncEngine(EngineLoop[RequestStream]):
         return await self.call(lambda engine: engine.cache_view())
 
     async def cache_report(self) -> dict[str, Any]:
+        """See ``Engine.cache_report``."""
         return await self.call(lambda engine: engine.cache_report())
 
     async def reset_prefix_cache(self) -> None:
+        """See ``Engine.reset_prefix_cache``."""
         await self.call(lambda engine: engine.reset_prefix_cache())
 
     async def end_session(self, request_id: str) -> None:

@@ -197,6 +197,7 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
+        """Number of requests in the queue."""
         return self._scheduler.num_waiting
 
     @property

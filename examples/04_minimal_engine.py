@@ -1,25 +1,37 @@
 """A minimal engine around a prefix cache: numpy only, and a model of one multiplication.
 
-    python examples/04_minimal_engine.py
+    python 04_minimal_engine.py
 
 The cache decides with integers: which KV row holds which token, which slot holds which state. The
 engine owns the memory. Each step it (1) asks every running request's lease for rows and checkpoint
-slots, (2) takes one StepPlan and carries it out, (3) computes, (4) publishes. The toy model makes
-every byte checkable: a token's KV, and the state after it, is a number that depends on all tokens
-so far. ``compute`` therefore notices any row or state that is not the one the request needs.
+slots, preempting the youngest request if memory is short, (2) takes one StepPlan and carries it
+out, (3) computes, (4) publishes. The toy model makes every byte checkable: a token's KV, and the
+state after it, is a number that depends on all tokens so far. ``compute`` therefore notices any row
+or state that is not the one the request needs.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import numpy as np
 
-from hybridcache import CacheConfig, Lease, LeaseRequest, build_prefix_cache, parse_placement
-from hybridcache.allocators.moves import Move
+from hybridcache import (
+    CacheConfig,
+    Copy,
+    Drop,
+    Lease,
+    LeaseRequest,
+    Move,
+    StepPlan,
+    build_prefix_cache,
+    parse_placement,
+)
 
-STATE_ROWS = 8  # a state takes as many bytes as the KV of eight tokens
+GRID = 8  # checkpoints are at multiples of it
 PIECE = 8  # tokens of one prefill step
+STATE_ROWS = 8  # a state takes as many bytes as the KV of eight tokens
 
 
 def advance(state: int, token: int) -> int:
@@ -28,13 +40,20 @@ def advance(state: int, token: int) -> int:
 
 
 @dataclass(eq=False)
-class Running:
-    """One request: its tokens so far, its lease, and how far it is computed."""
+class Request:
+    """One request: its tokens so far, how far they are computed, and its lease while it runs."""
 
     tokens: list[int]
     max_len: int
-    lease: Lease
-    computed_len: int
+    boundary: int
+    lease: Lease | None = None
+    computed_len: int = 0
+    cached_len: int = 0
+    num_preemptions: int = 0
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.array(self.tokens, np.int32)
 
 
 class AlwaysLoad:
@@ -46,86 +65,116 @@ class AlwaysLoad:
 
 
 class MinimalEngine:
-    """Chunked prefill, greedy decode, checkpoints, and a cache; one thread."""
+    """Chunked prefill, greedy decode, preemption, checkpoints, and a cache; one thread."""
 
     def __init__(self, config: CacheConfig) -> None:
         self.cache = cache = build_prefix_cache(config)
-        self.placement = parse_placement("boundary,end")
-        self.running: list[Running] = []
-        self.counts = {"moves": 0, "offloads": 0, "loads": 0}
+        self.placement = parse_placement("branch,boundary,end")  # one object for all requests
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # the oldest first
+        self.counts: Counter[str] = Counter()
         if cache.arena is not None:  # rows and slots are views of the same bytes
             self.kv = np.zeros(cache.arena.capacity, np.uint64)
             slabs = self.kv[: cache.arena.num_slabs * STATE_ROWS]
             self.states = slabs.reshape(-1, STATE_ROWS)
         else:  # two pools
-            self.kv = np.zeros(cache.free_tokens, np.uint64)
-            self.states = np.zeros((cache.free_slots, STATE_ROWS), np.uint64)
+            self.kv = np.zeros(config.num_kv_tokens, np.uint64)
+            self.states = np.zeros((config.num_slots, STATE_ROWS), np.uint64)
         self.host = np.zeros(config.host_bytes // config.kv_bytes_per_token, np.uint64)
 
-    def begin(self, prompt: list[int], num_new: int, boundary: int) -> Running | None:
-        """Start a request, or return None if there is no memory for its state."""
-        request = LeaseRequest(np.array(prompt, np.int32), boundaries=(boundary,))
-        lease = Lease.begin(self.cache, self.placement, request, AlwaysLoad())
-        if lease is None:
-            return None
-        running = Running(list(prompt), len(prompt) + num_new, lease, lease.cached_len)
-        self.running.append(running)
-        return running
+    def submit(self, prompt: list[int], num_new: int, boundary: int = 0) -> Request:
+        """Queue a request whose first ``boundary`` tokens later prompts will share."""
+        one = Request(list(prompt), len(prompt) + num_new, boundary)
+        self.waiting.append(one)
+        return one
 
     def step(self) -> None:
         """Compute one piece of every running request."""
+        self.admit()
         pieces = []
-        for one in self.running:
-            start = one.computed_len
-            end = min(start + PIECE, len(one.tokens))
-            if not one.lease.extend(end):
-                raise MemoryError("a real engine would preempt a request here")
-            pieces.append((one, start, end, one.lease.take_checkpoint_slots(start, end)))
-        self.carry_out()
+        for one in tuple(self.running):
+            start, end = one.computed_len, min(one.computed_len + PIECE, len(one.tokens))
+            if one.lease is not None and self.extend(one, end):
+                pieces.append((one, start, end, one.lease.take_checkpoint_slots(start, end)))
+        self.carry_out(self.cache.take_step())
         for one, start, end, checkpoints in pieces:
             self.compute(one, start, end, dict(checkpoints))
             one.computed_len = end
-            one.lease.publish(np.array(one.tokens, np.int32), end)
-            if len(one.tokens) == one.max_len:
+            one.lease.publish(one.ids, end)
+            if end == one.max_len:
+                one.lease.finish(one.ids, end)
                 self.running.remove(one)
-                one.lease.finish(np.array(one.tokens, np.int32), end)
             elif end == len(one.tokens):
-                one.tokens.append(int(self.states[one.lease.state_slot, 0] % 50))
+                one.tokens.append(int(self.states[one.lease.state_slot, 0]) % 50)
 
-    def abort(self, one: Running) -> None:
+    def admit(self) -> None:
+        """Start waiting requests, as long as there are slots for their states."""
+        while self.waiting and not self.follows(one := self.waiting[0]):
+            resumes = one.num_preemptions > 0  # it is counted in cache.stats already
+            request = LeaseRequest(one.ids, boundaries=(one.boundary,), resumes=resumes)
+            one.lease = Lease.begin(self.cache, self.placement, request, AlwaysLoad())
+            if one.lease is None:
+                return
+            self.running.append(self.waiting.popleft())
+            one.computed_len = one.lease.cached_len
+            one.cached_len = one.cached_len if resumes else one.lease.cached_len
+
+    def follows(self, one: Request) -> bool:
+        """Return whether ``one`` should wait for a running prefill of the same prefix."""
+        cached_len = self.cache.match(one.ids).cached_len
+        for leader in self.running:
+            end = min(len(one.tokens) - 1, leader.lease.prompt_len)
+            differs = (i for i in range(end) if one.tokens[i] != leader.tokens[i])
+            goal = next(differs, end) // GRID * GRID
+            if goal > max(cached_len, leader.computed_len):
+                leader.lease.plan_checkpoint(goal, "branch")  # there ``one`` can resume
+                return True
+        return False
+
+    def extend(self, one: Request, to_len: int) -> bool:
+        """Take rows, preempting the youngest request as often as needed. False if it is ``one``."""
+        while not one.lease.extend(to_len):
+            if self.running == [one]:
+                raise MemoryError(f"a request of {to_len} tokens does not fit, even alone")
+            youngest = self.running.pop()  # not in ``pieces`` yet: it is ``one`` or a later one
+            youngest.lease.preempt(youngest.ids, youngest.computed_len)
+            youngest.lease = None
+            youngest.num_preemptions += 1
+            self.counts["preemptions"] += 1
+            self.waiting.appendleft(youngest)
+            if youngest is one:
+                return False
+        return True
+
+    def abort(self, one: Request) -> None:
         """End a request early. Its published prefix stays in the cache."""
-        self.running.remove(one)
-        one.lease.abort()
+        (self.running if one in self.running else self.waiting).remove(one)
+        if one.lease is not None:
+            one.lease.abort()
 
-    def carry_out(self) -> None:
+    def carry_out(self, plan: StepPlan) -> None:
         """Do everything that the cache decided since the last step, in the plan's order."""
-        plan = self.cache.take_step()
         for transfer in plan.transfers:
             if isinstance(transfer, Move):  # rows move within the arena
                 self.kv[transfer.dst] = self.kv[transfer.src]
                 self.counts["moves"] += 1
-            else:
-                self.write(transfer.dst_tier, transfer, self.read(transfer.src_tier, transfer))
+            elif isinstance(transfer, Copy):  # rows or a state move between tiers
+                source, at = self.place(transfer.src_tier, transfer.kind, transfer.src)
+                target, to = self.place(transfer.dst_tier, transfer.kind, transfer.dst)
+                target[to] = source[at]
                 self.counts["loads" if transfer.dst_tier == "device" else "offloads"] += 1
+            else:
+                assert isinstance(transfer, Drop)  # rows on disk are free: nothing to do
         for checkpoint, own in plan.restores:
             self.states[own] = self.states[checkpoint]
 
-    def read(self, tier: str, copy) -> np.ndarray:
-        """Return the bytes that ``copy`` takes from ``tier``."""
+    def place(self, tier: str, kind: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the memory of one end of a copy, and the index in it."""
         if tier == "host":
-            return self.host[copy.src]
-        return self.kv[copy.src] if copy.kind == "kv" else self.states[copy.src[0]].copy()
+            return self.host, rows
+        return (self.kv, rows) if kind == "kv" else (self.states, rows[0])
 
-    def write(self, tier: str, copy, content: np.ndarray) -> None:
-        """Write ``content`` to the place that ``copy`` names in ``tier``."""
-        if tier == "host":
-            self.host[copy.dst] = content
-        elif copy.kind == "kv":
-            self.kv[copy.dst] = content
-        else:
-            self.states[copy.dst[0]] = content
-
-    def compute(self, one: Running, start: int, end: int, checkpoints: dict[int, int]) -> None:
+    def compute(self, one: Request, start: int, end: int, checkpoints: dict[int, int]) -> None:
         """Run the model over positions [start, end); save its state where a slot was given."""
         rows, own, expected = one.lease.kv_indices, one.lease.state_slot, 0
         for position in range(start):  # attention reads the KV of every earlier token
@@ -142,44 +191,46 @@ class MinimalEngine:
 
 
 SYSTEM = list(range(100, 116))  # a system prompt of 16 tokens that all requests share
-GRID = {"grid": 8, "kv_bytes_per_token": 8, "state_bytes": 8 * STATE_ROWS}
+SIZES = {"grid": GRID, "kv_bytes_per_token": 8, "state_bytes": 8 * STATE_ROWS}
+
+
+def serve(engine: MinimalEngine, *prompts: list[int]) -> list[Request]:
+    """Serve ``prompts`` at the same time, and compare the answers with the model's alone."""
+    requests = [engine.submit(prompt, 5, len(SYSTEM)) for prompt in prompts]
+    while engine.waiting or engine.running:
+        engine.step()
+        held = [one.lease for one in engine.running]
+        engine.cache.check(sum(x.held_tokens for x in held), sum(x.held_slots for x in held))
+    for prompt, one in zip(prompts, requests, strict=True):
+        state, tokens = 0, list(prompt)
+        for position in range(one.max_len - 1):
+            state = advance(state, tokens[position])
+            tokens += [state % 50] if position + 1 == len(tokens) else []
+        assert one.tokens == tokens, "the cache changed an answer"
+    return requests
 
 
 def demonstrate(title: str, config: CacheConfig) -> None:
     """Serve requests with a shared prefix, verify every byte, and print what was reused."""
-    engine, answers = MinimalEngine(config), []
+    engine = MinimalEngine(config)
+    first, second = [*SYSTEM, 1, 2, 3, 4], [*SYSTEM, 5, 6, 7, 8]
     print(title)
-    for number in (1, 2):
-        user = [number * 7 + i for i in range(8)]
-        one = engine.begin(SYSTEM + user, num_new=5, boundary=len(SYSTEM))
-        assert one is not None
-        lost = {cause: n for cause, n in one.lease.losses._asdict().items() if n}
-        print(f"  request {number}: {one.lease.cached_len} of 24 tokens reused, computed: {lost}")
-        while one in engine.running:
-            engine.step()
-        answers.append(one.tokens[24:])
-        print(f"  request {number}: generated {answers[-1]}")
-    gone = engine.begin([*SYSTEM, 1, 2, 3], num_new=5, boundary=len(SYSTEM))
-    assert gone is not None
+    for prompt in (first, second):
+        [one] = serve(engine, prompt)
+        print(f"  {one.cached_len} of 20 tokens reused, answer {one.tokens[20:]}")
+    gone = engine.submit([*SYSTEM, 9, 9, 9], num_new=5)
     engine.step()
     engine.abort(gone)
-    for number in range(3, 40):  # other conversations, until memory is short
-        user = [number * 11 + i for i in range(1 + number % 15)]
-        other = engine.begin(SYSTEM[: 8 * (number % 3)] + user, num_new=3, boundary=8)
-        while other in engine.running:
-            engine.step()
-    again = engine.begin(SYSTEM + [7 + i for i in range(8)], num_new=5, boundary=len(SYSTEM))
-    assert again is not None
-    print(f"  request 1 again: {again.lease.cached_len} of 24 tokens reused")
-    while again in engine.running:
-        engine.step()
-    assert again.tokens[24:] == answers[0], "a hit changes no answer"
-    engine.cache.check(held_tokens=0, held_slots=0)
-    print(f"  every KV row and state was the right one; {engine.counts}")
+    twins = serve(engine, *([7, 7, *SYSTEM, number] for number in range(6)))
+    print(f"  six prompts at the same time reused {[one.cached_len for one in twins]} tokens")
+    serve(engine, *(SYSTEM[: 8 * (n % 3)] + [11 * n] * (1 + n % 15) for n in range(40)))
+    [one] = serve(engine, first)
+    print(f"  the first prompt again: {one.cached_len} of 20 tokens reused")
+    print(f"  every KV row and state was the right one; {dict(sorted(engine.counts.items()))}")
 
 
 if __name__ == "__main__":
-    demonstrate("two pools", CacheConfig(num_kv_tokens=96, num_slots=6, **GRID))
-    arena = {"memory": "arena", "total_bytes": 8 * 144}
-    demonstrate("one arena", CacheConfig(**arena, **GRID))
-    demonstrate("an arena with a host tier", CacheConfig(**arena, host_bytes=8 * 400, **GRID))
+    demonstrate("two pools", CacheConfig(num_kv_tokens=96, num_slots=12, **SIZES))
+    arena = {"memory": "arena", "total_bytes": 8 * 192}
+    demonstrate("one arena", CacheConfig(**arena, **SIZES))
+    demonstrate("an arena with a host tier", CacheConfig(**arena, host_bytes=8 * 400, **SIZES))

@@ -1,9 +1,11 @@
 """Prefix caching for hybrid LLMs: one radix tree over KV rows and state checkpoints. No torch.
 
-Three groups of names:
+Four groups of names:
 
 - the cache: ``build_prefix_cache(CacheConfig(...))`` returns a ``PrefixCache``; a ``Lease`` is one
   running request's claim on it, and a ``StepPlan`` the work that follows for the tensors;
+- the parts of a plan: ``Move``, ``Copy``, ``Drop`` and ``RowWrite``; and the rule that decides
+  about loads from tiers: ``FetchRule``, or the ready-made ``Exchange``;
 - policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``;
 - the laboratory: ``simulate(open_trace(...))``, ``optimum``, ``advise``.
 
@@ -16,14 +18,16 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.allocators.moves import StepPlan
-from hybridcache.api import Losses, PrefixCache, PrefixMatch
+from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepPlan
+from hybridcache.api import CacheStats, Losses, PrefixCache, PrefixMatch
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.lease import Lease, LeaseRequest
 
 if TYPE_CHECKING:
+    from hybridcache.geometry.exchange import Exchange
     from hybridcache.geometry.model import ModelGeometry
+    from hybridcache.geometry.times import PrefillTimes
     from hybridcache.lab.advise import advise
     from hybridcache.lab.simulation.simulate import optimum, simulate
     from hybridcache.lab.trace import Trace, TraceRequest
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     from hybridcache.policies.eviction.scored import ScorePolicy
     from hybridcache.policies.protocol import (
         EvictionPolicy,
+        FetchRule,
         Item,
         Placed,
         PlacementPolicy,
@@ -40,6 +45,8 @@ if TYPE_CHECKING:
     from hybridcache.policies.registry import parse_placement
 
 _LAZY = {
+    "Exchange": "geometry.exchange",
+    "PrefillTimes": "geometry.times",
     "ModelGeometry": "geometry.model",
     "advise": "lab.advise",
     "optimum": "lab.simulation.simulate",
@@ -50,6 +57,7 @@ _LAZY = {
     "AdmissionPolicy": "policies.admission.base",
     "ScorePolicy": "policies.eviction.scored",
     "EvictionPolicy": "policies.protocol",
+    "FetchRule": "policies.protocol",
     "Item": "policies.protocol",
     "Placed": "policies.protocol",
     "PlacementPolicy": "policies.protocol",
@@ -115,18 +123,26 @@ def __dir__() -> list[str]:
 __all__ = [
     "AdmissionPolicy",
     "CacheConfig",
+    "CacheStats",
+    "Copy",
+    "Drop",
     "EvictionPolicy",
+    "Exchange",
+    "FetchRule",
     "HybridRadixCache",
     "Item",
     "Lease",
     "LeaseRequest",
     "Losses",
     "ModelGeometry",
+    "Move",
     "Placed",
     "PlacementPolicy",
     "Prefill",
+    "PrefillTimes",
     "PrefixCache",
     "PrefixMatch",
+    "RowWrite",
     "ScorePolicy",
     "StepPlan",
     "Trace",

@@ -61,6 +61,7 @@ class Resumable(NamedTuple):
     """Position that could be resumed from after a load from offload tiers."""
 
     position: int
+    """Number of tokens that could be skipped after the load."""
     rows: tuple[int, ...]
     """Number of rows to copy to the device, per tier, the nearest tier first."""
     node: RadixNode
@@ -86,9 +87,11 @@ class PrefixMatch(NamedTuple):
     checkpoint: int | None
     """Slot of the state at ``cached_len``. None at 0 and in attention-only caches."""
     losses: Losses
+    """Number of the other tokens, by the reason why they must be computed."""
     node: NodeHandle | None
     """Node that ends at ``cached_len``, for ``lock`` and ``gather``. None at 0."""
     namespace: Hashable
+    """Namespace of the request."""
     missed: Item | None = None
     """Deepest evicted checkpoint in (cached_len, num_tokens - 1] on the path of the prompt, or
     None. With it and its KV, ``missed_tokens`` more tokens would have been reused."""
@@ -158,14 +161,18 @@ class Protected(NamedTuple):
     """Cached memory that cannot be evicted now, because it is locked."""
 
     num_tokens: int
+    """Number of protected KV rows."""
     num_checkpoints: int
+    """Number of protected checkpoints."""
 
 
 class Eviction(NamedTuple):
     """Memory that one ``evict`` returned to the allocators."""
 
     num_tokens: int
+    """Number of freed KV rows."""
     num_slots: int
+    """Number of freed state slots."""
 
 
 MAX_NAMESPACES = 1024
@@ -228,6 +235,7 @@ class Usage:
         """Number of tokens that those checkpoints would have saved."""
 
     def record(self, match: PrefixMatch) -> None:
+        """Count one request. O(1)."""
         cached_len = match.cached_len
         self.requests += 1
         self.prompt_tokens += match.num_tokens
@@ -247,6 +255,7 @@ class Usage:
             self.missed_tokens += match.missed_tokens
 
     def merge(self, other: Usage) -> None:
+        """Add the counters of ``other``."""
         for name in self.__slots__:
             setattr(self, name, getattr(self, name) + getattr(other, name))
 

@@ -51,8 +51,8 @@ class CacheConfig:
         default="budget",
         metadata={
             "help": "how total_bytes are shared: arena (rows and slots are views of the same "
-            "bytes; "
-            "rows may move) or budget (only bytes are counted)"
+            "bytes; rows may move) or budget (only bytes are counted, for simulations: tensors for "
+            "all row and slot numbers would take twice as many)"
         },
     )
     kv_bytes_per_token: int = field(default=1, metadata={"help": "bytes of one token's KV"})

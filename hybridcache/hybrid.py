@@ -72,8 +72,8 @@ def own(node: NodeHandle | None) -> RadixNode | None:
 class HybridRadixCache:
     """Prefix cache for models with linear-attention layers: resumes where KV *and* a state exist.
 
-    Checkpoints are at multiples of ``grid``, in whole pages. ``policy`` orders evictions. A cache
-    is not thread-safe.
+    Made by ``build_prefix_cache``. Checkpoints are at multiples of ``grid``, in whole pages.
+    ``policy`` orders evictions. A cache is not thread-safe.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=4))
@@ -538,6 +538,7 @@ class HybridRadixCache:
 
     @property
     def num_checkpoints(self) -> int:
+        """Number of state slots that the cache owns. O(1)."""
         return self._residency.num_checkpoints
 
     @property
@@ -547,6 +548,7 @@ class HybridRadixCache:
 
     @property
     def free_slots(self) -> int:
+        """Number of unallocated state slots. O(1)."""
         return self._slots.num_free
 
     @property
@@ -581,4 +583,5 @@ class HybridRadixCache:
 
     @property
     def ghost_tokens(self) -> int:
+        """Number of remembered tokens with evicted KV. O(1)."""
         return self._residency.ghosts.num_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import engine
 import hybridcache
 from engine import Engine, EngineConfig
 from experiments.system import served
+from hybridcache.allocators.moves import RunningLease
+from hybridcache.api import PrefixCache
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.report import METRICS
@@ -159,6 +162,61 @@ def test_the_generated_reference_has_every_option_policy_and_name(generate: Modu
     api = generate.insert(reference("api"))
     assert {f"### {name}\n" in api for name in (*hybridcache.__all__, *engine.__all__)} == {True}
     assert "<!-- generated" not in cli + policies + api
+
+
+def test_the_reference_has_every_paragraph_about_every_public_member(generate: ModuleType) -> None:
+    """A contract that only ``help`` shows is one that embedders break."""
+    api = " ".join(generate.api().replace("\\", "").replace("&lt;", "<").split())
+    missing = []
+    for name in hybridcache.__all__:
+        thing = getattr(hybridcache, name)
+        members = vars(thing) if inspect.isclass(thing) else {}
+        public = [getattr(thing, member) for member in members if not member.startswith("_")]
+        public = [one for one in public if inspect.isfunction(one) or inspect.ismethod(one)]
+        if name == "HybridRadixCache":
+            public = [one for one in public if not hasattr(PrefixCache, one.__name__)]
+        for one in public:
+            if one.__name__ in vars(RunningLease):
+                assert f"#### {name}.{one.__name__}" not in api, "internals of the cache are shown"
+                continue
+            for paragraph in (inspect.getdoc(one) or "").split("\n\n"):
+                text = " ".join(paragraph.replace("``", "`").split())
+                if not text.startswith((">>>", "Args:", "Raises:")) and text not in api:
+                    missing.append(f"{name}.{one.__name__}: {text}")
+    assert missing == []
+    for contract in ("Returns False, with nothing changed", "must be carried out", "is not in it"):
+        assert contract in api
+
+
+def test_the_reference_explains_every_attribute_and_every_type(generate: ModuleType) -> None:
+    api = generate.api()
+    assert re.findall(r"^\| `.*\|  \|$", api, re.MULTILINE) == [], "attributes without a text"
+    assert re.findall(r"^(#### .*)\n\n`.*`\n\n\n", api, re.MULTILINE) == []
+    for row in ("state_slot", "match", "stats: CacheStats", "refusals", "times: PrefillTimes"):
+        assert f"| `{row}` | " in api
+    for name in ("Eviction", "InsertResult", "Listener", "LockHandle", "Resumable", "Usage"):
+        assert f"### hybridcache.api.{name}\n" in api
+
+
+@pytest.mark.parametrize(
+    "page", ["docs/tutorials/embed-the-cache.md", "README.md", "examples/04_minimal_engine.py"]
+)
+def test_an_embedder_needs_public_names_only(page: str) -> None:
+    found = re.findall(
+        r"^(?:>>> )?from (hybridcache\S*) import (\([^)]*\)|.*)", (ROOT / page).read_text(), re.M
+    )
+    assert found and {module for module, _ in found} == {"hybridcache"}
+    names = {name for _, names in found for name in re.findall(r"\w+", names)}
+    assert names <= {*hybridcache.__all__}
+
+
+def test_the_complete_example_is_shown_whole_and_can_be_downloaded() -> None:
+    text = (ROOT / "docs/tutorials/embed-the-cache.md").read_text()
+    for path in re.findall(r"\{download\}`[^<]*<(.*)>`", text):
+        assert (ROOT / "docs/tutorials" / path).exists()
+    included = re.findall(r"```\{literalinclude\} (\S+)\n((?::.*\n)*)```", text)
+    assert included == [("../../examples/04_minimal_engine.py", ":language: python\n")]
+    assert f"<{included[0][0]}>`" in text
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ class Grammar:
     """Form of ``text``. ``lark``: llguidance's dialect of Lark; ``given``: that, or GBNF;
     ``marks``: see the field ``marks``."""
     text: str = ""
+    """Grammar, in the form that ``kind`` names."""
     end_of_reasoning: str | None = None
     """Text that ends the reasoning before the guided part, or None if there is no reasoning."""
     marks: tuple[tuple[str, str], ...] = ()

@@ -104,6 +104,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
+        """True if a penalty makes sampling depend on earlier tokens."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     @property

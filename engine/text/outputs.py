@@ -94,8 +94,11 @@ class RequestOutput(Struct, frozen=True):
     """Output of one step for one request: the new part, and the whole output so far."""
 
     request_id: str
+    """Identifier of the request, as ``RequestSpec`` has it."""
     prompt_token_ids: npt.NDArray[np.int32]
+    """Tokens of the prompt, int32[n]."""
     new_token_ids: tuple[int, ...]
+    """Tokens that this step generated."""
     new_text: str
     """New text that is certain: it contains no possible beginning of a stop string."""
     new_logprobs: tuple[SampledToken, ...]
@@ -112,12 +115,15 @@ class RequestOutput(Struct, frozen=True):
     """Number of other prompt tokens by loss cause; with ``cached_len`` they sum to the prompt. None
     if the request ended before it was scheduled."""
     finish_reason: FinishReason | None
+    """Reason why the request ended, or None if it goes on."""
     error: str | None
     """Short reason of ``finish_reason`` "error", else None."""
     is_refused: bool
     """True if the ``error`` is a fault of the request, not of the engine."""
     timings: Timings
+    """Times of the request's stages."""
     num_preemptions: int
+    """Number of times that the request gave up its memory for an older one."""
     all_logprobs: Sequence[SampledToken]
     """Log-probabilities, in a list to which the request appends. Use ``logprobs`` instead."""
     prompt_logprobs: tuple[SampledToken | None, ...] | None
@@ -145,6 +151,7 @@ class RequestOutput(Struct, frozen=True):
 
     @property
     def is_finished(self) -> bool:
+        """True if the request has ended."""
         return self.finish_reason is not None
 
 

@@ -45,6 +45,7 @@ class Move(NamedTuple):
     """Living rows of one slab and their new places."""
 
     slab: int
+    """Number of the emptied slab."""
     src: Indices
     """Rows of ``slab`` that were taken, ascending: int32[n], n <= ``slab_rows``, whole pages."""
     dst: Indices
@@ -85,10 +86,13 @@ class Copy(NamedTuple):
     """Copy of bytes between tiers."""
 
     kind: Literal["kv", "checkpoint"]
+    """Rows of KV, or one state."""
     src_tier: str
+    """Tier to read: ``device``, ``host`` or ``disk``."""
     src: Indices
     """Rows in ``src_tier``: int32[n]. For a checkpoint on the device, its slot: int32[1]."""
     dst_tier: str
+    """Tier to write."""
     dst: Indices
     """Rows in ``dst_tier``. KV has as many as ``src``; a state fills its rows in this order."""
     position: int
@@ -102,7 +106,9 @@ class Drop(NamedTuple):
     """Rows on disk with contents that are no longer in the tree."""
 
     tier: str
+    """Tier of the rows: ``disk``."""
     rows: Indices
+    """The rows: int32[n]. They can be reused; nothing has to be done."""
 
 
 Transfer = Move | Copy | Drop
@@ -126,8 +132,10 @@ class RowWrite(NamedTuple):
 class StepPlan(NamedTuple):
     """All work on the tensors that is due before the next step, in this order.
 
-    See the module for why the order is safe. ``examples/04_minimal_engine.py`` carries plans out
-    with numpy arrays.
+    A plan that was taken must be carried out, even if its step computes nothing. The restore of a
+    request that ends before the plan is taken is not in it. ``examples/04_minimal_engine.py``
+    carries plans out with numpy arrays; ``hybridcache/allocators/moves.py`` states why the order is
+    safe.
     """
 
     transfers: tuple[Transfer, ...] = ()

@@ -22,11 +22,14 @@ class Exchange:
     """Copy times by tier and prefill times of a model on a machine. Implements ``FetchRule``."""
 
     times: PrefillTimes
+    """Seconds of a prefill: any object with a method ``seconds(start, end)``, such as
+    ``geometry.times.MeasuredTimes`` and ``Roofline``."""
     bytes_per_s: Mapping[str, float] = field(
         default_factory=lambda: {"host": PCIE_BYTES_PER_S, "disk": DISK_BYTES_PER_S}
     )
     """Bandwidth from each tier to the device: measured, or from data sheets."""
     latency_s: Mapping[str, float] = field(default_factory=lambda: dict(LATENCY_S))
+    """Fixed time of one copy, by tier."""
     unit: int = 1
     """Tokens per id, for a cache that counts in units of several tokens."""
 
@@ -46,7 +49,7 @@ class Exchange:
     def seconds_saved(
         self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
     ) -> float:
-        """See ``policies.protocol.FetchRule``."""
+        """Return the seconds saved by a load; see ``FetchRule``."""
         unit, seconds = self.unit, self.times.seconds
         without = seconds(cached_len * unit, prompt_len * unit)
         return without - seconds(position * unit, prompt_len * unit) - self.copy_seconds(num_bytes)

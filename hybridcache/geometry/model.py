@@ -33,12 +33,14 @@ class ModelGeometry:
     """Byte and FLOP counts of one model, summed over all layers."""
 
     name: str
+    """Name of the preset, or of the configuration."""
     num_full_layers: int
     """Number of full-attention layers. Each stores one KV row per token."""
     num_linear_layers: int
     """Number of linear-attention layers (GDN, KDA, Mamba ...). Each stores one state per sequence.
     0 for an attention-only model."""
     kv_bytes_per_token: int
+    """Size of the keys and values of one token in all full-attention layers."""
     recurrent_elements: int
     """Number of values in the recurrent state of one sequence."""
     conv_bytes: int
@@ -49,6 +51,7 @@ class ModelGeometry:
     active_params: int
     """Number of weights that each token is multiplied with, embeddings excluded."""
     total_params: int
+    """Number of all weights."""
     scan_flops_per_token: int
     """FLOPs of the linear layers' recurrences: 6 per state number."""
     attention_flops_per_pair: int

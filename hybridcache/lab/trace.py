@@ -23,6 +23,7 @@ class TraceRequest(NamedTuple):
     """One request, prompt and answer, in ids of ``Trace.unit`` tokens each."""
 
     timestamp_s: float
+    """Arrival, seconds from the start of the trace."""
     session: Hashable
     """Conversation or agent run that the request belongs to. Requests of one session never overlap
     in time."""
@@ -66,7 +67,9 @@ class Trace:
     """Requests that can be iterated again and again; each time the same."""
 
     name: str
+    """Name in tables and figures."""
     unit: int
+    """Tokens that one id stands for."""
     source: Callable[[], Iterable[TraceRequest]]
     """Starts the requests over, in order of their timestamps. Picklable, so that processes can
     share a trace by recipe."""

@@ -221,7 +221,9 @@ class Placed(NamedTuple):
     """Checkpoint position with the label of its rule (``Item.label``)."""
 
     position: int
+    """Number of tokens before the checkpoint."""
     label: str
+    """Name of the rule."""
 
 
 def base_label(label: str) -> str:
@@ -237,6 +239,7 @@ class Prefill(NamedTuple):
     """Prompt data for placement policies, known before the prefill. All lengths are in tokens."""
 
     prompt_len: int
+    """Length of the prompt."""
     cached_len: int
     """Resumed length. Positions at or before it need no checkpoint."""
     kv_match_len: int
