@@ -25,9 +25,9 @@ def test_a_refusal_names_the_values_that_a_reader_understands(tmp_path: Path) ->
     named = r"another checkpoint grid \(64 there, 16 here: --grid\): use"
     with pytest.raises(StoreError, match=named):
         check(tmp_path, FIELDS | {"checkpoint grid": "16"})
-    with pytest.raises(StoreError, match=r"weights, exact \(False there, True here\): st"):
+    with pytest.raises(StoreError, match=r"weights, exact \(False there, True here\): us"):
         check(tmp_path, FIELDS | {"weights": "b" * 32, "exact": "True"})
-    with pytest.raises(StoreError, match="another exact: start"):
+    with pytest.raises(StoreError, match="another exact: use"):
         check(tmp_path, {name: FIELDS[name] for name in ("weights", "checkpoint grid")})
 
 
