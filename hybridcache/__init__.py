@@ -7,7 +7,7 @@ Four groups of names:
 - the parts of a plan: ``Move``, ``Copy``, ``Drop`` and ``RowWrite``; and the rule that decides
   about loads from tiers: ``FetchRule``, or the ready-made ``Exchange``;
 - policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``;
-- the laboratory: ``simulate(open_trace(...))``, ``optimum``, ``advise``.
+- the laboratory: ``simulate(open_trace(...))``, ``closed_loop``, ``optimum``, ``advise``.
 
 The laboratory and the policies are imported when they are first used. All other names are imported
 from their modules. A cache is not thread-safe: one thread calls it, or callers share a lock. A
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hybridcache.geometry.model import ModelGeometry
     from hybridcache.geometry.times import PrefillTimes
     from hybridcache.lab.advise import advise
+    from hybridcache.lab.simulation.closed_loop import closed_loop
     from hybridcache.lab.simulation.simulate import optimum, simulate
     from hybridcache.lab.trace import Trace, TraceRequest
     from hybridcache.lab.traces import open_trace
@@ -49,6 +50,7 @@ _LAZY = {
     "PrefillTimes": "geometry.times",
     "ModelGeometry": "geometry.model",
     "advise": "lab.advise",
+    "closed_loop": "lab.simulation.closed_loop",
     "optimum": "lab.simulation.simulate",
     "simulate": "lab.simulation.simulate",
     "Trace": "lab.trace",
@@ -149,6 +151,7 @@ __all__ = [
     "TraceRequest",
     "advise",
     "build_prefix_cache",
+    "closed_loop",
     "open_trace",
     "optimum",
     "parse_placement",

@@ -29,7 +29,8 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import LinearSteps
 from hybridcache.lab.figures import closed_loop_figure
 from hybridcache.lab.report import text_table
-from hybridcache.lab.simulation.closed_loop import ClosedLoop, ClosedLoopRun, run_closed_loop
+from hybridcache.lab.simulation.closed_loop import ClosedLoop, run_closed_loop
+from hybridcache.lab.simulation.result import ClosedLoopRun
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
 

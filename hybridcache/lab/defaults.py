@@ -8,3 +8,7 @@ LIMIT_S = 60.0
 """Seconds for one plan of the optimum."""
 RELATIVE_GAP = 0.005
 """Between plan and bound, at which the optimum is near enough."""
+CLOSED_LOOP_GIB = 16.0
+"""Memory of a closed-loop run."""
+RATES = "0.5:4:5"
+"""Sessions a second in closed loop."""

@@ -25,14 +25,13 @@ from hybridcache.lab.report import (
     notes_on,
     size_label,
 )
-from hybridcache.lab.simulation.result import RunResult, SweepRuns
+from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from hybridcache.lab.optimum import Optimum
-    from hybridcache.lab.simulation.closed_loop import ClosedLoopRun
 
 COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8a5a9e", "#d99a1c", "#555555", "#46a5b5", "#a83250")
 """Colours that differ in print and for most colour-blind readers."""
@@ -569,15 +568,16 @@ CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
 
 def closed_loop_figure(
     runs: Sequence[ClosedLoopRun],
-    path: Path | None,
+    path: str | Path | None,
     caption: str = "",
-    style: FigureStyle = DEFAULT_STYLE,
+    style: FigureStyle | None = None,
 ) -> Figure:
     """Draw hits, times to first token and makespan over the rate of sessions: a row of panels per
     trace and cache, a line per admission policy. Points are means over seeds; bars reach from the
     smallest to the largest."""
+    style = style or DEFAULT_STYLE
     with style.applied():
-        return _closed_loop_figure(runs, path, caption, style)
+        return _closed_loop_figure(runs, Path(path) if path else None, caption, style)
 
 
 def _closed_loop_figure(
@@ -614,7 +614,7 @@ def _closed_loop_figure(
             else:
                 axis.set_ylim(bottom=0)
             size = "" if cell[2] is None else f", {cell[2]:.3g} GiB"
-            axis.set_title(f"{cell[0]}{size}", fontsize=style.points(9))
+            axis.set_title(f"{cell[0]}{size}, {cell[1]}", fontsize=style.points(9))
     return save(figure, axes, path, caption, style)
 
 

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from hybridcache.api import Losses
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.simulation.identity import SIZES
-from hybridcache.lab.simulation.result import RunResult, SweepRuns
+from hybridcache.lab.simulation.result import ClosedLoopRun, RunResult, SweepRuns
 from hybridcache.lab.trace_stats import Summary, TraceStats
 
 if TYPE_CHECKING:
     from hybridcache.lab.optimum import Optimum
-    from hybridcache.lab.simulation.closed_loop import ClosedLoopRun
 
 
 @dataclass(frozen=True, slots=True)

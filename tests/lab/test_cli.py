@@ -88,7 +88,7 @@ def test_simulate_prints_a_table_and_draws(
 def test_closed_loop_prints_a_row_for_each_policy_and_rate_and_draws(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    figure = tmp_path / "cliff.png"
+    figure, output = tmp_path / "cliff.png", tmp_path / "runs.jsonl"
     words = ["--trace", "short?head=40", "--gib", "1", "--rate", "1:4:2", "--seeds", "2"]
     words += [
         "--admission",
@@ -97,6 +97,8 @@ def test_closed_loop_prints_a_row_for_each_policy_and_rate_and_draws(
         "0.5",
         "--figure",
         str(figure),
+        "--output",
+        str(output),
     ]
     code, out, _ = run(capsys, "simulate", "--closed-loop", *words)
     assert code == 0 and figure.stat().st_size > 10_000
@@ -105,6 +107,7 @@ def test_closed_loop_prints_a_row_for_each_policy_and_rate_and_draws(
     for title in ("hit, %", "p99", "goodput/s", "makespan, s", "oldest wait, s", "Jain"):
         assert title in out
     assert "40 requests in closed loop" in out and "step times: a roofline" in out
+    assert "null" not in out and len(output.read_text().splitlines()) == 3 * 2 * 2
 
 
 @pytest.mark.parametrize(
@@ -332,6 +335,9 @@ def test_optimum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     arguments = ["optimum", "--trace", "resend?head=45", "--gib", "2,4", "--method", "greedy"]
     code, out, _ = run(capsys, *arguments, "--output", str(output))
     assert code == 0 and "reached, %" in out
+    asked = ["optimum", "--trace", "short?head=45", "--gib", "0.3"]
+    whole = run(capsys, *asked, "--method", "greedy")[1]
+    assert run(capsys, *asked, "--counts-running")[1].split()[:-1] != whole.split()[:-1]
     assert [json.loads(line)["method"] for line in output.read_text().splitlines()] == [
         "greedy"
     ] * 2

@@ -4,8 +4,10 @@ that do whatever the contract allows."""
 from __future__ import annotations
 
 import heapq
+import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from hybridcache.lab.simulation.closed_loop import (
     ClosedLoop,
     RequestTable,
     SimulatedRequest,
+    closed_loop,
     run_closed_loop,
     simulate_closed_loop,
 )
@@ -504,3 +507,51 @@ def test_max_share_keeps_places_for_other_tenants() -> None:
 def test_loads_that_cannot_be_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ClosedLoop(TIMES, **{"rate": 1.0} | options)
+
+
+# --- many runs ------------------------------------------------------------------------------------
+
+
+def test_runs_in_closed_loop_are_rows_and_resume(tmp_path: Path) -> None:
+    kept = tmp_path / "runs.jsonl"
+    asked = {"gib": 1, "policy": ["lru", "fifo"], "rate": [2, 4], "seeds": 2, "admission": "oldest"}
+    result = closed_loop("short?head=20", **asked, resume_from=kept)
+    rows = result.to_dicts()
+    assert [(row["label"], row["rate"], row["seed"]) for row in rows] == [
+        (label, rate, seed) for label in ("lru", "fifo") for rate in (2, 4) for seed in (0, 1)
+    ]
+    assert all(0 < row["token_hit_rate"] < 1 and row["max_running"] == 16 for row in rows)
+    text = kept.read_text()
+    written = [json.loads(line) for line in text.splitlines()]
+    assert [{name: line[name] for name in rows[0]} for line in written] == rows
+    assert closed_loop("short?head=20", **asked, resume_from=kept).to_dicts() == rows
+    assert kept.read_text() == text, "no run is repeated"
+    assert rows[0] == closed_loop("short?head=20", **asked | {"rate": 2}).to_dicts()[0]
+    assert "\n" not in repr(result)
+    titles = [axis.get_title() for axis in result.figure().axes]
+    assert all("lru" in title for title in titles[:4]) and all("fifo" in t for t in titles[4:])
+
+
+def test_own_admission_policies_are_given_as_classes() -> None:
+    result = closed_loop("short?head=20", gib=1, rate=4, admission=[Newest, "oldest"])
+    assert [run.admission for run in result.runs] == [f"{__name__}:Newest", "oldest"]
+    with pytest.raises(ValueError, match="seeds must be at least 1"):
+        closed_loop("short?head=20", gib=1, rate=4, seeds=0)
+
+
+class Newest(AdmissionPolicy):
+    """The newest request first."""
+
+    def order(self, waiting: Sequence[WaitingRequest], load: Load) -> Iterable[WaitingRequest]:
+        return reversed(waiting)
+
+
+@pytest.mark.parametrize(("tenants", "worst"), [(("a",), "-"), (("a", "b"), "ab")])
+def test_the_worst_of_several_tenants_is_named(tenants: tuple[str, ...], worst: str) -> None:
+    requests = [
+        request._replace(namespace=tenant, session=f"{request.session}{tenant}")
+        for request in small_load()
+        for tenant in tenants
+    ]
+    trace = Trace("t", 1, requests.__iter__)
+    assert run_closed_loop(trace, small_run(20), ClosedLoop(TIMES, 100.0)).worst_tenant in worst

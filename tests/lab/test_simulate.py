@@ -29,6 +29,7 @@ from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
+from hybridcache.lab.simulation.closed_loop import closed_loop
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.result import RunResult, summarise
 from hybridcache.lab.simulation.serving import Serving, serve
@@ -404,8 +405,10 @@ def test_functions_of_the_laboratory_share_names_types_and_defaults() -> None:
     assert set(named) - {"trace"} == set(fields), "Sweep has the arguments of simulate"
     for name, field in fields.items():
         assert (named[name].default, named[name].annotation) == (field.default, field.type), name
-    for other in (optimum, advise):
+    for other in (optimum, advise, closed_loop):
         own = {"gib", "policy", "checkpoints"} if other is advise else set()
+        if other is closed_loop:  # the engine runs requests together, and one size is enough
+            own = {"gib", "max_running"}
         for name, parameter in inspect.signature(other).parameters.items():
             assert parameter.kind is not parameter.VAR_KEYWORD
             if name in named and name not in own:
@@ -423,6 +426,13 @@ def test_the_optimum_takes_a_model_and_sizes() -> None:
     shares = simulate("resend?head=45", gib=[2, 4], optimum="greedy", bound=False).runs
     for run, plan in zip(shares, found, strict=True):
         assert run.optimum_tokens == plan.cached_tokens.sum()
+    rows = found.to_dicts()
+    assert [(row["gib"], row["reached"]) for row in rows] == [
+        (size, plan.reached) for size, plan in zip((2, 4), found, strict=True)
+    ]
+    [whole] = optimum("short?head=45", gib=0.3, method="greedy")
+    [beside] = optimum("short?head=45", gib=0.3, counts_running=True)
+    assert beside.method == "greedy" and beside.reached < whole.reached
     [with_host] = optimum("resend?head=45", gib=1, host_gib=4, method="greedy")
     assert [tier.capacity_bytes for tier in with_host.lower] == [4 << 30]
 

@@ -32,6 +32,11 @@ def add_optimum(commands: Commands) -> None:
     )
     add("--gap", type=float, default=RELATIVE_GAP, help="stop when bound and plan are so close")
     add("--limit", type=float, default=LIMIT_S, help="seconds for one size")
+    add(
+        "--counts-running",
+        action="store_true",
+        help="KV and state of the running request take memory too, as in every cache; greedy only",
+    )
     add_tiers(parser)
     add("--output", type=Path, help="JSON lines, one a size, with the price of memory over time")
     add("--figure", type=Path, help="PNG or SVG to draw: plan and bound, and that price")
@@ -65,6 +70,7 @@ def _optimum(options: argparse.Namespace) -> int:
                 limit_s=options.limit,
                 state_dtype=options.state_dtype,
                 grid=options.grid,
+                counts_running=options.counts_running,
                 progress=False,
                 **tiers,
             )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +18,8 @@ from hybridcache.lab.command.shared import (
     split,
     tiers_asked,
 )
-from hybridcache.lab.defaults import GIB_SPEC
+from hybridcache.lab.defaults import CLOSED_LOOP_GIB, GIB_SPEC, RATES
 from hybridcache.lab.replicas.command import ALONE
-
-CLOSED_LOOP_GIB = "16"
-"""Default memory of a closed-loop run."""
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -139,14 +135,10 @@ def _add_closed_loop(parser: argparse.ArgumentParser) -> None:
 
 def _simulate_closed_loop(options: argparse.Namespace) -> int:
     """Serve every trace at every rate with every admission policy, and print their tables."""
-    from hybridcache.geometry.times import step_times
     from hybridcache.lab.figures import closed_loop_figure
-    from hybridcache.lab.progress import shown_progress
-    from hybridcache.lab.report import closed_loop_table
-    from hybridcache.lab.simulation.closed_loop import ClosedLoop, ClosedLoopRun, run_closed_loop
-    from hybridcache.lab.simulation.simulate import Sweep
-    from hybridcache.lab.simulation.sizes import budget_bytes, rates, sizes
-    from hybridcache.policies.registry import make_admission
+    from hybridcache.lab.simulation.closed_loop import closed_loop
+    from hybridcache.lab.simulation.result import ClosedLoopRun
+    from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
     for flag, default in ALONE.items():
         name = flag.removeprefix("--").replace("-", "_")
@@ -156,50 +148,39 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
             and getattr(options, name) != default
         ):
             raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
-    if options.output is not None or options.replicas is not None:
-        raise ValueError("--output and --replicas have no meaning with --closed-loop")
+    if options.replicas is not None:
+        raise ValueError("--replicas has no meaning with --closed-loop: leave it out")
     check_figure(options.figure)
     style = figure_style(options)
-    words = split(options.admission or "oldest,sessions")
-    for word in words:
-        make_admission(word)
-    sweep = Sweep(**_asked(options))
-    geometry = sweep.geometry()
-    times = step_times(sweep.serving(geometry).times)
-    configs = [
-        replace(config, budget_bytes=budget_bytes(gib))
-        for config in sweep.competitors(geometry)
-        for gib in sizes(options.gib if options.gib != GIB_SPEC else CLOSED_LOOP_GIB)
-    ]
-    cells = [
-        (config, word, rate, seed)
-        for config in configs
-        for word in words
-        for rate in rates(options.rate or "0.5:4:5")
-        for seed in range(options.seeds or 1)
-    ]
     runs: list[ClosedLoopRun] = []
     for spec in options.trace:
-        trace = opened(spec, options)
-        found: list[ClosedLoopRun] = []
-        with shown_progress(None, "runs", spec) as show:
-            for config, word, rate, seed in cells:
-                show(len(found), len(cells))
-                loop = ClosedLoop(
-                    times,
-                    rate,
-                    seed=seed,
-                    max_running=options.max_running or 16,
-                    token_budget=options.token_budget or 8192,
-                    admission=word,
-                    max_share=options.max_share,
-                    tells_ends=options.tells_ends,
-                )
-                found.append(run_closed_loop(trace, config, loop, options.ttft_limit or 2.0))
-        runs += found
+        result = closed_loop(
+            opened(spec, options),
+            model=options.model,
+            gib=options.gib if options.gib != GIB_SPEC else CLOSED_LOOP_GIB,
+            policy=split(options.policy),
+            checkpoints=options.checkpoints or DEFAULT_PLACEMENT,
+            rate=options.rate or RATES,
+            admission=split(options.admission or "oldest,sessions"),
+            seeds=1 if options.seeds is None else options.seeds,
+            max_running=options.max_running or 16,
+            token_budget=options.token_budget or 8192,
+            max_share=options.max_share,
+            ttft_limit_s=options.ttft_limit or 2.0,
+            tells_ends=options.tells_ends,
+            memory=options.memory,
+            state_dtype=options.state_dtype,
+            page_size=options.page_size,
+            grid=options.grid,
+            times=options.times,
+            processes=options.processes,
+            ray=options.ray,
+            resume_from=options.output,
+        )
+        runs += result.runs
         if options.figure:
             closed_loop_figure(runs, options.figure, style=style)
-        print(closed_loop_table(found, times.describe()), end="\n\n")
+        print(result.table(), end="\n\n")
     if options.figure:
         print(f"figure: {options.figure}")
     return 0

@@ -15,24 +15,46 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hybridcache.api import Losses
-from hybridcache.config import build_prefix_cache
-from hybridcache.geometry.times import StepTimes
+from hybridcache.config import GRID, build_prefix_cache
+from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import PrefillTimes, StepTimes, step_times
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.defaults import CLOSED_LOOP_GIB, MODEL, RATES
+from hybridcache.lab.progress import Progress, shown_progress
+from hybridcache.lab.simulation.grid import Place, run_grid
+from hybridcache.lab.simulation.result import ClosedLoopRun
+from hybridcache.lab.simulation.simulate import Policies, Rows, Sizes, Sweep, named_policies
+from hybridcache.lab.simulation.sizes import budget_bytes, rates, sizes
+from hybridcache.lab.simulation.sweep import identity_of, key_of
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.trace import Trace, TraceRequest
+from hybridcache.lab.traces import open_trace
 from hybridcache.policies.admission.base import AdmissionPolicy
-from hybridcache.policies.registry import AdmissionSpec, make_admission
+from hybridcache.policies.registry import (
+    DEFAULT_EVICTION,
+    DEFAULT_PLACEMENT,
+    AdmissionSpec,
+    make_admission,
+)
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.planner import StepPlanner
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from hybridcache.lab.figures import FigureStyle
+
+Admissions = AdmissionSpec | Sequence[AdmissionSpec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -349,50 +371,6 @@ class _Run:
         table.lost = [a + b for a, b in zip(table.lost, losses, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class ClosedLoopRun:
-    """Figures of one run in closed loop. Times in seconds."""
-
-    trace: str
-    label: str
-    """The cache's policies."""
-    admission: str
-    rate: float
-    """Sessions that arrived in a second."""
-    seed: int
-    gib: float | None
-    num_requests: int
-    num_refused: int
-    """Requests longer than the memory."""
-    prompt_tokens: int
-    cached_tokens: int
-    lost_tokens: int
-    """Prompt tokens computed again because they, or a checkpoint after them, were evicted."""
-    ttft_mean_s: float
-    ttft_p50_s: float
-    ttft_p99_s: float
-    oldest_wait_s: float
-    """Longest time from arrival to admission."""
-    limit_s: float
-    """Time to first token up to which an answer counts for ``goodput``."""
-    goodput: float
-    """Requests a second that were answered in time."""
-    makespan_s: float
-    live_mean: float
-    """Sessions between their first request and their last answer, over time."""
-    live_most: int
-    num_preemptions: int
-    jain: float
-    """Jain's index of the tenants' shares of requests answered in time; 1: all alike."""
-    worst_tenant: str
-    """Tenant with the highest mean time to first token."""
-    worst_ttft_s: float
-
-    @property
-    def token_hit_rate(self) -> float:
-        return self.cached_tokens / max(1, self.prompt_tokens)
-
-
 def run_closed_loop(
     trace: Trace, config: RunConfig, loop: ClosedLoop, limit_s: float = 2.0
 ) -> ClosedLoopRun:
@@ -434,9 +412,169 @@ def run_closed_loop(
         live_most=table.max_live,
         num_preemptions=sum(table.preemptions),
         jain=jain_index(in_time),
-        worst_tenant="-" if worst is None else str(worst),
+        worst_tenant="-" if worst is None or len(means) == 1 else str(worst),
         worst_ttft_s=means[worst],
+        model=config.geometry.name,
+        max_running=loop.max_running,
+        token_budget=loop.token_budget,
+        max_share=loop.max_share,
+        tells_ends=loop.tells_ends,
     )
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class ClosedLoopResult(Rows):
+    """All runs in closed loop over one trace: by cache, size, admission, rate and seed."""
+
+    trace: str
+    runs: tuple[ClosedLoopRun, ...]
+    times: str
+    """Source of the step times."""
+
+    def __repr__(self) -> str:
+        """Return one line: trace and number of runs."""
+        return f"{type(self).__name__}({self.trace}: {len(self.runs)} runs)"
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a flat dictionary per run: the fields of ``ClosedLoopRun`` and
+        ``token_hit_rate``. O(runs)."""
+        return [run.as_record() for run in self.runs]
+
+    def table(self) -> str:
+        """Return a table per cache with a row per admission policy and rate, averaged over
+        seeds."""
+        from hybridcache.lab.report import closed_loop_table
+
+        return closed_loop_table(self.runs, self.times)
+
+    def figure(self, path: str | Path | None = None, style: FigureStyle | None = None) -> Figure:
+        """Draw hits, times to first token and makespan over the rate, a row of panels per cache.
+        The figure is also written to ``path`` (PNG, SVG or PDF), if there is one."""
+        from hybridcache.lab.figures import closed_loop_figure
+
+        return closed_loop_figure(self.runs, path, style=style)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """One run in closed loop."""
+
+    config: RunConfig
+    loop: ClosedLoop
+    limit_s: float
+
+    def key(self, trace_identity: bytes) -> str:
+        policies = (self.config.policy, self.config.checkpoints, self.loop.admission)
+        label = f"{self.config.label}, {self.loop.admission}"
+        return key_of(label, policies, (self.config, self.loop, self.limit_s), trace_identity)
+
+
+def _run_job(trace: Trace, job: _Job) -> ClosedLoopRun:
+    return run_closed_loop(trace, job.config, job.loop, job.limit_s)
+
+
+def closed_loop(
+    trace: str | Trace,
+    *,
+    model: str | ModelGeometry = MODEL,
+    gib: Sizes = CLOSED_LOOP_GIB,
+    policy: Policies = DEFAULT_EVICTION,
+    checkpoints: Policies = DEFAULT_PLACEMENT,
+    rate: Sizes = RATES,
+    admission: Admissions = ("oldest", "sessions"),
+    seeds: int = 1,
+    max_running: int = 16,
+    token_budget: int = 8192,
+    max_share: float | None = None,
+    ttft_limit_s: float = 2.0,
+    tells_ends: bool = False,
+    memory: str = "arena",
+    state_dtype: str | None = None,
+    page_size: int = 1,
+    grid: int = GRID,
+    times: str | PrefillTimes | None = None,
+    processes: int = 1,
+    ray: str | None = None,
+    resume_from: str | Path | None = None,
+    progress: Progress = None,
+) -> ClosedLoopResult:
+    """Serve the sessions of a trace with every cache, admission policy and rate.
+
+    Sessions arrive at a rate, and each request follows the answer and the pause before it. Requests
+    are scheduled as in the engine. Arguments that ``simulate`` has too mean the same.
+
+    - ``rate``: sessions that arrive in a second, on average; ``low:high:points``, a list, or one
+      number.
+    - ``admission``: one admission policy (a name, ``module:Class(alpha=2)``, a class or a
+      function), or a list of them.
+    - ``seeds``: number of runs with other arrivals.
+    - ``max_running``, ``token_budget``: requests at once, and tokens computed in a step.
+    - ``max_share``: most of the running places and of the memory that one tenant takes while others
+      wait, 0 to 1.
+    - ``ttft_limit_s``: time to first token up to which an answer counts as goodput.
+    - ``tells_ends``: clients say when a session has ended.
+    - ``times``: file or model of times, also of decode steps; a roofline of H100s by default.
+
+    O(requests + steps) per run. Raises the errors of ``simulate``.
+
+    >>> result = closed_loop("short?head=20", gib=1, rate=4, admission="oldest")
+    >>> [row["admission"] for row in result.to_dicts()]
+    ['oldest']
+    """
+    opened = open_trace(trace) if isinstance(trace, str) else trace
+    sweep = Sweep(
+        model=model,
+        policy=policy,
+        checkpoints=checkpoints,
+        memory=memory,
+        state_dtype=state_dtype,
+        page_size=page_size,
+        grid=grid,
+        times=times,
+    )
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1 (got {seeds}).")
+    geometry = sweep.geometry()
+    known = step_times(sweep.serving(geometry).times)
+    admissions = named_policies(admission)
+    for one in admissions:
+        make_admission(one)
+    jobs = [
+        _Job(
+            replace(config, budget_bytes=budget_bytes(size)),
+            ClosedLoop(
+                known,
+                per_second,
+                seed=seed,
+                max_running=max_running,
+                token_budget=token_budget,
+                admission=one,
+                max_share=max_share,
+                tells_ends=tells_ends,
+            ),
+            ttft_limit_s,
+        )
+        for config in sweep.competitors(geometry)
+        for size in sizes(gib)
+        for one in admissions
+        for per_second in rates(rate)
+        for seed in range(seeds)
+    ]
+    kept = Path(resume_from) if resume_from else None
+    identity = identity_of(opened) if kept else b""
+    with shown_progress(progress, "runs", opened.name) as show:
+        runs = run_grid(
+            opened,
+            jobs,
+            _run_job,
+            keys=[job.key(identity) for job in jobs] if kept else (),
+            read=ClosedLoopRun.from_record,
+            write=ClosedLoopRun.as_record,
+            place=Place(processes, ray),
+            resume_from=kept,
+            progress=show,
+        )
+    return ClosedLoopResult(opened.name, tuple(runs), known.describe())
 
 
 def jain_index(shares: Sequence[float]) -> float:

@@ -156,6 +156,64 @@ class RunResult:
         return cls(**values)
 
 
+@dataclass(frozen=True, slots=True)
+class ClosedLoopRun:
+    """Figures of one run in closed loop. Times in seconds."""
+
+    trace: str
+    label: str
+    """The cache's policies."""
+    admission: str
+    rate: float
+    """Sessions that arrived in a second."""
+    seed: int
+    gib: float | None
+    num_requests: int
+    num_refused: int
+    """Requests longer than the memory."""
+    prompt_tokens: int
+    cached_tokens: int
+    lost_tokens: int
+    """Prompt tokens computed again because they, or a checkpoint after them, were evicted."""
+    ttft_mean_s: float
+    ttft_p50_s: float
+    ttft_p99_s: float
+    oldest_wait_s: float
+    """Longest time from arrival to admission."""
+    limit_s: float
+    """Time to first token up to which an answer counts for ``goodput``."""
+    goodput: float
+    """Requests a second that were answered in time."""
+    makespan_s: float
+    live_mean: float
+    """Sessions between their first request and their last answer, over time."""
+    live_most: int
+    num_preemptions: int
+    jain: float
+    """Jain's index of the tenants' shares of requests answered in time; 1: all alike."""
+    worst_tenant: str
+    """Tenant with the highest mean time to first token; ``-`` if there is one tenant."""
+    worst_ttft_s: float
+    model: str = ""
+    max_running: int | None = None
+    token_budget: int | None = None
+    max_share: float | None = None
+    tells_ends: bool = False
+
+    @property
+    def token_hit_rate(self) -> float:
+        return self.cached_tokens / max(1, self.prompt_tokens)
+
+    def as_record(self) -> dict[str, Any]:
+        """Return a record for JSON: all fields and the token hit rate."""
+        return asdict(self) | {"token_hit_rate": self.token_hit_rate}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Self:
+        """Return the run of an ``as_record``."""
+        return cls(**{field.name: record[field.name] for field in fields(cls)})
+
+
 def summarise(
     config: RunConfig,
     serving: Serving,

@@ -44,6 +44,7 @@ from hybridcache.lab.traces import open_trace
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
+    AdmissionSpec,
     EvictionSpec,
     PlacementSpec,
 )
@@ -58,11 +59,31 @@ if TYPE_CHECKING:
 Words = str | Sequence[str]
 Policy = EvictionSpec | PlacementSpec
 Policies = Policy | Sequence[Policy]
+AnyPolicy = Policy | AdmissionSpec
 Sizes = str | float | Sequence[float]
 
 
+class Rows:
+    """Conversion of a result's rows to data frames."""
+
+    __slots__ = ()
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a flat dictionary per row."""
+        raise NotImplementedError
+
+    def to_pandas(self) -> Any:
+        """Return ``to_dicts`` as a pandas DataFrame. ModuleNotFoundError if pandas is missing."""
+        return _optional("pandas", "to_pandas").DataFrame(self.to_dicts())
+
+    def to_polars(self) -> Any:
+        """Return ``to_dicts`` as a polars DataFrame. ModuleNotFoundError if polars is missing."""
+        frame = _optional("polars", "to_polars").DataFrame
+        return frame(self.to_dicts(), infer_schema_length=None)
+
+
 @dataclass(frozen=True, slots=True, repr=False)
-class SimulationResult(SweepRuns):
+class SimulationResult(Rows, SweepRuns):
     """All runs of one sweep over one trace, with their tables and figures."""
 
     def __repr__(self) -> str:
@@ -85,15 +106,6 @@ class SimulationResult(SweepRuns):
         from hybridcache.lab.report import flat_record
 
         return [flat_record(run) for run in self.runs]
-
-    def to_pandas(self) -> Any:
-        """Return ``to_dicts`` as a pandas DataFrame. ModuleNotFoundError if pandas is missing."""
-        return _optional("pandas", "to_pandas").DataFrame(self.to_dicts())
-
-    def to_polars(self) -> Any:
-        """Return ``to_dicts`` as a polars DataFrame. ModuleNotFoundError if polars is missing."""
-        frame = _optional("polars", "to_polars").DataFrame
-        return frame(self.to_dicts(), infer_schema_length=None)
 
     def table(self, metric: str = "hit") -> str:
         """Return a table of one of ``hybridcache.lab.report.METRICS``: a row per competitor, a
@@ -138,7 +150,7 @@ class SimulationResult(SweepRuns):
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class OptimumResult(Sequence[Optimum]):
+class OptimumResult(Rows, Sequence[Optimum]):
     """Best plans for one trace, by size: a sequence of ``Optimum``."""
 
     plans: tuple[Optimum, ...]
@@ -157,6 +169,11 @@ class OptimumResult(Sequence[Optimum]):
             for plan in self.plans
         )
         return f"{type(self).__name__}({first.trace}, {first.method}: {rates})"
+
+    def to_dicts(self) -> list[dict[str, Any]]:
+        """Return a flat dictionary per size: ``gib``, ``reached`` and ``bound`` as token hit rates,
+        and the solver's figures. O(sizes)."""
+        return [{"gib": plan.capacity_bytes / GIB} | plan.record() for plan in self.plans]
 
     def table(self) -> str:
         """Return a table: plan, bound, gap and worth of memory, a row per size."""
@@ -260,8 +277,8 @@ class Sweep:
         )
         found = [
             replace(common, policy=policy, checkpoints=placement)
-            for policy in _policies(self.policy)
-            for placement in _policies(self.checkpoints)
+            for policy in named_policies(self.policy)
+            for placement in named_policies(self.checkpoints)
         ]
         peers = (self.baseline,) if isinstance(self.baseline, str) else self.baseline
         found += [
@@ -423,6 +440,7 @@ def optimum(
     state_dtype: str | None = None,
     checkpoint_dtype: str = "auto",
     grid: int = GRID,
+    counts_running: bool = False,
     progress: Progress = None,
 ) -> OptimumResult:
     """Compute the best plan with hindsight at every size: a bound for every policy.
@@ -432,7 +450,8 @@ def optimum(
     device).
     ``placement``: positions of checkpoints, ``shared`` by several requests or at ``every`` grid
     point. A size is done when bound and plan differ by at most ``relative_gap``, or after
-    ``limit_s``.
+    ``limit_s``. ``counts_running``: KV and state of the running request take memory too, as in
+    every cache; for ``greedy`` alone, which is then the default.
 
     Raises the errors of ``simulate``; TimeoutError if ``limit_s`` was too short for a bound;
     ImportError without the extra ``lab`` (not needed by ``greedy``).
@@ -450,6 +469,7 @@ def optimum(
     geometry = sweep.geometry()
     lower = sweep.lower_budgets(geometry)
     points = sizes(gib)
+    default: Method = "greedy" if counts_running else "lp" if lower else "milp"
     plans = []
     with shown_progress(progress, "sizes", opened.name) as show:
         for done, size in enumerate(points):
@@ -461,11 +481,12 @@ def optimum(
                     kv_bytes_per_token=geometry.kv_bytes_per_token,
                     state_bytes=geometry.state_bytes,
                     grid=grid,
-                    method=method or ("lp" if lower else "milp"),
+                    method=method or default,
                     placement=placement,
                     relative_gap=relative_gap,
                     limit_s=limit_s,
                     lower=lower,
+                    counts_running=counts_running,
                 )
             )
         show(len(points), len(points))
@@ -527,13 +548,14 @@ def _complete(
     whole.replace(path)
 
 
-def _policies(given: Policies) -> tuple[str | OwnPolicy, ...]:
+def named_policies(given: AnyPolicy | Sequence[AnyPolicy]) -> tuple[str | OwnPolicy, ...]:
+    """Return each policy as its name in specifications, or wrapped if it has none."""
     several = given if isinstance(given, Sequence) and not isinstance(given, str) else (given,)
     return tuple(map(_policy, several))
 
 
-def _policy(one: Policy) -> str | OwnPolicy:
+def _policy(one: AnyPolicy) -> str | OwnPolicy:
     """Replace a class by its name, if it has one, so that other processes find it."""
-    if isinstance(one, str):
+    if isinstance(one, str | OwnPolicy):
         return one
     return (isinstance(one, type) and spec_of(one)) or own_policy(one)

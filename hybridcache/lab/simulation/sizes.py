@@ -37,7 +37,7 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     return found
 
 
-def rates(spec: str) -> tuple[float, ...]:
+def rates(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     """Return sessions a second, written as sizes are. ValueError as there.
 
     >>> rates("0.5:2:3")

@@ -17,7 +17,7 @@ from hybridcache.lab.trace import Trace
 from hybridcache.policies.registry import split_specs
 from hybridcache.policies.user import source_of
 
-__all__ = ["Job", "collect_seldom", "identity_of", "run_sweep"]
+__all__ = ["Job", "collect_seldom", "identity_of", "key_of", "run_sweep"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,29 @@ class Job:
         ``identity_of``). ValueError if a policy or a placement is an object, which has no name in a
         file.
         """
-        policy, checkpoints = self.config.policy, self.config.checkpoints
-        if not isinstance(policy, str) or not isinstance(checkpoints, str):
+        return key_of(
+            self.config.label,
+            (self.config.policy, self.config.checkpoints),
+            (self.config, self.serving),
+            trace_identity,
+        )
+
+
+def key_of(
+    label: str, policies: Sequence[object], settings: tuple[object, ...], trace_identity: bytes
+) -> str:
+    """Return the key of a run with these policies and settings in a results file; see ``Job.key``.
+    ``label`` names the run in the error."""
+    own = ""
+    for policy in policies:
+        if not isinstance(policy, str):
             raise ValueError(
-                f"{self.config.label}: its runs cannot be identified in a file of runs: name the "
-                "policy as in 'mine:Policy(weight=2)', or keep no runs"
+                f"{label}: its runs cannot be identified in a file of runs: name the policy as in "
+                "'mine:Policy(weight=2)', or keep no runs"
             )
-        own = "".join(map(source_of, (policy, *split_specs(checkpoints)))).encode()
-        text = repr((self.config, self.serving)).encode() + own + trace_identity
-        return hashlib.sha256(text).hexdigest()[:16]
+        own += "".join(map(source_of, split_specs(policy)))
+    text = repr(settings).encode() + own.encode() + trace_identity
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def identity_of(trace: Trace) -> bytes:
