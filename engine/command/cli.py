@@ -101,7 +101,7 @@ GROUPS = {
     "clients and connections": "served_model_name admin_key_file cors_origin drain_s "
     "max_connections header_timeout_s body_timeout_s",
     "limits of one request": "max_body_mib max_values max_names max_prompt_ids max_detokenize_ids "
-    "max_messages max_parts max_stops max_stop_chars",
+    "max_messages max_parts max_stops max_stop_chars default_max_tokens",
     "logs and checks": "log_level trace check",
 }
 """Settings of the engine and the server by the titles under which help shows them."""

@@ -92,9 +92,12 @@ class Keys:
             scope.setdefault("state", {})["api_key"] = place
             await self._app(scope, receive, send)
             return
+        message = "This server requires a key: send it as Authorization: Bearer KEY."
+        if given_key(scope):
+            message = "This key is unknown: send one of the keys of --api-key-file."
         refusal = APIError(
             401,
-            "This server requires a key: send it as Authorization: Bearer KEY.",
+            message,
             code="invalid_api_key",
             headers={"WWW-Authenticate": "Bearer"},
         )
@@ -103,13 +106,19 @@ class Keys:
     def _place(self, scope: Scope) -> int | None:
         """Return the index of the request's key, or None if it is invalid, in time independent of
         the keys."""
-        headers = dict(scope["headers"])
-        scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer":
-            given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
+        given = given_key(scope)
         # All keys are compared, even after a match.
-        fits = [hmac.compare_digest(given.strip(), key) for key in self._keys]
+        fits = [hmac.compare_digest(given, key) for key in self._keys]
         return fits.index(True) if any(fits) else None
+
+
+def given_key(scope: Scope) -> bytes:
+    """Return the key that a request brings. Empty if it brings none."""
+    headers = dict(scope["headers"])
+    scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+    if scheme.lower() != b"bearer":
+        given = headers.get(b"x-api-key", b"")  # the header of Anthropic's clients
+    return bytes(given.strip())
 
 
 class RequestNames:

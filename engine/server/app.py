@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import logging
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -52,7 +54,10 @@ from engine.server.schemas import (
 from engine.server.streaming import ClientGone
 from engine.server.workers import SWITCH_S, Workers
 from engine.text.tokenizer import EncodeOptions
+from hybridcache.geometry.units import counted
 from hybridcache.lab.extras import version as installed_version
+
+logger = logging.getLogger(__name__)
 
 
 def add_peers_paths(app: FastAPI, front: ServingContext, operator: Operator) -> None:
@@ -294,11 +299,17 @@ def _add_generation(app: FastAPI, front: ServingContext, reader: BodyReader) -> 
             "created": front.created,
             "owned_by": "hybridcache",
             "max_model_len": front.engine.max_model_len,
+            # As Anthropic's clients read it.
+            "type": "model",
+            "display_name": front.model_name,
+            "created_at": datetime.fromtimestamp(front.created, UTC).isoformat(),
         }
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card()]}
+        one = card()
+        ends = {"first_id": one["id"], "last_id": one["id"], "has_more": False}
+        return {"object": "list", "data": [one], **ends}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
@@ -461,10 +472,22 @@ class Server(uvicorn.Server):
 
     async def _end(self) -> None:
         """Stop serving other engines at once, and all requests after ``drain_s``."""
+        if num_left := self._connections.num_busy:
+            logger.warning(
+                "Stopping: new requests are refused; %s may run for %g s more (--drain-s).",
+                counted(num_left, "request"),
+                self._drain_s,
+            )
         deadline_s = time.monotonic() + self._drain_s
         with suppress(EngineStopped, TimeoutError):
             await asyncio.wait_for(self._engine.stop_accepting(), self._drain_s)
         await asyncio.sleep(max(0.0, deadline_s - time.monotonic()))
+        if num_left := self._connections.num_busy:
+            logger.warning(
+                "%s had not ended after %g s and were broken off.",
+                counted(num_left, "request"),
+                self._drain_s,
+            )
         await asyncio.to_thread(self._engine.stop)
 
 

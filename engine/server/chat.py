@@ -25,6 +25,10 @@ from engine.text.answer_events import (
 )
 from engine.text.outputs import RequestOutput, SampledToken
 
+QUIET_S = 5.0
+"""Seconds without an event after which an empty one is sent, so that proxies keep a stream open
+while a long call is written."""
+
 
 async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:
     """Answer one chat request."""
@@ -90,6 +94,7 @@ class _ChatWriter:
         retracted."""
         last: dict[int, RequestOutput] = {}
         deltas = [_Deltas() for _ in range(exchange.num_answers)]
+        sent_s = time.monotonic()
         async for news in exchange.news():
             is_first = not last
             if is_first:
@@ -99,7 +104,10 @@ class _ChatWriter:
             more = self._of_prompt(news.output) if is_first else {}
             if self._body.repeats_usage:
                 more["usage"] = usage(list(last.values()), len(last))
-            yield self._event([self._delta(deltas[news.index], news)], **more)
+            choice = self._delta(deltas[news.index], news)
+            if more or choice != _choice(news.index, {}) or sent_s + QUIET_S < time.monotonic():
+                sent_s = time.monotonic()
+                yield self._event([choice], **more)
         outputs = [last[index] for index in range(exchange.num_answers)]
         if details := reported.cache_details(self._body, outputs):
             yield self._event([], **details)

@@ -176,7 +176,7 @@ async def ask(
 
     grammar = await front.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
     inquiry = await _inquire(front, body, np.asarray(token_ids), tenant, size, answer_id)
-    streams = await front.submit(
+    specs = (
         RequestSpec(
             token_ids,
             sampling,
@@ -191,6 +191,7 @@ async def ask(
         )
         for choice, sampling in enumerate(samplings)
     )
+    streams = await front.submit(specs, answer_id)
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
     is_single, ends = not body.parallel_tool_calls, front.tokenizer.eos_token_ids
     readings = [_Reading(each, is_single, ends) for each in readers]
@@ -293,6 +294,8 @@ class _Reading:
         self._is_single = is_single
         self._ends = ends
         self._has_calls = False
+        self._ends_in_call = False
+        """A whole call is the last thing that was read."""
         self._is_broken_off = False
         """True if a limit or a stop string ended the answer inside a call."""
         self.warning: str | None = None
@@ -327,6 +330,8 @@ class _Reading:
             self.is_over = end is not None
             events = events[:end]
         self.events += events
+        if events:
+            self._ends_in_call = isinstance(events[-1], CallEnd)
         return events
 
     def finish(self, output: RequestOutput) -> Finish | None:
@@ -334,6 +339,8 @@ class _Reading:
         if output.finish_reason is None:
             return None
         has_stopped = output.finish_reason == "stop" and not self._is_broken_off
-        if self.is_over or (self._has_calls and has_stopped):
+        # A limit that is reached at the end of a call cuts nothing: the client can make the call.
+        is_whole = output.finish_reason == "length" and self._ends_in_call
+        if self.is_over or (self._has_calls and has_stopped) or is_whole:
             return "tool_calls"
         return output.finish_reason

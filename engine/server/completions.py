@@ -67,7 +67,7 @@ async def _submit(
         for prompt, limit in zip(await front.as_arrays(token_ids), limits, strict=True)
         for sampling in samplings[limit]
     )
-    return await front.submit(
+    specs = (
         RequestSpec(
             prompt,
             sampling,
@@ -78,6 +78,7 @@ async def _submit(
         )
         for number, (prompt, sampling) in enumerate(choices)
     )
+    return await front.submit(specs, answer_id)
 
 
 class _Answer:

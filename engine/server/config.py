@@ -132,6 +132,13 @@ class ServerConfig:
     max_stop_chars: int = field(
         default=1024, metadata={"help": "characters that one stop string may have"}
     )
+    default_max_tokens: int | None = field(
+        default=None,
+        metadata={
+            "help": "most tokens of an answer to a chat that names no limit; default: as many as "
+            "the context holds"
+        },
+    )
     special_in_content: bool = field(
         default=False,
         metadata={
@@ -248,6 +255,8 @@ class ServerConfig:
                     f"--cors-origin {origin!r} is no origin: give it as https://host or "
                     "https://host:port, in lower case, without a path, or * for all."
                 )
+        if self.default_max_tokens is not None and self.default_max_tokens < 1:
+            raise ValueError(f"--default-max-tokens {self.default_max_tokens} must be 1 or more.")
         for name in COUNTS:
             if (count := getattr(self, name)) < 1:
                 raise ValueError(f"{flag(name)} {count} must be 1 or more.")

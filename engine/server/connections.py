@@ -70,6 +70,11 @@ class Connections:
         return Connection(self, **how)
 
     @property
+    def num_busy(self) -> int:
+        """Number of connections with a request."""
+        return len(self._busy)
+
+    @property
     def has_room(self) -> bool:
         return len(self._busy) + len(self._waiting) < self._limit
 

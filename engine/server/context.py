@@ -23,7 +23,7 @@ from engine.server.errors import APIError, of_failure, quoted
 from engine.server.metrics import Metrics
 from engine.server.schemas import Guided
 from engine.server.streaming import interleave
-from engine.server.tenants import AnswerIds, Tenant, Tenants
+from engine.server.tenants import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.workers import Workers
 from engine.text.outputs import DraftCounts, RequestOutput, Transferred
 from engine.text.reasoning import CLOSE
@@ -40,6 +40,7 @@ class ServingContext:
         self.engine = engine
         self.model_name = config.served_model_name or engine.model_name
         self.special_in_content = config.special_in_content
+        self._default_max_tokens = config.default_max_tokens
         self.workers = workers
         self._tenants = Tenants()
         self.ids = AnswerIds()
@@ -154,8 +155,10 @@ class ServingContext:
             )
 
     def answer_limit(self, num_tokens: int, limit: int | None) -> int | None:
-        """Return the maximum length of the answer to a prompt of ``num_tokens``: ``limit``, or None
-        if only the context limits it."""
+        """Return the maximum length of the answer to a prompt of ``num_tokens``: ``limit``, or
+        ``--default-max-tokens`` if the request names none, or None if only the context limits
+        it."""
+        limit = self._default_max_tokens if limit is None else limit
         fits = limit is not None and num_tokens + limit <= self.engine.max_model_len
         return limit if fits else None
 
@@ -166,11 +169,15 @@ class ServingContext:
             sum(map(len, prompts)), lambda: [_as_array(prompt) for prompt in prompts]
         )
 
-    async def submit(self, specs: Iterable[RequestSpec]) -> list[RequestStream]:
+    async def submit(
+        self, specs: Iterable[RequestSpec], answer_id: AnswerId
+    ) -> list[RequestStream]:
         """Submit ``specs`` and return their streams in order; all are submitted or none. Raises
         RequestError if the engine refuses one."""
         streams: list[RequestStream] = []
         record = request_log.CURRENT.get()
+        if record is not None:
+            record.answer_id = answer_id.public
         try:
             for spec in specs:
                 if record is not None:

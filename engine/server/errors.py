@@ -24,6 +24,7 @@ from engine.errors import (
     QueueFull,
     RequestError,
 )
+from engine.server.request_log import note_error
 from engine.text.json_text import whole_text, write_json
 from hybridcache.geometry.units import counted
 
@@ -111,7 +112,8 @@ class APIError(Exception):
         }
 
     def response(self, scope: Scope) -> Response:
-        """Return the response to the request of ``scope``."""
+        """Return the response to the request of ``scope``. Its line in the log has the message."""
+        note_error(str(self))
         body = self.body(scope["path"], request_name(scope))
         return PlainJSON(body, self.status, headers=self.headers)
 
@@ -143,8 +145,8 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def _http(request: Request, error: HTTPException) -> Response:
         message = {
-            404: f"The path {request.url.path} does not exist: see /docs for all paths.",
-            405: f"{request.url.path} does not support {request.method}: see /docs.",
+            404: f"The path {request.url.path} does not exist: see /openapi.json for all paths.",
+            405: f"{request.url.path} does not support {request.method}: see /openapi.json.",
         }.get(error.status_code, str(error.detail))
         headers = dict(error.headers or {})
         if error.status_code == 405:  # the route that refused lists only its own methods

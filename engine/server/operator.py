@@ -44,11 +44,20 @@ class Operator:
             scheme, _, given = request.headers.get("authorization", "").partition(" ")
             # Header bytes as received: starlette decodes them as latin-1.
             is_right = hmac.compare_digest(given.strip().encode("latin-1"), self.key)
-            if scheme.lower() != "bearer" or not is_right:
+            is_bearer = scheme.lower() == "bearer"
+            if not is_bearer or not is_right:
+                message = (
+                    "This path is reserved for the operator: send the key of --admin-key-file as "
+                    "Authorization: Bearer KEY."
+                )
+                if is_bearer and given.strip():
+                    message = (
+                        "This path is reserved for the operator, and this key is another: send "
+                        "that of --admin-key-file."
+                    )
                 raise APIError(
                     401,
-                    "This path is reserved for the operator: send the key of --admin-key-file as "
-                    "Authorization: Bearer KEY.",
+                    message,
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             return

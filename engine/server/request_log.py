@@ -1,4 +1,4 @@
-"""Request log: one line per request with method, path, status, tokens and time."""
+"""Request log: one line per request with path, status, tokens, time, answer id and error."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ class RequestRecord:
         self._prompts: list[int] = []
         """Identity of each generation's prompt: choices of one prompt share its ids."""
         self._outputs: dict[int, RequestOutput] = {}
+        self.answer_id = ""
+        """Id of the answer. Empty if the request asks for none, or was refused before it."""
+        self.error = ""
+        """Message of the error that the client got. Empty if it got none."""
 
     def expect(self, spec: RequestSpec) -> None:
         """Record one more generation of the request."""
@@ -82,7 +86,8 @@ class RequestLog:
             CURRENT.reset(token)
             spent_ms = 1000 * (time.perf_counter() - started_s)
             level = logging.DEBUG if scope["path"] in PROBES else logging.INFO
-            left = "" if is_whole else "  not sent completely"
+            end = "" if is_whole else "not sent completely"
+            notes = (record.answer_id, end, record.error)
             logger.log(
                 level,
                 "%s %s %d%s  %.0f ms%s",
@@ -91,7 +96,7 @@ class RequestLog:
                 status,
                 record.words(),
                 spent_ms,
-                left,
+                "".join(f"  {_safe(note)}" for note in notes if note),
             )
 
 
@@ -99,6 +104,18 @@ def _safe_path(scope: Scope) -> str:
     """Return the path as it was sent, without control characters for terminals."""
     path = quote(scope["path"], safe="/:@!$&'()*+,;=~-._")
     return path if len(path) <= MAX_PATH else path[:MAX_PATH] + "..."
+
+
+def _safe(text: str) -> str:
+    """Return ``text`` without characters that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
+def note_error(message: str) -> None:
+    """Have the line of the current request say which error its client gets."""
+    record = CURRENT.get()
+    if record is not None:
+        record.error = message
 
 
 def is_wanted(log_requests: bool | None) -> bool:

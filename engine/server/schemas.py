@@ -568,6 +568,36 @@ def cuts_of(
     return [Cut(None), *cuts] if has_tools else cuts
 
 
+def _answers_calls(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Return ``messages``. ValueError: a tool's result belongs to no call before it. O(calls)."""
+    called: set[str | None] = set()
+    for number, message in enumerate(messages, 1):
+        called.update(_id_of(call.get("id")) for call in message.tool_calls or ())
+        if message.role != "tool":
+            continue
+        if not called:
+            raise ValueError(
+                f"Message {number} is a tool's result, but no message before it calls a tool: send "
+                "the assistant's message with its calls, too."
+            )
+        answered = _id_of((message.model_extra or {}).get("tool_call_id"))
+        if answered is not None and answered not in called and None not in called:
+            raise ValueError(
+                f"Message {number} is the result of the call {quoted(answered)}, which no "
+                "message before it makes: send the id of a call."
+            )
+    return messages
+
+
+def _id_of(value: object) -> str | None:
+    return None if value is None else str(value)
+
+
+Chat = Annotated[Listed[ChatMessage], AfterValidator(_answers_calls)]
+"""Messages of which each tool's result follows a call. As with OpenAI, others are refused: the
+model could not tell which question they answer. A result or a call may lack its id."""
+
+
 def _call(call: dict[str, Any]) -> dict[str, Any]:
     call = _with_plain_function(call)
     function = call.get("function")
@@ -664,7 +694,7 @@ class Diagnostics(Strict):
 class ChatRequest(Sampling, Rendering):
     """POST /v1/chat/completions."""
 
-    messages: Listed[ChatMessage] = Field(min_length=1)
+    messages: Chat = Field(min_length=1)
     max_tokens: AnswerLimit | None = None
     max_completion_tokens: AnswerLimit | None = None
     logprobs: bool = False
@@ -764,7 +794,7 @@ class TokenizeRequest(Rendering):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Listed[ChatMessage] | None = None
+    messages: Chat | None = None
     tools: Tools | None = None
     add_special_tokens: bool = True
 

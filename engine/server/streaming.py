@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from engine.async_engine import RequestStream
 from engine.server.errors import APIError, of_failure
+from engine.server.request_log import note_error
 from engine.text.json_text import write_json
 from engine.text.outputs import RequestOutput
 
@@ -197,7 +198,9 @@ async def _joined(
         async for one in rest:
             yield one
     except Exception as error:
-        yield on_error(of_failure(error))
+        failure = of_failure(error)
+        note_error(str(failure))
+        yield on_error(failure)
 
 
 async def _hang_up(receive: Receive) -> None:

@@ -99,6 +99,11 @@ class Explanation:
                 return worst
         return None
 
+    @property
+    def advice(self) -> str | None:
+        """Change that makes more of such a prompt reusable. None if there is no cause."""
+        return None if self.cause is None else ADVICE[self.cause]
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON; docs/engine/capabilities.md has the fields."""
         parting = self.parting
@@ -112,6 +117,7 @@ class Explanation:
             "parted": parted,
             "lost": {name: number for name, number in self.lost.items() if number},
             "cause": self.cause,
+            "advice": self.advice,
             "text": self.text,
         }
 
@@ -120,13 +126,15 @@ class Explanation:
         """In a sentence or two."""
         computed = self.prompt_len - self.cached_len
         words = [
-            f"{self.cached_len:,} of {self.prompt_len:,} tokens were read, {computed:,} computed."
+            f"{self.cached_len:,} of {self.prompt_len:,} tokens were reused, {computed:,} computed."
         ]
         if self.parting is not None:
             words.append(_say(self.parting))
         lost = [f"{number:,} {WORDS[name]}" for name, number in self.lost.items() if number]
         if lost:
             words.append(f"Of the {self.shared_len:,} that both share: {', '.join(lost)}.")
+        if self.advice is not None:
+            words.append(self.advice)
         return " ".join(words)
 
 
@@ -139,6 +147,27 @@ WORDS = {
     "kv_evicted": "were evicted",
     "forgotten": "are no longer known to the cache",
 }
+_MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
+ADVICE = {
+    "model": "Ask the same model each time.",
+    "tools": "Send the same tools in the same order with each request.",
+    "system": "Put text that changes at the end of the system message or into the last message, or "
+    "start the server with --volatile-line.",
+    "variables": "Send the same chat_template_kwargs with each request.",
+    "messages": "Only append to a conversation.",
+    "answer": "Send answers back as they came, with their reasoning, or start the server with "
+    "--preserve-thinking.",
+    "template": "Start the server with --preserve-thinking if the template drops reasoning.",
+    "refused": _MORE_MEMORY,
+    "checkpoint_evicted": _MORE_MEMORY,
+    "kv_evicted": _MORE_MEMORY,
+    "forgotten": _MORE_MEMORY,
+    "not_fetched": "Nothing is to be done: computing them was faster than loading.",
+    "never_checkpointed": "Mark the end of the shared part with cache_control, or try other "
+    "--checkpoints.",
+    "below_grid": "Nothing is to be done: it is less than one step of --grid.",
+}
+"""Advice by the cause of an explanation."""
 SAID = {
     "model": "another model was asked",
     "tools": "the tools were {how}",

@@ -25,6 +25,8 @@ from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import Tokenizer
 from hybridcache.tokens import Tokens, common_prefix_len
 
+SHORT_ID = 17
+"""Characters of an id that ``engine top`` shows: ``chatcmpl-`` and eight more."""
 NEAREST = 64
 """Requests that are looked through for the one that shares most."""
 
@@ -65,6 +67,8 @@ class RequestMemory:
         self._known: OrderedDict[tuple[Hashable, str], Remembered] = OrderedDict()
         self._lock = threading.Lock()
         self.num_bytes = 0
+        self.has_forgotten = False
+        """True if a request had to make room for others, or was too large."""
 
     def get(self, tenant: Hashable, answer_id: str) -> Remembered | None:
         """Return what is known of an answer of ``tenant``. O(1)."""
@@ -72,8 +76,9 @@ class RequestMemory:
             return self._known.get((tenant, answer_id))
 
     def find(self, name: str) -> tuple[str, Remembered] | None:
-        """Return the id of the latest answer with this id, or this ``request_id``, of any tenant,
-        and what is known of it: for the operator. O(requests)."""
+        """Return the id of the latest answer of any tenant that has this id or ``request_id``, or
+        whose id begins with these ``SHORT_ID`` or more characters, and what is known of it: for the
+        operator. O(requests)."""
         with self._lock:
             listed = list(self._known.items())
         return next(
@@ -81,6 +86,7 @@ class RequestMemory:
                 (answer_id, known)
                 for (_, answer_id), known in reversed(listed)
                 if name in (answer_id, known.request_id)
+                or (len(name) >= SHORT_ID and answer_id.startswith(name))
             ),
             None,
         )
@@ -90,6 +96,7 @@ class RequestMemory:
         amortised."""
         size = remembered.num_bytes
         if size > self._limit_bytes:
+            self.has_forgotten = True
             return
         with self._lock:
             earlier = self._known.pop((tenant, answer_id), None)
@@ -98,6 +105,7 @@ class RequestMemory:
             while self.num_bytes > self._limit_bytes:
                 _, oldest = self._known.popitem(last=False)
                 self.num_bytes -= oldest.num_bytes
+                self.has_forgotten = True
 
     def nearest(self, later: Remembered) -> tuple[str, Remembered] | None:
         """Return the id of the request before ``later`` in its namespace that shares most with it,

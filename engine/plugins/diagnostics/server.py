@@ -12,7 +12,7 @@ from engine.plugins.diagnostics.explanations import Explanations, Inquiry
 from engine.plugins.diagnostics.replays import Replays, compiled
 from engine.server.chat_hooks import ChatDiagnostics, ChatInput, Message
 from engine.server.config import ServerConfig
-from engine.server.errors import APIError
+from engine.server.errors import APIError, quoted
 from engine.server.extension import ServerExtension
 from engine.server.operator import Operator
 from engine.server.tenants import Tenant
@@ -59,6 +59,19 @@ class Hooks:
         self.replays.remember(prompt, place, message, output)
 
 
+def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:
+    """Say why there is no explanation for answers of which these ids are ``unknown``."""
+    if not unknown:
+        return "The two answers have different salts (cache_salt): they share nothing."
+    message = (
+        f"No chat answer with the id {quoted(unknown[0])} is remembered: send the 'id' of an "
+        "answer, which the log of requests and `engine top` show, too."
+    )
+    if has_forgotten:
+        message += " Older ones were forgotten: --explain-mib remembers more."
+    return message
+
+
 class Extension(ServerExtension):
     """Explains misses to the operator."""
 
@@ -79,9 +92,7 @@ class Extension(ServerExtension):
             operator.check(request)
             told = hooks.explanations.look_up(answer_id, compared_with)
             if told is None:
-                raise APIError(
-                    404,
-                    "This answer, or the one it is compared with, is not remembered: raise "
-                    "--explain-mib to remember more.",
-                )
+                names = [answer_id] if compared_with is None else [answer_id, compared_with]
+                unknown = [name for name in names if hooks.explanations.memory.find(name) is None]
+                raise APIError(404, _why_unknown(unknown, hooks.explanations.memory.has_forgotten))
             return told

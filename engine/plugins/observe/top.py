@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from hybridcache.api import Losses
 from hybridcache.geometry.units import format_bytes, format_seconds
@@ -36,8 +36,10 @@ WORDS = {name: name.replace("_", " ") for name in COLOURS} | {"cached": "reused"
 GOING = ("waiting", "prefill", "decode")
 MAX_REQUESTS = 500
 TIMEOUT_S, RETRY_S, REFRESH_S = 30.0, 1.0, 0.25
-BAR = 24
+BAR = 16
 """Columns of a request's bar."""
+SHORT_ID = 17
+"""Characters of a request's id: enough for ``/v1/cache/explanations/ID``."""
 
 
 class Watched:
@@ -114,8 +116,9 @@ def screen(watched: Watched, height: int) -> RenderableType:
     if watched.memory is not None:
         parts += [_numbers(watched), _memory(watched), _legend()]
         table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-        for name in ("conversation", "prompt", "reused", "", "TTFT", "tok/s", "state"):
-            table.add_column(name, justify="left" if name in ("", "state") else "right")
+        for name in ("id", "conversation", "prompt", "reused", "", "TTFT", "tok/s", "state"):
+            justify: Literal["left", "right"] = "left" if name in ("id", "", "state") else "right"
+            table.add_column(name, justify=justify, no_wrap=name == "id")
         latest = sorted(watched.requests.values(), key=lambda one: -one["arrived_s"])
         for one in latest[: max(3, height - 9)]:
             table.add_row(*_row(one))
@@ -190,6 +193,7 @@ def _row(one: dict[str, Any]) -> tuple[str | Text, ...]:
         state = f"{one['answer']} tokens"
     name = str(one["conversation"])
     return (
+        one["id"][:SHORT_ID],
         name if one["namespace"] is None else f"{name} ({one['namespace'][:6]})",
         f"{one['prompt']:,}",
         f"{one['cached'] / one['prompt']:.1%}" if one["losses"] else "-",

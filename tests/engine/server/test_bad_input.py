@@ -85,6 +85,11 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
         "'stream_options.include' is not a parameter",
     ),
 ]
+MADE: dict[str, Any] = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
 BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({}, "'messages' is missing: add it."),
     ({"messages": []}, "'messages' must have at least 1 entry (got [])."),
@@ -112,6 +117,11 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         "'response_format.type' must be 'text', 'json_object' or 'json_schema'",
     ),
     ({"messages": CHAT, "tool_choice": "required"}, "'tool_choice' needs 'tools'"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "Message 1 is a tool's result, but no"),
+    (
+        {"messages": [*CHAT, MADE, {"role": "tool", "tool_call_id": "2", "content": "x"}]},
+        "Message 3 is the result of the call '2', which no message before it makes",
+    ),
     (
         {
             "messages": CHAT,

@@ -8,6 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any
 
 import openai
@@ -267,6 +268,10 @@ def test_models_are_named(serve_oracle: Callable[..., Live]) -> None:
 
     live = serve_oracle(ServerConfig(served_model_name="org/mine"))
     [card] = live.client.models.list().data
+    page = live.get("/v1/models").json()  # as Anthropic's clients read it
+    assert page["first_id"] == page["last_id"] == "org/mine" and page["has_more"] is False
+    assert (card.type, card.display_name) == ("model", "org/mine")
+    assert datetime.fromisoformat(card.created_at).timestamp() == card.created
     assert card.id == "org/mine" and live.client.models.retrieve("org/mine").max_model_len == 4096
     with pytest.raises(openai.NotFoundError, match="use 'org/mine'"):
         live.client.models.retrieve("other")

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 import httpx
 import pytest
 from openai.types.responses.response import PromptCacheDiagnostics
 from pydantic import TypeAdapter
+
+from engine.plugins.diagnostics.explain import ADVICE, CAUSES, Change
+from engine.server.config import ServerConfig
 
 from .conftest import Live
 
@@ -99,6 +103,17 @@ def test_messages_say_it_as_anthropic_does(live: Live) -> None:
     assert "diagnostics" not in live.post("/v1/messages", {**asked, "system": "C"}).json()
 
 
+def test_each_cause_has_advice() -> None:
+    assert set(ADVICE) == {*get_args(Change), *CAUSES}
+
+
+def test_an_unknown_id_may_be_one_that_was_forgotten(serve_oracle: Callable[..., Live]) -> None:
+    live = serve_oracle(ServerConfig(explain_mib=0))
+    answer_id = live.post("/v1/chat/completions", body("Gone.")).json()["id"]
+    told = live.get(f"/v1/cache/explanations/{answer_id}")
+    assert told.status_code == 404 and "--explain-mib remembers more" in told.text
+
+
 def test_responses_say_it_as_openai_does(live: Live) -> None:
     create = live.client.responses.create
     model = live.engine.model_name
@@ -153,7 +168,10 @@ def test_the_operator_sees_an_answer_beside_the_nearest_before_it(live: Live) ->
     assert told["parted"]["now"].startswith("!")
     other = live.get(f"/v1/cache/explanations/{ids[2]}?compared_with={ids[1]}").json()
     assert other["compared_with"] == ids[1] and other["parted"]["at"] < told["parted"]["at"]
-    assert live.get("/v1/cache/explanations/chatcmpl-none").status_code == 404
+    assert "tokens were reused" in told["text"] and told["text"].endswith(told["advice"])
+    unknown = live.get("/v1/cache/explanations/chatcmpl-none")
+    assert unknown.status_code == 404 and "'chatcmpl-none' is remembered" in unknown.text
+    assert "--explain-mib" not in unknown.text, "nothing was forgotten"
     foreign = {"Origin": "https://evil.example"}
     url = f"{live.url}/v1/cache/explanations/{ids[2]}"
     assert httpx.get(url, headers=foreign).status_code == 403

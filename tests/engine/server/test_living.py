@@ -321,8 +321,12 @@ def test_a_burst_ends_as_soon_as_its_client_is_gone() -> None:
     assert 2 <= num_sent <= 5
 
 
-def test_what_a_drain_can_not_finish_is_told_so(serve_oracle: Callable[..., Live]) -> None:
-    live = serve_oracle(ServerConfig(drain_s=0.2), step_s=0.005)
+def test_what_a_drain_can_not_finish_is_told_so(
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its clients by an error, and the operator by the log."""
+    caplog.set_level(logging.INFO, "engine.server")
+    live = serve_oracle(ServerConfig(drain_s=0.2, log_requests=True), step_s=0.005)
 
     async def ask() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=live.url, timeout=60) as client:
@@ -342,6 +346,13 @@ def test_what_a_drain_can_not_finish_is_told_so(serve_oracle: Callable[..., Live
     assert error == whole.json()["error"]
     assert error["message"] == "The engine stopped before the answer was done."
     assert int(whole.headers["Retry-After"]) >= 1
+    logged = [line for line in _lines(live, caplog, 3) if "/v1/completions" in line]
+    assert len(logged) == 2 and all(line.endswith(error["message"]) for line in logged)
+    warned = [one.getMessage() for one in caplog.records if one.name == "engine.server.app"]
+    assert [line.partition(":")[0] for line in warned] == [
+        "Stopping",
+        "2 requests had not ended after 0.2 s and were broken off.",
+    ]
     live.engine.check()
 
 
@@ -462,12 +473,30 @@ def test_a_request_is_one_line_of_the_log_with_its_tokens(
     live.get("/health")
     live.get("/no%1b[31m%0Asuch?key=secret")
     first, second, third = _lines(live, caplog, 3)
-    assert re.fullmatch(r"POST /v1/completions 200  prompt 200  cached 0  answer 5  \d+ ms", first)
+    assert re.fullmatch(
+        r"POST /v1/completions 200  prompt 200  cached 0  answer 5  \d+ ms  cmpl-\w+", first
+    )
     told = re.fullmatch(
-        r"POST /v1/completions 200  prompt 300  cached (\d+)  answer 20  \d+ ms", second
+        r"POST /v1/completions 200  prompt 300  cached (\d+)  answer 20  \d+ ms  cmpl-\w+", second
     )
     assert told and 0 < int(told[1]) < 200, "a prompt with two answers counts once"
-    assert re.fullmatch(r"GET /no%1B%5B31m%0Asuch 404  \d+ ms", third)
+    assert re.fullmatch(r"GET /no%1B%5B31m%0Asuch 404  \d+ ms  The path /no.*", third)
+    assert third.isprintable(), "a terminal would obey it"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_log_says_why_a_request_was_refused_and_which_id_explains_an_answer(
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, stream: bool
+) -> None:
+    caplog.set_level(logging.INFO, "engine.server.request_log")
+    live = serve_oracle(ServerConfig(log_requests=True))
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3, "stream": stream}
+    live.post("/v1/chat/completions", chat | {"top_k": -9})
+    live.post("/v1/chat/completions", chat)
+    refused, answered = _lines(live, caplog, 2)
+    assert refused.endswith("ms  'top_k' must be at least -1 (got -9).")
+    [answer_id] = re.findall(r"  (chatcmpl-\w+)$", answered)
+    assert live.get(f"/v1/cache/explanations/{answer_id}").json()["id"] == answer_id
 
 
 def test_the_log_has_requests_whose_clients_left(
@@ -480,7 +509,8 @@ def test_the_log_has_requests_whose_clients_left(
     connection.close()
     [line] = _lines(live, caplog, 1)
     assert re.fullmatch(
-        r"POST /v1/completions 200  prompt 1  cached 0  answer \d+  \d+ ms  not sent completely",
+        r"POST /v1/completions 200  prompt 1  cached 0  answer \d+  \d+ ms  cmpl-\w+  "
+        "not sent completely",
         line,
     )
 

@@ -35,6 +35,21 @@ def events(live: Live, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
 
 
+def test_a_chat_that_names_no_limit_has_that_of_the_server(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    live = serve_oracle(ServerConfig(default_max_tokens=7))
+    chat: dict[str, Any] = {"messages": CHAT, "ignore_eos": True}
+    for limit, expected in (({}, 7), ({"max_tokens": 9}, 9), ({"max_completion_tokens": 3}, 3)):
+        answer = live.post("/v1/chat/completions", chat | limit).json()
+        assert answer["usage"]["completion_tokens"] == expected
+        assert answer["choices"][0]["finish_reason"] == "length"
+    answer = live.post("/v1/responses", {"input": "x"}).json()
+    assert answer["usage"]["output_tokens"] <= 7
+    with pytest.raises(ValueError, match="--default-max-tokens 0 must be 1 or more"):
+        ServerConfig(default_max_tokens=0)
+
+
 def test_which_tokens_may_come(live: Live) -> None:
     plain = ids(complete(live, return_token_ids=True, ignore_eos=True))
     asked = {"return_token_ids": True, "ignore_eos": True}

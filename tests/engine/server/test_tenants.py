@@ -173,7 +173,11 @@ def test_a_file_of_keys_has_one_on_each_line(
     assert statuses == [200, 200, 200]
     for wrong in (b"key-onekey-two", b"key-", b"\xef\xbb\xbfkey-one"):
         headers = [(b"Authorization", b"Bearer " + wrong)]
-        assert httpx.get(f"{live.url}/v1/models", headers=headers).status_code == 401
+        refused = httpx.get(f"{live.url}/v1/models", headers=headers)
+        assert refused.status_code == 401 and "This key is unknown" in refused.text
+    assert "requires a key" in httpx.get(f"{live.url}/v1/models").text
+    wrong_key = {"Authorization": "Bearer key-one"}
+    assert "this key is another" in httpx.get(f"{live.url}/v1/cache", headers=wrong_key).text
     (tmp_path / "admin").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match="admin has 2 lines; it must contain a single key"):
         serve_oracle(ServerConfig(admin_key_file=str(tmp_path / "admin")))

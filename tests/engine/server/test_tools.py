@@ -202,6 +202,36 @@ def test_a_call_that_breaks_off_is_no_call_made(
         assert choice.warning == "A call of a tool was left in the text, because it breaks off."
 
 
+@pytest.mark.parametrize("num_more", [0, 4], ids=["at its end", "behind it"])
+@pytest.mark.parametrize("asked", [{}, {"tool_choice": "required"}], ids=["auto", "required"])
+def test_a_limit_that_is_reached_after_a_whole_call_leaves_it_made(
+    say: Say, asked: dict[str, Any], num_more: int
+) -> None:
+    """A loop that goes on while it reads ``tool_calls`` does not end for it; a next call that was
+    begun is cut."""
+    if asked:
+        pytest.importorskip("llguidance")
+    limit = len(HERMES_CALL) + num_more
+    client = say(f"{HERMES_CALL}\n{HERMES_CALL}").client
+    [choice] = client.chat.completions.create(**OPTIONS, **asked, max_tokens=limit).choices
+    [call] = choice.message.tool_calls or ()
+    assert json.loads(call.function.arguments) == BONN
+    assert choice.finish_reason == ("length" if num_more else "tool_calls")
+
+
+def test_a_stream_has_no_empty_events_while_a_call_is_written(say: Say) -> None:
+    live = say(HERMES_CALL)
+    events = list(live.client.chat.completions.create(stream=True, **OPTIONS))
+    empty = [
+        one
+        for one in events
+        if one.choices
+        and not one.choices[0].delta.model_dump(exclude_none=True)
+        and one.choices[0].finish_reason is None
+    ]
+    assert len(events) < 6 and not empty
+
+
 BROKEN = {
     "no JSON": ('{"name": "weather", "arguments": {"city": }}', "it is not a JSON object"),
     "open": ('{"name": "weather", "arguments": {"city": "Bonn}}', "it breaks off"),

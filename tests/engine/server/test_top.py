@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,16 @@ def test_one_screen_of_a_live_server(live: Live, capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     assert "prompt tokens reused" in shown and "checkpoints" in shown
     assert "never seen" in shown and "length" in shown
+
+
+def test_an_id_on_the_screen_leads_to_the_explanation(
+    live: Live, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "from top to the reason"}], "max_tokens": 4}
+    answer_id = live.post("/v1/chat/completions", chat).json()["id"]
+    assert main(["top", "--url", live.url, "--once"]) == 0
+    [shown] = re.findall(rf"^{answer_id[:12]}\w*", capsys.readouterr().out, re.MULTILINE)
+    assert live.get(f"/v1/cache/explanations/{shown}").json()["id"] == answer_id
 
 
 def test_it_follows_what_goes_on(live: Live) -> None:
