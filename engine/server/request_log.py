@@ -28,7 +28,7 @@ class RequestRecord:
         """Identity of each generation's prompt: choices of one prompt share its ids."""
         self._outputs: dict[int, RequestOutput] = {}
         self.answer_id = ""
-        """Id of the answer. Empty if the request asks for none, or was refused before it."""
+        """Id of the answer. Empty if there is none."""
         self.error = ""
         """Message of the error that the client got. Empty if it got none."""
 
@@ -107,12 +107,12 @@ def _safe_path(scope: Scope) -> str:
 
 
 def _safe(text: str) -> str:
-    """Return ``text`` without characters that a terminal would obey."""
+    """Return ``text`` with control characters replaced."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def note_error(message: str) -> None:
-    """Have the line of the current request say which error its client gets."""
+    """Add an error message to the line of the current request."""
     record = CURRENT.get()
     if record is not None:
         record.error = message
