@@ -98,6 +98,22 @@ def test_a_policy_conserves_and_never_beats_the_bound(
         assert all(cached <= best for cached, best in zip(runs[0][0], ideal, strict=True))
 
 
+@pytest.mark.parametrize(("checkpoint_dtype", "num_own"), [("auto", 1), ("int8", 0)])
+def test_a_running_state_takes_a_slot_only_if_checkpoints_are_plain_states(
+    checkpoint_dtype: str, num_own: int
+) -> None:
+    """States of another format than checkpoints are outside of the cache's memory, as in the
+    engine."""
+    geometry = ModelGeometry.load("qwen3.5-0.8b", checkpoint_dtype=checkpoint_dtype)
+    target = build_target(RunConfig(geometry, budget_bytes=1 << 30, checkpoints="none"), unit=1)
+    assert isinstance(target, LeaseTarget)
+    prompt = np.arange(100, dtype=np.int32)
+    served = target.begin(TraceRequest(0.0, 0, None, prompt, prompt))
+    assert served is not None
+    target.cache.check(held_tokens=100, held_slots=num_own)
+    assert target.cache.take_step().row_writes == ()
+
+
 @pytest.mark.parametrize("baseline", sorted(BASELINES))
 def test_a_peer_never_beats_the_bound_and_forgets_nothing_it_holds(baseline: str) -> None:
     trace = short()

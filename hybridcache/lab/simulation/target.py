@@ -317,11 +317,9 @@ class LeaseTarget:
             request.tokens,
             request.namespace,
             request.boundaries,
-            True,
-            False,
-            self._stateful,
-            request.answer_survives,
-            self._own_slot,
+            stateful=self._stateful,
+            answer_survives=request.answer_survives,
+            own_slot=self._own_slot,
         )
         self.cache.take_step()  # There are no tensors, so the plan is discarded.
         before = self._fetched_bytes()
