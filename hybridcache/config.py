@@ -92,7 +92,10 @@ class CacheConfig:
             raise ValueError(f"unknown prefix cache {self.prefix_cache!r}; known: {known}")
         if self.memory not in MEMORIES:
             known = ", ".join(MEMORIES)
-            raise ValueError(f"unknown memory {self.memory!r}; known: {known}")
+            raise ValueError(
+                f"unknown memory {self.memory!r}; known: {known}. For two pools, give "
+                "num_kv_tokens and num_slots without memory"
+            )
         if self.page_size < 1 or self.grid < 1:
             raise ValueError(f"page_size {self.page_size} and grid {self.grid} must be at least 1")
         if self.grid % self.page_size and self.page_size % self.grid:

@@ -115,6 +115,13 @@ class HybridRadixCache:
         self._gathered = self._residency.gathered
         self.steps = step_queue_of(pages)
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(cached_tokens={self.cached_tokens}, "
+            f"free_tokens={self.free_tokens}, num_checkpoints={self.num_checkpoints}, "
+            f"free_slots={self.free_slots}, policy={type(self.policy).__name__})"
+        )
+
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Look up how much of ``tokens`` is cached, and the causes of the losses. Changes nothing.
         O(n).

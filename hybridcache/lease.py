@@ -600,6 +600,15 @@ class Lease:
             match = match._replace(losses=losses_of(found, match.cached_len, loadable_len))
         return cls(cache, placement, request, match, receipt, slot)
 
+    def __repr__(self) -> str:
+        if self._has_ended:
+            return "Lease(ended)"
+        return (
+            f"Lease(prompt_len={self.prompt_len}, cached_len={self.cached_len}, "
+            f"published_len={self.published_len}, extended_len={self.extended_len}, "
+            f"state_slot={self.state_slot})"
+        )
+
     def _count(self) -> None:
         """Count the lease as a use and plan its checkpoints, when it gets its first memory."""
         self._is_counted = True

@@ -66,6 +66,7 @@ def test_no_cache_keeps_nothing():
             "does not implement EvictionPolicy: derive JSONDecoder from hybridcache.EvictionPolicy",
         ),
         ({"num_kv_tokens": 0}, "less than one page"),
+        ({"num_kv_tokens": 8, "memory": "pools"}, "For two pools, give num_kv_tokens and num_slot"),
         ({"num_kv_tokens": 8}, "num_slots must be given for a hybrid cache"),
         ({"total_bytes": 8}, "kv_bytes_per_token and state_bytes must be given with total_bytes"),
         (

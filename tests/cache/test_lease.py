@@ -560,3 +560,14 @@ def test_a_request_that_resumes_is_counted_once() -> None:
     begin(cache, prompt).extend(40)
     assert (cache.stats.total.requests, cache.stats.total.hits) == (2, 1)
     assert "requests=2" in repr(cache.stats) and "cached_tokens=24" in repr(cache.stats)
+
+
+def test_a_lease_and_a_cache_show_their_lengths() -> None:
+    cache, prompt = make_cache(grid=8), tokens(40)
+    lease = begin(cache, prompt)
+    prefill(lease, prompt)
+    shown = "Lease(prompt_len=40, cached_len=0, published_len=40, extended_len=40, state_slot=0)"
+    assert repr(lease) == shown
+    lease.finish(prompt, 40)
+    assert repr(lease) == "Lease(ended)"
+    assert repr(cache).startswith("HybridRadixCache(cached_tokens=40, free_tokens=984, num_check")
