@@ -1,5 +1,5 @@
-"""Where a figure comes from: every results file begins with the command, commit, versions and
-machine that made it."""
+"""Provenance of figures: every results file begins with the command, commit, versions and machine
+that made it."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def write_json_lines(
 def code_hash(
     folders: Iterable[str] = ("engine", "kernels", "experiments", "tests/kernels"),
 ) -> str:
-    """Of all that decides what an experiment on a device computes: the same with git and without
-    it. Not of results."""
+    """Return a digest of all sources that determine what an experiment on a device computes,
+    without results. It is the same with git and without."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):

@@ -1,13 +1,14 @@
-"""How much of an agent's prompt is computed again? Scripted agents with tools, through the openai
-client and anthropic's, over templates that treat reasoning as Qwen3's, Qwen3-Coder's and Qwen3.5's
-do.
+"""Count the prompt tokens that agents compute again: scripted agents with tools, with the clients
+of OpenAI and Anthropic, and templates that treat reasoning like those of Qwen3, Qwen3-Coder and
+Qwen3.5.
 
 python -m experiments.run_agent
 
-Every answer is sampled as a model may: another tokenization and other JSON than the server would
-write. Each conversation runs three times: answers that come back are tokenized anew, are replayed
-as they were sampled, and are replayed with the reasoning that templates drop. ``new`` is what the
-client added since the last answer, ``beyond`` what was computed beside it.
+Answers have another tokenization and other JSON than the server would write, as those of a model
+may have. Each conversation runs three times: answers that come back are tokenized again, are
+replayed as they were sampled, and are replayed with the reasoning that templates drop. ``new``
+counts the tokens that the client added since the last answer, ``beyond`` the others that were
+computed.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def _templates(folder: Path | None) -> dict[str, str]:
 def record(
     template: str, thinks: bool, mode: str, asked: list[Asked], new: list[int]
 ) -> dict[str, Any]:
-    """What a conversation cost, request by request."""
+    """Return the computed tokens of a conversation, request by request."""
     computed = [one.prompt_len - one.cached_len for one in asked]
     beyond = [cost - added for cost, added in zip(computed, new, strict=True)]
     return {

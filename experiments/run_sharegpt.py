@@ -1,4 +1,5 @@
-"""How many prompt tokens does the cache spare on conversations, and what is that worth in time?
+"""Measure the prompt tokens that the cache saves on conversations, and the time that they are
+worth.
 
 Every turn of a conversation becomes a request with its full history; conversations are interleaved
 as they would arrive, each turn after a pause. The requests go through the real engine, or with
@@ -283,7 +284,7 @@ def _geometry(model: str | None) -> ModelGeometry:
 
 
 def _conversations(options: argparse.Namespace) -> Iterable[Conversation]:
-    """Those asked for; says so where they are made up."""
+    """Return the requested conversations, and print a note if they are generated."""
     if options.data is not None:
         return iter_conversations(None if options.data == Path("sharegpt") else options.data)
     print("Made-up conversations with the lengths of ShareGPT's; --data FILE takes genuine ones.")

@@ -1,12 +1,12 @@
-"""What do cache, drafts and small number formats cost in answers? lm-eval against the server.
+"""Measure what cache, drafts and small number formats cost in answers: lm-eval against the server.
 
     python -m experiments.benchmarks.accuracy                     # word problems, drawn from a seed
     python -m experiments.benchmarks.accuracy --tasks gsm8k --limit 100 --model DIR
 
-Starts `engine serve --exact` on a free loopback port in one setting after the other, and has
-lm-eval ask it through its local-completions. Within one format of weights, states and checkpoints
-neither cache nor drafts may change an answer: where one did, the exit code is 1. Beside it stand
-bits per byte of held-out code by weight format, where the model is the built-in one. Needs the
+Starts `engine serve --exact` on a free loopback port in one setting after the other, and runs
+lm-eval against it with its local-completions. Within one format of weights, states and checkpoints
+neither cache nor drafts may change an answer: if one does, the exit code is 1. For the built-in
+model the results also have bits per byte of held-out code by weight format. Needs the
 package lm-eval (`pip install 'lm-eval[api]'`).
 """
 
@@ -68,7 +68,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What lm-eval found of one setting."""
+    """Result of lm-eval for one setting."""
 
     scores: Mapping[str, float]
     """Share of right answers, by task."""
@@ -107,8 +107,8 @@ def serving(flags: Sequence[str]) -> Iterator[int]:
 def ask(
     port: int, model: str, tasks: Sequence[str], folder: Path, limit: int | None, clients: int
 ) -> Outcome:
-    """Have lm-eval ask the server for its ``model``, so many ``clients`` at a time; ``folder`` has
-    tasks of our own."""
+    """Run lm-eval against the server's ``model`` with that many ``clients`` at a time. ``folder``
+    has our own tasks."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -183,7 +183,7 @@ def num_moved(outcomes: Mapping[Setting, Outcome], setting: Setting) -> int:
 
 
 def bits_per_byte(weights: str, num_rows: int, length: int) -> float:
-    """Of held-out modules, as the built-in model is served with these weights."""
+    """Return the bits per byte of held-out modules, with the built-in model in these weights."""
     flags = dict(zip(WEIGHTS[weights][::2], WEIGHTS[weights][1::2], strict=True))
     config = EngineConfig(
         device="cpu",

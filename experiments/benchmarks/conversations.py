@@ -216,9 +216,9 @@ WORDS = [
     "still",
     "learn",
 ]
-"""What made-up texts are made of: common first, as Zipf has it."""
+"""Words of generated texts, the most common first (Zipf)."""
 MAX_CHARS = 6000
-"""Of one made-up text."""
+"""Maximum length of one generated text."""
 
 
 def has_package() -> bool:

@@ -1,5 +1,5 @@
-"""How many operations PyTorch dispatches for one decode step, and for each layer of it: with the
-plain kernels, with the native ones, and with a recorded step of these.
+"""Count the operations that PyTorch dispatches for one decode step, and for each of its layers:
+with the plain kernels, with the native ones, and with a recorded step of these.
 
     python -m experiments.benchmarks.count_ops
 
@@ -42,7 +42,7 @@ class Counted:
     """Operations of PyTorch in a step."""
     per_layer: float
     native_calls: int
-    """Of the kernels in C++, from Python; recorded ones are repeated without."""
+    """Calls of C++ kernels from Python. A recorded step is repeated without them."""
     most: str
     """The three that are most."""
 
@@ -60,7 +60,7 @@ class Counting(TorchDispatchMode):
 
 
 def count(way: str, streams: int) -> Counted:
-    """Of one step in which ``streams`` requests of the built-in model decode."""
+    """Count one step in which ``streams`` requests of the built-in model decode."""
     runner = ModelRunner(EngineConfig(device="cpu", max_running=9, cache_gib=0.25, **WAYS[way]))
     with torch.inference_mode():
         decode = Decode(runner, np.arange(CONTEXT, dtype=np.int32), streams)

@@ -35,7 +35,7 @@ CASES = (
     ("4,096 tokens and the state after them are there", 2, 4096, 3, 904),
     ("KV of 600 tokens is there, no state at its end", 1, 600, 4, 100),
 )
-"""What it is called, and the pieces (seed, length) of its tokens."""
+"""Cases: a name, and the pieces (seed, length) of the tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,7 @@ class Counted:
     prompt_tokens: int
     sent_tokens: int
     needed_bytes: int
-    """Of the KV that was not there, and one state."""
+    """Bytes of the missing KV and of one state."""
     wire_bytes: int
     ratio: float
     goal: str
@@ -52,7 +52,7 @@ class Counted:
 
 
 def serve() -> None:
-    """What the prefill process does, until its input closes."""
+    """Run the prefill process until its input closes."""
     engine = Engine(EngineConfig(role="prefill", transfer_at="127.0.0.1:0", **SETTINGS))
     running = AsyncEngine(engine)
     running.start()

@@ -76,8 +76,8 @@ NUM_SLOTS = 9
 """The first so many state slots are used."""
 
 STATE_BYTES = 4096, 39936
-"""Of a layer and sequence: a few KiB, and what the built-in model's Gated DeltaNet keeps in
-float32."""
+"""Bytes of a state per layer and sequence: a few KiB, and those of the built-in model's Gated
+DeltaNet in float32."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,11 +1,11 @@
-"""What do prefill and decode cost with kernels that compute 16 or 32 tokens at a time in place of
-64, and what do hits on such a grid give: TTFT on short prompts that branch, replayed.
+"""Compare kernels that compute 16 or 32 tokens at a time with those of 64: times of prefill and
+decode, and the TTFT of short prompts that branch, replayed on such a grid.
 
     python -m experiments.benchmarks.grid                       # about 4 minutes of one quiet core
     python -m experiments.benchmarks.grid --parts replay --models built-in
 
-Times are CPU time of one thread, the grids in alternation in one process. What a part finds
-replaces that part of the results.
+Times are CPU time of one thread, the grids in alternation in one process. A part replaces
+its own results only.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _options() -> argparse.Namespace:
 
 
 def _kept(path: Path, parts: list[str]) -> list[dict[str, Any]]:
-    """What an earlier run found in the other parts."""
+    """Return the results of the other parts of an earlier run."""
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]

@@ -66,7 +66,8 @@ GOALS = {
 PROMPT, CONTEXT, ROOM = 512, 128, 768
 TURNS = {"7m": 60, "530m": 15}
 MAX_ERROR = 2e-2
-"""Of logits in float32 beside llama.cpp's, whose KV is float16: relative to their spread."""
+"""Maximum difference of float32 logits from llama.cpp's (with float16 KV), relative to their
+spread."""
 
 
 def runner_of(directory: str, word: str) -> ModelRunner:

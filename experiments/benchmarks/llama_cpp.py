@@ -182,7 +182,7 @@ class Model:
             raise RuntimeError("llama.cpp could not decode a batch")
 
     def logits(self) -> npt.NDArray[np.float32]:
-        """Of the last piece, ``[vocab]``."""
+        """Return the logits of the last piece, ``[vocab]``."""
         found = self._llama.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(found, (self._vocab_size,)).copy()
 

@@ -1,7 +1,7 @@
-"""How close the offline optimum is bracketed, and how long that takes on one core.
+"""Measure the gap between bound and plan of the offline optimum, and the time on one core.
 
 MILP on ShareGPT-like traces of 250 to 600 requests, the relaxation on 1,500, the clairvoyant greedy
-on the Mooncake conversation trace where it is at hand (``data/traces``).
+on the Mooncake conversation trace if ``data/traces`` has it.
 
     python -m experiments.benchmarks.optimum
 """

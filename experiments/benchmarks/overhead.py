@@ -1,10 +1,10 @@
-"""What a step costs beside the forward pass: scheduling, sampling, committing, and sending its
-outputs to the server's process, with 1, 8 and 64 requests decoding; and how much of that is hidden
-where a device computes by itself.
+"""Measure the cost of a step without its forward pass: scheduling, sampling, committing, and
+sending its outputs to the server's process, with 1, 8 and 64 requests decoding; and the part of it
+that is hidden if a device computes independently.
 
-A runner stands in that returns the same logits at once; cache, scheduler, sampler and tokenizer are
-the engine's own. For what is hidden there is a clock in place of a device: it is busy for so long
-with every step, and tokens are there when it is through. Conversations end and others begin all the
+The runner returns the same logits at once; cache, scheduler, sampler and tokenizer are the engine's
+own. To measure the hidden part, a clock replaces the device: it is busy for a fixed time with every
+step, and tokens are available at its end. Conversations end and others begin all the
 time, so that matching, publishing and evicting are in the steps.
 
     python -m experiments.benchmarks.overhead

@@ -1,15 +1,15 @@
-"""What drafts cost in overlap: a step with drafts is committed before the next is made, so the
-host's work is not hidden behind it where a device computes by itself.
+"""Measure the overlap that drafts lose: a step with drafts is committed before the next one is
+made, so the host's work is not hidden if a device computes independently.
 
-A clock stands in for the device, busy for 5 ms with every step, drafts or not; cache, scheduler,
-sampler and drafting are the engine's own. Guesses are made in every step and always right (five
-tokens a step); never right, so that they are tried now and then; or there is nothing to guess, and
-the tree is asked in vain. Beside them a step without drafts. On a CPU nothing is lost: there no
-step overlaps with another (``--overlap auto``).
+A clock replaces the device and is busy for 5 ms with every step, with drafts or without; cache,
+scheduler, sampler and drafting are the engine's own. Drafts are made in every step and always right
+(five tokens per step); never right, and therefore rarely tried; or not found in the tree. A step
+without drafts is the baseline. On a CPU nothing is lost: there no step overlaps with another
+(``--overlap auto``).
 
     python -m experiments.benchmarks.overlap    # about a minute
 
-What is lost is CPU time of the host's thread, so that other programs are not in it.
+Losses are CPU time of the host's thread, which excludes other programs.
 """
 
 from __future__ import annotations
@@ -107,9 +107,9 @@ GUESSES: dict[str, int | None] = {"always right": CHOSEN, "never right": OTHER, 
 
 
 def measure(num_running: int, guess: str, step_ms: float, num_steps: int) -> dict[str, Any]:
-    """Of a step, in microseconds: the device's work, the host's while the device has nothing to do
-    (a mean: not every step waits), and all of the host's (a median); and how many tokens it
-    brought."""
+    """Return the times of a step in microseconds: the device's work, the host's work while the
+    device is idle (a mean, because not every step waits), all of the host's work (a median); and
+    its number of tokens."""
     clock, hosts = IdleClock(step_ms / 1e3), list[float]()
     drafting = None
     if guess != "none":

@@ -1,9 +1,9 @@
-"""How fast the page is, in a real Chromium: frames with ten thousand nodes, its first paint,
-how long a request takes to show, and what that costs the engine.
+"""Measure the page in a real Chromium: frames with ten thousand nodes, the first paint, the time
+until a request is shown, and the cost for the engine.
 
 python -m experiments.benchmarks.page [--nodes 10000] [--requests 20]
 
-Needs playwright and a Chromium, which nothing else here does.
+Needs playwright and Chromium.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def _delay(page: Any, client: httpx.Client, number: int) -> float:
 
 
 def measure_cost(num_rounds: int) -> dict[str, Any]:
-    """What a request costs an engine whose model computes nothing, microseconds: without even the
-    queue of requests that ended; as it is while nobody watches; and watched."""
+    """Return microseconds per request of an engine whose model computes nothing: without the queue
+    of ended requests, with it, and with a page that follows."""
     engine = Engine(
         EngineConfig(), runner=OracleRunner(16_384, 64, max_model_len=4096), sampler=OracleSampler()
     )

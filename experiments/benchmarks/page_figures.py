@@ -30,7 +30,7 @@ SYSTEMS = (
     "You are an agent with tools: read a file, write a file, run the tests, and then say so. " * 8,
 )
 MAX_CHARS = 260
-"""Of one message."""
+"""Maximum length of one message."""
 NUM_AT_ONCE = 3
 CHOOSE_REQUEST = """() => {
     const [view] = hybridcache.views;

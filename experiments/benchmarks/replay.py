@@ -43,13 +43,13 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """What became of one request."""
+    """Outcome of one request."""
 
     prompt_len: int
     cached_len: int
     losses: Losses
     ttft_s: float | None
-    """None where nothing was computed."""
+    """None if nothing was computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +187,7 @@ def replay(
 
 
 def _say(engine: Engine, request: TraceRequest, sampling: SamplingParams) -> str:
-    """Have the data's answer computed as part of a prompt: as much of it as the context takes."""
+    """Compute the answer of the data as part of a prompt, up to the context length."""
     whole = np.concatenate((request.tokens, request.output))[: engine.max_model_len - 1]
     return engine.submit(
         whole,

@@ -1,16 +1,16 @@
-"""How fast does the server answer under load, with the prefix cache and without?
+"""Measure the server under load, with the prefix cache and without.
 
 Starts `engine serve` on a free loopback port, once with the cache and once without, and loads it
-over HTTP: conversations of ShareGPT, each turn with its history, or prompts of random tokens; so
-many at once, or so many a second. Prints the table that engines publish, and writes
+over HTTP: conversations of ShareGPT, each turn with its history, or prompts of random tokens; at
+a fixed concurrency, or at a rate. Prints the usual table of serving benchmarks, and writes
 experiments/results/NAME.jsonl.
 
     python -m experiments.benchmarks.serving --concurrency 1 4 16
     python -m experiments.benchmarks.serving --data random --input 1024 --output 128 --shared 512 \\
         --rates 1 2 4 -- --model DIR
 
-What stands behind -- goes to `engine serve`. With --in-process the engine runs here and nothing
-goes over HTTP. ShareGPT's text is private people's: it is never printed or written.
+Arguments after -- are passed to `engine serve`. With --in-process the engine runs in this process,
+without HTTP. ShareGPT contains private conversations: their text is never printed or written.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ async def sweep(
 
 
 def engine_config(flags: Sequence[str]) -> EngineConfig:
-    """What ``engine serve`` makes of its flags."""
+    """Return the configuration that ``engine serve`` makes of its flags."""
     parser = Parser(prog="engine serve")
     add_flags(parser, EngineConfig, "engine")
     return read_config(EngineConfig, parser.parse_args(list(flags)))

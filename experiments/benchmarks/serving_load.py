@@ -137,7 +137,7 @@ class EngineClient:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one request looked like from outside; seconds since the run began."""
+    """One request as the client saw it; seconds since the start of the run."""
 
     sent_s: float
     piece_times_s: tuple[float, ...]
@@ -167,7 +167,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How jobs start; one of the two."""
+    """Start of jobs: a concurrency or a rate."""
 
     concurrency: int | None = None
     per_s: float | None = None
@@ -256,7 +256,7 @@ class _Driver:
 
 
 class Targets(NamedTuple):
-    """What a request must meet to count as good."""
+    """Latencies up to which a request counts as good."""
 
     ttft_s: float
     tpot_s: float

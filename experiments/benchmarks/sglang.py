@@ -109,7 +109,7 @@ class Replay:
         self._count(hit, prompt_len)
 
     def _extra_buffer(self, keys: Keys) -> None:
-        """Where SGLang's scheduler would have states: one a prefill, then every 256 tokens."""
+        """Save states where SGLang's scheduler has them: one per prefill, then every 256 tokens."""
         cache, rows, requests = self.world
         ids, prompt_len = keys.ids, keys.prompt_len
         match = cache.match_prefix(MatchPrefixParams(key=RadixKey(ids, limit=prompt_len - 1)))

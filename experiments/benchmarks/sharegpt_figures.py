@@ -31,7 +31,7 @@ CAUSES = {
     "refused": ("refused", "#3d3d3d"),
     "not_fetched": ("not fetched", "#6a9a5b"),
 }
-"""Where prompt tokens went: the words and colours of the stacked bars."""
+"""Labels and colours of the stacked bars, by use or loss cause of prompt tokens."""
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -136,7 +136,7 @@ def draw_ttft(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def draw_tokens(ax: Axes, records: Sequence[Record]) -> None:
-    """Where the prompt tokens went: spared, or computed for one of the causes."""
+    """Draw the prompt tokens: reused, or computed for one of the causes."""
     bars = [record for record in _largest(records) if record["cache"] != "none"]
     left = np.zeros(len(bars))
     names = [_bar_name(record) for record in bars]
@@ -196,7 +196,7 @@ def _colors(records: Sequence[Record]) -> list[str]:
 
 
 def describe(provenance: Record) -> str:
-    """What is under a picture: what to see in it, and where it comes from."""
+    """Return the caption of a figure: its content and its source."""
     machine = provenance["machine"]
     cap = provenance.get("settings", {}).get("cap")
     seen = "" if cap is None else f"prompts of up to {cap:,} tokens; "

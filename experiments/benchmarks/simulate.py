@@ -1,5 +1,5 @@
-"""How fast the simulator is, where its time goes, and how much memory a million requests take. One
-core.
+"""Measure the simulator on one core: time per request, its parts, and the memory of a million
+requests.
 
     python -m experiments.benchmarks.simulate            # every policy, some minutes
     python -m experiments.benchmarks.simulate --quick    # LRU and regret
@@ -66,7 +66,7 @@ REPEATS = 5
 PRESSED_GIB = {"chat": 6, "agent": 3, "short": 1.5, "conversations": 12, "tree-search": 0.75}
 """Sizes at which both evict, GiB."""
 VERBS = ("match", "touch", "lock", "unlock", "allocate_slot", "allocate_kv", "insert")
-"""Those that cost; ``free_kv`` and ``free_slot`` are counted with what is around the tree."""
+"""Operations that are timed; ``free_kv`` and ``free_slot`` belong to the code around the tree."""
 
 
 def lease_target(config: RunConfig) -> LeaseTarget:
@@ -121,7 +121,7 @@ class Noted(Placement):
 
 
 def worked_out(kept: Sequence[TraceRequest], config: RunConfig) -> tuple[list[Work], int]:
-    """What a simulation of ``kept`` decides, and the tokens that it finds cached."""
+    """Return the decisions of a simulation of ``kept``, and its number of cached tokens."""
     target = lease_target(config)
     noted = Noted(config.placement(1))
     target.placement = noted
@@ -207,7 +207,7 @@ class Timed:
 
     @property
     def stopwatch_ns(self) -> float:
-        """What the stopwatch itself adds to a call, at least."""
+        """Nanoseconds that the stopwatch itself adds to a call, at least."""
         clock = Timed(self._cache)
         nothing = clock.timed("nothing", lambda: None)
         found = []

@@ -1,4 +1,4 @@
-"""What memory below the device's costs and gives on the built-in model.
+"""Measure costs and gains of host memory and disk with the built-in model.
 
 - ``restart``: the next turn of conversations on an engine that never stopped, on one that was
   started anew on its ``state_dir``, and on one without a cache, in turns; time to first token,
@@ -190,8 +190,8 @@ def memory(sizes: list[float], num_tokens: int) -> dict[str, float]:
 
 
 def grown_bytes(host_gib: float, num_tokens: int) -> float:
-    """Of the process, from the first spill to 1.2 times what the tier holds. What computing takes,
-    the device's own memory among it, is there before."""
+    """Return the growth of the process from the first eviction to 1.2 times the size of the tier.
+    Memory for computing, including the device's, is allocated before."""
     gc.collect()  # an engine of before frees nothing meanwhile
     engine = Engine(EngineConfig(cache_gib=0.01, host_gib=host_gib))
     lower, seed = engine.cache.offload, 1000

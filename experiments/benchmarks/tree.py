@@ -1,5 +1,5 @@
-"""What do the tree's operations cost, on the workload that the peers were measured on, and how do
-they grow?
+"""Measure the tree's operations, on the workload of the published figures of other systems, and
+their growth with the tree.
 
 python -m experiments.benchmarks.tree [--runs 5] [--quick]
 
@@ -156,7 +156,8 @@ def _evictions(caches: Sequence[HybridRadixCache]) -> dict[str, float]:
 def _grown(
     name: str, caches: Sequence[HybridRadixCache], work: Iterable[Work], tail: int, bar: Any
 ) -> dict[str, Any]:
-    """What the last ``tail`` requests of ``work`` cost, by verb, and an eviction by the item."""
+    """Return the times of the last ``tail`` requests of ``work`` by operation, and of an eviction
+    per item."""
     replays = []
     for cache in caches:
         replays.append(replay(work, cache))

@@ -44,8 +44,8 @@ LIMITS_S = {
     "http": 210.0,
     "big": 350.0,
 }
-"""Of each part; 25 minutes in all. A part that ran out of time keeps its records and is done again
-by the next call."""
+"""Time limit of each part; 25 minutes in total. A part that exceeds it keeps its records and is
+repeated by the next call."""
 
 
 def module(name: str, *arguments: str) -> list[str]:
@@ -129,7 +129,7 @@ def run_for(command: list[str], environment: dict[str, str], limit_s: float) -> 
 
 
 def test_records(report: Path) -> list[dict[str, object]]:
-    """How many tests of each file passed, on what device, and the names of those that did not."""
+    """Return the number of passed tests of each file, the device, and the names of failed tests."""
     files: dict[str, dict[str, list[str]]] = {}
     devices: dict[str, set[str]] = {}
     for case in ElementTree.parse(report).iter("testcase"):
@@ -163,7 +163,7 @@ def is_done(out: Path, part: str) -> bool:
 
 
 def device() -> str:
-    """What the figures are of."""
+    """Return the name of the device of the figures."""
     found = torch.accelerator.current_accelerator(check_available=True)
     if found is None:
         return "cpu, interpreted"

@@ -1,5 +1,5 @@
-"""What does `--exact` cost? Conversations that grow turn by turn, reusing all that was computed,
-and only what prefills did.
+"""Measure the price of `--exact`: conversations that grow turn by turn and reuse everything that
+was computed, or only the work of prefills.
 
 With `--exact` an answer's states and KV are computed again as part of the next prompt. No kernel
 runs slower, so the price is those tokens: in the hit rate, and in the TTFT of every turn but the
@@ -32,7 +32,7 @@ from experiments.provenance import RESULTS, write_json_lines
 
 @dataclass(frozen=True, slots=True)
 class Talk:
-    """How much is said. Lengths in tokens."""
+    """Size of the conversations. Lengths in tokens."""
 
     num_conversations: int
     """At the same time."""

@@ -25,7 +25,7 @@ Rivals = Mapping[str, Callable[[], torch.Tensor]]
 
 
 def find(folder: Path) -> None:
-    """Let ``import fla`` look into ``folder`` too, after everything else."""
+    """Add ``folder`` to the end of the path on which ``import fla`` is looked up."""
     if folder.is_dir():
         sys.path.append(str(folder))
 

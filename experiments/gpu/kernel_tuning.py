@@ -1,5 +1,5 @@
-"""Which launch parameters are fast here? What `python -m experiments.gpu.kernels --tune` does
-with the benchmark's cases.
+"""Find fast launch parameters for this device: `python -m experiments.gpu.kernels --tune` with the
+cases of the benchmark.
 
 Every kernel that a case launches is run with each candidate of `kernels.tuning`. One that is wrong,
 does not fit the device, or changes a bit where the choice hangs on the number of tokens is out; the
@@ -22,7 +22,7 @@ from kernels import tuning
 
 ROUNDS = 3
 LEAST_GAIN = 0.03
-"""Of the time: less is noise."""
+"""Minimum gain as a share of the time: less is noise."""
 
 Seconds = Callable[[Callable[[], object]], list[float]]
 Error = Callable[[torch.Tensor, torch.Tensor], float]
@@ -125,5 +125,5 @@ def _first_call(case: Case) -> torch.Tensor:
 
 
 def table_of(trials: Iterable[Trial]) -> tuning.Table:
-    """What `kernels.tuning` reads."""
+    """Return the table that `kernels.tuning` reads."""
     return {(t.kernel, t.key): best[0] for t in trials if (best := t.best())}

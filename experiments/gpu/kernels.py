@@ -1,5 +1,4 @@
-"""How fast is each kernel beside flash-linear-attention's, PyTorch's and what the machine could do
-at best?
+"""Time each kernel next to flash-linear-attention's, PyTorch's and the limit of the machine.
 
     python -m experiments.gpu.kernels [--kernels gdn,conv1d] [--out DIR] [--rivals DIR] [--dry]
     python -m experiments.gpu.kernels --tune [--kernels linear] [--dry]
@@ -53,7 +52,7 @@ CALLS = 8
 
 
 class Machine(NamedTuple):
-    """What the device does at best."""
+    """Limits of the device."""
 
     name: str
     copy_bytes_s: float
@@ -69,7 +68,7 @@ class Prepared(NamedTuple):
 
     run: Callable[[], object]
     host_s: float
-    """Of the host, until a call has launched everything; not of a replay."""
+    """Seconds of the host until a call has launched everything; not for a replay."""
     is_captured: bool
     """``run`` replays a graph."""
 
@@ -83,7 +82,8 @@ class Clock:
         # Writing this also keeps the device busy while a call and its launches are queued.
         self._scratch = torch.empty(scratch_bytes, dtype=torch.int8, device=device)
         self.cover_s = statistics.median(self.seconds(self._scratch.zero_, 3 * CALLS)[CALLS:])
-        """How long that takes: so much of the host's work is hidden behind it."""
+        """Seconds of this work on the device: the host's work is hidden behind it up to that
+        time."""
 
     def prepare(self, run: Callable[[], object]) -> Prepared:
         """Compiles and tunes what is compiled or tuned on first use, then captures, where the

@@ -126,8 +126,8 @@ def parity(path: str, dry: bool, dtype: str, tokens: list[int]) -> dict[str, Any
 def compare(
     got: torch.Tensor, expected: torch.Tensor, rounded: torch.Tensor | None = None
 ) -> dict[str, Any]:
-    """How far ``got`` is from ``expected``, both ``[T, vocab]``, and whether that passes;
-    ``rounded`` is the CPU's in the dtype of ``got``, None for float32."""
+    """Return the distance of ``got`` from ``expected``, both ``[T, vocab]``, and whether it passes.
+    ``rounded`` is the CPU's result in the dtype of ``got``; None for float32."""
 
     def error(logits: torch.Tensor) -> float:
         return float((logits - expected).square().mean().sqrt() / expected.std())

@@ -1,5 +1,5 @@
-"""How fast does one device serve? Decoding at 1 to 64 streams with graphs and without, steps that
-verify drafts with a graph of their own and without, what a prefix hit spares, what `--exact` costs,
+"""Measure serving on one device: decoding of 1 to 64 streams with graphs and without, steps that
+verify drafts with their own graph and without, the gain of a prefix hit, the price of `--exact`,
 and a sweep of loads on a server.
 
     python -m experiments.gpu.serving --part serve|http|big --out DIR [--dry]
@@ -51,15 +51,15 @@ MAX_DRAFTED = 4
 SERVED_RUNNING = 256
 """Requests at the same time on a server under load: its most clients."""
 SERVED_SHARE = 0.5
-"""Of the free memory that a server's cache gets, with the cache or without: said outright, or what
-one leaves would size the next."""
+"""Share of the free memory for a server's cache, with the cache or without. It is fixed, because
+otherwise the memory that one run leaves would determine the next."""
 
 TARGETS = Targets(ttft_s=1.0, tpot_s=0.05)
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How much is measured."""
+    """Extent of the measurements."""
 
     streams: tuple[int, ...]
     num_input: int
@@ -237,7 +237,7 @@ Records = Sequence[dict[str, Any]]
 
 
 def known_records(file: Path, code: str) -> Records:
-    """What an earlier run of the same code has left in ``file``."""
+    """Return the records of an earlier run of the same code in ``file``."""
     try:
         before, records = read_json_lines(file)
     except (OSError, ValueError, KeyError):

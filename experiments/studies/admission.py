@@ -47,7 +47,7 @@ NEAR = 1.05
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """How the sessions of one workload look; pairs are the least and the most, in tokens."""
+    """Shape of the sessions of one workload. Pairs are minimum and maximum, in tokens."""
 
     first: tuple[int, int]
     turns: tuple[int, int]

@@ -1,4 +1,5 @@
-"""What do slabs cost? The arena next to an ideal budget of bytes, over all sizes of each workload.
+"""Measure the cost of slabs: the arena next to an ideal budget of bytes, over the sizes of
+workloads.
 
 In the arena a state takes whole rows and starts at a multiple of its own size; the budget counts
 bytes and nothing else. The policies are the defaults. Next to the hit rates: the number of slabs

@@ -1,4 +1,4 @@
-"""Which eviction policy wins at which size, on every trace? Policies, the rebuilt peers, the best
+"""Compare eviction policies over memory sizes on every trace, with rebuilt systems and the best
 plan with hindsight.
 
     python -m experiments.studies.capacity [--traces chat,agent] [--few] [--points 8] [--full]

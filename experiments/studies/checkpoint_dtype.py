@@ -1,4 +1,4 @@
-"""What do checkpoints in fewer bits cost in a model's answers, and what do they gain in hits?
+"""Measure what checkpoints in fewer bits cost in a model's answers, and what they gain in hits.
 
     python -m experiments.studies.checkpoint_dtype
     python -m experiments.studies.checkpoint_dtype --families
@@ -226,7 +226,7 @@ def family_costs(count: int, length: int, words: Sequence[str]) -> list[dict[str
 
 
 def greedy_answers(model: str, word: str, some: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
-    """What follows each text, which is resumed from a checkpoint near its end."""
+    """Return the continuation of each text, which is resumed from a checkpoint near its end."""
     config = EngineConfig(
         model=model,
         device="cpu",
@@ -259,7 +259,7 @@ def gains(trace: str, gib: str) -> dict[str, SimulationResult]:
 
 
 def draw(records: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:
-    """What each format costs; what it gains, a panel a trace."""
+    """Draw the cost of each format, and its gain in a panel per trace."""
     figure, axes = panels(1 + len(found))
     words = [word for word in WORDS if word != "auto"]
     for colour, kind in zip(COLOURS, ("code", "problems"), strict=False):

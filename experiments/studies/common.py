@@ -1,5 +1,4 @@
-"""What the studies share: traces with the sizes worth looking at, models, and how results are kept
-and drawn."""
+"""Common parts of the studies: traces with useful sizes, models, result files and figures."""
 
 from __future__ import annotations
 
@@ -239,7 +238,7 @@ def workloads(options: argparse.Namespace) -> tqdm[Any]:
 
 
 def title(result: SimulationResult, options: argparse.Namespace) -> str:
-    """What a panel shows: the trace, whether it is its beginning only, and the model."""
+    """Return the title of a panel: the trace, a note if it is only the beginning, and the model."""
     workload = WORKLOADS[result.trace]
     first = "" if options.full or workload.quick is None else "first "
     num_requests = f"{first}{result.runs[0].requests:,} requests"

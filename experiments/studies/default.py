@@ -1,4 +1,4 @@
-"""How far is the default pair from the best pair of this project's policies?
+"""Compare the default pair with the best pair of this project's policies.
 
     python -m experiments.studies.default --split tuning
     python -m experiments.studies.default --split evaluation
@@ -60,7 +60,7 @@ class Job(NamedTuple):
     seed: int | None
     gib: tuple[float, ...]
     path: str = ""
-    """Where the trace's file is."""
+    """Path of the trace's file."""
 
 
 def main() -> None:

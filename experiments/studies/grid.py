@@ -1,9 +1,9 @@
-"""What does a checkpoint grid of 16 or 32 tokens win over one of 64? Hit rate over memory at each
-grid, and at a grid of 1, which no kernel has.
+"""Compare checkpoint grids of 16 and 32 tokens with 64: hit rate over memory at each grid, and at a
+grid of 1, which no kernel has.
 
 python -m experiments.studies.grid
 
-What it costs is measured by bench_grid.
+`experiments.benchmarks.grid` measures its cost.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ NAME = "hindsight.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class Hindsight:
-    """What was worked out for one trace, model, grid and size. Rates are token hit rates."""
+    """Results for one trace, model, grid and size. Rates are token hit rates."""
 
     trace: str
     content: str
@@ -53,7 +53,7 @@ class Hindsight:
 
 
 def checksum(trace: Trace) -> str:
-    """Of every id, namespace and unit. O(tokens)."""
+    """Return a checksum of every id, namespace and unit. O(tokens)."""
     found = zlib.crc32(repr(trace.unit).encode())
     for request in trace:
         for part in (repr(request.namespace).encode(), request.tokens.tobytes()):

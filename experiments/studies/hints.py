@@ -1,4 +1,5 @@
-"""What are boundary hints worth? Rebuilt systems do not get them, the policies of this project do.
+"""Measure the worth of boundary hints, which this project's policies get and rebuilt systems do
+not.
 
     python -m experiments.studies.hints [--seeds 10] [--processes 2]
 

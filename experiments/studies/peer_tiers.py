@@ -1,14 +1,14 @@
-"""What does host memory do for the peers, and when does fetching lose to computing?
+"""Measure the gain of host memory for rebuilt systems, and when loading loses to computing.
 
 The traces of `study_tiers`, the device with 4 GiB for KV and states and 16 GiB of host memory below
 it, prefills that share their steps. All figures are seconds of prefill saved, copies waited for, of
 those that `regret` saves with 20 GiB on the device.
 
 - *Peers*, rebuilt with what they keep in host memory, states and all counted in the 16 GiB
-  (`hybridcache/lab/README.md` says which were held to the real ones): SGLang writes all of it
-  through and fetches whatever is there; vLLM stores whole blocks of prompts; LightLLM has states
-  there and no KV; llama-server whole texts with their checkpoints. Ollama has none of it.
-- *Break-even*: `lru` with 16 GiB at other bandwidths, fetching whatever there is and fetching where
+  (`docs/reference/simulator.md` says which were compared with the real ones): SGLang writes all of
+  it through and fetches whatever is there; vLLM stores whole blocks of prompts; LightLLM has states
+  there and no KV; llama-server whole texts with their checkpoints. Ollama has none of it. -
+  *Break-even*: `lru` with 16 GiB at other bandwidths, fetching whatever there is and fetching where
   it is sooner. Whatever there is loses below some bandwidth; the exchange rate predicts it: bytes
   fetched for a token saved, times tokens computed a second, attention left out: where prompts are
   long a token costs more, and fetching loses later than predicted.
@@ -104,7 +104,7 @@ def measure(word: str, bar: tqdm[Any]) -> list[dict[str, Any]]:
 
 
 def saved(known: dict[str, dict[str, Any]], cell: str) -> float:
-    """Of what 20 GiB save, percent."""
+    """Return the seconds saved in percent of those that 20 GiB save."""
     return 100 * known[cell]["seconds_saved"] / known[WHOLE]["seconds_saved"]
 
 
@@ -151,7 +151,7 @@ def text(table: Table) -> str:
 
 
 def draw(table: Table) -> None:
-    """What each saves, with host memory and without; and the break-even."""
+    """Draw the savings of each system, with host memory and without, and the break-even."""
     figure, axes = panels(2, 5.4, 3.8, columns=2)
     table = useful(table)
     names = ("regret", "lru", *PEERS)

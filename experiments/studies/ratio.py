@@ -62,7 +62,8 @@ def main() -> None:
 def _simulate(
     word: str, model: str, options: argparse.Namespace, words: tuple[str, ...], bar: tqdm[Any]
 ) -> SimulationResult:
-    """With as many bytes as hold the tokens that the workload's own model would have."""
+    """Simulate ``model`` with the bytes that hold as many tokens as the workload's own model would
+    have."""
     workload, geometry = WORKLOADS[word], ModelGeometry.preset(model)
     bar.set_description(f"{word}, {model}")
     sizes = workload.sizes(options.points) if options.points else (workload.middle,)

@@ -33,7 +33,7 @@ class Load(NamedTuple):
     num_kv_tokens: int
     num_slots: int
     ratio: float
-    """Of host memory to the device's."""
+    """Host memory divided by that of the device."""
 
 
 LOADS = {
@@ -46,7 +46,7 @@ LOADS = {
 
 
 def requests_of(word: str) -> Iterator[TraceRequest]:
-    """Those of a load that take at most half of its device."""
+    """Yield the requests of a load that take at most half of its device."""
     load = LOADS[word]
     for request in islice(GENERATORS[word](seed=0), load.requests):
         if len(request.tokens) + len(request.output) <= load.num_kv_tokens // 2:
@@ -54,7 +54,7 @@ def requests_of(word: str) -> Iterator[TraceRequest]:
 
 
 def summary(served: Iterable[tuple[int, ...]]) -> dict[str, Any]:
-    """What is kept of (tokens reused, free rows, slots, host rows, host slots) of every request."""
+    """Summarise (tokens reused, free rows, slots, host rows, host slots) of every request."""
     rows = list(served)
     lines = "\n".join(" ".join(map(str, row)) for row in rows)
     return {

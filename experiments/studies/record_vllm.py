@@ -148,7 +148,7 @@ def record(manager: VllmManager, trace: Iterable[TraceRequest]) -> dict[str, Any
 
 
 def summary(served: list[tuple[int, int]]) -> dict[str, Any]:
-    """What is kept of (tokens reused, prefill chunks) of every request."""
+    """Summarise (tokens reused, prefill chunks) of every request."""
     lines = "\n".join(f"{reused} {chunks}" for reused, chunks in served)
     return {
         "reused": sum(reused for reused, _ in served),

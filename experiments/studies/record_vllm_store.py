@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
     branch: int
 
     def key(self, group: int, place: int) -> bytes:
-        """Of the block that ends the first ``place``."""
+        """Return the key of the block that ends the first ``place`` blocks."""
         branch = self.branch if place > 2 else self.branch // 3
         return hashlib.blake2b(f"{branch} {place}".encode(), digest_size=8).digest() + bytes(
             (0, 0, 0, group)
@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
 
 
 def random_requests(num_requests: int = 400, seed: int = 0) -> Iterator[Blocks]:
-    """What is offered and asked for."""
+    """Yield random blocks to store and to look up."""
     rng = np.random.default_rng(seed)
     for _ in range(num_requests):
         length = int(rng.integers(1, 9))
@@ -51,7 +51,7 @@ def random_requests(num_requests: int = 400, seed: int = 0) -> Iterator[Blocks]:
 
 
 def digest(contents: Iterable[Iterable[bytes]]) -> str:
-    """Of what was there after each request."""
+    """Return a digest of the contents after each request."""
     found = hashlib.blake2b(digest_size=8)
     for keys in contents:
         found.update(b"".join(sorted(keys)) + b"|")
@@ -59,7 +59,7 @@ def digest(contents: Iterable[Iterable[bytes]]) -> str:
 
 
 def of_vllm(num_chunks: int) -> list[set[bytes]]:
-    """What vLLM's manager holds after each of ``random_requests``."""
+    """Return the contents of vLLM's manager after each of ``random_requests``."""
     from vllm.v1.kv_offload.base import LookupResult, ReqContext
     from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 

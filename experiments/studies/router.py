@@ -1,5 +1,5 @@
-"""Which replica should a request go to? Routers that know nothing, that guess from what they sent,
-that know the KV, and that know what can be resumed, on twelve traces.
+"""Compare routers on twelve traces: without knowledge of the caches, with estimates from the
+prompts they sent, with KV events, and with resumable lengths.
 
     python -m experiments.studies.router [--traces chat,agent] [--resume FOLDER] [--processes 2]
         [--seeds 0,1,2]
@@ -32,7 +32,8 @@ from hybridcache.lab.simulation.target import RunConfig
 REPLICAS = 8
 LOAD = 1.0
 TIED = 0.01
-"""Of the token hit rate: within a point, or within a twentieth of the mean TTFT, is a tie."""
+"""Difference of token hit rates that is a tie: one point. ``TTFT_TIED`` is the share of the mean
+TTFT."""
 TTFT_TIED = 0.05
 ROUTERS = (
     "round_robin",
@@ -52,7 +53,7 @@ CONTROLS = ("kv-seconds", "oracle")
 class Condition(NamedTuple):
     name: str
     share: float
-    """Of the workload's middle size, a replica."""
+    """Memory of a replica as a share of the workload's middle size."""
     delay_s: float = 0.0
     failures: int = 0
 
@@ -131,7 +132,7 @@ def _records(cells: Cells) -> list[dict[str, Any]]:
 
 
 class Figures(NamedTuple):
-    """Of one router in one cell, over all seeds."""
+    """Figures of one router in one cell, over all seeds."""
 
     hits: float
     """Token hit rate, mean."""
@@ -172,7 +173,7 @@ def _report(cells: Cells) -> None:
 
 
 def _lost(figures: dict[str, Figures]) -> list[str]:
-    """Where a rival is better than ``checkpoint`` by more than a tie, over all seeds."""
+    """Return the figures in which a rival is better than ``checkpoint`` by more than a tie."""
     ours = figures.get("checkpoint")
     rivals = {word: one for word, one in figures.items() if word not in (*CONTROLS, "checkpoint")}
     if ours is None or not rivals:

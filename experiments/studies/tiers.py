@@ -1,4 +1,4 @@
-"""What is a byte of each tier worth, beside a byte of the device?
+"""Measure the worth of a byte of each tier, compared with a byte of the device.
 
 Twelve traces, the device with 4 GiB for KV and states, host memory and disk below it. Seconds saved
 are those of prefill that a cache without any memory would have computed, less the copies that
@@ -132,7 +132,7 @@ def run(
 
 
 def cells(config: RunConfig) -> dict[str, tuple[RunConfig, str, Change | None]]:
-    """What is run: (config, clock, what is other than served)."""
+    """Return the runs by name: (config, clock, change from the served configuration)."""
 
     def tiered(host: float, disk: float = 0, rate: float = PCIE_BYTES_PER_S) -> RunConfig:
         return replace(

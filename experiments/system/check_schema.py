@@ -142,7 +142,7 @@ def main() -> int:
 
 
 def check(options: argparse.Namespace, seed: int) -> dict[str, Any]:
-    """What came of one run of schemathesis."""
+    """Run schemathesis once, and return its result."""
     with tempfile.TemporaryDirectory() as folder, oracle_server() as address:
         report, hooks = Path(folder) / "report.json", Path(folder) / "schema_hooks.py"
         (Path(folder) / "schemathesis.toml").write_text(SETTINGS)

@@ -1,7 +1,7 @@
-"""What happens when ten thousand clients come at once, and some of them leave in the middle?
+"""Flood a server: ten thousand clients connect at once, and some of them hang up early.
 
 Starts ``engine serve`` with the built-in model, opens all connections at the same time, lets a
-tenth hang up, and then asks the server whether it lives and whether every KV row and state slot is
+tenth hang up, and then checks that the server is alive and that every KV row and state slot is
 accounted for. Loopback only.
 
     python -m experiments.system.flood --requests 10000 [--tight]
@@ -34,7 +34,7 @@ from hybridcache.geometry.units import GIB
 
 TIGHT_TOKENS, TIGHT_SLOTS = 384, 6
 Answers = dict[int, set[str]]
-"""What each prompt was answered with."""
+"""Answers by prompt."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -158,7 +158,7 @@ async def _ask(port: int, number: int, answers: Answers) -> str:
 
 
 def _text(answer: bytes) -> str:
-    """What a whole answer, or a stream, says."""
+    """Return the text of a whole answer, or of a stream."""
     found = re.findall(rb'\{"id".*\}', answer)
     return "".join(json.loads(one)["choices"][0]["text"] for one in found)
 

@@ -38,7 +38,7 @@ from experiments.system.flood import server_port
 LIMIT_S, LIMIT_LOSS = 0.1, 0.1
 """No attack may delay another client's token by more, or take a larger share of its speed."""
 MAX_CONNECTIONS = 100
-"""Of the server that is attacked."""
+"""Maximum number of connections of the attacked server."""
 ATTACK_S = 10.0
 """An attacker hangs up after so long."""
 
@@ -61,14 +61,14 @@ class Outcome(NamedTuple):
     status: int
     seconds: float
     median_ms: float
-    """Of the times between two tokens of the other client meanwhile."""
+    """Median time between two tokens of the other client during the attack."""
     worst_ms: float
     net_ms: float
     """The worst without waiting for a processor."""
     tokens_per_s: float
-    """Of the other client meanwhile, net."""
+    """Speed of the other client during the attack, net."""
     control_per_s: float
-    """Of the other client beside the control, net."""
+    """Speed of the other client next to the control, net."""
     is_judged: bool
     """The control is the same work, so that there should be no loss."""
 
@@ -322,7 +322,8 @@ def _child_of(pid: int) -> int:
 
 
 def _waited_s(pid: int, thread: int) -> float:
-    """How long a thread was ready to run, and did not; 0 where the system does not say."""
+    """Return the seconds that a thread was ready but did not run; 0 if the system does not report
+    it."""
     try:
         with open(f"/proc/{pid}/task/{thread}/schedstat", encoding="utf-8") as figures:
             return int(figures.read().split()[1]) / 1e9
@@ -357,7 +358,7 @@ def _outcome(
     control_per_s: float,
     is_judged: bool,
 ) -> Outcome:
-    """What the reader saw of an attack (name, MiB, status), for a second at least."""
+    """Return the effect of an attack (name, MiB, status) on the reader, after at least a second."""
     end_s = time.perf_counter()
     time.sleep(1.0)
     last_s = max(end_s, start_s + 1.0)

@@ -38,9 +38,10 @@ MIB = ("--explain-mib", "2", "--replay-mib", "2", "--responses-mib", "2", "--cac
 """Small, so that every memory is full, and forgets, before the run is half over."""
 FLAGS = ("--draft", "tree", "--max-model-len", "4096", "--max-queue", "64", *MIB)
 FORGOTTEN = "forgotten"
-"""How a request ends that goes on from a response which had to make room."""
+"""Outcome of a request that continues a response which the server no longer stores."""
 GROWTH = 1.1
-"""Of either process, from the mean of the run's third quarter to that of its last."""
+"""Maximum growth of either process, from the mean of the run's third quarter to that of its
+last."""
 PAGE_BYTES = 4096
 SAMPLE_S = 10.0
 TOOL = {
@@ -158,7 +159,7 @@ class Client:
 
 
 async def watch(port: int) -> None:
-    """What a page does: read every change."""
+    """Read every change, as the page does."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /v1/cache/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
     try:

@@ -106,7 +106,7 @@ class Stress:
         self.refusals = 0
 
     def rows_moved(self, move: Move) -> int:
-        """What is held in an arena moves with its slab."""
+        """Rename held rows and slots after a move in an arena."""
         held = sum(len(move.rename(rows)) for rows in self.rows)
         for request in self.running:
             positions = move.rename(request.rows)

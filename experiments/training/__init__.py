@@ -1,2 +1,1 @@
-"""What the built-in model is trained on and with: made-up tasks, Python's own sources, an autograd
-model."""
+"""Training of the built-in model: generated tasks, Python's own sources, an autograd model."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 EXCLUDED = ("site-packages", "dist-packages", "__pycache__", "/test/", "/tests/", "/idle_test/")
 MOST_BYTES = 120_000
-"""Of one file: a few generated tables are megabytes."""
+"""Maximum size of one file: a few generated tables have megabytes."""
 HELD_OUT = 30
 
 

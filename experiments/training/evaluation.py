@@ -1,4 +1,4 @@
-"""Which of the made-up tasks a model solves: drawn anew, answered greedily, compared whole."""
+"""Evaluation on new generated tasks: answered greedily, compared as a whole."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.training import tasks
 
 SHOTS = 4
 MOST_TOKENS = 200
-"""Of an answer; none that is right has as many."""
+"""Maximum length of an answer; no correct one is as long."""
 NEWLINE = ord("\n")
 TOKENIZER = ByteTokenizer()
 TEMPLATE = TOKENIZER.chat_template
@@ -27,7 +27,7 @@ assert TEMPLATE is not None
 class Question:
     prompt: str
     is_right: Callable[[str], bool]
-    """Of the answer's text."""
+    """True for the text of a correct answer."""
     ends_with_line: bool = True
     """Or else with the message."""
 

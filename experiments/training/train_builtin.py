@@ -67,10 +67,10 @@ DEPTH = 3
 """Tokens that the multi-token head is trained to see ahead."""
 DRAFT_WEIGHT = 0.3
 TASK_SHARE = 0.7
-"""Of the tokens; the rest is code."""
+"""Share of tasks among the tokens; the rest is code."""
 ANSWER_WEIGHT, DRAWN_WEIGHT, CODE_WEIGHT = 1.0, 0.1, 0.5
-"""What a token counts in the loss: answers can be told from the text before them, what a task draws
-can not."""
+"""Weights of tokens in the loss: answers follow from the text before them, random draws of a task
+do not."""
 WARM_UP = 100
 SAVE_EVERY = 200
 EVALUATE_EVERY = 1000
@@ -131,7 +131,8 @@ class Data:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Of a run that is ``progress`` of 1 done: flat, then down to a tenth over the last third."""
+    """Return the rate after the share ``progress`` of a run: constant, then down to a tenth in the
+    last third."""
     return peak * min(1.0, 1.0 - 0.9 * (progress - 2 / 3) * 3)
 
 

@@ -1,5 +1,4 @@
-"""What `experiments.gpu.kernels` measures: a module per kernel folder, each with
-``cases(setup)``."""
+"""Cases of `experiments.gpu.kernels`: a module per kernel folder, each with ``cases(setup)``."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Where the cases are built."""
+    """Device and sizes of the cases."""
 
     device: str
     is_dry: bool
@@ -20,7 +19,7 @@ class Setup:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations. Triton's interpreter can not multiply bfloat16."""
+        """Number format of activations. Triton's interpreter cannot multiply bfloat16."""
         return torch.float32 if self.is_dry else torch.bfloat16
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -41,20 +40,20 @@ class Case:
     run: Callable[[], torch.Tensor]
     """Ours; the tensor it returns is compared with ``expected``."""
     expected: Callable[[], torch.Tensor]
-    """What is right, computed once, anywhere."""
+    """Returns the correct result. It is called once, on any device."""
     num_bytes: int
-    """That must be read and written at least."""
+    """Minimum number of bytes to read and write."""
     num_flops: int = 0
-    """That must be computed at least."""
+    """Minimum number of operations to compute."""
     rivals: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
     """Others that do the same work, or ours done otherwise; compared too."""
     tolerance: float = 2e-2
     """Root mean square error over the root mean square of ``expected``."""
     rival_tolerance: float | None = None
-    """Of rivals that round more than ours; as ``tolerance`` if None."""
+    """Tolerance of rivals that round more than ours; ``tolerance`` if None."""
     moved_bytes: int | None = None
-    """That ours asks of memory: all its loads and stores, launched with its own parameters. Over
-    ``num_bytes``: what it reads twice."""
+    """Bytes of all loads and stores of our kernel, launched with its own parameters. The excess
+    over ``num_bytes`` is read twice."""
     reset: Callable[[], object] | None = None
     """Brings back what calls of ours have changed, so that the next one is a first one again; None
     if nothing is."""

@@ -52,7 +52,7 @@ def _prefill(setup: Setup, cached: int, new: int) -> Case:
     rows = where["table"][0].long()
 
     def in_order() -> tuple[torch.Tensor, ...]:
-        """What torch wants: every KV row where its position is. ``[1, H, T, D]``, views."""
+        """Return the layout of torch: KV rows in order of position. ``[1, H, T, D]``, views."""
         return tuple(x.transpose(0, 1)[None] for x in (query, keys[rows], values[rows]))
 
     tidy, mask = in_order(), causal_lower_right(new, cached + new)
@@ -75,7 +75,8 @@ def _prefill(setup: Setup, cached: int, new: int) -> Case:
 def _torch_prefill(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: CausalBias
 ) -> torch.Tensor:
-    """Where nothing is cached, ``is_causal`` is the same and has the faster kernels behind it."""
+    """Compute attention. Without cached tokens, ``is_causal`` is equivalent and has faster
+    kernels."""
     if query.shape[2] == keys.shape[2]:
         mixed = F.scaled_dot_product_attention(query, keys, values, is_causal=True, enable_gqa=True)
     else:

@@ -17,7 +17,7 @@ from kernels.packed import TILE, Exports, Packed, num_tiles
 
 
 class Sizes(NamedTuple):
-    """Of the heads."""
+    """Sizes of the heads."""
 
     heads: int
     value_heads: int
@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     value_dim: int
 
     def state_bytes(self) -> int:
-        """Of one float32 state."""
+        """Return the bytes of one float32 state."""
         return 4 * self.value_heads * self.key_dim * self.value_dim
 
 
@@ -127,8 +127,8 @@ def _decode(setup: Setup, sizes: Sizes, num_sequences: int) -> Case:
 
 
 def _token_bytes(tokens: tuple[torch.Tensor, ...], inputs: tuple[torch.Tensor, ...]) -> int:
-    """What belongs to the tokens of a decode: read once, and a read-out like the values written
-    once."""
+    """Return the bytes of the tokens of a decode: inputs are read once, outputs of the size of the
+    values are written once."""
     return sum(x.nbytes for x in (*tokens, tokens[2], *inputs))
 
 

@@ -15,7 +15,7 @@ from kernels.packed import TILE, Exports, Packed, num_tiles
 
 
 class Sizes(NamedTuple):
-    """Of the heads."""
+    """Sizes of the heads."""
 
     groups: int
     heads: int

@@ -45,7 +45,7 @@ class Agent(ABC):
 
     @abstractmethod
     def results(self, texts: Sequence[str]) -> None:
-        """What the tools said that were called."""
+        """Send the results of the called tools."""
 
 
 class OpenAIAgent(Agent):

@@ -1,5 +1,4 @@
-"""What a scripted agent says and is told: several questions, each with a loop of tools before its
-answer."""
+"""Script of an agent: several questions, each with a loop of tool calls before its answer."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ VOCAB = 320
 
 
 class Link(NamedTuple):
-    """What a KV row holds."""
+    """Content of a KV row."""
 
     namespace: Hashable
     before: int
@@ -26,7 +26,7 @@ class Link(NamedTuple):
 
 
 class Stand(NamedTuple):
-    """What a slot holds: the chain of ``namespace`` after ``position`` tokens."""
+    """Content of a slot: the chain of ``namespace`` after ``position`` tokens."""
 
     namespace: Hashable
     position: int
@@ -48,7 +48,7 @@ def next_token(prefix: int) -> int:
 
 
 def answer(prompt: Sequence[int], length: int) -> list[int]:
-    """What the engine must answer, however it cuts, mixes and remembers."""
+    """Return the only correct answer, independent of chunks, batches and the cache."""
     [*_, prefix] = chain(0, prompt)
     tokens: list[int] = []
     for _ in range(length):

@@ -1,1 +1,1 @@
-"""What goes wrong around a server, and whether its memory adds up afterwards."""
+"""Faults around a server, and a check that its memory is accounted for afterwards."""

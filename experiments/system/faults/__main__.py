@@ -1,4 +1,4 @@
-"""What a server must survive, or end well under: is all of its memory accounted for afterwards?
+"""Inject faults into a server, and check that all of its memory is accounted for afterwards.
 
 Starts ``engine serve`` with the built-in model and breaks its clients, sockets, memory, clock and
 disk, one after the other; then others that end it. After every fault that it survives, ``free +

@@ -11,7 +11,7 @@ from hybridcache.api import PrefixCache
 from hybridcache.export.snapshot import load_snapshot, save_snapshot
 
 LIMIT_BYTES = 512
-"""What the full disk still takes."""
+"""Bytes that the full disk still accepts."""
 
 
 def _adds_up(cache: PrefixCache) -> None:

@@ -90,7 +90,7 @@ class Broken:
     process: subprocess.Popen[str]
     port: int
     folder: Path
-    """Of the files that make it fail."""
+    """Folder of the files that make it fail."""
     log: Path
     jumps: bool
     """Whether its clock can."""
@@ -159,7 +159,7 @@ class Broken:
 
 
 def parts_of(stat: Path) -> list[str]:
-    """Of /proc/PID/stat: state, parent, ..."""
+    """Return the fields of /proc/PID/stat: state, parent, ..."""
     return stat.read_text().rpartition(")")[2].split()
 
 
@@ -182,7 +182,7 @@ def read_answer(connection: socket.socket) -> tuple[int, str]:
 
 
 def num_events(body: str) -> int:
-    """Of a streamed answer: those that bring a choice."""
+    """Return the number of events of a streamed answer that contain a choice."""
     return body.count('"choices": [{')
 
 

@@ -10,7 +10,7 @@ from sglang.srt.managers.io_struct import AbortReq
 
 
 class Served(NamedTuple):
-    """What a random load came to."""
+    """Totals of a random load."""
 
     requests: int
     aborted: int

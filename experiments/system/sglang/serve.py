@@ -71,7 +71,7 @@ def hashes(tokens: Iterable[int]) -> np.ndarray:
 
 
 class Remembers:
-    """What SGLang's scheduler asks of a model worker, and of its model runner."""
+    """Model worker and model runner as SGLang's scheduler requires them."""
 
     is_hybrid_swa = False
     sliding_window_size = None
@@ -130,7 +130,7 @@ class Remembers:
         )
 
     def _copy_and_clear(self, batch: Any) -> None:
-        """What the model runner does before a forward."""
+        """Copy and clear states, as the model runner does before a forward pass."""
         pool = self.world.requests.mamba_pool
         if batch.mamba_clear_indices is not None:
             pool.clear_slots(batch.mamba_clear_indices)
