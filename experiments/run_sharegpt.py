@@ -115,7 +115,7 @@ def _add_conversations(parser: Parser) -> None:
         "--prompt-tokens",
         type=int,
         default=0,
-        help="stop after so many; 0: never (default: %(default)s)",
+        help="stop after this many prompt tokens; 0 for no limit (default: %(default)s)",
     )
     data(
         "--per-s",

@@ -152,7 +152,7 @@ class Model:
             str(path).encode(), llama.llama_model_default_params()
         )
         if not self._model:
-            raise RuntimeError(f"llama.cpp can not load {path.name}")
+            raise RuntimeError(f"llama.cpp cannot load {path.name}")
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_seq_max = streams * room, streams
         params.n_batch = params.n_ubatch = 512

@@ -228,7 +228,7 @@ def start_s() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--starts", type=int, default=0, help="only time so many starts")
+    parser.add_argument("--starts", type=int, default=0, help="only time N starts")
     parser.add_argument("--steps", type=int, default=1000, help="steps measured for each row")
     parser.add_argument("--out", type=Path, help="none: overhead.jsonl or starts.jsonl, in results")
     arguments = parser.parse_args()

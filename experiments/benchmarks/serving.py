@@ -160,7 +160,7 @@ async def over_http(flags: Sequence[str]) -> AsyncIterator[Client]:
         while not ready.done():
             if server.poll() is not None:
                 ready.cancel()
-                raise ValueError("engine serve ended before it answered; what it said is above.")
+                raise ValueError("engine serve ended before it answered; its output is above.")
             await asyncio.sleep(0.1)
         await ready
         yield client
@@ -214,7 +214,7 @@ def random_jobs(
     of ``num_input``."""
     if not 0 <= shared < num_input // 2:
         raise ValueError(
-            "--shared must be less than half of --input: each prompt needs tokens of its own."
+            "--shared must be less than half of --input: each prompt needs tokens that no other prompt has."
         )
     draw = np.random.default_rng(seed)
     common = draw.integers(0, 256, shared, dtype=np.int32)

@@ -66,10 +66,10 @@ class Job(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--split", choices=SPLITS, default="tuning")
-    parser.add_argument("--seeds", type=int, help="only the first so many")
+    parser.add_argument("--seeds", type=int, help="only the first N seeds")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--data", type=Path, help="folder of the trace files")
-    parser.add_argument("--draw", action="store_true", help="draw what was run before")
+    parser.add_argument("--draw", action="store_true", help="only draw earlier results")
     options = parser.parse_args()
     path = RESULTS / f"{NAME}.jsonl"
     records = read(path)

@@ -192,7 +192,7 @@ def draw(table: Table) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--traces", default=",".join(WORKLOADS), help="words of WORKLOADS")
-    parser.add_argument("--resume", type=Path, help="folder of what is done")
+    parser.add_argument("--resume", type=Path, help="folder of finished runs")
     options = parser.parse_args()
     if options.resume:
         options.resume.mkdir(parents=True, exist_ok=True)

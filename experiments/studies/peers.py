@@ -327,7 +327,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--only", default="", help="peers whose name contains this; nothing is written"
+        "--only", default="", help="only peers with this in their name; nothing is written"
     )
     options = parser.parse_args()
     cells = [

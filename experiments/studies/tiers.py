@@ -397,7 +397,7 @@ def main() -> None:
     parser.add_argument("--traces", default=",".join(WORKLOADS), help="words of WORKLOADS")
     parser.add_argument("--policy", default="regret,lru", help="evictions, commas between")
     parser.add_argument("--few", action="store_true", help="the beginnings of long traces")
-    parser.add_argument("--resume", type=Path, help="folder of what is done")
+    parser.add_argument("--resume", type=Path, help="folder of finished runs")
     options = parser.parse_args()
     if options.resume:
         options.resume.mkdir(parents=True, exist_ok=True)

@@ -126,7 +126,7 @@ def main() -> int:
     parser.add_argument("--schemathesis", default="schemathesis", help="the program")
     parser.add_argument("--examples", type=int, default=300, help="of each operation and phase")
     parser.add_argument("--phases", default="examples,coverage,fuzzing")
-    parser.add_argument("--only", help="operations whose path matches this expression")
+    parser.add_argument("--only", help="only operations with a path that matches this expression")
     parser.add_argument("--seeds", default="1", help="such as 1,2,3; default: %(default)s")
     parser.add_argument("--out", type=Path, default=RESULTS / "check_schema.jsonl")
     options = parser.parse_args()

@@ -35,7 +35,7 @@ class ScriptedSampler:
         return OracleDrawn([SampledToken(self.scripts[r.seed][r.draw], None) for r in requests])
 
     def score(self, logits: Any, token_ids: Sequence[int], num_top: int) -> OracleDrawn:
-        raise AssertionError("nobody asks for scores here")
+        raise AssertionError("scores are not supported here")
 
 
 class ScriptedEngine:

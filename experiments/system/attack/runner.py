@@ -133,4 +133,4 @@ class ChainSampler:
         return Drawn([next_token(logits[row]) for row in rows])
 
     def score(self, logits: Any, token_ids: Any, num_top: int) -> Drawn:
-        raise AssertionError("the attack asks for no scores")
+        raise AssertionError("scores are not supported here")
