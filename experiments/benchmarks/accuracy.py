@@ -204,7 +204,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.benchmarks.accuracy",
         description=(__doc__ or "").splitlines()[0],
     )
-    parser.add_argument("--tasks", nargs="+", help="names of lm-eval's tasks (default: word problems)")
+    parser.add_argument(
+        "--tasks", nargs="+", help="names of lm-eval's tasks (default: word problems)"
+    )
     parser.add_argument("--model", help="model directory; none: the built-in one")
     parser.add_argument("--limit", type=int, help="questions of a task; none: all")
     parser.add_argument("--problems", type=int, default=200, help="word problems of each length")

@@ -214,7 +214,8 @@ def random_jobs(
     of ``num_input``."""
     if not 0 <= shared < num_input // 2:
         raise ValueError(
-            "--shared must be less than half of --input: each prompt needs tokens that no other prompt has."
+            "--shared must be less than half of --input: each prompt needs tokens that no other "
+            "prompt has."
         )
     draw = np.random.default_rng(seed)
     common = draw.integers(0, 256, shared, dtype=np.int32)

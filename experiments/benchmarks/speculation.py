@@ -224,7 +224,9 @@ def main() -> None:
     )
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--draw", action="store_true", help="run nothing: show the results in --out")
+    parser.add_argument(
+        "--draw", action="store_true", help="run nothing: show the results in --out"
+    )
     args = parser.parse_args()
     if args.draw:
         with open(args.out, encoding="utf-8") as lines:

@@ -221,7 +221,9 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="conversations")
     parser.add_argument("--tokens", type=int, default=1000, help="of a conversation")
     parser.add_argument("--rounds", type=int, default=24)
-    parser.add_argument("--host-gib", default="0.1,1", help="sizes of the tier whose memory is measured")
+    parser.add_argument(
+        "--host-gib", default="0.1,1", help="sizes of the tier whose memory is measured"
+    )
     parser.add_argument("--records", type=int, default=100_000, help="in one folder")
     parser.add_argument("--parts", default="restart,spilling,records,memory")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_tiers.jsonl")

@@ -179,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--again", action="store_true", help="also repeat parts that passed with this code")
+    parser.add_argument(
+        "--again", action="store_true", help="also repeat parts that passed with this code"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny shapes, interpreted on the CPU")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument(

@@ -437,7 +437,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m experiments.system.hostile", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only attacks with this in their name")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="only attacks with this in their name"
+    )
     parser.add_argument(
         "--out", type=Path, default=RESULTS / "hostile.jsonl", help="default: %(default)s"
     )

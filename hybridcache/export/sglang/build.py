@@ -16,10 +16,9 @@ from sglang.srt.runtime_context import (
 
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.config import PREFIX_CACHES, CacheConfig
-from hybridcache.export.sglang import eviction_name
 from hybridcache.export.sglang.cache import HybridRadixBackend
-from hybridcache.export.sglang.refuse import why_not
 from hybridcache.export.sglang.states import RequestStates
+from hybridcache.export.sglang.translation import eviction_name, why_not
 from hybridcache.export.sglang.views import RowView, SlotView
 from hybridcache.hybrid import HybridRadixCache
 

@@ -3,38 +3,54 @@
 Ownership of a request's rows: the tree owns ``[0, cache_protected_len)`` under the request's lock.
 The request owns the rest until ``checkpoint`` publishes it or SGLang frees it. No decision depends
 on a clock or on an order that differs between processes, so all ranks build the same tree.
+
+At the end of the file: the references that SGLang keeps between two calls, and its KV events.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from array import array
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import (
     BasePrefixCache,
+    DecLockRefParams,
     DecLockRefResult,
     EvictParams,
     EvictResult,
+    IncLockRefResult,
     InsertParams,
     InsertResult,
     MatchPrefixParams,
     MatchResult,
     TreeLock,
 )
+from sglang.srt.mem_cache.events import KVCacheEventRecorder
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.utils import split_node_hash_value
 from sglang.srt.utils.rank_consensus_checker import rank_consensus
 
-from hybridcache.export.sglang.events import EventRecorder
-from hybridcache.export.sglang.handles import Held, dfs_order, handle_of, node_of
-from hybridcache.export.sglang.keys import namespace_of, prompt_of, tokens_of
-from hybridcache.export.sglang.metrics import LossMeter
-from hybridcache.export.sglang.placement import branch_position
+from hybridcache.api import Listener, LockHandle
 from hybridcache.export.sglang.states import Offer, RequestStates
+from hybridcache.export.sglang.translation import (
+    LossMeter,
+    branch_position,
+    namespace_of,
+    prompt_of,
+    tokens_of,
+)
 from hybridcache.export.sglang.views import RowView, to_host
 from hybridcache.hybrid import HybridRadixCache
+from hybridcache.policies.protocol import Item
+from hybridcache.radix.tree import NodeHandle, RadixNode
 from hybridcache.tokens import Indices, Tokens
+from hybridcache.variants import PathPart
 
 
 class HybridRadixBackend(BasePrefixCache):
@@ -311,3 +327,148 @@ class HybridRadixBackend(BasePrefixCache):
 
     def pretty_print(self) -> None:
         print(self._cache.render())
+
+
+# --- References ---------------------------------------------------------------------------------
+
+
+class _Root:
+    """Handle of the empty prefix."""
+
+    def __repr__(self) -> str:
+        return "<root>"
+
+
+ROOT = _Root()
+"""Handle of an empty match. SGLang uses None for "not matched yet"."""
+
+Node = NodeHandle | None
+
+
+def handle_of(node: Node) -> Any:
+    return ROOT if node is None else node
+
+
+def node_of(handle: Any) -> Any:
+    """Return the node or path part of a handle, or None for the root."""
+    return None if handle is ROOT else handle
+
+
+@dataclass
+class Held(IncLockRefResult, DecLockRefParams):
+    """Lock receipt with both of SGLang's interfaces."""
+
+    receipt: LockHandle | None = None
+
+    def to_dec_params(self) -> Held:
+        return self
+
+
+def dfs_order(handles: Sequence[Any]) -> list[int]:
+    """Sort handles in depth-first order, heaviest branch first. Returns indices.
+
+    Handles under one node stay together. Deeper nodes precede shallower ones, and ties are broken
+    by first appearance, so the order is equal on all ranks. O(handles * depth).
+    """
+    paths = [_path(node_of(handle)) for handle in handles]
+    weight = Counter(node for path in paths for node in path)
+    rank: dict[RadixNode, int] = {node: number for number, node in enumerate(weight)}
+
+    def place(index: int) -> tuple[tuple[int, int], ...]:
+        return (*((-weight[node], rank[node]) for node in paths[index]), (1, 0))
+
+    return sorted(range(len(handles)), key=place)
+
+
+def _path(node: Node) -> list[RadixNode]:
+    last = node.last() if isinstance(node, PathPart) else node
+    above = last if isinstance(last, RadixNode) else None
+    path = []
+    while above is not None:
+        path.append(above)
+        above = above.parent
+    return path[::-1]
+
+
+# --- KV events ----------------------------------------------------------------------------------
+
+
+class _Shadow:
+    """Attributes of a node that the recorder reads."""
+
+    __slots__ = ("event_hash_value", "hash_value", "key", "parent")
+
+    def __init__(self, parent: _Shadow | None, key: Any) -> None:
+        self.parent = parent
+        self.key = key
+        self.hash_value: list[str] | None = None if parent is not None else []
+        self.event_hash_value: list[str] | None = None
+
+
+class EventRecorder(Listener):
+    """Listener that feeds SGLang's recorder. O(tokens) hashes if events are enabled.
+
+    SGLang's recorder identifies a page by the hash of its path, which it stores at its nodes. Here
+    a small record per node stores it. SGLang has no events for checkpoints.
+    """
+
+    def __init__(self, params: Any) -> None:
+        self.recorder = KVCacheEventRecorder(
+            enabled=params.enable_kv_cache_events,
+            page_size=params.page_size,
+            dynamo_format=params.dynamo_kv_event_format,
+            lora_names=params.kv_event_lora_names,
+        )
+        self._page_size: int = params.page_size
+        self._root = _Shadow(None, RadixKey(array("q")))
+        self._shadows: dict[int, _Shadow] = {}
+
+    def restart(self) -> None:
+        """Report that all contents were discarded."""
+        self._shadows.clear()
+        self.recorder.record_all_cleared()
+
+    def kv_stored(self, node: RadixNode) -> None:
+        assert node.kv is not None and node.parent is not None
+        above = node.parent.kv
+        parent = self._root if above is None else self._shadows[above.serial]
+        shadow = _Shadow(parent, _key(node.tokens, _namespace(node)))
+        self._shadows[node.kv.serial] = shadow
+        self.recorder.record_store(shadow)
+
+    def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
+        assert upper.kv is not None and lower.kv is not None
+        shadow, length = self._shadows[lower.kv.serial], upper.end - upper.start
+        top = _Shadow(shadow.parent, shadow.key[:length])
+        for name in ("hash_value", "event_hash_value"):
+            halves = split_node_hash_value(getattr(shadow, name), length, self._page_size)
+            for half, hashes in zip((top, shadow), halves, strict=True):
+                setattr(half, name, hashes)
+        shadow.parent, shadow.key = top, shadow.key[length:]
+        self._shadows[upper.kv.serial] = top
+
+    def kv_removed(self, node: RadixNode) -> None:
+        assert node.kv is not None
+        self.recorder.record_remove(self._shadows.pop(node.kv.serial))
+
+    def checkpoint_stored(self, node: RadixNode) -> None:
+        """Ignored: SGLang has no such event."""
+
+    def checkpoint_removed(self, node: RadixNode) -> None:
+        """Ignored: SGLang has no such event."""
+
+    def chosen(self, item: Item) -> None:
+        """Ignored: SGLang has no such event."""
+
+
+def _namespace(node: RadixNode) -> Hashable:
+    while node.parent is not None:
+        node = node.parent
+    return node.key
+
+
+def _key(tokens: Tokens, namespace: Any) -> Any:
+    extra_key, cache_salt = (None, None) if namespace is None else namespace
+    ids = array("q")
+    ids.frombytes(tokens.astype(np.int64).tobytes())
+    return RadixKey(ids, extra_key, cache_salt=cache_salt)

@@ -15,12 +15,19 @@ from prometheus_client import REGISTRY
 from hybridcache import CacheConfig
 from hybridcache.api import Losses, PrefixMatch
 from hybridcache.config import PREFIX_CACHES
-from hybridcache.export.sglang import eviction_name
-from hybridcache.export.sglang.keys import NO_TOKEN, namespace_of, prompt_of, tokens_of
-from hybridcache.export.sglang.metrics import LossMeter, describe, on_grid
-from hybridcache.export.sglang.placement import branch_position
-from hybridcache.export.sglang.refuse import why_not
 from hybridcache.export.sglang.states import RequestStates
+from hybridcache.export.sglang.translation import (
+    NO_TOKEN,
+    LossMeter,
+    branch_position,
+    describe,
+    eviction_name,
+    namespace_of,
+    on_grid,
+    prompt_of,
+    tokens_of,
+    why_not,
+)
 from hybridcache.export.sglang.views import RowView, SlotView
 
 
