@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from hybridcache.geometry.checkpoints import CheckpointFormat
-from hybridcache.scheduling.budget import MAX_SCORED as MAX_SCORED
-from hybridcache.scheduling.budget import TILE as TILE
+from hybridcache.scheduling.planner import MAX_SCORED as MAX_SCORED
+from hybridcache.scheduling.planner import TILE as TILE
 
 SMALL_TILES = (16, 32)
 """Smaller ones that the kernels can be run with, so that checkpoints may lie on multiples of

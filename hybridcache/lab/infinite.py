@@ -23,13 +23,13 @@ class Seen(NamedTuple):
     """Number of the visit that came to that depth last; None where nothing was seen."""
 
 
-class _Node:
+class _VisitedNode:
     __slots__ = ("children", "ids", "last_visit")
 
     def __init__(self, ids: Tokens, last_visit: int) -> None:
         self.ids = ids
         self.last_visit = last_visit
-        self.children: dict[int, _Node] = {}
+        self.children: dict[int, _VisitedNode] = {}
 
 
 class InfiniteCache:
@@ -42,7 +42,7 @@ class InfiniteCache:
     """
 
     def __init__(self) -> None:
-        self._roots: dict[Hashable, _Node] = {}
+        self._roots: dict[Hashable, _VisitedNode] = {}
         self.num_visits = 0
         self.num_ids = 0
         """Tokens remembered, those that sequences share counted once."""
@@ -69,13 +69,13 @@ class InfiniteCache:
         now = self.num_visits
         node = self._roots.get(namespace)
         if node is None:
-            node = self._roots[namespace] = _Node(ids[:0], now)
+            node = self._roots[namespace] = _VisitedNode(ids[:0], now)
         depth, last_visit = 0, None
         while depth < len(ids):
             child = node.children.get(int(ids[depth]))
             if child is None:
                 # A copy: a view would keep the whole prompt alive.
-                node.children[int(ids[depth])] = _Node(ids[depth:].copy(), now)
+                node.children[int(ids[depth])] = _VisitedNode(ids[depth:].copy(), now)
                 self.num_ids += len(ids) - depth
                 break
             common = common_prefix_len(child.ids, ids[depth:])
@@ -88,8 +88,8 @@ class InfiniteCache:
         return Seen(depth, last_visit)
 
     @staticmethod
-    def _split(node: _Node, at: int) -> None:
-        lower = _Node(node.ids[at:], node.last_visit)
+    def _split(node: _VisitedNode, at: int) -> None:
+        lower = _VisitedNode(node.ids[at:], node.last_visit)
         lower.children = node.children
         node.ids = node.ids[:at]
         node.children = {int(lower.ids[0]): lower}

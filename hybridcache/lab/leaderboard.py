@@ -82,7 +82,7 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class BoardJob:
     """All sizes of one trace with one seed, under all policies."""
 
     model: str
@@ -122,7 +122,7 @@ class Scores:
     """The same next to the running request."""
 
 
-def run_job(_trace: Trace, job: Job) -> Scores:
+def run_job(_trace: Trace, job: BoardJob) -> Scores:
     """Simulate every policy and compute both plans. O(policies * requests * sizes)."""
     trace = open_trace(f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}").kept()
     rates: dict[str, list[float]] = {}
@@ -267,7 +267,7 @@ def leaderboard(
         raise ValueError("nothing to compare: name a policy, or keep the built-in ones")
     reference = DEFAULT_EVICTION if DEFAULT_EVICTION in names else names[0]
     jobs = [
-        Job(split.model, trace, seed, sizes, names)
+        BoardJob(split.model, trace, seed, sizes, names)
         for trace, sizes in split.gib.items()
         for seed in split.seeds
     ]

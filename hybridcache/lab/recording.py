@@ -14,8 +14,7 @@ from hybridcache.lab.simulation.sizes import budget_bytes, sizes
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, Served, build_target
 from hybridcache.lab.trace import Trace, TraceRequest
 from hybridcache.watch.page import Recording, recorded_page
-from hybridcache.watch.recorder import Record, Recorder, node_id
-from hybridcache.watch.records import RequestShown, slabs_record
+from hybridcache.watch.recorder import Record, Recorder, RequestShown, node_id, slabs_record
 
 MAX_RUNS = 8
 MAX_RECORDS = 300_000

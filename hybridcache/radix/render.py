@@ -36,7 +36,7 @@ class Drawn(NamedTuple):
     """True if it has no siblings."""
 
 
-class Plan(NamedTuple):
+class Drawing(NamedTuple):
     """Contents of a drawing: namespaces in order of creation, nodes depth first, ghosts last."""
 
     namespaces: list[tuple[str, list[Drawn]]]
@@ -44,7 +44,7 @@ class Plan(NamedTuple):
     """Sentence about the parts that are not drawn, or None."""
 
 
-def plan_of(tree: RadixTree, max_nodes: int) -> Plan:
+def drawing_of(tree: RadixTree, max_nodes: int) -> Drawing:
     """Return the first ``max_nodes`` nodes with their namespaces. O(nodes drawn)."""
     namespaces: list[tuple[str, list[Drawn]]] = []
     room = max_nodes
@@ -57,11 +57,11 @@ def plan_of(tree: RadixTree, max_nodes: int) -> Plan:
     num_nodes = tree.num_nodes - sum(len(drawn) for _, drawn in namespaces)
     num_namespaces = len(tree.roots) - len(namespaces)
     if not num_nodes:
-        return Plan(namespaces, None)
+        return Drawing(namespaces, None)
     left_out = f"... {_count(num_nodes, 'node')}"
     if num_namespaces:
         left_out += f" and {_count(num_namespaces, 'namespace')}"
-    return Plan(namespaces, left_out)
+    return Drawing(namespaces, left_out)
 
 
 def describe(node: RadixNode) -> str:
@@ -102,7 +102,7 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
     ``*`` checkpoint, ``-`` tombstone, ``~`` ghost, ``v`` offloaded. The last line counts omitted
     nodes.
     """
-    plan = plan_of(tree, max_nodes)
+    plan = drawing_of(tree, max_nodes)
     lines: list[str] = []
     for namespace, nodes in plan.namespaces:
         lines.append(namespace)
@@ -124,7 +124,7 @@ def render_text(tree: RadixTree, max_nodes: int) -> str:
 
 def render_graphviz(tree: RadixTree, max_nodes: int) -> str:
     """Return source for ``dot``. Ghosts are dashed; nodes with a checkpoint are filled."""
-    plan = plan_of(tree, max_nodes)
+    plan = drawing_of(tree, max_nodes)
     lines = ["digraph cache {", "  rankdir=LR; node [shape=box, fontname=monospace];"]
     names: dict[RadixNode, str] = {}
     for number, (namespace, nodes) in enumerate(plan.namespaces):
@@ -200,7 +200,7 @@ def render_svg(tree: RadixTree, max_nodes: int) -> str:
 
     Each bar has a tooltip that describes its node.
     """
-    plan = plan_of(tree, max_nodes)
+    plan = drawing_of(tree, max_nodes)
     deepest = max((drawn.node.end for _, nodes in plan.namespaces for drawn in nodes), default=1)
     scale = (WIDTH - 2 * MARGIN) / deepest
     legend, top = _legend()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 
 
-class Load:
+class ReplicaLoad:
     """Requests that were sent to one replica and have not ended, with estimated prefill seconds.
 
     All methods are O(1). A replica prefills in order of arrival, so it works on the oldest request
     without a first token.
 
-    >>> load = Load()
+    >>> load = ReplicaLoad()
     >>> load.sent("a", 2.0, now=0.0)
     >>> load.sent("b", 1.0, now=0.5)
     >>> load.wait_s(now=1.0)

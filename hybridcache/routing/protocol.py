@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple, Protocol
 
 from hybridcache.export.events import Event
 from hybridcache.policies.protocol import PlacementPolicy
-from hybridcache.routing.load import Load
+from hybridcache.routing.load import ReplicaLoad
 
 ReplicaId = int | str
 """Identifier of a replica. Never reused: a replica that returns gets a new id and is empty."""
@@ -85,7 +85,7 @@ class Router:
 
     def __init__(self, spec: ReplicaSpec) -> None:
         self.spec = spec
-        self.loads: dict[ReplicaId, Load] = {}
+        self.loads: dict[ReplicaId, ReplicaLoad] = {}
         """Load of each replica that is up, in the order in which they joined."""
         self._where: dict[Hashable, ReplicaId] = {}
 
@@ -139,7 +139,7 @@ class Router:
         """Add a replica with an empty cache. Raises ValueError if it is already up."""
         if replica in self.loads:
             raise ValueError(f"Replica {replica!r} has already joined.")
-        self.loads[replica] = Load()
+        self.loads[replica] = ReplicaLoad()
 
     def left(self, replica: ReplicaId, now: float) -> tuple[Hashable, ...]:
         """Remove a replica. Returns its outstanding requests, which are no longer counted."""

@@ -16,13 +16,13 @@ KEPT = 0.9
 """Fraction of ``max_tokens`` that remains after a replica's record exceeds the limit."""
 
 
-class _Node:
+class _TextNode:
     __slots__ = ("children", "last_use", "parent", "tokens")
 
-    def __init__(self, tokens: tuple[int, ...], parent: _Node | None) -> None:
+    def __init__(self, tokens: tuple[int, ...], parent: _TextNode | None) -> None:
         self.tokens = tokens
         self.parent = parent
-        self.children: dict[int, _Node] = {}
+        self.children: dict[int, _TextNode] = {}
         self.last_use: dict[ReplicaId, int] = {}
         """Time of the last prompt through this node, by replica."""
 
@@ -42,7 +42,7 @@ class TextTree:
         self.max_tokens = max_tokens
         self.num_tokens: dict[ReplicaId, int] = {}
         """Number of recorded tokens, by replica. Replicas without any are absent."""
-        self._roots: dict[Hashable, _Node] = {}
+        self._roots: dict[Hashable, _TextNode] = {}
         self._uses = 0
 
     def match(
@@ -75,12 +75,12 @@ class TextTree:
     ) -> None:
         """Record that ``tokens`` were sent to ``replica``."""
         self._uses += 1
-        node = self._roots.setdefault(namespace, _Node((), None))
+        node = self._roots.setdefault(namespace, _TextNode((), None))
         end = 0
         while end < len(tokens):
             child = node.children.get(tokens[end])
             if child is None:
-                child = node.children[tokens[end]] = _Node(tokens[end:], node)
+                child = node.children[tokens[end]] = _TextNode(tokens[end:], node)
             else:
                 common = _common(child.tokens, tokens, end)
                 if common < len(child.tokens):
@@ -100,10 +100,10 @@ class TextTree:
             self._discard(node, replica)
         self._prune()
 
-    def _split(self, lower: _Node, at: int) -> _Node:
+    def _split(self, lower: _TextNode, at: int) -> _TextNode:
         """Split ``lower`` after ``at`` tokens. Returns the new parent with the first part."""
         assert lower.parent is not None
-        upper = _Node(lower.tokens[:at], lower.parent)
+        upper = _TextNode(lower.tokens[:at], lower.parent)
         upper.last_use = dict(lower.last_use)
         lower.parent.children[lower.tokens[0]] = upper
         lower.tokens, lower.parent = lower.tokens[at:], upper
@@ -129,7 +129,7 @@ class TextTree:
         """Remove namespaces without prompts."""
         self._roots = {name: root for name, root in self._roots.items() if root.children}
 
-    def _discard(self, node: _Node, replica: ReplicaId) -> None:
+    def _discard(self, node: _TextNode, replica: ReplicaId) -> None:
         if node.last_use.pop(replica, None) is None:
             return
         self.num_tokens[replica] -= len(node.tokens)
@@ -139,7 +139,7 @@ class TextTree:
             assert node.parent is not None and not node.children
             del node.parent.children[node.tokens[0]]
 
-    def _leaves_first(self) -> Iterator[_Node]:
+    def _leaves_first(self) -> Iterator[_TextNode]:
         stack = [child for root in self._roots.values() for child in root.children.values()]
         found = []
         while stack:

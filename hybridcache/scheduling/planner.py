@@ -30,7 +30,6 @@ from math import inf
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
-from hybridcache.scheduling.budget import TILE, Budget
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes
 from hybridcache.scheduling.request import ScheduledRequest
@@ -39,9 +38,68 @@ from hybridcache.scheduling.sharing import Sharing
 
 LIVE_S = 300.0
 """Seconds for which an idle session counts as live."""
+TILE = 64
+"""Tokens per tile of every kernel, unless the grid is finer. Prefill chunks end at absolute
+multiples of it."""
+
+MAX_SCORED = 1024
+"""Most prompt positions per step for which logits are computed. The logits of a whole step would
+take gigabytes of device memory."""
+
+SHORT_SHARE = 4
+"""Divisor of the share of a step's prefill tokens that is reserved for prefills that fit in it
+whole."""
+TILES = 2
+"""Most tiles begun in a step, as a multiple of the tiles that its tokens fill. A few tokens cost
+nearly half as much as a whole tile, so a hundred short chunks would make a step several times
+longer."""
 
 R = TypeVar("R", bound=ScheduledRequest)
 Q = TypeVar("Q", bound=ScheduledRequest)
+
+
+@dataclass(slots=True)
+class PrefillBudget:
+    """Remaining budget for prefills in one step."""
+
+    tokens: int
+    num_for_short: int
+    """The last ``num_for_short`` tokens are reserved for prefills that fit in whole."""
+    tiles: int
+    """Tiles that may still be begun, however few tokens they contain."""
+    scored: int = MAX_SCORED
+    """Positions for which logits may still be computed."""
+
+    @classmethod
+    def of(cls, tokens: int, *, is_shared: bool) -> PrefillBudget:
+        """Return the budget of a step with ``tokens`` for prefills, at least one tile.
+        ``is_shared`` is False if there is only one prefill."""
+        num_for_short = min(tokens // SHORT_SHARE, tokens - TILE) if is_shared else 0
+        return cls(tokens, num_for_short, TILES * tokens // TILE)
+
+    @property
+    def is_spent(self) -> bool:
+        return self.tokens <= 0 or self.tiles <= 0
+
+    def room(self, scores: bool) -> int:
+        """Return the number of tokens that any prefill may compute, short or long."""
+        if self.is_spent:
+            return 0
+        tokens = max(0, self.tokens - self.num_for_short)
+        return min(tokens, self.scored) if scores else tokens
+
+    def most(self, rest: int, scores: bool) -> int:
+        """Return the number of the ``rest`` remaining tokens that a prefill may compute."""
+        if self.is_spent:
+            return 0
+        short = min(self.num_for_short, self.tokens)
+        is_short = rest <= (min(short, self.scored) if scores else short)
+        return rest if is_short else min(rest, self.room(scores))
+
+    def spend(self, num_tokens: int, scores: bool) -> None:
+        self.tokens -= num_tokens
+        self.tiles -= -(-num_tokens // TILE)
+        self.scored -= num_tokens * scores
 
 
 class Holding(Protocol[Q]):
@@ -279,13 +337,13 @@ class StepPlanner(Generic[R]):
     def _decoding(self) -> list[R]:
         return [r for r in self._running if r.scheduled_len >= r.prefill_len and not r.awaits_draw]
 
-    def _budget(self) -> Budget:
+    def _budget(self) -> PrefillBudget:
         num_decodes = len(self._decoding())
         tokens = max(self._token_budget - num_decodes, TILE)
         is_alone = len(self._running) - num_decodes + len(self._waiting) <= 1
-        return Budget.of(tokens, is_shared=not is_alone)
+        return PrefillBudget.of(tokens, is_shared=not is_alone)
 
-    def _end(self, request: R, start: int, budget: Budget) -> int:
+    def _end(self, request: R, start: int, budget: PrefillBudget) -> int:
         """Return the end position of ``request``, which has its tokens up to ``start``, in this
         step."""
         if request.scheduled_len >= request.prefill_len:
@@ -293,14 +351,14 @@ class StepPlanner(Generic[R]):
         end = start + budget.most(request.prefill_len - start, request.wants_scores)
         return end if end == request.prefill_len else max(start, end // TILE * TILE)
 
-    def _take(self, ends: dict[R, int], request: R, end: int, budget: Budget) -> None:
+    def _take(self, ends: dict[R, int], request: R, end: int, budget: PrefillBudget) -> None:
         """Schedule ``request`` up to ``end``. Its memory must be claimed."""
         if request.scheduled_len < request.prefill_len:
             start = ends.get(request, request.scheduled_len)
             budget.spend(end - start, request.wants_scores)
         ends[request] = end
 
-    def _grow(self, ends: dict[R, int], budget: Budget) -> None:
+    def _grow(self, ends: dict[R, int], budget: PrefillBudget) -> None:
         """Give the remaining budget to running prefills, oldest first, as far as memory allows."""
         for request in self._running:
             start = ends.get(request, request.scheduled_len)
@@ -360,7 +418,7 @@ class StepPlanner(Generic[R]):
             return True
         return self._sharing is not None and self._sharing.follows(request)
 
-    def _admit(self, candidates: Iterable[R], ends: dict[R, int], budget: Budget) -> list[R]:
+    def _admit(self, candidates: Iterable[R], ends: dict[R, int], budget: PrefillBudget) -> list[R]:
         """Admit waiting requests in the given order, except those that follow a running prefill.
         Returns the requests that were passed over because the budget was too small.
 
@@ -403,7 +461,7 @@ class StepPlanner(Generic[R]):
         num_tokens = request.num_tokens + sum(running.num_tokens for running in own)
         return self._memory.share(num_tokens, len(own) + 1) > self._max_share
 
-    def _fits(self, request: R, budget: Budget) -> bool:
+    def _fits(self, request: R, budget: PrefillBudget) -> bool:
         """Return whether waiting ``request`` could compute anything. O(its length) if only a short
         request could, else O(1)."""
         if budget.room(request.wants_scores) >= TILE:
@@ -413,7 +471,7 @@ class StepPlanner(Generic[R]):
             rest -= self._manager.cached_len(request)
         return budget.most(rest, request.wants_scores) == rest
 
-    def _start(self, request: R, budget: Budget) -> bool:
+    def _start(self, request: R, budget: PrefillBudget) -> bool:
         """Move ``request`` from waiting to running. Returns False if there is no memory for its
         first chunk, or if less than expected was reusable and the rest exceeds the budget."""
         if not self._manager.begin(request):

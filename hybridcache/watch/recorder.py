@@ -1,4 +1,4 @@
-"""Recorder: turns a cache's changes into records for the page.
+"""Records for the page: changes of a cache, requests, and arena slabs.
 
 >>> import numpy as np
 >>> from hybridcache import CacheConfig, build_prefix_cache
@@ -17,16 +17,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import Any
+from typing import Any, NamedTuple
 from zlib import crc32
 
-from hybridcache.api import Listener
+from hybridcache.allocators.arena import ArenaAllocator
+from hybridcache.api import Listener, Losses
 from hybridcache.policies.protocol import Item
 from hybridcache.radix.tree import NodeHandle, RadixNode
 
 Record = list[Any]
 """Name of the change, then its fields as plain data. README.md lists all records."""
 
+MAX_SLABS = 2048
+"""Maximum number of slabs shown."""
 MAX_LETTERS = 80
 """Maximum length of a namespace or a label. Longer ones are truncated."""
 
@@ -107,3 +110,44 @@ def _key(node: RadixNode) -> int:
     The page uses it to recognise ghosts that return.
     """
     return crc32(repr(node.key).encode())
+
+
+class RequestShown(NamedTuple):
+    """State of one request. Lengths are in tokens.
+
+    Times are in seconds of the records' clock, or None if not reached.
+    """
+
+    id: str
+    conversation: int | str
+    namespace: Hashable
+    state: str
+    """``waiting``, ``prefill``, ``decode``, or the reason of its end."""
+    prompt: int
+    computed: int
+    answer: int
+    cached: int
+    losses: Losses | None
+    node: int | None
+    """Id of the node it has reached, or would resume from."""
+    preemptions: int
+    arrived_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
+    finished_s: float | None
+
+    def record(self) -> Record:
+        shown = self._asdict()
+        shown["namespace"] = show_namespace(self.namespace)
+        shown["losses"] = None if self.losses is None else self.losses._asdict()
+        return ["request", shown]
+
+
+def slabs_record(arena: ArenaAllocator) -> Record:
+    """Return the percentage of rows with KV of each slab, and the slabs with a state.
+
+    O(slabs + holes).
+    """
+    percent = (100 * arena.occupancy()[:MAX_SLABS] / arena.slab_rows).round()
+    states = sorted(slot for slot in arena.slots.states if slot < MAX_SLABS)
+    return ["slabs", percent.astype(int).tolist(), states]

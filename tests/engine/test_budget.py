@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.config import MAX_SCORED, TILE
-from hybridcache.scheduling.budget import Budget
+from hybridcache.scheduling.planner import PrefillBudget
 
 sizes = st.one_of(st.integers(1, 300), st.integers(1, 5000))
 
@@ -20,7 +20,7 @@ sizes = st.one_of(st.integers(1, 300), st.integers(1, 5000))
 def test_nobody_takes_more_than_there_is(
     tokens: int, is_shared: bool, prefills: list[tuple[int, bool]]
 ) -> None:
-    budget = Budget.of(tokens, is_shared=is_shared)
+    budget = PrefillBudget.of(tokens, is_shared=is_shared)
     taken = scored = 0
     for rest, scores in prefills:
         most = budget.most(rest, scores)
@@ -40,26 +40,26 @@ def test_nobody_takes_more_than_there_is(
     ("tokens", "num_for_short"), [(64, 0), (70, 6), (84, 20), (86, 21), (256, 64), (1024, 256)]
 )
 def test_short_ones_have_a_quarter_and_leave_a_tile(tokens: int, num_for_short: int) -> None:
-    budget = Budget.of(tokens, is_shared=True)
+    budget = PrefillBudget.of(tokens, is_shared=True)
     assert budget.num_for_short == num_for_short
     assert budget.room(scores=False) == tokens - num_for_short >= TILE
-    assert Budget.of(tokens, is_shared=False).room(scores=False) == tokens
+    assert PrefillBudget.of(tokens, is_shared=False).room(scores=False) == tokens
 
 
 def test_few_tokens_cost_a_tile_of_which_a_step_begins_twice_what_its_tokens_fill() -> None:
-    budget = Budget.of(256, is_shared=True)
+    budget = PrefillBudget.of(256, is_shared=True)
     for _ in range(8):
         assert budget.most(3, scores=False) == 3 and budget.room(scores=False) >= TILE
         budget.spend(3, scores=False)
     assert budget.is_spent and budget.tokens == 232
     assert budget.most(3, scores=False) == 0 == budget.room(scores=False)
-    whole = Budget.of(256, is_shared=False)
+    whole = PrefillBudget.of(256, is_shared=False)
     whole.spend(256, scores=False)
     assert whole.tiles == 4  # whole tiles are never the limit
 
 
 def test_a_short_one_that_is_scored_fits_in_what_may_be_scored_yet() -> None:
-    budget = Budget.of(4096, is_shared=True)
+    budget = PrefillBudget.of(4096, is_shared=True)
     budget.spend(MAX_SCORED - 100, scores=True)
     assert budget.most(101, scores=True) == 100 and budget.most(101, scores=False) == 101
     budget.spend(100, scores=True)

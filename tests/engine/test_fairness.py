@@ -12,7 +12,7 @@ from engine import Engine, EngineConfig, RequestOutput, SamplingParams
 from engine.config import MAX_SCORED, TILE
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
-from hybridcache.scheduling.budget import TILES
+from hybridcache.scheduling.planner import TILES
 
 
 class Load:

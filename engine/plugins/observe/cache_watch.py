@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 from engine.requests.recent_requests import Ended
 from engine.requests.request import Request
 from hybridcache.watch.page import FORM
-from hybridcache.watch.recorder import Record, Recorder, node_id
-from hybridcache.watch.records import RequestShown, slabs_record
+from hybridcache.watch.recorder import Record, Recorder, RequestShown, node_id, slabs_record
 
 if TYPE_CHECKING:
     from engine.engine import Engine

@@ -13,7 +13,7 @@ from hybridcache.lab.baselines.protocol import (
     Baseline,
     BaselineConfig,
     BaselineFactory,
-    Session,
+    PeerSession,
     replay,
 )
 from hybridcache.lab.baselines.sglang import PlacementWord, SglangCache
@@ -81,7 +81,7 @@ __all__ = [
     "HOST_TIERS",
     "Baseline",
     "BaselineConfig",
-    "Session",
+    "PeerSession",
     "build_baseline",
     "replay",
 ]

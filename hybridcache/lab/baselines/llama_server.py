@@ -62,7 +62,7 @@ class _Text:
 
 
 @dataclass(slots=True, eq=False)
-class _Slot:
+class _ServerSlot:
     text: _Text = field(default_factory=_Text)
     last_used: int = 0
     is_running: bool = False
@@ -80,7 +80,7 @@ class LlamaServerCache:
         self.num_rows = max(0, config.budget_bytes - num_slots * config.state_bytes)
         self.num_rows //= self.row_bytes
         self.max_checkpoints = max_checkpoints
-        self.slots = [_Slot() for _ in range(num_slots)]
+        self.slots = [_ServerSlot() for _ in range(num_slots)]
         self.cache: list[_Text] = []
         """Saved texts, oldest first."""
         self.cache_bytes = 0
@@ -143,7 +143,7 @@ class LlamaServerCache:
                 longest = max(self.slots, key=lambda slot: len(slot.text.checkpoints))
                 del longest.text.checkpoints[0]
 
-    def _take_slot(self, tokens: Tokens, namespace: Hashable) -> tuple[_Slot, int]:
+    def _take_slot(self, tokens: Tokens, namespace: Hashable) -> tuple[_ServerSlot, int]:
         """Return the slot for a prompt, with the text to continue from, and the number of bytes
         loaded for it."""
         free = [slot for slot in self.slots if not slot.is_running]
@@ -173,7 +173,7 @@ class LlamaServerCache:
         self.cache_bytes += size
         self.spilled_bytes += length * self.row_bytes + self.config.state_bytes
 
-    def _load(self, slot: _Slot, tokens: Tokens, namespace: Hashable) -> int:
+    def _load(self, slot: _ServerSlot, tokens: Tokens, namespace: Hashable) -> int:
         """Load the cached text that serves ``tokens`` best into ``slot``, if it is better than the
         slot's own. Returns the number of bytes copied to the device."""
         shared, length = slot.text.shared(namespace, tokens), len(slot.text.tokens)
@@ -207,7 +207,7 @@ class LlamaServerSession:
     def __init__(
         self,
         cache: LlamaServerCache,
-        slot: _Slot,
+        slot: _ServerSlot,
         tokens: Tokens,
         namespace: Hashable,
         fetched_bytes: int,

@@ -31,7 +31,7 @@ FIRST, INTERVAL = 16, 1280
 
 
 @dataclass(slots=True, eq=False)
-class _Slot:
+class _RunnerSlot:
     namespace: Hashable = None
     tokens: Tokens = field(default_factory=lambda: np.empty(0, np.int32))
     ring: list[int] = field(default_factory=list)
@@ -51,7 +51,7 @@ class OllamaCache:
         row_bytes = config.kv_bytes_per_token * config.unit
         self.num_rows = max(0, config.budget_bytes - reserved) // row_bytes // num_slots
         """KV rows of each slot."""
-        self.slots = [_Slot() for _ in range(num_slots)]
+        self.slots = [_RunnerSlot() for _ in range(num_slots)]
         self.spilled_bytes = 0
 
     def begin(self, tokens: Tokens, namespace: Hashable = None) -> OllamaSession | None:
@@ -82,7 +82,12 @@ class OllamaSession:
     fetched_bytes = 0
 
     def __init__(
-        self, cache: OllamaCache, slot: _Slot, tokens: Tokens, namespace: Hashable, shared: int
+        self,
+        cache: OllamaCache,
+        slot: _RunnerSlot,
+        tokens: Tokens,
+        namespace: Hashable,
+        shared: int,
     ) -> None:
         self.cache, self.slot = cache, slot
         limit = min(shared, len(tokens) - 1)

@@ -42,7 +42,7 @@ class BaselineConfig:
     """FLOPs of attention per pair of tokens, over all attention layers."""
 
 
-class Session(Protocol):
+class PeerSession(Protocol):
     """One request of a peer, from its match to its release."""
 
     cached_len: int
@@ -65,7 +65,7 @@ class Baseline(Protocol):
         """Bytes copied from the device to host memory so far."""
         ...
 
-    def begin(self, tokens: Tokens, namespace: Hashable = None) -> Session | None:
+    def begin(self, tokens: Tokens, namespace: Hashable = None) -> PeerSession | None:
         """Match ``tokens``, take memory for the prefill (evicting if needed), and compute the
         prompt. Returns None, and holds nothing, if running requests leave too little memory; the
         caller must wait. O(prompt)."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,6 @@ from hybridcache.lab.command.shared import (
     tiers_asked,
 )
 from hybridcache.lab.defaults import CLOSED_LOOP_GIB, GIB_SPEC, RATES
-from hybridcache.lab.replicas.command import ALONE
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 def add_simulate(commands: Commands) -> None:
     """Add the command's parser."""
     from hybridcache.lab.baselines import BASELINES
-    from hybridcache.lab.replicas.command import add_fleet
     from hybridcache.lab.report import METRICS
     from hybridcache.lab.simulation.target import MEMORIES
     from hybridcache.policies.registry import (
@@ -87,7 +85,7 @@ def add_simulate(commands: Commands) -> None:
     add("--page-size", type=int, default=1, help="tokens of a KV page")
     add("--max-running", type=int, help="number of requests served at once (default: in turn)")
     _add_closed_loop(parser)
-    add_fleet(parser)
+    _add_fleet(parser)
     add("--output", type=Path, help="JSON lines, a run each; runs it already has are not repeated")
     add("--figure", type=Path, help="PNG, SVG or PDF to draw; losses and bins, if any, next to it")
     add_figure_style(parser)
@@ -116,7 +114,48 @@ CLOSED_LOOP: dict[str, dict[str, Any]] = {
     "--seeds": {"type": int, "help": "runs with other arrivals, averaged (default 1)"},
     "--tells-ends": {"action": "store_true", "help": "clients say when a session has ended"},
 }
-"""With ``--closed-loop`` only."""
+"""Options with ``--closed-loop`` only."""
+FLEET: dict[str, dict[str, Any]] = {
+    "--load": {
+        "type": float,
+        "help": "replicas so fast that all prompts computed cold would keep them busy for this "
+        "share of the trace's time (default: as fast as the prefill times say)",
+    },
+    "--event-delay": {
+        "type": float,
+        "help": "seconds until a change in a cache reaches a router (default 0)",
+    },
+    "--failures": {
+        "type": int,
+        "help": "replicas that fail, evenly over the trace, each replaced by an empty one after "
+        "30 s (default 0)",
+    },
+}
+"""Options of fleets, with ``--replicas`` only."""
+ALONE = {
+    "--baseline": "",
+    "--optimum": None,
+    "--losses": False,
+    "--bins": False,
+    "--metric": "hit",
+    "--max-running": None,
+    "--figure": None,
+    "--figure-size": None,
+    "--figure-font": "",
+    "--figure-font-size": 9.0,
+    "--figure-labels": "legend",
+    "--servers": 1,
+    "--bound": True,
+    "--priority-classes": True,
+    "--kv-share": None,
+    "--checkpoint-dtype": "auto",
+    "--host-gib": 0.0,
+    "--disk-gib": 0.0,
+    "--host-gb-s": None,
+    "--disk-gb-s": None,
+    "--page": None,
+}
+"""Options without a meaning for fleets, and their defaults."""
 
 
 def _add_closed_loop(parser: argparse.ArgumentParser) -> None:
@@ -197,11 +236,9 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.closed_loop:
         return _simulate_closed_loop(options)
     _refuse_without_closed_loop(options)
-    from hybridcache.lab.replicas.command import refuse_without_replicas, simulate_fleets
-
     if options.replicas is not None:
         return simulate_fleets(options, lambda spec: opened(spec, options))
-    refuse_without_replicas(options)
+    _refuse_without_replicas(options)
     from hybridcache.lab.report import bins_table, find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
 
@@ -298,3 +335,88 @@ def _draw(
 
 def _beside(path: Path, word: str) -> Path:
     return path.with_name(f"{path.stem}-{word}{path.suffix}")
+
+
+# --- Fleets -------------------------------------------------------------------------------------
+
+
+def _add_fleet(parser: argparse.ArgumentParser) -> None:
+    """Add the options of fleets."""
+    from hybridcache.routing.registry import ROUTERS
+
+    words = ", ".join((*ROUTERS, "oracle"))
+    parser.add_argument(
+        "--replicas",
+        type=int,
+        help="number of caches behind a router, each of --gib; prints other tables",
+    )
+    parser.add_argument(
+        "--router",
+        help=f"with --replicas, commas between (default checkpoint): {words}, module:Class",
+    )
+    for flag, facts in FLEET.items():
+        parser.add_argument(flag, **facts)
+
+
+def _refuse_without_replicas(options: argparse.Namespace) -> None:
+    """Raise ValueError for an option of fleets without ``--replicas``."""
+    for flag in ("--router", *FLEET):
+        if _value(options, flag) is not None:
+            raise ValueError(f"{flag} is about several replicas: say how many with --replicas")
+
+
+def _value(options: argparse.Namespace, flag: str) -> Any:
+    return getattr(options, flag.removeprefix("--").replace("-", "_"))
+
+
+def simulate_fleets(options: argparse.Namespace, open_trace: Callable[[str], Trace]) -> int:
+    """Run every router at every size, and print their tables. Raises ValueError for an option that
+    has no meaning with fleets."""
+    from hybridcache.lab.progress import shown_progress
+    from hybridcache.lab.replicas.fleet import FleetConfig
+    from hybridcache.lab.replicas.result import fleet_table
+    from hybridcache.lab.replicas.runs import fleet_jobs, run_fleets
+    from hybridcache.lab.simulation.grid import Place
+    from hybridcache.lab.simulation.simulate import Sweep
+    from hybridcache.lab.simulation.sizes import sizes
+    from hybridcache.policies.registry import DEFAULT_PLACEMENT
+
+    closed_loop = dict.fromkeys(CLOSED_LOOP) | {"--closed-loop": False, "--tells-ends": False}
+    for flag, default in (ALONE | closed_loop).items():
+        if _value(options, flag) != default:
+            said = flag.replace("--", "--no-") if default is True else flag
+            raise ValueError(f"{said} has no meaning with --replicas: leave it out")
+    sweep = Sweep(
+        options.model,
+        policy=options.policy.split(","),
+        checkpoints=options.checkpoints or DEFAULT_PLACEMENT,
+        memory=options.memory,
+        state_dtype=options.state_dtype,
+        page_size=options.page_size,
+        grid=options.grid,
+        times=options.times,
+    )
+    geometry = sweep.geometry()
+    fleet = FleetConfig(
+        options.replicas,
+        load=options.load,
+        delay_s=options.event_delay or 0.0,
+        failures=options.failures or 0,
+    )
+    routers = (options.router or "checkpoint").split(",")
+    points = sizes(options.gib)
+    times = sweep.serving(geometry).times
+    for spec in options.trace:
+        trace = open_trace(spec)
+        for config in sweep.competitors(geometry):
+            jobs = fleet_jobs(config, fleet, times, routers, points)
+            with shown_progress(None, "runs", spec) as show:
+                results = run_fleets(
+                    trace,
+                    jobs,
+                    place=Place(options.processes, options.ray),
+                    resume_from=options.output,
+                    progress=show,
+                )
+            print(fleet_table(results), end="\n\n")
+    return 0

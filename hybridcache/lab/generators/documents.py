@@ -25,7 +25,7 @@ _SKEW = 0.7
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class _DocumentsShape:
     sessions: int
     documents: int
     length: int
@@ -57,12 +57,12 @@ def shared_documents(
     follow the form of published traces: one id stands for ``unit`` tokens and everything before
     them. Only the lengths of answers are given.
     """
-    shape = _Shape(sessions, documents, length, turns, more, again)
+    shape = _DocumentsShape(sessions, documents, length, turns, more, again)
     return Trace("shared-documents", unit, partial(_source, seed, shape, per_s, pause_s, unit))
 
 
 def _source(
-    seed: int, shape: _Shape, per_s: float, pause_s: float, unit: int
+    seed: int, shape: _DocumentsShape, per_s: float, pause_s: float, unit: int
 ) -> Iterator[TraceRequest]:
     rng = np.random.default_rng(seed)
     library = [_text(rng, _length(rng, shape.length)) for _ in range(shape.documents)]
@@ -77,7 +77,7 @@ def _source(
 def _session(
     seed: int,
     number: int,
-    shape: _Shape,
+    shape: _DocumentsShape,
     library: list[Tokens],
     chances: npt.NDArray[np.floating[Any]],
 ) -> list[TraceRequest]:

@@ -17,7 +17,7 @@ _QUERY, _NOTE = 60, 80
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class _SearchShape:
     tasks: int
     toolsets: int
     root: int
@@ -57,11 +57,13 @@ def tree_search(
     A task ends after ``steps`` requests or when the tree is exhausted; ``parallel`` tasks take
     turns. With ``boundaries``, each prompt states the end of its tools.
     """
-    shape = _Shape(tasks, toolsets, root, depth, width, steps, dead_end, step, parallel, boundaries)
+    shape = _SearchShape(
+        tasks, toolsets, root, depth, width, steps, dead_end, step, parallel, boundaries
+    )
     return Trace("tree-search", 1, partial(_source, seed, shape))
 
 
-def _source(seed: int, shape: _Shape) -> Iterator[TraceRequest]:
+def _source(seed: int, shape: _SearchShape) -> Iterator[TraceRequest]:
     rng = np.random.default_rng(seed)
     systems = [_text(rng, _around(rng, shape.root)) for _ in range(shape.toolsets)]
     waiting = iter(range(shape.tasks))
@@ -82,7 +84,7 @@ def _source(seed: int, shape: _Shape) -> Iterator[TraceRequest]:
                 second += 1.0
 
 
-def _task(seed: int, task: int, shape: _Shape, system: Tokens) -> Iterator[TraceRequest]:
+def _task(seed: int, task: int, shape: _SearchShape, system: Tokens) -> Iterator[TraceRequest]:
     rng = np.random.default_rng((seed, task))
     known = (len(system),) if shape.boundaries else ()
     path = [np.concatenate((system, _text(rng, _QUERY)))]

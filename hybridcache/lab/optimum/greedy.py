@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from hybridcache.lab.optimum.plan import (
-    Budget,
     Interval,
+    MemoryBudget,
     Plan,
     overlapping,
 )
@@ -28,7 +28,7 @@ class _Growing:
     """Plan under construction, with one bool array of kept intervals per position and the bytes in
     use per step."""
 
-    def __init__(self, trie: VisitedTrie, budget: Budget) -> None:
+    def __init__(self, trie: VisitedTrie, budget: MemoryBudget) -> None:
         self.trie, self.budget = trie, budget
         self.visits = [np.asarray(position.visits) for position in trie.positions]
         self.lengths = [np.diff(visits) for visits in self.visits]
@@ -204,7 +204,7 @@ class _Growing:
         return Plan(kept(self.kv), kept(self.checkpoints), self.hits, tuple(self.lower))
 
 
-def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
+def clairvoyant_greedy(trie: VisitedTrie, budget: MemoryBudget) -> Plan:
     """Build a plan by density, the device first, then tier by tier from the remaining hits. Of the
     O(requests x depth) candidates only those that come to the top are measured, each in O(depth +
     steps) in numpy."""
@@ -216,7 +216,7 @@ def clairvoyant_greedy(trie: VisitedTrie, budget: Budget) -> Plan:
     return growing.plan()
 
 
-def _fill(growing: _Growing, trie: VisitedTrie, budget: Budget) -> None:
+def _fill(growing: _Growing, trie: VisitedTrie, budget: MemoryBudget) -> None:
     """Add hits to the current tier until no remaining hit is worthwhile or fits."""
 
     def first_density(index: int, interval: int) -> float:

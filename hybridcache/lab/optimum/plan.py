@@ -25,7 +25,7 @@ class LowerBudget:
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class MemoryBudget:
     """Bytes that may be kept between two requests, and the sizes and costs of entries.
 
     Without ``running_bytes``, memory held by the running request itself is not counted, so the
@@ -61,14 +61,14 @@ class Plan:
             lens[request] = trie.positions[index].depth
         return lens
 
-    def usage(self, trie: VisitedTrie, budget: Budget) -> npt.NDArray[np.int64]:
+    def usage(self, trie: VisitedTrie, budget: MemoryBudget) -> npt.NDArray[np.int64]:
         """Return the bytes kept on the device between request t and t + 1: int64[requests]."""
         kv, checkpoints = self.kv, self.checkpoints
         for lower_kv, lower_checkpoints in self.lower:
             kv, checkpoints = kv - lower_kv, checkpoints - lower_checkpoints
         return self._usage(trie, budget, kv, checkpoints)
 
-    def copy_tokens(self, trie: VisitedTrie, budget: Budget) -> float:
+    def copy_tokens(self, trie: VisitedTrie, budget: MemoryBudget) -> float:
         """Return the cost of all copies to the device, in computed tokens."""
         spent = 0.0
         for request, index in self.hits.items():
@@ -89,7 +89,7 @@ class Plan:
     def _usage(
         self,
         trie: VisitedTrie,
-        budget: Budget,
+        budget: MemoryBudget,
         kv: set[Interval],
         checkpoints: set[Interval],
     ) -> npt.NDArray[np.int64]:
@@ -104,7 +104,7 @@ class Plan:
                 change[position.visits[interval + 1]] -= size
         return np.cumsum(change)[:-1]
 
-    def verify(self, trie: VisitedTrie, budget: Budget) -> None:
+    def verify(self, trie: VisitedTrie, budget: MemoryBudget) -> None:
         """Check from scratch that a cache could execute the plan (capacity to a millionth, the
         solver's tolerance). Raises AssertionError naming the rule that is broken."""
         usage = self.usage(trie, budget)
@@ -146,7 +146,7 @@ class Plan:
             ):
                 assert (parent.index, overlap) in self.kv, "KV without its parent's"
 
-    def _verify_lower(self, trie: VisitedTrie, budget: Budget) -> None:
+    def _verify_lower(self, trie: VisitedTrie, budget: MemoryBudget) -> None:
         seen: tuple[set[Interval], set[Interval]] = (set(), set())
         for lower, tier in zip(self.lower, budget.lower, strict=bool(self.lower)):
             most = self._usage(trie, budget, *lower).max(initial=0)

@@ -37,8 +37,8 @@ import numpy.typing as npt
 
 from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
 from hybridcache.lab.optimum.plan import (
-    Budget,
     Interval,
+    MemoryBudget,
     Plan,
     overlapping,
 )
@@ -131,7 +131,7 @@ class Solution:
 class Program:
     """Linear program of one trace and one budget, in columns and rows."""
 
-    def __init__(self, trie: VisitedTrie, budget: Budget) -> None:
+    def __init__(self, trie: VisitedTrie, budget: MemoryBudget) -> None:
         self.trie, self.budget = trie, budget
         self.kv: dict[Interval, int] = {}
         self.checkpoint: dict[Interval, int] = {}

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
-from hybridcache.lab.optimum.plan import Budget, LowerBudget, Plan
+from hybridcache.lab.optimum.plan import LowerBudget, MemoryBudget, Plan
 from hybridcache.lab.optimum.program import Program, Solution
 from hybridcache.lab.optimum.trie import Placement, build_trie
 from hybridcache.lab.trace import Trace, TraceRequest
@@ -148,7 +148,7 @@ def best_plan(
     if not requests:
         raise ValueError(f"{trace.name}: {trace.is_empty_because}")
     trie = build_trie(requests, grid=max(1, grid // trace.unit), placement=placement)
-    budget = Budget(
+    budget = MemoryBudget(
         capacity_bytes,
         kv_bytes_per_token * trace.unit,
         state_bytes,

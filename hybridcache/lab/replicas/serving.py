@@ -14,16 +14,21 @@ import heapq
 from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
+import numpy as np
+
+from hybridcache.api import PrefixCache
 from hybridcache.export.events import Event, EventStream
+from hybridcache.export.mirror import MirrorMatch
 from hybridcache.geometry.times import PrefillTimes
 from hybridcache.lab.replicas.fleet import FleetConfig, Span
-from hybridcache.lab.replicas.oracle import Oracle, Truth
 from hybridcache.lab.simulation.log import RequestLog
 from hybridcache.lab.simulation.target import LeaseTarget, Served
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.routing.load import Load
+from hybridcache.routing.load import ReplicaLoad
+from hybridcache.routing.precise import CheckpointSeconds
 from hybridcache.routing.protocol import ReplicaId, ReplicaSpec, Router, RouteRequest
 from hybridcache.routing.registry import find_router
 
@@ -49,7 +54,7 @@ class _Replica:
         self.queue: deque[_Asked] = deque()
         self.prefilling: _Asked | None = None
         self.decoding: dict[int, _Asked] = {}
-        self.load = Load()
+        self.load = ReplicaLoad()
         """The true one, for the oracle."""
         self.outbox: list[Event] = []
         self.covered: list[int] = []
@@ -305,3 +310,40 @@ class _Fleet:
             self._route(asked, now)
         for asked in replica.decoding.values():
             self._next_turn(asked.request.session, now)
+
+
+# --- The oracle ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """View of the replicas that the oracle reads."""
+
+    cache: Callable[[ReplicaId], PrefixCache]
+    wait_s: Callable[[ReplicaId, float], float]
+
+
+class Oracle(CheckpointSeconds):
+    """Router with the rule of ``CheckpointSeconds`` on the true state of the replicas, instead of
+    their events. The cost of a choice for later requests is estimated as in that rule."""
+
+    follows_events: ClassVar[bool] = False
+
+    def __init__(self, spec: ReplicaSpec, truth: Truth) -> None:
+        super().__init__(spec)
+        self._truth = truth
+
+    def find(self, replica: ReplicaId, request: RouteRequest) -> MirrorMatch:
+        tokens = np.array(request.tokens, np.int32)
+        found = self._truth.cache(replica).match(tokens, request.namespace)
+        return MirrorMatch(found.cached_len, found.kv_match_len)
+
+    def wait_s(self, replica: ReplicaId, now: float) -> float:
+        return self._truth.wait_s(replica, now)
+
+    def num_held(self, replica: ReplicaId) -> int:
+        return self._truth.cache(replica).cached_tokens
+
+    def used_bytes(self, replica: ReplicaId) -> int:
+        cache, spec = self._truth.cache(replica), self.spec
+        return cache.cached_tokens * spec.kv_bytes + cache.num_checkpoints * spec.state_bytes

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hybridcache.allocators.moves import DEVICE, HOST
 from hybridcache.api import Losses
 from hybridcache.geometry.exchange import Exchange
-from hybridcache.lab.baselines import BaselineConfig, Session, build_baseline
+from hybridcache.lab.baselines import BaselineConfig, PeerSession, build_baseline
 from hybridcache.lab.trace import TraceRequest
 
 
@@ -45,7 +45,7 @@ class PeerRequest:
 
     __slots__ = ("_request", "_session", "cached_len", "copy_s", "losses", "missed_len")
 
-    def __init__(self, session: Session, request: TraceRequest) -> None:
+    def __init__(self, session: PeerSession, request: TraceRequest) -> None:
         self._session, self._request = session, request
         self.cached_len = session.cached_len
         self.losses: Losses | None = None

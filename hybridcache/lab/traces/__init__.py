@@ -28,7 +28,7 @@ from hybridcache.lab.traces.bailian import BailianReader
 from hybridcache.lab.traces.base import (
     COUNTS_ALONE,
     DAMAGED,
-    Reader,
+    TraceReader,
     csv_lines,
     json_lines,
     looks_like_csv,
@@ -82,7 +82,7 @@ SAMPLES = {
 """Sample traces contained in the package, by name, and the generators that wrote them (with ``trace
 convert``). A test compares the two."""
 
-__all__ = ["READERS", "SAMPLES", "Reader", "open_trace", "recognise"]
+__all__ = ["READERS", "SAMPLES", "TraceReader", "open_trace", "recognise"]
 
 
 def open_trace(spec: str, *, skip_bad: bool = False) -> Trace:
@@ -197,7 +197,7 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
             values[name] = _value(known[name], name, value)
         else:
             raise ValueError(f"format {word} has no option {name!r}")
-    reader: Reader = reader_class(path=path, bad=bad, **values)
+    reader: TraceReader = reader_class(path=path, bad=bad, **values)
     unit = reader.unit
     if unit < 1:
         raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")

@@ -18,9 +18,9 @@ import numpy as np
 
 from hybridcache.lab.trace import FreshIds, TraceRequest, units
 from hybridcache.lab.traces.base import (
-    Clock,
     FileReader,
     Record,
+    TraceClock,
     in_order,
     json_lines,
     key,
@@ -49,7 +49,7 @@ class BailianReader(FileReader):
         return "hash_ids" in record and "parent_chat_id" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
-        fresh, clock = FreshIds(), Clock()
+        fresh, clock = FreshIds(), TraceClock()
         sessions: dict[str | int, str | int] = {}
         followed: set[str | int] = set()
 

@@ -42,7 +42,7 @@ _R = TypeVar("_R")
 _T = TypeVar("_T")
 
 
-class Reader(Protocol):
+class TraceReader(Protocol):
     """Reader of one format. Instances carry the path and the options. Each iteration reads the file
     again, one record at a time."""
 
@@ -68,7 +68,7 @@ class Reader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class FileReader(Reader):
+class FileReader(TraceReader):
     """Reader of the one file at ``path``; invalid records are reported to ``bad``."""
 
     path: Path
@@ -264,7 +264,7 @@ def in_order(
         raise failure
 
 
-class Clock:
+class TraceClock:
     """Times of a file's lines, some of which may have none."""
 
     def __init__(self) -> None:

@@ -26,9 +26,9 @@ from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.base import (
     COUNTS_ALONE,
     LONGEST,
-    Clock,
     FileReader,
     Record,
+    TraceClock,
     csv_lines,
     in_order,
     number,
@@ -68,7 +68,7 @@ class _Rows:
 
     def __init__(self, accumulates: bool) -> None:
         self._accumulates = accumulates
-        self._fresh, self._clock = FreshIds(), Clock()
+        self._fresh, self._clock = FreshIds(), TraceClock()
         self._number = 0
         self._next = 0
         self._groups: dict[str, Tokens] = {}

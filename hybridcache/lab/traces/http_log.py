@@ -34,9 +34,9 @@ from hybridcache.lab.trace import BadRecords, FreshIds, TraceRequest
 from hybridcache.lab.traces.answers import answer_of
 from hybridcache.lab.traces.base import (
     COUNTS_ALONE,
-    Clock,
     FileReader,
     Record,
+    TraceClock,
     csv_lines,
     in_order,
     json_lines,
@@ -118,7 +118,7 @@ class HttpLogReader(FileReader):
         return asks and (body is not record or _first(record, TIMES) is not None)
 
     def __call__(self) -> Iterator[TraceRequest]:
-        parser = _Parser(load_chat_text(self.tokenizer, self.template))
+        parser = _HttpLogParser(load_chat_text(self.tokenizer, self.template))
         return _from_zero(in_order(self.path, self._exchanges(), parser.parse, self.bad))
 
     def _exchanges(self) -> Iterator[tuple[int, Record]]:
@@ -213,12 +213,12 @@ class CsvReader(HttpLogReader):
             yield from parsed(self.path, [(line, (line, row, used))], _from_row, self.bad)
 
 
-class _Parser:
+class _HttpLogParser:
     """Converts exchanges to requests."""
 
     def __init__(self, chat: ChatText) -> None:
         self._chat = chat
-        self._fresh, self._clock = FreshIds(), Clock()
+        self._fresh, self._clock = FreshIds(), TraceClock()
         self._began_s: float | None = None
 
     def parse(self, record: Record) -> Iterable[TraceRequest]:

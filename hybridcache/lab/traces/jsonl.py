@@ -37,9 +37,9 @@ from hybridcache.lab.trace import (
     units,
 )
 from hybridcache.lab.traces.base import (
-    Clock,
     FileReader,
     Record,
+    TraceClock,
     in_order,
     json_lines,
     key,
@@ -81,18 +81,18 @@ class OwnReader(FileReader):
         return 1
 
     def __call__(self) -> Iterator[TraceRequest]:
-        parser = _Parser(self.unit)
+        parser = _JsonlParser(self.unit)
         return in_order(self.path, json_lines(self.path, self.bad), parser.parse, self.bad)
 
 
-class _Parser:
+class _JsonlParser:
     """Converts lines to requests. Keeps each session's last prompt and answer for ``prefix``."""
 
     def __init__(self, unit: int) -> None:
         self._unit = unit
         self._fresh = FreshIds()
         self._number = -1
-        self._clock = Clock()
+        self._clock = TraceClock()
         self._last: dict[Hashable, Tokens] = {}
 
     def parse(self, record: Record) -> Iterable[TraceRequest]:

@@ -22,9 +22,9 @@ from hybridcache.lab.trace import (
     units,
 )
 from hybridcache.lab.traces.base import (
-    Clock,
     FileReader,
     Record,
+    TraceClock,
     in_order,
     json_lines,
     read_ids,
@@ -48,7 +48,7 @@ class MooncakeReader(FileReader):
         return "hash_ids" in record and "input_length" in record
 
     def __call__(self) -> Iterator[TraceRequest]:
-        fresh, clock = FreshIds(), Clock()
+        fresh, clock = FreshIds(), TraceClock()
         number = 0
 
         def parse(record: Record) -> Iterable[TraceRequest]:

@@ -33,8 +33,8 @@ from hybridcache.lab.traces.base import (
     DAMAGED,
     LONGEST,
     FileReader,
-    Reader,
     Record,
+    TraceReader,
     json_lines,
     key,
     objects,
@@ -43,7 +43,7 @@ from hybridcache.lab.traces.base import (
     read_ids,
     text,
 )
-from hybridcache.lab.traces.text import ChatText, Turn, load_chat_text
+from hybridcache.lab.traces.text import ChatText, ChatTurn, load_chat_text
 
 _ROLES = {"human": "user", "user": "user", "system": "system"}
 _CHUNK = 1 << 22
@@ -202,7 +202,7 @@ def _segment(record: Record) -> Iterator[tuple[str, int, list[tuple[str, str]]]]
 
 
 @dataclass(frozen=True, slots=True)
-class ShareGPTReader(Reader):
+class ShareGPTReader(TraceReader):
     """Conversations with text. Every answer that follows a question is a request; a conversation
     ends at ``cap`` tokens."""
 
@@ -314,7 +314,7 @@ class ShareGPTCountsReader(FileReader):
                 if len(prompt) > self.cap:
                     break
                 answer = np.concatenate((own, footer[:1]))
-                requests.append(Turn(prompt, answer, (len(opened),)).request(name))
+                requests.append(ChatTurn(prompt, answer, (len(opened),)).request(name))
             history = np.concatenate((opened, own, footer))
             last_role = role
         return requests, next_id

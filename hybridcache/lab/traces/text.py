@@ -49,7 +49,7 @@ _PROBE = "\ue000"
 neighbour."""
 
 
-class Turn(NamedTuple):
+class ChatTurn(NamedTuple):
     """One prompt of a chat and its answer, as ids."""
 
     prompt: Tokens
@@ -124,7 +124,7 @@ class ChatText:
             parts.append(self._piece(text[start:]))
         return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
-    def turn(self, messages: Sequence[Message], answer: str, *, tools: bool = False) -> Turn:
+    def turn(self, messages: Sequence[Message], answer: str, *, tools: bool = False) -> ChatTurn:
         """Return a turn of the chat so far, which ends with a message of a user or a tool, and its
         answer. With ``tools``, the next prompt may also be this one with a tool's result, which is
         kept whole by templates that drop thoughts between questions."""
@@ -140,7 +140,7 @@ class ChatText:
         }
         if messages[0]["role"] == "system":
             found.add(self._system_end(messages[0]))
-        return Turn(prompt, reply, tuple(sorted(found - {0})))
+        return ChatTurn(prompt, reply, tuple(sorted(found - {0})))
 
     def _kept(self, prompt: Tokens, following: Sequence[Message]) -> int:
         """Return how many tokens of ``prompt`` the prompt of ``following`` begins with."""

@@ -21,9 +21,9 @@ from typing import ClassVar
 
 from hybridcache.lab.trace import FreshIds, TraceRequest
 from hybridcache.lab.traces.base import (
-    Clock,
     FileReader,
     Record,
+    TraceClock,
     in_order,
     json_lines,
     key,
@@ -54,7 +54,7 @@ class TokenIdsReader(FileReader):
 
     def __call__(self) -> Iterator[TraceRequest]:
         fresh = FreshIds()
-        clock, number = Clock(), 0
+        clock, number = TraceClock(), 0
 
         def parse(record: Record) -> Iterable[TraceRequest]:
             nonlocal number

@@ -20,7 +20,7 @@ from hybridcache.lab.baselines import (
     HOST_TIERS,
     Baseline,
     BaselineConfig,
-    Session,
+    PeerSession,
     build_baseline,
     replay,
 )
@@ -40,7 +40,7 @@ PLAIN = BaselineConfig(10**9, 1, 3072, host_bytes=1)
 """A token's KV is one byte, a state 3,072."""
 
 
-def begin(peer: Baseline, tokens: Tokens) -> Session:
+def begin(peer: Baseline, tokens: Tokens) -> PeerSession:
     session = peer.begin(tokens)
     assert session is not None
     return session

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 
-from hybridcache.lab.optimum.plan import Budget
+from hybridcache.lab.optimum.plan import MemoryBudget
 
 Path = tuple[int, ...]
 Cache = frozenset[tuple[str, Path]]
@@ -15,7 +15,7 @@ it."""
 
 
 def brute_force(
-    requests: Sequence[tuple[Sequence[int], Sequence[int]]], budget: Budget, grid: int = 1
+    requests: Sequence[tuple[Sequence[int], Sequence[int]]], budget: MemoryBudget, grid: int = 1
 ) -> int:
     """Tokens that the best keeper skips, over requests (prompt, output). Exponential: a dozen
     tokens at most."""
@@ -48,7 +48,7 @@ def usable_hits(cache: Cache, prefixes: list[Path], prompt_len: int) -> Iterator
             yield depth
 
 
-def caches_of(available: set[tuple[str, Path]], budget: Budget) -> Iterator[Cache]:
+def caches_of(available: set[tuple[str, Path]], budget: MemoryBudget) -> Iterator[Cache]:
     """Every subset that fits, is closed under ancestors, and has KV under each checkpoint."""
     items = sorted(available)
     price = {"kv": budget.kv_bytes_per_token, "state": budget.state_bytes}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hybridcache.lab.generators import GENERATORS
 from hybridcache.lab.infinite import InfiniteCache
-from hybridcache.lab.optimum import Budget, best_plan
+from hybridcache.lab.optimum import MemoryBudget, best_plan
 from hybridcache.lab.optimum.greedy import clairvoyant_greedy
 from hybridcache.lab.optimum.program import Program
 from hybridcache.lab.optimum.trie import build_trie
@@ -43,7 +43,7 @@ pairs = st.lists(st.tuples(tokens, st.lists(st.integers(0, 1), max_size=1)), min
 def test_the_milp_equals_brute_force(
     pairs: list[Pair], capacity: int, state: int, grid: int
 ) -> None:
-    budget = Budget(capacity, 1, state)
+    budget = MemoryBudget(capacity, 1, state)
     trie = build_trie(trace_of(pairs), grid=grid, placement="every")
     solution = Program(trie, budget).solve(integral=True, relative_gap=0.0)
     assert solution.plan is not None
@@ -59,7 +59,7 @@ def test_the_milp_equals_brute_force(
 def test_every_way_is_ordered_greedy_milp_lp_and_every_plan_is_real(
     pairs: list[Pair], capacity: int, state: int, grid: int
 ) -> None:
-    budget = Budget(capacity, 1, state)
+    budget = MemoryBudget(capacity, 1, state)
     trie = build_trie(trace_of(pairs), grid=grid)
     greedy = clairvoyant_greedy(trie, budget)
     greedy.verify(trie, budget)
@@ -106,12 +106,12 @@ def test_a_worked_example_one_checkpoint_or_the_other() -> None:
     state only."""
     long, short = [1, 2, 3, 4, 9], [5, 6, 7, 9]
     pairs = [(long, []), (short, []), (long, []), (short, [])]
-    budget_of_one = Budget(capacity_bytes=6, kv_bytes_per_token=1, state_bytes=2)
+    budget_of_one = MemoryBudget(capacity_bytes=6, kv_bytes_per_token=1, state_bytes=2)
     trie = build_trie(trace_of(pairs))
     best = Program(trie, budget_of_one).solve(integral=True)
     assert best.plan is not None
     assert best.plan.cached_lens(trie).tolist() == [0, 0, 4, 0]
-    both = Program(trie, Budget(6 + 5, 1, 2)).solve(integral=True)
+    both = Program(trie, MemoryBudget(6 + 5, 1, 2)).solve(integral=True)
     assert both.plan is not None
     assert both.plan.cached_lens(trie).tolist() == [0, 0, 4, 3]
 

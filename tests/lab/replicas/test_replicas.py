@@ -16,10 +16,9 @@ from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.cli import _parser, main
 from hybridcache.lab.command.shared import opened
-from hybridcache.lab.replicas.command import simulate_fleets
+from hybridcache.lab.command.simulate import simulate_fleets
 from hybridcache.lab.replicas.fleet import FleetConfig, Span, times_of
-from hybridcache.lab.replicas.report import fleet_table
-from hybridcache.lab.replicas.result import FleetResult
+from hybridcache.lab.replicas.result import FleetResult, fleet_table
 from hybridcache.lab.replicas.runs import FleetJob, fleet_jobs, run_fleet, run_fleets
 from hybridcache.lab.replicas.serving import _Fleet
 from hybridcache.lab.simulation.serving import Serving, serve
