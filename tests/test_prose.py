@@ -94,6 +94,16 @@ def test_prose_follows_the_style_guide(rule: str) -> None:
     assert found == [], f"{len(found)} places break the rule {rule!r}:\n" + "\n".join(found)
 
 
+def test_docstrings_of_experiments_open_with_a_verb_or_a_noun() -> None:
+    found = [
+        f"{prose.place}: {prose.text.strip()[:80]!r}"
+        for path in sorted((ROOT / "experiments").rglob("*.py"))
+        for prose in prose_of(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
+        if "opener" in broken_rules(prose)
+    ]
+    assert found == []
+
+
 @cache
 def violations() -> list[tuple[str, Prose]]:
     return [(rule, prose) for prose in all_prose() for rule in broken_rules(prose)]

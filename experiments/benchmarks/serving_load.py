@@ -141,7 +141,7 @@ class Answer:
 
     sent_s: float
     piece_times_s: tuple[float, ...]
-    """When each message with tokens came."""
+    """Time of each message with tokens."""
     num_prompt: int
     num_output: int
     cached_len: int

@@ -250,7 +250,7 @@ def _stops(number: int, length: int) -> bytes:
 
 
 class Piece(NamedTuple):
-    """When a piece of an answer came, and how long threads had waited for a processor by then."""
+    """Time of a piece of an answer, and seconds for which threads had waited for a processor."""
 
     at_s: float
     engine_s: float

@@ -45,7 +45,7 @@ class Agent(ABC):
 
     @abstractmethod
     def results(self, texts: Sequence[str]) -> None:
-        """Send the results of the called tools."""
+        """Add the results of the called tools to the conversation."""
 
 
 class OpenAIAgent(Agent):
