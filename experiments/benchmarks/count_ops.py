@@ -1,5 +1,6 @@
-"""Count the operations that PyTorch dispatches for one decode step, and for each of its layers:
-with the plain kernels, with the native ones, and with a recorded step of these.
+"""Count the operations that PyTorch dispatches for one decode step, and for each of its layers.
+
+With the plain kernels, with the native ones, and with a recorded step of these.
 
     python -m experiments.benchmarks.count_ops
 

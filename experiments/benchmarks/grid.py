@@ -1,5 +1,6 @@
-"""Compare kernels that compute 16 or 32 tokens at a time with those of 64: times of prefill and
-decode, and the TTFT of short prompts that branch, replayed on such a grid.
+"""Compare kernels that compute 16 or 32 tokens at a time with those of 64.
+
+Times of prefill and decode, and the TTFT of short prompts that branch, replayed on such a grid.
 
     python -m experiments.benchmarks.grid                       # about 4 minutes of one quiet core
     python -m experiments.benchmarks.grid --parts replay --models built-in

@@ -1,5 +1,6 @@
-"""Our engine on the CPU beside llama.cpp, on the same weights: one stream, eight streams, a prompt
-of 512.
+"""Compare the engine on the CPU with llama.cpp on the same weights.
+
+One stream, eight streams, and a prompt of 512 tokens.
 
     make llama                                              # once: builds llama.cpp, some minutes
     python -m experiments.benchmarks.llama             # about 4 minutes on two quiet cores

@@ -1,5 +1,6 @@
-"""Measure prefill times t(reused, computed) in the engine, as the table that `hybridcache simulate
---times` reads.
+"""Measure prefill times t(reused, computed) in the engine.
+
+The result is the table that `hybridcache simulate --times` reads.
 
     python -m experiments.benchmarks.measure_prefill --output prefill_times.json
         [--model DIR] [--device cuda]

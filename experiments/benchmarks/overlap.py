@@ -1,5 +1,7 @@
-"""Measure the overlap that drafts lose: a step with drafts is committed before the next one is
-made, so the host's work is not hidden if a device computes independently.
+"""Measure the overlap that drafts lose.
+
+A step with drafts is committed before the next one is made, so the host's work is not hidden if a
+device computes independently.
 
 A clock replaces the device and is busy for 5 ms with every step, with drafts or without; cache,
 scheduler, sampler and drafting are the engine's own. Drafts are made in every step and always right

@@ -1,5 +1,7 @@
-"""Measure the page in a real Chromium: frames with ten thousand nodes, the first paint, the time
-until a request is shown, and the cost for the engine.
+"""Measure the page in a real Chromium.
+
+Frames with ten thousand nodes, the first paint, the time until a request is shown, and the cost for
+the engine.
 
 python -m experiments.benchmarks.page [--nodes 10000] [--requests 20]
 

@@ -1,5 +1,4 @@
-"""Measure the simulator on one core: time per request, its parts, and the memory of a million
-requests.
+"""Measure the simulator on one core: time per request, its parts, and memory of a million requests.
 
     python -m experiments.benchmarks.simulate            # every policy, some minutes
     python -m experiments.benchmarks.simulate --quick    # LRU and regret

@@ -1,5 +1,4 @@
-"""Measure the tree's operations, on the workload of the published figures of other systems, and
-their growth with the tree.
+"""Measure the tree's operations and their growth, on the workload of other systems' figures.
 
 python -m experiments.benchmarks.tree [--runs 5] [--quick]
 

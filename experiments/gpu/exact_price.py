@@ -1,5 +1,7 @@
-"""Measure the price of `--exact`: conversations that grow turn by turn and reuse everything that
-was computed, or only the work of prefills.
+"""Measure the price of `--exact`.
+
+Conversations grow turn by turn and reuse everything that was computed, or only the work of
+prefills.
 
 With `--exact` an answer's states and KV are computed again as part of the next prompt. No kernel
 runs slower, so the price is those tokens: in the hit rate, and in the TTFT of every turn but the

@@ -1,5 +1,4 @@
-"""Is the engine on this device right, and exact? Logits beside the CPU's; hits beside cold runs,
-bit for bit.
+"""Compare the engine on this device with the CPU: logits, and hits with cold runs, bit for bit.
 
     python -m experiments.gpu.parity --out DIR [--dry]
 

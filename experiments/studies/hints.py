@@ -1,5 +1,4 @@
-"""Measure the worth of boundary hints, which this project's policies get and rebuilt systems do
-not.
+"""Measure the worth of boundary hints. Rebuilt systems do not get them.
 
     python -m experiments.studies.hints [--seeds 10] [--processes 2]
 

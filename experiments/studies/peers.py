@@ -1,5 +1,4 @@
-"""Do the rebuilt peers do what the peers do? Every figure that was measured on a stated workload,
-cell by cell.
+"""Compare rebuilt systems with every figure that was measured on a stated workload, cell by cell.
 
 `python -m experiments.studies.peers` writes results/peers_table.jsonl and .md. The published runs
 drew their ids and lengths from seeds of their own. A cell is *within* when the median of our draws

@@ -1,5 +1,6 @@
-"""Record what SGLang's own tree does with host pools (HiCache), request by request: what tests hold
-our rebuilt one to.
+"""Record the decisions of SGLang's own tree with host pools (HiCache), request by request.
+
+Tests compare the rebuilt cache with the record.
 
 `PYTHONPATH=out/sglang python -m experiments.studies.record_hicache` writes
 tests/lab/baselines/hicache_hits.json. Needs SGLang 0.5.23 (`make sglang`) but no device: its

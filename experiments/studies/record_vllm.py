@@ -1,5 +1,6 @@
-"""Record what vLLM's own cache manager reuses, request by request: what tests hold our rebuilt one
-to.
+"""Record the decisions of vLLM's own cache manager, request by request.
+
+Tests compare the rebuilt cache with the record.
 
 `python -m experiments.studies.record_vllm` writes tests/lab/baselines/vllm_hits.json. Run it in an
 environment of its own that has `vllm==0.33.0` and this project; no device is needed, as only the

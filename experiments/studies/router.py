@@ -1,5 +1,7 @@
-"""Compare routers on twelve traces: without knowledge of the caches, with estimates from the
-prompts they sent, with KV events, and with resumable lengths.
+"""Compare routers on twelve traces.
+
+They know nothing of the caches, estimate them from the prompts they sent, follow KV events, or know
+the resumable lengths.
 
     python -m experiments.studies.router [--traces chat,agent] [--resume FOLDER] [--processes 2]
         [--seeds 0,1,2]

@@ -1,4 +1,4 @@
-"""Does the cache survive ten million random operations? (`make stress`)
+"""Run ten million random operations on the cache, and check its invariants (`make stress`).
 
 python -m experiments.system.stress_tree [--operations 10000000] [--seed 0] [--check-every 20000]
 

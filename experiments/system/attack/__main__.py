@@ -1,5 +1,4 @@
-"""Does what is promised hold under attack? Four parts, each against a model or client of its own,
-seeded.
+"""Attack cache, engine, server and files, each against its own model or client, with seeds.
 
     python -m experiments.system.attack --minutes 10
     python -m experiments.system.attack --only files --seed 7
