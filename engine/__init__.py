@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from engine.config import ConfigError, EngineConfig
     from engine.engine import Engine
     from engine.errors import QueueFull
+    from engine.plugins import engine_config, server_config
     from engine.requests.grammar import Grammar
     from engine.requests.sampling_params import SamplingParams
     from engine.requests.spec import RequestSpec
@@ -28,6 +29,8 @@ _MODULES = {
     "RequestOutput": "engine.text.outputs",
     "RequestSpec": "engine.requests.spec",
     "SamplingParams": "engine.requests.sampling_params",
+    "engine_config": "engine.plugins",
+    "server_config": "engine.plugins",
 }
 
 __all__ = [
@@ -40,6 +43,8 @@ __all__ = [
     "RequestOutput",
     "RequestSpec",
     "SamplingParams",
+    "engine_config",
+    "server_config",
 ]
 
 

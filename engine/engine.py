@@ -123,7 +123,7 @@ class Engine:
             sampling_defaults=self.sampling_defaults,
             seed=config.seed,
             clock=clock,
-            grammar_budget_s=config.grammar_budget_s,
+            plugins=config,
         )
         late_draws = LateDraws(self._scheduler, sampler, self._intake.grammar_news)
         fetching = () if parts.fetching is None else (parts.fetching,)

@@ -224,7 +224,7 @@ def _memory_words(name: str, folder: Path, weights_bytes: int, config: EngineCon
         raise HubError(f"{name} could not be checked before its download: {last}") from None
     if "refusal" in found:
         raise HubError(f"{name} is not downloaded: {found['refusal']}")
-    ranks = config.tp if found["device"] != "cpu" else 1
+    ranks = config.num_ranks if found["device"] != "cpu" else 1
     needed, free = found["needed_bytes"] / ranks, found["free_bytes"]
     each = "each of " if ranks > 1 else ""
     if needed > free:

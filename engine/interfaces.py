@@ -16,6 +16,7 @@ from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
+    from engine.requests.recent_requests import RecentRequests
     from engine.requests.request import Request
     from engine.requests.spec import RequestSpec
 
@@ -171,7 +172,10 @@ class EngineCore(Protocol):
     config: EngineConfig
     runner: Runner
     interrupted: tuple[str, ...]
+    clock: Callable[[], float]
+    recent: RecentRequests
 
+    def observe(self, observer: Observer) -> None: ...
     @property
     def num_waiting(self) -> int: ...
     def prepare(self, spec: RequestSpec) -> Request: ...
@@ -204,12 +208,4 @@ class EngineWatch(Protocol):
 
     def close(self) -> None:
         """End the view."""
-        ...
-
-
-class StepTrace(Protocol):
-    """Trace file of one engine's steps."""
-
-    def close(self) -> None:
-        """Complete the file."""
         ...

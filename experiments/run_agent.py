@@ -20,6 +20,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from engine import server_config
 from engine.server.config import ServerConfig
 from engine.text.hugging_face import HFTokenizer
 from experiments import provenance
@@ -31,9 +32,9 @@ from experiments.system.agents.tokenizers import make_model_dir, sampled_like
 from hybridcache.lab.report import text_table
 
 MODES = {
-    "replayed, thoughts kept": ServerConfig(preserve_thinking=True),
+    "replayed, thoughts kept": server_config(preserve_thinking=True),
     "replayed": ServerConfig(),
-    "tokenized anew": ServerConfig(replay_mib=0),
+    "tokenized anew": server_config(replay_mib=0),
 }
 
 

@@ -115,7 +115,7 @@ MAY_IMPORT = {
     "engine/exit_codes.py": "",
     "engine/environment.py": "config",
     "engine/text": "plugins",
-    "engine/requests": "errors plugins text",
+    "engine/requests": "config errors plugins text",
     "engine/schedule": "config errors requests text",
     "engine/interfaces.py": "config requests schedule text",
     "engine/plugin.py": "config interfaces schedule text",
@@ -128,21 +128,21 @@ MAY_IMPORT = {
     "engine/engine_loop.py": "errors interfaces requests text",
     "engine/worker": "async_engine build config engine engine_loop errors exit_codes interfaces "
     "plugins requests schedule text",
-    "engine/server": "async_engine engine errors plugins requests schedule text",
+    "engine/server": "async_engine config engine errors plugins requests schedule text",
     "engine/plugins/tool_calls": "requests text",
-    "engine/plugins/guided": "requests text",
-    "engine/plugins/diagnostics": "server text",
-    "engine/plugins/dialects": "requests server text",
+    "engine/plugins/guided": "config requests text",
+    "engine/plugins/diagnostics": "config server text",
+    "engine/plugins/dialects": "config requests server text",
     "engine/plugins/record": "hub server text",
     "engine/plugins/disaggregation": "config errors interfaces plugin requests runner schedule "
     "text",
-    "engine/plugins/observe": "async_engine engine interfaces requests server text",
+    "engine/plugins/observe": "async_engine config engine interfaces plugin requests server text",
     "engine/plugins/speculation": "config interfaces layers models plugin requests runner schedule "
     "text",
     "engine/plugins/tiers": "config interfaces plugin requests runner schedule text weights",
     "engine/plugins/tensor_parallel": "config exit_codes interfaces layers models plugin runner "
     "schedule weights",
-    "engine/plugins/replicas": "async_engine build config engine errors interfaces requests "
+    "engine/plugins/replicas": "async_engine build config engine errors hub interfaces requests "
     "schedule server text",
 }
 """Folder or file -> what it may import of its own package besides itself; nothing else is

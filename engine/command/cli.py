@@ -27,7 +27,13 @@ from engine.command.flags import (
 from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.environment import check_no_foreign_kernels
 from engine.hub import resolve_config, resolve_folder
-from engine.plugins import plugin_verb, plugin_verbs, start_replicas
+from engine.plugins import (
+    engine_settings,
+    plugin_verb,
+    plugin_verbs,
+    server_settings,
+    start_replicas,
+)
 from engine.server.config import ServerConfig
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
 from hybridcache.lab.extras import how_to_install, version
@@ -85,26 +91,21 @@ def _line(name: str, ones: list[Converted], width: int) -> str:
 
 Command = Callable[[argparse.Namespace], int]
 GROUPS = {
-    "most used": "model revision device quantization cache_gib state_dir max_model_len max_running "
-    "host port api_key_file log_requests",
+    "most used": "model revision device quantization cache_gib max_model_len max_running host port "
+    "api_key_file log_requests",
     "model and weights": "tokenizer load_format load_workers dtype state_dtype sampling_defaults "
     "seed",
-    "computing": "kernels tp graphs warm_up overlap",
-    "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
-    "memory and tiers": "kv_gib state_gib host_gib disk_gib",
-    "speculative decoding": "draft draft_index_mib",
-    "scheduling": "admission token_budget max_queue max_share grammar_budget_s",
-    "prefill and decode servers": "role transfer_at prefill fetch_above transfer_timeout_s",
-    "replicas": "replicas max_replicas ray router",
-    "chats": "preserve_thinking special_in_content volatile_line volatile replay_mib responses_mib "
-    "explain_mib",
+    "computing": "kernels graphs warm_up overlap",
+    "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype "
+    "kv_gib state_gib",
+    "scheduling": "admission token_budget max_queue max_share",
     "clients and connections": "served_model_name admin_key_file cors_origin drain_s "
-    "max_connections header_timeout_s body_timeout_s",
+    "special_in_content max_connections header_timeout_s body_timeout_s",
     "limits of one request": "max_body_mib max_values max_names max_prompt_ids max_detokenize_ids "
     "max_messages max_parts max_stops max_stop_chars default_max_tokens",
-    "logs and checks": "log_level trace check",
+    "logs and checks": "log_level check",
 }
-"""Settings of the engine and the server by the titles under which help shows them."""
+"""Settings of the core by the titles under which help shows them."""
 SERVE_EXAMPLES = """examples:
   engine serve                                           the small built-in model
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
@@ -229,7 +230,8 @@ def _run_plugin(verb: str, arguments: argparse.Namespace) -> int:
 
 def _add_serve(serve: Parser) -> None:
     serve.epilog = SERVE_EXAMPLES
-    add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS)
+    kinds = (*engine_settings(), *server_settings())
+    add_grouped_flags(serve, (ServerConfig, EngineConfig), GROUPS, kinds)
 
 
 def _add_generate(generate: Parser) -> None:
@@ -253,7 +255,7 @@ def _add_generate(generate: Parser) -> None:
         metavar="TEXT",
         help="ends the answer before this text; may be given again for another",
     )
-    add_grouped_flags(generate, (EngineConfig,), GROUPS)
+    add_grouped_flags(generate, (EngineConfig,), GROUPS, engine_settings())
 
 
 def _add_chat(chat: Parser) -> None:
@@ -266,7 +268,7 @@ def _add_chat(chat: Parser) -> None:
     sampling.add_argument(
         "--max-tokens", type=int, metavar="N", help="most tokens of an answer; none: no limit"
     )
-    add_grouped_flags(chat, (EngineConfig,), GROUPS)
+    add_grouped_flags(chat, (EngineConfig,), GROUPS, engine_settings())
 
 
 def _add_inspect(inspect: Parser) -> None:
@@ -327,8 +329,8 @@ def _server() -> ModuleType:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    server_config = read_config(ServerConfig, arguments)
-    engine_config = read_config(EngineConfig, arguments)
+    server_config = read_config(ServerConfig, arguments, plugins=server_settings())
+    engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
     from engine.command.engine_process import start_engine
     from engine.server.listening import bind
 
@@ -337,17 +339,16 @@ def _serve(arguments: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         address = f"http://{host}:{port}/v1"
-        engine_config = resolve_config(engine_config)
-        if server_config.has_replicas:
+        if server_config.uses("replicas"):
             _server().check(server_config)
             served, screen = start_replicas(engine_config, server_config, address)
             print(screen, flush=True)
             _server().serve(served, server_config, listener)
             return 0
+        engine_config = resolve_config(engine_config)
         engine, screen = start_engine(
             engine_config,
             address,
-            server_config.trace,
             meanwhile=lambda: _server().check(server_config),
             log_level=server_config.log_level,
         )
@@ -366,7 +367,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     from engine.requests.sampling_params import SamplingParams
     from engine.requests.spec import RequestSpec
 
-    engine_config = read_config(EngineConfig, arguments)
+    engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
     asked = {"seed": arguments.sampling_seed, "stop": tuple(arguments.stop)}
     read_config(SamplingParams, arguments, **asked)  # Before anything slow: it may refuse.
     texts = arguments.prompt or [sys.stdin.read()]
@@ -395,7 +396,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 def _chat(arguments: argparse.Namespace) -> int:
     from engine.requests.sampling_params import SamplingParams
 
-    engine_config = read_config(EngineConfig, arguments)
+    engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
     read_config(SamplingParams, arguments)  # Before anything slow: it may refuse.
     from engine.command.terminal_chat import chat
     from engine.engine import Engine

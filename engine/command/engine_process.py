@@ -11,12 +11,11 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import pickle
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
-
-import msgspec
 
 from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
@@ -40,7 +39,6 @@ swaps."""
 def start_engine(
     config: EngineConfig,
     address: str,
-    trace: str | None = None,
     boot: str | None = None,
     meanwhile: Callable[[], object] | None = None,
     log_level: str = "warning",
@@ -51,7 +49,7 @@ def start_engine(
     folder = make_folder()
     try:
         channel: Channel[FromEngine] = Channel(folder, is_server=True)
-        facts = [folder, msgspec.json.encode(config).decode(), address, trace or "", log_level]
+        facts = [folder, pickle.dumps(config).hex(), address, log_level]
         process = _spawn([sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts])
         try:
             # While the model is loaded over there.
@@ -97,20 +95,19 @@ def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) ->
             )
 
 
-def main(folder: str, config: str, address: str, trace: str, log_level: str) -> int:
-    """The process itself; its exit code."""
+def main(folder: str, config: str, address: str, log_level: str) -> int:
+    """Run the process; return its exit code. ``config`` is pickled, in hexadecimal digits."""
     logging.getLogger("engine").setLevel(log_level.upper())
     from engine.command.screen import start_screen
     from engine.engine import Engine
-    from engine.plugins import start_trace
     from engine.server.workers import SWITCH_S
     from engine.worker.engine_worker import Host
 
     host = Host(folder, sys.stdin.fileno())
     try:
-        engine = Engine(msgspec.json.decode(config, type=EngineConfig))
-        engine.prepare_grammars()
-        written = start_trace(engine, trace) if trace else None
+        engine = Engine(pickle.loads(bytes.fromhex(config)))
+        if engine.config.warm_up:
+            engine.prepare_grammars()
         screen = start_screen(engine, address)
     except ModuleNotFoundError as error:
         host.refuse(how_to_install(error, "engine"))
@@ -122,7 +119,4 @@ def main(folder: str, config: str, address: str, trace: str, log_level: str) -> 
     # What was made at the start stays: collecting garbage need not look at it again.
     gc.collect()
     gc.freeze()
-    has_ended_well = host.run(engine, screen)
-    if written is not None:
-        written.close()
-    return 0 if has_ended_well else 1
+    return 0 if host.run(engine, screen) else 1

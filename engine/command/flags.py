@@ -50,16 +50,25 @@ def add_flags(
     parsed."""
     group = parser.add_argument_group(title)
     skipped = frozenset(skip)
-    for field in dataclasses.fields(config):
+    for field in flags_of(config):
         if field.name not in skipped:
-            _add_flag(group, config, field.name, only_given=only_given)
+            _add_flag(group, config, field, only_given=only_given)
     return group
 
 
+def flags_of(config: type) -> list[dataclasses.Field[Any]]:
+    """Return the fields of a dataclass that are flags: all but those with ``is_flag=False``."""
+    return [field for field in dataclasses.fields(config) if field.metadata.get("is_flag", True)]
+
+
 def _add_flag(
-    group: argparse._ArgumentGroup, config: type, name: str, *, only_given: bool = False
+    group: argparse._ArgumentGroup,
+    config: type,
+    field: dataclasses.Field[Any],
+    *,
+    only_given: bool = False,
 ) -> None:
-    [field] = [field for field in dataclasses.fields(config) if field.name == name]
+    name = field.name
     group.add_argument(
         "--" + name.replace("_", "-"),
         dest=name,
@@ -70,37 +79,55 @@ def _add_flag(
 
 
 def add_grouped_flags(
-    parser: argparse.ArgumentParser, configs: Iterable[type], groups: Mapping[str, str]
+    parser: argparse.ArgumentParser,
+    configs: Iterable[type],
+    groups: Mapping[str, str],
+    plugins: Iterable[type] = (),
 ) -> None:
     """Add one flag for each field of ``configs`` in groups of help: title to the names of fields.
 
-    Names that belong to none of ``configs`` are left out, and so are empty groups. Raises
-    ValueError if a field is in no group or in several.
+    Names that belong to none of ``configs`` are left out, and so are empty groups. The settings of
+    each of ``plugins`` get a group with their own title, except those marked ``is_common``, which
+    end the first group. Raises ValueError if a field is in no group or in several.
     """
-    homes = {field.name: config for config in configs for field in dataclasses.fields(config)}
+    homes = {field.name: (config, field) for config in configs for field in flags_of(config)}
     listed = [name for names in groups.values() for name in names.split()]
     unclear = {name for name in homes if listed.count(name) != 1}
     if unclear:
         raise ValueError(f"each setting must be in one group of help: {', '.join(sorted(unclear))}")
-    for title, names in groups.items():
+    filled = {
+        title: [homes[name] for name in names.split() if name in homes]
+        for title, names in groups.items()
+    }
+    common = next(iter(filled.values()))
+    for plugin in plugins:
+        own = filled.setdefault(getattr(plugin, "title"), [])  # noqa: B009
+        for field in flags_of(plugin):
+            (common if field.metadata.get("is_common") else own).append((plugin, field))
+    for title, flags in filled.items():
         group = parser.add_argument_group(title)
-        for name in filter(homes.__contains__, names.split()):
-            _add_flag(group, homes[name], name)
+        for config, field in flags:
+            _add_flag(group, config, field)
 
 
 def read_config(
     config: type[Config],
     arguments: argparse.Namespace,
     defaults: Mapping[str, Any] | None = None,
+    *,
+    plugins: Iterable[type] = (),
     **fixed: Any,
 ) -> Config:
-    """The config that the parsed ``arguments`` ask for, with ``defaults`` where they leave a field
-    out; ValueError: the config refuses a value."""
+    """Return the config that the parsed ``arguments`` ask for, with the settings of ``plugins``,
+    and ``defaults`` for absent arguments. Raises ValueError if the config refuses a value."""
     values = {
         field.name: getattr(arguments, field.name)
-        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+        for field in flags_of(config)
         if hasattr(arguments, field.name)
     }
+    settings: tuple[Any, ...] = tuple(read_config(plugin, arguments) for plugin in plugins)
+    if settings:
+        fixed["plugins"] = settings
     return config(**(dict(defaults or {}) | values | fixed))
 
 

@@ -6,11 +6,10 @@ import json
 from math import lcm
 from typing import TYPE_CHECKING, Any, cast
 
-from engine.config import BUILTIN_PROMPTS, EngineConfig
+from engine.config import BUILTIN_PROMPTS
 from engine.engine import Engine
-from engine.schedule.report import CacheReport, LowerReport
+from engine.schedule.report import CacheReport
 from engine.text.token_ids import IdTokenizer
-from hybridcache.allocators.moves import HOST
 from hybridcache.geometry.units import counted, format_bytes
 from hybridcache.scheduling.memory import MemorySizes
 
@@ -31,13 +30,11 @@ def start_screen(engine: Engine, address: str) -> str:
         ),
         ("weights", runner.weights_note),
         ("device", f"{runner.device.describe()}, {str(runner.dtype).removeprefix('torch.')}"),
-        *_said_of_ranks(config),
         ("kernels", _kernel_words(runner.kernels.words())),
         ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
         *_said_of_text(engine),
         ("context", counted(engine.max_model_len, "token")),
         ("memory", _memory_words(runner.memory, report)),
-        *_below(config, report.lower),
         (
             "KV",
             f"{report.kv.total:,} tokens at most, {format_bytes(geometry.kv_bytes_per_token)} each",
@@ -57,8 +54,6 @@ def start_screen(engine: Engine, address: str) -> str:
         rows.append(
             ("checkpoints", f"in {config.checkpoint_dtype}; running states beside: {beside}")
         )
-    if config.draft_len:
-        rows.append(("drafts", _draft_words(config, runner.step_state_bytes)))
     rows += [
         ("prefix cache", _cache_words(engine)),
         *_smallest_prefix(engine),
@@ -110,32 +105,6 @@ def _memory_words(memory: MemorySizes, report: CacheReport) -> str:
     return f"{where[memory.memory]}, {total}: {free} free, {cached} cached, {held} held"
 
 
-def _below(config: EngineConfig, lower: LowerReport | None) -> list[tuple[str, str]]:
-    """What becomes of what leaves the memory above."""
-    if lower is None:
-        return []
-    rows = [
-        ("host", f"{format_bytes(tier.total)} for what leaves the memory above")
-        for tier in lower.tiers
-        if tier.tier == HOST
-    ]
-    folder = lower.folder
-    if folder is not None:
-        words = (
-            f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for the "
-            f"next start too, in {config.state_dir}"
-        )
-        rows.append(("disk", words if folder.is_written else f"{words}; read only"))
-    return rows
-
-
-def _said_of_ranks(config: EngineConfig) -> list[tuple[str, str]]:
-    if config.tp == 1:
-        return []
-    words = f"{config.tp}, each with its part of every layer; memory is what one of them has"
-    return [("ranks", words)]
-
-
 def _said_of_text(engine: Engine) -> list[tuple[str, str]]:
     """What is not as everybody expects it."""
     rows = []
@@ -145,14 +114,6 @@ def _said_of_text(engine: Engine) -> list[tuple[str, str]]:
         words = ", ".join(f"{name} {value:g}" for name, value in engine.sampling_defaults.items())
         rows.append(("sampling", f"{words}, where a request says nothing (generation_config.json)"))
     return rows
-
-
-def _draft_words(config: EngineConfig, step_state_bytes: int) -> str:
-    states = f", whose states take {format_bytes(step_state_bytes)}" if step_state_bytes else ""
-    return (
-        f"{config.draft}: up to {counted(config.draft_len, 'token')} a request; up to "
-        f"{config.num_step_states} verified a step{states}"
-    )
 
 
 def _cache_words(engine: Engine) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from engine.config import EngineConfig, PluginConfig, Settings
 
 if TYPE_CHECKING:
     import threading
 
-    from engine.config import EngineConfig
-    from engine.interfaces import EngineCore, EngineWatch, StepTrace
+    from engine.interfaces import EngineCore, EngineWatch
     from engine.plugin import Plugin
     from engine.requests.grammar import Grammar
     from engine.requests.logit_rules import GrammarCompiler
@@ -23,17 +24,39 @@ if TYPE_CHECKING:
     from engine.text.answer_events import CallForm
     from engine.text.tokenizer import Tokenizer
 
-SETTINGS = {
-    "tensor_parallel": ("tp",),
-    "speculation": ("draft",),
-    "tiers": ("host_gib", "state_dir"),
-    "disaggregation": ("role",),
-}
-"""Plugins of the engine -> settings; a plugin is loaded if one of its settings is not the default.
-Its module ``plugin`` has the class ``EnginePlugin``."""
+    Config = TypeVar("Config", bound=Settings)
 
-SERVER = ("dialects", "diagnostics", "observe")
-"""Plugins of every server: their module ``server`` has the class ``Extension``."""
+ENGINE = {
+    "tensor_parallel": "TensorParallelConfig",
+    "speculation": "SpeculationConfig",
+    "tiers": "TierConfig",
+    "disaggregation": "DisaggregationConfig",
+    "observe": "ObserveConfig",
+    "guided": "GuidedConfig",
+}
+"""Plugins of an engine -> class of their settings, in the order of their hooks. The class is in the
+plugin's ``__init__``, which imports nothing else of it. Module ``plugin`` has the class
+``EnginePlugin``, except in ``guided``, which is loaded by requests."""
+
+SERVER = {
+    "replicas": "ReplicasConfig",
+    "dialects": "DialectsConfig",
+    "diagnostics": "DiagnosticsConfig",
+}
+"""Plugins of a server -> class of their settings."""
+
+PATHS = {
+    "/": "observe",
+    "/v1/cache/events": "observe",
+    "/v1/cache/nodes/": "observe",
+    "/v1/cache/explanations/": "diagnostics",
+    "/v1/messages": "dialects",
+    "/v1/messages/": "dialects",
+    "/v1/responses": "dialects",
+    "/v1/responses/": "dialects",
+}
+"""Path of a server -> plugin that serves it. A path that ends with a slash stands for all longer
+ones, except ``/``. Module ``server`` of the plugin has the class ``Extension``."""
 
 VERBS = {
     "top": ("observe", "[options]", "watch a server's cache in this terminal"),
@@ -48,23 +71,63 @@ has ``add_flags`` and ``run``."""
 
 
 def _find(plugin: str, module: str, name: str) -> Any:
-    return getattr(import_module(f"{__name__}.{plugin}.{module}"), name)
+    return getattr(import_module(f"{__name__}.{plugin}.{module}".rstrip(".")), name)
+
+
+def _settings(plugins: Mapping[str, str]) -> list[type[PluginConfig]]:
+    return [getattr(import_module(f"{__name__}.{name}"), kind) for name, kind in plugins.items()]
+
+
+def engine_settings() -> list[type[PluginConfig]]:
+    """Return the settings of the plugins of an engine."""
+    return _settings(ENGINE)
+
+
+def server_settings() -> list[type[PluginConfig]]:
+    """Return the settings of the plugins of a server."""
+    return _settings(SERVER)
+
+
+def engine_config(base: EngineConfig | None = None, /, **settings: Any) -> EngineConfig:
+    """Return ``base``, by default the default settings, with ``settings``, those of plugins
+    included. Raises ConfigError.
+
+    >>> engine_config(max_running=2, draft="tree:4").plugins
+    (SpeculationConfig(draft='tree:4', draft_index_mib=64.0),)
+    """
+    return _changed(base or EngineConfig(), engine_settings(), settings)
+
+
+def server_config(base: ServerConfig | None = None, /, **settings: Any) -> ServerConfig:
+    """Return the settings of a server; see ``engine_config``. Raises ValueError."""
+    from engine.server.config import ServerConfig
+
+    return _changed(base or ServerConfig(), server_settings(), settings)
+
+
+def _changed(base: Config, kinds: Sequence[type[PluginConfig]], settings: dict[str, Any]) -> Config:
+    plugins = []
+    for kind in kinds:
+        names = [field.name for field in dataclasses.fields(kind)]
+        given = {name: settings.pop(name) for name in names if name in settings}
+        plugins.append(dataclasses.replace(base.of(kind), **given))
+    return dataclasses.replace(base, plugins=tuple(plugins), **settings)
 
 
 def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
-    """Return the plugins with settings in ``config``, in the order of ``SETTINGS``."""
-    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    """Return the plugins with settings in ``config``, in the order of ``ENGINE``."""
     return tuple(
         _find(plugin, "plugin", "EnginePlugin")(config)
-        for plugin, names in SETTINGS.items()
-        if any(getattr(config, name) != defaults[name] for name in names)
+        for plugin in ENGINE
+        if plugin != "guided" and config.uses(plugin)
     )
 
 
 def grammar_compiler(
-    tokenizer: Tokenizer | None, vocab_size: int, budget_s: float, news: threading.Event
+    settings: Settings, tokenizer: Tokenizer | None, vocab_size: int, news: threading.Event
 ) -> GrammarCompiler:
     """Return the compiler of grammars for one engine."""
+    budget_s = settings.of(_find("guided", "", "GuidedConfig")).grammar_budget_s
     compiler: GrammarCompiler = _find("guided", "guides", "Guides")(
         tokenizer, vocab_size, budget_s, news
     )
@@ -101,15 +164,16 @@ def cache_watch(engine: EngineCore) -> EngineWatch:
     return watch
 
 
-def start_trace(engine: EngineCore, path: str) -> StepTrace:
-    """Write the steps of ``engine`` as a trace to ``path`` from here on. Raises ValueError."""
-    trace: StepTrace = _find("observe", "step_trace", "start_trace")(engine, path)
-    return trace
+def plugin_of_path(path: str) -> str | None:
+    """Return the plugin that serves a path; None if there is none."""
+    folders = (name for name in PATHS if len(name) > 1 and name.endswith("/"))
+    name = next(filter(path.startswith, folders), path)
+    return PATHS.get(name)
 
 
-def server_extensions() -> list[Any]:
-    """Return the extensions of every server: subclasses of ``ServerExtension``."""
-    return [_find(plugin, "server", "Extension") for plugin in SERVER]
+def server_extension(plugin: str) -> Any:
+    """Return the class of a plugin's ``ServerExtension``."""
+    return _find(plugin, "server", "Extension")
 
 
 def chat_hooks(tokenizer: Tokenizer, config: ServerConfig) -> Any:

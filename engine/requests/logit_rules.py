@@ -26,8 +26,6 @@ Mask = npt.NDArray[np.uint8]
 """Bit ``i % 8`` of byte ``i // 8`` is set if token i is allowed."""
 Additions = tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]
 """Token ids, and the number added to the logit of each."""
-GRAMMAR_BUDGET_S = 10.0
-"""Default limit of the time spent in the background on one request's grammar."""
 WITHOUT_SPECIAL = EncodeOptions(add_special_tokens=False)
 END = f"\n{CLOSE}\n\n"
 """End of reasoning as models write it."""

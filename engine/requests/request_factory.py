@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.config import Settings
 from engine.errors import ContextOverflow
 from engine.plugins import grammar_compiler
 from engine.requests.logit_rules import (
-    GRAMMAR_BUDGET_S,
     AllowedTokens,
     BansAndBiases,
     GrammarCompiler,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer
 
 MAX_LOGPROBS = 50
+NO_PLUGINS = Settings()
 AS_WORD = EncodeOptions(add_special_tokens=False)
 
 
@@ -47,10 +48,10 @@ class Intake:
         sampling_defaults: Mapping[str, Any],
         seed: int,
         clock: Callable[[], float],
-        grammar_budget_s: float = GRAMMAR_BUDGET_S,
+        plugins: Settings = NO_PLUGINS,
     ) -> None:
         """Prepare the factory. Without a ``tokenizer``, prompts are token ids and answers have no
-        text."""
+        text. ``plugins`` has the settings of plugins."""
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
@@ -58,7 +59,7 @@ class Intake:
         self._seed = seed
         self._clock = clock
         self._arrivals = itertools.count()
-        self._grammar_budget_s = grammar_budget_s
+        self._plugins = plugins
         self.grammar_news = threading.Event()
         """Set whenever a grammar that was not ready has become ready."""
         self._lock = threading.Lock()
@@ -70,7 +71,7 @@ class Intake:
         with self._lock:
             if self._grammars is None:
                 self._grammars = grammar_compiler(
-                    self._tokenizer, self._vocab_size, self._grammar_budget_s, self.grammar_news
+                    self._plugins, self._tokenizer, self._vocab_size, self.grammar_news
                 )
             return self._grammars
 

@@ -52,7 +52,7 @@ def identity_of(
         "state dtype": config.state_dtype,
         "checkpoint dtype": "auto" if checkpoints is None else checkpoints.spec,
         "quantization": config.quantization or "none",
-        "multi-token head": str("mtp" in config.drafters),
+        "multi-token head": str(config.drafts.head_len > 0),
         "tile": str(config.tile_size),
         "kernels": ",".join(f"{name}={word}" for name, word in sorted(kernels.words().items())),
         **machine_words(device),

@@ -102,7 +102,7 @@ class ModelRunner:
             load_format=config.load_format,
             num_workers=config.load_workers or 1,
             seed=config.seed,
-            with_head="mtp" in config.drafters,
+            with_head=config.drafts.head_len > 0,
         )
         if self._head is not None:
             sizes = replace(self.config.sizes, beside=self._head.keeps)
@@ -110,7 +110,7 @@ class ModelRunner:
             self.sizes = sizes
         followers = [plugin.model_follower() for plugin in engine_plugins(config)]
         self._follower = next((follower for follower in followers if follower is not None), None)
-        self.num_guesses = config.drafters.get("mtp", 0)
+        self.num_guesses = config.drafts.head_len
         self.geometry = ModelGeometry.from_sizes(
             self.name,
             self.config.sizes,
@@ -296,7 +296,7 @@ class ModelRunner:
             self.running,
             record,
             sizes=self.sizes,
-            draft_len=self._config.draft_len,
+            draft_len=self._config.drafts.max_len,
             max_verified=self.num_step_states,
             is_native=is_native,
         )

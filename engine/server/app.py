@@ -23,7 +23,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 
 from engine.async_engine import EngineStopped, ServedEngine
-from engine.plugins import server_extensions
 from engine.server import access, errors
 from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
@@ -38,7 +37,7 @@ from engine.server.connections import (
 )
 from engine.server.context import ServingContext
 from engine.server.errors import ANTHROPIC, APIError, PlainJSON
-from engine.server.extension import Dialect
+from engine.server.extension import Dialect, Extensions
 from engine.server.listening import ACCEPTED_AT_ONCE, BACKLOG
 from engine.server.operator import Operator
 from engine.server.request_log import RequestLog, is_wanted, set_up_logging
@@ -149,6 +148,7 @@ def _describe_api(app: FastAPI) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
+            app.state.extensions.load_all()
             document = get_openapi(title=app.title, version=app.version, routes=app.routes)
             app.openapi_schema = _described(document)
         return app.openapi_schema
@@ -257,7 +257,6 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         workers.close()
 
     app = FastAPI(title="hybridcache engine", lifespan=lifespan, default_response_class=PlainJSON)
-    app.state.extensions = [make(front, config) for make in server_extensions()]
     app.state.metrics = front.metrics
     errors.install(app)
     app.add_middleware(errors.BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
@@ -267,16 +266,12 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         return Response(status_code=499)
 
     _add_generation(app, front, reader)
-    for extension in app.state.extensions:
-        for dialect in extension.dialects():
-            dialect.add_to(app, reader)
     _add_tokens(app, front, reader, config)
     _add_watching(app, front)
     operator = Operator.of(config)
     _add_administration(app, front, operator)
-    for extension in app.state.extensions:
-        extension.add_routes(app, operator)
     add_peers_paths(app, front, operator)
+    app.state.extensions = Extensions(app, front, config, reader, operator)
     access.install(app, config)
     if is_wanted(config.log_requests):
         app.add_middleware(RequestLog)
@@ -377,7 +372,7 @@ class Health:
         Reports are made between two steps. During a long step the result is that of the last
         report, so that a probe does not have to wait.
         """
-        if self._engine.config.state_dir is not None:
+        if self._engine.config.plugins:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self._ask())
             await asyncio.wait({self._asking}, timeout=HEALTH_WAIT_S)
@@ -464,8 +459,7 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter) or self._must_end()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        for extension in self._extensions:
-            extension.close()
+        self._extensions.close()
         ending = asyncio.create_task(self._end())
         await super().shutdown(sockets)
         ending.cancel()
@@ -492,12 +486,10 @@ class Server(uvicorn.Server):
 
 
 def check(config: ServerConfig) -> None:
-    """Raise ValueError if a file or pattern in the settings cannot be used. ``serve`` checks the
-    same, but only after the model was loaded."""
+    """Raise ValueError if a file in the settings cannot be used. ``serve`` checks the same, but
+    only after the model was loaded."""
     access.api_keys(config, os.environ)
     Operator.of(config)
-    for extension in server_extensions():
-        extension.check(config)
 
 
 def serve(

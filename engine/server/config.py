@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from engine.config import Settings
+
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
 """Of the environment."""
 MAX_STOPS = 64
@@ -35,8 +37,11 @@ def flag(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class ServerConfig:
-    """Address, limits and shutdown. ValueError says in one sentence what to change."""
+class ServerConfig(Settings):
+    """Settings of one server: address, limits and shutdown. Raises ValueError for a bad value.
+
+    ``engine.plugins.server_config`` takes the settings of plugins as keywords too.
+    """
 
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
     port: int = field(default=8000, metadata={"help": "port to listen on; 0 takes a free one"})
@@ -49,30 +54,6 @@ class ServerConfig:
     )
     log_level: Literal["debug", "info", "warning", "error"] = field(
         default="warning", metadata={"help": "least level of messages in the log"}
-    )
-    replicas: int = field(
-        default=1, metadata={"help": "so many engines on Ray Serve, a core each, behind one router"}
-    )
-    max_replicas: int | None = field(
-        default=None,
-        metadata={
-            "help": "under load up to so many engines on Ray Serve; one that is not needed any "
-            "more finishes what it computes, and goes; default: as many as --replicas, always"
-        },
-    )
-    ray: str | None = field(
-        default=None,
-        metadata={
-            "help": "with replicas: address of the Ray cluster they run on (auto: the one that "
-            "ray start made here); default: one of its own on this machine"
-        },
-    )
-    router: str = field(
-        default="checkpoint",
-        metadata={
-            "help": "with replicas: which one a request goes to: checkpoint, kv, text, session, "
-            "least_loaded, round_robin, module:Class"
-        },
     )
     served_model_name: str | None = field(
         default=None, metadata={"help": "name clients use; default: the model directory's name"}
@@ -155,51 +136,6 @@ class ServerConfig:
             "none: they answer this machine only"
         },
     )
-    responses_mib: float = field(
-        default=64.0,
-        metadata={
-            "help": "memory for responses that a later request may go on from (/v1/responses), MiB"
-        },
-    )
-    replay_mib: float = field(
-        default=64.0,
-        metadata={
-            "help": "memory for the tokens that were sampled for answers: they stand for an answer "
-            "that a client sends back, MiB; 0: it is tokenized anew"
-        },
-    )
-    preserve_thinking: bool = field(
-        default=False,
-        metadata={
-            "help": "keep reasoning in history, as it was sampled, also where the chat template "
-            "or the client drops it; a request says otherwise with chat_template_kwargs"
-        },
-    )
-    volatile_line: str | None = field(
-        default=None,
-        metadata={
-            "help": "regular expression of lines of the system message that change with every "
-            "request, such as ^x-anthropic-billing-header:|^Today's date"
-        },
-    )
-    volatile: Literal["move", "drop"] = field(
-        default="move",
-        metadata={"help": "what becomes of such lines: moved to the system message's end"},
-    )
-    explain_mib: float = field(
-        default=64.0,
-        metadata={
-            "help": "memory for what is remembered of requests, to say why a later one missed the "
-            "cache, MiB"
-        },
-    )
-    trace: str | None = field(
-        default=None,
-        metadata={
-            "help": "file to write steps and requests to as they go, for ui.perfetto.dev; up to "
-            "1 GiB"
-        },
-    )
     api_key_file: str | None = field(
         default=None,
         metadata={
@@ -227,16 +163,6 @@ class ServerConfig:
             )
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port} is no port: choose one from 0 to 65535.")
-        if self.replicas < 1:
-            raise ValueError(f"--replicas {self.replicas} must be 1 or more.")
-        if self.max_replicas is not None and self.max_replicas < self.replicas:
-            raise ValueError(
-                f"--max-replicas {self.max_replicas} must not be below --replicas {self.replicas}."
-            )
-        if self.trace is not None and self.has_replicas:
-            raise ValueError(
-                "--trace writes the steps of one engine: leave --replicas and --max-replicas out."
-            )
         if not 0 < self.max_body_mib < math.inf:
             raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be finite and above 0.")
         for name in ("body_timeout_s", "header_timeout_s"):
@@ -244,11 +170,6 @@ class ServerConfig:
                 raise ValueError(f"{flag(name)} {seconds:g} must be finite and above 0.")
         if self.max_connections is not None and self.max_connections < 1:
             raise ValueError(f"--max-connections {self.max_connections} must be 1 or more.")
-        for name in ("responses_mib", "replay_mib", "explain_mib"):
-            if not 0 <= (size := getattr(self, name)) < math.inf:
-                raise ValueError(f"{flag(name)} {size:g} must be finite and not negative.")
-        if self.volatile not in ("move", "drop"):
-            raise ValueError(f"--volatile must be move or drop, not {self.volatile!r}.")
         for origin in self.cors_origin:
             if not ORIGIN.fullmatch(origin):
                 raise ValueError(
@@ -266,8 +187,4 @@ class ServerConfig:
             )
         if not 0 <= self.drain_s < math.inf:
             raise ValueError(f"--drain-s {self.drain_s:g} must be finite and not negative.")
-
-    @property
-    def has_replicas(self) -> bool:
-        """Whether there is a router in front of engines of Ray Serve."""
-        return self.replicas > 1 or self.max_replicas is not None
+        self._keep_used()

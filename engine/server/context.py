@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 
@@ -45,13 +46,23 @@ class ServingContext:
         self._tenants = Tenants()
         self.ids = AnswerIds()
         self.metrics = Metrics()
-        self.chats: ChatHooks = chat_hooks(self.tokenizer, config)
+        self._config = config
+        self._chats: ChatHooks | None = None
+        self._loading = threading.Lock()
         self.created = int(time.time())
 
     @property
     def tokenizer(self) -> Tokenizer:
         assert self.engine.tokenizer is not None, "a served engine always has a tokenizer"
         return self.engine.tokenizer
+
+    @property
+    def chats(self) -> ChatHooks:
+        """Hooks around every chat, loaded by the first one."""
+        with self._loading:
+            if self._chats is None:
+                self._chats = chat_hooks(self.tokenizer, self._config)
+            return self._chats
 
     def check_model(self, model: str | None) -> None:
         """Raise APIError 404 if a client names another model."""

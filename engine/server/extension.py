@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request, Response
+from starlette.types import Receive, Scope, Send
 
+from engine.plugins import PATHS, plugin_of_path, server_extension
 from engine.server.body import BodyReader
 from engine.server.schemas import described
 
@@ -43,10 +46,6 @@ class Dialect:
 class ServerExtension:
     """Optional part of one server. Every method does nothing unless it is overridden."""
 
-    @classmethod
-    def check(cls, config: ServerConfig) -> None:
-        """Raise ValueError for an invalid setting, before a model is loaded."""
-
     def __init__(self, front: ServingContext, config: ServerConfig) -> None:
         self.front, self.config = front, config
 
@@ -59,3 +58,55 @@ class ServerExtension:
 
     def close(self) -> None:
         """End open streams when the server shuts down."""
+
+
+class Extensions:
+    """Extensions of one server. Each is loaded by the first request for one of its paths, or at the
+    start if one of its settings is given."""
+
+    def __init__(
+        self,
+        app: FastAPI,
+        front: ServingContext,
+        config: ServerConfig,
+        reader: BodyReader,
+        operator: Operator,
+    ) -> None:
+        self._app, self._front, self._config = app, front, config
+        self._reader, self._operator = reader, operator
+        self._loaded: dict[str, ServerExtension] = {}
+        self._lock = asyncio.Lock()
+        self._not_found = app.router.default
+        app.router.default = self._serve
+        for plugin in set(PATHS.values()):
+            if config.uses(plugin):
+                self._load(plugin)
+
+    def load_all(self) -> None:
+        """Load every extension, for the description of the API."""
+        for plugin in dict.fromkeys(PATHS.values()):
+            self._load(plugin)
+
+    def close(self) -> None:
+        """End open streams."""
+        for extension in self._loaded.values():
+            extension.close()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request for a path that is not served yet."""
+        plugin = plugin_of_path(scope["path"]) if scope["type"] == "http" else None
+        if plugin is None or plugin in self._loaded:
+            return await self._not_found(scope, receive, send)
+        async with self._lock:
+            # Its imports take 0.1 s, in which other requests go on.
+            await asyncio.to_thread(server_extension, plugin)
+            self._load(plugin)
+        await self._app.router(scope, receive, send)
+
+    def _load(self, plugin: str) -> None:
+        if plugin in self._loaded:
+            return
+        self._loaded[plugin] = extension = server_extension(plugin)(self._front, self._config)
+        for dialect in extension.dialects():
+            dialect.add_to(self._app, self._reader)
+        extension.add_routes(self._app, self._operator)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import EngineConfig
+from engine import engine_config
 from engine.runner.backends import all_plain
 from engine.runner.model_runner import ModelRunner
 from experiments.benchmarks.engine import Decode
@@ -62,7 +62,7 @@ class Counting(TorchDispatchMode):
 
 def count(way: str, streams: int) -> Counted:
     """Count one step in which ``streams`` requests of the built-in model decode."""
-    runner = ModelRunner(EngineConfig(device="cpu", max_running=9, cache_gib=0.25, **WAYS[way]))
+    runner = ModelRunner(engine_config(device="cpu", max_running=9, cache_gib=0.25, **WAYS[way]))
     with torch.inference_mode():
         decode = Decode(runner, np.arange(CONTEXT, dtype=np.int32), streams)
         decode.step()

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from engine import AsyncEngine, Engine, EngineConfig, SamplingParams
+from engine import AsyncEngine, Engine, SamplingParams, engine_config
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from experiments.provenance import RESULTS, write_json_lines
 
@@ -53,7 +53,7 @@ class Counted:
 
 def serve() -> None:
     """Run the prefill process until its input closes."""
-    engine = Engine(EngineConfig(role="prefill", transfer_at="127.0.0.1:0", **SETTINGS))
+    engine = Engine(engine_config(role="prefill", transfer_at="127.0.0.1:0", **SETTINGS))
     running = AsyncEngine(engine)
     running.start()
     assert engine.plugins["disaggregation"].server is not None
@@ -94,7 +94,7 @@ def count(engine: Engine, name: str, *pieces: int) -> Counted:
 def main() -> None:
     with prefill_engine() as port:
         address = f"127.0.0.1:{port}"
-        config = EngineConfig(role="decode", prefill=(address,), fetch_above=64, **SETTINGS)
+        config = engine_config(role="decode", prefill=(address,), fetch_above=64, **SETTINGS)
         engine = Engine(config)
         records = []
         for name, *pieces in CASES:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams, engine_config
 from engine.runner.model_runner import ModelRunner
 from experiments.benchmarks.engine import GEOMETRY_530M, Decode, prefill
 from experiments.provenance import RESULTS, write_json_lines
@@ -140,7 +140,7 @@ def config_of(model: str, directory: Path, **settings: Any) -> EngineConfig:
         directory.mkdir(exist_ok=True)
         (directory / "config.json").write_text(json.dumps(raw))
         settings |= {"model": str(directory), "load_format": "dummy", "dtype": "bfloat16"}
-    return EngineConfig(device="cpu", **settings)
+    return engine_config(device="cpu", **settings)
 
 
 def speed(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, Any]]:

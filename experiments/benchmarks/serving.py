@@ -32,6 +32,7 @@ from engine.async_engine import AsyncEngine
 from engine.command.flags import Parser, add_flags, read_config
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.plugins import engine_settings
 from engine.text.hugging_face import load_tokenizer
 from experiments.benchmarks.conversations import (
     chat_text,
@@ -143,8 +144,10 @@ async def sweep(
 def engine_config(flags: Sequence[str]) -> EngineConfig:
     """Return the configuration that ``engine serve`` makes of its flags."""
     parser = Parser(prog="engine serve")
-    add_flags(parser, EngineConfig, "engine")
-    return read_config(EngineConfig, parser.parse_args(list(flags)))
+    plugins = engine_settings()
+    for config in (EngineConfig, *plugins):
+        add_flags(parser, config, config.__name__)
+    return read_config(EngineConfig, parser.parse_args(list(flags)), plugins=plugins)
 
 
 @asynccontextmanager

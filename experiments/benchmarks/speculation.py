@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.text.byte_tokenizer import ByteTokenizer
@@ -173,7 +173,7 @@ def summarise(
 
 
 def make_engine(model: str | None, draft: str) -> Engine:
-    config = EngineConfig(model=model, device="cpu", cache_gib=0.25, max_running=8, draft=draft)
+    config = engine_config(model=model, device="cpu", cache_gib=0.25, max_running=8, draft=draft)
     runner = ModelRunner(config)
     sampler = Sampler(runner.vocab_size)
     return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())

@@ -28,7 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams, engine_config
 from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.records import RecordStore
 from experiments.provenance import RESULTS, write_json_lines
@@ -54,13 +54,13 @@ def restart(count: int, num_tokens: int) -> dict[str, float]:
     prompts = conversations(count, num_tokens)
     turns = [prompt + [40 + place % 50] * 40 for place, prompt in enumerate(prompts)]
     with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
-        kept, stopped = (Engine(EngineConfig(cache_gib=0.25, state_dir=x)) for x in (one, other))
+        kept, stopped = (Engine(engine_config(cache_gib=0.25, state_dir=x)) for x in (one, other))
         for prompt in prompts:
             first_token_s(kept, prompt)
             first_token_s(stopped, prompt)
         stopped.close()
         start = time.perf_counter()
-        again = Engine(EngineConfig(cache_gib=0.25, state_dir=other))
+        again = Engine(engine_config(cache_gib=0.25, state_dir=other))
         start_s = time.perf_counter() - start
         cold_engine = Engine(EngineConfig(cache_gib=0.25, prefix_cache="none"))
         engines = {"warm": kept, "restored": again, "cold": cold_engine}
@@ -91,8 +91,8 @@ def spilling(rounds: int, num_tokens: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         engines = {
             "without": Engine(EngineConfig(cache_gib=0.01)),
-            "host": Engine(EngineConfig(cache_gib=0.01, host_gib=0.03)),
-            "disk": Engine(EngineConfig(cache_gib=0.01, host_gib=0.03, state_dir=name)),
+            "host": Engine(engine_config(cache_gib=0.01, host_gib=0.03)),
+            "disk": Engine(engine_config(cache_gib=0.01, host_gib=0.03, state_dir=name)),
         }
         seconds: dict[str, list[float]] = {word: [] for word in engines}
         cpu_s: dict[str, list[float]] = {word: [] for word in engines}
@@ -193,7 +193,7 @@ def grown_bytes(host_gib: float, num_tokens: int) -> float:
     """Return the growth of the process from the first eviction to 1.2 times the size of the tier.
     Memory for computing, including the device's, is allocated before."""
     gc.collect()  # an engine of before frees nothing meanwhile
-    engine = Engine(EngineConfig(cache_gib=0.01, host_gib=host_gib))
+    engine = Engine(engine_config(cache_gib=0.01, host_gib=host_gib))
     lower, seed = engine.cache.offload, 1000
     assert lower is not None
     before = already = 0

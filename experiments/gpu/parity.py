@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine import engine_config
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
@@ -94,7 +95,7 @@ def make_runner(path: str, dry: bool, dtype: str, **options: Any) -> ModelRunner
     """On the device tried, with every kernel fused; in a dry run on the CPU, interpreted."""
     where: dict[str, Any] = {"device": "cpu", "kernels": all_fused()} if dry else {}
     memory = {"kv_gib": 0.01, "state_gib": 0.01} if dry else {"kv_gib": 2.0, "state_gib": 8.0}
-    config = EngineConfig(
+    config = engine_config(
         model=path,
         dtype=dtype,
         max_running=MAX_RUNNING,

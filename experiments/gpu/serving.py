@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from engine import engine_config
 from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -117,7 +118,7 @@ class Bench:
         where: dict[str, Any] = {"max_running": MAX_RUNNING, "max_model_len": scale.max_model_len}
         if dry:
             where = {"device": "cpu", "kernels": all_fused(), "cache_gib": 0.02}
-        self.config = EngineConfig(model=path, load_format="dummy", **(where | options))
+        self.config = engine_config(model=path, load_format="dummy", **(where | options))
         self.steps: list[StepReport] = []
         begin = time.perf_counter()
         self.runner = ModelRunner(self.config)

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import Engine, SamplingParams
-from engine.config import TILE, EngineConfig
+from engine import Engine, SamplingParams, engine_config
+from engine.config import TILE
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
@@ -78,7 +78,7 @@ class Resumer:
     """Log-probabilities of a text's second half, computed from a checkpoint at its middle."""
 
     def __init__(self, word: str, model: str | None = None, gib: float = 0.05) -> None:
-        config = EngineConfig(
+        config = engine_config(
             model=model,
             device="cpu",
             checkpoint_dtype=word,
@@ -227,7 +227,7 @@ def family_costs(count: int, length: int, words: Sequence[str]) -> list[dict[str
 
 def greedy_answers(model: str, word: str, some: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
     """Return the continuation of each text, which is resumed from a checkpoint near its end."""
-    config = EngineConfig(
+    config = engine_config(
         model=model,
         device="cpu",
         checkpoint_dtype=word,

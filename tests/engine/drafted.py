@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import Engine, EngineConfig, RequestOutput
+from engine import Engine, RequestOutput, engine_config
 from engine.plugins.speculation.draft_length import LookupLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
@@ -88,7 +88,7 @@ def guessing_engine(directory: Path, guesses: Guesses | None = None, **settings:
         "check": True,
         **settings,
     }
-    config = EngineConfig(**settings)
+    config = engine_config(**settings)
     runner = ModelRunner(config)
     if runner.tensors.rows is not None:
         runner.tensors.rows.fill_(255)
@@ -111,7 +111,7 @@ def engine_with_head(
     """Of a model that has a multi-token head of its own."""
     (directory / "config.json").write_text(json.dumps(MODEL | (model or {})))
     settings = {"cache_gib": 0.01, "check": True, "load_format": "dummy", **settings}
-    config = EngineConfig(model=str(directory), device="cpu", draft=draft, **settings)
+    config = engine_config(model=str(directory), device="cpu", draft=draft, **settings)
     runner = ModelRunner(config)
     if runner.tensors.rows is not None:
         runner.tensors.rows.fill_(255)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams, engine_config
 from engine.schedule.batch import Batch, Segment
 from engine.testing.oracle import Fingerprints, OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
@@ -52,7 +52,7 @@ class MovingRunner(OracleRunner):
 
 def make_engine(num_rows: int = 700, **settings: Any) -> Engine:
     page_size = settings.get("page_size", 1)
-    config = EngineConfig(**{"max_running": 4, "token_budget": 128, "check": True} | settings)
+    config = engine_config(**{"max_running": 4, "token_budget": 128, "check": True} | settings)
     longest = max(
         len(prompt) + params.max_tokens for prompt, params in zip(prompts(), SAMPLING, strict=True)
     )

@@ -8,7 +8,15 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from engine import AsyncEngine, Engine, EngineConfig, QueueFull, RequestOutput, SamplingParams
+from engine import (
+    AsyncEngine,
+    Engine,
+    EngineConfig,
+    QueueFull,
+    RequestOutput,
+    SamplingParams,
+    engine_config,
+)
 from engine.async_engine import EngineStopped, StepFailed
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
@@ -49,7 +57,7 @@ def serve(
     back."""
     runner = GatedRunner()
     runner.is_open = not gated
-    engine = Engine(EngineConfig(check=True, **settings), runner=runner, sampler=OracleSampler())
+    engine = Engine(engine_config(check=True, **settings), runner=runner, sampler=OracleSampler())
     async_engine = AsyncEngine(engine)
 
     async def main() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_config
 from engine.config import ConfigError
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
@@ -24,7 +24,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, logprobs
 def make_engine(folder: Path, model: dict[str, object], **settings: object) -> Engine:
     (folder / "config.json").write_text(json.dumps(model))
     settings = {"cache_gib": 0.004} | settings
-    config = EngineConfig(
+    config = engine_config(
         model=str(folder), load_format="dummy", device="cpu", check=True, **settings
     )
     runner = ModelRunner(config)

@@ -26,9 +26,10 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.command.cli import main
-from engine.command.flags import Parser, add_flags, add_grouped_flags, read_config
+from engine.command.flags import Parser, add_flags, add_grouped_flags, flags_of, read_config
 from engine.command.inspect import INTERVALS, holdings, load_geometry
 from engine.config import BUILTIN_DIR, BUILTIN_PROMPTS, ConfigError
+from engine.plugins import engine_settings, server_settings
 from engine.server.config import ServerConfig
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.units import GIB
@@ -189,7 +190,9 @@ def test_hugging_faces_kernels_beside_ours_is_refused(
 def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
-    for name in EngineConfig.__dataclass_fields__:
+    configs = [EngineConfig, *engine_settings()]
+    configs += [ServerConfig, *server_settings()] if verb == "serve" else []
+    for name in (flag.name for config in configs for flag in flags_of(config)):
         assert len(re.findall(rf"^ +--{name.replace('_', '-')}(?![\w-])", text, re.M)) == 1, name
     assert max(map(len, text.splitlines())) <= 110
 
@@ -232,8 +235,8 @@ def test_help_speaks_of_flags_not_of_code(verb: str, capsys: pytest.CaptureFixtu
     titles = re.findall(r"^(\w.*):$", text, re.M)
     assert len(titles) == len(set(titles))
     assert "`" not in text and "None" not in text
-    fields = {*EngineConfig.__dataclass_fields__, *SamplingParams.__dataclass_fields__}
-    named = {name for name in fields | {*ServerConfig.__dataclass_fields__} if "_" in name}
+    configs = [EngineConfig, SamplingParams, ServerConfig, *engine_settings(), *server_settings()]
+    named = {flag.name for config in configs for flag in flags_of(config) if "_" in flag.name}
     assert not named & set(re.findall(r"\w+", text))
 
 
@@ -272,7 +275,10 @@ def test_flags_come_from_dataclasses() -> None:
         assert help in re.sub(r"\s+", " ", text)
 
 
-@pytest.mark.parametrize("config", [EngineConfig, ServerConfig, SamplingParams])
+@pytest.mark.parametrize(
+    "config",
+    [EngineConfig, ServerConfig, SamplingParams, *engine_settings(), *server_settings()],
+)
 def test_no_flags_given_is_the_default_config(config: type) -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, config, "all", skip=["logit_bias"])

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_config
 from engine.command.screen import start_screen
+from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_length import LookupLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.schedule.hooks import StepHooks
@@ -26,9 +27,9 @@ def make_engine(tmp_path: Path) -> MakeEngine:
 
 def test_states_are_planned_for_what_a_step_verifies() -> None:
     assert EngineConfig(overlap="on").num_step_states == 0
-    assert EngineConfig(draft="tree").num_step_states == 4 * 9
-    assert EngineConfig(draft="tree:3", max_running=2).num_step_states == 8
-    assert EngineConfig(draft="tree,mtp:4").drafters == {"tree": 8, "mtp": 4}
+    assert engine_config(draft="tree").num_step_states == 4 * 9
+    assert engine_config(draft="tree:3", max_running=2).num_step_states == 8
+    assert SpeculationConfig(draft="tree,mtp:4").drafters == {"tree": 8, "mtp": 4}
 
 
 def test_only_steps_without_drafts_overlap(make_engine: MakeEngine) -> None:

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import EngineConfig, SamplingParams
+from engine import SamplingParams, engine_config
 from engine.config import ConfigError
 from engine.requests.sampling_params import SamplingInput
 from engine.runner.sampler import Sampler
@@ -269,4 +269,4 @@ def test_guesses_leave_the_distribution_as_it_is() -> None:
 )
 def test_a_wrong_word_says_what_would_work(word: str) -> None:
     with pytest.raises(ConfigError, match=r"tree .1 to 32 .*mtp .1 to 4 tokens, as in mtp:3.; not"):
-        EngineConfig(draft=word)
+        engine_config(draft=word)

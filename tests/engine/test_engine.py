@@ -18,6 +18,7 @@ from engine import (
     RequestOutput,
     RequestSpec,
     SamplingParams,
+    engine_config,
 )
 from engine.interfaces import StepReport
 from engine.schedule.batch import Batch
@@ -39,7 +40,7 @@ def make_engine(
     log: LeaseLog | None = None,
     **settings: object,
 ) -> Engine:
-    config = EngineConfig(check=True, **settings)
+    config = engine_config(check=True, **settings)
     runner = OracleRunner(kv_tokens, slots, exact=config.exact)
     return Engine(config, runner=runner, sampler=OracleSampler(), tokenizer=tokenizer, log=log)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import AsyncEngine, Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import AsyncEngine, Engine, RequestOutput, SamplingParams, engine_config
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
 from engine.requests.grammar import Grammar
 from engine.requests.request import Request
@@ -58,7 +58,7 @@ def make_engine(
     broken: dict[int, str] | None = None, kv_tokens: int = 4096, **settings: object
 ) -> Engine:
     return Engine(
-        EngineConfig(check=True, **settings),
+        engine_config(check=True, **settings),
         runner=OracleRunner(kv_tokens, 16),
         sampler=OracleSampler(),
         tokenizer=SometimesBroken(broken or {}),

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.requests.request import Request
 from engine.testing.oracle import OracleRunner, OracleState, fingerprint
 from engine.testing.oracle_sampler import OracleSampler
@@ -115,7 +115,7 @@ def make(
             geometry, kv_bytes_per_token=10, recurrent_elements=0, conv_bytes=10 * slab - 3
         )
     runner = OracleRunner(kv, None if slab else slots, geometry=geometry, exact=True)
-    config = EngineConfig(check=True, exact=True, **settings)
+    config = engine_config(check=True, exact=True, **settings)
     engine = Engine(config, runner=runner, sampler=OracleSampler(320), fetcher=fetcher)
     fetcher.engine = engine
     return engine

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, SamplingParams, engine_config
 from engine.plugins.tiers.fingerprint import StoreError
 from tests.engine.test_hits_change_nothing import (
     HYBRID,
@@ -105,7 +105,7 @@ def test_two_ranks_have_one_grid() -> None:
     settings = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02, "grid": 16, "check": True}
     asked = "A short prompt, once and again."
     params = SamplingParams(max_tokens=4, temperature=0, logprobs=2)
-    alone, shared = (Engine(EngineConfig(**settings, tp=tp)) for tp in (1, 2))
+    alone, shared = (Engine(engine_config(**settings, tp=tp)) for tp in (1, 2))
     try:
         runs = [[one.generate([asked], params)[0] for _ in range(2)] for one in (alone, shared)]
     finally:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams
+from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams, engine_config
 from engine.plugins.guided import background, guide
 from engine.plugins.guided import bindings as library
 from engine.plugins.guided import guides as registry
@@ -77,7 +77,7 @@ def oracle(**config: Any) -> Engine:
     runner = OracleRunner(config.pop("num_kv_tokens", 4096), 16, max_model_len=2048)
     runner.is_asynchronous = config.pop("asynchronous", False)
     return Engine(
-        EngineConfig(check=True, **config),
+        engine_config(check=True, **config),
         runner=runner,
         sampler=OracleSampler(),
         tokenizer=ByteTokenizer(),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from engine import EngineConfig
+from engine import engine_config
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warm_up import guesses as guesses_of
 from engine.weights.loading import load_model
@@ -59,11 +59,11 @@ def test_what_can_not_work_says_so(tmp_path: Path, make_engine: MakeEngine) -> N
     (tmp_path / "config.json").write_text(json.dumps(config))
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01}
     with pytest.raises(ModelError, match="not supported for Qwen3: use --draft tree, or none"):
-        ModelRunner(EngineConfig(draft="mtp", load_format="dummy", **settings))
+        ModelRunner(engine_config(draft="mtp", load_format="dummy", **settings))
     (tmp_path / "config.json").write_text(json.dumps(MODEL))
     save_file({"model.norm.weight": torch.zeros(32)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"has none \(no tensor mtp.*use --draft tree, or none"):
-        ModelRunner(EngineConfig(draft="mtp", **settings))
+        ModelRunner(engine_config(draft="mtp", **settings))
     assert make_engine("none").runner.geometry.num_full_layers == 2
 
 
@@ -86,16 +86,16 @@ def test_files_give_the_head_its_weights(tmp_path: Path, make_engine: MakeEngine
         seeded = load_model(None, family, runner.config, build, with_head=True, **options)
     save_file(tensors, tmp_path / "model.safetensors")
     settings = {"model": str(tmp_path), "device": "cpu", "cache_gib": 0.01, "draft": "mtp"}
-    loaded = ModelRunner(EngineConfig(**settings))
+    loaded = ModelRunner(engine_config(**settings))
     embedded, before = torch.randn(2, 4, MODEL["hidden_size"])
     ours, theirs = (head._enter(embedded, before) for head in (loaded._head, seeded.head))
     assert torch.equal(ours, theirs)
     save_file({**tensors, "mtp.odd": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"1 unexpected: mtp\.odd"):
-        ModelRunner(EngineConfig(**settings))
+        ModelRunner(engine_config(**settings))
     del tensors["mtp.layers.0.self_attn.k_norm.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(WeightsError, match=r"1 missing: mtp\.layers\.0\.self_attn\.k_norm\.weight"):
-        ModelRunner(EngineConfig(**settings))
-    plain = ModelRunner(EngineConfig(**(settings | {"draft": "none"})))
+        ModelRunner(engine_config(**settings))
+    plain = ModelRunner(engine_config(**(settings | {"draft": "none"})))
     assert "; its multi-token head is read with --draft mtp only" in plain.weights_note

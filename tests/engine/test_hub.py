@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from engine import EngineConfig
+from engine import EngineConfig, engine_config
 from engine.command.cli import main
 from engine.config import BUILTIN_DIR
 from engine.hub import HubError, check, display_name, is_hub_name, resolve_config, resolve_folder
@@ -273,7 +273,7 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
         resolve_config(EngineConfig(model=NAME), lambda _: None)
     assert hub.sent_bytes == 0
     if device == "cuda":  # Every rank has a device of its own.
-        resolve_config(EngineConfig(model=NAME, tp=3), lambda _: None)
+        resolve_config(engine_config(model=NAME, tp=3), lambda _: None)
         assert hub.sent_bytes == len(WEIGHTS)
 
 

@@ -16,10 +16,10 @@ import pytest
 from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams, engine_config
 from engine.engine_loop import EngineLoop
 from engine.plugin import Plugin
-from engine.plugins import engine_plugins
+from engine.plugins import PATHS, engine_plugins, engine_settings, server_settings
 from engine.requests.logit_rules import (
     FREE,
     AllowedTokens,
@@ -181,41 +181,57 @@ def test_a_loop_is_woken_by_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_settings_choose_plugins(settings: dict[str, Any], names: list[str]) -> None:
-    assert [plugin.name for plugin in engine_plugins(EngineConfig(**settings))] == names
+    assert [plugin.name for plugin in engine_plugins(engine_config(**settings))] == names
 
 
 LOADED = """
 import json, sys
 def loaded():
-    names = [m.split(".")[2] for m in sys.modules if m.startswith("engine.plugins.")]
-    return sorted(set(names))
+    parts = [m.split(".") for m in sys.modules if m.startswith("engine.plugins.")]
+    return sorted({part[2] for part in parts if len(part) > 3})  # not the settings alone
 """
 OWN = LOADED + (
     """
 from engine import Engine, EngineConfig, SamplingParams
 engine = Engine(EngineConfig(cache_gib=0.02, max_running=2))
 engine.generate(["one"], SamplingParams(max_tokens=2))
-of_engine = loaded()
+seen = [loaded()]
 from engine.async_engine import AsyncEngine
 from engine.command import cli
 from engine.server.app import check, create_app
 from engine.server.config import ServerConfig
 cli._parser(["serve"])
 check(ServerConfig())
-create_app(AsyncEngine(engine), ServerConfig())
-print(json.dumps([of_engine, loaded()]))
+app = create_app(AsyncEngine(engine), ServerConfig())
+seen.append(loaded())
+from fastapi.testclient import TestClient
+head = {"model": "builtin", "max_tokens": 2}
+chat = head | {"messages": [{"role": "user", "content": "one"}]}
+with TestClient(app) as client:
+    bodies = {"/v1/completions": head | {"prompt": "one"}, "/v1/chat/completions": chat}
+    for path, body in (bodies | {"/v1/messages": chat, "/v1/none": {}}).items():
+        seen.append([client.post(path, json=body).status_code, loaded()])
+    seen.append([client.get("/").status_code, loaded()])
+    seen.append(sorted(client.get("/openapi.json").json()["paths"]))
+print(json.dumps(seen))
 """
 )
 
 
-def test_plugins_without_their_settings_are_not_imported() -> None:
-    """Neither by an engine that answers, nor by the server, whose own three are always served."""
-    done = subprocess.run(
-        [sys.executable, "-c", OWN], capture_output=True, text=True, check=True, timeout=300
+def test_plugins_are_imported_when_they_are_first_used() -> None:
+    """Neither an engine nor a server loads a plugin without its settings, paths or requests."""
+    done = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    of_engine, of_server, text, chat, messages, unknown, page, paths = json.loads(
+        done.stdout.splitlines()[-1]
     )
-    of_engine, of_server = json.loads(done.stdout.splitlines()[-1])
-    assert of_engine == []
-    assert of_server == ["diagnostics", "dialects", "observe"]
+    assert of_engine == of_server == []
+    assert text == [200, []]
+    assert chat == [200, ["diagnostics", "tool_calls"]]
+    assert messages == [200, ["diagnostics", "dialects", "tool_calls"]]
+    assert unknown == [404, messages[1]]
+    assert page == [200, ["diagnostics", "dialects", "observe", "tool_calls"]]
+    assert {path for path in PATHS if not path.endswith("/")} < {*paths}
 
 
 class Only(LogitRule):
@@ -280,7 +296,8 @@ PLUGINS = Path(__file__).parents[2] / "engine" / "plugins"
 @pytest.mark.parametrize("folder", sorted(path.parent for path in PLUGINS.glob("*/__init__.py")))
 def test_the_readme_of_a_plugin_names_flags_that_exist(folder: Path) -> None:
     text = (folder / "README.md").read_text()
-    known = {field.name for kind in (EngineConfig, ServerConfig) for field in fields(kind)}
+    kinds = (EngineConfig, ServerConfig, *engine_settings(), *server_settings())
+    known = {field.name for kind in kinds for field in fields(kind)}
     named = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)", text)}
     assert named <= known
     assert {"| Flags |", "| Seam |", "| Tests |", "| Limits |"} <= set(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_config
 from engine.interfaces import StepReport
 from engine.requests.sampling_params import SamplingInput
 from engine.testing.oracle import OracleRunner
@@ -16,7 +16,7 @@ from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 
 
 def make_engine(kv_tokens: int = 4096, slots: int = 16, **settings: Any) -> Engine:
-    config = EngineConfig(check=True, **settings)
+    config = engine_config(check=True, **settings)
     return Engine(config, runner=OracleRunner(kv_tokens, slots), sampler=OracleSampler())
 
 

@@ -16,9 +16,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine import Engine, EngineConfig, RequestOutput, SamplingParams
+from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.plugins.speculation.draft_length import LookupLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
+from engine.plugins.tiers import TierConfig
 from engine.requests.request import Request
 from engine.schedule.batch import Batch
 from engine.schedule.drafter import Newest
@@ -77,14 +78,14 @@ def make_engine(
 ) -> Engine:
     """Two pools, or, with ``slab_rows``, one arena of as many rows, and so many rows below it;
     running states in it, or beside it."""
-    config = EngineConfig(prefix_cache=prefix_cache, **settings)
+    config = engine_config(prefix_cache=prefix_cache, **settings)
     if slab_rows is not None and prefix_cache == "hybrid":
         least = 10 * (slab_rows + 2 * config.page_size)
         if host_rows is not None:
-            config = dataclasses.replace(config, host_gib=(least + 10 * host_rows) / GIB)
+            config = engine_config(config, host_gib=(least + 10 * host_rows) / GIB)
         if disk_rows is not None:
             folder_bytes = 2 * (1 << 13) + 4 * (least + 10 * disk_rows)
-            config = dataclasses.replace(
+            config = engine_config(
                 config, state_dir=tempfile.mkdtemp(), disk_gib=folder_bytes / GIB
             )
     geometry = ModelGeometry.preset("qwen3-next")
@@ -327,8 +328,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.finish()
         finally:
             self.engine.close()
-            if self.engine.config.state_dir is not None:
-                shutil.rmtree(self.engine.config.state_dir)
+            if (folder := self.engine.config.of(TierConfig).state_dir) is not None:
+                shutil.rmtree(folder)
 
     def finish(self) -> None:
         for _ in range(20_000):

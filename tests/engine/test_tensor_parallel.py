@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import AsyncEngine, ConfigError, Engine, EngineConfig, SamplingParams
+from engine import AsyncEngine, ConfigError, Engine, SamplingParams, engine_config
 from engine.engine_loop import EngineStopped
 from engine.interfaces import RunnerLost
 from engine.plugins.tensor_parallel import worker_pool as followers
@@ -31,7 +31,7 @@ BEGINNING = "The same beginning, again and again. " * 8
 
 def make(tp: int, **settings: object) -> Engine:
     config = {"device": "cpu", "dtype": "float32", "cache_gib": 0.02, "check": True}
-    return Engine(EngineConfig(**(config | settings), tp=tp))
+    return Engine(engine_config(**(config | settings), tp=tp))
 
 
 @pytest.fixture(scope="module")
@@ -193,4 +193,4 @@ def test_what_is_not_served_is_named(
     settings: dict[str, object], error: type[Exception], sentence: str
 ) -> None:
     with pytest.raises(error, match=sentence):
-        Engine(EngineConfig(**settings))
+        Engine(engine_config(**settings))

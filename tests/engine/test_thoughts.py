@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, EngineConfig, SamplingParams, engine_config
 from engine.requests.logit_rules import END, ReasoningBudget
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
@@ -46,7 +46,7 @@ def test_what_is_said_is_ended_once_at_its_budget(
 
 def make_engine(**settings: Any) -> Engine:
     return Engine(
-        EngineConfig(check=True, **settings),
+        engine_config(check=True, **settings),
         runner=OracleRunner(4096, 16, exact=bool(settings.get("exact"))),
         sampler=OracleSampler(),
         tokenizer=ByteTokenizer(),

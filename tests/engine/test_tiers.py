@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, SamplingParams, engine_config
 from engine.command.screen import start_screen
 from engine.config import ConfigError
 from engine.plugins.replicas.replicas_client import summed
@@ -338,7 +338,7 @@ def test_health_tells_of_a_disk_that_does_not_respond(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = Faults(monkeypatch)
-    engine = Engine(EngineConfig(cache_gib=0.02, state_dir=str(tmp_path / "state")))
+    engine = Engine(engine_config(cache_gib=0.02, state_dir=str(tmp_path / "state")))
     with serving(engine) as (_, port):
 
         def health() -> dict[str, str]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, SamplingParams, engine_config
 from engine.plugins.speculation.suffix import HeadDrafter
 from engine.text.byte_tokenizer import ByteTokenizer
 from experiments.training import corpus, tasks, train_builtin
@@ -177,7 +177,7 @@ def test_the_engine_drafts_what_the_training_model_chains(tmp_path: Path) -> Non
             weight.data.mul_(4)
     model.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
     train_builtin.export(model, tmp_path, {}, TINY | {"dtype": "float32"})
-    config = EngineConfig(model=str(tmp_path), device="cpu", cache_gib=0.02, draft="mtp:3")
+    config = engine_config(model=str(tmp_path), device="cpu", cache_gib=0.02, draft="mtp:3")
     engine = Engine(config)
     asked: list[tuple[list[int], list[int]]] = []
     propose = HeadDrafter.propose

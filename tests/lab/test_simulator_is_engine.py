@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine import engine_config
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
 from engine.requests.sampling_params import SamplingParams
@@ -74,7 +75,7 @@ def engine_of(
     policy: str, runner: Any, sampler: Any, checkpoints: str = CHECKPOINTS, **settings: Any
 ) -> tuple[Engine, LeaseLog]:
     log = LeaseLog()
-    config = EngineConfig(
+    config = engine_config(
         eviction=policy, checkpoints=tuple(checkpoints.split(",")), token_budget=256, **settings
     )
     return Engine(config, runner=runner, sampler=sampler, log=log), log
@@ -137,7 +138,7 @@ def same_in_the_simulator(
     ids=["pools", "arena"],
 )
 def test_in_turn_with_the_built_in_model(memory: dict[str, float], evictions: list[Fact]) -> None:
-    engine = Engine(EngineConfig(token_budget=256, **memory))
+    engine = Engine(engine_config(token_budget=256, **memory))
     served = serve_in_turn(engine, prompts(seed=3, sessions=3, vocab=256))
     same_in_the_simulator(DEFAULT_EVICTION, engine, served, evictions)
 

@@ -6,15 +6,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
+from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.answers import AnswerMemory, said_by
 from engine.plugins.diagnostics.outline import SYSTEM_ROLES
 from engine.server.chat_hooks import ChatInput, Message
-from engine.server.config import ServerConfig
 from engine.server.tenants import Tenant
 from engine.text.answer_forms import MARKS as PARTS
 from engine.text.outputs import RequestOutput
@@ -42,10 +41,10 @@ class Place:
 class Replays:
     """Makes what comes in into what was said before, as far as it is the same."""
 
-    def __init__(self, tokenizer: Tokenizer, config: ServerConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: DiagnosticsConfig) -> None:
         self._tokenizer = tokenizer
         self._keeps_thinking = config.preserve_thinking
-        self._volatile = VolatileLines(config.volatile_line, config.volatile)
+        self._volatile = VolatileLines(config)
         self.answers = AnswerMemory(int(config.replay_mib * 2**20))
         control = [text for text in tokenizer.control_tokens if text not in PARTS]
         self._control_ids = frozenset(i for text in control for i in tokenizer.encode(text)[:1])
@@ -101,21 +100,12 @@ def _see(seen: Any, value: Any) -> None:
         seen.update(json.dumps(value, default=repr).encode())
 
 
-def compiled(pattern: str | None) -> re.Pattern[str] | None:
-    """Of ``--volatile-line``. ValueError: it is no regular expression."""
-    try:
-        return None if pattern is None else re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"--volatile-line {pattern!r} can not be read ({error}).") from error
-
-
 class VolatileLines:
     """Lines of the system message that change with every request, so that nothing below hits."""
 
-    def __init__(self, pattern: str | None, what: Literal["move", "drop"]) -> None:
-        """ValueError: ``pattern`` is no regular expression."""
-        self._drops = what == "drop"
-        self._pattern = compiled(pattern)
+    def __init__(self, config: DiagnosticsConfig) -> None:
+        self._drops = config.volatile == "drop"
+        self._pattern, pattern = config.pattern, config.volatile_line
         if pattern is not None:
             done = "dropped from" if self._drops else "moved to the end of"
             logger.warning("Lines that match %r are %s the system message.", pattern, done)

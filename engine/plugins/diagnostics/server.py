@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from fastapi import FastAPI, Request
 
+from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.explanations import Explanations, Inquiry
-from engine.plugins.diagnostics.replays import Replays, compiled
+from engine.plugins.diagnostics.replays import Replays
 from engine.server.chat_hooks import ChatDiagnostics, ChatInput, Message
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, quoted
@@ -25,8 +26,9 @@ class Hooks:
     """Hooks around every chat of one server; see ``ChatHooks``."""
 
     def __init__(self, tokenizer: Tokenizer, config: ServerConfig) -> None:
-        self.replays = Replays(tokenizer, config)
-        self.explanations = Explanations(tokenizer, int(config.explain_mib * 2**20))
+        settings = config.of(DiagnosticsConfig)
+        self.replays = Replays(tokenizer, settings)
+        self.explanations = Explanations(tokenizer, int(settings.explain_mib * 2**20))
 
     def before_render(
         self,
@@ -74,11 +76,6 @@ def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:
 
 class Extension(ServerExtension):
     """Explains misses to the operator."""
-
-    @classmethod
-    def check(cls, config: ServerConfig) -> None:
-        """See ``ServerExtension``."""
-        compiled(config.volatile_line)
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:
         """See ``ServerExtension``."""

@@ -1,2 +1,24 @@
-"""The protocols that clients speak: each is translated into one chat request and out of one stream
-of events."""
+"""Anthropic's messages and OpenAI's responses, translated to and from chats. Their settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from engine.config import PluginConfig, check_mib, setting
+
+
+@dataclass(frozen=True, slots=True)
+class DialectsConfig(PluginConfig):
+    """Memory of responses."""
+
+    plugin: ClassVar[str] = "dialects"
+    title: ClassVar[str] = "responses"
+
+    responses_mib: float = setting(
+        64.0,
+        "memory for responses that a later request may go on from (/v1/responses), MiB",
+    )
+
+    def __post_init__(self) -> None:
+        check_mib("responses_mib", self.responses_mib)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 
+from engine.plugins.dialects import DialectsConfig
 from engine.plugins.dialects.anthropic import count_tokens, messages
 from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
 from engine.plugins.dialects.response_store import ResponseStore
@@ -24,7 +25,9 @@ class Extension(ServerExtension):
 
     def __init__(self, front: ServingContext, config: ServerConfig) -> None:
         super().__init__(front, config)
-        self._responses = Responses(front, ResponseStore(int(config.responses_mib * 2**20)))
+        self._responses = Responses(
+            front, ResponseStore(int(config.of(DialectsConfig).responses_mib * 2**20))
+        )
 
     def dialects(self) -> Iterator[Dialect]:
         """See ``ServerExtension``."""

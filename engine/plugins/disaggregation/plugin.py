@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import EngineCore, Runner
 from engine.plugin import Plugin
+from engine.plugins.disaggregation import DisaggregationConfig
 from engine.plugins.disaggregation.wire import TransferCounts
 from engine.schedule.fetching import Fetcher
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -25,27 +26,28 @@ class EnginePlugin(Plugin):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
+        self.settings = config.of(DisaggregationConfig)
         self.counts = TransferCounts()
         self.server: PrefillServer | None = None
         """Server of a prefill engine, else None."""
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
         """See ``Plugin``. Imports torch."""
-        if self.config.role != "decode":
+        if self.settings.role != "decode":
             return None
         from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
         from engine.plugins.disaggregation.prefix_fetch import Peer, PeerFetcher
 
-        config, buffer = self.config, PrefixBuffer.of(model_runner(runner))
-        own = identity(config, model_runner(runner))
-        peers = [Peer(address, own, config.transfer_timeout_s) for address in config.addresses]
-        return PeerFetcher(manager, buffer, peers, self.counts, fetch_above=config.fetch_above)
+        settings, buffer = self.settings, PrefixBuffer.of(model_runner(runner))
+        own = identity(self.config, model_runner(runner))
+        peers = [Peer(address, own, settings.transfer_timeout_s) for address in settings.addresses]
+        return PeerFetcher(manager, buffer, peers, self.counts, fetch_above=settings.fetch_above)
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
         """See ``Plugin``. A prefill engine listens from now on. Raises ConfigError if the address
         is not available. Imports torch."""
-        config = self.config
-        if config.role != "prefill":
+        config, settings = self.config, self.settings
+        if settings.role != "prefill":
             return
         from engine.plugins.disaggregation.prefill_server import PrefillServer
         from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
@@ -56,10 +58,10 @@ class EnginePlugin(Plugin):
             self.server = PrefillServer(
                 manager,
                 buffer,
-                config.addresses[0],
+                settings.addresses[0],
                 identity(config, runner),
                 self.counts,
-                timeout_s=config.transfer_timeout_s,
+                timeout_s=settings.transfer_timeout_s,
                 prepare=engine.prepare,
                 enqueue=engine.enqueue,
                 abort=engine.abort,
@@ -69,7 +71,7 @@ class EnginePlugin(Plugin):
             why = str(error.strerror or error)
             if error.errno == errno.EADDRNOTAVAIL:
                 why = "this machine does not have that address; use 0.0.0.0 to listen on all"
-            raise ConfigError(f"--transfer-at {config.transfer_at}: {why}.") from error
+            raise ConfigError(f"--transfer-at {settings.transfer_at}: {why}.") from error
         runner.watch_layers(self.server.send_layer)
 
     @property
@@ -110,7 +112,7 @@ class EnginePlugin(Plugin):
         """See ``Plugin``."""
         if self.server is not None:
             return [("role", "prefill, for decode engines at {}:{}".format(*self.server.address))]
-        return [("role", f"decode, with prefill at {', '.join(self.config.prefill)}")]
+        return [("role", f"decode, with prefill at {', '.join(self.settings.prefill)}")]
 
 
 def model_runner(runner: Runner) -> ModelRunner:

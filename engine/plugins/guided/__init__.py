@@ -1,1 +1,28 @@
 """Guided answers: answers that match a schema, an expression, a choice or a grammar."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from engine.config import ConfigError, PluginConfig, setting
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedConfig(PluginConfig):
+    """Limit of the work for one grammar."""
+
+    plugin: ClassVar[str] = "guided"
+    title: ClassVar[str] = "grammars"
+
+    grammar_budget_s: float = setting(
+        10.0,
+        "seconds that the grammar of one request may take in the background, 5 ms for each token "
+        "of the answer not counted; then the request fails, with an error that says so",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.grammar_budget_s < 1e6:
+            raise ConfigError(
+                f"grammar_budget_s must be above 0 and below 1e6, not {self.grammar_budget_s}."
+            )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from engine.plugins.guided import GuidedConfig
 from engine.plugins.guided.background import BackgroundGrammar, Budget
 from engine.plugins.guided.bindings import (
     LIMITS,
@@ -23,7 +24,7 @@ from engine.plugins.guided.bindings import (
 from engine.plugins.guided.guide import Compiled, Guide, Shared, StepTime
 from engine.plugins.guided.marks import FreeText, MarkGuide, Overshoots
 from engine.requests.grammar import Grammar, GrammarError
-from engine.requests.logit_rules import GRAMMAR_BUDGET_S, LogitRule, Ruling
+from engine.requests.logit_rules import LogitRule, Ruling
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class Guides:
         self,
         tokenizer: Tokenizer | None,
         vocab_size: int,
-        budget_s: float = GRAMMAR_BUDGET_S,
+        budget_s: float = GuidedConfig().grammar_budget_s,
         news: threading.Event | None = None,
     ) -> None:
         """``budget_s``: grammar time of one request in the background. ``news`` is set whenever a

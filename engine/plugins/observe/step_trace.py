@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.engine import Engine
-    from engine.interfaces import StepReport
+    from engine.interfaces import EngineCore, StepReport
     from engine.requests.recent_requests import Ended
 
 MAX_BYTES = 1 << 30
@@ -131,7 +130,7 @@ class Trace:
             self.close()
 
 
-def start_trace(engine: Engine, path: str) -> Trace:
+def start_trace(engine: EngineCore, path: str) -> Trace:
     """A trace of what ``engine`` does from now on. ValueError: ``path`` can not be written."""
     try:
         trace = Trace(path, engine.clock)

@@ -44,7 +44,8 @@ class EngineReplica:
             replica = serve.get_replica_context().replica_id.unique_id
         self._id = replica
         self._engine = Engine(config, observer=self._stepped)
-        self._engine.prepare_grammars()
+        if config.warm_up:
+            self._engine.prepare_grammars()
         self._tokens_per_s = self._timed()
         self._engine.reset_prefix_cache()
         self._engine.cache.stats.clear()

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import BUILTIN_NAME, ConfigError, EngineConfig
+from engine.hub import resolve_config
+from engine.plugins.replicas import ReplicasConfig
 from engine.plugins.replicas.fleet import FLEETS, Fleet
 from engine.plugins.replicas.replica_output import Order, ReplicaFacts
 from engine.plugins.replicas.replicas_client import FleetEngine
@@ -21,23 +23,30 @@ from hybridcache.routing.registry import find_router
 def start_replicas(
     config: EngineConfig, server: ServerConfig, address: str
 ) -> tuple[FleetEngine, str]:
-    """(replicas that have loaded, the start screen). ConfigError: engines that have a role."""
-    if config.role is not None:
+    """Return (replicas that have loaded, the start screen). Raises ConfigError for settings of an
+    engine that replicas do not support."""
+    settings = server.of(ReplicasConfig)
+    if config.uses("disaggregation"):
         raise ConfigError(
-            f"--replicas {server.replicas} and --role {config.role} can not go together: start one "
-            "server a role, each without --replicas."
+            f"--replicas {settings.replicas} and --role cannot go together: start one server for "
+            "each role, without --replicas."
         )
+    if config.uses("observe"):
+        raise ConfigError(
+            "--trace writes the steps of one engine: leave --replicas and --max-replicas out."
+        )
+    config = resolve_config(config)
     name = f"engine-{os.getpid()}"
-    size = FleetSize(server.replicas, server.max_replicas, server.drain_s, server.ray)
-    fleet = start_fleet(config, size, server.router, name)
+    size = FleetSize(settings.replicas, settings.max_replicas, server.drain_s, settings.ray)
+    fleet = start_fleet(config, size, settings.router, name)
     facts = fleet.facts
-    number = str(server.replicas)
-    if server.max_replicas is not None:
-        number += f" to {server.max_replicas}"
+    number = str(settings.replicas)
+    if settings.max_replicas is not None:
+        number += f" to {settings.max_replicas}"
     rows = [
         ("model", fleet.model_name),
         ("replicas", f"{number} on Ray Serve, a core each"),
-        ("router", server.router),
+        ("router", settings.router),
         ("context", f"{facts.max_model_len:,} tokens"),
         ("memory", f"{facts.capacity_bytes / 2**20:,.0f} MiB each"),
         ("prefill", f"{facts.prefill_tokens_per_s:,.0f} tokens/s, measured"),
@@ -87,10 +96,10 @@ def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -
     apart. ValueError: a router or a cluster that does not exist, or too few cores. Waits until all
     have loaded."""
     make = find_router(router)
-    if config.tp > 1:
+    if config.num_ranks > 1:
         raise ValueError(
-            f"--replicas are engines of one process each: leave out --tp {config.tp}, or serve one "
-            "engine."
+            "--replicas are engines of one process each: leave out --tp "
+            f"{config.num_ranks}, or serve one engine."
         )
     import ray
     from ray import serve

@@ -1,1 +1,71 @@
 """Speculative decoding: drafters, draft lengths and acceptance statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from engine.config import ConfigError, DraftSizes, PluginConfig, setting
+
+DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
+"""Drafter -> (default, maximum) number of tokens drafted for a sequence in one step."""
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig(PluginConfig):
+    """Drafters and their memory."""
+
+    plugin: ClassVar[str] = "speculation"
+    title: ClassVar[str] = "speculative decoding"
+
+    draft: str = setting(
+        "none",
+        "tokens guessed ahead and verified together, so that a step may give several: tree:8 (what "
+        "followed here before, in the cache or in the request itself; at most 8 tokens), mtp:3 "
+        "(the model's own multi-token head), tree,mtp (the head where the tree has nothing), or "
+        "none",
+    )
+    draft_index_mib: float = setting(
+        64.0,
+        "with draft tree: host memory for the index of running and ended texts, MiB, of 24 to 48 "
+        "bytes a token; what does not fit is drafted for from the cache alone",
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.draft_index_mib < 2**30:
+            raise ConfigError(
+                f"draft_index_mib must be a number of MiB of 0 or more, not {self.draft_index_mib}."
+            )
+        _ = self.drafters
+
+    @property
+    def is_used(self) -> bool:
+        """See ``PluginConfig``."""
+        return self.draft != "none"
+
+    @property
+    def drafters(self) -> dict[str, int]:
+        """Drafters in the order in which they are tried -> maximum number of tokens that each
+        drafts for a sequence in one step."""
+        lengths: dict[str, int] = {}
+        for word in self.draft.split(",") if self.is_used else ():
+            name, colon, number = word.partition(":")
+            usual, limit = DRAFT_LENS.get(name, (0, 0))
+            most = usual if not colon else int(number) if number.isdecimal() else 0
+            if name in lengths or not 1 <= most <= limit:
+                known = " and ".join(
+                    f"{name} (1 to {limit} tokens, as in {name}:{usual})"
+                    for name, (usual, limit) in DRAFT_LENS.items()
+                )
+                raise ConfigError(
+                    f"draft must be none, or drafters joined by a comma, each once: {known}; not "
+                    f"{self.draft!r}."
+                )
+            lengths[name] = most
+        return lengths
+
+    @property
+    def drafts(self) -> DraftSizes:
+        """See ``PluginConfig``."""
+        lengths = self.drafters
+        return DraftSizes(max(lengths.values(), default=0), lengths.get("mtp", 0))

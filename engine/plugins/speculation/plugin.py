@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.config import EngineConfig
 from engine.interfaces import Runner
 from engine.plugin import Plugin
+from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import IndexMemory
 from engine.schedule.drafter import DraftPlanner
+from hybridcache.geometry.units import counted, format_bytes
 
 
 class EnginePlugin(Plugin):
@@ -20,7 +22,8 @@ class EnginePlugin(Plugin):
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
-        self._memory = IndexMemory(int(config.draft_index_mib * 2**20))
+        self.settings = config.of(SpeculationConfig)
+        self._memory = IndexMemory(int(self.settings.draft_index_mib * 2**20))
 
     def model_follower(self) -> Callable[..., Any] | None:
         """See ``Plugin``."""
@@ -30,8 +33,19 @@ class EnginePlugin(Plugin):
 
     def draft_planner(self, runner: Runner, *, shares: bool) -> DraftPlanner | None:
         """See ``Plugin``."""
-        words, room = self.config.drafters, self.config.num_step_states
+        words, room = self.settings.drafters, self.config.num_step_states
+        self._state_bytes = getattr(runner, "step_state_bytes", 0)
         return Drafting.of(words, room, runner.guess, shares=shares, memory=self._memory)
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        """See ``Plugin``."""
+        longest, number = self.config.drafts.max_len, self.config.num_step_states
+        states = f", whose states take {format_bytes(self._state_bytes)}"
+        words = (
+            f"{self.settings.draft}: up to {counted(longest, 'token')} a request; up to {number} "
+            f"verified a step{states if self._state_bytes else ''}"
+        )
+        return [("drafts", words)]
 
     def report(self) -> Mapping[str, Any]:
         """See ``StepHooks``."""

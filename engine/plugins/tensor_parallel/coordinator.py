@@ -30,18 +30,20 @@ class LeadingRunner(ModelRunner):
         """Starts the other processes and loads all parts. ModelError; RunnerLost: one ended."""
         self._followers: Followers | None = None
         _, model = read_model(read_config(config.model_dir))
-        shared_sizes(model, config.tp)  # What is refused is before any process starts.
-        places = [Device.resolve(config.device).of_rank(number) for number in range(config.tp)]
+        shared_sizes(model, config.num_ranks)  # What is refused is before any process starts.
+        places = [
+            Device.resolve(config.device).of_rank(number) for number in range(config.num_ranks)
+        ]
         device = places[0]
         num_threads = torch.get_num_threads()
         if device.is_cpu:
-            num_threads = max(1, num_threads // config.tp)
+            num_threads = max(1, num_threads // config.num_ranks)
             torch.set_num_threads(num_threads)
         shares_memory = device.is_cpu and exchange.is_available()
         followers = Followers(config, num_threads, shares_memory=shares_memory)
         try:
             self.group = meet(followers.first, device, followers.lines)
-            super().__init__(config, Rank(0, config.tp, self.group))
+            super().__init__(config, Rank(0, config.num_ranks, self.group))
             self.group.check()
             followers.wait_for(RankReady)
             self.group.set_timeout(TIMEOUT_S)

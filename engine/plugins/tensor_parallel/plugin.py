@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from engine.interfaces import Runner
 from engine.plugin import Plugin
 
@@ -15,4 +17,10 @@ class EnginePlugin(Plugin):
         """See ``Plugin``."""
         from engine.plugins.tensor_parallel.coordinator import LeadingRunner
 
-        return LeadingRunner(self.config) if self.config.tp > 1 else None
+        return LeadingRunner(self.config)
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        """See ``Plugin``."""
+        number = self.config.num_ranks
+        words = f"{number}, each with its part of every layer; memory is what one of them has"
+        return [("ranks", words)]

@@ -56,7 +56,7 @@ class Followers:
     def __init__(self, config: EngineConfig, num_threads: int, *, shares_memory: bool) -> None:
         """Starts them, and waits until all of them run. ``shares_memory``: through which they
         exchange what they compute. RunnerLost."""
-        self._count, self._sentence = config.tp, ""
+        self._count, self._sentence = config.num_ranks, ""
         self._folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
         meeting = str(Path(self._folder.name) / "meeting")
         memory = make_memory(self._count) if shares_memory else None

@@ -15,6 +15,7 @@ import numpy as np
 
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import HostTier, Runner, TierCopies
+from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
 from engine.plugins.tiers.prefixes import Piece, covering
 from engine.plugins.tiers.records import RecordStore
@@ -228,26 +229,25 @@ class TierSizes(NamedTuple):
     def of(cls, config: EngineConfig, memory: MemorySizes) -> TierSizes:
         """Return the sizes that ``config`` selects next to ``memory``. Raises ConfigError if tiers
         are not possible."""
-        if not config.has_lower:
-            return cls()
+        tiers = config.of(TierConfig)
         if not memory.slab_rows or config.prefix_cache != "hybrid":
             raise ConfigError(
                 "host and disk tiers require a model with states, the hybrid prefix cache and one "
                 "arena: omit host_gib and state_dir."
             )
-        host = int((config.host_gib or 0) * GIB)
+        host = int((tiers.host_gib or 0) * GIB)
         state_rows = slab_rows_of(memory)
         least = (state_rows + memory.page_size) * memory.row_bytes
-        _check_tier("host_gib", config.host_gib, host, least, memory.row_bytes)
-        if config.state_dir is None:
+        _check_tier("host_gib", tiers.host_gib, host, least, memory.row_bytes)
+        if tiers.state_dir is None:
             return cls(host)
         above = memory.total_bytes + host
-        folder = int(above * USUAL_DISK if config.disk_gib is None else config.disk_gib * GIB)
+        folder = int(above * USUAL_DISK if tiers.disk_gib is None else tiers.disk_gib * GIB)
         remembered = min(folder // REMEMBERED, MAX_REMEMBERED_BYTES)
         store = folder - 2 * remembered
         usable = int(store * ROWS_SHARE)
         disk = max(0, usable // 2, usable - above)
-        _check_tier("disk_gib", config.disk_gib, disk, least, memory.row_bytes)
+        _check_tier("disk_gib", tiers.disk_gib, disk, least, memory.row_bytes)
         return cls(host, disk, store, remembered)
 
 
@@ -265,7 +265,8 @@ class CacheTiers:
         """Open the tiers. Raises StoreError if the folder has another fingerprint, or cannot be
         used."""
         self._cache = cache
-        self.folder = None if config.state_dir is None else Path(config.state_dir)
+        state_dir = config.of(TierConfig).state_dir
+        self.folder = None if state_dir is None else Path(state_dir)
         rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
         self.disk: Disk | None = None
         self.remembering: Remembering | None = None
@@ -460,8 +461,9 @@ def fingerprint_of(
     on."""
     template = None if tokenizer is None else tokenizer.chat_template
     digest = None
-    if config.load_format != "dummy" and config.state_dir is not None:
-        digest = load_digest(Path(config.state_dir), config.model_dir)
+    state_dir = config.of(TierConfig).state_dir
+    if config.load_format != "dummy" and state_dir is not None:
+        digest = load_digest(Path(state_dir), config.model_dir)
     return {
         **runner.identity(digest),
         "row bytes": str(runner.memory.row_bytes),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +13,10 @@ from engine.plugins.tiers.cache_tiers import CacheTiers, TierSizes
 from engine.schedule.fetching import Fetcher
 from engine.schedule.plan import Plan
 from engine.text.tokenizer import Tokenizer
+from hybridcache.allocators.moves import HOST
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig
+from hybridcache.geometry.units import format_bytes
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.variants import TieredRadixCache
 
@@ -76,6 +78,22 @@ class EnginePlugin(Plugin):
     def close(self) -> None:
         """See ``StepHooks``."""
         self.tiers.close()
+
+    def start_screen(self) -> Sequence[tuple[str, str]]:
+        """See ``Plugin``."""
+        lower = self.tiers.report()
+        rows = [
+            ("host", f"{format_bytes(tier.total)} for entries that leave the device")
+            for tier in lower.tiers
+            if tier.tier == HOST
+        ]
+        if (folder := lower.folder) is not None:
+            words = (
+                f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for "
+                f"the next start too, in {self.tiers.folder}"
+            )
+            rows.append(("disk", words if folder.is_written else f"{words}; read only"))
+        return rows
 
     def report(self) -> Mapping[str, Any]:
         """See ``StepHooks``."""

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from engine import Engine, EngineConfig, RequestOutput, RequestSpec, SamplingParams
+from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.requests.sampling_params import SamplingInput
 from engine.server.config import ServerConfig
 from engine.testing.oracle import Fingerprints, OracleRunner
@@ -52,7 +52,7 @@ class ScriptedEngine:
         self.sampler = ScriptedSampler()
         runner = OracleRunner(num_kv_tokens, num_slots, vocab_size=self.tokenizer.vocab_size)
         self.engine = Engine(
-            EngineConfig(**config), runner=runner, sampler=self.sampler, tokenizer=self.tokenizer
+            engine_config(**config), runner=runner, sampler=self.sampler, tokenizer=self.tokenizer
         )
 
     def answer(self, spec: RequestSpec, answer: Sequence[int]) -> RequestOutput:

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from typing import Any
 
-from engine import AsyncEngine, Engine, EngineConfig, QueueFull, SamplingParams
+from engine import AsyncEngine, Engine, QueueFull, SamplingParams, engine_config
 from engine.async_engine import EngineStopped, StepFailed
 from experiments.system.attack.runner import ChainRunner, ChainSampler, answer
 
@@ -46,7 +46,7 @@ def make_engine(seed: int) -> Engine:
     runner = Failing(draw.choice((512, 2048, 8192)), draw.choice((4, 8, 24)), max_model_len=400)
     if draw.random() < 0.3:
         runner.failure_share, runner.draw = 0.05, random.Random(seed)
-    return Engine(EngineConfig(**settings), runner=runner, sampler=ChainSampler())
+    return Engine(engine_config(**settings), runner=runner, sampler=ChainSampler())
 
 
 def prompt_of(draw: random.Random) -> list[int]:

@@ -4,17 +4,18 @@ Serve's does."""
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import numpy as np
 import pytest
 
-from engine import EngineConfig, SamplingParams
+from engine import EngineConfig, SamplingParams, engine_config, server_config
 from engine.async_engine import EngineStopped, NoSingleEngine, QueueFull, StepFailed
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
 from engine.plugins.replicas.replica_output import Order
 from engine.plugins.replicas.replicas_client import FleetEngine, summed
-from engine.plugins.replicas.start_replicas import spec_of
+from engine.plugins.replicas.start_replicas import spec_of, start_replicas
 from engine.requests.spec import RequestSpec
 from hybridcache.routing.registry import find_router
 
@@ -262,3 +263,15 @@ def test_a_request_that_is_placed_after_its_end_leaves_no_load() -> None:
 def test_no_report_is_no_sum() -> None:
     with pytest.raises(ValueError, match="no replica is up"):
         summed([], {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"trace": "trace.json"}, "--trace writes the steps of one engine: leave --replicas"),
+        ({"role": "decode", "prefill": ("127.0.0.1:7000",)}, "--replicas 2 and --role cannot go"),
+    ],
+)
+def test_replicas_refuse_settings_of_one_engine(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        start_replicas(engine_config(**settings), server_config(replicas=2), "here")

@@ -11,10 +11,11 @@ from typing import Any
 import httpx
 import pytest
 
+from engine import server_config
 from engine.config import BUILTIN_NAME
+from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.answers import AnswerMemory
 from engine.plugins.diagnostics.replays import VolatileLines
-from engine.server.config import ServerConfig
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.chat_template import ChatTemplate
 from engine.text.hugging_face import HFTokenizer
@@ -184,7 +185,7 @@ def test_an_agent_computes_what_is_new_and_at_most_a_grid_more(tmp_path: Path, c
     tokenizer = HFTokenizer(make_model_dir(tmp_path, template))
 
     def asked(**config: Any) -> list[run_agent.Asked]:
-        told = run_agent.converse(tokenizer, client, True, ServerConfig(**config), 1)
+        told = run_agent.converse(tokenizer, client, True, server_config(**config), 1)
         return list(told)
 
     kept, replayed = asked(preserve_thinking=True), asked()
@@ -268,15 +269,20 @@ def test_in_the_other_dialects_the_hit_reaches_the_end_of_the_answer_too(
 def test_volatile_lines_are_moved_or_dropped_and_that_is_logged(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    lines = "^(billing|Date):"
     system = {"role": "system", "content": "billing: 1\nBe brief.\nDate: today\nBe kind."}
     chat = [system, {"role": "user", "content": "Date: never"}]
     caplog.set_level(logging.INFO)
-    moved, asked = VolatileLines("^(billing|Date):", "move").settle(chat)
+    moved, asked = VolatileLines(DiagnosticsConfig(volatile_line=lines, volatile="move")).settle(
+        chat
+    )
     assert moved["content"] == "Be brief.\nBe kind.\nbilling: 1\nDate: today"
     assert asked == chat[1]
     assert "2 lines of message 0 were moved" in caplog.text
-    [dropped, _] = VolatileLines("^(billing|Date):", "drop").settle(chat)
+    [dropped, _] = VolatileLines(DiagnosticsConfig(volatile_line=lines, volatile="drop")).settle(
+        chat
+    )
     assert dropped["content"] == "Be brief.\nBe kind."
-    assert VolatileLines(None, "move").settle(chat) == chat
+    assert VolatileLines(DiagnosticsConfig()).settle(chat) == chat
     with pytest.raises(ValueError, match="can not be read"):
-        VolatileLines("(", "move")
+        DiagnosticsConfig(volatile_line="(")

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import FineGrainedFP8Config
 
+from engine import engine_config
 from engine.command.cli import main
-from engine.config import EngineConfig
 from engine.runner.model_runner import ModelRunner
 from engine.weights import convert as module
 from engine.weights import tensor_files
@@ -31,7 +31,7 @@ BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
 
 def load(path, **options):
     config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
-    return ModelRunner(EngineConfig(model=str(path), **(config | options)))
+    return ModelRunner(engine_config(model=str(path), **(config | options)))
 
 
 def widened(path):

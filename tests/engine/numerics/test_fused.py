@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from engine.config import EngineConfig
+from engine import engine_config
 from engine.runner.backends import all_fused
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
@@ -23,7 +23,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
-    config = EngineConfig(
+    config = engine_config(
         model=str(path), device=device, dtype="float32", kv_gib=0.02, state_gib=0.02, **options
     )
     return ModelRunner(config)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine import engine_config
 from engine.config import EngineConfig
 from engine.runner.device import TRAITS, Device
 from engine.runner.graphs import PREFILL_BUCKETS, bucket_for, decode_buckets
@@ -80,7 +81,7 @@ def test_prefill_pieces(model, drivers, random_tokens):
 )
 def test_decode_graphs(oracles, drivers, random_tokens, memory):
     path = str(oracles("qwen3_5").path)
-    config = EngineConfig(
+    config = engine_config(
         model=path,
         device="cpu",
         dtype="float32",
@@ -203,7 +204,7 @@ def verifying(tmp_path, driver_class):
     """Makes a driver whose model has drafts, without graphs."""
 
     def make(model="states", draft="tree:4", **memory):
-        config = EngineConfig(
+        config = engine_config(
             model=write_geometry(tmp_path, MODELS[model]),
             device="cpu",
             dtype="float32",

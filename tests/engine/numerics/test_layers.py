@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import engine_config
 from engine.config import EngineConfig
 from engine.layers.attention import Attention
 from engine.layers.gated_delta_net import GatedDeltaNet
@@ -112,7 +113,7 @@ def make(monkeypatch, driver_class):
     monkeypatch.setattr(model_runner, "read_model", lambda raw: (Everything, CONFIG))
 
     def driver(**memory):
-        config = EngineConfig(device="cpu", load_format="dummy", max_model_len=256, **memory)
+        config = engine_config(device="cpu", load_format="dummy", max_model_len=256, **memory)
         return driver_class(ModelRunner(config))
 
     return driver

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import EngineConfig
+from engine import engine_config
 from engine.runner import backends
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch, Segment
@@ -24,7 +24,7 @@ FORMATS = pytest.mark.parametrize(
 
 def make_runner(dtype: str = "float32", **options) -> ModelRunner:
     return ModelRunner(
-        EngineConfig(
+        engine_config(
             device="cpu", dtype=dtype, cache_gib=0.1, max_model_len=512, max_running=8, **options
         )
     )

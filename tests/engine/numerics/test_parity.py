@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import EngineConfig
+from engine import engine_config
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 
@@ -134,5 +134,5 @@ def test_scaled_rotation_beyond_the_first_context(
     scaled = reference(plain | {"rope_scaling": {"rope_type": scaling} | SCALINGS[scaling]})
     assert (scaled - unscaled).abs().max() > 0.01
     options = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
-    runner = ModelRunner(EngineConfig(model=str(path), **options))
+    runner = ModelRunner(engine_config(model=str(path), **options))
     assert_close(driver_class(runner).cold(tokens, logits="all"), scaled)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import EngineConfig
+from engine import engine_config
 from engine.layers.inputs import pad_rows
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.runner.model_runner import ModelRunner
@@ -130,7 +130,7 @@ def make_head(drivers, driver_class, oracles, monkeypatch):
         driver, reference = drivers(name), Reference(oracle.model)
         if draft != "none":
             sizes = {"kv_gib": 0.02, "state_gib": 0.02}
-            config = EngineConfig(model=str(oracle.path), device="cpu", draft=draft, **sizes)
+            config = engine_config(model=str(oracle.path), device="cpu", draft=draft, **sizes)
             driver = driver_class(ModelRunner(config))
         return driver, Head(driver, reference, monkeypatch), reference
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config import EngineConfig
+from engine import engine_config
 from engine.layers.linear import Linear, Part
 from engine.layers.parameters import Build, WeightSpec
 from engine.runner.backends import Kernels
@@ -43,7 +43,7 @@ def checkpoint(oracles, tmp_path):
 
 def load(path, **options):
     config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
-    return ModelRunner(EngineConfig(model=str(path), **(config | options)))
+    return ModelRunner(engine_config(model=str(path), **(config | options)))
 
 
 def cold_and_hit(driver_class, runner, tokens):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine import engine_config
 from engine.config import EngineConfig
 from engine.layers.parameters import Parameter
 from engine.layers.rank import Group, Rank, RankCut
@@ -83,7 +84,7 @@ def together(count: int, config: EngineConfig, work: Callable[[ModelRunner], Any
 
 def config_of(path: Any, **settings: Any) -> EngineConfig:
     budget = {"kv_gib": 0.02, "state_gib": 0.02, "max_running": 8}
-    return EngineConfig(
+    return engine_config(
         **({"model": str(path), "device": "cpu", "dtype": "float32"} | budget | settings)
     )
 

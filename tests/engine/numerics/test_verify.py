@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine import engine_config
 from engine.config import EngineConfig
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.runner.memory import state_slot_bytes
@@ -25,7 +26,7 @@ def make_driver(oracles, driver_class):
         key = model, dtype, state_dtype, memory
         if key not in made:
             sizes = {"cache_gib": 0.1} if memory == "arena" else {"kv_gib": 0.05, "state_gib": 0.05}
-            config = EngineConfig(
+            config = engine_config(
                 model=str(oracles(model).path),
                 device="cpu",
                 dtype=dtype,

@@ -12,7 +12,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from engine.config import MAX_SCORED, EngineConfig
+from engine import engine_config
+from engine.config import MAX_SCORED
 from engine.engine import Engine
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import TreeDrafter
@@ -52,7 +53,7 @@ MIXES = (
 def make_engine(tmp_path, shape: str = "tiny", **settings) -> Engine:
     path = write_geometry(tmp_path, SHAPES[shape])
     settings = {"token_budget": 200, "max_running": 7, "max_model_len": 600} | settings
-    config = EngineConfig(model=path, load_format="dummy", **settings)
+    config = engine_config(model=path, load_format="dummy", **settings)
     runner = ModelRunner(config)
     return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
 

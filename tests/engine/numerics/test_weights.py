@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from engine import engine_config
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.layers.parameters import Build, Parameter, WeightSpec
 from engine.models import decoder, read_model
@@ -42,7 +43,7 @@ def checkpoint(oracles, tmp_path):
 
 def load(path, **options):
     config = {"device": "cpu", "dtype": "float32", "kv_gib": 0.01, "state_gib": 0.01}
-    return ModelRunner(EngineConfig(model=str(path), **(config | options)))
+    return ModelRunner(engine_config(model=str(path), **(config | options)))
 
 
 def same_as_whole(path, model, drivers, random_tokens):

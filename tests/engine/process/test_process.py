@@ -13,7 +13,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import numpy as np
 import pytest
 
-from engine import Engine, EngineConfig, QueueFull, RequestOutput, RequestSpec, SamplingParams
+from engine import (
+    Engine,
+    EngineConfig,
+    QueueFull,
+    RequestOutput,
+    RequestSpec,
+    SamplingParams,
+    engine_config,
+)
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
 from engine.command.engine_process import start_engine
 from engine.testing.oracle import OracleRunner
@@ -60,7 +68,7 @@ def run(
     """``scenario`` against a started engine, which is stopped afterwards; ``step`` stands before
     every step."""
     boot = BOOT.format(step=step, kv_tokens=kv_tokens)
-    engine, screen = start_engine(EngineConfig(**{"check": True} | settings), "here", boot=boot)
+    engine, screen = start_engine(engine_config(**{"check": True} | settings), "here", boot=boot)
     assert screen == "oracle at here"
 
     async def main() -> None:
@@ -112,7 +120,7 @@ def test_a_process_answers_as_a_thread_does() -> None:
     runner = OracleRunner(8192, 16, max_model_len=4096)
     settings = {"draft": "tree:4"}
     alone = Engine(
-        EngineConfig(**settings), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
+        engine_config(**settings), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
     )
 
     async def scenario(engine: ProcessEngine) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import openai
 import pytest
 
-from engine import Engine, EngineConfig
+from engine import Engine, EngineConfig, engine_config
 from engine.plugins.guided.bindings import Mask
 from engine.requests.sampling_params import SamplingInput
 from engine.schedule.batch import Batch
@@ -134,7 +134,7 @@ def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any)
     runner = SlowRunner(num_kv_tokens, 16, max_model_len=4096)
     runner.step_s = step_s
     return Engine(
-        EngineConfig(**config), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
+        engine_config(**config), runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer()
     )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import Engine, EngineConfig, RequestSpec, SamplingParams
+from engine import Engine, RequestSpec, SamplingParams, engine_config
 from engine.command.cli import main
 from engine.command.screen import start_screen
 from engine.text.token_ids import IdTokenizer
@@ -23,7 +23,7 @@ RECOMMENDED = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "do_sample": True
 
 def make_engine(directory: Path, **settings: object) -> Engine:
     config = {"load_format": "dummy", "device": "cpu", "cache_gib": 0.02} | settings
-    return Engine(EngineConfig(model=str(directory), **config))
+    return Engine(engine_config(model=str(directory), **config))
 
 
 @pytest.fixture(scope="module")

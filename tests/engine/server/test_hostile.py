@@ -25,6 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
+from engine import server_config
 from engine.server import connections
 from engine.server.body import BodyReader, _num_marks, to_json
 from engine.server.config import ServerConfig
@@ -711,4 +712,4 @@ def test_the_page_still_says_what_a_body_holds(live: Live) -> None:
 )
 def test_limits_that_can_not_be_set(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ServerConfig(**settings)
+        server_config(**settings)

@@ -18,6 +18,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from engine import server_config
 from engine.server.config import ServerConfig
 from engine.server.listening import bind
 from engine.server.streaming import EventStream
@@ -366,7 +367,7 @@ def test_settings_refuse_what_can_not_be() -> None:
         ({"drain_s": float("inf")}, "finite"),
     ):
         with pytest.raises(ValueError, match=message):
-            ServerConfig(**settings)
+            server_config(**settings)
 
 
 def test_drafts_are_counted_for_the_client_and_in_the_metrics(

@@ -193,12 +193,6 @@ def test_origins() -> None:
     assert ServerConfig(cors_origin=origins).cors_origin == origins
 
 
-def test_a_trace_is_of_one_engine() -> None:
-    with pytest.raises(ValueError, match="--trace writes the steps of one engine: leave --repl"):
-        ServerConfig(trace="trace.json", replicas=2)
-    assert ServerConfig(trace="trace.json").trace == "trace.json"
-
-
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_two_at_once_have_ids_of_their_own(serve_oracle: Callable[..., Live], path: str) -> None:
     """Whoever chose the same first, and whoever leaves first: neither can hold the other up."""

@@ -162,7 +162,7 @@ def test_a_slow_reader_is_given_the_whole_instead_of_all_it_missed(
     for number in range(6):
         ask(live, PROMPT + f"{number} " * 30)
         first.wait(lambda first, num_asked=number + 1: first.num_ended == num_asked)
-    kept = live.server._extensions[-1]._feed._kept
+    kept = live.server._extensions._loaded["observe"]._feed._kept
     assert sum(len(change.data) for change in kept) <= 2000
     back = read(live, begin)
     back.wait(lambda back: bool(back.events))

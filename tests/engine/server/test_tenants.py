@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from engine import server_config
 from engine.server.config import ServerConfig
 
 from .conftest import Live
@@ -159,7 +160,7 @@ def keyed(
     (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfkey-one\r\n\n  key-two\t\nkey-one\n")
     (tmp_path / "admin").write_text("operator\n")
     files = {"api_key_file": str(tmp_path / "keys"), "admin_key_file": str(tmp_path / "admin")}
-    live = serve_oracle(ServerConfig(**files, **config))
+    live = serve_oracle(server_config(**files, **config))
     keys = [{"Authorization": f"Bearer {key}"} for key in ("key-one", "key-two", "operator")]
     live.headers = keys[2]
     return live, keys

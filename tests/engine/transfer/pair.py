@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from engine import AsyncEngine, Engine, EngineConfig, SamplingParams
+from engine import AsyncEngine, Engine, EngineConfig, SamplingParams, engine_config
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 
@@ -20,7 +20,7 @@ SMALL = {"cache_gib": 0.05, "check": True, "device": "cpu"}
 def decode_engine(port: int, **settings: object) -> Engine:
     """Its memory begins as NaNs: what it reads was written."""
     settings = SMALL | {"fetch_above": 64, "transfer_timeout_s": 5.0} | settings
-    config = EngineConfig(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
+    config = engine_config(role="decode", prefill=(f"127.0.0.1:{port}",), **settings)
     runner = ModelRunner(config)
     if runner.tensors.rows is not None:
         runner.tensors.rows.fill_(255)
@@ -29,7 +29,7 @@ def decode_engine(port: int, **settings: object) -> Engine:
 
 def prefill_config(**settings: object) -> EngineConfig:
     settings = SMALL | {"transfer_timeout_s": 5.0} | settings
-    return EngineConfig(role="prefill", transfer_at="127.0.0.1:0", **settings)
+    return engine_config(role="prefill", transfer_at="127.0.0.1:0", **settings)
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def prefill_process() -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 
 def plain_engine(**settings: object) -> Engine:
-    return Engine(EngineConfig(**(SMALL | settings)))
+    return Engine(engine_config(**(SMALL | settings)))
 
 
 def assert_same(one: Engine, other: Engine, prompts: list[list[int]]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine import Engine, EngineConfig, SamplingParams
+from engine import Engine, SamplingParams, engine_config
 from engine.config import ConfigError
 from engine.plugins.disaggregation import outgoing
 from engine.plugins.disaggregation.link import GroupTransfer
@@ -264,11 +264,11 @@ def test_settings_that_can_not_work_are_one_sentence() -> None:
         ({"transfer_timeout_s": 0.0}, "transfer_timeout_s"),
     ):
         with pytest.raises(ConfigError, match=word):
-            EngineConfig(**settings)  # type: ignore[arg-type]
+            engine_config(**settings)  # type: ignore[arg-type]
 
 
 def test_an_address_in_use_is_one_sentence(far: Engine) -> None:
-    config = EngineConfig(
+    config = engine_config(
         role="prefill", transfer_at=f"127.0.0.1:{port_of(far)}", cache_gib=0.05, device="cpu"
     )
     with pytest.raises(ConfigError, match="--transfer-at"):
@@ -277,4 +277,4 @@ def test_an_address_in_use_is_one_sentence(far: Engine) -> None:
 
 def test_an_address_of_another_machine_is_refused_in_a_sentence() -> None:
     with pytest.raises(ConfigError, match=r"203\.0\.113\.7:0: this machine does not have that"):
-        Engine(EngineConfig(role="prefill", transfer_at="203.0.113.7:0", cache_gib=0.01))
+        Engine(engine_config(role="prefill", transfer_at="203.0.113.7:0", cache_gib=0.01))
