@@ -1,9 +1,8 @@
 """Rules that restrict or bias the tokens of one answer before they are sampled.
 
-``LogitRule`` is the interface. The rules of a request are applied in order, each to the result of
-the previous ones: its grammar (a plugin), allowed tokens, the reasoning budget, then bans and
-biases. Penalties depend on all tokens sampled so far and are computed by the sampler from
-``TokenCounts``.
+``LogitRule`` is the seam. The rules of a request are applied in order, each to the result of the
+ones before it: its grammar (a plugin), allowed tokens, the reasoning budget, bans and biases, then
+penalties. The sampler reads the results, one ``Ruling`` for each draw.
 """
 
 from __future__ import annotations
@@ -34,13 +33,28 @@ TAIL = 16
 it."""
 
 
+class Repeats(NamedTuple):
+    """Penalties of tokens that are in the prompt or the answer already."""
+
+    ids: npt.NDArray[np.int64]
+    """Each token once."""
+    numbers: npt.NDArray[np.float64]
+    """``[2, n]``. Positive logits are divided by the first row and negative ones multiplied by it;
+    the second row is subtracted."""
+    num_seen: int
+    """Number of tokens of the answer that are counted."""
+
+
 class Ruling(NamedTuple):
-    """Restrictions on one draw."""
+    """Changes to the logits of one draw, applied in the order of the fields but for the mask, which
+    is last."""
 
     mask: Mask | None = None
     """Allowed tokens; None if all are."""
     added: Additions | None = None
-    """Numbers added to logits, before the penalties; None if there are none."""
+    """Numbers added to logits; None if there are none."""
+    repeats: Repeats | None = None
+    """None if there are no penalties."""
     is_final: bool = False
     """True if no later rule may change it."""
 
@@ -202,6 +216,10 @@ class BansAndBiases(LogitRule):
         self._bias, self._ends = bias, ends
         self._min_tokens, self._bad_words = min_tokens, bad_words
 
+    def must_see(self, draw: int) -> bool:
+        """See ``LogitRule``."""
+        return bool(self._bad_words)
+
     def apply(
         self,
         draw: int,
@@ -236,6 +254,105 @@ class BansAndBiases(LogitRule):
             if not before or answer[-len(before) :].tolist() == before:
                 banned.append(last)
         return banned
+
+
+class Penalties(LogitRule):
+    """Penalises tokens that are in the answer, and with ``repetition`` those of the prompt too."""
+
+    __slots__ = ("_counts", "_frequency", "_presence", "_repetition")
+
+    def __init__(
+        self, prompt: Tokens, repetition: float, presence: float, frequency: float
+    ) -> None:
+        """See ``SamplingParams``. O(prompt log prompt) with ``repetition``."""
+        self._counts = TokenCounts(prompt[: len(prompt) if repetition != 1 else 0])
+        self._repetition, self._presence, self._frequency = repetition, presence, frequency
+
+    def must_see(self, draw: int) -> bool:
+        """See ``LogitRule``."""
+        return True
+
+    def apply(
+        self,
+        draw: int,
+        answer: Tokens,
+        drafts: Tokens,
+        rulings: Sequence[Ruling],
+        *,
+        may_be_over: bool,
+    ) -> list[Ruling]:
+        """See ``LogitRule``. O(new tokens + distinct tokens of each draw)."""
+        self._counts.count(answer)
+        return [
+            ruling._replace(
+                repeats=self._of(self._counts.ahead(drafts[:place]) if place else self._counts)
+            )
+            for place, ruling in enumerate(rulings)
+        ]
+
+    def _of(self, counts: TokenCounts) -> Repeats:
+        numbers = counts.numbers
+        taken = self._presence * (numbers > 0) + self._frequency * numbers
+        factors = np.full(len(numbers), self._repetition)
+        return Repeats(counts.ids, np.stack([factors, taken]), counts.num_counted)
+
+
+class TokenCounts:
+    """Distinct tokens of an answer with their numbers, and those of its prompt with 0.
+
+    >>> counts = TokenCounts(np.array([7, 9, 7], np.int32))
+    >>> counts.count(np.array([9, 9, 4], np.int32))
+    >>> counts.ids.tolist(), counts.numbers.tolist()
+    ([7, 9, 4], [0, 2, 1])
+    """
+
+    __slots__ = ("_at", "_ids", "_numbers", "num_counted")
+
+    def __init__(self, prompt: Tokens) -> None:
+        """O(prompt log prompt), once for a request."""
+        self._ids: npt.NDArray[np.int64] = np.unique(prompt).astype(np.int64)
+        self._numbers: npt.NDArray[np.int32] = np.zeros(len(self._ids), np.int32)
+        self._at = {token: at for at, token in enumerate(self._ids.tolist())}
+        self.num_counted = 0
+        """Tokens of the answer that are counted."""
+
+    @property
+    def ids(self) -> npt.NDArray[np.int64]:
+        """Each token once: int64[n], a view."""
+        return self._ids[: len(self._at)]
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int32]:
+        """Number of times that each is in the answer: int32[n], a view."""
+        return self._numbers[: len(self._at)]
+
+    def count(self, output: Tokens) -> None:
+        """Count the rest of ``output``, which begins with the counted tokens. O(new tokens)."""
+        for token in output[self.num_counted :].tolist():
+            at = self._at.setdefault(token, len(self._at))
+            if at == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros(at + 64, np.int64)])
+                self._numbers = np.concatenate([self._numbers, np.zeros(at + 64, np.int32)])
+            self._ids[at] = token
+            self._numbers[at] += 1
+        self.num_counted = len(output)
+
+    def ahead(self, tokens: Tokens) -> TokenCounts:
+        """Return the counts of the answer followed by ``tokens``. O(distinct tokens)."""
+        copy = TokenCounts(tokens[:0])
+        copy._at = self._at.copy()
+        copy._ids, copy._numbers = self.ids.copy(), self.numbers.copy()
+        copy.count(tokens)
+        copy.num_counted = self.num_counted + len(tokens)
+        return copy
+
+    def check(self, prompt: Tokens, output: Tokens) -> None:
+        """Raise AssertionError unless counting both from the beginning gives the same. O(both)."""
+        tokens, numbers = np.unique(output, return_counts=True)
+        expected = dict.fromkeys(np.unique(prompt).tolist(), 0)
+        expected |= dict(zip(tokens.tolist(), numbers.tolist(), strict=True))
+        assert dict(zip(self.ids.tolist(), self.numbers.tolist(), strict=True)) == expected
+        assert self.num_counted == len(output)
 
 
 def packed(token_ids: Sequence[int], vocab_size: int) -> Mask:

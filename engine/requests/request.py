@@ -11,7 +11,6 @@ from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import FREE, LogitRule, Ruling
 from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.requests.spec import RequestSpec
-from engine.requests.token_counts import TokenCounts
 from engine.text.outputs import (
     NO_TOKEN,
     DraftCounts,
@@ -32,8 +31,6 @@ class Request(ScheduledRequest):
 
     __slots__ = (
         "_call_marks",
-        "_counts",
-        "_is_plain",
         "_met_stop_string",
         "_new_text",
         "_prompt_scores",
@@ -96,7 +93,6 @@ class Request(ScheduledRequest):
         self._met_stop_string = False
         """True if the answer ended with a stop string."""
         self._rules = tuple(rules)
-        self._is_plain = not rules and not self.params.has_penalties
         self.text_stream = text_stream
         self.logprobs: list[SampledToken] = []
         self.prompt_logprobs = spec.prompt_logprobs
@@ -115,7 +111,6 @@ class Request(ScheduledRequest):
         self._reported = self.prompt_len
         self._new_text = ""
         self._text: list[str] = []
-        self._counts: TokenCounts | None = None
 
     @property
     def output(self) -> npt.NDArray[np.int32]:
@@ -155,7 +150,7 @@ class Request(ScheduledRequest):
         if not self.num_drawn:
             return False
         draw = self.known_len - self.prompt_len
-        return self.params.needs_history or any(rule.must_see(draw) for rule in self._rules)
+        return any(rule.must_see(draw) for rule in self._rules)
 
     def possible(self, drafts: Tokens) -> Tokens:
         """Return the beginning of ``drafts`` that may follow the answer so far."""
@@ -185,35 +180,24 @@ class Request(ScheduledRequest):
     def unguided_input(self) -> SamplingInput:
         """Return a placeholder input for the token that was scheduled last, if that token cannot be
         drawn yet."""
-        return SamplingInput(self.params, self.seed, None, self.known_len - 1 - self.prompt_len)
+        return SamplingInput(self.params, self.seed, self.known_len - 1 - self.prompt_len)
 
     def _inputs(
         self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
     ) -> list[SamplingInput] | None:
-        if self._is_plain:
-            places = range(1 + len(drafts))
-            return [SamplingInput(self.params, self.seed, None, draw + place) for place in places]
-        rules = self._rules_after(draw, drafts, drawn)
-        if rules is None:
+        rulings = self._rulings(draw, drafts, drawn)
+        if rulings is None:
             return None
-        counts = self._count()
         return [
-            SamplingInput(
-                self.params,
-                self.seed,
-                counts.ahead(drafts[:place]) if counts is not None and place else counts,
-                draw + place,
-                rules[place].mask,
-                rules[place].added,
-            )
-            for place in range(1 + len(drafts))
+            SamplingInput(self.params, self.seed, draw + place, ruling)
+            for place, ruling in enumerate(rulings)
         ]
 
-    def _rules_after(
+    def _rulings(
         self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
     ) -> Sequence[Ruling] | None:
-        """Return the rulings for the token with number ``draw`` and for one after each of
-        ``drafts``, or None as in ``sampling_inputs``."""
+        """Return the result of the rules for the token with number ``draw``, and one after each of
+        ``drafts``; None as ``sampling_inputs``."""
         rulings: Sequence[Ruling] | None = [FREE] * (1 + len(drafts))
         if not self._rules:
             return rulings
@@ -228,15 +212,6 @@ class Request(ScheduledRequest):
             if rulings is not None:
                 rulings = rule.apply(draw, answer, drafts, rulings, may_be_over=may_be_over)
         return rulings
-
-    def _count(self) -> TokenCounts | None:
-        if not self.params.has_penalties:
-            return None
-        if self._counts is None:
-            repeats = self.params.repetition_penalty != 1
-            self._counts = TokenCounts(self._buffer[: self.prompt_len if repeats else 0])
-        self._counts.count(self.output)
-        return self._counts
 
     def accept_run(self, run: Sequence[SampledToken], now_s: float) -> None:
         """Append the next tokens, up to one that ends the answer."""

@@ -18,6 +18,7 @@ from engine.requests.logit_rules import (
     BansAndBiases,
     GrammarCompiler,
     LogitRule,
+    Penalties,
     ReasoningBudget,
 )
 from engine.requests.request import Request
@@ -188,6 +189,9 @@ class Intake:
         if sampling.logit_bias or sampling.min_tokens or bad_words:
             ends = tuple(token for token in sorted(end_token_ids) if token < self._vocab_size)
             rules.append(BansAndBiases(sampling.logit_bias, ends, sampling.min_tokens, bad_words))
+        if sampling.has_penalties:
+            repetition, presence = sampling.repetition_penalty, sampling.presence_penalty
+            rules.append(Penalties(prompt, repetition, presence, sampling.frequency_penalty))
         return rules
 
     def _reasoning_budget(self, budget: int, prompt: Tokens) -> ReasoningBudget:

@@ -9,8 +9,7 @@ from numbers import Integral, Real
 
 from msgspec import Struct
 
-from engine.requests.logit_rules import Additions, Mask
-from engine.requests.token_counts import TokenCounts
+from engine.requests.logit_rules import FREE, Ruling
 
 GREEDY_BELOW = 1e-5
 """Temperatures below it would make logits overflow float32, so they select the most likely
@@ -107,11 +106,6 @@ class SamplingParams:
         """True if a penalty makes sampling depend on earlier tokens."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
-    @property
-    def needs_history(self) -> bool:
-        """True if a rule reads earlier tokens: a penalty reads all, bad words the last ones."""
-        return self.has_penalties or bool(self.bad_words)
-
     def _check_tokens(self) -> None:
         """Check the fields that contain token ids."""
         allowed = self.allowed_token_ids
@@ -146,19 +140,15 @@ class SamplingParams:
 
 
 class SamplingInput(Struct, frozen=True):
-    """Inputs of the sampler for one row of logits."""
+    """Facts that the sampler needs about the request behind one row of logits."""
 
     params: SamplingParams
     seed: int
-    """Seed of the request, or the one chosen by the engine."""
-    counts: TokenCounts | None
-    """Counts of all earlier tokens if ``params.has_penalties``, else None."""
+    """Seed of the request, or one chosen by the engine."""
     draw: int
-    """Number of the draw, which is the number of tokens generated before."""
-    mask: Mask | None = None
-    """Tokens that may be drawn, or None to allow all."""
-    added: Additions | None = None
-    """Numbers added to logits before the penalties."""
+    """Number of the draw: the number of tokens generated before."""
+    ruling: Ruling = FREE
+    """Result of the request's rules."""
 
 
 def _check_ids(name: str, tokens: Iterable[object]) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from engine.requests.logit_rules import FREE, Ruling
 from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.text.outputs import NO_TOKEN, SampledToken
 from kernels.upload import upload
@@ -108,7 +109,7 @@ class Sampler:
         return Drawn(index, _are_numbers(logits), wanted, _score(logits, index, num_top))
 
     def _choose(self, logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-        scores = _masked(_penalised(_added(logits, requests), requests), requests)
+        scores = _ruled(logits, [request.ruling for request in requests])
         if all(request.params.is_greedy for request in requests):
             return scores.argmax(dim=-1)
         tokens = torch.empty(len(requests), dtype=torch.int64, device=logits.device)
@@ -159,59 +160,38 @@ def _width(params: SamplingParams, vocab_size: int) -> int | None:
     return vocab_size if params.top_p < 1 else None
 
 
-def _added(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """Add the biases of each row's rules to its logits. Returns float32 if there are any. O(1)
-    uploads."""
-    additions = [(row, q.added) for row, q in enumerate(requests) if q.added is not None]
-    if not additions:
+def _ruled(logits: torch.Tensor, rulings: Sequence[Ruling]) -> torch.Tensor:
+    """Return ``logits`` changed as the ruling of each row says: float32 if any adds or penalises.
+    O(1) uploads."""
+    if all(ruling is FREE for ruling in rulings):
         return logits
-    places = np.concatenate([ids + row * logits.shape[-1] for row, (ids, _) in additions])
-    values = np.concatenate([values for _, (_, values) in additions])
-    changed = logits.to(torch.float32, copy=True)
-    changed.view(-1).index_add_(
-        0,
-        upload(places, torch.int64, logits.device),
-        upload(values, torch.float32, logits.device),
-    )
-    return changed
-
-
-def _masked(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """Set the scores of tokens outside each row's mask to minus infinity. O(1) uploads."""
-    rows = [row for row, q in enumerate(requests) if q.mask is not None]
-    if not rows:
-        return scores
-    device, size = scores.device, scores.shape[-1]
-    masks = np.stack([q.mask for q in requests if q.mask is not None])
-    bits = upload(masks, torch.uint8, device)[:, :, None] >> torch.arange(
-        8, dtype=torch.uint8, device=device
-    )
-    forbidden = (bits & 1 == 0).flatten(1)[:, :size]
-    index = _index(rows, device)
-    return scores.index_copy(0, index, scores[index].masked_fill(forbidden, -torch.inf))
-
-
-def _penalised(logits: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:
-    """Apply the penalties of each row. Returns float32 if there are any. O(1) uploads."""
-    index, factors, taken = [], [], []
-    for row, request in enumerate(requests):
-        if request.counts is not None:
-            params, numbers = request.params, request.counts.numbers
-            index.append(request.counts.ids + row * logits.shape[-1])
-            factors.append(np.full(len(numbers), params.repetition_penalty))
-            taken.append(
-                params.presence_penalty * (numbers > 0) + params.frequency_penalty * numbers
-            )
-    if not index:
-        return logits
-    scores = logits.to(torch.float32, copy=True)
-    places = upload(np.concatenate(index), torch.int64, logits.device)
-    numbers = np.stack([np.concatenate(factors), np.concatenate(taken)])
-    factor, less = upload(numbers, torch.float32, logits.device)
-    flat = scores.view(-1)
-    found = flat[places]
-    flat[places] = torch.where(found > 0, found / factor, found * factor) - less
-    return scores
+    added = [(row, one.added) for row, one in enumerate(rulings) if one.added is not None]
+    repeats = [(row, one.repeats) for row, one in enumerate(rulings) if one.repeats is not None]
+    masks = [(row, one.mask) for row, one in enumerate(rulings) if one.mask is not None]
+    device, size = logits.device, logits.shape[-1]
+    flat = logits
+    if added or repeats:
+        logits = logits.to(torch.float32, copy=True)
+        flat = logits.view(-1)
+    if added:
+        places = np.concatenate([ids + row * size for row, (ids, _) in added])
+        values = np.concatenate([values for _, (_, values) in added])
+        index = upload(places, torch.int64, device)
+        flat.index_add_(0, index, upload(values, torch.float32, device))
+    if repeats:
+        places = np.concatenate([one.ids + row * size for row, one in repeats])
+        numbers = np.concatenate([one.numbers for _, one in repeats], axis=1)
+        index = upload(places, torch.int64, device)
+        factor, less = upload(numbers, torch.float32, device)
+        found = flat[index]
+        flat[index] = torch.where(found > 0, found / factor, found * factor) - less
+    if masks:
+        bits = upload(np.stack([mask for _, mask in masks]), torch.uint8, device)[:, :, None]
+        bits = bits >> torch.arange(8, dtype=torch.uint8, device=device)
+        forbidden = (bits & 1 == 0).flatten(1)[:, :size]
+        index = _index([row for row, _ in masks], device)
+        logits = logits.index_copy(0, index, logits[index].masked_fill(forbidden, -torch.inf))
+    return logits
 
 
 def _draw(scores: torch.Tensor, requests: Sequence[SamplingInput]) -> torch.Tensor:

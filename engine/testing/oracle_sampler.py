@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine.requests.logit_rules import FREE
 from engine.requests.sampling_params import SamplingInput
 from engine.testing.oracle import Fingerprints
 from engine.text.outputs import SampledToken
@@ -33,7 +34,8 @@ class OracleSampler:
     ) -> OracleDrawn:
         assert len(rows) == len(requests)
         for request in requests:
-            num_seen = request.draw if request.counts is None else request.counts.num_counted
+            repeats = request.ruling.repeats
+            num_seen = request.draw if repeats is None else repeats.num_seen
             assert num_seen == request.draw, "a sampling rule that did not see every token"
         pairs = zip(rows, requests, strict=True)
         return OracleDrawn([self.choose(int(logits[row]), request) for row, request in pairs])
@@ -45,10 +47,11 @@ class OracleSampler:
     def choose(self, logits: int, request: SamplingInput | None = None) -> SampledToken:
         """Return the one token that follows a prefix, among those that ``request`` allows."""
         possible = np.arange(self._vocab_size)
-        if request is not None and request.mask is not None:
-            possible = possible[np.unpackbits(request.mask, bitorder="little")[possible] == 1]
-        if request is not None and request.added is not None:
-            ids, values = request.added
+        ruling = FREE if request is None else request.ruling
+        if ruling.mask is not None:
+            possible = possible[np.unpackbits(ruling.mask, bitorder="little")[possible] == 1]
+        if ruling.added is not None:
+            ids, values = ruling.added
             possible = np.setdiff1d(possible, ids[np.isneginf(values)])
         token = int(possible[logits % len(possible)])
         return SampledToken(token, -(logits % 9973) / 1000)

@@ -250,7 +250,7 @@ def test_guesses_leave_the_distribution_as_it_is() -> None:
     params, sampler, guess = SamplingParams(temperature=0.8), Sampler(4), 0
     likely = torch.outer((first / 0.8).softmax(0), (second / 0.8).softmax(0)).numpy()
     count = 4000
-    inputs = [SamplingInput(params, seed, None, draw) for seed in range(count) for draw in (0, 1)]
+    inputs = [SamplingInput(params, seed, draw) for seed in range(count) for draw in (0, 1)]
     drawn = sampler.sample(torch.stack([first, second]).repeat(count, 1), inputs)
     pairs = np.zeros((4, 4))
     for one, other in zip(drawn[::2], drawn[1::2], strict=True):

@@ -309,8 +309,9 @@ class Stubborn(OracleSampler):
         for request in requests:
             said = [*SCRIPTS[request.seed].encode(), 258]
             token = said[min(request.draw, len(said) - 1)]
-            if request.mask is not None and not request.mask[token >> 3] >> (token & 7) & 1:
-                token = int(np.unpackbits(request.mask, bitorder="little").argmax())
+            mask = request.ruling.mask
+            if mask is not None and not mask[token >> 3] >> (token & 7) & 1:
+                token = int(np.unpackbits(mask, bitorder="little").argmax())
             sampled.append(SampledToken(token, -1.0))
         return OracleDrawn(sampled)
 

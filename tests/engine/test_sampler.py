@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
+from engine.requests.logit_rules import FREE, Penalties
 from engine.requests.sampling_params import SamplingInput, SamplingParams
-from engine.requests.token_counts import TokenCounts
 from engine.runner import sampler
 from engine.runner.sampler import Sampler, uniform
 from engine.text.outputs import NO_TOKEN
@@ -24,11 +24,13 @@ NONE = np.empty(0, dtype=np.int32)
 
 
 def request(seed=0, prompt=NONE, output=NONE, **params):
-    sampling, counts = SamplingParams(**params), None
-    if sampling.needs_history:
-        counts = TokenCounts(prompt if sampling.repetition_penalty != 1 else NONE)
-        counts.count(output)
-    return SamplingInput(sampling, seed, counts, draw=len(output))
+    sampling, rulings = SamplingParams(**params), [FREE]
+    if sampling.has_penalties:
+        costs = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+        rulings = Penalties(prompt, *costs).apply(
+            len(output), output, NONE, rulings, may_be_over=False
+        )
+    return SamplingInput(sampling, seed, len(output), *rulings)
 
 
 def drawn(logits, *requests):

@@ -7,11 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from engine.requests.request import Request
-from engine.requests.sampling_params import SamplingParams
-from engine.requests.spec import RequestSpec
-from engine.requests.token_counts import TokenCounts
-from engine.text.outputs import SampledToken
+from engine.requests.logit_rules import FREE, Penalties, TokenCounts
 
 tokens = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 400)), max_size=150)
 
@@ -36,29 +32,28 @@ TestTokenCounts = TokenCountsMachine.TestCase
 
 
 @pytest.mark.parametrize(
-    ("rule", "expected"),
+    ("costs", "expected"),
     [
-        ({"repetition_penalty": 1.2}, {7: 2, 9: 0}),
-        ({"presence_penalty": 0.5}, {7: 2}),
+        ((1.2, 0.0, 0.0), {7: (1.2, 0.0), 9: (1.2, 0.0)}),
+        ((1.0, 0.5, 0.25), {7: (1.0, 1.0), 4: (1.0, 0.0)}),
     ],
 )
-def test_a_request_counts_its_answer_and_where_repetitions_cost_its_prompt(
-    rule: dict[str, float], expected: dict[int, int]
+def test_penalties_are_of_the_answer_and_with_a_repetition_penalty_of_the_prompt(
+    costs: tuple[float, float, float], expected: dict[int, tuple[float, float]]
 ) -> None:
-    request = Request(
-        RequestSpec(np.array([7, 9], np.int32), SamplingParams(**rule)),
-        arrival=0,
-        arrival_s=0.0,
-        max_len=9,
-        seed=0,
-    )
-    request.sampling_inputs(request.tokens[:0])
-    for _ in range(2):
-        request.num_drawn += 1
-        request.accept(SampledToken(7, None), 0.0)
-        (one,) = request.sampling_inputs(request.tokens[:0])
-        counts = one.counts
-    assert dict(zip(counts.ids.tolist(), counts.numbers.tolist(), strict=True)) == expected
+    prompt, rules = np.array([7, 9], np.int32), []
+    penalties = Penalties(prompt, *costs)
+    answer, drafts = np.array([7, 7], np.int32), np.array([4], np.int32)
+    for length in range(3):
+        rules = penalties.apply(length, answer[:length], drafts, [FREE] * 2, may_be_over=False)
+    for ruling, number in zip(rules, (0, 1), strict=True):
+        assert ruling.repeats is not None and ruling.repeats.num_seen == 2 + number
+    ids, numbers, _ = rules[0].repeats
+    found = dict(zip(ids.tolist(), zip(*numbers.tolist(), strict=True), strict=True))
+    assert found == {token: cost for token, cost in expected.items() if token != 4}
+    if costs[0] == 1.0:
+        assert rules[1].repeats.ids.tolist() == [7, 4]
+        assert rules[1].repeats.numbers[1].tolist() == [1.0, 0.75]
 
 
 def test_counts_ahead_are_those_of_a_longer_answer() -> None:

@@ -18,7 +18,7 @@ from msgspec import structs
 from engine import Engine, SamplingParams
 from engine.plugins.speculation.draft_length import LookupLength
 from engine.plugins.tiers.records import RecordStore
-from engine.requests.token_counts import TokenCounts
+from engine.requests.logit_rules import TokenCounts
 from engine.schedule.batch import Batch
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler

@@ -153,7 +153,9 @@ class ScriptedSampler(OracleSampler):
             self.script, *rest = self.later
             self.later = tuple(rest)
         said = [*self.script, 258]
-        tokens = [_allowed(said[min(one.draw, len(self.script))], one.mask) for one in requests]
+        tokens = [
+            _allowed(said[min(one.draw, len(self.script))], one.ruling.mask) for one in requests
+        ]
         return OracleDrawn([SampledToken(token, -1.0) for token in tokens])
 
 
