@@ -215,12 +215,12 @@ class EngineConfig(Settings):
         "elsewhere 90 % of what weights, graphs and the largest step leave",
     )
     kv_gib: float | None = setting(
-        None, "memory for KV alone, GiB: two fixed pools instead of the arena, as a control"
+        None,
+        "memory for KV alone, GiB: two pools in place of the arena, as a control",
+        is_flag=False,
     )
     state_gib: float | None = setting(
-        None,
-        "memory for states alone, those of running requests and checkpoints alike, GiB: two fixed "
-        "pools, as with --kv-gib",
+        None, "memory for states alone, GiB: two pools, as with kv_gib", is_flag=False
     )
     max_model_len: int | None = setting(
         None, "most tokens of prompt and answer; none: the model's own"

@@ -96,8 +96,7 @@ GROUPS = {
     "model and weights": "tokenizer load_format load_workers dtype state_dtype sampling_defaults "
     "seed",
     "computing": "kernels graphs warm_up overlap",
-    "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype "
-    "kv_gib state_gib",
+    "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
     "scheduling": "admission token_budget max_queue max_share",
     "clients and connections": "served_model_name admin_key_file cors_origin drain_s "
     "special_in_content max_connections header_timeout_s body_timeout_s",

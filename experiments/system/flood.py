@@ -95,12 +95,8 @@ def _sizes(tight: bool) -> list[str]:
     if not tight:
         return ["--cache-gib", "0.1", "--max-model-len", "2048"]
     sizes = load_geometry(None)
-    kv_gib = TIGHT_TOKENS * sizes.kv_bytes_per_token / GIB
-    state_gib = TIGHT_SLOTS * sizes.state_bytes / GIB
-    return [
-        *("--kv-gib", f"{kv_gib:.9f}", "--state-gib", f"{state_gib:.9f}"),
-        *("--token-budget", "64", "--max-running", "3"),
-    ]
+    num_bytes = TIGHT_TOKENS * sizes.kv_bytes_per_token + TIGHT_SLOTS * sizes.state_bytes
+    return ["--cache-gib", f"{num_bytes / GIB:.9f}", "--token-budget", "64", "--max-running", "3"]
 
 
 def server_port(server: subprocess.Popen[str]) -> int:

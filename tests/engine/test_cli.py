@@ -72,7 +72,7 @@ def run(*arguments: str) -> int:
         ("serve --host no.such.host.invalid", "choose another --port or --host"),
         ("serve --port 0 --max-running 0", "max_running must be an integer of 1 or more"),
         ("serve --port 0 --cache-gib -1", "cache_gib must be a positive number of GiB"),
-        ("serve --port 0 --cache-gib 1 --kv-gib 1", "not both"),
+        ("serve --port 0 --kv-gib 1", "unrecognized arguments: --kv-gib 1"),
         ("generate x --checkpoints branch,wherever", "'wherever'"),
         ("generate x --checkpoints every:x", "'every' needs a whole number"),
         ("generate x --eviction oracle", "unknown eviction policy 'oracle'"),
@@ -87,7 +87,7 @@ def run(*arguments: str) -> int:
         ("inspect /no/such/dir/config.json", "There is no /no/such/dir/config.json"),
         ("inspect --budget-gib 0", "--budget-gib must be finite and above 0"),
         ("inspect --budget-gib inf", "--budget-gib must be finite and above 0"),
-        ("generate x --kv-gib 100000", "GiB: configure less memory"),
+        ("generate x --cache-gib 100000", "GiB: configure less memory"),
         (
             "generate x --cache-gib 0.1 --max-running 100000000",
             "memory or fewer running requests",
