@@ -81,8 +81,8 @@ def test_gloo_computes_the_same_bits(engine: Engine, monkeypatch: pytest.MonkeyP
 
 KILLED = """
 import os
-from engine import Engine, EngineConfig, SamplingParams
-engine = Engine(EngineConfig(device="cpu", cache_gib=0.02, tp=2))
+from engine import Engine, SamplingParams, engine_config
+engine = Engine(engine_config(device="cpu", cache_gib=0.02, tp=2))
 print(engine.runner.processes[0], flush=True)
 while True:
     engine.generate(["again"], SamplingParams(max_tokens=64, temperature=0, ignore_eos=True))
