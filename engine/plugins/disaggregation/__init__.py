@@ -66,7 +66,7 @@ class DisaggregationConfig(PluginConfig):
         for text in self.prefill if self.transfer_at is None else (self.transfer_at,):
             host, _, port = text.rpartition(":")
             if not host or not port.isdecimal() or int(port) > 65535:
-                raise ConfigError(f"{text!r} is no address: write HOST:PORT, as in 127.0.0.1:7000.")
+                raise ConfigError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:7000.")
             found.append((host.strip("[]"), int(port)))
         return tuple(found)
 
