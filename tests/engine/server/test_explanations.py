@@ -12,7 +12,7 @@ from openai.types.responses.response import PromptCacheDiagnostics
 from pydantic import TypeAdapter
 
 from engine.plugins.diagnostics.explain import ADVICE, CAUSES, Change
-from engine.server.config import ServerConfig
+from engine import server_config
 
 from .conftest import Live
 
@@ -108,7 +108,7 @@ def test_each_cause_has_advice() -> None:
 
 
 def test_an_unknown_id_may_be_one_that_was_forgotten(serve_oracle: Callable[..., Live]) -> None:
-    live = serve_oracle(ServerConfig(explain_mib=0))
+    live = serve_oracle(server_config(explain_mib=0))
     answer_id = live.post("/v1/chat/completions", body("Gone.")).json()["id"]
     told = live.get(f"/v1/cache/explanations/{answer_id}")
     assert told.status_code == 404 and "--explain-mib remembers more" in told.text
