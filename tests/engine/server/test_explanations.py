@@ -11,8 +11,8 @@ import pytest
 from openai.types.responses.response import PromptCacheDiagnostics
 from pydantic import TypeAdapter
 
-from engine.plugins.diagnostics.explain import ADVICE, CAUSES, Change
 from engine import server_config
+from engine.plugins.diagnostics.explain import ADVICE, CAUSES, Change
 
 from .conftest import Live
 
