@@ -49,7 +49,7 @@ class Request:
     lease: Lease | None = None
     computed_len: int = 0
     cached_len: int = 0
-    num_preemptions: int = 0
+    is_counted: bool = False  # in cache.stats, before it was preempted
 
     @property
     def ids(self) -> np.ndarray:
@@ -91,6 +91,8 @@ class MinimalEngine:
     def step(self) -> None:
         """Compute one piece of every running request."""
         self.admit()
+        if self.waiting and not self.running:
+            raise MemoryError("there is no slot for the state of a request")
         pieces = []
         for one in tuple(self.running):
             start, end = one.computed_len, min(one.computed_len + PIECE, len(one.tokens))
@@ -110,14 +112,13 @@ class MinimalEngine:
     def admit(self) -> None:
         """Start waiting requests, as long as there are slots for their states."""
         while self.waiting and not self.follows(one := self.waiting[0]):
-            resumes = one.num_preemptions > 0  # it is counted in cache.stats already
-            request = LeaseRequest(one.ids, boundaries=(one.boundary,), resumes=resumes)
+            request = LeaseRequest(one.ids, boundaries=(one.boundary,), resumes=one.is_counted)
             one.lease = Lease.begin(self.cache, self.placement, request, AlwaysLoad())
             if one.lease is None:
                 return
             self.running.append(self.waiting.popleft())
             one.computed_len = one.lease.cached_len
-            one.cached_len = one.cached_len if resumes else one.lease.cached_len
+            one.cached_len = one.cached_len if one.is_counted else one.lease.cached_len
 
     def follows(self, one: Request) -> bool:
         """Return whether ``one`` should wait for a running prefill of the same prefix."""
@@ -138,8 +139,8 @@ class MinimalEngine:
                 raise MemoryError(f"a request of {to_len} tokens does not fit, even alone")
             youngest = self.running.pop()  # not in ``pieces`` yet: it is ``one`` or a later one
             youngest.lease.preempt(youngest.ids, youngest.computed_len)
+            youngest.is_counted = youngest.lease.is_counted
             youngest.lease = None
-            youngest.num_preemptions += 1
             self.counts["preemptions"] += 1
             self.waiting.appendleft(youngest)
             if youngest is one:

@@ -451,8 +451,9 @@ class LeaseRequest(NamedTuple):
     """State slot of the request, if running states are stored outside of the cache's memory. If
     None, a slot of the cache is taken, and may be donated."""
     resumes: bool = False
-    """Whether the request was counted before and continues after a ``preempt``. Its hits and losses
-    are then not added to ``cache.stats`` again. Policies learn from it as from any other."""
+    """Whether the request continues one that is counted in ``cache.stats`` already: the
+    ``is_counted`` of its preempted lease. Its hits and losses are then not added again. Policies
+    learn from it as from any other."""
 
 
 def _refuse_bad_begin(
@@ -643,6 +644,11 @@ class Lease:
     def cached_len(self) -> int:
         """Number of tokens that need not be computed."""
         return self.match.cached_len
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether ``cache.stats`` contains this request: it has had rows, or ``resumes``."""
+        return self._is_counted or self._request.resumes
 
     @property
     def losses(self) -> Losses:
@@ -951,7 +957,8 @@ class Lease:
         """Publish the computed tokens and end the lease, to begin again later.
 
         The own slot becomes a checkpoint at any grid position, so it must contain the state after
-        ``computed_len`` tokens. Begin again with ``LeaseRequest(tokens, resumes=True)``.
+        ``computed_len`` tokens. Begin again with
+        ``LeaseRequest(tokens, resumes=lease.is_counted)``.
 
         Raises:
             ValueError: as for ``publish``. The lease goes on.

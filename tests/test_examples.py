@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import random
 import runpy
 import sys
 from collections.abc import Iterator
@@ -69,6 +70,46 @@ def test_the_minimal_engine_notices_wrong_bytes(
         engine.states[one.lease.state_slot] += 1
     with pytest.raises(AssertionError, match=f"wrong {'KV' if wrong == 'kv' else 'state'}"):
         engine.step()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_kv_tokens": 120, "num_slots": 9, "page_size": 4},
+        {"num_kv_tokens": 100, "num_slots": 7, "host_bytes": 8 * 300},
+        {"memory": "arena", "total_bytes": 8 * 130, "host_bytes": 8 * 300, "page_size": 2},
+    ],
+    ids=["pages", "pools and host", "arena and host"],
+)
+def test_the_minimal_engine_answers_right_in_any_memory(
+    folder: pytest.MonkeyPatch, sizes: dict[str, Any]
+) -> None:
+    """It compares every answer with the model's alone, and checks the cache after every step."""
+    example, rng = importlib.import_module("04_minimal_engine"), random.Random(4)
+    engine = example.MinimalEngine(CacheConfig(**sizes, **example.SIZES))
+    for num_prompts in (1, 12, 20):
+        example.serve(
+            engine,
+            *(
+                example.SYSTEM[: rng.randrange(17)] + rng.choices(range(4), k=rng.randrange(1, 30))
+                for _ in range(num_prompts)
+            ),
+        )
+    assert engine.counts["preemptions"] and engine.cache.stats.total.requests == 33
+    assert engine.cache.stats.token_hit_rate > 0.1
+    assert bool(engine.counts["loads"]) == ("host_bytes" in sizes)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"num_kv_tokens": 20, "num_slots": 4}, {"num_kv_tokens": 99, "num_slots": 0}]
+)
+def test_the_minimal_engine_refuses_a_request_that_never_fits(
+    folder: pytest.MonkeyPatch, sizes: dict[str, int]
+) -> None:
+    example = importlib.import_module("04_minimal_engine")
+    engine = example.MinimalEngine(CacheConfig(**sizes, **example.SIZES))
+    with pytest.raises(MemoryError, match=r"even alone|no slot"):
+        example.serve(engine, list(range(30)))
 
 
 @pytest.mark.parametrize("name", ["02_own_policy:TokensPerByte", "second_chance:SecondChance"])

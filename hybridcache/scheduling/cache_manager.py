@@ -85,7 +85,7 @@ class CacheManager:
             answer_survives=request.answer_survives,
             table_row=self._free_rows[-1],
             own_slot=self._free_rows[-1] if self._owns_states else None,
-            resumes=request.num_preemptions > 0,
+            resumes=request.is_counted,
         )
         exchange = self._after_reading if request.fetched_len else self._exchange
         lease = Lease.begin(self.cache, self.placement, asked, exchange)
@@ -246,7 +246,8 @@ class CacheManager:
             self._log.record(verb, lease, arguments, result)
 
     def _release(self, request: ScheduledRequest) -> None:
-        _, row = request.claims
+        lease, row = request.claims
+        request.is_counted = lease.is_counted
         del self._requests[row]
         self._free_rows.append(row)
         request.lease = request.row = request.held_logits = None

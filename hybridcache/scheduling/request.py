@@ -28,6 +28,7 @@ class ScheduledRequest:
         "ends_session",
         "fetched_len",
         "held_logits",
+        "is_counted",
         "lease",
         "losses",
         "max_len",
@@ -95,6 +96,8 @@ class ScheduledRequest:
         self.scheduled_s: float | None = None
         """Time of its first admission."""
         self.num_preemptions = 0
+        self.is_counted = False
+        """True if an earlier lease of this request is counted in the cache's statistics."""
         self.num_passes = 0
         """Requests that arrived later and were admitted before this one."""
         self.session: Session

@@ -551,10 +551,12 @@ def test_the_rows_of_a_lease_are_for_reading() -> None:
 
 def test_a_request_that_resumes_is_counted_once() -> None:
     cache, prompt = make_cache(grid=8), tokens(40)
-    for resumes in (False, True, True):
-        lease = begin(cache, prompt, resumes=resumes)
-        assert lease.extend(40)
-        lease.preempt(prompt, 16 if lease.cached_len < 16 else 24)
+    is_counted = False
+    for extends in (False, True, False, True, True):  # one that was preempted without rows, too
+        lease = begin(cache, prompt, resumes=is_counted)
+        assert not extends or lease.extend(40)
+        lease.preempt(prompt, min(lease.extended_len, 16 if lease.cached_len < 16 else 24))
+        is_counted = lease.is_counted
     usage = cache.stats.total
     assert (usage.requests, usage.hits, usage.prompt_tokens, usage.never_seen) == (1, 0, 40, 40)
     begin(cache, prompt).extend(40)
