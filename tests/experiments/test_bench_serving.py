@@ -18,6 +18,7 @@ from engine.engine import Engine
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.byte_tokenizer import ByteTokenizer
+from experiments.benchmarks import overhead
 from experiments.benchmarks import serving as bench_serving
 from experiments.benchmarks.serving import random_jobs, sweep, table
 from experiments.benchmarks.serving_load import (
@@ -157,3 +158,10 @@ def test_bad_settings_are_one_sentence(capsys: pytest.CaptureFixture[str]) -> No
     arguments = ["--data", "random", "--input", "100", "--shared", "90", "--in-process"]
     assert bench_serving.main(arguments) == 2
     assert capsys.readouterr().err.startswith("bench_serving: --shared must be less than half")
+
+
+@pytest.mark.parametrize("admission", overhead.ADMISSIONS)
+def test_every_admission_policy_is_timed(admission: str) -> None:
+    timed = overhead.ordering(admission, num_waiting=12, repeats=1)
+    assert timed["waiting"] == 12
+    assert 0 <= timed["same_ms"] and 0 <= timed["changed_ms"]
