@@ -18,7 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from engine.config import EngineConfig
+from engine.config import BUILTIN_DIR, BUILTIN_NAME, EngineConfig
 from hybridcache.geometry.units import counted, format_bytes
 
 if TYPE_CHECKING:
@@ -88,11 +88,14 @@ def display_name(folder: Path) -> str:
 
 def resolve_config(config: EngineConfig, report: Report | None = None) -> EngineConfig:
     """Return ``config`` with folders in place of hub names, downloading the files that are missing.
+    The name of the built-in model becomes None, unless there is a folder of that name.
 
     ``report`` is called with one line per download, before it starts; by default the line goes to
     the standard error output. Raises HubError.
     """
     model, tokenizer = config.model, config.tokenizer
+    if model == BUILTIN_NAME and not Path(model).exists():
+        model = None
     if model is not None and is_hub_name(model):
         model = str(fetch_model(model, config, report or _to_stderr))
     elif config.revision is not None:
@@ -106,10 +109,12 @@ def resolve_config(config: EngineConfig, report: Report | None = None) -> Engine
 
 
 def resolve_folder(model: str, *, with_weights: bool = False, report: Report | None = None) -> str:
-    """Return the folder of a hub name, and any other ``model`` as it is.
+    """Return the folder of a hub name or of the built-in model, and any other ``model`` as it is.
 
     Without ``with_weights`` only config, tokenizer and templates are downloaded. Raises HubError.
     """
+    if model == BUILTIN_NAME and not Path(model).exists():
+        return str(BUILTIN_DIR)
     if not is_hub_name(model):
         return model
     if not with_weights:

@@ -23,6 +23,7 @@ from engine.command.flags import (
     add_flags,
     add_grouped_flags,
     read_config,
+    with_flags,
 )
 from engine.config import BUILTIN_PROMPTS, EngineConfig
 from engine.environment import check_no_foreign_kernels
@@ -34,7 +35,7 @@ from engine.plugins import (
     server_settings,
     start_replicas,
 )
-from engine.server.config import ServerConfig
+from engine.server.config import API_KEY_VARIABLE, ServerConfig
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
 from hybridcache.lab.extras import how_to_install, version
 from hybridcache.lab.signals import end_by_exception
@@ -129,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # here, where it is seen if nobody reads any more
         return code
     except (ValueError, FileNotFoundError) as error:
-        print(f"engine {parsed.verb}: {error}", file=sys.stderr)
+        print(f"engine {parsed.verb}: {with_flags(str(error), vars(parsed))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         print(f"engine {parsed.verb}: {how_to_install(error, 'engine')}", file=sys.stderr)
@@ -334,14 +335,19 @@ def _serve(arguments: argparse.Namespace) -> int:
     from engine.server.listening import bind
 
     served: ServedEngine
-    with bind(server_config) as listener:  # Before anything slow: a taken port is reported at once.
+    try:
+        listener = bind(server_config)  # Before anything slow: a taken port is reported at once.
+    except ValueError as error:
+        faults = [error, *_other_faults(server_config, engine_config)]
+        raise ValueError("\n".join(map(str, faults))) from None
+    with listener:
         host, port = listener.getsockname()[:2]
         host = f"[{host}]" if ":" in host else host
         address = f"http://{host}:{port}/v1"
         if server_config.uses("replicas"):
             _server().check(server_config)
             served, screen = start_replicas(engine_config, server_config, address)
-            print(screen, flush=True)
+            print(_with_key(screen, server_config), flush=True)
             _server().serve(served, server_config, listener)
             return 0
         engine_config = resolve_config(engine_config)
@@ -352,7 +358,7 @@ def _serve(arguments: argparse.Namespace) -> int:
             log_level=server_config.log_level,
         )
         try:
-            print(screen, flush=True)
+            print(_with_key(screen, server_config), flush=True)
             _server().serve(engine, server_config, listener, lambda: engine.failure is not None)
         finally:
             engine.stop()
@@ -360,6 +366,31 @@ def _serve(arguments: argparse.Namespace) -> int:
         print(f"engine serve: {engine.failure}", file=sys.stderr)
         return 1
     return 0
+
+
+def _other_faults(server_config: ServerConfig, engine_config: EngineConfig) -> list[ValueError]:
+    """Return what else is wrong with settings, as far as it shows without loading a model."""
+    from hybridcache.policies.registry import make_admission, make_eviction, parse_placement
+
+    faults = []
+    for check in (
+        lambda: _server().check(server_config),
+        lambda: make_eviction(engine_config.eviction),
+        lambda: make_admission(engine_config.admission),
+        lambda: parse_placement(",".join(engine_config.checkpoints)),
+    ):
+        try:
+            check()
+        except ValueError as error:
+            faults.append(error)
+    return faults
+
+
+def _with_key(screen: str, server_config: ServerConfig) -> str:
+    """Return the start screen with a place for the key in its curl command, if one is required."""
+    if not (server_config.api_key_file or os.environ.get(API_KEY_VARIABLE)):
+        return screen
+    return screen.replace(" -H 'Content-Type", " -H 'Authorization: Bearer KEY' -H 'Content-Type")
 
 
 def _generate(arguments: argparse.Namespace) -> int:

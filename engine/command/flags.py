@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import difflib
 import functools
 import inspect
 import itertools
@@ -24,10 +25,23 @@ METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, and exits with 2."""
+    """Parser that reports an error in one sentence and exits with 2.
+
+    Unknown flags are reported by the parser of their verb, with the flag that is most like them.
+    """
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            hint = f", did you mean {near[0]}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}. See `{self.prog} --help`.\n")
+        end = "" if message.endswith("?") else "."
+        self.exit(2, f"{self.prog}: {message.rstrip('.')}{end} See `{self.prog} --help`.\n")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -129,6 +143,23 @@ def read_config(
     if settings:
         fixed["plugins"] = settings
     return config(**(dict(defaults or {}) | values | fixed))
+
+
+def with_flags(message: str, names: Iterable[str]) -> str:
+    """Return ``message`` with flags in place of the names of settings.
+
+    Settings are checked by dataclasses, for Python too, so their messages name fields. A name of
+    several words is a field wherever it occurs; one of a single word only before "must".
+
+    >>> with_flags("give cache_gib alone.", ["cache_gib"])
+    'give --cache-gib alone.'
+    >>> with_flags("grid must be 16, as a grid.", ["grid"])
+    '--grid must be 16, as a grid.'
+    """
+    for name in names:
+        place = r"(?<![\w./'\"-])%s(?![\w/'\"-]|\.\w)" if "_" in name else r"^%s(?= must )"
+        message = re.sub(place % re.escape(name), "--" + name.replace("_", "-"), message)
+    return message
 
 
 def _help(field: dataclasses.Field[Any], documented: Mapping[str, str]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -144,16 +144,17 @@ class Intake:
             tokens = np.empty((0, 0))
         if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind not in "iu"):
             if all(type(token) is int for token in prompt):  # some do not fit into 64 bits
-                raise ValueError(self._not_ids())
+                raise ValueError(self._not_ids(prompt))
             raise ValueError("a prompt is a string or a flat list of token ids.")
         if not len(tokens):
             raise ValueError("the prompt is empty; pass at least one token.")
         if tokens.min() < 0 or tokens.max() >= self._vocab_size:
-            raise ValueError(self._not_ids())
+            raise ValueError(self._not_ids(tokens))
         return tokens.astype(np.int32, copy=False)
 
-    def _not_ids(self) -> str:
-        return f"token ids must be from 0 to {self._vocab_size - 1}."
+    def _not_ids(self, tokens: Iterable[int]) -> str:
+        wrong = next(token for token in tokens if not 0 <= token < self._vocab_size)
+        return f"token ids must be from 0 to {self._vocab_size - 1} (got {wrong})."
 
     def _max_len(
         self, prompt_len: int, sampling: SamplingParams, prompt_logprobs: int | None
@@ -179,7 +180,10 @@ class Intake:
         allowed, biased = sampling.allowed_token_ids, [token for token, _ in sampling.logit_bias]
         for name, tokens in (("allowed_token_ids", allowed or ()), ("logit_bias", biased)):
             if tokens and max(tokens) >= self._vocab_size:
-                raise ValueError(f"{name} must contain token ids from 0 to {self._vocab_size - 1}.")
+                raise ValueError(
+                    f"{name} must contain token ids from 0 to {self._vocab_size - 1} "
+                    f"(got {max(tokens)})."
+                )
         rules: list[LogitRule] = []
         if allowed is not None:
             rules.append(AllowedTokens(allowed, self._vocab_size))

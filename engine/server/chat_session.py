@@ -112,6 +112,8 @@ async def render(
         )
         return prompt, chat.place
 
+    if front.tokenizer.chat_template is None:
+        raise APIError(400, "This model has no chat template: use /v1/completions.")
     try:
         return await front.workers.run(size, work)
     except TemplateError as error:

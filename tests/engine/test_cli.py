@@ -29,6 +29,7 @@ from engine.command.cli import main
 from engine.command.flags import Parser, add_flags, add_grouped_flags, flags_of, read_config
 from engine.command.inspect import INTERVALS, holdings, load_geometry
 from engine.config import BUILTIN_DIR, BUILTIN_PROMPTS, ConfigError
+from engine.hub import resolve_config
 from engine.plugins import engine_settings, server_settings
 from engine.server.config import ServerConfig
 from hybridcache.allocators.arena import slab_rows
@@ -70,8 +71,16 @@ def run(*arguments: str) -> int:
         ("serve --port eighty", "argument --port: invalid int value: 'eighty'"),
         ("serve --port 0 --cors-origin foo", "--cors-origin 'foo' is no origin"),
         ("serve --host no.such.host.invalid", "choose another --port or --host"),
-        ("serve --port 0 --max-running 0", "max_running must be an integer of 1 or more"),
-        ("serve --port 0 --cache-gib -1", "cache_gib must be a positive number of GiB"),
+        ("serve --port 0 --max-running 0", "serve: --max-running must be an integer of 1 or more"),
+        ("serve --port 0 --cache-gib -1", "serve: --cache-gib must be a positive number of GiB"),
+        ("serve --port 0 --grid 5", "serve: --grid must be 16 or 32"),
+        (
+            "serve --port 0 --disk-gib 1",
+            "--disk-gib is the size of a folder: name it with --state-dir",
+        ),
+        ("serve --modle x", "did you mean --model? See `engine serve --help`."),
+        ("serve x", "unrecognized arguments: x. See `engine serve --help`."),
+        ("generate x --max-tokens=3 --no-such", "--no-such. See `engine generate --help`."),
         ("serve --port 0 --kv-gib 1", "unrecognized arguments: --kv-gib 1"),
         ("generate x --checkpoints branch,wherever", "'wherever'"),
         ("generate x --checkpoints every:x", "'every' needs a whole number"),
@@ -82,7 +91,7 @@ def run(*arguments: str) -> int:
         ("generate x --cache-gib 0.0001", "are needed"),
         ("generate x --prefix-cache radix", "use hybrid, or none"),
         ("generate x --temperature -1", "temperature must be at least 0"),
-        ("generate x --max-tokens 10000000", "shorten the prompt or lower max_tokens"),
+        ("generate x --max-tokens 10000000", "shorten the prompt or lower --max-tokens"),
         ("inspect no-such-model", "No model directory, config.json or preset 'no-such-model'"),
         ("inspect /no/such/dir/config.json", "There is no /no/such/dir/config.json"),
         ("inspect --budget-gib 0", "--budget-gib must be finite and above 0"),
@@ -171,8 +180,11 @@ def test_a_taken_port_is_told_before_anything_is_loaded(capsys: pytest.CaptureFi
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert run("serve", "--port", str(port), "--model", "/no/such/model") == 2
-    assert f"Cannot listen on 127.0.0.1:{port} (Address already in use)" in capsys.readouterr().err
+        flags = ["--model", "/no/such/model", "--eviction", "fifoo", "--api-key-file", "/no/key"]
+        assert run("serve", "--port", str(port), *flags) == 2
+    first, *others = capsys.readouterr().err.splitlines()
+    assert f"Cannot listen on 127.0.0.1:{port} (Address already in use)" in first
+    assert "/no/key" in others[0] and "fifoo" in others[1] and len(others) == 2
 
 
 def test_hugging_faces_kernels_beside_ours_is_refused(
@@ -353,6 +365,21 @@ def test_inspect_says_what_serve_refuses(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run("inspect", str(tmp_path)) == 2
     assert "intermediate_size must be" in capsys.readouterr().err
+
+
+def test_the_built_in_model_can_be_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the name that clients use, unless there is a folder of that name."""
+    monkeypatch.chdir(tmp_path)
+    shown = []
+    for arguments in (("inspect",), ("inspect", "builtin")):
+        assert run(*arguments) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert resolve_config(EngineConfig(model="builtin")).model is None
+    (tmp_path / "builtin").mkdir()
+    assert resolve_config(EngineConfig(model="builtin")).model == "builtin"
 
 
 def test_holdings_fill_the_budget_and_no_more() -> None:

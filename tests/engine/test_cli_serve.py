@@ -118,7 +118,22 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     with pytest.raises(httpx.ConnectError):
         httpx.get(url + "/health")
     log = server.stderr.read()
-    assert re.search(r"^\d\d:\d\d:\d\d GET /nothing 404  \d+ ms$", log, re.M), log
+    assert re.search(
+        r"^\d\d:\d\d:\d\d GET /nothing 404  \d+ ms  The path /nothing does not exist", log, re.M
+    ), log
+
+
+@pytest.mark.full
+def test_the_first_screen_has_a_place_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYBRIDCACHE_API_KEY", "secret")
+    with _start(*SMALL) as server:
+        screen, url = _address(server)
+        _until_it_answers(url)
+        [line] = re.findall(r"^ +try +curl (.*)$", screen, re.M)
+        pasted, _, key, _, kind, _, content = shlex.split(line.replace("KEY", "secret"))
+        headers = dict(header.split(": ") for header in (key, kind))
+        assert httpx.post(pasted, content=content, headers=headers, timeout=60).status_code == 200
+        server.terminate()
 
 
 def _is_gone(pid: int) -> bool:

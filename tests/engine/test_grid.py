@@ -96,7 +96,7 @@ def test_a_folder_is_of_one_grid(make_engine: MakeEngine, tmp_path: Path) -> Non
             make_engine(state_dir=str(folder), exact=True, grid=grid)
     shutil.rmtree(folder)
     make_engine(exact=True, state_dir=str(folder)).close()
-    with pytest.raises(StoreError, match=r"another checkpoint grid \(64 there, 128 here"):
+    with pytest.raises(StoreError, match=r"differs in checkpoint grid \(64 there, 128 here"):
         make_engine(state_dir=str(folder), exact=True, grid=128)
 
 

@@ -126,9 +126,9 @@ def test_another_engine_is_refused_in_a_sentence_and_nothing_is_touched(
     one_by_one(first, prompts(2))
     first.close()
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    with pytest.raises(StoreError, match=r"another dtype .*: --dtype\), row bytes \(.*: use"):
+    with pytest.raises(StoreError, match=r"differs in dtype .*: --dtype\), row bytes \(.*: use"):
         make_engine(state_dir=str(folder), dtype="bfloat16")
-    with pytest.raises(StoreError, match="another weights"):
+    with pytest.raises(StoreError, match="differs in weights"):
         make_engine(state_dir=str(folder), seed=1)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 

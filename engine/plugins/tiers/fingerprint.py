@@ -97,8 +97,8 @@ def _refusal(folder: Path, stored: Mapping[str, str], ours: Mapping[str, str]) -
     differing = [name for name in names if ours.get(name) != stored.get(name)]
     named = ", ".join(_difference(name, stored, ours) for name in differing)
     return (
-        f"{folder} contains the state of an engine with another {named}: use the same, or "
-        "another folder."
+        f"{folder} contains the state of another engine, which differs in {named}: use the same, "
+        "or another folder."
     )
 
 

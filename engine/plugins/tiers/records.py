@@ -137,7 +137,10 @@ class RecordStore:
                 store.close()
                 raise
         except OSError as error:
-            raise StoreError(f"{folder} cannot be used as a store: {error.strerror}.") from error
+            raise StoreError(
+                f"The folder {folder} cannot be made or opened ({error.strerror}): give another "
+                "--state-dir, or make it writable."
+            ) from error
         return store
 
     @property

@@ -22,12 +22,12 @@ def check(folder: Path, fields: dict[str, str]) -> bytes:
 
 def test_a_refusal_names_the_values_that_a_reader_understands(tmp_path: Path) -> None:
     assert check(tmp_path, FIELDS) == check(tmp_path, FIELDS)
-    named = r"another checkpoint grid \(64 there, 16 here: --grid\): use"
+    named = r"differs in checkpoint grid \(64 there, 16 here: --grid\): use"
     with pytest.raises(StoreError, match=named):
         check(tmp_path, FIELDS | {"checkpoint grid": "16"})
     with pytest.raises(StoreError, match=r"weights, exact \(False there, True here\): us"):
         check(tmp_path, FIELDS | {"weights": "b" * 32, "exact": "True"})
-    with pytest.raises(StoreError, match="another exact: use"):
+    with pytest.raises(StoreError, match="differs in exact: use"):
         check(tmp_path, {name: FIELDS[name] for name in ("weights", "checkpoint grid")})
 
 
