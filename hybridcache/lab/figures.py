@@ -1,15 +1,17 @@
 """Figures of results, and plots on a user's own axes.
 
-Figures have a panel per trace, one legend below and a caption. matplotlib is imported when one is
+Figures have a panel per trace, one legend below and notes. matplotlib is imported when one is
 drawn.
 """
 
 from __future__ import annotations
 
+import math
+import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,29 +50,49 @@ class FigureStyle:
     """Look of a figure, for a page of a paper or a slide."""
 
     size: tuple[float, float] | None = None
-    """Width and height of one panel in inches; None for the figure's own."""
+    """Width and height of one panel in inches, axis labels included; None for the figure's own.
+    Legend and notes add to the height."""
     font: str = ""
     """Font family; empty for matplotlib's."""
     font_size: float = 9.0
     """Size of the titles in points; other texts are in proportion."""
     labels: Labels = "legend"
     """``direct`` writes the names of competitors at the ends of their lines."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Other names of competitors, by label."""
+    titles: bool = True
+    """False leaves out the title that all panels share."""
+    notes: bool = True
+    """False leaves out the notes below the panels."""
 
     def points(self, size: float) -> float:
         """Return a font size that is ``size`` points in the default style."""
         return size * self.font_size / 9
 
+    def name(self, label: str) -> str:
+        """Return the name of a competitor."""
+        return self.names.get(label, label)
+
+    def check_names(self, results: Sequence[SweepRuns]) -> None:
+        """Raise ValueError if a label in ``names`` is that of no competitor."""
+        known = dict.fromkeys(label for result in results for label in result.by_label())
+        for label in self.names:
+            if label not in known:
+                raise ValueError(f"no competitor is called {label!r}; there are {', '.join(known)}")
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Draw with these fonts. Text in PDF files stays text."""
         matplotlib = _matplotlib()
-        changed: dict[str, Any] = {"font.size": self.points(10), "pdf.fonttype": 42}
+        changed: dict[str, Any] = {"font.size": self.points(9), **_TRUETYPE}
+        changed |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), self.points(8))
         if self.font:
             changed["font.family"] = self.font
         with matplotlib.rc_context(changed):
             yield
 
 
+_TRUETYPE = {"pdf.fonttype": 42, "ps.fonttype": 42}
 DEFAULT_STYLE = FigureStyle()
 
 
@@ -96,19 +118,23 @@ class Plot:
         metric: str = "hit",
         *,
         labels: Labels = "legend",
+        names: Mapping[str, str] | None = None,
         limits: bool = True,
     ) -> Axes:
         """Plot a metric over the memory size, a line per competitor.
 
-        ``limits`` adds the infinite cache and the best plan, if the result has them and the metric
-        is the token hit rate.
+        ``labels`` and ``names`` are those of ``FigureStyle``; labels at the ends of lines need a
+        figure with ``layout="constrained"``. ``limits`` adds the infinite cache and the best plan,
+        if the result has them and the metric is the token hit rate.
         """
         ax = _axes(ax)
         found = find_metric(metric)
-        lines = draw_curves(ax, self.result, found)
+        style = FigureStyle(names=names or {})
+        style.check_names([self.result])
+        lines = draw_curves(ax, self.result, found, style=style)
         if limits and metric == "hit":
             draw_limits(ax, self.result)
-        size_axis(ax)
+        size_axis(ax, sizes=_sizes([self.result]))
         ax.set_ylabel(found.title)
         if labels == "direct":
             label_directly(ax, lines)
@@ -116,12 +142,21 @@ class Plot:
             ax.legend()
         return ax
 
-    def losses(self, ax: Axes | None = None, gib: float | None = None) -> Axes:
+    def losses(
+        self,
+        ax: Axes | None = None,
+        gib: float | None = None,
+        *,
+        names: Mapping[str, str] | None = None,
+    ) -> Axes:
         """Plot reused and lost prompt tokens by cause, a bar per competitor, at the size nearest to
-        ``gib`` (the middle one if None). ValueError if no run has causes."""
+        ``gib`` (the middle one if None). ``names`` are those of ``FigureStyle``. ValueError if no
+        run has causes."""
         ax = _axes(ax)
+        style = FigureStyle(names=names or {})
+        style.check_names([self.result])
         shown = {
-            label: run
+            style.name(label): run
             for label, runs in self.result.by_label().items()
             if (run := _nearest(runs, gib)).losses is not None
         }
@@ -142,7 +177,10 @@ class Plot:
         ax.set_xlabel("prompt tokens, %")
         size = size_label(next(iter(shown.values())))
         ax.set_title(f"{self.result.trace}, {size} GiB")
-        ax.legend()
+        height = ax.get_window_extent().height * 72 / ax.figure.dpi
+        label: Any = ax.xaxis.label
+        below = 4 * label.get_size() / height  # ticks and their label, then the legend
+        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -below), ncols=2, frameon=False)
         return ax
 
 
@@ -153,7 +191,7 @@ def _axes(ax: Axes | None) -> Any:
     _matplotlib()
     from matplotlib import pyplot
 
-    return pyplot.subplots()[1]
+    return pyplot.subplots(layout="constrained")[1]
 
 
 def _words(cause: str) -> str:
@@ -187,24 +225,59 @@ def _sweep_figure(
     style: FigureStyle,
 ) -> Figure:
     words = [words] if isinstance(words, str) else list(words)
+    style.check_names(results)
     known = any(run.optimum_tokens for result in results for run in result.runs)
     if known and "hit" in words and "optimum" not in words:
         words.insert(words.index("hit") + 1, "optimum")
-    in_a_row = next((count for count in (4, 3, 2) if count % len(words) == 0), 3)
-    figure, axes = panels(len(words) * len(results), columns=in_a_row, size=style.size)
+    count = len(words) * len(results)
+    size = style.size or ((4.6, 3.5) if count == 1 else (3.4, 2.7))
+    figure, axes = panels(count, columns=3 if len(words) % 2 else 2, size=size)
+    titles, direct = [], []
     for number, result in enumerate(results):
         for word, axis in zip(words, axes[number * len(words) :], strict=False):
             metric = find_metric(word)
-            lines = draw_curves(axis, result, metric, COLOURS, emphasised)
-            size_axis(axis, style=style)
-            axis.set_ylabel(metric.title)
-            axis.set_title(title(result), fontsize=style.points(9))
+            lines = draw_curves(axis, result, metric, COLOURS, emphasised, style)
             if word == "hit":
                 draw_limits(axis, result)
+            size_axis(axis, sizes=_sizes([result]))
+            axis.set_ylabel(metric.title)
+            titles.append(_facts(result))
             if style.labels == "direct":
-                label_directly(axis, lines, style.points(8))
+                direct += lines
+    set_titles(figure, axes, titles, style)
     notes = " ".join(filter(None, [caption, *_notes(results, words)]))
-    return save(figure, axes, path, notes, style)
+    return save(figure, axes, path, notes, style, direct)
+
+
+def _sizes(results: Sequence[SweepRuns]) -> list[float]:
+    return sorted({run.gib for result in results for run in result.runs if run.gib})
+
+
+def _facts(result: SweepRuns) -> list[str]:
+    """Return the parts of a title: trace, number of requests, and model."""
+    num_requests = f"{result.runs[0].requests:,} requests" if result.runs else "no requests"
+    return [result.trace, num_requests, result.geometry.name]
+
+
+def set_titles(
+    figure: Any, axes: Sequence[Any], parts: Sequence[Sequence[str]], style: FigureStyle
+) -> None:
+    """Write the parts that all panels share above the figure, and the others above each panel.
+    The title of a single panel is above it."""
+    shared = [part for part in parts[0] if all(part in others for others in parts)]
+    size = style.points(9)
+    width = figure.get_size_inches()[0]
+
+    def wrapped(words: Sequence[str], inches: float) -> str:
+        return textwrap.fill(", ".join(words), max(12, int(inches * 72 / (0.55 * size))))
+
+    columns = axes[0].get_subplotspec().get_gridspec().ncols
+    for axis, own in zip(axes, parts, strict=True):
+        rest = [part for part in own if part not in shared]
+        if rest:
+            axis.set_title(wrapped(rest, 0.75 * width / columns), fontsize=size)
+    if style.titles and shared:
+        figure.suptitle(wrapped(shared, width), fontsize=size)
 
 
 def _notes(results: Sequence[SweepRuns], words: Sequence[str]) -> list[str]:
@@ -235,8 +308,9 @@ def _bins_figure(
     caption: str,
     style: FigureStyle,
 ) -> Figure:
-    columns = 4 if len(results) > 1 else 2
-    figure, axes = panels(2 * len(results), columns=columns, size=style.size)
+    style.check_names(results)
+    figure, axes = panels(2 * len(results), columns=2, size=style.size or (3.8, 2.9))
+    titles = []
     for number, result in enumerate(results):
         for axis, by, words in zip(
             axes[2 * number :],
@@ -254,7 +328,7 @@ def _bins_figure(
                     [100 * bin_.cached_tokens / bin_.prompt_tokens for bin_ in bins],
                     color=COLOURS[place % len(COLOURS)],
                     **line_look(place, len(result.by_label())),
-                    label=label,
+                    label=style.name(label),
                 )
             axis.set_xscale("symlog", base=2, linthresh=256 if by == "length" else 1)
             axis.set_xticks(sorted(starts))
@@ -264,7 +338,8 @@ def _bins_figure(
             axis.set_xlabel(f"{words}, from")
             axis.set_ylabel(METRICS["hit"].title)
             size = _nearest(result.runs, gib)
-            axis.set_title(f"{title(result)}, {size_label(size)} GiB", fontsize=style.points(8.5))
+            titles.append([*_facts(result), f"{size_label(size)} GiB"])
+    set_titles(figure, axes, titles, style)
     return save(figure, axes, path, caption, style)
 
 
@@ -300,6 +375,7 @@ def losses_figure(
 def _losses_figure(
     results: Sequence[SweepRuns], path: Path | None, caption: str, style: FigureStyle
 ) -> Figure:
+    style.check_names(results)
     shown = [
         (result, label, runs)
         for result in results
@@ -308,14 +384,15 @@ def _losses_figure(
     ]
     if not shown:
         raise ValueError(NO_CAUSES)
-    figure, axes = panels(len(shown), 4.2, 3.2, columns=4, size=style.size)
-    for axis, (result, label, runs) in zip(axes, shown, strict=True):
+    figure, axes = panels(len(shown), columns=3, size=style.size or (3.4, 2.7))
+    for axis, (result, _, runs) in zip(axes, shown, strict=True):
         stack_losses(axis, runs)
         draw_limits(axis, result)
-        size_axis(axis, style=style)
+        size_axis(axis, sizes=_sizes([result]))
         axis.set_ylim(0, 100)
         axis.set_ylabel("prompt tokens, %")
-        axis.set_title(f"{title(result)}\n{label}", fontsize=style.points(8))
+    titles = [[*_facts(result), style.name(label)] for result, label, _ in shown]
+    set_titles(figure, axes, titles, style)
     return save(figure, axes, path, f"{caption} {LOSSES_NOTE}".strip(), style)
 
 
@@ -333,12 +410,6 @@ def stack_losses(axis: Any, runs: Sequence[RunResult]) -> None:
             axis.fill_between(sizes, floor, top, color=colour, linewidth=0, label=words)
         top = floor
     axis.plot(sizes, top, color="black", linewidth=1.4, label="reused: below the line")
-
-
-def title(result: SweepRuns) -> str:
-    """Return the title of a panel: trace, number of requests, and model."""
-    num_requests = f"{result.runs[0].requests:,} requests" if result.runs else "no requests"
-    return f"{result.trace}, {num_requests} ({result.geometry.name})"
 
 
 def line_look(place: int, count: int) -> dict[str, Any]:
@@ -364,6 +435,7 @@ def draw_curves(
     metric: Metric,
     colours: Sequence[str] = (),
     emphasised: Sequence[str] = (),
+    style: FigureStyle = DEFAULT_STYLE,
 ) -> list[Any]:
     """Draw a metric over the sizes, a line per competitor with a marker at each simulated size.
     Without ``colours`` those of the axes are used. Return the lines."""
@@ -378,43 +450,49 @@ def draw_curves(
         if emphasised:
             look["linewidth"] = 2.4 if label in emphasised else 1.3
         lines += axis.plot(
-            [gib for gib, _ in kept], [value for _, value in kept], label=label, **look
+            [gib for gib, _ in kept],
+            [value for _, value in kept],
+            label=style.name(label),
+            **look,
         )
     return lines
 
 
 def label_directly(axis: Any, lines: Sequence[Any], font_size: float | None = None) -> None:
     """Write the label of each line at its right end, in its colour, and take it out of the legend.
-    Labels are moved apart so that none overlaps another."""
-    figure = axis.figure
-    height = axis.get_position().height * figure.get_size_inches()[1] * 72
+    Labels are moved apart so that none overlaps another; long ones have several lines."""
     from matplotlib.font_manager import FontProperties
 
+    box, figure = axis.get_position(), axis.figure.get_size_inches()
     size = font_size or FontProperties(size="small").get_size_in_points()
-    gap = 1.25 * size / height
+    gap = 1.25 * size / (box.height * figure[1] * 72)
+    limit = max(8, int(0.25 * box.width * figure[0] * 72 / (0.55 * size)))
     axis.autoscale_view()
     to_axes = axis.transData + axis.transAxes.inverted()
     ends = []
     for line in lines:
         x, y = line.get_data()
         if len(x):
-            ends.append((float(to_axes.transform((x[-1], y[-1]))[1]), line))
+            label = line.get_label()
+            text = re.sub(r"([:,/]) ?| (?=[@(+])", "\\1\n", label) if len(label) > limit else label
+            ends.append((float(to_axes.transform((x[-1], y[-1]))[1]), line, text))
+            line.set_label(f"_{label}")
     ends.sort(key=lambda end: end[0])
+    rooms = [gap * (1 + text.count("\n")) for _, _, text in ends]
     places: list[float] = []
-    for place, _ in ends:
-        places.append(max(place, places[-1] + gap) if places else place)
+    for number, (place, _, _) in enumerate(ends):
+        lowest = places[-1] + (rooms[number - 1] + rooms[number]) / 2 if places else place
+        places.append(max(place, lowest))
     top = 1.0
     for number in reversed(range(len(places))):  # back down from the upper edge
-        places[number] = min(places[number], top)
-        top = places[number] - gap
-    for place, (_, line) in zip(places, ends, strict=True):
-        label, colour = line.get_label(), line.get_color()
-        line.set_label(f"_{label}")
+        places[number] = min(places[number], top - rooms[number] / 2)
+        top = places[number] - rooms[number] / 2
+    for place, (_, line, text) in zip(places, ends, strict=True):
         axis.text(
             1.02,
             place,
-            label,
-            color=colour,
+            text,
+            color=line.get_color(),
             fontsize=size,
             va="center",
             transform=axis.transAxes,
@@ -438,21 +516,38 @@ def draw_limits(axis: Any, result: SweepRuns) -> None:
         axis.axhline(bound, color="black", linewidth=0.8, linestyle=":", label="infinite cache")
 
 
-def size_axis(
-    axis: Any,
-    label: str = "memory for KV and checkpoints, GiB",
-    style: FigureStyle | None = None,
-) -> None:
-    """Make the x axis logarithmic, with plain numbers."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
+    """Make the x axis logarithmic, with plain numbers. ``sizes`` are its ticks, with numbers where
+    there is room."""
+    from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter
 
+    width = axis.get_position().width * axis.figure.get_size_inches()[0]
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_major_formatter("{x:.3g}")
     axis.xaxis.set_minor_formatter(NullFormatter())
-    if style is not None:
-        axis.tick_params(axis="x", labelsize=style.points(8))
-    axis.set_xlabel(label)
+    if sizes:
+        points = axis.xaxis.get_ticklabels()[0].get_size()
+        axis.xaxis.set_major_locator(FixedLocator(_with_room(sizes, 0.85 * width, points)))
+        axis.xaxis.set_minor_locator(FixedLocator(sizes))
+    long = "memory for KV and checkpoints, GiB"
+    axis.set_xlabel(label or (long if width > 2.6 else "memory, GiB"))
+
+
+def _with_room(sizes: Sequence[float], inches: float, points: float) -> list[float]:
+    """Return the sizes that have room for a number on a logarithmic axis of that width. The largest
+    and the smallest one come first, then the larger ones."""
+    low, high = math.log(min(sizes)), math.log(max(sizes))
+
+    def end(size: float, sign: int) -> float:
+        at = (math.log(size) - low) / ((high - low) or 1) * inches
+        return at + sign * (len(f"{size:.3g}") + 1) * 0.3 * points / 72
+
+    kept: list[float] = []
+    for size in dict.fromkeys((max(sizes), min(sizes), *sorted(sizes, reverse=True))):
+        if all(end(size, 1) <= end(one, -1) or end(size, -1) >= end(one, 1) for one in kept):
+            kept.append(size)
+    return sorted(kept)
 
 
 def panels(
@@ -468,10 +563,17 @@ def panels(
     _matplotlib()
     from matplotlib.figure import Figure
 
+    class TrueTypeFigure(Figure):
+        """A figure with TrueType fonts in PDF files, also if it is saved again."""
+
+        def savefig(self, *arguments: Any, **options: Any) -> None:
+            with _matplotlib().rc_context(_TRUETYPE):
+                super().savefig(*arguments, **options)
+
     width, height = size or (width, height)
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns, height * rows))
+    figure = TrueTypeFigure(figsize=(width * columns, height * rows))
     grid = figure.subplots(rows, columns, squeeze=False)
     axes = [axis for row in grid for axis in row]
     for spare in axes[count:]:
@@ -488,48 +590,74 @@ def save(
     path: Path | None,
     caption: str = "",
     style: FigureStyle = DEFAULT_STYLE,
+    direct: Sequence[Any] = (),
 ) -> Figure:
-    """Add one legend for all panels and the caption below them, and write the figure to ``path``,
-    if there is one. The figure grows by the height of both."""
+    """Add one legend for all panels and the caption below them, label the lines ``direct`` at their
+    ends, and write the figure to ``path``, if there is one. The figure grows by the height of
+    legend and caption."""
     entries = {
         label: handle
         for axis in axes
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        if handle not in direct
     }
     width, height = figure.get_size_inches()
-    widest = max(map(len, entries), default=0)
-    scale = style.points(1)
-    columns = max(1, min(len(entries), 6, int(width / (0.6 + 0.068 * scale * widest))))
-    rows = -(-len(entries) // columns)
-    lines = textwrap.wrap(caption, int(width * 15 / scale))
-    below = 0.17 * scale * len(lines) + 0.1  # inches that the caption takes
-    added = below + 0.22 * scale * rows + 0.1
-    height += added
-    figure.set_size_inches(width, height)
-    figure.tight_layout(rect=(0, added / height, 1, 1))
-    if entries:
-        figure.legend(
+    below = 0.05  # inches
+    text = None
+    if caption and style.notes:
+        text = figure.text(0.5, 0, caption, ha="center", va="bottom", fontsize=style.points(8))
+        per_inch = len(caption) / (text.get_window_extent().width / figure.dpi)
+        text.set_text(textwrap.fill(caption, max(12, int(0.94 * width * per_inch))))
+        below += text.get_window_extent().height / figure.dpi + 0.05
+    legend, added = None, below
+    for columns in range(min(len(entries), 6), 0, -1):
+        legend = figure.legend(
             entries.values(),
             entries.keys(),
             loc="lower center",
-            bbox_to_anchor=(0.5, below / height),
+            borderaxespad=0,
             ncol=columns,
             fontsize=style.points(8),
             frameon=False,
         )
-    text = "\n".join(lines)
-    figure.text(0.5, 0.08 / height, text, ha="center", va="bottom", fontsize=style.points(8.5))
+        legend.set_in_layout(False)
+        box = legend.get_window_extent()
+        added = below + box.height / figure.dpi
+        if box.width <= width * figure.dpi:
+            break
+        if columns > 1:
+            legend.remove()
+    height += added
+    figure.set_size_inches(width, height)
+    if text is not None:
+        text.set_y(0.05 / height)
+        text.set_in_layout(False)
+    if legend is not None:
+        legend.set_bbox_to_anchor((0.5, below / height), figure.transFigure)
+    area = (0, added / height, 1, 1 - added / height)
+    figure.set_layout_engine("constrained", rect=area)
+    if direct:
+        figure.draw_without_rendering()  # the labels' places depend on the height of the panels
+        for axis in axes:
+            label_directly(axis, [one for one in axis.lines if one in direct], style.points(8))
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130 if style.size is None else 300)
     return figure
 
 
-def optimum_figure(found: Sequence[Optimum], path: Path | None) -> Figure:
+def optimum_figure(
+    found: Sequence[Optimum], path: Path | None, style: FigureStyle = DEFAULT_STYLE
+) -> Figure:
     """Draw plan and bound over the size. If the LP computed prices, a second panel shows the price
     of memory over the trace."""
+    with style.applied():
+        return _optimum_figure(found, path, style)
+
+
+def _optimum_figure(found: Sequence[Optimum], path: Path | None, style: FigureStyle) -> Figure:
     priced = [best for best in found if best.prices is not None]
-    figure, axes = panels(1 + bool(priced), columns=2)
+    figure, axes = panels(1 + bool(priced), columns=2, size=style.size)
     sizes = [best.capacity_bytes / GIB for best in found]
     axes[0].plot(sizes, [100 * best.reached for best in found], "k.-", label=PLAN)
     if priced:
@@ -543,19 +671,19 @@ def optimum_figure(found: Sequence[Optimum], path: Path | None) -> Figure:
             prices = GIB * best.prices
             axes[1].step(range(len(prices)), prices, color=colour, linewidth=1.0, label=label)
         axes[1].set_xlabel("request")
-        axes[1].set_ylabel("tokens that one more GiB would save")
+        axes[1].set_ylabel("tokens per further GiB")
     axes[0].set_ylim(0, 100)
-    size_axis(axes[0])
+    size_axis(axes[0], sizes=sorted(sizes))
     axes[0].set_ylabel(METRICS["hit"].title)
-    for axis in axes:
-        axis.set_title(f"{found[0].trace}, {found[0].num_requests:,} requests", fontsize=9)
+    facts = [found[0].trace, f"{found[0].num_requests:,} requests"]
+    set_titles(figure, axes, [facts] * len(axes), style)
     caption = (
         "Right: the dual of the capacity, the price of a byte between two requests; memory is "
         "worth most where it stands highest."
         if priced
         else ""
     )
-    return save(figure, axes, path, caption)
+    return save(figure, axes, path, caption, style)
 
 
 CLOSED_LOOP_PANELS: dict[str, Callable[[ClosedLoopRun], float]] = {
@@ -585,7 +713,9 @@ def _closed_loop_figure(
 ) -> Figure:
     cells = list(dict.fromkeys((run.trace, run.label, run.gib) for run in runs))
     admissions = list(dict.fromkeys(run.admission for run in runs))
-    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), 3.9, 3.0, 4, style.size)
+    style_size = style.size or (2.8, 2.5)
+    figure, axes = panels(len(CLOSED_LOOP_PANELS) * len(cells), columns=4, size=style_size)
+    titles: list[list[str]] = []
     for row, cell in enumerate(cells):
         here = [run for run in runs if (run.trace, run.label, run.gib) == cell]
         for column, (name, value) in enumerate(CLOSED_LOOP_PANELS.items()):
@@ -605,16 +735,17 @@ def _closed_loop_figure(
                     markersize=3,
                     linewidth=2.0 if admission == "sessions" else 1.1,
                     elinewidth=0.6,
-                    label=admission,
+                    label=style.name(admission),
                 )
-            size_axis(axis, "sessions a second", style)
+            size_axis(axis, "sessions a second", sorted({run.rate for run in here}))
             axis.set_ylabel(name)
             if name.endswith("TTFT, s"):
                 axis.set_yscale("log")
             else:
                 axis.set_ylim(bottom=0)
-            size = "" if cell[2] is None else f", {cell[2]:.3g} GiB"
-            axis.set_title(f"{cell[0]}{size}, {cell[1]}", fontsize=style.points(9))
+            facts = [cell[0], *([] if cell[2] is None else [f"{cell[2]:.3g} GiB"])]
+            titles.append([*facts, style.name(cell[1])])
+    set_titles(figure, axes, titles, style)
     return save(figure, axes, path, caption, style)
 
 

@@ -14,6 +14,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal
 from xml.etree import ElementTree
 
 import numpy as np
@@ -27,6 +28,7 @@ from hybridcache.geometry.times import Roofline
 from hybridcache.lab.advise import advise
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
+from hybridcache.lab.figures import FigureStyle
 from hybridcache.lab.generators import chat, short
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.simulation.closed_loop import closed_loop
@@ -649,7 +651,7 @@ def test_plots_draw_on_the_axes_and_in_the_style_of_the_user(small: SimulationRe
         assert list(line.get_xdata()) == [1, 2], "a marker at each simulated size"
         assert list(line.get_ydata()) == [100 * run.token_hit_rate for run in runs]
     heights = sorted(text.get_position()[1] for text in left.texts)
-    assert {text.get_text() for text in left.texts} == set(small.by_label())
+    assert {text.get_text().replace("\n", " ") for text in left.texts} == set(small.by_label())
     assert min(b - a for a, b in itertools.pairwise(heights)) > 0.02, "labels overlap"
     named = left.get_legend_handles_labels()[1]
     assert named == ["infinite cache"], "a line is named twice"
@@ -666,12 +668,97 @@ def test_plots_draw_on_the_axes_and_in_the_style_of_the_user(small: SimulationRe
     pyplot.close("all")
 
 
+def _is_inside(figure: Any) -> bool:
+    """Whether panels, legend and texts of a drawn figure are within it and apart."""
+    figure.draw_without_rendering()
+    panels = [axis.get_tightbbox() for axis in figure.axes if axis.get_visible()]
+    others = [one.get_window_extent() for one in (*figure.texts, *figure.legends)]
+    right, top = figure.bbox.max
+    within = all(
+        box.x0 >= -1 and box.x1 <= right + 1 and box.y0 >= -1 and box.y1 <= top + 1
+        for box in (*panels, *others)
+    )
+    pairs = itertools.combinations([*panels, *others], 2)
+    return within and not any(a.overlaps(b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("labels", ["legend", "direct"])
+def test_nothing_is_cut_off_in_a_column_of_a_paper(
+    small: SimulationResult, labels: Literal["legend", "direct"]
+) -> None:
+    pytest.importorskip("matplotlib")
+    style = FigureStyle(size=(3.3, 2.4), labels=labels)
+    figure = small.figure(style=style)
+    assert _is_inside(figure) and figure.get_size_inches()[0] == pytest.approx(3.3)
+    [axis] = figure.axes
+    assert axis.get_position().width > 0.5, "labels take most of the panel"
+    assert _is_inside(small.losses_figure(style=style)) and _is_inside(small.losses_figure())
+    assert _is_inside(small.figure(metric=["hit", "ttft-p50"])) and _is_inside(small.bins_figure())
+    assert small.losses_figure().get_size_inches()[0] < 11
+
+
+def test_ticks_are_at_the_simulated_sizes(small: SimulationResult) -> None:
+    pytest.importorskip("matplotlib")
+
+    def ticks(gib: list[float]) -> tuple[list[float], list[float]]:
+        runs = tuple(
+            replace(run, config=replace(run.config, gib=size))
+            for size, run in zip(gib, itertools.cycle(small.runs[:1]), strict=False)
+        )
+        axis = replace(small, runs=runs).figure(style=FigureStyle(size=(3.3, 2.4))).axes[0].xaxis
+        return list(axis.get_majorticklocs()), list(axis.get_minorticklocs())
+
+    powers = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0]
+    assert ticks(powers)[0] == powers
+    many = [round(1.1**step, 3) for step in range(40)]
+    major, minor = ticks(many)
+    assert {many[0], many[-1]} < set(major) < set(many) and 3 < len(major) < 15
+    assert set(minor) | set(major) == set(many)
+    assert ticks([2.0])[0] == [2.0]
+
+
+def test_names_titles_and_notes_of_figures_are_chosen(small: SimulationResult) -> None:
+    pytest.importorskip("matplotlib")
+    chosen = replace(small, counted_by="qwen3.5")
+    label = next(iter(small.by_label()))
+
+    def texts(figure: Any) -> list[str]:
+        from matplotlib.text import Text
+
+        return [text.get_text() for text in figure.findobj(Text)]
+
+    said = " ".join(texts(chosen.losses_figure()) + texts(chosen.figure()))
+    assert said.count(small.geometry.name) == 2, "the shared title is there once for each figure"
+    assert "Tokens counted by: qwen3.5." in " ".join(said.split())
+    style = FigureStyle(names={label: "ours"}, titles=False, notes=False)
+    for figure in (chosen.losses_figure(style=style), chosen.figure(style=style)):
+        said = " ".join(texts(figure))
+        assert "ours" in said and small.geometry.name not in said and "qwen3.5" not in said
+    ours = small.plot.losses(gib=2, names={label: "ours"})
+    assert "ours" in [text.get_text() for text in ours.get_yticklabels()]
+    with pytest.raises(ValueError, match=f"no competitor is called 'mine'; there are {label}"):
+        small.figure(style=FigureStyle(names={"mine": "ours"}))
+
+
+def test_pdf_files_have_truetype_fonts(small: SimulationResult, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "f.pdf"
+    plans = optimum("short?head=9", gib=[1, 2], method="greedy")
+    loop = closed_loop("short?head=9", gib=1, rate=[1, 2])
+    for draw in (small.figure, small.losses_figure, small.bins_figure, plans.figure, loop.figure):
+        figure = draw(path)
+        assert b"Type3" not in path.read_bytes()
+        figure.savefig(path)
+        assert b"Type3" not in path.read_bytes(), "saved again"
+
+
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_figures_of_a_paper_have_its_size_and_fonts(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / f"f.{suffix}"
     sweep = ["simulate", "--trace", "short?head=20", "--gib", "1,2", "--policy", "lru,fifo"]
     look = ["--figure-size", "3x2", "--figure-font-size", "5", "--figure-labels", "direct"]
+    look += ["--figure-name", "lru=least, recent", "--no-figure-notes", "--no-figure-titles"]
     assert main([*sweep, "--figure", str(path), *look, "--figure-font", "serif", "--losses"]) == 0
     content = path.read_bytes()
     assert content.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
@@ -679,6 +766,8 @@ def test_figures_of_a_paper_have_its_size_and_fonts(tmp_path: Path, suffix: str)
     if suffix == "svg":
         width = float(content.decode().split('width="')[1].split("pt")[0])
         assert width == pytest.approx(3 * 72)
+        assert b"least" in content
+        assert b"20 requests" not in content
 
 
 @pytest.mark.parametrize("size", ["3", "3x", "ax2", "0x2", "3x-1"])

@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybridcache.lab.command.shared import add_tiers, check_figure, opened, share, tiers_asked
+from hybridcache.lab.command.shared import (
+    add_figure_style,
+    add_tiers,
+    check_figure,
+    figure_style,
+    opened,
+    share,
+    tiers_asked,
+)
 from hybridcache.lab.defaults import LIMIT_S, RELATIVE_GAP
 
 if TYPE_CHECKING:
@@ -39,7 +47,8 @@ def add_optimum(commands: Commands) -> None:
     )
     add_tiers(parser)
     add("--output", type=Path, help="JSON lines, one a size, with the price of memory over time")
-    add("--figure", type=Path, help="PNG or SVG to draw: plan and bound, and that price")
+    add("--figure", type=Path, help="PNG, SVG or PDF to draw: plan and bound, and that price")
+    add_figure_style(parser)
     parser.set_defaults(run=_optimum)
 
 
@@ -52,6 +61,7 @@ def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.simulation.sizes import sizes
 
     check_figure(options.figure)
+    style = figure_style(options)
     model = ModelGeometry.load(options.model).name
     points = sizes(options.gib)
     tiers = tiers_asked(options)
@@ -82,6 +92,6 @@ def _optimum(options: argparse.Namespace) -> int:
         show(len(points), len(points))
     print(optimum_table(plans))
     if options.figure:
-        optimum_figure(plans, options.figure)
+        optimum_figure(plans, options.figure, style)
         print(f"figure: {options.figure}")
     return 0

@@ -144,6 +144,19 @@ def add_figure_style(parser: argparse.ArgumentParser) -> None:
         default="legend",
         help="names of competitors in a legend or at the ends of lines (default %(default)s)",
     )
+    add(
+        "--figure-name",
+        action="append",
+        metavar="LABEL=NAME",
+        help="another name of a competitor in figures, as in 'mine:Policy=ours'; may be repeated",
+    )
+    for word, what in (("titles", "the title that all panels share"), ("notes", "notes below")):
+        add(
+            f"--figure-{word}",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help=f"draw {what} (default: yes)",
+        )
 
 
 def figure_style(options: argparse.Namespace) -> FigureStyle:
@@ -164,4 +177,18 @@ def figure_style(options: argparse.Namespace) -> FigureStyle:
             )
     if not 0 < options.figure_font_size < 100:
         raise ValueError(f"--figure-font-size {options.figure_font_size:g}: points are needed")
-    return FigureStyle(size, options.figure_font, options.figure_font_size, options.figure_labels)
+    names = {}
+    for renamed in options.figure_name or ():
+        label, is_given, name = renamed.rpartition("=")
+        if not is_given:
+            raise ValueError(f"--figure-name {renamed}: write LABEL=NAME, as in 'lru=LRU'")
+        names[label] = name
+    return FigureStyle(
+        size,
+        options.figure_font,
+        options.figure_font_size,
+        options.figure_labels,
+        names,
+        options.figure_titles,
+        options.figure_notes,
+    )

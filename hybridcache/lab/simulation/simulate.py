@@ -53,7 +53,7 @@ from hybridcache.policies.user import OwnPolicy, own_policy, spec_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from hybridcache.lab.figures import Plot
+    from hybridcache.lab.figures import FigureStyle, Plot
 
 
 Words = str | Sequence[str]
@@ -128,25 +128,40 @@ class SimulationResult(Rows, SweepRuns):
 
         return Plot(self)
 
-    def figure(self, path: str | Path | None = None, metric: Words = "hit") -> Figure:
+    def figure(
+        self,
+        path: str | Path | None = None,
+        metric: Words = "hit",
+        style: FigureStyle | None = None,
+    ) -> Figure:
         """Draw metrics over the sizes, a panel each. The figure is also written to ``path`` (PNG,
-        SVG or PDF), if there is one."""
-        from hybridcache.lab.figures import sweep_figure
+        SVG or PDF), if there is one. ``style`` has the size, fonts and names."""
+        from hybridcache.lab.figures import DEFAULT_STYLE, sweep_figure
 
-        return sweep_figure([self], Path(path) if path else None, metric)
+        found = Path(path) if path else None
+        return sweep_figure([self], found, metric, style=style or DEFAULT_STYLE)
 
-    def bins_figure(self, path: str | Path | None = None, gib: float | None = None) -> Figure:
+    def bins_figure(
+        self,
+        path: str | Path | None = None,
+        gib: float | None = None,
+        style: FigureStyle | None = None,
+    ) -> Figure:
         """Draw the token hit rate by prompt length and by turn, at the size nearest to ``gib`` (the
         middle one if None)."""
-        from hybridcache.lab.figures import bins_figure
+        from hybridcache.lab.figures import DEFAULT_STYLE, bins_figure
 
-        return bins_figure([self], Path(path) if path else None, gib)
+        found = Path(path) if path else None
+        return bins_figure([self], found, gib, style=style or DEFAULT_STYLE)
 
-    def losses_figure(self, path: str | Path | None = None) -> Figure:
+    def losses_figure(
+        self, path: str | Path | None = None, style: FigureStyle | None = None
+    ) -> Figure:
         """Draw the prompt tokens by loss cause over the sizes, a panel per competitor."""
-        from hybridcache.lab.figures import losses_figure
+        from hybridcache.lab.figures import DEFAULT_STYLE, losses_figure
 
-        return losses_figure([self], Path(path) if path else None)
+        found = Path(path) if path else None
+        return losses_figure([self], found, style=style or DEFAULT_STYLE)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -181,12 +196,12 @@ class OptimumResult(Rows, Sequence[Optimum]):
 
         return optimum_table(self.plans)
 
-    def figure(self, path: str | Path | None = None) -> Figure:
+    def figure(self, path: str | Path | None = None, style: FigureStyle | None = None) -> Figure:
         """Draw plan and bound over the sizes, and the price of memory over the trace. The figure is
         also written to ``path`` (PNG, SVG or PDF), if there is one."""
-        from hybridcache.lab.figures import optimum_figure
+        from hybridcache.lab.figures import DEFAULT_STYLE, optimum_figure
 
-        return optimum_figure(self.plans, Path(path) if path else None)
+        return optimum_figure(self.plans, Path(path) if path else None, style or DEFAULT_STYLE)
 
 
 def _optional(package: str, method: str) -> ModuleType:
