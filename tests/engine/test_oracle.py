@@ -56,7 +56,7 @@ def test_what_continues_its_own_prefix_is_computed() -> None:
     "broken, sentence",
     [
         (Batch((segment(1, 1, 2, [9]),), ((3, 1),), (write(1, 2, 4),)), "without a KV row"),
-        (Batch((segment(1, 1, 2, [9]),), ((3, 1),), (write(1, 0, 0, 5, 4),)), "nobody"),
+        (Batch((segment(1, 1, 2, [9]),), ((3, 1),), (write(1, 0, 0, 5, 4),)), "no namespace"),
         (Batch((segment(1, 1, 2, [9]),), ((3, 1),), (write(1, 0, 1, 0, 4),)), "another prefix"),
         (Batch((segment(1, 1, 2, [9]),), (), (write(1, 0, 0, 1, 4),)), "never written"),
         (Batch((segment(1, 0, 2, [9]),), (), (write(1, 0, 0, 1, 4),)), "holds the state of 3"),
@@ -105,7 +105,7 @@ def test_a_wrong_read_or_write_is_refused(broken: Batch, sentence: str) -> None:
 def test_a_row_that_was_switched_is_proved_again() -> None:
     runner = runner_with()
     runner.forward(Batch((segment(0, 0, 3, [8]),), (), (write(0, 3, 3),)))
-    with pytest.raises(AssertionError, match="nobody"):
+    with pytest.raises(AssertionError, match="no namespace"):
         runner.forward(Batch((segment(0, 0, 4, [9]),), (), (write(0, 1, 6), write(0, 4, 4))))
 
 

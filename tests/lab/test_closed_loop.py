@@ -315,7 +315,9 @@ def serve(
             lines.append((i, turns[i], output.cached_len, runner.now_s, output.num_preemptions))
             tenant, pause_s = sessions[i][turns[i]][3], sessions[i][turns[i]][2]
             time_s = asked[i, turns[i] - 1].timestamp_s + pause_s if turns[i] else 0.0
-            asked[i, turns[i]] = TraceRequest(time_s, i, tenant, prompt, answered)
+            asked[i, turns[i]] = TraceRequest(
+                time_s, i, tenant, prompt, answered, stop_reason="length"
+            )
             texts[i] = np.concatenate((prompt, answered))
             turns[i] += 1
             if turns[i] < len(sessions[i]):

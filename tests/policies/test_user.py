@@ -541,7 +541,7 @@ def test_a_policy_that_has_no_word_is_not_kept_and_not_sent(tmp_path: Path) -> N
 
     assert "Local" in simulate("short?head=9", gib=1, policy=Local, bound=False).runs[0].label
     kept = tmp_path / "runs.jsonl"
-    with pytest.raises(ValueError, match="name the policy module:Class, or keep no runs"):
+    with pytest.raises(ValueError, match="name the policy as in 'mine:Policy"):
         simulate("short?head=9", gib=1, policy=Local, resume_from=kept)
     with pytest.raises(ValueError, match="cannot be sent to another process"):
         simulate("short?head=9", gib=(1, 2), policy=Local, processes=2)
