@@ -11,8 +11,7 @@ from hybridcache.lab.baselines import BaselineConfig, build_baseline, replay
 from hybridcache.lab.baselines.marconi import LayerFlops, MarconiCache, Reading
 from hybridcache.lab.baselines.prefix_tree import nodes
 from hybridcache.lab.generators import few_shot, short
-from hybridcache.lab.simulation.peer import BaselineTarget
-from hybridcache.lab.simulation.target import RunConfig, build_target
+from hybridcache.lab.simulation.target import BaselineTarget, RunConfig, build_target
 from hybridcache.tokens import Tokens
 from tests.lab.baselines.prompts import QWEN3_NEXT, sightings, text
 
