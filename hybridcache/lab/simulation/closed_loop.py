@@ -98,20 +98,33 @@ class Turn:
     namespace: Hashable
     boundaries: tuple[int, ...]
     answer_survives: bool
+    stop_reason: str
+    """Reason why the answer ends, if the trace names one."""
 
 
 class SimulatedRequest(ScheduledRequest):
     """A request with a fixed answer."""
 
-    __slots__ = ("first_token_s", "place", "turn")
+    __slots__ = ("_stop_reason", "first_token_s", "place", "turn")
 
     def __init__(
-        self, text: Tokens, prompt_len: int, place: int, turn: int, **options: Any
+        self,
+        text: Tokens,
+        prompt_len: int,
+        place: int,
+        turn: int,
+        stop_reason: str = "",
+        **options: Any,
     ) -> None:
         super().__init__(f"request-{place}", text[:prompt_len], **options)
-        self._buffer = text
+        self._buffer, self._stop_reason = text, stop_reason
         self.place, self.turn = place, turn
         self.first_token_s: float | None = None
+
+    @property
+    def stop_reason(self) -> str:
+        """See ``ScheduledRequest``; otherwise the reason that the trace names."""
+        return super().stop_reason or self._stop_reason
 
     @property
     def num_quiet_steps(self) -> int:
@@ -180,6 +193,7 @@ def _turns(requests: Sequence[TraceRequest], unit: int) -> Iterator[Turn]:
             request.namespace,
             tuple(position * unit for position in request.boundaries),
             request.answer_survives,
+            request.stop_reason,
         )
         free_s = request.timestamp_s + (request.service_s or 0.0)
 
@@ -258,6 +272,7 @@ class _Run:
             turn.prompt_len,
             number,
             place,
+            turn.stop_reason,
             namespace=turn.namespace,
             boundaries=turn.boundaries,
             answer_survives=turn.answer_survives,
