@@ -15,6 +15,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -335,8 +336,41 @@ def api() -> str:
             known = ", ".join(f"`{key}`" for key in thing) if isinstance(thing, Mapping) else ""
             text = f"### {name}\n\n{known or _cell(str(thing))}"
         parts.setdefault(title, []).append(text)
+    parts["Results and figures"] = _results()
     parts[OTHER] = _others("\n".join(text for texts in parts.values() for text in texts))
     return "\n\n".join(f"## {title}\n\n" + "\n\n".join(texts) for title, texts in parts.items())
+
+
+RESULTS = {
+    "hybridcache.lab.simulation.simulate": ("SimulationResult", "Rows", "OptimumResult"),
+    "hybridcache.lab.simulation.result": ("RunResult", "ClosedLoopRun"),
+    "hybridcache.lab.simulation.closed_loop": ("ClosedLoopResult",),
+    "hybridcache.lab.optimum": ("Optimum",),
+    "hybridcache.lab.figures": ("Plot", "FigureStyle"),
+    "hybridcache.lab.leaderboard": ("leaderboard", "Board"),
+    "hybridcache.policies.eviction.scored": ("SampledPolicy",),
+}
+"""Names that users meet in results, and tools that are imported from their modules."""
+
+
+def _results() -> list[str]:
+    """Return the names of ``RESULTS``, with the columns of ``to_dicts``."""
+    texts = []
+    for module, names in RESULTS.items():
+        for name in names:
+            thing = getattr(import_module(module), name)
+            full = f"{module}.{name}"
+            is_class = inspect.isclass(thing)
+            body = f"### {full}\n\n`{name}{_signature(thing)}`\n\n{_body(thing)}"
+            texts.append(_class(full, thing) if is_class else body)
+    [row] = hybridcache.simulate("short?head=2", gib=1, progress=False).to_dicts()
+    columns = ", ".join(f"`{column}`" for column in row)
+    texts.append(
+        "### Columns of SimulationResult.to_dicts\n\n"
+        f"{columns}. Rates are shares of 1, times are in seconds, `control_us` is in microseconds "
+        "per request, `lost_` columns are tokens. The fields of RunResult have the meanings."
+    )
+    return texts
 
 
 OTHER = "Types in these signatures"

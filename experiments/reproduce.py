@@ -224,7 +224,8 @@ def page() -> str:
             try:
                 text = text.replace(mark, table())
             except FileNotFoundError as error:
-                text = text.replace(mark, f"Not run yet: no `{Path(error.filename).name}`.")
+                missing = Path(error.filename).name
+                text = text.replace(mark, f"This table waits for its next run (`{missing}`).")
     return text
 
 

@@ -161,6 +161,9 @@ def test_the_generated_reference_has_every_option_policy_and_name(generate: Modu
         assert [name for name in names if f"| `{name}` " not in policies] == []
     api = generate.insert(reference("api"))
     assert {f"### {name}\n" in api for name in (*hybridcache.__all__, *engine.__all__)} == {True}
+    for name in ("SimulationResult", "OptimumResult", "ClosedLoopResult", "Plot", "leaderboard"):
+        assert re.search(rf"^### hybridcache\.[\w.]+\.{name}$", api, re.MULTILINE), name
+    assert all(f"`{column}`" in api for column in ("control_us", "seconds_saved", "lost_refused"))
     assert "<!-- generated" not in cli + policies + api
 
 

@@ -111,6 +111,7 @@ class Plot:
     are those of your style. Without ``ax`` a new figure is made. The axes are returned."""
 
     result: SweepRuns
+    """Result to plot."""
 
     def capacity(
         self,

@@ -29,7 +29,7 @@ import numpy as np
 from hybridcache.config import GRID
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.lab.extras import version
-from hybridcache.lab.intervals import Interval, interval, paired
+from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.grid import Place, run_grid
@@ -173,8 +173,11 @@ class Board:
     """Scores of all jobs of a split."""
 
     split: Split
+    """Traces, sizes and seeds."""
     reference: str
+    """Policy that the differences refer to."""
     scores: tuple[Scores, ...]
+    """One per trace and seed."""
 
     def rows(self) -> list[Row]:
         """Return a row per policy, the highest hit rate first."""
@@ -205,8 +208,17 @@ class Board:
         num_cells = sum(map(len, self.split.gib.values()))
         return (
             f"{num_cells} cells of {len(self.split.gib)} traces, {len(self.split.seeds)} seeds "
-            f"each, {self.split.model}. Mean over cells [95 % interval over seeds].\n\n"
-            + text_table(heads, rows)
+            f"each, {self.split.model}. {self._explanation()}\n\n" + text_table(heads, rows)
+        )
+
+    def _explanation(self) -> str:
+        """Explain the figures of the table."""
+        num_seeds = len(self.split.seeds)
+        if num_seeds >= FEWEST_UNITS:
+            return "Mean over cells [95 % interval over seeds]."
+        return (
+            f"Mean over cells. No intervals: they need at least {FEWEST_UNITS} seeds (got "
+            f"{num_seeds}), so differences can be chance."
         )
 
     def records(self) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,9 @@ def test_scores_are_means_over_cells_with_intervals_over_seeds(board: Board) -> 
         assert all(a >= b for a, b in zip(scores.plan, scores.plan_running, strict=True))
     means = [row.hit_rate.mean for row in board.rows()]
     assert means == sorted(means, reverse=True)
-    assert "[95 % interval over seeds]" in board.table()
+    assert "[95 % interval over seeds]" in board.table() and "No intervals" not in board.table()
+    one = replace(board, split=board.split.head(1)).table()
+    assert "No intervals: they need at least 5 seeds (got 1)" in one and "[" not in one
 
 
 def test_an_own_policy_stands_on_the_board(

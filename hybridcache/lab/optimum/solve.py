@@ -33,22 +33,32 @@ class Optimum:
     """
 
     trace: str
+    """Name of the trace."""
     capacity_bytes: int
+    """Memory for KV and states."""
     method: Method
+    """Method that was asked for."""
     plan_by: Literal["greedy", "milp"]
     """Source of the plan. It is also ``greedy`` if ``milp`` found no improvement in its time, and
     always with ``lp``."""
     num_requests: int
+    """Number of requests."""
     prompt_tokens: int
+    """Tokens of all prompts."""
     reached: float
+    """Token hit rate of the plan, 0 to 1."""
     bound: float | None
+    """Token hit rate that no plan exceeds; None if only the greedy ran."""
     cached_tokens: npt.NDArray[np.int64]
     """Tokens that each request skips under the plan: int64[requests]."""
     prices: npt.NDArray[np.float64] | None
     """Shadow price of a byte between requests t and t + 1: tokens that one more byte would save."""
     num_variables: int
+    """Variables of the linear program."""
     num_nonzeros: int
+    """Nonzeros of its matrix."""
     wall_s: float
+    """Seconds of the computation."""
     lower: tuple[LowerBudget, ...] = ()
     """Tiers below the device. If there are any, ``reached`` and ``bound`` are net of copy costs."""
 

@@ -442,7 +442,9 @@ class ClosedLoopResult(Rows):
     """All runs in closed loop over one trace: by cache, size, admission, rate and seed."""
 
     trace: str
+    """Name of the trace."""
     runs: tuple[ClosedLoopRun, ...]
+    """One per cache, size, admission, rate and seed."""
     times: str
     """Source of the step times."""
 

@@ -37,28 +37,36 @@ class RunResult:
     config: RunIdentity
     """Identity of the run."""
     requests: int
+    """Number of requests."""
     hits: int
     """Requests that reused anything."""
     bypassed: int
     """Requests larger than the memory there was: computed without the cache."""
     prompt_tokens: int
+    """Tokens of all prompts."""
     cached_tokens: int
+    """Prompt tokens that were reused."""
     losses: Losses | None
     """Tokens not reused, by cause; None where the target does not say."""
     flops: int
+    """FLOPs of the prefills."""
     flops_saved: int
+    """FLOPs that reuse saved."""
     seconds: float
     """Prefill time that was spent, with the copies from lower tiers that it waited for."""
     seconds_saved: float
+    """Prefill time of an empty cache, less ``seconds``."""
     ttft_s: dict[int, float]
     """Percentiles of the time to first token, waiting included."""
     ttft_mean_s: float
+    """Mean time to first token, waiting included."""
     missed_requests: int | None
     """Requests that an evicted checkpoint would have served deeper; None, here and below, where the
     target does not say (rebuilt peers), which is not 0."""
     missed_tokens: int | None
     """Tokens that those checkpoints would have saved."""
     missed_flops: int | None
+    """FLOPs that those checkpoints would have saved."""
     checkpoints_made: int | None
     """Checkpoints that entered the cache."""
     checkpoint_copies: int | None
@@ -66,8 +74,11 @@ class RunResult:
     copied_bytes: int | None
     """Bytes of copied states: one copy per checkpoint written and one per request that resumed."""
     written_kv_bytes: int | None
+    """Bytes of KV that entered the cache."""
     evicted_kv_tokens: int | None
+    """Tokens of evicted KV."""
     evicted_checkpoints: int | None
+    """Checkpoints that were evicted."""
     by_length: tuple[Bin, ...]
     """By prompt length, bins doubling."""
     by_turn: tuple[Bin, ...]
@@ -100,27 +111,33 @@ class RunResult:
 
     @property
     def label(self) -> str:
+        """Name of the competitor."""
         return self.config.label
 
     @property
     def gib(self) -> float | None:
+        """Memory for KV and states, GiB; None for two pools."""
         return self.config.gib
 
     @property
     def token_hit_rate(self) -> float:
+        """Reused share of the prompt tokens, 0 to 1."""
         return self.cached_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
     @property
     def request_hit_rate(self) -> float:
+        """Share of the requests that reused anything, 0 to 1."""
         return self.hits / self.requests if self.requests else 0.0
 
     @property
     def flops_saved_rate(self) -> float:
+        """Saved share of the FLOPs, 0 to 1."""
         total = self.flops + self.flops_saved
         return self.flops_saved / total if total else 0.0
 
     @property
     def share_of_bound(self) -> float | None:
+        """Share of the tokens of an infinite cache; None if it was not computed."""
         return self.cached_tokens / self.bound_tokens if self.bound_tokens else None
 
     @property
@@ -161,23 +178,33 @@ class ClosedLoopRun:
     """Figures of one run in closed loop. Times in seconds."""
 
     trace: str
+    """Name of the trace."""
     label: str
     """The cache's policies."""
     admission: str
+    """Admission policy."""
     rate: float
     """Sessions that arrived in a second."""
     seed: int
+    """Seed of the arrivals."""
     gib: float | None
+    """Memory for KV and states, GiB; None for two pools."""
     num_requests: int
+    """Number of answered requests."""
     num_refused: int
     """Requests longer than the memory."""
     prompt_tokens: int
+    """Tokens of all prompts."""
     cached_tokens: int
+    """Prompt tokens that were reused."""
     lost_tokens: int
     """Prompt tokens computed again because they, or a checkpoint after them, were evicted."""
     ttft_mean_s: float
+    """Mean time to first token, waiting included."""
     ttft_p50_s: float
+    """Median of it."""
     ttft_p99_s: float
+    """99th percentile of it."""
     oldest_wait_s: float
     """Longest time from arrival to admission."""
     limit_s: float
@@ -185,23 +212,33 @@ class ClosedLoopRun:
     goodput: float
     """Requests a second that were answered in time."""
     makespan_s: float
+    """Time until the last answer."""
     live_mean: float
     """Sessions between their first request and their last answer, over time."""
     live_most: int
+    """Largest number of such sessions."""
     num_preemptions: int
+    """Preemptions of all requests."""
     jain: float
     """Jain's index of the tenants' shares of requests answered in time; 1: all alike."""
     worst_tenant: str
     """Tenant with the highest mean time to first token; ``-`` if there is one tenant."""
     worst_ttft_s: float
+    """Mean time to first token of the worst tenant."""
     model: str = ""
+    """Name of the model; empty in files of earlier versions, as are the next four."""
     max_running: int | None = None
+    """Most requests at once."""
     token_budget: int | None = None
+    """Most tokens in a step."""
     max_share: float | None = None
+    """Largest share of one tenant; None for no limit."""
     tells_ends: bool = False
+    """True if clients say when a session has ended."""
 
     @property
     def token_hit_rate(self) -> float:
+        """Reused share of the prompt tokens, 0 to 1."""
         return self.cached_tokens / max(1, self.prompt_tokens)
 
     def as_record(self) -> dict[str, Any]:

@@ -169,6 +169,7 @@ class OptimumResult(Rows, Sequence[Optimum]):
     """Best plans for one trace, by size: a sequence of ``Optimum``."""
 
     plans: tuple[Optimum, ...]
+    """One per size."""
 
     def __len__(self) -> int:
         return len(self.plans)
