@@ -6,8 +6,9 @@
 
 Traces, sizes and seeds are those of ``experiments/splits.toml``. The loss of a pair in a cell (one
 trace at one size) is the mean over seeds of its token hit rate, in points below that of the best
-pair of the cell. Runs of the split are written anew; those of the other one are kept. Cells of the
-evaluation split that were looked at while rules were chosen are left out of the row of unseen ones.
+pair of the cell. Runs of the split are written anew; those of the other one, and of pairs that
+``--pairs`` leaves out, are kept. Cells of the evaluation split that were looked at while rules were
+chosen are left out of the row of unseen ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import statistics
 import tomllib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -67,6 +68,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--split", choices=SPLITS, default="tuning")
     parser.add_argument("--seeds", type=int, help="only the first N seeds")
+    only = "run only these and keep the runs of the others"
+    parser.add_argument(
+        "--pairs", nargs="+", choices=PAIRS, default=PAIRS, metavar="PAIR", help=only
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--data", type=Path, help="folder of the trace files")
     parser.add_argument("--draw", action="store_true", help="only draw earlier results")
@@ -77,8 +82,12 @@ def main() -> None:
     if not options.draw:
         data = options.data or next((folder for folder in DATA if folder.is_dir()), None)
         jobs = list(jobs_of(config[options.split], options.seeds, data))
-        records = [record for record in records if record["split"] != options.split]
-        work = partial(run, config["model"], options.split)
+        records = [
+            record
+            for record in records
+            if record["split"] != options.split or record["pair"] not in options.pairs
+        ]
+        work = partial(run, config["model"], options.split, options.pairs)
         with ProcessPoolExecutor(options.processes, initializer=collect_seldom) as pool:
             for found in tqdm(pool.map(work, jobs), total=len(jobs), unit=" traces", disable=None):
                 records += found
@@ -113,14 +122,14 @@ def jobs_of(split: dict[str, Any], seeds: int | None, data: Path | None) -> Iter
             yield Job(spec, None, tuple(gib), f"{data / name}?{options}")
 
 
-def run(model: str, split: str, job: Job) -> list[dict[str, Any]]:
-    """One record for each pair and size."""
+def run(model: str, split: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
+    """Return one record for each pair and size."""
     recipe = job.path
     if job.seed is not None:
         recipe = f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
     trace = open_trace(recipe).kept()
     records = []
-    for pair in PAIRS:
+    for pair in pairs:
         eviction, _, placement = pair.partition("@")
         result = simulate(
             trace,
@@ -150,7 +159,7 @@ def losses(records: list[dict[str, Any]], split: str) -> Losses:
         best = max(means.values())
         for pair, mean in means.items():
             found.setdefault(pair, {})[cell] = best - mean
-    return found
+    return {pair: found[pair] for pair in PAIRS if pair in found}
 
 
 def table(split: str, found: Losses) -> str:

@@ -490,6 +490,20 @@ def test_one_use_in_a_bin_does_not_order_the_first_evictions() -> None:
     assert all(later < 1.05 * min(indices[:n]) for n, later in enumerate(indices) if n)
 
 
+def test_trials_of_new_labels_do_not_fill_a_small_cache() -> None:
+    """The assumed earnings of a label last for as many checkpoints as fit. With room for few, an
+    end that no prompt continues is saved that often. With ample room it is saved each time."""
+
+    def num_ends(num_checkpoints: int) -> float:
+        placement = Adaptive()
+        for number in range(20):
+            labels_of(placement, prefill(number, num_checkpoints=num_checkpoints, free_slots=0))
+        return placement.num_saved()["back:1"]
+
+    assert num_ends(4) <= 4
+    assert num_ends(1000) == 20
+
+
 def test_a_match_says_whether_others_went_on_elsewhere() -> None:
     settings = CacheConfig(num_kv_tokens=64, num_slots=4, grid=1, ghost_bytes=1 << 20)
     cache = build_prefix_cache(settings)
