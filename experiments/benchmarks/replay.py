@@ -91,19 +91,18 @@ class Result:
 
 
 def replay_dry(trace: Sequence[TraceRequest], setting: Setting, geometry: ModelGeometry) -> Result:
-    """Through the cache alone: the leases that the engine would take, whole answers decoded, memory
-    split as the engine splits it. Radix stands for an attention-only model with the same KV: what
-    KV alone would give."""
+    """Replay ``trace`` through the cache alone, with whole answers.
+
+    The leases are those of the engine, and KV and states share one arena, as they do there by
+    default. Radix stands for an attention-only model with the same KV.
+    """
     if setting.cache == "none":
         return Result(setting, tuple(_computed_whole(request) for request in trace))
-    budget_bytes = setting.cache_gib * GIB
     if setting.cache == "radix":
         geometry = replace(geometry, num_linear_layers=0, recurrent_elements=0, conv_bytes=0)
-    kv_bytes = budget_bytes / 2 if geometry.state_bytes else budget_bytes
     config = RunConfig(
         geometry,
-        num_kv_tokens=int(kv_bytes // geometry.kv_bytes_per_token),
-        num_slots=int(budget_bytes / 2 // geometry.state_bytes) if geometry.state_bytes else 0,
+        budget_bytes=int(setting.cache_gib * GIB),
         policy=setting.eviction,
         checkpoints=setting.checkpoints or "none",
     )
