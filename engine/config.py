@@ -257,7 +257,7 @@ class EngineConfig(Settings):
     )
 
     def settled(self, *, on_cpu: bool) -> EngineConfig:
-        """With what is left to the device and the machine chosen."""
+        """Return the settings with defaults for those that depend on the device and the machine."""
         budget = CPU_BUDGET if on_cpu else DEVICE_BUDGET
         return dataclasses.replace(
             self,

@@ -49,9 +49,9 @@ class CacheManager:
         publishing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         """``owns_states``: the state of a request has the slot number of its row, outside the
-        memory of the cache. ``exchange`` decides which offloaded prefixes to load;
-        ``after_reading`` does so for a request with its disk part already read. Entries are
-        published inside ``publishing()``."""
+        memory of the cache. ``exchange`` decides which offloaded prefixes to load. Once
+        the part of a prefix that was on disk has been read, ``after_reading`` decides again.
+        Entries are published inside ``publishing()``."""
         self.cache = cache
         self.placement = placement
         self._stateful = stateful

@@ -74,7 +74,7 @@ class End(PlacementPolicy):
         return ()
 
     def decode_interval(self) -> int | None:
-        """Return 1. The caller rounds it up to the grid and keeps only the last checkpoint."""
+        """Return 1: save at every grid position. The caller keeps only the newest checkpoint."""
         return 1
 
 
