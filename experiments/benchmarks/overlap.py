@@ -29,7 +29,7 @@ import torch
 
 from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
-from engine.plugins.speculation.draft_length import LookupLength
+from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
 from engine.schedule.batch import Batch
@@ -115,7 +115,7 @@ def measure(num_running: int, guess: str, step_ms: float, num_steps: int) -> dic
     clock, hosts = IdleClock(step_ms / 1e3), list[float]()
     drafting = None
     if guess != "none":
-        source = Source(Guesser(GUESSES[guess]), partial(LookupLength, NUM_DRAFTS))
+        source = Source(Guesser(GUESSES[guess]), partial(DraftLength, NUM_DRAFTS))
         drafting = Drafting([source], max_verified=num_running * (1 + NUM_DRAFTS))
 
     def observe(report: StepReport) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from engine import Engine, RequestOutput, engine_config
-from engine.plugins.speculation.draft_length import LookupLength
+from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
 from engine.runner.model_runner import ModelRunner
@@ -94,7 +94,7 @@ def guessing_engine(directory: Path, guesses: Guesses | None = None, **settings:
         runner.tensors.rows.fill_(255)
     drafting = None
     if guesses is not None:
-        source = Source(guesses, partial(LookupLength, 5))
+        source = Source(guesses, partial(DraftLength, 5))
         drafting = Drafting([source], max_verified=config.num_step_states)
     return Engine(
         config,

@@ -12,7 +12,7 @@ import pytest
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_config
 from engine.command.screen import start_screen
 from engine.plugins.speculation import SpeculationConfig
-from engine.plugins.speculation.draft_length import LookupLength
+from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.schedule.hooks import StepHooks
 from engine.testing.oracle import OracleRunner
@@ -79,7 +79,7 @@ def test_a_step_waits_for_drafts_whose_request_has_left() -> None:
         EngineConfig(check=True, overlap="on"),
         runner=OracleRunner(1024, 8),
         sampler=OracleSampler(),
-        drafting=Drafting([Source(guesses, partial(LookupLength, 4))], max_verified=20),
+        drafting=Drafting([Source(guesses, partial(DraftLength, 4))], max_verified=20),
     )
     told: list[int] = []
     forward = engine.runner.forward
@@ -119,7 +119,7 @@ def test_a_guess_takes_no_memory_from_others() -> None:
 
     plain = serve(None)
     guesses.learn(plain)
-    outputs = serve(Drafting([Source(guesses, partial(LookupLength, 4))], max_verified=20))
+    outputs = serve(Drafting([Source(guesses, partial(DraftLength, 4))], max_verified=20))
     assert [output.token_ids for output in outputs] == [output.token_ids for output in plain]
     assert [output.num_preemptions for output in (*plain, *outputs)] == [0] * 4
     assert outputs[0].drafts.accepted.total() > 40

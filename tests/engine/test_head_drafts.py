@@ -232,7 +232,7 @@ def test_a_right_head_is_right_after_a_hit(make_engine: MakeEngine, right_head: 
         assert output.cached_len == cached_len == segments[0].start
         assert output.token_ids == [(prompt[-1] + 64 * k) % 320 for k in range(1, 31)]
         lengths = [segment.num_drafts for segment in segments if segment.is_decode]
-        assert lengths[0] == (3 if cached_len else 2) and set(lengths[3:-1]) == {3}
+        assert set(lengths[:-1]) == {3}
         assert accepted([output]) == sum(lengths)
         assert output.drafts.acceptance_len > 3.4
     turn = prompt + output.token_ids + [9]
@@ -358,6 +358,7 @@ def test_no_more_rows_wait_than_there_is_room_for(
 ) -> None:
     """With room for one step of all, and with room for many: the guesses after a rest are those of
     the same tokens."""
+    monkeypatch.setattr("engine.plugins.speculation.draft_length.WEIGHT", 1 / 8)
     params = SamplingParams(max_tokens=45, temperature=0)
     for capacity in (1, 256):
         monkeypatch.setattr("engine.plugins.speculation.mtp_kv_buffer.CAPACITY", capacity)
@@ -421,7 +422,7 @@ def test_what_happens_to_a_request(
 
 
 def test_sampled_answers_are_those_of_their_seeds(
-    make_engine: MakeEngine, right_head: None
+    make_engine: MakeEngine, right_head: None, eager: None
 ) -> None:
     """A guess is taken where the draw falls on it, and draws are by seed and place: so with a head
     that is often right the tokens are those without drafts, in company too."""

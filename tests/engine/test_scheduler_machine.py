@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from engine import Engine, RequestOutput, SamplingParams, engine_config
-from engine.plugins.speculation.draft_length import LookupLength
+from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.plugins.tiers import TierConfig
 from engine.requests.request import Request
@@ -209,7 +209,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if drafts.endswith("mtp") and settings["prefix_cache"] == "radix":
             drafts = "guesses"  # A head keeps a state.
         self.guesses = Guesses()
-        room, pace = 2 * (1 + draft_len), partial(LookupLength, draft_len)
+        room, pace = 2 * (1 + draft_len), partial(DraftLength, draft_len)
         drafting = {
             "none": None,
             "guesses": Drafting([Source(self.guesses, pace)], max_verified=room),
@@ -368,7 +368,7 @@ class TightMachine(SchedulerMachine):
     )
     def start(self, drafts: bool, **settings: object) -> None:
         self.guesses = Guesses()
-        source = Source(self.guesses, partial(LookupLength, 3))
+        source = Source(self.guesses, partial(DraftLength, 3))
         drafting = Drafting([source], max_verified=8) if drafts else None
         self.serve(make_engine(overlap="on", drafting=drafting, **settings))
 

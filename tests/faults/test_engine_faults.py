@@ -16,7 +16,7 @@ import pytest
 from msgspec import structs
 
 from engine import Engine, SamplingParams
-from engine.plugins.speculation.draft_length import LookupLength
+from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.tiers.records import RecordStore
 from engine.requests.logit_rules import TokenCounts
 from engine.schedule.batch import Batch
@@ -235,7 +235,7 @@ def states_do_not_move_on_by_what_was_taken(patch: Patch) -> None:
 
 @FAULTS.noticed_by(test_drafters.test_a_pace_that_is_never_right_hardly_tries)
 def a_drafter_that_is_never_right_goes_on_guessing(patch: Patch) -> None:
-    @patch(LookupLength, "learn")
+    @patch(DraftLength, "learn")
     def learn(original: Any, self: Any, *args: Any, **more: Any) -> None:
         pass
 

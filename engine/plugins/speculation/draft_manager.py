@@ -10,8 +10,6 @@ from engine.plugins.speculation.draft_length import (
     MAX_REST,
     DraftLength,
     GlobalAcceptance,
-    HeadLength,
-    LookupLength,
     ProbeSchedule,
 )
 from engine.plugins.speculation.suffix import (
@@ -47,11 +45,11 @@ class Means(NamedTuple):
 def _tree(max_tokens: int, means: Means) -> list[Source]:
     suffixes = SuffixDrafter(shares=means.shares, memory=means.memory)
     drafters: tuple[Drafter, ...] = TreeDrafter(), suffixes
-    return [Source(drafter, partial(LookupLength, max_tokens)) for drafter in drafters]
+    return [Source(drafter, partial(DraftLength, max_tokens)) for drafter in drafters]
 
 
 def _mtp(max_tokens: int, means: Means) -> list[Source]:
-    return [Source(HeadDrafter(means.guess), partial(HeadLength, max_tokens, GlobalAcceptance()))]
+    return [Source(HeadDrafter(means.guess), partial(DraftLength, max_tokens, GlobalAcceptance()))]
 
 
 WORDS: dict[str, Callable[[int, Means], list[Source]]] = {"tree": _tree, "mtp": _mtp}
