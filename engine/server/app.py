@@ -294,7 +294,7 @@ def _add_generation(app: FastAPI, front: ServingContext, reader: BodyReader) -> 
             "created": front.created,
             "owned_by": "hybridcache",
             "max_model_len": front.engine.max_model_len,
-            # As Anthropic's clients read it.
+            # Fields of Anthropic's API.
             "type": "model",
             "display_name": front.model_name,
             "created_at": datetime.fromtimestamp(front.created, UTC).isoformat(),

@@ -26,8 +26,8 @@ from engine.text.answer_events import (
 from engine.text.outputs import RequestOutput, SampledToken
 
 QUIET_S = 5.0
-"""Seconds without an event after which an empty one is sent, so that proxies keep a stream open
-while a long call is written."""
+"""Seconds without an event after which an empty one is sent. It keeps proxies from closing the
+stream while a long call is generated."""
 
 
 async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:

@@ -297,7 +297,7 @@ class _Reading:
         self._ends = ends
         self._has_calls = False
         self._ends_in_call = False
-        """A whole call is the last thing that was read."""
+        """True if the last event that was read is the end of a call."""
         self._is_broken_off = False
         """True if a limit or a stop string ended the answer inside a call."""
         self.warning: str | None = None
@@ -341,7 +341,7 @@ class _Reading:
         if output.finish_reason is None:
             return None
         has_stopped = output.finish_reason == "stop" and not self._is_broken_off
-        # A limit that is reached at the end of a call cuts nothing: the client can make the call.
+        # A call that ends exactly at the limit is complete: the client can run it.
         is_whole = output.finish_reason == "length" and self._ends_in_call
         if self.is_over or (self._has_calls and has_stopped) or is_whole:
             return "tool_calls"

@@ -112,7 +112,7 @@ class APIError(Exception):
         }
 
     def response(self, scope: Scope) -> Response:
-        """Return the response to the request of ``scope``. Its line in the log has the message."""
+        """Return the response to the request of ``scope``, and add the message to its log line."""
         note_error(str(self))
         body = self.body(scope["path"], request_name(scope))
         return PlainJSON(body, self.status, headers=self.headers)

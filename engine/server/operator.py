@@ -52,8 +52,8 @@ class Operator:
                 )
                 if is_bearer and given.strip():
                     message = (
-                        "This path is reserved for the operator, and this key is another: send "
-                        "that of --admin-key-file."
+                        "This path is reserved for the operator, and this key is wrong: send the "
+                        "key of --admin-key-file."
                     )
                 raise APIError(
                     401,

@@ -569,7 +569,8 @@ def cuts_of(
 
 
 def _answers_calls(messages: list[ChatMessage]) -> list[ChatMessage]:
-    """Return ``messages``. ValueError: a tool's result belongs to no call before it. O(calls)."""
+    """Return ``messages``. Raises ValueError if a tool's result belongs to no call before it.
+    O(calls)."""
     called: set[str | None] = set()
     for number, message in enumerate(messages, 1):
         called.update(_id_of(call.get("id")) for call in message.tool_calls or ())
@@ -594,8 +595,8 @@ def _id_of(value: object) -> str | None:
 
 
 Chat = Annotated[Listed[ChatMessage], AfterValidator(_answers_calls)]
-"""Messages of which each tool's result follows a call. As with OpenAI, others are refused: the
-model could not tell which question they answer. A result or a call may lack its id."""
+"""List of messages in which each tool's result follows its call; others are refused, as by OpenAI.
+A result or a call may have no id."""
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:

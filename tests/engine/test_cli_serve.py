@@ -66,11 +66,17 @@ def _until_it_answers(url: str) -> None:
             time.sleep(0.05)
 
 
-@pytest.mark.full("--volatile-line-(")
+@pytest.mark.full("--volatile-line-(-is not a regular expression")
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--api-key-file", "/nowhere/key"), ("--volatile-line", "(")]
+    ("flag", "value", "said"),
+    [
+        ("--api-key-file", "/nowhere/key", "can not be read"),
+        ("--volatile-line", "(", "is not a regular expression"),
+    ],
 )
-def test_what_the_server_refuses_is_said_before_a_model_is_shown(flag: str, value: str) -> None:
+def test_what_the_server_refuses_is_said_before_a_model_is_shown(
+    flag: str, value: str, said: str
+) -> None:
     done = subprocess.run(
         [*ENGINE, "serve", "--port", "0", *SMALL, flag, value],
         capture_output=True,
@@ -79,7 +85,7 @@ def test_what_the_server_refuses_is_said_before_a_model_is_shown(flag: str, valu
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"{flag} " in done.stderr and "can not be read" in done.stderr
+    assert f"{flag} " in done.stderr and said in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

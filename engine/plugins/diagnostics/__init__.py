@@ -56,5 +56,5 @@ class DiagnosticsConfig(PluginConfig):
             return re.compile(self.volatile_line)
         except re.error as error:
             raise ValueError(
-                f"--volatile-line {self.volatile_line!r} can not be read ({error})."
+                f"--volatile-line {self.volatile_line!r} is not a regular expression ({error})."
             ) from error

@@ -1,4 +1,4 @@
-"""The tokens that were sampled for the latest answers, to be found by what a client sends back."""
+"""Memory of the tokens sampled for recent answers, found by the messages that clients send back."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from typing import Any
 from engine.text.splice import SampledTurn
 
 ENTRY_BYTES = 512
-"""What an answer takes beside its ids and its reasoning."""
+"""Approximate size of an answer without its ids and its reasoning."""
 MAX_ALIKE = 8
-"""Answers with the same text and calls that are told apart by their place and their reasoning."""
+"""Maximum number of answers with the same text and calls. They are distinguished by their place and
+their reasoning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +33,12 @@ class _Entry:
 
 
 class AnswerMemory:
-    """Sampled answers in ``limit_bytes``, the latest used stay. Safe from any thread."""
+    """Sampled answers in ``limit_bytes``, with least recently used ones evicted. Thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
         self._known: OrderedDict[tuple[Hashable, bytes], list[_Entry]] = OrderedDict()
-        """By tenant and digest of what was said."""
+        """Answers by tenant and digest of the message."""
         self._lock = threading.Lock()
         self.num_bytes = 0
 
@@ -49,9 +50,12 @@ class AnswerMemory:
         turn: SampledTurn,
         chat: bytes | None = None,
     ) -> None:
-        """Remember an answer to a chat of ``place`` messages, which was given as ``message``.
-        ``chat``: digest of that chat, if its reasoning is for nobody who does not send it all.
-        O(its size)."""
+        """Store an answer to a chat of ``place`` messages, which was sent as ``message``. O(its
+        size).
+
+        ``chat`` is the digest of that chat if the reasoning is only for clients that send the whole
+        chat.
+        """
         turn = SampledTurn(turn.header, array("i", turn.token_ids), turn.reasoning)
         key, entry = (tenant, _digest(message)), _Entry(place, turn, chat)
         if entry.num_bytes > self._limit_bytes:
@@ -80,9 +84,12 @@ class AnswerMemory:
         keeps_thinking: bool,
         chat: bytes | None = None,
     ) -> SampledTurn | None:
-        """What was sampled for ``message``, the one with the index ``place``, as a template takes
-        it. Its reasoning must be what was sampled; ``keeps_thinking``: or left out, behind the same
-        ``chat``. Of several the one that stood at the same place, else the latest. O(its size)."""
+        """Return the turn sampled for ``message``, which has the index ``place``, or None. O(its
+        size).
+
+        Its reasoning must be equal, or with ``keeps_thinking`` be missing in the same ``chat``. Of
+        several turns, the one at the same place is returned, else the latest.
+        """
         if message.get("role") != "assistant":
             return None
         key = tenant, _digest(message)
@@ -103,15 +110,15 @@ class AnswerMemory:
         return None if best is None else best[1].turn
 
     def check(self) -> None:
-        """AssertionError: the books are wrong. O(answers)."""
+        """Raise AssertionError if the recorded size is wrong. O(answers)."""
         sizes = [entry.num_bytes for alike in self._known.values() for entry in alike]
         assert all(self._known.values())
         assert sum(sizes) == self.num_bytes <= self._limit_bytes
 
 
 def said_by(message: Mapping[str, Any]) -> list[Any]:
-    """What a message says, in one spelling: the same for an answer and for what a client sends back
-    of it, reasoning included."""
+    """Return the contents of a message in a normal form, which is equal for an answer and its copy
+    from a client, including reasoning."""
     return [
         str(message.get("content") or "").strip(),
         [_call(call) for call in message.get("tool_calls") or ()],
@@ -127,7 +134,7 @@ def _call(call: Any) -> list[Any]:
 
 
 def _plain(arguments: Any) -> str:
-    """Arguments in one spelling, whatever JSON they came in."""
+    """Return arguments in a normal form, independent of the JSON formatting."""
     try:
         value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments or {}
         return json.dumps(value, sort_keys=True, ensure_ascii=False)
@@ -136,5 +143,5 @@ def _plain(arguments: Any) -> str:
 
 
 def _digest(message: Mapping[str, Any]) -> bytes:
-    """Of its text and calls, without its reasoning."""
+    """Return the digest of text and calls, without reasoning."""
     return hashlib.blake2b(json.dumps(said_by(message)[:2]).encode(), digest_size=16).digest()

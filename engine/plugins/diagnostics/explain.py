@@ -1,5 +1,5 @@
-"""Why a prompt was not read from the cache: where it parts from an earlier one (the client's side,
-or the template's), and what the cache no longer had of what both share (ours)."""
+"""Explanation of a cache miss: where the prompt differs from an earlier one, and why shared tokens
+were computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hybridcache.api import Losses
 from hybridcache.tokens import Tokens, common_prefix_len
 
 SHOWN = 12
-"""Tokens shown on each side of where two prompts part."""
+"""Number of tokens shown on each side of the difference."""
 Change = Literal[
     "model",  # another model was asked
     "tools",  # the list of tools
@@ -32,18 +32,18 @@ CAUSES = (
     "kv_evicted",
     "forgotten",
 )
-"""Why shared tokens were computed again, in the order of their positions: as ``Losses``, and
-``forgotten``: the cache does not even remember that it saw them."""
+"""Causes for which shared tokens were computed again, in the order of their positions: those of
+``Losses``, and ``forgotten`` for tokens that the cache does not even remember."""
 
 USUAL_FIELDS = ("content", "reasoning_content", "tool_calls", "tool_call_id", "name")
-"""Names of a message's fields that tell nothing of who wrote it."""
+"""Names of a message's fields that reveal nothing about its author."""
 _USUAL = ("never_checkpointed", "below_grid")
 Decode = Callable[[Sequence[int]], str]
 Locate = Callable[[int], "str | None"]
 
 
 class Found(NamedTuple):
-    """What the cache had of a prompt."""
+    """Tokens of a prompt that the cache had."""
 
     cached_len: int
     losses: Losses
@@ -51,44 +51,44 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Parting:
-    """Where two prompts part."""
+    """Place at which two prompts differ."""
 
     at: int
-    """Tokens that both share."""
+    """Number of tokens that both share."""
     change: Change
     how: How
     path: str | None
-    """Which part of the request, as in ``messages[3].content``; None: not known."""
+    """Part of the request, such as ``messages[3].content``, or None if not known."""
     before: str | None
-    """The last tokens that both share, as text; None: a namespace's are not shown."""
+    """Last tokens that both share, as text. None in a namespace, where no text is shown."""
     was: str | None
-    """Tokens of the earlier request, as text; None if they may be another client's."""
+    """Tokens of the earlier request, as text. None if they may be another client's."""
     now: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Why a request computed what it did, beside an earlier one."""
+    """Reasons why a request computed its tokens, compared with an earlier one."""
 
     prompt_len: int
     cached_len: int
     earlier_len: int
-    """Tokens of the earlier prompt."""
+    """Number of tokens of the earlier prompt."""
     known_len: int
-    """With those of its answer."""
+    """Number of tokens of the earlier prompt and its answer."""
     shared_len: int
-    """Tokens that could have been read, had the cache kept all of the earlier request."""
+    """Number of tokens that could have been read if the cache kept all of the earlier request."""
     parting: Parting | None
-    """None: the prompt goes on where the earlier request ended, or is a beginning of it."""
+    """Difference, or None if one prompt is a beginning of the other request."""
     lost: dict[str, int]
-    """Why tokens below ``shared_len`` were computed again, by cause."""
+    """Number of tokens below ``shared_len`` that were computed again, by cause."""
 
     @property
     def cause(self) -> str | None:
-        """The one word: what cost most tokens; None: all that is shared was read, and it goes on.
+        """The cause that cost the most tokens, or None if all shared tokens were read.
 
-        Where prompts part there need be no state, and nowhere off the grid: these two causes count
-        where nothing else does.
+        A missing state at the difference, and positions off the grid, are normal. These two causes
+        count only without any other.
         """
         costs: dict[str, int] = {n: lost for n, lost in self.lost.items() if n not in _USUAL}
         if self.parting is not None:
@@ -105,7 +105,7 @@ class Explanation:
         return None if self.cause is None else ADVICE[self.cause]
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; docs/engine/capabilities.md has the fields."""
+        """Return the explanation for JSON. docs/engine/capabilities.md describes the fields."""
         parting = self.parting
         parted = None if parting is None else {n: getattr(parting, n) for n in Parting.__slots__}
         return {
@@ -123,7 +123,7 @@ class Explanation:
 
     @property
     def text(self) -> str:
-        """In a sentence or two."""
+        """The explanation in one or two sentences."""
         computed = self.prompt_len - self.cached_len
         words = [
             f"{self.cached_len:,} of {self.prompt_len:,} tokens were reused, {computed:,} computed."
@@ -197,20 +197,20 @@ def explain(
     tools_first: bool = True,
     shows_earlier: bool = True,
 ) -> Explanation:
-    """Why ``later`` was computed as far as it was, though ``earlier`` had been.
+    """Explain why ``later`` was computed although ``earlier`` had been. O(tokens).
 
-    Both are of one namespace. Unless ``shows_earlier``, no text or name of ``earlier`` is in the
-    explanation that ``later`` does not have: they may be of clients that do not know each other.
-    ``decode`` shows ids as text; ``locate`` names the part of the later
-    request that a position of its prompt lies in, and is asked only where the template alone is the
-    cause; ``tools_first``: the template writes tools before the system message. O(tokens).
+    Both are in one namespace. Unless ``shows_earlier``, the explanation contains no text or name of
+    ``earlier`` that ``later`` does not have, because they may be from unrelated clients. ``decode``
+    converts ids to text. ``locate`` names the part of the later request at a position of its
+    prompt; it is called only if the template is the cause. ``tools_first``: the template writes
+    tools before the system message.
     """
     limit = later.prompt_len
     left, right = earlier.tokens, later.tokens[:limit]
     at = common_prefix_len(cast(Tokens, left), cast(Tokens, right))
     if earlier.model != later.model:
         at = 0
-    # The newest token of an answer was never computed, and one of a prompt has to be.
+    # The last token of an answer was never computed, and the last one of a prompt always is.
     shared_len = min(at, max(len(left) - 1, 0), limit - 1)
     parting = None
     if earlier.model != later.model or at < min(len(left), limit):
@@ -230,7 +230,8 @@ def explain(
 
 
 def _lost(found: Found, shared_len: int) -> dict[str, int]:
-    """Tokens of each cause below ``shared_len``: the causes follow one another in a prompt."""
+    """Return the number of tokens below ``shared_len`` by cause. The causes follow each other in a
+    prompt."""
     by_cause = found.losses._asdict() | {"forgotten": found.losses.never_seen}
     start, lost = found.cached_len, {}
     for name in CAUSES:
@@ -243,7 +244,8 @@ def _lost(found: Found, shared_len: int) -> dict[str, int]:
 def _change(
     earlier: Outline, later: Outline, at: int, tools_first: bool, shows_earlier: bool
 ) -> tuple[Change, How, str | None]:
-    """(what differs, how, which part of the later request) of two prompts that part ``at``."""
+    """Return (cause, kind of difference, part of the later request) of two prompts that differ from
+    position ``at`` on."""
     if earlier.model != later.model:
         return "model", "changed", "model"
     before, after = _split(earlier), _split(later)
@@ -277,7 +279,7 @@ def _change(
 
 
 def _split(outline: Outline) -> tuple[Sequence[MessageOutline], Sequence[MessageOutline]]:
-    """(the system messages that it begins with, the others)."""
+    """Return (the system messages at the beginning, the other messages)."""
     messages = outline.messages
     roles = [message.role in SYSTEM_ROLES for message in messages]
     end = roles.index(False) if False in roles else len(messages)
@@ -285,7 +287,7 @@ def _split(outline: Outline) -> tuple[Sequence[MessageOutline], Sequence[Message
 
 
 def _first_difference(old: Sequence[Any], new: Sequence[Any]) -> tuple[int, How]:
-    """(index of the first entry that differs, what became of it)."""
+    """Return (index of the first entry that differs, kind of difference)."""
     pairs = enumerate(zip(old, new, strict=False))
     index = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
     rest_old, rest_new = old[index:], new[index:]

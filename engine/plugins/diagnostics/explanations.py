@@ -1,5 +1,4 @@
-"""Why a request missed, for whoever asks: what is remembered of requests, and the forms in which it
-is told."""
+"""Explanations of cache misses: memory of recent requests, and the forms of the answer."""
 
 from __future__ import annotations
 
@@ -28,12 +27,12 @@ from hybridcache.tokens import Tokens, common_prefix_len
 SHORT_ID = 17
 """Characters of an id that ``engine top`` shows: ``chatcmpl-`` and eight more."""
 NEAREST = 64
-"""Requests that are looked through for the one that shares most."""
+"""Number of requests that are searched for the one that shares the most tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatParts:
-    """A chat as a template renders it, of ``size`` bytes."""
+    """Inputs of a rendered chat of ``size`` bytes."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None
@@ -43,24 +42,23 @@ class ChatParts:
 
 @dataclass(frozen=True, slots=True)
 class Remembered:
-    """One request: what it asked for, and what the cache had of it."""
+    """One request, and the part of it that the cache had."""
 
     outline: Outline
     found: Found
     chat: ChatParts | None = None
-    """To name the part that a position lies in; None: a namespace's is not kept."""
+    """Chat, to name the part at a position. None in a namespace, where it is not kept."""
     request_id: str | None = None
-    """The engine's id of the request; None if nobody asks by it."""
+    """The engine's id of the request, or None if it is not needed."""
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes."""
+        """Approximate size."""
         return self.outline.num_bytes + (self.chat.size if self.chat is not None else 0)
 
 
 class RequestMemory:
-    """Requests by their tenant and the id of their answer, the latest in ``limit_bytes``. Safe from
-    any thread."""
+    """Recent requests in ``limit_bytes``, by tenant and id of their answer. Thread-safe."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -68,17 +66,18 @@ class RequestMemory:
         self._lock = threading.Lock()
         self.num_bytes = 0
         self.has_forgotten = False
-        """True if a request had to make room for others, or was too large."""
+        """True if a request was evicted, or was too large to be stored."""
 
     def get(self, tenant: Hashable, answer_id: str) -> Remembered | None:
-        """Return what is known of an answer of ``tenant``. O(1)."""
+        """Return the request of an answer of ``tenant``, or None. O(1)."""
         with self._lock:
             return self._known.get((tenant, answer_id))
 
     def find(self, name: str) -> tuple[str, Remembered] | None:
-        """Return the id of the latest answer of any tenant that has this id or ``request_id``, or
-        whose id begins with these ``SHORT_ID`` or more characters, and what is known of it: for the
-        operator. O(requests)."""
+        """Return (id, request) of the latest answer with this id or ``request_id``, of any tenant.
+
+        Also finds an id by its first ``SHORT_ID`` or more characters. For the operator.
+        O(requests)."""
         with self._lock:
             listed = list(self._known.items())
         return next(
@@ -92,7 +91,7 @@ class RequestMemory:
         )
 
     def put(self, tenant: Hashable, answer_id: str, remembered: Remembered) -> None:
-        """Remember a request, in place of an earlier one with this id, and forget the oldest. O(1)
+        """Store a request, replace an earlier one with this id, and drop the oldest. O(1)
         amortised."""
         size = remembered.num_bytes
         if size > self._limit_bytes:
@@ -108,8 +107,11 @@ class RequestMemory:
                 self.has_forgotten = True
 
     def nearest(self, later: Remembered) -> tuple[str, Remembered] | None:
-        """Return the id of the request before ``later`` in its namespace that shares most with it,
-        the latest of equals, and what is known of it; None if none shares a token."""
+        """Return (id, request) of the earlier request that shares the most tokens with ``later``,
+        or None if none shares any.
+
+        Only requests of its namespace are compared; of equal ones the latest is returned.
+        """
         with self._lock:
             listed = list(self._known.items())
         at = next((i for i, (_, known) in enumerate(listed) if known is later), 0)
@@ -125,13 +127,13 @@ class RequestMemory:
         return best
 
     def check(self) -> None:
-        """AssertionError: the books are wrong. O(requests)."""
+        """Raise AssertionError if the recorded size is wrong. O(requests)."""
         sizes = [remembered.num_bytes for remembered in self._known.values()]
         assert sum(sizes) == self.num_bytes <= self._limit_bytes
 
 
 FIRST, LAST = 0xF0000, 0xFFFFD
-"""A private-use plane: as many marks as it has characters."""
+"""Private-use characters that serve as marks."""
 _TOOL, _SYSTEM = "tool_to_find", "text to find"
 _MARK = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
 
@@ -143,8 +145,11 @@ def locate(
     variables: Mapping[str, Any] | None,
     num_chars: int,
 ) -> str | None:
-    """The field of the chat, as in ``messages[3].content``, that the rendered text is in after
-    ``num_chars``; None: it is in none yet, or the chat has marks itself. One render."""
+    """Return the field of the chat, such as ``messages[3].content``, at position ``num_chars`` of
+    the rendered text.
+
+    None before the first field, or if the chat contains marks itself. Takes one render.
+    """
     paths: list[str] = []
     chat = [
         {name: _marked(value, f"messages[{i}].{name}", paths) for name, value in message.items()}
@@ -167,8 +172,8 @@ def locate(
 
 
 def _marked(value: Any, path: str, paths: list[str]) -> Any:
-    """``value`` with a mark in each of its texts, after the blanks that it begins with: templates
-    strip those. A role stays what it is."""
+    """Return ``value`` with a mark in each of its texts, after leading blanks, which templates
+    strip. Roles are unchanged."""
     if isinstance(value, str) and not path.endswith((".role", ".type", ".id", "_id")):
         paths.append(path)
         stripped = value.lstrip()
@@ -182,7 +187,7 @@ def _marked(value: Any, path: str, paths: list[str]) -> Any:
 
 
 def writes_tools_first(template: ChatTemplate) -> bool:
-    """Whether tools stand before the system message's own text. One render."""
+    """Return True if tools come before the text of the system message. Takes one render."""
     tool = {"type": "function", "function": {"name": _TOOL, "parameters": {}}}
     chat = [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": "hi"}]
     try:
@@ -199,7 +204,8 @@ ANTHROPIC: dict[Change, str] = {
     "messages": "messages_changed",
     "variables": "unavailable",
 }
-"""``unavailable``: another parameter that makes the prompt is the cause."""
+"""Anthropic's name of each cause. ``unavailable`` is a change in another parameter of the
+prompt."""
 OPENAI: dict[Change, str] = {
     "model": "model_changed",
     "system": "input_changed",
@@ -207,12 +213,12 @@ OPENAI: dict[Change, str] = {
     "messages": "input_changed",
 }
 EFFORT = ("reasoning_effort", "enable_thinking", "thinking", "thinking_budget")
-"""Switches of templates that say how much is thought."""
+"""Switches of templates that control the amount of reasoning."""
 
 
 def for_anthropic(explanation: Explanation | None) -> dict[str, Any] | None:
-    """``diagnostics`` of an answer that a comparison was asked for; None: no request differs.
-    ``explanation`` None: the earlier message is not known here."""
+    """Return ``diagnostics`` of an answer with a comparison, or None if the requests do not differ.
+    ``explanation`` is None if the earlier message is not known."""
     if explanation is None:
         return {"cache_miss_reason": {"type": "previous_message_not_found"}}
     parting = explanation.parting
@@ -226,8 +232,8 @@ def for_anthropic(explanation: Explanation | None) -> dict[str, Any] | None:
 
 
 def for_openai(explanation: Explanation | None) -> dict[str, Any]:
-    """``prompt_cache_diagnostics`` of an answer that a comparison was asked for; None: the earlier
-    response is not known here."""
+    """Return ``prompt_cache_diagnostics`` of an answer with a comparison. ``explanation`` is None
+    if the earlier response is not known."""
     if explanation is None:
         return {"type": "comparison_response_not_found"}
     parting = explanation.parting
@@ -255,7 +261,7 @@ def _openai_reason(parting: Parting) -> str | None:
 
 @dataclass(slots=True)
 class AskedChat:
-    """A chat that is being answered, and will be remembered."""
+    """A chat in progress that will be stored."""
 
     tenant: Tenant
     answer_id: str
@@ -263,19 +269,20 @@ class AskedChat:
     """The engine's id of the request."""
     outline: Outline
     chat: ChatParts | None
-    """None: a namespace's is not kept."""
+    """Chat, or None in a namespace, where it is not kept."""
     found: Found | None = None
 
     @property
     def remembered(self) -> Remembered | None:
-        """What is known of it; None before its first output."""
+        """The chat in the form in which it is stored, or None before its first output."""
         if self.found is None:
             return None
         return Remembered(self.outline, self.found, self.chat, self.request_id)
 
 
 class Explanations:
-    """Remembers the requests of one server, and explains what one computed beside another."""
+    """Stores the requests of one server, and explains their computation in comparison with other
+    requests."""
 
     def __init__(self, tokenizer: Tokenizer, limit_bytes: int) -> None:
         self._tokenizer = tokenizer
@@ -296,7 +303,7 @@ class Explanations:
         variables: Mapping[str, Any] | None,
         size: int,
     ) -> AskedChat:
-        """What is known of a chat of ``size`` bytes before it is answered. O(size)."""
+        """Record a chat of ``size`` bytes before it is answered. O(size)."""
         outline = self._outliner.outline(
             token_ids,
             model=model,
@@ -311,7 +318,7 @@ class Explanations:
     def end(
         self, asked: AskedChat, output: RequestOutput, message: Mapping[str, Any] | None = None
     ) -> None:
-        """Remember ``asked`` with its answer, which was given as ``message``. O(its tokens)."""
+        """Store ``asked`` with its answer, which was sent as ``message``. O(its tokens)."""
         self.saw(asked, output)
         if asked.remembered is not None:
             answer = np.asarray(output.output, np.int32)
@@ -320,22 +327,28 @@ class Explanations:
             self.memory.put(asked.tenant, asked.answer_id, remembered)
 
     def saw(self, asked: AskedChat, output: RequestOutput) -> None:
-        """An output of ``asked``, which says what the cache had."""
+        """Record an output of ``asked``, which has the cached length."""
         if output.losses is not None:
             asked.found = Found(output.cached_len, output.losses)
 
     def compare(self, asked: AskedChat, earlier_id: str) -> Explanation | None:
-        """Why ``asked`` was computed as far as it was, compared with an earlier request of the same
-        tenant, whose text is shown only if a secret tells the tenant from others. None: that
-        request is not known here, or nothing was computed yet."""
+        """Explain the computation of ``asked`` in comparison with an earlier request of the same
+        tenant.
+
+        The earlier text is shown only if a secret identifies the tenant. Returns None if that
+        request is not known, or nothing was computed yet.
+        """
         earlier, later = self.memory.get(asked.tenant, earlier_id), asked.remembered
         if earlier is None or later is None:
             return None
         return self._explain(earlier, later, shows_earlier=asked.tenant.is_known)
 
     def look_up(self, answer_id: str, earlier_id: str | None) -> dict[str, Any] | None:
-        """For the operator: the same for a request that ended, by default beside the one before it
-        that shares most. None: a request is not known."""
+        """Return the same explanation for a request that ended; for the operator.
+
+        It is compared by default with the earlier request that shares the most tokens. None if a
+        request is not known.
+        """
         found = self.memory.find(answer_id)
         if found is None:
             return None
@@ -381,7 +394,7 @@ class Explanations:
 
 
 class Inquiry:
-    """What one chat learns of itself while it is answered, and what it was asked to say of it."""
+    """Observes one chat while it is answered, and returns the requested explanations."""
 
     def __init__(
         self,
@@ -390,23 +403,23 @@ class Inquiry:
         compared_with: str | None,
         is_asked: bool,
     ) -> None:
-        """``compared_with``: the earlier answer; ``is_asked``: Anthropic's form is wanted, also
-        where there is no earlier one."""
+        """``compared_with``: the earlier answer. ``is_asked``: Anthropic's form is requested, even
+        without an earlier answer."""
         self._is_asked = is_asked
         self._explanations = explanations
         self._asked = asked
         self._compared_with = compared_with
         self._first: RequestOutput | None = None
         self.explanation: Explanation | None = None
-        """Once the first output is there, where a comparison was asked for and is possible."""
+        """Explanation after the first output, if a comparison was requested and is possible."""
 
     @property
     def answer_id(self) -> str:
         return self._asked.answer_id
 
     async def see(self, output: RequestOutput, workers: Workers) -> None:
-        """The next output of the first answer. O(tokens of the prompt) with the first one, where a
-        comparison was asked for."""
+        """Process the next output of the first answer. O(tokens of the prompt) for the first output
+        with a comparison."""
         if self._first is not None:
             return
         self._first = output
@@ -419,12 +432,12 @@ class Inquiry:
             )
 
     def end(self, output: RequestOutput, message: Mapping[str, Any]) -> None:
-        """The last output of the first answer, and what it said."""
+        """Process the last output of the first answer, and its message."""
         self._explanations.end(self._asked, output, message)
 
     def headers(self) -> dict[str, str]:
-        """Return ``cache_headers``, and ``x-cache-parted`` if a comparison was asked for and is
-        possible; empty before the first output."""
+        """Return ``cache_headers``, and ``x-cache-parted`` if a comparison was requested and is
+        possible. Empty before the first output."""
         if self._first is None:
             return {}
         headers = cache_headers(self._first)
@@ -435,7 +448,7 @@ class Inquiry:
         return headers
 
     def told(self) -> dict[str, Any]:
-        """Why it missed, in OpenAI's form and in ours, where that was asked."""
+        """Return the requested explanation in OpenAI's form and in the engine's."""
         if self._compared_with is None:
             return {}
         whole = None if self.explanation is None else self.explanation.as_dict()
@@ -445,7 +458,7 @@ class Inquiry:
         }
 
     def diagnostics(self) -> dict[str, Any]:
-        """The same in Anthropic's form."""
+        """Return the requested explanation in Anthropic's form."""
         if not self._is_asked:
             return {}
         is_compared = self._compared_with is not None

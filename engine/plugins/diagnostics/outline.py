@@ -1,5 +1,7 @@
-"""What is remembered of one request, to compare a later one with: digests of what it asked for, and
-its tokens, or keyed hashes of them where they are a tenant's."""
+"""Outline of one request for comparison with later ones: digests of its parts, and its tokens.
+
+In a namespace, tokens are stored as keyed hashes.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,10 @@ from engine.plugins.diagnostics.answers import said_by
 from hybridcache.tokens import Tokens
 
 Marks = npt.NDArray[np.int32] | npt.NDArray[np.uint64]
-"""What stands for a sequence of ids."""
+"""Values that represent a sequence of ids."""
 Digest = bytes
 ENTRY_BYTES = 512
-"""What an outline takes beside its tokens and digests."""
+"""Approximate size of an outline without its tokens and digests."""
 SYSTEM_ROLES = ("system", "developer")
 
 
@@ -30,27 +32,27 @@ class MessageOutline:
     role: str
     fields: tuple[tuple[str, Digest], ...]
     said: Digest
-    """Of what it says, in whatever spelling."""
+    """Digest of its contents in a normal form."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """One request, and the answer it got."""
+    """One request with its answer."""
 
     model: str
     namespace: Hashable
     tools: tuple[Digest, ...]
     variables: tuple[tuple[str, Digest], ...]
-    """The template's switches, by name."""
+    """Switches of the template, by name."""
     messages: tuple[MessageOutline, ...]
     tokens: Marks
-    """Prompt and answer: ids, int32[n]; of a namespace keyed hashes of (position, id), uint64[n],
-    which are equal where the ids are and tell nothing else."""
+    """Prompt and answer: ids, int32[n]. In a namespace, keyed hashes of (position, id), uint64[n],
+    which are equal if the ids are and reveal nothing else."""
     prompt_len: int
     turn_start: int
-    """Where the header of the answer begins: what is past it is the answer's own turn."""
+    """Start of the header of the answer; everything after it is the answer's turn."""
     answer: Digest | None = None
-    """Of what the answer said, as ``MessageOutline.said``; None: not known."""
+    """Digest of the answer, as ``MessageOutline.said``, or None if not known."""
 
     @property
     def is_hashed(self) -> bool:
@@ -58,17 +60,17 @@ class Outline:
 
     @property
     def num_bytes(self) -> int:
-        """About what it takes."""
+        """Approximate size."""
         fields = sum(len(message.fields) for message in self.messages)
         return ENTRY_BYTES + self.tokens.nbytes + 128 * (fields + len(self.tools))
 
 
 class Outliner:
-    """Makes the outlines of one server, with one key: nobody can try texts or ids against what is
-    remembered."""
+    """Makes the outlines of one server, with a secret key, so that texts or ids cannot be guessed
+    from stored digests."""
 
     def __init__(self, key: bytes, control_ids: Sequence[int]) -> None:
-        """``control_ids``: what begins and ends a turn."""
+        """``control_ids``: tokens that begin and end a turn."""
         self._key = key
         self._control_ids = np.asarray(control_ids, np.int32)
         seed = np.frombuffer(self._digest("ids"), np.uint64)
@@ -84,7 +86,7 @@ class Outliner:
         tools: Sequence[Mapping[str, Any]] = (),
         variables: Mapping[str, Any] | None = None,
     ) -> Outline:
-        """The outline of a prompt. O(its size)."""
+        """Return the outline of a prompt. O(its size)."""
         ends = np.flatnonzero(np.isin(tokens, self._control_ids))
         return Outline(
             model,
@@ -100,8 +102,8 @@ class Outliner:
     def answered(
         self, outline: Outline, answer: Tokens, message: Mapping[str, Any] | None = None
     ) -> Outline:
-        """``outline`` with the ids of its answer, and with what it said as a ``message``. O(its
-        tokens)."""
+        """Return ``outline`` with the ids of its answer, and with the digest of its ``message``.
+        O(its tokens)."""
         kept = self._kept(answer, outline.namespace, outline.prompt_len)
         tokens: Any = np.concatenate((outline.tokens[: outline.prompt_len], kept))
         said = None if message is None else self._digest(said_by(message))
@@ -121,7 +123,8 @@ class Outliner:
         return MessageOutline(str(message.get("role")), tuple(fields), said)
 
     def _digest(self, value: Any) -> Digest:
-        """Of ``value`` as JSON in its own order, which is what a template prints."""
+        """Return the digest of ``value`` as JSON in its given order, which is the order in which a
+        template prints it."""
         text = json.dumps(value, default=repr).encode()
         return hashlib.blake2b(text, key=self._key, digest_size=16).digest()
 

@@ -1,5 +1,5 @@
-"""Prompts that keep the beginning of earlier ones: sampled tokens for the answers that come back,
-and lines that change with every request out of the way."""
+"""Prompts that keep the beginning of earlier ones: sampled tokens replace answers that come back,
+and lines that change with every request are moved or dropped."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from engine.text.templates import ChatPrompt
 from engine.text.tokenizer import Tokenizer
 
 KEEPS_THINKING = "preserve_thinking"
-"""The switch that newer templates know, and that is ours where they do not."""
+"""Template variable of newer templates; emulated for templates that do not support it."""
 logger = logging.getLogger(__name__)
 
 
@@ -32,14 +32,14 @@ class Place:
 
     tenant: Tenant
     index: int
-    """Messages before it."""
+    """Number of messages before it."""
     chat: bytes | None
-    """Digest of what is before it. None if a secret tells the tenant from others: it may have the
-    reasoning of its answers back, wherever they stand."""
+    """Digest of the chat before it. None if a secret identifies the tenant: its answers may then be
+    replaced with their reasoning at any place."""
 
 
 class Replays:
-    """Makes what comes in into what was said before, as far as it is the same."""
+    """Replaces parts of a chat by the sampled tokens and stable lines of earlier requests."""
 
     def __init__(self, tokenizer: Tokenizer, config: DiagnosticsConfig) -> None:
         self._tokenizer = tokenizer
@@ -56,7 +56,7 @@ class Replays:
         variables: Mapping[str, Any] | None,
         tenant: Tenant,
     ) -> ChatInput:
-        """A chat as it is to be rendered. O(its size)."""
+        """Return the inputs for rendering a chat. O(its size)."""
         keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
         if keeps:
             variables = {**(variables or {}), KEEPS_THINKING: True}
@@ -81,8 +81,8 @@ class Replays:
         message: Message,
         output: RequestOutput,
     ) -> None:
-        """Keep the tokens of an answer, given as ``message``, that the model ended itself or that
-        was cut by its length: one that a client can send back whole. O(its size)."""
+        """Store the tokens of an answer, sent as ``message``, that a client can send back
+        completely: one ended by the model or by its length limit. O(its size)."""
         token_ids = output.output.tolist()
         if output.finish_reason == "stop" and token_ids[-1] in self._tokenizer.eos_token_ids:
             token_ids.pop()
@@ -101,7 +101,8 @@ def _see(seen: Any, value: Any) -> None:
 
 
 class VolatileLines:
-    """Lines of the system message that change with every request, so that nothing below hits."""
+    """Lines of the system message that change with every request, so that the cache would not match
+    after them."""
 
     def __init__(self, config: DiagnosticsConfig) -> None:
         self._drops = config.volatile == "drop"
@@ -118,8 +119,8 @@ class VolatileLines:
         return {**message, "content": "\n".join(x for x in lines if not self._pattern.search(x))}
 
     def settle(self, messages: Sequence[Message]) -> list[Message]:
-        """``messages`` with these lines at the end of the system message that has them, or without
-        them. O(its size)."""
+        """Return ``messages`` with these lines at the end of their system message, or without them.
+        O(its size)."""
         chat = list(messages)
         if self._pattern is None:
             return chat

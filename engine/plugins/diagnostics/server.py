@@ -62,20 +62,20 @@ class Hooks:
 
 
 def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:
-    """Say why there is no explanation for answers of which these ids are ``unknown``."""
+    """Return the reason why there is no explanation; ``unknown`` are the ids that are not stored."""
     if not unknown:
-        return "The two answers have different salts (cache_salt): they share nothing."
+        return "The two answers have different salts (cache_salt): they share no cache entries."
     message = (
-        f"No chat answer with the id {quoted(unknown[0])} is remembered: send the 'id' of an "
-        "answer, which the log of requests and `engine top` show, too."
+        f"No chat answer with the id {quoted(unknown[0])} is stored: send the 'id' of an "
+        "answer. The request log and `engine top` also show it."
     )
     if has_forgotten:
-        message += " Older ones were forgotten: --explain-mib remembers more."
+        message += " Older ones were evicted: raise --explain-mib to store more."
     return message
 
 
 class Extension(ServerExtension):
-    """Explains misses to the operator."""
+    """Explains cache misses to the operator."""
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:
         """See ``ServerExtension``."""

@@ -27,7 +27,7 @@ from engine.text.answer_events import (
 from engine.text.outputs import RequestOutput
 
 PING_S = 10.0
-"""Silence after which a stream says that it lives."""
+"""Silence after which a stream sends a ping."""
 REASONS: dict[Finish, str] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
@@ -56,7 +56,7 @@ async def messages(front: ServingContext, request: Request, body: MessagesReques
 
 
 async def count_tokens(front: ServingContext, request: Request, body: CountRequest) -> Response:
-    """How long the prompt of a request would be."""
+    """Return the length of the prompt of a request."""
     front.check_model(body.model)
     size = len(await request.body())
     chat = await front.workers.run(size, body.as_chat)
@@ -66,7 +66,7 @@ async def count_tokens(front: ServingContext, request: Request, body: CountReque
 
 
 class _MessagesWriter:
-    """Writes one answer, whole or in events."""
+    """Writes one answer, as a whole or as events."""
 
     def __init__(self, front: ServingContext, body: MessagesRequest, exchange: ChatSession) -> None:
         self._front = front
@@ -80,8 +80,8 @@ class _MessagesWriter:
         return self._message(_content(answer.events), ending, self._usage(answer.output))
 
     async def events(self) -> AsyncIterator[bytes]:
-        """``message_start`` with the first output, which says what the cache had; a block at a
-        time; ``ping`` where nothing comes."""
+        """Yield ``message_start`` with the first output, which has the cached length, then one
+        block at a time, and ``ping`` in pauses."""
         blocks = _Blocks()
         has_begun = False
         async for news in with_pauses(self._exchange.news(), PING_S):
@@ -130,14 +130,18 @@ class _MessagesWriter:
         return {"stop_reason": reason, "stop_sequence": stop}
 
     def _stop_of(self, output: RequestOutput, stops: Sequence[str]) -> str | None:
-        """The stop sequence that ended an answer: it follows its text. O(tokens)."""
+        """Return the stop sequence that ended an answer, which follows its text, or None.
+        O(tokens)."""
         text = self._front.tokenizer.decode(output.token_ids)
         met = [stop for stop in stops if text.startswith(stop, len(output.text))]
         return min(met, key=len, default=None)
 
     def _usage(self, output: RequestOutput) -> dict[str, Any]:
-        """``cache_creation_input_tokens``: what was computed up to the last place that
-        ``cache_control`` marks. The three counts of input sum to the prompt."""
+        """Return the token counts; the three counts of input sum to the prompt.
+
+        ``cache_creation_input_tokens`` counts the tokens computed up to the last mark of
+        ``cache_control``.
+        """
         prompt, num_cached = self._exchange.prompt, output.cached_len
         marked = [*prompt.cuts, *(prompt.boundaries[-1:] if self._body.marks_end else ())]
         num_created = max(0, max(marked, default=0) - num_cached)
@@ -153,7 +157,7 @@ _NO_ENDING = {"stop_reason": None, "stop_sequence": None}
 
 
 def _content(events: Sequence[Event]) -> list[dict[str, Any]]:
-    """An answer as blocks."""
+    """Return an answer as blocks."""
     blocks: list[dict[str, Any]] = []
     arguments = ""
     for one in events:
@@ -178,12 +182,12 @@ def _tool_use(name: str) -> dict[str, Any]:
 
 
 def _signature(digest: Any) -> str:
-    """Clients drop thinking without one; nothing is proved by it."""
+    """Return a signature. Clients drop thinking without one; it proves nothing."""
     return str(digest.hexdigest())
 
 
 class _Blocks:
-    """Writes events as blocks: one is open at a time."""
+    """Writes events as blocks, of which one is open at a time."""
 
     def __init__(self) -> None:
         self._index = -1
@@ -210,7 +214,7 @@ class _Blocks:
                     yield from self.close()
 
     def close(self) -> Iterator[dict[str, Any]]:
-        """End the block that is open, if one is."""
+        """End the open block, if there is one."""
         if self._open is ReasoningDelta:
             sign = _signature(self._thoughts)
             yield self._delta({"type": "signature_delta", "signature": sign})

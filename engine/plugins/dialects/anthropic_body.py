@@ -1,7 +1,7 @@
-"""What Anthropic's clients may send to /v1/messages, and the chat that it is.
+"""Request bodies of Anthropic's /v1/messages, and their conversion to a chat.
 
-Blocks become the messages that chat templates know: a result of a tool is a message of its own,
-thinking is an assistant's ``reasoning_content``, and a use of a tool one of its calls.
+Blocks become the messages of chat templates: a tool result is a separate message, thinking is the
+assistant's ``reasoning_content``, and a tool use is one of its calls.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
 def _is_known(block: Any) -> Any:
-    """Blocks of other types are refused by name."""
+    """Check the type of a block. Unknown types are refused by name."""
     if (
         isinstance(block, dict)
         and isinstance(kind := block.get("type"), str)
         and kind not in BLOCKS
     ):
-        raise ValueError(f"{quoted(kind)} blocks are not read here: this model reads text only.")
+        raise ValueError(f"{quoted(kind)} blocks are not supported: this model supports text only.")
     return block
 
 
@@ -48,11 +48,12 @@ class Text(Strict):
     cache_control: CacheControl | None = None
     citations: list[Any] | None = Field(default=None, max_length=0)
     parsed_output: Any = Field(default=None, exclude=True)
-    """Anthropic's client puts it there, by what an answer was to be."""
+    """Added by Anthropic's client according to the requested format; ignored."""
 
 
 class Thinking(Strict):
-    """``signature`` is not checked: whoever sends thinking may as well have written it."""
+    """Thinking of an earlier answer. ``signature`` is not checked, because clients may write
+    thinking themselves."""
 
     type: Literal["thinking"]
     thinking: str
@@ -79,7 +80,8 @@ class ToolResult(Strict):
     cache_control: CacheControl | None = None
 
     def as_message(self) -> dict[str, Any]:
-        """Templates know no failed tools: the text says it."""
+        """Return the tool message. Templates do not support failed tools, so the failure is added
+        to the text."""
         parts = [self.content] if isinstance(self.content, str) else self.content or []
         texts = [part if isinstance(part, str) else part.text for part in parts]
         text = "\n".join(texts)
@@ -102,7 +104,7 @@ class Message(Strict):
     content: str | Listed[Block]
 
     def as_messages(self) -> Iterator[dict[str, Any]]:
-        """The messages that it is, in the order of its blocks."""
+        """Yield the chat messages of this message, in the order of its blocks."""
         if isinstance(self.content, str):
             yield {"role": self.role, "content": self.content}
         elif self.role == "assistant":
@@ -127,7 +129,7 @@ def _of_assistant(blocks: list[Block]) -> dict[str, Any]:
             if block.cache_control is not None:
                 message["cache_control"] = block.cache_control.model_dump()
         else:
-            raise ValueError("A 'tool_result' is the user's: send it in a message of theirs.")
+            raise ValueError("A 'tool_result' must be in a message of the user.")
     message["content"] = texts
     if thoughts:
         message["reasoning_content"] = "\n".join(thoughts)
@@ -145,7 +147,7 @@ def _of_user(role: str, blocks: list[Block]) -> Iterator[dict[str, Any]]:
                 texts = []
             yield block.as_message()
         else:
-            raise ValueError(f"A '{block.type}' is the assistant's: send it in a message of its.")
+            raise ValueError(f"A '{block.type}' must be in a message of the assistant.")
     if texts or not blocks:
         yield {"role": role, "content": texts}
 
@@ -156,14 +158,12 @@ def _part(block: Text) -> dict[str, Any]:
 
 def _is_custom(tool: Any) -> Any:
     if isinstance(tool, dict) and tool.get("type") not in (None, "custom"):
-        raise ValueError(
-            f"{quoted(str(tool['type']))} tools do not run here: offer tools of yours."
-        )
+        raise ValueError(f"{quoted(str(tool['type']))} tools are not supported: use custom tools.")
     return tool
 
 
 class Tool(Strict):
-    """``eager_input_streaming`` changes nothing: input comes when it is whole."""
+    """A custom tool. ``eager_input_streaming`` is ignored: input is sent when it is complete."""
 
     type: Literal["custom"] | None = None
     name: Name
@@ -192,7 +192,9 @@ class ToolChoice(Strict):
     @model_validator(mode="after")
     def _names_its_tool(self) -> ToolChoice:
         if (self.type == "tool") != (self.name is not None):
-            raise ValueError("A 'tool_choice' of the type 'tool', and no other, has a 'name'.")
+            raise ValueError(
+                "A 'tool_choice' must have a 'name' if its type is 'tool', and only then."
+            )
         return self
 
     def as_choice(self) -> str | dict[str, Any]:
@@ -202,7 +204,7 @@ class ToolChoice(Strict):
 
 
 class ThinkingConfig(Strict):
-    """Thinking is ended behind ``budget_tokens``, if the model does not before."""
+    """Thinking ends at the latest after ``budget_tokens``."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
@@ -216,12 +218,12 @@ class JSONFormat(Strict):
 
 class OutputConfig(Strict):
     effort: str | None = None
-    """For the template, as ``reasoning_effort``."""
+    """Variable ``reasoning_effort`` of the template."""
     format: JSONFormat | None = None
 
 
 class CountRequest(Strict):
-    """POST /v1/messages/count_tokens: what makes the prompt."""
+    """POST /v1/messages/count_tokens: the fields that determine the prompt."""
 
     model: str
     messages: Listed[Message] = Field(min_length=1)
@@ -234,9 +236,9 @@ class CountRequest(Strict):
     """Later prompts will share all of this one."""
     diagnostics: Diagnostics | None = None
     cache_salt: str | None = None
-    """Requests with different salts share nothing of the cache."""
+    """Requests with different salts share no cache entries."""
     metadata: Any = None
-    """Changes no answer; ``session_end`` in it says that no request of the session follows."""
+    """Ignored except ``session_end``, which declares that no request of the session follows."""
 
     @model_validator(mode="before")
     @classmethod
@@ -249,21 +251,21 @@ class CountRequest(Strict):
     def _ends_with_the_user(self) -> CountRequest:
         if self.messages[-1].role == "assistant":
             raise ValueError(
-                "The last message is the assistant's, and beginning its answer is not served here: "
-                "end with the user's."
+                "The last message is the assistant's, and continuing an answer is not supported: "
+                "end with a message of the user."
             )
         return self
 
     @property
     def marks_end(self) -> bool:
-        """``cache_control`` stands at the end of the chat."""
+        """True if ``cache_control`` marks the end of the chat."""
         content = self.messages[-1].content
         last = content[-1] if isinstance(content, list) and content else None
         is_marked = last is not None and getattr(last, "cache_control", None) is not None
         return is_marked or self.cache_control is not None
 
     def fields(self) -> dict[str, Any]:
-        """What it says as a chat request."""
+        """Return the fields of the chat request."""
         messages: list[dict[str, Any]] = []
         if isinstance(self.system, str):
             messages.append({"role": "system", "content": self.system})
@@ -294,7 +296,7 @@ class CountRequest(Strict):
         return switches
 
     def as_chat(self) -> ChatRequest:
-        """The chat that it is. APIError 400: it asks for what is not served."""
+        """Return the chat request. Raises APIError 400 if a field is not supported."""
         try:
             return chat_request(self.fields(), "output_config.format")
         except ValueError as error:

@@ -1,4 +1,5 @@
-"""Responses that a later request may go on from: in memory, bounded, each tenant's its own."""
+"""Store of responses that later requests may continue: in memory, bounded, separate for each
+tenant."""
 
 from __future__ import annotations
 
@@ -10,12 +11,13 @@ from typing import Any
 
 MAX_RESPONSES = 4096
 ENTRY_BYTES = 512
-"""Of one entry, beside what it holds."""
+"""Size of an entry without its contents."""
 
 
 def held_bytes(value: Any) -> int:
-    """Memory that holds ``value``, which JSON can say, as if it shared nothing with others: what
-    stands in it more than once, as keys of a parsed text do, counts once. O(values in it).
+    """Return the memory of a JSON ``value`` that shares nothing with other values. O(values in it).
+
+    An object that occurs several times in it, such as a key of a parsed text, counts once.
 
     >>> held_bytes([{"text": "a" * 1000}]) > 1000
     True
@@ -37,22 +39,22 @@ def held_bytes(value: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class StoredResponse:
-    """One response, and the conversation that it ends."""
+    """One response with the conversation that it ends."""
 
     items: list[dict[str, Any]]
-    """All items from the beginning; entries may be those of the response before."""
+    """All items from the beginning; entries may be shared with the previous response."""
     response: dict[str, Any]
     items_bytes: int
-    """Memory of the ``items``, as if they shared nothing with others."""
+    """Memory of the ``items``, counting shared entries fully."""
 
     num_bytes: int
-    """Memory of all of it, likewise."""
+    """Memory of the whole entry, counted in the same way."""
 
     @classmethod
     def of(
         cls, items: list[dict[str, Any]], response: dict[str, Any], items_bytes: int
     ) -> StoredResponse:
-        """With all of its memory counted. O(values in the response)."""
+        """Make an entry with its memory counted. O(values in the response)."""
         return cls(items, response, items_bytes, ENTRY_BYTES + items_bytes + held_bytes(response))
 
 
@@ -68,8 +70,8 @@ class ResponseStore:
         return len(self._stored)
 
     def put(self, tenant: Hashable, response_id: str, stored: StoredResponse) -> None:
-        """Keep ``stored``, and forget what was not used for longest; one that is larger than all
-        there is room for is not kept. O(1) a response."""
+        """Store ``stored`` and evict the least recently used responses. A response larger than the
+        limit is not stored. O(1) per response."""
         if stored.num_bytes > self._limit_bytes:
             return
         self.delete(tenant, response_id)
@@ -80,14 +82,15 @@ class ResponseStore:
             self.num_bytes -= oldest.num_bytes
 
     def get(self, tenant: Hashable, response_id: str) -> StoredResponse | None:
-        """A response, to requests of its own tenant alone. O(1)."""
+        """Return a response of the tenant, or None. O(1)."""
         stored = self._stored.get((tenant, response_id))
         if stored is not None:
             self._stored.move_to_end((tenant, response_id))
         return stored
 
     def delete(self, tenant: Hashable, response_id: str) -> bool:
-        """Forget a response; those that went on from it stay whole. False: there is none. O(1)."""
+        """Remove a response; its continuations stay complete. Returns False if there is none.
+        O(1)."""
         stored = self._stored.pop((tenant, response_id), None)
         self.num_bytes -= 0 if stored is None else stored.num_bytes
         return stored is not None

@@ -1,4 +1,4 @@
-"""/v1/responses: OpenAI's dialect of a conversation that the server may hold."""
+"""/v1/responses: OpenAI's dialect of a conversation that the server may store."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WORDS: dict[Kind, str] = {
     "message": "output_text",
     "function_call": "function_call_arguments",
 }
-"""What the text of an item is called in its events."""
+"""Name of an item's text in its events."""
 
 
 class ResponseItems:
@@ -42,7 +42,7 @@ class ResponseItems:
 
     def __init__(self) -> None:
         self.output: list[dict[str, Any]] = []
-        """The items that are done."""
+        """Completed items."""
         self._item: dict[str, Any] = {}
         self._kind: Kind | None = None
         self._pieces: list[str] = []
@@ -63,10 +63,10 @@ class ResponseItems:
                 case CallArguments(text):
                     yield self._delta(text)
                 case CallEnd():
-                    pass  # It closes with what follows, or as the answer ends.
+                    pass  # Closed by the next event, or at the end of the answer.
 
     def close(self, status: Literal["completed", "incomplete"]) -> Iterator[dict[str, Any]]:
-        """End the item that is open, if one is."""
+        """End the open item, if there is one."""
         if self._kind is None:
             return
         kind, text = self._kind, "".join(self._pieces)
@@ -119,14 +119,14 @@ class ResponseItems:
 
 
 class Responses:
-    """Answers requests, and holds what they may go on from."""
+    """Answers requests, and stores the responses that they may continue."""
 
     def __init__(self, front: ServingContext, store: ResponseStore) -> None:
         self._front = front
         self._store = store
 
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
-        """Answer one request. APIError 400: the response that it goes on from is not held."""
+        """Answer one request. Raises APIError 400 if the response to continue is not stored."""
         front, size = self._front, len(await request.body())
         front.check_limit(body.max_output_tokens, "max_output_tokens")
         tenant = front.tenant_of(request, body.cache_salt)
@@ -180,9 +180,9 @@ class Responses:
         return Response(content, media_type="application/json", headers=headers)
 
     async def retrieve(self, request: Request, response_id: str) -> Response:
-        """A stored response. APIError 404: there is none, or it is another tenant's."""
+        """Return a stored response. Raises APIError 404 if the tenant has none with this id."""
         if request.query_params.get("stream", "false").lower() == "true":
-            raise APIError(400, "'stream' is not served here: leave it out.", param="stream")
+            raise APIError(400, "'stream' is not supported: omit it.", param="stream")
         stored = self._store.get(self._front.tenant_of(request), response_id)
         if stored is None:
             raise self._unknown(response_id)
@@ -190,7 +190,7 @@ class Responses:
         return Response(content, media_type="application/json")
 
     async def delete(self, request: Request, response_id: str) -> dict[str, Any]:
-        """Forget a stored response; the newest of a chain ends its session. APIError as
+        """Remove a stored response; the newest one of a chain ends its session. Raises APIError as
         ``retrieve``."""
         if not self._store.delete(self._front.tenant_of(request), response_id):
             raise self._unknown(response_id)
@@ -200,13 +200,13 @@ class Responses:
     def _unknown(self, response_id: str) -> APIError:
         return APIError(
             404,
-            f"Response with id {quoted(response_id)} not found: it was not stored, or had to make "
-            "room.",
+            f"Response with id {quoted(response_id)} not found: it was not stored, or was evicted "
+            "to make room.",
         )
 
 
 class _ResponsesWriter:
-    """Writes one response, whole or in events."""
+    """Writes one response, as a whole or as events."""
 
     def __init__(
         self, front: ServingContext, body: ResponsesRequest, exchange: ChatSession
@@ -241,8 +241,8 @@ class _ResponsesWriter:
         }
 
     async def events(self, keep: Callable[[dict[str, Any]], None]) -> AsyncIterator[bytes]:
-        """``response.created`` with the first output, whose headers say what the cache had, the
-        items as they come, and the whole response at the end."""
+        """Yield ``response.created`` with the first output, which has the cached length, then the
+        items, and the whole response at the end."""
         has_begun = False
         async for news in self._exchange.news():
             if not has_begun:
@@ -259,7 +259,7 @@ class _ResponsesWriter:
                 yield b"".join(map(self._event, [*closing, last]))
 
     def failed(self, failure: APIError) -> bytes:
-        """Write the event of a failure in the middle of a stream."""
+        """Return the event of a failure in the middle of a stream."""
         error = {"code": failure.code or "server_error", "message": str(failure)}
         response = self._response("failed", self.items.output, None) | {"error": error}
         return self._event({"type": "response.failed", "response": response})
@@ -273,7 +273,7 @@ class _ResponsesWriter:
     def ended(
         self, finish: Finish, output: RequestOutput, warning: str | None = None
     ) -> dict[str, Any]:
-        """The response with all that was written."""
+        """Return the response with everything written so far."""
         self._close(finish)
         status = "incomplete" if finish == "length" else "completed"
         response = self._response(status, self.items.output, self._usage(output))
@@ -302,8 +302,8 @@ class _ResponsesWriter:
         return named_event({**data, "sequence_number": number})
 
     def _usage(self, output: RequestOutput) -> dict[str, Any]:
-        """``cache_write_tokens``: what was computed up to the last place that later prompts are
-        known to share."""
+        """Return the token counts. ``cache_write_tokens`` counts the tokens computed up to the last
+        position that later prompts are known to share."""
         num_prompt, num_new = len(output.prompt_token_ids), len(output.output)
         shared = max(self._exchange.prompt.boundaries, default=0)
         return {
@@ -321,5 +321,5 @@ class _ResponsesWriter:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """As it is given back, where a schema that is not there is empty."""
+    """Return a tool as part of a response, in which a missing schema is empty."""
     return tool | {"parameters": tool["parameters"] or {}, "strict": bool(tool["strict"])}

@@ -1,7 +1,7 @@
-"""What clients may send to /v1/responses, and the chat that it is.
+"""Request bodies of /v1/responses, and their conversion to a chat.
 
-A conversation is a flat list of items. What an assistant did between two of the user's messages
-(reasoning, text, calls) is one message of a chat; the result of a call is a message of its own.
+A conversation is a flat list of items. The assistant's items between two messages of the user
+(reasoning, text, calls) are one message of a chat; the result of a call is a separate message.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Included = Literal[
     "computer_call_output.output.image_url",
     "code_interpreter_call.outputs",
 ]
-"""What ``include`` may ask for: parts of items that no answer has here. Reasoning is given as text,
-there is nothing encrypted."""
+"""Values of ``include``: parts of items that answers never contain. Reasoning is returned as text
+and never encrypted."""
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "truncation": ("disabled",),
@@ -58,13 +58,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (0,),
     "context_management": ([],),
 }
-"""Parameters of OpenAI's that are not served, with the values that ask for nothing."""
+"""Parameters of OpenAI's API that are not supported, with the values that have no effect."""
 
 
 def _known_part(part: Any) -> Any:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind not in TEXTS:
-        raise ValueError(f"This model reads text only: drop the {quoted(kind)} part.")
+        raise ValueError(f"This model supports text only: remove the {quoted(kind)} part.")
     return part
 
 
@@ -73,7 +73,7 @@ def _known_item(item: Any) -> Any:
         return item
     kind = "message" if item.get("type") is None else item["type"]
     if kind not in ITEMS:
-        raise ValueError(f"{quoted(str(kind))} items are not read here: leave them out.")
+        raise ValueError(f"{quoted(str(kind))} items are not supported: remove them.")
     return item | {"type": kind}
 
 
@@ -83,7 +83,7 @@ class Part(Strict):
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
     parsed: Any = Field(default=None, exclude=True)
-    """OpenAI's client puts it there, by what an answer was to be."""
+    """Added by OpenAI's client according to the requested format; ignored."""
 
 
 class ReasoningPart(Strict):
@@ -115,7 +115,7 @@ class ReasoningItem(Item):
     @model_validator(mode="after")
     def _can_be_read(self) -> ReasoningItem:
         if self.encrypted_content is not None and not self.content:
-            raise ValueError("Reasoning that is encrypted can not be read here: leave it out.")
+            raise ValueError("Encrypted reasoning is not supported: remove it.")
         return self
 
 
@@ -126,7 +126,7 @@ class CallItem(Item):
     arguments: str
     caller: dict[str, Any] | None = None
     parsed_arguments: Any = Field(default=None, exclude=True)
-    """OpenAI's client puts them there."""
+    """Added by OpenAI's client; ignored."""
 
 
 class ResultItem(Item):
@@ -143,12 +143,12 @@ _ITEMS: TypeAdapter[list[AnyItem]] = TypeAdapter(Listed[InputItem])
 def _is_function(tool: Any) -> Any:
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind is not None and kind != "function":
-        raise ValueError(f"{quoted(str(kind))} tools do not run here: offer functions of your own.")
+        raise ValueError(f"{quoted(str(kind))} tools are not supported: use functions.")
     return tool
 
 
 class FunctionTool(Strict):
-    """``strict`` changes nothing: arguments come as the model writes them."""
+    """A function. ``strict`` is ignored: arguments are returned as the model writes them."""
 
     type: Literal["function"]
     name: Name
@@ -168,25 +168,26 @@ class NamedFunction(Strict):
 
 
 class Reasoning(Strict):
-    """``summary`` changes nothing: reasoning is given as it is."""
+    """Reasoning options. ``summary`` is ignored: reasoning is returned unchanged."""
 
     effort: str | None = None
-    """``none`` switches it off, any other on; and for the template, as ``reasoning_effort``."""
+    """Variable ``reasoning_effort`` of the template. ``none`` also disables reasoning, and any
+    other value enables it."""
     summary: str | None = None
     generate_summary: str | None = None
 
 
 class TextFormat(NamedSchema):
-    """``response_format`` of a chat, where a schema lies deeper."""
+    """``response_format`` of a chat with the fields of its schema on one level."""
 
     type: Literal["text", "json_object", "json_schema"]
 
     @model_validator(mode="after")
     def _says_one_thing(self) -> TextFormat:
         if self.type != "json_schema" and self._rest:
-            raise ValueError(f"A 'text.format' of type {self.type} has nothing beside its type.")
+            raise ValueError(f"A 'text.format' of type {self.type} must not have other fields.")
         if self.type == "json_schema" and self.schema_ is None:
-            raise ValueError("A 'text.format' of type json_schema needs a 'schema'.")
+            raise ValueError("A 'text.format' of type json_schema requires a 'schema'.")
         return self
 
     def of_chat(self) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class TextConfig(Strict):
     verbosity: str | None = None
 
     def as_asked(self) -> dict[str, Any]:
-        """The format as an answer gives it back."""
+        """Return the format as it appears in a response."""
         asked = self.format or TextFormat(type="text")
         return asked.model_dump(exclude_none=True, by_alias=True)
 
@@ -233,7 +234,7 @@ class ResponsesRequest(Streamed):
     metadata: dict[str, str] | None = None
     prompt_cache_options: CacheOptions | None = None
     cache_salt: str | None = None
-    """Requests with different salts share nothing: of the cache, and of what is stored."""
+    """Requests with different salts share neither cache entries nor stored responses."""
 
     @model_validator(mode="before")
     @classmethod
@@ -242,14 +243,14 @@ class ResponsesRequest(Streamed):
 
     @property
     def items(self) -> list[dict[str, Any]]:
-        """The input as items, in plain data."""
+        """The input as items in plain data."""
         if isinstance(self.input, str):
             return [{"type": "message", "role": "user", "content": self.input}]
         return [item.model_dump(exclude_none=True) for item in self.input]
 
     def as_chat(self, before: Sequence[dict[str, Any]]) -> ChatRequest:
-        """The chat that it is, after the items of earlier responses. APIError 400: it asks for what
-        is not served. O(all items)."""
+        """Return the chat request, after the items of earlier responses. Raises APIError 400 if a
+        field is not supported. O(all items)."""
         conversation = [*before, *self.items]
         try:
             items = _ITEMS.validate_python(conversation)
@@ -257,9 +258,7 @@ class ResponsesRequest(Streamed):
             raise of_validation(error, conversation) from None
         messages = _messages(self.instructions, items)
         if not messages:
-            raise APIError(
-                400, "'input' has nothing to answer: send at least one item.", param="input"
-            )
+            raise APIError(400, "'input' is empty. Send at least one item.", param="input")
         choice: Any = self.tool_choice
         options = self.prompt_cache_options
         if isinstance(choice, NamedFunction):
@@ -294,8 +293,8 @@ class ResponsesRequest(Streamed):
 
 
 def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[str, Any]]:
-    """As chats have them. Templates know one system message at the beginning: instructions, and
-    what developers say before anybody else, are one."""
+    """Return the messages of a chat. Templates support one system message at the beginning, so
+    instructions and developer messages at the beginning are joined."""
     beginning = list(itertools.takewhile(_is_system, items))
     texts = [] if instructions is None else [instructions]
     texts.extend(_text(item.content) for item in beginning if isinstance(item, MessageItem))
@@ -332,12 +331,12 @@ def _is_system(item: AnyItem) -> bool:
 
 
 ORDER = ("reasoning_content", "content", "tool_calls")
-"""In which an assistant's message has its parts."""
+"""Order of the parts in an assistant's message."""
 
 
 def _add_to_assistant(messages: list[dict[str, Any]], field: str, value: Any) -> None:
-    """``value`` goes into the last message where that is the assistant's and has no later part
-    yet; only calls may be several."""
+    """Add ``value`` to the last message if it is the assistant's and has no later part yet, else
+    append a message. Only calls may occur several times."""
     last: dict[str, Any] = messages[-1] if messages else {"role": None}
     taken = ORDER[ORDER.index(field) + (field == "tool_calls") :]
     if last["role"] != "assistant" or any(name in last for name in taken):

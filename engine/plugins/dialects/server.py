@@ -38,7 +38,7 @@ class Extension(ServerExtension):
         yield Dialect("/v1/responses", ResponsesRequest, create, "_create")
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:
-        """Add the paths of conversations that the server holds."""
+        """Add the paths of stored conversations."""
 
         @app.get("/v1/responses/{response_id}")
         async def _retrieve(request: Request, response_id: str) -> Response:

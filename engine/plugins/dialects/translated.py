@@ -1,4 +1,4 @@
-"""From the body of a dialect to the one chat request that is answered."""
+"""Conversion of a dialect's body to the chat request that is answered."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from engine.server.schemas import ChatRequest
 
 
 def chat_request(fields: dict[str, Any], format_name: str) -> ChatRequest:
-    """``fields`` as a chat request, without those that say nothing; its form's errors name the
-    dialect's ``format_name``. APIError 400: what they ask for is not served."""
+    """Return ``fields`` as a chat request, without those that are None.
+
+    Errors in the answer's format use the dialect's ``format_name``. Raises APIError 400 for
+    unsupported fields.
+    """
     given = {name: value for name, value in fields.items() if value is not None}
     try:
         return ChatRequest.model_validate(given).with_format_name(format_name)

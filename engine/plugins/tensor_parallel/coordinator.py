@@ -1,4 +1,4 @@
-"""The runner of the first rank, which has the others compute every batch beside it."""
+"""Runner of rank 0, which makes the other ranks compute every batch with it."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ from kernels import exchange
 
 
 class LeadingRunner(ModelRunner):
-    """``--tp N``: scheduler and cache know this runner alone. What it allocates, moves and saves,
-    every rank does with its own part, so that a row and a slot mean the same on each."""
+    """Runner for ``--tp N``, the only one that scheduler and cache use. Every rank allocates, moves
+    and saves the same rows and slots for its part of the model."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Starts the other processes and loads all parts. ModelError; RunnerLost: one ended."""
+        """Start the other processes and load all parts. Raises ModelError, or RunnerLost if a
+        process ended."""
         self._followers: Followers | None = None
         _, model = read_model(read_config(config.model_dir))
         shared_sizes(model, config.num_ranks)  # What is refused is before any process starts.
@@ -56,7 +57,8 @@ class LeadingRunner(ModelRunner):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, drawn: torch.Tensor | None = None) -> torch.Tensor:
-        """See ``Runner.forward``. RunnerLost: a rank has gone; nothing can be computed any more."""
+        """See ``Runner.forward``. Raises RunnerLost if a rank has gone; nothing can be computed any
+        more."""
         num_drawn = None if drawn is None else len(drawn)
         with self._together(Forward(batch, num_drawn)):
             if drawn is not None:
@@ -71,7 +73,8 @@ class LeadingRunner(ModelRunner):
 
     @contextmanager
     def _together(self, order: Forward | Commit) -> Iterator[None]:
-        """Have all ranks do what is done within. While they load they do it by themselves."""
+        """Make all ranks execute the operation inside the context. Does nothing during the load,
+        when each rank acts by itself."""
         if self._followers is None:
             yield
             return

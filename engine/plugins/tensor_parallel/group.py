@@ -1,7 +1,7 @@
 """Collectives over ``torch.distributed``: nccl, and gloo on a CPU without a compiler.
 
-The group is no global one: several engines of one process have theirs. Bytes are exchanged and
-added by whoever has them (``Rank.sum``), so the order of a sum is ours on every backend.
+The group is not global, so several engines in one process have separate groups. Ranks exchange
+bytes and add them themselves (``Rank.sum``), so the order of a sum is the same on every backend.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from engine.runner.device import Device
 from engine.weights.model_config import ModelError
 
 TIMEOUT_S = 120.0
-"""After which a rank that does not answer counts as lost: a step's longest layer is far shorter,
-compilation of kernels included."""
+"""Time after which a rank that does not answer counts as lost. The longest layer of a step is far
+shorter, including compilation of kernels."""
 START_TIMEOUT_S = 600.0
-"""The same while ranks load their parts, which one may do faster than another."""
+"""The same limit while ranks load their parts, which may take different times."""
 HERE = "127.0.0.1"
-"""All ranks are processes of one machine."""
+"""Address of all ranks, which are processes of one machine."""
 
 
 class TorchGroup(Group):
-    """A ``Group`` of ``count`` processes that meet in the file ``meeting``."""
+    """A ``Group`` of ``count`` processes that connect through the file ``meeting``."""
 
     def __init__(self, number: int, count: int, meeting: Path, device: Device) -> None:
-        """Waits for all ranks. RunnerLost: one did not come; ModelError: this build of PyTorch
-        has no backend for the device."""
+        """Wait for all ranks. Raises RunnerLost if one does not arrive, and ModelError if this
+        build of PyTorch has no backend for the device."""
         super().__init__(count)
         self._timeout = timeout = timedelta(seconds=START_TIMEOUT_S)
         backend = "ProcessGroupGloo" if device.is_cpu else "ProcessGroupNCCL"
@@ -53,10 +53,10 @@ class TorchGroup(Group):
                 options._timeout = timeout
             self._group = made(store, number, count, options)
         except RuntimeError as error:
-            raise RunnerLost(f"the ranks did not find each other: {error}") from None
+            raise RunnerLost(f"the ranks could not connect: {error}") from None
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """See ``Group``. RunnerLost: a rank has gone, or did not answer in time."""
+        """See ``Group``. Raises RunnerLost if a rank has gone, or did not answer in time."""
         parts = [torch.empty_like(x) for _ in range(self.count)]
         places = [part.view(-1).view(torch.uint8) for part in parts]
         options = self._make_options()

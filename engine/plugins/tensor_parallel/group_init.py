@@ -1,4 +1,4 @@
-"""How ranks come to exchange what they compute."""
+"""Construction of the group through which ranks exchange results."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from engine.runner.device import Device
 
 
 def meet(start: Start, device: Device, lines: Sequence[int]) -> Group:
-    """The group of the rank that was started so. ``lines``: descriptors of its lines to others.
-    RunnerLost, ModelError: see ``TorchGroup``."""
+    """Return the group of the rank with the given ``start``.
+
+    ``lines`` are descriptors of its connections to other ranks. Raises RunnerLost and ModelError as
+    ``TorchGroup``.
+    """
     if start.memory is not None:
         return SharedGroup(start.number, start.count, start.memory, lines, START_TIMEOUT_S)
     return TorchGroup(start.number, start.count, Path(start.meeting), device)

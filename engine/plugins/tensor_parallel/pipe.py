@@ -1,4 +1,4 @@
-"""Messages between the first rank and another one of the same machine, over a pair of sockets."""
+"""Messages between rank 0 and another rank on the same machine, over a pair of sockets."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from typing import Any
 
 
 class Line:
-    """One end. Both are processes of one engine, so what comes is trusted as its own memory is."""
+    """One end of the connection. Both processes belong to one engine, so messages are trusted."""
 
     def __init__(self, end: socket.socket, timeout_s: float | None = None) -> None:
-        """``timeout_s``: of a message, sent or waited for; None: for ever."""
+        """``timeout_s``: limit for sending or receiving a message, or None for no limit."""
         self._socket = end
         end.settimeout(timeout_s)
 
     def send(self, message: object) -> None:
-        """OSError: the other end has gone, or takes nothing (TimeoutError)."""
+        """Send ``message``. Raises OSError if the other end has gone, or TimeoutError if it does
+        not receive."""
         data = pickle.dumps(message)
         self._socket.sendall(len(data).to_bytes(8, "little") + data)
 
     def receive(self, spin_s: float = 0.0) -> Any:
-        """The next message, asked for again and again for ``spin_s`` before it is waited for:
-        being woken costs more than a small step. EOFError: there will be none; TimeoutError: none
-        came."""
+        """Return the next message. Raises EOFError if the other end has gone, and TimeoutError if
+        no message arrived.
+
+        The socket is polled for ``spin_s`` before the thread sleeps, because waking up costs more
+        than a small step.
+        """
         if spin_s:
             end, poll = time.perf_counter() + spin_s, select.poll()
             poll.register(self._socket, select.POLLIN)
@@ -35,7 +39,7 @@ class Line:
         return pickle.loads(self._read(size))
 
     def set_timeout(self, timeout_s: float | None) -> None:
-        """Of messages from now on."""
+        """Set the limit for further messages."""
         self._socket.settimeout(timeout_s)
 
     def _read(self, count: int) -> bytes:
@@ -51,7 +55,7 @@ class Line:
         return bytes(parts)
 
     def fileno(self) -> int:
-        """Of the socket, which closes where the other end does."""
+        """Return the descriptor of the socket, which closes when the other end does."""
         return self._socket.fileno()
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from engine.plugin import Plugin
 
 
 class EnginePlugin(Plugin):
-    """Replaces the runner by one that leads others (setting ``tp``)."""
+    """Replaces the runner by one that coordinates several ranks (setting ``tp``)."""
 
     name = "tensor_parallel"
 

@@ -1,4 +1,4 @@
-"""What the first rank and the others say to each other."""
+"""Messages between rank 0 and the other ranks."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from engine.schedule.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """The first order."""
+    """First command to a rank."""
 
     number: int
     count: int
     config: EngineConfig
     meeting: str
-    """Path of the file in which the ranks find each other."""
+    """Path of the file through which the ranks connect."""
     memory: int | None
-    """Descriptor of the memory through which they exchange what they compute; None: they use
-    ``torch.distributed``."""
+    """Descriptor of the shared memory for exchanges, or None to use ``torch.distributed``."""
     num_threads: int
-    """On a CPU."""
+    """Number of threads on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +30,8 @@ class Forward:
 
     batch: Batch
     num_drawn: int | None
-    """Tokens that the step before drew, which the first rank hands out; None: none are wanted."""
+    """Number of tokens drawn by the previous step, which rank 0 distributes, or None if none are
+    needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +44,17 @@ class Commit:
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """The process runs: it can meet the others."""
+    """The process runs and can connect to the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankReady:
-    """Its part of the model is loaded."""
+    """The part of the model is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankRefused:
-    """The model is not served so; the process ends."""
+    """The model is not supported in this configuration; the process ends."""
 
     sentence: str
 
@@ -68,6 +68,6 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The process ends of an error of its own."""
+    """The process ends because of an error."""
 
     sentence: str

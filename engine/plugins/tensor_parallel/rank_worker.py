@@ -1,5 +1,4 @@
-"""What every rank but the first runs: it loads its part, and then computes the batches that the
-first one does."""
+"""Process of every rank except the first: it loads its part, then computes the same batches."""
 
 from __future__ import annotations
 
@@ -32,8 +31,8 @@ from engine.weights.model_config import ModelError
 
 
 def main(descriptor: int) -> None:
-    """Run the rank whose end of the line is open as ``descriptor``, until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The first rank's to handle.
+    """Run the rank with ``descriptor`` as its end of the connection, until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Rank 0 handles this signal.
     line = Line(socket.socket(fileno=descriptor))
     last_words = _follow(line)
     if last_words is not None:
@@ -43,7 +42,7 @@ def main(descriptor: int) -> None:
 
 
 def _follow(line: Line) -> RankRefused | Lost | Failed | None:
-    """What ended it; None: the first rank closed the line."""
+    """Return the reason of the end, or None if rank 0 closed the connection."""
     try:
         _run(line)
     except (EOFError, ConnectionError):

@@ -1,4 +1,4 @@
-"""Collectives through memory that ranks of one CPU share: gloo's bits, without its sockets."""
+"""Collectives through memory that ranks of one CPU share, with the bits of gloo."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from engine.layers.rank import Group
 from kernels.exchange import Exchange, shared_bytes
 
 SPIN_S = 1e-3
-"""How long a rank asks before it sleeps, where each of its threads has a core: longer than ranks of
-one step wait for each other, for being woken takes 100 us, and has the other sleep meanwhile."""
+"""Time that a rank polls before it sleeps, if each of its threads has a core. It exceeds the usual
+wait between ranks of one step, because waking up takes 100 us and delays the other rank too."""
 
 
 def make_memory(count: int) -> int:
-    """A descriptor of memory for ``count`` ranks. It has no name, so nothing is left of it when the
-    last process has gone, however it went."""
+    """Make shared memory for ``count`` ranks and return its descriptor. It has no name, so it is
+    released when the last process ends in any way."""
     if hasattr(os, "memfd_create"):
         descriptor = os.memfd_create("hybridcache-ranks")
     else:
@@ -31,13 +31,13 @@ def make_memory(count: int) -> int:
 
 
 class SharedGroup(Group):
-    """A ``Group`` of processes that have the descriptor of one memory."""
+    """A ``Group`` of processes that share one memory."""
 
     def __init__(
         self, number: int, count: int, descriptor: int, lines: Sequence[int], timeout_s: float
     ) -> None:
-        """``lines``: descriptors of sockets that close when another rank ends. The memory's stays
-        open, and is the caller's."""
+        """``lines``: descriptors of sockets that close when another rank ends. The descriptor of
+        the memory stays open; the caller closes it."""
         has_cores = _num_cores() >= count * torch.get_num_threads()
         super().__init__(count, SPIN_S if has_cores else 0.0)
         memory = mmap.mmap(descriptor, shared_bytes(count))
@@ -46,7 +46,7 @@ class SharedGroup(Group):
         )
 
     def gather(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """See ``Group``. RunnerLost: a rank has gone, or did not answer in time."""
+        """See ``Group``. Raises RunnerLost if a rank has gone, or did not answer in time."""
         own = x.contiguous().view(1, -1)
         parts = own.new_empty(1, self.count * own.shape[1])
         self.exchange.join(own, parts)
@@ -75,7 +75,7 @@ class SharedGroup(Group):
 
 
 def _num_cores() -> int:
-    """That this process may run on."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The processes of all ranks but the first: their start, their orders, and what became of them."""
+"""Processes of all ranks except the first: start, commands and failures."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from engine.plugins.tensor_parallel.shared_memory import make_memory
 from engine.weights.model_config import ModelError
 
 LAST_WORDS_S = 5.0
-"""How long the others are listened to when an exchange broke off: whoever died says nothing, and
-whoever is silent and alive is the one that did not answer."""
+"""Time to wait for messages of the other ranks after a failed exchange. A dead rank sends none; a
+rank that is alive without a message is the one that did not answer."""
 CODE = (
     "import sys; sys.path[:0] = {paths!r}; "
     "from engine.plugins.tensor_parallel.rank_worker import main; main({fd})"
@@ -43,7 +43,7 @@ CODE = (
 
 @dataclass(frozen=True, slots=True)
 class Follower:
-    """One of them."""
+    """One rank with its process and connection."""
 
     number: int
     process: subprocess.Popen[bytes]
@@ -61,7 +61,7 @@ class Followers:
         meeting = str(Path(self._folder.name) / "meeting")
         memory = make_memory(self._count) if shares_memory else None
         self.first = Start(0, self._count, config, meeting, memory, num_threads)
-        """What this process, the first rank, is started with."""
+        """Start command of this process, rank 0."""
         self._all = [_start(number, memory) for number in range(1, self._count)]
         self._end = weakref.finalize(self, _end, self._all, self._folder, memory)
         try:
@@ -72,7 +72,8 @@ class Followers:
             raise self.lost(error) from None
 
     def wait_for(self, kind: type[Here] | type[RankReady]) -> None:
-        """Until all have said so. RunnerLost, ModelError: one says or does something else."""
+        """Wait for a message of the given kind from all ranks. Raises RunnerLost or ModelError for
+        any other message or event."""
         for one in self._all:
             try:
                 answer = one.line.receive()
@@ -85,7 +86,7 @@ class Followers:
                 one.line.set_timeout(TIMEOUT_S)
 
     def order(self, order: object) -> None:
-        """Have all do something beside this process. RunnerLost: one has gone."""
+        """Send a command to all ranks. Raises RunnerLost if one has gone."""
         if self._sentence:
             raise RunnerLost(self._sentence)
         for one in self._all:
@@ -95,8 +96,11 @@ class Followers:
                 raise self.lost(error) from None
 
     def lost(self, error: BaseException, said: dict[int, Any] | None = None) -> Exception:
-        """End all, for after ``error`` they can not go on: what to raise instead of it, a sentence
-        that names the rank. ``said``: last words that were heard already."""
+        """End all ranks, which cannot continue after ``error``.
+
+        Returns the exception to raise instead, a sentence that names the rank. ``said`` has
+        messages that were received already.
+        """
         said = dict(said or {})
         deadline = time.monotonic() + LAST_WORDS_S
         is_own = not isinstance(error, RunnerLost | OSError | EOFError)
@@ -132,17 +136,17 @@ class Followers:
 
     @property
     def lines(self) -> list[int]:
-        """Descriptors of sockets that close when one of them ends."""
+        """Descriptors of sockets that close when a rank ends."""
         return [one.line.fileno() for one in self._all]
 
     @property
     def processes(self) -> tuple[int, ...]:
-        """Their ids, in the order of ranks."""
+        """Process ids, in the order of ranks."""
         return tuple(one.process.pid for one in self._all)
 
     def watch(self, order: Callable[[Callable[[], None]], None]) -> None:
-        """Have ``order`` called, in a thread, with what raises RunnerLost where one of them ends
-        that nobody ended. Keeps nothing alive."""
+        """Call ``order`` in a thread, with a function that raises RunnerLost, when a rank ends
+        unexpectedly. Keeps no object alive."""
         bound = weakref.WeakMethod(self._check), weakref.WeakMethod(order)
         for one in self._all:
             arguments = one.process, *bound
@@ -179,14 +183,15 @@ def _await(
     process.wait()
     found, give = check(), order()
     if found is not None and give is not None:
-        with suppress(RuntimeError):  # Whoever takes orders has stopped.
+        with suppress(RuntimeError):  # The receiver of commands has stopped.
             give(found)
 
 
 def _end(
     followers: Sequence[Follower], folder: tempfile.TemporaryDirectory[str], memory: int | None
 ) -> None:
-    """One that waits for an order ends when its line closes; one that computes is killed."""
+    """End all ranks. A rank that waits for a command ends when its connection closes; one that
+    computes is killed."""
     for one in followers:
         one.line.close()
     for one in followers:

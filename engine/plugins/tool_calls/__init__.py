@@ -1,1 +1,1 @@
-"""What stands in an answer: reasoning, text and calls of tools, read from its text as it grows."""
+"""Readers of tool calls in the text of an answer, and grammars of calls."""

@@ -1,4 +1,4 @@
-"""Grammars of calls of tools, in the forms in which models write them."""
+"""Grammars of tool calls, in the forms in which models write them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from engine.text.answer_events import CALL_CLOSE as CLOSE
 from engine.text.answer_events import CALL_OPEN as OPEN
 
 Form = Literal["hermes", "xml"]
-"""JSON objects, or as Qwen3-Coder does, a tag for each argument."""
+"""Form of calls: JSON objects, or a tag per argument as in Qwen3-Coder."""
 AS_DUMPED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""As ``json.dumps`` writes, and chat templates: so a call that comes back has the same tokens."""
+"""White space as written by ``json.dumps`` and chat templates, so that a call that comes back has
+the same tokens."""
 END_OF_VALUE = r'"\n</parameter>\n"'
 VALUE = (
     r"VALUE: /(?s:.*)\n<\/parameter>\n/ & ~/(?s:.*)<\/parameter>(?s:..+)/ "
     r"& ~/(?s:.*)(<\/function>|<parameter=)(?s:.*)/"
 )
-"""Text up to the closing tag of its parameter, without a tag that ends a value in it."""
+"""Text up to the closing tag of its parameter, without a tag that would end the value."""
 STRING_LIMITS = ("pattern", "format", "minLength", "maxLength")
-"""Keywords for strings that have no counterpart where values are not quoted."""
+"""Keywords for strings that cannot be enforced if values are not quoted."""
 ANY_OBJECT = {"type": "object"}
 MAX_SHOWN = 64
-"""Characters of a name in an error."""
+"""Maximum length of a name in an error."""
 
 
 def grammar_of_calls(
@@ -42,11 +43,11 @@ def grammar_of_calls(
     *,
     in_parallel: bool = True,
 ) -> Grammar:
-    """Return the grammar of an answer that must call one of ``tools``, or several if they may be
-    called ``in_parallel``.
+    """Return the grammar of an answer that must call one of ``tools``, or several if
+    ``in_parallel``.
 
-    ``tools`` are as OpenAI describes them. ``choice``: "required", or the name of the tool to call.
-    Raises GrammarError if no tool has this name, or the schema of one cannot be served.
+    ``tools`` are described as in OpenAI's API. ``choice`` is "required", or the name of the tool to
+    call. Raises GrammarError if no tool has this name, or the schema of one cannot be used.
     """
     functions = _functions(tools)
     wanted = [f for f in functions if choice in ("required", f["name"])]
@@ -61,11 +62,11 @@ def grammar_of_calls(
 def grammar_of_strict_calls(
     tools: Sequence[Mapping[str, Any]], form: Form = "hermes", *, may_think: bool = False
 ) -> Grammar:
-    """Return the grammar of an answer that may call ``tools``: free but for calls, each of which
-    names a tool and has arguments that its schema allows, or any object if it is not ``strict``.
+    """Return the grammar of an answer that may call ``tools``.
 
-    ``may_think``: the answer may begin with reasoning. Raises GrammarError if the schema of a
-    strict tool cannot be served.
+    The answer is free except for calls. Each call names a tool and has arguments that match its
+    schema, or any object if the tool is not ``strict``. ``may_think``: the answer may begin with
+    reasoning. Raises GrammarError if the schema of a strict tool cannot be used.
     """
     functions = [
         f if f.get("strict") is True else {"name": f["name"], "parameters": ANY_OBJECT}
@@ -90,8 +91,11 @@ def _functions(tools: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 
 def _calls(functions: Sequence[Mapping[str, Any]], form: Form) -> list[str]:
-    """Return rules of Lark: ``calls`` is a call of any of ``functions`` without the marks around
-    it; in XML ``function`` is what follows ``<function=`` in it. GrammarErrors name the tool."""
+    """Return rules of Lark for a call of any of ``functions``.
+
+    ``calls`` is the call without the marks around it; in XML, ``function`` is the part after
+    ``<function=``. Raises GrammarError with the name of the tool.
+    """
     kinds = " | ".join(f"{CALL}{number}" for number in range(len(functions)))
     lines = [f"calls: {kinds}"]
     if form == "xml":
@@ -117,7 +121,8 @@ def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _lifted(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what references point to: from a schema's root, which is one of its parts here."""
+    """Return the definitions that references point to. They are at the root of the schema, which
+    becomes an inner part here."""
     return {name: parameters[name] for name in ("$defs", "definitions") if name in parameters}
 
 
@@ -134,7 +139,7 @@ def _call(function: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _xml_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
-    """Return the rules of a call in XML behind ``<function=``: its parameters come in the order of
+    """Return the rules of a call in XML after ``<function=``. Its parameters are in the order of
     the schema."""
     parameters, name = _parameters(function), _tag(function["name"])
     if parameters == ANY_OBJECT:
@@ -151,18 +156,18 @@ def _xml_rules(rule: str, function: Mapping[str, Any]) -> list[str]:
 
 
 def _tag(name: str) -> str:
-    """Return a name and the end of its tag, as a string of Lark."""
+    """Return a name with the end of its tag, as a string of Lark."""
     if not name.strip() or name != name.strip() or any(letter in name for letter in "<>\n"):
         raise GrammarError(
-            f"{name[:MAX_SHOWN]!r} cannot be written as a tag, as this model does: choose a name "
-            "without <, > and blanks around it."
+            f"{name[:MAX_SHOWN]!r} cannot be written as a tag, which this model uses: choose a "
+            "name without <, > and blanks around it."
         )
     return quoted(f"{name}>\n")
 
 
 def _xml_value(name: str, schema: Mapping[str, Any], parameters: Mapping[str, Any]) -> str:
-    """Return the value of one parameter and its closing tag, as part of a Lark rule. Strings are
-    written as they are, other values as JSON."""
+    """Return the value of one parameter with its closing tag, as part of a Lark rule. Strings are
+    written unquoted, other values as JSON."""
     fixed = schema.get("enum", [schema["const"]] if "const" in schema else None)
     if isinstance(fixed, list) and fixed and all(isinstance(value, str) for value in fixed):
         return f"({' | '.join(map(quoted, fixed))}) {END_OF_VALUE}"
@@ -170,7 +175,7 @@ def _xml_value(name: str, schema: Mapping[str, Any], parameters: Mapping[str, An
     if kinds == {"string"} and (fixed is not None or any(one in schema for one in STRING_LIMITS)):
         raise GrammarError(
             f"the limits of the string {name[:MAX_SHOWN]!r} cannot be enforced in the form in "
-            "which this model writes calls: leave them out, or 'strict'."
+            "which this model writes calls: remove them, or 'strict'."
         )
     if "string" in kinds:
         return "VALUE"

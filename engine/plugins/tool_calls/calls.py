@@ -1,7 +1,8 @@
-"""What the forms of tool calls share: text around them, and one state after the other.
+"""Base of the readers of tool calls: text between calls, and transitions between states.
 
-A call is given out when it is whole. One whose arguments are not JSON, of a tool that was not
-offered, or that breaks off, cannot be made: it is text, with a ``BrokenCall`` that says why.
+A call is emitted when it is complete. A call cannot be made if its arguments are not JSON, if its
+tool was not offered, or if it breaks off. It is then text, with a ``BrokenCall`` that gives the
+reason.
 """
 
 from __future__ import annotations
@@ -24,23 +25,23 @@ from engine.text.json_text import read_json, write_json
 from engine.text.marker_scan import MarkSearch, Space
 
 MAX_NAME = 256
-"""Characters of a name; a longer one is no call."""
+"""Maximum length of a name; a longer one is not a call."""
 MAX_RETRIES = 8
-"""Broken calls of an answer whose text is searched for calls again. Later ones are text as far as
-they were read, so that an answer is read in linear time."""
+"""Maximum number of broken calls of an answer that are searched for calls again. Later ones become
+text as far as they were read, so that an answer is read in linear time."""
 BROKEN_OFF = "it breaks off"
 NOT_JSON = "it is not a JSON object with a name and arguments"
 
 State = Callable[[str], str | None]
-"""Reads a text and returns what is left for the next state; None if all was read. What is left is
-always the end of what was pushed so far."""
+"""Reads a text and returns the rest for the next state, or None if all was read. The rest is always
+the end of the text pushed so far."""
 
 
 class CallReader:
-    """Reads one answer's text and calls. White space around a call is not text."""
+    """Reads the text and calls of one answer. White space around a call is not text."""
 
     MARKS: tuple[str, ...] = (OPEN,)
-    """Texts with which a call begins."""
+    """Marks with which a call begins."""
     FORM: Literal["hermes", "xml"] = "hermes"
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
@@ -54,19 +55,19 @@ class CallReader:
         self._held = ""
         self._is_first = True
         self._raw: list[str] | None = None
-        """All that was pushed since the mark of the call that is being read; None outside of
-        one."""
+        """Text pushed since the mark of the call that is being read, or None outside a call."""
         self._num_retries = 0
 
     def push(self, text: str) -> list[Event]:
-        """Return what became certain. O(len(text)) over an answer."""
+        """Return the events that are certain after ``text``. O(len(text)) over an answer."""
         if self._raw is not None:
             self._raw.append(text)
         self._read(text)
         return self._take()
 
     def flush(self, is_cut: bool) -> list[Event]:
-        """Return what was held back: there is no more text. ``is_cut``: the model had not ended."""
+        """Return the events held back, after the end of the text. ``is_cut``: the answer was cut
+        off."""
         while left := self._end(is_cut):
             self._read(left)
         self._write(self._space.push(self._search.flush()))
@@ -81,12 +82,12 @@ class CallReader:
             left = self._state(left)
 
     def _opened(self, mark: str) -> State:
-        """Return the state that reads on after ``mark``."""
-        raise TypeError("a form of calls says what follows its marks")
+        """Return the state after ``mark``."""
+        raise TypeError("a form of calls must define the state after its marks")
 
     def _end(self, is_cut: bool) -> str | None:
-        """Settle a call that breaks off; returns what is left to read."""
-        raise TypeError("a form of calls says where it may end")
+        """End a call that breaks off. Returns the rest to read."""
+        raise TypeError("a form of calls must define where a call may end")
 
     def _take(self) -> list[Event]:
         events, self._events = self._events, []
@@ -106,8 +107,8 @@ class CallReader:
             self._events.append(TextDelta(text))
 
     def _make(self, name: str, arguments: str) -> None:
-        """Give out a whole call; its closing mark may follow. ``arguments``: a JSON object, which
-        is given out as the model wrote it, unless it escapes half a character."""
+        """Emit a complete call; its closing mark may follow. ``arguments`` is a JSON object, which
+        is emitted as the model wrote it, unless it escapes a lone surrogate."""
         if r"\ud" in arguments.lower():
             arguments = write_json(read_json(arguments))
         self._space.take()
@@ -117,9 +118,9 @@ class CallReader:
         self._state = self._closing
 
     def _fail(self, why: str, left: str = "") -> str:
-        """Return to the text what was read of a call that cannot be made, up to the mark behind it;
-        the rest is ``left``, too."""
-        assert self._raw is not None, "a call that never began"
+        """Turn a call that cannot be made into text, up to the next mark, and return the rest to
+        read, which ends with ``left``."""
+        assert self._raw is not None, "a call that did not begin"
         read = "".join(self._raw)
         read = read[: len(read) - len(left)]
         found = self._next_mark.search(read, 1) if self._num_retries < MAX_RETRIES else None
@@ -134,7 +135,7 @@ class CallReader:
         return left
 
     def _closing(self, text: str) -> str | None:
-        """Drop white space and one closing mark."""
+        """Skip white space and one closing mark."""
         held = self._held + text if self._held else text.lstrip()
         if len(held) < len(CLOSE) and CLOSE.startswith(held):
             self._held = held
@@ -144,7 +145,7 @@ class CallReader:
         return held.removeprefix(CLOSE)
 
     def _end_closing(self, is_cut: bool) -> None:
-        """Give back part of a closing mark, unless the model was writing it."""
+        """Turn part of a closing mark into text, unless the answer was cut off inside it."""
         if not is_cut:
             self._write(self._space.push(self._held))
         self._held = ""
@@ -152,7 +153,7 @@ class CallReader:
 
 
 def not_offered(name: str) -> str:
-    """Say that no tool of this ``name`` was offered."""
+    """Return the reason for a call of a tool that was not offered."""
     return f"no tool {name[:MAX_NAME]!r} was offered"
 
 

@@ -1,4 +1,4 @@
-"""The form in which a model writes tool calls, by its chat template."""
+"""Form in which a model writes tool calls, derived from its chat template."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from engine.text.answer_events import CALL_OPEN
 
 
 def call_form(template: str) -> type[CallReader] | None:
-    """Return the reader of the calls that the source of a chat template asks for; None if it asks
-    for none, or for a form that is not known here. O(len(template))."""
+    """Return the reader of the calls in the source of a chat template, or None without calls in a
+    supported form. O(len(template))."""
     if FUNCTION in template:
         return QwenXMLReader
     return HermesReader if CALL_OPEN in template else None

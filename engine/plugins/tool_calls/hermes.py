@@ -1,5 +1,5 @@
-"""Calls as Hermes writes them, and Qwen3 and the built-in model after it:
-``<tool_call>{"name": ..., "arguments": {...}}</tool_call>``."""
+"""Calls in the form of Hermes, Qwen3 and the built-in model: ``<tool_call>{"name": ...,
+"arguments": {...}}</tool_call>``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class HermesReader(CallReader):
         return self._object
 
     def _object(self, text: str) -> str | None:
-        """Collect the object that is a call, and read it once it is whole."""
+        """Collect the object of a call, and read it once it is complete."""
         if not self._has_begun:
             begin = text.lstrip()
             if not begin:
@@ -67,20 +67,20 @@ class HermesReader(CallReader):
 
 
 class Nesting:
-    """Where a JSON object or list ends in a text that comes in pieces."""
+    """Finds the end of a JSON object or list in a text that arrives in pieces."""
 
     __slots__ = ("_depth", "_is_escaped", "_is_string")
 
     _STEPS = re.compile(r'["\\{}\[\]<]')
 
     def __init__(self, depth: int = 0) -> None:
-        """``depth``: how many are open already."""
+        """``depth``: number of objects and lists that are open already."""
         self._depth = depth
         self._is_string = self._is_escaped = False
 
     def end(self, text: str) -> int | None:
-        """Where the outermost one ends in ``text``; also before a ``<`` that stands in no string,
-        which no JSON has. O(len(text))."""
+        """Return the end of the outermost object in ``text``, or None. A ``<`` outside strings,
+        which JSON does not contain, also ends it. O(len(text))."""
         at = 0
         while at < len(text):
             if self._is_escaped:
@@ -109,8 +109,8 @@ class Nesting:
 
 
 def _call_of(call: Any, written: str) -> tuple[str | None, str | None]:
-    """Return name and arguments of a parsed ``call``: the arguments as they were ``written``, if
-    they come behind the name. None for what is missing."""
+    """Return name and arguments of a parsed ``call``, or None for each that is missing. Arguments
+    after the name are returned as they were ``written``."""
     if not isinstance(call, dict):
         return None, None
     name, arguments = call.get("name"), call.get("arguments", call.get("parameters", {}))

@@ -1,5 +1,5 @@
-"""Calls as Qwen3-Coder and Qwen3.5 write them: ``<tool_call><function=NAME>``, a
-``<parameter=NAME>`` for each argument with its value on lines of its own, and what closes them."""
+"""Calls in the form of Qwen3-Coder and Qwen3.5: ``<tool_call><function=NAME>``, then a
+``<parameter=NAME>`` per argument with its value on separate lines, and closing tags."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from engine.text.marker_scan import MarkSearch
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"
 _WITHIN = (PARAMETER, END_FUNCTION, CLOSE, OPEN, FUNCTION)
-"""What may follow a value."""
+"""Tags that may follow a value."""
 MALFORMED = "it is not written as a function with parameters"
 _STRING = frozenset({"string"})
 MAX_DEPTH = 64
-"""Schemas that are looked into for the types of one parameter."""
+"""Maximum number of schemas that are searched for the types of one parameter."""
 
 
 class QwenXMLReader(CallReader):
-    """Values of other types than string are read as JSON, and are strings if they are not JSON.
-    What the schema does not name is a string."""
+    """Reads calls with tags. Values of types other than string are read as JSON, and are strings if
+    they are not valid JSON. Parameters without a schema are strings."""
 
     MARKS = (OPEN, FUNCTION)
     FORM = "xml"
@@ -49,7 +49,7 @@ class QwenXMLReader(CallReader):
         return self._wrapped if mark == OPEN else self._function
 
     def _wrapped(self, text: str) -> str | None:
-        """After ``<tool_call>``: only white space, then a function."""
+        """State after ``<tool_call>``: white space, then a function."""
         self._held += text
         begin = self._held.lstrip()
         num_blank = len(self._held) - len(begin)
@@ -75,8 +75,8 @@ class QwenXMLReader(CallReader):
         return rest
 
     def _until_bracket(self, text: str) -> tuple[str | None, str | None]:
-        """(a name, what follows its ``>``); (None, all there was) where it is none; (None, None):
-        it is not known yet."""
+        """Return (name, text after its ``>``), or (None, all text) if there is no valid name, or
+        (None, None) if that is not known yet."""
         held = self._held + text
         name, bracket, rest = held.partition(">")
         if len(name) > MAX_NAME or "<" in name or "\n" in name or (bracket and not name.strip()):
@@ -86,7 +86,7 @@ class QwenXMLReader(CallReader):
         return (name.strip(), rest) if bracket else (None, None)
 
     def _between(self, text: str) -> str | None:
-        """Between the values of a call: the next one, or its end."""
+        """State between the values of a call: the next value, or the end."""
         held = self._held + text if self._held else text.lstrip()
         if any(len(held) < len(mark) and mark.startswith(held) for mark in _WITHIN):
             self._held = held
@@ -138,7 +138,7 @@ class QwenXMLReader(CallReader):
 
 
 def _types_of(tools: Sequence[Mapping[str, Any]], name: str) -> dict[str, frozenset[str]]:
-    """JSON types that each parameter of the tool ``name`` may have, as far as its schema says."""
+    """Return the JSON types that the schema allows for each parameter of the tool ``name``."""
     for tool in tools:
         function = tool.get("function")
         if isinstance(function, Mapping) and function.get("name") == name:
@@ -150,7 +150,7 @@ def _types_of(tools: Sequence[Mapping[str, Any]], name: str) -> dict[str, frozen
 
 
 def json_types(schema: Any) -> frozenset[str]:
-    """Return the JSON types that ``schema`` names; ``string`` if it names none."""
+    """Return the JSON types that ``schema`` names, or ``string`` if it names none."""
     found: set[str] = set()
     waiting = [schema]
     for _ in range(MAX_DEPTH):
@@ -171,7 +171,7 @@ def json_types(schema: Any) -> frozenset[str]:
 
 
 def _as_json(text: str, types: frozenset[str]) -> str:
-    """A value as the JSON that its schema asks for; a string where it is none."""
+    """Return a value as JSON of one of ``types``, or as a string if it is not such JSON."""
     if types == _STRING:
         return json.dumps(text, ensure_ascii=False)
     plain = text.strip()
@@ -190,7 +190,7 @@ def _as_json(text: str, types: frozenset[str]) -> str:
 
 
 def _kinds(value: Any) -> frozenset[str]:
-    """The JSON types of a parsed value."""
+    """Return the JSON types of a parsed value."""
     if value is None or isinstance(value, bool):
         return frozenset({"null" if value is None else "boolean"})
     if isinstance(value, int):

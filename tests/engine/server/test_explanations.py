@@ -111,7 +111,7 @@ def test_an_unknown_id_may_be_one_that_was_forgotten(serve_oracle: Callable[...,
     live = serve_oracle(server_config(explain_mib=0))
     answer_id = live.post("/v1/chat/completions", body("Gone.")).json()["id"]
     told = live.get(f"/v1/cache/explanations/{answer_id}")
-    assert told.status_code == 404 and "--explain-mib remembers more" in told.text
+    assert told.status_code == 404 and "raise --explain-mib" in told.text
 
 
 def test_responses_say_it_as_openai_does(live: Live) -> None:
@@ -170,7 +170,7 @@ def test_the_operator_sees_an_answer_beside_the_nearest_before_it(live: Live) ->
     assert other["compared_with"] == ids[1] and other["parted"]["at"] < told["parted"]["at"]
     assert "tokens were reused" in told["text"] and told["text"].endswith(told["advice"])
     unknown = live.get("/v1/cache/explanations/chatcmpl-none")
-    assert unknown.status_code == 404 and "'chatcmpl-none' is remembered" in unknown.text
+    assert unknown.status_code == 404 and "'chatcmpl-none' is stored" in unknown.text
     assert "--explain-mib" not in unknown.text, "nothing was forgotten"
     foreign = {"Origin": "https://evil.example"}
     url = f"{live.url}/v1/cache/explanations/{ids[2]}"

@@ -170,10 +170,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": 0}, "'max_tokens' must be at least 1 (got 0)."),
     ({"messages": []}, "'messages' must have at least 1 entry"),
     ({"container": "x"}, "'container' is not a parameter of this endpoint"),
-    ({"messages": [{"role": "assistant", "content": "I"}]}, "end with the user's"),
+    ({"messages": [{"role": "assistant", "content": "I"}]}, "end with a message of the user"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]},
-        "'image' blocks are not read here",
+        "'image' blocks are not supported",
     ),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
@@ -185,11 +185,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
                 {"role": "user", "content": [{"type": "thinking", "thinking": "a", "signature": ""}]}
             ]
         },
-        "A 'thinking' is the assistant's",
+        "A 'thinking' must be in a message of the assistant",
     ),
-    ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "'web_search_20250305' tools do"),
+    ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "'web_search_20250305' tools are not"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "g"}}, "no tool 'g'"),
-    ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "has a 'name'"),
+    ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "must have a 'name'"),
     ({"thinking": {"type": "enabled", "budget_tokens": 2**31}}, "'thinking.budget_tokens' must"),
     ({"thinking": {"type": "enabled", "display": "omitted"}}, "'thinking.display' must be 'summarized'"),
     (

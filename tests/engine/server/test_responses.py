@@ -161,12 +161,12 @@ def test_a_broken_call_does_not_end_a_conversation(say: Say) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"input": []}, "'input' has nothing to answer"),
-        ({"input": [{"type": {}, "role": "user", "content": "x"}]}, "items are not read here"),
+        ({"input": []}, "'input' is empty"),
+        ({"input": [{"type": {}, "role": "user", "content": "x"}]}, "items are not supported"),
         ({"text": {"format": {}}}, "'text.format.type' is missing"),
         (
             {"text": {"format": {"type": "json_schema", "name": "a"}}},
-            "'text.format' of type json_schema needs a 'schema'",
+            "'text.format' of type json_schema requires a 'schema'",
         ),
         (
             {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"type": "b"}}}},
@@ -174,25 +174,28 @@ def test_a_broken_call_does_not_end_a_conversation(say: Say) -> None:
         ),
         (
             {"text": {"format": {"type": "json_object", "schema": {}}}},
-            "'text.format' of type json_object has nothing beside its type",
+            "'text.format' of type json_object must not have other fields",
         ),
         (
             {"text": {"format": {"type": "json_schema", "schema": {}, "x": 1}}},
             "'text.format.x' is not a parameter",
         ),
         ({"input": None}, "'input' is missing"),
-        ({"input": [{"type": "web_search_call"}]}, "'web_search_call' items are not read here"),
+        ({"input": [{"type": "web_search_call"}]}, "'web_search_call' items are not supported"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "'item_reference' items are not"),
         (
             {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
-            "drop the 'input_image' part",
+            "remove the 'input_image' part",
         ),
-        ({"input": [{"type": "reasoning", "encrypted_content": "x"}]}, "encrypted can not be"),
+        (
+            {"input": [{"type": "reasoning", "encrypted_content": "x"}]},
+            "Encrypted reasoning is not",
+        ),
         (
             {"tools": [{"type": "function", "name": ""}]},
             "'tools.0.name' must be text that is not empty",
         ),
-        ({"tools": [{"type": "web_search"}]}, "'web_search' tools do not run here"),
+        ({"tools": [{"type": "web_search"}]}, "'web_search' tools are not supported"),
         ({"background": True}, "'background' is not supported"),
         ({"truncation": "auto"}, "'truncation' is not supported"),
         ({"conversation": "c"}, "'conversation' is not supported"),
