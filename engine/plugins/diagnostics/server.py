@@ -62,7 +62,7 @@ class Hooks:
 
 
 def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:
-    """Return the reason why there is no explanation; ``unknown`` are the ids that are not stored."""
+    """Return the reason why there is no explanation; ids in ``unknown`` are not stored."""
     if not unknown:
         return "The two answers have different salts (cache_salt): they share no cache entries."
     message = (

@@ -178,7 +178,7 @@ def test_a_file_of_keys_has_one_on_each_line(
         assert refused.status_code == 401 and "This key is unknown" in refused.text
     assert "requires a key" in httpx.get(f"{live.url}/v1/models").text
     wrong_key = {"Authorization": "Bearer key-one"}
-    assert "this key is another" in httpx.get(f"{live.url}/v1/cache", headers=wrong_key).text
+    assert "this key is wrong" in httpx.get(f"{live.url}/v1/cache", headers=wrong_key).text
     (tmp_path / "admin").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match="admin has 2 lines; it must contain a single key"):
         serve_oracle(ServerConfig(admin_key_file=str(tmp_path / "admin")))
