@@ -23,9 +23,6 @@ COVERED = ("hybridcache", "kernels", "engine")
 NOT_YET = (
     "engine/config.py",
     "engine/command",
-    "engine/plugins/observe",
-    "engine/plugins/record",
-    "engine/plugins/replicas",
     "engine/server/config.py",
 )
 """Files and folders that are still to be rewritten."""

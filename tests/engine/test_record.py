@@ -214,8 +214,8 @@ def test_what_can_not_be_recorded_to_is_told_before_anything_is_passed_on(tmp_pa
     there = tmp_path / "there"
     there.touch()
     for upstream, out, match in (
-        ("localhost:8000", tmp_path / "new", "is no address"),
-        ("http://localhost:1", there, "can not be made"),
+        ("localhost:8000", tmp_path / "new", "is not an address"),
+        ("http://localhost:1", there, "cannot be created"),
     ):
         with pytest.raises(ValueError, match=match):
             record(upstream, out, host="127.0.0.1", port=0, keeps_text=False, tokenizer=None)

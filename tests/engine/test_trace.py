@@ -79,5 +79,5 @@ def test_a_disk_that_fails_ends_the_trace_and_not_the_step(tmp_path: Path) -> No
 
 
 def test_a_path_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="can not be written"):
+    with pytest.raises(ValueError, match="cannot be written"):
         start_trace(an_engine(), str(tmp_path / "nowhere" / "trace.json"))

@@ -1,6 +1,8 @@
-"""What the page is told of an engine: changes of the tree, requests, memory. Made when somebody
-looks, and gone when nobody does; until then the cache has no listener and a step does nothing for
-it."""
+"""Data of the page about an engine: changes of the tree, requests and memory.
+
+A watch is created for the first reader and closed after the last one. Without it the cache has no
+listener, and a step does no work for the page.
+"""
 
 from __future__ import annotations
 
@@ -18,20 +20,20 @@ if TYPE_CHECKING:
 MEMORY_EVERY_S = 0.25
 SLABS_EVERY_S = 0.5
 MAX_NODES = 100_000
-"""Of a tree that is shown: to tell a page of so many takes a fifth of a second, between two
-steps."""
+"""Maximum size of a tree for the page. Sending this many nodes takes a fifth of a second between
+two steps."""
 
 
 class Watch:
-    """Follows one engine for all who look. Called in the engine's thread, between two steps."""
+    """Follows one engine for all readers. Called in the engine's thread, between two steps."""
 
     def __init__(self, engine: Engine) -> None:
-        """ValueError: the tree has more nodes than a page shows."""
+        """Raises ValueError if the tree has more nodes than a page can show."""
         self._engine = engine
         self._recorder = Recorder()
         self._ended: list[Record] = []
         self._shown: dict[str, tuple[Any, ...]] = {}
-        """Of each request that goes on, what was last told of it."""
+        """State that was last reported, by id of each running request."""
         self._memory = _memory_record(engine)
         self._slabs: Record = []
         self._memory_s = self._slabs_s = 0.0
@@ -46,12 +48,12 @@ class Watch:
         self.take()
 
     def close(self) -> None:
-        """Nobody looks any more."""
+        """Stop the watch: remove its listeners from the engine."""
         self._engine.cache.unsubscribe(self._recorder)
         self._engine.recent.listeners.remove(self._on_end)
 
     def whole(self) -> dict[str, Any]:
-        """All there is now, as ``take`` left it: what a page begins with. O(tree)."""
+        """Return the complete state as of the last ``take``, with which a page starts. O(tree)."""
         now = Recorder()
         self._engine.cache.subscribe(now)
         self._engine.cache.unsubscribe(now)
@@ -62,8 +64,10 @@ class Watch:
         return {"form": FORM, "meta": self._meta(), "records": records}
 
     def take(self) -> list[Record]:
-        """What changed since the last time; empty: nothing. O(changes + requests), and twice a
-        second O(slabs)."""
+        """Return the changes since the last call; empty if there are none.
+
+        O(changes + requests), and twice a second O(slabs).
+        """
         records = self._recorder.take()
         records += self._ended
         self._recent = [*self._recent, *self._ended][-256:]
@@ -79,8 +83,10 @@ class Watch:
         return [self._time(), *records] if records else []
 
     def node(self, id_: int) -> dict[str, Any] | None:
-        """What is asked of one node; None: it is not resident. ``tokens`` are its ids, the last
-        4,096, None where they are a tenant's. O(path)."""
+        """Return details of one node, or None if it is not resident. O(path).
+
+        ``tokens`` are its last 4,096 ids, or None if it belongs to a tenant.
+        """
         node = self._recorder.nodes.get(id_)
         if node is None or node.kv is None:
             return None
@@ -206,19 +212,19 @@ def _memory_record(engine: Engine) -> Record:
 
 
 def _admission_text(policy: str, figures: Mapping[str, float | str]) -> str:
-    """Return policy, limit and reason in a line."""
+    """Return policy, limit and reason on one line."""
     reason = figures.get("reason", "")
     numbers = [f"{name} {value:g}" for name, value in figures.items() if not isinstance(value, str)]
     return "; ".join(filter(None, [policy, str(reason), ", ".join(numbers)]))
 
 
 def _num_nodes(engine: Engine) -> int:
-    """0 where nothing is kept."""
+    """Return the number of nodes of the tree; 0 if the cache is off."""
     return getattr(engine.cache, "num_nodes", 0)
 
 
 def _progress(request: Request) -> tuple[str, int, int, int | None]:
-    """(what it does, tokens computed, tokens answered, the node it stands on)."""
+    """Return (state, tokens computed, tokens of the answer, id of the node of its lease)."""
     node = None if request.lease is None else node_id(request.lease.node)
     answer_len = request.num_tokens - request.prompt_len
     if request.lease is None:

@@ -1,8 +1,8 @@
-"""GET /v1/cache/events: one stream of changes for all who watch, as server-sent events.
+"""GET /v1/cache/events: one stream of changes for all readers, as server-sent events.
 
-While somebody watches, the engine is asked twenty times a second what changed; the answers are
-encoded once and kept, up to a bound. A reader that falls behind further than that, or comes back
-with a ``Last-Event-ID`` from before, gets the whole state anew instead of what it missed.
+While there is a reader, the engine is asked for changes twenty times a second. Each answer is
+encoded once and kept, up to a limit. A reader that falls behind the limit gets the complete state
+again; so does one that reconnects with an older ``Last-Event-ID``.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from engine.text.json_text import write_json
 from hybridcache.watch.recorder import Record
 
 EVERY_S = 0.05
-"""Between two times that the engine is asked."""
+"""Seconds between two requests for changes."""
 LINGER_S = 5.0
-"""After the last reader left: for so long one that comes back needs only what it missed."""
+"""Seconds for which changes are still collected after the last reader left, for one that
+reconnects."""
 ALIVE_S = 10.0
-"""A reader hears something at least so often."""
+"""Maximum seconds without a message to a reader."""
 MAX_KEPT_BYTES = 4 << 20
 MAX_READERS = 32
 BYTES = 40
-"""Of a record as JSON, about."""
+"""Approximate size of a record as JSON."""
 
 
 class _Change(NamedTuple):
@@ -38,7 +39,7 @@ class _Change(NamedTuple):
 
 
 class Feed:
-    """Who watches one engine, and the changes that they may still ask for. Lives in the server's
+    """The readers of one engine, and the changes that they may still request. Lives in the server's
     event loop."""
 
     def __init__(
@@ -48,7 +49,7 @@ class Feed:
         self._max_kept_bytes = max_kept_bytes
         self._watch: Watching | None = None
         self._name = ""
-        """Of this watch: numbers of another one's changes mean nothing here."""
+        """Prefix of the event ids of this watch, which are unknown to other watches."""
         self._kept: deque[_Change] = deque()
         self._num_kept_bytes = 0
         self._last = 0
@@ -59,24 +60,26 @@ class Feed:
         self._is_closed = False
 
     def close(self) -> None:
-        """The server stops: every stream ends."""
+        """End all streams, because the server stops."""
         self._is_closed = True
         self._tell()
 
     async def subscribe(self, after: str | None) -> AsyncIterator[bytes]:
-        """The whole state, or what came since the event called ``after``, and then every change.
-        APIError 429: as many watch as may; 501: these are replicas; 503: the tree is too large;
-        EngineStopped: there is
-        nothing to see any more."""
+        """Yield the complete state, or the changes after the event ``after``, and then every
+        change.
+
+        Raises APIError with 429 for too many readers, 501 for replicas and 503 for a tree that is
+        too large; EngineStopped if the engine has ended.
+        """
         if self._num_readers >= MAX_READERS:
-            raise APIError(429, f"{MAX_READERS} pages watch already: close one.")
+            raise APIError(429, f"{MAX_READERS} pages are connected already: close one.")
         async with self._turn:
             if self._asking is None or self._asking.done():
                 await self._begin()
         return self._events(after)
 
     async def node(self, id_: int) -> dict[str, Any] | None:
-        """What is asked of one node; None: nobody watches, or it is gone."""
+        """Return details of one node, or None if there is no reader or the node is gone."""
         watch = self._watch
         if watch is None:
             return None
@@ -124,8 +127,7 @@ class Feed:
         return number == self._last or (bool(self._kept) and self._kept[0].number <= number + 1)
 
     async def _ask(self, watch: Watching) -> None:
-        """Ask for changes, and keep them, until nobody has watched for a while or the engine has
-        ended."""
+        """Collect changes until there has been no reader for a while or the engine has ended."""
         idle_s = 0.0
         try:
             while idle_s < LINGER_S and not self._is_closed:
@@ -151,7 +153,7 @@ class Feed:
         self._tell()
 
     def _tell(self) -> None:
-        """Wake all who wait."""
+        """Wake all waiting readers."""
         self._news.set()
         self._news = asyncio.Event()
 
@@ -159,7 +161,7 @@ class Feed:
         return f"{self._name}-{self._last}"
 
     async def _whole(self) -> tuple[int, bytes]:
-        """(the number of the last change in it, the event)."""
+        """Return (number of the last change in it, the event with the complete state)."""
         async with self._turn:
             watch = self._watch
             if watch is None:
@@ -171,8 +173,8 @@ class Feed:
         return number, _event("whole", id_, data)
 
     async def _wait(self) -> bool:
-        """Until there is news; False: there was none for a while. EngineStopped: there will be
-        none."""
+        """Wait for changes. Returns False if there were none for a while; raises EngineStopped if
+        there can be none."""
         news = self._news
         if self._asking is not None and self._asking.done() and not self._is_closed:
             raise EngineStopped("The engine has stopped.")

@@ -1,4 +1,4 @@
-"""The page, and what it asks for: changes as they come, and what one node holds."""
+"""The page, and its data: a stream of changes and the details of one node."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ HEADERS = {
 
 
 class Extension(ServerExtension):
-    """Serves the page. The page itself holds no data and is open to all; its data are the
-    operator's."""
+    """Serves the page. The page itself holds no data and is public; its data require the operator's
+    key."""
 
     def __init__(self, front: ServingContext, config: ServerConfig) -> None:
         super().__init__(front, config)
@@ -53,7 +53,7 @@ class Extension(ServerExtension):
             operator.check(request)
             found = await feed.node(number)
             if found is None:
-                raise APIError(404, "This node is not in the cache, or nobody watches it.")
+                raise APIError(404, "This node is not in the cache, or no page is connected.")
             tokens = found.pop("tokens")
             text = None
             if tokens is not None:

@@ -1,8 +1,8 @@
-"""Steps and requests as a Chrome trace, which https://ui.perfetto.dev and chrome://tracing open.
+"""Writes steps and requests as a Chrome trace, for https://ui.perfetto.dev and chrome://tracing.
 
-The format is the JSON array of the Trace Event Format: complete events ("X") for steps and what
-they spend their time on, counters ("C"), and nestable asynchronous events ("b", "e") for requests,
-which overlap. No token and no text is in it.
+The format is the JSON array of the Trace Event Format. Steps and their phases are complete events
+("X"), and counters are "C". Requests overlap, so they are nestable asynchronous events ("b", "e").
+The trace has no tokens and no text.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from engine.requests.recent_requests import Ended
 
 MAX_BYTES = 1 << 30
-"""Where the file ends, whatever still comes."""
+"""Maximum size of the file; the trace ends there."""
 PHASES = ("schedule", "forward", "sample", "wait", "commit")
 logger = logging.getLogger(__name__)
 
 
 class Trace:
-    """Writes one file. ``step`` is an engine's observer, ``request`` listens to its
-    ``RecentRequests``. A disk that is full ends the trace and nothing else."""
+    """Writes one file. ``step`` is an observer of an engine, ``request`` a listener of its
+    ``RecentRequests``. A full disk ends the trace, without an effect on requests."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Trace:
         clock: Callable[[], float] = time.perf_counter,
         max_bytes: int = MAX_BYTES,
     ) -> None:
-        """OSError: ``path`` can not be written. ``clock``: the engine's."""
+        """``clock`` is the engine's. Raises OSError if ``path`` cannot be written."""
         self._path, self._clock, self._max_bytes = Path(path), clock, max_bytes
         self._file = self._path.open("w", encoding="utf-8")
         self._num_bytes = self._file.write("[\n")
@@ -47,7 +47,7 @@ class Trace:
         )
 
     def step(self, report: StepReport) -> None:
-        """A step has just been committed; one that computed nothing is left out. O(1)."""
+        """Write a step that was just committed. Steps that computed nothing are omitted. O(1)."""
         num_tokens = report.num_prefill_tokens + report.num_decode_tokens
         if not (self._is_open and num_tokens):
             return
@@ -64,7 +64,7 @@ class Trace:
         self._write(events)
 
     def request(self, ended: Ended) -> None:
-        """A request has ended. O(1)."""
+        """Write a request that has ended. O(1)."""
         if not self._is_open:
             return
         lost = {} if ended.losses is None else ended.losses._asdict()
@@ -89,7 +89,8 @@ class Trace:
         self._write(events)
 
     def close(self) -> None:
-        """End the file, which is then valid JSON; viewers take it without that too."""
+        """Write the end of the file, which makes it valid JSON. Viewers also read a file without
+        it."""
         if not self._is_open:
             return
         self._is_open = False
@@ -98,7 +99,7 @@ class Trace:
             self._file.write(json.dumps(end) + "\n]\n")
             self._file.close()
         except OSError:
-            logger.exception("The trace %s could not be ended.", self._path)
+            logger.exception("The trace %s could not be completed.", self._path)
 
     def _event(self, name: str, kind: str, at_s: float, **more: Any) -> dict[str, Any]:
         at_us = round(1e6 * (at_s - self._started_s), 1)
@@ -131,11 +132,12 @@ class Trace:
 
 
 def start_trace(engine: EngineCore, path: str) -> Trace:
-    """A trace of what ``engine`` does from now on. ValueError: ``path`` can not be written."""
+    """Start a trace of ``engine`` and return it. Raises ValueError if ``path`` cannot be
+    written."""
     try:
         trace = Trace(path, engine.clock)
     except OSError as error:
-        raise ValueError(f"--trace {path} can not be written ({error.strerror}).") from error
+        raise ValueError(f"--trace {path} cannot be written ({error.strerror}).") from error
     engine.observe(trace.step)
     engine.recent.listeners.append(trace.request)
     return trace

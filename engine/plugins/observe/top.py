@@ -1,6 +1,6 @@
-"""``engine top``: what a server's cache does, in a terminal.
+"""Command ``engine top``: shows the cache of a server in a terminal.
 
-Follows the same events as the page (``hybridcache/watch/README.md``), with rich for drawing.
+Reads the same events as the page (``hybridcache/watch/README.md``), and draws with rich.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SHORT_ID = 17
 
 
 class Watched:
-    """One server as its events tell of it."""
+    """State of one server, from its events."""
 
     def __init__(self) -> None:
         self.meta: dict[str, Any] = {}
@@ -53,7 +53,7 @@ class Watched:
         self.num_events = 0
 
     def take(self, message: dict[str, Any]) -> None:
-        """One event: ``whole`` begins anew."""
+        """Apply one event. An event of type ``whole`` replaces the state."""
         if "meta" in message:
             self.meta, self.requests = message["meta"], {}
         for kind, *rest in message["records"]:
@@ -73,7 +73,8 @@ class Watched:
 
 
 def events(url: str, key: str | None) -> Iterator[dict[str, Any]]:
-    """The messages of a server's stream. OSError: it can not be reached, refuses, or broke off."""
+    """Yield the messages of a server's stream. Raises OSError if it cannot be reached, refuses or
+    disconnects."""
     headers = {} if key is None else {"Authorization": f"Bearer {key}"}
     request = urllib.request.Request(f"{url}/v1/cache/events", headers=headers)
     with urllib.request.urlopen(request, timeout=TIMEOUT_S) as stream:
@@ -86,12 +87,12 @@ def events(url: str, key: str | None) -> Iterator[dict[str, Any]]:
 
 
 def follow(watched: Watched, url: str, key: str | None) -> None:
-    """Keep ``watched`` up to date for as long as the process lives."""
+    """Keep ``watched`` up to date while the process runs."""
     while True:
         try:
             for message in events(url, key):
                 watched.take(message)
-            watched.note = "the connection broke off"
+            watched.note = "the connection was lost"
         except urllib.error.HTTPError as error:
             watched.note = _refusal(error)
         except OSError as error:
@@ -107,7 +108,7 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 
 
 def screen(watched: Watched, height: int) -> RenderableType:
-    """All of it, for a terminal of ``height`` lines."""
+    """Return the complete view, for a terminal of ``height`` lines."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -205,7 +206,7 @@ def _row(one: dict[str, Any]) -> tuple[str | Text, ...]:
 
 
 def _bar(one: dict[str, Any]) -> Text:
-    """What was reused, and why the rest was not, in ``BAR`` columns."""
+    """Return a bar of ``BAR`` columns with the reused tokens, and the others by cause."""
     from rich.text import Text
 
     text = Text()
@@ -222,7 +223,7 @@ def _bar(one: dict[str, Any]) -> Text:
 
 
 def _rate(one: dict[str, Any]) -> float | None:
-    """Tokens a second after the first."""
+    """Return tokens per second after the first one, or None if there are too few."""
     if one["finished_s"] is None or one["first_token_s"] is None or one["answer"] < 2:
         return None
     spent = one["finished_s"] - one["first_token_s"]
@@ -230,8 +231,10 @@ def _rate(one: dict[str, Any]) -> float | None:
 
 
 def top(url: str, key_file: str | None, once: bool) -> int:
-    """Show it until interrupted, or ``once``. ValueError: the key can not be read, or the server
-    does not answer the first time."""
+    """Show the view until interrupted, or only ``once``.
+
+    Raises ValueError if the key cannot be read, or the server does not answer the first time.
+    """
     from rich.console import Console
     from rich.live import Live
 
@@ -240,7 +243,7 @@ def top(url: str, key_file: str | None, once: bool) -> int:
         try:
             key = Path(key_file).read_text().strip()
         except OSError as error:
-            raise ValueError(f"--key-file {key_file} can not be read ({error.strerror}).") from None
+            raise ValueError(f"--key-file {key_file} cannot be read ({error.strerror}).") from None
     watched, console = Watched(), Console()
     following = threading.Thread(target=follow, args=(watched, url.rstrip("/"), key), daemon=True)
     following.start()

@@ -1,1 +1,1 @@
-"""A proxy that writes what passes through it as a trace for the laboratory."""
+"""A recording proxy: passes requests on to a server and writes them as a trace."""

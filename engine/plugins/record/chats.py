@@ -1,5 +1,8 @@
-"""What clients of three dialects send and get, as chats. It stands before any server: what it does
-not know it leaves out, and it refuses nothing."""
+"""Reads requests and answers of three APIs (OpenAI chat, OpenAI responses, Anthropic messages) as
+chats.
+
+It works in front of any server: it ignores unknown fields, and rejects nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,23 @@ from typing import Any
 Fields = Mapping[str, Any]
 LINE_END = re.compile(r"\r\n|\n|\r")
 MAX_RESPONSES = 4096
-"""Conversations that a later response may go on from."""
+"""Maximum number of responses that are kept, so that a later one can continue them."""
 
 
 class Chats:
-    """Reads bodies and answers, by the end of their path."""
+    """Reads bodies and answers by the end of their path."""
 
     def __init__(self) -> None:
         self._items: OrderedDict[str, list[Fields]] = OrderedDict()
-        """Of the responses used last: all items up to its end."""
+        """Items of the responses that were used last, up to the end of each."""
 
     def read(self, path: str, body: Fields, raw: bytes) -> tuple[Fields, Fields]:
-        """(body, answer) of a request to /chat/completions, /completions, /messages or /responses
-        that was answered with ``raw``, whole or in events: as a body of one of the first two and a
-        message of the assistant. O(their sizes), and that of what it goes on from."""
+        """Return (body, answer) of a request to /chat/completions, /completions, /messages or
+        /responses.
+
+        ``raw`` is the answer, as one object or as events. The result is a body of one of the first
+        two paths, and a message of the assistant. O(size of both, and of the responses before it).
+        """
         answers = list(_answers(raw))
         if path.endswith("/completions"):
             return body, _choice(answers)
@@ -54,10 +60,10 @@ class Chats:
 
 
 def _answers(raw: bytes) -> Iterator[dict[str, Any]]:
-    """Yield the objects of an answer: one, or one an event. What was cut short is left out."""
+    """Yield the objects of an answer: one, or one per event. Incomplete ones are omitted."""
     text = raw.decode("utf-8", "replace")
     is_whole = text.lstrip().startswith("{")
-    # Not splitlines: JSON may hold other characters that end a line, as U+2028.
+    # Not splitlines: JSON can contain other line separators, such as U+2028.
     lines = LINE_END.split(text)
     events = [line[5:].strip() for line in lines if line.startswith("data:")]
     for found in [text] if is_whole else events:
@@ -67,7 +73,7 @@ def _answers(raw: bytes) -> Iterator[dict[str, Any]]:
 
 
 def _assistant(text: str, reasoning: str, calls: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """``calls``: (name, arguments)."""
+    """Return a message of the assistant; ``calls`` are (name, arguments)."""
     made = [
         {"type": "function", "function": {"name": name, "arguments": arguments}}
         for name, arguments in calls
@@ -81,7 +87,7 @@ def _assistant(text: str, reasoning: str, calls: Iterable[tuple[str, str]]) -> d
 
 
 def _choice(answers: Iterable[Fields]) -> dict[str, Any]:
-    """The first choice."""
+    """Return the first choice of an answer as a message of the assistant."""
     text, reasoning = "", ""
     calls: dict[int, list[str]] = {}
     for answer in answers:
@@ -100,7 +106,7 @@ def _choice(answers: Iterable[Fields]) -> dict[str, Any]:
 
 
 def _text(content: Any) -> str:
-    """Of a content, or the parts of one that are text."""
+    """Return the text of a content, or of those parts of one that are text."""
     if not isinstance(content, list):
         return str(content or "")
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]
@@ -139,7 +145,7 @@ def _of_messages(body: Fields) -> Fields:
 
 
 def _said(blocks: Iterable[Fields]) -> dict[str, Any]:
-    """Blocks of /messages as one message of the assistant."""
+    """Return blocks of /messages as one message of the assistant."""
     by_kind: dict[str, list[Fields]] = {}
     for block in blocks:
         by_kind.setdefault(block.get("type") or "", []).append(block)
@@ -152,7 +158,7 @@ def _said(blocks: Iterable[Fields]) -> dict[str, Any]:
 
 
 def _blocks(answers: Sequence[Fields]) -> list[Fields]:
-    """Of an answer of /messages, whole or in events."""
+    """Return the blocks of an answer of /messages, which is one object or events."""
     if len(answers) == 1 and "content" in answers[0]:
         return list(answers[0]["content"])
     blocks: dict[int, dict[str, Any]] = {}
@@ -171,14 +177,14 @@ def _blocks(answers: Sequence[Fields]) -> list[Fields]:
         if blocks[at].get("type") == "tool_use":
             try:
                 blocks[at]["input"] = json.loads(text or "{}")
-            except ValueError:  # It was cut short.
+            except ValueError:  # The call is incomplete.
                 blocks[at]["input"] = text
     return [blocks[at] for at in sorted(blocks)]
 
 
 def _messages(items: Iterable[Fields]) -> Iterator[dict[str, Any]]:
-    """Items of /responses as messages: what the assistant thought, said and called in one go is one
-    of them."""
+    """Yield items of /responses as messages. Consecutive reasoning, text and calls of the assistant
+    are one message."""
     text, reasoning = "", ""
     calls: list[tuple[str, str]] = []
     for item in items:

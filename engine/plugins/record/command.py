@@ -1,4 +1,4 @@
-"""``engine record``: a proxy in front of a server, and the trace that it writes."""
+"""Command ``engine record``: runs a proxy in front of a server and writes a trace."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from urllib.parse import urlsplit
 from engine.hub import resolve_folder
 
 GRACE_S = 5
-"""For requests in progress when the recording is told to end; then they are broken off."""
+"""Seconds that running requests may take after the recording is stopped; then they are aborted."""
 
 
 def record(
     upstream: str, out: Path, *, host: str, port: int, keeps_text: bool, tokenizer: str | None
 ) -> int:
-    """Pass requests on until SIGINT or SIGTERM; return the process's exit code. ValueError if an
-    address, the file or the tokenizer cannot be used."""
+    """Pass requests on until SIGINT or SIGTERM, and return the exit code of the process.
+
+    Raises ValueError if an address, the file or the tokenizer cannot be used.
+    """
     named = urlsplit(upstream)
     if named.scheme not in ("http", "https") or not named.hostname:
-        raise ValueError(f"{upstream!r} is no address: give one as in http://127.0.0.1:8000.")
+        raise ValueError(f"{upstream!r} is not an address; an example is http://127.0.0.1:8000.")
     import uvicorn
 
     from engine.plugins.record.proxy import create_proxy
@@ -34,7 +36,7 @@ def record(
         try:
             file = out.open("x+b")
         except OSError as error:
-            why = f"{out} can not be made ({error.strerror}): name a new file."
+            why = f"{out} cannot be created ({error.strerror}): name a new file."
             raise ValueError(why) from None
         with file:
             writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=loaded)
@@ -49,15 +51,15 @@ def record(
                 ws="none",
             )
             server = uvicorn.Server(config)
-            # uvicorn does the same while it runs, and raises the signal again once it has shut
-            # down: the summary is still to come.
+            # uvicorn installs the same handlers while it runs, and raises the signal again after
+            # its # shutdown: without these, the process would end before the summary.
             for each in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(each, server.handle_exit)
             print(f"http://{host}:{port}/v1 passes on to {upstream} and writes {out}", flush=True)
             try:
                 server.run(sockets=[listener])
             finally:
-                proxy.recorder.finish()  # A second signal skips the end of the application.
+                proxy.recorder.finish()  # A second signal skips the shutdown of the application.
     for why, number in writer.skipped.items():
         print(f"not in the trace: {number:,}, since {why}")
     print(f"{writer.num_requests} requests; hybridcache simulate --trace {out}", flush=True)
@@ -65,21 +67,21 @@ def record(
 
 
 def add_flags(record: argparse.ArgumentParser) -> None:
-    """Add the flags of the verb."""
-    record.add_argument("--to", required=True, metavar="URL", help="the server to pass on to")
-    record.add_argument("--out", required=True, metavar="FILE", help="the trace to make")
+    """Add the flags of the command."""
+    record.add_argument("--to", required=True, metavar="URL", help="server to pass requests on to")
+    record.add_argument("--out", required=True, metavar="FILE", help="trace to write")
     record.add_argument(
         "--text",
         choices=("hash", "keep"),
         default="hash",
-        help="hash: only which prompts begin alike can be told from the trace; keep: all that was "
-        "said is in it (default: hash)",
+        help="hash: the trace shows only which prompts have a common prefix; keep: it has all "
+        "prompts and answers (default: hash)",
     )
     record.add_argument(
         "--tokenizer",
         metavar="DIR",
         help="directory of the served model's tokenizer and chat template; without it four "
-        "characters count as a token",
+        "characters are counted as a token",
     )
     record.add_argument(
         "--host",
@@ -97,7 +99,7 @@ def add_flags(record: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the verb; returns the exit code of the process."""
+    """Run the command and return the exit code of the process."""
     return record(
         arguments.to,
         Path(arguments.out),

@@ -1,4 +1,4 @@
-"""A proxy that passes every request on as it came, and writes those that a cache could serve."""
+"""A proxy that passes every request on unchanged, and writes those that a cache could serve."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 RECORDED = ("/chat/completions", "/completions", "/messages", "/responses")
-"""Ends of the paths whose requests are written."""
+"""Ends of the paths of recorded requests."""
 CONNECTION = frozenset(
     b"connection host keep-alive proxy-connection te trailer transfer-encoding upgrade".split()
 )
-"""Headers that belong to one connection, and are not passed on."""
+"""Headers that belong to one connection and are not passed on."""
 ENCODING = frozenset((b"content-encoding", b"content-length"))
-"""Headers of an answer that no longer fit once it is decoded."""
+"""Headers of an answer that are wrong after it is decoded."""
 logger = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
 class Exchange:
-    """One request that is to be written, and its answer so far."""
+    """A request that is recorded, and its answer so far."""
 
     place: int
     seconds: float
     path: str
     body: bytes
     status: int | None = None
-    """None until the answer has begun."""
+    """HTTP status of the answer. None before the answer starts."""
     pieces: list[bytes] = field(default_factory=list)
 
 
 class Recorder:
-    """Writes exchanges when they end, in a thread of its own, in the order in which they came."""
+    """Writes exchanges when they end, in its own thread, in the order of their arrival."""
 
     def __init__(self, writer: TraceWriter) -> None:
         self._writer, self._chats = writer, Chats()
@@ -57,7 +57,7 @@ class Recorder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trace")
 
     def begin(self, path: str, body: bytes) -> Exchange:
-        """Begin to record a request whose ``body`` has come whole. O(1)."""
+        """Start to record a request with this complete ``body``. O(1)."""
         seconds = time.monotonic() - self._began_s
         exchange = Exchange(self._writer.take_place(), seconds, path, body)
         with self._lock:
@@ -65,15 +65,17 @@ class Recorder:
         return exchange
 
     def end(self, exchange: Exchange) -> None:
-        """Write ``exchange`` if it was answered, also one whose answer was cut short: what was
-        asked for has been computed. Does nothing to one that has ended."""
+        """Write ``exchange`` if it was answered. Does nothing if it has already ended.
+
+        An incomplete answer is written too, because its request was computed.
+        """
         with self._lock:
             if exchange in self._running:
                 del self._running[exchange]
                 self._thread.submit(self._write, exchange)
 
     def finish(self) -> None:
-        """End what is running, and return when all is written. May be called again."""
+        """End all running exchanges, and wait until they are written. May be called again."""
         for exchange in tuple(self._running):
             self.end(exchange)
         self._thread.shutdown()
@@ -87,8 +89,8 @@ class Recorder:
                 recorded = self._read(exchange)
             self._writer.write(exchange.place, recorded)
         except Exception as error:
-            logger.exception("A request could not be written; it was answered all the same.")
-            self._writer.skip(f"{type(error).__name__}: the log says more")
+            logger.exception("A request could not be written. Its answer was passed on.")
+            self._writer.skip(f"{type(error).__name__}: see the log")
         finally:
             self._writer.give_up(exchange.place)
 
@@ -98,18 +100,18 @@ class Recorder:
         except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
-            self._writer.skip("bodies that are no JSON objects are not written")
+            self._writer.skip("bodies that are not JSON objects are not written")
             return None
         read = self._chats.read(exchange.path, body, b"".join(exchange.pieces))
         return Recorded(exchange.seconds, *read)
 
 
 class Proxy:
-    """An ASGI application in front of the server at ``upstream``."""
+    """ASGI application in front of the server at ``upstream``."""
 
     def __init__(self, upstream: str, recorder: Recorder) -> None:
         self._url, self.recorder = httpx.URL(upstream), recorder
-        # By default httpx has a pool of 100 connections, and the next request waits for ever.
+        # httpx has a pool of 100 connections by default, and further requests wait without limit.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=100)
         self._client = httpx.AsyncClient(timeout=None, limits=limits)
 
@@ -120,7 +122,7 @@ class Proxy:
             await self._serve(scope, receive, send)
 
     async def _live(self, receive: Receive, send: Send) -> None:
-        """Run from the start of the server to its end."""
+        """Run from the startup of the server to its shutdown."""
         await receive()
         async with self._client:
             await send({"type": "lifespan.startup.complete"})
@@ -129,17 +131,17 @@ class Proxy:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _serve(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Answer one request, for as long as its client is there."""
+        """Answer one request, while its client is connected."""
         body = bytearray()
         while (message := await receive())["type"] == "http.request":
             body += message.get("body", b"")
             if not message.get("more_body", False):
                 break
         else:
-            return  # The client has gone.
+            return  # The client has disconnected.
         passing = asyncio.ensure_future(self._pass_on(scope, bytes(body), send))
         leaving = asyncio.ensure_future(_client_gone(receive))
-        with suppress(asyncio.CancelledError):  # The server ends; its client sees that.
+        with suppress(asyncio.CancelledError):  # The server stops.
             await asyncio.wait((passing, leaving), return_when=asyncio.FIRST_COMPLETED)
         for task in (passing, leaving):
             task.cancel()
@@ -154,12 +156,12 @@ class Proxy:
         try:
             answer = await self._client.send(self._request(scope, body), stream=True)
         except httpx.LocalProtocolError as error:
-            await _refuse(send, 400, f"This request can not be passed on ({error}).")
+            await _refuse(send, 400, f"This request cannot be passed on ({error}).")
         except httpx.RequestError as error:
             message = f"The server at {self._url} does not answer ({error})."
             await _refuse(send, 502, message)
         except asyncio.CancelledError:
-            await _refuse(send, 503, "The recording has ended: ask the server itself.")
+            await _refuse(send, 503, "The recording has ended: send requests to the server itself.")
             raise
         else:
             if exchange is not None:
@@ -173,8 +175,10 @@ class Proxy:
                 self.recorder.end(exchange)
 
     def _request(self, scope: Message, body: bytes) -> httpx.Request:
-        """Return the request for upstream: path and query byte for byte, and no cookie of another
-        client, as ``httpx.AsyncClient.build_request`` would add."""
+        """Return the request for upstream, with path and query byte for byte.
+
+        ``httpx.AsyncClient.build_request`` is not used: it would add cookies of other clients.
+        """
         target = self._url.raw_path.rstrip(b"/") + scope["raw_path"]
         if scope["query_string"]:
             target += b"?" + scope["query_string"]
@@ -191,8 +195,8 @@ class Proxy:
 
 
 async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send) -> None:
-    """Send ``answer`` as it comes. One that breaks off upstream is left without an end, so that no
-    client takes it for a whole one."""
+    """Send ``answer`` as it arrives. An answer that is aborted upstream gets no end, so that
+    clients see that it is incomplete."""
     skipped = CONNECTION | (ENCODING if "content-encoding" in answer.headers else frozenset())
     headers = [(name.lower(), value) for name, value in answer.headers.raw]
     kept = [pair for pair in headers if pair[0] not in skipped]
@@ -204,7 +208,7 @@ async def _answer(answer: httpx.Response, exchange: Exchange | None, send: Send)
                 exchange.pieces.append(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": True})
     except httpx.RequestError as error:
-        logger.warning("An answer broke off (%s).", error or type(error).__name__)
+        logger.warning("An answer ended early (%s).", error or type(error).__name__)
         return
     await send({"type": "http.response.body", "body": b""})
 
@@ -225,5 +229,5 @@ async def _client_gone(receive: Receive) -> None:
 
 
 def create_proxy(upstream: str, writer: TraceWriter) -> Proxy:
-    """Return the application that stands in front of the server at ``upstream``."""
+    """Return the application in front of the server at ``upstream``."""
     return Proxy(upstream, Recorder(writer))

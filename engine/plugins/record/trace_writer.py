@@ -1,8 +1,8 @@
-"""Requests to lines of a trace, in the laboratory's own format (``jsonl`` there).
+"""Writes requests as lines of a trace, in the laboratory's own format (``jsonl``).
 
-Without a tokenizer an id stands for ``PIECE`` characters, about what a token takes. Hashed, an id
-is a keyed hash of all text up to it: two ids are equal where everything before them is, and say
-nothing else.
+Without a tokenizer, one id stands for ``PIECE`` characters, about the length of a token. With
+``--text hash``, an id is a keyed hash of all text up to it: equal ids mean equal prefixes, and the
+text cannot be recovered.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from engine.text.tokenizer import EncodeOptions, Tokenizer
 
 logger = logging.getLogger(__name__)
 PIECE = 4
-"""Characters for one id."""
+"""Characters per id."""
 MAX_TAIL = 1 << 18
-"""Lines below the place of a request in progress that are kept account of: 25 MB."""
+"""Maximum number of lines after an open place that are tracked: 25 MB."""
 BLOCK_BYTES = 1 << 20
 HEADER, END = "<|im_start|>", "<|im_end|>\n"
 ALONE = EncodeOptions(add_special_tokens=False)
@@ -35,31 +35,31 @@ ALONE = EncodeOptions(add_special_tokens=False)
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """One request that was answered."""
+    """A request that was answered."""
 
     seconds: float
     body: Mapping[str, Any]
     answer: Mapping[str, Any]
-    """As a message of the assistant."""
+    """Answer as a message of the assistant."""
 
 
 class OrderedLines:
-    """Lines of a file that stand in the order of their places, though they come in any order.
+    """Lines of a file, in the order of their places, written in any order.
 
-    Every line is in the file as soon as it comes, so that nothing but requests in progress is lost
-    when the process is killed: a line whose place is further up is inserted there, which rewrites
-    the lines below it. Only those that came while its request was in progress can be below it.
+    Each line is written as soon as it is given, so only running requests are lost if the process is
+    killed. A line for an earlier place is inserted there, which rewrites the lines after it. Only
+    lines that were added while its request was running can follow it.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        """``file`` is open for reading and writing, and used by nobody else."""
+        """``file`` is open for reading and writing, and has no other user."""
         self._file = file
         self._lock = threading.Lock()
         self._num_places = 0
         self._open: dict[int, None] = {}
-        """Places that were taken and not used, the first at the front."""
+        """Places that were taken and are not yet used, in order."""
         self._tail: list[tuple[int, int]] = []
-        """(place, bytes) of the last lines: of all that stand below an open place."""
+        """(place, bytes) of the last lines: all lines after an open place."""
 
     def take_place(self) -> int:
         """Return the next place; ``put`` or ``give_up`` must follow. O(1)."""
@@ -69,9 +69,11 @@ class OrderedLines:
             return self._num_places
 
     def put(self, place: int, line: bytes) -> bool:
-        """Write ``line`` at ``place``. False if it cannot be: ``MAX_TAIL`` lines came below it.
-        OSError if the file takes no more: it is as before. O(its size and that of the lines below
-        it)."""
+        """Write ``line`` at ``place``. Returns False if more than ``MAX_TAIL`` lines follow it.
+
+        Raises OSError if the file cannot grow; it is then unchanged. O(size of the line and of
+        those after it).
+        """
         with self._lock:
             if place not in self._open:
                 return False
@@ -83,14 +85,15 @@ class OrderedLines:
         return True
 
     def give_up(self, place: int) -> None:
-        """Leave ``place`` empty. Does nothing to one that was used."""
+        """Leave ``place`` empty. Does nothing if it was used."""
         with self._lock:
             if place in self._open:
                 del self._open[place]
                 self._trim()
 
     def _trim(self) -> None:
-        """Forget the lines that no open place is above, and the open places above too many."""
+        """Remove the lines that follow no open place, and the open places that too many lines
+        follow."""
         while True:
             first = next(iter(self._open), self._num_places + 1)
             del self._tail[: bisect(self._tail, (first, 0))]
@@ -100,11 +103,11 @@ class OrderedLines:
 
 
 def _insert(file: int, line: bytes, size_below: int) -> None:
-    """Insert ``line`` above the last ``size_below`` bytes of ``file``.
+    """Insert ``line`` before the last ``size_below`` bytes of ``file``.
 
-    It is appended first: the file is whole from then on, and as long as it will be. Then what is
-    below it moves, in blocks, the last one first; the first one is written with the line in one
-    call, so that a process that is killed leaves no half a line unless more than a block moves.
+    It is appended first, so that the file has its final length and is valid. Then the data after it
+    moves in blocks, the last block first. The first block and the line are written in one call. A
+    process that is killed leaves no partial line unless more than one block moves.
     """
     end = os.fstat(file).st_size
     try:
@@ -131,8 +134,8 @@ def _write_at(file: int, place: int, data: bytes) -> None:
 
 
 class TraceWriter:
-    """Writes requests in the order in which they came, each as soon as it was answered. Safe to use
-    from any thread, ``write`` from one."""
+    """Writes requests in the order of their arrival, each as soon as it is answered. Any thread may
+    use it, but only one thread ``write``."""
 
     def __init__(self, file: BinaryIO, *, keeps_text: bool, tokenizer: Tokenizer | None) -> None:
         """``file`` is empty, and open for reading and writing."""
@@ -143,28 +146,28 @@ class TraceWriter:
         self._lock = threading.Lock()
         self.num_requests = 0
         self.skipped: Counter[str] = Counter()
-        """Number of requests that were passed on but are not in the trace, by reason."""
+        """Number of requests that are not in the trace, by reason."""
         self._lines.put(
             self.take_place(), _line({"format": "hybridcache", "version": 1, "unit": 1})
         )
 
     def take_place(self) -> int:
-        """Return the place of a request that has just come, for ``write``."""
+        """Return the place of a request that has just arrived, for ``write``."""
         return self._lines.take_place()
 
     def write(self, place: int, recorded: Recorded | None) -> None:
-        """Add one request at ``place``; None if there is none. OSError if the file takes no more.
-        O(its size)."""
+        """Add one request at ``place``, or leave the place empty if it is None. Raises OSError if
+        the file cannot grow. O(its size)."""
         line = None if recorded is None else self._line_of(recorded)
         if line is None:
             self.give_up(place)
         elif self._lines.put(place, line):
             self.num_requests += 1
         else:
-            self.skip(f"{MAX_TAIL:,} others came and went while they were answered")
+            self.skip(f"{MAX_TAIL:,} later requests ended before they were answered")
 
     def give_up(self, place: int) -> None:
-        """Leave ``place`` empty, if it is."""
+        """Leave ``place`` empty if it is not used."""
         self._lines.give_up(place)
 
     def _line_of(self, recorded: Recorded) -> bytes | None:
@@ -199,7 +202,7 @@ class TraceWriter:
             logger.warning("Passed on, but %s.", why)
 
     def _prompt(self, body: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        """(ids, the boundaries that are known)."""
+        """Return (ids, known boundaries) of the prompt of ``body``."""
         if "messages" not in body:
             prompt = body.get("prompt", "")
             if isinstance(prompt, list):
@@ -216,7 +219,7 @@ class TraceWriter:
                 )
                 return chat.token_ids, list(chat.boundaries)
             except TemplateError:
-                pass  # The recorded server's template took it: it is written in the plain form.
+                pass  # The recorded server accepted it; use the plain form.
         tools = json.dumps(body["tools"]) if body.get("tools") else ""
         texts = [tools, *(text for message in messages for text in _texts(message))]
         return self._ids([*texts, f"{HEADER}assistant\n"]), []
@@ -225,7 +228,7 @@ class TraceWriter:
         return self._ids(_texts(_message(answer))[1:])
 
     def _ids(self, texts: Sequence[str]) -> list[int]:
-        """Ids of texts that stand one behind the other, none across two of them."""
+        """Return the ids of consecutive texts. No id spans two of them."""
         if self._tokenizer is not None:
             return [i for text in texts for i in self._tokenizer.encode(text, ALONE)]
         return [_number(piece.encode("utf-8", "replace")) for text in texts for piece in _cut(text)]
@@ -247,7 +250,8 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 
 def _beginning(body: Mapping[str, Any]) -> Any:
-    """What tells conversations apart: all up to the first thing that the user says."""
+    """Return the part of a body that distinguishes conversations: all up to the first message of
+    the user."""
     messages = body.get("messages")
     if not isinstance(messages, list):
         return body.get("prompt")
@@ -256,7 +260,7 @@ def _beginning(body: Mapping[str, Any]) -> Any:
 
 
 def _message(message: Mapping[str, Any]) -> dict[str, Any]:
-    """As templates take it."""
+    """Return a message in the form that chat templates require."""
     content = message.get("content") or ""
     if isinstance(content, list):
         content = "\n".join(str(part.get("text", "")) for part in content)
@@ -278,7 +282,7 @@ def _parsed(text: str) -> Any:
 
 
 def _texts(message: Mapping[str, Any]) -> list[str]:
-    """A message in the plain form: its header, what it says, its end."""
+    """Return a message in the plain form: its header, its text and its end."""
     functions = [call.get("function") for call in message.get("tool_calls") or ()]
     said = str(message.get("reasoning_content") or "") + str(message["content"])
     said += json.dumps(functions) if functions else ""

@@ -1,5 +1,5 @@
-"""Who is there and where requests go: the router behind a lock, for Ray Serve asks in a thread of
-its own."""
+"""Membership of the replicas, and routing of requests: the router behind a lock, because Ray Serve
+calls it from its own thread."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hybridcache.routing.outbox import EventBatch
 from hybridcache.routing.protocol import Router
 
 FLEETS: dict[str, Fleet] = {}
-"""By name: Ray Serve makes its request router itself, from a class and plain values, and so the
-class finds here what it serves. A process that is no server has none."""
+"""Fleets by name. Ray Serve creates its request router itself, from a class and plain values; the
+class finds its fleet here. Empty in processes other than the server."""
 
 
 class Fleet:
-    """The replicas of one server. All verbs from any thread."""
+    """The replicas of one server. All methods may be called from any thread."""
 
     def __init__(self, make: Callable[[], Router], on_change: Callable[[], None]) -> None:
-        """``on_change`` is called, from any thread, when ``members`` are others."""
+        """``on_change`` is called, from any thread, when ``members`` changes."""
         self._make, self._on_change = make, on_change
         self._router: Router | None = None
         self._lock = threading.Lock()
@@ -35,14 +35,14 @@ class Fleet:
             return tuple(self._members)
 
     def begin(self) -> None:
-        """The router can be made: the replicas have said what they are."""
+        """Create the router; the facts of the replicas must be known."""
         with self._lock:
             self._router = self._make()
             for replica in self._members:
                 self._router.joined(replica, time.monotonic())
 
     def set_members(self, replicas: Iterable[str]) -> None:
-        """These are up, no others."""
+        """Set the replicas that are up."""
         found = set(replicas)
         with self._lock:
             gone = [replica for replica in self._members if replica not in found]
@@ -60,20 +60,20 @@ class Fleet:
             self._on_change()
 
     def left(self, replica: str) -> None:
-        """One is gone."""
+        """Remove one replica."""
         self.set_members(each for each in self.members if each != replica)
 
     def expect(self, request: str) -> None:
-        """Count ``request`` as the load of the replica it is placed on, until ``ended``."""
+        """Count ``request`` as load of the replica it is placed on, until ``ended``."""
         with self._lock:
             self._expected.add(request)
 
     def place(self, order: Order, candidates: Iterable[str]) -> str | None:
-        """Choose the replica for ``order``; None if it has to wait.
+        """Return the replica for ``order``, or None if it has to wait.
 
-        The same request gets the same replica again, as long as that is up. An order for a replica
-        that is gone gets another one, which refuses it. A request that is not expected, since it
-        was cancelled before Ray Serve came to place it, leaves no load: nobody would end it.
+        A request keeps its replica while that is up. An order for a replica that is gone is sent to
+        another one, which refuses it. A request that is not expected, because it was cancelled
+        before it was placed, adds no load: no call would end it.
         """
         found = set(candidates)
         with self._lock:
@@ -90,13 +90,13 @@ class Fleet:
             return where if where in found else None
 
     def prefilled(self, request: str) -> None:
-        """Its first token has come."""
+        """Note that the first token of ``request`` has arrived."""
         with self._lock:
             if self._router is not None:
                 self._router.prefilled(request, time.monotonic())
 
     def ended(self, request: str) -> None:
-        """It is over, or begins anew."""
+        """Note that ``request`` has ended or starts again."""
         with self._lock:
             self._expected.discard(request)
             self._placed.pop(request, None)
@@ -104,7 +104,7 @@ class Fleet:
                 self._router.ended(request, time.monotonic())
 
     def on_events(self, replica: str, batch: EventBatch) -> None:
-        """EventsLost: it is not the batch that is due."""
+        """Apply a batch of events of ``replica``. Raises EventsLost if it is not the next batch."""
         with self._lock:
             if self._router is not None:
                 self._router.on_events(replica, *batch)

@@ -1,4 +1,4 @@
-"""Ray Serve's request router: it asks our own."""
+"""Request router of Ray Serve that delegates to the router of the fleet."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
 
 class FleetRequestRouter(RequestRouter):  # type: ignore[misc]
-    """Lives where the handle does, in the server's process."""
+    """Runs in the process of the handle, which is the server."""
 
     def initialize_state(self, fleet: str) -> None:
-        # Ray copies this module by value, with all that it names: what is shared is found by name.
+        # Ray copies this module by value with all its references, so the shared fleet is found by
+        # name.
         from engine.plugins.replicas.fleet import FLEETS
 
         self._fleet: Fleet | None = FLEETS.get(fleet)

@@ -23,19 +23,19 @@ from hybridcache.routing.outbox import EventBatch, Outbox
 
 logger = logging.getLogger(__name__)
 TRIAL_TOKENS = 512
-"""Prompt whose prefill is timed at the start."""
+"""Length of the prompt for the measurement at the start."""
 
 
 class ReplicaGone(RuntimeError):
-    """An order came to a replica that it was not for."""
+    """Error of an order that was sent to another replica."""
 
 
 class EngineReplica:
-    """Computes; its events are followed by whoever routes. A method's only argument is an
-    ``Order``."""
+    """Computes answers and reports its cache events to the router. The only argument of each method
+    is an ``Order``."""
 
     def __init__(self, config: EngineConfig, replica: str | None = None) -> None:
-        """``replica``: its id; None: Ray Serve knows it, and has given it a core of its own."""
+        """``replica`` is its id. If None, Ray Serve provides the id, and a core."""
         if replica is None:
             import torch
             from ray import serve
@@ -56,7 +56,7 @@ class EngineReplica:
         self._loop = asyncio.get_running_loop()
 
     def _timed(self) -> float:
-        """Tokens a second of a prefill, the second of two."""
+        """Return the tokens per second of a prefill: the second of two."""
         length = min(TRIAL_TOKENS, self._engine.max_model_len - 1)
         for first in (0, 1):
             prompt = (
@@ -67,21 +67,21 @@ class EngineReplica:
         return length / (time.perf_counter() - start)
 
     def _stepped(self, report: StepReport) -> None:
-        """In the engine's thread, after each step."""
+        """Publish the events of a step. Called in the engine's thread."""
         if hasattr(self, "_loop") and self._outbox.flush():
             self._loop.call_soon_threadsafe(self._news.set)
 
     async def check_health(self) -> None:
-        """Ray Serve replaces a replica where this raises."""
+        """Raise if the engine has ended; Ray Serve then replaces this replica."""
         if not self._async.is_alive:
-            raise RuntimeError("the engine of this replica has ended; its log says why")
+            raise RuntimeError("the engine of this replica has ended; see its log")
 
     def _check_address(self, order: Order) -> None:
         if order.replica is not None and order.replica != self._id:
             raise ReplicaGone(f"replica {order.replica} is gone")
 
     async def facts(self, order: Order) -> ReplicaFacts:
-        """What it is."""
+        """Return the facts of this replica."""
         memory, cache = self._engine.runner.memory, self._engine.cache
         report = await self._async.report()
         return ReplicaFacts(
@@ -97,8 +97,10 @@ class EngineReplica:
         )
 
     async def generate(self, order: Order) -> AsyncIterator[OutputDelta | WireError]:
-        """Yield outputs without what the server knows already: the prompt, and earlier tokens. An
-        error of the request comes last. Left early, the request ends."""
+        """Yield outputs without the prompt and without earlier tokens, which the server has.
+
+        An error of the request is yielded last. The request ends if the reader stops.
+        """
         assert order.spec is not None
         stream: RequestStream | None = None
         is_covered = False
@@ -123,8 +125,8 @@ class EngineReplica:
             self._news.set()
 
     async def events(self, order: Order) -> AsyncIterator[EventBatch]:
-        """Batches from ``order.sequence`` on, as they come, or from 0 where that one is gone. For
-        one reader."""
+        """Yield batches from ``order.sequence`` on as they occur, for one reader. If that batch is
+        no longer stored, starts again from 0."""
         self._check_address(order)
         due = order.sequence
         while True:
@@ -151,7 +153,7 @@ class EngineReplica:
         return await self._async.cache_view()
 
     async def reset(self, order: Order) -> None:
-        """Forget every prefix that no running request stands on."""
+        """Remove every prefix that no running request uses."""
         self._check_address(order)
         await self._async.reset_prefix_cache()
         if await self._async.call(lambda _: self._outbox.flush()):

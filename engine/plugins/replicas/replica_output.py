@@ -1,4 +1,4 @@
-"""Calls to a replica, facts about it, and the answers that it sends."""
+"""Calls to a replica, facts about it, and its answers."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from hybridcache.routing.protocol import RouteRequest
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """The one argument of every call to a replica."""
+    """The only argument of every call to a replica."""
 
     request_id: str = ""
     spec: RequestSpec | None = None
     route: RouteRequest | None = None
-    """What the router goes by; None: ``replica`` says where it goes."""
+    """Input of the router. None if ``replica`` names the destination."""
     replica: str | None = None
     sequence: int = 0
-    """Of the batch of events that is due."""
+    """Number of the batch of events that is requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaFacts:
-    """What a server needs to know of the engines behind it."""
+    """Facts about the engines for the server."""
 
     vocab_size: int
     max_model_len: int
@@ -39,7 +39,7 @@ class ReplicaFacts:
     capacity_bytes: int
     stateful: bool
     prefill_tokens_per_s: float
-    """Measured at the start, on a prompt of its own."""
+    """Measured at the start."""
 
 
 class ReplicaAnswer(OutputAccumulator):
@@ -47,15 +47,15 @@ class ReplicaAnswer(OutputAccumulator):
 
     @property
     def broken_off(self) -> str:
-        """Message for a client whose replica died."""
+        """Message for a client after the replica of its request died."""
         return (
             f"the replica that computed it died after {counted(self.num_tokens, 'token')} of the "
             "answer; send the request again"
         )
 
     def aborted(self, first: RequestOutput) -> RequestOutput:
-        """Return the last output of an answer that its reader ended. ``first`` stands for it if
-        there was none."""
+        """Return the last output of an aborted answer. ``first`` is used if there was no output
+        yet."""
         return structs.replace(
             self.last or first,
             new_token_ids=(),

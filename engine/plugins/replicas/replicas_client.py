@@ -1,4 +1,4 @@
-"""Replicas as a server sees them: what ``AsyncEngine`` is for one engine."""
+"""Client for several replicas, with the interface of ``AsyncEngine``."""
 
 from __future__ import annotations
 
@@ -37,10 +37,11 @@ from hybridcache.scheduling.planner import AdmissionReport
 
 
 def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheReport:
-    """Sizes and counts added up, rates of the sums; settings are those of the first. ``gone`` is
-    what replicas that are no more had counted in ``usage``: a counter never falls.
+    """Return one report with sums of sizes and counts, and with rates of the sums.
 
-    ValueError: there is no report."""
+    Settings are those of the first report. ``gone`` has the ``usage`` of replicas that have ended,
+    so that counters never fall. Raises ValueError if there is no report.
+    """
     if not reports:
         raise ValueError("no replica is up")
     usage = {
@@ -63,7 +64,8 @@ def summed(reports: Sequence[CacheReport], gone: Mapping[str, int]) -> CacheRepo
 
 
 def _queue(reports: Sequence[AdmissionReport]) -> AdmissionReport:
-    """Sessions added up, the longest wait; the policies' figures are those of the first."""
+    """Add up sessions and take the longest wait; the figures of the policy are those of the
+    first."""
     return AdmissionReport(
         sum(each.live_sessions for each in reports),
         sum(each.waiting_sessions for each in reports),
@@ -78,8 +80,8 @@ def _pool(pools: Sequence[PoolReport]) -> PoolReport:
 
 
 def _lower(reports: Sequence[LowerReport]) -> LowerReport | None:
-    """Tiers added up; the folder, which replicas of one machine share, as the first one sees it
-    that has a problem with it, or the first of all."""
+    """Add up the tiers. The folder is shared by the replicas of one machine: the report of the
+    first replica with a problem is used, or the first report."""
     if not reports:
         return None
     names = [field.name for field in fields(TierReport) if field.name != "tier"]
@@ -97,15 +99,16 @@ def _rate(part: int, whole: int) -> float:
 
 
 CALL_S = 30.0
-"""How long a replica may take to report."""
+"""Maximum seconds that a replica may take to report."""
 RETRY_S = 0.2
 MAX_DEATHS = 3
-"""Replicas that one request may lose before its first token: it may be what ends them."""
+"""Number of replicas that one request may lose before its first token: the request itself may be
+the reason that they die."""
 logger = logging.getLogger(__name__)
 
 
 class FleetEngine:
-    """Several engines. ``submit``, ``drain`` and what is awaited belong to one event loop."""
+    """Several engines. ``submit``, ``drain`` and the coroutines belong to one event loop."""
 
     def __init__(
         self,
@@ -117,8 +120,8 @@ class FleetEngine:
         shut_down: Callable[[], None],
         is_death: Callable[[Exception], bool],
     ) -> None:
-        """``handle``: Ray Serve's, of ``EngineReplica``; ``is_death`` tells what it raises where a
-        replica goes from what the replica itself raised."""
+        """``handle`` is Ray Serve's, of ``EngineReplica``. ``is_death`` returns True for an error
+        that means that a replica is gone, and False for an error of the replica itself."""
         self.config = config
         self.facts = facts
         self.model_name = model_name
@@ -149,22 +152,22 @@ class FleetEngine:
 
     @property
     def is_alive(self) -> bool:
-        """Whether a replica is up."""
+        """True if at least one replica is up."""
         return self._is_open and bool(self._fleet.members)
 
     def start(self) -> None:
-        """Follow the events of those that are up, and of those that join."""
+        """Start to follow the events of all current and later replicas."""
         self._loop = asyncio.get_running_loop()
         self._follow_members()
 
     def members_changed(self) -> None:
-        """Replicas came or went; called from any thread."""
+        """React to replicas that joined or left. May be called from any thread."""
         if self._loop is not None and not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._follow_members)
 
     def _follow_members(self) -> None:
-        """Hand the events of each replica to the router for as long as it is up; one that finishes
-        its last requests is waited for no longer."""
+        """Follow the events of each replica while it is up, and stop following those that are
+        not."""
         members = self._fleet.members
         for replica in members if self._is_open else ():
             if replica not in self._followers:
@@ -185,18 +188,18 @@ class FleetEngine:
                         due = batch.sequence + 1
                 except EventsLost:
                     batches.cancel()
-                    due = 0  # a mirror that contradicts itself is made anew
+                    due = 0  # A mirror that is inconsistent starts again.
                 except asyncio.CancelledError:
                     batches.cancel()
                     raise
-                except Exception as error:  # whatever Ray raises while a replica goes
-                    logger.info("the events of replica %s broke off: %s", replica, error)
+                except Exception as error:  # Ray raises errors of many types while a replica ends.
+                    logger.info("the events of replica %s ended: %s", replica, error)
                     await asyncio.sleep(RETRY_S)
         finally:
             del self._followers[replica]
 
     def compile(self, grammar: Grammar) -> None:
-        """See ``Engine.compile``; replicas compile it once more, when it reaches them."""
+        """See ``Engine.compile``. Replicas compile the grammar again when they receive it."""
         self._intake.grammars.compile(grammar)
 
     def submit(self, prompt: Prompt | RequestSpec) -> RequestStream:
@@ -242,8 +245,8 @@ class FleetEngine:
     async def _follow_answer(
         self, order: Order, answer: ReplicaAnswer, stream: RequestStream
     ) -> None:
-        """Hand the outputs of one request to ``stream``, from another replica where the first one
-        died before the first token."""
+        """Pass the outputs of one request to ``stream``. If its replica dies before the first
+        token, the request starts again on another one."""
         generate = self._handle.options(method_name="generate", stream=True)
         num_deaths = 0
         while True:
@@ -274,34 +277,33 @@ class FleetEngine:
                 if answer.num_tokens or num_deaths == MAX_DEATHS:
                     self._end(order, stream, StepFailed(answer.broken_off))
                     return
-                logger.warning("request %s lost its replica and begins anew", stream.request_id)
+                logger.warning("request %s lost its replica and starts again", stream.request_id)
                 self._fleet.ended(order.request_id)
 
     def _settle(
         self, task: asyncio.Task[None], order: Order, aborted: RequestOutput, stream: RequestStream
     ) -> None:
-        """End a request that its ``task`` has not: it was cancelled, maybe before it began, or
-        broke off."""
+        """End a request that its ``task`` did not end, because it was cancelled or failed."""
         if self._tasks.get(stream.request_id) is not task:
             return
         last: RequestOutput | RequestError = aborted
         if not task.cancelled():
             last = StepFailed("its replica ended before the answer was done")
             if task.exception() is not None:
-                logger.error("A request broke off.", exc_info=task.exception())
+                logger.error("A request failed.", exc_info=task.exception())
         elif not self._is_open:
             last = EngineStopped("The engine stopped before the answer was done.")
         self._end(order, stream, last)
 
     def _end(self, order: Order, stream: RequestStream, last: RequestOutput | RequestError) -> None:
-        """Hand out the last of a request, whose id is free from here on."""
+        """Send the last output of a request, and release its id."""
         del self._tasks[stream.request_id]
         self._fleet.ended(order.request_id)
         self._waiting.discard(order.request_id)
         stream.put(last)
 
     async def _each(self, method: str) -> dict[str, Any]:
-        """What a method says on each replica that is up and answers."""
+        """Return the results of a method, for each replica that is up and responds."""
         asked = {
             replica: self._handle.options(method_name=method).remote(Order(replica=replica))
             for replica in self._fleet.members
@@ -310,15 +312,15 @@ class FleetEngine:
         for replica, response in asked.items():
             try:
                 found[replica] = await asyncio.wait_for(response, CALL_S)
-            except Exception as error:  # whatever Ray raises while a replica goes
+            except Exception as error:  # Ray raises errors of many types while a replica ends.
                 logger.info("replica %s did not answer %s: %s", replica, method, error)
         if not found:
             raise EngineStopped("No replica answers.")
         return found
 
     async def report(self) -> CacheReport:
-        """The replicas' reports as one; what those that are gone had counted stays counted.
-        EngineStopped: none answers."""
+        """Return the sum of the replicas' reports. Counts of replicas that are gone are kept.
+        Raises EngineStopped if no replica responds."""
         found = await self._each("report")
         members = self._fleet.members
         for replica in [each for each in self._reports if each not in members]:
@@ -327,30 +329,30 @@ class FleetEngine:
         return summed(list(found.values()), self._gone)
 
     async def watch(self) -> Watching:
-        """NoSingleEngine: the page reads one engine's tree, and there is none to read here."""
+        """Raises NoSingleEngine: the page shows the tree of one engine, and the server has none."""
         raise NoSingleEngine(
-            "This page draws one engine's cache; of replicas it has the sums, and /v1/cache what "
-            "each holds."
+            "This page shows the cache of one engine. With replicas it shows only sums; /v1/cache "
+            "shows each replica."
         )
 
     async def cache_view(self) -> dict[str, Any]:
-        """The sum, and each replica's own."""
+        """Return the sums, and the view of each replica."""
         replicas = await self._each("view")
         total = (await self.report()).as_dict()
         return total | {"replicas": replicas}
 
     async def reset_prefix_cache(self) -> None:
-        """On every replica."""
+        """Reset every replica."""
         await self._each("reset")
 
     async def end_session(self, request_id: str) -> None:
-        """Do nothing: replicas learn of an end with the session's last request alone."""
+        """Does nothing: replicas see the end of a session only in its last request."""
 
     async def stop_accepting(self) -> None:
-        """Do nothing: replicas have no role, and serve no other engines."""
+        """Does nothing: replicas have no role and serve no other engines."""
 
     async def drain(self) -> None:
-        """Take no more requests, finish those there are, and end the replicas."""
+        """Refuse new requests, finish the running ones and end the replicas."""
         self._is_open = False
         while self._tasks:
             await asyncio.wait(tuple(self._tasks.values()))
@@ -359,7 +361,7 @@ class FleetEngine:
         await asyncio.to_thread(self._shut_down)
 
     def stop(self) -> None:
-        """Requests that are not done fail with EngineStopped. From any thread."""
+        """Fail unfinished requests with EngineStopped. May be called from any thread."""
         self._is_open = False
         if self._loop is not None and not self._loop.is_closed():
             with suppress(RuntimeError):

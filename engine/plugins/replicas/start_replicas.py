@@ -1,4 +1,4 @@
-"""Starting replicas on Ray Serve, and the server's view of them."""
+"""Starts replicas on Ray Serve, and creates the server's client for them."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def start_replicas(
     settings = server.of(ReplicasConfig)
     if config.uses("disaggregation"):
         raise ConfigError(
-            f"--replicas {settings.replicas} and --role cannot go together: start one server for "
+            f"--replicas {settings.replicas} and --role cannot be combined: start one server for "
             "each role, without --replicas."
         )
     if config.uses("observe"):
         raise ConfigError(
-            "--trace writes the steps of one engine: leave --replicas and --max-replicas out."
+            "--trace writes the steps of one engine: remove --replicas and --max-replicas."
         )
     config = resolve_config(config)
     name = f"engine-{os.getpid()}"
@@ -45,7 +45,7 @@ def start_replicas(
         number += f" to {settings.max_replicas}"
     rows = [
         ("model", fleet.model_name),
-        ("replicas", f"{number} on Ray Serve, a core each"),
+        ("replicas", f"{number} on Ray Serve, one core each"),
         ("router", settings.router),
         ("context", f"{facts.max_model_len:,} tokens"),
         ("memory", f"{facts.capacity_bytes / 2**20:,.0f} MiB each"),
@@ -56,49 +56,53 @@ def start_replicas(
 
 
 START_S = 600.0
-"""How long replicas may take to load their models."""
+"""Maximum seconds for the replicas to load their models."""
 BESIDE_REQUESTS = 64
-"""Calls that a replica may have beside requests: its events, reports."""
+"""Maximum number of other calls to a replica in addition to requests: its events and reports."""
 TARGET_SHARE = 0.75
-"""Of what a replica runs at once: more on average is work for another one."""
+"""Average share of the requests a replica can run at once, above which another replica is
+started."""
 UPSCALE_S, DOWNSCALE_S = 10.0, 120.0
-"""For how long there must be too much to do, or too little, before a replica comes or goes."""
+"""Seconds of too much or too little load before a replica is started or ended."""
 LOOK_BACK_S = 15.0
-"""Over which it is averaged; Ray Serve counts every ten seconds."""
+"""Seconds over which the load is averaged; Ray Serve counts every ten seconds."""
 
 
 class PerToken:
-    """A constant rate, measured by a replica when it started."""
+    """A constant rate that a replica measured at its start."""
 
     def __init__(self, tokens_per_s: float) -> None:
         self._tokens_per_s = tokens_per_s
 
     def seconds(self, start: int, end: int) -> float:
-        """To compute tokens [start, end)."""
+        """Return the seconds to compute the tokens [start, end)."""
         return max(end - start, 0) / self._tokens_per_s
 
 
 @dataclass(frozen=True, slots=True)
 class FleetSize:
-    """How many engines."""
+    """Number of engines, and where they run."""
 
     num_replicas: int
     max_replicas: int | None = None
-    """Under load; None: no more."""
+    """Maximum number under load. None means ``num_replicas``."""
     drain_s: float = 30.0
-    """How long one that is not needed any more may take to finish what it computes."""
+    """Maximum seconds for a replica that is no longer needed to finish its requests."""
     ray: str | None = None
-    """Address of a cluster; None: one of its own on this machine."""
+    """Address of a cluster. None starts a cluster on this machine."""
 
 
 def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -> FleetEngine:
-    """Engines of ``config``, a core each, on a Ray cluster. ``name`` tells fleets of one cluster
-    apart. ValueError: a router or a cluster that does not exist, or too few cores. Waits until all
-    have loaded."""
+    """Start engines of ``config``, with one core each, on a Ray cluster, and wait until all have
+    loaded.
+
+    ``name`` distinguishes the fleets of one cluster. Raises ValueError for a router or cluster that
+    does not exist, or too few cores.
+    """
     make = find_router(router)
     if config.num_ranks > 1:
         raise ValueError(
-            "--replicas are engines of one process each: leave out --tp "
+            "--replicas are engines of one process each: remove --tp "
             f"{config.num_ranks}, or serve one engine."
         )
     import ray
@@ -113,8 +117,8 @@ def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -
         if is_ours:
             ray.shutdown()
         raise ValueError(
-            f"--replicas {size.num_replicas} want a core each, and Ray has {num_cores} here: "
-            "lower it, or name a larger cluster with --ray."
+            f"--replicas {size.num_replicas} need one core each, but Ray has {num_cores}: "
+            "use fewer, or name a larger cluster with --ray."
         )
     found: list[FleetEngine] = []
     facts: list[ReplicaFacts] = []
@@ -148,7 +152,8 @@ def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -
 
 
 def _join_ray(address: str | None) -> bool:
-    """Join a cluster, or start one; whether it was started. ValueError: there is none."""
+    """Join a cluster, or start one, and return True if it was started. Raises ValueError if there
+    is none at ``address``."""
     import ray
 
     if ray.is_initialized():
@@ -161,8 +166,8 @@ def _join_ray(address: str | None) -> bool:
         ray.init(address=address, **quiet)
     except ConnectionError as error:
         raise ValueError(
-            f"--ray {address}: no cluster answers there: start one with `ray start --head`, or "
-            "leave --ray out."
+            f"--ray {address}: no cluster responds: start one with `ray start --head`, or "
+            "remove --ray."
         ) from error
     return False
 
@@ -170,7 +175,7 @@ def _join_ray(address: str | None) -> bool:
 def _run(
     serve: Any, replica: Any, router: Any, config: EngineConfig, size: FleetSize, name: str
 ) -> Any:
-    """Deploy, without Ray's own HTTP server: ours is in front."""
+    """Deploy the replicas without Ray's own HTTP server, which this server replaces."""
     from ray.serve.config import RequestRouterConfig
 
     serve.start(proxy_location="Disabled")
@@ -190,7 +195,7 @@ def _run(
 
 
 def _number(size: FleetSize, config: EngineConfig) -> dict[str, Any]:
-    """Of replicas, as Ray Serve takes it."""
+    """Return the number of replicas as arguments of Ray Serve."""
     if size.max_replicas is None:
         return {"num_replicas": size.num_replicas}
     return {
@@ -198,7 +203,7 @@ def _number(size: FleetSize, config: EngineConfig) -> dict[str, Any]:
             "min_replicas": size.num_replicas,
             "initial_replicas": size.num_replicas,
             "max_replicas": size.max_replicas,
-            # Its events, which are followed all the time, are a request to Ray.
+            # The stream of its events is also a request to Ray.
             "target_ongoing_requests": 1 + config.max_running * TARGET_SHARE,
             "upscale_delay_s": UPSCALE_S,
             "downscale_delay_s": DOWNSCALE_S,
@@ -208,13 +213,13 @@ def _number(size: FleetSize, config: EngineConfig) -> dict[str, Any]:
 
 
 def _paths() -> list[str]:
-    """Where this project's packages are, for processes that start elsewhere."""
+    """Return the import paths of this project, for processes that start elsewhere."""
     here = str(Path(__file__).resolve().parents[3])
     return [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
 
 
 def spec_of(facts: ReplicaFacts, config: EngineConfig) -> ReplicaSpec:
-    """What the router is told of the replicas."""
+    """Return the specification of the replicas for the router."""
     return ReplicaSpec(
         PerToken(facts.prefill_tokens_per_s),
         page_size=facts.page_size,
@@ -228,7 +233,7 @@ def spec_of(facts: ReplicaFacts, config: EngineConfig) -> ReplicaSpec:
 
 
 def is_death(error: Exception) -> bool:
-    """Whether a replica went, rather than failed on what it computed."""
+    """Return True if a replica is gone, and False if it failed on a request."""
     from ray.exceptions import RayError, RayTaskError
 
     return isinstance(error, RayError) and not isinstance(error, RayTaskError)
