@@ -171,7 +171,7 @@ def test_a_life_of_two_replicas() -> None:
         handle.add("r2")
         engine._fleet.set_members(each for each in handle.replicas if each != home)
         await until(lambda: "r2" in engine._followers)
-        with pytest.raises(NoSingleEngine, match="of replicas it has the sums"):
+        with pytest.raises(NoSingleEngine, match="With replicas it shows only sums"):
             await engine.watch()
         await engine.reset_prefix_cache()
         assert (await engine.report()).kv.cached == 0
