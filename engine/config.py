@@ -17,21 +17,23 @@ from hybridcache.scheduling.planner import MAX_SCORED as MAX_SCORED
 from hybridcache.scheduling.planner import TILE as TILE
 
 SMALL_TILES = (16, 32)
-"""Smaller ones that the kernels can be run with, so that checkpoints may lie on multiples of
-them."""
+"""Smaller tiles that the kernels support, so that checkpoints can be at multiples of them."""
 
 CPU_BUDGET, DEVICE_BUDGET = 1024, 8192
-"""Tokens of a step. A step of a large mixture reads nearly all its experts whether it has 1,024
-tokens or 8,192, so on a device that computes quickly more of them share the reading; on a CPU a
-longer step only keeps decoding requests waiting."""
+"""Tokens of a step. A step of a large mixture reads nearly all experts, for 1,024 tokens as for
+8,192. On a fast device, more tokens share that cost. On a CPU, a longer step only delays decoding
+requests."""
 
 MAX_LOAD_WORKERS = 16
-"""Unless more are asked for."""
+"""Maximum number of threads by default."""
 
 BUILTIN_NAME = "builtin"
 BUILTIN_DIR = Path(__file__).parent / "models" / BUILTIN_NAME
-"""Of the model that comes with the engine: a small hybrid of Qwen3-Next's kind over bytes, trained
-by ``experiments/training/train_builtin.py``; its ``training.json`` says on what and how well."""
+"""Directory of the built-in model, a small hybrid over bytes, similar to Qwen3-Next.
+
+It was trained by ``experiments/training/train_builtin.py``; ``training.json`` has its data and
+scores.
+"""
 
 BUILTIN_PROMPTS = (
     "Ada has 5 apples. Ada buys 3 more. How many apples does Ada have now?",
@@ -49,7 +51,7 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """Error for a setting that cannot work: one sentence that says what to do."""
+    """Error for a setting that cannot work. The message is one sentence with a remedy."""
 
 
 def setting(default: T, help: str, **metadata: Any) -> T:
@@ -136,62 +138,68 @@ class EngineConfig(Settings):
 
     model: str | None = setting(
         None,
-        "model directory in Hugging Face form, or ORG/NAME to take a model of the Hugging Face Hub "
-        "(a directory of that name wins); none: the built-in byte model, small, trained on code "
-        "and made-up tasks",
+        "model directory in Hugging Face format, or ORG/NAME of a model of the Hugging Face Hub "
+        "(a directory of that name is preferred); by default the built-in byte model, which is "
+        "small "
+        "and trained on code and synthetic tasks",
     )
     revision: str | None = setting(
-        None, "with a model of the hub: branch, tag or commit; none: its main branch"
+        None, "for a model of the hub: branch, tag or commit; by default its main branch"
     )
     tokenizer: str | None = setting(
-        None, "directory of the tokenizer, or ORG/NAME, where it is not the model's"
+        None, "directory of the tokenizer, or ORG/NAME, if it is not that of the model"
     )
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "auto: read the weights; dummy: seeded random weights for any config.json"
     )
     load_workers: int | None = setting(
-        None, "threads that read weights; none: one for every two cores, 16 at most"
+        None, "threads that read weights; by default one for every two cores, at most 16"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
-        "auto", "number format of weights and KV; auto: the model's own"
+        "auto", "number format of weights and KV; auto: that of the model"
     )
     state_dtype: Literal["float32", "bfloat16"] = setting(
         "float32",
-        "number format of recurrent states; bfloat16 halves them and rounds them every 64 tokens "
-        "(or --grid, if that is less) of a prompt, every token of an answer; 8 bits are for "
-        "checkpoints only (--checkpoint-dtype), since errors of a running state add up",
+        "number format of recurrent states; bfloat16 halves their size and rounds them every 64 "
+        "tokens "
+        "(or --grid, if that is less) of a prompt and at every token of an answer; 8 bits are for "
+        "checkpoints only (--checkpoint-dtype), because errors of a running state accumulate",
     )
     checkpoint_dtype: str = setting(
         "auto",
         "number format of recurrent states in checkpoints: bfloat16, int8 or fp8, the last two "
-        "with a scale per channel, or as in int8:head; auto: as they are, exact",
+        "with a scale per channel, or per head as in int8:head; auto: unchanged and exact",
     )
-    quantization: Literal["int8", "fp8"] | None = setting(None, "8-bit weights, made while loading")
-    device: str | None = setting(None, "cpu, cuda, ...; none: the best one found")
+    quantization: Literal["int8", "fp8"] | None = setting(
+        None, "quantize weights to 8 bits while loading"
+    )
+    device: str | None = setting(None, "cpu, cuda, ...; by default the best one found")
     kernels: str = setting(
         "", "kernel backends, as in attention=reference,gdn=fused; empty: the device's best"
     )
     graphs: Literal["auto", "off", "decode", "all"] = setting(
-        "auto", "device graphs: of decode steps, or of prefills too"
+        "auto", "device graphs of decode steps, or of all steps"
     )
     warm_up: bool = setting(
         True,
-        "compile kernels, capture graphs and load the grammar library at the start; without it on "
-        "first use, while requests wait",
+        "compile kernels, capture graphs and load the grammar library at the start; otherwise "
+        "this is "
+        "done on first use, while requests wait",
     )
     sampling_defaults: Literal["model", "none"] = setting(
         "model",
-        "what a request that says nothing is sampled with; model: as its generation_config.json "
-        "says",
+        "sampling parameters of a request that sets none; model: those of its "
+        "generation_config.json",
     )
-    seed: int = setting(0, "seed of dummy weights and of requests that bring none")
+    seed: int = setting(0, "seed of dummy weights, and of requests without a seed")
 
     prefix_cache: Literal["hybrid", "radix", "none"] = setting(
-        "hybrid", "hybrid: KV and state checkpoints; radix: KV alone, attention-only models"
+        "hybrid", "hybrid: KV and state checkpoints; radix: only KV, for attention-only models"
     )
     checkpoints: tuple[str, ...] = setting(
         ("adaptive",),
-        "where states are saved: placement names joined by commas (adaptive, branch, boundary, "
+        "positions at which states are saved: names of placements, joined by commas (adaptive, "
+        "branch, boundary, "
         "backoff, end, every:1024, ...)",
     )
     eviction: str = setting(
@@ -200,55 +208,60 @@ class EngineConfig(Settings):
     )
     grid: int = setting(
         TILE,
-        "checkpoint positions are multiples of it, tokens: a multiple of 64, or, for short "
-        "prompts, 32 or 16, with kernels that compute as few at a time",
+        "checkpoint positions are multiples of this number of tokens: a multiple of 64, or, for "
+        "short "
+        "prompts, 32 or 16 with kernels that support such tiles",
     )
     page_size: int = setting(1, "KV allocation unit, tokens")
     exact: bool = setting(
-        False, "reuse only what a prefill computed: a hit then never changes a bit of the logits"
+        False,
+        "reuse only tokens that a prefill computed, so that a hit does not change the logits",
     )
 
     cache_gib: float | None = setting(
         None,
-        "memory for KV and states together, GiB: one arena; none: a quarter of the free memory, at "
+        "memory for KV and states together, one arena, GiB; by default a quarter of the free "
+        "memory, at "
         "most 4 GiB, on a CPU, and "
-        "elsewhere 90 % of what weights, graphs and the largest step leave",
+        "elsewhere 90 % of the memory that weights, graphs and the largest step leave",
     )
     kv_gib: float | None = setting(
         None,
-        "memory for KV alone, GiB: two pools in place of the arena, as a control",
+        "memory for KV only, GiB: two pools in place of the arena, for comparisons",
         is_flag=False,
     )
     state_gib: float | None = setting(
-        None, "memory for states alone, GiB: two pools, as with kv_gib", is_flag=False
+        None, "memory for states only, GiB: two pools, as with kv_gib", is_flag=False
     )
     max_model_len: int | None = setting(
-        None, "most tokens of prompt and answer; none: the model's own"
+        None, "maximum number of tokens of prompt and answer; by default that of the model"
     )
 
     max_running: int = setting(16, "requests computed at the same time")
     token_budget: int | None = setting(
         None,
-        "tokens computed per step, decoded ones included; at least 64 are for prompts, however "
-        "many decode; none: 1024 on "
+        "tokens computed per step, including decoded ones; at least 64 are for prompts, "
+        "regardless of "
+        "the number of decoding requests; by default 1024 on "
         "a CPU, 8192 elsewhere",
     )
     admission: str = setting(
         "sessions",
-        "which waiting request is admitted first, and which must wait: sessions (resident ones "
-        "first, others as the cache can bear), oldest, cached-first, longest-match, window:N, "
+        "policy that admits waiting requests: sessions (resident ones "
+        "first, others as the cache permits), oldest, cached-first, longest-match, window:N, "
         "live:N (sessions at a time), or module:Class",
     )
     max_share: float | None = setting(
         None,
-        "most of the running places and of the memory that the requests of one tenant take while "
-        "another tenant waits, 0 to 1; none: no limit",
+        "maximum share of running requests and memory that one tenant may use while "
+        "another tenant waits, 0 to 1; by default there is no limit",
     )
-    max_queue: int = setting(1024, "requests that may wait; one more is refused")
+    max_queue: int = setting(1024, "requests that may wait; further ones are refused")
     overlap: Literal["auto", "on", "off"] = setting(
         "auto",
-        "make the next step while the device computes this one, but for steps with drafts; auto: "
-        "where it computes by itself",
+        "prepare the next step while the device computes this one, except for steps with drafts; "
+        "auto: "
+        "on devices that compute asynchronously",
     )
     check: bool = setting(
         False,
@@ -267,18 +280,18 @@ class EngineConfig(Settings):
 
     @property
     def model_dir(self) -> Path:
-        """Where config.json and weights lie."""
+        """Directory of config.json and the weights."""
         return Path(self.model) if self.model else BUILTIN_DIR
 
     @property
     def tile_size(self) -> int:
-        """Tokens per tile of the kernels of recurrent states: a state that may be a checkpoint is
-        one after whole tiles."""
+        """Tokens per tile of the kernels of recurrent states. States after whole tiles can be
+        checkpoints."""
         return min(self.grid, TILE)
 
     @property
     def most_step_tokens(self) -> int:
-        """No step computes more tokens. Of a settled config."""
+        """Maximum number of tokens of one step. Requires settled settings."""
         assert self.token_budget is not None
         return max(self.token_budget, self.max_running + TILE) + self.num_step_states
 
@@ -307,7 +320,8 @@ class EngineConfig(Settings):
         budget = self.token_budget
         if budget is not None and (not isinstance(budget, int) or budget < TILE):
             raise ConfigError(
-                f"token_budget must be at least {TILE}, one tile of the kernels, not {budget}."
+                f"token_budget must be at least {TILE}, which is one tile of the kernels, not "
+                f"{budget}."
             )
         if self.max_share is not None and not 0 < self.max_share <= 1:
             raise ConfigError(f"max_share must be above 0 and at most 1 (got {self.max_share}).")
@@ -321,7 +335,7 @@ class EngineConfig(Settings):
         for name in ("kv_gib", "state_gib", "cache_gib"):
             check_gib(name, getattr(self, name))
         if self.cache_gib is not None and (self.kv_gib is not None or self.state_gib is not None):
-            raise ConfigError("give cache_gib alone, or kv_gib and state_gib, not both.")
+            raise ConfigError("set cache_gib only, or kv_gib and state_gib, not both.")
         try:
             CheckpointFormat.parse(self.checkpoint_dtype)
         except ValueError as error:
@@ -329,7 +343,7 @@ class EngineConfig(Settings):
         for name, words in _WORDS.items():
             check_word(name, getattr(self, name), words)
         if self.model == "":
-            raise ConfigError("model must name a directory; leave it out for the built-in one.")
+            raise ConfigError("model must name a directory; omit it for the built-in one.")
         places = self.checkpoints
         if isinstance(places, str):
             places = tuple(places.split(","))
@@ -338,11 +352,14 @@ class EngineConfig(Settings):
 
 
 def default_load_workers() -> int:
-    """One for every two cores: on two, 16 took 1.2 to 1.7 times as long as one and 1.7 times the
-    processor's time, for packing wants the cores too."""
+    """Return one for every two cores, and at most ``MAX_LOAD_WORKERS``.
+
+    Packing also needs the cores: on two, 16 threads took 1.2 to 1.7 times as long as one, and 1.7
+    times the processor time.
+    """
     try:
         cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # Linux alone knows what a process may use.
+    except AttributeError:  # Only Linux reports the cores of a process.
         cores = os.cpu_count() or 1
     return min(max(cores // 2, 1), MAX_LOAD_WORKERS)
 
@@ -356,7 +373,7 @@ _WORDS: dict[str, tuple[str | None, ...]] = {
     "prefix_cache": ("hybrid", "radix", "none"),
     "overlap": ("auto", "on", "off"),
 }
-"""The settings that are one of a few words. (``dtype`` is the model's to judge.)"""
+"""Allowed words of settings. ``dtype`` is checked by the model."""
 
 
 def check_positive_int(name: str, value: object) -> None:

@@ -1,8 +1,7 @@
 """Mechanical rules for prose: docstrings, comments, error messages and help texts.
 
 Each rule finds a habit that made this code base hard to read. A match is reported with file, line
-and text. The rules are strict for every file under `COVERED` that is not under `NOT_YET`; to
-rewrite a folder, remove it from `NOT_YET` and correct what the test reports.
+and text. The rules hold for every file under `COVERED`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 COVERED = ("hybridcache", "kernels", "engine")
-"""Folders that follow the rules, except for those in ``NOT_YET``."""
-NOT_YET = (
-    "engine/config.py",
-    "engine/command",
-    "engine/server/config.py",
-)
-"""Files and folders that are still to be rewritten."""
+"""Folders that follow the rules."""
 
 MAX_WORDS = 30
 """Words in one sentence."""
@@ -77,10 +70,6 @@ def test_the_rules_find_the_habits_they_name() -> None:
     assert broken_rules(Prose("", "docstring", good)) == []
 
 
-def test_every_exception_is_still_needed() -> None:
-    assert [path for path in (*NOT_YET, *COVERED) if not (ROOT / path).exists()] == []
-
-
 @pytest.mark.parametrize("rule", [*RULES, "long"])
 def test_prose_follows_the_style_guide(rule: str) -> None:
     found = [f"{p.place}: {p.text.strip()!r}" for r, p in violations() if r == rule]
@@ -126,11 +115,10 @@ def without_code(text: str) -> str:
 
 def all_prose() -> Iterator[Prose]:
     for folder in COVERED:
-        place = ROOT / folder
-        for path in [place] if place.is_file() else sorted(place.rglob("*.py")):
-            name = str(path.relative_to(ROOT))
-            if not any(name == skip or name.startswith(f"{skip}/") for skip in NOT_YET):
-                yield from prose_of(name, path.read_text(encoding="utf-8"))
+        paths = sorted((ROOT / folder).rglob("*.py"))
+        assert paths, folder
+        for path in paths:
+            yield from prose_of(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8"))
 
 
 def prose_of(name: str, source: str) -> Iterator[Prose]:

@@ -1,1 +1,2 @@
-"""The command line: ``engine serve``, ``engine inspect`` and their screens."""
+"""Command line of the engine: ``engine serve``, ``engine inspect`` and others, and their
+screens."""

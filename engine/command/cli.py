@@ -1,4 +1,4 @@
-"""The command ``engine`` and its verbs. Wrong input ends with exit code 2 and one sentence."""
+"""The command ``engine`` and its verbs. Invalid input ends with exit code 2 and one sentence."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 
 def as_record(done: Conversion) -> dict[str, object]:
-    """Everything, matrix by matrix, for machines."""
+    """Return the details of every matrix, for machines."""
     return {
         "became": done.scheme.describe(),
         "source_bytes": done.source_bytes,
@@ -61,18 +61,18 @@ def as_record(done: Conversion) -> dict[str, object]:
 
 
 def as_text(done: Conversion) -> str:
-    """Matrices of one name in all layers, and all experts, in one line."""
+    """Return a table with one line for the same matrix in all layers, and one for all experts."""
     alike: dict[tuple[str, str], list[Converted]] = defaultdict(list)
     for one in done.modules:
         alike[re.sub(r"\.\d+(?=\.)", ".*", one.module), one.reason].append(one)
     width = max(len(name) for name, _ in alike)
     return "\n".join(
         [
-            f"{done.scheme.describe()}: {format_bytes(done.source_bytes)} became "
+            f"{done.scheme.describe()}: {format_bytes(done.source_bytes)} were converted to "
             f"{format_bytes(done.written_bytes)} in {counted(done.num_files, 'file')}",
             f"  {'converted':<{width}} {'matrices':>9}   error, mean and largest",
             *(_line(name, ones, width) for (name, why), ones in alike.items() if not why),
-            f"  {'left as they are':<{width}} {'matrices':>9}   because",
+            f"  {'not converted':<{width}} {'matrices':>9}   because",
             *(
                 f"  {name:<{width}} {len(ones):>9,}   {why}"
                 for (name, why), ones in alike.items()
@@ -105,17 +105,17 @@ GROUPS = {
     "max_messages max_parts max_stops max_stop_chars default_max_tokens",
     "logs and checks": "log_level check",
 }
-"""Settings of the core by the titles under which help shows them."""
+"""Titles of the help -> settings of the core in that group."""
 SERVE_EXAMPLES = """examples:
   engine serve                                           the small built-in model
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
   engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
 SKIPPED = ("seed", "stop", "logit_bias")
-"""Sampling parameters that are no flags of ``generate``, or have one of their own."""
+"""Sampling parameters that are not flags of ``generate``, or are defined separately."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; the process's exit code."""
+    """Run one command and return the exit code of the process."""
     if arguments is None:
         end_by_exception(signal.SIGINT, signal.SIGTERM)
     try:
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         check_no_foreign_kernels()
         code = command(parsed)
-        sys.stdout.flush()  # here, where it is seen if nobody reads any more
+        sys.stdout.flush()  # Here, so that a broken pipe is handled below.
         return code
     except (ValueError, FileNotFoundError) as error:
         print(f"engine {parsed.verb}: {with_flags(str(error), vars(parsed))}", file=sys.stderr)
@@ -142,8 +142,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"engine {parsed.verb}: {error}", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # as of `| head -1`: whoever reads has all that is wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+    except BrokenPipeError:  # As of `| head -1`: the reader has all it needs.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the flush at exit.
         return 141
     except KeyboardInterrupt:
         return 130
@@ -184,28 +184,28 @@ def _parser(arguments: Sequence[str]) -> Parser:
         "generate",
         _generate,
         "[options] [PROMPT ...]",
-        "continue prompts and print what the cache spared",
+        "continue prompts and print how many tokens were reused",
         _add_generate,
     )
     add(
         "chat",
         _chat,
         "[options]",
-        "chat with a model in this terminal, and say how much of each prompt was reused",
+        "chat with a model in this terminal, and print how much of each prompt was reused",
         _add_chat,
     )
     add(
         "inspect",
         _inspect,
         "[options] [MODEL]",
-        "say what a model's prefixes weigh and what a budget holds",
+        "print the size of a model's prefixes and how many fit into a budget",
         _add_inspect,
     )
     add(
         "convert",
         _convert,
         "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
-        "write a model's weights in eight bits",
+        "convert the weights of a model to eight bits",
         _add_convert,
     )
     for verb, (usage, help) in plugin_verbs().items():
@@ -220,7 +220,7 @@ def _add_plugin_flags(verb: str, parser: Parser) -> None:
 
 
 def _add_nothing(parser: Parser) -> None:
-    """Leave ``parser`` as it is."""
+    """Leave ``parser`` unchanged."""
 
 
 def _run_plugin(verb: str, arguments: argparse.Namespace) -> int:
@@ -238,12 +238,12 @@ def _add_generate(generate: Parser) -> None:
     from engine.requests.sampling_params import SamplingParams
 
     generate.add_argument(
-        "prompt", nargs="*", help="texts to continue; none: one text from standard input"
+        "prompt", nargs="*", help="texts to continue; by default one text from standard input"
     )
     generate.add_argument(
-        "--chat", action="store_true", help="take each prompt for a user's message"
+        "--chat", action="store_true", help="send each prompt as a message of the user"
     )
-    generate.add_argument("--json", action="store_true", help="print one JSON object a prompt")
+    generate.add_argument("--json", action="store_true", help="print one JSON object per prompt")
     sampling = add_flags(generate, SamplingParams, "sampling", skip=SKIPPED, only_given=True)
     sampling.add_argument(
         "--sampling-seed", type=int, metavar="N", help="the same seed gives the same tokens"
@@ -253,7 +253,7 @@ def _add_generate(generate: Parser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="ends the answer before this text; may be given again for another",
+        help="end the answer before this text; may be repeated",
     )
     add_grouped_flags(generate, (EngineConfig,), GROUPS, engine_settings())
 
@@ -261,12 +261,15 @@ def _add_generate(generate: Parser) -> None:
 def _add_chat(chat: Parser) -> None:
     from engine.requests.sampling_params import SamplingParams
 
-    chat.add_argument("--system", metavar="TEXT", help="system message that begins the chat")
+    chat.add_argument("--system", metavar="TEXT", help="system message of the chat")
     sampling = add_flags(
         chat, SamplingParams, "sampling", skip=(*SKIPPED, "max_tokens"), only_given=True
     )
     sampling.add_argument(
-        "--max-tokens", type=int, metavar="N", help="most tokens of an answer; none: no limit"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="maximum number of tokens of an answer; by default there is no limit",
     )
     add_grouped_flags(chat, (EngineConfig,), GROUPS, engine_settings())
 
@@ -275,7 +278,7 @@ def _add_inspect(inspect: Parser) -> None:
     inspect.add_argument(
         "model",
         nargs="?",
-        help="model directory, config.json, or a preset's name such as qwen3-next; none: the "
+        help="model directory, config.json, or name of a preset such as qwen3-next; by default the "
         "built-in model",
     )
     inspect.add_argument(
@@ -284,7 +287,7 @@ def _add_inspect(inspect: Parser) -> None:
         nargs="+",
         default=[4.0, 40.0],
         metavar="GIB",
-        help="budgets to fill (default: 4 40)",
+        help="budgets to calculate (default: 4 40)",
     )
     inspect.add_argument(
         "--kv-dtype", choices=("float32", "bfloat16", "fp8"), help="number format of KV"
@@ -304,12 +307,13 @@ def _add_inspect(inspect: Parser) -> None:
 
 def _add_convert(convert: Parser) -> None:
     convert.add_argument("model", help="model directory in full precision")
-    convert.add_argument("out", help="directory to make")
+    convert.add_argument("out", help="directory to create")
     convert.add_argument(
         "--to",
         choices=("int8", "fp8"),
         required=True,
-        help="int8: a scale per output channel, as of compressed-tensors; fp8: blocks of 128 x 128",
+        help="int8: one scale per output channel, as in compressed-tensors; fp8: one per block of "
+        "128 x 128",
     )
     convert.add_argument(
         "--ignore",
@@ -317,14 +321,14 @@ def _add_convert(convert: Parser) -> None:
         action="extend",
         default=[],
         metavar="PATTERN",
-        help="more layers to leave as they are: words of their names as in linear_attn.out_proj, "
-        "or a regular expression after re:",
+        help="additional layers to leave unchanged: words of their names, such as "
+        "linear_attn.out_proj, or a regular expression after re:",
     )
     convert.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _server() -> ModuleType:
-    """Half a second of imports, which the engine's process need not wait for."""
+    """Import the server. It takes half a second, in which the engine's process starts."""
     return importlib.import_module("engine.server.app")
 
 
@@ -399,7 +403,9 @@ def _generate(arguments: argparse.Namespace) -> int:
 
     engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
     asked = {"seed": arguments.sampling_seed, "stop": tuple(arguments.stop)}
-    read_config(SamplingParams, arguments, **asked)  # Before anything slow: it may refuse.
+    read_config(
+        SamplingParams, arguments, **asked
+    )  # Before slow work, because it may raise ValueError.
     texts = arguments.prompt or [sys.stdin.read()]
     from engine.engine import Engine
     from engine.text.templates import render_chat
@@ -427,7 +433,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     from engine.requests.sampling_params import SamplingParams
 
     engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
-    read_config(SamplingParams, arguments)  # Before anything slow: it may refuse.
+    read_config(SamplingParams, arguments)  # Before slow work, because it may raise ValueError.
     from engine.command.terminal_chat import chat
     from engine.engine import Engine
 

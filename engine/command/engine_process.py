@@ -1,9 +1,9 @@
-"""The engine of ``engine serve``: in a process of its own, so that no step waits for the
-interpreter that reads and writes HTTP.
+"""The engine of ``engine serve``, in a separate process, so that no step waits for the interpreter
+of the HTTP server.
 
-The process is a fresh interpreter, not a fork: neither torch nor a device outlives one. The signals
-that ask a server to end, which a terminal or a service manager sends to both, are blocked in it. It
-ends when the server says so or has gone.
+The process is a new interpreter, not a fork, because neither torch nor a device survives a fork. It
+blocks the signals that end a server, which terminals and service managers send to both. It ends
+when the server sends a request to stop, or is gone.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ BOOT = (
 )
 POLL_S = 0.1
 MEET_S = 10.0
-"""From the process's first message until it can be sent one: milliseconds, but for a machine that
-swaps."""
+"""Seconds from the first message of the process until it can receive one. It takes milliseconds,
+except on a machine that swaps."""
 
 
 def start_engine(
@@ -43,16 +43,18 @@ def start_engine(
     meanwhile: Callable[[], object] | None = None,
     log_level: str = "warning",
 ) -> tuple[ProcessEngine, str]:
-    """(an engine that has loaded, its start screen). ``boot``: what the new interpreter runs;
-    None: ``BOOT``. ``meanwhile`` is called while the model is loaded. ValueError: what loading
-    refuses."""
+    """Start an engine and return (the engine, its start screen).
+
+    ``boot`` is the code for the new interpreter, by default ``BOOT``. ``meanwhile`` is called while
+    the model is loaded. Raises ValueError if the model cannot be loaded.
+    """
     folder = make_folder()
     try:
         channel: Channel[FromEngine] = Channel(folder, is_server=True)
         facts = [folder, pickle.dumps(config).hex(), address, log_level]
         process = _spawn([sys.executable, "-c", boot or BOOT, json.dumps(sys.path), *facts])
         try:
-            # While the model is loaded over there.
+            # The process loads the model during this time.
             if meanwhile is not None:
                 meanwhile()
             tokenizer = load_tokenizer_of(config, 0) if names_tokenizer(config) else None
@@ -69,7 +71,7 @@ def start_engine(
 
 
 def _spawn(command: list[str]) -> subprocess.Popen[bytes]:
-    """Start ``command`` with SIGINT and SIGTERM blocked, from its first instruction on."""
+    """Start ``command`` with SIGINT and SIGTERM blocked from its first instruction."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         return subprocess.Popen(command, stdin=subprocess.PIPE)
@@ -90,13 +92,14 @@ def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) ->
                 raise ValueError(message.reason)
         if has_ended:
             raise ValueError(
-                f"the engine's process {describe_exit(process.returncode)} before it had loaded; "
-                "what it printed says why."
+                f"the engine's process {describe_exit(process.returncode)} before the model was "
+                "loaded; "
+                "see its output above."
             )
 
 
 def main(folder: str, config: str, address: str, log_level: str) -> int:
-    """Run the process; return its exit code. ``config`` is pickled, in hexadecimal digits."""
+    """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
     logging.getLogger("engine").setLevel(log_level.upper())
     from engine.command.screen import start_screen
     from engine.engine import Engine
@@ -116,7 +119,7 @@ def main(folder: str, config: str, address: str, log_level: str) -> int:
         host.refuse(str(error))
         return 2
     sys.setswitchinterval(SWITCH_S)
-    # What was made at the start stays: collecting garbage need not look at it again.
+    # The objects of the start stay, so garbage collections need not traverse them.
     gc.collect()
     gc.freeze()
     return 0 if host.run(engine, screen) else 1

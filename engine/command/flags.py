@@ -1,6 +1,6 @@
-"""Command-line flags from config dataclasses: a name, a default and a help text stand in one place.
+"""Command-line flags from config dataclasses, so that name, default and help are defined once.
 
-The help is the field's ``metadata["help"]``, or else the docstring below it.
+The help is the field's ``metadata["help"]``, or the docstring below the field.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, NoReturn, TypeVar
 
 Config = TypeVar("Config")
 FIELD = re.compile(r"``(\w+)``")
-"""In a docstring, another field."""
+"""Name of another field in a docstring."""
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
 
 
 class Parser(argparse.ArgumentParser):
     """Parser that reports an error in one sentence and exits with 2.
 
-    Unknown flags are reported by the parser of their verb, with the flag that is most like them.
+    Unknown flags are reported by the parser of their verb, with the most similar flag.
     """
 
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Wide enough for a flag and its help on one line; keeps the lines of examples."""
+    """Puts a flag and its help on one line; keeps the lines of examples."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=34, width=110)
@@ -59,9 +59,10 @@ def add_flags(
     *,
     only_given: bool = False,
 ) -> argparse._ArgumentGroup:
-    """One flag for each field of the dataclass ``config`` that ``skip`` does not name, in a group
-    of their own, which is returned. ``only_given``: one that is not given leaves nothing in what is
-    parsed."""
+    """Add one flag for each field of the dataclass ``config``, except for ``skip``, in a new group.
+
+    Returns the group. With ``only_given``, absent flags add nothing to the parsed arguments.
+    """
     group = parser.add_argument_group(title)
     skipped = frozenset(skip)
     for field in flags_of(config):
@@ -100,7 +101,7 @@ def add_grouped_flags(
 ) -> None:
     """Add one flag for each field of ``configs`` in groups of help: title to the names of fields.
 
-    Names that belong to none of ``configs`` are left out, and so are empty groups. The settings of
+    Names that belong to none of ``configs`` are omitted, and so are empty groups. The settings of
     each of ``plugins`` get a group with their own title, except those marked ``is_common``, which
     end the first group. Raises ValueError if a field is in no group or in several.
     """
@@ -132,8 +133,10 @@ def read_config(
     plugins: Iterable[type] = (),
     **fixed: Any,
 ) -> Config:
-    """Return the config that the parsed ``arguments`` ask for, with the settings of ``plugins``,
-    and ``defaults`` for absent arguments. Raises ValueError if the config refuses a value."""
+    """Return the config of the parsed ``arguments``, with the settings of ``plugins``.
+
+    ``defaults`` are used for absent arguments. Raises ValueError if the config rejects a value.
+    """
     values = {
         field.name: getattr(arguments, field.name)
         for field in flags_of(config)
@@ -179,7 +182,7 @@ def _type_hints(config: type) -> dict[str, Any]:
 
 @functools.cache
 def _field_docstrings(config: type) -> dict[str, str]:
-    """The strings that stand below the fields of a dataclass, as flags' help is written."""
+    """Return the docstrings of the fields of a dataclass, written as help of flags."""
     (body,) = ast.parse(inspect.getsource(config)).body
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -193,7 +196,7 @@ def _field_docstrings(config: type) -> dict[str, str]:
 
 
 def _kind(hint: Any, default: Any) -> dict[str, Any]:
-    """How argparse reads a value of the annotated type."""
+    """Return the arguments of ``add_argument`` for values of the annotated type."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
     if hint is bool:
@@ -210,10 +213,10 @@ def _kind(hint: Any, default: Any) -> dict[str, Any]:
 
 
 def _listed(kind: type) -> Callable[[str], tuple[Any, ...]]:
-    """Reads values of ``kind`` joined by commas."""
+    """Return a parser of values of ``kind``, joined by commas."""
 
     def read(text: str) -> tuple[Any, ...]:
         return tuple(kind(word.strip()) for word in text.split(",") if word.strip())
 
-    read.__name__ = f"comma-separated {kind.__name__}"  # argparse's word for it in errors
+    read.__name__ = f"comma-separated {kind.__name__}"  # Used by argparse in errors.
     return read

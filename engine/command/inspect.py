@@ -1,4 +1,5 @@
-"""``engine inspect``: what a model's prefixes weigh, and what a byte budget holds of them."""
+"""Command ``engine inspect``: the size of a model's prefixes, and how many fit into a byte
+budget."""
 
 from __future__ import annotations
 
@@ -20,21 +21,22 @@ INTERVALS = (512, 1024, 2048, 4096, 8192, 16384)
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """What a budget holds when every ``interval`` tokens of cached text carry one checkpoint."""
+    """Contents of a budget if there is one checkpoint for every ``interval`` tokens of cached
+    text."""
 
     interval: int | None
-    """Tokens from one checkpoint to the next; None: KV alone."""
+    """Tokens from one checkpoint to the next. None means KV only."""
     num_tokens: int
     num_checkpoints: int
     state_share: float
-    """Part of the bytes that are checkpoints."""
+    """Share of the bytes used by checkpoints."""
 
 
 def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
-    """The geometry of a model directory, a config.json, a preset's name, or (None) the built-in
+    """Return the geometry of a model directory, a config.json, a preset, or (None) the built-in
     model.
 
-    ValueError says what could not be found.
+    Raises ValueError if it cannot be found.
     """
     if word is None:
         word = str(BUILTIN_DIR)
@@ -46,7 +48,7 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
         ) from error
     except FileNotFoundError as error:
         raise ValueError(
-            f"There is no {error.filename}: give a directory with a config.json."
+            f"There is no {error.filename}: name a directory with a config.json."
         ) from error
     path = Path(word)
     if path.suffix == ".json" and path.stem != "config":
@@ -55,8 +57,11 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
 
 
 def describe_files(word: str | None) -> str | None:
-    """How the weights of a model directory, or of the one that a config.json lies in, are
-    quantised, or why that is not served; None: they are not. Imports torch if they are."""
+    """Return the quantization of the weights of a model directory or config.json, or the reason why
+    it is not supported.
+
+    None if the weights are not quantized, or there is no file. Imports torch if they are.
+    """
     config = _config_file(word)
     if config is None:
         return None
@@ -75,8 +80,8 @@ def describe_files(word: str | None) -> str | None:
 
 
 def describe_refusal(word: str | None) -> str | None:
-    """Say why ``engine serve`` refuses the model of a directory or a config.json though its sizes
-    can be read. None if it serves the model, or if ``word`` names no file."""
+    """Return the reason why ``engine serve`` refuses a model with a readable geometry. None if it
+    supports the model, or if ``word`` names no file."""
     config = _config_file(word)
     if config is None:
         return None
@@ -85,7 +90,7 @@ def describe_refusal(word: str | None) -> str | None:
     try:
         from engine.models import read_model
     except ModuleNotFoundError as error:
-        return f"cannot be said here, {how_to_install(error, 'engine')}"
+        return f"unknown, {how_to_install(error, 'engine')}"
     try:
         read_model(json.loads(config.read_text(encoding="utf-8")))
     except ModelError as error:
@@ -94,7 +99,7 @@ def describe_refusal(word: str | None) -> str | None:
 
 
 def _config_file(word: str | None) -> Path | None:
-    """Of what ``load_geometry`` reads as a file."""
+    """Return the config.json that ``load_geometry`` reads, or None if it reads no file."""
     if word is None:
         return None
     path = Path(word)
@@ -103,8 +108,7 @@ def _config_file(word: str | None) -> Path | None:
 
 
 def holdings(geometry: ModelGeometry, budget_bytes: int) -> tuple[Holding, ...]:
-    """What ``budget_bytes`` hold as one arena, for KV alone and for each interval of
-    ``INTERVALS``."""
+    """Return the contents of an arena of ``budget_bytes``, for KV only and for each interval."""
     rows = [Holding(None, budget_bytes // geometry.kv_bytes_per_token, 0, 0.0)]
     if geometry.state_bytes:
         row_bytes = geometry.kv_bytes_per_token
@@ -122,7 +126,7 @@ def as_record(
     files: str | None = None,
     refusal: str | None = None,
 ) -> dict[str, object]:
-    """Everything ``as_text`` says, for machines."""
+    """Return all details of ``as_text``, for machines."""
     return {
         **asdict(geometry),
         "files": files,
@@ -143,7 +147,7 @@ def as_text(
     files: str | None = None,
     refusal: str | None = None,
 ) -> str:
-    """One screen about ``geometry``; ``files`` as ``describe_files`` says, ``refusal`` as
+    """Return one screen about ``geometry``, with the results of ``describe_files`` and
     ``describe_refusal``."""
     lines = [
         geometry.name,

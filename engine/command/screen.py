@@ -1,4 +1,4 @@
-"""What an engine says of itself when it starts: one screen."""
+"""The start screen of an engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def start_screen(engine: Engine, address: str) -> str:
-    """Model, memory and its bytes, cache, kernels, the page and the address."""
+    """Return the start screen: model, memory, cache, kernels, the page and the address."""
     config, report = engine.config, engine.report()
     runner = cast("ModelRunner", engine.runner)
     geometry = runner.geometry
@@ -71,7 +71,7 @@ def start_screen(engine: Engine, address: str) -> str:
 
 
 def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:
-    """Prompts to try, and a request to paste into a terminal."""
+    """Return prompts to try, and a request to paste into a terminal."""
     is_builtin = engine.config.model is None
     rows = []
     if is_builtin:
@@ -106,13 +106,13 @@ def _memory_words(memory: MemorySizes, report: CacheReport) -> str:
 
 
 def _said_of_text(engine: Engine) -> list[tuple[str, str]]:
-    """What is not as everybody expects it."""
+    """Return lines about an absent tokenizer and about sampling defaults of the model."""
     rows = []
     if isinstance(engine.tokenizer, IdTokenizer):
-        rows.append(("tokenizer", "none there: prompts and answers are token ids, as numbers"))
+        rows.append(("tokenizer", "none: prompts and answers are token ids, as numbers"))
     if engine.sampling_defaults:
         words = ", ".join(f"{name} {value:g}" for name, value in engine.sampling_defaults.items())
-        rows.append(("sampling", f"{words}, where a request says nothing (generation_config.json)"))
+        rows.append(("sampling", f"{words}, unless a request sets them (generation_config.json)"))
     return rows
 
 
@@ -129,7 +129,7 @@ def _cache_words(engine: Engine) -> str:
 
 
 def _smallest_prefix(engine: Engine) -> list[tuple[str, str]]:
-    """What is shorter never hits, whoever asks for it again."""
+    """Return the length of the shortest prefix that can be reused."""
     config = engine.config
     if config.prefix_cache == "none":
         return []
@@ -141,7 +141,7 @@ def _smallest_prefix(engine: Engine) -> list[tuple[str, str]]:
 
 
 def _kernel_words(chosen: dict[str, str]) -> str:
-    """Backends, each with its kernels; one alone needs none named."""
+    """Return each backend with its kernels, or only its name if there is one."""
     backends: dict[str, list[str]] = {}
     for kernel, backend in chosen.items():
         backends.setdefault(backend, []).append(kernel)

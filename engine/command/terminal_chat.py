@@ -1,4 +1,4 @@
-"""``engine chat``: a conversation in the terminal, and the prompt tokens that each turn reused."""
+"""Command ``engine chat``: a conversation in the terminal, with the reused tokens of each turn."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PROMPT = "> "
 
 
 def chat(engine: Engine, sampling: SamplingParams, system: str | None) -> int:
-    """Answer the lines of the standard input until its end or Ctrl-C; return the exit code.
+    """Answer the lines of the standard input until its end or Ctrl-C, and return the exit code.
 
-    Answers go to the standard output, token counts to the standard error output. A message that is
-    refused, as one longer than the context, is left out of the conversation. ValueError if the
-    model has no chat template.
+    Answers are written to the standard output, token counts to the standard error output. A message
+    that is refused, for example because it is too long, is removed from the conversation. Raises
+    ValueError if the model has no chat template.
     """
     tokenizer = engine.tokenizer
     if tokenizer is None or tokenizer.chat_template is None:
@@ -51,7 +51,7 @@ def chat(engine: Engine, sampling: SamplingParams, system: str | None) -> int:
 
 
 def _answer(engine: Engine, spec: RequestSpec) -> RequestOutput:
-    """Print an answer as it comes; return its last output."""
+    """Print an answer while it is generated, and return its last output."""
     for output in engine.stream(spec):  # Leaving the loop aborts the request.
         print(output.new_text, end="", flush=True)
     print(flush=True)
@@ -67,13 +67,12 @@ def _counts(output: RequestOutput) -> str:
 
 
 def _lines() -> Iterator[str]:
-    """Yield messages: with a prompt in a terminal, and otherwise one per line. Blank ones are
-    left out."""
+    """Yield messages, one per line, with a prompt in a terminal. Blank lines are omitted."""
     if not sys.stdin.isatty():
         yield from filter(None, map(str.strip, sys.stdin))
         return
     with suppress(ImportError):
-        import readline  # noqa: F401  # editing and history for input()
+        import readline  # noqa: F401  # Editing and history for input().
     while True:
         try:
             line = input(PROMPT).strip()

@@ -34,9 +34,11 @@ ENGINE = {
     "observe": "ObserveConfig",
     "guided": "GuidedConfig",
 }
-"""Plugins of an engine -> class of their settings, in the order of their hooks. The class is in the
-plugin's ``__init__``, which imports nothing else of it. Module ``plugin`` has the class
-``EnginePlugin``, except in ``guided``, which is loaded by requests."""
+"""Plugins of an engine -> class of their settings, in the order of their hooks.
+
+The class is in the plugin's ``__init__``, which imports no other module of it. Module ``plugin``
+has the class ``EnginePlugin``. ``guided`` has none: requests load it.
+"""
 
 SERVER = {
     "replicas": "ReplicasConfig",

@@ -10,9 +10,9 @@ from typing import Literal
 from engine.config import Settings
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
-"""Of the environment."""
+"""Name of the environment variable with an API key."""
 MAX_STOPS = 64
-"""As many as the engine takes."""
+"""Maximum number that the engine supports."""
 COUNTS = (
     "max_values",
     "max_names",
@@ -23,16 +23,16 @@ COUNTS = (
     "max_stops",
     "max_stop_chars",
 )
-"""The settings that are a number of things."""
+"""Settings that are counts."""
 
 
 ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
-"""As browsers send it, and compare it: in lower case, with nothing behind the port; ``null`` is a
-file's."""
+"""An origin in the form that browsers send and compare: in lower case, with nothing after the port.
+The origin of a file is ``null``."""
 
 
 def flag(name: str) -> str:
-    """The setting ``name`` as it stands on the command line."""
+    """Return the setting ``name`` as a flag of the command line."""
     return "--" + name.replace("_", "-")
 
 
@@ -44,22 +44,24 @@ class ServerConfig(Settings):
     """
 
     host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
-    port: int = field(default=8000, metadata={"help": "port to listen on; 0 takes a free one"})
+    port: int = field(default=8000, metadata={"help": "port to listen on; 0 chooses a free one"})
     log_requests: bool | None = field(
         default=None,
         metadata={
-            "help": "write one line for each request: method, path, status, tokens of the prompt, "
-            "of those cached, of the answer, and milliseconds; default: if the log is a terminal"
+            "help": "write one line per request: method, path, status, tokens of the prompt, "
+            "cached tokens, tokens of the answer, and milliseconds; by default if the log is a "
+            "terminal"
         },
     )
     log_level: Literal["debug", "info", "warning", "error"] = field(
-        default="warning", metadata={"help": "least level of messages in the log"}
+        default="warning", metadata={"help": "minimum level of messages in the log"}
     )
     served_model_name: str | None = field(
-        default=None, metadata={"help": "name clients use; default: the model directory's name"}
+        default=None,
+        metadata={"help": "model name for clients; by default the name of the model directory"},
     )
     max_body_mib: float = field(
-        default=4.0, metadata={"help": "larger request bodies are refused, MiB"}
+        default=4.0, metadata={"help": "maximum size of a request body, MiB"}
     )
     body_timeout_s: float = field(
         default=60.0, metadata={"help": "seconds that a request body may take to arrive"}
@@ -67,88 +69,84 @@ class ServerConfig(Settings):
     header_timeout_s: float = field(
         default=10.0,
         metadata={
-            "help": "seconds that the headers of a request may take to arrive, from the beginning "
-            "of the connection or the answer before"
+            "help": "seconds that the headers of a request may take to arrive, from the start "
+            "of the connection or the end of the previous answer"
         },
     )
     max_connections: int | None = field(
         default=None,
         metadata={
-            "help": "connections that may be open at once; at the limit idle ones make room; "
-            "default: as many as the system's limit of open files allows (ulimit -n)"
+            "help": "connections that may be open at once; at the limit, idle ones are closed; "
+            "by default as many as the system's limit of open files allows (ulimit -n)"
         },
     )
     max_values: int = field(
         default=300_000,
         metadata={
-            "help": "values that the JSON of one body may hold, by its commas, where it may hold "
-            "token ids"
+            "help": "values in the JSON of one body, counted by its commas, for bodies that may "
+            "have token ids"
         },
     )
     max_names: int = field(
         default=65_536,
         metadata={
-            "help": "names, lists and objects of one body, by its colons and brackets; of a chat "
-            "also values, by its commas, and what its calls were made with"
+            "help": "names, lists and objects of one body, counted by its colons and brackets; "
+            "for a chat also values, counted by its commas, and the arguments of its calls"
         },
     )
     max_prompt_ids: int = field(
         default=300_000,
-        metadata={
-            "help": "token ids that the prompts of one body may hold, and that /tokenize gives"
-        },
+        metadata={"help": "token ids in the prompts of one body, and in an answer of /tokenize"},
     )
     max_detokenize_ids: int = field(
-        default=262_144, metadata={"help": "token ids that /detokenize takes at once"}
+        default=262_144, metadata={"help": "token ids in one request to /detokenize"}
     )
-    max_messages: int = field(default=4096, metadata={"help": "messages that one chat may have"})
+    max_messages: int = field(default=4096, metadata={"help": "messages in one chat"})
     max_parts: int = field(
         default=4096,
-        metadata={"help": "text parts that the messages of one chat may have together"},
+        metadata={"help": "text parts in all messages of one chat"},
     )
     max_stops: int = field(
         default=MAX_STOPS,
-        metadata={"help": "stop strings, and stop token ids, that one request may bring"},
+        metadata={"help": "stop strings, and stop token ids, in one request"},
     )
-    max_stop_chars: int = field(
-        default=1024, metadata={"help": "characters that one stop string may have"}
-    )
+    max_stop_chars: int = field(default=1024, metadata={"help": "characters in one stop string"})
     default_max_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "most tokens of an answer to a chat that names no limit; default: as many as "
-            "the context holds"
+            "help": "maximum tokens of an answer to a chat without a limit; by default as many as "
+            "the context permits"
         },
     )
     special_in_content: bool = field(
         default=False,
         metadata={
-            "help": "let special tokens that are written in messages become special tokens; "
-            "without it they are text, "
-            "and nobody can write another's turn"
+            "help": "encode special tokens in the text of messages as special tokens; "
+            "otherwise they are text, so that a message "
+            "cannot start another turn"
         },
     )
     admin_key_file: str | None = field(
         default=None,
         metadata={
-            "help": "file with the key that /v1/cache and /reset_prefix_cache then ask for "
+            "help": "file with the key that /v1/cache and /reset_prefix_cache then require "
             "(Authorization: Bearer KEY); "
-            "none: they answer this machine only"
+            "by default only this machine can use them"
         },
     )
     api_key_file: str | None = field(
         default=None,
         metadata={
-            "help": "file with the keys of clients, one per line: each then needs one of them "
+            "help": "file with the keys of clients, one per line: each request then needs one "
             "(Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; "
-            f"{API_KEY_VARIABLE} may name one more"
+            f"{API_KEY_VARIABLE} can have one more"
         },
     )
     cors_origin: tuple[str, ...] = field(
         default=(),
         metadata={
-            "help": "origins whose pages may ask this server, as https://host or http://host:port, "
-            "or *; none: no other's"
+            "help": "origins of web pages that may use this server, as https://host or "
+            "http://host:port, or *; by default only the server's own"
         },
     )
     drain_s: float = field(
@@ -158,11 +156,9 @@ class ServerConfig(Settings):
 
     def __post_init__(self) -> None:
         if not self.host:
-            raise ValueError(
-                "--host names no address: use 127.0.0.1, or 0.0.0.0 for all that this machine has."
-            )
+            raise ValueError("--host must not be empty; 0.0.0.0 is all addresses of this machine.")
         if not 0 <= self.port <= 65535:
-            raise ValueError(f"--port {self.port} is no port: choose one from 0 to 65535.")
+            raise ValueError(f"--port {self.port} is not a port: choose one from 0 to 65535.")
         if not 0 < self.max_body_mib < math.inf:
             raise ValueError(f"--max-body-mib {self.max_body_mib:g} must be finite and above 0.")
         for name in ("body_timeout_s", "header_timeout_s"):
@@ -173,7 +169,7 @@ class ServerConfig(Settings):
         for origin in self.cors_origin:
             if not ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"--cors-origin {origin!r} is no origin: give it as https://host or "
+                    f"--cors-origin {origin!r} is not an origin: write it as https://host or "
                     "https://host:port, in lower case, without a path, or * for all."
                 )
         if self.default_max_tokens is not None and self.default_max_tokens < 1:
@@ -183,7 +179,7 @@ class ServerConfig(Settings):
                 raise ValueError(f"{flag(name)} {count} must be 1 or more.")
         if self.max_stops > MAX_STOPS:
             raise ValueError(
-                f"--max-stops {self.max_stops} is more than the {MAX_STOPS} the engine takes."
+                f"--max-stops {self.max_stops} is more than {MAX_STOPS}, the maximum of the engine."
             )
         if not 0 <= self.drain_s < math.inf:
             raise ValueError(f"--drain-s {self.drain_s:g} must be finite and not negative.")

@@ -71,7 +71,7 @@ def test_a_request_that_just_fits_is_served() -> None:
         ({"max_running": 0}, "max_running must be an integer of 1 or more"),
         ({"page_size": 1.5}, "page_size must be an integer"),
         ({"kv_gib": -1}, "kv_gib must be a positive number"),
-        ({"cache_gib": 1, "kv_gib": 1}, "cache_gib alone"),
+        ({"cache_gib": 1, "kv_gib": 1}, "cache_gib only"),
         ({"prefix_cache": "magic"}, "must be one of hybrid, radix, none"),
         ({"overlap": "maybe"}, "overlap must be one of auto, on, off"),
         ({"quantization": "int4"}, "quantization must be one of none, int8, fp8"),

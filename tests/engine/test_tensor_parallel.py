@@ -179,9 +179,9 @@ async def _submit(engine: AsyncEngine) -> None:
     "settings, error, sentence",
     [
         ({"tp": 0}, ConfigError, "tp must be an integer of 1 or more, not 0"),
-        ({"tp": 2, "draft": "mtp"}, ConfigError, "--tp is served without the multi-token head"),
-        ({"tp": 2, "graphs": "all"}, ConfigError, "--tp is served without graphs"),
-        ({"tp": 2, "device": "cuda:0"}, ConfigError, "leave out the number of cuda:0"),
+        ({"tp": 2, "draft": "mtp"}, ConfigError, "--tp does not support the multi-token head"),
+        ({"tp": 2, "graphs": "all"}, ConfigError, "--tp does not support graphs"),
+        ({"tp": 2, "device": "cuda:0"}, ConfigError, "remove the number of cuda:0"),
         (
             {"tp": 3},
             ModelError,

@@ -1,5 +1,4 @@
-"""Bounded memory of earlier chats: replays of their tokens, and explanations of cache misses.
-Their settings."""
+"""Bounded memory of earlier chats, for replays of their tokens and explanations of cache misses."""
 
 from __future__ import annotations
 
@@ -19,8 +18,8 @@ class DiagnosticsConfig(PluginConfig):
 
     preserve_thinking: bool = setting(
         False,
-        "keep reasoning in history, as it was sampled, also where the chat template or the client "
-        "drops it; a request says otherwise with chat_template_kwargs",
+        "keep reasoning in the history as it was sampled, even if the chat template or the client "
+        "drops it; a request can override this with chat_template_kwargs",
     )
     volatile_line: str | None = setting(
         None,
@@ -28,16 +27,17 @@ class DiagnosticsConfig(PluginConfig):
         "^x-anthropic-billing-header:|^Today's date",
     )
     volatile: Literal["move", "drop"] = setting(
-        "move", "what becomes of such lines: moved to the system message's end"
+        "move",
+        "move: such lines are moved to the end of the system message; drop: they are removed",
     )
     replay_mib: float = setting(
         64.0,
-        "memory for the tokens that were sampled for answers: they stand for an answer that a "
-        "client sends back, MiB; 0: it is tokenized anew",
+        "memory for sampled tokens of answers, which replace an answer that a "
+        "client sends back, MiB; with 0 such answers are tokenized again",
     )
     explain_mib: float = setting(
         64.0,
-        "memory for what is remembered of requests, to say why a later one missed the cache, MiB",
+        "memory for earlier requests, to explain why a later one missed the cache, MiB",
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Anthropic's messages and OpenAI's responses, translated to and from chats. Their settings."""
+"""Anthropic's messages and OpenAI's responses, translated to and from chats."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class DialectsConfig(PluginConfig):
 
     responses_mib: float = setting(
         64.0,
-        "memory for responses that a later request may go on from (/v1/responses), MiB",
+        "memory for responses that a later request can continue (/v1/responses), MiB",
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Disaggregation: prefixes computed by one engine are sent to another. Its settings."""
+"""Disaggregation: prefixes computed by one engine are sent to another."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from engine.config import (
 
 @dataclass(frozen=True, slots=True)
 class DisaggregationConfig(PluginConfig):
-    """Role of the engine, and the addresses that it needs."""
+    """Role of the engine, and the addresses for it."""
 
     plugin: ClassVar[str] = "disaggregation"
     title: ClassVar[str] = "prefill and decode servers"
 
     role: Literal["prefill", "decode"] | None = setting(
         None,
-        "prefill: compute the prompts of decode engines beside its own; decode: have prompts "
-        "computed by prefill engines; none: on its own",
+        "prefill: compute the prompts of decode engines in addition to its own; decode: have "
+        "prompts "
+        "computed by prefill engines; by default neither",
     )
     transfer_at: str | None = setting(
         None,
@@ -33,10 +34,11 @@ class DisaggregationConfig(PluginConfig):
     )
     prefill: tuple[str, ...] = setting((), "with role decode: HOST:PORT of every prefill engine")
     fetch_above: int = setting(
-        256, "with role decode: prompts that lack fewer tokens of what is cached are computed here"
+        256, "with role decode: prompts with fewer tokens that are not cached are computed here"
     )
     transfer_timeout_s: float = setting(
-        10.0, "with a role: seconds of silence after which the other engine counts as gone"
+        10.0,
+        "with a role: seconds without a message after which the other engine is considered gone",
     )
 
     def __post_init__(self) -> None:
@@ -45,7 +47,9 @@ class DisaggregationConfig(PluginConfig):
         for role, name in needed.items():
             if (self.role == role) != bool(getattr(self, name)):
                 flag = "--" + name.replace("_", "-")
-                raise ConfigError(f"--role {role} and {flag} HOST:PORT go together: give both.")
+                raise ConfigError(
+                    f"--role {role} and {flag} HOST:PORT require each other: set both."
+                )
         check_positive_int("fetch_above", self.fetch_above)
         if not 0 < self.transfer_timeout_s < 1e6:
             raise ConfigError(f"transfer_timeout_s must be above 0, not {self.transfer_timeout_s}.")
@@ -74,10 +78,10 @@ class DisaggregationConfig(PluginConfig):
         """See ``PluginConfig``."""
         if config.prefix_cache == "none":
             raise ConfigError(
-                f"--role {self.role} moves prefixes between caches: --prefix-cache none has none."
+                f"--role {self.role} requires a prefix cache: remove --prefix-cache none."
             )
         if config.uses("tiers"):
             raise ConfigError(
-                f"--role {self.role} is served without memory below the device's: leave --host-gib "
-                "and --state-dir out."
+                f"--role {self.role} does not support host and disk tiers: remove --host-gib "
+                "and --state-dir."
             )

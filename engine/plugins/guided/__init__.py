@@ -10,15 +10,15 @@ from engine.config import ConfigError, PluginConfig, setting
 
 @dataclass(frozen=True, slots=True)
 class GuidedConfig(PluginConfig):
-    """Limit of the work for one grammar."""
+    """Time limit for the work on one grammar."""
 
     plugin: ClassVar[str] = "guided"
     title: ClassVar[str] = "grammars"
 
     grammar_budget_s: float = setting(
         10.0,
-        "seconds that the grammar of one request may take in the background, 5 ms for each token "
-        "of the answer not counted; then the request fails, with an error that says so",
+        "seconds of background work for the grammar of one request, without 5 ms for each token "
+        "of the answer; after them the request fails",
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Views of a running engine: the page, the terminal, the trace of its steps. Their settings."""
+"""Views of a running engine: the page, the terminal view and the trace of its steps."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from engine.config import PluginConfig, setting
 
 @dataclass(frozen=True, slots=True)
 class ObserveConfig(PluginConfig):
-    """File for a trace."""
+    """File of a trace."""
 
     plugin: ClassVar[str] = "observe"
     title: ClassVar[str] = "trace"
 
     trace: str | None = setting(
-        None, "file to write steps and requests to as they go, for ui.perfetto.dev; up to 1 GiB"
+        None, "file for a trace of steps and requests, for ui.perfetto.dev; at most 1 GiB"
     )

@@ -1,4 +1,5 @@
-"""Engines behind one server, on Ray Serve: requests go where most of their prefix is cached."""
+"""Several engines behind one server, on Ray Serve. Each request goes to a replica that has much of
+its prompt in the cache."""
 
 from __future__ import annotations
 
@@ -10,26 +11,29 @@ from engine.config import PluginConfig, setting
 
 @dataclass(frozen=True, slots=True)
 class ReplicasConfig(PluginConfig):
-    """Number of engines, and the choice between them."""
+    """Number of engines, and the policy that chooses one."""
 
     plugin: ClassVar[str] = "replicas"
     title: ClassVar[str] = "replicas"
 
-    replicas: int = setting(1, "so many engines on Ray Serve, a core each, behind one router")
+    replicas: int = setting(
+        1, "number of engines on Ray Serve, with one core each, behind one router"
+    )
     max_replicas: int | None = setting(
         None,
-        "under load up to so many engines on Ray Serve; one that is not needed any more finishes "
-        "what it computes, and goes; default: as many as --replicas, always",
+        "maximum number of engines on Ray Serve under load; one that is no longer needed finishes "
+        "its requests and ends; by default always --replicas",
     )
     ray: str | None = setting(
         None,
-        "with replicas: address of the Ray cluster they run on (auto: the one that ray start made "
-        "here); default: one of its own on this machine",
+        "with replicas: address of their Ray cluster (auto: the one that ray start created "
+        "here); by default a new one on this machine",
     )
     router: str = setting(
         "checkpoint",
-        "with replicas: which one a request goes to: checkpoint, kv, text, session, least_loaded, "
-        "round_robin, module:Class",
+        "with replicas: policy that chooses one for a request: checkpoint, kv, text, session, "
+        "least_loaded, "
+        "round_robin, or module:Class",
     )
 
     def __post_init__(self) -> None:

@@ -20,15 +20,16 @@ class SpeculationConfig(PluginConfig):
 
     draft: str = setting(
         "none",
-        "tokens guessed ahead and verified together, so that a step may give several: tree:8 (what "
-        "followed here before, in the cache or in the request itself; at most 8 tokens), mtp:3 "
-        "(the model's own multi-token head), tree,mtp (the head where the tree has nothing), or "
+        "draft tokens and verify them together, so that a step may produce several: tree:8 (text "
+        "that "
+        "followed earlier, in the cache or in the request itself; at most 8 tokens), mtp:3 "
+        "(the model's own multi-token head), tree,mtp (the head if the tree has no draft), or "
         "none",
     )
     draft_index_mib: float = setting(
         64.0,
-        "with draft tree: host memory for the index of running and ended texts, MiB, of 24 to 48 "
-        "bytes a token; what does not fit is drafted for from the cache alone",
+        "with draft tree: host memory for the index of running and ended texts, 24 to 48 "
+        "bytes per token, MiB; without a place in it, drafts of a text come from the cache only",
     )
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Tensor parallelism: processes that each compute a part of every layer. Its settings."""
+"""Tensor parallelism: several processes that each compute a part of every layer."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class TensorParallelConfig(PluginConfig):
 
     tp: int = setting(
         1,
-        "processes that compute the model together, each with its part of every layer, and on a "
-        "device of its own where there are any",
+        "processes that compute the model together, each a part of every layer, and each on its "
+        "own device if there are several",
     )
 
     def __post_init__(self) -> None:
@@ -32,17 +32,16 @@ class TensorParallelConfig(PluginConfig):
     def check(self, config: EngineConfig) -> None:
         """See ``PluginConfig``."""
         if config.uses("tiers"):
-            raise ConfigError("host_gib and state_dir are for one device: leave them out with tp.")
+            raise ConfigError("host_gib and state_dir support only one device: omit them with tp.")
         if config.drafts.head_len:
             raise ConfigError(
-                "--tp is served without the multi-token head: use draft tree, or none."
+                "--tp does not support the multi-token head: use draft tree, or none."
             )
         if config.graphs in ("decode", "all"):
-            raise ConfigError("--tp is served without graphs: leave graphs at auto or off.")
+            raise ConfigError("--tp does not support graphs: set graphs to auto or off.")
         if config.uses("disaggregation"):
-            raise ConfigError("--tp is served without roles: leave --role out.")
+            raise ConfigError("--tp does not support roles: remove --role.")
         if config.device is not None and ":" in config.device:
             raise ConfigError(
-                f"--tp gives every rank a device of its own: leave out the number of "
-                f"{config.device}."
+                f"--tp gives every rank its own device: remove the number of {config.device}."
             )

@@ -31,7 +31,7 @@ class LeadingRunner(ModelRunner):
         process ended."""
         self._followers: Followers | None = None
         _, model = read_model(read_config(config.model_dir))
-        shared_sizes(model, config.num_ranks)  # What is refused is before any process starts.
+        shared_sizes(model, config.num_ranks)  # Raises before any process starts.
         places = [
             Device.resolve(config.device).of_rank(number) for number in range(config.num_ranks)
         ]

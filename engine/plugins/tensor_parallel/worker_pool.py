@@ -54,8 +54,8 @@ class Followers:
     """Ranks 1 to ``count - 1``. They end when this is closed or collected, or this process ends."""
 
     def __init__(self, config: EngineConfig, num_threads: int, *, shares_memory: bool) -> None:
-        """Starts them, and waits until all of them run. ``shares_memory``: through which they
-        exchange what they compute. RunnerLost."""
+        """Start the processes and wait until all run. With ``shares_memory`` they exchange their
+        results through shared memory. Raises RunnerLost if one ends."""
         self._count, self._sentence = config.num_ranks, ""
         self._folder = tempfile.TemporaryDirectory(prefix="hybridcache-ranks-")
         meeting = str(Path(self._folder.name) / "meeting")

@@ -268,8 +268,11 @@ def test_no_report_is_no_sum() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"trace": "trace.json"}, "--trace writes the steps of one engine: leave --replicas"),
-        ({"role": "decode", "prefill": ("127.0.0.1:7000",)}, "--replicas 2 and --role cannot go"),
+        ({"trace": "trace.json"}, "--trace writes the steps of one engine: remove --replicas"),
+        (
+            {"role": "decode", "prefill": ("127.0.0.1:7000",)},
+            "--replicas 2 and --role cannot be combined",
+        ),
     ],
 )
 def test_replicas_refuse_settings_of_one_engine(settings: dict[str, Any], message: str) -> None:

@@ -284,5 +284,5 @@ def test_volatile_lines_are_moved_or_dropped_and_that_is_logged(
     )
     assert dropped["content"] == "Be brief.\nBe kind."
     assert VolatileLines(DiagnosticsConfig()).settle(chat) == chat
-    with pytest.raises(ValueError, match="can not be read"):
+    with pytest.raises(ValueError, match="is not a regular expression"):
         DiagnosticsConfig(volatile_line="(")

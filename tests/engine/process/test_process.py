@@ -318,5 +318,5 @@ def test_marks_of_tool_calls_reach_the_cache() -> None:
 def test_what_can_not_be_loaded_is_said_in_one_sentence(tmp_path: object) -> None:
     with pytest.raises(ValueError, match=r"no config.json"):
         start_engine(EngineConfig(model=str(tmp_path)), "here")
-    with pytest.raises(ValueError, match="ended with exit code 7 before it had loaded"):
+    with pytest.raises(ValueError, match="ended with exit code 7 before the model was loaded"):
         start_engine(EngineConfig(), "here", boot="raise SystemExit(7)")

@@ -41,7 +41,7 @@ def test_token_ids_are_served_and_the_start_says_so(live: Live) -> None:
     engine = live.engine
     assert isinstance(engine.tokenizer, IdTokenizer)
     assert engine.tokenizer.eos_token_ids == {299} and engine.tokenizer.vocab_size == 300
-    assert "tokenizer    none there: prompts and answers are token ids" in start_screen(engine, "")
+    assert "tokenizer    none: prompts and answers are token ids" in start_screen(engine, "")
     greedy = {"max_tokens": 4, "temperature": 0, "ignore_eos": True}
     by_id, by_text = (
         live.post("/v1/completions", {"prompt": prompt, "echo": True, **greedy}).json()
@@ -88,7 +88,9 @@ def test_the_models_sampling_is_used_where_a_request_says_nothing(opinionated: P
     engine = make_engine(opinionated)
     assert engine.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     screen = start_screen(engine, "")
-    assert "sampling     temperature 0.6, top_p 0.95, top_k 20, where a request says" in screen
+    assert (
+        "sampling     temperature 0.6, top_p 0.95, top_k 20, unless a request sets them" in screen
+    )
     taken: list[SamplingParams] = []
     prepare = engine.prepare
     engine.prepare = lambda spec: (  # type: ignore[method-assign]

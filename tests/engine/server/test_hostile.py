@@ -704,7 +704,7 @@ def test_the_page_still_says_what_a_body_holds(live: Live) -> None:
     ("settings", "message"),
     [
         ({"max_messages": 0}, "--max-messages 0 must be 1 or more"),
-        ({"max_stops": 65}, "--max-stops 65 is more than the 64"),
+        ({"max_stops": 65}, "--max-stops 65 is more than 64"),
         ({"body_timeout_s": 0}, "--body-timeout-s 0 must be finite and above 0"),
         ({"header_timeout_s": -1}, "--header-timeout-s -1 must be finite and above 0"),
         ({"max_connections": 0}, "--max-connections 0 must be 1 or more"),

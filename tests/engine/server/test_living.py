@@ -359,8 +359,8 @@ def test_what_a_drain_can_not_finish_is_told_so(
 
 def test_settings_refuse_what_can_not_be() -> None:
     for settings, message in (
-        ({"port": 70000}, "no port"),
-        ({"host": ""}, "--host names no address: use 127.0.0.1"),
+        ({"port": 70000}, "is not a port"),
+        ({"host": ""}, "--host must not be empty"),
         ({"max_body_mib": 0}, "above 0"),
         ({"max_body_mib": float("inf")}, "finite"),
         ({"drain_s": -1}, "negative"),

@@ -177,7 +177,7 @@ def test_a_server_may_ask_for_a_key_and_let_other_origins_in(
      "*.a", ""],
 )  # fmt: skip
 def test_what_no_browser_sends_is_no_origin(origin: str) -> None:
-    with pytest.raises(ValueError, match="is no origin: give it as https://host or"):
+    with pytest.raises(ValueError, match="is not an origin: write it as https://host or"):
         ServerConfig(cors_origin=("https://a.example", origin))
 
 

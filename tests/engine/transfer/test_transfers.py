@@ -258,7 +258,7 @@ def test_settings_that_can_not_work_are_one_sentence() -> None:
         ({"role": "prefill", "transfer_at": "host:99999"}, "HOST:PORT"),
         ({"role": "both"}, "role must be one of none, prefill, decode"),
         ({"role": "prefill", "transfer_at": "h:1", "prefix_cache": "none"}, "--prefix-cache none"),
-        ({"role": "prefill", "transfer_at": "h:1", "tp": 2}, "--tp is served without roles"),
+        ({"role": "prefill", "transfer_at": "h:1", "tp": 2}, "--tp does not support roles"),
         ({"role": "prefill", "transfer_at": "h:1", "host_gib": 1.0}, "--host-gib"),
         ({"fetch_above": 0}, "fetch_above"),
         ({"transfer_timeout_s": 0.0}, "transfer_timeout_s"),
