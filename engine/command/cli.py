@@ -373,7 +373,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
 
 def _other_faults(server_config: ServerConfig, engine_config: EngineConfig) -> list[ValueError]:
-    """Return what else is wrong with settings, as far as it shows without loading a model."""
+    """Return further errors of the settings that can be found without loading a model."""
     from hybridcache.policies.registry import make_admission, make_eviction, parse_placement
 
     faults = []

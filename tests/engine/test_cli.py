@@ -76,7 +76,7 @@ def run(*arguments: str) -> int:
         ("serve --port 0 --grid 5", "serve: --grid must be 16 or 32"),
         (
             "serve --port 0 --disk-gib 1",
-            "--disk-gib is the size of a folder: name it with --state-dir",
+            "--disk-gib requires --state-dir",
         ),
         ("serve --modle x", "did you mean --model? See `engine serve --help`."),
         ("serve x", "unrecognized arguments: x. See `engine serve --help`."),
