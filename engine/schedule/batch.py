@@ -62,8 +62,8 @@ class Batch:
     segments.
 
     Before the forward pass, ``moves``, ``row_writes`` and ``restores`` are executed, in this order.
-    A batch without segments is executed for its moves only. A batch with neither segments nor moves is
-    never executed and must contain no copies (AssertionError).
+    A batch without segments is executed for its moves only. A batch with neither segments nor moves
+    is never executed and must contain no copies (AssertionError).
     """
 
     segments: tuple[Segment, ...]
