@@ -208,7 +208,7 @@ def test_a_hint_names_the_extra_of_the_caller() -> None:
         install_command("labb")
 
 
-OTHERS = {"pytest", "lm-eval[api]", "playwright", "schemathesis"}
+OTHERS = {"pytest", "pandas", "torch", "lm-eval[api]", "playwright", "schemathesis"}
 """Requirements of other projects that a page or an error tells to install."""
 HINT = re.compile(r"pip install (?:-[\w-]+ )*['\"`]?([A-Za-z.][\w.-]*(?:\[[^\]]*\])?)")
 NAME = re.compile(r"\b((?:hybridcache|hybrid-radix-\w+)\[[a-z][\w, -]*\])")

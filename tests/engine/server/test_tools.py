@@ -131,7 +131,7 @@ def test_the_cache_learns_why_an_answer_ended(
 ) -> None:
     """The stop reason is in the class of the checkpoint that the next turn would resume from."""
     live = say(said)
-    content = f"Why does it say {said} with {options}?"
+    content = f"{reason} and {options}: why does it say {said}?"  # No prefix is shared.
     chat = [{"role": "user", "content": content}]
     live.client.chat.completions.create(**(OPTIONS | {"messages": chat} | options))
     live.wait_until_idle()
