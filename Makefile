@@ -4,7 +4,7 @@ PIP_FLAGS ?=
 # Made on Linux with Python 3.11; where a package more is wanted: make LOCK= ..., without hashes.
 LOCK ?= requirements.lock
 BIN := .venv/bin
-JOBS ?= 2
+JOBS ?= 3
 # Without bytecode each process of the tests compiles all that it imports again.
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
@@ -47,7 +47,7 @@ demo: install  ## conversations through the engine, with and without the cache: 
 serve: install  ## the built-in model behind http://127.0.0.1:8000/v1
 	$(BIN)/engine serve
 
-# Which tests these are: tests/selection.py. JOBS: processes side by side.
+# Which tests these are: tests/selection.py. JOBS: processes side by side, one more than cores, since some tests wait.
 test: install  ## a representative part of the tests, in four minutes on two cores
 	$(TESTING) $(BIN)/pytest -n $(JOBS) --dist loadscope
 

@@ -166,6 +166,7 @@ def test_wrong_input_is_one_sentence(
     assert error.startswith("run_sharegpt: ") and sentence in error
 
 
+@pytest.mark.full
 def test_it_runs_by_its_path_from_anywhere(tmp_path: Path) -> None:
     script = Path(run_sharegpt.__file__)
     done = subprocess.run(

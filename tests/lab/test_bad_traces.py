@@ -185,6 +185,7 @@ def replaced(value: Any, path: tuple[Any, ...], wrong: Any) -> Any:
     return copy
 
 
+@pytest.mark.full("http-log", "jsonl", "sharegpt", "taubench")
 @pytest.mark.parametrize("word", list(GOOD))
 def test_whatever_stands_in_a_record_it_is_read_or_named(word: str, tmp_path: Path) -> None:
     """Every field of every format, with everything wrong in it: never another error, and the

@@ -442,7 +442,7 @@ def test_a_prefix_that_came_and_whose_request_leaves_breaks_no_other_connection(
     far.close()
 
 
-@pytest.mark.full("0")
+@pytest.mark.full
 @pytest.mark.parametrize("seed", range(3))
 def test_two_roles_end_in_any_order_under_load(seed: int) -> None:
     """Every request gets its answer, the same as of one engine, or is told that its engine
