@@ -346,6 +346,7 @@ def test_inspect_reads_directories_files_and_attention_only_models(
 def test_inspect_says_what_serve_refuses(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("torch")  # Without it, `inspect` does not say whether a model is served.
     config = {
         "model_type": "mistral9",
         "hidden_size": 64,
@@ -526,6 +527,7 @@ def test_a_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.full("ctrl-c")
 @pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["ctrl-c", "ctrl-d"])
 def test_a_chat_in_a_terminal_ends_cleanly(key: str) -> None:
+    pytest.importorskip("torch")
     controller, terminal = pty.openpty()
     command = [*ENGINE, "chat", *SMALL, "--device", "cpu", "--temperature", "0"]
 

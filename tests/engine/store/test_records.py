@@ -328,7 +328,7 @@ def test_what_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StoreError, match="is a file: use a folder"):
         reopen(tmp_path / "file")
-    with pytest.raises(StoreError, match="cannot be made or opened \(Not a directory\)"):
+    with pytest.raises(StoreError, match=r"cannot be made or opened \(Not a directory\)"):
         reopen(tmp_path / "file" / "folder")
 
 
@@ -502,7 +502,7 @@ def test_a_lock_that_the_file_system_does_not_offer_is_refused(
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(records.fcntl, "flock", no_locks)
-    with pytest.raises(StoreError, match="cannot be made or opened \(No locks available\)"):
+    with pytest.raises(StoreError, match=r"cannot be made or opened \(No locks available\)"):
         reopen(tmp_path)
     assert (tmp_path / LOCK_NAME).exists()
 
