@@ -6,7 +6,6 @@ The flags of the command line and their help are derived from the fields.
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -397,6 +396,11 @@ def check_word(name: str, value: object, words: tuple[str | None, ...]) -> None:
 
 def check_mib(name: str, size: float) -> None:
     """Raise ConfigError unless ``size`` is a number of MiB of 0 or more."""
-    if not 0 <= size < math.inf:
-        flag = "--" + name.replace("_", "-")
-        raise ConfigError(f"{flag} {size:g} must be finite and not negative.")
+    if not 0 <= size < 2**30:
+        raise ConfigError(f"{name} must be a number of MiB of 0 or more, not {size}.")
+
+
+def check_seconds(name: str, value: float) -> None:
+    """Raise ConfigError unless ``value`` is a positive time in seconds."""
+    if not 0 < value < 1e6:
+        raise ConfigError(f"{name} must be above 0 and below 1e6 seconds, not {value}.")

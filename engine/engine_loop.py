@@ -186,7 +186,7 @@ class EngineLoop(Generic[Reader]):
             self._engine.abort(request_id)
             reader = self._streams.pop(request_id, None)
             if reader is not None:
-                self._deliver([(reader, StepFailed("the step that computed it broke off"))])
+                self._deliver([(reader, StepFailed("the step that computed it failed"))])
 
     def _run_commands(self) -> bool:
         """Run all queued commands, and wait for one if there is nothing to compute. Returns False

@@ -32,13 +32,15 @@ ENGINE = {
     "tiers": "TierConfig",
     "disaggregation": "DisaggregationConfig",
     "observe": "ObserveConfig",
-    "guided": "GuidedConfig",
 }
 """Plugins of an engine -> class of their settings, in the order of their hooks.
 
 The class is in the plugin's ``__init__``, which imports no other module of it. Module ``plugin``
-has the class ``EnginePlugin``. ``guided`` has none: requests load it.
+has the class ``EnginePlugin``.
 """
+
+REQUESTED = {"guided": "GuidedConfig"}
+"""Plugins of an engine that requests load -> class of their settings. They have no hooks."""
 
 SERVER = {
     "replicas": "ReplicasConfig",
@@ -82,7 +84,7 @@ def _settings(plugins: Mapping[str, str]) -> list[type[PluginConfig]]:
 
 def engine_settings() -> list[type[PluginConfig]]:
     """Return the settings of the plugins of an engine."""
-    return _settings(ENGINE)
+    return _settings(ENGINE | REQUESTED)
 
 
 def server_settings() -> list[type[PluginConfig]]:
@@ -119,9 +121,7 @@ def _changed(base: Config, kinds: Sequence[type[PluginConfig]], settings: dict[s
 def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
     """Return the plugins with settings in ``config``, in the order of ``ENGINE``."""
     return tuple(
-        _find(plugin, "plugin", "EnginePlugin")(config)
-        for plugin in ENGINE
-        if plugin != "guided" and config.uses(plugin)
+        _find(plugin, "plugin", "EnginePlugin")(config) for plugin in ENGINE if config.uses(plugin)
     )
 
 

@@ -62,6 +62,34 @@ class Ruling(NamedTuple):
 FREE = Ruling()
 
 
+class Draws(NamedTuple):
+    """Draws of one step for one answer: one after ``answer``, and one after each of ``drafts``."""
+
+    first: int
+    """Number of the first draw."""
+    answer: Tokens
+    drafts: Tokens
+    may_be_over: bool = False
+    """True if the step may still commit a token that ends the answer."""
+
+    def before(self) -> list[Tokens]:
+        """Return the tokens before each draw. O(answer)."""
+        known, num_answered = np.concatenate([self.answer, self.drafts]), len(self.answer)
+        return [known[: num_answered + place] for place in range(1 + len(self.drafts))]
+
+
+def ruled(rules: Sequence[LogitRule], draws: Draws) -> Sequence[Ruling] | None:
+    """Apply ``rules`` in order, each to the result of the ones before it, except to final rulings.
+    None if one of them is not ready yet."""
+    rulings: Sequence[Ruling] = [FREE] * (1 + len(draws.drafts))
+    for rule in rules:
+        changed = rule.apply(draws, rulings)
+        if changed is None:
+            return None
+        rulings = [old if old.is_final else new for old, new in zip(rulings, changed, strict=True)]
+    return rulings
+
+
 class LogitRule:
     """One rule for one answer. Every method does nothing unless it is overridden.
 
@@ -81,21 +109,9 @@ class LogitRule:
         """Return the beginning of ``drafts`` that may follow ``answer``."""
         return drafts
 
-    def apply(
-        self,
-        draw: int,
-        answer: Tokens,
-        drafts: Tokens,
-        rulings: Sequence[Ruling],
-        *,
-        may_be_over: bool,
-    ) -> Sequence[Ruling] | None:
-        """Apply this rule to ``rulings``: one for draw number ``draw``, and one after each of
-        ``drafts``.
-
-        Returns None if the rule is not ready yet. ``may_be_over``: the step may still commit a
-        token that ends the answer.
-        """
+    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> Sequence[Ruling] | None:
+        """Return ``rulings``, one for each of ``draws``, changed by this rule. None if the rule is
+        not ready yet. Changes to final rulings have no effect."""
         return rulings
 
     def is_done(self, answer: Tokens) -> bool:
@@ -129,15 +145,7 @@ class AllowedTokens(LogitRule):
     def __init__(self, token_ids: Sequence[int], vocab_size: int) -> None:
         self._mask = packed(token_ids, vocab_size)
 
-    def apply(
-        self,
-        draw: int,
-        answer: Tokens,
-        drafts: Tokens,
-        rulings: Sequence[Ruling],
-        *,
-        may_be_over: bool,
-    ) -> list[Ruling]:
+    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``."""
         return [
             ruling._replace(mask=self._mask) if ruling.mask is None else ruling
@@ -177,23 +185,17 @@ class ReasoningBudget(LogitRule):
         is_thinking = CLOSE not in text and (self._is_open or text.lstrip().startswith(OPEN))
         return self._masks[place] if is_thinking else None
 
-    def apply(
-        self,
-        draw: int,
-        answer: Tokens,
-        drafts: Tokens,
-        rulings: Sequence[Ruling],
-        *,
-        may_be_over: bool,
-    ) -> list[Ruling]:
+    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. Tokens excluded by a grammar stay excluded."""
-        known, ruled = np.concatenate([answer, drafts]), []
-        for place, ruling in enumerate(rulings):
-            end = self.mask(draw + place, known[: len(answer) + place])
+        changed = []
+        for draw, (answer, ruling) in enumerate(
+            zip(draws.before(), rulings, strict=True), draws.first
+        ):
+            end = self.mask(draw, answer)
             if end is not None and (ruling.mask is None or (ruling.mask & end).any()):
-                ruling = Ruling(end, None, is_final=True)
-            ruled.append(ruling)
-        return ruled
+                ruling = Ruling(end, is_final=True)
+            changed.append(ruling)
+        return changed
 
     def _text(self, tokens: Tokens) -> str:
         return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False)
@@ -220,23 +222,10 @@ class BansAndBiases(LogitRule):
         """See ``LogitRule``."""
         return bool(self._bad_words)
 
-    def apply(
-        self,
-        draw: int,
-        answer: Tokens,
-        drafts: Tokens,
-        rulings: Sequence[Ruling],
-        *,
-        may_be_over: bool,
-    ) -> list[Ruling]:
+    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. O(rules + mask)."""
-        known = np.concatenate([answer, drafts])
-        return [
-            ruling
-            if ruling.is_final
-            else self._at(draw + place, known[: len(answer) + place], ruling)
-            for place, ruling in enumerate(rulings)
-        ]
+        places = enumerate(zip(draws.before(), rulings, strict=True), draws.first)
+        return [self._at(draw, answer, ruling) for draw, (answer, ruling) in places]
 
     def _at(self, draw: int, answer: Tokens, ruling: Ruling) -> Ruling:
         mask, banned = ruling.mask, self._banned(draw, answer)
@@ -244,9 +233,13 @@ class BansAndBiases(LogitRule):
             mask, banned = _without(mask, banned), []
         ids = [token for token, _ in self._bias] + banned
         if not ids:
-            return Ruling(mask)
-        added = [value for _, value in self._bias] + [-np.inf] * len(banned)
-        return Ruling(mask, (np.array(ids, np.int64), np.array(added, np.float32)))
+            return ruling._replace(mask=mask)
+        numbers = [value for _, value in self._bias] + [-np.inf] * len(banned)
+        added = np.array(ids, np.int64), np.array(numbers, np.float32)
+        if ruling.added is not None:
+            (old_ids, old_numbers), (new_ids, new_numbers) = ruling.added, added
+            added = np.append(old_ids, new_ids), np.append(old_numbers, new_numbers)
+        return ruling._replace(mask=mask, added=added)
 
     def _banned(self, draw: int, answer: Tokens) -> list[int]:
         banned = list(self._ends) if draw < self._min_tokens else []
@@ -272,22 +265,15 @@ class Penalties(LogitRule):
         """See ``LogitRule``."""
         return True
 
-    def apply(
-        self,
-        draw: int,
-        answer: Tokens,
-        drafts: Tokens,
-        rulings: Sequence[Ruling],
-        *,
-        may_be_over: bool,
-    ) -> list[Ruling]:
+    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling]:
         """See ``LogitRule``. O(new tokens + distinct tokens of each draw)."""
-        self._counts.count(answer)
+        self._counts.count(draws.answer)
+        seen = (draws.drafts[:place] for place in range(len(rulings)))
         return [
             ruling._replace(
-                repeats=self._of(self._counts.ahead(drafts[:place]) if place else self._counts)
+                repeats=self._of(self._counts.ahead(more) if len(more) else self._counts)
             )
-            for place, ruling in enumerate(rulings)
+            for ruling, more in zip(rulings, seen, strict=True)
         ]
 
     def _of(self, counts: TokenCounts) -> Repeats:

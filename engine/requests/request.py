@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.requests.grammar import GrammarError
-from engine.requests.logit_rules import FREE, LogitRule, Ruling
+from engine.requests.logit_rules import FREE, Draws, LogitRule, Ruling, ruled
 from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.requests.spec import RequestSpec
 from engine.text.outputs import (
@@ -198,20 +198,13 @@ class Request(ScheduledRequest):
     ) -> Sequence[Ruling] | None:
         """Return the result of the rules for the token with number ``draw``, and one after each of
         ``drafts``; None as ``sampling_inputs``."""
-        rulings: Sequence[Ruling] | None = [FREE] * (1 + len(drafts))
-        if not self._rules:
-            return rulings
         answer = self.output
-        may_be_over = drawn is not None
         if drawn is not None and any(rule.needs_newest for rule in self._rules):
             token = drawn()
             if token == NO_TOKEN:  # The request ends when this step is committed.
-                return rulings
+                return [FREE] * (1 + len(drafts))
             answer = np.append(answer, np.int32(token))
-        for rule in self._rules:
-            if rulings is not None:
-                rulings = rule.apply(draw, answer, drafts, rulings, may_be_over=may_be_over)
-        return rulings
+        return ruled(self._rules, Draws(draw, answer, drafts, may_be_over=drawn is not None))
 
     def accept_run(self, run: Sequence[SampledToken], now_s: float) -> None:
         """Append the next tokens, up to one that ends the answer."""

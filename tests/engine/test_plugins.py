@@ -21,12 +21,13 @@ from engine.engine_loop import EngineLoop
 from engine.plugin import Plugin
 from engine.plugins import PATHS, engine_plugins, engine_settings, server_settings
 from engine.requests.logit_rules import (
-    FREE,
     AllowedTokens,
     BansAndBiases,
+    Draws,
     LogitRule,
     Ruling,
     packed,
+    ruled,
 )
 from engine.server.config import ServerConfig
 from engine.server.extension import Dialect
@@ -240,30 +241,33 @@ class Only(LogitRule):
     def __init__(self, token: int) -> None:
         self._mask = packed([token], 320)
 
-    def apply(self, draw: int, answer: Any, drafts: Any, rulings: Any, **_: Any) -> list[Ruling]:
+    def apply(self, draws: Draws, rulings: Any) -> list[Ruling]:
         return [Ruling(self._mask, None, is_final=True) for _ in rulings]
 
 
 def test_rules_are_applied_to_the_result_of_those_before_them() -> None:
     answer = np.array([1, 2], np.int32)
     drafts = np.array([3], np.int32)
-    start = [FREE, FREE]
+    draws = Draws(2, answer, drafts)
     bans = BansAndBiases(((9, 2.5),), ends=(5,), min_tokens=3, bad_words=((2, 7), (3, 8)))
 
-    first, second = bans.apply(2, answer, drafts, start, may_be_over=False)
+    first, second = ruled([bans], draws)
     assert first.mask is None and first.added is not None and second.added is not None
     assert first.added[0].tolist() == [9, 5, 7], "the bias, an end before min_tokens, a bad word"
     assert second.added[0].tolist() == [9, 8], "the third token may end the answer"
 
-    allowed = AllowedTokens([5, 6], 320).apply(2, answer, drafts, start, may_be_over=False)
-    kept, _ = bans.apply(2, answer, drafts, allowed, may_be_over=False)
+    kept, _ = ruled([AllowedTokens([5, 6], 320), bans], draws)
     assert kept.mask is not None and np.array_equal(kept.mask, packed([6], 320))
-    alone = AllowedTokens([5], 320).apply(2, answer, drafts, start, may_be_over=False)
-    kept, _ = bans.apply(2, answer, drafts, alone, may_be_over=False)
+    kept, _ = ruled([AllowedTokens([5], 320), bans], draws)
     assert kept.mask is not None and np.array_equal(kept.mask, packed([5], 320)), "all there is"
 
-    final = Only(5).apply(2, answer, drafts, start)
-    assert list(bans.apply(2, answer, drafts, final, may_be_over=False)) == list(final)
+    for ruling in ruled([Only(5), bans], draws):
+        assert np.array_equal(ruling.mask, packed([5], 320)) and ruling.added is None, "final"
+
+    twice = BansAndBiases(((9, -1.0), (4, 1.0)), ends=(), min_tokens=0, bad_words=())
+    first, _ = ruled([bans, twice], draws)
+    ids, numbers = first.added
+    assert ids.tolist() == [9, 5, 7, 9, 4] and numbers[[0, 3, 4]].tolist() == [2.5, -1.0, 1.0]
 
 
 def test_a_rule_of_ones_own_restricts_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GenerationConfig, GenerationMixin, PretrainedConfig
 
-from engine.requests.logit_rules import FREE, Penalties
+from engine.requests.logit_rules import FREE, Draws, Penalties
 from engine.requests.sampling_params import SamplingInput, SamplingParams
 from engine.runner import sampler
 from engine.runner.sampler import Sampler, uniform
@@ -27,9 +27,7 @@ def request(seed=0, prompt=NONE, output=NONE, **params):
     sampling, rulings = SamplingParams(**params), [FREE]
     if sampling.has_penalties:
         costs = sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
-        rulings = Penalties(prompt, *costs).apply(
-            len(output), output, NONE, rulings, may_be_over=False
-        )
+        rulings = Penalties(prompt, *costs).apply(Draws(len(output), output, NONE), rulings)
     return SamplingInput(sampling, seed, len(output), *rulings)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from engine.requests.logit_rules import FREE, Penalties, TokenCounts
+from engine.requests.logit_rules import FREE, Draws, Penalties, TokenCounts
 
 tokens = st.lists(st.one_of(st.integers(0, 5), st.integers(0, 400)), max_size=150)
 
@@ -45,7 +45,7 @@ def test_penalties_are_of_the_answer_and_with_a_repetition_penalty_of_the_prompt
     penalties = Penalties(prompt, *costs)
     answer, drafts = np.array([7, 7], np.int32), np.array([4], np.int32)
     for length in range(3):
-        rules = penalties.apply(length, answer[:length], drafts, [FREE] * 2, may_be_over=False)
+        rules = penalties.apply(Draws(length, answer[:length], drafts), [FREE] * 2)
     for ruling, number in zip(rules, (0, 1), strict=True):
         assert ruling.repeats is not None and ruling.repeats.num_seen == 2 + number
     ids, numbers, _ = rules[0].repeats

@@ -10,6 +10,7 @@ from engine.config import (
     EngineConfig,
     PluginConfig,
     check_positive_int,
+    check_seconds,
     check_word,
     setting,
 )
@@ -25,8 +26,7 @@ class DisaggregationConfig(PluginConfig):
     role: Literal["prefill", "decode"] | None = setting(
         None,
         "prefill: compute the prompts of decode engines in addition to its own; decode: have "
-        "prompts "
-        "computed by prefill engines; by default neither",
+        "prompts computed by prefill engines; by default neither",
     )
     transfer_at: str | None = setting(
         None,
@@ -51,8 +51,7 @@ class DisaggregationConfig(PluginConfig):
                     f"--role {role} and {flag} HOST:PORT require each other: set both."
                 )
         check_positive_int("fetch_above", self.fetch_above)
-        if not 0 < self.transfer_timeout_s < 1e6:
-            raise ConfigError(f"transfer_timeout_s must be above 0, not {self.transfer_timeout_s}.")
+        check_seconds("transfer_timeout_s", self.transfer_timeout_s)
         if not isinstance(self.prefill, tuple):
             raise ConfigError("prefill must be a tuple of addresses.")
         _ = self.addresses

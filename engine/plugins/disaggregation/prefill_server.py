@@ -247,7 +247,7 @@ class PrefillServer:
 
     def give_up(self) -> None:
         """See ``StepHooks``. Prefixes end, because the data sent in the failed step is unknown."""
-        self._end_all("a step of the prefill engine broke off")
+        self._end_all("a step of the prefill engine failed")
 
     def _end_all(self, why: str) -> None:
         """End every prefix in progress without sending the rest."""

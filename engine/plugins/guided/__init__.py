@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import ConfigError, PluginConfig, setting
+from engine.config import PluginConfig, check_seconds, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +22,4 @@ class GuidedConfig(PluginConfig):
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.grammar_budget_s < 1e6:
-            raise ConfigError(
-                f"grammar_budget_s must be above 0 and below 1e6, not {self.grammar_budget_s}."
-            )
+        check_seconds("grammar_budget_s", self.grammar_budget_s)

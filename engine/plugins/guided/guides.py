@@ -24,7 +24,7 @@ from engine.plugins.guided.bindings import (
 from engine.plugins.guided.guide import Compiled, Guide, Shared, StepTime
 from engine.plugins.guided.marks import FreeText, MarkGuide, Overshoots
 from engine.requests.grammar import Grammar, GrammarError
-from engine.requests.logit_rules import LogitRule, Ruling
+from engine.requests.logit_rules import Draws, LogitRule, Ruling
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -47,17 +47,9 @@ class GrammarRule(LogitRule):
         """See ``LogitRule``."""
         return self._guide.cut(answer, drafts)
 
-    def apply(
-        self,
-        draw: int,
-        answer: Tokens,
-        drafts: Tokens,
-        rulings: Sequence[Ruling],
-        *,
-        may_be_over: bool,
-    ) -> list[Ruling] | None:
+    def apply(self, draws: Draws, rulings: Sequence[Ruling]) -> list[Ruling] | None:
         """See ``LogitRule``."""
-        masks = self._guide.masks(answer, drafts, may_be_over=may_be_over)
+        masks = self._guide.masks(draws.answer, draws.drafts, may_be_over=draws.may_be_over)
         return None if masks is None else [Ruling(mask) for mask in masks]
 
     def is_done(self, answer: Tokens) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from engine.config import ConfigError, DraftSizes, PluginConfig, setting
+from engine.config import ConfigError, DraftSizes, PluginConfig, check_mib, setting
 
 DRAFT_LENS = {"tree": (8, 32), "mtp": (3, 4)}
 """Drafter -> (default, maximum) number of tokens drafted for a sequence in one step."""
@@ -21,8 +21,7 @@ class SpeculationConfig(PluginConfig):
     draft: str = setting(
         "none",
         "draft tokens and verify them together, so that a step may produce several: tree:8 (text "
-        "that "
-        "followed earlier, in the cache or in the request itself; at most 8 tokens), mtp:3 "
+        "that followed earlier, in the cache or in the request itself; at most 8 tokens), mtp:3 "
         "(the model's own multi-token head), tree,mtp (the head if the tree has no draft), or "
         "none",
     )
@@ -33,10 +32,7 @@ class SpeculationConfig(PluginConfig):
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.draft_index_mib < 2**30:
-            raise ConfigError(
-                f"draft_index_mib must be a number of MiB of 0 or more, not {self.draft_index_mib}."
-            )
+        check_mib("draft_index_mib", self.draft_index_mib)
         _ = self.drafters
 
     @property

@@ -32,7 +32,9 @@ class TensorParallelConfig(PluginConfig):
     def check(self, config: EngineConfig) -> None:
         """See ``PluginConfig``."""
         if config.uses("tiers"):
-            raise ConfigError("host_gib and state_dir support only one device: omit them with tp.")
+            raise ConfigError(
+                "--tp does not support host and disk tiers: remove --host-gib and --state-dir."
+            )
         if config.drafts.head_len:
             raise ConfigError(
                 "--tp does not support the multi-token head: use draft tree, or none."

@@ -18,8 +18,7 @@ class TierConfig(PluginConfig):
     host_gib: float | None = setting(
         None,
         "host memory for entries that are evicted from the device, GiB; by default they are lost, "
-        "or "
-        "stay on disk (--state-dir)",
+        "or stay on disk (--state-dir)",
     )
     state_dir: str | None = setting(
         None,

@@ -18,7 +18,7 @@ from hybridcache.lab.command.shared import (
     split,
     tiers_asked,
 )
-from hybridcache.lab.defaults import CLOSED_LOOP_GIB, GIB_SPEC, RATES
+from hybridcache.lab.defaults import GIB_SPEC
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -115,6 +115,24 @@ CLOSED_LOOP: dict[str, dict[str, Any]] = {
     "--tells-ends": {"action": "store_true", "help": "clients say when a session has ended"},
 }
 """Options with ``--closed-loop`` only."""
+SAME_IN_CLOSED_LOOP = (
+    "model",
+    "checkpoints",
+    "rate",
+    "seeds",
+    "max_running",
+    "token_budget",
+    "max_share",
+    "tells_ends",
+    "memory",
+    "state_dtype",
+    "page_size",
+    "grid",
+    "times",
+    "processes",
+    "ray",
+)
+"""Options that are arguments of ``closed_loop`` as they are."""
 FLEET: dict[str, dict[str, Any]] = {
     "--load": {
         "type": float,
@@ -180,7 +198,6 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import closed_loop_figure
     from hybridcache.lab.simulation.closed_loop import closed_loop
     from hybridcache.lab.simulation.result import ClosedLoopRun
-    from hybridcache.policies.registry import DEFAULT_PLACEMENT
 
     for flag, default in ALONE.items():
         name = flag.removeprefix("--").replace("-", "_")
@@ -194,31 +211,16 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
         raise ValueError("--replicas has no meaning with --closed-loop: leave it out")
     check_figure(options.figure)
     style = figure_style(options)
+    asked: dict[str, Any] = {
+        "gib": None if options.gib == GIB_SPEC else options.gib,
+        "policy": split(options.policy),
+        "admission": split(options.admission) if options.admission else None,
+        "ttft_limit_s": options.ttft_limit,
+    } | {name: getattr(options, name) for name in SAME_IN_CLOSED_LOOP}
+    asked = {name: value for name, value in asked.items() if value is not None}
     runs: list[ClosedLoopRun] = []
     for spec in options.trace:
-        result = closed_loop(
-            opened(spec, options),
-            model=options.model,
-            gib=options.gib if options.gib != GIB_SPEC else CLOSED_LOOP_GIB,
-            policy=split(options.policy),
-            checkpoints=options.checkpoints or DEFAULT_PLACEMENT,
-            rate=options.rate or RATES,
-            admission=split(options.admission or "oldest,sessions"),
-            seeds=1 if options.seeds is None else options.seeds,
-            max_running=options.max_running or 16,
-            token_budget=options.token_budget or 8192,
-            max_share=options.max_share,
-            ttft_limit_s=options.ttft_limit or 2.0,
-            tells_ends=options.tells_ends,
-            memory=options.memory,
-            state_dtype=options.state_dtype,
-            page_size=options.page_size,
-            grid=options.grid,
-            times=options.times,
-            processes=options.processes,
-            ray=options.ray,
-            resume_from=options.output,
-        )
+        result = closed_loop(opened(spec, options), resume_from=options.output, **asked)
         runs += result.runs
         if options.figure:
             closed_loop_figure(runs, options.figure, style=style)
@@ -231,7 +233,8 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
 def _refuse_without_closed_loop(options: argparse.Namespace) -> None:
     """Raise ValueError for an option of closed-loop runs without ``--closed-loop``."""
     for flag in CLOSED_LOOP:
-        if getattr(options, flag.removeprefix("--").replace("-", "_")):
+        value = getattr(options, flag.removeprefix("--").replace("-", "_"))
+        if value is not None and value is not False:
             raise ValueError(f"{flag} is about sessions that wait for answers: add --closed-loop")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,10 +14,9 @@ from hybridcache.lab.replicas.result import FleetResult, summarise_fleet
 from hybridcache.lab.replicas.serving import serve_fleet
 from hybridcache.lab.simulation.grid import Place, run_grid
 from hybridcache.lab.simulation.sizes import budget_bytes
-from hybridcache.lab.simulation.sweep import identity_of
+from hybridcache.lab.simulation.sweep import identity_of, key_of
 from hybridcache.lab.simulation.target import LeaseTarget, RunConfig, build_target, check_words
 from hybridcache.lab.trace import Trace
-from hybridcache.policies.user import source_of
 from hybridcache.routing.protocol import ReplicaSpec
 from hybridcache.routing.registry import find_router
 
@@ -35,10 +33,11 @@ class FleetJob:
     def key(self, trace_identity: bytes) -> str:
         """Return the key of this run in a results file, which covers all inputs except this
         project's own code."""
-        words = (self.config.policy, self.config.checkpoints, self.fleet.router)
-        own = "".join(source_of(word) for word in words if isinstance(word, str)).encode()
-        text = repr((self.config, self.fleet, self.times)).encode() + own + trace_identity
-        return hashlib.sha256(text).hexdigest()[:16]
+        policies = (self.config.policy, self.config.checkpoints, self.fleet.router)
+        settings = (self.config, self.fleet, self.times)
+        return key_of(
+            f"{self.config.label}, {self.fleet.router}", policies, settings, trace_identity
+        )
 
 
 def check_fleet(config: RunConfig, fleet: FleetConfig) -> None:

@@ -14,6 +14,7 @@ True
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -63,14 +64,14 @@ AnyPolicy = Policy | AdmissionSpec
 Sizes = str | float | Sequence[float]
 
 
-class Rows:
+class Rows(ABC):
     """Conversion of a result's rows to data frames."""
 
     __slots__ = ()
 
+    @abstractmethod
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a flat dictionary per row."""
-        raise NotImplementedError
 
     def to_pandas(self) -> Any:
         """Return ``to_dicts`` as a pandas DataFrame. ModuleNotFoundError if pandas is missing."""

@@ -193,7 +193,7 @@ def test_a_step_that_fails_costs_the_requests_that_ran_and_the_second_ends_the_e
     step = "if self.num_steps in (5, 20, 21): raise MemoryError('no room for this step')"
 
     async def scenario(engine: ProcessEngine) -> None:
-        with pytest.raises(StepFailed, match="broke off"):
+        with pytest.raises(StepFailed, match="the step that computed it failed"):
             await read(engine.submit(RequestSpec([1], LONG)))
         few = SamplingParams(max_tokens=3, ignore_eos=True)
         assert (await read(engine.submit(RequestSpec([1], few))))[-1].finish_reason == "length"

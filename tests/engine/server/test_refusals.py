@@ -49,7 +49,7 @@ ERRORS: dict[str, tuple[Exception, int, str | None]] = {
     "the same id": (DuplicateId("mine"), 409, "duplicate_request_id"),
     "a full queue": (QueueFull(7), 429, "queue_full"),
     "the end": (EngineStopped("The engine has failed: restart it."), 503, "stopped"),
-    "a failed step": (StepFailed("the step broke off"), 500, None),
+    "a failed step": (StepFailed("the step failed"), 500, None),
     "a surprise": (KeyError("what"), 500, None),
 }
 """By a word in the prompt: what the engine raises, and the status and code that a client gets."""

@@ -191,7 +191,7 @@ def test_what_breaks_on_the_other_side_is_said_and_computed_here(
     monkeypatch.setattr(far.runner, "forward", once)
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(50, 300)])
-    assert "broke off" in caplog.text
+    assert "a step of the prefill engine failed" in caplog.text
     engine = decode_engine(port_of(far))
     monkeypatch.setattr(far._intake, "_max_model_len", 200)
     with caplog.at_level(logging.WARNING):
