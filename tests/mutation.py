@@ -1,27 +1,35 @@
 """Mutate the cache, the scheduler and the lease with mutmut; fail if an unlisted mutant survives.
 
-python -m tests.mutation [cache|requests] [PATTERN ...]      `make mutate`; a pattern is as in
-'hybridcache.radix.*'
+python -m tests.mutation [FILE ...]      or `make mutate MUTANTS=FILE`
 
 mutmut changes one expression at a time, in a copy of the tree, and runs the tests that reach it.
+Each file has a copy of its own below ``out/mutation``, so that only its functions are slowed down
+by mutmut, and a run that is interrupted continues where it stopped. Delete a copy to start afresh.
+
 Mutants that no test can tell from the original are listed in ``equivalent_mutants.txt``, by
 function and changed lines: a block of the function's name, the lines of the diff, and a reason. A
-line that changes makes its entry void, and is judged anew.
+change of one of these lines makes the entry void.
+
+This module is also the plugin of pytest that stops a test of a mutant that does not end.
 """
 
 from __future__ import annotations
 
 import argparse
 import filecmp
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 from tests.selection import ROOT
 
@@ -76,11 +84,11 @@ CONFIG = """
 [tool.mutmut]
 source_paths = ["hybridcache", "engine"]
 only_mutate = {mutated}
-do_not_mutate = {not_mutated}
 do_not_mutate_patterns = ['raise \\w+', 'assert ']
 also_copy = ["kernels", "tests", "experiments"]
 pytest_add_cli_args_test_selection = {tests}
-pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "--timeout=0", "-k", "{slow}"]
+pytest_add_cli_args = ["-p", "no:xdist", "-p", "no:cacheprovider", "-p", "tests.mutation",
+    "--timeout=0", "-k", "{slow}"]
 """
 KILLED = ("killed", "timeout", "caught by type check", "segfault")
 
@@ -96,8 +104,16 @@ class Mutant(NamedTuple):
         return "\n".join((self.function, *self.changes))
 
 
-def prepare(group: Group, work: Path) -> None:
-    """Copy the tree, with mutmut's settings, to where it is mutated; what is known stays."""
+def files_of(group: Group) -> list[str]:
+    """Return the files that are mutated, the smallest first."""
+    files = [file for pattern in group.mutated for file in ROOT.glob(pattern)]
+    wanted = [file for file in files if file.suffix == ".py" and file.stem != "__init__"]
+    names = [file.relative_to(ROOT) for file in sorted(wanted, key=lambda f: f.stat().st_size)]
+    return [str(name) for name in names if not any(name.match(no) for no in NOT_MUTATED)]
+
+
+def prepare(file: str, tests: Sequence[str], work: Path) -> None:
+    """Copy the tree, with mutmut's settings, to ``work``; earlier results stay."""
     command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
@@ -107,9 +123,8 @@ def prepare(group: Group, work: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     config = CONFIG.format(
-        mutated=list(group.mutated),
-        not_mutated=list(NOT_MUTATED),
-        tests=list(group.tests),
+        mutated=[file],
+        tests=list(tests),
         slow=" and ".join(f"not {test}" for test in SLOW),
     )
     (work / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text() + config)
@@ -154,11 +169,11 @@ def listed(text: str) -> Iterator[Mutant]:
             yield Mutant(lines[0], tuple(line for line in lines[1:] if line[0] in "-+"))
 
 
-def try_group(name: str, patterns: Sequence[str], processes: int) -> int:
-    """Mutate one group; return how many mutants survive that are not listed."""
-    work = ROOT / "out" / "mutation" / name
-    prepare(GROUPS[name], work)
-    mutmut(work, "run", "--max-children", str(processes), *patterns, capture_output=False)
+def try_file(file: str, tests: Sequence[str], processes: int) -> int:
+    """Mutate one file; return how many mutants survive that are not listed."""
+    work = ROOT / "out" / "mutation" / file.removesuffix(".py").replace("/", ".")
+    prepare(file, tests, work)
+    mutmut(work, "run", "--max-children", str(processes), capture_output=False)
     found = outcomes(work)
     equivalent = set(listed(EQUIVALENT.read_text(encoding="utf-8")))
     survivors = [mutant(work, one) for one, status in found.items() if status not in KILLED]
@@ -168,7 +183,7 @@ def try_group(name: str, patterns: Sequence[str], processes: int) -> int:
     counts = Counter(found.values()).most_common()
     shown = ", ".join(f"{count} {status}" for status, count in counts)
     num_equivalent = len(survivors) - len(unlisted)
-    print(f"\n{name}: {len(found)} mutants: {shown}; {num_equivalent} are listed as equivalent.")
+    print(f"\n{file}: {len(found)} mutants: {shown}; {num_equivalent} are listed as equivalent.")
     if not found:
         print("Nothing was tried: what mutmut printed above says why.")
         return 1
@@ -176,16 +191,52 @@ def try_group(name: str, patterns: Sequence[str], processes: int) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    tests = {file: group.tests for group in GROUPS.values() for file in files_of(group)}
     parser = argparse.ArgumentParser(prog="tests.mutation", description=__doc__.splitlines()[0])
-    parser.add_argument("group", nargs="?", choices=GROUPS, help="default: all")
-    parser.add_argument("patterns", nargs="*", metavar="PATTERN", help="mutants of the group")
+    parser.add_argument("files", nargs="*", metavar="FILE", help="default: all")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     options = parser.parse_args(arguments)
-    names = [options.group] if options.group else list(GROUPS)
-    unlisted = sum(try_group(name, options.patterns, options.processes) for name in names)
+    unknown = sorted(set(options.files) - set(tests))
+    if unknown:
+        parser.error(f"{', '.join(unknown)} is not mutated; these are: {', '.join(tests)}.")
+    files = options.files or list(tests)
+    unlisted = sum(try_file(file, tests[file], options.processes) for file in files)
     if unlisted:
         print(f"{unlisted} mutants survive that {EQUIVALENT.name} does not list.")
     return 1 if unlisted else 0
+
+
+# --- The plugin ---------------------------------------------------------------------------------
+
+CPU_SECONDS = 5.0
+"""Least processor time that a test of a mutant may take."""
+CPU_FACTOR = 5.0
+"""That many times its duration without a mutant, if that is more."""
+DURATIONS = pytest.StashKey[dict[str, float]]()
+
+
+def _stop(signum: int, frame: object) -> None:
+    os.kill(os.getpid(), signal.SIGXCPU)  # mutmut counts this as a timeout.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Read the durations that mutmut measured, if it has."""
+    stats = Path("mutmut-stats.json")
+    known = json.loads(stats.read_text()) if stats.is_file() else {}
+    config.stash[DURATIONS] = known.get("duration_by_test", {})
+    signal.signal(signal.SIGPROF, _stop)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Limit the processor time of a test; elapsed time would depend on what else runs."""
+    usual = item.config.stash[DURATIONS].get(item.nodeid)
+    if usual is not None:
+        signal.setitimer(signal.ITIMER_PROF, max(CPU_SECONDS, CPU_FACTOR * usual))
+    try:
+        return (yield)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 if __name__ == "__main__":

@@ -223,4 +223,5 @@ def test_a_wrong_level_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_mutated_and_the_tests_that_must_notice_exist() -> None:
     for group in mutation.GROUPS.values():
         assert all(any(ROOT.glob(pattern)) for pattern in group.mutated), group.mutated
+        assert "hybridcache/radix/check.py" not in mutation.files_of(group)
         assert all((ROOT / test).exists() for test in group.tests), group.tests

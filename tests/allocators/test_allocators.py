@@ -198,3 +198,5 @@ def test_a_double_free_is_found_by_check():
 def test_a_share_of_a_budget_needs_the_bytes_of_a_unit() -> None:
     with pytest.raises(ValueError, match="bytes of one unit, got 0"):
         PageAllocator(100, budget=ByteBudget(100))
+    with pytest.raises(ValueError, match="bytes of one unit, got 0"):
+        SlotAllocator(2, budget=ByteBudget(100))
