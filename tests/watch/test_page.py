@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,69 @@ def test_it_fits_its_window_in_both_themes(
     page.get_by_role("button", name="Switch between dark and light").click()
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
     page.close()
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of a CSS colour, by WCAG 2.2."""
+    named = {"#000": (0.0, 0.0, 0.0), "#fff": (255.0, 255.0, 255.0)}
+    parts = named.get(colour) or [float(part) for part in re.findall(r"[\d.]+", colour)[:3]]
+    linear = [
+        part / 255 / 12.92 if part <= 10.31 else ((part / 255 + 0.055) / 1.055) ** 2.4
+        for part in parts
+    ]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_colours_can_be_told_from_the_ground(chromium: Any, tmp_path: Path, scheme: Any) -> None:
+    """WCAG 2.2: 4.5 for text, 3 for parts of a picture."""
+    page = chromium.new_page(color_scheme=scheme)
+    opened(page, tmp_path, Recording(META, records_of(9)[0]))
+    tree = "hybridcache.views[0].tree"
+    ramps, inks = page.evaluate(tree + ".ramps"), page.evaluate(tree + ".inkOn")
+    panel = page.evaluate(tree + ".colour.panel")
+    swatches = page.evaluate(
+        "[...document.querySelectorAll('.lanes ~ .legend i')]"
+        ".map((one) => getComputedStyle(one).backgroundColor)"
+    )
+    soft = page.evaluate("getComputedStyle(document.querySelector('.soft')).color")
+    page.close()
+    assert len(swatches) == 8
+    assert contrast(soft, panel) >= 4.5
+    for colour in (*swatches, *(colour for ramp in ramps.values() for colour in ramp)):
+        assert contrast(colour, panel) >= 2.99, colour
+    for name, ramp in ramps.items():
+        for colour, ink in zip(ramp, inks[name], strict=True):
+            assert contrast(colour, ink) >= 4.5, (name, colour, ink)
+
+
+def test_a_choice_is_explained_where_the_window_is_narrow(chromium: Any, tmp_path: Path) -> None:
+    page = chromium.new_page(viewport={"width": 390, "height": 844})
+    opened(page, tmp_path, Recording(META, records_of(30)[0]))
+    assert page.locator(".details").is_hidden()
+    page.locator(".bar").first.click()
+    box = page.locator(".details").bounding_box()
+    assert box["y"] >= 0 and box["y"] + box["height"] <= 844
+    page.get_by_role("button", name="close").click()
+    assert page.locator(".details").is_hidden()
+    page.close()
+
+
+def test_every_word_of_a_legend_has_a_meaning(tab: Any, tmp_path: Path) -> None:
+    opened(tab, tmp_path, Recording(META, records_of(30)[0]))
+    words = "[...document.querySelectorAll('.lanes ~ .legend span')].map((one) => %s)"
+    labels = tab.evaluate(words % "one.textContent")
+    assert "KV evicted" in labels and all(tab.evaluate(words % "one.title"))
+    tab.get_by_role("button", name="Meaning of the terms").press("Enter")
+    terms = tab.locator("#terms dt").all_inner_texts()
+    assert {*labels, "checkpoint", "ghost", "locked", "slab"} <= {*terms}
+    tab.keyboard.press("Escape")
+    assert tab.locator("#terms").is_hidden()
 
 
 def test_an_empty_run_says_so(tab: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 from engine.plugins.diagnostics.outline import SYSTEM_ROLES, MessageOutline, Outline
 from hybridcache.api import Losses
+from hybridcache.geometry.units import counted
 from hybridcache.tokens import Tokens, common_prefix_len
 
 SHOWN = 12
@@ -132,20 +133,21 @@ class Explanation:
             words.append(_say(self.parting))
         lost = [f"{number:,} {WORDS[name]}" for name, number in self.lost.items() if number]
         if lost:
-            words.append(f"Of the {self.shared_len:,} that both share: {', '.join(lost)}.")
+            shared = counted(self.shared_len, "token")
+            words.append(f"Of the {shared} that both share: {', '.join(lost)}.")
         if self.advice is not None:
             words.append(self.advice)
         return " ".join(words)
 
 
 WORDS = {
-    "refused": "found no memory to be resumed in",
-    "not_fetched": "lie in a lower tier and were not worth fetching",
-    "checkpoint_evicted": "lie past a state that was evicted",
-    "never_checkpointed": "lie past the last state that was saved",
-    "below_grid": "lie past the last position at which a state may be saved",
-    "kv_evicted": "were evicted",
-    "forgotten": "are no longer known to the cache",
+    "refused": "without memory to resume in",
+    "not_fetched": "in a lower tier and not worth fetching",
+    "checkpoint_evicted": "past a state that was evicted",
+    "never_checkpointed": "past the last state that was saved",
+    "below_grid": "past the last position at which a state may be saved",
+    "kv_evicted": "evicted",
+    "forgotten": "no longer known to the cache",
 }
 _MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
 ADVICE = {
@@ -182,9 +184,9 @@ SAID = {
 def _say(parting: Parting) -> str:
     where = "" if parting.path is None else f" ({parting.path})"
     said = SAID[parting.change].format(how=parting.how)
-    shown = "" if parting.was is None else f": {parting.was!r} became {parting.now!r}"
-    at = f"It parts from the earlier request after {parting.at:,} tokens"
-    return f"{at}, since {said}{where}{shown}."
+    shown = "" if parting.was is None else f", {parting.was!r} became {parting.now!r}"
+    at = f"It differs from the earlier request after {counted(parting.at, 'token')}"
+    return f"{at}: {said}{where}{shown}."
 
 
 def explain(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.requests.recent_requests import Ended
 from engine.requests.request import Request
+from hybridcache.lab.extras import version
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, RequestShown, node_id, slabs_record
 
@@ -118,6 +119,7 @@ class Watch:
         memory, config, arena = engine.runner.memory, engine.config, engine.cache.arena
         return {
             "title": engine.model_name,
+            "version": version(),
             "kv_bytes": memory.row_bytes,
             "state_bytes": memory.state_bytes if memory.is_stateful else 0,
             "total_bytes": memory.total_bytes,

@@ -26,7 +26,7 @@ class Chat {
   // The empty conversation: what to do, and prompts to choose.
   start() {
     const prompts = EXAMPLES.map((text) => element("button.plain", { type: "button", onclick: () => { this.input.value = text; this.send(); } }, text));
-    return [element("p.soft", {}, "Send a message, and see above how much of it is reused. For example:"), ...prompts];
+    return [element("p.soft", {}, "Send a message: the page shows how much of it is reused. For example:"), ...prompts];
   }
 
   reset() {

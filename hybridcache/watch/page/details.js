@@ -30,13 +30,13 @@ class Details {
     const exact = element("div");
     const pairs = [
       ["tokens", `${whole.format(node.start)}–${whole.format(node.end)}, ${count(node.end - node.start, "token")}`],
-      node.ghost !== null ? ["resident", `no: its tokens are remembered, its KV went ${ago(model.time - node.ghost)}`] : ["KV", size(cost.kvBytes)],
+      node.ghost !== null ? ["KV", `evicted ${ago(model.time - node.ghost)}; its tokens are remembered`] : ["KV", size(cost.kvBytes)],
       ["state", model.meta.state_bytes ? state : null],
       ["resumed through it", count(node.hits ?? node.uses, "request")],
       ["last used", ago(model.time - (node.recent ?? node.last))],
       ["namespace", node.namespace === null ? null : `tenant ${node.namespace.slice(0, 8)}`],
     ];
-    if (node.ghost === null) pairs.push(["evicting it frees", cost.isLeaf ? size(cost.kvBytes + cost.stateBytes) : node.saved ? `${size(cost.stateBytes)}: its state` : "nothing: others below need its KV"], ["its next use then costs", `${count(cost.recompute, "token")} to compute again`]);
+    if (node.ghost === null) pairs.push(["evicting it frees", cost.isLeaf ? size(cost.kvBytes + cost.stateBytes) : node.saved ? `${size(cost.stateBytes)}, its state` : "nothing: nodes below need its KV"], ["then to compute again", count(cost.recompute, "token")]);
     this.body.replaceChildren(this.facts(pairs), exact, this.talks(model.users(node)), text);
     if (this.ask && node.ghost === null) this.asked(node, text, exact);
   }
@@ -52,7 +52,7 @@ class Details {
     try {
       const found = await this.ask(`/v1/cache/nodes/${id}`);
       if (this.view.tree.selected !== node) return;
-      const pairs = [["locked by", found.locks ? count(found.locks, "request") : null], ["evicting it with KV above that only it needs frees", size(found.frees_bytes)], ["slabs", found.slabs.length ? count(found.slabs.length, "slab") : null]];
+      const pairs = [["frees, with KV above it that nothing else needs", size(found.frees_bytes)], ["locked by", found.locks ? count(found.locks, "request") : null], ["in the arena", found.slabs.length ? count(found.slabs.length, "slab") : null]];
       exact.replaceChildren(this.facts(pairs));
       this.view.strip.mark([...found.slabs, ...(node.saved ? [node.saved.slot] : [])]);
       text.hidden = false;
@@ -66,36 +66,38 @@ class Details {
     this.element.classList.remove("hint");
     this.title.textContent = `Request ${one.id.replace(/^\w+-/, "").slice(0, 12)}`;
     this.title.title = one.id;
-    const items = one.losses ? [["hit", "reused", "Taken from the cache.", one.cached], ...CAUSES.map(([name, label, said]) => [name, label, said, one.losses[name]])] : [];
+    const items = one.losses ? [["hit", "reused", TERMS.reused, one.cached], ...CAUSES.map(([name, label, said]) => [name, label, said, one.losses[name]])] : [];
     const why = element("ul.why", {}, ...items.filter(([, , , tokens]) => tokens).map(([name, label, said, tokens]) => element("li", {}, element("i", { style: `background: var(--${name})` }), element("b", {}, whole.format(tokens)), element("span", {}, `${label} · ${percent(tokens, one.prompt)}`), element("em", {}, said))));
     const rate = speed(one);
     const queue = one.scheduled_s === null ? null : one.scheduled_s - one.arrived_s;
     const node = this.view.model.nodes.get(one.node);
+    const missed = element("div.missed");
     this.body.replaceChildren(
+      element("div.missed", {}, element("h3", {}, "Where its prompt tokens came from"), why), missed,
       this.facts([
         ["prompt", count(one.prompt, "token")], ["reused", percent(one.cached, one.prompt)], ["answer", count(one.answer, "token")], [GOING.has(one.state) ? "state" : "ended by", one.state],
         ["waited", queue === null ? null : seconds(queue)], ["time to first token", seconds(one.first_token_s === null ? null : one.first_token_s - one.arrived_s)], ["tokens a second", rate ? rate.toFixed(1) : null],
         ["preempted", one.preemptions ? count(one.preemptions, "time") : null], ["namespace", one.namespace === null ? null : `tenant ${one.namespace.slice(0, 8)}`],
       ]),
-      element("h3", { style: "font-size: 13px" }, "Where its prompt tokens came from"), why,
       ...(node ? [element("p", {}, element("button.plain", { type: "button", onclick: () => { this.view.select(node); this.view.tree.reveal(node); } }, "Show in the tree"))] : []),
     );
-    this.explained(one);
+    this.explained(one, missed);
   }
 
-  // Why it missed, beside the request before it that shares most; where the server remembers that.
-  async explained(one) {
+  // Why it missed, compared with the earlier request that shares most, if the server remembers both.
+  async explained(one, place) {
     if (!this.ask || !one.losses) return;
     let found;
     try {
       found = await this.ask(`/v1/cache/explanations/${encodeURIComponent(one.id)}`);
-    } catch { return; } // The causes above say what there is to say.
-    if (this.view.selectedRequest !== one.id || !found.text) return;
-    const parts = [element("h3", { style: "font-size: 13px" }, "Why it missed"), element("p", {}, found.text)];
+    } catch { return; } // The causes above are all that is known.
+    if (!place.isConnected || !found.text) return;
+    const other = this.view.model.requests.has(found.compared_with) ? [element("p", {}, element("button.plain", { type: "button", onclick: () => this.view.selectRequest(found.compared_with) }, "Show the earlier request"))] : [];
+    const parts = [element("h3", {}, "Why it missed"), element("p.soft", {}, `Compared with the earlier request that shares the most (${count(found.shared_tokens, "token")}):`), element("p", {}, found.text)];
     const { parted } = found;
     if (parted?.before != null) {
       parts.push(element("pre.text", { tabindex: 0, "aria-label": "Where the prompts part" }, element("span.soft", {}, `… ${parted.before}`), ...(parted.was ? [element("del", {}, parted.was)] : []), ...(parted.now ? [element("ins", {}, parted.now)] : [])));
     }
-    this.body.append(...parts);
+    place.replaceChildren(...parts, ...other);
   }
 }

@@ -1,13 +1,30 @@
 // Words, numbers and small elements.
 const CAUSES = [
-  ["never_seen", "new", "No request ever brought these tokens in this place."],
-  ["kv_evicted", "KV evicted", "They were here; their KV was evicted."],
-  ["checkpoint_evicted", "checkpoint evicted", "Their KV is here; the checkpoint that would have reached them was evicted."],
-  ["never_checkpointed", "never checkpointed", "Their KV is here; no state was ever saved at or past them."],
-  ["below_grid", "below the grid", "Between the last position a checkpoint may take and the prompt's end."],
-  ["refused", "refused", "A checkpoint was here, but no memory to resume from it."],
-  ["not_fetched", "not fetched", "In a lower tier, and not worth fetching."],
+  ["never_seen", "new", "No earlier request had these tokens in this position."],
+  ["kv_evicted", "KV evicted", "The KV of these tokens was cached and then evicted."],
+  ["checkpoint_evicted", "checkpoint evicted", "Their KV is cached, but the checkpoint behind them was evicted."],
+  ["never_checkpointed", "never checkpointed", "Their KV is cached, but no state was saved behind them."],
+  ["below_grid", "below the grid", "They follow the last position at which a checkpoint may be saved (--grid)."],
+  ["refused", "refused", "A checkpoint was cached, but there was no memory to resume from it."],
+  ["not_fetched", "not fetched", "They are in a lower tier, and loading them costs more than computing them."],
 ];
+const TERMS = {
+  "prompt tokens reused": "Share of all prompt tokens that were read from the cache and not computed again.",
+  "KV": "Keys and values of the tokens in the attention layers.",
+  "state": "Result of the recurrent layers after one exact prefix. It cannot be cut shorter.",
+  checkpoint: "A saved state: a request can resume here.",
+  "superseded checkpoint": "A deeper checkpoint continues the only branch: this one is evicted first.",
+  "evicted checkpoint": "The state was saved here and then evicted; the KV may remain.",
+  "KV without a state": "No checkpoint follows: no request can resume from this KV.",
+  ghost: "The KV was evicted; the tokens are remembered.",
+  locked: "A running request uses it: it cannot be evicted.",
+  slab: "Unit of the arena: memory for one state, or for the KV of as many bytes.",
+  "live sessions": "Conversations that are expected to send another request.",
+  admission: "Policy that chooses the next waiting request, and its latest decision.",
+  TTFT: "Time to first token, from arrival. The median is of the last 32 requests.",
+  reused: "Read from the cache.",
+  ...Object.fromEntries(CAUSES.map(([, label, meaning]) => [label, meaning])),
+};
 const whole = new Intl.NumberFormat("en-US", { maximumFractionDigits: 0 });
 const brief = new Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 });
 
@@ -50,6 +67,15 @@ function element(kind, props = {}, ...children) {
   return made;
 }
 
+// A swatch, or another mark, with its name; the title tells the meaning.
+function key(mark, label, meaning = TERMS[label]) {
+  return element("span", { title: meaning }, mark, label);
+}
+
+function swatch(colour) {
+  return element("i", { style: `background: ${colour}` });
+}
+
 function speak(text) {
   document.getElementById("spoken").textContent = text;
 }
@@ -69,9 +95,16 @@ function resolved(names) {
 
 const rgb = ([r, g, b], alpha = 1) => `rgb(${r} ${g} ${b} / ${alpha})`;
 
+const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+
+// Relative luminance of WCAG: above 0.179 black text has more contrast than white text.
+function luminance(colour) {
+  const [r, g, b] = colour.map(linear);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+
 // Steps from one colour to another through OKLab, where equal steps look equal.
 function ramp(from, to, steps) {
-  const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
   const gamma = (c) => 255 * Math.min(1, Math.max(0, c <= 0.0031308 ? 12.92 * c : 1.055 * c ** (1 / 2.4) - 0.055));
   const lab = (colour) => {
     const [r, g, b] = colour.map(linear);

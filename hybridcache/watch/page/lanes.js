@@ -10,7 +10,7 @@ class Lanes {
     this.empty = element("p.empty", {}, "No request yet.");
     this.more = element("span.soft");
     this.title = element("h2", {}, "Conversations");
-    this.filter = element("input.filter", { type: "search", placeholder: "conversation, tenant or request", "aria-label": "Show only conversations whose number, tenant or request contains this", oninput: () => this.update() });
+    this.filter = element("input.filter", { type: "search", placeholder: "filter by number, tenant or id", "aria-label": "Show only conversations whose number, tenant or request contains this", oninput: () => this.update() });
     this.element = element("section.card", { "aria-label": "Conversations" }, element("header", {}, this.title, this.more, element("div.tools", {}, this.filter)), this.list, this.empty, this.legend());
     this.list.addEventListener("click", (event) => {
       const bar = event.target.closest(".bar");
@@ -20,8 +20,7 @@ class Lanes {
   }
 
   legend() {
-    const swatch = (name, label, title) => element("span", { title }, element("i", { style: `background: var(--${name})` }), label);
-    return element("div.legend", {}, swatch("hit", "reused", "Taken from the cache."), ...CAUSES.map(([name, label, title]) => swatch(name, label, title)));
+    return element("div.legend", {}, ...[["hit", "reused"], ...CAUSES].map(([name, label]) => key(swatch(`var(--${name})`), label)));
   }
 
   update() {

@@ -103,7 +103,7 @@ class Live {
     if (event === "whole") {
       const model = new Model(message.meta);
       for (const record of message.records) model.apply(record, true);
-      document.getElementById("title").textContent = message.meta.title;
+      document.getElementById("title").textContent = [message.meta.version, message.meta.title].filter(Boolean).join(" · ");
       document.title = `${message.meta.title} · hybridcache`;
       this.view.show(model);
     } else {
@@ -140,10 +140,12 @@ class Live {
   askForKey(error) {
     this.say("broken", "not allowed");
     const input = element("input", { type: "password", "aria-label": "Key", placeholder: "key", autocomplete: "off" });
-    this.view.tree.note.replaceChildren(element("strong", {}, "Locked"), element("span", {}, "Give the key above to see the cache."));
-    const said = "Only operators may see the cache. Give a key of --admin-key-file (or --api-key-file, if there is no other); it is kept until this tab is closed.";
-    const form = element("form.key.card", { title: error.message }, element("p", {}, said), input, element("button.main", {}, "Open"));
+    this.view.tree.note.replaceChildren(element("strong", {}, "Locked"), element("span", {}, "Enter the key above to see the cache."));
+    const said = "The cache is shown to operators only. Enter a key of --admin-key-file (or of --api-key-file if there is no other). It is kept until this tab is closed.";
+    const wrong = sessionStorage.getItem("key") ? [element("p.alarm", { role: "alert" }, "The server did not accept this key.")] : [];
+    const form = element("form.key.card", { title: error.message }, element("p", {}, said), input, element("button.main", {}, "Open"), ...wrong);
     this.view.element.prepend(form);
+    input.focus();
     return new Promise((done) => form.addEventListener("submit", (event) => {
       event.preventDefault();
       sessionStorage.setItem("key", input.value.trim());

@@ -14,5 +14,12 @@ document.getElementById("theme").addEventListener("click", () => {
   try { localStorage.setItem("theme", root.dataset.theme); } catch { /* as above */ }
   theme();
 });
+const terms = document.getElementById("terms");
+terms.append(
+  element("header", {}, element("h2", {}, "Terms"), element("div.tools", {}, element("button.quiet", { type: "button", onclick: () => terms.close() }, "close"))),
+  element("dl", {}, ...Object.entries(TERMS).flatMap(([term, meaning]) => [element("dt", {}, term), element("dd", {}, meaning)])),
+);
+document.getElementById("help").addEventListener("click", () => terms.showModal());
+terms.addEventListener("click", (event) => { if (event.target === terms) terms.close(); });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", theme);
 window.hybridcache = { page, views };

@@ -43,7 +43,7 @@ class Replay {
     this.moment = this.end;
     main.className = this.runs.length > 1 ? "pair" : "single live";
     const { trace } = this.runs[0].meta;
-    document.getElementById("title").textContent = trace ?? "hybridcache";
+    document.getElementById("title").textContent = trace ?? "";
     document.title = `${trace ?? "a run"} · hybridcache`;
     const link = document.getElementById("link");
     link.dataset.state = "replay";

@@ -32,13 +32,12 @@ class Strip {
   // Meaning of the colours, as they are drawn.
   explain(isArena) {
     const { tree, model } = this.view;
-    const item = (colour, label, title) => element("span", { title }, element("i", { style: `background: ${colour}` }), label);
     const [kv, state] = isArena ? [tree.ramps.age[Math.round(STEPS * 0.55)], tree.ramps.bytes[STEPS - 2]] : [tree.ramps.age[STEPS - 3], tree.ramps.bytes[STEPS - 2]];
     this.key.replaceChildren(
-      item(kv, isArena ? "KV, filled to its share of rows" : "cached KV", isArena ? "A cell is a slab: memory for one state, or for the KV of that many bytes." : "Rows of tokens"),
-      ...(model.meta.state_bytes ? [item(state, "checkpoint", "A saved state of the cache")] : []),
-      item(tree.colour.lock, isArena ? "state of a running request" : "held by requests", "In use: it cannot be evicted."),
-      item(tree.faded.line(0.55), "free", "Not in use"),
+      isArena ? key(swatch(kv), "slab of KV, filled to its share of rows", TERMS.slab) : key(swatch(kv), "cached KV", TERMS.KV),
+      ...(model.meta.state_bytes ? [key(swatch(state), "checkpoint")] : []),
+      key(swatch(tree.colour.lock), isArena ? "state of a running request" : "held by requests", TERMS.locked),
+      key(swatch(tree.colour.line), "free", "Not in use"),
     );
   }
 
@@ -66,7 +65,7 @@ class Strip {
     for (const [at, share] of filled.entries()) {
       const left = at % perRow * edge;
       const top = Math.floor(at / perRow) * edge;
-      context.fillStyle = tree.faded.line(0.55);
+      context.fillStyle = tree.colour.line;
       context.fillRect(left, top, inner, inner);
       if (states.has(at)) {
         context.fillStyle = checkpoints.has(at) ? state : tree.colour.lock;
@@ -94,7 +93,7 @@ class Strip {
     const { tree } = this.view;
     for (const [at, [free, cached, held]] of rows.entries()) {
       const all = free + cached + held || 1;
-      context.fillStyle = tree.faded.line(0.55);
+      context.fillStyle = tree.colour.line;
       context.fillRect(0, at * 10, width, 7);
       context.fillStyle = at ? tree.ramps.bytes[STEPS - 2] : tree.ramps.age[STEPS - 3];
       context.fillRect(0, at * 10, width * cached / all, 7);

@@ -36,8 +36,7 @@ class TreeCanvas {
     this.colour = Object.fromEntries(Object.entries(found).map(([name, value]) => [name, rgb(value)]));
     this.faded = Object.fromEntries(["ghost", "ink", "soft", "line"].map((name) => [name, (alpha) => rgb(found[name], alpha)]));
     this.ramps = Object.fromEntries(COLOURS.map((by) => [by, ramp(found[`low-${by}`], found[`high-${by}`], STEPS).map((one) => rgb(one))]));
-    const light = (one) => one[0] * 0.3 + one[1] * 0.6 + one[2] * 0.1;
-    this.inkOn = Object.fromEntries(COLOURS.map((by) => [by, ramp(found[`low-${by}`], found[`high-${by}`], STEPS).map((one) => (light(one) > 128 ? "#12171c" : "#f4f6f8"))]));
+    this.inkOn = Object.fromEntries(COLOURS.map((by) => [by, ramp(found[`low-${by}`], found[`high-${by}`], STEPS).map((one) => (luminance(one) > 0.179 ? "#000" : "#fff"))]));
     this.hatch = this.pattern(found.ink);
     this.draw();
   }
@@ -184,8 +183,10 @@ class TreeCanvas {
       context.stroke();
       context.fillStyle = this.colour.soft;
       context.textAlign = left < 12 ? "left" : "center";
-      if (left < this.width - 16) context.fillText(at >= 1e4 ? brief.format(at) : whole.format(at), Math.max(left, 6), 9);
+      if (left < this.width - 70) context.fillText(at >= 1e4 ? brief.format(at) : whole.format(at), Math.max(left, 6), 9);
     }
+    context.textAlign = "right";
+    context.fillText("tokens", this.width - 8, 9);
   }
 
   step(node) {
@@ -290,11 +291,13 @@ class TreeCanvas {
       if (node.saved) {
         const deeper = node.kids.filter((kid) => kid.ghost === null);
         const isSuperseded = deeper.length === 1 && deeper[0].hasState;
-        context.fillStyle = this.colour.ink;
-        context.globalAlpha = isSuperseded ? 0.45 : 1;
-        context.fillRect(right - 2, top, 2, height);
-        if (height > 9 && box.width > 9) { context.beginPath(); context.arc(right - 1, top + height / 2, 3.2, 0, 7); context.fill(); }
-        context.globalAlpha = 1;
+        const hasDot = !isSuperseded && height > 9 && box.width > 9;
+        // An edge in the colour of the ground sets the mark off from a node that is as bright.
+        for (const [colour, edge] of hasDot ? [[this.colour.panel, 1], [this.colour.ink, 0]] : [[isSuperseded ? this.faded.ink(0.55) : this.colour.ink, 0]]) {
+          context.fillStyle = colour;
+          context.fillRect(right - 2 - edge, top, 2 + 2 * edge, height);
+          if (hasDot) { context.beginPath(); context.arc(right - 1, top + height / 2, 3.2 + edge, 0, 7); context.fill(); }
+        }
       } else if (box.height > 4) {
         context.fillStyle = this.colour.checkpoint_evicted;
         for (let at = 0; at < height - 1; at += 4) context.fillRect(right - 2, top + at, 2, 2);

@@ -5,6 +5,7 @@ class View {
     this.selectedRequest = null;
     this.stats = element("dl.stats");
     this.meter = element("div.meter", { role: "img" });
+    this.shares = element("div.legend.shares");
     this.tree = new TreeCanvas(this);
     this.table = new TreeTable(this);
     this.strip = new Strip(this);
@@ -13,7 +14,7 @@ class View {
     this.size = element("span.soft");
     this.legend = element("div.legend");
     const card = element("section.card", { "aria-label": "Tree of cached prefixes" }, this.toolbar(title), this.tree.element, this.table.element, this.legend, this.strip.element);
-    this.element = element("div.view", {}, element("div", {}, this.stats, element("div", { style: "height: 8px" }), this.meter), card, this.lanes.element);
+    this.element = element("div.view", {}, element("div", {}, this.stats, this.meter, this.shares), card, this.lanes.element);
     this.theme();
   }
 
@@ -47,11 +48,11 @@ class View {
   showLegend() {
     const { by, ramps } = this.tree;
     const ends = { age: ["long ago", "just used"], hits: ["no hit", "many"], bytes: ["light", "heavy"] }[by];
-    const item = (kind, label, title) => element("span", { title }, element(`i.${kind}`), label);
+    const item = (kind, label) => key(element(`i.${kind}`), label);
     this.legend.replaceChildren(
       element("span", {}, ends[0], element("i.ramp", { style: `background: linear-gradient(90deg, ${ramps[by].join(",")})` }), ends[1]),
-      ...(this.model.meta.state_bytes ? [item("tick", "checkpoint", "A saved state: requests can resume here."), item("lost", "evicted checkpoint", "The state was here and was evicted; the KV may remain."), item("hatch", "KV without a state", "No checkpoint follows: no request can resume from this KV.")] : []),
-      item("ghost", "ghost", "Its tokens are remembered; its KV was evicted."), item("lock", "locked", "A running request uses it: it cannot be evicted."),
+      ...(this.model.meta.state_bytes ? [item("tick", "checkpoint"), item("tick.old", "superseded checkpoint"), item("lost", "evicted checkpoint"), item("hatch", "KV without a state")] : []),
+      item("ghost", "ghost"), item("lock", "locked"),
     );
   }
 
@@ -96,14 +97,15 @@ class View {
     const curve = hitCurve([...model.requests.values()].filter((one) => !GOING.has(one.state) && one.losses).slice(-240));
     let [tokens, checkpoints] = [0, 0];
     for (const node of model.nodes.values()) { tokens += node.end - node.start; checkpoints += node.saved ? 1 : 0; }
-    const pair = (name, value, unit, big) => element(big ? "div.big" : "div", {}, element("dt", {}, name), element("dd", {}, value, ...(unit ? [element("small", {}, unit)] : [])));
+    const pair = (name, value, unit, kind = "", term = name) => element(`div${kind}`, {}, element("dt", { title: TERMS[term] }, name), element("dd", {}, value, ...(unit ? [element("small", {}, unit)] : [])));
     this.stats.replaceChildren(
-      pair("prompt tokens reused", percent(cached, prompt), prompt ? `of ${brief.format(prompt)}` : "", true),
-      ...(curve ? [pair("reused, over the latest requests", curve)] : []),
-      pair("cached", brief.format(tokens), "tokens"), ...(model.meta.state_bytes ? [pair("checkpoints", whole.format(checkpoints))] : []),
+      pair("prompt tokens reused", percent(cached, prompt), prompt ? `of ${brief.format(prompt)}` : "", ".big"),
+      ...(curve ? [pair("reused, over the latest requests", curve.element, curve.told)] : []),
+      pair("cached", brief.format(tokens), "tokens"), ...(model.meta.state_bytes ? [pair("checkpoints", whole.format(checkpoints), "", "", "checkpoint")] : []),
       pair("requests", whole.format(model.time)), ...(memory?.running !== undefined ? [pair("running", whole.format(memory.running), memory.waiting ? `+ ${memory.waiting} waiting` : "")] : []),
-      ...(memory?.sessions ? [pair("live sessions", whole.format(memory.sessions[0]), memory.sessions[1] ? `${memory.sessions[1]} waiting` : ""), pair("admission", element("span", { title: memory.admission }, memory.admission.split(";").slice(0, 2).join(":")))] : []),
-      ...(ttft !== undefined ? [pair("TTFT, median", seconds(ttft))] : []), ...(rate !== undefined ? [pair("tokens/s per request, median", rate.toFixed(0))] : []),
+      ...(memory?.sessions ? [pair("live sessions", whole.format(memory.sessions[0]), memory.sessions[1] ? `${memory.sessions[1]} waiting` : "")] : []),
+      ...(ttft !== undefined ? [pair("TTFT, median", seconds(ttft), "", "", "TTFT")] : []), ...(rate !== undefined ? [pair("tokens/s per request, median", rate.toFixed(0))] : []),
+      ...(memory?.admission ? [pair("admission", element("span", { title: memory.admission }, memory.admission.split(";").slice(0, 2).join(":")), "", ".decision")] : []),
     );
     this.size.textContent = count(model.nodes.size, "node");
     const sums = Object.fromEntries(CAUSES.map(([name]) => [name, 0]));
@@ -112,6 +114,8 @@ class View {
     const all = hits + Object.values(sums).reduce((a, b) => a + b, 0);
     const parts = [["hit", "reused", hits], ...CAUSES.map(([name, label]) => [name, label, sums[name]])].filter(([, , number]) => number > 0);
     this.meter.replaceChildren(...parts.map(([name, label, number]) => element("i", { style: `flex: ${number} 0 0; background: var(--${name})`, title: `${label}: ${percent(number, all)} of the last ${done.length} requests' tokens` })));
+    this.shares.hidden = !parts.length;
+    this.shares.replaceChildren(`last ${count(done.length, "request")}: `, ...parts.map(([name, label, number]) => key(swatch(`var(--${name})`), `${label} ${percent(number, all)}`, TERMS[label])));
     this.meter.setAttribute("aria-label", parts.map(([, label, number]) => `${label} ${percent(number, all)}`).join(", ") || "no request yet");
   }
 
@@ -174,5 +178,5 @@ function hitCurve(done) {
   svg.setAttribute("role", "img");
   svg.setAttribute("aria-label", `Reused share of the latest ${done.length} requests, from ${percent(rates[0], 1)} to ${percent(rates.at(-1), 1)}`);
   svg.append(line);
-  return element("span.curve", { title: `${done.length} requests, 0 to 100 %` }, svg);
+  return { element: element("span.curve", { title: `${done.length} requests, 0 to 100 %` }, svg), told: `now ${percent(rates.at(-1), 1)}` };
 }

@@ -149,6 +149,5 @@ def test_of_replicas_it_has_the_sums(
         ask(live, PROMPT)
     tokens, cached = 2 * len(PROMPT), (len(PROMPT) - 1) // 64 * 64
     said = f"{100 * cached / tokens:.1f} % of {tokens}"
-    until(tab, f"document.querySelector('.note').innerText.includes('{said}')")
-    text = tab.locator(".note").inner_text()
-    assert "2 replicas · 0 running" in text and "Several engines." in text
+    for text in (said, "2 replicas · 0 running", "Several engines."):
+        until(tab, f"document.querySelector('.note').innerText.includes('{text}')")
