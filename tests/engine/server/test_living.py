@@ -125,9 +125,8 @@ def test_a_client_that_waits_in_the_queue_may_leave_too(serve_oracle: Callable[.
 def test_a_client_that_reads_slowly_stalls_nobody(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle()
     with live.send("/v1/completions", {"prompt": "slow", "stream": True, **ENDLESS}):
-        started = time.monotonic()
         answer = live.client.completions.create(model="builtin", prompt="quick", max_tokens=5)
-        assert answer.choices and time.monotonic() - started < 10
+        assert answer.choices and live.report()["num_running"] == 1
     live.check_conserved()
 
 

@@ -241,11 +241,9 @@ def test_a_server_without_a_cache_shows_its_requests(
 
 
 def test_an_open_page_does_not_hold_a_server_up(read: Callable[..., Reader]) -> None:
-    with serving(oracle_engine(), ServerConfig(drain_s=20)) as live:
+    with serving(oracle_engine(), ServerConfig(drain_s=10_000)) as live:
         reader = read(live)
         reader.wait(lambda reader: bool(reader.events))
-        started = time.monotonic()
-    assert time.monotonic() - started < 10
     reader.wait(lambda reader: reader.has_ended)
 
 
