@@ -32,17 +32,13 @@ def last_above(node: RadixNode) -> Link:
 
 
 def is_last_above(link: Link, node: RadixNode) -> bool:
-    """Return whether ``link`` is the last above ``node``, given that it was for a deeper node of
-    the path.
+    """Return whether ``link``, the last above a deeper node of the path, is also that of ``node``.
 
-    O(1). False also in cases that would need a search: ``link`` is at ``node`` or deeper, or a
-    split put another top above it.
+    False if a search is needed. Nothing but checkpoints of the path may have been stored, and nodes
+    of the path split, since ``link`` was found. O(1).
     """
-    if isinstance(link, Checkpoint):
-        return link.node.end < node.end
-    above = link.parent
-    is_top = above is not None and (above.parent is None or isinstance(above.children, dict))
-    return is_top and link.end <= node.end
+    above = link.node if isinstance(link, Checkpoint) else link
+    return above.end < node.end
 
 
 def last_at(node: RadixNode) -> Link:

@@ -22,9 +22,7 @@ def compact_rows(node: RadixNode, gone: Indices) -> Indices | None:
     or O(living rows).
     """
     base = gone.base
-    if not isinstance(base, np.ndarray) or node.kv is None:
-        return None
-    if node.kv.indices.base is not base:
+    if node.kv is None or node.kv.indices.base is not base or not isinstance(base, np.ndarray):
         return None
     num_living = (_address(gone) - _address(base)) // gone.itemsize
     if 2 * num_living >= len(base):

@@ -61,14 +61,17 @@ def test_rows_and_tokens_are_the_same_after_they_moved():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_what_is_mostly_alive_is_left_where_it_is():
+@pytest.mark.parametrize("num_living", [49, 50])
+def test_a_buffer_is_left_where_it_is_while_half_of_it_is_alive(num_living):
     cache = hybrid(num_kv_tokens=6_000, ghost_bytes=0)
     publish(cache, ids(range(100)))
-    publish(cache, ids(range(80)), [80])
-    (top,) = [node for node in cache._tree.nodes() if node.end == 80]
+    publish(cache, ids(range(num_living)), [num_living])
+    (top,) = [node for node in cache._tree.nodes() if node.end == num_living]
     base, whole = top.kv.indices.base, top.edge.obj
     cache.evict(num_tokens=1)
-    assert top.kv.indices.base is base and top.edge.obj is whole
+    is_left = num_living == 50
+    assert (top.kv.indices.base is base) == (top.edge.obj is whole) == is_left
+    assert len(top.kv.indices.base) == (100 if is_left else 49)
 
 
 def test_nodes_that_end_at_checkpoints_from_the_start_share_nothing():
