@@ -230,7 +230,8 @@ class LeaseMachine(RuleBasedStateMachine):
         assert sum(lease.losses) + lease.cached_len == prompt_len and min(lease.losses) >= 0
         assert asked.reuse or not lease.cached_len
         loadable_len = lease.match.loadable[-1].position if lease.match.loadable else 0
-        assert lease.losses.not_fetched == max(loadable_len - lease.cached_len, 0)
+        reached_len = lease.cached_len + lease.losses.refused  # a refused state can be offloaded
+        assert lease.losses.not_fetched == max(loadable_len - reached_len, 0)
         assert asked.reuse or not (lease.losses.not_fetched or lease.match.loadable)
         one = Running(self.num_requests, tokens, prompt_len, lease, lease.cached_len)
         self.running.append(one)
