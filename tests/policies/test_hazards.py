@@ -21,6 +21,8 @@ from hypothesis.stateful import (
 from hybridcache.policies.eviction.hazards import (
     DOUBT,
     EDGES,
+    EFFECT_DOUBT,
+    EFFECT_WEIGHT,
     NUM_BINS,
     SHAPE_WEIGHT,
     TOP_WEIGHT,
@@ -43,7 +45,8 @@ def bin_of(age: int) -> int:
 class PlainSurvival:
     """What every stage did, in one list; all is added up anew whenever it is asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, general_from: int) -> None:
+        self.general_from = general_from
         self.classes: list[tuple[object, ...]] = []
         self.open: dict[int, tuple[tuple[object, ...], int]] = {}
         self.ended: list[tuple[tuple[object, ...], int]] = []
@@ -57,8 +60,8 @@ class PlainSurvival:
         if used:
             self.used.append(self.ended[-1])
 
-    def hazard(self, key: tuple[object, ...], now: int) -> list[float]:
-        """Of the class ``key``, what lies below it included."""
+    def counts(self, key: tuple[object, ...], now: int) -> tuple[list[float], list[float]]:
+        """Uses and time at risk by bin of the class ``key``, classes below it included."""
         lived = [(of, now - entered) for of, entered in self.open.values()] + self.ended
         ages = [age for of, age in lived if of[: len(key)] == key]
         uses, exposure = [0.0] * NUM_BINS, [0.0] * NUM_BINS
@@ -69,22 +72,49 @@ class PlainSurvival:
             exposure[reached] += age - EDGE_LIST[reached] + 0.5
             for each in range(reached):
                 exposure[each] += WIDTH_LIST[each]
-        weight, doubt = SHAPE_WEIGHT, DOUBT
+        return uses, exposure
+
+    def shape(self, key: tuple[object, ...], now: int) -> list[float]:
+        """Hazard of the class without the last fact of ``key``, or the assumed one."""
         if len(key) > 1:
-            shape = self.hazard(key[:-1], now)
-        else:
-            weight, doubt = TOP_WEIGHT, 0.0
-            middles = [edge + width / 2 for edge, width in zip(EDGE_LIST, WIDTH_LIST, strict=True)]
-            shape = [PRIORS[str(key[0])] / (middle + 16.0) for middle in middles]
-        foretold = sum(at_risk * part for at_risk, part in zip(exposure, shape, strict=True))
-        difference = sum(uses) - foretold
-        clear = max(0.0, abs(difference) - doubt * sqrt(max(sum(uses), foretold, 1.0)))
-        believed = foretold + (clear if difference > 0 else -clear)
-        level = max((believed + 1.0) / (foretold + 1.0), 1e-3)
+            return self.hazard(key[:-1], now)
+        middles = [edge + width / 2 for edge, width in zip(EDGE_LIST, WIDTH_LIST, strict=True)]
+        return [PRIORS[str(key[0])] / (middle + 16.0) for middle in middles]
+
+    def effect(self, key: tuple[object, ...], now: int) -> float:
+        """Ratio of uses to foretold uses of all classes with the last fact of ``key``."""
+        if len(key) <= self.general_from:
+            return 1.0
+        uses = foretold = 0.0
+        alike = {of[: len(key)] for of in KEYS if of[len(key) - 1] == key[-1]}
+        for other in alike:
+            used, exposure = self.counts(other, now)
+            uses += sum(used)
+            foretold += dot(exposure, self.shape(other, now))
+        return level(uses, foretold, EFFECT_DOUBT, EFFECT_WEIGHT)
+
+    def hazard(self, key: tuple[object, ...], now: int) -> list[float]:
+        """Hazard by bin of the class ``key``, classes below it included."""
+        uses, exposure = self.counts(key, now)
+        effect = self.effect(key, now)
+        shape = [part * effect for part in self.shape(key, now)]
+        weight, doubt = (SHAPE_WEIGHT, DOUBT) if len(key) > 1 else (TOP_WEIGHT, 0.0)
+        ratio = level(sum(uses), dot(exposure, shape), doubt, 1.0)
         return [
-            (used + weight) / (at_risk + weight / (level * part))
+            (used + weight) / (at_risk + weight / (ratio * part))
             for used, at_risk, part in zip(uses, exposure, shape, strict=True)
         ]
+
+
+def dot(left: list[float], right: list[float]) -> float:
+    return sum(one * other for one, other in zip(left, right, strict=True))
+
+
+def level(uses: float, foretold: float, doubt: float, added: float) -> float:
+    difference = uses - foretold
+    clear = max(0.0, abs(difference) - doubt * sqrt(max(uses, foretold, 1.0)))
+    believed = foretold + (clear if difference > 0 else -clear)
+    return max((believed + added) / (foretold + added), 1e-3)
 
 
 def plain_index(hazard: list[float], start: int) -> float:
@@ -102,9 +132,10 @@ def plain_index(hazard: list[float], start: int) -> float:
 class SurvivalMachine(RuleBasedStateMachine):
     """Stages of a few classes that open, end and overflow."""
 
-    @initialize()
-    def make(self) -> None:
-        self.survival, self.plain, self.now = Hazards(MAX_OPEN), PlainSurvival(), 0
+    @initialize(general_from=st.integers(1, 3))
+    def make(self, general_from: int) -> None:
+        self.survival = Hazards(MAX_OPEN, general_from=general_from)
+        self.plain, self.now = PlainSurvival(general_from), 0
         self.rows: dict[tuple[object, ...], int] = {}
 
     @rule(requests=st.sampled_from([1, 1, 3, 40, 700]))

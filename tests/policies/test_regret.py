@@ -3,12 +3,14 @@ their keep."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lab.generators import append_only_chat, chat, conversations, resend
-from hybridcache.lab.trace import Trace
+from hybridcache.lab.trace import TraceRequest
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.hazards import (
     EDGES,
@@ -26,13 +28,15 @@ from hybridcache.variants import TieredRadixCache
 from tests.policies.items import FakeItem, offer
 
 KV_BYTES, STATE_BYTES = 24_576, 77_266_944
+LENGTHS = ("long", "short")
 
 
-def hit_rate(trace: Trace, eviction: str, checkpoints: str, **config: int) -> float:
+def hit_rate(
+    trace: Iterable[TraceRequest], eviction: str, checkpoints: str, **config: int
+) -> float:
     """Token hit rate of a replay in turn, grid 1; the cache is checked at the end."""
-    settings = CacheConfig(
-        kv_bytes_per_token=KV_BYTES, state_bytes=STATE_BYTES, grid=1, eviction=eviction, **config
-    )
+    sizes = {"kv_bytes_per_token": KV_BYTES, "state_bytes": STATE_BYTES}
+    settings = CacheConfig(**sizes | config, grid=1, eviction=eviction)
     cache = build_prefix_cache(settings)
     placement = parse_placement(checkpoints)
     reused = total = 0
@@ -101,6 +105,23 @@ def test_a_class_departs_from_its_parent_only_beyond_doubt() -> None:
         survival.refresh(start + 5)
     much, little = (survival.index[rows[name]][0] for name in ("much", "little"))
     assert little > 0.5 * much, "two stages without a use prove nothing"
+
+
+def test_a_fact_has_the_same_effect_in_a_class_without_evidence() -> None:
+    survival = Hazards(general_from=1)
+    rows = {
+        key: survival.row(key)
+        for key in (("a", "long"), ("a", "short"), ("b", "long"), ("b", "short"))
+    }
+    for start in range(0, 4000, 4):
+        used = start % 8 == 0
+        survival.close(
+            survival.open(rows["a", "short" if used else "long"], start), start + 5, used
+        )
+        survival.refresh(start + 5)
+    index = {key: survival.index[row][0] for key, row in rows.items()}
+    assert index["a", "long"] < 0.2 * index["a", "short"]
+    assert index["b", "long"] < 0.2 * index["b", "short"]
 
 
 def test_superseded_and_speculative_checkpoints_go_before_tips() -> None:
@@ -237,6 +258,15 @@ def test_finished_conversations_are_found_out() -> None:
     pools = {"num_kv_tokens": 200_000, "num_slots": 300}
     lru = hit_rate(trace, "lru", "end,branch", **pools)
     assert hit_rate(trace, "survival", "end,branch", **pools) > lru + 0.003
+
+
+def test_conversations_that_a_length_limit_ends_are_left_in_time() -> None:
+    """A long conversation saves more tokens per byte than a short one, until it is at the limit."""
+    everything = conversations(live=24, turns=30).head(3000)
+    limited = [request for request in everything if len(request.tokens) < 3000]
+    sizes = {"state_bytes": 336 * KV_BYTES, "total_bytes": 600 << 20}
+    lru = hit_rate(limited, "lru", "branch,end", **sizes)
+    assert hit_rate(limited, "survival", "branch,end", **sizes) > lru + 0.01
 
 
 def prefill(number: int, **facts: object) -> Prefill:

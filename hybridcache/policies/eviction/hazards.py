@@ -17,7 +17,8 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_right
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,10 @@ no evidence, and their assumed hazard falls."""
 DOUBT = 2.0
 """Standard deviations by which the uses of a class must differ from the prediction of its parent
 before its level changes. Only the rest of the difference counts."""
+EFFECT_DOUBT = 1.0
+"""The same for the effect that the last fact of a class has in all classes."""
+EFFECT_WEIGHT = 4.0
+"""Uses added to both sides of the ratio that is this effect."""
 SHAPE_WEIGHT = 16.0
 """Uses in an age bin that weigh as much as the prediction from the level of the class and the shape
 of the parent."""
@@ -78,18 +83,25 @@ class _Generation(NamedTuple):
     """Distinct parents."""
     first: Ints
     """First row of each parent, as an index of ``rows``."""
+    facts: Ints
+    """Number of each row's last fact, from 0."""
 
 
 class Hazards:
     """Hazards and indices of all classes.
 
+    A class without evidence takes the hazard of its parent, the class without the last fact. From
+    fact number ``general_from`` on, this hazard is multiplied by the effect of the fact in all
+    classes. Thus it is learned once for all generations that long conversations soon end.
+
     ``open`` and ``close`` take O(1). ``refresh`` takes O(open stages + classes * bins**2).
     """
 
-    def __init__(self, max_open: int = 8192) -> None:
+    def __init__(self, max_open: int = 8192, general_from: int = 1) -> None:
         self.now = 0
         """Logical time of the newest use. Set by the policies that share the object."""
         self._max_open = max_open
+        self._general_from = general_from
         self._rows: dict[tuple[Hashable, ...], int] = {}
         self._parents: list[int | None] = []
         self._priors: list[float] = []
@@ -199,18 +211,18 @@ class Hazards:
     def _hazards(self, now: int, num_bins: int = NUM_BINS) -> Floats:
         """Return uses per unit of time at risk, by row and bin, for the first ``num_bins`` bins.
 
-        Classes without evidence take the hazard of their parent. No stage is older than these bins.
+        No stage is older than these bins.
         """
         if self._generations is None:
-            self._generations = _sorted_by_parent(self._parents)
+            self._generations = _sorted_by_parent(self._rows, self._parents)
         self._count_ended()
         exposure = self._at_risk(now, num_bins)
         events = self._events[: len(exposure), :num_bins].copy()
-        for rows, _, heirs, first in reversed(self._generations[1:]):
+        for rows, _, heirs, first, _ in reversed(self._generations[1:]):
             exposure[heirs] += np.add.reduceat(exposure[rows], first)
             events[heirs] += np.add.reduceat(events[rows], first)
         hazard = np.empty_like(exposure)
-        for depth, (rows, parents, _, _) in enumerate(self._generations):
+        for depth, (rows, parents, _, _, facts) in enumerate(self._generations):
             if depth == 0:
                 priors = np.array(self._priors)[rows]
                 prior_ages = _PRIOR_AGES[:num_bins]
@@ -219,7 +231,12 @@ class Hazards:
                 shape, weight, doubt = hazard[parents], SHAPE_WEIGHT, DOUBT
             exposed, used = exposure[rows], events[rows]
             foretold = np.matmul(exposed[:, None, :], shape[:, :, None])[:, 0]
-            inherited = _level(used.sum(axis=1, keepdims=True), foretold, doubt) * shape
+            num_used = used.sum(axis=1, keepdims=True)
+            if depth >= self._general_from:
+                all_used, all_foretold = _sums(facts, num_used), _sums(facts, foretold)
+                effects = _level(all_used, all_foretold, EFFECT_DOUBT, EFFECT_WEIGHT)[facts]
+                shape, foretold = shape * effects, foretold * effects
+            inherited = _level(num_used, foretold, doubt, 1.0) * shape
             hazard[rows] = (used + weight) / (exposed + weight / inherited)
         return hazard
 
@@ -278,30 +295,38 @@ class Hazards:
         self._partial[heavy] *= 0.5
 
 
-def _sorted_by_parent(parents: list[int | None]) -> list[_Generation]:
-    """Return all rows, shortest keys first. O(rows log rows)."""
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(0 if parent is None else depths[parent] + 1)
+def _sorted_by_parent(
+    keys: Iterable[tuple[Hashable, ...]], parents: list[int | None]
+) -> list[_Generation]:
+    """Return all rows, shortest keys first. ``keys`` and ``parents`` are in the order of the rows.
+    O(rows log rows)."""
+    above = [-1 if parent is None else parent for parent in parents]
+    generations: dict[int, list[tuple[int, int, Hashable]]] = {}
+    for row, key in enumerate(keys):
+        generations.setdefault(len(key), []).append((above[row], row, key[-1]))
     found = []
-    for depth in range(max(depths, default=-1) + 1):
-        above = [-1 if parent is None else parent for parent in parents]
-        rows = [row for row, its_depth in enumerate(depths) if its_depth == depth]
-        rows.sort(key=above.__getitem__)
-        its_parents = np.array([above[row] for row in rows], np.int64)
+    for length in sorted(generations):
+        its_parents, rows, last = zip(*sorted(generations[length], key=itemgetter(0)), strict=True)
         heirs, first = np.unique(its_parents, return_index=True)
-        found.append(_Generation(np.array(rows, np.int64), its_parents, heirs, first))
+        numbers = {fact: number for number, fact in enumerate(dict.fromkeys(last))}
+        facts = np.array([numbers[fact] for fact in last], np.int64)
+        found.append(_Generation(np.array(rows), np.array(its_parents), heirs, first, facts))
     return found
 
 
-def _level(uses: Floats, foretold: Floats, doubt: float) -> Floats:
+def _sums(facts: Ints, column: Floats) -> Floats:
+    """Return the sum of ``column``, ``[n, 1]``, by the number of the fact, as a column."""
+    return np.bincount(facts, column[:, 0]).astype(np.float64)[:, None]
+
+
+def _level(uses: Floats, foretold: Floats, doubt: float, added: float) -> Floats:
     """Return the ratio of ``uses`` to ``foretold`` uses, with their difference reduced by ``doubt``
-    standard deviations. One use is added to each."""
+    standard deviations. ``added`` uses are added to each."""
     difference = uses - foretold
     spread = np.sqrt(np.maximum(np.maximum(uses, foretold), 1.0))
     clear = np.maximum(np.abs(difference) - doubt * spread, 0.0)
     believed = foretold + np.copysign(clear, difference)
-    return np.asarray(np.maximum((believed + 1.0) / (foretold + 1.0), 1e-3))
+    return np.asarray(np.maximum((believed + added) / (foretold + added), 1e-3))
 
 
 def index_of(hazard: Floats, num_bins: int = NUM_BINS) -> Floats:

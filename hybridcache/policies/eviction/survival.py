@@ -28,9 +28,13 @@ SAMPLE = 1024
 """Maximum number of candidates compared for one victim."""
 
 
+GENERAL_FROM = 3
+"""First fact of a class with an effect in all classes: the generation."""
+
+
 Class = tuple[tuple[bool, bool], *tuple[str | int, ...]]
-"""((superseded, speculative), label, uses, generation, log2 of the position), and the stop reason
-of the answer behind it, if that is known."""
+"""((superseded, speculative), label, uses, generation, octave of the position, half octave), and
+the stop reason of the answer behind it, if that is known."""
 
 
 class _Memo:
@@ -86,7 +90,7 @@ class Survival(EvictionPolicy):
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.hazards = Hazards()
+        self.hazards = Hazards(general_from=GENERAL_FROM)
         self._is_last = True
         """True if there is no lower tier, so that eviction is final."""
         self._random = random.Random(seed)
@@ -304,14 +308,16 @@ class Survival(EvictionPolicy):
 def _class_of(item: Item, turn: int) -> Class:
     """Return the class of ``item``, from coarse to fine. Classes with little evidence use the
     hazards of the coarser class."""
-    uses = item.uses
+    uses, position = item.uses, item.position
     label, _, stop_reason = item.label.partition("/")
+    octave = position.bit_length()
     found: Class = (
         (item.superseded, label not in COMMON),
         label or item.kind,
         uses if uses < 2 else 2,
         turn if turn < MAX_TURN else MAX_TURN,
-        item.position.bit_length(),
+        octave,
+        2 * octave + (position << 2 >> octave) % 2,
     )
     return (*found, stop_reason) if stop_reason else found
 
