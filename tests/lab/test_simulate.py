@@ -214,6 +214,7 @@ def test_figures_are_given_and_leave_the_backend_alone(tmp_path: Path) -> None:
 
 
 def test_a_sweep_leaves_the_garbage_collector_as_it_was() -> None:
+    """Frozen objects may be deleted meanwhile, so their number may fall; freezing raises it."""
     before, frozen = gc.get_threshold(), gc.get_freeze_count()
     seen = []
     run_sweep(
@@ -221,7 +222,7 @@ def test_a_sweep_leaves_the_garbage_collector_as_it_was() -> None:
         [Job(RunConfig(GEOMETRY, budget_bytes=1 << 28), SERVING)],
         progress=lambda done, total: seen.append(gc.get_threshold()),
     )
-    assert seen == [before] == [gc.get_threshold()] and gc.get_freeze_count() == frozen
+    assert seen == [before] == [gc.get_threshold()] and gc.get_freeze_count() <= frozen
 
 
 def test_a_trace_file_that_changed_is_simulated_again(tmp_path: Path) -> None:
