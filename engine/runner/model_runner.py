@@ -22,13 +22,12 @@ from engine.plugins import engine_plugins
 from engine.runner.backends import Kernels
 from engine.runner.checkpoints import STAGING_BYTES
 from engine.runner.device import Device
-from engine.runner.graphs import DecodeGraphs, PrefillGraphs, Record
+from engine.runner.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs, verify_buckets
 from engine.runner.identity import identity_of
 from engine.runner.memory import Memory, MemoryPlan, RequestTable, state_slot_bytes
 from engine.runner.state_mover import Copies
 from engine.runner.state_slots import RunningStates
 from engine.runner.step_inputs import StepInputs
-from engine.runner.verify_graphs import VerifyGraphs
 from engine.runner.warm_up import WarmUp, measure, warm_up
 from engine.schedule.batch import Batch, logit_rows, pieces
 from engine.schedule.drafter import Newest
@@ -291,14 +290,18 @@ class ModelRunner:
         decodes = DecodeGraphs(
             *parts, record, max_running=self.max_running_rows, max_model_len=self.max_model_len
         )
-        verifies = VerifyGraphs.of(
-            *parts,
-            self.running,
-            record,
-            sizes=self.sizes,
-            draft_len=self._config.drafts.max_len,
+        buckets = verify_buckets(
+            self.model,
+            self.table,
+            self.sizes,
             max_verified=self.num_step_states,
             is_native=is_native,
+        )
+        if not buckets:
+            return decodes, None
+        longest = min(1 + self._config.drafts.max_len, self.max_model_len)
+        verifies = VerifyGraphs(
+            *parts, self.running, record, buckets=buckets, longest=longest, is_native=is_native
         )
         return decodes, verifies
 

@@ -24,9 +24,8 @@ from hybridcache.geometry.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from engine.runner.device import Device
-    from engine.runner.graphs import DecodeGraphs, PrefillGraphs
+    from engine.runner.graphs import DecodeGraphs, PrefillGraphs, VerifyGraphs
     from engine.runner.memory import Memory, RequestTable
-    from engine.runner.verify_graphs import VerifyGraphs
 
 
 class WarmableRunner(Protocol):

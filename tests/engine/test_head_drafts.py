@@ -258,7 +258,7 @@ def test_recorded_steps_are_followed_too(
         assert_same(outputs[0], other)
     native = engine.runner.kernels.words().get("linear") == "native"
     assert (engine.runner.graphs[0] is not None) == native
-    assert (engine.runner.verify_graphs is not None) == native
+    assert (engine.runner.graphs is not None) == native
 
 
 def test_rows_that_wait_are_there_for_who_asks_for_them(make_engine: MakeEngine) -> None:
