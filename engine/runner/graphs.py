@@ -32,7 +32,7 @@ from engine.layers.rotary import RotaryTable
 from engine.layers.stepwise import mix
 from engine.models.decoder import Decoder
 from engine.runner.memory import Memory, RequestTable
-from engine.runner.state_slots import RunningStates
+from engine.runner.states import RunningStates
 from engine.schedule.batch import Segment
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import ModelSizes

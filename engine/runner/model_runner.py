@@ -13,23 +13,26 @@ import torch
 
 from engine.config import EngineConfig
 from engine.interfaces import HostTier, TierCopierFactory
-from engine.layers.inputs import LayerInputs
+from engine.layers.inputs import (
+    DecodePart,
+    LayerInputs,
+    PrefillPart,
+    VerifyPart,
+    tokens_before,
+)
 from engine.layers.parameters import Build, WeightSpec
 from engine.layers.rank import ALONE, Rank
 from engine.layers.rotary import RotaryTable
 from engine.models import read_model
 from engine.plugins import engine_plugins
 from engine.runner.backends import Kernels
-from engine.runner.checkpoints import STAGING_BYTES
 from engine.runner.device import Device
 from engine.runner.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs, verify_buckets
 from engine.runner.identity import identity_of
-from engine.runner.memory import Memory, MemoryPlan, RequestTable, state_slot_bytes
-from engine.runner.state_mover import Copies
-from engine.runner.state_slots import RunningStates
-from engine.runner.step_inputs import StepInputs
+from engine.runner.memory import STAGING_BYTES, Memory, MemoryPlan, RequestTable, state_slot_bytes
+from engine.runner.states import Copies, RunningStates
 from engine.runner.warm_up import WarmUp, measure, warm_up
-from engine.schedule.batch import Batch, logit_rows, pieces
+from engine.schedule.batch import Batch, Segment, logit_rows, pieces
 from engine.schedule.drafter import Newest
 from engine.weights.loading import DTYPES, load_model, resolve_dtype
 from engine.weights.model_config import ModelConfig, ModelError, read_config
@@ -40,6 +43,8 @@ from hybridcache.geometry.shares import share_of
 from hybridcache.geometry.sizes import ModelSizes, SizesError
 from hybridcache.geometry.units import GIB, counted
 from hybridcache.tokens import Indices, Tokens
+from kernels.attention.sequences import Sequences
+from kernels.packed import Exports, Packed
 from kernels.recording import NotRecordableError
 from kernels.recording import record as record_native
 from kernels.upload import upload
@@ -222,7 +227,6 @@ class ModelRunner:
         if self._head is not None:
             assert self._follower is not None, "the multi-token head requires a plugin"
             self._predictor = self._follower(self._head, *parts)
-            self._copies.pending = self._predictor.pending
         self.pool_specs = keeps
         """Declared tensors of each entry of ``tensors.pools``."""
         self.use_graphs(graphs)
@@ -230,7 +234,9 @@ class ModelRunner:
     def flush_pending(self) -> None:
         """Complete pending writes and move displaced states to the slots of their requests, except
         for a step that is not committed yet."""
-        self._copies.settle(self.running)
+        if self._predictor is not None:
+            self._predictor.pending.settle()
+        self._copies.bring_home(self.running)
 
     def watch_layers(self, on_mixed: Callable[[int], None]) -> None:
         """Call ``on_mixed`` in every step with prefills; see ``LayerInputs``."""
@@ -482,3 +488,106 @@ def shared_sizes(config: ModelConfig, num_ranks: int) -> ModelSizes:
 
 def _bytes(gib: float | None) -> int | None:
     return None if gib is None else int(gib * GIB)
+
+
+class StepInputs:
+    """Arranges the tokens of a batch, decodes first, padded to a multiple of ``multiple`` rows."""
+
+    def __init__(
+        self,
+        tensors: Memory,
+        table: RequestTable,
+        rotary: RotaryTable,
+        running: RunningStates,
+        *,
+        multiple: int,
+        tile_size: int,
+    ) -> None:
+        self._tensors, self._table, self._rotary = tensors, table, rotary
+        self._running, self._multiple = running, multiple
+        self.tile_size = tile_size
+        self._device = table.device.device
+        self.on_mixed: Callable[[int], None] | None = None
+        """Called in steps with prefills; see ``LayerInputs``."""
+
+    def of(self, batch: Batch) -> tuple[torch.Tensor, LayerInputs]:
+        """Return token ids ``[num_rows]`` and all other inputs of the layers."""
+        segments = batch.segments
+        num_tokens = batch.num_tokens
+        num_rows = -(-num_tokens // self._multiple) * self._multiple
+        decodes = [segment for segment in segments if segment.is_decode and not segment.num_drafts]
+        verified = [segment for segment in segments if segment.num_drafts]
+        prefills = list(segments[len(decodes) + len(verified) :])
+        token_ids = np.zeros(num_rows, dtype=np.int64)
+        positions = np.empty(num_tokens, dtype=np.int64)
+        kv_indices = np.empty(num_tokens, dtype=np.int64)
+        offset = 0
+        for segment in segments:
+            span = slice(offset, offset + len(segment.token_ids))
+            token_ids[span] = segment.token_ids
+            positions[span] = np.arange(segment.start, segment.end)
+            kv_indices[span] = self._table.host[segment.row, segment.start : segment.end]
+            offset = span.stop
+        cos, sin = self._rotary(self._int64(positions))
+        step = LayerInputs(
+            num_tokens=num_tokens,
+            num_decode=len(decodes),
+            num_rows=num_rows,
+            cos=cos,
+            sin=sin,
+            kv_indices=self._int64(kv_indices),
+            table=self._table.device,
+            decode=self._decode_part(decodes) if decodes else None,
+            prefill=self._prefill_part(prefills) if prefills else None,
+            num_verify=sum(len(segment.token_ids) for segment in verified),
+            verify=self._verify_part(verified) if verified else None,
+            on_mixed=self.on_mixed if prefills else None,
+        )
+        return self._int64(token_ids), step
+
+    def _decode_part(self, segments: Sequence[Segment]) -> DecodePart:
+        return DecodePart(sequences=self._sequences(segments), slots=self._slots(segments))
+
+    def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
+        lengths = [len(segment.token_ids) for segment in segments]
+        steps = [slot for slots in self._running.step_slots for slot in slots]
+        return VerifyPart(
+            packed=Packed.from_lengths(lengths, self._device),
+            sequences=self._sequences(segments),
+            slots=self._slots(segments),
+            step_slots=upload(steps, torch.int32, self._device),
+            before=self._int64(tokens_before(lengths, sum(lengths))),
+        )
+
+    def _prefill_part(self, segments: Sequence[Segment]) -> PrefillPart:
+        lengths = [len(segment.token_ids) for segment in segments]
+        packed = Packed.from_lengths(lengths, self._device, self.tile_size)
+        exports = [
+            (rank, position - segment.start, slot)
+            for rank, segment in enumerate(segments)
+            for position, slot in segment.exports
+        ]
+        if self._tensors.checkpoints is not None:
+            staging = self._tensors.checkpoints.staging
+            exports = [(rank, at, staging[i]) for i, (rank, at, _) in enumerate(exports)]
+        return PrefillPart(
+            packed=packed,
+            sequences=self._sequences(segments),
+            slots=self._slots(segments),
+            resumed=upload([segment.start > 0 for segment in segments], torch.bool, self._device),
+            exports=Exports.plan(packed, exports),
+        )
+
+    def _sequences(self, segments: Sequence[Segment]) -> Sequences:
+        return Sequences.of(
+            [segment.row for segment in segments],
+            [segment.end for segment in segments],
+            self._device,
+        )
+
+    def _slots(self, segments: Sequence[Segment]) -> torch.Tensor:
+        slots = [self._running.at(s.slot) for s in segments if s.slot is not None]
+        return upload(slots, torch.int32, self._device)
+
+    def _int64(self, values: npt.NDArray[np.int64]) -> torch.Tensor:
+        return upload(values, torch.int64, self._device)
