@@ -15,8 +15,7 @@ if TYPE_CHECKING:
     from engine.errors import QueueFull
     from engine.plugins import engine_config, server_config
     from engine.requests.grammar import Grammar
-    from engine.requests.sampling_params import SamplingParams
-    from engine.requests.spec import RequestSpec
+    from engine.requests.spec import RequestSpec, SamplingParams
     from engine.text.outputs import RequestOutput
 
 _MODULES = {
@@ -28,7 +27,7 @@ _MODULES = {
     "QueueFull": "engine.errors",
     "RequestOutput": "engine.text.outputs",
     "RequestSpec": "engine.requests.spec",
-    "SamplingParams": "engine.requests.sampling_params",
+    "SamplingParams": "engine.requests.spec",
     "engine_config": "engine.plugins",
     "server_config": "engine.plugins",
 }

@@ -19,8 +19,7 @@ from engine.errors import EngineStopped, QueueFull, RequestError, StepFailed
 from engine.interfaces import EngineWatch
 from engine.plugins import cache_watch
 from engine.requests.grammar import Grammar
-from engine.requests.sampling_params import SamplingParams
-from engine.requests.spec import Prompt, RequestSpec
+from engine.requests.spec import Prompt, RequestSpec, SamplingParams
 from engine.text.outputs import RequestOutput
 
 if TYPE_CHECKING:

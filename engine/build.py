@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Runner, TokenSampler
 from engine.plugin import Plugin
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 from engine.schedule.drafter import DraftPlanner
 from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.scheduler import Scheduler

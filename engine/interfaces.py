@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from engine.requests.sampling_params import SamplingInput
+from engine.requests.spec import SamplingInput
 from engine.schedule.batch import Batch
 from engine.schedule.drafter import Newest
 from engine.text.outputs import RequestOutput, SampledToken
@@ -16,8 +16,7 @@ from hybridcache.tokens import Indices, Tokens
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
-    from engine.requests.recent_requests import RecentRequests
-    from engine.requests.request import Request
+    from engine.requests.request import RecentRequests, Request
     from engine.requests.spec import RequestSpec
 
 

@@ -14,7 +14,7 @@ from engine.config import EngineConfig
 from engine.interfaces import EngineCore, Runner
 from engine.schedule.drafter import DraftPlanner
 from engine.schedule.fetching import Fetcher
-from engine.schedule.hooks import StepHooks
+from engine.schedule.plan import StepHooks
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig
 from hybridcache.scheduling.cache_manager import CacheManager

@@ -235,7 +235,7 @@ def _add_serve(serve: Parser) -> None:
 
 
 def _add_generate(generate: Parser) -> None:
-    from engine.requests.sampling_params import SamplingParams
+    from engine.requests.spec import SamplingParams
 
     generate.add_argument(
         "prompt", nargs="*", help="texts to continue; by default one text from standard input"
@@ -259,7 +259,7 @@ def _add_generate(generate: Parser) -> None:
 
 
 def _add_chat(chat: Parser) -> None:
-    from engine.requests.sampling_params import SamplingParams
+    from engine.requests.spec import SamplingParams
 
     chat.add_argument("--system", metavar="TEXT", help="system message of the chat")
     sampling = add_flags(
@@ -398,8 +398,7 @@ def _with_key(screen: str, server_config: ServerConfig) -> str:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from engine.requests.sampling_params import SamplingParams
-    from engine.requests.spec import RequestSpec
+    from engine.requests.spec import RequestSpec, SamplingParams
 
     engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
     asked = {"seed": arguments.sampling_seed, "stop": tuple(arguments.stop)}
@@ -430,7 +429,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
-    from engine.requests.sampling_params import SamplingParams
+    from engine.requests.spec import SamplingParams
 
     engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
     read_config(SamplingParams, arguments)  # Before slow work, because it may raise ValueError.

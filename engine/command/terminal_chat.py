@@ -8,8 +8,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from engine.errors import RequestError
-from engine.requests.sampling_params import SamplingParams
-from engine.requests.spec import RequestSpec
+from engine.requests.spec import RequestSpec, SamplingParams
 from engine.text.templates import render_chat
 
 if TYPE_CHECKING:

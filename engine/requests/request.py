@@ -1,16 +1,17 @@
-"""State of one request in the engine."""
+"""State of one request in the engine, and records of requests that ended recently."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import FREE, Draws, LogitRule, Ruling, ruled
-from engine.requests.sampling_params import SamplingInput, SamplingParams
-from engine.requests.spec import RequestSpec
+from engine.requests.spec import RequestSpec, SamplingInput, SamplingParams
 from engine.text.outputs import (
     NO_TOKEN,
     DraftCounts,
@@ -22,6 +23,7 @@ from engine.text.outputs import (
     Transferred,
 )
 from engine.text.reasoning import CLOSE
+from hybridcache.api import Losses
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens
 
@@ -321,3 +323,73 @@ class Request(ScheduledRequest):
 
 def _seconds(start_s: float, end_s: float | None) -> float | None:
     return None if end_s is None else end_s - start_s
+
+
+MAX_RECENT = 256
+MAX_RECENT_TOKENS = 1 << 21
+"""Maximum number of tokens of all kept requests together. Their ids take 8 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """One request that ended. Times are those of the engine's clock, or None if not reached."""
+
+    request_id: str
+    arrival: int
+    namespace: Hashable
+    tokens: Tokens
+    """Prompt and answer: a view of the request's tokens."""
+    prompt_len: int
+    session: int
+    """Number of the session of this request."""
+    cached_len: int
+    losses: Losses | None
+    num_preemptions: int
+    reason: FinishReason
+    arrival_s: float
+    scheduled_s: float | None
+    first_token_s: float | None
+    finished_s: float
+
+    @classmethod
+    def of(cls, request: Request, now_s: float) -> Ended:
+        return cls(
+            request.request_id,
+            request.arrival,
+            request.namespace,
+            request.tokens,
+            request.prompt_len,
+            request.session.number,
+            request.cached_len,
+            request.losses,
+            request.num_preemptions,
+            request.finish_reason or "abort",
+            request.arrival_s,
+            request.scheduled_s,
+            request.first_token_s,
+            now_s if request.finished_s is None else request.finished_s,
+        )
+
+
+class RecentRequests:
+    """Bounded queue of the requests that ended last, with listeners. O(1) per request."""
+
+    def __init__(self) -> None:
+        self._ended: deque[Ended] = deque()
+        self._num_tokens = 0
+        self.num_ended = 0
+        self.listeners: list[Callable[[Ended], None]] = []
+
+    def __iter__(self) -> Iterator[Ended]:
+        return iter(self._ended)
+
+    def add(self, request: Request, now_s: float) -> None:
+        """Append ``request``, which has ended, and notify the listeners."""
+        ended = Ended.of(request, now_s)
+        self.num_ended += 1
+        self._ended.append(ended)
+        self._num_tokens += len(ended.tokens)
+        while len(self._ended) > MAX_RECENT or self._num_tokens > MAX_RECENT_TOKENS:
+            self._num_tokens -= len(self._ended.popleft().tokens)
+        for listener in self.listeners:
+            listener(ended)

@@ -22,8 +22,7 @@ from engine.requests.logit_rules import (
     ReasoningBudget,
 )
 from engine.requests.request import Request
-from engine.requests.sampling_params import SamplingParams
-from engine.requests.spec import Prompt, RequestSpec
+from engine.requests.spec import Prompt, RequestSpec, SamplingParams
 from engine.text.outputs import TextStream
 from engine.text.token_ids import IdTokenizer
 from engine.text.tokenizer import EncodeOptions

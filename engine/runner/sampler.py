@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from engine.requests.logit_rules import FREE, Ruling
-from engine.requests.sampling_params import SamplingInput, SamplingParams
+from engine.requests.spec import SamplingInput, SamplingParams
 from engine.text.outputs import NO_TOKEN, SampledToken
 from kernels.upload import upload
 

@@ -25,7 +25,7 @@ from pydantic import (
 
 from engine.plugins import call_grammar, strict_call_grammar
 from engine.requests.grammar import Grammar, GrammarError
-from engine.requests.sampling_params import MAX_BIAS, MAX_BIASES, MAX_COUNT, SamplingParams
+from engine.requests.spec import MAX_BIAS, MAX_BIASES, MAX_COUNT, SamplingParams
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
 from engine.text.json_text import read_json

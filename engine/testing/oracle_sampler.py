@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from engine.requests.logit_rules import FREE
-from engine.requests.sampling_params import SamplingInput
+from engine.requests.spec import SamplingInput
 from engine.testing.oracle import Fingerprints
 from engine.text.outputs import SampledToken
 

@@ -11,7 +11,7 @@ import msgspec
 
 from engine.errors import WireError
 from engine.requests.grammar import Grammar
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 from engine.text.output_delta import OutputDelta
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.async_engine import AsyncEngine
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 
 
 class Ask(NamedTuple):

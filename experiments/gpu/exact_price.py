@@ -25,7 +25,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.text.outputs import RequestOutput

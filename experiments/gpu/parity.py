@@ -25,7 +25,7 @@ import torch
 from engine import engine_config
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 from engine.runner.backends import all_fused
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner

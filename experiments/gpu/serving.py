@@ -32,7 +32,7 @@ from engine.async_engine import AsyncEngine
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.interfaces import StepReport
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 from engine.runner.backends import all_fused
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner

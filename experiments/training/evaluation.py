@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.engine import Engine
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import RequestOutput
 from experiments.training import tasks

@@ -14,7 +14,7 @@ from engine.command.screen import start_screen
 from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
-from engine.schedule.hooks import StepHooks
+from engine.schedule.plan import StepHooks
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from tests.engine.drafted import Guesses, MakeEngine, guessing_engine, prompts

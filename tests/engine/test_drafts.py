@@ -37,7 +37,7 @@ import pytest
 
 from engine import SamplingParams, engine_config
 from engine.config import ConfigError
-from engine.requests.sampling_params import SamplingInput
+from engine.requests.spec import SamplingInput
 from engine.runner.sampler import Sampler
 from engine.schedule.drafter import Draft
 from engine.schedule.plan import Task

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.requests.sampling_params import MAX_STOPS, SamplingParams
+from engine.requests.spec import MAX_STOPS, SamplingParams
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_config
 from engine.interfaces import StepReport
-from engine.requests.sampling_params import SamplingInput
+from engine.requests.spec import SamplingInput
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 

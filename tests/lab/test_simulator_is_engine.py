@@ -12,7 +12,7 @@ import pytest
 from engine import engine_config
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.weights.model_config import read_config

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from engine.plugins.dialects.translated import chat_request
-from engine.requests.sampling_params import MAX_COUNT
+from engine.requests.spec import MAX_COUNT
 from engine.server.errors import APIError, quoted
 from engine.server.schemas import (
     MAX_TEMPERATURE,

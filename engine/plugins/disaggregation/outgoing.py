@@ -13,8 +13,7 @@ import numpy as np
 from engine.errors import RequestError, StepFailed
 from engine.plugins.disaggregation.prefix_buffer import Copied, PrefixBuffer
 from engine.requests.request import Request
-from engine.requests.sampling_params import SamplingParams
-from engine.requests.spec import RequestSpec
+from engine.requests.spec import RequestSpec, SamplingParams
 from hybridcache.api import PrefixCache
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.tokens import Indices, Tokens

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from engine.requests.recent_requests import Ended
-from engine.requests.request import Request
+from engine.requests.request import Ended, Request
 from hybridcache.lab.extras import version
 from hybridcache.watch.page import FORM
 from hybridcache.watch.recorder import Record, Recorder, RequestShown, node_id, slabs_record

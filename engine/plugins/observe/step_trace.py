@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.interfaces import EngineCore, StepReport
-    from engine.requests.recent_requests import Ended
+    from engine.requests.request import Ended
 
 MAX_BYTES = 1 << 30
 """Maximum size of the file; the trace ends there."""

@@ -16,7 +16,7 @@ from engine.engine import Engine
 from engine.errors import RequestError, WireError
 from engine.interfaces import StepReport
 from engine.plugins.replicas.replica_output import Order, ReplicaFacts
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 from engine.schedule.report import CacheReport
 from engine.text.output_delta import OutputDelta, delta_of
 from hybridcache.routing.outbox import EventBatch, Outbox

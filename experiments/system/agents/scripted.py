@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
-from engine.requests.sampling_params import SamplingInput
+from engine.requests.spec import SamplingInput
 from engine.server.config import ServerConfig
 from engine.testing.oracle import Fingerprints, OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn

@@ -17,7 +17,7 @@ from engine.config import MAX_SCORED
 from engine.engine import Engine
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import TreeDrafter
-from engine.requests.sampling_params import SamplingParams
+from engine.requests.spec import SamplingParams
 from engine.runner.graphs import DecodeGraphs
 from engine.runner.memory import ACCELERATOR_SHARE
 from engine.runner.model_runner import ModelRunner

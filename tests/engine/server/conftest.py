@@ -19,7 +19,7 @@ import pytest
 
 from engine import Engine, EngineConfig, engine_config
 from engine.plugins.guided.bindings import Mask
-from engine.requests.sampling_params import SamplingInput
+from engine.requests.spec import SamplingInput
 from engine.schedule.batch import Batch
 from engine.server.app import Server
 from engine.server.config import ServerConfig
