@@ -5,6 +5,7 @@ A family defines the layers.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -20,9 +21,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Layer, Parameter
 from engine.layers.prediction import PredictionHead
 from engine.layers.rank import RankCut
-from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
-from engine.layers.sealing import Sealing
-from engine.layers.stepwise import mix
+from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep, mix
 from engine.runner.memory import Pools
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.weights.tensor_files import Tensor
@@ -255,3 +254,36 @@ class Head:
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self._rank.join(self._linear(hidden), self._vocab_size)
         return logits if self._multiplier == 1.0 else logits * self._multiplier
+
+
+class Sealing:
+    """Seals one part at a time. On a CPU a separate thread converts weights while the next are
+    read, so at most two parts are in memory in both forms."""
+
+    def __init__(self, *, beside: bool) -> None:
+        self._beside = beside
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def seal(self, part: Layer) -> None:
+        """Seal ``part``, now or in the thread. Raises the error of the previous part."""
+        if not self._beside:
+            part.seal()
+            return
+        self.wait()
+        self._thread = threading.Thread(target=self._run, args=(part,), name="sealing")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait until all parts are sealed. Raises the error of the last one."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            raise self._error
+
+    def _run(self, part: Layer) -> None:
+        try:
+            part.seal()
+        except BaseException as error:
+            self._error = error

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 from engine.layers.mamba2 import GatedNorm, Mamba2
 from engine.layers.mlp import MLP
-from engine.layers.residual import FeedForwardStep, Mixer, MixerStep, Parallel
-from engine.layers.scaled import Scaled
+from engine.layers.residual import FeedForwardStep, Mixer, MixerStep, Parallel, Scaled
 from engine.models.decoder import Decoder, Step
 from engine.weights.model_config import (
     ModelConfig,

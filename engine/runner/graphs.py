@@ -27,9 +27,8 @@ import numpy as np
 import torch
 
 from engine.layers.inputs import DecodePart, LayerInputs, VerifyPart, tokens_before
-from engine.layers.residual import Mixer, verifies
+from engine.layers.residual import Mixer, mix, verifies
 from engine.layers.rotary import RotaryTable
-from engine.layers.stepwise import mix
 from engine.models.decoder import Decoder
 from engine.runner.memory import Memory, RequestTable
 from engine.runner.states import RunningStates

@@ -77,7 +77,7 @@ def _known_item(item: Any) -> Any:
     return item | {"type": kind}
 
 
-class Part(Strict):
+class ContentPart(Strict):
     type: Literal["input_text", "output_text", "text"]
     text: str
     annotations: list[Any] | None = None
@@ -91,7 +91,7 @@ class ReasoningPart(Strict):
     text: str
 
 
-Parts = Listed[Annotated[Part, BeforeValidator(_known_part)]]
+Parts = Listed[Annotated[ContentPart, BeforeValidator(_known_part)]]
 
 
 class Item(Strict):
@@ -322,7 +322,7 @@ def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[s
     return messages
 
 
-def _text(content: str | list[Part]) -> str:
+def _text(content: str | list[ContentPart]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 

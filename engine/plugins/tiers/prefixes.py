@@ -16,7 +16,7 @@ import numpy as np
 from hybridcache.tokens import Indices, Tokens, common_prefix_len
 
 
-class Part(NamedTuple):
+class RecordRows(NamedTuple):
     """Consecutive rows of a request that point to consecutive rows of one record."""
 
     first: int
@@ -70,7 +70,7 @@ class Pointers:
         self._records[rows] = 0
         return found
 
-    def parts(self, rows: Indices) -> list[Part]:
+    def parts(self, rows: Indices) -> list[RecordRows]:
         """Return the parts of records that ``rows`` point to, in the order of ``rows``. O(rows)."""
         if not len(rows):
             return []
@@ -78,7 +78,7 @@ class Pointers:
         breaks = np.flatnonzero((np.diff(records) != 0) | (np.diff(offsets) != 1)) + 1
         firsts = [0, *breaks.tolist()]
         return [
-            Part(first, end - first, records.item(first), offsets.item(first))
+            RecordRows(first, end - first, records.item(first), offsets.item(first))
             for first, end in zip(firsts, [*firsts[1:], len(rows)], strict=True)
         ]
 
