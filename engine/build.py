@@ -101,7 +101,7 @@ def load_tokenizer_of(config: EngineConfig, vocab_size: int) -> Tokenizer:
     """Load the tokenizer named by ``config``, or an ``IdTokenizer`` for a model without one. Does
     not import torch itself."""
     from engine.text.hugging_face import load_tokenizer, named_eos
-    from engine.text.token_ids import IdTokenizer
+    from engine.text.tokenizer import IdTokenizer
 
     if config.model and not names_tokenizer(config):
         return IdTokenizer(vocab_size, named_eos(Path(config.model)))

@@ -407,7 +407,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     )  # Before slow work, because it may raise ValueError.
     texts = arguments.prompt or [sys.stdin.read()]
     from engine.engine import Engine
-    from engine.text.templates import render_chat
+    from engine.text.chat_prompt import render_chat
 
     engine = Engine(engine_config)
     sampling = read_config(SamplingParams, arguments, engine.sampling_defaults, **asked)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 from engine.config import BUILTIN_PROMPTS
 from engine.engine import Engine
 from engine.schedule.report import CacheReport
-from engine.text.token_ids import IdTokenizer
+from engine.text.tokenizer import IdTokenizer
 from hybridcache.geometry.units import counted, format_bytes
 from hybridcache.scheduling.memory import MemorySizes
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from engine.errors import RequestError
 from engine.requests.spec import RequestSpec, SamplingParams
-from engine.text.templates import render_chat
+from engine.text.chat_prompt import render_chat
 
 if TYPE_CHECKING:
     from engine.engine import Engine

@@ -24,8 +24,7 @@ from engine.requests.logit_rules import (
 from engine.requests.request import Request
 from engine.requests.spec import Prompt, RequestSpec, SamplingParams
 from engine.text.outputs import TextStream
-from engine.text.token_ids import IdTokenizer
-from engine.text.tokenizer import EncodeOptions
+from engine.text.tokenizer import EncodeOptions, IdTokenizer
 from hybridcache.tokens import Tokens, require_namespace
 
 if TYPE_CHECKING:

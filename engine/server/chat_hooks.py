@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from engine.text.splice import SampledTurn
+from engine.text.chat_prompt import SampledTurn
 
 if TYPE_CHECKING:
     from engine.server.tenants import Tenant
     from engine.server.workers import Workers
+    from engine.text.chat_prompt import ChatPrompt
     from engine.text.outputs import RequestOutput
-    from engine.text.templates import ChatPrompt
 
 Message = dict[str, Any]
 

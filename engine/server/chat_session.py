@@ -18,9 +18,9 @@ from engine.server.schemas import ChatRequest, NamedTool, TokenizeRequest, cuts_
 from engine.server.tenants import AnswerId, Tenant
 from engine.text.answer_events import BrokenCall, CallBegin, CallEnd, Event, as_message, joined
 from engine.text.answer_forms import AnswerForm, AnswerReader
+from engine.text.chat_prompt import ChatPrompt, render_chat
 from engine.text.chat_template import TemplateError
 from engine.text.outputs import RequestOutput
-from engine.text.templates import ChatPrompt, render_chat
 
 
 def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:

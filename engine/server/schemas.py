@@ -28,8 +28,8 @@ from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.spec import MAX_BIAS, MAX_BIASES, MAX_COUNT, SamplingParams
 from engine.server.config import MAX_STOPS
 from engine.server.errors import APIError, quoted
+from engine.text.chat_prompt import Cut
 from engine.text.json_text import read_json
-from engine.text.templates import Cut
 
 MAX_NAMES = 64
 """Maximum number of names in an object of a fixed form, because every unknown name is an error."""

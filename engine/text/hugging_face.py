@@ -14,10 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.text.answer_forms import MARKS
-from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.chat_template import ChatTemplate
-from engine.text.stream_decoders import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
-from engine.text.tokenizer import AS_PROMPT, SLICE, EncodeOptions, Tokenizer
+from engine.text.tokenizer import (
+    AS_PROMPT,
+    SLICE,
+    ByteStreamDecoder,
+    ByteTokenizer,
+    EncodeOptions,
+    StreamDecoder,
+    Tokenizer,
+    WindowStreamDecoder,
+)
 
 if TYPE_CHECKING:
     import tokenizers

@@ -1,4 +1,5 @@
-"""Interface of tokenizers, as the engine and the server use it.
+"""Tokenizers: their interface, those of the built-in model and of models without one, and decoders
+of streams.
 
 ``decode`` and the pieces of a ``StreamDecoder`` give the same text, and no piece ends inside a
 UTF-8 sequence.
@@ -6,14 +7,14 @@ UTF-8 sequence.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+import codecs
+import re
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from pathlib import Path
+from typing import Protocol
 
-from engine.text.stream_decoders import StreamDecoder
-
-if TYPE_CHECKING:
-    from engine.text.chat_template import ChatTemplate
+from engine.text.chat_template import ChatTemplate
 
 SLICE = 65_536
 """Number of bytes or ids processed at a time, so that other threads can run in between."""
@@ -68,3 +69,190 @@ class Tokenizer(Protocol):
     def as_json(self) -> str | None:
         """Return the contents of a ``tokenizer.json``, or None if the tokens are bytes."""
         ...
+
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class StreamDecoder(Protocol):
+    """Converts the tokens of one request to text, which is returned only when later tokens cannot
+    change it."""
+
+    def push(self, token_id: int) -> str:
+        """Return the text that is certain with this token. Bytes of an unfinished character wait
+        for the next token."""
+        ...
+
+    def flush(self) -> str:
+        """Return the bytes held back as replacement characters, after the last token."""
+        ...
+
+
+class ByteStreamDecoder:
+    """Decoder for vocabularies of byte strings: an incremental UTF-8 decoder. O(1) per token."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], hidden: frozenset[int]) -> None:
+        self._token_bytes = token_bytes
+        self._hidden = hidden
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, token_id: int) -> str:
+        return "" if token_id in self._hidden else self._utf8.decode(self._token_bytes(token_id))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+class WindowStreamDecoder:
+    """Decoder for other vocabularies, in which a token's text depends on its neighbours. Decodes a
+    short window twice.
+
+    The window starts one emission back, so that the boundary is decoded with its context. A
+    character has at most four bytes: after four tokens, a replacement character is final and no
+    longer held back.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._window: list[int] = []
+        self._num_emitted = 0
+        self._emitted_text = ""
+
+    def push(self, token_id: int) -> str:
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        waits = text.endswith(REPLACEMENT) and len(self._window) - self._num_emitted < 4
+        return "" if waits or len(text) <= len(self._emitted_text) else self._emit(text)
+
+    def _emit(self, text: str) -> str:
+        new = text[len(self._emitted_text) :]
+        self._window = self._window[self._num_emitted :]
+        self._num_emitted = len(self._window)
+        self._emitted_text = self._decode(self._window)
+        return new
+
+    def flush(self) -> str:
+        text = self._decode(self._window)
+        return self._emit(text) if len(text) > len(self._emitted_text) else ""
+
+
+class IdTokenizer:
+    """Tokenizer for models without one: writes each id in decimal, after a space.
+
+    >>> tokenizer = IdTokenizer(320, frozenset({2}))
+    >>> tokenizer.encode("17 4"), tokenizer.decode([17, 4])
+    ([17, 4], ' 17 4')
+    """
+
+    special_tokens: tuple[str, ...] = ()
+    control_tokens: tuple[str, ...] = ()
+    chat_template: ChatTemplate | None = None
+
+    def __init__(self, vocab_size: int, eos_token_ids: frozenset[int]) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+
+    def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
+        """Return the ids in ``text``. Raises ValueError if the text is not a list of numbers."""
+        try:
+            return [int(word) for word in text.split()]
+        except ValueError:
+            raise ValueError(
+                "this model has no tokenizer: pass the prompt as token ids, or as a text of "
+                "numbers."
+            ) from None
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        return "".join(f" {token_id}" for token_id in token_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id]).encode()
+
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        return ByteStreamDecoder(self.token_bytes, frozenset())
+
+    def as_json(self) -> None:
+        return None
+
+
+BUILTIN_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+
+
+class ByteTokenizer:
+    """Tokenizer of the built-in model: one token per byte, followed by five special tokens. Padded
+    to 320 ids, which divide evenly.
+
+    >>> tokenizer = ByteTokenizer()
+    >>> tokenizer.encode("hé<|im_end|>")
+    [104, 195, 169, 258]
+    >>> tokenizer.decode([104, 195, 169, 258])
+    'hé'
+    """
+
+    vocab_size: int = 320
+    special_tokens: tuple[str, ...] = (
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<think>",
+        "</think>",
+    )
+    eos_token_ids: frozenset[int] = frozenset({256, 258})
+
+    def __init__(self) -> None:
+        self.chat_template: ChatTemplate | None = ChatTemplate(
+            BUILTIN_TEMPLATE.read_text(encoding="utf-8"), {"eos_token": "<|im_end|>"}
+        )
+        self._ids = {text: 256 + rank for rank, text in enumerate(self.special_tokens)}
+        self._special = re.compile("|".join(map(re.escape, self.special_tokens)))
+        self._longest = max(map(len, self.special_tokens))
+        # As in Qwen's vocabulary, the thinking marks are single tokens and part of the text.
+        self._hidden = frozenset({256, 257, 258})
+        self.control_tokens = self.special_tokens[:3]
+
+    def encode(self, text: str, how: EncodeOptions = AS_PROMPT) -> list[int]:
+        token_ids: list[int] = []
+        for piece in self._pieces(text):
+            special = self._ids.get(piece)
+            if special is None:
+                if how.mark is not None:
+                    piece = piece.replace(how.mark, "")
+                # A lone surrogate (JSON's "\ud800") has no UTF-8 form, and the user would get the
+                # error of strict encoding.
+                raw = piece.encode("utf-8", "replace")
+                for start in range(0, len(raw), SLICE):
+                    token_ids.extend(raw[start : start + SLICE])
+            else:
+                token_ids.append(special)
+        return token_ids
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """Split ``text`` at its special tokens; the search processes one slice at a time."""
+        done = 0
+        for start in range(0, len(text), SLICE):
+            end = start + SLICE
+            for found in self._special.finditer(text, max(start, done), end + self._longest - 1):
+                if found.start() < end:
+                    yield text[done : found.start()]
+                    yield found.group()
+                    done = found.end()
+        yield text[done:]
+
+    def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        hidden = self._hidden if skip_special_tokens else frozenset()
+        return b"".join(self.token_bytes(i) for i in token_ids if i not in hidden).decode(
+            "utf-8", "replace"
+        )
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id < 256:
+            return bytes((token_id,))
+        rank = token_id - 256
+        return self.special_tokens[rank].encode() if rank < len(self.special_tokens) else b""
+
+    def stream_decoder(self, skip_special_tokens: bool = True) -> StreamDecoder:
+        hidden = self._hidden if skip_special_tokens else frozenset()
+        return ByteStreamDecoder(self.token_bytes, hidden)
+
+    def as_json(self) -> None:
+        return None

@@ -24,7 +24,7 @@ from engine.requests.grammar import Grammar
 from engine.requests.request_factory import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport
-from engine.text.output_delta import OutputAccumulator
+from engine.text.outputs import OutputAccumulator
 from engine.worker.channel import Channel
 from engine.worker.messages import (
     Abort,

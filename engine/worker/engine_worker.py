@@ -19,8 +19,7 @@ from engine.errors import EngineStopped, RequestError
 from engine.interfaces import EngineWatch
 from engine.plugins import cache_watch
 from engine.requests.spec import RequestSpec
-from engine.text.output_delta import OutputDelta, delta_of
-from engine.text.outputs import RequestOutput
+from engine.text.outputs import OutputDelta, RequestOutput, delta_of
 from engine.worker.channel import Channel, ChannelClosed, remove_folder
 from engine.worker.messages import (
     Abort,

@@ -12,7 +12,7 @@ import msgspec
 from engine.errors import WireError
 from engine.requests.grammar import Grammar
 from engine.requests.spec import SamplingParams
-from engine.text.output_delta import OutputDelta
+from engine.text.outputs import OutputDelta
 
 
 class WorkerMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):

@@ -30,7 +30,7 @@ from engine.config import BUILTIN_NAME, EngineConfig
 from engine.engine import Engine
 from engine.plugins.speculation import DRAFT_LENS
 from engine.requests.spec import SamplingParams
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.flood import server_port
 from experiments.training import corpus

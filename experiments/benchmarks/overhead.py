@@ -33,9 +33,8 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.engine import StepReport
 from engine.runner.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
-from engine.text.byte_tokenizer import ByteTokenizer
-from engine.text.output_delta import delta_of
-from engine.text.outputs import SampledToken
+from engine.text.outputs import SampledToken, delta_of
+from engine.text.tokenizer import ByteTokenizer
 from engine.worker.channel import Channel, make_folder, remove_folder
 from engine.worker.messages import FromEngine, Outputs
 from experiments.provenance import RESULTS, write_json_lines

@@ -33,7 +33,7 @@ from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
 from engine.schedule.batch import Batch
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from experiments.benchmarks.overhead import (
     PROMPT_LEN,
     STAGES,

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.studies.common import figure_path
 from experiments.training import corpus, tasks

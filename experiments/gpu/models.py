@@ -14,7 +14,7 @@ from engine.layers.parameters import Build, Parameter, WeightSpec
 from engine.models import read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
-from engine.text.byte_tokenizer import BUILTIN_TEMPLATE
+from engine.text.tokenizer import BUILTIN_TEMPLATE
 from engine.weights.reader import Dummy
 
 QWEN3_NEXT_80B: dict[str, Any] = {

@@ -31,7 +31,7 @@ from engine.config import TILE
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Batch, Segment
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import FIGURES, RESULTS, write_json_lines
 from experiments.studies.common import STATIC_PLACEMENT
 from experiments.training import corpus, tasks

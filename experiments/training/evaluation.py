@@ -10,8 +10,8 @@ from typing import Any
 
 from engine.engine import Engine
 from engine.requests.spec import SamplingParams
-from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import RequestOutput
+from engine.text.tokenizer import ByteTokenizer
 from experiments.training import tasks
 
 SHOTS = 4

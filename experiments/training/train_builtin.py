@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from engine.config import BUILTIN_DIR, EngineConfig
 from engine.engine import Engine
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from experiments.provenance import FIGURES, provenance
 from experiments.training import corpus, evaluation, tasks
 from experiments.training.model import Model, losses

@@ -17,7 +17,7 @@ from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.requests.request import Request
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 
 MODEL = {
     "model_type": "qwen3_next",

@@ -24,7 +24,7 @@ from engine.interfaces import StepReport
 from engine.schedule.batch import Batch
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import LeaseLog, replay
 from hybridcache.policies.registry import parse_placement

@@ -18,8 +18,7 @@ from engine.requests.spec import RequestSpec
 from engine.schedule.batch import Batch
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
-from engine.text.stream_decoders import StreamDecoder
+from engine.text.tokenizer import ByteTokenizer, StreamDecoder
 from tests.engine.drafted import Guesses, assert_same, guessing_engine, prompts
 
 ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)

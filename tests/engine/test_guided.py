@@ -29,8 +29,8 @@ from engine.plugins.tool_calls.call_grammars import grammar_of_calls, grammar_of
 from engine.requests.grammar import GrammarError, TooComplex
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
+from engine.text.tokenizer import ByteTokenizer
 from hybridcache.lab.extras import install_command
 
 pytest.importorskip("llguidance")

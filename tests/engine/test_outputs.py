@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import TextStream, _Stop
+from engine.text.tokenizer import ByteTokenizer
 
 letters = st.text("abé", max_size=40)
 

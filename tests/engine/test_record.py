@@ -42,8 +42,7 @@ from engine.plugins.record.chats import Chats
 from engine.plugins.record.command import record
 from engine.plugins.record.proxy import create_proxy
 from engine.plugins.record.trace_writer import TraceWriter
-from engine.text.byte_tokenizer import ByteTokenizer
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import ByteTokenizer, Tokenizer
 from experiments.system.agents.scripted import ScriptedEngine
 from hybridcache import open_trace, simulate
 from hybridcache.tokens import common_prefix_len

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.text.byte_tokenizer import ByteTokenizer
-from engine.text.chat_template import ChatTemplate, TemplateError
-from engine.text.templates import (
+from engine.text.chat_prompt import (
     mark_control_tokens,
     render_chat,
 )
+from engine.text.chat_template import ChatTemplate, TemplateError
+from engine.text.tokenizer import ByteTokenizer
 
 QWEN35_LIKE = """\
 {%- set ns = namespace(last_query=-1) %}
@@ -171,7 +171,7 @@ def test_long_texts_are_cut_a_slice_at_a_time(parts: list[str]) -> None:
     _, [whole] = mark_control_tokens(tokens, [text])
     for size in (1, 2, 5):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("engine.text.templates.SLICE", size)
+            patch.setattr("engine.text.chat_prompt.SLICE", size)
             assert mark_control_tokens(tokens, [text])[1] == [whole]
     assert not any(token in whole for token in tokens)
 

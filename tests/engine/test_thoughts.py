@@ -14,7 +14,7 @@ from engine import Engine, EngineConfig, SamplingParams, engine_config
 from engine.requests.logit_rules import END, ReasoningBudget
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
 ENDING = TOKENIZER.encode(END)

@@ -14,12 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from engine.text import byte_tokenizer
-from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.chat_template import ChatTemplate
 from engine.text.hugging_face import HFTokenizer, PieceMemory, load_tokenizer
-from engine.text.stream_decoders import WindowStreamDecoder
-from engine.text.tokenizer import EncodeOptions, Tokenizer
+from engine.text.tokenizer import ByteTokenizer, EncodeOptions, Tokenizer, WindowStreamDecoder
 
 CORPUS = [
     "hello world, hello caché",
@@ -113,7 +110,7 @@ def test_specials_are_found_wherever_slices_end(size: int, monkeypatch: pytest.M
     parts = ("<", "<|im_", "start|>", *tokenizer.special_tokens, "think>", "é")
     texts = ["".join(pair) for pair in itertools.product(parts, repeat=3)]
     whole = [tokenizer.encode(text) for text in texts]
-    monkeypatch.setattr(byte_tokenizer, "SLICE", size)
+    monkeypatch.setattr("engine.text.tokenizer.SLICE", size)
     assert [tokenizer.encode(text) for text in texts] == whole
 
 

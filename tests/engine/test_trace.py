@@ -12,7 +12,7 @@ from engine import Engine, EngineConfig, SamplingParams
 from engine.plugins.observe.step_trace import Trace, start_trace
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 
 
 def an_engine() -> Engine:

@@ -16,7 +16,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from experiments.benchmarks import overhead
 from experiments.benchmarks import serving as bench_serving
 from experiments.benchmarks.serving import random_jobs, sweep, table

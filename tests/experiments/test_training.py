@@ -13,7 +13,7 @@ import transformers
 
 from engine import Engine, SamplingParams, engine_config
 from engine.plugins.speculation.suffix import HeadDrafter
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from experiments.training import corpus, tasks, train_builtin
 from experiments.training.model import Model, delta_rule, losses
 from kernels.gdn.reference import gates

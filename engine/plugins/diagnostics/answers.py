@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from engine.text.splice import SampledTurn
+from engine.text.chat_prompt import SampledTurn
 
 ENTRY_BYTES = 512
 """Approximate size of an answer without its ids and its reasoning."""

@@ -16,9 +16,8 @@ from engine.plugins.diagnostics.outline import SYSTEM_ROLES
 from engine.server.chat_hooks import ChatInput, Message
 from engine.server.tenants import Tenant
 from engine.text.answer_forms import MARKS as PARTS
+from engine.text.chat_prompt import ChatPrompt, SampledTurn
 from engine.text.outputs import RequestOutput
-from engine.text.splice import SampledTurn
-from engine.text.templates import ChatPrompt
 from engine.text.tokenizer import Tokenizer
 
 KEEPS_THINKING = "preserve_thinking"

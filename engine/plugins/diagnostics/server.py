@@ -17,8 +17,8 @@ from engine.server.errors import APIError, quoted
 from engine.server.extension import ServerExtension
 from engine.server.operator import Operator
 from engine.server.tenants import Tenant
+from engine.text.chat_prompt import ChatPrompt
 from engine.text.outputs import RequestOutput
-from engine.text.templates import ChatPrompt
 from engine.text.tokenizer import Tokenizer
 
 

@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from engine.text.chat_prompt import render_chat
 from engine.text.chat_template import TemplateError
-from engine.text.templates import render_chat
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 
 logger = logging.getLogger(__name__)

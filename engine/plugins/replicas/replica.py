@@ -18,7 +18,7 @@ from engine.interfaces import StepReport
 from engine.plugins.replicas.replica_output import Order, ReplicaFacts
 from engine.requests.spec import SamplingParams
 from engine.schedule.report import CacheReport
-from engine.text.output_delta import OutputDelta, delta_of
+from engine.text.outputs import OutputDelta, delta_of
 from hybridcache.routing.outbox import EventBatch, Outbox
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from engine.requests.spec import RequestSpec
-from engine.text.output_delta import OutputAccumulator
-from engine.text.outputs import RequestOutput
+from engine.text.outputs import OutputAccumulator, RequestOutput
 from hybridcache.geometry.units import counted
 from hybridcache.routing.protocol import RouteRequest
 

@@ -12,9 +12,8 @@ from engine.requests.spec import SamplingInput
 from engine.server.config import ServerConfig
 from engine.testing.oracle import Fingerprints, OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn
-from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.outputs import SampledToken
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import ByteTokenizer, Tokenizer
 from experiments.system.served import serving
 
 

@@ -11,7 +11,7 @@ SYSTEM = (
     "You are a careful engineer who works in a repository. Read before you write, change as little "
     "as possible, and say what you did in a sentence. "
 ) * 6
-FILES = ("engine/text/templates.py", "hybridcache/lease.py", "kernels/gdn/chunk.py", "README.md")
+FILES = ("engine/text/chat_prompt.py", "hybridcache/lease.py", "kernels/gdn/chunk.py", "README.md")
 QUESTIONS = (
     "Where is a prompt's boundary decided, and what would break if it moved?",
     "Make the message of that error name the file.",

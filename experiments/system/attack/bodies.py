@@ -19,7 +19,7 @@ import httpx
 from engine import Engine, EngineConfig
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from experiments.system.served import serving
 
 CHAT = [{"role": "user", "content": "hi"}]

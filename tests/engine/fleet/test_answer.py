@@ -10,8 +10,8 @@ from engine import Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.plugins.replicas.replica_output import ReplicaAnswer
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
-from engine.text.output_delta import delta_of
+from engine.text.outputs import delta_of
+from engine.text.tokenizer import ByteTokenizer
 
 
 def test_an_answer_is_whole_on_the_other_side_and_a_step_sends_its_news() -> None:

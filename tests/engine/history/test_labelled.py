@@ -14,9 +14,9 @@ from engine import RequestSpec
 from engine.plugins.diagnostics.explain import CAUSES, Change, Explanation, Found, How
 from engine.plugins.diagnostics.explanations import Explanations, for_anthropic, for_openai
 from engine.server.tenants import Tenant
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.chat_prompt import render_chat
 from engine.text.chat_template import ChatTemplate
-from engine.text.templates import render_chat
+from engine.text.tokenizer import ByteTokenizer
 from experiments.system.agents.scripted import ScriptedEngine
 from hybridcache.api import Losses
 

@@ -16,11 +16,10 @@ from engine.config import BUILTIN_NAME
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.answers import AnswerMemory
 from engine.plugins.diagnostics.replays import VolatileLines
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.chat_prompt import ChatPrompt, SampledTurn, render_chat
 from engine.text.chat_template import ChatTemplate
 from engine.text.hugging_face import HFTokenizer
-from engine.text.splice import SampledTurn
-from engine.text.templates import ChatPrompt, render_chat
+from engine.text.tokenizer import ByteTokenizer
 from experiments import run_agent
 from experiments.system.agents.clients import AGENTS
 from experiments.system.agents.scripted import ScriptedEngine

@@ -25,7 +25,7 @@ from engine.async_engine import EngineStopped, RequestStream, StepFailed
 from engine.command.engine_process import start_engine
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from engine.worker import engine_client as front
 from engine.worker.engine_client import ProcessEngine
 
@@ -36,7 +36,7 @@ import engine.command.screen, engine.engine
 from engine.command.engine_process import main
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 
 class Runner(OracleRunner):
     num_steps = 0

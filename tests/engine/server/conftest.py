@@ -25,9 +25,9 @@ from engine.server.app import Server
 from engine.server.config import ServerConfig
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
-from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.chat_template import ChatTemplate
 from engine.text.outputs import SampledToken
+from engine.text.tokenizer import ByteTokenizer
 from experiments.system import served
 
 

@@ -12,7 +12,7 @@ import pytest
 from engine import Engine, RequestSpec, SamplingParams, engine_config
 from engine.command.cli import main
 from engine.command.screen import start_screen
-from engine.text.token_ids import IdTokenizer
+from engine.text.tokenizer import IdTokenizer
 from experiments.gpu.models import TINY, write_geometry
 
 from .conftest import Live, serving

@@ -14,7 +14,7 @@ from typing import Any
 import openai
 import pytest
 
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 
 from .conftest import Live
 

@@ -41,9 +41,9 @@ from engine.server.listening import ACCEPTED_AT_ONCE
 from engine.server.logprobs import CompletionScores, for_chat
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 from engine.server.workers import LONG, Workers, give_way
-from engine.text.byte_tokenizer import ByteTokenizer
 from engine.text.json_text import read_json, write_json
 from engine.text.outputs import SampledToken
+from engine.text.tokenizer import ByteTokenizer
 
 from .conftest import Live
 from .test_bad_input import check_error

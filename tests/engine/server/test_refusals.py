@@ -36,7 +36,7 @@ from engine.server.app import create_app
 from engine.server.config import ServerConfig
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.answer_forms import AnswerReader
-from engine.text.byte_tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer
 from hybridcache.routing.registry import find_router
 from tests.engine.fleet.test_fleet import Handle
 

@@ -15,7 +15,7 @@ from engine import Engine
 from engine.plugins.disaggregation import prefix_fetch as fetch
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
 from engine.server.context import usage
-from engine.text.output_delta import OutputAccumulator, delta_of
+from engine.text.outputs import OutputAccumulator, delta_of
 from tests.engine.transfer.pair import (
     GREEDY,
     assert_same,
