@@ -114,7 +114,7 @@ MAY_IMPORT = {
     "engine/errors.py": "",
     "engine/exit_codes.py": "",
     "engine/environment.py": "config",
-    "engine/text": "plugins",
+    "engine/text": "",
     "engine/requests": "config errors plugins text",
     "engine/schedule": "config errors requests text",
     "engine/interfaces.py": "config requests schedule text",

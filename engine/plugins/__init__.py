@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engine.requests.grammar import Grammar
     from engine.requests.logit_rules import GrammarCompiler
     from engine.server.config import ServerConfig
-    from engine.text.answer_events import CallForm
+    from engine.text.answers import CallForm
     from engine.text.tokenizer import Tokenizer
 
     Config = TypeVar("Config", bound=Settings)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engine.text.reasoning import CLOSE, OPEN
+from engine.text.answers import CLOSE, OPEN
 from engine.text.tokenizer import EncodeOptions
 from hybridcache.tokens import Tokens
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import FREE, Draws, LogitRule, Ruling, ruled
 from engine.requests.spec import RequestSpec, SamplingInput, SamplingParams
+from engine.text.answers import CLOSE
 from engine.text.outputs import (
     NO_TOKEN,
     DraftCounts,
@@ -22,7 +23,6 @@ from engine.text.outputs import (
     Timings,
     Transferred,
 )
-from engine.text.reasoning import CLOSE
 from hybridcache.api import Losses
 from hybridcache.scheduling.request import ScheduledRequest
 from hybridcache.tokens import Tokens

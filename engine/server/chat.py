@@ -16,7 +16,7 @@ from engine.server.context import ServingContext, usage
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
 from engine.server.tenants import new_id
-from engine.text.answer_events import (
+from engine.text.answers import (
     CallArguments,
     CallBegin,
     Event,

@@ -26,8 +26,8 @@ from engine.server.schemas import Guided
 from engine.server.streaming import interleave
 from engine.server.tenants import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.workers import Workers
+from engine.text.answers import CLOSE
 from engine.text.outputs import DraftCounts, RequestOutput, Transferred
-from engine.text.reasoning import CLOSE
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.api import Losses
 

@@ -30,12 +30,10 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from engine.text.answer_forms import MARKS as PARTS
+from engine.text.answers import CLOSE, MARKS, OPEN
 from engine.text.chat_template import PROBE, Message, TemplateError
 from engine.text.tokenizer import SLICE, EncodeOptions, Tokenizer
 
-THINK, END_THINK = "<think>", "</think>"
-"""Marks that open and close reasoning."""
 MARK_CODES = range(0xE001, 0xF900)
 """Characters that may be inserted into a control token that is text. Private use, as the probe."""
 
@@ -139,8 +137,8 @@ def render_chat(
     boundaries = {len(token_ids)} if keeps_thinking and add_generation_prompt else set()
     cut_at = []
     ending = written[-64:].rstrip() if add_generation_prompt else ""
-    is_thinking = ending.endswith(THINK)
-    has_thought = ending.endswith(END_THINK)
+    is_thinking = ending.endswith(OPEN)
+    has_thought = ending.endswith(CLOSE)
     futures = _futures(messages, with_tools=bool(tools), thinks=not has_thought)
     for future in (*futures, *(_future_behind(cut, messages) for cut in cuts)):
         try:
@@ -522,7 +520,7 @@ def _aligned(
 def _control(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Return a pattern of the tokens that begin and end turns."""
     walls = set(tokenizer.special_tokens)
-    return _any_of(t for t in tokenizer.control_tokens if t in walls and t not in PARTS)
+    return _any_of(t for t in tokenizer.control_tokens if t in walls and t not in MARKS)
 
 
 def _ends(tokenizer: Tokenizer) -> re.Pattern[str] | None:

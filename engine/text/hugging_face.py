@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.text.answer_forms import MARKS
+from engine.text.answers import MARKS
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import (
     AS_PROMPT,

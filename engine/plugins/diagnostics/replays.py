@@ -15,7 +15,7 @@ from engine.plugins.diagnostics.answers import AnswerMemory, said_by
 from engine.plugins.diagnostics.outline import SYSTEM_ROLES
 from engine.server.chat_hooks import ChatInput, Message
 from engine.server.tenants import Tenant
-from engine.text.answer_forms import MARKS as PARTS
+from engine.text.answers import MARKS
 from engine.text.chat_prompt import ChatPrompt, SampledTurn
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ class Replays:
         self._keeps_thinking = config.preserve_thinking
         self._volatile = VolatileLines(config)
         self.answers = AnswerMemory(int(config.replay_mib * 2**20))
-        control = [text for text in tokenizer.control_tokens if text not in PARTS]
+        control = [text for text in tokenizer.control_tokens if text not in MARKS]
         self._control_ids = frozenset(i for text in control for i in tokenizer.encode(text)[:1])
 
     def prepare(

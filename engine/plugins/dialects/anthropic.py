@@ -16,7 +16,7 @@ from engine.server.errors import ANTHROPIC, APIError, request_name
 from engine.server.schemas import parsed_arguments
 from engine.server.streaming import EventStream, named_event, unless_gone, with_pauses
 from engine.server.tenants import AnswerId, new_id
-from engine.text.answer_events import (
+from engine.text.answers import (
     CallArguments,
     CallBegin,
     CallEnd,

@@ -17,7 +17,7 @@ from engine.server.errors import APIError, quoted
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import EventStream, named_event, unless_gone
 from engine.server.tenants import AnswerId, new_id
-from engine.text.answer_events import (
+from engine.text.answers import (
     CallArguments,
     CallBegin,
     CallEnd,

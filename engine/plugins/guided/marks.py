@@ -15,7 +15,7 @@ import numpy as np
 from engine.plugins.guided.guide import NO_TOKENS, Guide
 from engine.requests.grammar import GrammarError
 from engine.requests.logit_rules import Mask
-from engine.text.reasoning import CLOSE, OPEN
+from engine.text.answers import CLOSE, OPEN
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:

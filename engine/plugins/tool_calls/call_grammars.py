@@ -15,8 +15,8 @@ from engine.requests.grammar import (
     json_rule,
     quoted,
 )
-from engine.text.answer_events import CALL_CLOSE as CLOSE
-from engine.text.answer_events import CALL_OPEN as OPEN
+from engine.text.answers import CALL_CLOSE as CLOSE
+from engine.text.answers import CALL_OPEN as OPEN
 
 Form = Literal["hermes", "xml"]
 """Form of calls: JSON objects, or a tag per argument as in Qwen3-Coder."""

@@ -11,18 +11,19 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from engine.text.answer_events import CALL_CLOSE as CLOSE
-from engine.text.answer_events import CALL_OPEN as OPEN
-from engine.text.answer_events import (
+from engine.text.answers import CALL_CLOSE as CLOSE
+from engine.text.answers import CALL_OPEN as OPEN
+from engine.text.answers import (
     BrokenCall,
     CallArguments,
     CallBegin,
     CallEnd,
     Event,
+    MarkSearch,
+    Space,
     TextDelta,
 )
 from engine.text.json_text import read_json, write_json
-from engine.text.marker_scan import MarkSearch, Space
 
 MAX_NAME = 256
 """Maximum length of a name; a longer one is not a call."""

@@ -14,10 +14,10 @@ from engine.plugins.tool_calls.calls import (
     State,
     not_offered,
 )
-from engine.text.answer_events import CALL_CLOSE as CLOSE
-from engine.text.answer_events import CALL_OPEN as OPEN
+from engine.text.answers import CALL_CLOSE as CLOSE
+from engine.text.answers import CALL_OPEN as OPEN
+from engine.text.answers import MarkSearch
 from engine.text.json_text import read_json
-from engine.text.marker_scan import MarkSearch
 
 FUNCTION, END_FUNCTION = "<function=", "</function>"
 PARAMETER, END_PARAMETER = "<parameter=", "</parameter>"

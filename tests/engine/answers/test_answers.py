@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from engine.plugins.tool_calls import calls
 from engine.plugins.tool_calls.hermes import HermesReader
 from engine.plugins.tool_calls.qwen_xml import QwenXMLReader
-from engine.text.answer_events import (
+from engine.server.chat_session import AnswerForm, AnswerReader
+from engine.text.answers import (
     BrokenCall,
     CallArguments,
     CallBegin,
@@ -22,7 +23,6 @@ from engine.text.answer_events import (
     TextDelta,
     joined,
 )
-from engine.text.answer_forms import AnswerForm, AnswerReader
 
 SCHEMA = {
     "type": "object",

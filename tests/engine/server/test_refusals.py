@@ -33,9 +33,9 @@ from engine.plugins.replicas.replicas_client import FleetEngine
 from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.request import Request
 from engine.server.app import create_app
+from engine.server.chat_session import AnswerReader
 from engine.server.config import ServerConfig
 from engine.testing.oracle_sampler import OracleSampler
-from engine.text.answer_forms import AnswerReader
 from engine.text.tokenizer import ByteTokenizer
 from hybridcache.routing.registry import find_router
 from tests.engine.fleet.test_fleet import Handle

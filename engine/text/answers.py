@@ -1,0 +1,261 @@
+"""Parts of an answer: reasoning, text and tool calls, as events in the order of the answer."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+OPEN, CLOSE = "<think>", "</think>"
+"""Marks around the reasoning before an answer; the first may be in the prompt."""
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+"""Marks around a tool call in the text of an answer."""
+MARKS = (OPEN, CLOSE, CALL_OPEN, CALL_CLOSE)
+"""Marks of the parts of an answer. They are part of the text, even if the vocabulary lists them as
+tokens that are not shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """Next part of the model's reasoning before its answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Next part of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallBegin:
+    """Start of a tool call; its arguments follow, until ``CallEnd``. Emitted only for a complete
+    JSON call of an offered tool."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallArguments:
+    """Next part of the JSON text of the arguments."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallEnd:
+    """End of the arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenCall:
+    """A call in the answer that cannot be made; it is part of the text."""
+
+    why: str
+
+
+Event = ReasoningDelta | TextDelta | CallBegin | CallArguments | CallEnd | BrokenCall
+_TEXTS = (ReasoningDelta, TextDelta, CallArguments)
+
+
+class CallReading(Protocol):
+    """Reads one answer's text and calls as the answer grows."""
+
+    def push(self, text: str) -> list[Event]:
+        """Return the events that are certain after ``text``."""
+        ...
+
+    def flush(self, is_cut: bool) -> list[Event]:
+        """Return the events held back, after the end of the text."""
+        ...
+
+
+class CallForm(Protocol):
+    """One form of tool calls."""
+
+    FORM: str
+    """Name of the form, for grammars of calls."""
+    MARKS: tuple[str, ...]
+    """Texts with which a call begins."""
+
+    def __call__(self, tools: Sequence[Mapping[str, Any]]) -> CallReading:
+        """Return a reader of one answer that may call ``tools``."""
+        ...
+
+
+def joined(events: Iterable[Event]) -> list[Event]:
+    """Merge adjacent events of one kind. O(length)."""
+    merged: list[Event] = []
+    for kind, group in itertools.groupby(events, type):
+        if issubclass(kind, _TEXTS):
+            merged.append(kind("".join(event.text for event in group if isinstance(event, _TEXTS))))
+        else:
+            merged.extend(group)
+    return merged
+
+
+def as_message(events: Sequence[Event]) -> dict[str, Any]:
+    """Return an answer as the message that chat templates take. O(length)."""
+    content: list[str] = []
+    reasoning: list[str] = []
+    calls: list[tuple[str, list[str]]] = []
+    for one in events:
+        match one:
+            case TextDelta(text):
+                content.append(text)
+            case ReasoningDelta(text):
+                reasoning.append(text)
+            case CallBegin(name):
+                calls.append((name, []))
+            case CallArguments(text):
+                calls[-1][1].append(text)
+    functions = [{"name": name, "arguments": "".join(pieces)} for name, pieces in calls]
+    return {
+        "role": "assistant",
+        "content": "".join(content),
+        "reasoning_content": "".join(reasoning),
+        "tool_calls": [{"type": "function", "function": function} for function in functions],
+    }
+
+
+class MarkSearch:
+    """Finds the first of some marks. Text that may be the beginning of a mark is held back.
+
+    >>> search = MarkSearch("</think>")
+    >>> search.push("so </th"), search.push("en </think> x")
+    (('so ', None, ''), ('</then ', '</think>', ' x'))
+    """
+
+    __slots__ = ("_heads", "_held", "_longest", "_pattern")
+
+    def __init__(self, *marks: str) -> None:
+        """``marks``: no mark is the beginning of another."""
+        self._pattern = re.compile("|".join(map(re.escape, marks)))
+        self._heads = frozenset(mark[:end] for mark in marks for end in range(1, len(mark)))
+        self._longest = max(map(len, marks))
+        self._held = ""
+
+    def push(self, text: str) -> tuple[str, str | None, str]:
+        """Return (text before the mark or certainly without one, the mark if found, the text after
+        it). O(len(text))."""
+        text = self._held + text
+        found = self._pattern.search(text)
+        if found:
+            self._held = ""
+            return text[: found.start()], found.group(), text[found.end() :]
+        longest = min(len(text), self._longest - 1)
+        size = next((n for n in range(longest, 0, -1) if text[-n:] in self._heads), 0)
+        cut = len(text) - size
+        self._held = text[cut:]
+        return text[:cut], None, ""
+
+    def flush(self) -> str:
+        """Return the text held back, after the end of the text."""
+        held, self._held = self._held, ""
+        return held
+
+
+class Space:
+    """White space at the end of a text, held back until other text follows."""
+
+    __slots__ = ("_pieces",)
+
+    def __init__(self) -> None:
+        self._pieces: list[str] = []
+
+    def push(self, text: str) -> str:
+        """Return the held space and ``text``, without the white space at its end."""
+        kept = text.rstrip()
+        if not kept:
+            if text:
+                self._pieces.append(text)
+            return ""
+        before = self.take()
+        if len(kept) < len(text):
+            self._pieces.append(text[len(kept) :])
+        return before + kept
+
+    def take(self) -> str:
+        """Return the held space and forget it. O(its length)."""
+        held = "".join(self._pieces)
+        self._pieces.clear()
+        return held
+
+
+class ReasoningReader:
+    """Separates reasoning from the answer and strips the white space around it.
+
+    Reasoning can start only at the beginning of an answer, and only ``</think>`` ends it: an answer
+    that ends before is all reasoning.
+    """
+
+    def __init__(self, is_open: bool) -> None:
+        """``is_open``: the prompt ends with ``<think>``."""
+        self._close = MarkSearch(CLOSE)
+        self._space = Space()
+        self._begin = ""
+        self._has_text = False
+        self._state: Callable[[str], tuple[list[Event], str]]
+        self._state = self._inside if is_open else self._before
+
+    @property
+    def is_inside(self) -> bool:
+        """True if the next text is reasoning, as far as is known."""
+        return self._state == self._inside
+
+    def push(self, text: str) -> tuple[list[Event], str]:
+        """Return (reasoning that is certain, text of the answer). O(len(text))."""
+        return self._state(text)
+
+    def flush(self) -> tuple[list[Event], str]:
+        """Return the text held back in the same form, after the end of the text."""
+        if self.is_inside:
+            return self._thoughts(self._close.flush()), ""
+        begin, self._begin = self._space.take() + self._begin, ""
+        return [], begin if self._state == self._before else ""
+
+    def _before(self, text: str) -> tuple[list[Event], str]:
+        """State before any text other than white space or part of the mark."""
+        if not self._begin:
+            kept = text.lstrip()
+            self._space.push(text[: len(text) - len(kept)])
+            text = kept
+        self._begin += text
+        if len(self._begin) < len(OPEN) and OPEN.startswith(self._begin):
+            return [], ""
+        begin, self._begin = self._begin, ""
+        if begin.startswith(OPEN):
+            self._space.take()
+            self._state = self._inside
+            return self._inside(begin[len(OPEN) :])
+        self._state = self._behind
+        return [], self._space.take() + begin
+
+    def _inside(self, text: str) -> tuple[list[Event], str]:
+        thoughts, mark, rest = self._close.push(text)
+        events = self._thoughts(thoughts)
+        if mark is None:
+            return events, ""
+        self._space.take()
+        self._state = self._between
+        return events, self._between(rest)[1]
+
+    def _between(self, text: str) -> tuple[list[Event], str]:
+        text = text.lstrip()
+        if text:
+            self._state = self._behind
+        return [], text
+
+    def _behind(self, text: str) -> tuple[list[Event], str]:
+        return [], text
+
+    def _thoughts(self, text: str) -> list[Event]:
+        if not self._has_text:
+            text = text.lstrip()
+        certain = self._space.push(text)
+        self._has_text = self._has_text or bool(certain)
+        return [ReasoningDelta(certain)] if certain else []
