@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from engine.config import ConfigError, EngineConfig
-from engine.interfaces import Runner, TokenSampler
-from engine.plugin import Plugin
+from engine.interfaces import Plugin, Runner, TokenSampler
 from engine.requests.spec import SamplingParams
 from engine.schedule.drafter import DraftPlanner
 from engine.schedule.fetching import Fetcher, Fetching

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -404,3 +405,21 @@ def check_seconds(name: str, value: float) -> None:
     """Raise ConfigError unless ``value`` is a positive time in seconds."""
     if not 0 < value < 1e6:
         raise ConfigError(f"{name} must be above 0 and below 1e6 seconds, not {value}.")
+
+
+def check_no_foreign_kernels() -> None:
+    """Raise ConfigError if Hugging Face's ``kernels`` distribution is installed.
+
+    Its package has the same name as ours, so the order of ``sys.path`` would decide which of the
+    two is imported.
+    """
+    try:
+        version = metadata.version("kernels")
+    except metadata.PackageNotFoundError:
+        return
+    raise ConfigError(
+        f"The distribution 'kernels' {version} is installed in the same environment as this "
+        "project, which has a package of the same name: run  `pip uninstall kernels`, or install "
+        "this project into a separate "
+        "environment."
+    )

@@ -112,21 +112,17 @@ MAY_IMPORT = {
     "hybridcache/routing": "api export policies tokens",
     "engine/config.py": "",
     "engine/errors.py": "",
-    "engine/exit_codes.py": "",
-    "engine/environment.py": "config",
     "engine/text": "",
     "engine/requests": "config errors plugins text",
     "engine/schedule": "config errors requests text",
     "engine/interfaces.py": "config requests schedule text",
-    "engine/plugin.py": "config interfaces schedule text",
     "engine/layers": "runner weights",
     "engine/models": "layers runner weights",
     "engine/weights": "layers models runner",
-    "engine/runner": "config environment interfaces layers models plugins requests schedule text "
-    "weights",
+    "engine/runner": "config interfaces layers models plugins requests schedule text weights",
     "engine/testing": "requests schedule text",
     "engine/engine_loop.py": "errors interfaces requests text",
-    "engine/worker": "async_engine build config engine engine_loop errors exit_codes interfaces "
+    "engine/worker": "async_engine build config engine engine_loop errors interfaces "
     "plugins requests schedule text",
     "engine/server": "async_engine config engine errors plugins requests schedule text",
     "engine/plugins/tool_calls": "requests text",
@@ -134,13 +130,11 @@ MAY_IMPORT = {
     "engine/plugins/diagnostics": "config server text",
     "engine/plugins/dialects": "config requests server text",
     "engine/plugins/record": "hub server text",
-    "engine/plugins/disaggregation": "config errors interfaces plugin requests runner schedule "
-    "text",
-    "engine/plugins/observe": "async_engine config engine interfaces plugin requests server text",
-    "engine/plugins/speculation": "config interfaces layers models plugin requests runner schedule "
-    "text",
-    "engine/plugins/tiers": "config interfaces plugin requests runner schedule text weights",
-    "engine/plugins/tensor_parallel": "config exit_codes interfaces layers models plugin runner "
+    "engine/plugins/disaggregation": "config errors interfaces requests runner schedule text",
+    "engine/plugins/observe": "async_engine config engine interfaces requests server text",
+    "engine/plugins/speculation": "config interfaces layers models requests runner schedule text",
+    "engine/plugins/tiers": "config interfaces requests runner schedule text weights",
+    "engine/plugins/tensor_parallel": "config errors interfaces layers models runner "
     "schedule weights",
     "engine/plugins/replicas": "async_engine build config engine errors hub interfaces requests "
     "schedule server text",
@@ -210,7 +204,7 @@ def plugins_named_in(path: Path) -> set[str]:
 
 
 def test_the_core_of_the_engine_imports_no_plugin() -> None:
-    """It asks the registry ``engine.plugins``, which loads a plugin on its first use."""
+    """It asks the registry ``engine.plugins``, which loads a on its first use."""
     found = {
         str(file.relative_to(ROOT)): plugins
         for file in files_of("engine")

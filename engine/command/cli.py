@@ -25,8 +25,7 @@ from engine.command.flags import (
     read_config,
     with_flags,
 )
-from engine.config import BUILTIN_PROMPTS, EngineConfig
-from engine.environment import check_no_foreign_kernels
+from engine.config import BUILTIN_PROMPTS, EngineConfig, check_no_foreign_kernels
 from engine.hub import resolve_config, resolve_folder
 from engine.plugins import (
     engine_settings,

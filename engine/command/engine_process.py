@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
-from engine.exit_codes import describe_exit
+from engine.errors import describe_exit
 from engine.interfaces import RunnerLost
 from engine.worker.channel import Channel, make_folder, remove_folder
 from engine.worker.engine_client import ProcessEngine

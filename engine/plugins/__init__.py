@@ -16,8 +16,7 @@ from engine.config import EngineConfig, PluginConfig, Settings
 if TYPE_CHECKING:
     import threading
 
-    from engine.interfaces import EngineCore, EngineWatch
-    from engine.plugin import Plugin
+    from engine.interfaces import EngineCore, EngineWatch, Plugin
     from engine.requests.grammar import Grammar
     from engine.requests.logit_rules import GrammarCompiler
     from engine.server.config import ServerConfig

@@ -15,7 +15,7 @@ from functools import cache
 from types import ModuleType
 from typing import Literal
 
-from engine.environment import check_no_foreign_kernels
+from engine.config import check_no_foreign_kernels
 from engine.runner.device import Device
 from engine.weights.model_config import ModelError
 from kernels import native

@@ -18,8 +18,7 @@ from engine.async_engine import RequestStream
 from engine.build import sampling_defaults
 from engine.config import EngineConfig
 from engine.engine_loop import FAILED, STOPPED, STOPPING
-from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError
-from engine.exit_codes import describe_exit
+from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, describe_exit
 from engine.requests.grammar import Grammar
 from engine.requests.request_factory import Intake
 from engine.requests.spec import Prompt, RequestSpec

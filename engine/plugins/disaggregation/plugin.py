@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from engine.config import ConfigError, EngineConfig
-from engine.interfaces import EngineCore, Runner
-from engine.plugin import Plugin
+from engine.interfaces import EngineCore, Plugin, Runner
 from engine.plugins.disaggregation import DisaggregationConfig
 from engine.plugins.disaggregation.wire import TransferCounts
 from engine.schedule.fetching import Fetcher

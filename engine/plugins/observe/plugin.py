@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from engine.interfaces import EngineCore
-from engine.plugin import Plugin
+from engine.interfaces import EngineCore, Plugin
 from engine.plugins.observe import ObserveConfig
 from engine.plugins.observe.step_trace import Trace, start_trace
 from hybridcache.scheduling.cache_manager import CacheManager

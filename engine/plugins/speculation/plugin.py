@@ -6,8 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.interfaces import Runner
-from engine.plugin import Plugin
+from engine.interfaces import Plugin, Runner
 from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import IndexMemory

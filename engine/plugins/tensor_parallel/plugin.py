@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.interfaces import Runner
-from engine.plugin import Plugin
+from engine.interfaces import Plugin, Runner
 
 
 class EnginePlugin(Plugin):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.exit_codes import describe_exit
+from engine.errors import describe_exit
 from engine.interfaces import RunnerLost
 from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, TIMEOUT_S
 from engine.plugins.tensor_parallel.pipe import Line

@@ -7,8 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.config import EngineConfig
-from engine.interfaces import Runner
-from engine.plugin import Plugin
+from engine.interfaces import Plugin, Runner
 from engine.plugins.tiers.cache_tiers import CacheTiers, TierSizes
 from engine.schedule.fetching import Fetcher
 from engine.schedule.plan import Plan
