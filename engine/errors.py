@@ -1,4 +1,4 @@
-"""Reasons why a request gets no answer, their form on the wire, and the ends of processes in words."""
+"""Reasons why a request gets no answer, their form on the wire, and how a process ended."""
 
 from __future__ import annotations
 

@@ -21,9 +21,8 @@ from engine.build import load_tokenizer_of, names_tokenizer
 from engine.config import EngineConfig
 from engine.errors import describe_exit
 from engine.interfaces import RunnerLost
-from engine.worker.channel import Channel, make_folder, remove_folder
+from engine.worker.channel import Channel, FromEngine, Ready, Refused, make_folder, remove_folder
 from engine.worker.engine_client import ProcessEngine
-from engine.worker.messages import FromEngine, Ready, Refused
 from hybridcache.lab.extras import how_to_install
 
 BOOT = (

@@ -24,10 +24,10 @@ from engine.requests.request_factory import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport
 from engine.text.outputs import OutputAccumulator
-from engine.worker.channel import Channel
-from engine.worker.messages import (
+from engine.worker.channel import (
     Abort,
     Ask,
+    Channel,
     Compile,
     End,
     FromEngine,

@@ -20,10 +20,11 @@ from engine.interfaces import EngineWatch
 from engine.plugins import cache_watch
 from engine.requests.spec import RequestSpec
 from engine.text.outputs import OutputDelta, RequestOutput, delta_of
-from engine.worker.channel import Channel, ChannelClosed, remove_folder
-from engine.worker.messages import (
+from engine.worker.channel import (
     Abort,
     Ask,
+    Channel,
+    ChannelClosed,
     Compile,
     End,
     Outputs,
@@ -33,6 +34,7 @@ from engine.worker.messages import (
     RequestFailed,
     Submit,
     ToEngine,
+    remove_folder,
 )
 
 LOST = 3

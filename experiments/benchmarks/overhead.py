@@ -35,8 +35,7 @@ from engine.runner.sampler import Drawn, Sampler
 from engine.schedule.batch import Batch
 from engine.text.outputs import SampledToken, delta_of
 from engine.text.tokenizer import ByteTokenizer
-from engine.worker.channel import Channel, make_folder, remove_folder
-from engine.worker.messages import FromEngine, Outputs
+from engine.worker.channel import Channel, FromEngine, Outputs, make_folder, remove_folder
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache import CacheConfig, Lease, LeaseRequest, ModelGeometry, build_prefix_cache
 from hybridcache.lab.simulation.closed_loop import SimulatedRequest
