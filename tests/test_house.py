@@ -123,7 +123,7 @@ MAY_IMPORT = {
     "engine/testing": "requests schedule text",
     "engine/engine_loop.py": "errors interfaces requests text",
     "engine/worker": "async_engine build config engine engine_loop errors interfaces "
-    "plugins requests schedule text",
+    "plugins requests schedule server text",
     "engine/server": "async_engine config engine errors plugins requests schedule text",
     "engine/plugins/tool_calls": "requests text",
     "engine/plugins/guided": "config requests text",

@@ -3,8 +3,11 @@ message."""
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import pickle
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,9 +19,10 @@ import numpy as np
 from engine.engine import Engine
 from engine.engine_loop import EngineLoop
 from engine.errors import EngineStopped, RequestError
-from engine.interfaces import EngineWatch
+from engine.interfaces import EngineWatch, RunnerLost
 from engine.plugins import cache_watch
 from engine.requests.spec import RequestSpec
+from engine.server.workers import SWITCH_S
 from engine.text.outputs import OutputDelta, RequestOutput, delta_of
 from engine.worker.channel import (
     Abort,
@@ -36,6 +40,8 @@ from engine.worker.channel import (
     ToEngine,
     remove_folder,
 )
+from engine.worker.screen import start_screen
+from hybridcache.lab.extras import how_to_install
 
 LOST = 3
 """Exit code if the server has gone."""
@@ -197,3 +203,25 @@ class Host:
         if news or ended or counts != self._told:
             self._told = counts
             self._channel.send(Outputs(*counts, news, ended))
+
+
+def main(folder: str, config: str, address: str, log_level: str) -> int:
+    """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
+    logging.getLogger("engine").setLevel(log_level.upper())
+    host = Host(folder, sys.stdin.fileno())
+    try:
+        engine = Engine(pickle.loads(bytes.fromhex(config)))
+        if engine.config.warm_up:
+            engine.prepare_grammars()
+        screen = start_screen(engine, address)
+    except ModuleNotFoundError as error:
+        host.refuse(how_to_install(error, "engine"))
+        return 2
+    except (ValueError, FileNotFoundError, RunnerLost) as error:
+        host.refuse(str(error))
+        return 2
+    sys.setswitchinterval(SWITCH_S)
+    # The objects of the start stay, so garbage collections need not traverse them.
+    gc.collect()
+    gc.freeze()
+    return 0 if host.run(engine, screen) else 1

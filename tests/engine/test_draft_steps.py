@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_config
-from engine.command.screen import start_screen
 from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.schedule.plan import StepHooks
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
+from engine.worker.screen import start_screen
 from tests.engine.drafted import Guesses, MakeEngine, guessing_engine, prompts
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from engine import Engine, SamplingParams, engine_config
-from engine.command.screen import start_screen
 from engine.config import ConfigError
 from engine.plugins.replicas.replicas_client import summed
 from engine.plugins.tiers.disk import RETRY_S
@@ -27,6 +26,7 @@ from engine.plugins.tiers.staging import MAX_READS, MeasuredExchange
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.plan import Plan, Task
 from engine.server.metrics import Metrics
+from engine.worker.screen import start_screen
 from experiments.system.served import serving
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.units import GIB

@@ -26,7 +26,7 @@ from experiments.system.flood import server_port
 
 FAILS = """
 import os
-import engine.command.engine_process as there
+import engine.worker.engine_client as there
 there.BOOT = '''
 import os
 import engine.runner.model_runner as runner

@@ -22,18 +22,16 @@ from engine import (
     engine_config,
 )
 from engine.async_engine import EngineStopped, RequestStream, StepFailed
-from engine.command.engine_process import start_engine
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker import engine_client as front
-from engine.worker.engine_client import ProcessEngine
+from engine.worker.engine_client import ProcessEngine, start_engine
 
 BOOT = """
 import json, sys, time
 sys.path[:] = json.loads(sys.argv[1])
-import engine.command.screen, engine.engine
-from engine.command.engine_process import main
+import engine.worker.engine_worker as worker
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
@@ -45,13 +43,13 @@ class Runner(OracleRunner):
         {step}
         return super().forward(batch)
 
-Made = engine.engine.Engine
+Made = worker.Engine
 def make(config):
     runner = Runner({kv_tokens}, 16, max_model_len=4096)
     return Made(config, runner=runner, sampler=OracleSampler(), tokenizer=ByteTokenizer())
-engine.engine.Engine = make
-engine.command.screen.start_screen = lambda made, address: "oracle at " + address
-sys.exit(main(*sys.argv[2:]))
+worker.Engine = make
+worker.start_screen = lambda made, address: "oracle at " + address
+sys.exit(worker.main(*sys.argv[2:]))
 """
 """An oracle in place of a model, so that the process is there at once."""
 LONG = SamplingParams(max_tokens=200, ignore_eos=True)

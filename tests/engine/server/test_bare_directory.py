@@ -11,8 +11,8 @@ import pytest
 
 from engine import Engine, RequestSpec, SamplingParams, engine_config
 from engine.command.cli import main
-from engine.command.screen import start_screen
 from engine.text.tokenizer import IdTokenizer
+from engine.worker.screen import start_screen
 from experiments.gpu.models import TINY, write_geometry
 
 from .conftest import Live, serving

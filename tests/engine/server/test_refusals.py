@@ -15,7 +15,6 @@ import pytest
 
 from engine import AsyncEngine, Engine, EngineConfig, RequestSpec, SamplingParams
 from engine.async_engine import ServedEngine
-from engine.command.engine_process import start_engine
 from engine.errors import (
     ContextOverflow,
     DuplicateId,
@@ -37,6 +36,7 @@ from engine.server.chat_session import AnswerReader
 from engine.server.config import ServerConfig
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
+from engine.worker.engine_client import start_engine
 from hybridcache.routing.registry import find_router
 from tests.engine.fleet.test_fleet import Handle
 
@@ -90,12 +90,11 @@ def make_engine(config: EngineConfig, **options: Any) -> Engine:
 BOOT = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-import engine.command.screen, engine.engine
-from engine.command.engine_process import main
+import engine.worker.engine_worker as worker
 from tests.engine.server.test_refusals import make_engine
-engine.engine.Engine = make_engine
-engine.command.screen.start_screen = lambda made, address: "oracle at " + address
-sys.exit(main(*sys.argv[2:]))
+worker.Engine = make_engine
+worker.start_screen = lambda made, address: "oracle at " + address
+sys.exit(worker.main(*sys.argv[2:]))
 """
 
 
