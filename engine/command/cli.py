@@ -11,7 +11,8 @@ import re
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -41,52 +42,10 @@ from hybridcache.lab.signals import end_by_exception
 
 if TYPE_CHECKING:
     from engine.async_engine import ServedEngine
+    from engine.engine import Engine
+    from engine.requests.spec import RequestSpec, SamplingParams
     from engine.text.outputs import RequestOutput
     from engine.weights.convert import Conversion, Converted
-
-
-def as_record(done: Conversion) -> dict[str, object]:
-    """Return the details of every matrix, for machines."""
-    return {
-        "became": done.scheme.describe(),
-        "source_bytes": done.source_bytes,
-        "written_bytes": done.written_bytes,
-        "num_files": done.num_files,
-        "modules": {
-            one.module: {"shape": one.shape, "error": one.error, "left": one.reason or None}
-            for one in done.modules
-        },
-    }
-
-
-def as_text(done: Conversion) -> str:
-    """Return a table with one line for the same matrix in all layers, and one for all experts."""
-    alike: dict[tuple[str, str], list[Converted]] = defaultdict(list)
-    for one in done.modules:
-        alike[re.sub(r"\.\d+(?=\.)", ".*", one.module), one.reason].append(one)
-    width = max(len(name) for name, _ in alike)
-    return "\n".join(
-        [
-            f"{done.scheme.describe()}: {format_bytes(done.source_bytes)} were converted to "
-            f"{format_bytes(done.written_bytes)} in {counted(done.num_files, 'file')}",
-            f"  {'converted':<{width}} {'matrices':>9}   error, mean and largest",
-            *(_line(name, ones, width) for (name, why), ones in alike.items() if not why),
-            f"  {'not converted':<{width}} {'matrices':>9}   because",
-            *(
-                f"  {name:<{width}} {len(ones):>9,}   {why}"
-                for (name, why), ones in alike.items()
-                if why
-            ),
-        ]
-    )
-
-
-def _line(name: str, ones: list[Converted], width: int) -> str:
-    errors = {one.module: one.error for one in ones if one.error is not None}
-    worst = max(errors, key=lambda module: errors[module])
-    mean = sum(errors.values()) / len(errors)
-    line = f"  {name:<{width}} {len(ones):>9,}   {mean:.2%} {errors[worst]:.2%}"
-    return line if len(ones) == 1 else f"{line} ({worst})"
 
 
 Command = Callable[[argparse.Namespace], int]
@@ -432,7 +391,6 @@ def _chat(arguments: argparse.Namespace) -> int:
 
     engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
     read_config(SamplingParams, arguments)  # Before slow work, because it may raise ValueError.
-    from engine.command.terminal_chat import chat
     from engine.engine import Engine
 
     engine = Engine(engine_config)
@@ -440,13 +398,80 @@ def _chat(arguments: argparse.Namespace) -> int:
         if sys.stdin.isatty() and engine_config.model is None:
             print("The built-in model solves small word problems, such as:", BUILTIN_PROMPTS[0])
         sampling = read_config(SamplingParams, arguments, engine.sampling_defaults)
-        return chat(engine, sampling, arguments.system)
+        return _converse(engine, sampling, arguments.system)
     finally:
         engine.close()
 
 
+def _converse(engine: Engine, sampling: SamplingParams, system: str | None) -> int:
+    """Answer the lines of the standard input until its end or Ctrl-C, and return the exit code.
+
+    Answers are written to the standard output, token counts to the standard error output. A message
+    that is refused, for example because it is too long, is removed from the conversation. Raises
+    ValueError if the model has no chat template.
+    """
+    from engine.errors import RequestError
+    from engine.requests.spec import RequestSpec
+    from engine.text.chat_prompt import render_chat
+
+    tokenizer = engine.tokenizer
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise ValueError(
+            f"{engine.model_name} has no chat template: use `engine generate`, or another --model."
+        )
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    try:
+        for line in _messages_of_user():
+            messages.append({"role": "user", "content": line})
+            try:
+                prompt = render_chat(tokenizer, messages)
+                spec = RequestSpec(prompt.token_ids, sampling, boundaries=prompt.boundaries)
+                output = _print_answer(engine, spec)
+            except (ValueError, RequestError) as error:
+                print(f"[{error}]", file=sys.stderr, flush=True)
+                messages.pop()
+                continue
+            messages.append({"role": "assistant", "content": output.text})
+            print(f"[{_reuse(output)}]", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+def _print_answer(engine: Engine, spec: RequestSpec) -> RequestOutput:
+    """Print an answer while it is generated, and return its last output."""
+    for output in engine.stream(spec):  # Leaving the loop aborts the request.
+        print(output.new_text, end="", flush=True)
+    print(flush=True)
+    return output
+
+
+def _reuse(output: RequestOutput) -> str:
+    reused, total = output.cached_len, len(output.prompt_token_ids)
+    return (
+        f"prompt {total:,} tokens: {reused:,} reused, {total - reused:,} computed; "
+        f"answer {len(output.output):,} tokens"
+    )
+
+
+def _messages_of_user() -> Iterator[str]:
+    """Yield messages, one per line, with a prompt in a terminal. Blank lines are omitted."""
+    if not sys.stdin.isatty():
+        yield from filter(None, map(str.strip, sys.stdin))
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  # Editing and history for input().
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line:
+            yield line
+
+
 def _convert(arguments: argparse.Namespace) -> int:
-    from engine.command.cli import as_record, as_text
     from engine.weights.convert import convert
 
     done = convert(
@@ -455,8 +480,52 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.to,
         tuple(arguments.ignore),
     )
-    print(json.dumps(as_record(done)) if arguments.json else as_text(done))
+    print(json.dumps(_conversion_record(done)) if arguments.json else _conversion_text(done))
     return 0
+
+
+def _conversion_record(done: Conversion) -> dict[str, object]:
+    """Return the details of every matrix, for machines."""
+    return {
+        "became": done.scheme.describe(),
+        "source_bytes": done.source_bytes,
+        "written_bytes": done.written_bytes,
+        "num_files": done.num_files,
+        "modules": {
+            one.module: {"shape": one.shape, "error": one.error, "left": one.reason or None}
+            for one in done.modules
+        },
+    }
+
+
+def _conversion_text(done: Conversion) -> str:
+    """Return a table with one line for the same matrix in all layers, and one for all experts."""
+    alike: dict[tuple[str, str], list[Converted]] = defaultdict(list)
+    for one in done.modules:
+        alike[re.sub(r"\.\d+(?=\.)", ".*", one.module), one.reason].append(one)
+    width = max(len(name) for name, _ in alike)
+    return "\n".join(
+        [
+            f"{done.scheme.describe()}: {format_bytes(done.source_bytes)} were converted to "
+            f"{format_bytes(done.written_bytes)} in {counted(done.num_files, 'file')}",
+            f"  {'converted':<{width}} {'matrices':>9}   error, mean and largest",
+            *(_errors(name, ones, width) for (name, why), ones in alike.items() if not why),
+            f"  {'not converted':<{width}} {'matrices':>9}   because",
+            *(
+                f"  {name:<{width}} {len(ones):>9,}   {why}"
+                for (name, why), ones in alike.items()
+                if why
+            ),
+        ]
+    )
+
+
+def _errors(name: str, ones: list[Converted], width: int) -> str:
+    errors = {one.module: one.error for one in ones if one.error is not None}
+    worst = max(errors, key=lambda module: errors[module])
+    mean = sum(errors.values()) / len(errors)
+    line = f"  {name:<{width}} {len(ones):>9,}   {mean:.2%} {errors[worst]:.2%}"
+    return line if len(ones) == 1 else f"{line} ({worst})"
 
 
 def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
