@@ -24,6 +24,7 @@ from fastapi.openapi.utils import get_openapi
 
 from engine.async_engine import EngineStopped, ServedEngine
 from engine.server import access, errors
+from engine.server.access import Operator
 from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
 from engine.server.chat_session import render
@@ -39,7 +40,6 @@ from engine.server.context import ServingContext
 from engine.server.errors import ANTHROPIC, APIError, PlainJSON
 from engine.server.extension import Dialect, Extensions
 from engine.server.listening import ACCEPTED_AT_ONCE, BACKLOG
-from engine.server.operator import Operator
 from engine.server.request_log import RequestLog, is_wanted, set_up_logging
 from engine.server.schemas import (
     IGNORED,

@@ -8,14 +8,13 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from engine.server import logprobs
-from engine.server import response_extras as reported
+from engine.server import response_fields as fields
+from engine.server.access import new_id
 from engine.server.chat_hooks import ChatDiagnostics
 from engine.server.chat_session import ChatAnswer, ChatDelta, ChatSession, ask
 from engine.server.context import ServingContext, usage
 from engine.server.schemas import ChatRequest
 from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
-from engine.server.tenants import new_id
 from engine.text.answers import (
     CallArguments,
     CallBegin,
@@ -68,7 +67,7 @@ class _ChatWriter:
                 "logprobs": self._scores(answer.output.logprobs),
                 "finish_reason": answer.finish,
                 **_warning(answer.warning),
-                **reported.token_ids(self._body, answer.output, answer.output.token_ids, False),
+                **fields.token_ids(self._body, answer.output, answer.output.token_ids, False),
             }
             for index, answer in enumerate(answers)
         ]
@@ -79,15 +78,15 @@ class _ChatWriter:
             "choices": choices,
             "usage": usage(outputs, self._body.n),
             **self._of_prompt(outputs[0]),
-            **reported.cache_details(self._body, outputs),
+            **fields.cache_details(self._body, outputs),
             **self._told(),
         }
 
     def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
         """Return the fields about the prompt, which all answers share."""
-        ids = reported.token_ids(self._body, output, (), True)
+        ids = fields.token_ids(self._body, output, (), True)
         ids.pop("token_ids", None)
-        return ids | reported.prompt_scores(self._front.tokenizer, self._body, output)
+        return ids | fields.prompt_scores(self._front.tokenizer, self._body, output)
 
     async def events(self, exchange: ChatSession) -> AsyncIterator[bytes]:
         """Yield the role of each choice, then one event per output. Text that was sent is never
@@ -109,7 +108,7 @@ class _ChatWriter:
                 sent_s = time.monotonic()
                 yield self._event([choice], **more)
         outputs = [last[index] for index in range(exchange.num_answers)]
-        if details := reported.cache_details(self._body, outputs):
+        if details := fields.cache_details(self._body, outputs):
             yield self._event([], **details)
         if self._body.includes_usage:
             yield self._event([], usage=usage(outputs, self._body.n), **self._told())
@@ -126,7 +125,7 @@ class _ChatWriter:
         choice = _choice(news.index, deltas.write(news.events), scores, news.finish)
         new = news.output.new_token_ids
         choice |= _warning(news.warning)
-        return choice | reported.token_ids(self._body, news.output, new, False)
+        return choice | fields.token_ids(self._body, news.output, new, False)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return event({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})
@@ -134,7 +133,7 @@ class _ChatWriter:
     def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return logprobs.for_chat(self._front.tokenizer, scores or (), self._body.top_logprobs or 0)
+        return fields.chat_scores(self._front.tokenizer, scores or (), self._body.top_logprobs or 0)
 
 
 def _warning(warning: str | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 from engine.text.chat_prompt import SampledTurn
 
 if TYPE_CHECKING:
-    from engine.server.tenants import Tenant
+    from engine.server.access import Tenant
     from engine.server.workers import Workers
     from engine.text.chat_prompt import ChatPrompt
     from engine.text.outputs import RequestOutput

@@ -12,11 +12,11 @@ from engine.async_engine import RequestStream
 from engine.plugins import call_form
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
+from engine.server.access import AnswerId, Tenant
 from engine.server.chat_hooks import ChatDiagnostics
 from engine.server.context import ServingContext
 from engine.server.errors import APIError, quoted
 from engine.server.schemas import ChatRequest, NamedTool, TokenizeRequest, cuts_of
-from engine.server.tenants import AnswerId, Tenant
 from engine.text.answers import (
     CLOSE,
     BrokenCall,

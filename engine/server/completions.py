@@ -11,12 +11,11 @@ from fastapi import Request, Response
 
 from engine.async_engine import RequestStream
 from engine.requests.spec import RequestSpec
-from engine.server import logprobs
-from engine.server import response_extras as reported
+from engine.server import response_fields as fields
+from engine.server.access import AnswerId, Tenant
 from engine.server.context import ServingContext, usage
 from engine.server.schemas import CompletionRequest
 from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
-from engine.server.tenants import AnswerId, Tenant
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import EncodeOptions
 
@@ -39,7 +38,7 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
         outputs,
         lambda: answer.whole(outputs),
         echoes=shows_prompt,
-        headers=reported.cache_headers(outputs[0]),
+        headers=fields.cache_headers(outputs[0]),
     )
 
 
@@ -106,13 +105,13 @@ class _Answer:
             **self._head,
             "choices": choices,
             "usage": usage(outputs, self._body.n),
-            **reported.cache_details(self._body, outputs),
+            **fields.cache_details(self._body, outputs),
         }
 
     def headers(self) -> dict[str, str]:
         """Return response headers about the first prompt's cache hit, or {} before the first
         output."""
-        return {} if self._first is None else reported.cache_headers(self._first)
+        return {} if self._first is None else fields.cache_headers(self._first)
 
     async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
         """Yield one event per output. Text that was sent is never retracted."""
@@ -125,7 +124,7 @@ class _Answer:
             so_far = list(last.values()) if self._body.repeats_usage else []
             yield await self._event(choices[index], output, is_first, so_far)
         outputs = [last[index] for index in range(len(streams))]
-        if details := reported.cache_details(self._body, outputs):
+        if details := fields.cache_details(self._body, outputs):
             yield event({**self._head, "choices": [], **details})
         if self._body.includes_usage:
             yield event({**self._head, "choices": [], "usage": usage(outputs, self._body.n)})
@@ -164,7 +163,7 @@ class _Choice:
         self._scores = (
             None
             if body.logprobs is None
-            else logprobs.CompletionScores(front.tokenizer, body.logprobs)
+            else fields.CompletionScores(front.tokenizer, body.logprobs)
         )
 
     def first(
@@ -175,8 +174,8 @@ class _Choice:
         scores: Sequence[SampledToken | None],
     ) -> dict[str, Any]:
         """Write the beginning of an answer, or all of it, with the echoed prompt."""
-        told = reported.token_ids(self._body, output, token_ids, True)
-        told |= reported.prompt_scores(self._tokenizer, self._body, output)
+        told = fields.token_ids(self._body, output, token_ids, True)
+        told |= fields.prompt_scores(self._tokenizer, self._body, output)
         if self._echo:
             prompt = output.prompt_token_ids.tolist()
             text = self._tokenizer.decode(prompt) + text
@@ -198,5 +197,5 @@ class _Choice:
             "text": text,
             "logprobs": None if self._scores is None else self._scores.write(token_ids, scores),
             "finish_reason": output.finish_reason,
-            **reported.token_ids(self._body, output, token_ids, False),
+            **fields.token_ids(self._body, output, token_ids, False),
         }

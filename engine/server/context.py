@@ -17,6 +17,7 @@ from engine.plugins import chat_hooks
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server import request_log
+from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.body import to_json
 from engine.server.chat_hooks import ChatHooks
 from engine.server.config import ServerConfig
@@ -24,7 +25,6 @@ from engine.server.errors import APIError, of_failure, quoted
 from engine.server.metrics import Metrics
 from engine.server.schemas import Guided
 from engine.server.streaming import interleave
-from engine.server.tenants import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.workers import Workers
 from engine.text.answers import CLOSE
 from engine.text.outputs import DraftCounts, RequestOutput, Transferred

@@ -15,9 +15,9 @@ from engine.server.body import BodyReader
 from engine.server.schemas import described
 
 if TYPE_CHECKING:
+    from engine.server.access import Operator
     from engine.server.config import ServerConfig
     from engine.server.context import ServingContext
-    from engine.server.operator import Operator
 
 
 @dataclass(frozen=True, slots=True)

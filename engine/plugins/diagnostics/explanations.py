@@ -16,8 +16,8 @@ import numpy as np
 
 from engine.plugins.diagnostics.explain import Change, Explanation, Found, Parting, explain
 from engine.plugins.diagnostics.outline import Outline, Outliner
-from engine.server.response_extras import cache_headers
-from engine.server.tenants import Tenant
+from engine.server.access import Tenant
+from engine.server.response_fields import cache_headers
 from engine.server.workers import Workers
 from engine.text.chat_template import ChatTemplate, TemplateError
 from engine.text.outputs import RequestOutput

@@ -13,8 +13,8 @@ from typing import Any
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.answers import AnswerMemory, said_by
 from engine.plugins.diagnostics.outline import SYSTEM_ROLES
+from engine.server.access import Tenant
 from engine.server.chat_hooks import ChatInput, Message
-from engine.server.tenants import Tenant
 from engine.text.answers import MARKS
 from engine.text.chat_prompt import ChatPrompt, SampledTurn
 from engine.text.outputs import RequestOutput

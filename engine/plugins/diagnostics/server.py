@@ -11,12 +11,11 @@ from fastapi import FastAPI, Request
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.explanations import Explanations, Inquiry
 from engine.plugins.diagnostics.replays import Replays
+from engine.server.access import Operator, Tenant
 from engine.server.chat_hooks import ChatDiagnostics, ChatInput, Message
 from engine.server.config import ServerConfig
 from engine.server.errors import APIError, quoted
 from engine.server.extension import ServerExtension
-from engine.server.operator import Operator
-from engine.server.tenants import Tenant
 from engine.text.chat_prompt import ChatPrompt
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import Tokenizer

@@ -7,11 +7,11 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 
 from engine.plugins.observe.feed import Feed
+from engine.server.access import Operator
 from engine.server.config import ServerConfig
 from engine.server.context import ServingContext
 from engine.server.errors import APIError
 from engine.server.extension import ServerExtension
-from engine.server.operator import Operator
 from engine.server.streaming import EventStream
 from hybridcache.watch.page import POLICY, live_page
 

@@ -13,7 +13,7 @@ import pytest
 from engine import RequestSpec
 from engine.plugins.diagnostics.explain import CAUSES, Change, Explanation, Found, How
 from engine.plugins.diagnostics.explanations import Explanations, for_anthropic, for_openai
-from engine.server.tenants import Tenant
+from engine.server.access import Tenant
 from engine.text.chat_prompt import render_chat
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import ByteTokenizer

@@ -38,7 +38,7 @@ from engine.server.connections import (
 )
 from engine.server.errors import APIError
 from engine.server.listening import ACCEPTED_AT_ONCE
-from engine.server.logprobs import CompletionScores, for_chat
+from engine.server.response_fields import CompletionScores, chat_scores
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 from engine.server.workers import LONG, Workers, give_way
 from engine.text.json_text import read_json, write_json
@@ -240,11 +240,11 @@ def test_the_scores_of_a_long_prompt_are_written_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pauses: list[None] = []
-    monkeypatch.setattr("engine.server.logprobs.give_way", lambda: pauses.append(None))
+    monkeypatch.setattr("engine.server.response_fields.give_way", lambda: pauses.append(None))
     scores = [SampledToken(65, -1.0, ((65, -1.0),))] * 1000
     written = CompletionScores(ByteTokenizer(), 1).write([65] * 1000, scores)
     assert len(pauses) > 20 and {len(column) for column in written.values()} == {1000}
-    assert len(for_chat(ByteTokenizer(), scores, 1)["content"]) == 1000 and len(pauses) > 40
+    assert len(chat_scores(ByteTokenizer(), scores, 1)["content"]) == 1000 and len(pauses) > 40
 
 
 def test_only_a_worker_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,7 +551,7 @@ def test_a_token_without_any_chance_is_a_number() -> None:
     score = SampledToken(65, float("-inf"), ((65, float("-inf")), (66, -1.0)))
     for written in (
         CompletionScores(ByteTokenizer(), 2).write([65], [score]),
-        for_chat(ByteTokenizer(), [score], 2),
+        chat_scores(ByteTokenizer(), [score], 2),
     ):
         assert "-9999.0" in to_json(written).decode() and strict_json(to_json(written).decode())
 
