@@ -293,7 +293,7 @@ def _server() -> ModuleType:
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments, plugins=server_settings())
     engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
-    from engine.server.listening import bind
+    from engine.server.config import bind
     from engine.worker.engine_client import start_engine
 
     served: ServedEngine

@@ -29,7 +29,7 @@ from engine.server.body import BodyReader, to_json
 from engine.server.chat import chat
 from engine.server.chat_session import render
 from engine.server.completions import complete
-from engine.server.config import ServerConfig
+from engine.server.config import ACCEPTED_AT_ONCE, BACKLOG, ServerConfig
 from engine.server.connections import (
     MOST_DESCRIPTORS,
     Connections,
@@ -39,7 +39,6 @@ from engine.server.connections import (
 from engine.server.context import ServingContext
 from engine.server.errors import ANTHROPIC, APIError, PlainJSON
 from engine.server.extension import Dialect, Extensions
-from engine.server.listening import ACCEPTED_AT_ONCE, BACKLOG
 from engine.server.request_log import RequestLog, is_wanted, set_up_logging
 from engine.server.schemas import (
     IGNORED,

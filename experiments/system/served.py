@@ -9,8 +9,7 @@ from collections.abc import Iterator
 
 from engine import AsyncEngine, Engine
 from engine.server.app import Server
-from engine.server.config import ServerConfig
-from engine.server.listening import bind
+from engine.server.config import ServerConfig, bind
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ValidationError
 from engine import server_config
 from engine.server import connections
 from engine.server.body import BodyReader, _num_marks, to_json
-from engine.server.config import ServerConfig
+from engine.server.config import ACCEPTED_AT_ONCE, ServerConfig
 from engine.server.connections import (
     FEWEST,
     MOST_DESCRIPTORS,
@@ -37,7 +37,6 @@ from engine.server.connections import (
     raise_descriptor_limit,
 )
 from engine.server.errors import APIError
-from engine.server.listening import ACCEPTED_AT_ONCE
 from engine.server.response_fields import CompletionScores, chat_scores
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 from engine.server.workers import LONG, Workers, give_way
