@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.plugins.diagnostics.answers import said_by
 from hybridcache.tokens import Tokens
 
 Marks = npt.NDArray[np.int32] | npt.NDArray[np.uint64]
@@ -138,3 +137,29 @@ class Outliner:
             mixed = (mixed ^ (mixed >> np.uint64(shift))) * np.uint64(factor)
         result: npt.NDArray[np.uint64] = mixed ^ (mixed >> np.uint64(31))
         return result
+
+
+def said_by(message: Mapping[str, Any]) -> list[Any]:
+    """Return the contents of a message in a normal form, which is equal for an answer and its copy
+    from a client, including reasoning."""
+    return [
+        str(message.get("content") or "").strip(),
+        [_call(call) for call in message.get("tool_calls") or ()],
+        str(message.get("reasoning_content") or "").strip(),
+    ]
+
+
+def _call(call: Any) -> list[Any]:
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping):
+        return [repr(call)]
+    return [function.get("name"), _plain(function.get("arguments"))]
+
+
+def _plain(arguments: Any) -> str:
+    """Return arguments in a normal form, independent of the JSON formatting."""
+    try:
+        value = json.loads(arguments or "{}") if isinstance(arguments, str) else arguments or {}
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return str(arguments)

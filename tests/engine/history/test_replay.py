@@ -14,8 +14,7 @@ import pytest
 from engine import server_config
 from engine.config import BUILTIN_NAME
 from engine.plugins.diagnostics import DiagnosticsConfig
-from engine.plugins.diagnostics.answers import AnswerMemory
-from engine.plugins.diagnostics.replays import VolatileLines
+from engine.plugins.diagnostics.replays import AnswerMemory, VolatileLines
 from engine.text.chat_prompt import ChatPrompt, SampledTurn, render_chat
 from engine.text.chat_template import ChatTemplate
 from engine.text.hugging_face import HFTokenizer
