@@ -287,7 +287,7 @@ def _add_convert(convert: Parser) -> None:
 
 def _server() -> ModuleType:
     """Import the server. It takes half a second, in which the engine's process starts."""
-    return importlib.import_module("engine.server.app")
+    return importlib.import_module("engine.server.serve")
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -1,45 +1,29 @@
-"""The ASGI application: routes, API description, and start and stop of the server."""
+"""The ASGI application: routes and the description of the API."""
 
 from __future__ import annotations
 
 import asyncio
-import ctypes
-import gc
-import logging
-import math
-import os
-import signal
-import socket
-import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 
 from engine.async_engine import EngineStopped, ServedEngine
 from engine.server import access, errors
 from engine.server.access import Operator
-from engine.server.body import BodyReader, to_json
+from engine.server.body import BodyLimit, BodyReader, to_json
 from engine.server.chat import chat
 from engine.server.chat_session import render
 from engine.server.completions import complete
-from engine.server.config import ACCEPTED_AT_ONCE, BACKLOG, ServerConfig
-from engine.server.connections import (
-    MOST_DESCRIPTORS,
-    Connections,
-    most_connections,
-    raise_descriptor_limit,
-)
+from engine.server.config import ServerConfig
 from engine.server.context import ServingContext
 from engine.server.errors import ANTHROPIC, APIError, PlainJSON
 from engine.server.extension import Dialect, Extensions
-from engine.server.request_log import RequestLog, is_wanted, set_up_logging
+from engine.server.request_log import RequestLog, is_wanted
 from engine.server.schemas import (
     IGNORED,
     NEUTRAL,
@@ -50,15 +34,14 @@ from engine.server.schemas import (
     described,
 )
 from engine.server.streaming import ClientGone
-from engine.server.workers import SWITCH_S, Workers
+from engine.server.workers import Workers
 from engine.text.tokenizer import EncodeOptions
-from hybridcache.geometry.units import counted
 from hybridcache.lab.extras import version as installed_version
 
-logger = logging.getLogger(__name__)
 
+def _add_paths_of_peers(app: FastAPI, front: ServingContext) -> None:
+    """Add paths that vLLM's and SGLang's clients use."""
 
-def add_peers_paths(app: FastAPI, front: ServingContext, operator: Operator) -> None:
     @app.get("/version")
     async def version() -> dict[str, str]:
         return {"version": installed_version()}
@@ -66,13 +49,6 @@ def add_peers_paths(app: FastAPI, front: ServingContext, operator: Operator) -> 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
         return _tokenizer_info(front)
-
-    # Used by SGLang's benchmark and documented there for both methods.
-    @app.post("/flush_cache")
-    async def flush_cache(request: Request) -> dict[str, bool]:
-        operator.check(request)
-        await front.engine.reset_prefix_cache()
-        return {"reset": True}
 
 
 def _tokenizer_info(front: ServingContext) -> dict[str, Any]:
@@ -212,34 +188,8 @@ def _say_what_is_ignored(properties: dict[str, Any]) -> None:
         properties |= {name: {"enum": [*neutral, None]} for name, neutral in NEUTRAL.items()}
 
 
-TRIM_S = 30
-"""Interval between two calls of ``trim``."""
-
-
-def _trimmer() -> Callable[[int], int] | None:
-    try:
-        return ctypes.CDLL(None).malloc_trim
-    except (OSError, AttributeError):
-        return None  # not glibc
-
-
-_malloc_trim = _trimmer()
-
-
-async def trim() -> None:
-    """Return free pages inside malloc's arenas to the system.
-
-    Long-lived allocations between freed ones otherwise keep these pages. Takes up to a millisecond
-    per 100 MiB. Does nothing without glibc.
-    """
-    if _malloc_trim is not None:
-        _malloc_trim(0)
-
-
 HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
-FAREWELL_S = 5
-"""Time after the drain in which clients can read that their answer was cut off."""
 
 
 def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
@@ -258,7 +208,7 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
     app = FastAPI(title="hybridcache engine", lifespan=lifespan, default_response_class=PlainJSON)
     app.state.metrics = front.metrics
     errors.install(app)
-    app.add_middleware(errors.BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
+    app.add_middleware(BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
 
     @app.exception_handler(ClientGone)
     async def _gone(request: Request, error: ClientGone) -> Response:
@@ -269,7 +219,7 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
     _add_watching(app, front)
     operator = Operator.of(config)
     _add_administration(app, front, operator)
-    add_peers_paths(app, front, operator)
+    _add_paths_of_peers(app, front)
     app.state.extensions = Extensions(app, front, config, reader, operator)
     access.install(app, config)
     if is_wanted(config.log_requests):
@@ -409,106 +359,9 @@ def _add_administration(app: FastAPI, front: ServingContext, operator: Operator)
         operator.check(request)
         return await front.engine.cache_view()
 
+    @app.post("/flush_cache")  # SGLang's name
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> dict[str, bool]:
         operator.check(request)
         await front.engine.reset_prefix_cache()
         return {"reset": True}
-
-
-class Server(uvicorn.Server):
-    """Ends unfinished requests ``drain_s`` after the stop signal, with an error that gives the
-    reason."""
-
-    def __init__(
-        self,
-        engine: ServedEngine,
-        config: ServerConfig,
-        must_end: Callable[[], bool] = lambda: False,
-    ) -> None:
-        """``must_end`` is called ten times per second; True ends the server."""
-        app = create_app(engine, config)
-        limit = min(config.max_connections or MOST_DESCRIPTORS, most_connections())
-        self._connections = Connections(limit, config.header_timeout_s)
-        super().__init__(
-            uvicorn.Config(
-                app,
-                http=self._connections.protocol,  # type: ignore[arg-type]
-                ws="none",
-                log_level=config.log_level,
-                access_log=False,
-                backlog=ACCEPTED_AT_ONCE,
-                timeout_graceful_shutdown=math.ceil(config.drain_s) + FAREWELL_S,
-                callback_notify=trim,
-                timeout_notify=TRIM_S,
-            )
-        )
-        self._engine = engine
-        self._extensions = app.state.extensions
-        self._drain_s = config.drain_s
-        self._must_end = must_end
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for listener in sockets or ():
-            listener.listen(BACKLOG)
-
-    async def on_tick(self, counter: int) -> bool:
-        self._connections.sweep()
-        return await super().on_tick(counter) or self._must_end()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._extensions.close()
-        ending = asyncio.create_task(self._end())
-        await super().shutdown(sockets)
-        ending.cancel()
-
-    async def _end(self) -> None:
-        """Stop serving other engines at once, and all requests after ``drain_s``."""
-        if num_left := self._connections.num_busy:
-            logger.warning(
-                "Stopping: new requests are refused; %s may run for %g s more (--drain-s).",
-                counted(num_left, "request"),
-                self._drain_s,
-            )
-        deadline_s = time.monotonic() + self._drain_s
-        with suppress(EngineStopped, TimeoutError):
-            await asyncio.wait_for(self._engine.stop_accepting(), self._drain_s)
-        await asyncio.sleep(max(0.0, deadline_s - time.monotonic()))
-        if num_left := self._connections.num_busy:
-            logger.warning(
-                "%s had not ended after %g s and were broken off.",
-                counted(num_left, "request"),
-                self._drain_s,
-            )
-        await asyncio.to_thread(self._engine.stop)
-
-
-def check(config: ServerConfig) -> None:
-    """Raise ValueError if a file in the settings cannot be used. ``serve`` checks the same, but
-    only after the model was loaded."""
-    access.api_keys(config, os.environ)
-    Operator.of(config)
-
-
-def serve(
-    engine: ServedEngine,
-    config: ServerConfig,
-    listener: socket.socket,
-    must_end: Callable[[], bool] = lambda: False,
-) -> None:
-    """Serve on ``listener`` until SIGTERM, SIGINT or ``must_end``; then finish running requests,
-    for at most ``drain_s``."""
-    # A signal may arrive before uvicorn handles signals, and uvicorn raises its own signals again
-    # after the shutdown. A drained server must exit normally.
-    told: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, _: told.append(number))
-    set_up_logging(config.log_level)
-    sys.setswitchinterval(SWITCH_S)
-    raise_descriptor_limit()
-    # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
-    # second per run.
-    gc.collect()
-    gc.freeze()
-    Server(engine, config, lambda: bool(told) or must_end()).run(sockets=[listener])

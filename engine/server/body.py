@@ -14,7 +14,9 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.server.config import ServerConfig, flag
 from engine.server.errors import APIError, of_validation
@@ -204,6 +206,43 @@ def _end_of_text(raw: bytes, position: int) -> int:
         if raw[position] == QUOTE:
             return position + 1
         give_way()
+
+
+class BodyLimit:
+    """ASGI middleware that answers 413 to bodies above ``max_bytes``, with or without a
+    Content-Length."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        if int(announced) > self._max_bytes:
+            await self._refusal().response(scope)(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._max_bytes:
+                # An HTTPException, because FastAPI turns other errors during the reading of a body
+                # into 400.
+                raise HTTPException(413, str(self._refusal()))
+            return message
+
+        await self._app(scope, counted, send)
+
+    def _refusal(self) -> APIError:
+        limit = self._max_bytes / 2**20
+        return APIError(
+            413, f"The body is larger than {limit:g} MiB: send less, or raise --max-body-mib."
+        )
 
 
 def to_json(value: Any) -> bytes:

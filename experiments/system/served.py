@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 
 from engine import AsyncEngine, Engine
-from engine.server.app import Server
 from engine.server.config import ServerConfig, bind
+from engine.server.serve import Server
 
 
 @contextlib.contextmanager

@@ -199,7 +199,8 @@ engine.generate(["one"], SamplingParams(max_tokens=2))
 seen = [loaded()]
 from engine.async_engine import AsyncEngine
 from engine.command import cli
-from engine.server.app import check, create_app
+from engine.server.app import create_app
+from engine.server.serve import check
 from engine.server.config import ServerConfig
 cli._parser(["serve"])
 check(ServerConfig())

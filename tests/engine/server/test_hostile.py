@@ -29,16 +29,16 @@ from engine import server_config
 from engine.server import connections
 from engine.server.body import BodyReader, _num_marks, to_json
 from engine.server.config import ACCEPTED_AT_ONCE, ServerConfig
-from engine.server.connections import (
+from engine.server.errors import APIError
+from engine.server.response_fields import CompletionScores, chat_scores
+from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
+from engine.server.serve import (
     FEWEST,
     MOST_DESCRIPTORS,
     RESERVED,
     most_connections,
     raise_descriptor_limit,
 )
-from engine.server.errors import APIError
-from engine.server.response_fields import CompletionScores, chat_scores
-from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 from engine.server.workers import LONG, Workers, give_way
 from engine.text.json_text import read_json, write_json
 from engine.text.outputs import SampledToken

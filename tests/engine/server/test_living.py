@@ -347,7 +347,7 @@ def test_what_a_drain_can_not_finish_is_told_so(
     assert int(whole.headers["Retry-After"]) >= 1
     logged = [line for line in _lines(live, caplog, 3) if "/v1/completions" in line]
     assert len(logged) == 2 and all(line.endswith(error["message"]) for line in logged)
-    warned = [one.getMessage() for one in caplog.records if one.name == "engine.server.app"]
+    warned = [one.getMessage() for one in caplog.records if one.name == "engine.server.serve"]
     assert [line.partition(":")[0] for line in warned] == [
         "Stopping",
         "2 requests had not ended after 0.2 s and were broken off.",

@@ -1,21 +1,41 @@
-"""Connections of clients: their number, and the time in which a request must arrive.
+"""The server process: connections of clients, memory, start and stop.
 
-At the limit, an unused connection is closed for a new one: the one without a request for the
-longest time, or one with a stalled request body. So clients that hold unused connections cannot
+At the limit of connections, an unused one is closed for a new one: the one without a request for
+the longest time, or one with a stalled request body. So clients that hold unused connections cannot
 lock others out.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import gc
 import json
+import logging
+import math
 import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
+from engine.async_engine import EngineStopped, ServedEngine
+from engine.server import access
+from engine.server.access import Operator
+from engine.server.app import create_app
+from engine.server.config import ACCEPTED_AT_ONCE, BACKLOG, ServerConfig
 from engine.server.errors import APIError
+from engine.server.request_log import set_up_logging
+from engine.server.workers import SWITCH_S
+from hybridcache.geometry.units import counted
 
+logger = logging.getLogger(__name__)
 RESERVED = 64
 """Number of descriptors reserved for the rest of the process."""
 FEWEST = 8
@@ -196,3 +216,129 @@ def _response(error: APIError) -> bytes:
     }
     lines = [f"HTTP/1.1 {error.status} {phrase}", *(f"{k}: {v}" for k, v in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+TRIM_S = 30
+"""Interval between two calls of ``trim``."""
+
+
+def _trimmer() -> Callable[[int], int] | None:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return None  # not glibc
+
+
+_malloc_trim = _trimmer()
+
+
+async def trim() -> None:
+    """Return free pages inside malloc's arenas to the system.
+
+    Long-lived allocations between freed ones otherwise keep these pages. Takes up to a millisecond
+    per 100 MiB. Does nothing without glibc.
+    """
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+FAREWELL_S = 5
+"""Time after the drain in which clients can read that their answer was cut off."""
+
+
+class Server(uvicorn.Server):
+    """Ends unfinished requests ``drain_s`` after the stop signal, with an error that gives the
+    reason."""
+
+    def __init__(
+        self,
+        engine: ServedEngine,
+        config: ServerConfig,
+        must_end: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """``must_end`` is called ten times per second; True ends the server."""
+        app = create_app(engine, config)
+        limit = min(config.max_connections or MOST_DESCRIPTORS, most_connections())
+        self._connections = Connections(limit, config.header_timeout_s)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=self._connections.protocol,  # type: ignore[arg-type]
+                ws="none",
+                log_level=config.log_level,
+                access_log=False,
+                backlog=ACCEPTED_AT_ONCE,
+                timeout_graceful_shutdown=math.ceil(config.drain_s) + FAREWELL_S,
+                callback_notify=trim,
+                timeout_notify=TRIM_S,
+            )
+        )
+        self._engine = engine
+        self._extensions = app.state.extensions
+        self._drain_s = config.drain_s
+        self._must_end = must_end
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(BACKLOG)
+
+    async def on_tick(self, counter: int) -> bool:
+        self._connections.sweep()
+        return await super().on_tick(counter) or self._must_end()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._extensions.close()
+        ending = asyncio.create_task(self._end())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end(self) -> None:
+        """Stop serving other engines at once, and all requests after ``drain_s``."""
+        if num_left := self._connections.num_busy:
+            logger.warning(
+                "Stopping: new requests are refused; %s may run for %g s more (--drain-s).",
+                counted(num_left, "request"),
+                self._drain_s,
+            )
+        deadline_s = time.monotonic() + self._drain_s
+        with suppress(EngineStopped, TimeoutError):
+            await asyncio.wait_for(self._engine.stop_accepting(), self._drain_s)
+        await asyncio.sleep(max(0.0, deadline_s - time.monotonic()))
+        if num_left := self._connections.num_busy:
+            logger.warning(
+                "%s had not ended after %g s and were broken off.",
+                counted(num_left, "request"),
+                self._drain_s,
+            )
+        await asyncio.to_thread(self._engine.stop)
+
+
+def check(config: ServerConfig) -> None:
+    """Raise ValueError if a file in the settings cannot be used. ``serve`` checks the same, but
+    only after the model was loaded."""
+    access.api_keys(config, os.environ)
+    Operator.of(config)
+
+
+def serve(
+    engine: ServedEngine,
+    config: ServerConfig,
+    listener: socket.socket,
+    must_end: Callable[[], bool] = lambda: False,
+) -> None:
+    """Serve on ``listener`` until SIGTERM, SIGINT or ``must_end``; then finish running requests,
+    for at most ``drain_s``."""
+    # A signal may arrive before uvicorn handles signals, and uvicorn raises its own signals again
+    # after the shutdown. A drained server must exit normally.
+    told: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: told.append(number))
+    set_up_logging(config.log_level)
+    sys.setswitchinterval(SWITCH_S)
+    raise_descriptor_limit()
+    # Objects made at the start stay alive. Freezing them saves the garbage collector a quarter of a
+    # second per run.
+    gc.collect()
+    gc.freeze()
+    Server(engine, config, lambda: bool(told) or must_end()).run(sockets=[listener])
