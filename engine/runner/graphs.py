@@ -26,9 +26,8 @@ from functools import partial
 import numpy as np
 import torch
 
-from engine.layers.inputs import DecodePart, LayerInputs, VerifyPart, tokens_before
+from engine.layers.inputs import DecodePart, LayerInputs, RotaryTable, VerifyPart, tokens_before
 from engine.layers.residual import Mixer, mix, verifies
-from engine.layers.rotary import RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.memory import Memory, RequestTable
 from engine.runner.states import RunningStates

@@ -17,12 +17,12 @@ from engine.layers.inputs import (
     DecodePart,
     LayerInputs,
     PrefillPart,
+    RotaryTable,
     VerifyPart,
     tokens_before,
 )
 from engine.layers.parameters import Build, WeightSpec
 from engine.layers.rank import ALONE, Rank
-from engine.layers.rotary import RotaryTable
 from engine.models import read_model
 from engine.plugins import engine_plugins
 from engine.runner.backends import Kernels

@@ -9,9 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.inputs import LayerInputs, RotaryTable, pad_rows
 from engine.layers.prediction import PredictionHead, ahead
-from engine.layers.rotary import RotaryTable
 from engine.models.decoder import Decoder
 from engine.plugins.speculation.mtp_kv_buffer import PendingRows
 from engine.runner.graphs import Record, Replay

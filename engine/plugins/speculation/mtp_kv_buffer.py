@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.inputs import LayerInputs, RotaryTable, pad_rows
 from engine.layers.prediction import PredictionHead
-from engine.layers.rotary import RotaryTable
 from engine.models.decoder import Decoder
 from engine.runner.graphs import Record, Replay, bucket_for, decode_buckets
 from engine.runner.memory import Memory, RequestTable
