@@ -35,7 +35,7 @@ ENGINE = {
 """Plugins of an engine -> class of their settings, in the order of their hooks.
 
 The class is in the plugin's ``__init__``, which imports no other module of it. Module ``plugin``
-has the class ``EnginePlugin``.
+has its class: ``TierPlugin`` next to ``TierConfig``.
 """
 
 REQUESTED = {"guided": "GuidedConfig"}
@@ -59,7 +59,7 @@ PATHS = {
     "/v1/responses/": "dialects",
 }
 """Path of a server -> plugin that serves it. A path that ends with a slash stands for all longer
-ones, except ``/``. Module ``server`` of the plugin has the class ``Extension``."""
+ones, except ``/``. Module ``server`` of the plugin has its class: ``ObserveExtension``."""
 
 VERBS = {
     "top": ("observe", "[options]", "watch a server's cache in this terminal"),
@@ -120,7 +120,9 @@ def _changed(base: Config, kinds: Sequence[type[PluginConfig]], settings: dict[s
 def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
     """Return the plugins with settings in ``config``, in the order of ``ENGINE``."""
     return tuple(
-        _find(plugin, "plugin", "EnginePlugin")(config) for plugin in ENGINE if config.uses(plugin)
+        _find(plugin, "plugin", settings.removesuffix("Config") + "Plugin")(config)
+        for plugin, settings in ENGINE.items()
+        if config.uses(plugin)
     )
 
 
@@ -174,7 +176,8 @@ def plugin_of_path(path: str) -> str | None:
 
 def server_extension(plugin: str) -> Any:
     """Return the class of a plugin's ``ServerExtension``."""
-    return _find(plugin, "server", "Extension")
+    settings = (ENGINE | SERVER)[plugin]
+    return _find(plugin, "server", settings.removesuffix("Config") + "Extension")
 
 
 def chat_hooks(tokenizer: Tokenizer, config: ServerConfig) -> Any:

@@ -73,7 +73,7 @@ def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:
     return message
 
 
-class Extension(ServerExtension):
+class DiagnosticsExtension(ServerExtension):
     """Explains cache misses to the operator."""
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:

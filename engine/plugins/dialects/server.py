@@ -20,7 +20,7 @@ from engine.server.context import ServingContext
 from engine.server.extension import Dialect, ServerExtension
 
 
-class Extension(ServerExtension):
+class DialectsExtension(ServerExtension):
     """Serves chats in two more dialects."""
 
     def __init__(self, front: ServingContext, config: ServerConfig) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from engine.runner.model_runner import ModelRunner
 
 
-class EnginePlugin(Plugin):
+class DisaggregationPlugin(Plugin):
     """Serves prefixes to other engines, or loads them from there (setting ``role``)."""
 
     name = "disaggregation"

@@ -8,7 +8,7 @@ from engine.plugins.observe.step_trace import Trace, start_trace
 from hybridcache.scheduling.cache_manager import CacheManager
 
 
-class EnginePlugin(Plugin):
+class ObservePlugin(Plugin):
     """Writes steps and requests to a file (setting ``trace``)."""
 
     name = "observe"

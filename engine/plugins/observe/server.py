@@ -23,7 +23,7 @@ HEADERS = {
 }
 
 
-class Extension(ServerExtension):
+class ObserveExtension(ServerExtension):
     """Serves the page. The page itself holds no data and is public; its data require the operator's
     key."""
 

@@ -14,7 +14,7 @@ from engine.schedule.drafter import DraftPlanner
 from hybridcache.geometry.units import counted, format_bytes
 
 
-class EnginePlugin(Plugin):
+class SpeculationPlugin(Plugin):
     """Plans drafts (setting ``draft``)."""
 
     name = "speculation"

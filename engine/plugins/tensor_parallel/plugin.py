@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from engine.interfaces import Plugin, Runner
 
 
-class EnginePlugin(Plugin):
+class TensorParallelPlugin(Plugin):
     """Replaces the runner by one that coordinates several ranks (setting ``tp``)."""
 
     name = "tensor_parallel"

@@ -20,7 +20,7 @@ from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.variants import TieredRadixCache
 
 
-class EnginePlugin(Plugin):
+class TierPlugin(Plugin):
     """Keeps evicted and published entries (settings ``host_gib`` and ``state_dir``)."""
 
     name = "tiers"
