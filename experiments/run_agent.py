@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine import server_config
-from engine.server.config import ServerConfig
+from engine.server.settings import ServerConfig
 from engine.text.hugging_face import HFTokenizer
 from experiments import provenance
 from experiments.system.agents import scripts

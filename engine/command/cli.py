@@ -35,7 +35,7 @@ from engine.plugins import (
     server_settings,
     start_replicas,
 )
-from engine.server.config import API_KEY_VARIABLE, ServerConfig
+from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
 from hybridcache.lab.extras import how_to_install, version
 from hybridcache.lab.signals import end_by_exception
@@ -293,7 +293,7 @@ def _server() -> ModuleType:
 def _serve(arguments: argparse.Namespace) -> int:
     server_config = read_config(ServerConfig, arguments, plugins=server_settings())
     engine_config = read_config(EngineConfig, arguments, plugins=engine_settings())
-    from engine.server.config import bind
+    from engine.server.settings import bind
     from engine.worker.engine_client import start_engine
 
     served: ServedEngine

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.interfaces import EngineCore, EngineWatch, Plugin
     from engine.requests.grammar import Grammar
     from engine.requests.logit_rules import GrammarCompiler
-    from engine.server.config import ServerConfig
+    from engine.server.settings import ServerConfig
     from engine.text.answers import CallForm
     from engine.text.tokenizer import Tokenizer
 
@@ -103,7 +103,7 @@ def engine_config(base: EngineConfig | None = None, /, **settings: Any) -> Engin
 
 def server_config(base: ServerConfig | None = None, /, **settings: Any) -> ServerConfig:
     """Return the settings of a server; see ``engine_config``. Raises ValueError."""
-    from engine.server.config import ServerConfig
+    from engine.server.settings import ServerConfig
 
     return _changed(base or ServerConfig(), server_settings(), settings)
 

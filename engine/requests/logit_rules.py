@@ -54,7 +54,7 @@ class Ruling(NamedTuple):
     added: Additions | None = None
     """Numbers added to logits; None if there are none."""
     repeats: Repeats | None = None
-    """None if there are no penalties."""
+    """Penalties, or None if there are none."""
     is_final: bool = False
     """True if no later rule may change it."""
 

@@ -23,8 +23,8 @@ from fastapi import FastAPI, Request
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.server.config import API_KEY_VARIABLE, ServerConfig, flag
-from engine.server.errors import ANTHROPIC, APIError
+from engine.server.api_errors import ANTHROPIC, APIError
+from engine.server.settings import API_KEY_VARIABLE, ServerConfig, flag
 from engine.text.json_text import REPLACEMENT
 
 OPEN = ("/", "/health", "/metrics")

@@ -13,15 +13,14 @@ from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 
 from engine.async_engine import EngineStopped, ServedEngine
-from engine.server import access, errors
+from engine.server import access, api_errors
 from engine.server.access import Operator
+from engine.server.api_errors import ANTHROPIC, APIError, PlainJSON
 from engine.server.body import BodyLimit, BodyReader, to_json
 from engine.server.chat import chat
 from engine.server.chat_session import render
 from engine.server.completions import complete
-from engine.server.config import ServerConfig
 from engine.server.context import ServingContext
-from engine.server.errors import ANTHROPIC, APIError, PlainJSON
 from engine.server.extension import Dialect, Extensions
 from engine.server.request_log import RequestLog, is_wanted
 from engine.server.schemas import (
@@ -33,6 +32,7 @@ from engine.server.schemas import (
     TokenizeRequest,
     described,
 )
+from engine.server.settings import ServerConfig
 from engine.server.streaming import ClientGone
 from engine.server.workers import Workers
 from engine.text.tokenizer import EncodeOptions
@@ -207,7 +207,7 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
 
     app = FastAPI(title="hybridcache engine", lifespan=lifespan, default_response_class=PlainJSON)
     app.state.metrics = front.metrics
-    errors.install(app)
+    api_errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
 
     @app.exception_handler(ClientGone)

@@ -18,9 +18,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from engine.server.config import ServerConfig, flag
-from engine.server.errors import APIError, of_validation
+from engine.server.api_errors import APIError, of_validation
 from engine.server.schemas import Strict
+from engine.server.settings import ServerConfig, flag
 from engine.server.streaming import ClientGone
 from engine.server.workers import Workers, give_way
 from engine.text.json_text import JSONValueError, read_json, write_json

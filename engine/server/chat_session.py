@@ -13,9 +13,9 @@ from engine.plugins import call_form
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server.access import AnswerId, Tenant
+from engine.server.api_errors import APIError, quoted
 from engine.server.chat_hooks import ChatDiagnostics
 from engine.server.context import ServingContext
-from engine.server.errors import APIError, quoted
 from engine.server.schemas import ChatRequest, NamedTool, TokenizeRequest, cuts_of
 from engine.text.answers import (
     CLOSE,

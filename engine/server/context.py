@@ -18,12 +18,12 @@ from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server import request_log
 from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants
+from engine.server.api_errors import APIError, of_failure, quoted
 from engine.server.body import to_json
 from engine.server.chat_hooks import ChatHooks
-from engine.server.config import ServerConfig
-from engine.server.errors import APIError, of_failure, quoted
 from engine.server.metrics import Metrics
 from engine.server.schemas import Guided
+from engine.server.settings import ServerConfig
 from engine.server.streaming import interleave
 from engine.server.workers import Workers
 from engine.text.answers import CLOSE

@@ -16,8 +16,8 @@ from engine.server.schemas import described
 
 if TYPE_CHECKING:
     from engine.server.access import Operator
-    from engine.server.config import ServerConfig
     from engine.server.context import ServingContext
+    from engine.server.settings import ServerConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,8 +26,8 @@ from pydantic import (
 from engine.plugins import call_grammar, strict_call_grammar
 from engine.requests.grammar import Grammar, GrammarError
 from engine.requests.spec import MAX_BIAS, MAX_BIASES, MAX_COUNT, SamplingParams
-from engine.server.config import MAX_STOPS
-from engine.server.errors import APIError, quoted
+from engine.server.api_errors import APIError, quoted
+from engine.server.settings import MAX_STOPS
 from engine.text.chat_prompt import Cut
 from engine.text.json_text import read_json
 

@@ -28,10 +28,10 @@ from uvicorn.protocols.http.auto import AutoHTTPProtocol
 from engine.async_engine import EngineStopped, ServedEngine
 from engine.server import access
 from engine.server.access import Operator
+from engine.server.api_errors import APIError
 from engine.server.app import create_app
-from engine.server.config import ACCEPTED_AT_ONCE, BACKLOG, ServerConfig
-from engine.server.errors import APIError
 from engine.server.request_log import set_up_logging
+from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, ServerConfig
 from engine.server.workers import SWITCH_S
 from hybridcache.geometry.units import counted
 

@@ -20,7 +20,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from engine.async_engine import RequestStream
-from engine.server.errors import APIError, of_failure
+from engine.server.api_errors import APIError, of_failure
 from engine.server.request_log import note_error
 from engine.text.json_text import write_json
 from engine.text.outputs import RequestOutput
@@ -136,7 +136,7 @@ class EventStream(StreamingResponse):
         late_headers: Callable[[], Mapping[str, str]] | None = None,
         on_error: Callable[[APIError], bytes] | None = None,
     ) -> None:
-        """With ``on_error`` the response starts with the first event.
+        """Prepare a response. With ``on_error`` it starts with the first event.
 
         An earlier error is raised and gets its own status; a later one is written by ``on_error``
         as the last event. ``late_headers`` is called when the first event is available.

@@ -8,8 +8,8 @@ import time
 from collections.abc import Iterator
 
 from engine import AsyncEngine, Engine
-from engine.server.config import ServerConfig, bind
 from engine.server.serve import Server
+from engine.server.settings import ServerConfig, bind
 
 
 @contextlib.contextmanager

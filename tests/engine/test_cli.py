@@ -31,7 +31,7 @@ from engine.command.inspect import INTERVALS, holdings, load_geometry
 from engine.config import BUILTIN_DIR, BUILTIN_PROMPTS, ConfigError
 from engine.hub import resolve_config
 from engine.plugins import engine_settings, server_settings
-from engine.server.config import ServerConfig
+from engine.server.settings import ServerConfig
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.cli import main as laboratory

@@ -29,9 +29,9 @@ from engine.requests.logit_rules import (
     packed,
     ruled,
 )
-from engine.server.config import ServerConfig
 from engine.server.extension import Dialect
 from engine.server.schemas import TokenizeRequest
+from engine.server.settings import ServerConfig
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.scheduling.cache_manager import CacheManager
@@ -201,7 +201,7 @@ from engine.async_engine import AsyncEngine
 from engine.command import cli
 from engine.server.app import create_app
 from engine.server.serve import check
-from engine.server.config import ServerConfig
+from engine.server.settings import ServerConfig
 cli._parser(["serve"])
 check(ServerConfig())
 app = create_app(AsyncEngine(engine), ServerConfig())

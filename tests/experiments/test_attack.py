@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.server import errors
+from engine.server.api_errors import APIError
 from experiments.system.attack import __main__ as attack
 from experiments.system.attack import bodies, cache, churn
 from experiments.system.attack.runner import ChainRunner
@@ -33,6 +33,6 @@ def test_an_answer_that_is_anothers_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_server_error_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(errors.APIError, "response", lambda self: 1 // 0)
+    monkeypatch.setattr(APIError, "response", lambda self: 1 // 0)
     with pytest.raises(AssertionError, match="bodies, seed"):
         bodies.attack(0, 30)

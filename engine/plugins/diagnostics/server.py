@@ -12,10 +12,10 @@ from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.explanations import Explanations, Inquiry
 from engine.plugins.diagnostics.replays import Replays
 from engine.server.access import Operator, Tenant
+from engine.server.api_errors import APIError, quoted
 from engine.server.chat_hooks import ChatDiagnostics, ChatInput, Message
-from engine.server.config import ServerConfig
-from engine.server.errors import APIError, quoted
 from engine.server.extension import ServerExtension
+from engine.server.settings import ServerConfig
 from engine.text.chat_prompt import ChatPrompt
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from engine.plugins.dialects.translated import chat_request
 from engine.requests.spec import MAX_COUNT
-from engine.server.errors import APIError, quoted
+from engine.server.api_errors import APIError, quoted
 from engine.server.schemas import (
     MAX_TEMPERATURE,
     AnswerLimit,

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
 from engine.plugins.dialects.translated import chat_request
-from engine.server.errors import APIError, of_validation, quoted
+from engine.server.api_errors import APIError, of_validation, quoted
 from engine.server.schemas import (
     MAX_TEMPERATURE,
     AnswerLimit,

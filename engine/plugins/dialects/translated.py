@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from engine.server.errors import of_validation
+from engine.server.api_errors import of_validation
 from engine.server.schemas import ChatRequest
 
 

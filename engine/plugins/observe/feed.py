@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from engine.async_engine import EngineStopped, NoSingleEngine, ServedEngine, Watching
-from engine.server.errors import APIError
+from engine.server.api_errors import APIError
 from engine.server.workers import Workers
 from engine.text.json_text import write_json
 from hybridcache.watch.recorder import Record

@@ -8,10 +8,10 @@ from fastapi import FastAPI, Request, Response
 
 from engine.plugins.observe.feed import Feed
 from engine.server.access import Operator
-from engine.server.config import ServerConfig
+from engine.server.api_errors import APIError
 from engine.server.context import ServingContext
-from engine.server.errors import APIError
 from engine.server.extension import ServerExtension
+from engine.server.settings import ServerConfig
 from engine.server.streaming import EventStream
 from hybridcache.watch.page import POLICY, live_page
 

@@ -27,7 +27,7 @@ def record(
 
     from engine.plugins.record.proxy import create_proxy
     from engine.plugins.record.trace_writer import TraceWriter
-    from engine.server.config import ServerConfig, bind
+    from engine.server.settings import ServerConfig, bind
     from engine.text.hugging_face import load_tokenizer
 
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)

@@ -14,7 +14,7 @@ from engine.plugins.replicas import ReplicasConfig
 from engine.plugins.replicas.fleet import FLEETS, Fleet
 from engine.plugins.replicas.replica_output import Order, ReplicaFacts
 from engine.plugins.replicas.replicas_client import FleetEngine
-from engine.server.config import ServerConfig
+from engine.server.settings import ServerConfig
 from hybridcache.policies.registry import parse_placement
 from hybridcache.routing.protocol import ReplicaSpec, Router
 from hybridcache.routing.registry import find_router

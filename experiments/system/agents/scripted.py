@@ -9,7 +9,7 @@ from typing import Any
 
 from engine import Engine, RequestOutput, RequestSpec, SamplingParams, engine_config
 from engine.requests.spec import SamplingInput
-from engine.server.config import ServerConfig
+from engine.server.settings import ServerConfig
 from engine.testing.oracle import Fingerprints, OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn
 from engine.text.outputs import SampledToken

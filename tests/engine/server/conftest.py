@@ -21,8 +21,8 @@ from engine import Engine, EngineConfig, engine_config
 from engine.plugins.guided.bindings import Mask
 from engine.requests.spec import SamplingInput
 from engine.schedule.batch import Batch
-from engine.server.config import ServerConfig
 from engine.server.serve import Server
+from engine.server.settings import ServerConfig
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.chat_template import ChatTemplate

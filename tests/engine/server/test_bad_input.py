@@ -12,7 +12,6 @@ import pytest
 
 from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
 from engine.plugins.dialects.responses_body import ResponsesRequest
-from engine.server.config import ServerConfig
 from engine.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -20,6 +19,7 @@ from engine.server.schemas import (
     Strict,
     TokenizeRequest,
 )
+from engine.server.settings import ServerConfig
 
 from .conftest import Live
 

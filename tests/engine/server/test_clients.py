@@ -264,7 +264,7 @@ def test_the_asynchronous_client_and_many_at_once(live: Live) -> None:
 
 
 def test_models_are_named(serve_oracle: Callable[..., Live]) -> None:
-    from engine.server.config import ServerConfig
+    from engine.server.settings import ServerConfig
 
     live = serve_oracle(ServerConfig(served_model_name="org/mine"))
     [card] = live.client.models.list().data

@@ -26,10 +26,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from engine import server_config
-from engine.server import connections
+from engine.server import serve
+from engine.server.api_errors import APIError
 from engine.server.body import BodyReader, _num_marks, to_json
-from engine.server.config import ACCEPTED_AT_ONCE, ServerConfig
-from engine.server.errors import APIError
 from engine.server.response_fields import CompletionScores, chat_scores
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 from engine.server.serve import (
@@ -39,6 +38,7 @@ from engine.server.serve import (
     most_connections,
     raise_descriptor_limit,
 )
+from engine.server.settings import ACCEPTED_AT_ONCE, ServerConfig
 from engine.server.workers import LONG, Workers, give_way
 from engine.text.json_text import read_json, write_json
 from engine.text.outputs import SampledToken
@@ -647,7 +647,7 @@ def test_connections_without_a_request_make_room(
         held = [connection for connection in idle if not has_ended(connection)]
         assert 0 < len(held) <= 6 and held == idle[-len(held) :]
         assert not has_ended(upload)
-        time.sleep(1.1 * connections.NEW_S)
+        time.sleep(1.1 * serve.NEW_S)
         monkeypatch.setattr(connections, "STALLED_S", 0.0)
         for _ in range(7):
             stack.enter_context(live.send("/v1/completions", SLOW))

@@ -19,7 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import server_config
-from engine.server.config import ServerConfig, bind
+from engine.server.settings import ServerConfig, bind
 from engine.server.streaming import EventStream
 
 from .conftest import Live

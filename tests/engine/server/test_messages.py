@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.server.config import ServerConfig
+from engine.server.settings import ServerConfig
 
 from .conftest import Live
 from .test_tools import BONN, HERMES_CALL, QWEN_XML, SCHEMA, XML_CALL

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from engine.server.config import API_KEY_VARIABLE, ServerConfig
+from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 
 from .conftest import Live
 

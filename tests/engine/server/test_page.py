@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from engine.plugins.observe import feed
-from engine.server.config import ServerConfig
+from engine.server.settings import ServerConfig
 from hybridcache.api import members_of
 from tests.watch.follower import follow, truth
 

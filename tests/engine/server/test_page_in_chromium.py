@@ -12,8 +12,8 @@ import pytest
 
 from engine import AsyncEngine
 from engine.plugins.observe.feed import Feed
-from engine.server.config import ServerConfig
-from engine.server.errors import APIError
+from engine.server.api_errors import APIError
+from engine.server.settings import ServerConfig
 from tests.watch.browser import chromium, errors, tab
 
 from .conftest import Live, oracle_engine, serving

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from engine import server_config
-from engine.server.config import ServerConfig
+from engine.server.settings import ServerConfig
 
 from .conftest import Live
 

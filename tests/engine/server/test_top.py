@@ -15,7 +15,7 @@ from rich.console import Console
 
 from engine.command.cli import main
 from engine.plugins.observe import top
-from engine.server.config import ServerConfig
+from engine.server.settings import ServerConfig
 
 from .conftest import Live, oracle_engine, serving
 

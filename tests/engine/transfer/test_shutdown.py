@@ -24,8 +24,8 @@ from engine.plugins.disaggregation import prefix_fetch as fetch
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
 from engine.plugins.disaggregation.prefix_fetch import Linked, Peer
 from engine.plugins.disaggregation.wire import TransferError
-from engine.server.config import ServerConfig
 from engine.server.serve import Server
+from engine.server.settings import ServerConfig
 from tests.engine.transfer.pair import decode_engine, plain_engine, prefill_config
 
 ONE = SamplingParams(max_tokens=1, temperature=0)
