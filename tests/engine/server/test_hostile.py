@@ -624,7 +624,7 @@ def test_connections_without_a_request_make_room(
 ) -> None:
     """At the limit: the one that has waited longest first, then one whose body does not arrive;
     never one that is being answered."""
-    monkeypatch.setattr(connections, "STALLED_S", 1000.0)
+    monkeypatch.setattr(serve, "STALLED_S", 1000.0)
     live = serve_oracle(ServerConfig(max_connections=8), step_s=0.02)
     with contextlib.ExitStack() as stack:
         running = stack.enter_context(
@@ -648,7 +648,7 @@ def test_connections_without_a_request_make_room(
         assert 0 < len(held) <= 6 and held == idle[-len(held) :]
         assert not has_ended(upload)
         time.sleep(1.1 * serve.NEW_S)
-        monkeypatch.setattr(connections, "STALLED_S", 0.0)
+        monkeypatch.setattr(serve, "STALLED_S", 0.0)
         for _ in range(7):
             stack.enter_context(live.send("/v1/completions", SLOW))
         assert read_all(upload).startswith(b"HTTP/1.1 503")
