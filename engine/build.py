@@ -148,8 +148,7 @@ def cache_config(config: EngineConfig, runner: Runner) -> CacheConfig:
     if memory.is_stateful and kind == "radix":
         raise ConfigError(
             "prefix_cache=radix keeps KV alone, but this model has linear-attention layers that "
-            "need their state too: "
-            "use hybrid, or none."
+            "need their state too: use hybrid, or none."
         )
     return CacheConfig(
         prefix_cache="radix" if kind == "hybrid" and not memory.is_stateful else kind,

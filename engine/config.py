@@ -138,9 +138,8 @@ class EngineConfig(Settings):
 
     model: str | None = setting(
         None,
-        "model directory in Hugging Face format, or ORG/NAME of a model of the Hugging Face Hub "
-        "(a directory of that name is preferred); by default the built-in byte model, which is "
-        "small "
+        "model directory in Hugging Face format, or ORG/NAME of a model of the Hugging Face Hub (a "
+        "directory of that name is preferred); by default the built-in byte model, which is small "
         "and trained on code and synthetic tasks",
     )
     revision: str | None = setting(
@@ -182,9 +181,8 @@ class EngineConfig(Settings):
     )
     warm_up: bool = setting(
         True,
-        "compile kernels, capture graphs and load the grammar library at the start; otherwise "
-        "this is "
-        "done on first use, while requests wait",
+        "compile kernels, capture graphs and load the grammar library at the start; otherwise this "
+        "is done on first use, while requests wait",
     )
     sampling_defaults: Literal["model", "none"] = setting(
         "model",
@@ -199,8 +197,7 @@ class EngineConfig(Settings):
     checkpoints: tuple[str, ...] = setting(
         ("adaptive",),
         "positions at which states are saved: names of placements, joined by commas (adaptive, "
-        "branch, boundary, "
-        "backoff, end, every:1024, ...)",
+        "branch, boundary, backoff, end, every:1024, ...)",
     )
     eviction: str = setting(
         "survival",
@@ -209,8 +206,7 @@ class EngineConfig(Settings):
     grid: int = setting(
         TILE,
         "checkpoint positions are multiples of this number of tokens: a multiple of 64, or, for "
-        "short "
-        "prompts, 32 or 16 with kernels that support such tiles",
+        "short prompts, 32 or 16 with kernels that support such tiles",
     )
     page_size: int = setting(1, "KV allocation unit, tokens")
     exact: bool = setting(
@@ -221,9 +217,8 @@ class EngineConfig(Settings):
     cache_gib: float | None = setting(
         None,
         "memory for KV and states together, one arena, GiB; by default a quarter of the free "
-        "memory, at "
-        "most 4 GiB, on a CPU, and "
-        "elsewhere 90 % of the memory that weights, graphs and the largest step leave",
+        "memory, at most 4 GiB, on a CPU, and elsewhere 90 % of the memory that weights, graphs "
+        "and the largest step leave",
     )
     kv_gib: float | None = setting(
         None,
@@ -240,10 +235,8 @@ class EngineConfig(Settings):
     max_running: int = setting(16, "requests computed at the same time")
     token_budget: int | None = setting(
         None,
-        "tokens computed per step, including decoded ones; at least 64 are for prompts, "
-        "regardless of "
-        "the number of decoding requests; by default 1024 on "
-        "a CPU, 8192 elsewhere",
+        "tokens computed per step, including decoded ones; at least 64 are for prompts, regardless "
+        "of the number of decoding requests; by default 1024 on a CPU, 8192 elsewhere",
     )
     admission: str = setting(
         "sessions",
@@ -260,8 +253,7 @@ class EngineConfig(Settings):
     overlap: Literal["auto", "on", "off"] = setting(
         "auto",
         "prepare the next step while the device computes this one, except for steps with drafts; "
-        "auto: "
-        "on devices that compute asynchronously",
+        "auto: on devices that compute asynchronously",
     )
     check: bool = setting(
         False,
@@ -420,6 +412,5 @@ def check_no_foreign_kernels() -> None:
     raise ConfigError(
         f"The distribution 'kernels' {version} is installed in the same environment as this "
         "project, which has a package of the same name: run  `pip uninstall kernels`, or install "
-        "this project into a separate "
-        "environment."
+        "this project into a separate environment."
     )

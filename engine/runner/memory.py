@@ -178,8 +178,7 @@ class MemoryPlan(MemorySizes):
             states = f" and {SLOTS_OF_ONE} states" if state else ""
             raise ModelError(
                 f"{_gib(num_bytes)} hold {num_rows} tokens of this model; at least {MIN_KV_TOKENS} "
-                f"tokens{states}, "
-                f"{_gib(least * row)}, are needed."
+                f"tokens{states}, {_gib(least * row)}, are needed."
             )
         return cls("arena", num_rows, num_rows // slab if slab else 0, row, state, page_size)
 
@@ -479,8 +478,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torc
     except (MemoryError, torch.OutOfMemoryError):
         raise ModelError(
             f"{device.describe()} cannot allocate {_gib(num_bytes)}: configure less memory or "
-            "fewer "
-            "running requests."
+            "fewer running requests."
         ) from None
     return torch.from_numpy(untouched).view(dtype).view(shape)
 

@@ -173,8 +173,7 @@ class ModelRunner:
         except torch.OutOfMemoryError:
             raise ModelError(
                 "there is no memory left for graphs and the largest step: reduce --cache-gib, or "
-                "use "
-                "--graphs off."
+                "use --graphs off."
             ) from None
 
     def _rehearse(self, config: EngineConfig) -> int:

@@ -217,9 +217,7 @@ class Operator:
             raise APIError(
                 403,
                 "This path is reserved for the operator: send the request from the server's "
-                "machine to "
-                "localhost, or start the server with "
-                "--admin-key-file.",
+                "machine to localhost, or start the server with --admin-key-file.",
             )
 
 

@@ -81,8 +81,7 @@ class ServingContext:
             raise APIError(
                 400,
                 f"{num_choices} answers are more than the queue of {self.engine.config.max_queue} "
-                "requests can hold: "
-                "send fewer prompts or lower 'n'.",
+                "requests can hold: send fewer prompts or lower 'n'.",
             )
 
     async def encode(

@@ -560,8 +560,7 @@ def cuts_of(
     if (number := len(marks) + has_tools) > MAX_CUTS:
         raise ValueError(
             f"'cache_control' marks {number} places of this chat, and at most {MAX_CUTS} are "
-            "allowed: "
-            "remove some."
+            "allowed: remove some."
         )
     last = len(chat) - 1, None
     cuts = [chat[index].cut(index, end) for index, end in marks if (index, end) != last]
@@ -772,8 +771,7 @@ class ChatRequest(Sampling, Rendering):
         if self.max_tokens not in (None, self.limit):
             raise ValueError(
                 f"'max_tokens' {self.max_tokens} and 'max_completion_tokens' {self.limit} are "
-                "different "
-                "limits for the same answer: send one of them."
+                "different limits for the same answer: send one of them."
             )
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("'top_logprobs' requires 'logprobs': set it to true.")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from engine.config import Settings
+from engine.config import Settings, setting
 
 API_KEY_VARIABLE = "HYBRIDCACHE_API_KEY"
 """Name of the environment variable with an API key."""
@@ -44,115 +44,76 @@ class ServerConfig(Settings):
     ``engine.plugins.server_config`` takes the settings of plugins as keywords too.
     """
 
-    host: str = field(default="127.0.0.1", metadata={"help": "address to listen on"})
-    port: int = field(default=8000, metadata={"help": "port to listen on; 0 chooses a free one"})
-    log_requests: bool | None = field(
-        default=None,
-        metadata={
-            "help": "write one line per request: method, path, status, tokens of the prompt, "
-            "cached tokens, tokens of the answer, and milliseconds; by default if the log is a "
-            "terminal"
-        },
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on; 0 chooses a free one")
+    log_requests: bool | None = setting(
+        None,
+        "write one line per request: method, path, status, tokens of the prompt, cached tokens, "
+        "tokens of the answer, and milliseconds; by default if the log is a terminal",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = field(
-        default="warning", metadata={"help": "minimum level of messages in the log"}
+    log_level: Literal["debug", "info", "warning", "error"] = setting(
+        "warning", "minimum level of messages in the log"
     )
-    served_model_name: str | None = field(
-        default=None,
-        metadata={"help": "model name for clients; by default the name of the model directory"},
+    served_model_name: str | None = setting(
+        None, "model name for clients; by default the name of the model directory"
     )
-    max_body_mib: float = field(
-        default=4.0, metadata={"help": "maximum size of a request body, MiB"}
+    max_body_mib: float = setting(4.0, "maximum size of a request body, MiB")
+    body_timeout_s: float = setting(60.0, "seconds that a request body may take to arrive")
+    header_timeout_s: float = setting(
+        10.0,
+        "seconds that the headers of a request may take to arrive, from the start "
+        "of the connection or the end of the previous answer",
     )
-    body_timeout_s: float = field(
-        default=60.0, metadata={"help": "seconds that a request body may take to arrive"}
+    max_connections: int | None = setting(
+        None,
+        "connections that may be open at once; at the limit, idle ones are closed; "
+        "by default as many as the system's limit of open files allows (ulimit -n)",
     )
-    header_timeout_s: float = field(
-        default=10.0,
-        metadata={
-            "help": "seconds that the headers of a request may take to arrive, from the start "
-            "of the connection or the end of the previous answer"
-        },
+    max_values: int = setting(
+        300_000,
+        "values in the JSON of one body, counted by its commas, for bodies that may have token ids",
     )
-    max_connections: int | None = field(
-        default=None,
-        metadata={
-            "help": "connections that may be open at once; at the limit, idle ones are closed; "
-            "by default as many as the system's limit of open files allows (ulimit -n)"
-        },
+    max_names: int = setting(
+        65_536,
+        "names, lists and objects of one body, counted by its colons and brackets; "
+        "for a chat also values, counted by its commas, and the arguments of its calls",
     )
-    max_values: int = field(
-        default=300_000,
-        metadata={
-            "help": "values in the JSON of one body, counted by its commas, for bodies that may "
-            "have token ids"
-        },
+    max_prompt_ids: int = setting(
+        300_000, "token ids in the prompts of one body, and in an answer of /tokenize"
     )
-    max_names: int = field(
-        default=65_536,
-        metadata={
-            "help": "names, lists and objects of one body, counted by its colons and brackets; "
-            "for a chat also values, counted by its commas, and the arguments of its calls"
-        },
+    max_detokenize_ids: int = setting(262_144, "token ids in one request to /detokenize")
+    max_messages: int = setting(4096, "messages in one chat")
+    max_parts: int = setting(4096, "text parts in all messages of one chat")
+    max_stops: int = setting(MAX_STOPS, "stop strings, and stop token ids, in one request")
+    max_stop_chars: int = setting(1024, "characters in one stop string")
+    default_max_tokens: int | None = setting(
+        None,
+        "maximum tokens of an answer to a chat without a limit; by default as many as "
+        "the context permits",
     )
-    max_prompt_ids: int = field(
-        default=300_000,
-        metadata={"help": "token ids in the prompts of one body, and in an answer of /tokenize"},
+    special_in_content: bool = setting(
+        False,
+        "encode special tokens in the text of messages as special tokens; otherwise they are text, "
+        "so that a message cannot start another turn",
     )
-    max_detokenize_ids: int = field(
-        default=262_144, metadata={"help": "token ids in one request to /detokenize"}
+    admin_key_file: str | None = setting(
+        None,
+        "file with the key that /v1/cache and /reset_prefix_cache then require (Authorization: "
+        "Bearer KEY); by default only this machine can use them",
     )
-    max_messages: int = field(default=4096, metadata={"help": "messages in one chat"})
-    max_parts: int = field(
-        default=4096,
-        metadata={"help": "text parts in all messages of one chat"},
+    api_key_file: str | None = setting(
+        None,
+        "file with the keys of clients, one per line: each request then needs one "
+        "(Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; "
+        f"{API_KEY_VARIABLE} can have one more",
     )
-    max_stops: int = field(
-        default=MAX_STOPS,
-        metadata={"help": "stop strings, and stop token ids, in one request"},
+    cors_origin: tuple[str, ...] = setting(
+        (),
+        "origins of web pages that may use this server, as https://host or "
+        "http://host:port, or *; by default only the server's own",
     )
-    max_stop_chars: int = field(default=1024, metadata={"help": "characters in one stop string"})
-    default_max_tokens: int | None = field(
-        default=None,
-        metadata={
-            "help": "maximum tokens of an answer to a chat without a limit; by default as many as "
-            "the context permits"
-        },
-    )
-    special_in_content: bool = field(
-        default=False,
-        metadata={
-            "help": "encode special tokens in the text of messages as special tokens; "
-            "otherwise they are text, so that a message "
-            "cannot start another turn"
-        },
-    )
-    admin_key_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "file with the key that /v1/cache and /reset_prefix_cache then require "
-            "(Authorization: Bearer KEY); "
-            "by default only this machine can use them"
-        },
-    )
-    api_key_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "file with the keys of clients, one per line: each request then needs one "
-            "(Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; "
-            f"{API_KEY_VARIABLE} can have one more"
-        },
-    )
-    cors_origin: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "origins of web pages that may use this server, as https://host or "
-            "http://host:port, or *; by default only the server's own"
-        },
-    )
-    drain_s: float = field(
-        default=30.0,
-        metadata={"help": "after SIGTERM, seconds that running requests may take to finish"},
+    drain_s: float = setting(
+        30.0, "after SIGTERM, seconds that running requests may take to finish"
     )
 
     def __post_init__(self) -> None:

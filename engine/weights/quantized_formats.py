@@ -144,8 +144,7 @@ def _group_scheme(name: str, group: Mapping[str, Any], layout: Any) -> Scheme:
     else:
         raise ModelError(
             f"{name} of compressed-tensors has one scale per {strategy}; only scales per channel, "
-            "tensor or "
-            "block are supported."
+            "tensor or block are supported."
         )
     activations = group.get("input_activations")
     if activations is not None:
@@ -169,8 +168,7 @@ def _check_activations(name: str, activations: Mapping[str, Any], kind: str) -> 
             raise ModelError(
                 f"{name} of compressed-tensors has input_activations with {key} "
                 f"{found.get(key)!r}, which is not supported: use dynamic ones of 8 bits with one "
-                "scale "
-                "per token."
+                "scale per token."
             )
 
 

@@ -164,8 +164,7 @@ class WeightFiles:
         if coded:
             raise WeightsError(
                 f"quantization_config in config.json does not describe {len(coded)} weights that "
-                "are "
-                f"quantised: {enumerated(coded)}."
+                f"are quantised: {enumerated(coded)}."
             )
 
     def fill(self, layer: Layer) -> None:
@@ -263,8 +262,7 @@ def check_scale(name: str, stored: torch.Tensor, scale: torch.Tensor, scheme: Sc
         if stored[row, block * columns : (block + 1) * columns].float().count_nonzero():
             raise WeightsError(
                 f"{own} contains a scale of zero for weights that are not zero: the file is "
-                "damaged, or "
-                "its writer failed; download it again."
+                "damaged, or its writer failed; download it again."
             )
 
 

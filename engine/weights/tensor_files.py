@@ -185,8 +185,7 @@ def find_files(model_dir: Path) -> list[Path]:
             found = "GGUF is not supported, and " if any(model_dir.glob("*.gguf")) else ""
             raise WeightsError(
                 f"{found}there are no .safetensors files in {model_dir}; use --load-format dummy "
-                "to "
-                "try without weights."
+                "to try without weights."
             )
         return files
     index = indices[0]

@@ -128,8 +128,7 @@ def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) ->
         if has_ended:
             raise ValueError(
                 f"the engine's process {describe_exit(process.returncode)} before the model was "
-                "loaded; "
-                "see its output above."
+                "loaded; see its output above."
             )
 
 
@@ -211,8 +210,7 @@ class ProcessEngine:
         except UnicodeEncodeError:
             raise ValueError(
                 "a text of this request cannot be encoded in UTF-8: remove lone surrogates "
-                "(\\ud800 "
-                "to \\udfff)."
+                "(\\ud800 to \\udfff)."
             ) from None
         except OverflowError:
             raise ValueError(

@@ -45,8 +45,7 @@ def start_screen(engine: Engine, address: str) -> str:
             (
                 "states",
                 f"{report.slots.total:,} at most, {format_bytes(geometry.state_bytes)} each, as "
-                "much as the KV of "
-                f"{geometry.state_tokens:,.0f} tokens",
+                f"much as the KV of {geometry.state_tokens:,.0f} tokens",
             )
         )
     if runner.own_state_bytes:

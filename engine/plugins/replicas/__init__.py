@@ -32,7 +32,6 @@ class ReplicasConfig(PluginConfig):
     router: str = setting(
         "checkpoint",
         "with replicas: policy that chooses one for a request: checkpoint, kv, text, session, "
-        ""
         "least_loaded, round_robin, or module:Class",
     )
 

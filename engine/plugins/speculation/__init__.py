@@ -22,8 +22,7 @@ class SpeculationConfig(PluginConfig):
         "none",
         "draft tokens and verify them together, so that a step may produce several: tree:8 (text "
         "that followed earlier, in the cache or in the request itself; at most 8 tokens), mtp:3 "
-        "(the model's own multi-token head), tree,mtp (the head if the tree has no draft), or "
-        "none",
+        "(the model's own multi-token head), tree,mtp (the head if the tree has no draft), or none",
     )
     draft_index_mib: float = setting(
         64.0,

@@ -212,8 +212,7 @@ class RecordStore:
         if self.num_bytes + size > self.max_bytes:
             raise StoreFull(
                 f"{self.folder} contains {self.num_bytes:,} of at most {self.max_bytes:,} bytes "
-                "and "
-                f"has no room for {size:,} more."
+                f"and has no room for {size:,} more."
             )
         crcs = zlib.crc32(meta), zlib.crc32(view)
         head = HEAD.pack(MAGIC, self._digest, record_id, kind, len(meta), len(view), *crcs)
