@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from engine.config import EngineConfig
-from engine.engine_loop import EngineLoop, failed
-from engine.errors import EngineStopped, QueueFull, RequestError, StepFailed
+from engine.engine_loop import EngineLoop
+from engine.errors import RequestError
 from engine.interfaces import EngineWatch
 from engine.plugins import cache_watch
 from engine.requests.grammar import Grammar
@@ -27,19 +27,6 @@ if TYPE_CHECKING:
     from engine.schedule.report import CacheReport
     from engine.text.tokenizer import Tokenizer
     from hybridcache.watch.recorder import Record
-
-__all__ = [
-    "AsyncEngine",
-    "EngineStopped",
-    "NoSingleEngine",
-    "QueueFull",
-    "RequestError",
-    "RequestStream",
-    "ServedEngine",
-    "StepFailed",
-    "Watching",
-    "failed",
-]
 
 Result = TypeVar("Result")
 

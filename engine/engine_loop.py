@@ -65,13 +65,9 @@ class EngineLoop(Generic[Reader]):
         self._is_open = True
         self._must_stop = False
         self._is_closed = False
-        self._has_failed = self._last_step_failed = False
+        self.has_failed = self._last_step_failed = False
+        """``has_failed``: the loop ended because the engine failed."""
         engine.on_work(self._notify)
-
-    @property
-    def has_failed(self) -> bool:
-        """True if the loop ended because the engine failed."""
-        return self._has_failed
 
     def enqueue(self, request: Request, reader: Reader) -> None:
         """Queue a prepared request before the next step. Safe to call from any thread.
@@ -89,7 +85,7 @@ class EngineLoop(Generic[Reader]):
                 self._arriving.remove(request_id)
 
         with self._wake:
-            if self._has_failed:
+            if self.has_failed:
                 raise EngineStopped(FAILED)
             if not self._is_open:
                 raise EngineStopped(STOPPING)
@@ -150,10 +146,10 @@ class EngineLoop(Generic[Reader]):
                 self._engine.abort(request_id)
             self._engine.close()
         except RunnerLost as error:
-            self._has_failed = True
+            self.has_failed = True
             logger.error("The engine ended: %s", error)
         except BaseException:
-            self._has_failed = True
+            self.has_failed = True
             logger.exception("The engine failed; it answers nothing from here on.")
         finally:
             try:
@@ -230,6 +226,6 @@ class EngineLoop(Generic[Reader]):
                 order()
             except Exception:
                 logger.exception("An order failed that was left when the engine ended.")
-        ended = EngineStopped(FAILED if self._has_failed else STOPPED)
+        ended = EngineStopped(FAILED if self.has_failed else STOPPED)
         self._deliver([(reader, ended) for reader in self._streams.values()])
         self._streams.clear()

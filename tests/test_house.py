@@ -123,7 +123,7 @@ MAY_IMPORT = {
     "engine/testing": "requests schedule text",
     "engine/engine_loop.py": "errors interfaces requests text",
     "engine/worker": "async_engine build config engine engine_loop errors interfaces "
-    "plugins requests schedule server text",
+    "plugins requests runner schedule server text",
     "engine/server": "async_engine config engine errors plugins requests schedule text",
     "engine/plugins/tool_calls": "requests text",
     "engine/plugins/guided": "config requests text",
@@ -131,7 +131,7 @@ MAY_IMPORT = {
     "engine/plugins/dialects": "config requests server text",
     "engine/plugins/record": "hub server text",
     "engine/plugins/disaggregation": "config errors interfaces requests runner schedule text",
-    "engine/plugins/observe": "async_engine config engine interfaces requests server text",
+    "engine/plugins/observe": "async_engine config engine errors interfaces requests server text",
     "engine/plugins/speculation": "config interfaces layers models requests runner schedule text",
     "engine/plugins/tiers": "config interfaces requests runner schedule text weights",
     "engine/plugins/tensor_parallel": "config errors interfaces layers models runner "

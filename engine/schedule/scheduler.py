@@ -10,7 +10,6 @@ import logging
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
-from engine.errors import QueueFull as QueueFull  # its name before it moved
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.drafter import Draft, DraftPlanner

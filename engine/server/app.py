@@ -12,7 +12,8 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 
-from engine.async_engine import EngineStopped, ServedEngine
+from engine.async_engine import ServedEngine
+from engine.errors import EngineStopped
 from engine.server import access, api_errors
 from engine.server.access import Operator
 from engine.server.api_errors import ANTHROPIC, APIError, PlainJSON

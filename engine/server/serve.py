@@ -25,7 +25,8 @@ from typing import Any
 import uvicorn
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
-from engine.async_engine import EngineStopped, ServedEngine
+from engine.async_engine import ServedEngine
+from engine.errors import EngineStopped
 from engine.server import access
 from engine.server.access import Operator
 from engine.server.api_errors import APIError

@@ -17,7 +17,7 @@ from engine import (
     SamplingParams,
     engine_config,
 )
-from engine.async_engine import EngineStopped, StepFailed
+from engine.errors import EngineStopped, StepFailed
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from engine import AsyncEngine, Engine, RequestOutput, SamplingParams, engine_config
-from engine.async_engine import EngineStopped, RequestStream, StepFailed
+from engine.async_engine import RequestStream
+from engine.errors import EngineStopped, StepFailed
 from engine.requests.grammar import Grammar
 from engine.requests.request import Request
 from engine.requests.spec import RequestSpec

@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from engine.async_engine import EngineStopped, NoSingleEngine, ServedEngine, Watching
+from engine.async_engine import NoSingleEngine, ServedEngine, Watching
+from engine.errors import EngineStopped
 from engine.server.api_errors import APIError
 from engine.server.workers import Workers
 from engine.text.json_text import write_json

@@ -12,17 +12,10 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
-from engine.async_engine import (
-    EngineStopped,
-    NoSingleEngine,
-    QueueFull,
-    RequestStream,
-    StepFailed,
-    Watching,
-)
+from engine.async_engine import NoSingleEngine, RequestStream, Watching
 from engine.build import load_tokenizer_of, sampling_defaults
 from engine.config import EngineConfig
-from engine.errors import DuplicateId, RequestError, WireError
+from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, StepFailed, WireError
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica_output import Order, ReplicaAnswer, ReplicaFacts
 from engine.requests.grammar import Grammar

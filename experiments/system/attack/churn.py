@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Any
 
 from engine import AsyncEngine, Engine, QueueFull, SamplingParams, engine_config
-from engine.async_engine import EngineStopped, StepFailed
+from engine.errors import EngineStopped, StepFailed
 from experiments.system.attack.runner import ChainRunner, ChainSampler, answer
 
 WAYS = ("whole", "whole", "leave", "abort", "drop", "cancel", "call", "reset")
@@ -132,4 +132,4 @@ async def _run(engine: Engine, seed: int, seen: Counter[str]) -> bool:
         await asyncio.wait_for(asyncio.gather(*callers), 120)
     finally:
         await serving.drain()
-    return not serving._has_failed
+    return not serving.has_failed

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from engine import EngineConfig, SamplingParams, engine_config, server_config
-from engine.async_engine import EngineStopped, NoSingleEngine, QueueFull, StepFailed
+from engine.async_engine import NoSingleEngine
+from engine.errors import EngineStopped, QueueFull, StepFailed
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
 from engine.plugins.replicas.replica_output import Order

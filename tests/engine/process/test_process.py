@@ -21,7 +21,8 @@ from engine import (
     SamplingParams,
     engine_config,
 )
-from engine.async_engine import EngineStopped, RequestStream, StepFailed
+from engine.async_engine import RequestStream
+from engine.errors import EngineStopped, StepFailed
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer

@@ -16,8 +16,7 @@ import numpy as np
 import pytest
 
 from engine import AsyncEngine, Engine, RequestSpec, SamplingParams
-from engine.async_engine import EngineStopped
-from engine.errors import WireError
+from engine.errors import EngineStopped, WireError
 from engine.plugins.disaggregation import outgoing
 from engine.plugins.disaggregation import prefill_server as serve
 from engine.plugins.disaggregation import prefix_fetch as fetch
