@@ -40,7 +40,7 @@ from engine.text.tokenizer import EncodeOptions
 from hybridcache.lab.extras import version as installed_version
 
 
-def _add_paths_of_peers(app: FastAPI, front: ServingContext) -> None:
+def _add_paths_of_peers(app: FastAPI, context: ServingContext) -> None:
     """Add paths that vLLM's and SGLang's clients use."""
 
     @app.get("/version")
@@ -49,19 +49,19 @@ def _add_paths_of_peers(app: FastAPI, front: ServingContext) -> None:
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> dict[str, Any]:
-        return _tokenizer_info(front)
+        return _tokenizer_info(context)
 
 
-def _tokenizer_info(front: ServingContext) -> dict[str, Any]:
+def _tokenizer_info(context: ServingContext) -> dict[str, Any]:
     """Return the properties of the tokenizer that lm-eval and vLLM's clients request."""
-    tokenizer, template = front.tokenizer, front.tokenizer.chat_template
+    tokenizer, template = context.tokenizer, context.tokenizer.chat_template
     named = {} if template is None else template.special_tokens
     ends = sorted(tokenizer.eos_token_ids)
     end = tokenizer.token_bytes(ends[0]).decode("utf-8", "replace") if ends else None
     return {
         "tokenizer_class": type(tokenizer).__name__,
         "vocab_size": tokenizer.vocab_size,
-        "model_max_length": front.engine.max_model_len,
+        "model_max_length": context.engine.max_model_len,
         "bos_token": named.get("bos_token") or None,
         "eos_token": named.get("eos_token") or end,
         "pad_token": named.get("pad_token") or None,
@@ -196,7 +196,7 @@ HEALTH_WAIT_S = 0.2
 def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
     """Make the application that serves ``engine``. The engine starts and stops with it."""
     workers = Workers()
-    front = ServingContext(engine, config, workers)
+    context = ServingContext(engine, config, workers)
     reader = BodyReader(config, workers)
 
     @asynccontextmanager
@@ -207,7 +207,7 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         workers.close()
 
     app = FastAPI(title="hybridcache engine", lifespan=lifespan, default_response_class=PlainJSON)
-    app.state.metrics = front.metrics
+    app.state.metrics = context.metrics
     api_errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=int(config.max_body_mib * 2**20))
 
@@ -215,13 +215,13 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
     async def _gone(request: Request, error: ClientGone) -> Response:
         return Response(status_code=499)
 
-    _add_generation(app, front, reader)
-    _add_tokens(app, front, reader, config)
-    _add_watching(app, front)
+    _add_generation(app, context, reader)
+    _add_tokens(app, context, reader, config)
+    _add_watching(app, context)
     operator = Operator.of(config)
-    _add_administration(app, front, operator)
-    _add_paths_of_peers(app, front)
-    app.state.extensions = Extensions(app, front, config, reader, operator)
+    _add_administration(app, context, operator)
+    _add_paths_of_peers(app, context)
+    app.state.extensions = Extensions(app, context, config, reader, operator)
     access.install(app, config)
     if is_wanted(config.log_requests):
         app.add_middleware(RequestLog)
@@ -229,25 +229,25 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
     return app
 
 
-def _add_generation(app: FastAPI, front: ServingContext, reader: BodyReader) -> None:
+def _add_generation(app: FastAPI, context: ServingContext, reader: BodyReader) -> None:
     own = (
-        Dialect("/v1/completions", CompletionRequest, partial(complete, front), "completions"),
-        Dialect("/v1/chat/completions", ChatRequest, partial(chat, front), "chat_completions"),
+        Dialect("/v1/completions", CompletionRequest, partial(complete, context), "completions"),
+        Dialect("/v1/chat/completions", ChatRequest, partial(chat, context), "chat_completions"),
     )
     for dialect in own:
         dialect.add_to(app, reader)
 
     def card() -> dict[str, Any]:
         return {
-            "id": front.model_name,
+            "id": context.model_name,
             "object": "model",
-            "created": front.created,
+            "created": context.created,
             "owned_by": "hybridcache",
-            "max_model_len": front.engine.max_model_len,
+            "max_model_len": context.engine.max_model_len,
             # Fields of Anthropic's API.
             "type": "model",
-            "display_name": front.model_name,
-            "created_at": datetime.fromtimestamp(front.created, UTC).isoformat(),
+            "display_name": context.model_name,
+            "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
         }
 
     @app.get("/v1/models")
@@ -258,28 +258,28 @@ def _add_generation(app: FastAPI, front: ServingContext, reader: BodyReader) -> 
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        front.check_model(name)
+        context.check_model(name)
         return card()
 
 
 def _add_tokens(
-    app: FastAPI, front: ServingContext, reader: BodyReader, config: ServerConfig
+    app: FastAPI, context: ServingContext, reader: BodyReader, config: ServerConfig
 ) -> None:
     @app.post("/tokenize", openapi_extra=described(TokenizeRequest))
     async def tokenize(request: Request) -> Response:
         body = await reader.read(request, TokenizeRequest)
-        front.check_model(body.model)
-        answer: dict[str, Any] = {"max_model_len": front.engine.max_model_len}
+        context.check_model(body.model)
+        answer: dict[str, Any] = {"max_model_len": context.engine.max_model_len}
         if body.messages:
             size = len(await request.body())
-            prompt, _ = await render(front, body, size, front.tenant_of(request))
+            prompt, _ = await render(context, body, size, context.tenant_of(request))
             token_ids = prompt.token_ids
             answer["boundaries"] = list(prompt.boundaries)
         else:
-            [token_ids] = await front.encode(
+            [token_ids] = await context.encode(
                 [body.prompt or ""],
                 EncodeOptions(
-                    body.add_special_tokens, namespace=front.tenant_of(request).namespace
+                    body.add_special_tokens, namespace=context.tenant_of(request).namespace
                 ),
             )
         if len(token_ids) > config.max_prompt_ids:
@@ -289,23 +289,23 @@ def _add_tokens(
                 "in parts, or raise --max-prompt-ids.",
             )
         answer |= {"count": len(token_ids), "tokens": token_ids}
-        content = await front.workers.run(len(token_ids), lambda: to_json(answer))
+        content = await context.workers.run(len(token_ids), lambda: to_json(answer))
         return Response(content, media_type="application/json")
 
     @app.post("/detokenize", openapi_extra=described(DetokenizeRequest))
     async def detokenize(request: Request) -> dict[str, str]:
         body = await reader.read(request, DetokenizeRequest)
-        front.check_model(body.model)
+        context.check_model(body.model)
 
         def work() -> str:
-            num_ids = front.tokenizer.vocab_size
+            num_ids = context.tokenizer.vocab_size
             if any(not 0 <= token_id < num_ids for token_id in body.tokens):
                 raise APIError(
                     400, f"'tokens' must be ids from 0 to {num_ids - 1}.", param="tokens"
                 )
-            return front.tokenizer.decode(body.tokens, skip_special_tokens=False)
+            return context.tokenizer.decode(body.tokens, skip_special_tokens=False)
 
-        return {"prompt": await front.workers.run(len(body.tokens), work)}
+        return {"prompt": await context.workers.run(len(body.tokens), work)}
 
 
 class Health:
@@ -337,32 +337,32 @@ class Health:
             self._problem = None if folder is None else folder.problem
 
 
-def _add_watching(app: FastAPI, front: ServingContext) -> None:
-    state = Health(front.engine)
+def _add_watching(app: FastAPI, context: ServingContext) -> None:
+    state = Health(context.engine)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
-        if not front.engine.is_alive:
+        if not context.engine.is_alive:
             raise APIError(503, "The engine has stopped; see the server's log for the reason.")
         return await state.check()
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        report = await front.engine.report()
-        return Response(front.metrics.render(report), media_type=front.metrics.content_type)
+        report = await context.engine.report()
+        return Response(context.metrics.render(report), media_type=context.metrics.content_type)
 
 
-def _add_administration(app: FastAPI, front: ServingContext, operator: Operator) -> None:
+def _add_administration(app: FastAPI, context: ServingContext, operator: Operator) -> None:
     """Add the operator's paths, which show or empty the cache of all clients."""
 
     @app.get("/v1/cache")
     async def cache(request: Request) -> dict[str, Any]:
         operator.check(request)
-        return await front.engine.cache_view()
+        return await context.engine.cache_view()
 
     @app.post("/flush_cache")  # SGLang's name
     @app.post("/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> dict[str, bool]:
         operator.check(request)
-        await front.engine.reset_prefix_cache()
+        await context.engine.reset_prefix_cache()
         return {"reset": True}

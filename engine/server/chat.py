@@ -29,34 +29,36 @@ QUIET_S = 5.0
 stream while a long call is generated."""
 
 
-async def chat(front: ServingContext, request: Request, body: ChatRequest) -> Response:
+async def chat(context: ServingContext, request: Request, body: ChatRequest) -> Response:
     """Answer one chat request."""
-    front.check_limit(body.max_tokens, "max_tokens")
-    front.check_limit(body.max_completion_tokens, "max_completion_tokens")
-    tenant = front.tenant_of(request, body.cache_salt)
-    with front.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
-        exchange = await ask(front, body, len(await request.body()), tenant, answer_id)
-    inquiry = exchange.inquiry
-    writer = _ChatWriter(front, body, inquiry)
+    context.check_limit(body.max_tokens, "max_tokens")
+    context.check_limit(body.max_completion_tokens, "max_completion_tokens")
+    tenant = context.tenant_of(request, body.cache_salt)
+    with context.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
+        session = await ask(context, body, len(await request.body()), tenant, answer_id)
+    diagnostics = session.diagnostics
+    writer = _ChatWriter(context, body, diagnostics)
     if body.stream:
-        return EventStream(writer.events(exchange), inquiry.headers, as_event)
-    answers = await unless_gone(request, exchange.answers())
+        return EventStream(writer.events(session), diagnostics.headers, as_event)
+    answers = await unless_gone(request, session.answers())
     outputs = [answer.output for answer in answers]
-    headers = inquiry.headers()
-    return await front.answer(outputs, lambda: writer.whole(answers), headers=headers)
+    headers = diagnostics.headers()
+    return await context.answer(outputs, lambda: writer.whole(answers), headers=headers)
 
 
 class _ChatWriter:
     """Writes a chat's answers, as a whole or as events."""
 
-    def __init__(self, front: ServingContext, body: ChatRequest, inquiry: ChatDiagnostics) -> None:
-        self._front = front
-        self._inquiry = inquiry
+    def __init__(
+        self, context: ServingContext, body: ChatRequest, diagnostics: ChatDiagnostics
+    ) -> None:
+        self._context = context
+        self._diagnostics = diagnostics
         self._body = body
         self._head = {
-            "id": inquiry.answer_id,
+            "id": diagnostics.answer_id,
             "created": int(time.time()),
-            "model": front.model_name,
+            "model": context.model_name,
         }
 
     def whole(self, answers: Sequence[ChatAnswer]) -> dict[str, Any]:
@@ -86,18 +88,18 @@ class _ChatWriter:
         """Return the fields about the prompt, which all answers share."""
         ids = fields.token_ids(self._body, output, (), True)
         ids.pop("token_ids", None)
-        return ids | fields.prompt_scores(self._front.tokenizer, self._body, output)
+        return ids | fields.prompt_scores(self._context.tokenizer, self._body, output)
 
-    async def events(self, exchange: ChatSession) -> AsyncIterator[bytes]:
+    async def events(self, session: ChatSession) -> AsyncIterator[bytes]:
         """Yield the role of each choice, then one event per output. Text that was sent is never
         retracted."""
         last: dict[int, RequestOutput] = {}
-        deltas = [_Deltas() for _ in range(exchange.num_answers)]
+        deltas = [_Deltas() for _ in range(session.num_answers)]
         sent_s = time.monotonic()
-        async for news in exchange.news():
+        async for news in session.news():
             is_first = not last
             if is_first:
-                for index in range(exchange.num_answers):
+                for index in range(session.num_answers):
                     yield self._event([_choice(index, {"role": "assistant", "content": ""})])
             last[news.index] = news.output
             more = self._of_prompt(news.output) if is_first else {}
@@ -107,7 +109,7 @@ class _ChatWriter:
             if more or choice != _choice(news.index, {}) or sent_s + QUIET_S < time.monotonic():
                 sent_s = time.monotonic()
                 yield self._event([choice], **more)
-        outputs = [last[index] for index in range(exchange.num_answers)]
+        outputs = [last[index] for index in range(session.num_answers)]
         if details := fields.cache_details(self._body, outputs):
             yield self._event([], **details)
         if self._body.includes_usage:
@@ -118,7 +120,7 @@ class _ChatWriter:
 
     def _told(self) -> dict[str, Any]:
         """Return the explanation of cache misses, if it was requested."""
-        return self._inquiry.told() | self._inquiry.diagnostics()
+        return self._diagnostics.told() | self._diagnostics.diagnostics()
 
     def _delta(self, deltas: _Deltas, news: ChatDelta) -> dict[str, Any]:
         scores = self._scores(news.output.new_logprobs)
@@ -133,7 +135,9 @@ class _ChatWriter:
     def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return fields.chat_scores(self._front.tokenizer, scores or (), self._body.top_logprobs or 0)
+        return fields.chat_scores(
+            self._context.tokenizer, scores or (), self._body.top_logprobs or 0
+        )
 
 
 def _warning(warning: str | None) -> dict[str, Any]:

@@ -174,7 +174,7 @@ class ChatAnswer:
 
 
 async def render(
-    front: ServingContext, body: ChatRequest | TokenizeRequest, size: int, tenant: Tenant
+    context: ServingContext, body: ChatRequest | TokenizeRequest, size: int, tenant: Tenant
 ) -> tuple[ChatPrompt, Any]:
     """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the handle of its
     answer. Raises APIError 400 if the template rejects it."""
@@ -182,15 +182,15 @@ async def render(
     def work() -> tuple[ChatPrompt, Any]:
         messages = [message.as_template_input() for message in body.messages or ()]
         tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
-        chat = front.chats.before_render(messages, tools, body.chat_template_kwargs, tenant)
+        chat = context.chats.before_render(messages, tools, body.chat_template_kwargs, tenant)
         prompt = render_chat(
-            front.tokenizer,
+            context.tokenizer,
             chat.messages,
             tools=tools,
             add_generation_prompt=body.begins_answer,
             continues_last=body.continue_final_message,
             variables=chat.variables,
-            special_in_content=front.special_in_content,
+            special_in_content=context.special_in_content,
             namespace=tenant.namespace,
             cuts=cuts_of(body.messages, body.tools),
             sampled=chat.sampled,
@@ -198,22 +198,22 @@ async def render(
         )
         return prompt, chat.place
 
-    if front.tokenizer.chat_template is None:
+    if context.tokenizer.chat_template is None:
         raise APIError(400, "This model has no chat template: use /v1/completions.")
     try:
-        return await front.workers.run(size, work)
+        return await context.workers.run(size, work)
     except TemplateError as error:
         raise APIError(400, f"The chat template rejects these messages: {error}") from error
     except ValueError as error:
         raise APIError(400, str(error), param="messages") from error
 
 
-def settle_system(front: ServingContext, body: ChatRequest) -> ChatRequest:
+def settle_system(context: ServingContext, body: ChatRequest) -> ChatRequest:
     """Change late system messages into user messages if the template supports none there.
 
     They keep their places, because a prompt that changes at its beginning is not in the cache.
     """
-    template = front.tokenizer.chat_template
+    template = context.tokenizer.chat_template
     if template is None or template.takes_late_system:
         return body
     roles = [message.role for message in body.messages]
@@ -234,7 +234,7 @@ def _plain(tool: dict[str, object]) -> dict[str, object]:
 
 
 async def ask(
-    front: ServingContext,
+    context: ServingContext,
     body: ChatRequest,
     size: int,
     tenant: Tenant,
@@ -246,24 +246,24 @@ async def ask(
     ``prompt_name`` is the name of the prompt in the dialect. Raises APIError or RequestError if the
     chat is refused.
     """
-    front.check_model(body.model)
-    front.check_number(body.n)
-    template = front.tokenizer.chat_template
+    context.check_model(body.model)
+    context.check_number(body.n)
+    template = context.tokenizer.chat_template
     form = AnswerForm.of("" if template is None else template.source)
     tools = None if template is None else callable_tools(body, form)
-    prompt, place = await render(front, body, size, tenant)
-    front.check_length(len(prompt.token_ids), prompt_name)
-    limit = front.answer_limit(len(prompt.token_ids), body.limit)
+    prompt, place = await render(context, body, size, tenant)
+    context.check_length(len(prompt.token_ids), prompt_name)
+    limit = context.answer_limit(len(prompt.token_ids), body.limit)
     num_top = (body.top_logprobs or 0) if body.logprobs else None
-    [token_ids] = await front.as_arrays([prompt.token_ids])
-    samplings = body.samplings(limit, num_top, front.engine.sampling_defaults)
+    [token_ids] = await context.as_arrays([prompt.token_ids])
+    samplings = body.samplings(limit, num_top, context.engine.sampling_defaults)
 
     def call_grammar() -> Grammar | None:
         written = "hermes" if form.calls is None else form.calls.FORM
         return body.call_grammar(written, may_think=form.thinks)
 
-    grammar = await front.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
-    inquiry = await _inquire(front, body, np.asarray(token_ids), tenant, size, answer_id)
+    grammar = await context.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
+    diagnostics = await _diagnose(context, body, np.asarray(token_ids), tenant, size, answer_id)
     specs = (
         RequestSpec(
             token_ids,
@@ -279,15 +279,15 @@ async def ask(
         )
         for choice, sampling in enumerate(samplings)
     )
-    streams = await front.submit(specs, answer_id)
+    streams = await context.submit(specs, answer_id)
     readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
-    is_single, ends = not body.parallel_tool_calls, front.tokenizer.eos_token_ids
+    is_single, ends = not body.parallel_tool_calls, context.tokenizer.eos_token_ids
     readings = [_Reading(each, is_single, ends) for each in readers]
-    return ChatSession(front, prompt, streams, readings, inquiry, place)
+    return ChatSession(context, prompt, streams, readings, diagnostics, place)
 
 
-async def _inquire(
-    front: ServingContext,
+async def _diagnose(
+    context: ServingContext,
     body: ChatRequest,
     token_ids: np.ndarray,
     tenant: Tenant,
@@ -295,13 +295,13 @@ async def _inquire(
     answer_id: AnswerId,
 ) -> ChatDiagnostics:
     def work() -> ChatDiagnostics:
-        return front.chats.diagnose(
+        return context.chats.diagnose(
             answer_id.public,
             token_ids,
             compared_with=body.compared_with,
             is_asked=body.diagnostics is not None,
             request_id=answer_id.request_id(0),
-            model=front.model_name,
+            model=context.model_name,
             tenant=tenant,
             messages=[message.as_template_input() for message in body.messages],
             tools=body.tools,
@@ -309,7 +309,7 @@ async def _inquire(
             size=size,
         )
 
-    return await front.workers.run(size, work)
+    return await context.workers.run(size, work)
 
 
 class ChatSession:
@@ -317,16 +317,16 @@ class ChatSession:
 
     def __init__(
         self,
-        front: ServingContext,
+        context: ServingContext,
         prompt: ChatPrompt,
         streams: Sequence[RequestStream],
         readings: Sequence[_Reading],
-        inquiry: ChatDiagnostics,
+        diagnostics: ChatDiagnostics,
         place: Any,
     ) -> None:
-        self._front = front
+        self._context = context
         self._place = place
-        self.inquiry = inquiry
+        self.diagnostics = diagnostics
         self.prompt = prompt
         self._streams = streams
         self._readings = readings
@@ -341,9 +341,9 @@ class ChatSession:
 
     async def news(self) -> AsyncIterator[ChatDelta]:
         """Yield the deltas of all answers until all have ended."""
-        async for index, output in self._front.outputs(self._streams):
+        async for index, output in self._context.outputs(self._streams):
             if index == 0:
-                await self.inquiry.see(output, self._front.workers)
+                await self.diagnostics.see(output, self._context.workers)
             reading = self._readings[index]
             events = reading.read(output)
             finish = reading.finish(output)
@@ -352,9 +352,9 @@ class ChatSession:
             if finish is not None:
                 message = as_message(reading.events)
                 if not reading.is_over:
-                    self._front.chats.after_answer(self.prompt, self._place, message, output)
+                    self._context.chats.after_answer(self.prompt, self._place, message, output)
                 if index == 0:
-                    self.inquiry.end(output, message)
+                    self.diagnostics.end(output, message)
             yield ChatDelta(index, events, output, finish, reading.warning if finish else None)
 
     async def answers(self) -> list[ChatAnswer]:

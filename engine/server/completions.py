@@ -20,21 +20,21 @@ from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import EncodeOptions
 
 
-async def complete(front: ServingContext, request: Request, body: CompletionRequest) -> Response:
+async def complete(context: ServingContext, request: Request, body: CompletionRequest) -> Response:
     """Answer one completion request."""
-    front.check_model(body.model)
+    context.check_model(body.model)
     prompts = body.prompts
-    front.check_number(len(prompts) * body.n)
-    front.check_limit(body.max_tokens, "max_tokens")
-    tenant = front.tenant_of(request, body.cache_salt)
-    with front.ids.claimed("cmpl", tenant, body.request_id) as answer_id:
-        streams = await _submit(front, body, tenant, answer_id)
-    answer = _Answer(front, body, answer_id)
+    context.check_number(len(prompts) * body.n)
+    context.check_limit(body.max_tokens, "max_tokens")
+    tenant = context.tenant_of(request, body.cache_salt)
+    with context.ids.claimed("cmpl", tenant, body.request_id) as answer_id:
+        streams = await _submit(context, body, tenant, answer_id)
+    answer = _Answer(context, body, answer_id)
     if body.stream:
         return EventStream(answer.events(streams), answer.headers, as_event)
-    outputs = await unless_gone(request, front.finals(streams))
+    outputs = await unless_gone(request, context.finals(streams))
     shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
-    return await front.answer(
+    return await context.answer(
         outputs,
         lambda: answer.whole(outputs),
         echoes=shows_prompt,
@@ -43,27 +43,27 @@ async def complete(front: ServingContext, request: Request, body: CompletionRequ
 
 
 async def _submit(
-    front: ServingContext, body: CompletionRequest, tenant: Tenant, answer_id: AnswerId
+    context: ServingContext, body: CompletionRequest, tenant: Tenant, answer_id: AnswerId
 ) -> list[RequestStream]:
     """Submit all prompts and choices of ``body``. Raises APIError or RequestError if one is
     refused."""
     how = EncodeOptions(body.add_special_tokens, namespace=tenant.namespace)
-    token_ids = await front.encode(body.prompts, how)
+    token_ids = await context.encode(body.prompts, how)
     for prompt in token_ids:
-        front.check_length(len(prompt), "prompt", min(body.max_tokens, 1))
+        context.check_length(len(prompt), "prompt", min(body.max_tokens, 1))
     scores_prompt = body.echo and (body.logprobs is not None or body.max_tokens == 0)
     num_scores = (body.logprobs or 0) if scores_prompt else body.prompt_logprobs
     if scores_prompt and body.prompt_logprobs is not None:
         num_scores = max(body.logprobs or 0, body.prompt_logprobs)
-    limits = [front.answer_limit(len(prompt), body.max_tokens) for prompt in token_ids]
+    limits = [context.answer_limit(len(prompt), body.max_tokens) for prompt in token_ids]
     samplings = {
-        limit: body.samplings(limit, body.logprobs, front.engine.sampling_defaults)
+        limit: body.samplings(limit, body.logprobs, context.engine.sampling_defaults)
         for limit in set(limits)
     }
-    grammar = await front.grammar_of(body)
+    grammar = await context.grammar_of(body)
     choices = (
         (prompt, sampling)
-        for prompt, limit in zip(await front.as_arrays(token_ids), limits, strict=True)
+        for prompt, limit in zip(await context.as_arrays(token_ids), limits, strict=True)
         for sampling in samplings[limit]
     )
     specs = (
@@ -77,26 +77,28 @@ async def _submit(
         )
         for number, (prompt, sampling) in enumerate(choices)
     )
-    return await front.submit(specs, answer_id)
+    return await context.submit(specs, answer_id)
 
 
 class _Answer:
     """Writes one completion's answer, as a whole or as events."""
 
-    def __init__(self, front: ServingContext, body: CompletionRequest, answer_id: AnswerId) -> None:
-        self._front = front
+    def __init__(
+        self, context: ServingContext, body: CompletionRequest, answer_id: AnswerId
+    ) -> None:
+        self._context = context
         self._body = body
         self._first: RequestOutput | None = None
         self._head = {
             "id": answer_id.public,
             "object": "text_completion",
             "created": int(time.time()),
-            "model": front.model_name,
+            "model": context.model_name,
         }
 
     def whole(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         choices = [
-            _Choice(self._front, self._body, index).first(
+            _Choice(self._context, self._body, index).first(
                 output, output.text, output.token_ids, output.logprobs or ()
             )
             for index, output in enumerate(outputs)
@@ -115,9 +117,9 @@ class _Answer:
 
     async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
         """Yield one event per output. Text that was sent is never retracted."""
-        choices = [_Choice(self._front, self._body, index) for index in range(len(streams))]
+        choices = [_Choice(self._context, self._body, index) for index in range(len(streams))]
         last: dict[int, RequestOutput] = {}
-        async for index, output in self._front.outputs(streams):
+        async for index, output in self._context.outputs(streams):
             is_first = index not in last
             self._first = self._first or output
             last[index] = output
@@ -149,21 +151,21 @@ class _Answer:
         body = self._body
         shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
         echoed = len(output.prompt_token_ids) if is_first and shows_prompt else 0
-        return await self._front.workers.run(echoed, work)
+        return await self._context.workers.run(echoed, work)
 
 
 class _Choice:
     """Writes one choice, as a whole or piece by piece."""
 
-    def __init__(self, front: ServingContext, body: CompletionRequest, index: int) -> None:
-        self._tokenizer = front.tokenizer
+    def __init__(self, context: ServingContext, body: CompletionRequest, index: int) -> None:
+        self._tokenizer = context.tokenizer
         self._body = body
         self._index = index
         self._echo = body.echo
         self._scores = (
             None
             if body.logprobs is None
-            else fields.CompletionScores(front.tokenizer, body.logprobs)
+            else fields.CompletionScores(context.tokenizer, body.logprobs)
         )
 
     def first(

@@ -46,8 +46,8 @@ class Dialect:
 class ServerExtension:
     """Optional part of one server. Every method does nothing unless it is overridden."""
 
-    def __init__(self, front: ServingContext, config: ServerConfig) -> None:
-        self.front, self.config = front, config
+    def __init__(self, context: ServingContext, config: ServerConfig) -> None:
+        self.context, self.config = context, config
 
     def dialects(self) -> Iterator[Dialect]:
         """Yield the dialects to serve."""
@@ -67,12 +67,12 @@ class Extensions:
     def __init__(
         self,
         app: FastAPI,
-        front: ServingContext,
+        context: ServingContext,
         config: ServerConfig,
         reader: BodyReader,
         operator: Operator,
     ) -> None:
-        self._app, self._front, self._config = app, front, config
+        self._app, self._context, self._config = app, context, config
         self._reader, self._operator = reader, operator
         self._loaded: dict[str, ServerExtension] = {}
         self._lock = asyncio.Lock()
@@ -106,7 +106,7 @@ class Extensions:
     def _load(self, plugin: str) -> None:
         if plugin in self._loaded:
             return
-        self._loaded[plugin] = extension = server_extension(plugin)(self._front, self._config)
+        self._loaded[plugin] = extension = server_extension(plugin)(self._context, self._config)
         for dialect in extension.dialects():
             dialect.add_to(self._app, self._reader)
         extension.add_routes(self._app, self._operator)

@@ -78,7 +78,7 @@ class DiagnosticsExtension(ServerExtension):
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:
         """See ``ServerExtension``."""
-        hooks = self.front.chats
+        hooks = self.context.chats
         assert isinstance(hooks, Hooks)
 
         @app.get("/v1/cache/explanations/{answer_id}")

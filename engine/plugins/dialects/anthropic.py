@@ -31,47 +31,49 @@ PING_S = 10.0
 REASONS: dict[Finish, str] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
-async def messages(front: ServingContext, request: Request, body: MessagesRequest) -> Response:
+async def messages(context: ServingContext, request: Request, body: MessagesRequest) -> Response:
     """Answer one request."""
-    front.check_limit(body.max_tokens, "max_tokens")
+    context.check_limit(body.max_tokens, "max_tokens")
     size = len(await request.body())
-    chat = await front.workers.run(size, body.as_chat)
-    chat = settle_system(front, chat)
-    tenant = front.tenant_of(request, body.cache_salt)
-    exchange = await ask(front, chat, size, tenant, AnswerId.random("msg", "_"))
-    writer = _MessagesWriter(front, body, exchange)
+    chat = await context.workers.run(size, body.as_chat)
+    chat = settle_system(context, chat)
+    tenant = context.tenant_of(request, body.cache_salt)
+    session = await ask(context, chat, size, tenant, AnswerId.random("msg", "_"))
+    writer = _MessagesWriter(context, body, session)
     if body.stream:
         name = request_name(request.scope)
 
         def as_event(failure: APIError) -> bytes:
             return named_event(failure.body(ANTHROPIC, name))
 
-        return EventStream(writer.events(), exchange.inquiry.headers, as_event)
-    [answer] = await unless_gone(request, exchange.answers())
-    content = await front.workers.run(
+        return EventStream(writer.events(), session.diagnostics.headers, as_event)
+    [answer] = await unless_gone(request, session.answers())
+    content = await context.workers.run(
         len(answer.output.output), lambda: to_json(writer.whole(answer))
     )
-    headers = exchange.inquiry.headers()
+    headers = session.diagnostics.headers()
     return Response(content, media_type="application/json", headers=headers)
 
 
-async def count_tokens(front: ServingContext, request: Request, body: CountRequest) -> Response:
+async def count_tokens(context: ServingContext, request: Request, body: CountRequest) -> Response:
     """Return the length of the prompt of a request."""
-    front.check_model(body.model)
+    context.check_model(body.model)
     size = len(await request.body())
-    chat = await front.workers.run(size, body.as_chat)
-    tenant = front.tenant_of(request, body.cache_salt)
-    prompt, _ = await render(front, settle_system(front, chat), size, tenant)
+    chat = await context.workers.run(size, body.as_chat)
+    tenant = context.tenant_of(request, body.cache_salt)
+    prompt, _ = await render(context, settle_system(context, chat), size, tenant)
     return Response(to_json({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
 
 
 class _MessagesWriter:
     """Writes one answer, as a whole or as events."""
 
-    def __init__(self, front: ServingContext, body: MessagesRequest, exchange: ChatSession) -> None:
-        self._front = front
+    def __init__(
+        self, context: ServingContext, body: MessagesRequest, session: ChatSession
+    ) -> None:
+        self._context = context
         self._body = body
-        self._exchange = exchange
+        self._session = session
 
     def whole(self, answer: ChatAnswer) -> dict[str, Any]:
         ending = self._ending(answer.finish, answer.output)
@@ -84,7 +86,7 @@ class _MessagesWriter:
         block at a time, and ``ping`` in pauses."""
         blocks = _Blocks()
         has_begun = False
-        async for news in with_pauses(self._exchange.news(), PING_S):
+        async for news in with_pauses(self._session.news(), PING_S):
             if news is None:
                 if has_begun:
                     yield named_event({"type": "ping"})
@@ -110,14 +112,14 @@ class _MessagesWriter:
         self, content: list[dict[str, Any]], ending: dict[str, Any], usage: dict[str, Any]
     ) -> dict[str, Any]:
         return {
-            "id": self._exchange.inquiry.answer_id,
+            "id": self._session.diagnostics.answer_id,
             "type": "message",
             "role": "assistant",
-            "model": self._front.model_name,
+            "model": self._context.model_name,
             "content": content,
             **ending,
             "usage": usage,
-            **self._exchange.inquiry.diagnostics(),
+            **self._session.diagnostics.diagnostics(),
         }
 
     def _ending(self, finish: Finish, output: RequestOutput) -> dict[str, Any]:
@@ -132,7 +134,7 @@ class _MessagesWriter:
     def _stop_of(self, output: RequestOutput, stops: Sequence[str]) -> str | None:
         """Return the stop sequence that ended an answer, which follows its text, or None.
         O(tokens)."""
-        text = self._front.tokenizer.decode(output.token_ids)
+        text = self._context.tokenizer.decode(output.token_ids)
         met = [stop for stop in stops if text.startswith(stop, len(output.text))]
         return min(met, key=len, default=None)
 
@@ -142,7 +144,7 @@ class _MessagesWriter:
         ``cache_creation_input_tokens`` counts the tokens computed up to the last mark of
         ``cache_control``.
         """
-        prompt, num_cached = self._exchange.prompt, output.cached_len
+        prompt, num_cached = self._session.prompt, output.cached_len
         marked = [*prompt.cuts, *(prompt.boundaries[-1:] if self._body.marks_end else ())]
         num_created = max(0, max(marked, default=0) - num_cached)
         return {

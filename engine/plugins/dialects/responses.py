@@ -121,15 +121,15 @@ class ResponseItems:
 class Responses:
     """Answers requests, and stores the responses that they may continue."""
 
-    def __init__(self, front: ServingContext, store: ResponseStore) -> None:
-        self._front = front
+    def __init__(self, context: ServingContext, store: ResponseStore) -> None:
+        self._context = context
         self._store = store
 
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
         """Answer one request. Raises APIError 400 if the response to continue is not stored."""
-        front, size = self._front, len(await request.body())
-        front.check_limit(body.max_output_tokens, "max_output_tokens")
-        tenant = front.tenant_of(request, body.cache_salt)
+        context, size = self._context, len(await request.body())
+        context.check_limit(body.max_output_tokens, "max_output_tokens")
+        tenant = context.tenant_of(request, body.cache_salt)
         before = None
         if body.previous_response_id is not None:
             before = self._store.get(tenant, body.previous_response_id)
@@ -149,11 +149,11 @@ class Responses:
             new = body.items
             return body.as_chat(earlier), new, earlier_bytes + held_bytes(new)
 
-        chat, new, items_bytes = await front.workers.run(size, read)
-        chat = settle_system(front, chat)
+        chat, new, items_bytes = await context.workers.run(size, read)
+        chat = settle_system(context, chat)
         answer_id = AnswerId.random("resp", "_")
-        exchange = await ask(front, chat, size, tenant, answer_id, prompt_name="input")
-        writer = _ResponsesWriter(front, body, exchange)
+        session = await ask(context, chat, size, tenant, answer_id, prompt_name="input")
+        writer = _ResponsesWriter(context, body, session)
 
         def keep(response: dict[str, Any]) -> None:
             if body.store:
@@ -164,8 +164,8 @@ class Responses:
                 self._store.put(tenant, response["id"], stored)
 
         if body.stream:
-            return EventStream(writer.events(keep), exchange.inquiry.headers, writer.failed)
-        [answer] = await unless_gone(request, exchange.answers())
+            return EventStream(writer.events(keep), session.diagnostics.headers, writer.failed)
+        [answer] = await unless_gone(request, session.answers())
         num_tokens = len(answer.output.output)
 
         def work() -> dict[str, Any]:
@@ -173,28 +173,30 @@ class Responses:
                 pass
             return writer.ended(answer.finish, answer.output, answer.warning)
 
-        response = await front.workers.run(num_tokens, work)
+        response = await context.workers.run(num_tokens, work)
         keep(response)
-        content = await front.workers.run(num_tokens, lambda: to_json(response))
-        headers = exchange.inquiry.headers()
+        content = await context.workers.run(num_tokens, lambda: to_json(response))
+        headers = session.diagnostics.headers()
         return Response(content, media_type="application/json", headers=headers)
 
     async def retrieve(self, request: Request, response_id: str) -> Response:
         """Return a stored response. Raises APIError 404 if the tenant has none with this id."""
         if request.query_params.get("stream", "false").lower() == "true":
             raise APIError(400, "'stream' is not supported: omit it.", param="stream")
-        stored = self._store.get(self._front.tenant_of(request), response_id)
+        stored = self._store.get(self._context.tenant_of(request), response_id)
         if stored is None:
             raise self._unknown(response_id)
-        content = await self._front.workers.run(stored.num_bytes, lambda: to_json(stored.response))
+        content = await self._context.workers.run(
+            stored.num_bytes, lambda: to_json(stored.response)
+        )
         return Response(content, media_type="application/json")
 
     async def delete(self, request: Request, response_id: str) -> dict[str, Any]:
         """Remove a stored response; the newest one of a chain ends its session. Raises APIError as
         ``retrieve``."""
-        if not self._store.delete(self._front.tenant_of(request), response_id):
+        if not self._store.delete(self._context.tenant_of(request), response_id):
             raise self._unknown(response_id)
-        await self._front.engine.end_session(response_id)
+        await self._context.engine.end_session(response_id)
         return {"id": response_id, "object": "response", "deleted": True}
 
     def _unknown(self, response_id: str) -> APIError:
@@ -209,22 +211,22 @@ class _ResponsesWriter:
     """Writes one response, as a whole or as events."""
 
     def __init__(
-        self, front: ServingContext, body: ResponsesRequest, exchange: ChatSession
+        self, context: ServingContext, body: ResponsesRequest, session: ChatSession
     ) -> None:
         self._body = body
-        self._exchange = exchange
+        self._session = session
         self.items = ResponseItems()
         self._num_events = 0
         choice = body.tool_choice
         self._head = {
-            "id": exchange.inquiry.answer_id,
+            "id": session.diagnostics.answer_id,
             "object": "response",
             "created_at": int(time.time()),
             "background": False,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
             "metadata": body.metadata or {},
-            "model": front.model_name,
+            "model": context.model_name,
             "parallel_tool_calls": body.parallel_tool_calls,
             "previous_response_id": body.previous_response_id,
             "reasoning": {
@@ -244,7 +246,7 @@ class _ResponsesWriter:
         """Yield ``response.created`` with the first output, which has the cached length, then the
         items, and the whole response at the end."""
         has_begun = False
-        async for news in self._exchange.news():
+        async for news in self._session.news():
             if not has_begun:
                 has_begun = True
                 yield self._started()
@@ -293,7 +295,7 @@ class _ResponsesWriter:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "output": list(output),
             "usage": usage,
-            **({} if usage is None else self._exchange.inquiry.told()),
+            **({} if usage is None else self._session.diagnostics.told()),
         }
 
     def _event(self, data: dict[str, Any]) -> bytes:
@@ -305,7 +307,7 @@ class _ResponsesWriter:
         """Return the token counts. ``cache_write_tokens`` counts the tokens computed up to the last
         position that later prompts are known to share."""
         num_prompt, num_new = len(output.prompt_token_ids), len(output.output)
-        shared = max(self._exchange.prompt.boundaries, default=0)
+        shared = max(self._session.prompt.boundaries, default=0)
         return {
             "input_tokens": num_prompt,
             "input_tokens_details": {
@@ -314,7 +316,7 @@ class _ResponsesWriter:
             },
             "output_tokens": num_new,
             "output_tokens_details": {
-                "reasoning_tokens": self._exchange.num_reasoning_tokens(),
+                "reasoning_tokens": self._session.num_reasoning_tokens(),
             },
             "total_tokens": num_prompt + num_new,
         }

@@ -23,15 +23,15 @@ from engine.server.settings import ServerConfig
 class DialectsExtension(ServerExtension):
     """Serves chats in two more dialects."""
 
-    def __init__(self, front: ServingContext, config: ServerConfig) -> None:
-        super().__init__(front, config)
+    def __init__(self, context: ServingContext, config: ServerConfig) -> None:
+        super().__init__(context, config)
         self._responses = Responses(
-            front, ResponseStore(int(config.of(DialectsConfig).responses_mib * 2**20))
+            context, ResponseStore(int(config.of(DialectsConfig).responses_mib * 2**20))
         )
 
     def dialects(self) -> Iterator[Dialect]:
         """See ``ServerExtension``."""
-        answer, count = partial(messages, self.front), partial(count_tokens, self.front)
+        answer, count = partial(messages, self.context), partial(count_tokens, self.context)
         create = self._responses.create
         yield Dialect("/v1/messages", MessagesRequest, answer, "_messages")
         yield Dialect("/v1/messages/count_tokens", CountRequest, count, "_count_tokens")

@@ -27,9 +27,9 @@ class ObserveExtension(ServerExtension):
     """Serves the page. The page itself holds no data and is public; its data require the operator's
     key."""
 
-    def __init__(self, front: ServingContext, config: ServerConfig) -> None:
-        super().__init__(front, config)
-        self._feed = Feed(front.engine, front.workers)
+    def __init__(self, context: ServingContext, config: ServerConfig) -> None:
+        super().__init__(context, config)
+        self._feed = Feed(context.engine, context.workers)
 
     def close(self) -> None:
         """See ``ServerExtension``: open pages would delay the shutdown."""
@@ -37,7 +37,7 @@ class ObserveExtension(ServerExtension):
 
     def add_routes(self, app: FastAPI, operator: Operator) -> None:
         """See ``ServerExtension``."""
-        front, feed = self.front, self._feed
+        context, feed = self.context, self._feed
 
         @app.get("/", include_in_schema=False)
         async def page() -> Response:
@@ -59,7 +59,7 @@ class ObserveExtension(ServerExtension):
             if tokens is not None:
 
                 def decode() -> str:
-                    return front.tokenizer.decode(tokens, skip_special_tokens=False)
+                    return context.tokenizer.decode(tokens, skip_special_tokens=False)
 
-                text = await front.workers.run(len(tokens), decode)
+                text = await context.workers.run(len(tokens), decode)
             return found | {"text": text, "is_cut": tokens is not None and len(tokens) == 4096}
