@@ -116,7 +116,7 @@ class ServedEngine(Protocol):
     def stop(self) -> None: ...
 
 
-Letter = tuple[RequestStream, RequestOutput | RequestError]
+Delivery = tuple[RequestStream, RequestOutput | RequestError]
 
 
 class AsyncEngine(EngineLoop[RequestStream]):
@@ -214,7 +214,7 @@ class AsyncEngine(EngineLoop[RequestStream]):
                 # loop.
                 answer.set_exception(RuntimeError(f"a call to the engine raised {error!r}"))
 
-        self.order(run)
+        self.call_soon(run)
         return await asyncio.wrap_future(answer)
 
     async def report(self) -> CacheReport:
@@ -284,18 +284,18 @@ class _ThreadWatch:
         await self._engine.call(lambda _: self._watch.close())
 
 
-def _post(letters: Sequence[Letter]) -> None:
-    """Deliver ``letters`` in the event loops of their streams, with one call per loop. Closed loops
-    are skipped."""
-    mail: dict[asyncio.AbstractEventLoop, list[Letter]] = {}
-    for letter in letters:
-        mail.setdefault(letter[0].loop, []).append(letter)
-    for loop, theirs in mail.items():
+def _post(deliveries: Sequence[Delivery]) -> None:
+    """Deliver outputs in the event loops of their streams, with one call per loop. Closed loops are
+    skipped."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Delivery]] = {}
+    for delivery in deliveries:
+        by_loop.setdefault(delivery[0].loop, []).append(delivery)
+    for loop, theirs in by_loop.items():
         if not loop.is_closed():
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(_deliver, theirs)
 
 
-def _deliver(letters: Sequence[Letter]) -> None:
-    for stream, output in letters:
+def _deliver(deliveries: Sequence[Delivery]) -> None:
+    for stream, output in deliveries:
         stream.put(output)

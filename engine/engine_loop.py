@@ -57,7 +57,7 @@ class EngineLoop(Generic[Reader]):
         self._engine = engine
         self._deliver = deliver
         self._streams: dict[str, Reader] = {}
-        self._orders: deque[Callable[[], None]] = deque()
+        self._commands: deque[Callable[[], None]] = deque()
         self._arriving: set[str] = set()
         self.num_arrived = 0
         """Number of requests queued so far. Written by the engine's thread only."""
@@ -94,15 +94,15 @@ class EngineLoop(Generic[Reader]):
             if self._engine.num_waiting + len(self._arriving) >= self._engine.config.max_queue:
                 raise QueueFull(self._engine.config.max_queue)
             self._arriving.add(request_id)
-            self._order(arrive)
+            self._queue(arrive)
 
-    def order(self, order: Callable[[], None]) -> None:
-        """Run the command ``order`` before the next step. Safe to call from any thread. Raises
+    def call_soon(self, command: Callable[[], None]) -> None:
+        """Run ``command`` before the next step. Safe to call from any thread. Raises
         EngineStopped if the loop has ended."""
         with self._wake:
             if self._is_closed:
                 raise EngineStopped("The engine has stopped.")
-            self._order(order)
+            self._queue(command)
 
     def abort(self, request_id: str) -> None:
         """End a request before the next step. Does nothing if it has ended. Safe to call from any
@@ -111,11 +111,11 @@ class EngineLoop(Generic[Reader]):
         def leave() -> None:
             output = self._engine.abort(request_id)
             if output is not None:
-                self._hand_out([output])
+                self._deliver_outputs([output])
 
         with self._wake:
             if not self._is_closed:
-                self._order(leave)
+                self._queue(leave)
 
     def end(self, *, at_once: bool) -> None:
         """Accept no more requests. ``run`` returns when those in progress have finished, or with
@@ -125,9 +125,9 @@ class EngineLoop(Generic[Reader]):
             self._must_stop = self._must_stop or at_once
             self._wake.notify()
 
-    def _order(self, order: Callable[[], None]) -> None:
-        """Queue ``order`` for the thread, before its next step. The caller holds ``_wake``."""
-        self._orders.append(order)
+    def _queue(self, command: Callable[[], None]) -> None:
+        """Queue ``command`` for the thread, before its next step. The caller holds ``_wake``."""
+        self._commands.append(command)
         self._wake.notify()
 
     def _notify(self) -> None:
@@ -138,7 +138,7 @@ class EngineLoop(Generic[Reader]):
         """Step until ``end``, or until the engine fails. All callers have an answer or an error
         afterwards."""
         if isinstance(self._engine.runner, Losable):
-            self._engine.runner.when_lost(self.order)
+            self._engine.runner.when_lost(self.call_soon)
         try:
             while self._run_commands():
                 self._step()
@@ -171,13 +171,13 @@ class EngineLoop(Generic[Reader]):
             logger.exception(
                 "A step failed, and the requests that ran with it; the engine goes on."
             )
-            self._hand_out(self._engine.take_outputs())
-            self._give_up(self._engine.interrupted)
+            self._deliver_outputs(self._engine.take_outputs())
+            self._fail(self._engine.interrupted)
         else:
             self._last_step_failed = False
-            self._hand_out(outputs)
+            self._deliver_outputs(outputs)
 
-    def _give_up(self, request_ids: Sequence[str]) -> None:
+    def _fail(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._engine.abort(request_id)
             reader = self._streams.pop(request_id, None)
@@ -191,41 +191,41 @@ class EngineLoop(Generic[Reader]):
         while True:
             rest_s = None if engine.has_work() else engine.run_idle_tasks()
             with self._wake:
-                if not self._orders and not engine.has_work() and self._is_open:
+                if not self._commands and not engine.has_work() and self._is_open:
                     self._wake.wait(rest_s)
-                num_orders = len(self._orders)
+                num_commands = len(self._commands)
                 is_open, must_stop = self._is_open, self._must_stop
             if not is_open:
                 engine.stop_accepting()
-            for _ in range(num_orders):
-                self._orders.popleft()()  # If it raises, _close runs the commands after it.
+            for _ in range(num_commands):
+                self._commands.popleft()()  # If it raises, _close runs the commands after it.
             if must_stop:
                 return False
             if engine.has_work():
                 return True
-            if not is_open and not self._orders:
+            if not is_open and not self._commands:
                 return False
 
-    def _hand_out(self, outputs: Sequence[RequestOutput]) -> None:
-        mail: list[tuple[Reader, RequestOutput | RequestError]] = []
+    def _deliver_outputs(self, outputs: Sequence[RequestOutput]) -> None:
+        deliveries: list[tuple[Reader, RequestOutput | RequestError]] = []
         for output in outputs:
             reader = self._streams.get(output.request_id)
             if reader is not None:
-                mail.append((reader, output if output.error is None else failed(output)))
+                deliveries.append((reader, output if output.error is None else failed(output)))
             if output.is_finished:
                 self._streams.pop(output.request_id, None)
-        self._deliver(mail)
+        self._deliver(deliveries)
 
     def _close(self) -> None:
         """End all streams with an error."""
         with self._wake:
             self._is_open, self._is_closed = False, True
-            orders, self._orders = self._orders, deque()
-        for order in orders:
+            commands, self._commands = self._commands, deque()
+        for command in commands:
             try:
-                order()
+                command()
             except Exception:
-                logger.exception("An order failed that was left when the engine ended.")
+                logger.exception("A command failed that was left when the engine ended.")
         ended = EngineStopped(FAILED if self.has_failed else STOPPED)
         self._deliver([(reader, ended) for reader in self._streams.values()])
         self._streams.clear()

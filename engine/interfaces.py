@@ -69,8 +69,8 @@ class RunnerLost(RuntimeError):
 class Losable(Protocol):
     """Runner with processes or devices that may fail while it is idle."""
 
-    def when_lost(self, order: Callable[[Callable[[], None]], None]) -> None:
-        """Register ``order``, a function that runs a command between two steps. It is called from
+    def when_lost(self, call_soon: Callable[[Callable[[], None]], None]) -> None:
+        """Register ``call_soon``, which runs a command between two steps. It is called from
         any thread when a part fails, with a command that raises RunnerLost."""
         ...
 

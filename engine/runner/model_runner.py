@@ -235,7 +235,7 @@ class ModelRunner:
         for a step that is not committed yet."""
         if self._predictor is not None:
             self._predictor.pending.settle()
-        self._copies.bring_home(self.running)
+        self._copies.return_states(self.running)
 
     def watch_layers(self, on_mixed: Callable[[int], None]) -> None:
         """Call ``on_mixed`` in every step with prefills; see ``LayerInputs``."""
@@ -372,14 +372,14 @@ class ModelRunner:
     def _place(self, batch: Batch) -> None:
         """Assign slots to the states of a verification. States that ``batch`` moves, copies or does
         not verify are in the slots of their requests afterwards."""
-        self.running.give_up()
+        self.running.drop_verified()
         moves = batch.moves or batch.restores
         verified = [
             (segment.slot, len(segment.token_ids))
             for segment in batch.segments
             if segment.num_drafts and segment.slot is not None
         ]
-        self._copies.bring_home(self.running, () if moves else dict(verified))
+        self._copies.return_states(self.running, () if moves else dict(verified))
         self.running.verify(verified)
 
     @torch.inference_mode()

@@ -1,10 +1,10 @@
 """Slots of running states, and the copies of rows and states before and after each step.
 
 A verification writes the state after each of its tokens into a step slot. The accepted state stays
-there: the sequence is *away*. Its next verification reads the state from there, and uses the
-sequence's own slot, which is then unused, as one of its step slots. So the number of step slots
-equals the number of tokens verified in a step, however many sequences are away. Before any other
-operation the sequence comes *home*: its state is copied to its own slot.
+there: it is displaced. The sequence's next verification reads it from there, and uses the own slot,
+which is then unused, as one of its step slots. So there are as many step slots as tokens verified in
+a step, however many states are displaced. Before any other operation the state is copied back to
+the sequence's own slot.
 """
 
 from __future__ import annotations
@@ -29,53 +29,53 @@ class RunningStates:
     def __init__(self, step_slots: Sequence[int]) -> None:
         self._step_slots = frozenset(step_slots)
         self._free = list(reversed(step_slots))
-        self._away: dict[int, int] = {}
-        """Step slot with the state of each sequence that is away, by own slot."""
+        self._displaced: dict[int, int] = {}
+        """Step slot of each displaced state, by the sequence's own slot."""
         self._verified: list[tuple[int, list[int]]] = []
         """Own slot and step slots of each sequence in the last verification."""
 
     def at(self, slot: int) -> int:
         """Return the slot with the newest state of the sequence with this own slot."""
-        return self._away.get(slot, slot)
+        return self._displaced.get(slot, slot)
 
     @property
     def step_slots(self) -> list[list[int]]:
         """Slots of the states after each token, for each sequence of the last verification."""
         return [slots for _, slots in self._verified]
 
-    def astray(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
-        """Return (step slot, own slot) of the sequences that are away and must be copied home.
+    def displaced(self, but: Collection[int] = ()) -> list[tuple[int, int]]:
+        """Return (step slot, own slot) of the displaced states that must be copied back.
 
-        Sequences in ``but`` and those being verified are left out. Call ``come_home`` after the
+        Sequences in ``but`` and those being verified are left out. Call ``mark_returned`` after the
         copies.
         """
-        if not self._away:
+        if not self._displaced:
             return []
         stay = {*but, *(own for own, _ in self._verified)}
-        return [(step, own) for own, step in self._away.items() if own not in stay]
+        return [(step, own) for own, step in self._displaced.items() if own not in stay]
 
-    def come_home(self, copied: Sequence[tuple[int, int]]) -> None:
-        """Record that the copies returned by ``astray`` were made."""
+    def mark_returned(self, copied: Sequence[tuple[int, int]]) -> None:
+        """Record that the copies returned by ``displaced`` were made."""
         for step, own in copied:
-            del self._away[own]
+            del self._displaced[own]
             self._free.append(step)
 
-    def give_up(self) -> None:
+    def drop_verified(self) -> None:
         """Drop the states of the last verification, if its step failed before the commit."""
         for own, slots in self._verified:
             self._free += [slot for slot in slots if slot != own]
-            if own in self._away:
-                self._free.append(self._away.pop(own))
+            if own in self._displaced:
+                self._free.append(self._displaced.pop(own))
         self._verified = []
 
     def verify(self, sequences: Sequence[tuple[int, int]]) -> None:
         """Assign ``step_slots`` to each of these (own slot, number of tokens).
 
-        All other sequences are at home. Raises AssertionError if there are more tokens than step
+        No other state is displaced. Raises AssertionError if there are more tokens than step
         slots.
         """
         for own, count in sequences:
-            last = [own] if own in self._away else []
+            last = [own] if own in self._displaced else []
             first = len(self._free) - count + len(last)
             assert first >= 0, "more tokens to verify than were planned"
             self._verified.append((own, self._free[first:][::-1] + last))
@@ -86,9 +86,9 @@ class RunningStates:
         unchanged."""
         for (own, slots), count in zip(self._verified, counts, strict=True):
             if count:
-                before, taken = self._away.pop(own, None), slots.pop(count - 1)
+                before, taken = self._displaced.pop(own, None), slots.pop(count - 1)
                 if taken != own:
-                    self._away[own] = taken
+                    self._displaced[own] = taken
                 if before is not None:
                     self._free.append(before)
             self._free += [slot for slot in slots if slot != own]
@@ -98,9 +98,9 @@ class RunningStates:
         """Raise AssertionError unless every step slot is free, holds the state of one sequence, or
         is assigned to one token."""
         given = [slot for own, slots in self._verified for slot in slots if slot != own]
-        held = [*self._free, *self._away.values(), *given]
+        held = [*self._free, *self._displaced.values(), *given]
         assert len(held) == len(self._step_slots) and set(held) == self._step_slots
-        assert not self._step_slots & set(self._away), "a step slot is used as an own slot"
+        assert not self._step_slots & set(self._displaced), "a step slot is used as an own slot"
 
 
 class Copies:
@@ -140,11 +140,11 @@ class Copies:
         else:
             self._tensors.checkpoints.save(copies, self._state_copy)
 
-    def bring_home(self, running: RunningStates, but: Collection[int] = ()) -> None:
+    def return_states(self, running: RunningStates, but: Collection[int] = ()) -> None:
         """Copy displaced states back to their own slots, except those of the own slots ``but``."""
-        astray = running.astray(but)
-        self.copy_states(astray)
-        running.come_home(astray)
+        displaced = running.displaced(but)
+        self.copy_states(displaced)
+        running.mark_returned(displaced)
 
     def copy_states(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy states: (slot of a state, target slot)."""

@@ -48,7 +48,7 @@ LOST = 3
 logger = logging.getLogger(__name__)
 
 
-class Host:
+class EngineWorker:
     """Serves one engine over a channel. It is made before the model is loaded, so that the end of
     the server is noticed during the load."""
 
@@ -62,8 +62,8 @@ class Host:
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
         self._watches: dict[int, EngineWatch] = {}
         self._num_refused = 0
-        self._told = (0, 0)
-        threading.Thread(target=self._follow, name="server", daemon=True).start()
+        self._last_counts = (0, 0)
+        threading.Thread(target=self._receive_commands, name="server", daemon=True).start()
 
     def refuse(self, reason: str) -> None:
         """Report to the server that the model cannot be loaded."""
@@ -81,13 +81,13 @@ class Host:
         self._channel.finish()
         return not loop.has_failed
 
-    def _follow(self) -> None:
+    def _receive_commands(self) -> None:
         """Execute the server's commands in a separate thread. End the process if the server has
         gone."""
         try:
             while self._channel.wait(None, self._lifeline):
                 while (message := self._channel.receive()) is not None:
-                    self._obey(message)
+                    self._execute(message)
         except ChannelClosed:
             return
         except BaseException:
@@ -95,7 +95,7 @@ class Host:
         remove_folder(self._folder)  # Left over if the server was killed while the model loaded.
         os._exit(LOST)
 
-    def _obey(self, message: ToEngine) -> None:
+    def _execute(self, message: ToEngine) -> None:
         assert self._loop is not None and self._engine is not None
         match message:
             case Submit():
@@ -109,43 +109,43 @@ class Host:
             case End():
                 self._loop.end(at_once=message.at_once)
 
-    def _submit(self, asked: Submit, engine: Engine, loop: EngineLoop[str]) -> None:
+    def _submit(self, message: Submit, engine: Engine, loop: EngineLoop[str]) -> None:
         spec = RequestSpec(
-            np.frombuffer(asked.prompt, np.int32),
-            asked.sampling,
-            namespace=asked.namespace,
-            boundaries=asked.boundaries,
-            answer_survives=asked.answer_survives,
-            ends_session=asked.ends_session,
-            call_marks=asked.call_marks,
-            prompt_logprobs=asked.prompt_logprobs,
-            request_id=asked.request_id,
-            grammar=asked.grammar,
+            np.frombuffer(message.prompt, np.int32),
+            message.sampling,
+            namespace=message.namespace,
+            boundaries=message.boundaries,
+            answer_survives=message.answer_survives,
+            ends_session=message.ends_session,
+            call_marks=message.call_marks,
+            prompt_logprobs=message.prompt_logprobs,
+            request_id=message.request_id,
+            grammar=message.grammar,
         )
         try:
             request = engine.prepare(spec)
-            request.arrival_s = asked.arrival_s
-            loop.enqueue(request, asked.request_id)
+            request.arrival_s = message.arrival_s
+            loop.enqueue(request, message.request_id)
         except Exception as error:
             if not isinstance(error, ValueError | RequestError):
-                logger.exception("The request %s could not be submitted.", asked.request_id)
+                logger.exception("The request %s could not be submitted.", message.request_id)
             self._num_refused += 1
-            ended = RequestFailed(asked.request_id, RequestError.of(error).to_wire())
+            ended = RequestFailed(message.request_id, RequestError.of(error).to_wire())
             self._send_outputs((), (ended,))
 
-    def _answer(self, asked: Ask, engine: Engine, loop: EngineLoop[str]) -> None:
-        number = asked.number
+    def _answer(self, message: Ask, engine: Engine, loop: EngineLoop[str]) -> None:
+        number = message.number
 
         def answer() -> None:
-            self._reply(number, lambda: self._value(asked, engine))
+            self._reply(number, lambda: self._value(message, engine))
 
         try:
-            loop.order(answer)
+            loop.call_soon(answer)
         except EngineStopped as error:
             self._channel.send(Reply(number, error=error.to_wire()))
 
-    def _value(self, asked: Ask, engine: Engine) -> Any:
-        match asked.what:
+    def _value(self, message: Ask, engine: Engine) -> Any:
+        match message.what:
             case "report":
                 return engine.report()
             case "view":
@@ -153,25 +153,25 @@ class Host:
             case "reset":
                 return engine.reset_prefix_cache()
             case "end session":
-                return engine.end_session(asked.request_id)
+                return engine.end_session(message.request_id)
             case "stop accepting":
                 return engine.stop_accepting()
             case "watch":
-                self._watches[asked.number] = cache_watch(engine)
-                return asked.number
-        watch = self._watches[asked.argument]
-        match asked.what:
+                self._watches[message.number] = cache_watch(engine)
+                return message.number
+        watch = self._watches[message.argument]
+        match message.what:
             case "take":
                 return watch.take()
             case "whole":
                 return watch.take(), watch.whole()
             case "node":
-                return watch.node(asked.node)
-        return self._watches.pop(asked.argument).close()
+                return watch.node(message.node)
+        return self._watches.pop(message.argument).close()
 
-    def _compile(self, asked: Compile, engine: Engine) -> None:
+    def _compile(self, message: Compile, engine: Engine) -> None:
         def work() -> None:
-            self._reply(asked.number, lambda: engine.compile(asked.grammar))
+            self._reply(message.number, lambda: engine.compile(message.grammar))
 
         with suppress(RuntimeError):  # The engine ends, and with it all questions.
             self._compiler.submit(work)
@@ -184,14 +184,14 @@ class Host:
                 logger.exception("A question to the engine failed.")
             self._channel.send(Reply(number, error=RequestError.of(error).to_wire()))
 
-    def _deliver(self, letters: Sequence[tuple[str, Any]]) -> None:
+    def _deliver(self, deliveries: Sequence[tuple[str, Any]]) -> None:
         """Send the outputs of a step; called in the engine's thread after each step."""
         news, ended = [], []
-        for request_id, letter in letters:
-            if isinstance(letter, RequestOutput):
-                news.append(delta_of(letter))
+        for request_id, output in deliveries:
+            if isinstance(output, RequestOutput):
+                news.append(delta_of(output))
             else:
-                ended.append(RequestFailed(request_id, letter.to_wire()))
+                ended.append(RequestFailed(request_id, output.to_wire()))
         self._send_outputs(tuple(news), tuple(ended))
 
     def _send_outputs(
@@ -200,28 +200,28 @@ class Host:
         assert self._engine is not None and self._loop is not None
         num_received = self._loop.num_arrived + self._num_refused
         counts = num_received, self._engine.num_waiting
-        if news or ended or counts != self._told:
-            self._told = counts
+        if news or ended or counts != self._last_counts:
+            self._last_counts = counts
             self._channel.send(Outputs(*counts, news, ended))
 
 
 def main(folder: str, config: str, address: str, log_level: str) -> int:
     """Run the process and return its exit code. ``config`` is pickled, in hexadecimal digits."""
     logging.getLogger("engine").setLevel(log_level.upper())
-    host = Host(folder, sys.stdin.fileno())
+    worker = EngineWorker(folder, sys.stdin.fileno())
     try:
         engine = Engine(pickle.loads(bytes.fromhex(config)))
         if engine.config.warm_up:
             engine.prepare_grammars()
         screen = start_screen(engine, address)
     except ModuleNotFoundError as error:
-        host.refuse(how_to_install(error, "engine"))
+        worker.refuse(how_to_install(error, "engine"))
         return 2
     except (ValueError, FileNotFoundError, RunnerLost) as error:
-        host.refuse(str(error))
+        worker.refuse(str(error))
         return 2
     sys.setswitchinterval(SWITCH_S)
     # The objects of the start stay, so garbage collections need not traverse them.
     gc.collect()
     gc.freeze()
-    return 0 if host.run(engine, screen) else 1
+    return 0 if worker.run(engine, screen) else 1

@@ -21,11 +21,11 @@ class RunningStatesMachine(RuleBasedStateMachine):
         self.slots = dict.fromkeys((*OWN, *STEPS), 0)
         self.positions = dict.fromkeys(OWN, 0)
 
-    def bring_home(self, but: set[int]) -> None:
-        copies = self.running.astray(but)
+    def return_states(self, but: set[int]) -> None:
+        copies = self.running.displaced(but)
         for step, own in copies:
             self.slots[own] = self.slots[step]
-        self.running.come_home(copies)
+        self.running.mark_returned(copies)
 
     @rule(
         lengths=st.dictionaries(st.sampled_from(OWN), st.integers(2, 9), max_size=4),
@@ -34,7 +34,7 @@ class RunningStatesMachine(RuleBasedStateMachine):
     def verify(self, lengths: dict[int, int], data: st.DataObject) -> None:
         while sum(lengths.values()) > len(STEPS):
             lengths.popitem()
-        self.bring_home(set(lengths))
+        self.return_states(set(lengths))
         self.running.verify(list(lengths.items()))
         written = [slot for slots in self.running.step_slots for slot in slots]
         assert len(set(written)) == len(written) == sum(lengths.values())
@@ -45,9 +45,9 @@ class RunningStatesMachine(RuleBasedStateMachine):
             for step, slot in enumerate(slots):
                 self.slots[slot] = self.positions[own] + step + 1
         self.running.check()
-        self.bring_home(set())  # Who is verified stays where it is.
+        self.return_states(set())  # Who is verified stays where it is.
         if data.draw(st.booleans(), label="broke off"):
-            self.running.give_up()
+            self.running.drop_verified()
             for own in lengths:
                 self.slots[own] = self.positions[own] = 0  # Another's from here on.
             return
@@ -58,7 +58,7 @@ class RunningStatesMachine(RuleBasedStateMachine):
 
     @rule(own=st.sampled_from(OWN))
     def decode(self, own: int) -> None:
-        self.bring_home(set())
+        self.return_states(set())
         assert self.slots[own] == self.positions[own]
         self.slots[own] = self.positions[own] = self.positions[own] + 1
 
@@ -78,13 +78,13 @@ def test_a_commit_copies_nothing_and_a_way_home_once() -> None:
     running.verify([(0, 5), (1, 5)])
     running.take([3, 5])
     away = running.at(0), running.at(1)
-    assert set(away) <= set(STEPS) and running.astray({0, 1}) == []
+    assert set(away) <= set(STEPS) and running.displaced({0, 1}) == []
     running.verify([(0, 4), (1, 6)])
-    assert running.astray() == [], "nothing of a verification moves before its commit"
+    assert running.displaced() == [], "nothing of a verification moves before its commit"
     running.take([4, 0])
     assert running.at(0) == 0, "all drafts are right: the last state is in its own slot"
-    assert running.astray() == [(away[1], 1)] == running.astray(), "until it is copied"
-    running.come_home([(away[1], 1)])
-    assert running.astray() == [] and running.at(1) == 1
+    assert running.displaced() == [(away[1], 1)] == running.displaced(), "until it is copied"
+    running.mark_returned([(away[1], 1)])
+    assert running.displaced() == [] and running.at(1) == 1
     with pytest.raises(AssertionError, match="more tokens"):
         running.verify([(0, 5), (2, 6)])
