@@ -2,9 +2,9 @@
 
 A verification writes the state after each of its tokens into a step slot. The accepted state stays
 there: it is displaced. The sequence's next verification reads it from there, and uses the own slot,
-which is then unused, as one of its step slots. So there are as many step slots as tokens verified in
-a step, however many states are displaced. Before any other operation the state is copied back to
-the sequence's own slot.
+which is then unused, as one of its step slots. So a step needs one step slot for each verified
+token, however many states are displaced. Before any other operation the state is copied back to the
+sequence's own slot.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from engine.models import read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.text.tokenizer import BUILTIN_TEMPLATE
-from engine.weights.reader import Dummy
+from engine.weights.loading import Dummy
 
 QWEN3_NEXT_80B: dict[str, Any] = {
     "model_type": "qwen3_next",

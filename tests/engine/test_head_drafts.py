@@ -48,7 +48,7 @@ from engine.plugins.speculation.suffix import HeadDrafter
 from engine.requests.request import Request
 from engine.schedule.batch import Batch, Segment
 from engine.schedule.drafter import Newest
-from engine.weights.reader import Dummy
+from engine.weights.loading import Dummy
 from tests.engine.drafted import MODEL, MakeEngine, assert_same, engine_with_head, prompts
 
 GREEDY = SamplingParams(max_tokens=20, temperature=0, logprobs=2)

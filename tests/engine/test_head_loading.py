@@ -15,9 +15,8 @@ from safetensors.torch import save_file
 from engine import engine_config
 from engine.runner.model_runner import ModelRunner
 from engine.runner.warm_up import guesses as guesses_of
-from engine.weights.loading import load_model
+from engine.weights.loading import Dummy, load_model
 from engine.weights.model_config import ModelError
-from engine.weights.reader import Dummy
 from engine.weights.tensor_files import WeightsError
 from tests.engine.drafted import MODEL, MakeEngine, engine_with_head
 

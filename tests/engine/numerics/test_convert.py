@@ -16,8 +16,7 @@ from engine.command.cli import main
 from engine.runner.model_runner import ModelRunner
 from engine.weights import convert as module
 from engine.weights import tensor_files
-from engine.weights.convert import convert, quantize_rows
-from engine.weights.convert_plan import plan_pieces
+from engine.weights.convert import convert, plan_pieces, quantize_rows
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
 from engine.weights.scheme import Scheme

@@ -27,8 +27,8 @@ from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
+from engine.weights.loading import Dummy
 from engine.weights.model_config import ModelConfig, ModelError, Rope
-from engine.weights.reader import Dummy
 from hybridcache.geometry.mixers import (
     AttentionSizes,
     DeltaSizes,

@@ -19,9 +19,9 @@ from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 from engine.weights.layer_names import Names
+from engine.weights.loading import WeightFiles, WeightsError
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
-from engine.weights.reader import WeightFiles, WeightsError
 from engine.weights.scheme import Scheme, widen
 from tests.engine.numerics import eight_bit
 

@@ -20,7 +20,7 @@ from engine.layers.parameters import Parameter
 from engine.layers.rank import Group, Rank, RankCut
 from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
-from engine.weights import reader as weights
+from engine.weights import loading as weights
 from engine.weights.model_config import ModelError
 from engine.weights.scheme import Scheme
 from engine.weights.tensor_files import WeightsError

@@ -21,10 +21,10 @@ from engine.models import decoder, read_model
 from engine.runner.backends import Kernels
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
-from engine.weights import reader as weights
+from engine.weights import loading as weights
 from engine.weights import tensor_files
+from engine.weights.loading import Dummy, WeightsError
 from engine.weights.model_config import ModelError
-from engine.weights.reader import Dummy, WeightsError
 from experiments.gpu.models import TINY
 from hybridcache.geometry.units import format_count
 
