@@ -321,9 +321,39 @@ class Engine:
         return logits
 
     def _sample(self, plan: Plan, logits: Any) -> InFlight:
-        in_flight = sample_step(plan, logits, self._sampler, self._in_flight)
+        """Start drawing the step's tokens, and scoring prompts if requested.
+
+        Does not wait, except if a grammar depends on a token of the previous step: then it waits
+        for that token while the device computes this step.
+        """
+        late_tokens = dict(plan.batch.late_tokens)
+        late: list[int] = []
+        inputs: list[SamplingInput] = []
+        rows: list[int] = []
+        scores: list[PendingTokens] = []
+        num_rows = 0
+        for index, (task, segment) in enumerate(zip(plan.tasks, plan.batch.segments, strict=True)):
+            first, num_rows = num_rows, num_rows + segment.num_logits
+            if task.scores:
+                scores.append(_score(task, logits[first:num_rows], self._sampler))
+            if task.samples:
+                request = task.request
+                drawn = (
+                    partial(_token, self._in_flight, late_tokens[index])
+                    if index in late_tokens
+                    else None
+                )
+                drawn_for = request.sampling_inputs(task.drafts, drawn)
+                first = num_rows - 1 - len(task.drafts)
+                if drawn_for is None:
+                    request.held_logits = self._sampler.keep(logits, first)
+                    late.append(index)
+                    drawn_for = [request.unguided_input()] * (num_rows - first)
+                inputs += drawn_for
+                rows += range(first, num_rows)
+        drawn_now = self._sampler.launch(logits, inputs, rows) if inputs else None
         self._laps.append(self.clock())
-        return in_flight
+        return InFlight(plan, drawn_now, scores, frozenset(late))
 
     def _due(self, in_flight: InFlight) -> InFlight:
         """Return the step to commit now: this one, or with overlap the previous one, which the
@@ -554,40 +584,6 @@ class InFlight(NamedTuple):
 
 
 NO_STEP = InFlight(EMPTY, None, ())
-
-
-def sample_step(
-    plan: Plan, logits: Any, sampler: TokenSampler, before: InFlight | None = None
-) -> InFlight:
-    """Start drawing the step's tokens, and scoring prompts if requested.
-
-    Does not wait, except if a grammar depends on a token of the step ``before``: then it waits for
-    that token while the device computes this step.
-    """
-    late_tokens = dict(plan.batch.late_tokens)
-    late: list[int] = []
-    inputs: list[SamplingInput] = []
-    rows: list[int] = []
-    scores: list[PendingTokens] = []
-    num_rows = 0
-    for index, (task, segment) in enumerate(zip(plan.tasks, plan.batch.segments, strict=True)):
-        first, num_rows = num_rows, num_rows + segment.num_logits
-        if task.scores:
-            scores.append(_score(task, logits[first:num_rows], sampler))
-        if task.samples:
-            request = task.request
-            drawn = partial(_token, before, late_tokens[index]) if index in late_tokens else None
-            drawn_for = request.sampling_inputs(task.drafts, drawn)
-            first = num_rows - 1 - len(task.drafts)
-            if drawn_for is None:
-                request.held_logits = sampler.keep(logits, first)
-                late.append(index)
-                drawn_for = [request.unguided_input()] * (num_rows - first)
-            inputs += drawn_for
-            rows += range(first, num_rows)
-    if not inputs:
-        return InFlight(plan, None, scores)
-    return InFlight(plan, sampler.launch(logits, inputs, rows), scores, frozenset(late))
 
 
 def _token(before: InFlight | None, row: int) -> int:

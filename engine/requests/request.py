@@ -187,26 +187,22 @@ class Request(ScheduledRequest):
     def _inputs(
         self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
     ) -> list[SamplingInput] | None:
-        rulings = self._rulings(draw, drafts, drawn)
+        """Return the sampling inputs for the token with number ``draw``, and one after each of
+        ``drafts``; None as ``sampling_inputs``."""
+        answer, token = self.output, None
+        if drawn is not None and any(rule.needs_newest for rule in self._rules):
+            token = drawn()
+            answer = np.append(answer, np.int32(token))
+        rulings: Sequence[Ruling] | None = [FREE] * (1 + len(drafts))
+        if token != NO_TOKEN:  # With it, the request ends when this step is committed.
+            draws = Draws(draw, answer, drafts, may_be_over=drawn is not None)
+            rulings = ruled(self._rules, draws)
         if rulings is None:
             return None
         return [
             SamplingInput(self.params, self.seed, draw + place, ruling)
             for place, ruling in enumerate(rulings)
         ]
-
-    def _rulings(
-        self, draw: int, drafts: Tokens, drawn: Callable[[], int] | None
-    ) -> Sequence[Ruling] | None:
-        """Return the result of the rules for the token with number ``draw``, and one after each of
-        ``drafts``; None as ``sampling_inputs``."""
-        answer = self.output
-        if drawn is not None and any(rule.needs_newest for rule in self._rules):
-            token = drawn()
-            if token == NO_TOKEN:  # The request ends when this step is committed.
-                return [FREE] * (1 + len(drafts))
-            answer = np.append(answer, np.int32(token))
-        return ruled(self._rules, Draws(draw, answer, drafts, may_be_over=drawn is not None))
 
     def accept_run(self, run: Sequence[SampledToken], now_s: float) -> None:
         """Append the next tokens, up to one that ends the answer."""

@@ -126,7 +126,7 @@ class Sampler:
                 found = _draw(picked, chosen)
             else:
                 found = _draw_filtered(picked, chosen, width)
-            tokens[_index(rows, logits.device)] = found
+            tokens[upload(rows, torch.int64, logits.device)] = found
         return tokens
 
 
@@ -189,7 +189,7 @@ def _ruled(logits: torch.Tensor, rulings: Sequence[Ruling]) -> torch.Tensor:
         bits = upload(np.stack([mask for _, mask in masks]), torch.uint8, device)[:, :, None]
         bits = bits >> torch.arange(8, dtype=torch.uint8, device=device)
         forbidden = (bits & 1 == 0).flatten(1)[:, :size]
-        index = _index([row for row, _ in masks], device)
+        index = upload([row for row, _ in masks], torch.int64, device)
         logits = logits.index_copy(0, index, logits[index].masked_fill(forbidden, -torch.inf))
     return logits
 
@@ -264,13 +264,9 @@ def _column(values: Sequence[float], like: torch.Tensor) -> torch.Tensor:
     return upload(values, like.dtype, like.device)[:, None]
 
 
-def _index(rows: Sequence[int], device: torch.device) -> torch.Tensor:
-    return upload(rows, torch.int64, device)
-
-
 def _pick(tensor: torch.Tensor, rows: Sequence[int]) -> torch.Tensor:
     """Select the given rows, which ascend."""
-    return tensor if len(rows) == len(tensor) else tensor[_index(rows, tensor.device)]
+    return tensor if len(rows) == len(tensor) else tensor[upload(rows, torch.int64, tensor.device)]
 
 
 def _score(
