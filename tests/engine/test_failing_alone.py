@@ -317,7 +317,7 @@ def test_a_client_is_told_that_its_own_request_failed() -> None:
     asyncio.run(main())
 
 
-def test_an_order_that_raises_leaves_no_stream_and_no_question_hanging() -> None:
+def test_a_command_that_raises_leaves_no_stream_and_no_question_hanging() -> None:
     """The first ends the engine, the second is left for its close; those behind them are told."""
     engine = make_engine()
 
@@ -326,11 +326,10 @@ def test_an_order_that_raises_leaves_no_stream_and_no_question_hanging() -> None
         ran = server.submit(ids(8, 0), ANSWER)
 
         def fail() -> None:
-            raise RuntimeError("no such order")
+            raise RuntimeError("no such command")
 
-        with server._wake:
-            server._order(fail)
-            server._order(fail)
+        server.call_soon(fail)
+        server.call_soon(fail)
         behind = server.submit(ids(8, 50), ANSWER)
         asked = asyncio.ensure_future(server.call(lambda engine: engine.num_waiting))
         await asyncio.sleep(0)
