@@ -1,7 +1,7 @@
 """Compare the default pair with the best pair of this project's policies.
 
+    python -m experiments.studies.default                   # both splits
     python -m experiments.studies.default --split tuning
-    python -m experiments.studies.default --split evaluation
     python -m experiments.studies.default --draw            # the table and the figure only
 
 Traces, sizes and seeds are those of ``experiments/splits.toml``. The loss of a pair in a cell (one
@@ -57,6 +57,7 @@ Losses = dict[str, dict[Cell, float]]
 class Job(NamedTuple):
     """All pairs and sizes on one trace."""
 
+    split: str
     trace: str
     seed: int | None
     gib: tuple[float, ...]
@@ -66,7 +67,7 @@ class Job(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--split", choices=SPLITS, default="tuning")
+    parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--seeds", type=int, help="only the first N seeds")
     only = "run only these and keep the runs of the others"
     parser.add_argument(
@@ -81,13 +82,17 @@ def main() -> None:
     config = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
     if not options.draw:
         data = options.data or next((folder for folder in DATA if folder.is_dir()), None)
-        jobs = list(jobs_of(config[options.split], options.seeds, data))
+        jobs = [
+            job
+            for split in options.split
+            for job in jobs_of(split, config[split], options.seeds, data)
+        ]
         records = [
             record
             for record in records
-            if record["split"] != options.split or record["pair"] not in options.pairs
+            if record["split"] not in options.split or record["pair"] not in options.pairs
         ]
-        work = partial(run, config["model"], options.split, options.pairs)
+        work = partial(run, config["model"], options.pairs)
         with ProcessPoolExecutor(options.processes, initializer=collect_seldom) as pool:
             for found in tqdm(pool.map(work, jobs), total=len(jobs), unit=" traces", disable=None):
                 records += found
@@ -111,18 +116,20 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "split" in line]
 
 
-def jobs_of(split: dict[str, Any], seeds: int | None, data: Path | None) -> Iterator[Job]:
+def jobs_of(
+    split: str, config: dict[str, Any], seeds: int | None, data: Path | None
+) -> Iterator[Job]:
     """Traces of ``split``; files that are missing are left out."""
-    for spec, gib in split["gib"].items():
-        for seed in split["seeds"][:seeds]:
-            yield Job(spec, seed, tuple(gib))
-    for spec, gib in split.get("files", {}).items():
+    for spec, gib in config["gib"].items():
+        for seed in config["seeds"][:seeds]:
+            yield Job(split, spec, seed, tuple(gib))
+    for spec, gib in config.get("files", {}).items():
         name, _, options = spec.partition("?")
         if data is not None and (data / name).exists():
-            yield Job(spec, None, tuple(gib), f"{data / name}?{options}")
+            yield Job(split, spec, None, tuple(gib), f"{data / name}?{options}")
 
 
-def run(model: str, split: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
+def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
     """Return one record for each pair and size."""
     recipe = job.path
     if job.seed is not None:
@@ -141,7 +148,7 @@ def run(model: str, split: str, pairs: Sequence[str], job: Job) -> list[dict[str
         )
         for gib, each in zip(job.gib, result.runs, strict=True):
             rate = rounded(each.token_hit_rate)
-            record = {"split": split, "trace": job.trace, "gib": gib, "seed": job.seed}
+            record = {"split": job.split, "trace": job.trace, "gib": gib, "seed": job.seed}
             records.append(record | {"pair": pair, "token_hit_rate": rate})
     return records
 
