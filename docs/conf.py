@@ -27,8 +27,10 @@ myst_heading_anchors = 3
 myst_enable_extensions = ["html_image"]
 html_theme = "furo"
 html_title = "hybridcache"
-html_static_path = ["figures"]
-exclude_patterns = ["figures"]
+html_static_path = ["figures", "static"]
+html_css_files = ["site.css"]
+html_favicon = "static/logo.svg"
+exclude_patterns = ["figures", "static"]
 nitpicky = True
 
 

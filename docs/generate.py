@@ -94,11 +94,13 @@ def _escape(text: str) -> str:
 
 
 def _option(action: argparse.Action, parser: argparse.ArgumentParser) -> tuple[str, str]:
-    """Return one option's name with its value, and its meaning with its default."""
+    """Return one option's names with its value, as code, and its meaning with its default."""
     formatter = argparse.HelpFormatter(parser.prog)
     value = formatter._format_args(action, formatter._get_default_metavar_for_optional(action))
-    name = ", ".join(action.option_strings) or str(action.metavar or action.dest)
-    shown = f"{name} {value}" if action.option_strings and action.nargs != 0 else name
+    names = list(action.option_strings) or [str(action.metavar or action.dest)]
+    if action.option_strings and action.nargs != 0:
+        names[-1] += f" {value}"
+    shown = ", ".join(f"`{_code(name)}`" for name in names)
     help = (action.help or "") % {
         **{key: val for key, val in vars(action).items() if key != "help"},
         "prog": parser.prog,
@@ -127,7 +129,7 @@ def cli() -> str:
                     continue
                 title = group.title or "options"
                 rows = [_option(action, parser) for action in actions]
-                lines = [f"| `{_code(shown)}` | {_cell(help)} |" for shown, help in rows]
+                lines = [f"| {shown} | {_cell(help)} |" for shown, help in rows]
                 parts.append("\n".join([f"| {_cell(title)} | |", "|---|---|", *lines, ""]))
     return "\n".join(parts)
 

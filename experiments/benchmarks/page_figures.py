@@ -1,9 +1,10 @@
 """The page's pictures in the README: conversations through a live server, and what Chromium shows.
 
-python -m experiments.benchmarks.page_figures [--requests 80] [--gib 0.04]
+python -m experiments.benchmarks.page_figures [--requests 80] [--gib 0.025]
 
 The conversations are made up (lengths of ShareGPT's, cut short) and share three system prompts;
-answers are the built-in model's own. Needs playwright and a Chromium.
+answers are the built-in model's own. In one conversation the system message changes, and the
+pictures show why that request missed. Needs playwright and a Chromium.
 """
 
 from __future__ import annotations
@@ -27,27 +28,29 @@ PORT = 8798
 SYSTEMS = (
     "You are a careful programmer. Read before you write, and say what you have not tried. " * 6,
     "You answer in one sentence. " * 5,
-    "You are an agent with tools: read a file, write a file, run the tests, and then say so. " * 8,
+    "You are an agent with tools: read a file, write a file, run the tests, and then say so. " * 4
+    + "The time is 10:41. "
+    + "Never change a file that you have not read. " * 8,
 )
 MAX_CHARS = 260
 """Maximum length of one message."""
 NUM_AT_ONCE = 3
+NUM_UNCHANGED = 4
+"""Requests of an agent with the same time in its system message."""
 CHOOSE_REQUEST = """() => {
     const [view] = hybridcache.views;
-    const done = [...view.model.requests.values()].filter((one) => one.state === "length");
-    const lost = (one) => one.losses.checkpoint_evicted + one.losses.kv_evicted;
+    const done = [...view.model.requests.values()].filter((one) => one.finished_s !== null);
+    const lost = (one) => one.losses.never_checkpointed; // by the changed system message
     view.selectRequest(done.reduce((a, b) => (lost(b) >= lost(a) ? b : a)).id);
-}"""
-CHOOSE_NODE = """() => {
-    const [view] = hybridcache.views;
-    view.select(view.tree.items.find((node) => node.end - node.start > 150 && node.end > 700));
 }"""
 
 
 async def talk(client: httpx.AsyncClient, number: int, texts: list[str], turn: Any) -> None:
-    """One conversation, each turn with all that was said."""
+    """Run one conversation; each turn sends all that was said, and the fifth with a new time."""
     messages = [{"role": "system", "content": SYSTEMS[number % len(SYSTEMS)]}]
-    for text in texts:
+    for at, text in enumerate(texts):
+        if at == NUM_UNCHANGED:
+            messages[0]["content"] = messages[0]["content"].replace("10:41", "10:42")
         messages.append({"role": "user", "content": text})
         body = {"messages": messages, "max_tokens": 24}
         async with turn:
@@ -73,7 +76,7 @@ async def load(num_requests: int) -> None:
 
 
 def take(num_requests: int) -> None:
-    """Both pictures, near the end of the load."""
+    """Take both pictures, near the end of the load."""
     url = f"http://127.0.0.1:{PORT}"
     thread = threading.Thread(target=lambda: asyncio.run(load(num_requests)))
     thread.start()
@@ -83,11 +86,10 @@ def take(num_requests: int) -> None:
             size = {"width": 1440, "height": 900}
             pages[scheme] = browser.new_page(viewport=size, color_scheme=scheme)
             pages[scheme].goto(url)
-        light, dark = pages.values()
-        while light.evaluate("hybridcache.views[0].model.time") < num_requests - 12:
+        while pages["light"].evaluate("hybridcache.views[0].model.time") < num_requests - 4:
             time.sleep(0.2)
-        light.evaluate(CHOOSE_REQUEST)
-        dark.evaluate(CHOOSE_NODE)
+        for page in pages.values():
+            page.evaluate(CHOOSE_REQUEST)
         time.sleep(0.8)
         for scheme, page in pages.items():
             page.screenshot(path=FIGURES / f"page_{scheme}.png")
@@ -98,7 +100,7 @@ def take(num_requests: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=80)
-    parser.add_argument("--gib", type=float, default=0.04)
+    parser.add_argument("--gib", type=float, default=0.025)
     options = parser.parse_args()
     command = [sys.executable, "-m", "engine", "serve", "--port", str(PORT)]
     command += ["--cache-gib", str(options.gib), "--max-model-len", "4096"]
