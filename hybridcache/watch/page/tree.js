@@ -283,26 +283,27 @@ class TreeCanvas {
   }
 
   marks(context, ticks) {
+    const [old, plain, dotted, lost] = [[], [], [], []];
     for (const node of ticks) {
       const { box } = node;
-      const right = box.left + box.width;
       const height = Math.min(box.height, 20);
-      const top = box.top + (box.height - height) / 2;
-      if (node.saved) {
-        const deeper = node.kids.filter((kid) => kid.ghost === null);
-        const isSuperseded = deeper.length === 1 && deeper[0].hasState;
-        const hasDot = !isSuperseded && height > 9 && box.width > 9;
-        // An edge in the colour of the ground sets the mark off from a node that is as bright.
-        for (const [colour, edge] of hasDot ? [[this.colour.panel, 1], [this.colour.ink, 0]] : [[isSuperseded ? this.faded.ink(0.55) : this.colour.ink, 0]]) {
-          context.fillStyle = colour;
-          context.fillRect(right - 2 - edge, top, 2 + 2 * edge, height);
-          if (hasDot) { context.beginPath(); context.arc(right - 1, top + height / 2, 3.2 + edge, 0, 7); context.fill(); }
-        }
-      } else if (box.height > 4) {
-        context.fillStyle = this.colour.checkpoint_evicted;
-        for (let at = 0; at < height - 1; at += 4) context.fillRect(right - 2, top + at, 2, 2);
-      }
+      const mark = { right: box.left + box.width, top: box.top + (box.height - height) / 2, height };
+      const deeper = node.saved ? node.kids.filter((kid) => kid.ghost === null) : [];
+      if (!node.saved) lost.push(mark);
+      else if (deeper.length === 1 && deeper[0].hasState) old.push(mark); // superseded
+      else (height > 9 && box.width > 9 ? dotted : plain).push(mark);
     }
+    const draw = (marks, colour, edge) => {
+      context.fillStyle = colour;
+      for (const { right, top, height } of marks) context.fillRect(right - 2 - edge, top, 2 + 2 * edge, height);
+      if (marks === dotted) for (const { right, top, height } of marks) { context.beginPath(); context.arc(right - 1, top + height / 2, 3.2 + edge, 0, 7); context.fill(); }
+    };
+    draw(old, this.faded.ink(0.55), 0);
+    draw(dotted, this.colour.panel, 1); // an edge, for a node that is as bright as the mark
+    draw(dotted, this.colour.ink, 0);
+    draw(plain, this.colour.ink, 0);
+    context.fillStyle = this.colour.checkpoint_evicted;
+    for (const { right, top, height } of lost) if (height > 4) for (let at = 0; at < height - 1; at += 4) context.fillRect(right - 2, top + at, 2, 2);
   }
 
   locks(context) {
