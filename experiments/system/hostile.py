@@ -9,7 +9,8 @@ request without it, of a drafted prompt the same without drafts, of other attack
 
 Other processes of the machine take their share of both. So each figure is printed, too, without the
 time in which the threads that a token passes waited for a processor (Linux says how long), and the
-limits are for those. Loss is judged where the control is the same work. Loopback only.
+limits are for those. Loss is judged where the control is the same work. An attack over a limit is
+repeated, and its median decides. Loopback only.
 
     python -m experiments.system.hostile
 """
@@ -28,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +39,8 @@ from experiments.system.flood import server_port
 
 LIMIT_S, LIMIT_LOSS = 0.1, 0.1
 """No attack may delay another client's token by more, or take a larger share of its speed."""
+ROUNDS_TO_FAIL = 5
+"""Least number of rounds whose median fails."""
 MAX_CONNECTIONS = 100
 """Maximum number of connections of the attacked server."""
 ATTACK_S = 10.0
@@ -76,6 +80,11 @@ class Outcome(NamedTuple):
     def loss(self) -> float:
         """Share of its speed that the other client lost."""
         return 1 - self.tokens_per_s / self.control_per_s
+
+    @property
+    def is_over(self) -> bool:
+        """A limit is exceeded."""
+        return self.net_ms > 1e3 * LIMIT_S or (self.is_judged and self.loss > LIMIT_LOSS)
 
 
 def _body(**fields: Any) -> Callable[[], bytes]:
@@ -432,6 +441,21 @@ def serving(*arguments: str) -> Iterator[tuple[int, Reader, subprocess.Popen[str
             server.terminate()
 
 
+def measure(attacks: Sequence[Callable[[], Outcome]], num_rounds: int) -> list[list[Outcome]]:
+    """Return the outcomes of each attack, round by round.
+
+    An attack that exceeds a limit is repeated, because a stall of the machine seldom comes twice.
+    """
+    found: list[list[Outcome]] = [[] for _ in attacks]
+    for _ in range(num_rounds):
+        for outcomes, make in zip(found, attacks, strict=True):
+            outcomes.append(make())
+    for outcomes, make in zip(found, attacks, strict=True):
+        while len(outcomes) < ROUNDS_TO_FAIL and _middle(outcomes).is_over:
+            outcomes.append(make())
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = Parser(
         prog="python -m experiments.system.hostile", description=(__doc__ or "").split("\n")[0]
@@ -449,21 +473,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return [one for one in attacks if options.only in f"{one.path} {one.name}"]
 
     bodies, drafted = chosen((*BODIES, *SLOW_TO_FOLLOW)), chosen(DRAFTED)
-    rounds: list[list[Outcome]] = [[] for _ in range(options.rounds)]
-    undrafted: list[list[Outcome]] = []
+    num_rounds = options.rounds
     with serving() as (port, reader, server):
-        for outcomes in rounds:
-            outcomes += [attack(port, reader, body) for body in bodies]
-            if options.only in "connections":
-                outcomes.append(hold_connections(port, reader))
-            undrafted.append([attack(port, reader, body) for body in drafted])
+        attacks = [partial(attack, port, reader, body) for body in bodies]
+        if options.only in "connections":
+            attacks.append(partial(hold_connections, port, reader))
+        found = measure(attacks, num_rounds)
+        undrafted = [[attack(port, reader, body) for _ in range(num_rounds)] for body in drafted]
         peak_mib = _peak_mib(server.pid)
     if drafted:
         with serving("--draft", "tree:8") as (port, reader, _):
-            for outcomes, controls in zip(rounds, undrafted, strict=True):
-                for body, control in zip(drafted, controls, strict=True):
-                    outcomes.append(attack(port, reader, body, control.tokens_per_s))
-    rows = [_middle(one) for one in zip(*rounds, strict=True)]
+            speeds = [_middle(outcomes).tokens_per_s for outcomes in undrafted]
+            pairs = zip(drafted, speeds, strict=True)
+            found += measure([partial(attack, port, reader, *pair) for pair in pairs], num_rounds)
+    rows = [_middle(one) for one in found]
     heads = f"{'token ms':>9} {'worst ms':>9} {'net ms':>7} {'tokens/s':>9} {'loss':>6}"
     print(f"{'MiB':>5} {'answer':>6} {'s':>6} {heads}  attack")
     for row in rows:
@@ -483,7 +506,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_json_lines(
         options.out, [record, *(row._asdict() | {"loss": round(row.loss, 3)} for row in rows)]
     )
-    return 0 if net_ms <= 1e3 * LIMIT_S and loss_most <= LIMIT_LOSS else 1
+    return 1 if any(row.is_over for row in rows) else 0
 
 
 FIGURES = ("seconds", "median_ms", "worst_ms", "net_ms", "tokens_per_s", "control_per_s")

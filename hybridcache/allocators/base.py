@@ -41,7 +41,7 @@ class BaseAllocator(ABC):
     rest. Allocators evict nothing: they return None if a request does not fit.
     """
 
-    def __init__(self, capacity: int, unit_bytes: int = 0, budget: ByteBudget | None = None):
+    def __init__(self, capacity: int, unit_bytes: int, budget: ByteBudget | None):
         """Raise ValueError if ``capacity`` is negative, or a ``budget`` has no ``unit_bytes``."""
         if capacity < 0:
             raise ValueError(f"capacity must not be negative, got {capacity}")

@@ -34,7 +34,7 @@ def continuation(node: RadixNode, tokens: Tokens, max_tokens: int, page_size: in
         shared = (end - at) * TOKEN_BYTES
         if child.edge[:shared] != rest[at * TOKEN_BYTES : end * TOKEN_BYTES]:
             break
-        if end == len(tokens) and shared < len(child.edge):
+        if shared < len(child.edge):
             found.append(edge_tokens(child.edge[shared:])[:num_missing])
             num_missing -= len(found[-1])
         node, at = child, end

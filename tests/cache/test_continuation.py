@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache import CacheConfig, PrefixCache, build_prefix_cache
+from hybridcache.radix.continuation import MAX_BRANCHES
 
 texts = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14), min_size=1, max_size=6)
 
@@ -75,6 +76,31 @@ def test_of_several_the_one_used_last_is_followed() -> None:
     assert cache.continuation(ids, 2).tolist() == [30, 40]
     cache.touch(cache.match(np.array([1, 2, 3, 4, 5], np.int32)))
     assert cache.continuation(ids, 2).tolist() == [3, 4]
+
+
+def test_a_resident_text_is_followed_before_an_evicted_one() -> None:
+    cache = make("radix", 1)
+    insert(cache, [1, 2, 3])
+    insert(cache, [1, 2, 30])
+    cache.evict(num_tokens=1)
+    ids = np.array([1, 2, 3], np.int32)
+    assert cache.match(ids).kv_match_len == 2 and cache.continuation(ids[:2], 1).tolist() == [30]
+    insert(cache, [1, 2, 3])
+    assert cache.continuation(ids[:2], 1).tolist() == [3]
+
+
+def test_of_many_texts_the_newest_are_compared_and_a_whole_page_finds_any() -> None:
+    cache = make("radix", 1)
+    texts = [[1, number, 1000 + number, 7] for number in range(MAX_BRANCHES + 6)]
+    for tokens in texts:
+        insert(cache, tokens)
+    cache.touch(cache.match(np.array([*texts[0], 0], np.int32)))
+    begin = np.array([1], np.int32)
+    assert cache.continuation(begin, 3).tolist() == texts[-1][1:]
+    cache.evict(num_tokens=400)
+    assert cache.cached_tokens == 0
+    for tokens in texts:
+        assert cache.continuation(np.array(tokens[:2], np.int32), 2).tolist() == tokens[2:]
 
 
 def test_a_namespace_sees_its_own_and_a_locked_node_begins_in_the_middle() -> None:
