@@ -24,11 +24,13 @@ def read_ghosts(
 ) -> tuple[int, Checkpoint | None, bool]:
     """Follow ``tokens`` through the ghosts below ``node``, the end of their resident part. O(n).
 
+    ``node`` must have ghosts.
+
     Returns the length of the tokens seen before, the deepest evicted checkpoint on the way that
     could be resumed from (or None), and whether other tokens were seen to follow.
     """
     ghost, inside, length = tree.walk(node, tokens[node.end :], ghosts=True)
-    forks = inside is not None or bool(ghost.children) or bool(ghost.ghosts)
+    forks = inside is not None or bool(ghost.ghosts)
     while ghost is not node:
         if ghost.lost_checkpoint is not None and ghost.end < len(tokens):
             return length, ghost.lost_checkpoint, forks
@@ -82,11 +84,11 @@ class GhostList:
             ghost, _ = self._order.popitem(last=False)
             self.num_bytes -= len(ghost.edge) + GHOST_NODE_BYTES
             self.tree.forget(ghost)
-            if ghost.parent is not None:
-                compact_edges(ghost.parent, ghost.edge)
-            ghost.edge = b""  # a policy's queue may hold the node for a while yet
             parent = ghost.parent
-            if parent is not None and parent.parent is None:
+            assert parent is not None
+            compact_edges(parent, ghost.edge)
+            ghost.edge = b""  # a policy's queue may hold the node for a while yet
+            if parent.parent is None:
                 self.tree.prune_root(parent.key)
 
     def clear(self) -> None:

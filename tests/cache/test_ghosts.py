@@ -7,6 +7,7 @@ import pytest
 from tests.cache.serving import (
     hybrid,
     ids,
+    publish,
     serve,
 )
 
@@ -89,3 +90,17 @@ def test_ghosts_never_exceed_their_bytes(ghost_bytes):
     for number in range(100):
         serve(cache, ids([number], "x" * number), [number + 1])
         assert cache._residency.ghosts.num_bytes <= ghost_bytes
+
+
+def test_a_match_says_whether_others_went_on_elsewhere():
+    cache = hybrid(num_kv_tokens=64, ghost_bytes=1 << 20)
+    publish(cache, ids(range(20)), [10])
+
+    def forks(length):
+        return cache.match(ids(range(length), [99] * 3)).forks
+
+    assert forks(5) and forks(10), "inside an edge; where a checkpoint split it"
+    assert not forks(20), "all that was seen ends there"
+    cache.evict(num_tokens=64)
+    assert cache.match(ids(range(20))).kv_match_len == 0
+    assert forks(5) and forks(10) and not forks(20), "ghosts say so too"

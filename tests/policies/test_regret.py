@@ -534,26 +534,6 @@ def test_trials_of_new_labels_do_not_fill_a_small_cache() -> None:
     assert num_ends(1000) == 20
 
 
-def test_a_match_says_whether_others_went_on_elsewhere() -> None:
-    settings = CacheConfig(num_kv_tokens=64, num_slots=4, grid=1, ghost_bytes=1 << 20)
-    cache = build_prefix_cache(settings)
-
-    def forks(length: int, new: int) -> bool:
-        prompt = np.r_[np.arange(length), np.full(new, 99)].astype(np.int32)
-        return cache.match(prompt).forks
-
-    slot = cache.allocate_slot()
-    assert slot is not None
-    rows = cache.allocate_kv(20)
-    assert rows is not None
-    cache.insert(np.arange(20, dtype=np.int32), rows, [(10, slot)])
-    assert forks(5, 3) and forks(10, 3), "inside an edge; where a checkpoint split it"
-    assert not forks(20, 3), "all that was seen ends there"
-    cache.evict(num_tokens=64)
-    assert cache.match(np.arange(20, dtype=np.int32)).kv_match_len == 0
-    assert forks(5, 3) and forks(10, 3) and not forks(20, 3), "ghosts say so too"
-
-
 @pytest.mark.full
 def test_the_pair_reaches_the_bound_where_memory_is_ample() -> None:
     assert hit_rate(chat().head(120), "survival", "adaptive", total_bytes=40 << 30) > 0.8
