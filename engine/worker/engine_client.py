@@ -25,10 +25,9 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from engine.async_engine import RequestStream
+from engine.async_engine import FAILED, STOPPED, STOPPING, RequestStream
 from engine.build import load_tokenizer_of, names_tokenizer, sampling_defaults
 from engine.config import EngineConfig
-from engine.engine_loop import FAILED, STOPPED, STOPPING
 from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, describe_exit
 from engine.requests.grammar import Grammar
 from engine.requests.request_factory import Intake

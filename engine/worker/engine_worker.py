@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from engine.async_engine import EngineLoop
 from engine.engine import Engine
-from engine.engine_loop import EngineLoop
 from engine.errors import EngineStopped, RequestError
 from engine.interfaces import EngineWatch, RunnerLost
 from engine.plugins import cache_watch

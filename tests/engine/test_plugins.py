@@ -17,7 +17,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.testclient import TestClient
 
 from engine import Engine, EngineConfig, SamplingParams, engine_config
-from engine.engine_loop import EngineLoop
+from engine.async_engine import EngineLoop
 from engine.interfaces import Plugin
 from engine.plugins import PATHS, engine_plugins, engine_settings, server_settings
 from engine.requests.logit_rules import (

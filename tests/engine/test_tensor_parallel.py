@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from engine import AsyncEngine, ConfigError, Engine, SamplingParams, engine_config
-from engine.engine_loop import EngineStopped
+from engine.async_engine import EngineStopped
 from engine.interfaces import RunnerLost
 from engine.plugins.tensor_parallel import worker_pool as followers
 from engine.plugins.tensor_parallel.coordinator import LeadingRunner
