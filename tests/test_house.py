@@ -121,6 +121,7 @@ MAY_IMPORT = {
     "engine/weights": "layers models runner",
     "engine/runner": "config interfaces layers models plugins requests schedule text weights",
     "engine/testing": "requests schedule text",
+    "engine/async_engine.py": "config engine errors interfaces plugins requests schedule text",
     "engine/worker": "async_engine build config engine errors interfaces "
     "plugins requests runner schedule server text",
     "engine/server": "async_engine config engine errors plugins requests schedule text",
