@@ -35,7 +35,7 @@ from tqdm import tqdm
 if not __package__:  # run by its path: the project's root is where its modules are
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from engine.command.flags import HelpFormatter, Parser
+from engine.command.flags import HelpFormatter
 from engine.config import EngineConfig
 from engine.text.hugging_face import load_tokenizer
 from experiments.benchmarks.conversations import (
@@ -56,6 +56,7 @@ from experiments.provenance import RESULTS, provenance, write_json_lines
 from hybridcache import ModelGeometry, Trace, TraceRequest, parse_placement
 from hybridcache.geometry.units import GIB, format_seconds
 from hybridcache.lab.optimum import best_plan
+from hybridcache.lab.parser import Parser
 from hybridcache.lab.traces.sharegpt import Conversation, iter_conversations
 from hybridcache.lab.traces.text import ChatText, load_chat_text
 from hybridcache.policies.registry import make_eviction

@@ -167,8 +167,8 @@ def test_every_room_of_the_cache_is_in_the_list() -> None:
 
 
 def test_the_engine_imports_neither_the_laboratory_nor_the_caches_state() -> None:
-    """Except what both commands share: names of packages and handlers of signals."""
-    shared = ("hybridcache.lab.extras", "hybridcache.lab.signals")
+    """Except what both commands share: names of packages, the parser, and handlers of signals."""
+    shared = ("hybridcache.lab.extras", "hybridcache.lab.parser", "hybridcache.lab.signals")
     wrong = [
         (file, module)
         for file, module in imports_of("engine")

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from engine.command.flags import (
     HelpFormatter,
-    Parser,
     add_flags,
     add_grouped_flags,
     read_config,
@@ -38,6 +37,7 @@ from engine.plugins import (
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
 from hybridcache.lab.extras import how_to_install, version
+from hybridcache.lab.parser import Parser
 from hybridcache.lab.signals import end_by_exception
 
 if TYPE_CHECKING:

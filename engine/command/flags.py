@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -16,32 +15,12 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 Config = TypeVar("Config")
 FIELD = re.compile(r"``(\w+)``")
 """Name of another field in a docstring."""
 METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT"}
-
-
-class Parser(argparse.ArgumentParser):
-    """Parser that reports an error in one sentence and exits with 2.
-
-    Unknown flags are reported by the parser of their verb, with the most similar flag.
-    """
-
-    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
-        parsed, unknown = super().parse_known_args(args, namespace)
-        if unknown:
-            flag = unknown[0].partition("=")[0]
-            near = difflib.get_close_matches(flag, self._option_string_actions, n=1)
-            hint = f", did you mean {near[0]}?" if near else ""
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
-        return parsed, unknown
-
-    def error(self, message: str) -> NoReturn:
-        end = "" if message.endswith("?") else "."
-        self.exit(2, f"{self.prog}: {message.rstrip('.')}{end} See `{self.prog} --help`.\n")
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

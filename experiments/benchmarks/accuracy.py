@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 
-from engine.command.flags import Parser
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.engine import Engine
 from engine.plugins.speculation import DRAFT_LENS
@@ -35,6 +34,7 @@ from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.flood import server_port
 from experiments.training import corpus
 from experiments.training.harness import PROBLEMS, write_problems
+from hybridcache.lab.parser import Parser
 
 WEIGHTS = {
     "float32": ("--dtype", "float32"),

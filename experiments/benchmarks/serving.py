@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 
 from engine.async_engine import AsyncEngine
-from engine.command.flags import Parser, add_flags, read_config
+from engine.command.flags import add_flags, read_config
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.plugins import engine_settings
@@ -52,6 +52,7 @@ from experiments.benchmarks.serving_load import (
     summary,
 )
 from experiments.provenance import RESULTS, write_json_lines
+from hybridcache.lab.parser import Parser
 from hybridcache.lab.traces.sharegpt import iter_conversations
 
 START_S = 300.0

@@ -27,10 +27,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.command.flags import Parser
 from engine.command.inspect import load_geometry
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.geometry.units import GIB
+from hybridcache.lab.parser import Parser
 
 TIGHT_TOKENS, TIGHT_SLOTS = 384, 6
 Answers = dict[int, set[str]]

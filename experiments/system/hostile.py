@@ -33,9 +33,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.command.flags import Parser
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.flood import server_port
+from hybridcache.lab.parser import Parser
 
 LIMIT_S, LIMIT_LOSS = 0.1, 0.1
 """No attack may delay another client's token by more, or take a larger share of its speed."""

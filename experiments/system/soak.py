@@ -28,10 +28,10 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
-from engine.command.flags import Parser
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.faults.server import parts_of
 from experiments.system.flood import server_port
+from hybridcache.lab.parser import Parser
 
 NUM_CLIENTS = 16
 MIB = ("--explain-mib", "2", "--replay-mib", "2", "--responses-mib", "2", "--cache-gib", "0.1")

@@ -15,6 +15,7 @@ from hybridcache.lab.command.optimum import add_optimum
 from hybridcache.lab.command.simulate import add_simulate
 from hybridcache.lab.command.trace import add_trace
 from hybridcache.lab.extras import how_to_install, version
+from hybridcache.lab.parser import Parser
 from hybridcache.lab.signals import end_by_exception
 
 Command = Callable[[argparse.Namespace], int]
@@ -76,7 +77,7 @@ def _sentence(error: Exception) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser: argparse.ArgumentParser = Parser(
         prog="hybridcache", description="A laboratory for prefix caches of hybrid LLMs."
     )
     parser.add_argument("--version", action="version", version=f"hybridcache {version()}")

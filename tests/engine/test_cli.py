@@ -26,7 +26,7 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.command.cli import main
-from engine.command.flags import Parser, add_flags, add_grouped_flags, flags_of, read_config
+from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
 from engine.command.inspect import INTERVALS, holdings, load_geometry
 from engine.config import BUILTIN_DIR, BUILTIN_PROMPTS, ConfigError
 from engine.hub import resolve_config
@@ -35,6 +35,7 @@ from engine.server.settings import ServerConfig
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.cli import main as laboratory
+from hybridcache.lab.parser import Parser
 
 ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")

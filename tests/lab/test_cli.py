@@ -47,6 +47,28 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"hybridcache {metadata.version(CACHE_DISTRIBUTION)}\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("simulate --polciy lru", "--polciy, did you mean --policy? See `hybridcache simulate"),
+        ("simulate --trace chat --polciy lru", "--polciy lru, did you mean --policy?"),
+        ("advise --trace=chat --gibb=3", "--gibb=3, did you mean --gib?"),
+        ("simulate --trac chat --qqq", "unrecognized arguments: --qqq. See"),
+        ("simulate --pol lru", "the following arguments are required: --trace. See"),
+        ("trace stats", "the following arguments are required: trace. See"),
+        ("simulat", "invalid choice: 'simulat'"),
+    ],
+)
+def test_a_wrong_flag_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], arguments: str, sentence: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments.split())
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+
+
 def test_trace_stats(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, "trace", "stats", SAMPLE)
     assert code == 0 and "ideal token hit rate 26.57 %" in out and "seen before, %" in out

@@ -13,9 +13,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from engine.command.flags import Parser
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.attack import bodies, cache, churn, snapshots
+from hybridcache.lab.parser import Parser
 
 Part = Callable[[int, float], dict[str, int]]
 

@@ -17,12 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.command.flags import Parser
 from experiments.provenance import RESULTS, write_json_lines
 from experiments.system.faults.ends import ENDS
 from experiments.system.faults.files import damaged, full_disk
 from experiments.system.faults.live import LIVE
 from experiments.system.faults.server import Broken, broken_server, memory_of
+from hybridcache.lab.parser import Parser
 
 FLAGS = ("--body-timeout-s", "2", "--trace", "/dev/full", "--max-running", "8")
 """The trace's disk is full from the beginning."""
