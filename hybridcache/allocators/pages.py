@@ -147,6 +147,4 @@ class PageAllocator(BaseAllocator):
         assert 0 <= self._height <= len(self._stack), f"stack height {self._height}"
         assert len(np.unique(free)) == len(free), "a KV page is free twice"
         if len(free):
-            assert free.min() >= 0 and free.max() < len(self._stack), (
-                "a free KV page is out of range"
-            )
+            assert free.min() >= 0 and free.max() < len(self._stack), "a page is out of range"

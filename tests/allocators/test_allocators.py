@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hybridcache.allocators.base import ByteBudget
-from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.pages import MAX_ROWS, PageAllocator
 from hybridcache.allocators.slots import SlotAllocator
 
 TOKEN_BYTES, SLOT_BYTES = 2, 37
@@ -200,3 +200,40 @@ def test_a_share_of_a_budget_needs_the_bytes_of_a_unit() -> None:
         PageAllocator(100, budget=ByteBudget(100))
     with pytest.raises(ValueError, match="bytes of one unit, got 0"):
         SlotAllocator(2, budget=ByteBudget(100))
+
+
+def test_the_largest_pool_is_as_large_as_int32_can_number() -> None:
+    page = 1 << 20
+    assert PageAllocator(MAX_ROWS, page).num_free == MAX_ROWS
+    with pytest.raises(ValueError, match="int32 can number"):
+        PageAllocator(MAX_ROWS + page, page)
+
+
+def test_pages_are_whole_and_of_the_pool_from_the_first_row_to_the_last() -> None:
+    single, pages = PageAllocator(7), PageAllocator(8, page_size=4)
+    single.allocate(7)
+    for outside in ([7, 0], [0, 7]):
+        with pytest.raises(ValueError, match="not of this pool"):
+            single.free(np.array(outside, np.int32))
+    single.free(np.array([0], np.int32))
+    assert single.num_free == 1
+    pages.allocate(8)
+    for partial in ([1, 5, 6, 7], [0, 1, 3], [0, 4, 5, 6]):
+        with pytest.raises(ValueError, match="whole pages"):
+            pages.free(np.array(partial, np.int32))
+    with pytest.raises(ValueError, match="2 rows asked for"):
+        PageAllocator(8, page_size=4).reserve(np.arange(2, dtype=np.int32))
+
+
+def test_a_budget_too_small_gives_no_page() -> None:
+    pages = PageAllocator(16, 4, TOKEN_BYTES, ByteBudget(10))
+    assert pages.allocate(8) is None
+    with pytest.raises(ValueError, match="8 rows asked for, 4 are free"):
+        pages.reserve(np.arange(8, dtype=np.int32))
+    rows = pages.allocate(4)
+    assert rows is not None and pages.num_free == 0
+
+
+def test_a_budget_is_taken_to_its_last_byte() -> None:
+    slots = SlotAllocator(2, 1, ByteBudget(1))
+    assert slots.allocate() == 0 and slots.allocate() is None
