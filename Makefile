@@ -49,7 +49,7 @@ serve: install  ## the built-in model behind http://127.0.0.1:8000/v1
 
 # Which tests these are: tests/selection.py. JOBS: processes side by side, one more than cores, since some tests wait.
 test: install  ## a representative part of the tests, in four minutes on two cores
-	$(TESTING) $(BIN)/pytest -n $(JOBS) --dist loadscope
+	$(TESTING) $(BIN)/pytest --processes $(JOBS)
 
 test-all: install  ## every test with long profiles, attack, soak, browser and mutation, part by part (hours)
 	$(TESTING) $(BIN)/python -m tests.run all

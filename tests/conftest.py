@@ -4,7 +4,7 @@ Triton reads `TRITON_INTERPRET` when it is first imported, which may be by trans
 GPU it must interpret. With `KERNELS_ON_DEVICE=1`, as `make gpu` sets it, nothing may be
 interpreted.
 
-OpenMP's threads sleep while they wait: two workers with two threads each on two cores would spend
+OpenMP's threads sleep while they wait: two processes with two threads each on two cores would spend
 most of their time spinning.
 
 The hypothesis profile is `quick` in `make test` and `long` in `make test-all`; HYPOTHESIS_PROFILE
@@ -26,6 +26,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests import selection
+
+pytest_plugins = ["tests.forked"]
 
 if os.environ.get("KERNELS_ON_DEVICE") == "1":
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -121,9 +123,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items if not is_all else ():
         selection.draw_fewer(item)
     config.stash[HASHES] = chosen.hashes
-    if hasattr(config, "workerinput"):
-        items.sort(key=selection.rank)
-        kept.sort(key=selection.rank)
     if is_all or is_picked:
         return
     config.stash[LEFT_OUT] = len(chosen.left_out)
@@ -135,23 +134,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Remember the sources that were tested, if all went well and nothing was picked by hand."""
     config = session.config
-    found = {"left out": config.stash.get(LEFT_OUT, 0), "hashes": config.stash.get(HASHES, {})}
-    if hasattr(config, "workeroutput"):
-        config.workeroutput["selection"] = found
+    if hasattr(config, "workerinput"):  # of pytest-xdist: it does not know how the others fared
         return
     asked = (getattr(config.option, name, None) for name in ("keyword", "markexpr", "lf", "ff"))
     picked = any(asked)
     if exitstatus == 0 and not picked and getattr(config, "cache", None) is not None:
         known = config.cache.get(REMEMBERED, {})
-        config.cache.set(REMEMBERED, known | found["hashes"])
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_testnodedown(node: Any, error: object) -> None:
-    """Take over what a worker has chosen: all choose alike."""
-    found = getattr(node, "workeroutput", {}).get("selection", {})
-    node.config.stash[LEFT_OUT] = found.get("left out", 0)
-    node.config.stash[HASHES] = found.get("hashes", {})
+        config.cache.set(REMEMBERED, known | config.stash.get(HASHES, {}))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -161,19 +150,3 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"A representative part of the suite; `make test-all` runs {left_out:,} cases more."
         )
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
-    """Give each worker whole files, or whole folders whose fixtures are expensive."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    if config.getoption("dist") != "loadscope":
-        return None
-    config.option.loadscopereorder = False  # The order is that of selection.rank.
-
-    class ByFixtures(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return selection.scope_of(nodeid)
-
-    return ByFixtures(config, log)

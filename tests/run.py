@@ -27,7 +27,7 @@ from pathlib import Path
 
 from tests.selection import ROOT, TOUCHY, closure, has_torch_fixtures
 
-PYTEST = (sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadscope")
+PYTEST = (sys.executable, "-m", "pytest", "--processes", "2")
 OUT = ROOT / "out"
 LAST_LINES = 25
 """Lines of a failed part that are shown."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import doctest
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -90,6 +93,23 @@ def test_a_family_needs_its_layers_and_what_all_share_counts_for_none() -> None:
     assert {"kimi_linear", "kda", "mla"} <= own and "decoder" not in own
 
 
+def test_a_change_selects_the_tests_that_import_it() -> None:
+    some = ("test_house.py", "cache/test_room.py", "engine/server/test_page.py")
+    some += ("kernels/test_gdn.py", "lab/test_page.py")
+    tests = [ROOT / "tests" / name for name in some]
+
+    def names(*changed: str) -> set[str]:
+        found = run.affected(changed, tests)
+        return {test.relative_to(ROOT / "tests").as_posix() for test in found}
+
+    assert names("tests/conftest.py") == set(some)
+    assert names("hybridcache/radix/tree.py") == set(some) - {"kernels/test_gdn.py"}
+    assert names("engine/server/app.py") == {"test_house.py", "engine/server/test_page.py"}
+    assert names("kernels/gdn/native.cpp") >= {"test_house.py", "kernels/test_gdn.py"}
+    assert names("hybridcache/lab/README.md") == {"test_house.py", "lab/test_page.py"}
+    assert names("tests/cache/serving.py") == {"test_house.py", "cache/test_room.py"}
+
+
 def test_tests_of_changed_sources_run_whole_until_they_pass(tree: Path) -> None:
     cases = [item(f"tests/kernels/test_a.py::a[{a}-{b}]") for a in "xy" for b in "12"]
     first = selection.Selection({})
@@ -161,28 +181,61 @@ def test_imports_are_followed(tree: Path, test: str, needs: str, needs_not: str)
     assert tree / needs in found and tree / needs_not not in found
 
 
-def test_a_change_selects_the_tests_that_import_it() -> None:
-    some = ("test_house.py", "cache/test_room.py", "engine/server/test_page.py")
-    some += ("kernels/test_gdn.py", "lab/test_page.py")
-    tests = [ROOT / "tests" / name for name in some]
-
-    def names(*changed: str) -> set[str]:
-        found = run.affected(changed, tests)
-        return {test.relative_to(ROOT / "tests").as_posix() for test in found}
-
-    assert names("tests/conftest.py") == set(some)
-    assert names("hybridcache/radix/tree.py") == set(some) - {"kernels/test_gdn.py"}
-    assert names("engine/server/app.py") == {"test_house.py", "engine/server/test_page.py"}
-    assert names("kernels/gdn/native.cpp") >= {"test_house.py", "kernels/test_gdn.py"}
-    assert names("hybridcache/lab/README.md") == {"test_house.py", "lab/test_page.py"}
-    assert names("tests/cache/serving.py") == {"test_house.py", "cache/test_room.py"}
-
-
 def test_every_test_file_is_in_one_part() -> None:
     parts = [file for files in run.test_parts().values() for file in files]
     assert sorted(parts) == sorted((ROOT / "tests").rglob("test_*.py"))
     named = [part.name for part in run.all_parts()]
     assert len(named) == len(set(named)) and {"system: soak", "mutation"} <= set(named)
+
+
+SUITE = """
+import os, warnings
+import pytest
+
+def note(name):
+    with open(name, "a") as file:
+        file.write("x")
+
+@pytest.fixture(scope="module")
+def built(request):
+    note("built")
+    yield
+    note("torn down")
+
+@pytest.mark.parametrize("number", range(3))
+def test_one(number, built, tmp_path, capfd):
+    os.write(1, b"shown")
+    assert capfd.readouterr().out == "shown"
+    assert number != 1, "one is wrong"
+    (tmp_path / "file").touch(exist_ok=False)
+    warnings.warn("look here")
+"""
+DIES = """
+import os
+def test_before(): pass
+def test_dies(): os._exit(7)
+def test_after(): pass
+"""
+
+
+def test_processes_report_all_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
+    for name, text in (("test_a.py", SUITE), ("test_b.py", SUITE), ("test_c.py", DIES)):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "pytest.ini").write_text("[pytest]")
+    own = ("-p", "tests.forked", "-p", "no:cacheprovider", "-p", "no:hypothesispytest")
+    command = [sys.executable, "-m", "pytest", *own, "--processes", "2"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "3 failed, 6 passed, 4 warnings" in done.stdout
+    assert "The process of this test ended with exit code 7." in done.stdout
+    assert done.stdout.count("one is wrong") >= 2 and "look here" in done.stdout
+    for name in ("built", "torn down"):
+        assert (tmp_path / name).read_text() == "xx"
+    stopped = subprocess.run(
+        [*command, "-x", "test_a.py"], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert stopped.returncode == 1 and "stopping after 1 failures" in stopped.stdout
 
 
 def test_parts_are_run_and_failures_shown(
