@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE, DISK, Copy, Drop, StepQueue
-from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.pages import PageAllocator, are_distinct
 from hybridcache.policies.protocol import EvictionPolicy
 from hybridcache.radix.ghosts import GhostList
 from hybridcache.radix.tree import (
@@ -553,7 +553,7 @@ def _check_rows(
         assert len(state.rows) == state_rows, f"{state} has {len(state.rows)} rows"
         parts.append(state.rows)
     both = np.concatenate([*parts, pages.free_rows()])
-    assert len(np.unique(both)) == len(both), f"a row of {tier.name} is stored twice, or and free"
+    assert are_distinct(both), f"a row of {tier.name} is stored twice, or and free"
     assert len(both) == pages.capacity, (
         f"{len(both)} rows of {tier.name} are stored or free, not {pages.capacity}"
     )

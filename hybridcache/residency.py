@@ -27,7 +27,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from hybridcache.allocators.arena import arena_of
-from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.pages import PageAllocator, are_distinct
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.api import CacheStats, Listener, Protected, introduce
 from hybridcache.offload import OffloadTiers, check_offload
@@ -811,7 +811,7 @@ def _check_rows(residency: Residency, resident: list[RadixNode]) -> None:
         "a cached row is out of range"
     )
     both = np.concatenate([cached, pages.free_rows()])
-    assert len(np.unique(both)) == len(both), "a KV row is cached twice, or cached and free"
+    assert are_distinct(both), "a KV row is cached twice, or cached and free"
     if residency.owners is not None and residency.arena is not None:
         residency.owners.check(parts)
         residency.arena.check_taken(cached)

@@ -37,7 +37,7 @@ import numpy.typing as npt
 
 from hybridcache.allocators.base import BaseAllocator, ByteBudget
 from hybridcache.allocators.moves import Move, RowHolder, StepQueue
-from hybridcache.allocators.pages import PageAllocator
+from hybridcache.allocators.pages import PageAllocator, are_distinct
 from hybridcache.allocators.slots import SlotAllocator
 from hybridcache.tokens import Indices
 
@@ -223,10 +223,10 @@ class ArenaAllocator(BaseAllocator):
         assert self.budget is not None
         free = self.free_pages()
         num_pages = self.capacity // self.page_size
-        assert len(np.unique(free)) == len(free), "a KV page is free twice"
         assert not len(free) or (free.min() >= 0 and free.max() < num_pages), (
             "a free KV page is out of range"
         )
+        assert are_distinct(free), "a KV page is free twice"
         num_free = len(free) * self.page_size
         assert num_free == self.num_unused, f"{num_free} rows free, counted {self.num_unused}"
         assert self.budget.free_bytes == num_free * self.unit_bytes, "bytes free are not rows free"
