@@ -40,7 +40,7 @@ SMALL_FILES = (
     "*.safetensors.index.json",
 )
 """Files besides the weights that the engine reads, all in the top folder of a repository."""
-CHECK_TIMEOUT_S = 120.0
+CHECK_TIMEOUT_S = 300.0
 CHECK = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from engine.hub import check; print(json.dumps(check(*json.loads(sys.argv[2]))))"
@@ -219,9 +219,19 @@ def _memory_words(name: str, folder: Path, weights_bytes: int, config: EngineCon
     is too small."""
     facts = (str(folder), weights_bytes, config.device, config.dtype, config.quantization)
     command = [sys.executable, "-c", CHECK, json.dumps(sys.path), json.dumps(facts)]
-    done = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CHECK_TIMEOUT_S
-    )
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CHECK_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired:
+        raise HubError(
+            f"{name} could not be checked before its download in {CHECK_TIMEOUT_S:g} s: try again "
+            "when this machine is less busy."
+        ) from None
     try:
         found = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError):

@@ -277,6 +277,15 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
         assert hub.sent_bytes == len(WEIGHTS)
 
 
+def test_a_check_that_takes_too_long_is_one_sentence(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.hub.CHECK_TIMEOUT_S", 0.01)
+    with pytest.raises(HubError, match=r"not be checked before its download in 0.01 s: try again"):
+        resolve_config(EngineConfig(model=NAME, device="cpu"), lambda _: None)
+    assert hub.sent_bytes == 0
+
+
 def test_a_full_disk_is_reported_before_the_download(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
