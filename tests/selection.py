@@ -151,6 +151,11 @@ def _names_in(path: Path) -> _Names:
     return names
 
 
+def modules_in(path: Path) -> set[str]:
+    """Return the dotted names that a Python file imports, lazily or not, but for type checkers."""
+    return _names_in(path).modules
+
+
 def _files_of(name: str, seen: frozenset[str] = frozenset()) -> Iterator[Path]:
     """Yield the file that a dotted name leads to, and that of each package around it.
 

@@ -299,6 +299,7 @@ def serve_twins(twins: Twins, rng: random.Random, num_operations: int) -> None:
         twins.check()
 
 
+@pytest.mark.full("0", "1", "2", "3")
 @pytest.mark.parametrize("seed", range(12))
 def test_a_full_arena_does_what_its_plain_twin_does(seed):
     rng, num_moves = random.Random(seed), 0

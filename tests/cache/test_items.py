@@ -51,6 +51,7 @@ def used_bytes(cache):
     return TOKEN_BYTES * cache.cached_tokens + STATE_BYTES * cache.num_checkpoints
 
 
+@pytest.mark.full("0-hybrid", "1-radix")
 @pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
 @pytest.mark.parametrize("seed", range(4))
 def test_size_is_what_eviction_frees(prefix_cache, seed):
@@ -68,6 +69,7 @@ def test_size_is_what_eviction_frees(prefix_cache, seed):
     cache.check(held_tokens=0, held_slots=0)
 
 
+@pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(4))
 def test_position_span_and_lineage_are_those_of_the_path(seed):
     cache = cache_of("hybrid", seed, 80)

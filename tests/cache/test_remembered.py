@@ -98,7 +98,7 @@ def empty_the_device(target):
     target.cache.offload.copied_rows.clear()
 
 
-@pytest.mark.full("0.6-agent", "2.0-chat")
+@pytest.mark.full("0.6-agent")
 @pytest.mark.parametrize("name", TRACES)
 @pytest.mark.parametrize("gib", [0.6, 2.0])
 def test_a_run_that_is_cut_in_two_decides_as_one_that_never_stopped(name, gib):
@@ -145,6 +145,7 @@ def test_what_is_remembered_is_bounded_and_the_latest():
     assert fresh.cache.match(last.tokens, last.namespace).seen_len > 0
 
 
+@pytest.mark.full("lru", "class-age")
 @pytest.mark.parametrize("eviction", ["lru", "w-tinylfu", "arc", "class-age", "lhd"])
 def test_a_policy_without_a_memory_costs_nothing(eviction):
     trace = TRACES["agent"]
@@ -182,7 +183,7 @@ def test_a_file_is_whole_or_refused_whatever_byte_it_ends_at_and_whatever_is_fli
     assert unpack(data + b"more of something").recall_tree(make(trace).cache) is None
 
 
-@pytest.mark.full("change0", "change3")
+@pytest.mark.full("change0")
 @pytest.mark.parametrize(
     "change",
     [

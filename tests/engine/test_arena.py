@@ -95,6 +95,7 @@ def expected() -> list[list[int]]:
     return serve(Engine(config, runner=OracleRunner(4000, 4), sampler=OracleSampler()))
 
 
+@pytest.mark.full("branch,boundary,backoff,end-496-1-off", "every:64,end-700-16-on")
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("num_rows", [496, 700, 1100])
@@ -131,6 +132,7 @@ def _after(runner: MovingRunner, batch: Batch) -> None:
     raise KeyboardInterrupt
 
 
+@pytest.mark.full("_between-on", "_after-off")
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("broken", [_before, _between, _after])
 def test_a_step_that_breaks_off_loses_no_move(

@@ -37,6 +37,7 @@ def facts(outputs: list[RequestOutput]) -> list[object]:
     return [(output.token_ids, output.logprobs) for output in outputs]
 
 
+@pytest.mark.full("hybrid")
 @pytest.mark.parametrize("model", [HYBRID, SIDE_BY_SIDE], ids=["hybrid", "side-by-side"])
 def test_what_rounds_nothing_changes_no_bit(tmp_path: Path, model: dict[str, object]) -> None:
     """16-bit checkpoints of 16-bit states: all the copies, none of the rounding."""
@@ -55,6 +56,7 @@ def test_what_rounds_nothing_changes_no_bit(tmp_path: Path, model: dict[str, obj
         assert sum(output.cached_len for output in again) > 1000
 
 
+@pytest.mark.full("int8")
 @pytest.mark.parametrize("word", ["int8", "fp8:row"])
 def test_a_hit_is_the_same_alone_and_in_company(tmp_path: Path, word: str) -> None:
     runs = []

@@ -62,6 +62,7 @@ ASKED = {
 }
 
 
+@pytest.mark.full("False-sampled_top_k", "True-penalties")
 @pytest.mark.parametrize("asked", ASKED)
 @pytest.mark.parametrize("exact", [False, True])
 def test_any_guess_changes_nothing(asked: str, exact: bool, make_engine: MakeEngine) -> None:
@@ -79,6 +80,7 @@ def test_any_guess_changes_nothing(asked: str, exact: bool, make_engine: MakeEng
     assert_same(alone.generate(prompts()[3:4], params), plain[3:4])
 
 
+@pytest.mark.full("bfloat16-arena")
 @pytest.mark.parametrize(
     "numbers",
     [
@@ -110,6 +112,7 @@ def test_hits_are_those_without_drafts(make_engine: MakeEngine) -> None:
     assert reports[0][0][0] == 128
 
 
+@pytest.mark.full("16")
 @pytest.mark.parametrize("grid", [64, 16])
 def test_a_next_turn_resumes_inside_an_accepted_run(make_engine: MakeEngine, grid: int) -> None:
     """The answer crosses the grid in the middle of a run; the next turn finds a state there, with

@@ -434,6 +434,7 @@ def test_a_reset_forgets_every_prefix() -> None:
     assert cold.cached_len == 0
 
 
+@pytest.mark.full("True")
 @pytest.mark.parametrize("exact", [False, True])
 def test_what_leases_did_replays_on_a_fresh_cache_with_no_difference(exact: bool) -> None:
     log = LeaseLog()

@@ -118,6 +118,13 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.full(
+    "overlap-greedy-0",
+    "drafts-greedy-4",
+    "in turn-greedy-4",
+    "overlap-guided-4",
+    "overlap-sampled-4",
+)
 @pytest.mark.parametrize(
     ("how", "kind", "num_good"),
     [

@@ -53,6 +53,7 @@ def test_hits_are_cold_runs_bit_for_bit(
         assert any(output.cached_len % 64 for output in again)
 
 
+@pytest.mark.full("16")
 @GRIDS
 def test_a_short_prompt_hits(make_engine: MakeEngine, grid: int) -> None:  # noqa: F811
     prompt = prompts()[0][:1] * 47

@@ -120,6 +120,11 @@ def test_any_of_the_tools_may_be_called(engine: Engine) -> None:
     assert all(call["arguments"]["at"] in ("sky", "sea") for call in calls if "look" in call)
 
 
+@pytest.mark.full(
+    "{'draft': 'tree,mtp'}",
+    "{'asynchronous': True, 'overlap': 'on'}",
+    "{'exact': True, 'token_budget': 64}",
+)
 @pytest.mark.parametrize(
     "how",
     [
@@ -166,6 +171,7 @@ def in_background(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Guides, "_compile", compile_costly)
 
 
+@pytest.mark.full("{}", "{'draft': 'tree:4'}", "{'asynchronous': True, 'overlap': 'on'}")
 @pytest.mark.parametrize(
     "how",
     [

@@ -381,6 +381,7 @@ def count_moves(runner: Any) -> list[Any]:
     return moves
 
 
+@pytest.mark.full("random")
 @pytest.mark.parametrize("head", ["random", "right"])
 def test_what_happens_to_a_request(
     head: str,

@@ -35,6 +35,7 @@ HYBRID = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 4,
+    "mlp_only_layers": [0, 1, 2],  # experts are dear on a CPU: one layer has them
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,

@@ -197,6 +197,7 @@ from engine import Engine, EngineConfig, SamplingParams
 engine = Engine(EngineConfig(cache_gib=0.02, max_running=2))
 engine.generate(["one"], SamplingParams(max_tokens=2))
 seen = [loaded()]
+has_triton = "triton.language" in sys.modules
 from engine.async_engine import AsyncEngine
 from engine.command import cli
 from engine.server.app import create_app
@@ -215,19 +216,19 @@ with TestClient(app) as client:
         seen.append([client.post(path, json=body).status_code, loaded()])
     seen.append([client.get("/").status_code, loaded()])
     seen.append(sorted(client.get("/openapi.json").json()["paths"]))
-print(json.dumps(seen))
+print(json.dumps([*seen, has_triton]))
 """
 )
 
 
-def test_plugins_are_imported_when_they_are_first_used() -> None:
+def test_plugins_and_triton_are_imported_when_they_are_first_used() -> None:
     """Neither an engine nor a server loads a plugin without its settings, paths or requests."""
     done = subprocess.run([sys.executable, "-c", OWN], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    of_engine, of_server, text, chat, messages, unknown, page, paths = json.loads(
+    of_engine, of_server, text, chat, messages, unknown, page, paths, has_triton = json.loads(
         done.stdout.splitlines()[-1]
     )
-    assert of_engine == of_server == []
+    assert of_engine == of_server == [] and not has_triton
     assert text == [200, []]
     assert chat == [200, ["diagnostics", "tool_calls"]]
     assert messages == [200, ["diagnostics", "dialects", "tool_calls"]]

@@ -376,6 +376,7 @@ def test_lines_stand_in_order_of_arrival_and_at_once(setup: Setup) -> None:
     until(lambda: setup.writer.num_requests == 6)
 
 
+@pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(3))
 def test_a_log_of_overlapping_requests_is_replayed(setup: Setup, seed: int) -> None:
     """Whatever overlaps: the laboratory reads it without a warning, every request in its place."""

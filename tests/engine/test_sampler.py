@@ -222,6 +222,7 @@ class _Model(GenerationMixin):
     config = PretrainedConfig(vocab_size=VOCAB)
 
 
+@pytest.mark.full("1.7-1.0")
 @pytest.mark.parametrize("width", [1.0, 4.0])
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.7])
 def test_filters_are_those_of_transformers(temperature, width):

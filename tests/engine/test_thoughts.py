@@ -57,6 +57,7 @@ def prompts() -> list[list[int]]:
     return [[*(number + np.arange(30)).tolist(), OPEN, 10] for number in range(4)]
 
 
+@pytest.mark.full("{}", "{'draft': 'tree:4', 'overlap': 'on'}", "{'exact': True}")
 @pytest.mark.parametrize(
     "settings",
     [

@@ -345,6 +345,7 @@ def test_unknown_forms_are_refused():
         Batches("xml")
 
 
+@pytest.mark.full("16")
 @pytest.mark.parametrize("block_size", [1, 16, 64])
 def test_blocks_are_exactly_the_resident_prefixes_at_multiples_of_the_block(block_size):
     cache, follower = hybrid(), BlockFollower()

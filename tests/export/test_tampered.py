@@ -17,7 +17,7 @@ from tests.cache.serving import hybrid, ids, serve
 from tests.export.test_snapshot import damaged, put, saved  # noqa: F401
 
 
-@pytest.mark.full("0", "5")
+@pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(8))
 def test_changed_files_are_refused_or_sound(seed):
     outcomes = attack(1000 * seed, num_caches=3, num_files=30)

@@ -170,6 +170,7 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
     return torch.cat([out.flatten() for out in outs])
 
 
+@pytest.mark.full("s32-fp32-reference")
 @BACKENDS
 @DTYPES
 @STATE_DTYPES

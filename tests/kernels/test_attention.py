@@ -183,6 +183,7 @@ def test_fused_resumes_bit_for_bit(dtype, device) -> None:
             assert torch.equal(out, cold[b][start:end])
 
 
+@pytest.mark.full("bf16-fused", "fp32-native")
 @BACKENDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_decoding_ignores_batch_mates(backend, dtype, device) -> None:

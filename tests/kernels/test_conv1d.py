@@ -96,6 +96,7 @@ def test_prompts_and_exported_windows(conv1d, dtype, has_bias, silu, device) -> 
         assert torch.equal(states[slot].nan_to_num(7.0), expected.nan_to_num(7.0)), slot
 
 
+@pytest.mark.full("1-fp32-reference", "1-fp32-native")
 @IMPLEMENTATIONS
 @DTYPES
 @pytest.mark.parametrize("num_threads", [1, 2])

@@ -73,6 +73,7 @@ def test_a_whole_is_joined_from_unequal_parts(count, rows, columns, is_wide) -> 
         assert torch.equal(out, whole)
 
 
+@pytest.mark.full("0.0")
 @pytest.mark.parametrize("spin_s", [0.0, 1e-3])
 def test_nobody_writes_what_another_still_reads(spin_s) -> None:
     """Ranks that are slow by turns, over many rounds."""

@@ -168,6 +168,7 @@ def run(gdn, inputs, lengths, initial, slots, exports) -> tuple[torch.Tensor, to
     return out, states
 
 
+@pytest.mark.full("native", "reference")
 @IMPLEMENTATIONS
 def test_a_neighbour_that_is_no_number_stays_alone(gdn, device) -> None:
     torch.manual_seed(8)

@@ -157,6 +157,7 @@ def test_reference_equals_transformers() -> None:
         torch.testing.assert_close(states[0], state[0], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.full("s32-fp32-reference", "s16-bf16-reference-2-threads")
 @pytest.mark.parametrize(
     ("kda", "num_threads"),
     [(reference, 1), (reference, 2), (fused, 1)],
@@ -208,6 +209,7 @@ def run(kda, inputs, lengths, initial, slots, exports) -> tuple[torch.Tensor, to
     return out, states
 
 
+@pytest.mark.full("sizes1")
 @pytest.mark.parametrize("sizes", [(2, 48, 40), (1, 128, 16)])
 def test_kernel_equals_reference(sizes, device) -> None:
     torch.manual_seed(5)

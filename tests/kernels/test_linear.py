@@ -182,6 +182,7 @@ class TestEightBitsOnBothSides:
         )
 
 
+@pytest.mark.full("bf16")
 @DTYPES
 def test_fused_rows_ignore_their_number(dtype, device) -> None:
     """Within a tile width here; across widths, which are other instructions, only a GPU can tell

@@ -120,6 +120,7 @@ def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> Non
     torch.testing.assert_close(actual.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.full("s32-fp32-reference", "s32-fp32-native-2-threads", "s16-bf16-reference-2-threads")
 @pytest.mark.parametrize(
     ("mamba2", "num_threads"),
     [(reference, 1), (reference, 2), (fused, 1), (native("mamba2").values[0], 2)],

@@ -144,6 +144,7 @@ def test_fused_resumes_bit_for_bit(dtype, device) -> None:
             assert torch.equal(out, cold[b][start:end])
 
 
+@pytest.mark.full("fp32-reference")
 @BACKENDS
 @DTYPES
 def test_decoding_ignores_batch_mates(backend, dtype, device, monkeypatch) -> None:

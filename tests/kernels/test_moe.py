@@ -144,6 +144,7 @@ def test_8bit_experts(backend, format, num_tokens, gated, device, assert_close) 
     assert_close(out, formula(case["hidden"], weights, experts, *widened), factor=2)
 
 
+@pytest.mark.full("2-reference")
 @BACKENDS
 @pytest.mark.parametrize("num_tokens", [2, 30])
 def test_experts_with_scales_by_block(backend, num_tokens, device, assert_close) -> None:
@@ -160,6 +161,7 @@ def test_experts_with_scales_by_block(backend, num_tokens, device, assert_close)
     assert_close(run(case["hidden"], weights, experts), expected, factor=2)
 
 
+@pytest.mark.full("fp32-reference")
 @BACKENDS
 @DTYPES
 def test_tokens_ignore_their_batch_mates(backend, dtype, device) -> None:

@@ -339,6 +339,12 @@ def lines_of(table: RequestTable) -> Iterator[Line]:
     )
 
 
+@pytest.mark.full(
+    "oldest-2500-6",
+    "cached-first-2600-4",
+    "live:3-2600-4",
+    "hybridcache.policies.admission.session_gate:SessionGate(0.0, 0.01, -1.0, -0.5)-2600-4",
+)
 @pytest.mark.parametrize(
     ("admission", "num_rows", "max_running"),
     [
@@ -420,6 +426,7 @@ def small_run(num_sessions_that_fit: int) -> RunConfig:
     return RunConfig(geometry, budget_bytes=rows * geometry.kv_bytes_per_token)
 
 
+@pytest.mark.full("1.0-1.0")
 @pytest.mark.parametrize(("pause_s", "rate"), [(0.5, 1.0), (1.0, 1.0), (1.0, 0.5)])
 def test_a_fixed_limit_and_the_controller_keep_the_hits_that_oldest_first_loses(
     pause_s: float, rate: float

@@ -93,6 +93,7 @@ def test_a_synthetic_trace_keeps_its_ideal_hits_as_mooncakes(
     assert whole_pages <= stats.ideal_tokens <= mute.ideal_tokens
 
 
+@pytest.mark.full("few-shot", "chat")
 @pytest.mark.parametrize("word", ["chat", "agent", "branch", "few-shot"])
 def test_conversations_keep_every_ideal_hit_as_aiperfs_turns(word: str, tmp_path: Path) -> None:
     trace = open_trace(f"{word}?head=40")

@@ -275,6 +275,7 @@ def test_roofline_is_monotone_and_zero_for_nothing() -> None:
     assert times.seconds(4096, 8192) < times.seconds(0, 8192)
 
 
+@pytest.mark.full("200000")
 @pytest.mark.parametrize("longest", [200_000, 10**8])
 def test_many_prefills_take_what_each_takes(longest: int) -> None:
     """To the last bit, also where FLOPs outgrow 64 bits and past one piece."""

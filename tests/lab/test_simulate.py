@@ -74,6 +74,7 @@ def random_requests(seed: int, count: int) -> list[TraceRequest]:
     return found
 
 
+@pytest.mark.full("arc", "class-age", "gdsf", "lru", "marconi", "survival", "w-tinylfu")
 @pytest.mark.parametrize("policy", sorted(EVICTION))
 @settings(max_examples=6)
 @given(st.integers(0, 10**6), st.integers(1_000, 30_000), st.sampled_from([None, 3]))
@@ -548,7 +549,7 @@ def golden_hits(trace: str, memory: str) -> dict[str, list[int]]:
     }
 
 
-@pytest.mark.full("chat-budget", "coding-agent-arena")
+@pytest.mark.full("chat-budget")
 @pytest.mark.parametrize("memory", list(GOLDEN_FILES))
 @pytest.mark.parametrize("trace", list(GOLDEN_TRACES))
 def test_golden_hit_counts(trace: str, memory: str) -> None:
@@ -684,6 +685,7 @@ def _is_inside(figure: Any) -> bool:
     return within and not any(a.overlaps(b) for a, b in pairs)
 
 
+@pytest.mark.full("direct")
 @pytest.mark.parametrize("labels", ["legend", "direct"])
 def test_nothing_is_cut_off_in_a_column_of_a_paper(
     small: SimulationResult, labels: Literal["legend", "direct"]
@@ -760,6 +762,7 @@ def test_pdf_files_have_truetype_fonts(kind: str, small: SimulationResult, tmp_p
     assert b"Type3" not in path.read_bytes(), "saved again"
 
 
+@pytest.mark.full("pdf")
 @pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
 def test_figures_of_a_paper_have_its_size_and_fonts(tmp_path: Path, suffix: str) -> None:
     pytest.importorskip("matplotlib")

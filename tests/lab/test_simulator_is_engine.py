@@ -129,6 +129,7 @@ def same_in_the_simulator(
     assert evictions == by_engine
 
 
+@pytest.mark.full("arena")
 @pytest.mark.parametrize(
     "memory",
     [
@@ -149,6 +150,17 @@ def arena_runner(num_rows: int, page_size: int = 1) -> OracleRunner:
     return OracleRunner(num_rows, None, geometry=geometry, page_size=page_size)
 
 
+@pytest.mark.full(
+    "pools-2q-branch,boundary,backoff,every:256,end",
+    "pools-lru-branch,boundary,backoff,every:256,end",
+    "pools-marconi-branch,boundary,backoff,every:256,end",
+    "pools-random-branch,boundary,backoff,every:256,end",
+    "pools-survival-branch,boundary,backoff,every:256,end",
+    "pools-w-tinylfu-branch,boundary,backoff,every:256,end",
+    "pools-survival-adaptive",
+    "arena-arc-branch,boundary,backoff,every:256,end",
+    "arena, pages of 16-class-age-branch,boundary,backoff,every:256,end",
+)
 @pytest.mark.parametrize(
     ("policy", "checkpoints"),
     [*((policy, CHECKPOINTS) for policy in POLICIES), (DEFAULT_EVICTION, DEFAULT_PLACEMENT)],

@@ -423,6 +423,16 @@ class Chosen(VictimLog):
         self.items.append((item.kind, item.position, item.serial, item.uses, item.last_used))
 
 
+@pytest.mark.full(
+    "hybrid-2q",
+    "hybrid-lfu",
+    "hybrid-lru",
+    "hybrid-marconi",
+    "hybrid-s3-fifo",
+    "hybrid-survival",
+    "hybrid-w-tinylfu",
+    "radix-arc",
+)
 @pytest.mark.parametrize("name", sorted(EVICTION))
 @pytest.mark.parametrize("kind", ["hybrid", "radix"])
 def test_a_subclass_of_any_policy_gives_the_same_victims(name: str, kind: str) -> None:

@@ -13,6 +13,7 @@ from tests.cache.serving import hybrid, ids, serve, traffic
 from tests.watch.follower import follow, truth
 
 
+@pytest.mark.full("1")
 @pytest.mark.parametrize("scale", [1, 64])
 def test_records_tell_the_tree(scale: int) -> None:
     cache = hybrid(num_kv_tokens=500)

@@ -39,6 +39,7 @@ def decoded(driver_class, runner, prompts, num_steps) -> list[list[torch.Tensor]
     ]
 
 
+@pytest.mark.full("float32-None", "bfloat16-int8")
 @COMPILED
 @FORMATS
 def test_company_and_recording_change_no_bit(
@@ -70,6 +71,7 @@ def test_steps_of_other_families_are_recorded(driver_class, random_tokens, oracl
             assert torch.equal(logits, together[step][rank])
 
 
+@pytest.mark.full("float32-None", "bfloat16-int8")
 @COMPILED
 @FORMATS
 def test_recorded_verification_gives_the_bits_of_single_steps(
@@ -135,6 +137,7 @@ def states_of(runner, sequence) -> list[torch.Tensor]:
     return [pool[:, slot].clone() for pool in runner.tensors.states]
 
 
+@pytest.mark.full("float32-None", "bfloat16-fp8")
 @COMPILED
 @FORMATS
 def test_a_hit_changes_no_bit(driver_class, random_tokens, dtype, quantization) -> None:

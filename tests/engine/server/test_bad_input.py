@@ -364,10 +364,7 @@ LIMITS = [
 ]
 
 
-@pytest.mark.full(
-    '/v1/chat/completions-max_completion_tokens-"finish_reason":"length"-streamed',
-    '/v1/messages-max_tokens-"model_context_window_exceeded"-whole',
-)
+@pytest.mark.full('/v1/chat/completions-max_completion_tokens-"finish_reason":"length"-streamed')
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("path", "name", "cut"), LIMITS)
 def test_limits_and_the_context_are_the_same_in_every_dialect(

@@ -213,6 +213,7 @@ def ask(live: Live, path: str, body: dict[str, Any], headers: dict[str, str]) ->
     return answer.text, said
 
 
+@pytest.mark.full("1")
 @pytest.mark.parametrize("seed", range(3))
 def test_tenants_ids_and_history_in_every_dialect(
     serve_oracle: Callable[..., Live], tmp_path: Path, seed: int

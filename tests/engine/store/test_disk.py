@@ -100,6 +100,7 @@ def random_path(choose: np.random.Generator) -> Path_:
     return (None, "tenant", ("salt", 1))[choose.integers(3)], tokens
 
 
+@pytest.mark.full("0")
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_are_what_was_offloaded_whatever_was_written_before(
     tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch

@@ -36,7 +36,7 @@ def text(seed: int, length: int) -> list[int]:
 
 
 def until(is_true: Callable[[], object], what: str) -> None:
-    for _ in range(2000):
+    for _ in range(6000):
         if is_true():
             return
         time.sleep(0.01)
@@ -49,6 +49,8 @@ class GatedEngine:
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, *, starts: bool = True, **settings: object
     ) -> None:
+        # On a busy machine an asker that lives is silent for seconds.
+        settings = {"transfer_timeout_s": 60.0} | settings
         self.engine = Engine(prefill_config(token_budget=64, **settings))
         self.permits, self.is_open = threading.Semaphore(0), False
         forward = self.engine.runner.forward
@@ -175,6 +177,7 @@ def test_a_drain_finishes_the_prefixes_in_progress_and_takes_no_more(
     assert gated.engine.plugins["disaggregation"].counts.prefixes == 1
 
 
+@pytest.mark.full("stop")
 @pytest.mark.parametrize("how", ["drain", "stop"])
 def test_decode_engines_that_keep_asking_hold_no_end_up(gated: GatedEngine, how: str) -> None:
     """The next prefix is always asked for before the last one has come."""
@@ -213,7 +216,7 @@ def test_a_decode_engine_that_dies_or_hangs_holds_no_end_up(
     """One that hangs is given up after the time of silence that was configured, or at once by
     ``stop``."""
     monkeypatch.setattr(serve, "ALIVE_S", 0.05)
-    gated = GatedEngine(monkeypatch, transfer_timeout_s=2.0)
+    gated = GatedEngine(monkeypatch, transfer_timeout_s=2.0 if fault == "hangs" else 60.0)
     bad, good = Asker(gated), Asker(gated)
     bad.ask(text(2, 193))
     gated.permits.release()
@@ -253,14 +256,14 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
     """While its own clients are still being answered."""
     gated = GatedEngine(monkeypatch, starts=False)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = Server(gated.running, ServerConfig(drain_s=60))
+        server = Server(gated.running, ServerConfig(drain_s=300))
         serving = threading.Thread(target=server.run, args=([listener],), daemon=True)
         serving.start()
-        body = {"model": "builtin", "prompt": "a" * 100, "max_tokens": 1000, "ignore_eos": True}
+        body = {"model": "builtin", "prompt": "a" * 100, "max_tokens": 300, "ignore_eos": True}
         url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/completions"
         answers: list[httpx.Response] = []
         client = threading.Thread(
-            target=lambda: answers.append(httpx.post(url, json=body, timeout=60)), daemon=True
+            target=lambda: answers.append(httpx.post(url, json=body, timeout=300)), daemon=True
         )
         client.start()
         until(lambda: gated.engine.requests, "the client is served")
@@ -273,9 +276,9 @@ def test_a_server_that_is_told_to_end_stops_serving_other_engines_at_once(
         until(refuses_after_a_step, "it serves no other engine")
         assert not answers and gated.running.is_alive
         gated.open()
-        client.join(60)
-        serving.join(60)
-        assert answers[0].json()["usage"]["completion_tokens"] == 1000
+        client.join(300)
+        serving.join(300)
+        assert answers[0].json()["usage"]["completion_tokens"] == 300
     assert not serving.is_alive() and not gated.running.is_alive
 
 
@@ -385,6 +388,7 @@ class Silent:
             connection.close()
 
 
+@pytest.mark.full("drain")
 @pytest.mark.parametrize("how", ["drain", "stop"])
 def test_a_decode_engine_whose_prefill_engine_is_silent_ends(
     monkeypatch: pytest.MonkeyPatch, how: str

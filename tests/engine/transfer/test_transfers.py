@@ -73,6 +73,7 @@ FORMS = {
 }
 
 
+@pytest.mark.full("int8-checkpoints", "pools-bfloat16", "attention-only")
 @pytest.mark.parametrize("form", FORMS)
 def test_any_form_of_memory_travels(form: str, tmp_path: Path) -> None:
     """A checkpoint in fewer bits is that of one engine too, where a request resumes from it."""
@@ -133,6 +134,7 @@ def test_layers_leave_while_the_step_that_computes_them_goes_on(
     assert events[first : first + len(parts)] == parts, "a layer waited for the step's end"
 
 
+@pytest.mark.full("32-tile, checkpoint grid")
 @pytest.mark.parametrize(
     ("grid", "differs"), [(128, "checkpoint grid"), (32, "tile, checkpoint grid")]
 )

@@ -33,6 +33,7 @@ QWEN35_4B = BaselineConfig(
 )  # fmt: skip
 
 
+@pytest.mark.full("few-shot", "branch", "resend", "short")
 @pytest.mark.parametrize("workload", RECORD)
 def test_every_request_reuses_what_vllm_reuses(workload: str) -> None:
     trace = list(GENERATORS[workload](seed=0))
