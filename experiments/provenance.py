@@ -21,6 +21,8 @@ from hybridcache.lab.extras import CACHE_DISTRIBUTION
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "experiments" / "figures"
+GENERATED = (":!experiments/results", ":!experiments/figures", ":!docs/results.md")
+"""Files that commands write, as git excludes them: changes there are no changes of the code."""
 CODE = (".py", ".cpp", ".h", ".jinja", ".json")
 PACKAGES = ("torch", "triton", "transformers", "numpy", CACHE_DISTRIBUTION)
 
@@ -85,14 +87,12 @@ def _command() -> list[str]:
 
 
 def _commit() -> str | None:
-    """The commit, with a ``+`` where tracked files differ from it, results and figures aside; None
-    outside a clone."""
+    """Return the commit, with a ``+`` if tracked files other than generated ones differ from it.
+    None outside a clone."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
-        code = ("--", ".", ":!experiments/results", ":!experiments/figures")
-        return commit + (
-            "+" if _git("status", "--porcelain", "--untracked-files=no", *code) else ""
-        )
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *GENERATED)
+        return commit + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

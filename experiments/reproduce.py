@@ -37,7 +37,7 @@ from statistics import fmean
 from typing import Any
 
 from experiments import provenance
-from experiments.provenance import ROOT
+from experiments.provenance import GENERATED, ROOT
 from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.leaderboard import Board, Scores, Split
 
@@ -94,9 +94,8 @@ def dirty_files() -> list[str]:
 
     Raises ValueError outside a clone: without a commit, results name no code.
     """
-    free = (":!experiments/results", ":!experiments/figures", f":!{PAGE.relative_to(ROOT)}")
     try:
-        command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *free]
+        command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *GENERATED]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise ValueError(f"{ROOT} is not a git clone: results would name no commit") from error

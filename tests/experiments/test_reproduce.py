@@ -90,7 +90,10 @@ def test_a_part_runs_once_and_again_after_its_code_or_its_files_changed(
     (tree.root / "experiments" / "other.py").write_text("SEEDS = (1, 2)\n")
     tree.commit()
     assert reproduce.run(parts) == 0 and tree.runs == 3, "code has changed"
+    (tree.root / "docs/results.md").write_text("as after other parts\n")
     assert reproduce.run(parts, again=True) == 0 and tree.runs == 4
+    record = json.loads((tree.results / "reproduce.json").read_text())["tiny"]
+    assert "+" not in record["commit"], "the page is an output, too"
 
 
 @pytest.mark.parametrize("name", ["experiments/tiny_part.py", "experiments/new.py"])
