@@ -156,14 +156,17 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
             continue
         print(f"[{number}/{len(due)}] {part.name}: about {part.minutes * pace:.0f} min; "
               f"{left * pace:.0f} min left in all", flush=True)  # fmt: skip
-        began = time.monotonic()
+        began, old = time.monotonic(), written_at(part)
         done = subprocess.run(
             [sys.executable, "-m", *shlex.split(part.command)], cwd=ROOT, env=environment(part)
         )
         seconds = time.monotonic() - began
-        absent = [name for name in part.outputs if not output_path(name).exists()]
-        if done.returncode or absent:
-            why = f"exit code {done.returncode}" if done.returncode else f"no {', '.join(absent)}"
+        new = written_at(part)
+        stale = [name for name in part.outputs if new[name] in (0, old[name])]
+        if done.returncode or stale:
+            why = f"exit code {done.returncode}"
+            if not done.returncode:
+                why = f"it did not write {', '.join(stale)}; are all its traces here?"
             print(f"reproduce: {part.name} failed: {why}", file=sys.stderr)
             failed.append(part.name)
         else:
@@ -175,6 +178,12 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
     if failed:
         print(f"reproduce: failed: {', '.join(failed)}; the others are kept", file=sys.stderr)
     return 1 if failed else 0
+
+
+def written_at(part: Part) -> dict[str, int]:
+    """Return when each output was written, in nanoseconds; 0 if it does not exist."""
+    paths = {name: output_path(name) for name in part.outputs}
+    return {name: path.stat().st_mtime_ns if path.exists() else 0 for name, path in paths.items()}
 
 
 def environment(part: Part) -> dict[str, str]:

@@ -110,9 +110,12 @@ def test_a_failed_part_does_not_end_the_others_and_is_due_again(
     fails = tree.part(name="fails", command="experiments.no_such_part")
     absent = tree.part(name="absent", needs="out/nowhere", how="make nowhere")
     mute = tree.part(name="mute", outputs=("results/never.jsonl",))
-    assert reproduce.run([fails, absent, mute, tree.part()]) == 1
+    (tree.results / "old.jsonl").write_text("{}\n")
+    old = tree.part(name="old", outputs=("results/old.jsonl",))
+    assert reproduce.run([fails, absent, mute, old, tree.part()]) == 1
+    assert "old" not in json.loads((tree.results / "reproduce.json").read_text())
     shown = capsys.readouterr()
-    assert "fails failed: exit code 1" in shown.err and "failed: fails, mute;" in shown.err
+    assert "fails failed: exit code 1" in shown.err and "failed: fails, mute, old;" in shown.err
     assert "mute failed: no results/never.jsonl" in shown.err
     assert "absent: skipped, needs out/nowhere (make nowhere)" in shown.out
     assert list(reproduce.read_record()) == ["tiny"]
