@@ -116,7 +116,7 @@ def test_a_failed_part_does_not_end_the_others_and_is_due_again(
     assert "old" not in json.loads((tree.results / "reproduce.json").read_text())
     shown = capsys.readouterr()
     assert "fails failed: exit code 1" in shown.err and "failed: fails, mute, old;" in shown.err
-    assert "mute failed: no results/never.jsonl" in shown.err
+    assert "mute failed: it did not write results/never.jsonl" in shown.err
     assert "absent: skipped, needs out/nowhere (make nowhere)" in shown.out
     assert list(reproduce.read_record()) == ["tiny"]
 
