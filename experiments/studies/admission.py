@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from experiments.provenance import code_hash, provenance
-from experiments.studies.default import DATA
+from experiments.studies.common import published
 from hybridcache import open_trace
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import LinearSteps
@@ -76,20 +76,15 @@ class Workload:
     """A published trace, with options."""
 
     @property
-    def path(self) -> Path | None:
-        """The trace's file, or None if it is missing or the sessions are drawn."""
-        name = self.file.partition("?")[0]
-        paths = (folder / name for folder in DATA)
-        return next((path for path in paths if path.is_file()), None)
-
-    @property
     def is_available(self) -> bool:
-        return not self.file or self.path is not None
+        return not self.file or published(self.file) is not None
 
     def trace(self, name: str, seed: int) -> Trace:
         """Return the sessions that ``seed`` draws, or those of the file."""
         if self.file:
-            read = open_trace(f"{self.path}?{self.file.partition('?')[2]}")
+            found = published(self.file)
+            assert found is not None, f"{self.file} is missing"
+            read = open_trace(found)
             return Trace(name, read.unit, read.__iter__)
         requests = tuple(self._requests(np.random.default_rng(seed)))
         return Trace(name, 1, requests.__iter__)
@@ -205,12 +200,12 @@ def serve(cell: tuple[str, int, float, str]) -> ClosedLoopRun:
 
 
 def known_runs() -> list[ClosedLoopRun]:
-    """Return the finished runs. SystemExit if other code made them."""
+    """Return the finished runs of the present code."""
     if not RESULTS.exists():
         return []
     first, *lines = RESULTS.read_text(encoding="utf-8").splitlines()
     if json.loads(first)["code"] != code_hash(CODE):
-        raise SystemExit(f"{RESULTS} was made by other code: delete it to run every cell again.")
+        return []
     return [ClosedLoopRun(**json.loads(line)) for line in lines]
 
 
@@ -269,7 +264,8 @@ def main() -> None:
         for admission in admissions(name)
     ]
     todo = [cell for cell in cells if cell not in done]
-    with ProcessPoolExecutor(options.workers) as pool, RESULTS.open("a", encoding="utf-8") as out:
+    mode = "a" if done else "w"  # runs of other code are written anew
+    with ProcessPoolExecutor(options.workers) as pool, RESULTS.open(mode, encoding="utf-8") as out:
         if not done:
             out.write(json.dumps({"provenance": provenance(), "code": code_hash(CODE)}) + "\n")
         for run in pool.map(serve, todo):

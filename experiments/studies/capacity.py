@@ -104,7 +104,7 @@ def main() -> None:
 def over_seeds(word: str, options: argparse.Namespace, bar: tqdm[Any]) -> dict[str, dict[str, Any]]:
     """Return limits of the curves over seeds by label; empty for a published trace."""
     workload = WORKLOADS[word]
-    if workload.data or options.seeds < FEWEST_UNITS:
+    if workload.is_file or options.seeds < FEWEST_UNITS:
         return {}
     curves: dict[str, list[list[float]]] = {OURS: [], "lru": []}
     for seed in range(options.seeds):

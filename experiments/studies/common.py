@@ -41,17 +41,19 @@ class Workload:
     grid: int = 64
     quick: int | None = None
     """First so many requests, unless everything is asked for."""
-    data: str = ""
-    """File it needs; not part of the repository."""
-
+    is_file: bool = False
+    """``spec`` names a published trace, which is not part of the repository; see ``published``."""
     has_times: bool = False
     """The file says when each request came, so that a seed changes nothing."""
 
     def open(self, name: str, full: bool, seed: int = 0) -> Trace:
         """The trace, or its beginning, under a short name. ``seed``: of what is drawn in it."""
-        seeded = f"{self.spec}{'&' if '?' in self.spec else '?'}seed={seed}"
-        spec = seeded if seed and not self.has_times else self.spec
-        trace = replace(open_trace(spec), name=name)
+        found = published(self.spec) if self.is_file else self.spec
+        if found is None:
+            raise FileNotFoundError(f"{name}: {self.spec} is in none of the folders {DATA}")
+        if seed and not self.has_times:
+            found += f"{'&' if '?' in found else '?'}seed={seed}"
+        trace = replace(open_trace(found), name=name)
         return trace if full or self.quick is None else trace.head(self.quick)
 
     def sizes(self, points: int | None = None) -> tuple[float, ...]:
@@ -70,10 +72,20 @@ class Workload:
 
     @property
     def is_here(self) -> bool:
-        return not self.data or (ROOT / self.data).exists()
+        return not self.is_file or published(self.spec) is not None
 
 
-_TRACES = "data/traces"
+DATA = (ROOT / "data", ROOT.parent / "shared" / "data")
+"""Folders in which published traces are looked up."""
+
+
+def published(spec: str) -> str | None:
+    """Return ``spec`` with the path of its file. None if the file is missing."""
+    name, mark, options = spec.partition("?")
+    path = next((path for folder in DATA if (path := folder / name).is_file()), None)
+    return None if path is None else f"{path}{mark}{options}"
+
+
 WORKLOADS: dict[str, Workload] = {
     "chat": Workload("chat", "1:32:15"),
     "few-shot": Workload("few-shot", "0.5:16:15"),
@@ -84,29 +96,29 @@ WORKLOADS: dict[str, Workload] = {
     "conversations": Workload("conversations?live=128", "4:200:15", quick=2000),
     "sharegpt-like": Workload("sharegpt-like", "1:40:15", MARCONI_7B, grid=1),
     "mooncake": Workload(
-        f"{_TRACES}/mooncake_conversation_trace.jsonl.gz",
+        "traces/mooncake_conversation_trace.jsonl.gz",
         "20:2560:15",
         quick=3000,
-        data=f"{_TRACES}/mooncake_conversation_trace.jsonl.gz",
+        is_file=True,
         has_times=True,
     ),
     "coding-agent": Workload(
-        f"{_TRACES}/weka_claude_code_train.rle.jsonl.gz?starts=fixed:0.002",
+        "traces/weka_claude_code_train.rle.jsonl.gz?starts=fixed:0.002",
         "20:1280:15",
         quick=2000,
-        data=f"{_TRACES}/weka_claude_code_train.rle.jsonl.gz",
+        is_file=True,
     ),
     "tau-bench": Workload(
-        "data/agent/taubench_gpt-4o-airline.json.gz",
+        "agent/taubench_gpt-4o-airline.json.gz?tokenizer=qwen3.5",
         "0.5:64:15",
         quick=1000,
-        data="data/agent/taubench_gpt-4o-airline.json.gz",
+        is_file=True,
     ),
     "sharegpt": Workload(
-        f"{_TRACES}/sharegpt_qwen35_turns.jsonl.gz?cap=8192&starts=poisson:0.2",
+        "traces/sharegpt_qwen35_turns.jsonl.gz?cap=8192&starts=poisson:0.2",
         "1:128:15",
         quick=1000,
-        data=f"{_TRACES}/sharegpt_qwen35_turns.jsonl.gz",
+        is_file=True,
     ),
 }
 

@@ -28,7 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from experiments.provenance import RESULTS, ROOT
-from experiments.studies.common import STATIC_PLACEMENT, figure_path, keep, rounded
+from experiments.studies.common import STATIC_PLACEMENT, figure_path, keep, published, rounded
 from hybridcache import open_trace, simulate
 from hybridcache.lab.figures import COLOURS, panels, save
 from hybridcache.lab.report import text_table
@@ -46,7 +46,6 @@ PAIRS = (
     "survival@boundary",
     "survival@branch,boundary",
 )
-DATA = (ROOT / "data", ROOT.parent / "shared" / "data")
 
 Cell = tuple[str, float]
 """(trace, GiB)."""
@@ -62,7 +61,7 @@ class Job(NamedTuple):
     seed: int | None
     gib: tuple[float, ...]
     path: str = ""
-    """Path of the trace's file."""
+    """Path of the trace's file, with its options."""
 
 
 def main() -> None:
@@ -74,18 +73,14 @@ def main() -> None:
         "--pairs", nargs="+", choices=PAIRS, default=PAIRS, metavar="PAIR", help=only
     )
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--data", type=Path, help="folder of the trace files")
     parser.add_argument("--draw", action="store_true", help="only draw earlier results")
     options = parser.parse_args()
     path = RESULTS / f"{NAME}.jsonl"
     records = read(path)
     config = tomllib.loads((ROOT / "experiments" / "splits.toml").read_text())["default-pair"]
     if not options.draw:
-        data = options.data or next((folder for folder in DATA if folder.is_dir()), None)
         jobs = [
-            job
-            for split in options.split
-            for job in jobs_of(split, config[split], options.seeds, data)
+            job for split in options.split for job in jobs_of(split, config[split], options.seeds)
         ]
         records = [
             record
@@ -116,17 +111,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [line for line in lines if "split" in line]
 
 
-def jobs_of(
-    split: str, config: dict[str, Any], seeds: int | None, data: Path | None
-) -> Iterator[Job]:
+def jobs_of(split: str, config: dict[str, Any], seeds: int | None) -> Iterator[Job]:
     """Traces of ``split``; files that are missing are left out."""
     for spec, gib in config["gib"].items():
         for seed in config["seeds"][:seeds]:
             yield Job(split, spec, seed, tuple(gib))
     for spec, gib in config.get("files", {}).items():
-        name, _, options = spec.partition("?")
-        if data is not None and (data / name).exists():
-            yield Job(split, spec, None, tuple(gib), f"{data / name}?{options}")
+        path = published(spec)
+        if path is not None:
+            yield Job(split, spec, None, tuple(gib), path)
 
 
 def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:

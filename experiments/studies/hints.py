@@ -24,8 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.provenance import ROOT
-from experiments.studies.common import STATIC_PLACEMENT, keep, rounded
-from experiments.studies.default import DATA
+from experiments.studies.common import STATIC_PLACEMENT, keep, published, rounded
 from hybridcache import Trace, TraceRequest, open_trace, simulate
 from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.leaderboard import Split
@@ -108,11 +107,9 @@ def measure_stop_reasons(processes: int = 1) -> list[dict[str, Any]]:
     declared = tomllib.loads(splits)["stop-reasons"]
     records = []
     for file in declared["file"]:
-        name, _, options = file["trace"].partition("?")
-        path = next((path for folder in DATA if (path := folder / name).is_file()), None)
+        path = published(file["trace"])
         for seed in file.get("seeds", (None,)) if path is not None else ():
-            seeded = options if seed is None else f"{options}&seed={seed}"
-            trace = open_trace(f"{path}?{seeded}").kept()
+            trace = open_trace(f"{path}&seed={seed}" if seed is not None else path).kept()
             gib = tuple(file["gib"])
             pair = "default pair"
             found = rates(trace, without_stop_reasons, gib, pair, declared["model"], processes)

@@ -27,9 +27,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.provenance import RESULTS, ROOT
-from experiments.studies.common import keep
-from hybridcache import Trace, TraceRequest, open_trace
+from experiments.provenance import RESULTS
+from experiments.studies.common import WORKLOADS, keep
+from hybridcache import Trace, TraceRequest
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import Baseline, BaselineConfig
 from hybridcache.lab.baselines.lightllm import LightllmCache
@@ -43,7 +43,7 @@ KV_BYTES = 24_576
 FP32_STATE = 36 * (49_152 + 2_097_152)
 BF16_STATE = 36 * (49_152 + 1_048_576)
 MARCONI_KV, MARCONI_STATE = 65_536, 24 * 1_116_160
-MOONCAKE = "data/traces/mooncake_conversation_trace.jsonl.gz"
+MOONCAKE = WORKLOADS["mooncake"]
 WITHIN = 0.02
 DRAWS = 21
 """Draws of a workload whose figures depend on them; an odd number, so that a figure that is all or
@@ -201,7 +201,7 @@ def marconi_cells() -> Iterator[Cell]:
     """Marconi's artifact on the first 1,000 requests of Mooncake's conversation trace, 7B sizes;
     then its placement (branch points and the last token), leaf by leaf least recently used, on the
     whole trace at the sizes of both models."""
-    if not (ROOT / MOONCAKE).exists():
+    if not MOONCAKE.is_here:
         return
     variants: tuple[tuple[str, dict[str, Any], tuple[float, float]], ...] = (
         ("SGLang+ of Marconi", {"leaf_lru": True}, (0.0372, 0.0375)),
@@ -244,7 +244,7 @@ def live_chats(live: int, seed: int) -> Trace:
 
 
 def mooncake(num_requests: int | None, seed: int) -> Trace:
-    trace = open_trace(MOONCAKE)
+    trace = MOONCAKE.open("mooncake", full=True)
     return trace if num_requests is None else trace.head(num_requests)
 
 

@@ -3,6 +3,7 @@ figure."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from experiments import provenance
-from experiments.studies import capacity, hints
+from experiments.studies import admission, capacity, hints
 from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.lab.leaderboard import Split
@@ -64,7 +65,7 @@ def test_hints_are_taken_away_and_nothing_else() -> None:
 
 
 def test_a_workload_that_is_not_here_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(lab.WORKLOADS, "absent", lab.Workload("x", "1:2:2", data="no/such/file"))
+    monkeypatch.setitem(lab.WORKLOADS, "absent", lab.Workload("x", "1:2:2", is_file=True))
     monkeypatch.setattr("sys.argv", ["study", "--traces", "absent,short"])
     options = lab.arguments("A study.")
     assert list(lab.workloads(options)) == ["short"]
@@ -75,3 +76,33 @@ def test_the_command_of_a_result_names_no_folder_of_its_maker(
 ) -> None:
     monkeypatch.setattr("sys.argv", ["study", "--resume", "/my/own", "--points", "2"])
     assert provenance.provenance()["command"] == "python study --points 2"
+
+
+def test_a_published_trace_is_found_in_any_folder_of_data(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "data", tmp_path / "shared"
+    monkeypatch.setattr(lab, "DATA", (first, second))
+    workload = lab.Workload("traces/one.jsonl?cap=99", "1:4:2", is_file=True)
+    assert lab.published("traces/one.jsonl?cap=99") is None and not workload.is_here
+    with pytest.raises(FileNotFoundError, match="traces/one"):
+        workload.open("one", full=True)
+    (second / "traces").mkdir(parents=True)
+    (second / "traces" / "one.jsonl").touch()
+    assert lab.published("traces/one.jsonl?cap=99") == f"{second}/traces/one.jsonl?cap=99"
+    assert workload.is_here
+
+
+def test_runs_of_other_code_are_not_continued(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """`make reproduce` at a new commit runs all cells; a stopped run at one commit goes on."""
+    fields = dataclasses.fields(admission.ClosedLoopRun)
+    run = admission.ClosedLoopRun(**{field.name: 1 for field in fields})  # type: ignore[arg-type]
+    path = tmp_path / "admission.jsonl"
+    monkeypatch.setattr(admission, "RESULTS", path)
+    kept = json.dumps(dataclasses.asdict(run))
+    path.write_text(json.dumps({"code": admission.code_hash(admission.CODE)}) + f"\n{kept}\n")
+    assert admission.known_runs() == [run]
+    path.write_text(json.dumps({"code": "other"}) + f"\n{kept}\n")
+    assert admission.known_runs() == []
