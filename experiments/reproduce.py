@@ -360,6 +360,18 @@ def hints_table() -> str:
     return markdown(["pair", "token hit rate with hints, %", "gain from hints, points"], rows)
 
 
+def conditions_table() -> str:
+    """Return hit rates of the default pair and of LRU, a condition at a time."""
+    from experiments.studies.conditions import gains
+
+    rows = [
+        [condition, value, *map(str, rates), str(gain)]
+        for condition, value, rates, gain in gains(records_of("study_conditions.jsonl"))
+    ]
+    heads = ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"]
+    return markdown(heads, rows)
+
+
 def admission_table() -> str:
     """Return hit rates at the middle rate of each workload, paired by seed."""
     found: dict[tuple[str, float], dict[str, list[float]]] = {}
@@ -385,6 +397,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "default": default_table,
     "capacity": capacity_table,
     "hints": hints_table,
+    "conditions": conditions_table,
     "parts": parts_table,
     "default speed": default_speed_table,
     "leaderboard": leaderboard_table,

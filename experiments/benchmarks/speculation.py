@@ -18,7 +18,6 @@ that were held out), ``noise``.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +32,7 @@ from engine import Engine, RequestOutput, SamplingParams, engine_config
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Sampler
 from engine.text.tokenizer import ByteTokenizer
-from experiments.provenance import RESULTS, write_json_lines
+from experiments.provenance import RESULTS, read_json_lines, write_json_lines
 from experiments.studies.common import figure_path
 from experiments.training import corpus, tasks
 from hybridcache.geometry.units import counted
@@ -224,15 +223,17 @@ def main() -> None:
     )
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
-    parser.add_argument(
-        "--draw", action="store_true", help="run nothing: show the results in --out"
-    )
+    parser.add_argument("--draw", action="store_true", help="only draw the results in --out")
     args = parser.parse_args()
-    if args.draw:
-        with open(args.out, encoding="utf-8") as lines:
-            recorded = [json.loads(line) for line in lines][1:]
-        words = dict.fromkeys(result["draft"] for result in recorded)
-        return draw(recorded, [word for word in words if word != "none"])
+    if not args.draw:
+        measure(args)
+    _, recorded = read_json_lines(args.out)
+    words = dict.fromkeys(result["draft"] for result in recorded)
+    draw(recorded, [word for word in words if word != "none"])
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Run every cell and write the results."""
     torch.set_num_threads(args.threads)
     engines = {draft: make_engine(args.model, draft) for draft in args.drafts}
     results: list[Result] = []

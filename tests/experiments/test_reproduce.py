@@ -151,3 +151,21 @@ def test_the_parts_exist_and_take_less_than_six_hours() -> None:
 def test_the_page_of_results_is_the_generated_one() -> None:
     """If this fails: python -m experiments.reproduce --page"""
     assert reproduce.PAGE.read_text(encoding="utf-8") == reproduce.page()
+
+
+def test_every_committed_result_is_published() -> None:
+    """Results that no part regenerates go stale. Others may stay if a page links to them."""
+    names = ("experiments/results", "experiments/figures")
+    listed = subprocess.run(
+        ["git", "ls-files", *names], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a clone")
+    published = {f"experiments/{name}" for part in reproduce.read_parts() for name in part.outputs}
+    published |= {
+        "experiments/results/reproduce.json",
+        "experiments/results/hindsight.jsonl",  # plans that the studies share
+        "experiments/results/kernel_code.jsonl",  # kernels/README.md
+    }
+    left = {name for name in listed.stdout.split() if (ROOT / name).exists()} - published
+    assert not left, f"outputs of no part in experiments/parts.toml: {sorted(left)}"

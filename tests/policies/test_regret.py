@@ -419,6 +419,25 @@ def test_a_prompt_that_resumes_from_its_tip_places_the_successor_under_pressure(
         assert not labels_of(placement, facts), "these are no tips: an end displaces others"
 
 
+def test_another_conversation_saves_its_end_if_a_third_of_the_ends_are_used() -> None:
+    """With fewer hits, conversations in the cache keep their places: those that come in would be
+    evicted before their next turn."""
+    tip = FakeItem("tip", label="back:1", position=999, span=999)
+    lost = FakeItem("lost", label="back:1", position=999)
+    other = prefill(0, cached_len=100, seen_len=100, forks=False)
+    for one_in, is_saved in ((2, True), (5, False)):
+        placement = Adaptive()
+        labels_of(placement, other)
+        for number in range(400):
+            placement.on_saved(999, "back:1")
+            placement.on_saved(500, "boundary")
+            if number % one_in:
+                placement.on_ghost_hit(lost, 999)
+            else:
+                placement.on_hit(tip)
+        assert ("back:1" in labels_of(placement, other)) == is_saved
+
+
 def test_a_tip_has_one_successor() -> None:
     """Answers that never serve a prompt: only the prompt's end succeeds."""
     placement = Adaptive()

@@ -116,11 +116,14 @@ class Adaptive(PlacementPolicy):
     earns ``MARGIN`` times as much. With ample memory nothing is displaced, and every label with
     earnings is saved. Trials of a label that does not pay become rarer with each failure.
 
-    Five rules keep useful positions from being starved or displaced:
+    Six rules keep useful positions from being starved or displaced:
 
     - *Succession*: a prompt that resumes from the tip of its conversation saves the end, of prompt
       or answer, with the higher earnings. This supersedes the old tip, which is then evicted in its
       place. A conversation in the cache therefore stays there.
+    - *Turnover*: a conversation that is not in the cache saves its end too while real hits are at
+      least ``1 / MARGIN`` of the earnings of ends. Otherwise the tips in the cache keep their
+      places, so that some conversations hit when not all fit.
     - *Rank*: a label also pays if its real hits save more tokens per checkpoint than those of
       forks.
     - *Free memory*: a back-off without earnings is saved in free memory only. Under pressure it is
@@ -215,12 +218,12 @@ class Adaptive(PlacementPolicy):
         for boundary in reversed(prefill.boundaries):
             if boundary > cached_len:
                 wanted.append(Placed(boundary, "boundary"))
-        successor = self._successor(prefill)
+        end = self._end(prefill)
         for placed in back_offs:
             free = None if free_slots is None else free_slots // 2 - len(wanted)
-            if placed.label == successor or self._wants(placed.label, free):
+            if placed.label == end or self._wants(placed.label, free):
                 wanted.append(placed)
-        saves_answer = successor == "decode" or self._wants("decode", None)
+        saves_answer = end == "decode" or self._wants("decode", None)
         if free_slots is None:
             return wanted, saves_answer
         room = max((free_slots + prefill.num_checkpoints) // 2, 1)
@@ -250,15 +253,20 @@ class Adaptive(PlacementPolicy):
 
         return sorted(wanted, key=rank)
 
-    def _successor(self, prefill: Prefill) -> str | None:
-        """Return the label of the successor of the tip that ``prefill`` resumes from, or None if it
-        does not resume from a tip."""
+    def _end(self, prefill: Prefill) -> str | None:
+        """Return the label of the end to save, of prompt or answer, or None."""
+        labels = END_LABELS if prefill.answer_survives else END_LABELS[:1]
+        known = [label for label in labels if label in self._accounts]
+        label = max(known, key=lambda label: self._accounts[label].yield_tokens, default="back:1")
         resumed = prefill.resumed
-        if resumed is None or resumed.superseded or base_label(resumed.label) not in TIPS:
-            return None
-        if not prefill.answer_survives:
-            return "back:1"
-        return max(END_LABELS, key=lambda label: self._account(label).yield_tokens)
+        if resumed is not None and not resumed.superseded and base_label(resumed.label) in TIPS:
+            return label
+        return label if label in known and self._are_used(self._accounts[label]) else None
+
+    def _are_used(self, account: _Account) -> bool:
+        """Return whether enough checkpoints of a label are used before their eviction."""
+        copy = COPY * self._mean_prompt * account.placed
+        return not account.hope_tokens and MARGIN * account.used > account.earned + copy
 
     def _offer(self, label: str) -> None:
         account = self._account(label)

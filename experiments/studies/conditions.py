@@ -1,0 +1,171 @@
+"""Compare the default pair with LRU under conditions that other studies hold fixed.
+
+    python -m experiments.studies.conditions [--seeds 10] [--processes 2]
+
+One condition changes at a time: tenants that share nothing, the arrival process, the number of
+requests that run at once, and the model, whose state is worth between 7 and 8,000 tokens of KV. LRU
+has the fixed placement rules. Memory is short in every row, so both pairs evict.
+
+Rows of one condition can be compared with each other. Rows of two conditions cannot: their traces
+and sizes differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.studies.common import keep, rounded
+from experiments.studies.hints import PAIRS
+from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace, simulate
+from hybridcache.lab.arrivals import Pauses, interleave, parse_starts
+from hybridcache.lab.intervals import Interval, interval, paired
+from hybridcache.lab.report import text_table
+from hybridcache.lab.simulation.closed_loop import closed_loop
+
+SEEDS = range(100, 110)
+"""Seeds of the evaluation split."""
+MODEL = "qwen3-next"
+MODELS = ("LFM2-1.2B", "Olmo-Hybrid-7B", "Qwen3.5-4B", MODEL, "Nemotron-3-Nano-30B-A3B")
+KINDS = ("chat", "agent", "few-shot", "short")
+RUNNING = (1, 16, 64)
+ARRIVALS = ("fixed:0.5", "poisson:0.5", "bursts:0.5:16")
+
+Pair = tuple[Any, str]
+Rate = Callable[[int, Pair], float]
+"""Token hit rate of a pair with one seed."""
+
+
+def replayed(
+    trace: Callable[[int], Trace], gib: float, model: str, seed: int, pair: Pair, **settings: Any
+) -> float:
+    """Return the token hit rate of a replay of ``trace(seed)``."""
+    policy, placement = pair
+    [run] = simulate(
+        trace(seed),
+        model=model,
+        gib=gib,
+        policy=policy,
+        checkpoints=[placement],
+        bound=False,
+        progress=False,
+        **settings,
+    ).runs
+    return run.token_hit_rate
+
+
+def tenants(kinds: tuple[str, ...], seed: int) -> Trace:
+    """Return traces that last equally long, merged by time. Each belongs to a tenant of its own."""
+
+    def of(place: int, kind: str) -> list[TraceRequest]:
+        opened = tuple(open_trace(f"{kind}?seed={len(kinds) * seed + place}"))
+        last = max(one.timestamp_s for one in opened)
+        return [
+            one._replace(
+                timestamp_s=one.timestamp_s / last, session=(place, one.session), namespace=place
+            )
+            for one in opened
+        ]
+
+    parts = [of(place, kind) for place, kind in enumerate(kinds)]
+    return Trace("tenants", 1, lambda: heapq.merge(*parts, key=lambda one: one.timestamp_s))
+
+
+def arriving(starts: str, seed: int) -> Trace:
+    """Return 120 chats that arrive in one of several ways, at the same mean rate."""
+    sessions: dict[Any, list[TraceRequest]] = {}
+    for one in open_trace(f"conversations?live=24&num_conversations=120&seed={seed}"):
+        sessions.setdefault(one.session, []).append(one)
+    turns = list(sessions.values())
+    return Trace(starts, 1, lambda: interleave(turns, parse_starts(starts), Pauses(), seed=seed))
+
+
+def running(count: int, seed: int, pair: Pair) -> float:
+    """Return the token hit rate of overloaded service with ``count`` requests at once."""
+    policy, placement = pair
+    [run] = closed_loop(
+        f"conversations?live=24&num_conversations=120&seed={seed}",
+        gib=8,
+        policy=policy,
+        checkpoints=[placement],
+        rate=4,
+        admission="sessions",
+        max_running=count,
+        progress=False,
+    ).runs
+    return run.cached_tokens / run.prompt_tokens
+
+
+def scaled(model: str) -> Rate:
+    """Return the rate on chats, in bytes that hold as many KV tokens for every model."""
+    geometry = ModelGeometry.preset(model)
+    gib = 3 * geometry.kv_bytes_per_token / ModelGeometry.preset(MODEL).kv_bytes_per_token
+    return partial(replayed, lambda seed: open_trace(f"chat?seed={seed}"), gib, model)
+
+
+def rows() -> Iterator[tuple[str, str, Rate]]:
+    """Yield (condition, its value, token hit rate)."""
+    mixes = {
+        "4 tenants, a kind of work each": partial(tenants, KINDS),
+        "4 tenants, all chats": partial(tenants, ("chat",) * 4),
+    }
+    for label, mix in mixes.items():
+        yield "tenants", label, partial(replayed, mix, 12, MODEL)
+    for starts in ARRIVALS:
+        rate = partial(replayed, partial(arriving, starts), 4, MODEL, max_running=16)
+        yield "arrivals", starts, rate
+    for count in RUNNING:
+        yield "running at once", str(count), partial(running, count)
+    for model in MODELS:
+        worth = ModelGeometry.preset(model).state_tokens
+        yield "tokens that a state is worth", f"{worth:,.0f} ({model})", scaled(model)
+
+
+def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
+    """Return a record per pair."""
+    condition, value, seed = job
+    rate = next(rate for one, other, rate in rows() if (one, other) == (condition, value))
+    same = {"condition": condition, "value": value, "seed": seed}
+    return [
+        same | {"pair": name, "token_hit_rate": rounded(rate(seed, pair))}
+        for name, pair in PAIRS.items()
+    ]
+
+
+def gains(
+    records: list[dict[str, Any]],
+) -> Iterator[tuple[str, str, list[Interval], Interval]]:
+    """Yield (condition, value, rates of both pairs, gain of the default pair), in percent."""
+    for condition, value in dict.fromkeys((one["condition"], one["value"]) for one in records):
+        cells = [one for one in records if (one["condition"], one["value"]) == (condition, value)]
+        rates = [
+            [100 * one["token_hit_rate"] for one in cells if one["pair"] == pair] for pair in PAIRS
+        ]
+        yield condition, value, [interval(one) for one in rates], paired(*rates)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, help="only the first of them (default: all ten)")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    jobs = [(one, other, seed) for one, other, _ in rows() for seed in SEEDS[: options.seeds]]
+    with ProcessPoolExecutor(options.processes) as pool:
+        found = list(tqdm(pool.map(measure, jobs), total=len(jobs), disable=None))
+    records = [record for several in found for record in several]
+    keep("study_conditions", records)
+    table = [
+        [one, other, *map(str, rates), str(gain)] for one, other, rates, gain in gains(records)
+    ]
+    heads = [f"{pair}, %" for pair in PAIRS]
+    print(text_table(["condition", "value", *heads, "gain, points"], table))
+
+
+if __name__ == "__main__":
+    main()
