@@ -369,9 +369,10 @@ def load_best(
     """
     if exchange is None or not _fetch_best(cache, match, exchange):
         return match, receipt
-    cache.unlock(receipt)
     match = cache.match(tokens, match.namespace)
-    return match, cache.lock(match.node)
+    latest = cache.lock(match.node)
+    cache.unlock(receipt)
+    return match, latest
 
 
 def _fetch_best(cache: PrefixCache, match: PrefixMatch, exchange: FetchRule) -> bool:
@@ -573,29 +574,37 @@ class Lease:
         if not found.num_tokens:
             raise ValueError("a request needs at least one token (got no tokens)")
         match = found if request.reuse else cache.match(readable, request.namespace)
-        receipt = cache.lock(match.node)
+        receipt, is_locked = cache.lock(match.node), True
         slot = request.own_slot if request.stateful else None
-        if request.stateful and slot is None:
-            slot = cache.allocate_slot()
-            if slot is None and match.cached_len:
-                cache.unlock(receipt)
+        try:
+            if request.stateful and slot is None:
                 slot = cache.allocate_slot()
-                match = cache.match(readable, request.namespace)
-                receipt = cache.lock(match.node)
-            if slot is None:
+                if slot is None and match.cached_len:
+                    cache.unlock(receipt)
+                    is_locked = False
+                    slot = cache.allocate_slot()
+                    match = cache.match(readable, request.namespace)
+                    receipt, is_locked = cache.lock(match.node), True
+                if slot is None:
+                    cache.unlock(receipt)
+                    return None
+            if match is not found:
+                # The other fields of ``found`` describe the cache before the request took memory.
+                match = found._replace(
+                    cached_len=match.cached_len,
+                    checkpoint=match.checkpoint,
+                    node=match.node,
+                    resumed=match.resumed,
+                    loadable=match.loadable if request.reuse else (),
+                )
+            if match.loadable and request.reuse:
+                match, receipt = load_best(cache, match, receipt, readable, exchange)
+        except BaseException:  # of a policy or of the exchange
+            if is_locked:
                 cache.unlock(receipt)
-                return None
-        if match is not found:
-            # The other fields of ``found`` describe the cache before the request took memory.
-            match = found._replace(
-                cached_len=match.cached_len,
-                checkpoint=match.checkpoint,
-                node=match.node,
-                resumed=match.resumed,
-                loadable=match.loadable if request.reuse else (),
-            )
-        if match.loadable and request.reuse:
-            match, receipt = load_best(cache, match, receipt, readable, exchange)
+            if slot is not None and slot != request.own_slot:
+                cache.free_slot(slot)
+            raise
         if match is not found or match.loadable:
             loadable_len = match.loadable[-1].position if match.loadable else 0
             match = match._replace(losses=losses_of(found, match.cached_len, loadable_len))

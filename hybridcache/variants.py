@@ -212,6 +212,8 @@ class TieredRadixCache(HybridRadixCache):
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Look up ``tokens`` as in ``HybridRadixCache.match``, with the positions that could be
         loaded. O(n)."""
+        for tier in self.offload.tiers:
+            self.refuse_failed(tier.policy)
         found = super().match(tokens, namespace)
         root = self._tree.find_root(namespace)
         if root is None:
@@ -343,6 +345,8 @@ class RadixCache(HybridRadixCache):
         O(n)."""
         if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
+        if self._residency.policy.failure is not None:
+            self.refuse_failed(self._residency.policy)
         num_tokens = len(tokens)
         root = self._tree.find_root(namespace)
         if root is None:

@@ -167,6 +167,15 @@ class EvictionPolicy(ABC):
         candidate until the cache calls ``discard``.
         """
 
+    @property
+    def failure(self) -> PolicyError | None:
+        """First failure of a user's policy, or None.
+
+        The cache finishes the operation in which the policy failed, and evicts in the order of
+        arrival from then on. Every later ``match`` raises the failure.
+        """
+        return None
+
     def touch(self, item: Item) -> None:  # noqa: B027
         """Record a use of the candidate ``item``. Its ``last_used`` and ``uses`` include it."""
 

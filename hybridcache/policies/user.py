@@ -113,6 +113,8 @@ class _Guarded:
     def __init__(self, label: str, policy: Any) -> None:
         self._label = label
         self._policy = policy
+        self._failure: PolicyError | None = None
+        """First failure of ``_notify``."""
 
     def _call(self, method: Callable[..., Result], *arguments: object) -> Result:
         try:
@@ -120,37 +122,51 @@ class _Guarded:
         except Exception as error:  # user code can raise anything
             _blame(self._label, self._policy, method.__name__, error)
 
+    def _notify(self, method: Callable[..., None], *arguments: object) -> None:
+        """Call ``method``. A failure is kept, so that the operation of the cache is finished, and
+        ends all notifications."""
+        if self._failure is None:
+            try:
+                self._call(method, *arguments)
+            except PolicyError as error:
+                self._failure = error
+
 
 class GuardedEviction(_Guarded, EvictionPolicy):
     """Wrapper of a user's eviction policy. Forwards every call that a built-in policy gets.
 
-    Refuses a victim that was never offered. O(1) in addition to the policy.
+    Refuses a victim that was never offered. A policy that has failed is not called any more; see
+    ``failure``. O(1) in addition to the policy.
     """
 
     def __init__(self, label: str, policy: EvictionPolicy) -> None:
         super().__init__(label, policy)
-        self._held: set[Item] = set()
+        self._held: dict[Item, None] = {}
         self.orders_classes = bool(policy.orders_classes)
 
+    @property
+    def failure(self) -> PolicyError | None:
+        return self._failure
+
     def add(self, item: Item) -> None:
-        self._held.add(item)
-        self._call(self._policy.add, item)
+        self._held[item] = None
+        self._notify(self._policy.add, item)
 
     def discard(self, item: Item, evicted: bool) -> None:
-        self._held.discard(item)
-        self._call(self._policy.discard, item, evicted)
+        self._held.pop(item, None)
+        self._notify(self._policy.discard, item, evicted)
 
     def touch(self, item: Item) -> None:
-        self._call(self._policy.touch, item)
+        self._notify(self._policy.touch, item)
 
     def on_relabelled(self, item: Item) -> None:
-        self._call(self._policy.on_relabelled, item)
+        self._notify(self._policy.on_relabelled, item)
 
     def on_ghost_hit(self, item: Item) -> None:
-        self._call(self._policy.on_ghost_hit, item)
+        self._notify(self._policy.on_ghost_hit, item)
 
     def on_ghost_hit_above(self, item: Item) -> None:
-        self._call(self._policy.on_ghost_hit_above, item)
+        self._notify(self._policy.on_ghost_hit_above, item)
 
     def for_tier(self) -> EvictionPolicy | None:
         """Return the policy's result, guarded as well."""
@@ -159,7 +175,7 @@ class GuardedEviction(_Guarded, EvictionPolicy):
             return None
         if not isinstance(lower, EvictionPolicy):
             raise PolicyError(
-                f"{self._label!r}: below returned {lower!r}; return an EvictionPolicy, or None"
+                f"{self._label!r}: for_tier returned {lower!r}; return an EvictionPolicy, or None"
             )
         return GuardedEviction(self._label, lower)
 
@@ -168,20 +184,23 @@ class GuardedEviction(_Guarded, EvictionPolicy):
         return self._held
 
     def victim(self, kind: Kind | None) -> Item | None:
-        victim, is_fit = self._call(self._victim, kind)
-        if is_fit:
+        if self._failure is None:
+            try:
+                found: Item | None = self._call(self._victim, kind)
+                return found
+            except PolicyError as error:
+                self._failure = error
+        return next((item for item in self._held if kind in (None, item.kind)), None)
+
+    def _victim(self, kind: Kind | None) -> Item | None:
+        victim = self._policy.victim(kind)
+        if victim is None or (victim in self._held and kind in (None, victim.kind)):
             return victim
         raise PolicyError(
             f"{self._label!r}: victim({kind!r}) returned {victim!r}, which is not a candidate of "
             "that kind; "
             "return an item that was added and not discarded since, or None"
         )
-
-    def _victim(self, kind: Kind | None) -> tuple[Item | None, bool]:
-        """Return (the policy's choice, whether it is a candidate of ``kind``)."""
-        victim = self._policy.victim(kind)
-        is_fit = victim is None or (victim in self._held and kind in (None, victim.kind))
-        return victim, is_fit
 
 
 class GuardedAdmission(_Guarded, AdmissionPolicy):
@@ -228,7 +247,8 @@ class GuardedAdmission(_Guarded, AdmissionPolicy):
 class GuardedPlacement(_Guarded, PlacementPolicy):
     """Wrapper of a user's placement policy. Forwards every call that a built-in policy gets.
 
-    Refuses malformed positions, and warns once if all positions are outside the prompt.
+    Refuses malformed positions, and warns once if all positions are outside the prompt. The first
+    failure of a notification is raised by the next ``plan``.
     """
 
     def __init__(self, label: str, policy: PlacementPolicy) -> None:
@@ -238,6 +258,8 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         warning."""
 
     def plan(self, prefill: Prefill) -> list[Placed]:
+        if self._failure is not None:
+            raise PolicyError(str(self._failure)) from self._failure
         return self._call(self._plan, prefill)
 
     def _plan(self, prefill: Prefill) -> list[Placed]:
@@ -285,19 +307,19 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         )
 
     def on_prefill(self, prefill: Prefill) -> None:
-        self._call(self._policy.on_prefill, prefill)
+        self._notify(self._policy.on_prefill, prefill)
 
     def on_hit(self, item: Item) -> None:
-        self._call(self._policy.on_hit, item)
+        self._notify(self._policy.on_hit, item)
 
     def on_ghost_hit(self, item: Item, num_tokens: int) -> None:
-        self._call(self._policy.on_ghost_hit, item, num_tokens)
+        self._notify(self._policy.on_ghost_hit, item, num_tokens)
 
     def on_saved(self, position: int, label: str) -> None:
-        self._call(self._policy.on_saved, position, label)
+        self._notify(self._policy.on_saved, position, label)
 
     def on_dropped(self, position: int, label: str) -> None:
-        self._call(self._policy.on_dropped, position, label)
+        self._notify(self._policy.on_dropped, position, label)
 
 
 def spec_of(own: type[Any]) -> str | None:

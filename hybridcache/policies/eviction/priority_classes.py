@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
+from hybridcache.policies.protocol import EvictionPolicy, Item, Kind, PolicyError
 
 
 class PriorityClasses(EvictionPolicy):
@@ -27,6 +27,11 @@ class PriorityClasses(EvictionPolicy):
         self._rest = rest
         self._dead = dead
         self._superseded = superseded
+
+    @property
+    def failure(self) -> PolicyError | None:
+        """The first failure of a class."""
+        return self._rest.failure or self._dead.failure or self._superseded.failure
 
     def add(self, item: Item) -> None:
         tier = self._dead if item.dead else self._superseded if item.superseded else self._rest

@@ -1,0 +1,144 @@
+"""Policies and exchange rules of a user that raise in the middle of an operation: the cache stays
+consistent, nothing leaks, and the failure is raised where nothing is half done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hybridcache import CacheConfig, Lease, LeaseRequest, PrefixCache, build_prefix_cache
+from hybridcache.policies.eviction.lru import LRU
+from hybridcache.policies.placement.adaptive import Adaptive
+from hybridcache.policies.placement.rules import Placement
+from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, PolicyError
+from hybridcache.policies.user import eviction_of, placement_of
+
+EVICTION = ("add", "discard", "touch", "victim", "on_ghost_hit", "on_ghost_hit_above")
+PLACEMENT = ("on_prefill", "on_hit", "on_ghost_hit", "on_saved", "on_dropped", "plan")
+
+
+def failing(base: type, method: str, calls: int) -> type:
+    """Return a subclass of ``base`` whose ``method`` raises at its n-th call."""
+
+    class Failing(base):  # type: ignore[misc]
+        left = calls
+
+    def fail(self: Any, *arguments: Any) -> Any:
+        Failing.left -= 1
+        if Failing.left == 0:
+            raise RuntimeError("boom")
+        return getattr(base, method)(self, *arguments)
+
+    setattr(Failing, method, fail)
+    return Failing
+
+
+def serve(cache: PrefixCache, placement: PlacementPolicy, seed: int) -> int:
+    """Serve random requests that overlap, and return how many times a policy failed. After each
+    failure the request is aborted."""
+    rng = np.random.default_rng(seed)
+    texts = [rng.integers(0, 50, 60, dtype=np.int32) for _ in range(4)]
+    num_failed, running = 0, []
+    for _ in range(120):
+        lease = None
+        try:
+            if len(running) < 3:
+                tokens = texts[rng.integers(4)][: rng.integers(1, 60)]
+                lease = Lease.begin(cache, placement, LeaseRequest(tokens.copy()))
+                if lease is None:
+                    continue
+                running.append((lease, tokens))
+                if lease.extend(len(tokens)):
+                    lease.take_checkpoint_slots(lease.cached_len, len(tokens))
+                    lease.publish(tokens, len(tokens))
+            else:
+                lease, tokens = running.pop(int(rng.integers(3)))
+                end = len(tokens) if lease.extended_len >= len(tokens) else lease.published_len
+                (lease.preempt if rng.integers(4) == 0 else lease.finish)(tokens, end)
+        except PolicyError as error:
+            assert "raised RuntimeError: boom" in str(error)
+            num_failed += 1
+            if lease is not None and not repr(lease).endswith("(ended)"):
+                running = [one for one in running if one[0] is not lease]
+                lease.abort()
+    for lease, _ in running:
+        lease.abort()
+    return num_failed
+
+
+def check_serving(
+    eviction: Callable[[], EvictionPolicy], placement: PlacementPolicy, **tiers: int
+) -> int:
+    config = CacheConfig(
+        num_kv_tokens=100,
+        num_slots=5,
+        grid=4,
+        kv_bytes_per_token=1,
+        state_bytes=8,
+        eviction=eviction,  # type: ignore[arg-type]
+        **tiers,
+    )
+    cache = build_prefix_cache(config)
+    num_failed = serve(cache, placement, 0)
+    cache.check(held_tokens=0, held_slots=0)
+    return num_failed
+
+
+@given(
+    method=st.sampled_from(EVICTION), calls=st.integers(1, 60), host_bytes=st.sampled_from((0, 60))
+)
+def test_a_failing_eviction_leaves_the_cache_consistent(
+    method: str, calls: int, host_bytes: int
+) -> None:
+    kind = failing(LRU, method, calls)
+    num_failed = check_serving(kind, Placement((Adaptive(),)), host_bytes=host_bytes)
+    assert (num_failed > 0) == (kind.left <= 0)  # type: ignore[attr-defined]
+
+
+@given(method=st.sampled_from(PLACEMENT), calls=st.integers(1, 40))
+def test_a_failing_placement_leaves_the_cache_consistent(method: str, calls: int) -> None:
+    kind = failing(Adaptive, method, calls)
+    num_failed = check_serving(LRU, Placement((placement_of(kind)(),)))
+    assert num_failed > 0 or kind.left > -3  # type: ignore[attr-defined]
+
+
+class FailingExchange:
+    """Exchange rule that raises."""
+
+    def seconds_saved(
+        self, cached_len: int, position: int, prompt_len: int, num_bytes: Mapping[str, int]
+    ) -> float:
+        raise RuntimeError("boom")
+
+
+def test_a_failing_exchange_holds_nothing() -> None:
+    config = CacheConfig(
+        num_kv_tokens=40, num_slots=3, grid=4, kv_bytes_per_token=1, state_bytes=8, host_bytes=60
+    )
+    cache, tokens = build_prefix_cache(config), np.arange(20, dtype=np.int32)
+    slot = cache.allocate_slot()
+    assert slot is not None
+    cache.insert(tokens, cache.allocate_kv(20), [(16, slot)])
+    cache.evict(num_tokens=20)
+    assert cache.match(tokens).loadable
+    with pytest.raises(RuntimeError, match="boom"):
+        Lease.begin(cache, Placement((Adaptive(),)), LeaseRequest(tokens), FailingExchange())
+    cache.check(held_tokens=0, held_slots=0)
+
+
+def test_a_failed_policy_is_not_called_any_more() -> None:
+    kind = failing(LRU, "add", 1)
+    policy = eviction_of(kind)()
+    from tests.policies.items import FakeItem
+
+    one, other = FakeItem("one"), FakeItem("other")
+    policy.add(one)
+    policy.add(other)
+    assert isinstance(policy.failure, PolicyError)
+    assert kind.left == 0  # type: ignore[attr-defined]
+    assert policy.victim(None) is one
