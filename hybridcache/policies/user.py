@@ -186,14 +186,13 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def victim(self, kind: Kind | None) -> Item | None:
         if self._failure is None:
             try:
-                found: Item | None = self._call(self._victim, kind)
-                return found
+                return self._call(self._victim, kind)
             except PolicyError as error:
                 self._failure = error
         return next((item for item in self._held if kind in (None, item.kind)), None)
 
     def _victim(self, kind: Kind | None) -> Item | None:
-        victim = self._policy.victim(kind)
+        victim: Item | None = self._policy.victim(kind)
         if victim is None or (victim in self._held and kind in (None, victim.kind)):
             return victim
         raise PolicyError(
