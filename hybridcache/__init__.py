@@ -6,7 +6,8 @@ Four groups of names:
   running request's claim on it, and a ``StepPlan`` the work that follows for the tensors;
 - the parts of a plan: ``Move``, ``Copy``, ``Drop`` and ``RowWrite``; and the rule that decides
   about loads from tiers: ``FetchRule``, or the ready-made ``Exchange``;
-- policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``;
+- policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``; a failure of
+  one is a ``PolicyError``;
 - the laboratory: ``simulate(open_trace(...))``, ``closed_loop``, ``optimum``, ``advise``.
 
 The laboratory and the policies are imported when they are first used. All other names are imported
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         Item,
         Placed,
         PlacementPolicy,
+        PolicyError,
         Prefill,
     )
     from hybridcache.policies.registry import parse_placement
@@ -63,6 +65,7 @@ _LAZY = {
     "Item": "policies.protocol",
     "Placed": "policies.protocol",
     "PlacementPolicy": "policies.protocol",
+    "PolicyError": "policies.protocol",
     "Prefill": "policies.protocol",
     "parse_placement": "policies.registry",
 }
@@ -140,6 +143,7 @@ __all__ = [
     "Move",
     "Placed",
     "PlacementPolicy",
+    "PolicyError",
     "Prefill",
     "PrefillTimes",
     "PrefixCache",

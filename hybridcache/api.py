@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 class Losses(NamedTuple):
-    """Number of prompt tokens that were computed, by cause.
+    """Number of prompt tokens that were computed, by cause: a named tuple.
 
     The counts and ``cached_len`` sum to the length of the prompt. ``match`` sets all but the last
     two; ``losses_of`` adds those.
@@ -560,6 +560,12 @@ class PrefixCache(Protocol):
         ...
 
     @property
+    def has_slots(self) -> bool:
+        """False if the cache was built without state slots, so that no request with a state can
+        begin."""
+        ...
+
+    @property
     def cached_tokens(self) -> int:
         """Number of KV rows that the cache owns."""
         ...
@@ -621,10 +627,13 @@ class PrefixCache(Protocol):
     def lock(self, node: NodeHandle | None) -> LockHandle:
         """Protect ``node``, its checkpoint and the KV of its path from eviction.
 
-        Returns a handle for ``unlock``, which is also a context manager.
+        Returns a handle for ``unlock``, which is also a context manager. If ``node`` is None, it
+        protects nothing. To protect a whole prompt, lock the node of a longer match, because
+        ``match`` never returns the last token of its argument:
+        ``lock(match(np.append(prompt, np.int32(0))).node)``.
 
         Raises:
-            ValueError: ``node`` was evicted.
+            ValueError: ``node`` was evicted, or belongs to another cache.
         """
         ...
 
@@ -634,7 +643,9 @@ class PrefixCache(Protocol):
         """Protect the cached KV of ``tokens``, whether or not there is a checkpoint at its end.
 
         Returns the node that ends where the cached KV ends, and a handle for ``unlock``. The node
-        is None if nothing is cached. This is not a use: no recency changes. O(n).
+        is None if nothing is cached. Only a checkpoint exactly at that node is protected, those
+        above it are not: to keep a resumable prefix, use ``lock``. This is not a use: no recency
+        changes. O(n).
         """
         ...
 
@@ -642,7 +653,7 @@ class PrefixCache(Protocol):
         """Undo the ``lock`` that returned ``handle``. A second call does nothing. O(1).
 
         Raises:
-            ValueError: another cache returned it.
+            ValueError: another cache returned it, or it is not a handle.
         """
         ...
 

@@ -119,7 +119,7 @@ class HybridRadixCache:
         return (
             f"{type(self).__name__}(cached_tokens={self.cached_tokens}, "
             f"free_tokens={self.free_tokens}, num_checkpoints={self.num_checkpoints}, "
-            f"free_slots={self.free_slots}, policy={type(self.policy).__name__})"
+            f"free_slots={self.free_slots}, policy={self.policy})"
         )
 
     @staticmethod
@@ -258,12 +258,14 @@ class HybridRadixCache:
         """Protect ``node``, its checkpoint and the KV of its path. ``node`` may be None. O(1).
 
         Raises:
-            ValueError: ``node`` was evicted.
+            ValueError: ``node`` was evicted, or belongs to another cache.
         """
         last = own(node)
         if last is not None:
             if last.kv is None:
                 raise ValueError(EVICTED)
+            if last.kv.item_bytes is not self._residency.item_bytes:  # an object of each cache
+                raise ValueError("this node belongs to another cache: match the tokens in this one")
             self._residency.lock(last)
         return LockHandle(last, self._residency)
 
@@ -301,8 +303,10 @@ class HybridRadixCache:
         """Return a lock. A second call does nothing. O(1).
 
         Raises:
-            ValueError: another cache returned the handle.
+            ValueError: another cache returned the handle, or it is not a handle.
         """
+        if not isinstance(handle, LockHandle):
+            raise ValueError(f"expected the result of lock (got {handle!r})")
         if handle.node is not None:
             if not handle.belongs_to(self._residency):
                 raise ValueError("this lock belongs to another cache: unlock it there")
@@ -565,6 +569,11 @@ class HybridRadixCache:
     def free_slots(self) -> int:
         """Number of unallocated state slots. O(1)."""
         return self._slots.num_free
+
+    @property
+    def has_slots(self) -> bool:
+        """False if the cache was built without state slots. O(1)."""
+        return self._slots.capacity > 0 or self._slots.budget is not None
 
     @property
     def policy(self) -> EvictionPolicy:

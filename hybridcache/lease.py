@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from math import lcm
+from operator import index
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -432,7 +433,7 @@ class LeaseRequest(NamedTuple):
     """Requests in different namespaces share nothing: None, a str, bytes, an int or a tuple of
     these."""
     boundaries: tuple[int, ...] = ()
-    """Positions that later prompts are known to keep, ascending."""
+    """Positions that later prompts are known to keep, ascending, at most the number of tokens."""
     reuse: bool = True
     """Whether to read cached entries. Set it to False to get the logits of every position; the
     result is published nevertheless."""
@@ -450,7 +451,8 @@ class LeaseRequest(NamedTuple):
     lists every position with a new or changed KV row (``RowWrite``)."""
     own_slot: int | None = None
     """State slot of the request, if running states are stored outside of the cache's memory. If
-    None, a slot of the cache is taken, and may be donated."""
+    None, a slot of the cache is taken, and may be donated. ``StepPlan.restores`` then names a slot
+    of the cache first, and this number of your own memory second."""
     resumes: bool = False
     """Whether the request continues one that is counted in ``cache.stats`` already: the
     ``is_counted`` of its preempted lease. Its hits and losses are then not added again. Policies
@@ -458,9 +460,16 @@ class LeaseRequest(NamedTuple):
 
 
 def _refuse_bad_begin(
-    placement: PlacementPolicy, request: LeaseRequest, exchange: FetchRule | None
+    cache: PrefixCache,
+    placement: PlacementPolicy,
+    request: LeaseRequest,
+    exchange: FetchRule | None,
 ) -> None:
-    """Raise TypeError for arguments of ``begin`` that would fail later, in another call."""
+    """Raise TypeError or ValueError for arguments of ``begin`` that would fail later, in another
+    call. O(boundaries)."""
+    if not hasattr(cache, "match"):
+        kind = type(cache).__name__
+        raise TypeError(f"cache must be made by build_prefix_cache (got {kind}).")
     if not isinstance(placement, PlacementPolicy):
         hint = " Build it once, for all requests, with parse_placement."
         raise TypeError(f"placement must be a PlacementPolicy (got {placement!r}).{hint}")
@@ -468,8 +477,35 @@ def _refuse_bad_begin(
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     if exchange is not None and not hasattr(exchange, "seconds_saved"):
         raise TypeError(f"exchange must have a method seconds_saved (got {exchange!r}).")
+    if request.boundaries or type(request.boundaries) is not tuple:
+        _refuse_bad_boundaries(request.boundaries, len(request.tokens))
 
 
+def _refuse_bad_boundaries(boundaries: tuple[int, ...], num_tokens: int) -> None:
+    if not isinstance(boundaries, tuple | list):
+        raise TypeError(f"boundaries must be a tuple of positions (got {boundaries!r}).")
+    before = 0
+    for position in boundaries:
+        if not before <= require_index(position, "each of boundaries") <= num_tokens:
+            raise ValueError(
+                f"boundaries must be ascending positions from 0 to {num_tokens}, the number of "
+                f"tokens (got {boundaries!r})"
+            )
+        before = position
+
+
+def require_index(number: int, what: str) -> int:
+    """Return ``number`` as an int. Raises TypeError if it is not an integer."""
+    try:
+        return index(number)
+    except TypeError:
+        raise TypeError(f"{what} must be an integer (got {number!r}).") from None
+
+
+NO_SLOTS = (
+    "this cache has no state slots, so a request with a state can never begin: build it with "
+    "num_slots, or pass LeaseRequest(stateful=False) for a model without linear layers"
+)
 ENDED = "this lease has ended (finish, preempt or abort was called): begin a new one"
 
 
@@ -477,7 +513,10 @@ class Lease:
     """Claim of one request on a cache.
 
     Made by ``begin``. After ``finish``, ``preempt`` or ``abort`` it holds nothing: ``kv_indices``
-    is empty, ``state_slot`` is None, and every call but ``abort`` raises ValueError.
+    is empty and ``state_slot`` is None. ``abort`` then does nothing, and every other call that
+    takes, plans or publishes raises ValueError. ``match``, ``cached_len``, ``losses`` and
+    ``is_counted`` keep their values. The results of ``is_saving_at``, ``continuation`` and
+    ``num_quiet_tokens`` then mean nothing.
 
     >>> from hybridcache import CacheConfig, build_prefix_cache, parse_placement
     >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=4, grid=8))
@@ -555,9 +594,10 @@ class Lease:
         time.
 
         Returns None, with nothing held, if no slot is available: keep the request in the queue. If
-        the only available slot is that of the matching checkpoint, the request resumes from the
-        next shallower one, and ``losses.refused`` counts the difference. With ``reuse=False`` it
-        counts the whole match.
+        ``total_bytes`` are less than one state, every request is refused in this way. If the only
+        available slot is that of the matching checkpoint, the request resumes from the next
+        shallower one, and ``losses.refused`` counts the difference. With ``reuse=False`` it counts
+        the whole match.
 
         ``placement`` is one object for all requests of a cache, because it can learn.
         ``parse_placement`` makes one. ``exchange`` decides which offloaded prefixes to load.
@@ -565,10 +605,13 @@ class Lease:
         O(len(tokens)).
 
         Raises:
-            ValueError: the tokens are empty or not int32[n], or the namespace is malformed.
-            TypeError: ``placement``, ``request`` or ``exchange`` has another type.
+            ValueError: the tokens are empty or not int32[n]; the namespace is malformed; the
+                boundaries are not ascending or end past the tokens; or the request has a state and
+                the cache has no slots.
+            TypeError: an argument or a field of ``request`` has another type.
+            PolicyError: an own eviction policy has failed. Nothing is held.
         """
-        _refuse_bad_begin(placement, request, exchange)
+        _refuse_bad_begin(cache, placement, request, exchange)
         readable = request.tokens if request.reuse else request.tokens[:1]
         found = cache.match(request.tokens, request.namespace)
         if not found.num_tokens:
@@ -586,6 +629,8 @@ class Lease:
                     match = cache.match(readable, request.namespace)
                     receipt, is_locked = cache.lock(match.node), True
                 if slot is None:
+                    if not cache.has_slots:
+                        raise ValueError(NO_SLOTS)
                     cache.unlock(receipt)
                     return None
             if match is not found:
@@ -706,7 +751,10 @@ class Lease:
 
     @property
     def planned(self) -> tuple[int, ...]:
-        """Positions at which this prefill should still save a checkpoint, ascending."""
+        """Positions at which this prefill should still save a checkpoint, ascending.
+
+        Empty before the first successful ``extend``, except for those of ``plan_checkpoint``.
+        """
         return self._plan.planned
 
     @property
@@ -730,6 +778,9 @@ class Lease:
 
         For a position at which another request continues differently. Does nothing if
         the checkpoint is already planned, has a slot or is out of range.
+
+        Raises:
+            ValueError: the lease has ended.
         """
         if self._has_ended:
             raise ValueError(ENDED)
@@ -760,7 +811,11 @@ class Lease:
 
         Raises:
             ValueError: the lease has ended.
+            TypeError: ``to_len`` is not an integer.
+            PolicyError: an own placement policy has failed. The rows are taken.
         """
+        if type(to_len) is not int:
+            to_len = require_index(to_len, "to_len")
         missing = to_len - self._rows.num_rows
         if missing <= 0:
             return True
@@ -798,7 +853,7 @@ class Lease:
         """Return the number of decode steps for which the row and slot calls have no effect.
 
         During that many tokens after ``computed_len``, ``extend`` and ``take_checkpoint_slots``
-        need not be called. O(1).
+        need not be called. It says nothing about ``publish``, which decode does not need. O(1).
         """
         rows = self._rows.num_rows - computed_len
         return min(rows, self._plan.num_before_crossing(computed_len))
@@ -842,9 +897,14 @@ class Lease:
         Returns (start, end) of the positions with changed rows in ``kv_indices``, because the tree
         already had rows for them, or None if no row changed. O(computed_len - published_len).
 
+        Call it after each piece of the prefill. In decode leave it out: ``finish`` and ``preempt``
+        publish the answer as one node, and each call would add a node.
+
         Raises:
-            ValueError: the lease has ended, ``tokens`` are not int32[n], or ``computed_len`` is
-                less than ``published_len`` or more than there are tokens or rows.
+            ValueError: the lease has ended; ``tokens`` are not int32[n], or their new part differs
+                from the tokens of the request; ``computed_len`` is less than ``published_len``, or
+                more than there are tokens or rows.
+            TypeError: ``computed_len`` is not an integer.
         """
         self._refuse_uncomputed(tokens, computed_len)
         cache = self._cache
@@ -887,7 +947,12 @@ class Lease:
             self._cache.steps.row_write_due(self)
 
     def _refuse_uncomputed(self, tokens: Tokens, computed_len: int) -> None:
-        """Raise ValueError unless ``computed_len`` of ``tokens`` can be published. O(1)."""
+        """Raise ValueError unless ``computed_len`` of ``tokens`` can be published.
+
+        O(prompt tokens to publish), a comparison of bytes.
+        """
+        if type(computed_len) is not int:
+            require_index(computed_len, "computed_len")
         rows = self._rows
         if self._has_ended or not rows.published_len <= computed_len <= rows.num_rows:
             raise self._misuse(computed_len)
@@ -898,6 +963,14 @@ class Lease:
                 f"computed_len is {computed_len}, but there are only {len(tokens)} tokens: pass "
                 "all tokens so far"
             )
+        first = rows.published_len
+        if first < self.prompt_len:
+            new = slice(first, min(computed_len, self.prompt_len))
+            if tokens[new].tobytes() != self._request.tokens[new].tobytes():
+                raise ValueError(
+                    f"tokens {new.start} to {new.stop} are not those of the LeaseRequest: pass its "
+                    "tokens, followed by those generated so far"
+                )
 
     def _misuse(self, length: int) -> ValueError:
         """Return the error of a call for ``length`` tokens on a lease that cannot have them."""

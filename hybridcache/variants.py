@@ -433,6 +433,11 @@ class RadixCache(HybridRadixCache):
         result = super().insert(tokens, kv_indices, (), namespace, owned_from, (), node)
         return result._replace(rejected_slots=rejected_slots)
 
+    @property
+    def has_slots(self) -> bool:
+        """False if the cache was built without state slots. O(1)."""
+        return self._slots.capacity > 0
+
 
 class NullCache(PrefixCache):
     """Allocator of KV rows and slots that caches nothing. Every method is O(1) plus the rows
@@ -464,6 +469,11 @@ class NullCache(PrefixCache):
     @property
     def free_slots(self) -> int:
         return self._slots.num_free
+
+    @property
+    def has_slots(self) -> bool:
+        """False if the cache was built without state slots. O(1)."""
+        return self._slots.capacity > 0 or self._slots.budget is not None
 
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Return a miss: every token counts as never seen. O(1)."""

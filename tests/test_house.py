@@ -404,7 +404,7 @@ def test_the_public_names_are_few_and_explained() -> None:
     steps = {"StepPlan", "Move", "Copy", "Drop", "RowWrite"}
     loads = {"FetchRule", "Exchange", "PrefillTimes"}
     assert sorted(hybridcache.__all__) == hybridcache.__all__
-    assert len({*hybridcache.__all__} - steps - loads) <= 25
+    assert len({*hybridcache.__all__} - steps - loads) <= 26
     for name in hybridcache.__all__:
         assert (getattr(hybridcache, name).__doc__ or "").strip(), f"{name} has no docstring"
 

@@ -143,7 +143,8 @@ class StepPlan(NamedTuple):
     row_writes: tuple[RowWrite, ...] = ()
     """At most one per running request that has a ``table_row``."""
     restores: tuple[tuple[int, int], ...] = ()
-    """(checkpoint slot, own slot) of each request that resumes."""
+    """(checkpoint slot, own slot) of each request that resumes. The first is a slot of the cache.
+    So is the second, unless the request has an ``own_slot``: that one is in the caller's memory."""
 
 
 class RunningLease(Protocol):

@@ -38,6 +38,7 @@ from typing import Any
 import numpy as np
 
 from hybridcache.allocators.moves import DEVICE
+from hybridcache.hybrid import HybridRadixCache
 from hybridcache.policies.memory import Reader, Writer, load_state, remembers
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.radix.tree import Checkpoint, OffloadedCheckpoint, RadixNode, RadixTree
@@ -55,7 +56,7 @@ NO_ROWS: Indices = np.empty(0, np.int32)
 NOTHING = (-1, 0, 0, 0, 0, -1)
 
 
-def write_memory(cache: TieredRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
+def write_memory(cache: HybridRadixCache, placement: Sequence[PlacementPolicy] = ()) -> bytes:
     """Serialize the remembered state of ``cache`` and of the ``placement`` rules. O(tree).
 
     The most recently used nodes are written, within the cache's limit for ghosts and ``MAX_BYTES``.
@@ -69,7 +70,7 @@ def write_memory(cache: TieredRadixCache, placement: Sequence[PlacementPolicy] =
 
 
 def _body(
-    cache: TieredRadixCache,
+    cache: HybridRadixCache,
     nodes: list[RadixNode],
     placement: Sequence[PlacementPolicy],
     with_policies: bool = True,
@@ -104,7 +105,7 @@ def _body(
         "grid": cache.grid,
         "now": cache.now,
         "num_items": cache.num_items,
-        "tiers": list(cache.offload.names),
+        "tiers": list(_tier_names(cache)),
         "namespaces": list(namespaces),
         "nodes": np.array(rows, np.int64).reshape(-1, 8),
         "labels": labels,
@@ -145,7 +146,7 @@ def unpack(data: bytes) -> Memory:
 
 
 class Memory:
-    """Contents of one file, to be restored into an empty cache.
+    """Contents of one file, to be restored into an empty cache with or without tiers.
 
     Call ``recall_tree``, then adopt the contents of lower tiers, then call ``recall_policies``.
     """
@@ -155,7 +156,7 @@ class Memory:
         self._items: list[tuple[Checkpoint, bool]] = []
         """Checkpoints of the file, each with a flag: superseded when saved."""
 
-    def recall_tree(self, cache: TieredRadixCache) -> None:
+    def recall_tree(self, cache: HybridRadixCache) -> None:
         """Restore the tokens as ghosts, and the clock. O(nodes).
 
         No ghost is discarded before ``recall_policies``.
@@ -176,13 +177,13 @@ class Memory:
             raise ValueError("it is damaged") from error
         cache.install(tree, reversed(nodes), now=now, num_items=num_items)
 
-    def _build(self, cache: TieredRadixCache) -> tuple[RadixTree, list[RadixNode]]:
+    def _build(self, cache: HybridRadixCache) -> tuple[RadixTree, list[RadixNode]]:
         plain, reader = self._plain, Reader(lambda _: None)
         tree, nodes = RadixTree(cache.page_size), list[RadixNode]()
         roots = [tree.root(read_namespace(text)) for text in plain["namespaces"]]
         rows, tokens = reader.read(plain["nodes"]).tolist(), reader.read(plain["tokens"])
         require_int32(tokens, "tokens")
-        item_bytes, at, names = cache.item_bytes, 0, cache.offload.names
+        item_bytes, at, names = cache.item_bytes, 0, _tier_names(cache)
         tiers = [names.index(name) if name in names else None for name in plain["tiers"]]
         for row, label in zip(rows, plain["labels"], strict=True):
             above, end, serial, created, last_used, uses, superseded, tier = row
@@ -208,7 +209,7 @@ class Memory:
         return tree, nodes
 
     def recall_policies(
-        self, cache: TieredRadixCache, placement: Sequence[PlacementPolicy] = ()
+        self, cache: HybridRadixCache, placement: Sequence[PlacementPolicy] = ()
     ) -> list[str]:
         """Restore the state of the cache's eviction policies and of the ``placement`` rules.
 
@@ -238,7 +239,7 @@ class Memory:
         return unfit
 
     def _recall_policy(
-        self, cache: TieredRadixCache, name: str, policy: EvictionPolicy, before: Reader
+        self, cache: HybridRadixCache, name: str, policy: EvictionPolicy, before: Reader
     ) -> None:
         states = {} if name == DEVICE else _states(cache, name)
         reader = Reader(states.get, before)
@@ -249,7 +250,7 @@ class Memory:
             for item, _ in self._items:
                 item.memo = memos.get(item.serial)
             return
-        number = cache.offload.names.index(name)
+        number = _tier_names(cache).index(name)
         for item, _ in self._items:
             if item.stored is not None and item.stored.tier == number:
                 item.stored.memo = memos.get(item.serial)
@@ -262,34 +263,45 @@ class Memory:
                 policy.add(state)
 
 
-def _policies(cache: TieredRadixCache) -> Iterator[tuple[str, EvictionPolicy]]:
+def _tiers(cache: HybridRadixCache) -> dict[str, tuple[EvictionPolicy, bool]]:
+    """Return the policy of each tier, the nearest first, and whether it is shared."""
+    if not isinstance(cache, TieredRadixCache):
+        return {}
+    return {tier.name: (tier.policy, tier.is_shared) for tier in cache.offload.tiers}
+
+
+def _tier_names(cache: HybridRadixCache) -> tuple[str, ...]:
+    return () if cache.offload is None else cache.offload.names
+
+
+def _policies(cache: HybridRadixCache) -> Iterator[tuple[str, EvictionPolicy]]:
     yield DEVICE, cache.policy
-    for tier in cache.offload.tiers:
-        yield tier.name, tier.policy
+    for name, (policy, _) in _tiers(cache).items():
+        yield name, policy
 
 
-def _is_shared(cache: TieredRadixCache, name: str) -> bool:
-    return any(tier.name == name and tier.is_shared for tier in cache.offload.tiers)
+def _is_shared(cache: HybridRadixCache, name: str) -> bool:
+    return name != DEVICE and _tiers(cache)[name][1]
 
 
-def _share_anew(cache: TieredRadixCache, name: str) -> None:
+def _share_anew(cache: HybridRadixCache, name: str) -> None:
     """Start the policy of ``name`` from the present state of the tier above it. O(tree)."""
-    policies, number = dict(_policies(cache)), cache.offload.names.index(name)
-    above = policies[cache.offload.names[number - 1] if number else DEVICE]
+    policies, number = dict(_policies(cache)), _tier_names(cache).index(name)
+    above = policies[_tier_names(cache)[number - 1] if number else DEVICE]
     load_state(policies[name], above.for_tier())
     for state in _states(cache, name).values():
         state.memo = None
         policies[name].add(state)
 
 
-def _states(cache: TieredRadixCache, name: str) -> dict[int, OffloadedCheckpoint]:
+def _states(cache: HybridRadixCache, name: str) -> dict[int, OffloadedCheckpoint]:
     """Return the states stored in tier ``name``, by serial. O(tree)."""
-    number = cache.offload.names.index(name)
+    number = _tier_names(cache).index(name)
     states = (node.offloaded.state for node in cache.iter_nodes() if node.offloaded is not None)
     return {state.serial: state for state in states if state is not None and state.tier == number}
 
 
-def _latest(cache: TieredRadixCache) -> list[RadixNode]:
+def _latest(cache: HybridRadixCache) -> list[RadixNode]:
     """Return the most recently used nodes, parents before children, within the ghost limit.
 
     O(n log n).
@@ -345,7 +357,7 @@ def _numbers(item: Checkpoint | OffloadedCheckpoint | None) -> tuple[int, int, i
 
 
 def _items_of(
-    cache: TieredRadixCache, name: str, nodes: list[RadixNode]
+    cache: HybridRadixCache, name: str, nodes: list[RadixNode]
 ) -> Iterator[Checkpoint | OffloadedCheckpoint]:
     """Yield the items at ``nodes`` that the policy of ``name`` tracks, or tracked until evicted."""
     for node in nodes:
@@ -357,5 +369,5 @@ def _items_of(
         state = None if node.offloaded is None else node.offloaded.state
         if state is None and checkpoint is not None:
             state = checkpoint.stored
-        if state is not None and cache.offload.names[state.tier] == name:
+        if state is not None and _tier_names(cache)[state.tier] == name:
             yield state

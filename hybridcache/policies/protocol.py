@@ -21,9 +21,8 @@ class Item(Protocol):
     """One evictable item, as seen by a policy. All attributes except ``memo`` are read-only."""
 
     memo: Any
-    """Data of the policy. None at first, and kept as long as the item lives. Snapshots do not save
-    it, so ``on_ghost_hit`` can be called with an item without a
-    ``memo``."""
+    """Data of the policy. None at first, and kept as long as the item lives. An item that was read
+    from a file can lack it: see ``on_ghost_hit``."""
 
     @property
     def kind(self) -> Kind:
@@ -147,6 +146,9 @@ class EvictionPolicy(ABC):
                     stacklevel=2,
                 )
 
+    def __str__(self) -> str:
+        return type(self).__name__
+
     @abstractmethod
     def add(self, item: Item) -> None:
         """Add ``item`` as a candidate. Its ``last_used`` and ``uses`` include earlier uses."""
@@ -187,7 +189,10 @@ class EvictionPolicy(ABC):
         """Record a ghost hit: a request would have resumed from ``item``, an evicted checkpoint.
 
         Called at most once per request, with the deepest such checkpoint on its path. ``item`` has
-        its values at eviction, including ``memo`` (None if it was loaded from a snapshot).
+        its values at eviction, including ``memo``. Two kinds of files restore items in a new
+        process. A snapshot (``hybridcache.export.snapshot``) has no ``memo``. A warm state
+        (``hybridcache.export.warm_state``) has the ``memo`` of built-in learning policies only. All
+        other items from files have None.
         """
 
     def on_ghost_hit_above(self, item: Item) -> None:  # noqa: B027

@@ -116,6 +116,9 @@ class _Guarded:
         self._failure: PolicyError | None = None
         """First failure of ``_notify``."""
 
+    def __str__(self) -> str:
+        return self._label
+
     def _call(self, method: Callable[..., Result], *arguments: object) -> Result:
         try:
             return method(*arguments)

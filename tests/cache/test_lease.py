@@ -532,9 +532,65 @@ def test_arguments_of_begin_that_would_fail_later_are_refused_at_once() -> None:
         ((placement, LeaseRequest(tokens(0))), ValueError, "at least one token"),
         ((placement, LeaseRequest([1, 2])), ValueError, "int32"),  # type: ignore[arg-type]
     ]
+    sentence = "boundaries must be ascending positions from 0 to 9"
+    for wrong in ((4, 2), (10,), (-1,), [3, 12]):
+        refused.append(((placement, request._replace(boundaries=wrong)), ValueError, sentence))
+    for wrong in (5, {1}, (2.5,), "ab"):
+        refused.append(((placement, request._replace(boundaries=wrong)), TypeError, "boundaries"))
     for arguments, kind, sentence in refused:
         with pytest.raises(kind, match=sentence):
             Lease.begin(cache, *arguments)
+    with pytest.raises(TypeError, match=r"build_prefix_cache \(got CacheConfig\)"):
+        Lease.begin(CacheConfig(num_kv_tokens=9, num_slots=1), placement, request)  # type: ignore
+    for right in ((), (0, 4, 4, 9), [np.int64(3)]):
+        lease = Lease.begin(cache, placement, request._replace(boundaries=right))
+        assert lease is not None
+        lease.abort()
+    check(cache)
+
+
+WITHOUT_SLOTS: list[dict[str, Any]] = [
+    {"num_kv_tokens": 100, "num_slots": 0},
+    {"num_kv_tokens": 100, "prefix_cache": "radix"},
+    {"num_kv_tokens": 100, "prefix_cache": "none"},
+    {"total_bytes": 100, "prefix_cache": "radix"},
+    {"total_bytes": 100, "prefix_cache": "radix", "memory": "arena"},
+]
+
+
+@pytest.mark.parametrize("options", WITHOUT_SLOTS, ids=str)
+def test_a_request_that_could_never_begin_is_refused_with_the_remedy(options: Any) -> None:
+    cache, prompt = build_prefix_cache(CacheConfig(**options)), tokens(20)
+    with pytest.raises(ValueError, match=r"num_slots, or pass LeaseRequest\(stateful=False\)"):
+        begin(cache, prompt)
+    check(cache)
+    for remedy in ({"stateful": False}, {"own_slot": 3}):
+        lease = begin(cache, prompt, **remedy)
+        prefill(lease, prompt)
+        lease.finish(prompt, 20)
+    check(cache)
+
+
+@pytest.mark.parametrize("call", ["publish", "finish", "preempt"])
+def test_tokens_of_another_request_are_refused_and_the_lease_goes_on(call: str) -> None:
+    cache, prompt, answer = make_cache(grid=8), tokens(20), tokens(4, 50)
+    lease = begin(cache, prompt)
+    prefill(lease, prompt, 10)
+    assert lease.extend(24)
+    before = cache.render()
+    wrong = prompt.copy()
+    wrong[19] = 5
+    with pytest.raises(ValueError, match="tokens 10 to 20 are not those of the LeaseRequest"):
+        getattr(lease, call)(np.concatenate((wrong, answer)), 24)
+    with pytest.raises(TypeError, match=r"computed_len must be an integer \(got 10\.0\)"):
+        getattr(lease, call)(prompt, 10.0)
+    with pytest.raises(TypeError, match=r"to_len must be an integer \(got 30\.5\)"):
+        lease.extend(30.5)  # type: ignore[arg-type]
+    assert cache.render() == before
+    check(cache, lease)
+    lease.publish(wrong, 19)  # the wrong token is not published
+    lease.finish(np.concatenate((prompt, answer)), 24)
+    assert cache.match(np.concatenate((prompt, answer))).kv_match_len == 24
     check(cache)
 
 

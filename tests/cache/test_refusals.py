@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hybridcache import CacheConfig, build_prefix_cache
+from hybridcache import CacheConfig, ScorePolicy, build_prefix_cache
 from hybridcache.api import Listener
 from hybridcache.export.events import EventStream
 from hybridcache.export.mirror import Mirror, segments_of
@@ -200,3 +200,50 @@ def test_a_listener_that_raises_while_it_is_introduced_is_not_subscribed():
         cache.subscribe(EventStream(closed))
     publish(cache, ids("abX"), [3])
     cache.check(held_tokens=0, held_slots=0)
+
+
+def test_nodes_and_handles_that_are_not_of_this_cache_are_refused():
+    cache, other = hybrid(), hybrid()
+    for one in (cache, other):
+        publish(one, ids("abcd"), [4])
+    node = other.match(ids("abcde")).node
+    with pytest.raises(ValueError, match="belongs to another cache"):
+        cache.lock(node)
+    with pytest.raises(ValueError, match="expected the result of lock"):
+        cache.unlock("x")
+    with other.lock(node):
+        other.evict(10, 10)
+        assert other.match(ids("abcde")).cached_len == 4
+    for one in (cache, other):
+        one.check(held_tokens=0, held_slots=0)
+
+
+@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
+def test_a_whole_prompt_is_protected_by_the_node_of_a_longer_match(prefix_cache):
+    """``match`` never returns the last token of its argument, so the prompt itself has no node."""
+    cache = build_prefix_cache(
+        CacheConfig(prefix_cache=prefix_cache, num_kv_tokens=100, num_slots=2, grid=4)
+    )
+    system = ids("abcd")
+    publish(cache, system, [4])
+    longer = np.append(system, np.int32(0))
+    with cache.lock(cache.match(longer).node):
+        cache.evict(100, 100)
+        assert cache.match(longer).cached_len == 4
+    cache.reset()
+    assert cache.match(longer).cached_len == 0
+    cache.check(held_tokens=0, held_slots=0)
+
+
+class Oldest(ScorePolicy):
+    def score(self, item):
+        return item.last_used
+
+
+class Unordered(Oldest):
+    orders_classes = False
+
+
+def test_a_cache_is_shown_with_the_name_of_its_policy():
+    for policy, name in ((Oldest, ":Oldest"), (Unordered(), "Unordered()"), ("lru", "LRU")):
+        assert repr(hybrid(eviction=policy)).endswith(f"{name})")

@@ -14,7 +14,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache import ModelGeometry
+from hybridcache import (
+    CacheConfig,
+    Lease,
+    LeaseRequest,
+    ModelGeometry,
+    build_prefix_cache,
+    parse_placement,
+)
 from hybridcache.api import Listener
 from hybridcache.export.warm_state import CRC, HEAD, pack, unpack, write_memory
 from hybridcache.geometry.units import GIB
@@ -115,6 +122,49 @@ def test_a_run_that_is_cut_in_two_decides_as_one_that_never_stopped(name, gib):
     assert serve(cut, requests[half:]) == expected
     assert serve(forgetful, requests[half:]) != expected, "the past decides something"
     cut.cache.check(0, 0)
+
+
+@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
+def test_a_cache_without_tiers_that_is_cut_in_two_decides_as_one_that_never_stopped(prefix_cache):
+    config = CacheConfig(
+        prefix_cache=prefix_cache,
+        total_bytes=60_000,
+        kv_bytes_per_token=4,
+        state_bytes=800,
+        eviction="survival" if prefix_cache == "hybrid" else "lru",
+    )
+    requests = REQUESTS["chat"]
+    half = len(requests) // 2
+
+    def make():
+        return build_prefix_cache(config), parse_placement("adaptive")
+
+    def serve(cache, placement, some):
+        hits, chosen = [], Chosen()
+        cache.subscribe(chosen)
+        for one in some:
+            tokens = one.tokens[:9000]
+            asked = LeaseRequest(tokens, one.namespace, stateful=prefix_cache == "hybrid")
+            lease = Lease.begin(cache, placement, asked)
+            assert lease.extend(len(tokens))
+            lease.take_checkpoint_slots(lease.cached_len, len(tokens))
+            cache.take_step()
+            lease.finish(tokens, len(tokens))
+            hits.append((lease.cached_len, lease.losses))
+        cache.unsubscribe(chosen)
+        return hits, chosen.items
+
+    whole, forgetful, cut = make(), make(), make()
+    serve(*whole, requests[:half])
+    whole[0].evict(1 << 40, 1 << 40)
+    memory = unpack(pack(write_memory(whole[0], whole[1].rules)))
+    memory.recall_tree(cut[0])
+    assert memory.recall_policies(cut[0], cut[1].rules) == []
+    expected = serve(*whole, requests[half:])
+    assert expected[1], "something was evicted"
+    assert serve(*cut, requests[half:]) == expected
+    assert serve(*forgetful, requests[half:]) != expected, "the past decides something"
+    cut[0].check(0, 0)
 
 
 def test_what_was_on_the_device_is_remembered_as_evicted():

@@ -28,6 +28,9 @@ class PriorityClasses(EvictionPolicy):
         self._dead = dead
         self._superseded = superseded
 
+    def __str__(self) -> str:
+        return str(self._rest)
+
     @property
     def failure(self) -> PolicyError | None:
         """The first failure of a class."""
