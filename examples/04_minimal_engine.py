@@ -5,9 +5,9 @@
 The cache decides with integers: which KV row holds which token, which slot holds which state. The
 engine owns the memory. Each step it (1) asks every running request's lease for rows and checkpoint
 slots, preempting the youngest request if memory is short, (2) takes one StepPlan and carries it
-out, (3) computes, (4) publishes. The toy model makes every byte checkable: a token's KV, and the
-state after it, is a number that depends on all tokens so far. ``compute`` therefore notices any row
-or state that is not the one the request needs.
+out, (3) computes, (4) publishes prompts. The toy model makes every byte checkable: a token's KV,
+and the state after it, is a number that depends on all tokens so far. ``compute`` therefore notices
+any row or state that is not the one the request needs.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ class MinimalEngine:
         for one, start, end, checkpoints in pieces:
             self.compute(one, start, end, dict(checkpoints))
             one.computed_len = end
-            one.lease.publish(one.ids, end)
+            if end <= one.lease.prompt_len:  # ``finish`` publishes the answer, as one node
+                one.lease.publish(one.ids, end)
             if end == one.max_len:
                 one.lease.finish(one.ids, end)
                 self.running.remove(one)

@@ -433,7 +433,8 @@ class LeaseRequest(NamedTuple):
     """Requests in different namespaces share nothing: None, a str, bytes, an int or a tuple of
     these."""
     boundaries: tuple[int, ...] = ()
-    """Positions that later prompts are known to keep, ascending, at most the number of tokens."""
+    """Positions that later prompts are known to keep, ascending. Those past the tokens have no
+    effect."""
     reuse: bool = True
     """Whether to read cached entries. Set it to False to get the logits of every position; the
     result is published nevertheless."""
@@ -478,18 +479,17 @@ def _refuse_bad_begin(
     if exchange is not None and not hasattr(exchange, "seconds_saved"):
         raise TypeError(f"exchange must have a method seconds_saved (got {exchange!r}).")
     if request.boundaries or type(request.boundaries) is not tuple:
-        _refuse_bad_boundaries(request.boundaries, len(request.tokens))
+        _refuse_bad_boundaries(request.boundaries)
 
 
-def _refuse_bad_boundaries(boundaries: tuple[int, ...], num_tokens: int) -> None:
+def _refuse_bad_boundaries(boundaries: tuple[int, ...]) -> None:
     if not isinstance(boundaries, tuple | list):
         raise TypeError(f"boundaries must be a tuple of positions (got {boundaries!r}).")
     before = 0
     for position in boundaries:
-        if not before <= require_index(position, "each of boundaries") <= num_tokens:
+        if require_index(position, "each of boundaries") < before:
             raise ValueError(
-                f"boundaries must be ascending positions from 0 to {num_tokens}, the number of "
-                f"tokens (got {boundaries!r})"
+                f"boundaries must be positions from 0 on, ascending (got {boundaries!r})"
             )
         before = position
 
@@ -606,8 +606,8 @@ class Lease:
 
         Raises:
             ValueError: the tokens are empty or not int32[n]; the namespace is malformed; the
-                boundaries are not ascending or end past the tokens; or the request has a state and
-                the cache has no slots.
+                boundaries are negative or not ascending; or the request has a state and the cache
+                has no slots.
             TypeError: an argument or a field of ``request`` has another type.
             PolicyError: an own eviction policy has failed. Nothing is held.
         """

@@ -101,14 +101,20 @@ def test_the_minimal_engine_answers_right_in_any_memory(
 
 
 @pytest.mark.parametrize(
-    "sizes", [{"num_kv_tokens": 20, "num_slots": 4}, {"num_kv_tokens": 99, "num_slots": 0}]
+    ("sizes", "error", "sentence"),
+    [
+        ({"num_kv_tokens": 20, "num_slots": 4}, MemoryError, "even alone"),
+        ({"num_kv_tokens": 99, "num_slots": 0}, ValueError, "no state slots"),
+        ({"memory": "arena", "total_bytes": 56}, MemoryError, "no slot for the state"),
+    ],
+    ids=str,
 )
 def test_the_minimal_engine_refuses_a_request_that_never_fits(
-    folder: pytest.MonkeyPatch, sizes: dict[str, int]
+    folder: pytest.MonkeyPatch, sizes: dict[str, Any], error: type[Exception], sentence: str
 ) -> None:
     example = importlib.import_module("04_minimal_engine")
     engine = example.MinimalEngine(CacheConfig(**sizes, **example.SIZES))
-    with pytest.raises(MemoryError, match=r"even alone|no slot"):
+    with pytest.raises(error, match=sentence):
         example.serve(engine, list(range(30)))
 
 
