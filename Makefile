@@ -1,25 +1,25 @@
-# Everything from a clean clone, Python 3.11 or newer: `make demo`, `make test`.
+# All targets work in a clean clone with Python 3.11 or newer. Start with `make demo` and `make test`.
 PYTHON ?= python3
 PIP_FLAGS ?=
-# Made on Linux with Python 3.11; where a package more is wanted: make LOCK= ..., without hashes.
+# The lock was made on Linux with Python 3.11. On a system that needs another package, install without hashes: make LOCK= install
 LOCK ?= requirements.lock
 BIN := .venv/bin
 JOBS ?= 3
-# Without bytecode each process of the tests compiles all that it imports again.
+# Without bytecode files, each test process would compile all modules again.
 TESTING := env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1
 INSTALLED := .venv/.installed
 
 .PHONY: help install lock demo serve test test-all test-changed test-environments lint bench reproduce tiers stress attack clients faults soak hostile mutate rivals llama sglang replicas page docs wheels tune gpu gpu-dry clean
 
-help:  ## what there is
+help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 EVERYTHING := '.[dev,all]'
-# One line for each step; the end of its output if it fails.
+# Prints one line per step, and the end of its output if it fails.
 QUIET = @printf '  %s ... ' '$(1)'; $(2) > out/install.log 2>&1 && echo done || \
 	{ echo failed; tail -n 20 out/install.log; exit 1; }
 
-install: $(INSTALLED)  ## .venv with everything that demo, tests and experiments want
+install: $(INSTALLED)  ## install everything that demo, tests and experiments need into .venv
 
 $(INSTALLED): pyproject.toml constraints.txt requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -31,64 +31,63 @@ $(INSTALLED): pyproject.toml constraints.txt requirements.lock
 		$(if $(LOCK),--no-build-isolation) -e $(EVERYTHING))
 	@touch $@
 
-# torch and triton are not in the lock: which build of them is right, and so its hash, is the machine's to say.
-# They come in the second step above, in the version of constraints.txt.
-lock: install  ## requirements.lock anew: every package with the hashes of its files (minutes)
+# torch and triton are not in the lock, because the right build and its hash depend on the machine. The second step of
+# `install` installs the versions of constraints.txt.
+lock: install  ## write requirements.lock again, with the hashes of all packages (minutes)
 	$(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-header --no-annotate --no-emit-index-url \
 		--no-emit-find-links --no-emit-trusted-host --unsafe-package torch --unsafe-package triton \
 		-c constraints.txt $(addprefix --extra ,dev engine lab serve-extras) -o requirements.lock pyproject.toml
 
-demo: install  ## conversations through the engine, with and without the cache: a table and a figure
+demo: install  ## serve conversations with and without the cache; prints a table and draws a figure
 	@$(BIN)/python -m experiments.run_sharegpt --name demo --out out
 	@echo "Next: make serve: the built-in model and its page on http://127.0.0.1:8000"
 	@echo "      $(BIN)/engine chat: a chat in this terminal"
 	@echo "      $(BIN)/hybridcache simulate --trace chat --gib 1,4,16: the cache on a made-up trace"
 
-serve: install  ## the built-in model behind http://127.0.0.1:8000/v1
+serve: install  ## serve the built-in model at http://127.0.0.1:8000/v1
 	$(BIN)/engine serve
 
-# Which tests these are: tests/selection.py. JOBS: processes side by side, one more than cores, since some tests wait.
-test: install  ## a representative part of the tests, in four minutes on two cores
+# tests/selection.py chooses the tests. JOBS is the number of processes: one more than cores, because some tests wait.
+test: install  ## run a representative part of the tests, in four minutes on two cores
 	$(TESTING) $(BIN)/pytest --processes $(JOBS)
 
-test-all: install  ## every test with long profiles, attack, soak, browser and mutation, part by part (hours)
+test-all: install  ## run every test with long profiles, attack, soak, browser and mutation, part by part (hours)
 	$(TESTING) $(BIN)/python -m tests.run all
 
-test-changed: install  ## the tests that the changes since main can affect, by imports
+test-changed: install  ## run the tests that the changes since main can affect, by imports
 	$(TESTING) $(BIN)/python -m tests.run changed
 
-test-environments: install  ## the suite in background shells, without a terminal, under load, as another user ...
+test-environments: install  ## run the suite in background shells, without a terminal, under load, as another user ...
 	$(TESTING) $(BIN)/python -m tests.run environments
 
-lint: install  ## ruff, format, types, known faults of what is installed
+lint: install  ## check style, format, types, and installed packages for known vulnerabilities
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m experiments.system.audit
 
-# A rented machine has torch, triton and transformers, and often no network: take what is there.
-bench: install  ## the timed figures, one after another, on a machine that does nothing else
+bench: install  ## run the timed benchmarks; the machine must be idle
 	$(BIN)/python -m experiments.benchmarks.tree
 	$(BIN)/python -m experiments.benchmarks.simulate
 	$(BIN)/python -m experiments.benchmarks.overhead
 	$(BIN)/python -m experiments.benchmarks.optimum
 	$(BIN)/python -m experiments.benchmarks.engine
 
-reproduce: install  ## every published figure at one commit, and docs/results.md (six hours; may be stopped and repeated)
+reproduce: install  ## regenerate every published figure at one commit, and docs/results.md (hours; can be stopped and continued)
 	$(BIN)/python -m experiments.reproduce
 
-tiers: install  ## memory below the device: a store whose writer is killed 200 times; restarts, spilling, memory used
+tiers: install  ## kill the writer of a disk store 200 times; measure restarts, offloading and memory
 	$(BIN)/python -m experiments.system.kill_store
 	$(BIN)/python -m experiments.benchmarks.tiers
 
-stress: install  ## ten million random operations on the cache, its invariants checked as they go
+stress: install  ## run ten million random operations on the cache and check its invariants
 	$(BIN)/python -m experiments.system.stress_tree
 
-attack: install  ## cache, engine, server and files against models and clients of their own, nine minutes
+attack: install  ## compare cache, engine, server and files with reference models under random load (nine minutes)
 	$(BIN)/python -m experiments.system.attack
 
-# Beside .venv and not in it: what they bring along is theirs. litellm and instructor ask for versions (of certifi, jiter, rich)
-# that openai's newest client, or an index, has not, and pip would go back a hundred releases: they come without what they ask for.
+# Installed outside .venv, so that their dependencies cannot change it. litellm and instructor require versions (of certifi,
+# jiter, rich) that conflict with the newest openai client, so they are installed without their dependencies.
 CLIENTS := anthropic langchain-openai langchain-anthropic 'pydantic-ai-slim[openai,anthropic]' openai-agents mcp \
 	aiohttp docstring-parser fastuuid h2 'importlib-metadata<9' pydantic-settings python-dotenv requests tenacity tokenizers typer
 
@@ -98,31 +97,31 @@ out/clients/.installed: Makefile
 	if command -v npm; then npm install --no-save --prefix out/clients openai@6; fi
 	@touch $@
 
-clients: install out/clients/.installed  ## published clients and frameworks for agents against the server
+clients: install out/clients/.installed  ## test the server with published clients and agent frameworks
 	PYTHONPATH=out/clients OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/server/test_agents.py \
 		tests/engine/server/test_other_clients.py tests/engine/server/test_clients.py tests/engine/server/test_messages.py tests/engine/server/test_responses.py
 
-faults: install  ## clients, sockets, processes, memory, clock and disk that fail: all memory is accounted for after
+faults: install  ## inject failures of clients, sockets, processes, memory, clock and disk; check that nothing leaks
 	$(BIN)/python -m experiments.system.faults
 
-soak: install  ## 200,000 requests with everything on (hours): nothing grows, every count adds up
+soak: install  ## serve 200,000 requests with all features (hours); check that nothing grows and all counts add up
 	$(BIN)/python -m experiments.system.soak --requests 200000
 
-hostile: install  ## how long another client waits for a token, whatever body somebody sends
+hostile: install  ## measure how long other clients wait while one sends hostile requests
 	$(BIN)/python -m experiments.system.hostile
 
-# Beside .venv and not in it: nothing else needs it.
+# Installed outside .venv: nothing else needs it.
 out/mutation/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/mutation/site -c constraints.txt mutmut==3.8.1
 	@touch $@
 
-mutate: install out/mutation/.installed  ## nightly: mutate cache, scheduler and lease; fails if an unlisted mutant survives (hours)
+mutate: install out/mutation/.installed  ## mutate cache, scheduler and lease (hours); fails if an unlisted mutant survives
 	PYTHONPATH=out/mutation/site $(BIN)/python -m tests.mutation $(MUTANTS)
 
-rivals:  ## flash-linear-attention's kernels, for the kernel benchmark alone to find
+rivals:  ## install flash-linear-attention's kernels for the kernel benchmark
 	$(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/rivals 'fla-core>=0.6,<0.7' einops
 
-# SGLang and what it can not be stood in for without, beside .venv and not in it: it asks for another torch.
+# SGLang and the packages that it needs. Installed outside .venv, because it requires another version of torch.
 SGLANG := sglang==0.5.23 apache-tvm-ffi==0.1.11 compressed-tensors==0.18.0 dill einops msgspec orjson psutil pyzmq \
 	setproctitle uvloop xgrammar==0.2.7 xxhash
 
@@ -130,7 +129,7 @@ out/sglang/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --no-deps --upgrade --target out/sglang $(SGLANG)
 	@touch $@
 
-sglang: install out/sglang/.installed  ## SGLang on a CPU with our cache in it: its scheduler, both trees side by side
+sglang: install out/sglang/.installed  ## test our cache inside SGLang on a CPU, and time both trees
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/pytest -x tests/export/sglang
 	PYTHONPATH=out/sglang OMP_NUM_THREADS=1 $(BIN)/python -m experiments.benchmarks.sglang
 
@@ -138,11 +137,11 @@ out/ray/.installed: Makefile
 	$(BIN)/pip install $(PIP_FLAGS) --upgrade --target out/ray 'ray[serve]>=2.60,<3' -c constraints.txt
 	@touch $@
 
-replicas: install out/ray/.installed  ## replicas on Ray Serve: a death, scaling, a grid of runs on a cluster (two minutes)
+replicas: install out/ray/.installed  ## test replicas on Ray Serve: failures, scaling, simulations on a cluster (two minutes)
 	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/engine/fleet
 	PYTHONPATH=out/ray OMP_NUM_THREADS=1 $(BIN)/pytest tests/lab/test_on_ray.py
 
-page: install  ## the page in a Chromium (pip install playwright first): how fast it is, and its pictures
+page: install  ## time the live page in Chromium and take its pictures (pip install playwright first)
 	$(BIN)/python -m experiments.benchmarks.page
 	$(BIN)/python -m experiments.benchmarks.page_figures
 
@@ -150,7 +149,7 @@ page: install  ## the page in a Chromium (pip install playwright first): how fas
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt $(if $(LOCK),--no-build-isolation) -e '.[docs]'
 	@touch $@
 
-docs: .venv/.docs  ## the documentation as a site in out/docs; a warning is an error
+docs: .venv/.docs  ## build the documentation into out/docs; a warning is an error
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs out/docs
 
 out/wheels/.installed: constraints.txt
@@ -158,21 +157,21 @@ out/wheels/.installed: constraints.txt
 	out/wheels/bin/pip install $(PIP_FLAGS) -q -c constraints.txt build setuptools numpy sortedcontainers tqdm
 	@touch $@
 
-wheels: out/wheels/.installed  ## what is published: the cache with its laboratory, and the engine
+wheels: out/wheels/.installed  ## build and check the two wheels
 	out/wheels/bin/python -m experiments.system.wheels
 
-llama:  ## llama.cpp for this processor, for its benchmark alone to find (some minutes)
+llama:  ## build llama.cpp for this processor, for its benchmark (some minutes)
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PYTHON) -m pip install $(PIP_FLAGS) --no-deps --upgrade --target out/llama \
 		--no-binary llama-cpp-python 'llama-cpp-python==0.3.36' 'gguf>=0.19' diskcache
 
-tune:  ## on a machine with a GPU: launch parameters that are fast there, into kernels/tuned.json
+tune:  ## on a machine with a GPU: write fast launch parameters into kernels/tuned.json
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu.kernels --tune
 
-gpu:  ## on a machine with a GPU: kernels, exactness, speed, serving; in parts that need not be repeated
+gpu:  ## on a machine with a GPU: test kernels and exactness, time kernels and serving; can be stopped and continued
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu
 
-gpu-dry:  ## the same script on the CPU: tiny shapes, interpreted
+gpu-dry:  ## run the same script on the CPU: tiny shapes, interpreted
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m experiments.gpu --dry
 
-clean:  ## what the other targets made, but not .venv
+clean:  ## remove the output of all targets except .venv
 	rm -rf out build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
