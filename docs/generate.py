@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hybridcache
 import hybridcache.allocators.arena
 import hybridcache.api
+import hybridcache.radix.tree
 from hybridcache.allocators.moves import RunningLease
 from hybridcache.api import PrefixCache
 
@@ -383,12 +384,17 @@ def _others(page: str) -> list[str]:
     code = " ".join(re.findall(r"^(?:\| )?`([^`]+)`(?: \||$)", page, re.MULTILINE))
     named = set(re.findall(r"\b[A-Z]\w+", code))
     texts = []
-    for module in (hybridcache.api, hybridcache.allocators.arena):
+    for module in (hybridcache.api, hybridcache.allocators.arena, hybridcache.radix.tree):
         for name, thing in vars(module).items():
             is_own = getattr(thing, "__module__", "") == module.__name__
-            if is_own and inspect.isclass(thing) and name in named - {*hybridcache.__all__}:
+            is_shown = name in named - {*hybridcache.__all__} - OF_FILES
+            if is_own and inspect.isclass(thing) and is_shown:
                 texts.append(_class(f"{module.__name__}.{name}", thing))
     return texts
+
+
+OF_FILES = {"RadixTree", "ItemBytes"}
+"""Types that only the readers of snapshots and warm states pass to the cache."""
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -262,12 +262,15 @@ class HybridRadixCache:
         """
         last = own(node)
         if last is not None:
-            if last.kv is None:
-                raise ValueError(EVICTED)
-            if last.kv.item_bytes is not self._residency.item_bytes:  # an object of each cache
-                raise ValueError("this node belongs to another cache: match the tokens in this one")
+            self._refuse_unlockable(last)
             self._residency.lock(last)
         return LockHandle(last, self._residency)
+
+    def _refuse_unlockable(self, node: RadixNode) -> None:
+        if node.kv is None:
+            raise ValueError(EVICTED)
+        if node.kv.item_bytes is not self._residency.item_bytes:  # each cache has its own object
+            raise ValueError("this node belongs to another cache: match the tokens in this one")
 
     def lock_kv(
         self, tokens: Tokens, namespace: Hashable = None

@@ -8,10 +8,12 @@ Life of a lease:
 
 1. ``begin`` matches the prompt, locks the cached part and takes a state slot.
 2. For each chunk of work: ``extend`` takes KV rows, ``take_checkpoint_slots`` takes slots for the
-   checkpoints in the chunk, the caller computes, and ``publish`` passes the result to the tree.
+   checkpoints in the chunk, the caller computes, and ``publish`` passes a chunk of the prompt to
+   the tree.
 3. Exactly one of ``finish``, ``preempt`` and ``abort`` ends the lease. Then it holds nothing.
 
-A call that breaks these rules raises ValueError in O(1), and nothing is changed.
+A call that breaks these rules raises ValueError, or TypeError for a wrong type, and nothing is
+changed.
 
 ``LeaseLog`` records the calls of all leases of one cache, and ``replay`` repeats them on another. A
 fresh cache of the same sizes and policies then makes the same decisions, hit for hit and eviction

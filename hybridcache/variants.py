@@ -20,7 +20,7 @@ from hybridcache.api import (
     Protected,
     Resumable,
 )
-from hybridcache.hybrid import EVICTED, HybridRadixCache
+from hybridcache.hybrid import HybridRadixCache
 from hybridcache.offload import OffloadTiers, Tier
 from hybridcache.radix.ghosts import read_ghosts
 from hybridcache.radix.tree import Checkpoint, NodeHandle, OffloadedCheckpoint, RadixNode
@@ -408,12 +408,11 @@ class RadixCache(HybridRadixCache):
         O(page).
 
         Raises:
-            ValueError: ``node`` was evicted.
+            ValueError: ``node`` was evicted, or belongs to another cache.
         """
         if isinstance(node, PathPart):
             last = node.last()
-            if last.kv is None:
-                raise ValueError(EVICTED)
+            self._refuse_unlockable(last)
             node = self._residency.split(last, node.length) if last.end > node.length else last
         return super().lock(node)
 

@@ -100,6 +100,16 @@ def test_the_minimal_engine_answers_right_in_any_memory(
     assert bool(engine.counts["loads"]) == ("host_bytes" in sizes)
 
 
+def test_a_long_answer_of_the_minimal_engine_is_one_node(folder: pytest.MonkeyPatch) -> None:
+    example = importlib.import_module("04_minimal_engine")
+    engine = example.MinimalEngine(CacheConfig(num_kv_tokens=400, num_slots=4, **example.SIZES))
+    one = engine.submit(list(range(16)), num_new=200)
+    while engine.running or engine.waiting:
+        engine.step()
+    assert len(one.tokens) == 216 and engine.cache.cached_tokens == 216
+    assert engine.cache.num_nodes <= 4
+
+
 @pytest.mark.parametrize(
     ("sizes", "error", "sentence"),
     [

@@ -199,6 +199,10 @@ def test_the_reference_explains_every_attribute_and_every_type(generate: ModuleT
         assert f"| `{row}` | " in api
     for name in ("Eviction", "InsertResult", "Listener", "LockHandle", "Resumable", "Usage"):
         assert f"### hybridcache.api.{name}\n" in api
+    node = api.partition("### hybridcache.radix.tree.RadixNode\n")[2].partition("\n### ")[0]
+    for row in ("kv", "checkpoint", "parent", "children", "locks", "end", "tokens: Tokens"):
+        assert f"| `{row}` | " in node
+    assert "pins" not in node, "internals of the tree are shown"
 
 
 @pytest.mark.parametrize(

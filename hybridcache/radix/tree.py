@@ -79,7 +79,8 @@ class NodeHandle:
 class RadixNode(NodeHandle):
     """Node for the tokens in (``start``, ``end``] of some prompts.
 
-    Mutable. It is in ``children`` or ``ghosts`` of its parent.
+    Made by the cache, and for reading only. It is in ``children`` or ``ghosts`` of its parent.
+    ``kv`` and ``checkpoint`` also have the attributes of ``Item``.
     """
 
     __slots__ = (
@@ -102,30 +103,35 @@ class RadixNode(NodeHandle):
         self.parent = parent
         """Parent node; None for a root."""
         self.key = key
+        """Namespace for a root, else the first page of the edge."""
+        # Bytes of the int32 ids of the edge, possibly a view.
         self.edge = edge
-        """Bytes of the int32 ids of the edge, possibly a view."""
         self.end = end
         """Number of tokens from the root to the end of this node."""
         self.children: Family = None
-        """Children with resident KV."""
+        """Children with resident KV: None, the only child, or a dict of them."""
         self.ghosts: Family = None
-        """Children with evicted KV."""
+        """Children with evicted KV, in the same form."""
         self.kv: Segment | None = None
-        """KV rows of the edge; None for ghosts and roots."""
+        """KV of the edge; None for ghosts and roots. ``kv.indices`` are its rows, int32[n], and
+        ``kv.serial`` identifies it for the lifetime of the cache."""
         self.checkpoint: Checkpoint | None = None
+        """State at the end, or None. ``checkpoint.slot`` is its slot."""
         self.locks = 0
+        """Number of locks of this node. Those below it protect its KV too."""
         self.lost_checkpoint: Checkpoint | None = None
         """Checkpoint that was evicted from here, or None. A resident node with one is a tombstone.
         """
+        # First checkpoint of the run, if this node is the top of a run (``radix.checkpoints``).
         self.deeper: Checkpoint | None = None
-        """First checkpoint of the run, if this node is the top of a run (``radix.checkpoints``)."""
+        # Number of counted locks (``residency.LockedPaths``).
         self.pins = 0
-        """Number of counted locks (``residency.LockedPaths``)."""
+        # Offloaded KV and state of this node, or None.
         self.offloaded: OffloadedEntry | None = None
-        """Offloaded KV and state of this node, or None."""
 
     @property
     def start(self) -> int:
+        """Number of tokens from the root to the start of this node."""
         return 0 if self.parent is None else self.parent.end
 
     @property

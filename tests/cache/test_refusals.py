@@ -202,10 +202,12 @@ def test_a_listener_that_raises_while_it_is_introduced_is_not_subscribed():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_nodes_and_handles_that_are_not_of_this_cache_are_refused():
-    cache, other = hybrid(), hybrid()
+@pytest.mark.parametrize("prefix_cache", ["hybrid", "radix"])
+def test_nodes_and_handles_that_are_not_of_this_cache_are_refused(prefix_cache):
+    config = CacheConfig(prefix_cache=prefix_cache, num_kv_tokens=100, num_slots=2, grid=2)
+    cache, other = build_prefix_cache(config), build_prefix_cache(config)
     for one in (cache, other):
-        publish(one, ids("abcd"), [4])
+        publish(one, ids("abcdefgh"), [4])
     node = other.match(ids("abcde")).node
     with pytest.raises(ValueError, match="belongs to another cache"):
         cache.lock(node)
