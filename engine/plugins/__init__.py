@@ -180,9 +180,10 @@ def server_extension(plugin: str) -> Any:
     return _find(plugin, "server", settings.removesuffix("Config") + "Extension")
 
 
-def chat_hooks(tokenizer: Tokenizer, config: ServerConfig) -> Any:
-    """Return the ``ChatHooks`` of one server."""
-    return _find("diagnostics", "server", "Hooks")(tokenizer, config)
+def chat_hooks(tokenizer: Tokenizer, config: ServerConfig, grid: int) -> Any:
+    """Return the ``ChatHooks`` of one server. ``grid``: distance of positions at which states may
+    be saved; 0 if none are."""
+    return _find("diagnostics", "server", "Hooks")(tokenizer, config, grid)
 
 
 def plugin_verbs() -> dict[str, tuple[str, str]]:

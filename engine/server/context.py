@@ -61,7 +61,9 @@ class ServingContext:
         """Hooks around every chat, loaded by the first one."""
         with self._loading:
             if self._chats is None:
-                self._chats = chat_hooks(self.tokenizer, self._config)
+                engine = self.engine.config
+                grid = engine.grid if engine.prefix_cache == "hybrid" else 0
+                self._chats = chat_hooks(self.tokenizer, self._config, grid)
             return self._chats
 
     def check_model(self, model: str | None) -> None:

@@ -23,6 +23,8 @@ Change = Literal[
     "answer",  # the answer came back other than it was sampled
     "template",  # the same messages, which the template writes, or the tokenizer cuts, otherwise
 ]
+NEW = "new"
+"""Cause of a request that does not continue the earlier one: only the beginning is the same."""
 How = Literal["changed", "added", "removed", "reordered"]
 CAUSES = (
     "refused",
@@ -83,14 +85,20 @@ class Explanation:
     """Difference, or None if one prompt is a beginning of the other request."""
     lost: dict[str, int]
     """Number of tokens below ``shared_len`` that were computed again, by cause."""
+    grid: int = 0
+    """Distance of the positions at which a state may be saved, in tokens; 0 if not known."""
+    is_new: bool = False
+    """True for a new conversation: less than one step of ``grid`` and no message is shared."""
 
     @property
     def cause(self) -> str | None:
         """The cause that cost the most tokens, or None if all shared tokens were read.
 
         A missing state at the difference, and positions off the grid, are normal. These two causes
-        count only without any other.
+        count only without any other. ``NEW`` for a new conversation.
         """
+        if self.is_new:
+            return NEW
         costs: dict[str, int] = {n: lost for n, lost in self.lost.items() if n not in _USUAL}
         if self.parting is not None:
             costs[self.parting.change] = max(self.known_len - self.parting.at, 1)
@@ -102,8 +110,18 @@ class Explanation:
 
     @property
     def advice(self) -> str | None:
-        """Change that makes more of such a prompt reusable. None if there is no cause."""
-        return None if self.cause is None else ADVICE[self.cause]
+        """Change that makes more of such a prompt reusable. None if there is no cause.
+
+        Without a grid position between the cached and the shared length, no state could be saved
+        there: the tokens in between are computed again however much memory there is.
+        """
+        if self.cause is None:
+            return None
+        advice = ADVICE[self.cause]
+        if advice is _MORE_MEMORY and self.grid and self.cached_len % self.grid == 0:
+            is_tail = self.shared_len - self.cached_len < self.grid
+            return ADVICE["below_grid"] if is_tail else advice
+        return advice
 
     def as_dict(self) -> dict[str, Any]:
         """Return the explanation for JSON. docs/engine/capabilities.md describes the fields."""
@@ -129,6 +147,12 @@ class Explanation:
         words = [
             f"{self.cached_len:,} of {self.prompt_len:,} tokens were reused, {computed:,} computed."
         ]
+        if self.is_new:
+            words.append(
+                "It is a new conversation: no earlier request shares more than its first "
+                f"{counted(self.shared_len, 'token')}, less than one step of --grid ({self.grid})."
+            )
+            return f"{words[0]} {words[1]} {self.advice}"
         if self.parting is not None:
             words.append(_say(self.parting))
         lost = [f"{number:,} {WORDS[name]}" for name, number in self.lost.items() if number]
@@ -168,6 +192,8 @@ ADVICE = {
     "never_checkpointed": "Mark the end of the shared part with cache_control, or try other "
     "--checkpoints.",
     "below_grid": "Nothing is to be done: it is less than one step of --grid.",
+    NEW: "Nothing is to be done, unless the system message begins with text that changes: put such "
+    "text at its end, or start the server with --volatile-line.",
 }
 """Advice by the cause of an explanation."""
 SAID = {
@@ -198,12 +224,15 @@ def explain(
     locate: Locate | None = None,
     tools_first: bool = True,
     shows_earlier: bool = True,
+    grid: int = 0,
+    may_be_new: bool = False,
 ) -> Explanation:
     """Explain why ``later`` was computed although ``earlier`` had been. O(tokens).
 
     Both are in one namespace. Unless ``shows_earlier``, the explanation contains no text or name of
     ``earlier`` that ``later`` does not have, because they may be from unrelated clients. ``decode``
-    converts ids to text. ``locate`` names the part of the later request at a position of its
+    converts ids to text. ``grid`` is the checkpoint grid, if states are saved. ``may_be_new``: the
+    earlier request was found by its tokens, so it may belong to another conversation. ``locate`` names the part of the later request at a position of its
     prompt; it is called only if the template is the cause. ``tools_first``: the template writes
     tools before the system message.
     """
@@ -225,10 +254,22 @@ def explain(
             spans = (right[max(at - SHOWN, 0) : at], was, right[at : at + SHOWN])
             shown = tuple(None if span is None else decode(span.tolist()) for span in spans)
         parting = Parting(at, change, how, path, *shown)
-    lost = _lost(found, shared_len)
     return Explanation(
-        limit, found.cached_len, earlier.prompt_len, len(left), shared_len, parting, lost
+        limit,
+        found.cached_len,
+        earlier.prompt_len,
+        len(left),
+        shared_len,
+        parting,
+        _lost(found, shared_len),
+        grid,
+        may_be_new and parting is not None and at < grid and _is_foreign(earlier, later),
     )
+
+
+def _is_foreign(earlier: Outline, later: Outline) -> bool:
+    """Return True if no message of ``later`` is one of ``earlier``."""
+    return not set(earlier.messages) & set(later.messages)
 
 
 def _lost(found: Found, shared_len: int) -> dict[str, int]:
@@ -290,16 +331,27 @@ def _split(outline: Outline) -> tuple[Sequence[MessageOutline], Sequence[Message
 
 def _first_difference(old: Sequence[Any], new: Sequence[Any]) -> tuple[int, How]:
     """Return (index of the first entry that differs, kind of difference)."""
-    pairs = enumerate(zip(old, new, strict=False))
-    index = next((i for i, (a, b) in pairs if a != b), min(len(old), len(new)))
+    index = _common_len(old, new)
     rest_old, rest_new = old[index:], new[index:]
     if not rest_old or not rest_new:
         return index, "added" if rest_new else "removed"
     if rest_new[0] in rest_old and rest_old[0] in rest_new:
         return index, "reordered"
+    # The same entry may occur again later, so the entries that follow must agree too.
+    num_changed = _common_len(rest_old[1:], rest_new[1:])
     if rest_new[0] in rest_old:
-        return index, "removed"
-    return index, "added" if rest_old[0] in rest_new else "changed"
+        is_kept = _common_len(rest_old[rest_old.index(rest_new[0]) :], rest_new) > num_changed
+        return index, "removed" if is_kept else "changed"
+    if rest_old[0] in rest_new:
+        is_kept = _common_len(rest_old, rest_new[rest_new.index(rest_old[0]) :]) > num_changed
+        return index, "added" if is_kept else "changed"
+    return index, "changed"
+
+
+def _common_len(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """Return the number of equal entries at the beginning of both."""
+    pairs = enumerate(zip(left, right, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(left), len(right)))
 
 
 def _path(

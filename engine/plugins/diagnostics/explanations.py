@@ -284,8 +284,9 @@ class Explanations:
     """Stores the requests of one server, and explains their computation in comparison with other
     requests."""
 
-    def __init__(self, tokenizer: Tokenizer, limit_bytes: int) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, limit_bytes: int, grid: int = 0) -> None:
+        """``grid``: distance of positions at which states may be saved; 0 if none are."""
+        self._tokenizer, self._grid = tokenizer, grid
         control_ids = [i for text in tokenizer.control_tokens for i in tokenizer.encode(text)[:1]]
         self._outliner = Outliner(secrets.token_bytes(32), control_ids)
         self.memory = RequestMemory(limit_bytes)
@@ -360,10 +361,17 @@ class Explanations:
         head["compared_with"], earlier = other
         if earlier.outline.namespace != later.outline.namespace:
             return None
-        return head | self._explain(earlier, later, shows_earlier=True).as_dict()
+        is_nearest = earlier_id is None
+        told = self._explain(earlier, later, shows_earlier=True, may_be_new=is_nearest)
+        return head | told.as_dict()
 
     def _explain(
-        self, earlier: Remembered, later: Remembered, *, shows_earlier: bool
+        self,
+        earlier: Remembered,
+        later: Remembered,
+        *,
+        shows_earlier: bool,
+        may_be_new: bool = False,
     ) -> Explanation:
         tokenizer, chat = self._tokenizer, later.chat
 
@@ -385,6 +393,8 @@ class Explanations:
             locate=where,
             tools_first=self._tools_first,
             shows_earlier=shows_earlier,
+            grid=self._grid,
+            may_be_new=may_be_new,
         )
 
     @cached_property

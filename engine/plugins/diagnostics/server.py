@@ -24,10 +24,10 @@ from engine.text.tokenizer import Tokenizer
 class Hooks:
     """Hooks around every chat of one server; see ``ChatHooks``."""
 
-    def __init__(self, tokenizer: Tokenizer, config: ServerConfig) -> None:
+    def __init__(self, tokenizer: Tokenizer, config: ServerConfig, grid: int) -> None:
         settings = config.of(DiagnosticsConfig)
         self.replays = Replays(tokenizer, settings)
-        self.explanations = Explanations(tokenizer, int(settings.explain_mib * 2**20))
+        self.explanations = Explanations(tokenizer, int(settings.explain_mib * 2**20), grid)
 
     def before_render(
         self,

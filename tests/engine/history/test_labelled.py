@@ -288,7 +288,7 @@ def run(
     if pair.template is not None:
         tokenizer.chat_template = ChatTemplate(pair.template)
     engine = ScriptedEngine(tokenizer, **pair.engine)
-    explanations = Explanations(tokenizer, 1 << 20)
+    explanations = Explanations(tokenizer, 1 << 20, grid=64)
     chat = copy.deepcopy(pair.base)
     later = copy.deepcopy(pair.base)
     pair.edit(later)
@@ -401,6 +401,65 @@ def test_without_a_key_nothing_is_told_that_the_later_request_does_not_say(pair:
     assert not any(name in told.text for name in ("private_field", "shout"))
     if pair in NAMED:
         assert any(name in mine.text for name in ("private_field", "shout"))
+
+
+SAME = [say("user", "Go on. " * 20), say("assistant", "Done."), say("user", "Go on. " * 20)]
+REPEATED = [
+    messages("first of two equal ones edited", "changed", "messages[0].content", message(0, content="Stop.")),
+    messages("first edited, and asked again later", "changed", "messages[0].content",
+             both(message(0, content="Stop."), turns(say("assistant", "Yes."), SAME[0]))),
+    messages("one put in front of equal ones", "added", "messages[0]",
+             lambda chat: chat["messages"].insert(0, say("user", "Wait."))),
+]  # fmt: skip
+for _pair in REPEATED:
+    _pair.base = {"messages": SAME}
+
+
+@pytest.mark.parametrize("pair", REPEATED, ids=lambda pair: pair.name)
+def test_an_edit_is_recognised_if_the_same_message_comes_again(pair: Pair) -> None:
+    explanation, _ = run(pair)
+    assert explanation is not None and explanation.parting is not None
+    assert (explanation.parting.how, explanation.parting.path) == (pair.how, pair.path)
+
+
+def told_beside(base: Chat, later: Chat, **engine: Any) -> dict[str, Any]:
+    """The explanation of ``later`` for an operator, who does not name an earlier request."""
+    pair = Pair("", lambda chat: (chat.clear(), chat.update(later))[0], None, base=base,
+                template=None, answer="Yes.<|im_end|>", engine=engine)  # fmt: skip
+    _, explanations = run(pair)
+    told = explanations.look_up("second", None)
+    assert told is not None
+    return told
+
+
+def test_a_conversation_that_shares_less_than_a_grid_step_is_new() -> None:
+    later = {"messages": [say("user", "Something else entirely. " * 9)]}
+    told = told_beside(PLAIN, later)
+    assert told["cause"] == "new" and "new conversation" in told["text"]
+    assert "removed" not in told["text"] and told["text"].endswith(told["advice"])
+    # The same conversation with another beginning: a message is shared.
+    edited = {"messages": [say("system", "Today: " + "Be brief. " * 12), *PLAIN["messages"][1:]]}
+    told = told_beside(PLAIN, edited)
+    assert told["parted"]["at"] < 64 and told["cause"] == "system"
+    # More than a grid step is shared: it is compared even if no message is the same.
+    longer = {"messages": [say("system", "Be brief. " * 12 + "Now."), say("user", "Else?")]}
+    assert told_beside(PLAIN, longer)["cause"] == "system"
+
+
+@pytest.mark.parametrize("state_at", [256, 320])
+def test_more_memory_is_no_advice_for_tokens_behind_the_last_state(state_at: int) -> None:
+    """Whatever is kept, only a grid position can be resumed."""
+    tokens = np.arange(340, dtype=np.int32) % 250
+    explanations = Explanations(ByteTokenizer(), 1 << 20, grid=64)
+    for name, cached_len in (("first", 0), ("second", state_at)):
+        asked = explanations.begin(name, tokens, model="m", tenant=Tenant(), messages=(), tools=None,
+                                   variables=None, size=100)  # fmt: skip
+        asked.found = Found(cached_len, Losses(0, len(tokens) - cached_len, 0, 0, 0))
+        assert asked.remembered is not None
+        explanations.memory.put(asked.tenant, name, asked.remembered)
+    told = explanations.look_up("second", None)
+    assert told is not None and told["cause"] == "kv_evicted"
+    assert ("--host-gib" in told["advice"]) == (state_at == 256)
 
 
 def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:

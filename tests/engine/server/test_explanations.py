@@ -12,7 +12,7 @@ from openai.types.responses.response import PromptCacheDiagnostics
 from pydantic import TypeAdapter
 
 from engine import server_config
-from engine.plugins.diagnostics.explain import ADVICE, CAUSES, Change
+from engine.plugins.diagnostics.explain import ADVICE, CAUSES, NEW, Change
 
 from .conftest import Live
 
@@ -104,7 +104,7 @@ def test_messages_say_it_as_anthropic_does(live: Live) -> None:
 
 
 def test_each_cause_has_advice() -> None:
-    assert set(ADVICE) == {*get_args(Change), *CAUSES}
+    assert set(ADVICE) == {*get_args(Change), *CAUSES, NEW}
 
 
 def test_an_unknown_id_may_be_one_that_was_forgotten(serve_oracle: Callable[..., Live]) -> None:
