@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
+import ipaddress
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from engine.command.flags import (
     HelpFormatter,
@@ -57,7 +59,7 @@ GROUPS = {
     "computing": "kernels graphs warm_up overlap",
     "prefix cache": "prefix_cache checkpoints eviction grid page_size exact checkpoint_dtype",
     "scheduling": "admission token_budget max_queue max_share",
-    "clients and connections": "served_model_name admin_key_file cors_origin drain_s "
+    "clients and connections": "served_model_name admin_key_file salt_by_key cors_origin drain_s "
     "special_in_content max_connections header_timeout_s body_timeout_s",
     "limits of one request": "max_body_mib max_values max_names max_prompt_ids max_detokenize_ids "
     "max_messages max_parts max_stops max_stop_chars default_max_tokens",
@@ -70,6 +72,18 @@ SERVE_EXAMPLES = """examples:
   engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
 SKIPPED = ("seed", "stop", "logit_bias")
 """Sampling parameters that are not flags of ``generate``, or are defined separately."""
+
+
+class CommandParser(Parser):
+    """Parser that names the most similar command for one that does not exist."""
+
+    def error(self, message: str) -> NoReturn:
+        found = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        known = [action.choices for action in self._actions if action.dest == "verb"]
+        if found and known and known[0] is not None:
+            near = difflib.get_close_matches(found[1], known[0], n=1)
+            message = f"{message.split(' (')[0]}, did you mean {near[0]}?" if near else message
+        super().error(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -107,10 +121,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(arguments: Sequence[str]) -> Parser:
+def _parser(arguments: Sequence[str]) -> CommandParser:
     """Return the parser of ``arguments``. Verbs that are not named there lack their flags if these
     need packages that are not installed."""
-    parser = Parser(
+    parser = CommandParser(
         prog="engine",
         description="Inference with a prefix cache for hybrid models: KV and recurrent state in "
         "one radix tree.",
@@ -304,8 +318,15 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise ValueError("\n".join(map(str, faults))) from None
     with listener:
         host, port = listener.getsockname()[:2]
+        if warning := _open_to_others(host, server_config):
+            print(warning, file=sys.stderr, flush=True)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
+            host, host
+        )  # Clients can connect to these.
         host = f"[{host}]" if ":" in host else host
         address = f"http://{host}:{port}/v1"
+        if sys.stderr.isatty():
+            print("loading the model ...", file=sys.stderr, flush=True)
         if server_config.uses("replicas"):
             _server().check(server_config)
             served, screen = start_replicas(engine_config, server_config, address)
@@ -348,9 +369,23 @@ def _other_faults(server_config: ServerConfig, engine_config: EngineConfig) -> l
     return faults
 
 
+def _needs_key(server_config: ServerConfig) -> bool:
+    return bool(server_config.api_key_file or os.environ.get(API_KEY_VARIABLE))
+
+
+def _open_to_others(host: str, server_config: ServerConfig) -> str | None:
+    """Return a warning if other machines can connect to ``host`` without a key; None otherwise."""
+    if _needs_key(server_config) or ipaddress.ip_address(host).is_loopback:
+        return None
+    return (
+        f"engine serve: --host {server_config.host} accepts clients of other machines, and no key "
+        "is required: set --api-key-file, or let a proxy or firewall limit access."
+    )
+
+
 def _with_key(screen: str, server_config: ServerConfig) -> str:
     """Return the start screen with a place for the key in its curl command, if one is required."""
-    if not (server_config.api_key_file or os.environ.get(API_KEY_VARIABLE)):
+    if not _needs_key(server_config):
         return screen
     return screen.replace(" -H 'Content-Type", " -H 'Authorization: Bearer KEY' -H 'Content-Type")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -50,6 +51,9 @@ def load_geometry(word: str | None, **dtypes: str) -> ModelGeometry:
         raise ValueError(
             f"There is no {error.filename}: name a directory with a config.json."
         ) from error
+    except ValueError as error:
+        why = _unknown_type(word)
+        raise ValueError(f"{why.rstrip('.')}; {error}" if why else str(error)) from error
     path = Path(word)
     if path.suffix == ".json" and path.stem != "config":
         return replace(geometry, name=path.stem)
@@ -96,6 +100,17 @@ def describe_refusal(word: str | None) -> str | None:
     except ModelError as error:
         return str(error)
     return None
+
+
+def _unknown_type(word: str) -> str | None:
+    """Return the reason why the model_type of a config.json is not supported, or None if it is, or
+    if it cannot be told."""
+    config = _config_file(word)
+    why = None
+    if config is not None:
+        with suppress(ValueError, AttributeError):  # No JSON, or no object.
+            why = describe_refusal(word)
+    return why if why is not None and "model_type" in why else None
 
 
 def _config_file(word: str | None) -> Path | None:

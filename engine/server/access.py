@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import ipaddress
 import itertools
+import json
 import os
 import re
 import secrets
@@ -58,6 +59,8 @@ def api_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes
         keys += read_keys("api_key_file", config.api_key_file)
     if keys and config.admin_key_file is not None:
         keys.append(read_key("admin_key_file", config.admin_key_file))
+    if config.salt_by_key and not keys:
+        raise ValueError(f"--salt-by-key needs keys: give --api-key-file or {API_KEY_VARIABLE}.")
     return keys
 
 
@@ -264,8 +267,10 @@ class Tenants:
     """Distinguishes tenants. Salts are secret and namespaces are visible, so they are hashed with a
     key made at the start, which prevents guessing of salts."""
 
-    def __init__(self) -> None:
+    def __init__(self, salt_by_key: bool = False) -> None:
+        """``salt_by_key``: the API key is a part of every salt."""
         self._key = secrets.token_bytes(32)
+        self._salt_by_key = salt_by_key
 
     def of(self, scope: Scope, salt: str | None = None) -> Tenant:
         """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
@@ -288,9 +293,13 @@ class Tenants:
                 "choose another text.",
                 param="cache_salt",
             )
-        hashes = [hmac.new(self._key, one.encode(), hashlib.sha256) for one in given]
+        place: int | None = scope.get("state", {}).get("api_key")
+        salts = [one.encode() for one in given]
+        if self._salt_by_key:
+            salts = [json.dumps([place, *given]).encode()]
+        hashes = [hmac.new(self._key, one, hashlib.sha256) for one in salts]
         namespace = hashes[0].hexdigest()[:32] if hashes else None
-        return Tenant(scope.get("state", {}).get("api_key"), namespace)
+        return Tenant(place, namespace)
 
 
 def _header_salt(value: bytes) -> str:

@@ -206,7 +206,12 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         await engine.drain()
         workers.close()
 
-    app = FastAPI(title="hybridcache engine", lifespan=lifespan, default_response_class=PlainJSON)
+    app = FastAPI(
+        title="hybridcache engine",
+        version=installed_version(),
+        lifespan=lifespan,
+        default_response_class=PlainJSON,
+    )
     app.state.metrics = context.metrics
     api_errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=int(config.max_body_mib * 2**20))

@@ -82,7 +82,8 @@ class BodyReader:
         try:
             body = read_json(raw.decode(), give_way)
         except json.JSONDecodeError as error:
-            reason = f"The body is not valid JSON ({error.msg}): send one JSON object."
+            place = f"line {error.lineno}, column {error.colno}"
+            reason = f"The body is not valid JSON ({error.msg}, {place}): send one JSON object."
             raise APIError(400, reason) from None
         except JSONValueError as error:
             raise APIError(400, f"The body cannot be read: {error}.") from None

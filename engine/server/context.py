@@ -43,7 +43,7 @@ class ServingContext:
         self.special_in_content = config.special_in_content
         self._default_max_tokens = config.default_max_tokens
         self.workers = workers
-        self._tenants = Tenants()
+        self._tenants = Tenants(config.salt_by_key)
         self.ids = AnswerIds()
         self.metrics = Metrics()
         self._config = config

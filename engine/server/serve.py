@@ -302,15 +302,18 @@ class Server(uvicorn.Server):
                 counted(num_left, "request"),
                 self._drain_s,
             )
+        else:
+            logger.warning("Stopping: no request is running.")
         deadline_s = time.monotonic() + self._drain_s
         with suppress(EngineStopped, TimeoutError):
             await asyncio.wait_for(self._engine.stop_accepting(), self._drain_s)
         await asyncio.sleep(max(0.0, deadline_s - time.monotonic()))
         if num_left := self._connections.num_busy:
             logger.warning(
-                "%s had not ended after %g s and were broken off.",
+                "%s had not ended after %g s and %s broken off.",
                 counted(num_left, "request"),
                 self._drain_s,
+                "was" if num_left == 1 else "were",
             )
         await asyncio.to_thread(self._engine.stop)
 

@@ -107,6 +107,11 @@ class ServerConfig(Settings):
         "(Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; "
         f"{API_KEY_VARIABLE} can have one more",
     )
+    salt_by_key: bool = setting(
+        False,
+        "requests with different API keys share no cache entries, as with different salts; then "
+        "--state-dir keeps nothing for the next start",
+    )
     cors_origin: tuple[str, ...] = setting(
         (),
         "origins of web pages that may use this server, as https://host or "

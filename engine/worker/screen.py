@@ -33,7 +33,7 @@ def start_screen(engine: Engine, address: str) -> str:
         ("kernels", _kernel_words(runner.kernels.words())),
         ("warm-up", runner.warmed.describe() if runner.warmed else "none"),
         *_said_of_text(engine),
-        ("context", counted(engine.max_model_len, "token")),
+        ("context", _context_words(engine)),
         ("memory", _memory_words(runner.memory, report)),
         (
             "KV",
@@ -90,6 +90,17 @@ def _first_steps(engine: Engine, address: str) -> list[tuple[str, str]]:
     header = "Content-Type: application/json"
     command = f"curl {address}/{path} -H '{header}' -d '{json.dumps(body)}'"
     return [*rows, ("try", command)]
+
+
+def _context_words(engine: Engine) -> str:
+    """Return the longest request, and the reason if it is not that of the model."""
+    longest = cast("ModelRunner", engine.runner).config.max_len
+    words = counted(engine.max_model_len, "token")
+    if engine.max_model_len > longest:
+        return f"{words}, but the model was made for {longest:,}: later tokens may make no sense"
+    if engine.max_model_len < longest and engine.config.max_model_len is None:
+        return f"{words}, limited by the memory (--cache-gib); the model's is {longest:,}"
+    return words
 
 
 def _memory_words(memory: MemorySizes, report: CacheReport) -> str:

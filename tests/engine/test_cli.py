@@ -20,7 +20,7 @@ import sys
 import termios
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 
@@ -80,6 +80,9 @@ def run(*arguments: str) -> int:
             "--disk-gib requires --state-dir",
         ),
         ("serve --modle x", "did you mean --model? See `engine serve --help`."),
+        ("sevre --port 1", "did you mean serve? See `engine --help`."),
+        ("serve --port 0 --router kv", "--router and --ray need --replicas"),
+        ("serve --port 0 --salt-by-key", "--salt-by-key needs keys: give --api-key-file"),
         ("serve x", "unrecognized arguments: x. See `engine serve --help`."),
         ("generate x --max-tokens=3 --no-such", "--no-such. See `engine generate --help`."),
         ("serve --port 0 --kv-gib 1", "unrecognized arguments: --kv-gib 1"),
@@ -97,10 +100,10 @@ def run(*arguments: str) -> int:
         ("inspect /no/such/dir/config.json", "There is no /no/such/dir/config.json"),
         ("inspect --budget-gib 0", "--budget-gib must be finite and above 0"),
         ("inspect --budget-gib inf", "--budget-gib must be finite and above 0"),
-        ("generate x --cache-gib 100000", "GiB: configure less memory"),
+        ("generate x --cache-gib 100000", "are free): lower --cache-gib"),
         (
             "generate x --cache-gib 0.1 --max-running 100000000",
-            "memory or fewer running requests",
+            "or --max-running",
         ),
     ],
 )
@@ -366,7 +369,8 @@ def test_inspect_says_what_serve_refuses(
     del config["intermediate_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run("inspect", str(tmp_path)) == 2
-    assert "intermediate_size must be" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.index("model_type 'mistral9'") < said.index("intermediate_size must be")
 
 
 def test_the_built_in_model_can_be_named(
@@ -404,6 +408,25 @@ def test_inspect_of_the_builtin_agrees_with_the_engine() -> None:
     assert geometry.kv_bytes_per_token == engine.runner.geometry.kv_bytes_per_token
     assert geometry.state_bytes == engine.runner.geometry.state_bytes
     assert geometry.name == engine.model_name == engine.runner.name
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"cache_gib": 0.01}, r"limited by the memory \(--cache-gib\); the model's is 32,768"),
+        ({"cache_gib": 0.05, "max_model_len": 300}, r"300 tokens$"),
+        ({"cache_gib": 0.5, "max_model_len": 40_000}, r"but the model was made for 32,768"),
+    ],
+)
+def test_the_start_screen_names_what_limits_the_context(
+    settings: dict[str, Any], said: str
+) -> None:
+    from engine import Engine
+    from engine.worker.screen import start_screen
+
+    screen = start_screen(Engine(EngineConfig(**settings)), "http://here/v1")
+    [context] = re.findall(r"^ *context +(.*)$", screen, re.MULTILINE)
+    assert re.search(said, context)
 
 
 def test_generate_prints_what_the_cache_spared(capsys: pytest.CaptureFixture[str]) -> None:

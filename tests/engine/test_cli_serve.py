@@ -89,7 +89,9 @@ def test_what_the_server_refuses_is_said_before_a_model_is_shown(
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("server", [("--log-requests", "--log-level", "error")], indirect=True)
+@pytest.mark.parametrize(
+    "server", [("--log-requests", "--log-level", "error", "--host", "0.0.0.0")], indirect=True
+)
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
     screen, url = _address(server)
     for word in (
@@ -124,6 +126,7 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
     with pytest.raises(httpx.ConnectError):
         httpx.get(url + "/health")
     log = server.stderr.read()
+    assert log.startswith("engine serve: --host 0.0.0.0 accepts clients of other machines")
     assert re.search(
         r"^\d\d:\d\d:\d\d GET /nothing 404  \d+ ms  The path /nothing does not exist", log, re.M
     ), log

@@ -468,6 +468,19 @@ def test_the_report_the_metrics_and_the_screen_say_what_lies_where(
         engine.close()
 
 
+def test_a_folder_larger_than_its_disk_is_warned_of(
+    make_engine: MakeEngine,  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    free_gib = shutil.disk_usage(tmp_path).free / 2**30
+    for disk_gib, is_warned in ((0.01, False), (2 * free_gib, True)):
+        caplog.clear()
+        settings = {"state_dir": str(tmp_path / str(disk_gib)), "disk_gib": disk_gib, **SMALL}
+        make_engine(**settings).close()
+        assert ("--disk-gib allows" in caplog.text) == is_warned
+
+
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [

@@ -231,9 +231,10 @@ def explain(
 
     Both are in one namespace. Unless ``shows_earlier``, the explanation contains no text or name of
     ``earlier`` that ``later`` does not have, because they may be from unrelated clients. ``decode``
-    converts ids to text. ``grid`` is the checkpoint grid, if states are saved. ``may_be_new``: the
-    earlier request was found by its tokens, so it may belong to another conversation. ``locate`` names the part of the later request at a position of its
-    prompt; it is called only if the template is the cause. ``tools_first``: the template writes
+    converts ids to text. ``locate`` names the part of the later request at a position of its
+    prompt; it is called only if the template is the cause. ``grid`` is the checkpoint grid, if
+    states are saved. ``may_be_new``: ``earlier`` may belong to another conversation, because it was
+    found by its tokens. ``tools_first``: the template writes
     tools before the system message.
     """
     limit = later.prompt_len

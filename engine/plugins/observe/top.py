@@ -32,12 +32,14 @@ COLOURS = {
     "refused": "bright_magenta",
     "not_fetched": "green",
 }
-WORDS = {name: name.replace("_", " ") for name in COLOURS} | {"cached": "reused"}
+WORDS = {name: name.replace("_", " ").replace("kv", "KV") for name in COLOURS} | {
+    "cached": "reused"
+}
 GOING = ("waiting", "prefill", "decode")
 MAX_REQUESTS = 500
 TIMEOUT_S, RETRY_S, REFRESH_S = 30.0, 1.0, 0.25
-BAR = 16
-"""Columns of a request's bar."""
+BAR, NARROW_BAR, WIDE = 16, 8, 100
+"""Columns of a request's bar, in a terminal of ``WIDE`` columns or more and in a narrower one."""
 SHORT_ID = 17
 """Characters of a request's id: enough for ``/v1/cache/explanations/ID``."""
 
@@ -102,13 +104,16 @@ def follow(watched: Watched, url: str, key: str | None) -> None:
 
 def _refusal(error: urllib.error.HTTPError) -> str:
     try:
-        return str(json.loads(error.read())["error"]["message"])
+        said = str(json.loads(error.read())["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return f"the server answers {error.code}"
+        said = f"the server answers {error.code}"
+    if error.code != 401:
+        return said
+    return f"{said.rstrip('.')}. Name the file of the operator's key: engine top --key-file FILE"
 
 
-def screen(watched: Watched, height: int) -> RenderableType:
-    """Return the complete view, for a terminal of ``height`` lines."""
+def screen(watched: Watched, height: int, width: int) -> RenderableType:
+    """Return the complete view, for a terminal of ``height`` lines and ``width`` columns."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -117,12 +122,12 @@ def screen(watched: Watched, height: int) -> RenderableType:
     if watched.memory is not None:
         parts += [_numbers(watched), _memory(watched), _legend()]
         table = Table(box=None, pad_edge=False, expand=True, header_style="dim")
-        for name in ("id", "conversation", "prompt", "reused", "", "TTFT", "tok/s", "state"):
+        for name in ("id", "chat", "prompt", "reused", "", "TTFT", "tok/s", "state"):
             justify: Literal["left", "right"] = "left" if name in ("id", "", "state") else "right"
             table.add_column(name, justify=justify, no_wrap=name == "id")
         latest = sorted(watched.requests.values(), key=lambda one: -one["arrived_s"])
         for one in latest[: max(3, height - 9)]:
-            table.add_row(*_row(one))
+            table.add_row(*_row(one, BAR if width >= WIDE else NARROW_BAR))
         parts += [Text(), table]
     return Group(*parts)
 
@@ -148,7 +153,8 @@ def _numbers(watched: Watched) -> Text:
     text.append(f" of {prompt:,} prompt tokens reused    ")
     text.append(f"{memory['running']} running, {memory['waiting']} waiting")
     if "sessions" in memory:
-        text.append(f"    {memory['sessions'][0]} live sessions ({memory['admission']})")
+        policy = memory["admission"].partition(";")[0]  # Its figures are on the page.
+        text.append(f"    {memory['sessions'][0]} live sessions ({policy})")
     waits = [
         one["first_token_s"] - one["arrived_s"] for one in ended if one["first_token_s"] is not None
     ]
@@ -184,7 +190,7 @@ def _legend() -> Text:
     return text
 
 
-def _row(one: dict[str, Any]) -> tuple[str | Text, ...]:
+def _row(one: dict[str, Any], bar: int) -> tuple[str | Text, ...]:
     wait = None if one["first_token_s"] is None else one["first_token_s"] - one["arrived_s"]
     rate = _rate(one)
     state = one["state"]
@@ -198,15 +204,15 @@ def _row(one: dict[str, Any]) -> tuple[str | Text, ...]:
         name if one["namespace"] is None else f"{name} ({one['namespace'][:6]})",
         f"{one['prompt']:,}",
         f"{one['cached'] / one['prompt']:.1%}" if one["losses"] else "-",
-        _bar(one),
+        _bar(one, bar),
         "-" if wait is None else format_seconds(wait),
         "-" if rate is None else f"{rate:.0f}",
         state,
     )
 
 
-def _bar(one: dict[str, Any]) -> Text:
-    """Return a bar of ``BAR`` columns with the reused tokens, and the others by cause."""
+def _bar(one: dict[str, Any], width: int) -> Text:
+    """Return a bar of ``width`` columns with the reused tokens, and the others by cause."""
     from rich.text import Text
 
     text = Text()
@@ -216,7 +222,7 @@ def _bar(one: dict[str, Any]) -> Text:
     done = drawn = 0
     for name, number in tokens.items():
         done += number
-        columns = round(BAR * done / one["prompt"]) - drawn
+        columns = round(width * done / one["prompt"]) - drawn
         drawn += columns
         text.append("█" * columns, style=COLOURS[name])
     return text
@@ -231,7 +237,7 @@ def _rate(one: dict[str, Any]) -> float | None:
 
 
 def top(url: str, key_file: str | None, once: bool) -> int:
-    """Show the view until interrupted, or only ``once``.
+    """Show the view until interrupted, or only ``once``, as in a pipe.
 
     Raises ValueError if the key cannot be read, or the server does not answer the first time.
     """
@@ -252,10 +258,10 @@ def top(url: str, key_file: str | None, once: bool) -> int:
         if watched.note != "connecting" or time.monotonic() > deadline:
             raise ValueError(f"{watched.note.rstrip('.')}.")
         time.sleep(0.02)
-    if once:
-        console.print(screen(watched, console.height))
+    if once or not console.is_terminal:
+        console.print(screen(watched, console.height, console.width))
         return 0
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            live.update(screen(watched, console.height), refresh=True)
+            live.update(screen(watched, console.height, console.width), refresh=True)
             time.sleep(REFRESH_S)

@@ -42,6 +42,8 @@ class ReplicasConfig(PluginConfig):
             raise ValueError(
                 f"--max-replicas {self.max_replicas} must not be below --replicas {self.replicas}."
             )
+        if not self.is_used and (self.ray, self.router) != (None, "checkpoint"):
+            raise ValueError("--router and --ray need --replicas (2 or more) or --max-replicas.")
 
     @property
     def is_used(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -275,6 +276,8 @@ class CacheTiers:
             state = memory.row_bytes, slab_rows_of(memory)
             fields = fingerprint_of(config, runner, tokenizer)
             store = RecordStore.open(self.folder, fields, sizes.store)
+            if config.of(TierConfig).disk_gib is not None:
+                _check_free_disk(self.folder, sizes.store - store.num_bytes)
             if config.load_format != "dummy" and "weights" in fields:
                 save_digest(self.folder, config.model_dir, fields["weights"])
             self.disk = Disk(store, row_bytes=state[0], state_rows=state[1], num_rows=rows[DISK])
@@ -451,6 +454,19 @@ def _check_tier(name: str, gib: float | None, size: int, least: int, row_bytes: 
         raise ConfigError(
             f"{name} {gib:g} is more memory than row numbers can address with tokens of "
             f"{format_bytes(row_bytes)}: use at most {most:,.0f}."
+        )
+
+
+def _check_free_disk(folder: Path, missing_bytes: int) -> None:
+    """Log a warning if the disk has less room than ``missing_bytes``."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < missing_bytes:
+        logger.warning(
+            "The disk of %s has %s free, and --disk-gib allows %s more: writing will pause when it "
+            "is full.",
+            folder,
+            format_bytes(free_bytes),
+            format_bytes(missing_bytes),
         )
 
 

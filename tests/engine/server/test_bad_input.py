@@ -243,7 +243,7 @@ def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
     [
         (b"", "The body is empty. Send one JSON object."),
         (b"{", "The body is not valid JSON"),
-        (b'{"prompt": "x"', "The body is not valid JSON"),
+        (b'{"prompt":\n "x",, }', "double quotes, line 2, column 6)"),
         (b"[1, 2]", "The body must be one JSON object, with names"),
         (b'"text"', "The body must be one JSON object"),
         (b"null", "The body"),

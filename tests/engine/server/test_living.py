@@ -22,7 +22,7 @@ from engine import server_config
 from engine.server.settings import ServerConfig, bind
 from engine.server.streaming import EventStream
 
-from .conftest import Live
+from .conftest import Live, oracle_engine, serving
 
 ENDLESS = {"max_tokens": 3000, "ignore_eos": True, "temperature": 0}
 
@@ -353,6 +353,15 @@ def test_what_a_drain_can_not_finish_is_told_so(
         "2 requests had not ended after 0.2 s and were broken off.",
     ]
     live.engine.check()
+
+
+def test_an_idle_server_logs_that_it_stops(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with serving(oracle_engine(), ServerConfig(drain_s=0.2)) as live:
+        live.server.should_exit = True
+    warned = [one.getMessage() for one in caplog.records if one.name == "engine.server.serve"]
+    assert warned == ["Stopping: no request is running."]
 
 
 def test_settings_refuse_what_can_not_be() -> None:

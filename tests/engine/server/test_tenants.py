@@ -34,6 +34,19 @@ def test_no_two_salts_share_anything(serve_oracle: Callable[..., Live]) -> None:
     assert all(cached(live, salt) > 0 for salt in salts)
 
 
+def test_with_salt_by_key_no_two_keys_share_anything(
+    serve_oracle: Callable[..., Live], tmp_path: Path
+) -> None:
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    keys = [{"Authorization": f"Bearer {key}"} for key in ("one", "two")]
+    both = [(key, salt) for key in keys for salt in (None, "", "a", "one", "two")]
+    live = serve_oracle(ServerConfig(api_key_file=str(tmp_path / "keys"), salt_by_key=True))
+    assert [cached(live, salt, **key) for key, salt in both] == [0] * len(both)
+    assert all(cached(live, salt, **key) > 0 for key, salt in both)
+    shared = serve_oracle(ServerConfig(api_key_file=str(tmp_path / "keys")))
+    assert cached(shared, **keys[0]) == 0 and cached(shared, **keys[1]) > 0
+
+
 @pytest.mark.parametrize("salt", [r"\ud800", r"\udfff", r"x\ud83d", "\N{REPLACEMENT CHARACTER}"])
 def test_a_salt_that_could_be_mistaken_for_another_is_refused(live: Live, salt: str) -> None:
     """Half characters are replaced by one sign, which would make different salts equal."""

@@ -47,9 +47,12 @@ def test_it_follows_what_goes_on(live: Live) -> None:
     before = len(watched.requests)
     live.post("/v1/completions", {"prompt": "one more for top " * 9, "max_tokens": 4})
     _until(lambda: len(watched.requests) > before and len(watched.ended()) > before)
-    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(top.screen(watched, 30))
-    assert "length" in console.export_text()
+    for width in (80, 100):
+        console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+        console.print(top.screen(watched, 30, width))
+        shown = console.export_text()
+        assert "length" in shown and "KV evicted" in shown
+        assert "…" not in shown and "_" not in shown, "no cut words, no raw names"
 
 
 def _until(condition: Any) -> None:
@@ -67,10 +70,11 @@ def test_a_server_with_a_key_asks_for_it(
     (tmp_path / "key").write_text("s3cret\n")
     config = ServerConfig(admin_key_file=str(tmp_path / "key"))
     with serving(oracle_engine(), config) as live:
-        assert main(["top", "--url", live.url, "--once"]) == 2
-        assert "--admin-key-file" in capsys.readouterr().err
-        asked = ["top", "--url", live.url, "--once", "--key-file", str(tmp_path / "key")]
-        assert main(asked) == 0
+        assert main(["top", "--url", live.url]) == 2
+        assert "--key-file FILE" in capsys.readouterr().err
+        # The output is no terminal, so there is one screen without --once too.
+        assert main(["top", "--url", live.url, "--key-file", str(tmp_path / "key")]) == 0
+        assert "prompt tokens reused" in capsys.readouterr().out
 
 
 def test_no_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
