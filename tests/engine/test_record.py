@@ -502,13 +502,13 @@ def test_more_than_a_hundred_streams_pass_at_once(setup: Setup) -> None:
 
 
 @contextlib.contextmanager
-def recording(to: str, out: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def recording(to: str, out: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """(a process that records, its address), started as by a shell that ignores SIGINT."""
     code = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN);"
         "import engine.plugins.record.command as r; r.GRACE_S = 1;"
         "from engine.command.cli import main;"
-        f"sys.exit(main(['record', '--to', {to!r}, '--out', {str(out)!r}, '--port', '0']))"
+        f"sys.exit(main({['record', '--to', to, '--out', str(out), '--port', '0', *flags]!r}))"
     )
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
@@ -532,15 +532,20 @@ def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: in
         assert process.wait(30) == 0
     behind.stop()
     assert f"2 requests; hybridcache simulate --trace {path}" in said
+    assert "tokens counted by: 4 characters as a token, an estimate" in said
+    assert "an estimate" in json.loads(path.read_text().splitlines()[0])["counted_by"]
     assert [len(request.tokens) for request in open_trace(str(path))] == [2, 2]
 
 
 def test_a_signal_that_comes_before_the_first_request_ends_the_recording(tmp_path: Path) -> None:
     """Even before the proxy listens to signals."""
-    with recording("http://127.0.0.1:9", tmp_path / "trace.jsonl") as (process, _):
+    flags = ("--tokenizer", "builtin")
+    with recording("http://127.0.0.1:9", tmp_path / "trace.jsonl", *flags) as (process, _):
         process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
-        assert "0 requests; hybridcache simulate" in process.stdout.read()
+        said = process.stdout.read()
+        assert "0 requests; hybridcache simulate" in said
+        assert "tokens counted by: the tokenizer of builtin" in said
         assert process.wait(30) == 0
 
 

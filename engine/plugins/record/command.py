@@ -7,7 +7,9 @@ import signal
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from engine.hub import resolve_folder
+from engine.config import BUILTIN_DIR
+from engine.hub import display_name, resolve_folder
+from hybridcache.geometry.units import counted
 
 GRACE_S = 5
 """Seconds that running requests may take after the recording is stopped; then they are aborted."""
@@ -26,11 +28,15 @@ def record(
     import uvicorn
 
     from engine.plugins.record.proxy import create_proxy
-    from engine.plugins.record.trace_writer import TraceWriter
+    from engine.plugins.record.trace_writer import PIECE, TraceWriter
     from engine.server.settings import ServerConfig, bind
     from engine.text.hugging_face import load_tokenizer
 
-    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    loaded, counted_by = None, f"{PIECE} characters as a token, an estimate (see --tokenizer)"
+    if tokenizer is not None:
+        is_builtin = Path(tokenizer) == BUILTIN_DIR
+        loaded = load_tokenizer(None if is_builtin else tokenizer)
+        counted_by = f"the tokenizer of {display_name(Path(tokenizer))}"
     with bind(ServerConfig(host=host, port=port)) as listener:
         try:
             file = out.open("x+b")
@@ -38,7 +44,9 @@ def record(
             why = f"{out} cannot be created ({error.strerror}): name a new file."
             raise ValueError(why) from None
         with file:
-            writer = TraceWriter(file, keeps_text=keeps_text, tokenizer=loaded)
+            writer = TraceWriter(
+                file, keeps_text=keeps_text, tokenizer=loaded, counted_by=counted_by
+            )
             proxy = create_proxy(upstream.rstrip("/").removesuffix("/v1"), writer)
             port = listener.getsockname()[1]
             config = uvicorn.Config(
@@ -51,7 +59,7 @@ def record(
             )
             server = uvicorn.Server(config)
             # uvicorn installs the same handlers while it runs, and raises the signal again after
-            # its # shutdown: without these, the process would end before the summary.
+            # its shutdown: without these, the process would end before the summary.
             for each in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(each, server.handle_exit)
             print(f"http://{host}:{port}/v1 passes on to {upstream} and writes {out}", flush=True)
@@ -61,7 +69,9 @@ def record(
                 proxy.recorder.finish()  # A second signal skips the shutdown of the application.
     for why, number in writer.skipped.items():
         print(f"not in the trace: {number:,}, since {why}")
-    print(f"{writer.num_requests} requests; hybridcache simulate --trace {out}", flush=True)
+    print(f"tokens counted by: {counted_by}")
+    requests = counted(writer.num_requests, "request")
+    print(f"{requests}; hybridcache simulate --trace {out} --model CONFIG_JSON", flush=True)
     return 0
 
 
@@ -79,8 +89,8 @@ def add_flags(record: argparse.ArgumentParser) -> None:
     record.add_argument(
         "--tokenizer",
         metavar="DIR",
-        help="directory of the served model's tokenizer and chat template; without it four "
-        "characters are counted as a token",
+        help="directory of the served model's tokenizer and chat template, or ORG/NAME, or "
+        "builtin; without it four characters are counted as a token, which is an estimate",
     )
     record.add_argument(
         "--host",

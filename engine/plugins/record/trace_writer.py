@@ -137,8 +137,16 @@ class TraceWriter:
     """Writes requests in the order of their arrival, each as soon as it is answered. Any thread may
     use it, but only one thread ``write``."""
 
-    def __init__(self, file: BinaryIO, *, keeps_text: bool, tokenizer: Tokenizer | None) -> None:
-        """``file`` is empty, and open for reading and writing."""
+    def __init__(
+        self,
+        file: BinaryIO,
+        *,
+        keeps_text: bool,
+        tokenizer: Tokenizer | None,
+        counted_by: str | None = None,
+    ) -> None:
+        """``file`` is empty, and open for reading and writing. ``counted_by`` goes into its first
+        line, for readers."""
         self._lines = OrderedLines(file)
         self._keeps_text = keeps_text
         self._tokenizer = tokenizer
@@ -147,9 +155,9 @@ class TraceWriter:
         self.num_requests = 0
         self.skipped: Counter[str] = Counter()
         """Number of requests that are not in the trace, by reason."""
-        self._lines.put(
-            self.take_place(), _line({"format": "hybridcache", "version": 1, "unit": 1})
-        )
+        header = {"format": "hybridcache", "version": 1, "unit": 1}
+        named = {} if counted_by is None else {"counted_by": counted_by}
+        self._lines.put(self.take_place(), _line(header | named))
 
     def take_place(self) -> int:
         """Return the place of a request that has just arrived, for ``write``."""
