@@ -138,7 +138,7 @@ MAY_IMPORT = {
     "engine/plugins/guided": "config requests text",
     "engine/plugins/diagnostics": "config server text",
     "engine/plugins/dialects": "config requests server text",
-    "engine/plugins/record": "hub server text",
+    "engine/plugins/record": "config hub server text",
     "engine/plugins/disaggregation": "config errors interfaces requests runner schedule text",
     "engine/plugins/observe": "async_engine config engine errors interfaces requests server text",
     "engine/plugins/speculation": "config interfaces layers models requests runner schedule text",

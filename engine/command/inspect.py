@@ -103,8 +103,8 @@ def describe_refusal(word: str | None) -> str | None:
 
 
 def _unknown_type(word: str) -> str | None:
-    """Return the reason why the model_type of a config.json is not supported, or None if it is, or
-    if it cannot be told."""
+    """Return the reason why the model_type of a config.json is not supported. None if it is
+    supported, or not known."""
     config = _config_file(word)
     why = None
     if config is not None:

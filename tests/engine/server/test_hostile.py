@@ -696,6 +696,8 @@ def test_descriptors_are_left_to_the_rest_of_the_process(
 
 def test_the_page_still_says_what_a_body_holds(live: Live) -> None:
     description = httpx.get(live.url + "/openapi.json", timeout=60).json()
+    version = httpx.get(live.url + "/version", timeout=60).json()["version"]
+    assert description["info"]["version"] == version
     body = description["paths"]["/v1/completions"]["post"]["requestBody"]
     assert "prompt" in body["content"]["application/json"]["schema"]["properties"]
 
