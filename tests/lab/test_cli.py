@@ -334,22 +334,73 @@ def test_a_policy_in_the_working_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_a_policy_that_was_edited_is_run_again(tmp_path: Path) -> None:
+def test_a_policy_is_run_again_if_it_or_a_module_that_it_imports_was_edited(tmp_path: Path) -> None:
     text = (
-        "from hybridcache.policies.eviction.scored import ScorePolicy\n\n\n"
+        "from hybridcache.policies.eviction.scored import ScorePolicy\n"
+        "from signs import factor\n\n\n"
         "class Mine(ScorePolicy):\n"
         "    def score(self, item):\n"
-        "        return SIGN * item.last_used\n"
+        "        return SIGN * factor() * item.last_used\n"
     )
+    signs = "def factor():\n    from inner import deep\n\n    return deep.SIGN\n"
+    (tmp_path / "signs.py").write_text(signs)
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "inner" / "__init__.py").touch()
     command = [Path(sys.executable).with_name("hybridcache"), "simulate", "--trace", "short"]
     command += ["--gib", "1", "--policy", "edited:Mine", "--output", "runs.jsonl", "--no-bound"]
     tables = []
-    for sign in ("1", "1", "-1"):
+    for sign, deep in (("1", "1.0"), ("1", "1.0"), ("-1", "1.0"), ("1", "-1.")):
         (tmp_path / "edited.py").write_text(text.replace("SIGN", sign))
+        (tmp_path / "inner" / "deep.py").write_text(f"SIGN = {deep}\n")
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
         tables.append(done.stdout)
-    assert tables[0] == tables[1] != tables[2]
-    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 2
+    assert tables[0] == tables[1] != tables[2] == tables[3]
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 3
+
+
+RESULTS_TO = {
+    "simulate": "simulate --trace TRACE --gib 1",
+    "closed loop": "simulate --closed-loop --trace TRACE --gib 1 --rate 1 --admission oldest",
+    "fleet": "simulate --replicas 2 --trace TRACE --gib 1",
+    "optimum": "optimum --trace TRACE --gib 1 --method greedy",
+    "leaderboard": "leaderboard --built-in lru --split split.toml",
+}
+
+
+@pytest.mark.parametrize("command", RESULTS_TO.values(), ids=RESULTS_TO)
+def test_a_file_that_holds_no_results_is_never_written_to(
+    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short_split = 'model = "qwen3-next"\nseeds = [1]\n[gib]\n"short?head=20" = [0.5]\n'
+    Path("split.toml").write_text(short_split)
+    assert run(capsys, "trace", "convert", "short?head=20", "trace.jsonl")[0] == 0
+    others = {
+        "log.csv": "time,prompt\n0,hello\n",
+        "half": "no line end",
+        "list.json": "[1, 2]\n",
+        "own.jsonl": '{"key": 3, "tokens": [1]}\n',
+    }
+    for name, text in others.items():
+        Path(name).write_text(text)
+    for name in (*others, "trace.jsonl"):
+        before = Path(name).read_bytes()
+        words = command.replace("TRACE", "trace.jsonl").split()
+        code, out, error = run(capsys, *words, "--output", name)
+        assert code == 2 and name in error and not out
+        assert Path(name).read_bytes() == before
+    for _ in range(2):  # new, and again
+        code, out, error = run(capsys, *words, "--output", "new.jsonl")
+        assert code == 0 and Path("new.jsonl").read_text().count("\n") >= 1
+
+
+def test_runs_of_python_are_continued_by_the_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lines = tmp_path / "runs.jsonl"
+    simulate("short?head=20", gib=1, policy="lru").write_jsonl(lines)
+    words = ["simulate", "--trace", "short?head=20", "--gib", "1", "--output", str(lines)]
+    assert run(capsys, *words)[0] == 0
 
 
 def test_optimum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

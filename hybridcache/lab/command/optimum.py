@@ -57,6 +57,7 @@ def _optimum(options: argparse.Namespace) -> int:
     from hybridcache.lab.figures import optimum_figure
     from hybridcache.lab.progress import shown_progress
     from hybridcache.lab.report import optimum_table
+    from hybridcache.lab.simulation.grid import check_results_file
     from hybridcache.lab.simulation.simulate import optimum
     from hybridcache.lab.simulation.sizes import sizes
 
@@ -65,7 +66,10 @@ def _optimum(options: argparse.Namespace) -> int:
     model = ModelGeometry.load(options.model).name
     points = sizes(options.gib)
     tiers = tiers_asked(options)
-    trace = opened(options.trace, options).kept()
+    trace = opened(options.trace, options)
+    if options.output:
+        check_results_file(options.output, trace)
+    trace = trace.kept()
     plans = []
     with shown_progress(None, "sizes", options.trace) as show:
         for done, size in enumerate(points):

@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import tempfile
 import threading
@@ -72,8 +73,11 @@ def run_grid(
     ones are appended as they finish, one JSON line each. ``progress`` is called with (done, all).
 
     ``run`` is a function at the top level of a module. Raises ValueError if a trace or a job cannot
-    be pickled for the process or machine that computes it, ChildProcessError if a process ends.
+    be pickled for the process or machine that computes it, or if ``resume_from`` is not a file of
+    results; ChildProcessError if a process ends.
     """
+    if resume_from:
+        check_results_file(resume_from, trace)
     if not place.is_here:
         pickled(f"trace {trace.name!r}", trace)
         for job in jobs:
@@ -107,6 +111,30 @@ def pickled(name: str, value: object) -> bytes:
             f"({error}): define its functions and classes at the top of a module, name a policy "
             "with its arguments as in 'mine:Policy(weight=2)', or use one process and keep no runs"
         ) from error
+
+
+_RESULT = re.compile(
+    rb'\{"(key": "[0-9a-f]{16}"|trace": "[^\n]*?", "capacity_bytes": |config": \{"trace": )'
+)
+"""Start of a line that ``run_grid``, the command ``optimum`` or ``write_jsonl`` writes. The line
+may have been cut later on."""
+
+
+def check_results_file(path: Path, trace: Trace | None = None) -> None:
+    """Raise ValueError if ``path`` has content and its first line is not a result of this package,
+    or if it is the file of ``trace``. Results are appended to files, so others would be damaged.
+    """
+    if not path.is_file() or not path.stat().st_size:
+        return
+    if trace is not None and trace.path is not None and path.samefile(trace.path):
+        raise ValueError(f"{path} is the trace itself: name another file for the results")
+    with path.open("rb") as file:
+        if _RESULT.match(file.read(4096)):
+            return
+    raise ValueError(
+        f"{path} has content that is not a result of this command, and is left as it is: name a "
+        "new file for the results"
+    )
 
 
 def _read(
