@@ -23,12 +23,14 @@ from hybridcache.lab.progress import Progress, shown_progress
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.serving import Serving
+from hybridcache.lab.simulation.simulate import BUILTIN, load_model
 from hybridcache.lab.simulation.sizes import budget_bytes, sizes, tier_bytes
 from hybridcache.lab.simulation.sweep import Job, run_sweep
 from hybridcache.lab.simulation.target import RunConfig
 from hybridcache.lab.tier_worth import TierWorth, tier_worth
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
 
 DEFAULT_POLICIES = ("survival", "lru")
 PLACEMENTS = (
@@ -52,6 +54,8 @@ PRECISIONS = (*SERVABLE_PRECISIONS, "int8")
 WORTH = 0.005
 """Token hit rate that a periodic checkpoint, a coarser precision or a finer grid must gain to be
 advised."""
+FEWEST_CHECKED = 100
+"""Number of requests below which a measured error of the forecast is mostly chance."""
 TUNE_SHARE = 0.5
 """Share of the requests on which the choice is made, by default."""
 
@@ -101,7 +105,7 @@ class Advice:
     tiers: TierWorth | None = None
     """Worth of the tiers below the device, if sizes were given for them."""
     source: str = ""
-    """Folder of the model, or empty if it was named by a preset."""
+    """Folder of the model, or ``builtin``; empty if it was named by a preset."""
 
     @property
     def command(self) -> str:
@@ -136,7 +140,17 @@ class Advice:
             f"expected token hit rate {checked:.1f} %: requests {first:,} to "
             f"{first + self.check.requests - 1:,}, which were not used for the choice; "
             f"{tuned:.1f} % on those that were, so the error of the forecast is "
-            f"{checked - tuned:+.1f} points"
+            f"{checked - tuned:+.1f} points{self._doubt}"
+        )
+
+    @property
+    def _doubt(self) -> str:
+        """A warning if there are too few requests to judge the forecast; else empty."""
+        if self.check is None or self.check.requests >= FEWEST_CHECKED:
+            return ""
+        return (
+            f", which means little: it was measured on fewer than {FEWEST_CHECKED} requests "
+            f"({self.check.requests})"
         )
 
     def text(self) -> str:
@@ -234,9 +248,10 @@ def advise(
     first) are precisions and grids to try in addition to the model's own and the default.
 
     The choice is made on the first ``tune_share`` of the requests: the option that reuses most
-    tokens, and the first of equals. No interval, the finest precision and the coarsest grid are
-    preferred within ``WORTH`` of the best. One more run over the whole trace then shows how far the
-    forecast was off on the other requests. With ``tune_share=1`` all are used for the choice.
+    tokens; among equals the default pair, else the first. No interval, the finest precision and the
+    coarsest grid are preferred within ``WORTH`` of the best. One more run over the whole trace then
+    shows how far the forecast was off on the other requests. With ``tune_share=1`` all are used for
+    the choice.
 
     With ``host_gib`` or ``disk_gib``, the worth of that memory is computed too.
 
@@ -247,7 +262,7 @@ def advise(
     opened = open_trace(trace) if isinstance(trace, str) else trace
     (size,) = sizes(gib)
     host_bytes, disk_bytes = tier_bytes("host", host_gib), tier_bytes("disk", disk_gib)
-    geometry = ModelGeometry.load(model) if isinstance(model, str) else model
+    geometry = load_model(model) if isinstance(model, str) else model
     config = RunConfig(geometry, budget_bytes=budget_bytes(size))
     precisions(config, state_dtypes)  # reports an unknown name before anything runs
     _check_room(config, state_dtypes, opened.unit)
@@ -266,6 +281,8 @@ def advise(
             for word in policies
             for placement in placements
         }
+        default = f"{DEFAULT_EVICTION} @ {DEFAULT_PLACEMENT}"  # first, and so chosen among equals
+        options = dict(sorted(options.items(), key=lambda option: option[0] != default))
         config = adviser.ask("policy @ checkpoints", options)
         kv_share, result = 1.0, adviser.chosen_run()
         if geometry.num_linear_layers:  # else there are no states to save, to split or to shrink
@@ -305,9 +322,10 @@ def advise(
 
 
 def _folder(model: str | ModelGeometry) -> str:
-    """Return the folder of a model that is given by path; else an empty text."""
+    """Return the folder of a model that is given by path, or the engine's name of its own; else an
+    empty text."""
     if not isinstance(model, str) or not Path(model).exists():
-        return ""
+        return BUILTIN if model == BUILTIN else ""
     path = Path(model)
     return str(path.parent if path.is_file() else path)
 

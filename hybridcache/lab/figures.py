@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,9 +88,23 @@ class FigureStyle:
         changed: dict[str, Any] = {"font.size": self.points(9), **_TRUETYPE}
         changed |= dict.fromkeys(("xtick.labelsize", "ytick.labelsize"), self.points(8))
         if self.font:
+            check_font(self.font)
             changed["font.family"] = self.font
         with matplotlib.rc_context(changed):
             yield
+
+
+def check_font(font: str) -> None:
+    """Raise ValueError, with similar names, if matplotlib has no font of this family."""
+    _matplotlib()
+    from matplotlib.font_manager import fontManager
+
+    generic = ("serif", "sans-serif", "cursive", "fantasy", "monospace")
+    known = {name.lower(): name for name in (*fontManager.get_font_names(), *generic)}
+    if font.lower() not in known:
+        near = get_close_matches(font.lower(), known, n=3, cutoff=0.4)
+        similar = ", ".join(known[name] for name in near) or ", ".join(generic)
+        raise ValueError(f"no font {font!r} is installed here; similar names: {similar}")
 
 
 _TRUETYPE = {"pdf.fonttype": 42, "ps.fonttype": 42}
@@ -139,7 +154,9 @@ class Plot:
         ax.set_ylabel(found.title)
         if labels == "direct":
             label_directly(ax, lines)
-        if ax.get_legend_handles_labels()[1]:
+            if ax.get_legend_handles_labels()[1]:  # of the limits
+                _legend_below(ax)
+        else:
             ax.legend()
         return ax
 
@@ -178,11 +195,22 @@ class Plot:
         ax.set_xlabel("prompt tokens, %")
         size = size_label(next(iter(shown.values())))
         ax.set_title(f"{self.result.trace}, {size} GiB")
-        height = ax.get_window_extent().height * 72 / ax.figure.dpi
-        label: Any = ax.xaxis.label
-        below = 4 * label.get_size() / height  # ticks and their label, then the legend
-        ax.legend(loc="upper center", bbox_to_anchor=(0.5, -below), ncols=2, frameon=False)
+        _legend_below(ax)
         return ax
+
+
+def _legend_below(ax: Any) -> None:
+    """Draw the legend below the label of the x axis, in one column if two are wider than the
+    axes."""
+    box = ax.get_window_extent()
+    # Ticks and their label, then the legend.
+    below = 4 * ax.xaxis.label.get_size() / (box.height * 72 / ax.figure.dpi)
+    for ncols in (2, 1):
+        legend = ax.legend(
+            loc="upper center", bbox_to_anchor=(0.5, -below), ncols=ncols, frameon=False
+        )
+        if legend.get_window_extent().width <= box.width:
+            break
 
 
 def _axes(ax: Axes | None) -> Any:
@@ -202,7 +230,7 @@ def _words(cause: str) -> str:
 def sweep_figure(
     results: Sequence[SweepRuns],
     path: Path | None,
-    words: str | Sequence[str] = "hit",
+    words: str | Sequence[str] | None = None,
     *,
     emphasised: Sequence[str] = (),
     caption: str = "",
@@ -210,8 +238,9 @@ def sweep_figure(
 ) -> Figure:
     """Draw metrics over the memory size: a panel per trace and metric, a line per competitor.
 
-    A panel of token hit rates is followed by one of shares of the best plan with hindsight, if
-    plans were computed. Plans and bounds are black lines. ``emphasised`` labels are drawn thick.
+    Without ``words``, a panel of token hit rates is followed by one of shares of the best plan with
+    hindsight, if plans were computed. Plans and bounds are black lines. ``emphasised`` labels are
+    drawn thick.
     """
     with style.applied():
         return _sweep_figure(results, path, words, emphasised, caption, style)
@@ -220,16 +249,16 @@ def sweep_figure(
 def _sweep_figure(
     results: Sequence[SweepRuns],
     path: Path | None,
-    words: str | Sequence[str],
+    words: str | Sequence[str] | None,
     emphasised: Sequence[str],
     caption: str,
     style: FigureStyle,
 ) -> Figure:
+    if words is None:
+        known = any(run.optimum_tokens for result in results for run in result.runs)
+        words = ("hit", "optimum") if known else "hit"
     words = [words] if isinstance(words, str) else list(words)
     style.check_names(results)
-    known = any(run.optimum_tokens for result in results for run in result.runs)
-    if known and "hit" in words and "optimum" not in words:
-        words.insert(words.index("hit") + 1, "optimum")
     count = len(words) * len(results)
     size = style.size or ((4.6, 3.5) if count == 1 else (3.4, 2.7))
     figure, axes = panels(count, columns=3 if len(words) % 2 else 2, size=size)

@@ -61,6 +61,7 @@ class Split:
         Raises ValueError if a field is missing, OSError if the file cannot be read.
         """
         source = resources.files(__package__) / "leaderboard.toml" if path is None else path
+        name = "leaderboard.toml" if path is None else str(path)
         try:
             read = tomllib.loads(source.read_text(encoding="utf-8"))
             gib = {trace: tuple(map(float, sizes)) for trace, sizes in read["gib"].items()}
@@ -70,14 +71,26 @@ class Split:
                 tuple(read["seeds"]),
                 gib,
             )
-        except (KeyError, AttributeError, TypeError, tomllib.TOMLDecodeError) as error:
-            raise ValueError(f"{source} is not a split: {error} (see leaderboard.toml)") from error
+        except KeyError as error:
+            raise ValueError(
+                f"{name}: the split has no {error.args[0]!r}; it needs model, seeds and a table "
+                "gib of sizes by trace, as in docs/how-to/leaderboard.md"
+            ) from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} is not a split ({error}); see docs/how-to/leaderboard.md"
+            ) from error
 
     def head(self, num_seeds: int | None, only: str = "") -> Split:
         """Return the split with its first seeds, and the traces with ``only`` in their name."""
         gib = {trace: sizes for trace, sizes in self.gib.items() if only in trace}
         if not gib:
             raise ValueError(f"no trace of the split contains {only!r}: {', '.join(self.gib)}")
+        if num_seeds is not None and not 1 <= num_seeds <= len(self.seeds):
+            raise ValueError(
+                f"--seeds must be from 1 to {len(self.seeds)}, the seeds of the split (got "
+                f"{num_seeds})."
+            )
         return Split(self.name, self.model, self.seeds[:num_seeds], gib)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -30,6 +31,9 @@ class Parser(argparse.ArgumentParser):
             # argparse accepts the beginning of a flag, too.
             unknown = [f for f in flags if not any(k.startswith(f.split("=")[0]) for k in known)]
             message = self._unknown(unknown) if unknown else message
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(found[1], re.findall(r"[^', ]+", found[2]), n=1)
+            message += f", did you mean {near[0]}?" if near else ""
         end = "" if message.endswith("?") else "."
         self.exit(2, f"{self.prog}: {message.rstrip('.')}{end} See `{self.prog} --help`.\n")
 

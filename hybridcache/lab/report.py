@@ -305,11 +305,13 @@ def tier_notes(result: SweepRuns) -> list[str]:
     notes = []
     if by_classes[True]:
         notes.append(
-            "priority classes (unreachable KV, superseded checkpoints, the rest): "
+            "evicted first: unreachable KV, then superseded checkpoints, then the policy's choice: "
             f"{', '.join(by_classes[True])}"
         )
     if by_classes[False]:
-        notes.append(f"no priority classes, the policy orders all: {', '.join(by_classes[False])}")
+        notes.append(
+            f"evicted: the policy's choice among all items: {', '.join(by_classes[False])}"
+        )
     return notes
 
 
@@ -380,14 +382,14 @@ def plan_notes(result: SweepRuns) -> list[str]:
         notes.append(f"best plan: the optimum is at most {100 * max(gaps):.1f} % above it")
     else:
         notes.append(
-            "best plan: the best found, not the optimum (--optimum lp proves how far above it can "
-            "be)"
+            "best plan: a clairvoyant greedy's, not the optimum (--optimum lp proves how far above "
+            "it can be)"
         )
     by_greedy = sum(solver == "greedy" for solver in result.plans_by.values())
-    if by_greedy:
+    if by_greedy and gaps:  # a solver ran too
         notes[0] += (
-            f"; a clairvoyant greedy's at {by_greedy} of {len(result.plans_by)} sizes"
-            ", where no solver bettered it"
+            f"; at {by_greedy} of {len(result.plans_by)} sizes it is a clairvoyant greedy's, which "
+            "the solver did not improve"
         )
     if any(map(above_plan, planned)):
         notes.append(

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from difflib import get_close_matches
 from functools import partial
 from math import isfinite
 from typing import Any, NamedTuple
@@ -267,8 +268,10 @@ def _maker(what: str, table: Mapping[str, Entry], text: str) -> Callable[[], Any
     if entry is None:
         if colon:
             return None
+        near = get_close_matches(name.lower(), table, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ";"
         raise ValueError(
-            f"unknown {what} {name!r}; known: {', '.join(known_names(table))}, or module:Class"
+            f"unknown {what} {name!r}{hint} known: {', '.join(known_names(table))}, or module:Class"
         )
     if not colon and not entry.example:
         make: Callable[[], Any] = entry.make

@@ -16,6 +16,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +42,8 @@ from hybridcache.policies.protocol import (
 
 MAX_OUTSIDE = 50
 """Number of positions outside of every prompt after which a warning is issued."""
+MAX_WITHOUT = 50
+"""Number of calls of ``victim`` without any result after which a warning is issued."""
 OURS = "hybridcache.policies."
 """Package prefix of built-in policies, which need no guard."""
 
@@ -146,6 +149,9 @@ class GuardedEviction(_Guarded, EvictionPolicy):
     def __init__(self, label: str, policy: EvictionPolicy) -> None:
         super().__init__(label, policy)
         self._held: dict[Item, None] = {}
+        self._num_without: int | None = 0
+        """Number of calls so far, all without a victim although there were candidates. None after
+        the first victim or the warning."""
         self.orders_classes = bool(policy.orders_classes)
 
     @property
@@ -197,6 +203,8 @@ class GuardedEviction(_Guarded, EvictionPolicy):
 
     def _victim(self, kind: Kind | None) -> Item | None:
         victim: Item | None = self._policy.victim(kind)
+        if self._num_without is not None:
+            self._watch(victim, kind)
         if victim is None or (victim in self._held and kind in (None, victim.kind)):
             return victim
         raise PolicyError(
@@ -204,6 +212,22 @@ class GuardedEviction(_Guarded, EvictionPolicy):
             "that kind; "
             "return an item that was added and not discarded since, or None"
         )
+
+    def _watch(self, victim: Item | None, kind: Kind | None) -> None:
+        """Warn once if none of the first ``MAX_WITHOUT`` calls has a victim."""
+        assert self._num_without is not None
+        if victim is not None:
+            self._num_without = None
+        elif any(kind in (None, item.kind) for item in self._held):
+            self._num_without += 1
+            if self._num_without == MAX_WITHOUT:
+                self._num_without = None
+                warnings.warn(
+                    f"{self._label!r}: victim returned None {MAX_WITHOUT} times although there "
+                    "were candidates, so nothing is evicted and new entries are not kept; return "
+                    "one of the items that were added",
+                    stacklevel=2,
+                )
 
 
 class GuardedAdmission(_Guarded, AdmissionPolicy):
@@ -374,7 +398,7 @@ def _imports(module_name: str, text: str) -> set[str]:
     spec = getattr(sys.modules.get(module_name), "__spec__", None)
     is_package = spec is not None and spec.submodule_search_locations is not None
     package = module_name if is_package else module_name.rpartition(".")[0]
-    names = set()
+    names: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
@@ -484,11 +508,30 @@ def _made(own: OwnPolicy, protocol: type[Any]) -> Any:
             f"{own.label!r}: it cannot be created ({type(error).__name__}: {error}){hint}"
         ) from error
     _refuse_unfit(own, type(policy), protocol)
+    _warn_of_misspelled(own.label, type(policy))
     if isinstance(policy, ScorePolicy | SampledPolicy) and not hasattr(policy, "now"):
         raise ValueError(
             f"{own.label!r}: the __init__ of {type(policy).__name__} must call super().__init__()"
         )
     return policy
+
+
+def _warn_of_misspelled(label: str, found: type[Any]) -> None:
+    """Warn if a user's class has a name that is nearly, and not quite, one of its base classes."""
+    ours = [base for base in found.__mro__ if base.__module__.startswith(OURS)]
+    theirs = [base for base in found.__mro__ if base not in (*ours, object)]
+    own = {name for base in theirs for name in vars(base)}
+    known = {name for base in ours for name in vars(base) if not name.startswith("_")}
+    for name in sorted(own - known):
+        if name.startswith("_"):
+            continue
+        near = get_close_matches(name, known - own, n=1, cutoff=0.85)
+        if near:
+            warnings.warn(
+                f"{label!r}: {found.__name__} has an attribute {name!r}, which has no effect; did "
+                f"you mean {near[0]!r}?",
+                stacklevel=2,
+            )
 
 
 def _blame(label: str, policy: object, method: str, error: Exception) -> NoReturn:

@@ -26,7 +26,7 @@ from hybridcache.lab.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.generators import chat, resend, short
 from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import METRICS, optimum_table
-from hybridcache.lab.simulation.simulate import simulate
+from hybridcache.lab.simulation.simulate import optimum, simulate
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.registry import eviction_names, placement_names
@@ -164,11 +164,11 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
             ["simulate", "--trace", "chat", "--policy", "json:JSONDecoder"],
             "it does not implement EvictionPolicy",
         ),
-        (["simulate", "--trace", "chat", "--gib", "0"], "sizes '0'"),
-        (["simulate", "--trace", "chat", "--gib", "-1"], "sizes '-1'"),
-        (["simulate", "--trace", "chat", "--gib", "inf"], "sizes 'inf'"),
-        (["simulate", "--trace", "chat", "--gib", "nan"], "sizes 'nan'"),
-        (["simulate", "--trace", "chat", "--gib", "1:2:0"], "sizes '1:2:0'"),
+        (["simulate", "--trace", "chat", "--gib", "0"], "--gib '0'"),
+        (["simulate", "--trace", "chat", "--gib", "-1"], "--gib '-1'"),
+        (["simulate", "--trace", "chat", "--gib", "inf"], "--gib 'inf'"),
+        (["simulate", "--trace", "chat", "--gib", "nan"], "--gib 'nan'"),
+        (["simulate", "--trace", "chat", "--gib", "1:2:0"], "--gib '1:2:0'"),
         (["simulate", "--trace", "chat", "--gib", "2:1:3"], "(low first)"),
         (["simulate", "--trace", "chat", "--gib", "1e12"], "int32 can number"),
         *(
@@ -176,8 +176,8 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
             for command in (["simulate"], ["optimum"], ["advise", "--gib", "1"])
             for flag in ("--host-gib", "--disk-gib")
         ),
-        (["simulate", "--trace", "chat", "--gib", "1e300"], "sizes '1e300': GiB above 0, below"),
-        (["advise", "--trace", "chat", "--gib", "1e300"], "sizes 1e+300: GiB above 0, below"),
+        (["simulate", "--trace", "chat", "--gib", "1e300"], "--gib '1e300': GiB above 0, below"),
+        (["advise", "--trace", "chat", "--gib", "1e300"], "--gib 1e+300: GiB above 0, below"),
         (["optimum", "--trace", "chat", "--gib", "1:1e300:3"], "GiB above 0, below 1.1e+15"),
         (["simulate", "--trace", "chat", "--gib", "1:2:100000000"], "they are more than 1000"),
         (["simulate", "--trace", "chat", "--memory", "pools"], "give --kv-share between 0 and 1"),
@@ -197,7 +197,7 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
         (["trace", "stats", "chat?head=0"], "there is no request in it"),
         (["simulate", "--trace", SAMPLE, "--grid", "100"], "grid 100 must divide"),
         (["advise", "--trace", "chat?head=0", "--gib", "1"], "chat: there is no request in it"),
-        (["advise", "--trace", "chat", "--gib", "0"], "sizes 0.0"),
+        (["advise", "--trace", "chat", "--gib", "0"], "--gib 0.0"),
         (
             ["advise", "--trace", "chat", "--gib", "1", "--state-dtypes", "int4"],
             "'int4' is none of",
@@ -216,6 +216,18 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
             for command in (["simulate", "--trace", "chat"], ["optimum", "--trace", "chat"])
         ),
         (["simulate", "--trace", "chat?seed=x"], "option 'seed' needs a whole number"),
+        (["simulate", "--trace", "chat?haed=9"], "'haed'; did you mean 'head'? It has seed, bound"),
+        (["simulate", "--trace", "csv:no.csv"], "'csv:no.csv': there is no file no.csv"),
+        (["simulate", "--trace", "chat", "--gib", "1,0,2"], "--gib '1,0,2': GiB above 0"),
+        (["optimum", "--trace", "chat", "--gib", "1,-3"], "are needed (-3 is not)"),
+        (["simulate", "--trace", "chat", "--figure", "no/f.png"], "there is no folder no"),
+        (["simulate", "--trace", "chat", "--page", "log.csv"], "name an .html file"),
+        (["simulate", "--trace", "chat", "--figure-size", "3x2"], "name its file with --figure"),
+        (["optimum", "--trace", "chat", "--no-figure-notes"], "--no-figure-notes is about a fig"),
+        (
+            ["simulate", "--trace", "chat", "--figure", "f.png", "--figure-font", "DejaVu Sanz"],
+            "no font 'DejaVu Sanz' is installed here; similar names: DejaVu Sans",
+        ),
     ],
 )
 def test_what_can_not_be_done_is_one_sentence(
@@ -369,7 +381,10 @@ RESULTS_TO = {
 
 @pytest.mark.parametrize("command", RESULTS_TO.values(), ids=RESULTS_TO)
 def test_a_file_that_holds_no_results_is_never_written_to(
-    command: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     short_split = 'model = "qwen3-next"\nseeds = [1]\n[gib]\n"short?head=20" = [0.5]\n'
@@ -416,12 +431,38 @@ def test_optimum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     ] * 2
 
 
+def test_the_optimum_says_how_long_it_may_take(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["simulate", "--trace", "short?head=20", "--gib", "1,2,4"]
+    code, _, error = run(capsys, *words, "--optimum", "lp")
+    assert code == 0 and error.startswith(
+        "hybridcache: best plans: lp, at most about 3 min (60 s a"
+    )
+    assert run(capsys, *words, "--optimum", "greedy")[2] == ""
+
+
+def test_the_builtin_model_of_the_engine_is_a_model_here(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["simulate", "--trace", "short?head=20", "--gib", "0.01", "--model", "builtin"]
+    code, out, _ = run(capsys, *words)
+    assert code == 0 and out.startswith("short, builtin: 20 requests")
+    code, out, _ = run(capsys, "advise", *words[1:])
+    assert code == 0 and "engine serve --model builtin --cache-gib 0.01" in out
+    monkeypatch.setattr("hybridcache.lab.simulation.simulate.find_spec", lambda _: None)
+    code, out, error = run(capsys, *words)
+    assert code == 2 and "--model builtin is part of the engine, which is not installed" in error
+
+
 def test_share_of_the_optimum() -> None:
+    for argument, function in (("optimum", simulate), ("method", optimum)):
+        with pytest.raises(ValueError, match=f"{argument} must be one of milp, lp, greedy"):
+            function("short?head=60", gib=1, **{argument: "gredy"})
     result = simulate("short?head=60", gib=(1, 8), optimum="greedy")
     for run_ in result.runs:
         assert run_.share_of_optimum is not None and run_.share_of_optimum > 0
     table = result.table("optimum")
-    assert "% of best plan" in table and "not the optimum" in table and "2 of 2 sizes" in table
+    assert "% of best plan" in table and "greedy's, not the optimum" in table
+    assert "solver" not in table, "none ran"
     assert "best plan:" not in result.table("hit")
     assert "(with hindsight)" in result.table() and "(with hindsight)" not in result.table("flops")
 

@@ -68,10 +68,30 @@ def test_an_own_policy_stands_on_the_board(
 
 
 @pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ('model = "qwen3-next"\nseeds = [1]\n', "my.toml: the split has no 'gib'; it needs"),
+        ("seeds = [1]\n[gib]\nshort = [1]\n", "my.toml: the split has no 'model'"),
+        ('model = "m"\nseeds = 3\n[gib]\nshort = [1]\n', "my.toml is not a split"),
+        ('model = "m"\nseeds = [1]\n[gib]\nshort = ["x"]\n', "my.toml is not a split"),
+        ("model = ", "my.toml is not a split"),
+    ],
+)
+def test_a_split_that_cannot_be_read_is_named_with_its_fault(
+    text: str, error: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "my.toml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=error):
+        Split.load(path)
+
+
+@pytest.mark.parametrize(
     ("arguments", "error"),
     [
         (["--only", "nowhere"], "no trace of the split contains 'nowhere'"),
-        (["--seeds", "0"], "--seeds must be at least 1 (got 0)."),
+        (["--seeds", "0"], "--seeds must be from 1 to 10, the seeds of the split (got 0)."),
+        (["--seeds", "20"], "(got 20)."),
         (["none:Such", "--seeds", "1", "--only", "short"], "'none:Such': no module 'none'"),
         (["--split", "absent.toml"], "absent.toml: No such file"),
     ],

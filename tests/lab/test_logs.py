@@ -245,6 +245,27 @@ def test_columns_of_a_csv_file_are_named_and_unknown_ones_are_not_silent(tmp_pat
     assert len(list(trace)) == 2
 
 
+@pytest.mark.parametrize("column", ["tenant", "namespace", "customer"])
+def test_tenants_of_a_csv_file_share_nothing(tmp_path: Path, column: str) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text(f"time,prompt,{column}\n0,same,a\n1,same,b\n2,same,a\n3,same,\n")
+    option = "&tenant=customer" if column == "customer" else ""
+    found = [one.namespace for one in open_trace(f"csv:{path}?tokenizer=bytes{option}")]
+    assert found[0] == found[2] and len(set(found)) == 3 and found[3] is None
+
+
+def test_a_csv_file_with_semicolons_is_one_sentence_that_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    path.write_text("time;prompt\n0;hello\n")
+    for spec in (f"{path}?tokenizer=bytes", f"csv:{path}", f"csv:{path}?prompt=prompt"):
+        with pytest.raises(ValueError, match=r"log\.csv: its columns are separated by semicolons"):
+            open_trace(spec)
+    path.write_text("time,prompt\n0,hello; and;\n")
+    assert len(list(open_trace(f"{path}?tokenizer=bytes"))) == 1
+    with pytest.raises(ValueError, match="there is no column 'ask'"):  # before the tokenizer
+        open_trace(f"csv:{path}?prompt=ask")
+
+
 def test_counts_are_no_prompts(tmp_path: Path) -> None:
     path = tmp_path / "counts.csv"
     path.write_text("time,session,prompt_tokens,output_tokens\n0,a,950,80\n4,a,1157,68\n")

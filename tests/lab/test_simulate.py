@@ -372,10 +372,10 @@ def test_a_result_says_what_it_is_of(tmp_path: Path) -> None:
     assert config.times.startswith("a roofline of")
     assert [run.config.priority_classes for run in result.runs] == [True, False]
     assert (
-        "priority classes (unreachable KV, superseded checkpoints, the rest): sieve\n"
-        in result.table()
+        "evicted first: unreachable KV, then superseded checkpoints, then the policy's choice: "
+        "sieve\n" in result.table()
     )
-    assert "no priority classes, the policy orders all: survival" in result.table()
+    assert "evicted: the policy's choice among all items: survival" in result.table()
 
 
 def test_traces_that_differ_have_different_names_in_full() -> None:
@@ -668,6 +668,16 @@ def test_plots_draw_on_the_axes_and_in_the_style_of_the_user(small: SimulationRe
     before = pyplot.get_fignums()
     assert small.plot.capacity(metric="ttft-p50").get_ylabel() == "TTFT P50, ms"
     assert len(pyplot.get_fignums()) == len(before) + 1
+    pyplot.close("all")
+    planned = simulate("short?head=40", gib=(1, 2), policy="lru", optimum="greedy")
+    assert len(planned.figure(metric="hit").axes) == 1, "the argument is honoured"
+    assert len(planned.figure().axes) == 2
+    _, axis = pyplot.subplots(figsize=(3.3, 2.2), layout="constrained")
+    planned.plot.capacity(axis, labels="direct")
+    axis.figure.draw_without_rendering()
+    legend = axis.get_legend().get_window_extent()
+    assert not legend.overlaps(axis.get_window_extent()), "the legend covers data"
+    assert legend.x0 >= -1 and legend.y0 >= -1 and legend.x1 <= axis.figure.bbox.x1
     pyplot.close("all")
 
 

@@ -570,6 +570,44 @@ def test_a_class_without_a_file_runs_but_is_not_kept(
         simulate("short?head=9", gib=1, policy=own, resume_from=tmp_path / "runs.jsonl")
 
 
+class Stingy(FIFO):
+    def victim(self, kind: str | None) -> Item | None:
+        return None
+
+
+class Misspelled(LRU):
+    orders_class = False
+
+    def on_ghost_hits(self, item: Item) -> None:
+        pass
+
+
+def test_a_policy_that_evicts_nothing_and_names_without_effect_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="victim returned None 50 times although") as told:
+        simulate("short?head=60", gib=0.3, policy=Stingy, bound=False)
+    assert len({str(one.message) for one in told}) == 1
+    with pytest.warns(UserWarning, match="which has no effect") as told:
+        simulate("short?head=9", gib=1, policy=Misspelled, bound=False)
+    said = {str(one.message).partition("has an attribute ")[2] for one in told}
+    assert said == {
+        "'orders_class', which has no effect; did you mean 'orders_classes'?",
+        "'on_ghost_hits', which has no effect; did you mean 'on_ghost_hit'?",
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simulate("short?head=60", gib=0.3, policy=[Deepest, Weighted, InTiers], bound=False)
+
+
+def test_an_unknown_name_is_told_the_most_similar_one() -> None:
+    for name, near in (("lur", "lru"), ("LRU", "lru"), ("Survival", "survival")):
+        with pytest.raises(ValueError, match=f"{name!r}, did you mean {near!r}"):
+            make_eviction(name)
+    with pytest.raises(ValueError, match="did you mean 'adaptive'"):
+        parse_placement("branch,adaptiv")
+    with pytest.raises(ValueError, match="unknown eviction policy 'xyzzy'; known: lru"):
+        make_eviction("xyzzy")
+
+
 def test_a_placement_that_never_lies_in_a_prompt_is_warned_of_once() -> None:
     with pytest.warns(UserWarning, match="none of its first 50 positions can be saved at") as told:
         simulate("short", gib=1, checkpoints=Beyond, bound=False)

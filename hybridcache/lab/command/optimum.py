@@ -11,7 +11,7 @@ from hybridcache.lab.command.shared import (
     add_figure_style,
     add_tiers,
     check_figure,
-    figure_style,
+    longest_time,
     opened,
     share,
     tiers_asked,
@@ -53,32 +53,33 @@ def add_optimum(commands: Commands) -> None:
 
 
 def _optimum(options: argparse.Namespace) -> int:
-    from hybridcache.geometry.model import ModelGeometry
     from hybridcache.lab.figures import optimum_figure
     from hybridcache.lab.progress import shown_progress
     from hybridcache.lab.report import optimum_table
     from hybridcache.lab.simulation.grid import check_results_file
-    from hybridcache.lab.simulation.simulate import optimum
+    from hybridcache.lab.simulation.simulate import default_method, load_model, optimum
     from hybridcache.lab.simulation.sizes import sizes
 
-    check_figure(options.figure)
-    style = figure_style(options)
-    model = ModelGeometry.load(options.model).name
+    style = check_figure(options)
+    model = load_model(options.model).name
     points = sizes(options.gib)
     tiers = tiers_asked(options)
+    has_tiers = bool(tiers["host_gib"] or tiers["disk_gib"])
+    method = options.method or default_method(has_tiers, options.counts_running)
     trace = opened(options.trace, options)
     if options.output:
         check_results_file(options.output, trace)
     trace = trace.kept()
     plans = []
-    with shown_progress(None, "sizes", options.trace) as show:
+    name = f"{options.trace}, {longest_time(method, len(points), options.limit)}"
+    with shown_progress(None, "sizes", name) as show:
         for done, size in enumerate(points):
             show(done, len(points))
             [best] = optimum(
                 trace,
                 model=options.model,
                 gib=size,
-                method=options.method,
+                method=method,
                 placement=options.placement,
                 relative_gap=options.gap,
                 limit_s=options.limit,

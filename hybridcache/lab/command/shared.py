@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, cast
 
 from hybridcache.config import GRID
@@ -24,7 +23,7 @@ TRACE_HELP = (
 
 SHARED: dict[str, dict[str, Any]] = {
     "--trace": {"required": True, "help": TRACE_HELP},
-    "--model": {"default": MODEL, "help": "a preset's name, or the path of a config.json"},
+    "--model": {"default": MODEL, "help": "a preset's name, builtin, or the path of a config.json"},
     "--gib": {"default": GIB_SPEC, "help": "memory: low:high:points (log-spaced), or a,b,c"},
     "--grid": {
         "type": int,
@@ -69,6 +68,13 @@ def add_tiers(parser: argparse.ArgumentParser) -> None:
         )
         parser.add_argument(f"--{word}-gib", type=float, default=0.0, help=size)
         parser.add_argument(f"--{word}-gb-s", type=float, help=speed)
+
+
+def longest_time(method: str, num_sizes: int, limit_s: float) -> str:
+    """Describe how long the solver of the optimum may take. The greedy plan has no limit."""
+    if method == "greedy":
+        return method
+    return f"{method}, at most about {num_sizes * limit_s / 60:.2g} min ({limit_s:g} s a size)"
 
 
 class Tiers(TypedDict):
@@ -121,10 +127,35 @@ def split(words: str) -> tuple[str, ...]:
     return tuple(filter(None, split_specs(words)))
 
 
-def check_figure(path: Path | None) -> None:
-    """Raise ValueError unless a figure can be written to the file."""
-    if path is not None and path.suffix not in (".png", ".svg", ".pdf"):
+def check_figure(options: argparse.Namespace) -> FigureStyle:
+    """Return the look of the figures that were asked for.
+
+    Raises ValueError if no figure can be written to the file of ``--figure``, if a look is invalid,
+    or if there is a look without a figure.
+    """
+    style, path = figure_style(options), options.figure
+    if path is None:
+        for flag, default in FIGURE_LOOK.items():
+            if getattr(options, flag.removeprefix("--").replace("-", "_")) != default:
+                said = flag.replace("--", "--no-") if default is True else flag
+                raise ValueError(f"{said} is about a figure: name its file with --figure")
+    elif path.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--figure {path}: its name must end in .png, .svg or .pdf")
+    elif not path.parent.is_dir():
+        raise ValueError(f"--figure {path}: there is no folder {path.parent}")
+    return style
+
+
+FIGURE_LOOK: dict[str, Any] = {
+    "--figure-size": None,
+    "--figure-font": "",
+    "--figure-font-size": 9.0,
+    "--figure-labels": "legend",
+    "--figure-name": None,
+    "--figure-titles": True,
+    "--figure-notes": True,
+}
+"""Options for the look of figures, and their defaults."""
 
 
 def add_figure_style(parser: argparse.ArgumentParser) -> None:
@@ -160,8 +191,8 @@ def add_figure_style(parser: argparse.ArgumentParser) -> None:
 
 
 def figure_style(options: argparse.Namespace) -> FigureStyle:
-    """Return the look of figures that was asked for. ValueError for an invalid size."""
-    from hybridcache.lab.figures import FigureStyle
+    """Return the look of figures that was asked for. ValueError for an invalid size or font."""
+    from hybridcache.lab.figures import FigureStyle, check_font
 
     size = None
     if options.figure_size is not None:
@@ -183,6 +214,8 @@ def figure_style(options: argparse.Namespace) -> FigureStyle:
         if not is_given:
             raise ValueError(f"--figure-name {renamed}: write LABEL=NAME, as in 'lru=LRU'")
         names[label] = name
+    if options.figure_font:
+        check_font(options.figure_font)
     return FigureStyle(
         size,
         options.figure_font,

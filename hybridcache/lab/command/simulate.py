@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hybridcache.lab.command.shared import (
+    FIGURE_LOOK,
     TRACE_HELP,
     add_figure_style,
     add_tiers,
     check_figure,
     figure_style,
+    longest_time,
     opened,
     share,
     split,
     tiers_asked,
 )
-from hybridcache.lab.defaults import GIB_SPEC
+from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S
 
 if TYPE_CHECKING:
     from hybridcache.lab.command.shared import Commands
@@ -158,13 +161,7 @@ ALONE = {
     "--metric": "hit",
     "--max-running": None,
     "--figure": None,
-    "--figure-size": None,
-    "--figure-font": "",
-    "--figure-font-size": 9.0,
-    "--figure-labels": "legend",
-    "--figure-name": None,
-    "--figure-titles": True,
-    "--figure-notes": True,
+    **FIGURE_LOOK,
     "--servers": 1,
     "--bound": True,
     "--priority-classes": True,
@@ -209,8 +206,7 @@ def _simulate_closed_loop(options: argparse.Namespace) -> int:
             raise ValueError(f"{flag} has no meaning with --closed-loop: leave it out")
     if options.replicas is not None:
         raise ValueError("--replicas has no meaning with --closed-loop: leave it out")
-    check_figure(options.figure)
-    style = figure_style(options)
+    style = check_figure(options)
     asked: dict[str, Any] = {
         "gib": None if options.gib == GIB_SPEC else options.gib,
         "policy": split(options.policy),
@@ -247,6 +243,7 @@ def _simulate(options: argparse.Namespace) -> int:
     _refuse_without_replicas(options)
     from hybridcache.lab.report import bins_table, find_metric, losses_table
     from hybridcache.lab.simulation.simulate import simulate
+    from hybridcache.lab.simulation.sizes import sizes
 
     metrics = options.metric.split(",")
     for word in metrics:
@@ -254,10 +251,17 @@ def _simulate(options: argparse.Namespace) -> int:
     known = options.optimum or (options.output and options.output.exists())
     if "optimum" in metrics and not known:
         raise ValueError("--metric optimum needs a plan: add --optimum greedy, lp or milp")
-    check_figure(options.figure)
-    figure_style(options)
+    check_figure(options)
     if options.page and len(options.trace) > 1:
         raise ValueError("--page shows the runs of one trace: name one")
+    if options.page and (options.page.suffix != ".html" or not options.page.parent.is_dir()):
+        raise ValueError(f"--page {options.page}: name an .html file in a folder that exists")
+    if options.optimum not in (None, "greedy"):
+        num_plans = len(options.trace) * len(sizes(options.gib))
+        print(
+            f"hybridcache: best plans: {longest_time(options.optimum, num_plans, LIMIT_S)}",
+            file=sys.stderr,
+        )
     results: list[SimulationResult] = []
     drawn: list[Path] = []
     for spec in options.trace:

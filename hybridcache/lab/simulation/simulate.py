@@ -18,9 +18,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from hybridcache.config import GRID
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
@@ -29,6 +30,7 @@ from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, de
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.baselines import HOST_TIERS
 from hybridcache.lab.defaults import GIB_SPEC, LIMIT_S, MODEL, RELATIVE_GAP
+from hybridcache.lab.extras import install_command
 from hybridcache.lab.infinite import InfiniteCache
 from hybridcache.lab.optimum.plan import LowerBudget
 from hybridcache.lab.optimum.price import lower_budgets
@@ -56,6 +58,9 @@ if TYPE_CHECKING:
 
     from hybridcache.lab.figures import FigureStyle, Plot
 
+
+BUILTIN = "builtin"
+"""Name of the engine's built-in model, which is no preset of the cache."""
 
 Words = str | Sequence[str]
 Policy = EvictionSpec | PlacementSpec
@@ -132,10 +137,11 @@ class SimulationResult(Rows, SweepRuns):
     def figure(
         self,
         path: str | Path | None = None,
-        metric: Words = "hit",
+        metric: Words | None = None,
         style: FigureStyle | None = None,
     ) -> Figure:
-        """Draw metrics over the sizes, a panel each. The figure is also written to ``path`` (PNG,
+        """Draw metrics over the sizes, a panel each; by default the token hit rate, and its share
+        of the best plan if the result has plans. The figure is also written to ``path`` (PNG,
         SVG or PDF), if there is one. ``style`` has the size, fonts and names."""
         from hybridcache.lab.figures import DEFAULT_STYLE, sweep_figure
 
@@ -255,7 +261,7 @@ class Sweep:
         """Return the model, with states of the precision asked for."""
         found = self.model
         if isinstance(found, str):
-            found = ModelGeometry.load(found, checkpoint_dtype=self.checkpoint_dtype)
+            found = load_model(found, checkpoint_dtype=self.checkpoint_dtype)
         if found.num_linear_layers and self.state_dtype is not None:
             return found.with_state_dtype(self.state_dtype)
         return found
@@ -320,6 +326,22 @@ class Sweep:
         return found
 
 
+def load_model(name: str, **dtypes: str) -> ModelGeometry:
+    """Return the model of ``--model``: see ``ModelGeometry.load``, and the engine's ``builtin``.
+
+    Raises the errors of ``ModelGeometry.load``; ValueError if the engine is not installed.
+    """
+    if name == BUILTIN and not Path(name).exists():
+        engine = find_spec("engine")
+        if engine is None or engine.origin is None:
+            raise ValueError(
+                f"--model {name} is part of the engine, which is not installed: "
+                f"{install_command('engine')}"
+            )
+        name = str(Path(engine.origin).parent / "models" / BUILTIN)
+    return ModelGeometry.load(name, **dtypes)
+
+
 def simulate(
     trace: str | Trace,
     *,
@@ -353,7 +375,8 @@ def simulate(
     """Run every policy with every placement, and every baseline, at every size.
 
     - ``trace``: a trace, or a specification that ``open_trace`` reads.
-    - ``model``: name of a preset, path of a config.json, or a geometry.
+    - ``model``: name of a preset, path of a config.json, ``builtin`` (the engine's own model), or a
+      geometry.
     - ``gib``: memory for KV and states together; ``low:high:points``, a list, or one number.
     - ``policy``: eviction policies: names, ``module:Class(alpha=2)``, classes, functions that make
       a policy, or policies.
@@ -408,6 +431,8 @@ def simulate(
         max_running=max_running,
         times=times,
     )
+    if optimum is not None:
+        _check_method("optimum", optimum)
     geometry = sweep.geometry()
     serving = sweep.serving(geometry)
     competitors = sweep.competitors(geometry)
@@ -483,10 +508,16 @@ def optimum(
         state_dtype=state_dtype,
         checkpoint_dtype=checkpoint_dtype,
     )
+    if method is not None:
+        _check_method("method", method)
+    if placement not in get_args(Placement):
+        raise ValueError(
+            f"placement must be {' or '.join(get_args(Placement))} (got {placement!r})."
+        )
     geometry = sweep.geometry()
     lower = sweep.lower_budgets(geometry)
     points = sizes(gib)
-    default: Method = "greedy" if counts_running else "lp" if lower else "milp"
+    method = method or default_method(bool(lower), counts_running)
     plans = []
     with shown_progress(progress, "sizes", opened.name) as show:
         for done, size in enumerate(points):
@@ -498,7 +529,7 @@ def optimum(
                     kv_bytes_per_token=geometry.kv_bytes_per_token,
                     state_bytes=geometry.state_bytes,
                     grid=grid,
-                    method=method or default,
+                    method=method,
                     placement=placement,
                     relative_gap=relative_gap,
                     limit_s=limit_s,
@@ -508,6 +539,18 @@ def optimum(
             )
         show(len(points), len(points))
     return OptimumResult(tuple(plans))
+
+
+def default_method(has_tiers: bool, counts_running: bool) -> Method:
+    """Return the method of ``optimum`` if none is named."""
+    return "greedy" if counts_running else "lp" if has_tiers else "milp"
+
+
+def _check_method(argument: str, method: str) -> None:
+    """Raise ValueError, which names the argument, for an unknown method."""
+    if method not in get_args(Method):
+        known = ", ".join(get_args(Method))
+        raise ValueError(f"{argument} must be one of {known} (got {method!r}).")
 
 
 def _with_bound(result: SimulationResult, trace: Trace) -> SimulationResult:

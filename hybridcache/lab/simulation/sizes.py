@@ -28,10 +28,12 @@ def sizes(spec: str | float | Sequence[float]) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if len(found) > MOST_POINTS:
-        raise ValueError(f"sizes {shown(spec)}: they are more than {MOST_POINTS}")
-    if not found or not all(0 < gib < TOO_LARGE_GIB for gib in found):
+        raise ValueError(f"--gib {shown(spec)}: they are more than {MOST_POINTS}")
+    wrong = next((gib for gib in found if not 0 < gib < TOO_LARGE_GIB), None)
+    if not found or wrong is not None:
+        which = "" if wrong is None or len(found) == 1 else f" ({wrong:g} is not)"
         raise ValueError(
-            f"sizes {shown(spec)}: GiB above 0, below {TOO_LARGE_GIB:.2g} are needed, as "
+            f"--gib {shown(spec)}: GiB above 0, below {TOO_LARGE_GIB:.2g} are needed{which}, as "
             "low:high:points (low first), as a,b,c or as numbers"
         )
     return found

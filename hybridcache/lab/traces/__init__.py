@@ -13,9 +13,11 @@ generator with options.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
@@ -114,8 +116,7 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
     parameters = inspect.signature(generator).parameters
     for name in options:
         if name not in parameters:
-            known = ", ".join(parameters)
-            raise ValueError(f"generator {word} has no option {name!r}; it has {known}")
+            raise _no_option(f"generator {word}", name, parameters)
     values = {}
     for name, value in options.items():
         parameter = parameters[name]
@@ -126,6 +127,14 @@ def _generated(word: str, options: Mapping[str, str]) -> Trace:
     facts = {name: values.get(name, part.default) for name, part in parameters.items()}
     facts = {name: str(fact).lower() for name, fact in facts.items()}
     return replace(generator(**values), recipe=f"{word}?{urlencode(facts)}")
+
+
+def _no_option(owner: str, name: str, known: Iterable[str]) -> ValueError:
+    """Return the error for an unknown option, with the most similar one."""
+    options = [*known, "head"]
+    near = get_close_matches(name, options, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return ValueError(f"{owner} has no option {name!r}; {hint}It has {', '.join(options)}.")
 
 
 def _value(kind: str, name: str, value: str) -> Any:
@@ -171,6 +180,8 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         path = Path(place)
         if not place:
             raise ValueError(f"{rest!r} contains no file name; write {word}:FILE")
+        if not path.exists():
+            raise FileNotFoundError(f"no trace {rest!r}: there is no file {place}")
     else:
         path = Path(rest)
         if path.is_dir():
@@ -196,16 +207,18 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
         elif name in known and name not in ("path", "bad", "pauses"):
             values[name] = _value(known[name], name, value)
         else:
-            raise ValueError(f"format {word} has no option {name!r}")
+            named = ["pause" if field == "pauses" else field for field in known]
+            options_known = [field for field in named if field not in ("path", "bad")]
+            raise _no_option(f"format {word}", name, options_known)
     reader: TraceReader = reader_class(path=path, bad=bad, **values)
     unit = reader.unit
     if unit < 1:
         raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
+    columns = reader.describe() if isinstance(reader, CsvReader) else ""
     counted_by = getattr(reader, "tokenizer", None)
     if counted_by == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
-    columns = reader.describe() if isinstance(reader, CsvReader) else ""
     return Trace(path.name.split(".")[0], unit, reader, bad, counted_by or "", recipe, columns)
 
 
@@ -217,6 +230,8 @@ def recognise(path: Path) -> str:
         head = file.read(4096).lstrip()
     if b'"resourceSpans"' in head:  # one object, possibly on many lines
         return OtelReader.word
+    if re.match(rb'"?[A-Za-z][^{}\[\]:,\n]*;[^{}\[\],\n]*\n', head):
+        raise ValueError(f"{path}: its columns are separated by semicolons: use commas")
     records = json_array if head.startswith(b"[") else json_lines
     is_csv = looks_like_csv(head)
     if is_csv:

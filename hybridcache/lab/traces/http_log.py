@@ -76,7 +76,7 @@ COLUMNS = {
     "length": ("output_tokens", "completion_tokens", "answer_tokens", "output_length", *LENGTHS),
     "model": ("model",),
     "system": ("system",),
-    "cache_salt": ("cache_salt",),
+    "tenant": ("cache_salt", "tenant", "tenant_id", "namespace"),
     "status": STATUSES,
 }
 """Fields of a CSV file and the names of columns that contain them, the first present one counts."""
@@ -137,11 +137,13 @@ class CsvReader(HttpLogReader):
     word: ClassVar[str] = "csv"
     is_csv: ClassVar[bool] = True
     prompt: str = ""
-    """Name of the column of prompts in a file with other names; so are the next four."""
+    """Name of the column of prompts in a file with other names; so are the next five."""
     time: str = ""
     session: str = ""
     answer: str = ""
     length: str = ""
+    tenant: str = ""
+    """Column of tenants, who share nothing."""
 
     @staticmethod
     def recognises(record: Record) -> bool:
@@ -158,6 +160,8 @@ class CsvReader(HttpLogReader):
         first = next(rows, (0, None))[1]
         if first is None:
             return ""
+        if len(first) == 1 and ";" in next(iter(first)):
+            raise ValueError(f"{self.path}: its columns are separated by semicolons: use commas")
         used = self._used(first)
         if "messages" not in used and "prompt" not in used:
             raise ValueError(
@@ -192,7 +196,7 @@ class CsvReader(HttpLogReader):
     def _used(self, row: Record) -> dict[str, str]:
         """Return the column of each field that the file of ``row`` has."""
         own = {"prompt": self.prompt, "time": self.time, "session": self.session}
-        own |= {"answer": self.answer, "length": self.length}
+        own |= {"answer": self.answer, "length": self.length, "tenant": self.tenant}
         used = {}
         for name, known in COLUMNS.items():
             named = own.get(name)
@@ -290,6 +294,8 @@ def _from_row(
                 record[name] = float(record[name])
     if "length" in record:
         record["max_tokens"] = whole({used["length"]: record.pop("length")}, used["length"])
+    if "tenant" in record:
+        record["cache_salt"] = record.pop("tenant")
     if "answer" in record:
         record["response"] = {"choices": [{"text": record.pop("answer")}]}
     yield line, record
