@@ -322,8 +322,8 @@ def advise(
 
 
 def _folder(model: str | ModelGeometry) -> str:
-    """Return the folder of a model that is given by path, or the engine's name of its own; else an
-    empty text."""
+    """Return the folder of a model that is given by path, ``builtin`` for the built-in model, else
+    an empty text."""
     if not isinstance(model, str) or not Path(model).exists():
         return BUILTIN if model == BUILTIN else ""
     path = Path(model)

@@ -677,7 +677,9 @@ def test_plots_draw_on_the_axes_and_in_the_style_of_the_user(small: SimulationRe
     axis.figure.draw_without_rendering()
     legend = axis.get_legend().get_window_extent()
     assert not legend.overlaps(axis.get_window_extent()), "the legend covers data"
-    assert legend.x0 >= -1 and legend.y0 >= -1 and legend.x1 <= axis.figure.bbox.x1
+    for text in axis.get_legend().get_texts():
+        box = text.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= axis.figure.bbox.x1, "it is cut off"
     pyplot.close("all")
 
 

@@ -60,7 +60,7 @@ if TYPE_CHECKING:
 
 
 BUILTIN = "builtin"
-"""Name of the engine's built-in model, which is no preset of the cache."""
+"""Name of the built-in model of the engine. The presets of the cache do not include it."""
 
 Words = str | Sequence[str]
 Policy = EvictionSpec | PlacementSpec

@@ -143,7 +143,7 @@ class CsvReader(HttpLogReader):
     answer: str = ""
     length: str = ""
     tenant: str = ""
-    """Column of tenants, who share nothing."""
+    """Name of the column of tenants. Prompts of different tenants share no prefix."""
 
     @staticmethod
     def recognises(record: Record) -> bool:
