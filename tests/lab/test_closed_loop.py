@@ -466,6 +466,11 @@ class LooksAround(AdmissionPolicy):
         return waiting
 
 
+def test_memory_in_which_nothing_fits_is_one_sentence() -> None:
+    with pytest.raises(ValueError, match="no request fits in the memory"):
+        closed_loop("short?head=20", gib=0.01, rate=4, admission="oldest", progress=False)
+
+
 def test_lookups_count_no_use_of_the_cache() -> None:
     """Evictions and hits are the same."""
     slow = LinearSteps(prefill_token_s=1 / 2000)

@@ -245,10 +245,10 @@ class _Run:
             while events and events[0][0] <= self.now_s:
                 when_s, _, number = heapq.heappop(events)
                 self._ask(when_s, number)
-            if not planner.has_work():
+            if planner.has_work():
+                self._step()
+            elif events:
                 self.now_s = events[0][0]
-                continue
-            self._step()
         self.table.end_s = self.now_s
         return self.table
 
