@@ -168,6 +168,8 @@ def test_too_little_memory_is_no_error() -> None:
     [run] = result.runs
     assert run.bypassed > 0 and run.cached_tokens == 0
     assert run.losses is not None and run.losses.refused > 0
+    [run] = simulate("short?head=20", gib=0.3, memory="pools", kv_share=0.9).runs
+    assert run.bypassed == run.requests and run.cached_tokens == 0, "no room for one state"
 
 
 def test_taking_memory_in_the_engines_pieces_changes_little() -> None:

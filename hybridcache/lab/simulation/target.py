@@ -314,6 +314,8 @@ class LeaseTarget:
         self.priority_classes: bool | None = has_priority_classes(getattr(cache, "policy", None))
 
     def begin(self, request: TraceRequest) -> Served | None:
+        if self._stateful and self._own_slot is None and not self.cache.has_slots:
+            return None  # a pool of states that is smaller than one
         asked = LeaseRequest(
             request.tokens,
             request.namespace,
