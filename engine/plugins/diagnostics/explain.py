@@ -88,7 +88,7 @@ class Explanation:
     grid: int = 0
     """Distance of the positions at which a state may be saved, in tokens; 0 if not known."""
     is_new: bool = False
-    """True for a new conversation: less than one step of ``grid`` and no message is shared."""
+    """True if less than one step of ``grid`` is shared with the nearest earlier request."""
 
     @property
     def cause(self) -> str | None:
@@ -148,9 +148,10 @@ class Explanation:
             f"{self.cached_len:,} of {self.prompt_len:,} tokens were reused, {computed:,} computed."
         ]
         if self.is_new:
+            shared = counted(self.shared_len, "token")
             words.append(
-                "It is a new conversation: no earlier request shares more than its first "
-                f"{counted(self.shared_len, 'token')}, less than one step of --grid ({self.grid})."
+                "It is a new conversation, or its beginning changed: no earlier request shares "
+                f"more than its first {shared}, less than one step of --grid ({self.grid})."
             )
             return f"{words[0]} {words[1]} {self.advice}"
         if self.parting is not None:
@@ -264,13 +265,8 @@ def explain(
         parting,
         _lost(found, shared_len),
         grid,
-        may_be_new and parting is not None and at < grid and _is_foreign(earlier, later),
+        may_be_new and parting is not None and at < grid,
     )
-
-
-def _is_foreign(earlier: Outline, later: Outline) -> bool:
-    """Return True if no message of ``later`` is one of ``earlier``."""
-    return not set(earlier.messages) & set(later.messages)
 
 
 def _lost(found: Found, shared_len: int) -> dict[str, int]:

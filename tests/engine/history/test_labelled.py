@@ -437,11 +437,15 @@ def test_a_conversation_that_shares_less_than_a_grid_step_is_new() -> None:
     told = told_beside(PLAIN, later)
     assert told["cause"] == "new" and "new conversation" in told["text"]
     assert "removed" not in told["text"] and told["text"].endswith(told["advice"])
-    # The same conversation with another beginning: a message is shared.
+    # The same question behind another beginning, too; the advice is for both.
     edited = {"messages": [say("system", "Today: " + "Be brief. " * 12), *PLAIN["messages"][1:]]}
     told = told_beside(PLAIN, edited)
-    assert told["parted"]["at"] < 64 and told["cause"] == "system"
-    # More than a grid step is shared: it is compared even if no message is the same.
+    assert told["parted"]["path"] == "messages[0].content" and told["cause"] == "new"
+    assert "--volatile-line" in told["advice"]
+    # A short prompt that comes again is none: it has the whole earlier one.
+    short = {"messages": [say("user", "Hi.")]}
+    assert told_beside(short, short)["cause"] != "new"
+    # More than a grid step is shared.
     longer = {"messages": [say("system", "Be brief. " * 12 + "Now."), say("user", "Else?")]}
     assert told_beside(PLAIN, longer)["cause"] == "system"
 
