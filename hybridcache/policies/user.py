@@ -395,11 +395,16 @@ def source_of(spec: str) -> str:
 
 def _imports(module_name: str, text: str) -> set[str]:
     """Return the names of all modules that ``text``, the source of a module, may import."""
-    spec = getattr(sys.modules.get(module_name), "__spec__", None)
+    loaded = sys.modules.get(module_name)
+    spec = importlib.util.find_spec(module_name) if loaded is None else loaded.__spec__
     is_package = spec is not None and spec.submodule_search_locations is not None
     package = module_name if is_package else module_name.rpartition(".")[0]
     names: set[str] = set()
-    for node in ast.walk(ast.parse(text)):
+    try:
+        tree = ast.parse(text)
+    except SyntaxError:  # of a module that is imported later, or never
+        return names
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -419,7 +424,7 @@ def _own_source(module_name: str) -> str | None:
             return None
         try:
             spec = importlib.util.find_spec(name)
-        except (ImportError, ValueError, AttributeError):
+        except Exception:  # the look-up may import a package of the user, which can raise anything
             return None
         file = None if spec is None else spec.origin
         if file is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts):

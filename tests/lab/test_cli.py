@@ -354,10 +354,11 @@ def test_a_policy_is_run_again_if_it_or_a_module_that_it_imports_was_edited(tmp_
         "    def score(self, item):\n"
         "        return SIGN * factor() * item.last_used\n"
     )
-    signs = "def factor():\n    from inner import deep\n\n    return deep.SIGN\n"
+    signs = "def factor():\n    from inner import sign\n\n    return sign()\n"
     (tmp_path / "signs.py").write_text(signs)
     (tmp_path / "inner").mkdir()
-    (tmp_path / "inner" / "__init__.py").touch()
+    relative = "from .deep import SIGN\n\n\ndef sign():\n    return SIGN\n"
+    (tmp_path / "inner" / "__init__.py").write_text(relative)
     command = [Path(sys.executable).with_name("hybridcache"), "simulate", "--trace", "short"]
     command += ["--gib", "1", "--policy", "edited:Mine", "--output", "runs.jsonl", "--no-bound"]
     tables = []
