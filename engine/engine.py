@@ -127,6 +127,7 @@ class Engine:
         late_draws = LateDraws(self._scheduler, sampler, self._intake.grammar_news)
         fetching = () if parts.fetching is None else (parts.fetching,)
         self._hooks: tuple[StepHooks, ...] = (late_draws, *fetching, *plugins)
+        self._is_closed = False
         for plugin in plugins:
             plugin.attach(self, self._manager)
 
@@ -550,7 +551,10 @@ class Engine:
 
     def close(self) -> None:
         """End all requests, including those of other engines, and complete pending writes. Only
-        required for engines with plugins."""
+        required for engines with plugins. Further calls do nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         for request_id in tuple(self._requests):
             self.abort(request_id)
         self.disconnect()
