@@ -26,7 +26,7 @@ from hybridcache.api import (
     joined,
     members_of,
 )
-from hybridcache.policies.protocol import EvictionPolicy, PolicyError
+from hybridcache.policies.protocol import EvictionPolicy, raise_failure
 from hybridcache.radix.continuation import NOTHING, continuation
 from hybridcache.radix.ghosts import GhostList, read_ghosts
 from hybridcache.radix.tree import (
@@ -122,12 +122,6 @@ class HybridRadixCache:
             f"free_slots={self.free_slots}, policy={self.policy})"
         )
 
-    @staticmethod
-    def refuse_failed(policy: EvictionPolicy) -> None:
-        """Raise the failure of a user's policy, if there was one."""
-        if policy.failure is not None:
-            raise PolicyError(str(policy.failure)) from policy.failure
-
     def match(self, tokens: Tokens, namespace: Hashable = None) -> PrefixMatch:
         """Look up how much of ``tokens`` is cached, and the causes of the losses. Changes nothing.
         O(n).
@@ -139,8 +133,7 @@ class HybridRadixCache:
         """
         if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
-        if self._residency.policy.failure is not None:
-            self.refuse_failed(self._residency.policy)
+        raise_failure(self._residency.policy.failure)
         num_tokens = len(tokens)
         root = self._tree.find_root(namespace)
         if root is None:

@@ -22,6 +22,7 @@ from hybridcache.api import (
 )
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.offload import OffloadTiers, Tier
+from hybridcache.policies.protocol import raise_failure
 from hybridcache.radix.ghosts import read_ghosts
 from hybridcache.radix.tree import Checkpoint, NodeHandle, OffloadedCheckpoint, RadixNode
 from hybridcache.residency import Residency, make_room_for_kv, make_room_for_slot
@@ -213,7 +214,7 @@ class TieredRadixCache(HybridRadixCache):
         """Look up ``tokens`` as in ``HybridRadixCache.match``, with the positions that could be
         loaded. O(n)."""
         for tier in self.offload.tiers:
-            self.refuse_failed(tier.policy)
+            raise_failure(tier.policy.failure)
         found = super().match(tokens, namespace)
         root = self._tree.find_root(namespace)
         if root is None:
@@ -345,8 +346,7 @@ class RadixCache(HybridRadixCache):
         O(n)."""
         if getattr(tokens, "dtype", None) is not INT32 or tokens.ndim != 1:
             require_int32(tokens, "tokens")
-        if self._residency.policy.failure is not None:
-            self.refuse_failed(self._residency.policy)
+        raise_failure(self._residency.policy.failure)
         num_tokens = len(tokens)
         root = self._tree.find_root(namespace)
         if root is None:

@@ -109,7 +109,7 @@ MAY_IMPORT = {
     "hybridcache/offload.py": "allocators policies radix tokens",
     "hybridcache/residency.py": "allocators api offload policies radix tokens",
     "hybridcache/hybrid.py": "allocators api policies radix residency tokens",
-    "hybridcache/variants.py": "allocators api hybrid offload radix residency tokens",
+    "hybridcache/variants.py": "allocators api hybrid offload policies radix residency tokens",
     "hybridcache/config.py": "allocators api hybrid offload policies radix variants",
     "hybridcache/lease.py": "allocators api policies tokens radix",
     "hybridcache/geometry": "",

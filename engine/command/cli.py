@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import ipaddress
 import json
@@ -18,7 +17,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from engine.command.flags import (
     HelpFormatter,
@@ -70,20 +69,10 @@ SERVE_EXAMPLES = """examples:
   engine serve                                           the small built-in model
   engine serve --model Qwen/Qwen3-0.6B                   a model of the Hugging Face Hub
   engine serve --model ./my-model --state-dir ./cache    the cache survives a restart"""
+LOOPBACK_OF = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+"""Address for clients on this machine, by address of a server on all interfaces."""
 SKIPPED = ("seed", "stop", "logit_bias")
 """Sampling parameters that are not flags of ``generate``, or are defined separately."""
-
-
-class CommandParser(Parser):
-    """Parser that names the most similar command for one that does not exist."""
-
-    def error(self, message: str) -> NoReturn:
-        found = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
-        known = [action.choices for action in self._actions if action.dest == "verb"]
-        if found and known and known[0] is not None:
-            near = difflib.get_close_matches(found[1], known[0], n=1)
-            message = f"{message.split(' (')[0]}, did you mean {near[0]}?" if near else message
-        super().error(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -121,10 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser(arguments: Sequence[str]) -> CommandParser:
+def _parser(arguments: Sequence[str]) -> Parser:
     """Return the parser of ``arguments``. Verbs that are not named there lack their flags if these
     need packages that are not installed."""
-    parser = CommandParser(
+    parser = Parser(
         prog="engine",
         description="Inference with a prefix cache for hybrid models: KV and recurrent state in "
         "one radix tree.",
@@ -320,9 +309,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         host, port = listener.getsockname()[:2]
         if warning := _open_to_others(host, server_config):
             print(warning, file=sys.stderr, flush=True)
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(
-            host, host
-        )  # Clients can connect to these.
+        host = LOOPBACK_OF.get(host, host)
         host = f"[{host}]" if ":" in host else host
         address = f"http://{host}:{port}/v1"
         if sys.stderr.isatty():

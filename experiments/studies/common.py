@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from hybridcache.lab.simulation.result import RunResult
 from hybridcache.lab.simulation.simulate import SimulationResult
 from hybridcache.lab.simulation.sizes import sizes
 from hybridcache.lab.simulation.sweep import collect_seldom
-from hybridcache.policies.registry import make_eviction
+from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, make_eviction
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")
@@ -166,6 +166,31 @@ def arguments(
 
 STATIC_PLACEMENT = "branch,boundary,backoff,end"
 """Checkpoints by rules that learn nothing: held fixed where studies compare evictions."""
+
+
+PAIRS = {
+    "default pair": (DEFAULT_EVICTION, DEFAULT_PLACEMENT),
+    "lru, fixed rules": ("lru", STATIC_PLACEMENT),
+}
+"""Pairs of eviction and placement that studies of one condition compare."""
+
+
+def hit_rates(
+    trace: Trace, gib: Sequence[float], pair: str, model: str, **settings: Any
+) -> list[float]:
+    """Return the token hit rate at each size, for one of ``PAIRS``."""
+    policy, placement = PAIRS[pair]
+    result = simulate(
+        trace,
+        model=model,
+        gib=gib,
+        policy=policy,
+        checkpoints=[placement],
+        bound=False,
+        progress=False,
+        **settings,
+    )
+    return [rounded(run.token_hit_rate) for run in result.runs]
 
 
 def _split(words: str) -> tuple[str, ...]:

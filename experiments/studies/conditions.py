@@ -21,9 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.studies.common import keep, rounded
-from experiments.studies.hints import PAIRS
-from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace, simulate
+from experiments.studies.common import PAIRS, hit_rates, keep, rounded
+from hybridcache import ModelGeometry, Trace, TraceRequest, open_trace
 from hybridcache.lab.arrivals import Pauses, interleave, parse_starts
 from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.report import text_table
@@ -37,27 +36,15 @@ KINDS = ("chat", "agent", "few-shot", "short")
 RUNNING = (1, 16, 64)
 ARRIVALS = ("fixed:0.5", "poisson:0.5", "bursts:0.5:16")
 
-Pair = tuple[Any, str]
-Rate = Callable[[int, Pair], float]
-"""Token hit rate of a pair with one seed."""
+Rate = Callable[[int, str], float]
+"""Token hit rate with a seed, for one of ``PAIRS``."""
 
 
 def replayed(
-    trace: Callable[[int], Trace], gib: float, model: str, seed: int, pair: Pair, **settings: Any
+    trace: Callable[[int], Trace], gib: float, model: str, seed: int, pair: str, **settings: Any
 ) -> float:
     """Return the token hit rate of a replay of ``trace(seed)``."""
-    policy, placement = pair
-    [run] = simulate(
-        trace(seed),
-        model=model,
-        gib=gib,
-        policy=policy,
-        checkpoints=[placement],
-        bound=False,
-        progress=False,
-        **settings,
-    ).runs
-    return run.token_hit_rate
+    return hit_rates(trace(seed), [gib], pair, model, **settings)[0]
 
 
 def tenants(kinds: tuple[str, ...], seed: int) -> Trace:
@@ -86,9 +73,9 @@ def arriving(starts: str, seed: int) -> Trace:
     return Trace(starts, 1, lambda: interleave(turns, parse_starts(starts), Pauses(), seed=seed))
 
 
-def running(count: int, seed: int, pair: Pair) -> float:
+def running(count: int, seed: int, pair: str) -> float:
     """Return the token hit rate of overloaded service with ``count`` requests at once."""
-    policy, placement = pair
+    policy, placement = PAIRS[pair]
     [run] = closed_loop(
         f"conversations?live=24&num_conversations=120&seed={seed}",
         gib=8,
@@ -132,10 +119,7 @@ def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
     condition, value, seed = job
     rate = next(rate for one, other, rate in rows() if (one, other) == (condition, value))
     same = {"condition": condition, "value": value, "seed": seed}
-    return [
-        same | {"pair": name, "token_hit_rate": rounded(rate(seed, pair))}
-        for name, pair in PAIRS.items()
-    ]
+    return [same | {"pair": pair, "token_hit_rate": rounded(rate(seed, pair))} for pair in PAIRS]
 
 
 def gains(

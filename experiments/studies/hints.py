@@ -24,17 +24,11 @@ from typing import Any
 from tqdm import tqdm
 
 from experiments.provenance import ROOT
-from experiments.studies.common import STATIC_PLACEMENT, keep, published, rounded
-from hybridcache import Trace, TraceRequest, open_trace, simulate
+from experiments.studies.common import PAIRS, hit_rates, keep, published
+from hybridcache import Trace, TraceRequest, open_trace
 from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.leaderboard import Split
 from hybridcache.lab.report import text_table
-from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT
-
-PAIRS = {
-    "default pair": (DEFAULT_EVICTION, DEFAULT_PLACEMENT),
-    "lru, fixed rules": ("lru", STATIC_PLACEMENT),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +60,11 @@ def rates(
     processes: int,
 ) -> list[tuple[float, float]]:
     """Return (token hit rate of ``trace``, token hit rate ``without`` something) for each size."""
-    policy, placement = PAIRS[pair]
     both = [
-        simulate(
-            variant,
-            model=model,
-            gib=gib,
-            policy=policy,
-            checkpoints=[placement],
-            bound=False,
-            processes=processes,
-        ).runs
+        hit_rates(variant, gib, pair, model, processes=processes)
         for variant in (trace, without(trace))
     ]
-    return [
-        (rounded(one.token_hit_rate), rounded(other.token_hit_rate))
-        for one, other in zip(*both, strict=True)
-    ]
+    return list(zip(*both, strict=True))
 
 
 def measure(split: Split, processes: int = 1) -> list[dict[str, Any]]:

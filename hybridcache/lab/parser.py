@@ -33,7 +33,8 @@ class Parser(argparse.ArgumentParser):
             message = self._unknown(unknown) if unknown else message
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             near = difflib.get_close_matches(found[1], re.findall(r"[^', ]+", found[2]), n=1)
-            message += f", did you mean {near[0]}?" if near else ""
+            if near:
+                message = f"{message.partition(' (choose from')[0]}, did you mean {near[0]}?"
         end = "" if message.endswith("?") else "."
         self.exit(2, f"{self.prog}: {message.rstrip('.')}{end} See `{self.prog} --help`.\n")
 

@@ -17,6 +17,12 @@ class PolicyError(ValueError):
     """Failure of a user's policy. The message names the policy, the method and the line."""
 
 
+def raise_failure(failure: PolicyError | None) -> None:
+    """Raise ``failure`` again, at a place where nothing is half done. Does nothing for None."""
+    if failure is not None:
+        raise PolicyError(str(failure)) from failure
+
+
 class Item(Protocol):
     """One evictable item, as seen by a policy. All attributes except ``memo`` are read-only."""
 

@@ -38,6 +38,7 @@ from hybridcache.policies.protocol import (
     PlacementPolicy,
     PolicyError,
     Prefill,
+    raise_failure,
 )
 
 MAX_OUTSIDE = 50
@@ -285,8 +286,7 @@ class GuardedPlacement(_Guarded, PlacementPolicy):
         warning."""
 
     def plan(self, prefill: Prefill) -> list[Placed]:
-        if self._failure is not None:
-            raise PolicyError(str(self._failure)) from self._failure
+        raise_failure(self._failure)
         return self._call(self._plan, prefill)
 
     def _plan(self, prefill: Prefill) -> list[Placed]:

@@ -13,9 +13,7 @@ def add_flags(top: argparse.ArgumentParser) -> None:
         help="address of the server (default: %(default)s)",
     )
     top.add_argument("--key-file", metavar="FILE", help="the server's --admin-key-file")
-    top.add_argument(
-        "--once", action="store_true", help="print one screen and exit; so it is in a pipe"
-    )
+    top.add_argument("--once", action="store_true", help="print one screen and exit, as in a pipe")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ from hybridcache.lab.traces.base import LONGEST
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.eviction.priority_classes import has_priority_classes
 from hybridcache.policies.placement.rules import Placement
-from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
+from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy, raise_failure
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,
@@ -350,8 +350,7 @@ class LeaseTarget:
     def counters(self) -> dict[str, int]:
         """See ``Target``. Raises the failure of a user's policy in the last request."""
         policy: EvictionPolicy | None = getattr(self.cache, "policy", None)
-        if policy is not None and policy.failure is not None:
-            raise policy.failure
+        raise_failure(None if policy is None else policy.failure)
         lower, copied = self.cache.offload, {}
         if lower is not None:
             copied = {
