@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import Plugin, Runner, TokenSampler
 from engine.requests.spec import SamplingParams
-from engine.schedule.drafter import DraftPlanner
+from engine.schedule.batch import DraftPlanner
 from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.scheduler import Scheduler
 from hybridcache.api import PrefixCache

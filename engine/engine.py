@@ -18,16 +18,13 @@ from engine.build import load, make_parts, sampling_defaults
 from engine.config import BUILTIN_NAME, EngineConfig
 from engine.errors import DuplicateId, QueueFull
 from engine.hub import display_name, resolve_config
-from engine.interfaces import Observer, PendingTokens, Runner, StepReport, TokenSampler
+from engine.interfaces import Observer, PendingTokens, Plugin, Runner, StepReport, TokenSampler
 from engine.plugins import engine_plugins
 from engine.requests.grammar import Grammar
-from engine.requests.request import RecentRequests, Request
-from engine.requests.request_factory import Intake
+from engine.requests.request import Intake, RecentRequests, Request
 from engine.requests.spec import Prompt, RequestSpec, SamplingInput, SamplingParams
-from engine.schedule.batch import BytesLost
-from engine.schedule.drafter import DraftPlanner
+from engine.schedule.batch import EMPTY, BytesLost, DraftPlanner, Plan, StepHooks, Task
 from engine.schedule.fetching import IDLE_S, Fetcher
-from engine.schedule.plan import EMPTY, Plan, StepHooks, Task
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import Scheduler
 from engine.text.outputs import RequestOutput
@@ -75,7 +72,7 @@ class Engine:
         parse_placement(",".join(config.checkpoints))
         if runner is None:
             config = resolve_config(config)
-        plugins = engine_plugins(config)
+        plugins: tuple[Plugin, ...] = engine_plugins(config)
         self.plugins = {plugin.name: plugin for plugin in plugins}
         """Optional capabilities chosen by the settings, by name."""
         if runner is None:

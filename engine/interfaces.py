@@ -9,10 +9,8 @@ from typing import Any, Protocol, runtime_checkable
 from engine.config import EngineConfig
 from engine.requests.request import RecentRequests, Request
 from engine.requests.spec import RequestSpec, SamplingInput
-from engine.schedule.batch import Batch
-from engine.schedule.drafter import DraftPlanner, Newest
+from engine.schedule.batch import Batch, DraftPlanner, Newest, StepHooks
 from engine.schedule.fetching import Fetcher
-from engine.schedule.plan import StepHooks
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import Tokenizer
 from hybridcache.api import PrefixCache

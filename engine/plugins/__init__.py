@@ -16,7 +16,6 @@ from engine.config import EngineConfig, PluginConfig, Settings
 if TYPE_CHECKING:
     import threading
 
-    from engine.interfaces import EngineCore, EngineWatch, Plugin
     from engine.requests.grammar import Grammar
     from engine.requests.logit_rules import GrammarCompiler
     from engine.server.settings import ServerConfig
@@ -117,8 +116,8 @@ def _changed(base: Config, kinds: Sequence[type[PluginConfig]], settings: dict[s
     return dataclasses.replace(base, plugins=tuple(plugins), **settings)
 
 
-def engine_plugins(config: EngineConfig) -> tuple[Plugin, ...]:
-    """Return the plugins with settings in ``config``, in the order of ``ENGINE``."""
+def engine_plugins(config: EngineConfig) -> tuple[Any, ...]:
+    """Return the ``Plugin`` objects with settings in ``config``, in the order of ``ENGINE``."""
     return tuple(
         _find(plugin, "plugin", settings.removesuffix("Config") + "Plugin")(config)
         for plugin, settings in ENGINE.items()
@@ -160,11 +159,10 @@ def strict_call_grammar(
     return grammar
 
 
-def cache_watch(engine: EngineCore) -> EngineWatch:
-    """Return a new view of ``engine`` for the page. Called in the engine's thread. Raises
+def cache_watch(engine: Any) -> Any:
+    """Return a new ``EngineWatch`` of ``engine``. Called in the engine's thread. Raises
     ValueError if its tree is too large to show."""
-    watch: EngineWatch = _find("observe", "cache_watch", "Watch")(engine)
-    return watch
+    return _find("observe", "cache_watch", "Watch")(engine)
 
 
 def plugin_of_path(path: str) -> str | None:

@@ -29,8 +29,7 @@ import torch
 from engine.layers.inputs import DecodePart, LayerInputs, RotaryTable, VerifyPart, tokens_before
 from engine.layers.residual import Mixer, mix, verifies
 from engine.models.decoder import Decoder
-from engine.runner.memory import Memory, RequestTable
-from engine.runner.states import RunningStates
+from engine.runner.memory import Memory, RequestTable, RunningStates
 from engine.schedule.batch import Segment
 from hybridcache.geometry.mixers import AttentionSizes
 from hybridcache.geometry.sizes import ModelSizes

@@ -25,15 +25,20 @@ from engine.layers.parameters import Build, WeightSpec
 from engine.layers.rank import ALONE, Rank
 from engine.models import read_model
 from engine.plugins import engine_plugins
-from engine.runner.backends import Kernels
+from engine.runner.backends import Kernels, identity_of
 from engine.runner.device import Device
 from engine.runner.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs, verify_buckets
-from engine.runner.identity import identity_of
-from engine.runner.memory import STAGING_BYTES, Memory, MemoryPlan, RequestTable, state_slot_bytes
-from engine.runner.states import Copies, RunningStates
+from engine.runner.memory import (
+    STAGING_BYTES,
+    Copies,
+    Memory,
+    MemoryPlan,
+    RequestTable,
+    RunningStates,
+    state_slot_bytes,
+)
 from engine.runner.warm_up import WarmUp, measure, warm_up
-from engine.schedule.batch import Batch, Segment, logit_rows, pieces
-from engine.schedule.drafter import Newest
+from engine.schedule.batch import Batch, Newest, Segment, logit_rows, pieces
 from engine.weights.loading import DTYPES, load_model, resolve_dtype
 from engine.weights.model_config import ModelConfig, ModelError, read_config
 from engine.weights.quantized_formats import read_quantization

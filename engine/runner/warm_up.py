@@ -18,8 +18,7 @@ import torch
 from tqdm import tqdm
 
 from engine.config import MAX_SCORED, TILE
-from engine.schedule.batch import Batch, Segment
-from engine.schedule.drafter import Newest
+from engine.schedule.batch import Batch, Newest, Segment
 from hybridcache.geometry.units import counted, format_bytes, format_seconds
 
 if TYPE_CHECKING:

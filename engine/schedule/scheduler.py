@@ -11,9 +11,7 @@ from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from engine.requests.request import Request
-from engine.schedule.batch import Batch, Segment
-from engine.schedule.drafter import Draft, DraftPlanner
-from engine.schedule.plan import EMPTY, Plan, Task
+from engine.schedule.batch import EMPTY, Batch, Draft, DraftPlanner, Plan, Segment, Task
 from engine.text.outputs import NO_TOKEN, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner

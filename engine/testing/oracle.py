@@ -23,8 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from engine.schedule.batch import KEPT, Batch, Segment
-from engine.schedule.drafter import Newest
+from engine.schedule.batch import KEPT, Batch, Newest, Segment
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, Copy, Drop, Move, Transfer
 from hybridcache.geometry.model import ModelGeometry

@@ -30,7 +30,7 @@ from engine.build import load_tokenizer_of, names_tokenizer, sampling_defaults
 from engine.config import EngineConfig
 from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, describe_exit
 from engine.requests.grammar import Grammar
-from engine.requests.request_factory import Intake
+from engine.requests.request import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport
 from engine.text.outputs import OutputAccumulator

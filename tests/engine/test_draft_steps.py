@@ -13,7 +13,7 @@ from engine import Engine, EngineConfig, RequestOutput, SamplingParams, engine_c
 from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
-from engine.schedule.plan import StepHooks
+from engine.schedule.batch import StepHooks
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.worker.screen import start_screen

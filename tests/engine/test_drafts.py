@@ -39,8 +39,7 @@ from engine import SamplingParams, engine_config
 from engine.config import ConfigError
 from engine.requests.spec import SamplingInput
 from engine.runner.sampler import Sampler
-from engine.schedule.drafter import Draft
-from engine.schedule.plan import Task
+from engine.schedule.batch import Draft, Task
 from tests.engine.drafted import Guesses, MakeEngine, assert_same, guessing_engine, prompts
 
 

@@ -21,8 +21,7 @@ from engine.plugins.speculation.draft_length import DraftLength
 from engine.plugins.speculation.draft_manager import Drafting, Source
 from engine.plugins.tiers import TierConfig
 from engine.requests.request import Request
-from engine.schedule.batch import Batch
-from engine.schedule.drafter import Newest
+from engine.schedule.batch import Batch, Newest
 from engine.testing.oracle import Fingerprints, OracleRunner, fingerprint
 from engine.testing.oracle_sampler import OracleSampler
 from hybridcache.allocators.moves import Move

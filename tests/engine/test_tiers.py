@@ -23,8 +23,7 @@ from engine.plugins.tiers.disk import RETRY_S
 from engine.plugins.tiers.fingerprint import StoreError
 from engine.plugins.tiers.records import SUFFIX, RecordStore
 from engine.plugins.tiers.staging import MAX_READS, MeasuredExchange
-from engine.schedule.batch import Batch, Segment
-from engine.schedule.plan import Plan, Task
+from engine.schedule.batch import Batch, Plan, Segment, Task
 from engine.server.metrics import Metrics
 from engine.worker.screen import start_screen
 from experiments.system.served import serving

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from engine.config import EngineConfig
-from engine.runner.identity import digest_of
+from engine.runner.backends import digest_of
 from engine.runner.memory import Memory
 from engine.runner.model_runner import ModelRunner
 from hybridcache.geometry.sizes import KVSpec, Spec

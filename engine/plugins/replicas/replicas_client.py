@@ -19,7 +19,7 @@ from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, S
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica_output import Order, ReplicaAnswer, ReplicaFacts
 from engine.requests.grammar import Grammar
-from engine.requests.request_factory import Intake
+from engine.requests.request import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport, LowerReport, PoolReport, TierReport
 from engine.text.outputs import RequestOutput

@@ -20,7 +20,7 @@ from engine.plugins.speculation.suffix import (
     TreeDrafter,
 )
 from engine.requests.request import Request
-from engine.schedule.drafter import Draft, Drafter
+from engine.schedule.batch import Draft, Drafter
 from engine.text.outputs import DraftCounts
 
 

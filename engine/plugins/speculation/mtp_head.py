@@ -15,7 +15,7 @@ from engine.models.decoder import Decoder
 from engine.plugins.speculation.mtp_kv_buffer import PendingRows
 from engine.runner.graphs import Record, Replay
 from engine.runner.memory import Memory, Pools, RequestTable
-from engine.schedule.drafter import Newest
+from engine.schedule.batch import Newest
 from hybridcache.tokens import Tokens
 from kernels.attention.sequences import Sequences
 from kernels.upload import upload

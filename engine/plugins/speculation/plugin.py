@@ -10,7 +10,7 @@ from engine.interfaces import Plugin, Runner
 from engine.plugins.speculation import SpeculationConfig
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import IndexMemory
-from engine.schedule.drafter import DraftPlanner
+from engine.schedule.batch import DraftPlanner
 from hybridcache.geometry.units import counted, format_bytes
 
 

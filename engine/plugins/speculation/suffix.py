@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.requests.request import Request
-from engine.schedule.drafter import Newest
+from engine.schedule.batch import Newest
 from hybridcache.tokens import Tokens
 
 MAX_TEXTS, MAX_KEPT = 16, 1 << 16

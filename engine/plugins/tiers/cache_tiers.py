@@ -22,9 +22,8 @@ from engine.plugins.tiers.prefixes import Piece, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
 from engine.plugins.tiers.weights_digest import load_digest, save_digest
-from engine.schedule.batch import KEPT
+from engine.schedule.batch import KEPT, Plan
 from engine.schedule.fetching import Fetcher
-from engine.schedule.plan import Plan
 from engine.schedule.report import FolderReport, LowerReport, TierReport
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue

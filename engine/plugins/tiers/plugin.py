@@ -9,8 +9,8 @@ from typing import Any
 from engine.config import EngineConfig
 from engine.interfaces import Plugin, Runner
 from engine.plugins.tiers.cache_tiers import CacheTiers, TierSizes
+from engine.schedule.batch import Plan
 from engine.schedule.fetching import Fetcher
-from engine.schedule.plan import Plan
 from engine.text.tokenizer import Tokenizer
 from hybridcache.allocators.moves import HOST
 from hybridcache.api import PrefixCache

@@ -10,8 +10,8 @@ import numpy as np
 
 from engine.plugins.tiers.disk import Disk
 from engine.requests.request import Request
+from engine.schedule.batch import Plan
 from engine.schedule.fetching import Fetch, Fetcher
-from engine.schedule.plan import Plan
 from hybridcache.allocators.moves import DISK
 from hybridcache.api import PrefixMatch, Resumable
 from hybridcache.geometry.model import ModelGeometry
