@@ -17,12 +17,10 @@ from engine.errors import EngineStopped
 from engine.server import access, api_errors
 from engine.server.access import Operator
 from engine.server.api_errors import ANTHROPIC, APIError, PlainJSON
-from engine.server.body import BodyLimit, BodyReader, to_json
-from engine.server.chat import chat
-from engine.server.chat_session import render
+from engine.server.bodies import BodyLimit, BodyReader, ClientGone, Workers, to_json
+from engine.server.chat import chat, render
 from engine.server.completions import complete
-from engine.server.context import ServingContext
-from engine.server.extension import Dialect, Extensions
+from engine.server.context import Dialect, Extensions, ServingContext
 from engine.server.request_log import RequestLog, is_wanted
 from engine.server.schemas import (
     IGNORED,
@@ -34,8 +32,6 @@ from engine.server.schemas import (
     described,
 )
 from engine.server.settings import ServerConfig
-from engine.server.streaming import ClientGone
-from engine.server.workers import Workers
 from engine.text.tokenizer import EncodeOptions
 from hybridcache.lab.extras import version as installed_version
 

@@ -1,28 +1,456 @@
-"""POST /v1/chat/completions: OpenAI's dialect of a chat."""
+"""One chat in any dialect, and POST /v1/chat/completions, OpenAI's dialect.
+
+A chat is rendered and submitted (``ask``), and its answers are read as events (``ChatSession``),
+which the dialect writes in its own form.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Container, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
 
+import numpy as np
 from fastapi import Request, Response
 
-from engine.server import response_fields as fields
-from engine.server.access import new_id
-from engine.server.chat_hooks import ChatDiagnostics
-from engine.server.chat_session import ChatAnswer, ChatDelta, ChatSession, ask
-from engine.server.context import ServingContext, usage
-from engine.server.schemas import ChatRequest
-from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
+from engine.async_engine import RequestStream
+from engine.plugins import call_form
+from engine.requests.grammar import Grammar
+from engine.requests.spec import RequestSpec
+from engine.server.access import AnswerId, Tenant, new_id
+from engine.server.api_errors import APIError, quoted
+from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
+from engine.server.context import (
+    ChatDiagnostics,
+    ServingContext,
+    cache_details,
+    chat_scores,
+    prompt_score_fields,
+    token_id_fields,
+    usage,
+)
+from engine.server.schemas import ChatRequest, NamedTool, TokenizeRequest, cuts_of
 from engine.text.answers import (
+    CLOSE,
+    BrokenCall,
     CallArguments,
     CallBegin,
+    CallEnd,
+    CallForm,
     Event,
     ReasoningDelta,
+    ReasoningReader,
     TextDelta,
+    as_message,
+    joined,
 )
+from engine.text.chat_prompt import ChatPrompt, render_chat
 from engine.text.outputs import RequestOutput, SampledToken
+from engine.text.tokenizer import TemplateError
+
+PIECE = 512
+"""Number of characters that are read at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerForm:
+    """Form in which a model writes reasoning and tool calls."""
+
+    thinks: bool
+    offers_tools: bool
+    """True if the template shows tools to the model."""
+    calls: CallForm | None
+    """Reader of the model's calls, or None if it makes none or their form is not supported."""
+
+    @classmethod
+    @lru_cache(maxsize=4)
+    def of(cls, template: str) -> AnswerForm:
+        """Return the form for the source of a chat template. O(len(template)) for a new one."""
+        offers_tools = "tools" in template
+        calls = call_form(template) if offers_tools else None
+        return cls(CLOSE in template, offers_tools, calls)
+
+
+class AnswerReader:
+    """Reads the text of one answer as it grows. The events do not depend on the pieces in which the
+    text arrives."""
+
+    def __init__(
+        self,
+        form: AnswerForm,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        is_thinking: bool = False,
+    ) -> None:
+        """``tools``: tools with calls that are read, or None to treat calls as text.
+        ``is_thinking``: the prompt ends inside reasoning."""
+        self._reasoning = ReasoningReader(is_thinking) if form.thinks else None
+        self._calls = form.calls(tools) if form.calls and tools else None
+
+    @property
+    def is_thinking(self) -> bool:
+        """True if the next text is reasoning, as far as is known."""
+        return self._reasoning is not None and self._reasoning.is_inside
+
+    def push(self, text: str) -> list[Event]:
+        """Return the events that are certain after ``text``. O(len(text)), over an answer."""
+        events: list[Event] = []
+        for start in range(0, len(text), PIECE):
+            events.extend(self._read(text[start : start + PIECE]))
+        return joined(events)
+
+    def flush(self, is_cut: bool = False) -> list[Event]:
+        """Return the events held back, after the end of the text.
+
+        ``is_cut``: the answer was cut off, so a call in progress stays as it is and may be
+        incomplete JSON.
+        """
+        events: list[Event] = []
+        if self._reasoning is not None:
+            thoughts, rest = self._reasoning.flush()
+            events = [*thoughts, *self._answer(rest)]
+        if self._calls is not None:
+            events.extend(self._calls.flush(is_cut))
+        return joined(events)
+
+    def _read(self, text: str) -> list[Event]:
+        if self._reasoning is None:
+            return self._answer(text)
+        thoughts, rest = self._reasoning.push(text)
+        return [*thoughts, *self._answer(rest)]
+
+    def _answer(self, text: str) -> list[Event]:
+        if not text:
+            return []
+        return [TextDelta(text)] if self._calls is None else self._calls.push(text)
+
+
+def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:
+    """Return the tools with calls that are read in an answer, or None if calls are treated as text.
+
+    Raises APIError 400 if this model does not call tools, or not in the requested way.
+    """
+    if not body.tools:
+        if body.tool_choice not in (None, "none", "auto"):
+            raise APIError(400, "'tool_choice' needs 'tools': send them.", param="tool_choice")
+        return None
+    if not form.offers_tools:
+        raise APIError(
+            400, "This model's chat template does not support tools: omit 'tools'.", param="tools"
+        )
+    if body.tool_choice == "none":
+        return None
+    if form.calls is None:
+        raise APIError(
+            400,
+            "The form of this model's tool calls is not supported: omit 'tools', or send "
+            "'tool_choice' 'none' and read them in the text.",
+            param="tools",
+        )
+    choice = body.tool_choice
+    if isinstance(choice, NamedTool):
+        name = choice.function.name
+        if all(tool["function"]["name"] != name for tool in body.tools):
+            raise APIError(
+                400, f"There is no tool {quoted(name)} among 'tools'.", param="tool_choice"
+            )
+    return body.tools
+
+
+BROKEN = "A call of a tool was left in the text, because "
+"""Start of the warning about an answer; the reason follows."""
+Finish = Literal["stop", "length", "tool_calls", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatDelta:
+    """Result of one step of the engine for one answer."""
+
+    index: int
+    """Index of the answer within the request."""
+    events: list[Event]
+    output: RequestOutput
+    finish: Finish | None
+    """Reason why the answer ended, in its last delta."""
+    warning: str | None = None
+    """Set in the last delta if part of the text looks like a call that cannot be made."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatAnswer:
+    """One complete answer."""
+
+    events: list[Event]
+    """Events of which no two adjacent ones are of one kind, except calls."""
+    output: RequestOutput
+    finish: Finish
+    num_reasoning_tokens: int
+    warning: str | None = None
+    """Warning as in ``ChatDelta``."""
+
+
+async def render(
+    context: ServingContext, body: ChatRequest | TokenizeRequest, size: int, tenant: Tenant
+) -> tuple[ChatPrompt, Any]:
+    """Render the chat of a ``body`` of ``size`` bytes. Returns the prompt and the handle of its
+    answer. Raises APIError 400 if the template rejects it."""
+
+    def work() -> tuple[ChatPrompt, Any]:
+        messages = [message.as_template_input() for message in body.messages or ()]
+        tools = None if body.tools is None else [_plain(tool) for tool in body.tools] or None
+        chat = context.chats.before_render(messages, tools, body.chat_template_kwargs, tenant)
+        prompt = render_chat(
+            context.tokenizer,
+            chat.messages,
+            tools=tools,
+            add_generation_prompt=body.begins_answer,
+            continues_last=body.continue_final_message,
+            variables=chat.variables,
+            special_in_content=context.special_in_content,
+            namespace=tenant.namespace,
+            cuts=cuts_of(body.messages, body.tools),
+            sampled=chat.sampled,
+            keeps_thinking=chat.keeps_thinking,
+        )
+        return prompt, chat.place
+
+    if context.tokenizer.chat_template is None:
+        raise APIError(400, "This model has no chat template: use /v1/completions.")
+    try:
+        return await context.workers.run(size, work)
+    except TemplateError as error:
+        raise APIError(400, f"The chat template rejects these messages: {error}") from error
+    except ValueError as error:
+        raise APIError(400, str(error), param="messages") from error
+
+
+def settle_system(context: ServingContext, body: ChatRequest) -> ChatRequest:
+    """Change late system messages into user messages if the template supports none there.
+
+    They keep their places, because a prompt that changes at its beginning is not in the cache.
+    """
+    template = context.tokenizer.chat_template
+    if template is None or template.takes_late_system:
+        return body
+    roles = [message.role for message in body.messages]
+    first = next((at for at, role in enumerate(roles) if role != "system"), len(roles))
+    for message in body.messages[max(first, 1) :]:
+        if message.role == "system":
+            message.role = "user"
+    return body
+
+
+def _plain(tool: dict[str, object]) -> dict[str, object]:
+    """Return a tool without the fields that are meant for the server, such as ``cache_control`` and
+    ``strict``."""
+    plain = {name: value for name, value in tool.items() if name != "cache_control"}
+    if isinstance(function := plain.get("function"), dict):
+        plain["function"] = {name: value for name, value in function.items() if name != "strict"}
+    return plain
+
+
+async def ask(
+    context: ServingContext,
+    body: ChatRequest,
+    size: int,
+    tenant: Tenant,
+    answer_id: AnswerId,
+    prompt_name: str = "messages",
+) -> ChatSession:
+    """Submit a chat of ``size`` bytes. An answer ends at the latest with the context.
+
+    ``prompt_name`` is the name of the prompt in the dialect. Raises APIError or RequestError if the
+    chat is refused.
+    """
+    context.check_model(body.model)
+    context.check_number(body.n)
+    template = context.tokenizer.chat_template
+    form = AnswerForm.of("" if template is None else template.source)
+    tools = None if template is None else callable_tools(body, form)
+    prompt, place = await render(context, body, size, tenant)
+    context.check_length(len(prompt.token_ids), prompt_name)
+    limit = context.answer_limit(len(prompt.token_ids), body.limit)
+    num_top = (body.top_logprobs or 0) if body.logprobs else None
+    [token_ids] = await context.as_arrays([prompt.token_ids])
+    samplings = body.samplings(limit, num_top, context.engine.sampling_defaults)
+
+    def call_grammar() -> Grammar | None:
+        written = "hermes" if form.calls is None else form.calls.FORM
+        return body.call_grammar(written, may_think=form.thinks)
+
+    grammar = await context.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
+    diagnostics = await _diagnose(context, body, np.asarray(token_ids), tenant, size, answer_id)
+    specs = (
+        RequestSpec(
+            token_ids,
+            sampling,
+            namespace=tenant.namespace,
+            boundaries=prompt.boundaries,
+            answer_survives=prompt.answer_survives,
+            ends_session=body.ends_session,
+            call_marks=form.calls.MARKS if form.calls is not None and tools else (),
+            request_id=answer_id.request_id(choice),
+            grammar=grammar,
+            prompt_logprobs=body.prompt_logprobs,
+        )
+        for choice, sampling in enumerate(samplings)
+    )
+    streams = await context.submit(specs, answer_id)
+    readers = [AnswerReader(form, tools=tools, is_thinking=prompt.is_thinking) for _ in streams]
+    is_single, ends = not body.parallel_tool_calls, context.tokenizer.eos_token_ids
+    readings = [_Reading(each, is_single, ends) for each in readers]
+    return ChatSession(context, prompt, streams, readings, diagnostics, place)
+
+
+async def _diagnose(
+    context: ServingContext,
+    body: ChatRequest,
+    token_ids: np.ndarray,
+    tenant: Tenant,
+    size: int,
+    answer_id: AnswerId,
+) -> ChatDiagnostics:
+    def work() -> ChatDiagnostics:
+        return context.chats.diagnose(
+            answer_id.public,
+            token_ids,
+            compared_with=body.compared_with,
+            is_asked=body.diagnostics is not None,
+            request_id=answer_id.request_id(0),
+            model=context.model_name,
+            tenant=tenant,
+            messages=[message.as_template_input() for message in body.messages],
+            tools=body.tools,
+            variables=body.chat_template_kwargs,
+            size=size,
+        )
+
+    return await context.workers.run(size, work)
+
+
+class ChatSession:
+    """A chat in progress."""
+
+    def __init__(
+        self,
+        context: ServingContext,
+        prompt: ChatPrompt,
+        streams: Sequence[RequestStream],
+        readings: Sequence[_Reading],
+        diagnostics: ChatDiagnostics,
+        place: Any,
+    ) -> None:
+        self._context = context
+        self._place = place
+        self.diagnostics = diagnostics
+        self.prompt = prompt
+        self._streams = streams
+        self._readings = readings
+
+    @property
+    def num_answers(self) -> int:
+        return len(self._streams)
+
+    def num_reasoning_tokens(self, index: int = 0) -> int:
+        """Number of reasoning tokens so far."""
+        return self._readings[index].num_reasoning_tokens
+
+    async def news(self) -> AsyncIterator[ChatDelta]:
+        """Yield the deltas of all answers until all have ended."""
+        async for index, output in self._context.outputs(self._streams):
+            if index == 0:
+                await self.diagnostics.see(output, self._context.workers)
+            reading = self._readings[index]
+            events = reading.read(output)
+            finish = reading.finish(output)
+            if reading.is_over and finish is None:
+                self._streams[index].abort()
+            if finish is not None:
+                message = as_message(reading.events)
+                if not reading.is_over:
+                    self._context.chats.after_answer(self.prompt, self._place, message, output)
+                if index == 0:
+                    self.diagnostics.end(output, message)
+            yield ChatDelta(index, events, output, finish, reading.warning if finish else None)
+
+    async def answers(self) -> list[ChatAnswer]:
+        """Wait for all answers and return them in order."""
+        events: list[list[Event]] = [[] for _ in self._streams]
+        ends: dict[int, tuple[RequestOutput, Finish, str | None]] = {}
+        async for news in self.news():
+            events[news.index].extend(news.events)
+            if news.finish is not None:
+                ends[news.index] = news.output, news.finish, news.warning
+        answers = []
+        for index, each in enumerate(events):
+            output, finish, warning = ends[index]
+            num_reasoning = self.num_reasoning_tokens(index)
+            answers.append(ChatAnswer(joined(each), output, finish, num_reasoning, warning))
+        return answers
+
+
+class _Reading:
+    """Reads one answer, at most up to the end of its first call if ``is_single``."""
+
+    def __init__(self, reader: AnswerReader, is_single: bool, ends: Container[int]) -> None:
+        """``ends``: tokens with which the model ends its answer."""
+        self._reader = reader
+        self._is_single = is_single
+        self._ends = ends
+        self._has_calls = False
+        self._ends_in_call = False
+        """True if the last event that was read is the end of a call."""
+        self._is_broken_off = False
+        """True if a limit or a stop string ended the answer inside a call."""
+        self.warning: str | None = None
+        """Reason why the first of the calls that cannot be made is part of the text."""
+        self.events: list[Event] = []
+        """All events so far."""
+        self.is_over = False
+        """True if the first call ended and the rest is ignored."""
+        self.num_reasoning_tokens = 0
+
+    def read(self, output: RequestOutput) -> list[Event]:
+        """Return the events that ``output`` adds."""
+        if self.is_over:
+            return []
+        was_thinking = self._reader.is_thinking
+        events = self._reader.push(output.new_text)
+        if was_thinking or self._reader.is_thinking:
+            self.num_reasoning_tokens += len(output.new_token_ids)
+        if output.is_finished:
+            is_cut = output.finish_reason != "stop" or int(output.output[-1]) not in self._ends
+            rest = self._reader.flush(is_cut)
+            self._is_broken_off = is_cut and any(isinstance(one, BrokenCall) for one in rest)
+            events = [*events, *rest]
+        for one in events:
+            if isinstance(one, BrokenCall) and self.warning is None:
+                self.warning = f"{BROKEN}{one.why}."
+        events = joined(one for one in events if not isinstance(one, BrokenCall))
+        self._has_calls = self._has_calls or any(isinstance(one, CallBegin) for one in events)
+        if self._is_single:
+            ends = (at for at, one in enumerate(events, 1) if isinstance(one, CallEnd))
+            end = next(ends, None)
+            self.is_over = end is not None
+            events = events[:end]
+        self.events += events
+        if events:
+            self._ends_in_call = isinstance(events[-1], CallEnd)
+        return events
+
+    def finish(self, output: RequestOutput) -> Finish | None:
+        """Return the reason why the answer ended, or None."""
+        if output.finish_reason is None:
+            return None
+        has_stopped = output.finish_reason == "stop" and not self._is_broken_off
+        # A call that ends exactly at the limit is complete: the client can run it.
+        is_whole = output.finish_reason == "length" and self._ends_in_call
+        if self.is_over or (self._has_calls and has_stopped) or is_whole:
+            return "tool_calls"
+        return output.finish_reason
+
 
 QUIET_S = 5.0
 """Seconds without an event after which an empty one is sent. It keeps proxies from closing the
@@ -69,7 +497,7 @@ class _ChatWriter:
                 "logprobs": self._scores(answer.output.logprobs),
                 "finish_reason": answer.finish,
                 **_warning(answer.warning),
-                **fields.token_ids(self._body, answer.output, answer.output.token_ids, False),
+                **token_id_fields(self._body, answer.output, answer.output.token_ids, False),
             }
             for index, answer in enumerate(answers)
         ]
@@ -80,15 +508,15 @@ class _ChatWriter:
             "choices": choices,
             "usage": usage(outputs, self._body.n),
             **self._of_prompt(outputs[0]),
-            **fields.cache_details(self._body, outputs),
+            **cache_details(self._body, outputs),
             **self._told(),
         }
 
     def _of_prompt(self, output: RequestOutput) -> dict[str, Any]:
         """Return the fields about the prompt, which all answers share."""
-        ids = fields.token_ids(self._body, output, (), True)
+        ids = token_id_fields(self._body, output, (), True)
         ids.pop("token_ids", None)
-        return ids | fields.prompt_scores(self._context.tokenizer, self._body, output)
+        return ids | prompt_score_fields(self._context.tokenizer, self._body, output)
 
     async def events(self, session: ChatSession) -> AsyncIterator[bytes]:
         """Yield the role of each choice, then one event per output. Text that was sent is never
@@ -110,7 +538,7 @@ class _ChatWriter:
                 sent_s = time.monotonic()
                 yield self._event([choice], **more)
         outputs = [last[index] for index in range(session.num_answers)]
-        if details := fields.cache_details(self._body, outputs):
+        if details := cache_details(self._body, outputs):
             yield self._event([], **details)
         if self._body.includes_usage:
             yield self._event([], usage=usage(outputs, self._body.n), **self._told())
@@ -127,7 +555,7 @@ class _ChatWriter:
         choice = _choice(news.index, deltas.write(news.events), scores, news.finish)
         new = news.output.new_token_ids
         choice |= _warning(news.warning)
-        return choice | fields.token_ids(self._body, news.output, new, False)
+        return choice | token_id_fields(self._body, news.output, new, False)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:
         return event({**self._head, "object": "chat.completion.chunk", "choices": choices, **more})
@@ -135,9 +563,7 @@ class _ChatWriter:
     def _scores(self, scores: Sequence[SampledToken] | None) -> dict[str, Any] | None:
         if not self._body.logprobs:
             return None
-        return fields.chat_scores(
-            self._context.tokenizer, scores or (), self._body.top_logprobs or 0
-        )
+        return chat_scores(self._context.tokenizer, scores or (), self._body.top_logprobs or 0)
 
 
 def _warning(warning: str | None) -> dict[str, Any]:

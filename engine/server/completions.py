@@ -11,11 +11,18 @@ from fastapi import Request, Response
 
 from engine.async_engine import RequestStream
 from engine.requests.spec import RequestSpec
-from engine.server import response_fields as fields
 from engine.server.access import AnswerId, Tenant
-from engine.server.context import ServingContext, usage
+from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
+from engine.server.context import (
+    CompletionScores,
+    ServingContext,
+    cache_details,
+    cache_headers,
+    prompt_score_fields,
+    token_id_fields,
+    usage,
+)
 from engine.server.schemas import CompletionRequest
-from engine.server.streaming import DONE, EventStream, as_event, event, unless_gone
 from engine.text.outputs import RequestOutput, SampledToken
 from engine.text.tokenizer import EncodeOptions
 
@@ -38,7 +45,7 @@ async def complete(context: ServingContext, request: Request, body: CompletionRe
         outputs,
         lambda: answer.whole(outputs),
         echoes=shows_prompt,
-        headers=fields.cache_headers(outputs[0]),
+        headers=cache_headers(outputs[0]),
     )
 
 
@@ -107,13 +114,13 @@ class _Answer:
             **self._head,
             "choices": choices,
             "usage": usage(outputs, self._body.n),
-            **fields.cache_details(self._body, outputs),
+            **cache_details(self._body, outputs),
         }
 
     def headers(self) -> dict[str, str]:
         """Return response headers about the first prompt's cache hit, or {} before the first
         output."""
-        return {} if self._first is None else fields.cache_headers(self._first)
+        return {} if self._first is None else cache_headers(self._first)
 
     async def events(self, streams: Sequence[RequestStream]) -> AsyncIterator[bytes]:
         """Yield one event per output. Text that was sent is never retracted."""
@@ -126,7 +133,7 @@ class _Answer:
             so_far = list(last.values()) if self._body.repeats_usage else []
             yield await self._event(choices[index], output, is_first, so_far)
         outputs = [last[index] for index in range(len(streams))]
-        if details := fields.cache_details(self._body, outputs):
+        if details := cache_details(self._body, outputs):
             yield event({**self._head, "choices": [], **details})
         if self._body.includes_usage:
             yield event({**self._head, "choices": [], "usage": usage(outputs, self._body.n)})
@@ -163,9 +170,7 @@ class _Choice:
         self._index = index
         self._echo = body.echo
         self._scores = (
-            None
-            if body.logprobs is None
-            else fields.CompletionScores(context.tokenizer, body.logprobs)
+            None if body.logprobs is None else CompletionScores(context.tokenizer, body.logprobs)
         )
 
     def first(
@@ -176,8 +181,8 @@ class _Choice:
         scores: Sequence[SampledToken | None],
     ) -> dict[str, Any]:
         """Write the beginning of an answer, or all of it, with the echoed prompt."""
-        told = fields.token_ids(self._body, output, token_ids, True)
-        told |= fields.prompt_scores(self._tokenizer, self._body, output)
+        told = token_id_fields(self._body, output, token_ids, True)
+        told |= prompt_score_fields(self._tokenizer, self._body, output)
         if self._echo:
             prompt = output.prompt_token_ids.tolist()
             text = self._tokenizer.decode(prompt) + text
@@ -199,5 +204,5 @@ class _Choice:
             "text": text,
             "logprobs": None if self._scores is None else self._scores.write(token_ids, scores),
             "finish_reason": output.finish_reason,
-            **fields.token_ids(self._body, output, token_ids, False),
+            **token_id_fields(self._body, output, token_ids, False),
         }

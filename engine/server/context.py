@@ -1,4 +1,5 @@
-"""Shared context of the endpoints: engine, model name, tokenization, submission and usage."""
+"""Common parts of all endpoints and dialects: interfaces of dialects, extensions and hooks around
+chats, the context of one server, and the fields of answers about tokens and the cache."""
 
 from __future__ import annotations
 
@@ -6,30 +7,224 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from fastapi import Request, Response
+from fastapi import FastAPI, Request, Response
+from starlette.types import Receive, Scope, Send
 
 from engine.async_engine import RequestStream, ServedEngine
 from engine.errors import ContextOverflow, QueueFull, RequestError
-from engine.plugins import chat_hooks
+from engine.plugins import PATHS, chat_hooks, plugin_of_path, server_extension
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server import request_log
 from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, quoted
-from engine.server.body import to_json
-from engine.server.chat_hooks import ChatHooks
+from engine.server.bodies import BodyReader, Workers, give_way, interleave, to_json
 from engine.server.metrics import Metrics
-from engine.server.schemas import Guided
+from engine.server.schemas import Guided, TokenOptions, described
 from engine.server.settings import ServerConfig
-from engine.server.streaming import interleave
-from engine.server.workers import Workers
 from engine.text.answers import CLOSE
-from engine.text.outputs import DraftCounts, RequestOutput, Transferred
+from engine.text.chat_prompt import SampledTurn
+from engine.text.outputs import DraftCounts, RequestOutput, SampledToken, Transferred
 from engine.text.tokenizer import EncodeOptions, Tokenizer
 from hybridcache.api import Losses
+
+if TYPE_CHECKING:
+    from engine.server.access import Operator, Tenant
+    from engine.server.bodies import Workers
+    from engine.server.settings import ServerConfig
+    from engine.text.chat_prompt import ChatPrompt
+    from engine.text.outputs import RequestOutput
+
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatInput:
+    """Inputs for rendering a chat."""
+
+    messages: list[Message]
+    variables: Mapping[str, Any] | None
+    sampled: Mapping[int, SampledTurn]
+    """Tokens that were sampled for earlier answers, by index of the message."""
+    keeps_thinking: bool
+    place: Any
+    """Handle of the answer's position in the chat, for ``ChatHooks.after_answer``."""
+
+
+class ChatDiagnostics(Protocol):
+    """Observes one chat while it is answered, and explains its cache misses if requested."""
+
+    @property
+    def answer_id(self) -> str: ...
+
+    async def see(self, output: RequestOutput, workers: Workers) -> None:
+        """Process the next output of the first answer."""
+        ...
+
+    def end(self, output: RequestOutput, message: Mapping[str, Any]) -> None:
+        """Process the last output of the first answer, and the answer as a message."""
+        ...
+
+    def headers(self) -> dict[str, str]:
+        """Return response headers about the cache, or {} before the first output."""
+        ...
+
+    def told(self) -> dict[str, Any]:
+        """Return the explanation in OpenAI's form, if it was requested."""
+        ...
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Return the explanation in Anthropic's form, if it was requested."""
+        ...
+
+
+class ChatHooks(Protocol):
+    """Hooks around every chat of a server, in any dialect."""
+
+    def before_render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        tenant: Tenant,
+    ) -> ChatInput:
+        """Return the inputs for rendering a chat. O(its size)."""
+        ...
+
+    def diagnose(
+        self,
+        answer_id: str,
+        token_ids: np.ndarray,
+        *,
+        compared_with: str | None,
+        is_asked: bool,
+        request_id: str | None,
+        model: str,
+        tenant: Tenant,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        size: int,
+    ) -> ChatDiagnostics:
+        """Return the observer of a chat of ``size`` bytes before it is answered.
+
+        ``compared_with`` is the id of an earlier answer to compare with. ``is_asked`` requests
+        Anthropic's form.
+        """
+        ...
+
+    def after_answer(
+        self, prompt: ChatPrompt, place: Any, message: Message, output: RequestOutput
+    ) -> None:
+        """Process a complete answer, sent to the client as ``message``. O(its size)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """One path of an API, with the model of its body and the function that answers a request.
+
+    The function converts the body to a ``ChatRequest``, submits it with ``chat.ask``, and
+    writes the answer in its own form.
+    """
+
+    path: str
+    body: type[Any]
+    answer: Callable[[Request, Any], Awaitable[Response]]
+    name: str
+    """Name of the operation in the API's description."""
+
+    def add_to(self, app: FastAPI, reader: BodyReader) -> None:
+        """Add the path to ``app``."""
+
+        async def operation(request: Request) -> Response:
+            return await self.answer(request, await reader.read(request, self.body))
+
+        app.post(self.path, openapi_extra=described(self.body), name=self.name)(operation)
+
+
+class ServerExtension:
+    """Optional part of one server. Every method does nothing unless it is overridden."""
+
+    def __init__(self, context: ServingContext, config: ServerConfig) -> None:
+        self.context, self.config = context, config
+
+    def dialects(self) -> Iterator[Dialect]:
+        """Yield the dialects to serve."""
+        yield from ()
+
+    def add_routes(self, app: FastAPI, operator: Operator) -> None:
+        """Add routes that are not dialects."""
+
+    def close(self) -> None:
+        """End open streams when the server shuts down."""
+
+
+class Extensions:
+    """Extensions of one server. Each is loaded by the first request for one of its paths, or at the
+    start if one of its settings is given."""
+
+    def __init__(
+        self,
+        app: FastAPI,
+        context: ServingContext,
+        config: ServerConfig,
+        reader: BodyReader,
+        operator: Operator,
+    ) -> None:
+        self._app, self._context, self._config = app, context, config
+        self._reader, self._operator = reader, operator
+        self._loaded: dict[str, ServerExtension] = {}
+        self._lock = asyncio.Lock()
+        self._not_found = app.router.default
+        app.router.default = self._serve
+        for plugin in set(PATHS.values()):
+            if config.uses(plugin):
+                self._load(plugin)
+
+    def load_all(self) -> None:
+        """Load every extension, for the description of the API."""
+        for plugin in dict.fromkeys(PATHS.values()):
+            self._load(plugin)
+
+    def close(self) -> None:
+        """End open streams."""
+        for extension in self._loaded.values():
+            extension.close()
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request for a path that is not served yet."""
+        plugin = plugin_of_path(scope["path"]) if scope["type"] == "http" else None
+        if plugin is None or plugin in self._loaded:
+            return await self._not_found(scope, receive, send)
+        async with self._lock:
+            # Its imports take 0.1 s, in which other requests go on.
+            await asyncio.to_thread(server_extension, plugin)
+            self._load(plugin)
+        await self._app.router(scope, receive, send)
+
+    def _load(self, plugin: str) -> None:
+        if plugin in self._loaded:
+            return
+        self._loaded[plugin] = extension = server_extension(plugin)(self._context, self._config)
+        for dialect in extension.dialects():
+            dialect.add_to(self._app, self._reader)
+        extension.add_routes(self._app, self._operator)
+
 
 logger = logging.getLogger(__name__)
 
@@ -318,3 +513,150 @@ def _drafted(drafts: Sequence[DraftCounts], num_new: int) -> dict[str, float | N
         "acceptance_length": 1 + num_accepted / num_verified if num_verified else None,
         "tokens_per_step": num_new / num_steps if num_steps > 0 else None,
     }
+
+
+LEAST = -9999.0
+"""Log-probability of an impossible token, as in OpenAI's API. JSON has no infinity."""
+SCORES_AT_ONCE = 32
+"""Number of tokens with scores that are written at a time. With their alternatives this takes a
+quarter of a millisecond."""
+
+
+def finite(logprob: float | None) -> float | None:
+    """Return ``logprob`` as a number that JSON can represent."""
+    return None if logprob is None else max(logprob, LEAST)
+
+
+def token_text(tokenizer: Tokenizer, token_id: int) -> str:
+    """Return a token as text, or as ``bytes:\\xe2\\x80`` if it is not valid UTF-8, so that
+    different tokens differ."""
+    raw = tokenizer.token_bytes(token_id)
+    try:
+        return raw.decode("utf-8") if raw else f"token:{token_id}"
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+class CompletionScores:
+    """Writes the score lists of one choice, as a whole or piece by piece, with offsets into its
+    text."""
+
+    def __init__(self, tokenizer: Tokenizer, num_top: int) -> None:
+        self._tokenizer = tokenizer
+        self._num_top = num_top
+        self._decoder = tokenizer.stream_decoder()
+        self._offset = 0
+
+    def write(
+        self, token_ids: Sequence[int], scores: Sequence[SampledToken | None]
+    ) -> dict[str, list[Any]]:
+        """Return the lists for the next tokens. A score is None if the token was not predicted (the
+        first of a prompt)."""
+        written: dict[str, list[Any]] = {
+            name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+        }
+        for number, (token_id, score) in enumerate(zip(token_ids, scores, strict=False)):
+            if number % SCORES_AT_ONCE == SCORES_AT_ONCE - 1:
+                give_way()
+            written["tokens"].append(token_text(self._tokenizer, token_id))
+            written["token_logprobs"].append(None if score is None else finite(score.logprob))
+            written["top_logprobs"].append(None if score is None else self._top(score))
+            written["text_offset"].append(self._offset)
+            self._offset += len(self._decoder.push(token_id))
+        return written
+
+    def _top(self, score: SampledToken) -> dict[str, float | None]:
+        return {
+            token_text(self._tokenizer, token_id): finite(logprob)
+            for token_id, logprob in score.top_logprobs[: self._num_top]
+        }
+
+
+def chat_scores(
+    tokenizer: Tokenizer, scores: Iterable[SampledToken], num_top: int
+) -> dict[str, list[dict[str, Any]]]:
+    """Return one object per token, with its ``num_top`` best alternatives."""
+
+    def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+        return {
+            "token": token_text(tokenizer, token_id),
+            "logprob": finite(logprob),
+            "bytes": list(tokenizer.token_bytes(token_id)),
+        }
+
+    content = []
+    for number, score in enumerate(scores):
+        if number % SCORES_AT_ONCE == SCORES_AT_ONCE - 1:
+            give_way()
+        rivals = [entry(*pair) for pair in score.top_logprobs[:num_top]]
+        content.append({**entry(score.token_id, score.logprob), "top_logprobs": rivals})
+    return {"content": content}
+
+
+def token_id_fields(
+    body: TokenOptions, output: RequestOutput, new: Sequence[int], is_first: bool
+) -> dict[str, Any]:
+    """Return the ids of the ``new`` tokens in vLLM's form, with those of the prompt in the first
+    part."""
+    if not body.return_token_ids:
+        return {}
+    prompt = {"prompt_token_ids": output.prompt_token_ids.tolist()} if is_first else {}
+    return {**prompt, "token_ids": [int(token) for token in new]}
+
+
+def prompt_score_fields(
+    tokenizer: Tokenizer, body: TokenOptions, output: RequestOutput
+) -> dict[str, Any]:
+    """Return the log-probabilities of the prompt in vLLM's form.
+
+    For each prompt token there is an object by id, with the requested alternatives; null for the
+    first.
+    """
+    scores = output.prompt_logprobs
+    if body.prompt_logprobs is None or scores is None:
+        return {}
+    written: list[dict[str, Any] | None] = []
+    for number, score in enumerate(scores):
+        if number % SCORES_AT_ONCE == SCORES_AT_ONCE - 1:
+            give_way()
+        written.append(None if score is None else _entry(tokenizer, score, body.prompt_logprobs))
+    return {"prompt_logprobs": written}
+
+
+def _entry(tokenizer: Tokenizer, score: SampledToken, num_top: int) -> dict[str, Any]:
+    best = list(score.top_logprobs[:num_top])
+    ranks = {token: rank for rank, (token, _) in enumerate(best, 1)}
+    if score.token_id not in ranks:
+        best.append((score.token_id, score.logprob or 0.0))
+    return {
+        str(token): {
+            "logprob": finite(logprob),
+            # The rank of a less likely token is not known.
+            "rank": ranks.get(token),
+            "decoded_token": token_text(tokenizer, token),
+        }
+        for token, logprob in best
+    }
+
+
+def cache_details(body: TokenOptions, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """Return SGLang's ``sglext`` with the number of cached tokens of the first answer's prompt.
+
+    All are counted as read on the device, because tokens from other tiers are copied there first.
+    """
+    if not body.return_cached_tokens_details:
+        return {}
+    return {"sglext": {"cached_tokens_details": {"device": outputs[0].cached_len}}}
+
+
+def cache_headers(output: RequestOutput) -> dict[str, str]:
+    """Return the cache headers of an answer: ``x-cache-hit-tokens``, ``x-cache-prompt-tokens``, and
+    ``x-cache-lost`` with its causes."""
+    headers = {
+        "x-cache-prompt-tokens": str(len(output.prompt_token_ids)),
+        "x-cache-hit-tokens": str(output.cached_len),
+    }
+    if output.losses is not None:
+        lost = [f"{name}={number}" for name, number in output.losses._asdict().items() if number]
+        headers["x-cache-lost"] = ", ".join(lost) or "none"
+    return headers

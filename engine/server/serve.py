@@ -32,8 +32,7 @@ from engine.server.access import Operator
 from engine.server.api_errors import APIError
 from engine.server.app import create_app
 from engine.server.request_log import set_up_logging
-from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, ServerConfig
-from engine.server.workers import SWITCH_S
+from engine.server.settings import ACCEPTED_AT_ONCE, BACKLOG, SWITCH_S, ServerConfig
 from hybridcache.geometry.units import counted
 
 logger = logging.getLogger(__name__)

@@ -32,6 +32,10 @@ ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^\s/?#@A-Z]+")
 The origin of a file is ``null``."""
 
 
+SWITCH_S = 0.0002
+"""Time that a thread waits for the interpreter while another computes in Python."""
+
+
 def flag(name: str) -> str:
     """Return the setting ``name`` as a flag of the command line."""
     return "--" + name.replace("_", "-")

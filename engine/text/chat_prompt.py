@@ -31,8 +31,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from engine.text.answers import CLOSE, MARKS, OPEN
-from engine.text.chat_template import PROBE, Message, TemplateError
-from engine.text.tokenizer import SLICE, EncodeOptions, Tokenizer
+from engine.text.tokenizer import PROBE, SLICE, EncodeOptions, Message, TemplateError, Tokenizer
 
 MARK_CODES = range(0xE001, 0xF900)
 """Characters that may be inserted into a control token that is text. Private use, as the probe."""

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.text.answers import MARKS
-from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import (
     AS_PROMPT,
     SLICE,
     ByteStreamDecoder,
     ByteTokenizer,
+    ChatTemplate,
     EncodeOptions,
     StreamDecoder,
     Tokenizer,

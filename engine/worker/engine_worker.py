@@ -22,7 +22,7 @@ from engine.errors import EngineStopped, RequestError
 from engine.interfaces import EngineWatch, RunnerLost
 from engine.plugins import cache_watch
 from engine.requests.spec import RequestSpec
-from engine.server.workers import SWITCH_S
+from engine.server.settings import SWITCH_S
 from engine.text.outputs import OutputDelta, RequestOutput, delta_of
 from engine.worker.channel import (
     Abort,

@@ -29,7 +29,7 @@ from engine.requests.logit_rules import (
     packed,
     ruled,
 )
-from engine.server.extension import Dialect
+from engine.server.context import Dialect
 from engine.server.schemas import TokenizeRequest
 from engine.server.settings import ServerConfig
 from engine.testing.oracle import OracleRunner

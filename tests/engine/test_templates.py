@@ -12,8 +12,7 @@ from engine.text.chat_prompt import (
     mark_control_tokens,
     render_chat,
 )
-from engine.text.chat_template import ChatTemplate, TemplateError
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer, ChatTemplate, TemplateError
 
 QWEN35_LIKE = """\
 {%- set ns = namespace(last_query=-1) %}

@@ -14,9 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from engine.text.chat_template import ChatTemplate
 from engine.text.hugging_face import HFTokenizer, PieceMemory, load_tokenizer
-from engine.text.tokenizer import ByteTokenizer, EncodeOptions, Tokenizer, WindowStreamDecoder
+from engine.text.tokenizer import (
+    ByteTokenizer,
+    ChatTemplate,
+    EncodeOptions,
+    Tokenizer,
+    WindowStreamDecoder,
+)
 
 CORPUS = [
     "hello world, hello caché",

@@ -17,11 +17,10 @@ import numpy as np
 from engine.plugins.diagnostics.explain import Change, Explanation, Found, Parting, explain
 from engine.plugins.diagnostics.outline import Outline, Outliner
 from engine.server.access import Tenant
-from engine.server.response_fields import cache_headers
-from engine.server.workers import Workers
-from engine.text.chat_template import ChatTemplate, TemplateError
+from engine.server.bodies import Workers
+from engine.server.context import cache_headers
 from engine.text.outputs import RequestOutput
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
 from hybridcache.tokens import Tokens, common_prefix_len
 
 SHORT_ID = 17

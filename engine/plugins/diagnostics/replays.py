@@ -17,7 +17,7 @@ from typing import Any
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.outline import SYSTEM_ROLES, said_by
 from engine.server.access import Tenant
-from engine.server.chat_hooks import ChatInput, Message
+from engine.server.context import ChatInput, Message
 from engine.text.answers import MARKS
 from engine.text.chat_prompt import ChatPrompt, SampledTurn
 from engine.text.outputs import RequestOutput

@@ -13,8 +13,7 @@ from engine.plugins.diagnostics.explanations import Explanations, Inquiry
 from engine.plugins.diagnostics.replays import Replays
 from engine.server.access import Operator, Tenant
 from engine.server.api_errors import APIError, quoted
-from engine.server.chat_hooks import ChatDiagnostics, ChatInput, Message
-from engine.server.extension import ServerExtension
+from engine.server.context import ChatDiagnostics, ChatInput, Message, ServerExtension
 from engine.server.settings import ServerConfig
 from engine.text.chat_prompt import ChatPrompt
 from engine.text.outputs import RequestOutput

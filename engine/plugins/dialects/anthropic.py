@@ -11,11 +11,10 @@ from fastapi import Request, Response
 from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
 from engine.server.access import AnswerId, new_id
 from engine.server.api_errors import ANTHROPIC, APIError, request_name
-from engine.server.body import to_json
-from engine.server.chat_session import ChatAnswer, ChatSession, Finish, ask, render, settle_system
+from engine.server.bodies import EventStream, named_event, to_json, unless_gone, with_pauses
+from engine.server.chat import ChatAnswer, ChatSession, Finish, ask, render, settle_system
 from engine.server.context import ServingContext
 from engine.server.schemas import parsed_arguments
-from engine.server.streaming import EventStream, named_event, unless_gone, with_pauses
 from engine.text.answers import (
     CallArguments,
     CallBegin,

@@ -12,11 +12,10 @@ from engine.plugins.dialects.response_store import ResponseStore, StoredResponse
 from engine.plugins.dialects.responses_body import ResponsesRequest, TextConfig
 from engine.server.access import AnswerId, new_id
 from engine.server.api_errors import APIError, quoted
-from engine.server.body import to_json
-from engine.server.chat_session import ChatSession, Finish, ask, settle_system
+from engine.server.bodies import EventStream, named_event, to_json, unless_gone
+from engine.server.chat import ChatSession, Finish, ask, settle_system
 from engine.server.context import ServingContext
 from engine.server.schemas import ChatRequest
-from engine.server.streaming import EventStream, named_event, unless_gone
 from engine.text.answers import (
     CallArguments,
     CallBegin,

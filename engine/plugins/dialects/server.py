@@ -15,8 +15,7 @@ from engine.plugins.dialects.response_store import ResponseStore
 from engine.plugins.dialects.responses import Responses
 from engine.plugins.dialects.responses_body import ResponsesRequest
 from engine.server.access import Operator
-from engine.server.context import ServingContext
-from engine.server.extension import Dialect, ServerExtension
+from engine.server.context import Dialect, ServerExtension, ServingContext
 from engine.server.settings import ServerConfig
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from engine.async_engine import NoSingleEngine, ServedEngine, Watching
 from engine.errors import EngineStopped
 from engine.server.api_errors import APIError
-from engine.server.workers import Workers
+from engine.server.bodies import Workers
 from engine.text.json_text import write_json
 from hybridcache.watch.recorder import Record
 

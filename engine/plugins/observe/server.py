@@ -9,10 +9,9 @@ from fastapi import FastAPI, Request, Response
 from engine.plugins.observe.feed import Feed
 from engine.server.access import Operator
 from engine.server.api_errors import APIError
-from engine.server.context import ServingContext
-from engine.server.extension import ServerExtension
+from engine.server.bodies import EventStream
+from engine.server.context import ServerExtension, ServingContext
 from engine.server.settings import ServerConfig
-from engine.server.streaming import EventStream
 from hybridcache.watch.page import POLICY, live_page
 
 HEADERS = {

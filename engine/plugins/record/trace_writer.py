@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from engine.text.chat_prompt import render_chat
-from engine.text.chat_template import TemplateError
-from engine.text.tokenizer import EncodeOptions, Tokenizer
+from engine.text.tokenizer import EncodeOptions, TemplateError, Tokenizer
 
 logger = logging.getLogger(__name__)
 PIECE = 4

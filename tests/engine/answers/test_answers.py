@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.plugins.tool_calls import calls
 from engine.plugins.tool_calls.hermes import HermesReader
 from engine.plugins.tool_calls.qwen_xml import QwenXMLReader
-from engine.server.chat_session import AnswerForm, AnswerReader
+from engine.server.chat import AnswerForm, AnswerReader
 from engine.text.answers import (
     BrokenCall,
     CallArguments,

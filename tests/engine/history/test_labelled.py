@@ -15,8 +15,7 @@ from engine.plugins.diagnostics.explain import CAUSES, Change, Explanation, Foun
 from engine.plugins.diagnostics.explanations import Explanations, for_anthropic, for_openai
 from engine.server.access import Tenant
 from engine.text.chat_prompt import render_chat
-from engine.text.chat_template import ChatTemplate
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from experiments.system.agents.scripted import ScriptedEngine
 from hybridcache.api import Losses
 

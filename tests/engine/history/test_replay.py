@@ -16,9 +16,8 @@ from engine.config import BUILTIN_NAME
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.replays import AnswerMemory, VolatileLines
 from engine.text.chat_prompt import ChatPrompt, SampledTurn, render_chat
-from engine.text.chat_template import ChatTemplate
 from engine.text.hugging_face import HFTokenizer
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from experiments import run_agent
 from experiments.system.agents.clients import AGENTS
 from experiments.system.agents.scripted import ScriptedEngine

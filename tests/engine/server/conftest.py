@@ -25,9 +25,8 @@ from engine.server.serve import Server
 from engine.server.settings import ServerConfig
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
-from engine.text.chat_template import ChatTemplate
 from engine.text.outputs import SampledToken
-from engine.text.tokenizer import ByteTokenizer
+from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from experiments.system import served
 
 

@@ -28,8 +28,8 @@ from pydantic import BaseModel, ValidationError
 from engine import server_config
 from engine.server import serve
 from engine.server.api_errors import APIError
-from engine.server.body import BodyReader, _num_marks, to_json
-from engine.server.response_fields import CompletionScores, chat_scores
+from engine.server.bodies import LONG, BodyReader, Workers, _num_marks, give_way, to_json
+from engine.server.context import CompletionScores, chat_scores
 from engine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest
 from engine.server.serve import (
     FEWEST,
@@ -39,7 +39,6 @@ from engine.server.serve import (
     raise_descriptor_limit,
 )
 from engine.server.settings import ACCEPTED_AT_ONCE, ServerConfig
-from engine.server.workers import LONG, Workers, give_way
 from engine.text.json_text import read_json, write_json
 from engine.text.outputs import SampledToken
 from engine.text.tokenizer import ByteTokenizer
@@ -228,7 +227,7 @@ def test_no_more_strings_are_passed_over_than_a_body_at_the_limits_has() -> None
 
 def test_a_long_text_is_passed_over_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[None] = []
-    monkeypatch.setattr("engine.server.body.give_way", lambda: pauses.append(None))
+    monkeypatch.setattr("engine.server.bodies.give_way", lambda: pauses.append(None))
     raw = b'"' + b"\\u00e9," * 100_000 + b'",1'
     assert _num_marks(raw, b",", 5, 1000) == 1 and len(pauses) > 90
     pauses.clear()
@@ -239,7 +238,7 @@ def test_the_scores_of_a_long_prompt_are_written_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pauses: list[None] = []
-    monkeypatch.setattr("engine.server.response_fields.give_way", lambda: pauses.append(None))
+    monkeypatch.setattr("engine.server.context.give_way", lambda: pauses.append(None))
     scores = [SampledToken(65, -1.0, ((65, -1.0),))] * 1000
     written = CompletionScores(ByteTokenizer(), 1).write([65] * 1000, scores)
     assert len(pauses) > 20 and {len(column) for column in written.values()} == {1000}
@@ -249,7 +248,7 @@ def test_the_scores_of_a_long_prompt_are_written_in_pieces(
 def test_only_a_worker_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """The event loop has others to serve, and what it does itself is short."""
     pauses: list[float] = []
-    monkeypatch.setattr("engine.server.workers.time.sleep", pauses.append)
+    monkeypatch.setattr("engine.server.bodies.time.sleep", pauses.append)
     workers = Workers()
 
     async def both() -> None:

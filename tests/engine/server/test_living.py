@@ -19,8 +19,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import server_config
+from engine.server.bodies import EventStream
 from engine.server.settings import ServerConfig, bind
-from engine.server.streaming import EventStream
 
 from .conftest import Live, oracle_engine, serving
 

@@ -32,7 +32,7 @@ from engine.plugins.replicas.replicas_client import FleetEngine
 from engine.plugins.replicas.start_replicas import spec_of
 from engine.requests.request import Request
 from engine.server.app import create_app
-from engine.server.chat_session import AnswerReader
+from engine.server.chat import AnswerReader
 from engine.server.settings import ServerConfig
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
