@@ -22,6 +22,7 @@ from hybridcache.policies.eviction.hazards import (
 )
 from hybridcache.policies.eviction.survival import Survival
 from hybridcache.policies.placement.adaptive import Adaptive
+from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import Prefill
 from hybridcache.policies.registry import parse_placement
 from hybridcache.variants import TieredRadixCache
@@ -389,6 +390,23 @@ def test_the_placement_believes_in_what_was_saved_and_nothing_else(
             lease.finish(answer, 700)
         else:
             lease.finish(prompt, 500)
+    assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
+
+
+def test_a_checkpoint_that_another_request_saved_first_is_not_counted() -> None:
+    """Two equal prompts are computed at once, and the cache takes the checkpoints of one."""
+    cache = build_prefix_cache(CacheConfig(num_kv_tokens=100_000, num_slots=1000, grid=64))
+    learned = Adaptive()
+    placement, rng = Placement((learned,)), np.random.default_rng(0)
+    for _ in range(20):
+        request = LeaseRequest(rng.integers(0, 1000, 500, dtype=np.int32))
+        leases = [Lease.begin(cache, placement, request) for _ in range(2)]
+        for lease in leases:
+            assert lease is not None and lease.extend(500)
+            assert lease.take_checkpoint_slots(0, 500)
+        for lease in leases:
+            assert lease is not None
+            lease.finish(request.tokens, 500)
     assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
 
 

@@ -160,21 +160,26 @@ def test_a_drain_finishes_the_prefixes_in_progress_and_takes_no_more(
 ) -> None:
     """Up to their last byte: nothing is left to the end itself."""
     monkeypatch.setattr(serve, "CLOSE_S", 0.0)
-    first, idle = Asker(gated), Asker(gated)
-    first.ask(text(0, 193))  # three steps
+    again, first, idle = Asker(gated), Asker(gated), Asker(gated)
+    again.ask(text(0, 193))  # three steps
     gated.permits.release()
-    first.hear_piece()
+    again.hear_piece()
+    first.ask(text(2, 193))
+    assert "alive" in first.hear(), "it was accepted"
     ending = gated.told("drain")
     gated.permits.release()
     until(lambda: not gated.accepts(), "an engine that drains accepts no more")
     assert idle.hear_all(text(1, 193)) in ("failed", "gone")
+    gated.permits.release(2)
+    assert again.hear_all() == "done"
+    assert again.hear_all(text(3, 193)) == "failed", "the next prefix of the same connection"
     assert ending.is_alive()
     gated.open()
     until(lambda: not gated.engine.requests, "it is computed")
     time.sleep(0.3)  # Its last bytes are read late.
     assert first.hear_all() == "done"
     gated.has_ended(ending)
-    assert gated.engine.plugins["disaggregation"].counts.prefixes == 1
+    assert gated.engine.plugins["disaggregation"].counts.prefixes == 2
 
 
 @pytest.mark.full("stop")
