@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from kernels.packed import Packed
+
 SOURCES = Path(__file__).resolve().parent
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared"),
@@ -156,6 +158,20 @@ def same_stride(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
 
 def address(x: torch.Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
+
+
+def step_addresses(
+    slots: torch.Tensor, packed: Packed | None, step_slots: torch.Tensor | None
+) -> tuple[int, int | None]:
+    """Return the addresses of the slots of the states after each token, and of the sequences'
+    starts.
+
+    Without ``packed``, each sequence has one token: the state returns to its slot, and the starts
+    are None.
+    """
+    if packed is None or step_slots is None:
+        return slots.data_ptr(), None
+    return step_slots.data_ptr(), packed.cu_seqlens.data_ptr()
 
 
 def _folders() -> Iterator[Path]:

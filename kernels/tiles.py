@@ -1,10 +1,11 @@
-"""Tiles of packed sequences in plain PyTorch, and the delta rule's scan over them.
+"""Recurrences over packed sequences in plain PyTorch: by tiles for prompts, else token by token.
 
 Shared by the references.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -12,6 +13,10 @@ import numpy as np
 import torch
 
 from kernels.packed import Exports, Packed, num_tiles, running_sum
+
+LARGE_STATE = 2**15
+"""Elements above which a state is updated in place, sequence by sequence, because copies would cost
+more."""
 
 
 class Layout(NamedTuple):
@@ -155,3 +160,57 @@ def saves_by_tile(packed: Packed, exports: Exports | None) -> dict[tuple[int, in
             tile = num_tiles(end, packed.tile_size) - 1
             saves.setdefault((sequence, tile), []).append(slot)
     return saves
+
+
+def decode(
+    step: Callable[..., torch.Tensor],
+    token: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    *,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    packed: Packed | None,
+    step_slots: torch.Tensor | None,
+) -> torch.Tensor:
+    """Carry states ``[S, HV, K, V]`` through the tokens of their sequences.
+
+    ``step(state, *token)`` updates N states ``[N, K, V]`` in place, one per sequence and head, and
+    returns their read-outs ``[N, V]``. ``token`` has factors ``[T, HV, ...]``. Writes to ``out``
+    ``[T, HV, V]``, and returns it. The other arguments are those of the decoding functions.
+    """
+    if packed is not None:
+        assert step_slots is not None, "several tokens per sequence need slots for their states"
+        for rows, state in steps(states, packed, slots, step_slots):
+            read = step(state.flatten(0, 1), *(part[rows].flatten(0, 1) for part in token))
+            out[rows] = read.view(len(rows), *out.shape[1:])
+        return out
+    in_place = len(slots) == 1 or states[0].numel() >= LARGE_STATE
+    if in_place and states.dtype == torch.float32:
+        for i, slot in enumerate(slots.tolist()):
+            out[i] = step(states[slot], *(part[i] for part in token))
+        return out
+    state = states.index_select(0, slots).float()
+    out.copy_(step(state.flatten(0, 1), *(part.flatten(0, 1) for part in token)).view(out.shape))
+    states.index_copy_(0, slots.long(), state.to(states.dtype))
+    return out
+
+
+def steps(
+    states: torch.Tensor, packed: Packed, slots: torch.Tensor, step_slots: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield the first token of every sequence, then the second ones, with the states before them.
+
+    Each item is the tokens' rows int64[N] and states float32 ``[N, ...]``, to be advanced in place.
+    They are then stored in the tokens' ``step_slots``. The states in ``slots`` are only read.
+    """
+    order = sorted(range(len(packed.lengths)), key=lambda b: -packed.lengths[b])
+    first = torch.tensor(running_sum(packed.lengths), device=states.device)[order]
+    state, targets = states[slots.long()[order]].float(), step_slots.long()
+    for step in range(max(packed.lengths, default=0)):
+        count = sum(length > step for length in packed.lengths)
+        rows, active = first[:count] + step, state[:count]
+        yield rows, active
+        kept = active.to(states.dtype)
+        states[targets[rows]] = kept
+        if states.dtype != torch.float32:
+            active.copy_(kept)

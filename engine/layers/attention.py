@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, VerifyPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Layer, Parameter
@@ -95,43 +95,20 @@ class Attention:
         * D]``."""
         key_pool, value_pool = pools
         query = self.write(projected, inputs, pools)
-        outs, verified = [], inputs.num_decode + inputs.num_verify
-        if inputs.decode is not None:
-            outs.append(
-                self._attention.decode_attention(
-                    query[: inputs.num_decode],
-                    key_pool,
-                    value_pool,
-                    table=inputs.table,
-                    sequences=inputs.decode.sequences,
-                    scale=self._scale,
-                )
+        where = {"table": inputs.table, "scale": self._scale}
+
+        def attend(part: StepPart, tokens: slice) -> torch.Tensor:
+            kernel = self._attention.decode_attention
+            if isinstance(part, VerifyPart):
+                kernel = self._attention.verify_attention
+            elif isinstance(part, PrefillPart):
+                kernel = self._attention.prefill_attention
+            attended: torch.Tensor = kernel(
+                query[tokens], key_pool, value_pool, **part.attention_inputs, **where
             )
-        if inputs.verify is not None:
-            outs.append(
-                self._attention.verify_attention(
-                    query[inputs.num_decode : verified],
-                    key_pool,
-                    value_pool,
-                    table=inputs.table,
-                    sequences=inputs.verify.sequences,
-                    packed=inputs.verify.packed,
-                    scale=self._scale,
-                )
-            )
-        if inputs.prefill is not None:
-            outs.append(
-                self._attention.prefill_attention(
-                    query[verified:],
-                    key_pool,
-                    value_pool,
-                    table=inputs.table,
-                    sequences=inputs.prefill.sequences,
-                    packed=inputs.prefill.packed,
-                    scale=self._scale,
-                )
-            )
-        return (outs[0] if len(outs) == 1 else torch.cat(outs)).flatten(1)
+            return attended
+
+        return inputs.by_part(attend).flatten(1)
 
     def write(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Write this step's KV. Returns the queries, ``[T, HQ, D]``."""

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
-from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Parameter
+from engine.layers.shortconv import CausalConv
 from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import DeltaSizes
 from hybridcache.geometry.shares import share
@@ -69,17 +70,16 @@ class GatedDeltaNet:
         self.projected_size = sum(self._widths)
         self.mixed_shape = heads, sizes.value_dim
         weights = build.weights
-        self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
+        self._conv = CausalConv(sizes.conv_channels, sizes.conv_width, build)
         self._A_log = weights.empty(heads, dtype=torch.float32)
         self._dt_bias = weights.empty(heads, dtype=torch.float32)
         self._norm_name, self._max_beta = norm, max_beta
         self._norm_weight = weights.empty(sizes.value_dim)
-        self._conv1d, self._gdn = build.kernels["conv1d"], build.kernels["gdn"]
-        self._norm = build.kernels["norm"]
+        self._gdn, self._norm = build.kernels["gdn"], build.kernels["norm"]
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._projection.parameters()
-        weights = self._conv_weight.unsqueeze(1).split(self._channels)
+        weights = self._conv.weight.unsqueeze(1).split(self._channels)
         for (conv, cut), weight in zip(self._convs.items(), weights, strict=True):
             yield f"{self.name}.{conv}.weight", Parameter(weight, cut=cut)
         heads = self._heads_cut
@@ -101,119 +101,40 @@ class GatedDeltaNet:
         Returns ``[T, HV, V]``."""
         qkv, _, b, a = projected[: inputs.num_tokens].split(self._widths, dim=-1)
         windows, states = pools
-        outs, decodes = [], inputs.num_decode
-        verified = decodes + inputs.num_verify
-        if inputs.decode is not None:
-            outs.append(
-                self._decode(qkv[:decodes], a[:decodes], b[:decodes], inputs, windows, states)
+
+        def mix(part: StepPart, tokens: slice) -> torch.Tensor:
+            heads = self._heads(self._conv(qkv[tokens], part, windows))
+            return self._scan(heads, a[tokens], b[tokens], part, states)
+
+        return inputs.by_part(mix)
+
+    def _scan(
+        self,
+        heads: Sequence[torch.Tensor],
+        a: torch.Tensor,
+        b: torch.Tensor,
+        part: StepPart,
+        states: torch.Tensor,
+    ) -> torch.Tensor:
+        gates, max_beta = (a, b, self._A_log, self._dt_bias), self._max_beta
+        out: torch.Tensor
+        if isinstance(part, PrefillPart):
+            gate, beta = self._gdn.gates(*gates, max_beta=max_beta)
+            out = self._gdn.chunk_gdn(*heads, gate, beta, states=states, **part.scan_inputs)
+        else:
+            out = self._gdn.decode_gdn(
+                *heads, *gates, states=states, max_beta=max_beta, **part.scan_inputs
             )
-        if inputs.verify is not None:
-            part = slice(decodes, verified)
-            outs.append(self._verify(qkv[part], a[part], b[part], inputs, windows, states))
-        if inputs.prefill is not None:
-            outs.append(
-                self._prefill(qkv[verified:], a[verified:], b[verified:], inputs, windows, states)
-            )
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out
 
-    def _decode(
-        self,
-        qkv: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        inputs: LayerInputs,
-        windows: torch.Tensor,
-        states: torch.Tensor,
-    ) -> torch.Tensor:
-        assert inputs.decode is not None
-        slots = inputs.decode.slots
-        qkv = self._conv1d.decode_conv1d(qkv, self._conv_weight, None, states=windows, slots=slots)
-        query, key, value = self._heads(qkv)
-        return self._gdn.decode_gdn(
-            query,
-            key,
-            value,
-            a,
-            b,
-            self._A_log,
-            self._dt_bias,
-            states=states,
-            slots=slots,
-            max_beta=self._max_beta,
-        )
-
-    def _verify(
-        self,
-        qkv: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        inputs: LayerInputs,
-        windows: torch.Tensor,
-        states: torch.Tensor,
-    ) -> torch.Tensor:
-        part = inputs.verify
-        assert part is not None
-        where = {"packed": part.packed, "slots": part.slots, "step_slots": part.step_slots}
-        qkv = self._conv1d.verify_conv1d(qkv, self._conv_weight, None, states=windows, **where)
-        query, key, value = self._heads(qkv)
-        return self._gdn.verify_gdn(
-            query,
-            key,
-            value,
-            a,
-            b,
-            self._A_log,
-            self._dt_bias,
-            states=states,
-            max_beta=self._max_beta,
-            **where,
-        )
-
-    def _prefill(
-        self,
-        qkv: torch.Tensor,
-        a: torch.Tensor,
-        b: torch.Tensor,
-        inputs: LayerInputs,
-        windows: torch.Tensor,
-        states: torch.Tensor,
-    ) -> torch.Tensor:
-        part = inputs.prefill
-        assert part is not None
-        qkv = self._conv1d.prefill_conv1d(
-            qkv,
-            self._conv_weight,
-            None,
-            states=windows,
-            packed=part.packed,
-            slots=part.slots,
-            resumed=part.resumed,
-            exports=part.exports,
-        )
-        query, key, value = self._heads(qkv)
-        gate, beta = self._gdn.gates(a, b, self._A_log, self._dt_bias, max_beta=self._max_beta)
-        return self._gdn.chunk_gdn(
-            query,
-            key,
-            value,
-            gate,
-            beta,
-            states=states,
-            packed=part.packed,
-            slots=part.slots,
-            resumed=part.resumed,
-            exports=part.exports,
-        )
-
-    def _heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        sizes, tokens = self.sizes, len(qkv)
+    def _heads(self, qkv: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Split into query and key ``[T, H, K]``, and value ``[T, HV, V]``."""
+        sizes = self.sizes
         widths = [sizes.key_width, sizes.key_width, sizes.value_width]
-        query, key, value = qkv.split(widths, dim=-1)
-        return (
-            query.view(tokens, sizes.num_key_heads, sizes.key_dim),
-            key.view(tokens, sizes.num_key_heads, sizes.key_dim),
-            value.view(tokens, sizes.num_value_heads, sizes.value_dim),
-        )
+        keys = sizes.num_key_heads, sizes.key_dim
+        shapes = keys, keys, self.mixed_shape
+        parts = zip(qkv.split(widths, dim=-1), shapes, strict=True)
+        return [x.unflatten(1, shape) for x, shape in parts]
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,16 @@ class DecodePart:
     slots: torch.Tensor
     """int32[D]; empty for an attention-only model."""
 
+    @property
+    def attention_inputs(self) -> dict[str, Any]:
+        """Arguments of the decoding functions of attention."""
+        return {"sequences": self.sequences}
+
+    @property
+    def scan_inputs(self) -> dict[str, Any]:
+        """Arguments of the decoding functions of convolutions and recurrences."""
+        return {"slots": self.slots}
+
 
 @dataclass(frozen=True, slots=True)
 class VerifyPart:
@@ -39,6 +50,16 @@ class VerifyPart:
     before: torch.Tensor
     """int64[V]: index of the token before each of the V tokens; V plus the sequence's rank for its
     first token."""
+
+    @property
+    def attention_inputs(self) -> dict[str, Any]:
+        """Arguments of the verifying functions of attention."""
+        return {"sequences": self.sequences, "packed": self.packed}
+
+    @property
+    def scan_inputs(self) -> dict[str, Any]:
+        """Arguments of the decoding functions of convolutions and recurrences."""
+        return {"slots": self.slots, "packed": self.packed, "step_slots": self.step_slots}
 
 
 def tokens_before(lengths: Sequence[int], num_tokens: int) -> npt.NDArray[np.int64]:
@@ -60,6 +81,24 @@ class PrefillPart:
     resumed: torch.Tensor
     """bool[B]: True to continue from the slot's state, False to start from zero."""
     exports: Exports | None
+
+    @property
+    def attention_inputs(self) -> dict[str, Any]:
+        """Arguments of the prefill functions of attention."""
+        return {"sequences": self.sequences, "packed": self.packed}
+
+    @property
+    def scan_inputs(self) -> dict[str, Any]:
+        """Arguments of the prefill functions of convolutions and recurrences."""
+        return {
+            "slots": self.slots,
+            "packed": self.packed,
+            "resumed": self.resumed,
+            "exports": self.exports,
+        }
+
+
+StepPart = DecodePart | VerifyPart | PrefillPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +123,17 @@ class LayerInputs:
     on_mixed: Callable[[int], None] | None = None
     """Called with the rank of every mixer when its work was launched. Rows and states up to this
     mixer are then those after the step."""
+
+    def by_part(self, compute: Callable[[StepPart, slice], torch.Tensor]) -> torch.Tensor:
+        """Call ``compute`` with each part and its range of tokens, and concatenate the results."""
+        verified = self.num_decode + self.num_verify
+        parts: tuple[tuple[StepPart | None, slice], ...] = (
+            (self.decode, slice(self.num_decode)),
+            (self.verify, slice(self.num_decode, verified)),
+            (self.prefill, slice(verified, self.num_tokens)),
+        )
+        outs = [compute(part, tokens) for part, tokens in parts if part is not None]
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def pad_rows(x: torch.Tensor, num_rows: int) -> torch.Tensor:

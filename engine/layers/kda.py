@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Parameter
+from engine.layers.shortconv import CausalConv
 from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import DeltaSizes
 from hybridcache.geometry.shares import share
@@ -47,17 +48,16 @@ class KimiDeltaAttention:
         self._widths = [sizes.conv_channels, width, width, heads]
         self.projected_size, self.mixed_shape = sum(self._widths), (heads, head)
         weights = build.weights
-        self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
+        self._conv = CausalConv(sizes.conv_channels, sizes.conv_width, build)
         self._A_log = weights.empty(heads, dtype=torch.float32)
         self._dt_bias = weights.empty(heads, head, dtype=torch.float32)
-        self._norm = norm
-        self._conv1d, self._kda = build.kernels["conv1d"], build.kernels["kda"]
+        self._norm, self._kda = norm, build.kernels["kda"]
         self._sigmoid_mul = build.kernels["activation"].sigmoid_mul
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         for layer in self._layers():
             yield from layer.parameters()
-        for word, weight in zip("qkv", self._conv_weight.chunk(3), strict=True):
+        for word, weight in zip("qkv", self._conv.weight.chunk(3), strict=True):
             taps = Parameter(weight.unsqueeze(1), cut=self._channels_cut)
             yield f"{self.name}.{word}_conv1d.weight", taps
         yield (
@@ -84,48 +84,28 @@ class KimiDeltaAttention:
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Convolve and scan, starting from each sequence's state and updating it in its slot.
         Returns ``[T, H, V]``."""
-        parts = projected[: inputs.num_tokens].split(self._widths, dim=-1)
-        outs, decodes = [], inputs.num_decode
-        if inputs.decode is not None:
-            outs.append(self._mix_decode([part[:decodes] for part in parts], inputs, pools))
-        if inputs.prefill is not None:
-            outs.append(self._mix_prefill([part[decodes:] for part in parts], inputs, pools))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        qkv, decay, _, beta = projected[: inputs.num_tokens].split(self._widths, dim=-1)
+        windows, states = pools
 
-    def _mix_decode(
-        self, parts: list[torch.Tensor], inputs: LayerInputs, pools: Pools
+        def mix(part: StepPart, tokens: slice) -> torch.Tensor:
+            query_key_value = self._conv(qkv[tokens], part, windows).chunk(3, dim=-1)
+            heads = [x.unflatten(1, self.mixed_shape) for x in (*query_key_value, decay[tokens])]
+            return self._scan(heads, beta[tokens], part, states)
+
+        return inputs.by_part(mix)
+
+    def _scan(
+        self, heads: list[torch.Tensor], beta: torch.Tensor, part: StepPart, states: torch.Tensor
     ) -> torch.Tensor:
-        assert inputs.decode is not None
-        (qkv, decay, _, beta), (windows, states) = parts, pools
-        slots = inputs.decode.slots
-        qkv = self._conv1d.decode_conv1d(qkv, self._conv_weight, None, states=windows, slots=slots)
-        return self._kda.decode_kda(
-            *self._by_head(qkv, decay),
-            beta,
-            self._A_log,
-            self._dt_bias,
-            states=states,
-            slots=slots,
-        )
-
-    def _mix_prefill(
-        self, parts: list[torch.Tensor], inputs: LayerInputs, pools: Pools
-    ) -> torch.Tensor:
-        assert inputs.prefill is not None
-        (qkv, decay, _, beta), (windows, states) = parts, pools
-        where = {
-            "packed": inputs.prefill.packed,
-            "slots": inputs.prefill.slots,
-            "resumed": inputs.prefill.resumed,
-            "exports": inputs.prefill.exports,
-        }
-        qkv = self._conv1d.prefill_conv1d(qkv, self._conv_weight, None, states=windows, **where)
-        query, key, value, decay = self._by_head(qkv, decay)
-        gate, beta = self._kda.gates(decay, beta, self._A_log, self._dt_bias)
-        return self._kda.chunk_kda(query, key, value, gate, beta, states=states, **where)
-
-    def _by_head(self, qkv: torch.Tensor, decay: torch.Tensor) -> list[torch.Tensor]:
-        return [x.unflatten(1, self.mixed_shape) for x in (*qkv.chunk(3, dim=-1), decay)]
+        *heads, decay = heads
+        gates = decay, beta, self._A_log, self._dt_bias
+        out: torch.Tensor
+        if isinstance(part, PrefillPart):
+            gates = self._kda.gates(*gates)
+            out = self._kda.chunk_kda(*heads, *gates, states=states, **part.scan_inputs)
+        else:
+            out = self._kda.decode_kda(*heads, *gates, states=states, **part.scan_inputs)
+        return out
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""

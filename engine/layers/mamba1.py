@@ -6,10 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Layer, Parameter
+from engine.layers.shortconv import CausalConv
 from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import MambaSizes
 from hybridcache.geometry.shares import share
@@ -50,12 +51,11 @@ class Mamba1:
             RMSNorm(f"{name}.{word}_layernorm", size, build, eps=eps)
             for word, size in zip(("dt", "b", "c"), self._widths, strict=True)
         ]
-        self._conv_weight = weights.empty(inner, sizes.conv_width)
-        self._conv_bias = weights.empty(inner) if conv_bias else None
+        self._conv = CausalConv(inner, sizes.conv_width, build, bias=conv_bias)
         self._A_log = weights.empty(inner, state, dtype=torch.float32)
         self._dt_bias = weights.empty(inner, dtype=torch.float32)
         self._D = weights.empty(inner, dtype=torch.float32)
-        self._conv1d, self._mamba1 = build.kernels["conv1d"], build.kernels["mamba1"]
+        self._mamba1 = build.kernels["mamba1"]
         self._gate = build.kernels["activation"].silu_mul
 
     def _layers(self) -> tuple[Layer, ...]:
@@ -64,9 +64,9 @@ class Mamba1:
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         for layer in self._layers():
             yield from layer.parameters()
-        yield f"{self.name}.conv1d.weight", Parameter(self._conv_weight.unsqueeze(1), cut=self._cut)
-        if self._conv_bias is not None:
-            yield f"{self.name}.conv1d.bias", Parameter(self._conv_bias, cut=self._cut)
+        yield f"{self.name}.conv1d.weight", Parameter(self._conv.weight.unsqueeze(1), cut=self._cut)
+        if self._conv.bias is not None:
+            yield f"{self.name}.conv1d.bias", Parameter(self._conv.bias, cut=self._cut)
         yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay", cut=self._cut)
         yield f"{self.name}.dt_proj.bias", Parameter(self._dt_bias, "time_bias", cut=self._cut)
         yield f"{self.name}.D", Parameter(self._D, "skip", cut=self._cut)
@@ -83,66 +83,31 @@ class Mamba1:
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Convolve and scan, starting from each sequence's state and updating it in its slot.
         Returns ``[T, V]``."""
-        x = self._convolve(projected[: inputs.num_tokens, : self.sizes.inner], inputs, pools[0])
+        x = projected[: inputs.num_tokens, : self.sizes.inner]
+        windows, states = pools[0], pools[1][:, 0]
+        x = inputs.by_part(lambda part, tokens: self._conv(x[tokens], part, windows))
         selected = self._selection(pad_rows(x, inputs.num_rows)).split(self._widths, dim=-1)
         dt, B, C = (norm(part) for norm, part in zip(self._norms, selected, strict=True))
-        tokens = [part[: inputs.num_tokens] for part in (x, B, C, self._steps(dt))]
-        states, decodes, outs = pools[1][:, 0], inputs.num_decode, []
-        if inputs.decode is not None:
-            outs.append(
-                self._mamba1.decode_mamba1(
-                    *(rows[:decodes] for rows in tokens),
-                    self._A,
-                    self._dt_bias,
-                    self._D,
-                    states=states,
-                    slots=inputs.decode.slots,
-                )
-            )
-        if inputs.prefill is not None:
-            part = inputs.prefill
-            x, B, C, dt = (rows[decodes:] for rows in tokens)
-            outs.append(
-                self._mamba1.chunk_mamba1(
-                    x,
-                    B,
-                    C,
-                    self._mamba1.time_steps(dt, self._dt_bias),
-                    self._A,
-                    self._D,
-                    states=states,
-                    packed=part.packed,
-                    slots=part.slots,
-                    resumed=part.resumed,
-                    exports=part.exports,
-                )
-            )
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        dt = self._steps(dt)
+        return inputs.by_part(
+            lambda part, tokens: self._scan([rows[tokens] for rows in (x, B, C, dt)], part, states)
+        )
 
-    def _convolve(
-        self, x: torch.Tensor, inputs: LayerInputs, windows: torch.Tensor
+    def _scan(
+        self, tokens: list[torch.Tensor], part: StepPart, states: torch.Tensor
     ) -> torch.Tensor:
-        weight, bias, decodes, outs = self._conv_weight, self._conv_bias, inputs.num_decode, []
-        if inputs.decode is not None:
-            slots = inputs.decode.slots
-            outs.append(
-                self._conv1d.decode_conv1d(x[:decodes], weight, bias, states=windows, slots=slots)
+        out: torch.Tensor
+        if isinstance(part, PrefillPart):
+            *tokens, dt = tokens
+            step = self._mamba1.time_steps(dt, self._dt_bias)
+            out = self._mamba1.chunk_mamba1(
+                *tokens, step, self._A, self._D, states=states, **part.scan_inputs
             )
-        if inputs.prefill is not None:
-            part = inputs.prefill
-            outs.append(
-                self._conv1d.prefill_conv1d(
-                    x[decodes:],
-                    weight,
-                    bias,
-                    states=windows,
-                    packed=part.packed,
-                    slots=part.slots,
-                    resumed=part.resumed,
-                    exports=part.exports,
-                )
+        else:
+            out = self._mamba1.decode_mamba1(
+                *tokens, self._A, self._dt_bias, self._D, states=states, **part.scan_inputs
             )
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return out
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""

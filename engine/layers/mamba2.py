@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Parameter
+from engine.layers.shortconv import CausalConv
 from engine.runner.memory import Pools
 from engine.weights.model_config import ModelError
 from hybridcache.geometry.mixers import MambaSizes
@@ -70,8 +71,7 @@ class Mamba2:
         self._mixed_widths = [sizes.inner, keys, keys]
         self.projected_size, self.mixed_shape = sum(self._widths), (heads, sizes.head_dim)
         weights = build.weights
-        self._conv_weight = weights.empty(sizes.conv_channels, sizes.conv_width)
-        self._conv_bias = weights.empty(sizes.conv_channels) if conv_bias else None
+        self._conv = CausalConv(sizes.conv_channels, sizes.conv_width, build, bias=conv_bias)
         self._A_log = weights.empty(heads, dtype=torch.float32)
         self._dt_bias = weights.empty(heads, dtype=torch.float32)
         self._D = weights.empty(heads, dtype=torch.float32)
@@ -82,17 +82,17 @@ class Mamba2:
             pairs = zip(multipliers, spans, strict=True)
             values = [value for factor, span in pairs for value in [factor] * span]
             self._multipliers = torch.tensor(values, dtype=weights.dtype, device=weights.device)
-        self._conv1d, self._mamba2 = build.kernels["conv1d"], build.kernels["mamba2"]
-        self._norm, self._activation = build.kernels["norm"], build.kernels["activation"]
+        self._mamba2, self._norm = build.kernels["mamba2"], build.kernels["norm"]
+        self._activation = build.kernels["activation"]
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._projection.parameters()
         yield (
             f"{self.name}.conv1d.weight",
-            Parameter(self._conv_weight.unsqueeze(1), cut=self._conv_cut),
+            Parameter(self._conv.weight.unsqueeze(1), cut=self._conv_cut),
         )
-        if self._conv_bias is not None:
-            yield f"{self.name}.conv1d.bias", Parameter(self._conv_bias, cut=self._conv_cut)
+        if self._conv.bias is not None:
+            yield f"{self.name}.conv1d.bias", Parameter(self._conv.bias, cut=self._conv_cut)
         yield f"{self.name}.A_log", Parameter(self._A_log, "log_decay", cut=self._heads_cut)
         yield f"{self.name}.dt_bias", Parameter(self._dt_bias, "time_bias", cut=self._heads_cut)
         yield f"{self.name}.D", Parameter(self._D, "skip", cut=self._heads_cut)
@@ -117,62 +117,32 @@ class Mamba2:
         """Convolve and scan, starting from each sequence's state and updating it in its slot.
         Returns ``[T, H, D]``."""
         _, mixed, dt = projected[: inputs.num_tokens].split(self._widths, dim=-1)
-        outs, decodes = [], inputs.num_decode
-        if inputs.decode is not None:
-            outs.append(self._decode(mixed[:decodes], dt[:decodes], inputs, pools))
-        if inputs.prefill is not None:
-            outs.append(self._prefill(mixed[decodes:], dt[decodes:], inputs, pools))
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-    def _decode(
-        self, mixed: torch.Tensor, dt: torch.Tensor, inputs: LayerInputs, pools: Pools
-    ) -> torch.Tensor:
-        assert inputs.decode is not None
         windows, states = pools
-        slots = inputs.decode.slots
-        mixed = self._conv1d.decode_conv1d(
-            mixed, self._conv_weight, self._conv_bias, states=windows, slots=slots
-        )
-        out: torch.Tensor = self._mamba2.decode_mamba2(
-            *self._heads(mixed),
-            dt,
-            self._A_log,
-            self._dt_bias,
-            self._D,
-            states=states,
-            slots=slots,
-            limits=self._limits,
-        )
-        return out
 
-    def _prefill(
-        self, mixed: torch.Tensor, dt: torch.Tensor, inputs: LayerInputs, pools: Pools
+        def mix(part: StepPart, tokens: slice) -> torch.Tensor:
+            heads = self._heads(self._conv(mixed[tokens], part, windows))
+            return self._scan(heads, dt[tokens], part, states)
+
+        return inputs.by_part(mix)
+
+    def _scan(
+        self,
+        heads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        dt: torch.Tensor,
+        part: StepPart,
+        states: torch.Tensor,
     ) -> torch.Tensor:
-        part = inputs.prefill
-        assert part is not None
-        windows, states = pools
-        mixed = self._conv1d.prefill_conv1d(
-            mixed,
-            self._conv_weight,
-            self._conv_bias,
-            states=windows,
-            packed=part.packed,
-            slots=part.slots,
-            resumed=part.resumed,
-            exports=part.exports,
-        )
-        gate, step = self._mamba2.gates(dt, self._A_log, self._dt_bias, self._limits)
-        out: torch.Tensor = self._mamba2.chunk_mamba2(
-            *self._heads(mixed),
-            gate,
-            step,
-            self._D,
-            states=states,
-            packed=part.packed,
-            slots=part.slots,
-            resumed=part.resumed,
-            exports=part.exports,
-        )
+        gates, D, limits = (dt, self._A_log, self._dt_bias), self._D, self._limits
+        out: torch.Tensor
+        if isinstance(part, PrefillPart):
+            gate, step = self._mamba2.gates(*gates, limits)
+            out = self._mamba2.chunk_mamba2(
+                *heads, gate, step, D, states=states, **part.scan_inputs
+            )
+        else:
+            out = self._mamba2.decode_mamba2(
+                *heads, *gates, D, states=states, limits=limits, **part.scan_inputs
+            )
         return out
 
     def _heads(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Parameter
@@ -85,7 +85,7 @@ class LatentAttention:
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
         """Attend to this step's and all earlier tokens, and write this step's rows. Returns ``[T, H
         * V]``."""
-        (pool,), decodes, outs = pools, inputs.num_decode, []
+        (pool,) = pools
         query, latent, shared = projected[: inputs.num_tokens].split(self._widths, dim=-1)
         rows = torch.cat([self._norm(latent.contiguous()), shared], dim=-1)
         self._cache_write.write_rows(rows, pool, inputs.kv_indices)
@@ -94,17 +94,14 @@ class LatentAttention:
         )
         query = torch.cat([self._mla.multiply_heads(own, self._to_keys), query_shared], dim=-1)
         where = {"table": inputs.table, "scale": self._scale, "rank": self.sizes.rank}
-        if inputs.decode is not None:
-            sequences = inputs.decode.sequences
-            outs.append(self._mla.decode_mla(query[:decodes], pool, sequences=sequences, **where))
-        if inputs.prefill is not None:
-            part = inputs.prefill
-            outs.append(
-                self._mla.prefill_mla(
-                    query[decodes:], pool, sequences=part.sequences, packed=part.packed, **where
-                )
-            )
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+
+        def attend(part: StepPart, tokens: slice) -> torch.Tensor:
+            mla, is_prefill = self._mla, isinstance(part, PrefillPart)
+            kernel = mla.prefill_mla if is_prefill else mla.decode_mla
+            attended: torch.Tensor = kernel(query[tokens], pool, **part.attention_inputs, **where)
+            return attended
+
+        out = inputs.by_part(attend)
         mixed: torch.Tensor = self._mla.multiply_heads(out, self._from_latent).flatten(1)
         return mixed
 

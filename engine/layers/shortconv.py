@@ -1,4 +1,4 @@
-"""A short causal convolution between two gates. Its state consists of its last few inputs."""
+"""Short causal convolution: a part of recurrent mixers, and a mixer between two gates."""
 
 from __future__ import annotations
 
@@ -6,12 +6,33 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.layers.inputs import LayerInputs, pad_rows
+from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.parameters import Build, Parameter
 from engine.runner.memory import Pools
 from hybridcache.geometry.mixers import ShortConvSizes
 from hybridcache.geometry.shares import share
+
+
+class CausalConv:
+    """Convolution of each channel over its last few inputs, which are its state, the window."""
+
+    def __init__(
+        self, channels: int, width: int, build: Build, *, bias: bool = False, silu: bool = True
+    ) -> None:
+        """``silu``: True to apply SiLU to the sums."""
+        self.weight = build.weights.empty(channels, width)
+        self.bias = build.weights.empty(channels) if bias else None
+        self._kernel, self._silu = build.kernels["conv1d"], silu
+
+    def __call__(self, x: torch.Tensor, part: StepPart, windows: torch.Tensor) -> torch.Tensor:
+        """Convolve the tokens ``[T, C]`` of a part of the step, and update its windows."""
+        kernel, is_prefill = self._kernel, isinstance(part, PrefillPart)
+        convolve = kernel.prefill_conv1d if is_prefill else kernel.decode_conv1d
+        out: torch.Tensor = convolve(
+            x, self.weight, self.bias, states=windows, silu=self._silu, **part.scan_inputs
+        )
+        return out
 
 
 class ShortConv:
@@ -30,15 +51,13 @@ class ShortConv:
         self.name, self.keeps = name, sizes.keeps
         width = sizes.channels
         self.projected_size, self.mixed_shape = 3 * width, (width,)
-        self._weight = build.weights.empty(width, sizes.conv_width)
-        self._bias = build.weights.empty(width) if bias else None
-        self._conv1d = build.kernels["conv1d"]
+        self._conv = CausalConv(width, sizes.conv_width, build, bias=bias, silu=False)
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._projection.parameters()
-        yield f"{self.name}.conv.weight", Parameter(self._weight.unsqueeze(1), cut=self._cut)
-        if self._bias is not None:
-            yield f"{self.name}.conv.bias", Parameter(self._bias, cut=self._cut)
+        yield f"{self.name}.conv.weight", Parameter(self._conv.weight.unsqueeze(1), cut=self._cut)
+        if self._conv.bias is not None:
+            yield f"{self.name}.conv.bias", Parameter(self._conv.bias, cut=self._cut)
         yield from self._output.parameters()
 
     def seal(self) -> None:
@@ -52,34 +71,8 @@ class ShortConv:
         """Convolve, starting from each sequence's window and updating it in its slot. Returns ``[T,
         C]``."""
         gate, _, x = projected[: inputs.num_tokens].chunk(3, dim=-1)
-        x, (windows,), outs = gate * x, pools, []
-        if inputs.decode is not None:
-            outs.append(
-                self._conv1d.decode_conv1d(
-                    x[: inputs.num_decode],
-                    self._weight,
-                    self._bias,
-                    states=windows,
-                    slots=inputs.decode.slots,
-                    silu=False,
-                )
-            )
-        if inputs.prefill is not None:
-            part = inputs.prefill
-            outs.append(
-                self._conv1d.prefill_conv1d(
-                    x[inputs.num_decode :],
-                    self._weight,
-                    self._bias,
-                    states=windows,
-                    packed=part.packed,
-                    slots=part.slots,
-                    resumed=part.resumed,
-                    exports=part.exports,
-                    silu=False,
-                )
-            )
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        x, (windows,) = gate * x, pools
+        return inputs.by_part(lambda part, tokens: self._conv(x[tokens], part, windows))
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""

@@ -225,47 +225,15 @@ def decode_conv1d(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
-    silu: bool = True,
-) -> torch.Tensor:
-    """Convolve one token of B sequences, ``[B, C]``, and advance the windows in their slots.
-
-    Returns ``[B, C]``. One launch. ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``,
-    ``bias`` and ``silu`` are as in `prefill_conv1d`.
-    """
-    return _decode(x, weight, bias, states, slots, silu)
-
-
-def verify_conv1d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    step_slots: torch.Tensor,
-    silu: bool = True,
-) -> torch.Tensor:
-    """Convolve several tokens of B sequences, packed ``[T, C]``, and keep the window after each.
-
-    One launch. Bits are equal to those of `decode_conv1d`, called once per step. The windows in
-    ``slots`` int32[B] are only read. The window after token t is written to slot ``step_slots[t]``
-    of the same ``states``, int32[T]. No other access to these slots is allowed, except that a
-    sequence of one token may use its own slot.
-    """
-    return _decode(x, weight, bias, states, slots, silu, step_slots, packed.cu_seqlens)
-
-
-def _decode(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    silu: bool,
+    packed: Packed | None = None,
     step_slots: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    silu: bool = True,
 ) -> torch.Tensor:
+    """Convolve one token of B sequences, or several with ``packed`` and ``step_slots``.
+
+    One launch. See ``reference.decode_conv1d``; layouts are those of `prefill_conv1d`. The number
+    of tokens of each sequence is read from ``packed.cu_seqlens``.
+    """
     check_window(x, weight, states)
     x = rows_contiguous(x)
     out = x.new_empty(x.shape)
@@ -281,7 +249,7 @@ def _decode(
             states,
             slots,
             step_slots,
-            cu_seqlens,
+            None if packed is None else packed.cu_seqlens,
             x.stride(0),
             row_stride("a window", states),
             C=num_channels,

@@ -6,10 +6,10 @@ import torch
 
 from kernels.conv1d import reference
 from kernels.conv1d.reference import check_window
-from kernels.native import DTYPES, address, function, has_whole_rows
+from kernels.native import DTYPES, address, function, has_whole_rows, step_addresses
 from kernels.packed import Exports, Packed
 
-__all__ = ["decode_conv1d", "prefill_conv1d", "verify_conv1d"]
+__all__ = ["decode_conv1d", "prefill_conv1d"]
 
 WIDTHS = (2, 3, 4)
 
@@ -60,43 +60,33 @@ def decode_conv1d(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    packed: Packed | None = None,
+    step_slots: torch.Tensor | None = None,
     silu: bool = True,
 ) -> torch.Tensor:
-    """Compute ``reference.decode_conv1d``."""
+    """Compute ``reference.decode_conv1d``. Lengths are those of ``packed.cu_seqlens``."""
     check_window(x, weight, states)
     if not _is_served(x, weight, bias, states):
-        return reference.decode_conv1d(x, weight, bias, states=states, slots=slots, silu=silu)
-    return _decode(x, weight, bias, states, slots, slots, None, silu)
-
-
-def verify_conv1d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    step_slots: torch.Tensor,
-    silu: bool = True,
-) -> torch.Tensor:
-    """Compute ``reference.verify_conv1d`` with the bits of `decode_conv1d`.
-
-    Lengths are those of ``packed.cu_seqlens``.
-    """
-    check_window(x, weight, states)
-    if not _is_served(x, weight, bias, states):
-        return reference.verify_conv1d(
+        return reference.decode_conv1d(
             x,
             weight,
             bias,
             states=states,
-            packed=packed,
             slots=slots,
+            packed=packed,
             step_slots=step_slots,
             silu=silu,
         )
-    return _decode(x, weight, bias, states, slots, step_slots, packed.cu_seqlens, silu)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    weight, out = weight.contiguous(), x.new_empty(x.shape)
+    function(f"decode_conv1d_{DTYPES[x.dtype]}", "pipppippppiiiiit")(
+        x.data_ptr(), x.stride(0), weight.data_ptr(), address(bias),
+        states.data_ptr(), states.stride(0), slots.data_ptr(),
+        *step_addresses(slots, packed, step_slots), out.data_ptr(), len(x), len(slots), x.shape[1],
+        weight.shape[1], silu, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _is_served(
@@ -109,25 +99,3 @@ def _is_served(
         and weight.shape[1] in WIDTHS
         and has_whole_rows(states)
     )
-
-
-def _decode(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    step_slots: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    silu: bool,
-) -> torch.Tensor:
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    weight, out = weight.contiguous(), x.new_empty(x.shape)
-    function(f"decode_conv1d_{DTYPES[x.dtype]}", "pipppippppiiiiit")(
-        x.data_ptr(), x.stride(0), weight.data_ptr(), address(bias),
-        states.data_ptr(), states.stride(0), slots.data_ptr(), step_slots.data_ptr(),
-        address(cu_seqlens), out.data_ptr(), len(x), len(slots), x.shape[1], weight.shape[1],
-        silu, torch.get_num_threads(),
-    )  # fmt: skip
-    return out

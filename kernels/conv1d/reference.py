@@ -78,40 +78,32 @@ def decode_conv1d(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    packed: Packed | None = None,
+    step_slots: torch.Tensor | None = None,
     silu: bool = True,
 ) -> torch.Tensor:
     """Convolve one token of B sequences, ``[B, C]``, and advance the windows in their slots.
 
-    Returns ``[B, C]``. ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``, ``bias`` and
-    ``silu`` are as in `prefill_conv1d`.
+    ``states`` ``[S, C, W - 1]``, ``slots`` int32[B], ``weight``, ``bias`` and ``silu`` are as in
+    `prefill_conv1d`.
+
+    With ``packed`` and ``step_slots``, convolve several tokens per sequence, packed ``[T, C]``.
+    Bits are equal to those of one call per token. The windows in ``slots`` are only read. The
+    window after token t is written to slot ``step_slots[t]`` of the same ``states``, int32[T]. No
+    other access to these slots is allowed, except that a sequence of one token may use its own
+    slot.
+
+    Returns ``[B, C]`` or ``[T, C]``.
     """
     check_window(x, weight, states)
     index = slots.long()
-    window = torch.cat([states[index], x[:, :, None].to(states.dtype)], dim=2)  # [B, C, W]
-    states[index] = window[:, :, 1:]
-    return _finish(_taps(list(window.unbind(2)), weight), bias, silu, x.dtype)
-
-
-def verify_conv1d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    step_slots: torch.Tensor,
-    silu: bool = True,
-) -> torch.Tensor:
-    """Convolve several tokens of B sequences, packed ``[T, C]``, and keep the window after each.
-
-    Bits are equal to those of `decode_conv1d`, called once per step. The windows in ``slots``
-    int32[B] are only read. The window after token t is written to slot ``step_slots[t]`` of the
-    same ``states``, int32[T]. No other access to these slots is allowed.
-    """
-    check_window(x, weight, states)
+    if packed is None:
+        window = torch.cat([states[index], x[:, :, None].to(states.dtype)], dim=2)  # [B, C, W]
+        states[index] = window[:, :, 1:]
+        return _finish(_taps(list(window.unbind(2)), weight), bias, silu, x.dtype)
+    assert step_slots is not None, "several tokens per sequence need slots for their windows"
     reach = weight.shape[1] - 1
-    windows, pieces, starts = states[slots.long()].mT, [], []
+    windows, pieces, starts = states[index].mT, [], []
     for b, tokens in enumerate(x.split(packed.lengths)):
         starts += range(len(starts) + b * reach, len(starts) + b * reach + len(tokens))
         pieces += [windows[b], tokens.to(states.dtype)]

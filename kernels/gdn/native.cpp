@@ -1,4 +1,4 @@
-// Gated delta rule token by token: see reference.decode_gdn and verify_gdn.
+// Gated delta rule token by token: see reference.decode_gdn.
 #include "../delta.h"
 
 struct Tokens {

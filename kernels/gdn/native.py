@@ -9,15 +9,15 @@ from kernels.gdn.reference import gates
 from kernels.native import (
     DTYPES,
     LANES,
-    address,
     function,
     has,
     has_whole_rows,
     same_stride,
+    step_addresses,
 )
 from kernels.packed import Exports, Packed
 
-__all__ = ["chunk_gdn", "decode_gdn", "gates", "verify_gdn"]
+__all__ = ["chunk_gdn", "decode_gdn", "gates"]
 
 MAX_KEY = 512
 
@@ -77,49 +77,15 @@ def decode_gdn(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    packed: Packed | None = None,
+    step_slots: torch.Tensor | None = None,
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
-    """Compute ``reference.decode_gdn``."""
+    """Compute ``reference.decode_gdn``. Lengths are those of ``packed.cu_seqlens``."""
     tokens = query, key, value, a, b
-    if not _is_served(tokens, A_log, dt_bias, states):
+    if not (A_log.dtype is dt_bias.dtype is torch.float32 and _fits(tokens, states)):
         return reference.decode_gdn(
-            *tokens,
-            A_log,
-            dt_bias,
-            states=states,
-            slots=slots,
-            scale=scale,
-            max_beta=max_beta,
-        )
-    if scale is None:
-        scale = key.shape[-1] ** -0.5
-    return _decode(tokens, A_log, dt_bias, states, slots, slots, None, scale, max_beta)
-
-
-def verify_gdn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    step_slots: torch.Tensor,
-    scale: float | None = None,
-    max_beta: float = 1.0,
-) -> torch.Tensor:
-    """Compute ``reference.verify_gdn`` with the bits of `decode_gdn`.
-
-    Lengths are those of ``packed.cu_seqlens``.
-    """
-    tokens = query, key, value, a, b
-    if not _is_served(tokens, A_log, dt_bias, states):
-        return reference.verify_gdn(
             *tokens,
             A_log,
             dt_bias,
@@ -130,20 +96,20 @@ def verify_gdn(
             scale=scale,
             max_beta=max_beta,
         )
-    if scale is None:
-        scale = key.shape[-1] ** -0.5
-    return _decode(
-        tokens, A_log, dt_bias, states, slots, step_slots, packed.cu_seqlens, scale, max_beta
-    )
-
-
-def _is_served(
-    tokens: tuple[torch.Tensor, ...],
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    states: torch.Tensor,
-) -> bool:
-    return A_log.dtype is dt_bias.dtype is torch.float32 and _fits(tokens, states)
+    query, key, value = same_stride(tokens[:3])
+    a, b = same_stride(tokens[3:])
+    num_rows, num_heads, key_dim = query.shape
+    num_value_heads, value_dim = value.shape[1:]
+    out = torch.empty(value.shape, dtype=value.dtype)
+    name = f"decode_gdn_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}"
+    function(name, "ppppppppippppiiiiiiiifft")(
+        query.data_ptr(), key.data_ptr(), value.data_ptr(), a.data_ptr(), b.data_ptr(),
+        A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
+        slots.data_ptr(), *step_addresses(slots, packed, step_slots), out.data_ptr(),
+        value.stride(0), a.stride(0), num_rows, len(slots), num_heads, num_value_heads, key_dim,
+        value_dim, key_dim**-0.5 if scale is None else scale, max_beta, torch.get_num_threads(),
+    )  # fmt: skip
+    return out
 
 
 def _fits(tokens: tuple[torch.Tensor, ...], states: torch.Tensor) -> bool:
@@ -157,30 +123,3 @@ def _fits(tokens: tuple[torch.Tensor, ...], states: torch.Tensor) -> bool:
         and key_dim <= MAX_KEY
         and has_whole_rows(states)
     )
-
-
-def _decode(
-    tokens: tuple[torch.Tensor, ...],
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    states: torch.Tensor,
-    slots: torch.Tensor,
-    step_slots: torch.Tensor,
-    cu_seqlens: torch.Tensor | None,
-    scale: float,
-    max_beta: float,
-) -> torch.Tensor:
-    query, key, value = same_stride(tokens[:3])
-    a, b = same_stride(tokens[3:])
-    num_rows, num_heads, key_dim = query.shape
-    num_value_heads, value_dim = value.shape[1:]
-    out = torch.empty(value.shape, dtype=value.dtype)
-    name = f"decode_gdn_{DTYPES[query.dtype]}_{DTYPES[states.dtype]}"
-    function(name, "ppppppppippppiiiiiiiifft")(
-        query.data_ptr(), key.data_ptr(), value.data_ptr(), a.data_ptr(), b.data_ptr(),
-        A_log.data_ptr(), dt_bias.data_ptr(), states.data_ptr(), states.stride(0),
-        slots.data_ptr(), step_slots.data_ptr(), address(cu_seqlens), out.data_ptr(),
-        value.stride(0), a.stride(0), num_rows, len(slots), num_heads, num_value_heads, key_dim,
-        value_dim, scale, max_beta, torch.get_num_threads(),
-    )  # fmt: skip
-    return out

@@ -5,9 +5,9 @@ and step size beta::
 
     S_t = a_t S_{t-1} + k_t (beta_t (v_t - k_t^T a_t S_{t-1}))^T          o_t = scale * q_t^T S_t
 
-`decode_gdn` and `verify_gdn` are that recurrence. `chunk_gdn` computes the same for whole prompts,
-by matrix products over tiles of R tokens (``packed.tile_size``) from each sequence's start. G is
-the running sum of the gate inside a tile, and ``D[i, j] = exp(G_i - G_j)`` for ``j <= i``::
+`decode_gdn` is that recurrence. `chunk_gdn` computes the same for whole prompts, by matrix products
+over tiles of R tokens (``packed.tile_size``) from each sequence's start. G is the running sum of
+the gate inside a tile, and ``D[i, j] = exp(G_i - G_j)`` for ``j <= i``::
 
     (I + tril(beta K K^T * D, -1)) [U | W] = beta [V | exp(G) K]     in each tile, without a state
     N = U - W S        O = scale ((Q exp(G)) S + (Q K^T * D) N)      with the state S before it
@@ -29,13 +29,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.packed import Exports, Packed, running_sum
-from kernels.tiles import Layout, Tiles, lay_out, scan
+from kernels.packed import Exports, Packed
+from kernels.tiles import Layout, Tiles, decode, lay_out, scan
 
 L2_EPS = 1e-6
-LARGE_STATE = 2**15
-"""Elements above which a state is updated in place, sequence by sequence, because copies would cost
-more."""
 
 
 def gates(
@@ -115,8 +112,8 @@ def _solve_tiles(
     value_heads, value_dim = value.shape[1], value.shape[2]
     grouped = (count, heads, value_heads // heads)
     queries_keys = value.new_empty(count, heads, 2 * size, key_dim, dtype=torch.float32)
-    query = _normalise(layout.tile(query, queries_keys[:, :, :size]), scale)[:, :, None]
-    key = _normalise(layout.tile(key, queries_keys[:, :, size:]), 1.0)
+    query = normalise(layout.tile(query, queries_keys[:, :, :size]), scale)[:, :, None]
+    key = normalise(layout.tile(key, queries_keys[:, :, size:]), 1.0)
     products = (queries_keys @ key.mT)[:, :, None]  # [N, H, 1, 2 R, R]
     key = key[:, :, None]
     beta = layout.tile_factor(beta).view(*grouped, size, 1)
@@ -154,6 +151,8 @@ def decode_gdn(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    packed: Packed | None = None,
+    step_slots: torch.Tensor | None = None,
     scale: float | None = None,
     max_beta: float = 1.0,
 ) -> torch.Tensor:
@@ -163,88 +162,53 @@ def decode_gdn(
       `gates`.
     - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K **
       -0.5`` if None. ``max_beta``: as in `gates`.
+    - ``packed``, ``step_slots``: for several tokens per sequence, to verify drafts. Bits
+      are equal to those of one call per token. Tokens are packed, ``[T, ...]``, and the states in
+      ``slots`` are only read. The state after token t is written to slot ``step_slots[t]`` of the
+      same ``states``, int32[T]. No other access to these slots is allowed, except that a sequence
+      of one token may use its own slot.
 
-    Returns ``[B, HV, V]`` in value's dtype. Reads and writes every state once.
+    Returns ``[B, HV, V]``, or ``[T, HV, V]``, in value's dtype. Reads and writes every state once
+    per token.
     """
     gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
-    token = _prepare(query, key, value, gate, beta, scale)
-    in_place = len(slots) == 1 or states[0].numel() >= LARGE_STATE
-    if in_place and states.dtype == torch.float32:
-        out = torch.empty_like(token.value)
-        for i, slot in enumerate(slots.tolist()):
-            out[i] = _step(states[slot], _Token(*(x[i] for x in token)))
-        return out.to(value.dtype)
-    state = states.index_select(0, slots).float()
-    out = _step(state.flatten(0, 1), _Token(*(x.flatten(0, 1) for x in token))).view(value.shape)
-    states.index_copy_(0, slots.long(), state.to(states.dtype))
-    return out.to(value.dtype)
+    token = prepare(query, key, value, gate.exp_()[..., None, None], beta, scale)
+    out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
+    return decode(
+        write_and_read,
+        token,
+        out,
+        states=states,
+        slots=slots,
+        packed=packed,
+        step_slots=step_slots,
+    ).to(value.dtype)
 
 
-def verify_gdn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    *,
-    states: torch.Tensor,
-    packed: Packed,
-    slots: torch.Tensor,
-    step_slots: torch.Tensor,
-    scale: float | None = None,
-    max_beta: float = 1.0,
-) -> torch.Tensor:
-    """Compute several tokens of B sequences and keep the state after each, for verification.
-
-    Bits are equal to those of `decode_gdn`, called once per step. Tokens are packed, ``[T, ...]``,
-    and the states in ``slots`` int32[B] are only read. The state after token t is written to slot
-    ``step_slots[t]`` of the same ``states``, int32[T]. No other access to these slots is allowed.
-    """
-    gate, beta = gates(a, b, A_log, dt_bias, max_beta=max_beta)
-    token = _prepare(query, key, value, gate, beta, scale)
-    out = torch.empty_like(token.value)
-    order = sorted(range(len(packed.lengths)), key=lambda b: -packed.lengths[b])
-    first = torch.tensor(running_sum(packed.lengths), device=query.device)[order]
-    state = states[slots.long()[order]].float()
-    targets = step_slots.long()
-    for step in range(max(packed.lengths, default=0)):
-        count = sum(length > step for length in packed.lengths)
-        rows, active = first[:count] + step, state[:count]
-        now = _Token(*(x[rows].flatten(0, 1) for x in token))
-        out[rows] = _step(active.flatten(0, 1), now).view(count, *out.shape[1:])
-        kept = active.to(states.dtype)
-        states[targets[rows]] = kept
-        if states.dtype != torch.float32:
-            active.copy_(kept)
-    return out.to(value.dtype)
-
-
-def _normalise(x: torch.Tensor, scale: float) -> torch.Tensor:
+def normalise(x: torch.Tensor, scale: float) -> torch.Tensor:
     """Compute ``scale * x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, float32, in place."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return x.mul_(norm.square_().add_(L2_EPS).rsqrt_().mul_(scale))
 
 
-class _Token(NamedTuple):
+class Token(NamedTuple):
     """Factors of one token for N states, one per sequence and value head, in float32."""
 
     keys: torch.Tensor  # unit k above scale * unit q, [.., 2, K]
     overlap: torch.Tensor  # scale * q . k [.., 1]
     value: torch.Tensor  # [.., V]
-    decay: torch.Tensor  # exp(g) [.., 1, 1]
+    decay: torch.Tensor  # [.., 1, 1], or [.., K, 1] if channels decay on their own
     beta: torch.Tensor  # [.., 1]
 
 
-def _prepare(
+def prepare(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    gate: torch.Tensor,
+    decay: torch.Tensor,
     beta: torch.Tensor,
     scale: float | None,
-) -> _Token:
+) -> Token:
     """Normalise tokens ``[..., H or HV, D]`` and repeat key heads for their value heads."""
     keys = torch.stack([key, query], dim=-2).float()
     keys /= (keys * keys).sum(dim=-1, keepdim=True).add_(L2_EPS).sqrt_()
@@ -254,16 +218,23 @@ def _prepare(
     if group > 1:
         keys = keys.repeat_interleave(group, dim=-3)
         overlap = overlap.repeat_interleave(group, dim=-2)
-    return _Token(keys, overlap, value.float(), gate.exp()[..., None, None], beta[..., None])
+    return Token(keys, overlap, value.float(), decay, beta[..., None])
 
 
-def _step(state: torch.Tensor, token: _Token) -> torch.Tensor:
-    """Update states ``[N, K, V]`` in place. Returns the read-outs ``[N, V]``.
+def write_and_read(
+    state: torch.Tensor,
+    keys: torch.Tensor,
+    overlap: torch.Tensor,
+    value: torch.Tensor,
+    decay: torch.Tensor,
+    beta: torch.Tensor,
+) -> torch.Tensor:
+    """Update states ``[N, K, V]`` in place by one ``Token``. Returns the read-outs ``[N, V]``.
 
     One pass over the states computes both reads, since ``q^T S_t = q^T (a S_{t-1}) + (q . k)
     delta``.
     """
-    recalled, read = torch.bmm(token.keys, state.mul_(token.decay)).unbind(1)
-    delta = (token.value - recalled).mul_(token.beta)
-    state.baddbmm_(token.keys[:, :1].mT, delta[:, None])
-    return read.addcmul(token.overlap, delta)
+    recalled, read = torch.bmm(keys, state.mul_(decay)).unbind(1)
+    delta = (value - recalled).mul_(beta)
+    state.baddbmm_(keys[:, :1].mT, delta[:, None])
+    return read.addcmul(overlap, delta)

@@ -33,20 +33,16 @@ Source: Kimi Linear (arXiv 2510.26692), section 3.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 
+from kernels.gdn.reference import normalise, prepare, write_and_read
 from kernels.packed import Exports, Packed
-from kernels.tiles import Layout, Tiles, lay_out, scan
+from kernels.tiles import Layout, Tiles, decode, lay_out, scan
 
-L2_EPS = 1e-6
 GROUP = 2**18
 """Elements of a factor ``[.., R, K]`` computed at once, so that they fit into the processor's
 cache."""
-LARGE_STATE = 2**15
-"""Elements above which a state is updated in place, as in `kernels.gdn.reference`."""
 
 
 def gates(
@@ -118,8 +114,8 @@ def _solve_tiles(
     heads, key_dim, value_dim = *key.shape[1:], value.shape[2]
     tile_size = layout.tile_size
     shape = (layout.num_tiles, heads, tile_size)
-    query = _normalise(layout.tile(query, _new(query, *shape, key_dim)), scale).flatten(0, 1)
-    key = _normalise(layout.tile(key, _new(key, *shape, key_dim)), 1.0).flatten(0, 1)
+    query = normalise(layout.tile(query, _new(query, *shape, key_dim)), scale).flatten(0, 1)
+    key = normalise(layout.tile(key, _new(key, *shape, key_dim)), 1.0).flatten(0, 1)
     decay = layout.tile_factor(gate).exp_().flatten(0, 1)
     beta = layout.tile_factor(beta).flatten(0, 1)
     right = _new(value, *shape, value_dim + key_dim)
@@ -198,6 +194,8 @@ def decode_kda(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    packed: Packed | None = None,
+    step_slots: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
     """Compute one token of B sequences: gates, normalisation, state update and read-out.
@@ -206,53 +204,23 @@ def decode_kda(
       ``[B, H]``, see `gates`.
     - ``states``: ``[S, H, K, V]``, changed in place at ``slots`` int32[B]. ``scale``: ``K ** -0.5``
       if None.
+    - ``packed``, ``step_slots``: for several tokens per sequence, as in `decode_gdn`.
 
-    Returns ``[B, H, V]`` in value's dtype. Reads and writes every state once.
+    Returns ``[B, H, V]``, or ``[T, H, V]``, in value's dtype. Reads and writes every state once per
+    token.
     """
     gate, beta = gates(a, b, A_log, dt_bias)
-    keys = torch.stack([key, query], dim=2).float()
-    keys /= (keys * keys).sum(dim=-1, keepdim=True).add_(L2_EPS).sqrt_()
-    keys[:, :, 1] *= scale or key.shape[-1] ** -0.5
-    overlap = (keys[:, :, 0] * keys[:, :, 1]).sum(dim=-1, keepdim=True)
-    token = _Token(keys, overlap, value.float(), gate.exp_()[..., None], beta[..., None])
-    in_place = len(slots) == 1 or states[0].numel() >= LARGE_STATE
-    if in_place and states.dtype == torch.float32:
-        out = torch.empty_like(token.value)
-        for i, slot in enumerate(slots.tolist()):
-            out[i] = _step(states[slot], _Token(*(x[i] for x in token)))
-        return out.to(value.dtype)
-    state = states.index_select(0, slots).float()
-    out = _step(state.flatten(0, 1), _Token(*(x.flatten(0, 1) for x in token))).view(value.shape)
-    states.index_copy_(0, slots.long(), state.to(states.dtype))
-    return out.to(value.dtype)
-
-
-class _Token(NamedTuple):
-    """Factors of one token for N states, one per sequence and head, in float32."""
-
-    keys: torch.Tensor  # unit k above scale * unit q, [.., 2, K]
-    overlap: torch.Tensor  # scale * q . k [.., 1]
-    value: torch.Tensor  # [.., V]
-    decay: torch.Tensor  # exp(g) [.., K, 1]
-    beta: torch.Tensor  # [.., 1]
-
-
-def _step(state: torch.Tensor, token: _Token) -> torch.Tensor:
-    """Update states ``[N, K, V]`` in place. Returns the read-outs ``[N, V]``.
-
-    One pass over the states computes both reads, since ``q^T S_t = q^T (a S_{t-1}) + (q . k)
-    delta``.
-    """
-    recalled, read = torch.bmm(token.keys, state.mul_(token.decay)).unbind(1)
-    delta = (token.value - recalled).mul_(token.beta)
-    state.baddbmm_(token.keys[:, :1].mT, delta[:, None])
-    return read.addcmul(token.overlap, delta)
-
-
-def _normalise(x: torch.Tensor, scale: float) -> torch.Tensor:
-    """Compute ``scale * x / sqrt(sum(x^2) + 1e-6)`` over the last dimension, float32, in place."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x.mul_(norm.square_().add_(L2_EPS).rsqrt_().mul_(scale))
+    token = prepare(query, key, value, gate.exp_()[..., None], beta, scale)
+    out = torch.empty(value.shape, dtype=torch.float32, device=value.device)
+    return decode(
+        write_and_read,
+        token,
+        out,
+        states=states,
+        slots=slots,
+        packed=packed,
+        step_slots=step_slots,
+    ).to(value.dtype)
 
 
 def _new(like: torch.Tensor, *shape: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels.packed import Exports, Packed
-from kernels.tiles import lay_out, saves_by_tile
+from kernels.tiles import lay_out, saves_by_tile, steps
 
 BLOCK = 2**19
 """Number of decays computed at once, so that they fit into the processor's cache."""
@@ -102,19 +102,29 @@ def decode_mamba1(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    packed: Packed | None = None,
+    step_slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute one token of B sequences: time step, update of the state in each slot, read-out.
 
     - ``x``, ``dt``: ``[B, V]``. ``B``, ``C``: ``[B, K]``. ``A``, ``D``: as in `chunk_mamba1`.
     - ``states``: ``[S, K, V]``, changed in place at ``slots`` int32[B].
+    - ``packed``, ``step_slots``: for several tokens per sequence, as in `decode_mamba2`.
 
-    Returns ``[B, V]`` in x's dtype.
+    Returns ``[B, V]``, or ``[T, V]``, in x's dtype.
     """
-    index, values = slots.long(), x.float()
-    state = states[index].float()
-    tokens = (values, B.float(), C.float(), time_steps(dt, dt_bias))
-    out = _advance(state, *(part[:, None] for part in tokens), A)[:, 0]
-    states[index] = state.to(states.dtype)
+    values = x.float()
+    tokens = [part[:, None] for part in (values, B.float(), C.float(), time_steps(dt, dt_bias))]
+    if packed is None:
+        index = slots.long()
+        state = states[index].float()
+        out = _advance(state, *tokens, A)[:, 0]
+        states[index] = state.to(states.dtype)
+    else:
+        assert step_slots is not None, "several tokens per sequence need slots for their states"
+        out = torch.empty_like(values)
+        for rows, state in steps(states, packed, slots, step_slots):
+            out[rows] = _advance(state, *(part[rows] for part in tokens), A)[:, 0]
     return out.add_(values * D.float()).to(x.dtype)
 
 

@@ -13,6 +13,7 @@ from kernels.native import (
     has,
     has_whole_rows,
     same_stride,
+    step_addresses,
     whole_rows,
 )
 from kernels.packed import Exports, Packed
@@ -77,24 +78,35 @@ def decode_mamba2(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    packed: Packed | None = None,
+    step_slots: torch.Tensor | None = None,
     limits: tuple[float, float] = NO_LIMITS,
 ) -> torch.Tensor:
-    """Compute ``reference.decode_mamba2``."""
+    """Compute ``reference.decode_mamba2``. Lengths are those of ``packed.cu_seqlens``."""
     parameters = A_log, dt_bias, D
     if not (
         _fits((x, B, C, dt), states) and all(part.dtype is torch.float32 for part in parameters)
     ):
         return reference.decode_mamba2(
-            x, B, C, dt, *parameters, states=states, slots=slots, limits=limits
+            x,
+            B,
+            C,
+            dt,
+            *parameters,
+            states=states,
+            slots=slots,
+            packed=packed,
+            step_slots=step_slots,
+            limits=limits,
         )
     x, B, C = same_stride((x, B, C))
     dt, out = whole_rows(dt), torch.empty(x.shape, dtype=x.dtype)
     name = f"decode_mamba2_{DTYPES[x.dtype]}_{DTYPES[states.dtype]}"
-    function(name, "ppppppppippiiiiiiifft")(
+    function(name, "ppppppppippppiiiiiiiifft")(
         x.data_ptr(), B.data_ptr(), C.data_ptr(), dt.data_ptr(), A_log.data_ptr(),
         dt_bias.data_ptr(), D.data_ptr(), states.data_ptr(), states.stride(0), slots.data_ptr(),
-        out.data_ptr(), x.stride(0), dt.stride(0), len(slots), B.shape[1], *states.shape[1:],
-        *limits, torch.get_num_threads(),
+        *step_addresses(slots, packed, step_slots), out.data_ptr(), x.stride(0), dt.stride(0),
+        len(x), len(slots), B.shape[1], *states.shape[1:], *limits, torch.get_num_threads(),
     )  # fmt: skip
     return out
 

@@ -29,12 +29,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels.packed import Exports, Packed
-from kernels.tiles import Layout, lay_out, saves_by_tile
+from kernels.tiles import Layout, decode, lay_out, saves_by_tile
 
 NO_LIMITS = (0.0, float("inf"))
-LARGE_STATE = 2**15
-"""Elements above which a state is updated in place, sequence by sequence, because copies would cost
-more."""
 BLOCK = 2**18
 """Elements of ``C B^T * L`` computed at once, so that they fit into the processor's cache."""
 
@@ -204,44 +201,36 @@ def decode_mamba2(
     *,
     states: torch.Tensor,
     slots: torch.Tensor,
+    packed: Packed | None = None,
+    step_slots: torch.Tensor | None = None,
     limits: tuple[float, float] = NO_LIMITS,
 ) -> torch.Tensor:
     """Compute one token of B sequences: gates, update of the state in each slot, read-out.
 
     - ``x``: ``[B, HV, V]``. ``B``, ``C``: ``[B, H, K]``. ``dt``: ``[B, HV]``, see `gates`.
     - ``states``: ``[S, HV, K, V]``, changed in place at ``slots`` int32[B].
+    - ``packed``, ``step_slots``: for several tokens per sequence, to verify drafts. Bits
+      are equal to those of one call per token. Tokens are packed, ``[T, ...]``, and the states in
+      ``slots`` are only read. The state after token t is written to slot ``step_slots[t]`` of the
+      same ``states``, int32[T]. No other access to these slots is allowed, except that a sequence
+      of one token may use its own slot.
 
-    Returns ``[B, HV, V]`` in x's dtype. Reads and writes every state once.
+    Returns ``[B, HV, V]``, or ``[T, HV, V]``, in x's dtype. Reads and writes every state once per
+    token.
     """
     gate, step = gates(dt, A_log, dt_bias, limits)
     values, group = x.float(), x.shape[1] // B.shape[1]
-    token = _Token(
-        values=values * step[..., None],
-        B=_by_head(B, group),
-        C=_by_head(C, group),
-        decay=gate.exp_()[..., None, None],
+    token = (
+        values * step[..., None],
+        _by_head(B, group),
+        _by_head(C, group),
+        gate.exp_()[..., None, None],
+        values * D.float()[:, None],
     )
-    out = values * D.float()[:, None]
-    in_place = len(slots) == 1 or states[0].numel() >= LARGE_STATE
-    if in_place and states.dtype == torch.float32:
-        for i, slot in enumerate(slots.tolist()):
-            _advance(states[slot], _Token(*(part[i] for part in token)), out[i])
-        return out.to(x.dtype)
-    state = states.index_select(0, slots).float()
-    _advance(
-        state.flatten(0, 1), _Token(*(part.flatten(0, 1) for part in token)), out.flatten(0, 1)
-    )
-    states.index_copy_(0, slots.long(), state.to(states.dtype))
-    return out.to(x.dtype)
-
-
-class _Token(NamedTuple):
-    """Factors of one token for N states, one per sequence and head, in float32."""
-
-    values: torch.Tensor  # dt x [.., V]
-    B: torch.Tensor  # [.., K]
-    C: torch.Tensor  # [.., K]
-    decay: torch.Tensor  # exp(g) [.., 1, 1]
+    out = torch.empty_like(values)
+    return decode(
+        _advance, token, out, states=states, slots=slots, packed=packed, step_slots=step_slots
+    ).to(x.dtype)
 
 
 def _by_head(x: torch.Tensor, group: int) -> torch.Tensor:
@@ -250,7 +239,17 @@ def _by_head(x: torch.Tensor, group: int) -> torch.Tensor:
     return x.repeat_interleave(group, dim=1) if group > 1 else x
 
 
-def _advance(state: torch.Tensor, token: _Token, out: torch.Tensor) -> None:
-    """Update states ``[N, K, V]`` in place, and add their read-outs to out ``[N, V]``."""
-    state.mul_(token.decay).baddbmm_(token.B[:, :, None], token.values[:, None])
-    out[:, None].baddbmm_(token.C[:, None], state)
+def _advance(
+    state: torch.Tensor,
+    values: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    decay: torch.Tensor,
+    skipped: torch.Tensor,
+) -> torch.Tensor:
+    """Update states ``[N, K, V]`` in place. Returns the read-outs ``[N, V]``.
+
+    ``values`` are dt x and ``skipped`` are D x, both ``[N, V]``. ``decay``: ``[N, 1, 1]``.
+    """
+    state.mul_(decay).baddbmm_(B[:, :, None], values[:, None])
+    return torch.baddbmm(skipped[:, None], C[:, None], state)[:, 0]

@@ -144,7 +144,7 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
         taps, x = draw(channels, reach + 1), draw(73, channels)
         outs.append(backend.conv1d.prefill_conv1d(x, taps, None, states=windows, **where))
         outs.append(backend.conv1d.decode_conv1d(x[:2], taps, None, states=windows, slots=own))
-        outs.append(backend.conv1d.verify_conv1d(x[:3], taps, None, states=windows, **verified))
+        outs.append(backend.conv1d.decode_conv1d(x[:3], taps, None, states=windows, **verified))
         query, key = draw(2, 73, 1, key_dim)
         value, gate = draw(73, value_heads, value_dim), -torch.rand(73, value_heads, device=device)
         parameters = torch.randn(2, value_heads, device=device)
@@ -155,14 +155,19 @@ def run_layers(backend, conv, recurrent, slots, device, dtype) -> torch.Tensor:
         outs.append(
             backend.mamba2.chunk_mamba2(*mamba, gate, -gate, parameters[0], states=states, **where)
         )
-        mamba = (*(x[:2] for x in mamba), gate[:2].to(dtype), *parameters, parameters[0])
-        outs.append(backend.mamba2.decode_mamba2(*mamba, states=states, slots=own))
+        for count, step in ((2, {"slots": own}), (3, verified)):
+            own_tokens = (*(x[:count] for x in mamba), gate[:count].to(dtype))
+            outs.append(
+                backend.mamba2.decode_mamba2(
+                    *own_tokens, *parameters, parameters[0], states=states, **step
+                )
+            )
         tokens = (query, key, value, gate.to(dtype), gate.to(dtype))
         outs.append(
             backend.gdn.decode_gdn(*(x[:2] for x in tokens), *parameters, states=states, slots=own)
         )
         outs.append(
-            backend.gdn.verify_gdn(*(x[:3] for x in tokens), *parameters, states=states, **verified)
+            backend.gdn.decode_gdn(*(x[:3] for x in tokens), *parameters, states=states, **verified)
         )
     backend.state_copy.copy_states(
         [conv, recurrent], int32([exported], device), int32([free], device)

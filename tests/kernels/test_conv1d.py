@@ -201,29 +201,16 @@ def test_decoding_continues_a_prompt(conv1d, dtype, silu, device) -> None:
 
 @IMPLEMENTATIONS
 @DTYPES
-def test_verification_equals_decoding(conv1d, dtype, device) -> None:
+def test_verification_equals_decoding(conv1d, dtype, assert_verifies, device) -> None:
     torch.manual_seed(3)
-    lengths, slots, step_slots = [5, 1, 3], [4, 0, 3], list(range(6, 15))
-    x, weight = draw(9, 40, dtype=dtype, device=device), draw(40, 4, dtype=dtype, device=device)
-    states = torch.randn(15, 40, 3, device=device).to(dtype)
-    initial, decoded = states.clone(), states.clone()
-    out = conv1d.verify_conv1d(
-        x,
-        weight,
-        None,
-        states=states,
-        packed=Packed.from_lengths(lengths, device),
-        slots=int32(slots, device),
-        step_slots=int32(step_slots, device),
-    )
-    assert torch.equal(states[:6], initial[:6])
-    owners = [slot for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
-    for t, slot in enumerate(owners):
-        row = conv1d.decode_conv1d(
-            x[t : t + 1], weight, None, states=decoded, slots=int32([slot], device)
-        )
-        assert torch.equal(row[0], out[t])
-        assert torch.equal(decoded[slot], states[step_slots[t]])
+    weight, bias = (draw(40, *sizes, dtype=dtype, device=device) for sizes in ([4], []))
+    for silu in (True, False):
+
+        def decode(x, silu=silu, **where):
+            return conv1d.decode_conv1d(x, weight, bias, silu=silu, **where)
+
+        x, states = draw(8, 40, dtype=dtype, device=device), torch.randn(14, 40, 3, device=device)
+        assert_verifies(decode, [x], states.to(dtype))
 
 
 @IMPLEMENTATIONS

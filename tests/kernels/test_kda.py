@@ -291,6 +291,19 @@ def test_decoding_in_company_no_bit_differs(kda, state_dtype, sizes, device) -> 
 
 
 @IMPLEMENTATIONS
+@STATE_DTYPES
+def test_verification_equals_decoding(kda, state_dtype, assert_verifies, device) -> None:
+    torch.manual_seed(6)
+    tokens, parameters = draw_steps(8, 1, (2, 32, 16), torch.bfloat16, device)
+    states = torch.randn(14, 2, 32, 16, device=device).to(state_dtype)
+
+    def decode(*tokens, **where):
+        return kda.decode_kda(*tokens, *parameters, **where)
+
+    assert_verifies(decode, [x[:, 0] for x in tokens], states)
+
+
+@IMPLEMENTATIONS
 def test_no_sequences_and_no_tokens(kda, device) -> None:
     states = torch.ones(2, 1, 16, 16, device=device)
     for lengths in ([], [0, 0]):

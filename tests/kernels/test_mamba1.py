@@ -155,6 +155,19 @@ def test_decoding_follows_the_prompt_and_ignores_company(state_dtype) -> None:
     assert torch.equal(together[[1, 3, 4]], initial[[1, 3, 4]])
 
 
+@pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=["s32", "s16"])
+def test_verification_equals_decoding(state_dtype, assert_verifies) -> None:
+    torch.manual_seed(6)
+    x, dt = torch.randn(2, 8, 33).bfloat16()
+    B, C = torch.randn(2, 8, 16).bfloat16()
+    parameters = -torch.rand(16, 33), torch.randn(33), torch.linspace(-1, 2, 33)
+
+    def decode(*tokens, **where):
+        return reference.decode_mamba1(*tokens, *parameters, **where)
+
+    assert_verifies(decode, [x, B, C, dt], torch.randn(14, 16, 33).to(state_dtype))
+
+
 def test_reference_equals_transformers() -> None:
     modeling = pytest.importorskip("transformers.models.jamba.modeling_jamba")
     if not hasattr(modeling, "mamba_selective_scan"):

@@ -324,6 +324,19 @@ def test_decoding_in_company_no_bit_differs(mamba2, state_dtype, device) -> None
             assert torch.equal(alone[slot], together[slot])
 
 
+@IMPLEMENTATIONS
+@STATE_DTYPES
+def test_verification_equals_decoding(mamba2, state_dtype, assert_verifies, device) -> None:
+    torch.manual_seed(6)
+    sizes = (2, 4, 32, 16)
+    tokens, parameters = draw_steps(8, sizes, torch.bfloat16, device)
+
+    def decode(*tokens, **where):
+        return mamba2.decode_mamba2(*tokens, *parameters, limits=(0.1, 3.0), **where)
+
+    assert_verifies(decode, tokens, torch.randn(14, *sizes[1:], device=device).to(state_dtype))
+
+
 def test_reference_equals_transformers(device) -> None:
     modeling = pytest.importorskip("transformers.models.granitemoehybrid.modeling_granitemoehybrid")
     if not hasattr(modeling, "mamba2_chunk_scan"):

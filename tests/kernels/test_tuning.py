@@ -87,7 +87,8 @@ def test_no_choice_can_change_bits_from_batch_to_batch(kernel) -> None:
 def test_what_sums_is_seen() -> None:
     """The test above would notice."""
     assert ".sum" in set(called(triton_functions("norm")["rms_norm_kernel"]))
-    assert ".sum" in set(called(triton_functions("gdn")["decode_kernel"]))  # in a function it calls
+    in_a_function_it_calls = set(called(triton_functions("mla")["decode_mla_kernel"]))
+    assert ".sum" in in_a_function_it_calls
     assert ".dot" in set(called(triton_functions("linear")["linear_kernel"]))
 
 
@@ -114,13 +115,15 @@ def test_launchers_ask_by_the_layer_alone(device) -> None:
         with tuning.using({}) as keys:
             gdn.chunk_gdn(q, k, v, -a.abs(), b.sigmoid(), states=states, **where)
             gdn.decode_gdn(q, k, v, a, b, *parameters, states=states, slots=slots)
-            gdn.verify_gdn(q, k, v, a, b, *parameters, states=states, **steps)
+            gdn.decode_gdn(q, k, v, a, b, *parameters, states=states, **steps)
             mamba2.chunk_mamba2(v, q, k, -a.abs(), b.abs(), b[0], states=states, **where)
             mamba2.decode_mamba2(v, q, k, a, *parameters, b[0], states=states, slots=slots)
+            mamba2.decode_mamba2(v, q, k, a, *parameters, b[0], states=states, **steps)
             conv1d.prefill_conv1d(x, taps, None, states=windows, **where)
             conv1d.decode_conv1d(x, taps, None, states=windows, slots=slots)
             norm.rms_norm(x, taps[:, 0], 1e-6)
         assert keys[2] == keys[3] == ("gdn.decode_kernel", (torch.float32, 16, 16))
+        assert keys[-5] == keys[-4] == ("mamba2.decode_kernel", (torch.float32, 16, 16))
         assert {kernel for kernel, _ in keys} <= set(tuning.TUNABLES)
         asked.append(keys)
     assert asked[0] == asked[1]

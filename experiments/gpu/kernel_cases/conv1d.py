@@ -85,10 +85,10 @@ def _verify(setup: Setup, weight: torch.Tensor, num_sequences: int, steps: int) 
     }
     return Case(
         name=f"conv1d verify {num_sequences} x {steps}",
-        run=partial(fused.verify_conv1d, x, weight, None, **arguments),
-        expected=partial(reference.verify_conv1d, x, weight, None, **arguments),
+        run=partial(fused.decode_conv1d, x, weight, None, **arguments),
+        expected=partial(reference.decode_conv1d, x, weight, None, **arguments),
         num_bytes=2 * x.nbytes + states.nbytes,
-        rivals={"torch": partial(reference.verify_conv1d, x, weight, None, **arguments)},
+        rivals={"torch": partial(reference.decode_conv1d, x, weight, None, **arguments)},
     )
 
 

@@ -12,8 +12,8 @@ import torch
 from experiments.gpu import kernel_rivals
 from experiments.gpu.kernel_cases import Case, Setup
 from kernels.gdn import fused, reference
-from kernels.gdn.decode import BLOCK_V
 from kernels.packed import TILE, Exports, Packed, num_tiles
+from kernels.recurrence import BLOCK_V
 
 
 class Sizes(NamedTuple):
@@ -162,10 +162,10 @@ def _verify(setup: Setup, sizes: Sizes, num_sequences: int, num_steps: int) -> C
 
     return Case(
         name=f"gdn verify {num_sequences} x {num_steps}",
-        run=contender(fused.verify_gdn),
-        expected=contender(reference.verify_gdn),
+        run=contender(fused.decode_gdn),
+        expected=contender(reference.decode_gdn),
         num_bytes=states.nbytes + _token_bytes(tokens, (a, b, *parameters)),
-        rivals={"torch": contender(reference.verify_gdn)},
+        rivals={"torch": contender(reference.decode_gdn)},
     )
 
 

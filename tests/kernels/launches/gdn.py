@@ -2,7 +2,7 @@
 
 import torch
 
-from kernels.gdn.fused import chunk_gdn, decode_gdn, gates, verify_gdn
+from kernels.gdn.fused import chunk_gdn, decode_gdn, gates
 from kernels.packed import Exports, Packed
 from tests.kernels.arena import make_arena
 
@@ -35,7 +35,7 @@ def _bfloat16_states() -> None:
 
 
 def _verify() -> None:
-    verify_gdn(
+    decode_gdn(
         *_tokens(4),
         *_gate_inputs(4),
         states=make_arena(6, torch.bfloat16, torch.float32, fill=None).recurrent[5],

@@ -27,8 +27,19 @@ def _decode() -> None:
     decode_kda(*_tokens(4), *_gate_inputs(4), states=_states(), slots=slots)
 
 
-def _states() -> torch.Tensor:
-    return make_arena(4, torch.bfloat16, torch.float32, fill=None).recurrent[5]
+def _verify() -> None:
+    decode_kda(
+        *_tokens(4),
+        *_gate_inputs(4),
+        states=_states(6),
+        packed=Packed.from_lengths([3, 1]),
+        slots=torch.arange(2, dtype=torch.int32),
+        step_slots=torch.arange(2, 6, dtype=torch.int32),
+    )
+
+
+def _states(count: int = 4) -> torch.Tensor:
+    return make_arena(count, torch.bfloat16, torch.float32, fill=None).recurrent[5]
 
 
 def _tokens(count: int) -> tuple[torch.Tensor, ...]:
@@ -46,4 +57,5 @@ LAUNCHES = {
     "tiles_of_16": lambda: _chunk(16),
     "tiles_of_32": lambda: _chunk(32),
     "decode": _decode,
+    "verify": _verify,
 }

@@ -42,6 +42,18 @@ def _decode(
     )
 
 
+def _verify(groups: int = 8, state_size: int = 128) -> None:
+    decode_mamba2(
+        *_tokens(4, groups, state_size),
+        *_gate_inputs(4),
+        torch.empty(HV),
+        states=torch.empty(6, HV, state_size, V),
+        packed=Packed.from_lengths([3, 1]),
+        slots=torch.arange(2, dtype=torch.int32),
+        step_slots=torch.arange(2, 6, dtype=torch.int32),
+    )
+
+
 def _bfloat16_states() -> None:
     _chunk(torch.bfloat16)
     _decode(torch.bfloat16)
@@ -50,6 +62,7 @@ def _bfloat16_states() -> None:
 def _large_state() -> None:
     _chunk(groups=1, state_size=256)
     _decode(groups=1, state_size=256)
+    _verify(groups=1, state_size=256)
 
 
 def _tokens(count: int, groups: int, state_size: int) -> tuple[torch.Tensor, ...]:
@@ -69,5 +82,6 @@ LAUNCHES = {
     "tiles_of_32": lambda: _chunk(tile_size=32),
     "large_state": _large_state,
     "decode": _decode,
+    "verify": _verify,
     "bfloat16_states": _bfloat16_states,
 }
