@@ -77,12 +77,26 @@ def test_steps_of_other_families_are_recorded(driver_class, random_tokens, oracl
 def test_recorded_verification_gives_the_bits_of_single_steps(
     driver_class, random_tokens, dtype, quantization
 ) -> None:
+    runner = make_runner(dtype, quantization=quantization, draft="tree:8")
+    verify_as_single_steps(driver_class, random_tokens, runner)
+
+
+@COMPILED
+@pytest.mark.parametrize("name", ["granite_moe_hybrid_dense", "lfm2"])
+def test_recorded_verification_of_other_families(
+    driver_class, random_tokens, oracles, name
+) -> None:
+    runner = make_runner(model=str(oracles(name).path), draft="tree:8")
+    verify_as_single_steps(driver_class, random_tokens, runner)
+
+
+def verify_as_single_steps(driver_class, random_tokens, runner) -> None:
     """Sequences without drafts and with, as many tokens as a graph has and fewer; a graph is used
     for other lengths than it was recorded with."""
-    runner = make_runner(dtype, quantization=quantization, draft="tree:8")
     assert runner.verify_graphs is not None
-    prompts = [random_tokens(length, length) for length in (100, 64, 7)]
-    answers = [random_tokens(20, length) for length in range(3)]
+    vocab_size = runner.vocab_size
+    prompts = [random_tokens(length, length, vocab_size) for length in (100, 64, 7)]
+    answers = [random_tokens(20, length, vocab_size) for length in range(3)]
     runner.use_graphs("off")
     assert runner.verify_graphs is None
     driver, sequences = prefilled(driver_class, runner, prompts)
