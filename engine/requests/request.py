@@ -215,10 +215,9 @@ class Request(ScheduledRequest):
         if drawn is not None and any(rule.needs_newest for rule in self._rules):
             token = drawn()
             answer = np.append(answer, np.int32(token))
-        rulings: Sequence[Ruling] | None
-        if token == NO_TOKEN:  # The request ends when this step is committed.
-            rulings = [FREE] * (1 + len(drafts))
-        else:
+        rulings: Sequence[Ruling] | None = [FREE] * (1 + len(drafts))
+        # With NO_TOKEN, the request ends when this step is committed.
+        if self._rules and token != NO_TOKEN:
             draws = Draws(draw, answer, drafts, may_be_over=drawn is not None)
             rulings = ruled(self._rules, draws)
         if rulings is None:

@@ -14,8 +14,15 @@ from typing import Any, cast
 
 import numpy as np
 
-from engine.plugins.diagnostics.explain import Change, Explanation, Found, Parting, explain
-from engine.plugins.diagnostics.outline import Outline, Outliner
+from engine.plugins.diagnostics.explain import (
+    Change,
+    Explanation,
+    Found,
+    Outline,
+    Outliner,
+    Parting,
+    explain,
+)
 from engine.server.access import Tenant
 from engine.server.bodies import Workers
 from engine.server.context import cache_headers

@@ -1,23 +1,259 @@
-"""Replay of sampled answers, and explanations of cache misses."""
+"""Replay of sampled answers, and the hooks of explanations of cache misses.
+
+Replayed prompts keep the beginning of earlier ones: sampled tokens replace answers that come back,
+and lines that change with every request are moved or dropped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import logging
+import sys
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Request
 
 from engine.plugins.diagnostics import DiagnosticsConfig
+from engine.plugins.diagnostics.explain import SYSTEM_ROLES, said_by
 from engine.plugins.diagnostics.explanations import Explanations, Inquiry
-from engine.plugins.diagnostics.replays import Replays
 from engine.server.access import Operator, Tenant
 from engine.server.api_errors import APIError, quoted
 from engine.server.context import ChatDiagnostics, ChatInput, Message, ServerExtension
 from engine.server.settings import ServerConfig
-from engine.text.chat_prompt import ChatPrompt
+from engine.text.answers import MARKS
+from engine.text.chat_prompt import ChatPrompt, SampledTurn
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import Tokenizer
+
+ENTRY_BYTES = 512
+"""Approximate size of an answer without its ids and its reasoning."""
+MAX_ALIKE = 8
+"""Maximum number of answers with the same text and calls. They are distinguished by their place and
+their reasoning."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    place: int
+    turn: SampledTurn
+    chat: bytes | None
+
+    @property
+    def num_bytes(self) -> int:
+        return ENTRY_BYTES + 4 * len(self.turn.token_ids) + sys.getsizeof(self.turn.reasoning)
+
+
+class AnswerMemory:
+    """Sampled answers in ``limit_bytes``, with least recently used ones evicted. Thread-safe."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._known: OrderedDict[tuple[Hashable, bytes], list[_Entry]] = OrderedDict()
+        """Answers by tenant and digest of the message."""
+        self._lock = threading.Lock()
+        self.num_bytes = 0
+
+    def put(
+        self,
+        tenant: Hashable,
+        place: int,
+        message: Mapping[str, Any],
+        turn: SampledTurn,
+        chat: bytes | None = None,
+    ) -> None:
+        """Store an answer to a chat of ``place`` messages, which was sent as ``message``. O(its
+        size).
+
+        ``chat`` is the digest of that chat if the reasoning is only for clients that send the whole
+        chat.
+        """
+        turn = SampledTurn(turn.header, array("i", turn.token_ids), turn.reasoning)
+        key, entry = (tenant, _digest(message)), _Entry(place, turn, chat)
+        if entry.num_bytes > self._limit_bytes:
+            return
+        with self._lock:
+            alike = self._known.setdefault(key, [])
+            alike.append(entry)
+            self.num_bytes += entry.num_bytes
+            if len(alike) > MAX_ALIKE:
+                self.num_bytes -= alike.pop(0).num_bytes
+            self._known.move_to_end(key)
+            while self.num_bytes > self._limit_bytes:
+                self._forget_oldest()
+
+    def _forget_oldest(self) -> None:
+        key, alike = next(iter(self._known.items()))
+        self.num_bytes -= alike.pop(0).num_bytes
+        if not alike:
+            del self._known[key]
+
+    def find(
+        self,
+        tenant: Hashable,
+        place: int,
+        message: Mapping[str, Any],
+        keeps_thinking: bool,
+        chat: bytes | None = None,
+    ) -> SampledTurn | None:
+        """Return the turn sampled for ``message``, which has the index ``place``, or None. O(its
+        size).
+
+        Its reasoning must be equal, or with ``keeps_thinking`` be missing in the same ``chat``. Of
+        several turns, the one at the same place is returned, else the latest.
+        """
+        if message.get("role") != "assistant":
+            return None
+        key = tenant, _digest(message)
+        given = str(message.get("reasoning_content") or "").strip()
+        with self._lock:
+            alike = list(self._known.get(key, ()))
+            if alike:
+                self._known.move_to_end(key)
+        fits = [
+            entry
+            for entry in alike
+            if entry.turn.reasoning.strip() == given
+            or (keeps_thinking and not given and entry.chat == chat)
+        ]
+        best = max(
+            enumerate(fits), key=lambda pair: (pair[1].place == place, pair[0]), default=None
+        )
+        return None if best is None else best[1].turn
+
+    def check(self) -> None:
+        """Raise AssertionError if the recorded size is wrong. O(answers)."""
+        sizes = [entry.num_bytes for alike in self._known.values() for entry in alike]
+        assert all(self._known.values())
+        assert sum(sizes) == self.num_bytes <= self._limit_bytes
+
+
+def _digest(message: Mapping[str, Any]) -> bytes:
+    """Return the digest of text and calls, without reasoning."""
+    return hashlib.blake2b(json.dumps(said_by(message)[:2]).encode(), digest_size=16).digest()
+
+
+KEEPS_THINKING = "preserve_thinking"
+"""Template variable of newer templates; emulated for templates that do not support it."""
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A place in a chat."""
+
+    tenant: Tenant
+    index: int
+    """Number of messages before it."""
+    chat: bytes | None
+    """Digest of the chat before it. None if a secret identifies the tenant: its answers may then be
+    replaced with their reasoning at any place."""
+
+
+class Replays:
+    """Replaces parts of a chat by the sampled tokens and stable lines of earlier requests."""
+
+    def __init__(self, tokenizer: Tokenizer, config: DiagnosticsConfig) -> None:
+        self._tokenizer = tokenizer
+        self._keeps_thinking = config.preserve_thinking
+        self._volatile = VolatileLines(config)
+        self.answers = AnswerMemory(int(config.replay_mib * 2**20))
+        control = [text for text in tokenizer.control_tokens if text not in MARKS]
+        self._control_ids = frozenset(i for text in control for i in tokenizer.encode(text)[:1])
+
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        variables: Mapping[str, Any] | None,
+        tenant: Tenant,
+    ) -> ChatInput:
+        """Return the inputs for rendering a chat. O(its size)."""
+        keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
+        if keeps:
+            variables = {**(variables or {}), KEEPS_THINKING: True}
+        chat, sampled = self._volatile.settle(messages), {}
+        seen = None if tenant.is_known else hashlib.blake2b(digest_size=16)
+        _see(seen, tools)
+        for index, message in enumerate(chat):
+            before = None if seen is None else seen.digest()
+            _see(seen, [message.get("role"), *said_by(self._volatile.without(message))[:2]])
+            turn = self.answers.find(tenant, index, message, keeps, before)
+            if turn is not None:
+                sampled[index] = turn
+                if turn.reasoning and not message.get("reasoning_content"):
+                    chat[index] = {**message, "reasoning_content": turn.reasoning}
+        place = Place(tenant, len(chat), None if seen is None else seen.digest())
+        return ChatInput(chat, variables, sampled, keeps, place)
+
+    def remember(
+        self,
+        prompt: ChatPrompt,
+        place: Place,
+        message: Message,
+        output: RequestOutput,
+    ) -> None:
+        """Store the tokens of an answer, sent as ``message``, that a client can send back
+        completely: one ended by the model or by its length limit. O(its size)."""
+        token_ids = output.output.tolist()
+        if output.finish_reason == "stop" and token_ids[-1] in self._tokenizer.eos_token_ids:
+            token_ids.pop()
+        elif output.finish_reason != "length":
+            return
+        if not prompt.header or not self._control_ids.isdisjoint(token_ids):
+            return
+        turn = SampledTurn(prompt.header, token_ids, message["reasoning_content"])
+        self.answers.put(place.tenant, place.index, message, turn, place.chat)
+
+
+def _see(seen: Any, value: Any) -> None:
+    """Add ``value`` to a running digest, if there is one."""
+    if seen is not None:
+        seen.update(json.dumps(value, default=repr).encode())
+
+
+class VolatileLines:
+    """Lines of the system message that change with every request, so that the cache would not match
+    after them."""
+
+    def __init__(self, config: DiagnosticsConfig) -> None:
+        self._drops = config.volatile == "drop"
+        self._pattern, pattern = config.pattern, config.volatile_line
+        if pattern is not None:
+            done = "dropped from" if self._drops else "moved to the end of"
+            logger.warning("Lines that match %r are %s the system message.", pattern, done)
+
+    def without(self, message: Message) -> Message:
+        """Return ``message`` without these lines, if it is a system message. O(its size)."""
+        if self._pattern is None or message.get("role") not in SYSTEM_ROLES:
+            return message
+        lines = str(message.get("content") or "").split("\n")
+        return {**message, "content": "\n".join(x for x in lines if not self._pattern.search(x))}
+
+    def settle(self, messages: Sequence[Message]) -> list[Message]:
+        """Return ``messages`` with these lines at the end of their system message, or without them.
+        O(its size)."""
+        chat = list(messages)
+        if self._pattern is None:
+            return chat
+        for index, message in enumerate(chat):
+            if message.get("role") not in SYSTEM_ROLES:
+                break
+            lines = str(message.get("content") or "").split("\n")
+            moved = [line for line in lines if self._pattern.search(line)]
+            if moved:
+                kept = [line for line in lines if not self._pattern.search(line)]
+                told = "dropped" if self._drops else "moved"
+                logger.info("%d lines of message %d were %s.", len(moved), index, told)
+                text = "\n".join(kept if self._drops else [*kept, *moved])
+                chat[index] = {**message, "content": text}
+        return chat
 
 
 class Hooks:

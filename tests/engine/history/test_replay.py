@@ -14,7 +14,7 @@ import pytest
 from engine import server_config
 from engine.config import BUILTIN_NAME
 from engine.plugins.diagnostics import DiagnosticsConfig
-from engine.plugins.diagnostics.replays import AnswerMemory, VolatileLines
+from engine.plugins.diagnostics.server import AnswerMemory, VolatileLines
 from engine.text.chat_prompt import ChatPrompt, SampledTurn, render_chat
 from engine.text.hugging_face import HFTokenizer
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
