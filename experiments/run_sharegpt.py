@@ -279,7 +279,7 @@ def _settings(options: argparse.Namespace) -> Iterator[Setting]:
 
 
 def _geometry(model: str | None) -> ModelGeometry:
-    from engine.command.inspect import load_geometry
+    from engine.plugins.inspect.command import load_geometry
 
     return load_geometry(model)
 

@@ -6,16 +6,12 @@ import argparse
 import importlib
 import ipaddress
 import json
-import math
 import os
-import re
 import signal
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -27,7 +23,7 @@ from engine.command.flags import (
     with_flags,
 )
 from engine.config import BUILTIN_PROMPTS, EngineConfig, check_no_foreign_kernels
-from engine.hub import resolve_config, resolve_folder
+from engine.hub import resolve_config
 from engine.plugins import (
     engine_settings,
     plugin_verb,
@@ -36,7 +32,7 @@ from engine.plugins import (
     start_replicas,
 )
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig
-from hybridcache.geometry.units import counted, format_bytes, format_seconds
+from hybridcache.geometry.units import counted, format_seconds
 from hybridcache.lab.extras import how_to_install, version
 from hybridcache.lab.parser import Parser
 from hybridcache.lab.signals import end_by_exception
@@ -46,7 +42,6 @@ if TYPE_CHECKING:
     from engine.engine import Engine
     from engine.requests.spec import RequestSpec, SamplingParams
     from engine.text.outputs import RequestOutput
-    from engine.weights.convert import Conversion, Converted
 
 
 Command = Callable[[argparse.Namespace], int]
@@ -155,20 +150,6 @@ def _parser(arguments: Sequence[str]) -> Parser:
         "chat with a model in this terminal, and print how much of each prompt was reused",
         _add_chat,
     )
-    add(
-        "inspect",
-        _inspect,
-        "[options] [MODEL]",
-        "print the size of a model's prefixes and how many fit into a budget",
-        _add_inspect,
-    )
-    add(
-        "convert",
-        _convert,
-        "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
-        "convert the weights of a model to eight bits",
-        _add_convert,
-    )
     for verb, (usage, help) in plugin_verbs().items():
         # The plugin is not loaded for other verbs.
         flags = partial(_add_plugin_flags, verb) if verb in arguments else _add_nothing
@@ -233,59 +214,6 @@ def _add_chat(chat: Parser) -> None:
         help="maximum number of tokens of an answer; by default there is no limit",
     )
     add_grouped_flags(chat, (EngineConfig,), GROUPS, engine_settings())
-
-
-def _add_inspect(inspect: Parser) -> None:
-    inspect.add_argument(
-        "model",
-        nargs="?",
-        help="model directory, config.json, or name of a preset such as qwen3-next; by default the "
-        "built-in model",
-    )
-    inspect.add_argument(
-        "--budget-gib",
-        type=float,
-        nargs="+",
-        default=[4.0, 40.0],
-        metavar="GIB",
-        help="budgets to calculate (default: 4 40)",
-    )
-    inspect.add_argument(
-        "--kv-dtype", choices=("float32", "bfloat16", "fp8"), help="number format of KV"
-    )
-    inspect.add_argument(
-        "--state-dtype",
-        choices=("float32", "bfloat16", "int8"),
-        help="number format of recurrent states",
-    )
-    inspect.add_argument(
-        "--checkpoint-dtype",
-        metavar="WORD",
-        help="number format of recurrent states in checkpoints: bfloat16, int8, fp8, int8:head ...",
-    )
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def _add_convert(convert: Parser) -> None:
-    convert.add_argument("model", help="model directory in full precision")
-    convert.add_argument("out", help="directory to create")
-    convert.add_argument(
-        "--to",
-        choices=("int8", "fp8"),
-        required=True,
-        help="int8: one scale per output channel, as in compressed-tensors; fp8: one per block of "
-        "128 x 128",
-    )
-    convert.add_argument(
-        "--ignore",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="PATTERN",
-        help="additional layers to leave unchanged: words of their names, such as "
-        "linear_attn.out_proj, or a regular expression after re:",
-    )
-    convert.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _server() -> ModuleType:
@@ -493,63 +421,6 @@ def _messages_of_user() -> Iterator[str]:
             yield line
 
 
-def _convert(arguments: argparse.Namespace) -> int:
-    from engine.weights.convert import convert
-
-    done = convert(
-        Path(resolve_folder(arguments.model, with_weights=True)),
-        Path(arguments.out),
-        arguments.to,
-        tuple(arguments.ignore),
-    )
-    print(json.dumps(_conversion_record(done)) if arguments.json else _conversion_text(done))
-    return 0
-
-
-def _conversion_record(done: Conversion) -> dict[str, object]:
-    """Return the details of every matrix, for machines."""
-    return {
-        "became": done.scheme.describe(),
-        "source_bytes": done.source_bytes,
-        "written_bytes": done.written_bytes,
-        "num_files": done.num_files,
-        "modules": {
-            one.module: {"shape": one.shape, "error": one.error, "left": one.reason or None}
-            for one in done.modules
-        },
-    }
-
-
-def _conversion_text(done: Conversion) -> str:
-    """Return a table with one line for the same matrix in all layers, and one for all experts."""
-    alike: dict[tuple[str, str], list[Converted]] = defaultdict(list)
-    for one in done.modules:
-        alike[re.sub(r"\.\d+(?=\.)", ".*", one.module), one.reason].append(one)
-    width = max(len(name) for name, _ in alike)
-    return "\n".join(
-        [
-            f"{done.scheme.describe()}: {format_bytes(done.source_bytes)} were converted to "
-            f"{format_bytes(done.written_bytes)} in {counted(done.num_files, 'file')}",
-            f"  {'converted':<{width}} {'matrices':>9}   error, mean and largest",
-            *(_errors(name, ones, width) for (name, why), ones in alike.items() if not why),
-            f"  {'not converted':<{width}} {'matrices':>9}   because",
-            *(
-                f"  {name:<{width}} {len(ones):>9,}   {why}"
-                for (name, why), ones in alike.items()
-                if why
-            ),
-        ]
-    )
-
-
-def _errors(name: str, ones: list[Converted], width: int) -> str:
-    errors = {one.module: one.error for one in ones if one.error is not None}
-    worst = max(errors, key=lambda module: errors[module])
-    mean = sum(errors.values()) / len(errors)
-    line = f"  {name:<{width}} {len(ones):>9,}   {mean:.2%} {errors[worst]:.2%}"
-    return line if len(ones) == 1 else f"{line} ({worst})"
-
-
 def _record(prompt: str, output: RequestOutput) -> dict[str, object]:
     return {
         "prompt": prompt,
@@ -572,29 +443,3 @@ def _summary(output: RequestOutput) -> str:
     if output.timings.ttft_s is not None:
         parts.append(f"TTFT {format_seconds(output.timings.ttft_s)}")
     return "; ".join(parts)
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from engine.command.inspect import (
-        as_record,
-        as_text,
-        describe_files,
-        describe_refusal,
-        load_geometry,
-    )
-
-    if not all(0 < gib < math.inf for gib in arguments.budget_gib):
-        raise ValueError("--budget-gib must be finite and above 0.")
-    dtypes = {
-        name: value
-        for name in ("kv_dtype", "state_dtype", "checkpoint_dtype")
-        if (value := getattr(arguments, name)) is not None
-    }
-    model = None if arguments.model is None else resolve_folder(arguments.model)
-    geometry = load_geometry(model, **dtypes)
-    notes = describe_files(model), describe_refusal(model)
-    if arguments.json:
-        print(json.dumps(as_record(geometry, arguments.budget_gib, *notes)))
-    else:
-        print(as_text(geometry, arguments.budget_gib, *notes))
-    return 0

@@ -61,6 +61,16 @@ PATHS = {
 ones, except ``/``. Module ``server`` of the plugin has its class: ``ObserveExtension``."""
 
 VERBS = {
+    "inspect": (
+        "inspect",
+        "[options] [MODEL]",
+        "print the size of a model's prefixes and how many fit into a budget",
+    ),
+    "convert": (
+        "convert",
+        "MODEL OUT --to int8|fp8 [--ignore PATTERN ...]",
+        "convert the weights of a model to eight bits",
+    ),
     "top": ("observe", "[options]", "watch a server's cache in this terminal"),
     "record": (
         "record",
@@ -163,6 +173,12 @@ def cache_watch(engine: Any) -> Any:
     """Return a new ``EngineWatch`` of ``engine``. Called in the engine's thread. Raises
     ValueError if its tree is too large to show."""
     return _find("observe", "cache_watch", "Watch")(engine)
+
+
+def hub_downloads() -> Any:
+    """Return the module with ``fetch_model`` and ``fetch_small_files``, for names of the Hugging
+    Face Hub."""
+    return import_module(f"{__name__}.hub.downloads")
 
 
 def plugin_of_path(path: str) -> str | None:

@@ -27,7 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from engine.command.inspect import load_geometry
+from engine.plugins.inspect.command import load_geometry
 from experiments.provenance import RESULTS, write_json_lines
 from hybridcache.geometry.units import GIB
 from hybridcache.lab.parser import Parser

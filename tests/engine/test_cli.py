@@ -27,10 +27,10 @@ import pytest
 from engine import EngineConfig, SamplingParams
 from engine.command.cli import main
 from engine.command.flags import add_flags, add_grouped_flags, flags_of, read_config
-from engine.command.inspect import INTERVALS, holdings, load_geometry
 from engine.config import BUILTIN_DIR, BUILTIN_PROMPTS, ConfigError
 from engine.hub import resolve_config
 from engine.plugins import engine_settings, server_settings
+from engine.plugins.inspect.command import INTERVALS, holdings, load_geometry
 from engine.server.settings import ServerConfig
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.units import GIB

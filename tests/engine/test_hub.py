@@ -22,7 +22,8 @@ import pytest
 from engine import EngineConfig, engine_config
 from engine.command.cli import main
 from engine.config import BUILTIN_DIR
-from engine.hub import HubError, check, display_name, is_hub_name, resolve_config, resolve_folder
+from engine.hub import HubError, display_name, is_hub_name, resolve_config, resolve_folder
+from engine.plugins.hub.downloads import check
 
 NAME, COMMIT = "some-org/Tiny-Model", "a" * 40
 WEIGHTS = (BUILTIN_DIR / "model.safetensors").read_bytes()
@@ -268,7 +269,9 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
     hub: Hub, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
     facts = {"device": device, "free_bytes": 10 << 20, "needed_bytes": 25 << 20}
-    monkeypatch.setattr("engine.hub.CHECK", f"print({json.dumps(json.dumps(facts))})")
+    monkeypatch.setattr(
+        "engine.plugins.hub.downloads.CHECK", f"print({json.dumps(json.dumps(facts))})"
+    )
     with pytest.raises(HubError, match=f"take 25.0 MiB, and {device} has 10.0 MiB free"):
         resolve_config(EngineConfig(model=NAME), lambda _: None)
     assert hub.sent_bytes == 0
@@ -280,7 +283,7 @@ def test_a_model_that_does_not_fit_is_refused_before_its_weights_are_downloaded(
 def test_a_check_that_takes_too_long_is_one_sentence(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.hub.CHECK_TIMEOUT_S", 0.01)
+    monkeypatch.setattr("engine.plugins.hub.downloads.CHECK_TIMEOUT_S", 0.01)
     with pytest.raises(HubError, match=r"not be checked before its download in 0.01 s: try again"):
         resolve_config(EngineConfig(model=NAME, device="cpu"), lambda _: None)
     assert hub.sent_bytes == 0
@@ -289,7 +292,9 @@ def test_a_check_that_takes_too_long_is_one_sentence(
 def test_a_full_disk_is_reported_before_the_download(
     hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("engine.hub.shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(
+        "engine.plugins.hub.downloads.shutil.disk_usage", lambda _: SimpleNamespace(free=1000)
+    )
     with pytest.raises(HubError, match=r"MiB more on the disk .* HF_HOME"):
         resolve_config(EngineConfig(model=NAME), lambda _: None)
     assert hub.sent_bytes == 0

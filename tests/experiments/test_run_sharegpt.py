@@ -101,7 +101,7 @@ def test_a_dry_run_hits_what_the_engine_hits(data: Path) -> None:
     """On prompts whose answers share nothing with what follows, the engine and the cache alone
     agree token for token."""
     from engine import EngineConfig
-    from engine.command.inspect import load_geometry
+    from engine.plugins.inspect.command import load_geometry
     from experiments.benchmarks.replay import Setting, replay, replay_dry
 
     options = run_sharegpt._parser().parse_args(["--data", str(data)])

@@ -13,10 +13,10 @@ from transformers import FineGrainedFP8Config
 
 from engine import engine_config
 from engine.command.cli import main
+from engine.plugins.convert import converter as module
+from engine.plugins.convert.converter import convert, plan_pieces, quantize_rows
 from engine.runner.model_runner import ModelRunner
-from engine.weights import convert as module
 from engine.weights import tensor_files
-from engine.weights.convert import convert, plan_pieces, quantize_rows
 from engine.weights.model_config import ModelError
 from engine.weights.quantized_formats import read_quantization
 from engine.weights.scheme import Scheme

@@ -3,14 +3,16 @@ budget."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from engine.config import BUILTIN_DIR
-from engine.hub import display_name
+from engine.hub import display_name, resolve_folder
 from engine.weights.layer_names import MODEL_OPT_FILE, MODEL_SLIM_FILE
 from hybridcache.allocators.arena import slab_rows
 from hybridcache.geometry.model import ModelGeometry
@@ -18,6 +20,57 @@ from hybridcache.geometry.units import GIB, format_bytes, format_count
 from hybridcache.lab.extras import how_to_install
 
 INTERVALS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+def add_flags(inspect: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    inspect.add_argument(
+        "model",
+        nargs="?",
+        help="model directory, config.json, or name of a preset such as qwen3-next; by default the "
+        "built-in model",
+    )
+    inspect.add_argument(
+        "--budget-gib",
+        type=float,
+        nargs="+",
+        default=[4.0, 40.0],
+        metavar="GIB",
+        help="budgets to calculate (default: 4 40)",
+    )
+    inspect.add_argument(
+        "--kv-dtype", choices=("float32", "bfloat16", "fp8"), help="number format of KV"
+    )
+    inspect.add_argument(
+        "--state-dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="number format of recurrent states",
+    )
+    inspect.add_argument(
+        "--checkpoint-dtype",
+        metavar="WORD",
+        help="number format of recurrent states in checkpoints: bfloat16, int8, fp8, int8:head ...",
+    )
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return the exit code of the process."""
+    if not all(0 < gib < math.inf for gib in arguments.budget_gib):
+        raise ValueError("--budget-gib must be finite and above 0.")
+    dtypes = {
+        name: value
+        for name in ("kv_dtype", "state_dtype", "checkpoint_dtype")
+        if (value := getattr(arguments, name)) is not None
+    }
+    model = None if arguments.model is None else resolve_folder(arguments.model)
+    geometry = load_geometry(model, **dtypes)
+    notes = describe_files(model), describe_refusal(model)
+    if arguments.json:
+        print(json.dumps(as_record(geometry, arguments.budget_gib, *notes)))
+    else:
+        print(as_text(geometry, arguments.budget_gib, *notes))
+    return 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,1 @@
+"""Conversion of the weights of a model to eight bits."""

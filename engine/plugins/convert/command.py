@@ -1,0 +1,97 @@
+"""Command ``engine convert``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.hub import resolve_folder
+from hybridcache.geometry.units import counted, format_bytes
+
+if TYPE_CHECKING:
+    from engine.plugins.convert.converter import Conversion, Converted
+
+
+def add_flags(convert: argparse.ArgumentParser) -> None:
+    """Add the flags of the command."""
+    convert.add_argument("model", help="model directory in full precision")
+    convert.add_argument("out", help="directory to create")
+    convert.add_argument(
+        "--to",
+        choices=("int8", "fp8"),
+        required=True,
+        help="int8: one scale per output channel, as in compressed-tensors; fp8: one per block of "
+        "128 x 128",
+    )
+    convert.add_argument(
+        "--ignore",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="PATTERN",
+        help="additional layers to leave unchanged: words of their names, such as "
+        "linear_attn.out_proj, or a regular expression after re:",
+    )
+    convert.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and return the exit code of the process."""
+    from engine.plugins.convert.converter import convert
+
+    done = convert(
+        Path(resolve_folder(arguments.model, with_weights=True)),
+        Path(arguments.out),
+        arguments.to,
+        tuple(arguments.ignore),
+    )
+    print(json.dumps(_conversion_record(done)) if arguments.json else _conversion_text(done))
+    return 0
+
+
+def _conversion_record(done: Conversion) -> dict[str, object]:
+    """Return the details of every matrix, for machines."""
+    return {
+        "became": done.scheme.describe(),
+        "source_bytes": done.source_bytes,
+        "written_bytes": done.written_bytes,
+        "num_files": done.num_files,
+        "modules": {
+            one.module: {"shape": one.shape, "error": one.error, "left": one.reason or None}
+            for one in done.modules
+        },
+    }
+
+
+def _conversion_text(done: Conversion) -> str:
+    """Return a table with one line for the same matrix in all layers, and one for all experts."""
+    alike: dict[tuple[str, str], list[Converted]] = defaultdict(list)
+    for one in done.modules:
+        alike[re.sub(r"\.\d+(?=\.)", ".*", one.module), one.reason].append(one)
+    width = max(len(name) for name, _ in alike)
+    return "\n".join(
+        [
+            f"{done.scheme.describe()}: {format_bytes(done.source_bytes)} were converted to "
+            f"{format_bytes(done.written_bytes)} in {counted(done.num_files, 'file')}",
+            f"  {'converted':<{width}} {'matrices':>9}   error, mean and largest",
+            *(_errors(name, ones, width) for (name, why), ones in alike.items() if not why),
+            f"  {'not converted':<{width}} {'matrices':>9}   because",
+            *(
+                f"  {name:<{width}} {len(ones):>9,}   {why}"
+                for (name, why), ones in alike.items()
+                if why
+            ),
+        ]
+    )
+
+
+def _errors(name: str, ones: list[Converted], width: int) -> str:
+    errors = {one.module: one.error for one in ones if one.error is not None}
+    worst = max(errors, key=lambda module: errors[module])
+    mean = sum(errors.values()) / len(errors)
+    line = f"  {name:<{width}} {len(ones):>9,}   {mean:.2%} {errors[worst]:.2%}"
+    return line if len(ones) == 1 else f"{line} ({worst})"

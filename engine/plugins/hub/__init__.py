@@ -1,0 +1,1 @@
+"""Models and tokenizers of the Hugging Face Hub."""
