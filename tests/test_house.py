@@ -121,7 +121,7 @@ MAY_IMPORT = {
     "hybridcache/routing": "api export policies tokens",
     "engine/config.py": "",
     "engine/errors.py": "",
-    "engine/text": "",
+    "engine/text": "plugins",
     "engine/requests": "config errors plugins text",
     "engine/schedule": "config errors requests text",
     "engine/interfaces.py": "config requests schedule text",

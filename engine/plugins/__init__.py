@@ -200,6 +200,11 @@ def chat_hooks(tokenizer: Tokenizer, config: ServerConfig, grid: int) -> Any:
     return _find("diagnostics", "server", "Hooks")(tokenizer, config, grid)
 
 
+def find_splices(*chat: Any) -> Any:
+    """Return the turns of a chat that sampled tokens replace; see ``splices.find_splices``."""
+    return _find("diagnostics", "splices", "find_splices")(*chat)
+
+
 def plugin_verbs() -> dict[str, tuple[str, str]]:
     """Return (usage, help) of each verb that a plugin adds to the command line."""
     return {verb: (usage, help) for verb, (_, usage, help) in VERBS.items()}

@@ -1,5 +1,5 @@
-"""Conversion of chats to prompts: the text of the template, the positions at which the next prompt
-will differ, and the sampled tokens of earlier answers.
+"""Conversion of chats to prompts: the text of the template, and the positions at which the next
+prompt will differ.
 
 A chat template does not only append: it drops the end of the generation header and the reasoning of
 earlier turns. The next prompt of a chat with reasoning thus differs a few tokens before the end of
@@ -7,29 +7,17 @@ this one. A checkpoint at the exact end would never be used again.
 
 The position is found with the template: the history is rendered as in the next turn, and the common
 prefix is taken.
-
-When a client sends an answer back, the template writes it again and the tokenizer encodes it again.
-Its JSON may be spaced differently and its words split differently, so the prompt would differ from
-the cached one where the answer begins. If the sampled tokens are known, they are used instead, and
-all text around them stays as the template writes it. A turn is replaced only if
-
-- the template writes the message exactly once, in a separate turn (from the last control token
-  before it to the next end token);
-- the rest of the chat does not depend on the message;
-- the turn begins with the end of the prompt that it was sampled for (``header``), and contains its
-  reasoning if there was any. Templates that drop either from history are followed, unless
-  ``keeps_thinking`` is set.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from engine.plugins import find_splices
 from engine.text.answers import CLOSE, MARKS, OPEN
 from engine.text.tokenizer import PROBE, SLICE, EncodeOptions, Message, TemplateError, Tokenizer
 
@@ -89,9 +77,9 @@ def render_chat(
 ) -> ChatPrompt:
     """Render and encode a chat.
 
-    ``sampled`` has the sampled turns by the index of their message. Their tokens are used under
-    the conditions above; with ``keeps_thinking`` also where the template drops reasoning from
-    history, so that the prompt differs from the template's.
+    ``sampled`` has the sampled turns by the index of their message. Their tokens are used under the
+    conditions of ``find_splices``; with ``keeps_thinking`` also where the template drops reasoning
+    from history, so that the prompt differs from the template's.
 
     ``tokenizer.control_tokens`` inside the chat's texts (contents, names, arguments, tools) are
     encoded as text, so that a client cannot forge turns. With ``special_in_content`` they become
@@ -124,12 +112,18 @@ def render_chat(
     sampled = dict(sampled or {})
     if continues_last:
         sampled.pop(len(messages) - 1, None)
-    splices = find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
+    splices = (
+        find_splices(tokenizer, render, messages, written, sampled, keeps_thinking)
+        if sampled
+        else None
+    )
 
     def encode(text: str) -> list[int]:
+        if splices is None:
+            return tokenizer.encode(text, how)
         return splices.encode(text, lambda piece: tokenizer.encode(piece, how))
 
-    text = splices.apply(written)
+    text = written if splices is None else splices.apply(written)
     if continues_last:
         text = _up_to_content(text, messages[-1])
     token_ids = encode(text)
@@ -141,9 +135,10 @@ def render_chat(
     futures = _futures(messages, with_tools=bool(tools), thinks=not has_thought)
     for future in (*futures, *(_future_behind(cut, messages) for cut in cuts)):
         try:
-            later = splices.apply(render(future))
+            later = render(future)
         except TemplateError:
             continue  # This continuation is impossible with this template.
+        later = later if splices is None else splices.apply(later)
         special = tokenizer.special_tokens
         shared = common_token_prefix(encode, special, text, token_ids, later)
         boundaries.add(shared)
@@ -151,7 +146,8 @@ def render_chat(
             cut_at.append(shared)
     header = header_of(tokenizer, text) if add_generation_prompt else ""
     kept = tuple(sorted(boundaries - {0}))
-    return ChatPrompt(token_ids, kept, tuple(cut_at), is_thinking, header, splices.num_turns)
+    num_replayed = 0 if splices is None else splices.num_turns
+    return ChatPrompt(token_ids, kept, tuple(cut_at), is_thinking, header, num_replayed)
 
 
 def _up_to_content(text: str, message: Message) -> str:
@@ -341,7 +337,7 @@ def _last_special(special_tokens: Sequence[str], text: str, end: int) -> int:
     is none."""
     if not special_tokens:
         return 0
-    pattern = _any_of(special_tokens)
+    pattern = any_of(special_tokens)
     window = 1024
     while True:
         begin = max(0, end - window)
@@ -351,14 +347,6 @@ def _last_special(special_tokens: Sequence[str], text: str, end: int) -> int:
         if begin == 0:
             return 0
         window *= 8
-
-
-FIRST, LAST = 0x100000, 0x10FFFD
-"""Private-use characters that stand for a message, and for its turn."""
-_PLACES = re.compile(f"([{chr(FIRST)}-{chr(LAST)}])")
-
-Encode = Callable[[str], list[int]]
-Render = Callable[[Sequence[Message]], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,164 +360,18 @@ class SampledTurn:
     reasoning: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """A turn in a rendered chat, and the tokens that replace it."""
-
-    start: int
-    end: int
-    turn: SampledTurn
-
-
-class Splices:
-    """Turns of one rendered chat that are replaced by sampled tokens."""
-
-    def __init__(self, text: str, spans: Sequence[Span]) -> None:
-        """``spans`` of ``text``, ascending."""
-        self._text = text
-        self._spans = spans
-
-    @property
-    def num_turns(self) -> int:
-        return len(self._spans)
-
-    def apply(self, text: str) -> str:
-        """Return ``text`` with a character in place of each turn that it shares with the chat.
-
-        ``text`` is a rendering that begins as the chat does. O(turns) comparisons.
-        """
-        pieces, end = [], 0
-        for number, span in enumerate(self._spans):
-            if text[end : span.end + 1] != self._text[end : span.end + 1]:
-                break
-            pieces += [text[end : span.start], chr(FIRST + number)]
-            end = span.end
-        return "".join((*pieces, text[end:]))
-
-    def encode(self, text: str, encode: Encode) -> list[int]:
-        """Return the ids of a text that ``apply`` made."""
-        if not self._spans:
-            return encode(text)
-        token_ids: list[int] = []
-        for number, piece in enumerate(_PLACES.split(text)):
-            if number % 2:
-                turn = self._spans[ord(piece) - FIRST].turn
-                token_ids += encode(turn.header)
-                token_ids += turn.token_ids
-            elif piece:
-                token_ids += encode(piece)
-        return token_ids
-
-
-NO_SPLICES = Splices("", ())
-
-
 def header_of(tokenizer: Tokenizer, text: str) -> str:
     """Return the end of a prompt from its last control token on, or "" if it has none."""
-    pattern = _control(tokenizer)
+    pattern = control_pattern(tokenizer)
     starts = [found.start() for found in pattern.finditer(text, max(len(text) - 4096, 0))]
     return text[starts[-1] :] if starts else ""
 
 
-def find_splices(
-    tokenizer: Tokenizer,
-    render: Render,
-    messages: Sequence[Message],
-    text: str,
-    turns: Mapping[int, SampledTurn],
-    keeps_thinking: bool,
-) -> Splices:
-    """Return the turns that can be replaced in ``text``, the rendering of ``messages``.
-
-    ``turns`` are given by the index of their message. Takes one render, and O(len(text)) per turn.
-    """
-    ends = _ends(tokenizer)
-    if not turns or not ends or len(messages) > LAST - FIRST or _PLACES.search(text):
-        return NO_SPLICES
-    marked = list(messages)
-    for index in turns:
-        marked[index] = {
-            **messages[index],
-            "content": chr(FIRST + index) + _content(messages[index]),
-        }
-    regions = _regions(render(marked), _control(tokenizer), ends)
-    spans = [
-        Span(start, end, turns[index])
-        for index, start, end in _aligned(text, regions, ends)
-        if keeps_thinking or _is_kept(text[start:end], turns[index])
-    ]
-    return Splices(text, spans)
-
-
-def _is_kept(written: str, turn: SampledTurn) -> bool:
-    """Return True if the template writes the turn as it was sampled: after its header, and with its
-    reasoning."""
-    return written.startswith(turn.header) and turn.reasoning.strip() in written
-
-
-def _content(message: Message) -> str:
-    """Return the text of a message without leading blanks, which templates strip at the start of a
-    turn."""
-    return str(message.get("content") or "").lstrip()
-
-
-class _Region(NamedTuple):
-    """One marked turn."""
-
-    message: int | None
-    """Index of the message, or None for the end of the chat."""
-    before: str
-    """Text between the previous turn and this one."""
-
-
-def _regions(text: str, control: re.Pattern[str], ends: re.Pattern[str]) -> list[_Region]:
-    """Return the turns with a mark that occurs once in ``text``, each in a separate turn."""
-    regions, last = [], 0
-    counts = Counter(_PLACES.findall(text))
-    for place in _PLACES.finditer(text):
-        starts = [found.start() for found in control.finditer(text, last, place.start())]
-        end = ends.search(text, place.end())
-        if starts and end is not None and counts[place.group()] == 1:
-            before = _PLACES.sub("", text[last : starts[-1]])
-            regions.append(_Region(ord(place.group()) - FIRST, before))
-            last = end.start()
-    return [*regions, _Region(None, _PLACES.sub("", text[last:]))]
-
-
-def _aligned(
-    text: str, regions: Sequence[_Region], ends: re.Pattern[str]
-) -> list[tuple[int, int, int]]:
-    """Return (message, start, end) of each turn in ``text``, or [] if the text around the turns
-    differs."""
-    spans: list[tuple[int, int, int]] = []
-    at = 0
-    for index, before in regions:
-        start = at + len(before)
-        end = ends.search(text, start + 1)
-        if text[at:start] != before or (index is not None and end is None):
-            return []
-        if index is None:
-            return spans if start == len(text) else []
-        assert end is not None
-        spans.append((index, start, end.start()))
-        at = end.start()
-    return []
-
-
-def _control(tokenizer: Tokenizer) -> re.Pattern[str]:
+def control_pattern(tokenizer: Tokenizer) -> re.Pattern[str]:
     """Return a pattern of the tokens that begin and end turns."""
     walls = set(tokenizer.special_tokens)
-    return _any_of(t for t in tokenizer.control_tokens if t in walls and t not in MARKS)
+    return any_of(t for t in tokenizer.control_tokens if t in walls and t not in MARKS)
 
 
-def _ends(tokenizer: Tokenizer) -> re.Pattern[str] | None:
-    """Return a pattern of the tokens that end an answer, or None if the text cannot be split at
-    them."""
-    walls = set(tokenizer.special_tokens) & set(tokenizer.control_tokens)
-    texts = [tokenizer.token_bytes(i).decode("utf-8", "replace") for i in tokenizer.eos_token_ids]
-    known = [text for text in texts if text in walls]
-    return _any_of(known) if known else None
-
-
-def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
