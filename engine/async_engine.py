@@ -15,10 +15,10 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
 
 from engine.config import EngineConfig
 from engine.errors import (
@@ -291,16 +291,31 @@ class RequestStream:
         self._outputs.put_nowait(output)
 
 
-class Watching(Protocol):
+class Watching:
     """View of one engine for an event loop; see ``EngineWatch``. Raises EngineStopped."""
 
-    async def take(self) -> list[Record]: ...
+    def __init__(self, ask: Callable[..., Awaitable[Any]]) -> None:
+        """``ask`` passes the arguments of ``ask_watch`` to the engine's thread."""
+        self._ask = ask
+
+    async def take(self) -> list[Record]:
+        return cast("list[Record]", await self._ask("take"))
+
     async def whole(self) -> tuple[list[Record], dict[str, Any]]:
         """Return (changes not yet taken, the state with them)."""
-        ...
+        changes, state = await self._ask("whole")
+        return changes, state
 
-    async def node(self, id_: int) -> dict[str, Any] | None: ...
-    async def close(self) -> None: ...
+    async def node(self, id_: int) -> dict[str, Any] | None:
+        return cast("dict[str, Any] | None", await self._ask("node", id_))
+
+    async def close(self) -> None:
+        await self._ask("close")
+
+
+def ask_watch(watch: EngineWatch, what: str, *arguments: Any) -> Any:
+    """Answer a question of ``Watching`` in the engine's thread."""
+    return (watch.take(), watch.whole()) if what == "whole" else getattr(watch, what)(*arguments)
 
 
 class ServedEngine(Protocol):
@@ -460,7 +475,8 @@ class AsyncEngine(EngineLoop[RequestStream]):
     async def watch(self) -> Watching:
         """Return a view of the cache and its requests. Raises ValueError if the tree is too large
         to show."""
-        return _ThreadWatch(self, await self.call(cache_watch))
+        watch = await self.call(cache_watch)
+        return Watching(lambda *question: self.call(lambda _: ask_watch(watch, *question)))
 
     async def drain(self) -> None:
         """Accept no more requests, finish those in progress, and end the thread."""
@@ -479,25 +495,6 @@ class AsyncEngine(EngineLoop[RequestStream]):
         else:  # It never started, so its loop cannot end the streams.
             self._engine.disconnect()
             self._close()
-
-
-class _ThreadWatch:
-    """A ``Watch``, called in the engine's thread."""
-
-    def __init__(self, engine: AsyncEngine, watch: EngineWatch) -> None:
-        self._engine, self._watch = engine, watch
-
-    async def take(self) -> list[Record]:
-        return await self._engine.call(lambda _: self._watch.take())
-
-    async def whole(self) -> tuple[list[Record], dict[str, Any]]:
-        return await self._engine.call(lambda _: (self._watch.take(), self._watch.whole()))
-
-    async def node(self, id_: int) -> dict[str, Any] | None:
-        return await self._engine.call(lambda _: self._watch.node(id_))
-
-    async def close(self) -> None:
-        await self._engine.call(lambda _: self._watch.close())
 
 
 def _post(deliveries: Sequence[Delivery]) -> None:

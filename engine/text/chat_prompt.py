@@ -121,7 +121,8 @@ def render_chat(
     def encode(text: str) -> list[int]:
         if splices is None:
             return tokenizer.encode(text, how)
-        return splices.encode(text, lambda piece: tokenizer.encode(piece, how))
+        spliced: list[int] = splices.encode(text, lambda piece: tokenizer.encode(piece, how))
+        return spliced
 
     text = written if splices is None else splices.apply(written)
     if continues_last:

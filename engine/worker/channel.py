@@ -51,16 +51,17 @@ class Abort(WorkerMessage, frozen=True):
 
 Question = Literal[
     "report",
-    "view",
-    "reset",
-    "end session",
-    "stop accepting",
+    "cache_view",
+    "reset_prefix_cache",
+    "end_session",
+    "stop_accepting",
     "watch",
     "take",
     "whole",
     "node",
-    "unwatch",
+    "close",
 ]
+"""Methods of ``Engine``; ``watch`` opens a view, and those after it are questions to a view."""
 
 
 class Ask(WorkerMessage, frozen=True):
@@ -69,11 +70,8 @@ class Ask(WorkerMessage, frozen=True):
     number: int
     """Number of the reply."""
     what: Question
-    argument: int = 0
-    """Number of the view for questions to a view."""
-    node: int = 0
-    request_id: str = ""
-    """Newest request of the session that ends."""
+    arguments: tuple[int | str, ...] = ()
+    """Arguments of the method, after the number of the view for questions to a view."""
 
 
 class Compile(WorkerMessage, frozen=True):

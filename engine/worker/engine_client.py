@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from engine.async_engine import FAILED, STOPPED, STOPPING, RequestStream
+from engine.async_engine import FAILED, STOPPED, STOPPING, RequestStream, Watching
 from engine.build import load_tokenizer_of, names_tokenizer, sampling_defaults
 from engine.config import EngineConfig
 from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, describe_exit
@@ -52,9 +52,7 @@ from engine.worker.channel import (
 )
 
 if TYPE_CHECKING:
-    from engine.async_engine import Watching
     from engine.text.tokenizer import Tokenizer
-    from hybridcache.watch.recorder import Record
 
 
 logger = logging.getLogger(__name__)
@@ -238,10 +236,8 @@ class ProcessEngine:
         finally:
             self._replies.pop(message.number, None)
 
-    async def _ask(
-        self, what: Question, argument: int = 0, node: int = 0, request_id: str = ""
-    ) -> Any:
-        return await self._question(Ask(next(self._numbers), what, argument, node, request_id))
+    async def _ask(self, what: Question, *arguments: Any) -> Any:
+        return await self._question(Ask(next(self._numbers), what, arguments))
 
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""
@@ -249,23 +245,24 @@ class ProcessEngine:
 
     async def cache_view(self) -> dict[str, Any]:
         """See ``Engine.cache_view``."""
-        view: dict[str, Any] = await self._ask("view")
+        view: dict[str, Any] = await self._ask("cache_view")
         return view
 
     async def reset_prefix_cache(self) -> None:
-        await self._ask("reset")
+        await self._ask("reset_prefix_cache")
 
     async def end_session(self, request_id: str) -> None:
         """See ``Engine.end_session``."""
-        await self._ask("end session", request_id=request_id)
+        await self._ask("end_session", request_id)
 
     async def stop_accepting(self) -> None:
         """See ``Engine.stop_accepting``."""
-        await self._ask("stop accepting")
+        await self._ask("stop_accepting")
 
     async def watch(self) -> Watching:
         """See ``AsyncEngine.watch``."""
-        return _ProcessWatch(self, await self._ask("watch"))
+        number = await self._ask("watch")
+        return Watching(lambda what, *arguments: self._ask(what, number, *arguments))
 
     async def drain(self) -> None:
         """Accept no more requests, finish those in progress, and end the process."""
@@ -369,28 +366,6 @@ class ProcessEngine:
             reply.set_exception(RequestError.from_wire(said.error))
         else:
             reply.set_result(said.value)
-
-
-class _ProcessWatch:
-    """A view in the engine's process, identified by its number."""
-
-    def __init__(self, engine: ProcessEngine, number: int) -> None:
-        self._engine, self._number = engine, number
-
-    async def take(self) -> list[Record]:
-        records: list[Record] = await self._engine._ask("take", self._number)
-        return records
-
-    async def whole(self) -> tuple[list[Record], dict[str, Any]]:
-        records, state = await self._engine._ask("whole", self._number)
-        return records, state
-
-    async def node(self, id_: int) -> dict[str, Any] | None:
-        found: dict[str, Any] | None = await self._engine._ask("node", self._number, id_)
-        return found
-
-    async def close(self) -> None:
-        await self._engine._ask("unwatch", self._number)
 
 
 def _submission(spec: RequestSpec, request_id: str, tokens: np.ndarray) -> Submit:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.async_engine import EngineLoop
+from engine.async_engine import EngineLoop, ask_watch
 from engine.engine import Engine
 from engine.errors import EngineStopped, RequestError
 from engine.interfaces import EngineWatch, RunnerLost
@@ -146,28 +146,16 @@ class EngineWorker:
 
     def _value(self, message: Ask, engine: Engine) -> Any:
         match message.what:
-            case "report":
-                return engine.report()
-            case "view":
-                return engine.cache_view()
-            case "reset":
-                return engine.reset_prefix_cache()
-            case "end session":
-                return engine.end_session(message.request_id)
-            case "stop accepting":
-                return engine.stop_accepting()
             case "watch":
                 self._watches[message.number] = cache_watch(engine)
                 return message.number
-        watch = self._watches[message.argument]
-        match message.what:
-            case "take":
-                return watch.take()
-            case "whole":
-                return watch.take(), watch.whole()
-            case "node":
-                return watch.node(message.node)
-        return self._watches.pop(message.argument).close()
+            case "take" | "whole" | "node" | "close":
+                number, *arguments = message.arguments
+                watch = self._watches[int(number)]
+                if message.what == "close":
+                    del self._watches[int(number)]
+                return ask_watch(watch, message.what, *arguments)
+        return getattr(engine, message.what)(*message.arguments)
 
     def _compile(self, message: Compile, engine: Engine) -> None:
         def work() -> None:
