@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from msgspec import Struct
+from msgspec import Struct, structs
 
 from hybridcache.api import Losses
 from hybridcache.tokens import Tokens
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import StreamDecoder
+
+    Counts = Counter[tuple[str, int]]
+else:
+    Counts = dict[tuple[str, int], int]  # What msgspec decodes; ``DraftCounts`` makes it a Counter.
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -36,16 +39,19 @@ class SampledToken(NamedTuple):
     """Most likely (token id, log-probability), best first."""
 
 
-@dataclass(slots=True)
-class DraftCounts:
+class DraftCounts(Struct, array_like=True):
     """Statistics on the drafts of one request."""
 
     num_verified: int = 0
     """Number of steps that verified a draft of the request."""
-    drafted: Counter[tuple[str, int]] = field(default_factory=Counter)
+    drafted: Counts = msgspec.field(default_factory=Counter)
     """Number of draft tokens by (source, place in the draft, from 1)."""
-    accepted: Counter[tuple[str, int]] = field(default_factory=Counter)
+    accepted: Counts = msgspec.field(default_factory=Counter)
     """Number of accepted draft tokens, by the same keys."""
+
+    def __post_init__(self) -> None:
+        # Copies, so that a count that is sent does not change with the request.
+        self.drafted, self.accepted = Counter(self.drafted), Counter(self.accepted)
 
     @property
     def acceptance_len(self) -> float | None:
@@ -256,15 +262,6 @@ class _Stop:
         return borders[length - 1]
 
 
-class DraftDelta(msgspec.Struct, frozen=True, array_like=True):
-    """``DraftCounts`` of a request so far."""
-
-    num_verified: int
-    drafted: tuple[tuple[str, int, int], ...]
-    """(source, place, tokens)."""
-    accepted: tuple[tuple[str, int, int], ...]
-
-
 class OutputDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """New output of one step for one request, as one process sends it to another.
 
@@ -283,7 +280,7 @@ class OutputDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     num_preemptions: int
     prompt_logprobs: tuple[SampledToken | None, ...] | None
     """Sent with the first tokens only."""
-    drafts: DraftDelta | None
+    drafts: DraftCounts | None
     transferred: Transferred | None
 
 
@@ -301,17 +298,9 @@ def delta_of(output: RequestOutput) -> OutputDelta:
         output.timings,
         output.num_preemptions,
         output.prompt_logprobs if is_first else None,
-        None if output.drafts is None else _draft_delta(output.drafts),
+        None if output.drafts is None else DraftCounts(*structs.astuple(output.drafts)),
         output.transferred,
     )
-
-
-def _draft_delta(counts: DraftCounts) -> DraftDelta:
-    drafted, accepted = (
-        tuple((source, place, number) for (source, place), number in each.items())
-        for each in (counts.drafted, counts.accepted)
-    )
-    return DraftDelta(counts.num_verified, drafted, accepted)
 
 
 class GrowingTokens:
@@ -378,15 +367,7 @@ class OutputAccumulator:
             num_preemptions=delta.num_preemptions,
             all_logprobs=self._logprobs,
             prompt_logprobs=self._prompt_logprobs,
-            drafts=None if delta.drafts is None else _counts(delta.drafts),
+            drafts=delta.drafts,
             transferred=delta.transferred,
         )
         return self.last
-
-
-def _counts(delta: DraftDelta) -> DraftCounts:
-    return DraftCounts(delta.num_verified, _counter(delta.drafted), _counter(delta.accepted))
-
-
-def _counter(entries: Iterable[tuple[str, int, int]]) -> Counter[tuple[str, int]]:
-    return Counter({(source, place): number for source, place, number in entries})
