@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
     Counts = Counter[tuple[str, int]]
 else:
-    Counts = dict[tuple[str, int], int]  # What msgspec decodes; ``DraftCounts`` makes it a Counter.
+    Counts = dict[
+        tuple[str, int], int
+    ]  # msgspec decodes a dict, and ``DraftCounts`` makes it a Counter.
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
