@@ -453,7 +453,7 @@ def bins_table(runs: Sequence[RunResult], by: Literal["length", "turn"]) -> str:
 
 def _counting(stats: TraceStats) -> str:
     if stats.counted_by:
-        return f"counted by the tokenizer {stats.counted_by}"
+        return f"counted by: {stats.counted_by}"
     return f"one id stands for {stats.unit}"
 
 

@@ -45,6 +45,8 @@ from engine.plugins.record.trace_writer import TraceWriter
 from engine.text.tokenizer import ByteTokenizer, Tokenizer
 from experiments.system.agents.scripted import ScriptedEngine
 from hybridcache import open_trace, simulate
+from hybridcache.lab.report import stats_table
+from hybridcache.lab.trace_stats import trace_stats
 from hybridcache.tokens import common_prefix_len
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -533,8 +535,10 @@ def test_a_signal_ends_the_recording_with_its_summary(tmp_path: Path, number: in
     behind.stop()
     assert f"2 requests; hybridcache simulate --trace {path}" in said
     assert "tokens counted by: 4 characters as a token, an estimate" in said
-    assert "an estimate" in json.loads(path.read_text().splitlines()[0])["counted_by"]
-    assert [len(request.tokens) for request in open_trace(str(path))] == [2, 2]
+    trace = open_trace(str(path))
+    assert "an estimate" in trace.counted_by
+    assert "counted by: 4 characters as a token" in stats_table(trace_stats(trace))
+    assert [len(request.tokens) for request in trace] == [2, 2]
 
 
 def test_a_signal_that_comes_before_the_first_request_ends_the_recording(tmp_path: Path) -> None:

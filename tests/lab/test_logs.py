@@ -172,7 +172,7 @@ def test_texts_need_a_tokenizer_that_is_named(tmp_path: Path) -> None:
         open_trace(str(path))
     trace = open_trace(f"{path}?tokenizer=bytes")
     assert trace.counted_by == "bytes" and len(next(iter(trace)).tokens) == 22
-    assert "counted by the tokenizer bytes" in stats_table(trace_stats(trace))
+    assert "counted by: bytes" in stats_table(trace_stats(trace))
     assert "tokens counted by: bytes" in simulate(trace, gib=1).table()
     assert open_trace("short").counted_by == ""
     assert "counted by" not in simulate("short?head=3", gib=1).table()

@@ -362,9 +362,9 @@ def test_own_format_round_trip(
 ) -> None:
     path = tmp_path_factory.mktemp("own") / "t.jsonl"
     with path.open("w") as file:
-        assert write(Trace("t", 8, found.__iter__), file) == len(found)
+        assert write(Trace("t", 8, found.__iter__, counted_by="words"), file) == len(found)
     reader = OwnReader(path)
-    assert reader.unit == 8
+    assert reader.unit == 8 and open_trace(str(path)).counted_by == "words"
     for one, two in zip(found, reader(), strict=True):
         assert one.tokens.tolist() == two.tokens.tolist()
         assert one.output.tolist() == two.output.tolist()

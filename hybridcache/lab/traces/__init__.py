@@ -215,11 +215,11 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     if unit < 1:
         raise ValueError(f"{rest}: unit is {unit}, but an id stands for at least 1 token")
     columns = reader.describe() if isinstance(reader, CsvReader) else ""
-    counted_by = getattr(reader, "tokenizer", None)
-    if counted_by == "":
+    if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
+    counted_by = getattr(reader, "tokenizer", None) or getattr(reader, "counted_by", "")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
-    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by or "", recipe, columns)
+    return Trace(path.name.split(".")[0], unit, reader, bad, counted_by, recipe, columns)
 
 
 def recognise(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Native trace format: JSON lines with every field of a ``TraceRequest``.
 
 A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and sets the number
-of tokens per id. Then one object per line, in order of time (small disorder is sorted, see
+of tokens per id; ``counted_by`` there says how a text was converted to tokens. Then one object per line, in order of time (small disorder is sorted, see
 ``base.in_order``):
 
 - ``timestamp``: seconds, or a date in ISO 8601; default: one second after the previous line
@@ -71,14 +71,25 @@ class OwnReader(FileReader):
     @property
     def unit(self) -> int:
         """Tokens per id, from the header line, or 1 by default. Reads that line."""
-        for line, record in json_lines(self.path, BadRecords(skip=True)):
-            if "format" not in record or "unit" not in record:
-                break
-            try:
-                return whole(record, "unit", least=1)
-            except ValueError as error:
-                raise BadRecordError(f"{self.path}, line {line}: {error}") from error
-        return 1
+        line, header = self._header()
+        try:
+            return whole(header, "unit", least=1) if "unit" in header else 1
+        except ValueError as error:
+            raise BadRecordError(f"{self.path}, line {line}: {error}") from error
+
+    @property
+    def counted_by(self) -> str:
+        """What converted the texts to tokens, from the header line, or empty. Reads that line."""
+        line, header = self._header()
+        try:
+            return text(header, "counted_by") if "counted_by" in header else ""
+        except ValueError as error:
+            raise BadRecordError(f"{self.path}, line {line}: {error}") from error
+
+    def _header(self) -> tuple[int, Record]:
+        """Return (line number, record) of the header line; an empty record if there is none."""
+        line, record = next(iter(json_lines(self.path, BadRecords(skip=True))), (1, {}))
+        return line, record if "format" in record else {}
 
     def __call__(self) -> Iterator[TraceRequest]:
         parser = _JsonlParser(self.unit)
@@ -170,7 +181,10 @@ class _JsonlParser:
 def write(trace: Trace, file: TextIO) -> int:
     """Write ``trace`` in this format and return the number of requests. Prompts that repeat their
     session are written as ``prefix``."""
-    file.write(json.dumps({"format": "hybridcache", "version": 1, "unit": trace.unit}) + "\n")
+    header: dict[str, Any] = {"format": "hybridcache", "version": 1, "unit": trace.unit}
+    if trace.counted_by:
+        header["counted_by"] = trace.counted_by
+    file.write(json.dumps(header) + "\n")
     last: dict[Hashable, Tokens] = {}
     num_requests = 0
     for request in trace:
