@@ -44,18 +44,21 @@ class Scheduler(StepPlanner[Request]):
         return bool(self._progressed)
 
     def abort(self, request: Request) -> None:
-        """End ``request`` at once, in any state. Its rows, pages and slots are free when this
-        returns."""
+        """End ``request`` at once, in any state. What it computed is published: a client that ends
+        an answer often goes on from it. Its rows, pages and slots are free when this returns."""
         if request in self._progressed:
             self._progressed.remove(request)
         if request.finish_reason is not None:
             return
-        self.remove(request)
-        self._forget_drafts(request)
         try:
             request.finish("abort", self._clock())
         except Exception as error:
             self._fail(request, error)
+        if request.lease is None:
+            self.remove(request)
+        else:
+            self.leave(request)
+        self._forget_drafts(request)
 
     def recover(self) -> tuple[Request, ...]:
         """Requeue the running requests after a failed step, which left the contents of their states

@@ -314,6 +314,19 @@ def test_an_abort_frees_everything_at_once_wherever_the_request_is() -> None:
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
+def test_the_next_turn_resumes_in_an_answer_that_was_aborted(overlap: str) -> None:
+    engine = make_engine(overlap=overlap)
+    streamed = engine.stream(ids(100), SamplingParams(max_tokens=1000))
+    outputs = itertools.islice(streamed, 100)
+    answer = [token for output in outputs for token in output.new_token_ids]
+    streamed.close()  # Ends the request.
+    [second] = engine.generate([ids(100) + answer + [1, 2, 3]], GREEDY)
+    [alone] = make_engine().generate([ids(100) + answer + [1, 2, 3]], GREEDY)
+    assert second.cached_len == 192
+    assert second.token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("broken_step", [0, 2, 9])
 def test_a_step_that_breaks_off_costs_no_request(broken_step: int, overlap: str) -> None:
     prompts = [ids(200), ids(200), ids(90, first=70)]

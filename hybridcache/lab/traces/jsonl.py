@@ -1,8 +1,8 @@
 """Native trace format: JSON lines with every field of a ``TraceRequest``.
 
 A first line ``{"format": "hybridcache", "version": 1, "unit": 1}`` is optional and sets the number
-of tokens per id; ``counted_by`` there says how a text was converted to tokens. Then one object per line, in order of time (small disorder is sorted, see
-``base.in_order``):
+of tokens per id; ``counted_by`` there says how a text was converted to tokens. Then one object per
+line, in order of time (small disorder is sorted, see ``base.in_order``):
 
 - ``timestamp``: seconds, or a date in ISO 8601; default: one second after the previous line
 - ``session``: string or number; default: unique to the line

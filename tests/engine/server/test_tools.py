@@ -118,13 +118,22 @@ def test_one_call_at_a_time(say: Say) -> None:
     ("said", "options", "reason"),
     [
         (f"{WORDS}{HERMES_CALL}", {}, "tool_use"),
+        (f"{WORDS}{HERMES_CALL}{WORDS}", {"parallel_tool_calls": False}, "tool_use"),
         (f"<think>{HERMES_CALL}</think>{WORDS}", {}, "end_turn"),
         (f"{WORDS}{HERMES_CALL}", {"tool_choice": "none"}, "end_turn"),
         (f"{WORDS}{WORDS}", {}, "end_turn"),
         (f"{WORDS}{WORDS}", {"max_tokens": 70}, "length"),
         (f"{WORDS}Observation: dry", {"stop": "Observation:"}, "stop_sequence"),
     ],
-    ids=["call", "call in a thought", "no call allowed", "text", "cut", "stop string"],
+    ids=[
+        "call",
+        "one call allowed",
+        "call in a thought",
+        "no call allowed",
+        "text",
+        "cut",
+        "stop string",
+    ],
 )
 def test_the_cache_learns_why_an_answer_ended(
     say: Say, said: str, options: dict[str, Any], reason: str
