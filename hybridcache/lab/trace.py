@@ -76,8 +76,8 @@ class Trace:
     bad: BadRecords = field(default_factory=lambda: BadRecords(skip=False))
     """Records that were skipped in the latest iteration."""
     counted_by: str = ""
-    """What converted texts to tokens: a tokenizer's name, the path of its file, or what a recorded
-    trace says. Empty for traces of ids."""
+    """Tokenizer of a trace of texts: its name, the path of its file, or the header of a recorded
+    trace. Empty for traces of ids."""
     recipe: str = ""
     """All that makes it, options and seed included, as ``open_trace`` takes it; empty where it was
     made otherwise."""

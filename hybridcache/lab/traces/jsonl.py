@@ -79,7 +79,7 @@ class OwnReader(FileReader):
 
     @property
     def counted_by(self) -> str:
-        """What converted the texts to tokens, from the header line, or empty. Reads that line."""
+        """Tokenizer of the texts, from the header line, or empty. Reads that line."""
         line, header = self._header()
         try:
             return text(header, "counted_by") if "counted_by" in header else ""

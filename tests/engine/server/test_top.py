@@ -44,9 +44,9 @@ def test_it_follows_what_goes_on(live: Live) -> None:
     watched = top.Watched()
     threading.Thread(target=top.follow, args=(watched, live.url, None), daemon=True).start()
     _until(lambda: watched.num_events > 0)
-    before = len(watched.requests)
-    live.post("/v1/completions", {"prompt": "one more for top " * 9, "max_tokens": 4})
-    _until(lambda: len(watched.requests) > before and len(watched.ended()) > before)
+    body = {"prompt": "one more for top " * 9, "max_tokens": 4}
+    answer_id = live.post("/v1/completions", body).json()["id"]
+    _until(lambda: any(one["id"].startswith(answer_id) for one in watched.ended()))
     for width in (80, 100):
         console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
         console.print(top.screen(watched, 30, width))
