@@ -44,8 +44,8 @@ class Scheduler(StepPlanner[Request]):
         return bool(self._progressed)
 
     def abort(self, request: Request) -> None:
-        """End ``request`` at once, in any state. What it computed is published: a client that ends
-        an answer often goes on from it. Its rows, pages and slots are free when this returns."""
+        """End ``request`` at once, in any state, and publish the computed tokens: a client that
+        ends an answer often goes on from it. Its rows, pages and slots are free afterwards."""
         if request in self._progressed:
             self._progressed.remove(request)
         if request.finish_reason is not None:
