@@ -22,8 +22,6 @@ class Attention:
     """Attention in which gate, queries, keys and values are one product ``[gate | query | key |
     value]``."""
 
-    verifies = True
-
     def __init__(
         self,
         name: str,

@@ -22,8 +22,6 @@ class GatedDeltaNet:
     the whole state.
     """
 
-    verifies = True
-
     def __init__(
         self,
         name: str,

@@ -43,6 +43,8 @@ class VerifyPart:
 
     packed: Packed
     sequences: Sequences
+    tokens: Sequences
+    """Row and KV length of each of the V tokens, as if it were the last of its sequence."""
     slots: torch.Tensor
     """int32[B], read only; empty for an attention-only model."""
     step_slots: torch.Tensor

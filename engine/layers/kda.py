@@ -23,8 +23,6 @@ class KimiDeltaAttention:
     beta]``.
     """
 
-    verifies = True
-
     def __init__(
         self, name: str, hidden_size: int, sizes: DeltaSizes, build: Build, norm: RMSNorm
     ) -> None:

@@ -20,8 +20,6 @@ class Mamba1:
     """Layer with an input product ``[x | z]``. Time steps, B and C are products of the
     convolution's output, so ``mix`` contains dense products."""
 
-    verifies = True
-
     def __init__(
         self,
         name: str,

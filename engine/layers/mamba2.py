@@ -29,8 +29,6 @@ class GatedNorm:
 class Mamba2:
     """Layer in which all inputs are one product ``[z | x | B | C | dt]``."""
 
-    verifies = True
-
     def __init__(
         self,
         name: str,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, pad_rows
+from engine.layers.inputs import LayerInputs, PrefillPart, StepPart, VerifyPart, pad_rows
 from engine.layers.linear import Linear, Part, shared
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Parameter
@@ -96,9 +96,15 @@ class LatentAttention:
         where = {"table": inputs.table, "scale": self._scale, "rank": self.sizes.rank}
 
         def attend(part: StepPart, tokens: slice) -> torch.Tensor:
-            mla, is_prefill = self._mla, isinstance(part, PrefillPart)
-            kernel = mla.prefill_mla if is_prefill else mla.decode_mla
-            attended: torch.Tensor = kernel(query[tokens], pool, **part.attention_inputs, **where)
+            attended: torch.Tensor
+            if isinstance(part, PrefillPart):
+                attended = self._mla.prefill_mla(
+                    query[tokens], pool, **part.attention_inputs, **where
+                )
+            else:
+                # The heads of one token fill a program, so drafts of a sequence do not share one.
+                sequences = part.tokens if isinstance(part, VerifyPart) else part.sequences
+                attended = self._mla.decode_mla(query[tokens], pool, sequences=sequences, **where)
             return attended
 
         out = inputs.by_part(attend)

@@ -12,14 +12,11 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from engine.layers.inputs import DecodePart, LayerInputs, PrefillPart, VerifyPart
+from engine.layers.inputs import LayerInputs
 from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Layer, Parameter
 from engine.runner.memory import Pools
-from hybridcache.geometry.sizes import Spec, StateSpec
-from kernels.attention.sequences import Sequences
-from kernels.packed import running_sum
-from kernels.upload import upload
+from hybridcache.geometry.sizes import Spec
 
 B = TypeVar("B", bound=Layer)
 
@@ -47,20 +44,12 @@ class Mixer(Layer, Protocol):
         ...
 
     def mix(self, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-        """Return ``[T, *mixed_shape]`` and update the pools. A mixer that supports
-        ``inputs.verify`` has an attribute ``verifies``; for others the function ``mix``
-        decodes token by token."""
+        """Return ``[T, *mixed_shape]`` and update the pools."""
         ...
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the block's output, ``[num_rows, H]``."""
         ...
-
-
-def verifies(mixer: Mixer) -> bool:
-    """Return True if ``mixer`` can compute several tokens of a sequence and store the state after
-    each."""
-    return getattr(mixer, "verifies", False)
 
 
 class FeedForward(Layer, Protocol):
@@ -147,7 +136,6 @@ class Parallel:
     def __init__(self, mixers: Sequence[Mixer]) -> None:
         self.mixers = mixers
         self.keeps = tuple(spec for mixer in mixers for spec in mixer.keeps)
-        self.verifies = all(verifies(mixer) for mixer in mixers)
         self._inputs = [mixer.projected_size for mixer in mixers]
         self._outputs = [torch.Size(mixer.mixed_shape).numel() for mixer in mixers]
         self.projected_size, self.mixed_shape = sum(self._inputs), (sum(self._outputs),)
@@ -190,7 +178,7 @@ class Scaled:
     def __init__(self, mixer: Mixer, *, input: float, output: float) -> None:
         self._mixer, self._input, self._output = mixer, input, output
         self.keeps, self.mixed_shape = mixer.keeps, mixer.mixed_shape
-        self.projected_size, self.verifies = mixer.projected_size, verifies(mixer)
+        self.projected_size = mixer.projected_size
 
     def parameters(self) -> Iterator[tuple[str, Parameter]]:
         yield from self._mixer.parameters()
@@ -207,80 +195,3 @@ class Scaled:
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         out = self._mixer.finish(mixed, projected)
         return out if self._output == 1.0 else out * self._output
-
-
-ROWS = 4
-"""Number of rows to which the tokens of a decode are padded."""
-
-
-def mix(mixer: Mixer, projected: torch.Tensor, inputs: LayerInputs, pools: Pools) -> torch.Tensor:
-    """Call ``mixer.mix``, or decode token by token if the mixer does not support drafts."""
-    part = inputs.verify
-    if part is None or verifies(mixer):
-        return mixer.mix(projected, inputs, pools)
-    first, end, outs = inputs.num_decode, inputs.num_decode + inputs.num_verify, []
-    if inputs.decode is not None:
-        alone = _inputs_of(inputs, range(first), decode=inputs.decode)
-        outs.append(mixer.mix(projected[:first], alone, pools))
-    outs.append(_one_by_one(mixer, projected, inputs, part, pools))
-    if inputs.prefill is not None:
-        rows = range(end, inputs.num_tokens)
-        alone = _inputs_of(inputs, rows, prefill=inputs.prefill)
-        outs.append(mixer.mix(projected[end : inputs.num_tokens], alone, pools))
-    return outs[0] if len(outs) == 1 else torch.cat(outs)
-
-
-def _one_by_one(
-    mixer: Mixer, projected: torch.Tensor, inputs: LayerInputs, part: VerifyPart, pools: Pools
-) -> torch.Tensor:
-    lengths, starts = part.packed.lengths, running_sum(part.packed.lengths)
-    states = [
-        pool for pool, spec in zip(pools, mixer.keeps, strict=True) if isinstance(spec, StateSpec)
-    ]
-    outs: list[torch.Tensor] = []
-    order: list[int] = []
-    for step in range(max(lengths)):
-        active = [b for b, length in enumerate(lengths) if length > step]
-        rows = [starts[b] + step for b in active]
-        index = upload(rows, torch.int64, projected.device)
-        slots = part.slots
-        if states:
-            slots = part.step_slots[index]
-            before = part.step_slots[index - 1] if step else part.slots[active]
-            for pool in states:
-                pool[slots.long()] = pool[before.long()]
-        sequences = Sequences.of(
-            [part.sequences.rows[b] for b in active],
-            [part.sequences.kv_lens[b] - lengths[b] + step + 1 for b in active],
-            projected.device,
-        )
-        own = [inputs.num_decode + row for row in rows]
-        alone = _inputs_of(inputs, own, decode=DecodePart(sequences, slots))
-        outs.append(mixer.mix(projected[index + inputs.num_decode], alone, pools))
-        order += rows
-    mixed = torch.cat(outs)
-    out = torch.empty_like(mixed)
-    out[upload(order, torch.int64, projected.device)] = mixed
-    return out
-
-
-def _inputs_of(
-    inputs: LayerInputs,
-    rows: Sequence[int],
-    *,
-    decode: DecodePart | None = None,
-    prefill: PrefillPart | None = None,
-) -> LayerInputs:
-    """Return the inputs of some of the tokens."""
-    index = upload(list(rows), torch.int64, inputs.kv_indices.device)
-    return LayerInputs(
-        num_tokens=len(rows),
-        num_decode=0 if decode is None else len(rows),
-        num_rows=-(-len(rows) // ROWS) * ROWS,
-        cos=inputs.cos[index],
-        sin=inputs.sin[index],
-        kv_indices=inputs.kv_indices[index],
-        table=inputs.table,
-        decode=decode,
-        prefill=prefill,
-    )

@@ -38,8 +38,6 @@ class CausalConv:
 class ShortConv:
     """``out(C * conv(B * x))``; B, C and x are one product ``[B | C | x]``."""
 
-    verifies = True
-
     def __init__(
         self, name: str, hidden_size: int, sizes: ShortConvSizes, build: Build, *, bias: bool
     ) -> None:

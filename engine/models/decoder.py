@@ -21,7 +21,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.parameters import Build, Layer, Parameter
 from engine.layers.prediction import PredictionHead
 from engine.layers.rank import RankCut
-from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep, mix
+from engine.layers.residual import FeedForward, FeedForwardStep, Mixer, MixerStep
 from engine.runner.memory import Pools
 from engine.weights.model_config import ModelConfig, common, mixer_of, read_rope
 from engine.weights.tensor_files import Tensor
@@ -147,7 +147,7 @@ class Decoder(ABC):
         one entry per mixer."""
         out, residual = self.start(token_ids, inputs.num_tokens)
         for rank, step in enumerate(self.mixers):
-            mixed = mix(step.block, out, inputs, pools[rank])
+            mixed = step.block.mix(out, inputs, pools[rank])
             if inputs.on_mixed is not None:
                 inputs.on_mixed(rank)
             out, residual = self.resume(rank, mixed, out, residual, inputs.num_tokens)

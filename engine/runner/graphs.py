@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from engine.layers.inputs import DecodePart, LayerInputs, RotaryTable, VerifyPart, tokens_before
-from engine.layers.residual import Mixer, mix, verifies
+from engine.layers.residual import Mixer
 from engine.models.decoder import Decoder
 from engine.runner.memory import Memory, RequestTable, RunningStates
 from engine.schedule.batch import Segment
@@ -227,7 +227,7 @@ class PrefillGraphs:
         ):
             replay()
             projected, mixed = self._buffers_of(mixer)
-            mixed[: step.num_tokens].copy_(mix(mixer, projected[:size], step, pools))
+            mixed[: step.num_tokens].copy_(mixer.mix(projected[:size], step, pools))
             if step.on_mixed is not None:
                 step.on_mixed(rank)
         last()
@@ -274,14 +274,14 @@ def verify_buckets(
 
     Native kernels need a single KV bound. For Triton kernels, the numbers of tokens are powers of
     two for which each attention of this rank's ``sizes`` is one chunk. No buckets if nothing is
-    verified, or if a mixer does not support drafts (``mix`` then reads lengths on the host).
+    verified.
     """
-    if not max_verified or not all(verifies(step.block) for step in model.mixers):
+    if not max_verified:
         return []
     max_running, max_model_len = table.padding_row, table.host.shape[1]
     if is_native:
         return [(size, max_model_len) for size in NATIVE_SIZES[::-1]]
-    is_one_chunk = model.build.kernels["attention"].is_one_chunk
+    kernels = model.build.kernels
     heads = [(m.num_heads, m.head_dim) for m in sizes.mixers if isinstance(m, AttentionSizes)]
     counts = [4]
     while counts[-1] < max_verified + max_running - 1:
@@ -290,7 +290,7 @@ def verify_buckets(
         (count, bound)
         for count in counts[::-1]
         for bound in kv_bounds(max_model_len)[::-1]
-        if all(is_one_chunk(count, bound, *each) for each in heads)
+        if all(kernels["attention"].is_one_chunk(count, bound, *each) for each in heads)
     ]
 
 
@@ -333,9 +333,9 @@ class VerifyGraphs:
         # Rows of a multiple of 16 bytes, because kernels are compiled for aligned tables.
         self._host_tokens = np.zeros((4, most), np.int64)
         """Id, position and KV index of each token, and the index of the token before it."""
-        self._host_tables = np.zeros((5, -(-(most + 1) // 4) * 4), np.int32)
-        """Slot of the state after each token; row, KV length and slot of each sequence; start of
-        each sequence."""
+        self._host_tables = np.zeros((7, -(-(most + 1) // 4) * 4), np.int32)
+        """Slot of the state after each token, its row and KV length; row, KV length and slot of
+        each sequence; start of each sequence."""
         self._is_native = is_native
         host = torch.from_numpy(self._host_tokens), torch.from_numpy(self._host_tables)
         self._tokens, self._tables = (x.to(device, copy=not is_native) for x in host)
@@ -375,22 +375,24 @@ class VerifyGraphs:
             tokens[1, own] = np.arange(segment.start, segment.end)
             tokens[2, own] = host[segment.row, segment.start : segment.end]
             slot = segment.slot or 0
-            tables[0, own] = slot
+            tables[0, own], tables[1, own] = slot, segment.row
             if segment.num_drafts and memory.states:
                 tables[0, own] = next(step_slots)
-            tables[1:4, b] = segment.row, segment.end, self._running.at(slot)
+            tables[3:6, b] = segment.row, segment.end, self._running.at(slot)
         count, slot, live = firsts[-1], memory.padding_slot or 0, len(segments)
+        row = self._table.padding_row
         tokens[3, :count] = tokens_before(lengths, size)
         for part, padding in zip(tokens, (0, 0, memory.padding_row, 0), strict=True):
             part[count:size] = padding
-        tables[0, count:size] = slot
-        for part, padding in zip(tables[1:4], (self._table.padding_row, 1, slot), strict=True):
+        tables[0, count:size], tables[1, count:size] = slot, row
+        tables[2, :size] = tokens[1, :size] + 1
+        for part, padding in zip(tables[3:6], (row, 1, slot), strict=True):
             part[live:size] = padding
         added = _in_pieces(size - count, self._longest)
-        tables[2, live : live + len(added)] = added
+        tables[4, live : live + len(added)] = added
         firsts = running_sum([*lengths, *added])
-        tables[4, : len(firsts)] = firsts
-        tables[4, len(firsts) : size + 1] = size
+        tables[6, : len(firsts)] = firsts
+        tables[6, len(firsts) : size + 1] = size
         if not self._is_native:
             device = self._tokens.device
             self._tokens.copy_(upload(tokens, torch.int64, device))
@@ -400,19 +402,17 @@ class VerifyGraphs:
         """Compute the step in the input tables, and return the function that computes the next
         one."""
         token_ids, positions, kv_indices, before = self._tokens[:, :size].unbind()
-        step_slots, rows, kv_lens, slots = self._tables[:4, :size].unbind()
+        step_slots, token_rows, token_kv_lens = self._tables[:3, :size].unbind()
+        rows, kv_lens, slots = self._tables[3:6, :size].unbind()
         bounds = _in_pieces(size, self._longest)
         bounds += [0] * (size - len(bounds))
         packed = replace(
             Packed.from_lengths(bounds, self._tokens.device),
-            cu_seqlens=self._tables[4, : size + 1],
+            cu_seqlens=self._tables[6, : size + 1],
         )
-        sequences = Sequences(
-            rows=(self._table.padding_row,) * size,
-            kv_lens=(bound,) * size,
-            row_table=rows,
-            kv_len_table=kv_lens,
-        )
+        padding = (self._table.padding_row,) * size, (bound,) * size
+        sequences = Sequences(*padding, row_table=rows, kv_len_table=kv_lens)
+        tokens = Sequences(*padding, row_table=token_rows, kv_len_table=token_kv_lens)
 
         def work() -> None:
             cos, sin = self._rotary(positions)
@@ -427,7 +427,7 @@ class VerifyGraphs:
                 decode=None,
                 prefill=None,
                 num_verify=size,
-                verify=VerifyPart(packed, sequences, slots, step_slots, before),
+                verify=VerifyPart(packed, sequences, tokens, slots, step_slots, before),
             )
             self._logits[:size].copy_(self._head(self._forward(token_ids, step)))
 

@@ -554,10 +554,13 @@ class StepInputs:
 
     def _verify_part(self, segments: Sequence[Segment]) -> VerifyPart:
         lengths = [len(segment.token_ids) for segment in segments]
+        rows = [segment.row for segment in segments for _ in segment.token_ids]
+        kv_lens = [end for s in segments for end in range(s.start + 1, s.end + 1)]
         steps = [slot for slots in self._running.step_slots for slot in slots]
         return VerifyPart(
             packed=Packed.from_lengths(lengths, self._device),
             sequences=self._sequences(segments),
+            tokens=Sequences.of(rows, kv_lens, self._device),
             slots=self._slots(segments),
             step_slots=upload(steps, torch.int32, self._device),
             before=self._int64(tokens_before(lengths, sum(lengths))),

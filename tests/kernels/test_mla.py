@@ -148,10 +148,11 @@ def test_fused_resumes_bit_for_bit(dtype, device) -> None:
 @BACKENDS
 @DTYPES
 def test_decoding_ignores_batch_mates(backend, dtype, device, monkeypatch) -> None:
-    """Also where more sequences come than share a workspace, which are decoded in groups."""
+    """Also several tokens of one sequence, as in a verification, and more tokens than share a
+    workspace, which are decoded in groups."""
     lengths = [270, 40, 257, 1, 64]
     cache = Cache.filled(lengths, 3, 32, 16, 16, dtype, device)
-    ends = list(enumerate(lengths))
+    ends = [*enumerate(lengths), (0, 256), (0, 257)]
     together = cache.decode(backend, ends)
     for i, end in enumerate(ends):
         assert torch.equal(cache.decode(backend, [end])[0], together[i])

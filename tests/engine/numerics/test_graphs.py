@@ -25,7 +25,10 @@ from kernels.attention import fused, splits
 pytestmark = pytest.mark.sources(
     "kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights"
 )
-WORDS = "attention=fused,gdn=fused,conv1d=fused,cache_write=fused"
+WORDS = ",".join(
+    f"{name}=fused"
+    for name in ("attention", "cache_write", "conv1d", "gdn", "kda", "mamba2", "mla")
+)
 
 
 class Recorder:
@@ -142,8 +145,8 @@ def verify(driver, prompts, steps):
         found.append((logits, [pool[:, slots].clone() for pool in runner.tensors.states]))
     spans = zip(sequences, ends, strict=True)
     rows = np.concatenate([runner.table.host[s.row, 1:end] for s, end in spans])
-    keys, values = (pool[rows] for pool in runner.tensors.pools[-1][:2])
-    return [*found, (keys, [values])]
+    keys, *values = (pool[rows] for pool in runner.tensors.pools[-1][:2])
+    return [*found, (keys, values)]
 
 
 def assert_equal(expected, found):
@@ -196,6 +199,38 @@ MODELS = {
         "moe_intermediate_size": 16,
         "shared_expert_intermediate_size": 16,
     },
+    "mamba2": SIZES
+    | {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["linear_attention", "full_attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 1,
+        "mamba_d_conv": 4,
+        "shared_intermediate_size": 32,
+        "num_local_experts": 0,
+    },
+    "latents": {name: size for name, size in SIZES.items() if name != "head_dim"}
+    | {
+        "model_type": "kimi_linear",
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 16,
+        "linear_attn_config": {
+            "num_heads": 2,
+            "head_dim": 16,
+            "short_conv_kernel_size": 4,
+            "full_attn_layers": [2],
+            "kda_layers": [1],
+        },
+        "num_experts": 4,
+        "num_experts_per_token": 2,
+        "num_shared_experts": 1,
+        "moe_intermediate_size": 16,
+    },
 }
 
 
@@ -231,8 +266,10 @@ PROMPTS = ((3, 5, 8, 1), (7, 4), (9, 2, 6), (1, 1, 2), (5,))
         {},
         {"draft": "mtp:4", "cache_gib": 0.002},
         {"model": "attention", "kv_gib": 0.001},
+        {"model": "mamba2"},
+        {"model": "latents"},
     ],
-    ids=["pools", "mtp-arena", "attention"],
+    ids=["pools", "mtp-arena", "attention", "mamba2", "latents"],
 )
 def test_verify_graphs(options, verifying, within_bounds, monkeypatch):
     """Sequences with drafts and without, as many tokens as a graph has and fewer; a graph is
@@ -271,13 +308,6 @@ def test_what_is_more_than_one_chunk_is_no_graph(verifying, within_bounds, monke
     monkeypatch.setattr(fused, "is_one_chunk", lambda *sizes: False)
     driver.runner.use_graphs("decode", recorder)
     assert driver.runner.verify_graphs is None
-
-
-def test_a_mixer_that_only_decodes_has_no_verify_graphs(verifying, monkeypatch):
-    monkeypatch.setattr("engine.layers.attention.Attention.verifies", False)
-    driver = verifying("attention")
-    driver.runner.use_graphs("decode", Recorder())
-    assert driver.runner.graphs[0] is not None and driver.runner.verify_graphs is None
 
 
 def test_buckets():

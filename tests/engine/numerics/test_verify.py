@@ -211,34 +211,6 @@ def test_step_states_lie_beside_the_plan(make_driver) -> None:
     assert attention.step_state_bytes == 0 and not len(attention.tensors.step_slots)
 
 
-def test_a_mixer_that_only_decodes_gives_the_same_bits(
-    make_driver, random_tokens, monkeypatch
-) -> None:
-    from engine.layers.attention import Attention
-    from engine.layers.gated_delta_net import GatedDeltaNet
-
-    rows = []
-    for _ in range(2):
-        driver = make_driver("qwen3_5", memory="arena")
-        sequences = prefilled(driver, [random_tokens(62, 0), random_tokens(9, 1)])
-        single = prefilled(driver, [random_tokens(5, 2)])[0]
-        segments = [driver.decode_segment(single, 7)]
-        segments += [
-            verified(sequence, random_tokens(ANSWER, 3), 0, count, 0)
-            for sequence, count in zip(sequences, (2, 4), strict=True)
-        ]
-        late, write = driver.begin(random_tokens(70, 9))
-        segments.append(driver.prefill_segment(late, 100))
-        batch = Batch(tuple(segments), (), (write,))
-        logits = driver.runner.forward(batch)
-        driver.runner.commit(batch, (3, 2))
-        slots = [s.slot for s in (*sequences, single, late)]
-        rows.append([logits, *(x for slot in slots for x in states_of(driver.runner, slot))])
-        monkeypatch.setattr(Attention, "verifies", False)
-        monkeypatch.setattr(GatedDeltaNet, "verifies", False)
-    assert all(map(torch.equal, *rows))
-
-
 def test_a_warm_up_rehearses_verification(make_driver) -> None:
     """On padding, with tokens for all that may be verified; nobody's state is touched."""
     runner = make_driver("qwen3_next").runner
