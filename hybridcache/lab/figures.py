@@ -554,7 +554,7 @@ def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
     width = axis.get_position().width * axis.figure.get_size_inches()[0]
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(10, (1, 2, 5)))
-    axis.xaxis.set_major_formatter("{x:.3g}")
+    axis.xaxis.set_major_formatter(lambda size, _: _number(size))
     axis.xaxis.set_minor_formatter(NullFormatter())
     if sizes:
         points = axis.xaxis.get_ticklabels()[0].get_size()
@@ -564,6 +564,10 @@ def size_axis(axis: Any, label: str = "", sizes: Sequence[float] = ()) -> None:
     axis.set_xlabel(label or (long if width > 2.6 else "memory, GiB"))
 
 
+def _number(size: float) -> str:
+    return f"{size:.3g}" if size < 100 else f"{size:,.0f}"
+
+
 def _with_room(sizes: Sequence[float], inches: float, points: float) -> list[float]:
     """Return the sizes that have room for a number on a logarithmic axis of that width. The largest
     and the smallest one come first, then the larger ones."""
@@ -571,7 +575,7 @@ def _with_room(sizes: Sequence[float], inches: float, points: float) -> list[flo
 
     def end(size: float, sign: int) -> float:
         at = (math.log(size) - low) / ((high - low) or 1) * inches
-        return at + sign * (len(f"{size:.3g}") + 1) * 0.3 * points / 72
+        return at + sign * (len(_number(size)) + 1) * 0.3 * points / 72
 
     kept: list[float] = []
     for size in dict.fromkeys((max(sizes), min(sizes), *sorted(sizes, reverse=True))):
