@@ -12,13 +12,14 @@ error.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
 
 from engine.config import EngineConfig
 from engine.errors import (
@@ -291,31 +292,104 @@ class RequestStream:
         self._outputs.put_nowait(output)
 
 
+Question = Literal[
+    "report",
+    "cache_view",
+    "reset_prefix_cache",
+    "end_session",
+    "stop_accepting",
+    "watch",
+    "take",
+    "whole",
+    "node",
+    "close",
+]
+"""Methods of ``Engine``; ``watch`` opens a view, and those after it are questions to a view."""
+
+
+class Answers:
+    """Answers questions to an engine, in its thread between two steps."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._watches: dict[int, EngineWatch] = {}
+        self._numbers = itertools.count()
+
+    def answer(self, what: Question, *arguments: Any) -> Any:
+        """Call a method of the engine, or of a view, with the number of the view as the first
+        argument."""
+        match what:
+            case "watch":
+                number = next(self._numbers)
+                self._watches[number] = cache_watch(self._engine)
+                return number
+            case "take" | "whole" | "node" | "close":
+                number, *arguments_of_view = arguments
+                watch = self._watches[number]
+                if what == "whole":
+                    return watch.take(), watch.whole()
+                if what == "close":
+                    del self._watches[number]
+                return getattr(watch, what)(*arguments_of_view)
+        return getattr(self._engine, what)(*arguments)
+
+
 class Watching:
     """View of one engine for an event loop; see ``EngineWatch``. Raises EngineStopped."""
 
-    def __init__(self, ask: Callable[..., Awaitable[Any]]) -> None:
-        """``ask`` passes the arguments of ``ask_watch`` to the engine's thread."""
-        self._ask = ask
+    def __init__(self, ask: Callable[..., Awaitable[Any]], number: int) -> None:
+        self._ask, self._number = ask, number
 
     async def take(self) -> list[Record]:
-        return cast("list[Record]", await self._ask("take"))
+        return cast("list[Record]", await self._ask("take", self._number))
 
     async def whole(self) -> tuple[list[Record], dict[str, Any]]:
         """Return (changes not yet taken, the state with them)."""
-        changes, state = await self._ask("whole")
+        changes, state = await self._ask("whole", self._number)
         return changes, state
 
     async def node(self, id_: int) -> dict[str, Any] | None:
-        return cast("dict[str, Any] | None", await self._ask("node", id_))
+        return cast("dict[str, Any] | None", await self._ask("node", self._number, id_))
 
     async def close(self) -> None:
-        await self._ask("close")
+        await self._ask("close", self._number)
 
 
-def ask_watch(watch: EngineWatch, what: str, *arguments: Any) -> Any:
-    """Answer a question of ``Watching`` in the engine's thread."""
-    return (watch.take(), watch.whole()) if what == "whole" else getattr(watch, what)(*arguments)
+class QuestionedEngine:
+    """Questions to an engine from an event loop. They raise EngineStopped."""
+
+    async def ask(self, what: Question, *arguments: Any) -> Any:
+        """Return the result of ``Answers.answer``."""
+        raise NotImplementedError
+
+    async def report(self) -> CacheReport:
+        """See ``Engine.report``."""
+        return cast("CacheReport", await self.ask("report"))
+
+    async def cache_report(self) -> dict[str, Any]:
+        """See ``Engine.cache_report``."""
+        return (await self.report()).as_dict()
+
+    async def cache_view(self) -> dict[str, Any]:
+        """See ``Engine.cache_view``."""
+        return cast("dict[str, Any]", await self.ask("cache_view"))
+
+    async def reset_prefix_cache(self) -> None:
+        """See ``Engine.reset_prefix_cache``."""
+        await self.ask("reset_prefix_cache")
+
+    async def end_session(self, request_id: str) -> None:
+        """See ``Engine.end_session``."""
+        await self.ask("end_session", request_id)
+
+    async def stop_accepting(self) -> None:
+        """See ``Engine.stop_accepting``."""
+        await self.ask("stop_accepting")
+
+    async def watch(self) -> Watching:
+        """Return a view of the cache and its requests. Raises ValueError if the tree is too large
+        to show."""
+        return Watching(self.ask, await self.ask("watch"))
 
 
 class ServedEngine(Protocol):
@@ -350,39 +424,18 @@ class ServedEngine(Protocol):
 Delivery = tuple[RequestStream, RequestOutput | RequestError]
 
 
-class AsyncEngine(EngineLoop[RequestStream]):
+class AsyncEngine(EngineLoop[RequestStream], QuestionedEngine):
     """Runs an ``Engine`` in a thread, from ``start`` until ``drain`` or ``stop``."""
 
     _engine: Engine
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, _post)
+        self._answers = Answers(engine)
+        self.config, self.tokenizer = engine.config, engine.tokenizer
+        self.sampling_defaults = engine.sampling_defaults
+        self.model_name, self.max_model_len = engine.model_name, engine.max_model_len
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
-
-    @property
-    def config(self) -> EngineConfig:
-        """Configuration of the engine."""
-        return self._engine.config
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Tokenizer, or None if the model has none."""
-        return self._engine.tokenizer
-
-    @property
-    def sampling_defaults(self) -> dict[str, float]:
-        """Sampling parameters that the model's files recommend."""
-        return self._engine.sampling_defaults
-
-    @property
-    def model_name(self) -> str:
-        """Name of the served model."""
-        return self._engine.model_name
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest request in tokens, prompt and answer together."""
-        return self._engine.max_model_len
 
     @property
     def is_alive(self) -> bool:
@@ -448,35 +501,9 @@ class AsyncEngine(EngineLoop[RequestStream]):
         self.call_soon(run)
         return await asyncio.wrap_future(answer)
 
-    async def report(self) -> CacheReport:
-        """See ``Engine.report``."""
-        return await self.call(lambda engine: engine.report())
-
-    async def cache_view(self) -> dict[str, Any]:
-        """See ``Engine.cache_view``."""
-        return await self.call(lambda engine: engine.cache_view())
-
-    async def cache_report(self) -> dict[str, Any]:
-        """See ``Engine.cache_report``."""
-        return await self.call(lambda engine: engine.cache_report())
-
-    async def reset_prefix_cache(self) -> None:
-        """See ``Engine.reset_prefix_cache``."""
-        await self.call(lambda engine: engine.reset_prefix_cache())
-
-    async def end_session(self, request_id: str) -> None:
-        """See ``Engine.end_session``."""
-        await self.call(lambda engine: engine.end_session(request_id))
-
-    async def stop_accepting(self) -> None:
-        """See ``Engine.stop_accepting``."""
-        await self.call(lambda engine: engine.stop_accepting())
-
-    async def watch(self) -> Watching:
-        """Return a view of the cache and its requests. Raises ValueError if the tree is too large
-        to show."""
-        watch = await self.call(cache_watch)
-        return Watching(lambda *question: self.call(lambda _: ask_watch(watch, *question)))
+    async def ask(self, what: Question, *arguments: Any) -> Any:
+        """See ``QuestionedEngine``."""
+        return await self.call(lambda _: self._answers.answer(what, *arguments))
 
     async def drain(self) -> None:
         """Accept no more requests, finish those in progress, and end the thread."""

@@ -10,11 +10,12 @@ import shutil
 import tempfile
 import threading
 from contextlib import suppress
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
 
+from engine.async_engine import Question
 from engine.errors import WireError
 from engine.requests.grammar import Grammar
 from engine.requests.spec import SamplingParams
@@ -47,21 +48,6 @@ class Abort(WorkerMessage, frozen=True):
     """The client of a request has disconnected."""
 
     request_id: str
-
-
-Question = Literal[
-    "report",
-    "cache_view",
-    "reset_prefix_cache",
-    "end_session",
-    "stop_accepting",
-    "watch",
-    "take",
-    "whole",
-    "node",
-    "close",
-]
-"""Methods of ``Engine``; ``watch`` opens a view, and those after it are questions to a view."""
 
 
 class Ask(WorkerMessage, frozen=True):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from engine.async_engine import FAILED, STOPPED, STOPPING, RequestStream, Watching
+from engine.async_engine import FAILED, STOPPED, STOPPING, Question, QuestionedEngine, RequestStream
 from engine.build import load_tokenizer_of, names_tokenizer, sampling_defaults
 from engine.config import EngineConfig
 from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, describe_exit
@@ -42,7 +42,6 @@ from engine.worker.channel import (
     End,
     FromEngine,
     Outputs,
-    Question,
     Ready,
     Refused,
     Reply,
@@ -129,7 +128,7 @@ def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) ->
             )
 
 
-class ProcessEngine:
+class ProcessEngine(QuestionedEngine):
     """A loaded engine in a separate process. After ``start``, everything except ``compile`` and
     ``stop`` belongs to one event loop."""
 
@@ -236,33 +235,13 @@ class ProcessEngine:
         finally:
             self._replies.pop(message.number, None)
 
-    async def _ask(self, what: Question, *arguments: Any) -> Any:
+    async def ask(self, what: Question, *arguments: Any) -> Any:
+        """See ``QuestionedEngine``."""
         return await self._question(Ask(next(self._numbers), what, arguments))
 
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""
-        return msgspec.convert(await self._ask("report"), CacheReport)
-
-    async def cache_view(self) -> dict[str, Any]:
-        """See ``Engine.cache_view``."""
-        view: dict[str, Any] = await self._ask("cache_view")
-        return view
-
-    async def reset_prefix_cache(self) -> None:
-        await self._ask("reset_prefix_cache")
-
-    async def end_session(self, request_id: str) -> None:
-        """See ``Engine.end_session``."""
-        await self._ask("end_session", request_id)
-
-    async def stop_accepting(self) -> None:
-        """See ``Engine.stop_accepting``."""
-        await self._ask("stop_accepting")
-
-    async def watch(self) -> Watching:
-        """See ``AsyncEngine.watch``."""
-        number = await self._ask("watch")
-        return Watching(lambda what, *arguments: self._ask(what, number, *arguments))
+        return msgspec.convert(await self.ask("report"), CacheReport)
 
     async def drain(self) -> None:
         """Accept no more requests, finish those in progress, and end the process."""

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.async_engine import EngineLoop, ask_watch
+from engine.async_engine import Answers, EngineLoop
 from engine.engine import Engine
 from engine.errors import EngineStopped, RequestError
-from engine.interfaces import EngineWatch, RunnerLost
-from engine.plugins import cache_watch
+from engine.interfaces import RunnerLost
 from engine.requests.spec import RequestSpec
 from engine.server.settings import SWITCH_S
 from engine.text.outputs import OutputDelta, RequestOutput, delta_of
@@ -60,7 +59,7 @@ class EngineWorker:
         self._engine: Engine | None = None
         self._loop: EngineLoop[str] | None = None
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="grammars")
-        self._watches: dict[int, EngineWatch] = {}
+        self._answers: Answers | None = None
         self._num_refused = 0
         self._last_counts = (0, 0)
         threading.Thread(target=self._receive_commands, name="server", daemon=True).start()
@@ -72,7 +71,7 @@ class EngineWorker:
 
     def run(self, engine: Engine, screen: str) -> bool:
         """Serve ``engine`` until the server ends it. Returns False if the engine failed."""
-        self._engine = engine
+        self._engine, self._answers = engine, Answers(engine)
         self._loop = loop = EngineLoop(engine, self._deliver)
         ready = Ready(engine.runner.vocab_size, engine.max_model_len, engine.model_name, screen)
         self._channel.send(ready)
@@ -96,14 +95,14 @@ class EngineWorker:
         os._exit(LOST)
 
     def _execute(self, message: ToEngine) -> None:
-        assert self._loop is not None and self._engine is not None
+        assert self._loop is not None and self._engine is not None and self._answers is not None
         match message:
             case Submit():
                 self._submit(message, self._engine, self._loop)
             case Abort():
                 self._loop.abort(message.request_id)
             case Ask():
-                self._answer(message, self._engine, self._loop)
+                self._answer(message, self._answers, self._loop)
             case Compile():
                 self._compile(message, self._engine)
             case End():
@@ -133,29 +132,16 @@ class EngineWorker:
             ended = RequestFailed(message.request_id, RequestError.of(error).to_wire())
             self._send_outputs((), (ended,))
 
-    def _answer(self, message: Ask, engine: Engine, loop: EngineLoop[str]) -> None:
+    def _answer(self, message: Ask, answers: Answers, loop: EngineLoop[str]) -> None:
         number = message.number
 
         def answer() -> None:
-            self._reply(number, lambda: self._value(message, engine))
+            self._reply(number, lambda: answers.answer(message.what, *message.arguments))
 
         try:
             loop.call_soon(answer)
         except EngineStopped as error:
             self._channel.send(Reply(number, error=error.to_wire()))
-
-    def _value(self, message: Ask, engine: Engine) -> Any:
-        match message.what:
-            case "watch":
-                self._watches[message.number] = cache_watch(engine)
-                return message.number
-            case "take" | "whole" | "node" | "close":
-                number, *arguments = message.arguments
-                watch = self._watches[int(number)]
-                if message.what == "close":
-                    del self._watches[int(number)]
-                return ask_watch(watch, message.what, *arguments)
-        return getattr(engine, message.what)(*message.arguments)
 
     def _compile(self, message: Compile, engine: Engine) -> None:
         def work() -> None:
