@@ -432,10 +432,32 @@ class AsyncEngine(EngineLoop[RequestStream], QuestionedEngine):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, _post)
         self._answers = Answers(engine)
-        self.config, self.tokenizer = engine.config, engine.tokenizer
-        self.sampling_defaults = engine.sampling_defaults
-        self.model_name, self.max_model_len = engine.model_name, engine.max_model_len
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
+
+    @property
+    def config(self) -> EngineConfig:
+        """Configuration of the engine."""
+        return self._engine.config
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """Tokenizer, or None if the model has none."""
+        return self._engine.tokenizer
+
+    @property
+    def sampling_defaults(self) -> dict[str, float]:
+        """Sampling parameters that the model's files recommend."""
+        return self._engine.sampling_defaults
+
+    @property
+    def model_name(self) -> str:
+        """Name of the served model."""
+        return self._engine.model_name
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest request in tokens, prompt and answer together."""
+        return self._engine.max_model_len
 
     @property
     def is_alive(self) -> bool:

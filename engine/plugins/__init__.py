@@ -55,6 +55,10 @@ PATHS = {
     "/v1/messages": "dialects",
     "/v1/messages/": "dialects",
     "/v1/responses": "dialects",
+    "/tokenize": "dialects",
+    "/detokenize": "dialects",
+    "/tokenizer_info": "dialects",
+    "/version": "dialects",
     "/v1/responses/": "dialects",
 }
 """Path of a server -> plugin that serves it. A path that ends with a slash stands for all longer

@@ -17,8 +17,8 @@ from engine.errors import EngineStopped
 from engine.server import access, api_errors
 from engine.server.access import Operator
 from engine.server.api_errors import ANTHROPIC, APIError, PlainJSON
-from engine.server.bodies import BodyLimit, BodyReader, ClientGone, Workers, to_json
-from engine.server.chat import chat, render
+from engine.server.bodies import BodyLimit, BodyReader, ClientGone, Workers
+from engine.server.chat import chat
 from engine.server.completions import complete
 from engine.server.context import Dialect, Extensions, ServingContext
 from engine.server.request_log import RequestLog, is_wanted
@@ -27,44 +27,9 @@ from engine.server.schemas import (
     NEUTRAL,
     ChatRequest,
     CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-    described,
 )
 from engine.server.settings import ServerConfig
-from engine.text.tokenizer import EncodeOptions
 from hybridcache.lab.extras import version as installed_version
-
-
-def _add_paths_of_peers(app: FastAPI, context: ServingContext) -> None:
-    """Add paths that vLLM's and SGLang's clients use."""
-
-    @app.get("/version")
-    async def version() -> dict[str, str]:
-        return {"version": installed_version()}
-
-    @app.get("/tokenizer_info")
-    async def tokenizer_info() -> dict[str, Any]:
-        return _tokenizer_info(context)
-
-
-def _tokenizer_info(context: ServingContext) -> dict[str, Any]:
-    """Return the properties of the tokenizer that lm-eval and vLLM's clients request."""
-    tokenizer, template = context.tokenizer, context.tokenizer.chat_template
-    named = {} if template is None else template.special_tokens
-    ends = sorted(tokenizer.eos_token_ids)
-    end = tokenizer.token_bytes(ends[0]).decode("utf-8", "replace") if ends else None
-    return {
-        "tokenizer_class": type(tokenizer).__name__,
-        "vocab_size": tokenizer.vocab_size,
-        "model_max_length": context.engine.max_model_len,
-        "bos_token": named.get("bos_token") or None,
-        "eos_token": named.get("eos_token") or end,
-        "pad_token": named.get("pad_token") or None,
-        "unk_token": named.get("unk_token") or None,
-        "chat_template": None if template is None else template.source,
-    }
-
 
 OPERATORS = ("/reset_prefix_cache", "/flush_cache")
 STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")
@@ -217,11 +182,9 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         return Response(status_code=499)
 
     _add_generation(app, context, reader)
-    _add_tokens(app, context, reader, config)
     _add_watching(app, context)
     operator = Operator.of(config)
     _add_administration(app, context, operator)
-    _add_paths_of_peers(app, context)
     app.state.extensions = Extensions(app, context, config, reader, operator)
     access.install(app, config)
     if is_wanted(config.log_requests):
@@ -261,52 +224,6 @@ def _add_generation(app: FastAPI, context: ServingContext, reader: BodyReader) -
     async def model(name: str) -> dict[str, Any]:
         context.check_model(name)
         return card()
-
-
-def _add_tokens(
-    app: FastAPI, context: ServingContext, reader: BodyReader, config: ServerConfig
-) -> None:
-    @app.post("/tokenize", openapi_extra=described(TokenizeRequest))
-    async def tokenize(request: Request) -> Response:
-        body = await reader.read(request, TokenizeRequest)
-        context.check_model(body.model)
-        answer: dict[str, Any] = {"max_model_len": context.engine.max_model_len}
-        if body.messages:
-            size = len(await request.body())
-            prompt, _ = await render(context, body, size, context.tenant_of(request))
-            token_ids = prompt.token_ids
-            answer["boundaries"] = list(prompt.boundaries)
-        else:
-            [token_ids] = await context.encode(
-                [body.prompt or ""],
-                EncodeOptions(
-                    body.add_special_tokens, namespace=context.tenant_of(request).namespace
-                ),
-            )
-        if len(token_ids) > config.max_prompt_ids:
-            raise APIError(
-                400,
-                f"This makes {len(token_ids)} tokens, more than {config.max_prompt_ids}: send it "
-                "in parts, or raise --max-prompt-ids.",
-            )
-        answer |= {"count": len(token_ids), "tokens": token_ids}
-        content = await context.workers.run(len(token_ids), lambda: to_json(answer))
-        return Response(content, media_type="application/json")
-
-    @app.post("/detokenize", openapi_extra=described(DetokenizeRequest))
-    async def detokenize(request: Request) -> dict[str, str]:
-        body = await reader.read(request, DetokenizeRequest)
-        context.check_model(body.model)
-
-        def work() -> str:
-            num_ids = context.tokenizer.vocab_size
-            if any(not 0 <= token_id < num_ids for token_id in body.tokens):
-                raise APIError(
-                    400, f"'tokens' must be ids from 0 to {num_ids - 1}.", param="tokens"
-                )
-            return context.tokenizer.decode(body.tokens, skip_special_tokens=False)
-
-        return {"prompt": await context.workers.run(len(body.tokens), work)}
 
 
 class Health:
