@@ -243,11 +243,14 @@ def _scaling(
 ) -> Scaling | None:
     if kind == "default":
         return None
-    longest = config["max_position_embeddings"]
-    original = found.get("original_max_position_embeddings", longest)
-    original = config.get("original_max_position_embeddings", original)
     if kind == "linear":
         return LinearScaling(_positive("factor", found.get("factor")))
+    longest = config["max_position_embeddings"]
+    original = longest
+    if kind in ("llama3", "yarn"):  # Both values must be valid; the one outside is used.
+        for part in (found, config):
+            original = part.get("original_max_position_embeddings", original)
+            original = _positive("original_max_position_embeddings", original)
     if kind == "llama3":
         low, high = (
             _positive(name, found.get(name)) for name in ("low_freq_factor", "high_freq_factor")
@@ -258,12 +261,11 @@ def _scaling(
                 f"config.json (got {high} and {low})."
             )
         factor = _positive("factor", found.get("factor"))
-        original = _positive("original_max_position_embeddings", original)
         return Llama3Scaling(factor, low, high, original)
     if kind == "yarn" and base == 1:
         raise ModelError("rope_theta 1.0 in config.json is not supported with type 'yarn'.")
     if kind == "yarn":
-        return _yarn(found, longest, _positive("original_max_position_embeddings", original))
+        return _yarn(found, longest, original)
     raise ModelError(
         f"rotary embeddings of type {kind!r} ({section}) are not supported; default, linear, "
         "llama3 and yarn are."

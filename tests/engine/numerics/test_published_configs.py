@@ -149,12 +149,21 @@ def test_yarn_extends_the_context() -> None:
     assert read_model(QWEN3 | {"rope_scaling": None})[1].max_len == 4096
 
 
+UNKNOWN_LEN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": None}
+"""The value outside would be used, but transformers refuses this one."""
+
+
 @pytest.mark.parametrize(
     ("raw", "changes", "message"),
     [
         (LFM2, {"conv_L_cache": 0}, "conv_L_cache must be at least 1"),
         (LFM2, {"layer_types": ["conv"] * 15 + ["mamba"]}, "layer_types has unknown types: mamba"),
         (LFM2, {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' .* not supported"),
+        (
+            QWEN3,
+            {"rope_scaling": UNKNOWN_LEN, "original_max_position_embeddings": 48},
+            "original_max_position_embeddings .* must be a number",
+        ),
         (KIMI_LINEAR, {"q_lora_rank": 1536}, "q_lora_rank 1536 is not supported; None is"),
         (KIMI_LINEAR, {"num_expert_group": 8}, r"num_expert_group \(n_group\) must be 1"),
         (
