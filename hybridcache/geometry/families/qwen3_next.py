@@ -91,6 +91,8 @@ def sizes(config: Config) -> ModelSizes:
     types = fields.sorts(config, SORTS)
     linear = fields.gated_delta_net(config)
     dense, experts = fields.dense(config), fields.experts(config)
+    if experts is None and "intermediate_size" not in config:
+        fields.check_size("num_experts", 0)  # the family has no dense blocks
     always_dense = set(config.get("mlp_only_layers", ()))
     step = fields.check_size("decoder_sparse_step", config.get("decoder_sparse_step", 1))
     layers = []

@@ -164,6 +164,11 @@ UNKNOWN_LEN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embedd
             {"rope_scaling": UNKNOWN_LEN, "original_max_position_embeddings": 48},
             "original_max_position_embeddings .* must be a number",
         ),
+        (
+            {"model_type": "qwen3_5_moe_text", "intermediate_size": 96},
+            {"num_experts": 0},
+            "num_experts must be at least 1",
+        ),
         (KIMI_LINEAR, {"q_lora_rank": 1536}, "q_lora_rank 1536 is not supported; None is"),
         (KIMI_LINEAR, {"num_expert_group": 8}, r"num_expert_group \(n_group\) must be 1"),
         (
