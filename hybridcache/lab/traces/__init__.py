@@ -217,7 +217,7 @@ def _read(rest: str, options: dict[str, Any], bad: BadRecords) -> Trace:
     columns = reader.describe() if isinstance(reader, CsvReader) else ""
     if getattr(reader, "tokenizer", None) == "":
         raise ValueError(f"{rest}: {NO_TOKENIZER}")
-    counted_by = getattr(reader, "tokenizer", None) or getattr(reader, "counted_by", "")
+    counted_by: str = getattr(reader, "tokenizer", "") or getattr(reader, "counted_by", "")
     recipe = f"{rest}?{urlencode(options)}" if options else rest
     return Trace(path.name.split(".")[0], unit, reader, bad, counted_by, recipe, columns)
 
