@@ -77,9 +77,14 @@ class Guesses:
         pass
 
 
-def guessing_engine(directory: Path, guesses: Guesses | None = None, **settings: Any) -> Engine:
-    """With ``guesses`` these in place of what ``draft`` names."""
-    (directory / "config.json").write_text(json.dumps(MODEL))
+def guessing_engine(
+    directory: Path,
+    guesses: Guesses | None = None,
+    geometry: dict[str, Any] = MODEL,
+    **settings: Any,
+) -> Engine:
+    """With ``guesses`` these in place of what ``draft`` names. ``geometry``: the config.json."""
+    (directory / "config.json").write_text(json.dumps(geometry))
     settings = {
         "model": str(directory),
         "load_format": "dummy",

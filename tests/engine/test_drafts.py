@@ -41,6 +41,7 @@ from engine.requests.spec import SamplingInput
 from engine.runner.sampler import Sampler
 from engine.schedule.batch import Draft, Task
 from tests.engine.drafted import Guesses, MakeEngine, assert_same, guessing_engine, prompts
+from tests.engine.numerics import families
 
 
 @pytest.fixture
@@ -77,6 +78,23 @@ def test_any_guess_changes_nothing(asked: str, exact: bool, make_engine: MakeEng
     assert sum(output.drafts.drafted.total() for output in outputs) > accepted
     alone = make_engine(guesses, exact=exact, max_running=1)
     assert_same(alone.generate(prompts()[3:4], params), plain[3:4])
+
+
+@pytest.mark.parametrize("family", [n for n, f in families.find().items() if not f.is_variant])
+def test_guesses_change_nothing_in_any_family(family: str, make_engine: MakeEngine) -> None:
+    """Also on hits: the prompts come twice."""
+    transformers = pytest.importorskip("transformers")
+    config_class, _ = families.find()[family].classes
+    config = families.find()[family].config | {"vocab_size": 320}
+    make = partial(make_engine, geometry=getattr(transformers, config_class)(**config).to_dict())
+    plain, guesses = make(), Guesses()
+    expected = plain.generate(prompts(), GREEDY)
+    guesses.learn(expected)
+    drafted = make(guesses)
+    outputs = drafted.generate(prompts(), GREEDY)
+    assert_same(outputs, expected)
+    assert sum(output.drafts.accepted.total() for output in outputs) > 30
+    assert_same(drafted.generate(prompts(), GREEDY), plain.generate(prompts(), GREEDY))
 
 
 @pytest.mark.full("bfloat16-arena")
