@@ -66,7 +66,7 @@ def bucket_for(size: int, buckets: Sequence[int]) -> int | None:
 
 
 def kv_bounds(max_model_len: int) -> tuple[int, ...]:
-    """Return the bounds of ``KV_BOUNDS`` below ``max_model_len``, and ``max_model_len``."""
+    """Return the values of ``KV_BOUNDS`` below ``max_model_len``, followed by ``max_model_len``."""
     return (*(bound for bound in KV_BOUNDS if bound < max_model_len), max_model_len)
 
 
