@@ -27,7 +27,16 @@ from engine.models import read_model
 from engine.plugins import engine_plugins
 from engine.runner.backends import Kernels, identity_of
 from engine.runner.device import Device
-from engine.runner.graphs import DecodeGraphs, PrefillGraphs, Record, VerifyGraphs, verify_buckets
+from engine.runner.graphs import (
+    DecodeGraphs,
+    PrefillGraphs,
+    Record,
+    VerifyGraphs,
+    WarmUp,
+    measure,
+    verify_buckets,
+    warm_up,
+)
 from engine.runner.memory import (
     STAGING_BYTES,
     Copies,
@@ -37,7 +46,6 @@ from engine.runner.memory import (
     RunningStates,
     state_slot_bytes,
 )
-from engine.runner.warm_up import WarmUp, measure, warm_up
 from engine.schedule.batch import Batch, Newest, Segment, logit_rows, pieces
 from engine.weights.loading import DTYPES, load_model, resolve_dtype
 from engine.weights.model_config import ModelConfig, ModelError, read_config

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from engine import engine_config
+from engine.runner.graphs import guesses as guesses_of
 from engine.runner.model_runner import ModelRunner
-from engine.runner.warm_up import guesses as guesses_of
 from engine.weights.loading import Dummy, load_model
 from engine.weights.model_config import ModelError
 from engine.weights.tensor_files import WeightsError

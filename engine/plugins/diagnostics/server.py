@@ -21,8 +21,8 @@ import numpy as np
 from fastapi import FastAPI, Request
 
 from engine.plugins.diagnostics import DiagnosticsConfig
-from engine.plugins.diagnostics.explain import SYSTEM_ROLES, said_by
-from engine.plugins.diagnostics.explanations import Explanations, Inquiry
+from engine.plugins.diagnostics.explain import SYSTEM_ROLES
+from engine.plugins.diagnostics.explanations import Explanations, Inquiry, said_by
 from engine.server.access import Operator, Tenant
 from engine.server.api_errors import APIError, quoted
 from engine.server.context import ChatDiagnostics, ChatInput, Message, ServerExtension

@@ -9,9 +9,9 @@ import torch
 from engine import engine_config
 from engine.config import EngineConfig
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
+from engine.runner.graphs import rehearsals
 from engine.runner.memory import state_slot_bytes
 from engine.runner.model_runner import ModelRunner
-from engine.runner.warm_up import rehearsals
 from engine.schedule.batch import Batch, Segment
 
 ANSWER = 14

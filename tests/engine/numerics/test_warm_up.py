@@ -18,11 +18,10 @@ from engine.engine import Engine
 from engine.plugins.speculation.draft_manager import Drafting
 from engine.plugins.speculation.suffix import TreeDrafter
 from engine.requests.spec import SamplingParams
-from engine.runner.graphs import DecodeGraphs
+from engine.runner.graphs import DecodeGraphs, captures, lengths, rehearsals
 from engine.runner.memory import ACCELERATOR_SHARE
 from engine.runner.model_runner import ModelRunner
 from engine.runner.sampler import Drawn, Sampler
-from engine.runner.warm_up import captures, lengths, rehearsals
 from engine.weights.model_config import ModelError
 from experiments.gpu.models import QWEN3_NEXT_80B, TINY, write_geometry
 from tests.engine.numerics.stub_device import FREE_BYTES, stubbed
