@@ -9,16 +9,18 @@ from __future__ import annotations
 import shutil
 import tempfile
 import threading
+import time
 from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 import msgspec
+import numpy as np
 import zmq
 
 from engine.async_engine import Question
 from engine.errors import WireError
 from engine.requests.grammar import Grammar
-from engine.requests.spec import SamplingParams
+from engine.requests.spec import RequestSpec, SamplingParams
 from engine.text.outputs import OutputDelta
 
 
@@ -27,21 +29,36 @@ class WorkerMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
 
 
 class Submit(WorkerMessage, frozen=True):
-    """Submission of a checked prompt."""
+    """Submission of a checked request. The fields between the first and the last are those of
+    ``RequestSpec``."""
 
-    request_id: str
     prompt: bytes
     """int32[n] in the machine's byte order."""
+    request_id: str
     sampling: SamplingParams
     namespace: str | None
     boundaries: tuple[int, ...]
     answer_survives: bool
     ends_session: bool
     call_marks: tuple[str, ...]
+    save_at: tuple[int, ...]
     prompt_logprobs: int | None
     grammar: Grammar | None
     arrival_s: float
     """Time by ``time.perf_counter``, which is the same clock in all processes of a machine."""
+
+    @classmethod
+    def of(cls, spec: RequestSpec) -> Submit:
+        """Return the message for a ``spec`` with an id, token ids and sampling parameters."""
+        prompt = np.ascontiguousarray(spec.prompt, np.int32).tobytes()
+        options = {name: getattr(spec, name) for name in cls.__struct_fields__[1:-1]}
+        return cls(prompt=prompt, arrival_s=time.perf_counter(), **options)
+
+    @property
+    def spec(self) -> RequestSpec:
+        """The submitted request."""
+        options = {name: getattr(self, name) for name in self.__struct_fields__[1:-1]}
+        return RequestSpec(np.frombuffer(self.prompt, np.int32), **options)
 
 
 class Abort(WorkerMessage, frozen=True):

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -195,7 +196,7 @@ class ProcessEngine(QuestionedEngine):
             raise QueueFull(self.config.max_queue)
         tokens = np.ascontiguousarray(spec.prompt, np.int32)
         stream = RequestStream(request_id, self._abort)
-        self._send(_submission(spec, request_id, tokens))
+        self._send(Submit.of(replace(spec, prompt=tokens, request_id=request_id)))
         self._num_sent += 1
         self._streams[request_id] = stream, OutputAccumulator(request_id, tokens)
         return stream
@@ -345,24 +346,6 @@ class ProcessEngine(QuestionedEngine):
             reply.set_exception(RequestError.from_wire(said.error))
         else:
             reply.set_result(said.value)
-
-
-def _submission(spec: RequestSpec, request_id: str, tokens: np.ndarray) -> Submit:
-    assert spec.sampling is not None, "a checked spec has sampling parameters"
-    assert spec.namespace is None or isinstance(spec.namespace, str)
-    return Submit(
-        request_id,
-        tokens.tobytes(),
-        spec.sampling,
-        spec.namespace,
-        tuple(spec.boundaries),
-        spec.answer_survives,
-        spec.ends_session,
-        tuple(spec.call_marks),
-        spec.prompt_logprobs,
-        spec.grammar,
-        time.perf_counter(),
-    )
 
 
 def _death(code: int) -> str:

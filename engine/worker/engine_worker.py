@@ -14,13 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-import numpy as np
-
 from engine.async_engine import Answers, EngineLoop
 from engine.engine import Engine
 from engine.errors import EngineStopped, RequestError
 from engine.interfaces import RunnerLost
-from engine.requests.spec import RequestSpec
 from engine.server.settings import SWITCH_S
 from engine.text.outputs import OutputDelta, RequestOutput, delta_of
 from engine.worker.channel import (
@@ -109,20 +106,8 @@ class EngineWorker:
                 self._loop.end(at_once=message.at_once)
 
     def _submit(self, message: Submit, engine: Engine, loop: EngineLoop[str]) -> None:
-        spec = RequestSpec(
-            np.frombuffer(message.prompt, np.int32),
-            message.sampling,
-            namespace=message.namespace,
-            boundaries=message.boundaries,
-            answer_survives=message.answer_survives,
-            ends_session=message.ends_session,
-            call_marks=message.call_marks,
-            prompt_logprobs=message.prompt_logprobs,
-            request_id=message.request_id,
-            grammar=message.grammar,
-        )
         try:
-            request = engine.prepare(spec)
+            request = engine.prepare(message.spec)
             request.arrival_s = message.arrival_s
             loop.enqueue(request, message.request_id)
         except Exception as error:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+import msgspec
 import numpy as np
 import pytest
 
 from engine import (
     Engine,
     EngineConfig,
+    Grammar,
     QueueFull,
     RequestOutput,
     RequestSpec,
@@ -27,6 +30,7 @@ from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from engine.worker import engine_client as front
+from engine.worker.channel import Submit
 from engine.worker.engine_client import ProcessEngine, start_engine
 
 BOOT = """
@@ -309,6 +313,30 @@ def test_marks_of_tool_calls_reach_the_cache() -> None:
             await watch.close()
 
     run(scenario)
+
+
+def test_every_field_of_a_request_reaches_the_process() -> None:
+    spec = RequestSpec(
+        np.array([3, 1, 2], np.int32),
+        SamplingParams(temperature=0.5, stop=("end",), logit_bias=((4, 1.5),)),
+        namespace="tenant",
+        boundaries=(1, 3),
+        answer_survives=False,
+        ends_session=True,
+        call_marks=("<call>",),
+        save_at=(2,),
+        prompt_logprobs=2,
+        request_id="one",
+        grammar=Grammar.of_choices(["yes", "no"]),
+    )
+    default = RequestSpec([1])
+    names = [field.name for field in dataclasses.fields(RequestSpec)]
+    assert all(getattr(spec, name) != getattr(default, name) for name in names if name != "prompt")
+    sent = msgspec.msgpack.encode(Submit.of(spec))
+    found = msgspec.msgpack.decode(sent, type=Submit).spec
+    assert found.prompt.tolist() == [3, 1, 2]
+    for name in names[1:]:
+        assert getattr(found, name) == getattr(spec, name), name
 
 
 def test_what_can_not_be_loaded_is_said_in_one_sentence(tmp_path: object) -> None:
