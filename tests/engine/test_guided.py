@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -459,6 +460,75 @@ def test_a_grammar_that_took_its_share_of_the_engines_time_leaves_its_thread() -
     while not other.is_done(answer):
         guides.shared.news.wait(1.0)
     assert other.masks(answer, may_be_over=False) is None
+
+
+def test_grammars_of_many_requests_share_few_threads(in_background: None) -> None:
+    """Each of them could delay the engine's thread, by losing its processor at a bad moment."""
+    most = max(1, background.num_processors() // 2)
+    engine, others = oracle(max_running=16), set(threading.enumerate())
+    names = [engine.submit(spec(Grammar.of_regex(f"[a-c]{{{n}}}"))) for n in range(20, 36)]
+    boxes = [engine._mailboxes.setdefault(name, deque()) for name in names]
+    seen = 0
+    while engine.has_work():
+        engine.step()
+        started = set(threading.enumerate()) - others
+        seen = max(seen, sum(one.name == "grammar" for one in started))
+    assert 1 <= seen <= most
+    assert {box[-1].finish_reason for box in boxes} == {"stop"}
+
+
+def test_works_of_grammars_run_in_turn_and_those_of_one_in_order() -> None:
+    threads, gate = background.GrammarThreads(2), threading.Event()
+    grammars: list[Any] = [SimpleNamespace(works=deque(), is_active=False) for _ in range(6)]
+    running: list[int] = []
+    done: list[tuple[int, int]] = []
+
+    def work(grammar: int, number: int) -> None:
+        gate.wait()
+        running.append(grammar)
+        assert len(running) == len(set(running)) <= 2
+        done.append((grammar, number))
+        running.remove(grammar)
+
+    for number in range(3):
+        for grammar, one in enumerate(grammars):
+            threads.submit(one, partial(work, grammar, number))
+    gate.set()
+    while len(done) < 18:
+        time.sleep(0.001)
+    assert sorted(done) == [(grammar, number) for grammar in range(6) for number in range(3)]
+    assert [number for _, number in done].index(2) >= 8, "one had its last turn before others"
+    for grammar in range(6):
+        assert [number for one, number in done if one == grammar] == [0, 1, 2]
+    threads.stop()
+
+
+def test_a_long_answer_gives_way_to_other_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(background, "SLICE_S", 0.0)
+    guides = Guides(ByteTokenizer(), 320)
+    guides._threads, gate = background.GrammarThreads(1), threading.Event()
+    grammars = [Grammar.of_regex("[a-c]{30}"), Grammar.of_regex("[a-c]{9}")]
+    expected = guides.guide(grammars[0]).masks(np.full(20, 97, np.int32))
+    found: list[str] = []
+    followers = []
+    blocker: Any = SimpleNamespace(works=deque(), is_active=False)
+    guides._threads.submit(blocker, gate.wait)  # type: ignore[arg-type]
+    for name, grammar, length in zip(("long", "short"), grammars, (20, 2), strict=True):
+        shared = guides.shared
+        follower = background.GrammarFollower(
+            guides._compiled_of(grammar).background,
+            shared.budget,
+            shared.num_mask_bytes,
+            partial(found.append, name),
+        )
+        follower.order(np.full(length, 97, np.int32))
+        followers.append(follower)
+    gate.set()
+    while len(found) < 2:
+        time.sleep(0.001)
+    assert found == ["short", "long"]
+    place = followers[0].place(np.full(20, 97, np.int32))
+    assert place is not None and np.array_equal(place.mask, expected[0])
 
 
 @pytest.mark.parametrize("what", ["abort", "break", "preempt"])

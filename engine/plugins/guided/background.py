@@ -1,8 +1,9 @@
-"""Background threads for grammars that are too slow for the engine's thread, one thread per
-grammar.
+"""Background threads for grammars that are too slow for the engine's thread.
 
 Every call of llguidance that may take long is made without holding the interpreter's lock, in a
-thread of lower priority. The engine's thread reads results and never waits for one.
+thread of lower priority. The engine's thread reads results and never waits for one. The threads
+serve all grammars in turn. There are at most half as many as processors: a thread that loses its
+processor while it holds the interpreter's lock delays the engine's thread.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ NICENESS = 10
 """Added to the niceness of background threads (Linux only)."""
 IDLE_S = 1.0
 """Idle time in seconds after which a background thread ends."""
+SLICE_S = 0.1
+"""Time in seconds after which a thread turns to the next grammar. A call is not interrupted."""
+MOST_THREADS = 8
 SECONDS_PER_TOKEN = 0.005
 """Grammar time per token of an answer that is not charged to the budget."""
 
@@ -53,33 +57,93 @@ class GrammarPlace(NamedTuple):
     """True if nothing can follow the answer."""
 
 
-class BackgroundGrammar:
-    """One compiled grammar with the thread that follows all its answers.
+class GrammarThreads:
+    """Threads of lower priority that run the work of all grammars of an engine in turn.
 
-    Copies of a matcher share a lock inside llguidance, so more threads would not be faster.
+    The works of one grammar run one after the other, because copies of a matcher share a lock
+    inside llguidance.
     """
 
-    def __init__(self, library: Any, vocabulary: Any, make_matcher: Callable[[], Any]) -> None:
+    def __init__(self, max_threads: int | None = None) -> None:
+        """``max_threads``: None for half of the processors, from 1 to ``MOST_THREADS``."""
+        self._max_threads = max_threads or max(1, min(num_processors() // 2, MOST_THREADS))
+        self._wake = threading.Condition()
+        self._waiting: deque[BackgroundGrammar] = deque()
+        """Grammars with work that is not running, each once."""
+        self._threads: set[threading.Thread] = set()
+        self._num_idle = 0
+
+    def submit(self, grammar: BackgroundGrammar, work: Callable[[], None]) -> None:
+        """Queue ``work`` of ``grammar``, which must not raise."""
+        with self._wake:
+            grammar.works.append(work)
+            if grammar.is_active:
+                return
+            grammar.is_active = True
+            self._waiting.append(grammar)
+            if len(self._waiting) > self._num_idle and len(self._threads) < self._max_threads:
+                thread = threading.Thread(target=self._run, name="grammar", daemon=True)
+                self._threads.add(thread)
+                _running.add(self)
+                thread.start()
+            self._wake.notify()
+
+    def _run(self) -> None:
+        _lower_priority()
+        while (grammar := self._next()) is not None:
+            grammar.works.popleft()()
+            with self._wake:
+                if grammar.works:
+                    self._waiting.append(grammar)
+                else:
+                    grammar.is_active = False
+
+    def _next(self) -> BackgroundGrammar | None:
+        """Wait for a grammar with work. Returns None if there is none for ``IDLE_S``."""
+        with self._wake:
+            self._num_idle += 1
+            self._wake.wait_for(lambda: self._waiting or _is_exiting, IDLE_S)
+            self._num_idle -= 1
+            if self._waiting and not _is_exiting:
+                return self._waiting.popleft()
+            self._threads.discard(threading.current_thread())
+            if not self._threads:
+                _running.discard(self)
+            return None
+
+    def stop(self) -> None:
+        """End all threads after their current call of the library."""
+        with self._wake:
+            threads = tuple(self._threads)
+            self._wake.notify_all()
+        for thread in threads:
+            thread.join(2.0)
+
+
+class BackgroundGrammar:
+    """One compiled grammar that is followed in the background."""
+
+    def __init__(
+        self,
+        library: Any,
+        vocabulary: Any,
+        make_matcher: Callable[[], Any],
+        threads: GrammarThreads,
+    ) -> None:
         """``make_matcher`` compiles the grammar. It is called when the first answer begins."""
         self._library = library
         self._broken = library.LLMatcher(vocabulary, "", log_level=0)
         self._make_matcher = make_matcher
         self._matcher: Any = None
-        self._executor: Any = None
-        self._lock = threading.Lock()
-        self._wake = threading.Condition(self._lock)
-        self._work: deque[Callable[[], None]] = deque()
-        self._thread: threading.Thread | None = None
+        self._threads = threads
+        self.works: deque[Callable[[], None]] = deque()
+        """Queued works, of which the first may be running. Belongs to ``threads``."""
+        self.is_active = False
+        """True if there is work, queued or running. Belongs to ``threads``."""
 
     def submit(self, work: Callable[[], None]) -> None:
-        """Queue ``work``, which must not raise. The thread calls it after all earlier work."""
-        with self._lock:
-            self._work.append(work)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="grammar", daemon=True)
-                _running.add(self)
-                self._thread.start()
-            self._wake.notify()
+        """Queue ``work``, which must not raise. It runs after all earlier work of the grammar."""
+        self._threads.submit(self, work)
 
     def copy(self, spent: Any = None) -> Any:
         """Return a matcher at the beginning of an answer.
@@ -103,31 +167,10 @@ class BackgroundGrammar:
 
         The library releases the lock only for two or more matchers, so a broken one is passed too.
         """
-        if self._executor is None:
-            self._executor = self._library.LLExecutor(1)
-        self._executor.consume_token_par([(matcher, token), (self._broken, 0)])
-
-    def _run(self) -> None:
-        _lower_priority()
-        while True:
-            with self._wake:
-                if not self._work:
-                    self._wake.wait(IDLE_S)
-                if not self._work or _is_exiting:
-                    self._executor = self._thread = None
-                    _running.discard(self)
-                    return
-                work = self._work.popleft()
-            work()
-            del work
-
-    def stop(self) -> None:
-        """End the thread after its current call of the library."""
-        with self._lock:
-            thread = self._thread
-            self._wake.notify()
-        if thread is not None:
-            thread.join(2.0)
+        executor = getattr(_local, "executor", None)
+        if executor is None:
+            executor = _local.executor = self._library.LLExecutor(1)
+        executor.consume_token_par([(matcher, token), (self._broken, 0)])
 
 
 class GrammarFollower:
@@ -182,25 +225,37 @@ class GrammarFollower:
             self._matcher = self._shared = None
             return
         try:
-            self._found = key, self._find(answer)
+            place = self._find(answer)
+            if place is None:  # Other answers and grammars come first.
+                self._grammar.submit(lambda: self._work(key, answer))
+                return
+            self._found = key, place
         except GrammarError as error:
             self._error = error
         except Exception as error:
             self._error = GrammarError(f"the grammar cannot be followed: {error!r}.")
         self._when_done()
 
-    def _find(self, answer: Tokens) -> GrammarPlace:
-        place = self._try(answer)
-        if place is None and not self._was_renewed:
-            # Other answers may have used up the limits that all copies share.
-            self._was_renewed, self._matcher = True, None
-            place = self._try(answer)
-        if place is None:
-            raise TooComplex(reason(self._matcher.get_error()))
-        return place
+    def _find(self, answer: Tokens) -> GrammarPlace | None:
+        """Return the place of ``answer``, or None if that takes longer than ``SLICE_S``."""
+        if not self._go_to(answer):
+            return None
+        matcher = self._matcher
+        is_over = bool(matcher.is_stopped())
+        started_s = time.thread_time()
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)[: self._num_bytes]
+        self._charge(time.thread_time() - started_s, len(answer))
+        if not matcher.is_error():
+            return GrammarPlace(mask, is_over)
+        if self._was_renewed:
+            raise TooComplex(reason(matcher.get_error()))
+        # Other answers may have used up the limits that all copies share.
+        self._was_renewed, self._matcher = True, None
+        return self._find(answer)
 
-    def _try(self, answer: Tokens) -> GrammarPlace | None:
-        """Follow ``answer``. Returns None if the library reports an error."""
+    def _go_to(self, answer: Tokens) -> bool:
+        """Move the matcher towards the end of ``answer``. Returns False if ``SLICE_S`` passed
+        before."""
         if self._matcher is None:
             self._matcher = self._grammar.copy(self._shared)
             self._shared, self._num_taken = self._grammar.first(), 0
@@ -208,6 +263,7 @@ class GrammarFollower:
         if self._num_taken > len(answer):
             matcher.rollback(self._num_taken - len(answer))
             self._num_taken = len(answer)
+        begun_s = time.perf_counter()
         for token in answer[self._num_taken :].tolist():
             # The library's thread has no separate clock. The smaller of the two times excludes the
             # time that other processes took.
@@ -218,11 +274,9 @@ class GrammarFollower:
             self._charge(min(passed_s, worked_s), len(answer))
             if self._is_closed or _is_exiting:
                 raise GrammarError("the request has ended.")
-        is_over = bool(matcher.is_stopped())
-        started_s = time.thread_time()
-        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)[: self._num_bytes]
-        self._charge(time.thread_time() - started_s, len(answer))
-        return None if matcher.is_error() else GrammarPlace(mask, is_over)
+            if self._num_taken < len(answer) and started_s - begun_s > SLICE_S:
+                return False
+        return True
 
     def _charge(self, seconds: float, num_tokens: int) -> None:
         self._spent_s += seconds
@@ -243,7 +297,16 @@ def _lower_priority() -> None:
         os.setpriority(os.PRIO_PROCESS, thread, lower)
 
 
-_running: set[BackgroundGrammar] = set()
+def num_processors() -> int:
+    """Return the number of processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+_local = threading.local()
+"""``executor`` of each thread."""
+_running: set[GrammarThreads] = set()
 _is_exiting = False
 
 
@@ -252,5 +315,5 @@ def _stop_all() -> None:
     """End all threads inside the library when the interpreter ends."""
     global _is_exiting
     _is_exiting = True
-    for grammar in tuple(_running):
-        grammar.stop()
+    for threads in tuple(_running):
+        threads.stop()

@@ -3,7 +3,7 @@
 A grammar is compiled once, in the thread of its caller, and copied for each answer. Nearly all
 grammars cost microseconds per token and are followed on the engine's thread, where the library's
 limits end every call within some 25 ms. A grammar that reaches these limits, or takes more than a
-share of the engine's time, is followed by a separate thread (``background.py``). Its requests are
+share of the engine's time, is followed by background threads (``background.py``). Its requests are
 not part of steps until their masks are found, and fail when their budget of grammar time is spent.
 The thread that finds a mask has no influence on it.
 """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.plugins.guided import GuidedConfig
-from engine.plugins.guided.background import BackgroundGrammar, Budget
+from engine.plugins.guided.background import BackgroundGrammar, Budget, GrammarThreads
 from engine.plugins.guided.bindings import (
     LIMITS,
     STEP_LIMITS,
@@ -83,6 +83,7 @@ class Guides:
             step_time=StepTime(time.perf_counter()),
             news=news or threading.Event(),
         )
+        self._threads = GrammarThreads()
         self._lock = threading.Lock()
         self._vocabulary: Any = None
         self._compiled: OrderedDict[Grammar, Compiled] = OrderedDict()
@@ -145,7 +146,7 @@ class Guides:
         library, vocabulary = self._load()
         ends = self.shared.ends
         make = partial(make_matcher, library, vocabulary, grammar)
-        background = BackgroundGrammar(library, vocabulary, lambda: make(LIMITS))
+        background = BackgroundGrammar(library, vocabulary, lambda: make(LIMITS), self._threads)
         try:
             matcher = make(STEP_LIMITS)
             check_beginning(matcher, ends, lambda tried, token: tried.consume_token(token))
