@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from engine.config import ConfigError, EngineConfig
 from engine.interfaces import EngineCore, Plugin, Runner
 from engine.plugins.disaggregation import DisaggregationConfig
 from engine.plugins.disaggregation.wire import TransferCounts
+from engine.schedule.batch import StepHooks
 from engine.schedule.fetching import Fetcher
 from hybridcache.scheduling.cache_manager import CacheManager
 
@@ -29,42 +31,34 @@ class DisaggregationPlugin(Plugin):
         self.counts = TransferCounts()
         self.server: PrefillServer | None = None
         """Server of a prefill engine, else None."""
+        self._hooks = StepHooks()
+        """The server, or hooks that do nothing."""
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
         """See ``Plugin``. Imports torch."""
         if self.settings.role != "decode":
             return None
         from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
-        from engine.plugins.disaggregation.prefix_fetch import Peer, PeerFetcher
+        from engine.plugins.disaggregation.prefix_fetch import PeerFetcher
 
-        settings, buffer = self.settings, PrefixBuffer.of(model_runner(runner))
-        own = identity(self.config, model_runner(runner))
-        peers = [Peer(address, own, settings.transfer_timeout_s) for address in settings.addresses]
-        return PeerFetcher(manager, buffer, peers, self.counts, fetch_above=settings.fetch_above)
+        own_runner = model_runner(runner)
+        buffer, own = PrefixBuffer.of(own_runner), identity(self.config, own_runner)
+        return PeerFetcher(manager, buffer, self.settings, own, self.counts)
 
     def attach(self, engine: EngineCore, manager: CacheManager) -> None:
         """See ``Plugin``. A prefill engine listens from now on. Raises ConfigError if the address
         is not available. Imports torch."""
-        config, settings = self.config, self.settings
+        settings = self.settings
         if settings.role != "prefill":
             return
         from engine.plugins.disaggregation.prefill_server import PrefillServer
         from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
 
         runner = model_runner(engine.runner)
-        buffer = PrefixBuffer.of(runner)
+        buffer, own = PrefixBuffer.of(runner), identity(self.config, runner)
         try:
-            self.server = PrefillServer(
-                manager,
-                buffer,
-                settings.addresses[0],
-                identity(config, runner),
-                self.counts,
-                timeout_s=settings.transfer_timeout_s,
-                prepare=engine.prepare,
-                enqueue=engine.enqueue,
-                abort=engine.abort,
-                wake=lambda: self.wake(),
+            self._hooks = self.server = PrefillServer(
+                engine, manager, buffer, settings, own, self.counts, wake=lambda: self.wake()
             )
         except OSError as error:
             why = str(error.strerror or error)
@@ -76,36 +70,31 @@ class DisaggregationPlugin(Plugin):
     @property
     def has_work(self) -> bool:
         """See ``StepHooks``."""
-        return self.server is not None and self.server.has_work
+        return self._hooks.has_work
 
     def before_step(self) -> None:
         """See ``StepHooks``."""
-        if self.server is not None:
-            self.server.advance()
+        self._hooks.before_step()
 
     def wait(self) -> None:
         """See ``StepHooks``."""
-        if self.server is not None:
-            self.server.wait()
+        self._hooks.wait()
 
     def on_step_failed(self) -> None:
         """See ``StepHooks``."""
-        if self.server is not None:
-            self.server.give_up()
+        self._hooks.on_step_failed()
 
     def stop_accepting(self) -> None:
         """See ``StepHooks``."""
-        if self.server is not None:
-            self.server.stop_accepting()
+        self._hooks.stop_accepting()
 
     def disconnect(self) -> None:
         """See ``StepHooks``."""
-        if self.server is not None:
-            self.server.close()
+        self._hooks.disconnect()
 
     def report(self) -> Mapping[str, Any]:
         """See ``StepHooks``."""
-        return {"transfers": self.counts.as_dict()}
+        return {"transfers": asdict(self.counts)}
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         """See ``Plugin``."""

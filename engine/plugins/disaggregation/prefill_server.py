@@ -1,13 +1,12 @@
-"""Server of a prefill engine: accepts decode engines and computes their prompts next to its own.
+"""Server of a prefill engine: computes prompts of decode engines next to its own.
 
-Each connection has a thread. It accepts one prefix at a time, passes it to the engine's thread, and
-sends the copied data. Connections are neither encrypted nor authenticated: they are for engines in
+A prefix is computed like any request, and sent layer by layer. One thread exchanges all messages
+with decode engines. Connections are neither encrypted nor authenticated: they are for engines in
 one trusted network.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import itertools
 import logging
@@ -16,183 +15,362 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
+import zmq
 
-from engine.errors import EngineStopped, RequestError
-from engine.plugins.disaggregation.link import Transfer, link
-from engine.plugins.disaggregation.outgoing import Outgoing, failure
-from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, difference
-from engine.plugins.disaggregation.wire import TransferCounts, TransferError, Wire, join
+from engine.errors import EngineStopped, RequestError, StepFailed
+from engine.interfaces import EngineCore
+from engine.plugins.disaggregation import DisaggregationConfig, wire
+from engine.plugins.disaggregation.prefix_buffer import (
+    PIECE_BYTES,
+    Copied,
+    PrefixBuffer,
+    difference,
+)
 from engine.requests.request import Request
-from engine.requests.spec import RequestSpec
+from engine.requests.spec import RequestSpec, SamplingParams
+from engine.schedule.batch import StepHooks
+from hybridcache.api import PrefixCache
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.tokens import Indices, Tokens
 
 logger = logging.getLogger(__name__)
 ALIVE_S = 1.0
 """Interval of the messages that a prefix is still being computed."""
 IDLE_S = 0.01
-REST_S = 0.5
-"""Pause after a failed accept, and time in which a refused connection may send its hello."""
 CLOSE_S = 1.0
-"""Time in which all connections may end by themselves, and again after they were broken off."""
-MAX_CONNECTIONS = 256
-"""Maximum number of connections, each with a thread, a socket and a process group. A decode engine
-makes up to ``fetch.MAX_FETCHES``."""
+"""Time in which all prefixes may end when the server is closed."""
+JOIN_S = 5.0
+"""Time for which the thread is waited for beyond that: a device that hangs may hold it up."""
+MAX_PREFIXES = 256
+"""Maximum number of prefixes in progress. A decode engine loads up to
+``prefix_fetch.MAX_FETCHES``."""
+MAX_QUEUED_BYTES = 64 << 20
+"""Maximum number of bytes of one prefix that are copied and not confirmed by the decode engine; the
+rest waits in the cache."""
 STOPPING = "the prefill engine is stopping"
 
 
-class PrefillServer:
+@dataclass(slots=True, eq=False)
+class Outgoing:
+    """A prefix that is being sent. Its fields belong to the engine's thread, except where noted."""
+
+    peer: bytes
+    """Connection to the decode engine."""
+    post: Callable[[Outgoing, wire.ToDecode, Copied | None], None] = field(repr=False)
+    """Queues a message for the decode engine."""
+    ask: wire.Ask
+    tokens: Tokens
+    """The prefix and one more token, so that its last position can be resumed from."""
+    _sent: list[int]
+    """For each part, the position up to which its rows are queued."""
+    request: Request | None = None
+    """Request that computes it, or None if all of it was cached."""
+    began_s: float = field(default_factory=time.monotonic)
+    unconfirmed_s: float | None = None
+    """Time of the last confirmation, or of the first message after it. None if all messages are
+    confirmed. Used by the server's thread."""
+    is_cancelled: bool = False
+    """Set by the server's thread when the decode engine has gone."""
+    has_ended: bool = False
+    is_whole: bool = False
+    """True if all of it is queued."""
+    num_queued_bytes: int = 0
+    num_taken_bytes: int = 0
+    """Number of queued bytes that the decode engine has confirmed; set by the server's thread."""
+    _receipt: Any = None
+    """Lock on the prefix once it is complete, else None."""
+
+    @property
+    def end(self) -> int:
+        return len(self.tokens) - 1
+
+    def spec(self, request_id: str) -> RequestSpec:
+        """Return the request that computes it."""
+        return RequestSpec(
+            self.tokens,
+            SamplingParams(max_tokens=1, temperature=0),
+            namespace=self.ask.namespace,
+            boundaries=self.ask.boundaries,
+            answer_survives=False,
+            save_at=(self.end,),
+            request_id=request_id,
+        )
+
+    def _finish(self, message: wire.ToDecode) -> None:
+        self.has_ended = True
+        self.post(self, message, None)
+
+    def fail(self, error: RequestError) -> None:
+        """Queue ``error`` as the last message."""
+        self._finish(wire.Failed(error.to_wire()))
+
+    def send_layer(self, unit: PrefixBuffer, part: int) -> None:
+        """Send the rows of ``part`` that the current step has written."""
+        request = self.request
+        if request is None or request.lease is None or self.has_ended or self._receipt is not None:
+            return
+        self._send_rows(unit, part, request.lease.kv_indices, request.scheduled_len)
+
+    def advance(self, unit: PrefixBuffer, manager: CacheManager) -> None:
+        """Send the rest of the prefix once it is complete, then its state. Called between two
+        steps."""
+        cache = manager.cache
+        if self._receipt is None and not self._settle(unit, cache):
+            return
+        match = cache.match(self.tokens, self.ask.namespace)
+        rows = cache.gather(match.node)
+        for part in range(len(unit.part_bytes)):
+            self._send_rows(unit, part, rows, self.end)
+        if any(sent < self.end for sent in self._sent):
+            return
+        if match.checkpoint is not None:
+            self._put(wire.Piece(None, self.end, self.end), unit.read_state(match.checkpoint))
+        cache.unlock(self._receipt)
+        self._receipt = None
+        self.is_whole = True
+        self._finish(wire.Done())
+
+    def _settle(self, unit: PrefixBuffer, cache: PrefixCache) -> bool:
+        """Lock the prefix if it is complete."""
+        request = self.request
+        if request is not None and request.finish_reason is None:
+            return False
+        match = cache.match(self.tokens, self.ask.namespace)
+        if match.cached_len < self.end:
+            why = "it was aborted" if request is None else request.error or "memory is short"
+            self.fail(StepFailed(f"the prefill engine could not keep it: {why}"))
+            return False
+        self._receipt = cache.lock(match.node)
+        return True
+
+    def give_up(self, why: str, cache: PrefixCache, abort: Callable[[str], object]) -> None:
+        """End without sending the rest. ``abort`` ends a request by its id."""
+        if self._receipt is not None:
+            cache.unlock(self._receipt)
+            self._receipt = None
+        if self.request is not None and self.request.finish_reason is None:
+            abort(self.request.request_id)
+        self.fail(StepFailed(why))
+
+    def _send_rows(self, unit: PrefixBuffer, part: int, rows: Indices, known: int) -> None:
+        until, step = min(known, self.end), max(1, PIECE_BYTES // unit.part_bytes[part])
+        while (start := self._sent[part]) < until and self._has_room:
+            end = min(start + step, until)
+            piece = np.ascontiguousarray(rows[start:end])
+            self._put(wire.Piece(part, start, end), unit.read_rows(part, piece))
+            self._sent[part] = end
+
+    @property
+    def _has_room(self) -> bool:
+        return self.num_queued_bytes - self.num_taken_bytes < MAX_QUEUED_BYTES
+
+    def _put(self, piece: wire.Piece, copied: Copied) -> None:
+        self.num_queued_bytes += copied.data.numel()
+        self.post(self, piece, copied)
+
+
+class PrefillServer(StepHooks):
     """Computes prefixes for other engines."""
 
     def __init__(
         self,
+        engine: EngineCore,
         manager: CacheManager,
         unit: PrefixBuffer,
-        address: tuple[str, int],
+        settings: DisaggregationConfig,
         own: Mapping[str, str],
-        counts: TransferCounts,
-        *,
-        timeout_s: float,
-        prepare: Callable[[RequestSpec], Request],
-        enqueue: Callable[[Request], None],
-        abort: Callable[[str], object],
+        counts: wire.TransferCounts,
         wake: Callable[[], None],
     ) -> None:
-        """Start listening. ``own`` is the engine's identity; the callables are methods of the
-        engine. Raises OSError if the address is not available."""
-        self._manager, self._unit, self._own, self.counts = manager, unit, own, counts
-        self._prepare, self._enqueue, self._abort = prepare, enqueue, abort
-        self._timeout_s = timeout_s
-        self.wake = wake
-        """Called by any thread when there is work."""
-        self._asked: queue.Queue[Outgoing] = queue.Queue()
+        """Start listening. ``own``: the engine's identity. ``wake`` is called by any thread when
+        there is work. Raises OSError if the address is not available."""
+        self._engine, self._manager, self._unit, self._own = engine, manager, unit, own
+        self._timeout_s, self.counts, self.wake = settings.transfer_timeout_s, counts, wake
+        self._asked: queue.SimpleQueue[Outgoing] = queue.SimpleQueue()
+        self._posted: queue.SimpleQueue[tuple[Outgoing, wire.ToDecode, Copied | None]]
+        self._posted = queue.SimpleQueue()
         self._active: list[Outgoing] = []
         self._numbers = itertools.count()
         self._news = threading.Event()
         self._advanced_s = time.monotonic()
-        self._lock = threading.Lock()
-        """Guards the next four fields, which threads of connections change."""
         self._is_accepting = True
-        self._is_closed = False
-        self._wires: set[Wire] = set()
-        self._answering: set[Wire] = set()
-        self._threads: set[threading.Thread] = set()
-        self._listener = socket.create_server(address)
-        self.address: tuple[str, int] = self._listener.getsockname()[:2]
-        threading.Thread(target=self._listen, name="transfers", daemon=True).start()
-        atexit.register(self._hang_up)
+        self._closes_s: float | None = None
+        """Time by ``time.monotonic`` at which the thread ends, or None before ``disconnect``."""
+        self._sessions: dict[bytes, Outgoing] = {}
+        """Accepted prefixes without an ``End`` of the decode engine, by connection. Changed by the
+        server's thread."""
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[wire.ToPrefill] = msgspec.msgpack.Decoder(
+            wire.ToPrefill
+        )
+        self._context: zmq.Context[Any] = zmq.Context(wire.IO_THREADS)
+        self.address = self._listen(settings.addresses[0])
+        self._bell, self._ear = socket.socketpair()  # wakes the thread up
+        self._bell.setblocking(False)
+        self._thread = threading.Thread(target=self._run, name="transfers", daemon=True)
+        self._thread.start()
 
-    def _listen(self) -> None:
-        while True:
+    def _listen(self, address: tuple[str, int]) -> tuple[str, int]:
+        """Return (host, port) that the server listens on."""
+        host = str(min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))[4][0])  # IPv4 first
+        self._router = wire.open_socket(self._context, zmq.ROUTER, host, self._timeout_s)
+        self._router.set(zmq.ROUTER_MANDATORY, 1)
+        self._router.set(zmq.MAXMSGSIZE, wire.MAX_ASK_BYTES)
+        self._router.sndhwm = 0  # MAX_QUEUED_BYTES is the limit.
+        try:
+            self._router.bind(wire.endpoint(host, address[1]))
+        except zmq.ZMQError as error:
+            self._context.destroy(0)
+            raise OSError(error.errno, error.strerror) from error
+        bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        return address[0], int(bound.rpartition(":")[2])
+
+    def _run(self) -> None:
+        """Exchange messages until the server is closed; the function of its thread."""
+        poller = zmq.Poller()
+        poller.register(self._router, zmq.POLLIN)
+        poller.register(self._ear, zmq.POLLIN)
+        checks_s = 0.0
+        try:
+            while (now := time.monotonic()) < self._ends_s:
+                if now >= checks_s:
+                    checks_s = now + ALIVE_S
+                    self._check_sessions(now)
+                rest_s = min(checks_s, self._ends_s) - now
+                if self._ear.fileno() in dict(poller.poll(max(0, round(1e3 * rest_s)))):
+                    self._ear.recv(4096)
+                self._receive_all()
+                self._send_all()
+        finally:
+            for peer in tuple(self._sessions):
+                self._drop(peer)
+            self._context.destroy(0)
+            self._bell.close()
+            self._ear.close()
+
+    @property
+    def _ends_s(self) -> float:
+        if self._closes_s is None:
+            return float("inf")
+        return self._closes_s if self._sessions else 0.0
+
+    def _receive_all(self) -> None:
+        for _ in range(wire.MAX_UNREAD):  # Then it is the turn of messages to send.
             try:
-                connection, _ = self._listener.accept()
-            except OSError as error:
-                if not self._is_accepting:
-                    return
-                # For example for lack of descriptors, which other connections may close.
-                logger.warning("A decode engine could not be accepted (%s).", error)
-                time.sleep(REST_S)
-                continue
-            self._receive_connection(connection)
-
-    def _receive_connection(self, connection: socket.socket) -> None:
-        """Serve ``connection`` in a new thread, or refuse it."""
-        try:
-            wire = Wire(connection, self._timeout_s)
-        except OSError:  # It has gone already.
-            connection.close()
-            return
-        thread = threading.Thread(target=self._talk, args=(wire,), name="transfer", daemon=True)
-        has_room = False
-        with self._lock, contextlib.suppress(RuntimeError):  # no thread can be started
-            if self._is_accepting and len(self._wires) < MAX_CONNECTIONS:
-                thread.start()
-                self._wires.add(wire)
-                self._threads = {one for one in self._threads if one.is_alive()} | {thread}
-                has_room = True
-        if not has_room:
-            _turn_away(wire)
-
-    def _talk(self, wire: Wire) -> None:
-        """Serve one connection, in a separate thread."""
-        transfer: Transfer | None = None
-        try:
-            hello, _ = wire.receive()
-            unlike = difference(self._own, hello.get("hello"))
-            if unlike is not None:
-                wire.send({"refused": f"it differs in {unlike}"})
+                peer, *frames = self._router.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
                 return
-            wire.send({"welcome": True})
-            transfer = link(wire, 0, self._timeout_s)
-            while True:
-                said, data = wire.receive(idles=True)
-                outgoing = _read_ask(said, data)
-                if not self._accept(wire, outgoing):
-                    wire.send(failure(EngineStopped(STOPPING)))
-                    return
-                try:
-                    self._answer(outgoing, wire, transfer)
-                finally:
-                    with self._lock:
-                        self._answering.discard(wire)
-                    self._news.set()
-        except TransferError as error:
-            logger.debug("A connection ended: %s.", error)
-        except Exception:
-            logger.exception("A connection failed.")
-        finally:
-            with self._lock:
-                self._wires.discard(wire)
-            self.counts.add(wire_bytes=wire.take_num_bytes())
-            wire.close()
-            if transfer is not None:
-                transfer.close()
+            self.counts.wire_bytes += sum(map(len, frames))
+            try:
+                self._receive(peer, self._decoder.decode(b"".join(frames)))
+            except ValueError as error:
+                self._fail(peer, StepFailed(f"it does not understand the message ({error})"))
 
-    def _accept(self, wire: Wire, outgoing: Outgoing) -> bool:
-        """Pass ``outgoing`` to the engine's thread. Returns False if the engine is stopping."""
-        with self._lock:
-            if not self._is_accepting:
-                return False
-            self._answering.add(wire)
-            self._asked.put(outgoing)
+    def _receive(self, peer: bytes, message: wire.ToPrefill) -> None:
+        """Handle one message. Raises ValueError if it is malformed."""
+        session = self._sessions.get(peer)
+        match message:
+            case wire.Ask() if session is None:
+                self._receive_ask(peer, message)
+            case wire.Ask():
+                raise ValueError("a second request")
+            case wire.Taken() if session is not None:
+                session.num_taken_bytes = min(message.num_bytes, session.num_queued_bytes)
+                is_all = session.num_taken_bytes == session.num_queued_bytes
+                is_all = is_all and not session.has_ended
+                session.unconfirmed_s = None if is_all else time.monotonic()
+                self._news.set()
+            case wire.End():
+                self._drop(peer)
+
+    def _receive_ask(self, peer: bytes, ask: wire.Ask) -> None:
+        """Pass a prefix to the engine's thread, or refuse it. Raises ValueError if it is
+        malformed."""
+        unlike = difference(self._own, ask.identity)
+        if unlike is not None:
+            self._fail(peer, StepFailed(f"it differs in {unlike}"))
+            return
+        tokens = np.frombuffer(ask.tokens, np.int32).copy()
+        if ask.start >= len(tokens):
+            raise ValueError("nothing is requested")
+        if len(self._sessions) >= MAX_PREFIXES:
+            self._fail(peer, StepFailed("it sends too many prefixes already"))
+            return
+        if not self._is_accepting:
+            self._fail(peer, EngineStopped(STOPPING))
+            return
+        sent = [ask.start] * len(self._unit.part_bytes)
+        self._sessions[peer] = Outgoing(peer, self._post, ask, tokens, sent)
+        self._asked.put(self._sessions[peer])
         self.wake()
-        return True
 
-    def _answer(self, outgoing: Outgoing, wire: Wire, transfer: Transfer) -> None:
-        """Send the messages of one accepted prefix. Raises TransferError if the decode engine has
+    def _check_sessions(self, now: float) -> None:
+        """Tell decode engines that their prefixes are being computed, and drop those that have
         gone."""
-        try:
+        for peer, session in tuple(self._sessions.items()):
+            advanced_s = max(session.began_s, self._advanced_s)
+            if not session.has_ended and now - advanced_s > self._timeout_s:
+                self._fail(peer, StepFailed("the engine computes nothing"))
+            elif session.unconfirmed_s and now - session.unconfirmed_s > self._timeout_s:
+                logger.debug("A decode engine confirms nothing.")
+                self._drop(peer)
+            else:
+                self._send(peer, wire.Alive())
+
+    def _send_all(self) -> None:
+        with contextlib.suppress(queue.Empty):
             while True:
-                try:
-                    message = outgoing.messages.get(timeout=ALIVE_S)
-                except queue.Empty:
-                    if time.monotonic() - self._advanced_s > self._timeout_s:
-                        raise TransferError("the engine computes nothing") from None
-                    wire.send({"alive": True})
-                    continue
-                wire.send(message.said)
-                if message.copied is not None:
-                    transfer.send(message.copied.wait().view(-1))
-                    wire.num_bytes += message.num_bytes
-                    outgoing.num_taken_bytes += message.num_bytes
-                    self._news.set()
-                if "done" in message.said or "failed" in message.said:
-                    break
-        except BaseException:
-            outgoing.is_cancelled = True
+                outgoing, message, copied = self._posted.get_nowait()
+                if self._sessions.get(outgoing.peer) is outgoing:
+                    outgoing.unconfirmed_s = outgoing.unconfirmed_s or time.monotonic()
+                    self._send(outgoing.peer, message, copied)
+
+    def _send(self, peer: bytes, message: wire.ToDecode, copied: Copied | None = None) -> None:
+        """Send a message. ZeroMQ keeps the memory of ``copied``, which nothing else changes, until
+        it is sent."""
+        frames: list[Any] = [peer, self._encoder.encode(message)]
+        try:
+            if copied is not None:
+                frames.append(copied.wait().view(-1).numpy())
+            self._router.send_multipart(frames, zmq.NOBLOCK, copy=False)
+        except (zmq.ZMQError, RuntimeError) as error:  # It has gone, or the device failed.
+            logger.debug("A prefix could not be sent: %s.", error)
+            self._drop(peer)
+        else:
+            self.counts.wire_bytes += sum(map(len, frames[1:]))
+
+    def _fail(self, peer: bytes, error: RequestError) -> None:
+        """Tell a decode engine that it gets nothing, or nothing more."""
+        self._drop(peer)
+        self._send(peer, wire.Failed(error.to_wire()))
+
+    def _drop(self, peer: bytes) -> None:
+        """Forget the session of a decode engine, if there is one."""
+        session = self._sessions.pop(peer, None)
+        if session is not None:
+            session.is_cancelled = True
+            self._news.set()
             self.wake()
-            raise
-        finally:
-            self.counts.add(wire_bytes=wire.take_num_bytes())
+
+    def _post(self, outgoing: Outgoing, message: wire.ToDecode, copied: Copied | None) -> None:
+        self._posted.put((outgoing, message, copied))
+        self._ring()
+
+    def _ring(self) -> None:
+        with contextlib.suppress(OSError):  # It has rung often already, or the thread has ended.
+            self._bell.send(b"\0")
 
     @property
     def has_work(self) -> bool:
         """See ``StepHooks``. While the engine drains, prefixes that are still being sent count."""
-        if self._is_closed:
+        if self._closes_s is not None:
             return False
-        is_sending = not self._is_accepting and bool(self._answering)
+        is_sending = not self._is_accepting and bool(self._sessions)
         return bool(self._active) or not self._asked.empty() or is_sending
 
     def send_layer(self, rank: int) -> None:
@@ -202,8 +380,8 @@ class PrefillServer:
             for outgoing in self._active:
                 outgoing.send_layer(self._unit, part)
 
-    def advance(self) -> None:
-        """Accept new prefixes, and send the complete ones. Called between two steps."""
+    def before_step(self) -> None:
+        """Accept new prefixes, and send the complete ones."""
         self._advanced_s = time.monotonic()
         self._news.clear()
         while not self._asked.empty():
@@ -218,34 +396,35 @@ class PrefillServer:
         self._active = [outgoing for outgoing in self._active if not outgoing.has_ended]
 
     def _take_in(self, outgoing: Outgoing) -> None:
-        match = self._manager.cache.match(outgoing.tokens, outgoing.namespace)
+        match = self._manager.cache.match(outgoing.tokens, outgoing.ask.namespace)
         if match.cached_len < outgoing.end:
             try:
                 request_id = f"transfer-{next(self._numbers)}"
-                outgoing.request = self._prepare(outgoing.spec(request_id))
+                outgoing.request = self._engine.prepare(outgoing.spec(request_id))
             except ValueError as error:
                 outgoing.fail(RequestError.of(error))
                 return
-            self._enqueue(outgoing.request)
+            self._engine.enqueue(outgoing.request)
         self._active.append(outgoing)
 
     def _give_up(self, outgoing: Outgoing, why: str) -> None:
-        outgoing.give_up(why, self._manager.cache, self._abort)
+        outgoing.give_up(why, self._manager.cache, self._engine.abort)
 
     def _count(self, outgoing: Outgoing) -> None:
         if outgoing.is_whole:
-            num_tokens = outgoing.end - outgoing.start
-            needed = num_tokens * self._unit.row_bytes + self._unit.state_bytes
-            self.counts.add(prefixes=1, tokens=num_tokens, needed_bytes=needed)
+            num_tokens = outgoing.end - outgoing.ask.start
+            self.counts.prefixes += 1
+            self.counts.tokens += num_tokens
+            self.counts.needed_bytes += num_tokens * self._unit.row_bytes + self._unit.state_bytes
         else:
-            self.counts.add(failed=1)
+            self.counts.failed += 1
 
     def wait(self) -> None:
         """See ``StepHooks``."""
         if self.has_work:
             self._news.wait(IDLE_S)
 
-    def give_up(self) -> None:
+    def on_step_failed(self) -> None:
         """See ``StepHooks``. Prefixes end, because the data sent in the failed step is unknown."""
         self._end_all("a step of the prefill engine failed")
 
@@ -257,58 +436,19 @@ class PrefillServer:
         self._active = []
 
     def stop_accepting(self) -> None:
-        """See ``StepHooks``. Prefixes in progress are completed. Other decode engines find the
-        connection closed; they compute the prompt or use another prefill engine."""
-        with self._lock:
-            self._is_accepting = False
-            idle = self._wires - self._answering
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for wire in idle:
-            wire.break_off()
+        """See ``StepHooks``. Prefixes in progress are completed. Other decode engines get an error;
+        they compute the prompt or use another prefill engine."""
+        self._is_accepting = False
 
-    def close(self) -> None:
-        """See ``StepHooks``. Ends prefixes in progress and all connections."""
-        if self._is_closed:
+    def disconnect(self) -> None:
+        """See ``StepHooks``. Ends prefixes in progress and all connections. Decode engines that are
+        not late get the error; the others find the connection closed."""
+        if self._closes_s is not None:
             return
-        self._is_closed = True
         self.stop_accepting()
         while not self._asked.empty():
             self._asked.get_nowait().fail(EngineStopped(STOPPING))
         self._end_all(STOPPING)
-        self._hang_up()
-
-    def _hang_up(self) -> None:
-        """End all connections: groups of torch.distributed must not be alive when the process ends.
-        Those with little left to send finish; the others are broken off."""
-        atexit.unregister(self._hang_up)
-        self.stop_accepting()
-        join(self._threads, CLOSE_S)
-        with self._lock:
-            wires = tuple(self._wires)
-        for wire in wires:
-            wire.break_off()
-        join(self._threads, CLOSE_S)
-
-
-def _turn_away(wire: Wire) -> None:
-    """Refuse a new connection."""
-    with contextlib.suppress(TransferError):
-        wire.receive(timeout_s=REST_S)  # Unread bytes would destroy the refusal on its way.
-        wire.send({"refused": "it has too many connections already, or is stopping"})
-    wire.close()
-
-
-def _read_ask(said: dict[str, Any], data: bytes) -> Outgoing:
-    """Parse a request for a prefix. Raises TransferError if it is malformed."""
-    match said.get("ask"):
-        case {
-            "start": int(start),
-            "namespace": str() | None as namespace,
-            "boundaries": list(boundaries),
-        } if all(isinstance(one, int) for one in boundaries) and not len(data) % 4:
-            tokens = np.frombuffer(data, np.int32).copy()
-            if 0 <= start < len(tokens):
-                return Outgoing(tokens, start, namespace, tuple(boundaries))
-    raise TransferError("malformed prefix request")
+        self._closes_s = time.monotonic() + CLOSE_S
+        self._ring()
+        self._thread.join(CLOSE_S + JOIN_S)

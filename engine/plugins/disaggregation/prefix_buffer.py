@@ -22,15 +22,17 @@ from hybridcache.geometry.sizes import KVSpec, Spec
 from hybridcache.tokens import Indices
 from kernels.upload import upload
 
-PROTOCOL = "2"
+PROTOCOL = "3"
 """Version of the messages between two engines."""
+PIECE_BYTES = 4 << 20
+"""Maximum size of one piece, except for a state and the KV of a single token."""
 
 
 def identity(config: EngineConfig, runner: ModelRunner) -> dict[str, str]:
     """Describe all properties that two engines must share. O(bytes of the weights)."""
     return {
         "transfer protocol": PROTOCOL,
-        **runner.identity(),
+        **{name: str(value) for name, value in runner.identity().items()},
         "layout of memory": digest_of(PrefixBuffer.of(runner).layout.encode()),
         "page size": str(config.page_size),
         "checkpoint grid": str(config.grid),
@@ -38,11 +40,9 @@ def identity(config: EngineConfig, runner: ModelRunner) -> dict[str, str]:
     }
 
 
-def difference(own: Mapping[str, str], other: object) -> str | None:
+def difference(own: Mapping[str, str], other: Mapping[str, str]) -> str | None:
     """Return the differing properties and the remedy as the end of a sentence, or None if there are
     none."""
-    if not isinstance(other, dict):
-        return "all, because it sends no identity"
     names = ", ".join(name for name in own if own[name] != other.get(name))
     return f"{names}: configure both the same" if names else None
 

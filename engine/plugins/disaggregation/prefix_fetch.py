@@ -1,154 +1,65 @@
 """The decode side: loads prefixes that a prefill engine computes into this engine's cache.
 
 For a waiting request, all tokens up to the last grid position before its end are requested, except
-for KV that is in the cache. Each prefix has a thread, which sends the request and receives the
-pieces. The engine's thread copies pieces into their rows between two steps, a bounded number of
-bytes at a time, and publishes the prefix when it is complete. Any error ends the load, and this
-engine computes the prompt.
+for KV that is in the cache. ZeroMQ receives pieces in the background. Between two steps they are
+copied into their rows, a bounded number of bytes at a time, and a complete prefix is published. Any
+error ends the load, and this engine computes the prompt.
 """
 
 from __future__ import annotations
 
-import atexit
 import logging
-import queue
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
-import msgspec
 import torch
+import zmq
 
-from engine.errors import InvalidRequest, RequestError, WireError
-from engine.plugins.disaggregation.link import Transfer, link
-from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
-from engine.plugins.disaggregation.wire import TransferCounts, TransferError, Wire, join
+from engine.errors import InvalidRequest, RequestError
+from engine.plugins.disaggregation import DisaggregationConfig, wire
+from engine.plugins.disaggregation.prefix_buffer import PIECE_BYTES, PrefixBuffer
 from engine.requests.request import Request
 from engine.text.outputs import Transferred
 from hybridcache.api import PrefixMatch
 from hybridcache.export.arrival import Arrival
 from hybridcache.geometry.units import counted
 from hybridcache.scheduling.cache_manager import CacheManager
-from hybridcache.tokens import Tokens
 
 logger = logging.getLogger(__name__)
 MAX_FETCHES = 8
-"""Maximum number of loads in progress, each with a thread and a link."""
-MAX_PIECES = 32
-"""Maximum number of received pieces of one prefix that are not yet copied. Then the sender
-waits."""
+"""Maximum number of loads in progress, each with a connection."""
 MAX_COPIED_BYTES = 32 << 20
 """Maximum number of bytes copied between two steps."""
-CLOSE_S = 1.0
-"""Time in which the threads of all loads may end, together."""
 REST_S = 5.0
 """Time in which a prefill engine is not used after a failure."""
 
 
-NOTHING = torch.empty(0, dtype=torch.uint8)
-
-
-class ArrivedPiece(NamedTuple):
-    """Some KV of one part, or a state."""
-
-    part: int | None
-    """Index of the part, or None for the state."""
-    start: int
-    end: int
-    num_bytes: int
-    data: torch.Tensor = NOTHING
-
-
-class Linked(NamedTuple):
-    """A connection to a prefill engine that has accepted this engine."""
-
-    wire: Wire
-    transfer: Transfer
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.wire.close()
-        self.transfer.close()
-
-
+@dataclass(slots=True)
 class Peer:
-    """One prefill engine, with its unused connections."""
+    """One prefill engine."""
 
-    def __init__(self, address: tuple[str, int], own: Mapping[str, str], timeout_s: float) -> None:
-        self.address, self._own, self._timeout_s = address, dict(own), timeout_s
-        self._idle: list[Linked] = []
-        self._lock = threading.Lock()
-        self.rests_until = 0.0
-        """Time by ``time.monotonic`` before which it is not used."""
-
-    def take(self, on_wire: Callable[[Wire], None]) -> Linked:
-        """Return a connection. ``on_wire`` is called with its wire, so that it can be broken off.
-        Raises TransferError without an answer, or if the model differs."""
-        with self._lock:
-            while self._idle:
-                linked = self._idle.pop()
-                if linked.wire.is_quiet:
-                    on_wire(linked.wire)
-                    return linked
-                linked.close()
-        wire = Wire.connect(self.address, self._timeout_s)
-        on_wire(wire)
-        try:
-            wire.send({"hello": self._own})
-            answer, _ = wire.receive()
-            if "welcome" not in answer:
-                raise TransferError(str(answer.get("refused", "it gives no reason")))
-            return Linked(wire, link(wire, 1, self._timeout_s))
-        except BaseException:
-            wire.close()
-            raise
-
-    def give_back(self, linked: Linked) -> None:
-        """Return a connection that can be used again."""
-        with self._lock:
-            self._idle.append(linked)
-
-    def close(self) -> None:
-        """Close the unused connections."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for linked in idle:
-            linked.close()
+    address: tuple[str, int]
+    rests_until: float = 0.0
+    """Time by ``time.monotonic`` before which it is not used."""
 
 
 class PeerFetch:
-    """Load of one prefix. The thread that follows it fills ``pieces`` and sets ``outcome`` at its
-    end; everything else belongs to the engine's thread."""
+    """Load of one prefix."""
 
-    def __init__(
-        self, fetcher: PeerFetcher, peer: Peer, arrival: Arrival, tokens: Tokens, request: Request
-    ) -> None:
+    def __init__(self, fetcher: PeerFetcher, peer: Peer, arrival: Arrival) -> None:
         self._fetcher, self._unit, self.peer, self.arrival = fetcher, fetcher.unit, peer, arrival
-        self.tokens, self.namespace, self.boundaries = tokens, request.namespace, request.boundaries
         self.start, self.end = arrival.start, arrival.end
-        self.needs_state = arrival.slot is not None
-        self.pieces: queue.Queue[ArrivedPiece] = queue.Queue(MAX_PIECES)
-        self.outcome: str | None = None
-        """Result of its thread: "" or the error. None while it runs."""
-        self.is_cancelled = False
+        self.connection: wire.Connection | None = None
         self.has_ended = False
-        self._lock = threading.Lock()
-        self._wire: Wire | None = None
-        """Connection that its thread uses, else None."""
         self.num_fetched = self.wire_bytes = 0
-        self._num_bytes = 0
-
-    @property
-    def needed_bytes(self) -> int:
+        state_bytes = 0 if arrival.slot is None else self._unit.state_bytes
+        self.needed_bytes = (self.end - self.start) * self._unit.row_bytes + state_bytes
         """Bytes of the KV and the state to receive."""
-        state = self._unit.state_bytes if self.needs_state else 0
-        return (self.end - self.start) * self._unit.row_bytes + state
-
-    @property
-    def is_whole(self) -> bool:
-        """True if all bytes are copied."""
-        return self._num_bytes == self.needed_bytes
+        self._num_bytes = 0
+        self._next = [self.start] * len(self._unit.part_bytes)
+        """For each part, the first position that has not arrived."""
 
     @property
     def transferred(self) -> Transferred:
@@ -156,61 +67,53 @@ class PeerFetch:
         needed_bytes = self.needed_bytes if self.num_fetched else 0
         return Transferred(self.num_fetched, needed_bytes, self.wire_bytes)
 
-    def expect(self, said: object) -> ArrivedPiece:
-        """Return the announced piece without its bytes. Raises TransferError if it is not part of
-        this prefix."""
-        match said:
-            case [None, int(), int()] if self.needs_state:
-                return ArrivedPiece(None, self.end, self.end, self._unit.state_bytes)
-            case [int(part), int(start), int(end)] if (
-                0 <= part < len(self._unit.part_bytes) and self.start <= start < end <= self.end
-            ):
-                return ArrivedPiece(part, start, end, (end - start) * self._unit.part_bytes[part])
-        raise TransferError(f"the piece {said!r} was not requested")
+    def receive(self, connection: wire.Connection, max_bytes: int) -> tuple[int, bool]:
+        """Copy arrived pieces until they have ``max_bytes`` or more.
 
-    def write(self, piece: ArrivedPiece) -> None:
-        """Copy ``piece`` to the current place of its rows or slot."""
-        if piece.part is None:
-            assert self.arrival.slot is not None
-            self._unit.write_state(self.arrival.slot, piece.data)
-        else:
+        Returns the number of bytes, and True if the prefix is complete. Raises TransferError if it
+        will not arrive, and RequestError with the reason that the prefill engine gives.
+        """
+        num_bytes = 0
+        while num_bytes < max_bytes and (received := connection.receive()) is not None:
+            message, data = received
+            match message:
+                case wire.Piece():
+                    self._write(message, data)
+                    num_bytes += len(data)
+                    self._num_bytes += len(data)
+                    connection.send(wire.Taken(self._num_bytes))
+                case wire.Alive():
+                    pass
+                case wire.Done() if self._num_bytes == self.needed_bytes:
+                    return num_bytes, True
+                case wire.Done():
+                    raise wire.TransferError("it sent less than was requested")
+                case wire.Failed():
+                    raise RequestError.from_wire(message.error)
+        return num_bytes, False
+
+    def _write(self, piece: wire.Piece, data: memoryview) -> None:
+        """Copy ``data``, which must be the next piece of its part, to the current place of its rows
+        or slot. Raises TransferError for another piece."""
+        part, slot = piece.part, self.arrival.slot
+        if part is None and slot is not None and len(data) == self._unit.state_bytes:
+            self._unit.write_state(slot, _tensor(data))
+        elif (
+            part is not None
+            and 0 <= part < len(self._next)
+            and self._next[part] == piece.start < piece.end <= self.end
+            and len(data) == (piece.end - piece.start) * self._unit.part_bytes[part]
+        ):
             rows = self.arrival.rows[piece.start - self.start : piece.end - self.start]
-            data = piece.data.view(len(rows), self._unit.part_bytes[piece.part])
-            self._unit.write_rows(piece.part, rows, data)
-        self._num_bytes += piece.num_bytes
+            self._unit.write_rows(part, rows, _tensor(data).view(len(rows), -1))
+            self._next[part] = piece.end
+        else:
+            raise wire.TransferError(f"{piece} with {counted(len(data), 'byte')} was not requested")
 
     def cancel(self) -> None:
-        """See ``Fetch``. The thread ends soon, independent of the other side."""
-        with self._lock:
-            self.is_cancelled = True
-            if self._wire is not None:
-                self._wire.break_off()
+        """See ``Fetch``."""
         if not self.has_ended:
-            self._fetcher.end(self, False)
-
-    def uses(self, wire: Wire) -> None:
-        """Record ``wire`` as the connection of the thread, which calls this."""
-        with self._lock:
-            self._wire = wire
-            if self.is_cancelled:
-                wire.break_off()
-
-    def lets_go(self) -> bool:
-        """Return True if the connection can be used again. Called by the thread when it has
-        finished."""
-        with self._lock:
-            self._wire = None
-            return not self.is_cancelled
-
-    def hand_over(self, piece: ArrivedPiece) -> None:
-        """Wait until there is room for ``piece``. Called by the thread. Raises TransferError if the
-        load was cancelled."""
-        while not self.is_cancelled:
-            try:
-                return self.pieces.put(piece, timeout=0.1)
-            except queue.Full:
-                continue
-        raise TransferError("the request has gone")
+            self._fetcher.end(self, is_whole=False)
 
 
 class PeerFetcher:
@@ -220,19 +123,19 @@ class PeerFetcher:
         self,
         manager: CacheManager,
         unit: PrefixBuffer,
-        peers: Sequence[Peer],
-        counts: TransferCounts,
-        *,
-        fetch_above: int,
+        settings: DisaggregationConfig,
+        own: Mapping[str, str],
+        counts: wire.TransferCounts,
     ) -> None:
-        """Prefixes with fewer tokens to compute than ``fetch_above`` are computed by this
-        engine."""
-        self._manager, self.unit, self._peers = manager, unit, peers
-        self._fetch_above, self.counts = fetch_above, counts
+        """``own``: the engine's identity."""
+        self._manager, self.unit, self._own, self.counts = manager, unit, dict(own), counts
+        self._peers = [Peer(address) for address in settings.addresses]
+        self._fetch_above, self._timeout_s = settings.fetch_above, settings.transfer_timeout_s
+        self._max_bytes = max(PIECE_BYTES, unit.state_bytes, *unit.part_bytes)
         self._active: list[PeerFetch] = []
-        self._news = threading.Event()
-        self._threads: set[threading.Thread] = set()
-        atexit.register(self.close)
+        # That of the process: closed connections end in the background.
+        self._context: zmq.Context[Any] = zmq.Context.instance(wire.IO_THREADS)
+        self._poller = zmq.Poller()
 
     @property
     def has_room(self) -> bool:
@@ -247,20 +150,29 @@ class PeerFetcher:
 
     def begin(self, request: Request, match: PrefixMatch) -> PeerFetch | None:
         """See ``Fetcher``."""
-        peer = self._choose()
+        peer, end, namespace = self._choose(), self._end(request), request.namespace
         if peer is None:
             return None
-        end = self._end(request)
-        tokens = request.tokens[: end + 1].copy()
-        arrival = self._manager.begin_arrival(tokens[:end], request.namespace)
+        arrival = self._manager.begin_arrival(request.tokens[:end].copy(), namespace)
         if arrival is None:
             return None
-        fetch = PeerFetch(self, peer, arrival, tokens, request)
+        fetch = PeerFetch(self, peer, arrival)
         self._active.append(fetch)
-        thread = threading.Thread(target=self._follow, args=(fetch,), name="fetch", daemon=True)
-        self._threads = {one for one in self._threads if one.is_alive()} | {thread}
-        thread.start()
+        assert isinstance(namespace, str | None)
+        tokens = request.tokens[: end + 1].tobytes()
+        ask = wire.Ask(self._own, tokens, arrival.start, namespace, request.boundaries)
+        self._attempt(fetch, lambda: self._connect(fetch, ask))
         return fetch
+
+    def _connect(self, fetch: PeerFetch, ask: wire.Ask) -> None:
+        fetch.connection = wire.Connection(
+            self._context,
+            self._poller,
+            fetch.peer.address,
+            timeout_s=self._timeout_s,
+            max_bytes=self._max_bytes,
+        )
+        fetch.connection.send(ask)
 
     def _end(self, request: Request) -> int:
         """Return the last grid position below the end of ``request``."""
@@ -274,109 +186,68 @@ class PeerFetcher:
         busy = [fetch.peer for fetch in self._active]
         return min(awake, key=busy.count, default=None)
 
-    def _follow(self, fetch: PeerFetch) -> None:
-        """Follow one prefix; the function of its thread."""
-        linked, outcome, is_refused = None, "", False
+    def _attempt(self, fetch: PeerFetch, action: Callable[[], None]) -> None:
+        """Call ``action``; end the load if it fails."""
         try:
-            linked = fetch.peer.take(fetch.uses)
-            _receive(fetch, linked, self._news)
-        except TransferError as error:
-            outcome = str(error)
-        except RequestError as error:
-            # If the other engine cannot serve this prompt, later prompts may still work.
-            outcome, is_refused = str(error).rstrip("."), isinstance(error, InvalidRequest)
+            action()
         except Exception as error:
-            logger.exception("A transfer failed.")
-            outcome = repr(error)
-        if linked is not None:
-            fetch.wire_bytes = linked.wire.take_num_bytes()
-            self.counts.add(wire_bytes=fetch.wire_bytes)
-            if fetch.lets_go() and (not outcome or is_refused):
-                fetch.peer.give_back(linked)
-            else:
-                linked.close()
-        if outcome and not fetch.is_cancelled:
-            if not is_refused:
+            # If the other engine cannot serve this prompt, later prompts may still work.
+            if not isinstance(error, InvalidRequest):
                 fetch.peer.rests_until = time.monotonic() + REST_S
+            if not isinstance(error, wire.TransferError | RequestError):
+                logger.exception("A transfer failed.")
             logger.warning(
                 "A prefix of %s did not come from %s:%d, and is computed here: %s.",
                 counted(fetch.end, "token"),
                 *fetch.peer.address,
-                outcome,
+                str(error).rstrip("."),
             )
-        fetch.outcome = outcome
-        self._news.set()
+            self.end(fetch, is_whole=False)
 
     def advance(self) -> None:
         """See ``Fetcher``."""
-        self._news.clear()
         left = MAX_COPIED_BYTES
-        for fetch in tuple(self._active):
-            has_thread_ended = fetch.outcome is not None
-            while left > 0 and not fetch.pieces.empty():
-                piece = fetch.pieces.get_nowait()
-                fetch.write(piece)
-                left -= piece.num_bytes
-            if has_thread_ended and fetch.pieces.empty():
-                self.end(fetch, not fetch.outcome and fetch.is_whole)
-        if left <= 0:
-            self._news.set()
 
-    def end(self, fetch: PeerFetch, is_whole: bool) -> None:
+        def receive() -> None:
+            nonlocal left
+            assert fetch.connection is not None
+            num_bytes, is_whole = fetch.receive(fetch.connection, left)
+            left -= num_bytes
+            if is_whole:
+                self.end(fetch, is_whole=True)
+
+        for fetch in tuple(self._active):
+            self._attempt(fetch, receive)
+
+    def end(self, fetch: PeerFetch, *, is_whole: bool) -> None:
         """Publish a complete prefix, or release its memory."""
         self._active.remove(fetch)
         self._manager.end_arrival(fetch.arrival, is_whole=is_whole)
+        if fetch.connection is not None:
+            fetch.connection.close()
+            fetch.wire_bytes = fetch.connection.num_bytes
+            self.counts.wire_bytes += fetch.wire_bytes
         fetch.has_ended = True
         if is_whole:
             fetch.num_fetched = fetch.end - fetch.start
-            self.counts.add(prefixes=1, tokens=fetch.num_fetched, needed_bytes=fetch.needed_bytes)
+            self.counts.prefixes += 1
+            self.counts.tokens += fetch.num_fetched
+            self.counts.needed_bytes += fetch.needed_bytes
         else:
-            self.counts.add(failed=1)
+            self.counts.failed += 1
 
     def wait(self, timeout_s: float) -> None:
         """See ``Fetcher``."""
-        self._news.wait(timeout_s)
+        self._poller.poll(round(1e3 * timeout_s))
 
     def close(self) -> None:
-        """See ``Fetcher``. Groups of torch.distributed must not be alive when the process ends."""
-        atexit.unregister(self.close)
+        """See ``Fetcher``."""
         for fetch in tuple(self._active):
             fetch.cancel()
-        threads, self._threads = self._threads, set()
-        join(threads, CLOSE_S)
-        for peer in self._peers:
-            peer.close()
 
 
-def _failure(said: object) -> RequestError:
-    """Return the error that the prefill engine sent. Raises TransferError if it is malformed."""
-    try:
-        return RequestError.from_wire(msgspec.convert(said, WireError))
-    except msgspec.ValidationError as error:
-        raise TransferError(f"it failed without a readable reason ({error})") from None
-
-
-def _receive(fetch: PeerFetch, linked: Linked, news: threading.Event) -> None:
-    """Request the prefix and receive its pieces. Raises TransferError if it does not arrive, and
-    RequestError with the reason that the prefill engine gives."""
-    wire, transfer = linked
-    ask = {
-        "start": fetch.start,
-        "namespace": fetch.namespace,
-        "boundaries": list(fetch.boundaries),
-    }
-    wire.send({"ask": ask}, fetch.tokens.tobytes())
-    while True:
-        message, _ = wire.receive()
-        if fetch.is_cancelled:
-            raise TransferError("the request has gone")
-        if "failed" in message:
-            raise _failure(message["failed"])
-        if "done" in message:
-            return
-        if "piece" in message:
-            piece = fetch.expect(message["piece"])
-            data = transfer.receive(piece.num_bytes)
-            wire.num_bytes += piece.num_bytes
-            fetch.hand_over(piece._replace(data=data))
-            news.set()
+def _tensor(data: memoryview) -> torch.Tensor:
+    """Return ``data`` as uint8, in the same memory, which it keeps alive, unless a small message
+    begins at an odd address."""
+    tensor = torch.frombuffer(data, dtype=torch.uint8)
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor

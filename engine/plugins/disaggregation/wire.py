@@ -1,28 +1,111 @@
-"""Messages between two engines: short JSON objects over a TCP connection, each optionally with
-bytes.
+"""Messages between two engines over ZeroMQ.
 
-torch.distributed moves tensors of known sizes between connected processes. Everything else
-(requests, tokens, announcements of data, failures) is exchanged here.
+A prefill engine has one ROUTER socket. A decode engine opens a DEALER socket for each prefix, sends
+``Ask``, and receives any number of ``Piece``, each followed by a frame with its bytes, then
+``Done`` or ``Failed``. It confirms each piece with ``Taken`` and sends ``End`` at its own end.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
-import select
-import socket
-import struct
-import threading
 import time
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import zmq
+
+from engine.errors import WireError
+
+IO_THREADS = 2
+"""Number of ZeroMQ's threads per engine, to which connections are distributed."""
+MAX_ASK_BYTES = 1 << 26
+"""Maximum size of a message to a prefill engine."""
+MAX_UNREAD = 32
+"""Maximum number of messages of one connection that are received and not read."""
+LINGER_S = 0.5
+"""Maximum time in which a closed connection sends its last messages."""
+KEEPALIVE = {
+    zmq.TCP_KEEPALIVE: 1,
+    zmq.TCP_KEEPALIVE_IDLE: 30,
+    zmq.TCP_KEEPALIVE_INTVL: 10,
+    zmq.TCP_KEEPALIVE_CNT: 3,
+}
+"""Seconds of silence before the system probes the other side, seconds between probes, and number of
+unanswered probes after which the connection is closed."""
+IS_LOST = (
+    zmq.EVENT_CLOSED
+    | zmq.EVENT_CONNECT_RETRIED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
+Position = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
+class TransferError(RuntimeError):
+    """The transfer failed; the message is one sentence."""
+
+
+class TransferMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of the messages. The type is encoded in the first field."""
+
+
+class Ask(TransferMessage, frozen=True):
+    """Request for a prefix."""
+
+    identity: dict[str, str]
+    """See ``prefix_buffer.identity``."""
+    tokens: bytes
+    """The prefix and one more token: int32[n] in the machine's byte order."""
+    start: Position
+    """First position without KV."""
+    namespace: str | None
+    boundaries: tuple[Position, ...]
+
+
+class Taken(TransferMessage, frozen=True):
+    """Confirmation of pieces."""
+
+    num_bytes: Annotated[int, msgspec.Meta(ge=0)]
+    """Bytes of all pieces received so far."""
+
+
+class End(TransferMessage, frozen=True):
+    """The decode engine expects no more messages."""
+
+
+class Piece(TransferMessage, frozen=True):
+    """KV of positions ``start`` to ``end``, or a state. Its bytes follow in a second frame."""
+
+    part: int | None
+    """Index of the part, or None for the state."""
+    start: int
+    end: int
+
+
+class Alive(TransferMessage, frozen=True):
+    """The prefix is still being computed."""
+
+
+class Done(TransferMessage, frozen=True):
+    """All pieces were sent."""
+
+
+class Failed(TransferMessage, frozen=True):
+    """The prefix was refused, or could not be computed."""
+
+    error: WireError
+
+
+ToPrefill = Ask | Taken | End
+ToDecode = Piece | Alive | Done | Failed
 
 
 @dataclass(slots=True)
 class TransferCounts:
-    """Counters of one engine since its start. Safe to use from any thread."""
+    """Counters of one engine since its start. Each is changed by one thread only."""
 
     prefixes: int = 0
     """Number of complete transfers."""
@@ -34,130 +117,101 @@ class TransferCounts:
     """Bytes of KV and states of complete transfers."""
     wire_bytes: int = 0
     """All bytes sent and received, including messages and failed transfers."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-
-    def add(self, **counts: int) -> None:
-        """Add to the named counters."""
-        with self._lock:
-            for name, count in counts.items():
-                setattr(self, name, getattr(self, name) + count)
-
-    def as_dict(self) -> dict[str, int]:
-        """Return the counters by name."""
-        names = [one.name for one in dataclasses.fields(self) if one.name[0] != "_"]
-        with self._lock:
-            return {name: getattr(self, name) for name in names}
 
 
-FRAME = struct.Struct("!II")
-MAX_JSON, MAX_BYTES = 1 << 20, 1 << 28
-KEEPALIVE = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
-"""Seconds of silence before the system probes the other side, seconds between probes, and number of
-unanswered probes after which the connection is closed. Idle connections have no other time
-limit."""
+def open_socket(
+    context: zmq.Context[Any], kind: int, host: str, timeout_s: float
+) -> zmq.Socket[bytes]:
+    """Return a new socket for ``host``. Connections that do not complete ZeroMQ's handshake within
+    ``timeout_s`` are closed."""
+    made: zmq.Socket[bytes] = context.socket(kind)
+    made.linger = round(1e3 * LINGER_S)
+    made.rcvhwm = MAX_UNREAD
+    made.set(zmq.IPV6, ":" in host)
+    made.set(zmq.HANDSHAKE_IVL, max(1, round(1e3 * timeout_s)))
+    made.set(zmq.RECONNECT_IVL, 1 << 30)  # Never; with -1, unread messages would be dropped.
+    for option, value in KEEPALIVE.items():
+        made.set(option, value)
+    return made
 
 
-class TransferError(RuntimeError):
-    """The transfer failed; the message is one sentence."""
+def endpoint(host: str, port: int) -> str:
+    """Return the address in ZeroMQ's form."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
-class Wire:
-    """One end of a connection, for one thread at a time."""
+class Connection:
+    """A decode engine's connection for one prefix. No method waits."""
 
-    def __init__(self, connection: socket.socket, timeout_s: float) -> None:
-        self._socket = connection
-        connection.settimeout(timeout_s)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEPALIVE.items():
-            if hasattr(socket, name):  # not on every system
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    def __init__(
+        self,
+        context: zmq.Context[Any],
+        poller: zmq.Poller,
+        address: tuple[str, int],
+        *,
+        timeout_s: float,
+        max_bytes: int,
+    ) -> None:
+        """Start to connect. ``poller`` returns when there is something to receive. ``max_bytes``:
+        maximum size of a piece. Raises TransferError if there is no such address."""
+        self._poller, self._timeout_s = poller, timeout_s
+        self._heard_s = time.monotonic()
         self.num_bytes = 0
-        """Bytes sent and received. Tensors sent next to it are added by the caller."""
-
-    @classmethod
-    def connect(cls, address: tuple[str, int], timeout_s: float) -> Wire:
-        """Connect to ``address``. Raises TransferError if there is no answer."""
+        """Bytes sent and received."""
+        self._encoder = msgspec.msgpack.Encoder()
+        self._decoder: msgspec.msgpack.Decoder[ToDecode] = msgspec.msgpack.Decoder(ToDecode)
+        self._socket = open_socket(context, zmq.DEALER, address[0], timeout_s)
+        self._socket.maxmsgsize = max_bytes
+        self._events = self._socket.get_monitor_socket(IS_LOST)
         try:
-            return cls(socket.create_connection(address, timeout_s), timeout_s)
-        except OSError as error:
-            raise TransferError(f"there is no answer ({error})") from error
+            self._socket.connect(endpoint(*address))
+        except zmq.ZMQError as error:
+            self.close()
+            raise TransferError(f"there is no such address ({error})") from error
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._events, zmq.POLLIN)
 
-    @property
-    def is_quiet(self) -> bool:
-        """True if no message is waiting and the other side has not gone."""
-        return not select.select([self._socket], [], [], 0)[0]
-
-    def take_num_bytes(self) -> int:
-        """Return the number of bytes sent and received since the last call."""
-        count, self.num_bytes = self.num_bytes, 0
-        return count
-
-    @property
-    def own_host(self) -> str:
-        """Address of this end."""
-        return str(self._socket.getsockname()[0])
-
-    def send(self, message: dict[str, Any], data: bytes = b"") -> None:
-        """Send a message. Raises TransferError if the other side has gone, or does not receive it
-        in time."""
-        text = json.dumps(message).encode()
-        frame = FRAME.pack(len(text), len(data)) + text + data
+    def send(self, message: ToPrefill) -> None:
+        """Send a message. Raises TransferError if the other side has gone."""
+        data = self._encoder.encode(message)
         try:
-            self._socket.sendall(frame)
-        except OSError as error:
-            raise TransferError(f"the other side takes nothing ({error})") from error
-        self.num_bytes += len(frame)
+            self._socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            raise TransferError("the other side has gone") from None
+        self.num_bytes += len(data)
 
-    def receive(
-        self, *, idles: bool = False, timeout_s: float | None = None
-    ) -> tuple[dict[str, Any], bytes]:
-        """Return the next message and its bytes.
+    def receive(self) -> tuple[ToDecode, memoryview] | None:
+        """Return the next message and its bytes, which keep ZeroMQ's memory alive, or None if
+        nothing has arrived.
 
-        With ``idles``, wait for the message without a limit. ``timeout_s`` replaces the
-        connection's limit of silence. Raises TransferError if the other side has gone, is silent
-        for too long, or sends anything else.
+        Raises TransferError if the other side has gone, is silent for too long, or sends anything
+        else.
         """
-        usual_s = self._socket.gettimeout()
-        rest_s = usual_s if timeout_s is None else timeout_s
+        is_lost = int(self._events.get(zmq.EVENTS)) & zmq.POLLIN  # Read before the messages.
+        now = time.monotonic()
         try:
-            self._socket.settimeout(None if idles else rest_s)
-            head = self._read(FRAME.size)
-            self._socket.settimeout(rest_s)
-            num_text, num_data = FRAME.unpack(head)
-            if num_text > MAX_JSON or num_data > MAX_BYTES:
-                raise TransferError("the message does not follow this protocol")
-            message, data = json.loads(self._read(num_text)), self._read(num_data)
-            self._socket.settimeout(usual_s)
-        except (OSError, ValueError, RecursionError) as error:
-            raise TransferError(f"the other side is silent or unclear ({error})") from error
-        self.num_bytes += FRAME.size + num_text + num_data
-        if not isinstance(message, dict):
-            raise TransferError("the message does not follow this protocol")
-        return message, data
-
-    def _read(self, num_bytes: int) -> bytes:
-        data = bytearray()
-        while len(data) < num_bytes:
-            piece = self._socket.recv(min(num_bytes - len(data), 1 << 20))
-            if not piece:
-                raise TransferError("the other side has gone")
-            data += piece
-        return bytes(data)
-
-    def break_off(self) -> None:
-        """Stop the thread that sends or receives. Called in any other thread."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+            head, *rest = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            if is_lost:
+                raise TransferError("there is no answer, or the other side has gone") from None
+            if now - self._heard_s > self._timeout_s:
+                raise TransferError(f"it was silent for {self._timeout_s:g} seconds") from None
+            return None
+        self._heard_s = now
+        data = rest[0].buffer if rest else memoryview(b"")
+        self.num_bytes += len(head) + len(data)
+        try:
+            return self._decoder.decode(head.buffer), data
+        except ValueError as error:
+            raise TransferError(f"the other side is unclear ({error})") from error
 
     def close(self) -> None:
-        """Close the connection. Called in the thread that uses it."""
-        self.break_off()
+        """Send ``End`` and close the connection."""
+        with contextlib.suppress(TransferError):
+            self.send(End())
+        for one in (self._socket, self._events):
+            if one in self._poller:
+                self._poller.unregister(one)
+        self._socket.disable_monitor()
+        self._events.close()
         self._socket.close()
-
-
-def join(threads: Iterable[threading.Thread], timeout_s: float) -> None:
-    """Wait until all ``threads`` have ended, for ``timeout_s`` seconds in total."""
-    deadline = time.monotonic() + timeout_s
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))

@@ -7,13 +7,15 @@ import logging
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from engine import Engine
-from engine.plugins.disaggregation import prefix_fetch as fetch
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
+from engine.plugins.disaggregation.prefix_fetch import PeerFetch
+from engine.plugins.disaggregation.wire import Piece
 from engine.server.context import usage
 from engine.text.outputs import OutputAccumulator, delta_of
 from tests.engine.transfer.pair import (
@@ -50,7 +52,7 @@ def test_two_processes_give_the_tokens_of_one_cold_and_on_hits(
     first, second = text(0, 700), text(0, 300) + text(1, 250)
     assert_same(plain, engine, [first, second])
     transferred = engine.plugins["disaggregation"].counts
-    counts = transferred.as_dict()
+    counts = asdict(transferred)
     buffer = PrefixBuffer.of(engine.runner)
     row, state = buffer.row_bytes, buffer.state_bytes
     assert (counts["prefixes"], counts["failed"]) == (2, 0)
@@ -58,9 +60,9 @@ def test_two_processes_give_the_tokens_of_one_cold_and_on_hits(
     assert counts["needed_bytes"] == counts["tokens"] * row + 2 * state
     assert counts["needed_bytes"] < counts["wire_bytes"] <= 1.05 * counts["needed_bytes"]
     assert_same(plain, engine, [first, second, text(0, 290) + text(2, 30)])
-    before, longer = transferred.as_dict(), first + text(3, 400)
+    before, longer = asdict(transferred), first + text(3, 400)
     assert_same(plain, engine, [longer])
-    sent = {name: count - before[name] for name, count in transferred.as_dict().items()}
+    sent = {name: count - before[name] for name, count in asdict(transferred).items()}
     assert sent["tokens"] == (len(longer) - 1) // 64 * 64 - len(first)
     engine.check()
 
@@ -79,7 +81,7 @@ def test_a_request_says_what_went_over_for_it(far: tuple[int, int]) -> None:
         (192, 192 * row + state),
     ]
     whole = usage(outputs, 1)["prompt_tokens_details"]["transferred"]
-    counts = transferred.as_dict()
+    counts = asdict(transferred)
     assert whole == {name: counts[name] for name in ("tokens", "needed_bytes", "wire_bytes")}
     news = [delta_of(output) for output in outputs]
     answers = [
@@ -97,16 +99,16 @@ def test_a_prefill_engine_killed_in_the_middle_costs_no_token(
 ) -> None:
     """The last test that ``far`` lives to see."""
     engine = decode_engine(far[1])
-    hand_over, num_pieces = fetch.PeerFetch.hand_over, 0
+    write, num_pieces = PeerFetch._write, 0
 
-    def kill_at_the_third(self: fetch.PeerFetch, piece: fetch.ArrivedPiece) -> None:
+    def kill_at_the_third(self: PeerFetch, piece: Piece, data: memoryview) -> None:
         nonlocal num_pieces
         num_pieces += 1
         if num_pieces == 3:
             os.kill(far[0], signal.SIGKILL)
-        hand_over(self, piece)
+        write(self, piece, data)
 
-    monkeypatch.setattr(fetch.PeerFetch, "hand_over", kill_at_the_third)
+    monkeypatch.setattr(PeerFetch, "_write", kill_at_the_third)
     prompts = [text(10, 900), text(11, 200)]
     with caplog.at_level(logging.WARNING):  # type: ignore[attr-defined]
         assert_same(plain, engine, prompts)

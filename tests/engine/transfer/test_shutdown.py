@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import random
 import socket
 import threading
@@ -11,18 +12,26 @@ import time
 from collections.abc import Callable, Iterator
 
 import httpx
-import msgspec
 import numpy as np
 import pytest
+import zmq
 
 from engine import AsyncEngine, Engine, RequestSpec, SamplingParams
-from engine.errors import EngineStopped, WireError
-from engine.plugins.disaggregation import outgoing
+from engine.errors import EngineStopped
 from engine.plugins.disaggregation import prefill_server as serve
 from engine.plugins.disaggregation import prefix_fetch as fetch
 from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
-from engine.plugins.disaggregation.prefix_fetch import Linked, Peer
-from engine.plugins.disaggregation.wire import TransferError
+from engine.plugins.disaggregation.wire import (
+    Alive,
+    Ask,
+    Connection,
+    Done,
+    End,
+    Failed,
+    Piece,
+    Taken,
+    TransferError,
+)
 from engine.server.serve import Server
 from engine.server.settings import ServerConfig
 from tests.engine.transfer.pair import decode_engine, plain_engine, prefill_config
@@ -86,16 +95,22 @@ class GatedEngine:
         return thread
 
     def accepts(self) -> bool:
-        with contextlib.suppress(OSError):
-            socket.create_connection(self.address, 5).close()
-            return True
-        return False
+        """Whether it would compute the prefix of one more decode engine."""
+        asker = Asker(self)
+        try:
+            asker.ask(text(999, 193))
+            return not isinstance(asker.hear(), Failed)
+        except TransferError:
+            return False
+        finally:
+            asker.close()
 
     def has_ended(self, thread: threading.Thread) -> None:
         """The engine has ended, and what it had lent is back."""
         thread.join(60)
         assert not thread.is_alive() and not self.running.is_alive
-        assert not self.accepts()
+        with pytest.raises(OSError):
+            socket.create_connection(self.address, 5)
         self.engine.check()
         report = self.engine.report()
         assert report.kv.held == report.slots.held == report.num_running == report.num_waiting == 0
@@ -114,30 +129,36 @@ class Asker:
     """A decode engine's side of one connection, step by step."""
 
     def __init__(self, far: GatedEngine, timeout_s: float = 20.0) -> None:
-        runner = far.engine.runner
-        own = identity(far.engine.config, runner)
-        self.unit = PrefixBuffer.of(runner)
-        self.linked: Linked = Peer(far.address, own, timeout_s).take(lambda wire: None)
+        self.own = identity(far.engine.config, far.engine.runner)
+        self.unit = PrefixBuffer.of(far.engine.runner)
+        self.context, self.poller, self.num_bytes = zmq.Context(), zmq.Poller(), 0
+        self.connection = Connection(
+            self.context, self.poller, far.address, timeout_s=timeout_s, max_bytes=1 << 24
+        )
         far.askers.append(self)
 
     def ask(self, tokens: list[int]) -> None:
-        said = {"start": 0, "namespace": None, "boundaries": []}
-        self.linked.wire.send({"ask": said}, np.asarray(tokens, np.int32).tobytes())
+        data = np.asarray(tokens, np.int32).tobytes()
+        self.connection.send(Ask(self.own, data, 0, None, ()))
 
-    def hear(self) -> dict[str, object]:
-        """The next message; the bytes of a piece are taken."""
-        message, _ = self.linked.wire.receive()
-        if "failed" in message:
-            assert msgspec.convert(message["failed"], WireError).message
-        if "piece" in message:
-            part, start, end = message["piece"]
-            unit = self.unit
-            size = unit.state_bytes if part is None else (end - start) * unit.part_bytes[part]
-            assert len(self.linked.transfer.receive(size)) == size
+    def hear(self) -> object:
+        """The next message; a piece is confirmed."""
+        while (received := self.connection.receive()) is None:
+            self.poller.poll(20)
+        message, data = received
+        match message:
+            case Piece(part, start, end):
+                unit = self.unit
+                size = unit.state_bytes if part is None else (end - start) * unit.part_bytes[part]
+                assert len(data) == size
+                self.num_bytes += size
+                self.connection.send(Taken(self.num_bytes))
+            case Failed(error):
+                assert error.message
         return message
 
     def hear_piece(self) -> None:
-        while "piece" not in self.hear():
+        while not isinstance(self.hear(), Piece):
             pass
 
     def hear_all(self, tokens: list[int] | None = None) -> str:
@@ -146,13 +167,19 @@ class Asker:
         with contextlib.suppress(TransferError):
             if tokens is not None:
                 self.ask(tokens)
-            while not (ends := self.hear().keys() & {"done", "failed"}):
+            while not isinstance(end := self.hear(), Done | Failed):
                 pass
-            return ends.pop()
+            self.connection.send(End())
+            self.num_bytes = 0
+            return "done" if isinstance(end, Done) else "failed"
         return "gone"
 
     def close(self) -> None:
-        self.linked.close()
+        if not self.context.closed:
+            with contextlib.suppress(TransferError):
+                self.connection.send(End())
+            self.connection.close()
+            self.context.term()
 
 
 def test_a_drain_finishes_the_prefixes_in_progress_and_takes_no_more(
@@ -165,7 +192,7 @@ def test_a_drain_finishes_the_prefixes_in_progress_and_takes_no_more(
     gated.permits.release()
     again.hear_piece()
     first.ask(text(2, 193))
-    assert "alive" in first.hear(), "it was accepted"
+    assert isinstance(first.hear(), Alive), "it was accepted"
     ending = gated.told("drain")
     gated.permits.release()
     until(lambda: not gated.accepts(), "an engine that drains accepts no more")
@@ -227,9 +254,10 @@ def test_a_decode_engine_that_dies_or_hangs_holds_no_end_up(
     gated.permits.release()
     bad.hear_piece()
     good.ask(text(3, 257))
-    assert "alive" in good.hear(), "it was accepted"
+    assert isinstance(good.hear(), Alive), "it was accepted"
     if fault == "dies":
-        bad.close()
+        bad.connection.close()
+        bad.context.destroy(0)
     ending = gated.told(how)
     gated.open()
     assert good.hear_all() in (["done"] if how == "drain" else ["failed", "gone"])
@@ -242,7 +270,7 @@ def test_a_drain_that_takes_too_long_is_cut_short_by_stop(
 ) -> None:
     """As the server does at its deadline: here the decode engine never reads on."""
     monkeypatch.setattr(serve, "CLOSE_S", 0.1)
-    monkeypatch.setattr(outgoing, "MAX_QUEUED_BYTES", 1)
+    monkeypatch.setattr(serve, "MAX_QUEUED_BYTES", 1)
     hangs = Asker(gated)
     hangs.ask(text(4, 193))
     gated.permits.release()
@@ -318,42 +346,40 @@ def test_an_engine_that_never_started_lets_go_of_its_address() -> None:
         socket.create_connection(address, 5)
 
 
-def test_more_connections_than_may_be_are_told_so(
+def test_more_prefixes_than_may_be_are_told_so(
     gated: GatedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 3)
+    monkeypatch.setattr(serve, "MAX_PREFIXES", 3)
     askers = [Asker(gated) for _ in range(3)]
-    with pytest.raises(TransferError, match="too many connections"):
-        Asker(gated)
+    for number, asker in enumerate(askers):
+        asker.ask(text(number, 193))
+        asker.hear()
+    more = Asker(gated)
+    more.ask(text(5, 193))
+    failed = more.hear()
+    assert isinstance(failed, Failed) and "too many prefixes" in failed.error.message
     gated.open()
-    assert askers[0].hear_all(text(5, 193)) == "done"
-    askers.pop().close()
-
-    def has_place() -> bool:
-        with contextlib.suppress(TransferError):
-            askers.append(Asker(gated))
-        return len(askers) == 3
-
-    until(has_place, "there is room again")
-    assert askers[-1].hear_all(text(5, 193)) == "done"
+    assert askers[0].hear_all() == "done"
+    until(lambda: more.hear_all(text(5, 193)) == "done", "there is room again")
+    assert askers[1].hear_all() == askers[2].hear_all() == "done"
 
 
-def test_connections_are_probed_and_leave_no_thread(gated: GatedEngine) -> None:
-    """A machine that loses power says nothing: the system finds out."""
+def test_prefixes_leave_no_thread_and_no_descriptor(gated: GatedEngine) -> None:
     gated.open()
 
-    def transfer_threads() -> int:
-        return sum(thread.name == "transfer" for thread in threading.enumerate())
+    def held() -> tuple[int, int]:
+        return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
-    before = transfer_threads()
-    for number in range(5):
+    def serve_one(number: int) -> None:
         asker = Asker(gated)
         assert asker.hear_all(text(6 + number, 193)) == "done"
-        for wire in (asker.linked.wire, *gated.engine.plugins["disaggregation"].server._wires):
-            assert wire._socket.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
-            assert wire._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
         asker.close()
-    until(lambda: transfer_threads() == before, "the threads of closed connections end")
+
+    serve_one(0)
+    before = held()
+    for number in range(1, 6):
+        serve_one(number)
+    until(lambda: held() <= before, "threads and descriptors of closed connections are released")
 
 
 def listeners() -> set[str]:
@@ -395,13 +421,9 @@ class Silent:
 
 @pytest.mark.full("drain")
 @pytest.mark.parametrize("how", ["drain", "stop"])
-def test_a_decode_engine_whose_prefill_engine_is_silent_ends(
-    monkeypatch: pytest.MonkeyPatch, how: str
-) -> None:
+def test_a_decode_engine_whose_prefill_engine_is_silent_ends(how: str) -> None:
     """More prompts than may be fetched at once, and one that fetches nothing: it is answered
-    meanwhile. No thread of a fetch is waited for longer than it takes to break its connection
-    off."""
-    monkeypatch.setattr(fetch, "CLOSE_S", 20.0)
+    meanwhile."""
     far = Silent()
     engine = decode_engine(far.port, transfer_timeout_s=1000.0 if how == "stop" else 0.5)
     running = AsyncEngine(engine)
@@ -425,29 +447,10 @@ def test_a_decode_engine_whose_prefill_engine_is_silent_ends(
         await ending
 
     asyncio.run(asyncio.wait_for(main(), 100))
-    assert not [thread for thread in threading.enumerate() if thread.name == "fetch"]
     far.close()
     engine.check()
     report = engine.report()
     assert report.kv.held == report.slots.held == report.num_running == report.num_waiting == 0
-
-
-def test_a_prefix_that_came_and_whose_request_leaves_breaks_no_other_connection() -> None:
-    """Its connection was given back by then, and another prefix may come on it."""
-    linked = Linked.__new__(Linked, None, None)
-    far = Silent()
-    peer = Peer(("127.0.0.1", far.port), {}, 5.0)
-    one = fetch.PeerFetch.__new__(fetch.PeerFetch)
-    one.is_cancelled, one.has_ended = False, True
-    one._lock, one._wire = threading.Lock(), None
-    wire = fetch.Wire.connect(peer.address, 5.0)
-    one.uses(wire)
-    assert one.lets_go()
-    peer.give_back(linked._replace(wire=wire))
-    one.cancel()
-    assert peer.take(lambda _: None).wire is wire, "it is quiet still"
-    wire.close()
-    far.close()
 
 
 @pytest.mark.full

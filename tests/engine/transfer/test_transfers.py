@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import socket
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
-import torch
+import zmq
 
 from engine import Engine, SamplingParams, engine_config
 from engine.config import ConfigError
-from engine.plugins.disaggregation import outgoing
-from engine.plugins.disaggregation.link import GroupTransfer
-from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer
-from engine.plugins.disaggregation.wire import TransferError, Wire
+from engine.errors import WireError
+from engine.plugins.disaggregation import prefill_server, prefix_buffer, wire
+from engine.plugins.disaggregation.prefill_server import Outgoing
+from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
+from engine.plugins.disaggregation.wire import (
+    Alive,
+    Ask,
+    Connection,
+    Done,
+    Failed,
+    Piece,
+    Taken,
+    ToDecode,
+)
 from engine.runner.model_runner import ModelRunner
 from engine.server.metrics import Metrics
 from tests.engine.test_hits_change_nothing import ATTENTION_ONLY, HYBRID, SIDE_BY_SIDE
@@ -51,8 +66,7 @@ def port_of(engine: Engine) -> int:
 
 
 def counts_of(engine: Engine) -> dict[str, int]:
-    assert engine.plugins["disaggregation"].counts is not None
-    return engine.plugins["disaggregation"].counts.as_dict()
+    return asdict(engine.plugins["disaggregation"].counts)
 
 
 def settled(engine: Engine) -> None:
@@ -114,18 +128,18 @@ def test_layers_leave_while_the_step_that_computes_them_goes_on(
     far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[object] = []
-    put, advance = outgoing.Outgoing._put, outgoing.Outgoing.advance
+    put, advance = Outgoing._put, Outgoing.advance
 
-    def noting_put(self, piece, copied, num_bytes):
-        events.append(piece[0])
-        put(self, piece, copied, num_bytes)
+    def noting_put(self, piece, copied):
+        events.append(piece.part)
+        put(self, piece, copied)
 
     def noting_advance(self, unit, manager):
         events.append("step")
         advance(self, unit, manager)
 
-    monkeypatch.setattr(outgoing.Outgoing, "_put", noting_put)
-    monkeypatch.setattr(outgoing.Outgoing, "advance", noting_advance)
+    monkeypatch.setattr(Outgoing, "_put", noting_put)
+    monkeypatch.setattr(Outgoing, "advance", noting_advance)
     assert_same(plain, decode_engine(port_of(far)), [text(20, 1500)])
     parts = list(range(len(PrefixBuffer.of(far.runner).part_bytes)))  # type: ignore[attr-defined]
     computed = [event for event in events if event != "step"]
@@ -160,13 +174,13 @@ def test_who_leaves_while_its_prefix_comes_leaves_nothing_here_or_there(
     far: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = decode_engine(port_of(far))
-    receive = GroupTransfer.receive
+    receive, left = Connection.receive, [3]
 
-    def slowly(self: GroupTransfer, num_bytes: int) -> torch.Tensor:
-        time.sleep(0.05)
-        return receive(self, num_bytes)
+    def three(self: Connection) -> object:
+        left[0] -= 1
+        return receive(self) if left[0] >= 0 else None
 
-    monkeypatch.setattr(GroupTransfer, "receive", slowly)
+    monkeypatch.setattr(Connection, "receive", three)
     name = engine.submit(text(40, 900), GREEDY)
     near = engine.submit(text(41, 20), SamplingParams(max_tokens=4))
     finished = []
@@ -223,7 +237,7 @@ def test_an_engine_that_computes_nothing_counts_as_gone(
     assert server is not None
     engine = decode_engine(port_of(far), transfer_timeout_s=1.0)
     monkeypatch.setattr(server, "_timeout_s", 1.0)
-    monkeypatch.setattr(server, "advance", lambda: time.sleep(0.05))
+    monkeypatch.setattr(server, "before_step", lambda: time.sleep(0.05))
     with caplog.at_level(logging.WARNING):
         assert_same(plain, engine, [text(60, 300)])
     assert counts_of(engine)["failed"] == 1 and "computed here" in caplog.text
@@ -231,17 +245,185 @@ def test_an_engine_that_computes_nothing_counts_as_gone(
     settled(far)
 
 
-def test_what_is_no_message_ends_the_connection_and_nothing_else(far: Engine) -> None:
-    assert far.plugins["disaggregation"].server is not None
-    for said in ({"hello": 3}, {"hello": {}}):
-        wire = Wire.connect(far.plugins["disaggregation"].server.address, 5.0)
-        wire.send(said)
-        assert "refused" in wire.receive()[0]
-        wire.close()
-    wire = Wire.connect(far.plugins["disaggregation"].server.address, 5.0)
-    wire._socket.sendall(b"GET / HTTP/1.1\r\n\r\n")
-    with pytest.raises(TransferError):
-        wire.receive()
+def test_another_version_is_refused_by_name(
+    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(prefix_buffer, "PROTOCOL", "2")
+    engine = decode_engine(port_of(far))
+    with caplog.at_level(logging.WARNING):
+        assert_same(plain, engine, [text(80, 300)])
+    assert caplog.messages[0].endswith("differs in transfer protocol: configure both the same.")
+
+
+@contextlib.contextmanager
+def stranger(port: int) -> Iterator[zmq.Socket[bytes]]:
+    """A ZeroMQ socket that is connected to the port."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as made:
+        made.linger, made.rcvtimeo = 0, 20_000
+        made.connect(f"tcp://127.0.0.1:{port}")
+        yield made
+
+
+def test_garbage_on_the_port_costs_its_sender_the_connection_and_nothing_else(
+    far: Engine, plain: Engine
+) -> None:
+    port, rng = port_of(far), np.random.default_rng(81)
+    raw = [
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 9,
+        b"\x16\x03\x01\x02\x00\x01\x00",
+        b"\x00\x00\x00\x10\xff\xff\xff\xff",  # version 2 of the protocol
+        b"\xff" + bytes(8) + b"\x7f\x03\x01NULL" + bytes(48),  # a greeting, then nothing
+        *(rng.bytes(int(n)) for n in rng.integers(1, 3000, 20)),
+    ]
+    silent = []
+    for data in raw:
+        silent.append(socket.create_connection(("127.0.0.1", port), 5))
+        silent[-1].sendall(data)
+    own = identity(far.config, far.runner)
+    good = [own, b"\1\0\0\0" * 100, 0, None, []]
+
+    def ask(**changes: object) -> bytes:
+        names = ("identity", "tokens", "start", "namespace", "boundaries")
+        return msgspec.msgpack.encode(
+            ["Ask", *(dict(zip(names, good, strict=True)) | changes).values()]
+        )
+
+    for data in (
+        b"",
+        b"\xc1",
+        b"\x91" * 100_000,
+        rng.bytes(5000),
+        msgspec.msgpack.encode(["Quit", 1]),
+        msgspec.msgpack.encode(["Ask", {}]),
+        ask(identity=3),
+        ask(identity={}),
+        ask(tokens=b"abc"),
+        ask(tokens=b""),
+        ask(start=-1),
+        ask(start=100),
+        ask(start=1 << 40),
+        ask(namespace=3),
+        ask(boundaries=[1 << 63]),
+        ask(boundaries="all"),
+    ):
+        with stranger(port) as socket_of:
+            socket_of.send(data)
+            assert isinstance(msgspec.msgpack.decode(socket_of.recv(), type=ToDecode), Failed)
+    with stranger(port) as socket_of:
+        for data in (["Taken", 1 << 60], ["Taken", -5], ["End"]):  # of a prefix that nobody asked
+            socket_of.send(msgspec.msgpack.encode(data))
+        socket_of.send_multipart([b"a", b"", b"b"])
+        assert isinstance(msgspec.msgpack.decode(socket_of.recv(), type=ToDecode), Failed)
+    engine = decode_engine(port)
+    assert_same(plain, engine, [text(82, 300)])
+    assert counts_of(engine)["prefixes"] == 1
+    for connection in silent:
+        connection.close()
+    settled(far)
+    assert not far.plugins["disaggregation"].server._sessions
+
+
+def test_a_message_that_is_too_large_is_not_received(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "MAX_ASK_BYTES", 10_000)
+    with prefill_thread() as far, stranger(port_of(far)) as large, stranger(port_of(far)) as small:
+        large.rcvtimeo = 300
+        large.send(bytes(10_001))
+        with pytest.raises(zmq.Again):
+            large.recv()
+        small.send(bytes(9_000))
+        assert isinstance(msgspec.msgpack.decode(small.recv(), type=ToDecode), Failed)
+
+
+def test_a_decode_engine_that_reads_slowly_holds_little_memory_and_no_other_up(
+    far: Engine, plain: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It confirms nothing until another one has been served."""
+    limit, unit = 50_000, PrefixBuffer.of(far.runner)  # type: ignore[arg-type]
+    monkeypatch.setattr(prefill_server, "MAX_QUEUED_BYTES", limit)
+    monkeypatch.setattr(prefill_server, "PIECE_BYTES", 10_000)
+    prompt, own = np.asarray(text(83, 641), np.int32), identity(far.config, far.runner)
+    with stranger(port_of(far)) as slow:
+        slow.send(msgspec.msgpack.encode(Ask(own, prompt.tobytes(), 0, None, ())))
+        received, is_first = 0, True
+        while True:
+            message, *rest = slow.recv_multipart()
+            said = msgspec.msgpack.decode(message, type=ToDecode)
+            received += sum(map(len, rest))
+            if isinstance(said, Piece) and is_first:
+                engine, is_first = decode_engine(port_of(far)), False
+                assert_same(plain, engine, [text(84, 300)])
+                assert counts_of(engine)["prefixes"] == 1
+                [session] = far.plugins["disaggregation"].server._sessions.values()
+                assert not session.has_ended
+                assert received < session.num_queued_bytes <= limit + 10_000
+            if isinstance(said, Piece):
+                slow.send(msgspec.msgpack.encode(Taken(received)))
+            elif not isinstance(said, Alive):
+                break
+        assert isinstance(said, Done)
+        assert received == 640 * unit.row_bytes + unit.state_bytes
+        slow.send(msgspec.msgpack.encode(["End"]))
+    settled(far)
+
+
+@contextlib.contextmanager
+def impostor(answers: Sequence[Sequence[bytes] | None]) -> Iterator[int]:
+    """A port where each prefix is answered with ``answers``. None ends the connection."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.linger = 0
+        port = router.bind_to_random_port("tcp://127.0.0.1")
+        is_over = threading.Event()
+
+        def run() -> None:
+            endpoint = router.last_endpoint
+            while not is_over.is_set():
+                if not router.poll(20):
+                    continue
+                peer, data = router.recv_multipart()
+                if b"Ask" not in data[:8]:
+                    continue
+                for answer in answers:
+                    if answer is None:
+                        router.unbind(endpoint)
+                    else:
+                        router.send_multipart([peer, *answer])
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        yield port
+        is_over.set()
+        thread.join()
+
+
+def message(said: ToDecode, data: bytes | None = None) -> list[bytes]:
+    return [msgspec.msgpack.encode(said), *([] if data is None else [data])]
+
+
+@pytest.mark.parametrize(
+    ("answers", "why"),
+    [
+        ([[b"\xc1"]], "unclear"),
+        ([message(Alive()), message(Done())], ""),
+        ([message(Piece(0, 0, 10), b"short")], "was not requested"),
+        ([message(Piece(0, 0, 10))], "was not requested"),
+        ([message(Piece(0, 64, 128), b"late" * 999)], "was not requested"),
+        ([message(Piece(99, 0, 10), b"elsewhere")], "was not requested"),
+        ([message(Piece(None, 0, 0), b"a state of another size")], "was not requested"),
+        ([message(Failed(WireError("of another version", "it is tired.")))], "it is tired"),
+        ([message(Alive()), None], "has gone"),
+        ([], "was silent for 0.3 seconds"),
+    ],
+)
+def test_a_prefill_engine_that_answers_anything_else_costs_no_token(
+    plain: Engine, caplog: pytest.LogCaptureFixture, answers: list[list[bytes] | None], why: str
+) -> None:
+    with impostor(answers) as port, caplog.at_level(logging.WARNING):
+        engine = decode_engine(port, transfer_timeout_s=0.3)
+        assert_same(plain, engine, [text(85, 200)])
+        assert counts_of(engine)["failed"] == 1 and counts_of(engine)["prefixes"] == 0
+        engine.check()
+        engine.close()
+    assert why in caplog.text
 
 
 def test_bytes_are_reported(far: Engine, plain: Engine) -> None:
