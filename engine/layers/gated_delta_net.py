@@ -132,7 +132,7 @@ class GatedDeltaNet:
         keys = sizes.num_key_heads, sizes.key_dim
         shapes = keys, keys, self.mixed_shape
         parts = zip(qkv.split(widths, dim=-1), shapes, strict=True)
-        return [x.unflatten(1, shape) for x, shape in parts]
+        return [x.view(len(qkv), *shape) for x, shape in parts]
 
     def finish(self, mixed: torch.Tensor, projected: torch.Tensor) -> torch.Tensor:
         """Return the layer's output, ``[num_rows, H]``."""
