@@ -34,7 +34,7 @@ from engine.interfaces import EngineCore, EngineWatch, Losable, RunnerLost
 from engine.plugins import cache_watch
 from engine.requests.grammar import Grammar
 from engine.requests.spec import Prompt, RequestSpec, SamplingParams
-from engine.text.outputs import RequestOutput
+from engine.text.outputs import FinishReason, RequestOutput
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -118,12 +118,12 @@ class EngineLoop(Generic[Reader]):
                 raise EngineStopped("The engine has stopped.")
             self._queue(command)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """End a request before the next step. Does nothing if it has ended. Safe to call from any
         thread."""
 
         def leave() -> None:
-            output = self._engine.abort(request_id)
+            output = self._engine.abort(request_id, reason)
             if output is not None:
                 self._deliver_outputs([output])
 
@@ -256,7 +256,7 @@ class RequestStream:
     """Outputs of one request: ``async for output in stream``. Belongs to the event loop it was made
     in."""
 
-    def __init__(self, request_id: str, on_abort: Callable[[str], None]) -> None:
+    def __init__(self, request_id: str, on_abort: Callable[[str, FinishReason], None]) -> None:
         self.request_id = request_id
         self.loop = asyncio.get_running_loop()
         self._on_abort = on_abort
@@ -279,12 +279,12 @@ class RequestStream:
         self._has_ended = output.is_finished
         return output
 
-    def abort(self) -> None:
-        """End the request; its memory is free before the next step. Does nothing if it has
-        ended."""
+    def abort(self, reason: FinishReason = "abort") -> None:
+        """End the request with ``reason``; its memory is free before the next step. Does nothing
+        if it has ended."""
         if not (self._has_all or self._was_aborted):
             self._was_aborted = True
-            self._on_abort(self.request_id)
+            self._on_abort(self.request_id, reason)
 
     def put(self, output: RequestOutput | RequestError) -> None:
         """Queue ``output`` for the reader. Must be called in the stream's event loop."""

@@ -27,7 +27,7 @@ from engine.schedule.batch import EMPTY, BytesLost, DraftPlanner, Plan, StepHook
 from engine.schedule.fetching import IDLE_S, Fetcher
 from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import Scheduler
-from engine.text.outputs import RequestOutput
+from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.api import PrefixCache
 from hybridcache.lease import LeaseLog
 from hybridcache.policies.registry import parse_placement
@@ -212,13 +212,13 @@ class Engine:
         """True if one more request may wait."""
         return self._scheduler.num_waiting < self.config.max_queue
 
-    def abort(self, request_id: str) -> RequestOutput | None:
-        """End a request at once; its memory is free when this returns. Returns its last output, or
-        None if it had ended already."""
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> RequestOutput | None:
+        """End a request at once with ``reason``; its memory is free when this returns. Returns its
+        last output, or None if it had ended already."""
         request = self._requests.pop(request_id, None)
         if request is None:
             return None
-        self._scheduler.abort(request)
+        self._scheduler.abort(request, reason)
         self.recent.add(request, self.clock())
         output = request.report()
         self._deliver([output])

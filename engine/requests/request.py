@@ -150,10 +150,9 @@ class Request(ScheduledRequest):
     @property
     def stop_reason(self) -> str:
         """See ``ScheduledRequest``. An answer in which a tool call begins after its reasoning is
-        "tool_use", whether or not the server can make that call, or ends the answer after it.
-        O(length of the text)."""
+        "tool_use", whether or not the server can make that call. O(length of the text)."""
         reason = super().stop_reason
-        if reason or self.finish_reason not in ("stop", "length", "abort"):
+        if reason or self.finish_reason not in ("stop", "length"):
             return reason
         if self.finish_reason == "length":
             return "length"
@@ -161,8 +160,6 @@ class Request(ScheduledRequest):
             answer = "".join((*self._text, self._new_text)).rpartition(CLOSE)[2]
             if any(mark in answer for mark in self._call_marks):
                 return "tool_use"
-        if self.finish_reason == "abort":
-            return ""
         return "stop_sequence" if self._met_stop_string else "end_turn"
 
     def restart(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.requests.request import Request
 from engine.schedule.batch import EMPTY, Batch, Draft, DraftPlanner, Plan, Segment, Task
-from engine.text.outputs import NO_TOKEN, SampledToken
+from engine.text.outputs import NO_TOKEN, FinishReason, SampledToken
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.planner import StepPlanner
 
@@ -43,7 +43,7 @@ class Scheduler(StepPlanner[Request]):
         """True if ``take_progressed`` would return a request."""
         return bool(self._progressed)
 
-    def abort(self, request: Request) -> None:
+    def abort(self, request: Request, reason: FinishReason = "abort") -> None:
         """End ``request`` at once, in any state, and publish the computed tokens: a client that
         ends an answer often goes on from it. Its rows, pages and slots are free afterwards."""
         if request in self._progressed:
@@ -51,7 +51,7 @@ class Scheduler(StepPlanner[Request]):
         if request.finish_reason is not None:
             return
         try:
-            request.finish("abort", self._clock())
+            request.finish(reason, self._clock())
         except Exception as error:
             self._fail(request, error)
         if request.lease is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Container, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -358,22 +359,26 @@ class ChatSession:
         return self._readings[index].num_reasoning_tokens
 
     async def news(self) -> AsyncIterator[ChatDelta]:
-        """Yield the deltas of all answers until all have ended."""
-        async for index, output in self._context.outputs(self._streams):
-            if index == 0:
-                await self.diagnostics.see(output, self._context.workers)
-            reading = self._readings[index]
-            events = reading.read(output)
-            finish = reading.finish(output)
-            if reading.is_over and finish is None:
-                self._streams[index].abort()
-            if finish is not None:
-                message = as_message(reading.events)
-                if not reading.is_over:
-                    self._context.chats.after_answer(self.prompt, self._place, message, output)
-                if index == 0:
-                    self.diagnostics.end(output, message)
-            yield ChatDelta(index, events, output, finish, reading.warning if finish else None)
+        """Yield the deltas of all answers until all have ended, or the client has left."""
+        first: RequestOutput | None = None
+        try:
+            async with aclosing(self._context.outputs(self._streams)) as outputs:
+                async for index, output in outputs:
+                    reading = self._readings[index]
+                    events, finish = reading.read(output), reading.finish(output)
+                    if index == 0:
+                        first = output
+                        await self.diagnostics.see(output, self._context.workers)
+                    if reading.is_over and finish is None:
+                        self._streams[index].abort("stop")
+                    if finish is not None and not reading.is_over:
+                        message = as_message(reading.events)
+                        self._context.chats.after_answer(self.prompt, self._place, message, output)
+                    warning = reading.warning if finish else None
+                    yield ChatDelta(index, events, output, finish, warning)
+        finally:
+            if first is not None:
+                self.diagnostics.end(first, as_message(self._readings[0].events))
 
     async def answers(self) -> list[ChatAnswer]:
         """Wait for all answers and return them in order."""

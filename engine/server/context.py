@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import (
-    AsyncIterator,
+    AsyncGenerator,
     Awaitable,
     Callable,
     Iterable,
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
+from msgspec import structs
 from starlette.types import Receive, Scope, Send
 
 from engine.async_engine import RequestStream, ServedEngine
@@ -410,29 +411,33 @@ class ServingContext:
 
     async def outputs(
         self, streams: Sequence[RequestStream]
-    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+    ) -> AsyncGenerator[tuple[int, RequestOutput], None]:
         """Yield the outputs of the streams, and count each ended request.
 
-        If the iterator is closed early, the remaining requests count as aborted. Raises
+        If the iterator is closed early, the remaining requests count as aborted, with the tokens of
+        their last outputs. Raises
         RequestError if a request ended without an answer; an engine in another process refuses
         requests this way.
         """
-        num_left = len(streams)
+        num_left, last = len(streams), dict[int, RequestOutput]()
         record = request_log.CURRENT.get()
         merged = interleave(streams)
         try:
             async for index, output in merged:
                 if record is not None:
                     record.take(index, output)
-                if output.finish_reason is not None:
-                    self.metrics.observe(output)
+                last[index] = output
+                if output.is_finished:
+                    self.metrics.observe(last.pop(index))
                     num_left -= 1
                 yield index, output
         except RequestError as error:
             num_left -= self._count_refusal(error)
             raise
         finally:
-            self.metrics.count_aborted(num_left)
+            for output in last.values():
+                self.metrics.observe(structs.replace(output, finish_reason="abort"))
+            self.metrics.count_aborted(num_left - len(last))
             await merged.aclose()
 
     async def finals(self, streams: Sequence[RequestStream]) -> list[RequestOutput]:

@@ -95,7 +95,7 @@ class Metrics:
                 histogram.observe(duration_s)
 
     def count_aborted(self, num_requests: int) -> None:
-        """Count requests of clients that disconnected."""
+        """Count requests of clients that disconnected before the first output."""
         self.requests.labels("abort").inc(num_requests)
 
     def render(self, report: CacheReport) -> bytes:

@@ -21,7 +21,7 @@ from engine.async_engine import Question
 from engine.errors import WireError
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec, SamplingParams
-from engine.text.outputs import OutputDelta
+from engine.text.outputs import FinishReason, OutputDelta
 
 
 class WorkerMessage(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -62,9 +62,10 @@ class Submit(WorkerMessage, frozen=True):
 
 
 class Abort(WorkerMessage, frozen=True):
-    """The client of a request has disconnected."""
+    """The end of a request: its client has disconnected, or the server has read enough."""
 
     request_id: str
+    reason: FinishReason
 
 
 class Ask(WorkerMessage, frozen=True):

@@ -34,7 +34,7 @@ from engine.requests.grammar import Grammar
 from engine.requests.request import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport
-from engine.text.outputs import OutputAccumulator
+from engine.text.outputs import FinishReason, OutputAccumulator
 from engine.worker.channel import (
     Abort,
     Ask,
@@ -214,9 +214,9 @@ class ProcessEngine(QuestionedEngine):
                 "an integer of this request does not fit into 64 bits: use a smaller one."
             ) from None
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, reason: FinishReason) -> None:
         if request_id in self._streams:
-            self._send(Abort(request_id))
+            self._send(Abort(request_id, reason))
 
     def compile(self, grammar: Grammar) -> None:
         """See ``Engine.compile``. Must not be called in the event loop's thread."""

@@ -97,7 +97,7 @@ class EngineWorker:
             case Submit():
                 self._submit(message, self._engine, self._loop)
             case Abort():
-                self._loop.abort(message.request_id)
+                self._loop.abort(message.request_id, message.reason)
             case Ask():
                 self._answer(message, self._answers, self._loop)
             case Compile():

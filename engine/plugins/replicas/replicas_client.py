@@ -22,7 +22,7 @@ from engine.requests.grammar import Grammar
 from engine.requests.request import Intake
 from engine.requests.spec import Prompt, RequestSpec
 from engine.schedule.report import CacheReport, LowerReport, PoolReport, TierReport
-from engine.text.outputs import RequestOutput
+from engine.text.outputs import FinishReason, RequestOutput
 from engine.text.tokenizer import Tokenizer
 from hybridcache.routing.outbox import EventsLost
 from hybridcache.routing.protocol import RouteRequest
@@ -230,7 +230,7 @@ class FleetEngine:
         )
         return stream
 
-    def _abort(self, request_id: str) -> None:
+    def _abort(self, request_id: str, reason: FinishReason) -> None:
         task = self._tasks.get(request_id)
         if task is not None:
             task.cancel()

@@ -160,6 +160,29 @@ def test_nobody_learns_of_another_tenants_request(
     assert told["prompt_cache_diagnostics"] == {"type": "comparison_response_not_found"}
 
 
+def test_an_answer_that_the_client_stopped_is_remembered(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    live = serve_oracle(step_s=0.005)
+    asked = body(SYSTEM) | {"stream": True, "max_tokens": 500, "ignore_eos": True}
+    said = ""
+    with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=asked) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                event = json.loads(line.removeprefix("data: "))
+                said += event["choices"][0]["delta"].get("content") or ""
+            if len(said) > 30:
+                break
+    live.wait_until_idle()
+    stopped = event["id"]
+    chat = [*asked["messages"], {"role": "assistant", "content": said}]
+    goes_on = body("Go on.") | {"messages": [*chat, {"role": "user", "content": "Go on."}]}
+    next_id = live.post("/v1/chat/completions", goes_on).json()["id"]
+    told = live.get(f"/v1/cache/explanations/{next_id}").json()
+    assert told["compared_with"] == stopped
+    assert told["cause"] != "new"
+
+
 def test_the_operator_sees_an_answer_beside_the_nearest_before_it(live: Live) -> None:
     chats = [body(SYSTEM + "Operator."), body("Else."), body(SYSTEM + "Operator!")]
     ids = [live.post("/v1/chat/completions", chat).json()["id"] for chat in chats]

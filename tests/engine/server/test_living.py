@@ -75,10 +75,18 @@ def test_a_client_that_hangs_up_frees_what_it_held(
     )
     connection = live.send(path, body)
     live.wait_for(lambda report: report["kv"]["held"] > 0 or report["num_running"] == 1)
+    told = b""
+    while stream and told.count(b"data: ") < 9:
+        told += connection.recv(4096)
     connection.close()
     live.wait_until_idle()
     live.check_conserved()
-    assert _metrics(live)["engine_requests_total.abort"] == 1
+    metrics = _metrics(live)
+    assert metrics["engine_requests_total.abort"] == 1
+    if stream:  # The server knows of the tokens that it passed on.
+        assert metrics["engine_prompt_tokens_total"] == live.report()["usage"]["prompt_tokens"]
+        assert metrics["engine_generated_tokens_total"] > 5
+        assert metrics["engine_ttft_seconds_count"] == 1
 
 
 def test_a_client_that_hangs_up_while_it_sends_leaves_no_traceback(

@@ -112,6 +112,7 @@ def test_one_call_at_a_time(say: Say) -> None:
         assert '"finish_reason":"tool_calls"' in text.replace(": ", ":")
     live.wait_until_idle()
     live.check_conserved()
+    assert 'requests_total{finish_reason="stop"} 2.0' in live.get("/metrics").text
 
 
 @pytest.mark.parametrize(
