@@ -437,7 +437,7 @@ class ServingContext:
         finally:
             for output in last.values():
                 self.metrics.observe(structs.replace(output, finish_reason="abort"))
-            self.metrics.count_aborted(num_left - len(last))
+            self.metrics.count_aborted(max(0, num_left - len(last)))
             await merged.aclose()
 
     async def finals(self, streams: Sequence[RequestStream]) -> list[RequestOutput]:
