@@ -18,6 +18,7 @@ repeated, and its median decides. Loopback only.
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 import os
 import random
@@ -28,6 +29,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -55,6 +57,8 @@ class Hostile(NamedTuple):
     make: Callable[[], bytes]
     control: Callable[[], bytes] | None = None
     """Makes the body that the speed of the other client is compared with; None: no body."""
+    num_senders: int = 1
+    """Number of bodies, all sent at once."""
 
 
 class Outcome(NamedTuple):
@@ -190,6 +194,19 @@ def _guided(fields: dict[str, Any]) -> Hostile:
     return Hostile(f"grammar: {name}", COMPLETIONS, _body(**plain | fields), _body(**plain))
 
 
+_numbers = itertools.count()
+
+
+def _another_grammar(**fields: Any) -> Callable[[], bytes]:
+    """Each body has a grammar that no other one has."""
+
+    def make() -> bytes:
+        own = AMBIGUOUS.replace('"+"', f'"{next(_numbers)}"')
+        return json.dumps(fields | {"guided_grammar": own}).encode()
+
+    return make
+
+
 def _called(name: str, strict: bool, **fields: Any) -> Hostile:
     """A call of a tool whose schema is slow to follow."""
     function = HOSTILE_TOOL | {"strict": strict}
@@ -210,6 +227,13 @@ SLOW_TO_FOLLOW = (
             chat_template_kwargs={"enable_thinking": True}, thinking_token_budget=8,
         ),
         _body(messages=[USER], max_tokens=400, ignore_eos=True, n=4),
+    ),
+    Hostile(
+        "grammar: 24 different ones at once",
+        COMPLETIONS,
+        _another_grammar(prompt="import os\n" * 10, max_tokens=400, ignore_eos=True),
+        _body(prompt="import os\n" * 10, max_tokens=400, ignore_eos=True),
+        num_senders=24,
     ),
 )  # fmt: skip
 LONG_PROMPT = random.Random(1).choices(range(250), k=30_000)
@@ -345,18 +369,18 @@ def attack(
 ) -> Outcome:
     """Send one body and wait for its answer, and a moment longer; its control before, unless its
     outcome is known."""
-    payload = hostile.make()
+    payloads = [hostile.make() for _ in range(hostile.num_senders)]
     time.sleep(0.2)  # what making it cost the reader, which is of this process, is over
     is_judged = control_per_s is not None or hostile.control is not None
     start_s = time.perf_counter()
     if hostile.control is not None:
-        _post(port, hostile.path, hostile.control())
+        _post_all(port, hostile.path, [hostile.control() for _ in payloads])
     elif control_per_s is None:
         time.sleep(1.0)
     control_per_s = control_per_s or reader.tokens_per_s(start_s, time.perf_counter())
     start_s = time.perf_counter()
-    status = _post(port, hostile.path, payload) if payload else 200
-    sent = f"{hostile.path} {hostile.name}", len(payload) / 2**20, status
+    status = _post_all(port, hostile.path, payloads) if any(payloads) else 200
+    sent = f"{hostile.path} {hostile.name}", sum(map(len, payloads)) / 2**20, status
     return _outcome(reader, sent, start_s, control_per_s, is_judged)
 
 
@@ -379,6 +403,12 @@ def _outcome(
     seconds = round(end_s - start_s, 2)
     told = name, round(mib, 2), status, seconds, middle_ms, worst_ms, net_ms
     return Outcome(*told, *speeds, is_judged)
+
+
+def _post_all(port: int, path: str, payloads: Sequence[bytes]) -> int:
+    """Post all bodies at once. Returns the largest status."""
+    with ThreadPoolExecutor(len(payloads)) as senders:
+        return max(senders.map(partial(_post, port, path), payloads))
 
 
 def _post(port: int, path: str, payload: bytes) -> int:
