@@ -21,6 +21,9 @@ from hybridcache.tokens import Tokens, common_prefix_len
 Marks = npt.NDArray[np.int32] | npt.NDArray[np.uint64]
 """Values that represent a sequence of ids."""
 Digest = bytes
+Said = tuple[Digest, ...]
+"""Digests of the fields ``SAID_FIELDS`` of a message."""
+SAID_FIELDS = ("content", "tool_calls", "reasoning_content")
 ENTRY_BYTES = 512
 """Approximate size of an outline without its tokens and digests."""
 SYSTEM_ROLES = ("system", "developer")
@@ -32,8 +35,8 @@ class MessageOutline:
 
     role: str
     fields: tuple[tuple[str, Digest], ...]
-    said: Digest
-    """Digest of its contents in a normal form."""
+    said: Said
+    """Digests of its contents in a normal form."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,8 @@ class Outline:
     prompt_len: int
     turn_start: int
     """Start of the header of the answer; everything after it is the answer's turn."""
-    answer: Digest | None = None
-    """Digest of the answer, as ``MessageOutline.said``, or None if not known."""
+    answer: Said | None = None
+    """Digests of the answer, as ``MessageOutline.said``, or None if not known."""
 
     @property
     def is_hashed(self) -> bool:
@@ -130,11 +133,12 @@ class Explanation:
     prompt_len: int
     cached_len: int
     earlier_len: int
-    """Number of tokens of the earlier prompt."""
+    """Number of tokens of the earlier prompt, or 0 without one."""
     known_len: int
     """Number of tokens of the earlier prompt and its answer."""
     shared_len: int
-    """Number of tokens that could have been read if the cache kept all of the earlier request."""
+    """Number of tokens that could have been read if the cache kept all of the earlier request, or
+    without one, all tokens that it knew."""
     parting: Parting | None
     """Difference, or None if one prompt is a beginning of the other request."""
     lost: dict[str, int]
@@ -172,6 +176,10 @@ class Explanation:
         if self.cause is None:
             return None
         advice = ADVICE[self.cause]
+        if self.cause == "answer" and self.parting is not None:
+            path = self.parting.path or ""
+            is_said = path.endswith((".content", ".tool_calls"))
+            return advice if is_said else f"{advice} {_WITH_REASONING}"
         if advice is _MORE_MEMORY and self.grid and self.cached_len % self.grid == 0:
             is_tail = self.shared_len - self.cached_len < self.grid
             return ADVICE["below_grid"] if is_tail else advice
@@ -203,17 +211,23 @@ class Explanation:
         ]
         if self.is_new:
             shared = counted(self.shared_len, "token")
-            words.append(
-                "It is a new conversation, or its beginning changed: no earlier request shares "
-                f"more than its first {shared}, less than one step of --grid ({self.grid})."
+            known = (
+                f"no earlier request shares more than its first {shared}, less than one step of "
+                f"--grid ({self.grid})."
             )
+            if not self.earlier_len:
+                known = _ALONE
+            words.append(f"It is a new conversation, or its beginning changed: {known}")
             return f"{words[0]} {words[1]} {self.advice}"
+        if not self.earlier_len:
+            words.append(_ALONE.capitalize())
         if self.parting is not None:
             words.append(_say(self.parting))
         lost = [f"{number:,} {WORDS[name]}" for name, number in self.lost.items() if number]
         if lost:
             shared = counted(self.shared_len, "token")
-            words.append(f"Of the {shared} that both share: {', '.join(lost)}.")
+            sharing = "that both share" if self.earlier_len else "that the cache knew"
+            words.append(f"Of the {shared} {sharing}: {', '.join(lost)}.")
         if self.advice is not None:
             words.append(self.advice)
         return " ".join(words)
@@ -229,6 +243,8 @@ WORDS = {
     "forgotten": "no longer known to the cache",
 }
 _MORE_MEMORY = "More memory (--cache-gib) or a tier (--host-gib, --state-dir) would keep them."
+_ALONE = "no stored request shares any of it."
+_WITH_REASONING = "Their reasoning belongs to them: send it, or use --preserve-thinking."
 ADVICE = {
     "model": "Ask the same model each time.",
     "tools": "Send the same tools in the same order with each request.",
@@ -236,8 +252,7 @@ ADVICE = {
     "start the server with --volatile-line.",
     "variables": "Send the same chat_template_kwargs with each request.",
     "messages": "Only append to a conversation.",
-    "answer": "Send answers back as they came, with their reasoning, or start the server with "
-    "--preserve-thinking.",
+    "answer": "Send answers back as they came.",
     "template": "Start the server with --preserve-thinking if the template drops reasoning.",
     "refused": _MORE_MEMORY,
     "checkpoint_evicted": _MORE_MEMORY,
@@ -323,6 +338,18 @@ def explain(
     )
 
 
+def explain_alone(later: Outline, found: Found, *, grid: int = 0) -> Explanation:
+    """Explain ``later`` if no stored request shares any of its tokens. O(1).
+
+    Some may still be cached, from text completions or from before a restart.
+    """
+    limit = later.prompt_len
+    shared_len = min(limit - found.losses.never_seen, limit - 1)
+    is_new = shared_len < max(grid, 1)
+    lost = _lost(found, shared_len)
+    return Explanation(limit, found.cached_len, 0, 0, shared_len, None, lost, grid, is_new)
+
+
 def _lost(found: Found, shared_len: int) -> dict[str, int]:
     """Return the number of tokens below ``shared_len`` by cause. The causes follow each other in a
     prompt."""
@@ -368,8 +395,13 @@ def _change(
         return "template", "changed", None
     index = len(earlier.messages)
     echo = later.messages[index].said if index < len(later.messages) else None
-    is_echoed = echo is not None and echo == earlier.answer
-    return "template" if is_echoed else "answer", "changed", f"messages[{index}]"
+    path = f"messages[{index}]"
+    if echo is None or earlier.answer is None:
+        return "answer", "changed", path
+    differs = [n for n, a, b in zip(SAID_FIELDS, echo, earlier.answer, strict=True) if a != b]
+    if not differs:
+        return "template", "changed", path
+    return "answer", "changed", f"{path}.{differs[-1]}"
 
 
 def _split(outline: Outline) -> tuple[Sequence[MessageOutline], Sequence[MessageOutline]]:

@@ -25,7 +25,9 @@ from engine.plugins.diagnostics.explain import (
     MessageOutline,
     Outline,
     Parting,
+    Said,
     explain,
+    explain_alone,
 )
 from engine.server.access import Tenant
 from engine.server.bodies import Workers
@@ -81,8 +83,11 @@ class Outliner:
         O(its tokens)."""
         kept = self._kept(answer, outline.namespace, outline.prompt_len)
         tokens: Any = np.concatenate((outline.tokens[: outline.prompt_len], kept))
-        said = None if message is None else self._digest(said_by(message))
+        said = None if message is None else self._said(message)
         return replace(outline, tokens=tokens, answer=said)
+
+    def _said(self, message: Mapping[str, Any]) -> Said:
+        return tuple(self._digest(value) for value in said_by(message))
 
     def _message(self, message: Mapping[str, Any]) -> MessageOutline:
         fields = []
@@ -94,8 +99,7 @@ class Outliner:
                 fields += [(f"{name}[{index}]", self._digest(entry)) for index, entry in entries]
             else:
                 fields.append((name, self._digest(value)))
-        said = self._digest(said_by(message))
-        return MessageOutline(str(message.get("role")), tuple(fields), said)
+        return MessageOutline(str(message.get("role")), tuple(fields), self._said(message))
 
     def _digest(self, value: Any) -> Digest:
         """Return the digest of ``value`` as JSON in its given order, which is the order in which a
@@ -116,8 +120,8 @@ class Outliner:
 
 
 def said_by(message: Mapping[str, Any]) -> list[Any]:
-    """Return the contents of a message in a normal form, which is equal for an answer and its copy
-    from a client, including reasoning."""
+    """Return the fields ``SAID_FIELDS`` of a message in a normal form, which is equal for an answer
+    and its copy from a client."""
     return [
         str(message.get("content") or "").strip(),
         [_call(call) for call in message.get("tool_calls") or ()],
@@ -458,8 +462,8 @@ class Explanations:
     def look_up(self, answer_id: str, earlier_id: str | None) -> dict[str, Any] | None:
         """Return the same explanation for a request that ended; for the operator.
 
-        It is compared by default with the earlier request that shares the most tokens. None if a
-        request is not known.
+        It is compared by default with the earlier request that shares the most tokens, and with
+        none if no request shares any. None if a request is not known.
         """
         found = self.memory.find(answer_id)
         if found is None:
@@ -468,7 +472,8 @@ class Explanations:
         later = found[1]
         other = self.memory.find(earlier_id) if earlier_id else self.memory.nearest(later)
         if other is None:
-            return None if earlier_id else head | {"lost": later.found.losses._asdict()}
+            alone = explain_alone(later.outline, later.found, grid=self._grid)
+            return None if earlier_id else head | alone.as_dict()
         head["compared_with"], earlier = other
         if earlier.outline.namespace != later.outline.namespace:
             return None

@@ -299,6 +299,8 @@ def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:
     """Return the reason why there is no explanation; ids in ``unknown`` are not stored."""
     if not unknown:
         return "The two answers have different salts (cache_salt): they share no cache entries."
+    if unknown[0].startswith("cmpl"):
+        return "Only chats are explained, not text completions: send the 'id' of a chat's answer."
     message = (
         f"No chat answer with the id {quoted(unknown[0])} is stored: send the 'id' of an "
         "answer. The request log and `engine top` also show it."

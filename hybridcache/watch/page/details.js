@@ -93,7 +93,7 @@ class Details {
     } catch { return; } // The causes above are all that is known.
     if (!place.isConnected || !found.text) return;
     const other = this.view.model.requests.has(found.compared_with) ? [element("p", {}, element("button.plain", { type: "button", onclick: () => this.view.selectRequest(found.compared_with) }, "Show the earlier request"))] : [];
-    const parts = [element("h3", {}, "Why it missed"), element("p.soft", {}, `Compared with the earlier request that shares the most (${count(found.shared_tokens, "token")}):`), element("p", {}, found.text)];
+    const parts = [element("h3", {}, "Why it missed"), ...(found.compared_with ? [element("p.soft", {}, `Compared with the earlier request that shares the most (${count(found.shared_tokens, "token")}):`)] : []), element("p", {}, found.text)];
     const { parted } = found;
     if (parted?.before != null) {
       parts.push(element("pre.text", { tabindex: 0, "aria-label": "Where the prompts part" }, element("span.soft", {}, `… ${parted.before}`), ...(parted.was ? [element("del", {}, parted.was)] : []), ...(parted.now ? [element("ins", {}, parted.now)] : [])));

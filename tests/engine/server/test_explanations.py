@@ -183,6 +183,62 @@ def test_an_answer_that_the_client_stopped_is_remembered(
     assert told["cause"] != "new"
 
 
+def test_the_first_chat_of_a_server_is_explained_as_any_other(
+    serve_oracle: Callable[..., Live],
+) -> None:
+    live = serve_oracle()
+    first, second = (live.post("/v1/chat/completions", body(SYSTEM)).json() for _ in range(2))
+    told, later = (
+        live.get(f"/v1/cache/explanations/{answer['id']}").json() for answer in (first, second)
+    )
+    assert told.keys() == later.keys() and told["compared_with"] is None
+    assert (told["cause"], told["advice"], told["lost"]) == (NEW, ADVICE[NEW], {})
+    num_tokens = first["usage"]["prompt_tokens"]
+    assert told["prompt_tokens"] == told["new_tokens"] == num_tokens
+    assert told["shared_tokens"] == told["earlier_tokens"] == 0 and told["parted"] is None
+    assert "no stored request shares any of it" in told["text"]
+    assert later["compared_with"] == first["id"] and later["cause"] != NEW
+
+
+def test_a_first_chat_that_the_cache_knew_is_not_new(serve_oracle: Callable[..., Live]) -> None:
+    """A text completion computed its prompt, and is itself not explained."""
+    live = serve_oracle()
+    asked = body(SYSTEM)
+    tokens = live.post("/tokenize", {"messages": asked["messages"]}).json()["tokens"]
+    text = live.post("/v1/completions", {"prompt": tokens, "max_tokens": 1}).json()
+    chat = live.post("/v1/chat/completions", asked).json()
+    told = live.get(f"/v1/cache/explanations/{chat['id']}").json()
+    assert told["cause"] == "below_grid" and told["cached_tokens"] > 0
+    assert sum(told["lost"].values()) == told["shared_tokens"] - told["cached_tokens"]
+    assert "tokens that the cache knew: " in told["text"]
+    unknown = live.get(f"/v1/cache/explanations/{text['id']}")
+    assert unknown.status_code == 404 and "not text completions" in unknown.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "field", "names_reasoning"),
+    [
+        ({"content": "b ok"}, "content", False),
+        ({"reasoning_content": None}, "reasoning_content", True),
+        ({"content": "b ok", "reasoning_content": None}, "reasoning_content", True),
+    ],
+)
+def test_the_advice_names_the_part_of_an_answer_that_came_back_changed(
+    say: Callable[..., Live], changes: dict[str, Any], field: str, names_reasoning: bool
+) -> None:
+    live = say("a</think>b")
+    asked = body(str(changes) + SYSTEM, reasoning_effort="low") | {"max_tokens": 40}
+    answer = live.post("/v1/chat/completions", asked).json()
+    message = answer["choices"][0]["message"] | changes
+    messages = [*asked["messages"], message, {"role": "user", "content": "Go on."}]
+    later = live.post("/v1/chat/completions", asked | {"messages": messages}).json()
+    beside = f"{later['id']}?compared_with={answer['id']}"
+    told = live.get(f"/v1/cache/explanations/{beside}").json()
+    assert (told["cause"], told["parted"]["path"]) == ("answer", f"messages[2].{field}")
+    assert told["advice"].startswith("Send answers back as they came.")
+    assert ("--preserve-thinking" in told["advice"]) == names_reasoning
+
+
 def test_the_operator_sees_an_answer_beside_the_nearest_before_it(live: Live) -> None:
     chats = [body(SYSTEM + "Operator."), body("Else."), body(SYSTEM + "Operator!")]
     ids = [live.post("/v1/chat/completions", chat).json()["id"] for chat in chats]
