@@ -85,10 +85,11 @@ class AnswerReader:
         tools: Sequence[Mapping[str, Any]] | None = None,
         is_thinking: bool = False,
     ) -> None:
-        """``tools``: tools with calls that are read, or None to treat calls as text.
-        ``is_thinking``: the prompt ends inside reasoning."""
+        """``tools``: tools with calls that are read, or None to treat calls as text. Without any
+        tool, every call is text with a warning. ``is_thinking``: the prompt ends inside
+        reasoning."""
         self._reasoning = ReasoningReader(is_thinking) if form.thinks else None
-        self._calls = form.calls(tools) if form.calls and tools else None
+        self._calls = form.calls(tools) if form.calls and tools is not None else None
 
     @property
     def is_thinking(self) -> bool:
@@ -131,7 +132,8 @@ class AnswerReader:
 def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str, Any]] | None:
     """Return the tools with calls that are read in an answer, or None if calls are treated as text.
 
-    Raises APIError 400 if this model does not call tools, or not in the requested way.
+    Returns no tools for ``tool_choice`` ``none``: a call that is made anyway is text with a
+    warning. Raises APIError 400 if this model does not call tools, or not in the requested way.
     """
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
@@ -142,7 +144,7 @@ def callable_tools(body: ChatRequest, form: AnswerForm) -> Sequence[Mapping[str,
             400, "This model's chat template does not support tools: omit 'tools'.", param="tools"
         )
     if body.tool_choice == "none":
-        return None
+        return ()
     if form.calls is None:
         raise APIError(
             400,

@@ -135,6 +135,12 @@ class CallReader:
         self._state = self._text
         return left
 
+    def _not_offered(self, name: str) -> str:
+        """Return the reason why a call of a tool that was not offered cannot be made."""
+        if not self._names:
+            return "'tool_choice' is 'none'"
+        return f"no tool {name[:MAX_NAME]!r} was offered"
+
     def _closing(self, text: str) -> str | None:
         """Skip white space and one closing mark."""
         held = self._held + text if self._held else text.lstrip()
@@ -151,11 +157,6 @@ class CallReader:
             self._write(self._space.push(self._held))
         self._held = ""
         self._state = self._text
-
-
-def not_offered(name: str) -> str:
-    """Return the reason for a call of a tool that was not offered."""
-    return f"no tool {name[:MAX_NAME]!r} was offered"
 
 
 def _name_of(tool: Mapping[str, Any]) -> Any:

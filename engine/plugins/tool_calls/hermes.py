@@ -13,7 +13,6 @@ from engine.plugins.tool_calls.calls import (
     NOT_JSON,
     CallReader,
     State,
-    not_offered,
 )
 from engine.text.json_text import read_json
 
@@ -54,7 +53,7 @@ class HermesReader(CallReader):
         if name is None or arguments is None:
             return self._fail(NOT_JSON, left)
         if name not in self._names:
-            return self._fail(not_offered(name), left)
+            return self._fail(self._not_offered(name), left)
         self._make(name, arguments)
         return left
 

@@ -12,7 +12,6 @@ from engine.plugins.tool_calls.calls import (
     MAX_NAME,
     CallReader,
     State,
-    not_offered,
 )
 from engine.text.answers import CALL_CLOSE as CLOSE
 from engine.text.answers import CALL_OPEN as OPEN
@@ -68,7 +67,7 @@ class QwenXMLReader(CallReader):
         if name is None:
             return self._fail(MALFORMED, rest)
         if name not in self._names:
-            return self._fail(not_offered(name), rest)
+            return self._fail(self._not_offered(name), rest)
         self._name, self._arguments = name, []
         self._types = _types_of(self._tools, name)
         self._state = self._between

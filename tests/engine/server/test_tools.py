@@ -218,6 +218,22 @@ def test_a_call_that_breaks_off_is_no_call_made(
         assert choice.warning == "A call of a tool was left in the text, because it breaks off."
 
 
+def test_a_call_that_tool_choice_forbids_is_text_with_a_warning(say: Say) -> None:
+    live = say(f"Well.\n{HERMES_CALL}")
+    asked = {"messages": CHAT, "tools": TOOLS, "tool_choice": "none"}
+    claude = [{"name": "weather", "input_schema": SCHEMA}]
+    asked_claude = {"model": "builtin", "max_tokens": 200, "messages": CHAT, "tools": claude}
+    asked_claude |= {"tool_choice": {"type": "none"}}
+    for path, request in (("chat/completions", asked), ("messages", asked_claude)):
+        whole = live.post(f"/v1/{path}", request).text
+        streamed = live.post(f"/v1/{path}", request | {"stream": True}).text
+        for shown in (whole, streamed):
+            assert "because 'tool_choice' is 'none'." in shown
+        assert "".join(deltas_of(streamed)) == f"Well.\n{HERMES_CALL}"
+    free = live.post("/v1/chat/completions", {"messages": CHAT}).json()["choices"][0]
+    assert "warning" not in free and HERMES_CALL in free["message"]["content"]
+
+
 @pytest.mark.parametrize("num_more", [0, 4], ids=["at its end", "behind it"])
 @pytest.mark.parametrize("asked", [{}, {"tool_choice": "required"}], ids=["auto", "required"])
 def test_a_limit_that_is_reached_after_a_whole_call_leaves_it_made(
