@@ -23,7 +23,6 @@ from engine.server.completions import complete
 from engine.server.context import Dialect, Extensions, ServingContext
 from engine.server.request_log import RequestLog, is_wanted
 from engine.server.schemas import (
-    IGNORED,
     NEUTRAL,
     ChatRequest,
     CompletionRequest,
@@ -144,9 +143,8 @@ def _say_what_null_means(schema: dict[str, Any]) -> None:
 
 
 def _say_what_is_ignored(properties: dict[str, Any]) -> None:
-    """Add the parameters of OpenAI's API that have no effect."""
+    """Add the unsupported parameters of OpenAI's API, with the values that have no effect."""
     if "temperature" in properties and "n" in properties:
-        properties |= {name: {} for name in sorted(IGNORED - properties.keys())}
         properties |= {name: {"enum": [*neutral, None]} for name, neutral in NEUTRAL.items()}
 
 

@@ -2,7 +2,7 @@
 
 Types and the widest ranges are checked here. Limits of the engine are checked where the values are
 used (SamplingParams, the engine). An unsupported parameter that would change the answer is refused
-by name; one that would not (``user``, ``store``) is ignored.
+by name; one that would not (``user``, ``store``) is checked and ignored.
 """
 
 from __future__ import annotations
@@ -80,19 +80,15 @@ def _whole(value: Any) -> Any:
     return int(value) if is_whole else value
 
 
-def without_what_asks_for_nothing(
-    body: Any, ignored: Container[str], neutral: Mapping[str, Container[Any]]
-) -> Any:
-    """Return ``body`` without ``ignored`` names and ``neutral`` values. Raises ValueError for
-    another value of a name in ``neutral``."""
+def without_what_asks_for_nothing(body: Any, neutral: Mapping[str, Container[Any]]) -> Any:
+    """Return ``body`` without ``neutral`` values. Raises ValueError for another value of a name in
+    ``neutral``."""
     if not isinstance(body, dict):
         return body
     for name, values in neutral.items():
         if body.get(name) is not None and body[name] not in values:
             raise ValueError(f"'{name}' is not supported: omit it.")
-    return {
-        name: value for name, value in body.items() if name not in ignored and name not in neutral
-    }
+    return {name: value for name, value in body.items() if name not in neutral}
 
 
 Schema = dict[str, Any] | bool
@@ -316,6 +312,21 @@ class Streamed(Strict):
         return self.stream_options is not None and self.stream_options.continuous_usage_stats
 
 
+class Unused(Strict):
+    """Parameters of OpenAI's API that change no answer. Their values are checked."""
+
+    user: str | None = None
+    safety_identifier: str | None = None
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
+
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+"""Values of ``reasoning_effort`` in OpenAI's API."""
+Verbosity = Literal["low", "medium", "high"]
+
+
 class Rendering(Strict):
     """Part of a request that controls the chat template."""
 
@@ -326,6 +337,17 @@ class Rendering(Strict):
     """Continue the last message."""
     chat_template_kwargs: dict[str, Any] | None = None
     """Switches of the template, such as ``enable_thinking``."""
+    reasoning_effort: Effort | None = None
+    """Variable of the template. ``none`` also disables reasoning, and any other value enables it,
+    unless ``chat_template_kwargs`` has ``enable_thinking``."""
+
+    @model_validator(mode="after")
+    def _switches_reasoning(self) -> Self:
+        effort = self.reasoning_effort
+        if effort is not None:
+            switches = {"enable_thinking": effort != "none", "reasoning_effort": effort}
+            self.chat_template_kwargs = switches | (self.chat_template_kwargs or {})
+        return self
 
     @property
     def begins_answer(self) -> bool:
@@ -333,18 +355,6 @@ class Rendering(Strict):
         return self.add_generation_prompt is not False and not self.continue_final_message
 
 
-IGNORED = frozenset(
-    {
-        "user",
-        "store",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "reasoning_effort",
-        "verbosity",
-    }
-)
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "suffix": ("",),
@@ -376,7 +386,7 @@ MAX_CUTS = 4
 """Maximum number of ``cache_control`` marks in a chat, as in Anthropic's API."""
 
 
-class Sampling(TokenOptions, Streamed):
+class Sampling(TokenOptions, Streamed, Unused):
     """Part of a request that controls sampling. None selects the engine's default."""
 
     model: str | None = None
@@ -387,6 +397,8 @@ class Sampling(TokenOptions, Streamed):
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**64)
     metadata: Any = None
     """Ignored except ``session_end``, which declares that no request of the session follows."""
+    store: bool | None = None
+    """Ignored: only responses are stored."""
     stop: Text | Texts | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOPS)] | None = None
     ignore_eos: bool | None = None
@@ -409,7 +421,7 @@ class Sampling(TokenOptions, Streamed):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
-        return without_what_asks_for_nothing(body, IGNORED, NEUTRAL)
+        return without_what_asks_for_nothing(body, NEUTRAL)
 
     def samplings(
         self, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
@@ -567,6 +579,33 @@ def cuts_of(
     return [Cut(None), *cuts] if has_tools else cuts
 
 
+WITHOUT_CONTENT = (
+    "tool_calls",
+    "function_call",
+    "reasoning_content",
+    "reasoning",
+    "refusal",
+    "audio",
+)
+"""Fields with which a message of the assistant may have no content."""
+
+
+def _have_content(messages: list[ChatMessage]) -> list[ChatMessage]:
+    """Return ``messages``. Raises ValueError if one says nothing. O(messages)."""
+    for number, message in enumerate(messages, 1):
+        if message.content is not None:
+            continue
+        given = {"tool_calls": message.tool_calls, **(message.model_extra or {})}
+        if message.role == "assistant":
+            if any(given.get(name) for name in WITHOUT_CONTENT):
+                continue
+            raise ValueError(
+                f"Message {number} has neither 'content' nor 'tool_calls': add one of them."
+            )
+        raise ValueError(f"Message {number} has no 'content': add its text.")
+    return messages
+
+
 def _answers_calls(messages: list[ChatMessage]) -> list[ChatMessage]:
     """Return ``messages``. Raises ValueError if a tool's result belongs to no call before it.
     O(calls)."""
@@ -593,9 +632,9 @@ def _id_of(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-Chat = Annotated[Listed[ChatMessage], AfterValidator(_answers_calls)]
-"""List of messages in which each tool's result follows its call; others are refused, as by OpenAI.
-A result or a call may have no id."""
+Chat = Annotated[Listed[ChatMessage], AfterValidator(_have_content), AfterValidator(_answers_calls)]
+"""List of messages with content, in which each tool's result follows its call; others are refused,
+as by OpenAI. A result or a call may have no id."""
 
 
 def _call(call: dict[str, Any]) -> dict[str, Any]:
@@ -699,6 +738,8 @@ class ChatRequest(Sampling, Rendering):
     max_completion_tokens: AnswerLimit | None = None
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    verbosity: Verbosity | None = None
+    """Ignored: local models have no such switch."""
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool = True

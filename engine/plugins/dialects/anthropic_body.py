@@ -27,7 +27,6 @@ from engine.server.schemas import (
 )
 
 BLOCKS = ("text", "thinking", "tool_use", "tool_result")
-IGNORED = frozenset({"service_tier"})
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -217,7 +216,7 @@ class JSONFormat(Strict):
 
 
 class OutputConfig(Strict):
-    effort: str | None = None
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     """Variable ``reasoning_effort`` of the template."""
     format: JSONFormat | None = None
 
@@ -237,15 +236,10 @@ class CountRequest(Strict):
     diagnostics: Diagnostics | None = None
     cache_salt: str | None = None
     """Requests with different salts share no cache entries."""
+    service_tier: Literal["auto", "standard_only"] | None = None
+    """Ignored."""
     metadata: Any = None
     """Ignored except ``session_end``, which declares that no request of the session follows."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
-        if not isinstance(body, dict):
-            return body
-        return {name: value for name, value in body.items() if name not in IGNORED}
 
     @model_validator(mode="after")
     def _ends_with_the_user(self) -> CountRequest:
@@ -316,6 +310,17 @@ class MessagesRequest(CountRequest):
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=-1, le=MAX_COUNT)
     stop_sequences: Texts | None = None
+
+    @model_validator(mode="after")
+    def _answers_after_thinking(self) -> MessagesRequest:
+        budget = self.thinking and self.thinking.budget_tokens
+        # With tools, the budget may be that of a whole turn (interleaved thinking).
+        if budget and budget >= self.max_tokens and not self.tools:
+            raise ValueError(
+                f"'thinking.budget_tokens' must be below 'max_tokens', {self.max_tokens} (got "
+                f"{budget})."
+            )
+        return self
 
     def fields(self) -> dict[str, Any]:
         return super().fields() | {

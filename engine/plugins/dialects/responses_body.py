@@ -19,26 +19,20 @@ from engine.server.schemas import (
     AnswerLimit,
     CacheOptions,
     ChatRequest,
+    Effort,
     Listed,
     Name,
     NamedSchema,
     Streamed,
     Strict,
+    Unused,
+    Verbosity,
     parsed_arguments,
     without_what_asks_for_nothing,
 )
 
 ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 TEXTS = ("input_text", "output_text", "text")
-IGNORED = frozenset(
-    {
-        "user",
-        "service_tier",
-        "safety_identifier",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-    }
-)
 Included = Literal[
     "reasoning.encrypted_content",
     "file_search_call.results",
@@ -167,14 +161,16 @@ class NamedFunction(Strict):
     name: Name
 
 
+Summary = Literal["auto", "concise", "detailed"]
+
+
 class Reasoning(Strict):
     """Reasoning options. ``summary`` is ignored: reasoning is returned unchanged."""
 
-    effort: str | None = None
-    """Variable ``reasoning_effort`` of the template. ``none`` also disables reasoning, and any
-    other value enables it."""
-    summary: str | None = None
-    generate_summary: str | None = None
+    effort: Effort | None = None
+    """``reasoning_effort`` of a chat."""
+    summary: Summary | None = None
+    generate_summary: Summary | None = None
 
 
 class TextFormat(NamedSchema):
@@ -202,7 +198,7 @@ class TextFormat(NamedSchema):
 
 class TextConfig(Strict):
     format: TextFormat | None = None
-    verbosity: str | None = None
+    verbosity: Verbosity | None = None
 
     def as_asked(self) -> dict[str, Any]:
         """Return the format as it appears in a response."""
@@ -214,7 +210,7 @@ class TextConfig(Strict):
         return None if self.format is None else self.format.of_chat()
 
 
-class ResponsesRequest(Streamed):
+class ResponsesRequest(Streamed, Unused):
     """POST /v1/responses."""
 
     model: str | None = None
@@ -239,7 +235,7 @@ class ResponsesRequest(Streamed):
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
-        return without_what_asks_for_nothing(body, IGNORED, NEUTRAL)
+        return without_what_asks_for_nothing(body, NEUTRAL)
 
     @property
     def items(self) -> list[dict[str, Any]]:
@@ -274,7 +270,7 @@ class ResponsesRequest(Streamed):
                     "max_completion_tokens": self.max_output_tokens,
                     "temperature": self.temperature,
                     "top_p": self.top_p,
-                    "chat_template_kwargs": self._switches() or None,
+                    "reasoning_effort": self.reasoning and self.reasoning.effort,
                     "response_format": None if self.text is None else self.text.form,
                     "cache_salt": self.cache_salt,
                     "prompt_cache_options": options and options.model_dump(),
@@ -284,12 +280,6 @@ class ResponsesRequest(Streamed):
             )
         except ValueError as error:
             raise APIError(400, str(error), param="input") from error
-
-    def _switches(self) -> dict[str, Any]:
-        effort = None if self.reasoning is None else self.reasoning.effort
-        if effort is None:
-            return {}
-        return {"enable_thinking": effort != "none", "reasoning_effort": effort}
 
 
 def _messages(instructions: str | None, items: Sequence[AnyItem]) -> list[dict[str, Any]]:

@@ -74,6 +74,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"prompt": "x", "min_tokens": 17}, "min_tokens must not be above max_tokens"),
     ({"prompt": "x", "priority": 1}, "'priority' must be at most 0 (got 1)."),
     ({"prompt": "x", "chat_template": "{{ x }}"}, "'chat_template' is not supported"),
+    ({"prompt": "x", "reasoning_effort": "low"}, "'reasoning_effort' is not a parameter"),
+    ({"prompt": "x", "user": 7}, "'user' must be text (got 7)."),
     (
         {"prompt": "x", "thinking_token_budget": 2**31},
         "'thinking_token_budget' must be at most 2147483647",
@@ -106,6 +108,16 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
         },
         "supports text only: remove the 'image_url' part",
     ),
+    ({"messages": [{"role": "user"}]}, "Message 1 has no 'content': add its text."),
+    ({"messages": [*CHAT, {"role": "user", "content": None}]}, "Message 2 has no 'content'"),
+    (
+        {"messages": [*CHAT, {"role": "assistant", "content": None, "tool_calls": []}, *CHAT]},
+        "Message 2 has neither 'content' nor 'tool_calls'",
+    ),
+    ({"messages": CHAT, "reasoning_effort": 7}, "'reasoning_effort' must be 'none', 'minimal'"),
+    ({"messages": CHAT, "reasoning_effort": "bogus"}, '(got "bogus")'),
+    ({"messages": CHAT, "verbosity": "bogus"}, "'verbosity' must be 'low', 'medium' or 'high'"),
+    ({"messages": CHAT, "service_tier": "gold"}, "'service_tier' must be 'auto', 'default'"),
     ({"messages": CHAT, "top_logprobs": 3}, "'top_logprobs' requires 'logprobs'"),
     ({"messages": CHAT, "max_tokens": 0}, "'max_tokens' must be at least 1 (got 0)."),
     (

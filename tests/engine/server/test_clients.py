@@ -9,11 +9,15 @@ import json
 import re
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import openai
 import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
+from openai.types.shared.reasoning_effort import ReasoningEffort
 
+from engine.plugins.dialects.responses_body import ResponsesRequest
+from engine.server.schemas import ChatRequest
 from engine.text.tokenizer import ByteTokenizer
 
 from .conftest import Live
@@ -301,6 +305,57 @@ def test_what_changes_nothing_is_accepted(live: Live) -> None:
     assert answer.usage.prompt_tokens == len(
         ByteTokenizer().encode("<|im_start|>user\nparts\ntwo<|im_end|>\n<|im_start|>assistant\n")
     )
+
+
+LEVELS = {
+    "reasoning_effort": get_args(get_args(ReasoningEffort)[0]),
+    "verbosity": ("low", "medium", "high"),
+    "service_tier": ("auto", "default", "flex", "scale", "priority", "fast"),
+    "prompt_cache_retention": ("in_memory", "24h"),
+}
+
+
+def test_every_level_that_the_client_knows_is_accepted() -> None:
+    fields = get_type_hints(CompletionCreateParamsBase)
+    for name, levels in LEVELS.items():
+        assert all(repr(level) in str(fields[name]) for level in levels), "the client has changed"
+        for level in levels:
+            ChatRequest.model_validate({"messages": CHAT, name: level})
+    for effort in LEVELS["reasoning_effort"]:
+        ResponsesRequest.model_validate({"input": "x", "reasoning": {"effort": effort}})
+
+
+@pytest.mark.parametrize("effort", ["none", "low"])
+def test_the_effort_of_a_chat_is_that_of_a_response(say: Callable[..., Live], effort: str) -> None:
+    live = say("a</think>b")
+    chat = {"messages": CHAT, "reasoning_effort": effort}
+    answer = live.post("/v1/chat/completions", chat).json()["choices"][0]["message"]
+    response = live.post("/v1/responses", {"input": CHAT, "reasoning": {"effort": effort}}).json()
+    kinds = [item["type"] for item in response["output"]]
+    assert kinds == (["message"] if effort == "none" else ["reasoning", "message"])
+    assert ("reasoning_content" in answer) == (effort != "none")
+    switched = chat | {"chat_template_kwargs": {"enable_thinking": effort == "none"}}
+    [choice] = live.post("/v1/chat/completions", switched).json()["choices"]
+    assert ("reasoning_content" in choice["message"]) == (effort == "none")
+
+
+MADE = {"name": "f", "arguments": "{}"}
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"content": None, "reasoning_content": "So."},
+        {"content": None, "refusal": "No."},
+        {"content": None, "function_call": MADE},
+        {"tool_calls": [{"id": "1", "type": "function", "function": MADE}]},
+        {"content": ""},
+    ],
+)
+def test_an_answer_without_text_can_be_sent_back(live: Live, message: dict[str, Any]) -> None:
+    chat = [*CHAT, {"role": "assistant", **message}, {"role": "user", "content": "And?"}]
+    answer = live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 2})
+    assert answer.status_code == 200, answer.text
 
 
 def test_tool_turns_reach_the_template(live: Live) -> None:

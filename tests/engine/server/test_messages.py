@@ -191,6 +191,12 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "g"}}, "no tool 'g'"),
     ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "must have a 'name'"),
     ({"thinking": {"type": "enabled", "budget_tokens": 2**31}}, "'thinking.budget_tokens' must"),
+    (
+        {"thinking": {"type": "enabled", "budget_tokens": 8}, "max_tokens": 8},
+        "'thinking.budget_tokens' must be below 'max_tokens', 8 (got 8).",
+    ),
+    ({"output_config": {"effort": "none"}}, "'output_config.effort' must be 'low', 'medium'"),
+    ({"service_tier": "flex"}, "'service_tier' must be 'auto' or 'standard_only'"),
     ({"thinking": {"type": "enabled", "display": "omitted"}}, "'thinking.display' must be 'summarized'"),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": EPHEMERAL}] * 6}]},
@@ -226,10 +232,17 @@ def test_other_errors_have_their_kinds(say: Say, serve_oracle: Callable[..., Liv
 
 def test_thinking_is_switched(say: Say) -> None:
     live = say("a</think>b")
-    on = message(live, thinking={"type": "enabled", "budget_tokens": 1024})
+    on = message(live, thinking={"type": "enabled", "budget_tokens": 1024}, max_tokens=2048)
     assert [block["type"] for block in on["content"]] == ["thinking", "text"]
     off = message(live, thinking={"type": "disabled"}, metadata={"user_id": "me"})
     assert off["content"] == [{"type": "text", "text": "a</think>b"}]
+
+
+def test_with_tools_the_budget_may_be_that_of_a_whole_turn(say: Say) -> None:
+    """As with Anthropic's interleaved thinking."""
+    thinking = {"type": "enabled", "budget_tokens": 1024}
+    answer = message(say("a</think>b"), thinking=thinking, max_tokens=400, tools=TOOLS)
+    assert [block["type"] for block in answer["content"]] == ["thinking", "text"]
 
 
 @pytest.mark.parametrize("budget", [5, 40])
