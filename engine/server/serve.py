@@ -20,6 +20,8 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -247,8 +249,8 @@ FAREWELL_S = 5
 
 
 class Server(uvicorn.Server):
-    """Ends unfinished requests ``drain_s`` after the stop signal, with an error that gives the
-    reason."""
+    """Ends unfinished requests ``drain_s`` after the stop signal, or at a second one, with an error
+    that gives the reason."""
 
     def __init__(
         self,
@@ -277,6 +279,14 @@ class Server(uvicorn.Server):
         self._extensions = app.state.extensions
         self._drain_s = config.drain_s
         self._must_end = must_end
+        self._hurry: Callable[[], object] | None = None
+        """Ends the drain; None before it begins."""
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop, or end the drain: requests that are left get an error instead of being dropped."""
+        self.should_exit = True
+        if self._hurry is not None:
+            self._hurry()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -294,24 +304,34 @@ class Server(uvicorn.Server):
         ending.cancel()
 
     async def _end(self) -> None:
-        """Stop serving other engines at once, and all requests after ``drain_s``."""
+        """Stop serving other engines at once, and all requests after ``drain_s``, or at a second
+        signal."""
         if num_left := self._connections.num_busy:
             logger.warning(
-                "Stopping: new requests are refused; %s may run for %g s more (--drain-s).",
+                "Stopping: new requests are refused; %s may run for %g s more (--drain-s), or "
+                "until a second signal.",
                 counted(num_left, "request"),
                 self._drain_s,
             )
         else:
             logger.warning("Stopping: no request is running.")
-        deadline_s = time.monotonic() + self._drain_s
-        with suppress(EngineStopped, TimeoutError):
-            await asyncio.wait_for(self._engine.stop_accepting(), self._drain_s)
-        await asyncio.sleep(max(0.0, deadline_s - time.monotonic()))
+        began_s, loop = time.monotonic(), asyncio.get_running_loop()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._drain_s) as drain:
+
+                def end_drain() -> None:
+                    if not drain.expired():
+                        drain.reschedule(loop.time())
+
+                self._hurry = partial(loop.call_soon_threadsafe, end_drain)
+                with suppress(EngineStopped):
+                    await self._engine.stop_accepting()
+                await asyncio.Event().wait()
         if num_left := self._connections.num_busy:
             logger.warning(
-                "%s had not ended after %g s and %s broken off.",
+                "%s had not ended after %.1f s and %s broken off.",
                 counted(num_left, "request"),
-                self._drain_s,
+                time.monotonic() - began_s,
                 "was" if num_left == 1 else "were",
             )
         await asyncio.to_thread(self._engine.stop)

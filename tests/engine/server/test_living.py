@@ -8,6 +8,7 @@ import http.client
 import json
 import logging
 import re
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -328,12 +329,13 @@ def test_a_burst_ends_as_soon_as_its_client_is_gone() -> None:
     assert 2 <= num_sent <= 5
 
 
+@pytest.mark.parametrize("drain_s", [0.2, 500.0], ids=["in time", "until a second signal"])
 def test_what_a_drain_can_not_finish_is_told_so(
-    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
+    serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, drain_s: float
 ) -> None:
     """Its clients by an error, and the operator by the log."""
     caplog.set_level(logging.INFO, "engine.server")
-    live = serve_oracle(ServerConfig(drain_s=0.2, log_requests=True), step_s=0.005)
+    live = serve_oracle(ServerConfig(drain_s=drain_s, log_requests=True), step_s=0.005)
 
     async def ask() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=live.url, timeout=60) as client:
@@ -344,7 +346,14 @@ def test_what_a_drain_can_not_finish_is_told_so(
                 for s in (True, False)
             ]
             await asyncio.to_thread(live.wait_for, lambda report: report["num_running"] == 2)
-            live.server.should_exit = True
+            if drain_s < 1:
+                live.server.should_exit = True
+            else:
+                live.server.handle_exit(signal.SIGINT, None)
+                while live.server._hurry is None:
+                    await asyncio.sleep(0.01)
+                live.server.handle_exit(signal.SIGINT, None)
+                live.server.handle_exit(signal.SIGINT, None)
             return await asyncio.gather(*asked)
 
     stream, whole = asyncio.run(ask())
@@ -356,10 +365,10 @@ def test_what_a_drain_can_not_finish_is_told_so(
     logged = [line for line in _lines(live, caplog, 3) if "/v1/completions" in line]
     assert len(logged) == 2 and all(line.endswith(error["message"]) for line in logged)
     warned = [one.getMessage() for one in caplog.records if one.name == "engine.server.serve"]
-    assert [line.partition(":")[0] for line in warned] == [
-        "Stopping",
-        "2 requests had not ended after 0.2 s and were broken off.",
-    ]
+    stopping, left = warned
+    assert stopping.startswith("Stopping: new requests are refused; 2 requests may run")
+    assert re.fullmatch(r"2 requests had not ended after \S+ s and were broken off\.", left)
+    assert drain_s > 1 or " 0.2 s " in left
     live.engine.check()
 
 
