@@ -98,7 +98,8 @@ class QueueFull(RequestError):
     kind = "queue_full"
 
     def __init__(self, max_queue: int) -> None:
-        super().__init__(f"{max_queue} requests are waiting already; try again later.")
+        waiting = f"{max_queue} requests are" if max_queue != 1 else "1 request is"
+        super().__init__(f"{waiting} waiting already; try again later.")
 
 
 class EngineStopped(RequestError):

@@ -481,8 +481,9 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: Device) -> torc
         untouched = np.zeros(num_bytes, dtype=np.uint8)
     except (MemoryError, torch.OutOfMemoryError):
         raise ModelError(
-            f"{device.describe()} cannot allocate {_gib(num_bytes)} ({_gib(device.free_bytes())} "
-            "are free): lower --cache-gib, --host-gib or --max-running."
+            f"{_gib(num_bytes)} cannot be allocated on {device.torch_device} "
+            f"({_gib(device.free_bytes())} are free): lower --cache-gib, --host-gib or "
+            "--max-running."
         ) from None
     return torch.from_numpy(untouched).view(dtype).view(shape)
 

@@ -30,6 +30,8 @@ from engine.text.json_text import REPLACEMENT
 
 OPEN = ("/", "/health", "/metrics")
 """Paths that require no key."""
+OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
+"""Beginnings of the paths that only the operator may use."""
 NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 """Pattern of the ids that clients may send in ``X-Request-Id``."""
 
@@ -39,7 +41,8 @@ def install(app: FastAPI, config: ServerConfig) -> None:
     missing or empty."""
     keys = api_keys(config, os.environ)
     if keys:
-        app.add_middleware(Keys, keys=list(dict.fromkeys(keys)))
+        has_operator = config.admin_key_file is not None
+        app.add_middleware(Keys, keys=list(dict.fromkeys(keys)), has_operator=has_operator)
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -92,9 +95,11 @@ class Keys:
     """ASGI middleware that answers 401 to requests without a valid key, and records the key of the
     others."""
 
-    def __init__(self, app: ASGIApp, keys: Sequence[bytes]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[bytes], has_operator: bool) -> None:
+        """``has_operator``: the operator has a key, which is one of ``keys``."""
         self._app = app
         self._keys = keys
+        self._has_operator = has_operator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN:
@@ -108,6 +113,8 @@ class Keys:
         message = "This server requires a key: send it as Authorization: Bearer KEY."
         if given_key(scope):
             message = "This key is unknown: send one of the keys of --api-key-file."
+        if self._has_operator and scope["path"].startswith(OPERATORS):
+            message = operator_message(bool(given_key(scope)))
         refusal = APIError(
             401,
             message,
@@ -123,6 +130,20 @@ class Keys:
         # All keys are compared, even after a match.
         fits = [hmac.compare_digest(given, key) for key in self._keys]
         return fits.index(True) if any(fits) else None
+
+
+def operator_message(has_key: bool) -> str:
+    """Return the message to a request for an operator's path without the operator's key, with or
+    without another key."""
+    if has_key:
+        return (
+            "This path is reserved for the operator, and this key is wrong: send the key of "
+            "--admin-key-file."
+        )
+    return (
+        "This path is reserved for the operator: send the key of --admin-key-file as "
+        "Authorization: Bearer KEY."
+    )
 
 
 def given_key(scope: Scope) -> bytes:
@@ -192,18 +213,9 @@ class Operator:
             is_right = hmac.compare_digest(given.strip().encode("latin-1"), self.key)
             is_bearer = scheme.lower() == "bearer"
             if not is_bearer or not is_right:
-                message = (
-                    "This path is reserved for the operator: send the key of --admin-key-file as "
-                    "Authorization: Bearer KEY."
-                )
-                if is_bearer and given.strip():
-                    message = (
-                        "This path is reserved for the operator, and this key is wrong: send the "
-                        "key of --admin-key-file."
-                    )
                 raise APIError(
                     401,
-                    message,
+                    operator_message(is_bearer and bool(given.strip())),
                     headers={"WWW-Authenticate": "Bearer"},
                 )
             return

@@ -209,6 +209,8 @@ def _add_generation(app: FastAPI, context: ServingContext, reader: BodyReader) -
             # Fields of Anthropic's API.
             "type": "model",
             "display_name": context.model_name,
+            "max_input_tokens": context.engine.max_model_len,
+            "max_tokens": context.engine.max_model_len,
             "created_at": datetime.fromtimestamp(context.created, UTC).isoformat(),
         }
 

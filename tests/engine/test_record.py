@@ -548,7 +548,8 @@ def test_a_signal_that_comes_before_the_first_request_ends_the_recording(tmp_pat
         process.send_signal(signal.SIGTERM)
         assert process.stdout is not None
         said = process.stdout.read()
-        assert "0 requests; hybridcache simulate" in said
+        command = f"hybridcache simulate --trace {tmp_path / 'trace.jsonl'} --model builtin"
+        assert f"0 requests; {command}\n" in said
         assert "tokens counted by: the tokenizer of builtin" in said
         assert process.wait(30) == 0
 

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from engine.config import BUILTIN_DIR
+from engine.config import BUILTIN_DIR, BUILTIN_NAME
 from engine.hub import display_name, resolve_folder
 from hybridcache.geometry.units import counted
 
@@ -71,7 +71,11 @@ def record(
         print(f"not in the trace: {number:,}, since {why}")
     print(f"tokens counted by: {counted_by}")
     requests = counted(writer.num_requests, "request")
-    print(f"{requests}; hybridcache simulate --trace {out} --model CONFIG_JSON", flush=True)
+    model = "CONFIG_JSON"
+    if tokenizer is not None:
+        folder = Path(tokenizer)
+        model = BUILTIN_NAME if folder == BUILTIN_DIR else str(folder / "config.json")
+    print(f"{requests}; hybridcache simulate --trace {out} --model {model}", flush=True)
     return 0
 
 

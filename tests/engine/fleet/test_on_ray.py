@@ -178,7 +178,7 @@ def test_refusals_keep_their_kind_and_ids_their_requests(cluster: str) -> None:
             stream.abort()
         ends = await asyncio.gather(*reading, return_exceptions=True)
         refused = [str(end) for end in ends if isinstance(end, QueueFull)]
-        assert refused == ["1 requests are waiting already; try again later."] * 3
+        assert refused == ["1 request is waiting already; try again later."] * 3
         assert [output.finish_reason async for output in streams[0]][-1] == "abort"
         await fleet.drain()
 

@@ -217,7 +217,7 @@ async def a_queue_that_fills_behind_the_server_is_answered_429(
             body = make("one too many") | {"stream": stream}
             answers.append(await client.post(path, json=body))
     assert {answer.status_code for answer in answers} == {429}
-    assert all("1 requests are waiting already" in answer.text for answer in answers)
+    assert all("1 request is waiting already" in answer.text for answer in answers)
     assert {answer.headers["retry-after"] for answer in answers} == {"1"}
     assert await metric(client, "engine_rejected_requests_total") == before + len(answers)
     for stream in streams:

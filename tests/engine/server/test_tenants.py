@@ -117,7 +117,11 @@ def test_nobody_can_try_salts_against_what_is_shown(serve_oracle: Callable[..., 
     assert "tenant-17" not in str(shown)
 
 
-PATHS: list[tuple[str, str]] = [("GET", "/v1/cache"), ("POST", "/reset_prefix_cache")]
+PATHS: list[tuple[str, str]] = [
+    ("GET", "/v1/cache"),
+    ("POST", "/reset_prefix_cache"),
+    ("POST", "/flush_cache"),
+]
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
@@ -205,7 +209,11 @@ def test_a_file_of_keys_has_one_on_each_line(
         assert refused.status_code == 401 and "This key is unknown" in refused.text
     assert "requires a key" in httpx.get(f"{live.url}/v1/models").text
     wrong_key = {"Authorization": "Bearer key-one"}
-    assert "this key is wrong" in httpx.get(f"{live.url}/v1/cache", headers=wrong_key).text
+    for method, path in PATHS:
+        url = f"{live.url}{path}"
+        assert "send the key of --admin-key-file" in httpx.request(method, url).text
+        for wrong in (wrong_key, {"Authorization": "Bearer unknown"}):
+            assert "this key is wrong" in httpx.request(method, url, headers=wrong).text
     (tmp_path / "admin").write_text("one\ntwo\n")
     with pytest.raises(ValueError, match="admin has 2 lines; it must contain a single key"):
         serve_oracle(ServerConfig(admin_key_file=str(tmp_path / "admin")))
