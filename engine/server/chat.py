@@ -360,6 +360,12 @@ class ChatSession:
         """Number of reasoning tokens so far."""
         return self._readings[index].num_reasoning_tokens
 
+    def written(self, output: RequestOutput) -> dict[str, int]:
+        """Return OpenAI's ``cache_write_tokens``: the tokens computed up to the last position that
+        later prompts are known to share. ``output`` is one of the first answer."""
+        shared = max(self.prompt.boundaries, default=0)
+        return {"cache_write_tokens": max(0, shared - output.cached_len)}
+
     async def news(self) -> AsyncIterator[ChatDelta]:
         """Yield the deltas of all answers until all have ended, or the client has left."""
         first: RequestOutput | None = None
@@ -472,9 +478,9 @@ async def chat(context: ServingContext, request: Request, body: ChatRequest) -> 
     with context.ids.claimed("chatcmpl", tenant, body.request_id) as answer_id:
         session = await ask(context, body, len(await request.body()), tenant, answer_id)
     diagnostics = session.diagnostics
-    writer = _ChatWriter(context, body, diagnostics)
+    writer = _ChatWriter(context, body, session)
     if body.stream:
-        return EventStream(writer.events(session), diagnostics.headers, as_event)
+        return EventStream(writer.events(), diagnostics.headers, as_event)
     answers = await unless_gone(request, session.answers())
     outputs = [answer.output for answer in answers]
     headers = diagnostics.headers()
@@ -484,14 +490,13 @@ async def chat(context: ServingContext, request: Request, body: ChatRequest) -> 
 class _ChatWriter:
     """Writes a chat's answers, as a whole or as events."""
 
-    def __init__(
-        self, context: ServingContext, body: ChatRequest, diagnostics: ChatDiagnostics
-    ) -> None:
+    def __init__(self, context: ServingContext, body: ChatRequest, session: ChatSession) -> None:
         self._context = context
-        self._diagnostics = diagnostics
+        self._session = session
+        self._diagnostics = session.diagnostics
         self._body = body
         self._head = {
-            "id": diagnostics.answer_id,
+            "id": session.diagnostics.answer_id,
             "created": int(time.time()),
             "model": context.model_name,
         }
@@ -513,7 +518,7 @@ class _ChatWriter:
             **self._head,
             "object": "chat.completion",
             "choices": choices,
-            "usage": usage(outputs, self._body.n),
+            "usage": self._usage(outputs),
             **self._of_prompt(outputs[0]),
             **cache_details(self._body, outputs),
             **self._told(),
@@ -525,9 +530,10 @@ class _ChatWriter:
         ids.pop("token_ids", None)
         return ids | prompt_score_fields(self._context.tokenizer, self._body, output)
 
-    async def events(self, session: ChatSession) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncIterator[bytes]:
         """Yield the role of each choice, then one event per output. Text that was sent is never
         retracted."""
+        session = self._session
         last: dict[int, RequestOutput] = {}
         deltas = [_Deltas() for _ in range(session.num_answers)]
         sent_s = time.monotonic()
@@ -539,7 +545,7 @@ class _ChatWriter:
             last[news.index] = news.output
             more = self._of_prompt(news.output) if is_first else {}
             if self._body.repeats_usage:
-                more["usage"] = usage(list(last.values()), len(last))
+                more["usage"] = self._usage(list(last.values()))
             choice = self._delta(deltas[news.index], news)
             if more or choice != _choice(news.index, {}) or sent_s + QUIET_S < time.monotonic():
                 sent_s = time.monotonic()
@@ -548,10 +554,16 @@ class _ChatWriter:
         if details := cache_details(self._body, outputs):
             yield self._event([], **details)
         if self._body.includes_usage:
-            yield self._event([], usage=usage(outputs, self._body.n), **self._told())
+            yield self._event([], usage=self._usage(outputs), **self._told())
         elif told := self._told():
             yield self._event([], **told)
         yield DONE
+
+    def _usage(self, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+        """Return the token counts of all answers so far, which have one prompt."""
+        counts = usage(outputs, len(outputs))
+        counts["prompt_tokens_details"] |= self._session.written(outputs[0])
+        return counts
 
     def _told(self) -> dict[str, Any]:
         """Return the explanation of cache misses, if it was requested."""

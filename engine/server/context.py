@@ -470,7 +470,7 @@ def _as_array(prompt: list[int]) -> list[int] | np.ndarray:
     return tokens
 
 
-def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, object]:
+def usage(outputs: Sequence[RequestOutput], num_choices: int) -> dict[str, Any]:
     """Return the token counts of an answer. ``outputs`` lists ``num_choices`` choices per prompt.
 
     A prompt counts once, with the cache hit of its first choice. Not part of OpenAI's API are

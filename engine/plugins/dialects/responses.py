@@ -303,15 +303,13 @@ class _ResponsesWriter:
         return named_event({**data, "sequence_number": number})
 
     def _usage(self, output: RequestOutput) -> dict[str, Any]:
-        """Return the token counts. ``cache_write_tokens`` counts the tokens computed up to the last
-        position that later prompts are known to share."""
+        """Return the token counts."""
         num_prompt, num_new = len(output.prompt_token_ids), len(output.output)
-        shared = max(self._session.prompt.boundaries, default=0)
         return {
             "input_tokens": num_prompt,
             "input_tokens_details": {
                 "cached_tokens": output.cached_len,
-                "cache_write_tokens": max(0, shared - output.cached_len),
+                **self._session.written(output),
             },
             "output_tokens": num_new,
             "output_tokens_details": {

@@ -24,6 +24,7 @@ from .conftest import Live
 
 GREEDY: dict[str, Any] = {"model": "builtin", "temperature": 0}
 LONG = "The quick brown fox jumps over the lazy dog. " * 12
+STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 CHAT = [
     {"role": "system", "content": "Be brief. " * 20},
     {"role": "user", "content": "Hello there"},
@@ -43,6 +44,19 @@ def test_a_completion_and_its_usage(live: Live) -> None:
         5,
         5 + len("first " + LONG),
     )
+
+
+def test_chats_and_responses_count_the_same_written_tokens(live: Live) -> None:
+    chat = {"messages": CHAT, "max_tokens": 4, "temperature": 0, "cache_salt": "written"}
+    said = live.post("/v1/chat/completions", chat).json()["usage"]["prompt_tokens_details"]
+    events = live.post("/v1/chat/completions", chat | STREAMED).text.split("data: ")
+    again = json.loads(events[-2])["usage"]["prompt_tokens_details"]
+    asked = {"input": CHAT, "max_output_tokens": 4, "cache_salt": "written too"}
+    response = live.post("/v1/responses", asked).json()["usage"]["input_tokens_details"]
+    [known] = live.post("/tokenize", {"messages": CHAT}).json()["boundaries"][-1:]
+    assert said["cache_write_tokens"] == response["cache_write_tokens"] == known
+    assert again["cached_tokens"] > 0
+    assert again["cached_tokens"] + again["cache_write_tokens"] == known
 
 
 def test_the_second_of_two_equal_prompts_hits_and_says_so(live: Live) -> None:
@@ -275,6 +289,7 @@ def test_models_are_named(serve_oracle: Callable[..., Live]) -> None:
     page = live.get("/v1/models").json()  # as Anthropic's clients read it
     assert page["first_id"] == page["last_id"] == "org/mine" and page["has_more"] is False
     assert (card.type, card.display_name) == ("model", "org/mine")
+    assert card.max_input_tokens == card.max_tokens == 4096
     assert datetime.fromisoformat(card.created_at).timestamp() == card.created
     assert card.id == "org/mine" and live.client.models.retrieve("org/mine").max_model_len == 4096
     with pytest.raises(openai.NotFoundError, match="use 'org/mine'"):
