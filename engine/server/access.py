@@ -56,15 +56,28 @@ def install(app: FastAPI, config: ServerConfig) -> None:
 
 def api_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
     """Return the accepted keys, including the operator's. Empty if no key is required."""
-    named = environment.get(API_KEY_VARIABLE, "").strip().encode()
-    keys = [named] if named else []
-    if config.api_key_file is not None:
-        keys += read_keys("api_key_file", config.api_key_file)
+    keys = _client_keys(config, environment)
     if keys and config.admin_key_file is not None:
         keys.append(read_key("admin_key_file", config.admin_key_file))
     if config.salt_by_key and not keys:
         raise ValueError(f"--salt-by-key needs keys: give --api-key-file or {API_KEY_VARIABLE}.")
     return keys
+
+
+def _client_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
+    named = environment.get(API_KEY_VARIABLE, "").strip().encode()
+    keys = [named] if named else []
+    if config.api_key_file is not None:
+        keys += read_keys("api_key_file", config.api_key_file)
+    return keys
+
+
+def separates_keys(config: ServerConfig) -> bool:
+    """Return whether requests with different keys share no cache entries: by default if clients
+    have several keys, because the number of reused tokens reveals shared prompts."""
+    if config.salt_by_key is not None:
+        return config.salt_by_key
+    return len(set(_client_keys(config, os.environ))) > 1
 
 
 def read_keys(setting: str, file: str) -> list[bytes]:

@@ -111,10 +111,10 @@ class ServerConfig(Settings):
         "(Authorization: Bearer KEY, or x-api-key), except on /, /health and /metrics; "
         f"{API_KEY_VARIABLE} can have one more",
     )
-    salt_by_key: bool = setting(
-        False,
+    salt_by_key: bool | None = setting(
+        None,
         "requests with different API keys share no cache entries, as with different salts; then "
-        "--state-dir keeps nothing for the next start",
+        "--state-dir keeps nothing for the next start (default: if there are several keys)",
     )
     cors_origin: tuple[str, ...] = setting(
         (),

@@ -57,7 +57,9 @@ def test_with_salt_by_key_no_two_keys_share_anything(
     live = serve_oracle(ServerConfig(api_key_file=str(tmp_path / "keys"), salt_by_key=True))
     assert are_of_the_first([counts(live, salt, **key) for key, salt in both])
     assert all(cached(live, salt, **key) > 0 for key, salt in both)
-    shared = serve_oracle(ServerConfig(api_key_file=str(tmp_path / "keys")))
+    by_default = serve_oracle(ServerConfig(api_key_file=str(tmp_path / "keys")))
+    assert are_of_the_first([counts(by_default, **key) for key in keys])
+    shared = serve_oracle(ServerConfig(api_key_file=str(tmp_path / "keys"), salt_by_key=False))
     assert cached(shared, **keys[0]) == 0 and cached(shared, **keys[1]) > 0
 
 
@@ -191,7 +193,7 @@ def keyed(
     (tmp_path / "keys").write_bytes(b"\xef\xbb\xbfkey-one\r\n\n  key-two\t\nkey-one\n")
     (tmp_path / "admin").write_text("operator\n")
     files = {"api_key_file": str(tmp_path / "keys"), "admin_key_file": str(tmp_path / "admin")}
-    live = serve_oracle(server_config(**files, **config))
+    live = serve_oracle(server_config(**files, **{"salt_by_key": False} | config))
     keys = [{"Authorization": f"Bearer {key}"} for key in ("key-one", "key-two", "operator")]
     live.headers = keys[2]
     return live, keys
