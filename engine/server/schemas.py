@@ -597,7 +597,8 @@ def _have_content(messages: list[ChatMessage]) -> list[ChatMessage]:
             continue
         given = {"tool_calls": message.tool_calls, **(message.model_extra or {})}
         if message.role == "assistant":
-            if any(given.get(name) for name in WITHOUT_CONTENT):
+            # Reasoning may be empty, because clients may drop its text.
+            if any(given.get(name) not in (None, []) for name in WITHOUT_CONTENT):
                 continue
             raise ValueError(
                 f"Message {number} has neither 'content' nor 'tool_calls': add one of them."

@@ -227,6 +227,14 @@ def test_what_changes_nothing_is_accepted(say: Say) -> None:
     assert [item.type for item in answer.output] == ["reasoning", "message"]
 
 
+@pytest.mark.parametrize("summary", [[], [{"type": "summary_text", "text": "So."}]])
+def test_an_answer_of_reasoning_alone_can_be_sent_back(say: Say, summary: list[Any]) -> None:
+    question = {"role": "user", "content": "Rain?"}
+    items = [question, {"type": "reasoning", "summary": summary}, question]
+    answer = say("Dry.").post("/v1/responses", ASK | {"input": items})
+    assert answer.status_code == 200, answer.text
+
+
 def test_the_form_that_was_asked_for_is_given_back(say: Say) -> None:
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
