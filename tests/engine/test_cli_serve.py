@@ -70,7 +70,7 @@ def _until_it_answers(url: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "value", "said"),
     [
-        ("--api-key-file", "/nowhere/key", "can not be read"),
+        ("--api-key-file", "/nowhere/key", "cannot be read"),
         ("--volatile-line", "(", "is not a regular expression"),
     ],
 )
@@ -180,8 +180,9 @@ def test_a_killed_engine_ends_every_stream_and_the_server_with_one_sentence(
     assert "The engine's process was ended by SIGKILL" in error["message"]
     assert server.wait(30) == 1
     assert server.stderr is not None
-    said = server.stderr.read()
-    assert said.startswith("engine serve: The engine's process") and said.count("\n") == 1
+    stopping, reason = server.stderr.read().splitlines()
+    assert stopping.endswith("Stopping: no request is running.")
+    assert reason.startswith("engine serve: The engine's process")
 
 
 @pytest.mark.full

@@ -92,7 +92,7 @@ def test_a_folder_is_of_one_grid(make_engine: MakeEngine, tmp_path: Path) -> Non
             assert engine.cache.offload.copied_rows["disk", "device"] > 0
         engine.close()
     for grid in (32, 128):
-        differs = rf"another tile.*, checkpoint grid \(16 there, {grid} here: --grid\): start"
+        differs = rf"differs in tile .*, checkpoint grid \(16 there, {grid} here: --grid\): use"
         with pytest.raises(StoreError, match=differs):
             make_engine(state_dir=str(folder), exact=True, grid=grid)
     shutil.rmtree(folder)

@@ -17,7 +17,7 @@ from experiments.studies import common as lab
 from hybridcache import open_trace
 from hybridcache.lab.leaderboard import Split
 
-STUDIES = ("capacity", "ratio", "grid", "arena")
+STUDIES = ("capacity", "grid", "arena")
 
 
 @pytest.mark.full("capacity")
