@@ -15,6 +15,7 @@ import asyncio
 import itertools
 import logging
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
@@ -355,12 +356,12 @@ class Watching:
         await self._ask("close", self._number)
 
 
-class QuestionedEngine:
+class QuestionedEngine(ABC):
     """Questions to an engine from an event loop. They raise EngineStopped."""
 
+    @abstractmethod
     async def ask(self, what: Question, *arguments: Any) -> Any:
         """Return the result of ``Answers.answer``."""
-        raise NotImplementedError
 
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""

@@ -349,11 +349,14 @@ def default_load_workers() -> int:
     Packing also needs the cores: on two, 16 threads took 1.2 to 1.7 times as long as one, and 1.7
     times the processor time.
     """
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # Only Linux reports the cores of a process.
-        cores = os.cpu_count() or 1
-    return min(max(cores // 2, 1), MAX_LOAD_WORKERS)
+    return min(max(num_cores() // 2, 1), MAX_LOAD_WORKERS)
+
+
+def num_cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Only on Linux.
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 _WORDS: dict[str, tuple[str | None, ...]] = {

@@ -368,25 +368,32 @@ class ChatSession:
 
     async def news(self) -> AsyncIterator[ChatDelta]:
         """Yield the deltas of all answers until all have ended, or the client has left."""
-        first: RequestOutput | None = None
+        unended: RequestOutput | None = None
+        """Last output of the first answer, until its end was reported."""
         try:
             async with aclosing(self._context.outputs(self._streams)) as outputs:
                 async for index, output in outputs:
                     reading = self._readings[index]
                     events, finish = reading.read(output), reading.finish(output)
                     if index == 0:
-                        first = output
+                        unended = output
                         await self.diagnostics.see(output, self._context.workers)
                     if reading.is_over and finish is None:
                         self._streams[index].abort("stop")
-                    if finish is not None and not reading.is_over:
+                    if finish is not None:
                         message = as_message(reading.events)
-                        self._context.chats.after_answer(self.prompt, self._place, message, output)
+                        if not reading.is_over:
+                            self._context.chats.after_answer(
+                                self.prompt, self._place, message, output
+                            )
+                        if index == 0:
+                            self.diagnostics.end(output, message)
+                            unended = None
                     warning = reading.warning if finish else None
                     yield ChatDelta(index, events, output, finish, warning)
         finally:
-            if first is not None:
-                self.diagnostics.end(first, as_message(self._readings[0].events))
+            if unended is not None:
+                self.diagnostics.end(unended, as_message(self._readings[0].events))
 
     async def answers(self) -> list[ChatAnswer]:
         """Wait for all answers and return them in order."""

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 
 from engine import Engine, EngineConfig, Grammar, RequestSpec, SamplingParams, engine_config
+from engine.config import num_cores
 from engine.plugins.guided import background, guide
 from engine.plugins.guided import bindings as library
 from engine.plugins.guided import guides as registry
@@ -464,7 +465,7 @@ def test_a_grammar_that_took_its_share_of_the_engines_time_leaves_its_thread() -
 
 def test_grammars_of_many_requests_share_few_threads(in_background: None) -> None:
     """Each of them could delay the engine's thread, by losing its processor at a bad moment."""
-    most = max(1, background.num_processors() // 2)
+    most = max(1, num_cores() // 2)
     engine, others = oracle(max_running=16), set(threading.enumerate())
     names = [engine.submit(spec(Grammar.of_regex(f"[a-c]{{{n}}}"))) for n in range(20, 36)]
     boxes = [engine._mailboxes.setdefault(name, deque()) for name in names]

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from engine.config import num_cores
 from engine.plugins.guided.bindings import reason
 from engine.requests.grammar import GrammarError, TooComplex
 from engine.requests.logit_rules import Mask
@@ -31,6 +32,7 @@ IDLE_S = 1.0
 SLICE_S = 0.1
 """Time in seconds after which a thread turns to the next grammar. A call is not interrupted."""
 MOST_THREADS = 8
+"""Most background threads of a process, however many cores it has."""
 SECONDS_PER_TOKEN = 0.005
 """Grammar time per token of an answer that is not charged to the budget."""
 
@@ -65,8 +67,8 @@ class GrammarThreads:
     """
 
     def __init__(self, max_threads: int | None = None) -> None:
-        """``max_threads``: None for half of the processors, from 1 to ``MOST_THREADS``."""
-        self._max_threads = max_threads or max(1, min(num_processors() // 2, MOST_THREADS))
+        """``max_threads``: None for half of the cores, from 1 to ``MOST_THREADS``."""
+        self._max_threads = max_threads or max(1, min(num_cores() // 2, MOST_THREADS))
         self._wake = threading.Condition()
         self._waiting: deque[BackgroundGrammar] = deque()
         """Grammars with work that is not running, each once."""
@@ -137,7 +139,7 @@ class BackgroundGrammar:
         self._matcher: Any = None
         self._threads = threads
         self.works: deque[Callable[[], None]] = deque()
-        """Queued works, of which the first may be running. Belongs to ``threads``."""
+        """Queued works without the one that runs. Belongs to ``threads``."""
         self.is_active = False
         """True if there is work, queued or running. Belongs to ``threads``."""
 
@@ -295,13 +297,6 @@ def _lower_priority() -> None:
         thread = threading.get_native_id()
         lower = min(os.getpriority(os.PRIO_PROCESS, thread) + NICENESS, 19)
         os.setpriority(os.PRIO_PROCESS, thread, lower)
-
-
-def num_processors() -> int:
-    """Return the number of processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 _local = threading.local()

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from engine.config import num_cores
 from engine.interfaces import RunnerLost
 from engine.layers.rank import Group
 from kernels.exchange import Exchange, shared_bytes
@@ -38,7 +39,7 @@ class SharedGroup(Group):
     ) -> None:
         """``lines``: descriptors of sockets that close when another rank ends. The descriptor of
         the memory stays open; the caller closes it."""
-        has_cores = _num_cores() >= count * torch.get_num_threads()
+        has_cores = num_cores() >= count * torch.get_num_threads()
         super().__init__(count, SPIN_S if has_cores else 0.0)
         memory = mmap.mmap(descriptor, shared_bytes(count))
         self.exchange = Exchange(
@@ -72,10 +73,3 @@ class SharedGroup(Group):
 
     def set_timeout(self, seconds: float) -> None:
         self.exchange.set_timeout(seconds)
-
-
-def _num_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
