@@ -1,4 +1,4 @@
-"""Allocators: every index is in one hand, with and without a shared budget."""
+"""Page and slot allocators: each index is free or allocated once, with and without a budget."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKEN_BYTES, SLOT_BYTES = 2, 37
 
 
 class AllocatorMachine(RuleBasedStateMachine):
-    """Pages and slots, perhaps under one budget, against sets of what is held."""
+    """Page and slot allocators, optionally under one budget, compared with lists of allocations."""
 
     @initialize(
         page_size=st.sampled_from([1, 16, 64, 256]),
@@ -74,7 +74,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.slots.free(self.taken.pop(data.draw(st.integers(0, len(self.taken) - 1))))
 
     @rule()
-    def give_back_and_reserve_the_same(self):
+    def free_all_and_reserve_the_same(self):
         for rows in self.rows:
             self.pages.free(rows)
         for slot in self.taken:
@@ -84,14 +84,14 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.slots.reserve(self.taken)
 
     @invariant()
-    def nothing_is_lost(self):
+    def each_index_is_free_or_allocated(self):
         if not hasattr(self, "pages"):
             return
         self.pages.check()
         self.slots.check()
         held = np.concatenate([np.empty(0, np.int32), *self.rows])
-        everything = np.sort(np.concatenate([held, self.pages.free_rows()]))
-        assert everything.tolist() == list(range(self.pages.capacity))
+        all_rows = np.sort(np.concatenate([held, self.pages.free_rows()]))
+        assert all_rows.tolist() == list(range(self.pages.capacity))
         slots = sorted(self.taken + self.slots.free_slots())
         assert slots == list(range(self.slots.capacity))
         if self.budget is not None:
@@ -108,7 +108,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 TestAllocators = AllocatorMachine.TestCase
 
 
-def test_bad_sizes_are_refused():
+def test_invalid_sizes_raise():
     with pytest.raises(ValueError, match="whole pages"):
         PageAllocator(10, page_size=4)
     with pytest.raises(ValueError, match="at least 1"):
@@ -119,7 +119,7 @@ def test_bad_sizes_are_refused():
         ByteBudget(0)
 
 
-def test_what_is_no_page_and_no_slot_is_not_taken_back():
+def test_partial_pages_and_unknown_slots_cannot_be_freed():
     pages, slots = PageAllocator(8, page_size=4), SlotAllocator(2)
     rows = pages.allocate(8)
     with pytest.raises(ValueError, match="whole pages"):
@@ -129,7 +129,7 @@ def test_what_is_no_page_and_no_slot_is_not_taken_back():
 
 
 @pytest.mark.parametrize("budget", [None, 1000])
-def test_a_bad_call_is_refused_before_anything_changes(budget):
+def test_an_invalid_call_changes_nothing(budget):
     shared = None if budget is None else ByteBudget(budget)
     pages = PageAllocator(16, 4, TOKEN_BYTES, shared)
     slots = SlotAllocator(2, SLOT_BYTES, shared)
@@ -138,7 +138,7 @@ def test_a_bad_call_is_refused_before_anything_changes(budget):
         with pytest.raises(error):
             pages.allocate(bad)
     outside = np.arange(16, 20, dtype=np.int32)
-    for bad, sentence in (
+    for bad, message in (
         (rows[2:6], "whole pages"),
         (rows[1:5], "whole pages"),
         (outside, "not of this pool"),
@@ -146,7 +146,7 @@ def test_a_bad_call_is_refused_before_anything_changes(budget):
         (outside - 20, "not of this pool"),
         (np.arange(12, dtype=np.int32), "12 rows given back, 8 are allocated"),
     ):
-        with pytest.raises(ValueError, match=sentence):
+        with pytest.raises(ValueError, match=message):
             pages.free(bad)
     for bad, error in ((1.0, TypeError), (None, TypeError), (-1, ValueError), (2, ValueError)):
         with pytest.raises(error):
@@ -164,13 +164,13 @@ def test_a_bad_call_is_refused_before_anything_changes(budget):
     slots.check()
 
 
-def test_nothing_can_be_given_back_at_any_time():
+def test_freeing_an_empty_array_is_allowed():
     pages = PageAllocator(8)
     pages.free(np.empty(0, np.int32))
     assert pages.num_free == 8
 
 
-def test_what_is_taken_can_not_be_reserved():
+def test_allocated_indices_cannot_be_reserved():
     pages, slots = PageAllocator(8, page_size=4), SlotAllocator(2)
     rows = pages.allocate(4)
     with pytest.raises(ValueError, match="not free"):
@@ -195,21 +195,21 @@ def test_a_double_free_is_found_by_check():
         slots.check()
 
 
-def test_a_share_of_a_budget_needs_the_bytes_of_a_unit() -> None:
+def test_a_budget_requires_a_positive_unit_size() -> None:
     with pytest.raises(ValueError, match="bytes of one unit, got 0"):
         PageAllocator(100, budget=ByteBudget(100))
     with pytest.raises(ValueError, match="bytes of one unit, got 0"):
         SlotAllocator(2, budget=ByteBudget(100))
 
 
-def test_the_largest_pool_is_as_large_as_int32_can_number() -> None:
+def test_pool_size_is_limited_by_int32_indices() -> None:
     page = 1 << 20
     assert PageAllocator(MAX_ROWS, page).num_free == MAX_ROWS
     with pytest.raises(ValueError, match="int32 can number"):
         PageAllocator(MAX_ROWS + page, page)
 
 
-def test_pages_are_whole_and_of_the_pool_from_the_first_row_to_the_last() -> None:
+def test_free_checks_every_row_of_the_given_pages() -> None:
     single, pages = PageAllocator(7), PageAllocator(8, page_size=4)
     single.allocate(7)
     for outside in ([7, 0], [0, 7]):
@@ -225,7 +225,7 @@ def test_pages_are_whole_and_of_the_pool_from_the_first_row_to_the_last() -> Non
         PageAllocator(8, page_size=4).reserve(np.arange(2, dtype=np.int32))
 
 
-def test_a_budget_too_small_gives_no_page() -> None:
+def test_a_budget_limits_the_pages_that_can_be_allocated() -> None:
     pages = PageAllocator(16, 4, TOKEN_BYTES, ByteBudget(10))
     assert pages.allocate(8) is None
     with pytest.raises(ValueError, match="8 rows asked for, 4 are free"):
@@ -234,6 +234,6 @@ def test_a_budget_too_small_gives_no_page() -> None:
     assert rows is not None and pages.num_free == 0
 
 
-def test_a_budget_is_taken_to_its_last_byte() -> None:
+def test_a_budget_can_be_used_up_to_its_last_byte() -> None:
     slots = SlotAllocator(2, 1, ByteBudget(1))
     assert slots.allocate() == 0 and slots.allocate() is None

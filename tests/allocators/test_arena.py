@@ -1,5 +1,4 @@
-"""The arena: rows and slots in the same bytes; what moves, and whether everything that was written
-can still be read."""
+"""Arena allocator: KV rows and state slots share memory, and moves of rows preserve the data."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ from hybridcache.allocators.moves import Move, StepQueue
 ROW_BYTES = 3
 
 
-class Hand:
-    """Holds rows, and says so."""
+class RowHolder:
+    """Owner of rows that renames them when they move."""
 
     def __init__(self, rows):
         self.rows = rows
@@ -28,9 +27,11 @@ class Hand:
 
 
 class ArenaMachine(RuleBasedStateMachine):
-    """Rows and slots against a memory of one number a row, which changes once a step as the
-    docstring of the arena says: moves in their order, copies of states, then what the step
-    writes."""
+    """Rows and slots, compared with a memory of one number per row.
+
+    The memory changes once per step, in the order of the arena's docstring: moves, copies of
+    states, then the writes of the step.
+    """
 
     @initialize(
         page_size=st.sampled_from([1, 2, 4]),
@@ -44,21 +45,20 @@ class ArenaMachine(RuleBasedStateMachine):
         self.memory = np.full(arena.capacity, -1, np.int64)
         self.moves = StepQueue()
         arena.holders[self.moves] = None
-        self.hands: list[Hand] = []
+        self.holders: list[RowHolder] = []
         self.states: dict[int, int | None] = {}
-        """Tag of each slot; None: not written yet."""
+        """Tag of each slot, or None if it is not written yet."""
         self.copies: dict[int, int] = {}
-        """Own slot of a request that resumes to the checkpoint that it must copy, which it
-        locks."""
+        """Slot of a resuming request -> the locked checkpoint that it must copy."""
         self.num_tags = 0
 
-    def tag(self):
+    def new_tag(self):
         self.num_tags += 1
         return self.num_tags
 
     @property
     def free_rows(self):
-        taken = sum(len(hand.rows) for hand in self.hands)
+        taken = sum(len(holder.rows) for holder in self.holders)
         return self.arena.capacity - taken - len(self.states) * self.arena.slab_rows
 
     @rule(num_tokens=st.integers(0, 90))
@@ -74,9 +74,9 @@ class ArenaMachine(RuleBasedStateMachine):
             assert (steps == np.arange(page_size)).all() and not (
                 rows[::page_size] % page_size
             ).any()
-            hand = Hand(rows)
-            self.hands.append(hand)
-            self.arena.holders[hand] = None
+            holder = RowHolder(rows)
+            self.holders.append(holder)
+            self.arena.holders[holder] = None
 
     @rule(checkpoint=st.integers(0, 9))
     def allocate_slot(self, checkpoint):
@@ -93,49 +93,49 @@ class ArenaMachine(RuleBasedStateMachine):
                 self.copies[slot] = written[checkpoint]
 
     @rule(seed=st.integers(0, 10**6), num_operations=st.integers(1, 60))
-    def much(self, seed, num_operations):
-        """What a short list of drawn operations seldom does: fill the memory, and go on."""
+    def many_operations(self, seed, num_operations):
+        """Run many random operations, so that the memory fills up. Short examples rarely do."""
         rng = random.Random(seed)
         for _ in range(num_operations):
-            dice, which = rng.random(), rng.randrange(1000)
+            dice, number = rng.random(), rng.randrange(1000)
             if dice < 0.35:
                 self.allocate_rows(rng.choice((1, 3, 10, 40)))
             elif dice < 0.6:
-                self.free_part_of_one(which, rng.randrange(20))
+                self.free_part_of_a_holder(number, rng.randrange(20))
             elif dice < 0.8:
                 self.allocate_slot(rng.randrange(4))
             elif dice < 0.95:
-                self.free_slot(which)
+                self.free_slot(number)
             else:
                 self.step()
-            self.nothing_is_lost()
+            self.each_row_is_free_or_taken()
 
-    @rule(which=st.integers(0, 99), num_kept=st.integers(0, 20))
-    def free_part_of_one(self, which, num_kept):
-        if not self.hands:
+    @rule(number=st.integers(0, 99), num_kept=st.integers(0, 20))
+    def free_part_of_a_holder(self, number, num_kept):
+        if not self.holders:
             return
-        hand = self.hands[which % len(self.hands)]
-        kept = min(num_kept * self.arena.page_size, len(hand.rows))
-        self.arena.pages.free(hand.rows[kept:])
-        hand.rows = hand.rows[:kept].copy()
+        holder = self.holders[number % len(self.holders)]
+        kept = min(num_kept * self.arena.page_size, len(holder.rows))
+        self.arena.pages.free(holder.rows[kept:])
+        holder.rows = holder.rows[:kept].copy()
         if kept:
             return
-        self.hands.remove(hand)
-        del self.arena.holders[hand]
+        self.holders.remove(holder)
+        del self.arena.holders[holder]
 
-    @rule(which=st.integers(0, 99))
-    def free_slot(self, which):
+    @rule(number=st.integers(0, 99))
+    def free_slot(self, number):
         unlocked = sorted(set(self.states) - set(self.copies.values()))
         if not unlocked:
             return
-        slot = unlocked[which % len(unlocked)]
+        slot = unlocked[number % len(unlocked)]
         del self.states[slot]
         self.copies.pop(slot, None)
         self.arena.slots.free(slot)
 
     @rule()
     def step(self):
-        """What the tensors do between two rounds."""
+        """Apply moves, copies and writes to the memory, then check its contents."""
         memory, size = self.memory, self.arena.slab_rows
         for move in self.moves.take().transfers:
             assert not set(move.src) & set(move.dst)
@@ -148,46 +148,48 @@ class ArenaMachine(RuleBasedStateMachine):
             ]
             self.states[own] = self.states[checkpoint]
         self.copies.clear()
-        for hand in self.hands:
-            if hand.tag is None:
-                hand.tag = self.tag()
-                memory[hand.rows] = hand.tag * 1000 + np.arange(len(hand.rows))
+        for holder in self.holders:
+            if holder.tag is None:
+                holder.tag = self.new_tag()
+                memory[holder.rows] = holder.tag * 1000 + np.arange(len(holder.rows))
         for slot, tag in self.states.items():
             if tag is None:
-                self.states[slot] = self.tag()
+                self.states[slot] = self.new_tag()
                 memory[slot * size : (slot + 1) * size] = self.states[slot]
-        for hand in self.hands:
-            expected = hand.tag * 1000 + np.arange(len(hand.rows))
-            assert (memory[hand.rows] == expected).all(), "a row was moved wrongly, or written over"
+        for holder in self.holders:
+            expected = holder.tag * 1000 + np.arange(len(holder.rows))
+            assert (memory[holder.rows] == expected).all(), "a row was moved wrongly or overwritten"
         for slot, tag in self.states.items():
-            assert (memory[slot * size : (slot + 1) * size] == tag).all(), (
-                "a state was written over"
-            )
+            assert (memory[slot * size : (slot + 1) * size] == tag).all(), "a state was overwritten"
 
     @rule()
-    def give_back_and_reserve_the_same(self):
+    def free_all_and_reserve_the_same(self):
         arena, slots = self.arena, list(self.states)
-        for hand in self.hands:
-            arena.pages.free(hand.rows)
+        for holder in self.holders:
+            arena.pages.free(holder.rows)
         for slot in slots:
             arena.slots.free(slot)
         assert arena.num_unused == arena.capacity
-        arena.pages.reserve(np.concatenate([np.empty(0, np.int32), *(h.rows for h in self.hands)]))
+        arena.pages.reserve(
+            np.concatenate([np.empty(0, np.int32), *(h.rows for h in self.holders)])
+        )
         arena.slots.reserve(slots)
 
     @invariant()
-    def nothing_is_lost(self):
+    def each_row_is_free_or_taken(self):
         if not hasattr(self, "arena"):
             return
         arena = self.arena
         arena.check()
         arena.pages.check()
         arena.slots.check()
-        held = np.concatenate([np.empty(0, np.int32), *(hand.rows for hand in self.hands)])
+        held = np.concatenate([np.empty(0, np.int32), *(holder.rows for holder in self.holders)])
         arena.check_taken(held)
-        under = [np.arange(s * arena.slab_rows, (s + 1) * arena.slab_rows) for s in self.states]
-        everything = np.sort(np.concatenate([held, arena.pages.free_rows(), *under]))
-        assert everything.tolist() == list(range(arena.capacity))
+        state_rows = [
+            np.arange(s * arena.slab_rows, (s + 1) * arena.slab_rows) for s in self.states
+        ]
+        all_rows = np.sort(np.concatenate([held, arena.pages.free_rows(), *state_rows]))
+        assert all_rows.tolist() == list(range(arena.capacity))
         assert arena.num_unused == arena.pages.num_free == self.free_rows
         assert arena.pages.num_taken == len(held)
         assert arena.slots.num_taken == len(self.states)
@@ -199,19 +201,19 @@ TestArena = ArenaMachine.TestCase
 
 
 def rows_in(arena, num_rows):
-    """A hand with ``num_rows`` rows, registered."""
-    hand = Hand(arena.pages.allocate(num_rows))
-    arena.holders[hand] = None
-    return hand
+    """Register and return a holder of ``num_rows`` new rows."""
+    holder = RowHolder(arena.pages.allocate(num_rows))
+    arena.holders[holder] = None
+    return holder
 
 
-def test_the_emptiest_slab_moves_into_the_fullest():
+def test_the_emptiest_slab_is_moved_into_the_fullest_slabs():
     arena = ArenaAllocator(40, 1, 10)
     slabs = [rows_in(arena, 10) for _ in range(4)]
-    for hand, kept in zip(slabs, (3, 9, 8, 5), strict=True):
-        arena.pages.free(hand.rows[kept:])
-        hand.rows = hand.rows[:kept].copy()
-    emptied, fullest, next_full = (int(hand.rows[0]) // 10 for hand in slabs[:3])
+    for holder, kept in zip(slabs, (3, 9, 8, 5), strict=True):
+        arena.pages.free(holder.rows[kept:])
+        holder.rows = holder.rows[:kept].copy()
+    emptied, fullest, next_full = (int(holder.rows[0]) // 10 for holder in slabs[:3])
     moves = StepQueue()
     arena.holders[moves] = None
     assert arena.slots.allocate() == emptied
@@ -223,7 +225,7 @@ def test_the_emptiest_slab_moves_into_the_fullest():
     arena.check()
 
 
-def test_an_opened_slab_is_filled_after_all_other_holes():
+def test_rows_are_allocated_from_used_slabs_before_an_unused_one():
     arena = ArenaAllocator(40, 1, 10)
     rows = arena.pages.allocate(10)
     arena.pages.free(rows[:3])
@@ -231,16 +233,16 @@ def test_an_opened_slab_is_filled_after_all_other_holes():
     arena.check()
 
 
-def test_a_slab_without_living_rows_is_free_without_a_move():
+def test_a_slab_without_live_rows_is_taken_without_a_move():
     arena = ArenaAllocator(30, 1, 10)
-    hands = [rows_in(arena, 10) for _ in range(3)]
-    gone = hands.pop(1)
-    arena.pages.free(gone.rows)
-    assert arena.slots.allocate() == gone.rows[0] // 10
+    holders = [rows_in(arena, 10) for _ in range(3)]
+    freed = holders.pop(1)
+    arena.pages.free(freed.rows)
+    assert arena.slots.allocate() == freed.rows[0] // 10
     assert arena.num_moves == 0
 
 
-def test_rows_in_nobodys_hands_can_not_move():
+def test_moving_rows_without_a_holder_raises():
     arena = ArenaAllocator(20, 1, 10)
     rows = arena.pages.allocate(10)
     others = rows_in(arena, 10)
@@ -261,7 +263,7 @@ def test_rows_after_the_last_slab_hold_kv_only():
     arena.check()
 
 
-def test_without_states_all_is_kv():
+def test_without_states_all_memory_is_for_kv():
     arena = ArenaAllocator(25, 1, 0, page_size=4)
     assert (arena.capacity, arena.num_slabs) == (24, 0)
     assert arena.slots.allocate() is None and arena.slots.num_free == 0
@@ -272,7 +274,7 @@ def test_without_states_all_is_kv():
     arena.check()
 
 
-def test_moves_are_given_out_once_in_their_order():
+def test_moves_are_taken_once_and_in_order():
     moves, rows = StepQueue(), np.empty(0, np.int32)
     made = [Move(slab, rows, rows, rows) for slab in (3, 1, 2)]
     for move in made:
@@ -282,12 +284,12 @@ def test_moves_are_given_out_once_in_their_order():
     assert moves.take().transfers == () and moves.num_transfers == 0
 
 
-def test_a_slab_is_whole_pages_and_has_room_for_a_state():
+def test_a_slab_has_whole_pages_and_fits_one_state():
     assert [slab_rows(12, 2), slab_rows(13, 2), slab_rows(13, 2, 4)] == [6, 7, 8]
     assert ArenaAllocator(400, 2, 13, 4).slab_rows == 8
 
 
-def test_rename_leaves_other_rows():
+def test_rename_changes_only_moved_rows():
     new_rows = np.array([4, 11, 6, 12], np.int32)
     move = Move(1, np.array([5, 7], np.int32), np.array([11, 12], np.int32), new_rows)
     rows = np.array([7, 3, 8, 5, 0, 4], np.int32)
@@ -295,7 +297,7 @@ def test_rename_leaves_other_rows():
     assert rows.tolist() == [12, 3, 8, 11, 0, 4]
 
 
-def test_a_bad_call_is_refused_before_anything_changes():
+def test_an_invalid_call_changes_nothing():
     for bad in ((100, 0, 5, 1), (100, 1, -1, 1), (100, 1, 5, 0)):
         with pytest.raises(ValueError, match="must be at least 1"):
             ArenaAllocator(*bad)
@@ -329,7 +331,7 @@ def test_a_double_free_is_found_by_check():
 
 
 class FakeLease:
-    """A running lease of a list of rows, which counts how often it is asked."""
+    """Running lease with a list of rows. It counts the calls of ``rows_moved``."""
 
     def __init__(self, rows):
         self.rows = np.array(rows, np.int32)
@@ -349,8 +351,8 @@ class FakeLease:
         pass
 
 
-def made_move(slab, size, places):
-    """``places``: row to new row, of slab ``slab``."""
+def make_move(slab, size, places):
+    """Return a move of rows of ``slab``; ``places`` maps each row to its new row."""
     new_rows = np.arange(slab * size, (slab + 1) * size, dtype=np.int32)
     for row, new in places.items():
         new_rows[row - slab * size] = new
@@ -358,26 +360,28 @@ def made_move(slab, size, places):
     return Move(slab, src, dst, new_rows)
 
 
-def test_a_move_is_told_only_to_leases_with_rows_in_its_slab():
+def test_a_move_calls_only_leases_with_rows_in_its_slab():
     steps = StepQueue(num_slabs=100, slab_rows=10)
     leases = [FakeLease([10 * slab, 10 * slab + 1] if slab else [950]) for slab in range(20)]
     for lease in leases:
         steps.open(lease)
         steps.rows_added(lease, 0)
-    assert steps.rows_moved(made_move(3, 10, {30: 707, 31: 708})) == 2
+    assert steps.rows_moved(make_move(3, 10, {30: 707, 31: 708})) == 2
     assert [lease.num_calls for lease in leases] == [0] * 3 + [1] + [0] * 16
     assert leases[3].rows.tolist() == [707, 708]
     steps.check()
-    assert steps.rows_moved(made_move(70, 10, {707: 999, 708: 55})) == 2, "moved rows move again"
+    assert steps.rows_moved(make_move(70, 10, {707: 999, 708: 55})) == 2, (
+        "moved rows can move again"
+    )
     leases[4].rows = np.array([40, 41, 993], np.int32)
     steps.rows_added(leases[4], 2)
-    assert steps.rows_moved(made_move(99, 10, {993: 5, 999: 6})) == 2
+    assert steps.rows_moved(make_move(99, 10, {993: 5, 999: 6})) == 2
     assert (leases[3].rows.tolist(), leases[4].rows.tolist()) == ([6, 55], [40, 41, 5])
     assert [lease.num_calls for lease in leases[3:6]] == [3, 1, 0]
     steps.check()
     steps.close(leases[3])
     later = FakeLease([200])
     steps.open(later)
-    assert steps.rows_moved(made_move(0, 10, {5: 300})) == 1
-    assert later.num_calls == 0, "a new lease has the place of one that ended"
+    assert steps.rows_moved(make_move(0, 10, {5: 300})) == 1
+    assert later.num_calls == 0, "a new lease reused the entry of an ended one"
     assert len(steps.take().transfers) == 4 and steps.take() == ((), (), ())

@@ -1,4 +1,4 @@
-"""Host memory follows what is cached, not what once was."""
+"""Compaction: the tree's memory is proportional to the resident tokens, not to evicted ones."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from tests.cache.serving import hybrid, ids, publish
 TAIL = 5_000
 
 
-def long_tails(cache, num_prompts):
-    """Prompts with states at 10 and 20 and a long tail behind them, none of whose tails stays."""
+def publish_and_evict_tails(cache, num_prompts):
+    """Publish prompts with checkpoints at 10 and 20 and evict the long tail behind them."""
     tail = ids(range(TAIL))
     for number in range(num_prompts):
         prompt = np.concatenate([ids([number]), tail])
         publish(cache, prompt)
-        publish(cache, prompt[:20], [10, 20])  # splits what was whole
+        publish(cache, prompt[:20], [10, 20])  # splits the node of the whole prompt
         cache.evict(num_tokens=1)
 
 
 @pytest.mark.full("100000")
 @pytest.mark.parametrize("ghost_bytes", [0, 100_000])
-def test_short_survivors_do_not_keep_their_long_tails_alive(ghost_bytes):
+def test_short_nodes_do_not_hold_the_memory_of_evicted_tails(ghost_bytes):
     cache = hybrid(num_kv_tokens=9_500, num_slots=600, ghost_bytes=ghost_bytes)
-    long_tails(cache, 5)
+    publish_and_evict_tails(cache, 5)
     gc.collect()
     tracemalloc.start()
-    long_tails(cache, 80)
+    publish_and_evict_tails(cache, 80)
     gc.collect()
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     cache.check(held_tokens=0, held_slots=0)
     assert cache.cached_tokens >= 80 * 20
-    cut_node_bytes = 1400  # a node cut by a split holds two views besides what a whole one does
+    cut_node_bytes = 1400  # a node made by a split holds two views more than a whole one
     allowed = 12 * cache.cached_tokens + cut_node_bytes * cache.num_nodes + 2 * ghost_bytes
     assert used < allowed, f"{used} bytes for {cache.cached_tokens} tokens"
 
 
-def test_rows_and_tokens_are_the_same_after_they_moved():
+def test_compaction_preserves_rows_and_tokens():
     cache = hybrid(num_kv_tokens=6_000, ghost_bytes=0)
     prompt = ids(range(TAIL))
     publish(cache, prompt)
@@ -61,20 +61,20 @@ def test_rows_and_tokens_are_the_same_after_they_moved():
     cache.check(held_tokens=0, held_slots=0)
 
 
-@pytest.mark.parametrize("num_living", [49, 50])
-def test_a_buffer_is_left_where_it_is_while_half_of_it_is_alive(num_living):
+@pytest.mark.parametrize("num_used", [49, 50])
+def test_a_buffer_is_compacted_once_less_than_half_is_in_use(num_used):
     cache = hybrid(num_kv_tokens=6_000, ghost_bytes=0)
     publish(cache, ids(range(100)))
-    publish(cache, ids(range(num_living)), [num_living])
-    (top,) = [node for node in cache._tree.nodes() if node.end == num_living]
+    publish(cache, ids(range(num_used)), [num_used])
+    (top,) = [node for node in cache._tree.nodes() if node.end == num_used]
     base, whole = top.kv.indices.base, top.edge.obj
     cache.evict(num_tokens=1)
-    is_left = num_living == 50
-    assert (top.kv.indices.base is base) == (top.edge.obj is whole) == is_left
-    assert len(top.kv.indices.base) == (100 if is_left else 49)
+    is_unchanged = num_used == 50
+    assert (top.kv.indices.base is base) == (top.edge.obj is whole) == is_unchanged
+    assert len(top.kv.indices.base) == (100 if is_unchanged else 49)
 
 
-def test_nodes_that_end_at_checkpoints_from_the_start_share_nothing():
+def test_nodes_split_at_insertion_share_no_buffer():
     cache = hybrid(num_kv_tokens=6_000, num_slots=8)
     publish(cache, ids(range(100)), [80, 30, 55])
     nodes = sorted(cache._tree.nodes(), key=lambda node: node.end)
@@ -83,7 +83,7 @@ def test_nodes_that_end_at_checkpoints_from_the_start_share_nothing():
     cache.check(held_tokens=0, held_slots=0)
 
 
-def test_the_weight_of_a_ghost_node_is_what_it_takes():
+def test_the_constant_for_ghost_node_bytes_matches_measured_memory():
     cache = hybrid(num_kv_tokens=100_000, num_slots=2_000, ghost_bytes=1 << 30)
     publish(cache, ids("warm"), [4])
     gc.collect()

@@ -1,4 +1,4 @@
-"""Pictures of the tree say what is in it."""
+"""Rendering of the tree as text, graphviz and SVG."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cache():
     return cache
 
 
-def test_text_is_an_outline(cache):
+def test_text_is_an_indented_outline(cache):
     assert cache.render().splitlines() == [
         "namespace None",
         "`- 0..6 * slot 0 superseded",
@@ -34,11 +34,11 @@ def test_text_is_an_outline(cache):
     ]
 
 
-def test_text_stops_where_it_is_told(cache):
+def test_text_stops_after_max_nodes(cache):
     assert cache.render(max_nodes=1).splitlines()[-1] == "... 2 more nodes"
 
 
-def test_an_only_child_stands_no_deeper_than_its_parent():
+def test_an_only_child_is_not_indented():
     cache = hybrid()
     for prompt in ("a", "ab", "abc", "abcX", "abcY", "abcYZ", "q"):
         publish(cache, ids(prompt))
@@ -55,33 +55,33 @@ def test_an_only_child_stands_no_deeper_than_its_parent():
 
 
 @pytest.fixture
-def tenants():
+def cache_of_tenants():
     cache = hybrid(num_kv_tokens=10_000)
     for tenant in range(3000):
         publish(cache, ids([tenant, 1]), namespace=("tenant", tenant))
     return cache
 
 
-def test_no_picture_goes_past_what_it_is_told_to_draw(tenants, monkeypatch):
+def test_rendering_reads_only_max_nodes_nodes(cache_of_tenants, monkeypatch):
     seen = set()
     start = RadixNode.start.fget
     monkeypatch.setattr(RadixNode, "start", property(lambda node: seen.add(node) or start(node)))
     for form, num_lines in (("text", 21), ("graphviz", 34), ("svg", 130)):
         seen.clear()
-        picture = tenants.render(form, max_nodes=10)
+        picture = cache_of_tenants.render(form, max_nodes=10)
         assert "... 2990 more nodes and 2990 more namespaces" in picture
         assert len(picture.splitlines()) <= num_lines
         assert len(seen) == 10
-    assert "... 1 more node" not in tenants.render(max_nodes=3000)
-    assert tenants.render(max_nodes=2999).endswith("... 1 more node and 1 more namespace")
-    assert tenants.render(max_nodes=0) == "... 3000 more nodes and 3000 more namespaces"
+    assert "... 1 more node" not in cache_of_tenants.render(max_nodes=3000)
+    assert cache_of_tenants.render(max_nodes=2999).endswith("... 1 more node and 1 more namespace")
+    assert cache_of_tenants.render(max_nodes=0) == "... 3000 more nodes and 3000 more namespaces"
 
 
-def test_children_past_the_limit_are_not_looked_at():
+def test_rendering_does_not_iterate_over_children_past_the_limit():
     cache = hybrid(num_kv_tokens=10_000)
     for token in range(3000):
         publish(cache, ids([token]))
-    looked_at = []
+    visited = []
     root = cache._tree.roots[None]
 
     class Watched(dict):
@@ -93,25 +93,25 @@ def test_children_past_the_limit_are_not_looked_at():
 
                 def __iter__(_):
                     for child in watched:
-                        looked_at.append(child)
+                        visited.append(child)
                         yield child
 
             return View()
 
     root.children = Watched(root.children)
     for form in ("text", "graphviz", "svg"):
-        looked_at.clear()
+        visited.clear()
         cache.render(form, max_nodes=5)
-        assert len(looked_at) <= 6
+        assert len(visited) <= 6
 
 
-AWKWARD = 'two\nlines \x00\x1b\ufffe\ud800 <&> "\\'
+SPECIAL_CHARACTERS = 'two\nlines \x00\x1b\ufffe\ud800 <&> "\\'
 
 
-def test_any_label_and_any_namespace_can_be_drawn():
+def test_special_characters_in_labels_and_namespaces_are_escaped():
     cache = hybrid()
     rows, slot = cache.allocate_kv(3), cache.allocate_slot()
-    cache.insert(ids("abc"), rows, [(3, slot)], AWKWARD, labels=[AWKWARD])
+    cache.insert(ids("abc"), rows, [(3, slot)], SPECIAL_CHARACTERS, labels=[SPECIAL_CHARACTERS])
     publish(cache, ids("abc"), namespace="x" * 10_000)
     outline = cache.render()
     assert len(outline.splitlines()) == 4 and len(outline) < 400
@@ -126,7 +126,7 @@ def test_any_label_and_any_namespace_can_be_drawn():
     assert 'lines \\x00\\x1b\\ufffe\\ud800 <&> "' in titles[0]
 
 
-def test_graphviz_has_a_box_for_each_node_and_an_edge_to_it(cache):
+def test_graphviz_has_a_box_and_an_edge_for_each_node(cache):
     source = cache.render("graphviz")
     assert source.count("->") == cache.num_nodes == 3
     assert source.splitlines()[2:-1] == [
@@ -149,17 +149,17 @@ def test_svg_is_well_formed_and_shows_every_node(cache):
     assert any("ghost" in title for title in titles)
 
 
-def test_svg_says_what_it_shows(cache):
+def test_svg_has_a_legend_an_axis_and_namespace_titles(cache):
     serve(cache, ids("system", "other"), namespace=("tenant", 1))
     drawing = ElementTree.fromstring(cache.render("svg"))
-    words = [element.text for element in drawing.iter() if element.tag.endswith("text")]
-    assert {"namespace None", "namespace ('tenant', 1)"} <= set(words)
-    assert {"KV", "checkpoint", "superseded", "checkpoint evicted", "locked"} <= set(words)
-    assert {"0", "5", "10", "tokens from the start of the prompt"} <= set(words)
-    assert not any(word.startswith("...") for word in words)
+    texts = [element.text for element in drawing.iter() if element.tag.endswith("text")]
+    assert {"namespace None", "namespace ('tenant', 1)"} <= set(texts)
+    assert {"KV", "checkpoint", "superseded", "checkpoint evicted", "locked"} <= set(texts)
+    assert {"0", "5", "10", "tokens from the start of the prompt"} <= set(texts)
+    assert not any(text.startswith("...") for text in texts)
 
 
-def test_svg_bars_stand_at_their_tokens_and_none_over_another(cache):
+def test_svg_bars_match_their_tokens_and_do_not_overlap(cache):
     serve(cache, ids("system", "hello", "more"), [15])
     drawing = ElementTree.fromstring(cache.render("svg"))
     bars = [bar for bar in drawing.iter() if len(bar) and bar[0].tag.endswith("title")]
@@ -179,14 +179,14 @@ def test_svg_bars_stand_at_their_tokens_and_none_over_another(cache):
     assert last < float(drawing.get("viewBox").split()[3])
 
 
-def test_an_empty_tree_can_be_drawn():
+def test_an_empty_tree_can_be_rendered():
     for form in ("text", "graphviz", "svg"):
         hybrid().render(form)
     with pytest.raises(ValueError, match="text, graphviz, svg"):
         hybrid().render("oil")
 
 
-def test_a_deep_tree_needs_no_recursion():
+def test_a_deep_tree_is_rendered_without_recursion():
     cache = hybrid(num_kv_tokens=6000)
     tokens = ids(range(1500))
     for end in range(1, 1501):
@@ -194,4 +194,4 @@ def test_a_deep_tree_needs_no_recursion():
     for form in ("text", "graphviz", "svg"):
         picture = cache.render(form, max_nodes=5000)
         assert "1499..1500" in picture
-        assert len(picture) < 200 * 1500, "the depth costs no more than the nodes"
+        assert len(picture) < 200 * 1500, "the size of the picture grows with the depth"

@@ -1,4 +1,4 @@
-"""The bare tree: walks, splits, and keys, against lists."""
+"""Radix tree: walks, splits and child keys, compared with plain lists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def int32(values):
 
 
 @given(IDS, IDS, st.sampled_from([1, 4, 16]))
-def test_common_prefix_is_what_a_loop_finds(ours, theirs, page_size):
+def test_common_prefix_len_matches_a_plain_loop(ours, theirs, page_size):
     shared = 0
     while shared < min(len(ours), len(theirs)) and ours[shared] == theirs[shared]:
         shared += 1
@@ -27,7 +27,7 @@ def test_common_prefix_is_what_a_loop_finds(ours, theirs, page_size):
 
 
 @pytest.mark.parametrize("token", [0, 1, 255, 256, 2**31 - 1])
-def test_the_key_of_a_one_token_page_is_its_id(token):
+def test_the_key_of_a_one_token_page_is_the_token_id(token):
     assert child_key(int32([token, 9]).tobytes(), 1) == token
 
 
@@ -37,7 +37,7 @@ def test_the_key_of_a_longer_page_is_its_bytes():
 
 
 def grow_path(tree, tokens, cuts):
-    """A resident path with nodes ending at ``cuts``; segments stand in as a plain object."""
+    """Grow a resident path with nodes that end at ``cuts``. Plain objects replace KV segments."""
     node = tree.root(None)
     for end in cuts:
         node = tree.grow(node, int32(tokens[node.end : end]))
@@ -46,7 +46,7 @@ def grow_path(tree, tokens, cuts):
 
 
 @given(st.lists(st.integers(0, 2), min_size=1, max_size=30), st.data())
-def test_a_walk_ends_where_the_prompt_leaves_the_path(tokens, data):
+def test_a_walk_ends_where_prompt_and_path_differ(tokens, data):
     tree = RadixTree(1)
     cuts = sorted(data.draw(st.sets(st.integers(1, len(tokens)), min_size=1)))
     grow_path(tree, tokens, cuts)
@@ -62,7 +62,7 @@ def test_a_walk_ends_where_the_prompt_leaves_the_path(tokens, data):
 
 
 @given(st.lists(st.integers(0, 9), min_size=2, max_size=20), st.data())
-def test_splits_change_no_walk(tokens, data):
+def test_splits_do_not_change_walks(tokens, data):
     tree = RadixTree(1)
     leaf = grow_path(tree, tokens, [len(tokens)])
     for _ in range(data.draw(st.integers(1, 4))):
@@ -87,7 +87,7 @@ def test_a_walk_can_start_below_the_root():
     assert tree.walk(leaf.parent, int32([3, 4, 9])) == (leaf.parent, leaf, 4)
 
 
-def test_nodes_come_parents_first():
+def test_nodes_yields_parents_before_children():
     tree = RadixTree(1)
     grow_path(tree, [1, 2, 3, 4], [1, 2, 4])
     seen = [tree.root(None)]

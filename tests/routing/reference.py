@@ -1,10 +1,10 @@
-"""Plain twins of what routers hold: lists that are searched from end to end."""
+"""Reference implementations of the routers' data structures: lists with linear search."""
 
 from __future__ import annotations
 
 
 class PlainTree:
-    """Every prompt that was sent, with where to: nothing is forgotten but with its replica."""
+    """List of all prompts that were sent to each replica, without eviction."""
 
     def __init__(self):
         self.sent = []
@@ -13,18 +13,18 @@ class PlainTree:
         self.sent.append((tokens, replica, namespace))
 
     def forget(self, replica):
-        self.sent = [each for each in self.sent if each[1] != replica]
+        self.sent = [entry for entry in self.sent if entry[1] != replica]
 
     def match(self, tokens, namespace=None):
         reached = {}
-        for known, replica, space in self.sent:
-            if space == namespace and (length := shared(known, tokens)):
+        for prompt, replica, space in self.sent:
+            if space == namespace and (length := shared_len(prompt, tokens)):
                 reached[replica] = max(reached.get(replica, 0), length)
         return max(reached.values(), default=0), reached
 
 
-class PlainWay:
-    """Prompts on the way, each with the positions at which it will be resumable."""
+class PlainInFlight:
+    """Prompts in flight, each with the positions of its future checkpoints."""
 
     def __init__(self):
         self.prompts = {}
@@ -33,17 +33,17 @@ class PlainWay:
         return max(
             (
                 position
-                for known, space, positions in self.prompts.values()
+                for prompt, space, positions in self.prompts.values()
                 for position in positions
-                if space == namespace and position <= shared(known, tokens) < len(tokens) + 1
+                if space == namespace and position <= shared_len(prompt, tokens) < len(tokens) + 1
                 if position < len(tokens)
             ),
             default=0,
         )
 
 
-def shared(left, right):
-    """How long both begin alike."""
+def shared_len(left, right):
+    """Return the length of the common prefix."""
     length = 0
     while length < min(len(left), len(right)) and left[length] == right[length]:
         length += 1

@@ -1,5 +1,5 @@
-"""State machine: a reader of numbered batches that loses some, comes late and asks again, knows in
-the end what the cache holds."""
+"""State machine: a reader of numbered event batches that loses some of them recovers the cache's
+contents in the end."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tests.cache.serving import hybrid
 
 
 class OutboxMachine(RuleBasedStateMachine):
-    @initialize(kept=st.integers(1, 4))
-    def make(self, kept):
+    @initialize(num_kept=st.integers(1, 4))
+    def make(self, num_kept):
         self.cache = hybrid(num_kv_tokens=64, num_slots=4, grid=4)
-        self.outbox = Outbox(self.cache, kept)
+        self.outbox = Outbox(self.cache, num_kept)
         self.mirror, self.num_requests, self.covered = Mirror(1), 0, set()
 
     @rule(tokens=st.lists(st.integers(0, 2), min_size=4, max_size=20), flushes=st.booleans())
@@ -41,15 +41,15 @@ class OutboxMachine(RuleBasedStateMachine):
         self.cache.reset()
         self.outbox.flush()
 
-    @rule(loses=st.integers(0, 2))
-    def read(self, loses):
-        """Some batches get lost: the next one is refused, and what is missing asked for again."""
+    @rule(num_lost=st.integers(0, 2))
+    def read(self, num_lost):
+        """Apply pending batches, but lose the first ``num_lost``: the next one must be refused."""
         batches = self.outbox.since(self.mirror.next_sequence)
         if batches is None:
             self.outbox.restart()
             self.mirror = Mirror(1)
             batches = self.outbox.since(0)
-        for batch in batches[loses:]:
+        for batch in batches[num_lost:]:
             if batch.sequence != self.mirror.next_sequence:
                 with pytest.raises(EventsLost):
                     self.mirror.apply_batch(batch.sequence, batch.events)
@@ -68,7 +68,7 @@ class OutboxMachine(RuleBasedStateMachine):
 TestOutbox = OutboxMachine.TestCase
 
 
-def test_what_was_never_made_is_not_there() -> None:
+def test_batches_that_are_missing_or_dropped_are_not_returned() -> None:
     outbox = Outbox(hybrid(num_kv_tokens=64, num_slots=4, grid=4), kept=2)
     assert outbox.since(0) == [] and outbox.since(1) is None and not outbox.flush()
     for number in range(4):

@@ -1,5 +1,7 @@
-"""State machine: every router, with replicas that join and leave, requests in every state, real
-caches behind it and events that come late; and the rule of ``checkpoint`` beside a plain one."""
+"""Routers: a state machine with real caches, replicas that join and leave, and late events.
+
+The choices of ``checkpoint`` are compared with a plain version of its rule.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +30,20 @@ PLACEMENT = "branch,boundary,backoff"
 
 
 class PerToken:
-    """A second for four tokens."""
+    """Compute time of 0.25 s per token."""
 
     def seconds(self, start, end):
         return max(end - start, 0) / 4
 
 
-def spec(placement=PLACEMENT, **more):
-    facts = {"times": PerToken(), "grid": GRID, "kv_bytes": KV_BYTES, "state_bytes": STATE_BYTES}
-    facts |= {"capacity_bytes": 96 * KV_BYTES + 8 * STATE_BYTES}
-    return ReplicaSpec(placement=parse_placement(placement), **facts | more)
+def spec(placement=PLACEMENT, **changes):
+    fields = {"times": PerToken(), "grid": GRID, "kv_bytes": KV_BYTES, "state_bytes": STATE_BYTES}
+    fields |= {"capacity_bytes": 96 * KV_BYTES + 8 * STATE_BYTES}
+    return ReplicaSpec(placement=parse_placement(placement), **fields | changes)
 
 
 class Replica:
-    """A cache that publishes what changes in it."""
+    """Cache that publishes its changes as event batches."""
 
     def __init__(self, placement=PLACEMENT, **sizes):
         self.cache = hybrid(**{"num_kv_tokens": 96, "num_slots": 8, "grid": GRID} | sizes)
@@ -50,10 +52,10 @@ class Replica:
         self.cache.subscribe(EventStream(self.events.append))
 
     def compute(self, request):
-        """Prefill a prompt and end."""
+        """Prefill a prompt, end the request and record a batch of events."""
         tokens = np.array(request.tokens, np.int32)
-        asked = LeaseRequest(tokens, request.namespace, request.boundaries)
-        lease = Lease.begin(self.cache, self.placement, asked)
+        lease_request = LeaseRequest(tokens, request.namespace, request.boundaries)
+        lease = Lease.begin(self.cache, self.placement, lease_request)
         if lease is not None and lease.extend(len(tokens)):
             lease.take_checkpoint_slots(lease.cached_len, len(tokens))
             lease.finish(tokens, len(tokens))
@@ -67,9 +69,9 @@ class Replica:
 
 
 class RoutersMachine(RuleBasedStateMachine):
-    @initialize(word=st.sampled_from(sorted(ROUTERS)), replicas=st.integers(1, 3))
-    def make(self, word, replicas):
-        self.router = find_router(word)(spec())
+    @initialize(name=st.sampled_from(sorted(ROUTERS)), replicas=st.integers(1, 3))
+    def make(self, name, replicas):
+        self.router = find_router(name)(spec())
         self.replicas, self.requests, self.prompts, self.now = {}, {}, [()], 0.0
         self.num_replicas = self.num_requests = 0
         for _ in range(replicas):
@@ -82,23 +84,23 @@ class RoutersMachine(RuleBasedStateMachine):
         self.num_replicas += 1
 
     @precondition(lambda self: self.replicas)
-    @rule(which=st.integers(0, 9))
-    def leave(self, which):
-        replica = sorted(self.replicas)[which % len(self.replicas)]
+    @rule(number=st.integers(0, 9))
+    def leave(self, number):
+        replica = sorted(self.replicas)[number % len(self.replicas)]
         del self.replicas[replica]
         lost = set(self.router.left(replica, self.now))
-        assert lost == {number for number, (_, at, _) in self.requests.items() if at == replica}
-        self.requests = {n: each for n, each in self.requests.items() if each[1] != replica}
+        assert lost == {id_ for id_, (_, at, _) in self.requests.items() if at == replica}
+        self.requests = {id_: it for id_, it in self.requests.items() if it[1] != replica}
 
     @rule(
-        known=st.integers(0, 99),
-        kept=st.integers(0, 20),
-        more=st.lists(st.integers(0, 2), min_size=1, max_size=9),
+        number=st.integers(0, 99),
+        prefix_len=st.integers(0, 20),
+        new=st.lists(st.integers(0, 2), min_size=1, max_size=9),
     )
-    def route(self, known, kept, more):
-        tokens = (*self.prompts[known % len(self.prompts)][:kept], *more)
+    def route(self, number, prefix_len, new):
+        tokens = (*self.prompts[number % len(self.prompts)][:prefix_len], *new)
         self.num_requests += 1
-        request = RouteRequest(self.num_requests, tokens, None, known % 3)
+        request = RouteRequest(self.num_requests, tokens, None, number % 3)
         if not self.replicas:
             with pytest.raises(NoReplica):
                 self.router.route(request, self.now)
@@ -111,24 +113,24 @@ class RoutersMachine(RuleBasedStateMachine):
         self.requests[request.id] = request, choice.replica, False
 
     @precondition(lambda self: self.requests)
-    @rule(which=st.integers(0, 99), answers=st.booleans())
-    def go_on(self, which, answers):
-        """The prompt is computed, or the request ends."""
-        number = sorted(self.requests)[which % len(self.requests)]
-        request, at, is_prefilled = self.requests[number]
-        if is_prefilled or not answers:
-            self.router.ended(number, self.now)
-            del self.requests[number]
+    @rule(number=st.integers(0, 99), is_computed=st.booleans())
+    def advance(self, number, is_computed):
+        """Compute the prompt of a request, or end the request."""
+        id_ = sorted(self.requests)[number % len(self.requests)]
+        request, at, is_prefilled = self.requests[id_]
+        if is_prefilled or not is_computed:
+            self.router.ended(id_, self.now)
+            del self.requests[id_]
         else:
             self.replicas[at].compute(request)
-            self.router.prefilled(number, self.now)
-            self.requests[number] = request, at, True
+            self.router.prefilled(id_, self.now)
+            self.requests[id_] = request, at, True
 
     @precondition(lambda self: self.replicas)
-    @rule(which=st.integers(0, 9))
-    def deliver(self, which):
-        """A replica's oldest batch arrives."""
-        replica = sorted(self.replicas)[which % len(self.replicas)]
+    @rule(number=st.integers(0, 9))
+    def deliver(self, number):
+        """Deliver the oldest batch of a replica."""
+        replica = sorted(self.replicas)[number % len(self.replicas)]
         if self.replicas[replica].batches:
             self.router.on_events(replica, *self.replicas[replica].batches.pop(0))
 
@@ -137,7 +139,7 @@ class RoutersMachine(RuleBasedStateMachine):
         self.now += seconds
 
     @invariant()
-    def adds_up(self):
+    def counts_agree(self):
         if hasattr(self, "router"):
             self.router.check()
             assert self.router.loads.keys() == self.replicas.keys()
@@ -145,7 +147,7 @@ class RoutersMachine(RuleBasedStateMachine):
             assert running == len(self.requests)
 
     @invariant()
-    def mirrors_are_the_caches_once_all_has_come(self):
+    def mirrors_equal_caches_without_pending_batches(self):
         if not hasattr(self, "router") or not isinstance(self.router, MirrorRouter):
             return
         for name, replica in self.replicas.items():
@@ -154,7 +156,7 @@ class RoutersMachine(RuleBasedStateMachine):
                 assert self.router.mirrors[name].num_checkpoints == replica.cache.num_checkpoints
 
     def teardown(self):
-        """Once everything has ended and come, nothing is on the way."""
+        """End all requests and deliver all batches; then nothing is in flight."""
         if not hasattr(self, "router") or not isinstance(self.router, CheckpointSeconds):
             return
         for number in tuple(self.requests):
@@ -166,45 +168,48 @@ class RoutersMachine(RuleBasedStateMachine):
 
 
 def plain_choice(router, request, now):
-    """The rule of ``checkpoint`` written down once more, without hashing: None where that
-    decides."""
+    """Return the choice of a plain version of the rule of ``checkpoint``.
+
+    None for other routers, and if a tie is broken by hashing.
+    """
     if type(router) is not CheckpointSeconds:
         return None
     num_ids, costs = len(request.tokens), {}
-    rates = {replica: own.rate(now) for replica, own in router.write_rates.items()}
+    rates = {replica: writes.rate(now) for replica, writes in router.write_rates.items()}
     mean = sum(rates.values()) / len(rates)
-    passed = sum(now - own.since_s for own in router.write_rates.values())
-    work = sum(own.work_s for own in router.write_rates.values())
+    passed = sum(now - writes.since_s for writes in router.write_rates.values())
+    work = sum(writes.work_s for writes in router.write_rates.values())
     idle = max(1 - work / passed, 0.05) if passed else 1.0
     for replica, load in router.loads.items():
         mirror = router.mirrors[replica]
         found = mirror.match(request.tokens)
         depth = max(found.cached_len, router.in_flight[replica].depth(request))
         held = sum(len(segment[4]) for segment in mirror.segments())
-        known = max(depth, found.kv_match_len)
-        wanted = {known // GRID * GRID: "branch"}
+        kv_len = max(depth, found.kv_match_len)
+        wanted = {kv_len // GRID * GRID: "branch"}
         wanted.setdefault((num_ids - 1) // GRID * GRID, "backoff")
         saved = [p for p in wanted if p > depth and router.shares.is_saved(wanted[p])]
-        new = (num_ids - known) * KV_BYTES + len(saved) * STATE_BYTES
+        new = (num_ids - kv_len) * KV_BYTES + len(saved) * STATE_BYTES
         pressure = (rates[replica] / mean) ** 0.5 if mean else 1.0
         lost = pressure * new * held / router.spec.capacity_bytes
         costs[replica] = load.wait_s(now) + (num_ids - depth + lost) / 4 / idle, depth
     least = min(cost for cost, _ in costs.values())
-    near = [each for each, (cost, _) in costs.items() if cost <= least + 1e-9]
-    return Choice(near[0], costs[near[0]][1]) if len(near) == 1 else None
+    cheapest = [replica for replica, (cost, _) in costs.items() if cost <= least + 1e-9]
+    return Choice(cheapest[0], costs[cheapest[0]][1]) if len(cheapest) == 1 else None
 
 
 TestRouters = RoutersMachine.TestCase
 
 
-def fleet(word: str, count: int = 3, **more: object) -> Router:
-    router = find_router(word)(spec(**more))
+def fleet(name: str, count: int = 3, **changes: object) -> Router:
+    """Return a router with ``count`` joined replicas."""
+    router = find_router(name)(spec(**changes))
     for replica in range(count):
         router.joined(replica, 0.0)
     return router
 
 
-def test_prompts_that_will_share_a_branch_meet_before_any_event() -> None:
+def test_prompts_with_a_common_prefix_meet_before_any_event() -> None:
     router = fleet("checkpoint", 8)
     chosen = set()
     for number in range(6):
@@ -214,42 +219,42 @@ def test_prompts_that_will_share_a_branch_meet_before_any_event() -> None:
     assert len(chosen) == 1
 
 
-def test_a_replica_is_chosen_even_if_almost_no_time_has_passed() -> None:
-    """Bytes per second of a period that short are infinite, and costs were not comparable."""
+def test_a_replica_is_chosen_after_almost_no_time() -> None:
+    """Infinite write rates over a tiny period once made the costs incomparable."""
     router = fleet("checkpoint", 1)
     for number, now in enumerate((0.0, 5e-324, 1e-300)):
         assert router.route(RouteRequest(number, (0,)), now).replica == 0
 
 
-def test_kv_without_a_state_promises_what_is_not_there() -> None:
+def test_kv_seconds_expects_a_hit_where_a_checkpoint_is_missing() -> None:
     replica = Replica()
     request = RouteRequest("first", tuple(range(20)))
     replica.compute(request)
     batch = replica.batches[0]
-    told = {}
-    for word in ("checkpoint", "kv-seconds"):
-        router = fleet(word, 1)
+    expected_len = {}
+    for name in ("checkpoint", "kv-seconds"):
+        router = fleet(name, 1)
         router.on_events(0, *batch)
-        told[word] = router.route(RouteRequest(1, (*range(11), 99)), 0.0).expected_len
-    real = replica.cache.match(np.array((*range(11), 99), np.int32))
-    assert told == {"checkpoint": real.cached_len, "kv-seconds": 11} and real.cached_len == 0
+        expected_len[name] = router.route(RouteRequest(1, (*range(11), 99)), 0.0).expected_len
+    actual = replica.cache.match(np.array((*range(11), 99), np.int32))
+    assert expected_len == {"checkpoint": actual.cached_len, "kv-seconds": 11}
+    assert actual.cached_len == 0
 
 
-def test_a_queue_is_weighed_in_seconds() -> None:
-    """Computing four tokens takes a second: a prefix of 16 is worth a queue of less than four."""
+def test_a_queue_and_a_prefix_are_compared_in_seconds() -> None:
+    """Four tokens take a second, so a prefix of 16 is worth a queue of less than four seconds."""
     replica = Replica()
     replica.compute(RouteRequest("first", tuple(range(17))))
-    for queued_s, is_worth_it in ((3.0, True), (5.0, False)):
+    for queued_s, is_chosen in ((3.0, True), (5.0, False)):
         router = fleet("checkpoint", 2, capacity_bytes=None)
         router.on_events(0, *replica.batches[0])
         router.loads[0].sent("other", queued_s, 0.0)
         router._where["other"] = 0
         choice = router.route(RouteRequest(1, tuple(range(18))), 0.0)
-        assert (choice.replica == 0) == is_worth_it
+        assert (choice.replica == 0) == is_chosen
 
 
-def test_memory_in_use_costs() -> None:
-    """Nothing known of a prompt: it goes where it takes nobody's place."""
+def test_a_prompt_without_hits_goes_to_the_emptiest_replica() -> None:
     replica = Replica()
     replica.compute(RouteRequest("first", tuple(range(60))))
     router = fleet("checkpoint", 2)
@@ -259,22 +264,22 @@ def test_memory_in_use_costs() -> None:
         assert router.choose(request, 10.0 * number).replica == 1
 
 
-def test_where_memory_is_written_over_faster_a_place_is_dearer() -> None:
-    """Both hold the same, but one was sent nine times as much: it has misses to spare."""
+def test_a_replica_with_a_higher_write_rate_costs_more() -> None:
+    """Both replicas hold the same, but one was sent nine times as many bytes."""
     replica = Replica()
     replica.compute(RouteRequest("first", tuple(range(60))))
     router = fleet("checkpoint", 2)
     assert isinstance(router, CheckpointSeconds)
-    for name, num_bytes in ((0, 900), (1, 100)):
-        router.on_events(name, *replica.batches[0])
-        router.write_rates[name].sent(num_bytes, 0.0, 1.0)
+    for number, num_bytes in ((0, 900), (1, 100)):
+        router.on_events(number, *replica.batches[0])
+        router.write_rates[number].sent(num_bytes, 0.0, 1.0)
     assert router.pressures(2.0) == pytest.approx({0: 1.8**0.5, 1: 0.2**0.5})
     for number in range(8):
         request = RouteRequest(number, tuple(range(100 + number, 110 + number)))
         assert router.choose(request, 2.0).replica == 1
 
 
-def test_what_is_sent_takes_the_place_of_its_ids_and_its_states() -> None:
+def test_the_write_rate_counts_kv_and_states_of_sent_requests() -> None:
     router = fleet("checkpoint", 1)
     assert isinstance(router, CheckpointSeconds)
     request = RouteRequest(1, tuple(range(50)))
@@ -285,8 +290,8 @@ def test_what_is_sent_takes_the_place_of_its_ids_and_its_states() -> None:
     assert router.write_rates[0].rate(1.0) == sent
 
 
-def test_a_forecast_changes_no_placement() -> None:
-    """However many requests are routed, each replica's copies learn from their own requests."""
+def test_forecasts_do_not_train_the_placement_policy() -> None:
+    """The copy of each replica's policy learns only from requests that the replica computed."""
     for placement in ("branch,boundary,backoff", "adaptive", "planned:2"):
         router = fleet("checkpoint", 4, placement=placement)
         assert isinstance(router, CheckpointSeconds)
@@ -301,17 +306,17 @@ def test_a_forecast_changes_no_placement() -> None:
         assert found[0] and all(positions == found[0] for positions in found)
 
 
-@pytest.mark.parametrize("goes_on", [True, False])
-def test_a_forecast_follows_what_the_replicas_placement_has_learnt(goes_on: bool) -> None:
-    """Conversations resume at the last prompt's end, so the replica drops all other back-offs;
-    prompts that never come again teach it to save next to nothing."""
+@pytest.mark.parametrize("continues", [True, False])
+def test_a_forecast_follows_the_learned_placement_of_the_replica(continues: bool) -> None:
+    """Conversations resume at the end of the last prompt, so the replica saves only there. If
+    prompts never repeat, it saves almost nothing."""
     replica = Replica("adaptive", num_kv_tokens=60_000, num_slots=300)
     router = fleet("checkpoint", 1, placement="adaptive", capacity_bytes=None)
     assert isinstance(router, CheckpointSeconds)
-    wrong = saved_in_all = 0
+    num_wrong = num_saved = 0
     turns, rng = [(), (), (), ()], np.random.default_rng(0)
     for number in range(400):
-        before = turns[number % 4] if goes_on and len(turns[number % 4]) < 600 else ()
+        before = turns[number % 4] if continues and len(turns[number % 4]) < 600 else ()
         tokens = (*before, *rng.integers(0, 50_000, 60).tolist())
         turns[number % 4] = tokens
         request = RouteRequest(number, tokens)
@@ -326,29 +331,29 @@ def test_a_forecast_follows_what_the_replicas_placement_has_learnt(goes_on: bool
         router.on_events(0, sequence, events, covered)
         saved = {event.position for event in events if isinstance(event, CheckpointStored)}
         if number >= 200:
-            wrong += len(saved ^ forecast)
-            saved_in_all += len(saved)
-    assert (saved_in_all > 180) == goes_on
-    assert wrong <= 20
+            num_wrong += len(saved ^ forecast)
+            num_saved += len(saved)
+    assert (num_saved > 180) == continues
+    assert num_wrong <= 20
 
 
-def test_the_busier_the_fleet_the_more_a_hit_is_worth() -> None:
-    """A prefix of 16 saves four seconds: behind a queue of five it is worth it when that work would
-    keep others waiting."""
+def test_a_hit_is_worth_a_longer_queue_if_the_fleet_is_busy() -> None:
+    """A prefix of 16 saves four seconds. It is worth a queue of five seconds only if the saved
+    work would delay other requests."""
     replica = Replica()
     replica.compute(RouteRequest("first", tuple(range(17))))
-    for work_s, is_worth_it in ((0.0, False), (2.0, False), (12.0, True), (1000.0, True)):
+    for work_s, is_chosen in ((0.0, False), (2.0, False), (12.0, True), (1000.0, True)):
         router = fleet("checkpoint", 2, capacity_bytes=None)
         assert isinstance(router, CheckpointSeconds)
         router.on_events(0, *replica.batches[0])
         router.write_rates[0].sent(1, work_s, 0.0)
         router.loads[0].sent("other", 5.0, 10.0)
         choice = router.choose(RouteRequest(1, tuple(range(18))), 10.0)
-        assert (choice.replica == 0) == is_worth_it
+        assert (choice.replica == 0) == is_chosen
         assert router.utilisation(10.0) == min(work_s / 20, MOST_BUSY)
 
 
-def test_sgl_rules_at_their_thresholds() -> None:
+def test_text_router_applies_the_thresholds_of_sglang() -> None:
     router = fleet("text", 2)
     assert router.route(RouteRequest(1, tuple(range(10))), 0).replica == 0
     assert router.route(RouteRequest(2, (0, 1, 2, *range(50, 57))), 0) == (1, 0)  # 30 %: not above
@@ -359,29 +364,29 @@ def test_sgl_rules_at_their_thresholds() -> None:
     assert router.route(RouteRequest("last", (*range(10), 5)), 0).replica == 1
 
 
-def test_llm_d_adds_three_scores() -> None:
+def test_kv_router_adds_the_three_scores_of_llm_d() -> None:
     replica = Replica()
     replica.compute(RouteRequest("first", tuple(range(40))))
     router = fleet("kv", 2, capacity_bytes=None)
     router.on_events(0, *replica.batches[0])
     assert router.route(RouteRequest(1, tuple(range(40))), 0) == (0, 39)
-    # 3 x 10 / 40 for the prefix is less than 2 for the shorter queue.
+    # The prefix scores 3 x 10 / 40, less than 2 for the shorter queue.
     assert router.route(RouteRequest(2, (*range(10), *range(100, 130))), 0).replica == 1
 
 
-@pytest.mark.parametrize("word", ["session", "round_robin", "least_loaded"])
-def test_simple_rules(word: str) -> None:
-    router = fleet(word)
+@pytest.mark.parametrize("name", ["session", "round_robin", "least_loaded"])
+def test_routers_without_cache_events(name: str) -> None:
+    router = fleet(name)
     chosen = [router.route(RouteRequest(n, (1,), None, n % 3), 0).replica for n in range(9)]
-    if word == "session":
+    if name == "session":
         assert chosen[:3] * 3 == chosen
-        router.left(next(each for each in range(3) if each not in chosen[:1]), 0)
+        router.left(next(replica for replica in range(3) if replica not in chosen[:1]), 0)
         assert router.route(RouteRequest("x", (1,), None, 0), 0).replica == chosen[0]
     else:
         assert sorted(chosen) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
-def test_a_lost_batch_is_noticed_and_batch_0_begins_anew() -> None:
+def test_a_lost_batch_raises_and_batch_0_starts_over() -> None:
     replica = Replica()
     for number in range(3):
         replica.compute(RouteRequest(number, (number,) * 9))
@@ -389,42 +394,44 @@ def test_a_lost_batch_is_noticed_and_batch_0_begins_anew() -> None:
     router.on_events(0, *replica.batches[0])
     with pytest.raises(EventsLost):
         router.on_events(0, *replica.batches[2])
-    everything = []
-    replica.cache.subscribe(EventStream(everything.append))
-    router.on_events(0, 0, everything)
+    all_events = []
+    replica.cache.subscribe(EventStream(all_events.append))
+    router.on_events(0, 0, all_events)
     assert router.num_held(0) == replica.cache.cached_tokens
     router.check()
 
 
-class Mine(Router):
-    """Always the youngest."""
+class NewestReplica(Router):
+    """Router that always chooses the newest replica."""
 
     def choose(self, request, now):
         return Choice(max(self.loads))
 
 
-class NoRouter:
+class NotARouter:
+    """Class with the right method but without the base class."""
+
     def choose(self, request, now):
         return None
 
 
-def test_a_router_of_ones_own() -> None:
+def test_a_custom_router_is_found_by_its_path() -> None:
     here = "tests.routing.test_routers_machine"
-    router = find_router(f"{here}:Mine")(spec())
+    router = find_router(f"{here}:NewestReplica")(spec())
     router.joined(0, 0)
     router.joined(1, 0)
     assert router.route(RouteRequest(1, (1,)), 0).replica == 1
     with pytest.raises(ValueError, match=r"router must be one of round_robin, .* \(got 'best'\)"):
         find_router("best")
-    with pytest.raises(ValueError, match="does not implement Router: derive NoRouter from"):
-        find_router(f"{here}:NoRouter")
+    with pytest.raises(ValueError, match="does not implement Router: derive NotARouter from"):
+        find_router(f"{here}:NotARouter")
     with pytest.raises(ValueError, match="already joined"):
         router.joined(0, 0)
     with pytest.raises(TypeError, match="override choose"):
-        fleet_of_nothing = Router(spec())
-        fleet_of_nothing.joined(0, 0)
-        fleet_of_nothing.route(RouteRequest(1, (1,)), 0)
+        abstract = Router(spec())
+        abstract.joined(0, 0)
+        abstract.route(RouteRequest(1, (1,)), 0)
 
 
-def test_kv_seconds_is_only_another_depth() -> None:
+def test_kv_seconds_shares_the_rule_of_checkpoint_seconds() -> None:
     assert KVSeconds.choose is CheckpointSeconds.choose

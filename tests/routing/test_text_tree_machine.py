@@ -1,4 +1,4 @@
-"""State machine: the tree of what was sent, beside a list of it."""
+"""State machine: the tree of sent prompts, compared with a list of them."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class TextTreeMachine(RuleBasedStateMachine):
     @rule(tokens=PROMPTS, namespace=SPACES)
     def match(self, tokens, namespace):
         length, reached = self.tree.match(tokens, namespace)
-        most, known = self.plain.match(tokens, namespace)
+        plain_length, plain_reached = self.plain.match(tokens, namespace)
         assert length == max(reached.values(), default=0)
         if self.tree.max_tokens == 10_000:  # nothing was evicted
-            assert (length, reached) == (most, known)
+            assert (length, reached) == (plain_length, plain_reached)
         else:
-            assert all(depth <= known[replica] for replica, depth in reached.items())
+            assert all(depth <= plain_reached[replica] for replica, depth in reached.items())
 
     @invariant()
-    def adds_up(self):
+    def tree_is_consistent(self):
         if hasattr(self, "tree"):
             self.tree.check()
 
@@ -48,7 +48,7 @@ class TextTreeMachine(RuleBasedStateMachine):
 TestTextTree = TextTreeMachine.TestCase
 
 
-def test_what_was_longest_unused_goes_first() -> None:
+def test_the_least_recently_used_prompt_is_evicted_first() -> None:
     tree = TextTree(10)
     tree.insert((1, 2, 3, 4, 5), "a")
     tree.insert((6, 7, 8, 9), "a")

@@ -1,4 +1,4 @@
-"""Turnovers against the list of all that was sent."""
+"""Write rates of replicas, compared with the list of all bytes that were sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SENT = st.tuples(st.integers(0, 60), st.integers(0, 8), st.integers(0, 5))
 
 
 @given(st.lists(SENT, max_size=40), st.one_of(st.none(), st.integers(1, 150)))
-def test_it_reaches_back_one_memory_full(
+def test_the_write_rate_covers_the_last_capacity_of_bytes(
     sent: list[tuple[int, int, int]], capacity: int | None
 ) -> None:
     write_rate, now = WriteRate(capacity, 0.0), 0.0

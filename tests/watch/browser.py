@@ -1,4 +1,4 @@
-"""A real Chromium for tests; where there is none, they are skipped with a sentence."""
+"""Fixtures with a real Chromium. Tests are skipped if none is installed."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """A browser of playwright's; a module long, for its event loop is in the way of others."""
+    """Start a browser. Module scope, because playwright's event loop disturbs other tests."""
     playwright = pytest.importorskip(
         "playwright.sync_api",
-        reason="playwright is not installed: pip install playwright, and a Chromium on the PATH",
+        reason="playwright is not installed (pip install playwright; Chromium must be on the PATH)",
     )
     path = next((found for name in NAMES if (found := shutil.which(name))), None)
     with playwright.sync_playwright() as started:
         try:
             browser = started.chromium.launch(executable_path=path, args=["--no-sandbox"])
         except playwright.Error as error:
-            pytest.skip(f"no Chromium starts here: {str(error).splitlines()[0]}")
+            pytest.skip(f"Chromium cannot be started: {str(error).splitlines()[0]}")
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def errors() -> list[str]:
-    """What the pages of a test complained about."""
+    """Return the list of script errors of a test's pages."""
     return []
 
 
 @pytest.fixture
 def tab(chromium: Any, errors: list[str]) -> Iterator[Any]:
-    """An empty page; the test fails if its scripts did."""
+    """Yield an empty page, and fail the test if a script of the page failed."""
     page = chromium.new_page(viewport={"width": 1200, "height": 800})
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.set_default_timeout(20_000)

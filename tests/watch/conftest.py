@@ -1,4 +1,4 @@
-"""Chromium for all tests of this folder."""
+"""Chromium fixtures for the tests of this folder."""
 
 from .browser import chromium, errors, tab
 

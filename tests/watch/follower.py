@@ -1,4 +1,4 @@
-"""What a page does with records, in Python: the twin of ``model.js``'s nodes."""
+"""Application of watch records to a set of nodes, as ``model.js`` does it in the page."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hybridcache.radix.tree import RadixNode, members
 
 
 def follow(nodes: dict[int, dict[str, Any]], records: list[list[Any]]) -> None:
-    """Change ``nodes`` as ``records`` say. KeyError: they name a node that is not there."""
+    """Apply ``records`` to ``nodes``. Raises KeyError if a record names an unknown node."""
     for kind, *rest in records:
         match kind:
             case "kv":
@@ -38,7 +38,7 @@ def follow(nodes: dict[int, dict[str, Any]], records: list[list[Any]]) -> None:
 
 
 def truth(cache: Any, scale: int = 1) -> dict[int, dict[str, Any]]:
-    """The resident nodes of ``cache`` by id."""
+    """Return the resident nodes of ``cache`` by id."""
     found = {}
     waiting: list[RadixNode] = [
         child for root in cache._tree.roots.values() for child in members(root.children)

@@ -1,4 +1,4 @@
-"""The page as a file, and in Chromium: it draws what the records say, at every moment."""
+"""The watch page, as a file and in Chromium: it draws the recorded cache at each time."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ META = {"title": "a run", "kv_bytes": 24576, "state_bytes": 77_000_000}
 
 
 def records_of(num_requests: int) -> tuple[list[Record], Any]:
-    """A cache's records, a time before each request; and the cache."""
-    cache, told = hybrid(num_kv_tokens=500), Recorder()
-    cache.subscribe(told)
+    """Return the records of a cache, with a time before each request, and the cache."""
+    cache, recorder = hybrid(num_kv_tokens=500), Recorder()
+    cache.subscribe(recorder)
     records: list[Record] = []
     for number, tokens in enumerate(traffic(5, num_requests)):
         n = len(tokens)
         match = serve(cache, tokens, sorted({n, n // 2} - {0}), (None, "tenant")[number % 2])
-        records += [["time", float(number), number + 1], *told.take()]
+        records += [["time", float(number), number + 1], *recorder.take()]
         request = {
             "id": str(number),
             "conversation": number % 7,
@@ -49,42 +49,43 @@ def records_of(num_requests: int) -> tuple[list[Record], Any]:
     return records, cache
 
 
-def opened(tab: Any, tmp_path: Path, *runs: Recording) -> None:
+def open_page(tab: Any, tmp_path: Path, *runs: Recording) -> None:
     file = tmp_path / "run.html"
     file.write_text(recorded_page(runs), encoding="utf-8")
     tab.goto(file.as_uri())
 
 
-def test_the_page_is_one_file_that_loads_nothing() -> None:
+def test_the_page_is_one_file_without_external_resources() -> None:
     page = live_page()
     assert "/*" + "STYLE*/" not in page and "/*" + "SCRIPT*/" not in page
-    for word in ("src=", "@import", "http://127", "https://", "import("):
-        assert word not in page, word
+    for text in ("src=", "@import", "http://127", "https://", "import("):
+        assert text not in page, text
     assert len(page) < 128 * 1024
     folder = Path(__file__).parents[2] / "hybridcache" / "watch" / "page"
     assert {path.name for path in folder.glob("*.js")} == set(SCRIPTS)
     assert page == live_page()
 
 
-def test_nothing_recorded_can_end_the_element_it_stands_in() -> None:
+def test_recorded_text_cannot_close_its_script_element() -> None:
     page = recorded_page([Recording({"title": "</script><b>"}, [])])
     assert "</script><b>" not in page and FORM in page
 
 
-def test_the_page_draws_what_the_records_say(tab: Any, tmp_path: Path) -> None:
-    """The whole run, then every fifth moment backwards: the same nodes as a twin of its own."""
+def test_the_page_shows_the_recorded_nodes_at_each_time(tab: Any, tmp_path: Path) -> None:
+    """Compare the nodes in the page with the cache and, going back, with ``follow``."""
     records, cache = records_of(90)
-    opened(tab, tmp_path, Recording(META, records))
+    open_page(tab, tmp_path, Recording(META, records))
     shown = {int(id_): node for id_, node in tab.evaluate(NODES).items()}
     assert shown == truth(cache)
-    for moment in range(85, -1, -17):
+    for time in range(85, -1, -17):
         nodes: dict[int, dict[str, Any]] = {}
         follow(
-            nodes, [one for at, one in zip(_times(records), records, strict=True) if at <= moment]
+            nodes,
+            [record for at, record in zip(_times(records), records, strict=True) if at <= time],
         )
-        tab.evaluate("(moment) => hybridcache.page.go(moment)", moment)
+        tab.evaluate("(time) => hybridcache.page.go(time)", time)
         shown = {int(id_): node for id_, node in tab.evaluate(NODES).items()}
-        assert shown == nodes, moment
+        assert shown == nodes, time
 
 
 def _times(records: list[Record]) -> list[int]:
@@ -95,10 +96,10 @@ def _times(records: list[Record]) -> list[int]:
     return times
 
 
-def test_two_runs_beside_each_other_share_a_slider(tab: Any, tmp_path: Path) -> None:
+def test_two_runs_side_by_side_share_a_slider(tab: Any, tmp_path: Path) -> None:
     records, _ = records_of(40)
     runs = [Recording(META | {"title": name}, records) for name in ("lru", "survival", "fifo")]
-    opened(tab, tmp_path, *runs)
+    open_page(tab, tmp_path, *runs)
     assert tab.locator(".view").count() == 2
     tab.get_by_label("Time", exact=True).last.fill("3")
     assert tab.evaluate("hybridcache.views.map((view) => view.model.time)") == [4, 4]
@@ -110,7 +111,7 @@ def test_two_runs_beside_each_other_share_a_slider(tab: Any, tmp_path: Path) -> 
 
 def test_the_keyboard_walks_tree_bars_and_table(tab: Any, tmp_path: Path) -> None:
     records, _ = records_of(40)
-    opened(tab, tmp_path, Recording(META, records))
+    open_page(tab, tmp_path, Recording(META, records))
     tab.locator(".tree canvas").focus()
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft", "+", "Enter", "0"):
         tab.keyboard.press(key)
@@ -131,22 +132,22 @@ def test_the_keyboard_walks_tree_bars_and_table(tab: Any, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1600])
-def test_it_fits_its_window_in_both_themes(
+def test_the_page_fits_its_window_in_both_themes(
     chromium: Any, tmp_path: Path, scheme: Any, width: int
 ) -> None:
     records, _ = records_of(30)
     page = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
-    opened(page, tmp_path, Recording(META, records), Recording(META, records))
+    open_page(page, tmp_path, Recording(META, records), Recording(META, records))
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (int(ground.split("(")[1].split(",")[0]) > 128) == (scheme == "light")
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (int(background.split("(")[1].split(",")[0]) > 128) == (scheme == "light")
     page.get_by_role("button", name="Switch between dark and light").click()
-    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != background
     page.close()
 
 
 def luminance(colour: str) -> float:
-    """Relative luminance of a CSS colour, by WCAG 2.2."""
+    """Return the relative luminance of a CSS colour by WCAG 2.2."""
     named = {"#000": (0.0, 0.0, 0.0), "#fff": (255.0, 255.0, 255.0)}
     parts = named.get(colour) or [float(part) for part in re.findall(r"[\d.]+", colour)[:3]]
     linear = [
@@ -162,16 +163,16 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_colours_can_be_told_from_the_ground(chromium: Any, tmp_path: Path, scheme: Any) -> None:
-    """WCAG 2.2: 4.5 for text, 3 for parts of a picture."""
+def test_colours_have_enough_contrast(chromium: Any, tmp_path: Path, scheme: Any) -> None:
+    """Check the ratios of WCAG 2.2: 4.5 for text, 3 for graphics."""
     page = chromium.new_page(color_scheme=scheme)
-    opened(page, tmp_path, Recording(META, records_of(9)[0]))
+    open_page(page, tmp_path, Recording(META, records_of(9)[0]))
     tree = "hybridcache.views[0].tree"
     ramps, inks = page.evaluate(tree + ".ramps"), page.evaluate(tree + ".inkOn")
     panel = page.evaluate(tree + ".colour.panel")
     swatches = page.evaluate(
         "[...document.querySelectorAll('.lanes ~ .legend i')]"
-        ".map((one) => getComputedStyle(one).backgroundColor)"
+        ".map((swatch) => getComputedStyle(swatch).backgroundColor)"
     )
     soft = page.evaluate("getComputedStyle(document.querySelector('.soft')).color")
     page.close()
@@ -184,9 +185,9 @@ def test_colours_can_be_told_from_the_ground(chromium: Any, tmp_path: Path, sche
             assert contrast(colour, ink) >= 4.5, (name, colour, ink)
 
 
-def test_a_choice_is_explained_where_the_window_is_narrow(chromium: Any, tmp_path: Path) -> None:
+def test_details_of_a_bar_open_in_a_narrow_window(chromium: Any, tmp_path: Path) -> None:
     page = chromium.new_page(viewport={"width": 390, "height": 844})
-    opened(page, tmp_path, Recording(META, records_of(30)[0]))
+    open_page(page, tmp_path, Recording(META, records_of(30)[0]))
     assert page.locator(".details").is_hidden()
     page.locator(".bar").first.click()
     box = page.locator(".details").bounding_box()
@@ -196,11 +197,11 @@ def test_a_choice_is_explained_where_the_window_is_narrow(chromium: Any, tmp_pat
     page.close()
 
 
-def test_every_word_of_a_legend_has_a_meaning(tab: Any, tmp_path: Path) -> None:
-    opened(tab, tmp_path, Recording(META, records_of(30)[0]))
-    words = "[...document.querySelectorAll('.lanes ~ .legend span')].map((one) => %s)"
-    labels = tab.evaluate(words % "one.textContent")
-    assert "KV evicted" in labels and all(tab.evaluate(words % "one.title"))
+def test_every_legend_label_has_an_explanation(tab: Any, tmp_path: Path) -> None:
+    open_page(tab, tmp_path, Recording(META, records_of(30)[0]))
+    of_labels = "[...document.querySelectorAll('.lanes ~ .legend span')].map((label) => %s)"
+    labels = tab.evaluate(of_labels % "label.textContent")
+    assert "KV evicted" in labels and all(tab.evaluate(of_labels % "label.title"))
     tab.get_by_role("button", name="Meaning of the terms").press("Enter")
     terms = tab.locator("#terms dt").all_inner_texts()
     assert {*labels, "checkpoint", "ghost", "locked", "slab"} <= {*terms}
@@ -208,7 +209,7 @@ def test_every_word_of_a_legend_has_a_meaning(tab: Any, tmp_path: Path) -> None:
     assert tab.locator("#terms").is_hidden()
 
 
-def test_an_empty_run_says_so(tab: Any, tmp_path: Path) -> None:
-    opened(tab, tmp_path, Recording(META, []))
+def test_an_empty_run_shows_a_note(tab: Any, tmp_path: Path) -> None:
+    open_page(tab, tmp_path, Recording(META, []))
     assert "Nothing is cached yet" in tab.locator(".note").inner_text()
     assert "No request yet." in tab.locator("body").inner_text()
