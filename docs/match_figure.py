@@ -96,7 +96,7 @@ def serve(cache: PrefixCache, prompt: np.ndarray[Any, np.dtype[np.int32]]) -> tu
     lease = Lease.begin(cache, parse_placement("branch,backoff"), LeaseRequest(prompt))
     assert lease is not None and lease.extend(len(prompt))
     saved = lease.take_checkpoint_slots(lease.cached_len, len(prompt))
-    cache.take_step()
+    cache.take_step().done()
     lease.publish(prompt, len(prompt))
     lease.finish(prompt, len(prompt))
     return tuple(position for position, _ in saved)

@@ -315,6 +315,8 @@ class Engine:
             logits = self.runner.forward(plan.batch, before.tokens)
         elif plan.tasks or plan.batch.moves:
             logits = self.runner.forward(plan.batch)
+        if plan is not EMPTY:
+            self._manager.step_done()
         self._laps.append(self.clock())
         return logits
 

@@ -20,11 +20,9 @@ import numpy as np
 from hybridcache import (
     CacheConfig,
     Copy,
-    Drop,
     Lease,
     LeaseRequest,
     Move,
-    StepPlan,
     build_prefix_cache,
     parse_placement,
 )
@@ -98,7 +96,7 @@ class MinimalEngine:
             start, end = one.computed_len, min(one.computed_len + PIECE, len(one.tokens))
             if one.lease is not None and self.extend(one, end):
                 pieces.append((one, start, end, one.lease.take_checkpoint_slots(start, end)))
-        self.carry_out(self.cache.take_step())
+        self.cache.take_step().carry_out(self)  # calls move, copy and restore below, in order
         for one, start, end, checkpoints in pieces:
             self.compute(one, start, end, dict(checkpoints))
             one.computed_len = end
@@ -154,21 +152,21 @@ class MinimalEngine:
         if one.lease is not None:
             one.lease.abort()
 
-    def carry_out(self, plan: StepPlan) -> None:
-        """Do everything that the cache decided since the last step, in the plan's order."""
-        for transfer in plan.transfers:
-            if isinstance(transfer, Move):  # rows move within the arena
-                self.kv[transfer.dst] = self.kv[transfer.src]
-                self.counts["moves"] += 1
-            elif isinstance(transfer, Copy):  # rows or a state move between tiers
-                source, at = self.place(transfer.src_tier, transfer.kind, transfer.src)
-                target, to = self.place(transfer.dst_tier, transfer.kind, transfer.dst)
-                target[to] = source[at]
-                self.counts["loads" if transfer.dst_tier == "device" else "offloads"] += 1
-            else:
-                assert isinstance(transfer, Drop)  # rows on disk are free: nothing to do
-        for checkpoint, own in plan.restores:
-            self.states[own] = self.states[checkpoint]
+    def move(self, move: Move) -> None:
+        """Move rows within the arena."""
+        self.kv[move.dst] = self.kv[move.src]
+        self.counts["moves"] += 1
+
+    def copy(self, copy: Copy) -> None:
+        """Copy rows or a state between tiers."""
+        source, at = self.place(copy.src_tier, copy.kind, copy.src)
+        target, to = self.place(copy.dst_tier, copy.kind, copy.dst)
+        target[to] = source[at]
+        self.counts["loads" if copy.dst_tier == "device" else "offloads"] += 1
+
+    def restore(self, checkpoint: int, own: int) -> None:
+        """Copy the state of a checkpoint to the slot of a request that resumes from it."""
+        self.states[own] = self.states[checkpoint]
 
     def place(self, tier: str, kind: str, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the memory of one end of a copy, and the index in it."""

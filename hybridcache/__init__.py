@@ -4,8 +4,9 @@ Four groups of names:
 
 - the cache: ``build_prefix_cache(CacheConfig(...))`` returns a ``PrefixCache``; a ``Lease`` is one
   running request's claim on it, and a ``StepPlan`` the work that follows for the tensors;
-- the parts of a plan: ``Move``, ``Copy``, ``Drop`` and ``RowWrite``; and the rule that decides
-  about loads from tiers: ``FetchRule``, or the ready-made ``Exchange``;
+- the parts of a plan: ``Move``, ``Copy``, ``Drop`` and ``RowWrite``, carried out by your
+  ``StepMemory``; and the rule that decides about loads from tiers: ``FetchRule``, or the ready-made
+  ``Exchange``;
 - policies: derive from ``ScorePolicy``, ``EvictionPolicy`` or ``PlacementPolicy``; a failure of
   one is a ``PolicyError``;
 - the laboratory: ``simulate(open_trace(...))``, ``closed_loop``, ``optimum``, ``advise``.
@@ -19,7 +20,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepPlan
+from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepMemory, StepPlan
 from hybridcache.api import CacheStats, Losses, PrefixCache, PrefixMatch
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.hybrid import HybridRadixCache
@@ -150,6 +151,7 @@ __all__ = [
     "PrefixMatch",
     "RowWrite",
     "ScorePolicy",
+    "StepMemory",
     "StepPlan",
     "Trace",
     "TraceRequest",

@@ -727,10 +727,13 @@ class PrefixCache(Protocol):
     def take_step(self) -> StepPlan:
         """Return all work on the tensors that is due before the next step, once.
 
-        The owner of the tensors carries it out in this order: transfers (moves and tier copies),
-        row writes, restores. Rows and slots returned by the cache are valid for a step only if a
-        plan was taken after they were returned. A caller without tensors takes plans too and drops
-        them, because they accumulate otherwise. O(transfers + rows written).
+        The owner of the tensors carries it out before computing: ``take_step().carry_out(memory)``.
+        Rows and slots returned by the cache are valid for a step only if a plan was taken after
+        they were returned. A caller without tensors calls ``take_step().done()``, because plans
+        accumulate otherwise. O(transfers + rows written).
+
+        Raises:
+            RuntimeError: the last plan was not carried out.
         """
         ...
 
@@ -747,7 +750,7 @@ class PrefixCache(Protocol):
         ...
 
     def reset(self) -> None:
-        """Remove everything that is not locked."""
+        """Remove everything that is not locked, and forget a plan that was not carried out."""
         ...
 
     def subscribe(self, listener: Listener) -> None:

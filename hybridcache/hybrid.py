@@ -484,11 +484,13 @@ class HybridRadixCache:
         return Eviction(stats.evicted_tokens - tokens, stats.evicted_slots - slots)
 
     def reset(self) -> None:
-        """Remove everything that is not locked, ghosts included. O(tree)."""
+        """Remove everything that is not locked, ghosts included, and forget a plan that was not
+        carried out. O(tree)."""
         while self._residency.evict_one(None):
             pass
         self._residency.ghosts.clear()
         self._gathered.clear()
+        self.steps.forget_open_plan()
 
     def check(self, held_tokens: int | None = None, held_slots: int | None = None) -> None:
         """Recompute every invariant from scratch; see ``PrefixCache.check``. O(tree)."""

@@ -8,12 +8,12 @@ Life of a lease:
 
 1. ``begin`` matches the prompt, locks the cached part and takes a state slot.
 2. For each chunk of work: ``extend`` takes KV rows, ``take_checkpoint_slots`` takes slots for the
-   checkpoints in the chunk, the caller computes, and ``publish`` passes a chunk of the prompt to
-   the tree.
+   checkpoints in the chunk, the caller carries out a step plan (``cache.take_step``) and computes,
+   and ``publish`` passes a chunk of the prompt to the tree.
 3. Exactly one of ``finish``, ``preempt`` and ``abort`` ends the lease. Then it holds nothing.
 
-A call that breaks these rules raises ValueError, or TypeError for a wrong type, and nothing is
-changed.
+A call that breaks these rules raises ValueError, RuntimeError if a step plan was not carried out,
+or TypeError for a wrong type. Nothing is changed.
 
 ``LeaseLog`` records the calls of all leases of one cache, and ``replay`` repeats them on another. A
 fresh cache of the same sizes and policies then makes the same decisions, hit for hit and eviction
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hybridcache.allocators.moves import Move, RowWrite
+from hybridcache.allocators.moves import NOT_TAKEN, Move, RowWrite
 from hybridcache.api import LockHandle, Losses, PrefixCache, PrefixMatch, losses_of
 from hybridcache.policies.protocol import FetchRule, PlacementPolicy, Prefill
 from hybridcache.radix.tree import NodeHandle
@@ -527,7 +527,7 @@ class Lease:
     ...     lease = Lease.begin(cache, placement, LeaseRequest(prompt))
     ...     _ = lease.extend(20)
     ...     saves = lease.take_checkpoint_slots(lease.cached_len, 20)
-    ...     _ = cache.take_step()  # compute here
+    ...     cache.take_step().done()  # carry it out, then compute
     ...     print(lease.cached_len, saves, lease.losses.never_seen)
     ...     lease.finish(prompt, 20)
     0 ((16, 1),) 20
@@ -546,6 +546,8 @@ class Lease:
         "_request",
         "_rows",
         "_step",
+        "_unready_from",
+        "_unready_since",
         "match",
         "prompt_len",
         "state_slot",
@@ -579,6 +581,8 @@ class Lease:
         self._step = lcm(cache.grid, cache.page_size)
         self._plan = CheckpointPlan(cache, placement, self._step, self.prompt_len)
         cache.steps.open(self)
+        # Rows and slots from _unready_from on are valid once plan _unready_since is carried out.
+        self._unready_from, self._unready_since = match.cached_len, cache.steps.num_taken
         if match.cached_len:
             self._note_changed(0, match.cached_len)
         if match.checkpoint is not None and state_slot is not None:
@@ -830,6 +834,7 @@ class Lease:
         start = self._rows.num_rows
         self._rows.append(new)
         self._cache.steps.rows_added(self, start)
+        self._note_unready(start)
         self._note_changed(start, start + len(new))
         if not self._is_counted:
             self._count()
@@ -849,7 +854,10 @@ class Lease:
         """
         if end > self._rows.num_rows:
             raise self._misuse(end)
-        return self._plan.take(start, end)
+        saves = self._plan.take(start, end)
+        if saves:
+            self._note_unready(start)
+        return saves
 
     def num_quiet_tokens(self, computed_len: int) -> int:
         """Return the number of decode steps for which the row and slot calls have no effect.
@@ -906,6 +914,8 @@ class Lease:
             ValueError: the lease has ended; ``tokens`` are not int32[n], or their new part differs
                 from the tokens of the request; ``computed_len`` is less than ``published_len``, or
                 more than there are tokens or rows.
+            RuntimeError: the tokens were computed before the step plan of their rows and slots was
+                carried out (``cache.take_step``).
             TypeError: ``computed_len`` is not an integer.
         """
         self._refuse_uncomputed(tokens, computed_len)
@@ -948,8 +958,17 @@ class Lease:
             self._rows.mark(start, end)
             self._cache.steps.row_write_due(self)
 
+    def _note_unready(self, start: int) -> None:
+        """Note that rows or slots of positions from ``start`` on need the next plan. O(1)."""
+        num_taken = self._cache.steps.num_taken
+        if self._unready_since != num_taken:
+            self._unready_since, self._unready_from = num_taken, start
+        elif start < self._unready_from:
+            self._unready_from = start
+
     def _refuse_uncomputed(self, tokens: Tokens, computed_len: int) -> None:
-        """Raise ValueError unless ``computed_len`` of ``tokens`` can be published.
+        """Raise ValueError unless ``computed_len`` of ``tokens`` can be published, and RuntimeError
+        if they were computed before their step plan was carried out.
 
         O(prompt tokens to publish), a comparison of bytes.
         """
@@ -965,6 +984,10 @@ class Lease:
                 f"computed_len is {computed_len}, but there are only {len(tokens)} tokens: pass "
                 "all tokens so far"
             )
+        if computed_len > self._unready_from and self._cache.steps.may_lack_work_since(
+            self._unready_since
+        ):
+            raise RuntimeError(NOT_TAKEN.format(computed_len))
         first = rows.published_len
         if first < self.prompt_len:
             new = slice(first, min(computed_len, self.prompt_len))
@@ -1031,7 +1054,7 @@ class Lease:
         (``PrefixCache.label_tip``).
 
         Raises:
-            ValueError: as for ``publish``. The lease goes on.
+            ValueError, RuntimeError: as for ``publish``. The lease goes on.
         """
         self._refuse_uncomputed(tokens, computed_len)
         donate = donate and self._plan.wants(computed_len)
@@ -1045,7 +1068,7 @@ class Lease:
         ``LeaseRequest(tokens, resumes=lease.is_counted)``.
 
         Raises:
-            ValueError: as for ``publish``. The lease goes on.
+            ValueError, RuntimeError: as for ``publish``. The lease goes on.
         """
         self._refuse_uncomputed(tokens, computed_len)
         self._end(tokens, computed_len, True)
@@ -1158,6 +1181,8 @@ def replay(cache: PrefixCache, placement: PlacementPolicy, log: LeaseLog) -> Lea
                 leases[event.lease] = begun
         elif event.lease is not None:
             lease = leases[event.lease]
+            if event.verb in ("publish", "finish", "preempt"):
+                cache.take_step().done()  # There are no tensors.
             result = getattr(lease, event.verb)(*event.arguments)
             again.record(
                 event.verb, lease, event.arguments, None if event.result is None else result

@@ -565,7 +565,8 @@ class NullCache(PrefixCache):
         return Eviction(0, 0)
 
     def reset(self) -> None:
-        return None
+        """Forget a plan that was not carried out: nothing is cached."""
+        self.steps.forget_open_plan()
 
     def subscribe(self, listener: Listener) -> None:
         """Do nothing: there are no changes to report."""

@@ -150,6 +150,7 @@ def test_an_eviction_policy_of_the_examples_keeps_every_invariant(
         lease = Lease.begin(cache, placement, LeaseRequest(prompt, boundaries=(12,)))
         assert lease is not None and lease.extend(len(prompt))
         lease.take_checkpoint_slots(lease.cached_len, len(prompt))
+        cache.take_step().done()
         lease.finish(prompt, len(prompt))
         cache.check(held_tokens=0, held_slots=0)
     assert cache.stats.evictions > 10
@@ -165,6 +166,7 @@ def test_a_placement_policy_of_the_examples_learns(folder: pytest.MonkeyPatch) -
         assert lease is not None and lease.extend(len(prompt))
         cached_len = lease.cached_len
         lease.take_checkpoint_slots(cached_len, len(prompt))
+        cache.take_step().done()
         lease.publish(prompt, len(prompt))
         lease.abort()
         return cached_len

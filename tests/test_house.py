@@ -404,7 +404,7 @@ def test_readers_of_outside_data_contain_no_assert() -> None:
 def test_the_public_names_are_few_and_explained() -> None:
     import hybridcache
 
-    steps = {"StepPlan", "Move", "Copy", "Drop", "RowWrite"}
+    steps = {"StepMemory", "StepPlan", "Move", "Copy", "Drop", "RowWrite"}
     loads = {"FetchRule", "Exchange", "PrefillTimes"}
     assert sorted(hybridcache.__all__) == hybridcache.__all__
     assert len({*hybridcache.__all__} - steps - loads) <= 26

@@ -129,8 +129,9 @@ class Scheduler(StepPlanner[Request]):
                 request.num_drawn += 1
                 request.drawn_row = num_drawn
                 num_drawn += 1
-        moves, row_writes, restores = self._manager.take_step()
-        return Batch(tuple(segments), restores, row_writes, tuple(late_tokens), moves)
+        step = self._manager.take_step()
+        late = tuple(late_tokens)
+        return Batch(tuple(segments), step.restores, step.row_writes, late, step.transfers)
 
     def _drafts(self, ends: Mapping[Request, int]) -> dict[Request, Draft]:
         """Return drafts for requests that compute their newest token, if there is memory for them.

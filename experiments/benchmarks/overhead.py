@@ -247,6 +247,7 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
         lease = Lease.begin(cache, placement, LeaseRequest(tokens=tokens, stateful=True))
         assert lease is not None and lease.extend(len(tokens))
         lease.take_checkpoint_slots(lease.cached_len, len(tokens))
+        cache.take_step().done()
         lease.finish(tokens, len(tokens))
 
     waiting: list[SimulatedRequest] = []

@@ -159,7 +159,7 @@ def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
         for rejected in result.rejected_slots:
             cache.free_slot(rejected)
         verbs.append((t1 - t0, t2 - t1, t3 - t2, t4 - t3, t5 - t4, t7 - t6, t8 - t7, t9 - t8))
-        cache.take_step()
+        cache.take_step().done()
         evicted.append(cache.stats.evictions - evictions)
         cached_tokens += match.cached_len
         prompt_tokens += len(prompt)

@@ -129,7 +129,7 @@ class Stress:
 
     def step(self) -> None:
         """One thing that can happen."""
-        self.cache.take_step()
+        self.cache.take_step().done()
         dice = self.rng.random()
         if dice < 0.30 and len(self.running) < MAX_RUNNING:
             self.begin()

@@ -14,6 +14,11 @@ again. The bytes follow later: the owner of the tensors takes one ``StepPlan`` b
 
 Then the step computes, and writes the KV rows and checkpoint slots that it was given.
 
+``StepPlan.carry_out`` does this with the owner's methods, in this order, once. An owner that works
+through the plan by itself calls ``StepPlan.done`` afterwards. A plan that was not taken, or not
+carried out, is noticed: the next ``take_step`` raises RuntimeError, as do ``publish``, ``finish``
+and ``preempt`` of a lease that depends on it.
+
 The fixed order is safe. A slot is allocated after its slab was emptied, so all writes to slots (3
 and the step) must follow the transfers (1). A move that comes later in the same plan writes and
 reads only rows of KV slabs. It could disturb a restore only through a slot that was freed in
@@ -33,6 +38,7 @@ for it.
 from __future__ import annotations
 
 from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -129,13 +135,49 @@ class RowWrite(NamedTuple):
         return self._replace(kv_indices=self.kv_indices[: max(end - self.start, 0)])
 
 
-class StepPlan(NamedTuple):
+class StepMemory(Protocol):
+    """Owner of the tensors, for ``StepPlan.carry_out``. A method that no plan needs can be missing.
+
+    Two pools need ``restore``. An arena adds ``move``, tiers add ``copy``, and requests with a
+    ``table_row`` add ``write_row``.
+    """
+
+    def move(self, move: Move) -> None:
+        """Copy rows ``move.src`` of the arena to ``move.dst``."""
+        ...
+
+    def copy(self, copy: Copy) -> None:
+        """Copy ``copy.src`` of ``copy.src_tier`` to ``copy.dst`` of ``copy.dst_tier``."""
+        ...
+
+    def write_row(self, write: RowWrite) -> None:
+        """Write ``write.kv_indices`` into the request table."""
+        ...
+
+    def restore(self, checkpoint: int, own: int) -> None:
+        """Copy the state in slot ``checkpoint`` to slot ``own``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
     """All work on the tensors that is due before the next step, in this order.
 
-    A plan that was taken must be carried out, even if its step computes nothing. The restore of a
-    request that ends before the plan is taken is not in it. ``examples/04_minimal_engine.py``
-    carries plans out with numpy arrays; ``hybridcache/allocators/moves.py`` states why the order is
-    safe.
+    Carry it out with ``carry_out``. Or do its work yourself and then call ``done``; a caller
+    without tensors calls ``done`` alone. A plan that was taken must be carried out, even if its
+    step computes nothing. The restore of a request that ends before the plan is taken is not in it.
+    ``examples/04_minimal_engine.py`` carries plans out with numpy arrays;
+    ``hybridcache/allocators/moves.py`` states why the order is safe.
+
+    >>> import numpy as np
+    >>> from hybridcache import CacheConfig, build_prefix_cache
+    >>> class Rows:
+    ...     def __init__(self, num_rows):
+    ...         self.memory = np.zeros(num_rows)
+    ...     def move(self, move):
+    ...         self.memory[move.dst] = self.memory[move.src]
+    >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2))
+    >>> cache.take_step().carry_out(Rows(100))  # nothing is due yet
     """
 
     transfers: tuple[Transfer, ...] = ()
@@ -145,6 +187,73 @@ class StepPlan(NamedTuple):
     restores: tuple[tuple[int, int], ...] = ()
     """(checkpoint slot, own slot) of each request that resumes. The first is a slot of the cache.
     So is the second, unless the request has an ``own_slot``: that one is in the caller's memory."""
+    _queue: StepQueue | None = field(default=None, repr=False, compare=False)
+    _number: int = field(default=0, repr=False, compare=False)
+
+    def __bool__(self) -> bool:
+        """True if any work is due."""
+        return bool(self.transfers or self.row_writes or self.restores)
+
+    def carry_out(self, memory: StepMemory) -> None:
+        """Call the method of ``memory`` for each piece of work, in order, and note that it is done.
+
+        Drops are skipped. O(work).
+
+        Raises:
+            TypeError: ``memory`` lacks a method that this plan needs. Nothing is done.
+            RuntimeError: the plan was carried out before.
+        """
+        self._refuse_twice()
+        for name, is_needed in (
+            ("move", any(isinstance(one, Move) for one in self.transfers)),
+            ("copy", any(isinstance(one, Copy) for one in self.transfers)),
+            ("write_row", self.row_writes),
+            ("restore", self.restores),
+        ):
+            if is_needed and not hasattr(memory, name):
+                raise TypeError(
+                    f"this step plan needs a method {name!r}, which {type(memory).__name__} does "
+                    "not have: see hybridcache.StepMemory"
+                )
+        for transfer in self.transfers:
+            if isinstance(transfer, Move):
+                memory.move(transfer)
+            elif isinstance(transfer, Copy):
+                memory.copy(transfer)
+        for write in self.row_writes:
+            memory.write_row(write)
+        for checkpoint, own in self.restores:
+            memory.restore(checkpoint, own)
+        self.done()
+
+    def done(self) -> None:
+        """Note that all of the work is done, or queued before the step on the same device. O(1).
+
+        Raises:
+            RuntimeError: the plan was carried out before.
+        """
+        self._refuse_twice()
+        if self._queue is not None:
+            self._queue.num_done = self._number
+
+    def _refuse_twice(self) -> None:
+        if self._queue is not None and self._queue.num_done >= self._number:
+            raise RuntimeError(
+                "this step plan was carried out before: doing its moves again destroys rows. Take "
+                "one plan per step with cache.take_step()"
+            )
+
+
+NOT_DONE = (
+    "the last step plan was taken but not carried out, so rows and states are not what the cache "
+    "counts on: call plan.carry_out(memory), or plan.done() after doing its work yourself. If it "
+    "failed half-way, abort all leases and call cache.reset()"
+)
+NOT_TAKEN = (
+    "tokens up to {} were computed before the step plan of their rows and slots was carried out, "
+    "so they may be wrong: abort this lease. Call cache.take_step().carry_out(memory) after begin, "
+    "extend and take_checkpoint_slots, and before computing, or .done() if there are no tensors"
+)
 
 
 class RunningLease(Protocol):
@@ -185,7 +294,9 @@ class StepQueue:
         "_slab_rows",
         "_transfers",
         "_unindexed",
+        "num_done",
         "num_moves",
+        "num_taken",
     )
 
     def __init__(self, num_slabs: int = 0, slab_rows: int = 1) -> None:
@@ -193,6 +304,8 @@ class StepQueue:
         self.num_moves = 0
         """Slabs emptied since the last ``take``. A scheduler that allows at most one per step stops
         adding requests to the step when it is 1."""
+        self.num_taken = self.num_done = 0
+        """Number of plans taken, and carried out. Empty plans count as carried out."""
         self._transfers: list[Transfer] = []
         self._restores: dict[RunningLease, tuple[int, int]] = {}
         self._changed: dict[RunningLease, None] = {}
@@ -285,17 +398,47 @@ class StepQueue:
         self._unindexed.clear()
 
     def take(self) -> StepPlan:
-        """Return the plan and begin an empty one. O(transfers + rows written)."""
+        """Return the plan and begin an empty one. O(transfers + rows written).
+
+        Raises:
+            RuntimeError: the last plan was not carried out.
+        """
+        if self.num_done < self.num_taken:
+            raise RuntimeError(NOT_DONE)
+        self.num_taken += 1
         if not (self._transfers or self._changed or self._restores):
+            self.num_done = self.num_taken
             return NOTHING_DUE
-        row_writes = self.due_row_writes()
-        plan = StepPlan(tuple(self._transfers), row_writes, tuple(self._restores.values()))
+        plan = StepPlan(
+            tuple(self._transfers),
+            self.due_row_writes(),
+            tuple(self._restores.values()),
+            self,
+            self.num_taken,
+        )
         for lease in self._changed:
             lease.row_write_taken()
         self._transfers, self.num_moves = [], 0
         self._changed.clear()
         self._restores.clear()
         return plan
+
+    def may_lack_work_since(self, num_taken: int) -> bool:
+        """Return whether numbers given out after ``num_taken`` plans need work that is not done.
+
+        O(1).
+        """
+        if self.num_done > num_taken:
+            return False
+        is_open = self.num_done < self.num_taken
+        return bool(is_open or self._transfers or self._changed or self._restores)
+
+    def forget_open_plan(self) -> None:
+        """Forget a plan that was taken but not carried out, as everything that needed it is gone.
+
+        O(1).
+        """
+        self.num_done = self.num_taken
 
     def take_transfers(self) -> tuple[Transfer, ...]:
         """Return the transfers alone and forget them; the rest stays due."""

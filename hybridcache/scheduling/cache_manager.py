@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from math import lcm
 from typing import Any
 
 import numpy as np
 
-from hybridcache.allocators.moves import RowWrite, StepPlan
+from hybridcache.allocators.moves import NOTHING_DUE, RowWrite, StepPlan
 from hybridcache.api import PrefixCache, PrefixMatch
 from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseLog, LeaseRequest
@@ -67,7 +68,7 @@ class CacheManager:
         self._num_rows = num_rows
         self._requests: dict[int, ScheduledRequest] = {}
         self._arrivals: dict[Arrival, None] = {}
-        self._has_given_moves = False
+        self._step = NOTHING_DUE
 
     def begin(self, request: ScheduledRequest) -> bool:
         """Assign a lease and a row to ``request``, and set its lengths from the cached prefix.
@@ -258,10 +259,16 @@ class CacheManager:
         return self.cache.steps.num_transfers > 0
 
     def take_step(self) -> StepPlan:
-        """Return the work on the tensors that the next batch does before it computes, once."""
-        step = self.cache.take_step()
-        self._has_given_moves = bool(step.transfers)
-        return step._replace(row_writes=self._clipped(step.row_writes))
+        """Return the work on the tensors that the next batch does before it computes, once. Call
+        ``step_done`` when the batch was given to the device."""
+        self._step = step = self.cache.take_step()
+        if not step.row_writes:
+            return step
+        return replace(step, row_writes=self._clipped(step.row_writes))
+
+    def step_done(self) -> None:
+        """Note that the last batch was given to the device, which orders its work. O(1)."""
+        self._step.done()
 
     def _clipped(self, row_writes: tuple[RowWrite, ...]) -> tuple[RowWrite, ...]:
         """Cut ``row_writes`` at the request table's width: a lease has whole pages of rows."""
@@ -270,8 +277,10 @@ class CacheManager:
 
     def lost_moves(self) -> bool:
         """Return, after a failed step, whether the moves of the last batch are uncertain. If so, no
-        cached row can be trusted. Moves that no batch has taken remain for the next one."""
-        lost, self._has_given_moves = self._has_given_moves, False
+        cached row can be trusted. Moves that no batch has taken remain for the next one. The other
+        work of the batch is forgotten: its requests have no lease any more."""
+        lost, self._step = bool(self._step.transfers), NOTHING_DUE
+        self.cache.steps.forget_open_plan()
         return lost
 
     def checkpoint_positions(self, request: ScheduledRequest, seen_len: int) -> Iterable[int]:

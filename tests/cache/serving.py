@@ -7,9 +7,17 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 import numpy as np
 
 from hybridcache import CacheConfig, PrefixMatch, build_prefix_cache
+from hybridcache.allocators.moves import StepPlan
 from hybridcache.api import InsertResult, PrefixCache
 from hybridcache.hybrid import HybridRadixCache
 from hybridcache.tokens import Tokens
+
+
+def carried_out(cache: PrefixCache) -> StepPlan:
+    """The plan that is due, as a cache without tensors carries it out."""
+    plan = cache.take_step()
+    plan.done()
+    return plan
 
 
 def ids(*parts: str | range | Sequence[int]) -> Tokens:

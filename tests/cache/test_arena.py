@@ -12,6 +12,7 @@ from hybridcache.export.snapshot import load_snapshot, save_snapshot
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
+from tests.cache.serving import carried_out
 
 GRID = 4
 
@@ -38,8 +39,10 @@ def serve(cache, tokens: Tokens, stateful: bool = True, held_tokens: int = 0) ->
         lease.abort()
         return -1
     lease.take_checkpoint_slots(lease.cached_len, prompt_len)
+    carried_out(cache)
     lease.publish(tokens, prompt_len)
     computed_len = len(tokens) - 1 if lease.extend(len(tokens) - 1) else prompt_len
+    carried_out(cache)
     lease.finish(tokens, computed_len)
     cache.check(held_tokens=held_tokens, held_slots=0)
     return lease.cached_len
@@ -115,7 +118,7 @@ def test_without_a_cache_leases_still_follow_moves():
     for end in (5, 10, 15):
         assert first.extend(end) and second.extend(end)
     held = second.kv_indices.tolist()
-    first_write, second_write = cache.take_step().row_writes
+    first_write, second_write = carried_out(cache).row_writes
     assert (first_write.table_row, first_write.kv_indices.tolist()) == (
         0,
         first.kv_indices.tolist(),
@@ -124,8 +127,8 @@ def test_without_a_cache_leases_still_follow_moves():
     first.abort()
     slots = [cache.allocate_slot() for _ in range(3)]
     assert None not in slots and cache.arena.num_moves == 1
-    [write] = cache.take_step().row_writes
-    assert cache.take_step() == ((), (), ())
+    [write] = carried_out(cache).row_writes
+    assert not cache.take_step()
     changed = np.flatnonzero(second.kv_indices != held)
     assert (write.table_row, write.start) == (1, changed[0])
     assert write.kv_indices.tolist() == second.kv_indices[changed[0] : changed[-1] + 1].tolist()
@@ -145,11 +148,11 @@ def test_a_lease_that_has_read_its_rows_follows_them():
     serve(cache, other, held_tokens=22)
     for rows in apart:
         cache.free_kv(rows)
-    cache.take_step()
+    carried_out(cache)
     lease = Lease.begin(cache, parse_placement("none"), LeaseRequest(tokens, table_row=7))
     assert lease.cached_len > 0 and cache.steps.num_leases == 1
     before = lease.kv_indices.copy()
-    plan = cache.take_step()
+    plan = carried_out(cache)
     assert [(write.start, write.kv_indices.tolist()) for write in plan.row_writes] == [
         (0, before.tolist())
     ]
@@ -160,7 +163,7 @@ def test_a_lease_that_has_read_its_rows_follows_them():
         assert slots[-1] is not None, "nothing moved: this test shows nothing"
     assert lease.kv_indices.tolist() == cache.gather(lease.match.node).tolist() != before.tolist()
     changed = np.flatnonzero(lease.kv_indices != before)
-    [(row, start, rows)] = cache.take_step().row_writes
+    [(row, start, rows)] = carried_out(cache).row_writes
     assert (row, start, start + len(rows)) == (7, changed[0], changed[-1] + 1)
     cache.check(held_tokens=0, held_slots=1 + len(slots))
     lease.abort()
@@ -172,8 +175,9 @@ def test_a_lease_claims_what_it_holds_and_says_all_that_moved():
     request = LeaseRequest(tokens, stateful=False, table_row=0)
     lease = Lease.begin(cache, parse_placement("none"), request)
     assert lease.extend(20)
+    carried_out(cache)
     lease.publish(tokens, 12)
-    cache.take_step()
+    carried_out(cache)
     slabs = lease.kv_indices // 15
     assert slabs.tolist() == [0] * 5 + [1] * 15
     rows, claimed = np.empty(0, np.int32), []
@@ -181,7 +185,7 @@ def test_a_lease_claims_what_it_holds_and_says_all_that_moved():
         new_rows = np.arange(15 * slab + 60, 15 * slab + 75, dtype=np.int32)
         claimed.append(cache.steps.rows_moved(Move(slab, rows, rows, new_rows)))
     assert claimed == [0, 8]
-    [write] = cache.take_step().row_writes
+    [write] = carried_out(cache).row_writes
     assert (write.start, len(write.kv_indices)) == (0, 20)
     assert (lease.kv_indices // 15 == slabs + 4).all()
 

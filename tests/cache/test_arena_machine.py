@@ -21,6 +21,7 @@ from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import EVICTION, parse_placement
 from hybridcache.tokens import Tokens
+from tests.cache.serving import carried_out
 from tests.cache.test_machine import at_least
 from tests.cache.twins import Twins
 
@@ -171,6 +172,7 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
         """Carry out a step plan in its order, then read and write as a step does."""
         memory, size = self.memory, self.arena.slab_rows
         tables = {one.table_row: one.table for one in self.running}
+        carried_out(self.twin)
         plan = self.cache.take_step()
         for move in plan.transfers:
             memory[move.dst] = memory[move.src]
@@ -182,6 +184,7 @@ class ArenaLeaseMachine(RuleBasedStateMachine):
             memory[own * size : (own + 1) * size] = memory[
                 checkpoint * size : (checkpoint + 1) * size
             ]
+        plan.done()
         for one in self.running:
             start, end = one.launched_len, one.extended_len
             if start == end:

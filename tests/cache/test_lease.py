@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepPlan
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.lease import Lease, LeaseLog, LeaseRequest, replay
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
+from tests.cache.serving import carried_out
 
 
 def make_cache(kind: str = "hybrid", kv_tokens: int = 1024, slots: int = 8, **options: int):
@@ -36,6 +38,7 @@ def prefill(lease: Lease, prompt: Tokens, end: int | None = None) -> tuple[tuple
     end = len(prompt) if end is None else end
     assert lease.extend(end)
     exports = lease.take_checkpoint_slots(lease.published_len, end)
+    carried_out(lease._cache)
     lease.publish(prompt, end)
     return exports
 
@@ -252,7 +255,7 @@ def test_drafts_never_leave_a_checkpoint_with_the_state_of_another_position(
             guessed = history.copy()
             guessed[at_next:] ^= 1
             saves = lease.take_checkpoint_slots(at, to)
-            cache.take_step()
+            carried_out(cache)
             for position, slot in saves:
                 if position <= at_next or not unwritten:
                     contents[slot] = guessed[:position].tobytes()
@@ -398,6 +401,7 @@ def test_a_log_replays_on_a_fresh_cache_to_the_same_decisions() -> None:
             log.record("extend", lease, (end,), extended)
             exports = lease.take_checkpoint_slots(lease.cached_len, end)
             log.record("take_checkpoint_slots", lease, (lease.cached_len, end), exports)
+            carried_out(cache)
             lease.publish(prompt, end)
             log.record("publish", lease, (prompt, end))
             lease.finish(prompt, end)
@@ -611,6 +615,7 @@ def test_a_request_that_resumes_is_counted_once() -> None:
     for extends in (False, True, False, True, True):  # one that was preempted without rows, too
         lease = begin(cache, prompt, resumes=is_counted)
         assert not extends or lease.extend(40)
+        carried_out(cache)
         lease.preempt(prompt, min(lease.extended_len, 16 if lease.cached_len < 16 else 24))
         is_counted = lease.is_counted
     usage = cache.stats.total
@@ -629,3 +634,102 @@ def test_a_lease_and_a_cache_show_their_lengths() -> None:
     lease.finish(prompt, 40)
     assert repr(lease) == "Lease(ended)"
     assert repr(cache).startswith("HybridRadixCache(cached_tokens=40, free_tokens=984, num_check")
+
+
+class Noted:
+    """Tensors that note the work they are given, in order."""
+
+    def __init__(self, *missing: str) -> None:
+        self.work: list[str] = []
+        for name in {"move", "copy", "write_row", "restore"} - {*missing}:
+            setattr(self, name, lambda *_, name=name: self.work.append(name))
+
+
+def due_plan(cache: PrefixCache, prompt: Tokens) -> Lease:
+    """A request that resumes, with rows to write."""
+    first = begin(cache, prompt)
+    prefill(first, prompt)
+    first.finish(prompt, len(prompt))
+    return begin(cache, prompt, table_row=0)
+
+
+def test_a_plan_is_carried_out_in_order_and_once() -> None:
+    row = np.zeros(1, np.int32)
+    transfers = Move(0, row, row, row), Copy("kv", "device", row, "host", row, 1), Drop("disk", row)
+    plan = StepPlan((*transfers, *transfers[:1]), (RowWrite(0, 0, row),), ((1, 2), (3, 4)))
+    noted = Noted()
+    plan.carry_out(noted)
+    assert noted.work == ["move", "copy", "move", "write_row", "restore", "restore"]
+    for missing in ("move", "copy", "write_row", "restore"):
+        lacking = Noted(missing)
+        with pytest.raises(TypeError, match=f"needs a method '{missing}', which Noted does not"):
+            plan.carry_out(lacking)
+        assert lacking.work == [], "nothing is done by halves"
+    cache, prompt = make_cache(), tokens(200)
+    lease = due_plan(cache, prompt)
+    plan = cache.take_step()
+    plan.carry_out(noted)
+    for again in (plan.done, lambda: plan.carry_out(noted)):
+        with pytest.raises(RuntimeError, match=r"carried out before: .* cache.take_step"):
+            again()
+    lease.abort()
+    empty = cache.take_step()
+    assert not empty
+    empty.done()
+    empty.done()  # an empty plan has no work that could be done twice
+
+
+@pytest.mark.parametrize("end", ["publish", "finish", "preempt"])
+@pytest.mark.parametrize("how", ["never taken", "taken only", "taken too early"])
+def test_a_plan_that_was_left_out_is_noticed(end: str, how: str) -> None:
+    cache, prompt = make_cache(), tokens(200)
+    if how == "taken too early":
+        carried_out(cache)
+    lease = due_plan(cache, prompt)
+    assert lease.restore is not None and lease.extend(200)
+    if how == "taken only":
+        assert cache.take_step().restores == (lease.restore,)
+        with pytest.raises(RuntimeError, match="taken but not carried out, so rows and states are"):
+            cache.take_step()
+    with pytest.raises(RuntimeError, match="up to 200 were computed before the step plan of their"):
+        getattr(lease, end)(prompt, 200)
+    assert lease.published_len == 192, "nothing is changed"
+    lease.publish(prompt, 192)  # nothing computed
+    lease.abort()
+    cache.reset()
+    assert not cache.take_step(), "a reset forgets the plan"
+    check(cache)
+
+
+def test_a_request_of_the_next_step_is_no_fault_of_the_one_before() -> None:
+    """An engine that works one step ahead publishes a step while the plan of the next one grows."""
+    cache, prompt = make_cache(), tokens(200)
+    before = begin(cache, tokens(128, first=900))
+    assert before.extend(100)
+    carried_out(cache)
+    after = due_plan(cache, prompt)
+    assert after.extend(200) and before.extend(128) and cache.steps.num_restores
+    before.publish(tokens(128, first=900), 100)
+    with pytest.raises(RuntimeError, match="up to 128 were computed before"):
+        before.publish(tokens(128, first=900), 128)
+    carried_out(cache)
+    before.finish(tokens(128, first=900), 128)
+    after.finish(prompt, 200)
+    check(cache)
+
+
+def test_a_plan_that_fails_half_way_is_not_carried_out() -> None:
+    cache, prompt = make_cache(), tokens(200)
+    lease = due_plan(cache, prompt)
+    failing = Noted()
+    failing.restore = lambda *_: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        cache.take_step().carry_out(failing)
+    with pytest.raises(RuntimeError, match="If it failed half-way, abort all leases and call"):
+        cache.take_step()
+    lease.abort()
+    cache.reset()
+    again = begin(cache, prompt)
+    prefill(again, prompt)
+    again.finish(prompt, 200)
+    check(cache)

@@ -9,6 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
+import pytest
 from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -19,6 +20,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite
 from hybridcache.config import CacheConfig, build_prefix_cache
 from hybridcache.export.arrival import Arrival
 from hybridcache.lease import Lease, LeaseRequest
@@ -111,6 +113,27 @@ class Running:
     planned: Counter[Placed] = field(default_factory=Counter)
     settled: Counter[Placed] = field(default_factory=Counter)
     """Planned checkpoints of which the placement has heard."""
+    given_from: int | None = None
+    """First position with rows, slots or a state that the next plan makes valid."""
+
+
+class Tensors:
+    """Counts the work that a step plan gives it."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+
+    def move(self, move: Move) -> None:
+        self.counts["move"] += 1
+
+    def copy(self, copy: Copy) -> None:
+        self.counts["copy"] += 1
+
+    def write_row(self, write: RowWrite) -> None:
+        self.counts["write_row"] += 1
+
+    def restore(self, checkpoint: int, own: int) -> None:
+        self.counts["restore"] += 1
 
 
 class LeaseMachine(RuleBasedStateMachine):
@@ -147,6 +170,7 @@ class LeaseMachine(RuleBasedStateMachine):
         self.own_slots = 1000 if rng.random() < 0.3 else None
         self.outbox, self.router = Outbox(self.cache), self._router(config, words)
         self.running: list[Running] = []
+        self.tensors = Tensors()
         self.arrivals: list[Arrival] = []
         self.num_requests = self.num_batches = self.num_saved = 0
         draw = np.random.default_rng(seed)
@@ -220,6 +244,7 @@ class LeaseMachine(RuleBasedStateMachine):
             stateful=self.is_hybrid,
             answer_survives=rng.random() < 0.8,
             own_slot=self.own_slots,
+            table_row=rng.choice([None, self.num_requests]),
         )
         exchange = rng.choice([None, Rate(0.0), Rate(0.05), Rate(9.0)])
         lease = Lease.begin(self.cache, self.ledger, asked, exchange)
@@ -233,7 +258,8 @@ class LeaseMachine(RuleBasedStateMachine):
         reached_len = lease.cached_len + lease.losses.refused  # a refused state can be offloaded
         assert lease.losses.not_fetched == max(loadable_len - reached_len, 0)
         assert asked.reuse or not (lease.losses.not_fetched or lease.match.loadable)
-        one = Running(self.num_requests, tokens, prompt_len, lease, lease.cached_len)
+        start = lease.cached_len
+        one = Running(self.num_requests, tokens, prompt_len, lease, start, given_from=start)
         self.running.append(one)
 
     def one(self, which: int) -> Running | None:
@@ -243,7 +269,10 @@ class LeaseMachine(RuleBasedStateMachine):
         """Rows for ``one``; the first that succeed make it count."""
         prefills = self.ledger.prefills
         requests = self.cache.stats.total.requests
+        before_len = one.lease.extended_len
         extended = one.lease.extend(to_len)
+        if one.lease.extended_len > before_len and one.given_from is None:
+            one.given_from = before_len
         counts = extended and to_len > one.lease.cached_len and not one.is_counted
         assert self.ledger.prefills - prefills == int(counts and self.is_hybrid)
         assert self.cache.stats.total.requests - requests in (0, int(counts))
@@ -256,6 +285,11 @@ class LeaseMachine(RuleBasedStateMachine):
                 assert one.lease.planned == tuple(sorted(at for at, _ in one.planned))
         return extended
 
+    def take_slots(self, one: Running, start: int, end: int) -> None:
+        """Slots for the checkpoints in a piece."""
+        if one.lease.take_checkpoint_slots(start, end):
+            one.given_from = start if one.given_from is None else min(start, one.given_from)
+
     def settle(self, one: Running, inserted: int) -> None:
         """What the placement heard of is what the cache took, and what it did not."""
         saved, dropped = self.ledger.saved, self.ledger.dropped
@@ -266,6 +300,42 @@ class LeaseMachine(RuleBasedStateMachine):
         )
         saved.clear()
         dropped.clear()
+
+    def carry_out(self, one: Running, to_len: int, how: int) -> None:
+        """Carry out the step plan. Before it, each way to leave it out is refused, if work is
+        due."""
+        steps = self.cache.steps
+        is_due = bool(steps.num_transfers or steps.num_restores or steps.due_row_writes())
+        given = one.given_from is not None and one.given_from < to_len
+        if how == 1 and is_due and given:
+            self.refuses(one, to_len)
+        plan = self.cache.take_step()
+        assert bool(plan) == is_due
+        if how == 2 and plan:
+            if given:
+                self.refuses(one, to_len)
+            with pytest.raises(RuntimeError, match="taken but not carried out"):
+                self.cache.take_step()
+        plan.carry_out(self.tensors)
+        for other in self.running:
+            other.given_from = None
+        if how == 3 and plan:
+            with pytest.raises(RuntimeError, match="carried out before"):
+                plan.carry_out(self.tensors)
+        counts = self.tensors.counts
+        assert counts["restore"] == len(plan.restores)
+        assert counts["write_row"] == len(plan.row_writes)
+        num_drops = sum(isinstance(transfer, Drop) for transfer in plan.transfers)
+        assert counts["move"] + counts["copy"] == len(plan.transfers) - num_drops
+        counts.clear()
+
+    def refuses(self, one: Running, to_len: int) -> None:
+        """Nothing computed without its plan is published."""
+        before = one.lease.published_len, self.cache.cached_tokens
+        for verb in (one.lease.publish, one.lease.finish, one.lease.preempt):
+            with pytest.raises(RuntimeError, match="abort this lease"):
+                verb(one.tokens, to_len)
+        assert (one.lease.published_len, self.cache.cached_tokens) == before
 
     @rule(which=st.integers(0, 3), size=st.integers(1, 24))
     def prefill(self, which, size):
@@ -278,8 +348,9 @@ class LeaseMachine(RuleBasedStateMachine):
             return
         if size % 3 == 0:
             one.lease.reserve_checkpoint_slots(start, end, 1)
-        one.lease.take_checkpoint_slots(start, end)
+        self.take_slots(one, start, end)
         inserted = self.cache.stats.inserted_slots
+        self.carry_out(one, end, size % 4)
         one.lease.publish(one.tokens, end)
         self.settle(one, inserted)
         one.computed_len = end
@@ -302,9 +373,10 @@ class LeaseMachine(RuleBasedStateMachine):
         end = min(start + drafted, len(one.tokens))
         if end == start or not self.extend(one, end):
             return
-        one.lease.take_checkpoint_slots(start, end)
+        self.take_slots(one, start, end)
         one.computed_len = min(start + accepted, end)
         one.lease.roll_back(one.computed_len, unwritten)
+        self.carry_out(one, one.computed_len, drafted % 4)
         if accepted == 3:
             inserted = self.cache.stats.inserted_slots
             one.lease.publish(one.tokens, one.computed_len)

@@ -148,7 +148,7 @@ def test_a_cache_without_tiers_that_is_cut_in_two_decides_as_one_that_never_stop
             lease = Lease.begin(cache, placement, asked)
             assert lease.extend(len(tokens))
             lease.take_checkpoint_slots(lease.cached_len, len(tokens))
-            cache.take_step()
+            cache.take_step().done()
             lease.finish(tokens, len(tokens))
             hits.append((lease.cached_len, lease.losses))
         cache.unsubscribe(chosen)

@@ -41,9 +41,11 @@ class Server:
         for start in range(lease.cached_len, len(prompt), piece or len(prompt)):
             end = min(start + (piece or len(prompt)), len(prompt))
             lease.take_checkpoint_slots(start, end)
+            self.cache.take_step().done()
             lease.publish(everything, end)
         for position in range(len(prompt), len(everything)):
             lease.take_checkpoint_slots(position, position + 1)
+        self.cache.take_step().done()
         lease.finish(everything, len(everything))
         self.cache.check(held_tokens=0, held_slots=0)
         return lease.cached_len

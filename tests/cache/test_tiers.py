@@ -13,7 +13,7 @@ from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens
 from hybridcache.variants import TieredRadixCache
-from tests.cache.serving import ids, serve
+from tests.cache.serving import carried_out, ids, serve
 from tests.cache.tiers import TieredMemory
 
 
@@ -85,10 +85,10 @@ def test_kv_that_no_state_needs_is_not_kept():
     cache = tiered()
     serve(cache, ids("abcd"), [2])
     cache.evict(num_tokens=1)
-    assert [order.kind for order in cache.take_step().transfers] == []
+    assert [order.kind for order in carried_out(cache).transfers] == []
     assert cache.match(ids("abcd")).kv_match_len == 2
     cache.evict(num_tokens=1)
-    assert [order.kind for order in cache.take_step().transfers] == ["checkpoint", "kv"]
+    assert [order.kind for order in carried_out(cache).transfers] == ["checkpoint", "kv"]
 
 
 def test_a_tombstone_is_resumed_by_its_state_alone():
@@ -162,7 +162,7 @@ def test_the_host_lets_its_own_policy_s_victim_go_and_the_disk_takes_it():
     cache.evict(num_tokens=8)
     assert cache.match(ids("abcdX")).loadable[0].rows == (0, 9)
     assert cache.match(ids("efghX")).loadable[0].rows == (9, 0)
-    written = [order for order in cache.take_step().transfers if getattr(order, "path", None)]
+    written = [order for order in carried_out(cache).transfers if getattr(order, "path", None)]
     assert {order.kind for order in written} == {"kv", "checkpoint"}
     assert all(order.path[1].tolist() == ids("abcd").tolist() for order in written)
 
@@ -173,7 +173,7 @@ def test_what_the_host_would_let_go_first_is_not_let_in():
     serve(cache, ids("wxyz"), [4])
     cache.evict(num_tokens=4)
     serve(cache, ids("abcd"), [2, 4])
-    cache.take_step()
+    carried_out(cache)
     cache.evict(num_slots=1)
     assert not cache.steps.num_transfers
     assert lower(cache, ids("abX")) == [] and lower(cache, ids("wxyzX"))

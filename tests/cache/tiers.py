@@ -37,7 +37,8 @@ class TieredMemory:
 
     def carry_out(self) -> None:
         """All orders so far."""
-        for order in self.cache.take_step().transfers:
+        plan = self.cache.take_step()
+        for order in plan.transfers:
             if isinstance(order, Move):
                 device = self.rows[DEVICE]
                 moved = [device.get(row) for row in order.src.tolist()]
@@ -47,6 +48,7 @@ class TieredMemory:
                     del self.rows[order.tier][row]
             else:
                 self._copy(order)
+        plan.done()
 
     def _copy(self, order: Copy) -> None:
         self.copied.append(order)

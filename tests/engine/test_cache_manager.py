@@ -39,6 +39,7 @@ class Table:
         """Do the copies of a batch."""
         for row, start, indices in manager.take_step().row_writes:
             self.rows[row, start : start + len(indices)] = indices
+        manager.step_done()
 
     def row(self, row: int, end: int) -> np.ndarray:
         return self.rows[row, :end]
@@ -59,11 +60,12 @@ def test_a_begun_request_has_its_state_restored_and_its_row_written_once() -> No
     prefill(manager, first)
     assert manager.begin(second) and manager.extend(second, 100)
     copies = manager.take_step()
+    manager.step_done()
     assert copies.restores == (second.lease.restore,)
     assert [(row, start, len(indices)) for row, start, indices in copies.row_writes] == [
         (second.row, 0, 100)
     ]
-    assert manager.take_step() == ((), (), ())
+    assert not manager.take_step()
 
 
 def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
@@ -72,7 +74,7 @@ def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
     prefill(manager, first, table)
     assert manager.begin(second) and manager.extend(second, 100)
     manager.abort(second)
-    assert manager.take_step() == ((), (), ())
+    assert not manager.take_step()
     assert second.lease is second.row is None
     manager.check(table.row)
 
@@ -107,6 +109,7 @@ def test_a_row_write_that_nobody_made_is_noticed() -> None:
     manager, table = make_manager(), Table()
     two_of_one_prompt(manager, table)
     manager.take_step()
+    manager.step_done()
     with pytest.raises(AssertionError, match="a row write was lost: at position 0 of request 1"):
         manager.check(table.row)
 
@@ -160,6 +163,7 @@ def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_ge
     request.max_len = 20
     assert manager.begin(request) and manager.extend(request, 20)
     [(_, _, before)] = manager.take_step().row_writes
+    manager.step_done()
     before = before.copy()
     gone, others = Filler(cache, 40), Filler(cache, 64)
     del cache.arena.holders[gone]
@@ -170,6 +174,7 @@ def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_ge
     slot = cache.allocate_slot()
     assert manager.has_moves and manager.must_wait_for_slab
     copies = manager.take_step()
+    manager.step_done()
     [move] = copies.transfers
     moved = dict(zip(move.src.tolist(), move.dst.tolist(), strict=True))
     assert len(moved) == 24
@@ -179,7 +184,7 @@ def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_ge
         0,
         [moved[old] for old in before.tolist()],
     )
-    assert manager.take_step() == ((), (), ())
+    assert not manager.take_step()
     assert not manager.has_moves and not manager.must_wait_for_slab
     assert manager.lost_moves() is False
     cache.free_slot(slot)

@@ -56,6 +56,7 @@ def serve(cache: PrefixCache, placement: PlacementPolicy, seed: int) -> int:
                 running.append((lease, tokens))
                 if lease.extend(len(tokens)):
                     lease.take_checkpoint_slots(lease.cached_len, len(tokens))
+                    cache.take_step().done()
                     lease.publish(tokens, len(tokens))
             else:
                 lease, tokens = running.pop(int(rng.integers(3)))

@@ -48,10 +48,12 @@ def hit_rate(
         reused += lease.cached_len
         total += len(prompt)
         lease.take_checkpoint_slots(lease.cached_len, len(prompt))
+        cache.take_step().done()
         lease.publish(prompt, len(prompt))
         whole = np.concatenate((prompt, request.output))
         assert lease.extend(len(whole))
         lease.take_checkpoint_slots(len(prompt), len(whole))
+        cache.take_step().done()
         lease.finish(whole, len(whole))
     cache.check(0, 0)
     return reused / total
@@ -382,13 +384,16 @@ def test_the_placement_believes_in_what_was_saved_and_nothing_else(
         if number % 7 == 0:
             lease.abort()
             continue
+        cache.take_step().done()
         lease.publish(prompt, 500)
         answer = np.concatenate([prompt, rng.integers(0, 1000, 200, dtype=np.int32)])
         if number % 2:
             assert lease.extend(700)
             lease.take_checkpoint_slots(500, 700)
+            cache.take_step().done()
             lease.finish(answer, 700)
         else:
+            cache.take_step().done()
             lease.finish(prompt, 500)
     assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
 
@@ -406,6 +411,7 @@ def test_a_checkpoint_that_another_request_saved_first_is_not_counted() -> None:
             assert lease.take_checkpoint_slots(0, 500)
         for lease in leases:
             assert lease is not None
+            cache.take_step().done()
             lease.finish(request.tokens, 500)
     assert 0 < sum(learned.num_saved().values()) == cache.stats.inserted_slots
 
@@ -527,6 +533,7 @@ def test_the_placement_is_told_what_is_free_and_what_is_held() -> None:
         lease = Lease.begin(cache, Watching(), LeaseRequest(prompt, answer_survives=False))
         assert lease is not None and lease.extend(100)
         lease.take_checkpoint_slots(0, 100)
+        cache.take_step().done()
         lease.finish(prompt, 100)
     assert facts[0].free_slots == 5 and facts[0].num_checkpoints == 0, "its own state has one"
     held = [(each.free_slots or 0) + each.num_checkpoints for each in facts]
@@ -627,9 +634,11 @@ def test_the_stop_reason_is_a_class_of_its_own(rule: str) -> None:
                 assert lease.match.resumed is not None
                 labels[reason] = lease.match.resumed.label
             lease.take_checkpoint_slots(lease.cached_len, len(prompt))
+            cache.take_step().done()
             lease.publish(prompt, len(prompt))
             said = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
             lease.take_checkpoint_slots(len(prompt), len(said))
+            cache.take_step().done()
             lease.finish(said, len(said), stop_reason=reason if not turn else "")
             prompt = said if rule == "end" else prompt
             prompt = np.concatenate((prompt, rng.integers(0, 1000, 10, dtype=np.int32)))
@@ -660,6 +669,7 @@ def test_a_shared_checkpoint_gets_no_stop_reason() -> None:
         lease = Lease.begin(cache, parse_placement("boundary"), LeaseRequest(prompt, None, (20,)))
         assert lease is not None and lease.extend(30)
         lease.take_checkpoint_slots(0, 30)
+        cache.take_step().done()
         lease.finish(prompt, 30, donate=False, stop_reason=reason)
         nodes = cache.iter_nodes()
         return {node.checkpoint.label for node in nodes if node.checkpoint is not None}

@@ -58,6 +58,7 @@ class Replica:
         lease = Lease.begin(self.cache, self.placement, lease_request)
         if lease is not None and lease.extend(len(tokens)):
             lease.take_checkpoint_slots(lease.cached_len, len(tokens))
+            self.cache.take_step().done()
             lease.finish(tokens, len(tokens))
         elif lease is not None:
             lease.abort()

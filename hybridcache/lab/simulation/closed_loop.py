@@ -304,7 +304,7 @@ class _Run:
             for request, end in order
             if manager.take_checkpoint_slots(request, end) is not None
         ]
-        manager.take_step()
+        manager.take_step().done()
         if not tasks:
             self._idle()
             return

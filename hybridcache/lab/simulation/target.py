@@ -324,7 +324,6 @@ class LeaseTarget:
             answer_survives=request.answer_survives,
             own_slot=self._own_slot,
         )
-        self.cache.take_step()  # There are no tensors, so the plan is discarded.
         before = self._fetched_bytes()
         lease = Lease.begin(self.cache, self.placement, asked, self.exchange)
         if lease is None:
@@ -392,6 +391,7 @@ class _LeasedRequest:
         if not self._lease.extend(end):
             return False
         self._target.num_exports += len(self._lease.take_checkpoint_slots(start, end))
+        self._target.cache.take_step().done()  # There are no tensors.
         self._end = end
         return True
 
@@ -416,6 +416,7 @@ class _LeasedRequest:
                 target.num_exports += len(lease.take_checkpoint_slots(num_ids, decoded_len))
         else:
             decoded_len = self._decode(computed_len, target.steps)
+        target.cache.take_step().done()
         everything = np.concatenate((tokens, output))
         lease.finish(everything, decoded_len, stop_reason=stop_reason)
 
