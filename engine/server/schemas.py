@@ -493,11 +493,12 @@ def _are_ids(values: list[Any]) -> bool:
 
 
 class CacheControl(Strict):
-    """Anthropic's mark: later prompts will share the text before it. ``ttl`` is ignored, because
-    the cache's policies decide on placement and eviction."""
+    """Anthropic's mark: later prompts will share the text before it. ``ttl`` and ``scope`` are
+    ignored, because the cache's policies decide on placement and eviction."""
 
     type: Literal["ephemeral"]
     ttl: str | None = None
+    scope: str | None = None
 
 
 class TextPart(Strict):

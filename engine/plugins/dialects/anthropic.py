@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
 
+from engine.plugins.dialects import context_edits
 from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
-from engine.server.access import AnswerId, new_id
+from engine.server.access import AnswerId, Tenant, new_id
 from engine.server.api_errors import ANTHROPIC, APIError, request_name
 from engine.server.bodies import EventStream, named_event, to_json, unless_gone, with_pauses
 from engine.server.chat import ChatAnswer, ChatSession, Finish, ask, render, settle_system
 from engine.server.context import ServingContext
-from engine.server.schemas import parsed_arguments
+from engine.server.schemas import ChatRequest, parsed_arguments
 from engine.text.answers import (
     CallArguments,
     CallBegin,
@@ -34,11 +36,10 @@ async def messages(context: ServingContext, request: Request, body: MessagesRequ
     """Answer one request."""
     context.check_limit(body.max_tokens, "max_tokens")
     size = len(await request.body())
-    chat = await context.workers.run(size, body.as_chat)
-    chat = settle_system(context, chat)
     tenant = context.tenant_of(request, body.cache_salt)
-    session = await ask(context, chat, size, tenant, AnswerId.random("msg", "_"))
-    writer = _MessagesWriter(context, body, session)
+    edited = await _edited(context, body, size, tenant)
+    session = await ask(context, edited.chat, size, tenant, AnswerId.random("msg", "_"))
+    writer = _MessagesWriter(context, body, session, edited.told())
     if body.stream:
         name = request_name(request.scope)
 
@@ -58,32 +59,83 @@ async def count_tokens(context: ServingContext, request: Request, body: CountReq
     """Return the length of the prompt of a request."""
     context.check_model(body.model)
     size = len(await request.body())
-    chat = await context.workers.run(size, body.as_chat)
     tenant = context.tenant_of(request, body.cache_salt)
-    prompt, _ = await render(context, settle_system(context, chat), size, tenant)
-    return Response(to_json({"input_tokens": len(prompt.token_ids)}), media_type="application/json")
+    edited = await _edited(context, body, size, tenant)
+    prompt, _ = await render(context, edited.chat, size, tenant)
+    counts: dict[str, Any] = {"input_tokens": len(prompt.token_ids)}
+    if edited.applied is not None:
+        cleared = sum(edit["cleared_input_tokens"] for edit in edited.applied)
+        total = counts["input_tokens"] + cleared
+        counts["context_management"] = {"original_input_tokens": total}
+    return Response(to_json(counts), media_type="application/json")
+
+
+@dataclass(frozen=True, slots=True)
+class _Edited:
+    """The chat of a request after the edits of its ``context_management``."""
+
+    chat: ChatRequest
+    applied: list[dict[str, Any]] | None
+    """Entries of ``applied_edits``, or None if the request has no ``context_management``."""
+
+    def told(self) -> dict[str, Any]:
+        """Return the fields of an answer about the edits."""
+        if self.applied is None:
+            return {}
+        return {"context_management": {"applied_edits": self.applied}}
+
+
+async def _edited(
+    context: ServingContext, body: CountRequest, size: int, tenant: Tenant
+) -> _Edited:
+    """Return the chat of ``body``. It is rendered for the edits only if they have something to
+    clear."""
+
+    async def chat_of(messages: context_edits.Messages | None) -> ChatRequest:
+        chat = await context.workers.run(size, lambda: body.as_chat(messages))
+        return settle_system(context, chat)
+
+    async def count(messages: context_edits.Messages) -> int:
+        prompt, _ = await render(context, await chat_of(messages), size, tenant)
+        return len(prompt.token_ids)
+
+    if body.context_management is None:
+        return _Edited(await chat_of(None), None)
+    messages = await context.workers.run(size, body.chat_messages)
+    edits = body.context_management.edits
+    messages, applied = await context_edits.apply(edits, messages, count)
+    return _Edited(await chat_of(messages), applied)
 
 
 class _MessagesWriter:
     """Writes one answer, as a whole or as events."""
 
     def __init__(
-        self, context: ServingContext, body: MessagesRequest, session: ChatSession
+        self,
+        context: ServingContext,
+        body: MessagesRequest,
+        session: ChatSession,
+        told: dict[str, Any],
     ) -> None:
+        """``told``: more fields of the answer."""
         self._context = context
         self._body = body
         self._session = session
+        self._told = told
+        thinking = body.thinking
+        self._omits_thinking = thinking is not None and thinking.display == "omitted"
 
     def whole(self, answer: ChatAnswer) -> dict[str, Any]:
         ending = self._ending(answer.finish, answer.output)
         if answer.warning is not None:
             ending["warning"] = answer.warning
-        return self._message(_content(answer.events), ending, self._usage(answer.output))
+        content = _content(answer.events, self._omits_thinking)
+        return self._message(content, ending, self._usage(answer.output)) | self._told
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield ``message_start`` with the first output, which has the cached length, then one
         block at a time, and ``ping`` in pauses."""
-        blocks = _Blocks()
+        blocks = _Blocks(self._omits_thinking)
         has_begun = False
         async for news in with_pauses(self._session.news(), PING_S):
             if news is None:
@@ -103,7 +155,7 @@ class _MessagesWriter:
                 if news.warning is not None:
                     ending["warning"] = news.warning
                 usage = self._usage(news.output)
-                last = {"type": "message_delta", "delta": ending, "usage": usage}
+                last = {"type": "message_delta", "delta": ending, "usage": usage} | self._told
                 closing = [*blocks.close(), last, {"type": "message_stop"}]
                 yield b"".join(map(named_event, closing))
 
@@ -157,7 +209,7 @@ class _MessagesWriter:
 _NO_ENDING = {"stop_reason": None, "stop_sequence": None}
 
 
-def _content(events: Sequence[Event]) -> list[dict[str, Any]]:
+def _content(events: Sequence[Event], omits_thinking: bool) -> list[dict[str, Any]]:
     """Return an answer as blocks."""
     blocks: list[dict[str, Any]] = []
     arguments = ""
@@ -165,7 +217,8 @@ def _content(events: Sequence[Event]) -> list[dict[str, Any]]:
         match one:
             case ReasoningDelta(text):
                 sign = _signature(hashlib.sha256(text.encode()))
-                blocks.append({"type": "thinking", "thinking": text, "signature": sign})
+                shown = "" if omits_thinking else text
+                blocks.append({"type": "thinking", "thinking": shown, "signature": sign})
             case TextDelta(text):
                 blocks.append({"type": "text", "text": text})
             case CallBegin(name):
@@ -190,7 +243,8 @@ def _signature(digest: Any) -> str:
 class _Blocks:
     """Writes events as blocks, of which one is open at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, omits_thinking: bool) -> None:
+        self._omits_thinking = omits_thinking
         self._index = -1
         self._open: type[Event] | None = None
         self._thoughts = hashlib.sha256()
@@ -202,6 +256,8 @@ class _Blocks:
                     empty = {"type": "thinking", "thinking": "", "signature": ""}
                     yield from self._turn_to(ReasoningDelta, empty)
                     self._thoughts.update(text.encode())
+                    if self._omits_thinking:
+                        continue
                     yield self._delta({"type": "thinking_delta", "thinking": text})
                 case TextDelta(text):
                     yield from self._turn_to(TextDelta, {"type": "text", "text": ""})

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from engine.plugins.dialects.context_edits import ContextManagement, Messages
 from engine.plugins.dialects.translated import chat_request
 from engine.requests.spec import MAX_COUNT
 from engine.server.api_errors import APIError, quoted
@@ -24,9 +25,13 @@ from engine.server.schemas import (
     Name,
     Strict,
     Texts,
+    without_what_asks_for_nothing,
 )
 
 BLOCKS = ("text", "thinking", "tool_use", "tool_result")
+BILLING = "x-anthropic-billing-header:"
+"""Start of a system block that Claude Code writes for Anthropic's servers. It differs in every
+request, so the prompt is made without it: otherwise no request would find a cached prefix."""
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
 
@@ -171,6 +176,8 @@ class Tool(Strict):
     cache_control: CacheControl | None = None
     strict: bool | None = None
     eager_input_streaming: bool | None = None
+    defer_loading: Literal[False] | None = None
+    allowed_callers: Listed[Literal["direct"]] | None = None
 
     def as_tool(self) -> dict[str, Any]:
         function: dict[str, Any] = {"name": self.name}
@@ -207,7 +214,8 @@ class ThinkingConfig(Strict):
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: int | None = Field(default=None, ge=1, le=MAX_COUNT)
-    display: Literal["summarized"] | None = None
+    display: Literal["summarized", "omitted"] | None = None
+    """``omitted``: thinking blocks have a signature and no text."""
 
 
 class JSONFormat(Strict):
@@ -238,8 +246,16 @@ class CountRequest(Strict):
     """Requests with different salts share no cache entries."""
     service_tier: Literal["auto", "standard_only"] | None = None
     """Ignored."""
+    speed: Literal["standard"] | None = None
+    """Ignored."""
+    context_management: ContextManagement | None = None
     metadata: Any = None
     """Ignored except ``session_end``, which declares that no request of the session follows."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
+        return without_what_asks_for_nothing(body, {"mcp_servers": ([],), "fallbacks": ([],)})
 
     @model_validator(mode="after")
     def _ends_with_the_user(self) -> CountRequest:
@@ -258,19 +274,24 @@ class CountRequest(Strict):
         is_marked = last is not None and getattr(last, "cache_control", None) is not None
         return is_marked or self.cache_control is not None
 
-    def fields(self) -> dict[str, Any]:
-        """Return the fields of the chat request."""
-        messages: list[dict[str, Any]] = []
+    def chat_messages(self) -> Messages:
+        """Return the messages of the chat request. O(blocks)."""
+        messages: Messages = []
         if isinstance(self.system, str):
             messages.append({"role": "system", "content": self.system})
         elif self.system is not None:
-            messages.append({"role": "system", "content": [_part(part) for part in self.system]})
+            parts = [_part(part) for part in self.system if not part.text.startswith(BILLING)]
+            if parts:
+                messages.append({"role": "system", "content": parts})
         for message in self.messages:
             messages.extend(message.as_messages())
+        return messages
+
+    def fields(self) -> dict[str, Any]:
+        """Return the fields of the chat request, without its messages."""
         choice, config = self.tool_choice, self.output_config or OutputConfig()
         return {
             "model": self.model,
-            "messages": messages,
             "diagnostics": self.diagnostics and self.diagnostics.model_dump(),
             "tools": None if self.tools is None else [tool.as_tool() for tool in self.tools],
             "tool_choice": None if choice is None else choice.as_choice(),
@@ -289,10 +310,12 @@ class CountRequest(Strict):
             switches["enable_thinking"] = self.thinking.type == "enabled"
         return switches
 
-    def as_chat(self) -> ChatRequest:
-        """Return the chat request. Raises APIError 400 if a field is not supported."""
+    def as_chat(self, messages: Messages | None = None) -> ChatRequest:
+        """Return the chat request, with edited ``messages`` if they are given. Raises APIError 400
+        if a field is not supported."""
         try:
-            return chat_request(self.fields(), "output_config.format")
+            fields = self.fields() | {"messages": messages or self.chat_messages()}
+            return chat_request(fields, "output_config.format")
         except ValueError as error:
             raise APIError(400, str(error), param="messages") from error
 

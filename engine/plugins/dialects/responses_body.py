@@ -171,6 +171,8 @@ class Reasoning(Strict):
     """``reasoning_effort`` of a chat."""
     summary: Summary | None = None
     generate_summary: Summary | None = None
+    context: Literal["auto", "all_turns"] | None = None
+    """Ignored: the template decides on the reasoning of earlier turns."""
 
 
 class TextFormat(NamedSchema):
@@ -228,6 +230,8 @@ class ResponsesRequest(Streamed, Unused):
     text: TextConfig | None = None
     include: Listed[Included] | None = None
     metadata: dict[str, str] | None = None
+    client_metadata: dict[str, str] | None = None
+    """Ignored. Sent by Codex."""
     prompt_cache_options: CacheOptions | None = None
     cache_salt: str | None = None
     """Requests with different salts share neither cache entries nor stored responses."""

@@ -38,7 +38,7 @@ class ObserveExtension(ServerExtension):
         """See ``ServerExtension``."""
         context, feed = self.context, self._feed
 
-        @app.get("/", include_in_schema=False)
+        @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
         async def page() -> Response:
             return Response(live_page(), media_type="text/html", headers=HEADERS)
 

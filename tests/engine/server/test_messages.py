@@ -197,7 +197,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ),
     ({"output_config": {"effort": "none"}}, "'output_config.effort' must be 'low', 'medium'"),
     ({"service_tier": "flex"}, "'service_tier' must be 'auto' or 'standard_only'"),
-    ({"thinking": {"type": "enabled", "display": "omitted"}}, "'thinking.display' must be 'summarized'"),
+    ({"thinking": {"type": "enabled", "display": "updates"}}, "'thinking.display' must be 'summarized'"),
+    ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, "edit 'compact_20260112' is not"),
+    ({"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": 1}]}}, "keep"),
+    ({"speed": "fast"}, "'speed' must be 'standard'"),
+    ({"tools": [TOOLS[0] | {"defer_loading": True}]}, "defer_loading' must be"),
     (
         {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": EPHEMERAL}] * 6}]},
         "at most 4",
@@ -243,6 +247,156 @@ def test_with_tools_the_budget_may_be_that_of_a_whole_turn(say: Say) -> None:
     thinking = {"type": "enabled", "budget_tokens": 1024}
     answer = message(say("a</think>b"), thinking=thinking, max_tokens=400, tools=TOOLS)
     assert [block["type"] for block in answer["content"]] == ["thinking", "text"]
+
+
+def test_thinking_that_is_not_shown_has_a_signature(say: Say) -> None:
+    live = say("a</think>b")
+    shown = {"type": "enabled", "budget_tokens": 99}
+    hidden = shown | {"display": "omitted"}
+    [full, _] = message(live, thinking=shown)["content"]
+    [block, text] = message(live, thinking=hidden)["content"]
+    assert block == full | {"thinking": ""} and text["text"] == "b"
+    deltas = [
+        one["delta"] for one in events(live, thinking=hidden) if "content_block_d" in one["type"]
+    ]
+    assert deltas == [
+        {"type": "signature_delta", "signature": full["signature"]},
+        {"type": "text_delta", "text": "b"},
+    ]
+
+
+AGENT = {
+    "metadata": {"user_id": "user_1_account__session_2"},
+    "thinking": {"type": "adaptive"},
+    "output_config": {"effort": "medium"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "speed": "standard",
+    "temperature": 1,
+    "tools": [
+        TOOLS[0]
+        | {
+            "cache_control": {"type": "ephemeral", "ttl": "1h"},
+            "defer_loading": False,
+            "allowed_callers": ["direct"],
+            "eager_input_streaming": True,
+        }
+    ],
+}
+"""Fields that coding agents send with every request."""
+
+
+def test_a_line_for_billing_is_no_part_of_the_prompt(say: Say) -> None:
+    """A coding agent writes it, and its digest differs in every request."""
+    live = say("Dry.")
+
+    def ask(digest: str) -> dict[str, Any]:
+        header = f"x-anthropic-billing-header: cc_version=2.1.1; cc_entrypoint=cli; cch={digest};"
+        rules = {"text": LONG, "cache_control": {"type": "ephemeral", "scope": "global"}}
+        system = [{"type": "text", "text": header}, {"type": "text", **rules}]
+        path = "/v1/messages?beta=true"
+        answer = live.post(path, ASK | AGENT | {"system": system}, **{"anthropic-beta": "a,b"})
+        assert answer.status_code == 200, answer.text
+        body: dict[str, Any] = answer.json()
+        return body
+
+    first, second = ask("1f00a"), ask("c4d1e")
+    assert first["context_management"] == {"applied_edits": []}
+    usage = second["usage"]
+    total = usage["cache_read_input_tokens"] + usage["cache_creation_input_tokens"]
+    assert usage["cache_read_input_tokens"] >= (total + usage["input_tokens"]) // 64 * 64 - 64
+    only = {"system": [{"type": "text", "text": "x-anthropic-billing-header: cch=1;"}]}
+    body = {name: ASK[name] for name in ("model", "messages")}
+    count = "/v1/messages/count_tokens"
+    assert live.post(count, body | only).json() == live.post(count, body).json()
+
+
+def turn(number: int, *, text: str | None = None) -> list[dict[str, Any]]:
+    """A question, a call, its result, and the answer, all with thinking."""
+    thinking = {"type": "thinking", "thinking": f"Hm {number}.", "signature": "s"}
+    call = {"type": "tool_use", "id": f"t{number}", "name": f"tool{number}", "input": {"a": "bbb"}}
+    result = {"type": "tool_result", "tool_use_id": f"t{number}", "content": f"{number}" * 40}
+    more = [] if text is None else [{"type": "text", "text": text}]
+    return [
+        {"role": "user", "content": f"Question {number}?"},
+        {"role": "assistant", "content": [thinking, call]},
+        {"role": "user", "content": [result, *more]},
+        {"role": "assistant", "content": [thinking, {"type": "text", "text": f"Answer {number}."}]},
+    ]
+
+
+PLAIN = """\
+{%- for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}|{{ m.content }}\
+{%- for c in m.tool_calls %}|{{ c.function.name }}{{ c.function.arguments }}{% endfor %}
+{% endfor %}"""
+"""A template that keeps all thinking and all results. It never stands for an offered tool."""
+RESULTS = {"type": "clear_tool_uses_20250919"}
+ALL_RESULTS = RESULTS | {"trigger": {"type": "input_tokens", "value": 9}}
+THOUGHTS = {"type": "clear_thinking_20251015"}
+CLEARED = "[Old tool result content cleared]"
+EDITS: list[tuple[list[dict[str, Any]], dict[str, str], dict[str, int]]] = [
+    ([], {}, {}),
+    ([THOUGHTS | {"keep": "all"}], {}, {}),
+    ([THOUGHTS | {"keep": {"type": "all"}}], {}, {}),
+    ([THOUGHTS | {"keep": {"type": "thinking_turns", "value": 4}}], {}, {}),
+    ([THOUGHTS], {"Hm 0.": "", "Hm 1.": "", "Hm 2.": ""}, {"cleared_thinking_turns": 3}),
+    (
+        [THOUGHTS | {"keep": {"type": "thinking_turns", "value": 2}}],
+        {"Hm 0.": "", "Hm 1.": ""},
+        {"cleared_thinking_turns": 2},
+    ),
+    ([RESULTS], {}, {}),
+    ([RESULTS | {"trigger": {"type": "tool_uses", "value": 4}}], {}, {}),
+    ([ALL_RESULTS | {"clear_at_least": {"type": "input_tokens", "value": 999}}], {}, {}),
+    ([ALL_RESULTS | {"exclude_tools": ["tool0"]}], {}, {}),
+    ([ALL_RESULTS], {"0" * 40: CLEARED}, {"cleared_tool_uses": 1}),
+    (
+        [RESULTS | {"trigger": {"type": "tool_uses", "value": 3}, "keep": {"type": "tool_uses", "value": 2}}],
+        {"0" * 40: CLEARED, "1" * 40: CLEARED},
+        {"cleared_tool_uses": 2},
+    ),
+    (
+        [ALL_RESULTS | {"keep": {"type": "tool_uses", "value": 0}, "clear_tool_inputs": ["tool1"]}],
+        {**{f"{n}" * 40: CLEARED for n in range(4)}, '"tool1", "input": {"a": "bbb"}': '"tool1", "input": {}'},
+        {"cleared_tool_uses": 4},
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("edits", "changed", "told"), EDITS)
+def test_edits_of_the_context(
+    say: Say, edits: list[dict[str, Any]], changed: dict[str, str], told: dict[str, int]
+) -> None:
+    """The prompt is that of the chat with the cleared text replaced, so it is found in the cache
+    of that chat."""
+    live = say("Dry.", PLAIN)
+    chat = [*turn(0), *turn(1, text="By the way."), *turn(2), *turn(3), *ASK["messages"]]
+    text = json.dumps(chat)
+    for old, new in changed.items():
+        assert old in text
+        text = text.replace(old, new)
+    salt = {"cache_salt": str(edits)}
+    whole = message(live, messages=chat, cache_salt="whole")["usage"]
+    plain = message(live, messages=json.loads(text), **salt)
+    assert "context_management" not in plain
+    asked = salt | {"messages": chat, "context_management": {"edits": edits}}
+    answer = message(live, **asked)
+    size = num_input(answer["usage"])
+    assert size == num_input(plain["usage"])
+    assert answer["usage"]["cache_read_input_tokens"] >= (size - 1) // 64 * 64 >= 384
+
+    applied = answer["context_management"]["applied_edits"]
+    counts = {name: value for one in applied for name, value in one.items() if name != "type"}
+    assert counts.pop("cleared_input_tokens", 0) == num_input(whole) - size
+    assert counts == told
+    last = next(one for one in events(live, **asked) if one["type"] == "message_delta")
+    assert last["context_management"] == answer["context_management"]
+    counted = live.post("/v1/messages/count_tokens", {"model": "builtin"} | asked).json()
+    original = {"original_input_tokens": num_input(whole)}
+    assert counted == {"input_tokens": size, "context_management": original}
+
+
+def num_input(usage: dict[str, int]) -> int:
+    return sum(value for name, value in usage.items() if "input_tokens" in name)
 
 
 @pytest.mark.parametrize("budget", [5, 40])

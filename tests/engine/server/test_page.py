@@ -107,6 +107,9 @@ def test_the_page_is_served_and_loads_nothing(live: Live) -> None:
     answer = live.get("/")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert live.http.head("/").status_code == 200, (
+        "Claude Code asks for it before its first request"
+    )
 
 
 def test_a_reader_knows_the_tree_and_the_requests(

@@ -218,11 +218,15 @@ def test_what_changes_nothing_is_accepted(say: Say) -> None:
     answer = say("a</think>b").client.responses.create(
         **ASK,
         include=["reasoning.encrypted_content"],
-        reasoning={"effort": "low", "summary": "auto"},
-        text={"format": {"type": "text"}},
+        text={"format": {"type": "text"}, "verbosity": "low"},
         truncation="disabled",
         user="me",
         prompt_cache_key="k",
+        store=False,
+        extra_body={  # as Codex sends them
+            "client_metadata": {"turn_id": "1", "x-codex-window-id": "2:0"},
+            "reasoning": {"effort": "low", "summary": "auto", "context": "all_turns"},
+        },
     )
     assert [item.type for item in answer.output] == ["reasoning", "message"]
 
