@@ -1,4 +1,4 @@
-"""The ASGI application: routes and the description of the API."""
+"""The ASGI application and its routes."""
 
 from __future__ import annotations
 
@@ -10,143 +10,20 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
-from fastapi.openapi.utils import get_openapi
 
 from engine.async_engine import ServedEngine
 from engine.errors import EngineStopped
-from engine.server import access, api_errors
+from engine.server import access, api_description, api_errors
 from engine.server.access import Operator
-from engine.server.api_errors import ANTHROPIC, APIError, PlainJSON
+from engine.server.api_errors import APIError, PlainJSON
 from engine.server.bodies import BodyLimit, BodyReader, ClientGone, Workers
 from engine.server.chat import chat
 from engine.server.completions import complete
 from engine.server.context import Dialect, Extensions, ServingContext
 from engine.server.request_log import RequestLog, is_wanted
-from engine.server.schemas import (
-    NEUTRAL,
-    ChatRequest,
-    CompletionRequest,
-)
+from engine.server.schemas import ChatRequest, CompletionRequest
 from engine.server.settings import ServerConfig
 from hybridcache.lab.extras import version as installed_version
-
-OPERATORS = ("/reset_prefix_cache", "/flush_cache")
-STREAMED = ("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")
-REASONS = {
-    "400": "The request is invalid or not supported.",
-    "401": "A key is required.",
-    "403": "Only the operator has access.",
-    "404": "The model or the object does not exist.",
-    "408": "The body did not arrive in time.",
-    "413": "The body is too large.",
-    "429": "The queue of waiting requests is full.",
-    "500": "The engine failed on this request.",
-    "503": "The engine has stopped.",
-}
-PLAIN = {
-    "/metrics": "text/plain",
-    "/": "text/html",
-    "/v1/cache/events": "text/event-stream",
-}
-TEXT_OR_NULL = {"type": ["string", "null"]}
-ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": TEXT_OR_NULL,
-                "code": TEXT_OR_NULL,
-            },
-        }
-    },
-}
-ANTHROPIC_ERROR = {
-    "type": "object",
-    "required": ["type", "error"],
-    "properties": {
-        "type": {"const": "error"},
-        "error": {
-            "type": "object",
-            "required": ["type", "message"],
-            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
-        },
-    },
-}
-
-
-def _describe_api(app: FastAPI) -> None:
-    """Set the OpenAPI description of ``app``, which is built on first use."""
-
-    def openapi() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            app.state.extensions.load_all()
-            document = get_openapi(title=app.title, version=app.version, routes=app.routes)
-            app.openapi_schema = _described(document)
-        return app.openapi_schema
-
-    app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _described(document: dict[str, Any]) -> dict[str, Any]:
-    shapes = {"Error": ERROR, "AnthropicError": ANTHROPIC_ERROR}
-    for path, methods in document["paths"].items():
-        for operation in methods.values():
-            body = operation.get("requestBody")
-            if body is not None:
-                schema = body["content"]["application/json"]["schema"]
-                kind = schema["title"]
-                for name, shape in schema.pop("$defs", {}).items():
-                    _say_what_null_means(shape)
-                    shapes[f"{kind}.{name}"] = shape
-                _say_what_null_means(schema)
-                _say_what_is_ignored(schema["properties"])
-            operation["responses"] = _responses(path, operation["responses"], body is not None)
-    document["components"] = {"schemas": shapes}
-    return document
-
-
-def _responses(path: str, known: dict[str, Any], has_body: bool) -> dict[str, Any]:
-    """Return all possible answers of ``path``."""
-    kinds = {PLAIN[path]: {}} if path in PLAIN else dict(known["200"].get("content", {}))
-    if path in STREAMED:
-        kinds["text/event-stream"] = {}
-    answers: dict[str, Any] = {"200": {"description": "Done.", "content": kinds}}
-    codes = ["401", "500", "503"]
-    if has_body:
-        codes += ["400", "404", "408", "413", "429"]
-    if path in OPERATORS or path.startswith("/v1/cache"):
-        codes.append("403")
-    if "{" in path:
-        codes += ["400", "404"]
-    shape = "AnthropicError" if path.startswith(ANTHROPIC) else "Error"
-    content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{shape}"}}}
-    return answers | {
-        code: {"description": REASONS[code], "content": content} for code in sorted(set(codes))
-    }
-
-
-def _say_what_null_means(schema: dict[str, Any]) -> None:
-    """Allow null for every optional name and for unknown names."""
-    if schema.get("additionalProperties") is not False:
-        return
-    schema["additionalProperties"] = {"type": "null"}
-    required = schema.get("required", [])
-    properties = schema["properties"]
-    for name, shape in properties.items():
-        if name not in required:
-            properties[name] = {"anyOf": [shape, {"type": "null"}]}
-
-
-def _say_what_is_ignored(properties: dict[str, Any]) -> None:
-    """Add the unsupported parameters of OpenAI's API, with the values that have no effect."""
-    if "temperature" in properties and "n" in properties:
-        properties |= {name: {"enum": [*neutral, None]} for name, neutral in NEUTRAL.items()}
-
 
 HEALTH_WAIT_S = 0.2
 """Maximum time that ``/health`` waits for the engine to finish a step."""
@@ -170,6 +47,8 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
         version=installed_version(),
         lifespan=lifespan,
         default_response_class=PlainJSON,
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.metrics = context.metrics
     api_errors.install(app)
@@ -187,7 +66,7 @@ def create_app(engine: ServedEngine, config: ServerConfig) -> FastAPI:
     access.install(app, config)
     if is_wanted(config.log_requests):
         app.add_middleware(RequestLog)
-    _describe_api(app)
+    api_description.install(app)
     return app
 
 

@@ -112,6 +112,19 @@ def test_the_page_is_served_and_loads_nothing(live: Live) -> None:
     )
 
 
+def test_the_page_of_the_api_needs_no_other_server(live: Live) -> None:
+    answer = live.get("/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert "<script" not in answer.text and "http" not in answer.text
+    document = live.get("/openapi.json").json()
+    for path, methods in document["paths"].items():
+        for method in methods:
+            assert f"{method.upper()} {path}<" in answer.text
+    assert "<code>context_management</code>" in answer.text
+    assert live.get("/redoc").status_code == 404
+
+
 def test_a_reader_knows_the_tree_and_the_requests(
     serve_oracle: Callable[..., Live], read: Callable[..., Reader]
 ) -> None:
