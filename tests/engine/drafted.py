@@ -1,5 +1,5 @@
-"""Engines that guess, on a small real model with seeded weights whose memory begins as NaN, and
-what they are asked."""
+"""Helpers for tests of speculation: engines with drafts on a small model with seeded weights, whose
+memory begins as NaN, and prompts for them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODEL = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 16,
     "linear_conv_kernel_dim": 4,
-    "mlp_only_layers": [0, 1, 2],  # experts are dear on a CPU: one layer has them
+    "mlp_only_layers": [0, 1, 2],  # experts are expensive on a CPU: one layer has them
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
@@ -44,31 +44,35 @@ MODEL = {
 MakeEngine = Callable[..., Engine]
 
 
-class Guesses:
-    """Right as far as ``how`` says of each step, then wrong."""
+class ScriptedDrafter:
+    """Drafter of known answers: in each step the first ``num_right`` tokens are right, the others
+    wrong."""
 
-    name = "guesses"
+    name = "scripted"
 
     def __init__(
         self,
-        how: Callable[[int, int], int] = lambda done, most: (most, most, 0, 1)[done * 5 // 3 % 4],
-    ):
-        self.how = how
-        self.futures: dict[bytes, list[int]] = {}
+        num_right: Callable[[int, int], int] = lambda done, most: (most, most, 0, 1)[
+            done * 5 // 3 % 4
+        ],
+    ) -> None:
+        """``num_right`` is called with the length of the answer so far and the draft length."""
+        self.num_right = num_right
+        self.answers: dict[bytes, list[int]] = {}
 
     def learn(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
-            self.futures[output.prompt_token_ids.tobytes()] = [*output.token_ids, *range(40)]
+            self.answers[output.prompt_token_ids.tobytes()] = [*output.token_ids, *range(40)]
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> list[np.ndarray]:
-        return [self.guess(request, most) for request, most in wanted]
+        return [self._draft(request, most) for request, most in wanted]
 
-    def guess(self, request: Request, most: int) -> np.ndarray:
+    def _draft(self, request: Request, most: int) -> np.ndarray:
         done = len(request.output)
-        future = self.futures[request.tokens[: request.prompt_len].tobytes()]
-        guesses = np.array(future[done : done + most], np.int32)
-        guesses[self.how(done, most) :] ^= 1
-        return guesses
+        answer = self.answers[request.tokens[: request.prompt_len].tobytes()]
+        draft = np.array(answer[done : done + most], np.int32)
+        draft[self.num_right(done, most) :] ^= 1
+        return draft
 
     def forget(self, request: Request) -> None:
         pass
@@ -77,20 +81,23 @@ class Guesses:
         pass
 
 
-def guessing_engine(
+def drafting_engine(
     directory: Path,
-    guesses: Guesses | None = None,
+    drafter: ScriptedDrafter | None = None,
     geometry: dict[str, Any] = MODEL,
     **settings: Any,
 ) -> Engine:
-    """With ``guesses`` these in place of what ``draft`` names. ``geometry``: the config.json."""
+    """Return an engine on a dummy model with the config.json ``geometry``.
+
+    With ``drafter``, that drafter takes the place of the setting ``draft``.
+    """
     (directory / "config.json").write_text(json.dumps(geometry))
     settings = {
         "model": str(directory),
         "load_format": "dummy",
         "device": "cpu",
         "cache_gib": 0.01,
-        "draft": "none" if guesses is None else "tree:5",
+        "draft": "none" if drafter is None else "tree:5",
         "check": True,
         **settings,
     }
@@ -99,8 +106,8 @@ def guessing_engine(
     if runner.tensors.rows is not None:
         runner.tensors.rows.fill_(255)
     drafting = None
-    if guesses is not None:
-        source = Source(guesses, partial(DraftLength, 5))
+    if drafter is not None:
+        source = Source(drafter, partial(DraftLength, 5))
         drafting = Drafting([source], max_verified=config.num_step_states)
     return Engine(
         config,
@@ -114,7 +121,7 @@ def guessing_engine(
 def engine_with_head(
     directory: Path, draft: str = "mtp", model: dict[str, Any] | None = None, **settings: Any
 ) -> Engine:
-    """Of a model that has a multi-token head of its own."""
+    """Return an engine on a dummy model with a prediction head."""
     (directory / "config.json").write_text(json.dumps(MODEL | (model or {})))
     settings = {"cache_gib": 0.01, "check": True, "load_format": "dummy", **settings}
     config = engine_config(model=str(directory), device="cpu", draft=draft, **settings)

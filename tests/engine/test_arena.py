@@ -1,5 +1,5 @@
-"""One memory under the whole engine: rows move while requests run, are preempted, aborted and
-broken off."""
+"""Tests of the engine on one arena for rows and states: rows move while requests run, are
+preempted, aborted and interrupted."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from hybridcache.allocators.moves import Move
 from hybridcache.geometry.model import ModelGeometry
 
 SLAB = 40
-Act = Callable[["MovingRunner", Batch], None]
+Interrupt = Callable[["MovingRunner", Batch], None]
 
 
 def geometry(slab_rows: int = SLAB) -> ModelGeometry:
-    """A state weighs nearly as much as the KV of ``slab_rows`` tokens."""
+    """Return a geometry with states nearly as large as the KV of ``slab_rows`` tokens."""
     preset = ModelGeometry.preset("qwen3-next")
     return dataclasses.replace(
         preset, kv_bytes_per_token=10, recurrent_elements=0, conv_bytes=10 * slab_rows - 3
@@ -31,18 +31,19 @@ def geometry(slab_rows: int = SLAB) -> ModelGeometry:
 
 
 class MovingRunner(OracleRunner):
-    """Keeps what it was asked to do; ``act`` may break a step off."""
+    """Runner that records its batches and calls ``before_forward`` first, which may interrupt a
+    step."""
 
     def __init__(self, num_rows: int, slab_rows: int = SLAB, **settings: Any) -> None:
         super().__init__(num_rows, None, geometry=geometry(slab_rows), **settings)
         self.batches: list[Batch] = []
-        self.act: Act | None = None
+        self.before_forward: Interrupt | None = None
 
     def forward(self, batch: Batch, drawn: Sequence[int] = ()) -> Fingerprints:
         self.batches.append(batch)
-        assert len(batch.moves) <= 1, "a step that waits for two slabs"
-        if self.act is not None:
-            self.act(self, batch)
+        assert len(batch.moves) <= 1, "a step waits for two slabs"
+        if self.before_forward is not None:
+            self.before_forward(self, batch)
         return super().forward(batch, drawn)
 
     @property
@@ -61,14 +62,14 @@ def make_engine(num_rows: int = 700, **settings: Any) -> Engine:
 
 
 def prompts(count: int = 24) -> list[list[int]]:
-    """Forks of three stems, some sent twice."""
+    """Return prompts that fork from three stems; some are repeated."""
     rng = np.random.default_rng(5)
     stems = [rng.integers(0, 320, 200).tolist() for _ in range(3)]
     made = []
     for i in range(count):
         cut = int(rng.choice([64, 100, 130, 200]))
-        own = rng.integers(0, 320, int(rng.integers(1, 60))).tolist()
-        made.append(stems[i % 3][:cut] + (own if i % 4 else []))
+        suffix = rng.integers(0, 320, int(rng.integers(1, 60))).tolist()
+        made.append(stems[i % 3][:cut] + (suffix if i % 4 else []))
     return made
 
 
@@ -76,7 +77,7 @@ SAMPLING = [SamplingParams(max_tokens=n, temperature=0) for n in (3, 60, 70, 9) 
 
 
 def serve(engine: Engine) -> list[list[int]]:
-    """Answers, whatever breaks off on the way."""
+    """Return the answers of all prompts; interrupted steps are repeated."""
     order = [
         engine.submit(prompt, params) for prompt, params in zip(prompts(), SAMPLING, strict=True)
     ]
@@ -100,7 +101,7 @@ def expected() -> list[list[int]]:
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("num_rows", [496, 700, 1100])
 @pytest.mark.parametrize("checkpoints", ["branch,boundary,backoff,end", "every:64,end"])
-def test_moves_change_no_answer(
+def test_answers_do_not_depend_on_moves(
     expected: list[list[int]], overlap: str, page_size: int, num_rows: int, checkpoints: str
 ) -> None:
     num_rows -= num_rows % page_size
@@ -118,48 +119,49 @@ def test_moves_change_no_answer(
     assert report.bytes.held == 0 < report.bytes.cached
 
 
-def _before(runner: MovingRunner, batch: Batch) -> None:
+def _interrupt_before(runner: MovingRunner, batch: Batch) -> None:
     raise KeyboardInterrupt
 
 
-def _between(runner: MovingRunner, batch: Batch) -> None:
+def _interrupt_after_moves(runner: MovingRunner, batch: Batch) -> None:
     OracleRunner.forward(runner, Batch((), moves=batch.moves))
     raise KeyboardInterrupt
 
 
-def _after(runner: MovingRunner, batch: Batch) -> None:
+def _interrupt_after_step(runner: MovingRunner, batch: Batch) -> None:
     OracleRunner.forward(runner, batch, [0] * 8)
     raise KeyboardInterrupt
 
 
-@pytest.mark.full("_between-on", "_after-off")
+@pytest.mark.full("_interrupt_after_moves-on", "_interrupt_after_step-off")
 @pytest.mark.parametrize("overlap", ["off", "on"])
-@pytest.mark.parametrize("broken", [_before, _between, _after])
-def test_a_step_that_breaks_off_loses_no_move(
-    expected: list[list[int]], broken: Act, overlap: str
+@pytest.mark.parametrize(
+    "interrupt", [_interrupt_before, _interrupt_after_moves, _interrupt_after_step]
+)
+def test_interrupted_steps_lose_no_move(
+    expected: list[list[int]], interrupt: Interrupt, overlap: str
 ) -> None:
-    """Whether its moves were made, or none of it, or all: no later hit reads a row that was not
-    moved."""
+    """Check that no later hit reads a row that was not moved, wherever the step is interrupted."""
     engine = make_engine(overlap=overlap)
     runner = engine.runner
     assert isinstance(runner, MovingRunner)
-    num_broken = 0
+    num_interrupted = 0
 
-    def act(runner: MovingRunner, batch: Batch) -> None:
-        nonlocal num_broken
-        if batch.moves and num_broken < 12:
-            num_broken += 1
-            broken(runner, batch)
+    def interrupt_moves(runner: MovingRunner, batch: Batch) -> None:
+        nonlocal num_interrupted
+        if batch.moves and num_interrupted < 12:
+            num_interrupted += 1
+            interrupt(runner, batch)
 
-    runner.act = act
+    runner.before_forward = interrupt_moves
     assert serve(engine) == serve(engine) == expected
-    assert num_broken >= 3
+    assert num_interrupted >= 3
 
 
 @pytest.mark.full("on")
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_aborts_while_rows_move(expected: list[list[int]], overlap: str) -> None:
-    """Whoever leaves between the move and the batch that makes it takes nothing along."""
+def test_requests_can_be_aborted_while_rows_move(expected: list[list[int]], overlap: str) -> None:
+    """Check that a request aborted between a move and its batch leaves the moved rows intact."""
     engine = make_engine(overlap=overlap)
     manager = engine._manager
     order = [
@@ -169,13 +171,13 @@ def test_aborts_while_rows_move(expected: list[list[int]], overlap: str) -> None
     aborted = set()
     take = manager.take_checkpoint_slots
 
-    def leave_after_a_move(request: Any, end: int) -> Any:
+    def abort_after_a_move(request: Any, end: int) -> Any:
         found = take(request, end)
         if manager.has_moves and len(aborted) < 6 and request.request_id not in aborted:
             aborted.add(request.request_id)
         return found
 
-    manager.take_checkpoint_slots = leave_after_a_move  # type: ignore[method-assign]
+    manager.take_checkpoint_slots = abort_after_a_move  # type: ignore[method-assign]
     while engine.has_work():
         for output in engine.step():
             answers[output.request_id] = output.token_ids
@@ -190,14 +192,14 @@ def test_aborts_while_rows_move(expected: list[list[int]], overlap: str) -> None
     assert serve(engine) == expected
 
 
-def test_a_row_can_not_be_read_where_a_state_was_written_nor_the_other_way_round() -> None:
+def test_the_oracle_refuses_reads_of_overwritten_rows_and_states() -> None:
     tokens = np.arange(30, dtype=np.int32)
 
     def prefill(row: int, slot: int, first: int, **options: Any) -> Batch:
         rows = np.arange(first, first + 40, dtype=np.int32)
         return Batch((Segment(row, slot, tokens, 0, False, **options),), (), ((row, 0, rows),))
 
-    def go_on(row: int, slot: int, *writes: Any) -> Batch:
+    def decode(row: int, slot: int, *writes: Any) -> Batch:
         return Batch((Segment(row, slot, tokens[:1], 30, True),), (), writes)
 
     def runner() -> OracleRunner:
@@ -205,15 +207,15 @@ def test_a_row_can_not_be_read_where_a_state_was_written_nor_the_other_way_round
         made.forward(prefill(0, 0, 40))
         return made
 
-    runner().forward(go_on(0, 0))
+    runner().forward(decode(0, 0))
     over_rows = runner()
     over_rows.forward(prefill(1, 1, 80))
     with pytest.raises(AssertionError, match="a KV row of no namespace"):
-        over_rows.forward(go_on(0, 0))
+        over_rows.forward(decode(0, 0))
     over_state = runner()
     over_state.forward(prefill(1, 4, 0))
     with pytest.raises(AssertionError, match="slot 0 was never written"):
-        over_state.forward(go_on(0, 0))
+        over_state.forward(decode(0, 0))
     with pytest.raises(AssertionError, match="lies under a state"):
         runner().forward(prefill(1, 5, 200))
     moved, src = runner(), np.arange(40, 70, dtype=np.int32)
@@ -221,13 +223,13 @@ def test_a_row_can_not_be_read_where_a_state_was_written_nor_the_other_way_round
     moved.forward(Batch((), moves=(move,)))
     moved.forward(prefill(1, 1, 80))
     with pytest.raises(AssertionError, match="a KV row of no namespace"):
-        moved.forward(go_on(0, 0))
-    moved.forward(go_on(0, 0, (0, 0, np.arange(140, 180, dtype=np.int32))))
+        moved.forward(decode(0, 0))
+    moved.forward(decode(0, 0, (0, 0, np.arange(140, 180, dtype=np.int32))))
 
 
-def test_the_longest_request_fits_beside_all_that_it_keeps() -> None:
-    """It resumes from a checkpoint, goes on from one at its prompt's end, and rolls one while it
-    decodes."""
+def test_the_longest_request_fits_together_with_its_checkpoints() -> None:
+    """Check the largest demand: resume from a checkpoint, keep one at the prompt's end, and roll
+    one during decode."""
     engine = make_engine(3 * SLAB + 300, token_budget=512)
     assert engine.max_model_len == 300
     prompt = [(7 * i) % 320 for i in range(192)]

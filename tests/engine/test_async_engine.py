@@ -1,4 +1,4 @@
-"""The engine in its thread: many callers, slow ones, ones that leave, and the end."""
+"""Tests of ``AsyncEngine``: concurrent callers, slow readers, aborts, failures and shutdown."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENDLESS = SamplingParams(max_tokens=4000)
 
 
 class GatedRunner(OracleRunner):
-    """Computes a step only when let: ``permits`` steps, or all once ``open`` is set."""
+    """Runner that computes one step per permit, or all steps once ``is_open`` is set."""
 
     def __init__(self) -> None:
         super().__init__(8192, 16)
@@ -35,7 +35,7 @@ class GatedRunner(OracleRunner):
         self.is_open = False
         self.fails = False
 
-    def let(self, steps: int = 0) -> None:
+    def allow(self, steps: int = 0) -> None:
         self.is_open |= not steps
         self.permits.release(max(steps, 1))
 
@@ -53,8 +53,7 @@ def serve(
     gated: bool = False,
     **settings: object,
 ) -> Engine:
-    """Run ``scenario`` against a started engine; afterwards everything must have been given
-    back."""
+    """Run ``scenario`` with a started engine, and check that it holds no memory afterwards."""
     runner = GatedRunner()
     runner.is_open = not gated
     engine = Engine(engine_config(check=True, **settings), runner=runner, sampler=OracleSampler())
@@ -65,7 +64,7 @@ def serve(
         try:
             await asyncio.wait_for(scenario(async_engine, runner), 30)
         finally:
-            runner.let()
+            runner.allow()
             await asyncio.to_thread(async_engine.stop)
 
     asyncio.run(main())
@@ -79,7 +78,7 @@ async def read(stream: object) -> list[RequestOutput]:
     return [output async for output in stream]
 
 
-def test_many_callers_get_what_they_would_get_alone() -> None:
+def test_concurrent_callers_get_the_answers_of_separate_runs() -> None:
     prompts = [list(range(i, i + 100 + i)) for i in range(12)]
     alone = Engine(EngineConfig(), runner=OracleRunner(8192, 16), sampler=OracleSampler())
     expected = [alone.generate([prompt], LONG)[0].token_ids for prompt in prompts]
@@ -93,7 +92,7 @@ def test_many_callers_get_what_they_would_get_alone() -> None:
     serve(scenario)
 
 
-def test_a_slow_reader_stalls_nobody_and_loses_nothing() -> None:
+def test_a_slow_reader_neither_blocks_others_nor_loses_outputs() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         slow, fast = engine.submit([1, 2], LONG), engine.submit([3, 4], LONG)
         assert len(await read(fast)) == 200
@@ -102,18 +101,18 @@ def test_a_slow_reader_stalls_nobody_and_loses_nothing() -> None:
     serve(scenario)
 
 
-def test_a_caller_that_leaves_frees_its_memory_before_the_next_step() -> None:
+def test_a_closed_or_cancelled_stream_ends_its_request() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        async def leave_early() -> None:
+        async def stop_early() -> None:
             async for _ in engine.generate([1, 2, 3], ENDLESS):
                 return
 
-        await leave_early()
-        stays = asyncio.create_task(read(engine.generate([9, 8], ENDLESS)))
+        await stop_early()
+        cancelled = asyncio.create_task(read(engine.generate([9, 8], ENDLESS)))
         await asyncio.sleep(0.05)
-        stays.cancel()
+        cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await stays
+            await cancelled
         assert await engine.call(lambda e: e.report().num_running) == 0
 
     serve(scenario)
@@ -122,13 +121,13 @@ def test_a_caller_that_leaves_frees_its_memory_before_the_next_step() -> None:
 def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         stream = engine.submit([1, 2, 3], ENDLESS)
-        runner.let(3)
+        runner.allow(3)
         first = await anext(stream)
         assert len(first.new_token_ids) == 1
         reader = asyncio.create_task(read(stream))
         stream.abort()
         stream.abort()
-        runner.let()
+        runner.allow()
         outputs = await reader
         assert outputs[-1].finish_reason == "abort"
         assert await engine.call(lambda e: e.report().kv.held) == 0
@@ -136,19 +135,19 @@ def test_an_abort_during_a_step_takes_effect_when_it_ends() -> None:
     serve(scenario, gated=True)
 
 
-def test_an_abort_that_overtakes_its_request_still_ends_it() -> None:
+def test_an_abort_before_the_request_was_received_ends_it() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         running = engine.submit([5], ENDLESS)
         stream = engine.submit([1, 2, 3], ENDLESS)
         stream.abort()
         running.abort()
-        runner.let()
+        runner.allow()
         assert await engine.call(lambda e: e.has_work()) is False
 
     serve(scenario, gated=True)
 
 
-def test_bad_prompts_and_a_full_queue_are_refused_before_anything_is_queued() -> None:
+def test_empty_prompts_and_a_full_queue_are_refused_by_submit() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         with pytest.raises(ValueError, match="empty"):
             engine.submit([])
@@ -156,14 +155,14 @@ def test_bad_prompts_and_a_full_queue_are_refused_before_anything_is_queued() ->
         with pytest.raises(QueueFull):
             for i in range(100):
                 streams.append(engine.submit([i], SamplingParams(max_tokens=1)))
-        assert 4 <= len(streams) <= 5  # four wait, and one may run already
-        runner.let()
+        assert 4 <= len(streams) <= 5  # four wait, and one may be running
+        runner.allow()
         assert all(outputs[-1].is_finished for outputs in await asyncio.gather(*map(read, streams)))
 
     serve(scenario, gated=True, max_queue=4, max_running=1)
 
 
-def test_exactly_as_many_may_wait_as_the_queue_holds() -> None:
+def test_the_queue_holds_exactly_max_queue_waiting_requests() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         streams = [engine.submit([0], ONE)]
         while not engine._engine.report().num_running:  # It runs, and its step waits for a permit.
@@ -171,13 +170,13 @@ def test_exactly_as_many_may_wait_as_the_queue_holds() -> None:
         streams += [engine.submit([i], ONE) for i in range(3)]
         with pytest.raises(QueueFull):
             engine.submit([9], ONE)
-        runner.let()
+        runner.allow()
         await asyncio.gather(*map(read, streams))
 
     serve(scenario, gated=True, max_queue=3, max_running=1)
 
 
-def test_who_has_ended_counts_no_more_and_leaves_nothing() -> None:
+def test_finished_requests_free_their_queue_places_and_streams() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         for i in range(9):
             assert (await read(engine.submit([i], ONE)))[-1].is_finished
@@ -187,7 +186,7 @@ def test_who_has_ended_counts_no_more_and_leaves_nothing() -> None:
 
 
 @pytest.mark.parametrize("end", ["drain", "stop"])
-def test_an_idle_engine_ends_when_it_is_asked_to(end: str) -> None:
+def test_drain_and_stop_end_an_idle_engine(end: str) -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         await read(engine.submit([1], ONE))
         while engine._engine.has_work():
@@ -199,7 +198,7 @@ def test_an_idle_engine_ends_when_it_is_asked_to(end: str) -> None:
     serve(scenario)
 
 
-def test_drain_finishes_what_runs_and_refuses_what_comes() -> None:
+def test_drain_finishes_running_requests_and_refuses_new_ones() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         stream = engine.submit([1, 2, 3], LONG)
         drained = asyncio.create_task(engine.drain())
@@ -208,7 +207,7 @@ def test_drain_finishes_what_runs_and_refuses_what_comes() -> None:
             await asyncio.sleep(0.001)
         with pytest.raises(EngineStopped, match="takes no more"):
             engine.submit([1])
-        runner.let()
+        runner.allow()
         assert (await read(stream))[-1].finish_reason == "length"
         await drained
         assert not engine.is_alive
@@ -225,7 +224,7 @@ def test_an_engine_that_never_started_can_be_stopped() -> None:
     assert not engine.is_alive
 
 
-def test_who_came_before_the_start_is_told_of_the_end() -> None:
+def test_requests_of_an_engine_that_never_started_fail_at_its_end() -> None:
     for end in (AsyncEngine.stop, lambda engine: asyncio.run(engine.drain())):
         engine = AsyncEngine(Engine(runner=OracleRunner(512, 4), sampler=OracleSampler()))
 
@@ -241,28 +240,28 @@ def test_who_came_before_the_start_is_told_of_the_end() -> None:
 
 
 @pytest.mark.parametrize("end", [SystemExit, KeyboardInterrupt, asyncio.CancelledError])
-def test_a_question_that_wants_to_end_the_process_ends_neither_thread_nor_loop(
+def test_a_call_that_raises_system_exit_ends_neither_thread_nor_loop(
     end: type[BaseException],
 ) -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
-        def leave(_: Engine) -> None:
+        def end_process(_: Engine) -> None:
             raise end("enough")
 
         with pytest.raises(RuntimeError, match="enough"):
-            await asyncio.wait_for(engine.call(leave), 5)
+            await asyncio.wait_for(engine.call(end_process), 5)
         assert engine.is_alive
         assert len(await read(engine.submit([4, 5], LONG))) == 200
 
     serve(scenario)
 
 
-def test_stop_fails_those_who_wait() -> None:
+def test_stop_fails_unfinished_requests() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         stream = engine.submit([1, 2, 3], ENDLESS)
         stopping = asyncio.create_task(asyncio.to_thread(engine.stop))
         while engine._is_open:
             await asyncio.sleep(0.001)
-        runner.let()
+        runner.allow()
         await stopping
         with pytest.raises(EngineStopped, match="before the answer was done"):
             await read(stream)
@@ -270,7 +269,9 @@ def test_stop_fails_those_who_wait() -> None:
     serve(scenario, gated=True)
 
 
-def test_a_failing_engine_says_so_to_everybody(caplog: pytest.LogCaptureFixture) -> None:
+def test_repeated_step_failures_end_the_engine_with_an_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     runner = GatedRunner()
     runner.is_open = runner.fails = True
     engine = AsyncEngine(Engine(EngineConfig(), runner=runner, sampler=OracleSampler()))
@@ -290,28 +291,28 @@ def test_a_failing_engine_says_so_to_everybody(caplog: pytest.LogCaptureFixture)
     assert "the device is gone" in caplog.text
 
 
-def test_one_step_that_fails_ends_no_engine_however_often_it_happens() -> None:
+def test_single_failed_steps_do_not_end_the_engine() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         for _ in range(4):
             runner.fails = True
-            ran = engine.submit([1, 2, 3], LONG)
+            failed = engine.submit([1, 2, 3], LONG)
             with pytest.raises(StepFailed):
-                await read(ran)
+                await read(failed)
             runner.fails = False
             assert len(await read(engine.submit([4, 5], LONG))) == 200
 
     serve(scenario)
 
 
-def test_who_ran_in_a_step_that_failed_runs_no_more_though_nobody_reads_on() -> None:
+def test_requests_of_a_failed_step_end_without_a_reader() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         runner.fails = True
-        runner.let(1)
+        runner.allow(1)
         stream = engine.submit([1, 2, 3], ENDLESS)
         while not engine._last_step_failed:
             await asyncio.sleep(0.001)
         runner.fails = False
-        runner.let()
+        runner.allow()
         assert not await engine.call(lambda e: e.has_work())
         with pytest.raises(StepFailed):
             await read(stream)
@@ -319,7 +320,7 @@ def test_who_ran_in_a_step_that_failed_runs_no_more_though_nobody_reads_on() -> 
     serve(scenario, gated=True)
 
 
-def test_questions_and_their_errors_come_back_from_the_thread() -> None:
+def test_results_and_errors_of_calls_return_from_the_thread() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         await read(engine.submit(list(range(100)), LONG))
         report = await engine.cache_report()

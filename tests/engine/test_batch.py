@@ -1,4 +1,5 @@
-"""Steps cut into pieces: the same tokens, checkpoints and rows of logits, in order."""
+"""Tests of ``pieces``, which splits a step: tokens, checkpoints and rows of logits stay in
+order."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def batches(draw: st.DrawFn) -> Batch:
 
 
 @given(batch=batches(), max_exports=st.integers(1, 4))
-def test_pieces_are_the_whole(batch: Batch, max_exports: int) -> None:
+def test_pieces_of_a_batch_add_up_to_the_batch(batch: Batch, max_exports: int) -> None:
     parts = pieces(batch, max_exports)
     segments = [segment for part in parts for segment in part.segments]
     for part in parts:
@@ -35,7 +36,7 @@ def test_pieces_are_the_whole(batch: Batch, max_exports: int) -> None:
         assert len({segment.row for segment in part.segments}) == len(part.segments)
     assert all(part.segments for part in parts[1:])
     assert parts[0].row_writes == batch.row_writes and not any(p.row_writes for p in parts[1:])
-    told: list[int] = []
+    scored: list[int] = []
     for whole in batch.segments:
         own = [segment for segment in segments if segment.row == whole.row]
         assert [own[0].start, *(s.end for s in own)] == [
@@ -52,6 +53,6 @@ def test_pieces_are_the_whole(batch: Batch, max_exports: int) -> None:
         }
     for part in parts:
         ids = np.concatenate([s.token_ids for s in part.segments]) if part.segments else []
-        told += [int(ids[row]) for row in logit_rows(part.segments)]
+        scored += [int(ids[row]) for row in logit_rows(part.segments)]
     ids = np.concatenate([s.token_ids for s in batch.segments]) if batch.segments else []
-    assert told == [int(ids[row]) for row in logit_rows(batch.segments)]
+    assert scored == [int(ids[row]) for row in logit_rows(batch.segments)]

@@ -1,4 +1,4 @@
-"""What prefills may take of a step: no more than there is, and the short ones' part is theirs."""
+"""Tests of ``PrefillBudget``: its limits, and the share reserved for short prefills."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ sizes = st.one_of(st.integers(1, 300), st.integers(1, 5000))
     is_shared=st.booleans(),
     prefills=st.lists(st.tuples(sizes, st.booleans()), max_size=20),
 )
-def test_nobody_takes_more_than_there_is(
+def test_prefills_never_exceed_the_budget(
     tokens: int, is_shared: bool, prefills: list[tuple[int, bool]]
 ) -> None:
     budget = PrefillBudget.of(tokens, is_shared=is_shared)
@@ -25,7 +25,7 @@ def test_nobody_takes_more_than_there_is(
     for rest, scores in prefills:
         most = budget.most(rest, scores)
         assert 0 <= most <= rest
-        if most < rest:  # A long one: it takes all that long ones may.
+        if most < rest:  # A long prefill gets all tokens that are not reserved.
             left = tokens - taken - most
             assert left >= min(budget.num_for_short, tokens - taken)
             assert left == budget.num_for_short or most == 0 or scored + most == MAX_SCORED
@@ -39,14 +39,14 @@ def test_nobody_takes_more_than_there_is(
 @pytest.mark.parametrize(
     ("tokens", "num_for_short"), [(64, 0), (70, 6), (84, 20), (86, 21), (256, 64), (1024, 256)]
 )
-def test_short_ones_have_a_quarter_and_leave_a_tile(tokens: int, num_for_short: int) -> None:
+def test_short_prefills_have_a_quarter_but_leave_one_tile(tokens: int, num_for_short: int) -> None:
     budget = PrefillBudget.of(tokens, is_shared=True)
     assert budget.num_for_short == num_for_short
     assert budget.room(scores=False) == tokens - num_for_short >= TILE
     assert PrefillBudget.of(tokens, is_shared=False).room(scores=False) == tokens
 
 
-def test_few_tokens_cost_a_tile_of_which_a_step_begins_twice_what_its_tokens_fill() -> None:
+def test_a_step_begins_at_most_twice_the_tiles_that_its_budget_fills() -> None:
     budget = PrefillBudget.of(256, is_shared=True)
     for _ in range(8):
         assert budget.most(3, scores=False) == 3 and budget.room(scores=False) >= TILE
@@ -55,10 +55,10 @@ def test_few_tokens_cost_a_tile_of_which_a_step_begins_twice_what_its_tokens_fil
     assert budget.most(3, scores=False) == 0 == budget.room(scores=False)
     whole = PrefillBudget.of(256, is_shared=False)
     whole.spend(256, scores=False)
-    assert whole.tiles == 4  # whole tiles are never the limit
+    assert whole.tiles == 4  # Whole tiles are never the limit.
 
 
-def test_a_short_one_that_is_scored_fits_in_what_may_be_scored_yet() -> None:
+def test_a_scored_prefill_is_limited_by_the_remaining_scores() -> None:
     budget = PrefillBudget.of(4096, is_shared=True)
     budget.spend(MAX_SCORED - 100, scores=True)
     assert budget.most(101, scores=True) == 100 and budget.most(101, scores=False) == 101

@@ -1,4 +1,4 @@
-"""Rows, and the copies that a batch has to make."""
+"""Tests of the cache manager: request rows, and the copies that a batch has to make."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def make_request(arrival: int, length: int = 100) -> Request:
 
 
 class Table:
-    """A runner's request table."""
+    """Request table of a runner."""
 
     def __init__(self) -> None:
         self.rows = np.full((2, 128), -1, np.int32)
@@ -54,7 +54,7 @@ def prefill(manager: CacheManager, request: Request, table: Table | None = None)
     manager.publish(request)
 
 
-def test_a_begun_request_has_its_state_restored_and_its_row_written_once() -> None:
+def test_begin_restores_a_state_and_writes_a_row_once() -> None:
     manager = make_manager()
     first, second = make_request(0), make_request(1)
     prefill(manager, first)
@@ -68,7 +68,7 @@ def test_a_begun_request_has_its_state_restored_and_its_row_written_once() -> No
     assert not manager.take_step()
 
 
-def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
+def test_a_request_aborted_before_its_batch_leaves_no_copies() -> None:
     manager, table = make_manager(), Table()
     first, second = make_request(0), make_request(1)
     prefill(manager, first, table)
@@ -79,9 +79,9 @@ def test_a_request_that_ends_before_the_batch_leaves_no_copies() -> None:
     manager.check(table.row)
 
 
-def two_of_one_prompt(manager: CacheManager, table: Table) -> Request:
-    """Two requests that computed the same side by side; the second, whose rows have just become the
-    first's."""
+def compute_one_prompt_twice(manager: CacheManager, table: Table) -> Request:
+    """Compute the same prompt in two requests at the same time. Return the second, whose rows have
+    just been replaced by the first's."""
     requests = make_request(0), make_request(1)
     for request in requests:
         assert manager.begin(request) and manager.extend(request, 100)
@@ -92,10 +92,10 @@ def two_of_one_prompt(manager: CacheManager, table: Table) -> Request:
     return requests[1]
 
 
-def test_the_check_knows_every_row_that_the_runner_was_given() -> None:
+def test_check_compares_the_rows_of_the_runner() -> None:
     manager, table = make_manager(), Table()
-    request = two_of_one_prompt(manager, table)
-    manager.check(table.row)  # The write is due, and the next batch will bring it.
+    request = compute_one_prompt_twice(manager, table)
+    manager.check(table.row)  # The row write is pending, and the next batch makes it.
     assert manager.extend(request, 110)
     manager.check(table.row)
     table.write(manager)
@@ -105,16 +105,16 @@ def test_the_check_knows_every_row_that_the_runner_was_given() -> None:
         manager.check(table.row)
 
 
-def test_a_row_write_that_nobody_made_is_noticed() -> None:
+def test_check_finds_a_lost_row_write() -> None:
     manager, table = make_manager(), Table()
-    two_of_one_prompt(manager, table)
+    compute_one_prompt_twice(manager, table)
     manager.take_step()
     manager.step_done()
     with pytest.raises(AssertionError, match="a row write was lost: at position 0 of request 1"):
         manager.check(table.row)
 
 
-def test_a_state_copy_that_nobody_made_is_noticed() -> None:
+def test_check_finds_a_state_copy_that_is_still_due() -> None:
     manager, table = make_manager(), Table()
     first, second = make_request(0), make_request(1)
     prefill(manager, first, table)
@@ -125,7 +125,7 @@ def test_a_state_copy_that_nobody_made_is_noticed() -> None:
     manager.check(table.row)
 
 
-def test_rows_are_as_many_as_were_given() -> None:
+def test_at_most_num_rows_requests_run() -> None:
     manager = make_manager()
     requests = [make_request(i, 10) for i in range(3)]
     assert [manager.begin(request) for request in requests] == [True, True, False]
@@ -133,7 +133,7 @@ def test_rows_are_as_many_as_were_given() -> None:
     assert manager.begin(requests[2])
 
 
-def test_no_row_is_written_past_the_longest_the_request_can_get() -> None:
+def test_row_writes_end_at_the_maximum_length_of_the_request() -> None:
     manager = make_manager(page_size=64)
     request = make_request(0)
     assert manager.begin(request) and manager.extend(request, 100)
@@ -143,7 +143,7 @@ def test_no_row_is_written_past_the_longest_the_request_can_get() -> None:
 
 
 class Filler:
-    """Rows of an arena that somebody else has."""
+    """Holder of arena rows other than a request."""
 
     def __init__(self, cache: PrefixCache, num_rows: int) -> None:
         self.rows = cache.allocate_kv(num_rows)
@@ -153,7 +153,7 @@ class Filler:
         return len(move.rename(self.rows))
 
 
-def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_get() -> None:
+def test_moved_rows_are_written_after_the_move_up_to_the_maximum_length() -> None:
     config = CacheConfig(
         memory="arena", total_bytes=192, kv_bytes_per_token=1, state_bytes=64, page_size=8
     )
@@ -165,11 +165,11 @@ def test_moved_rows_are_written_last_and_not_past_the_longest_the_request_can_ge
     [(_, _, before)] = manager.take_step().row_writes
     manager.step_done()
     before = before.copy()
-    gone, others = Filler(cache, 40), Filler(cache, 64)
-    del cache.arena.holders[gone]
-    cache.free_kv(gone.rows)
-    cache.free_kv(others.rows[40:])
-    others.rows = others.rows[:40].copy()
+    freed, rest = Filler(cache, 40), Filler(cache, 64)
+    del cache.arena.holders[freed]
+    cache.free_kv(freed.rows)
+    cache.free_kv(rest.rows[40:])
+    rest.rows = rest.rows[:40].copy()
     assert len(request.lease.kv_indices) == 24
     slot = cache.allocate_slot()
     assert manager.has_moves and manager.must_wait_for_slab

@@ -1,5 +1,5 @@
-"""Checkpoints in fewer bits: exact where nothing is rounded, the same in any company where
-something is, and as heavy as the geometry says."""
+"""Tests of narrow checkpoint formats: exact without rounding, independent of other requests with
+rounding, and of the size that the geometry gives."""
 
 from __future__ import annotations
 
@@ -33,42 +33,44 @@ def make_engine(folder: Path, model: dict[str, object], **settings: object) -> E
     return Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
 
 
-def facts(outputs: list[RequestOutput]) -> list[object]:
+def tokens_and_logprobs(outputs: list[RequestOutput]) -> list[object]:
     return [(output.token_ids, output.logprobs) for output in outputs]
 
 
 @pytest.mark.full("hybrid")
 @pytest.mark.parametrize("model", [HYBRID, SIDE_BY_SIDE], ids=["hybrid", "side-by-side"])
-def test_what_rounds_nothing_changes_no_bit(tmp_path: Path, model: dict[str, object]) -> None:
-    """16-bit checkpoints of 16-bit states: all the copies, none of the rounding."""
+def test_checkpoints_without_rounding_change_no_bit(
+    tmp_path: Path, model: dict[str, object]
+) -> None:
+    """Check 16-bit checkpoints of 16-bit states: they take the copy path but round nothing."""
     numbers = {"state_dtype": "bfloat16", "exact": True}
     cold = make_engine(tmp_path, model, **numbers, prefix_cache="none", max_running=1)
-    expected = facts(cold.generate(prompts(), GREEDY))
+    expected = tokens_and_logprobs(cold.generate(prompts(), GREEDY))
     for settings in (
         {"token_budget": 64},
         {"max_running": 3, "draft": "tree", "exact": False},
         {"cache_gib": None, "kv_gib": 0.002, "state_gib": 0.002},
     ):
         engine = make_engine(tmp_path, model, checkpoint_dtype="bfloat16", **(numbers | settings))
-        assert facts(engine.generate(prompts(), GREEDY)) == expected
+        assert tokens_and_logprobs(engine.generate(prompts(), GREEDY)) == expected
         again = engine.generate(prompts(), GREEDY)
-        assert facts(again) == expected
+        assert tokens_and_logprobs(again) == expected
         assert sum(output.cached_len for output in again) > 1000
 
 
 @pytest.mark.full("int8")
-@pytest.mark.parametrize("word", ["int8", "fp8:row"])
-def test_a_hit_is_the_same_alone_and_in_company(tmp_path: Path, word: str) -> None:
+@pytest.mark.parametrize("spec", ["int8", "fp8:row"])
+def test_hits_on_rounded_checkpoints_do_not_depend_on_the_batch(tmp_path: Path, spec: str) -> None:
     runs = []
-    for together in (False, True):
-        engine = make_engine(tmp_path, HYBRID, checkpoint_dtype=word, exact=True)
+    for is_together in (False, True):
+        engine = make_engine(tmp_path, HYBRID, checkpoint_dtype=spec, exact=True)
         for prompt in prompts():
             engine.generate([prompt], GREEDY)
-        groups = [prompts()] if together else [[prompt] for prompt in prompts()]
+        groups = [prompts()] if is_together else [[prompt] for prompt in prompts()]
         runs.append([output for group in groups for output in engine.generate(group, GREEDY)])
-    alone, company = runs
-    assert facts(alone) == facts(company)
-    assert [o.cached_len for o in alone] == [o.cached_len for o in company]
+    alone, together = runs
+    assert tokens_and_logprobs(alone) == tokens_and_logprobs(together)
+    assert [o.cached_len for o in alone] == [o.cached_len for o in together]
     assert sum(output.cached_len for output in alone) > 1000
 
 
@@ -77,7 +79,7 @@ def test_a_hit_is_the_same_alone_and_in_company(tmp_path: Path, word: str) -> No
 def test_a_step_with_many_checkpoints_is_computed_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draft: str
 ) -> None:
-    """Room for one exported state, or for two: the same bits, hits and scores as with room for
+    """Check that staging for one or two states gives the bits, hits and scores of staging for
     all."""
     runs, staged = [], []
     for num_bytes in (GIB, 1, 40_000):
@@ -87,23 +89,27 @@ def test_a_step_with_many_checkpoints_is_computed_in_pieces(
         staged.append(len(engine.runner.tensors.checkpoints.staging))
         outputs = engine.generate(prompts(), GREEDY, prompt_logprobs=0)
         outputs += engine.generate(prompts(), GREEDY)
-        runs.append([*facts(outputs), *((o.cached_len, o.prompt_logprobs) for o in outputs)])
+        runs.append(
+            [*tokens_and_logprobs(outputs), *((o.cached_len, o.prompt_logprobs) for o in outputs)]
+        )
         assert sum(output.cached_len for output in outputs) > 1000
     assert runs[0] == runs[1] == runs[2]
     assert staged[0] == 1024 // 64 + 16 and staged[1] == 1 and 1 < staged[2] < 8
 
 
 @pytest.mark.parametrize("memory", ["arena", "pools"])
-@pytest.mark.parametrize("word", ["bfloat16", "int8:head", "fp8:row", "int8:column"])
-def test_a_slot_is_as_large_as_the_geometry_says(tmp_path: Path, memory: str, word: str) -> None:
-    budget: dict[str, object] = {"checkpoint_dtype": word, "cache_gib": 0.002}
+@pytest.mark.parametrize("spec", ["bfloat16", "int8:head", "fp8:row", "int8:column"])
+def test_slots_have_the_size_that_the_geometry_gives(
+    tmp_path: Path, memory: str, spec: str
+) -> None:
+    budget: dict[str, object] = {"checkpoint_dtype": spec, "cache_gib": 0.002}
     if memory == "pools":
         budget |= {"cache_gib": None, "kv_gib": 0.001, "state_gib": 0.001}
     runner = make_engine(tmp_path, HYBRID, **budget).runner
     held = runner.tensors.checkpoints
     assert runner.memory.state_bytes == runner.geometry.state_bytes == held.slots.shape[1]
     conv, recurrent = (states for states, _ in held.states)
-    format = CheckpointFormat.parse(word)
+    format = CheckpointFormat.parse(spec)
     size = recurrent[:, 0].numel() * CODE_BYTES[format.dtype]
     size += 4 * len(recurrent) * format.num_scales(tuple(recurrent.shape[2:]))
     size += conv[:, 0].numel() * conv.element_size()
@@ -115,24 +121,26 @@ def test_a_slot_is_as_large_as_the_geometry_says(tmp_path: Path, memory: str, wo
     assert runner.memory.num_slots == pytest.approx(total, abs=2)
 
 
-@pytest.mark.parametrize("word", ["int8", "fp8"])
+@pytest.mark.parametrize("spec", ["int8", "fp8"])
 @pytest.mark.parametrize("shape", [(4, 16, 32), (1, 16, 512)], ids=["heads", "mamba-1"])
-def test_a_small_channel_survives_beside_a_large_one(word: str, shape: tuple[int, ...]) -> None:
-    """Where no scale is asked for: channels of a state may differ a thousandfold, as Mamba-1's
-    do."""
-    format = CheckpointFormat.parse(word)
-    assert format is not None and format.spec == f"{word}:column"
+def test_small_channels_keep_their_precision_next_to_large_ones(
+    spec: str, shape: tuple[int, ...]
+) -> None:
+    """Check the default scaling: channels of a Mamba-1 state may differ by a factor of a
+    thousand."""
+    format = CheckpointFormat.parse(spec)
+    assert format is not None and format.spec == f"{spec}:column"
     torch.manual_seed(0)
     x = torch.randn(1, *shape) * torch.logspace(-3, 0, shape[-1])
     dims = (0, *(1 + dim for dim in format.kept_dims(len(shape))))
-    near = widen(*narrow(x, {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[word], dims))
+    near = widen(*narrow(x, {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[spec], dims))
     error = ((near - x).square().sum((0, 1, 2)) / x.square().sum((0, 1, 2))).sqrt()
-    assert error.max() < (0.01 if word == "int8" else 0.04)
+    assert error.max() < (0.01 if spec == "int8" else 0.04)
 
 
 @pytest.mark.parametrize("dtype", LARGEST)
 @pytest.mark.parametrize("per", SCALINGS)
-def test_codes_are_near_and_their_own(dtype: torch.dtype, per: str) -> None:
+def test_codes_are_close_and_do_not_depend_on_other_rows(dtype: torch.dtype, per: str) -> None:
     x = torch.randn(3, 4, 16, 8) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None, None]
     x[1, 2] = 0.0
     dims = (0, *(1 + dim for dim in CheckpointFormat("int8", per).kept_dims(3)))
@@ -147,7 +155,7 @@ def test_codes_are_near_and_their_own(dtype: torch.dtype, per: str) -> None:
     assert torch.equal(alone[1], scales[1:2])
 
 
-@pytest.mark.parametrize("word", ["int4", "bfloat16:row", "int8:", "int8:layer", "float32"])
-def test_a_wrong_word_is_one_sentence(word: str) -> None:
+@pytest.mark.parametrize("spec", ["int4", "bfloat16:row", "int8:", "int8:layer", "float32"])
+def test_unknown_formats_are_refused(spec: str) -> None:
     with pytest.raises(ConfigError, match="checkpoint_dtype must be auto, bfloat16, int8 or fp8"):
-        EngineConfig(checkpoint_dtype=word)
+        EngineConfig(checkpoint_dtype=spec)

@@ -1,4 +1,4 @@
-"""The command ``engine``: what it prints, and that wrong input ends with 2 and one sentence."""
+"""Tests of the command ``engine``: its output, and exit code 2 with one sentence on wrong input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ ENGINE = (sys.executable, "-m", "engine")
 SMALL = ("--cache-gib", "0.05", "--max-model-len", "2048")
 
 
-def test_who_reads_one_line_is_not_shown_a_traceback() -> None:
+def test_a_closed_pipe_ends_the_command_without_a_traceback() -> None:
     many = [str(gib) for gib in range(1, 3000)]
     command = [*ENGINE, "inspect", "--budget-gib", *many]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -52,7 +52,7 @@ def test_who_reads_one_line_is_not_shown_a_traceback() -> None:
 
 
 def run(*arguments: str) -> int:
-    """Exit code of one command in this process."""
+    """Return the exit code of a command, run in this process."""
     try:
         return main(arguments)
     except SystemExit as stop:
@@ -107,7 +107,7 @@ def run(*arguments: str) -> int:
         ),
     ],
 )
-def test_wrong_input_is_one_sentence_and_exit_code_2(
+def test_wrong_input_gives_one_sentence_and_exit_code_2(
     arguments: str, sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(*arguments.split()) == 2
@@ -160,7 +160,7 @@ TINY = {
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else "-".join(value),
 )
-def test_broken_model_directories(
+def test_broken_model_directories_are_refused_in_one_sentence(
     files: dict[str, bytes], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, content in files.items():
@@ -170,7 +170,7 @@ def test_broken_model_directories(
     assert sentence in error and error.count("\n") == 1, error
 
 
-def test_a_directory_named_for_its_tokenizer_must_have_one(
+def test_a_tokenizer_directory_without_a_tokenizer_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
@@ -179,7 +179,7 @@ def test_a_directory_named_for_its_tokenizer_must_have_one(
     assert "put the model's tokenizer.json there" in capsys.readouterr().err
 
 
-def test_a_taken_port_is_told_before_anything_is_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_occupied_port_is_reported_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -191,7 +191,7 @@ def test_a_taken_port_is_told_before_anything_is_loaded(capsys: pytest.CaptureFi
     assert "/no/key" in others[0] and "fifoo" in others[1] and len(others) == 2
 
 
-def test_hugging_faces_kernels_beside_ours_is_refused(
+def test_hugging_faces_kernels_package_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     info = tmp_path / "kernels-0.9.0.dist-info"
@@ -213,7 +213,7 @@ def test_help_names_every_setting_once(verb: str, capsys: pytest.CaptureFixture[
     assert max(map(len, text.splitlines())) <= 110
 
 
-def test_help_of_serve_begins_with_the_twelve_flags_that_most_people_need(
+def test_help_of_serve_begins_with_the_twelve_most_used_flags(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run("serve", "--help") == 0
@@ -225,14 +225,14 @@ def test_help_of_serve_begins_with_the_twelve_flags_that_most_people_need(
     assert "engine serve --model Qwen/Qwen3-0.6B" in text
 
 
-def test_every_setting_needs_one_group_of_help() -> None:
+def test_every_setting_is_in_exactly_one_group_of_help() -> None:
     names = [field.name for field in dataclasses.fields(Settings)]
     for groups in ({"all but one": " ".join(names[1:])}, {"one": " ".join(names), "two": names[0]}):
         with pytest.raises(ValueError, match=names[0]):
             add_grouped_flags(Parser(), (Settings,), groups)
 
 
-def test_the_built_in_model_solves_the_prompts_that_the_first_screen_shows(
+def test_the_builtin_model_solves_the_prompts_of_the_start_screen(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = (*SMALL, "--device", "cpu", "--chat", "--json", "--max-tokens", "60")
@@ -245,7 +245,7 @@ def test_the_built_in_model_solves_the_prompts_that_the_first_screen_shows(
 @pytest.mark.parametrize(
     "verb", ["serve", "generate", "chat", "inspect", "top", "convert", "record"]
 )
-def test_help_speaks_of_flags_not_of_code(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_names_flags_instead_of_fields(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(verb, "--help") == 0
     text = capsys.readouterr().out
     titles = re.findall(r"^(\w.*):$", text, re.M)
@@ -258,17 +258,17 @@ def test_help_speaks_of_flags_not_of_code(verb: str, capsys: pytest.CaptureFixtu
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """For the tests of flags."""
+    """Example settings for tests of flags."""
 
-    words: tuple[str, ...] = field(default=("a", "b"), metadata={"help": "some 100% words"})
+    names: tuple[str, ...] = field(default=("a", "b"), metadata={"help": "some 100% names"})
     kind: Literal["x", "y"] = "x"
-    """Which one."""
+    """Kind of thing."""
     fast: bool = False
     """Do it fast."""
     tidy: bool = True
-    """Leave nothing behind."""
+    """Clean up afterwards."""
     limit: int | None = None
-    """At most so many, unless ``kind``; None: all."""
+    """Upper limit, unless ``kind``; None: no limit."""
 
 
 def test_flags_come_from_dataclasses() -> None:
@@ -280,13 +280,13 @@ def test_flags_come_from_dataclasses() -> None:
 
     assert read() == Settings()
     assert read(
-        "--words", "c, d", "--kind", "y", "--fast", "--no-tidy", "--limit", "3"
+        "--names", "c, d", "--kind", "y", "--fast", "--no-tidy", "--limit", "3"
     ) == Settings(("c", "d"), "y", True, False, 3)
     text = parser.format_help()
     for help in (
-        "some 100% words (default: a,b)",
-        "which one (default: x)",
-        "at most so many, unless --kind; none: all",
+        "some 100% names (default: a,b)",
+        "kind of thing (default: x)",
+        "upper limit, unless --kind; none: no limit",
     ):
         assert help in re.sub(r"\s+", " ", text)
 
@@ -295,13 +295,13 @@ def test_flags_come_from_dataclasses() -> None:
     "config",
     [EngineConfig, ServerConfig, SamplingParams, *engine_settings(), *server_settings()],
 )
-def test_no_flags_given_is_the_default_config(config: type) -> None:
+def test_without_flags_the_config_is_the_default(config: type) -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, config, "all", skip=["logit_bias"])
     assert read_config(config, parser.parse_args([])) == config()
 
 
-def test_inspect_says_what_a_checkpoint_weighs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_prints_the_size_of_kv_and_checkpoints(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", "qwen3-next", "--budget-gib", "40") == 0
     text = capsys.readouterr().out
     for fact in (
@@ -314,7 +314,7 @@ def test_inspect_says_what_a_checkpoint_weighs(capsys: pytest.CaptureFixture[str
         assert fact in text
 
 
-def test_fp8_is_one_word_everywhere(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fp8_is_the_only_accepted_name_of_the_format(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", "qwen3-next", "--kv-dtype", "fp8", "--checkpoint-dtype", "fp8") == 0
     assert "12.0 KiB a token" in capsys.readouterr().out
     assert run("inspect", "qwen3-next", "--kv-dtype", "float8") == 2
@@ -335,8 +335,8 @@ def test_inspect_reads_directories_files_and_attention_only_models(
     }
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config))
-    for word in (tmp_path, path):
-        assert run("inspect", str(word), "--json", "--budget-gib", "1") == 0
+    for source in (tmp_path, path):
+        assert run("inspect", str(source), "--json", "--budget-gib", "1") == 0
         record = json.loads(capsys.readouterr().out)
         assert (record["kv_bytes_per_token"], record["state_bytes"]) == (3 * 2 * 2 * 16 * 2, 0)
         assert record["budgets"][0]["holds"] == [
@@ -347,7 +347,7 @@ def test_inspect_reads_directories_files_and_attention_only_models(
     assert "any prefix of the KV can be resumed" in shown and "served" not in shown
 
 
-def test_inspect_says_what_serve_refuses(
+def test_inspect_reports_why_serve_refuses_a_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("torch")  # Without it, `inspect` does not say whether a model is served.
@@ -369,14 +369,14 @@ def test_inspect_says_what_serve_refuses(
     del config["intermediate_size"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert run("inspect", str(tmp_path)) == 2
-    said = capsys.readouterr().err
-    assert said.index("model_type 'mistral9'") < said.index("intermediate_size must be")
+    error = capsys.readouterr().err
+    assert error.index("model_type 'mistral9'") < error.index("intermediate_size must be")
 
 
-def test_the_built_in_model_can_be_named(
+def test_the_builtin_model_can_be_given_by_name(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """By the name that clients use, unless there is a folder of that name."""
+    """Check the name that clients use; a folder of that name takes precedence."""
     monkeypatch.chdir(tmp_path)
     shown = []
     for arguments in (("inspect",), ("inspect", "builtin")):
@@ -388,7 +388,7 @@ def test_the_built_in_model_can_be_named(
     assert resolve_config(EngineConfig(model="builtin")).model == "builtin"
 
 
-def test_holdings_fill_the_budget_and_no_more() -> None:
+def test_holdings_fill_the_budget_without_exceeding_it() -> None:
     geometry = load_geometry("qwen3-next")
     row_bytes = geometry.kv_bytes_per_token
     slot_bytes = slab_rows(geometry.state_bytes, row_bytes) * row_bytes
@@ -400,7 +400,7 @@ def test_holdings_fill_the_budget_and_no_more() -> None:
         assert 10 * GIB - unit < used <= 10 * GIB
 
 
-def test_inspect_of_the_builtin_agrees_with_the_engine() -> None:
+def test_inspect_agrees_with_the_engine_on_the_builtin_model() -> None:
     from engine import Engine
 
     engine = Engine(EngineConfig(cache_gib=0.05))
@@ -411,25 +411,25 @@ def test_inspect_of_the_builtin_agrees_with_the_engine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "expected"),
     [
         ({"cache_gib": 0.01}, r"limited by the memory \(--cache-gib\); the model's is 32,768"),
         ({"cache_gib": 0.05, "max_model_len": 300}, r"300 tokens$"),
         ({"cache_gib": 0.5, "max_model_len": 40_000}, r"but the model was made for 32,768"),
     ],
 )
-def test_the_start_screen_names_what_limits_the_context(
-    settings: dict[str, Any], said: str
+def test_the_start_screen_names_the_limit_of_the_context(
+    settings: dict[str, Any], expected: str
 ) -> None:
     from engine import Engine
     from engine.worker.screen import start_screen
 
     screen = start_screen(Engine(EngineConfig(**settings)), "http://here/v1")
     [context] = re.findall(r"^ *context +(.*)$", screen, re.MULTILINE)
-    assert re.search(said, context)
+    assert re.search(expected, context)
 
 
-def test_generate_prints_what_the_cache_spared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_prints_cached_and_lost_tokens(capsys: pytest.CaptureFixture[str]) -> None:
     prompt = "Twice told tales. " * 20
     flags = ("--json", "--max-tokens", "4", "--temperature", "0", "--ignore-eos", *SMALL)
     assert run("generate", prompt, prompt, *flags) == 0
@@ -439,18 +439,18 @@ def test_generate_prints_what_the_cache_spared(capsys: pytest.CaptureFixture[str
     assert second["cached_tokens"] + sum(second["lost_tokens"].values()) == len(prompt)
 
 
-def test_stop_texts_may_hold_commas(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+def test_stop_strings_may_contain_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampled = []
     monkeypatch.setattr(
         "engine.engine.Engine.stream",
-        lambda self, spec: asked.append(spec.sampling) or (),
+        lambda self, spec: sampled.append(spec.sampling) or (),
     )
-    with contextlib.suppress(UnboundLocalError):  # no output to tell of
+    with contextlib.suppress(UnboundLocalError):  # no output
         run("generate", "x", "--stop", "a, b", "--stop", "c", *SMALL)
-    assert asked[0].stop == ("a, b", "c")
+    assert sampled[0].stop == ("a, b", "c")
 
 
-def test_generate_streams_chats_to_standard_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_streams_a_chat_and_prints_its_counts(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("generate", "--chat", "hello", "--max-tokens", "3", *SMALL) == 0
     printed = capsys.readouterr()
     assert re.search(
@@ -458,7 +458,7 @@ def test_generate_streams_chats_to_standard_output(capsys: pytest.CaptureFixture
     )
 
 
-def test_as_many_threads_load_as_the_machine_has_cores_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_load_workers_follows_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, workers in ((1, 1), (2, 1), (8, 4), (96, 16)):
         monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)), raising=False)
         assert EngineConfig().settled(on_cpu=True).load_workers == workers
@@ -468,10 +468,10 @@ def test_as_many_threads_load_as_the_machine_has_cores_for(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("command", ["engine.command.cli", "hybridcache.lab.cli"])
-def test_a_command_can_be_interrupted_though_its_shell_ignores_sigint(
+def test_commands_accept_sigint_when_their_shell_ignores_it(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in ``command &`` of a script, nohup, and some CI runners."""
+    """Cover ``command &`` in a script, nohup, and some CI runners."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     try:
@@ -482,13 +482,13 @@ def test_a_command_can_be_interrupted_though_its_shell_ignores_sigint(
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         with pytest.raises(SystemExit):
             importlib.import_module(command).main(["--help"])
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a caller's handler is its own"
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a caller's handler must stay"
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_a_callback_ends_the_command_all_the_same(number: signal.Signals) -> None:
+def test_a_signal_during_a_callback_ends_the_command(number: signal.Signals) -> None:
     """Python discards what a handler raises while an object is deleted."""
     code = f"""
 import os, sys, time
@@ -518,7 +518,7 @@ finally:
 TURNS = "\n".join((BUILTIN_PROMPTS[0], "", BUILTIN_PROMPTS[1])) + "\n"
 
 
-def test_a_chat_of_lines_says_what_each_turn_reused(
+def test_chat_prints_the_reused_tokens_of_each_turn(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(TURNS))
@@ -531,7 +531,7 @@ def test_a_chat_of_lines_says_what_each_turn_reused(
     assert [reused > 0 for _, reused, _ in turns] == [False, True]
 
 
-def test_a_message_that_does_not_fit_is_left_out_of_the_chat(
+def test_chat_skips_a_message_that_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("x" * 5000 + "\n" + TURNS))
@@ -541,7 +541,7 @@ def test_a_message_that_does_not_fit_is_left_out_of_the_chat(
     assert len(printed.out.splitlines()) == 2
 
 
-def test_a_chat_needs_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chat_requires_a_template(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
     flags = ("--load-format", "dummy", "--cache-gib", "0.05", "--model", str(tmp_path))
     assert run("chat", *flags) == 2
@@ -585,7 +585,7 @@ def test_a_chat_in_a_terminal_ends_cleanly(key: str) -> None:
 
 
 def _read_until(controller: int, words: str) -> str:
-    """All that a terminal shows until it ends with ``words``, control sequences left out."""
+    """Return the terminal's output until it ends with ``words``, without control sequences."""
     seen = ""
     while not seen.endswith(words):
         seen += os.read(controller, 4096).decode()
@@ -613,8 +613,8 @@ for line in sys.stdin:
 """
 
 
-def test_the_command_works_as_far_as_it_can_without_any_extra() -> None:
-    """Whatever package is missing, one sentence names the extra to install."""
+def test_commands_without_their_extras_name_the_missing_extra() -> None:
+    """Check that one sentence names the extra to install, for each missing package."""
     works = ["--help", "--version", "inspect --help", "record --help", "top --help"]
     works += ["serve --help", "inspect", "inspect qwen3-next", f"inspect {BUILTIN_DIR}"]
     fails = ["serve --port 0", "generate x", "chat", "top", "convert a b --to int8"]
@@ -639,7 +639,7 @@ def test_the_command_works_as_far_as_it_can_without_any_extra() -> None:
             assert code == "2" and re.fullmatch(sentence, printed), (command, printed)
 
 
-def test_both_commands_say_their_version(capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_commands_print_their_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--version") == 0
     assert re.fullmatch(r"engine \S+\n", capsys.readouterr().out)
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,5 @@
-"""``engine serve`` as a process: how it starts, drains, and ends when a part of it is killed."""
+"""Tests of ``engine serve`` as a process: start, draining, and the death of one of its
+processes."""
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ def _start(*flags: str, **options: object) -> subprocess.Popen[str]:
 
 @pytest.fixture
 def server(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
-    """``engine serve`` as a process of its own, listening; with the parameter's flags, if any."""
+    """Start ``engine serve`` with the parameter's flags, if any."""
     process = _start(*SMALL, *getattr(request, "param", ()))
     yield process
     process.kill()
@@ -45,7 +46,7 @@ def server(request: pytest.FixtureRequest) -> subprocess.Popen[str]:
 
 
 def _address(server: subprocess.Popen[str]) -> tuple[str, str]:
-    """(all that start-up printed, the address)."""
+    """Return (output up to the address, address)."""
     assert server.stdout is not None
     lines = []
     for line in server.stdout:
@@ -55,7 +56,7 @@ def _address(server: subprocess.Popen[str]) -> tuple[str, str]:
     raise AssertionError(server.stderr.read() if server.stderr else "")
 
 
-def _until_it_answers(url: str) -> None:
+def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -68,14 +69,14 @@ def _until_it_answers(url: str) -> None:
 
 @pytest.mark.full("--volatile-line-(-is not a regular expression")
 @pytest.mark.parametrize(
-    ("flag", "value", "said"),
+    ("flag", "value", "reason"),
     [
         ("--api-key-file", "/nowhere/key", "cannot be read"),
         ("--volatile-line", "(", "is not a regular expression"),
     ],
 )
-def test_what_the_server_refuses_is_said_before_a_model_is_shown(
-    flag: str, value: str, said: str
+def test_wrong_flags_are_refused_before_the_start_screen(
+    flag: str, value: str, reason: str
 ) -> None:
     done = subprocess.run(
         [*ENGINE, "serve", "--port", "0", *SMALL, flag, value],
@@ -85,7 +86,7 @@ def test_what_the_server_refuses_is_said_before_a_model_is_shown(
         check=False,
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert f"{flag} " in done.stderr and said in done.stderr
+    assert f"{flag} " in done.stderr and reason in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
@@ -94,7 +95,7 @@ def test_what_the_server_refuses_is_said_before_a_model_is_shown(
 )
 def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.Popen[str]) -> None:
     screen, url = _address(server)
-    for word in (
+    for text in (
         "MiB of weights in",
         "one arena for KV and states, 51.2 MiB: 51.2 MiB free, 0 B cached",
         "tokens at most",
@@ -104,19 +105,19 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
         "kernels",
         "cpu",
     ):
-        assert word in screen
+        assert text in screen
     assert len(screen.splitlines()) <= 24 and "left alone" not in screen
     assert all(f'"{prompt}"' in screen for prompt in BUILTIN_PROMPTS)
-    _until_it_answers(url)
+    _wait_until_ready(url)
     [line] = re.findall(r"^ +try +curl (.*)$", screen, re.M)
     pasted, _, header, _, content = shlex.split(line)
     name, _, value = header.partition(": ")
-    said = httpx.post(pasted, content=content, headers={name: value}, timeout=60).json()
-    assert said["choices"][0]["message"]["content"].endswith("#### 8")
+    answer = httpx.post(pasted, content=content, headers={name: value}, timeout=60).json()
+    assert answer["choices"][0]["message"]["content"].endswith("#### 8")
     httpx.get(url + "/nothing", timeout=60)
     body = {"prompt": "drain me", "max_tokens": 100, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as answer:
-        events = answer.iter_lines()
+    with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as stream:
+        events = stream.iter_lines()
         first = next(events)
         os.killpg(server.pid, signal.SIGTERM)  # to both processes, as service managers do
         rest = [line for line in events if line]
@@ -133,11 +134,11 @@ def test_serve_starts_with_one_screen_and_drains_on_sigterm(server: subprocess.P
 
 
 @pytest.mark.full
-def test_the_first_screen_has_a_place_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_screen_shows_a_place_for_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYBRIDCACHE_API_KEY", "secret")
     with _start(*SMALL) as server:
         screen, url = _address(server)
-        _until_it_answers(url)
+        _wait_until_ready(url)
         [line] = re.findall(r"^ +try +curl (.*)$", screen, re.M)
         pasted, _, key, _, kind, _, content = shlex.split(line.replace("KEY", "secret"))
         headers = dict(header.split(": ") for header in (key, kind))
@@ -146,7 +147,7 @@ def test_the_first_screen_has_a_place_for_the_key(monkeypatch: pytest.MonkeyPatc
 
 
 def _is_gone(pid: int) -> bool:
-    """Ended, whether or not somebody has asked for its exit code."""
+    """Return whether a process has ended, including zombies."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
     except OSError:
@@ -154,7 +155,7 @@ def _is_gone(pid: int) -> bool:
 
 
 def _engine_of(server: subprocess.Popen[str]) -> int:
-    """The process of its engine."""
+    """Return the process id of the server's engine."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             if stat.read_text().rpartition(")")[2].split()[1] == str(server.pid):
@@ -167,7 +168,7 @@ LONG = {"prompt": "go on", "max_tokens": 1500, "ignore_eos": True, "stream": Tru
 
 @pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
-def test_a_killed_engine_ends_every_stream_and_the_server_with_one_sentence(
+def test_a_killed_engine_ends_streams_and_server_with_one_sentence(
     server: subprocess.Popen[str],
 ) -> None:
     _, url = _address(server)
@@ -204,16 +205,15 @@ def test_the_engine_of_a_killed_server_ends_itself(server: subprocess.Popen[str]
         time.sleep(0.02)
 
 
-class Told:
-    """Servers whose files are in ``folder``, and what they leave behind once they are told to
-    end."""
+class ServersToStop:
+    """Servers with temporary files in ``folder``, and checks that they end cleanly."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.servers: list[subprocess.Popen[str]] = []
 
     def start(self, *flags: str, ignores_sigint: bool = False) -> subprocess.Popen[str]:
-        """Start a server; ``ignores_sigint``: as the background command of a script."""
+        """Start a server. ``ignores_sigint`` starts it like the background command of a script."""
         env = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(self._folder)}
         handler = signal.SIG_IGN if ignores_sigint else signal.SIG_DFL
         before = signal.signal(signal.SIGINT, handler)
@@ -224,19 +224,22 @@ class Told:
         self.servers.append(server)
         return server
 
-    def tell(self, server: subprocess.Popen[str], number: int) -> None:
-        """SIGINT goes to all of its processes, as from a terminal; SIGTERM to the first alone."""
+    def stop(self, server: subprocess.Popen[str], number: int) -> None:
+        """Send SIGINT to all processes of a server, as a terminal does, and SIGTERM only to the
+        first."""
         if number == signal.SIGINT:
             os.killpg(server.pid, number)
         else:
             os.kill(server.pid, number)
 
     def expect_end(self, server: subprocess.Popen[str], *codes: int) -> None:
-        """It ends with one of ``codes`` and without a traceback. So do its other processes: they
-        have its standard error open."""
-        _, said = server.communicate(timeout=60)
-        assert "Traceback" not in said
-        assert server.returncode in codes, said
+        """Check that the server ends with one of ``codes`` and without a traceback.
+
+        Its other processes have its standard error open, so they have ended too.
+        """
+        _, log = server.communicate(timeout=60)
+        assert "Traceback" not in log
+        assert server.returncode in codes, log
 
     def close(self) -> None:
         for server in self.servers:
@@ -247,10 +250,10 @@ class Told:
 
 
 @pytest.fixture
-def told(tmp_path: Path) -> Told:
-    told = Told(tmp_path)
-    yield told
-    told.close()
+def servers(tmp_path: Path) -> ServersToStop:
+    servers = ServersToStop(tmp_path)
+    yield servers
+    servers.close()
 
 
 ROLES = {
@@ -272,11 +275,11 @@ ENDS = [
 @pytest.mark.parametrize(
     ("role", "phase", "number"), ENDS, ids=[f"{r}-{p}-{n.name}" for r, p, n in ENDS]
 )
-def test_a_server_that_is_told_to_end_leaves_nothing(
-    told: Told, role: str, phase: str, number: signal.Signals
+def test_a_stopped_server_leaves_no_process_and_no_file(
+    servers: ServersToStop, role: str, phase: str, number: signal.Signals
 ) -> None:
-    """Whatever it does when it is told: nothing else of it goes on, no file is left."""
-    server = told.start(*ROLES[role], ignores_sigint=phase == "idle")
+    """Check each phase: every process ends and no file is left."""
+    server = servers.start(*ROLES[role], ignores_sigint=phase == "idle")
     if phase == "loading":
         while True:
             with contextlib.suppress(AssertionError):
@@ -284,8 +287,8 @@ def test_a_server_that_is_told_to_end_leaves_nothing(
                 break
             assert server.poll() is None
             time.sleep(0.01)
-        told.tell(server, number)
-        told.expect_end(server, 128 + number)
+        servers.stop(server, number)
+        servers.expect_end(server, 128 + number)
         return
     _, url = _address(server)
     if phase == "serving":
@@ -293,41 +296,41 @@ def test_a_server_that_is_told_to_end_leaves_nothing(
         with httpx.stream("POST", url + "/v1/completions", json=few, timeout=60) as answer:
             events = answer.iter_lines()
             next(events)
-            told.tell(server, number)
+            servers.stop(server, number)
             assert [line for line in events if line][-1] == "data: [DONE]"
     else:
         if phase == "idle":
-            _until_it_answers(url)
-        told.tell(server, number)
-    # Until the server listens to signals it ends as any command does.
-    told.expect_end(server, 0, *([128 + number] if phase == "screen" else []))
+            _wait_until_ready(url)
+        servers.stop(server, number)
+    # The server installs its signal handlers late. Before, a signal ends it like any command.
+    servers.expect_end(server, 0, *([128 + number] if phase == "screen" else []))
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("who", ["prefill", "decode"])
-def test_a_role_that_is_told_to_end_within_a_transfer_leaves_nothing(told: Told, who: str) -> None:
-    """The prefix in progress is finished, and its request answered."""
+@pytest.mark.parametrize("stopped", ["prefill", "decode"])
+def test_a_role_stopped_during_a_transfer_finishes_it(servers: ServersToStop, stopped: str) -> None:
+    """Check that the prefix in transfer is finished, and its request answered."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     at = f"127.0.0.1:{port}"
-    servers = {"prefill": told.start("--role", "prefill", "--transfer-at", at)}
-    _, far = _address(servers["prefill"])
-    servers["decode"] = told.start("--role", "decode", "--prefill", at)
-    _, url = _address(servers["decode"])
+    roles = {"prefill": servers.start("--role", "prefill", "--transfer-at", at)}
+    _, far = _address(roles["prefill"])
+    roles["decode"] = servers.start("--role", "decode", "--prefill", at)
+    _, url = _address(roles["decode"])
     for one in (far, url):
-        _until_it_answers(one)
+        _wait_until_ready(one)
     body = {"prompt": "what is far away " * 400, "max_tokens": 3, "ignore_eos": True}
     with ThreadPoolExecutor() as pool:
         asked = pool.submit(httpx.post, url + "/v1/completions", json=body, timeout=60)
         while "engine_running_requests 1.0" not in httpx.get(far + "/metrics").text:
             assert not asked.done()
             time.sleep(0.05)
-        told.tell(servers[who], TERM)
+        servers.stop(roles[stopped], TERM)
         answer = asked.result().json()
     assert answer["usage"]["completion_tokens"] == 3
     assert answer["usage"]["prompt_tokens_details"]["transferred"]["tokens"] > 6000
-    told.expect_end(servers[who], 0)
-    other = servers["decode" if who == "prefill" else "prefill"]
+    servers.expect_end(roles[stopped], 0)
+    other = roles["decode" if stopped == "prefill" else "prefill"]
     assert other.poll() is None
-    told.tell(other, TERM)
-    told.expect_end(other, 0)
+    servers.stop(other, TERM)
+    servers.expect_end(other, 0)

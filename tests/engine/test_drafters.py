@@ -1,4 +1,5 @@
-"""Who guesses what, how long, and how a step's room is shared."""
+"""Tests of drafters: suffix lookup and its memory, draft lengths, and sharing a step between
+requests."""
 
 from __future__ import annotations
 
@@ -44,11 +45,14 @@ from engine.requests.request import Request
     max_tokens=st.integers(1, 9),
     first_tokens=st.sampled_from([2, 8, 256]),
 )
-def test_a_suffix_is_looked_up_as_by_reading(
+def test_suffix_lookup_finds_the_latest_equal_run(
     tokens: list[int], cuts: list[int], piece: int, max_tokens: int, first_tokens: int
 ) -> None:
-    """However the text grew, in whatever pieces and segments it was read: the latest run of six
-    equal tokens, else of three, that something followed."""
+    """Compare with a reading of the text: the latest earlier run of six equal tokens, else of
+    three.
+
+    The result does not depend on how the text grew or in which pieces it was read.
+    """
     index, ids = SuffixIndex(), np.array(tokens, np.int32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(suffix, "FIRST_TOKENS", first_tokens)
@@ -71,8 +75,11 @@ def test_a_suffix_is_looked_up_as_by_reading(
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=30), min_size=2, max_size=5))
-def test_other_texts_are_looked_up_where_this_one_has_no_six(texts: list[list[int]]) -> None:
-    """The first that has them; three that agree are not enough there."""
+def test_other_texts_are_looked_up_if_the_own_text_has_no_long_match(
+    texts: list[list[int]],
+) -> None:
+    """Check that the first text with six equal tokens is used; three are not enough in other
+    texts."""
     others = []
     for text in texts[1:]:
         other = SuffixIndex()
@@ -99,63 +106,63 @@ def test_other_texts_are_looked_up_where_this_one_has_no_six(texts: list[list[in
     assert index.continuation(own, most, others).tolist() == expected
 
 
-class Asking(SimpleNamespace):
+class FakeRequest(SimpleNamespace):
     __hash__ = object.__hash__  # type: ignore[assignment]
 
 
-def test_texts_that_ended_are_kept_for_their_namespace() -> None:
-    """As many and as long as fit, until the cache is emptied; none where nothing is shared."""
+def test_ended_texts_are_kept_for_their_namespace() -> None:
+    """Check the limits on ended texts; nothing is kept if sharing is off or after a reset."""
 
-    def request(tokens: list[int], namespace: str | None) -> Any:
-        return Asking(tokens=np.array(tokens, np.int32), namespace=namespace)
+    def make_request(tokens: list[int], namespace: str | None) -> Any:
+        return FakeRequest(tokens=np.array(tokens, np.int32), namespace=namespace)
 
-    def propose(drafter: SuffixDrafter, asking: Any) -> list[int]:
-        while (found := drafter.propose([(asking, 3)])[0]) is None:
+    def draft(drafter: SuffixDrafter, request: Any) -> list[int]:
+        while (found := drafter.propose([(request, 3)])[0]) is None:
             pass
-        drafter.forget(asking)
+        drafter.forget(request)
         return found.tolist()
 
     text = [*range(10), *range(50, 60)]
     for shares in (True, False):
         drafter = SuffixDrafter(shares=shares, memory=IndexMemory(1 << 22))
-        assert propose(drafter, request(text, "a")) == []
-        assert propose(drafter, request(text[:10], "b")) == []
-        assert propose(drafter, request(text[:10], "a")) == [50, 51, 52] * shares
+        assert draft(drafter, make_request(text, "a")) == []
+        assert draft(drafter, make_request(text[:10], "b")) == []
+        assert draft(drafter, make_request(text[:10], "a")) == [50, 51, 52] * shares
     memory = IndexMemory(1 << 22)
     drafter = SuffixDrafter(shares=True, memory=memory)
-    propose(drafter, request(text, "a"))
+    draft(drafter, make_request(text, "a"))
     drafter.reset()
-    assert propose(drafter, request(text[:10], "a")) == []
-    propose(drafter, request(text, "a"))
-    propose(drafter, request([7] * (MAX_KEPT - 1), "a"))
-    assert propose(drafter, request(text[:10], "a")) == [], "long texts leave no room"
-    propose(drafter, request(text, "a"))
+    assert draft(drafter, make_request(text[:10], "a")) == []
+    draft(drafter, make_request(text, "a"))
+    draft(drafter, make_request([7] * (MAX_KEPT - 1), "a"))
+    assert draft(drafter, make_request(text[:10], "a")) == [], "long texts displace it"
+    draft(drafter, make_request(text, "a"))
     for number in range(100, 100 + MAX_TEXTS):
-        propose(drafter, request([number] * 5, "b"))
-    assert propose(drafter, request(text[:10], "a")) == [], "others ended since"
+        draft(drafter, make_request([number] * 5, "b"))
+    assert draft(drafter, make_request(text[:10], "a")) == [], "newer texts displaced it"
     drafter.reset()
     assert memory.used_bytes == 0
 
 
-def test_no_step_reads_more_than_a_piece_of_a_long_text() -> None:
-    """Of all requests together; until it is read, a drafter says that it needs more steps."""
+def test_a_step_reads_at_most_one_piece_of_long_texts() -> None:
+    """Check the limit over all requests; the drafter returns None until a text is read."""
     drafter = SuffixDrafter(shares=True, memory=IndexMemory(1 << 22))
     ids = np.random.default_rng(0).integers(0, 1000, 20_000).astype(np.int32)
     texts = [np.concatenate([ids, ids[:number]]) for number in (10, 20)]
-    asking: list[Any] = [Asking(tokens=text, namespace=None) for text in texts]
+    running: list[Any] = [FakeRequest(tokens=text, namespace=None) for text in texts]
     read: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         inner = SuffixIndex.read
 
-        def noted(index: SuffixIndex, tokens: Any, most: int | None = None) -> int:
+        def spy(index: SuffixIndex, tokens: Any, most: int | None = None) -> int:
             assert most is not None
             read.append(inner(index, tokens, most))
             return read[-1]
 
-        patch.setattr(SuffixIndex, "read", noted)
+        patch.setattr(SuffixIndex, "read", spy)
         for step in range(100):
             read.clear()
-            found = drafter.propose([(one, 3) for one in asking])
+            found = drafter.propose([(one, 3) for one in running])
             assert sum(read) <= MAX_READ
             if step == 0:
                 assert list(found) == [None, None]
@@ -168,16 +175,19 @@ def test_no_step_reads_more_than_a_piece_of_a_long_text() -> None:
 
 
 def test_the_memory_of_indices_is_bounded() -> None:
-    """What does not fit is not looked up; texts that ended make room for those that run."""
+    """Check that a text that does not fit is not indexed, and that ended texts are displaced
+    first."""
     memory = IndexMemory(BYTES_PER_TOKEN * 1024)
     drafter = SuffixDrafter(shares=True, memory=memory)
     ids = np.arange(3000, dtype=np.int32) % 1000
-    ended, running, long = (Asking(tokens=ids[:size], namespace="a") for size in (500, 700, 3000))
+    ended, running, long = (
+        FakeRequest(tokens=ids[:size], namespace="a") for size in (500, 700, 3000)
+    )
     drafter.propose([(ended, 3)])
     drafter.forget(ended)
     assert memory.used_bytes == BYTES_PER_TOKEN * 512
     drafter.propose([(running, 3)])
-    assert memory.used_bytes == BYTES_PER_TOKEN * 1024, "the text that ended had to go"
+    assert memory.used_bytes == BYTES_PER_TOKEN * 1024, "the ended text was displaced"
     for _ in range(5):
         (found,) = drafter.propose([(long, 3)])
         assert found is not None and not len(found)
@@ -190,15 +200,17 @@ def test_the_memory_of_indices_is_bounded() -> None:
     assert memory.used_bytes == 0
 
 
-def asked(turns: DraftLength, steps: range, right: int | None = 0) -> list[tuple[int, int]]:
-    """(step, most tokens) of those of ``steps`` in which it is asked; ``right`` of them are then
-    accepted, at most; None: there is no draft."""
+def drafts_in(length: DraftLength, steps: range, right: int | None = 0) -> list[tuple[int, int]]:
+    """Return (step, draft length) of the steps with a draft.
+
+    ``right``: at most that many tokens of each draft are accepted, or None if there is no draft.
+    """
     found = []
     for step in steps:
-        if turns.wakes <= step and turns.length:
-            found.append((step, turns.length))
-            drafted = 0 if right is None else turns.length
-            turns.learn(step, drafted, min(drafted, right or 0))
+        if length.wakes <= step and length.length:
+            found.append((step, length.length))
+            drafted = 0 if right is None else length.length
+            length.learn(step, drafted, min(drafted, right or 0))
     return found
 
 
@@ -206,51 +218,53 @@ MAX_MISSES = 2
 """Drafts in a row from which no token is accepted, after which a new request's drafter pauses."""
 
 
-def test_a_pace_that_is_never_right_hardly_tries() -> None:
-    tried = asked(DraftLength(8), range(20_000))
+def test_a_drafter_that_is_never_right_drafts_rarely() -> None:
+    tried = drafts_in(DraftLength(8), range(20_000))
     assert tried[:2] == [(0, 4), (1, 2)] and all(length == 1 for _, length in tried[2:])
     assert tried[MAX_MISSES][0] - tried[MAX_MISSES - 1][0] == MIN_REST + 1
     assert tried[-1][0] - tried[-2][0] == MAX_REST + 1
     assert len(tried) < 60
 
 
-def test_a_pace_recovers_with_the_first_that_is_right() -> None:
-    pace = DraftLength(8)
-    assert len(asked(pace, range(MAX_MISSES))) == MAX_MISSES
+def test_the_draft_length_recovers_after_an_accepted_draft() -> None:
+    length = DraftLength(8)
+    assert len(drafts_in(length, range(MAX_MISSES))) == MAX_MISSES
     first = MAX_MISSES + MIN_REST
     lengths = [1, 2, 4, 8, 8]
-    assert asked(pace, range(MAX_MISSES, first + 5), 8) == [
+    assert drafts_in(length, range(MAX_MISSES, first + 5), 8) == [
         (first + rank, length) for rank, length in enumerate(lengths)
     ]
-    pace.learn(99, 8, 3)
-    assert pace.length == 4
+    length.learn(99, 8, 3)
+    assert length.length == 4
 
 
-def test_a_drafter_that_has_nothing_is_asked_less() -> None:
-    pace = DraftLength(8)
-    steps = [step for step, _ in asked(pace, range(24), None)]
+def test_a_drafter_without_drafts_is_called_less_often() -> None:
+    length = DraftLength(8)
+    steps = [step for step, _ in drafts_in(length, range(24), None)]
     assert steps == [0, 1, 3, 7, 15, 23]
-    assert asked(pace, range(24, 24 + MAX_IDLE), 2) == [(31, 4)]
-    assert pace.length == 3
-    pace.learn(32, 0, 0)
-    assert pace.wakes == 33 and pace.length == 3
+    assert drafts_in(length, range(24, 24 + MAX_IDLE), 2) == [(31, 4)]
+    assert length.length == 3
+    length.learn(32, 0, 0)
+    assert length.wakes == 33 and length.length == 3
 
 
-def test_a_new_request_begins_with_the_luck_of_others() -> None:
-    luck = GlobalAcceptance()
-    tries = [asked(DraftLength(3, luck), range(200)) for _ in range(9)]
-    assert tries[0][0][1] > 1 and tries[-1] == [(0, 1), (17, 1), (50, 1), (115, 1)]
-    # One that is always right is found out at its first try, and mends the luck of the next.
-    found = asked(DraftLength(3, luck), range(60), 9)
+def test_a_new_request_begins_with_the_acceptance_of_others() -> None:
+    acceptance = GlobalAcceptance()
+    trials = [drafts_in(DraftLength(3, acceptance), range(200)) for _ in range(9)]
+    assert trials[0][0][1] > 1 and trials[-1] == [(0, 1), (17, 1), (50, 1), (115, 1)]
+    # A request that is always right is found at its first draft, which raises the acceptance of the
+    # next request.
+    found = drafts_in(DraftLength(3, acceptance), range(60), 9)
     assert found[0] == (0, 1) and len(found) == 60 and found[-1][1] >= 3
-    assert DraftLength(3, luck).length > 1
+    assert DraftLength(3, acceptance).length > 1
 
 
-def test_tries_share_their_steps() -> None:
-    """Whoever's and whichever drafter's: with more steps between, until one is right."""
-    ones, others = Ones(), Ones("others")
+def test_trials_of_all_requests_and_drafters_are_spread_over_steps() -> None:
+    """Check that requests and drafters share the steps between trials, and stop sharing once one is
+    right."""
+    first, others = Ones(), Ones("others")
     sources = [
-        Source(drafter, partial(DraftLength, 4, GlobalAcceptance())) for drafter in (ones, others)
+        Source(drafter, partial(DraftLength, 4, GlobalAcceptance())) for drafter in (first, others)
     ]
     drafting = Drafting(sources, max_verified=50)
     running, tried, sources_tried = requests(3), [], Counter[str]()
@@ -258,9 +272,9 @@ def test_tries_share_their_steps() -> None:
         if step % 40 == 0:
             drafting.forget(running.pop(0))
             running += requests(1)
-        expected, before = drafting.may_guess(running), ones.num_asked + others.num_asked
+        expected, before = drafting.may_guess(running), first.num_asked + others.num_asked
         drafts = drafting.propose([(request, 9) for request in running])
-        assert expected == (ones.num_asked + others.num_asked > before)
+        assert expected == (first.num_asked + others.num_asked > before)
         for request, draft in drafts.items():
             drafting.learn(request, draft, int(step > 900))
             sources_tried[draft.source] += 300 < step < 900
@@ -269,11 +283,11 @@ def test_tries_share_their_steps() -> None:
     assert {b - a for a, b in pairwise(wrong)} == {MAX_GAP}
     assert min(sources_tried.values()) > sources_tried.total() / 3
     right = [step for step in tried if step > 900]
-    assert 1200 - right[0] == len(right), "one that is right ends the tries"
+    assert 1200 - right[0] == len(right), "an accepted draft ends the trials"
 
 
 class Ones:
-    """As many ones as are asked for."""
+    """Drafter that returns as many ones as it may."""
 
     def __init__(self, name: str = "ones") -> None:
         self.name, self.num_asked = name, 0
@@ -301,7 +315,7 @@ def requests(count: int) -> list[Request]:
     ]
 
 
-def test_a_full_step_gives_each_fewer() -> None:
+def test_drafts_get_shorter_as_a_step_fills() -> None:
     for count, lengths in [(1, [4]), (4, [4] * 4), (6, [2] * 6), (10, [1] * 10), (20, [1] * 10)]:
         sources = [
             Source(drafter, partial(DraftLength, 4)) for drafter in (Nothing("nothing"), Ones())

@@ -1,4 +1,4 @@
-"""The engine as its callers meet it, on a runner that proves every read."""
+"""Tests of the engine through its public interface, on a runner that proves every read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_importing_the_engine_loads_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
 
 
-def test_the_same_prompt_again_skips_what_is_cached_and_answers_the_same() -> None:
+def test_a_repeated_prompt_skips_its_cached_part() -> None:
     engine = make_engine()
     [cold] = engine.generate([ids(200)], GREEDY)
     computed = engine.runner.num_tokens_computed
@@ -80,7 +80,7 @@ def test_equal_prompts_that_arrive_together_are_computed_once(token_budget: int)
     assert engine.runner.num_tokens_computed == 1000 + 3 * 40 + 4 * 4
 
 
-def test_prompts_that_fork_share_what_the_first_computes_of_them() -> None:
+def test_forked_prompts_share_the_common_prefix() -> None:
     engine = make_engine()
     prompts = [ids(640) + ids(70, first=100 + i) for i in range(5)]
     outputs = engine.generate(prompts, SamplingParams(max_tokens=1))
@@ -88,7 +88,7 @@ def test_prompts_that_fork_share_what_the_first_computes_of_them() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"checkpoints": ("none",)}, {"prefix_cache": "none"}])
-def test_nobody_waits_for_a_prefix_that_will_not_be_kept(settings: dict[str, object]) -> None:
+def test_equal_prompts_do_not_wait_if_nothing_is_cached(settings: dict[str, object]) -> None:
     engine = make_engine(**settings)
     outputs = engine.generate([ids(320)] * 2, SamplingParams(max_tokens=1))
     assert [output.cached_len for output in outputs] == [0, 0]
@@ -96,7 +96,7 @@ def test_nobody_waits_for_a_prefix_that_will_not_be_kept(settings: dict[str, obj
     assert engine.runner.num_steps == 1
 
 
-def test_nobody_waits_for_what_is_cached_already() -> None:
+def test_a_request_does_not_wait_for_a_prefix_that_is_cached() -> None:
     engine = make_engine()
     engine.generate([ids(640)], GREEDY)
     engine.submit(ids(640), SamplingParams(max_tokens=1), prompt_logprobs=0)
@@ -104,7 +104,7 @@ def test_nobody_waits_for_what_is_cached_already() -> None:
     assert [output.cached_len for output in engine.step()] == [0, 576]
 
 
-def test_under_pressure_the_youngest_goes_first_even_if_it_was_let_in_earlier() -> None:
+def test_the_youngest_request_is_preempted_first() -> None:
     engine = make_engine(kv_tokens=512, token_budget=256)
     answers = SamplingParams(max_tokens=130)
     outputs = engine.generate([ids(140), ids(140), ids(70, first=99)], answers)
@@ -141,13 +141,15 @@ def test_a_running_request_decodes_while_another_prefills() -> None:
     assert len(mixed) == 10
 
 
-def test_waiting_for_the_device_is_no_work_of_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_waiting_for_the_device_is_reported_apart_from_commit_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     reports: list[StepReport] = []
     now = [0.0]
     sampler = OracleSampler()
     launch = sampler.launch
 
-    class Late:
+    class SlowDraw:
         def __init__(self, drawn: Any) -> None:
             self.tokens = drawn.tokens
             self._drawn = drawn
@@ -156,7 +158,7 @@ def test_waiting_for_the_device_is_no_work_of_the_hosts(monkeypatch: pytest.Monk
             now[0] += 1.0
             return self._drawn.wait()
 
-    monkeypatch.setattr(sampler, "launch", lambda *given: Late(launch(*given)))
+    monkeypatch.setattr(sampler, "launch", lambda *given: SlowDraw(launch(*given)))
     engine = Engine(
         EngineConfig(),
         runner=OracleRunner(4096, 16),
@@ -169,15 +171,15 @@ def test_waiting_for_the_device_is_no_work_of_the_hosts(monkeypatch: pytest.Monk
     assert {report.commit_s for report in reports} == {0.0}
 
 
-def pressed(**settings: object) -> tuple[Engine, list[list[int]]]:
-    """An engine whose pool holds its requests' prompts but not their answers."""
+def engine_short_of_kv(**settings: object) -> tuple[Engine, list[list[int]]]:
+    """Return an engine whose pool holds the prompts of its requests but not their answers."""
     engine = make_engine(kv_tokens=512, slots=12, token_budget=64, **settings)
     return engine, [ids(100, first=40 * i) for i in range(4)]
 
 
 @pytest.mark.parametrize("exact", [False, True])
-def test_preempted_requests_resume_from_what_they_published(exact: bool) -> None:
-    engine, prompts = pressed(exact=exact)
+def test_preempted_requests_resume_from_their_published_prefix(exact: bool) -> None:
+    engine, prompts = engine_short_of_kv(exact=exact)
     outputs = engine.generate(prompts, SamplingParams(max_tokens=150, logprobs=0))
     alone = [
         make_engine(exact=exact).generate([p], SamplingParams(max_tokens=150, logprobs=0))[0]
@@ -191,26 +193,27 @@ def test_preempted_requests_resume_from_what_they_published(exact: bool) -> None
     assert engine.runner.num_tokens_computed < without_reuse
 
 
-def test_overlapped_steps_hand_the_device_tokens_the_host_does_not_know_yet() -> None:
-    late: list[int] = []
+def test_overlapped_steps_use_tokens_that_are_only_on_the_device() -> None:
+    num_late: list[int] = []
     plain, overlapped = make_engine(), make_engine(overlap="on")
     forward = overlapped.runner.forward
     overlapped.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        late.append(len(batch.late_tokens)) or forward(batch, drawn)
+        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
     )
     prompts = [ids(100, first=50 * i) for i in range(3)]
     expected = plain.generate(prompts, SamplingParams(max_tokens=30))
     outputs = overlapped.generate(prompts, SamplingParams(max_tokens=30))
     assert [o.token_ids for o in outputs] == [o.token_ids for o in expected]
-    assert late == [0] + [3] * 29
+    assert num_late == [0] + [3] * 29
     assert overlapped.runner.num_tokens_computed == plain.runner.num_tokens_computed
 
 
-def test_the_tree_is_worked_on_while_the_device_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step is waited for, published and finished only after the next one was handed to the
-    device."""
+def test_steps_are_committed_while_the_device_computes_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Check that a step is awaited, published and finished only after the next one is launched."""
     engine = make_engine(overlap="on")
-    told: list[str] = []
+    calls: list[str] = []
     for owner, name in (
         (engine.runner, "forward"),
         (engine._manager, "publish"),
@@ -219,11 +222,11 @@ def test_the_tree_is_worked_on_while_the_device_computes(monkeypatch: pytest.Mon
     ):
         original = getattr(owner, name)
         monkeypatch.setattr(
-            owner, name, lambda *given, f=original, n=name: (told.append(n), f(*given))[1]
+            owner, name, lambda *given, f=original, n=name: (calls.append(n), f(*given))[1]
         )
     engine.generate([ids(100)], SamplingParams(max_tokens=4))
-    # A prefill and three decodes; none is waited for before the next is on its way.
-    assert told == [
+    # A prefill and three decodes; none is awaited before the next is launched.
+    assert calls == [
         "forward",
         "forward",
         "wait",
@@ -234,7 +237,7 @@ def test_the_tree_is_worked_on_while_the_device_computes(monkeypatch: pytest.Mon
     ]
 
 
-def test_an_overlapped_answer_that_stops_leaves_nothing_of_the_step_too_many() -> None:
+def test_the_extra_step_of_a_stopped_answer_leaves_nothing() -> None:
     engine = make_engine(overlap="on")
     [free] = make_engine().generate([ids(100)], SamplingParams(max_tokens=60))
     stop = SamplingParams(max_tokens=60, stop_token_ids=(free.token_ids[27],))  # state at 127
@@ -249,9 +252,11 @@ def test_an_overlapped_answer_that_stops_leaves_nothing_of_the_step_too_many() -
 
 
 @pytest.mark.parametrize(("overlap", "cached_len"), [("off", 128), ("on", 0)])
-def test_a_state_that_moved_on_is_no_checkpoint(overlap: str, cached_len: int) -> None:
-    """The answer stops exactly on the grid, at 128, with no slot for a copy; a step made ahead
-    computes one token more in its own."""
+def test_a_state_beyond_the_end_is_not_saved(overlap: str, cached_len: int) -> None:
+    """Check an answer that stops on the grid, at 128, without a slot for a copy.
+
+    A step made ahead has advanced its own state by one token.
+    """
     prompt = ids(100)
     [free] = make_engine().generate([prompt], SamplingParams(max_tokens=60))
     assert free.token_ids[28] not in free.token_ids[:28]
@@ -268,34 +273,34 @@ def test_a_state_that_moved_on_is_no_checkpoint(overlap: str, cached_len: int) -
     assert (hit.cached_len, hit.token_ids) == (cached_len, cold.token_ids)
 
 
-def test_rules_that_look_back_are_not_overlapped() -> None:
-    late: list[int] = []
+def test_requests_with_penalties_are_not_overlapped() -> None:
+    num_late: list[int] = []
     engine = make_engine(overlap="on")
     forward = engine.runner.forward
     engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        late.append(len(batch.late_tokens)) or forward(batch, drawn)
+        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
     )
     penalised = SamplingParams(max_tokens=20, frequency_penalty=0.5)
     [output] = engine.generate([ids(30)], penalised)
-    assert len(output.token_ids) == 20 and not any(late)
+    assert len(output.token_ids) == 20 and not any(num_late)
 
 
-def test_a_rule_that_looks_back_stops_the_overlap_of_nobody_else() -> None:
+def test_penalties_do_not_stop_the_overlap_of_other_requests() -> None:
     engine = make_engine(overlap="on")
-    late: list[int] = []
+    num_late: list[int] = []
     forward = engine.runner.forward
     engine.runner.forward = lambda batch, drawn=(): (  # type: ignore[method-assign]
-        late.append(len(batch.late_tokens)) or forward(batch, drawn)
+        num_late.append(len(batch.late_tokens)) or forward(batch, drawn)
     )
     prompts = [ids(30, first=40 * i) for i in range(4)]
     alone = [make_engine().generate([p], SamplingParams(max_tokens=20))[0] for p in prompts]
     rules = [SamplingParams(max_tokens=20, frequency_penalty=0.5 * (i == 2)) for i in range(4)]
     outputs = engine.generate(prompts, rules)
     assert [o.token_ids for o in outputs] == [o.token_ids for o in alone]
-    assert late[:20] == [0] + [3] * 19
+    assert num_late[:20] == [0] + [3] * 19
 
 
-def test_an_abort_frees_everything_at_once_wherever_the_request_is() -> None:
+def test_an_abort_frees_everything_in_any_state_of_the_request() -> None:
     engine = make_engine(max_running=2, token_budget=64)
     prefilling = engine.submit(ids(300), GREEDY)
     decoding = engine.submit(ids(10, first=50), SamplingParams(max_tokens=100))
@@ -314,7 +319,7 @@ def test_an_abort_frees_everything_at_once_wherever_the_request_is() -> None:
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_the_next_turn_resumes_in_an_answer_that_was_aborted(overlap: str) -> None:
+def test_the_next_turn_resumes_in_an_aborted_answer(overlap: str) -> None:
     engine = make_engine(overlap=overlap)
     streamed = engine.stream(ids(100), SamplingParams(max_tokens=1000))
     outputs = itertools.islice(streamed, 100)
@@ -328,7 +333,7 @@ def test_the_next_turn_resumes_in_an_answer_that_was_aborted(overlap: str) -> No
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("broken_step", [0, 2, 9])
-def test_a_step_that_breaks_off_costs_no_request(broken_step: int, overlap: str) -> None:
+def test_an_interrupted_step_loses_no_request(broken_step: int, overlap: str) -> None:
     prompts = [ids(200), ids(200), ids(90, first=70)]
     expected = make_engine().generate(prompts, SamplingParams(max_tokens=20))
     engine = make_engine(overlap=overlap, token_budget=64)
@@ -352,7 +357,7 @@ def test_a_step_that_breaks_off_costs_no_request(broken_step: int, overlap: str)
         assert outputs[f"request-{i}"].token_ids == alone.token_ids
 
 
-def test_a_stream_gives_pieces_that_make_the_whole_and_ends_when_closed() -> None:
+def test_a_stream_yields_the_whole_answer_and_ends_when_closed() -> None:
     engine = make_engine(tokenizer=ByteTokenizer())
     [whole] = engine.generate(["abc"], SamplingParams(max_tokens=30, ignore_eos=True, logprobs=1))
     pieces = list(engine.stream("abc", SamplingParams(max_tokens=30, ignore_eos=True, logprobs=1)))
@@ -365,7 +370,7 @@ def test_a_stream_gives_pieces_that_make_the_whole_and_ends_when_closed() -> Non
     assert not engine.has_work()
 
 
-def test_a_stream_that_nobody_reads_leaves_nothing() -> None:
+def test_a_discarded_stream_ends_its_request() -> None:
     engine = make_engine()
     stream = engine.stream(ids(5), GREEDY)
     assert engine.has_work()
@@ -373,7 +378,7 @@ def test_a_stream_that_nobody_reads_leaves_nothing() -> None:
     assert not engine.has_work() and engine.step() == []
 
 
-def test_two_streams_and_a_batch_can_be_read_in_turns() -> None:
+def test_streams_and_a_batch_can_be_read_in_turns() -> None:
     engine = make_engine()
     one, other = engine.stream(ids(5), GREEDY), engine.stream(ids(6), GREEDY)
     first = [next(one), next(other), next(one)]
@@ -400,8 +405,8 @@ def test_stop_tokens_and_stop_strings_end_an_answer() -> None:
     assert len(cut.token_ids) < 60
 
 
-def test_what_an_output_has_of_all_steps_is_shared_and_stays_as_it_was() -> None:
-    """A step costs its own tokens, however long prompt and answer are."""
+def test_outputs_of_a_request_share_their_text_and_prompt_scores() -> None:
+    """Check that a step costs only its own tokens, however long prompt and answer are."""
     engine = make_engine(tokenizer=ByteTokenizer())
     sampling = SamplingParams(max_tokens=50, ignore_eos=True)
     spec = RequestSpec(ids(100), sampling, prompt_logprobs=0)
@@ -438,7 +443,7 @@ def test_namespaces_share_nothing() -> None:
     assert (other.cached_len, same.cached_len) == (0, 192)
 
 
-def test_a_reset_forgets_every_prefix() -> None:
+def test_a_reset_removes_every_prefix() -> None:
     engine = make_engine()
     engine.generate([ids(200)], GREEDY)
     engine.reset_prefix_cache()
@@ -449,7 +454,7 @@ def test_a_reset_forgets_every_prefix() -> None:
 
 @pytest.mark.full("True")
 @pytest.mark.parametrize("exact", [False, True])
-def test_what_leases_did_replays_on_a_fresh_cache_with_no_difference(exact: bool) -> None:
+def test_a_lease_log_replays_the_same_on_a_fresh_cache(exact: bool) -> None:
     log = LeaseLog()
     engine = make_engine(
         kv_tokens=640, slots=6, token_budget=64, max_running=4, log=log, exact=exact

@@ -1,5 +1,5 @@
-"""Faults that are one request's own, or one step's: nobody else's answer is lost, and nobody waits
-for ever."""
+"""Tests of faults in one request or one step: other answers are kept, and every caller gets a
+result."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from engine.schedule.batch import Batch
 from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.text.tokenizer import ByteTokenizer, StreamDecoder
-from tests.engine.drafted import Guesses, assert_same, guessing_engine, prompts
+from tests.engine.drafted import ScriptedDrafter, assert_same, drafting_engine, prompts
 
 ANSWER = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
 class BrokenDecoder:
-    """Text of no token, or no last text."""
+    """Decoder that fails on every token or only at the end."""
 
     def __init__(self, fails_on: str) -> None:
         self._fails_on = fails_on
@@ -41,7 +41,7 @@ class BrokenDecoder:
 
 
 class SometimesBroken(ByteTokenizer):
-    """The decoder of every answer but those whose number is in ``broken`` works."""
+    """Tokenizer whose decoders fail for the answers numbered in ``broken``."""
 
     def __init__(self, broken: dict[int, str]) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def ids(length: int, first: int) -> list[int]:
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
 @pytest.mark.parametrize("fails_on", ["push", "flush"])
-def test_a_request_whose_text_can_not_be_made_fails_alone(fails_on: str, overlap: str) -> None:
+def test_a_detokenizer_error_fails_only_its_request(fails_on: str, overlap: str) -> None:
     prompts = [ids(70 + i, 40 * i) for i in range(4)]
     expected = make_engine().generate(prompts, ANSWER)
     engine = make_engine({2: fails_on}, overlap=overlap)
@@ -87,8 +87,8 @@ def test_a_request_whose_text_can_not_be_made_fails_alone(fails_on: str, overlap
 
 
 def poison(engine: Engine, from_len: int) -> Callable[[], None]:
-    """Logits of requests in the namespace "bad" are NaN from ``from_len`` tokens on, until the
-    function that comes back is called."""
+    """Make logits in the namespace "bad" NaN from ``from_len`` tokens on. Return a function that
+    undoes it."""
     forward = engine.runner.forward
 
     @torch.inference_mode()
@@ -126,29 +126,29 @@ KINDS: dict[str, dict[str, object]] = {
     "overlap-sampled-4",
 )
 @pytest.mark.parametrize(
-    ("how", "kind", "num_good"),
+    ("mode", "kind", "num_good"),
     [
-        *((how, "greedy", num) for how in ("overlap", "in turn", "drafts") for num in (0, 4)),
-        *((how, "guided", 4) for how in ("overlap", "drafts")),
+        *((mode, "greedy", num) for mode in ("overlap", "in turn", "drafts") for num in (0, 4)),
+        *((mode, "guided", 4) for mode in ("overlap", "drafts")),
         *(("overlap", kind, 4) for kind in ("sampled", "penalised")),
     ],
 )
-def test_logits_that_are_nan_fail_their_request_alone(
-    how: str, kind: str, num_good: int, tmp_path: Path
+def test_nan_logits_fail_only_their_request(
+    mode: str, kind: str, num_good: int, tmp_path: Path
 ) -> None:
-    """With the tokens before them, whatever else is in the step; what that step computed of the
-    request is not cached."""
+    """Check that the tokens before are reported, other requests go on, and the failed step is not
+    cached."""
     grammar = Grammar.of_regex("[a-z ]{30}") if kind == "guided" else None
     params = SamplingParams(max_tokens=12, ignore_eos=grammar is None, **KINDS[kind])
     specs = [RequestSpec(prompt, params, grammar=grammar) for prompt in prompts()]
     bad = RequestSpec([*range(100)], params, namespace="bad", grammar=grammar)
     specs.insert(2, bad)
-    guesses = Guesses(lambda done, most: most) if how == "drafts" else None
-    clean = guessing_engine(tmp_path, overlap="on" if how == "overlap" else "off")
+    drafter = ScriptedDrafter(lambda done, most: most) if mode == "drafts" else None
+    clean = drafting_engine(tmp_path, overlap="on" if mode == "overlap" else "off")
     expected = clean.generate(specs)
-    if guesses is not None:
-        guesses.learn(expected)
-    engine = guessing_engine(tmp_path, guesses, overlap="on" if how == "overlap" else "off")
+    if drafter is not None:
+        drafter.learn(expected)
+    engine = drafting_engine(tmp_path, drafter, overlap="on" if mode == "overlap" else "off")
     undo = poison(engine, len(bad.prompt) + num_good)
     outputs = engine.generate(specs)
     for output, alone in zip(outputs, expected, strict=True):
@@ -162,12 +162,12 @@ def test_logits_that_are_nan_fail_their_request_alone(
     undo()
     [again] = engine.generate([bad])
     assert again.cached_len == (64 if num_good else 0)
-    if guesses is None:
+    if drafter is None:
         assert again.token_ids == expected[2].token_ids
 
 
-def test_scores_of_a_prompt_that_are_nan_fail_its_request(tmp_path: Path) -> None:
-    engine = guessing_engine(tmp_path)
+def test_nan_prompt_scores_fail_only_their_request(tmp_path: Path) -> None:
+    engine = drafting_engine(tmp_path)
     poison(engine, 50)
     nothing = SamplingParams(max_tokens=0)
     specs = [
@@ -179,7 +179,7 @@ def test_scores_of_a_prompt_that_are_nan_fail_its_request(tmp_path: Path) -> Non
     assert scored.finish_reason == "length" and len(scored.prompt_logprobs or ()) == 100
 
 
-def test_a_request_can_be_aborted_whose_last_text_can_not_be_made() -> None:
+def test_a_request_can_be_aborted_despite_a_detokenizer_error() -> None:
     engine = make_engine({0: "flush"})
     request_id = engine.submit(ids(5, 0), ANSWER)
     engine.step()
@@ -192,12 +192,12 @@ def test_a_request_can_be_aborted_whose_last_text_can_not_be_made() -> None:
 def break_publishing_of(
     engine: Engine, prompt: list[int], monkeypatch: pytest.MonkeyPatch, times: int = 1
 ) -> None:
-    """Publishing the prefill of ``prompt`` breaks the commit off, so many ``times``."""
-    publish, left = engine._manager.publish, [1] * times
+    """Make the commit fail when it publishes the prefill of ``prompt``, ``times`` times."""
+    publish, remaining = engine._manager.publish, [1] * times
 
     def failing(request: Request) -> None:
-        if request.prompt_len == len(prompt) and left:
-            left.pop()
+        if request.prompt_len == len(prompt) and remaining:
+            remaining.pop()
             raise MemoryError("no room to publish")
         publish(request)
 
@@ -205,13 +205,13 @@ def break_publishing_of(
 
 
 @pytest.mark.parametrize("overlap", ["off", "on"])
-def test_what_a_commit_finished_before_it_broke_off_is_returned(
+def test_outputs_finished_by_a_failed_commit_are_returned(
     overlap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = SamplingParams(max_tokens=1, ignore_eos=True)
+    one_token = SamplingParams(max_tokens=1, ignore_eos=True)
     engine = make_engine(overlap=overlap)
     break_publishing_of(engine, ids(9, 50), monkeypatch)
-    submitted = [engine.submit(ids(length, 50), one) for length in (8, 9, 10)]
+    submitted = [engine.submit(ids(length, 50), one_token) for length in (8, 9, 10)]
     outputs: list[RequestOutput] = []
     with pytest.raises(MemoryError):
         while engine.has_work():
@@ -224,7 +224,7 @@ def test_what_a_commit_finished_before_it_broke_off_is_returned(
     assert {output.finish_reason for output in outputs} == {"length"}
 
 
-def test_a_request_aborted_after_its_commit_broke_off_is_reported_once(
+def test_a_request_aborted_after_a_failed_commit_is_reported_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine()
@@ -239,7 +239,7 @@ def test_a_request_aborted_after_its_commit_broke_off_is_reported_once(
     assert not engine.has_work()
 
 
-def test_a_request_that_could_not_be_let_go_of_has_its_last_output_and_does_not_run_again(
+def test_a_request_whose_finish_failed_has_its_output_and_has_ended(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine()
@@ -262,7 +262,7 @@ async def read(stream: RequestStream) -> list[RequestOutput]:
     return [output async for output in stream]
 
 
-def test_no_client_waits_for_ever_because_the_commit_of_another_broke_off(
+def test_clients_get_a_result_after_a_failed_commit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine()
@@ -270,15 +270,15 @@ def test_no_client_waits_for_ever_because_the_commit_of_another_broke_off(
 
     async def main() -> None:
         server = AsyncEngine(engine)
-        one = SamplingParams(max_tokens=1, ignore_eos=True)
-        finished, failed = (server.submit(ids(length, 50), one) for length in (8, 9))
+        one_token = SamplingParams(max_tokens=1, ignore_eos=True)
+        finished, failed = (server.submit(ids(length, 50), one_token) for length in (8, 9))
         server.start()
         try:
             outputs = await asyncio.wait_for(read(finished), 10)
             assert outputs[-1].finish_reason == "length"
             with pytest.raises(StepFailed, match="the step that computed it failed"):
                 await asyncio.wait_for(read(failed), 10)
-            again = await asyncio.wait_for(read(server.submit(ids(9, 50), one)), 10)
+            again = await asyncio.wait_for(read(server.submit(ids(9, 50), one_token)), 10)
             assert again[-1].finish_reason == "length"
         finally:
             await asyncio.to_thread(server.stop)
@@ -286,7 +286,7 @@ def test_no_client_waits_for_ever_because_the_commit_of_another_broke_off(
     asyncio.run(main())
 
 
-def test_a_finished_answer_is_handed_out_even_where_the_next_step_ends_the_engine(
+def test_a_finished_answer_is_delivered_although_the_engine_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = make_engine(max_running=2)
@@ -294,8 +294,8 @@ def test_a_finished_answer_is_handed_out_even_where_the_next_step_ends_the_engin
 
     async def main() -> None:
         server = AsyncEngine(engine)
-        one = SamplingParams(max_tokens=1, ignore_eos=True)
-        streams = [server.submit(ids(length, 50), one) for length in (8, 9, 9)]
+        one_token = SamplingParams(max_tokens=1, ignore_eos=True)
+        streams = [server.submit(ids(length, 50), one_token) for length in (8, 9, 9)]
         server.start()
         read_all = asyncio.gather(*map(read, streams), return_exceptions=True)
         finished, failed, ended = await asyncio.wait_for(read_all, 10)
@@ -306,7 +306,7 @@ def test_a_finished_answer_is_handed_out_even_where_the_next_step_ends_the_engin
     asyncio.run(main())
 
 
-def test_a_client_is_told_that_its_own_request_failed() -> None:
+def test_only_the_client_of_a_failed_request_gets_the_error() -> None:
     engine = make_engine({1: "push"})
 
     async def main() -> None:
@@ -324,13 +324,14 @@ def test_a_client_is_told_that_its_own_request_failed() -> None:
     asyncio.run(main())
 
 
-def test_a_command_that_raises_leaves_no_stream_and_no_question_hanging() -> None:
-    """The first ends the engine, the second is left for its close; those behind them are told."""
+def test_a_failing_command_leaves_no_stream_and_no_call_unanswered() -> None:
+    """Check that later commands are answered: the first failure ends the engine, the second is left
+    to ``close``."""
     engine = make_engine()
 
     async def main() -> None:
         server = AsyncEngine(engine)
-        ran = server.submit(ids(8, 0), ANSWER)
+        running = server.submit(ids(8, 0), ANSWER)
 
         def fail() -> None:
             raise RuntimeError("no such command")
@@ -338,13 +339,13 @@ def test_a_command_that_raises_leaves_no_stream_and_no_question_hanging() -> Non
         server.call_soon(fail)
         server.call_soon(fail)
         behind = server.submit(ids(8, 50), ANSWER)
-        asked = asyncio.ensure_future(server.call(lambda engine: engine.num_waiting))
+        answer = asyncio.ensure_future(server.call(lambda engine: engine.num_waiting))
         await asyncio.sleep(0)
         server.start()
-        for stream in (ran, behind):
+        for stream in (running, behind):
             with pytest.raises(EngineStopped):
                 await asyncio.wait_for(read(stream), 10)
-        assert await asyncio.wait_for(asked, 10) == 2
+        assert await asyncio.wait_for(answer, 10) == 2
         await asyncio.to_thread(server.stop)
 
     asyncio.run(main())

@@ -233,7 +233,7 @@ def states_do_not_move_on_by_what_was_taken(patch: Patch) -> None:
         original(self, batch, [1] * len(taken))
 
 
-@FAULTS.noticed_by(test_drafters.test_a_pace_that_is_never_right_hardly_tries)
+@FAULTS.noticed_by(test_drafters.test_a_drafter_that_is_never_right_drafts_rarely)
 def a_drafter_that_is_never_right_goes_on_guessing(patch: Patch) -> None:
     @patch(DraftLength, "learn")
     def learn(original: Any, self: Any, *args: Any, **more: Any) -> None:
