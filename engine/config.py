@@ -96,6 +96,11 @@ class PluginConfig:
         """Memory that the runner needs for drafts."""
         return DraftSizes()
 
+    @property
+    def kept_folder(self) -> str | None:
+        """Folder in which entries of the cache stay for the next start."""
+        return None
+
     def check(self, config: Any) -> None:
         """Raise ConfigError if these settings contradict the other ones of ``config``."""
 
@@ -303,6 +308,11 @@ class EngineConfig(Settings):
     def num_ranks(self) -> int:
         """Number of processes that compute the model together."""
         return max((one.num_ranks for one in self.plugins), default=1)
+
+    @property
+    def kept_folder(self) -> str | None:
+        """Folder in which entries of the cache stay for the next start."""
+        return next((one.kept_folder for one in self.plugins if one.kept_folder), None)
 
     def __post_init__(self) -> None:
         for name in ("grid", "page_size", "max_running", "max_queue"):

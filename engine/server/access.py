@@ -9,13 +9,15 @@ import hmac
 import ipaddress
 import itertools
 import json
+import logging
 import os
 import re
 import secrets
+import tempfile
 import uuid
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -28,6 +30,7 @@ from engine.server.api_errors import ANTHROPIC, APIError
 from engine.server.settings import API_KEY_VARIABLE, ServerConfig, flag
 from engine.text.json_text import REPLACEMENT
 
+logger = logging.getLogger(__name__)
 OPEN = ("/", "/health", "/metrics")
 """Paths that require no key."""
 OPERATORS = ("/v1/cache", "/reset_prefix_cache", "/flush_cache")
@@ -39,10 +42,9 @@ NAME = re.compile(rb"[\x21-\x7e]{1,128}")
 def install(app: FastAPI, config: ServerConfig) -> None:
     """Add the middleware to ``app``, the last one outermost. Raises ValueError if a key file is
     missing or empty."""
-    keys = api_keys(config, os.environ)
-    if keys:
+    if keys := _distinct_keys(config):
         has_operator = config.admin_key_file is not None
-        app.add_middleware(Keys, keys=list(dict.fromkeys(keys)), has_operator=has_operator)
+        app.add_middleware(Keys, keys=keys, has_operator=has_operator)
     if config.cors_origin:
         app.add_middleware(
             CORSMiddleware,
@@ -62,6 +64,10 @@ def api_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes
     if config.salt_by_key and not keys:
         raise ValueError(f"--salt-by-key needs keys: give --api-key-file or {API_KEY_VARIABLE}.")
     return keys
+
+
+def _distinct_keys(config: ServerConfig) -> list[bytes]:
+    return list(dict.fromkeys(api_keys(config, os.environ)))
 
 
 def _client_keys(config: ServerConfig, environment: Mapping[str, str]) -> list[bytes]:
@@ -288,14 +294,63 @@ class Tenant:
         return self.key is not None or self.namespace is not None
 
 
+SECRET_FILE, SECRET_BYTES = "salt-secret", 32
+"""Name and size of the file in a kept folder with the key of the hashes of salts."""
+
+
+def read_secret(folder: str | None) -> bytes:
+    """Return the key with which salts are hashed.
+
+    It is a new one, unless the cache is kept in ``folder`` for the next start. Then it is kept
+    there too, in a file for its owner only.
+    """
+    made = secrets.token_bytes(SECRET_BYTES)
+    if folder is None:
+        return made
+    file = Path(folder) / SECRET_FILE
+    try:
+        descriptor, part = tempfile.mkstemp(dir=folder)  # mode 0600
+        try:
+            with open(descriptor, "wb") as whole:
+                whole.write(made)
+                whole.flush()
+                os.fsync(whole.fileno())
+            # Unlike a rename, a link fails if another process was first.
+            with suppress(FileExistsError):
+                os.link(part, file)
+        finally:
+            os.unlink(part)
+    except OSError:
+        pass  # The folder is read only, or full. Another engine may have made the file.
+    try:
+        kept = file.read_bytes()
+        if len(kept) != SECRET_BYTES:
+            raise OSError(f"it has {len(kept)} bytes and not {SECRET_BYTES}; delete it")
+    except OSError as error:
+        logger.warning(
+            "Entries of requests with a salt, or with one of several keys, will not be found after "
+            "a restart: %s cannot be used (%s).",
+            file,
+            error.strerror or error,
+        )
+        return made
+    return kept
+
+
 class Tenants:
     """Distinguishes tenants. Salts are secret and namespaces are visible, so they are hashed with a
-    key made at the start, which prevents guessing of salts."""
+    secret key, which prevents guessing of salts."""
 
-    def __init__(self, salt_by_key: bool = False) -> None:
-        """``salt_by_key``: the API key is a part of every salt."""
-        self._key = secrets.token_bytes(32)
-        self._salt_by_key = salt_by_key
+    def __init__(self, secret: bytes, keys: Sequence[bytes] = ()) -> None:
+        """``keys``: the API keys, if they are a part of every salt."""
+        self._secret = secret
+        self._keys = keys
+
+    @classmethod
+    def of_server(cls, config: ServerConfig, kept_folder: str | None) -> Tenants:
+        """Make the tenants of a server. ``kept_folder``: folder in which its cache is kept."""
+        keys = _distinct_keys(config) if separates_keys(config) else ()
+        return cls(read_secret(kept_folder), keys)
 
     def of(self, scope: Scope, salt: str | None = None) -> Tenant:
         """Return the tenant of a request with ``salt`` in its body. Raises APIError 400 if its
@@ -319,12 +374,12 @@ class Tenants:
                 param="cache_salt",
             )
         place: int | None = scope.get("state", {}).get("api_key")
-        salts = [one.encode() for one in given]
-        if self._salt_by_key:
-            salts = [json.dumps([place, *given]).encode()]
-        hashes = [hmac.new(self._key, one, hashlib.sha256) for one in salts]
-        namespace = hashes[0].hexdigest()[:32] if hashes else None
-        return Tenant(place, namespace)
+        # The key itself: its index is that of another key once the file of keys has changed.
+        by_key = [self._keys[place].hex()] if self._keys and place is not None else []
+        if not by_key and not given:
+            return Tenant(place)
+        parts = json.dumps([by_key, *given]).encode()
+        return Tenant(place, hmac.new(self._secret, parts, hashlib.sha256).hexdigest()[:32])
 
 
 def _header_salt(value: bytes) -> str:

@@ -30,7 +30,7 @@ from engine.plugins import PATHS, chat_hooks, plugin_of_path, server_extension
 from engine.requests.grammar import Grammar
 from engine.requests.spec import RequestSpec
 from engine.server import request_log
-from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants, separates_keys
+from engine.server.access import AnswerId, AnswerIds, Tenant, Tenants
 from engine.server.api_errors import APIError, of_failure, quoted
 from engine.server.bodies import BodyReader, Workers, give_way, interleave, to_json
 from engine.server.metrics import Metrics
@@ -239,7 +239,7 @@ class ServingContext:
         self.special_in_content = config.special_in_content
         self._default_max_tokens = config.default_max_tokens
         self.workers = workers
-        self._tenants = Tenants(separates_keys(config))
+        self._tenants = Tenants.of_server(config, engine.config.kept_folder)
         self.ids = AnswerIds()
         self.metrics = Metrics()
         self._config = config

@@ -113,8 +113,8 @@ class ServerConfig(Settings):
     )
     salt_by_key: bool | None = setting(
         None,
-        "requests with different API keys share no cache entries, as with different salts; then "
-        "--state-dir keeps nothing for the next start (default: if there are several keys)",
+        "requests with different API keys share no cache entries, as with different salts "
+        "(default: if there are several keys)",
     )
     cors_origin: tuple[str, ...] = setting(
         (),

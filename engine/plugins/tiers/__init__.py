@@ -30,6 +30,11 @@ class TierConfig(PluginConfig):
         None, "maximum size of --state-dir, GiB; by default 2.5 times device and host memory"
     )
 
+    @property
+    def kept_folder(self) -> str | None:
+        """See ``PluginConfig``."""
+        return self.state_dir
+
     def __post_init__(self) -> None:
         check_gib("host_gib", self.host_gib)
         check_gib("disk_gib", self.disk_gib)

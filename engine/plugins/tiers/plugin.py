@@ -89,7 +89,7 @@ class TierPlugin(Plugin):
         if (folder := lower.folder) is not None:
             words = (
                 f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for "
-                f"the next start too (salted prompts until the end), in {self.tiers.folder}"
+                f"the next start too, in {self.tiers.folder}"
             )
             rows.append(("disk", words if folder.is_written else f"{words}; read only"))
         return rows

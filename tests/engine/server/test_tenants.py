@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from engine import server_config
+from engine import Engine, engine_config, server_config
 from engine.server.settings import ServerConfig
 
-from .conftest import Live
+from .conftest import Live, serving
 
 PROMPT = "what a tenant asks, again and again. " * 12
 
@@ -117,6 +118,36 @@ def test_nobody_can_try_salts_against_what_is_shown(serve_oracle: Callable[..., 
         shown.append(namespaces(live))
     assert len(shown[0]) == len(shown[1]) == 1 and shown[0] != shown[1]
     assert "tenant-17" not in str(shown)
+
+
+def test_tenants_find_their_entries_after_a_restart(tmp_path: Path, caplog: Any) -> None:
+    """Also if the keys changed their places in the file. Nothing in the folder names a tenant."""
+    folder, keys = tmp_path / "state", tmp_path / "keys"
+    settings = ServerConfig(api_key_file=str(keys))
+
+    def start(*lines: str) -> AbstractContextManager[Live]:
+        keys.write_text("\n".join(lines))
+        return serving(Engine(engine_config(cache_gib=0.05, state_dir=str(folder))), settings)
+
+    def ask(live: Live, key: str, salt: str | None = None) -> int:
+        return cached(live, salt, Authorization=f"Bearer {key}")
+
+    with start("key-one", "key-two") as live:
+        assert (ask(live, "key-one"), ask(live, "key-two", "salt-two")) == (0, 0)
+    with start("key-three", "key-two", "key-one") as live:
+        assert ask(live, "key-one") > 0 and ask(live, "key-two", "salt-two") > 0
+        assert [ask(live, "key-three"), ask(live, "key-two"), ask(live, "key-one", "salt-two")] == [
+            0
+        ] * 3
+    secret = folder / "salt-secret"
+    assert secret.stat().st_mode & 0o777 == 0o600
+    text = b"".join(file.read_bytes() for file in folder.iterdir())
+    assert not any(word in text for word in (b"key-", b"salt-two", b"key-one".hex().encode()))
+    assert "salt-secret" not in caplog.text
+    secret.write_bytes(b"short")
+    with start("key-one", "key-two") as live:
+        assert ask(live, "key-one") == 0 < ask(live, "key-one")
+    assert "salt-secret cannot be used (it has 5 bytes and not 32; delete it)" in caplog.text
 
 
 PATHS: list[tuple[str, str]] = [
