@@ -119,6 +119,10 @@ class EngineReplica:
             if stream is not None:
                 stream.abort()
 
+    async def end(self, order: Order) -> None:
+        """End one request with the reason of ``order``. Its last output follows the others."""
+        self._async.abort(order.request_id, order.reason)
+
     async def _cover(self, request_id: str) -> None:
         self._outbox.cover(request_id)
         if await self._async.call(lambda _: self._outbox.flush()):

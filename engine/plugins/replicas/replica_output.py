@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from msgspec import structs
 
 from engine.requests.spec import RequestSpec
-from engine.text.outputs import OutputAccumulator, RequestOutput
+from engine.text.outputs import FinishReason, OutputAccumulator, RequestOutput
 from hybridcache.geometry.units import counted
 from hybridcache.routing.protocol import RouteRequest
 
@@ -23,6 +23,8 @@ class Order:
     replica: str | None = None
     sequence: int = 0
     """Number of the batch of events that is requested."""
+    reason: FinishReason = "abort"
+    """Reason for which a request ends."""
 
 
 @dataclass(frozen=True, slots=True)

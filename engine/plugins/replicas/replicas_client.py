@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 from engine.async_engine import NoSingleEngine, RequestStream, Watching
@@ -133,6 +134,7 @@ class FleetEngine:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._numbers = itertools.count()
         self._waiting: set[str] = set()
+        self._endings: set[asyncio.Task[None]] = set()
         self._reports: dict[str, CacheReport] = {}
         self._gone: Counter[str] = Counter()
         self._followers: dict[str, asyncio.Task[None]] = {}
@@ -206,7 +208,6 @@ class FleetEngine:
         request_id = request.request_id
         if request_id in self._tasks:
             raise DuplicateId(request_id)
-        stream = RequestStream(request_id, self._abort)
         first = request.report()
         tokens = first.prompt_token_ids.copy()
         # A replica may still end an earlier request of this id.
@@ -222,6 +223,7 @@ class FleetEngine:
             unique_id, tuple(tokens.tolist()), spec.namespace, boundaries=tuple(spec.boundaries)
         )
         order, answer = Order(unique_id, spec, route), ReplicaAnswer(request_id, tokens)
+        stream = RequestStream(request_id, partial(self._abort, order))
         self._waiting.add(unique_id)
         task = asyncio.ensure_future(self._follow_answer(order, answer, stream))
         self._tasks[request_id] = task
@@ -230,9 +232,26 @@ class FleetEngine:
         )
         return stream
 
-    def _abort(self, request_id: str, reason: FinishReason) -> None:
+    def _abort(self, order: Order, request_id: str, reason: FinishReason) -> None:
+        """End the request of ``order``. Unless the client left, its replica ends it, so that both
+        count the same ``reason`` and its last output is sent."""
         task = self._tasks.get(request_id)
-        if task is not None:
+        if task is None:
+            return
+        if reason == "abort":
+            task.cancel()
+            return
+        ending = asyncio.ensure_future(self._end_early(replace(order, spec=None, reason=reason)))
+        self._endings.add(ending)
+        ending.add_done_callback(lambda ending: self._ended_early(ending, task))
+
+    async def _end_early(self, order: Order) -> None:
+        # Its route leads to the replica that has the request.
+        await asyncio.wait_for(self._handle.options(method_name="end").remote(order), CALL_S)
+
+    def _ended_early(self, ending: asyncio.Task[None], task: asyncio.Task[None]) -> None:
+        self._endings.discard(ending)
+        if ending.cancelled() or ending.exception() is not None:
             task.cancel()
 
     async def _follow_answer(

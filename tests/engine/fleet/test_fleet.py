@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import EngineConfig, SamplingParams, engine_config, server_config
-from engine.async_engine import NoSingleEngine
+from engine import Engine, EngineConfig, SamplingParams, engine_config, server_config
+from engine.async_engine import AsyncEngine, NoSingleEngine
 from engine.errors import EngineStopped, QueueFull, StepFailed
 from engine.plugins.replicas.fleet import Fleet
 from engine.plugins.replicas.replica import EngineReplica, ReplicaGone
@@ -18,6 +18,7 @@ from engine.plugins.replicas.replica_output import Order
 from engine.plugins.replicas.replicas_client import FleetEngine, summed
 from engine.plugins.replicas.start_replicas import spec_of, start_replicas
 from engine.requests.spec import RequestSpec
+from engine.text.outputs import RequestOutput
 from hybridcache.routing.registry import find_router
 
 CONFIG = EngineConfig(cache_gib=0.02, max_model_len=1024, check=True)
@@ -227,6 +228,48 @@ def test_aborts_limits_and_bad_requests() -> None:
             with pytest.raises(EngineStopped):
                 async for _ in each:
                     pass
+        await engine.drain()
+
+    asyncio.run(live())
+
+
+@pytest.mark.parametrize("reason", ["stop", "abort"])
+def test_an_answer_that_is_ended_early_has_the_reason_that_one_engine_gives(reason: Any) -> None:
+    async def last(engine: Any) -> RequestOutput:
+        stream = engine.submit(asked(max_tokens=600))
+        await anext(stream)
+        stream.abort(reason)
+        return [output async for output in stream][-1]
+
+    async def live() -> None:
+        single = AsyncEngine(Engine(CONFIG))
+        single.start()
+        engine, handle = await fleet_of(2)
+        outputs = [await last(single), await last(engine)]
+        assert [output.finish_reason for output in outputs] == [reason, reason]
+        assert all(output.new_token_ids == () for output in outputs)
+        replica = handle.replicas[handle.chosen[0]]
+        while (await replica.report(Order())).num_running:
+            await asyncio.sleep(0.02)
+        assert engine._fleet._placed == {}
+        for each in (single, engine):
+            await each.drain()
+
+    asyncio.run(live())
+
+
+def test_an_answer_that_cannot_be_ended_by_its_replica_is_aborted() -> None:
+    async def live() -> None:
+        engine, handle = await fleet_of(1)
+
+        async def end(order: Order) -> None:
+            raise RuntimeError("the replica does not answer")
+
+        handle.replicas["r0"].end = end
+        stream = engine.submit(asked(max_tokens=600))
+        await anext(stream)
+        stream.abort("stop")
+        assert [output async for output in stream][-1].finish_reason == "abort"
         await engine.drain()
 
     asyncio.run(live())
