@@ -16,7 +16,7 @@ from typing import Any
 from hybridcache.config import GRID
 from hybridcache.geometry.exchange import DISK_BYTES_PER_S, PCIE_BYTES_PER_S
 from hybridcache.geometry.model import DTYPE_BYTES, ModelGeometry
-from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline
+from hybridcache.geometry.times import MeasuredTimes, PrefillTimes, Roofline, describe_times
 from hybridcache.geometry.units import format_bytes
 from hybridcache.lab.defaults import MODEL
 from hybridcache.lab.progress import Progress, shown_progress
@@ -54,6 +54,8 @@ PRECISIONS = (*SERVABLE_PRECISIONS, "int8")
 WORTH = 0.005
 """Token hit rate that a periodic checkpoint, a coarser precision or a finer grid must gain to be
 advised."""
+SAME_TTFT = 1.05
+"""Ratio of the slowest to the fastest time to the first token up to which they are the same."""
 FEWEST_CHECKED = 100
 """Number of requests below which a measured error of the forecast is mostly chance."""
 TUNE_SHARE = 0.5
@@ -106,6 +108,8 @@ class Advice:
     """Worth of the tiers below the device, if sizes were given for them."""
     source: str = ""
     """Folder of the model, or ``builtin``; empty if it was named by a preset."""
+    times: str = ""
+    """Source of the prefill times, in words."""
 
     @property
     def command(self) -> str:
@@ -156,31 +160,47 @@ class Advice:
     def text(self) -> str:
         """Return the advice, then the table of all options."""
         kv_gib = self.gib * self.kv_share
-        run = self.result
         lines = [
             f"{self.trace}, {self.model}, {self.gib:g} GiB:",
             f"  eviction {self.policy}, checkpoints {self.checkpoints}, states in "
             f"{self.state_dtype}, grid {self.grid}",
             f"  {self.forecast}",
-            f"  TTFT P50 {1e3 * run.ttft_s[50]:.1f} ms, P99 {1e3 * run.ttft_s[99]:.1f} ms",
+            self._ttft,
             f"  with two fixed pools: {kv_gib:.3g} GiB for KV, {self.gib - kv_gib:.3g} GiB for "
             "states",
             *([] if self.tiers is None else [f"  {self.tiers.text()}"]),
             f"  to serve: {self.command}",
             "",
         ]
+        percentiles = (50, 99) if self._ttft_differs else ()
         rows = [
             [
                 answer.question,
                 answer.option + (" *" if answer.chosen else ""),
                 f"{100 * answer.run.token_hit_rate:.1f}",
-                f"{1e3 * answer.run.ttft_s[50]:.1f}",
-                f"{1e3 * answer.run.ttft_s[99]:.1f}",
+                *(f"{1e3 * answer.run.ttft_s[one]:.1f}" for one in percentiles),
             ]
             for answer in self.answers
         ]
-        header = ["question", "option (* chosen)", "token hit, %", "TTFT P50, ms", "TTFT P99, ms"]
+        header = ["question", "option (* chosen)", "token hit, %"]
+        header += [f"TTFT P{one}, ms" for one in percentiles]
         return "\n".join(lines) + text_table(header, rows)
+
+    @property
+    def _ttft_differs(self) -> bool:
+        """True if the times to the first token tell options apart."""
+        times = [answer.run.ttft_s[one] for answer in self.answers for one in (50, 99)]
+        return max(times) > SAME_TTFT * min(times)
+
+    @property
+    def _ttft(self) -> str:
+        median, tail = (1e3 * self.result.ttft_s[one] for one in (50, 99))
+        if self._ttft_differs:
+            return f"  TTFT P50 {median:.1f} ms, P99 {tail:.1f} ms"
+        return (
+            f"  TTFT {median:.1f} ms with every option: these prompts are short for the assumed "
+            f"machine, {self.times}. To use measured times, give --times FILE"
+        )
 
     def __str__(self) -> str:
         return self.text()
@@ -318,6 +338,7 @@ def advise(
         check,
         worth,
         _folder(model),
+        describe_times(serving.times),
     )
 
 

@@ -19,6 +19,7 @@ import pytest
 
 from engine.config import EngineConfig
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.times import Roofline
 from hybridcache.lab.advise import WORTH, advise
 from hybridcache.lab.baselines import BASELINES
 from hybridcache.lab.cli import main
@@ -26,7 +27,7 @@ from hybridcache.lab.extras import CACHE_DISTRIBUTION
 from hybridcache.lab.generators import chat, resend, short
 from hybridcache.lab.optimum import best_plan
 from hybridcache.lab.report import METRICS, optimum_table
-from hybridcache.lab.simulation.simulate import optimum, simulate
+from hybridcache.lab.simulation.simulate import load_model, optimum, simulate
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
 from hybridcache.policies.registry import eviction_names, placement_names
@@ -485,6 +486,16 @@ def test_advice_is_the_best_of_what_it_tried() -> None:
     assert f"states in {advice.state_dtype}" in text
     assert advice.policy in text and "GiB for states" in text
     assert json.loads(json.dumps(advice.as_record()))["policy"] == "lru"
+
+
+def test_times_that_tell_no_options_apart_are_explained_once() -> None:
+    """On an H100 the built-in model takes the constant part of the time whatever is reused."""
+    text = advise("chat?head=30", gib=0.01, model="builtin").text()
+    assert "TTFT 5.0 ms with every option: these prompts are short for the assumed machine" in text
+    assert text.count("TTFT") == 1
+    slower = Roofline(load_model("builtin"), flops_per_s=1e9, bytes_per_s=1e9, overhead_s=0)
+    text = advise("chat?head=30", gib=0.01, model="builtin", times=slower).text()
+    assert "every option" not in text and text.count("TTFT P50") == 2
 
 
 def test_a_finer_grid_is_advised_where_it_gains() -> None:
