@@ -64,7 +64,9 @@ class Reader:
     @property
     def records(self) -> list[list[Any]]:
         """All since the last whole state."""
-        start = max(at for at, (name, _, _) in enumerate(self.events) if name == "whole")
+        start = max(
+            (at for at, (name, _, _) in enumerate(self.events) if name == "whole"), default=0
+        )
         return [record for _, _, data in self.events[start:] for record in data["records"]]
 
     @property
@@ -146,10 +148,14 @@ def test_a_reader_knows_the_tree_and_the_requests(
 
 
 def test_one_that_comes_back_gets_what_it_missed_or_the_whole(
-    serve_oracle: Callable[..., Live], read: Callable[..., Reader]
+    serve_oracle: Callable[..., Live],
+    read: Callable[..., Reader],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(feed, "LINGER_S", 600.0)  # a loaded machine may take long to come back
     live = serve_oracle()
     first = read(live)
+    first.wait(lambda first: bool(first.events))  # else the whole state may have the request
     ask(live, PROMPT)
     first.wait(lambda first: first.num_ended == 1 and first.events[-1][0] == "changes")
     last = first.events[-1][1]
