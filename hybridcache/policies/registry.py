@@ -15,50 +15,47 @@ from math import isfinite
 from typing import Any, NamedTuple
 
 from hybridcache.policies.admission.base import AdmissionPolicy
-from hybridcache.policies.admission.live import Live
-from hybridcache.policies.admission.matched import CachedFirst, LongestMatch, Window
-from hybridcache.policies.admission.oldest import Oldest
 from hybridcache.policies.admission.session_gate import SessionGate
+from hybridcache.policies.admission.simple import CachedFirst, Live, LongestMatch, Oldest, Window
 from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.class_age import ClassAge
 from hybridcache.policies.eviction.clock import Clock
-from hybridcache.policies.eviction.coverage import Coverage
-from hybridcache.policies.eviction.fifo import FIFO
-from hybridcache.policies.eviction.gdsf import GDSF
-from hybridcache.policies.eviction.hits_per_token import HitsPerToken
-from hybridcache.policies.eviction.hyperbolic import Hyperbolic
-from hybridcache.policies.eviction.lfu import LFU
 from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.marconi import Marconi
-from hybridcache.policies.eviction.random_choice import Random
+from hybridcache.policies.eviction.marconi import Marconi, SegLen
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
-from hybridcache.policies.eviction.seglen import SegLen
+from hybridcache.policies.eviction.scored import (
+    FIFO,
+    GDSF,
+    LFU,
+    TTL,
+    Coverage,
+    HitsPerToken,
+    Hyperbolic,
+    Random,
+    TailLRU,
+)
 from hybridcache.policies.eviction.sieve import Sieve
 from hybridcache.policies.eviction.slru import SLRU
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.eviction.tail_lru import TailLRU
-from hybridcache.policies.eviction.ttl import TTL
 from hybridcache.policies.eviction.two_queue import TwoQueue
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
 from hybridcache.policies.placement.adaptive import Adaptive
-from hybridcache.policies.placement.by_length import (
-    Aligned,
-    Balanced,
-    Chunks,
-    Dyadic,
-    Sqrt,
-    Thinned,
-)
 from hybridcache.policies.placement.planned import Planned
 from hybridcache.policies.placement.rules import (
+    Aligned,
     Backoff,
+    Balanced,
     Boundary,
     Branch,
+    Chunks,
+    Dyadic,
     End,
     Every,
     Placement,
     Prompt,
+    Sqrt,
+    Thinned,
 )
 from hybridcache.policies.protocol import EvictionPolicy, PlacementPolicy
 from hybridcache.policies.user import OwnPolicy, admission_of, eviction_of, load, placement_of

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Hashable, Iterable
 from typing import ClassVar
 
@@ -11,9 +13,7 @@ from hybridcache.export.events import CheckpointStored, Event
 from hybridcache.export.mirror import Mirror, MirrorMatch
 from hybridcache.policies.protocol import Prefill
 from hybridcache.routing.hashing import rendezvous
-from hybridcache.routing.in_flight import InFlightPrompts
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
-from hybridcache.routing.write_rate import WriteRate
 
 MOST_BUSY = 0.95
 """Upper bound of the estimated utilisation. Above it queues grow without limit."""
@@ -339,3 +339,136 @@ class KVSeconds(CheckpointSeconds):
 
     def forecast(self, request: RouteRequest, cached_len: int, kv_match_len: int) -> list[int]:
         return list(range(self.spec.grid, len(request.tokens), self.spec.grid))
+
+
+# --- Prompts without events yet -------------------------------------------------------------------
+
+
+class InFlightPrompts:
+    """Prompts in flight to one replica: running requests, and those that ended since its events.
+
+    >>> way = InFlightPrompts()
+    >>> way.sent(RouteRequest("a", (1, 2, 3, 4, 5)), (2, 4), num_new=5)
+    >>> way.depth(RouteRequest("b", (1, 2, 3, 9)))
+    2
+    """
+
+    __slots__ = ("_prompts", "num_new")
+
+    def __init__(self) -> None:
+        self._prompts: dict[Hashable, tuple[RouteRequest, tuple[int, ...], int]] = {}
+        self.num_new = 0
+        """Number of ids that these prompts will store in addition to the present contents."""
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def requests(self) -> Iterable[Hashable]:
+        """Return the ids of the requests, the oldest first."""
+        return tuple(self._prompts)
+
+    def sent(self, request: RouteRequest, positions: Iterable[int], num_new: int) -> None:
+        """Add ``request``, which will save a checkpoint at each of ``positions``. O(n log n)."""
+        self._prompts[request.id] = request, tuple(sorted(positions)), num_new
+        self.num_new += num_new
+
+    def over(self, request: Hashable) -> None:
+        """Remove a request that events cover or that stores nothing. Unknown ids are ignored."""
+        found = self._prompts.pop(request, None)
+        if found is not None:
+            self.num_new -= found[2]
+
+    def depth(self, request: RouteRequest) -> int:
+        """Number of ids of ``request`` that can be resumed after all prompts here are computed.
+
+        O(prompts in flight + shared ids).
+        """
+        deepest = 0
+        for other, positions, _ in self._prompts.values():
+            if other.namespace == request.namespace and positions and positions[-1] > deepest:
+                shared = min(_shared(other.tokens, request.tokens), len(request.tokens) - 1)
+                number = bisect_right(positions, shared)
+                if number:
+                    deepest = max(deepest, positions[number - 1])
+        return deepest
+
+    def check(self) -> None:
+        """Raise AssertionError unless ``num_new`` is the sum over all prompts."""
+        assert self.num_new == sum(num_new for _, _, num_new in self._prompts.values())
+
+
+_BLOCK = 256
+"""Number of ids compared per step."""
+
+
+def _shared(left: tuple[int, ...], right: tuple[int, ...]) -> int:
+    """Return the length of the common prefix."""
+    shorter, start = min(len(left), len(right)), 0
+    while start < shorter:
+        end = min(start + _BLOCK, shorter)
+        if left[start:end] != right[start:end]:
+            break
+        start = end
+    while start < shorter and left[start] == right[start]:
+        start += 1
+    return start
+
+
+class WriteRate:
+    """Log of the bytes stored on one replica and of the prefill seconds that they took.
+
+    It covers the last ``capacity_bytes`` written. Under LRU, the next eviction victim has been
+    unused for about that period. ``sent`` is O(1) amortised, the other methods O(1).
+
+    >>> write_rate = WriteRate(100, now=0.0)
+    >>> for second in range(1, 5):
+    ...     write_rate.sent(50, 0.25, now=float(second))
+    >>> write_rate.rate(now=4.0), write_rate.rate(now=8.0), write_rate.work_s
+    (50.0, 16.666666666666668, 0.5)
+    """
+
+    __slots__ = ("_bytes", "_capacity", "_log", "_seconds")
+
+    def __init__(self, capacity_bytes: int | None, now: float) -> None:
+        self._capacity = capacity_bytes
+        self._bytes, self._seconds = 0, 0.0
+        self._log: deque[tuple[float, int, float]] = deque([(now, 0, 0.0)])
+        """Entries (time, total bytes, total seconds), the oldest first. Totals are cumulative."""
+
+    def sent(self, num_bytes: int, seconds: float, now: float) -> None:
+        """Add one request. ``now`` must not decrease between calls."""
+        self._bytes += num_bytes
+        self._seconds += seconds
+        if self._capacity is None or not num_bytes:
+            return
+        self._log.append((now, self._bytes, self._seconds))
+        while self._log[1][1] <= self._bytes - self._capacity:
+            if len(self._log) == 2:
+                break
+            self._log.popleft()
+
+    @property
+    def since_s(self) -> float:
+        """Start of the log: one capacity ago, or the time at which the replica joined."""
+        return self._log[0][0]
+
+    @property
+    def work_s(self) -> float:
+        """Prefill seconds sent to the replica since ``since_s``."""
+        return self._seconds - self._log[0][2]
+
+    def rate(self, now: float) -> float:
+        """Bytes per second since ``since_s``, or 0 if no time has passed.
+
+        Periods under a microsecond count as one: a quotient by less can overflow.
+        """
+        since, before, _ = self._log[0]
+        return (self._bytes - before) / max(now - since, 1e-6) if now > since else 0.0
+
+    def check(self) -> None:
+        """Raise AssertionError unless the log covers one capacity and no more than needed."""
+        times, sums, seconds = zip(*self._log, strict=True)
+        assert all(list(column) == sorted(column) for column in (times, sums, seconds))
+        assert sums[-1] <= self._bytes and seconds[-1] <= self._seconds
+        if self._capacity is not None and len(sums) > 2:
+            assert sums[1] > self._bytes - self._capacity

@@ -8,8 +8,13 @@ from typing import cast
 from hybridcache.policies.user import load
 from hybridcache.routing.precise import CheckpointSeconds, KVScores, KVSeconds
 from hybridcache.routing.protocol import ReplicaSpec, Router
-from hybridcache.routing.simple import LeastLoaded, RoundRobin, Sticky
-from hybridcache.routing.text import CacheAware, PrefixAffinity
+from hybridcache.routing.without_events import (
+    CacheAware,
+    LeastLoaded,
+    PrefixAffinity,
+    RoundRobin,
+    Sticky,
+)
 
 ROUTERS: dict[str, type[Router]] = {
     "round_robin": RoundRobin,

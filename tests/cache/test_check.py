@@ -7,7 +7,7 @@ import pytest
 from hybridcache.policies.registry import EVICTION
 from tests.cache.serving import hybrid, ids, publish
 
-TELLING = ("lru", "fifo", "hyperbolic", "hybridcache.policies.eviction.fifo:FIFO")
+TELLING = ("lru", "fifo", "hyperbolic", "hybridcache.policies.eviction.scored:FIFO")
 """One of each base that can tell what it holds."""
 
 

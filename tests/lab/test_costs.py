@@ -8,8 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from hybridcache.geometry.model import ModelGeometry
-from hybridcache.geometry.shapes import presets
+from hybridcache.geometry.model import ModelGeometry, presets
 from hybridcache.geometry.times import MeasuredTimes, Roofline, prefill_seconds
 
 QWEN3_NEXT = {

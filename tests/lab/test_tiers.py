@@ -73,7 +73,7 @@ def test_the_exchange_counts_in_the_trace_s_units():
 
 
 def test_advice_says_what_a_tier_is_worth_on_the_device(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("hybridcache.lab.tier_worth.NUM_SIZES", 4)
+    monkeypatch.setattr("hybridcache.lab.advise.NUM_SIZES", 4)
     advice = advise(TRACE.head(25), gib=1, policy="lru", state_dtypes=(), host_gib=4)
     assert advice.tiers is not None
     assert 0 < advice.tiers.device_gib <= 4

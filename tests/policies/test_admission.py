@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hybridcache.policies.admission.base import AdmissionPolicy, Load, Session, WaitingRequest
-from hybridcache.policies.admission.matched import LOOK_AHEAD, TOKENS_A_PASS
 from hybridcache.policies.admission.session_gate import CREDIT_S, FLOOR, MAX_TURNS, SessionGate
+from hybridcache.policies.admission.simple import LOOK_AHEAD, TOKENS_A_PASS
 from hybridcache.policies.protocol import PolicyError
 from hybridcache.policies.registry import make_admission
 

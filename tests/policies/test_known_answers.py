@@ -7,22 +7,24 @@ import pytest
 from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.class_age import ClassAge
 from hybridcache.policies.eviction.clock import Clock
-from hybridcache.policies.eviction.coverage import Coverage
-from hybridcache.policies.eviction.fifo import FIFO
-from hybridcache.policies.eviction.gdsf import GDSF
-from hybridcache.policies.eviction.hits_per_token import HitsPerToken
-from hybridcache.policies.eviction.hyperbolic import Hyperbolic
-from hybridcache.policies.eviction.lfu import LFU
 from hybridcache.policies.eviction.lhd import LHD
-from hybridcache.policies.eviction.marconi import Marconi
-from hybridcache.policies.eviction.random_choice import Random
+from hybridcache.policies.eviction.marconi import Marconi, SegLen
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
-from hybridcache.policies.eviction.scored import SampledPolicy, ScorePolicy
-from hybridcache.policies.eviction.seglen import SegLen
+from hybridcache.policies.eviction.scored import (
+    FIFO,
+    GDSF,
+    LFU,
+    TTL,
+    Coverage,
+    HitsPerToken,
+    Hyperbolic,
+    Random,
+    SampledPolicy,
+    ScorePolicy,
+    TailLRU,
+)
 from hybridcache.policies.eviction.sieve import Sieve
 from hybridcache.policies.eviction.slru import SLRU
-from hybridcache.policies.eviction.tail_lru import TailLRU
-from hybridcache.policies.eviction.ttl import TTL
 from hybridcache.policies.eviction.two_queue import TwoQueue
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
 from hybridcache.policies.protocol import Item

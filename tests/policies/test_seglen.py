@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hybridcache.policies.eviction.seglen import SegLen
+from hybridcache.policies.eviction.marconi import SegLen
 from tests.policies.items import FakeItem, offer
 
 

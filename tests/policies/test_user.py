@@ -19,9 +19,8 @@ from hybridcache.lab.cli import main
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.lab.trace import Trace
 from hybridcache.lab.traces import open_trace
-from hybridcache.policies.eviction.fifo import FIFO
 from hybridcache.policies.eviction.lru import LRU
-from hybridcache.policies.eviction.scored import ScorePolicy
+from hybridcache.policies.eviction.scored import FIFO, ScorePolicy
 from hybridcache.policies.protocol import (
     EvictionPolicy,
     Item,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from hybridcache.routing.in_flight import InFlightPrompts
+from hybridcache.routing.precise import InFlightPrompts
 from hybridcache.routing.protocol import RouteRequest
 from tests.routing.reference import PlainInFlight
 

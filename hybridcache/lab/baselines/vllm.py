@@ -24,7 +24,7 @@ Source: the published behaviour of ``vllm/v1/core`` (KV cache manager, block poo
   request's attention blocks. At the end the attention blocks are released, deepest first, then the
   states. The last decoded token is never computed.
 - Blocks are never de-duplicated: content computed again is stored again.
-- *Host memory*, if there is any: see ``offload``.
+- *Host memory*, if there is any: see ``ChunkStore``.
 
 Left out: preemption, waiting for a state that another request produces in the same step, and states
 exported from within a chunk (an option of one backend).
@@ -34,13 +34,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable, Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
+from typing import Generic, TypeVar
 
 import numpy as np
+from sortedcontainers import SortedDict
 
-from hybridcache.lab.baselines.blocks import BlockPool
-from hybridcache.lab.baselines.offload import ChunkStore
 from hybridcache.lab.baselines.protocol import BaselineConfig
 from hybridcache.tokens import Tokens
 
@@ -402,3 +404,198 @@ class VllmSession:
     def _register(self, block: int, group: int, length: int) -> None:
         digest = self._hashes.digests[length // self.cache.unit - 1]
         self.pool.register(block, (group, digest), length)
+
+
+# --- Block pool -----------------------------------------------------------------------------------
+
+
+class BlockPool:
+    """Blocks of equal size with content keys, and one free queue in the order of reuse.
+
+    All ``num_blocks`` are free at first. A free block keeps its content until it is
+    allocated again.
+
+    A block may have several keys (of a full block, and of a part of it that can be resumed). A key
+    may belong to several blocks: content computed twice is stored twice. Every operation is O(1)
+    per block.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._references = [0] * num_blocks
+        self._keys_of: dict[int, list[Hashable]] = {}
+        self._length_of: dict[int, int] = {}
+        self._blocks_of: dict[Hashable, dict[int, None]] = {}
+
+    def lookup(self, key: Hashable) -> int | None:
+        """Return the block that has held ``key`` longest, or None."""
+        blocks = self._blocks_of.get(key)
+        return next(iter(blocks)) if blocks else None
+
+    def take(self, block: int) -> None:
+        """Add a reference to a block; a free one leaves the queue with its content."""
+        if self._references[block] == 0:
+            del self.free[block]
+        self._references[block] += 1
+
+    def allocate(self) -> int:
+        """Return the block at the head of the free queue, without its content. Raises KeyError if
+        none is free."""
+        block, _ = self.free.popitem(last=False)
+        self._forget(block)
+        self._references[block] = 1
+        return block
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Remove one reference from each block. Unreferenced blocks are queued last, in the order
+        given, or first if they have no content."""
+        empty = []
+        for block in blocks:
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self.free[block] = None
+                if block not in self._keys_of:
+                    empty.append(block)
+        for block in reversed(empty):
+            self.free.move_to_end(block, last=False)
+
+    def register(self, block: int, key: Hashable, length: int) -> None:
+        """Register ``block`` under ``key``, which ends ``length`` tokens into the text. A key
+        longer than the block's first one replaces all its keys (the block has grown); a shorter one
+        is added."""
+        keys = self._keys_of.get(block, ())
+        if key in keys:
+            return
+        if keys and self._length_of[block] < length:
+            self._forget(block)
+        if block not in self._keys_of:
+            self._keys_of[block] = []
+            self._length_of[block] = length
+        self._keys_of[block].append(key)
+        self._blocks_of.setdefault(key, {})[block] = None
+
+    def move(self, source: int, target: int) -> None:
+        """Move the keys of ``source`` to ``target``, which has none."""
+        length = self._length_of[source]
+        for key in self._forget(source):
+            self.register(target, key, length)
+
+    def check(self) -> None:
+        """Check that every block is either referenced or free, and that keys and blocks refer to
+        each other. Raises AssertionError otherwise. O(blocks)."""
+        held = sum(count > 0 for count in self._references)
+        assert held + len(self.free) == self.num_blocks, "blocks: held + free != all"
+        assert all(self._references[block] == 0 for block in self.free), "a held block is free"
+        named = {(block, key) for block, keys in self._keys_of.items() for key in keys}
+        kept = {(block, key) for key, blocks in self._blocks_of.items() for block in blocks}
+        assert named == kept, "keys and blocks do not name each other"
+
+    def _forget(self, block: int) -> list[Hashable]:
+        """Remove all keys of ``block`` and return them."""
+        keys = self._keys_of.pop(block, [])
+        self._length_of.pop(block, None)
+        for key in keys:
+            blocks = self._blocks_of[key]
+            del blocks[block]
+            if not blocks:
+                del self._blocks_of[key]
+        return keys
+
+
+# --- Host memory ----------------------------------------------------------------------------------
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+class ChunkStore(Generic[_Key]):
+    """vLLM's native offload: a store of blocks in host memory next to its block pool.
+
+    ``num_chunks`` chunks by key; the next to be evicted is found in O(log n). Keys must be
+    orderable.
+
+    Source: the published behaviour of its ``OffloadingConnector`` and CPU manager at 0.33,
+    defaults.
+
+    - A chunk is one block of any group, so a state takes as many as there are state groups.
+    - *Stored* as soon as they are computed: whole attention blocks of the *prompt*, and the states
+      at block boundaries of the prompt that the device's cache keeps (its retention). Answers and
+      parts of a block are never stored. Blocks that the device already had are offered too, unless
+      the request loaded some.
+    - An offer is stored whole or not at all. It may evict older entries, but none that it names.
+    - *Loaded*: looked up past the device's own hit. Attention must be present block after block, up
+      to the deepest boundary that has all state groups; at most ``prompt - 1`` tokens. Attention
+      that the device still has past its last state does not count. Everything found is loaded.
+    - *Order*: a request's blocks are as recent as the request's end, and deeper blocks are older. A
+      state that is hit on the device is not refreshed.
+
+    Left out: parts of a block (with a match unit; the device's tail is then not extended), copies
+    that are still in progress, ARC, and the tiers below.
+    """
+
+    def __init__(self, num_chunks: int) -> None:
+        self.num_chunks = num_chunks
+        self.num_stored = 0
+        """Chunks written so far."""
+        self._rank_of: dict[_Key, tuple[int, int, _Key]] = {}
+        self._by_rank: SortedDict[tuple[int, int, _Key], _Key] = SortedDict()
+        self._clock = 0
+
+    def __contains__(self, key: _Key) -> bool:
+        return key in self._rank_of
+
+    def __len__(self) -> int:
+        return len(self._rank_of)
+
+    def tick(self) -> int:
+        """Return the recency of a new request, later than all before."""
+        self._clock += 1
+        return self._clock
+
+    def offer(self, keys: Mapping[_Key, int], recency: int) -> bool:
+        """Store the missing ones of ``keys``, a map from key to end position. Returns False, and
+        stores and evicts nothing, if there is no room for them next to the rest of the offer.
+        O(keys log n + keys that are kept)."""
+        self.use(keys, recency)
+        missing = [key for key in keys if key not in self._rank_of]
+        if len(keys) > self.num_chunks:
+            return not missing
+        excess = len(self._rank_of) + len(missing) - self.num_chunks
+        if excess > 0:
+            old = (key for key in self._by_rank.values() if key not in keys)
+            for key in list(islice(old, excess)):
+                del self._by_rank[self._rank_of.pop(key)]
+        for key in missing:
+            self._set(key, (recency, -keys[key], key))
+        self.num_stored += len(missing)
+        return True
+
+    def use(self, keys: Mapping[_Key, int], recency: int) -> None:
+        """Refresh the stored ones of ``keys`` to the ``recency`` of a request that used them."""
+        for key, end in keys.items():
+            rank = self._rank_of.get(key)
+            if rank is not None and rank[:2] < (recency, -end):
+                self._set(key, (recency, -end, key))
+
+    def finish(self, keys: Iterable[_Key]) -> None:
+        """Record the end of a request that used ``keys``, ordered from head to tail: the tail is
+        older."""
+        for key in reversed(list(keys)):
+            if key in self._rank_of:
+                self._set(key, (self.tick(), 0, key))
+
+    def __iter__(self) -> Iterator[_Key]:
+        return iter(self._rank_of)
+
+    def check(self) -> None:
+        """Check that no more is stored than fits and that both indices agree. Raises AssertionError
+        otherwise. O(n)."""
+        assert len(self._rank_of) <= self.num_chunks, "more chunks than there is room for"
+        assert {key: rank for rank, key in self._by_rank.items()} == self._rank_of, "two orders"
+
+    def _set(self, key: _Key, rank: tuple[int, int, _Key]) -> None:
+        old = self._rank_of.get(key)
+        if old is not None:
+            del self._by_rank[old]
+        self._rank_of[key] = rank
+        self._by_rank[rank] = key

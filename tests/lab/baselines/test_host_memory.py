@@ -26,9 +26,8 @@ from hybridcache.lab.baselines import (
 )
 from hybridcache.lab.baselines.hicache import HicacheCache
 from hybridcache.lab.baselines.llama_server import LlamaServerCache
-from hybridcache.lab.baselines.offload import ChunkStore
 from hybridcache.lab.baselines.ollama import OllamaCache
-from hybridcache.lab.baselines.vllm import VllmCache
+from hybridcache.lab.baselines.vllm import ChunkStore, VllmCache
 from hybridcache.lab.simulation.simulate import simulate
 from hybridcache.tokens import Tokens
 from tests.lab.baselines.prompts import GIB, QWEN3_NEXT, text

@@ -13,8 +13,7 @@ import pytest
 
 from experiments.studies.record_vllm import VARIANTS, summary
 from hybridcache.lab.baselines import BaselineConfig, replay
-from hybridcache.lab.baselines.blocks import BlockPool
-from hybridcache.lab.baselines.vllm import VllmCache, inflated_block_size
+from hybridcache.lab.baselines.vllm import BlockPool, VllmCache, inflated_block_size
 from hybridcache.lab.generators import GENERATORS
 from tests.lab.baselines.prompts import (
     GIB,

@@ -1,6 +1,6 @@
-"""Routers that estimate cache contents from the prompts they sent.
+"""Routers that receive no cache events: some estimate cache contents from the prompts they sent.
 
-They implement the published rules of SGLang's gateway and of Ray Serve. Those count characters;
+These implement the published rules of SGLang's gateway and of Ray Serve. Those count characters;
 these count tokens.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 
+from hybridcache.routing.hashing import rendezvous
 from hybridcache.routing.protocol import Choice, ReplicaId, ReplicaSpec, Router, RouteRequest
 from hybridcache.routing.text_tree import TextTree
 
@@ -114,3 +115,37 @@ class PrefixAffinity(_Guessing):
         chosen = min(drawn, key=lambda each: self.loads[each].num_running)
         self.tree.insert(request.tokens, chosen, request.namespace)
         return Choice(chosen, reached.get(chosen, 0))
+
+
+# --- Routers that ignore caches -------------------------------------------------------------------
+
+
+class RoundRobin(Router):
+    """Choose each replica in turn."""
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        super().__init__(spec)
+        self._turn = 0
+
+    def choose(self, request: RouteRequest, now: float) -> Choice:
+        replicas: list[ReplicaId] = list(self.loads)
+        self._turn += 1
+        return Choice(replicas[self._turn % len(replicas)])
+
+
+class LeastLoaded(Router):
+    """Choose the replica with the fewest running requests."""
+
+    def choose(self, request: RouteRequest, now: float) -> Choice:
+        return Choice(self.least_loaded())
+
+
+class Sticky(Router):
+    """Choose a session's replica by consistent hashing, regardless of load.
+
+    A request without a session is treated as a session by itself.
+    """
+
+    def choose(self, request: RouteRequest, now: float) -> Choice:
+        session = request.id if request.session is None else request.session
+        return Choice(rendezvous(repr((request.namespace, session)).encode(), self.loads))
