@@ -15,7 +15,7 @@ from engine.schedule.fetching import Fetcher, Fetching
 from engine.schedule.scheduler import Scheduler
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.lease import LeaseLog
+from hybridcache.export.lease_log import LeaseLog
 from hybridcache.policies.registry import make_admission, parse_placement
 from hybridcache.scheduling.cache_manager import CacheManager
 from hybridcache.scheduling.memory import MemorySizes

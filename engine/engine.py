@@ -29,7 +29,7 @@ from engine.schedule.report import CacheReport, cache_report
 from engine.schedule.scheduler import Scheduler
 from engine.text.outputs import FinishReason, RequestOutput
 from hybridcache.api import PrefixCache
-from hybridcache.lease import LeaseLog
+from hybridcache.export.lease_log import LeaseLog
 from hybridcache.policies.registry import parse_placement
 
 if TYPE_CHECKING:

@@ -81,7 +81,7 @@ _MOVED = {
     "GENERATORS": "lab.generators",
     "InfiniteCache": "lab.infinite",
     "Job": "lab.simulation.sweep",
-    "LeaseLog": "lease",
+    "LeaseLog": "export.lease_log",
     "LeaseTarget": "lab.simulation.target",
     "METRICS": "lab.report",
     "MeasuredTimes": "geometry.times",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from itertools import islice
 from math import lcm
 
 import numpy as np
@@ -27,15 +29,19 @@ from hybridcache.api import (
     members_of,
 )
 from hybridcache.policies.protocol import EvictionPolicy, raise_failure
-from hybridcache.radix.continuation import NOTHING, continuation
 from hybridcache.radix.ghosts import GhostList, read_ghosts
 from hybridcache.radix.tree import (
+    TOKEN_BYTES,
     Checkpoint,
+    Family,
     ItemBytes,
     NodeHandle,
     RadixNode,
     RadixTree,
+    edge_tokens,
+    first_page,
     ghosts_above,
+    members,
 )
 from hybridcache.residency import (
     Residency,
@@ -81,9 +87,15 @@ class HybridRadixCache:
     >>> rows, slot = cache.allocate_kv(10), cache.allocate_slot()
     >>> cache.insert(prompt, rows, [(8, slot)]).inserted_len
     10
+
+    A match ends at the checkpoint, because the state is needed to go on:
+
     >>> match = cache.match(prompt)
     >>> match.cached_len, match.checkpoint
     (8, 0)
+
+    A locked prefix is not evicted, only the two tokens after it:
+
     >>> receipt = cache.lock(match.node)
     >>> cache.evict(num_tokens=10)
     Eviction(num_tokens=2, num_slots=0)
@@ -543,7 +555,7 @@ class HybridRadixCache:
         if form not in FORMS:
             raise ValueError(f"form must be one of {', '.join(FORMS)} (got {form!r})")
         # Not at the top: few processes ever draw, and all import this file.
-        from hybridcache.radix.render import render_graphviz, render_svg, render_text
+        from hybridcache.watch.drawing import render_graphviz, render_svg, render_text
 
         draw = {"text": render_text, "graphviz": render_graphviz, "svg": render_svg}[form]
         return draw(self._tree, max_nodes)
@@ -607,3 +619,68 @@ class HybridRadixCache:
     def ghost_tokens(self) -> int:
         """Number of remembered tokens with evicted KV. O(1)."""
         return self._residency.ghosts.num_tokens
+
+
+# --- Tokens that followed a path before, ghosts included ------------------------------------------
+
+MAX_BRANCHES = 64
+"""Number of children, the newest, that are compared if several continue alike."""
+NOTHING: Tokens = np.empty(0, np.int32)
+NOTHING.setflags(write=False)
+
+
+def continuation(node: RadixNode, tokens: Tokens, max_tokens: int, page_size: int) -> Tokens:
+    """Return up to ``max_tokens`` ids that followed ``tokens`` after the end of ``node`` before.
+
+    The result is empty if they never did. Changes nothing. At a fork, the child that was used last
+    is followed, resident ones before ghosts. O(length of ``tokens``, compared as bytes, plus nodes
+    on the path, plus up to ``MAX_BRANCHES`` per fork).
+    """
+    rest, at, found = tokens.tobytes(), 0, []
+    num_missing = max_tokens
+    while num_missing > 0:
+        child = _next(node, tokens, at, page_size)
+        if child is None:
+            break
+        end = min(at + len(child.edge) // TOKEN_BYTES, len(tokens))
+        shared = (end - at) * TOKEN_BYTES
+        if child.edge[:shared] != rest[at * TOKEN_BYTES : end * TOKEN_BYTES]:
+            break
+        if shared < len(child.edge):
+            found.append(edge_tokens(child.edge[shared:])[:num_missing])
+            num_missing -= len(found[-1])
+        node, at = child, end
+    return np.concatenate(found) if found else NOTHING
+
+
+def _next(node: RadixNode, tokens: Tokens, at: int, page_size: int) -> RadixNode | None:
+    """Return the child on which ``tokens`` continue at ``at``, or None.
+
+    If less than a page remains, this is the child used last of those that begin with it.
+    """
+    families = (node.children, node.ghosts)
+    if len(tokens) - at >= page_size:
+        key = first_page(tokens, at, page_size)
+        for family in families:
+            child = family.get(key) if isinstance(family, dict) else family
+            if child is not None and child.key == key:
+                return child
+        return None
+    start = tokens[at:].tobytes()
+    alike = [
+        child
+        for family in families
+        for child in _newest(family)
+        if child.edge[: len(start)] == start
+    ]
+    return max(alike, key=_last_used, default=None)
+
+
+def _newest(family: Family) -> Iterable[RadixNode]:
+    if isinstance(family, dict):
+        return islice(reversed(family.values()), MAX_BRANCHES)
+    return members(family)
+
+
+def _last_used(node: RadixNode) -> int:
+    return -sys.maxsize if node.kv is None else node.kv.last_used

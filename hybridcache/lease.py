@@ -7,17 +7,15 @@ fills its request table.
 Life of a lease:
 
 1. ``begin`` matches the prompt, locks the cached part and takes a state slot.
-2. For each chunk of work: ``extend`` takes KV rows, ``take_checkpoint_slots`` takes slots for the
-   checkpoints in the chunk, the caller carries out a step plan (``cache.take_step``) and computes,
-   and ``publish`` passes a chunk of the prompt to the tree.
+2. For each chunk of work: ``extend`` takes KV rows; ``take_checkpoint_slots`` takes slots for the
+   checkpoints in the chunk. The caller carries out a step plan (``cache.take_step``) and computes.
+   ``publish`` passes a chunk of the prompt to the tree.
 3. Exactly one of ``finish``, ``preempt`` and ``abort`` ends the lease. Then it holds nothing.
 
 A call that breaks these rules raises ValueError, RuntimeError if a step plan was not carried out,
 or TypeError for a wrong type. Nothing is changed.
 
-``LeaseLog`` records the calls of all leases of one cache, and ``replay`` repeats them on another. A
-fresh cache of the same sizes and policies then makes the same decisions, hit for hit and eviction
-for eviction, without a model.
+``hybridcache.export.lease_log`` records the calls of all leases of one cache and repeats them.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from math import lcm
 from operator import index
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -1114,79 +1112,3 @@ class Lease:
         self._node = self.state_slot = None
         self._has_ended = True
         self._rows.clear()
-
-
-class LeaseEvent(NamedTuple):
-    """One call on a lease, or on the cache itself."""
-
-    verb: str
-    """Name of the method: begin, extend, reserve_checkpoint_slots, take_checkpoint_slots,
-    roll_back, plan_checkpoint, publish, finish, preempt or abort of a lease, or reset of the cache.
-    """
-    lease: int | None
-    """Number of the lease, counted from 0. None if ``begin`` was refused, or for calls on the
-    cache."""
-    arguments: tuple[Any, ...]
-    result: Any
-    """Returned value: cached_len or None (begin), bool (extend), int (reserve_checkpoint_slots),
-    ((position, slot), ...) (take_checkpoint_slots). None for the others."""
-
-
-class LeaseLog:
-    """Record of events, in order. It holds the tokens of every request: for tests and studies."""
-
-    def __init__(self) -> None:
-        self.events: list[LeaseEvent] = []
-        self._numbers: dict[int, int] = {}
-        self._num_begun = 0
-
-    def begin(self, lease: Lease | None, request: LeaseRequest) -> None:
-        """Record that a lease began, or was refused (None)."""
-        if lease is None:
-            self.events.append(LeaseEvent("begin", None, (request,), None))
-            return
-        self._numbers[id(lease)] = self._num_begun
-        self._num_begun += 1
-        self.record("begin", lease, (request,), lease.cached_len)
-
-    def record(
-        self, verb: str, lease: Lease, arguments: tuple[Any, ...] = (), result: Any = None
-    ) -> None:
-        """Record a call of ``lease``; see ``LeaseEvent`` for ``result``."""
-        self.events.append(LeaseEvent(verb, self._numbers[id(lease)], arguments, result))
-        if verb in ("finish", "preempt", "abort"):
-            del self._numbers[id(lease)]
-
-    def reset(self) -> None:
-        """Record that the cache was reset."""
-        self.events.append(LeaseEvent("reset", None, (), None))
-
-
-def replay(cache: PrefixCache, placement: PlacementPolicy, log: LeaseLog) -> LeaseLog:
-    """Repeat the recorded calls on ``cache`` and return their record.
-
-    It equals ``log`` if both caches made the same decisions. Stops at the first ``begin`` or
-    ``extend`` with another result.
-    """
-    again = LeaseLog()
-    leases: dict[int, Lease] = {}
-    for event in log.events:
-        if event.verb == "reset":
-            cache.reset()
-            again.reset()
-        elif event.verb == "begin":
-            begun = Lease.begin(cache, placement, *event.arguments)
-            again.begin(begun, *event.arguments)
-            if begun is not None and event.lease is not None:
-                leases[event.lease] = begun
-        elif event.lease is not None:
-            lease = leases[event.lease]
-            if event.verb in ("publish", "finish", "preempt"):
-                cache.take_step().done()  # There are no tensors.
-            result = getattr(lease, event.verb)(*event.arguments)
-            again.record(
-                event.verb, lease, event.arguments, None if event.result is None else result
-            )
-        if again.events[-1].lease != event.lease or again.events[-1].result != event.result:
-            break
-    return again

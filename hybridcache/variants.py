@@ -185,11 +185,17 @@ class TieredRadixCache(HybridRadixCache):
     >>> _ = cache.insert(prompt, cache.allocate_kv(10), [(8, cache.allocate_slot())])
     >>> cache.evict(num_tokens=10)
     Eviction(num_tokens=10, num_slots=1)
+
+    The evicted prefix is on the host, and can be loaded:
+
     >>> match = cache.match(prompt)
     >>> match.cached_len, [(one.position, one.rows) for one in match.loadable]
     (0, [(8, (12,))])
     >>> cache.fetch(match.loadable[0]), cache.match(prompt).cached_len
     (True, 8)
+
+    The next step plan has the copies in both directions:
+
     >>> [(copy.kind, copy.src_tier, copy.dst_tier) for copy in cache.take_step().transfers]
     ... # doctest: +NORMALIZE_WHITESPACE
     [('checkpoint', 'device', 'host'), ('kv', 'device', 'host'),

@@ -108,13 +108,14 @@ MAY_IMPORT = {
     "hybridcache/api.py": "allocators policies radix tokens",
     "hybridcache/offload.py": "allocators policies radix tokens",
     "hybridcache/residency.py": "allocators api offload policies radix tokens",
-    "hybridcache/hybrid.py": "allocators api policies radix residency tokens",
+    "hybridcache/hybrid.py": "allocators api policies radix residency tokens watch",
     "hybridcache/variants.py": "allocators api hybrid offload policies radix residency tokens",
     "hybridcache/config.py": "allocators api hybrid offload policies radix variants",
     "hybridcache/lease.py": "allocators api policies tokens radix",
     "hybridcache/geometry": "",
     "hybridcache/watch": "allocators api policies radix",
-    "hybridcache/export": "allocators api config hybrid policies radix residency tokens variants",
+    "hybridcache/export": "allocators api config hybrid lease policies radix residency tokens "
+    "variants",
     "hybridcache/scheduling": "allocators api export lease policies tokens",
     "hybridcache/lab": "allocators api config export geometry lease policies routing scheduling "
     "tokens watch",
@@ -271,7 +272,7 @@ def test_hybridcache_never_imports_torch() -> None:
     torch = [file for file, top in tops if top in ("torch", "sglang")]
     assert torch and all(file.startswith(guest) for file in torch)
     heavy = (
-        "('torch', 'matplotlib', 'scipy', 'triton', 'sglang', 'html', 'hybridcache.radix.render')"
+        "('torch', 'matplotlib', 'scipy', 'triton', 'sglang', 'html', 'hybridcache.watch.drawing')"
     )
     load = "import sys, hybridcache, hybridcache.export.sglang"
     code = f"{load}; print([m for m in {heavy} if m in sys.modules])"

@@ -8,6 +8,9 @@ follows a stream and computes match lengths for a router without contacting the 
 >>> from hybridcache import CacheConfig, build_prefix_cache
 >>> from hybridcache.export.mirror import Mirror
 >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=1))
+
+A mirror follows every change of the cache:
+
 >>> mirror = Mirror(page_size=1)
 >>> cache.subscribe(EventStream(mirror.apply))
 >>> prompt = np.arange(10, dtype=np.int32)

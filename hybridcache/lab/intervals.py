@@ -9,7 +9,7 @@ and must not be drawn one by one.
 >>> print(found)
 0.9 [0.6, 1.1]
 
-Compared policies run on the same seeds or sessions, so their differences are computed unit by unit:
+Compared policies run on the same seeds or sessions. Differences are computed unit by unit, so
 effects that a seed has on all policies cancel.
 
 Intervals are expanded percentile intervals (T. Hesterberg,

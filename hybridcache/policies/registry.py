@@ -19,10 +19,10 @@ from hybridcache.policies.admission.session_gate import SessionGate
 from hybridcache.policies.admission.simple import CachedFirst, Live, LongestMatch, Oldest, Window
 from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.class_age import ClassAge
-from hybridcache.policies.eviction.clock import Clock
 from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.lru import LRU
 from hybridcache.policies.eviction.marconi import Marconi, SegLen
+from hybridcache.policies.eviction.queues import SLRU, Clock, Sieve, TwoQueue
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
 from hybridcache.policies.eviction.scored import (
     FIFO,
@@ -35,10 +35,7 @@ from hybridcache.policies.eviction.scored import (
     Random,
     TailLRU,
 )
-from hybridcache.policies.eviction.sieve import Sieve
-from hybridcache.policies.eviction.slru import SLRU
 from hybridcache.policies.eviction.survival import Survival
-from hybridcache.policies.eviction.two_queue import TwoQueue
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
 from hybridcache.policies.placement.adaptive import Adaptive
 from hybridcache.policies.placement.planned import Planned

@@ -17,7 +17,8 @@ import numpy as np
 from hybridcache.allocators.moves import NOTHING_DUE, RowWrite, StepPlan
 from hybridcache.api import PrefixCache, PrefixMatch
 from hybridcache.export.arrival import Arrival
-from hybridcache.lease import Lease, LeaseLog, LeaseRequest
+from hybridcache.export.lease_log import LeaseLog
+from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.placement.rules import Placement
 from hybridcache.policies.protocol import FetchRule, Prefill
 from hybridcache.scheduling.request import ScheduledRequest

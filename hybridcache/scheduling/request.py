@@ -90,7 +90,7 @@ class ScheduledRequest:
         self.cached_len = 0
         """Reused tokens, set at the first admission."""
         self.losses: Losses | None = None
-        """None before the first admission."""
+        """Causes of the tokens that were not reused; None before the first admission."""
         self.fetched_len: int | None = None
         """Tokens of KV that were fetched for it; None if no fetch was considered yet."""
         self.scheduled_s: float | None = None

@@ -5,6 +5,9 @@
 >>> cache = build_prefix_cache(CacheConfig(num_kv_tokens=100, num_slots=2, grid=1))
 >>> recorder = Recorder()
 >>> cache.subscribe(recorder)
+
+One insertion gives three records:
+
 >>> prompt = np.arange(10, dtype=np.int32)
 >>> result = cache.insert(prompt, cache.allocate_kv(10), [(8, cache.allocate_slot())])
 >>> for record in recorder.take():

@@ -10,7 +10,8 @@ import pytest
 from hybridcache.allocators.moves import Copy, Drop, Move, RowWrite, StepPlan
 from hybridcache.api import PrefixCache
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.lease import Lease, LeaseLog, LeaseRequest, replay
+from hybridcache.export.lease_log import LeaseLog, replay
+from hybridcache.lease import Lease, LeaseRequest
 from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
 from hybridcache.policies.registry import parse_placement
 from hybridcache.tokens import Tokens

@@ -26,7 +26,7 @@ from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleDrawn, OracleSampler
 from engine.text.tokenizer import ByteTokenizer
 from hybridcache.config import CacheConfig, build_prefix_cache
-from hybridcache.lease import LeaseLog, replay
+from hybridcache.export.lease_log import LeaseLog, replay
 from hybridcache.policies.registry import parse_placement
 
 GREEDY = SamplingParams(max_tokens=8)

@@ -17,13 +17,13 @@ from engine.testing.oracle import OracleRunner
 from engine.testing.oracle_sampler import OracleSampler
 from engine.weights.model_config import read_config
 from hybridcache.config import CacheConfig, build_prefix_cache
+from hybridcache.export.lease_log import LeaseLog, replay
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import Roofline
 from hybridcache.lab.simulation.serving import Serving, serve
 from hybridcache.lab.simulation.simulate import Sweep
 from hybridcache.lab.simulation.target import EngineSteps, RunConfig, build_target
 from hybridcache.lab.trace import TraceRequest
-from hybridcache.lease import LeaseLog, replay
 from hybridcache.policies.registry import (
     DEFAULT_EVICTION,
     DEFAULT_PLACEMENT,

@@ -6,9 +6,9 @@ import pytest
 
 from hybridcache.policies.eviction.arc import ARC
 from hybridcache.policies.eviction.class_age import ClassAge
-from hybridcache.policies.eviction.clock import Clock
 from hybridcache.policies.eviction.lhd import LHD
 from hybridcache.policies.eviction.marconi import Marconi, SegLen
+from hybridcache.policies.eviction.queues import SLRU, Clock, Sieve, TwoQueue
 from hybridcache.policies.eviction.s3_fifo import S3Fifo
 from hybridcache.policies.eviction.scored import (
     FIFO,
@@ -23,9 +23,6 @@ from hybridcache.policies.eviction.scored import (
     ScorePolicy,
     TailLRU,
 )
-from hybridcache.policies.eviction.sieve import Sieve
-from hybridcache.policies.eviction.slru import SLRU
-from hybridcache.policies.eviction.two_queue import TwoQueue
 from hybridcache.policies.eviction.w_tiny_lfu import WTinyLFU
 from hybridcache.policies.protocol import Item
 from hybridcache.policies.registry import EVICTION, LRU, make_eviction

@@ -13,7 +13,7 @@ Two checkpoints are saved per request.
 - A hit refreshes only the recency of the resumed node.
 
 The paper and its artifact (0801661, 2025-03-05) differ, and the results depend on it in both
-directions. There are three readings:
+directions. There are three readings.
 
 ====================  ======================  =================================  ===============
 property              ``paper``               ``artifact``                       ``repaired``

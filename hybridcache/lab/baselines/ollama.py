@@ -5,9 +5,9 @@ Source: the published rules and defaults of its runner's input cache and recurre
 - *One slot*: its scheduler always serves hybrid architectures one request at a time.
   ``num_slots`` above 1 applies the rule for other architectures: the first slot that shares most
   of the prompt is taken, and its contents past the shared part are lost.
-- *Checkpoints*: a ring of 32 per slot, reserved on the device. A forward pass (512 tokens of a
-  prompt, one of decode) leaves one at its end if that is 16 tokens or more into the text and 1,280
-  or more past the last one.
+- *Checkpoints*: a ring of 32 per slot, reserved on the device. A forward pass is 512 tokens
+  of a prompt, or one of decode. It leaves a checkpoint at its end if that is at least 16 tokens
+  into the text, and at least 1,280 past the last checkpoint.
 - *Resuming* is always from a checkpoint, even if the prompt continues the slot's text. The deepest
   one within the shared part is used, and those past it are lost. Without one, everything is
   computed again.

@@ -8,10 +8,11 @@ Over a ``VisitedTrie``, with k the interval between a position's visits k and k 
 - ``S[r, v]``: request r resumes at v or deeper.  ``S[v] - S[next]`` is then "resumes exactly at v";
 - ``U[t]``: bytes kept between requests t and t + 1, at most the capacity.
 
-maximise sum over r, v of S[r, v] * (depth of v - depth of the candidate above it), subject to
+Maximise the sum over r, v of S[r, v] * (depth of v - depth of the candidate above it). Subject to:
 
-- S[r, next] <= S[r, v] <= X[v, k] for every position on the path, and S[r, v] - S[r, next] <= Y[v,
-  k]: a hit needs its KV and its checkpoint, kept from the last visit until this one;
+- S[r, next] <= S[r, v] <= X[v, k] for every position on the path: a hit needs its KV, kept from
+  the last visit until this one;
+- S[r, v] - S[r, next] <= Y[v, k]: it needs its checkpoint, kept as long;
 - Y[v, k] <= X[v, k], and X[v, k] <= X[parent, j] for every j that overlaps (long runs of j through
   shared columns): residency is closed under ancestors;
 - Y[v, k] <= Y[v, k - 1] + 1 - S[r, next]: a request that resumes below v never computes v's state,

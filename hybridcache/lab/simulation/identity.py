@@ -32,8 +32,9 @@ class RunIdentity:
     num_kv_tokens: int | None
     num_slots: int | None
     policy: str | None
-    """None, and so the next: a peer."""
+    """Eviction policy; None for a peer."""
     checkpoints: str | None
+    """Checkpoint placement; None for a peer."""
     priority_classes: bool | None
     """True if the cache evicts unreachable KV and superseded checkpoints before all other items;
     False if ``policy`` orders them too; None for a peer."""
@@ -49,8 +50,9 @@ class RunIdentity:
     host_gib: float = 0.0
     disk_gib: float = 0.0
     host_bytes_per_s: float | None = None
-    """None where there is no such tier."""
+    """Speed of copies from host memory; None if there is no such tier."""
     disk_bytes_per_s: float | None = None
+    """Speed of copies from disk; None if there is no such tier."""
 
 
 SIZES = ("gib", "num_kv_tokens", "num_slots")

@@ -2,8 +2,14 @@
 
 >>> from hybridcache.lab.simulation.simulate import optimum, simulate
 >>> result = simulate("short", gib="1:8:3", policy=("survival", "lru"))
+
+There is one run per policy and size:
+
 >>> [run.label for run in result.runs]
 ['survival', 'survival', 'survival', 'lru', 'lru', 'lru']
+
+No policy exceeds the bound, and the optimum of one size exceeds both:
+
 >>> all(run.token_hit_rate <= result.bound_rate for run in result.runs)
 True
 >>> [plan] = optimum("short", gib=1, method="greedy")

@@ -6,7 +6,7 @@ of a use is estimated; an octave has two bins. Evicted items stay at risk, becau
 report the uses that were missed. The estimate therefore does not depend on the evictions. Stages
 that have not ended count with their present age (censored).
 
-The *index* of a class at an age is the highest rate of uses per unit of time from keeping an item,
+The *index* of a class at an age is the highest rate of uses per unit of time from keeping an item:
 ``max over T of P(used within T) / E[time kept until then]``. This is the index of Gittins for a job
 with a value of one use and a cost per unit of residence. Where the hazard falls with age, the index
 is the present hazard, and the ranking is that of LRU. Where uses come at a known distance (a loop),

@@ -1,10 +1,11 @@
-"""Base classes of queue policies: queues with stable places, one policy instance per kind."""
+"""Policies made of FIFO queues, one instance per kind of item, and their base classes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections.abc import Iterator
+from functools import partial
 
 from hybridcache.policies.protocol import EvictionPolicy, Item, Kind
 
@@ -192,3 +193,181 @@ class BothKinds(EvictionPolicy):
         if kv is None or checkpoint is None:
             return kv or checkpoint
         return min(kv, checkpoint, key=lambda item: (item.last_used, item.serial))
+
+
+# --- Policies with one or two queues --------------------------------------------------------------
+
+
+class ClockQueue(QueuePolicy):
+    """Ring of items with one reference bit each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ring = Queue()
+
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """Enter behind the hand."""
+        return self.ring
+
+    def used(self, item: Item, record: Record) -> None:
+        """Set the reference bit."""
+        record.mark = 1
+
+    def choose(self) -> Item | None:
+        """Return the first item without its bit. The hand clears the bits that it passes."""
+        while (oldest := self.ring.oldest()) is not None:
+            record: Record = oldest[1].memo
+            if not record.mark:
+                return oldest[1]
+            record.mark = 0
+            self.move(oldest[1], self.ring)
+        return None
+
+
+class Clock(BothKinds):
+    """Evict the first item in the ring that was not used since the hand's last round.
+
+    Source: Corbató, "A paging experiment with the Multics system", 1968.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: sets a bit.
+    Two kinds: one ring for each. Sizes are ignored.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(ClockQueue(), ClockQueue())
+
+
+class SieveQueue(QueuePolicy):
+    """Queue in order of arrival with reference bits and a hand. Items never change their place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = Queue()
+        self.hand = 0
+        """Ticket at which the next search starts, or 0 for the oldest item."""
+        self._chosen: Item | None = None
+
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """Enter at the young end."""
+        return self.queue
+
+    def used(self, item: Item, record: Record) -> None:
+        """Set the reference bit."""
+        record.mark = 1
+
+    def choose(self) -> Item | None:
+        """Return the first unused item from the hand on. The hand clears bits it passes."""
+        if not len(self.queue):
+            return None
+        while True:
+            ticket, item = self.queue.after(self.hand)
+            record: Record = item.memo
+            if not record.mark:
+                self.hand = ticket
+                self._chosen = item
+                return item
+            record.mark = 0
+            self.hand = ticket + 1
+
+    def gone(self, item: Item, record: Record, evicted: bool) -> None:
+        """Advance the hand to the next younger item. After the youngest it starts again."""
+        if item is self._chosen:
+            self._chosen = None
+            self.hand = self.queue.after(record.ticket)[0] if len(self.queue) else 0
+
+
+class Sieve(BothKinds):
+    """Evict as CLOCK does, but leave survivors in place, so that new items are removed early.
+
+    Source: Zhang et al., "SIEVE is simpler than LRU" (NSDI'24).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: sets a bit.
+    Two kinds: one queue and one hand for each. Sizes are ignored.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(SieveQueue(), SieveQueue())
+
+
+class SLRUQueues(QueuePolicy):
+    """Probation queue, and protected queue of at most ``protected`` of the bytes."""
+
+    def __init__(self, protected: float) -> None:
+        super().__init__()
+        self.share = protected
+        self.probation, self.protected = Queue(), Queue()
+
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """Enter the probation queue."""
+        return self.probation
+
+    def used(self, item: Item, record: Record) -> None:
+        """Move to the young end of the protected queue. Its overflow returns to probation."""
+        self.move(item, self.protected)
+        total = self.probation.num_bytes + self.protected.num_bytes
+        while self.protected.num_bytes > self.share * total and len(self.protected) > 1:
+            oldest = self.protected.oldest()
+            assert oldest is not None
+            self.move(oldest[1], self.probation)
+
+    def choose(self) -> Item | None:
+        """Return the oldest item on probation, or the oldest protected one if there is none."""
+        oldest = self.probation.oldest() or self.protected.oldest()
+        return oldest[1] if oldest else None
+
+
+class SLRU(BothKinds):
+    """Evict the oldest item on probation. A use protects an item; overflow returns to probation.
+
+    Source: Karedla, Love, Wherry, "Caching strategies to improve disk system performance", 1994.
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: the resumed checkpoint, the path's KV.
+    Two kinds: two queues for each, with shares in bytes.
+    """
+
+    def __init__(self, protected: float = 0.8) -> None:
+        make = partial(SLRUQueues, protected)
+        super().__init__(make(), make())
+
+
+class TwoQueueQueues(QueuePolicy):
+    """Queues ``recent`` (A1in, FIFO, at most ``share`` of the bytes) and ``frequent`` (Am, LRU)."""
+
+    def __init__(self, share: float = 0.25) -> None:
+        super().__init__()
+        self.share = share
+        self.recent, self.frequent = Queue(), Queue()
+
+    def enter(self, item: Item, ghost: Record | None) -> Queue:
+        """Enter ``recent``, or ``frequent`` if a ghost of ``recent`` returns.
+
+        Items evicted from ``frequent`` count as new.
+        """
+        if ghost is None or not isinstance(ghost.owner, TwoQueueQueues):
+            return self.recent
+        return self.frequent if ghost.queue is ghost.owner.recent else self.recent
+
+    def used(self, item: Item, record: Record) -> None:
+        """Move within ``frequent``. Uses in ``recent``, shortly after the first, are ignored."""
+        if record.queue is self.frequent:
+            self.move(item, self.frequent)
+
+    def choose(self) -> Item | None:
+        """Return the oldest of ``recent`` if it exceeds its share, else of ``frequent``."""
+        total = self.recent.num_bytes + self.frequent.num_bytes
+        first, second = self.recent, self.frequent
+        if first.num_bytes <= self.share * total:
+            first, second = second, first
+        oldest = first.oldest() or second.oldest()
+        return oldest[1] if oldest else None
+
+
+class TwoQueue(BothKinds):
+    """Evict from a short FIFO of new items, or from an LRU list of items that returned as ghosts.
+
+    Source: Johnson, Shasha, "2Q: a low overhead high performance buffer management replacement
+    algorithm" (VLDB'94).
+    Candidates: leaf KV, any unlocked checkpoint. Refresh: only in the frequent queue.
+    Two kinds: two queues for each, with shares in bytes. The tree's ghosts are A1out. KV has no
+    ghost hits, so its frequent queue stays empty and it is a FIFO.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(TwoQueueQueues(), TwoQueueQueues())

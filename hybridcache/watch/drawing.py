@@ -1,15 +1,9 @@
-"""A tree as text and as SVG.
+"""Drawings of the tree: text, a Graphviz source, or an SVG made without another program.
 
-A picture of the tree for people: an outline in text, and a Graphviz source; ``radix.icicle``
-draws an SVG.
-
-One way of seeing a node, in every form: its token range, whether its KV is resident, in a lower
-tier or a ghost, its checkpoint or the tombstone of one, its locks. All are O(nodes drawn) and go no
-deeper than a stack on the heap.
-
-The tree as an SVG, drawn without any program: a node is a bar from its start to its end in
-tokens, as high as the leaves below it. Namespaces stand one below the other over one axis. O(nodes
-drawn).
+Every form shows the same facts of a node: its token range, whether its KV is resident, in a tier or
+a ghost, its checkpoint or tombstone, and its locks. In the SVG a node is a bar from its start to
+its end in tokens, as high as the leaves below it, and namespaces are stacked over one axis. All
+forms are O(nodes drawn), without recursion.
 """
 
 from __future__ import annotations
