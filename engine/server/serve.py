@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import itertools
 import json
 import logging
 import math
@@ -45,6 +46,9 @@ FEWEST = 8
 NEW_S, STALLED_S = 0.5, 5.0
 """Seconds after which a connection without a request, and one with an incomplete body, are closed
 first."""
+UNREAD_S = 120.0
+"""Seconds after which a connection is closed whose client reads nothing of a waiting answer. Until
+then the rest of the answer is computed and kept in memory."""
 MOST_DESCRIPTORS = 1 << 16
 """Upper limit to which the number of descriptors is raised, if the system allows it."""
 
@@ -86,6 +90,8 @@ class Connections:
         """Start times of connections with a request, oldest first."""
         self._waiting: dict[Connection, float] = {}
         """Start times of connections without a request, oldest first."""
+        self._unread: dict[Connection, float] = {}
+        """Times since when connections take no more bytes, oldest first."""
 
     def protocol(self, **how: Any) -> Connection:
         """Make the protocol of a new connection for uvicorn."""
@@ -110,7 +116,16 @@ class Connections:
         if self._waiting.pop(connection, None) is not None:
             self._busy[connection] = asyncio.get_running_loop().time()
 
+    def stall(self, connection: Connection) -> None:
+        """Record that ``connection`` takes no more bytes."""
+        self._unread[connection] = asyncio.get_running_loop().time()
+
+    def flow(self, connection: Connection) -> None:
+        """Record that ``connection`` takes bytes again."""
+        self._unread.pop(connection, None)
+
     def remove(self, connection: Connection) -> None:
+        self._unread.pop(connection, None)
         self._waiting.pop(connection, None)
         self._busy.pop(connection, None)
 
@@ -132,17 +147,20 @@ class Connections:
         return False
 
     def sweep(self) -> None:
-        """Close the connections with late headers."""
-        latest_s = asyncio.get_running_loop().time() - self._header_timeout_s
-        late = []
-        for connection, since_s in self._waiting.items():
-            if since_s > latest_s:
-                break
-            late.append(connection)
-        for connection in late:
+        """Close the connections with late headers, and those with an answer that is not read."""
+        for connection in _older(self._waiting, self._header_timeout_s):
             connection.turn_away(
                 APIError(408, "The headers of the request did not arrive in time: send it again.")
             )
+        for connection in _older(self._unread, UNREAD_S):
+            logger.warning("A client read nothing for %g s; its connection is closed.", UNREAD_S)
+            connection.transport.abort()  # closing would wait for the client
+
+
+def _older(since: dict[Connection, float], age_s: float) -> list[Connection]:
+    """Return the connections in ``since``, oldest first, that are there for ``age_s``."""
+    latest_s = asyncio.get_running_loop().time() - age_s
+    return [*itertools.takewhile(lambda one: since[one] <= latest_s, since)]
 
 
 class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
@@ -173,6 +191,14 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         super().on_response_complete()
         if self._has_request:  # the next request was already sent
             self._all.begin(self)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._all.stall(self)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._all.flow(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._all.remove(self)

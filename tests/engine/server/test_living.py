@@ -20,6 +20,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine import server_config
+from engine.server import serve
 from engine.server.bodies import EventStream
 from engine.server.settings import ServerConfig, bind
 
@@ -144,6 +145,47 @@ def test_a_client_that_reads_slowly_stalls_nobody(serve_oracle: Callable[..., Li
     with live.send("/v1/completions", {"prompt": "slow", "stream": True, **ENDLESS}):
         answer = live.client.completions.create(model="builtin", prompt="quick", max_tokens=5)
         assert answer.choices and live.report()["num_running"] == 1
+    live.check_conserved()
+
+
+def test_a_client_that_stops_reading_is_let_go(
+    serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its request ends and frees what it held; one that reads, however late, gets its answer."""
+    monkeypatch.setattr(serve, "UNREAD_S", 0.5)
+    make_protocol = serve.Connections.protocol
+
+    def with_small_buffers(*given: Any, **how: Any) -> serve.Connection:
+        connection = make_protocol(*given, **how)
+        accept = connection.connection_made
+
+        def made(transport: Any) -> None:
+            small = transport.get_extra_info("socket")
+            small.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+            accept(transport)
+
+        connection.connection_made = made
+        return connection
+
+    monkeypatch.setattr(serve.Connections, "protocol", with_small_buffers)
+    live = serve_oracle()
+    body = {"prompt": "say much", "max_tokens": 3000, "ignore_eos": True, "stream": True}
+    silent = live.send("/v1/completions", body | {"logprobs": 20})
+    live.wait_for(lambda report: report["num_running"] == 1)
+    live.wait_until_idle()
+    aborted = 'engine_requests_total{finish_reason="abort"} 1.0'
+    deadline = time.monotonic() + 20
+    while aborted not in live.get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    read = b""
+    with contextlib.suppress(ConnectionResetError):
+        while piece := silent.recv(1 << 20):
+            read += piece
+    assert b"[DONE]" not in read
+    late = live.send("/v1/completions", body | {"max_tokens": 20})
+    time.sleep(1)
+    assert b"[DONE]" in late.recv(1 << 20)
     live.check_conserved()
 
 
