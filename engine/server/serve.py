@@ -47,7 +47,7 @@ NEW_S, STALLED_S = 0.5, 5.0
 """Seconds after which a connection without a request, and one with an incomplete body, are closed
 first."""
 UNREAD_S = 120.0
-"""Seconds after which a connection is closed whose client reads nothing of a waiting answer. Until
+"""Seconds that a client may read nothing of a waiting answer before its connection is closed. Until
 then the rest of the answer is computed and kept in memory."""
 MOST_DESCRIPTORS = 1 << 16
 """Upper limit to which the number of descriptors is raised, if the system allows it."""
