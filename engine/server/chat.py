@@ -24,6 +24,7 @@ from engine.server.access import AnswerId, Tenant, new_id
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import DONE, EventStream, as_event, event, unless_gone
 from engine.server.context import (
+    AskedChat,
     ChatDiagnostics,
     ServingContext,
     cache_details,
@@ -284,7 +285,24 @@ async def ask(
         return body.call_grammar(written, may_think=form.thinks)
 
     grammar = await context.grammar_of(body, call_grammar, is_thinking=prompt.is_thinking)
-    diagnostics = await _diagnose(context, body, np.asarray(token_ids), tenant, size, answer_id)
+
+    def diagnose() -> ChatDiagnostics:
+        asked = AskedChat(
+            answer_id.public,
+            np.asarray(token_ids, np.int32),
+            context.model_name,
+            tenant,
+            [message.as_template_input() for message in body.messages],
+            body.tools,
+            body.chat_template_kwargs,
+            size,
+            request_id=answer_id.request_id(0),
+            compared_with=body.compared_with,
+            wants_diagnostics=body.diagnostics is not None,
+        )
+        return context.chats.diagnose(asked)
+
+    diagnostics = await context.workers.run(size, diagnose)
     specs = (
         RequestSpec(
             token_ids,
@@ -305,32 +323,6 @@ async def ask(
     is_single, ends = not body.parallel_tool_calls, context.tokenizer.eos_token_ids
     readings = [_Reading(each, is_single, ends) for each in readers]
     return ChatSession(context, prompt, streams, readings, diagnostics, place)
-
-
-async def _diagnose(
-    context: ServingContext,
-    body: ChatRequest,
-    token_ids: np.ndarray,
-    tenant: Tenant,
-    size: int,
-    answer_id: AnswerId,
-) -> ChatDiagnostics:
-    def work() -> ChatDiagnostics:
-        return context.chats.diagnose(
-            answer_id.public,
-            token_ids,
-            compared_with=body.compared_with,
-            is_asked=body.diagnostics is not None,
-            request_id=answer_id.request_id(0),
-            model=context.model_name,
-            tenant=tenant,
-            messages=[message.as_template_input() for message in body.messages],
-            tools=body.tools,
-            variables=body.chat_template_kwargs,
-            size=size,
-        )
-
-    return await context.workers.run(size, work)
 
 
 class ChatSession:

@@ -66,6 +66,28 @@ class ChatInput:
     """Handle of the answer's position in the chat, for ``ChatHooks.after_answer``."""
 
 
+@dataclass(frozen=True, slots=True)
+class AskedChat:
+    """A rendered chat that is about to be answered."""
+
+    answer_id: str
+    token_ids: np.ndarray
+    """Prompt, int32[n]."""
+    model: str
+    tenant: Tenant
+    messages: Sequence[Message]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    variables: Mapping[str, Any] | None = None
+    size: int = 0
+    """Bytes of its body."""
+    request_id: str | None = None
+    """The engine's id of the request, or None if it is not needed."""
+    compared_with: str | None = None
+    """Id of an earlier answer to compare with."""
+    wants_diagnostics: bool = False
+    """True if the explanation is requested in Anthropic's form, even without an earlier answer."""
+
+
 class ChatDiagnostics(Protocol):
     """Observes one chat while it is answered, and explains its cache misses if requested."""
 
@@ -106,26 +128,8 @@ class ChatHooks(Protocol):
         """Return the inputs for rendering a chat. O(its size)."""
         ...
 
-    def diagnose(
-        self,
-        answer_id: str,
-        token_ids: np.ndarray,
-        *,
-        compared_with: str | None,
-        is_asked: bool,
-        request_id: str | None,
-        model: str,
-        tenant: Tenant,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any] | None,
-        size: int,
-    ) -> ChatDiagnostics:
-        """Return the observer of a chat of ``size`` bytes before it is answered.
-
-        ``compared_with`` is the id of an earlier answer to compare with. ``is_asked`` requests
-        Anthropic's form.
-        """
+    def diagnose(self, asked: AskedChat) -> ChatDiagnostics:
+        """Return the observer of a chat before it is answered. O(its size)."""
         ...
 
     def after_answer(

@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import re
 import sys
-import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Hashable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.text.answers import MARKS
+from engine.text.bounded_memory import BoundedMemory
 from engine.text.tokenizer import (
     AS_PROMPT,
     SLICE,
@@ -32,52 +31,9 @@ if TYPE_CHECKING:
 
 ENTRY_BYTES = 256
 """Approximate size of a cache entry without its text and ids."""
-
-
-class PieceMemory:
-    """LRU cache of the token ids of text pieces, by namespace, in ``limit_bytes`` in total.
-    Thread-safe."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._known: OrderedDict[tuple[Hashable, str], array[int]] = OrderedDict()
-        self._lock = threading.Lock()
-        self.num_bytes = 0
-
-    def get(self, namespace: Hashable, piece: str) -> array[int] | None:
-        with self._lock:
-            known = self._known.get((namespace, piece))
-            if known is not None:
-                self._known.move_to_end((namespace, piece))
-            return known
-
-    def put(self, namespace: Hashable, piece: str, token_ids: array[int]) -> None:
-        """Store ``token_ids`` and evict the least recently used pieces. A piece larger than a
-        quarter of the limit is not stored."""
-        size = _size(piece, token_ids)
-        if size > self._limit_bytes // 4:
-            return
-        with self._lock:
-            if (namespace, piece) in self._known:
-                return
-            self._known[namespace, piece] = token_ids
-            self.num_bytes += size
-            while self.num_bytes > self._limit_bytes:
-                (_, oldest), ids = self._known.popitem(last=False)
-                self.num_bytes -= _size(oldest, ids)
-
-    def check(self) -> None:
-        """Raise AssertionError if the recorded size is wrong. O(pieces)."""
-        sizes = [_size(piece, ids) for (_, piece), ids in self._known.items()]
-        assert sum(sizes) == self.num_bytes <= self._limit_bytes
-
-
-def _size(piece: str, token_ids: array[int]) -> int:
-    return sys.getsizeof(piece) + sys.getsizeof(token_ids) + ENTRY_BYTES
-
-
 REMEMBERED_BYTES = 32 << 20
-"""Limit of the cache of text pieces between special tokens, with their ids."""
+"""Limit of the cache of text pieces between special tokens, with their ids. A piece that needs more
+than a quarter of it is not stored."""
 WORD_JOINER = "\u2060"
 
 
@@ -115,7 +71,8 @@ class HFTokenizer:
         self.control_tokens = tuple(
             token.content for token in added.values() if token.special and len(token.content) > 1
         )
-        self._pieces = PieceMemory(REMEMBERED_BYTES)
+        self._pieces = BoundedMemory[tuple[Hashable, str], "array[int]"](REMEMBERED_BYTES)
+        """Token ids of text pieces, by namespace."""
 
     def _find_eos(self, model_dir: Path, settings: dict[str, Any]) -> frozenset[int]:
         """Return the end tokens that the model names, and the tokenizer's end token."""
@@ -143,10 +100,12 @@ class HFTokenizer:
         return token_ids
 
     def _encode_piece(self, piece: str, namespace: Hashable) -> array[int]:
-        known = self._pieces.get(namespace, piece)
+        known = self._pieces.get((namespace, piece))
         if known is None:
             known = array("i", self._encode_alone(piece, add_special_tokens=False))
-            self._pieces.put(namespace, piece, known)
+            size = sys.getsizeof(piece) + sys.getsizeof(known) + ENTRY_BYTES
+            if size <= self._pieces.limit_bytes // 4:
+                self._pieces.put((namespace, piece), known, size)
         return known
 
     def _encode_alone(self, text: str, add_special_tokens: bool) -> list[int]:

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from engine.text.hugging_face import HFTokenizer, PieceMemory, load_tokenizer
+from engine.text.bounded_memory import BoundedMemory
+from engine.text.hugging_face import HFTokenizer, load_tokenizer
 from engine.text.tokenizer import (
     ByteTokenizer,
     ChatTemplate,
@@ -208,7 +209,7 @@ def test_what_was_encoded_for_one_tenant_helps_no_other(tmp_path: Path) -> None:
     """And what is remembered is bounded in bytes, however long the texts are and however many."""
     _train("byte-level").save(str(tmp_path / "tokenizer.json"))
     tokenizer = HFTokenizer(tmp_path)
-    tokenizer._pieces = PieceMemory(64 << 10)
+    tokenizer._pieces = BoundedMemory(64 << 10)
     encoded = []
     alone = tokenizer._encode_alone
     tokenizer._encode_alone = lambda text, **flags: encoded.append(text) or alone(text, **flags)
@@ -219,9 +220,9 @@ def test_what_was_encoded_for_one_tenant_helps_no_other(tmp_path: Path) -> None:
         how = EncodeOptions(add_special_tokens=False, namespace=number % 3)
         tokenizer.encode(f"{number} " * 300, how)
         tokenizer._pieces.check()
-    known = len(tokenizer._pieces._known)
+    known = len(tokenizer._pieces)
     tokenizer.encode("long " * 20_000, BARE)
-    assert len(tokenizer._pieces._known) == known > 0
+    assert len(tokenizer._pieces) == known > 0
     tokenizer._pieces.check()
 
 

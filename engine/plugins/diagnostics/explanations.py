@@ -6,8 +6,6 @@ import hashlib
 import json
 import re
 import secrets
-import threading
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,7 +29,8 @@ from engine.plugins.diagnostics.explain import (
 )
 from engine.server.access import Tenant
 from engine.server.bodies import Workers
-from engine.server.context import cache_headers
+from engine.server.context import AskedChat, cache_headers
+from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import ChatTemplate, TemplateError, Tokenizer
 from hybridcache.tokens import Tokens, common_prefix_len
@@ -53,24 +52,17 @@ class Outliner:
         seed = np.frombuffer(self._digest("ids"), np.uint64)
         self._secret, self._stride = seed[0], seed[1] | np.uint64(1)
 
-    def outline(
-        self,
-        tokens: Tokens,
-        *,
-        model: str,
-        namespace: Hashable = None,
-        messages: Sequence[Mapping[str, Any]] = (),
-        tools: Sequence[Mapping[str, Any]] = (),
-        variables: Mapping[str, Any] | None = None,
-    ) -> Outline:
+    def outline(self, asked: AskedChat) -> Outline:
         """Return the outline of a prompt. O(its size)."""
+        tokens, namespace = asked.token_ids, asked.tenant.namespace
         ends = np.flatnonzero(np.isin(tokens, self._control_ids))
+        variables = sorted((asked.variables or {}).items())
         return Outline(
-            model,
+            asked.model,
             namespace,
-            tuple(self._digest(tool) for tool in tools),
-            tuple((name, self._digest(value)) for name, value in sorted((variables or {}).items())),
-            tuple(self._message(message) for message in messages),
+            tuple(self._digest(tool) for tool in asked.tools or ()),
+            tuple((name, self._digest(value)) for name, value in variables),
+            tuple(self._message(message) for message in asked.messages),
             self._kept(tokens, namespace),
             len(tokens),
             int(ends[-1]) if len(ends) else len(tokens),
@@ -172,54 +164,23 @@ class Remembered:
         return self.outline.num_bytes + (self.chat.size if self.chat is not None else 0)
 
 
-class RequestMemory:
-    """Recent requests in ``limit_bytes``, by tenant and id of their answer. Thread-safe."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._known: OrderedDict[tuple[Hashable, str], Remembered] = OrderedDict()
-        self._lock = threading.Lock()
-        self.num_bytes = 0
-        self.has_forgotten = False
-        """True if a request was evicted, or was too large to be stored."""
-
-    def get(self, tenant: Hashable, answer_id: str) -> Remembered | None:
-        """Return the request of an answer of ``tenant``, or None. O(1)."""
-        with self._lock:
-            return self._known.get((tenant, answer_id))
+class RequestMemory(BoundedMemory[tuple[Tenant, str], Remembered]):
+    """Recent requests by tenant and id of their answer, in the order of their ends."""
 
     def find(self, name: str) -> tuple[str, Remembered] | None:
         """Return (id, request) of the latest answer with this id or ``request_id``, of any tenant.
 
         Also finds an id by its first ``SHORT_ID`` or more characters. For the operator.
         O(requests)."""
-        with self._lock:
-            listed = list(self._known.items())
         return next(
             (
                 (answer_id, known)
-                for (_, answer_id), known in reversed(listed)
+                for (_, answer_id), known in reversed(self.listed())
                 if name in (answer_id, known.request_id)
                 or (len(name) >= SHORT_ID and answer_id.startswith(name))
             ),
             None,
         )
-
-    def put(self, tenant: Hashable, answer_id: str, remembered: Remembered) -> None:
-        """Store a request, replace an earlier one with this id, and drop the oldest. O(1)
-        amortised."""
-        size = remembered.num_bytes
-        if size > self._limit_bytes:
-            self.has_forgotten = True
-            return
-        with self._lock:
-            earlier = self._known.pop((tenant, answer_id), None)
-            self._known[tenant, answer_id] = remembered
-            self.num_bytes += size - (0 if earlier is None else earlier.num_bytes)
-            while self.num_bytes > self._limit_bytes:
-                _, oldest = self._known.popitem(last=False)
-                self.num_bytes -= oldest.num_bytes
-                self.has_forgotten = True
 
     def nearest(self, later: Remembered) -> tuple[str, Remembered] | None:
         """Return (id, request) of the earlier request that shares the most tokens with ``later``,
@@ -227,8 +188,7 @@ class RequestMemory:
 
         Only requests of its namespace are compared; of equal ones the latest is returned.
         """
-        with self._lock:
-            listed = list(self._known.items())
+        listed = self.listed()
         at = next((i for i, (_, known) in enumerate(listed) if known is later), 0)
         outline = later.outline
         best, best_len = None, 0
@@ -240,11 +200,6 @@ class RequestMemory:
             if shared and shared >= best_len:
                 best, best_len = (answer_id, other), shared
         return best
-
-    def check(self) -> None:
-        """Raise AssertionError if the recorded size is wrong. O(requests)."""
-        sizes = [remembered.num_bytes for remembered in self._known.values()]
-        assert sum(sizes) == self.num_bytes <= self._limit_bytes
 
 
 FIRST, LAST = 0xF0000, 0xFFFFD
@@ -374,27 +329,6 @@ def _openai_reason(parting: Parting) -> str | None:
     return OPENAI.get(parting.change)
 
 
-@dataclass(slots=True)
-class AskedChat:
-    """A chat in progress that will be stored."""
-
-    tenant: Tenant
-    answer_id: str
-    request_id: str | None
-    """The engine's id of the request."""
-    outline: Outline
-    chat: ChatParts | None
-    """Chat, or None in a namespace, where it is not kept."""
-    found: Found | None = None
-
-    @property
-    def remembered(self) -> Remembered | None:
-        """The chat in the form in which it is stored, or None before its first output."""
-        if self.found is None:
-            return None
-        return Remembered(self.outline, self.found, self.chat, self.request_id)
-
-
 class Explanations:
     """Stores the requests of one server, and explains their computation in comparison with other
     requests."""
@@ -403,61 +337,23 @@ class Explanations:
         """``grid``: distance of positions at which states may be saved; 0 if none are."""
         self._tokenizer, self._grid = tokenizer, grid
         control_ids = [i for text in tokenizer.control_tokens for i in tokenizer.encode(text)[:1]]
-        self._outliner = Outliner(secrets.token_bytes(32), control_ids)
+        self.outliner = Outliner(secrets.token_bytes(32), control_ids)
         self.memory = RequestMemory(limit_bytes)
 
-    def begin(
-        self,
-        answer_id: str,
-        token_ids: Tokens,
-        *,
-        request_id: str | None = None,
-        model: str,
-        tenant: Tenant,
-        messages: Sequence[Mapping[str, Any]],
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any] | None,
-        size: int,
-    ) -> AskedChat:
-        """Record a chat of ``size`` bytes before it is answered. O(size)."""
-        outline = self._outliner.outline(
-            token_ids,
-            model=model,
-            namespace=tenant.namespace,
-            messages=messages,
-            tools=tools or (),
-            variables=variables,
-        )
-        chat = ChatParts(messages, tools, variables, size) if tenant.namespace is None else None
-        return AskedChat(tenant, answer_id, request_id, outline, chat)
+    def diagnose(self, asked: AskedChat) -> ObservedChat:
+        """See ``ChatHooks``. O(size of the chat)."""
+        return ObservedChat(self, asked, self.outliner.outline(asked))
 
-    def end(
-        self, asked: AskedChat, output: RequestOutput, message: Mapping[str, Any] | None = None
-    ) -> None:
-        """Store ``asked`` with its answer, which was sent as ``message``. O(its tokens)."""
-        self.saw(asked, output)
-        if asked.remembered is not None:
-            answer = np.asarray(output.output, np.int32)
-            outline = self._outliner.answered(asked.outline, answer, message)
-            remembered = replace(asked.remembered, outline=outline)
-            self.memory.put(asked.tenant, asked.answer_id, remembered)
+    def compare(self, later: Remembered, tenant: Tenant, earlier_id: str) -> Explanation | None:
+        """Explain the computation of ``later`` in comparison with an earlier request of the same
+        tenant, or return None if that request is not known.
 
-    def saw(self, asked: AskedChat, output: RequestOutput) -> None:
-        """Record an output of ``asked``, which has the cached length."""
-        if output.losses is not None:
-            asked.found = Found(output.cached_len, output.losses)
-
-    def compare(self, asked: AskedChat, earlier_id: str) -> Explanation | None:
-        """Explain the computation of ``asked`` in comparison with an earlier request of the same
-        tenant.
-
-        The earlier text is shown only if a secret identifies the tenant. Returns None if that
-        request is not known, or nothing was computed yet.
+        The earlier text is shown only if a secret identifies the tenant.
         """
-        earlier, later = self.memory.get(asked.tenant, earlier_id), asked.remembered
-        if earlier is None or later is None:
+        earlier = self.memory.get((tenant, earlier_id), is_use=False)
+        if earlier is None:
             return None
-        return self._explain(earlier, later, shows_earlier=asked.tenant.is_known)
+        return self._explain(earlier, later, shows_earlier=tenant.is_known)
 
     def look_up(self, answer_id: str, earlier_id: str | None) -> dict[str, Any] | None:
         """Return the same explanation for a request that ended; for the operator.
@@ -519,22 +415,11 @@ class Explanations:
         return template is None or writes_tools_first(template)
 
 
-class Inquiry:
-    """Observes one chat while it is answered, and returns the requested explanations."""
+class ObservedChat:
+    """One chat while it is answered, and the requested explanations of its cache misses."""
 
-    def __init__(
-        self,
-        explanations: Explanations,
-        asked: AskedChat,
-        compared_with: str | None,
-        is_asked: bool,
-    ) -> None:
-        """``compared_with``: the earlier answer. ``is_asked``: Anthropic's form is requested, even
-        without an earlier answer."""
-        self._is_asked = is_asked
-        self._explanations = explanations
-        self._asked = asked
-        self._compared_with = compared_with
+    def __init__(self, explanations: Explanations, asked: AskedChat, outline: Outline) -> None:
+        self._explanations, self._asked, self._outline = explanations, asked, outline
         self._first: RequestOutput | None = None
         self.explanation: Explanation | None = None
         """Explanation after the first output, if a comparison was requested and is possible."""
@@ -543,23 +428,37 @@ class Inquiry:
     def answer_id(self) -> str:
         return self._asked.answer_id
 
+    def remembered(self, output: RequestOutput) -> Remembered | None:
+        """Return the chat in the form in which it is stored, or None if it was not scheduled."""
+        if output.losses is None:
+            return None
+        asked, found = self._asked, Found(output.cached_len, output.losses)
+        is_shown = asked.tenant.namespace is None
+        chat = ChatParts(asked.messages, asked.tools, asked.variables, asked.size)
+        return Remembered(self._outline, found, chat if is_shown else None, asked.request_id)
+
     async def see(self, output: RequestOutput, workers: Workers) -> None:
         """Process the next output of the first answer. O(tokens of the prompt) for the first output
         with a comparison."""
         if self._first is not None:
             return
         self._first = output
-        self._explanations.saw(self._asked, output)
-        earlier_id = self._compared_with
-        if earlier_id is not None:
+        asked, later = self._asked, self.remembered(output)
+        if later is not None and (earlier_id := asked.compared_with) is not None:
             self.explanation = await workers.run(
                 len(output.prompt_token_ids),
-                lambda: self._explanations.compare(self._asked, earlier_id),
+                lambda: self._explanations.compare(later, asked.tenant, earlier_id),
             )
 
-    def end(self, output: RequestOutput, message: Mapping[str, Any]) -> None:
-        """Process the last output of the first answer, and its message."""
-        self._explanations.end(self._asked, output, message)
+    def end(self, output: RequestOutput, message: Mapping[str, Any] | None = None) -> None:
+        """Store the chat with its answer, which was sent as ``message``. O(its tokens)."""
+        remembered = self.remembered(output)
+        if remembered is not None:
+            answer = np.asarray(output.output, np.int32)
+            outline = self._explanations.outliner.answered(self._outline, answer, message)
+            remembered = replace(remembered, outline=outline)
+            key = self._asked.tenant, self._asked.answer_id
+            self._explanations.memory.put(key, remembered, remembered.num_bytes)
 
     def headers(self) -> dict[str, str]:
         """Return ``cache_headers``, and ``x-cache-parted`` if a comparison was requested and is
@@ -575,7 +474,7 @@ class Inquiry:
 
     def told(self) -> dict[str, Any]:
         """Return the requested explanation in OpenAI's form and in the engine's."""
-        if self._compared_with is None:
+        if self._asked.compared_with is None:
             return {}
         whole = None if self.explanation is None else self.explanation.as_dict()
         return {
@@ -585,7 +484,7 @@ class Inquiry:
 
     def diagnostics(self) -> dict[str, Any]:
         """Return the requested explanation in Anthropic's form."""
-        if not self._is_asked:
+        if not self._asked.wants_diagnostics:
             return {}
-        is_compared = self._compared_with is not None
+        is_compared = self._asked.compared_with is not None
         return {"diagnostics": for_anthropic(self.explanation) if is_compared else None}

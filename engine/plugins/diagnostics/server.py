@@ -10,24 +10,22 @@ import hashlib
 import json
 import logging
 import sys
-import threading
 from array import array
-from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, Request
 
 from engine.plugins.diagnostics import DiagnosticsConfig
 from engine.plugins.diagnostics.explain import SYSTEM_ROLES
-from engine.plugins.diagnostics.explanations import Explanations, Inquiry, said_by
+from engine.plugins.diagnostics.explanations import Explanations, said_by
 from engine.server.access import Operator, Tenant
 from engine.server.api_errors import APIError, quoted
-from engine.server.context import ChatDiagnostics, ChatInput, Message, ServerExtension
+from engine.server.context import ChatInput, Message, ServerExtension
 from engine.server.settings import ServerConfig
 from engine.text.answers import MARKS
+from engine.text.bounded_memory import BoundedMemory
 from engine.text.chat_prompt import ChatPrompt, SampledTurn
 from engine.text.outputs import RequestOutput
 from engine.text.tokenizer import Tokenizer
@@ -51,14 +49,11 @@ class _Entry:
 
 
 class AnswerMemory:
-    """Sampled answers in ``limit_bytes``, with least recently used ones evicted. Thread-safe."""
+    """Sampled answers in ``limit_bytes``, by tenant and digest of the message. Thread-safe, except
+    that one thread calls ``put``."""
 
     def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._known: OrderedDict[tuple[Hashable, bytes], list[_Entry]] = OrderedDict()
-        """Answers by tenant and digest of the message."""
-        self._lock = threading.Lock()
-        self.num_bytes = 0
+        self._known = BoundedMemory[tuple[Hashable, bytes], tuple[_Entry, ...]](limit_bytes)
 
     def put(
         self,
@@ -76,23 +71,10 @@ class AnswerMemory:
         """
         turn = SampledTurn(turn.header, array("i", turn.token_ids), turn.reasoning)
         key, entry = (tenant, _digest(message)), _Entry(place, turn, chat)
-        if entry.num_bytes > self._limit_bytes:
-            return
-        with self._lock:
-            alike = self._known.setdefault(key, [])
-            alike.append(entry)
-            self.num_bytes += entry.num_bytes
-            if len(alike) > MAX_ALIKE:
-                self.num_bytes -= alike.pop(0).num_bytes
-            self._known.move_to_end(key)
-            while self.num_bytes > self._limit_bytes:
-                self._forget_oldest()
-
-    def _forget_oldest(self) -> None:
-        key, alike = next(iter(self._known.items()))
-        self.num_bytes -= alike.pop(0).num_bytes
-        if not alike:
-            del self._known[key]
+        alike = (*(self._known.get(key) or ()), entry)[-MAX_ALIKE:]
+        while len(alike) > 1 and _num_bytes(alike) > self._known.limit_bytes:
+            alike = alike[1:]
+        self._known.put(key, alike, _num_bytes(alike))
 
     def find(
         self,
@@ -110,12 +92,8 @@ class AnswerMemory:
         """
         if message.get("role") != "assistant":
             return None
-        key = tenant, _digest(message)
+        alike = self._known.get((tenant, _digest(message))) or ()
         given = str(message.get("reasoning_content") or "").strip()
-        with self._lock:
-            alike = list(self._known.get(key, ()))
-            if alike:
-                self._known.move_to_end(key)
         fits = [
             entry
             for entry in alike
@@ -129,9 +107,11 @@ class AnswerMemory:
 
     def check(self) -> None:
         """Raise AssertionError if the recorded size is wrong. O(answers)."""
-        sizes = [entry.num_bytes for alike in self._known.values() for entry in alike]
-        assert all(self._known.values())
-        assert sum(sizes) == self.num_bytes <= self._limit_bytes
+        self._known.check()
+
+
+def _num_bytes(entries: Sequence[_Entry]) -> int:
+    return sum(entry.num_bytes for entry in entries)
 
 
 def _digest(message: Mapping[str, Any]) -> bytes:
@@ -167,14 +147,14 @@ class Replays:
         control = [text for text in tokenizer.control_tokens if text not in MARKS]
         self._control_ids = frozenset(i for text in control for i in tokenizer.encode(text)[:1])
 
-    def prepare(
+    def before_render(
         self,
         messages: Sequence[Message],
         tools: Sequence[Mapping[str, Any]] | None,
         variables: Mapping[str, Any] | None,
         tenant: Tenant,
     ) -> ChatInput:
-        """Return the inputs for rendering a chat. O(its size)."""
+        """See ``ChatHooks``."""
         keeps = (variables or {}).get(KEEPS_THINKING, self._keeps_thinking) is True
         if keeps:
             variables = {**(variables or {}), KEEPS_THINKING: True}
@@ -192,12 +172,8 @@ class Replays:
         place = Place(tenant, len(chat), None if seen is None else seen.digest())
         return ChatInput(chat, variables, sampled, keeps, place)
 
-    def remember(
-        self,
-        prompt: ChatPrompt,
-        place: Place,
-        message: Message,
-        output: RequestOutput,
+    def after_answer(
+        self, prompt: ChatPrompt, place: Place, message: Message, output: RequestOutput
     ) -> None:
         """Store the tokens of an answer, sent as ``message``, that a client can send back
         completely: one ended by the model or by its length limit. O(its size)."""
@@ -256,43 +232,14 @@ class VolatileLines:
         return chat
 
 
-class Hooks:
+class Hooks(Replays):
     """Hooks around every chat of one server; see ``ChatHooks``."""
 
     def __init__(self, tokenizer: Tokenizer, config: ServerConfig, grid: int) -> None:
         settings = config.of(DiagnosticsConfig)
-        self.replays = Replays(tokenizer, settings)
+        super().__init__(tokenizer, settings)
         self.explanations = Explanations(tokenizer, int(settings.explain_mib * 2**20), grid)
-
-    def before_render(
-        self,
-        messages: Sequence[Message],
-        tools: Sequence[Mapping[str, Any]] | None,
-        variables: Mapping[str, Any] | None,
-        tenant: Tenant,
-    ) -> ChatInput:
-        """See ``ChatHooks``."""
-        return self.replays.prepare(messages, tools, variables, tenant)
-
-    def diagnose(
-        self,
-        answer_id: str,
-        token_ids: np.ndarray,
-        *,
-        compared_with: str | None,
-        is_asked: bool,
-        **chat: Any,
-    ) -> ChatDiagnostics:
-        """See ``ChatHooks``."""
-        tokens = token_ids.astype(np.int32, copy=False)
-        asked = self.explanations.begin(answer_id, tokens, **chat)
-        return Inquiry(self.explanations, asked, compared_with, is_asked)
-
-    def after_answer(
-        self, prompt: ChatPrompt, place: Any, message: Message, output: RequestOutput
-    ) -> None:
-        """See ``ChatHooks``."""
-        self.replays.remember(prompt, place, message, output)
+        self.diagnose = self.explanations.diagnose
 
 
 def _why_unknown(unknown: Sequence[str], has_forgotten: bool) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import Request, Response
 
-from engine.plugins.dialects.response_store import ResponseStore, StoredResponse, held_bytes
 from engine.plugins.dialects.responses_body import ResponsesRequest, TextConfig
-from engine.server.access import AnswerId, new_id
+from engine.server.access import AnswerId, Tenant, new_id
 from engine.server.api_errors import APIError, quoted
 from engine.server.bodies import EventStream, named_event, to_json, unless_gone
 from engine.server.chat import ChatSession, Finish, ask, settle_system
@@ -24,6 +25,7 @@ from engine.text.answers import (
     ReasoningDelta,
     TextDelta,
 )
+from engine.text.bounded_memory import BoundedMemory
 from engine.text.outputs import RequestOutput
 
 Kind = Literal["reasoning", "message", "function_call"]
@@ -117,12 +119,56 @@ class ResponseItems:
         return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-class Responses:
-    """Answers requests, and stores the responses that they may continue."""
+ENTRY_BYTES = 512
+"""Size of a stored response without its contents."""
 
-    def __init__(self, context: ServingContext, store: ResponseStore) -> None:
+
+def held_bytes(value: Any) -> int:
+    """Return the memory of a JSON ``value`` that shares nothing with other values. O(values in it).
+
+    An object that occurs several times in it, such as a key of a parsed text, counts once.
+
+    >>> held_bytes([{"text": "a" * 1000}]) > 1000
+    True
+    """
+    num_bytes, left, seen = 0, [value], set[int]()
+    while left:
+        one = left.pop()
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        num_bytes += sys.getsizeof(one)
+        if isinstance(one, dict):
+            left.extend(one)
+            left.extend(one.values())
+        elif isinstance(one, list | tuple):
+            left.extend(one)
+    return num_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """One response with the conversation that it ends."""
+
+    items: list[dict[str, Any]]
+    """All items from the beginning; entries may be shared with the previous response."""
+    response: dict[str, Any]
+    items_bytes: int
+    """Memory of the ``items``, counting shared entries fully."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the whole entry, counted in the same way. O(values in the response)."""
+        return ENTRY_BYTES + self.items_bytes + held_bytes(self.response)
+
+
+class Responses:
+    """Answers requests, and stores the responses that they may continue, separately for each
+    tenant."""
+
+    def __init__(self, context: ServingContext, limit_bytes: int) -> None:
         self._context = context
-        self._store = store
+        self._store = BoundedMemory[tuple[Tenant, str], StoredResponse](limit_bytes)
 
     async def create(self, request: Request, body: ResponsesRequest) -> Response:
         """Answer one request. Raises APIError 400 if the response to continue is not stored."""
@@ -131,7 +177,7 @@ class Responses:
         tenant = context.tenant_of(request, body.cache_salt)
         before = None
         if body.previous_response_id is not None:
-            before = self._store.get(tenant, body.previous_response_id)
+            before = self._store.get((tenant, body.previous_response_id))
             if before is None:
                 raise APIError(
                     400,
@@ -157,10 +203,9 @@ class Responses:
         def keep(response: dict[str, Any]) -> None:
             if body.store:
                 output = response["output"]
-                stored = StoredResponse.of(
-                    [*earlier, *new, *output], response, items_bytes + held_bytes(output)
-                )
-                self._store.put(tenant, response["id"], stored)
+                items = [*earlier, *new, *output]
+                stored = StoredResponse(items, response, items_bytes + held_bytes(output))
+                self._store.put((tenant, response["id"]), stored, stored.num_bytes)
 
         if body.stream:
             return EventStream(writer.events(keep), session.diagnostics.headers, writer.failed)
@@ -182,18 +227,18 @@ class Responses:
         """Return a stored response. Raises APIError 404 if the tenant has none with this id."""
         if request.query_params.get("stream", "false").lower() == "true":
             raise APIError(400, "'stream' is not supported: omit it.", param="stream")
-        stored = self._store.get(self._context.tenant_of(request), response_id)
+        stored = self._store.get((self._context.tenant_of(request), response_id))
         if stored is None:
             raise self._unknown(response_id)
         content = await self._context.workers.run(
-            stored.num_bytes, lambda: to_json(stored.response)
+            stored.items_bytes, lambda: to_json(stored.response)
         )
         return Response(content, media_type="application/json")
 
     async def delete(self, request: Request, response_id: str) -> dict[str, Any]:
         """Remove a stored response; the newest one of a chain ends its session. Raises APIError as
         ``retrieve``."""
-        if not self._store.delete(self._context.tenant_of(request), response_id):
+        if not self._store.delete((self._context.tenant_of(request), response_id)):
             raise self._unknown(response_id)
         await self._context.engine.end_session(response_id)
         return {"id": response_id, "object": "response", "deleted": True}

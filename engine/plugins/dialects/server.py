@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request, Response
 from engine.plugins.dialects import DialectsConfig
 from engine.plugins.dialects.anthropic import count_tokens, messages
 from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
-from engine.plugins.dialects.response_store import ResponseStore
 from engine.plugins.dialects.responses import Responses
 from engine.plugins.dialects.responses_body import ResponsesRequest
 from engine.plugins.dialects.tokens import add_facts, detokenize, tokenize
@@ -26,9 +25,8 @@ class DialectsExtension(ServerExtension):
 
     def __init__(self, context: ServingContext, config: ServerConfig) -> None:
         super().__init__(context, config)
-        self._responses = Responses(
-            context, ResponseStore(int(config.of(DialectsConfig).responses_mib * 2**20))
-        )
+        limit_bytes = int(config.of(DialectsConfig).responses_mib * 2**20)
+        self._responses = Responses(context, limit_bytes)
 
     def dialects(self) -> Iterator[Dialect]:
         """See ``ServerExtension``."""

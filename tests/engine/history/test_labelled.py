@@ -12,8 +12,14 @@ import pytest
 
 from engine import RequestSpec
 from engine.plugins.diagnostics.explain import CAUSES, Change, Explanation, Found, How
-from engine.plugins.diagnostics.explanations import Explanations, for_anthropic, for_openai
+from engine.plugins.diagnostics.explanations import (
+    Explanations,
+    Remembered,
+    for_anthropic,
+    for_openai,
+)
 from engine.server.access import Tenant
+from engine.server.context import AskedChat
 from engine.text.chat_prompt import render_chat
 from engine.text.tokenizer import ByteTokenizer, ChatTemplate
 from experiments.system.agents.scripted import ScriptedEngine
@@ -288,11 +294,11 @@ def run(
         tokenizer.chat_template = ChatTemplate(pair.template)
     engine = ScriptedEngine(tokenizer, **pair.engine)
     explanations = Explanations(tokenizer, 1 << 20, grid=64)
-    chat = copy.deepcopy(pair.base)
+    base = copy.deepcopy(pair.base)
     later = copy.deepcopy(pair.base)
     pair.edit(later)
     explanation = None
-    for name, body, model in (("first", chat, "m"), ("second", later, pair.model)):
+    for name, body, model in (("first", base, "m"), ("second", later, pair.model)):
         if name == "second":
             pair.prepare(engine)
         parts = {"tools": body.get("tools"), "variables": body.get("variables")}
@@ -304,18 +310,13 @@ def run(
             answer_survives=prompt.answer_survives,
         )
         output = engine.answer(spec, tokenizer.encode(pair.answer))
-        asked = explanations.begin(
-            name,
-            output.prompt_token_ids,
-            model=model,
-            tenant=Tenant(key, namespace),
-            messages=body["messages"],
-            size=100,
-            **parts,
-        )
-        explanations.saw(asked, output)
-        explanation = explanations.compare(asked, "first")
-        explanations.end(asked, output)
+        tenant, tokens = Tenant(key, namespace), output.prompt_token_ids
+        asked = AskedChat(name, tokens, model, tenant, body["messages"], **parts, size=100)
+        chat = explanations.diagnose(asked)
+        asked_now = chat.remembered(output)
+        assert asked_now is not None
+        explanation = explanations.compare(asked_now, tenant, "first")
+        chat.end(output)
     return explanation, explanations
 
 
@@ -362,13 +363,13 @@ def test_of_a_namespace_only_hashes_are_compared_and_no_text_is_shown(pair: Pair
         getattr(open_one.parting, name) for name in ("at", "change", "how")
     )
     assert found.before is found.was is found.now is None
-    kept = explanations.memory.get(Tenant(0, "tenant"), "first")
+    kept = explanations.memory.get((Tenant(0, "tenant"), "first"))
     assert kept is not None and kept.chat is None
     ids = set(ByteTokenizer().encode(ANSWER))
     assert not ids & set(kept.outline.tokens.tolist())
     assert explanations.memory.find("first") == ("first", kept)
     others = Tenant(0, "another"), Tenant(1, "tenant"), Tenant(None, "tenant"), Tenant(0), Tenant()
-    assert all(explanations.memory.get(other, "first") is None for other in others)
+    assert all(explanations.memory.get((other, "first")) is None for other in others)
 
 
 def field_left_out(chat: Chat) -> None:
@@ -449,17 +450,21 @@ def test_a_conversation_that_shares_less_than_a_grid_step_is_new() -> None:
     assert told_beside(PLAIN, longer)["cause"] == "system"
 
 
+def keep(explanations: Explanations, name: str, tokens: np.ndarray, found: Found) -> None:
+    """Store a request without messages."""
+    outline = explanations.outliner.outline(AskedChat(name, tokens, "m", Tenant(), ()))
+    kept = Remembered(outline, found)
+    explanations.memory.put((Tenant(), name), kept, kept.num_bytes)
+
+
 @pytest.mark.parametrize("state_at", [256, 320])
 def test_more_memory_is_no_advice_for_tokens_behind_the_last_state(state_at: int) -> None:
     """Whatever is kept, only a grid position can be resumed."""
     tokens = np.arange(340, dtype=np.int32) % 250
     explanations = Explanations(ByteTokenizer(), 1 << 20, grid=64)
     for name, cached_len in (("first", 0), ("second", state_at)):
-        asked = explanations.begin(name, tokens, model="m", tenant=Tenant(), messages=(), tools=None,
-                                   variables=None, size=100)  # fmt: skip
-        asked.found = Found(cached_len, Losses(0, len(tokens) - cached_len, 0, 0, 0))
-        assert asked.remembered is not None
-        explanations.memory.put(asked.tenant, name, asked.remembered)
+        losses = Losses(0, len(tokens) - cached_len, 0, 0, 0)
+        keep(explanations, name, tokens, Found(cached_len, losses))
     told = explanations.look_up("second", None)
     assert told is not None and told["cause"] == "kv_evicted"
     assert ("--host-gib" in told["advice"]) == (state_at == 256)
@@ -468,22 +473,17 @@ def test_more_memory_is_no_advice_for_tokens_behind_the_last_state(state_at: int
 def test_what_is_remembered_is_bounded_and_the_oldest_goes() -> None:
     explanations = Explanations(ByteTokenizer(), 20_000)
     tokens = np.arange(1000, dtype=np.int32) % 250
-    none = {"messages": (), "tools": None, "variables": None}
     for number in range(10):
-        asked = explanations.begin(
-            str(number), tokens[number:], model="m", tenant=Tenant(), size=100, **none
-        )
-        asked.found = Found(0, Losses(1000, 0, 0, 0, 0))
-        assert asked.remembered is not None
-        explanations.memory.put(asked.tenant, asked.answer_id, asked.remembered)
+        found = Found(0, Losses(1000, 0, 0, 0, 0))
+        keep(explanations, str(number), tokens[number:], found)
         explanations.memory.check()
     memory = explanations.memory
-    last = memory.get(Tenant(), "9")
+    last = memory.get((Tenant(), "9"))
     assert last is not None and memory.find("0") is None
     assert memory.num_bytes > 15_000
     assert memory.nearest(last) is None, "no two of them begin the same"
     num_bytes = memory.num_bytes
-    memory.put(Tenant(), "9", last)
+    memory.put((Tenant(), "9"), last, last.num_bytes)
     memory.check()
     assert memory.num_bytes == num_bytes, "an id that is used again is one request"
 

@@ -11,7 +11,8 @@ from typing import Any
 import openai
 import pytest
 
-from engine.plugins.dialects.response_store import ResponseStore, StoredResponse, held_bytes
+from engine.plugins.dialects.responses import StoredResponse, held_bytes
+from engine.text.bounded_memory import BoundedMemory
 
 from .conftest import Live
 from .test_tools import BONN, HERMES_CALL, QWEN_XML, SCHEMA, XML_CALL
@@ -249,36 +250,34 @@ def test_the_form_that_was_asked_for_is_given_back(say: Say) -> None:
     assert say("x").post("/v1/responses", ASK).json()["text"]["format"] == {"type": "text"}
 
 
-def stored(num_bytes: int) -> StoredResponse:
-    return StoredResponse([], {}, 0, num_bytes)
-
-
-def test_the_store_keeps_what_was_used_last() -> None:
-    store = ResponseStore(100)
+def test_a_bounded_memory_keeps_what_was_used_last() -> None:
+    store = BoundedMemory[tuple[str | None, str], str](100)
     for name in "abc":
-        store.put(None, name, stored(40))
-    assert store.get(None, "a") is None and len(store) == 2
-    assert store.get(None, "b") is not None
-    store.put(None, "d", stored(40))
-    assert store.get(None, "c") is None and store.get(None, "b") is not None
-    store.put(None, "e", stored(101))
-    assert store.get(None, "e") is None and store.num_bytes == 80
-    store.put(None, "b", stored(10))
-    assert store.num_bytes == 50 and store.delete(None, "b") and not store.delete("x", "d")
+        store.put((None, name), name, 40)
+    assert store.get((None, "a")) is None and len(store) == 2
+    assert store.get((None, "b")) == "b"
+    store.put((None, "d"), "d", 40)
+    assert store.get((None, "c")) is None and store.get((None, "b"), is_use=False) == "b"
+    store.put((None, "e"), "e", 101)
+    assert store.get((None, "e")) is None and store.num_bytes == 80 and store.has_forgotten
+    store.put((None, "b"), "b", 10)
+    assert [name for (_, name), _ in store.listed()] == ["d", "b"]
+    assert store.num_bytes == 50 and store.delete((None, "b")) and not store.delete(("x", "d"))
     assert store.num_bytes == 40
+    store.check()
 
 
 def test_what_is_kept_is_counted_as_the_memory_it_takes(say: Callable[[str], Live]) -> None:
     body = ASK | {"input": [{"role": "user", "content": "word " * 20} for _ in range(20)]}
     response = json.dumps(say("x").post("/v1/responses", body).json())
     items = json.dumps(body["input"])
-    store = ResponseStore(1 << 19)
+    store = BoundedMemory[str, StoredResponse](1 << 19)
     tracemalloc.start()
     try:
         for number in range(200):
             new = json.loads(items)
-            kept = StoredResponse.of(new, json.loads(response), held_bytes(new))
-            store.put(None, str(number), kept)
+            kept = StoredResponse(new, json.loads(response), held_bytes(new))
+            store.put(str(number), kept, kept.num_bytes)
         taken, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
