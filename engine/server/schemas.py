@@ -8,7 +8,9 @@ by name; one that would not (``user``, ``store``) is checked and ignored.
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import fields
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
@@ -92,7 +94,6 @@ def without_what_asks_for_nothing(body: Any, neutral: Mapping[str, Container[Any
 
 
 Schema = dict[str, Any] | bool
-NAMES = ("response_format", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class NamedSchema(Strict):
@@ -106,6 +107,16 @@ class NamedSchema(Strict):
 class ResponseFormat(Strict):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+
+    def grammar(self) -> Grammar:
+        """Return the grammar of a type other than text. Raises GrammarError."""
+        if self.type == "json_object":
+            return Grammar.of_object()
+        if self.json_schema is None or self.json_schema.schema_ is None:
+            raise GrammarError(
+                "'response_format' of type json_schema requires 'json_schema.schema'."
+            )
+        return Grammar.of_schema(self.json_schema.schema_)
 
 
 class StructuredOutputs(Strict):
@@ -136,61 +147,53 @@ class Guided(Strict):
         return self
 
     @property
+    def forms(self) -> dict[str, Callable[[], Grammar]]:
+        """Requested forms of the answer: parameter -> function that makes its grammar, in O(its
+        length), and may raise GrammarError."""
+        asked, newer = self.response_format, self.structured_outputs or StructuredOutputs()
+        forms: dict[str, Callable[[], Grammar]] = {}
+        if asked is not None and asked.type != "text":
+            forms[self._format_name] = asked.grammar
+        makers: dict[str, tuple[Callable[[Any], Grammar], Any]] = {
+            "guided_json": (Grammar.of_schema, self.guided_json),
+            "guided_regex": (Grammar.of_regex, self.guided_regex),
+            "guided_choice": (Grammar.of_choices, self.guided_choice),
+            "guided_grammar": (Grammar.of_text, self.guided_grammar),
+            "structured_outputs.json": (Grammar.of_schema, newer.json_),
+            "structured_outputs.regex": (Grammar.of_regex, newer.regex),
+            "structured_outputs.choice": (Grammar.of_choices, newer.choice),
+            "structured_outputs.grammar": (Grammar.of_text, newer.grammar),
+        }
+        forms |= {
+            name: partial(make, value)
+            for name, (make, value) in makers.items()
+            if value is not None
+        }
+        if newer.json_object:
+            forms["structured_outputs.json_object"] = Grammar.of_object
+        return forms
+
+    @property
     def is_guided(self) -> bool:
-        """True if ``grammar`` may return a grammar."""
-        asked = (self.response_format, self.structured_outputs, self.guided_json, self.guided_regex)
-        return any(a is not None for a in (*asked, self.guided_choice, self.guided_grammar))
+        """True if the answer has a grammar."""
+        return bool(self.forms)
 
     @property
     def form_name(self) -> str | None:
         """Name of the parameter that determines the form, or None if there is none or more than
         one."""
-        newer = self.structured_outputs or StructuredOutputs()
-        asked = {name: getattr(self, name) for name in NAMES}
-        asked |= {f"structured_outputs.{n.rstrip('_')}": v for n, v in newer if v is not None}
-        names = [name for name, value in asked.items() if value is not None]
-        if len(names) != 1:
-            return None
-        return self._format_name if names[0] == "response_format" else names[0]
+        names = list(self.forms)
+        return names[0] if len(names) == 1 else None
 
     def grammar(self) -> Grammar | None:
         """Return the grammar of the answer, or None if it is free. O(its length).
 
         Raises GrammarError if several forms are requested, or one cannot be used.
         """
-        forms = [form for form in (self._of_format(), *self._of_names()) if form is not None]
+        forms = list(self.forms.values())
         if len(forms) > 1:
             raise GrammarError("an answer can have only one form; use one of these parameters.")
-        return forms[0] if forms else None
-
-    def _of_format(self) -> Grammar | None:
-        wanted = self.response_format
-        if wanted is None or wanted.type == "text":
-            return None
-        if wanted.type == "json_object":
-            return Grammar.of_object()
-        if wanted.json_schema is None or wanted.json_schema.schema_ is None:
-            raise GrammarError(
-                "'response_format' of type json_schema requires 'json_schema.schema'."
-            )
-        return Grammar.of_schema(wanted.json_schema.schema_)
-
-    def _of_names(self) -> list[Grammar | None]:
-        newer = self.structured_outputs or StructuredOutputs()
-        schemas = (self.guided_json, newer.json_)
-        return [
-            *(None if schema is None else Grammar.of_schema(schema) for schema in schemas),
-            *(None if r is None else Grammar.of_regex(r) for r in (self.guided_regex, newer.regex)),
-            *(
-                None if choices is None else Grammar.of_choices(choices)
-                for choices in (self.guided_choice, newer.choice)
-            ),
-            *(
-                None if text is None else Grammar.of_text(text)
-                for text in (self.guided_grammar, newer.grammar)
-            ),
-            Grammar.of_object() if newer.json_object else None,
-        ]
+        return forms[0]() if forms else None
 
 
 MAX_ID_CHARS = 128
@@ -253,24 +256,6 @@ class TokenOptions(Guided):
     """End of the answer's id."""
     priority: Annotated[int, Field(ge=0, le=0)] = 0
     """Only 0 is supported: requests are served in order of arrival."""
-
-    OPTIONS: ClassVar[tuple[str, ...]] = (
-        "top_k",
-        "logit_bias",
-        "min_tokens",
-        "thinking_token_budget",
-        "allowed_token_ids",
-        "bad_words",
-        "skip_special_tokens",
-        "include_stop_str_in_output",
-    )
-
-    def options(self) -> dict[str, Any]:
-        """Return the fields of ``SamplingParams`` that are set."""
-        given = {name: value for name in self.OPTIONS if (value := getattr(self, name)) is not None}
-        if given.get("top_k") in ALL:
-            given["top_k"] = None
-        return given
 
 
 def seed_of(seed: int | None, choice: int) -> int | None:
@@ -382,6 +367,8 @@ AnswerLimit = Annotated[
 ]
 """Number of tokens of an answer. ``ServingContext.check_limit`` refuses more than the context
 length, with an error that names it."""
+PASSED_ON = {field.name for field in fields(SamplingParams)} - {"max_tokens", "logprobs", "seed"}
+"""Fields of ``SamplingParams`` that are those of the body, by the same names."""
 MAX_CUTS = 4
 """Maximum number of ``cache_control`` marks in a chat, as in Anthropic's API."""
 
@@ -408,16 +395,6 @@ class Sampling(TokenOptions, Streamed, Unused):
     cache_salt: str | None = None
     """Requests with different salts share no cache entries."""
 
-    GIVEN: ClassVar[tuple[str, ...]] = (
-        "temperature",
-        "top_p",
-        "min_p",
-        "ignore_eos",
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-    )
-
     @model_validator(mode="before")
     @classmethod
     def _drop_what_asks_for_nothing(cls, body: Any) -> Any:
@@ -428,21 +405,13 @@ class Sampling(TokenOptions, Streamed, Unused):
     ) -> list[SamplingParams]:
         """Return the sampling parameters of the ``n`` choices; ``defaults`` replace missing ones.
         Raises APIError 400 for a value out of range."""
-        given = dict(defaults)
-        given |= {name: value for name in self.GIVEN if (value := getattr(self, name)) is not None}
-        given |= self.options()
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        given = {name: value for name in PASSED_ON if (value := getattr(self, name)) is not None}
+        given = {**defaults, **given, "max_tokens": max_tokens, "logprobs": logprobs}
+        if self.top_k in ALL:
+            given["top_k"] = None
         try:
             return [
-                SamplingParams(
-                    max_tokens=max_tokens,
-                    stop=stop,
-                    stop_token_ids=tuple(self.stop_token_ids or ()),
-                    seed=seed_of(self.seed, choice),
-                    logprobs=logprobs,
-                    **given,
-                )
-                for choice in range(self.n)
+                SamplingParams(**given, seed=seed_of(self.seed, choice)) for choice in range(self.n)
             ]
         except ValueError as error:
             raise APIError(400, str(error)) from error
