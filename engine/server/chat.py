@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Container, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -180,19 +180,6 @@ class ChatDelta:
     """Reason why the answer ended, in its last delta."""
     warning: str | None = None
     """Set in the last delta if part of the text looks like a call that cannot be made."""
-
-
-@dataclass(frozen=True, slots=True)
-class ChatAnswer:
-    """One complete answer."""
-
-    events: list[Event]
-    """Events of which no two adjacent ones are of one kind, except calls."""
-    output: RequestOutput
-    finish: Finish
-    num_reasoning_tokens: int
-    warning: str | None = None
-    """Warning as in ``ChatDelta``."""
 
 
 async def render(
@@ -387,20 +374,14 @@ class ChatSession:
             if unended is not None:
                 self.diagnostics.end(unended, as_message(self._readings[0].events))
 
-    async def answers(self) -> list[ChatAnswer]:
-        """Wait for all answers and return them in order."""
-        events: list[list[Event]] = [[] for _ in self._streams]
-        ends: dict[int, tuple[RequestOutput, Finish, str | None]] = {}
-        async for news in self.news():
-            events[news.index].extend(news.events)
-            if news.finish is not None:
-                ends[news.index] = news.output, news.finish, news.warning
-        answers = []
-        for index, each in enumerate(events):
-            output, finish, warning = ends[index]
-            num_reasoning = self.num_reasoning_tokens(index)
-            answers.append(ChatAnswer(joined(each), output, finish, num_reasoning, warning))
-        return answers
+    async def answers(self) -> list[ChatDelta]:
+        """Wait for all answers. Returns the last delta of each, in order, with all of its
+        events."""
+        ends = {news.index: news async for news in self.news() if news.finish is not None}
+        return [
+            replace(ends[index], events=joined(reading.events))
+            for index, reading in enumerate(self._readings)
+        ]
 
 
 class _Reading:
@@ -500,7 +481,7 @@ class _ChatWriter:
             "model": context.model_name,
         }
 
-    def whole(self, answers: Sequence[ChatAnswer]) -> dict[str, Any]:
+    def whole(self, answers: Sequence[ChatDelta]) -> dict[str, Any]:
         choices = [
             {
                 "index": index,

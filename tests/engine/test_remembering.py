@@ -15,7 +15,7 @@ import pytest
 
 from engine import Engine, SamplingParams
 from engine.async_engine import AsyncEngine
-from engine.plugins.tiers.cache_tiers import NAME
+from engine.plugins.tiers.plugin import NAME
 from engine.plugins.tiers.staging import MeasuredExchange
 from hybridcache.export.warm_state import unpack, write_memory
 from tests.engine.test_hits_change_nothing import (
@@ -85,11 +85,11 @@ def test_a_killed_engine_forgets_only_what_it_learnt_since(
 ) -> None:
     first = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
     serve(first, prompts(12))
-    first.plugins["tiers"].tiers.remembering.save()
-    first.plugins["tiers"].tiers.disk.flush()
+    first.plugins["tiers"].remembering.save()
+    first.plugins["tiers"].disk.flush()
     shutil.copytree(tmp_path / "state", tmp_path / "killed")
     serve(first, prompts(16)[12:])
-    first.plugins["tiers"].tiers.disk.flush()
+    first.plugins["tiers"].disk.flush()
     for path in (tmp_path / "state").iterdir():  # records of later, the memory of then
         if path.name != NAME:
             shutil.copy(path, tmp_path / "killed")
@@ -146,9 +146,9 @@ def test_reset_forgets_what_was_learnt(
 ) -> None:
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
     serve(engine, prompts(4))
-    engine.plugins["tiers"].tiers.remembering.save()
+    engine.plugins["tiers"].remembering.save()
     engine.reset_prefix_cache()
-    engine.plugins["tiers"].tiers.disk.flush()
+    engine.plugins["tiers"].disk.flush()
     assert not (tmp_path / "state" / NAME).exists()
     engine.close()
 
@@ -159,7 +159,7 @@ def test_too_little_room_for_it_is_said_and_the_engine_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    engine.plugins["tiers"].tiers.remembering._max_bytes = 100
+    engine.plugins["tiers"].remembering._max_bytes = 100
     serve(engine, prompts(4))
     engine.close()
     assert "is not written" in caplog.text and not (tmp_path / "state" / NAME).exists()
@@ -178,8 +178,8 @@ def test_a_file_system_that_refuses_it_is_reported_once_and_the_engine_goes_on(
     monkeypatch.setattr("engine.plugins.tiers.disk.write_atomically", refuse)
     for number in range(2):
         serve(engine, prompts(3)[number:])
-        engine.plugins["tiers"].tiers.remembering.save()
-        engine.plugins["tiers"].tiers.disk.flush()
+        engine.plugins["tiers"].remembering.save()
+        engine.plugins["tiers"].disk.flush()
         assert engine.report().lower.folder.errors == number + 1
     assert caplog.text.count(os.strerror(errno.EDQUOT)) == 1
     engine.check()
@@ -191,7 +191,7 @@ def test_it_is_written_when_there_is_nothing_to_compute_and_seldom_else(
     tmp_path: Path,
 ) -> None:
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
-    remembering, now = engine.plugins["tiers"].tiers.remembering, 0.0
+    remembering, now = engine.plugins["tiers"].remembering, 0.0
     remembering._clock = lambda: now
     remembering._saved_at = remembering._took_s = 0.0
     assert remembering.rest(is_idle=True) is None, "nothing is new"
@@ -204,7 +204,7 @@ def test_it_is_written_when_there_is_nothing_to_compute_and_seldom_else(
     remembering._took_s = 1.0
     serve(engine, prompts(3)[2:])
     assert remembering.rest(is_idle=True) == 200.0, "a save of a second may come every 200"
-    engine.plugins["tiers"].tiers.disk.flush()
+    engine.plugins["tiers"].disk.flush()
     assert unpack((tmp_path / "state" / NAME).read_bytes())._plain["now"] == 2
     engine.close()
 
@@ -214,7 +214,7 @@ def test_an_engine_that_waits_for_requests_writes_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("engine.plugins.tiers.cache_tiers.IDLE_EVERY_S", 0.05)
+    monkeypatch.setattr("engine.plugins.tiers.plugin.IDLE_EVERY_S", 0.05)
     engine = make_engine(state_dir=str(tmp_path / "state"), **LEARNING)
     loop = AsyncEngine(engine)
     loop.start()

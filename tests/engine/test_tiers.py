@@ -105,7 +105,7 @@ def test_the_next_start_has_it_wherever_the_folder_is(
     first = make_engine(exact=True, state_dir=str(folder))
     one_by_one(first, asked)
     known = sum(output.cached_len for output in one_by_one(first, asked))
-    first.plugins["tiers"].tiers.disk.flush()
+    first.plugins["tiers"].disk.flush()
     shutil.copytree(folder, tmp_path / "killed")  # as it is found after a SIGKILL now
     first.close()
     for name in ("state", "killed"):
@@ -142,7 +142,7 @@ def test_a_second_engine_reads_what_the_first_has_kept(
     asked = prompts(12)
     first = make_engine(exact=True, state_dir=str(tmp_path / "state"))
     expected = one_by_one(first, asked)
-    first.plugins["tiers"].tiers.disk.flush()
+    first.plugins["tiers"].disk.flush()
     second = make_engine(exact=True, state_dir=str(tmp_path / "state"), **SMALL)
     assert_same(expected, one_by_one(second, asked))
     assert_same(expected, one_by_one(second, asked))
@@ -174,7 +174,7 @@ def test_damaged_records_are_computed_again(
         path.write_bytes(raw)
     assert_same(expected, one_by_one(again, asked))
     again.check()
-    again.plugins["tiers"].tiers.disk.check()
+    again.plugins["tiers"].disk.check()
     again.close()
 
 
@@ -189,7 +189,7 @@ def test_a_damaged_record_costs_what_it_held_and_nothing_else(
     damaged, other = prompts(2)[0] + [1] * 100, [5] * 200
     first = make_engine(state_dir=str(tmp_path / "state"))
     before = one_by_one(first, [damaged])
-    first.plugins["tiers"].tiers.disk.flush()
+    first.plugins["tiers"].disk.flush()
     paths = set((tmp_path / "state").glob(f"*{SUFFIX}"))
     one_by_one(first, [other])
     first.close()
@@ -202,7 +202,7 @@ def test_a_damaged_record_costs_what_it_held_and_nothing_else(
     assert "is damaged" in caplog.text and "The cache restarts" not in caplog.text
     assert one_by_one(again, [other])[0].cached_len == hit.cached_len
     again.check()
-    again.plugins["tiers"].tiers.disk.check()
+    again.plugins["tiers"].disk.check()
     again.close()
 
 
@@ -265,7 +265,7 @@ def test_whatever_the_file_system_refuses_the_engine_serves_on(
     }
     faults = Faults(monkeypatch)
     engine = make_engine(**settings)
-    disk = engine.plugins["tiers"].tiers.disk
+    disk = engine.plugins["tiers"].disk
     disk._clock = lambda: faults.now_s
 
     def serves() -> None:
@@ -322,10 +322,10 @@ def test_whatever_the_file_system_refuses_the_engine_serves_on(
     shutil.rmtree(tmp_path / "state")
     for _ in range(2):
         ask(again, next(rounds))
-        again.plugins["tiers"].tiers.disk.flush()
+        again.plugins["tiers"].disk.flush()
     ask(again, 0)
     again.check()
-    again.plugins["tiers"].tiers.disk.check()
+    again.plugins["tiers"].disk.check()
     assert not again.report().lower.folder.is_written and not (tmp_path / "state").exists()
     again.close()
     last = make_engine(**settings)
@@ -356,7 +356,7 @@ def test_health_tells_of_a_disk_that_does_not_respond(
         monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 0.05)
         faults.responds.clear()
         while (found := health())["status"] == "ok":
-            engine.plugins["tiers"].tiers.disk.remove_file("nothing")
+            engine.plugins["tiers"].disk.remove_file("nothing")
         assert found["status"] == "degraded" and "has not responded" in found["state_dir"]
         ask()
         monkeypatch.setattr("engine.plugins.tiers.disk.DEADLINE_S", 60)
@@ -441,7 +441,7 @@ def test_the_report_the_metrics_and_the_screen_say_what_lies_where(
     first = make_engine(**settings)
     one_by_one(first, prompts(12))
     one_by_one(first, prompts(12))
-    first.plugins["tiers"].tiers.disk.flush()
+    first.plugins["tiers"].disk.flush()
     report = first.report()
     assert report.lower is not None and report.lower.folder is not None
     assert [tier.tier for tier in report.lower.tiers] == ["host", "disk"]

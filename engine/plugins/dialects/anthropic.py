@@ -14,7 +14,7 @@ from engine.plugins.dialects.anthropic_body import CountRequest, MessagesRequest
 from engine.server.access import AnswerId, Tenant, new_id
 from engine.server.api_errors import ANTHROPIC, APIError, request_name
 from engine.server.bodies import EventStream, named_event, to_json, unless_gone, with_pauses
-from engine.server.chat import ChatAnswer, ChatSession, Finish, ask, render, settle_system
+from engine.server.chat import ChatDelta, ChatSession, Finish, ask, render, settle_system
 from engine.server.context import ServingContext
 from engine.server.schemas import ChatRequest, parsed_arguments
 from engine.text.answers import (
@@ -29,7 +29,11 @@ from engine.text.outputs import RequestOutput
 
 PING_S = 10.0
 """Silence after which a stream sends a ping."""
-REASONS: dict[Finish, str] = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+REASONS: dict[Finish | None, str] = {
+    "stop": "end_turn",
+    "length": "max_tokens",
+    "tool_calls": "tool_use",
+}
 
 
 async def messages(context: ServingContext, request: Request, body: MessagesRequest) -> Response:
@@ -125,7 +129,7 @@ class _MessagesWriter:
         thinking = body.thinking
         self._omits_thinking = thinking is not None and thinking.display == "omitted"
 
-    def whole(self, answer: ChatAnswer) -> dict[str, Any]:
+    def whole(self, answer: ChatDelta) -> dict[str, Any]:
         ending = self._ending(answer.finish, answer.output)
         if answer.warning is not None:
             ending["warning"] = answer.warning
@@ -173,7 +177,7 @@ class _MessagesWriter:
             **self._session.diagnostics.diagnostics(),
         }
 
-    def _ending(self, finish: Finish, output: RequestOutput) -> dict[str, Any]:
+    def _ending(self, finish: Finish | None, output: RequestOutput) -> dict[str, Any]:
         reason, stop = REASONS.get(finish, "end_turn"), None
         if finish == "length" and len(output.output) < self._body.max_tokens:
             reason = "model_context_window_exceeded"

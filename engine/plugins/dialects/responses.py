@@ -317,7 +317,7 @@ class _ResponsesWriter:
         return b"".join(map(self._event, events))
 
     def ended(
-        self, finish: Finish, output: RequestOutput, warning: str | None = None
+        self, finish: Finish | None, output: RequestOutput, warning: str | None = None
     ) -> dict[str, Any]:
         """Return the response with everything written so far."""
         self._close(finish)
@@ -325,7 +325,7 @@ class _ResponsesWriter:
         response = self._response(status, self.items.output, self._usage(output))
         return response if warning is None else response | {"warning": warning}
 
-    def _close(self, finish: Finish) -> list[dict[str, Any]]:
+    def _close(self, finish: Finish | None) -> list[dict[str, Any]]:
         return list(self.items.close("incomplete" if finish == "length" else "completed"))
 
     def _response(

@@ -1,35 +1,271 @@
-"""Host and disk tiers below the device's memory."""
+"""Host and disk tiers below the device's memory, with write-through and saved policy state."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import logging
+import shutil
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from engine.config import EngineConfig
-from engine.interfaces import Plugin, Runner
-from engine.plugins.tiers.cache_tiers import CacheTiers, TierSizes
-from engine.schedule.batch import Plan
+import numpy as np
+
+from engine.config import ConfigError, EngineConfig
+from engine.interfaces import HostTier, Plugin, Runner, TierCopies
+from engine.plugins.tiers import TierConfig
+from engine.plugins.tiers.disk import Disk
+from engine.plugins.tiers.prefixes import Piece, covering
+from engine.plugins.tiers.records import RecordStore
+from engine.plugins.tiers.staging import MeasuredExchange, Staging
+from engine.plugins.tiers.weights_digest import load_digest, save_digest
+from engine.schedule.batch import KEPT, Plan
 from engine.schedule.fetching import Fetcher
+from engine.schedule.report import FolderReport, LowerReport, TierReport
 from engine.text.tokenizer import Tokenizer
-from hybridcache.allocators.moves import HOST
-from hybridcache.api import PrefixCache
+from hybridcache.allocators.arena import slab_rows
+from hybridcache.allocators.moves import DEVICE, DISK, HOST, Copy, StepQueue
+from hybridcache.allocators.pages import MAX_ROWS
+from hybridcache.api import Listener, PrefixCache
 from hybridcache.config import CacheConfig
-from hybridcache.geometry.units import format_bytes
+from hybridcache.export.warm_state import Memory, pack, unpack, write_memory
+from hybridcache.geometry.units import GIB, format_bytes
+from hybridcache.policies.protocol import Item, PlacementPolicy
+from hybridcache.radix.tree import RadixNode
 from hybridcache.scheduling.cache_manager import CacheManager
+from hybridcache.scheduling.memory import MemorySizes
+from hybridcache.tokens import Indices, Tokens
 from hybridcache.variants import TieredRadixCache
+
+NO_ROWS: Indices = np.empty(0, np.int32)
+
+
+class Keeping(Listener):
+    """Listener that queues write-through copies while a request publishes.
+
+    It ignores all other changes: loaded entries are on disk already, and their bytes have not
+    arrived yet.
+    """
+
+    def __init__(self, steps: StepQueue) -> None:
+        self._steps = steps
+        self._is_publishing = False
+
+    @contextmanager
+    def publishing(self) -> Iterator[None]:
+        """Queue write-through copies of entries that become resident inside the context."""
+        self._is_publishing = True
+        try:
+            yield
+        finally:
+            self._is_publishing = False
+
+    def kv_stored(self, node: RadixNode) -> None:
+        if self._is_publishing and node.kv is not None:
+            rows = node.kv.indices.copy()
+            self._steps.add(Copy("kv", DEVICE, rows, KEPT, NO_ROWS, node.end, _path(node)))
+
+    def checkpoint_stored(self, node: RadixNode) -> None:
+        if self._is_publishing and node.checkpoint is not None:
+            slot = np.array([node.checkpoint.slot], np.int32)
+            path = _path(node)
+            self._steps.add(Copy("checkpoint", DEVICE, slot, KEPT, NO_ROWS, node.end, path))
+
+    def kv_split(self, upper: RadixNode, lower: RadixNode) -> None:
+        pass
+
+    def kv_removed(self, node: RadixNode) -> None:
+        pass
+
+    def checkpoint_removed(self, node: RadixNode) -> None:
+        pass
+
+    def chosen(self, item: Item) -> None:
+        pass
+
+
+def _path(node: RadixNode) -> tuple[Hashable, Tokens]:
+    """Return (namespace, tokens from the first to the end of ``node``). O(position)."""
+    parts: list[Tokens] = []
+    while node.parent is not None:
+        parts.append(node.tokens)
+        node = node.parent
+    return node.key, np.concatenate(parts[::-1])
+
+
+NAME = "memory"
+IDLE_EVERY_S, BUSY_EVERY_S = 1.0, 30.0
+SHARE = 0.005
+"""Maximum share of the engine's time spent on saving."""
+
+
+class Remembering:
+    """Policy state in the file ``memory`` of one folder. Called in the engine's thread; the disk
+    thread writes."""
+
+    def __init__(
+        self,
+        cache: TieredRadixCache,
+        disk: Disk,
+        folder: Path,
+        max_bytes: int,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """``max_bytes``: limit of the file, of which there may be two for a moment."""
+        self._cache, self._disk, self._path = cache, disk, folder / NAME
+        self._max_bytes = max_bytes
+        self._clock = clock
+        self._placement: Sequence[PlacementPolicy] = ()
+        self._memory: Memory | None = None
+        self._saved_at, self._took_s = clock(), 0.0
+        self.has_news = False
+        """True if something was computed since the last save."""
+        self._has_warned = False
+
+    def recall_tree(self) -> None:
+        """Restore the history of the cache, which must be empty. Entries on disk are adopted
+        afterwards. O(file)."""
+        try:
+            memory = unpack(self._path.read_bytes())
+            memory.recall_tree(self._cache)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            logger.warning(
+                "%s is ignored (%s): the policies start without history.", self._path, error
+            )
+            return
+        self._memory = memory
+
+    def recall_policies(self, placement: Sequence[PlacementPolicy]) -> None:
+        """Restore the state of the cache's policies and of the rules of ``placement``. O(file)."""
+        self._placement = placement
+        memory, self._memory = self._memory, None
+        if memory is None:
+            return
+        unfit = memory.recall_policies(self._cache, placement)
+        if unfit:
+            logger.warning(
+                "The state of other policies (%s) in %s is ignored: eviction and placement start "
+                "without history.",
+                ", ".join(unfit),
+                self._path,
+            )
+
+    def rest(self, *, is_idle: bool) -> float | None:
+        """Save if there are changes and a save is due; called between two steps. O(1), or O(tree).
+
+        Returns the seconds until the next save, or None if there are no changes.
+        """
+        if not (self.has_news and self._disk.is_writable):
+            return None
+        every = max(IDLE_EVERY_S if is_idle else BUSY_EVERY_S, self._took_s / SHARE)
+        left = self._saved_at + every - self._clock()
+        if left > 0:
+            return left
+        self.save()
+        return None
+
+    def save(self) -> None:
+        """Write the changes. O(tree)."""
+        if not (self.has_news and self._disk.is_writable):
+            return
+        start = self._clock()
+        body = write_memory(self._cache, self._placement)
+        self.has_news, self._saved_at = False, self._clock()
+        self._took_s = self._saved_at - start
+        self._disk.write_file(NAME, lambda: self._packed(body))
+
+    def _packed(self, body: bytes) -> bytes | None:
+        """Return the content of the file, or None if it would be too large. Called in the disk
+        thread."""
+        data = pack(body)
+        if len(data) <= self._max_bytes:
+            return data
+        if not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "The policy state is not written to %s: it would take %s of at most %s bytes.",
+                self._path,
+                f"{len(data):,}",
+                f"{self._max_bytes:,}",
+            )
+        return None
+
+    def forget(self) -> None:
+        """Remove the file: the cache was emptied on request."""
+        if not self._disk.is_read_only:
+            self._disk.remove_file(NAME)
+
+
+USUAL_DISK = 2.5
+"""Default size of the folder, relative to device and host memory. It holds all entries of these,
+and as much again for the disk tier."""
+ROWS_SHARE = 0.875
+"""Maximum share of rows in a folder. The rest is for tokens, heads and partly filled blocks."""
+REMEMBERED, MAX_REMEMBERED_BYTES = 32, 1 << 25
+"""Size of the file of policy state: the folder's size divided by this number, and its maximum."""
+
+logger = logging.getLogger(__name__)
+
+
+class TierSizes(NamedTuple):
+    """Sizes in bytes of the host and disk tiers and of the folder's parts."""
+
+    host: int = 0
+    disk: int = 0
+    store: int = 0
+    """Size of all records."""
+    memory: int = 0
+    """Maximum size of the policy state file, of which there may be two for a moment."""
+
+    @classmethod
+    def of(cls, config: EngineConfig, memory: MemorySizes) -> TierSizes:
+        """Return the sizes that ``config`` selects next to ``memory``. Raises ConfigError if tiers
+        are not possible."""
+        tiers = config.of(TierConfig)
+        if not memory.slab_rows or config.prefix_cache != "hybrid":
+            raise ConfigError(
+                "host and disk tiers require a model with states, the hybrid prefix cache and one "
+                "arena: omit host_gib and state_dir."
+            )
+        host = int((tiers.host_gib or 0) * GIB)
+        state_rows = slab_rows_of(memory)
+        least = (state_rows + memory.page_size) * memory.row_bytes
+        _check_tier("host_gib", tiers.host_gib, host, least, memory.row_bytes)
+        if tiers.state_dir is None:
+            return cls(host)
+        above = memory.total_bytes + host
+        folder = int(above * USUAL_DISK if tiers.disk_gib is None else tiers.disk_gib * GIB)
+        remembered = min(folder // REMEMBERED, MAX_REMEMBERED_BYTES)
+        store = folder - 2 * remembered
+        usable = int(store * ROWS_SHARE)
+        disk = max(0, usable // 2, usable - above)
+        _check_tier("disk_gib", tiers.disk_gib, disk, least, memory.row_bytes)
+        return cls(host, disk, store, remembered)
 
 
 class TierPlugin(Plugin):
-    """Keeps evicted and published entries (settings ``host_gib`` and ``state_dir``)."""
+    """The tiers of one engine, with their disk, policy state and transfers (settings ``host_gib``
+    and ``state_dir``)."""
 
     name = "tiers"
-    tiers: CacheTiers
+    _cache: TieredRadixCache
     _manager: CacheManager
+    _host: HostTier
+    exchange: MeasuredExchange
 
     def __init__(self, config: EngineConfig) -> None:
         super().__init__(config)
         self._sizes = TierSizes()
+        state_dir = config.of(TierConfig).state_dir
+        self.folder = None if state_dir is None else Path(state_dir)
+        self.disk: Disk | None = None
+        self.remembering: Remembering | None = None
 
     def size_cache(self, cache: CacheConfig, runner: Runner) -> CacheConfig:
         """See ``Plugin``."""
@@ -39,20 +275,63 @@ class TierPlugin(Plugin):
     def open_cache(
         self, cache: PrefixCache, runner: Runner, tokenizer: Tokenizer | None
     ) -> Mapping[str, Any]:
-        """See ``Plugin``. Raises StoreError for a folder that cannot be used."""
+        """See ``Plugin``. Raises StoreError if the folder has another fingerprint, or cannot be
+        used."""
         assert isinstance(cache, TieredRadixCache), "the cache was made with tiers"
-        self.tiers = tiers = CacheTiers(self.config, self._sizes, cache, runner, tokenizer)
-        cost = tiers.exchange
+        self._cache = cache
+        rows = {tier.name: tier.pages.capacity for tier in cache.offload.tiers}
+        if self.folder is not None:
+            fields = fingerprint_of(self.config, runner, tokenizer)
+            self._open_disk(self.folder, fields, runner.memory, rows[DISK])
+        self._host = runner.attach_tiers(partial(_copier, self.disk), rows.get(HOST, 0))
+        self.exchange = cost = MeasuredExchange(runner.geometry, self._bytes_per_s)
         options: dict[str, Any] = {"exchange": cost, "after_reading": cost.after_reading}
-        if tiers.keeping is not None:
-            options["publishing"] = tiers.keeping.publishing
+        if self.disk is not None:
+            keeping = Keeping(cache.steps)
+            cache.subscribe(keeping)
+            options["publishing"] = keeping.publishing
         return options
 
+    def _open_disk(
+        self, folder: Path, fields: Mapping[str, str], memory: MemorySizes, num_rows: int
+    ) -> None:
+        sizes, cache, config = self._sizes, self._cache, self.config
+        store = RecordStore.open(folder, fields, sizes.store)
+        if config.of(TierConfig).disk_gib is not None:
+            _check_free_disk(folder, sizes.store - store.num_bytes)
+        if config.load_format != "dummy" and "weights" in fields:
+            save_digest(folder, config.model_dir, fields["weights"])
+        self.disk = disk = Disk(
+            store,
+            row_bytes=memory.row_bytes,
+            state_rows=slab_rows_of(memory),
+            num_rows=num_rows,
+        )
+        self.remembering = Remembering(cache, disk, folder, sizes.memory)
+        self.remembering.recall_tree()
+        self.adopt()
+        if disk.is_read_only:
+            cache.offload.close(DISK)
+            logger.warning(
+                "Another engine writes to %s, or it is not writable: its entries are read, and "
+                "entries of this engine are not written.",
+                folder,
+            )
+
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
-        """See ``Plugin``."""
+        """See ``Plugin``. The fetcher reads from disk for waiting requests."""
         self._manager = manager
-        self.tiers.recall(manager.placement)
-        return self.tiers.fetcher(manager)
+        if self.disk is None or self.remembering is None:
+            return None
+        self.remembering.recall_policies(manager.placement.rules)
+        return Staging(manager, self.disk, self.exchange)
+
+    def _bytes_per_s(self) -> Mapping[str, float | None]:
+        disk = self.disk
+        return {
+            HOST: self._host.host_bytes_per_s,
+            DISK: None if disk is None else disk.bytes_per_s,
+        }
 
     @property
     def has_work(self) -> bool:
@@ -61,26 +340,114 @@ class TierPlugin(Plugin):
 
     def after_step(self, plan: Plan, seconds: float) -> None:
         """See ``StepHooks``."""
-        self.tiers.step_done(plan, seconds)
-
-    def on_cache_emptied(self, *, was_lost: bool) -> None:
-        """See ``StepHooks``."""
-        if was_lost:
-            self.tiers.start_over()
-        else:
-            self.tiers.reset()
+        self.exchange.learn(plan, seconds)
+        self._follow_disk()
+        if self.remembering is not None and plan.tasks:
+            self.remembering.has_news = True
+            self.remembering.rest(is_idle=False)
 
     def on_idle(self) -> float | None:
         """See ``StepHooks``."""
-        return self.tiers.rest()
+        self._follow_disk()
+        return None if self.remembering is None else self.remembering.rest(is_idle=True)
+
+    def _follow_disk(self) -> None:
+        """Update the cache's disk tier to the state of the disk.
+
+        The tier is closed while the folder cannot be written, and rows that cannot be read are
+        dropped from the tree. While the file system hangs, all of them are; entries on disk are
+        adopted again when it responds.
+        """
+        disk, lower = self.disk, self._cache.offload
+        if disk is None:
+            return
+        disk.settle()
+        if disk.is_writable:
+            lower.open(DISK)
+        else:
+            lower.close(DISK)
+        if self._cache.steps.num_transfers:
+            return  # rows that a transfer is about to fill are not lost
+        if disk.has_lost_rows:
+            self._cache.drop_lost(DISK, disk.is_lost)
+            disk.has_lost_rows = False
+        elif disk.is_detached and not disk.is_hung:
+            disk.is_detached = False
+            logger.warning("%s responds again: it holds %d states.", self.folder, self.adopt())
+
+    def usage(self) -> LowerReport:
+        """Return the usage of the tiers in bytes. O(tiers)."""
+        disk, lower = self.disk, self._cache.offload
+        tiers = []
+        for tier in lower.tiers:
+            taken_in = sum(n for (_, to), n in lower.copied_rows.items() if to == tier.name)
+            rows = (
+                tier.pages.capacity,
+                tier.pages.num_free,
+                tier.pages.capacity - tier.pages.num_free,
+                taken_in,
+                lower.copied_rows.get((tier.name, DEVICE), 0),
+            )
+            tiers.append(TierReport(tier.name, *(n * lower.row_bytes for n in rows)))
+        folder = None
+        if disk is not None:
+            folder = FolderReport(
+                disk.max_bytes,
+                disk.num_bytes,
+                disk.is_writable,
+                disk.num_skipped,
+                disk.num_errors,
+                disk.problem,
+            )
+        return LowerReport(tuple(tiers), folder)
+
+    def adopt(self) -> int:
+        """Add the states on disk to the cache, newest first, as many as fit into its tier. Returns
+        their number. O(records)."""
+        disk, cache = self.disk, self._cache
+        if disk is None or disk.is_detached:
+            return 0
+        prefixes, tier = disk.prefixes, cache.offload.tiers[cache.offload.names.index(DISK)]
+        newest = prefixes.newest_states(tier.pages.num_free, disk.state_rows)
+        num_adopted = 0
+        for number in reversed(newest):
+            namespace, tokens = prefixes.path(number)
+            taken = cache.adopt(tokens, namespace)
+            if taken is None:
+                continue
+            start, kv_rows, state_rows = taken
+            pieces = prefixes.find(namespace, tokens)
+            disk.bind(kv_rows, covering(pieces, start, len(tokens)))
+            disk.bind(state_rows, [Piece(number, 0, len(state_rows))])
+            num_adopted += 1
+        return num_adopted
+
+    def on_cache_emptied(self, *, was_lost: bool) -> None:
+        """See ``StepHooks``. Entries on disk are adopted again if the rows were lost, and removed
+        if the cache was emptied on request."""
+        steps, disk = self._cache.steps, self.disk
+        if was_lost:
+            steps.take_transfers()
+            if disk is not None:
+                disk.settle()
+                disk.unbind_all()
+                logger.warning("The cache restarts with %d states from disk.", self.adopt())
+        elif disk is not None and self.remembering is not None:
+            for transfer in steps.take_transfers():
+                if not (isinstance(transfer, Copy) and transfer.dst_tier == KEPT):
+                    steps.add(transfer)
+            disk.clear()
+            self.remembering.forget()
 
     def close(self) -> None:
-        """See ``StepHooks``."""
-        self.tiers.close()
+        """See ``StepHooks``. Writes all pending entries."""
+        if self.disk is not None and self.remembering is not None:
+            self.remembering.save()
+            self.disk.close()
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         """See ``Plugin``."""
-        lower = self.tiers.report()
+        lower = self.usage()
         rows = [
             ("host", f"{format_bytes(tier.total)} for entries that leave the device")
             for tier in lower.tiers
@@ -89,11 +456,80 @@ class TierPlugin(Plugin):
         if (folder := lower.folder) is not None:
             words = (
                 f"{format_bytes(folder.kept)} kept of {format_bytes(folder.total)} at most, for "
-                f"the next start too, in {self.tiers.folder}"
+                f"the next start too, in {self.folder}"
             )
             rows.append(("disk", words if folder.is_written else f"{words}; read only"))
         return rows
 
     def report(self) -> Mapping[str, Any]:
         """See ``StepHooks``."""
-        return {"lower": self.tiers.report()}
+        return {"lower": self.usage()}
+
+
+def _copier(disk: Disk | None, *arena: Any) -> TierCopies:
+    """Make the copier of ``Runner.attach_tiers``. Imports torch."""
+    from engine.plugins.tiers.tier_copies import TierCopier
+
+    rows, memory, device, num_host_rows = arena
+    return TierCopier(rows, memory, device, num_host_rows, disk)
+
+
+def slab_rows_of(memory: MemorySizes) -> int:
+    """Return the number of arena rows that hold a state."""
+    return slab_rows(memory.state_bytes, memory.row_bytes, memory.page_size)
+
+
+def _check_tier(name: str, gib: float | None, size: int, least: int, row_bytes: int) -> None:
+    """Raise ConfigError if a tier of ``size`` bytes is impossible, or too small for a state."""
+    if gib is None:
+        return
+    if size < least:
+        raise ConfigError(
+            f"{name} {gib:g} is too small for a single state with a page of KV, which take "
+            f"{format_bytes(least)}: use more, or omit it."
+        )
+    if size // row_bytes >= MAX_ROWS:
+        most = MAX_ROWS * row_bytes / GIB
+        raise ConfigError(
+            f"{name} {gib:g} is more memory than row numbers can address with tokens of "
+            f"{format_bytes(row_bytes)}: use at most {most:,.0f}."
+        )
+
+
+def _check_free_disk(folder: Path, missing_bytes: int) -> None:
+    """Log a warning if the disk has less room than ``missing_bytes``."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < missing_bytes:
+        logger.warning(
+            "The disk of %s has %s free, and --disk-gib allows %s more: writing will pause when it "
+            "is full.",
+            folder,
+            format_bytes(free_bytes),
+            format_bytes(missing_bytes),
+        )
+
+
+def fingerprint_of(
+    config: EngineConfig, runner: Runner, tokenizer: Tokenizer | None
+) -> dict[str, str]:
+    """Return the properties that the bytes of KV and states, and the tokens that name them, depend
+    on."""
+    template = None if tokenizer is None else tokenizer.chat_template
+    digest = None
+    state_dir = config.of(TierConfig).state_dir
+    if config.load_format != "dummy" and state_dir is not None:
+        digest = load_digest(Path(state_dir), config.model_dir)
+    return {
+        **runner.identity(digest),
+        "row bytes": str(runner.memory.row_bytes),
+        "state bytes": str(runner.memory.state_bytes),
+        "page size": str(config.page_size),
+        "checkpoint grid": str(config.grid),
+        "exact": str(config.exact),
+        "tokenizer": _digest(None if tokenizer is None else tokenizer.as_json()),
+        "chat template": _digest(None if template is None else template.source),
+    }
+
+
+def _digest(text: str | None) -> str:
+    return "none" if text is None else hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
