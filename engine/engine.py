@@ -122,11 +122,10 @@ class Engine:
             plugins=config,
         )
         late_draws = LateDraws(self._scheduler, sampler, self._intake.grammar_news)
-        fetching = () if parts.fetching is None else (parts.fetching,)
-        self._hooks: tuple[StepHooks, ...] = (late_draws, *fetching, *plugins)
+        attached = [plugin.attach(self, self._manager) for plugin in plugins]
+        hooks = (late_draws, parts.fetching, *plugins, *attached)
+        self._hooks: tuple[StepHooks, ...] = tuple(one for one in hooks if one is not None)
         self._is_closed = False
-        for plugin in plugins:
-            plugin.attach(self, self._manager)
 
     @property
     def model_name(self) -> str:

@@ -255,8 +255,9 @@ class Plugin(StepHooks):
         requests."""
         return None
 
-    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
-        """Start work for the complete engine."""
+    def attach(self, engine: EngineCore, manager: CacheManager) -> StepHooks | None:
+        """Start work for the complete engine. Returns further hooks around its steps, or None."""
+        return None
 
     def start_screen(self) -> Sequence[tuple[str, str]]:
         """Return lines of the start screen: (title, text)."""

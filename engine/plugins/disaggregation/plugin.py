@@ -31,8 +31,6 @@ class DisaggregationPlugin(Plugin):
         self.counts = TransferCounts()
         self.server: PrefillServer | None = None
         """Server of a prefill engine, else None."""
-        self._hooks = StepHooks()
-        """The server, or hooks that do nothing."""
 
     def open_manager(self, manager: CacheManager, runner: Runner) -> Fetcher | None:
         """See ``Plugin``. Imports torch."""
@@ -45,19 +43,19 @@ class DisaggregationPlugin(Plugin):
         buffer, own = PrefixBuffer.of(own_runner), identity(self.config, own_runner)
         return PeerFetcher(manager, buffer, self.settings, own, self.counts)
 
-    def attach(self, engine: EngineCore, manager: CacheManager) -> None:
+    def attach(self, engine: EngineCore, manager: CacheManager) -> StepHooks | None:
         """See ``Plugin``. A prefill engine listens from now on. Raises ConfigError if the address
         is not available. Imports torch."""
         settings = self.settings
         if settings.role != "prefill":
-            return
+            return None
         from engine.plugins.disaggregation.prefill_server import PrefillServer
         from engine.plugins.disaggregation.prefix_buffer import PrefixBuffer, identity
 
         runner = model_runner(engine.runner)
         buffer, own = PrefixBuffer.of(runner), identity(self.config, runner)
         try:
-            self._hooks = self.server = PrefillServer(
+            self.server = PrefillServer(
                 engine, manager, buffer, settings, own, self.counts, wake=lambda: self.wake()
             )
         except OSError as error:
@@ -66,31 +64,7 @@ class DisaggregationPlugin(Plugin):
                 why = "this machine does not have that address; use 0.0.0.0 to listen on all"
             raise ConfigError(f"--transfer-at {settings.transfer_at}: {why}.") from error
         runner.watch_layers(self.server.send_layer)
-
-    @property
-    def has_work(self) -> bool:
-        """See ``StepHooks``."""
-        return self._hooks.has_work
-
-    def before_step(self) -> None:
-        """See ``StepHooks``."""
-        self._hooks.before_step()
-
-    def wait(self) -> None:
-        """See ``StepHooks``."""
-        self._hooks.wait()
-
-    def on_step_failed(self) -> None:
-        """See ``StepHooks``."""
-        self._hooks.on_step_failed()
-
-    def stop_accepting(self) -> None:
-        """See ``StepHooks``."""
-        self._hooks.stop_accepting()
-
-    def disconnect(self) -> None:
-        """See ``StepHooks``."""
-        self._hooks.disconnect()
+        return self.server
 
     def report(self) -> Mapping[str, Any]:
         """See ``StepHooks``."""
