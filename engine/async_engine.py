@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 
 from engine.config import EngineConfig
 from engine.errors import (
@@ -356,20 +356,58 @@ class Watching:
         await self._ask("close", self._number)
 
 
-class QuestionedEngine(ABC):
-    """Questions to an engine from an event loop. They raise EngineStopped."""
+class ServedEngine(ABC):
+    """Engine as a server uses it: in a thread, in another process, or replicas.
+
+    Coroutines raise EngineStopped after its end.
+    """
+
+    config: EngineConfig
+    tokenizer: Tokenizer | None
+    """Tokenizer, or None if the model has none."""
+    sampling_defaults: dict[str, float]
+    """Sampling parameters that the model's files recommend."""
+    model_name: str
+    max_model_len: int
+    """Longest request in tokens, prompt and answer together."""
+
+    @property
+    @abstractmethod
+    def is_alive(self) -> bool:
+        """True from ``start`` until the engine ends or fails."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin to serve. Called once, in the event loop."""
+
+    @abstractmethod
+    def compile(self, grammar: Grammar) -> None:
+        """See ``Engine.compile``. Call it from a separate thread, because it may take long."""
+
+    @abstractmethod
+    def submit(self, prompt: Prompt | RequestSpec) -> RequestStream:
+        """Queue a prompt; see ``Engine.submit``. Returns at once.
+
+        Raises a RequestError such as QueueFull or EngineStopped, or a ValueError, before anything
+        is queued.
+        """
 
     @abstractmethod
     async def ask(self, what: Question, *arguments: Any) -> Any:
         """Return the result of ``Answers.answer``."""
 
+    @abstractmethod
+    async def drain(self) -> None:
+        """Accept no more requests, finish those in progress, and end the engine."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Accept no more requests and end the engine after its step. Unfinished requests fail with
+        EngineStopped. Safe to call from any thread."""
+
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""
         return cast("CacheReport", await self.ask("report"))
-
-    async def cache_report(self) -> dict[str, Any]:
-        """See ``Engine.cache_report``."""
-        return (await self.report()).as_dict()
 
     async def cache_view(self) -> dict[str, Any]:
         """See ``Engine.cache_view``."""
@@ -389,76 +427,25 @@ class QuestionedEngine(ABC):
 
     async def watch(self) -> Watching:
         """Return a view of the cache and its requests. Raises ValueError if the tree is too large
-        to show."""
+        to show, and NoSingleEngine for replicas."""
         return Watching(self.ask, await self.ask("watch"))
-
-
-class ServedEngine(Protocol):
-    """Engine as a server uses it: in a thread, in another process, or replicas; see
-    ``AsyncEngine``."""
-
-    @property
-    def config(self) -> EngineConfig: ...
-    @property
-    def tokenizer(self) -> Tokenizer | None: ...
-    @property
-    def sampling_defaults(self) -> dict[str, float]: ...
-    @property
-    def model_name(self) -> str: ...
-    @property
-    def max_model_len(self) -> int: ...
-    @property
-    def is_alive(self) -> bool: ...
-    def start(self) -> None: ...
-    def compile(self, grammar: Grammar) -> None: ...
-    def submit(self, prompt: Prompt | RequestSpec) -> RequestStream: ...
-    async def report(self) -> CacheReport: ...
-    async def cache_view(self) -> dict[str, Any]: ...
-    async def reset_prefix_cache(self) -> None: ...
-    async def end_session(self, request_id: str) -> None: ...
-    async def stop_accepting(self) -> None: ...
-    async def watch(self) -> Watching: ...
-    async def drain(self) -> None: ...
-    def stop(self) -> None: ...
 
 
 Delivery = tuple[RequestStream, RequestOutput | RequestError]
 
 
-class AsyncEngine(EngineLoop[RequestStream], QuestionedEngine):
+class AsyncEngine(EngineLoop[RequestStream], ServedEngine):
     """Runs an ``Engine`` in a thread, from ``start`` until ``drain`` or ``stop``."""
 
     _engine: Engine
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, _post)
+        self.config, self.tokenizer = engine.config, engine.tokenizer
+        self.sampling_defaults = engine.sampling_defaults
+        self.model_name, self.max_model_len = engine.model_name, engine.max_model_len
         self._answers = Answers(engine)
         self._thread = threading.Thread(target=self.run, name="engine", daemon=True)
-
-    @property
-    def config(self) -> EngineConfig:
-        """Configuration of the engine."""
-        return self._engine.config
-
-    @property
-    def tokenizer(self) -> Tokenizer | None:
-        """Tokenizer, or None if the model has none."""
-        return self._engine.tokenizer
-
-    @property
-    def sampling_defaults(self) -> dict[str, float]:
-        """Sampling parameters that the model's files recommend."""
-        return self._engine.sampling_defaults
-
-    @property
-    def model_name(self) -> str:
-        """Name of the served model."""
-        return self._engine.model_name
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest request in tokens, prompt and answer together."""
-        return self._engine.max_model_len
 
     @property
     def is_alive(self) -> bool:
@@ -475,18 +462,14 @@ class AsyncEngine(EngineLoop[RequestStream], QuestionedEngine):
         sampling: SamplingParams | None = None,
         **options: Any,
     ) -> RequestStream:
-        """Queue a prompt; see ``Engine.submit``. Returns at once.
-
-        Raises a RequestError such as QueueFull or EngineStopped, or a ValueError, before anything
-        is queued.
-        """
+        """See ``ServedEngine``. ``sampling`` and ``options`` are those of ``Engine.submit``."""
         request = self._engine.prepare(RequestSpec.of(prompt, sampling, options))
         stream = RequestStream(request.request_id, self.abort)
         self.enqueue(request, stream)
         return stream
 
     def compile(self, grammar: Grammar) -> None:
-        """See ``Engine.compile``. Call it from a separate thread, because it may take long."""
+        """See ``ServedEngine``."""
         self._engine.compile(grammar)
 
     async def generate(
@@ -525,17 +508,16 @@ class AsyncEngine(EngineLoop[RequestStream], QuestionedEngine):
         return await asyncio.wrap_future(answer)
 
     async def ask(self, what: Question, *arguments: Any) -> Any:
-        """See ``QuestionedEngine``."""
+        """See ``ServedEngine``."""
         return await self.call(lambda _: self._answers.answer(what, *arguments))
 
     async def drain(self) -> None:
-        """Accept no more requests, finish those in progress, and end the thread."""
+        """See ``ServedEngine``."""
         self.end(at_once=False)
         await asyncio.to_thread(self._join)
 
     def stop(self) -> None:
-        """Accept no more requests and end the thread after its step. Unfinished requests fail with
-        EngineStopped."""
+        """See ``ServedEngine``."""
         self.end(at_once=True)
         self._join()
 

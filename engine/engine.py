@@ -539,13 +539,9 @@ class Engine:
         cache."""
         return self._cache.render("text", max_nodes)
 
-    def cache_report(self) -> dict[str, Any]:
-        """Return ``report`` as plain data."""
-        return self.report().as_dict()
-
     def cache_view(self) -> dict[str, Any]:
-        """Return ``cache_report`` with an outline of the tree."""
-        return self.cache_report() | {"tree": self.outline().splitlines()}
+        """Return ``report`` as plain data, with an outline of the tree."""
+        return self.report().as_dict() | {"tree": self.outline().splitlines()}
 
     def close(self) -> None:
         """End all requests, including those of other engines, and complete pending writes. Only

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from engine.async_engine import FAILED, STOPPED, STOPPING, Question, QuestionedEngine, RequestStream
+from engine.async_engine import FAILED, STOPPED, STOPPING, Question, RequestStream, ServedEngine
 from engine.build import load_tokenizer_of, names_tokenizer, sampling_defaults
 from engine.config import EngineConfig
 from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, describe_exit
@@ -129,7 +129,7 @@ def _wait_for(process: subprocess.Popen[bytes], channel: Channel[FromEngine]) ->
             )
 
 
-class ProcessEngine(QuestionedEngine):
+class ProcessEngine(ServedEngine):
     """A loaded engine in a separate process. After ``start``, everything except ``compile`` and
     ``stop`` belongs to one event loop."""
 
@@ -237,7 +237,7 @@ class ProcessEngine(QuestionedEngine):
             self._replies.pop(message.number, None)
 
     async def ask(self, what: Question, *arguments: Any) -> Any:
-        """See ``QuestionedEngine``."""
+        """See ``ServedEngine``."""
         return await self._question(Ask(next(self._numbers), what, arguments))
 
     async def report(self) -> CacheReport:

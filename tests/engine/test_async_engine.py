@@ -323,10 +323,10 @@ def test_requests_of_a_failed_step_end_without_a_reader() -> None:
 def test_results_and_errors_of_calls_return_from_the_thread() -> None:
     async def scenario(engine: AsyncEngine, runner: GatedRunner) -> None:
         await read(engine.submit(list(range(100)), LONG))
-        report = await engine.cache_report()
+        report = (await engine.report()).as_dict()
         assert report["kv"]["cached"] > 0
         await engine.reset_prefix_cache()
-        assert (await engine.cache_report())["kv"]["cached"] == 0
+        assert (await engine.report()).as_dict()["kv"]["cached"] == 0
         with pytest.raises(ZeroDivisionError):
             await engine.call(lambda e: 1 // 0)
         assert engine.is_alive

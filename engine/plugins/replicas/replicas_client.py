@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
-from engine.async_engine import NoSingleEngine, RequestStream, Watching
+from engine.async_engine import NoSingleEngine, Question, RequestStream, ServedEngine
 from engine.build import load_tokenizer_of, sampling_defaults
 from engine.config import EngineConfig
 from engine.errors import DuplicateId, EngineStopped, QueueFull, RequestError, StepFailed, WireError
@@ -101,7 +101,7 @@ the reason that they die."""
 logger = logging.getLogger(__name__)
 
 
-class FleetEngine:
+class FleetEngine(ServedEngine):
     """Several engines. ``submit``, ``drain`` and the coroutines belong to one event loop."""
 
     def __init__(
@@ -118,6 +118,7 @@ class FleetEngine:
         that means that a replica is gone, and False for an error of the replica itself."""
         self.config = config
         self.facts = facts
+        self.max_model_len = facts.max_model_len
         self.model_name = model_name
         self.sampling_defaults = sampling_defaults(config)
         self.tokenizer: Tokenizer | None = load_tokenizer_of(config, facts.vocab_size)
@@ -140,10 +141,6 @@ class FleetEngine:
         self._followers: dict[str, asyncio.Task[None]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_open = True
-
-    @property
-    def max_model_len(self) -> int:
-        return self.facts.max_model_len
 
     @property
     def is_alive(self) -> bool:
@@ -330,38 +327,31 @@ class FleetEngine:
             raise EngineStopped("No replica answers.")
         return found
 
-    async def report(self) -> CacheReport:
-        """Return the sum of the replicas' reports. Counts of replicas that are gone are kept.
-        Raises EngineStopped if no replica responds."""
-        found = await self._each("report")
-        members = self._fleet.members
-        for replica in [each for each in self._reports if each not in members]:
-            self._gone.update(self._reports.pop(replica).usage)
-        self._reports |= {each: report for each, report in found.items() if each in members}
-        return summed(list(found.values()), self._gone)
+    async def ask(self, what: Question, *arguments: Any) -> Any:
+        """Ask every replica and return the sum, or raise EngineStopped if none responds.
 
-    async def watch(self) -> Watching:
-        """Raises NoSingleEngine: the page shows the tree of one engine, and the server has none."""
-        raise NoSingleEngine(
-            "This page shows the cache of one engine. With replicas it shows only sums; /v1/cache "
-            "shows each replica."
-        )
-
-    async def cache_view(self) -> dict[str, Any]:
-        """Return the sums, and the view of each replica."""
-        replicas = await self._each("view")
-        total = (await self.report()).as_dict()
-        return total | {"replicas": replicas}
-
-    async def reset_prefix_cache(self) -> None:
-        """Reset every replica."""
-        await self._each("reset")
-
-    async def end_session(self, request_id: str) -> None:
-        """Does nothing: replicas see the end of a session only in its last request."""
-
-    async def stop_accepting(self) -> None:
-        """Does nothing: replicas have no role and serve no other engines."""
+        Counts of replicas that are gone are kept. The end of a session is not sent: replicas see it
+        only in the last request. Replicas have no role, so there is nothing that ``stop_accepting``
+        would end. Raises NoSingleEngine for a view of a tree.
+        """
+        match what:
+            case "report":
+                found = await self._each("report")
+                members = self._fleet.members
+                for replica in [each for each in self._reports if each not in members]:
+                    self._gone.update(self._reports.pop(replica).usage)
+                self._reports |= {each: one for each, one in found.items() if each in members}
+                return summed(list(found.values()), self._gone)
+            case "cache_view":
+                replicas = await self._each("view")
+                return (await self.report()).as_dict() | {"replicas": replicas}
+            case "reset_prefix_cache":
+                await self._each("reset")
+            case "watch":
+                raise NoSingleEngine(
+                    "This page shows the cache of one engine. With replicas it shows only sums; "
+                    "/v1/cache shows each replica."
+                )
 
     async def drain(self) -> None:
         """Refuse new requests, finish the running ones and end the replicas."""

@@ -430,7 +430,7 @@ def test_bytes_are_reported(far: Engine, plain: Engine) -> None:
     assert_same(plain, decode_engine(port_of(far)), [text(70, 300)])
     shown = Metrics().render(far.report()).decode()
     assert f"engine_transferred_prefixes_total {far.report().transfers['prefixes']}.0" in shown
-    assert far.cache_report()["transfers"]["needed_bytes"] > 0
+    assert far.report().as_dict()["transfers"]["needed_bytes"] > 0
 
 
 def test_settings_that_can_not_work_are_one_sentence() -> None:
