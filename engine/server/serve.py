@@ -86,16 +86,16 @@ class Connections:
         ``header_timeout_s`` after the connection was made, or after the last answer."""
         self._limit = limit
         self._header_timeout_s = header_timeout_s
-        self._busy: dict[Connection, float] = {}
+        self._busy: dict[ClientConnection, float] = {}
         """Start times of connections with a request, oldest first."""
-        self._waiting: dict[Connection, float] = {}
+        self._waiting: dict[ClientConnection, float] = {}
         """Start times of connections without a request, oldest first."""
-        self._unread: dict[Connection, float] = {}
+        self._unread: dict[ClientConnection, float] = {}
         """Times since when connections take no more bytes, oldest first."""
 
-    def protocol(self, **how: Any) -> Connection:
+    def protocol(self, **how: Any) -> ClientConnection:
         """Make the protocol of a new connection for uvicorn."""
-        return Connection(self, **how)
+        return ClientConnection(self, **how)
 
     @property
     def num_busy(self) -> int:
@@ -106,25 +106,25 @@ class Connections:
     def has_room(self) -> bool:
         return len(self._busy) + len(self._waiting) < self._limit
 
-    def wait(self, connection: Connection) -> None:
+    def wait(self, connection: ClientConnection) -> None:
         """Record that ``connection`` has no request, or its request has ended."""
         self._busy.pop(connection, None)
         self._waiting[connection] = asyncio.get_running_loop().time()
 
-    def begin(self, connection: Connection) -> None:
+    def begin(self, connection: ClientConnection) -> None:
         """Record that a request has begun."""
         if self._waiting.pop(connection, None) is not None:
             self._busy[connection] = asyncio.get_running_loop().time()
 
-    def stall(self, connection: Connection) -> None:
+    def stall(self, connection: ClientConnection) -> None:
         """Record that ``connection`` takes no more bytes."""
         self._unread[connection] = asyncio.get_running_loop().time()
 
-    def flow(self, connection: Connection) -> None:
+    def flow(self, connection: ClientConnection) -> None:
         """Record that ``connection`` takes bytes again."""
         self._unread.pop(connection, None)
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: ClientConnection) -> None:
         self._unread.pop(connection, None)
         self._waiting.pop(connection, None)
         self._busy.pop(connection, None)
@@ -157,13 +157,13 @@ class Connections:
             connection.transport.abort()  # closing would wait for the client
 
 
-def _older(since: dict[Connection, float], age_s: float) -> list[Connection]:
+def _older(since: dict[ClientConnection, float], age_s: float) -> list[ClientConnection]:
     """Return the connections in ``since``, oldest first, that are there for ``age_s``."""
     latest_s = asyncio.get_running_loop().time() - age_s
     return [*itertools.takewhile(lambda one: since[one] <= latest_s, since)]
 
 
-class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+class ClientConnection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     """One connection that reports the begin and end of its requests to ``Connections``."""
 
     def __init__(self, connections: Connections, **how: Any) -> None:

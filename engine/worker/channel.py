@@ -68,7 +68,7 @@ class Abort(WorkerMessage, frozen=True):
     reason: FinishReason
 
 
-class Ask(WorkerMessage, frozen=True):
+class AskEngine(WorkerMessage, frozen=True):
     """A question about the engine, answered between two steps."""
 
     number: int
@@ -85,13 +85,13 @@ class Compile(WorkerMessage, frozen=True):
     grammar: Grammar
 
 
-class End(WorkerMessage, frozen=True):
+class EndEngine(WorkerMessage, frozen=True):
     """Accept no more requests, and finish those in progress unless ``at_once``."""
 
     at_once: bool
 
 
-ToEngine = Submit | Abort | Ask | Compile | End
+ToEngine = Submit | Abort | AskEngine | Compile | EndEngine
 
 
 class Ready(WorkerMessage, frozen=True):

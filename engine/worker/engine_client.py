@@ -37,10 +37,10 @@ from engine.schedule.report import CacheReport
 from engine.text.outputs import FinishReason, OutputAccumulator
 from engine.worker.channel import (
     Abort,
-    Ask,
+    AskEngine,
     Channel,
     Compile,
-    End,
+    EndEngine,
     FromEngine,
     Outputs,
     Ready,
@@ -201,7 +201,7 @@ class ProcessEngine(ServedEngine):
         self._streams[request_id] = stream, OutputAccumulator(request_id, tokens)
         return stream
 
-    def _send(self, message: Submit | Abort | Ask | Compile | End) -> None:
+    def _send(self, message: Submit | Abort | AskEngine | Compile | EndEngine) -> None:
         try:
             self._channel.send(message)
         except UnicodeEncodeError:
@@ -224,7 +224,7 @@ class ProcessEngine(ServedEngine):
         compiled = self._question(Compile(next(self._numbers), grammar))
         asyncio.run_coroutine_threadsafe(compiled, self._loop).result()
 
-    async def _question(self, message: Ask | Compile) -> Any:
+    async def _question(self, message: AskEngine | Compile) -> Any:
         """Return the value of the reply. Raises the RequestError in the reply, if any."""
         if self._ended.is_set():
             raise EngineStopped(self.failure or "The engine has stopped.")
@@ -238,7 +238,7 @@ class ProcessEngine(ServedEngine):
 
     async def ask(self, what: Question, *arguments: Any) -> Any:
         """See ``ServedEngine``."""
-        return await self._question(Ask(next(self._numbers), what, arguments))
+        return await self._question(AskEngine(next(self._numbers), what, arguments))
 
     async def report(self) -> CacheReport:
         """See ``Engine.report``."""
@@ -250,7 +250,7 @@ class ProcessEngine(ServedEngine):
         if self._loop is None:
             self._kill()
             return
-        self._send(End(at_once=False))
+        self._send(EndEngine(at_once=False))
         await self._closed.wait()
         self._loop.remove_reader(self._fd)
         self._release()
@@ -265,7 +265,7 @@ class ProcessEngine(ServedEngine):
         if self._loop is None:
             self._kill()
             return
-        self._send(End(at_once=True))
+        self._send(EndEngine(at_once=True))
         if not self._ended.wait(PATIENCE_S):
             self._was_killed = True
             self._process.kill()

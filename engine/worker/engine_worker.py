@@ -22,11 +22,11 @@ from engine.server.settings import SWITCH_S
 from engine.text.outputs import OutputDelta, RequestOutput, delta_of
 from engine.worker.channel import (
     Abort,
-    Ask,
+    AskEngine,
     Channel,
     ChannelClosed,
     Compile,
-    End,
+    EndEngine,
     Outputs,
     Ready,
     Refused,
@@ -98,11 +98,11 @@ class EngineWorker:
                 self._submit(message, self._engine, self._loop)
             case Abort():
                 self._loop.abort(message.request_id, message.reason)
-            case Ask():
+            case AskEngine():
                 self._answer(message, self._answers, self._loop)
             case Compile():
                 self._compile(message, self._engine)
-            case End():
+            case EndEngine():
                 self._loop.end(at_once=message.at_once)
 
     def _submit(self, message: Submit, engine: Engine, loop: EngineLoop[str]) -> None:
@@ -117,7 +117,7 @@ class EngineWorker:
             ended = RequestFailed(message.request_id, RequestError.of(error).to_wire())
             self._send_outputs((), (ended,))
 
-    def _answer(self, message: Ask, answers: Answers, loop: EngineLoop[str]) -> None:
+    def _answer(self, message: AskEngine, answers: Answers, loop: EngineLoop[str]) -> None:
         number = message.number
 
         def answer() -> None:

@@ -328,11 +328,12 @@ class FleetEngine(ServedEngine):
         return found
 
     async def ask(self, what: Question, *arguments: Any) -> Any:
-        """Ask every replica and return the sum, or raise EngineStopped if none responds.
+        """Ask every replica and return the sum. Raises EngineStopped if none responds, and
+        NoSingleEngine for a view of a tree.
 
-        Counts of replicas that are gone are kept. The end of a session is not sent: replicas see it
-        only in the last request. Replicas have no role, so there is nothing that ``stop_accepting``
-        would end. Raises NoSingleEngine for a view of a tree.
+        Counts of ended replicas are kept. ``end_session`` has no effect, because a replica learns
+        the end of a session from the last request only. ``stop_accepting`` has none either, because
+        replicas have no role.
         """
         match what:
             case "report":

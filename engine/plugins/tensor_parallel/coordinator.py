@@ -13,7 +13,7 @@ from engine.layers.rank import Rank
 from engine.models import read_model
 from engine.plugins.tensor_parallel.group import TIMEOUT_S
 from engine.plugins.tensor_parallel.group_init import meet
-from engine.plugins.tensor_parallel.rank_commands import Commit, Forward, RankReady
+from engine.plugins.tensor_parallel.rank_messages import Commit, Forward
 from engine.plugins.tensor_parallel.worker_pool import Followers
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner, shared_sizes
@@ -46,7 +46,7 @@ class LeadingRunner(ModelRunner):
             self.group = meet(followers.first, device, followers.lines)
             super().__init__(config, Rank(0, config.num_ranks, self.group))
             self.group.check()
-            followers.wait_for(RankReady)
+            followers.wait_for("ready")
             self.group.set_timeout(TIMEOUT_S)
         except RunnerLost as error:
             raise followers.lost(error) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.layers.rank import Group
 from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, TorchGroup
-from engine.plugins.tensor_parallel.rank_commands import Start
+from engine.plugins.tensor_parallel.rank_messages import Start
 from engine.plugins.tensor_parallel.shared_memory import SharedGroup
 from engine.runner.device import Device
 

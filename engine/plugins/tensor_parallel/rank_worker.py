@@ -14,17 +14,7 @@ from engine.interfaces import RunnerLost
 from engine.layers.rank import Rank
 from engine.plugins.tensor_parallel.group import TIMEOUT_S
 from engine.plugins.tensor_parallel.group_init import meet
-from engine.plugins.tensor_parallel.pipe import Line
-from engine.plugins.tensor_parallel.rank_commands import (
-    Commit,
-    Failed,
-    Forward,
-    Here,
-    Lost,
-    RankReady,
-    RankRefused,
-    Start,
-)
+from engine.plugins.tensor_parallel.rank_messages import Commit, Forward, Line, RankReport, Start
 from engine.runner.device import Device
 from engine.runner.model_runner import ModelRunner
 from engine.weights.model_config import ModelError
@@ -41,25 +31,25 @@ def main(descriptor: int) -> None:
         sys.exit(1)
 
 
-def _follow(line: Line) -> RankRefused | Lost | Failed | None:
+def _follow(line: Line) -> RankReport | None:
     """Return the reason of the end, or None if rank 0 closed the connection."""
     try:
         _run(line)
     except (EOFError, ConnectionError):
         return None
     except ModelError as error:
-        return RankRefused(str(error))
+        return RankReport("refused", str(error))
     except RunnerLost as error:
-        return Lost(str(error))
+        return RankReport("lost", str(error))
     except Exception as error:
         traceback.print_exc()
-        return Failed(f"{type(error).__name__}: {error}")
+        return RankReport("failed", f"{type(error).__name__}: {error}")
     return None
 
 
 def _run(line: Line) -> None:
     start: Start = line.receive()
-    line.send(Here())
+    line.send(RankReport("here"))
     device = Device.resolve(start.config.device).of_rank(start.number)
     if device.is_cpu:
         torch.set_num_threads(start.num_threads)
@@ -67,7 +57,7 @@ def _run(line: Line) -> None:
     group = meet(start, device, [line.fileno()])
     runner = ModelRunner(start.config, Rank(start.number, start.count, group))
     group.check()
-    line.send(RankReady())
+    line.send(RankReport("ready"))
     group.set_timeout(TIMEOUT_S)
     while True:
         order: Forward | Commit = line.receive(group.spin_s)

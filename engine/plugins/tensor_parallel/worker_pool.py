@@ -20,15 +20,7 @@ from engine.config import EngineConfig
 from engine.errors import describe_exit
 from engine.interfaces import RunnerLost
 from engine.plugins.tensor_parallel.group import START_TIMEOUT_S, TIMEOUT_S
-from engine.plugins.tensor_parallel.pipe import Line
-from engine.plugins.tensor_parallel.rank_commands import (
-    Failed,
-    Here,
-    Lost,
-    RankReady,
-    RankRefused,
-    Start,
-)
+from engine.plugins.tensor_parallel.rank_messages import Line, RankEvent, RankReport, Start
 from engine.plugins.tensor_parallel.shared_memory import make_memory
 from engine.weights.model_config import ModelError
 
@@ -67,21 +59,21 @@ class Followers:
         try:
             for one in self._all:
                 one.line.send(replace(self.first, number=one.number))
-            self.wait_for(Here)
+            self.wait_for("here")
         except OSError as error:
             raise self.lost(error) from None
 
-    def wait_for(self, kind: type[Here] | type[RankReady]) -> None:
-        """Wait for a message of the given kind from all ranks. Raises RunnerLost or ModelError for
-        any other message or event."""
+    def wait_for(self, event: RankEvent) -> None:
+        """Wait until all ranks report ``event``. Raises RunnerLost or ModelError for anything
+        else."""
         for one in self._all:
             try:
-                answer = one.line.receive()
+                answer: RankReport = one.line.receive()
             except (EOFError, OSError) as error:
                 raise self.lost(error) from None
-            if not isinstance(answer, kind):
+            if answer.event != event:
                 raise self.lost(RunnerLost("it was not ready"), {one.number: answer})
-        if kind is RankReady:
+        if event == "ready":
             for one in self._all:
                 one.line.set_timeout(TIMEOUT_S)
 
@@ -95,7 +87,7 @@ class Followers:
             except OSError as error:
                 raise self.lost(error) from None
 
-    def lost(self, error: BaseException, said: dict[int, Any] | None = None) -> Exception:
+    def lost(self, error: BaseException, said: dict[int, RankReport] | None = None) -> Exception:
         """End all ranks, which cannot continue after ``error``.
 
         Returns the exception to raise instead, a sentence that names the rank. ``said`` has
@@ -108,21 +100,23 @@ class Followers:
             one.line.set_timeout(max(0.01, deadline - time.monotonic()))
             with suppress(EOFError, OSError):
                 while one.number not in said:
-                    answer = one.line.receive()
-                    if isinstance(answer, RankRefused | Lost | Failed):
+                    answer: RankReport = one.line.receive()
+                    if answer.is_last:
                         said[one.number] = answer
-        refused = [answer.sentence for answer in said.values() if isinstance(answer, RankRefused)]
+        refused = [answer.sentence for answer in said.values() if answer.event == "refused"]
         self._sentence = self._what_happened(error, is_own, said)
         for one in self._all:
             one.process.kill()
         self.close()
         return ModelError(refused[0]) if refused else RunnerLost(self._sentence)
 
-    def _what_happened(self, error: BaseException, is_own: bool, said: dict[int, Any]) -> str:
+    def _what_happened(
+        self, error: BaseException, is_own: bool, said: dict[int, RankReport]
+    ) -> str:
         if is_own:
             return f"rank 0 failed within a step, and the others with it: {error!r}."
         for number, answer in said.items():
-            if isinstance(answer, Failed):
+            if answer.event == "failed":
                 return f"rank {number} of {self._count} failed: {answer.sentence}."
         silent = [one for one in self._all if one.number not in said]
         for one in silent:

@@ -35,7 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.plugins.tiers.atomic_file import write_atomically
-from engine.plugins.tiers.prefixes import Piece, Pointers, Prefixes, Run, State, covering
+from engine.plugins.tiers.prefixes import Pointers, Prefixes, Run, RunPart, State, covering
 from engine.plugins.tiers.records import RecordStore, StoreFull, record_bytes
 from hybridcache.tokens import Indices, Tokens, read_namespace, write_namespace
 
@@ -251,7 +251,7 @@ class Disk:
 
     def write_through(
         self, kind: Kind, path: tuple[Hashable, Tokens], num_rows: int, read: ReadRows
-    ) -> list[Piece]:
+    ) -> list[RunPart]:
         """Write the KV of the last ``num_rows`` tokens of ``path``, or the state at its end.
 
         Parts that are on disk already are not written again. Returns the parts of records that hold
@@ -268,7 +268,7 @@ class Disk:
         """
         self.bind(rows, self._write_missing(kind, path, len(rows), read, must=True))
 
-    def bind(self, rows: Indices, pieces: list[Piece]) -> None:
+    def bind(self, rows: Indices, pieces: list[RunPart]) -> None:
         """Bind ``rows`` to ``pieces``. Rows after the end of the pieces point nowhere."""
         self._pointers.bind(rows, pieces)
         self.has_lost_rows |= sum(piece.num_tokens for piece in pieces) < len(rows)
@@ -428,7 +428,7 @@ class Disk:
 
     def _write_missing(
         self, kind: Kind, path: tuple[Hashable, Tokens], num_rows: int, read: ReadRows, must: bool
-    ) -> list[Piece]:
+    ) -> list[RunPart]:
         namespace, tokens = path
         pieces = self.prefixes.find(namespace, tokens)
         known = sum(piece.num_tokens for piece in pieces)
@@ -436,7 +436,7 @@ class Disk:
             found = self.prefixes.state(pieces, len(tokens)) if known == len(tokens) else None
             if found is None and known == len(tokens):
                 found = self._write_state(pieces, len(tokens), read, must)
-            return [] if found is None else [Piece(found, 0, self.state_rows)]
+            return [] if found is None else [RunPart(found, 0, self.state_rows)]
         first = len(tokens) - num_rows
         if first <= known < len(tokens):
             self._write_run(pieces, namespace, tokens, known, (first, read), must)
@@ -444,13 +444,13 @@ class Disk:
         return covering(pieces, first, len(tokens))
 
     def _write_state(
-        self, pieces: list[Piece], position: int, read: ReadRows, must: bool
+        self, pieces: list[RunPart], position: int, read: ReadRows, must: bool
     ) -> int | None:
         state = State(self._parent_at(pieces, position), position)
         meta = STATE_HEAD.pack(*state)
         return self._write(state, STATE, meta, partial(read, 0, self.state_rows), must)
 
-    def _parent_at(self, pieces: list[Piece], position: int) -> int:
+    def _parent_at(self, pieces: list[RunPart], position: int) -> int:
         """Return the parent of a state at ``position``, or of a run that begins there."""
         at = 0
         for piece in pieces:
@@ -461,7 +461,7 @@ class Disk:
 
     def _write_run(
         self,
-        pieces: list[Piece],
+        pieces: list[RunPart],
         namespace: Hashable,
         tokens: Tokens,
         start: int,

@@ -19,7 +19,7 @@ from engine.config import ConfigError, EngineConfig
 from engine.interfaces import HostTier, Plugin, Runner, TierCopies
 from engine.plugins.tiers import TierConfig
 from engine.plugins.tiers.disk import Disk
-from engine.plugins.tiers.prefixes import Piece, covering
+from engine.plugins.tiers.prefixes import RunPart, covering
 from engine.plugins.tiers.records import RecordStore
 from engine.plugins.tiers.staging import MeasuredExchange, Staging
 from engine.plugins.tiers.weights_digest import load_digest, save_digest
@@ -418,7 +418,7 @@ class TierPlugin(Plugin):
             start, kv_rows, state_rows = taken
             pieces = prefixes.find(namespace, tokens)
             disk.bind(kv_rows, covering(pieces, start, len(tokens)))
-            disk.bind(state_rows, [Piece(number, 0, len(state_rows))])
+            disk.bind(state_rows, [RunPart(number, 0, len(state_rows))])
             num_adopted += 1
         return num_adopted
 

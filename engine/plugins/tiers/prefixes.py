@@ -45,7 +45,7 @@ class Pointers:
         """True if a row points into ``record``. O(1)."""
         return record in self._counts
 
-    def bind(self, rows: Indices, pieces: list[Piece]) -> None:
+    def bind(self, rows: Indices, pieces: list[RunPart]) -> None:
         """Bind ``rows`` to ``pieces``. Rows after the end of the pieces point nowhere. O(rows)."""
         self.unbind(rows)
         first = 0
@@ -123,7 +123,7 @@ class State(NamedTuple):
     position: int
 
 
-class Piece(NamedTuple):
+class RunPart(NamedTuple):
     """Part of a run."""
 
     id: int
@@ -204,10 +204,10 @@ class Prefixes:
                 found.add(other)
         return sorted(found)
 
-    def find(self, namespace: Hashable, tokens: Tokens) -> list[Piece]:
+    def find(self, namespace: Hashable, tokens: Tokens) -> list[RunPart]:
         """Return the pieces of runs that make up the longest stored prefix of ``tokens``, in order.
         O(len(tokens))."""
-        pieces: list[Piece] = []
+        pieces: list[RunPart] = []
         above: Hashable = ("", namespace)
         at = 0
         while at < len(tokens):
@@ -217,12 +217,12 @@ class Prefixes:
             run = self.used[number]
             assert isinstance(run, Run)
             num_tokens = common_prefix_len(run.tokens, tokens[at:])
-            pieces.append(Piece(number, 0, num_tokens))
+            pieces.append(RunPart(number, 0, num_tokens))
             at += num_tokens
             above = number
         return pieces
 
-    def state(self, pieces: list[Piece], position: int) -> int | None:
+    def state(self, pieces: list[RunPart], position: int) -> int | None:
         """Return the id of the state at ``position`` on a path from ``find``, or None."""
         at = 0
         for piece in pieces:
@@ -231,7 +231,7 @@ class Prefixes:
             at += piece.num_tokens
         return None
 
-    def touch(self, pieces: list[Piece], position: int) -> None:
+    def touch(self, pieces: list[RunPart], position: int) -> None:
         """Mark a path from ``find``, and the state at ``position``, as used."""
         state = self.state(pieces, position)
         if state is not None:
@@ -289,12 +289,12 @@ class Prefixes:
             number = self.used[number].parent
 
 
-def covering(pieces: list[Piece], first: int, end: int) -> list[Piece]:
+def covering(pieces: list[RunPart], first: int, end: int) -> list[RunPart]:
     """Return the parts of ``pieces``, a path from position 0, that cover [first, end)."""
     found, at = [], 0
     for piece in pieces:
         low, high = max(first, at), min(end, at + piece.num_tokens)
         if low < high:
-            found.append(Piece(piece.id, piece.offset + low - at, high - low))
+            found.append(RunPart(piece.id, piece.offset + low - at, high - low))
         at += piece.num_tokens
     return found

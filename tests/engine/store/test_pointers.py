@@ -6,13 +6,13 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from engine.plugins.tiers.prefixes import Piece, Pointers
+from engine.plugins.tiers.prefixes import Pointers, RunPart
 from hybridcache.tokens import Indices
 
 NUM_ROWS = 30
 ROWS = st.lists(st.integers(0, NUM_ROWS - 1), unique=True, max_size=20)
 PIECES = st.lists(
-    st.builds(Piece, st.integers(1, 4), st.integers(0, 9), st.integers(1, 8)), max_size=4
+    st.builds(RunPart, st.integers(1, 4), st.integers(0, 9), st.integers(1, 8)), max_size=4
 )
 
 
@@ -27,7 +27,7 @@ class PointersMachine(RuleBasedStateMachine):
         self.model: dict[int, tuple[int, int]] = {}
 
     @rule(rows=ROWS, pieces=PIECES)
-    def bind(self, rows: list[int], pieces: list[Piece]) -> None:
+    def bind(self, rows: list[int], pieces: list[RunPart]) -> None:
         self.pointers.bind(array(rows), pieces)
         places = [(one.id, one.offset + i) for one in pieces for i in range(one.num_tokens)]
         for row in rows:
