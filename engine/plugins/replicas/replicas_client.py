@@ -331,9 +331,8 @@ class FleetEngine(ServedEngine):
         """Ask every replica and return the sum. Raises EngineStopped if none responds, and
         NoSingleEngine for a view of a tree.
 
-        Counts of ended replicas are kept. ``end_session`` has no effect, because a replica learns
-        the end of a session from the last request only. ``stop_accepting`` has none either, because
-        replicas have no role.
+        Counts of ended replicas are kept. ``end_session`` has no effect: only the last request of a
+        session declares its end. Nor has ``stop_accepting``, because replicas have no role.
         """
         match what:
             case "report":
