@@ -294,7 +294,8 @@ def test_what_is_long_is_not_done_on_the_event_loop(
     serve_oracle: Callable[..., Live], path: str, body: dict[str, Any]
 ) -> None:
     live = serve_oracle()
-    tokenizer = live.engine.tokenizer = _Names(live.engine.tokenizer)
+    served: Any = live.server._engine
+    tokenizer = served.tokenizer = _Names(served.tokenizer)
     live.post(path, body)
     tokenizer.threads.discard("engine")
     # The event loop may ask for a field (the vocabulary's size), so where encoding ran is what
@@ -304,7 +305,6 @@ def test_what_is_long_is_not_done_on_the_event_loop(
 
 def test_an_echoed_prompt_is_written_off_the_event_loop(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(num_kv_tokens=16_384)
-    live.engine.runner.max_model_len = 16_384
     prompt = "echo " * 700
     for n in (1, 3):
         body = {"prompt": prompt, "echo": True, "max_tokens": 1, "logprobs": 0, "n": n}
