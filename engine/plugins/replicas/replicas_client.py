@@ -328,7 +328,7 @@ class FleetEngine(ServedEngine):
         return found
 
     async def ask(self, what: Question, *arguments: Any) -> Any:
-        """Ask every replica and return the sum. Raises EngineStopped if none responds, and
+        """Query every replica and return the sum. Raises EngineStopped if none responds, and
         NoSingleEngine for a view of a tree.
 
         Counts of ended replicas are kept. ``end_session`` has no effect: only the last request of a
