@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -253,12 +254,12 @@ def moved_rows_keep_their_old_numbers(patch: Patch) -> None:
         return original(self, rows.copy())
 
 
-@FAULTS.noticed_by(test_arena.test_moves_are_given_out_once_in_their_order)
+@FAULTS.noticed_by(test_arena.test_moves_are_taken_once_and_in_order)
 def moves_are_made_in_reverse(patch: Patch) -> None:
     @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
         plan = original(self)
-        return plan._replace(transfers=plan.transfers[::-1])
+        return replace(plan, transfers=plan.transfers[::-1])
 
 
 @FAULTS.noticed_by(machine(ArenaMachine))
@@ -347,7 +348,7 @@ def copies_between_tiers_are_made_in_reverse(patch: Patch) -> None:
     @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
         plan = original(self)
-        return plan._replace(transfers=plan.transfers[::-1])
+        return replace(plan, transfers=plan.transfers[::-1])
 
 
 @FAULTS.noticed_by(TIERS)
@@ -355,7 +356,7 @@ def the_last_copy_between_tiers_is_not_made(patch: Patch) -> None:
     @patch(StepQueue, "take")
     def take(original: Any, self: Any) -> Any:
         plan = original(self)
-        return plan._replace(transfers=plan.transfers[:-1])
+        return replace(plan, transfers=plan.transfers[:-1])
 
 
 @FAULTS.noticed_by(
@@ -365,7 +366,7 @@ def a_match_offers_the_nearest_offloaded_state_alone(patch: Patch) -> None:
     @patch(TieredRadixCache, "match")
     def match(original: Any, self: Any, tokens: Any, namespace: Any = None) -> Any:
         found = original(self, tokens, namespace)
-        return found._replace(lower=found.loadable[:1])
+        return found._replace(loadable=found.loadable[:1])
 
 
 # --- Policies -----------------------------------------------------------------------------------
