@@ -135,6 +135,9 @@ def describe_exit(code: int) -> str:
 
     >>> describe_exit(3), describe_exit(-11), describe_exit(-40)
     ('ended with exit code 3', 'was ended by SIGSEGV', 'was ended by signal 40')
+
+    The system itself sends SIGKILL:
+
     >>> describe_exit(-9)
     'was ended by SIGKILL, as the system does when memory runs out'
     """

@@ -5,9 +5,9 @@ The reference multiplies the state by two intermediate matrices, W and Q exp(G),
 here. Scaling a row of a product equals scaling the row of its left factor. Norms, decays and step
 sizes are therefore moved out of the operands, and the scan reads unmodified q, k and v::
 
-    T = (I + tril(beta K K^T * D, -1))^-1 diag(beta)      P = scale (Q K^T * D)     `solve_kernel`
-    N = T (V - exp(G) (K S))      O = scale exp(G) (Q S) + P N                      `scan_kernel`
-    S <- exp(G_R) S + K^T (exp(G_R - G) N)
+    `solve_kernel`:  T = (I + tril(beta K K^T * D, -1))^-1 diag(beta)   P = scale (Q K^T * D)
+    `scan_kernel`:   N = T (V - exp(G) (K S))          O = scale exp(G) (Q S) + P N
+    next state:      S <- exp(G_R) S + K^T (exp(G_R - G) N)
 
 `solve_kernel` needs no state. `scan_kernel` walks tile after tile. Each tile of R tokens and each
 head passes two R x R matrices and four vectors between the kernels. These replace W, U, the new
@@ -56,8 +56,8 @@ def solve_kernel(
 ):
     """Program (i_tile, i_part): solves HEADS value heads of one key head, which share Q K^T, K K^T.
 
-    Writes T and P into ``p_matrices`` ``[N, HV, 2, BT, BT]``, and the row scales of K S, of Q S, of
-    N and of the state into ``p_vectors`` ``[N, HV, 4, BT]``.
+    Writes T and P into ``p_matrices`` ``[N, HV, 2, BT, BT]``. Writes the row scales of K S, of Q S,
+    of N and of the state into ``p_vectors`` ``[N, HV, 4, BT]``.
     """
     BT: tl.constexpr = 1 << LOG_BT
     i_tile, i_first = tl.program_id(0).to(tl.int64), tl.program_id(1) * HEADS

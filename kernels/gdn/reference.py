@@ -9,9 +9,9 @@ and step size beta::
 over tiles of R tokens (``packed.tile_size``) from each sequence's start. G is the running sum of
 the gate inside a tile, and ``D[i, j] = exp(G_i - G_j)`` for ``j <= i``::
 
-    (I + tril(beta K K^T * D, -1)) [U | W] = beta [V | exp(G) K]     in each tile, without a state
-    N = U - W S        O = scale ((Q exp(G)) S + (Q K^T * D) N)      with the state S before it
-    S <- exp(G_R) S + (K exp(G_R - G))^T N                           and on to the next tile
+    without a state:       (I + tril(beta K K^T * D, -1)) [U | W] = beta [V | exp(G) K]
+    S before the tile:     N = U - W S        O = scale ((Q exp(G)) S + (Q K^T * D) N)
+    S for the next tile:   S <- exp(G_R) S + (K exp(G_R - G))^T N
 
 All arithmetic is float32. The state is rounded to its pool's dtype after every tile, even if it
 stays in registers. A run resumed from a saved state therefore continues exactly as a cold run, in

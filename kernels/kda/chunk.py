@@ -5,9 +5,9 @@ As in `kernels.gdn.chunk`, but every channel of a key has its own decay. Row sca
 cannot express that, so the decays are applied to the operands. F and B are the products of a tile's
 decays up to a token and after it, and ``<x, y>`` is as in `kernels.kda.reference`::
 
-    T = (I + tril(beta <K, K>, -1))^-1 diag(beta)       P = <scale Q, K>       `solve_kernel`
-    N = T (V - (F K) S)         O = (F scale Q) S + P N                        `scan_kernel`
-    S <- F_R S + (B K)^T N
+    `solve_kernel`:  T = (I + tril(beta <K, K>, -1))^-1 diag(beta)       P = <scale Q, K>
+    `scan_kernel`:   N = T (V - (F K) S)         O = (F scale Q) S + P N
+    next state:      S <- F_R S + (B K)^T N
 
 `solve_kernel` needs no state; it also writes F K, F scale Q and B K for the scan. `scan_kernel`
 walks tile after tile.
@@ -62,8 +62,8 @@ def solve_kernel(
 ):
     """Program (i_tile, i_head): solves one tile of one head.
 
-    Writes T and P into ``p_matrices`` ``[N, H, 2, BT, BT]``, the factors F K, F scale Q and B K
-    into ``p_factors`` ``[N, H, 3, BT, K]``, and F_R into ``p_decay`` ``[N, H, K]``.
+    Writes T and P into ``p_matrices`` ``[N, H, 2, BT, BT]``. Writes the factors F K, F scale Q and
+    B K into ``p_factors`` ``[N, H, 3, BT, K]``, and F_R into ``p_decay`` ``[N, H, K]``.
     """
     BT: tl.constexpr = 1 << LOG_BT
     i_tile, i_head = tl.program_id(0).to(tl.int64), tl.program_id(1)

@@ -12,9 +12,9 @@ over tiles of R tokens (``packed.tile_size``) from each sequence's start. ``F_i`
 a tile's decays up to token i, and ``B_i`` that of the decays after token i. ``<x, y>_ij`` for
 ``j <= i`` is the sum over channels of ``x_i y_j`` times the decays of the tokens after j up to i::
 
-    (I + tril(beta <K, K>, -1)) [U | W] = beta [V | F K]       within each tile: no state needed
-    N = U - W S            O = scale ((F Q) S + <Q, K> N)      with the state S before the tile
-    S <- F_R S + (B K)^T N                                     and on to the next tile
+    without a state:       (I + tril(beta <K, K>, -1)) [U | W] = beta [V | F K]
+    S before the tile:     N = U - W S            O = scale ((F Q) S + <Q, K> N)
+    S for the next tile:   S <- F_R S + (B K)^T N
 
 ``<Q, K>`` is not a product of two matrices: as a product of ``exp(G_i) q_i`` and ``exp(-G_j) k_j``,
 with the running sum G of the gate, its right factor would overflow. It is computed in log2(R)

@@ -3,7 +3,8 @@
 A sequence has a state ``S`` of ``[K, V]``, for state size K and V channels. Time steps dt and
 inputs x are per channel, B and C are shared by all channels, and A ``[K, V]`` is negative::
 
-    S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T                   o_t = S_t^T C_t + D x_t
+    state:   S_t = exp(dt_t A) S_{t-1} + B_t (dt_t x_t)^T
+    output:  o_t = S_t^T C_t + D x_t
 
 Every entry of S decays at its own rate, so there is no form with matrix products. Decays and inputs
 of several rows are computed at once. The rows then follow in order, with two elementwise operations

@@ -4,9 +4,9 @@ of V.
 As in `kernels.gdn.chunk`, row factors are kept out of the operands, and the scan reads unmodified
 x, B and C::
 
-    P = (C B^T * L) diag(dt)                                  `weigh_kernel`, no state needed
-    O = exp(G) (C S) + P X + D X                              `scan_kernel`, tile after tile
-    S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
+    `weigh_kernel`, without a state:    P = (C B^T * L) diag(dt)
+    `scan_kernel`, tile after tile:     O = exp(G) (C S) + P X + D X
+    next state:                         S <- exp(G_R) S + B^T (dt exp(G_R - G) X)
 
 Each tile of R tokens and each head passes one R x R matrix and three vectors between the kernels.
 The usual form of the state space dual writes the state of every tile to memory, in order to read

@@ -2,10 +2,10 @@
 
 Layout of ``<id in 16 hex digits>.record``, little-endian:
 
-    head      8s "HCRECRD2"  32s digest of the fingerprint  u64 id  u32 kind  u64 meta bytes
+    head:     8s "HCRECRD2"  32s digest of the fingerprint  u64 id  u32 kind  u64 meta bytes
               u64 payload bytes  u32 CRC of the meta  u32 CRC of the payload  u32 CRC of the head
-    meta
-    payload
+    meta:     bytes
+    payload:  bytes
 
 All CRCs are CRC-32 (zlib). A record is written to ``<id>.part`` and renamed when it is complete. So
 a killed process leaves complete records, and at most one ``.part`` file that the next start
