@@ -156,8 +156,6 @@ class AllowedTokens(LogitRule):
 class ReasoningBudget(LogitRule):
     """Ends the reasoning of one answer after a number of tokens, by allowing only its end."""
 
-    __slots__ = ("_ids", "_is_open", "_masks", "_tokenizer", "first")
-
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, prompt: Tokens, budget: int) -> None:
         """``budget``: tokens of reasoning, not counting ``<think>`` in the answer."""
         self._tokenizer = tokenizer
@@ -204,8 +202,6 @@ class ReasoningBudget(LogitRule):
 class BansAndBiases(LogitRule):
     """Bans bad words and an early end, and adds biases. A ban never excludes all allowed tokens."""
 
-    __slots__ = ("_bad_words", "_bias", "_ends", "_min_tokens")
-
     def __init__(
         self,
         bias: tuple[tuple[int, float], ...],
@@ -251,8 +247,6 @@ class BansAndBiases(LogitRule):
 
 class Penalties(LogitRule):
     """Penalises tokens that are in the answer, and with ``repetition`` those of the prompt too."""
-
-    __slots__ = ("_counts", "_frequency", "_presence", "_repetition")
 
     def __init__(
         self, prompt: Tokens, repetition: float, presence: float, frequency: float

@@ -53,31 +53,6 @@ if TYPE_CHECKING:
 class Request(ScheduledRequest):
     """Scheduled request with its sampling parameters, text and times."""
 
-    __slots__ = (
-        "_call_marks",
-        "_met_stop_string",
-        "_new_text",
-        "_prompt_scores",
-        "_reported",
-        "_rules",
-        "_text",
-        "drafts",
-        "drawn_row",
-        "end_token_ids",
-        "error",
-        "finish_reason",
-        "finished_s",
-        "first_token_s",
-        "is_refused",
-        "logprobs",
-        "params",
-        "prompt_logprobs",
-        "scores",
-        "seed",
-        "text_stream",
-        "transferred",
-    )
-
     def __init__(
         self,
         spec: RequestSpec,

@@ -158,6 +158,10 @@ def logit_rows(segments: Sequence[Segment]) -> npt.NDArray[np.int64]:
     return np.concatenate(rows) if rows else np.empty(0, dtype=np.int64)
 
 
+NO_TOKENS: Tokens = np.empty(0, np.int32)
+NO_TOKENS.setflags(write=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Draft:
     """Tokens proposed as a continuation of a request."""
@@ -181,8 +185,9 @@ class Newest(NamedTuple):
     """Position of the token, 1 or more."""
 
 
-class Drafter(Protocol):
-    """Source of drafts. A wrong draft costs time but changes no token.
+class Drafter:
+    """Source of drafts. A wrong draft costs time but changes no token. Every method does nothing
+    unless it is overridden.
 
     It is called between two steps, once for all requests that may take drafts. A drafter that
     computes, such as the model's multi-token head, makes one pass over the batch. It reads a hidden
@@ -190,8 +195,7 @@ class Drafter(Protocol):
     with checkpoints and advanced by commits.
     """
 
-    @property
-    def name(self) -> str: ...
+    name: str
 
     def propose(self, wanted: Sequence[tuple[Request, int]]) -> Sequence[Tokens | None]:
         """Return a draft for each (request, maximum number of tokens), in order: int32[d].
@@ -199,15 +203,13 @@ class Drafter(Protocol):
         None if the drafter needs more steps; the next step calls it again. Must take a bounded
         time, because all requests wait for it.
         """
-        ...
+        return [NO_TOKENS] * len(wanted)
 
     def forget(self, request: Request) -> None:
         """Drop the state of ``request``, which has ended."""
-        ...
 
     def reset(self) -> None:
         """Drop the state of requests that ended: the cache was emptied."""
-        ...
 
 
 class DraftPlanner(Protocol):
@@ -244,8 +246,6 @@ class DraftPlanner(Protocol):
         ...
 
 
-NO_TOKENS: Tokens = np.empty(0, np.int32)
-NO_TOKENS.setflags(write=False)
 UNKNOWN: Tokens = np.zeros(1, np.int32)
 """Placeholder for a token that is drawn but has not reached the host."""
 

@@ -429,10 +429,10 @@ async def interleave(
             stream.abort()
 
 
-async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
+async def unless_gone(receive: Receive, work: Awaitable[Result]) -> Result:
     """Return the result of ``work``. If the client disconnects, cancel it and raise ClientGone."""
     working = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_hang_up(request.receive))
+    leaving = asyncio.ensure_future(_hang_up(receive))
     try:
         await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
         if working.done():
@@ -479,18 +479,10 @@ class EventStream(StreamingResponse):
         await super().stream_response(send)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.ensure_future(self.stream_response(send))
-        leaving = asyncio.ensure_future(_hang_up(receive))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if sending.done():
-                with suppress(OSError):  # The client disconnected during a send.
-                    sending.result()
+            with suppress(OSError, ClientGone):  # OSError: the client left during a send.
+                await unless_gone(receive, self.stream_response(send))
         finally:
-            leaving.cancel()
-            sending.cancel()
-            with suppress(asyncio.CancelledError, Exception):  # already raised above
-                await sending
             close: Callable[[], Awaitable[None]] | None = getattr(self._events, "aclose", None)
             if close is not None:
                 await close()

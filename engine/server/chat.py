@@ -461,7 +461,7 @@ async def chat(context: ServingContext, request: Request, body: ChatRequest) -> 
     writer = _ChatWriter(context, body, session)
     if body.stream:
         return EventStream(writer.events(), diagnostics.headers, as_event)
-    answers = await unless_gone(request, session.answers())
+    answers = await unless_gone(request.receive, session.answers())
     outputs = [answer.output for answer in answers]
     headers = diagnostics.headers()
     return await context.answer(outputs, lambda: writer.whole(answers), headers=headers)

@@ -39,7 +39,7 @@ async def complete(context: ServingContext, request: Request, body: CompletionRe
     answer = _Answer(context, body, answer_id)
     if body.stream:
         return EventStream(answer.events(streams), answer.headers, as_event)
-    outputs = await unless_gone(request, context.finals(streams))
+    outputs = await unless_gone(request.receive, context.finals(streams))
     shows_prompt = body.echo or body.return_token_ids or body.prompt_logprobs is not None
     return await context.answer(
         outputs,

@@ -17,7 +17,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -524,11 +524,20 @@ def _drafted(drafts: Sequence[DraftCounts], num_new: int) -> dict[str, float | N
     }
 
 
+Score = TypeVar("Score")
 LEAST = -9999.0
 """Log-probability of an impossible token, as in OpenAI's API. JSON has no infinity."""
 SCORES_AT_ONCE = 32
 """Number of tokens with scores that are written at a time. With their alternatives this takes a
 quarter of a millisecond."""
+
+
+def _paced(scores: Iterable[Score]) -> Iterator[Score]:
+    """Yield ``scores``, with a pause after every ``SCORES_AT_ONCE`` of them."""
+    for number, score in enumerate(scores, 1):
+        if number % SCORES_AT_ONCE == 0:
+            give_way()
+        yield score
 
 
 def finite(logprob: float | None) -> float | None:
@@ -564,9 +573,7 @@ class CompletionScores:
         written: dict[str, list[Any]] = {
             name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")
         }
-        for number, (token_id, score) in enumerate(zip(token_ids, scores, strict=False)):
-            if number % SCORES_AT_ONCE == SCORES_AT_ONCE - 1:
-                give_way()
+        for token_id, score in _paced(zip(token_ids, scores, strict=False)):
             written["tokens"].append(token_text(self._tokenizer, token_id))
             written["token_logprobs"].append(None if score is None else finite(score.logprob))
             written["top_logprobs"].append(None if score is None else self._top(score))
@@ -594,9 +601,7 @@ def chat_scores(
         }
 
     content = []
-    for number, score in enumerate(scores):
-        if number % SCORES_AT_ONCE == SCORES_AT_ONCE - 1:
-            give_way()
+    for score in _paced(scores):
         rivals = [entry(*pair) for pair in score.top_logprobs[:num_top]]
         content.append({**entry(score.token_id, score.logprob), "top_logprobs": rivals})
     return {"content": content}
@@ -624,11 +629,10 @@ def prompt_score_fields(
     scores = output.prompt_logprobs
     if body.prompt_logprobs is None or scores is None:
         return {}
-    written: list[dict[str, Any] | None] = []
-    for number, score in enumerate(scores):
-        if number % SCORES_AT_ONCE == SCORES_AT_ONCE - 1:
-            give_way()
-        written.append(None if score is None else _entry(tokenizer, score, body.prompt_logprobs))
+    num_top = body.prompt_logprobs
+    written = [
+        None if score is None else _entry(tokenizer, score, num_top) for score in _paced(scores)
+    ]
     return {"prompt_logprobs": written}
 
 

@@ -51,7 +51,7 @@ async def messages(context: ServingContext, request: Request, body: MessagesRequ
             return named_event(failure.body(ANTHROPIC, name))
 
         return EventStream(writer.events(), session.diagnostics.headers, as_event)
-    [answer] = await unless_gone(request, session.answers())
+    [answer] = await unless_gone(request.receive, session.answers())
     content = await context.workers.run(
         len(answer.output.output), lambda: to_json(writer.whole(answer))
     )

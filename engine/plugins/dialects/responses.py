@@ -209,7 +209,7 @@ class Responses:
 
         if body.stream:
             return EventStream(writer.events(keep), session.diagnostics.headers, writer.failed)
-        [answer] = await unless_gone(request, session.answers())
+        [answer] = await unless_gone(request.receive, session.answers())
         num_tokens = len(answer.output.output)
 
         def work() -> dict[str, Any]:

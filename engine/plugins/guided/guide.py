@@ -108,14 +108,6 @@ class Shared:
 class Guide:
     """Follows one answer. Used in the engine's thread."""
 
-    __slots__ = (
-        "_compiled",
-        "_follower",
-        "_matcher",
-        "_num_taken",
-        "_shared",
-    )
-
     def __init__(self, compiled: Compiled, shared: Shared) -> None:
         """Prepare the guide. The matcher is copied for the first token, so queued requests do not
         allocate one."""

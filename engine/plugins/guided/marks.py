@@ -117,18 +117,6 @@ class FreeText:
 class MarkGuide:
     """Follows an answer that is free except after marks. It has the interface of ``Guide``."""
 
-    __slots__ = (
-        "_begin",
-        "_call",
-        "_free",
-        "_free_from",
-        "_last_call",
-        "_make",
-        "_num_read",
-        "_overshoots",
-        "_token_bytes",
-    )
-
     def __init__(
         self,
         free: FreeText,

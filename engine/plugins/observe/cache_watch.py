@@ -134,44 +134,12 @@ class Watch:
         self._ended.append(self._of_ended(ended))
 
     def _of_ended(self, ended: Ended) -> Record:
-        node = self._engine.cache.match(ended.tokens, ended.namespace).node
-        return RequestShown(
-            id=ended.request_id,
-            conversation=ended.session,
-            namespace=ended.namespace,
-            state=ended.reason,
-            prompt=ended.prompt_len,
-            computed=len(ended.tokens),
-            answer=len(ended.tokens) - ended.prompt_len,
-            cached=ended.cached_len,
-            losses=ended.losses,
-            node=node_id(node),
-            preemptions=ended.num_preemptions,
-            arrived_s=ended.arrival_s,
-            scheduled_s=ended.scheduled_s,
-            first_token_s=ended.first_token_s,
-            finished_s=ended.finished_s,
-        ).record()
+        node = node_id(self._engine.cache.match(ended.tokens, ended.namespace).node)
+        progress = ended.reason, len(ended.tokens), len(ended.tokens) - ended.prompt_len, node
+        return _request_record(ended, ended.session, progress, ended.finished_s)
 
     def _of_request(self, request: Request) -> Record:
-        state, computed_len, answer_len, node = _progress(request)
-        return RequestShown(
-            id=request.request_id,
-            conversation=request.session.number,
-            namespace=request.namespace,
-            state=state,
-            prompt=request.prompt_len,
-            computed=computed_len,
-            answer=answer_len,
-            cached=request.cached_len,
-            losses=request.losses,
-            node=node,
-            preemptions=request.num_preemptions,
-            arrived_s=request.arrival_s,
-            scheduled_s=request.scheduled_s,
-            first_token_s=request.first_token_s,
-            finished_s=None,
-        ).record()
+        return _request_record(request, request.session.number, _progress(request), None)
 
     def _memory_changes(self) -> list[Record]:
         engine, now_s = self._engine, self._engine.clock()
@@ -187,6 +155,33 @@ class Watch:
                 self._slabs = slabs
                 changes.append(slabs)
         return changes
+
+
+def _request_record(
+    one: Request | Ended,
+    session: int,
+    progress: tuple[str, int, int, int | None],
+    finished_s: float | None,
+) -> Record:
+    """Return the record of a request; ``progress`` as returned by ``_progress``."""
+    state, computed_len, answer_len, node = progress
+    return RequestShown(
+        id=one.request_id,
+        conversation=session,
+        namespace=one.namespace,
+        state=state,
+        prompt=one.prompt_len,
+        computed=computed_len,
+        answer=answer_len,
+        cached=one.cached_len,
+        losses=one.losses,
+        node=node,
+        preemptions=one.num_preemptions,
+        arrived_s=one.arrival_s,
+        scheduled_s=one.scheduled_s,
+        first_token_s=one.first_token_s,
+        finished_s=finished_s,
+    ).record()
 
 
 def _memory_record(engine: Engine) -> Record:

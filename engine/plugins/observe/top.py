@@ -13,14 +13,15 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
 
 from hybridcache.api import Losses
 from hybridcache.geometry.units import format_bytes, format_seconds
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-    from rich.text import Text
 
 COLOURS = {
     "cached": "cyan",
@@ -114,10 +115,6 @@ def _refusal(error: urllib.error.HTTPError) -> str:
 
 def screen(watched: Watched, height: int, width: int) -> RenderableType:
     """Return the complete view, for a terminal of ``height`` lines and ``width`` columns."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
     parts: list[RenderableType] = [_head(watched)]
     if watched.memory is not None:
         parts += [_numbers(watched), _memory(watched), _legend()]
@@ -133,8 +130,6 @@ def screen(watched: Watched, height: int, width: int) -> RenderableType:
 
 
 def _head(watched: Watched) -> Text:
-    from rich.text import Text
-
     title = Text(watched.meta.get("title", "engine"), style="bold")
     if watched.note:
         title.append(f"   {watched.note}", style="red")
@@ -142,8 +137,6 @@ def _head(watched: Watched) -> Text:
 
 
 def _numbers(watched: Watched) -> Text:
-    from rich.text import Text
-
     memory = watched.memory
     assert memory is not None
     prompt, cached = memory["prompt_tokens"], memory["cached_tokens"]
@@ -167,8 +160,6 @@ def _numbers(watched: Watched) -> Text:
 
 
 def _memory(watched: Watched) -> Text:
-    from rich.text import Text
-
     assert watched.memory is not None
     free, cached, held = watched.memory["bytes"]
     text, total = Text(), max(free + cached + held, 1)
@@ -181,8 +172,6 @@ def _memory(watched: Watched) -> Text:
 
 
 def _legend() -> Text:
-    from rich.text import Text
-
     text = Text()
     for name, colour in COLOURS.items():
         text.append("■ ", style=colour)
@@ -213,8 +202,6 @@ def _row(one: dict[str, Any], bar: int) -> tuple[str | Text, ...]:
 
 def _bar(one: dict[str, Any], width: int) -> Text:
     """Return a bar of ``width`` columns with the reused tokens, and the others by cause."""
-    from rich.text import Text
-
     text = Text()
     if one["losses"] is None:
         return text
@@ -241,9 +228,6 @@ def top(url: str, key_file: str | None, once: bool) -> int:
 
     Raises ValueError if the key cannot be read, or the server does not answer the first time.
     """
-    from rich.console import Console
-    from rich.live import Live
-
     key = None
     if key_file is not None:
         try:

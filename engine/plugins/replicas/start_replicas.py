@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,7 @@ def start_replicas(
         )
     config = resolve_config(config)
     name = f"engine-{os.getpid()}"
-    size = FleetSize(settings.replicas, settings.max_replicas, server.drain_s, settings.ray)
-    fleet = start_fleet(config, size, settings.router, name)
+    fleet = start_fleet(config, settings, settings.router, name, server.drain_s)
     facts = fleet.facts
     number = str(settings.replicas)
     if settings.max_replicas is not None:
@@ -79,24 +77,14 @@ class PerToken:
         return max(end - start, 0) / self._tokens_per_s
 
 
-@dataclass(frozen=True, slots=True)
-class FleetSize:
-    """Number of engines, and where they run."""
-
-    num_replicas: int
-    max_replicas: int | None = None
-    """Maximum number under load. None means ``num_replicas``."""
-    drain_s: float = 30.0
-    """Maximum seconds for a replica that is no longer needed to finish its requests."""
-    ray: str | None = None
-    """Address of a cluster. None starts a cluster on this machine."""
-
-
-def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -> FleetEngine:
+def start_fleet(
+    config: EngineConfig, size: ReplicasConfig, router: str, name: str, drain_s: float = 30.0
+) -> FleetEngine:
     """Start engines of ``config``, with one core each, on a Ray cluster, and wait until all have
     loaded.
 
-    ``name`` distinguishes the fleets of one cluster. Raises ValueError for a router or cluster that
+    ``name`` distinguishes the fleets of one cluster. A replica that is no longer needed has
+    ``drain_s`` to finish its requests. Raises ValueError for a router or cluster that
     does not exist, or too few cores.
     """
     make = find_router(router)
@@ -113,11 +101,11 @@ def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -
 
     is_ours = _join_ray(size.ray)
     num_cores = int(ray.cluster_resources().get("CPU", 0))
-    if num_cores < size.num_replicas:
+    if num_cores < size.replicas:
         if is_ours:
             ray.shutdown()
         raise ValueError(
-            f"--replicas {size.num_replicas} need one core each, but Ray has {num_cores}: "
+            f"--replicas {size.replicas} need one core each, but Ray has {num_cores}: "
             "use fewer, or name a larger cluster with --ray."
         )
     found: list[FleetEngine] = []
@@ -140,7 +128,7 @@ def start_fleet(config: EngineConfig, size: FleetSize, router: str, name: str) -
             ray.shutdown()
 
     try:
-        handle = _run(serve, EngineReplica, FleetRequestRouter, config, size, name)
+        handle = _run(serve, EngineReplica, FleetRequestRouter, config, size, name, drain_s)
         facts.append(handle.options(method_name="facts").remote(Order()).result(timeout_s=START_S))
         fleet.begin()
     except BaseException:
@@ -173,7 +161,13 @@ def _join_ray(address: str | None) -> bool:
 
 
 def _run(
-    serve: Any, replica: Any, router: Any, config: EngineConfig, size: FleetSize, name: str
+    serve: Any,
+    replica: Any,
+    router: Any,
+    config: EngineConfig,
+    size: ReplicasConfig,
+    name: str,
+    drain_s: float,
 ) -> Any:
     """Deploy the replicas without Ray's own HTTP server, which this server replaces."""
     from ray.serve.config import RequestRouterConfig
@@ -188,20 +182,20 @@ def _run(
             request_router_class=router, request_router_kwargs={"fleet": name}
         ),
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=size.drain_s,
+        graceful_shutdown_timeout_s=drain_s,
         graceful_shutdown_wait_loop_s=0.5,
     )(replica)
     return serve.run(deployment.bind(config), name=name, route_prefix=None)
 
 
-def _number(size: FleetSize, config: EngineConfig) -> dict[str, Any]:
+def _number(size: ReplicasConfig, config: EngineConfig) -> dict[str, Any]:
     """Return the number of replicas as arguments of Ray Serve."""
     if size.max_replicas is None:
-        return {"num_replicas": size.num_replicas}
+        return {"num_replicas": size.replicas}
     return {
         "autoscaling_config": {
-            "min_replicas": size.num_replicas,
-            "initial_replicas": size.num_replicas,
+            "min_replicas": size.replicas,
+            "initial_replicas": size.replicas,
             "max_replicas": size.max_replicas,
             # The stream of its events is also a request to Ray.
             "target_ongoing_requests": 1 + config.max_running * TARGET_SHARE,

@@ -93,17 +93,6 @@ class DraftLength:
     4
     """
 
-    __slots__ = (
-        "_acceptance",
-        "_idle",
-        "_length",
-        "_max",
-        "_rest",
-        "_shared",
-        "is_trying",
-        "wakes",
-    )
-
     def __init__(self, max_tokens: int, shared: GlobalAcceptance | None = None) -> None:
         self.wakes = 0
         """First step in which the drafter may draft."""

@@ -31,31 +31,6 @@ class Source(NamedTuple):
     make_turns: Callable[[], DraftLength]
 
 
-class Means(NamedTuple):
-    """Resources for drafters in addition to the requests."""
-
-    guess: Guess
-    """See ``Runner.guess``."""
-    shares: bool
-    """True if drafts may use the texts of other requests."""
-    memory: IndexMemory
-    """Memory for the indices of all texts."""
-
-
-def _tree(max_tokens: int, means: Means) -> list[Source]:
-    suffixes = SuffixDrafter(shares=means.shares, memory=means.memory)
-    drafters: tuple[Drafter, ...] = TreeDrafter(), suffixes
-    return [Source(drafter, partial(DraftLength, max_tokens)) for drafter in drafters]
-
-
-def _mtp(max_tokens: int, means: Means) -> list[Source]:
-    return [Source(HeadDrafter(means.guess), partial(DraftLength, max_tokens, GlobalAcceptance()))]
-
-
-WORDS: dict[str, Callable[[int, Means], list[Source]]] = {"tree": _tree, "mtp": _mtp}
-"""Drafters for each word of ``EngineConfig.draft``, in the order in which they are called."""
-
-
 class _Known:
     """Draft state of one request."""
 
@@ -101,8 +76,16 @@ class Drafting:
         ``guess`` is ``Runner.guess``. ``shares``: drafts may use the texts of other requests.
         ``memory`` is for the indices of all texts.
         """
-        means = Means(guess, shares, memory or IndexMemory(64 << 20))
-        sources = [source for word, most in words.items() for source in WORDS[word](most, means)]
+        sources: list[Source] = []
+        for word, most in words.items():
+            if word == "mtp":
+                shared = GlobalAcceptance()
+                sources.append(Source(HeadDrafter(guess), partial(DraftLength, most, shared)))
+                continue
+            memory = memory or IndexMemory(64 << 20)
+            suffixes = SuffixDrafter(shares=shares, memory=memory)
+            sources.append(Source(TreeDrafter(), partial(DraftLength, most)))
+            sources.append(Source(suffixes, partial(DraftLength, most)))
         return cls(sources, max_verified=max_verified)
 
     @property

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.requests.request import Request
-from engine.schedule.batch import Newest
+from engine.schedule.batch import Drafter, Newest
 from hybridcache.tokens import Tokens
 
 MAX_TEXTS, MAX_KEPT = 16, 1 << 16
@@ -18,7 +18,7 @@ MAX_READ = 1024
 """Maximum number of tokens indexed in one step, for all requests: 0.2 ms."""
 
 
-class TreeDrafter:
+class TreeDrafter(Drafter):
     """Drafts the continuation of the request's path in the radix tree of its namespace.
 
     It finds answers to the same prompt, earlier turns and retries. A read does not change the tree.
@@ -32,14 +32,8 @@ class TreeDrafter:
             for request, max_tokens in wanted
         ]
 
-    def forget(self, request: Request) -> None:
-        pass
 
-    def reset(self) -> None:
-        pass
-
-
-class SuffixDrafter:
+class SuffixDrafter(Drafter):
     """Drafts the continuation of an earlier occurrence of the request's last tokens (prompt
     lookup).
 
@@ -113,7 +107,7 @@ Guess = Callable[[Sequence[Newest], Sequence[int]], Sequence[Tokens]]
 """See ``Runner.guess``."""
 
 
-class HeadDrafter:
+class HeadDrafter(Drafter):
     """Drafts with the chained multi-token head: one pass per token, for all requests together.
 
     It reads the states that the last step wrote on the device. So requests that resumed from the
@@ -129,12 +123,6 @@ class HeadDrafter:
         if not wanted:
             return []
         return self._guess([_newest(request) for request, _ in wanted], [n for _, n in wanted])
-
-    def forget(self, request: Request) -> None:
-        pass
-
-    def reset(self) -> None:
-        pass
 
 
 def _newest(request: Request) -> Newest:

@@ -21,8 +21,9 @@ import pytest
 
 from engine import EngineConfig, SamplingParams
 from engine.errors import DuplicateId, QueueFull
+from engine.plugins.replicas import ReplicasConfig
 from engine.plugins.replicas import start_replicas as start
-from engine.plugins.replicas.start_replicas import FleetSize, start_fleet
+from engine.plugins.replicas.start_replicas import start_fleet
 from engine.requests.spec import RequestSpec
 
 ray = pytest.importorskip("ray")
@@ -160,7 +161,7 @@ def test_a_server_lives_through_a_death(url: str) -> None:
 
 def test_refusals_keep_their_kind_and_ids_their_requests(cluster: str) -> None:
     config = EngineConfig(cache_gib=0.05, max_model_len=4096, max_running=1, max_queue=1)
-    fleet = start_fleet(config, FleetSize(1), "least_loaded", "refusing")
+    fleet = start_fleet(config, ReplicasConfig(1), "least_loaded", "refusing")
     fleet.config = replace(config, max_queue=100)  # only the replica knows that its queue is full
     endless = SamplingParams(max_tokens=3000, ignore_eos=True)
 
@@ -195,7 +196,7 @@ def test_replicas_come_with_load_and_finish_before_they_go(
     monkeypatch.setattr(start, "UPSCALE_S", 1.0)
     monkeypatch.setattr(start, "DOWNSCALE_S", 1.0)
     config = EngineConfig(cache_gib=0.05, max_model_len=4096, max_running=4)
-    fleet = start_fleet(config, FleetSize(1, 2), "least_loaded", "scaled")
+    fleet = start_fleet(config, ReplicasConfig(1, 2), "least_loaded", "scaled")
 
     async def ask(number: int) -> None:
         prompt = np.full(64, number, np.int32)
