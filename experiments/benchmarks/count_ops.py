@@ -1,10 +1,10 @@
-"""Count the operations that PyTorch dispatches for one decode step, and for each of its layers.
+"""Count the operations that PyTorch dispatches for one decode step, and per layer.
 
-With the plain kernels, with the native ones, and with a recorded step of these.
+Compares the reference kernels, the native kernels, and a recorded step of the native kernels.
 
     python -m experiments.benchmarks.count_ops
 
-Counted, not timed: the built-in model on the CPU, views and allocations included.
+Uses the built-in model on the CPU. Views and allocations are included. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from experiments.benchmarks.engine import Decode
 from experiments.provenance import RESULTS, write_json_lines
 from kernels.native import recorded
 
-WAYS: dict[str, dict[str, Any]] = {
+BACKENDS: dict[str, dict[str, Any]] = {
     "reference": {"kernels": all_plain()},
     "native": {"graphs": "off"},
     "native, recorded": {},
@@ -37,18 +37,22 @@ CONTEXT = 128
 
 @dataclass(frozen=True, slots=True)
 class Counted:
+    """Counts for one kernel backend and number of streams."""
+
     way: str
     streams: int
     dispatched: int
-    """Operations of PyTorch in a step."""
+    """PyTorch operations per step."""
     per_layer: float
     native_calls: int
-    """Calls of C++ kernels from Python. A recorded step is repeated without them."""
+    """Calls of C++ kernels from Python. A recorded step repeats them without Python."""
     most: str
-    """The three that are most."""
+    """The three most frequent operations."""
 
 
 class Counting(TorchDispatchMode):
+    """Dispatch mode that counts operations by name."""
+
     def __init__(self) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
@@ -62,7 +66,9 @@ class Counting(TorchDispatchMode):
 
 def count(way: str, streams: int) -> Counted:
     """Count one step in which ``streams`` requests of the built-in model decode."""
-    runner = ModelRunner(engine_config(device="cpu", max_running=9, cache_gib=0.25, **WAYS[way]))
+    runner = ModelRunner(
+        engine_config(device="cpu", max_running=9, cache_gib=0.25, **BACKENDS[way])
+    )
     with torch.inference_mode():
         decode = Decode(runner, np.arange(CONTEXT, dtype=np.int32), streams)
         decode.step()
@@ -84,12 +90,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS / "count_ops.jsonl")
     args = parser.parse_args()
-    results = [count(way, streams) for way in WAYS for streams in (1, 8)]
+    results = [count(way, streams) for way in BACKENDS for streams in (1, 8)]
     write_json_lines(args.out, map(asdict, results))
-    print(f"{'kernels':18} {'streams':>7} {'dispatched':>10} {'a layer':>8} {'native':>7} most")
+    print(f"{'kernels':18} {'streams':>7} {'dispatched':>10} {'per layer':>9} {'native':>7} most")
     for r in results:
         print(
-            f"{r.way:18} {r.streams:7} {r.dispatched:10} {r.per_layer:8.1f} {r.native_calls:7} "
+            f"{r.way:18} {r.streams:7} {r.dispatched:10} {r.per_layer:9.1f} {r.native_calls:7} "
             f"{r.most}"
         )
 

@@ -1,9 +1,9 @@
-"""Bytes between a prefill and a decode engine, beside those that the decode engine lacked.
+"""Compare the bytes sent from a prefill to a decode engine with the bytes that were missing there.
 
     python -m experiments.benchmarks.count_transfer
 
-Counted, not timed: two processes, the built-in model, whose tokens weigh so little that messages
-weigh the most. Each prompt is asked for with what the ones before it left. Writes
+Runs two processes with the built-in model. Its rows are small, so the overhead of messages is at
+its largest. Each prompt finds the cache as earlier prompts left it. Nothing is timed. Writes
 results/count_transfer.jsonl.
 """
 
@@ -35,11 +35,13 @@ CASES = (
     ("4,096 tokens and the state after them are there", 2, 4096, 3, 904),
     ("KV of 600 tokens is there, no state at its end", 1, 600, 4, 100),
 )
-"""Cases: a name, and the pieces (seed, length) of the tokens."""
+"""Cases: a name, and (seed, length) of each piece of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Counted:
+    """Counts of one case."""
+
     case: str
     prompt_tokens: int
     sent_tokens: int
@@ -64,7 +66,7 @@ def serve() -> None:
 
 @contextmanager
 def prefill_engine() -> Iterator[int]:
-    """Its port."""
+    """Start a prefill engine and yield its port."""
     command = [sys.executable, "-c", PREFILL]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
@@ -74,6 +76,7 @@ def prefill_engine() -> Iterator[int]:
 
 
 def count(engine: Engine, name: str, *pieces: int) -> Counted:
+    """Generate one token for a prompt of these pieces, and count the transferred bytes."""
     parts = [
         np.random.default_rng(seed).integers(97, 122, length)
         for seed, length in zip(pieces[::2], pieces[1::2], strict=True)
@@ -82,8 +85,8 @@ def count(engine: Engine, name: str, *pieces: int) -> Counted:
     (output,) = engine.generate([prompt], SamplingParams(max_tokens=1, temperature=0))
     sent = output.transferred
     assert sent is not None and sent.tokens
-    unit = PrefixBuffer.of(engine.runner)  # type: ignore[attr-defined]
-    needed = sent.tokens * unit.row_bytes + unit.state_bytes
+    buffer = PrefixBuffer.of(engine.runner)  # type: ignore[attr-defined]
+    needed = sent.tokens * buffer.row_bytes + buffer.state_bytes
     assert sent.needed_bytes == needed
     ratio = round(sent.wire_bytes / needed, 4)
     return Counted(

@@ -1,10 +1,11 @@
-"""Our engine beside transformers on the same weights, in one run, and what its own parts cost.
+"""Compare the engine with transformers on the same weights, and measure costs of the engine's
+parts.
 
-    python -m experiments.benchmarks.engine    # everything: about 3 minutes on two quiet cores
+    python -m experiments.benchmarks.engine    # everything: about 3 minutes on two idle cores
     python -m experiments.benchmarks.engine --sizes 7m --share 0.3
 
-Both sides take turns, so that a noisy machine is noisy for both; medians and their ratio are
-reported, with the spread.
+Runs alternate, so noise of the machine affects both sides. Results are medians and their ratio,
+with the spread.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ GEOMETRY_7M: dict[str, Any] = {
     "eos_token_id": [256, 258],
     "dtype": "float32",
 }
-"""A small hybrid of Qwen3-Next's kind over bytes, about twice the built-in one."""
+"""Small byte-level hybrid like Qwen3-Next, about twice the size of the built-in one."""
 GEOMETRY_530M = {
     "model_type": "qwen3_5_text",
     "vocab_size": 32000,
@@ -73,15 +74,17 @@ GEOMETRY_530M = {
 }
 """Qwen3.5-0.8B's layers with a smaller vocabulary."""
 NUM_SLOTS = 9
-"""The first so many state slots are used."""
+"""Number of state slots that are used, from the first on."""
 
 STATE_BYTES = 4096, 39936
-"""Bytes of a state per layer and sequence: a few KiB, and those of the built-in model's Gated
-DeltaNet in float32."""
+"""Bytes of a state per layer and sequence: 4 KiB, and the built-in model's Gated DeltaNet in
+float32."""
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
+    """Model geometry and lengths of its runs."""
+
     config: dict[str, Any]
     prefill_len: int
     prefill_turns: int
@@ -96,7 +99,7 @@ SIZES = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One line of the table. ``ratio`` is the figure the goal speaks of."""
+    """One line of the table. ``ratio`` is compared with ``goal``."""
 
     measure: str
     size: str
@@ -112,7 +115,7 @@ class Result:
 
 
 class Turns:
-    """Two callables timed in alternation."""
+    """Timer of two callables in alternation."""
 
     def __init__(self, clock: Callable[[], float], share: float = 1.0) -> None:
         self._clock = clock
@@ -121,7 +124,7 @@ class Turns:
     def time(
         self, first: Callable[[], Any], second: Callable[[], Any], count: int
     ) -> tuple[list[float], list[float]]:
-        """Seconds of each turn of both, after one unmeasured turn."""
+        """Return the seconds of each turn of both callables, after one unmeasured turn."""
         first(), second()
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(max(round(count * self._share), 2)):
@@ -142,7 +145,7 @@ def compare(
     tokens: int,
     goal: float,
 ) -> Result:
-    """Tokens per second of both; reached if ours / theirs is at least the goal."""
+    """Compare tokens per second. The goal is reached if ours / theirs is at least ``goal``."""
     ratio = statistics.median(theirs) / statistics.median(ours)
     return Result(
         measure,
@@ -159,12 +162,13 @@ def compare(
 
 
 def spread_of(ratios: list[float]) -> float:
+    """Return the interquartile range."""
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else (0.0, 0.0, 0.0)
     return high - low
 
 
 def against_transformers(size: str, dtype: str, turns: Turns) -> Iterator[Result]:
-    """Prefill, decode of one stream and decode of eight, on one random checkpoint."""
+    """Compare prefill, and decode of one and eight streams, on one random checkpoint."""
     with tempfile.TemporaryDirectory() as directory:
         oracle = make_checkpoint(SIZES[size].config, dtype, directory)
         config = EngineConfig(
@@ -197,7 +201,7 @@ def against_transformers(size: str, dtype: str, turns: Turns) -> Iterator[Result
 
 
 def make_checkpoint(config: dict[str, Any], dtype: str, directory: str) -> Any:
-    """A random transformers model, saved to ``directory``."""
+    """Save a random transformers model to ``directory`` and return it."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -220,20 +224,20 @@ def prefill(
     exports: tuple[tuple[int, int], ...] = (),
     restores: tuple[tuple[int, int], ...] = (),
 ) -> None:
-    """Compute ``tokens[start:]`` as one request whose KV rows are the first behind the slots."""
+    """Compute ``tokens[start:]`` as one request. Its KV rows are the first after the slots."""
     rows = kv_rows(runner, 0, len(tokens))
     segment = Segment(row, slot, tokens[start:], start, False, exports)
     runner.forward(Batch((segment,), restores, ((row, 0, rows),)))
 
 
 def kv_rows(runner: ModelRunner, start: int, end: int) -> npt.NDArray[np.int32]:
-    """KV indices of as many rows, counted from the first that none of the ``NUM_SLOTS`` lies
-    over."""
+    """Return KV indices [start, end), counted from the first row that does not overlap the
+    ``NUM_SLOTS`` slots."""
     return np.arange(start, end, dtype=np.int32) + NUM_SLOTS * runner.memory.slab_rows
 
 
 class Decode:
-    """``streams`` requests over one prompt each, one more token a step."""
+    """Decode loop of ``streams`` requests with the same prompt."""
 
     def __init__(self, runner: ModelRunner, prompt: np.ndarray, streams: int) -> None:
         self._runner, self._streams, self._length = runner, streams, len(prompt)
@@ -245,7 +249,7 @@ class Decode:
         runner.forward(Batch(segments, (), writes))
 
     def step(self) -> torch.Tensor:
-        """Logits ``[streams, vocab]``."""
+        """Compute one token per request. Returns logits ``[streams, vocab]``."""
         token = np.array([5], dtype=np.int32)
         segments = (Segment(row, row, token, self._length, True) for row in range(self._streams))
         logits = self._runner.forward(Batch(tuple(segments)))
@@ -254,7 +258,7 @@ class Decode:
 
 
 def checkpoint_cost(dtype: str, turns: Turns) -> Result:
-    """A prefill that saves three checkpoints, against one that saves none."""
+    """Compare a prefill that saves three checkpoints with one that saves none."""
     runner = ModelRunner(EngineConfig(dtype=dtype, device="cpu", cache_gib=0.25))
     tokens = np.random.default_rng(1).integers(0, 256, 2048).astype(np.int32)
     exports = ((1024, 1), (1984, 2), (2048, 3))
@@ -265,8 +269,8 @@ def checkpoint_cost(dtype: str, turns: Turns) -> Result:
 
 
 def hit_cost(dtype: str, turns: Turns) -> Result:
-    """A prompt of which 90 % hit, against the missing tokens as a prompt of their own: TTFT through
-    the engine."""
+    """Compare the TTFT of a prompt with a 90 % hit with that of the missing tokens as a separate
+    prompt."""
     params = SamplingParams(max_tokens=1, temperature=0)
     random = np.random.default_rng(2)
     config = EngineConfig(
@@ -290,7 +294,7 @@ def hit_cost(dtype: str, turns: Turns) -> Result:
 
 
 def at_most(measure: str, dtype: str, ours: list[float], base: list[float], goal: float) -> Result:
-    """Milliseconds of both; reached if ours / base is at most the goal."""
+    """Compare milliseconds. The goal is reached if ours / base is at most ``goal``."""
     ratio = statistics.median(ours) / statistics.median(base)
     return Result(
         measure,
@@ -307,7 +311,7 @@ def at_most(measure: str, dtype: str, ours: list[float], base: list[float], goal
 
 
 def step_overhead(num_steps: int = 200) -> Result:
-    """Milliseconds of a step of eight decoding requests outside the forward pass."""
+    """Measure the milliseconds outside the forward pass in a step of eight decoding requests."""
     reports: list[StepReport] = []
     engine = Engine(EngineConfig(device="cpu", cache_gib=0.25), observer=reports.append)
     random = np.random.default_rng(3)
@@ -336,9 +340,11 @@ def step_overhead(num_steps: int = 200) -> Result:
 
 
 def commit_cost(turns: Turns, layer_bytes: int) -> Result:
-    """Taking over the accepted states of 64 sequences, each of 36 layers of so many bytes: one copy
-    of an arena's slabs, against a copy of the window and one of the recurrent state for every layer
-    and sequence."""
+    """Compare one copy of the accepted states of 64 sequences with one copy per layer and sequence.
+
+    The states have 36 layers of ``layer_bytes``. One copy moves whole slabs of an arena; the other
+    moves the window and the recurrent state of each layer separately.
+    """
     streams, layers = 64, 36
     slabs = torch.zeros(2 * streams, layers * layer_bytes, dtype=torch.uint8)
     window_bytes = layer_bytes // 8
@@ -374,7 +380,7 @@ def commit_cost(turns: Turns, layer_bytes: int) -> Result:
 
 def table(results: list[Result]) -> str:
     lines = [
-        f"{'measure':36} {'size':5} {'dtype':9} {'ours':>10} {'beside':>10} {'unit':9} "
+        f"{'measure':36} {'size':5} {'dtype':9} {'ours':>10} {'theirs':>10} {'unit':9} "
         f"{'figure':>7} {'IQR':>6} goal"
     ]
     for r in results:
@@ -391,12 +397,12 @@ def main() -> None:
     parser.add_argument("--sizes", default="7m,530m")
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--share", type=float, default=1.0, help="of the turns of each measure")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the runs per measure")
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: this thread's own time, for a busy machine and --threads 1",
+        help="cpu: time of this thread, for a busy machine with --threads 1",
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_engine.jsonl")
     args = parser.parse_args()

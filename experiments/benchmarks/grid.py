@@ -1,12 +1,12 @@
-"""Compare kernels that compute 16 or 32 tokens at a time with those of 64.
+"""Compare kernels with tiles of 16 or 32 tokens with those of 64 tokens.
 
-Times of prefill and decode, and the TTFT of short prompts that branch, replayed on such a grid.
+Measures prefill, decode, and the TTFT of short branching prompts, replayed on such a grid.
 
-    python -m experiments.benchmarks.grid                       # about 4 minutes of one quiet core
+    python -m experiments.benchmarks.grid                       # about 4 minutes of one idle core
     python -m experiments.benchmarks.grid --parts replay --models built-in
 
-Times are CPU time of one thread, the grids in alternation in one process. A part replaces
-its own results only.
+Times are CPU time of one thread. The grids alternate in one process. A part replaces only its own
+results.
 """
 
 from __future__ import annotations
@@ -91,17 +91,18 @@ MODELS: dict[str, dict[str, Any] | None] = {
         "num_experts": 1,
     },
 }
-"""By what their states are; all but the first with seeded weights, the last three few layers."""
+"""Models by kind of state. All but the first have seeded weights, and the last three have few
+layers."""
 PREFILL, CONTEXT, STREAMS = 512, 128, 8
 REPLAYED = {"built-in": 825, "530M, Gated DeltaNet": 60}
-"""Requests of the trace: three problems; the beginning of one."""
+"""Requests of the trace: three problems, or the start of one."""
 
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     path = RESULTS / "bench_grid.jsonl"
-    records = _kept(path, options.parts)
+    records = _earlier_records(path, options.parts)
     with tempfile.TemporaryDirectory() as directory:
         for part in options.parts:
             found = list(PARTS[part](options, Path(directory)))
@@ -113,19 +114,19 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--parts", type=lambda words: words.split(","), default=list(PARTS), help=", ".join(PARTS))
-    add("--models", default=";".join(MODELS), help="semicolons between (default %(default)s)")
-    add("--share", type=float, default=1.0, help="of the turns that are timed")
+    add("--parts", type=lambda names: names.split(","), default=list(PARTS), help=", ".join(PARTS))
+    add("--models", default=";".join(MODELS), help="separated by semicolons (default %(default)s)")
+    add("--share", type=float, default=1.0, help="share of the timed turns")
     options = parser.parse_args()
     options.models = options.models.split(";")
-    for words, known in ((options.parts, PARTS), (options.models, MODELS)):
-        if unknown := {*words} - {*known}:
-            parser.error(f"{', '.join(unknown)} is none of {', '.join(known)}")
+    for names, known in ((options.parts, PARTS), (options.models, MODELS)):
+        if unknown := {*names} - {*known}:
+            parser.error(f"unknown {', '.join(unknown)}; choose from {', '.join(known)}")
     return options
 
 
-def _kept(path: Path, parts: list[str]) -> list[dict[str, Any]]:
-    """Return the results of the other parts of an earlier run."""
+def _earlier_records(path: Path, parts: list[str]) -> list[dict[str, Any]]:
+    """Return the results of other parts from an earlier run."""
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
@@ -133,7 +134,7 @@ def _kept(path: Path, parts: list[str]) -> list[dict[str, Any]]:
 
 
 def config_of(model: str, directory: Path, **settings: Any) -> EngineConfig:
-    """In bfloat16, but for the built-in model, whose weights are float32."""
+    """Return the configuration of a model: float32 for the built-in model, bfloat16 for others."""
     raw = MODELS[model]
     if raw is not None:
         directory = directory / model.split(",")[0]
@@ -144,7 +145,7 @@ def config_of(model: str, directory: Path, **settings: Any) -> EngineConfig:
 
 
 def speed(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, Any]]:
-    """One runner a model, whose prefills are cut into tiles of each size in turn."""
+    """Measure prefill and decode of each model with tiles of each size, alternating."""
     for model in tqdm(options.models, disable=None):
         config = config_of(model, directory, grid=16, max_running=9, cache_gib=0.75)
         runner = ModelRunner(config)
@@ -184,7 +185,7 @@ def _speeds(
 
 
 def in_turns(call: Callable[[int], None], turns: int) -> dict[int, list[float]]:
-    """CPU seconds of ``call`` at every grid, after one unmeasured turn."""
+    """Return the CPU seconds of ``call`` at every grid, after one unmeasured turn."""
     taken: dict[int, list[float]] = {grid: [] for grid in GRIDS}
     for turn in range(turns + 1):
         for grid in GRIDS:
@@ -206,11 +207,12 @@ def _speed_table(records: list[dict[str, Any]]) -> str:
         for record in records
     ]
     header = ["model", "measure", *(f"tokens/s at {grid}" for grid in GRIDS)]
-    return text_table([*header, *(f"{grid} beside 64" for grid in GRIDS[1:])], rows)
+    return text_table([*header, *(f"{grid} / 64" for grid in GRIDS[1:])], rows)
 
 
 def replay(options: argparse.Namespace, directory: Path) -> Iterator[dict[str, Any]]:
-    """Every request to an engine of each grid in turn: CPU time up to the first token."""
+    """Replay every request on an engine of each grid, and measure CPU time up to the first
+    token."""
     first = SamplingParams(max_tokens=1, temperature=0)
     for model in (model for model in options.models if model in REPLAYED):
         engines = {
@@ -248,7 +250,7 @@ def _replay_table(records: list[dict[str, Any]]) -> str:
             record["model"],
             str(grid),
             f"{100 * record['token_hit_rate'][i]:.1f}",
-            *(f"{record[f'ttft_{word}_ms'][i]:.1f}" for word in ("p50", "p95", "mean")),
+            *(f"{record[f'ttft_{figure}_ms'][i]:.1f}" for figure in ("p50", "p95", "mean")),
         ]
         for record in records
         for i, grid in enumerate(GRIDS)

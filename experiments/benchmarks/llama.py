@@ -1,14 +1,14 @@
 """Compare the engine on the CPU with llama.cpp on the same weights.
 
-One stream, eight streams, and a prompt of 512 tokens.
+Cases are one stream, eight streams, and a prompt of 512 tokens.
 
-    make llama                                              # once: builds llama.cpp, some minutes
-    python -m experiments.benchmarks.llama             # about 4 minutes on two quiet cores
+    make llama                                         # builds llama.cpp, some minutes
+    python -m experiments.benchmarks.llama             # about 4 minutes on two idle cores
     python -m experiments.benchmarks.llama --sizes 7m --dtypes float32
 
-Float32, bfloat16 and int8 (W8A8) stand beside F32, BF16 and Q8_0; int8 also beside our own
-bfloat16. Both sides take turns, so that a noisy machine is noisy for both; medians and their ratio
-are reported, with the spread. Where llama.cpp is not built the script says so, and ends.
+Float32, bfloat16 and int8 (W8A8) are compared with F32, BF16 and Q8_0. int8 is also compared with
+this engine's bfloat16. Runs alternate, so noise of the machine affects both sides. Results are
+medians and their ratio, with the spread. If llama.cpp is not built, the script says so and ends.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     },
     "530m": GEOMETRY_530M,
 }
-"""The small geometry in Qwen3.5's names: llama.cpp's Qwen3-Next has experts in every layer."""
+"""Geometries by name. The small one uses Qwen3.5's fields, because llama.cpp's Qwen3-Next has
+experts in every layer."""
 FORMATS = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0"}
 GOALS = {
     ("530m", "one stream"): 1.0,
@@ -68,15 +69,16 @@ PROMPT, CONTEXT, ROOM = 512, 128, 768
 TURNS = {"7m": 60, "530m": 15}
 MAX_ERROR = 2e-2
 """Maximum difference of float32 logits from llama.cpp's (with float16 KV), relative to their
-spread."""
+standard deviation."""
 
 
-def runner_of(directory: str, word: str) -> ModelRunner:
-    quantization: Literal["int8"] | None = "int8" if word == "int8" else None
+def runner_of(directory: str, dtype: str) -> ModelRunner:
+    """Return a runner for the checkpoint in ``directory`` with weights in ``dtype``."""
+    quantization: Literal["int8"] | None = "int8" if dtype == "int8" else None
     return ModelRunner(
         EngineConfig(
             model=directory,
-            dtype="float32" if word == "float32" else "bfloat16",
+            dtype="float32" if dtype == "float32" else "bfloat16",
             quantization=quantization,
             device="cpu",
             max_running=9,
@@ -88,17 +90,17 @@ def runner_of(directory: str, word: str) -> ModelRunner:
 def against_llama(
     modules: tuple[ModuleType, ModuleType],
     size: str,
-    word: str,
+    dtype: str,
     directory: str,
     turns: Turns,
     threads: int,
 ) -> Iterator[Result]:
-    """Prefill, one stream and eight, on the checkpoint in ``directory``."""
+    """Compare prefill, one stream and eight streams on the checkpoint in ``directory``."""
     llama, gguf = modules
-    path = Path(directory) / f"{FORMATS[word]}.gguf"
-    rival.export(gguf, Path(directory), path, FORMATS[word])
+    path = Path(directory) / f"{FORMATS[dtype]}.gguf"
+    rival.export(gguf, Path(directory), path, FORMATS[dtype])
     theirs = rival.Model(llama, path, streams=8, room=ROOM, threads=threads)
-    ours = runner_of(directory, word)
+    ours = runner_of(directory, dtype)
     tokens = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
     prompt = tokens.tolist()
 
@@ -106,10 +108,10 @@ def against_llama(
         theirs.clear()
         theirs.forward([(0, 0, prompt)])
 
-    if word == "float32":
+    if dtype == "float32":
         check(ours, theirs, tokens)
     taken = turns.time(lambda: prefill(ours, tokens), prefill_theirs, TURNS[size] // 3)
-    yield result("prefill", size, word, taken, PROMPT)
+    yield result("prefill", size, dtype, taken, PROMPT)
     for streams in (1, 8):
         theirs.clear()
         for stream in range(streams):
@@ -124,13 +126,13 @@ def against_llama(
 
         taken = turns.time(decode.step, step_theirs, TURNS[size])
         name = "one stream" if streams == 1 else f"{streams} streams"
-        yield result(name, size, word, taken, streams)
+        yield result(name, size, dtype, taken, streams)
     theirs.close()
     path.unlink()
 
 
 def check(ours: ModelRunner, theirs: rival.Model, tokens: np.ndarray) -> None:
-    """Both compute the same model: logits behind the prompt. Raises ValueError."""
+    """Raise ValueError if the logits after the prompt differ by more than ``MAX_ERROR``."""
     prefill(ours, tokens)
     decode = Decode(ours, tokens[:CONTEXT], 1)
     logits = decode.step().float()[0].numpy()
@@ -138,19 +140,21 @@ def check(ours: ModelRunner, theirs: rival.Model, tokens: np.ndarray) -> None:
     theirs.forward([(0, 0, [*tokens[:CONTEXT].tolist(), 5])])
     error = np.abs(logits - theirs.logits()).max() / logits.std()
     if not error < MAX_ERROR:
-        raise ValueError(f"logits differ by {error:.3g} of their spread: not the same model")
+        raise ValueError(
+            f"Logits differ by {error:.3g} standard deviations, so the models are not the same."
+        )
 
 
 def result(
-    measure: str, size: str, word: str, taken: tuple[list[float], list[float]], tokens: int
+    measure: str, size: str, dtype: str, taken: tuple[list[float], list[float]], tokens: int
 ) -> Result:
     goal = GOALS.get((size, measure), 0.0)
-    return compare(f"{measure} beside llama.cpp", size, word, *taken, tokens=tokens, goal=goal)
+    return compare(f"{measure} beside llama.cpp", size, dtype, *taken, tokens=tokens, goal=goal)
 
 
 def eight_bits(size: str, directory: str, turns: Turns) -> Iterator[Result]:
-    """int8 beside our own bfloat16."""
-    int8, wide = (runner_of(directory, word) for word in ("int8", "bfloat16"))
+    """Compare int8 with bfloat16, both in this engine."""
+    int8, wide = (runner_of(directory, dtype) for dtype in ("int8", "bfloat16"))
     tokens = np.random.default_rng(0).integers(0, 256, PROMPT).astype(np.int32)
     taken = turns.time(
         lambda: prefill(int8, tokens), lambda: prefill(wide, tokens), TURNS[size] // 3
@@ -167,14 +171,14 @@ def main() -> None:
     parser.add_argument("--sizes", default="7m,530m")
     parser.add_argument("--dtypes", default=",".join(FORMATS))
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--share", type=float, default=1.0, help="of the turns of each measure")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the runs per measure")
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: this thread's own time, for a busy machine and --threads 1",
+        help="cpu: time of this thread, for a busy machine with --threads 1",
     )
-    parser.add_argument("--llama", type=Path, default=rival.FOLDER, help="where it was built")
+    parser.add_argument("--llama", type=Path, default=rival.FOLDER, help="folder of llama.cpp")
     parser.add_argument("--out", type=Path, default=RESULTS / "bench_llama.jsonl")
     args = parser.parse_args()
     modules = rival.load(args.llama)
@@ -184,15 +188,15 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     turns = Turns(time.perf_counter if args.clock == "wall" else time.thread_time, args.share)
     results: list[Result] = []
-    sizes, words = args.sizes.split(","), args.dtypes.split(",")
-    with tqdm(total=len(sizes) * len(words), unit="part") as progress, torch.inference_mode():
+    sizes, dtypes = args.sizes.split(","), args.dtypes.split(",")
+    with tqdm(total=len(sizes) * len(dtypes), unit="part") as progress, torch.inference_mode():
         for size in sizes:
             with tempfile.TemporaryDirectory() as directory:
                 make_checkpoint(GEOMETRIES[size], "float32", directory)
-                for word in words:
-                    progress.set_description(f"{size} {word}")
-                    results += against_llama(modules, size, word, directory, turns, args.threads)
-                    if word == "int8" and size == "530m":
+                for dtype in dtypes:
+                    progress.set_description(f"{size} {dtype}")
+                    results += against_llama(modules, size, dtype, directory, turns, args.threads)
+                    if dtype == "int8" and size == "530m":
                         results += eight_bits(size, directory, turns)
                     progress.update()
     version = modules[0].__version__

@@ -1,7 +1,7 @@
-"""llama.cpp as a rival: our checkpoints in its format, and its forward pass through the bindings of
+"""llama.cpp for comparison: export of checkpoints to GGUF, and forward passes with
 ``llama-cpp-python``.
 
-`make llama` builds it into ``out/llama`` (minutes), where nothing but this finds it.
+`make llama` builds it into ``out/llama`` (minutes). Only this module uses that folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from experiments.provenance import ROOT
 
 FOLDER = ROOT / "out" / "llama"
-ABSENT = "llama.cpp is not built here; `make llama` builds it, in some minutes."
+ABSENT = "llama.cpp is not built. Run `make llama` (some minutes)."
 
 RENAMED = {
     "linear_attn.in_proj_qkv.weight": "attn_qkv.weight",
@@ -52,7 +52,7 @@ RENAMED = {
 
 
 def load(folder: Path = FOLDER) -> tuple[ModuleType, ModuleType] | None:
-    """The modules ``llama_cpp`` and ``gguf``; None where they are not built."""
+    """Return the modules ``llama_cpp`` and ``gguf``, or None if they are not built."""
     if not (folder / "llama_cpp").is_dir():
         return None
     sys.path.append(str(folder))
@@ -60,8 +60,10 @@ def load(folder: Path = FOLDER) -> tuple[ModuleType, ModuleType] | None:
 
 
 def export(gguf: ModuleType, model_dir: Path, path: Path, format: str) -> None:
-    """A dense Qwen3.5 checkpoint as a GGUF file; matrices in ``F32``, ``BF16`` or ``Q8_0``, the
-    rest in float32."""
+    """Write a dense Qwen3.5 checkpoint as a GGUF file.
+
+    Matrices are stored as ``F32``, ``BF16`` or ``Q8_0``, other tensors in float32.
+    """
     config = json.loads((model_dir / "config.json").read_text())
     writer = gguf.GGUFWriter(path, "qwen35")
     _describe(writer, config)
@@ -92,7 +94,7 @@ def _describe(writer: Any, config: dict[str, Any]) -> None:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(config["head_dim"] * rope["partial_rotary_factor"]))
-    writer.add_rope_dimension_sections([11, 11, 10, 0])  # of pictures; text has one position
+    writer.add_rope_dimension_sections([11, 11, 10, 0])  # For images. Text has one position.
     writer.add_ssm_conv_kernel(config["linear_conv_kernel_dim"])
     writer.add_ssm_state_size(config["linear_key_head_dim"])
     writer.add_ssm_group_count(config["linear_num_key_heads"])
@@ -121,8 +123,7 @@ def _tensors(model_dir: Path, config: dict[str, Any]) -> Iterator[tuple[str, tor
 
 
 def _tiled(place: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    """Value heads of key head 0, 1, ... in turn, where the checkpoint has those of one key head
-    side by side."""
+    """Reorder value heads from grouped by key head (the checkpoint) to interleaved (GGUF)."""
     part = place.removeprefix("linear_attn.").removesuffix(".weight")
     heads, value_heads = config["linear_num_key_heads"], config["linear_num_value_heads"]
     size = config["linear_value_head_dim"]
@@ -139,7 +140,7 @@ def _tiled(place: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Te
 
 
 class Model:
-    """A GGUF file, and a context with room for some sequences."""
+    """GGUF file with a context for several sequences."""
 
     def __init__(
         self, llama: ModuleType, path: Path, *, streams: int, room: int, threads: int
@@ -164,12 +165,12 @@ class Model:
         self._batch = llama.llama_batch_init(512, 0, 1)
 
     def clear(self) -> None:
-        """Forget all sequences."""
+        """Remove all sequences."""
         self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
     def forward(self, pieces: Sequence[tuple[int, int, Sequence[int]]]) -> None:
-        """Compute (sequence, position, tokens) pieces, at most 512 tokens together; logits of each
-        piece's last."""
+        """Compute (sequence, position, tokens) pieces of at most 512 tokens in total, with logits
+        of each piece's last token."""
         batch, at = self._batch, 0
         for sequence, start, tokens in pieces:
             for offset, token in enumerate(tokens):
@@ -187,6 +188,7 @@ class Model:
         return np.ctypeslib.as_array(found, (self._vocab_size,)).copy()
 
     def close(self) -> None:
+        """Free the model and its context."""
         self._llama.llama_batch_free(self._batch)
         self._llama.llama_free(self._context)
         self._llama.llama_model_free(self._model)

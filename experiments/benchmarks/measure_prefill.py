@@ -1,14 +1,14 @@
 """Measure prefill times t(reused, computed) in the engine.
 
-The result is the table that `hybridcache simulate --times` reads.
+The result is a table for `hybridcache simulate --times`.
 
     python -m experiments.benchmarks.measure_prefill --output prefill_times.json
         [--model DIR] [--device cuda]
 
-A prompt of ``start + 1`` tokens leaves a checkpoint at ``start``; then ``length`` tokens more are
-timed, the median of several. Steps in which 1, 4 and 16 requests decode are timed too, for
-simulations in closed loop. Without a model the built-in one is measured, which only shows the
-shape.
+A prompt of ``start + 1`` tokens leaves a checkpoint at ``start``. Then the time of ``length`` more
+tokens is measure, as the median of several runs. Steps in which 1, 4 and 16 requests decode are
+measure for closed-loop simulations. The default is the built-in model, which only shows the shape
+of the table.
 """
 
 from __future__ import annotations
@@ -34,36 +34,39 @@ ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
 
 
 def prefill_seconds(engine: Engine, tokens: np.ndarray, start: int) -> float:
-    """Seconds that a request takes of the engine for ``tokens[start:]`` and one token, from its
-    submission to its end, when exactly ``tokens[:start]`` is reused."""
+    """Return the seconds from submission to end of a request for ``tokens`` and one output token.
+
+    Raises RuntimeError unless exactly ``tokens[:start]`` is reused.
+    """
     engine.reset_prefix_cache()
     if start:
         engine.generate([tokens[: start + 1].tolist()], ONE_TOKEN)
-    began_s = engine.clock()
+    start_s = engine.clock()
     [output] = engine.generate([tokens], ONE_TOKEN)
-    ended_s = engine.clock()
+    end_s = engine.clock()
     if output.cached_len != start:
-        raise RuntimeError(f"{output.cached_len} tokens were reused, not {start}")
-    return ended_s - began_s
+        raise RuntimeError(f"{output.cached_len} tokens were reused, expected {start}")
+    return end_s - start_s
 
 
 def decode_step_seconds(engine: Engine, num_requests: int, context: int) -> float:
-    """Median seconds of a step in which ``num_requests`` of ``context`` tokens decode."""
+    """Return the median seconds of a step in which ``num_requests`` requests decode after
+    ``context`` tokens."""
     engine.reset_prefix_cache()
     rng, reports = np.random.default_rng(1), list[StepReport]()
     engine.observe(reports.append)
-    rule = SamplingParams(max_tokens=DECODE_STEPS, temperature=0.0, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=DECODE_STEPS, temperature=0.0, ignore_eos=True)
     prompts = [rng.integers(0, 256, context, dtype=np.int32).tolist() for _ in range(num_requests)]
-    engine.generate(prompts, rule)
+    engine.generate(prompts, sampling)
     return statistics.median(
-        one.schedule_s + one.forward_s + one.sample_s + one.wait_s + one.commit_s
-        for one in reports
-        if one.num_decode_tokens == num_requests and not one.num_prefill_tokens
+        step.schedule_s + step.forward_s + step.sample_s + step.wait_s + step.commit_s
+        for step in reports
+        if step.num_decode_tokens == num_requests and not step.num_prefill_tokens
     )
 
 
-def measured(engine: Engine, longest: int, repeats: int) -> dict[str, Any]:
-    """Return the tables that ``MeasuredTimes.load`` reads, of prompts up to ``longest`` tokens."""
+def measure(engine: Engine, longest: int, repeats: int) -> dict[str, Any]:
+    """Return the tables for ``MeasuredTimes.load``, for prompts of up to ``longest`` tokens."""
     starts = [start for start in STARTS if start < longest]
     lengths = [length for length in LENGTHS if length <= longest]
     rng, table = np.random.default_rng(0), []
@@ -88,10 +91,10 @@ def measured(engine: Engine, longest: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--model", help="model directory; default: the built-in model")
+    parser.add_argument("--model", help="model directory (default: the built-in model)")
     parser.add_argument("--device")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--longest", type=int, default=4096, help="tokens of the longest prompt")
+    parser.add_argument("--longest", type=int, default=4096, help="longest prompt, in tokens")
     options = parser.parse_args()
     longest = options.longest
     budget = max(longest, 64)
@@ -103,7 +106,7 @@ def main() -> None:
             checkpoints=("backoff",),
         )
     )
-    record = measured(engine, longest, options.repeats) | {"provenance": provenance()}
+    record = measure(engine, longest, options.repeats) | {"provenance": provenance()}
     options.output.write_text(json.dumps(record) + "\n")
     print(options.output)
 

@@ -1,7 +1,7 @@
-"""Measure the gap between bound and plan of the offline optimum, and the time on one core.
+"""Measure the gap between bound and plan of the offline optimum, and its time on one core.
 
-MILP on ShareGPT-like traces of 250 to 600 requests, the relaxation on 1,500, the clairvoyant greedy
-on the Mooncake conversation trace if ``data/traces`` has it.
+The MILP runs on ShareGPT-like traces of 250 to 600 requests, the relaxation on 1,500 requests. The
+greedy plan runs on the Mooncake conversation trace if ``data/traces`` contains it.
 
     python -m experiments.benchmarks.optimum
 """
@@ -29,7 +29,7 @@ def cases() -> Iterator[Case]:
     for gigabytes in (2.0, 5.0, 10.0):
         yield sharegpt_like(requests=1_500), MARCONI_7B, gigabytes, "lp"
     mooncake = WORKLOADS["mooncake"]
-    if mooncake.is_here:
+    if mooncake.is_available:
         for gigabytes in (80.0, 320.0):
             yield mooncake.open("mooncake", full=True), QWEN3_NEXT, gigabytes, "greedy"
 

@@ -1,15 +1,16 @@
-"""Measure the cost of a step without its forward pass: scheduling, sampling, committing, and
-sending its outputs to the server's process, with 1, 8 and 64 requests decoding; and the part of it
-that is hidden if a device computes independently.
+"""Measure the cost of a step without its forward pass, and the hidden part of it.
 
-The runner returns the same logits at once; cache, scheduler, sampler and tokenizer are the engine's
-own. To measure the hidden part, a clock replaces the device: it is busy for a fixed time with every
-step, and tokens are available at its end. Conversations end and others begin all the
-time, so that matching, publishing and evicting are in the steps.
+The cost consists of scheduling, sampling, committing, and sending outputs to the server's process,
+with 1, 8 and 64 decoding requests. Part of it is hidden if a device computes independently.
+
+The runner returns the same logits at once. Cache, scheduler, sampler and tokenizer are the engine's
+own. For the hidden part, a clock replaces the device: it is busy for a fixed time with every step,
+and tokens are available at its end. Conversations start and end all the time, so steps include
+matching, publishing and evicting.
 
     python -m experiments.benchmarks.overhead
-    python -m experiments.benchmarks.overhead --starts 5      # until `engine serve` answers
-    python -m experiments.benchmarks.overhead --waiting 1000  # order so many waiting requests
+    python -m experiments.benchmarks.overhead --starts 5      # time until `engine serve` answers
+    python -m experiments.benchmarks.overhead --waiting 1000  # time to order waiting requests
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ ADMISSIONS = (
 
 
 class IdleRunner:
-    """Memory that nobody reads, and logits that are always the same."""
+    """Runner with constant logits and unused memory."""
 
     max_model_len = 8_192
     vocab_size = 320
@@ -82,7 +83,7 @@ class IdleRunner:
 
 
 class Clock:
-    """A device that does nothing for ``step_s`` a step, one step after the other."""
+    """Simulated device that is busy for ``step_s`` per step, one step after the other."""
 
     def __init__(self, step_s: float) -> None:
         self.step_s = step_s
@@ -96,7 +97,7 @@ class Clock:
 
 
 class ClockedRunner(IdleRunner):
-    """Returns at once; its steps are through when the clock says so."""
+    """Runner that returns at once. The clock determines the end of its steps."""
 
     is_asynchronous = True
 
@@ -110,7 +111,7 @@ class ClockedRunner(IdleRunner):
 
 
 class ClockedDrawn:
-    """Tokens that are there when the step is through that drew them."""
+    """Sampled tokens that are available at the end of their step."""
 
     def __init__(self, drawn: Drawn, clock: Clock) -> None:
         self.tokens = drawn.tokens
@@ -122,6 +123,8 @@ class ClockedDrawn:
 
 
 class ClockedSampler(Sampler):
+    """Sampler for ``ClockedRunner``."""
+
     def __init__(self, vocab_size: int, clock: Clock) -> None:
         super().__init__(vocab_size)
         self._clock = clock
@@ -131,8 +134,8 @@ class ClockedSampler(Sampler):
 
 
 def hidden(num_running: int, step_ms: float, num_steps: int) -> dict[str, float]:
-    """Microseconds of the host's work, the device's and both together in a step, medians; and the
-    part of the host's that the device did not wait for."""
+    """Return median microseconds per step of host, device and wall time, and the hidden share of
+    the host's."""
     clock = Clock(step_ms / 1e3)
     hosts: list[float] = []
 
@@ -172,8 +175,8 @@ def hidden(num_running: int, step_ms: float, num_steps: int) -> dict[str, float]
 
 
 def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[str, float]:
-    """Median microseconds per stage of steps in which all requests decode, and their 99th
-    percentile together."""
+    """Return median microseconds per stage of steps in which all requests decode, and the 99th
+    percentile of their sum."""
     reports: list[StepReport] = []
     sending_s: list[float] = []
     folder = make_folder()
@@ -194,7 +197,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
         channel.send(Outputs(num_running, 0, tuple(map(delta_of, outputs)), ()))
         sending_s.append(time.perf_counter() - begin)
         while server.receive() is not None:
-            pass  # The other side's work.
+            pass  # Work of the receiving process.
     for end in (channel, server):
         end.close()
     remove_folder(folder)
@@ -212,6 +215,7 @@ def measure(num_running: int, sampling: SamplingParams, num_steps: int) -> dict[
 
 
 def run(num_steps: int) -> Iterator[dict[str, Any]]:
+    """Yield one record per sampling setting and number of requests."""
     for name, sampling in SAMPLINGS.items():
         for num_running in (1, 8, 64):
             yield {"running": num_running, "sampling": name} | measure(
@@ -220,12 +224,12 @@ def run(num_steps: int) -> Iterator[dict[str, Any]]:
 
 
 def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, Any]:
-    """Return the milliseconds of processor time to order ``num_waiting`` requests, medians.
+    """Return the median milliseconds of processor time to order ``num_waiting`` requests.
 
     Prompts have 8,000 to 12,000 tokens, most of them cached for one in ten. ``same_ms``: the cache
     has not changed since the last step. ``changed_ms``: an answer was published in between.
     """
-    word, _, is_in_debt = admission.partition(", ")
+    policy, _, is_in_debt = admission.partition(", ")
     draw, num_rows, row_bytes, state_bytes = np.random.default_rng(0), 3_000_000, 100, 30_000
     config = CacheConfig(
         memory="arena",
@@ -239,7 +243,7 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
         max_running=4,
         token_budget=8192,
         memory=MemorySizes("arena", num_rows, num_rows // 300, row_bytes, state_bytes),
-        admission=make_admission(word),
+        admission=make_admission(policy),
         clock=time.process_time,
     )
 
@@ -287,7 +291,8 @@ def ordering(admission: str, num_waiting: int, repeats: int = 51) -> dict[str, A
 
 
 def start_s() -> float:
-    """From the command line of ``engine serve``, with the built-in model, to its first answer."""
+    """Return the seconds from the start of ``engine serve``, with the built-in model, to its first
+    answer."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -309,11 +314,13 @@ def start_s() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--starts", type=int, default=0, help="only time N starts")
-    parser.add_argument("--steps", type=int, default=1000, help="steps measured for each row")
-    parser.add_argument("--waiting", type=int, default=0, help="only order so many requests")
+    parser.add_argument("--starts", type=int, default=0, help="only time this many server starts")
+    parser.add_argument("--steps", type=int, default=1000, help="measured steps per row")
+    parser.add_argument("--waiting", type=int, default=0, help="only order this many requests")
     parser.add_argument(
-        "--out", type=Path, help="none: overhead.jsonl, starts.jsonl or ordering.jsonl, in results"
+        "--out",
+        type=Path,
+        help="result file (default: overhead.jsonl, starts.jsonl or ordering.jsonl in results)",
     )
     arguments = parser.parse_args()
     if arguments.waiting:
@@ -339,7 +346,7 @@ def main() -> None:
     ]
     for record in records:
         print(
-            f"{record['running']:7} running, {record['hidden_behind_ms']:g} ms a step: "
+            f"{record['running']:7} running, {record['hidden_behind_ms']:g} ms per step: "
             f"{record['host_us']:.0f} µs of host work, {record['hidden']:.0%} hidden"
         )
     print(

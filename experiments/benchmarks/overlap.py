@@ -1,13 +1,12 @@
-"""Measure the overlap that drafts lose.
+"""Measure the overlap of host and device work that is lost with drafts.
 
-A step with drafts is committed before the next one is made, so the host's work is not hidden if a
-device computes independently.
+A step with drafts is committed before the next one is prepared. On an independent device, the
+host's work is then not hidden.
 
-A clock replaces the device and is busy for 5 ms with every step, with drafts or without; cache,
-scheduler, sampler and drafting are the engine's own. Drafts are made in every step and always right
-(five tokens per step); never right, and therefore rarely tried; or not found in the tree. A step
-without drafts is the baseline. On a CPU nothing is lost: there no step overlaps with another
-(``--overlap auto``).
+A clock replaces the device and is busy for 5 ms with every step. Cache, scheduler, sampler and
+drafting are the engine's own. Drafts are always accepted (five tokens per step), never accepted and
+therefore rarely tried, or not found in the tree. The baseline has no drafts. On a CPU nothing is
+lost, because steps do not overlap there (``--overlap auto``).
 
     python -m experiments.benchmarks.overlap    # about a minute
 
@@ -47,16 +46,16 @@ from hybridcache.tokens import Tokens
 
 NUM_DRAFTS = 4
 CHOSEN, OTHER = 7, 8
-"""The token that is always chosen, and one that never is."""
+"""The token that is always chosen, and a token that is never chosen."""
 
 
 class IdleClock(Clock):
-    """Knows what the host did while the device waited for it, in CPU time."""
+    """Clock that measures the host's CPU time while the device is idle."""
 
     def __init__(self, step_s: float) -> None:
         super().__init__(step_s)
         self.idle_s: list[float] = []
-        """Before each step."""
+        """Idle time before each step."""
         self._idle_since: float | None = None
 
     def launch(self) -> None:
@@ -71,7 +70,7 @@ class IdleClock(Clock):
 
 
 class SameRunner(ClockedRunner):
-    """Chooses one token everywhere."""
+    """Runner whose logits always choose the same token."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__(clock)
@@ -84,7 +83,7 @@ class SameRunner(ClockedRunner):
 
 
 class Guesser:
-    """Guesses one token everywhere, or nothing."""
+    """Draft source that proposes one token everywhere, or nothing."""
 
     name = "guesser"
 
@@ -109,9 +108,11 @@ GUESSES: dict[str, int | None] = {"always right": CHOSEN, "never right": OTHER, 
 
 
 def measure(num_running: int, guess: str, step_ms: float, num_steps: int) -> dict[str, Any]:
-    """Return the times of a step in microseconds: the device's work, the host's work while the
-    device is idle (a mean, because not every step waits), all of the host's work (a median); and
-    its number of tokens."""
+    """Return the times of a step in microseconds, and its number of tokens.
+
+    ``lost_us`` is the host's work while the device is idle, a mean, because not every step waits.
+    ``host_us`` is all of the host's work, a median.
+    """
     clock, hosts = IdleClock(step_ms / 1e3), list[float]()
     drafting = None
     if guess != "none":
@@ -153,8 +154,8 @@ def measure(num_running: int, guess: str, step_ms: float, num_steps: int) -> dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="measured in each row")
-    parser.add_argument("--step-ms", type=float, default=5.0, help="of the device")
+    parser.add_argument("--steps", type=int, default=600, help="measured steps per row")
+    parser.add_argument("--step-ms", type=float, default=5.0, help="device time of a step")
     parser.add_argument("--out", type=Path, default=RESULTS / "overlap.jsonl")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -164,9 +165,9 @@ def main() -> None:
             record = measure(num_running, guess, arguments.step_ms, arguments.steps)
             records.append(record)
             print(
-                f"{num_running:7} running, {guess:12}: waits {record['lost_us']:5.0f} µs "
-                f"a step, of {record['host_us']:5.0f} of host work, "
-                f"{record['tokens_per_step']:.2f} tokens a request"
+                f"{num_running:7} running, {guess:12}: {record['lost_us']:5.0f} µs lost "
+                f"per step, of {record['host_us']:5.0f} µs of host work, "
+                f"{record['tokens_per_step']:.2f} tokens per request"
             )
     write_json_lines(arguments.out, records, {"step_ms": arguments.step_ms})
 

@@ -1,7 +1,6 @@
-"""Measure the page in a real Chromium.
+"""Measure the live page in Chromium: frames, first paint, delay of requests, cost for the engine.
 
-Frames with ten thousand nodes, the first paint, the time until a request is shown, and the cost for
-the engine.
+Frames are measured with ten thousand nodes.
 
 python -m experiments.benchmarks.page [--nodes 10000] [--requests 20]
 
@@ -59,7 +58,8 @@ PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime ??
 
 
 def large_recording(num_nodes: int) -> Recording:
-    """A tree of at least so many nodes: conversations over shared beginnings."""
+    """Return a recording of a tree with at least ``num_nodes`` nodes: conversations with shared
+    prefixes."""
     config = CacheConfig(num_kv_tokens=1 << 23, num_slots=num_nodes, eviction="lru")
     cache = build_prefix_cache(config)
     recorder, random = Recorder(), np.random.default_rng(0)
@@ -81,6 +81,7 @@ def large_recording(num_nodes: int) -> Recording:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
+    """Yield a headless Chromium."""
     from playwright.sync_api import sync_playwright
 
     path = next((found for name in BROWSERS if (found := shutil.which(name))), None)
@@ -91,7 +92,7 @@ def chromium() -> Iterator[Any]:
 
 
 def measure_frames(browser: Any, num_nodes: int, seconds: float) -> dict[str, Any]:
-    """Zooming without a pause: time between frames, and of it what drawing takes."""
+    """Measure the time between frames while zooming, and the drawing time in it."""
     recording = large_recording(num_nodes)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.html"
@@ -112,8 +113,8 @@ def measure_frames(browser: Any, num_nodes: int, seconds: float) -> dict[str, An
 
 
 def measure_live(browser: Any, num_requests: int) -> list[dict[str, Any]]:
-    """The built-in model served: first paint of a fresh page, and the time from a request's answer
-    until the page has drawn it."""
+    """Serve the built-in model. Measures the first paint of a new page, and the delay from an
+    answer to its drawing."""
     url = f"http://127.0.0.1:{PORT}"
     command = [sys.executable, "-m", "engine", "serve", "--port", str(PORT), "--cache-gib", "0.06"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
@@ -141,7 +142,7 @@ def measure_live(browser: Any, num_requests: int) -> list[dict[str, Any]]:
 
 
 def _delay(page: Any, client: httpx.Client, number: int) -> float:
-    """Milliseconds from the end of one request until its bar is in the page."""
+    """Return the milliseconds from the end of a request until the page shows its bar."""
     page.evaluate(
         """() => {
             const bars = () => document.querySelectorAll('.bar:not(.running)').length;
@@ -162,8 +163,10 @@ def _delay(page: Any, client: httpx.Client, number: int) -> float:
 
 
 def measure_cost(num_rounds: int) -> dict[str, Any]:
-    """Return microseconds per request of an engine whose model computes nothing: without the queue
-    of ended requests, with it, and with a page that follows."""
+    """Return microseconds per request of an engine without model arithmetic.
+
+    Cases: without the queue of finished requests, with it, and with a connected page.
+    """
     engine = Engine(
         EngineConfig(), runner=OracleRunner(16_384, 64, max_model_len=4096), sampler=OracleSampler()
     )
@@ -194,13 +197,15 @@ def measure_cost(num_rounds: int) -> dict[str, Any]:
 
 
 def _until(page: Any, expression: str) -> float:
-    """The number that ``expression`` becomes. The page's policy lets nothing of playwright's wait
-    inside it."""
+    """Return the number that ``expression`` becomes.
+
+    Polls from outside, because the page's content policy blocks playwright's own waiting.
+    """
     for _ in range(1000):
         if (value := page.evaluate(expression)) is not None:
             return float(value)
         time.sleep(0.01)
-    raise TimeoutError(f"{expression} is still null after ten seconds")
+    raise TimeoutError(f"{expression!r} is still null after ten seconds")
 
 
 def _wait(client: httpx.Client) -> None:

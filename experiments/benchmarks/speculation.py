@@ -1,18 +1,20 @@
-"""Several tokens a step on the built-in model: what each drafter gains, and where it loses.
+"""Measure the gain and the losses of each drafter on the built-in model.
 
     python -m experiments.benchmarks.speculation               # about 15 minutes on two cores
     python -m experiments.benchmarks.speculation --model DIR --repeats 1 --threads 2
-    python -m experiments.benchmarks.speculation --draw           # the figure, of recorded results
+    python -m experiments.benchmarks.speculation --draw        # only the figure, from results
 
-Every workload is a fixed list of prompts, the same for every drafter; each drafter's engine serves
-it from an empty cache, in turns with the others, greedily (``noise``: sampled so hot that nothing
-can be guessed). Tokens a second count from the first token of a group of requests to its last; the
-medians of the turns are compared with those of no drafts. Answers and hits must be those without
-drafts, token for token: the line says so.
+Every workload is a fixed list of prompts, the same for every drafter. The engines of all drafters
+alternate and start from an empty cache. Decoding is greedy, except ``noise``, which samples at a
+high temperature so that drafts are never accepted.
 
-Workloads: ``agent`` (a chat with tool calls, each prompt sent twice, as a retry is), ``edit`` (code
-that stood in the prompt, again), ``chat``, ``few_shot`` (word problems), ``fresh`` (code of modules
-that were held out), ``noise``.
+Tokens per second count from the first token of a group of requests to its last. Medians are
+compared with those of no drafts. Answers and hits must equal those without drafts, token for token,
+and the last printed line reports differences.
+
+Workloads: ``agent`` (a chat with tool calls, each prompt sent twice, like a retry), ``edit`` (code
+from the prompt, repeated), ``chat``, ``few_shot`` (word problems), ``fresh`` (code of held-out
+modules), ``noise``.
 """
 
 from __future__ import annotations
@@ -44,43 +46,50 @@ Thread = list[str]
 
 
 def agent(rng: random.Random) -> Thread:
-    """Every prompt of a chat with tool calls, twice."""
+    """Return every prompt of a chat with tool calls, twice."""
     messages = tasks.tool_chat(rng)
-    asked = [rank for rank, said in enumerate(messages) if said["role"] == "assistant"]
-    return [prompt for rank in asked for prompt in [_rendered(messages[:rank], tasks.TOOLS)] * 2]
+    return [
+        prompt
+        for rank in _answers(messages)
+        for prompt in [_rendered(messages[:rank], tasks.TOOLS)] * 2
+    ]
 
 
 def edit(rng: random.Random) -> Thread:
-    """Lines of code, and the first of them again."""
+    """Return lines of code, followed by the first of them again."""
     piece = _code(rng, 500)
     return [f"{piece}\n\n\n# The same again:\n{piece[:80]}"]
 
 
 def chat(rng: random.Random) -> Thread:
-    """A small chat, turn by turn."""
+    """Return the prompts of a small chat."""
     messages = tasks.chat(rng)
-    asked = [rank for rank, said in enumerate(messages) if said["role"] == "assistant"]
-    return [_rendered(messages[:rank]) for rank in asked]
+    return [_rendered(messages[:rank]) for rank in _answers(messages)]
 
 
 def few_shot(rng: random.Random) -> Thread:
-    """Word problems behind four solved ones."""
+    """Return a word problem after four solved ones."""
     return [tasks.few_shot(rng, 4)[0]]
 
 
 def fresh(rng: random.Random) -> Thread:
-    """The beginning of a piece of code that nobody trained on."""
+    """Return the start of a piece of code that was not in the training data."""
     return [_code(rng, 400)]
 
 
 def noise(rng: random.Random) -> Thread:
-    """Letters without sense."""
+    """Return random characters."""
     return ["".join(chr(rng.randint(33, 126)) for _ in range(200))]
 
 
 WORKLOADS: dict[str, Callable[[random.Random], Thread]] = {
-    made.__name__: made for made in (agent, edit, chat, few_shot, fresh, noise)
+    workload.__name__: workload for workload in (agent, edit, chat, few_shot, fresh, noise)
 }
+
+
+def _answers(messages: Sequence[dict[str, Any]]) -> list[int]:
+    """Return the positions of the assistant's messages."""
+    return [rank for rank, message in enumerate(messages) if message["role"] == "assistant"]
 
 
 def _rendered(messages: Sequence[dict[str, object]], tools: object = None) -> str:
@@ -90,7 +99,7 @@ def _rendered(messages: Sequence[dict[str, object]], tools: object = None) -> st
 
 
 def _code(rng: random.Random, num_bytes: int) -> str:
-    """From the beginning of a line of a held-out module."""
+    """Return ``num_bytes`` of a held-out module, from the start of a line."""
     text = rng.choice([source for source in corpus.sources(held_out=True) if len(source) > 4000])
     start = text.index("\n", rng.randrange(len(text) - 2 * num_bytes - 500)) + 1
     return text[start : start + num_bytes]
@@ -102,7 +111,7 @@ class Turn:
 
     outputs: list[RequestOutput]
     seconds: float
-    """From the first token of each group of requests to its last."""
+    """Sum over groups of requests, from the first token of a group to its last."""
 
     @property
     def tokens_per_s(self) -> float:
@@ -117,12 +126,12 @@ class Result:
     draft: str
     streams: int
     acceptance_len: float | None
-    """Mean tokens of a verification; None: nothing was drafted."""
+    """Mean tokens per verification, or None if nothing was drafted."""
     tokens_per_step: float
-    """Decoded tokens for each step of a request that decodes."""
+    """Decoded tokens per step of a decoding request."""
     tokens_per_s: float
     ratio: float
-    """To no drafts."""
+    """Tokens per second relative to no drafts."""
     spread: float
     """Interquartile range of the ratios of single turns."""
     cached_tokens: int
@@ -131,7 +140,7 @@ class Result:
 
 
 def serve(engine: Engine, threads: Sequence[Thread], streams: int, params: SamplingParams) -> Turn:
-    """All prompts, ``streams`` threads side by side."""
+    """Serve all prompts, ``streams`` threads at a time."""
     tokenizer, outputs, seconds = ByteTokenizer(), [], 0.0
     engine.reset_prefix_cache()
     for first in range(0, len(threads), streams):
@@ -166,8 +175,8 @@ def summarise(
         ratio=round(statistics.median(ratios), 3),
         spread=round(quartiles[2] - quartiles[0], 3),
         cached_tokens=sum(output.cached_len for output in turns[0].outputs),
-        same_hits=all(one.cached_len == other.cached_len for one, other in pairs),
-        same_answers=all(one.token_ids == other.token_ids for one, other in pairs),
+        same_hits=all(drafted.cached_len == base.cached_len for drafted, base in pairs),
+        same_answers=all(drafted.token_ids == base.token_ids for drafted, base in pairs),
     )
 
 
@@ -178,48 +187,50 @@ def make_engine(model: str | None, draft: str) -> Engine:
     return Engine(config, runner=runner, sampler=sampler, tokenizer=ByteTokenizer())
 
 
-def draw(results: Sequence[Mapping[str, Any]], words: Sequence[str]) -> None:
-    """A panel each for one stream and more: tokens a second beside none, and in each bar the
-    tokens that a verification gave."""
+def draw(results: Sequence[Mapping[str, Any]], drafts: Sequence[str]) -> None:
+    """Draw tokens per second relative to no drafts, one panel per number of streams.
+
+    The number in each bar is the acceptance length.
+    """
     streams = sorted({result["streams"] for result in results})
     workloads = list(dict.fromkeys(result["workload"] for result in results))
     figure, axes = panels(len(streams), width=5.6, columns=2)
-    width = 0.8 / len(words)
+    width = 0.8 / len(drafts)
     for axis, count in zip(axes, streams, strict=True):
-        for rank, (word, colour) in enumerate(zip(words, COLOURS, strict=False)):
-            own = {
+        for rank, (draft, colour) in enumerate(zip(drafts, COLOURS, strict=False)):
+            by_workload = {
                 result["workload"]: result
                 for result in results
-                if (result["draft"], result["streams"]) == (word, count)
+                if (result["draft"], result["streams"]) == (draft, count)
             }
-            places = [at + (rank - (len(words) - 1) / 2) * width for at in range(len(workloads))]
-            ratios = [own[workload]["ratio"] for workload in workloads]
-            axis.bar(places, ratios, width * 0.9, color=colour, label=f"--draft {word}")
+            places = [at + (rank - (len(drafts) - 1) / 2) * width for at in range(len(workloads))]
+            ratios = [by_workload[workload]["ratio"] for workload in workloads]
+            axis.bar(places, ratios, width * 0.9, color=colour, label=f"--draft {draft}")
             for at, workload in zip(places, workloads, strict=True):
-                length = own[workload]["acceptance_len"]
+                length = by_workload[workload]["acceptance_len"]
                 text = "" if length is None else f"{length:.1f}"
                 axis.text(at, 0.03, text, color="white", ha="center", fontsize=7)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(workloads)), workloads)
-        axis.set_ylabel("tokens a second beside none")
+        axis.set_ylabel("tokens/s relative to no drafts")
         axis.set_title(counted(count, "stream"), fontsize=9)
     caption = (
-        "The built-in model on one core. In a bar: tokens that a verification gave, the one that "
-        "is never a guess among them (acceptance length)."
+        "The built-in model on one core. In a bar: acceptance length, the tokens of a "
+        "verification including the one that is not drafted."
     )
     save(figure, axes, figure_path("speculation"), caption)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="model directory; none: the built-in model")
+    parser.add_argument("--model", help="model directory (default: the built-in model)")
     parser.add_argument("--out", type=Path, default=RESULTS / "speculation.jsonl")
     parser.add_argument("--repeats", type=int, default=5, help="turns of every drafter")
-    parser.add_argument("--threads", type=int, default=2, help="of the processor")
-    parser.add_argument("--prompts", type=int, default=8, help="of every workload, or chats")
-    parser.add_argument("--max-tokens", type=int, default=128, help="of an answer")
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
+    parser.add_argument("--prompts", type=int, default=8, help="prompts or chats per workload")
+    parser.add_argument("--max-tokens", type=int, default=128, help="longest answer")
     parser.add_argument(
-        "--drafts", nargs="+", default=list(DRAFTS), help="the first: compared with"
+        "--drafts", nargs="+", default=list(DRAFTS), help="drafters; the first is the baseline"
     )
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=WORKLOADS)
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 8])
@@ -228,8 +239,8 @@ def main() -> None:
     if not args.draw:
         measure(args)
     _, recorded = read_json_lines(args.out)
-    words = dict.fromkeys(result["draft"] for result in recorded)
-    draw(recorded, [word for word in words if word != "none"])
+    drafts = dict.fromkeys(result["draft"] for result in recorded)
+    draw(recorded, [draft for draft in drafts if draft != "none"])
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -241,18 +252,18 @@ def measure(args: argparse.Namespace) -> None:
     for workload, streams in tqdm(cells, desc="workloads"):
         rng = random.Random(workload)
         threads = [WORKLOADS[workload](rng) for _ in range(args.prompts)]
-        heat = {"temperature": 5.0, "seed": 7} if workload == "noise" else {"temperature": 0.0}
-        params = SamplingParams(max_tokens=args.max_tokens, **heat)
+        noisy = {"temperature": 5.0, "seed": 7} if workload == "noise" else {"temperature": 0.0}
+        params = SamplingParams(max_tokens=args.max_tokens, **noisy)
         turns: dict[str, list[Turn]] = {draft: [] for draft in engines}
         for _ in range(args.repeats):
             for draft, engine in engines.items():
                 turns[draft].append(serve(engine, threads, streams, params))
-        for draft, own in turns.items():
-            results.append(summarise(workload, draft, streams, own, turns[args.drafts[0]]))
+        for draft, runs in turns.items():
+            results.append(summarise(workload, draft, streams, runs, turns[args.drafts[0]]))
             tqdm.write(str(asdict(results[-1])))
     write_json_lines(args.out, map(asdict, results), vars(args) | {"out": args.out.name})
     wrong = [result for result in results if not (result.same_answers and result.same_hits)]
-    print(f"{len(results)} cells to {args.out.name}; other answers or hits in {len(wrong)}")
+    print(f"{len(results)} cells in {args.out.name}; answers or hits differ in {len(wrong)}")
 
 
 if __name__ == "__main__":

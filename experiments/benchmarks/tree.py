@@ -2,17 +2,22 @@
 
 python -m experiments.benchmarks.tree [--runs 5] [--quick]
 
-2,000 conversations x 5 turns x 200-1,000 tokens, 16 system prompts of 500, 64 live; page 1, 400,000
-KV tokens, 600 states (then the same bytes as a budget, and as an arena of Qwen3-Next's rows and
-slabs); each request matches, gathers, locks, allocates (evicting as needed), inserts with one state
-at its end, gathers again, moves the lock and unlocks. The long one is 20 conversations x 200 turns.
-Garbage collector on, one thread, one process.
+The workload is 2,000 conversations x 5 turns x 200-1,000 tokens, with 16 system prompts of 500
+tokens and 64 live conversations. The cache has pages of 1 token, 400,000 KV tokens and 600 states.
+Further runs use the same bytes as a budget, and as an arena with Qwen3-Next's rows and slabs.
 
-A run's mean is what a user pays on the machine as it is. Three figures say what of it is not the
-tree's: "quiet" takes, request by request, the fastest of all runs, which leaves out what other
-processes did; "cpu" is the thread's own processor time, with the clocks and the caller's
-concatenation (two microseconds) in it; "gc" is the garbage collector's share, wherever in the run
-it was set off. Writes results/bench_tree.jsonl and figures/bench_tree.png.
+Each request matches, gathers, locks, allocates (with eviction), inserts with one state at its end,
+gathers again, moves the lock and unlocks. The long workload is 20 conversations x 200 turns. The
+garbage collector is on. One thread, one process.
+
+A run's mean is the cost for a user of this machine. Three figures separate costs outside the tree:
+
+- "quiet" takes the fastest of all runs for each request, which excludes other processes.
+- "cpu" is the thread's processor time, with the clocks and the caller's concatenation (two
+  microseconds).
+- "gc" is the time of the garbage collector during the run.
+
+Writes results/bench_tree.jsonl and figures/bench_tree.png.
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ def measure(
     bar: Any,
     memory: str = "pools",
 ) -> dict[str, Any]:
-    """Replay ``runs`` times on fresh caches: one record."""
+    """Replay ``runs`` times on new caches. Returns one record."""
     replays = []
     for _ in range(runs):
         gc.collect()
@@ -88,7 +93,8 @@ def _by_verb(nanoseconds: np.ndarray) -> dict[str, float]:
 
 
 def match_alone(runs: int) -> dict[str, Any]:
-    """Matching prompts of about 2,000 tokens, four turns deep, in a full cache: microseconds."""
+    """Measure the matching of prompts of about 2,000 tokens, four turns deep, in a full cache, in
+    microseconds."""
     work = Workload(64, 400, 5)
     cache = new_cache(400_000, 600)
     replay(work, cache)
@@ -114,8 +120,8 @@ def match_alone(runs: int) -> dict[str, Any]:
 
 
 def growth(runs: int, bar: Any, quick: bool) -> list[dict[str, Any]]:
-    """The same requests (two live conversations) with more and more tokens, then more and more
-    nodes, behind them."""
+    """Measure the same requests, two live conversations, on caches with more and more tokens, then
+    nodes."""
     factor = 10 if quick else 1
     records = []
     for size in (10_000, 100_000, 1_000_000 // factor):
@@ -135,8 +141,8 @@ def growth(runs: int, bar: Any, quick: bool) -> list[dict[str, Any]]:
 
 
 def _evictions(caches: Sequence[HybridRadixCache]) -> dict[str, float]:
-    """Microseconds of evicting one item, the oldest, from a full cache: the quietest of
-    ``caches``."""
+    """Measure the eviction of the oldest item from a full cache, in microseconds. Takes the fastest
+    of ``caches``."""
     medians, means = [], []
     for cache in caches:
         times = []
@@ -181,7 +187,8 @@ def _grown(
 
 
 def memory() -> dict[str, Any]:
-    """Host bytes of a cached token, a node and a ghost token, from two fills of different shape."""
+    """Measure host bytes per cached token, node and ghost token, from two fills of different
+    shape."""
 
     def traced(num_nodes: int, tokens_each: int, evict: bool) -> int:
         cache = new_cache(num_nodes * tokens_each, num_nodes)
@@ -207,8 +214,7 @@ def memory() -> dict[str, Any]:
         return used, cache
 
     def traced_splits() -> float:
-        """Bytes of one node, after each was cut in two and all have a checkpoint. Tokens not
-        counted."""
+        """Return the bytes per node, without tokens, after each node with a checkpoint is split."""
         num_nodes, half = 5_000, 10
         cache = new_cache(2 * half * num_nodes + half, 2 * num_nodes)
         gc.collect()
@@ -237,7 +243,7 @@ def memory() -> dict[str, Any]:
 
 
 def import_time(runs: int) -> dict[str, Any]:
-    """Seconds that ``import hybridcache`` adds to an interpreter, and numpy's share."""
+    """Measure the seconds that ``import hybridcache`` adds to an interpreter, and numpy's share."""
 
     def seconds(statement: str) -> float:
         code = f"import time; t = time.perf_counter(); {statement}; print(time.perf_counter() - t)"
@@ -266,7 +272,8 @@ PEERS = {
 
 
 def draw(records: Sequence[dict[str, Any]]) -> None:
-    """Ours beside the peers' published figures, and cost over the tree's size."""
+    """Draw the costs next to published figures of other systems, and the cost over the tree's
+    size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -314,8 +321,8 @@ def draw(records: Sequence[dict[str, Any]]) -> None:
     right.set_title("Growth with the tree")
     right.legend(fontsize=7, ncols=2, loc="upper left")
     figure.supxlabel(
-        f"Left: means of {short['runs']} runs on two shared cores beside what SGLang reports of "
-        "its own trees on a machine of the same "
+        f"Left: means of {short['runs']} runs on two shared cores, next to SGLang's published "
+        "figures of its own trees on a machine of the same "
         "class.\nRight: medians of the quietest run; a flat line is a cost that does not grow with "
         "the tree.",
         fontsize=8,
@@ -326,8 +333,8 @@ def draw(records: Sequence[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5, help="replays of each workload")
-    parser.add_argument("--quick", action="store_true", help="a tenth of everything, a minute")
+    parser.add_argument("--runs", type=int, default=5, help="replays per workload")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the work, a minute")
     options = parser.parse_args()
     runs = 2 if options.quick else options.runs
     with tqdm(total=11 * runs + 3) as bar:

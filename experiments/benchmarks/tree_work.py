@@ -1,4 +1,4 @@
-"""The workload that the peers' trees were measured on, and a replay that times each verb."""
+"""Tree workload of published systems' measurements, and a replay that times each operation."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from hybridcache.lab.generators import conversations
 from hybridcache.tokens import Indices
 
 VERBS = ("match", "gather", "lock", "allocate", "touch", "insert", "gather again", "unlock")
-"""Timed apart; "allocate" is KV and slot with their eviction, "unlock" moves the lock and gives it
-back."""
+"""Operations that are timed separately.
+
+"allocate" includes KV, slot and their eviction. "unlock" moves the lock to the new node and
+releases it.
+"""
 
 
 ROW_BYTES, SLAB_ROWS = 24_576, 3144
@@ -35,7 +38,7 @@ class Run(NamedTuple):
     """One replay."""
 
     verbs: np.ndarray
-    """Nanoseconds, int64[requests, verbs]."""
+    """Nanoseconds, int64[requests, operations]."""
     cache: HybridRadixCache
     token_hit_rate: float
     prompt_tokens: int
@@ -44,21 +47,21 @@ class Run(NamedTuple):
     cpu: np.ndarray
     """Nanoseconds of processor time, int64[requests]."""
     gc_ns: int
-    """Processor time of the garbage collector, all requests together."""
+    """Processor time of the garbage collector over all requests."""
 
 
 class CollectorClock:
-    """Processor time that the garbage collector takes while this context is open."""
+    """Context that measures the processor time of the garbage collector."""
 
     def __enter__(self) -> CollectorClock:
         self.nanoseconds = self._began = 0
-        gc.callbacks.append(self._told)
+        gc.callbacks.append(self._collected)
         return self
 
     def __exit__(self, *_: object) -> None:
-        gc.callbacks.remove(self._told)
+        gc.callbacks.remove(self._collected)
 
-    def _told(self, phase: str, _: object) -> None:
+    def _collected(self, phase: str, _: object) -> None:
         if phase == "start":
             self._began = thread_time_ns()
         else:
@@ -67,8 +70,7 @@ class CollectorClock:
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Conversations of a few turns, in turn, made anew for each replay: a long one would fill the
-    memory."""
+    """Interleaved conversations of a few turns, generated again for each replay to save memory."""
 
     live: int
     num_conversations: int
@@ -83,7 +85,8 @@ class Workload:
 
 
 def new_cache(num_kv_tokens: int, num_slots: int, memory: str = "pools") -> HybridRadixCache:
-    """Two pools, or the same bytes in one memory: rows and states of Qwen3-Next's sizes."""
+    """Return a cache with two pools, or with the same bytes in one arena. Sizes are those of
+    Qwen3-Next."""
     shares: dict[str, Any] = {"num_kv_tokens": num_kv_tokens, "num_slots": num_slots}
     if memory != "pools":
         slab_bytes = SLAB_ROWS * ROW_BYTES
@@ -98,9 +101,8 @@ def new_cache(num_kv_tokens: int, num_slots: int, memory: str = "pools") -> Hybr
     return cache
 
 
-class Hand:
-    """The rows of the request that is served: in an arena they may move before they are
-    inserted."""
+class HeldRows:
+    """Rows of the current request. An arena may move them before they are inserted."""
 
     rows: Indices | None = None
 
@@ -110,7 +112,7 @@ class Hand:
 
 
 def replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
-    """Serve ``work``, timing each verb. The rows' concatenation is the caller's and not counted."""
+    """Serve ``work`` and time each operation. The caller's concatenation of rows is not counted."""
     with CollectorClock() as collector:
         run = _replay(work, cache)
     return run._replace(gc_ns=collector.nanoseconds)
@@ -121,9 +123,9 @@ def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
     evicted: list[int] = []
     cpu: list[int] = []
     cached_tokens = prompt_tokens = 0
-    hand, now = Hand(), perf_counter_ns
+    held, now = HeldRows(), perf_counter_ns
     if cache.arena is not None:
-        cache.arena.holders[hand] = None
+        cache.arena.holders[held] = None
     for prompt, everything in work:
         evictions = cache.stats.evictions
         end = len(everything)
@@ -131,17 +133,17 @@ def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
         t0 = now()
         match = cache.match(prompt)
         t1 = now()
-        known = cache.gather(match.node)
+        cached_rows = cache.gather(match.node)
         t2 = now()
         receipt = cache.lock(match.node)
         t3 = now()
-        hand.rows = new = cache.allocate_kv(end - match.cached_len)
+        held.rows = new = cache.allocate_kv(end - match.cached_len)
         slot = cache.allocate_slot()
         t4 = now()
         cache.touch(match)
         t5 = now()
         assert new is not None and slot is not None, "the pools are too small for this workload"
-        rows = np.concatenate((known, new))
+        rows = np.concatenate((cached_rows, new))
         t6 = now()
         result = cache.insert(
             everything, rows, ((end, slot),), None, match.cached_len, (), match.node
@@ -170,8 +172,8 @@ def _replay(work: Iterable[Work], cache: HybridRadixCache) -> Run:
 
 
 def fill(cache: HybridRadixCache, num_nodes: int, tokens_each: int) -> None:
-    """Hang ``num_nodes`` leaves with a checkpoint each under one root; longer ones that are there
-    are cut."""
+    """Add ``num_nodes`` leaves with a checkpoint each below the root. Longer existing leaves are
+    split."""
     for number in range(num_nodes):
         tokens = np.arange(tokens_each, dtype=np.int32)
         tokens[0] = 1_000_000 + number

@@ -346,7 +346,11 @@ def http(path: str, dry: bool, scale: Scale) -> list[dict[str, Any]]:
         *(Load(per_s=r) for r in scale.rates),
     ]
     jobs = conversation_jobs(
-        path, scale.num_jobs, cap=scale.max_model_len // 2, num_output=scale.num_answer, made_up=dry
+        path,
+        scale.num_jobs,
+        cap=scale.max_model_len // 2,
+        num_output=scale.num_answer,
+        generated=dry,
     )
     records = asyncio.run(sweep(servers, jobs, loads, TARGETS, scale.seconds))
     print(table(records))

@@ -1,13 +1,15 @@
-"""Sweep admission policies over the rate of sessions: which stay on the good side of the cliff?
+"""Sweep admission policies over the rate of sessions, in closed loop.
 
-    python -m experiments.studies.admission [--seeds 11 12] [--workers 2] [--only proto chat]
+    python -m experiments.studies.admission [--seeds 11 12] [--workers 2] [--only agents chats]
 
-Five agent and three chat workloads, five rates each, on the default pair of policies, in closed
-loop. Three of them replay the sessions of published traces, whose files are looked up in
-``data/`` or ``../shared/data/``; one that is missing is left out. Finished runs are kept in
-``results/admission.jsonl`` and not repeated; the table
-``results/admission.txt`` and ``figures/admission.png`` are made of all that it holds. Seeds, rates
-and memory are declared in ``splits.toml``.
+Above some rate the hit rate collapses. The study compares that rate between policies on five agent
+and three chat workloads at five rates each, with the default pair of policies.
+
+Three workloads replay sessions of published traces. Their files are looked up in ``data/`` and
+``../shared/data/``, and a missing one is skipped. Finished runs are kept in
+``results/admission.jsonl`` and not repeated. ``results/admission.txt`` and
+``figures/admission.png`` are made from all of them. Seeds, rates and memory are declared in
+``splits.toml``.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ VOCABULARY = 50_000
 CODE = ("hybridcache",)
 UNLIMITED = ("oldest", "cached-first", "sessions")
 NEAR = 1.05
-"""Up to so many times the best makespan and mean TTFT count as near the best."""
+"""Factor of the best makespan and mean TTFT that still counts as near the best."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +56,33 @@ class Kind:
     added: tuple[int, int]
     answer: tuple[int, int]
     pause_s: tuple[float, float]
-    """Median, and spread of the logarithm."""
+    """Median, and standard deviation of the logarithm."""
     head: int = 0
-    """Tokens of the system prompt; one of ``num_heads``."""
+    """Tokens of the system prompt, which is one of ``num_heads``."""
     num_heads: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Sessions whose kind may change over time, and the engine that serves them."""
+    """Sessions of one or several kinds, and the engine that serves them."""
 
     num_sessions: int
     kinds: tuple[Kind, ...]
-    """One after the other, for equal parts of the sessions; none for a published trace."""
+    """Kinds of equal parts of the sessions, in order of time. Empty for a published trace."""
     num_rows: int
     """KV rows that the memory holds."""
     token_budget: int
     fixed: tuple[int, ...]
-    """Fixed numbers of live sessions to compare with."""
+    """Fixed numbers of live sessions for comparison."""
     file: str = ""
-    """A published trace, with options."""
+    """Published trace, with options."""
 
     @property
     def is_available(self) -> bool:
         return not self.file or published(self.file) is not None
 
     def trace(self, name: str, seed: int) -> Trace:
-        """Return the sessions that ``seed`` draws, or those of the file."""
+        """Return the sessions of ``seed``, or those of the file."""
         if self.file:
             found = published(self.file)
             assert found is not None, f"{self.file} is missing"
@@ -100,12 +102,12 @@ class Workload:
         for session in range(self.num_sessions):
             kind = self.kinds[session * len(self.kinds) // self.num_sessions]
             head = heads[kind][session % kind.num_heads]
-            said, now_s = np.concatenate((head, text(kind.first))), 0.0
+            tokens, now_s = np.concatenate((head, text(kind.first))), 0.0
             boundaries = (kind.head,) if kind.head else ()
             for _ in range(rng.integers(*kind.turns, endpoint=True)):
-                said, answer = np.concatenate((said, text(kind.added))), text(kind.answer)
-                yield TraceRequest(now_s, session, None, said, answer, boundaries)
-                said = np.concatenate((said, answer))
+                tokens, answer = np.concatenate((tokens, text(kind.added))), text(kind.answer)
+                yield TraceRequest(now_s, session, None, tokens, answer, boundaries)
+                tokens = np.concatenate((tokens, answer))
                 median, spread = kind.pause_s
                 now_s += float(rng.lognormal(np.log(median), spread))
 
@@ -145,8 +147,8 @@ WORKLOADS = {
         2048,
         (24, 32, 48, 64),
     ),
-    # A byte counts as a token here, so that the load has a cliff. With Qwen's tokens, which are
-    # fewer, nothing is withheld at rates of 0.1, 0.2 and 0.5 (seed 11).
+    # A byte counts as a token here, so the load is high enough to matter. With Qwen's tokens,
+    # which are fewer, no request is held back at rates of 0.1, 0.2 and 0.5 (seed 11).
     "airline agents (tau-bench)": Workload(
         78,
         (),
@@ -179,7 +181,8 @@ def admissions(name: str) -> tuple[str, ...]:
 
 
 def serve(cell: tuple[str, int, float, str]) -> ClosedLoopRun:
-    """One run. Clients of a fixed limit say when a session has ended; others need not."""
+    """Simulate one cell. Clients report the end of a session only to policies with a fixed
+    limit."""
     name, seed, rate, admission = cell
     workload, geometry = WORKLOADS[name], ModelGeometry.preset("qwen3-next")
     config = RunConfig(
@@ -200,7 +203,7 @@ def serve(cell: tuple[str, int, float, str]) -> ClosedLoopRun:
 
 
 def known_runs() -> list[ClosedLoopRun]:
-    """Return the finished runs of the present code."""
+    """Return the finished runs of the current code."""
     if not RESULTS.exists():
         return []
     first, *lines = RESULTS.read_text(encoding="utf-8").splitlines()
@@ -214,34 +217,35 @@ def mean(runs: Sequence[ClosedLoopRun], field: str) -> float:
 
 
 def summary(runs: Sequence[ClosedLoopRun]) -> str:
-    """A row for each workload and rate: the policies against the best fixed number of sessions."""
+    """Return one row per workload and rate, with ratios to the best fixed number of sessions."""
     header = ["workload, sessions/s", "seeds", "best fixed: mean TTFT, makespan"]
-    for word in UNLIMITED:
-        header += [f"{word}: hit, %", "TTFT", "p99", "goodput/s", "makespan"]
+    for policy in UNLIMITED:
+        header += [f"{policy}: hit, %", "TTFT", "p99", "goodput/s", "makespan"]
     rows = []
     for name, rate in dict.fromkeys((run.trace, run.rate) for run in runs):
         cell = [run for run in runs if (run.trace, run.rate) == (name, rate)]
-        by_word = {
-            word: [run for run in cell if run.admission == word] for word in admissions(name)
+        by_policy = {
+            policy: [run for run in cell if run.admission == policy] for policy in admissions(name)
         }
-        seeds = set.intersection(*({run.seed for run in each} for each in by_word.values()))
+        seeds = set.intersection(*({run.seed for run in found} for found in by_policy.values()))
         if not seeds:
             continue
-        by_word = {
-            word: [run for run in each if run.seed in seeds] for word, each in by_word.items()
+        by_policy = {
+            policy: [run for run in found if run.seed in seeds]
+            for policy, found in by_policy.items()
         }
-        fixed = [each for word, each in by_word.items() if word not in UNLIMITED]
-        ttft_s = min(mean(each, "ttft_mean_s") for each in fixed)
-        makespan_s = min(mean(each, "makespan_s") for each in fixed)
+        fixed = [found for policy, found in by_policy.items() if policy not in UNLIMITED]
+        ttft_s = min(mean(found, "ttft_mean_s") for found in fixed)
+        makespan_s = min(mean(found, "makespan_s") for found in fixed)
         row = [f"{name}, {rate:g}", str(len(seeds)), f"{ttft_s:.2f} s, {makespan_s:.0f} s"]
-        for word in UNLIMITED:
-            each = by_word[word]
+        for policy in UNLIMITED:
+            found = by_policy[policy]
             row += [
-                f"{100 * mean(each, 'token_hit_rate'):.1f}",
-                f"{mean(each, 'ttft_mean_s') / ttft_s:.2f}x",
-                f"{mean(each, 'ttft_p99_s'):.1f} s",
-                f"{mean(each, 'goodput'):.2f}",
-                f"{mean(each, 'makespan_s') / makespan_s:.3f}x",
+                f"{100 * mean(found, 'token_hit_rate'):.1f}",
+                f"{mean(found, 'ttft_mean_s') / ttft_s:.2f}x",
+                f"{mean(found, 'ttft_p99_s'):.1f} s",
+                f"{mean(found, 'goodput'):.2f}",
+                f"{mean(found, 'makespan_s') / makespan_s:.3f}x",
             ]
         rows.append(row)
     note = "TTFT and makespan are ratios to the best fixed number, chosen for each separately."
@@ -251,8 +255,8 @@ def summary(runs: Sequence[ClosedLoopRun]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=SPLITS["evaluation"]["seeds"])
-    known = [name for name, workload in WORKLOADS.items() if workload.is_available]
-    parser.add_argument("--only", nargs="+", default=known, choices=known)
+    available = [name for name, workload in WORKLOADS.items() if workload.is_available]
+    parser.add_argument("--only", nargs="+", default=available, choices=available)
     parser.add_argument("--workers", type=int, default=1)
     options = parser.parse_args()
     done = {(run.trace, run.seed, run.rate, run.admission) for run in known_runs()}
@@ -264,7 +268,7 @@ def main() -> None:
         for admission in admissions(name)
     ]
     todo = [cell for cell in cells if cell not in done]
-    mode = "a" if done else "w"  # runs of other code are written anew
+    mode = "a" if done else "w"  # Runs of other code are discarded.
     with ProcessPoolExecutor(options.workers) as pool, RESULTS.open(mode, encoding="utf-8") as out:
         if not done:
             out.write(json.dumps({"provenance": provenance(), "code": code_hash(CODE)}) + "\n")
@@ -278,8 +282,8 @@ def main() -> None:
     closed_loop_figure(
         runs,
         FIGURE,
-        f"Admission in closed loop, {len(seeds)} seeds: bars reach from the least to the most. "
-        "live:N admits N sessions at most, whose clients say when they end.",
+        f"Admission in closed loop, {len(seeds)} seeds: bars reach from minimum to maximum. "
+        "live:N admits at most N sessions, and clients report their ends.",
     )
     print(FIGURE)
 

@@ -1,12 +1,11 @@
-"""Measure the cost of slabs: the arena next to an ideal budget of bytes, over the sizes of
-workloads.
+"""Measure the cost of slabs: the arena compared with an ideal budget of bytes, over memory sizes.
 
-In the arena a state takes whole rows and starts at a multiple of its own size; the budget counts
-bytes and nothing else. The policies are the defaults. Next to the hit rates: the number of slabs
+In the arena a state takes whole rows and starts at a multiple of its size. The budget only counts
+bytes. The policies are the defaults. Besides hit rates, the study reports the number of slabs
 emptied for a state, and the KV copied for that as a share of the KV written.
 
-One state more or less changes everything after it in a short trace, so a single size says little.
-The figure published is the mean difference over the sizes of a workload.
+In a short trace, one more state changes all later decisions, so a single size says little. The
+published figure is the mean difference over the sizes of a workload.
 
     python -m experiments.studies.arena [--traces chat,agent] [--points 8] [--resume FOLDER]
 """
@@ -38,18 +37,18 @@ MEMORIES = ("arena", "budget")
 def main() -> None:
     options = arguments(__doc__, *WORKLOADS)
     records: list[dict[str, Any]] = []
-    for word in (bar := workloads(options)):
-        records += measure(word, options, bar)
+    for name in (bar := workloads(options)):
+        records += measure(name, options, bar)
         keep(NAME, records)
     print(table(records))
     draw(records)
 
 
-def measure(word: str, options: argparse.Namespace, bar: tqdm[Any]) -> list[dict[str, Any]]:
-    """A record for each size."""
-    workload = WORKLOADS[word]
-    trace = workload.open(word, options.full).kept()
-    bar.set_description(word)
+def measure(name: str, options: argparse.Namespace, bar: tqdm[Any]) -> list[dict[str, Any]]:
+    """Return one record per size."""
+    workload = WORKLOADS[name]
+    trace = workload.open(name, options.full).kept()
+    bar.set_description(name)
     runs = {
         memory: simulate(
             trace,
@@ -59,7 +58,7 @@ def measure(word: str, options: argparse.Namespace, bar: tqdm[Any]) -> list[dict
             memory=memory,
             bound=False,
             processes=options.processes,
-            resume_from=options.resume / f"{word}.jsonl" if options.resume else None,
+            resume_from=options.resume / f"{name}.jsonl" if options.resume else None,
         ).runs
         for memory in MEMORIES
     }
@@ -68,7 +67,7 @@ def measure(word: str, options: argparse.Namespace, bar: tqdm[Any]) -> list[dict
         assert arena.moved_slabs is not None and arena.moved_kv_bytes is not None
         records.append(
             {
-                "trace": word,
+                "trace": name,
                 "grid": workload.grid,
                 "gib": rounded(arena.gib),
                 "requests": arena.requests,
@@ -92,25 +91,27 @@ def by_trace(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """A row a workload: mean and extremes of the difference over its sizes."""
+    """Return one row per workload: mean and extremes of the difference over its sizes."""
     rows = []
-    for word, cells in by_trace(records).items():
+    for name, cells in by_trace(records).items():
         points = [cell["points"] for cell in cells]
         figures = (statistics.mean(points), min(points), max(points))
         moved = max(100 * cell["kv_moved_per_kv_written"] for cell in cells)
-        rows.append([word, str(len(cells)), *(f"{one:+.2f}" for one in figures), f"{moved:.1f}"])
+        rows.append(
+            [name, str(len(cells)), *(f"{value:+.2f}" for value in figures), f"{moved:.1f}"]
+        )
     return text_table(["points", "sizes", "mean", "lowest", "highest", "KV moved, %"], rows)
 
 
 def draw(records: list[dict[str, Any]]) -> None:
-    """Points lost or won over sizes, and the KV that was moved for it."""
+    """Draw the difference in points over sizes, and the KV that was moved."""
     figure, axes = panels(2, columns=2, width=5.4, height=3.6)
-    for number, (word, cells) in enumerate(by_trace(records).items()):
+    for number, (name, cells) in enumerate(by_trace(records).items()):
         sizes = [cell["gib"] for cell in cells]
         for axis, key, scale in ((axes[0], "points", 1), (axes[1], "kv_moved_per_kv_written", 100)):
             values = [scale * cell[key] for cell in cells]
-            axis.plot(sizes, values, ".-", color=COLOURS[number % len(COLOURS)], label=word)
-    axes[0].set_ylabel("arena less ideal budget, points of token hit rate")
+            axis.plot(sizes, values, ".-", color=COLOURS[number % len(COLOURS)], label=name)
+    axes[0].set_ylabel("arena minus ideal budget, points of token hit rate")
     axes[1].set_ylabel("KV moved, % of the KV written")
     for axis in axes:
         size_axis(axis)

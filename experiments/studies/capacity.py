@@ -1,16 +1,16 @@
-"""Compare eviction policies over memory sizes on every trace, with rebuilt systems and the best
-plan with hindsight.
+"""Compare eviction policies over memory sizes with rebuilt systems and the best plan with
+hindsight.
 
     python -m experiments.studies.capacity [--traces chat,agent] [--few] [--points 8] [--full]
     [--resume out/capacity] [--seeds 10]
 
-The default pair and LRU with fixed rules are run with ``--seeds`` seeds of each generated trace.
-Their curves get 95 % bands, and the gain of the default pair an interval at each size, paired by
-seed. Published traces have one seed and no band.
+The default pair and LRU with fixed rules run with ``--seeds`` seeds of each generated trace. Their
+curves get 95 % bands. The gain of the default pair gets an interval at each size, paired by seed.
+Published traces have one seed and no band.
 
-Results and figure are written after every trace; with --resume also every single run is kept, and a
-study that was stopped goes on. On the long traces, and with --few on all, five policies stand for
-all 21, and Marconi's score keeps one weight: tuning it replays the trace 21 times.
+Results and figure are written after every trace. With --resume, every single run is stored and a
+stopped study continues. On the long traces, and with --few on all, five policies represent all 21.
+Marconi's score then has one weight, because tuning it replays the trace 21 times.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from experiments.studies.common import (
     by_competitor,
     figure_path,
     keep,
-    plan_beside_running,
+    plan_next_to_running,
     rounded,
     sweep,
     workloads,
@@ -45,33 +45,31 @@ from hybridcache.lab.simulation.simulate import SimulationResult, simulate
 from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, EVICTION
 
 OURS = f"{DEFAULT_EVICTION} @ {DEFAULT_PLACEMENT}"
-"""The default pair; all other policies use ``STATIC_PLACEMENT``."""
+"""The default pair. All other policies use ``STATIC_PLACEMENT``."""
 LRU_PAIR = ("lru", STATIC_PLACEMENT)
 PEERS = ("vllm", "sglang", "lightllm", "marconi")
 LONG = ("conversations", "mooncake", "coding-agent", "tau-bench", "sharegpt")
 FEW_PEERS = (*PEERS[:-1], "marconi-static")
 FEW_POLICIES = ("lru", "lfu", "lhd", "gdsf", DEFAULT_EVICTION)
 CAPTION = (
-    "Left of each pair the token hit rate, right of it the same as a share of the best plan with "
-    "hindsight: the clairvoyant greedy's; up to "
-    "700 requests the LP proves that no plan passes the thin line. Policies differ where memory is "
-    "short and tie where it is not; what "
-    "hindsight would still gain is largest at the left. Grey: between the best and the worst of "
-    "all other policies tried. Marconi "
-    "saves states at any token (on long traces with one fixed weight), all others, the plan too, "
-    "on the grid; LightLLM's states lie in host "
-    "memory that the size does not count: both can pass 100 %. Coloured bands: 95 % over seeds."
+    "Left of each pair: token hit rate. Right: the same as a share of the best plan with "
+    "hindsight (greedy). For up to 700 requests the LP proves that no plan passes the thin line. "
+    "Policies differ where memory is short; the gain that hindsight would still allow is largest "
+    "at the left. Grey: between the best and the worst of all other policies. Marconi saves "
+    "states at any token (on long traces with one fixed weight); all others and the plan use the "
+    "grid. LightLLM's states are in host memory, which the size does not count. Both can pass "
+    "100 %. Coloured bands: 95 % over seeds."
 )
 
 
 def main() -> None:
     options = arguments(__doc__, *WORKLOADS, policy=True, few=True, seeds=True)
-    kept: list[dict[str, Any]] = []
+    lines: list[dict[str, Any]] = []
     results: list[SimulationResult] = []
-    for word in (bar := workloads(options)):
-        few = options.few or word in LONG
+    for name in (bar := workloads(options)):
+        few = options.few or name in LONG
         result = sweep(
-            word,
+            name,
             options,
             bar,
             policy=(*(FEW_POLICIES if few else sorted(EVICTION)), *options.policy),
@@ -79,7 +77,7 @@ def main() -> None:
             proven=True,
         )
         ours = sweep(
-            word,
+            name,
             options,
             bar,
             policy=DEFAULT_EVICTION,
@@ -88,28 +86,28 @@ def main() -> None:
             proven=True,
         )
         results.append(result.beside(ours))
-        lines = records(results[-1])
-        lines[-1]["next_to_running"] = plan_beside_running(results[-1], word, options.full)
-        if bands := over_seeds(word, options, bar):
-            for line in lines:
-                line |= bands.get(line["label"], {})
-        kept += lines
-        path = keep("study_capacity", kept)
-        draw(kept, (OURS, "lru", *options.policy), options.full)
+        added = records(results[-1])
+        added[-1]["next_to_running"] = plan_next_to_running(results[-1], name, options.full)
+        if bands := over_seeds(name, options, bar):
+            for record in added:
+                record |= bands.get(record["label"], {})
+        lines += added
+        path = keep("study_capacity", lines)
+        draw(lines, (OURS, "lru", *options.policy), options.full)
     for result in results:
         print(result.table(), result.table("optimum"), sep="\n\n", end="\n\n")
     print(path)
 
 
-def over_seeds(word: str, options: argparse.Namespace, bar: tqdm[Any]) -> dict[str, dict[str, Any]]:
-    """Return limits of the curves over seeds by label; empty for a published trace."""
-    workload = WORKLOADS[word]
+def over_seeds(name: str, options: argparse.Namespace, bar: tqdm[Any]) -> dict[str, dict[str, Any]]:
+    """Return limits of the curves over seeds by label, empty for a published trace."""
+    workload = WORKLOADS[name]
     if workload.is_file or options.seeds < FEWEST_UNITS:
         return {}
     curves: dict[str, list[list[float]]] = {OURS: [], "lru": []}
     for seed in range(options.seeds):
-        bar.set_description(f"{word}, seed {seed}")
-        trace = workload.open(word, options.full, seed).kept()
+        bar.set_description(f"{name}, seed {seed}")
+        trace = workload.open(name, options.full, seed).kept()
         for label, pair in ((OURS, (DEFAULT_EVICTION, DEFAULT_PLACEMENT)), ("lru", LRU_PAIR)):
             result = simulate(
                 trace,
@@ -138,7 +136,8 @@ def over_seeds(word: str, options: argparse.Namespace, bar: tqdm[Any]) -> dict[s
 
 
 def records(result: SimulationResult) -> list[dict[str, Any]]:
-    """A record a competitor, with a number a size; last the best plan with hindsight."""
+    """Return one record per competitor with one figure per size. The last is the best plan with
+    hindsight."""
     by_label = by_competitor(result)
     first = next(iter(by_label.values()))
     common = {
@@ -149,7 +148,7 @@ def records(result: SimulationResult) -> list[dict[str, Any]]:
         "grid": first[0].config.grid,
         "gib": rounded([run.gib for run in first]),
     }
-    kept = [
+    lines = [
         common
         | {
             "label": label,
@@ -167,48 +166,50 @@ def records(result: SimulationResult) -> list[dict[str, Any]]:
         "no_plan_passes": rounded(proven),
         "infinite_cache": rounded(result.bound_rate),
     }
-    return [*kept, common | limits]
+    return [*lines, common | limits]
 
 
-def draw(kept: list[dict[str, Any]], named: Sequence[str], full: bool) -> None:
-    """Two panels a trace, the hit rate and its share of the optimum: what is ``named`` and the
-    peers as lines, all others as a band, the best plan and the bounds."""
-    words = list(dict.fromkeys(record["trace"] for record in kept))
-    figure, axes = panels(2 * len(words), width=4.3, height=2.9, columns=4)
-    for number, word in enumerate(words):
-        *runs, limits = (record for record in kept if record["trace"] == word)
+def draw(lines: list[dict[str, Any]], highlighted: Sequence[str], full: bool) -> None:
+    """Draw two panels per trace: the hit rate, and its share of the best plan.
+
+    Policies in ``highlighted`` and rebuilt systems are lines, all others a band.
+    """
+    names = list(dict.fromkeys(record["trace"] for record in lines))
+    figure, axes = panels(2 * len(names), width=4.3, height=2.9, columns=4)
+    for number, name in enumerate(names):
+        *runs, limits = (record for record in lines if record["trace"] == name)
         hit, share = axes[2 * number : 2 * number + 2]
-        _draw(hit, runs, named, "token_hit_rate")
-        _draw(share, runs, named, "share_of_optimum")
+        _draw(hit, runs, highlighted, "token_hit_rate")
+        _draw(share, runs, highlighted, "share_of_optimum")
         _draw_limits(hit, limits)
         share.axhline(100, color="black", linewidth=0.8)
         hit.set_ylim(0, min(100, 125 * limits["infinite_cache"]))
         share.set_ylim(0, 120)
         hit.set_ylabel("token hit rate, %")
         share.set_ylabel("share of the best plan, %")
-        first = "" if full or WORKLOADS[word].quick is None else "first "
+        first = "" if full or WORKLOADS[name].quick is None else "first "
         for axis in (hit, share):
             size_axis(axis)
             axis.set_title(
-                f"{word}, {first}{limits['requests']:,} requests ({limits['model']})", fontsize=8.5
+                f"{name}, {first}{limits['requests']:,} requests ({limits['model']})", fontsize=8.5
             )
     save(figure, axes, figure_path("study_capacity"), CAPTION)
 
 
-def _draw(axis: Any, runs: Sequence[dict[str, Any]], named: Sequence[str], what: str) -> None:
-    lines = {run["label"]: [100 * (value or 0) for value in run[what]] for run in runs}
+def _draw(axis: Any, runs: Sequence[dict[str, Any]], highlighted: Sequence[str], key: str) -> None:
+    lines = {run["label"]: [100 * (value or 0) for value in run[key]] for run in runs}
     sizes = runs[0]["gib"]
     rebuilt = [label for label in lines if label.endswith("(rebuilt)")]
-    named = [label for label in (*named, *rebuilt) if label in lines]
-    others = [line for label, line in lines.items() if label not in named]
+    highlighted = [label for label in (*highlighted, *rebuilt) if label in lines]
+    others = [line for label, line in lines.items() if label not in highlighted]
     if others:
         low, high = (_envelope(others, pick) for pick in (min, max))
         axis.fill_between(
             sizes, low, high, color="#cccccc", alpha=0.6, linewidth=0, label="all other policies"
         )
-    for number, label in enumerate(named):
+    for number, label in enumerate(highlighted):
         [line] = [run for run in runs if run["label"] == label]
-        if what == "token_hit_rate" and "low" in line:
+        if key == "token_hit_rate" and "low" in line:
             low, high = ([100 * rate for rate in line[end]] for end in ("low", "high"))
             colour = COLOURS[number % len(COLOURS)]
             axis.fill_between(sizes, low, high, color=colour, alpha=0.25, linewidth=0)

@@ -1,17 +1,19 @@
-"""Measure what checkpoints in fewer bits cost in a model's answers, and what they gain in hits.
+"""Measure the effect of low-bit checkpoints on a model's answers, and their gain in hits.
 
     python -m experiments.studies.checkpoint_dtype
     python -m experiments.studies.checkpoint_dtype --families
 
-Cost: held-out modules and word problems on the built-in model. Each text is computed to its end
-from a checkpoint half way; the divergence (KL, nats a token) is of the next-byte distributions
-after it from those of a run that resumed from nothing, and the greedy choice that changed is
-counted. Gain: the simulator with Qwen3-Next's sizes, whose checkpoints weigh what the format says.
+The cost is measured on held-out modules and word problems with the built-in model. The second half
+of each text is computed from a checkpoint at its middle. The cost is the divergence (KL, nats per
+token) of the next-byte distributions from those of a run without checkpoints, and the number of
+changed greedy choices. The gain comes from the simulator with Qwen3-Next's sizes, where checkpoints
+have the bytes of their format.
 
-``--families``: the cost alone, of a small model of every family with states, whose heads and states
-have the sizes of the published models. Weights are drawn as transformers draws them, and scaled so
-that every block adds as much to the stream as the embedding brings; nothing passes a state space by
-(its skip is zero). So the figures are those of a model that leans on its states.
+``--families`` measures only the cost, on a small model of every family with states. Heads and
+states have the sizes of the published models. Weights are drawn as in transformers and scaled so
+that every block adds as much to the residual stream as the embedding. The skip weight of state
+spaces is zero, so no information bypasses the states. The figures are thus those of models that
+depend strongly on their states.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from hybridcache.lab.figures import COLOURS, panels, save, size_axis
 from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.simulate import SimulationResult
 
-WORDS = (
+DTYPES = (
     "auto",
     "bfloat16",
     "int8:head",
@@ -51,14 +53,14 @@ WORDS = (
     "fp8:column",
 )
 FORMATS = ("bfloat16", "int8:head", "int8:row", "int8:column", "fp8:column")
-"""Measured for every family."""
+"""Formats that are measured for every family."""
 SIMULATED = ("auto", "bfloat16", "int8:head", "int8:row")
 GOAL = 0.01
-"""Nats a token that a format may cost."""
+"""Accepted cost of a format, in nats per token."""
 
 
 def texts(kind: str, count: int, length: int) -> list[np.ndarray]:
-    """Held-out bytes of a kind, each ``length`` long."""
+    """Return ``count`` held-out texts of a kind, each with ``length`` bytes."""
     encode = ByteTokenizer().encode
     if kind == "code":
         code = encode("".join(corpus.sources(held_out=True)))
@@ -75,13 +77,13 @@ def texts(kind: str, count: int, length: int) -> list[np.ndarray]:
 
 
 class Resumer:
-    """Log-probabilities of a text's second half, computed from a checkpoint at its middle."""
+    """Runner that computes the second half of a text from a checkpoint at its middle."""
 
-    def __init__(self, word: str, model: str | None = None, gib: float = 0.05) -> None:
+    def __init__(self, dtype: str, model: str | None = None, gib: float = 0.05) -> None:
         config = engine_config(
             model=model,
             device="cpu",
-            checkpoint_dtype=word,
+            checkpoint_dtype=dtype,
             cache_gib=gib,
             max_running=2,
             draft="none",
@@ -91,31 +93,31 @@ class Resumer:
         self.state_bytes = self._runner.memory.state_bytes
 
     def logprobs(self, token_ids: np.ndarray) -> torch.Tensor:
-        """float64 ``[half, vocab]``."""
+        """Return the log-probabilities of the second half, float64 ``[half, vocab]``."""
         runner = self._runner
         half = len(token_ids) // 2 // TILE * TILE
         memory = runner.memory
-        # Rows from the first on; slots from the last down, which lie over none of them.
-        own, slot = (0, memory.num_slots - 1)
+        # Rows start at the first. Slots are the last ones, which do not overlap these rows.
+        state_slot, slot = (0, memory.num_slots - 1)
         if not memory.owns_states:
-            own = memory.num_slots - 2
+            state_slot = memory.num_slots - 2
         rows = np.arange(len(token_ids), dtype=np.int32)
-        first = Segment(0, own, token_ids[:half], 0, False, ((half, slot),), "none")
+        first = Segment(0, state_slot, token_ids[:half], 0, False, ((half, slot),), "none")
         runner.forward(Batch((first,), (), ((0, 0, rows),)))
-        second = Segment(0, own, token_ids[half:], half, False, (), "all")
-        logits = runner.forward(Batch((second,), ((slot, own),)))
+        second = Segment(0, state_slot, token_ids[half:], half, False, (), "all")
+        logits = runner.forward(Batch((second,), ((slot, state_slot),)))
         return logits[:, : self._vocab_size].double().log_softmax(-1)
 
 
 def costs(count: int, length: int) -> list[dict[str, Any]]:
-    """A record for each format and kind of text."""
+    """Return one record per format and kind of text."""
     records: list[dict[str, Any]] = []
     exact: dict[str, list[torch.Tensor]] = {}
-    asked = {kind: texts(kind, count, length) for kind in ("code", "problems")}
-    for word in WORDS:
-        resumer = Resumer(word)
-        for kind, some in asked.items():
-            found = [resumer.logprobs(text) for text in some]
+    texts_of = {kind: texts(kind, count, length) for kind in ("code", "problems")}
+    for dtype in DTYPES:
+        resumer = Resumer(dtype)
+        for kind, batch in texts_of.items():
+            found = [resumer.logprobs(text) for text in batch]
             expected = exact.setdefault(kind, found)
             pairs = list(zip(expected, found, strict=True))
             divergence = torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in pairs])
@@ -123,7 +125,7 @@ def costs(count: int, length: int) -> list[dict[str, Any]]:
             near = torch.cat([(p.exp() * (p - q)).sum(-1)[:TILE] for p, q in pairs])
             records.append(
                 {
-                    "checkpoint_dtype": word,
+                    "checkpoint_dtype": dtype,
                     "text": kind,
                     "state_bytes": resumer.state_bytes,
                     "kl_mean": float(divergence.mean()),
@@ -161,11 +163,11 @@ MODELS: dict[str, dict[str, Any]] = {
     | {"layers_block_type": ["linear_attention", "mlp", "full_attention", "linear_attention"]},
     "jamba": {"num_experts": 1, "attn_layer_period": 4, "attn_layer_offset": 3},
 }
-"""``model_type`` to what its small model has besides ``SHARED``."""
+"""Settings of the small model of each ``model_type``, in addition to ``SHARED``."""
 
 
 def write_model(model_type: str, directory: Path) -> str:
-    """A small model of a family, with seeded weights; its path."""
+    """Write a small model of a family, with seeded weights. Returns its path."""
     import transformers
 
     torch.manual_seed(1)
@@ -175,7 +177,7 @@ def write_model(model_type: str, directory: Path) -> str:
         if name.endswith(".D"):
             parameter.zero_()
 
-    def to_one(module: Any, _: Any, out: torch.Tensor) -> torch.Tensor:
+    def scale_to_one(module: Any, _: Any, out: torch.Tensor) -> torch.Tensor:
         factor = 1.0 / out.square().mean().sqrt()
         module.weight.mul_(factor)
         return out * factor
@@ -183,37 +185,40 @@ def write_model(model_type: str, directory: Path) -> str:
     last = ("embed_tokens", "embeddings", "out_proj", "o_proj", "down_proj", "output_linear")
     for name, module in model.named_modules():
         if name.rpartition(".")[2] in last:
-            module.register_forward_hook(to_one)
+            module.register_forward_hook(scale_to_one)
     logits = model(torch.randint(0, VOCAB, (1, 512)), use_cache=False).logits
     model.lm_head.weight.mul_(LOGIT_STD / logits.std())
     model.save_pretrained(directory)
     return str(directory)
 
 
-def family_costs(count: int, length: int, words: Sequence[str]) -> list[dict[str, Any]]:
-    """A record for each family and format: divergence after a checkpoint, and greedy answers of
-    ``length // 16`` tokens that changed."""
+def family_costs(count: int, length: int, dtypes: Sequence[str]) -> list[dict[str, Any]]:
+    """Return one record per family and format: divergence after a checkpoint, and changed greedy
+    answers.
+
+    Answers have ``length // 16`` tokens.
+    """
     records: list[dict[str, Any]] = []
     rng = np.random.default_rng(3)
-    some = [rng.integers(0, VOCAB, length).astype(np.int32) for _ in range(count)]
+    batch = [rng.integers(0, VOCAB, length).astype(np.int32) for _ in range(count)]
     for model_type in MODELS:
         exact: list[torch.Tensor] = []
         answers: list[list[tuple[int, ...]]] = []
         with TemporaryDirectory() as folder:
             model = write_model(model_type, Path(folder))
-            for word in ("auto", *words):
-                resumer = Resumer(word, model, 0.25)
-                found = [resumer.logprobs(text) for text in some]
+            for dtype in ("auto", *dtypes):
+                resumer = Resumer(dtype, model, 0.25)
+                found = [resumer.logprobs(text) for text in batch]
                 exact = exact or found
                 divergence = torch.cat(
                     [(p.exp() * (p - q)).sum(-1) for p, q in zip(exact, found, strict=True)]
                 )
-                answers.append(greedy_answers(model, word, some))
+                answers.append(greedy_answers(model, dtype, batch))
                 changed = sum(a != b for a, b in zip(answers[0], answers[-1], strict=True))
                 records.append(
                     {
                         "family": model_type,
-                        "checkpoint_dtype": word,
+                        "checkpoint_dtype": dtype,
                         "state_bytes": resumer.state_bytes,
                         "kl_mean": float(divergence.mean()),
                         "kl_max": float(divergence.max()),
@@ -225,78 +230,78 @@ def family_costs(count: int, length: int, words: Sequence[str]) -> list[dict[str
     return records
 
 
-def greedy_answers(model: str, word: str, some: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
-    """Return the continuation of each text, which is resumed from a checkpoint near its end."""
+def greedy_answers(model: str, dtype: str, prompts: Sequence[np.ndarray]) -> list[tuple[int, ...]]:
+    """Return the continuation of each text, resumed from a checkpoint near its end."""
     config = engine_config(
         model=model,
         device="cpu",
-        checkpoint_dtype=word,
+        checkpoint_dtype=dtype,
         cache_gib=0.25,
         max_running=2,
         draft="none",
     )
     runner = ModelRunner(config)
     engine = Engine(config, runner=runner, sampler=Sampler(runner.vocab_size))
-    answer = SamplingParams(temperature=0.0, max_tokens=len(some[0]) // 16, ignore_eos=True)
-    engine.generate(some, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
-    outputs = engine.generate(some, answer)
+    answer = SamplingParams(temperature=0.0, max_tokens=len(prompts[0]) // 16, ignore_eos=True)
+    engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True))
+    outputs = engine.generate(prompts, answer)
     assert all(output.cached_len for output in outputs)
     return [tuple(output.token_ids) for output in outputs]
 
 
 def gains(trace: str, gib: str) -> dict[str, SimulationResult]:
-    """Hits of LRU over memory, by format, with Qwen3-Next's sizes."""
+    """Return the results of LRU over memory sizes, by format, with Qwen3-Next's sizes."""
     return {
-        word: simulate(
+        dtype: simulate(
             trace,
-            model=ModelGeometry.preset("qwen3-next", checkpoint_dtype=word),
+            model=ModelGeometry.preset("qwen3-next", checkpoint_dtype=dtype),
             gib=gib,
             policy=["lru"],
             checkpoints=STATIC_PLACEMENT,
         )
-        for word in SIMULATED
+        for dtype in SIMULATED
     }
 
 
 def draw(records: Sequence[Mapping[str, Any]], found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Draw the cost of each format, and its gain in a panel per trace."""
+    """Draw the cost of each format, and its gain in one panel per trace."""
     figure, axes = panels(1 + len(found))
-    words = [word for word in WORDS if word != "auto"]
+    dtypes = [dtype for dtype in DTYPES if dtype != "auto"]
     for colour, kind in zip(COLOURS, ("code", "problems"), strict=False):
         costs_of = {r["checkpoint_dtype"]: r["kl_mean"] for r in records if r.get("text") == kind}
         axes[0].plot(
-            [costs_of[word] for word in words], words, "o", color=colour, label=f"KL on {kind}"
+            [costs_of[dtype] for dtype in dtypes], dtypes, "o", color=colour, label=f"KL on {kind}"
         )
-    axes[0].axvline(GOAL, color="grey", linestyle=":", label="what may be lost")
+    axes[0].axvline(GOAL, color="grey", linestyle=":", label="accepted loss")
     axes[0].set_xscale("log")
-    axes[0].set_xlabel("KL, nats a token")
+    axes[0].set_xlabel("KL, nats per token")
     for axis, (trace, results) in zip(axes[1:], found.items(), strict=True):
-        for colour, (word, result) in zip(COLOURS[2:], results.items(), strict=False):
+        for colour, (dtype, result) in zip(COLOURS[2:], results.items(), strict=False):
             axis.plot(
                 [run.gib for run in result.runs],
                 [100 * run.token_hit_rate for run in result.runs],
                 color=colour,
-                label=f"{word} ({result.geometry.state_bytes / 2**20:.0f} MiB)",
+                label=f"{dtype} ({result.geometry.state_bytes / 2**20:.0f} MiB)",
             )
         size_axis(axis)
         axis.set_ylim(0, 100)
         axis.set_ylabel("token hit rate, %")
         axis.set_title(trace, fontsize=9)
     caption = (
-        "Left: the built-in model, whose second half of a text is computed from a checkpoint in "
-        "each format. Right: LRU on the arena with Qwen3-Next's sizes; running states lie beside "
-        "it where checkpoints have a format of their own."
+        "Left: the built-in model, with the second half of a text computed from a checkpoint in "
+        "each format. Right: LRU on the arena with Qwen3-Next's sizes. Running states are outside "
+        "the arena if checkpoints have another format."
     )
     save(figure, axes, FIGURES / "study_checkpoint_dtype.png", caption)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--texts", type=int, default=8, help="of each kind")
-    parser.add_argument("--length", type=int, default=1024, help="bytes of a text")
-    parser.add_argument("--traces", default="chat,resend", help="words, commas between")
+    parser.add_argument("--texts", type=int, default=8, help="texts of each kind")
+    parser.add_argument("--length", type=int, default=1024, help="bytes per text")
+    parser.add_argument("--traces", default="chat,resend", help="names, separated by commas")
     parser.add_argument("--gib", default="1:16:7", help="sizes to simulate")
-    parser.add_argument("--families", action="store_true", help="cost alone, of every family")
+    parser.add_argument("--families", action="store_true", help="measure the cost of every family")
     parser.add_argument("--formats", default=",".join(FORMATS), help="for --families")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
@@ -310,7 +315,7 @@ def main() -> None:
             )
             for r in records
         ]
-        print(text_table(["family", "format", "bytes", "KL", "KL, most", "answers changed"], rows))
+        print(text_table(["family", "format", "bytes", "KL", "max KL", "answers changed"], rows))
         write_json_lines(RESULTS / "study_checkpoint_families.jsonl", records, vars(options))
         return
     records = costs(options.texts, options.length)
@@ -319,16 +324,16 @@ def main() -> None:
         + [f"{r[name]:.2g}" for name in ("kl_mean", "kl_first_64", "kl_max", "choices_changed")]
         for r in records
     ]
-    header = ["format", "text", "bytes", "KL", "KL, first 64", "KL, most", "choices changed"]
+    header = ["format", "text", "bytes", "KL", "KL, first 64", "max KL", "choices changed"]
     print(text_table(header, rows), end="\n\n", flush=True)
     found = {trace: gains(trace, options.gib) for trace in options.traces.split(",")}
     for trace, results in found.items():
-        for word, result in results.items():
-            print(trace, word, *(f"{100 * run.token_hit_rate:.1f}" for run in result.runs))
+        for dtype, result in results.items():
+            print(trace, dtype, *(f"{100 * run.token_hit_rate:.1f}" for run in result.runs))
             records += [
                 {
                     "trace": trace,
-                    "checkpoint_dtype": word,
+                    "checkpoint_dtype": dtype,
                     "gib": run.gib,
                     "token_hit_rate": run.token_hit_rate,
                     "state_bytes": result.geometry.state_bytes,

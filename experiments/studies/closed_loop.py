@@ -1,13 +1,15 @@
-"""Agents in closed loop on the built-in model: does the simulator foresee the served engine?
+"""Compare the served engine with the simulator's forecast, for agents in closed loop.
 
     python -m experiments.studies.closed_loop [--sessions 24] [--rate 1]
         [--admission oldest sessions]
 
-Sessions arrive openly, each waits for its answers and pauses between them; the memory holds a third
-of them. Step times are measured first, on the same engine (``measure_prefill``). The simulator then
-serves the very same requests. Results go to ``results/closed_loop.json``. The model computes, but
-the clock counts the processor time of this process, and pauses are skipped: other work on the
-machine changes little. Set OMP_NUM_THREADS=1.
+Sessions arrive at random. Each waits for its answers and pauses between them. The memory holds a
+third of them. Step times are measure first on the same engine (``measure_prefill``), and the
+simulator then serves the same requests with the built-in model's sizes.
+
+The model computes, but the clock counts the processor time of this process, and pauses are skipped.
+Other work on the machine therefore changes little. Set OMP_NUM_THREADS=1. Results go to
+``results/closed_loop.json``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import numpy as np
 from engine import Engine, EngineConfig, SamplingParams
 from engine.config import BUILTIN_DIR
 from engine.weights.model_config import read_config
-from experiments.benchmarks.measure_prefill import measured
+from experiments.benchmarks.measure_prefill import measure
 from experiments.provenance import provenance
 from hybridcache.geometry.model import ModelGeometry
 from hybridcache.geometry.times import MeasuredSteps, MeasuredTimes
@@ -41,27 +43,28 @@ POLICY = "regret"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
-    """One request: what is said, how long the answer is, and the pause before it."""
+    """One request: its new tokens, the length of the answer, and the pause before it."""
 
-    said: np.ndarray
+    added: np.ndarray
+    """New tokens after the previous answer."""
     answer_len: int
     pause_s: float
 
 
 def agents(num_sessions: int, seed: int) -> list[list[Turn]]:
-    """Sessions of 5 to 12 turns that grow to about 1,000 to 2,500 tokens."""
+    """Return sessions of 5 to 12 turns that grow to about 1,000 to 2,500 tokens."""
     rng = np.random.default_rng(seed)
 
-    def turn(place: int) -> Turn:
-        low, high = (400, 1000) if place == 0 else (40, 160)
-        said = rng.integers(32, 127, rng.integers(low, high), dtype=np.int32)
-        return Turn(said, int(rng.integers(12, 32)), float(rng.lognormal(np.log(0.8), 0.8)))
+    def turn(number: int) -> Turn:
+        low, high = (400, 1000) if number == 0 else (40, 160)
+        added = rng.integers(32, 127, rng.integers(low, high), dtype=np.int32)
+        return Turn(added, int(rng.integers(12, 32)), float(rng.lognormal(np.log(0.8), 0.8)))
 
-    return [[turn(place) for place in range(rng.integers(5, 13))] for _ in range(num_sessions)]
+    return [[turn(number) for number in range(rng.integers(5, 13))] for _ in range(num_sessions)]
 
 
 class CpuClock:
-    """Processor time of this process, and the time that was skipped while nothing was to do."""
+    """Processor time of this process plus the skipped idle time."""
 
     def __init__(self) -> None:
         self.skipped_s = 0.0
@@ -73,10 +76,10 @@ class CpuClock:
 def serve(
     engine: Engine, clock: CpuClock, sessions: list[list[Turn]], rate: float, seed: int
 ) -> tuple[dict[str, float], Trace]:
-    """Serve ``sessions``. Returns hits and times, and the trace of what was said and answered."""
-    began_s = clock()
-    starts = began_s + np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(sessions)))
-    events = [(start_s, number, 0) for number, start_s in enumerate(starts.tolist())]
+    """Serve ``sessions``. Returns hits and times, and the trace of the served requests."""
+    start_s = clock()
+    arrivals = start_s + np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(sessions)))
+    events = [(arrival_s, number, 0) for number, arrival_s in enumerate(arrivals.tolist())]
     texts = [np.zeros(0, np.int32) for _ in sessions]
     requests: dict[tuple[int, int], TraceRequest] = {}
     live: dict[str, tuple[int, int, float]] = {}
@@ -85,39 +88,39 @@ def serve(
         if not live:
             clock.skipped_s += max(0.0, events[0][0] - clock())
         while events and events[0][0] <= clock():
-            asked_s, number, place = heapq.heappop(events)
-            turn = sessions[number][place]
-            texts[number] = np.concatenate((texts[number], turn.said))
-            rule = SamplingParams(max_tokens=turn.answer_len, temperature=0.0, ignore_eos=True)
-            live[engine.submit(texts[number], rule)] = number, place, clock() - asked_s
+            due_s, number, turn_number = heapq.heappop(events)
+            turn = sessions[number][turn_number]
+            texts[number] = np.concatenate((texts[number], turn.added))
+            sampling = SamplingParams(max_tokens=turn.answer_len, temperature=0.0, ignore_eos=True)
+            live[engine.submit(texts[number], sampling)] = number, turn_number, clock() - due_s
         for output in engine.step():
             if output.finish_reason is None:
                 continue
-            number, place, late_s = live.pop(output.request_id)
+            number, turn_number, late_s = live.pop(output.request_id)
             assert output.timings.ttft_s is not None
             ttfts.append(output.timings.ttft_s + late_s)
             prompt_tokens += len(texts[number])
             cached_tokens += output.cached_len
             answer = np.asarray(output.token_ids, np.int32)
-            before = requests.get((number, place - 1))
-            at_s = before.timestamp_s + sessions[number][place].pause_s if before else 0.0
-            requests[number, place] = TraceRequest(at_s, number, None, texts[number], answer)
+            before = requests.get((number, turn_number - 1))
+            at_s = before.timestamp_s + sessions[number][turn_number].pause_s if before else 0.0
+            requests[number, turn_number] = TraceRequest(at_s, number, None, texts[number], answer)
             texts[number] = np.concatenate((texts[number], answer))
-            if place + 1 < len(sessions[number]):
-                pause_s = sessions[number][place + 1].pause_s
-                heapq.heappush(events, (clock() + pause_s, number, place + 1))
+            if turn_number + 1 < len(sessions[number]):
+                pause_s = sessions[number][turn_number + 1].pause_s
+                heapq.heappush(events, (clock() + pause_s, number, turn_number + 1))
     figures = {
         "hit": 100 * cached_tokens / prompt_tokens,
         "ttft_mean_s": float(np.mean(ttfts)),
         "ttft_p99_s": float(np.percentile(ttfts, 99)),
-        "makespan_s": clock() - began_s,
+        "makespan_s": clock() - start_s,
     }
     ordered = tuple(requests[key] for key in sorted(requests))
     return figures, Trace("agents on the built-in model", 1, ordered.__iter__)
 
 
 def geometry_of(engine: Engine) -> ModelGeometry:
-    """The model's, with the sizes of rows and states that the engine's memory has."""
+    """Return the model's geometry with the row and state sizes of the engine's memory."""
     geometry, memory = ModelGeometry.from_config(read_config(BUILTIN_DIR)), engine.runner.memory
     missing = memory.state_bytes - geometry.state_bytes
     return dataclasses.replace(
@@ -142,15 +145,15 @@ def engine_of(admission: str, num_bytes: float, max_running: int, clock: CpuCloc
 
 
 def compare(admission: str, options: argparse.Namespace, num_bytes: float) -> dict[str, Any]:
-    """Serve and simulate with one policy."""
+    """Serve and simulate with one admission policy."""
     clock = CpuClock()
     engine = engine_of(admission, num_bytes, options.max_running, clock)
-    tables = measured(engine, 2048, options.repeats)
+    tables = measure(engine, 2048, options.repeats)
     times = MeasuredTimes(
         tuple(tables["starts"]),
         tuple(tables["lengths"]),
         tuple(map(tuple, tables["table_s"])),
-        "just now",
+        "measured on this engine",
         tuple(tables["decodes"]),
         tuple(tables["decode_s"]),
     )
@@ -191,16 +194,16 @@ def main() -> None:
     options = parser.parse_args()
     memory = engine_of("oldest", 2**27, options.max_running, CpuClock()).runner.memory
     lengths = [
-        sum(len(turn.said) + turn.answer_len for turn in session)
+        sum(len(turn.added) + turn.answer_len for turn in session)
         for session in agents(options.sessions, options.seed)
     ]
-    a_session = float(np.mean(lengths)) * memory.row_bytes + memory.slot_bytes
-    num_bytes = a_session * options.sessions / 3
+    session_bytes = float(np.mean(lengths)) * memory.row_bytes + memory.slot_bytes
+    num_bytes = session_bytes * options.sessions / 3
     results = [compare(admission, options, num_bytes) for admission in options.admission]
     rows = [
-        [f"{result['admission']}, {who}", *(f"{value:.3g}" for value in result[who].values())]
+        [f"{result['admission']}, {source}", *(f"{v:.3g}" for v in result[source].values())]
         for result in results
-        for who in ("engine", "forecast")
+        for source in ("engine", "forecast")
     ]
     header = ["admission", "hit, %", "TTFT mean, s", "TTFT p99, s", "makespan, s"]
     print(text_table(header, rows))

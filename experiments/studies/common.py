@@ -1,4 +1,4 @@
-"""Common parts of the studies: traces with useful sizes, models, result files and figures."""
+"""Shared parts of the studies: traces with useful sizes, models, result files and figures."""
 
 from __future__ import annotations
 
@@ -25,62 +25,67 @@ from hybridcache.policies.registry import DEFAULT_EVICTION, DEFAULT_PLACEMENT, m
 
 QWEN3_NEXT = ModelGeometry.preset("qwen3-next")
 MARCONI_7B = ModelGeometry.preset("marconi-7b")
-"""The hybrid of Marconi's evaluation: 4 attention layers (multi-head), 24 Mamba layers, fp16."""
+"""Hybrid of Marconi's evaluation: 4 attention layers (multi-head), 24 Mamba layers, fp16."""
 
 GB = 1e9 / GIB
-"""A decimal gigabyte in GiB."""
+"""Decimal gigabyte in GiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One trace and the sizes at which something happens to it."""
+    """One trace and the memory sizes at which policies differ."""
 
     spec: str
     gib: str
     geometry: ModelGeometry = QWEN3_NEXT
     grid: int = 64
     quick: int | None = None
-    """First so many requests, unless everything is asked for."""
+    """Number of requests from the start of the trace, unless ``--full`` is given."""
     is_file: bool = False
-    """``spec`` names a published trace, which is not part of the repository; see ``published``."""
+    """True if ``spec`` names a published trace, which is not part of the repository. See
+    ``published``."""
     has_times: bool = False
-    """The file says when each request came, so that a seed changes nothing."""
+    """True if the file has arrival times, so a seed changes nothing."""
 
     def open(self, name: str, full: bool, seed: int = 0) -> Trace:
-        """The trace, or its beginning, under a short name. ``seed``: of what is drawn in it."""
+        """Return the trace or its start, with ``name`` as its short name. ``seed`` is that of
+        random parts."""
         found = published(self.spec) if self.is_file else self.spec
         if found is None:
-            raise FileNotFoundError(f"{name}: {self.spec} is in none of the folders {DATA}")
+            folders = ", ".join(map(str, DATA))
+            raise FileNotFoundError(f"{name}: {self.spec} not found in {folders}.")
         if seed and not self.has_times:
             found += f"{'&' if '?' in found else '?'}seed={seed}"
         trace = replace(open_trace(found), name=name)
         return trace if full or self.quick is None else trace.head(self.quick)
 
     def sizes(self, points: int | None = None) -> tuple[float, ...]:
-        """GiB, logarithmically spaced; of fewer points a subset, so that all studies share what was
-        worked out for a size."""
-        every = sizes(self.gib)
-        if points is None or points >= len(every):
-            return every
-        return tuple(every[round(place)] for place in np.linspace(0, len(every) - 1, points))
+        """Return sizes in GiB, logarithmically spaced.
+
+        With fewer ``points`` these are a subset, so all studies share the plans for a size.
+        """
+        all_sizes = sizes(self.gib)
+        if points is None or points >= len(all_sizes):
+            return all_sizes
+        return tuple(all_sizes[round(i)] for i in np.linspace(0, len(all_sizes) - 1, points))
 
     @property
     def middle(self) -> float:
-        """The size in the middle of the logarithmic axis, where memory is short."""
-        every = self.sizes()
-        return every[len(every) // 2]
+        """Size in the middle of the logarithmic axis, where memory is short."""
+        all_sizes = self.sizes()
+        return all_sizes[len(all_sizes) // 2]
 
     @property
-    def is_here(self) -> bool:
+    def is_available(self) -> bool:
         return not self.is_file or published(self.spec) is not None
 
 
 DATA = (ROOT / "data", ROOT.parent / "shared" / "data")
-"""Folders in which published traces are looked up."""
+"""Folders that are searched for published traces."""
 
 
 def published(spec: str) -> str | None:
-    """Return ``spec`` with the path of its file. None if the file is missing."""
+    """Return ``spec`` with the path of its file, or None if the file is missing."""
     name, mark, options = spec.partition("?")
     path = next((path for folder in DATA if (path := folder / name).is_file()), None)
     return None if path is None else f"{path}{mark}{options}"
@@ -131,48 +136,50 @@ def arguments(
     few: bool = False,
     seeds: bool = False,
 ) -> argparse.Namespace:
-    """The flags that every study has: which traces, all of them or their beginnings, how many
-    processes; and ``--policy`` or ``--checkpoints`` for more competitors, where it compares those,
-    or ``--few`` for less of them."""
+    """Parse the flags of a study.
+
+    All studies have flags for traces, sizes and processes. ``policy`` and ``checkpoints`` add flags
+    for more policies, ``few`` for fewer of them, and ``seeds`` for the number of seeds.
+    """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument("--traces", default=",".join(traces), help="words of WORKLOADS")
-    parser.add_argument("--full", action="store_true", help="whole traces, not their beginnings")
-    parser.add_argument("--points", type=int, help="sizes per trace instead of 15")
+    parser.add_argument("--traces", default=",".join(traces), help="names of WORKLOADS")
+    parser.add_argument("--full", action="store_true", help="whole traces, not only their start")
+    parser.add_argument("--points", type=int, help="sizes per trace (default: 15)")
     if policy:
-        help = "more evictions: words or module:Class, commas between"
+        help = "more evictions: names or module:Class, separated by commas"
         parser.add_argument("--policy", default=(), type=_split, help=help)
     if few:
-        parser.add_argument("--few", action="store_true", help="some policies on all traces")
+        parser.add_argument("--few", action="store_true", help="fewer policies on all traces")
     if seeds:
         parser.add_argument("--seeds", type=int, default=10, help="seeds of generated traces")
     if checkpoints:
-        help = "one more placement: words or module:Class, commas between; may be repeated"
+        help = "one more placement: names or module:Class, separated by commas; may be repeated"
         parser.add_argument("--checkpoints", default=[], action="append", help=help)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument(
-        "--resume", type=Path, help="folder that keeps runs until the study is done"
+        "--resume", type=Path, help="folder for finished runs, to continue a stopped study"
     )
     options = parser.parse_args()
     collect_seldom()
-    try:  # an unknown word is reported before minutes are spent on the others
-        for word in getattr(options, "policy", ()):
-            make_eviction(word)
-        for word in getattr(options, "checkpoints", ()):
-            parse_placement(word)
+    try:  # Report an unknown policy before minutes are spent on the others.
+        for spec in getattr(options, "policy", ()):
+            make_eviction(spec)
+        for spec in getattr(options, "checkpoints", ()):
+            parse_placement(spec)
     except ValueError as error:
         parser.error(str(error))
     return options
 
 
 STATIC_PLACEMENT = "branch,boundary,backoff,end"
-"""Checkpoints by rules that learn nothing: held fixed where studies compare evictions."""
+"""Placement by rules without learning, used where studies compare evictions."""
 
 
 PAIRS = {
     "default pair": (DEFAULT_EVICTION, DEFAULT_PLACEMENT),
     "lru, fixed rules": ("lru", STATIC_PLACEMENT),
 }
-"""Pairs of eviction and placement that studies of one condition compare."""
+"""Pairs of eviction and placement that are compared under one condition."""
 
 
 def hit_rates(
@@ -193,12 +200,12 @@ def hit_rates(
     return [rounded(run.token_hit_rate) for run in result.runs]
 
 
-def _split(words: str) -> tuple[str, ...]:
-    return tuple(filter(None, words.split(",")))
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(filter(None, names.split(",")))
 
 
 def sweep(
-    word: str,
+    name: str,
     options: argparse.Namespace,
     bar: tqdm[Any],
     *,
@@ -206,41 +213,47 @@ def sweep(
     proven: bool = False,
     **settings: Any,
 ) -> SimulationResult:
-    """``simulate`` over the sizes of a workload, each run next to the best plan with hindsight.
-    ``settings`` go to it and win over the workload's, LRU and ``STATIC_PLACEMENT``. ``plan_grid``:
-    another grid for the plan than for the runs. ``proven``: with the bound on all plans, on short
-    traces."""
-    workload = WORKLOADS[word]
+    """Simulate a workload over its sizes, and add the best plan with hindsight to each run.
+
+    Args:
+        name: workload.
+        options: flags of the study.
+        bar: progress bar.
+        plan_grid: grid of the plan, if it differs from the runs' grid.
+        proven: also compute the bound on all plans, on short traces.
+        settings: arguments of ``simulate`` that replace the defaults: the workload's model, sizes
+            and grid, LRU, and ``STATIC_PLACEMENT``.
+    """
+    workload = WORKLOADS[name]
     defaults: dict[str, Any] = {"model": workload.geometry, "grid": workload.grid}
     defaults |= {"policy": "lru", "checkpoints": STATIC_PLACEMENT}
     settings = defaults | {"gib": workload.sizes(options.points)} | settings
-    bar.set_description(word)
+    bar.set_description(name)
 
     def show(done: int, total: int) -> None:
         bar.set_postfix_str(f"{done} of {total}")
 
     result = simulate(
-        workload.open(word, options.full),
+        workload.open(name, options.full),
         processes=options.processes,
-        resume_from=options.resume / f"{word}.jsonl" if options.resume else None,
+        resume_from=options.resume / f"{name}.jsonl" if options.resume else None,
         progress=show,
         **settings,
     )
     bar.set_postfix_str("hindsight")
-    return measured(result, word, options.full, plan_grid or settings["grid"], proven)
+    return with_plans(result, name, options.full, plan_grid or settings["grid"], proven)
 
 
-def measured(
+def with_plans(
     result: SimulationResult,
-    word: str,
+    name: str,
     full: bool,
     grid: int | None = None,
     proven: bool = False,
 ) -> SimulationResult:
-    """The runs of a workload beside the best plan of their size with hindsight, and beside the
-    infinite cache."""
-    grid = WORKLOADS[word].grid if grid is None else grid
-    hindsights = _hindsights(WORKLOADS[word], word, full)
+    """Return ``result`` with the best plan with hindsight for each size."""
+    grid = WORKLOADS[name].grid if grid is None else grid
+    hindsights = _hindsights(WORKLOADS[name], name, full)
     plans = {
         gib: hindsights.at(gib, result.geometry, grid, proven=proven)
         for gib in {run.gib for run in result.runs}
@@ -254,35 +267,35 @@ def measured(
     return replace(result, runs=tuple(runs), plan_bounds=bounds)
 
 
-def plan_beside_running(result: SimulationResult, word: str, full: bool) -> list[float]:
-    """Return hit rates of the plan that leaves room for running requests, one per size."""
-    hindsights = _hindsights(WORKLOADS[word], word, full)
+def plan_next_to_running(result: SimulationResult, name: str, full: bool) -> list[float]:
+    """Return hit rates of the plan that leaves memory for running requests, one per size."""
+    hindsights = _hindsights(WORKLOADS[name], name, full)
     sizes = dict.fromkeys(run.gib for run in result.runs if run.gib is not None)
-    grid = WORKLOADS[word].grid
+    grid = WORKLOADS[name].grid
     plans = (hindsights.at(gib, result.geometry, grid, counts_running=True) for gib in sizes)
     return [rounded(plan.reached) for plan in plans]
 
 
 @cache
-def _hindsights(workload: Workload, word: str, full: bool) -> Hindsights:
-    return Hindsights(workload.open(word, full).kept())
+def _hindsights(workload: Workload, name: str, full: bool) -> Hindsights:
+    return Hindsights(workload.open(name, full).kept())
 
 
 def workloads(options: argparse.Namespace) -> tqdm[Any]:
-    """The traces asked for that are here, with a progress bar."""
-    words = [word for word in options.traces.split(",") if WORKLOADS[word].is_here]
-    return tqdm(words, disable=None)
+    """Return the names of the requested traces that are available, with a progress bar."""
+    names = [name for name in options.traces.split(",") if WORKLOADS[name].is_available]
+    return tqdm(names, disable=None)
 
 
 def title(result: SimulationResult, options: argparse.Namespace) -> str:
-    """Return the title of a panel: the trace, a note if it is only the beginning, and the model."""
+    """Return the title of a panel: the trace, a note if only its start is used, and the model."""
     workload = WORKLOADS[result.trace]
     first = "" if options.full or workload.quick is None else "first "
     num_requests = f"{first}{result.runs[0].requests:,} requests"
     return f"{result.trace}, {num_requests} ({result.geometry.name})"
 
 
-KEPT = (
+RECORDED = (
     "requests",
     "prompt_tokens",
     "token_hit_rate",
@@ -302,8 +315,11 @@ KEPT = (
 
 
 def by_competitor(result: SimulationResult) -> dict[str, list[RunResult]]:
-    """Return the runs of each competitor by name: that of the eviction alone where the placement is
-    ``STATIC_PLACEMENT``, else ``eviction @ placement``."""
+    """Return the runs of each policy by name.
+
+    The name is ``eviction`` if the placement is ``STATIC_PLACEMENT``, else ``eviction @
+    placement``.
+    """
     found: dict[str, list[RunResult]] = {}
     for label, runs in result.by_label().items():
         config = runs[0].config
@@ -314,15 +330,15 @@ def by_competitor(result: SimulationResult) -> dict[str, list[RunResult]]:
 
 
 def slim(trace: str, run: RunResult, **more: Any) -> dict[str, Any]:
-    """One run as a results file keeps it: rates in six digits, no bins."""
+    """Return one run as stored in a results file: rates with six digits, no bins."""
     record = run.as_record()
-    kept = {name: rounded(record[name]) for name in KEPT if record[name] is not None}
+    figures = {name: rounded(record[name]) for name in RECORDED if record[name] is not None}
     config = {name: value for name, value in asdict(run.config).items() if value is not None}
-    return config | {"trace": trace} | more | kept
+    return config | {"trace": trace} | more | figures
 
 
 def rounded(value: Any) -> Any:
-    """Every float in it to six digits."""
+    """Return ``value`` with all floats rounded to six digits."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -331,7 +347,7 @@ def rounded(value: Any) -> Any:
 
 
 def keep(name: str, records: Iterable[dict[str, Any]]) -> Path:
-    """Write a study's records; returns where."""
+    """Write a study's records. Returns the path."""
     path = provenance.RESULTS / f"{name}.jsonl"
     write_json_lines(path, records)
     return path

@@ -2,12 +2,12 @@
 
     python -m experiments.studies.conditions [--seeds 10] [--processes 2]
 
-One condition changes at a time: tenants that share nothing, the arrival process, the number of
-requests that run at once, and the model, whose state is worth between 7 and 8,000 tokens of KV. LRU
-has the fixed placement rules. Memory is short in every row, so both pairs evict.
+One condition changes at a time: tenants without shared prefixes, the arrival process, the number of
+running requests, and the model. A state of these models has the bytes of 7 to 8,000 tokens of KV.
+LRU has the fixed placement rules. Memory is short in every row, so both pairs evict.
 
-Rows of one condition can be compared with each other. Rows of two conditions cannot: their traces
-and sizes differ.
+Rows of one condition can be compared with each other. Rows of two conditions cannot, because their
+traces and sizes differ.
 """
 
 from __future__ import annotations
@@ -48,33 +48,35 @@ def replayed(
 
 
 def tenants(kinds: tuple[str, ...], seed: int) -> Trace:
-    """Return traces that last equally long, merged by time. Each belongs to a tenant of its own."""
+    """Return traces of equal duration, merged by time, each with a separate namespace."""
 
-    def of(place: int, kind: str) -> list[TraceRequest]:
-        opened = tuple(open_trace(f"{kind}?seed={len(kinds) * seed + place}"))
-        last = max(one.timestamp_s for one in opened)
+    def requests_of(tenant: int, kind: str) -> list[TraceRequest]:
+        requests = tuple(open_trace(f"{kind}?seed={len(kinds) * seed + tenant}"))
+        last_s = max(request.timestamp_s for request in requests)
         return [
-            one._replace(
-                timestamp_s=one.timestamp_s / last, session=(place, one.session), namespace=place
+            request._replace(
+                timestamp_s=request.timestamp_s / last_s,
+                session=(tenant, request.session),
+                namespace=tenant,
             )
-            for one in opened
+            for request in requests
         ]
 
-    parts = [of(place, kind) for place, kind in enumerate(kinds)]
+    parts = [requests_of(tenant, kind) for tenant, kind in enumerate(kinds)]
     return Trace("tenants", 1, lambda: heapq.merge(*parts, key=lambda one: one.timestamp_s))
 
 
 def arriving(starts: str, seed: int) -> Trace:
-    """Return 120 chats that arrive in one of several ways, at the same mean rate."""
+    """Return 120 chats with the arrival process ``starts``. The mean rate is always the same."""
     sessions: dict[Any, list[TraceRequest]] = {}
-    for one in open_trace(f"conversations?live=24&num_conversations=120&seed={seed}"):
-        sessions.setdefault(one.session, []).append(one)
+    for request in open_trace(f"conversations?live=24&num_conversations=120&seed={seed}"):
+        sessions.setdefault(request.session, []).append(request)
     turns = list(sessions.values())
     return Trace(starts, 1, lambda: interleave(turns, parse_starts(starts), Pauses(), seed=seed))
 
 
 def running(count: int, seed: int, pair: str) -> float:
-    """Return the token hit rate of overloaded service with ``count`` requests at once."""
+    """Return the token hit rate of an overloaded engine with ``count`` running requests."""
     policy, placement = PAIRS[pair]
     [run] = closed_loop(
         f"conversations?live=24&num_conversations=120&seed={seed}",
@@ -90,7 +92,7 @@ def running(count: int, seed: int, pair: str) -> float:
 
 
 def scaled(model: str) -> Rate:
-    """Return the rate on chats, in bytes that hold as many KV tokens for every model."""
+    """Return the rate on chats, with memory for the same number of KV tokens for every model."""
     geometry = ModelGeometry.preset(model)
     gib = 3 * geometry.kv_bytes_per_token / ModelGeometry.preset(MODEL).kv_bytes_per_token
     return partial(replayed, lambda seed: open_trace(f"chat?seed={seed}"), gib, model)
@@ -115,7 +117,7 @@ def rows() -> Iterator[tuple[str, str, Rate]]:
 
 
 def measure(job: tuple[str, str, int]) -> list[dict[str, Any]]:
-    """Return a record per pair."""
+    """Return one record per pair."""
     condition, value, seed = job
     rate = next(rate for one, other, rate in rows() if (one, other) == (condition, value))
     same = {"condition": condition, "value": value, "seed": seed}
@@ -136,7 +138,7 @@ def gains(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, help="only the first of them (default: all ten)")
+    parser.add_argument("--seeds", type=int, help="use only the first N seeds (default: all ten)")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     jobs = [(one, other, seed) for one, other, _ in rows() for seed in SEEDS[: options.seeds]]
@@ -147,8 +149,8 @@ def main() -> None:
     table = [
         [one, other, *map(str, rates), str(gain)] for one, other, rates, gain in gains(records)
     ]
-    heads = [f"{pair}, %" for pair in PAIRS]
-    print(text_table(["condition", "value", *heads, "gain, points"], table))
+    header = ["condition", "value", *(f"{pair}, %" for pair in PAIRS), "gain, points"]
+    print(text_table(header, table))
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
     python -m experiments.studies.default                   # both splits
     python -m experiments.studies.default --split tuning
-    python -m experiments.studies.default --draw            # the table and the figure only
+    python -m experiments.studies.default --draw            # only the table and the figure
 
-Traces, sizes and seeds are those of ``experiments/splits.toml``. The loss of a pair in a cell (one
-trace at one size) is the mean over seeds of its token hit rate, in points below that of the best
-pair of the cell. Runs of the split are written anew; those of the other one, and of pairs that
-``--pairs`` leaves out, are kept. Cells of the evaluation split that were looked at while rules were
-chosen are left out of the row of unseen ones.
+Traces, sizes and seeds are those of ``experiments/splits.toml``. A cell is one trace at one size.
+The loss of a pair in a cell is the mean over seeds of its token hit rate, in points below that of
+the best pair of the cell.
+
+Runs of the chosen splits and pairs are replaced, others are kept. The row "evaluation, unseen"
+excludes cells that were looked at while rules were chosen.
 """
 
 from __future__ import annotations
@@ -68,9 +69,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--seeds", type=int, help="only the first N seeds")
-    only = "run only these and keep the runs of the others"
     parser.add_argument(
-        "--pairs", nargs="+", choices=PAIRS, default=PAIRS, metavar="PAIR", help=only
+        "--pairs",
+        nargs="+",
+        choices=PAIRS,
+        default=PAIRS,
+        metavar="PAIR",
+        help="run only these and keep the runs of the others",
     )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--draw", action="store_true", help="only draw earlier results")
@@ -104,7 +109,7 @@ def main() -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Runs that were kept, without the line that says where they come from."""
+    """Return the stored runs without their provenance."""
     if not path.exists():
         return []
     lines = map(json.loads, path.read_text().splitlines())
@@ -112,7 +117,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def jobs_of(split: str, config: dict[str, Any], seeds: int | None) -> Iterator[Job]:
-    """Traces of ``split``; files that are missing are left out."""
+    """Yield the jobs of ``split`` whose files exist."""
     for spec, gib in config["gib"].items():
         for seed in config["seeds"][:seeds]:
             yield Job(split, spec, seed, tuple(gib))
@@ -123,11 +128,11 @@ def jobs_of(split: str, config: dict[str, Any], seeds: int | None) -> Iterator[J
 
 
 def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
-    """Return one record for each pair and size."""
-    recipe = job.path
+    """Return one record per pair and size."""
+    spec = job.path
     if job.seed is not None:
-        recipe = f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
-    trace = open_trace(recipe).kept()
+        spec = f"{job.trace}{'&' if '?' in job.trace else '?'}seed={job.seed}"
+    trace = open_trace(spec).kept()
     records = []
     for pair in pairs:
         eviction, _, placement = pair.partition("@")
@@ -139,15 +144,15 @@ def run(model: str, pairs: Sequence[str], job: Job) -> list[dict[str, Any]]:
             checkpoints=[placement],
             bound=False,
         )
-        for gib, each in zip(job.gib, result.runs, strict=True):
-            rate = rounded(each.token_hit_rate)
+        for gib, simulated in zip(job.gib, result.runs, strict=True):
+            rate = rounded(simulated.token_hit_rate)
             record = {"split": job.split, "trace": job.trace, "gib": gib, "seed": job.seed}
             records.append(record | {"pair": pair, "token_hit_rate": rate})
     return records
 
 
 def losses(records: list[dict[str, Any]], split: str) -> Losses:
-    """Loss of each pair in each cell."""
+    """Return the loss of each pair in each cell."""
     rates: dict[Cell, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         if record["split"] == split:
@@ -155,7 +160,7 @@ def losses(records: list[dict[str, Any]], split: str) -> Losses:
             rates[cell][record["pair"]].append(100 * record["token_hit_rate"])
     found: Losses = {}
     for cell, by_pair in rates.items():
-        means = {pair: statistics.mean(each) for pair, each in by_pair.items()}
+        means = {pair: statistics.mean(values) for pair, values in by_pair.items()}
         best = max(means.values())
         for pair, mean in means.items():
             found.setdefault(pair, {})[cell] = best - mean
@@ -163,56 +168,56 @@ def losses(records: list[dict[str, Any]], split: str) -> Losses:
 
 
 def table(split: str, found: Losses) -> str:
-    """A row a pair: mean, median, ninth decile and worst loss."""
+    """Return one row per pair: mean, median, ninth decile and largest loss."""
     rows = []
     for pair, by_cell in found.items():
-        each = list(by_cell.values())
+        values = list(by_cell.values())
         figures = (
-            statistics.mean(each),
-            statistics.median(each),
-            float(np.quantile(each, 0.9)),
-            max(each),
+            statistics.mean(values),
+            statistics.median(values),
+            float(np.quantile(values, 0.9)),
+            max(values),
         )
-        within = sum(loss <= 0.5 for loss in each)
-        rows.append([pair, *(f"{figure:.2f}" for figure in figures), f"{within} of {len(each)}"])
-    heads = [f"{split}: points below the best", "mean", "median", "p90", "worst", "within 0.5"]
-    return text_table(heads, rows)
+        within = sum(loss <= 0.5 for loss in values)
+        rows.append([pair, *(f"{figure:.2f}" for figure in figures), f"{within} of {len(values)}"])
+    header = [f"{split}: points below the best", "mean", "median", "p90", "max", "within 0.5"]
+    return text_table(header, rows)
 
 
 def worst_cells(records: list[dict[str, Any]], found: dict[Cell, float], split: str) -> str:
-    """The cells in which the default pair loses most, and the best pair there."""
+    """Return the cells with the largest losses of the default pair, and the best pair of each."""
     rows = []
     for cell in sorted(found, key=lambda cell: -found[cell])[:8]:
         rates: dict[str, list[float]] = defaultdict(list)
         for record in records:
             if record["split"] == split and (record["trace"], record["gib"]) == cell:
                 rates[record["pair"]].append(100 * record["token_hit_rate"])
-        means = {pair: statistics.mean(each) for pair, each in rates.items()}
+        means = {pair: statistics.mean(values) for pair, values in rates.items()}
         best = max(means, key=lambda pair: means[pair])
         rows.append([*map(str, cell), f"{means[DEFAULT]:.1f}", f"{means[best]:.1f}", best])
     return text_table(["trace", "GiB", "default", "best", "pair"], rows)
 
 
 def draw(found: dict[str, Losses]) -> None:
-    """A panel a split: share of the cells within a loss, a line a pair."""
+    """Draw the share of the cells within a loss: one panel per split, one line per pair."""
     if not found:
         return
     figure, axes = panels(len(found), width=5.4, height=3.4)
     for axis, (split, by_pair) in zip(axes, found.items(), strict=True):
         for colour, (pair, by_cell) in zip(COLOURS, by_pair.items(), strict=False):
-            each = np.sort(list(by_cell.values()))
-            shares = np.arange(1, len(each) + 1) / len(each)
+            values = np.sort(list(by_cell.values()))
+            shares = np.arange(1, len(values) + 1) / len(values)
             width = 2.5 if pair == DEFAULT else 1.2
-            axis.step(each, 100 * shares, where="post", color=colour, linewidth=width, label=pair)
+            axis.step(values, 100 * shares, where="post", color=colour, linewidth=width, label=pair)
         axis.set_xscale("symlog", linthresh=0.5)
         axis.set_xlim(0)
         axis.set_ylim(0, 101)
-        axis.set_title(f"{split}, {len(each)} cells")
+        axis.set_title(f"{split}, {len(values)} cells")
         axis.set_xlabel("points of token hit rate below the best pair")
         axis.set_ylabel("cells, %")
     caption = (
-        "Share of the cells (a trace at one size) in which a pair loses at most so much, mean over "
-        "the seeds. Higher is better."
+        "Share of the cells (one trace at one size) in which a pair loses at most this much, mean "
+        "over the seeds. Higher is better."
     )
     save(figure, axes, figure_path(NAME), caption)
 

@@ -1,9 +1,8 @@
-"""Compare checkpoint grids of 16 and 32 tokens with 64: hit rate over memory at each grid, and at a
-grid of 1, which no kernel has.
+"""Compare the hit rates over memory of checkpoint grids of 64, 32, 16 and 1 tokens.
 
 python -m experiments.studies.grid
 
-`experiments.benchmarks.grid` measures its cost.
+No kernel has a grid of 1. `experiments.benchmarks.grid` measures the cost of the other grids.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ POLICIES: dict[str, dict[str, Any]] = {
     "lru": {"policy": "lru", "checkpoints": STATIC_PLACEMENT},
     "regret": {"policy": "regret", "checkpoints": "regret"},
 }
-"""LRU with rules that learn nothing, and the learned pair."""
+"""LRU with rules without learning, and the learned pair."""
 POINTS = 5
 
 
 def main() -> None:
     options = arguments(__doc__, *TRACES)
     records = []
-    for word in (bar := workloads(options)):
-        bar.set_description(word)
-        workload = WORKLOADS[word]
-        trace = workload.open(word, options.full).kept()
+    for name in (bar := workloads(options)):
+        bar.set_description(name)
+        workload = WORKLOADS[name]
+        trace = workload.open(name, options.full).kept()
         for policy, settings in POLICIES.items():
             for grid in GRIDS:
                 found = simulate(
@@ -53,43 +52,43 @@ def main() -> None:
                     processes=options.processes,
                     **settings,
                 )
-                records += [slim(word, run, label=policy) for run in found.runs]
+                records += [slim(name, run, label=policy) for run in found.runs]
     keep("study_grid", records)
-    words = list(dict.fromkeys(record["trace"] for record in records))
-    draw(records, words)
+    names = list(dict.fromkeys(record["trace"] for record in records))
+    draw(records, names)
     rows = [
-        [word, policy, f"{gib:.3g}", *(f"{100 * rate:.1f}" for _, rate in line)]
-        for word in words
+        [name, policy, f"{gib:.3g}", *(f"{100 * rate:.1f}" for _, rate in line)]
+        for name in names
         for policy in POLICIES
-        for gib in _sizes(records, word)
-        for line in [[_at(records, word, policy, grid, gib) for grid in GRIDS]]
+        for gib in _sizes(records, name)
+        for line in [[_at(records, name, policy, grid, gib) for grid in GRIDS]]
     ]
     print(text_table(["trace", "policy", "GiB", *(f"hit, % at {grid}" for grid in GRIDS)], rows))
 
 
-def _sizes(records: list[dict[str, Any]], word: str) -> list[float]:
-    return sorted({record["gib"] for record in records if record["trace"] == word})
+def _sizes(records: list[dict[str, Any]], name: str) -> list[float]:
+    return sorted({record["gib"] for record in records if record["trace"] == name})
 
 
 def _at(
-    records: list[dict[str, Any]], word: str, policy: str, grid: int, gib: float
+    records: list[dict[str, Any]], name: str, policy: str, grid: int, gib: float
 ) -> tuple[float, float]:
-    """Size and token hit rate."""
-    wanted = word, policy, grid, gib
+    """Return size and token hit rate."""
+    cell = name, policy, grid, gib
     [record] = [
         record
         for record in records
-        if (record["trace"], record["label"], record["grid"], record["gib"]) == wanted
+        if (record["trace"], record["label"], record["grid"], record["gib"]) == cell
     ]
     return gib, record["token_hit_rate"]
 
 
-def draw(records: list[dict[str, Any]], words: list[str]) -> None:
-    """A panel a trace: hit rate over memory, a line a grid."""
-    figure, axes = panels(len(words), columns=3)
-    for axis, word in zip(axes, words, strict=False):
+def draw(records: list[dict[str, Any]], names: list[str]) -> None:
+    """Draw the hit rate over memory: one panel per trace, one line per grid."""
+    figure, axes = panels(len(names), columns=3)
+    for axis, name in zip(axes, names, strict=False):
         for colour, grid in zip(COLOURS, GRIDS, strict=False):
-            line = [_at(records, word, "regret", grid, gib) for gib in _sizes(records, word)]
+            line = [_at(records, name, "regret", grid, gib) for gib in _sizes(records, name)]
             sizes, rates = zip(*line, strict=True)
             axis.plot(
                 sizes,
@@ -101,14 +100,14 @@ def draw(records: list[dict[str, Any]], words: list[str]) -> None:
                 linestyle=":" if grid == 1 else "-",
                 label=f"grid {grid}",
             )
-        axis.set_title(word, fontsize=9)
+        axis.set_title(name, fontsize=9)
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")
         axis.set_xlabel("memory for KV and states, GiB")
         axis.set_ylabel("token hit rate, %")
     caption = (
-        "Policy regret with its own placement, Qwen3-Next's sizes, the engine's arena. The engine "
-        "has grids of 64 (default), 32 and 16; dotted: of 1, the simulator's alone."
+        "Eviction and placement `regret`, Qwen3-Next's sizes, the engine's arena. The engine "
+        "has grids of 64 (default), 32 and 16. Dotted: 1, only in the simulator."
     )
     save(figure, axes, figure_path("study_grid"), caption)
 

@@ -1,11 +1,10 @@
-"""The best plan with hindsight for each trace and size that a study looks at: worked out once, kept
-in a results file, shared by all.
+"""Best plans with hindsight, computed once per trace and size and stored in a results file.
 
-The plan is the clairvoyant greedy's. It proves nothing by itself; for traces of up to 700 requests
-the LP's bound on what any plan could reuse is possible too: 0 to 8 % above, 12 to 15 % where next
-to nothing fits. Both are the same on every machine.
+The plan is that of the greedy method, which proves nothing. For traces of up to 700 requests the LP
+also bounds the reuse of any plan. The bound is 0 to 8 % above the plan, 12 to 15 % where almost
+nothing fits. Both are the same on every machine.
 
-    python -m experiments.studies.hindsight    # table of the file: distance between plan and bound
+    python -m experiments.studies.hindsight    # table of the file: distance of plan and bound
 """
 
 from __future__ import annotations
@@ -22,18 +21,17 @@ from hybridcache.lab.report import text_table
 from hybridcache.lab.simulation.sizes import budget_bytes
 
 LP_REQUESTS = 700
-"""Longest trace for which the bound is worked out too."""
+"""Longest trace for which the bound is computed."""
 NAME = "hindsight.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
 class Hindsight:
-    """Results for one trace, model, grid and size. Rates are token hit rates."""
+    """Plan for one trace, model, grid and size. Rates are token hit rates."""
 
     trace: str
     content: str
-    """Checksum of all prompts and answers, so that another trace of the same name is not taken for
-    it."""
+    """Checksum of all prompts and answers, which distinguishes traces of the same name."""
     requests: int
     kv_bytes_per_token: int
     state_bytes: int
@@ -53,7 +51,7 @@ class Hindsight:
 
 
 def checksum(trace: Trace) -> str:
-    """Return a checksum of every id, namespace and unit. O(tokens)."""
+    """Return a checksum of all token ids, namespaces and the unit. O(tokens)."""
     found = zlib.crc32(repr(trace.unit).encode())
     for request in trace:
         for part in (repr(request.namespace).encode(), request.tokens.tobytes()):
@@ -63,7 +61,7 @@ def checksum(trace: Trace) -> str:
 
 
 class Hindsights:
-    """The plans of one trace, those in the file and those worked out now."""
+    """Plans of one trace, from the file or newly computed."""
 
     def __init__(self, trace: Trace) -> None:
         self._trace, self._content = trace, checksum(trace)
@@ -78,8 +76,10 @@ class Hindsights:
         proven: bool = False,
         counts_running: bool = False,
     ) -> Hindsight:
-        """The plan for one size, ``proven`` with the bound where the trace is short enough; kept in
-        the file before it is returned."""
+        """Return the plan for one size, and store it in the file.
+
+        With ``proven`` the bound is included if the trace is short enough.
+        """
         method: Method = "lp" if proven and self._requests <= LP_REQUESTS else "greedy"
         kv_bytes, state_bytes = geometry.kv_bytes_per_token, geometry.state_bytes
         capacity_bytes = budget_bytes(gib)
@@ -112,9 +112,9 @@ class Hindsights:
             counts_running,
         )
         known = _read() | {found.key: found}
-        whole = _path().with_suffix(".new")  # another study may be reading
-        provenance.write_json_lines(whole, map(asdict, known.values()))
-        whole.replace(_path())
+        new = _path().with_suffix(".new")  # Replaced atomically: another study may be reading.
+        provenance.write_json_lines(new, map(asdict, known.values()))
+        new.replace(_path())
         return found
 
 
@@ -130,7 +130,7 @@ def _read() -> dict[tuple[Any, ...], Hindsight]:
 
 
 def main() -> None:
-    """A row a trace and model: sizes, and the largest distance between plan and bound."""
+    """Print one row per trace and model: sizes, and the largest distance between plan and bound."""
     groups: dict[tuple[Any, ...], list[Hindsight]] = {}
     for found in _read().values():
         group = found.trace, found.requests, found.method, found.state_bytes, found.grid

@@ -1,16 +1,16 @@
-"""Measure the worth of boundary hints and stop reasons. Rebuilt systems do not get them.
+"""Measure the gain from boundary hints and stop reasons, which rebuilt systems do not get.
 
     python -m experiments.studies.hints [--seeds 10] [--processes 2]
     python -m experiments.studies.hints --stop-reasons
 
-A request may name boundaries: positions at which its prompt consists of parts, such as messages.
-Placements can save a checkpoint there. Every cell of the evaluation split is replayed with these
-hints and without, by the default pair and by LRU with fixed rules. The difference, paired by seed,
-is the advantage over a rebuilt system that the hints alone explain.
+A request may name boundaries: positions between parts of its prompt, such as messages. Placements
+can save a checkpoint there. Every cell of the evaluation split is replayed with and without these
+hints, by the default pair and by LRU with fixed rules. The difference, paired by seed, is the
+advantage over a rebuilt system that comes from the hints.
 
-The stop reason of an answer (a tool call, or the end of a turn) is known to the engine. Published
-agent traces that name it are replayed with it and without it. Their sizes and seeds are declared in
-``splits.toml``, section ``stop-reasons``. A trace whose file is missing is left out.
+The engine also has the stop reason of an answer: a tool call, or the end of a turn. Published agent
+traces with stop reasons are replayed with and without them. ``splits.toml`` declares sizes and
+seeds in section ``stop-reasons``. A trace with a missing file is skipped.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from hybridcache.lab.report import text_table
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """Requests of a trace, some of their fields removed."""
+class FixedRequests:
+    """Requests of a trace, with some fields removed."""
 
     requests: tuple[TraceRequest, ...]
 
@@ -43,12 +43,15 @@ class Held:
 
 def without_hints(trace: Trace) -> Trace:
     """Return the trace with no boundary in any request."""
-    return replace(trace, source=Held(tuple(one._replace(boundaries=()) for one in trace)))
+    requests = tuple(request._replace(boundaries=()) for request in trace)
+    return replace(trace, source=FixedRequests(requests))
 
 
 def without_stop_reasons(trace: Trace) -> Trace:
     """Return the trace with no stop reason in any request."""
-    return replace(trace, source=Held(tuple(one._replace(stop_reason="") for one in trace)))
+    return replace(
+        trace, source=FixedRequests(tuple(one._replace(stop_reason="") for one in trace))
+    )
 
 
 def rates(
@@ -59,7 +62,7 @@ def rates(
     model: str,
     processes: int,
 ) -> list[tuple[float, float]]:
-    """Return (token hit rate of ``trace``, token hit rate ``without`` something) for each size."""
+    """Return (token hit rate of ``trace``, token hit rate of ``without(trace)``) for each size."""
     both = [
         hit_rates(variant, gib, pair, model, processes=processes)
         for variant in (trace, without(trace))
@@ -68,7 +71,7 @@ def rates(
 
 
 def measure(split: Split, processes: int = 1) -> list[dict[str, Any]]:
-    """Return a record per trace, seed, pair and size."""
+    """Return one record per trace, seed, pair and size."""
     records = []
     jobs = [(trace, seed) for trace in split.gib for seed in split.seeds]
     for name, seed in tqdm(jobs, disable=None):
@@ -77,14 +80,14 @@ def measure(split: Split, processes: int = 1) -> list[dict[str, Any]]:
             found = rates(trace, without_hints, split.gib[name], pair, split.model, processes)
             records += [
                 {"trace": name, "seed": seed, "gib": gib, "pair": pair}
-                | {"with_hints": one, "without_hints": other}
-                for gib, (one, other) in zip(split.gib[name], found, strict=True)
+                | {"with_hints": hinted, "without_hints": plain}
+                for gib, (hinted, plain) in zip(split.gib[name], found, strict=True)
             ]
     return records
 
 
 def measure_stop_reasons(processes: int = 1) -> list[dict[str, Any]]:
-    """Return a record per trace, seed and size, for the default pair."""
+    """Return one record per trace, seed and size, for the default pair."""
     splits = (ROOT / "experiments" / "splits.toml").read_text(encoding="utf-8")
     declared = tomllib.loads(splits)["stop-reasons"]
     records = []
@@ -97,14 +100,14 @@ def measure_stop_reasons(processes: int = 1) -> list[dict[str, Any]]:
             found = rates(trace, without_stop_reasons, gib, pair, declared["model"], processes)
             records += [
                 {"trace": file["trace"], "seed": seed, "gib": size}
-                | {"with_stop_reasons": one, "without_stop_reasons": other}
-                for size, (one, other) in zip(gib, found, strict=True)
+                | {"with_stop_reasons": informed, "without_stop_reasons": plain}
+                for size, (informed, plain) in zip(gib, found, strict=True)
             ]
     return records
 
 
 def stop_reason_table(records: list[dict[str, Any]]) -> str:
-    """Return a row per trace and size: both hit rates and the gain, means over seeds."""
+    """Return one row per trace and size: both hit rates and the gain, as means over seeds."""
     rows = []
     for name, gib in dict.fromkeys((record["trace"], record["gib"]) for record in records):
         cell = [record for record in records if (record["trace"], record["gib"]) == (name, gib)]
@@ -112,7 +115,7 @@ def stop_reason_table(records: list[dict[str, Any]]) -> str:
             key: [100 * record[f"{key}_stop_reasons"] for record in cell]
             for key in ("with", "without")
         }
-        both = [f"{sum(each) / len(each):.1f}" for each in means.values()]
+        both = [f"{sum(rates) / len(rates):.1f}" for rates in means.values()]
         gain = paired(*means.values()).mean if len(cell) == 1 else paired(*means.values())
         rows.append(
             [
@@ -127,7 +130,7 @@ def stop_reason_table(records: list[dict[str, Any]]) -> str:
 
 
 def gains(records: list[dict[str, Any]]) -> dict[str, tuple[Interval, Interval]]:
-    """Return by pair the hit rate with hints and the gain from them, over seeds, in percent."""
+    """Return the hit rate with hints and the gain from them, by pair, over seeds, in percent."""
     found = {}
     for pair in dict.fromkeys(record["pair"] for record in records):
         means: dict[str, list[float]] = {"with_hints": [], "without_hints": []}
@@ -141,10 +144,12 @@ def gains(records: list[dict[str, Any]]) -> dict[str, tuple[Interval, Interval]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, help="only the first of them (default: all ten)")
-    parser.add_argument("--only", default="", help="only traces with this in their name")
+    parser.add_argument("--seeds", type=int, help="use only the first N seeds (default: all ten)")
+    parser.add_argument("--only", default="", help="use only traces with this in their name")
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--stop-reasons", action="store_true", help="stop reasons, not boundaries")
+    parser.add_argument(
+        "--stop-reasons", action="store_true", help="measure stop reasons instead of boundaries"
+    )
     options = parser.parse_args()
     if options.stop_reasons:
         records = measure_stop_reasons(options.processes)

@@ -1,8 +1,8 @@
-"""All built-in evictions on the packaged evaluation split, kept for the results page.
+"""Run all built-in evictions on the packaged evaluation split, for the results page.
 
     python -m experiments.studies.leaderboard [--seeds 3] [--processes 2]
 
-The same board as ``hybridcache leaderboard``; results/leaderboard.jsonl has a line per trace and
+The board is that of ``hybridcache leaderboard``. results/leaderboard.jsonl has a line per trace and
 seed.
 """
 
@@ -19,8 +19,8 @@ from hybridcache.lab.leaderboard import Split, leaderboard
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, help="only the first of them (default: all ten)")
-    parser.add_argument("--only", default="", help="only traces with this in their name")
+    parser.add_argument("--seeds", type=int, help="use only the first N seeds (default: all ten)")
+    parser.add_argument("--only", default="", help="use only traces with this in their name")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     pause_s = 0.1 if sys.stderr.isatty() else 30
@@ -32,7 +32,7 @@ def main() -> None:
             processes=options.processes,
             progress=lambda done, _: bar.update(done - bar.n) and None,
         )
-    keep("leaderboard", [one | {"reference": board.reference} for one in board.records()])
+    keep("leaderboard", [record | {"reference": board.reference} for record in board.records()])
     print(board.table())
 
 

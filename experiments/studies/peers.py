@@ -1,18 +1,21 @@
-"""Compare rebuilt systems with every figure that was measured on a stated workload, cell by cell.
+"""Compare rebuilt systems with all figures that were measured on a stated workload, cell by cell.
 
-`python -m experiments.studies.peers` writes results/peers_table.jsonl and .md. The published runs
-drew their ids and lengths from seeds of their own. A cell is *within* when the median of our draws
-is within 2 points (chunks: 2 %) of the published figure. Where our own draws lie further apart than
-that band, the stated workload does not settle the figure: the published one is then only said to be
-*among our draws* or not, and how many of them are near it is printed.
+`python -m experiments.studies.peers` writes results/peers_table.jsonl and .md. The measured runs
+used their own seeds for ids and lengths, so the same workload is drawn here with other seeds. A
+cell is *within* if the median of these draws is within 2 points (chunks: 2 %) of the measured
+figure. If the draws differ by more than that band, the stated workload does not determine the
+figure. The measured figure is then only compared with the range of the draws (*among our draws* or
+not), and the number of draws near it is printed.
 
-Not here, because the workload is not stated well enough to draw it again: Marconi's own tables on
-LMSys, ShareGPT and SWE-bench sessions (the traces are not public), the artifact's runs on synthetic
-chats "like" them, and what users and maintainers of SGLang and vLLM told of their own traffic.
-No public page holds the measured figures: they come from runs of those systems on workloads stated
-to this project. The rebuilt systems get no boundary hints; `experiments.studies.hints` says what
-those are worth. Single prompts with known answers (block sizes, third sightings, pinned memory, the
-branching kit) are tests: tests/lab/baselines.
+The measured figures come from runs of those systems on workloads stated to this project. No public
+page contains them. The rebuilt systems get no boundary hints; `experiments.studies.hints` measures
+their effect.
+
+Some figures are left out because their workload cannot be drawn again: Marconi's own tables on
+LMSys, ShareGPT and SWE-bench sessions (the traces are not public), the artifact's runs on similar
+synthetic chats, and reports by users and maintainers of SGLang and vLLM about their own traffic.
+Single prompts with a known result (block sizes, third sightings, pinned memory, the branching kit)
+are tests: tests/lab/baselines.
 """
 
 from __future__ import annotations
@@ -46,19 +49,19 @@ MARCONI_KV, MARCONI_STATE = 65_536, 24 * 1_116_160
 MOONCAKE = WORKLOADS["mooncake"]
 WITHIN = 0.02
 DRAWS = 21
-"""Draws of a workload whose figures depend on them; an odd number, so that a figure that is all or
-nothing has a median."""
-NOTE = """vLLM's rebuilt cache reuses in every request what vLLM 0.33's own cache manager reuses
-(tests/lab/baselines/vllm_hits.json), so what is left between the two columns is the draw. Three
-figures depend on it by more than the band: at 6 GiB and with a match unit the blocks that a round
-stores are about as many as there are, where least-recently-used order turns from all hits to none.
-A round of resend stores 464 to 523 blocks of bfloat16 states; with up to 486 of them everything
+"""Draws of a workload whose figures depend on them. Odd, so that a figure that is all or nothing
+has a median."""
+NOTE = """vLLM's rebuilt cache reuses the same tokens in every request as vLLM 0.33's own cache
+manager (tests/lab/baselines/vllm_hits.json), so the two columns differ only by the draw. Three
+figures depend on it by more than the band. At 6 GiB and with a match unit, a round stores about
+as many blocks as there are, where least-recently-used order changes from all hits to none. A
+round of resend stores 464 to 523 blocks of bfloat16 states: with up to 486 of them everything
 hits, from 495 on nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One published figure: a peer on a workload at a size."""
+    """One measured figure: a system on a workload at a size."""
 
     peer: str
     workload: str
@@ -68,12 +71,14 @@ class Cell:
     trace: Callable[[int], Iterable[TraceRequest]]
     draws: int = 5
     figure: str = "token hit rate"
-    """Or "chunks a request"."""
+    """``token hit rate`` or ``chunks a request``."""
 
 
 def vllm_cells() -> Iterator[Cell]:
-    """The matrix of vLLM 0.33 at 40 and 6 GiB: blocks of 1,056 (float32 states) or 544
-    (bfloat16)."""
+    """Yield the cells of vLLM 0.33 at 40 and 6 GiB.
+
+    Blocks have 1,056 tokens with float32 states, 544 with bfloat16 states.
+    """
     variants = (
         ("vLLM, block 1056", FP32_STATE, None, 0),
         ("vLLM, match unit 32", FP32_STATE, 32, 0),
@@ -121,8 +126,10 @@ def vllm_cells() -> Iterator[Cell]:
 
 
 def lightllm_cells() -> Iterator[Cell]:
-    """LightLLM at pages of 512, at big pages of 1,024, and at pages of 64; its states stand in host
-    memory beside the size."""
+    """Yield the cells of LightLLM with pages of 512, big pages of 1,024, and pages of 64.
+
+    Its states are in host memory, which the size does not count.
+    """
     published: dict[str, tuple[float, float]] = {
         "chat": (0.750, 0.781),
         "few-shot": (0.000, 0.454),
@@ -156,7 +163,8 @@ def lightllm_cells() -> Iterator[Cell]:
 
 
 def sglang_cells() -> Iterator[Cell]:
-    """SGLang's tree core on live conversations: 1.07 M KV tokens, so many state slots."""
+    """Yield the cells of SGLang's tree on live conversations, with 1.07 M KV tokens, by number of
+    state slots."""
     rates: dict[tuple[int, str], tuple[float, float, float]] = {
         (64, "end"): (0.652, 0.752, 0.763),
         (128, "end"): (0.483, 0.667, 0.749),
@@ -198,10 +206,13 @@ def sglang_cell(live: int, placement: str, num_slots: int, cap: int | None, rate
 
 
 def marconi_cells() -> Iterator[Cell]:
-    """Marconi's artifact on the first 1,000 requests of Mooncake's conversation trace, 7B sizes;
-    then its placement (branch points and the last token), leaf by leaf least recently used, on the
-    whole trace at the sizes of both models."""
-    if not MOONCAKE.is_here:
+    """Yield the cells of Marconi on Mooncake's conversation trace.
+
+    First its artifact on the first 1,000 requests, with 7B sizes. Then its placement (branch points
+    and the last token) with LRU eviction of leaves, on the whole trace, at the sizes of both
+    models.
+    """
+    if not MOONCAKE.is_available:
         return
     variants: tuple[tuple[str, dict[str, Any], tuple[float, float]], ...] = (
         ("SGLang+ of Marconi", {"leaf_lru": True}, (0.0372, 0.0375)),
@@ -230,9 +241,12 @@ def marconi_cells() -> Iterator[Cell]:
 
 @lru_cache(maxsize=DRAWS)
 def drawn(workload: str, seed: int) -> tuple[TraceRequest, ...]:
-    """The workload under a seed. In which order "short" visits its conversations was not published.
-    One after the other is the only one of three (so, in rounds of one order, in rounds of fresh
-    orders) in which vLLM's own cache manager reuses at 6 GiB what was measured there."""
+    """Return the requests of a workload with a seed.
+
+    The order in which "short" visits its conversations was not published. One after the other is
+    the only one of three tried orders with which vLLM's cache manager reuses the measured tokens at
+    6 GiB. The others were rounds in this order and rounds in random orders.
+    """
     requests = tuple(GENERATORS[workload](seed=seed))
     if workload == "short":
         return tuple(sorted(requests, key=lambda request: request.session))
@@ -249,7 +263,8 @@ def mooncake(num_requests: int | None, seed: int) -> Trace:
 
 
 def measure(cell: Cell) -> dict[str, Any]:
-    """The figure on every draw, and how their median and their range stand to the published one."""
+    """Return the figure of every draw, and the comparison of their median and range with the
+    measured one."""
     figures = [served(cell, seed) for seed in range(cell.draws)]
     chunks = cell.figure == "chunks a request"
     band = WITHIN * cell.published if chunks else WITHIN
@@ -270,8 +285,12 @@ def measure(cell: Cell) -> dict[str, Any]:
 
 
 def verdict(published: float, figures: list[float], band: float) -> str:
-    """ "within" by the median; else "among" our draws where they are further apart than the band is
-    wide; else "apart"."""
+    """Return "within" if the median is in the band, "among" if only the range of the draws contains
+    the figure.
+
+    "among" requires draws that differ by more than the width of the band. All other cases are
+    "apart".
+    """
     if abs(median(figures) - published) <= band:
         return "within"
     unsettled = max(figures) - min(figures) > 2 * band
@@ -279,7 +298,7 @@ def verdict(published: float, figures: list[float], band: float) -> str:
 
 
 def served(cell: Cell, seed: int) -> float:
-    """The cell's figure on one draw: tokens reused of prompt tokens, or prefill chunks a
+    """Return the cell's figure on one draw: reused share of prompt tokens, or prefill chunks per
     request."""
     peer = cell.make()
     reused = chunks = total = requests = 0
@@ -296,13 +315,13 @@ def served(cell: Cell, seed: int) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """The rows as markdown, and how many are within."""
+    """Yield the rows as Markdown, followed by the number of cells per verdict."""
     head = (
         "peer | workload | size | figure | measured | rebuilt, median | mean of draws [95 %] | near"
     )
     yield f"| {head} | |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    words = {"within": "within", "among": "*among our draws*", "apart": "**apart**"}
+    labels = {"within": "within", "among": "*among our draws*", "apart": "**apart**"}
     for row in rows:
         mean, low, high = row["mean"]
         spread = "" if row["lowest"] == row["highest"] else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
@@ -310,14 +329,14 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             f"| {row['peer']} | {row['workload']} | {row['size']} | {row['figure']} | "
             f"{row['published']:.3f} "
             f"| {row['rebuilt']:.3f} | {spread} | {row['near']} of {row['draws']} | "
-            f"{words[row['verdict']]} |"
+            f"{labels[row['verdict']]} |"
         )
     verdicts = Counter(row["verdict"] for row in rows)
     yield ""
     yield (
-        f"{verdicts['within']} of {len(rows)} figures within {WITHIN:.0%}; {verdicts['among']} "
-        "depend on the draw by more than that, the "
-        f"published figure among ours; {verdicts['apart']} apart."
+        f"{verdicts['within']} of {len(rows)} figures are within {WITHIN:.0%}. "
+        f"{verdicts['among']} depend on the draw by more than that, and the measured figure is "
+        f"in their range. {verdicts['apart']} are apart."
     )
     yield ""
     yield NOTE
@@ -326,7 +345,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--only", default="", help="only peers with this in their name; nothing is written"
+        "--only", default="", help="only systems with this in their name; writes no file"
     )
     options = parser.parse_args()
     cells = [

@@ -3,10 +3,10 @@
 Tests compare the rebuilt cache with the record.
 
 `PYTHONPATH=out/sglang python -m experiments.studies.record_hicache` writes
-tests/lab/baselines/hicache_hits.json. Needs SGLang 0.5.23 (`make sglang`) but no device: its
-tree, allocators, host pools and controller run unchanged, and only the copies are left out
-(`experiments/system/sglang/hicache.py`). After each request: tokens reused, and the KV rows and
-state slots that are free on the device and in host memory.
+tests/lab/baselines/hicache_hits.json. Needs SGLang 0.5.23 (`make sglang`) but no device. Its tree,
+allocators, host pools and controller run unchanged; only the copies are left out
+(`experiments/system/sglang/hicache.py`). The record has the reused tokens after each request, and
+the free KV rows and state slots on the device and in host memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RECORD = Path(__file__).parents[2] / "tests" / "lab" / "baselines" / "hicache_hi
 
 
 class Load(NamedTuple):
-    """Requests of a generator, and the pools they are served with."""
+    """Requests of a generator, and the sizes of the pools."""
 
     requests: int
     num_kv_tokens: int
@@ -46,10 +46,10 @@ LOADS = {
 }
 
 
-def requests_of(word: str) -> Iterator[TraceRequest]:
+def requests_of(name: str) -> Iterator[TraceRequest]:
     """Yield the requests of a load that take at most half of its device."""
-    load = LOADS[word]
-    for request in islice(GENERATORS[word](seed=0), load.requests):
+    load = LOADS[name]
+    for request in islice(GENERATORS[name](seed=0), load.requests):
         if len(request.tokens) + len(request.output) <= load.num_kv_tokens // 2:
             yield request
 
@@ -74,12 +74,15 @@ def main() -> None:
 
     copy_nothing()
     records = {}
-    for word, load in tqdm(LOADS.items(), disable=None):
+    for name, load in tqdm(LOADS.items(), disable=None):
         pools = HostPools(load.num_kv_tokens, load.num_slots, load.ratio)
         host_tokens, host_slots = pools.host_free()
-        served = [(pools.serve(one.tokens, one.output), *pools.free()) for one in requests_of(word)]
+        served = [
+            (pools.serve(request.tokens, request.output), *pools.free())
+            for request in requests_of(name)
+        ]
         pools.cache.sanity_check()
-        records[word] = {"host_tokens": host_tokens, "host_slots": host_slots} | summary(served)
+        records[name] = {"host_tokens": host_tokens, "host_slots": host_slots} | summary(served)
     RECORD.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 

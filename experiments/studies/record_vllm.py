@@ -2,10 +2,10 @@
 
 Tests compare the rebuilt cache with the record.
 
-`python -m experiments.studies.record_vllm` writes tests/lab/baselines/vllm_hits.json. Run it in an
-environment of its own that has `vllm==0.33.0` and this project; no device is needed, as only the
+`python -m experiments.studies.record_vllm` writes tests/lab/baselines/vllm_hits.json. Run it in a
+separate environment with `vllm==0.33.0` and this project. No device is needed, because only the
 scheduler's side of vLLM runs: its `KVCacheManager` (one attention group, three state groups) and
-its chunk split, one request at a time, copies done as its scheduler does them.
+its chunk split. Requests run one at a time, with copies as in vLLM's scheduler.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ VARIANTS: dict[str, tuple[int, int | None, int | None]] = {
     "block 544": (544, None, 0),
     "block 544, match unit 32": (544, 32, 0),
 }
-"""Name: block, match unit, retention (tokens). Qwen3-Next's block is 1,056 with float32 states, 544
-with bfloat16 ones."""
+"""Block, match unit and retention in tokens, by name. Qwen3-Next's block is 1,056 with float32
+states, 544 with bfloat16 ones."""
 SIZES_GIB = (3, 6)
 
 
@@ -105,7 +105,7 @@ class VllmManager:
         self._number = 0
 
     def serve(self, request: TraceRequest) -> tuple[int, int]:
-        """Prefill and decode one request; (tokens reused, prefill chunks)."""
+        """Prefill and decode one request. Returns (reused tokens, prefill chunks)."""
         manager, prompt, output = self.manager, request.tokens.tolist(), request.output.tolist()
         self._number += 1
         served = self._request(
@@ -136,20 +136,20 @@ class VllmManager:
     def _step(self, served: Any, length: int, *computed: Any) -> None:
         self.manager.new_step_starts()
         if self.manager.allocate_slots(served, length, *computed) is None:
-            raise RuntimeError(f"request {served.request_id} does not fit; take a larger size")
+            raise RuntimeError(f"Request {served.request_id} does not fit; use a larger size.")
         _, retained = self.manager.take_kv_cache_block_copies()
         self.manager.block_pool.free_blocks(retained)
         self.manager.take_boundary_state_offloads()
 
 
 def record(manager: VllmManager, trace: Iterable[TraceRequest]) -> dict[str, Any]:
-    """Tokens reused and chunks in all, and a digest of both for every request in order."""
+    """Return the totals of reused tokens and chunks, and a digest of both per request."""
     served = [manager.serve(request) for request in trace]
     return summary(served)
 
 
 def summary(served: list[tuple[int, int]]) -> dict[str, Any]:
-    """Summarise (tokens reused, prefill chunks) of every request."""
+    """Summarise (reused tokens, prefill chunks) of every request."""
     lines = "\n".join(f"{reused} {chunks}" for reused, chunks in served)
     return {
         "reused": sum(reused for reused, _ in served),

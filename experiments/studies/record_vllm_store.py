@@ -1,9 +1,9 @@
-"""Record what vLLM's own store of offloaded blocks keeps: what tests hold our rebuilt one to.
+"""Record the contents of vLLM's own store of offloaded blocks, as a reference for the rebuilt one.
 
 `python -m experiments.studies.record_vllm_store` writes tests/lab/baselines/vllm_store.json. Run it
-in an environment of its own that has `vllm==0.33.0` and this project; no device is needed: its
-`CPUOffloadingManager` alone, offered and asked for the blocks of random requests that share
-prefixes, as its scheduler would, with copies done at once.
+in a separate environment with `vllm==0.33.0` and this project. No device is needed, because only
+`CPUOffloadingManager` runs. Random requests that share prefixes look up and store blocks as in
+vLLM's scheduler, and copies complete at once.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ import numpy as np
 RECORD = Path(__file__).parents[2] / "tests" / "lab" / "baselines" / "vllm_store.json"
 NUM_GROUPS = 4
 SIZES = (12, 40, 90)
-"""Chunks."""
+"""Sizes of the store, in chunks."""
 
 
 class Blocks(NamedTuple):
-    """A random request: the text of a block is told by its branch and place."""
+    """Random request. Its branch and a position determine the contents of a block."""
 
     fetched: int
-    """Blocks of attention fetched first, if all are there, with the states at their end."""
+    """Attention blocks to load first, with the states at their end, if all are available."""
     passes: tuple[tuple[int, bool], ...]
-    """(Blocks computed when a pass ended, whether its states are kept.)"""
+    """(Blocks computed at the end of a pass, True if its states are stored.)"""
     branch: int
 
-    def key(self, group: int, place: int) -> bytes:
-        """Return the key of the block that ends the first ``place`` blocks."""
-        branch = self.branch if place > 2 else self.branch // 3
-        return hashlib.blake2b(f"{branch} {place}".encode(), digest_size=8).digest() + bytes(
+    def key(self, group: int, position: int) -> bytes:
+        """Return the key of block number ``position``, counted from 1."""
+        branch = self.branch if position > 2 else self.branch // 3
+        return hashlib.blake2b(f"{branch} {position}".encode(), digest_size=8).digest() + bytes(
             (0, 0, 0, group)
         )
 
@@ -69,30 +69,30 @@ def of_vllm(num_chunks: int) -> list[set[bytes]]:
         context = ReqContext(str(number))
         manager.on_new_request(context)
         ends = {
-            request.key(group, place): place
-            for place in range(1, request.passes[-1][0] + 1)
+            request.key(group, position): position
+            for position in range(1, request.passes[-1][0] + 1)
             for group in range(NUM_GROUPS)
         }
-        for key, place in ends.items():
-            context.set_offload_key_position(key, place)
+        for key, position in ends.items():
+            context.set_offload_key_position(key, position)
         done = request.fetched
-        wanted = [request.key(0, place) for place in range(1, done + 1)]
-        wanted += [request.key(group, done) for group in range(1, NUM_GROUPS)] if done else []
-        if any(manager.lookup(key, context) is not LookupResult.HIT for key in wanted):
-            wanted, done = [], 0
-        if wanted:
-            manager.prepare_load(wanted, context)
-            manager.complete_load(wanted, context)
-        for end, keeps in request.passes:
+        loaded = [request.key(0, position) for position in range(1, done + 1)]
+        loaded += [request.key(group, done) for group in range(1, NUM_GROUPS)] if done else []
+        if any(manager.lookup(key, context) is not LookupResult.HIT for key in loaded):
+            loaded, done = [], 0
+        if loaded:
+            manager.prepare_load(loaded, context)
+            manager.complete_load(loaded, context)
+        for end, stores_states in request.passes:
             states = [request.key(group, end) for group in range(1, NUM_GROUPS)]
-            fresh = [request.key(0, place) for place in range(done + 1, end + 1)]
-            for offer in (*([one] for one in states if keeps and end > done), fresh):
-                if not offer:
+            new = [request.key(0, position) for position in range(done + 1, end + 1)]
+            for keys in (*([state] for state in states if stores_states and end > done), new):
+                if not keys:
                     continue
-                output = manager.prepare_store(offer, context)
+                output = manager.prepare_store(keys, context)
                 if output is not None:
                     manager.complete_store(output.keys_to_store, context)
-                    done = max(done, end) if offer is fresh else done
+                    done = max(done, end) if keys is new else done
         manager.on_request_finished(context)
         contents.append(set(manager._policy.chunks))
     return contents

@@ -1,15 +1,17 @@
-"""Compare routers on twelve traces.
-
-They know nothing of the caches, estimate them from the prompts they sent, follow KV events, or know
-the resumable lengths.
+"""Compare routers for eight replicas on twelve traces.
 
     python -m experiments.studies.router [--traces chat,agent] [--resume FOLDER] [--processes 2]
         [--seeds 0,1,2]
 
-Eight replicas of one size, so fast that all prompts computed cold would keep them busy all the
-time. Three conditions: little memory a replica (a quarter of what is short for one cache that
-serves all), more (all of it), and little memory with events 5 s late and four replicas that die. A
-seed is that of the trace, of which replicas die, and of routers that draw lots.
+The routers ignore the caches, estimate them from the routed prompts, follow KV events, or follow
+the resumable lengths.
+
+All replicas have the same size. The load would keep them busy all the time if every prompt were
+computed cold. There are three conditions: little memory per replica (a quarter of the amount that
+is short for one cache for all requests), more memory (all of that amount), and little memory with
+events 5 s late and four failing replicas.
+
+A seed determines the trace, the failing replicas, and random choices of routers.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ from hybridcache.lab.simulation.target import RunConfig
 REPLICAS = 8
 LOAD = 1.0
 TIED = 0.01
-"""Difference of token hit rates that is a tie: one point. ``TTFT_TIED`` is the share of the mean
-TTFT."""
+"""Largest difference of token hit rates that is a tie: one point."""
 TTFT_TIED = 0.05
+"""Largest relative difference of mean TTFTs that is a tie."""
 ROUTERS = (
     "round_robin",
     "least_loaded",
@@ -49,13 +51,15 @@ ROUTERS = (
     "oracle",
 )
 CONTROLS = ("kv-seconds", "oracle")
-"""Not rivals: our own rule with less knowledge, and with more than there is."""
+"""Variants of ``checkpoint`` with less information, and with perfect information."""
 
 
 class Condition(NamedTuple):
+    """Memory, event delay and failures of one comparison."""
+
     name: str
     share: float
-    """Memory of a replica as a share of the workload's middle size."""
+    """Memory of a replica relative to the workload's middle size."""
     delay_s: float = 0.0
     failures: int = 0
 
@@ -66,30 +70,32 @@ CONDITIONS = (
     Condition("late and failing", 0.25, 5.0, 4),
 )
 Cells = dict[tuple[str, str], list[FleetResult]]
-"""Runs of each trace and condition: every router with every seed."""
+"""Runs of each trace and condition, with all routers and seeds."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--traces", default=",".join(WORKLOADS), help="words of WORKLOADS")
+    parser.add_argument("--traces", default=",".join(WORKLOADS), help="names of WORKLOADS")
     parser.add_argument("--routers", default=",".join(ROUTERS))
-    parser.add_argument("--full", action="store_true", help="whole traces, not their beginnings")
+    parser.add_argument("--full", action="store_true", help="whole traces, not only their start")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--ray", help="address of a Ray cluster to spread the runs over")
-    parser.add_argument("--resume", type=Path, help="folder that keeps runs until all are done")
+    parser.add_argument(
+        "--resume", type=Path, help="folder for finished runs, to continue a stopped study"
+    )
     options = parser.parse_args()
     collect_seldom()
-    words = [word for word in options.traces.split(",") if WORKLOADS[word].is_here]
+    traces = [trace for trace in options.traces.split(",") if WORKLOADS[trace].is_available]
     cells: Cells = {}
-    with tqdm(words, disable=None) as bar:
-        for word in bar:
+    with tqdm(traces, disable=None) as bar:
+        for trace in bar:
             for condition in CONDITIONS:
-                bar.set_description(f"{word}, {condition.name}")
-                cells[word, condition.name] = [
+                bar.set_description(f"{trace}, {condition.name}")
+                cells[trace, condition.name] = [
                     run
                     for seed in map(int, options.seeds.split(","))
-                    for run in _cell(word, condition, seed, options, bar)
+                    for run in _cell(trace, condition, seed, options, bar)
                 ]
     keep("study_router", _records(cells))
     draw(cells)
@@ -97,9 +103,9 @@ def main() -> None:
 
 
 def _cell(
-    word: str, condition: Condition, seed: int, options: argparse.Namespace, bar: tqdm[Any]
+    trace: str, condition: Condition, seed: int, options: argparse.Namespace, bar: tqdm[Any]
 ) -> list[FleetResult]:
-    workload = WORKLOADS[word]
+    workload = WORKLOADS[trace]
     fleet = FleetConfig(
         REPLICAS, load=LOAD, delay_s=condition.delay_s, failures=condition.failures, seed=seed
     )
@@ -117,18 +123,18 @@ def _cell(
         bar.set_postfix_str(f"seed {seed}: {done} of {total}")
 
     return run_fleets(
-        workload.open(word, options.full, seed),
+        workload.open(trace, options.full, seed),
         jobs,
         place=Place(options.processes, options.ray),
-        resume_from=options.resume / f"{word}.jsonl" if options.resume else None,
+        resume_from=options.resume / f"{trace}.jsonl" if options.resume else None,
         progress=show,
     )
 
 
 def _records(cells: Cells) -> list[dict[str, Any]]:
     return [
-        {"trace": word, "condition": condition} | rounded(run.as_record() | {"trace": word})
-        for (word, condition), runs in cells.items()
+        {"trace": trace, "condition": condition} | rounded(run.as_record() | {"trace": trace})
+        for (trace, condition), runs in cells.items()
         for run in runs
     ]
 
@@ -137,78 +143,86 @@ class Figures(NamedTuple):
     """Figures of one router in one cell, over all seeds."""
 
     hits: float
-    """Token hit rate, mean."""
+    """Mean token hit rate."""
     ttft_s: float
-    """Mean TTFT, mean."""
+    """Mean of the mean TTFTs."""
     wait: float
-    """The same as a share of a cold prefill."""
+    """Mean TTFT as a share of a cold prefill."""
     spread: tuple[float, float]
-    """The lowest and the highest hit rate."""
+    """Lowest and highest hit rate."""
 
 
 def _figures(runs: list[FleetResult]) -> dict[str, Figures]:
-    by: dict[str, list[FleetResult]] = {}
+    by_router: dict[str, list[FleetResult]] = {}
     for run in runs:
-        by.setdefault(run.fleet.router, []).append(run)
+        by_router.setdefault(run.fleet.router, []).append(run)
     return {
         router: Figures(
-            fmean(run.token_hit_rate for run in own),
-            fmean(run.ttft_mean_s for run in own),
-            fmean(run.ttft_mean_s / run.cold_mean_s for run in own),
-            (min(run.token_hit_rate for run in own), max(run.token_hit_rate for run in own)),
+            fmean(run.token_hit_rate for run in found),
+            fmean(run.ttft_mean_s for run in found),
+            fmean(run.ttft_mean_s / run.cold_mean_s for run in found),
+            (min(run.token_hit_rate for run in found), max(run.token_hit_rate for run in found)),
         )
-        for router, own in by.items()
+        for router, found in by_router.items()
     }
 
 
 def _report(cells: Cells) -> None:
-    """A line a cell: hit rates, and where ours is not the best or tied."""
+    """Print one line per cell with hit rates, and the cells where another router is better than
+    ``checkpoint``."""
     print(f"{'':36}" + "".join(f"{router:>14}" for router in _routers(cells)))
     behind = []
-    for (word, condition), runs in cells.items():
+    for (trace, condition), runs in cells.items():
         figures = _figures(runs)
         rates = "".join(f"{100 * one.hits:9.1f}{one.ttft_s:5.2g}" for one in figures.values())
-        print(f"{word:16}{condition:20}{rates}")
-        behind += [f"{word}, {condition}: {what}" for what in _lost(figures)]
+        print(f"{trace:16}{condition:20}{rates}")
+        behind += [f"{trace}, {condition}: {loss}" for loss in _lost(figures)]
     print(f"token hit rate in %, mean TTFT in s, means over seeds; {len(cells)} cells")
     print("\n".join(behind) or "checkpoint is best or tied in every cell")
 
 
 def _lost(figures: dict[str, Figures]) -> list[str]:
-    """Return the figures in which a rival is better than ``checkpoint`` by more than a tie."""
+    """Return the figures in which another router is better than ``checkpoint`` by more than a
+    tie."""
     ours = figures.get("checkpoint")
-    rivals = {word: one for word, one in figures.items() if word not in (*CONTROLS, "checkpoint")}
+    rivals = {
+        router: found
+        for router, found in figures.items()
+        if router not in (*CONTROLS, "checkpoint")
+    }
     if ours is None or not rivals:
         return []
-    found = []
-    word, most = max(rivals.items(), key=lambda item: item[1].hits)
-    if most.hits > ours.hits + TIED:
+    losses = []
+    router, best = max(rivals.items(), key=lambda item: item[1].hits)
+    if best.hits > ours.hits + TIED:
         low, high = (f"{100 * rate:.1f}" for rate in ours.spread)
-        gap = f"{100 * (most.hits - ours.hits):.1f}"
-        found.append(f"{word} hits {gap} points more (ours {low} to {high} %)")
-    word, soonest = min(rivals.items(), key=lambda item: item[1].ttft_s)
-    if soonest.ttft_s * (1 + TTFT_TIED) < ours.ttft_s:
-        found.append(f"mean TTFT of {word} is {ours.ttft_s / soonest.ttft_s:.2f}x shorter")
-    return found
+        gap = f"{100 * (best.hits - ours.hits):.1f}"
+        losses.append(f"{router} hits {gap} points more (checkpoint {low} to {high} %)")
+    router, fastest = min(rivals.items(), key=lambda item: item[1].ttft_s)
+    if fastest.ttft_s * (1 + TTFT_TIED) < ours.ttft_s:
+        losses.append(f"mean TTFT of {router} is {ours.ttft_s / fastest.ttft_s:.2f}x shorter")
+    return losses
 
 
 def draw(cells: Cells) -> None:
-    """A panel a condition: the hit rate of each router on each trace, with its range over seeds,
-    and its mean TTFT as a share of a cold prefill below it."""
+    """Draw hit rates with their range over seeds, and mean TTFTs below, one column per condition.
+
+    TTFTs are shares of a cold prefill.
+    """
     figure, axes = panels(2 * len(CONDITIONS), width=5.2, height=3.6, columns=len(CONDITIONS))
     for place, condition in enumerate(CONDITIONS):
-        words = [word for word, name in cells if name == condition.name]
-        figures = [_figures(cells[word, condition.name]) for word in words]
+        traces = [trace for trace, name in cells if name == condition.name]
+        figures = [_figures(cells[trace, condition.name]) for trace in traces]
         for number, router in enumerate(_routers(cells)):
-            own = [one[router] for one in figures]
+            found = [by_router[router] for by_router in figures]
             style = {"color": COLOURS[number % len(COLOURS)], "label": router, "marker": "."}
             style["linestyle"] = "--" if router in CONTROLS else "-"
-            hits = [100 * one.hits for one in own]
-            ranges = [100 * one.spread[0] for one in own], [100 * one.spread[1] for one in own]
-            axes[place].plot(words, hits, **style, linewidth=1.1)
-            axes[place].vlines(words, *ranges, color=style["color"], alpha=0.35, linewidth=2.5)
-            waits = [one.wait for one in own]
-            axes[place + len(CONDITIONS)].plot(words, waits, **style, linewidth=1.1)
+            hits = [100 * one.hits for one in found]
+            ranges = [100 * one.spread[0] for one in found], [100 * one.spread[1] for one in found]
+            axes[place].plot(traces, hits, **style, linewidth=1.1)
+            axes[place].vlines(traces, *ranges, color=style["color"], alpha=0.35, linewidth=2.5)
+            waits = [one.wait for one in found]
+            axes[place + len(CONDITIONS)].plot(traces, waits, **style, linewidth=1.1)
         axes[place].set_title(condition.name, fontsize=9)
         axes[place].set_ylabel("token hit rate, %")
         axes[place + len(CONDITIONS)].set_ylabel("mean TTFT / cold prefill")
@@ -218,8 +232,8 @@ def draw(cells: Cells) -> None:
     num_seeds = len({run.fleet.seed for runs in cells.values() for run in runs})
     caption = (
         "Eight replicas at a load of 1 (every prompt computed cold would keep all of them busy), "
-        f"LRU, default placement; means of {num_seeds} seeds, bars: their range. Dashed: our rule "
-        "believing in KV, and our rule with perfect news."
+        f"LRU, default placement; means of {num_seeds} seeds, bars: their range. Dashed: the "
+        "`checkpoint` rule with KV lengths only, and with perfect information."
     )
     save(figure, axes, figure_path("study_router"), caption)
 

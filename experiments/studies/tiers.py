@@ -401,7 +401,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.resume:
         options.resume.mkdir(parents=True, exist_ok=True)
-    words = [word for word in options.traces.split(",") if WORKLOADS[word].is_here]
+    words = [word for word in options.traces.split(",") if WORKLOADS[word].is_available]
     policies = options.policy.split(",")
     records: list[dict[str, Any]] = []
     for word in (bar := tqdm(words, disable=None)):

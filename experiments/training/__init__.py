@@ -1,1 +1,1 @@
-"""Training of the built-in model: generated tasks, Python's own sources, an autograd model."""
+"""Training of the built-in model on generated tasks and Python's standard library."""

@@ -1,5 +1,8 @@
-"""Sources that every Python ships, as training text: the standard library and its documentation
-strings, under the PSF License (``LICENSE.txt`` of Python). One file in thirty is held out."""
+"""Training texts from the Python standard library, under the PSF License (``LICENSE.txt`` of
+Python).
+
+One module in thirty is held out.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 EXCLUDED = ("site-packages", "dist-packages", "__pycache__", "/test/", "/tests/", "/idle_test/")
-MOST_BYTES = 120_000
-"""Maximum size of one file: a few generated tables have megabytes."""
+MAX_BYTES = 120_000
+"""Maximum size of one file. A few generated tables have megabytes."""
 HELD_OUT = 30
+"""One module in this many is held out."""
 
 
 def sources(held_out: bool) -> Iterator[str]:
-    """Texts of the standard library's modules, in an order that is the same on every machine with
+    """Yield the texts of the standard library's modules, in the same order on every machine with
     the same Python."""
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = sorted(
@@ -27,12 +31,12 @@ def sources(held_out: bool) -> Iterator[str]:
         if is_held_out(name) != held_out:
             continue
         text = (root / name).read_text(encoding="utf-8", errors="replace")
-        if len(text) <= MOST_BYTES:
+        if len(text) <= MAX_BYTES:
             yield f"# {name}\n{text}<|endoftext|>"
 
 
 def is_held_out(name: str) -> bool:
-    """Whether a module is kept from training: by its name alone."""
+    """Return True if a module is excluded from training. Depends only on its name."""
     return int(_digest(name)[:8], 16) % HELD_OUT == 0
 
 

@@ -1,4 +1,4 @@
-"""Evaluation on new generated tasks: answered greedily, compared as a whole."""
+"""Evaluation of a model on newly generated tasks, with greedy answers and exact comparison."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from engine.text.tokenizer import ByteTokenizer
 from experiments.training import tasks
 
 SHOTS = 4
-MOST_TOKENS = 200
-"""Maximum length of an answer; no correct one is as long."""
+MAX_TOKENS = 200
+"""Maximum length of an answer. Correct answers are shorter."""
 NEWLINE = ord("\n")
 TOKENIZER = ByteTokenizer()
 TEMPLATE = TOKENIZER.chat_template
@@ -25,11 +25,13 @@ assert TEMPLATE is not None
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """One prompt and the check of its answer."""
+
     prompt: str
-    is_right: Callable[[str], bool]
+    is_correct: Callable[[str], bool]
     """True for the text of a correct answer."""
     ends_with_line: bool = True
-    """Or else with the message."""
+    """True if the answer ends with its line, False if it ends with the message."""
 
 
 def _problem(rng: random.Random, num_steps: int) -> Question:
@@ -37,8 +39,8 @@ def _problem(rng: random.Random, num_steps: int) -> Question:
     return Question(prompt, lambda text: tasks.answer_of(text) == problem.answer)
 
 
-def _line(prompt: str, wanted: str) -> Question:
-    return Question(prompt, lambda text: text.strip() == wanted.strip())
+def _line(prompt: str, expected: str) -> Question:
+    return Question(prompt, lambda text: text.strip() == expected.strip())
 
 
 def _tool_call(rng: random.Random) -> Question:
@@ -51,7 +53,8 @@ def _tool_call(rng: random.Random) -> Question:
 
 
 def called(text: str) -> dict[str, Any] | None:
-    """Name and arguments of the first call in an answer of the built-in template; None: no call."""
+    """Return name and arguments of the first call in an answer of the built-in template, or None if
+    there is no call."""
     _, mark, rest = text.partition("<tool_call>")
     body, end, _ = rest.partition("</tool_call>")
     try:
@@ -73,21 +76,22 @@ KINDS: dict[str, Callable[[random.Random], Question]] = {
 
 
 def questions(kind: str, count: int, seed: int = 0) -> list[Question]:
-    """``count`` of a kind; of one seed always the same, and never one of training's draws."""
+    """Return ``count`` questions of one kind: the same for the same seed, and never a sample of the
+    training."""
     rng = random.Random(f"{seed} evaluation {kind}")
     return [KINDS[kind](rng) for _ in range(count)]
 
 
-def answers(engine: Engine, asked: Sequence[Question]) -> list[RequestOutput]:
-    """Greedy."""
-    prompts = [TOKENIZER.encode(question.prompt) for question in asked]
+def answers(engine: Engine, batch: Sequence[Question]) -> list[RequestOutput]:
+    """Generate greedy answers."""
+    prompts = [TOKENIZER.encode(question.prompt) for question in batch]
     params = [
         SamplingParams(
             temperature=0.0,
-            max_tokens=MOST_TOKENS,
+            max_tokens=MAX_TOKENS,
             stop_token_ids=(NEWLINE,) if question.ends_with_line else (),
         )
-        for question in asked
+        for question in batch
     ]
     return engine.generate(prompts, params)
 
@@ -95,13 +99,13 @@ def answers(engine: Engine, asked: Sequence[Question]) -> list[RequestOutput]:
 def solved(
     engine: Engine, count: int, seed: int = 0, kinds: Sequence[str] = tuple(KINDS)
 ) -> dict[str, float]:
-    """Share of ``count`` questions answered rightly, by kind."""
+    """Return the share of ``count`` questions that are answered correctly, by kind."""
     shares = {}
     for kind in kinds:
-        asked = questions(kind, count, seed)
-        right = [
-            question.is_right(TOKENIZER.decode(answer.token_ids))
-            for question, answer in zip(asked, answers(engine, asked), strict=True)
+        batch = questions(kind, count, seed)
+        correct = [
+            question.is_correct(TOKENIZER.decode(answer.token_ids))
+            for question, answer in zip(batch, answers(engine, batch), strict=True)
         ]
-        shares[kind] = round(sum(right) / count, 4)
+        shares[kind] = round(sum(correct) / count, 4)
     return shares

@@ -1,6 +1,7 @@
-"""The few-shot word problems as tasks of lm-eval: a YAML file and questions beside it, drawn from a
-seed. All questions of a task follow the same solved problems, so that a prefix cache has something
-to reuse."""
+"""Few-shot word problems as tasks of lm-eval: YAML files, each with a file of generated questions.
+
+All questions of a task follow the same solved problems, so a prefix cache can reuse them.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from experiments.training.tasks import word_problem
 
 SHOTS = 4
 PROBLEMS = tuple(f"problems_{steps}" for steps in (1, 2, 3))
-"""Tasks by the steps of their problems."""
+"""Task names, by the number of steps of their problems."""
 
 _TASK = """\
 task: {name}
@@ -45,12 +46,12 @@ metadata:
 
 
 def write_problems(folder: Path, count: int, seed: int = 0) -> None:
-    """A task for each of ``PROBLEMS``, with ``count`` questions."""
+    """Write one task for each of ``PROBLEMS``, with ``count`` questions."""
     for num_steps, name in enumerate(PROBLEMS, start=1):
         rng = random.Random(f"{seed} {name}")
         solved = [word_problem(rng, num_steps) for _ in range(SHOTS)]
         shots = "".join(f"Question: {p.question}\nAnswer: {p.working}\n\n" for p in solved)
-        asked = [word_problem(rng, num_steps) for _ in range(count)]
+        problems = [word_problem(rng, num_steps) for _ in range(count)]
         data = folder / f"{name}.jsonl"
         data.write_text(
             "".join(
@@ -61,7 +62,7 @@ def write_problems(folder: Path, count: int, seed: int = 0) -> None:
                     }
                 )
                 + "\n"
-                for problem in asked
+                for problem in problems
             ),
             encoding="utf-8",
         )

@@ -1,9 +1,9 @@
-"""The built-in model for training: the modules of Qwen3-Next with autograd, its multi-token head
-included, parameters named as in a checkpoint.
+"""The built-in model for training: the modules of Qwen3-Next with autograd and the multi-token
+head.
 
-The delta rule runs in chunks (Yang et al. 2024, arXiv 2412.06464), so that training is products of
-matrices and not a loop over tokens. Serving uses ``engine``; ``tests/experiments`` holds the two
-against each other.
+Parameters are named as in a checkpoint. The delta rule runs in chunks (Yang et al. 2024, arXiv
+2412.06464), so training consists of matrix products instead of a loop over tokens. Serving uses
+``engine``; ``tests/experiments`` compares the two.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Links = list[tuple[Tensor, Tensor]]
 """Keys and values ``[B, heads, T - n, D]`` of pass n of the multi-token head."""
 
 CHUNK = 32
-"""Tokens of the delta rule's chunks here; any size gives the same function."""
+"""Tokens per chunk of the delta rule. The result does not depend on it."""
 
 
 class CentredNorm(nn.Module):
-    """RMS norm whose weight is kept around 0."""
+    """RMS norm with weights stored as differences from 1."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class CentredNorm(nn.Module):
 
 
 class GatedNorm(nn.Module):
-    """RMS norm times silu of a gate."""
+    """RMS norm, multiplied by silu of a gate."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -49,7 +49,10 @@ class GatedNorm(nn.Module):
 
 
 class GatedDeltaNet(nn.Module):
-    """``[B, T, H]`` to the same; inputs interleaved by key head, as in Qwen3-Next's files."""
+    """Gated delta rule layer, ``[B, T, H]`` to ``[B, T, H]``.
+
+    Projections are interleaved by key head, as in Qwen3-Next's files.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -97,7 +100,8 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj(self.norm(out.transpose(1, 2), z).flatten(2))
 
     def _split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Query, key ``[B, T, HK, K]``, value, z ``[B, T, HV, V]``, b, a ``[B, T, HV]``."""
+        """Return query and key ``[B, T, HK, K]``, value and z ``[B, T, HV, V]``, b and a ``[B, T,
+        HV]``."""
         shape, values = x.shape[:2], self.group * self.value_dim
         grouped = self.in_proj_qkvz(x).view(*shape, self.key_heads, -1)
         query, key, value, z = grouped.split([self.key_dim, self.key_dim, values, values], dim=-1)
@@ -108,8 +112,11 @@ class GatedDeltaNet(nn.Module):
 
 @torch.autocast("cpu", enabled=False)
 def delta_rule(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, beta: Tensor) -> Tensor:
-    """``[B, H, T, V]`` from a zero state. ``query``, ``key`` ``[B, H, T, K]``, keys of unit length;
-    ``gate`` log decays and ``beta`` ``[B, H, T]``. float32."""
+    """Apply the gated delta rule from a zero state, in float32. Returns ``[B, H, T, V]``.
+
+    ``query`` and ``key`` are ``[B, H, T, K]``, with keys of unit length. ``gate`` (log decays) and
+    ``beta`` are ``[B, H, T]``.
+    """
     length = query.shape[2]
     query, key, value, gate, beta = (
         F.pad(x, [0, 0] * (x.ndim - 3) + [0, -length % CHUNK]).unflatten(2, (-1, CHUNK))
@@ -124,19 +131,22 @@ def delta_rule(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, beta: Te
     reads = inverse @ (weighted * total.exp().unsqueeze(-1))
     within = query @ key.mT * decay
     carried = query * total.exp().unsqueeze(-1)
-    kept = key * (total[..., -1:] - total).exp().unsqueeze(-1)
+    decayed = key * (total[..., -1:] - total).exp().unsqueeze(-1)
     state = value.new_zeros(*key.shape[:2], key.shape[-1], value.shape[-1])
     outs = []
     for chunk in range(key.shape[2]):
         new = writes[:, :, chunk] - reads[:, :, chunk] @ state
         outs.append(carried[:, :, chunk] @ state + within[:, :, chunk] @ new)
         end = total[:, :, chunk, -1].exp()[..., None, None]
-        state = state * end + kept[:, :, chunk].mT @ new
+        state = state * end + decayed[:, :, chunk].mT @ new
     return torch.cat(outs, dim=2)[:, :, :length]
 
 
 def _unit_inverse(lower: Tensor) -> Tensor:
-    """``(I + lower)^-1`` of strictly lower triangles ``[..., CHUNK, CHUNK]``: their powers end."""
+    """Return ``(I + lower)^-1`` of strictly lower triangular ``[..., CHUNK, CHUNK]``.
+
+    Such matrices are nilpotent, so the power series is finite.
+    """
     power = -lower
     inverse = torch.eye(CHUNK) + power
     for _ in range(CHUNK.bit_length() - 2):
@@ -146,7 +156,7 @@ def _unit_inverse(lower: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Gated attention with rotary embeddings over a part of each head."""
+    """Gated attention with rotary embeddings on a part of each head."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -162,9 +172,12 @@ class Attention(nn.Module):
         self.theta = config["rope_theta"]
 
     def forward(self, x: Tensor, links: Links | None = None) -> Tensor:
-        """``links``: keys and values of the passes before this one over the same sequence, shifted
-        by one token each; this pass's are added. A query sees the first pass's keys as far as they
-        were known when its chain began, and of each later pass its own chain's."""
+        """Attend to this pass and to the earlier passes in ``links``, to which this pass is added.
+
+        ``links`` holds the keys and values of earlier passes over the same sequence, shifted by one
+        token each. A query sees the first pass's keys up to the start of its chain, and its chained
+        chain's keys of later passes.
+        """
         links = [] if links is None else links
         shape = (*x.shape[:2], -1, self.head_dim)
         query, gate = self.q_proj(x).view(*x.shape[:2], self.heads, -1).chunk(2, dim=-1)
@@ -172,10 +185,10 @@ class Attention(nn.Module):
         key = self._rotate(self.k_norm(self.k_proj(x).view(shape)).transpose(1, 2), len(links))
         links.append((key, self.v_proj(x).view(shape).transpose(1, 2)))
         keys, values = (torch.cat(parts, dim=2) for parts in zip(*links, strict=True))
-        first, *own = (
+        first, *chained = (
             torch.ones(x.shape[1], key.shape[2], dtype=torch.bool).tril() for key, _ in links
         )
-        mask = torch.cat([first, *(part.triu() for part in own)], dim=1) if own else None
+        mask = torch.cat([first, *(part.triu() for part in chained)], dim=1) if chained else None
         out = F.scaled_dot_product_attention(
             query, keys, values, mask, is_causal=mask is None, enable_gqa=True
         )
@@ -191,7 +204,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU."""
+    """SwiGLU feed-forward layer."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -205,6 +218,8 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Mixer and MLP with residual connections."""
+
     def __init__(self, config: Mapping[str, Any], *, is_full: bool) -> None:
         super().__init__()
         hidden, eps = config["hidden_size"], config["rms_norm_eps"]
@@ -222,8 +237,11 @@ class DecoderLayer(nn.Module):
 
 
 class Draft(nn.Module):
-    """The multi-token head: from the hidden vector at a position and the next token, the hidden
-    vector that speaks of the token after it."""
+    """Multi-token head.
+
+    Maps the hidden vector at a position and the next token to the hidden vector that predicts the
+    token after it.
+    """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -240,6 +258,8 @@ class Draft(nn.Module):
 
 
 class Backbone(nn.Module):
+    """Embedding, decoder layers and final norm."""
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         every = config["full_attention_interval"]
@@ -258,7 +278,7 @@ class Backbone(nn.Module):
 
 
 class Model(nn.Module):
-    """A Qwen3-Next of dense MLPs with one multi-token head. ``state_dict`` is its checkpoint."""
+    """Qwen3-Next with dense MLPs and one multi-token head. ``state_dict`` is its checkpoint."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -273,8 +293,11 @@ class Model(nn.Module):
                 nn.init.normal_(weight, std=0.02)
 
     def forward(self, token_ids: Tensor, depth: int = 0) -> list[Tensor]:
-        """Logits ``[B, T - d, vocab]`` for d = 0 .. ``depth``: at d, of the token d + 1 later, by
-        the multi-token head chained d times."""
+        """Return logits ``[B, T - d, vocab]`` for d = 0 .. ``depth``.
+
+        Logits at d predict the token d + 1 positions later, with the multi-token head applied d
+        times.
+        """
         hidden = self.model(token_ids)
         logits = [self.lm_head(hidden)]
         links: Links = []
@@ -286,12 +309,15 @@ class Model(nn.Module):
 
 
 def losses(logits: list[Tensor], token_ids: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean cross entropy in nats a token at every depth, ``[depth + 1]``; ``weights`` ``[B, T]``
-    say what each token of ``token_ids`` counts."""
+    """Return the mean cross entropy per depth, ``[depth + 1]``, in nats per token.
+
+    ``weights`` ``[B, T]`` are the weights of the tokens in the mean.
+    """
     weights = torch.ones(token_ids.shape) if weights is None else weights
     found = []
-    for d, of in enumerate(logits):
-        each = F.cross_entropy(of[:, :-1].mT.float(), token_ids[:, d + 1 :], reduction="none")
+    for d, predicted in enumerate(logits):
+        targets = token_ids[:, d + 1 :]
+        entropy = F.cross_entropy(predicted[:, :-1].mT.float(), targets, reduction="none")
         counts = weights[:, d + 1 :]
-        found.append((each * counts).sum() / counts.sum())
+        found.append((entropy * counts).sum() / counts.sum())
     return torch.stack(found)

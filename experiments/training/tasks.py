@@ -1,9 +1,9 @@
-"""Made-up tasks with answers that can be checked, drawn from a seed: word problems in one to three
-steps, sums, look-ups in a table, copying, short chats with tool calls.
+"""Generated tasks with answers that can be checked, drawn from a seed.
 
-Every text is what the server's built-in chat template or a plain completion would hold, so that a
-model trained on it is asked in the very form it has seen. Names, things and numbers are drawn;
-nothing is taken from any person's text.
+The tasks are word problems in one to three steps, sums, look-ups in a table, copying, and short
+chats with tool calls. Every text has the form of the server's built-in chat template or of a plain
+completion, so prompts look like the training data. Names, things and numbers are drawn. No text of
+a person is used.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ THINGS = _words(
 )
 PLACES = _words("box bag shelf basket drawer tin crate jar")
 MOST = 99
-"""No number of a word problem is larger: a model of a few million weights learns these."""
+"""Largest number in a word problem. A model of a few million weights can learn these."""
 KEYS = _words(
     "amber birch cedar delta ember fjord grove heron ivory jasper karst lotus maple north opal "
     "pearl quartz raven slate tulip umber violet willow xenon yarrow zinc"
@@ -38,30 +38,30 @@ KEYS = _words(
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question whose answer is one whole number."""
+    """Question with one whole number as its answer."""
 
     question: str
     working: str
-    """The steps, ending in ``#### answer`` as GSM8K's do."""
+    """Steps of the solution, ending in ``#### answer`` as in GSM8K."""
     answer: int
     num_steps: int
 
 
 def word_problem(rng: random.Random, num_steps: int) -> Problem:
-    """One to three additions, subtractions and small multiplications about a person's things."""
+    """Return a problem of one to three additions, subtractions and small multiplications."""
     name, other = rng.sample(NAMES, 2)
     thing, place = rng.choice(THINGS), rng.choice(PLACES)
     value = rng.randint(2, 40)
-    told = [rng.choice(_BEGINNINGS).format(n=name, v=value, t=thing, p=place)]
+    sentences = [rng.choice(_BEGINNINGS).format(n=name, v=value, t=thing, p=place)]
     working = []
     for _ in range(num_steps):
         sentence, sign, amount = _step(rng, value, name, other, thing, place)
         after = {"+": value + amount, "-": value - amount, "*": value * amount}[sign]
-        told.append(sentence)
+        sentences.append(sentence)
         working.append(f"{value} {sign} {amount} = {after}.")
         value = after
-    ask = rng.choice(_QUESTIONS).format(n=name, t=thing)
-    return Problem(" ".join([*told, ask]), " ".join([*working, f"#### {value}"]), value, num_steps)
+    sentences.append(rng.choice(_QUESTIONS).format(n=name, t=thing))
+    return Problem(" ".join(sentences), " ".join([*working, f"#### {value}"]), value, num_steps)
 
 
 _BEGINNINGS = (
@@ -96,7 +96,7 @@ _TIMES = (
 def _step(
     rng: random.Random, value: int, name: str, other: str, thing: str, place: str
 ) -> tuple[str, str, int]:
-    """(sentence, sign, amount); the value stays between 0 and ``MOST``."""
+    """Return (sentence, sign, amount). The value stays between 0 and ``MOST``."""
     signs = []
     if value < MOST - 1:
         signs += ["+", "+"]
@@ -116,8 +116,10 @@ def _step(
 
 
 def few_shot(rng: random.Random, shots: int, num_steps: int | None = None) -> tuple[str, Problem]:
-    """(a prompt of ``shots`` solved problems and one open one, that one). The steps of each are
-    drawn where ``num_steps`` is None."""
+    """Return (prompt, open problem). The prompt has ``shots`` solved problems before the open one.
+
+    The number of steps is drawn for each problem if ``num_steps`` is None.
+    """
     steps = [num_steps or rng.choice((1, 1, 2, 2, 3)) for _ in range(shots + 1)]
     solved = [word_problem(rng, count) for count in steps[:-1]]
     problem = word_problem(rng, steps[-1])
@@ -126,7 +128,7 @@ def few_shot(rng: random.Random, shots: int, num_steps: int | None = None) -> tu
 
 
 def answer_of(text: str) -> int | None:
-    """The number after the first ``####``; None where there is none."""
+    """Return the number after the first ``####``, or None if there is none."""
     _, mark, rest = text.partition("####")
     digits = rest.strip().split()[:1]
     number = digits[0].rstrip(".,").replace(",", "") if mark and digits else ""
@@ -134,8 +136,11 @@ def answer_of(text: str) -> int | None:
 
 
 def look_up(rng: random.Random, rows: int, answered: int = 0) -> tuple[str, str]:
-    """(a table of ``rows`` keys and a question for one of them, its value); before it ``answered``
-    questions with their answers."""
+    """Return (prompt, value). The prompt is a table of ``rows`` keys and a question for one of
+    them.
+
+    ``answered`` questions with their answers precede the question.
+    """
     keys = [f"{rng.choice(KEYS)}-{rng.randint(10, 99)}" for _ in range(rows)]
     keys = list(dict.fromkeys(keys))
     values = [str(rng.randint(100, 999)) for _ in keys]
@@ -147,7 +152,7 @@ def look_up(rng: random.Random, rows: int, answered: int = 0) -> tuple[str, str]
 
 
 def sums(rng: random.Random) -> str:
-    """Lines of a word problem's working, from drawn numbers."""
+    """Return lines like those of a word problem's working, with drawn numbers."""
     lines = []
     for _ in range(rng.randint(6, 16)):
         value = rng.randint(2, rng.choice((MOST // 4, MOST)))
@@ -158,7 +163,7 @@ def sums(rng: random.Random) -> str:
 
 
 def copying(rng: random.Random) -> tuple[str, str]:
-    """(a text to repeat, the text again)."""
+    """Return (prompt with a text to repeat, the text)."""
     words = [rng.choice((*KEYS, *THINGS, *NAMES)) for _ in range(rng.randint(4, 24))]
     text = " ".join(words) + f" {rng.randint(1000, 9999)}"
     return f"Repeat exactly: {text}\nRepeated:", f" {text}"
@@ -182,11 +187,11 @@ TOOLS = (
     _tool("look_up", "The value of a key in the table.", key="string"),
     _tool("add", "The sum of two numbers.", a="integer", b="integer"),
 )
-"""As in a request's ``tools``."""
+"""Tools in the form of a request's ``tools``."""
 
 
 def tool_chat(rng: random.Random) -> list[dict[str, Any]]:
-    """Messages: one to three times a question, a call, its result, the answer."""
+    """Return messages: one to three times a question, a call, its result and the answer."""
     messages: list[dict[str, Any]] = [{"role": "system", "content": ASSISTANT}]
     for ask in rng.sample((_ask_count, _ask_key, _ask_sum), rng.randint(1, 3)):
         name, arguments, question, result, answer = ask(rng)
@@ -200,10 +205,11 @@ def tool_chat(rng: random.Random) -> list[dict[str, Any]]:
     return messages
 
 
-Asked = tuple[str, dict[str, str | int], str, str, str]
+ToolQuestion = tuple[str, dict[str, str | int], str, str, str]
+"""(tool name, arguments, question, result, answer)."""
 
 
-def _ask_count(rng: random.Random) -> Asked:
+def _ask_count(rng: random.Random) -> ToolQuestion:
     person, thing, count = rng.choice(NAMES), rng.choice(THINGS), rng.randint(1, 99)
     return (
         "get_count",
@@ -214,7 +220,7 @@ def _ask_count(rng: random.Random) -> Asked:
     )
 
 
-def _ask_key(rng: random.Random) -> Asked:
+def _ask_key(rng: random.Random) -> ToolQuestion:
     key, value = f"{rng.choice(KEYS)}-{rng.randint(10, 99)}", rng.randint(100, 999)
     return (
         "look_up",
@@ -225,7 +231,7 @@ def _ask_key(rng: random.Random) -> Asked:
     )
 
 
-def _ask_sum(rng: random.Random) -> Asked:
+def _ask_sum(rng: random.Random) -> ToolQuestion:
     a, b = rng.randint(2, 99), rng.randint(2, 99)
     return (
         "add",
@@ -237,7 +243,7 @@ def _ask_sum(rng: random.Random) -> Asked:
 
 
 def chat(rng: random.Random) -> list[dict[str, Any]]:
-    """Messages: one to three small questions about what was said."""
+    """Return messages: one to three small questions about earlier messages."""
     person, thing, count = rng.choice(NAMES), rng.choice(THINGS), rng.randint(2, 99)
     turns = [
         (f"My name is {person}.", f"Hello {person}, how can I help you?"),
@@ -254,7 +260,7 @@ def chat(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def problem_chat(rng: random.Random) -> list[dict[str, Any]]:
-    """Messages: a word problem and its working."""
+    """Return messages: a word problem and its working."""
     problem = word_problem(rng, rng.choice((1, 1, 2, 2, 3)))
     return [
         {"role": "user", "content": problem.question},
@@ -263,12 +269,14 @@ def problem_chat(rng: random.Random) -> list[dict[str, Any]]:
 
 
 Render = Callable[..., str]
-"""As ``ChatTemplate.render``: messages, and ``tools=``."""
+"""Signature of ``ChatTemplate.render``: messages, and ``tools=``."""
 
 
 def sample(rng: random.Random, render: Render) -> str:
-    """One text of a task drawn by its share; ``render`` writes messages as the chat template
-    does."""
+    """Return one text of a task that is drawn by its share.
+
+    ``render`` formats messages as the chat template does.
+    """
     kind = rng.choices(
         ("problems", "problem_chat", "sums", "look_up", "copying", "tools", "chat"),
         (10, 2, 24, 3, 2, 1, 1),
@@ -295,8 +303,11 @@ _ANSWER = re.compile(
 
 
 def parts(text: str) -> list[tuple[str, bool]]:
-    """A text of ``sample`` in pieces, each with whether it is an answer: what can be told from the
-    text before it. The rest is drawn, and a model can only guess it."""
+    """Split a text of ``sample`` into (piece, is_answer).
+
+    Answers follow from the text before them. The other pieces are drawn, so a model can only guess
+    them.
+    """
     found, end = [], 0
     for match in _ANSWER.finditer(text):
         start, stop = match.span(match.lastindex or 0)

@@ -1,13 +1,16 @@
-"""Train the built-in model: a byte-level hybrid of Qwen3-Next's kind with its multi-token head.
+"""Train the built-in model: a byte-level hybrid like Qwen3-Next with its multi-token head.
 
     python -m experiments.training.train_builtin --out out/builtin --hours 2
 
-One run on one machine, seeded; stopped and started again it goes on from its last checkpoint. Data:
-Python's standard library (PSF License) and made-up tasks (``experiments/training``). Writes a model
-directory: ``config.json``, ``model.safetensors`` in bfloat16, and ``training.json`` with the loss
-curve, bits per byte held out at every draft depth, and the share of tasks that is solved.
+Runs on one machine with a seed. A stopped run continues from its last checkpoint. Data: Python's
+standard library (PSF License) and generated tasks (``experiments/training``).
 
-    python -m experiments.training.train_builtin --out out/builtin --hours 0 --install  # as it is
+Writes a model directory with ``config.json``, ``model.safetensors`` in bfloat16, and
+``training.json``. The latter has the loss curve, held-out bits per byte at every draft depth, and
+the share of solved tasks.
+
+    # Install a trained model without more training:
+    python -m experiments.training.train_builtin --out out/builtin --hours 0 --install
 """
 
 from __future__ import annotations
@@ -64,12 +67,12 @@ CONFIG: dict[str, Any] = {
     "dtype": "bfloat16",
 }
 DEPTH = 3
-"""Tokens that the multi-token head is trained to see ahead."""
+"""Tokens that the multi-token head learns to predict."""
 DRAFT_WEIGHT = 0.3
 TASK_SHARE = 0.7
 """Share of tasks among the tokens; the rest is code."""
 ANSWER_WEIGHT, DRAWN_WEIGHT, CODE_WEIGHT = 1.0, 0.1, 0.5
-"""Weights of tokens in the loss: answers follow from the text before them, random draws of a task
+"""Weights of tokens in the loss. Answers follow from the text before them; random draws of a task
 do not."""
 WARM_UP = 100
 SAVE_EVERY = 200
@@ -82,7 +85,7 @@ Row = list[tuple[int, float]]
 
 
 class Data:
-    """Batches ``[batch, length]``, drawn by step: step n is the same whenever it is asked for."""
+    """Batches ``[batch, length]``. The batch of a step depends only on the seed and the step."""
 
     def __init__(self, batch: int, length: int, seed: int) -> None:
         self._batch, self._length, self._seed = batch, length, seed
@@ -93,7 +96,7 @@ class Data:
         )
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Token ids and their weights."""
+        """Return token ids and their weights."""
         rng = random.Random(f"{self._seed} {step}")
         rows = [
             self._task(rng) if rng.random() < TASK_SHARE else self._piece(rng)
@@ -103,7 +106,7 @@ class Data:
         return torch.tensor(both[..., 0], dtype=torch.int64), torch.tensor(both[..., 1]).float()
 
     def held_out(self, rows: int) -> dict[str, Tensor]:
-        """Kind to ``[rows, length]``."""
+        """Return held-out token ids ``[rows, length]`` by kind."""
         code = [token for text in corpus.sources(held_out=True) for token in self._ids(text)]
         starts = np.linspace(0, len(code) - self._length, rows).astype(int)
         rng = random.Random(f"{self._seed} held out")
@@ -131,13 +134,13 @@ class Data:
 
 
 def learning_rate(progress: float, peak: float) -> float:
-    """Return the rate after the share ``progress`` of a run: constant, then down to a tenth in the
+    """Return the rate at ``progress``, a share of the run: constant, then falling to a tenth in the
     last third."""
     return peak * min(1.0, 1.0 - 0.9 * (progress - 2 / 3) * 3)
 
 
 class Training:
-    """Model, optimisers and clock of one run; a file holds all of it."""
+    """Model, optimisers and clock of one run, stored in one file."""
 
     def __init__(self, data: Data, path: Path, *, seed: int) -> None:
         torch.manual_seed(seed)
@@ -156,7 +159,7 @@ class Training:
             self._load()
 
     def one_step(self, progress: float) -> list[float]:
-        """Losses of one batch in nats a token, by depth."""
+        """Train on one batch. Returns the losses in nats per token, by depth."""
         token_ids, weights = self._data.batch(self.step)
         depth = random.Random(f"{self._seed} depth {self.step}").randint(1, DEPTH)
         ramp = min(1.0, (self.step + 1) / WARM_UP)
@@ -177,7 +180,7 @@ class Training:
 
     @torch.inference_mode()
     def evaluate(self, rows: int) -> dict[str, float]:
-        """Bits per byte by kind and depth, held out."""
+        """Return held-out bits per byte, by kind and depth."""
         self.model.eval()
         bits = {}
         for kind, token_ids in self._data.held_out(rows).items():
@@ -188,7 +191,7 @@ class Training:
         return bits
 
     def save(self) -> None:
-        """Whole or not at all."""
+        """Write the state to the file, atomically."""
         part = self._path.with_suffix(".part")
         state = {
             "model": self.model.state_dict(),
@@ -217,7 +220,7 @@ def _is_matrix(name: str, weight: Tensor) -> bool:
 def export(
     model: Model, folder: Path, facts: dict[str, Any], config: dict[str, Any] = CONFIG
 ) -> None:
-    """The model directory that ``engine serve`` reads."""
+    """Write the model directory for ``engine serve``."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: w.to(torch.bfloat16).contiguous() for name, w in model.named_parameters()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
@@ -226,13 +229,13 @@ def export(
 
 
 def finish(training: Training, out: Path, settings: argparse.Namespace) -> dict[str, Any]:
-    """Export what is trained, evaluate what was exported as it is served, and write it down."""
+    """Export the model, evaluate the exported directory with the engine, and write the facts."""
     facts: dict[str, Any] = {
         "provenance": provenance(),
         "data": {
             "code": f"the standard library of Python {platform.python_version()}, one module in "
             f"{corpus.HELD_OUT} held out; PSF License",
-            "tasks": "made up from a seed: word problems, sums, look-ups, copying, chats, tool "
+            "tasks": "generated from a seed: word problems, sums, look-ups, copying, chats, tool "
             "calls (experiments/training/tasks.py); part of this project",
             "task_share": TASK_SHARE,
         },
@@ -253,7 +256,7 @@ def finish(training: Training, out: Path, settings: argparse.Namespace) -> dict[
 
 
 def install(out: Path) -> None:
-    """Make the model in ``out`` the one that comes with the engine, and draw its curve."""
+    """Copy the model in ``out`` into the engine as the built-in model, and draw its curve."""
     BUILTIN_DIR.mkdir(exist_ok=True)
     for name in FILES:
         shutil.copyfile(out / name, BUILTIN_DIR / name)
@@ -261,7 +264,8 @@ def install(out: Path) -> None:
 
 
 def draw(facts: Mapping[str, Any]) -> None:
-    """Held-out bits per byte over the tokens trained on, a line for each depth; what is solved."""
+    """Draw held-out bits per byte over trained tokens, one line per depth, and the share of solved
+    tasks."""
     figure, axes = panels(3, columns=3)
     rows = [*facts["curve"], facts["held_out_bits_per_byte"] | {"tokens": facts["tokens"]}]
     for axis, kind in zip(axes, ("code", "tasks"), strict=False):
@@ -276,7 +280,7 @@ def draw(facts: Mapping[str, Any]) -> None:
                 label="next byte" if not depth else f"byte {depth + 1} ahead, by the head",
             )
         axis.set_ylim(bottom=0)
-        axis.set_xlabel("million tokens trained on")
+        axis.set_xlabel("trained tokens, millions")
         axis.set_ylabel("held-out bits per byte")
         axis.set_title(kind, fontsize=9)
     shares = facts["solved"]
@@ -285,8 +289,8 @@ def draw(facts: Mapping[str, Any]) -> None:
     axes[2].set_xlim(0, 100)
     axes[2].set_xlabel(f"solved of {facts['questions']}, %")
     caption = (
-        "The built-in model: modules of Python's standard library that were held out, and made-up "
-        "tasks drawn anew. The last point is of more rows than those before. Solved: greedy "
+        "The built-in model on held-out modules of Python's standard library and on newly "
+        "generated tasks. The last point has more rows than the others. Solved: greedy "
         f"answers in bfloat16, word problems after {evaluation.SHOTS} solved ones."
     )
     save(figure, axes, FIGURES / "train_builtin.png", caption)
@@ -299,16 +303,14 @@ def main() -> None:
         "--hours",
         type=float,
         default=2.0,
-        help="of training, restarts included; a run that has had them is only finished",
+        help="hours of training, restarts included; 0 only evaluates and exports",
     )
-    parser.add_argument("--batch", type=int, default=2, help="sequences a step")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=2, help="sequences per step")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per sequence")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--questions", type=int, default=200, help="of each kind, at the end")
-    parser.add_argument(
-        "--install", action="store_true", help="make it the model that comes with the engine"
-    )
+    parser.add_argument("--questions", type=int, default=200, help="questions per kind at the end")
+    parser.add_argument("--install", action="store_true", help="install it as the built-in model")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -323,7 +325,7 @@ def main() -> None:
 
 
 def train(training: Training, args: argparse.Namespace) -> None:
-    """Until its hours are over."""
+    """Train until the hours are used up."""
     budget = args.hours * 3600
     if training.seconds >= budget:
         return

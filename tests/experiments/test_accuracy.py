@@ -63,14 +63,14 @@ def test_without_lm_eval_it_says_what_to_install(capsys: pytest.CaptureFixture[s
 def test_questions_are_seeded_and_judged(kind: str) -> None:
     asked = [question.prompt for question in questions(kind, 4)]
     assert asked == [question.prompt for question in questions(kind, 4)] and len(set(asked)) == 4
-    assert not any(question.is_right("no") for question in questions(kind, 4))
+    assert not any(question.is_correct("no") for question in questions(kind, 4))
 
 
 def test_a_look_up_and_a_call_are_right() -> None:
     [question] = questions("look-ups in 8 rows", 1)
     key = question.prompt.rpartition("Look up: ")[2]
     [value] = re.findall(rf"^{key} (\d+)$", question.prompt, re.M)
-    assert question.is_right(f" {value}\n") and not question.is_right(f" {value}0")
+    assert question.is_correct(f" {value}\n") and not question.is_correct(f" {value}0")
     call = {"name": "get_count", "arguments": {"person": "Ada", "thing": "pens"}}
     assert called(f"<tool_call>\n{json.dumps(call)}\n</tool_call>") == call
     assert called("<tool_call>\n{}") is None

@@ -22,11 +22,11 @@ from experiments.benchmarks import serving as bench_serving
 from experiments.benchmarks.serving import random_jobs, sweep, table
 from experiments.benchmarks.serving_load import (
     Answer,
-    Ask,
     EngineClient,
     HTTPClient,
     Load,
     Piece,
+    Prompt,
     Run,
     Targets,
     drive,
@@ -85,7 +85,7 @@ def test_a_sweep_shows_what_the_cache_is_worth() -> None:
     assert all(record["tpot_ms"]["p50"] >= 0 for record in records)
     assert all(record["token_hit_rate"] == 0 for record in records[3:])
     # The second prompt finds the branch, the third and later ones hit 128 of the 140 shared tokens.
-    total = sum(len(job[0].prompt) for job in jobs)
+    total = sum(len(job[0].tokens) for job in jobs)
     assert records[0]["token_hit_rate"] == pytest.approx(4 * 128 / total)
     assert len(table(records).splitlines()) == 7
 
@@ -113,15 +113,15 @@ def test_turns_follow_each_other() -> None:
         def __init__(self) -> None:
             self.log: list[tuple[str, int]] = []
 
-        async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
-            self.log.append(("begin", ask.num_output))
+        async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
+            self.log.append(("begin", prompt.num_output))
             await asyncio.sleep(0.01)
             yield Piece(1, 0)
-            self.log.append(("end", ask.num_output))
+            self.log.append(("end", prompt.num_output))
 
     client = Slow()
     prompt = np.zeros(4, np.int32)
-    jobs = [[Ask(prompt, 10 * job + turn) for turn in range(3)] for job in range(3)]
+    jobs = [[Prompt(prompt, 10 * job + turn) for turn in range(3)] for job in range(3)]
     run = asyncio.run(drive(client, jobs, Load(concurrency=2), seconds=10))
     assert len(run.answers) == 9
     for job in range(3):
@@ -133,14 +133,14 @@ def test_turns_follow_each_other() -> None:
 
 def test_time_is_bounded_and_failures_are_told() -> None:
     class Stuck:
-        async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
-            if ask.num_output == 2:
+        async def answer(self, prompt: Prompt) -> AsyncIterator[Piece]:
+            if prompt.num_output == 2:
                 raise httpx.ConnectError("refused")
             await asyncio.sleep(3600)
             yield Piece(1, 0)
 
     prompt = np.zeros(4, np.int32)
-    jobs = [[Ask(prompt, 2)], [Ask(prompt, 1)]]
+    jobs = [[Prompt(prompt, 2)], [Prompt(prompt, 1)]]
     run = asyncio.run(drive(Stuck(), jobs, Load(concurrency=2), seconds=0.2))
     assert run.num_cut == 1
     assert run.errors == ["ConnectError: refused"]

@@ -110,7 +110,7 @@ def test_a_dry_run_hits_what_the_engine_hits(data: Path) -> None:
     ]
     setting = Setting("hybrid", 0.05, "boundary,backoff")
     real = replay(
-        trace, setting, EngineConfig(max_model_len=2048), max_new_tokens=1, says_answers=False
+        trace, setting, EngineConfig(max_model_len=2048), max_new_tokens=1, computes_answers=False
     )
     dry = replay_dry(trace, setting, load_geometry(None))
     hits = [[(turn.cached_len, turn.losses) for turn in run.turns] for run in (real, dry)]
@@ -122,7 +122,7 @@ def test_made_up_conversations_are_announced(
 ) -> None:
     arguments = ["--dry", "--conversations", "3", "--out", str(tmp_path)]
     assert run_sharegpt.main(arguments) == 0
-    assert "Made-up conversations with the lengths of ShareGPT's" in capsys.readouterr().out
+    assert "Generated conversations with the lengths of ShareGPT's" in capsys.readouterr().out
 
 
 @pytest.mark.full
@@ -152,8 +152,8 @@ def test_genuine_conversations_are_asked_for_by_name(
     ("arguments", "sentence"),
     [
         (["--data", "/no/such/file"], "/no/such/file"),
-        (["--cap", "3"], "raise them"),
-        (["--tokenizer", "bytes"], "--tokenizer is for --dry"),
+        (["--cap", "3"], "Increase them"),
+        (["--tokenizer", "bytes"], "--tokenizer requires --dry"),
         (["--dry", "--model", "no-such-model"], "no-such-model"),
         (["--checkpoints", "wherever"], "wherever"),
     ],

@@ -84,13 +84,13 @@ def test_a_published_trace_is_found_in_any_folder_of_data(
     first, second = tmp_path / "data", tmp_path / "shared"
     monkeypatch.setattr(lab, "DATA", (first, second))
     workload = lab.Workload("traces/one.jsonl?cap=99", "1:4:2", is_file=True)
-    assert lab.published("traces/one.jsonl?cap=99") is None and not workload.is_here
+    assert lab.published("traces/one.jsonl?cap=99") is None and not workload.is_available
     with pytest.raises(FileNotFoundError, match="traces/one"):
         workload.open("one", full=True)
     (second / "traces").mkdir(parents=True)
     (second / "traces" / "one.jsonl").touch()
     assert lab.published("traces/one.jsonl?cap=99") == f"{second}/traces/one.jsonl?cap=99"
-    assert workload.is_here
+    assert workload.is_available
 
 
 def test_runs_of_other_code_are_not_continued(

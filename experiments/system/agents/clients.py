@@ -16,12 +16,12 @@ from experiments.system.agents import scripts
 Message = dict[str, Any]
 
 
-class Asked(NamedTuple):
+class ServedRequest(NamedTuple):
     """One request of an agent, and what it cost."""
 
     prompt_len: int
     cached_len: int
-    known_len: int
+    context_len: int
     """Tokens of the prompt and its answer that were computed."""
     cause: str | None
 
@@ -40,7 +40,7 @@ class Agent(ABC):
         self._messages.append({"role": "user", "content": text})
 
     @abstractmethod
-    def ask(self, max_tokens: int) -> tuple[Asked, int]:
+    def ask(self, max_tokens: int) -> tuple[ServedRequest, int]:
         """(what it cost, how many tools are called)."""
 
     @abstractmethod
@@ -56,7 +56,7 @@ class OpenAIAgent(Agent):
         self._client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         self._messages.append({"role": "system", "content": scripts.SYSTEM})
 
-    def ask(self, max_tokens: int) -> tuple[Asked, int]:
+    def ask(self, max_tokens: int) -> tuple[ServedRequest, int]:
         earlier = self._earlier
         answer = self._client.chat.completions.create(
             model=self._model,
@@ -73,9 +73,11 @@ class OpenAIAgent(Agent):
         self._calls = [call.id for call in said.tool_calls or ()]
         self._earlier = answer.id
         prompt_len, cached_len = usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
-        known_len = prompt_len + usage.completion_tokens - 1
+        context_len = prompt_len + usage.completion_tokens - 1
         told = getattr(answer, "cache_explanation", None) or {}
-        return Asked(prompt_len, cached_len, known_len, told.get("cause")), len(self._calls)
+        return ServedRequest(prompt_len, cached_len, context_len, told.get("cause")), len(
+            self._calls
+        )
 
     def results(self, texts: Sequence[str]) -> None:
         self._messages += [
@@ -91,7 +93,7 @@ class AnthropicAgent(Agent):
         super().__init__(url, model, thinks)
         self._client = anthropic.Anthropic(base_url=url, api_key="none", max_retries=0)
 
-    def ask(self, max_tokens: int) -> tuple[Asked, int]:
+    def ask(self, max_tokens: int) -> tuple[ServedRequest, int]:
         earlier = self._earlier
         answer = self._client.messages.create(
             model=self._model,
@@ -116,8 +118,8 @@ class AnthropicAgent(Agent):
             cause = told.json()["cause"]
         cached_len = usage.cache_read_input_tokens
         prompt_len = usage.input_tokens + cached_len + usage.cache_creation_input_tokens
-        known_len = prompt_len + usage.output_tokens - 1
-        return Asked(prompt_len, cached_len, known_len, cause), len(self._calls)
+        context_len = prompt_len + usage.output_tokens - 1
+        return ServedRequest(prompt_len, cached_len, context_len, cause), len(self._calls)
 
     def results(self, texts: Sequence[str]) -> None:
         blocks = [

@@ -181,12 +181,12 @@ def test_an_agent_computes_what_is_new_and_at_most_a_grid_more(tmp_path: Path, c
     template = TEMPLATES["thinking"]
     tokenizer = HFTokenizer(make_model_dir(tmp_path, template))
 
-    def asked(**config: Any) -> list[run_agent.Asked]:
+    def asked(**config: Any) -> list[run_agent.ServedRequest]:
         told = run_agent.converse(tokenizer, client, True, server_config(**config), 1)
         return list(told)
 
     kept, replayed = asked(preserve_thinking=True), asked()
-    known = [0, *(one.known_len for one in kept)]
+    known = [0, *(one.context_len for one in kept)]
     new = [one.prompt_len - known[at] for at, one in enumerate(kept)]
     assert all(one > 0 for one in new) and sum(new) < kept[-1].prompt_len
     for one, added in zip(kept[1:], new[1:], strict=True):
