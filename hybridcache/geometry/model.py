@@ -265,8 +265,15 @@ def preset_name(name: str) -> str:
     found = exact or begins
     if len(found) == 1:
         return found[0]
-    problem = f"means several: {', '.join(found)}" if found else f"is none of: {', '.join(names)}"
-    raise KeyError(f"model {name!r} {problem}")
+    if found:
+        raise KeyError(f"model {name!r} means several: {', '.join(found)}")
+    # A name of the Hugging Face Hub has an owner before it, and often a word behind it.
+    title = plain(name.rpartition("/")[2])
+    near = [each for each in names if title and title.startswith(plain(each))]
+    hint = f"; did you mean {max(near, key=len)!r}?" if near else ""
+    raise KeyError(
+        f"model {name!r} is neither the path of a config.json nor one of: {', '.join(names)}{hint}"
+    )
 
 
 def sizes_of_shape(shape: Shape) -> ModelSizes:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +206,10 @@ class Advice:
 
     def __str__(self) -> str:
         return self.text()
+
+    def _repr_html_(self) -> str:
+        """Return the advice and its table for a notebook."""
+        return f"<pre>{escape(self.text())}</pre>"
 
     def __repr__(self) -> str:
         """Return one line: trace, memory and the advised configuration."""

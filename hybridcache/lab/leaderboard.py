@@ -20,6 +20,7 @@ import hashlib
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import numpy as np
 
 from hybridcache.config import GRID
 from hybridcache.geometry.model import ModelGeometry
+from hybridcache.geometry.units import counted
 from hybridcache.lab.extras import version
 from hybridcache.lab.intervals import FEWEST_UNITS, Interval, interval, paired
 from hybridcache.lab.optimum import best_plan
@@ -210,6 +212,10 @@ class Board:
             )
         return sorted(found, key=lambda row: -row.hit_rate.mean)
 
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        return f"<pre>{escape(self.table())}</pre>"
+
     def table(self) -> str:
         """Return the board as text."""
         heads = ["policy", "token hit rate, %", f"less {self.reference}, points"]
@@ -220,8 +226,9 @@ class Board:
         ]
         num_cells = sum(map(len, self.split.gib.values()))
         return (
-            f"{num_cells} cells of {len(self.split.gib)} traces, {len(self.split.seeds)} seeds "
-            f"each, {self.split.model}. {self._explanation()}\n\n" + text_table(heads, rows)
+            f"{counted(num_cells, 'cell')} of {counted(len(self.split.gib), 'trace')}, "
+            f"{counted(len(self.split.seeds), 'seed')} each, {self.split.model}. "
+            f"{self._explanation()}\n\n" + text_table(heads, rows)
         )
 
     def _explanation(self) -> str:

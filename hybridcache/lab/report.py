@@ -428,9 +428,8 @@ def losses_table(runs: Sequence[RunResult]) -> str:
 
 
 LOSSES_NOTE = (
-    "Each token has one cause, the first that holds on its path (its KV before its checkpoint); "
-    "others may stand behind it, so a "
-    "share is not what undoing the cause would regain."
+    "Each token is counted under the first cause on its path (its KV before its checkpoint). "
+    "Without that cause it may have been lost to another one."
 )
 """Note under tables and figures of losses."""
 

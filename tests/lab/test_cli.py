@@ -196,6 +196,10 @@ def test_what_a_closed_loop_cannot_be_is_one_sentence(
         (["simulate", "--trace", "chat", "--figure", "f.xyz"], "must end in .png, .svg or .pdf"),
         (["simulate", "--trace", "chat?head=0"], "chat: there is no request in it"),
         (["trace", "stats", "chat?head=0"], "there is no request in it"),
+        (
+            ["simulate", "--trace", "chat", "--model", "Qwen/Qwen3.5-35B-A3B-FP8"],
+            "did you mean 'Qwen3.5-35B-A3B'?",
+        ),
         (["simulate", "--trace", SAMPLE, "--grid", "100"], "grid 100 must divide"),
         (["advise", "--trace", "chat?head=0", "--gib", "1"], "chat: there is no request in it"),
         (["advise", "--trace", "chat", "--gib", "0"], "--gib 0.0"),

@@ -239,9 +239,10 @@ def test_columns_of_a_csv_file_are_named_and_unknown_ones_are_not_silent(tmp_pat
     known = "prompt=prompt, time=arrival_time, session=session_id, length=output_tokens"
     assert stats.columns == known and f"columns: {known}\n" in stats_table(stats) + "\n"
     path.write_text(f"at,sid,prompt,output_tokens\n{rows}")
-    with pytest.warns(TraceColumnsWarning, match=r"time=none.*unused: at, sid.*\?time=at"):
+    with pytest.warns(TraceColumnsWarning, match=r"time=none.*unused: at, sid.*\?time=at") as told:
         trace = open_trace(f"{path}?tokenizer=bytes")
     assert "session=none (rows that begin alike); unused: at, sid" in trace.columns
+    assert [warning.filename for warning in told] == [__file__], "the caller is named"
     assert len(list(trace)) == 2
 
 
@@ -312,6 +313,7 @@ def test_a_log_without_a_model_has_one_namespace_without_a_name(tmp_path: Path) 
         ("0,hello,many", "max_tokens is 'many', not a whole number"),
         ("noon,hello,1", "time is 'noon', not a number and not a time in ISO"),
         ("0,,1", "the prompt is empty"),
+        ('0,"hello,1', "not comma-separated values \\(unexpected end of data"),
     ],
 )
 def test_rows_that_cannot_be_read_are_named(tmp_path: Path, row: str, problem: str) -> None:

@@ -588,6 +588,17 @@ def test_a_notebook_shows_every_rate(small: SimulationResult) -> None:
     assert "<b>&<" not in replace(small, runs=(odd,))._repr_html_()
 
 
+def test_a_notebook_shows_the_tables_of_other_results() -> None:
+    shown = {"gib": 1, "model": "qwen3-next"}
+    for result, text in (
+        (advise("short?head=20", **shown), "to serve: engine serve"),
+        (optimum("short?head=20", method="greedy", **shown), "reached, %"),
+        (closed_loop("short?head=20", rate=1, **shown), "goodput: requests a second"),
+    ):
+        html = result._repr_html_()
+        assert text in "".join(ElementTree.fromstring(html).itertext())
+
+
 def test_the_rows_of_a_result_are_flat_and_complete(small: SimulationResult) -> None:
     rows = small.to_dicts()
     assert len(rows) == len(small.runs) and len({frozenset(row) for row in rows}) == 1

@@ -23,6 +23,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from html import escape
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -76,13 +77,21 @@ Sizes = str | float | Sequence[float]
 
 
 class Rows(ABC):
-    """Conversion of a result's rows to data frames."""
+    """Conversion of a result's rows to data frames, and its table in a notebook."""
 
     __slots__ = ()
 
     @abstractmethod
     def to_dicts(self) -> list[dict[str, Any]]:
         """Return a flat dictionary per row."""
+
+    @abstractmethod
+    def table(self) -> str:
+        """Return the rows as text."""
+
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook."""
+        return f"<pre>{escape(self.table())}</pre>"
 
     def to_pandas(self) -> Any:
         """Return ``to_dicts`` as a pandas DataFrame. ModuleNotFoundError if pandas is missing."""

@@ -10,6 +10,7 @@ import io
 import json
 import math
 import re
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -127,6 +128,15 @@ def json_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]
                 bad.report(path, number, f"a JSON object was expected, not {type(record).__name__}")
 
 
+def callers_level() -> int:
+    """Return the ``stacklevel`` of a warning for the code that called this package. O(depth)."""
+    package = __name__.partition(".")[0]
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 def looks_like_csv(head: bytes) -> bool:
     """Return whether a file that begins with ``head`` has a header line of column names."""
     first = head.partition(b"\n")[0].strip()
@@ -135,9 +145,9 @@ def looks_like_csv(head: bytes) -> bool:
 
 def csv_lines(path: str | Path, bad: BadRecords) -> Iterator[tuple[int, Record]]:
     """Yield (line number, {column: text}) for every row of comma-separated values under a header
-    line. Rows of another length are reported."""
+    line. Rows of another length, and with a quote that is not closed, are reported."""
     with open_bytes(path) as file:
-        rows = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""))
+        rows = csv.reader(io.TextIOWrapper(file, "utf-8", newline=""), strict=True)
         names: list[str] = []
         while True:
             line = rows.line_num + 1
@@ -249,7 +259,7 @@ def in_order(
                     f"{path}: lines are not in order of time (the first is line {line}); requests "
                     f"are sorted, each before at most {WINDOW:,} others"
                 )
-                warnings.warn(TraceOrderWarning(message), stacklevel=2)
+                warnings.warn(TraceOrderWarning(message), stacklevel=callers_level())
             newest_s = max(newest_s, now_s)
             heapq.heappush(waiting, (now_s, num_read, request))
             num_read += 1

@@ -37,6 +37,7 @@ from hybridcache.lab.traces.base import (
     FileReader,
     Record,
     TraceClock,
+    callers_level,
     csv_lines,
     in_order,
     json_lines,
@@ -189,7 +190,7 @@ class CsvReader(HttpLogReader):
                     f"{self.path}: {told}. Name columns as in "
                     f"csv:{self.path}?{missing[0]}={unused[0]}"
                 ),
-                stacklevel=2,
+                stacklevel=callers_level(),
             )
         return told
 
