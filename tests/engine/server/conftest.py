@@ -1,5 +1,7 @@
-"""Live servers on 127.0.0.1, driven by real clients. Most serve the oracle (a runner that proves
-every read); some the built-in model."""
+"""Live servers on 127.0.0.1 for real clients.
+
+Most serve the oracle, a runner that checks every read; some serve the built-in model.
+"""
 
 from __future__ import annotations
 
@@ -46,8 +48,7 @@ class Live:
 
     @cached_property
     def http(self) -> httpx.Client:
-        """Connections that are kept; making a client anew for each request takes longer than the
-        request."""
+        """Client with persistent connections: a new client takes longer than a request."""
         return httpx.Client(base_url=self.url, timeout=60, verify=False)
 
     @property
@@ -62,7 +63,7 @@ class Live:
         return self.http.post(path, json=body, headers=self.headers | headers)
 
     def post_raw(self, path: str, payload: str) -> httpx.Response:
-        """Send JSON that ``json`` here would not write as it is."""
+        """Send JSON that ``json.dumps`` would write differently."""
         headers = self.headers | {"Content-Type": "application/json"}
         return self.http.post(path, content=payload, headers=headers)
 
@@ -73,7 +74,7 @@ class Live:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
     def send(self, path: str, body: dict[str, Any]) -> socket.socket:
-        """A request on a socket of its own, its answer not yet read."""
+        """Send a request on a new socket and return it with its answer unread."""
         payload = json.dumps(body).encode()
         connection = self.connect()
         connection.sendall(
@@ -88,7 +89,7 @@ class Live:
         return report
 
     def wait_for(self, condition: Callable[[dict[str, Any]], bool], timeout_s: float = 20) -> None:
-        """Until the report of /v1/cache meets ``condition``."""
+        """Wait until the report of /v1/cache meets ``condition``."""
         deadline = time.monotonic() + timeout_s
         while not condition(self.report()):
             assert time.monotonic() < deadline, f"still {self.report()}"
@@ -98,7 +99,7 @@ class Live:
         self.wait_for(lambda report: not report["num_running"] + report["num_waiting"])
 
     def check_conserved(self) -> None:
-        """Nothing runs, so nothing is held, and nothing was lost."""
+        """Check, when idle, that no memory is held and none was leaked."""
         self.wait_until_idle()
         report = self.report()
         for resource in ("kv", "slots"):
@@ -109,7 +110,7 @@ class Live:
 
 
 class SlowRunner(OracleRunner):
-    """An oracle whose steps take time, so that tests can act in the middle of an answer."""
+    """Oracle with a delay in each step, so that tests can act in the middle of an answer."""
 
     step_s = 0.0
 
@@ -122,7 +123,7 @@ class SlowRunner(OracleRunner):
 def serving(
     engine: Engine, server_config: ServerConfig | None = None, port: int = 0
 ) -> Iterator[Live]:
-    """``engine`` behind a server of its own, in a thread."""
+    """Serve ``engine`` in a thread."""
     with served.serving(engine, server_config, port) as (server, port):
         live = Live(port, engine, server)
         yield live
@@ -138,12 +139,14 @@ def oracle_engine(step_s: float = 0.0, num_kv_tokens: int = 8192, **config: Any)
 
 
 class ScriptedSampler(OracleSampler):
-    """Says ``script``, byte for byte, whatever the model thinks; then that the answer ends. Where a
-    grammar forbids that, the first token that it allows."""
+    """Sampler that returns the bytes of ``script`` and then the end of the answer.
+
+    If a grammar forbids a token, the first allowed one is returned in its place.
+    """
 
     script = b""
     later: tuple[bytes, ...] = ()
-    """What it says when it is asked again."""
+    """Scripts of the following requests."""
 
     def launch(
         self, logits: Any, requests: Sequence[SamplingInput], rows: Sequence[int]
@@ -151,9 +154,9 @@ class ScriptedSampler(OracleSampler):
         if self.later and any(one.draw == 0 for one in requests):
             self.script, *rest = self.later
             self.later = tuple(rest)
-        said = [*self.script, 258]
+        script = [*self.script, 258]
         tokens = [
-            _allowed(said[min(one.draw, len(self.script))], one.ruling.mask) for one in requests
+            _allowed(script[min(one.draw, len(self.script))], one.ruling.mask) for one in requests
         ]
         return OracleDrawn([SampledToken(token, -1.0) for token in tokens])
 
@@ -166,15 +169,18 @@ def _allowed(token: int, mask: Mask | None) -> int:
 
 @dataclass
 class Scripted:
-    """A server whose answers are written beforehand."""
+    """Server with scripted answers."""
 
     live: Live
     sampler: ScriptedSampler
     template: ChatTemplate
 
-    def say(self, text: str, template: str | None = None, then: str | None = None) -> Live:
-        """The server, which will answer ``text``, and the second time ``then``; with the chat
-        template of that source, or the built-in one."""
+    def set_answers(self, text: str, template: str | None = None, then: str | None = None) -> Live:
+        """Set the answers and return the server.
+
+        The first answer is ``text``, the second is ``then``. ``template`` is the source of a chat
+        template; None selects the built-in one.
+        """
         self.sampler.script = text.encode()
         self.sampler.later = () if then is None else (text.encode(), then.encode())
         tokenizer = self.live.engine.tokenizer
@@ -194,22 +200,26 @@ def scripted_server() -> Iterator[Scripted]:
         yield Scripted(live, sampler, template)
 
 
+ServeAnswer = Callable[..., Live]
+"""Type of the fixture ``serve_answer``."""
+
+
 @pytest.fixture
-def say(scripted_server: Scripted) -> Callable[..., Live]:
-    """A server that answers what it is told to; see ``Scripted.say``."""
-    return scripted_server.say
+def serve_answer(scripted_server: Scripted) -> ServeAnswer:
+    """Return ``Scripted.set_answers`` of a shared server."""
+    return scripted_server.set_answers
 
 
 @pytest.fixture(scope="session")
 def live() -> Iterator[Live]:
-    """A quick server that tests share: each uses prompts of its own."""
+    """Start a fast server for all tests; each test must use prompts that no other test uses."""
     with serving(oracle_engine()) as server:
         yield server
 
 
 @pytest.fixture
 def serve_oracle() -> Iterator[Callable[..., Live]]:
-    """Makes servers with settings of their own."""
+    """Return a function that starts a server with the given settings."""
     with contextlib.ExitStack() as stack:
 
         def start(server_config: ServerConfig | None = None, **settings: Any) -> Live:
@@ -220,6 +230,6 @@ def serve_oracle() -> Iterator[Callable[..., Live]]:
 
 @pytest.fixture(scope="session")
 def builtin() -> Iterator[Live]:
-    """The built-in model behind a server."""
+    """Serve the built-in model."""
     with serving(Engine(EngineConfig(cache_gib=0.1, max_model_len=4096))) as server:
         yield server

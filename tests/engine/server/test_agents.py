@@ -1,18 +1,14 @@
-"""Frameworks for agents, as published, through one loop: a question, a call of a tool, its result,
-the answer. Those that are installed; ``make clients`` installs all."""
+"""Published agent frameworks, if installed (``make clients``), in one loop with a tool call."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from .conftest import Live
+from .conftest import Live, ServeAnswer
 from .test_tools import HERMES_CALL, QWEN_XML, XML_CALL
-
-Say = Callable[..., Live]
 
 FORMS = [
     (None, f"<think>Hm.</think>{HERMES_CALL}", "Dry."),
@@ -21,19 +17,19 @@ FORMS = [
 
 
 def weather(city: str, days: int) -> str:
-    """Tells the weather."""
+    """Return the weather."""
     return f"dry in {city} for {days}"
 
 
 @pytest.fixture(params=FORMS, ids=["hermes", "xml"])
-def live(say: Say, request: pytest.FixtureRequest) -> Live:
-    """A server whose model asks for the weather, and then tells it."""
+def live(serve_answer: ServeAnswer, request: pytest.FixtureRequest) -> Live:
+    """Serve a model that calls ``weather`` and then answers."""
     template, call, answer = request.param
-    return say(call, template, then=answer)
+    return serve_answer(call, template, then=answer)
 
 
 @pytest.mark.parametrize("dialect", ["responses", "chat"])
-def test_openai_agents(live: Live, dialect: str) -> None:
+def test_openai_agents_runs_a_tool_loop(live: Live, dialect: str) -> None:
     agents = pytest.importorskip("agents")
     agents.set_tracing_disabled(True)
     kind = {
@@ -53,7 +49,7 @@ def test_openai_agents(live: Live, dialect: str) -> None:
 
 
 @pytest.mark.parametrize("dialect", ["chat", "responses", "anthropic"])
-def test_pydantic_ai(live: Live, dialect: str) -> None:
+def test_pydantic_ai_runs_a_tool_loop(live: Live, dialect: str) -> None:
     pytest.importorskip("pydantic_ai")
     from pydantic_ai import Agent
 
@@ -77,7 +73,7 @@ def test_pydantic_ai(live: Live, dialect: str) -> None:
 
 @pytest.mark.parametrize("dialect", ["openai", "anthropic"])
 @pytest.mark.parametrize("streams", [False, True], ids=["whole", "streamed"])
-def test_langchain(live: Live, dialect: str, streams: bool) -> None:
+def test_langchain_runs_a_tool_loop(live: Live, dialect: str, streams: bool) -> None:
     package = pytest.importorskip(f"langchain_{dialect}")
     tools = pytest.importorskip("langchain_core.tools")
     options = {"model": "builtin", "max_retries": 0, "api_key": "none"}
@@ -96,9 +92,9 @@ def test_langchain(live: Live, dialect: str, streams: bool) -> None:
         return whole
 
     chat: list[Any] = [("system", "Be brief."), ("human", "Rain in Bonn?")]
-    said = ask(chat)
-    [call] = said.tool_calls
+    answer = ask(chat)
+    [call] = answer.tool_calls
     assert (call["name"], call["args"]) == ("weather", {"city": "Bonn", "days": 2})
     messages = pytest.importorskip("langchain_core.messages")
     result = messages.ToolMessage("dry", tool_call_id=call["id"])
-    assert ask([*chat, said, result]).text == "Dry."
+    assert ask([*chat, answer, result]).text == "Dry."

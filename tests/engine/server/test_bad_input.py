@@ -1,5 +1,4 @@
-"""Whatever a client sends: 4xx in OpenAI's shape with one sentence that says what to do, and
-nothing is lost."""
+"""Bad requests get a 4xx answer in OpenAI's shape with one helpful sentence, and leak nothing."""
 
 from __future__ import annotations
 
@@ -87,7 +86,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
         "'stream_options.include' is not a parameter",
     ),
 ]
-MADE: dict[str, Any] = {
+ASSISTANT_CALL: dict[str, Any] = {
     "role": "assistant",
     "content": None,
     "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
@@ -131,7 +130,13 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": CHAT, "tool_choice": "required"}, "'tool_choice' needs 'tools'"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "Message 1 is a tool's result, but no"),
     (
-        {"messages": [*CHAT, MADE, {"role": "tool", "tool_call_id": "2", "content": "x"}]},
+        {
+            "messages": [
+                *CHAT,
+                ASSISTANT_CALL,
+                {"role": "tool", "tool_call_id": "2", "content": "x"},
+            ]
+        },
         "Message 3 is the result of the call '2', which no message before it makes",
     ),
     (
@@ -210,7 +215,8 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
 
 
 def check_error(answer: httpx.Response, status: int, message: str) -> dict[str, Any]:
-    """In OpenAI's shape and one short line that has one of the parts of ``message``."""
+    """Check an error of OpenAI's shape: one short line with one of the ``|``-separated parts of
+    ``message``."""
     assert answer.status_code == status, answer.text
     error: dict[str, Any] = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
@@ -220,7 +226,7 @@ def check_error(answer: httpx.Response, status: int, message: str) -> dict[str, 
 
 
 @pytest.mark.parametrize(("body", "message"), BAD_COMPLETIONS, ids=[m for _, m in BAD_COMPLETIONS])
-def test_bad_completions(live: Live, body: dict[str, Any], message: str) -> None:
+def test_bad_completions_are_refused(live: Live, body: dict[str, Any], message: str) -> None:
     check_error(live.post("/v1/completions", body), 400, message)
     check_error(live.post("/v1/completions", body | {"stream": True}), 400, message)
 
@@ -234,19 +240,19 @@ def test_bad_completions(live: Live, body: dict[str, Any], message: str) -> None
         ("/v1/responses", {"input": "x", "max_output_tokens": 2}),
     ],
 )
-def test_stream_options_are_for_streams(
+def test_stream_options_require_a_stream(
     live: Live, path: str, body: dict[str, Any], options: dict[str, bool]
 ) -> None:
-    said = "'stream_options' requires a streamed answer: set 'stream' to true, or omit it."
-    asked = body | {"stream_options": options}
-    check_error(live.post(path, asked), 400, said)
-    check_error(live.post(path, asked | {"stream": False}), 400, said)
-    assert live.post(path, asked | {"stream": True}).status_code == 200
+    message = "'stream_options' requires a streamed answer: set 'stream' to true, or omit it."
+    request = body | {"stream_options": options}
+    check_error(live.post(path, request), 400, message)
+    check_error(live.post(path, request | {"stream": False}), 400, message)
+    assert live.post(path, request | {"stream": True}).status_code == 200
     assert live.post(path, body | {"stream_options": None}).status_code == 200
 
 
 @pytest.mark.parametrize(("body", "message"), BAD_CHATS, ids=[m for _, m in BAD_CHATS])
-def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
+def test_bad_chats_are_refused(live: Live, body: dict[str, Any], message: str) -> None:
     check_error(live.post("/v1/chat/completions", body), 400, message)
 
 
@@ -274,18 +280,18 @@ def test_bad_chats(live: Live, body: dict[str, Any], message: str) -> None:
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_broken_bodies(live: Live, payload: bytes, message: str) -> None:
+def test_broken_bodies_are_refused(live: Live, payload: bytes, message: str) -> None:
     check_error(_send(live, payload, "application/json"), 400, message)
 
 
-def test_half_a_character_is_quoted_as_unreadable(live: Live) -> None:
+def test_lone_surrogate_is_quoted_as_replacement_character(live: Live) -> None:
     answer = _send(live, b'{"prompt": "x", "model": "\\ud800"}', "application/json")
     check_error(answer, 404, "The model '\N{REPLACEMENT CHARACTER}' is not served")
 
 
 @pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded"])
-def test_json_must_be_called_json(live: Live, content_type: str) -> None:
-    """As ``curl -d`` forgets, and as a foreign web page can not without asking."""
+def test_json_requires_its_content_type(live: Live, content_type: str) -> None:
+    """``curl -d`` omits it, and a foreign web page cannot set it without a preflight request."""
     answer = _send(live, b'{"prompt": "x"}', content_type)
     check_error(answer, 400, "add -H 'Content-Type: application/json'")
 
@@ -295,7 +301,7 @@ def _send(live: Live, payload: bytes, content_type: str) -> httpx.Response:
     return httpx.post(live.url + "/v1/completions", content=payload, headers=headers, timeout=60)
 
 
-def test_unknown_models_and_paths(live: Live) -> None:
+def test_unknown_models_and_paths_are_refused(live: Live) -> None:
     answer = live.post("/v1/completions", {"model": "gpt-5", "prompt": "x"})
     error = check_error(answer, 404, "The model 'gpt-5' is not served: use 'builtin'.")
     assert error["code"] == "model_not_found"
@@ -306,7 +312,9 @@ def test_unknown_models_and_paths(live: Live) -> None:
     assert refused.headers["allow"] == "DELETE, GET"
 
 
-def test_three_megabytes_of_prompt(live: Live, serve_oracle: Callable[..., Live]) -> None:
+def test_prompt_of_three_megabytes_is_refused(
+    live: Live, serve_oracle: Callable[..., Live]
+) -> None:
     huge = "x" * (3 << 20)
     check_error(live.post("/v1/completions", {"prompt": huge}), 400, "shorten the prompt")
     check_error(
@@ -349,10 +357,10 @@ OVERFLOWS: list[tuple[str, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("path", "body", "param"), OVERFLOWS)
-def test_a_prompt_beyond_the_context_is_refused_as_its_clients_know_it(
+def test_overlong_prompt_is_refused_in_the_words_of_each_dialect(
     live: Live, path: str, body: dict[str, Any], param: str, stream: bool
 ) -> None:
-    """Agents shorten their history by these words, and by no others. Nothing is submitted."""
+    """Agents shorten their history only if they recognise these words. Nothing is submitted."""
     before = live.report()["usage"]["requests"]
     answer = live.post(path, body | {"stream": stream})
     assert answer.status_code == 400
@@ -379,12 +387,12 @@ LIMITS = [
 @pytest.mark.full('/v1/chat/completions-max_completion_tokens-"finish_reason":"length"-streamed')
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize(("path", "name", "cut"), LIMITS)
-def test_limits_and_the_context_are_the_same_in_every_dialect(
-    say: Callable[..., Live], path: str, name: str, cut: str, stream: bool
+def test_token_limits_work_alike_in_every_dialect(
+    serve_answer: Callable[..., Live], path: str, name: str, cut: str, stream: bool
 ) -> None:
-    """What no context holds is refused; an answer whose prompt leaves it less room is cut there,
-    and says so."""
-    live = say("<think>Hm.</think>" + "x" * 5000)
+    """A limit above the context is refused. An answer that reaches the end of the context is cut
+    and reports it."""
+    live = serve_answer("<think>Hm.</think>" + "x" * 5000)
     body: dict[str, Any] = {"model": "builtin", "messages": CHAT, "stream": stream}
     if path == "/v1/completions":
         body = {"prompt": "x", "stream": stream}
@@ -404,14 +412,14 @@ def test_limits_and_the_context_are_the_same_in_every_dialect(
             assert (error["param"], error["code"]) == (name, None)
 
 
-def test_each_prompt_of_a_batch_has_room_of_its_own(say: Callable[..., Live]) -> None:
-    live = say("x" * 5000)
+def test_each_prompt_of_a_batch_has_its_own_limit(serve_answer: Callable[..., Live]) -> None:
+    live = serve_answer("x" * 5000)
     two = {"prompt": ["x" * 4000, "x"], "max_tokens": 100}
     lengths = live.post("/v1/completions", two).json()["usage"]["completion_tokens"]
     assert lengths == 96 + 100
 
 
-def test_a_bad_prompt_in_a_batch_stops_all_of_it(live: Live) -> None:
+def test_bad_prompt_refuses_its_whole_batch(live: Live) -> None:
     before = live.report()["usage"]["requests"]
     check_error(
         live.post("/v1/completions", {"prompt": [[65, 66], [999]]}),
@@ -422,7 +430,7 @@ def test_a_bad_prompt_in_a_batch_stops_all_of_it(live: Live) -> None:
     assert live.report()["usage"]["requests"] <= before + 1
 
 
-def test_tokenizing_badly(live: Live) -> None:
+def test_bad_tokenize_requests_are_refused(live: Live) -> None:
     check_error(live.post("/tokenize", {}), 400, "Send either 'prompt' or 'messages'")
     check_error(live.post("/tokenize", {"prompt": "x", "messages": CHAT}), 400, "Send either")
     check_error(live.post("/detokenize", {"tokens": [999]}), 400, "must be ids from 0 to 319")
@@ -440,14 +448,14 @@ def test_tokenizing_badly(live: Live) -> None:
     ],
     ids=lambda value: repr(value)[:30],
 )
-def test_what_is_not_http_is_turned_away(live: Live, garbage: bytes) -> None:
+def test_malformed_http_is_refused(live: Live, garbage: bytes) -> None:
     with live.connect() as connection:
         connection.sendall(garbage)
         answer = connection.recv(65536)
     assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
 
 
-def test_after_all_of_it_the_server_lives_and_nothing_is_lost(live: Live) -> None:
+def test_server_still_works_after_all_bad_requests(live: Live) -> None:
     assert live.get("/health").json() == {"status": "ok"}
     assert live.client.completions.create(
         model="builtin", prompt="still here?", max_tokens=2
@@ -467,10 +475,10 @@ BODIES = [
 
 
 def numbers_of(schema: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """(place, schema) of each number that a JSON schema allows, but for those that it lists."""
+    """Yield (path, schema) of each number in a JSON schema that is not an enumeration."""
     if isinstance(schema, dict):
         kinds = schema.get("type")
-        is_number = any(one in ("integer", "number") for one in _listed(kinds))
+        is_number = any(kind in ("integer", "number") for kind in _as_list(kinds))
         if is_number and "enum" not in schema and "const" not in schema:
             yield path, schema
         for name, part in schema.items():
@@ -480,20 +488,20 @@ def numbers_of(schema: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[
             yield from numbers_of(part, (*path, index))
 
 
-def _listed(value: Any) -> list[Any]:
+def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
 @pytest.mark.parametrize(("path", "kind", "body"), BODIES)
-def test_every_number_has_a_range(
+def test_every_number_of_a_body_has_a_range(
     live: Live, path: str, kind: type[Strict], body: dict[str, Any]
 ) -> None:
-    """In the schema; and whatever is sent, within it or not, is served or refused."""
-    found = list(numbers_of(kind.model_json_schema()))
-    for place, schema in found:
+    """Extreme values are served or refused, never an internal error."""
+    numbers = list(numbers_of(kind.model_json_schema()))
+    for place, schema in numbers:
         assert {"minimum", "exclusiveMinimum"} & schema.keys(), place
         assert {"maximum", "exclusiveMaximum"} & schema.keys(), place
-    names = {place[1] for place, _ in found if place[0] == "properties"}
+    names = {place[1] for place, _ in numbers if place[0] == "properties"}
     with httpx.Client(base_url=live.url, timeout=60) as client:
         for name in sorted(names):
             for value in (2**64, -(10**40), 1e308):

@@ -1,5 +1,5 @@
-"""A directory with nothing but a config: token ids are served; and what generation_config.json says
-of sampling."""
+"""Model directories with only a config, which serve token ids, and the sampling defaults of
+generation_config.json."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def live(directory: Path) -> Iterator[Live]:
         yield server
 
 
-def test_token_ids_are_served_and_the_start_says_so(live: Live) -> None:
+def test_token_ids_are_served_without_a_tokenizer(live: Live) -> None:
     engine = live.engine
     assert isinstance(engine.tokenizer, IdTokenizer)
     assert engine.tokenizer.eos_token_ids == {299} and engine.tokenizer.vocab_size == 300
@@ -65,78 +65,78 @@ def test_token_ids_are_served_and_the_start_says_so(live: Live) -> None:
         ("chat/completions", {"messages": [{"role": "user", "content": "5"}]}, "no chat template"),
     ],
 )
-def test_what_needs_a_tokenizer_is_refused_in_one_sentence(
+def test_text_without_a_tokenizer_is_refused_in_one_sentence(
     live: Live, path: str, body: dict[str, object], sentence: str
 ) -> None:
     answer = live.post(f"/v1/{path}", body)
     assert answer.status_code == 400 and sentence in answer.json()["error"]["message"]
 
 
-def test_a_tokenizer_that_is_asked_for_by_name_must_be_there(directory: Path) -> None:
+def test_named_tokenizer_must_exist(directory: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"put the model's tokenizer\.json there"):
         make_engine(directory, tokenizer=str(directory))
 
 
 @pytest.fixture
-def opinionated(tmp_path: Path) -> Path:
+def with_recommendations(tmp_path: Path) -> Path:
     path = Path(write_geometry(tmp_path, TINY))
     (path / "generation_config.json").write_text(json.dumps(RECOMMENDED | {"eos_token_id": [7]}))
     return path
 
 
-def test_the_models_sampling_is_used_where_a_request_says_nothing(opinionated: Path) -> None:
-    engine = make_engine(opinionated)
+def test_sampling_defaults_come_from_the_model(with_recommendations: Path) -> None:
+    engine = make_engine(with_recommendations)
     assert engine.sampling_defaults == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     screen = start_screen(engine, "")
     assert (
         "sampling     temperature 0.6, top_p 0.95, top_k 20, unless a request sets them" in screen
     )
-    taken: list[SamplingParams] = []
+    used: list[SamplingParams] = []
     prepare = engine.prepare
     engine.prepare = lambda spec: (  # type: ignore[method-assign]
-        taken.append(spec.sampling) or prepare(spec)
+        used.append(spec.sampling) or prepare(spec)
     )
     with serving(engine) as live:
         for body in ({}, {"temperature": 0, "top_k": 5}, {"top_p": 1, "temperature": None}):
             answer = live.post("/v1/completions", {"prompt": IDS, "max_tokens": 1, **body})
             assert answer.status_code == 200
-    assert [(p.temperature, p.top_k, p.top_p) for p in taken] == [
+    assert [(p.temperature, p.top_k, p.top_p) for p in used] == [
         (0.6, 20, 0.95),
         (0, 5, 0.95),
         (0.6, 20, 1),
     ]
-    request = make_engine(opinionated).prepare(RequestSpec(IDS))
+    request = make_engine(with_recommendations).prepare(RequestSpec(IDS))
     assert (request.params.temperature, request.params.top_k) == (0.6, 20)
 
 
-def test_the_models_sampling_can_be_left_alone(opinionated: Path) -> None:
-    engine = make_engine(opinionated, sampling_defaults="none")
+def test_sampling_defaults_of_the_model_can_be_ignored(with_recommendations: Path) -> None:
+    engine = make_engine(with_recommendations, sampling_defaults="none")
     assert engine.sampling_defaults == {} and "where a request" not in start_screen(engine, "")
     assert engine.prepare(RequestSpec(IDS)).params == SamplingParams()
     assert engine.tokenizer.eos_token_ids == {7}
 
 
-def test_the_command_line_takes_them_where_no_flag_is_given(
-    opinionated: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_command_line_uses_model_defaults_without_flags(
+    with_recommendations: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    taken: list[SamplingParams] = []
+    used: list[SamplingParams] = []
     stream = Engine.stream
     monkeypatch.setattr(
         Engine,
         "stream",
-        lambda self, spec: taken.append(spec.sampling) or stream(self, spec),
+        lambda self, spec: used.append(spec.sampling) or stream(self, spec),
     )
-    common = ["--model", str(opinionated), "--load-format", "dummy", "--device", "cpu"]
+    common = ["--model", str(with_recommendations), "--load-format", "dummy", "--device", "cpu"]
     for flags in ([], ["--temperature", "1", "--max-tokens", "2"]):
         assert main(["generate", "5 17", "--cache-gib", "0.02", *common, *flags]) == 0
-    assert [(p.temperature, p.top_k, p.max_tokens) for p in taken] == [(0.6, 20, 16), (1, 20, 2)]
+    assert [(p.temperature, p.top_k, p.max_tokens) for p in used] == [(0.6, 20, 16), (1, 20, 2)]
     assert capsys.readouterr().out.split()
 
 
-def test_a_recommendation_that_can_not_be_served_is_named(opinionated: Path) -> None:
-    (opinionated / "generation_config.json").write_text('{"top_p": 7, "top_k": 0}')
+def test_bad_sampling_default_of_a_model_is_reported(with_recommendations: Path) -> None:
+    (with_recommendations / "generation_config.json").write_text('{"top_p": 7, "top_k": 0}')
     with pytest.raises(ValueError, match=r"generation_config\.json: top_p must be .*defaults none"):
-        make_engine(opinionated)
-    assert make_engine(opinionated, sampling_defaults="none").sampling_defaults == {}
-    (opinionated / "generation_config.json").write_text('{"top_k": 0, "min_p": null}')
-    assert make_engine(opinionated).sampling_defaults == {}
+        make_engine(with_recommendations)
+    assert make_engine(with_recommendations, sampling_defaults="none").sampling_defaults == {}
+    (with_recommendations / "generation_config.json").write_text('{"top_k": 0, "min_p": null}')
+    assert make_engine(with_recommendations).sampling_defaults == {}

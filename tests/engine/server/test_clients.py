@@ -1,5 +1,4 @@
-"""The openai client in its three uses (completions, chat, streaming), synchronous and not, and what
-it is told."""
+"""OpenAI's Python client: completions, chats and streams, synchronous and asynchronous."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ CHAT = [
 ]
 
 
-def test_a_completion_and_its_usage(live: Live) -> None:
+def test_completion_reports_its_usage(live: Live) -> None:
     answer = live.client.completions.create(
         prompt="first " + LONG, max_tokens=5, extra_body={"ignore_eos": True}, **GREEDY
     )
@@ -48,18 +47,18 @@ def test_a_completion_and_its_usage(live: Live) -> None:
 
 def test_chats_and_responses_count_the_same_written_tokens(live: Live) -> None:
     chat = {"messages": CHAT, "max_tokens": 4, "temperature": 0, "cache_salt": "written"}
-    said = live.post("/v1/chat/completions", chat).json()["usage"]["prompt_tokens_details"]
+    first_details = live.post("/v1/chat/completions", chat).json()["usage"]["prompt_tokens_details"]
     events = live.post("/v1/chat/completions", chat | STREAMED).text.split("data: ")
-    again = json.loads(events[-2])["usage"]["prompt_tokens_details"]
-    asked = {"input": CHAT, "max_output_tokens": 4, "cache_salt": "written too"}
-    response = live.post("/v1/responses", asked).json()["usage"]["input_tokens_details"]
-    [known] = live.post("/tokenize", {"messages": CHAT}).json()["boundaries"][-1:]
-    assert said["cache_write_tokens"] == response["cache_write_tokens"] == known
-    assert again["cached_tokens"] > 0
-    assert again["cached_tokens"] + again["cache_write_tokens"] == known
+    later_details = json.loads(events[-2])["usage"]["prompt_tokens_details"]
+    request = {"input": CHAT, "max_output_tokens": 4, "cache_salt": "written too"}
+    response_details = live.post("/v1/responses", request).json()["usage"]["input_tokens_details"]
+    [boundary] = live.post("/tokenize", {"messages": CHAT}).json()["boundaries"][-1:]
+    assert first_details["cache_write_tokens"] == response_details["cache_write_tokens"] == boundary
+    assert later_details["cached_tokens"] > 0
+    assert later_details["cached_tokens"] + later_details["cache_write_tokens"] == boundary
 
 
-def test_the_second_of_two_equal_prompts_hits_and_says_so(live: Live) -> None:
+def test_repeated_prompt_reports_its_hit(live: Live) -> None:
     prompt = "second " + LONG
     first, second = (
         live.client.completions.create(prompt=prompt, max_tokens=8, **GREEDY) for _ in range(2)
@@ -72,7 +71,7 @@ def test_the_second_of_two_equal_prompts_hits_and_says_so(live: Live) -> None:
         assert detail.cached_tokens + sum(detail.lost_tokens.values()) == len(prompt)
 
 
-def test_a_salt_keeps_tenants_apart(live: Live) -> None:
+def test_salts_do_not_share_cached_tokens(live: Live) -> None:
     def cached(salt: str) -> int:
         answer = live.client.completions.create(
             prompt="third " + LONG, max_tokens=1, extra_body={"cache_salt": salt}, **GREEDY
@@ -85,7 +84,7 @@ def test_a_salt_keeps_tenants_apart(live: Live) -> None:
 
 
 @pytest.mark.parametrize("server", ["live", "builtin"])
-def test_streams_say_what_whole_answers_say(server: str, request: pytest.FixtureRequest) -> None:
+def test_streamed_completion_equals_whole_one(server: str, request: pytest.FixtureRequest) -> None:
     client = request.getfixturevalue(server).client
     options = {"prompt": "fourth " + LONG, "max_tokens": 20, "logprobs": 2, "echo": True, **GREEDY}
     whole = client.completions.create(**options)
@@ -102,7 +101,7 @@ def test_streams_say_what_whole_answers_say(server: str, request: pytest.Fixture
 
 
 @pytest.mark.parametrize("server", ["live", "builtin"])
-def test_chats_whole_and_streamed(server: str, request: pytest.FixtureRequest) -> None:
+def test_streamed_chat_equals_whole_one(server: str, request: pytest.FixtureRequest) -> None:
     client = request.getfixturevalue(server).client
     options = {
         "messages": CHAT,
@@ -134,8 +133,8 @@ def test_chats_whole_and_streamed(server: str, request: pytest.FixtureRequest) -
     assert scores == whole.choices[0].logprobs.content
 
 
-def test_the_next_turn_of_a_chat_resumes_at_the_stable_boundary(live: Live) -> None:
-    """With thinking on, the template's next prompt leaves this one two tokens before its end."""
+def test_next_turn_resumes_at_the_stable_boundary(live: Live) -> None:
+    """With thinking on, the next prompt differs from this one two tokens before its end."""
     tokenizer = ByteTokenizer()
     options: dict[str, Any] = {
         "max_completion_tokens": 4,
@@ -156,17 +155,17 @@ def test_the_next_turn_of_a_chat_resumes_at_the_stable_boundary(live: Live) -> N
     [("max_tokens",), ("max_completion_tokens",), ("max_tokens", "max_completion_tokens")],
     ids=len,
 )
-def test_a_limit_has_two_names(live: Live, names: tuple[str, ...]) -> None:
-    """Both may be sent where they say the same."""
-    asked: dict[str, Any] = {"extra_body": {"ignore_eos": True}, **GREEDY}
-    asked |= dict.fromkeys(names, 3)
-    answer = live.client.chat.completions.create(messages=CHAT, **asked)
+def test_token_limit_has_two_names(live: Live, names: tuple[str, ...]) -> None:
+    """Both may be sent if they are equal."""
+    options: dict[str, Any] = {"extra_body": {"ignore_eos": True}, **GREEDY}
+    options |= dict.fromkeys(names, 3)
+    answer = live.client.chat.completions.create(messages=CHAT, **options)
     assert answer.usage is not None and answer.usage.completion_tokens == 3
     assert answer.choices[0].finish_reason == "length"
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_decode_saves_no_state_that_the_template_will_drop(
+def test_decode_saves_no_state_in_dropped_reasoning(
     serve_oracle: Callable[..., Live], thinking: bool
 ) -> None:
     live = serve_oracle()
@@ -183,7 +182,7 @@ def test_decode_saves_no_state_that_the_template_will_drop(
     assert (" decode" in tree) == (not thinking)
 
 
-def test_token_id_prompts_and_batches(live: Live) -> None:
+def test_token_ids_and_batches_equal_single_texts(live: Live) -> None:
     tokenizer = ByteTokenizer()
     texts = ["fifth " + LONG, "sixth " + LONG]
     ids = [tokenizer.encode(text) for text in texts]
@@ -193,12 +192,12 @@ def test_token_id_prompts_and_batches(live: Live) -> None:
         assert [choice.index for choice in answer.choices] == list(range(len(answer.choices)))
         return [choice.text for choice in answer.choices]
 
-    apart = [texts_of(text)[0] for text in texts]
-    assert texts_of(texts) == texts_of(ids) == apart
-    assert texts_of(ids[1]) == apart[1:]
+    single_texts = [texts_of(text)[0] for text in texts]
+    assert texts_of(texts) == texts_of(ids) == single_texts
+    assert texts_of(ids[1]) == single_texts[1:]
 
 
-def test_n_choices_come_in_order_prompt_by_prompt(builtin: Live) -> None:
+def test_n_choices_are_ordered_by_prompt(builtin: Live) -> None:
     options: dict[str, Any] = {"model": "builtin", "temperature": 1.5, "max_tokens": 12, "seed": 7}
     twice = [
         builtin.client.completions.create(prompt=["seventh", "eighth"], n=3, **options)
@@ -212,7 +211,7 @@ def test_n_choices_come_in_order_prompt_by_prompt(builtin: Live) -> None:
     assert twice[0].usage.prompt_tokens == len("seventh") + len("eighth")
 
 
-def test_stop_strings_end_an_answer_and_are_left_out(live: Live) -> None:
+def test_stop_string_ends_an_answer_and_is_omitted(live: Live) -> None:
     options: dict[str, Any] = {
         "prompt": "ninth " + LONG,
         "max_tokens": 40,
@@ -228,9 +227,8 @@ def test_stop_strings_end_an_answer_and_are_left_out(live: Live) -> None:
     assert "".join(event.choices[0].text for event in events) == cut
 
 
-def test_echo_scores_the_prompt_without_reading_the_cache(builtin: Live) -> None:
-    """As evaluation harnesses ask for it: nothing generated, every prompt token but the first
-    scored."""
+def test_echo_scores_the_prompt_without_the_cache(builtin: Live) -> None:
+    """Evaluation harnesses use this: no new tokens, a score for each prompt token but the first."""
     prompt = "tenth " + LONG
     builtin.client.completions.create(prompt=prompt, max_tokens=1, **GREEDY)
     scored = [
@@ -255,12 +253,12 @@ def test_echo_scores_the_prompt_without_reading_the_cache(builtin: Live) -> None
     assert first == second[: len(prompt)]
 
 
-def test_echo_alone_gives_the_prompt_back(live: Live) -> None:
+def test_echo_without_new_tokens_returns_the_prompt(live: Live) -> None:
     answer = live.client.completions.create(prompt="hé 😀", max_tokens=0, echo=True, **GREEDY)
     assert answer.choices[0].text == "hé 😀" and answer.choices[0].logprobs is None
 
 
-def test_the_asynchronous_client_and_many_at_once(live: Live) -> None:
+def test_asynchronous_client_with_concurrent_requests(live: Live) -> None:
     async def ask_all() -> list[str]:
         async with live.async_client as client:
 
@@ -281,12 +279,12 @@ def test_the_asynchronous_client_and_many_at_once(live: Live) -> None:
     live.check_conserved()
 
 
-def test_models_are_named(serve_oracle: Callable[..., Live]) -> None:
+def test_model_cards(serve_oracle: Callable[..., Live]) -> None:
     from engine.server.settings import ServerConfig
 
     live = serve_oracle(ServerConfig(served_model_name="org/mine"))
     [card] = live.client.models.list().data
-    page = live.get("/v1/models").json()  # as Anthropic's clients read it
+    page = live.get("/v1/models").json()  # The fields that Anthropic's clients read.
     assert page["first_id"] == page["last_id"] == "org/mine" and page["has_more"] is False
     assert (card.type, card.display_name) == ("model", "org/mine")
     assert card.max_input_tokens == card.max_tokens == 4096
@@ -295,10 +293,10 @@ def test_models_are_named(serve_oracle: Callable[..., Live]) -> None:
     with pytest.raises(openai.NotFoundError, match="use 'org/mine'"):
         live.client.models.retrieve("other")
     answer = live.post("/v1/completions", {"prompt": "x", "max_tokens": 1})
-    assert answer.status_code == 200, "the name may be left out"
+    assert answer.status_code == 200, "the model's name is optional"
 
 
-def test_what_changes_nothing_is_accepted(live: Live) -> None:
+def test_options_without_effect_are_accepted(live: Live) -> None:
     answer = live.client.chat.completions.create(
         messages=[
             {
@@ -330,7 +328,7 @@ LEVELS = {
 }
 
 
-def test_every_level_that_the_client_knows_is_accepted() -> None:
+def test_every_level_of_the_client_is_accepted() -> None:
     fields = get_type_hints(CompletionCreateParamsBase)
     for name, levels in LEVELS.items():
         assert all(repr(level) in str(fields[name]) for level in levels), "the client has changed"
@@ -341,8 +339,10 @@ def test_every_level_that_the_client_knows_is_accepted() -> None:
 
 
 @pytest.mark.parametrize("effort", ["none", "low"])
-def test_the_effort_of_a_chat_is_that_of_a_response(say: Callable[..., Live], effort: str) -> None:
-    live = say("a</think>b")
+def test_reasoning_effort_works_alike_in_chats_and_responses(
+    serve_answer: Callable[..., Live], effort: str
+) -> None:
+    live = serve_answer("a</think>b")
     chat = {"messages": CHAT, "reasoning_effort": effort}
     answer = live.post("/v1/chat/completions", chat).json()["choices"][0]["message"]
     response = live.post("/v1/responses", {"input": CHAT, "reasoning": {"effort": effort}}).json()
@@ -354,7 +354,7 @@ def test_the_effort_of_a_chat_is_that_of_a_response(say: Callable[..., Live], ef
     assert ("reasoning_content" in choice["message"]) == (effort == "none")
 
 
-MADE = {"name": "f", "arguments": "{}"}
+FUNCTION = {"name": "f", "arguments": "{}"}
 
 
 @pytest.mark.parametrize(
@@ -362,18 +362,18 @@ MADE = {"name": "f", "arguments": "{}"}
     [
         {"content": None, "reasoning_content": "So."},
         {"content": None, "refusal": "No."},
-        {"content": None, "function_call": MADE},
-        {"tool_calls": [{"id": "1", "type": "function", "function": MADE}]},
+        {"content": None, "function_call": FUNCTION},
+        {"tool_calls": [{"id": "1", "type": "function", "function": FUNCTION}]},
         {"content": ""},
     ],
 )
-def test_an_answer_without_text_can_be_sent_back(live: Live, message: dict[str, Any]) -> None:
+def test_answer_without_text_can_be_sent_back(live: Live, message: dict[str, Any]) -> None:
     chat = [*CHAT, {"role": "assistant", **message}, {"role": "user", "content": "And?"}]
     answer = live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 2})
     assert answer.status_code == 200, answer.text
 
 
-def test_tool_turns_reach_the_template(live: Live) -> None:
+def test_tool_turns_are_accepted(live: Live) -> None:
     call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
     chat = [
         {"role": "user", "content": "go"},
@@ -391,8 +391,8 @@ def test_tool_turns_reach_the_template(live: Live) -> None:
 
 
 @pytest.mark.parametrize("arguments", ['{"city": "Ro', "[]", ""])
-def test_a_call_that_was_cut_does_not_end_a_conversation(live: Live, arguments: str) -> None:
-    """Agents send back what they got, though ``max_tokens`` cut it in the middle."""
+def test_truncated_tool_call_can_be_sent_back(live: Live, arguments: str) -> None:
+    """Agents send answers back that ``max_tokens`` cut in the middle."""
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}}
     chat = [
         {"role": "user", "content": "hi"},
@@ -403,7 +403,7 @@ def test_a_call_that_was_cut_does_not_end_a_conversation(live: Live, arguments: 
     assert answer.status_code == 200, answer.text
 
 
-def test_tokens_both_ways(live: Live) -> None:
+def test_tokenize_and_detokenize(live: Live) -> None:
     answer = live.post("/tokenize", {"prompt": "hé<|im_end|>"}).json()
     assert answer == {"count": 4, "max_model_len": 4096, "tokens": [104, 195, 169, 258]}
     assert live.post("/detokenize", {"tokens": answer["tokens"]}).json() == {
@@ -413,7 +413,7 @@ def test_tokens_both_ways(live: Live) -> None:
     assert chat["count"] == len(chat["tokens"]) == chat["boundaries"][-1]
 
 
-def test_answers_follow_the_form_that_is_asked_for(live: Live) -> None:
+def test_answers_follow_the_requested_grammar(live: Live) -> None:
     pytest.importorskip("llguidance")
     schema = {
         "type": "object",

@@ -1,5 +1,4 @@
-"""A Hugging Face directory behind the server: its tokenizer, its template, its name, dummy
-weights."""
+"""A served Hugging Face directory: tokenizer, template, name and dummy weights."""
 
 from __future__ import annotations
 
@@ -74,12 +73,12 @@ def live(directory: Path) -> Iterator[Live]:
         yield server
 
 
-def test_its_name_is_the_directorys(live: Live) -> None:
+def test_model_name_is_that_of_the_directory(live: Live) -> None:
     [card] = live.client.models.list().data
     assert (card.id, card.max_model_len) == ("tiny-hybrid", 4096)
 
 
-def test_streamed_text_is_whole_text_in_whole_characters(live: Live) -> None:
+def test_streamed_text_equals_the_whole_text(live: Live) -> None:
     options = {"model": "tiny-hybrid", "prompt": "the cat 😀", "max_tokens": 60, "temperature": 1.5}
     for seed in range(3):
         whole = live.client.completions.create(seed=seed, **options).choices[0].text
@@ -87,7 +86,7 @@ def test_streamed_text_is_whole_text_in_whole_characters(live: Live) -> None:
         assert "".join(event.choices[0].text for event in events) == whole
 
 
-def test_the_next_turn_resumes_where_the_template_leaves_the_last(live: Live) -> None:
+def test_next_turn_resumes_at_the_last_stable_boundary(live: Live) -> None:
     chat = [
         {"role": "system", "content": "the cat sat on the mat " * 20},
         {"role": "user", "content": "on the mat? " * 30},
@@ -96,7 +95,7 @@ def test_the_next_turn_resumes_where_the_template_leaves_the_last(live: Live) ->
     first = live.client.chat.completions.create(messages=chat, **options)
     boundaries = live.post("/tokenize", {"messages": chat}).json()["boundaries"]
     assert boundaries[-1] == first.usage.prompt_tokens - 2, (
-        "<think> and a line break are left behind"
+        "the next prompt lacks <think> and a line break"
     )
     chat += [{"role": "assistant", "content": "the cat"}, {"role": "user", "content": "sat?"}]
     second = live.client.chat.completions.create(messages=chat, **options)

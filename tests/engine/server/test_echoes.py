@@ -1,20 +1,16 @@
-"""What clients send back as their own classes write it out: with every field that those know, null
-where they have none."""
+"""Earlier answers as client classes serialise them: with every field, absent ones as null."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from . import test_messages, test_responses
-from .conftest import Live
+from .conftest import Live, ServeAnswer
 from .test_tools import CHAT, HERMES_CALL, OPTIONS, TOOLS
 
-Say = Callable[..., Live]
-
-SAID = f"<think>Hm.</think>Look.\n{HERMES_CALL}"
+SCRIPT = f"<think>Hm.</think>Look.\n{HERMES_CALL}"
 NULLS = {"toolset_name": None, "x": None}
 
 
@@ -23,41 +19,40 @@ def prompt_of(live: Live, **body: Any) -> str:
     return str(live.post("/detokenize", {"tokens": tokens}).json()["prompt"])
 
 
-def test_anthropics_blocks(say: Say) -> None:
+def test_anthropic_blocks_with_nulls_are_accepted(serve_answer: ServeAnswer) -> None:
     anthropic = pytest.importorskip("anthropic")
-    live = say(SAID, then="Dry.")
+    live = serve_answer(SCRIPT, then="Dry.")
     client = anthropic.Anthropic(base_url=live.url, api_key="none", max_retries=0)
-    asked = test_messages.ASK | {"tools": test_messages.TOOLS}
-    said = client.messages.create(**asked)
-    blocks = [block.model_dump() for block in said.content]
+    request = test_messages.ASK | {"tools": test_messages.TOOLS}
+    message = client.messages.create(**request)
+    blocks = [block.model_dump() for block in message.content]
     assert any(value is None for value in blocks[-1].values())
     result = {"type": "tool_result", "tool_use_id": blocks[-1]["id"], "content": "dry"}
     chat = [
-        *asked["messages"],
+        *request["messages"],
         {"role": "assistant", "content": blocks},
         {"role": "user", "content": [result]},
     ]
-    assert client.messages.create(**asked | {"messages": chat}).content[0].text == "Dry."
+    assert client.messages.create(**request | {"messages": chat}).content[0].text == "Dry."
 
 
-def test_openais_messages(say: Say) -> None:
-    """Nothing of the nulls reaches the template."""
-    live = say(SAID)
+def test_nulls_in_openai_messages_do_not_reach_the_template(serve_answer: ServeAnswer) -> None:
+    live = serve_answer(SCRIPT)
     echoed = live.client.chat.completions.create(**OPTIONS).choices[0].message.model_dump()
     assert echoed["audio"] is None
     [call] = echoed["tool_calls"]
     nulls = call | NULLS | {"function": call["function"] | NULLS}
     [tool] = TOOLS
-    silent = tool | NULLS | {"function": tool["function"] | {"description": None}}
-    for said in (echoed, echoed | {"tool_calls": [nulls]}):
-        prompt = prompt_of(live, messages=[*CHAT, said], tools=[silent])
+    tool_with_nulls = tool | NULLS | {"function": tool["function"] | {"description": None}}
+    for message in (echoed, echoed | {"tool_calls": [nulls]}):
+        prompt = prompt_of(live, messages=[*CHAT, message], tools=[tool_with_nulls])
         plain = {k: v for k, v in echoed.items() if v is not None}
         assert prompt == prompt_of(live, messages=[*CHAT, plain], tools=TOOLS)
         assert "null" not in prompt and HERMES_CALL in prompt
 
 
-def test_nulls_of_arguments_and_schemas_stay(say: Say) -> None:
-    live = say("x")
+def test_nulls_in_arguments_and_schemas_are_kept(serve_answer: ServeAnswer) -> None:
+    live = serve_answer("x")
     function = {"name": "f", "arguments": {"city": None}}
     call = {"id": "1", "type": "function", "function": function}
     parameters = {"type": "object", "properties": {"a": {"default": None}}}
@@ -68,24 +63,24 @@ def test_nulls_of_arguments_and_schemas_stay(say: Say) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
-def test_openais_items(say: Say, stream: bool) -> None:
-    client = say(SAID, then="Dry.").client
-    asked = test_responses.ASK | {"tools": test_responses.TOOLS}
+def test_openai_items_with_nulls_are_accepted(serve_answer: ServeAnswer, stream: bool) -> None:
+    client = serve_answer(SCRIPT, then="Dry.").client
+    request = test_responses.ASK | {"tools": test_responses.TOOLS}
     if stream:
-        with client.responses.stream(**asked) as events:
-            said = events.get_final_response()
+        with client.responses.stream(**request) as events:
+            response = events.get_final_response()
     else:
-        said = client.responses.create(**asked)
-    items = [item.model_dump() for item in said.output]
+        response = client.responses.create(**request)
+    items = [item.model_dump() for item in response.output]
     assert any(value is None for value in items[-1].values())
     result = {
         "type": "function_call_output",
-        "call_id": said.output[-1].call_id,
+        "call_id": response.output[-1].call_id,
         "output": "dry",
     }
     question = {"role": "user", "content": "Rain in Bonn?"}
     whole: Any = [question, *items, result]
-    assert client.responses.create(**asked | {"input": whole}).output_text == "Dry."
+    assert client.responses.create(**request | {"input": whole}).output_text == "Dry."
 
 
 BLOCK = {"type": "text", "text": "x"}
@@ -114,23 +109,27 @@ NESTED: list[tuple[tuple[str, dict[str, Any]], str, Any]] = [
 
 
 @pytest.mark.parametrize(
-    ("ask", "place", "made"), NESTED, ids=[f"{ask[0]} {place}" for ask, place, _ in NESTED]
+    ("endpoint", "place", "make"),
+    NESTED,
+    ids=[f"{endpoint[0]} {place}" for endpoint, place, _ in NESTED],
 )
-def test_a_null_asks_for_nothing_at_every_depth(say: Say, ask: Any, place: str, made: Any) -> None:
-    """And what it does not know stays refused by its name."""
-    path, body = ask
-    live, name = say("x"), place.split(".")[0]
+def test_null_counts_as_absent_at_every_depth(
+    serve_answer: ServeAnswer, endpoint: Any, place: str, make: Any
+) -> None:
+    """Unknown fields with a value are still refused by name."""
+    path, body = endpoint
+    live, name = serve_answer("x"), place.split(".")[0]
     stream = {"stream": True} if name == "stream_options" else {}
-    accepted = live.post(path, body | {name: made(NULLS)} | stream)
+    accepted = live.post(path, body | {name: make(NULLS)} | stream)
     assert accepted.status_code == 200, accepted.text
-    refused = live.post(path, body | {name: made({"toolset_name": "x"})} | stream)
+    refused = live.post(path, body | {name: make({"toolset_name": "x"})} | stream)
     assert refused.status_code == 400
-    said = refused.json()["error"]["message"]
-    assert f"'{place}.toolset_name' is not a parameter of this endpoint" in said
+    message = refused.json()["error"]["message"]
+    assert f"'{place}.toolset_name' is not a parameter of this endpoint" in message
 
 
-def test_a_null_is_the_default_of_every_name(say: Say) -> None:
-    live = say("x")
+def test_null_selects_the_default_of_a_field(serve_answer: ServeAnswer) -> None:
+    live = serve_answer("x")
     thinking = {"type": "thinking", "thinking": "a", "signature": None}
     chat = [
         CHAT[0],

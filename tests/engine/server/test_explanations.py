@@ -1,4 +1,4 @@
-"""What an answer says of the cache: headers, and why it missed beside an earlier one."""
+"""Cache headers of answers, and explanations of misses compared with an earlier request."""
 
 from __future__ import annotations
 
@@ -24,97 +24,106 @@ def body(system: str, **more: Any) -> dict[str, Any]:
     return {"messages": messages, "max_tokens": 4, **more}
 
 
-def compared(answer_id: str) -> dict[str, Any]:
+def compare_with(answer_id: str) -> dict[str, Any]:
     return {
         "prompt_cache_options": {"comparison_response_id": answer_id},
         "diagnostics": {"previous_message_id": answer_id},
     }
 
 
-def test_every_answer_says_in_its_headers_what_the_cache_had(live: Live) -> None:
+def test_headers_report_hits_and_losses(live: Live) -> None:
     for stream in (False, True):
-        for path, asked in (
+        for path, request in (
             ("/v1/chat/completions", body("Headers. " * 20, stream=stream)),
             ("/v1/completions", {"prompt": "headers " * 20, "max_tokens": 3, "stream": stream}),
         ):
-            with httpx.stream("POST", live.url + path, json=asked, timeout=60) as answer:
+            with httpx.stream("POST", live.url + path, json=request, timeout=60) as answer:
                 answer.read()
-            said = answer.headers
-            hit, total = int(said["x-cache-hit-tokens"]), int(said["x-cache-prompt-tokens"])
-            lost = dict(part.split("=") for part in said["x-cache-lost"].split(", "))
+            headers = answer.headers
+            hit, total = int(headers["x-cache-hit-tokens"]), int(headers["x-cache-prompt-tokens"])
+            lost = dict(part.split("=") for part in headers["x-cache-lost"].split(", "))
             assert hit + sum(map(int, lost.values())) == total
             assert hit > 0 or not stream
-            assert "x-cache-parted" not in said
+            assert "x-cache-parted" not in headers
 
 
-def test_an_answer_says_where_it_parts_from_an_earlier_one(live: Live) -> None:
+def test_answer_reports_the_first_difference(live: Live) -> None:
     first = live.post("/v1/chat/completions", body(SYSTEM)).json()
     assert "cache_explanation" not in first
     changed = SYSTEM.replace("or two", "or three", 1)
-    answer = live.post("/v1/chat/completions", body(changed, **compared(first["id"])))
+    answer = live.post("/v1/chat/completions", body(changed, **compare_with(first["id"])))
     assert answer.headers["x-cache-parted"].startswith("system; at=")
-    told = answer.json()
-    at = told["cache_explanation"]["parted"]["at"]
-    total = told["usage"]["prompt_tokens"]
-    assert told["diagnostics"] == {
-        "cache_miss_reason": {"type": "system_changed", "cache_missed_input_tokens": total - at}
+    report = answer.json()
+    difference = report["cache_explanation"]["parted"]["at"]
+    total = report["usage"]["prompt_tokens"]
+    assert report["diagnostics"] == {
+        "cache_miss_reason": {
+            "type": "system_changed",
+            "cache_missed_input_tokens": total - difference,
+        }
     }
-    kind = TypeAdapter(PromptCacheDiagnostics).validate_python(told["prompt_cache_diagnostics"])
-    assert (kind.type, kind.reason) == ("cache_miss", "input_changed")
-    assert kind.cache_missed_tokens == kind.comparison_reusable_tokens - at
-    parted = told["cache_explanation"]["parted"]
+    openai_report = TypeAdapter(PromptCacheDiagnostics).validate_python(
+        report["prompt_cache_diagnostics"]
+    )
+    assert (openai_report.type, openai_report.reason) == ("cache_miss", "input_changed")
+    assert (
+        openai_report.cache_missed_tokens == openai_report.comparison_reusable_tokens - difference
+    )
+    parted = report["cache_explanation"]["parted"]
     assert parted["path"] == "messages[0].content"
     assert parted["now"][:5] == "hree." and parted["before"] == "n a word or t"[-12:]
 
 
-def test_a_stream_says_it_in_its_last_event(live: Live) -> None:
+def test_stream_explains_in_its_last_event(live: Live) -> None:
     first = live.post("/v1/chat/completions", body(SYSTEM + "S")).json()
-    asked = body(SYSTEM + "S", stream=True, **compared(first["id"]))
-    with httpx.stream("POST", live.url + "/v1/chat/completions", json=asked, timeout=60) as answer:
+    request = body(SYSTEM + "S", stream=True, **compare_with(first["id"]))
+    with httpx.stream(
+        "POST", live.url + "/v1/chat/completions", json=request, timeout=60
+    ) as answer:
         lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: {")]
-    told = json.loads(lines[-1])
-    assert told["choices"] == [] and told["diagnostics"] is None
-    assert told["prompt_cache_diagnostics"] == {"type": "cache_hit"}
-    assert told["cache_explanation"]["parted"] is None
+    event = json.loads(lines[-1])
+    assert event["choices"] == [] and event["diagnostics"] is None
+    assert event["prompt_cache_diagnostics"] == {"type": "cache_hit"}
+    assert event["cache_explanation"]["parted"] is None
     assert answer.headers["x-cache-parted"] == "no"
 
 
-def test_messages_say_it_as_anthropic_does(live: Live) -> None:
+def test_messages_explain_in_anthropics_fields(live: Live) -> None:
     user = {"role": "user", "content": "Why?"}
-    asked = {"model": live.engine.model_name, "max_tokens": 4, "messages": [user]}
+    request = {"model": live.engine.model_name, "max_tokens": 4, "messages": [user]}
     first = live.post(
         "/v1/messages",
-        {**asked, "system": SYSTEM + "M", "diagnostics": {"previous_message_id": None}},
+        {**request, "system": SYSTEM + "M", "diagnostics": {"previous_message_id": None}},
     )
     assert first.json()["diagnostics"] is None
     assert int(first.headers["x-cache-prompt-tokens"]) > 300
     later = {"diagnostics": {"previous_message_id": first.json()["id"]}}
-    changed = live.post("/v1/messages", {**asked, "system": "B" + SYSTEM + "M", **later})
+    changed = live.post("/v1/messages", {**request, "system": "B" + SYSTEM + "M", **later})
     reason = changed.json()["diagnostics"]["cache_miss_reason"]
     assert reason["type"] == "system_changed"
-    at = int(changed.headers["x-cache-parted"].partition("at=")[2])
+    difference = int(changed.headers["x-cache-parted"].partition("at=")[2])
     total = int(changed.headers["x-cache-prompt-tokens"])
-    assert reason["cache_missed_input_tokens"] == total - at
-    streamed = {**asked, "system": "B" + SYSTEM + "M", "stream": True, **later}
+    assert reason["cache_missed_input_tokens"] == total - difference
+    streamed = {**request, "system": "B" + SYSTEM + "M", "stream": True, **later}
     with httpx.stream("POST", live.url + "/v1/messages", json=streamed, timeout=60) as answer:
         lines = [line[6:] for line in answer.iter_lines() if line.startswith("data: {")]
     assert json.loads(lines[0])["message"]["diagnostics"]["cache_miss_reason"] == reason
     assert int(answer.headers["x-cache-hit-tokens"]) > 0
-    assert "diagnostics" not in live.post("/v1/messages", {**asked, "system": "C"}).json()
+    assert "diagnostics" not in live.post("/v1/messages", {**request, "system": "C"}).json()
 
 
-def test_each_cause_has_advice() -> None:
+def test_each_cause_has_an_advice() -> None:
     assert set(ADVICE) == {*get_args(Change), *CAUSES, NEW}
 
 
-def test_an_unknown_id_may_be_one_that_was_forgotten(serve_oracle: Callable[..., Live]) -> None:
+def test_unknown_id_may_have_been_dropped_for_space(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(server_config(explain_mib=0))
     answer_id = live.post("/v1/chat/completions", body("Gone.")).json()["id"]
-    told = live.get(f"/v1/cache/explanations/{answer_id}")
-    assert told.status_code == 404 and "raise --explain-mib" in told.text
+    answer = live.get(f"/v1/cache/explanations/{answer_id}")
+    assert answer.status_code == 404 and "raise --explain-mib" in answer.text
 
 
-def test_responses_say_it_as_openai_does(live: Live) -> None:
+def test_responses_explain_in_openais_fields(live: Live) -> None:
     create = live.client.responses.create
     model = live.engine.model_name
     first = create(model=model, input="Why?", instructions=SYSTEM + "R", max_output_tokens=4)
@@ -127,8 +136,12 @@ def test_responses_say_it_as_openai_does(live: Live) -> None:
         max_output_tokens=4,
         extra_body=body,
     )
-    told = second.prompt_cache_diagnostics
-    assert told is not None and told.type == "cache_miss" and told.reason == "input_changed"
+    diagnostics = second.prompt_cache_diagnostics
+    assert (
+        diagnostics is not None
+        and diagnostics.type == "cache_miss"
+        and diagnostics.reason == "input_changed"
+    )
     stream = create(
         model=model,
         input="Why?",
@@ -143,75 +156,88 @@ def test_responses_say_it_as_openai_does(live: Live) -> None:
 
 
 @pytest.mark.parametrize(("salt", "later"), [("a", "b"), ("a", None), (None, "a")])
-def test_nobody_learns_of_another_tenants_request(
+def test_requests_of_other_tenants_are_unknown(
     live: Live, salt: str | None, later: str | None
 ) -> None:
     first = live.post("/v1/chat/completions", body(SYSTEM, cache_salt=salt)).json()
-    told = live.post(
-        "/v1/chat/completions", body(SYSTEM, cache_salt=later, **compared(first["id"]))
+    answer = live.post(
+        "/v1/chat/completions", body(SYSTEM, cache_salt=later, **compare_with(first["id"]))
     ).json()
     unknown = live.post(
-        "/v1/chat/completions", body(SYSTEM, cache_salt=later, **compared("chatcmpl-none"))
+        "/v1/chat/completions", body(SYSTEM, cache_salt=later, **compare_with("chatcmpl-none"))
     ).json()
     for name in ("diagnostics", "prompt_cache_diagnostics", "cache_explanation"):
-        assert told[name] == unknown[name]
-    assert told["cache_explanation"] is None
-    assert told["diagnostics"] == {"cache_miss_reason": {"type": "previous_message_not_found"}}
-    assert told["prompt_cache_diagnostics"] == {"type": "comparison_response_not_found"}
+        assert answer[name] == unknown[name]
+    assert answer["cache_explanation"] is None
+    assert answer["diagnostics"] == {"cache_miss_reason": {"type": "previous_message_not_found"}}
+    assert answer["prompt_cache_diagnostics"] == {"type": "comparison_response_not_found"}
 
 
-def test_an_answer_that_the_client_stopped_is_remembered(
+def test_answer_stopped_by_the_client_is_compared(
     serve_oracle: Callable[..., Live],
 ) -> None:
     live = serve_oracle(step_s=0.005)
-    asked = body(SYSTEM) | {"stream": True, "max_tokens": 500, "ignore_eos": True}
-    said = ""
-    with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=asked) as answer:
+    request = body(SYSTEM) | {"stream": True, "max_tokens": 500, "ignore_eos": True}
+    text = ""
+    with httpx.stream("POST", f"{live.url}/v1/chat/completions", json=request) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: "):
                 event = json.loads(line.removeprefix("data: "))
-                said += event["choices"][0]["delta"].get("content") or ""
-            if len(said) > 30:
+                text += event["choices"][0]["delta"].get("content") or ""
+            if len(text) > 30:
                 break
     live.wait_until_idle()
-    stopped = event["id"]
-    chat = [*asked["messages"], {"role": "assistant", "content": said}]
-    goes_on = body("Go on.") | {"messages": [*chat, {"role": "user", "content": "Go on."}]}
-    next_id = live.post("/v1/chat/completions", goes_on).json()["id"]
-    told = live.get(f"/v1/cache/explanations/{next_id}").json()
-    assert told["compared_with"] == stopped
-    assert told["cause"] != "new"
+    stopped_id = event["id"]
+    chat = [*request["messages"], {"role": "assistant", "content": text}]
+    next_turn = body("Go on.") | {"messages": [*chat, {"role": "user", "content": "Go on."}]}
+    next_id = live.post("/v1/chat/completions", next_turn).json()["id"]
+    explanation = live.get(f"/v1/cache/explanations/{next_id}").json()
+    assert explanation["compared_with"] == stopped_id
+    assert explanation["cause"] != "new"
 
 
-def test_the_first_chat_of_a_server_is_explained_as_any_other(
+def test_first_chat_of_a_server_is_explained(
     serve_oracle: Callable[..., Live],
 ) -> None:
     live = serve_oracle()
     first, second = (live.post("/v1/chat/completions", body(SYSTEM)).json() for _ in range(2))
-    told, later = (
+    first_explanation, second_explanation = (
         live.get(f"/v1/cache/explanations/{answer['id']}").json() for answer in (first, second)
     )
-    assert told.keys() == later.keys() and told["compared_with"] is None
-    assert (told["cause"], told["advice"], told["lost"]) == (NEW, ADVICE[NEW], {})
+    assert (
+        first_explanation.keys() == second_explanation.keys()
+        and first_explanation["compared_with"] is None
+    )
+    assert (first_explanation["cause"], first_explanation["advice"], first_explanation["lost"]) == (
+        NEW,
+        ADVICE[NEW],
+        {},
+    )
     num_tokens = first["usage"]["prompt_tokens"]
-    assert told["prompt_tokens"] == told["new_tokens"] == num_tokens
-    assert told["shared_tokens"] == told["earlier_tokens"] == 0 and told["parted"] is None
-    assert "no stored request shares any of it" in told["text"]
-    assert later["compared_with"] == first["id"] and later["cause"] != NEW
+    assert first_explanation["prompt_tokens"] == first_explanation["new_tokens"] == num_tokens
+    assert (
+        first_explanation["shared_tokens"] == first_explanation["earlier_tokens"] == 0
+        and first_explanation["parted"] is None
+    )
+    assert "no stored request shares any of it" in first_explanation["text"]
+    assert second_explanation["compared_with"] == first["id"] and second_explanation["cause"] != NEW
 
 
-def test_a_first_chat_that_the_cache_knew_is_not_new(serve_oracle: Callable[..., Live]) -> None:
-    """A text completion computed its prompt, and is itself not explained."""
+def test_first_chat_after_a_completion_is_not_new(serve_oracle: Callable[..., Live]) -> None:
+    """The text completion computed the prompt, but is not explained itself."""
     live = serve_oracle()
-    asked = body(SYSTEM)
-    tokens = live.post("/tokenize", {"messages": asked["messages"]}).json()["tokens"]
-    text = live.post("/v1/completions", {"prompt": tokens, "max_tokens": 1}).json()
-    chat = live.post("/v1/chat/completions", asked).json()
-    told = live.get(f"/v1/cache/explanations/{chat['id']}").json()
-    assert told["cause"] == "below_grid" and told["cached_tokens"] > 0
-    assert sum(told["lost"].values()) == told["shared_tokens"] - told["cached_tokens"]
-    assert "tokens that the cache knew: " in told["text"]
-    unknown = live.get(f"/v1/cache/explanations/{text['id']}")
+    request = body(SYSTEM)
+    tokens = live.post("/tokenize", {"messages": request["messages"]}).json()["tokens"]
+    completion = live.post("/v1/completions", {"prompt": tokens, "max_tokens": 1}).json()
+    chat = live.post("/v1/chat/completions", request).json()
+    explanation = live.get(f"/v1/cache/explanations/{chat['id']}").json()
+    assert explanation["cause"] == "below_grid" and explanation["cached_tokens"] > 0
+    assert (
+        sum(explanation["lost"].values())
+        == explanation["shared_tokens"] - explanation["cached_tokens"]
+    )
+    assert "tokens that the cache knew: " in explanation["text"]
+    unknown = live.get(f"/v1/cache/explanations/{completion['id']}")
     assert unknown.status_code == 404 and "not text completions" in unknown.text
 
 
@@ -223,34 +249,39 @@ def test_a_first_chat_that_the_cache_knew_is_not_new(serve_oracle: Callable[...,
         ({"content": "b ok", "reasoning_content": None}, "reasoning_content", True),
     ],
 )
-def test_the_advice_names_the_part_of_an_answer_that_came_back_changed(
-    say: Callable[..., Live], changes: dict[str, Any], field: str, names_reasoning: bool
+def test_advice_names_the_changed_part_of_an_answer(
+    serve_answer: Callable[..., Live], changes: dict[str, Any], field: str, names_reasoning: bool
 ) -> None:
-    live = say("a</think>b")
-    asked = body(str(changes) + SYSTEM, reasoning_effort="low") | {"max_tokens": 40}
-    answer = live.post("/v1/chat/completions", asked).json()
+    live = serve_answer("a</think>b")
+    request = body(str(changes) + SYSTEM, reasoning_effort="low") | {"max_tokens": 40}
+    answer = live.post("/v1/chat/completions", request).json()
     message = answer["choices"][0]["message"] | changes
-    messages = [*asked["messages"], message, {"role": "user", "content": "Go on."}]
-    later = live.post("/v1/chat/completions", asked | {"messages": messages}).json()
-    beside = f"{later['id']}?compared_with={answer['id']}"
-    told = live.get(f"/v1/cache/explanations/{beside}").json()
-    assert (told["cause"], told["parted"]["path"]) == ("answer", f"messages[2].{field}")
-    assert told["advice"].startswith("Send answers back as they came.")
-    assert ("--preserve-thinking" in told["advice"]) == names_reasoning
+    messages = [*request["messages"], message, {"role": "user", "content": "Go on."}]
+    later = live.post("/v1/chat/completions", request | {"messages": messages}).json()
+    query = f"{later['id']}?compared_with={answer['id']}"
+    explanation = live.get(f"/v1/cache/explanations/{query}").json()
+    assert (explanation["cause"], explanation["parted"]["path"]) == (
+        "answer",
+        f"messages[2].{field}",
+    )
+    assert explanation["advice"].startswith("Send answers back as they came.")
+    assert ("--preserve-thinking" in explanation["advice"]) == names_reasoning
 
 
-def test_the_operator_sees_an_answer_beside_the_nearest_before_it(live: Live) -> None:
+def test_operator_sees_comparison_with_nearest_earlier_chat(live: Live) -> None:
     chats = [body(SYSTEM + "Operator."), body("Else."), body(SYSTEM + "Operator!")]
     ids = [live.post("/v1/chat/completions", chat).json()["id"] for chat in chats]
-    told = live.get(f"/v1/cache/explanations/{ids[2]}").json()
-    assert (told["id"], told["compared_with"]) == (ids[2], ids[0])
-    assert told["parted"]["now"].startswith("!")
+    explanation = live.get(f"/v1/cache/explanations/{ids[2]}").json()
+    assert (explanation["id"], explanation["compared_with"]) == (ids[2], ids[0])
+    assert explanation["parted"]["now"].startswith("!")
     other = live.get(f"/v1/cache/explanations/{ids[2]}?compared_with={ids[1]}").json()
-    assert other["compared_with"] == ids[1] and other["parted"]["at"] < told["parted"]["at"]
-    assert "tokens were reused" in told["text"] and told["text"].endswith(told["advice"])
+    assert other["compared_with"] == ids[1] and other["parted"]["at"] < explanation["parted"]["at"]
+    assert "tokens were reused" in explanation["text"] and explanation["text"].endswith(
+        explanation["advice"]
+    )
     unknown = live.get("/v1/cache/explanations/chatcmpl-none")
     assert unknown.status_code == 404 and "'chatcmpl-none' is stored" in unknown.text
-    assert "--explain-mib" not in unknown.text, "nothing was forgotten"
+    assert "--explain-mib" not in unknown.text, "no explanation was dropped"
     foreign = {"Origin": "https://evil.example"}
     url = f"{live.url}/v1/cache/explanations/{ids[2]}"
     assert httpx.get(url, headers=foreign).status_code == 403

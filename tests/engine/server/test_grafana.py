@@ -1,4 +1,4 @@
-"""The dashboard asks for metrics that the server has."""
+"""Queries of the Grafana dashboard."""
 
 from __future__ import annotations
 
@@ -23,37 +23,39 @@ LABELS = re.compile(r"by \(([\w, ]+)\)")
 
 
 @pytest.fixture(scope="module")
-def served(live: Live) -> dict[str, set[str]]:
-    """Labels of each sample that a server has after a request, by name; those of counters that
-    nothing has counted yet from the metrics themselves."""
+def labels_of(live: Live) -> dict[str, set[str]]:
+    """Return the labels of each sample by its name, after one request.
+
+    A counter without samples yet gets the labels of its definition.
+    """
     live.post("/v1/completions", {"prompt": "a dashboard's request", "max_tokens": 3})
-    found: dict[str, set[str]] = {}
+    labels_by_name: dict[str, set[str]] = {}
     for family in text_string_to_metric_families(live.get("/metrics").text):
         suffixes = {"counter": ["_total"], "histogram": ["_bucket"]}.get(family.type, [""])
         for suffix in suffixes:
-            found[family.name + suffix] = set()
+            labels_by_name[family.name + suffix] = set()
         for sample in family.samples:
-            found.setdefault(sample.name, set()).update(sample.labels)
+            labels_by_name.setdefault(sample.name, set()).update(sample.labels)
     for counter in vars(live.server.config.app.state.metrics).values():
         if hasattr(counter, "_labelnames"):
-            found.setdefault(f"{counter._name}_total", set()).update(counter._labelnames)
-    return found
+            labels_by_name.setdefault(f"{counter._name}_total", set()).update(counter._labelnames)
+    return labels_by_name
 
 
 @pytest.mark.parametrize("panel", PANELS, ids=[panel["title"] for panel in PANELS])
-def test_a_panel_names_metrics_and_labels_that_are_there(
-    panel: dict[str, Any], served: dict[str, set[str]]
+def test_panel_uses_existing_metrics_and_labels(
+    panel: dict[str, Any], labels_of: dict[str, set[str]]
 ) -> None:
     for target in panel["targets"]:
         names = NAME.findall(target["expr"])
         assert names
         for name in names:
-            assert name in served, name
+            assert name in labels_of, name
         for labels in LABELS.findall(target["expr"]):
-            assert set(labels.split(", ")) <= set.union(*(served[name] for name in names))
+            assert set(labels.split(", ")) <= set.union(*(labels_of[name] for name in names))
 
 
-def test_panels_do_not_overlap_and_ids_are_their_own() -> None:
+def test_panels_do_not_overlap_and_have_unique_ids() -> None:
     assert len({panel["id"] for panel in PANELS}) == len(PANELS)
     taken: set[tuple[int, int]] = set()
     for place in (panel["gridPos"] for panel in PANELS):
@@ -66,7 +68,7 @@ def test_panels_do_not_overlap_and_ids_are_their_own() -> None:
         taken |= cells
 
 
-def test_the_hit_rate_is_weighted_by_tokens() -> None:
+def test_hit_rate_is_weighted_by_tokens() -> None:
     [panel] = [panel for panel in PANELS if panel["title"] == "Prompt tokens reused"]
     [target] = panel["targets"]
     names = NAME.findall(target["expr"])

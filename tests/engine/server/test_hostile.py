@@ -1,8 +1,7 @@
-"""What one client sends must not stop the others: limits, one error for a million wrong entries, no
-quoting of megabytes.
+"""Hostile requests must not stop other clients: limits, few errors, short messages.
 
-Costs are counted, not timed: how many errors are made, what is sent back, which thread does the
-work. Times are in ``python -m experiments.system.hostile``.
+The tests count costs instead of timing them: number of errors, size of the answer, the thread that
+works. ``python -m experiments.system.hostile`` measures times.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ TOO_MANY: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "message"), TOO_MANY, ids=[m for *_, m in TOO_MANY])
-def test_each_limit_is_one_sentence_that_names_its_flag(
+def test_exceeded_limit_names_its_flag(
     serve_oracle: Callable[..., Live], path: str, body: dict[str, Any], message: str
 ) -> None:
     live = serve_oracle(SMALL)
@@ -114,7 +113,7 @@ def test_each_limit_is_one_sentence_that_names_its_flag(
     live.check_conserved()
 
 
-def test_what_is_at_the_limit_is_served(serve_oracle: Callable[..., Live]) -> None:
+def test_request_at_the_limits_is_served(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(SMALL)
     for path, body in (
         ("/v1/completions", {"prompt": [1] * 100, "stop": ["y" * 16] * 4}),
@@ -138,15 +137,13 @@ WRONG_EVERYWHERE: list[tuple[type[BaseModel], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("kind", "body"), WRONG_EVERYWHERE)
-def test_ten_thousand_wrong_entries_are_a_few_errors(
-    kind: type[BaseModel], body: dict[str, Any]
-) -> None:
+def test_many_wrong_entries_give_few_errors(kind: type[BaseModel], body: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as failure:
         kind.model_validate(body)
     assert failure.value.error_count() <= 3
 
 
-def test_refusing_a_million_entries_takes_little_memory() -> None:
+def test_refusal_of_a_million_entries_takes_little_memory() -> None:
     reader = BodyReader(ServerConfig(), Workers())
     raw = b'{"messages": [' + b",".join([b"1"] * 1_000_000) + b"]}"
     tracemalloc.start()
@@ -174,13 +171,12 @@ def test_refusing_a_million_entries_takes_little_memory() -> None:
     ],
     ids=["role", "model", "name", "value", "inner name", "part"],
 )
-def test_no_answer_quotes_a_megabyte(live: Live, path: str, body: dict[str, Any]) -> None:
+def test_error_does_not_quote_a_long_value(live: Live, path: str, body: dict[str, Any]) -> None:
     answer = live.post(path, body)
     assert answer.status_code in (400, 404) and len(answer.content) < 1000
 
 
-def test_texts_may_hold_any_number_of_commas(serve_oracle: Callable[..., Live]) -> None:
-    """The count of JSON values does not take what is in a text for one."""
+def test_commas_inside_texts_are_not_counted(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(replace(SMALL, max_prompt_ids=12_000))
     body = {"prompt": ',:[{\\"' * 2000}
     assert live.post("/tokenize", body).status_code == 200
@@ -193,11 +189,13 @@ values = st.recursive(
 )
 
 
-def _num_made(value: Any) -> tuple[int, int]:
-    """(commas, colons and opening brackets) of ``value`` as JSON, its texts apart."""
+def _expected_marks(value: Any) -> tuple[int, int]:
+    """Return the number of commas, and of colons and opening brackets, outside texts."""
     if not isinstance(value, dict | list):
         return 0, 0
-    inner = [_num_made(entry) for entry in (value.values() if isinstance(value, dict) else value)]
+    inner = [
+        _expected_marks(entry) for entry in (value.values() if isinstance(value, dict) else value)
+    ]
     names = 1 + (len(value) if isinstance(value, dict) else 0)
     return (
         max(len(value) - 1, 0) + sum(commas for commas, _ in inner),
@@ -206,26 +204,26 @@ def _num_made(value: Any) -> tuple[int, int]:
 
 
 @given(values, st.booleans())
-def test_values_are_counted_without_parsing(value: Any, ascii_only: bool) -> None:
+def test_json_values_are_counted_without_parsing(value: Any, ascii_only: bool) -> None:
     raw = json.dumps(value, ensure_ascii=ascii_only).encode()
-    for marks, num in zip((b",", b":[{"), _num_made(value), strict=True):
+    for marks, num in zip((b",", b":[{"), _expected_marks(value), strict=True):
         assert _num_marks(raw, marks, num, 1000) == num
         assert num == 0 or _num_marks(raw, marks, num - 1, 1000) > num - 1
 
 
-def test_a_text_that_is_never_closed_is_one_text() -> None:
-    """Not tried again at every quote in it: that took half an hour for a megabyte."""
+def test_unterminated_text_is_scanned_once() -> None:
+    """A retry at each quote in it took half an hour for a megabyte."""
     assert _num_marks(b'{"a":"' + b'\\",' * 100, b",", 50, 1000) == 0
     assert _num_marks(b'{"a":"b,c,\\', b",", 1, 1000) == 0
 
 
-def test_no_more_strings_are_passed_over_than_a_body_at_the_limits_has() -> None:
+def test_number_of_skipped_strings_is_limited() -> None:
     raw = b'"" ' * 20 + b"," * 10
-    assert _num_marks(raw, b",", 5, 10) == 0  # ten strings with nothing between: this is no JSON
+    assert _num_marks(raw, b",", 5, 10) == 0  # Ten adjacent strings are not JSON.
     assert _num_marks(raw, b",", 5, 21) == 10
 
 
-def test_a_long_text_is_passed_over_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_text_is_scanned_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[None] = []
     monkeypatch.setattr("engine.server.bodies.give_way", lambda: pauses.append(None))
     raw = b'"' + b"\\u00e9," * 100_000 + b'",1'
@@ -234,7 +232,7 @@ def test_a_long_text_is_passed_over_in_pieces(monkeypatch: pytest.MonkeyPatch) -
     assert json.loads(to_json({"tokens": [1] * 100_000})) and len(pauses) > 90
 
 
-def test_the_scores_of_a_long_prompt_are_written_in_pieces(
+def test_scores_of_a_long_prompt_are_written_in_pieces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pauses: list[None] = []
@@ -245,8 +243,8 @@ def test_the_scores_of_a_long_prompt_are_written_in_pieces(
     assert len(chat_scores(ByteTokenizer(), scores, 1)["content"]) == 1000 and len(pauses) > 40
 
 
-def test_only_a_worker_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The event loop has others to serve, and what it does itself is short."""
+def test_only_worker_threads_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop must not pause, and its own work is short."""
     pauses: list[float] = []
     monkeypatch.setattr("engine.server.bodies.time.sleep", pauses.append)
     workers = Workers()
@@ -262,14 +260,14 @@ def test_only_a_worker_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(values)
-def test_json_in_pieces_is_json(value: Any) -> None:
+def test_json_written_in_pieces_is_valid(value: Any) -> None:
     assert to_json(value).decode() == json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     many = [value] * 1025 + [{"a": list(range(3000))}]
     assert json.loads(to_json(many)) == many
 
 
-class _Names:
-    """A tokenizer that notes in which thread it worked."""
+class ThreadRecorder:
+    """Tokenizer that records the threads in which it is used."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -290,20 +288,20 @@ class _Names:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_long_is_not_done_on_the_event_loop(
+def test_long_work_leaves_the_event_loop(
     serve_oracle: Callable[..., Live], path: str, body: dict[str, Any]
 ) -> None:
     live = serve_oracle()
     served: Any = live.server._engine
-    tokenizer = served.tokenizer = _Names(served.tokenizer)
+    tokenizer = served.tokenizer = ThreadRecorder(served.tokenizer)
     live.post(path, body)
     tokenizer.threads.discard("engine")
-    # The event loop may ask for a field (the vocabulary's size), so where encoding ran is what
-    # counts.
+    # The event loop may read a field (the size of the vocabulary), so only the presence of a worker
+    # is checked.
     assert "server" in tokenizer.threads
 
 
-def test_an_echoed_prompt_is_written_off_the_event_loop(serve_oracle: Callable[..., Live]) -> None:
+def test_long_echoed_prompts_are_returned_whole(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(num_kv_tokens=16_384)
     prompt = "echo " * 700
     for n in (1, 3):
@@ -317,7 +315,7 @@ def _nested(depth: int) -> Any:
 
 
 @pytest.mark.parametrize("depth", [600, 100_000])
-def test_deep_tool_arguments_are_the_clients_fault(live: Live, depth: int) -> None:
+def test_deep_tool_arguments_are_no_server_error(live: Live, depth: int) -> None:
     call = {"function": {"name": "f", "arguments": '{"a":' + "[" * depth + "]" * depth + "}"}}
     chat = [*CHAT, {"role": "assistant", "content": "", "tool_calls": [call]}]
     answer = live.post("/v1/chat/completions", {"messages": chat, "max_tokens": 1})
@@ -325,7 +323,7 @@ def test_deep_tool_arguments_are_the_clients_fault(live: Live, depth: int) -> No
 
 
 @pytest.mark.parametrize("depth", [200, 600, 900])
-def test_whatever_is_nested_deep_is_served_or_refused(live: Live, depth: int) -> None:
+def test_deep_nesting_is_served_or_refused(live: Live, depth: int) -> None:
     deep = _nested(depth)
     call = {"function": {"name": "f", "arguments": {"a": deep}}}
     for body in (
@@ -339,12 +337,12 @@ def test_whatever_is_nested_deep_is_served_or_refused(live: Live, depth: int) ->
         assert answer.status_code in (200, 400), answer.text
 
 
-WORDS = {"name": "weather", "description": "Tells it."}
+TOOL_NAME = {"name": "weather", "description": "Weather of a city."}
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "title": "City"}}}
 EXTRA = {"a": "b", "c": [{"d": "e"}]}
 USER = {"role": "user", "content": [{"type": "text", "text": "Rain in Bonn?"}], "name": "me"}
-SAID = {"name": "weather", "arguments": '{"city": "Bonn", "days": 2.5}'}
-CALLED = {"id": "call_1", "type": "function", "function": SAID}
+FUNCTION = {"name": "weather", "arguments": '{"city": "Bonn", "days": 2.5}'}
+TOOL_CALL = {"id": "call_1", "type": "function", "function": FUNCTION}
 RESULT = {"type": "tool_result", "tool_use_id": "t", "content": "dry"}
 EVERY_FIELD: dict[str, dict[str, Any]] = {
     "/v1/completions": {
@@ -364,10 +362,10 @@ EVERY_FIELD: dict[str, dict[str, Any]] = {
             {"role": "system", "content": "Be brief.", "extra": EXTRA},
             USER,
             {"role": "assistant", "content": "Hm.", "reasoning_content": "So."},
-            {"role": "assistant", "content": None, "tool_calls": [CALLED]},
+            {"role": "assistant", "content": None, "tool_calls": [TOOL_CALL]},
             {"role": "tool", "tool_call_id": "call_1", "content": "dry"},
         ],
-        "tools": [{"type": "function", "function": WORDS | {"parameters": PARAMETERS}}],
+        "tools": [{"type": "function", "function": TOOL_NAME | {"parameters": PARAMETERS}}],
         "chat_template_kwargs": {"enable_thinking": True, "note": "x", "deep": EXTRA},
         "metadata": {"k": "v"},
         "stop": "never",
@@ -389,7 +387,7 @@ EVERY_FIELD: dict[str, dict[str, Any]] = {
             },
             {"role": "user", "content": [RESULT]},
         ],
-        "tools": [WORDS | {"input_schema": PARAMETERS}],
+        "tools": [TOOL_NAME | {"input_schema": PARAMETERS}],
         "stop_sequences": ["never"],
         "metadata": {"user_id": "me"},
         "output_config": {"effort": "low"},
@@ -402,10 +400,10 @@ EVERY_FIELD: dict[str, dict[str, Any]] = {
         "input": [
             {"role": "user", "content": "Rain in Bonn?"},
             {"type": "reasoning", "summary": [{"type": "summary_text", "text": "So."}]},
-            {"type": "function_call", "call_id": "c", **SAID},
+            {"type": "function_call", "call_id": "c", **FUNCTION},
             {"type": "function_call_output", "call_id": "c", "output": "dry"},
         ],
-        "tools": [{"type": "function", **WORDS, "parameters": PARAMETERS}],
+        "tools": [{"type": "function", **TOOL_NAME, "parameters": PARAMETERS}],
         "reasoning": {"effort": "low", "summary": "auto"},
         "text": {"format": {"type": "text"}, "verbosity": "low"},
         "metadata": {"k": "v"},
@@ -415,11 +413,11 @@ EVERY_FIELD: dict[str, dict[str, Any]] = {
     },
     "/tokenize": {"messages": [USER], "chat_template_kwargs": EXTRA},
 }  # fmt: skip
-"""A body of each dialect with text in every kind of place."""
+"""Body of each dialect with text in every kind of field."""
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every text, number and name in ``value``, by the way to it; a name ends in None."""
+    """Yield the path and value of each text, number and name; the path of a name ends in None."""
     if isinstance(value, dict):
         for name, entry in value.items():
             yield (*at, name, None), name
@@ -431,46 +429,45 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ..
         yield at, value
 
 
-def changed(value: Any, at: tuple[Any, ...], new: str) -> Any:
-    """``value`` with ``new`` in this place."""
+def replace_at(value: Any, at: tuple[Any, ...], new: str) -> Any:
+    """Return a copy of ``value`` with ``new`` at the path ``at``."""
     if not at:
         return new
     if at[1:] == (None,):
         return {(new if name == at[0] else name): entry for name, entry in value.items()}
     copy = value.copy()
-    copy[at[0]] = changed(value[at[0]], at[1:], new)
+    copy[at[0]] = replace_at(value[at[0]], at[1:], new)
     return copy
 
 
 def strict_json(text: str) -> list[Any]:
-    """Every JSON object of an answer; refused where a client would refuse it."""
+    """Return each JSON object of an answer, after the checks of a strict client."""
 
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} in {text[:200]}")
 
     lines = [line[6:] for line in text.splitlines() if line.startswith("data: {")]
-    found = [json.loads(line, parse_constant=refuse) for line in lines or [text]]
-    json.dumps(found, ensure_ascii=False).encode()  # no half characters
-    return found
+    objects = [json.loads(line, parse_constant=refuse) for line in lines or [text]]
+    json.dumps(objects, ensure_ascii=False).encode()  # Fails for lone surrogates.
+    return objects
 
 
 @pytest.mark.full("/v1/completions-whole", "/v1/chat/completions-streamed", "/tokenize-whole")
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("path", EVERY_FIELD)
-def test_half_a_character_is_harmless_wherever_it_stands(
-    say: Callable[..., Live], path: str, stream: bool
+def test_lone_surrogate_is_harmless_in_every_field(
+    serve_answer: Callable[..., Live], path: str, stream: bool
 ) -> None:
-    """Served as U+FFFD or refused before anything is computed, and never an error of the server's;
-    what is stored can be read."""
-    live = say("Dry.")
+    """It is served as U+FFFD or refused before any computation. Stored responses stay readable."""
+    live = serve_answer("Dry.")
     body = EVERY_FIELD[path] | ({"stream": stream} if path != "/tokenize" else {})
     body |= {"max_tokens": 2} if path in ("/v1/messages", "/v1/completions") else {}
     assert live.post(path, body).status_code == 200
     num_served = 0
-    for at, was in places(EVERY_FIELD[path]):
-        if isinstance(was, float):
+    for at, old in places(EVERY_FIELD[path]):
+        if isinstance(old, float):
             continue
-        payload = json.dumps(changed(body, at, was + "\ud83d"))
+        payload = json.dumps(replace_at(body, at, old + "\ud83d"))
         assert r"\ud83d" in payload
         before = live.report()["usage"]["requests"]
         answer = live.post_raw(path, payload)
@@ -489,21 +486,21 @@ def test_half_a_character_is_harmless_wherever_it_stands(
 
 
 @pytest.mark.parametrize("path", EVERY_FIELD)
-def test_a_number_that_no_answer_could_repeat_is_refused_at_the_door(
-    say: Callable[..., Live], path: str
+def test_number_without_a_json_form_is_refused(
+    serve_answer: Callable[..., Live], path: str
 ) -> None:
-    live = say("Dry.")
+    live = serve_answer("Dry.")
     before = live.report()["usage"]["requests"]
     for number in ("1e400", "-1e400", "NaN", "Infinity", "-Infinity"):
         for at, _ in places(EVERY_FIELD[path]):
             if at[-1] is not None:
-                payload = json.dumps(changed(EVERY_FIELD[path], at, "@")).replace('"@"', number)
+                payload = json.dumps(replace_at(EVERY_FIELD[path], at, "@")).replace('"@"', number)
                 answer = live.post_raw(path, payload)
                 assert answer.status_code == 400 and number in answer.text, (at, answer.text)
     assert live.report()["usage"]["requests"] == before
 
 
-WRITTEN = r'{"city": "Bo\ud83dnn", "days": 1e400, "deep": [NaN, "\udfff"]}'
+BAD_ARGUMENTS = r'{"city": "Bo\ud83dnn", "days": 1e400, "deep": [NaN, "\udfff"]}'
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
@@ -511,16 +508,16 @@ WRITTEN = r'{"city": "Bo\ud83dnn", "days": 1e400, "deep": [NaN, "\udfff"]}'
 @pytest.mark.parametrize(
     "call",
     [
-        f'{{"name": "weather", "arguments": {WRITTEN}}}',
-        f'{{"arguments": {WRITTEN}, "name": "weather"}}',
-        f'{{"name": "we\\ud800ather", "arguments": {WRITTEN}}}',
+        f'{{"name": "weather", "arguments": {BAD_ARGUMENTS}}}',
+        f'{{"arguments": {BAD_ARGUMENTS}, "name": "weather"}}',
+        f'{{"name": "we\\ud800ather", "arguments": {BAD_ARGUMENTS}}}',
         r'{"arguments": {"city": "\ud800"}, "name": "\ud800"}',
     ],
 )
-def test_what_a_model_writes_is_no_reason_for_broken_json(
-    say: Callable[..., Live], path: str, call: str, stream: bool
+def test_bad_json_of_a_model_gives_a_valid_answer(
+    serve_answer: Callable[..., Live], path: str, call: str, stream: bool
 ) -> None:
-    live = say(f"<think>Hm.</think>\n<tool_call>\n{call}\n</tool_call>")
+    live = serve_answer(f"<think>Hm.</think>\n<tool_call>\n{call}\n</tool_call>")
     body = EVERY_FIELD[path] | {"stream": stream}
     body |= {"max_tokens": 500} if path == "/v1/messages" else {}
     answer = live.post(path, body)
@@ -533,7 +530,7 @@ def test_what_a_model_writes_is_no_reason_for_broken_json(
 
 
 @pytest.mark.parametrize("depth", [50, 150, 199, 400, 700])
-def test_what_is_stored_can_be_read_however_deep_it_is(live: Live, depth: int) -> None:
+def test_deep_stored_response_can_be_read(live: Live, depth: int) -> None:
     parameters = {"type": "object", "properties": _nested(depth)}
     tool = {"type": "function", "name": "f", "parameters": parameters}
     for stream in (False, True):
@@ -546,7 +543,7 @@ def test_what_is_stored_can_be_read_however_deep_it_is(live: Live, depth: int) -
             assert stored.json()["tools"][0]["parameters"] == parameters
 
 
-def test_a_token_without_any_chance_is_a_number() -> None:
+def test_score_of_minus_infinity_is_written_as_a_number() -> None:
     score = SampledToken(65, float("-inf"), ((65, float("-inf")), (66, -1.0)))
     for written in (
         CompletionScores(ByteTokenizer(), 2).write([65], [score]),
@@ -555,24 +552,24 @@ def test_a_token_without_any_chance_is_a_number() -> None:
         assert "-9999.0" in to_json(written).decode() and strict_json(to_json(written).decode())
 
 
-anything = st.recursive(
+json_values = st.recursive(
     st.none() | st.booleans() | st.floats() | st.text(st.characters(), max_size=4),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner),
 )
 
 
-@given(anything)
-def test_whatever_is_written_can_be_read(value: Any) -> None:
-    """By this server and by clients, whether they take escapes or not."""
+@given(json_values)
+def test_written_json_can_be_read(value: Any) -> None:
+    """With or without escapes, by the server and by clients."""
     for text in (write_json(value), to_json(value).decode()):
         [read] = strict_json(text)
         assert read_json(text) == read
         text.encode()
-    if all(isinstance(one, str) or math.isfinite(one) for _, one in places(value)):
+    if all(isinstance(entry, str) or math.isfinite(entry) for _, entry in places(value)):
         assert read_json(json.dumps(value)) == read
 
 
-def test_a_body_that_never_ends_is_given_up(serve_oracle: Callable[..., Live]) -> None:
+def test_unfinished_body_times_out(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(ServerConfig(body_timeout_s=0.1))
     with live.connect() as connection:
         connection.sendall(
@@ -582,12 +579,12 @@ def test_a_body_that_never_ends_is_given_up(serve_oracle: Callable[..., Live]) -
         assert connection.recv(65536).startswith(b"HTTP/1.1 408")
 
 
-HALF = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Half: "
+HALF_HEADER = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Half: "
 HEALTH = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
 def read_all(connection: socket.socket) -> bytes:
-    """Until the server closes."""
+    """Return all bytes until the server closes the connection."""
     found = b""
     with contextlib.suppress(ConnectionResetError):
         while piece := connection.recv(65536):
@@ -595,18 +592,18 @@ def read_all(connection: socket.socket) -> bytes:
     return found
 
 
-def test_headers_that_never_end_are_given_up(serve_oracle: Callable[..., Live]) -> None:
-    """At the beginning of a connection, behind an answer, and if nothing comes at all; however they
-    trickle in. A request that has arrived may take longer."""
+def test_unfinished_headers_time_out(serve_oracle: Callable[..., Live]) -> None:
+    """On a new connection, after an answer, and without any byte. A complete request may take
+    longer."""
     live = serve_oracle(ServerConfig(header_timeout_s=1.0), step_s=0.05)
     slow = live.send("/v1/completions", {"prompt": "x", "max_tokens": 25, "ignore_eos": True})
     with live.connect() as first, live.connect() as later, live.connect() as silent:
-        first.sendall(HALF)  # a busy machine may not wait: later it would count as silent
+        first.sendall(HALF_HEADER)  # First: a delay would make this connection a silent one.
         later.sendall(HEALTH)
         answer = b""
         while not answer.endswith(b"}"):
             answer += later.recv(65536)
-        later.sendall(HALF)
+        later.sendall(HALF_HEADER)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             for _ in range(40):
                 first.sendall(b"a")
@@ -619,11 +616,11 @@ def test_headers_that_never_end_are_given_up(serve_oracle: Callable[..., Live]) 
     slow.close()
 
 
-def test_connections_without_a_request_make_room(
+def test_idle_connections_make_room_at_the_limit(
     monkeypatch: pytest.MonkeyPatch, serve_oracle: Callable[..., Live]
 ) -> None:
-    """At the limit: the one that has waited longest first, then one whose body does not arrive;
-    never one that is being answered."""
+    """The longest idle one is closed first, then one with an unfinished body, never one with a
+    running request."""
     monkeypatch.setattr(serve, "STALLED_S", 1000.0)
     live = serve_oracle(ServerConfig(max_connections=8), step_s=0.02)
     with contextlib.ExitStack() as stack:
@@ -636,16 +633,16 @@ def test_connections_without_a_request_make_room(
             b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             b"Content-Length: 100\r\n\r\n{"
         )
-        # Answered over a connection of its own, so the server has read the headers above by then.
+        # After an answer on another connection, the server has read the headers above.
         assert httpx.get(f"{live.url}/health", timeout=30).status_code == 200
         idle = [stack.enter_context(live.connect()) for _ in range(30)]
         for connection in idle:
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                connection.sendall(HALF)
-        for _ in range(3):  # not over the client's kept connection, which may make room, too
+                connection.sendall(HALF_HEADER)
+        for _ in range(3):  # A persistent connection could be closed.
             assert httpx.get(f"{live.url}/health", timeout=30).status_code == 200
-        held = [connection for connection in idle if not has_ended(connection)]
-        assert 0 < len(held) <= 6 and held == idle[-len(held) :]
+        still_open = [connection for connection in idle if not has_ended(connection)]
+        assert 0 < len(still_open) <= 6 and still_open == idle[-len(still_open) :]
         assert not has_ended(upload)
         time.sleep(1.1 * serve.NEW_S)
         monkeypatch.setattr(serve, "STALLED_S", 0.0)
@@ -664,7 +661,7 @@ SLOW = {"prompt": "y", "max_tokens": 150, "ignore_eos": True}
 
 
 def has_ended(connection: socket.socket) -> bool:
-    """Whether the server has closed it, or has answered."""
+    """Return True if the server has closed the connection or has answered."""
     connection.setblocking(False)
     try:
         return connection.recv(1, socket.MSG_PEEK) is not None
@@ -677,7 +674,7 @@ def has_ended(connection: socket.socket) -> bool:
 
 
 @pytest.mark.parametrize("soft", [20, 256, 1 << 20])
-def test_descriptors_are_left_to_the_rest_of_the_process(
+def test_connection_limit_leaves_file_descriptors(
     monkeypatch: pytest.MonkeyPatch, soft: int
 ) -> None:
     resource = pytest.importorskip("resource")
@@ -693,7 +690,7 @@ def test_descriptors_are_left_to_the_rest_of_the_process(
     assert raised == ([(min(soft, MOST_DESCRIPTORS), soft)] if soft > 100 else [])
 
 
-def test_the_page_still_says_what_a_body_holds(live: Live) -> None:
+def test_openapi_page_describes_bodies(live: Live) -> None:
     description = httpx.get(live.url + "/openapi.json", timeout=60).json()
     version = httpx.get(live.url + "/version", timeout=60).json()["version"]
     assert description["info"]["version"] == version
@@ -711,6 +708,6 @@ def test_the_page_still_says_what_a_body_holds(live: Live) -> None:
         ({"max_connections": 0}, "--max-connections 0 must be 1 or more"),
     ],
 )
-def test_limits_that_can_not_be_set(settings: dict[str, Any], message: str) -> None:
+def test_bad_limits_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         server_config(**settings)

@@ -1,4 +1,4 @@
-"""Clients that leave, queues that fill, caches that are reset, and what the metrics say of it."""
+"""Disconnects, full queues, cache resets, failures, shutdown, metrics and logs of a live server."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ENDLESS = {"max_tokens": 3000, "ignore_eos": True, "temperature": 0}
 
 
 def _metrics(live: Live) -> dict[str, float]:
-    """Samples by name, with the value of their label (if they have one) behind a dot."""
+    """Return samples by name, followed by a dot and the label values if there are any."""
     samples = {}
     for family in text_string_to_metric_families(live.get("/metrics").text):
         for sample in family.samples:
@@ -39,8 +39,8 @@ def _metrics(live: Live) -> dict[str, float]:
     return samples
 
 
-async def _accepted(listener: socket.socket) -> int:
-    """TCP_NODELAY of a connection as a server of asyncio has it."""
+async def _accepted_nodelay(listener: socket.socket) -> int:
+    """Return TCP_NODELAY of a connection that asyncio's server accepted."""
     found: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -56,7 +56,7 @@ async def _accepted(listener: socket.socket) -> int:
 
 
 def _has_ipv6() -> bool:
-    """The system may lack the address although Python knows the family."""
+    """Return True if the system has the address ::1; Python may support the family without it."""
     try:
         with socket.create_server(("::1", 0), family=socket.AF_INET6):
             return True
@@ -65,16 +65,16 @@ def _has_ipv6() -> bool:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
-def test_no_write_waits_for_the_acknowledgement_of_the_one_before(host: str) -> None:
-    """On connections that are kept that would be 40 ms an answer, and bunches of tokens."""
+def test_accepted_connections_have_tcp_nodelay(host: str) -> None:
+    """Delayed writes cost 40 ms per answer on a persistent connection and send tokens in bursts."""
     if host == "::1" and not _has_ipv6():
-        pytest.skip("no IPv6 here")
-    assert asyncio.run(_accepted(bind(ServerConfig(host=host, port=0)))) != 0
+        pytest.skip("IPv6 is not available")
+    assert asyncio.run(_accepted_nodelay(bind(ServerConfig(host=host, port=0)))) != 0
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_a_client_that_hangs_up_frees_what_it_held(
+def test_disconnect_frees_memory(
     serve_oracle: Callable[..., Live], stream: bool, path: str
 ) -> None:
     live = serve_oracle(step_s=0.005)
@@ -86,21 +86,21 @@ def test_a_client_that_hangs_up_frees_what_it_held(
     )
     connection = live.send(path, body)
     live.wait_for(lambda report: report["kv"]["held"] > 0 or report["num_running"] == 1)
-    told = b""
-    while stream and told.count(b"data: ") < 9:
-        told += connection.recv(4096)
+    received = b""
+    while stream and received.count(b"data: ") < 9:
+        received += connection.recv(4096)
     connection.close()
     live.wait_until_idle()
     live.check_conserved()
     metrics = _metrics(live)
     assert metrics["engine_requests_total.abort"] == 1
-    if stream:  # The server knows of the tokens that it passed on.
+    if stream:  # The server counts the tokens that it sent.
         assert metrics["engine_prompt_tokens_total"] == live.report()["usage"]["prompt_tokens"]
         assert metrics["engine_generated_tokens_total"] > 5
         assert metrics["engine_ttft_seconds_count"] == 1
 
 
-def test_a_client_that_hangs_up_while_it_sends_leaves_no_traceback(
+def test_disconnect_during_upload_logs_no_error(
     serve_oracle: Callable[..., Live],
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -122,8 +122,7 @@ def test_a_client_that_hangs_up_while_it_sends_leaves_no_traceback(
     live.check_conserved()
 
 
-def test_a_client_that_waits_in_the_queue_may_leave_too(serve_oracle: Callable[..., Live]) -> None:
-    """Nothing is due to it for long, and still its place is free at once."""
+def test_disconnect_frees_the_place_in_the_queue(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(step_s=0.005, max_running=1)
     running = live.send("/v1/completions", {"prompt": "running", "stream": True, **ENDLESS})
     live.wait_for(lambda report: report["num_running"] == 1)
@@ -140,7 +139,7 @@ def test_a_client_that_waits_in_the_queue_may_leave_too(serve_oracle: Callable[.
     live.check_conserved()
 
 
-def test_a_client_that_reads_slowly_stalls_nobody(serve_oracle: Callable[..., Live]) -> None:
+def test_slow_reader_does_not_stall_others(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle()
     with live.send("/v1/completions", {"prompt": "slow", "stream": True, **ENDLESS}):
         answer = live.client.completions.create(model="builtin", prompt="quick", max_tokens=5)
@@ -148,23 +147,23 @@ def test_a_client_that_reads_slowly_stalls_nobody(serve_oracle: Callable[..., Li
     live.check_conserved()
 
 
-def test_a_client_that_stops_reading_is_let_go(
+def test_client_that_stops_reading_is_disconnected(
     serve_oracle: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its request ends and frees what it held; one that reads, however late, gets its answer."""
+    """Its request is aborted and its memory freed. A slow reader still gets its answer."""
     monkeypatch.setattr(serve, "UNREAD_S", 0.5)
     make_protocol = serve.Connections.protocol
 
-    def with_small_buffers(*given: Any, **how: Any) -> serve.Connection:
-        connection = make_protocol(*given, **how)
+    def with_small_buffers(*args: Any, **options: Any) -> serve.Connection:
+        connection = make_protocol(*args, **options)
         accept = connection.connection_made
 
-        def made(transport: Any) -> None:
-            small = transport.get_extra_info("socket")
-            small.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+        def connection_made(transport: Any) -> None:
+            connection_socket = transport.get_extra_info("socket")
+            connection_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
             accept(transport)
 
-        connection.connection_made = made
+        connection.connection_made = connection_made
         return connection
 
     monkeypatch.setattr(serve.Connections, "protocol", with_small_buffers)
@@ -189,11 +188,11 @@ def test_a_client_that_stops_reading_is_let_go(
     live.check_conserved()
 
 
-def test_a_full_queue_answers_429_and_when_to_come_back(serve_oracle: Callable[..., Live]) -> None:
+def test_full_queue_answers_429_with_retry_after(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(step_s=0.005, max_running=1, max_queue=2)
-    held = [live.send("/v1/completions", {"prompt": "first", "stream": True, **ENDLESS})]
+    connections = [live.send("/v1/completions", {"prompt": "first", "stream": True, **ENDLESS})]
     live.wait_for(lambda report: report["num_running"] == 1)
-    held += [
+    connections += [
         live.send("/v1/completions", {"prompt": "next", "stream": True, **ENDLESS})
         for _ in range(2)
     ]
@@ -204,20 +203,20 @@ def test_a_full_queue_answers_429_and_when_to_come_back(serve_oracle: Callable[.
         ) as refusal:
             live.client.completions.create(model="builtin", prompt="too many", stream=stream)
         assert int(refusal.value.response.headers["Retry-After"]) >= 1
-    # A batch that does not fit whole leaves nothing behind.
-    held.pop().close()
+    # A batch that does not fit as a whole leaves no request in the queue.
+    connections.pop().close()
     live.wait_for(lambda report: report["num_waiting"] == 1)
     assert live.post("/v1/completions", {"prompt": ["a", "b"], **ENDLESS}).status_code == 429
     live.wait_for(lambda report: report["num_waiting"] == 1)
     assert _metrics(live)["engine_rejected_requests_total"] == 3
-    for connection in held:
+    for connection in connections:
         connection.close()
     live.check_conserved()
 
 
 @pytest.mark.full
 def test_a_thousand_requests_at_once(serve_oracle: Callable[..., Live]) -> None:
-    """Each is answered or told to come back, some hang up, and nothing is lost."""
+    """Each is served, refused with 429 or aborted by its client; no memory is leaked."""
     live = serve_oracle(max_queue=256, num_kv_tokens=2048)
 
     async def ask(client: httpx.AsyncClient, number: int) -> int:
@@ -240,7 +239,7 @@ def test_a_thousand_requests_at_once(serve_oracle: Callable[..., Live]) -> None:
     assert live.client.completions.create(model="builtin", prompt="after", max_tokens=1).choices
 
 
-def test_the_cache_can_be_read_and_reset(serve_oracle: Callable[..., Live]) -> None:
+def test_cache_report_and_reset(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle()
     prompt = "remember me " * 20
 
@@ -260,7 +259,7 @@ def test_the_cache_can_be_read_and_reset(serve_oracle: Callable[..., Live]) -> N
     live.check_conserved()
 
 
-def test_metrics_add_up(serve_oracle: Callable[..., Live]) -> None:
+def test_metrics_agree_with_the_report(serve_oracle: Callable[..., Live]) -> None:
     live = serve_oracle(num_kv_tokens=1024)
     for number in (0, 0, 1, 2, 3, 4, 5, 0):
         live.post(
@@ -288,7 +287,7 @@ def test_metrics_add_up(serve_oracle: Callable[..., Live]) -> None:
     assert metrics["engine_running_requests"] == metrics["engine_waiting_requests"] == 0
 
 
-def test_a_failed_engine_is_told_and_does_not_hang_anyone(
+def test_failed_engine_answers_with_errors(
     serve_oracle: Callable[..., Live],
 ) -> None:
     live = serve_oracle(step_s=0.002)
@@ -316,7 +315,7 @@ def test_a_failed_engine_is_told_and_does_not_hang_anyone(
     assert live.get("/v1/cache").status_code == live.get("/metrics").status_code == 503
 
 
-def test_a_step_that_fails_costs_the_requests_that_ran(
+def test_failed_step_fails_only_its_running_requests(
     serve_oracle: Callable[..., Live],
 ) -> None:
     live = serve_oracle(max_running=2, step_s=0.002)
@@ -343,7 +342,7 @@ def test_a_step_that_fails_costs_the_requests_that_ran(
 
 
 def http_answer(connection: socket.socket) -> str:
-    """All of it, to the end of its body."""
+    """Return the status line and the whole body of an answer."""
     answer = http.client.HTTPResponse(connection)
     answer.begin()
     head = f"HTTP/1.1 {answer.status}\r\n"
@@ -352,9 +351,9 @@ def http_answer(connection: socket.socket) -> str:
     return head + body
 
 
-def test_a_burst_ends_as_soon_as_its_client_is_gone() -> None:
-    """All events are due at once, and the connection breaks at the second: asyncio would log every
-    write after some."""
+def test_burst_of_events_ends_at_a_disconnect() -> None:
+    """All events are ready and the connection breaks at the second. asyncio would log a warning for
+    later writes."""
     num_sent = 0
 
     async def main() -> None:
@@ -381,20 +380,22 @@ def test_a_burst_ends_as_soon_as_its_client_is_gone() -> None:
 
 
 @pytest.mark.parametrize("drain_s", [0.2, 500.0], ids=["in time", "until a second signal"])
-def test_what_a_drain_can_not_finish_is_told_so(
+def test_requests_unfinished_after_a_drain_get_an_error(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, drain_s: float
 ) -> None:
-    """Its clients by an error, and the operator by the log."""
+    """The operator finds them in the log."""
     caplog.set_level(logging.INFO, "engine.server")
     live = serve_oracle(ServerConfig(drain_s=drain_s, log_requests=True), step_s=0.005)
 
     async def ask() -> list[httpx.Response]:
         async with httpx.AsyncClient(base_url=live.url, timeout=60) as client:
-            asked = [
+            tasks = [
                 asyncio.create_task(
-                    client.post("/v1/completions", json={"prompt": "x", "stream": s, **ENDLESS})
+                    client.post(
+                        "/v1/completions", json={"prompt": "x", "stream": is_streamed, **ENDLESS}
+                    )
                 )
-                for s in (True, False)
+                for is_streamed in (True, False)
             ]
             await asyncio.to_thread(live.wait_for, lambda report: report["num_running"] == 2)
             if drain_s < 1:
@@ -405,7 +406,7 @@ def test_what_a_drain_can_not_finish_is_told_so(
                     await asyncio.sleep(0.01)
                 live.server.handle_exit(signal.SIGINT, None)
                 live.server.handle_exit(signal.SIGINT, None)
-            return await asyncio.gather(*asked)
+            return await asyncio.gather(*tasks)
 
     stream, whole = asyncio.run(ask())
     assert stream.status_code == 200 and whole.status_code == 503
@@ -415,24 +416,28 @@ def test_what_a_drain_can_not_finish_is_told_so(
     assert int(whole.headers["Retry-After"]) >= 1
     logged = [line for line in _lines(live, caplog, 3) if "/v1/completions" in line]
     assert len(logged) == 2 and all(line.endswith(error["message"]) for line in logged)
-    warned = [one.getMessage() for one in caplog.records if one.name == "engine.server.serve"]
-    stopping, left = warned
+    messages = [
+        record.getMessage() for record in caplog.records if record.name == "engine.server.serve"
+    ]
+    stopping, left = messages
     assert stopping.startswith("Stopping: new requests are refused; 2 requests may run")
     assert re.fullmatch(r"2 requests had not ended after \S+ s and were broken off\.", left)
     assert drain_s > 1 or " 0.2 s " in left
     live.engine.check()
 
 
-def test_an_idle_server_logs_that_it_stops(
+def test_idle_server_logs_its_stop(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with serving(oracle_engine(), ServerConfig(drain_s=0.2)) as live:
         live.server.should_exit = True
-    warned = [one.getMessage() for one in caplog.records if one.name == "engine.server.serve"]
-    assert warned == ["Stopping: no request is running."]
+    messages = [
+        record.getMessage() for record in caplog.records if record.name == "engine.server.serve"
+    ]
+    assert messages == ["Stopping: no request is running."]
 
 
-def test_settings_refuse_what_can_not_be() -> None:
+def test_bad_settings_are_refused() -> None:
     for settings, message in (
         ({"port": 70000}, "is not a port"),
         ({"host": ""}, "--host must not be empty"),
@@ -445,33 +450,33 @@ def test_settings_refuse_what_can_not_be() -> None:
             server_config(**settings)
 
 
-def test_drafts_are_counted_for_the_client_and_in_the_metrics(
+def test_drafts_are_counted_in_usage_and_metrics(
     serve_oracle: Callable[..., Live],
 ) -> None:
-    """The same prompt again is guessed from its first answer; two choices count together."""
+    """The second answer is drafted from the first; the counts of two choices are added."""
     live = serve_oracle(draft="tree:4")
     body = {"prompt": "x" * 100, "max_tokens": 25, "ignore_eos": True, "n": 2}
     first, second = (live.post("/v1/completions", body).json() for _ in range(2))
     assert first["choices"] == second["choices"]
-    used = second["usage"]["completion_tokens_details"]
-    accepted, rejected = used["accepted_prediction_tokens"], used["rejected_prediction_tokens"]
-    assert accepted >= 2 * 18 and accepted + used["verifications"] <= 2 * 24
+    usage = second["usage"]["completion_tokens_details"]
+    accepted, rejected = usage["accepted_prediction_tokens"], usage["rejected_prediction_tokens"]
+    assert accepted >= 2 * 18 and accepted + usage["verifications"] <= 2 * 24
     live.wait_until_idle()
     metrics = _metrics(live)
 
     def total(name: str) -> float:
         return sum(value for key, value in metrics.items() if key.startswith(f"engine_{name}."))
 
-    both = [answer["usage"]["completion_tokens_details"] for answer in (first, second)]
-    assert total("accepted_tokens_total") == sum(u["accepted_prediction_tokens"] for u in both)
+    usages = [answer["usage"]["completion_tokens_details"] for answer in (first, second)]
+    assert total("accepted_tokens_total") == sum(u["accepted_prediction_tokens"] for u in usages)
     assert (
         total("drafted_tokens_total") - total("accepted_tokens_total")
-        == rejected + (both[0]["rejected_prediction_tokens"])
+        == rejected + (usages[0]["rejected_prediction_tokens"])
     )
-    assert metrics["engine_verifications_total"] == sum(u["verifications"] for u in both)
-    assert used["acceptance_length"] == 1 + accepted / used["verifications"]
-    assert used["tokens_per_step"] == 50 / (50 - accepted) > 3
-    accepted += both[0]["accepted_prediction_tokens"]
+    assert metrics["engine_verifications_total"] == sum(u["verifications"] for u in usages)
+    assert usage["acceptance_length"] == 1 + accepted / usage["verifications"]
+    assert usage["tokens_per_step"] == 50 / (50 - accepted) > 3
+    accepted += usages[0]["accepted_prediction_tokens"]
     assert metrics["engine_token_steps_total"] == 100 - accepted
     assert any(
         name.startswith("engine_accepted_tokens_total.") and "tree" in name for name in metrics
@@ -495,7 +500,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
         ("/v1/responses", {"input": "hello", "prompt_cache_options": {"session_end": True}}, 0),
     ],
 )
-def test_a_client_says_that_its_session_ends(
+def test_client_can_end_its_session(
     serve_oracle: Callable[..., Live], path: str, body: dict[str, Any], num_live: int
 ) -> None:
     live = serve_oracle()
@@ -525,11 +530,13 @@ def test_deleting_the_newest_response_of_a_chain_ends_its_session(
 
 
 def _lines(live: Live, caplog: pytest.LogCaptureFixture, number: int) -> list[str]:
-    """The first ``number`` lines for requests, but for probes; a line follows its answer."""
+    """Wait for ``number`` request lines and return all; a line is written after its answer."""
     deadline = time.monotonic() + 20
     while True:
-        records = [one for one in caplog.records if one.name == "engine.server.request_log"]
-        lines = [one.getMessage() for one in records if one.levelno == logging.INFO]
+        records = [
+            record for record in caplog.records if record.name == "engine.server.request_log"
+        ]
+        lines = [record.getMessage() for record in records if record.levelno == logging.INFO]
         if len(lines) >= number:
             return lines
         assert time.monotonic() < deadline, lines
@@ -537,7 +544,7 @@ def _lines(live: Live, caplog: pytest.LogCaptureFixture, number: int) -> list[st
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_is_one_line_of_the_log_with_its_tokens(
+def test_request_log_has_one_line_per_request(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     caplog.set_level(logging.INFO, "engine.server.request_log")
@@ -552,16 +559,16 @@ def test_a_request_is_one_line_of_the_log_with_its_tokens(
     assert re.fullmatch(
         r"POST /v1/completions 200  prompt 200  cached 0  answer 5  \d+ ms  cmpl-\w+", first
     )
-    told = re.fullmatch(
+    fields = re.fullmatch(
         r"POST /v1/completions 200  prompt 300  cached (\d+)  answer 20  \d+ ms  cmpl-\w+", second
     )
-    assert told and 0 < int(told[1]) < 200, "a prompt with two answers counts once"
+    assert fields and 0 < int(fields[1]) < 200, "a prompt counts once for two answers"
     assert re.fullmatch(r"GET /no%1B%5B31m%0Asuch 404  \d+ ms  The path /no.*", third)
-    assert third.isprintable(), "a terminal would obey it"
+    assert third.isprintable(), "control characters must not reach a terminal"
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_log_says_why_a_request_was_refused_and_which_id_explains_an_answer(
+def test_request_log_has_refusals_and_answer_ids(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture, stream: bool
 ) -> None:
     caplog.set_level(logging.INFO, "engine.server.request_log")
@@ -575,7 +582,7 @@ def test_the_log_says_why_a_request_was_refused_and_which_id_explains_an_answer(
     assert live.get(f"/v1/cache/explanations/{answer_id}").json()["id"] == answer_id
 
 
-def test_the_log_has_requests_whose_clients_left(
+def test_request_log_has_disconnected_requests(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "engine.server.request_log")
@@ -591,11 +598,11 @@ def test_the_log_has_requests_whose_clients_left(
     )
 
 
-def test_without_a_terminal_requests_are_not_logged(
+def test_requests_are_not_logged_without_a_terminal(
     serve_oracle: Callable[..., Live], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "engine.server.request_log")
     live = serve_oracle()
     live.get("/v1/models")
     live.wait_until_idle()
-    assert not [one for one in caplog.records if one.name == "engine.server.request_log"]
+    assert not [record for record in caplog.records if record.name == "engine.server.request_log"]

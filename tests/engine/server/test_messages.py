@@ -1,5 +1,4 @@
-"""Anthropic's dialect: blocks in, blocks and their events out; held by its client where that is
-installed."""
+"""Anthropic's /v1/messages: blocks and events, checked with its client if installed."""
 
 from __future__ import annotations
 
@@ -12,17 +11,15 @@ import pytest
 
 from engine.server.settings import ServerConfig
 
-from .conftest import Live
+from .conftest import Live, ServeAnswer
 from .test_tools import BONN, HERMES_CALL, QWEN_XML, SCHEMA, XML_CALL
-
-Say = Callable[..., Live]
 
 ASK: dict[str, Any] = {
     "model": "builtin",
     "max_tokens": 400,
     "messages": [{"role": "user", "content": "Rain in Bonn?"}],
 }
-TOOLS = [{"name": "weather", "description": "Tells it.", "input_schema": SCHEMA}]
+TOOLS = [{"name": "weather", "description": "Weather of a city.", "input_schema": SCHEMA}]
 EPHEMERAL = {"type": "ephemeral"}
 LONG = "The quick brown fox jumps over the lazy dog. " * 6
 
@@ -35,7 +32,7 @@ def message(live: Live, **changes: Any) -> dict[str, Any]:
 
 
 def events(live: Live, **changes: Any) -> list[dict[str, Any]]:
-    """Events of a stream, each named by its type."""
+    """Return the events of a streamed answer, after a check of their names."""
     text = live.post("/v1/messages", ASK | changes | {"stream": True}).text
     found = []
     for block in text.strip().split("\n\n"):
@@ -50,10 +47,10 @@ def events(live: Live, **changes: Any) -> list[dict[str, Any]]:
     [(None, HERMES_CALL, "<think>"), (QWEN_XML, XML_CALL, "")],
     ids=["hermes", "xml"],
 )
-def test_thinking_text_and_tools_whole_and_streamed(
-    say: Say, template: str | None, call: str, opening: str
+def test_thinking_text_and_tools_agree_whole_and_streamed(
+    serve_answer: ServeAnswer, template: str | None, call: str, opening: str
 ) -> None:
-    live = say(f"{opening}Hm.\n</think>\n\nLet me look.\n{call}\n{call}", template)
+    live = serve_answer(f"{opening}Hm.\n</think>\n\nLet me look.\n{call}\n{call}", template)
     whole = message(live, tools=TOOLS)
     assert (whole["type"], whole["role"], whole["stop_reason"]) == (
         "message",
@@ -65,17 +62,17 @@ def test_thinking_text_and_tools_whole_and_streamed(
     assert text == {"type": "text", "text": "Let me look."}
     assert [use["input"] for use in uses] == [BONN, BONN] and uses[0]["id"] != uses[1]["id"]
     streamed = events(live, tools=TOOLS)
-    kinds = [one["type"] for one in streamed]
+    kinds = [event["type"] for event in streamed]
     assert kinds[:3] == ["message_start", "ping", "content_block_start"]
     assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
     blocks: list[dict[str, Any]] = []
-    for one in streamed:
-        if one["type"] == "content_block_start":
-            assert one["index"] == len(blocks)
-            blocks.append(one["content_block"] | {"partial": ""})
-        elif one["type"] == "content_block_delta":
-            assert one["index"] == len(blocks) - 1
-            for name, value in one["delta"].items():
+    for event in streamed:
+        if event["type"] == "content_block_start":
+            assert event["index"] == len(blocks)
+            blocks.append(event["content_block"] | {"partial": ""})
+        elif event["type"] == "content_block_delta":
+            assert event["index"] == len(blocks) - 1
+            for name, value in event["delta"].items():
                 field = {"partial_json": "partial"}.get(name, name)
                 if field != "type":
                     blocks[-1][field] += value
@@ -87,9 +84,9 @@ def test_thinking_text_and_tools_whole_and_streamed(
     assert last["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
 
 
-def test_the_conversation_that_comes_back(say: Say) -> None:
-    """Thinking, uses and results reach the template; an error says that it is one."""
-    live = say(f"Hm.</think>Now.\n{XML_CALL}", QWEN_XML)
+def test_returned_conversation_reaches_the_template(serve_answer: ServeAnswer) -> None:
+    """Thinking, tool uses and results reach the template; errors are marked."""
+    live = serve_answer(f"Hm.</think>Now.\n{XML_CALL}", QWEN_XML)
     content = message(live, tools=TOOLS)["content"]
     result = {
         "type": "tool_result",
@@ -97,11 +94,11 @@ def test_the_conversation_that_comes_back(say: Say) -> None:
         "content": [{"type": "text", "text": "no such city"}],
         "is_error": True,
     }
-    more = {"type": "text", "text": "Hurry."}
+    extra_text = {"type": "text", "text": "Hurry."}
     chat = [
         *ASK["messages"],
         {"role": "assistant", "content": content},
-        {"role": "user", "content": [result, more]},
+        {"role": "user", "content": [result, extra_text]},
     ]
     body = {"model": "builtin", "messages": chat, "tools": TOOLS, "system": "Be brief."}
     counted = live.post("/v1/messages/count_tokens", body).json()
@@ -118,15 +115,15 @@ def test_the_conversation_that_comes_back(say: Say) -> None:
         {"role": "tool", "content": "Error: no such city"},
         {"role": "user", "content": "Hurry."},
     ]
-    function = {"name": "weather", "description": "Tells it.", "parameters": SCHEMA}
+    function = {"name": "weather", "description": "Weather of a city.", "parameters": SCHEMA}
     tools = [{"type": "function", "function": function}]
     assert counted == {
         "input_tokens": live.post("/tokenize", {"messages": same, "tools": tools}).json()["count"]
     }
 
 
-def test_usage_says_what_was_read_and_what_was_made(say: Say) -> None:
-    live = say("Yes.")
+def test_usage_counts_cache_reads_and_writes(serve_answer: ServeAnswer) -> None:
+    live = serve_answer("Yes.")
     system = [{"type": "text", "text": "Marked. " + LONG, "cache_control": EPHEMERAL}]
     plain = {"system": LONG + "other", "messages": [{"role": "user", "content": "a" * 90}]}
     marked = {"system": system, "messages": [{"role": "user", "content": "b" * 90}]}
@@ -139,33 +136,33 @@ def test_usage_says_what_was_read_and_what_was_made(say: Say) -> None:
             names = ("input_tokens", "cache_creation_input_tokens", "cache_read_input_tokens")
             assert sum(usage[name] for name in names) == count
         assert second["cache_read_input_tokens"] > 0
-        made = first["cache_creation_input_tokens"]
-        assert len(LONG) <= made < count - 90 if is_marked else made == 0
+        written = first["cache_creation_input_tokens"]
+        assert len(LONG) <= written < count - 90 if is_marked else written == 0
 
 
 @pytest.mark.parametrize("tools", [None, TOOLS])
-def test_why_an_answer_stopped(say: Say, tools: Any) -> None:
-    live = say("One STOP two")
+def test_stop_reasons(serve_answer: ServeAnswer, tools: Any) -> None:
+    live = serve_answer("One STOP two")
     options = {"stop_sequences": ["never", "STOP"]} | ({"tools": tools} if tools else {})
     stopped = message(live, **options)
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "STOP")
     assert stopped["content"] == [{"type": "text", "text": "One "}] or tools
     assert message(live)["stop_reason"] == "end_turn"
     assert message(live, max_tokens=3)["stop_reason"] == "max_tokens"
-    live = say(HERMES_CALL)
+    live = serve_answer(HERMES_CALL)
     cut = message(live, tools=TOOLS, max_tokens=60)
     assert cut["stop_reason"] == "max_tokens"
     [text] = cut["content"]
     assert HERMES_CALL.startswith(text["text"]) and "breaks off" in cut["warning"]
-    broken = {"tools": TOOLS, "stop_sequences": ["Bonn"]}
-    stopped = message(live, **broken)
+    broken_options = {"tools": TOOLS, "stop_sequences": ["Bonn"]}
+    stopped = message(live, **broken_options)
     assert (stopped["stop_reason"], stopped["stop_sequence"]) == ("stop_sequence", "Bonn")
     assert stopped["content"] == [{"type": "text", "text": HERMES_CALL.partition("Bonn")[0]}]
-    delta = events(live, **broken)[-2]["delta"]
+    delta = events(live, **broken_options)[-2]["delta"]
     assert delta["stop_reason"] == "stop_sequence" and "breaks off" in delta["warning"]
 
 
-BAD: list[tuple[dict[str, Any], str]] = [
+BAD_REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"max_tokens": None}, "'max_tokens' is missing"),
     ({"max_tokens": 0}, "'max_tokens' must be at least 1 (got 0)."),
     ({"messages": []}, "'messages' must have at least 1 entry"),
@@ -209,17 +206,23 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("changes", "said"), BAD, ids=[said for _, said in BAD])
-def test_refusals_in_their_shape(say: Say, changes: dict[str, Any], said: str) -> None:
-    answer = say("x").post("/v1/messages", ASK | changes)
+@pytest.mark.parametrize(
+    ("changes", "expected"), BAD_REQUESTS, ids=[expected for _, expected in BAD_REQUESTS]
+)
+def test_errors_have_anthropics_shape(
+    serve_answer: ServeAnswer, changes: dict[str, Any], expected: str
+) -> None:
+    answer = serve_answer("x").post("/v1/messages", ASK | changes)
     assert answer.status_code == 400, answer.text
     body = answer.json()
     assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
-    assert said in body["error"]["message"], body
+    assert expected in body["error"]["message"], body
 
 
-def test_other_errors_have_their_kinds(say: Say, serve_oracle: Callable[..., Live]) -> None:
-    live = say("x")
+def test_other_errors_have_their_types(
+    serve_answer: ServeAnswer, serve_oracle: Callable[..., Live]
+) -> None:
+    live = serve_answer("x")
     unknown = live.post("/v1/messages", ASK | {"model": "claude"})
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "not_found_error")
     wrong = live.get("/v1/messages")
@@ -234,18 +237,18 @@ def test_other_errors_have_their_kinds(say: Say, serve_oracle: Callable[..., Liv
     assert (large.status_code, large.json()["error"]["type"]) == (413, "request_too_large")
 
 
-def test_thinking_is_switched(say: Say) -> None:
-    live = say("a</think>b")
+def test_thinking_can_be_switched(serve_answer: ServeAnswer) -> None:
+    live = serve_answer("a</think>b")
     on = message(live, thinking={"type": "enabled", "budget_tokens": 1024}, max_tokens=2048)
     assert [block["type"] for block in on["content"]] == ["thinking", "text"]
     off = message(live, thinking={"type": "disabled"}, metadata={"user_id": "me"})
     assert off["content"] == [{"type": "text", "text": "a</think>b"}]
 
 
-def test_with_tools_the_budget_may_be_that_of_a_whole_turn(say: Say) -> None:
-    """As with Anthropic's interleaved thinking."""
+def test_thinking_budget_may_exceed_the_limit_with_tools(serve_answer: ServeAnswer) -> None:
+    """With Anthropic's interleaved thinking, the budget is that of the whole turn."""
     thinking = {"type": "enabled", "budget_tokens": 1024}
-    answer = message(say("a</think>b"), thinking=thinking, max_tokens=400, tools=TOOLS)
+    answer = message(serve_answer("a</think>b"), thinking=thinking, max_tokens=400, tools=TOOLS)
     assert [block["type"] for block in answer["content"]] == ["thinking", "text"]
 
 
@@ -401,20 +404,20 @@ def num_input(usage: dict[str, int]) -> int:
 
 @pytest.mark.parametrize("budget", [5, 40])
 def test_thinking_ends_at_its_budget(live: Live, budget: int) -> None:
-    """As that of a chat does, whose tokens are told."""
-    asked: dict[str, Any] = {"messages": [{"role": "user", "content": "How so?"}]}
-    chat = asked | {"max_tokens": 90, "chat_template_kwargs": {"enable_thinking": True}}
+    """The answer equals that of /v1/chat/completions, which returns token ids."""
+    request: dict[str, Any] = {"messages": [{"role": "user", "content": "How so?"}]}
+    chat = request | {"max_tokens": 90, "chat_template_kwargs": {"enable_thinking": True}}
     chat |= {"thinking_token_budget": budget, "return_token_ids": True}
     [choice] = live.post("/v1/chat/completions", chat).json()["choices"]
     assert choice["token_ids"][budget : budget + 4] == [10, 260, 10, 10]
     assert 260 not in choice["token_ids"][:budget]
     thinking = {"type": "enabled", "budget_tokens": budget}
-    [thoughts, text] = message(live, **asked, thinking=thinking, max_tokens=90)["content"]
-    assert thoughts["thinking"] == choice["message"]["reasoning_content"]
+    [reasoning, text] = message(live, **request, thinking=thinking, max_tokens=90)["content"]
+    assert reasoning["thinking"] == choice["message"]["reasoning_content"]
     assert text["text"] == choice["message"]["content"]
 
 
-def test_a_form_that_is_asked_for_follows_thinking_that_is_ended(live: Live) -> None:
+def test_guided_output_follows_thinking_cut_by_its_budget(live: Live) -> None:
     pytest.importorskip("llguidance")
     body = {"messages": ASK["messages"], "chat_template_kwargs": {"enable_thinking": True}}
     body |= {"max_tokens": 90, "thinking_token_budget": 9, "guided_choice": ["yes", "no"]}
@@ -428,18 +431,18 @@ FIRST_ONLY = """\
 {{- '<|im_start|>' ~ m.role ~ '\\n' ~ m.content ~ '<|im_end|>\\n' }}{% endfor %}"""
 
 
-def test_a_system_message_in_the_middle_stays_where_it_is(say: Say) -> None:
-    """As the user's, where the template takes none there."""
+def test_system_message_in_the_middle_keeps_its_place(serve_answer: ServeAnswer) -> None:
+    """It becomes a user message if the template accepts no system message there."""
     late = {"role": "system", "content": "Hurry."}
     chat = [*ASK["messages"], {"role": "assistant", "content": "Hm."}, late, ASK["messages"][0]]
     body = {"model": "builtin", "messages": chat, "system": "Be brief."}
     for template, role in ((FIRST_ONLY, "user"), (None, "system")):
-        live = say("x", template)
+        live = serve_answer("x", template)
         same = [{"role": "system", "content": "Be brief."}, *chat]
         same[3] = late | {"role": role}
         count = live.post("/tokenize", {"messages": same}).json()["count"]
         assert live.post("/v1/messages/count_tokens", body).json() == {"input_tokens": count}
-    live = say("Yes.", FIRST_ONLY)
+    live = serve_answer("Yes.", FIRST_ONLY)
     developer = {"role": "developer", "content": "Be exact."}
     items = [developer, *chat]
     answer = live.client.responses.create(model="builtin", instructions="Be brief.", input=items)
@@ -447,12 +450,12 @@ def test_a_system_message_in_the_middle_stays_where_it_is(say: Say) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/chat/completions"])
-def test_who_hangs_up_leaves_nothing_behind(serve_oracle: Callable[..., Live], path: str) -> None:
+def test_closed_connection_frees_its_memory(serve_oracle: Callable[..., Live], path: str) -> None:
     live = serve_oracle(step_s=0.01)
     question = {"messages": ASK["messages"]} | {"input": "x"}
     limit = "max_output_tokens" if path.endswith("responses") else "max_tokens"
-    taken = "input" if path.endswith("responses") else "messages"
-    body = {"model": "builtin", limit: 3000, "stream": True, taken: question[taken]}
+    field = "input" if path.endswith("responses") else "messages"
+    body = {"model": "builtin", limit: 3000, "stream": True, field: question[field]}
     for read in (0, 300):
         connection = live.send(path, body)
         live.wait_for(lambda report: report["kv"]["held"] > 0)
@@ -463,10 +466,10 @@ def test_who_hangs_up_leaves_nothing_behind(serve_oracle: Callable[..., Live], p
     live.check_conserved()
 
 
-def test_the_client_itself(say: Say) -> None:
-    """Whole, streamed, counted and refused through Anthropic's own package."""
+def test_anthropic_client_runs_a_tool_loop(serve_answer: ServeAnswer) -> None:
+    """Whole and streamed answers, token counts and errors through Anthropic's package."""
     anthropic = pytest.importorskip("anthropic")
-    live = say(f"<think>Hm.</think>Look.\n{HERMES_CALL}")
+    live = serve_answer(f"<think>Hm.</think>Look.\n{HERMES_CALL}")
     client = anthropic.Anthropic(base_url=live.url, api_key="none", max_retries=0)
     whole = client.messages.create(**ASK, tools=TOOLS)
     assert [block.type for block in whole.content] == ["thinking", "text", "tool_use"]
@@ -484,8 +487,8 @@ def test_the_client_itself(say: Say) -> None:
     ]
     counted = client.messages.count_tokens(model="builtin", messages=chat, tools=TOOLS)
     assert counted.input_tokens > 100
-    say("It is dry.")
-    told = client.messages.create(**ASK | {"messages": chat}, tools=TOOLS)
-    assert told.content[0].text == "It is dry." and told.stop_reason == "end_turn"
+    serve_answer("It is dry.")
+    answer = client.messages.create(**ASK | {"messages": chat}, tools=TOOLS)
+    assert answer.content[0].text == "It is dry." and answer.stop_reason == "end_turn"
     with pytest.raises(anthropic.NotFoundError, match="use 'builtin'"):
         client.messages.create(**ASK | {"model": "claude"})

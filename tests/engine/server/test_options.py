@@ -1,5 +1,7 @@
-"""What clients of vLLM and SGLang ask beside OpenAI's parameters: it is served as they do, or
-refused by name (test_bad_input.py)."""
+"""Parameters of vLLM and SGLang that OpenAI's API lacks.
+
+They work as in those servers. ``test_bad_input.py`` tests the refusal of others.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,7 @@ def events(live: Live, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
 
 
-def test_a_chat_that_names_no_limit_has_that_of_the_server(
+def test_default_limit_of_a_chat_is_that_of_the_server(
     serve_oracle: Callable[..., Live],
 ) -> None:
     live = serve_oracle(ServerConfig(default_max_tokens=7))
@@ -50,24 +52,26 @@ def test_a_chat_that_names_no_limit_has_that_of_the_server(
         ServerConfig(default_max_tokens=0)
 
 
-def test_which_tokens_may_come(live: Live) -> None:
+def test_allowed_and_forbidden_tokens(live: Live) -> None:
     plain = ids(complete(live, return_token_ids=True, ignore_eos=True))
-    asked = {"return_token_ids": True, "ignore_eos": True}
-    assert set(ids(complete(live, allowed_token_ids=[65, 66], **asked))) <= {65, 66}
-    assert plain[0] not in ids(complete(live, bad_words=[chr(plain[0])], **asked)) or plain[0] > 127
-    assert ids(complete(live, top_k=-1, **asked)) == plain
+    options = {"return_token_ids": True, "ignore_eos": True}
+    assert set(ids(complete(live, allowed_token_ids=[65, 66], **options))) <= {65, 66}
+    assert (
+        plain[0] not in ids(complete(live, bad_words=[chr(plain[0])], **options)) or plain[0] > 127
+    )
+    assert ids(complete(live, top_k=-1, **options)) == plain
     ended = complete(live, allowed_token_ids=[65, 256], min_tokens=9, return_token_ids=True)
     assert 256 not in ids(ended)[:9]
 
 
-def test_a_bias_moves_the_draw(builtin: Live) -> None:
+def test_logit_bias_changes_the_choice(builtin: Live) -> None:
     body = {"temperature": 0, "return_token_ids": True}
     assert ids(complete(builtin, logit_bias={"65": 100}, **body)) == [65] * 12
     first = ids(complete(builtin, **body))[0]
     assert ids(complete(builtin, logit_bias={str(first): -100}, **body))[0] != first
 
 
-def test_what_is_told_of_an_answer(live: Live) -> None:
+def test_extra_fields_of_an_answer(live: Live) -> None:
     body = {"return_token_ids": True, "prompt_logprobs": 2, "return_cached_tokens_details": True}
     answer = complete(live, request_id="mine", n=2, **body)
     assert answer["id"] == "cmpl-mine"
@@ -83,8 +87,8 @@ def test_what_is_told_of_an_answer(live: Live) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_what_is_told_in_a_stream(live: Live, path: str) -> None:
-    said = events(
+def test_extra_fields_of_a_stream(live: Live, path: str) -> None:
+    received = events(
         live,
         path,
         {"prompt" if path == "/v1/completions" else "messages": "x" if "chat" not in path else CHAT}
@@ -92,23 +96,25 @@ def test_what_is_told_in_a_stream(live: Live, path: str) -> None:
         | {"return_cached_tokens_details": True}
         | {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
     )
-    sent = [c["token_ids"] for e in said for c in e["choices"] if "token_ids" in c]
+    sent = [c["token_ids"] for e in received for c in e["choices"] if "token_ids" in c]
     assert sum(map(len, sent)) == 5
-    counts = [e["usage"]["completion_tokens"] for e in said if "usage" in e]
+    counts = [e["usage"]["completion_tokens"] for e in received if "usage" in e]
     assert counts == sorted(counts) and counts[-1] == 5 and len(counts) >= 5
-    prompts = [e for e in said if "prompt_token_ids" in (e if "chat" in path else json.dumps(e))]
+    prompts = [
+        e for e in received if "prompt_token_ids" in (e if "chat" in path else json.dumps(e))
+    ]
     assert len(prompts) == 1
-    assert sum("sglext" in e for e in said) == 1
+    assert sum("sglext" in e for e in received) == 1
 
 
-def test_the_text_keeps_what_it_is_asked_to(live: Live) -> None:
+def test_stop_strings_and_special_tokens_can_be_kept(live: Live) -> None:
     plain = complete(live, max_tokens=40, ignore_eos=True)["choices"][0]["text"]
     stop = next(c for c in plain[3:] if c.isascii())
-    kept = complete(
+    with_stop = complete(
         live, max_tokens=40, ignore_eos=True, stop=[stop], include_stop_str_in_output=True
     )
     at = plain.index(stop)
-    assert kept["choices"][0]["text"] == plain[: at + 1]
+    assert with_stop["choices"][0]["text"] == plain[: at + 1]
     later = complete(live, max_tokens=40, ignore_eos=True, stop=[stop], min_tokens=40)
     assert later["choices"][0]["text"] == plain
     body = {"allowed_token_ids": [65, 258], "ignore_eos": True, "max_tokens": 8}
@@ -118,7 +124,7 @@ def test_the_text_keeps_what_it_is_asked_to(live: Live) -> None:
     assert hidden == shown.replace("<|im_end|>", "") and hidden != shown
 
 
-def test_an_answer_goes_on_in_the_last_message(live: Live) -> None:
+def test_answer_continues_the_last_message(live: Live) -> None:
     messages = [*CHAT, {"role": "assistant", "content": "Once upon a"}]
     body = {"messages": messages, "continue_final_message": True}
     prompt = live.post("/tokenize", body).json()["tokens"]
@@ -130,11 +136,11 @@ def test_an_answer_goes_on_in_the_last_message(live: Live) -> None:
 
 
 @pytest.mark.parametrize("seed", [2**63 - 1, -(2**63)])
-def test_seeds_at_the_ends_of_their_range_have_choices(live: Live, seed: int) -> None:
+def test_extreme_seeds_work_with_several_choices(live: Live, seed: int) -> None:
     assert len(complete(live, seed=seed, n=3)["choices"]) == 3
 
 
-def test_paths_that_peers_have(live: Live) -> None:
+def test_paths_of_other_servers(live: Live) -> None:
     assert live.get("/version").json()["version"]
     info = live.get("/tokenizer_info").json()
     assert info["eos_token"] == "<|im_end|>" and "{%" in info["chat_template"]
@@ -147,7 +153,7 @@ def test_paths_that_peers_have(live: Live) -> None:
     assert "access-control-allow-origin" not in live.get("/health").headers
 
 
-def test_a_server_may_ask_for_a_key_and_let_other_origins_in(
+def test_api_keys_and_cors_origins(
     serve_oracle: Callable[..., Live], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(API_KEY_VARIABLE, "other")
@@ -163,8 +169,8 @@ def test_a_server_may_ask_for_a_key_and_let_other_origins_in(
     assert status(authorization="Bearer secret") == status(authorization="Bearer other") == 200
     assert status(**{"x-api-key": "secret"}) == 200
     assert status("/health") == 200 and status("/metrics") == 200
-    asked = {"origin": "https://a.example", "access-control-request-method": "POST"}
-    preflight = httpx.options(live.url + "/v1/models", headers=asked)
+    headers = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    preflight = httpx.options(live.url + "/v1/models", headers=headers)
     assert preflight.headers["access-control-allow-origin"] == "https://a.example"
     with pytest.raises(ValueError, match="--api-key-file"):
         serve_oracle(ServerConfig(api_key_file=str(tmp_path / "none")))
@@ -176,12 +182,12 @@ def test_a_server_may_ask_for_a_key_and_let_other_origins_in(
      "https://a.example/app", "https://me@a.example", "https://a.example https://b.example",
      "*.a", ""],
 )  # fmt: skip
-def test_what_no_browser_sends_is_no_origin(origin: str) -> None:
+def test_bad_origins_are_refused(origin: str) -> None:
     with pytest.raises(ValueError, match="is not an origin: write it as https://host or"):
         ServerConfig(cors_origin=("https://a.example", origin))
 
 
-def test_origins() -> None:
+def test_origins_are_accepted() -> None:
     origins = (
         "*",
         "null",
@@ -194,8 +200,8 @@ def test_origins() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_two_at_once_have_ids_of_their_own(serve_oracle: Callable[..., Live], path: str) -> None:
-    """Whoever chose the same first, and whoever leaves first: neither can hold the other up."""
+def test_concurrent_requests_may_share_an_id(serve_oracle: Callable[..., Live], path: str) -> None:
+    """Each gets a unique id, and none can block or end another."""
     live = serve_oracle(step_s=0.01)
     body = {"prompt": "x"} if "chat" not in path else {"messages": CHAT}
     body |= {"max_tokens": 3000, "ignore_eos": True, "stream": True, "request_id": "mine"}
@@ -209,7 +215,7 @@ def test_two_at_once_have_ids_of_their_own(serve_oracle: Callable[..., Live], pa
     second.close()
     live.wait_for(lambda report: report["num_running"] == 1)
     other = live.post(path, short | {"cache_salt": "another tenant"})
-    assert other.json()["id"].endswith("-mine"), "what others do with the id is not known to it"
-    assert live.report()["num_running"] == 1, "nor does its end end the first"
+    assert other.json()["id"].endswith("-mine"), "another tenant's ids have no effect"
+    assert live.report()["num_running"] == 1, "the end of the second does not end the first"
     first.close()
     live.check_conserved()

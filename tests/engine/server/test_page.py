@@ -1,4 +1,4 @@
-"""The page and its stream of changes: whole, resumed, bounded, and nobody else's business."""
+"""The live page and its event stream: snapshots, resumption, limits and access."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPT = "the same beginning for all who ask here, "
 
 
 class Reader:
-    """Reads /v1/cache/events as a page does, in a thread."""
+    """Reader of /v1/cache/events, in a thread."""
 
     def __init__(self, live: Live, after: str | None = None) -> None:
         self.events: list[tuple[str, str | None, Any]] = []
@@ -63,7 +63,7 @@ class Reader:
 
     @property
     def records(self) -> list[list[Any]]:
-        """All since the last whole state."""
+        """Records since the last whole state, that state included."""
         start = max(
             (at for at, (name, _, _) in enumerate(self.events) if name == "whole"), default=0
         )
@@ -101,11 +101,11 @@ def ask(live: Live, text: str, **more: Any) -> None:
     assert answer.status_code == 200, answer.text
 
 
-def listeners(live: Live) -> int:
+def num_listeners(live: Live) -> int:
     return len(members_of(live.engine.cache._residency.listener))  # type: ignore[attr-defined]
 
 
-def test_the_page_is_served_and_loads_nothing(live: Live) -> None:
+def test_page_is_served_and_loads_no_other_files(live: Live) -> None:
     answer = live.get("/")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
@@ -127,14 +127,14 @@ def test_the_page_of_the_api_needs_no_other_server(live: Live) -> None:
     assert live.get("/redoc").status_code == 404
 
 
-def test_a_reader_knows_the_tree_and_the_requests(
+def test_reader_follows_the_tree_and_the_requests(
     serve_oracle: Callable[..., Live], read: Callable[..., Reader]
 ) -> None:
     live = serve_oracle(num_kv_tokens=2048)
     ask(live, PROMPT * 5)
     reader = read(live)
     reader.wait(lambda reader: bool(reader.events))
-    assert len(reader.requests) == 1, "what ended before is shown too"
+    assert len(reader.requests) == 1, "requests that ended earlier are shown, too"
     for number in range(12):
         ask(live, PROMPT * 5 + f"{number} " * 40, cache_salt="tenant" if number % 3 else None)
     reader.wait(lambda reader: reader.num_ended == 13)
@@ -142,56 +142,58 @@ def test_a_reader_knows_the_tree_and_the_requests(
     for one in reader.requests.values():
         assert one["cached"] + sum(one["losses"].values()) == one["prompt"]
         assert one["state"] == "length" and one["answer"] == 3 and one["node"] in reader.nodes
-    again = read(live)
-    again.wait(lambda again: bool(again.events))
-    assert again.nodes == reader.nodes and again.requests == reader.requests
+    second = read(live)
+    second.wait(lambda second: bool(second.events))
+    assert second.nodes == reader.nodes and second.requests == reader.requests
 
 
-def test_one_that_comes_back_gets_what_it_missed_or_the_whole(
+def test_resumed_reader_gets_missed_changes_or_the_whole_state(
     serve_oracle: Callable[..., Live],
     read: Callable[..., Reader],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(feed, "LINGER_S", 600.0)  # a loaded machine may take long to come back
+    monkeypatch.setattr(feed, "LINGER_S", 600.0)  # A loaded machine may reconnect late.
     live = serve_oracle()
     first = read(live)
-    first.wait(lambda first: bool(first.events))  # else the whole state may have the request
+    first.wait(
+        lambda first: bool(first.events)
+    )  # Otherwise the whole state may include the request.
     ask(live, PROMPT)
     first.wait(lambda first: first.num_ended == 1 and first.events[-1][0] == "changes")
     last = first.events[-1][1]
     first.close()
     ask(live, PROMPT * 2)
-    back = read(live, last)
-    back.wait(lambda back: bool(back.events))
-    assert {name for name, _, _ in back.events} == {"changes"}
+    resumed = read(live, last)
+    resumed.wait(lambda resumed: bool(resumed.events))
+    assert {name for name, _, _ in resumed.events} == {"changes"}
     for wrong in ("", "other-1", f"{last}9", "x"):
-        stranger = read(live, wrong)
-        stranger.wait(lambda stranger: bool(stranger.events))
-        assert stranger.events[0][0] == "whole"
+        other = read(live, wrong)
+        other.wait(lambda other: bool(other.events))
+        assert other.events[0][0] == "whole"
 
 
-def test_a_slow_reader_is_given_the_whole_instead_of_all_it_missed(
+def test_slow_reader_gets_the_whole_state(
     serve_oracle: Callable[..., Live],
     read: Callable[..., Reader],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is kept for those behind is bounded, and so what a server holds for them."""
+    """The backlog of changes for slow readers is bounded."""
     monkeypatch.setattr(feed.Feed.__init__, "__defaults__", (2000,))
     live = serve_oracle()
     first = read(live)
     first.wait(lambda first: bool(first.events))
-    begin = first.events[0][1]
+    first_id = first.events[0][1]
     for number in range(6):
         ask(live, PROMPT + f"{number} " * 30)
         first.wait(lambda first, num_asked=number + 1: first.num_ended == num_asked)
-    kept = live.server._extensions._loaded["observe"]._feed._kept
-    assert sum(len(change.data) for change in kept) <= 2000
-    back = read(live, begin)
-    back.wait(lambda back: bool(back.events))
-    assert back.events[0][0] == "whole" and back.nodes == truth(live.engine.cache)
+    backlog = live.server._extensions._loaded["observe"]._feed._kept
+    assert sum(len(change.data) for change in backlog) <= 2000
+    resumed = read(live, first_id)
+    resumed.wait(lambda resumed: bool(resumed.events))
+    assert resumed.events[0][0] == "whole" and resumed.nodes == truth(live.engine.cache)
 
 
-def test_nothing_listens_where_nobody_watches(
+def test_cache_has_no_listener_without_readers(
     serve_oracle: Callable[..., Live],
     read: Callable[..., Reader],
     monkeypatch: pytest.MonkeyPatch,
@@ -199,27 +201,27 @@ def test_nothing_listens_where_nobody_watches(
     monkeypatch.setattr(feed, "LINGER_S", 0.2)
     live = serve_oracle()
     ask(live, PROMPT)
-    assert listeners(live) == 0 and live.engine.recent.listeners == []
+    assert num_listeners(live) == 0 and live.engine.recent.listeners == []
     readers = [read(live), read(live)]
     for reader in readers:
         reader.wait(lambda reader: bool(reader.events))
-    assert listeners(live) == 1 and len(live.engine.recent.listeners) == 1
+    assert num_listeners(live) == 1 and len(live.engine.recent.listeners) == 1
     for reader in readers:
         reader.close()
     deadline = time.monotonic() + 10
-    while listeners(live):
+    while num_listeners(live):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     assert live.engine.recent.listeners == []
 
 
-def test_only_so_many_may_watch(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_number_of_readers_is_limited(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feed, "MAX_READERS", 0)
     answer = live.get("/v1/cache/events")
     assert answer.status_code == 429 and "close one" in answer.json()["error"]["message"]
 
 
-def test_a_chat_goes_by_its_answers_id_and_is_explained(
+def test_chat_has_the_id_of_its_answer_and_an_explanation(
     live: Live, read: Callable[..., Reader]
 ) -> None:
     reader = read(live)
@@ -232,11 +234,11 @@ def test_a_chat_goes_by_its_answers_id_and_is_explained(
         ids.append(live.post("/v1/chat/completions", body).json()["id"])
     reader.wait(lambda reader: all(f"{id_}-1" in reader.requests for id_ in ids))
     assert set(ids) <= reader.requests.keys()
-    told = live.get(f"/v1/cache/explanations/{ids[1]}").json()
-    assert told["compared_with"] == ids[0] and told["text"]
+    explanation = live.get(f"/v1/cache/explanations/{ids[1]}").json()
+    assert explanation["compared_with"] == ids[0] and explanation["text"]
 
 
-def test_a_tree_too_large_to_show_is_refused(
+def test_too_large_tree_is_refused(
     serve_oracle: Callable[..., Live],
     read: Callable[..., Reader],
     monkeypatch: pytest.MonkeyPatch,
@@ -246,13 +248,13 @@ def test_a_tree_too_large_to_show_is_refused(
     monkeypatch.setattr("engine.plugins.observe.cache_watch.MAX_NODES", 1)
     answer = live.get("/v1/cache/events")
     assert answer.status_code == 503 and "1 at most" in answer.json()["error"]["message"]
-    assert listeners(live) == 0
+    assert num_listeners(live) == 0
     monkeypatch.undo()
     reader = read(live)
     reader.wait(lambda reader: bool(reader.events))
 
 
-def test_a_server_without_a_cache_shows_its_requests(
+def test_server_without_a_cache_shows_its_requests(
     serve_oracle: Callable[..., Live], read: Callable[..., Reader]
 ) -> None:
     live = serve_oracle(prefix_cache="none")
@@ -262,14 +264,14 @@ def test_a_server_without_a_cache_shows_its_requests(
     assert reader.nodes == {}
 
 
-def test_an_open_page_does_not_hold_a_server_up(read: Callable[..., Reader]) -> None:
+def test_open_page_does_not_delay_the_shutdown(read: Callable[..., Reader]) -> None:
     with serving(oracle_engine(), ServerConfig(drain_s=10_000)) as live:
         reader = read(live)
         reader.wait(lambda reader: bool(reader.events))
     reader.wait(lambda reader: reader.has_ended)
 
 
-def test_a_node_shows_its_text_but_no_tenants(
+def test_node_shows_its_text_except_that_of_tenants(
     serve_oracle: Callable[..., Live], read: Callable[..., Reader]
 ) -> None:
     live = serve_oracle()
@@ -277,19 +279,19 @@ def test_a_node_shows_its_text_but_no_tenants(
     ask(live, PROMPT * 3)
     ask(live, "what a tenant asks, " * 9, cache_salt="secret")
     reader.wait(lambda reader: reader.num_ended == 2)
-    open_, tenants = {}, {}
+    open_nodes, private_nodes = {}, {}
     for id_, node in reader.nodes.items():
         found = live.get(f"/v1/cache/nodes/{id_}").json()
-        (open_ if node["namespace"] is None else tenants)[id_] = found
-    assert any("same beginning" in found["text"] for found in open_.values())
-    assert tenants and all(found["text"] is None for found in tenants.values())
-    assert "what a tenant" not in json.dumps([tenants, reader.records])
-    assert "secret" not in json.dumps([tenants, reader.records])
+        (open_nodes if node["namespace"] is None else private_nodes)[id_] = found
+    assert any("same beginning" in found["text"] for found in open_nodes.values())
+    assert private_nodes and all(found["text"] is None for found in private_nodes.values())
+    assert "what a tenant" not in json.dumps([private_nodes, reader.records])
+    assert "secret" not in json.dumps([private_nodes, reader.records])
     assert live.get("/v1/cache/nodes/99999").status_code == 404
 
 
 @pytest.mark.parametrize("path", ["/v1/cache/events", "/v1/cache/nodes/1"])
-def test_what_the_page_asks_for_is_the_operators(live: Live, path: str) -> None:
+def test_endpoints_of_the_page_are_for_the_operator(live: Live, path: str) -> None:
     for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
         answer = httpx.get(live.url + path, headers=headers, timeout=60)
         assert answer.status_code == 403, headers

@@ -1,5 +1,8 @@
-"""A request that is refused gets the same status and body wherever that happens: in the server's
-process, in the engine's own or in a replica; in every dialect, streamed or not."""
+"""Refused requests get the same status and body wherever the refusal happens.
+
+It may happen in the server's process, in the engine's process or in a replica, in every dialect,
+streamed or not.
+"""
 
 from __future__ import annotations
 
@@ -44,15 +47,15 @@ from .conftest import SlowRunner
 
 ERRORS: dict[str, tuple[Exception, int, str | None]] = {
     "invalid": (InvalidRequest("This cannot be served: ask for less."), 400, None),
-    "a value error": (ValueError("This is out of range: ask for less."), 400, None),
+    "value error": (ValueError("This is out of range: ask for less."), 400, None),
     "too long": (ContextOverflow(900, 16, 800), 400, "context_length_exceeded"),
-    "the same id": (DuplicateId("mine"), 409, "duplicate_request_id"),
-    "a full queue": (QueueFull(7), 429, "queue_full"),
-    "the end": (EngineStopped("The engine has failed: restart it."), 503, "stopped"),
-    "a failed step": (StepFailed("the step failed"), 500, None),
-    "a surprise": (KeyError("what"), 500, None),
+    "duplicate id": (DuplicateId("mine"), 409, "duplicate_request_id"),
+    "full queue": (QueueFull(7), 429, "queue_full"),
+    "stopped": (EngineStopped("The engine has failed: restart it."), 503, "stopped"),
+    "failed step": (StepFailed("the step failed"), 500, None),
+    "unexpected": (KeyError("what"), 500, None),
 }
-"""By a word in the prompt: what the engine raises, and the status and code that a client gets."""
+"""Raised error, and status and code of the answer, by a phrase in the prompt."""
 ANTHROPIC = {400: "invalid_request_error", 409: "invalid_request_error", 429: "rate_limit_error"}
 ANTHROPIC |= {500: "api_error", 503: "overloaded_error"}
 DIALECTS: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -68,18 +71,18 @@ DIALECTS: dict[str, Callable[[str], dict[str, Any]]] = {
 
 
 class Refusing(Engine):
-    """Raises what the prompt asks for."""
+    """Engine that raises the error named in the prompt."""
 
     def prepare(self, spec: RequestSpec) -> Request:
         text = "".join(map(chr, spec.prompt))
-        for word, (error, _, _) in ERRORS.items():
-            if f"raise {word}." in text:
+        for phrase, (error, _, _) in ERRORS.items():
+            if f"raise {phrase}." in text:
                 raise error
         return super().prepare(spec)
 
 
 def make_engine(config: EngineConfig, **options: Any) -> Engine:
-    """An engine on the oracle, slow enough to be kept busy."""
+    """Return an engine on the oracle, with steps slow enough to fill its queue."""
     runner = SlowRunner(8192, 16, max_model_len=1024)
     runner.step_s = 0.002
     return Refusing(
@@ -99,7 +102,7 @@ sys.exit(worker.main(*sys.argv[2:]))
 
 
 class PickledStream:
-    """Outputs that cross as Ray sends them."""
+    """Stream of outputs that are pickled, as with Ray."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -139,7 +142,7 @@ async def fleet_of_one(config: EngineConfig) -> FleetEngine:
 
 @asynccontextmanager
 async def serving(kind: str, config: EngineConfig) -> AsyncIterator[tuple[Any, httpx.AsyncClient]]:
-    """An engine of this ``kind`` behind the server's application, and a client of it."""
+    """Yield an engine of this ``kind`` behind the server's application, and a client."""
     engine: ServedEngine
     if kind == "thread":
         engine = AsyncEngine(make_engine(config))
@@ -163,46 +166,46 @@ async def metric(client: httpx.AsyncClient, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
 
-async def until_idle(engine: ServedEngine) -> None:
-    """A replica ends a request some time after its reader did."""
+async def wait_until_idle(engine: ServedEngine) -> None:
+    """Wait for the end of all requests; a replica ends one later than its reader."""
     while (report := await engine.report()).num_running + report.num_waiting:
         await asyncio.sleep(0.01)
     assert report.kv.held == 0
 
 
-async def a_refusal_keeps_its_status_and_its_body(
+async def check_status_and_body_of_refusals(
     engine: ServedEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
-    for word, (error, status, code) in ERRORS.items():
+    for phrase, (error, status, code) in ERRORS.items():
         for path, make in DIALECTS.items():
             for stream in (False, True):
-                body = make(f"raise {word}.") | {"stream": stream}
+                body = make(f"raise {phrase}.") | {"stream": stream}
                 answer = await client.post(path, json=body)
-                assert answer.status_code == status, (kind, path, stream, word)
+                assert answer.status_code == status, (kind, path, stream, phrase)
                 assert answer.headers["content-type"] == "application/json"
                 assert ("retry-after" in answer.headers) == (status in (429, 503))
-                said = answer.json()["error"]
+                answer_error = answer.json()["error"]
                 if path == "/v1/messages":
-                    assert said["type"] == ANTHROPIC[status]
+                    assert answer_error["type"] == ANTHROPIC[status]
                 else:
-                    assert said["code"] == code
-                if word == "a surprise":
-                    assert said["message"].endswith(": KeyError: 'what'.")
-                elif word == "too long" and path == "/v1/messages":
-                    assert said["message"] == "prompt is too long: 900 tokens > 799 maximum"
+                    assert answer_error["code"] == code
+                if phrase == "unexpected":
+                    assert answer_error["message"].endswith(": KeyError: 'what'.")
+                elif phrase == "too long" and path == "/v1/messages":
+                    assert answer_error["message"] == "prompt is too long: 900 tokens > 799 maximum"
                 else:
-                    assert str(error) in said["message"]
-    asked = len(DIALECTS) * 2
-    assert await metric(client, "engine_rejected_requests_total") == asked
+                    assert str(error) in answer_error["message"]
+    num_requests = len(DIALECTS) * 2
+    assert await metric(client, "engine_rejected_requests_total") == num_requests
     failed = sum(status >= 500 for _, status, _ in ERRORS.values())
     num_aborted = await metric(client, 'engine_requests_total{finish_reason="abort"}')
-    assert num_aborted == (0 if kind == "thread" else failed * asked)
+    assert num_aborted == (0 if kind == "thread" else failed * num_requests)
 
 
-async def a_queue_that_fills_behind_the_server_is_answered_429(
+async def check_queue_filled_behind_the_server(
     engine: Any, client: httpx.AsyncClient, kind: str
 ) -> None:
-    """Preemptions lengthen it between two reports, so the server may not know."""
+    """Preemptions lengthen the queue between two reports to the server."""
     before = await metric(client, "engine_rejected_requests_total")
     config = engine.config
     if kind != "thread":
@@ -223,39 +226,39 @@ async def a_queue_that_fills_behind_the_server_is_answered_429(
     for stream in streams:
         stream.abort()
         finals = [output.finish_reason async for output in stream]
-        assert finals[-1] == "abort", "who ends a request is told so"
+        assert finals[-1] == "abort", "an abort is reported"
     if kind != "thread":
         engine.config = config
 
 
-async def an_id_that_goes_on_is_refused_and_its_request_goes_on(
+async def check_duplicate_id_is_refused(
     engine: ServedEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
-    """By the engine too, for callers of their own. A request ends by its own reader's hand."""
-    few = SamplingParams(max_tokens=9, ignore_eos=True)
-    left = engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))
-    left.abort()  # before it began
-    assert [one.finish_reason async for one in left][-1] == "abort"
-    await until_idle(engine)
+    """The engine refuses it, too. Only the request's own reader can end it."""
+    short = SamplingParams(max_tokens=9, ignore_eos=True)
+    aborted = engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))
+    aborted.abort()  # Before it began.
+    assert [output.finish_reason async for output in aborted][-1] == "abort"
+    await wait_until_idle(engine)
     first = engine.submit(RequestSpec([1], ENDLESS, request_id="mine"))
     await anext(first)
     for _ in range(2):
         with pytest.raises(DuplicateId, match="'mine' is being answered already"):
-            engine.submit(RequestSpec([2], few, request_id="mine"))
+            engine.submit(RequestSpec([2], short, request_id="mine"))
     assert (await anext(first)).finish_reason is None
     first.abort()
-    assert [one.finish_reason async for one in first][-1] == "abort"
-    await until_idle(engine)
+    assert [output.finish_reason async for output in first][-1] == "abort"
+    await wait_until_idle(engine)
     for _ in range(2):
-        again = engine.submit(RequestSpec([2], few, request_id="mine"))
+        again = engine.submit(RequestSpec([2], short, request_id="mine"))
         first.abort()
-        assert len([one async for one in again][-1].output) == 9
+        assert len([output async for output in again][-1].output) == 9
 
 
-async def an_answer_may_end_behind_its_first_call(
+async def check_answer_ends_after_its_first_call(
     engine: ServedEngine, client: httpx.AsyncClient, kind: str
 ) -> None:
-    """The server ends its request and waits for the last output."""
+    """The server aborts the request and waits for the last output."""
     body = DIALECTS["/v1/chat/completions"]("call f") | {"max_tokens": 900, "ignore_eos": True}
     body |= {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}]}
     body |= {"parallel_tool_calls": False, "chat_template_kwargs": {"enable_thinking": False}}
@@ -269,32 +272,39 @@ async def an_answer_may_end_behind_its_first_call(
 ENDLESS = SamplingParams(max_tokens=900, ignore_eos=True)
 CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n'
 SCENARIOS = (
-    a_refusal_keeps_its_status_and_its_body,
-    a_queue_that_fills_behind_the_server_is_answered_429,
-    an_id_that_goes_on_is_refused_and_its_request_goes_on,
-    an_answer_may_end_behind_its_first_call,
+    check_status_and_body_of_refusals,
+    check_queue_filled_behind_the_server,
+    check_duplicate_id_is_refused,
+    check_answer_ends_after_its_first_call,
 )
 
 
 @pytest.mark.parametrize("kind", ["thread", "process", "replicas"])
-def test_refusals_by_an_engine_of_every_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One scenario after the other: a process takes its time to start."""
+def test_refusals_of_each_kind_of_engine(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scenarios share one engine, because a process is slow to start."""
     monkeypatch.setattr(replica, "Engine", make_engine)
 
     async def main() -> None:
         async with serving(kind, EngineConfig(max_running=1, max_queue=1)) as (engine, client):
             for scenario in SCENARIOS:
                 await asyncio.wait_for(scenario(engine, client, kind), 60)
-                await until_idle(engine)
+                await wait_until_idle(engine)
                 answer = await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 3})
                 assert answer.status_code == 200
 
     asyncio.run(main())
 
 
-def test_every_kind_of_error_crosses_as_it_is() -> None:
+def test_errors_survive_serialisation() -> None:
     for error, _, _ in ERRORS.values():
-        mine = RequestError.of(error)
-        for there in (RequestError.from_wire(mine.to_wire()), pickle.loads(pickle.dumps(mine))):
-            assert (type(there), str(there), vars(there)) == (type(mine), str(mine), vars(mine))
-            assert isinstance(there, ValueError) == isinstance(error, ValueError)
+        original = RequestError.of(error)
+        for copy in (
+            RequestError.from_wire(original.to_wire()),
+            pickle.loads(pickle.dumps(original)),
+        ):
+            assert (type(copy), str(copy), vars(copy)) == (
+                type(original),
+                str(original),
+                vars(original),
+            )
+            assert isinstance(copy, ValueError) == isinstance(error, ValueError)

@@ -1,5 +1,4 @@
-"""OpenAI's /v1/responses: items in, items and their events out, conversations that are held;
-through its own client."""
+"""OpenAI's /v1/responses through its own client: items, events and stored conversations."""
 
 from __future__ import annotations
 
@@ -14,10 +13,8 @@ import pytest
 from engine.plugins.dialects.responses import StoredResponse, held_bytes
 from engine.text.bounded_memory import BoundedMemory
 
-from .conftest import Live
+from .conftest import Live, ServeAnswer
 from .test_tools import BONN, HERMES_CALL, QWEN_XML, SCHEMA, XML_CALL
-
-Say = Callable[..., Live]
 
 ASK: dict[str, Any] = {"model": "builtin", "input": "Rain in Bonn?"}
 TOOLS: Any = [{"type": "function", "name": "weather", "parameters": SCHEMA, "strict": True}]
@@ -25,10 +22,10 @@ FORMS = [(None, HERMES_CALL, "<think>"), (QWEN_XML, XML_CALL, "")]
 
 
 @pytest.mark.parametrize(("template", "call", "opening"), FORMS, ids=["hermes", "xml"])
-def test_reasoning_text_and_calls_whole_and_streamed(
-    say: Say, template: str | None, call: str, opening: str
+def test_reasoning_text_and_calls_agree_whole_and_streamed(
+    serve_answer: ServeAnswer, template: str | None, call: str, opening: str
 ) -> None:
-    live = say(f"{opening}Hm.\n</think>\n\nLook.\n{call}\n{call}", template)
+    live = serve_answer(f"{opening}Hm.\n</think>\n\nLook.\n{call}\n{call}", template)
     whole = live.client.responses.create(**ASK, tools=TOOLS)
     assert (whole.status, whole.output_text) == ("completed", "Look.")
     kinds = ["reasoning", "message", "function_call", "function_call"]
@@ -52,8 +49,10 @@ def test_reasoning_text_and_calls_whole_and_streamed(
             for item in items
         ]
 
-    plain = "parsed", "parsed_arguments"
-    streamed = [{k: v for k, v in item.items() if k not in plain} for item in bare(final.output)]
+    client_fields = "parsed", "parsed_arguments"
+    streamed = [
+        {k: v for k, v in item.items() if k not in client_fields} for item in bare(final.output)
+    ]
     for item in streamed:
         for part in item.get("content") or ():
             part.pop("parsed", None)
@@ -61,8 +60,8 @@ def test_reasoning_text_and_calls_whole_and_streamed(
     assert final.usage is not None and final.usage.output_tokens == usage.output_tokens
 
 
-def test_events_say_how_each_item_came_to_be(say: Say) -> None:
-    live = say(f"<think>H</think>L{HERMES_CALL}")
+def test_events_build_up_each_item(serve_answer: ServeAnswer) -> None:
+    live = serve_answer(f"<think>H</think>L{HERMES_CALL}")
     added: dict[str, Any] = {}
     texts: dict[str, str] = {}
     for event in live.client.responses.create(**ASK, tools=TOOLS, stream=True):
@@ -79,9 +78,10 @@ def test_events_say_how_each_item_came_to_be(say: Say) -> None:
     assert list(texts.values()) == ["H", "L", json.dumps(BONN)]
 
 
-def test_a_conversation_that_the_server_holds(say: Say) -> None:
-    """Turn by turn the prompt is that of the conversation sent whole; tools in between."""
-    live = say(f"<think>Hm.</think>{HERMES_CALL}")
+def test_stored_conversation_has_the_prompt_of_a_whole_one(serve_answer: ServeAnswer) -> None:
+    """Turns with ``previous_response_id``, tool calls included, give the same prompt as the whole
+    conversation."""
+    live = serve_answer(f"<think>Hm.</think>{HERMES_CALL}")
     client = live.client
     options: dict[str, Any] = {"model": "builtin", "tools": TOOLS, "instructions": "Be brief."}
     first = client.responses.create(input="Rain in Bonn?", **options)
@@ -90,7 +90,7 @@ def test_a_conversation_that_the_server_holds(say: Say) -> None:
         "call_id": first.output[-1].call_id,
         "output": "dry",
     }
-    say("It is dry.")
+    serve_answer("It is dry.")
     second = client.responses.create(input=[result], previous_response_id=first.id, **options)
     assert second.previous_response_id == first.id and second.output_text == "It is dry."
     third = client.responses.create(input="Sure?", previous_response_id=second.id, **options)
@@ -107,12 +107,12 @@ def test_a_conversation_that_the_server_holds(say: Say) -> None:
     assert same.usage.input_tokens_details.cached_tokens >= third.usage.input_tokens // 64 * 64 - 64
 
 
-def test_what_is_stored_is_retrieved_and_deleted(say: Say) -> None:
-    client = say("Yes.").client
-    kept = client.responses.create(**ASK, metadata={"a": "b"})
+def test_stored_responses_are_retrieved_and_deleted(serve_answer: ServeAnswer) -> None:
+    client = serve_answer("Yes.").client
+    whole = client.responses.create(**ASK, metadata={"a": "b"})
     with client.responses.stream(**ASK) as stream:
         streamed = stream.get_final_response()
-    for response in (kept, streamed):
+    for response in (whole, streamed):
         found = client.responses.retrieve(response.id)
         assert (found.output_text, found.metadata) == ("Yes.", response.metadata)
         client.responses.delete(response.id)
@@ -120,13 +120,13 @@ def test_what_is_stored_is_retrieved_and_deleted(say: Say) -> None:
             client.responses.retrieve(response.id)
         with pytest.raises(openai.NotFoundError, match="not found"):
             client.responses.delete(response.id)
-    unkept = client.responses.create(**ASK, store=False)
+    unstored = client.responses.create(**ASK, store=False)
     with pytest.raises(openai.BadRequestError, match="not found"):
-        client.responses.create(**ASK, previous_response_id=unkept.id)
+        client.responses.create(**ASK, previous_response_id=unstored.id)
 
 
-def test_a_tenant_sees_its_own_alone(say: Say) -> None:
-    client = say("Yes.").client
+def test_stored_responses_are_private_to_their_salt(serve_answer: ServeAnswer) -> None:
+    client = serve_answer("Yes.").client
     mine = client.responses.create(**ASK, extra_body={"cache_salt": "me"})
     for salt in ({}, {"cache_salt": "you"}):
         with pytest.raises(openai.BadRequestError, match="not found"):
@@ -136,8 +136,8 @@ def test_a_tenant_sees_its_own_alone(say: Say) -> None:
     assert client.responses.retrieve(mine.id, extra_headers={"x-cache-salt": "me"}).id == mine.id
 
 
-def test_an_answer_that_the_limit_cuts(say: Say) -> None:
-    client = say("Yes and more").client
+def test_answer_cut_by_the_limit_is_incomplete(serve_answer: ServeAnswer) -> None:
+    client = serve_answer("Yes and more").client
     for stream in (False, True):
         if stream:
             with client.responses.stream(**ASK, max_output_tokens=3) as events:
@@ -149,18 +149,18 @@ def test_an_answer_that_the_limit_cuts(say: Say) -> None:
         assert cut.output[0].status == "incomplete"
 
 
-def test_a_broken_call_does_not_end_a_conversation(say: Say) -> None:
-    client = say(HERMES_CALL).client
+def test_conversation_continues_after_a_broken_call(serve_answer: ServeAnswer) -> None:
+    client = serve_answer(HERMES_CALL).client
     cut = client.responses.create(**ASK, tools=TOOLS, max_output_tokens=60)
     assert cut.status == "incomplete" and cut.output[0].type == "message"
     assert HERMES_CALL.startswith(cut.output_text) and "breaks off" in cut.warning
-    say("Again.")
-    more = client.responses.create(**ASK, tools=TOOLS, previous_response_id=cut.id)
-    assert more.output_text == "Again."
+    serve_answer("Again.")
+    next_answer = client.responses.create(**ASK, tools=TOOLS, previous_response_id=cut.id)
+    assert next_answer.output_text == "Again."
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"input": []}, "'input' is empty"),
         ({"input": [{"type": {}, "role": "user", "content": "x"}]}, "items are not supported"),
@@ -209,14 +209,16 @@ def test_a_broken_call_does_not_end_a_conversation(say: Say) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_refusals(say: Say, changes: dict[str, Any], said: str) -> None:
-    answer = say("x").post("/v1/responses", ASK | changes)
+def test_bad_responses_requests_are_refused(
+    serve_answer: ServeAnswer, changes: dict[str, Any], message: str
+) -> None:
+    answer = serve_answer("x").post("/v1/responses", ASK | changes)
     assert answer.status_code == 400, answer.text
-    assert said in answer.json()["error"]["message"]
+    assert message in answer.json()["error"]["message"]
 
 
-def test_what_changes_nothing_is_accepted(say: Say) -> None:
-    answer = say("a</think>b").client.responses.create(
+def test_options_without_effect_are_accepted(serve_answer: ServeAnswer) -> None:
+    answer = serve_answer("a</think>b").client.responses.create(
         **ASK,
         include=["reasoning.encrypted_content"],
         text={"format": {"type": "text"}, "verbosity": "low"},
@@ -233,24 +235,26 @@ def test_what_changes_nothing_is_accepted(say: Say) -> None:
 
 
 @pytest.mark.parametrize("summary", [[], [{"type": "summary_text", "text": "So."}]])
-def test_an_answer_of_reasoning_alone_can_be_sent_back(say: Say, summary: list[Any]) -> None:
+def test_answer_with_only_reasoning_can_be_sent_back(
+    serve_answer: ServeAnswer, summary: list[Any]
+) -> None:
     question = {"role": "user", "content": "Rain?"}
     items = [question, {"type": "reasoning", "summary": summary}, question]
-    answer = say("Dry.").post("/v1/responses", ASK | {"input": items})
+    answer = serve_answer("Dry.").post("/v1/responses", ASK | {"input": items})
     assert answer.status_code == 200, answer.text
 
 
-def test_the_form_that_was_asked_for_is_given_back(say: Say) -> None:
+def test_response_repeats_the_requested_format(serve_answer: ServeAnswer) -> None:
     pytest.importorskip("llguidance")
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
     form = {"type": "json_schema", "name": "a", "schema": schema}
-    answer = say('{"a": 1}').post("/v1/responses", ASK | {"text": {"format": form}})
+    answer = serve_answer('{"a": 1}').post("/v1/responses", ASK | {"text": {"format": form}})
     assert answer.status_code == 200, answer.text
     assert answer.json()["text"]["format"] == form
-    assert say("x").post("/v1/responses", ASK).json()["text"]["format"] == {"type": "text"}
+    assert serve_answer("x").post("/v1/responses", ASK).json()["text"]["format"] == {"type": "text"}
 
 
-def test_a_bounded_memory_keeps_what_was_used_last() -> None:
+def test_bounded_memory_evicts_the_least_recently_used() -> None:
     store = BoundedMemory[tuple[str | None, str], str](100)
     for name in "abc":
         store.put((None, name), name, 40)
@@ -267,19 +271,19 @@ def test_a_bounded_memory_keeps_what_was_used_last() -> None:
     store.check()
 
 
-def test_what_is_kept_is_counted_as_the_memory_it_takes(say: Callable[[str], Live]) -> None:
+def test_store_counts_the_memory_it_takes(serve_answer: Callable[[str], Live]) -> None:
     body = ASK | {"input": [{"role": "user", "content": "word " * 20} for _ in range(20)]}
-    response = json.dumps(say("x").post("/v1/responses", body).json())
+    response = json.dumps(serve_answer("x").post("/v1/responses", body).json())
     items = json.dumps(body["input"])
     store = BoundedMemory[str, StoredResponse](1 << 19)
     tracemalloc.start()
     try:
         for number in range(200):
-            new = json.loads(items)
-            kept = StoredResponse(new, json.loads(response), held_bytes(new))
-            store.put(str(number), kept, kept.num_bytes)
-        taken, _ = tracemalloc.get_traced_memory()
+            copied_items = json.loads(items)
+            entry = StoredResponse(copied_items, json.loads(response), held_bytes(copied_items))
+            store.put(str(number), entry, entry.num_bytes)
+        num_bytes, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     assert len(store) < 100
-    assert 0.8 * store.num_bytes < taken < 1.1 * store.num_bytes < 1.1 * (1 << 19)
+    assert 0.8 * store.num_bytes < num_bytes < 1.1 * store.num_bytes < 1.1 * (1 << 19)
