@@ -252,15 +252,17 @@ def test_thinking_budget_may_exceed_the_limit_with_tools(serve_answer: ServeAnsw
     assert [block["type"] for block in answer["content"]] == ["thinking", "text"]
 
 
-def test_thinking_that_is_not_shown_has_a_signature(say: Say) -> None:
-    live = say("a</think>b")
+def test_omitted_thinking_keeps_its_signature(serve_answer: ServeAnswer) -> None:
+    live = serve_answer("a</think>b")
     shown = {"type": "enabled", "budget_tokens": 99}
     hidden = shown | {"display": "omitted"}
     [full, _] = message(live, thinking=shown)["content"]
     [block, text] = message(live, thinking=hidden)["content"]
     assert block == full | {"thinking": ""} and text["text"] == "b"
     deltas = [
-        one["delta"] for one in events(live, thinking=hidden) if "content_block_d" in one["type"]
+        event["delta"]
+        for event in events(live, thinking=hidden)
+        if "content_block_d" in event["type"]
     ]
     assert deltas == [
         {"type": "signature_delta", "signature": full["signature"]},
@@ -285,12 +287,12 @@ AGENT = {
         }
     ],
 }
-"""Fields that coding agents send with every request."""
+"""Fields that coding agents send with each request."""
 
 
-def test_a_line_for_billing_is_no_part_of_the_prompt(say: Say) -> None:
-    """A coding agent writes it, and its digest differs in every request."""
-    live = say("Dry.")
+def test_billing_header_is_not_part_of_the_prompt(serve_answer: ServeAnswer) -> None:
+    """A coding agent sends it, with another digest in each request."""
+    live = serve_answer("Dry.")
 
     def ask(digest: str) -> dict[str, Any]:
         header = f"x-anthropic-billing-header: cc_version=2.1.1; cc_entrypoint=cli; cch={digest};"
@@ -314,15 +316,15 @@ def test_a_line_for_billing_is_no_part_of_the_prompt(say: Say) -> None:
 
 
 def turn(number: int, *, text: str | None = None) -> list[dict[str, Any]]:
-    """A question, a call, its result, and the answer, all with thinking."""
+    """Return a question, a call, its result and the answer, with thinking."""
     thinking = {"type": "thinking", "thinking": f"Hm {number}.", "signature": "s"}
     call = {"type": "tool_use", "id": f"t{number}", "name": f"tool{number}", "input": {"a": "bbb"}}
     result = {"type": "tool_result", "tool_use_id": f"t{number}", "content": f"{number}" * 40}
-    more = [] if text is None else [{"type": "text", "text": text}]
+    extra_text = [] if text is None else [{"type": "text", "text": text}]
     return [
         {"role": "user", "content": f"Question {number}?"},
         {"role": "assistant", "content": [thinking, call]},
-        {"role": "user", "content": [result, *more]},
+        {"role": "user", "content": [result, *extra_text]},
         {"role": "assistant", "content": [thinking, {"type": "text", "text": f"Answer {number}."}]},
     ]
 
@@ -331,7 +333,7 @@ PLAIN = """\
 {%- for m in messages %}<{{ m.role }}>{{ m.reasoning_content }}|{{ m.content }}\
 {%- for c in m.tool_calls %}|{{ c.function.name }}{{ c.function.arguments }}{% endfor %}
 {% endfor %}"""
-"""A template that keeps all thinking and all results. It never stands for an offered tool."""
+"""Template that keeps all thinking and all results, and writes no tool definitions."""
 RESULTS = {"type": "clear_tool_uses_20250919"}
 ALL_RESULTS = RESULTS | {"trigger": {"type": "input_tokens", "value": 9}}
 THOUGHTS = {"type": "clear_thinking_20251015"}
@@ -365,13 +367,15 @@ EDITS: list[tuple[list[dict[str, Any]], dict[str, str], dict[str, int]]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("edits", "changed", "told"), EDITS)
-def test_edits_of_the_context(
-    say: Say, edits: list[dict[str, Any]], changed: dict[str, str], told: dict[str, int]
+@pytest.mark.parametrize(("edits", "changed", "expected"), EDITS)
+def test_context_edits_equal_a_chat_with_replaced_text(
+    serve_answer: ServeAnswer,
+    edits: list[dict[str, Any]],
+    changed: dict[str, str],
+    expected: dict[str, int],
 ) -> None:
-    """The prompt is that of the chat with the cleared text replaced, so it is found in the cache
-    of that chat."""
-    live = say("Dry.", PLAIN)
+    """The edited prompt equals that of a chat with the replaced text, so it hits its cache."""
+    live = serve_answer("Dry.", PLAIN)
     chat = [*turn(0), *turn(1, text="By the way."), *turn(2), *turn(3), *ASK["messages"]]
     text = json.dumps(chat)
     for old, new in changed.items():
@@ -381,19 +385,19 @@ def test_edits_of_the_context(
     whole = message(live, messages=chat, cache_salt="whole")["usage"]
     plain = message(live, messages=json.loads(text), **salt)
     assert "context_management" not in plain
-    asked = salt | {"messages": chat, "context_management": {"edits": edits}}
-    answer = message(live, **asked)
+    options = salt | {"messages": chat, "context_management": {"edits": edits}}
+    answer = message(live, **options)
     size = num_input(answer["usage"])
     assert size == num_input(plain["usage"])
     assert answer["usage"]["cache_read_input_tokens"] >= (size - 1) // 64 * 64 >= 384
 
     applied = answer["context_management"]["applied_edits"]
-    counts = {name: value for one in applied for name, value in one.items() if name != "type"}
+    counts = {name: value for edit in applied for name, value in edit.items() if name != "type"}
     assert counts.pop("cleared_input_tokens", 0) == num_input(whole) - size
-    assert counts == told
-    last = next(one for one in events(live, **asked) if one["type"] == "message_delta")
+    assert counts == expected
+    last = next(event for event in events(live, **options) if event["type"] == "message_delta")
     assert last["context_management"] == answer["context_management"]
-    counted = live.post("/v1/messages/count_tokens", {"model": "builtin"} | asked).json()
+    counted = live.post("/v1/messages/count_tokens", {"model": "builtin"} | options).json()
     original = {"original_input_tokens": num_input(whole)}
     assert counted == {"input_tokens": size, "context_management": original}
 

@@ -109,12 +109,10 @@ def test_page_is_served_and_loads_no_other_files(live: Live) -> None:
     answer = live.get("/")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert live.http.head("/").status_code == 200, (
-        "Claude Code asks for it before its first request"
-    )
+    assert live.http.head("/").status_code == 200, "Claude Code sends HEAD before its first request"
 
 
-def test_the_page_of_the_api_needs_no_other_server(live: Live) -> None:
+def test_api_page_needs_no_other_server(live: Live) -> None:
     answer = live.get("/docs")
     assert answer.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in answer.headers["content-security-policy"]

@@ -226,7 +226,7 @@ def test_options_without_effect_are_accepted(serve_answer: ServeAnswer) -> None:
         user="me",
         prompt_cache_key="k",
         store=False,
-        extra_body={  # as Codex sends them
+        extra_body={  # Fields that Codex sends.
             "client_metadata": {"turn_id": "1", "x-codex-window-id": "2:0"},
             "reasoning": {"effort": "low", "summary": "auto", "context": "all_turns"},
         },
