@@ -1,5 +1,4 @@
-"""Small random checkpoints of every family, written by transformers, and a driver that feeds a
-ModelRunner by hand."""
+"""Small random checkpoints of each family, written by transformers, and a driver of ModelRunner."""
 
 from __future__ import annotations
 
@@ -24,8 +23,7 @@ FAMILIES = families.find()
 
 
 def make_oracle(family: str) -> Any:
-    """A random transformers model; norms, biases and decays moved away from their neutral
-    values."""
+    """Return a random transformers model, with norms and biases off their neutral values."""
     import transformers
 
     config_class, model_class = (getattr(transformers, name) for name in FAMILIES[family].classes)
@@ -38,13 +36,15 @@ def make_oracle(family: str) -> Any:
             elif "A_log" not in name:
                 parameter.mul_(2.0)
         for name, buffer in model.named_buffers():
-            if name.endswith("bias"):  # of routers: zero where nobody trained
+            if name.endswith("bias"):  # Router biases are zero before training.
                 buffer.add_(torch.randn_like(buffer) * 0.2)
     return model
 
 
 @dataclass
 class Oracle:
+    """Model of transformers and the path of its checkpoint."""
+
     model: Any
     path: Path
 
@@ -55,10 +55,10 @@ class Oracle:
 
 @pytest.fixture(scope="session")
 def oracles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]:
-    made: dict[str, Oracle] = {}
+    models: dict[str, Oracle] = {}
 
     def get(family: str) -> Oracle:
-        if family not in made:
+        if family not in models:
             path = tmp_path_factory.mktemp(family)
             model = make_oracle(family)
             model.save_pretrained(path)
@@ -66,14 +66,16 @@ def oracles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Oracle]
             if official is not None:
                 file = path / "model.safetensors"
                 save_file(official(load_file(file)), file)
-            made[family] = Oracle(model, path)
-        return made[family]
+            models[family] = Oracle(model, path)
+        return models[family]
 
     return get
 
 
 @dataclass
-class Sequence_:
+class DrivenSequence:
+    """State of one sequence of a driver."""
+
     row: int
     slot: int | None
     tokens: list[int]
@@ -81,13 +83,16 @@ class Sequence_:
 
 
 NUM_SLOTS = 100
-"""The most that a driver hands out."""
+"""Largest number of slots that a driver allocates."""
 
 
 @dataclass
 class Driver:
-    """Feeds batches to a runner; hands out rows, slots and scattered KV indices by counting. Of an
-    arena the first slabs are slots, the rest is rows."""
+    """Builder of batches for a runner, with counters in place of allocators.
+
+    ``scatter_seed`` shuffles the KV indices. In an arena, the first slabs are slots and the rest is
+    rows.
+    """
 
     runner: ModelRunner
     scatter_seed: int | None = None
@@ -120,24 +125,26 @@ class Driver:
 
     def begin(
         self, tokens: Sequence[int], prefix: npt.NDArray[np.int32] | None = None, room: int = 64
-    ) -> tuple[Sequence_, tuple[int, int, npt.NDArray[np.int32]]]:
-        """A sequence with KV for its tokens and ``room`` more, the first rows shared with
-        ``prefix``."""
-        sequence = Sequence_(self.next_row, self.slot(), list(tokens))
+    ) -> tuple[DrivenSequence, tuple[int, int, npt.NDArray[np.int32]]]:
+        """Return a sequence and the write of its rows, with KV for its tokens and ``room`` more.
+
+        ``prefix`` has the rows of a cached prefix.
+        """
+        sequence = DrivenSequence(self.next_row, self.slot(), list(tokens))
         self.next_row += 1
         shared = prefix if prefix is not None else np.empty(0, dtype=np.int32)
         sequence.computed_len = len(shared)
         indices = np.concatenate([shared, self.kv(len(tokens) + room - len(shared))])
         return sequence, (sequence.row, 0, indices)
 
-    def prefill_segment(self, sequence: Sequence_, length: int, **options: Any) -> Segment:
+    def prefill_segment(self, sequence: DrivenSequence, length: int, **options: Any) -> Segment:
         start = sequence.computed_len
         end = min(start + length, len(sequence.tokens))
         sequence.computed_len = end
         tokens = np.array(sequence.tokens[start:end], dtype=np.int32)
         return Segment(sequence.row, sequence.slot, tokens, start, False, **options)
 
-    def decode_segment(self, sequence: Sequence_, token: int, **options: Any) -> Segment:
+    def decode_segment(self, sequence: DrivenSequence, token: int, **options: Any) -> Segment:
         start = len(sequence.tokens)
         sequence.tokens.append(token)
         sequence.computed_len = start + 1
@@ -146,7 +153,7 @@ class Driver:
         )
 
     def cold(self, tokens: Sequence[int], **options: Any) -> torch.Tensor:
-        """Logits of one prompt computed alone, in one piece."""
+        """Return the logits of one prompt, computed in a single batch."""
         sequence, write = self.begin(tokens)
         segment = self.prefill_segment(sequence, len(tokens), **options)
         return self.runner.forward(Batch((segment,), (), (write,)))
@@ -154,19 +161,19 @@ class Driver:
 
 @pytest.fixture(scope="session")
 def driver_class() -> type[Driver]:
-    """For tests that make runners of their own."""
+    """Return the class, for tests that make their own runners."""
     return Driver
 
 
 @pytest.fixture(scope="session")
 def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
-    made: dict[tuple[str, str, str, int], Driver] = {}
+    by_key: dict[tuple[str, str, str, int], Driver] = {}
 
     def get(
         family: str, dtype: str = "float32", state_dtype: str = "float32", grid: int = 64
     ) -> Driver:
         key = family, dtype, state_dtype, grid
-        if key not in made:
+        if key not in by_key:
             model = None if family == "builtin" else str(oracles(family).path)
             config = EngineConfig(
                 model=model,
@@ -178,9 +185,9 @@ def drivers(oracles: Callable[[str], Oracle]) -> Callable[..., Driver]:
                 state_gib=0.05,
                 max_running=40,
             )
-            made[key] = Driver(ModelRunner(config))
+            by_key[key] = Driver(ModelRunner(config))
             gc.collect()
-        driver = made[key]
+        driver = by_key[key]
         driver.scatter_seed = None
         driver.reset()
         return driver
@@ -197,12 +204,14 @@ def random_tokens() -> Callable[..., list[int]]:
 
 
 FORMATS = (("float32",), ("bfloat16", "bfloat16"), ("bfloat16",), ("float32", "bfloat16"))
-"""Of a model, and of its states where that is not float32."""
+"""Dtype of the model, and dtype of its states if not float32."""
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``family``: every family and variant; ``model``: one checkpoint of each family; with
-    ``formats``: all of them for one, the first two for the others."""
+    """Parametrize ``family`` with all families and variants, and ``model`` with one per family.
+
+    ``formats`` are all formats for one model and the first two for the others.
+    """
     models = [name for name, family in FAMILIES.items() if not family.is_variant]
     if "family" in metafunc.fixturenames:
         metafunc.parametrize("family", FAMILIES)

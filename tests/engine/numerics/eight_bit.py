@@ -1,5 +1,7 @@
-"""Eight-bit checkpoints as their publishers write them, from float weights, and the weights they
-stand for. Nothing here is the engine's own arithmetic."""
+"""Writer of 8-bit checkpoints in published layouts, with their dequantised weights.
+
+It shares no arithmetic with the engine.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,16 @@ from safetensors.torch import load_file, save_file
 
 Tensors = dict[str, torch.Tensor]
 Coded = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""What is stored, its scales, and what both stand for, in float32."""
+"""Stored codes, their scales, and the dequantised weight in float32."""
 
 QUANTIZED = re.compile(
     r".*(in_proj_qkvz|in_proj_qkv|in_proj_z|out_proj|[qkvo]_proj|gate_proj|up_proj|down_proj)$"
 )
-"""What Qwen's fp8 checkpoints have in eight bits."""
+"""Modules that Qwen's fp8 checkpoints quantise."""
 
 
 def fp8_blocks(weight: torch.Tensor, block: tuple[int, int], scale_dtype: torch.dtype) -> Coded:
-    """Block by block, in loops."""
+    """Quantise a weight block by block."""
     rows, columns = (-(-n // size) for n, size in zip(weight.shape, block, strict=True))
     scale = torch.empty(rows, columns, dtype=scale_dtype)
     stored = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
@@ -41,7 +43,7 @@ def fp8_blocks(weight: torch.Tensor, block: tuple[int, int], scale_dtype: torch.
 
 
 def channels(weight: torch.Tensor, dtype: torch.dtype) -> Coded:
-    """A scale per row, ``[M, 1]``."""
+    """Quantise a weight with one scale per row, ``[M, 1]``."""
     largest = 127 if dtype is torch.int8 else 448
     scale = weight.abs().amax(dim=1, keepdim=True) / largest
     scaled = weight / scale
@@ -49,16 +51,16 @@ def channels(weight: torch.Tensor, dtype: torch.dtype) -> Coded:
     return stored, scale, stored.float() * scale
 
 
-def one_by_one(tensors: Tensors) -> Tensors:
-    """Stacked experts as 2-D tensors, as in published 8-bit checkpoints."""
+def split_experts(tensors: Tensors) -> Tensors:
+    """Split stacked experts into 2-D tensors, as in published 8-bit checkpoints."""
     split: Tensors = {}
     for name, tensor in tensors.items():
-        stem, _, word = name.rpartition(".")
-        if word not in ("gate_up_proj", "down_proj") or tensor.ndim != 3:
+        stem, _, kind = name.rpartition(".")
+        if kind not in ("gate_up_proj", "down_proj") or tensor.ndim != 3:
             split[name] = tensor
             continue
         for expert, weight in enumerate(tensor):
-            if word == "gate_up_proj":
+            if kind == "gate_up_proj":
                 gate, up = weight.chunk(2)
                 split[f"{stem}.{expert}.gate_proj.weight"] = gate.contiguous()
                 split[f"{stem}.{expert}.up_proj.weight"] = up.contiguous()
@@ -67,8 +69,8 @@ def one_by_one(tensors: Tensors) -> Tensors:
     return split
 
 
-def stacked(tensors: Tensors) -> Tensors:
-    """The other way round, as Qwen3.5's full-precision checkpoints come."""
+def stack_experts(tensors: Tensors) -> Tensors:
+    """Stack experts, as in Qwen3.5's full-precision checkpoints."""
     found: Tensors = {}
     for name, tensor in tensors.items():
         stem, is_expert, rest = name.partition(".experts.")
@@ -78,9 +80,9 @@ def stacked(tensors: Tensors) -> Tensors:
             count = sum(n.startswith(f"{stem}.experts.") for n in tensors) // 3
             gate, up, down = (
                 torch.stack(
-                    [tensors[f"{stem}.experts.{e}.{word}_proj.weight"] for e in range(count)]
+                    [tensors[f"{stem}.experts.{e}.{kind}_proj.weight"] for e in range(count)]
                 )
-                for word in ("gate", "up", "down")
+                for kind in ("gate", "up", "down")
             )
             found[f"{stem}.experts.gate_up_proj"] = torch.cat([gate, up], dim=1)
             found[f"{stem}.experts.down_proj"] = down
@@ -96,46 +98,50 @@ def rewrite(
     prefix: str = "model.",
     is_quantized: Callable[[str], object] = QUANTIZED.fullmatch,
 ) -> Path:
-    """Quantise the checkpoint at ``path``; beside it, under the path that comes back, the same with
-    the weights it now stands for. ``section`` makes config.json's part of the full names of what
-    was left alone."""
+    """Quantise the checkpoint at ``path`` and write its dequantised weights to a second directory.
+
+    ``section`` returns the part of config.json for the full names of the unquantised modules.
+    Returns the path of the second directory.
+    """
     tensors = {
         name.replace("model.", prefix, 1): tensor
-        for name, tensor in one_by_one(load_file(path / "model.safetensors")).items()
+        for name, tensor in split_experts(load_file(path / "model.safetensors")).items()
     }
-    stored, widened, left = {}, dict(tensors), []
+    stored, widened, exceptions = {}, dict(tensors), []
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
         if name.endswith(".weight") and is_quantized(module):
             stored[name], stored[f"{module}.{scale_name}"], widened[name] = code(tensor)
         else:
             stored[name] = tensor
-            left += [module] if name.endswith(".weight") else []
+            exceptions += [module] if name.endswith(".weight") else []
     plain = path.with_name(path.name + "_widened")
     plain.mkdir()
     config = json.loads((path / "config.json").read_text())
     (plain / "config.json").write_text(json.dumps(config))
     save_file(widened, plain / "model.safetensors")
     save_file(stored, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(config | {"quantization_config": section(left)}))
+    (path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": section(exceptions)})
+    )
     return plain
 
 
-def fp8_section(left: list[str], block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
-    """As in Qwen's checkpoints."""
+def fp8_section(exceptions: list[str], block: tuple[int, int] = (128, 128)) -> dict[str, Any]:
+    """Return ``quantization_config`` as in Qwen's checkpoints."""
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": list(block),
-        "modules_to_not_convert": left,
+        "modules_to_not_convert": exceptions,
     }
 
 
 def compressed_section(
     ignore: list[str], kind: str = "int", weights: dict[str, Any] | None = None, **more: Any
 ) -> dict[str, Any]:
-    """As llm-compressor writes W8A8 and FP8_DYNAMIC."""
+    """Return ``quantization_config`` as llm-compressor writes it for W8A8 and FP8_DYNAMIC."""
     shared = {"num_bits": 8, "type": kind, "symmetric": True}
     group = {
         "targets": ["Linear"],

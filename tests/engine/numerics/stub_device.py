@@ -1,5 +1,4 @@
-"""A device that computes nothing: it keeps count of what it was told to compile, capture and
-remember."""
+"""Device that computes nothing, and counts compilations, captures and memory."""
 
 from __future__ import annotations
 
@@ -19,21 +18,21 @@ from engine.runner.device import TRAITS, Device
 FREE_BYTES = 2**30
 
 
-class Memory:
-    """Of a graph, or of a pool of them."""
+class StubMemory:
+    """Memory of a graph or of a pool of graphs."""
 
     num_mib = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StubDevice(Device):
-    """Looks like an accelerator with graphs and Triton; its tensors are the CPU's."""
+    """Stand-in for an accelerator with graphs and Triton. Its tensors are on the CPU."""
 
     torch_device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     traits: Any = TRAITS["cuda"]
     counts: Counter[str] = field(default_factory=Counter)
     threads: set[int] = field(default_factory=set)
-    """Those that made it their current device."""
+    """Threads that made it their current device."""
 
     @property
     def is_cpu(self) -> bool:
@@ -43,28 +42,31 @@ class StubDevice(Device):
         self.threads.add(threading.get_ident())
 
     def free_bytes(self) -> int:
-        """Every graph that lives takes one MiB, and the first of each pool of graphs 64 MiB more;
-        what dead ones had, as what else is "cached MiB", is torch's until it is released."""
-        return FREE_BYTES - 2**20 * (self.counts["taken MiB"] + self.counts["cached MiB"])
+        """Return the free memory.
+
+        Each live graph takes 1 MiB, and the first of each pool 64 MiB more. Memory of dead graphs
+        counts as "cached MiB", which torch holds until ``release``.
+        """
+        return FREE_BYTES - 2**20 * (self.counts["used MiB"] + self.counts["cached MiB"])
 
     def release(self) -> None:
         self.counts["cached MiB"] = 0
 
     def recorder(self):
         self.counts["pools"] += 1
-        pool = Memory()
+        pool = StubMemory()
 
         def record(work):
-            self.release()  # as torch's context manager does before it captures
+            self.release()  # Like torch's context manager before a capture.
             self.counts["graphs"] += 1
             if not pool.num_mib:
                 self._take(pool, 64)
-            graph = Memory()
+            graph = StubMemory()
             self._take(graph, 1)
             work()
 
             def replay():
-                assert graph.num_mib  # it lives as long as its replay
+                assert graph.num_mib  # The closure keeps the graph alive.
                 work()
 
             return replay
@@ -73,8 +75,8 @@ class StubDevice(Device):
 
     def _take(self, memory, num_mib):
         memory.num_mib = num_mib
-        self.counts["taken MiB"] += num_mib
-        weakref.finalize(memory, self.counts.update, {"taken MiB": -num_mib, "cached MiB": num_mib})
+        self.counts["used MiB"] += num_mib
+        weakref.finalize(memory, self.counts.update, {"used MiB": -num_mib, "cached MiB": num_mib})
 
     def synchronize(self) -> None:
         self.counts["waits"] += 1
@@ -84,8 +86,10 @@ class StubDevice(Device):
 
 
 class Launches:
-    """The kernels that Triton would have compiled by now: by function, types, and what it tells
-    apart in the numbers."""
+    """Record of the kernels that Triton would have compiled.
+
+    The key of a kernel is its function, the types, and Triton's specialisation of the values.
+    """
 
     def __init__(self) -> None:
         self.seen: set[Any] = set()
@@ -114,14 +118,17 @@ class Launches:
 
 
 def zeroed(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return ``allocate`` with zeros for what is in the memory."""
+    """Return ``allocate`` with zeroed memory."""
     return lambda *args, **kwargs: allocate(*args, **kwargs).zero_()
 
 
 @contextlib.contextmanager
 def stubbed(monkeypatch):
-    """Make every device the stub, and note Triton launches instead of running them: (device,
-    launches). New memory is zero, because no kernel writes it and logits must be finite."""
+    """Replace all devices by the stub and yield (device, launches).
+
+    Triton launches are recorded, not run. New memory is zero, because no kernel writes it and
+    logits must be finite.
+    """
     from triton.runtime.interpreter import GridExecutor
 
     device, launches = StubDevice(), Launches()

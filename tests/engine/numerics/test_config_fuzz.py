@@ -1,10 +1,15 @@
-"""Change one key of a config.json at random: the engine computes what transformers computes from
-the same files, or refuses in one sentence that names the key.
+"""Random changes of one key in a config.json.
 
-Mutations know nothing of what the engine reads. Keys come from transformers' config class of the
-family, from the aliases in its ``attribute_map``, from the rotary keys, from everything that
-transformers looks up while it loads and runs the model, and from another family. Values come from
-operators that suit any value of a type.
+The engine must compute the same as transformers, or refuse in one sentence that names the key.
+
+Mutations are independent of the keys that the engine reads. Keys come from:
+
+- transformers' config class of the family, and the aliases in its ``attribute_map``;
+- the rotary keys;
+- all attributes that transformers reads while it loads and runs the model;
+- another family.
+
+Values come from operators for each type.
 """
 
 from __future__ import annotations
@@ -68,26 +73,26 @@ NEEDED = {
 
 @dataclass
 class Case:
-    """Files of one family as transformers writes them, and the keys that transformers knows."""
+    """Files of one family as transformers writes them, and the keys of transformers."""
 
     directory: Path
     model_class: Any
     config: dict[str, Any]
     keys: list[str]
-    """Of the text part."""
+    """Keys of the text part."""
     aliases: dict[str, str]
     defaults: dict[str, Any]
     logits: torch.Tensor
-    """Of the unchanged files."""
+    """Logits of the unchanged files."""
 
     @property
     def text(self) -> str | None:
-        """The key of the text part; None: there is no part."""
+        """Key of the text part, or None if the config has no parts."""
         return "text_config" if "text_config" in self.config else None
 
 
-def looked_up(directory: Path, model_class: Any) -> set[str]:
-    """Names that transformers looks up in a config while it loads and runs the model."""
+def keys_read_by_transformers(directory: Path, model_class: Any) -> set[str]:
+    """Return the attributes that transformers reads in a config to load and run the model."""
     from transformers.configuration_utils import PreTrainedConfig
 
     seen: set[str] = set()
@@ -126,7 +131,9 @@ def make_case(family: str, directory: Path, tokens: list[int]) -> Case:
     borrowed = {field.name: field.default for field in dataclasses.fields(other)}
     keys = {*fields, *text_class.attribute_map, *text_class.attribute_map.values()}
     keys |= (
-        looked_up(directory, type(model)) | set(ROPE_KEYS) | set(config.get("text_config", config))
+        keys_read_by_transformers(directory, type(model))
+        | set(ROPE_KEYS)
+        | set(config.get("text_config", config))
     )
     keys |= set(random.Random(family).sample(sorted(borrowed), 8))
     defaults = {n: v for n, v in (borrowed | fields).items() if v is not dataclasses.MISSING}
@@ -134,8 +141,8 @@ def make_case(family: str, directory: Path, tokens: list[int]) -> Case:
     return Case(directory, type(model), config, sorted(keys), aliases, defaults, logits)
 
 
-def changed(value: Any, rng: random.Random) -> Any:
-    """Another value, mostly of the same type."""
+def change(value: Any, rng: random.Random) -> Any:
+    """Return another value, mostly of the same type."""
     if rng.random() < 0.12:
         return rng.choice([None, True, 0, 1, -1, 2.5, "x", [], {}, [value], str(value)])
     if isinstance(value, bool):
@@ -155,18 +162,18 @@ def changed(value: Any, rng: random.Random) -> Any:
                 [*value, part],
                 [],
                 [*value[:place], part, *value[place + 1 :]],
-                [*value[:place], changed(value[place], rng), *value[place + 1 :]],
+                [*value[:place], change(value[place], rng), *value[place + 1 :]],
             ]
         )
     if isinstance(value, dict) and value:
         key = rng.choice(sorted(value))
         rest = {name: part for name, part in value.items() if name != key}
-        return rest if rng.random() < 0.3 else value | {key: changed(value[key], rng)}
+        return rest if rng.random() < 0.3 else value | {key: change(value[key], rng)}
     return rng.choice([0, 1, 2, 8, True, False, 0.5, "auto", []])
 
 
 def rope_section(rng: random.Random) -> dict[str, Any]:
-    """Parameters of a rotary embedding: those that its type needs, mostly, and others."""
+    """Return random parameters of a rotary embedding: most of the required ones, and others."""
     kind = rng.choice(ROPE_TYPES)
     parts = [name for name in NEEDED.get(kind, ()) if rng.random() < 0.9]
     parts += rng.sample(sorted(ROPE_PARTS), rng.randrange(4))
@@ -175,7 +182,7 @@ def rope_section(rng: random.Random) -> dict[str, Any]:
 
 
 def mutate(case: Case, rng: random.Random) -> tuple[set[str], dict[str, Any]]:
-    """A changed config, and names of which a refusal has one."""
+    """Return names, one of which a refusal must contain, and the changed config."""
     config = copy.deepcopy(case.config)
     text = config[case.text] if case.text and rng.random() < 0.8 else config
     operator = rng.choice(["drop", "change", "change", "change", "change", "alias", "add", "rope"])
@@ -196,19 +203,19 @@ def mutate(case: Case, rng: random.Random) -> tuple[set[str], dict[str, Any]]:
         value = text.get(other, text.get(key, case.defaults.get(other)))
         if rng.random() < 0.3:
             text.pop(other, None)
-        text[key] = changed(value, rng) if rng.random() < 0.7 else value
+        text[key] = change(value, rng) if rng.random() < 0.7 else value
         return {key, other}, config
     if operator == "add":
         absent = [key for key in case.keys if key not in text]
         key = rng.choice(absent)
-        text[key] = changed(case.defaults.get(key), rng)
+        text[key] = change(case.defaults.get(key), rng)
         return {key, case.aliases.get(key, key)}, config
     key = rng.choice(sorted(text))
     value = text.pop(key)
     names = {key, case.aliases.get(key, key), *(n for n, to in case.aliases.items() if to == key)}
     if operator == "drop":
         return names, config
-    text[key] = changed(value, rng)
+    text[key] = change(value, rng)
     if isinstance(value, dict):
         names |= set(value)
     return names, config
@@ -216,7 +223,7 @@ def mutate(case: Case, rng: random.Random) -> tuple[set[str], dict[str, Any]]:
 
 @torch.inference_mode()
 def reference(case: Case, directory: Path, tokens: list[int]) -> torch.Tensor | None:
-    """transformers' logits; None where it refuses, crashes, or draws weights that files lack."""
+    """Return transformers' logits, or None if it refuses, fails, or initialises missing weights."""
     try:
         model, info = case.model_class.from_pretrained(
             directory, dtype=torch.float32, output_loading_info=True
@@ -230,8 +237,10 @@ def reference(case: Case, directory: Path, tokens: list[int]) -> torch.Tensor | 
 
 
 def follow_published_time_limits(model: Any) -> None:
-    """The one place where transformers is not the reference: its Nemotron-H keeps time steps above
-    ``time_step_min``, the published code within ``time_step_limit`` (see docs/engine/models.md)."""
+    """Apply ``time_step_limit`` as in the published code of Nemotron-H.
+
+    transformers uses ``time_step_min``; it is not the reference here (docs/engine/models.md).
+    """
     if model.config.get_text_config().model_type == "nemotron_h":
         for module in model.modules():
             if hasattr(module, "time_step_limit"):
@@ -239,11 +248,11 @@ def follow_published_time_limits(model: Any) -> None:
 
 
 def compare(case: Case, names: set[str], directory: Path, tokens: list[int]) -> str:
-    """What becomes of the mutation in ``directory``. A word that begins with "wrong" is a fault.
+    """Return the outcome of the mutation in ``directory``; faults start with "wrong".
 
     transformers refuses some values of keys that have no effect (``pad_token_id``, ``dtype``), and
-    integers where it wants floats. The engine may serve these: with the logits of the unchanged
-    config, or with those that transformers computes from the floats.
+    integers in place of floats. The engine may serve these, with the logits of the unchanged config
+    or with those that transformers computes from the floats.
     """
     expected = reference(case, directory, tokens)
     try:
@@ -259,16 +268,16 @@ def compare(case: Case, names: set[str], directory: Path, tokens: list[int]) -> 
     except Exception as error:
         return f"wrong: {type(error).__name__}: {error}"
     if expected is not None:
-        return judged(ours, expected, "equal")
-    word = judged(ours, case.logits, "equal to the unchanged, transformers refuses it")
-    if not word.startswith("wrong"):
-        return word
+        return judge(ours, expected, "equal")
+    verdict = judge(ours, case.logits, "equal to the unchanged, transformers refuses it")
+    if not verdict.startswith("wrong"):
+        return verdict
     path = directory / "config.json"
     path.write_text(json.dumps(as_floats(json.loads(path.read_text()), case.config)))
     expected = reference(case, directory, tokens)
     if expected is None:
         return "wrong: served, though transformers refuses it"
-    return judged(ours, expected, "equal to a float, transformers refuses the integer")
+    return judge(ours, expected, "equal to a float, transformers refuses the integer")
 
 
 def engine_logits(directory: Path, tokens: list[int]) -> torch.Tensor:
@@ -278,18 +287,26 @@ def engine_logits(directory: Path, tokens: list[int]) -> torch.Tensor:
     return Driver(runner).cold(tokens, logits="all")
 
 
-def judged(ours: torch.Tensor, theirs: torch.Tensor, word: str) -> str:
-    """``word`` if the logits are equal within 1e-4, of the largest where that is more than one.
-    Logits that are no numbers in both are equal too: no request gets a token of them."""
+def judge(ours: torch.Tensor, theirs: torch.Tensor, verdict: str) -> str:
+    """Return ``verdict`` if the logits are close, or a text that starts with "wrong".
+
+    The tolerance is 1e-4, relative to the largest logit if that is above 1. Logits that are not
+    finite in both count as equal: no request gets a token from them.
+    """
     if not theirs.isfinite().all():
-        return word if not ours.isfinite().all() else "wrong: transformers' logits are not finite"
+        return (
+            verdict if not ours.isfinite().all() else "wrong: transformers' logits are not finite"
+        )
     scale = max(1.0, float(theirs.abs().max()))
     difference = float((ours - theirs).abs().max()) / scale
-    return word if difference < 1e-4 else f"wrong: logits differ by {difference:.2g} of {scale:.3g}"
+    return (
+        verdict if difference < 1e-4 else f"wrong: logits differ by {difference:.2g} of {scale:.3g}"
+    )
 
 
 def as_floats(value: Any, like: Any) -> Any:
-    """``value`` with floats for integers, where ``like`` or all else in a list are floats."""
+    """Return ``value`` with floats in place of integers if ``like``, or an entry of the list, is a
+    float."""
     if isinstance(value, dict):
         like = like if isinstance(like, dict) else {}
         return {name: as_floats(part, like.get(name)) for name, part in value.items()}
@@ -304,38 +321,38 @@ def as_floats(value: Any, like: Any) -> Any:
 def outcomes(
     family: str, count: int, directory: Path, report: Callable[[str, str], None] | None = None
 ) -> Counter[str]:
-    """Counts of what became of ``count`` mutations of a family's config."""
+    """Return the number of mutations of a family's config by outcome."""
     files, mutated = directory / "files", directory / "mutated"
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 199, (NUM_TOKENS,), generator=generator).tolist()
     case = make_case(family, files, tokens)
-    assert judged(engine_logits(files, tokens), case.logits, "equal") == "equal"
+    assert judge(engine_logits(files, tokens), case.logits, "equal") == "equal"
     mutated.mkdir()
     os.link(files / "model.safetensors", mutated / "model.safetensors")
     counts: Counter[str] = Counter()
     for number in range(count):
         names, config = mutate(case, random.Random(f"{family} {number}"))
         (mutated / "config.json").write_text(json.dumps(config))
-        word = compare(case, names, mutated, tokens)
-        counts["wrong" if word.startswith("wrong") else word] += 1
+        verdict = compare(case, names, mutated, tokens)
+        counts["wrong" if verdict.startswith("wrong") else verdict] += 1
         if report is not None:
             changes = {
                 key: config.get(key, "(dropped)")
                 for key in {*config, *case.config}
                 if json.dumps(config.get(key, "-")) != json.dumps(case.config.get(key, "-"))
             }
-            report(word, f"{family} {number}: {json.dumps(changes)[:600]}")
+            report(verdict, f"{family} {number}: {json.dumps(changes)[:600]}")
     return counts
 
 
-def test_a_changed_key_is_computed_as_transformers_does_or_refused(family, tmp_path) -> None:
+def test_changed_key_agrees_with_transformers_or_is_refused(family, tmp_path) -> None:
     wrong: list[str] = []
 
-    def report(word: str, what: str) -> None:
-        if word.startswith("wrong"):
-            wrong.append(f"{what}: {word}")
+    def report(verdict: str, mutation: str) -> None:
+        if verdict.startswith("wrong"):
+            wrong.append(f"{mutation}: {verdict}")
 
     counts = outcomes(family, -(-NUM_MUTATIONS // len(FAMILIES)), tmp_path, report)
     assert not wrong, "\n".join(wrong)
-    if IS_FULL:  # Not everything is refused.
+    if IS_FULL:  # Most mutations must not be refusals.
         assert counts["equal"] > counts.total() / 5, counts

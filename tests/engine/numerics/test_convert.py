@@ -1,5 +1,5 @@
-"""``engine convert``: what it writes is what loading in eight bits makes, other programs read it,
-and nothing half done is left behind."""
+"""``engine convert``: same weights as 8-bit loading, files that other programs read, and no
+partial output after errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kernels.linear.reference import quantize
 from tests.engine.numerics import eight_bit
 
 BLOCKS = Scheme("fp8", (4, 4), "weight_scale_inv")
-"""Small enough for the layers of small models."""
+"""Scheme with blocks that fit the layers of small models."""
 
 
 def load(path, **options):
@@ -33,8 +33,8 @@ def load(path, **options):
     return ModelRunner(engine_config(model=str(path), **(config | options)))
 
 
-def widened(path):
-    """The weights that a directory stands for, in float32."""
+def dequantise(path):
+    """Return the weights of a directory in float32."""
     tensors = load_file(path / "model.safetensors")
     section = json.loads((path / "config.json").read_text())["quantization_config"]
     scale_name = "weight_scale" if section["quant_method"] != "fp8" else "weight_scale_inv"
@@ -51,35 +51,37 @@ def widened(path):
     return plain
 
 
-def test_int8_files_are_what_loading_makes(model, oracles, driver_class, random_tokens, tmp_path):
-    """The same bits as ``--quantization int8`` of the full-precision directory, in every family;
-    experts that come stacked are written one by one."""
+def test_int8_files_equal_int8_loading(model, oracles, driver_class, random_tokens, tmp_path):
+    """Bits equal ``--quantization int8`` of the full-precision directory, in each family; stacked
+    experts are written separately."""
     source, tokens = tmp_path / "source", random_tokens(70, seed=1)
     shutil.copytree(oracles(model).path, source)
     if model == "qwen3_5_moe":
-        tensors = eight_bit.stacked(load_file(source / "model.safetensors"))
+        tensors = eight_bit.stack_experts(load_file(source / "model.safetensors"))
         save_file(tensors, source / "model.safetensors")
     done = convert(source, tmp_path / "out", "int8", show_progress=False)
     expected = driver_class(load(source, quantization="int8")).cold(tokens, logits="all")
     assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
-    errors = [one.error for one in done.modules if one.error is not None]
+    errors = [entry.error for entry in done.modules if entry.error is not None]
     assert len(errors) > 10 and all(0.001 < error < 0.02 for error in errors)
     assert not any("gate_up_proj" in name for name in load_file(tmp_path / "out/model.safetensors"))
 
 
 @pytest.mark.parametrize("kind", ["qwen3_next", "kimi_linear", "jamba"])
-def test_fp8_files(kind, oracles, driver_class, random_tokens, tmp_path):
+def test_fp8_files_equal_their_dequantised_weights(
+    kind, oracles, driver_class, random_tokens, tmp_path
+):
     source, tokens = oracles(kind).path, random_tokens(70, seed=2)
     convert(source, tmp_path / "out", "fp8", scheme=BLOCKS, show_progress=False)
     plain = tmp_path / "plain"
     plain.mkdir()
     (plain / "config.json").write_bytes((source / "config.json").read_bytes())
-    save_file(widened(tmp_path / "out"), plain / "model.safetensors")
+    save_file(dequantise(tmp_path / "out"), plain / "model.safetensors")
     expected = driver_class(load(plain)).cold(tokens, logits="all")
     assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens, logits="all"), expected)
 
 
-def test_rounding_is_to_nearest_in_every_band(monkeypatch):
+def test_rounding_is_to_nearest(monkeypatch):
     monkeypatch.setattr(module, "BAND_ELEMENTS", 500)
     weight = torch.randn(70, 40, dtype=torch.bfloat16)
     stored, scale, error = quantize_rows(weight, Scheme("int8", (1, None), "weight_scale"))
@@ -97,8 +99,8 @@ def test_rounding_is_to_nearest_in_every_band(monkeypatch):
     assert 0.01 < error < 0.04
 
 
-def test_what_is_left_alone(oracles, tmp_path):
-    """Defaults, what was asked for, and what does not come in whole blocks."""
+def test_unquantised_modules(oracles, tmp_path):
+    """Defaults, ``--ignore``, and weights that are not whole blocks."""
     source = oracles("qwen3_next").path
     scheme = Scheme("fp8", (16, 4), "weight_scale_inv")
     done = convert(
@@ -109,14 +111,18 @@ def test_what_is_left_alone(oracles, tmp_path):
         scheme=scheme,
         show_progress=False,
     )
-    left = {one.module: one.reason for one in done.modules if one.reason}
-    assert left["model.layers.0.linear_attn.out_proj"] == "selected by --ignore"
-    assert left["model.layers.3.self_attn.k_proj"] == "selected by --ignore"
-    assert left["model.layers.0.mlp.gate"] == left["lm_head"] == "few numbers with a large effect"
-    assert left["model.layers.0.mlp.experts.0.gate_proj"] == "not whole blocks"
-    assert "model.layers.1.mlp.gate_proj" not in left
+    reasons = {entry.module: entry.reason for entry in done.modules if entry.reason}
+    assert reasons["model.layers.0.linear_attn.out_proj"] == "selected by --ignore"
+    assert reasons["model.layers.3.self_attn.k_proj"] == "selected by --ignore"
+    assert (
+        reasons["model.layers.0.mlp.gate"]
+        == reasons["lm_head"]
+        == "few numbers with a large effect"
+    )
+    assert reasons["model.layers.0.mlp.experts.0.gate_proj"] == "not whole blocks"
+    assert "model.layers.1.mlp.gate_proj" not in reasons
     section = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
-    assert set(left) < set(section["modules_to_not_convert"])
+    assert set(reasons) < set(section["modules_to_not_convert"])
     assert "model.layers.0.linear_attn.conv1d" in section["modules_to_not_convert"]
     assert (
         FineGrainedFP8Config(**section).modules_to_not_convert == section["modules_to_not_convert"]
@@ -126,9 +132,9 @@ def test_what_is_left_alone(oracles, tmp_path):
     load(tmp_path / "out")
 
 
-def test_what_is_left_alone_of_a_published_model(tmp_path):
-    """Visual tower, embeddings, gates, what joins tokens in multi-token prediction; all experts of
-    a stacked tensor that was asked for stay one tensor."""
+def test_unquantised_modules_of_a_published_model(tmp_path):
+    """Visual tower, embeddings, gates and the joint projection of the prediction head. An ignored
+    stacked tensor of experts stays one tensor."""
     few = "few numbers with a large effect"
     expected = {
         "model.language_model.embed_tokens.weight": None,
@@ -169,7 +175,7 @@ def test_what_is_left_alone_of_a_published_model(tmp_path):
     assert planned["model.layers.3.moe.input_linear.weight"].reason == "stacked under one name"
 
 
-def test_shards_and_what_lies_beside(oracles, driver_class, random_tokens, tmp_path):
+def test_shards_and_other_files_of_the_directory(oracles, driver_class, random_tokens, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for file in oracles("qwen3").path.iterdir():
@@ -177,7 +183,7 @@ def test_shards_and_what_lies_beside(oracles, driver_class, random_tokens, tmp_p
     (source / "tokenizer.json").write_text("{}")
     (source / "chat_template.jinja").write_text("{{ messages }}")
     (source / "old.bin").write_text("weights")
-    (tmp_path / "out").mkdir()  # empty: as good as none
+    (tmp_path / "out").mkdir()  # An empty directory is accepted.
     done = convert(source, tmp_path / "out", "int8", shard_bytes=60_000, show_progress=False)
     assert done.num_files > 2 and done.written_bytes < done.source_bytes
     names = {path.name for path in (tmp_path / "out").iterdir()}
@@ -190,7 +196,7 @@ def test_shards_and_what_lies_beside(oracles, driver_class, random_tokens, tmp_p
     assert torch.equal(driver_class(load(tmp_path / "out")).cold(tokens), whole)
 
 
-def test_refusals_leave_nothing_behind(oracles, tmp_path, monkeypatch):
+def test_refusals_leave_no_output(oracles, tmp_path, monkeypatch):
     source, out = oracles("qwen3_5").path, tmp_path / "out"
     with pytest.raises(ModelError, match=r"--ignore mlp\.gat matches no linear layer"):
         convert(source, out, "int8", ("mlp.gat",))
@@ -216,17 +222,17 @@ def test_refusals_leave_nothing_behind(oracles, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"broken"}
 
 
-def test_command(oracles, tmp_path, capsys):
+def test_convert_command(oracles, tmp_path, capsys):
     source, out = str(oracles("qwen3_5").path), tmp_path / "out"
     assert main(["convert", source, str(out), "--to", "int8", "--ignore", "out_proj"]) == 0
-    shown = capsys.readouterr().out
-    assert "int8 with a scale per output channel: " in shown and "in 1 file" in shown
-    assert "model.layers.*.mlp.up_proj" in shown and "out_proj" in shown
+    output = capsys.readouterr().out
+    assert "int8 with a scale per output channel: " in output and "in 1 file" in output
+    assert "model.layers.*.mlp.up_proj" in output and "out_proj" in output
     assert main(["convert", source, str(out), "--to", "int8"]) == 2
     assert "exists and is not an empty directory" in capsys.readouterr().err
     assert main(["inspect", str(out)]) == 0
-    shown = capsys.readouterr().out
-    assert "files        int8 with a scale per output channel (compressed-tensors)" in shown
+    output = capsys.readouterr().out
+    assert "files        int8 with a scale per output channel (compressed-tensors)" in output
     config = json.loads((out / "config.json").read_text())
     assert config["tie_word_embeddings"] and "lm_head" in config["quantization_config"]["ignore"]
     gptq = tmp_path / "gptq.json"
@@ -239,19 +245,19 @@ def test_command(oracles, tmp_path, capsys):
     assert "no linear layer to convert: all are " in capsys.readouterr().err
 
 
-def test_transformers_reads_fp8(oracles, tmp_path):
-    """It widens where there is no GPU."""
-    pytest.importorskip("accelerate", reason="transformers reads fp8 with accelerate alone")
+def test_transformers_reads_fp8_files(oracles, tmp_path):
+    """It widens the weights without a GPU."""
+    pytest.importorskip("accelerate", reason="transformers needs accelerate to read fp8")
     from transformers import Qwen3_5ForCausalLM
 
     convert(oracles("qwen3_5").path, tmp_path / "out", "fp8", scheme=BLOCKS, show_progress=False)
     theirs = Qwen3_5ForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
     state = theirs.state_dict()
-    for name, weight in widened(tmp_path / "out").items():
+    for name, weight in dequantise(tmp_path / "out").items():
         assert torch.equal(state[name].bfloat16(), weight.bfloat16()), name
 
 
-def test_compressed_tensors_reads_int8(oracles, tmp_path):
+def test_compressed_tensors_reads_int8_files(oracles, tmp_path):
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     from transformers import CompressedTensorsConfig, Qwen3_5ForCausalLM
 
@@ -262,5 +268,5 @@ def test_compressed_tensors_reads_int8(oracles, tmp_path):
         quantization_config=CompressedTensorsConfig(dequantize=True),
     )
     state = theirs.state_dict()
-    for name, weight in widened(tmp_path / "out").items():
+    for name, weight in dequantise(tmp_path / "out").items():
         torch.testing.assert_close(state[name], weight, rtol=1e-6, atol=0)

@@ -1,5 +1,4 @@
-"""A hit changes nothing: on the CPU, logits after a hit are those of a cold run bit for bit, in any
-mix and any chunking."""
+"""On the CPU, logits after a hit equal those of a cold run bit for bit, in any batch and chunks."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 
 
 def cold_run(driver, tokens, grid=64):
-    """Logits of every position, and a slot for every grid position with the state there."""
+    """Return the logits of all positions, a checkpoint slot per grid position, and the KV rows."""
     sequence, write = driver.begin(tokens)
     slots = {}
     if sequence.slot is not None:
@@ -44,8 +43,10 @@ def cold_run(driver, tokens, grid=64):
 
 
 def run_pieces(driver, starts, restores, writes, random, grid=64):
-    """Prefill all sequences in random pieces of a few grid steps, mixed with decodes of the
-    finished ones; logits per sequence."""
+    """Prefill all sequences in random chunks, mixed with decodes of the finished ones.
+
+    Returns the logits by the id of the sequence.
+    """
     logits = {id(sequence): [] for sequence in starts}
     finished = []
     waiting = list(starts)
@@ -76,7 +77,7 @@ def run_pieces(driver, starts, restores, writes, random, grid=64):
     scattered=st.booleans(),
     num_threads=st.sampled_from([1, 2]),
 )
-def test_hits_in_any_mix(
+def test_hits_are_exact_in_any_batch(
     model, formats, drivers, random_tokens, lens, seed, scattered, num_threads
 ):
     driver = drivers(model, *formats)
@@ -89,8 +90,8 @@ def test_hits_in_any_mix(
 
 @pytest.mark.parametrize("grid", [16, 32])
 @pytest.mark.parametrize("state_dtype", ["float32", "bfloat16"])
-def test_hits_on_a_finer_grid(model, grid, state_dtype, drivers, random_tokens):
-    """The kernels' tiles are as short: bfloat16 states are rounded after each."""
+def test_hits_are_exact_on_a_finer_grid(model, grid, state_dtype, drivers, random_tokens):
+    """The kernels' tiles have the length of the grid: bfloat16 states are rounded after each."""
     dtype = "float32" if state_dtype == "float32" and grid == 16 else "bfloat16"
     driver = drivers(model, dtype, state_dtype, grid)
     driver.scatter_seed = grid
@@ -100,7 +101,7 @@ def test_hits_on_a_finer_grid(model, grid, state_dtype, drivers, random_tokens):
 
 
 def assert_hits_are_exact(driver, prompts, random, grid):
-    """Every prompt cold, and again from a random state of it, all together: the same logits."""
+    """Check that all prompts, resumed from random checkpoints, give the logits of cold runs."""
     colds = [cold_run(driver, prompt, grid) for prompt in prompts]
     sequences, writes, restores, hits = [], [], [], []
     for prompt, (_, slots, rows) in zip(prompts, colds, strict=True):
@@ -119,7 +120,7 @@ def assert_hits_are_exact(driver, prompts, random, grid):
 @settings(max_examples=2, deadline=None)
 @given(count=st.integers(1, 6), seed=st.integers(0, 2**32 - 1))
 def test_decode_does_not_depend_on_the_batch(model, formats, drivers, random_tokens, count, seed):
-    """The same sequences decode the same tokens and logits alone and together."""
+    """Sequences get the same tokens and logits in one batch and in single batches."""
     driver = drivers(model, *formats)
     random = np.random.default_rng(seed)
     prompts = [random_tokens(int(random.integers(1, 90)), seed + i) for i in range(count)]
@@ -157,8 +158,8 @@ def test_decode_exports_are_copies_of_the_live_state(drivers, random_tokens):
 
 @both_dtypes
 @pytest.mark.parametrize("shape", [(256, 1616), (100, 36), (2048, 1040), (1024, 8)])
-def test_rows_of_a_product_do_not_depend_on_their_number(shape, dtype):
-    """At sizes where products of few rows take other code."""
+def test_rows_of_a_product_do_not_depend_on_the_row_count(shape, dtype):
+    """At these sizes, products of few rows take another code path."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1000, shape[0], generator=generator).to(getattr(torch, dtype))
     weight = torch.randn(shape[1], shape[0], generator=generator).to(x.dtype)

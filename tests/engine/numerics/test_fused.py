@@ -1,5 +1,7 @@
-"""The engine with every Triton kernel, interpreted where there is no GPU: near the reference, and
-hits change nothing."""
+"""The engine with all Triton kernels: close to the reference, with exact hits.
+
+Without a GPU, Triton's interpreter runs them.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,10 @@ def make_runner(path, device: str | None = "cpu", **options) -> ModelRunner:
 
 
 def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.Tensor]:
-    """All logits of a prompt computed cold, and of its tail after a hit at 64 beside the next token
-    of the first."""
+    """Return all logits of a cold prompt, and those of a mixed batch.
+
+    The batch has the next token of the first sequence, and its tail after a hit at 64.
+    """
     driver = driver_class(runner, scatter_seed=3)
     sequence, write = driver.begin(tokens)
     checkpoint = driver.slot()
@@ -49,7 +53,7 @@ def cold_hit_decode(driver_class, runner, tokens) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear", "nemotron_h"])
-def test_every_kernel_in_one_engine(name, oracles, driver_class, random_tokens) -> None:
+def test_engine_with_all_triton_kernels(name, oracles, driver_class, random_tokens) -> None:
     interpreter.repair()
     path, tokens = oracles(name).path, random_tokens(100, 5)
     expected = cold_hit_decode(driver_class, make_runner(path), tokens)
@@ -63,10 +67,10 @@ def test_every_kernel_in_one_engine(name, oracles, driver_class, random_tokens) 
 
 @pytest.mark.parametrize("name", ["qwen3_next", "kimi_linear"])
 @pytest.mark.parametrize("quantization, error", [("int8", 0.06), ("fp8", 0.15)])
-def test_8bit_weights_stay_near_and_exact(
+def test_8_bit_weights_are_close_and_hits_exact(
     name, oracles, driver_class, random_tokens, quantization, error
 ) -> None:
-    """Relative to the logits' spread; a hit is as exact with 8-bit weights as without."""
+    """The error is relative to the standard deviation of the logits."""
     path, tokens = oracles(name).path, random_tokens(100, 6)
     full, _ = cold_hit_decode(driver_class, make_runner(path), tokens)
     runner = make_runner(path, quantization=quantization)

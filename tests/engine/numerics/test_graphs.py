@@ -1,6 +1,8 @@
-"""Graphs, with a recorder that repeats the work itself where a device would repeat its launches:
-padding, buckets and buffers must change nothing. The kernels are the Triton ones, interpreted:
-theirs read lengths from the device, as graphs need."""
+"""Graphs: padding, buckets and buffers must not change results.
+
+The recorder repeats the work where a device would repeat its launches. The interpreted Triton
+kernels read lengths from the device, which graphs require.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,14 @@ from kernels.attention import fused, splits
 pytestmark = pytest.mark.sources(
     "kernels", "engine/runner", "engine/layers", "engine/models", "engine/weights"
 )
-WORDS = ",".join(
+KERNEL_OPTION = ",".join(
     f"{name}=fused"
     for name in ("attention", "cache_write", "conv1d", "gdn", "kda", "mamba2", "mla")
 )
 
 
 class Recorder:
-    """Runs the work once, as a capture's rehearsal does, and again for every replay."""
+    """Recorder that runs the work once at the capture, and again for each replay."""
 
     def __init__(self):
         self.num_recorded = 0
@@ -44,8 +46,10 @@ class Recorder:
 
 
 def serve(driver, prompts, num_steps):
-    """Logits of every step: all prompts at once, then decoding; the second sequence stops after one
-    step."""
+    """Return the logits of one prefill of all prompts and of decode steps.
+
+    The second sequence stops after one step.
+    """
     begun = [driver.begin(prompt) for prompt in prompts]
     segments = tuple(driver.prefill_segment(s, len(s.tokens)) for s, _ in begun)
     logits = [driver.runner.forward(Batch(segments, (), tuple(w for _, w in begun)))]
@@ -56,7 +60,7 @@ def serve(driver, prompts, num_steps):
     return logits
 
 
-def test_prefill_pieces(model, drivers, random_tokens):
+def test_prefill_graphs_change_no_bit(model, drivers, random_tokens):
     driver = drivers(model)
     prompts = [random_tokens(length, seed=length) for length in (70, 3, 128)]
     plain = serve(driver, prompts, 3)
@@ -66,14 +70,16 @@ def test_prefill_pieces(model, drivers, random_tokens):
     driver.runner.graphs = (
         None,
         driver.runner.graphs[1],
-    )  # the CPU's kernels read lengths from the host
+    )  # The CPU's decode kernels read lengths from the host.
     try:
         graphed = serve(driver, prompts, 3)
     finally:
         driver.runner.use_graphs("off")
     layers = driver.runner.config.sizes.layers
-    num_pieces = sum(bool(layer.mixers) for layer in layers) + 1  # one before each mixer, the end
-    assert recorder.num_recorded == 2 * num_pieces  # buckets of 256 and 64
+    num_pieces = (
+        sum(bool(layer.mixers) for layer in layers) + 1
+    )  # One before each mixer, and the end.
+    assert recorder.num_recorded == 2 * num_pieces  # Buckets of 256 and 64.
     for expected, found in zip(plain, graphed, strict=True):
         assert torch.equal(expected, found)
 
@@ -82,13 +88,13 @@ def test_prefill_pieces(model, drivers, random_tokens):
 @pytest.mark.parametrize(
     "memory", [{"kv_gib": 0.001, "state_gib": 0.002}, {"cache_gib": 0.003}], ids=["pools", "arena"]
 )
-def test_decode_graphs(oracles, drivers, random_tokens, memory):
+def test_decode_graphs_change_no_bit(oracles, drivers, random_tokens, memory):
     path = str(oracles("qwen3_5").path)
     config = engine_config(
         model=path,
         device="cpu",
         dtype="float32",
-        kernels=WORDS,
+        kernels=KERNEL_OPTION,
         max_model_len=96,
         **memory,
     )
@@ -99,7 +105,7 @@ def test_decode_graphs(oracles, drivers, random_tokens, memory):
     recorder = Recorder()
     driver.runner.use_graphs("decode", recorder)
     graphed = serve(driver, prompts, 2)
-    assert recorder.num_recorded == 2  # of 4 sequences (3 and one of padding), and of 2
+    assert recorder.num_recorded == 2  # For 4 sequences (one is padding) and for 2.
     for expected, found in zip(plain, graphed, strict=True):
         assert torch.equal(expected, found)
 
@@ -112,13 +118,17 @@ STEPS = (
     ((2, 1),),
     ((1, 1), (5, 4), (2, 2)),
 )
-"""Of each sequence: (tokens, how many of them are taken). The first two are steps of 8 tokens at
-most, but of other lengths; the third leaves 15 to padding."""
+"""(tokens, accepted) of each sequence, by step.
+
+The first two steps have at most 8 tokens but different lengths. The third has 15 tokens of padding.
+"""
 
 
 def verify(driver, prompts, steps):
-    """Of each step: logits of every token, and the states of all sequences, when what is taken is
-    committed. At the end, the last keys and values: a multi-token head's, where there is one."""
+    """Return the logits and the committed states of each step.
+
+    The last entry has keys and values of the last layer, or those of a prediction head.
+    """
     runner = driver.runner
     begun = [driver.begin(prompt) for prompt in prompts]
     sequences = [sequence for sequence, _ in begun]
@@ -149,16 +159,18 @@ def verify(driver, prompts, steps):
     return [*found, (keys, values)]
 
 
-def assert_equal(expected, found):
-    for (logits, states), (own_logits, own_states) in zip(expected, found, strict=True):
-        assert torch.equal(logits, own_logits)
-        assert all(map(torch.equal, states, own_states))
+def assert_equal_results(expected, found):
+    for (logits, states), (found_logits, found_states) in zip(expected, found, strict=True):
+        assert torch.equal(logits, found_logits)
+        assert all(map(torch.equal, states, found_states))
 
 
 @pytest.fixture
-def within_bounds(monkeypatch):
-    """Attention meets no more tokens of a sequence, and no more keys, than it is launched for; and
-    where it is launched for other lengths than it meets, all is one chunk."""
+def check_launch_bounds(monkeypatch):
+    """Check that attention gets at most as many tokens and keys as it is launched for.
+
+    If the lengths differ from those of the launch, all keys must be one chunk.
+    """
     launch = fused.verify_attention
 
     def checked(query, *pools, sequences, packed, **options):
@@ -235,8 +247,8 @@ MODELS = {
 
 
 @pytest.fixture
-def verifying(tmp_path, driver_class):
-    """Makes a driver whose model has drafts, without graphs."""
+def make_verify_driver(tmp_path, driver_class):
+    """Return a function that makes a driver with drafts and without graphs."""
 
     def make(model="states", draft="tree:4", **memory):
         config = engine_config(
@@ -244,7 +256,7 @@ def verifying(tmp_path, driver_class):
             device="cpu",
             dtype="float32",
             load_format="dummy",
-            kernels=WORDS,
+            kernels=KERNEL_OPTION,
             max_model_len=96,
             max_running=6,
             draft=draft,
@@ -271,10 +283,13 @@ PROMPTS = ((3, 5, 8, 1), (7, 4), (9, 2, 6), (1, 1, 2), (5,))
     ],
     ids=["pools", "mtp-arena", "attention", "mamba2", "latents"],
 )
-def test_verify_graphs(options, verifying, within_bounds, monkeypatch):
-    """Sequences with drafts and without, as many tokens as a graph has and fewer; a graph is
-    replayed for other lengths than it was captured with, and a longer sequence takes another."""
-    driver = verifying(**options)
+def test_verify_graphs_change_no_bit(options, make_verify_driver, check_launch_bounds, monkeypatch):
+    """Sequences have drafts or not, and fill a graph or less.
+
+    A graph is replayed for other lengths than those of its capture. A longer sequence needs another
+    graph.
+    """
+    driver = make_verify_driver(**options)
     expected = verify(driver, PROMPTS, STEPS)
     driver.reset()
     monkeypatch.setattr("engine.runner.graphs.KV_BOUNDS", (10, 40))
@@ -282,35 +297,37 @@ def test_verify_graphs(options, verifying, within_bounds, monkeypatch):
     driver.runner.use_graphs("decode", recorder)
     graphs = driver.runner.verify_graphs
     assert graphs.buckets == [(size, kv) for size in (32, 16, 8, 4) for kv in (96, 40, 10)]
-    assert_equal(expected, verify(driver, PROMPTS, STEPS))
+    assert_equal_results(expected, verify(driver, PROMPTS, STEPS))
     used = [(8, 10), (32, 40), (4, 40), (8, 40)]
-    assert recorder.num_recorded == len(used) + 1  # and of a step without drafts
+    assert recorder.num_recorded == len(used) + 1  # One for a step without drafts.
     driver.runner.use_graphs("decode", recorder)
     for bucket in used:
         driver.runner.verify_graphs.capture(bucket)
     driver.reset()
-    assert_equal(expected, verify(driver, PROMPTS, STEPS))
+    assert_equal_results(expected, verify(driver, PROMPTS, STEPS))
     assert recorder.num_recorded == 2 * (len(used) + 1)
 
 
 @pytest.mark.full
-def test_what_is_more_than_one_chunk_is_no_graph(verifying, within_bounds, monkeypatch):
-    driver = verifying()
+def test_attention_in_several_chunks_uses_no_graph(
+    make_verify_driver, check_launch_bounds, monkeypatch
+):
+    driver = make_verify_driver()
     expected = verify(driver, PROMPTS, STEPS)
     driver.reset()
-    token = 4 * 2 * 16  # of a float32 for each of 2 heads of 16
+    token = 4 * 2 * 16  # Bytes of float32 for 2 heads of 16.
     monkeypatch.setattr(splits, "WORKSPACE_BYTES", 8 * token)
     recorder = Recorder()
     driver.runner.use_graphs("decode", recorder)
     assert driver.runner.verify_graphs.buckets == [(8, 96), (4, 96)]
-    assert_equal(expected, verify(driver, PROMPTS, STEPS))
-    assert recorder.num_recorded == 3  # (8, 96), a step without drafts, (4, 96)
+    assert_equal_results(expected, verify(driver, PROMPTS, STEPS))
+    assert recorder.num_recorded == 3  # (8, 96), a step without drafts, (4, 96).
     monkeypatch.setattr(fused, "is_one_chunk", lambda *sizes: False)
     driver.runner.use_graphs("decode", recorder)
     assert driver.runner.verify_graphs is None
 
 
-def test_buckets():
+def test_decode_and_prefill_buckets():
     for max_running in (1, 3, 8, 64, 65, 300):
         sizes = decode_buckets(max_running)
         assert sizes[-1] >= max_running
@@ -321,13 +338,13 @@ def test_buckets():
     assert bucket_for(PREFILL_BUCKETS[-1] + 1, PREFILL_BUCKETS) is None
 
 
-def test_a_device_without_graphs_says_so():
+def test_graphs_on_a_cpu_are_refused():
     config = EngineConfig(device="cpu", graphs="all", cache_gib=0.01)
     with pytest.raises(ModelError, match="has no graphs"):
         ModelRunner(config)
 
 
-def test_graphs_need_kernels_that_read_lengths_on_the_device(drivers, monkeypatch):
+def test_graphs_require_kernels_with_device_lengths(drivers, monkeypatch):
     runner = drivers("qwen3_5").runner
     monkeypatch.setattr(runner, "device", Device(torch.device("cpu"), TRAITS["cuda"]))
     runner.use_graphs("auto")
@@ -336,7 +353,7 @@ def test_graphs_need_kernels_that_read_lengths_on_the_device(drivers, monkeypatc
         runner.use_graphs("all")
 
 
-def test_all_graphs_of_a_recorder_share_one_pool(monkeypatch):
+def test_graphs_of_a_recorder_share_one_pool(monkeypatch):
     handles, pools, calls, modes = itertools.count(1), [], [], []
 
     class Graph:
@@ -361,5 +378,5 @@ def test_all_graphs_of_a_recorder_share_one_pool(monkeypatch):
     first()
     second()
     assert pools == [1, 1]
-    assert modes == ["thread_local"] * 2, "calls of other threads would break the capture"
+    assert modes == ["thread_local"] * 2, "a global capture would fail on calls of other threads"
     assert calls == ["first", "synchronize", "first", "synchronize", "replay", "replay"]

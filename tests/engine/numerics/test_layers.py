@@ -1,6 +1,8 @@
-"""Layers of every build: mixers side by side, mixers or MLPs alone, norms before and behind,
-multipliers, rows of another form than keys and values. On pools and on an arena, cold and on hits,
-plain and as graphs."""
+"""Layers of all structures in one artificial model.
+
+It has parallel mixers, layers with only a mixer or an MLP, norms before and after a block,
+multipliers, and latent rows. It runs on pools and on an arena, after hits, and with graphs.
+"""
 
 from __future__ import annotations
 
@@ -67,8 +69,8 @@ CONFIG = ModelConfig(
 )
 
 
-class Everything(Decoder):
-    """No model that anybody has trained."""
+class EveryLayer(Decoder):
+    """Artificial model with layers of every kind."""
 
     @classmethod
     def read(cls, text):
@@ -100,7 +102,7 @@ class Everything(Decoder):
                 "b": sizes.num_value_heads,
                 "a": sizes.num_value_heads,
             }
-            inputs = [Part(f"{name}.{word}", width) for word, width in widths.items()]
+            inputs = [Part(f"{name}.{part}", width) for part, width in widths.items()]
             return GatedDeltaNet(name, 48, sizes, inputs, self.build, eps=1e-6)
         if isinstance(sizes, LatentAttentionSizes):
             norm = self.norm_of(f"{name}.norm", sizes.rank)
@@ -110,7 +112,7 @@ class Everything(Decoder):
 
 @pytest.fixture
 def make(monkeypatch, driver_class):
-    monkeypatch.setattr(model_runner, "read_model", lambda raw: (Everything, CONFIG))
+    monkeypatch.setattr(model_runner, "read_model", lambda raw: (EveryLayer, CONFIG))
 
     def driver(**memory):
         config = engine_config(device="cpu", load_format="dummy", max_model_len=256, **memory)
@@ -123,22 +125,22 @@ ARENA, POOLS = {"cache_gib": 0.02}, {"kv_gib": 0.01, "state_gib": 0.01}
 
 
 def run(driver, tokens):
-    """Logits of a cold prompt, of its tail after a hit beside a decoding sequence, and of that."""
+    """Return the logits of a cold prompt, of a decode, and of the prompt's tail after a hit."""
     sequence, write = driver.begin(tokens)
     checkpoint = driver.slot()
     segment = driver.prefill_segment(sequence, 150, logits="all", exports=((64, checkpoint),))
     cold = driver.runner.forward(Batch((segment,), (), (write,)))
-    again, write = driver.begin(tokens, prefix=write[2][:64])
+    resumed, write = driver.begin(tokens, prefix=write[2][:64])
     segments = (
         driver.decode_segment(sequence, 7),
-        driver.prefill_segment(again, 150, logits="all"),
+        driver.prefill_segment(resumed, 150, logits="all"),
     )
-    mixed = driver.runner.forward(Batch(segments, ((checkpoint, again.slot),), (write,)))
+    mixed = driver.runner.forward(Batch(segments, ((checkpoint, resumed.slot),), (write,)))
     assert torch.equal(mixed[1:], cold[64:])
     return torch.cat([cold, mixed])
 
 
-def test_hits_change_nothing_on_pools_and_arenas(make, random_tokens):
+def test_hits_are_exact_on_pools_and_arenas(make, random_tokens):
     tokens = random_tokens(150, seed=1, vocab_size=97)
     on_pools = run(make(**POOLS), tokens)
     driver = make(**ARENA)
@@ -152,7 +154,7 @@ def test_hits_change_nothing_on_pools_and_arenas(make, random_tokens):
 
 
 @torch.inference_mode()
-def test_steps_are_taken_in_their_order(make, random_tokens):
+def test_steps_run_in_their_order(make, random_tokens):
     driver = make(**POOLS)
     runner, model = driver.runner, driver.runner.model
     sequence, write = driver.begin(random_tokens(70, seed=3, vocab_size=97))
@@ -173,7 +175,7 @@ def test_steps_are_taken_in_their_order(make, random_tokens):
     torch.testing.assert_close(head(norm(stream))[:70], logits, rtol=1e-5, atol=1e-5)
 
 
-def test_pieces_as_graphs(make, random_tokens):
+def test_graphs_of_pieces_change_no_bit(make, random_tokens):
     tokens = random_tokens(150, seed=2, vocab_size=97)
     driver = make(**POOLS)
     plain = run(driver, tokens)
@@ -188,10 +190,10 @@ def test_pieces_as_graphs(make, random_tokens):
     driver.runner.use_graphs("all", record)
     driver.runner.graphs = None, driver.runner.graphs[1]
     assert torch.equal(run(driver, tokens), plain)
-    assert len(recorded) == 2 * 5  # two buckets, four mixers
+    assert len(recorded) == 2 * 5  # Two buckets, four mixers.
 
 
-def test_norms_behind_a_block_and_its_multiplier():
+def test_norm_after_a_block_with_a_multiplier():
     spec = WeightSpec(torch.device("cpu"), torch.float32)
     build = Build(Kernels.choose(Device.resolve("cpu")), spec)
     norm = RMSNorm("after", 8, build, eps=1e-6)
@@ -205,7 +207,7 @@ def test_norms_behind_a_block_and_its_multiplier():
     assert step(out, None, 4)[1] is out
 
 
-def test_gate_and_up_as_one_matrix_of_another_name():
+def test_gate_and_up_may_be_one_matrix():
     spec = WeightSpec(torch.device("cpu"), torch.float32)
     build = Build(Kernels.choose(Device.resolve("cpu")), spec)
     mlp = MLP("shared_mlp", 8, 12, build, inputs=["input_linear"], output="output_linear")
@@ -216,7 +218,7 @@ def test_gate_and_up_as_one_matrix_of_another_name():
     }
 
 
-def test_every_family_is_found_by_its_file():
+def test_each_family_is_found_by_its_file():
     files = {path.stem for path in Path("engine/models").glob("*.py")}
     helpers = {"__init__", "decoder"}
     assert {family.__module__.rpartition(".")[2] for family in families().values()} == (
@@ -226,7 +228,7 @@ def test_every_family_is_found_by_its_file():
         read_model({"model_type": "mamba"})
 
 
-def test_a_model_that_keeps_no_kv_is_refused(monkeypatch):
+def test_model_without_kv_is_refused(monkeypatch):
     stateful = ModelSizes(48, 97, (LayerSizes((DELTA,), MLP_SIZES),))
     config = ModelConfig(
         sizes=stateful,
@@ -236,6 +238,6 @@ def test_a_model_that_keeps_no_kv_is_refused(monkeypatch):
         max_position=512,
         dtype="float32",
     )
-    monkeypatch.setattr(model_runner, "read_model", lambda raw: (Everything, config))
+    monkeypatch.setattr(model_runner, "read_model", lambda raw: (EveryLayer, config))
     with pytest.raises(ModelError, match="without a single attention layer"):
         ModelRunner(EngineConfig(device="cpu", load_format="dummy", cache_gib=0.01))

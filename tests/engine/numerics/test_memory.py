@@ -1,4 +1,4 @@
-"""Pools sized by bytes, the table of kernel backends, the table of devices."""
+"""Sizes of memory pools, choice of kernel backends, and devices."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ NO_BUDGET = {"kv_bytes": None, "state_bytes": None, "cache_bytes": None}
 
 
 def allocate(plan, sizes, dtype, state_dtype=torch.float32):
-    """The memory, and its pools by what is kept in them."""
+    """Return the memory, and its pools by the name of their contents."""
     keeps = [layer.keeps for layer in sizes.layers]
     memory = Memory.allocate(plan, keeps, dtype, state_dtype, CPU)
-    named = {"key": [], "value": [], "conv": [], "recurrent": []}
+    pools_by_name = {"key": [], "value": [], "conv": [], "recurrent": []}
     for specs, pools in zip(keeps, memory.pools, strict=True):
         for spec, pool in zip(specs, pools, strict=True):
             assert pool.shape[1:] == spec.shape
-            named[spec.name].append(pool)
-    return memory, named
+            pools_by_name[spec.name].append(pool)
+    return memory, pools_by_name
 
 
 def fit(model, **budget):
@@ -55,14 +55,14 @@ def fit(model, **budget):
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 STATE_DTYPES = pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16])
-SIXTY_FOUR = pytest.mark.parametrize("page_size", [1, 64])
+PAGE_SIZES = pytest.mark.parametrize("page_size", [1, 64])
 
 
 @DTYPES
 @STATE_DTYPES
-def test_rows_and_slots_weigh_what_the_geometry_says(dtype, state_dtype):
-    words = (str(one).removeprefix("torch.") for one in (dtype, dtype, state_dtype))
-    dtypes = dict(zip(("kv_dtype", "conv_dtype", "state_dtype"), words, strict=True))
+def test_row_and_slot_bytes_equal_the_geometry(dtype, state_dtype):
+    names = (str(dtype_).removeprefix("torch.") for dtype_ in (dtype, dtype, state_dtype))
+    dtypes = dict(zip(("kv_dtype", "conv_dtype", "state_dtype"), names, strict=True))
     geometry = ModelGeometry.from_config(BUILTIN, **dtypes)
     assert kv_row_bytes(MODEL, dtype) == geometry.kv_bytes_per_token
     assert state_slot_bytes(MODEL, dtype, state_dtype) == geometry.state_bytes
@@ -70,7 +70,7 @@ def test_rows_and_slots_weigh_what_the_geometry_says(dtype, state_dtype):
 
 @DTYPES
 @STATE_DTYPES
-def test_pools_are_as_large_as_was_asked_and_padding_has_a_row_and_a_slot(dtype, state_dtype):
+def test_pools_have_the_planned_size_plus_padding(dtype, state_dtype):
     row, state = kv_row_bytes(MODEL, dtype), state_slot_bytes(MODEL, dtype, state_dtype)
     plan = MemoryPlan("pools", 300, 4, row, state)
     memory, pools = allocate(plan, MODEL, dtype, state_dtype)
@@ -80,18 +80,18 @@ def test_pools_are_as_large_as_was_asked_and_padding_has_a_row_and_a_slot(dtype,
     assert sum(tensor.nbytes for tensor in memory.states) == 5 * state and len(memory.states) == 2
     assert (memory.padding_row, memory.padding_slot) == (300, 4)
     assert memory.rows is None and plan.total_bytes == 300 * row + 4 * state
-    assert not any(one.any() for one in kv + states)
-    assert len({one.data_ptr() for one in kv + states}) == len(kv + states)
+    assert not any(pool.any() for pool in kv + states)
+    assert len({pool.data_ptr() for pool in kv + states}) == len(kv + states)
     for tensor in memory.states:
         tensor.fill_(1)
-    assert all((one == 1).all() for one in states)
+    assert all((pool == 1).all() for pool in states)
 
 
 @DTYPES
 @STATE_DTYPES
-@SIXTY_FOUR
-def test_every_byte_of_an_arena_belongs_to_one_row_and_to_one_slot(dtype, state_dtype, page_size):
-    """Written through one view at a time, found in the bytes: rows, slots and what padding has."""
+@PAGE_SIZES
+def test_each_arena_byte_belongs_to_one_row_and_one_slot(dtype, state_dtype, page_size):
+    """Write through one view at a time and find the bytes: rows, slots and padding."""
     budget = {"cache_bytes": 6 * 2**20, "page_size": page_size, "state_dtype": state_dtype}
     plan = MemoryPlan.fit(MODEL, dtype, CPU, **{**NO_BUDGET, **budget})
     memory, pools = allocate(plan, MODEL, dtype, state_dtype)
@@ -103,7 +103,7 @@ def test_every_byte_of_an_arena_belongs_to_one_row_and_to_one_slot(dtype, state_
             pool[row] = float("nan")
         touched = rows.any(dim=1).nonzero().flatten().tolist()
         assert touched == [row]
-        # A NaN is not zero in every second byte at least; each layer has its own place in the row.
+        # Each layer has a separate part of the row.
         written = (rows[row].view(dtype).float().isnan()).sum()
         assert written * dtype.itemsize == kv_row_bytes(MODEL, dtype)
         rows.zero_()
@@ -130,7 +130,7 @@ def test_every_byte_of_an_arena_belongs_to_one_row_and_to_one_slot(dtype, state_
     assert memory.padding_slot * slab >= plan.num_kv_tokens
 
 
-def test_an_arena_of_an_attention_only_model_is_rows_only():
+def test_arena_of_an_attention_only_model_has_no_slots():
     plan = fit(ATTENTION_ONLY, cache_bytes=GIB // 64)
     assert (plan.memory, plan.num_slots, plan.slab_rows) == ("arena", 0, 0)
     memory, _ = allocate(plan, ATTENTION_ONLY, torch.bfloat16)
@@ -139,7 +139,7 @@ def test_an_arena_of_an_attention_only_model_is_rows_only():
     assert memory.rows.shape == (plan.num_kv_tokens + 1, plan.row_bytes)
 
 
-def test_one_budget_is_one_arena():
+def test_single_budget_makes_an_arena():
     plan = fit(MODEL, cache_bytes=GIB)
     row, state = plan.row_bytes, plan.state_bytes
     assert plan.memory == "arena" and plan.num_kv_tokens == GIB // row
@@ -149,7 +149,7 @@ def test_one_budget_is_one_arena():
     assert whole.max_request_len == whole.num_kv_tokens == GIB // whole.row_bytes
 
 
-def test_budgets_of_their_own_are_two_pools():
+def test_separate_budgets_make_two_pools():
     plan = fit(MODEL, kv_bytes=GIB // 4, state_bytes=GIB // 8)
     row, state = plan.row_bytes, plan.state_bytes
     assert (plan.memory, plan.slab_rows, plan.slot_bytes) == ("pools", 0, state)
@@ -173,9 +173,9 @@ def test_budgets_of_their_own_are_two_pools():
     ],
 )
 def test_too_little_memory_is_refused_in_one_sentence(config, budget, sentence):
-    with pytest.raises(ModelError, match=sentence) as refused:
+    with pytest.raises(ModelError, match=sentence) as error:
         fit(config, **budget)
-    assert str(refused.value).count(". ") == 0 and str(refused.value).endswith("are needed.")
+    assert str(error.value).count(". ") == 0 and str(error.value).endswith("are needed.")
 
 
 def test_rows_are_whole_pages():
@@ -183,7 +183,7 @@ def test_rows_are_whole_pages():
     assert plan.num_kv_tokens % 48 == 0
 
 
-def test_request_table():
+def test_request_table_writes_rows():
     table = RequestTable(3, 10, padding_index=99, device=CPU)
     table.write([(1, 2, np.array([7, 8], np.int32)), (2, 0, np.array([5], np.int32))])
     assert table.device[1].tolist() == [0, 0, 7, 8, 0, 0, 0, 0, 0, 0]
@@ -191,13 +191,13 @@ def test_request_table():
     assert table.device[table.padding_row].tolist() == [99] * 10
 
 
-def test_kernels_are_chosen_by_word():
+def test_kernels_are_chosen_by_name():
     chosen = Kernels.choose(CPU, "attention=fused, norm=reference")
-    assert chosen.words() == {}  # none is in use
+    assert chosen.words() == {}  # No kernel is in use.
     assert chosen["attention"].__name__ == "kernels.attention.fused"
-    word = "reference" if shared_library() is None else "native"
-    assert chosen["gdn"].__name__ == f"kernels.gdn.{word}"
-    assert chosen.words() == {"attention": "fused", "gdn": word}
+    backend = "reference" if shared_library() is None else "native"
+    assert chosen["gdn"].__name__ == f"kernels.gdn.{backend}"
+    assert chosen.words() == {"attention": "fused", "gdn": backend}
     assert {"moe", "norm", "state_copy"} < set(chosen)
     for text, sentence in (
         ("attn=fused", "unknown kernel 'attn'; choose from activation, attention"),
@@ -208,31 +208,31 @@ def test_kernels_are_chosen_by_word():
             Kernels.choose(CPU, text)
 
 
-def test_a_model_loads_the_kernels_that_it_uses():
+def test_model_loads_only_the_kernels_that_it_uses():
     runner = ModelRunner(EngineConfig(device="cpu", cache_gib=0.01))
     assert {"attention", "gdn", "conv1d"} < set(runner.kernels.words())
     assert "moe" not in runner.kernels.words()
 
 
-def test_the_distribution_that_would_shadow_ours_is_refused(monkeypatch):
+def test_distribution_that_shadows_our_kernels_is_refused(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.9.0")
     with pytest.raises(ConfigError, match="pip uninstall kernels"):
         Kernels.choose(CPU)
 
 
 @pytest.mark.parametrize("name", ["abacus", "xpu:7"])
-def test_devices_that_are_not_there_are_named(name):
+def test_missing_devices_are_named(name):
     with pytest.raises(ModelError, match=name):
         Device.resolve(name)
 
 
-def test_cpu():
+def test_cpu_device():
     assert CPU.is_cpu and CPU.free_bytes() > 0
     assert CPU.describe().startswith("cpu, ")
     CPU.synchronize()
 
 
-def test_a_device_beyond_those_there_are_is_refused(monkeypatch):
+def test_device_index_beyond_the_count_is_refused(monkeypatch):
     module = SimpleNamespace(
         is_available=lambda: True, device_count=lambda: 2, current_device=lambda: 1
     )
@@ -243,7 +243,7 @@ def test_a_device_beyond_those_there_are_is_refused(monkeypatch):
         Device.resolve("cuda:2")
 
 
-def test_the_current_device_is_the_one_asked_for(monkeypatch):
+def test_make_current_selects_the_device(monkeypatch):
     chosen = []
     module = SimpleNamespace(set_device=chosen.append)
     monkeypatch.setattr(torch, "get_device_module", lambda device: module)
@@ -252,14 +252,14 @@ def test_the_current_device_is_the_one_asked_for(monkeypatch):
     assert chosen == [torch.device("cuda:1")]
 
 
-def test_no_module_but_the_table_names_a_device():
+def test_only_the_device_module_names_cuda():
     for folder in ("engine", "kernels"):
         for path in (Path(__file__).parents[3] / folder).rglob("*.py"):
             if path.name != "device.py":
                 assert not re.search(r"['\"]cuda\b|torch\.cuda", path.read_text()), path
 
 
-def test_memory_kept_for_graphs_is_no_memory_for_pools(monkeypatch):
+def test_memory_of_graphs_is_subtracted_from_pools(monkeypatch):
     device = Device(torch.device("cuda:0"), TRAITS["cuda"])
     monkeypatch.setattr(Device, "free_bytes", lambda self: 10 * GIB)
     assert default_cache_bytes(device) == int(10 * GIB * ACCELERATOR_SHARE)
@@ -267,7 +267,7 @@ def test_memory_kept_for_graphs_is_no_memory_for_pools(monkeypatch):
     assert default_cache_bytes(device, 11 * GIB) == 0
 
 
-def test_more_layers_than_any_model_has_are_refused_at_once():
+def test_absurd_number_of_layers_is_refused():
     with pytest.raises(
         ModelError, match=r"num_hidden_layers must be at most .* \(got 1000000000\)"
     ):

@@ -1,5 +1,5 @@
-"""The native kernels in the engine: near the references, exact on a hit and in company, recorded or
-not, and never needed."""
+"""Native kernels in the engine: exact hits and batches, with and without recording, and close to
+the references. They are optional."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def make_runner(dtype: str = "float32", **options) -> ModelRunner:
     )
 
 
-def decoded(driver_class, runner, prompts, num_steps) -> list[list[torch.Tensor]]:
-    """Logits of every step in which all prompts decode together."""
-    driver, sequences = prefilled(driver_class, runner, prompts)
+def decode_logits(driver_class, runner, prompts, num_steps) -> list[list[torch.Tensor]]:
+    """Return the logits of each step in which all prompts decode together."""
+    driver, sequences = prefill(driver_class, runner, prompts)
     return [
         list(runner.forward(Batch(tuple(driver.decode_segment(s, step) for s in sequences))))
         for step in range(num_steps)
@@ -42,18 +42,18 @@ def decoded(driver_class, runner, prompts, num_steps) -> list[list[torch.Tensor]
 @pytest.mark.full("float32-None", "bfloat16-int8")
 @COMPILED
 @FORMATS
-def test_company_and_recording_change_no_bit(
+def test_batches_and_recording_change_no_bit(
     driver_class, random_tokens, dtype, quantization
 ) -> None:
     runner = make_runner(dtype, quantization=quantization)
     assert runner.graphs[0] is not None
     prompts = [random_tokens(length, length) for length in (100, 64, 7)]
-    together = decoded(driver_class, runner, prompts, 3)
+    together = decode_logits(driver_class, runner, prompts, 3)
     runner.use_graphs("off")
     assert runner.graphs == (None, None)
     for rank, prompt in enumerate(prompts):
-        alone = decoded(driver_class, runner, [prompt], 3)
-        for step, [logits] in enumerate(alone):
+        single = decode_logits(driver_class, runner, [prompt], 3)
+        for step, [logits] in enumerate(single):
             assert torch.equal(logits, together[step][rank])
 
 
@@ -63,22 +63,22 @@ def test_steps_of_other_families_are_recorded(driver_class, random_tokens, oracl
     runner = make_runner(model=str(oracles(name).path))
     assert runner.graphs[0] is not None
     prompts = [random_tokens(length, length, runner.vocab_size) for length in (70, 7)]
-    together = decoded(driver_class, runner, prompts, 3)
+    together = decode_logits(driver_class, runner, prompts, 3)
     runner.use_graphs("off")
     for rank, prompt in enumerate(prompts):
-        alone = decoded(driver_class, runner, [prompt], 3)
-        for step, [logits] in enumerate(alone):
+        single = decode_logits(driver_class, runner, [prompt], 3)
+        for step, [logits] in enumerate(single):
             assert torch.equal(logits, together[step][rank])
 
 
 @pytest.mark.full("float32-None", "bfloat16-int8")
 @COMPILED
 @FORMATS
-def test_recorded_verification_gives_the_bits_of_single_steps(
+def test_recorded_verification_equals_single_steps(
     driver_class, random_tokens, dtype, quantization
 ) -> None:
     runner = make_runner(dtype, quantization=quantization, draft="tree:8")
-    verify_as_single_steps(driver_class, random_tokens, runner)
+    check_verification_equals_single_steps(driver_class, random_tokens, runner)
 
 
 @COMPILED
@@ -87,28 +87,30 @@ def test_recorded_verification_of_other_families(
     driver_class, random_tokens, oracles, name
 ) -> None:
     runner = make_runner(model=str(oracles(name).path), draft="tree:8")
-    verify_as_single_steps(driver_class, random_tokens, runner)
+    check_verification_equals_single_steps(driver_class, random_tokens, runner)
 
 
-def verify_as_single_steps(driver_class, random_tokens, runner) -> None:
-    """Sequences without drafts and with, as many tokens as a graph has and fewer; a graph is used
-    for other lengths than it was recorded with."""
+def check_verification_equals_single_steps(driver_class, random_tokens, runner) -> None:
+    """Check sequences with and without drafts, which fill a graph or less.
+
+    A graph is also used for other lengths than those of its recording.
+    """
     assert runner.verify_graphs is not None
     vocab_size = runner.vocab_size
     prompts = [random_tokens(length, length, vocab_size) for length in (100, 64, 7)]
     answers = [random_tokens(20, length, vocab_size) for length in range(3)]
     runner.use_graphs("off")
     assert runner.verify_graphs is None
-    driver, sequences = prefilled(driver_class, runner, prompts)
+    driver, sequences = prefill(driver_class, runner, prompts)
     logits, states = [], []
     for tokens in zip(*answers, strict=True):
         segments = map(driver.decode_segment, sequences, tokens)
         logits.append(runner.forward(Batch(tuple(segments))))
         states.append([states_of(runner, sequence) for sequence in sequences])
     runner.use_graphs("auto")
-    _, sequences = prefilled(driver_class, runner, prompts)
+    _, sequences = prefill(driver_class, runner, prompts)
     done = [0, 0, 0]
-    # Of each sequence: (tokens, taken).
+    # (tokens, taken) of each sequence.
     for step in ([(1, 1), (4, 4), (8, 3)], [(1, 1), (8, 8), (4, 1)], [(2, 1), (1, 1), (9, 9)]):
         order = sorted(range(3), key=lambda b: step[b][0] > 1)
         segments = []
@@ -137,7 +139,7 @@ def verify_as_single_steps(driver_class, random_tokens, runner) -> None:
             assert all(map(torch.equal, found, states[done[b] - 1][b]))
 
 
-def prefilled(driver_class, runner, prompts):
+def prefill(driver_class, runner, prompts):
     driver = driver_class(runner, scatter_seed=3)
     begun = [driver.begin(prompt) for prompt in prompts]
     sequences = [sequence for sequence, _ in begun]
@@ -154,7 +156,7 @@ def states_of(runner, sequence) -> list[torch.Tensor]:
 @pytest.mark.full("float32-None", "bfloat16-fp8")
 @COMPILED
 @FORMATS
-def test_a_hit_changes_no_bit(driver_class, random_tokens, dtype, quantization) -> None:
+def test_hit_changes_no_bit(driver_class, random_tokens, dtype, quantization) -> None:
     runner, tokens = make_runner(dtype, quantization=quantization), random_tokens(150, 5)
     driver = driver_class(runner, scatter_seed=3)
     sequence, write = driver.begin(tokens)
@@ -174,34 +176,36 @@ def test_a_hit_changes_no_bit(driver_class, random_tokens, dtype, quantization) 
 
 @COMPILED
 @pytest.mark.parametrize("dtype, error", [("float32", 1e-5), ("bfloat16", 0.1)])
-def test_near_the_references(driver_class, random_tokens, dtype, error) -> None:
+def test_logits_are_close_to_the_references(driver_class, random_tokens, dtype, error) -> None:
     prompts = [random_tokens(90, 1), random_tokens(20, 2)]
     native, plain = (
-        torch.stack([torch.stack(step) for step in decoded(driver_class, runner, prompts, 2)])
+        torch.stack([torch.stack(step) for step in decode_logits(driver_class, runner, prompts, 2)])
         for runner in (make_runner(dtype), make_runner(dtype, kernels=backends.all_plain()))
     )
     assert (native - plain).abs().max() < error * plain.float().std()
 
 
 @COMPILED
-def test_a_step_dispatches_less_than_half() -> None:
-    plain, native, recorded = (count(way, 2) for way in ("reference", "native", "native, recorded"))
+def test_step_dispatches_less_than_half_of_the_operators() -> None:
+    plain, native, recorded = (
+        count(kind, 2) for kind in ("reference", "native", "native, recorded")
+    )
     assert plain.native_calls == 0 < native.native_calls
     assert 2 * native.dispatched < plain.dispatched
     assert 8 * recorded.dispatched < native.dispatched
 
 
 @COMPILED
-def test_a_plain_kernel_among_them_is_not_recorded(driver_class, random_tokens) -> None:
+def test_steps_with_a_reference_kernel_are_not_recorded(driver_class, random_tokens) -> None:
     runner = make_runner(kernels="attention=reference")
     assert runner.graphs == (None, None)
 
 
-def test_without_a_compiler(monkeypatch, driver_class, random_tokens) -> None:
+def test_engine_works_without_a_compiler(monkeypatch, driver_class, random_tokens) -> None:
     monkeypatch.setattr(backends.native, "shared_library", lambda: None)
     runner = make_runner()
     assert set(runner.kernels.words().values()) == {"reference"}
-    [[logits]] = decoded(driver_class, runner, [random_tokens(10, 1)], 1)
+    [[logits]] = decode_logits(driver_class, runner, [random_tokens(10, 1)], 1)
     assert logits.isfinite().all()
     with pytest.raises(ModelError, match="kernel gdn cannot be loaded as native: no working C"):
         make_runner(kernels="gdn=native")

@@ -1,5 +1,5 @@
-"""Our models against transformers' on the same random weights, float32: the same greedy tokens,
-logits within 1e-4."""
+"""Models compared with transformers in float32, with equal random weights: logits within 1e-4 and
+equal greedy tokens."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from engine.runner.model_runner import ModelRunner
 from engine.schedule.batch import Batch
 
 LENGTHS = (1, 63, 64, 65, 777)
-CLOSE = {"atol": 1e-4, "rtol": 1e-4}
+TOLERANCES = {"atol": 1e-4, "rtol": 1e-4}
 
 
 def assert_close(ours, theirs):
-    torch.testing.assert_close(ours, theirs, **CLOSE)
+    torch.testing.assert_close(ours, theirs, **TOLERANCES)
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-def test_prefill_logits(family, length, drivers, oracles, random_tokens):
+def test_prefill_logits_equal_transformers(family, length, drivers, oracles, random_tokens):
     tokens = random_tokens(length, seed=length)
     ours = drivers(family).cold(tokens, logits="all")
     assert_close(ours, oracles(family).logits(tokens))
 
 
 @pytest.mark.parametrize("grid", [16, 32])
-def test_prefill_logits_with_shorter_tiles(family, grid, drivers, oracles, random_tokens):
+def test_prefill_logits_with_shorter_tiles_equal_transformers(
+    family, grid, drivers, oracles, random_tokens
+):
     tokens = random_tokens(200, seed=grid)
     ours = drivers(family, grid=grid).cold(tokens, logits="all")
     assert_close(ours, oracles(family).logits(tokens))
 
 
-def test_batch_of_prompts_then_greedy_decode(family, drivers, oracles, random_tokens):
+def test_batched_prefill_and_decode_equal_transformers(family, drivers, oracles, random_tokens):
     driver = drivers(family)
     prompts = [random_tokens(length, seed=100 + length) for length in (*LENGTHS, 128)]
     sequences, writes = zip(*(driver.begin(prompt) for prompt in prompts), strict=True)
@@ -53,7 +55,7 @@ def test_batch_of_prompts_then_greedy_decode(family, drivers, oracles, random_to
         logits = driver.runner.forward(Batch(segments))
 
 
-def test_on_a_hit(family, drivers, oracles, random_tokens):
+def test_logits_after_a_hit_equal_transformers(family, drivers, oracles, random_tokens):
     driver = drivers(family)
     for length in (65, 777):
         tokens = random_tokens(length, seed=length)
@@ -72,7 +74,7 @@ def test_on_a_hit(family, drivers, oracles, random_tokens):
         assert_close(logits, oracles(family).logits(tokens)[at:])
 
 
-def test_scattered_kv_rows(drivers, oracles, random_tokens):
+def test_logits_with_scattered_rows_equal_transformers(drivers, oracles, random_tokens):
     driver = drivers("qwen3_next")
     driver.scatter_seed = 3
     driver.reset()
@@ -107,18 +109,17 @@ ROTARY: dict[str, dict[str, float]] = {
     **{kind: {} for kind in ("lfm2", "lfm2_moe", "olmo_hybrid", "qwen3", "qwen3_5")},
     **{kind: {} for kind in ("qwen3_5_moe", "qwen3_next")},
 }
-"""With what makes the attention of some sharp enough to tell positions apart."""
+"""Config changes by model, which make its attention sensitive to positions."""
 
 
 @pytest.mark.parametrize(
     ("kind", "scaling"),
-    [*((kind, "yarn") for kind in ROTARY), *(("qwen3_next", word) for word in SCALINGS)],
+    [*((kind, "yarn") for kind in ROTARY), *(("qwen3_next", name) for name in SCALINGS)],
 )
-def test_scaled_rotation_beyond_the_first_context(
+def test_scaled_rope_equals_transformers(
     kind, scaling, oracles, driver_class, random_tokens, tmp_path
 ):
-    """As model cards say: ``rope_scaling`` beside what transformers wrote under
-    ``rope_parameters``, over which it wins."""
+    """``rope_scaling`` overrides the ``rope_parameters`` that transformers writes."""
     oracle, tokens, path = oracles(kind), random_tokens(300, seed=9), tmp_path / kind
     oracle.model.save_pretrained(path)
     file = path / "config.json"

@@ -1,5 +1,5 @@
-"""The multi-token head: its guesses are those of a plain reference on transformers' modules; its
-rows, and what it carries, are the same bits however a text was computed."""
+"""The multi-token prediction head: same drafts as a reference of transformers' modules, and equal
+bits however a text was computed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCRATCH = 32
 
 
 class Reference:
-    """Chained guesses for one sequence, every token computed anew."""
+    """Chained drafts for one sequence, without a cache."""
 
     def __init__(self, model):
         self.model, hidden = model, model.config.hidden_size
@@ -41,9 +41,11 @@ class Reference:
                 parameter.copy_(torch.randn_like(parameter) * size)
 
     @torch.inference_mode()
-    def guess(self, tokens, count):
-        """(logits [count, vocab]) of the ``count`` tokens behind the one that follows ``tokens``'
-        last, which is not computed."""
+    def draft(self, tokens, count):
+        """Return the logits [count, vocab] of the ``count`` tokens after ``tokens``.
+
+        The last of ``tokens`` is not yet computed by the model.
+        """
         ids, body = torch.tensor([tokens]), self.model.model
         before, logits = body(ids[:, :-1], use_cache=False).last_hidden_state, []
         for _ in range(count):
@@ -62,7 +64,7 @@ class Reference:
 
 
 class Head:
-    """A head beside a driver's model, with pools of its own; begins as NaN."""
+    """Prediction head of a driver's model, with separate pools that start as NaN."""
 
     def __init__(self, driver, reference, monkeypatch):
         self.runner = runner = driver.runner
@@ -93,8 +95,8 @@ class Head:
         monkeypatch.setattr(model, "forward", follow)
 
     @torch.inference_mode()
-    def guess(self, sequences, newest, count):
-        """Logits ``[count, B, vocab]``: of sequences computed up to their ``newest`` tokens."""
+    def draft(self, sequences, newest, count):
+        """Return the logits [count, B, vocab] of drafts after the ``newest`` tokens."""
         model, table = self.runner.model, self.runner.table.host
         ends = [sequence.computed_len for sequence in sequences]
         rows = np.zeros((len(ends), max(ends) + count), np.int32)
@@ -118,7 +120,7 @@ class Head:
         return torch.stack(logits)
 
     def rows_of(self, sequence, end):
-        """The head's keys and values of positions 1 .. ``end`` - 1."""
+        """Return the head's keys and values of positions in [1, ``end``)."""
         rows = self.runner.table.host[sequence.row, 1:end]
         return torch.cat([pool[rows] for pool in self.pools[:2]])
 
@@ -138,8 +140,8 @@ def make_head(drivers, driver_class, oracles, monkeypatch):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_guesses_are_the_references(name, make_head, random_tokens) -> None:
-    """One to four tokens ahead, of two sequences side by side, after prefills and after decodes."""
+def test_drafts_equal_the_reference(name, make_head, random_tokens) -> None:
+    """Four tokens of two sequences in one batch, after prefills and after decodes."""
     driver, head, reference = make_head(name)
     texts = random_tokens(90, 1), random_tokens(7, 2)
     begun = [driver.begin(text[:-3]) for text in texts]
@@ -148,9 +150,9 @@ def test_guesses_are_the_references(name, make_head, random_tokens) -> None:
     driver.runner.forward(Batch(tuple(prefills), (), tuple(write for _, write in begun)))
     for place in (-3, -2, -1):
         newest = [text[place] for text in texts]
-        found = head.guess(sequences, newest, 4)
+        found = head.draft(sequences, newest, 4)
         for b, text in enumerate(texts):
-            expected = reference.guess(text[: len(text) + place + 1], 4)
+            expected = reference.draft(text[: len(text) + place + 1], 4)
             torch.testing.assert_close(found[:, b], expected, rtol=2e-3, atol=2e-3)
             assert found[:, b].argmax(-1).tolist() == expected.argmax(-1).tolist()
         decodes = [
@@ -161,14 +163,14 @@ def test_guesses_are_the_references(name, make_head, random_tokens) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS[:2])
-def test_a_hit_guesses_as_a_cold_run(name, make_head, random_tokens) -> None:
-    """At every grid position, and however the rest is cut; another request wrote the rows before,
-    with another token behind them."""
+def test_drafts_after_a_hit_equal_a_cold_run(name, make_head, random_tokens) -> None:
+    """At each grid position and in chunks; another request, with another next token, wrote the
+    rows."""
     driver, head, _ = make_head(name)
     text = random_tokens(200, 3)
     cold, write = driver.begin(text)
     driver.runner.forward(Batch((driver.prefill_segment(cold, 1000),), (), (write,)))
-    expected, rows = head.guess([cold], [5], 3), head.rows_of(cold, 200)
+    expected, rows = head.draft([cold], [5], 3), head.rows_of(cold, 200)
     assert not rows.isnan().any()
     for position in (64, 128, 192):
         other = [*text[:position], (text[position] + 1) % 199, 3]
@@ -185,12 +187,13 @@ def test_a_hit_guesses_as_a_cold_run(name, make_head, random_tokens) -> None:
             driver.runner.forward(Batch((segment,), restores, writes))
             restores = writes = ()
         assert torch.equal(head.rows_of(hit, 200), rows)
-        assert torch.equal(head.guess([hit], [5], 3), expected)
+        assert torch.equal(head.draft([hit], [5], 3), expected)
         assert hit.slot != cold.slot
 
 
-def test_verification_leaves_what_single_steps_do(make_head, random_tokens) -> None:
-    """A rejected token leaves no trace: its row is written again, h is that of the last taken."""
+def test_head_after_verification_equals_single_steps(make_head, random_tokens) -> None:
+    """Rows of rejected tokens are overwritten, and the hidden state is that of the last accepted
+    token."""
     driver, head, _ = make_head("qwen3_next", "tree:4")
     runner = driver.runner
     text, answer = random_tokens(30, 4), random_tokens(5, 5)
@@ -200,7 +203,7 @@ def test_verification_leaves_what_single_steps_do(make_head, random_tokens) -> N
     (single, _), (verified, _) = pair
     for token in answer:
         runner.forward(Batch((driver.decode_segment(single, token),)))
-    for start, tokens, taken in ((30, [*answer[:3], 7, 8], 3), (33, [*answer[3:], 9], 2)):
+    for start, tokens, num_accepted in ((30, [*answer[:3], 7, 8], 3), (33, [*answer[3:], 9], 2)):
         segment = Segment(
             verified.row,
             verified.slot,
@@ -212,9 +215,9 @@ def test_verification_leaves_what_single_steps_do(make_head, random_tokens) -> N
         )
         batch = Batch((segment,))
         runner.forward(batch)
-        runner.commit(batch, (taken,))
+        runner.commit(batch, (num_accepted,))
         head.pools[2][verified.slot] = head.pools[2][runner.running.at(verified.slot)]
         PrefixBuffer.of(runner).read_state(verified.slot)
     verified.computed_len = 35
     assert torch.equal(head.rows_of(verified, 35), head.rows_of(single, 35))
-    assert torch.equal(head.guess([verified], [1], 3), head.guess([single], [1], 3))
+    assert torch.equal(head.draft([verified], [1], 3), head.draft([single], [1], 3))

@@ -1,5 +1,4 @@
-"""What is read of published config.json files, whose tensors are too many to load here; and what of
-their like is refused, in one sentence."""
+"""Published config.json files of models that are too large to load here, and refused variants."""
 
 from __future__ import annotations
 
@@ -80,7 +79,7 @@ KIMI_LINEAR = {
     [(LFM2, "LFM2-1.2B", 1.17), (KIMI_LINEAR, "Kimi-Linear-48B-A3B", 48.5)],
     ids=["lfm2", "kimi_linear"],
 )
-def test_sizes(raw, preset, billions) -> None:
+def test_published_sizes_equal_the_presets(raw, preset, billions) -> None:
     _, config = read_model(raw)
     ours = ModelGeometry.from_sizes(preset, config.sizes)
     expected = ModelGeometry.preset(preset)
@@ -90,7 +89,7 @@ def test_sizes(raw, preset, billions) -> None:
     assert (ours.total_params + embeddings) / 1e9 == pytest.approx(billions, rel=0.02)
 
 
-def test_fields_that_a_family_names_for_itself() -> None:
+def test_family_specific_field_names() -> None:
     _, lfm2 = read_model(LFM2)
     assert (lfm2.norm_eps, lfm2.tie_embeddings, lfm2.rope.theta, lfm2.rope.dim) == (
         1e-5,
@@ -108,7 +107,7 @@ def test_fields_that_a_family_names_for_itself() -> None:
 
 @pytest.mark.parametrize("model_type", sorted(families()))
 def test_fields_have_the_names_types_and_defaults_of_transformers(model_type) -> None:
-    """Every field of transformers' class is read or known to have no effect."""
+    """Each field of transformers' class is read, or is listed as one without effect."""
     text_type = model_type if model_type not in COMPOSITES else f"{model_type}_text"
     text_class = CONFIG_MAPPING[text_type]
     theirs = {field.name: field for field in dataclasses.fields(text_class)}
@@ -121,7 +120,7 @@ def test_fields_have_the_names_types_and_defaults_of_transformers(model_type) ->
         assert field.default == (list(default) if isinstance(default, tuple) else default), name
         for value in (7, 0.5, True, "auto", None, ["x"], [7], [0.5], {}):
             if fits(value, field.kind):
-                takes_floats = "float" in str(field.kind)  # There transformers wants no integer.
+                takes_floats = "float" in str(field.kind)  # transformers refuses integers here.
                 whole = {str(7): 7.0, str([7]): [7.0]} if takes_floats else {}
                 type_validator(name, whole.get(str(value), value), theirs[name].type)
     pairs = {frozenset(pair) for pair in text_class.attribute_map.items()}
@@ -129,8 +128,8 @@ def test_fields_have_the_names_types_and_defaults_of_transformers(model_type) ->
     assert {pair for pair in pairs if pair & set(ours.fields)} <= known
 
 
-def test_a_key_that_nobody_looked_at_is_refused() -> None:
-    """Whatever a family forgets to read is not served with the default instead."""
+def test_unread_key_is_refused() -> None:
+    """A key that a family forgets to read must not be ignored silently."""
     config = format_of("qwen3").read({"vocab_size": 9, "hidden_act": "gelu", "head_dim": 128})
     assert config["vocab_size"] == 9
     with pytest.raises(ModelError, match=r"hidden_act 'gelu' .* is not supported; remove it"):
@@ -149,8 +148,8 @@ def test_yarn_extends_the_context() -> None:
     assert read_model(QWEN3 | {"rope_scaling": None})[1].max_len == 4096
 
 
-UNKNOWN_LEN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": None}
-"""The value outside would be used, but transformers refuses this one."""
+NULL_LEN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": None}
+"""Section with a null that transformers refuses, although the top level has a value."""
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ UNKNOWN_LEN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embedd
         (LFM2, {"rope_parameters": {"rope_type": "dynamic"}}, "'dynamic' .* not supported"),
         (
             QWEN3,
-            {"rope_scaling": UNKNOWN_LEN, "original_max_position_embeddings": 48},
+            {"rope_scaling": NULL_LEN, "original_max_position_embeddings": 48},
             "original_max_position_embeddings .* must be a number",
         ),
         (
@@ -196,6 +195,6 @@ UNKNOWN_LEN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embedd
         ),
     ],
 )
-def test_what_is_refused(raw, changes, message) -> None:
+def test_unsupported_values_are_refused(raw, changes, message) -> None:
     with pytest.raises(ModelError, match=message):
         read_model(raw | changes)

@@ -1,5 +1,5 @@
-"""Checkpoints that come in eight bits: every layout that is served, as good as the weights it
-stands for; every fault named in one sentence."""
+"""8-bit checkpoints: each supported layout equals its dequantised weights, each fault is named in
+one sentence."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from engine.weights.scheme import Scheme, widen
 from tests.engine.numerics import eight_bit
 
 BLOCK = (16, 48)
-"""Small enough that blocks are cut by heads, and end in parts."""
+"""Small blocks: head boundaries cut them, and the last ones are partial."""
 
 
 @pytest.fixture
 def checkpoint(oracles, tmp_path):
-    """A copy of one small checkpoint that may be rewritten."""
+    """Return a function that copies a small checkpoint, which the test may rewrite."""
 
     def copy(model):
         path = tmp_path / model
@@ -47,7 +47,7 @@ def load(path, **options):
 
 
 def cold_and_hit(driver_class, runner, tokens):
-    """All logits computed cold; those from 64 on after a hit there."""
+    """Return all logits of a cold run, and those from 64 on after a hit at 64."""
     driver = driver_class(runner)
     sequence, write = driver.begin(tokens)
     slot = driver.slot()
@@ -78,12 +78,14 @@ def int8(path, section=eight_bit.compressed_section, **options):
         ("qwen3_5_moe", "model.language_model.", torch.float32),
     ],
 )
-def test_fp8_in_blocks_is_what_it_stands_for(
+def test_fp8_blocks_equal_their_dequantised_weights(
     published, prefix, scale_dtype, dtype, checkpoint, driver_class, random_tokens
 ):
-    """In the layouts of Qwen3-Next-FP8 and Qwen3.5-FP8. A CPU widens, so the logits are those of
-    the widened weights, bit for bit; queries, keys and gates change places within and across
-    blocks."""
+    """The layouts are those of Qwen3-Next-FP8 and Qwen3.5-FP8.
+
+    A CPU widens the weights, so the logits are equal bit for bit. Queries, keys and gates are
+    reordered within and across blocks.
+    """
     path, tokens = checkpoint(published), random_tokens(90, seed=3)
     plain = fp8(path, scale_dtype, prefix=prefix)
     runner = load(path, dtype=dtype)
@@ -95,8 +97,8 @@ def test_fp8_in_blocks_is_what_it_stands_for(
 
 
 @pytest.mark.parametrize("code", [fp8, int8], ids=["fp8", "int8"])
-def test_the_one_input_product_of_mamba2(code, checkpoint, driver_class, random_tokens):
-    """Gate, x, B, C and time steps in the files' order, whose last block of rows is a part."""
+def test_combined_input_projection_of_mamba2(code, checkpoint, driver_class, random_tokens):
+    """Gate, x, B, C and time steps are one matrix with a partial last block of rows."""
     path, tokens = checkpoint("granite_moe_hybrid_dense"), random_tokens(70, seed=6)
     plain = code(path, is_quantized=lambda module: module.endswith("mamba.in_proj"))
     cold, hit = cold_and_hit(driver_class, load(path), tokens)
@@ -105,14 +107,16 @@ def test_the_one_input_product_of_mamba2(code, checkpoint, driver_class, random_
     assert torch.equal(hit, cold[64:])
 
 
-def test_qwen_names_every_exception_in_full(checkpoint):
-    """One that is missing from the list, as conv1d and norms may be but a gate may not."""
+def test_missing_exception_in_qwens_list_is_named(checkpoint):
+    """The list may omit conv1d and norms, but not a gate."""
     path = checkpoint("qwen3_next")
     fp8(path)
     config = json.loads((path / "config.json").read_text())
-    left = config["quantization_config"]["modules_to_not_convert"]
-    assert "model.layers.0.mlp.gate" in left and "model.layers.0.mlp.gate_proj" not in left
-    left.remove("model.layers.0.linear_attn.in_proj_ba")
+    exceptions = config["quantization_config"]["modules_to_not_convert"]
+    assert (
+        "model.layers.0.mlp.gate" in exceptions and "model.layers.0.mlp.gate_proj" not in exceptions
+    )
+    exceptions.remove("model.layers.0.linear_attn.in_proj_ba")
     (path / "config.json").write_text(json.dumps(config))
     with pytest.raises(WeightsError) as error:
         load(path)
@@ -123,9 +127,8 @@ def test_qwen_names_every_exception_in_full(checkpoint):
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model.language_model."])
-def test_int8_stays_int8_and_hits_are_exact(prefix, checkpoint, driver_class, random_tokens):
-    """Weights as in the files; activations are rounded per token or not at all, which is a
-    bound."""
+def test_int8_weights_stay_int8_and_hits_are_exact(prefix, checkpoint, driver_class, random_tokens):
+    """Activations are rounded per token or not at all, so the test uses a bound."""
     path, tokens = checkpoint("qwen3_next"), random_tokens(90, seed=4)
     ignore = ["lm_head", r"re:.*in_proj_ba$", r"re:.*mlp\.gate$", "re:.*shared_expert_gate$"]
     plain = int8(path, lambda left: eight_bit.compressed_section(ignore), prefix=prefix)
@@ -137,8 +140,8 @@ def test_int8_stays_int8_and_hits_are_exact(prefix, checkpoint, driver_class, ra
     assert torch.equal(hit, cold[64:])
 
 
-def test_quantised_on_loading_or_before_is_the_same(checkpoint, driver_class, random_tokens):
-    """Where both round alike, the files of compressed-tensors and of ModelSlim give the bits of
+def test_quantisation_before_and_during_loading_is_equal(checkpoint, driver_class, random_tokens):
+    """With equal rounding, files of compressed-tensors and of ModelSlim give the bits of
     ``--quantization int8``."""
     path, tokens = checkpoint("qwen3_5"), random_tokens(70, seed=5)
     whole = load(path, quantization="int8")
@@ -170,7 +173,7 @@ def test_quantised_on_loading_or_before_is_the_same(checkpoint, driver_class, ra
         load(path)
 
 
-def test_fp8_by_channel(checkpoint, driver_class, random_tokens):
+def test_fp8_per_channel_equals_its_dequantised_weights(checkpoint, driver_class, random_tokens):
     path, tokens = checkpoint("qwen3"), random_tokens(30, seed=6)
     code = partial(eight_bit.channels, dtype=torch.float8_e4m3fn)
     section = partial(eight_bit.compressed_section, kind="float")
@@ -179,8 +182,8 @@ def test_fp8_by_channel(checkpoint, driver_class, random_tokens):
     assert torch.equal(driver_class(load(path)).cold(tokens), expected)
 
 
-def test_the_head_needs_no_list(checkpoint):
-    """Published files of dense models list no exceptions: all linear layers but the head."""
+def test_fp8_without_a_list_of_exceptions_loads(checkpoint):
+    """Published files of dense models list no exceptions; only the head is unquantised."""
     path = checkpoint("qwen3")
     fp8(path)
     config = json.loads((path / "config.json").read_text())
@@ -189,8 +192,8 @@ def test_the_head_needs_no_list(checkpoint):
     load(path)
 
 
-def test_the_head_may_be_listed_and_tied(checkpoint):
-    """Every list of compressed-tensors begins with the head, which no file of a tied model has."""
+def test_tied_head_may_be_listed_as_an_exception(checkpoint):
+    """Lists of compressed-tensors begin with the head, which files of a tied model lack."""
     path = checkpoint("qwen3")
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
@@ -201,22 +204,22 @@ def test_the_head_may_be_listed_and_tied(checkpoint):
     load(path)
 
 
-def test_parts_of_one_product_may_differ(checkpoint, driver_class, random_tokens):
-    """Keys and up-projections left alone, and one expert of many."""
+def test_parts_of_one_product_may_have_different_formats(checkpoint, driver_class, random_tokens):
+    """Keys, up-projections and one expert are not quantised."""
     path, tokens = checkpoint("qwen3_5_moe"), random_tokens(70, seed=7)
 
-    def chosen(module):
-        is_left = module.endswith(("k_proj", "shared_expert.up_proj", "experts.3.up_proj"))
-        return eight_bit.QUANTIZED.fullmatch(module) and not is_left
+    def is_quantized(module):
+        is_exception = module.endswith(("k_proj", "shared_expert.up_proj", "experts.3.up_proj"))
+        return eight_bit.QUANTIZED.fullmatch(module) and not is_exception
 
-    plain = int8(path, is_quantized=chosen)
+    plain = int8(path, is_quantized=is_quantized)
     expected = driver_class(load(plain)).cold(tokens)
     got = driver_class(load(path)).cold(tokens)
     assert 0 < (got - expected).norm() < 0.05 * expected.norm()
 
 
-def test_other_eight_bits_than_the_files(checkpoint, driver_class, random_tokens):
-    """``--quantization`` of another format widens and quantises anew."""
+def test_quantization_option_overrides_the_files(checkpoint, driver_class, random_tokens):
+    """Weights in another 8-bit format are widened and quantised again."""
     path, tokens = checkpoint("qwen3_5"), random_tokens(70, seed=8)
     plain = fp8(path)
     expected = driver_class(load(plain, quantization="int8")).cold(tokens)
@@ -225,9 +228,8 @@ def test_other_eight_bits_than_the_files(checkpoint, driver_class, random_tokens
     assert torch.equal(driver_class(runner).cold(tokens), expected)
 
 
-def test_blocks_in_a_layer_on_a_device(tmp_path):
-    """Triton multiplies blocks of 128 x 128 as they are: rows that change places take their scales
-    along."""
+def test_fp8_blocks_in_a_layer_on_a_device(tmp_path):
+    """Triton multiplies blocks of 128 x 128 directly; reordered rows keep their scales."""
     pytest.importorskip("kernels.linear.fused")
     kernels = Kernels.choose(Device.resolve("cpu"), "linear=fused")
     device, dtype = torch.device("cpu"), torch.float32
@@ -250,22 +252,22 @@ def test_blocks_in_a_layer_on_a_device(tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     files = read_quantization({"quantization_config": eight_bit.fp8_section(["m.in_proj_ba"])})
     place = WeightSpec(device, dtype, files=files, products=kernels["linear"].PRODUCTS)
-    held = Linear(200, parts, Build(kernels, place))
+    quantised = Linear(200, parts, Build(kernels, place))
     weight_files = WeightFiles(tmp_path, 2, files)
-    weight_files.check(held.parameters(), tied=False)
-    weight_files.fill(held)
+    weight_files.check(quantised.parameters(), tied=False)
+    weight_files.fill(quantised)
     weight_files.close()
-    assert {parameter.target.dtype for _, parameter in held.parameters()} == {
+    assert {parameter.target.dtype for _, parameter in quantised.parameters()} == {
         torch.float8_e4m3fn,
         torch.float32,
     }
     hidden = torch.randn(5, 200)
-    for layer in (held, plain):
+    for layer in (quantised, plain):
         layer.seal()
-    torch.testing.assert_close(held(hidden), plain(hidden), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(quantised(hidden), plain(hidden), rtol=1e-4, atol=1e-4)
 
 
-def test_partial_blocks_round_up():
+def test_number_of_blocks_is_rounded_up():
     scheme = Scheme("fp8", (128, 128), "weight_scale_inv")
     assert scheme.scale_shape(129, 257) == (2, 3)
     stored, scale, expected = eight_bit.fp8_blocks(
@@ -278,7 +280,7 @@ def test_partial_blocks_round_up():
     assert (scheme.row_scales(exponents, 129, 257) == 0.25).all()
 
 
-def test_names_match_on_whole_words():
+def test_module_names_match_whole_components():
     full = Names.of(["model.layers.1.mlp.gate", "lm_head", "visual"], anywhere=True)
     assert full.has("model.language_model.layers.1.mlp.gate") and full.has("lm_head")
     assert full.has("model.visual.blocks.0.attn") and not full.has("model.layers.1.mlp.gate_proj")
@@ -322,22 +324,22 @@ COMPRESSED = eight_bit.compressed_section(["lm_head"])
         ({**COMPRESSED, "ignore": ["re:("]}, "'re:\\(' is not a regular expression"),
     ],
 )
-def test_what_is_not_served_is_named(section, message):
+def test_unsupported_quantization_is_named(section, message):
     with pytest.raises(ModelError, match=message) as error:
         read_quantization({"quantization_config": section})
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
-def test_weights_alone_in_eight_bits(dtype, checkpoint, driver_class, random_tokens):
-    """Without ``input_activations`` none are rounded: the logits of the weights as they stand."""
+def test_8_bit_weights_without_8_bit_activations(dtype, checkpoint, driver_class, random_tokens):
+    """Without ``input_activations``, logits equal those of the dequantised weights."""
     path, tokens = checkpoint("qwen3_next"), random_tokens(90, seed=9)
     kind = "int" if dtype is torch.int8 else "float"
 
-    def section(left):
-        made = eight_bit.compressed_section(left, kind=kind)
-        made["config_groups"]["group_0"]["input_activations"] = None
-        return made
+    def section(exceptions):
+        config_section = eight_bit.compressed_section(exceptions, kind=kind)
+        config_section["config_groups"]["group_0"]["input_activations"] = None
+        return config_section
 
     code = partial(eight_bit.channels, dtype=dtype)
     plain = eight_bit.rewrite(path, code, "weight_scale", section)
@@ -360,7 +362,7 @@ HADAMARD = {"config_groups": {"u": {"type": "hadamard", "apply": [{"location": "
         ({"sparsity_config": {"format": "dense"}, "transform_config": {}}, None),
     ],
 )
-def test_parts_of_the_format_that_change_numbers_are_refused(more, message):
+def test_parts_of_a_format_that_change_values_are_refused(more, message):
     section = {"quantization_config": COMPRESSED | more}
     if message is None:
         assert read_quantization(section) is not None
@@ -373,7 +375,7 @@ def test_parts_of_the_format_that_change_numbers_are_refused(more, message):
     "key, value",
     [("num_bits", 4), ("type", "float"), ("symmetric", False), ("strategy", "tensor")],
 )
-def test_activations_of_another_kind_are_refused(key, value):
+def test_unsupported_activations_are_refused(key, value):
     section = eight_bit.compressed_section(["lm_head"])
     section["config_groups"]["group_0"]["input_activations"][key] = value
     with pytest.raises(ModelError, match=f"input_activations with {key} {value!r}"):
@@ -393,8 +395,8 @@ def test_static_activations_are_refused(tmp_path):
         read_quantization({}, tmp_path)
 
 
-def broken(path, change, match):
-    """Loading must fail with a sentence once ``change`` was done to the tensors and the section."""
+def check_refused(path, change, match):
+    """Check that loading fails in one sentence after ``change`` to the tensors and the section."""
     tensors = load_file(path / "model.safetensors")
     config = json.loads((path / "config.json").read_text())
     change(tensors, config["quantization_config"])
@@ -433,10 +435,10 @@ UP = "model.layers.1.mlp.up_proj.weight"
         ),
     ],
 )
-def test_files_that_do_not_fit_their_section(change, match, checkpoint):
+def test_files_that_differ_from_their_config_are_refused(change, match, checkpoint):
     path = checkpoint("qwen3")
     fp8(path)
-    broken(path, change, match)
+    check_refused(path, change, match)
 
 
 SCALES = {
@@ -449,40 +451,40 @@ SCALES = {
 
 @pytest.mark.parametrize("code", [fp8, int8], ids=["fp8", "int8"])
 @pytest.mark.parametrize("kind", SCALES)
-def test_scales_that_make_no_weights_are_refused(code, kind, checkpoint):
+def test_bad_scales_are_refused(code, kind, checkpoint):
     path = checkpoint("qwen3")
     code(path)
-    own = f"{UP}_scale" + ("_inv" if code is fp8 else "")
-    broken(
+    scale_name = f"{UP}_scale" + ("_inv" if code is fp8 else "")
+    check_refused(
         path,
-        lambda tensors, _: SCALES[kind](tensors[own]),
+        lambda tensors, _: SCALES[kind](tensors[scale_name]),
         rf"up_proj\.weight_scale\w* contains .*{kind}",
     )
 
 
-def test_scales_in_integers_are_refused(checkpoint):
+def test_integer_scales_are_refused(checkpoint):
     path = checkpoint("qwen3")
     fp8(path)
-    own = f"{UP}_scale_inv"
-    broken(
+    scale_name = f"{UP}_scale_inv"
+    check_refused(
         path,
-        lambda tensors, _: tensors.update({own: tensors[own].int()}),
+        lambda tensors, _: tensors.update({scale_name: tensors[scale_name].int()}),
         r"up_proj\.weight_scale_inv has type int32: scales must be float32",
     )
 
 
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
-def test_codes_that_are_no_numbers_are_refused(code, checkpoint):
+def test_fp8_nan_codes_are_refused(code, checkpoint):
     path = checkpoint("qwen3")
     fp8(path)
-    broken(
+    check_refused(
         path,
         lambda tensors, _: tensors[UP].view(torch.uint8)[-1, -1:].fill_(code),
         r"up_proj\.weight contains NaN or infinite numbers",
     )
 
 
-def test_a_scale_of_zero_is_one_of_weights_that_are_zero(checkpoint):
+def test_scale_of_zero_is_valid_for_zero_weights(checkpoint):
     path = checkpoint("qwen3")
     int8(path)
     tensors = load_file(path / "model.safetensors")
@@ -492,7 +494,7 @@ def test_a_scale_of_zero_is_one_of_weights_that_are_zero(checkpoint):
     load(path)
 
 
-def test_truncated_shard(checkpoint):
+def test_truncated_file_is_refused(checkpoint):
     path = checkpoint("qwen3")
     int8(path)
     file = path / "model.safetensors"

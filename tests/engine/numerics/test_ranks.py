@@ -1,5 +1,7 @@
-"""Ranks that share a model, as threads of this process: each family's parts make up the whole, and
-a hit changes no bit. What processes add to it is in ``tests/engine/test_tensor_parallel.py``."""
+"""Tensor parallelism with ranks as threads: results of each family, and exact hits.
+
+``tests/engine/test_tensor_parallel.py`` tests ranks as processes.
+"""
 
 from __future__ import annotations
 
@@ -26,44 +28,44 @@ from engine.weights.scheme import Scheme
 from engine.weights.tensor_files import WeightsError
 from tests.engine.numerics import eight_bit
 
-NOT_SHARED = {
+REFUSED = {
     "granite_moe_hybrid": "has 1 groups of channels",
     "granite_moe_hybrid_dense": "has 1 groups of channels",
     "kimi_linear": "cannot divide 3 key heads",
     "olmo_hybrid": "norms over all heads",
     "olmo_hybrid_without_rope": "norms over all heads",
 }
-"""Families and variants whose small models two ranks refuse, and why."""
+"""Error of two ranks, by family or variant, for small models that cannot be split."""
 
 
-class Threads:
-    """A ``Group`` of threads."""
+class ThreadGroup:
+    """Source of ``Group`` objects for the threads of one run."""
 
     def __init__(self, count: int) -> None:
         self._barrier = threading.Barrier(count, timeout=60)
         self._parts: list[Any] = [None] * count
 
     def of(self, number: int) -> Any:
-        class Mine(Group):
+        class RankGroup(Group):
             def gather(_, x: torch.Tensor) -> list[torch.Tensor]:
                 self._parts[number] = x.clone()
                 self._barrier.wait()
-                found = [part.clone() for part in self._parts]
+                parts = [part.clone() for part in self._parts]
                 self._barrier.wait()
-                return found
+                return parts
 
             def set_timeout(_, seconds: float) -> None:
                 raise NotImplementedError
 
-        return Mine(len(self._parts))
+        return RankGroup(len(self._parts))
 
     def abort(self) -> None:
         self._barrier.abort()
 
 
-def together(count: int, config: EngineConfig, work: Callable[[ModelRunner], Any]) -> list[Any]:
-    """What ``work`` makes of each rank's runner."""
-    group = Threads(count)
+def run_ranks(count: int, config: EngineConfig, work: Callable[[ModelRunner], Any]) -> list[Any]:
+    """Return the result of ``work`` for the runner of each rank."""
+    group = ThreadGroup(count)
 
     def run(number: int) -> Any:
         rank = Rank(number, count, group.of(number) if count > 1 else None)
@@ -90,8 +92,10 @@ def config_of(path: Any, **settings: Any) -> EngineConfig:
 
 
 def cold_and_hit(driver_class: Any, tokens: list[int]) -> Callable[[ModelRunner], Any]:
-    """Logits of a prompt and of tokens decoded behind it, computed cold, and again from the state
-    at its last tile, beside another prompt."""
+    """Return work that computes a prompt and two decoded tokens, cold and after a hit.
+
+    The hit resumes at the last tile, in a batch with another prompt.
+    """
 
     def work(runner: ModelRunner) -> tuple[torch.Tensor, torch.Tensor]:
         driver = driver_class(runner)
@@ -101,53 +105,53 @@ def cold_and_hit(driver_class: Any, tokens: list[int]) -> Callable[[ModelRunner]
         segment = driver.prefill_segment(cold, len(tokens), exports=exports, logits="all")
         first = [runner.forward(Batch((segment,), (), (write,)))[end:]]
         first += [runner.forward(Batch((driver.decode_segment(cold, t),))) for t in (5, 7)]
-        other, beside = driver.begin(tokens[:70])
-        hit, again = driver.begin(tokens, write[2][:end])
+        other, other_write = driver.begin(tokens[:70])
+        hit, hit_write = driver.begin(tokens, write[2][:end])
         restores = () if hit.slot is None else ((exports[0][1], hit.slot),)
         segments = (
             driver.prefill_segment(other, 70),
             driver.prefill_segment(hit, len(tokens), logits="all"),
         )
-        second = [runner.forward(Batch(segments, restores, (beside, again)))[1:]]
+        second = [runner.forward(Batch(segments, restores, (other_write, hit_write)))[1:]]
         second += [runner.forward(Batch((driver.decode_segment(hit, t),))) for t in (5, 7)]
         return torch.cat(first), torch.cat(second)
 
     return work
 
 
-def test_two_ranks_compute_what_one_does(family, oracles, driver_class, random_tokens) -> None:
+def test_two_ranks_agree_with_one(family, oracles, driver_class, random_tokens) -> None:
     config, work = (
         config_of(oracles(family).path),
         cold_and_hit(driver_class, random_tokens(150, 3)),
     )
-    if family in NOT_SHARED:
-        with pytest.raises(ModelError, match=NOT_SHARED[family]):
-            together(2, config, work)
+    if family in REFUSED:
+        with pytest.raises(ModelError, match=REFUSED[family]):
+            run_ranks(2, config, work)
         return
-    ((alone, _),) = together(1, config, work)
-    (cold, hit), (other, _) = together(2, config, work)
+    ((single, _),) = run_ranks(1, config, work)
+    (cold, hit), (other, _) = run_ranks(2, config, work)
     assert torch.equal(cold, hit)
     assert torch.equal(cold, other)
-    assert (cold - alone).abs().max() < 1e-4
+    assert (cold - single).abs().max() < 1e-4
 
 
-def test_fewer_heads_of_keys_than_ranks(oracles, driver_class, random_tokens) -> None:
-    """Two ranks each keep the same one; sums have four summands."""
+def test_ranks_share_key_heads_if_there_are_too_few(oracles, driver_class, random_tokens) -> None:
+    """Two ranks each hold the same key head; sums have four summands."""
     config = config_of(oracles("qwen3").path)
     work = cold_and_hit(driver_class, random_tokens(80, 4))
-    ((alone, _),) = together(1, config, work)
-    (cold, hit), *others = together(4, config, work)
+    ((single, _),) = run_ranks(1, config, work)
+    (cold, hit), *others = run_ranks(4, config, work)
     assert torch.equal(cold, hit)
     assert all(torch.equal(cold, other) for other, _ in others)
-    assert (cold - alone).abs().max() < 1e-4
+    assert (cold - single).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_eight_bits_are_shared_with_their_scales(
+def test_8_bit_weights_are_split_with_their_scales(
     kind, oracles, tmp_path, driver_class, random_tokens
 ) -> None:
-    """fp8 stands for the weights that it is widened to; int8 rounds each rank's activations by
-    themselves, which is a bound."""
+    """fp8 is widened, so results agree. With int8 each rank rounds its activations, so the test
+    uses a bound."""
     path = tmp_path / "model"
     shutil.copytree(oracles("qwen3_next").path, path)
     if kind == "int8":
@@ -158,16 +162,16 @@ def test_eight_bits_are_shared_with_their_scales(
         section = partial(eight_bit.fp8_section, block=(16, 2))
         eight_bit.rewrite(path, code, "weight_scale_inv", section)
     work = cold_and_hit(driver_class, random_tokens(90, 5))
-    ((alone, _),) = together(1, config_of(path), work)
-    (cold, hit), _ = together(2, config_of(path), work)
+    ((single, _),) = run_ranks(1, config_of(path), work)
+    (cold, hit), _ = run_ranks(2, config_of(path), work)
     assert torch.equal(cold, hit)
     if kind == "int8":
-        assert (cold - alone).norm() < 0.1 * alone.norm()
+        assert (cold - single).norm() < 0.1 * single.norm()
     else:
-        assert (cold - alone).abs().max() < 1e-4
+        assert (cold - single).abs().max() < 1e-4
 
 
-def test_blocks_that_would_be_cut_are_named(oracles, tmp_path) -> None:
+def test_split_inside_a_block_is_refused(oracles, tmp_path) -> None:
     path = tmp_path / "model"
     shutil.copytree(oracles("qwen3_next").path, path)
     code = partial(eight_bit.fp8_blocks, block=(16, 48), scale_dtype=torch.bfloat16)
@@ -175,13 +179,13 @@ def test_blocks_that_would_be_cut_are_named(oracles, tmp_path) -> None:
     eight_bit.rewrite(path, code, "weight_scale_inv", section)
     sentence = r"^--tp would split blocks of 48 columns that share a scale: .* use fewer ranks\.$"
     with pytest.raises(WeightsError, match=sentence):
-        together(2, config_of(path), lambda runner: None)
+        run_ranks(2, config_of(path), lambda runner: None)
 
 
-@pytest.mark.parametrize("least", [1, 2**30], ids=["run by run", "band by band"])
+@pytest.mark.parametrize("least", [1, 2**30], ids=["runs", "bands"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rank_reads_its_part(dtype, least, tmp_path, monkeypatch) -> None:
-    """Of rows no others; of columns the rows they lie in, a few at a time."""
+def test_rank_reads_only_its_part(dtype, least, tmp_path, monkeypatch) -> None:
+    """A part of the rows is read exactly; a part of the columns needs whole rows, in bands."""
     monkeypatch.setattr(weights, "LEAST_READ_BYTES", least)
     monkeypatch.setattr(weights, "CHUNK_BYTES", 64)
     order = torch.randperm(8)
@@ -222,15 +226,18 @@ def test_a_rank_reads_its_part(dtype, least, tmp_path, monkeypatch) -> None:
         assert torch.equal(parameters[name].target, part.to(dtype)), name
 
 
-def test_scales_go_with_their_columns_and_rows() -> None:
+def test_scales_are_split_with_their_rows_and_columns() -> None:
     scheme = Scheme("fp8", (4, 2), "weight_scale_inv")
     stored = torch.randn(8, 12).to(torch.float8_e4m3fn)
     scale = torch.rand(2, 6)
     for cut in (RankCut(12, torch.arange(6, 12), 1), RankCut(8, torch.tensor([2, 3, 6]))):
         shape = list(stored.shape)
         shape[cut.dim] = len(cut)
-        target, kept = torch.empty(shape).to(stored.dtype), torch.empty(shape[0], shape[1] // 2)
-        Parameter(target, scheme=scheme, scale=kept, cut=cut).fill(stored, scale)
+        target, rank_scale = (
+            torch.empty(shape).to(stored.dtype),
+            torch.empty(shape[0], shape[1] // 2),
+        )
+        Parameter(target, scheme=scheme, scale=rank_scale, cut=cut).fill(stored, scale)
         whole = stored.float() * scale.repeat_interleave(4, 0).repeat_interleave(2, 1)
-        own = target.float() * kept.repeat_interleave(2, 1)
-        assert torch.equal(own, cut.of(whole))
+        rank_weight = target.float() * rank_scale.repeat_interleave(2, 1)
+        assert torch.equal(rank_weight, cut.of(whole))

@@ -1,4 +1,4 @@
-"""What the families with state space layers read and refuse."""
+"""Config fields that families with state space layers read and refuse."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ CONFIGS = {
         ("jamba", {"num_experts_per_tok": 5}, "must be from 1 to num_experts"),
     ],
 )
-def test_what_is_not_served_is_named(model_type, field, message) -> None:
+def test_unsupported_config_is_named(model_type, field, message) -> None:
     with pytest.raises(ModelError, match=message):
         read_model({"model_type": model_type, **CONFIGS[model_type], **field})
 
 
-def test_limits_of_time_steps_as_they_are_written() -> None:
+def test_time_step_limits_in_every_notation() -> None:
     def limits(**field) -> tuple[float, float]:
         config = {name: CONFIGS["falcon_h1"][name] for name in CONFIGS["falcon_h1"]}
         del config["time_step_limit"]
         return read_model({"model_type": "falcon_h1", **config, **field})[1].time_limits
 
-    free = 0.0, math.inf
-    assert limits() == limits(time_step_limit=[0.0, math.inf]) == free
-    assert limits(time_step_limit=[0.0, {"__float__": "Infinity"}]) == free
+    unlimited = 0.0, math.inf
+    assert limits() == limits(time_step_limit=[0.0, math.inf]) == unlimited
+    assert limits(time_step_limit=[0.0, {"__float__": "Infinity"}]) == unlimited
     assert limits(time_step_limit=[0.1, 2]) == (0.1, 2.0)
 
 
-def test_letters_are_read_as_words() -> None:
-    words = {"linear_attention": "M", "moe": "E", "full_attention": "*", "mlp": "-"}
+def test_layer_letters_equal_layer_names() -> None:
+    letter_of = {"linear_attention": "M", "moe": "E", "full_attention": "*", "mlp": "-"}
     config = {"model_type": "nemotron_h", **nemotron_h.CONFIG}
-    letters = "".join(words[word] for word in config["layers_block_type"])
+    letters = "".join(letter_of[name] for name in config["layers_block_type"])
     by_letter = config | {"layers_block_type": None, "hybrid_override_pattern": letters}
     assert read_model(by_letter) == read_model(config)

@@ -1,4 +1,4 @@
-"""What the start makes, so that no request waits for it: on a device that only keeps count."""
+"""Graphs and kernels that the warm-up prepares, so that no request waits; on a counting device."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def make_engine(tmp_path, shape: str = "tiny", **settings) -> Engine:
 
 
 def serve(engine: Engine, seed: int, num_requests: int = 40) -> None:
-    """Prompts of all lengths that come and go, some sharing a beginning, some scored."""
+    """Serve prompts of many lengths; some share a prefix, some have prompt logprobs."""
     random = np.random.default_rng(seed)
     common = random.integers(0, 256, 400).tolist()
     waiting = num_requests
@@ -73,8 +73,8 @@ def serve(engine: Engine, seed: int, num_requests: int = 40) -> None:
 
 
 @pytest.fixture
-def guesses(monkeypatch) -> None:
-    """Of a drafter that always has some; nothing is learnt of what becomes of them."""
+def fixed_drafts(monkeypatch) -> None:
+    """Replace the drafter by one that always has drafts and ignores their acceptance."""
     random = np.random.default_rng(0)
 
     def propose(self, wanted):
@@ -88,8 +88,8 @@ def guesses(monkeypatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("graphs", ["all", "decode", "off"])
 @pytest.mark.parametrize("draft", ["none", "tree:4"])
-def test_no_request_waits_for_a_capture_or_a_compiler(
-    monkeypatch, tmp_path, guesses, shape, graphs, draft
+def test_requests_need_no_capture_or_compilation(
+    monkeypatch, tmp_path, fixed_drafts, shape, graphs, draft
 ) -> None:
     with stubbed(monkeypatch) as (device, launches):
         memory = {"kv_gib": 0.02, "state_gib": 0.2}
@@ -111,8 +111,8 @@ def test_no_request_waits_for_a_capture_or_a_compiler(
         assert launches.seen == compiled
 
 
-def test_without_a_warm_up_requests_wait(monkeypatch, tmp_path) -> None:
-    """So that the test above can fail."""
+def test_requests_without_a_warm_up_need_captures(monkeypatch, tmp_path) -> None:
+    """The test above can fail."""
     with stubbed(monkeypatch) as (device, launches):
         engine = make_engine(tmp_path, warm_up=False, kv_gib=0.02, state_gib=0.02)
         assert not device.counts["graphs"]
@@ -123,7 +123,7 @@ def test_without_a_warm_up_requests_wait(monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.full
-def test_the_largest_is_captured_first_and_nothing_beyond_the_budget(monkeypatch, tmp_path) -> None:
+def test_graph_sizes_descend_within_the_token_budget(monkeypatch, tmp_path) -> None:
     with stubbed(monkeypatch):
         runner = make_engine(tmp_path, kv_gib=0.02, state_gib=0.02).runner
         decodes, prefills = runner.graphs
@@ -136,15 +136,13 @@ def test_the_largest_is_captured_first_and_nothing_beyond_the_budget(monkeypatch
 
 @pytest.mark.full
 @pytest.mark.parametrize("cached_mib, draft", [(0, "none"), (100, "none"), (0, "tree:4")])
-def test_what_graphs_take_is_kept_free_before_pools_are_sized(
-    monkeypatch, tmp_path, cached_mib, draft
-) -> None:
-    """Of pools, whose size follows from what is free: the rehearsal's graphs and the real ones take
-    the same, and what loading left to torch is nobody's."""
+def test_pools_leave_memory_for_graphs(monkeypatch, tmp_path, cached_mib, draft) -> None:
+    """The size of pools follows from the free memory after a rehearsal. Its graphs take as much as
+    the real ones, and memory that torch cached during loading counts as free."""
     with stubbed(monkeypatch) as (device, _):
         device.counts["cached MiB"] = cached_mib
         runner = make_engine(tmp_path, draft=draft).runner
-        num_graphs = 4 + 3 * len(runner.graphs[1].buckets)  # three pieces for two layers
+        num_graphs = 4 + 3 * len(runner.graphs[1].buckets)  # Three pieces for two layers.
         if runner.verify_graphs is not None:
             assert runner.verify_graphs.buckets == [(size, 600) for size in (32, 16, 8, 4)]
             num_graphs += runner.warmed.num_verify_graphs
@@ -156,13 +154,13 @@ def test_what_graphs_take_is_kept_free_before_pools_are_sized(
 
 
 @pytest.mark.full
-def test_pools_that_leave_no_room_for_graphs_are_told(monkeypatch, tmp_path) -> None:
+def test_pools_without_room_for_graphs_are_refused(monkeypatch, tmp_path) -> None:
     def full(self, bucket):
         raise torch.OutOfMemoryError
 
     with stubbed(monkeypatch):
         capture = DecodeGraphs.capture
-        few = iter(range(2))  # the rehearsal's
+        few = iter(range(2))  # Those of the rehearsal.
         monkeypatch.setattr(
             DecodeGraphs,
             "capture",
@@ -173,7 +171,7 @@ def test_pools_that_leave_no_room_for_graphs_are_told(monkeypatch, tmp_path) -> 
 
 
 @pytest.mark.full
-def test_steps_stay_within_the_budget_decodes_included(monkeypatch, tmp_path) -> None:
+def test_steps_with_decodes_stay_within_the_token_budget(monkeypatch, tmp_path) -> None:
     with stubbed(monkeypatch):
         engine = make_engine(tmp_path, kv_gib=0.02, state_gib=0.02)
         sizes = []
@@ -185,26 +183,25 @@ def test_steps_stay_within_the_budget_decodes_included(monkeypatch, tmp_path) ->
         assert 190 < max(sizes) <= 200
 
 
-def test_a_device_has_longer_steps_than_a_cpu(monkeypatch, tmp_path) -> None:
+def test_default_token_budget_is_larger_on_a_device(monkeypatch, tmp_path) -> None:
     with stubbed(monkeypatch):
         engine = make_engine(
             tmp_path, token_budget=None, warm_up=False, kv_gib=0.02, state_gib=0.02
         )
         assert engine.config.token_budget == engine.runner.most_step_tokens == 8192
-        assert engine.runner.graphs[1].buckets[0] == 2048  # longer ones are launched one by one
+        assert engine.runner.graphs[1].buckets[0] == 2048  # Longer steps use no graph.
     on_cpu = make_engine(tmp_path, token_budget=None, device="cpu", kv_gib=0.02, state_gib=0.02)
     assert on_cpu.config.token_budget == on_cpu.runner.most_step_tokens == 1024
 
 
-def test_one_length_of_every_octave_is_rehearsed() -> None:
+def test_rehearsed_lengths_are_powers_of_two_and_the_largest() -> None:
     assert lengths(1) == [1]
     assert lengths(64) == [64, 32, 16, 8, 4, 2, 1]
     assert lengths(100) == [100, 64, 32, 16, 8, 4, 2, 1]
 
 
-def test_the_largest_step_has_logits_of_no_more_than_may_be_scored(monkeypatch, tmp_path) -> None:
-    """With those of all its tokens, 2.5 GB of a vocabulary of 151,936 would be kept from the
-    pools."""
+def test_rehearsals_limit_the_rows_of_logits(monkeypatch, tmp_path) -> None:
+    """Logits of all tokens with a vocabulary of 151,936 would take 2.5 GB from the pools."""
     with stubbed(monkeypatch):
         engine = make_engine(
             tmp_path, token_budget=8192, warm_up=False, kv_gib=0.02, state_gib=0.02
@@ -216,7 +213,7 @@ def test_the_largest_step_has_logits_of_no_more_than_may_be_scored(monkeypatch, 
         assert max(rows) <= scored < 1200
 
 
-def test_every_thread_that_computes_makes_the_device_current(monkeypatch, tmp_path) -> None:
+def test_computing_threads_make_the_device_current(monkeypatch, tmp_path) -> None:
     with stubbed(monkeypatch) as (device, _):
         engine = make_engine(tmp_path, warm_up=False, kv_gib=0.02, state_gib=0.02)
         assert device.threads == {threading.get_ident()}
@@ -227,27 +224,29 @@ def test_every_thread_that_computes_makes_the_device_current(monkeypatch, tmp_pa
         assert ident in device.threads
 
 
-def test_states_of_sixteen_bits_take_half_the_memory(monkeypatch, tmp_path) -> None:
+def test_pools_have_the_state_dtype(monkeypatch, tmp_path) -> None:
     with stubbed(monkeypatch):
-        for word, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-            settings = {"state_dtype": word, "warm_up": False, "kv_gib": 0.02, "state_gib": 0.02}
+        for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+            settings = {"state_dtype": name, "warm_up": False, "kv_gib": 0.02, "state_gib": 0.02}
             runner = make_engine(tmp_path, **settings).runner
-            assert runner.tensors.pools[0][1].dtype == dtype  # conv and recurrent
-            assert runner.geometry.state_dtype == word
+            assert runner.tensors.pools[0][1].dtype == dtype  # Pools of a layer: conv, recurrent.
+            assert runner.geometry.state_dtype == name
             num_bytes = sum(pool[:, 0].nbytes for pool in runner.tensors.states)
             assert num_bytes == runner.geometry.state_bytes
 
 
-READERS = """
+WAITING_CALLS = """
     item tolist numpy cpu __bool__ __int__ __float__ __index__ __contains__ nonzero argwhere unique
     masked_select equal
     allclose is_nonzero bincount
 """.split()  # noqa: SIM905
 
 
-class Waits(TorchFunctionMode):
-    """Notes every call for which a host must wait until the device has computed, or has taken a
-    copy from ordinary memory. ``uploads``: and those that it need not wait for."""
+class WaitRecorder(TorchFunctionMode):
+    """Record of calls for which the host must wait for the device or for a copy to it.
+
+    ``uploads`` includes copies that need no wait.
+    """
 
     def __init__(self, uploads: bool = False) -> None:
         super().__init__()
@@ -260,7 +259,7 @@ class Waits(TorchFunctionMode):
         index = args[1] if name in ("__getitem__", "__setitem__") else ()
         parts = index if isinstance(index, tuple) else (index,)
         if (
-            name in READERS
+            name in WAITING_CALLS
             or is_copy
             or any(isinstance(part, list | np.ndarray) for part in parts)
             or any(getattr(part, "dtype", None) == torch.bool for part in parts)
@@ -274,8 +273,8 @@ class Waits(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class HiddenWaits(TorchDispatchMode):
-    """The same for what operators do inside."""
+class OperatorWaitRecorder(TorchDispatchMode):
+    """Record of the same waits inside operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -296,13 +295,11 @@ class HiddenWaits(TorchDispatchMode):
 
 @pytest.mark.full
 @pytest.mark.parametrize("graphs, draft", [("all", "none"), ("off", "none"), ("all", "tree:4")])
-def test_a_step_waits_for_nothing_but_the_tokens(
-    monkeypatch, tmp_path, guesses, graphs, draft
-) -> None:
+def test_step_waits_only_for_its_tokens(monkeypatch, tmp_path, fixed_drafts, graphs, draft) -> None:
     with stubbed(monkeypatch) as (device, _):
         engine = make_engine(tmp_path, graphs=graphs, draft=draft, kv_gib=0.02, state_gib=0.02)
         wait, num_waits = Drawn.wait, device.counts["waits"]
-        watch, hidden = Waits(), HiddenWaits()
+        watch, hidden = WaitRecorder(), OperatorWaitRecorder()
 
         def allowed(drawn):
             with torch._C.DisableTorchFunction(), _disable_current_modes():
@@ -317,12 +314,12 @@ def test_a_step_waits_for_nothing_but_the_tokens(
 
 @pytest.mark.full("none")
 @pytest.mark.parametrize("draft", ["none", "tree:4", "mtp:2"])
-def test_what_is_captured_takes_nothing_from_the_host(monkeypatch, tmp_path, draft) -> None:
-    """Or a replay would repeat it."""
+def test_captured_work_copies_nothing_from_the_host(monkeypatch, tmp_path, draft) -> None:
+    """A replay would copy the same values again."""
     with stubbed(monkeypatch):
         memory = {"kv_gib": 0.02, "state_gib": 0.02}
         runner = make_engine(tmp_path, "large", draft=draft, warm_up=False, **memory).runner
-        watch, hidden = Waits(uploads=True), HiddenWaits()
+        watch, hidden = WaitRecorder(uploads=True), OperatorWaitRecorder()
 
         def record(work):
             with watch, hidden:
@@ -349,8 +346,8 @@ def test_what_is_captured_takes_nothing_from_the_host(monkeypatch, tmp_path, dra
         lambda x: x.nonzero(),
     ],
 )
-def test_what_would_wait_is_noticed(wait) -> None:
-    watch, hidden = Waits(), HiddenWaits()
+def test_wait_recorders_detect_waits(wait) -> None:
+    watch, hidden = WaitRecorder(), OperatorWaitRecorder()
     with watch, hidden:
         wait(torch.ones(3))
     assert watch.found or hidden.found

@@ -1,5 +1,4 @@
-"""Checkpoints: every layout that occurs, every fault named in one sentence, dummy weights that are
-reproducible."""
+"""Checkpoints: published layouts, faults named in one sentence, reproducible dummy weights."""
 
 from __future__ import annotations
 
@@ -31,7 +30,7 @@ from hybridcache.geometry.units import format_count
 
 @pytest.fixture
 def checkpoint(oracles, tmp_path):
-    """A copy of one small checkpoint that may be broken: (directory, tensors)."""
+    """Return a function that copies a small checkpoint: (directory, tensors)."""
 
     def copy(model):
         path = tmp_path / model
@@ -46,7 +45,7 @@ def load(path, **options):
     return ModelRunner(engine_config(model=str(path), **(config | options)))
 
 
-def same_as_whole(path, model, drivers, random_tokens):
+def check_same_logits(path, model, drivers, random_tokens):
     driver = drivers(model)
     tokens = random_tokens(70, seed=1)
     expected = driver.cold(tokens)
@@ -54,7 +53,7 @@ def same_as_whole(path, model, drivers, random_tokens):
     assert torch.equal(other.cold(tokens), expected)
 
 
-def test_sharded(checkpoint, drivers, random_tokens):
+def test_sharded_checkpoint(checkpoint, drivers, random_tokens):
     path, tensors = checkpoint("qwen3_next")
     names = sorted(tensors)
     shards = {f"model-{i}.safetensors": names[i::3] for i in range(3)}
@@ -64,7 +63,7 @@ def test_sharded(checkpoint, drivers, random_tokens):
     weight_map = {name: file for file, part in shards.items() for name in part}
     index = path / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    same_as_whole(path, "qwen3_next", drivers, random_tokens)
+    check_same_logits(path, "qwen3_next", drivers, random_tokens)
     (path / "model-1.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"missing: model-1\.safetensors"):
         load(path)
@@ -90,7 +89,7 @@ def test_each_file_is_opened_once_and_closed(checkpoint, monkeypatch):
 
 
 @pytest.mark.parametrize("stacked", [True, False])
-def test_experts_one_by_one_or_stacked(stacked, checkpoint, drivers, random_tokens):
+def test_separate_and_stacked_experts(stacked, checkpoint, drivers, random_tokens):
     path, tensors = checkpoint("qwen3_5_moe")
     changed = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     for layer in range(4):
@@ -112,11 +111,11 @@ def test_experts_one_by_one_or_stacked(stacked, checkpoint, drivers, random_toke
                     changed[f"{stem}.{e}.{kind}_proj.weight"] = tensor
     contiguous = {name: tensor.contiguous() for name, tensor in changed.items()}
     save_file(contiguous, path / "model.safetensors")
-    same_as_whole(path, "qwen3_5_moe", drivers, random_tokens)
+    check_same_logits(path, "qwen3_5_moe", drivers, random_tokens)
 
 
 def test_multimodal_checkpoint_with_mtp(checkpoint, drivers, random_tokens):
-    """As published: text part nested in config and names, visual tower and MTP head beside it."""
+    """As published: text part nested in config and names, with a visual tower and an MTP head."""
     path, tensors = checkpoint("qwen3_5")
     wrapped = {
         name.replace("model.", "model.language_model.", 1): tensor
@@ -129,14 +128,14 @@ def test_multimodal_checkpoint_with_mtp(checkpoint, drivers, random_tokens):
     nested = {"model_type": "qwen3_5", "text_config": config, "vision_config": {"depth": 1}}
     nested["tie_word_embeddings"] = config.pop("tie_word_embeddings")
     (path / "config.json").write_text(json.dumps(nested))
-    same_as_whole(path, "qwen3_5", drivers, random_tokens)
+    check_same_logits(path, "qwen3_5", drivers, random_tokens)
     assert load(path).weights_note.endswith(
         "; its multi-token head is read with --draft mtp only; its visual tower is not supported"
     )
 
 
-def test_files_that_transformers_writes(family, oracles, driver_class, random_tokens, tmp_path):
-    """``save_pretrained`` and the published checkpoints name and cut some tensors differently."""
+def test_files_written_by_transformers(family, oracles, driver_class, random_tokens, tmp_path):
+    """``save_pretrained`` and published checkpoints name and split some tensors differently."""
     oracle, tokens = oracles(family), random_tokens(70, seed=1)
     oracle.model.save_pretrained(tmp_path)
     logits = driver_class(load(tmp_path)).cold(tokens, logits="all")
@@ -147,17 +146,18 @@ TIED = [("qwen3", "model.embed_tokens.weight"), ("lfm2", "model.embed_tokens.wei
 
 
 @pytest.mark.parametrize(("kind", "embedding"), TIED)
-@pytest.mark.parametrize("files", ["own head", "copy", "no head", "head alone"])
-def test_a_tied_head_and_the_files(kind, embedding, files, checkpoint, driver_class, random_tokens):
-    """A model that ties its head to the embedding uses a head of its own if the files have one, as
-    transformers does."""
+@pytest.mark.parametrize("files", ["separate head", "copy", "no head", "only head"])
+def test_tied_head_with_and_without_its_tensor(
+    kind, embedding, files, checkpoint, driver_class, random_tokens
+):
+    """As in transformers, a tied model uses a separate head if its files have one."""
     path, tensors = checkpoint(kind)
     tokens = random_tokens(70, seed=1)
     config = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
     (path / "config.json").write_text(json.dumps(config))
     shared = tensors[embedding]
-    tensors["lm_head.weight"] = shared.flip(0) if files == "own head" else shared.clone()
-    if files in ("no head", "head alone"):
+    tensors["lm_head.weight"] = shared.flip(0) if files == "separate head" else shared.clone()
+    if files in ("no head", "only head"):
         del tensors["lm_head.weight" if files == "no head" else embedding]
     save_file(tensors, path / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
@@ -168,7 +168,7 @@ def test_a_tied_head_and_the_files(kind, embedding, files, checkpoint, driver_cl
 
 
 @pytest.mark.parametrize("top", [True, False])
-def test_a_composite_is_tied_as_its_top_level_says(
+def test_top_level_config_decides_whether_a_composite_is_tied(
     top, oracles, driver_class, random_tokens, tmp_path
 ):
     oracle, tokens = oracles("qwen3_5_with_vision"), random_tokens(70, seed=1)
@@ -187,23 +187,25 @@ def test_a_composite_is_tied_as_its_top_level_says(
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_start_counts_the_numbers_in_all_tensors(checkpoint, model):
+def test_weights_note_counts_the_parameters(checkpoint, model):
     path, tensors = checkpoint(model)
     number = sum(tensor.numel() for tensor in tensors.values())
     for load_format in ("auto", "dummy"):
         assert load(path, load_format=load_format).weights_note.startswith(f"{number:,} parameters")
 
 
-def test_the_builtin_model_and_its_head_are_counted_apart():
+def test_parameters_of_the_prediction_head_are_counted_separately():
     tensors = load_file(BUILTIN_DIR / "model.safetensors")
     heads = sum(tensor.numel() for name, tensor in tensors.items() if name.startswith("mtp."))
     number = sum(tensor.numel() for tensor in tensors.values()) - heads
-    said = f"{format_count(number)} parameters and {format_count(heads)} of its multi-token head; "
-    assert load(BUILTIN_DIR, draft="mtp").weights_note.startswith(said)
+    expected = (
+        f"{format_count(number)} parameters and {format_count(heads)} of its multi-token head; "
+    )
+    assert load(BUILTIN_DIR, draft="mtp").weights_note.startswith(expected)
     assert load(BUILTIN_DIR).weights_note.startswith(f"{format_count(number)} parameters; ")
 
 
-def test_all_that_does_not_fit_is_named_at_once(checkpoint):
+def test_all_mismatched_tensors_are_named_at_once(checkpoint):
     path, tensors = checkpoint("qwen3")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.9.odd"] = torch.zeros(3)
@@ -220,17 +222,18 @@ def test_all_that_does_not_fit_is_named_at_once(checkpoint):
     assert "\n" not in message
 
 
-def test_tensors_larger_than_a_chunk(checkpoint, drivers, random_tokens, monkeypatch):
-    """What one worker begins, another goes on with."""
+def test_tensors_larger_than_a_chunk_are_read_by_several_workers(
+    checkpoint, drivers, random_tokens, monkeypatch
+):
     path, _ = checkpoint("qwen3_next")
     monkeypatch.setattr(weights, "CHUNK_BYTES", 1000)
-    same_as_whole(path, "qwen3_next", drivers, random_tokens)
+    check_same_logits(path, "qwen3_next", drivers, random_tokens)
     monkeypatch.setattr(weights, "LEAST_READ_BYTES", 1)
-    same_as_whole(path, "qwen3_next", drivers, random_tokens)
+    check_same_logits(path, "qwen3_next", drivers, random_tokens)
 
 
-@pytest.mark.parametrize("last", [False, True], ids=["another follows", "the last"])
-def test_a_part_that_can_not_be_sealed_ends_the_load(checkpoint, monkeypatch, last):
+@pytest.mark.parametrize("last", [False, True], ids=["not last", "last"])
+def test_error_while_sealing_ends_the_load(checkpoint, monkeypatch, last):
     path, _ = checkpoint("qwen3")
     part = decoder.Head if last else decoder.Embedding
 
@@ -243,14 +246,14 @@ def test_a_part_that_can_not_be_sealed_ends_the_load(checkpoint, monkeypatch, la
     assert not [thread for thread in threading.enumerate() if thread.name == "sealing"]
 
 
-def test_rows_that_lie_together():
+def test_adjacent_rows_are_read_in_runs():
     rows = torch.tensor([4, 5, 6, 0, 1, 9, 2])
     parameter = Parameter(torch.empty(7, 3), rows=rows)
     assert parameter.runs() == [(0, 4, 3), (3, 0, 2), (5, 9, 1), (6, 2, 1)]
     assert Parameter(torch.empty(7, 3)).runs() == [(0, 0, 7)]
 
 
-def test_a_file_that_is_cut_off_while_it_is_read(checkpoint):
+def test_file_truncated_during_the_read_is_refused(checkpoint):
     path, expected = checkpoint("qwen3")
     tensors = tensor_files.open_file(path / "model.safetensors")
     os.truncate(path / "model.safetensors", tensors[-1].start)
@@ -265,8 +268,8 @@ NAMES = ["model.embed_tokens.weight", "model.layers.3.self_attn.q_proj.weight", 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", NAMES)
-def test_weights_that_are_no_numbers_are_refused(name, bad, dtype, checkpoint):
-    """Wherever they stand: read into place, in another order, or in another dtype."""
+def test_nan_and_infinite_weights_are_refused(name, bad, dtype, checkpoint):
+    """The check covers tensors with reordered rows and with another dtype."""
     path, tensors = checkpoint("qwen3_next")
     tensors[name].view(-1)[-1] = bad
     save_file(tensors, path / "model.safetensors")
@@ -275,7 +278,7 @@ def test_weights_that_are_no_numbers_are_refused(name, bad, dtype, checkpoint):
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, 20_000])
-def test_truncated_file(keep, checkpoint):
+def test_truncated_file_is_refused(keep, checkpoint):
     path, _ = checkpoint("qwen3")
     file = path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:keep])
@@ -283,7 +286,7 @@ def test_truncated_file(keep, checkpoint):
         load(path)
 
 
-def test_corrupted_header(checkpoint):
+def test_corrupted_header_is_refused(checkpoint):
     path, _ = checkpoint("qwen3")
     file = path / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -293,7 +296,7 @@ def test_corrupted_header(checkpoint):
         load(path)
 
 
-def test_directories_without_a_model(tmp_path, checkpoint):
+def test_directories_without_a_model_are_refused(tmp_path, checkpoint):
     with pytest.raises(ModelError, match=r"no config\.json"):
         load(tmp_path)
     path, _ = checkpoint("qwen3")
@@ -305,7 +308,7 @@ def test_directories_without_a_model(tmp_path, checkpoint):
         load(path)
 
 
-def test_unsupported_models_are_named():
+def test_unsupported_configs_are_named():
     with pytest.raises(ModelError, match=r"'llama' are not supported; .*qwen3_next"):
         read_model({"model_type": "llama"})
     shape = {"model_type": "qwen3", "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -326,7 +329,7 @@ def test_unsupported_models_are_named():
             read_model(shape | wrong)
 
 
-def test_dummy_weights_depend_on_the_seed_alone(checkpoint, random_tokens, drivers):
+def test_dummy_weights_depend_only_on_the_seed(checkpoint, random_tokens, drivers):
     path, _ = checkpoint("qwen3_next")
     (path / "model.safetensors").unlink()
     make = type(drivers("qwen3_next"))
@@ -339,7 +342,7 @@ def test_dummy_weights_depend_on_the_seed_alone(checkpoint, random_tokens, drive
     assert first.isfinite().all()
 
 
-def test_weights_that_fit_no_memory_are_refused(checkpoint):
+def test_weights_larger_than_memory_are_refused(checkpoint):
     path, _ = checkpoint("qwen3")
     config = json.loads((path / "config.json").read_text())
     config |= {"vocab_size": 10**7, "hidden_size": 10**7}
@@ -348,7 +351,7 @@ def test_weights_that_fit_no_memory_are_refused(checkpoint):
         load(path, load_format="dummy")
 
 
-def test_a_pool_too_small_says_what_it_would_need(oracles):
+def test_too_small_pool_names_the_needed_size(oracles):
     with pytest.raises(ModelError, match=r"at least 256 tokens, .* GiB, are needed"):
         ModelRunner(EngineConfig(model=str(oracles("qwen3_5").path), device="cpu", kv_gib=1e-6))
     with pytest.raises(ModelError, match=r"for states hold 0 .* at least 2, .* GiB"):
@@ -365,7 +368,7 @@ def test_a_pool_too_small_says_what_it_would_need(oracles):
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_next", "qwen3_5"])
-def test_gates_of_8bit_models_keep_full_precision(model_type):
+def test_gates_of_8_bit_models_keep_full_precision(model_type):
     family, config = read_model(TINY | {"model_type": model_type})
     kernels = Kernels.choose(Device.resolve("cpu"))
     hidden = torch.randn(9, config.hidden_size, generator=torch.Generator().manual_seed(0))
@@ -375,12 +378,14 @@ def test_gates_of_8bit_models_keep_full_precision(model_type):
         mixer = family(config, Build(kernels, place), Dummy(0).fill).mixers[0].block
         projected.append(mixer.project(hidden))
     num_gates = 2 * TINY["linear_num_value_heads"]
-    (mixed, gates), (rounded, kept) = (x.tensor_split([-num_gates], dim=1) for x in projected)
-    torch.testing.assert_close(kept, gates, rtol=1e-5, atol=1e-6)
+    (mixed, gates), (rounded, rounded_gates) = (
+        x.tensor_split([-num_gates], dim=1) for x in projected
+    )
+    torch.testing.assert_close(rounded_gates, gates, rtol=1e-5, atol=1e-6)
     assert (rounded - mixed).abs().max() > 1e-4 * mixed.abs().max()
 
 
-def test_a_name_decides_the_precision_of_its_module():
+def test_module_name_decides_its_precision():
     weights = WeightSpec(torch.device("cpu"), torch.float32, "int8")
     stem = "model.layers.3"
     for name in ("self_attn.q_proj", "mlp.gate_proj", "mlp.experts", "linear_attn.in_proj_qkvz"):

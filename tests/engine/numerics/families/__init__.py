@@ -1,9 +1,11 @@
-"""A small model of every family, as transformers makes it: the oracle. A file a family.
+"""Small models of each family as oracles, built by transformers; one file per family.
 
-A file names transformers' classes in ``CLASSES`` and the fields of a small config in ``CONFIG``.
-Where it needs them: ``VARIANTS``, more configs by name; ``VARIANT_CLASSES``, their classes where
-these are others; ``official``, from the tensors that transformers writes to those of the official
-checkpoints, where it names them otherwise.
+A file names transformers' classes in ``CLASSES`` and the fields of a small config in ``CONFIG``. It
+may also have:
+
+- ``VARIANTS``: more configs by name.
+- ``VARIANT_CLASSES``: classes of variants, if different.
+- ``official``: a function that renames transformers' tensors to those of official checkpoints.
 """
 
 from __future__ import annotations
@@ -47,17 +49,17 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Family:
-    """One small model."""
+    """Classes and config of one small model."""
 
     classes: tuple[str, str]
-    """Of transformers: config and model."""
+    """Names of transformers' config and model classes."""
     config: dict[str, Any]
     is_variant: bool
     official: Callable[[Tensors], Tensors] | None
 
 
 def find() -> dict[str, Family]:
-    """All families and their variants, by name."""
+    """Return all families and variants by name."""
     found = {}
     for file in pkgutil.iter_modules(__path__):
         module = import_module(f"{__name__}.{file.name}")

@@ -26,7 +26,7 @@ VARIANTS = {
 
 
 def official(tensors):
-    """transformers writes the dense layers' MLP under the name of the experts."""
+    """Rename the MLP of dense layers, which transformers stores under the name of the experts."""
     words = ("gate_proj", "up_proj", "down_proj")
     dense = tuple(f"block_sparse_moe.{word}.weight" for word in words)
     return {

@@ -8,8 +8,8 @@ MAMBA = {
     "n_groups": 2,
     "conv_kernel": 4,
     "chunk_size": 64,
-    # transformers takes this, which is for first weights, as a limit of time steps, and not
-    # time_step_limit as the published code (its pull request 48989).
+    # transformers uses this value, which is for initial weights, as the limit of time steps. The
+    # published code uses time_step_limit (transformers' pull request 48989).
     "time_step_min": 1e-9,
 }
 EXPERTS = {

@@ -13,8 +13,10 @@ VARIANTS = {
 
 
 def official(tensors):
-    """transformers cuts the convolution into thirds, and calls the norm behind an attention layer
-    as the one within a linear layer."""
+    """Split the convolution by the widths of its parts, and rename the norm after attention.
+
+    transformers splits the convolution into thirds, and names that norm like one of linear layers.
+    """
     renamed = {}
     for name, tensor in tensors.items():
         stem, _, word = name.rpartition(".linear_attn.")
