@@ -21,6 +21,11 @@ from hybridcache.policies.registry import DEFAULT_EVICTION, EvictionSpec, make_e
 from hybridcache.radix.tree import ItemBytes
 from hybridcache.variants import NullCache, RadixCache, TieredRadixCache
 
+COUNTS = (
+    *("num_kv_tokens", "num_slots", "total_bytes", "kv_bytes_per_token", "state_bytes"),
+    *("page_size", "grid", "ghost_bytes", "host_bytes", "disk_bytes"),
+)
+"""Fields that are integers."""
 GRID = 64
 """Default checkpoint grid, tokens: the chunk length of the kernels."""
 
@@ -87,6 +92,10 @@ class CacheConfig:
     )
 
     def __post_init__(self) -> None:
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and not hasattr(value, "__index__"):
+                raise TypeError(f"{name} must be an integer (got {value!r}).")
         if self.prefix_cache not in PREFIX_CACHES:
             known = ", ".join(PREFIX_CACHES)
             raise ValueError(f"unknown prefix cache {self.prefix_cache!r}; known: {known}")
@@ -115,8 +124,15 @@ class CacheConfig:
                 )
         elif self.memory == "arena":
             raise ValueError("memory='arena' needs total_bytes instead of pool sizes")
+        elif not self.num_kv_tokens:
+            raise ValueError(
+                "give the memory: num_kv_tokens and num_slots for two pools, or total_bytes"
+            )
         elif self.num_kv_tokens < self.page_size:
-            raise ValueError(f"num_kv_tokens {self.num_kv_tokens} is less than one page")
+            raise ValueError(
+                f"num_kv_tokens must be at least one page of {self.page_size} tokens (got "
+                f"{self.num_kv_tokens})"
+            )
         elif self.num_slots is None and self.prefix_cache == "hybrid":
             raise ValueError(
                 "num_slots must be given for a hybrid cache (0 if no state is ever saved); use "

@@ -452,8 +452,9 @@ class LeaseRequest(NamedTuple):
     lists every position with a new or changed KV row (``RowWrite``)."""
     own_slot: int | None = None
     """State slot of the request, if running states are stored outside of the cache's memory. If
-    None, a slot of the cache is taken, and may be donated. ``StepPlan.restores`` then names a slot
-    of the cache first, and this number of your own memory second."""
+    None, a slot of the cache is taken, and may be donated. An own slot is not donated.
+    ``StepPlan.restores`` then names a slot of the cache first, and this number of your own memory
+    second."""
     resumes: bool = False
     """Whether the request continues one that is counted in ``cache.stats`` already: the
     ``is_counted`` of its preempted lease. Its hits and losses are then not added again. Policies
@@ -478,6 +479,9 @@ def _refuse_bad_begin(
         raise TypeError(f"request must be a LeaseRequest (got {type(request).__name__}).")
     if exchange is not None and not hasattr(exchange, "seconds_saved"):
         raise TypeError(f"exchange must have a method seconds_saved (got {exchange!r}).")
+    for name, number in (("table_row", request.table_row), ("own_slot", request.own_slot)):
+        if number is not None and type(number) is not int:
+            require_index(number, name)
     if request.boundaries or type(request.boundaries) is not tuple:
         _refuse_bad_boundaries(request.boundaries)
 
@@ -848,10 +852,13 @@ class Lease:
         has neither.
 
         Raises:
-            ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``).
+            ValueError: the lease has ended, or has no rows for ``end`` tokens (``extend``), or
+                ``start`` is more than ``end``.
         """
         if end > self._rows.num_rows:
             raise self._misuse(end)
+        if start > end:
+            raise ValueError(f"start must not be more than end (got {start} and {end})")
         saves = self._plan.take(start, end)
         if saves:
             self._note_unready(start)
@@ -1062,8 +1069,8 @@ class Lease:
         """Publish the computed tokens and end the lease, to begin again later.
 
         The own slot becomes a checkpoint at any grid position, so it must contain the state after
-        ``computed_len`` tokens. Begin again with
-        ``LeaseRequest(tokens, resumes=lease.is_counted)``.
+        ``computed_len`` tokens. If a step computes ahead, call ``finish(..., donate=False)``
+        instead. Begin again with ``LeaseRequest(tokens, resumes=lease.is_counted)``.
 
         Raises:
             ValueError, RuntimeError: as for ``publish``. The lease goes on.

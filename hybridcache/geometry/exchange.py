@@ -34,12 +34,20 @@ class Exchange:
     """Tokens per id, for a cache that counts in units of several tokens."""
 
     def __post_init__(self) -> None:
+        if not hasattr(self.times, "seconds"):
+            raise TypeError(f"times must have a method seconds(start, end) (got {self.times!r}).")
         for tier, rate in self.bytes_per_s.items():
             if not rate > 0:
                 raise ValueError(f"bytes_per_s of tier {tier!r} must be more than 0 (got {rate}).")
 
     def copy_seconds(self, num_bytes: Mapping[str, int]) -> float:
-        """Seconds to copy these bytes to the device, one tier after the other."""
+        """Return the seconds to copy these bytes to the device, one tier after the other.
+
+        Raises:
+            ValueError: a tier with bytes has no entry in ``bytes_per_s``.
+        """
+        if unknown := [tier for tier, size in num_bytes.items() if size] - self.bytes_per_s.keys():
+            raise ValueError(f"bytes_per_s must have an entry for {', '.join(sorted(unknown))}.")
         return sum(
             self.latency_s.get(tier, 0.0) + size / self.bytes_per_s[tier]
             for tier, size in num_bytes.items()

@@ -474,10 +474,10 @@ def _refuse_unfit(own: OwnPolicy, found: type[Any], protocol: type[Any]) -> None
     """Raise ValueError if ``found``, the class of ``own``, does not implement ``protocol``."""
     if not issubclass(found, protocol):
         home = "hybridcache" if protocol.__module__.startswith(OURS) else protocol.__module__
-        raise ValueError(
-            f"{own.label!r}: it does not implement {protocol.__name__}: derive "
-            f"{found.__name__} from {home}.{protocol.__name__}"
-        )
+        hint = f"derive {found.__name__} from {home}.{protocol.__name__}"
+        if found.__module__ == "builtins":
+            hint = f"give a name, or a class derived from {home}.{protocol.__name__}"
+        raise ValueError(f"{own.label!r}: it does not implement {protocol.__name__}: {hint}")
     missing = sorted(getattr(found, "__abstractmethods__", ()))
     if missing:
         raise ValueError(

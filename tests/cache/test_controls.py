@@ -3,6 +3,8 @@ sense."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -65,7 +67,8 @@ def test_no_cache_keeps_nothing():
             {"eviction": "json:JSONDecoder", "num_kv_tokens": 8, "num_slots": 1},
             "does not implement EvictionPolicy: derive JSONDecoder from hybridcache.EvictionPolicy",
         ),
-        ({"num_kv_tokens": 0}, "less than one page"),
+        ({}, "give the memory: num_kv_tokens and num_slots for two pools, or total_bytes"),
+        ({"num_kv_tokens": 8, "page_size": 16}, r"at least one page of 16 tokens \(got 8\)"),
         ({"num_kv_tokens": 8, "memory": "pools"}, "For two pools, give num_kv_tokens and num_slot"),
         ({"num_kv_tokens": 8}, "num_slots must be given for a hybrid cache"),
         ({"total_bytes": 8}, "kv_bytes_per_token and state_bytes must be given with total_bytes"),
@@ -86,6 +89,14 @@ def test_no_cache_keeps_nothing():
 def test_a_config_that_makes_no_sense_says_why(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         CacheConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["num_kv_tokens", "num_slots", "grid", "host_bytes"])
+def test_sizes_are_integers(name: str) -> None:
+    sizes: dict[str, Any] = {"num_kv_tokens": 8, "num_slots": 1}
+    with pytest.raises(TypeError, match=rf"{name} must be an integer \(got 1000.0\)"):
+        CacheConfig(**sizes | {name: 1e3})
+    assert CacheConfig(**sizes | {"num_kv_tokens": np.int64(8)}).num_kv_tokens == 8
 
 
 @pytest.mark.parametrize(

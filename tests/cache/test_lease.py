@@ -490,6 +490,7 @@ LENGTHS = [
     ("take_checkpoint_slots", (10, 21), "call extend first"),
     ("reserve_checkpoint_slots", (10, 21, 4), "call extend first"),
     ("roll_back", (9,), "roll back before publish"),
+    ("take_checkpoint_slots", (15, 10), "start must not be more than end .got 15 and 10."),
 ]
 
 
@@ -542,6 +543,9 @@ def test_arguments_of_begin_that_would_fail_later_are_refused_at_once() -> None:
         refused.append(((placement, request._replace(boundaries=wrong)), ValueError, sentence))
     for wrong in (5, {1}, (2.5,), "ab"):
         refused.append(((placement, request._replace(boundaries=wrong)), TypeError, "boundaries"))
+    for field in ("table_row", "own_slot"):
+        bad = request._replace(**{field: "a"})
+        refused.append(((placement, bad), TypeError, f"{field} must be an integer .got 'a'"))
     for arguments, kind, sentence in refused:
         with pytest.raises(kind, match=sentence):
             Lease.begin(cache, *arguments)

@@ -284,6 +284,10 @@ def test_one_exchange_rate_seconds_of_copy_against_seconds_of_prefill():
     assert exchange.seconds_saved(0, 8, 12, {"host": 0, "disk": 20}) == -0.5
     with pytest.raises(ValueError, match="must be more than 0"):
         Exchange(Linear(), {"host": 0.0})
+    with pytest.raises(TypeError, match=r"must have a method seconds\(start, end\)"):
+        Exchange(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="bytes_per_s must have an entry for disk"):
+        Exchange(Linear(), {"host": 1.0}).copy_seconds({"host": 3, "disk": 4, "far": 0})
 
 
 def test_what_an_earlier_process_left_is_adopted_and_fetched():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from itertools import combinations
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from hybridcache.policies.placement.planned import Planned, plan
 from hybridcache.policies.placement.rules import Backoff
-from hybridcache.policies.protocol import Placed, PlacementPolicy, Prefill
+from hybridcache.policies.protocol import Placed, PlacementPolicy, PolicyError, Prefill
 from hybridcache.policies.registry import PLACEMENT_NAMES, parse_placement, placement_names
 from tests.policies.items import FakeItem
 
@@ -77,6 +78,15 @@ def test_a_class_of_the_users_own_derives_from_the_base_class() -> None:
         parse_placement("branch,json:JSONDecoder")
     with pytest.raises(ValueError, match="it does not implement PlacementPolicy: it lacks plan"):
         parse_placement(Nowhere)  # type: ignore[type-abstract]
+    with pytest.raises(ValueError, match="give a name, or a class derived from hybridcache"):
+        parse_placement(["branch"])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("plan", [[24], (24, "a"), None, [Placed(24, "a"), (1, 2, 3)]], ids=str)
+def test_a_plan_that_is_no_list_of_positions_with_labels_is_refused(plan: Any) -> None:
+    prefill = Prefill(200, 64, 64, 64, (), 8)
+    with pytest.raises(PolicyError, match=r"must return a list of Placed\(position, label\) \(got"):
+        prefill.on_grid(plan)
 
 
 @pytest.mark.parametrize(
